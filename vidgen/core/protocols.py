@@ -1,0 +1,84 @@
+"""Plain data and callables that rooms of one level hand to each other; importing this loads no torch.
+
+Axes: B batch, C latent channels, F latent frames, K key stills, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KeyTokens:
+    """Known still images that join the tokens of a clip at real-valued time positions.
+
+    Attributes:
+        latents: [B, C, K, h, w], each still encoded alone, normalised like the clip's latents.
+        positions: [B, K] float32, on the latent-frame axis of RoPE; fractions and negatives allowed.
+        valid: [B, K] bool, or None when all are; attention must not see a row that is not valid.
+    """
+
+    latents: Tensor
+    positions: Tensor
+    valid: Tensor | None = None
+
+    @property
+    def num_keys(self) -> int:
+        """K, the number of stills a sample has at most."""
+        return int(self.latents.shape[2])
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """All a sampler needs to go on from between two steps; saving it and resuming is bit-equal.
+
+    Attributes:
+        step: steps already taken.
+        latents: [B, C, F, h, w] float32 at sigmas[step].
+        history: the sampler's own memory of earlier steps, tensors shaped like `latents`.
+    """
+
+    step: int
+    latents: Tensor
+    history: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a sampler tells after a step.
+
+    Attributes:
+        num_steps: steps of the whole run.
+        sigma: noise level this step started from.
+        sigma_next: noise level reached, that of `state.latents`.
+        denoised: [B, C, F, h, w], the model's current guess of the clean latents, for previews.
+        state: where to resume from after this step.
+    """
+
+    num_steps: int
+    sigma: float
+    sigma_next: float
+    denoised: Tensor
+    state: SamplerState
+
+    @property
+    def step(self) -> int:
+        """Number of the step just taken, from 1 to `num_steps`."""
+        return self.state.step
+
+
+OnStep = Callable[[StepInfo], None]
+"""Called after each step; raising `Cancelled` stops the run cleanly."""
+
+
+class Denoise(Protocol):
+    """A model closed over its prompt and conditions, as samplers call it."""
+
+    def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        """Map noisy latents [B, C, F, h, w] at sigma [B] to velocity of the same shape."""
+        ...
