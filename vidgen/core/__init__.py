@@ -1,0 +1,1 @@
+"""Plain data and protocols: shapes, requests, configs, errors, the runtime."""

@@ -1,0 +1,1 @@
+"""Flow matching: the convention, schedules, samplers, guidance and conditions. Knows no model."""

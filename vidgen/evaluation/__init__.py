@@ -1,0 +1,1 @@
+"""Scores with stated ceilings, floors and intervals."""

@@ -1,0 +1,1 @@
+"""Tensor functions without weights: attention, rotary positions, norms, causal convolution."""

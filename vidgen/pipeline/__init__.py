@@ -1,0 +1,1 @@
+"""THE pipeline: encode prompt, prepare, sample, decode, write."""

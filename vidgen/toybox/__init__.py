@@ -1,0 +1,1 @@
+"""The procedural world with ground truth that trains, tests and scores the embedded model."""
