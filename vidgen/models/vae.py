@@ -1,0 +1,316 @@
+"""A 3D causal video VAE: one class for Wan 2.1's, Wan 2.2's and the toybox one.
+
+The first frame is a latent frame of its own, each later latent frame adds `strides.t` frames, and
+nothing ever sees a later frame. So a still is a clip of one frame, and a clip can be encoded and
+decoded in a stream of any length in constant memory.
+
+Axes: B batch, C latent channels, T frames, H rows, W columns, F latent frames, h w latent rows and
+columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vidgen.core.shapes import Strides, VideoShape
+from vidgen.models.vae_blocks import Downsample, DownStage, MidBlock, Upsample, UpStage
+from vidgen.ops.conv import CausalConv3d, StreamCache
+from vidgen.ops.norm import ChannelRMSNorm
+from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Architecture of a `CausalVAE`.
+
+    Args:
+        latent_channels: C.
+        encoder_dim: width that `channel_mults` multiply in the encoder.
+        decoder_dim: the same in the decoder.
+        channel_mults: one entry a stage, from pixels to latents; all but the last stage halve rows
+            and columns.
+        num_blocks: residual blocks a stage in the encoder; the decoder has one more.
+        temporal_downsample: which of the halving stages halve frames, too; from pixels to latents.
+        patch_size: square of pixels that is moved into channels first.
+        stage_shortcuts: parameter-free shortcuts around whole stages (Wan 2.2).
+        latents_mean: [C], what normalised latents have subtracted; None: zeros.
+        latents_std: [C], what normalised latents are divided by; None: ones.
+
+    Raises:
+        ValueError: for values that no network can have.
+    """
+
+    latent_channels: int
+    encoder_dim: int
+    decoder_dim: int
+    channel_mults: tuple[int, ...]
+    num_blocks: int
+    temporal_downsample: tuple[bool, ...]
+    patch_size: int = 1
+    stage_shortcuts: bool = False
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values against each other."""
+        for name in ("latent_channels", "encoder_dim", "decoder_dim", "num_blocks", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if not self.channel_mults or min(self.channel_mults) < 1:
+            raise ValueError(f"channel_mults must be positive, not {self.channel_mults}")
+        if len(self.temporal_downsample) != len(self.channel_mults) - 1:
+            raise ValueError(
+                f"temporal_downsample has {len(self.temporal_downsample)} entries, "
+                f"but {len(self.channel_mults)} stages have {len(self.channel_mults) - 1} between"
+            )
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.latent_channels:
+                raise ValueError(
+                    f"{name} has {len(values)} values for {self.latent_channels} latent channels"
+                )
+        if self.latents_std is not None and min(self.latents_std) <= 0:
+            raise ValueError(f"latents_std must be positive, not {min(self.latents_std)}")
+        if not self.stage_shortcuts and self.num_stages > 1:
+            odd = [m for m in self.channel_mults[1:] if self.decoder_dim * m % 2]
+            if odd:
+                raise ValueError(
+                    "upsampling halves the width, but "
+                    f"decoder_dim {self.decoder_dim} times {odd[0]} is odd"
+                )
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the encoder, and of the decoder."""
+        return len(self.channel_mults)
+
+    @property
+    def strides(self) -> Strides:
+        """Frames and pixels per latent frame and latent pixel."""
+        return Strides(
+            t=2 ** sum(self.temporal_downsample), hw=self.patch_size * 2 ** (self.num_stages - 1)
+        )
+
+    @property
+    def resamples(self) -> tuple[str | None, ...]:
+        """What ends each encoder stage: "spatial", "spacetime", None for the last."""
+        return *("spacetime" if t else "spatial" for t in self.temporal_downsample), None
+
+
+class Encoder(nn.Module):
+    """Patches of pixels to moments."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.encoder_dim * m for m in (1, *config.channel_mults)]
+        self.conv_in = CausalConv3d(3 * config.patch_size**2, widths[0], (3, 3, 3))
+        self.stages = nn.ModuleList(
+            DownStage(i, o, config.num_blocks, resample, shortcut=config.stage_shortcuts)
+            for i, o, resample in zip(widths[:-1], widths[1:], config.resamples, strict=True)
+        )
+        self.mid = MidBlock(widths[-1])
+        self.norm_out = ChannelRMSNorm(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels, (3, 3, 3))
+        self.to_moments = CausalConv3d(
+            2 * config.latent_channels, 2 * config.latent_channels, (1, 1, 1)
+        )
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, 3 * p * p, T, H / p, W / p] -> [B, 2 * C, F, h, w], mean and log-variance."""
+        x = self.conv_in(x, cache)
+        for stage in self.stages:
+            x = stage(x, cache)
+        x = self.norm_out.silu(self.mid(x, cache))
+        return self.to_moments(self.conv_out(x, cache))
+
+
+class Decoder(nn.Module):
+    """Latents to patches of pixels."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        mults = config.channel_mults[::-1]
+        outs = [config.decoder_dim * m for m in mults]
+        halved = 1 if config.stage_shortcuts else 2
+        ins = [outs[0], *(width // halved for width in outs[:-1])]
+        resamples = (*config.resamples[-2::-1], None) if config.num_stages > 1 else (None,)
+        self.from_latents = CausalConv3d(config.latent_channels, config.latent_channels, (1, 1, 1))
+        self.conv_in = CausalConv3d(config.latent_channels, outs[0], (3, 3, 3))
+        self.mid = MidBlock(outs[0])
+        self.stages = nn.ModuleList(
+            UpStage(i, o, config.num_blocks + 1, resample, shortcut=config.stage_shortcuts)
+            for i, o, resample in zip(ins, outs, resamples, strict=True)
+        )
+        self.norm_out = ChannelRMSNorm(outs[-1])
+        self.conv_out = CausalConv3d(outs[-1], 3 * config.patch_size**2, (3, 3, 3))
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, C, F, h, w] -> [B, 3 * p * p, T, H / p, W / p]."""
+        x = self.mid(self.conv_in(self.from_latents(x), cache), cache)
+        for stage in self.stages:
+            x = stage(x, cache)
+        return self.conv_out(self.norm_out.silu(x), cache)
+
+
+class CausalVAE(nn.Module):
+    """Video [B, 3, T, H, W] in [-1, 1] <-> latents [B, C, F, h, w]."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        for name, module in self.named_modules():
+            if hasattr(module, "cache_key"):
+                module.cache_key = name
+
+    @property
+    def strides(self) -> Strides:
+        """Frames and pixels per latent frame and latent pixel."""
+        return self.config.strides
+
+    def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the latents, not normalised, in one pass over the clip.
+
+        Args:
+            video: [B, 3, T, H, W] in [-1, 1], T = 1 mod strides.t, H and W multiples of strides.hw.
+
+        Returns:
+            Two tensors [B, C, F, h, w].
+
+        Raises:
+            InputError: if the strides do not divide the clip.
+        """
+        B, _, T, H, W = video.shape
+        VideoShape(T, H, W, batch=B).latent(self.strides, self.config.latent_channels)
+        mean, logvar = self._encode(video, None).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """Video [B, 3, T, H, W], not clamped, of latents [B, C, F, h, w] as encoded."""
+        return self._decode(latents, None)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """The posterior's mode, normalised, [B, C, F, h, w]; see `encode_moments`."""
+        return self.normalize(self.encode_moments(video)[0])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Video [B, 3, T, H, W], not clamped, of normalised latents [B, C, F, h, w]."""
+        return self.decode_raw(self.denormalize(latents))
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """(raw - latents_mean) / latents_std, [B, C, F, h, w]."""
+        mean, std = self._statistics(raw)
+        return (raw - mean) / std
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        C = self.config.latent_channels
+        mean = like.new_tensor(self.config.latents_mean or [0.0] * C).view(1, C, 1, 1, 1)
+        std = like.new_tensor(self.config.latents_std or [1.0] * C).view(1, C, 1, 1, 1)
+        return mean, std
+
+    def _encode(self, video: Tensor, cache: StreamCache | None) -> Tensor:
+        x = patchify_pixels(video, self.config.patch_size)
+        return self.encoder(x.contiguous(memory_format=torch.channels_last_3d), cache)
+
+    def _decode(self, latents: Tensor, cache: StreamCache | None) -> Tensor:
+        x = latents.contiguous(memory_format=torch.channels_last_3d)
+        return unpatchify_pixels(self.decoder(x, cache), self.config.patch_size)
+
+    @torch.no_grad()
+    def stream_encode(
+        self, frames: Iterable[Tensor], cache: StreamCache | None = None
+    ) -> Iterator[Tensor]:
+        """Encode frames as they come, in memory that does not grow with their number.
+
+        Args:
+            frames: chunks [B, 3, t, H, W] in [-1, 1] of any lengths t.
+            cache: where an earlier stream stopped, and where this one does; None: a new clip.
+
+        Yields:
+            Normalised latents [B, C, 1, h, w], equal to those of `encode` on the whole clip.
+
+        Raises:
+            ValueError: if frames are left over at the end that do not fill a latent frame.
+        """
+        cache = StreamCache() if cache is None else cache
+        held: list[Tensor] = []
+        for chunk in frames:
+            held.extend(chunk.split(1, dim=2))
+            while len(held) >= (need := self.strides.t if cache.position else 1):
+                moments = self._encode(torch.cat(held[:need], 2), cache)
+                del held[:need]
+                cache.position += 1
+                yield self.normalize(moments.chunk(2, dim=1)[0])
+        if held:
+            raise ValueError(
+                f"{len(held)} frames left over: a clip has 1 mod {self.strides.t} frames"
+            )
+
+    @torch.no_grad()
+    def stream_decode(
+        self, latents: Tensor | Iterable[Tensor], cache: StreamCache | None = None
+    ) -> Iterator[Tensor]:
+        """Decode a latent frame at a time, in memory that does not grow with their number.
+
+        Args:
+            latents: normalised, [B, C, F, h, w] whole or in pieces.
+            cache: where an earlier stream stopped, and where this one does; None: a new clip.
+
+        Yields:
+            Video [B, 3, t, H, W], not clamped: one frame first, then `strides.t` at a time, equal
+            to `decode` of the whole.
+        """
+        cache = StreamCache() if cache is None else cache
+        for piece in (latents,) if isinstance(latents, Tensor) else latents:
+            for frame in piece.split(1, dim=2):
+                video = self._decode(self.denormalize(frame), cache)
+                cache.position += 1
+                yield video
+
+    @property
+    def receptive_frames(self) -> int:
+        """Latent frames that one latent frame's pixels depend on, itself included.
+
+        Walks from a pixel frame far from the start back through the decoder to its earliest latent
+        frame; the first and the last frame of a group reach differently far, so all are tried.
+        """
+        t, far = self.strides.t, 10_000
+        earliest = min(self._earliest_latent(far * t - phase) for phase in range(t))
+        return far - earliest + 1
+
+    def _earliest_latent(self, frame: int) -> int:
+        """Earliest latent frame that pixel frame `frame` depends on."""
+        inside = {m.time_conv for m in self.decoder.modules() if isinstance(m, Upsample)}
+        for module in reversed([*self.decoder.modules()]):
+            if isinstance(module, Upsample) and module.time_conv is not None:
+                frame = 1 + (frame - 1) // 2 - module.time_conv.num_history
+            elif isinstance(module, CausalConv3d) and module not in inside:
+                frame -= module.num_history
+        return frame
+
+    @torch.no_grad()
+    def inflate(self) -> None:
+        """Make weights trained on single frames ready for clips.
+
+        For one frame only the last temporal taps work, so all others are still random; left alone
+        they would wreck a trained picture. Zeroing them makes every frame pass as if alone.
+        Upsampling starts as repetition, so a latent frame decodes to a still clip right away, and
+        downsampling as the mean of the frames it merges (He et al. and Carreira & Zisserman 2017,
+        "inflation", with the centre tap moved to the causal end).
+        """
+        for module in self.modules():
+            if isinstance(module, CausalConv3d):
+                module.forget_history()
+        for module in self.modules():
+            if isinstance(module, (Downsample, Upsample)):
+                module.inflate()

@@ -1,0 +1,289 @@
+"""The pieces of the causal video VAE: residual blocks, mid attention, resampling, stages.
+
+Axes: B batch, C channels, T frames, H rows, W columns. Every `forward(x, cache)` maps
+[B, C, T, H, W]; without a cache x is a whole clip, with one it is the next chunk of a stream.
+Activations stay channels-last in memory, so frames fold into the batch without copies.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidgen.ops.conv import CausalConv3d, StreamCache, clip_of, frames_of
+from vidgen.ops.norm import ChannelRMSNorm
+
+
+class ResidualBlock(nn.Module):
+    """x + two causal 3x3x3 convolutions, each after RMSNorm and SiLU."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = ChannelRMSNorm(in_channels)
+        self.conv1 = CausalConv3d(in_channels, out_channels, (3, 3, 3))
+        self.norm2 = ChannelRMSNorm(out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels, (3, 3, 3))
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = CausalConv3d(in_channels, out_channels, (1, 1, 1))
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, C_in, T, H, W] -> [B, C_out, T, H, W]."""
+        y = self.conv1(self.norm1.silu(x), cache)
+        y = self.conv2(self.norm2.silu(y), cache)
+        return y + self.shortcut(x)
+
+
+class FrameAttention(nn.Module):
+    """x + single-head self-attention over the pixels of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = ChannelRMSNorm(channels, num_axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> the same."""
+        frames = frames_of(x)
+        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
+        q, k, v = qkv.chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        return x + clip_of(self.proj(y.reshape(frames.shape)), x.shape[0])
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention within frames, residual block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block1 = ResidualBlock(channels, channels)
+        self.attention = FrameAttention(channels)
+        self.block2 = ResidualBlock(channels, channels)
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, C, T, H, W] -> the same."""
+        return self.block2(self.attention(self.block1(x, cache)), cache)
+
+
+class Downsample(nn.Module):
+    """Halve rows and columns by a strided convolution, and frames if `temporal`.
+
+    The clip's first frame stays alone in time: 1 + 2k frames become 1 + k.
+    """
+
+    cache_key: str = ""
+
+    def __init__(self, channels: int, *, temporal: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.time_conv: nn.Conv3d | None = None
+        if temporal:
+            self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1))
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, C, T, H, W] -> [B, C, T', H / 2, W / 2]."""
+        x = clip_of(self.conv(F.pad(frames_of(x), (0, 1, 0, 1))), x.shape[0])
+        if self.time_conv is None:
+            return x
+        before = None if cache is None else cache.tensors.get(self.cache_key)
+        if cache is not None:
+            cache.tensors[self.cache_key] = x[:, :, -1:].clone()
+        if before is not None:
+            return self.time_conv(torch.cat([before, x], 2))
+        if x.shape[2] == 1:
+            return x
+        return torch.cat([x[:, :, :1], self.time_conv(x)], 2)
+
+    @torch.no_grad()
+    def inflate(self) -> None:
+        """Start temporal downsampling as the mean of the two frames that a latent frame adds."""
+        if self.time_conv is not None:
+            nn.init.zeros_(self.time_conv.weight)
+            nn.init.zeros_(self.time_conv.bias)
+            self.time_conv.weight[:, :, 1:, 0, 0] = (
+                0.5 * torch.eye(self.time_conv.in_channels)[..., None]
+            )
+
+
+class Upsample(nn.Module):
+    """Double rows and columns (nearest, then a 3x3 convolution), and frames first if `temporal`.
+
+    The clip's first frame stays alone in time: 1 + k frames become 1 + 2k.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, temporal: bool) -> None:
+        super().__init__()
+        self.time_conv = CausalConv3d(in_channels, 2 * in_channels, (3, 1, 1)) if temporal else None
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, C_in, T, H, W] -> [B, C_out, T', 2H, 2W]."""
+        if self.time_conv is not None:
+            first = cache is None or cache.position == 0
+            if not first:
+                x = self._double_frames(x, cache)
+            elif x.shape[2] > 1:
+                x = torch.cat([x[:, :, :1], self._double_frames(x[:, :, 1:], cache)], 2)
+        return clip_of(self._double_pixels(frames_of(x)), x.shape[0])
+
+    def _double_frames(self, x: Tensor, cache: StreamCache | None) -> Tensor:
+        """Each frame gives two, one in either half of the channels of `time_conv`."""
+        assert self.time_conv is not None
+        y = self.time_conv(x, cache).permute(0, 2, 3, 4, 1)
+        pairs = torch.stack(y.chunk(2, dim=-1), dim=2)  # [B, T, 2, H, W, C]
+        return pairs.flatten(1, 2).permute(0, 4, 1, 2, 3)
+
+    def _double_pixels(self, x: Tensor) -> Tensor:
+        """Upsample and convolve in one go: [N, C, H, W] -> [N, C_out, 2H, 2W].
+
+        A 3x3 kernel on pixels repeated 2x2 reads only 2x2 different ones, so each of the four
+        output phases is a 2x2 convolution of the small image with summed taps: 16 products
+        instead of 36, and no repeated image in memory. The four run as one convolution.
+        """
+        weight = _fold(_fold(self.conv.weight, 3), 3)  # [row phase, column phase, O, C, 2, 2]
+        bias = None if self.conv.bias is None else self.conv.bias.repeat(4)
+        y = F.conv2d(x, weight.flatten(0, 2), bias, padding=1).permute(0, 2, 3, 1)
+        a, b, c, d = y.chunk(4, dim=-1)
+        even = torch.stack([a[:, :-1, :-1], b[:, :-1, 1:]], dim=3)
+        odd = torch.stack([c[:, 1:, :-1], d[:, 1:, 1:]], dim=3)
+        return torch.stack([even, odd], dim=2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def inflate(self) -> None:
+        """Start temporal upsampling as repetition: both new frames equal their source."""
+        if self.time_conv is not None:
+            nn.init.zeros_(self.time_conv.weight)
+            nn.init.zeros_(self.time_conv.bias)
+            self.time_conv.weight[:, :, -1, 0, 0] = torch.eye(self.time_conv.in_channels).repeat(
+                2, 1
+            )
+
+
+def _fold(weight: Tensor, axis: int) -> Tensor:
+    """Three taps on pixels repeated twice as two taps on the pixels, a new first axis: phases."""
+    a, b, c = weight.unbind(axis)
+    return torch.stack([torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)])
+
+
+class MeanDown(nn.Module):
+    """Shortcut around a downsampling stage: space-time to depth, then means of channel groups."""
+
+    def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_hw: int) -> None:
+        super().__init__()
+        self.out_channels, self.factor_t, self.factor_hw = out_channels, factor_t, factor_hw
+        assert in_channels * factor_t * factor_hw**2 % out_channels == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, T, H, W] -> [B, C_out, T', H / factor_hw, W / factor_hw]."""
+        t, s = self.factor_t, self.factor_hw
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % t, 0))
+        B, C, T, H, W = x.shape
+        x = x.reshape(B, C, T // t, t, H // s, s, W // s, s).permute(0, 1, 3, 5, 7, 2, 4, 6)
+        return x.reshape(B, self.out_channels, -1, T // t, H // s, W // s).mean(2)
+
+
+class RepeatUp(nn.Module):
+    """Shortcut around an upsampling stage: repeated channels, then depth to space-time."""
+
+    def __init__(self, in_channels: int, out_channels: int, factor_t: int, factor_hw: int) -> None:
+        super().__init__()
+        self.out_channels, self.factor_t, self.factor_hw = out_channels, factor_t, factor_hw
+        self.repeats = out_channels * factor_t * factor_hw**2 // in_channels
+
+    def forward(self, x: Tensor, *, first: bool) -> Tensor:
+        """[B, C_in, T, H, W] -> [B, C_out, T', H * factor_hw, W * factor_hw].
+
+        `first` says that x starts the clip, whose first frame gives one frame only.
+        """
+        t, s = self.factor_t, self.factor_hw
+        B, _, T, H, W = x.shape
+        x = x.repeat_interleave(self.repeats, dim=1)
+        x = x.reshape(B, self.out_channels, t, s, s, T, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        x = x.reshape(B, self.out_channels, T * t, H * s, W * s)
+        return x[:, :, t - 1 :] if first else x
+
+
+class DownStage(nn.Module):
+    """Residual blocks, then downsampling unless `resample` is None.
+
+    Args:
+        in_channels: C of the input.
+        out_channels: C of the blocks and the output.
+        num_blocks: residual blocks.
+        resample: "spatial", "spacetime" or None.
+        shortcut: add a parameter-free shortcut around the stage (Wan 2.2).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        resample: str | None,
+        *,
+        shortcut: bool,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.blocks = nn.ModuleList(map(ResidualBlock, widths[:-1], widths[1:]))
+        temporal = resample == "spacetime"
+        self.downsample = Downsample(out_channels, temporal=temporal) if resample else None
+        self.shortcut: MeanDown | None = None
+        if shortcut:
+            self.shortcut = MeanDown(in_channels, out_channels, 1 + temporal, 2 if resample else 1)
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, C_in, T, H, W] -> [B, C_out, T', H', W']."""
+        y = x
+        for block in self.blocks:
+            y = block(y, cache)
+        if self.downsample is not None:
+            y = self.downsample(y, cache)
+        return y if self.shortcut is None else y + self.shortcut(x)
+
+
+class UpStage(nn.Module):
+    """Residual blocks, then upsampling unless `resample` is None.
+
+    Args:
+        in_channels: C of the input.
+        out_channels: C of the blocks.
+        num_blocks: residual blocks.
+        resample: "spatial", "spacetime" or None.
+        shortcut: add a parameter-free shortcut around the stage and keep the width (Wan 2.2);
+            without it, upsampling halves the width (Wan 2.1).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        resample: str | None,
+        *,
+        shortcut: bool,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.blocks = nn.ModuleList(map(ResidualBlock, widths[:-1], widths[1:]))
+        temporal = resample == "spacetime"
+        self.upsample: Upsample | None = None
+        self.shortcut: RepeatUp | None = None
+        if resample:
+            width = out_channels if shortcut else out_channels // 2
+            self.upsample = Upsample(out_channels, width, temporal=temporal)
+            if shortcut:
+                self.shortcut = RepeatUp(in_channels, out_channels, 1 + temporal, 2)
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, C_in, T, H, W] -> [B, C_out', T', H', W']."""
+        y = x
+        for block in self.blocks:
+            y = block(y, cache)
+        if self.upsample is not None:
+            y = self.upsample(y, cache)
+        if self.shortcut is None:
+            return y
+        return y + self.shortcut(x, first=cache is None or cache.position == 0)
