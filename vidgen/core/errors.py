@@ -4,6 +4,9 @@ The command line prints the message after `error: ` and leaves with `exit_code`;
 catches `VidgenError`. Broken invariants of our own are assertions, never these.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class VidgenError(Exception):
     """Something went wrong that the message explains; the base of all errors raised on purpose."""
@@ -33,3 +36,10 @@ class Cancelled(VidgenError):
     """The work was stopped from outside, by Ctrl-C or by a callback."""
 
     exit_code = 130
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """What to put after "unknown 'word'; ": the closest choice, or all of them."""
+    known = sorted(choices)
+    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"

@@ -1,0 +1,111 @@
+import dataclasses
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vidgen.core.config import dump
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": " \n\t"}, "the prompt is empty"),
+        ({"prompt": "a" * 2001}, "prompt has 2001 characters; shorten it to 2000"),
+        ({"prompt": 3}, "prompt must be text"),
+        ({"negative": "n" * 3000}, "negative has 3000 characters"),
+        ({"seed": -1}, "seed is -1; give a whole number from 0"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"seed": 1.5}, "seed is 1.5; give a whole number"),
+        ({"frames": 0}, "frames is 0; give a whole number from 1"),
+        ({"frames": -3}, "frames is -3"),
+        ({"seconds": 0}, "seconds is 0; give a number above 0"),
+        ({"seconds": math.nan}, "seconds is nan"),
+        ({"seconds": math.inf}, "seconds is inf; .* 3600 at most"),
+        ({"seconds": 2, "frames": 9}, "seconds and frames are both given"),
+        ({"fps": 0}, "fps is 0; give a number above 0"),
+        ({"fps": "1/0"}, "fps is '1/0'; give a number or one such as 24000/1001"),
+        ({"fps": math.nan}, "fps is nan"),
+        ({"fps": 1000}, "fps is 1000; .*240 at most"),
+        ({"size": "128"}, "size is '128'; give width and height"),
+        ({"size": "0x128"}, "size is 0; give a whole number from 16 to 8192"),
+        ({"size": (128, 100000)}, "size is 100000"),
+        ({"size": (128,)}, "give width and height"),
+        ({"fit": "stretch"}, "fit is 'stretch'; known: crop, pad"),
+        ({"steps": 0}, "steps is 0; give a whole number from 1 to 1000"),
+        ({"steps": True}, "steps is True"),
+        ({"guidance": math.nan}, "guidance is nan; give a number from 0 to 100"),
+        ({"guidance": -1}, "guidance is -1"),
+        ({"guidance": "high"}, "guidance is 'high'"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
+        ({"guidance_interval": (0.2, math.nan)}, "guidance_interval"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; give a number from 0 to 1"),
+        ({"shift": 0}, "shift is 0; give a number above 0"),
+        ({"strength": 0.5}, "strength needs video"),
+        ({"strength": 1.1, "video": "a.mp4"}, "strength is 1.1"),
+        ({"mask": "m.png"}, "mask needs video or image"),
+        ({"frame": ["a.png"]}, "frame holds 'a.png'; give pairs"),
+        ({"frame": [(-1, "a.png")]}, "frame is -1; give a number from 0"),
+        ({"count": 0}, "count is 0; give a whole number from 1"),
+        ({"dtype": "fp8"}, "dtype is 'fp8'; did you mean 'fp"),
+    ],
+)
+def test_bad_values_are_refused_with_value_limit_and_remedy(options, message):
+    with pytest.raises(InputError, match=message):
+        Request(**{"prompt": "a cat", **options})
+
+
+def test_a_misspelt_option_names_the_nearest():
+    with pytest.raises(InputError, match="unknown option 'sede'; did you mean 'seed'"):
+        Request.of("a cat", {"sede": 3})
+    assert Request.of("a cat", {"seed": 3}) == Request(prompt="a cat", seed=3)
+
+
+def test_values_are_brought_to_one_form():
+    request = Request(
+        prompt="a cat", size="160x96", fps=12, frame=[[1, "a.png"]], reference="r.png",
+        guidance_interval=[0, 1],
+    )
+    assert request.size == (160, 96)
+    assert request.fps == Fraction(12)
+    assert request.frame == ((1, "a.png"),)
+    assert request.reference == ("r.png",)
+    assert request.guidance_interval == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given_fps", "meant"),
+    [
+        (23.976, Fraction(24000, 1001)), (29.97, Fraction(30000, 1001)), (12.5, Fraction(25, 2)),
+        ("24000/1001", Fraction(24000, 1001)), (24.0, Fraction(24)),
+        ("59.94", Fraction(60000, 1001)),
+    ],
+)
+def test_frame_rates_are_exact(given_fps, meant):
+    assert Request(prompt="a cat", fps=given_fps).fps == meant
+
+
+def test_a_request_is_frozen_and_reseeded_by_copy():
+    request = Request(prompt="a cat", count=3, steps=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.seed = 3
+    again = request.with_seed(7)
+    assert (again.seed, again.count, again.steps) == (7, 1, 4)
+
+
+@given(
+    prompt=st.text(min_size=1, max_size=50).filter(str.strip),
+    seed=st.integers(0, 2**63 - 1),
+    guidance=st.floats(0, 100),
+    size=st.tuples(st.integers(16, 8192), st.integers(16, 8192)),
+    fps=st.fractions(Fraction(1, 10), 240, max_denominator=1001),
+)
+def test_a_dumped_request_makes_the_same_request(prompt, seed, guidance, size, fps):
+    request = Request(prompt=prompt, seed=seed, guidance=guidance, size=size, fps=fps)
+    values = dump(request)
+    assert Request.of(values.pop("prompt"), values) == request

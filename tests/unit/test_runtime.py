@@ -1,0 +1,126 @@
+import hashlib
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from vidgen.core.errors import InputError, OutputError
+from vidgen.core.runtime import (
+    atomic_path,
+    atomic_write,
+    check_output,
+    choose_device,
+    fingerprint,
+    megabytes,
+    sha256_file,
+)
+
+
+def names(folder):
+    return [path.name for path in folder.iterdir()]
+
+
+def test_atomic_write_replaces_whole_files(tmp_path):
+    path = tmp_path / "a"
+    atomic_write(path, b"old")
+    atomic_write(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    atomic_write(path, b"old")
+
+    def fail(file):
+        file.write(b"half")
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        atomic_write(path, fail)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with atomic_path(tmp_path / "out") as folder:
+        folder.mkdir()
+        (folder / "x").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "x").read_text() == "1"
+
+    def fail():
+        with atomic_path(tmp_path / "out") as folder:
+            folder.mkdir()
+            (folder / "none" / "y").touch()
+
+    with pytest.raises(OutputError, match="No such file"):
+        fail()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["x"]
+
+
+def test_an_existing_output_is_refused_unless_told(tmp_path):
+    path = tmp_path / "a.mp4"
+    check_output(path)
+    path.touch()
+    with pytest.raises(OutputError, match="exists; give --overwrite"):
+        check_output(path)
+    check_output(path, overwrite=True)
+    assert names(tmp_path) == ["a.mp4"]
+
+
+@pytest.mark.parametrize("place", ["none/a.mp4", "/proc/a.mp4", f"{'n' * 300}.mp4"])
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, place):
+    with pytest.raises(OutputError, match="can't be written"):
+        check_output(tmp_path / place)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_with_other_things_is_never_replaced(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").touch()
+    with pytest.raises(OutputError, match="other files"):
+        check_output(tmp_path / "work", overwrite=True)
+
+
+def test_lack_of_space_is_found_before_the_work(tmp_path):
+    with pytest.raises(OutputError, match=r"may need .* MB, but only .* MB are free"):
+        check_output(tmp_path / "a.mp4", num_bytes=10**18)
+
+
+def test_a_full_disk_says_what_was_written_and_what_is_free(tmp_path):
+    program = (
+        "import resource, sys; from vidgen.core.runtime import atomic_write\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, {resource.RLIM_INFINITY}))\n"
+        "atomic_write(sys.argv[1], bytes(2 << 20))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a.bin")],
+        capture_output=True, text=True, check=False,
+    )
+    assert "OutputError: no space left for" in done.stderr
+    assert "1.0 MB written" in done.stderr
+    assert names(tmp_path) == []
+
+
+def test_hash_and_sizes(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc" * 1000)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(b"abc" * 1000).hexdigest()
+    assert megabytes(1_250_000) == "1.2 MB"
+    assert megabytes(999) == "999 bytes"
+
+
+def test_devices_are_checked_by_name():
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        choose_device("gpu")
+    with pytest.raises(InputError, match="not here"):
+        choose_device("cuda:99")
+
+
+def test_the_fingerprint_names_what_bits_depend_on():
+    print_ = fingerprint()
+    assert {"vidgen", "torch", "libavcodec", "cpu", "threads"} <= print_.keys()
+    assert all(value for key, value in print_.items() if key != "gpu")

@@ -1,0 +1,260 @@
+"""Strict configs: YAML or JSON in, frozen dataclasses out, and back again.
+
+Nothing is guessed and nothing ignored: an unknown key is an error that names the nearest known one,
+a value of the wrong type says where it stands and what is expected there.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from vidgen.core.errors import InputError, nearest
+
+T = TypeVar("T")
+
+
+class Located(dict[str, Any]):
+    """A mapping read from YAML that remembers the line of each of its keys."""
+
+    def __init__(self, items: Mapping[str, Any], lines: Mapping[str, int]) -> None:
+        super().__init__(items)
+        self.lines = dict(lines)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML 1.2's scalars (`1e-4` is a number, `no` and `1:30` are text) and no key twice."""
+
+    def locate(self, node: yaml.MappingNode) -> Iterator[Located]:
+        mapping = Located({}, {})
+        yield mapping  # known before it is filled, as an alias may point back to it
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise InputError(f"line {line}: the key {key!r} is not text; write it in quotes")
+            if key in mapping:
+                raise InputError(f"line {line}: the key {key!r} stands here for a second time")
+            mapping[key] = self.construct_object(value_node, deep=True)
+            mapping.lines[key] = line
+
+
+_StrictLoader.yaml_implicit_resolvers = {}
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _StrictLoader.locate)
+for _tag, _pattern, _first in (
+    ("null", r"(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"[-+]?[0-9]+$", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+    ("float", r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$", list("-+.")),
+):
+    _StrictLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first
+    )
+
+
+def load_yaml(path: str | Path) -> Located:
+    """Read one YAML file whose top is a mapping.
+
+    Raises:
+        InputError: missing, not text, not YAML, a key twice, or no mapping at the top.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"config {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path} can't be read as text: {error}") from None
+    try:
+        value = _parse(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"config {path} is not YAML: {error}") from None
+    except InputError as error:
+        raise InputError(f"config {path}, {error}") from None
+    if value is None:
+        value = Located({}, {})
+    if not isinstance(value, Located):
+        raise InputError(f"config {path} must be a mapping `key: value`, not {_kind(value)}")
+    return value
+
+
+def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> Located:
+    """A copy of `mapping` with `a.b=value` written in; values are YAML, numbers index lists.
+
+    Raises:
+        InputError: no `=`, or a step of the path is neither a mapping nor a list that long.
+    """
+    result: Any = _copy(mapping)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not (path and equals):
+            raise InputError(f"override {override!r} must read key=value, such as optim.lr=1e-4")
+        try:
+            value = _parse(text)
+        except yaml.YAMLError:
+            value = text
+        target = result
+        *parents, last = path.split(".")
+        for step in parents:
+            target = _descend(target, step, override)
+        if isinstance(target, list):
+            _descend(target, last, override)
+            target[int(last)] = value
+        elif isinstance(target, dict):
+            target[last] = value
+        else:
+            raise InputError(f"override {override!r}: what holds {last!r} is no mapping or list")
+    assert isinstance(result, Located)
+    return result
+
+
+def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
+    """Make a dataclass from a mapping, nested ones included.
+
+    Args:
+        kind: a dataclass; its fields may be scalars, Literal, Optional and other unions, tuples,
+            lists, dicts with text keys, paths, fractions and dataclasses.
+        mapping: its fields by name; fields with a default may be left out.
+        where: what the mapping is, for messages: a file's name, a key's path.
+
+    Raises:
+        InputError: an unknown or missing key, or a value of the wrong type.
+    """
+    assert is_dataclass(kind)
+    known: dict[str, Field[Any]] = {field.name: field for field in fields(kind) if field.init}
+    lines = getattr(mapping, "lines", {})
+    for key in mapping:
+        if key not in known:
+            line = f", line {lines[key]}" if key in lines else ""
+            raise InputError(f"{where}{line}: unknown key {key!r}; {nearest(str(key), known)}")
+    for name, field in known.items():
+        if name not in mapping and field.default is MISSING and field.default_factory is MISSING:
+            raise InputError(f"{where}: the key {name!r} is missing")
+    hints = get_type_hints(kind)
+    values = {}
+    for key, value in mapping.items():
+        line = f", line {lines[key]}" if key in lines else ""
+        values[key] = _convert(hints[key], value, f"{where}{line}: {key}")
+    return kind(**values)
+
+
+def dump(value: Any) -> Any:
+    """Plain JSON and YAML data from a dataclass: tuples become lists, paths and fractions text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: dump(getattr(value, f.name)) for f in fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {str(key): dump(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [dump(item) for item in value]
+    if isinstance(value, Path | Fraction):
+        return str(value)
+    return value
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds plain data only
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        items = {key: _copy(item) for key, item in value.items()}
+        return Located(items, getattr(value, "lines", {}))
+    if isinstance(value, list | tuple):
+        return [_copy(item) for item in value]
+    return value
+
+
+def _descend(target: Any, step: str, override: str) -> Any:
+    if isinstance(target, dict):
+        return target.setdefault(step, Located({}, {}))
+    if isinstance(target, list) and step.isdigit() and int(step) < len(target):
+        return target[int(step)]
+    found = f"a list of {len(target)}" if isinstance(target, list) else _kind(target)
+    raise InputError(f"override {override!r}: {step!r} leads nowhere in {found}")
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "nothing", dict: "a mapping", Located: "a mapping", list: "a list"}
+    return names.get(type(value), f"{type(value).__name__} {value!r}")
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check `value` against a type hint and convert what YAML can't express itself."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(args, value, where)
+    if origin is Literal:
+        if value in args and type(value) in {type(arg) for arg in args}:
+            return value
+        known = [str(arg) for arg in args]
+        raise InputError(f"{where} is {value!r}; {nearest(str(value), known)}")
+    if origin is tuple and isinstance(value, list | tuple):
+        hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(hints) != len(value):
+            raise InputError(f"{where} has {len(value)} entries; it must have {len(hints)}")
+        pairs = zip(hints, value, strict=True)
+        return tuple(_convert(h, item, f"{where}[{i}]") for i, (h, item) in enumerate(pairs))
+    if origin is list and isinstance(value, list | tuple):
+        return [_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, Mapping):
+            return build(hint, value, where)
+    elif isinstance(hint, type):
+        return _convert_scalar(hint, value, where)
+    raise InputError(f"{where} must be {_describe(hint)}, not {_kind(value)}")
+
+
+def _convert_union(hints: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in hints:
+        return None
+    options = [hint for hint in hints if hint is not type(None)]
+    if len(options) == 1:
+        return _convert(options[0], value, where)
+    for hint in options:
+        try:
+            return _convert(hint, value, where)
+        except InputError:
+            continue
+    expected = " or ".join(_describe(hint) for hint in options)
+    raise InputError(f"{where} must be {expected}, not {_kind(value)}")
+
+
+def _convert_scalar(hint: type, value: Any, where: str) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float and is_number:
+        return float(value)
+    if hint is int and is_number and float(value).is_integer():
+        return int(value)
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    if hint is Fraction and (is_number or isinstance(value, str | Fraction)):
+        try:
+            return Fraction(value)
+        except (ValueError, ZeroDivisionError):
+            pass
+    if hint in (dict, list) and isinstance(value, hint):
+        return value
+    raise InputError(f"{where} must be {_describe(hint)}, not {_kind(value)}")
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
+             Path: "a path", Fraction: "a number or fraction such as 24000/1001"}
+    if hint in names:
+        return names[hint]
+    return "a list" if get_origin(hint) in (tuple, list) else "a mapping"

@@ -1,0 +1,225 @@
+"""What a person asks for: the command line's long options, as one checked value.
+
+A field left None takes the model's own default. All that can be judged without a model is judged
+when the request is made; what needs strides, limits or files is judged where those are known.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from vidgen.core.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    Picture: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any]
+
+MAX_PROMPT = 2000
+MAX_SEED = 2**63 - 1
+_NEEDS = {"strength": ("video",), "mask": ("video", "image")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One generation; see `vidgen generate --help` for the same words.
+
+    Args:
+        prompt: what is to be seen, 1 to 2000 characters.
+        negative: what is not to be seen.
+        seed: 0 to 2**63 - 1; None draws one, which the recipe records.
+        seconds: length; the nearest reachable count is generated and trimmed. Excludes `frames`.
+        frames: exact number of frames, 1 modulo the model's temporal stride.
+        fps: frames per second, as a number or fraction.
+        size: (width, height) in pixels, or "WxH".
+        fit: how pictures of another aspect are brought to the clip's: "crop" or "pad".
+        steps: number of denoising steps.
+        guidance: classifier-free guidance scale; 1 is the conditional pass alone.
+        guidance_interval: (low, high) in sigma within which guidance acts.
+        guidance_rescale: 0 to 1, how far the guided velocity's deviation is brought back.
+        sampler: name of a sampler.
+        shift: of the noise schedule towards high noise, above 0.
+        image: the first frame, a path or uint8 [H, W, 3].
+        last_image: the last frame.
+        frame: (seconds, picture) pairs, known frames at any time.
+        reference: pictures of subjects that are to appear.
+        mask: picture or video, white where new content is wanted; needs `video` or `image`.
+        video: a clip to start from; with `strength`, to re-imagine.
+        strength: 0 keeps `video`, 1 ignores it.
+        count: how many clips, of seeds S, S + 1, ...
+        model: name or folder of the model; None is the engine's own.
+        dtype: "fp32", "bf16" or "fp16"; None is the machine's best.
+        latents: initial noise [B, C, F, h, w] instead of the seed's.
+
+    Raises:
+        InputError: on construction, with the value, the limit and the remedy.
+    """
+
+    prompt: str
+    negative: str | None = None
+    seed: int | None = None
+    seconds: float | None = None
+    frames: int | None = None
+    fps: Fraction | None = None
+    size: tuple[int, int] | None = None
+    fit: str = "crop"
+    steps: int | None = None
+    guidance: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float | None = None
+    sampler: str | None = None
+    shift: float | None = None
+    image: Picture | None = None
+    last_image: Picture | None = None
+    frame: tuple[tuple[float, Picture], ...] = ()
+    reference: tuple[Picture, ...] = ()
+    mask: Picture | None = None
+    video: Picture | None = None
+    strength: float | None = None
+    count: int = 1
+    model: str | None = None
+    dtype: str | None = None
+    latents: Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        convert = {
+            "fps": _fraction, "size": _size, "guidance_interval": _interval,
+            "frame": _pairs, "reference": _pictures,
+        }
+        for name, function in convert.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, function(value))
+        self.validate()
+
+    @classmethod
+    def of(cls, prompt: str, options: Mapping[str, Any]) -> Request:
+        """A request from keywords that may be misspelt.
+
+        Raises:
+            InputError: an unknown option, with the nearest known one, or a bad value.
+        """
+        known = {f.name for f in fields(cls)} - {"prompt"}
+        for name in options:
+            if name not in known:
+                raise InputError(f"unknown option {name!r}; {nearest(name, known)}")
+        return cls(prompt=prompt, **options)
+
+    def with_seed(self, seed: int) -> Request:
+        """The same request for one clip of this seed."""
+        return replace(self, seed=seed, count=1)
+
+    def validate(self) -> None:
+        """Refuse what no model could honour.
+
+        Raises:
+            InputError: with the value, the limit and the remedy.
+        """
+        _check_text("prompt", self.prompt)
+        if not self.prompt.strip():
+            raise InputError("the prompt is empty; say what is to be seen")
+        if self.negative is not None:
+            _check_text("negative", self.negative)
+        _check_whole("seed", self.seed, 0, MAX_SEED)
+        _check_whole("frames", self.frames, 1, 100_000)
+        _check_whole("steps", self.steps, 1, 1000)
+        _check_whole("count", self.count, 1, 1000)
+        _check_number("seconds", self.seconds, 0, 3600, above=True)
+        _check_number("fps", self.fps, 0, 240, above=True)
+        _check_number("guidance", self.guidance, 0, 100)
+        _check_number("guidance_rescale", self.guidance_rescale, 0, 1)
+        _check_number("shift", self.shift, 0, 100, above=True)
+        _check_number("strength", self.strength, 0, 1)
+        for side in self.size or ():
+            _check_whole("size", side, 16, 8192)
+        for seconds, _ in self.frame:
+            _check_number("frame", seconds, 0, 3600)
+        _check_choice("fit", self.fit, ("crop", "pad"))
+        _check_choice("dtype", self.dtype, ("fp32", "bf16", "fp16"))
+        if self.seconds is not None and self.frames is not None:
+            raise InputError("seconds and frames are both given; give one of them")
+        for name, needs in _NEEDS.items():
+            if getattr(self, name) is not None and all(getattr(self, n) is None for n in needs):
+                raise InputError(f"{name} needs {' or '.join(needs)}; add it or leave this out")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{name} must be text, not {value!r}")
+    if len(value) > MAX_PROMPT:
+        raise InputError(f"{name} has {len(value)} characters; shorten it to {MAX_PROMPT} at most")
+
+
+def _check_whole(name: str, value: Any, low: int, high: int) -> None:
+    if value is not None and (
+        not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high
+    ):
+        raise InputError(f"{name} is {value!r}; give a whole number from {low} to {high}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
+    if value is None:
+        return
+    is_number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (above and value == low):
+        span = f"above {low}, {high} at most" if above else f"from {low} to {high}"
+        shown = str(value) if isinstance(value, Fraction) else repr(value)
+        raise InputError(f"{name} is {shown}; give a number {span}")
+
+
+def _check_choice(name: str, value: str | None, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise InputError(f"{name} is {value!r}; {nearest(str(value), known)}")
+
+
+def _fraction(value: Any) -> Fraction:
+    try:
+        if isinstance(value, float) or (isinstance(value, str) and "." in value):
+            # 23.976 and 29.97 mean the broadcast rates n * 1000 / 1001.
+            number = float(value)
+            broadcast = Fraction(round(number) * 1000, 1001)
+            exact = Fraction(number).limit_denominator(1001)
+            return broadcast if abs(number - broadcast) < 1e-3 else exact
+        return Fraction(value)
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError):
+        raise InputError(f"fps is {value!r}; give a number or one such as 24000/1001") from None
+
+
+def _size(value: Any) -> tuple[int, int]:
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d{1,9})[xX×](\d{1,9})", value.strip())
+        if match:
+            return int(match[1]), int(match[2])
+    elif isinstance(value, Iterable):
+        sides = tuple(value)
+        if len(sides) == 2:
+            return sides
+    raise InputError(f"size is {value!r}; give width and height in pixels, such as 128x96")
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    ends = tuple(value) if isinstance(value, Iterable) else (value,)
+    if len(ends) == 2 and all(isinstance(end, int | float) for end in ends):
+        low, high = (float(end) for end in ends)
+        if 0 <= low < high <= 1 and math.isfinite(high):
+            return low, high
+    raise InputError(f"guidance_interval is {value!r}; give two rising numbers from 0 to 1")
+
+
+def _pairs(value: Any) -> tuple[tuple[float, Picture], ...]:
+    pairs = tuple(value)
+    for pair in pairs:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise InputError(f"frame holds {pair!r}; give pairs (seconds, picture)")
+    return tuple((seconds, picture) for seconds, picture in pairs)
+
+
+def _pictures(value: Any) -> tuple[Picture, ...]:
+    return (value,) if isinstance(value, str | os.PathLike) else tuple(value)

@@ -1,0 +1,190 @@
+"""The machine's side: writes that leave no half files, hashes, fingerprints, devices."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from vidgen import __version__
+from vidgen.core.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    import torch
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def sync(path: str | Path) -> None:
+    """Force a file's content, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; what was written there takes its name on leaving.
+
+    On an exception nothing is left: neither the temporary file or folder nor a changed target.
+
+    Raises:
+        OutputError: the place can't be written or the disk is full.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        if temporary.is_dir():
+            for entry in temporary.iterdir():
+                sync(entry)
+        sync(temporary)
+        if target.is_dir():
+            shutil.rmtree(target)
+        temporary.replace(target)
+        sync(target.parent)
+    except OSError as error:
+        raise write_error(target, error, temporary) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: str | Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Write a file so that readers see the old or the new content, never a part.
+
+    Raises:
+        OutputError: the place can't be written or the disk is full.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
+
+
+def write_error(target: Path, error: OSError, partial: Path | None = None) -> OutputError:
+    """An error of the operating system as a message that says what to do."""
+    if error.errno in _FULL:
+        written = partial.stat().st_size if partial and partial.is_file() else 0
+        free = shutil.disk_usage(target.parent).free
+        return OutputError(
+            f"no space left for {target}: {megabytes(written)} written, {megabytes(free)} free; "
+            "make room or choose another disk"
+        )
+    return OutputError(f"{target} can't be written: {error.strerror or error}")
+
+
+def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 0) -> None:
+    """Find out before long work whether its result can be written to `path`.
+
+    Args:
+        path: file or folder to be written.
+        overwrite: whether one that exists may be replaced.
+        num_bytes: upper estimate of its size.
+
+    Raises:
+        OutputError: it exists, its folder doesn't or can't be written, or lacks space.
+    """
+    target = Path(path)
+    folder = target.parent
+    try:
+        if target.exists() and not overwrite:
+            raise OutputError(f"{target} exists; give --overwrite or another name")
+        if target.is_dir() and any(p.suffix not in (".png", ".json") for p in target.iterdir()):
+            raise OutputError(f"{target} is a folder with other files in it; choose another name")
+        if not folder.is_dir():
+            raise OutputError(f"{target} can't be written: the folder {folder} does not exist")
+        probe = folder / f".{target.name}.{secrets.token_hex(4)}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise write_error(target, error) from error
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise OutputError(
+            f"{target} may need {megabytes(num_bytes)}, but only {megabytes(free)} are free; "
+            "make room or choose another disk"
+        )
+
+
+def megabytes(num_bytes: int) -> str:
+    """A size for people, in units of 1000."""
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes} bytes"
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name`; `auto` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}; give auto, cpu, cuda or cuda:N") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"device {name!r} is not here: torch sees {count} GPUs; give cpu or auto")
+    return device
+
+
+def set_threads(num_threads: int) -> None:
+    """Pin torch's threads; results on the CPU are bit-equal only for an equal count."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+
+@cache
+def cpu_name() -> str:
+    """The processor's model as the system names it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def fingerprint() -> dict[str, Any]:
+    """Versions, processor and threads that a result's bits may depend on."""
+    import av
+    import torch
+
+    libraries = av.library_versions
+    return {
+        "vidgen": __version__,
+        "python": platform.python_version(),
+        "system": f"{sys.platform}-{platform.machine()}",
+        "torch": torch.__version__,
+        "av": av.__version__,
+        "libavcodec": ".".join(map(str, libraries["libavcodec"])),
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+    }
