@@ -1,4 +1,4 @@
-"""Plain data and callables that rooms of one level hand to each other; importing this loads no torch.
+"""Plain data and callables that rooms of one level hand to each other; loads no torch itself.
 
 Axes: B batch, C latent channels, F latent frames, K key stills, h w latent rows and columns.
 """
@@ -19,7 +19,7 @@ class KeyTokens:
 
     Attributes:
         latents: [B, C, K, h, w], each still encoded alone, normalised like the clip's latents.
-        positions: [B, K] float32, on the latent-frame axis of RoPE; fractions and negatives allowed.
+        positions: [B, K] float32, on RoPE's axis of latent frames; may be fractions or negative.
         valid: [B, K] bool, or None when all are; attention must not see a row that is not valid.
     """
 

@@ -1,0 +1,351 @@
+"""The one mechanism for conditions: known values in the latents, and known stills beside them.
+
+A task is a `LatentState` with conditions written into it. Known latents stand in place with
+sigma = 0 for their tokens (as Wan 2.2 TI2V-5B has its first frame); a still for a later moment
+can't stand in place, since a latent frame there stands for `stride_t` frames, so it joins as extra
+tokens at its own time position. Sampling and training build the model's input by the same function.
+
+Axes: B batch, C latent channels, F latent frames, K key stills, h w latent rows and columns,
+T H W frames, pixel rows and columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import KeyTokens
+from vidgen.core.shapes import Strides
+from vidgen.diffusion.flow import add_noise
+
+FIRST_REFERENCE_POSITION = -4.0
+REFERENCE_SPACING = 2.0
+
+
+@dataclass(frozen=True)
+class LatentState:
+    """Latents on their way from noise to a clip, and all that is known of the clip beforehand.
+
+    Attributes:
+        latents: [B, C, F, h, w], the starting noise, or where sampling has come to.
+        clean: [B, C, F, h, w], the known values; anything where not known.
+        denoise_mask: [B, 1, F, h, w] bool, True where latents are to be generated.
+        keys: known stills at times of their own, or None.
+    """
+
+    latents: Tensor
+    clean: Tensor
+    denoise_mask: Tensor
+    keys: KeyTokens | None = None
+
+    @property
+    def any_known(self) -> bool:
+        """Whether any latent in place is known."""
+        return not bool(self.denoise_mask.all())
+
+    def impose(self, latents: Tensor) -> Tensor:
+        """Write the known values into latents, exactly; a sampler's `project`."""
+        return torch.where(self.denoise_mask, latents, self.clean.to(latents))
+
+
+def new_state(noise: Tensor) -> LatentState:
+    """A state with nothing known: text-to-video."""
+    mask = torch.ones_like(noise[:, :1], dtype=torch.bool)
+    return LatentState(latents=noise, clean=torch.zeros_like(noise), denoise_mask=mask)
+
+
+def prefix(state: LatentState, latents: Tensor) -> LatentState:
+    """The clip begins with these latent frames, [B or 1, C, n, h, w]: extension.
+
+    Raises:
+        InputError: a prefix that leaves nothing to generate.
+    """
+    count, total = latents.shape[2], state.latents.shape[2]
+    if count >= total:
+        raise InputError(
+            f"a beginning of {count} latent frames leaves nothing to generate in a clip of {total}"
+        )
+    clean, mask = state.clean.clone(), state.denoise_mask.clone()
+    clean[:, :, :count] = latents.to(clean)
+    mask[:, :, :count] = False
+    return replace(state, clean=clean, denoise_mask=mask)
+
+
+def first_frame(state: LatentState, latent: Tensor) -> LatentState:
+    """The clip begins with a still, encoded alone: [B or 1, C, 1, h, w]."""
+    assert latent.shape[2] == 1
+    return prefix(state, latent)
+
+
+def mask(state: LatentState, latents: Tensor, denoise_mask: Tensor) -> LatentState:
+    """Keep a clip's latents [B or 1, C, F, h, w] where `denoise_mask` [B or 1, 1, F, h, w] is 0."""
+    known = (~(denoise_mask > 0)).expand_as(state.denoise_mask)
+    return replace(
+        state,
+        clean=torch.where(known, latents.to(state.clean), state.clean),
+        denoise_mask=state.denoise_mask & ~known,
+    )
+
+
+def video_at_strength(state: LatentState, latents: Tensor, start_sigma: float) -> LatentState:
+    """Start from a clip instead of noise: video-to-video (SDEdit, Meng et al. 2022, Alg. 1).
+
+    Args:
+        state: whose `latents` are still the starting noise.
+        latents: the clip's, [B or 1, C, F, h, w].
+        start_sigma: sigmas[0] of `make_sigmas(..., strength=X)`. At strength 0 sampling takes no
+            step and gives the clip back; at 1 the noise stays untouched, bit for bit.
+    """
+    return replace(state, latents=add_noise(latents.to(state.latents), state.latents, start_sigma))
+
+
+def keyframe(state: LatentState, latent: Tensor, frame_index: int, strides: Strides) -> LatentState:
+    """Show a still, encoded alone [B or 1, C, 1, h, w], at frame `frame_index` of the clip.
+
+    Raises:
+        InputError: a frame that the clip doesn't have.
+    """
+    num_frames = 1 + (state.latents.shape[2] - 1) * strides.t
+    if not 0 <= frame_index < num_frames:
+        raise InputError(
+            f"frame {frame_index} is not in the clip: it has frames 0 to {num_frames - 1}"
+        )
+    if frame_index == 0:
+        return first_frame(state, latent)
+    return _append_key(state, latent, keyframe_position(frame_index, strides))
+
+
+def last_frame(state: LatentState, latent: Tensor, strides: Strides) -> LatentState:
+    """The clip ends with a still, encoded alone: [B or 1, C, 1, h, w]."""
+    return keyframe(state, latent, (state.latents.shape[2] - 1) * strides.t, strides)
+
+
+def reference(state: LatentState, latent: Tensor, index: int = 0) -> LatentState:
+    """Show a still of a subject, [B or 1, C, 1, h, w], outside of the clip's time."""
+    return _append_key(state, latent, reference_position(index))
+
+
+def keyframe_position(frame_index: int, strides: Strides) -> float:
+    """Where a frame lies on the latent frames' axis.
+
+    Latent frame i >= 1 stands for frames t * (i - 1) + 1 to t * i; its position i is their centre.
+    """
+    return 0.0 if frame_index == 0 else (frame_index + (strides.t - 1) / 2) / strides.t
+
+
+def reference_position(index: int) -> float:
+    """The time position reserved for the n-th reference image: before the clip, well apart."""
+    return FIRST_REFERENCE_POSITION - REFERENCE_SPACING * index
+
+
+def denoise_inputs(state: LatentState, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model gets to see of a state at a noise level, besides `state.keys`.
+
+    Args:
+        state: its `latents` at `sigma`; use `dataclasses.replace` to put others in.
+        sigma: [B].
+
+    Returns:
+        (latents, sigma): with nothing known, both as they are; else the latents with the known
+        values written in, and sigma for every latent, [B, F, h, w], 0 where known.
+    """
+    if not state.any_known:
+        return state.latents, sigma
+    grid = sigma.view(-1, 1, 1, 1) * state.denoise_mask[:, 0].to(sigma.dtype)
+    return state.impose(state.latents), grid
+
+
+def latent_mask(pixels: Tensor, strides: Strides, *, patch: int = 1) -> Tensor:
+    """Shrink a mask of pixels to one of latents; a latent touched by any set pixel is set.
+
+    Args:
+        pixels: [B, 1, T, H, W], set (over 0.5) where to generate; T = 1 + stride_t * (F - 1).
+        strides: the VAE's.
+        patch: latents a side of one token; a token is generated or known as a whole.
+
+    Returns:
+        [B, 1, F, h, w] bool.
+    """
+    side = strides.hw * patch
+    touched = (pixels > 0.5).float()
+    head = F.max_pool3d(touched[:, :, :1], (1, side, side))
+    parts = [head]
+    if touched.shape[2] > 1:
+        parts.append(F.max_pool3d(touched[:, :, 1:], (strides.t, side, side)))
+    coarse = torch.cat(parts, dim=2) > 0
+    return coarse.repeat_interleave(patch, dim=3).repeat_interleave(patch, dim=4)
+
+
+def _append_key(state: LatentState, latent: Tensor, position: float) -> LatentState:
+    batch = state.latents.shape[0]
+    latents = latent.to(state.latents).expand(batch, -1, -1, -1, -1)
+    positions = torch.full((batch, 1), position, device=latents.device)
+    if state.keys is None:
+        return replace(state, keys=KeyTokens(latents, positions))
+    assert state.keys.valid is None, "stills can't be added to a ragged batch"
+    keys = KeyTokens(
+        latents=torch.cat([state.keys.latents, latents], dim=2),
+        positions=torch.cat([state.keys.positions, positions], dim=1),
+    )
+    return replace(state, keys=keys)
+
+
+@dataclass(frozen=True)
+class ConditionMix:
+    """How often training draws each condition; the weights needn't sum to 1.
+
+    Attributes:
+        text: nothing but the caption.
+        first: the first frame.
+        last: the last frame.
+        both: the first and the last frame.
+        frames: a random choice of a sample's stills.
+        prefix: a beginning of up to two thirds of the latent frames.
+        mask: a region kept through the whole clip.
+        reference: a probability of its own: how often a sample that has reference stills gets
+            them, beside whatever else was drawn.
+    """
+
+    text: float = 0.60
+    first: float = 0.15
+    last: float = 0.05
+    both: float = 0.05
+    frames: float = 0.05
+    prefix: float = 0.10
+    mask: float = 0.05
+    reference: float = 0.5
+
+
+@dataclass(frozen=True)
+class Stills:
+    """Stills of training clips, each encoded alone.
+
+    Attributes:
+        latents: [B, C, K, h, w].
+        frame_index: [B, K] int64: the frame of the clip that it shows; -1 - n for reference n.
+    """
+
+    latents: Tensor
+    frame_index: Tensor
+
+
+def training_conditions(
+    latents: Tensor,
+    generator: torch.Generator,
+    mix: ConditionMix,
+    strides: Strides,
+    *,
+    stills: Stills | None = None,
+    patch: int = 1,
+) -> LatentState:
+    """Draw a condition for each sample of a batch.
+
+    Args:
+        latents: the clips', clean, [B, C, F, h, w].
+        generator: a CPU generator.
+        mix: how often which; conditions that need stills or several frames, where there are none,
+            leave their share to the others.
+        strides: the VAE's.
+        stills: what last frames, frames at any time and references are taken from.
+        patch: latents a side of one token.
+
+    Returns:
+        A state with `clean = latents`; put the noised latents in by `dataclasses.replace`. The loss
+        counts where `denoise_mask` is True. Its keys hold as many columns as the fullest row needs
+        and are None when no row needs any.
+    """
+    batch, _, num_frames, height, width = latents.shape
+    known = torch.zeros(batch, 1, num_frames, height, width, dtype=torch.bool)
+    frame_index = torch.zeros(batch, 0, dtype=torch.long) if stills is None else stills.frame_index
+    frame_index = frame_index.cpu()
+    used = torch.zeros(frame_index.shape, dtype=torch.bool)
+    kinds = _draw_kinds(mix, batch, generator, several=num_frames > 1, stills=stills is not None)
+    for row, kind in enumerate(kinds):
+        if kind in {"first", "both"}:
+            known[row, :, :1] = True
+        if kind in {"last", "both"}:
+            used[row] = frame_index[row] == (num_frames - 1) * strides.t
+        if kind == "frames":
+            used[row] = (frame_index[row] > 0) & _draw_subset(len(used[row]), generator)
+        if kind == "prefix":
+            longest = max(1, 2 * num_frames // 3)
+            known[row, :, : _draw_int(1, longest, generator)] = True
+        if kind == "mask":
+            region = _draw_region(height // patch, width // patch, generator)
+            known[row] = region.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    has_reference = torch.rand(batch, 1, generator=generator) < mix.reference
+    used |= (frame_index < 0) & has_reference
+    keys = None if stills is None else _gather_keys(stills.latents, frame_index, used, strides)
+    return LatentState(latents, latents, ~known.to(latents.device), keys)
+
+
+def _draw_kinds(
+    mix: ConditionMix, batch: int, generator: torch.Generator, *, several: bool, stills: bool
+) -> list[str]:
+    possible = {"text", "mask"}
+    if several:
+        possible |= {"first", "prefix"}
+    if several and stills:
+        possible |= {"last", "both", "frames"}
+    names = [field.name for field in fields(mix) if field.name in possible]
+    weights = torch.tensor([getattr(mix, name) for name in names])
+    drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
+    return [names[i] for i in drawn.tolist()]
+
+
+def _draw_int(low: int, high: int, generator: torch.Generator) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _draw_subset(count: int, generator: torch.Generator) -> Tensor:
+    """[count] bool, never empty."""
+    chosen = torch.rand(count, generator=generator) < 0.5
+    chosen[_draw_int(0, count - 1, generator)] = True
+    return chosen
+
+
+def _draw_region(height: int, width: int, generator: torch.Generator) -> Tensor:
+    """[height, width] bool: a box or a half-plane, its inside or its outside; never all or none."""
+    top, left, bottom, right = 0, 0, height, width
+    if height > 1:
+        size = _draw_int(1, height - 1, generator)
+        top = _draw_int(0, height - size, generator)
+        bottom = top + size
+    if width > 1:
+        size = _draw_int(1, width - 1, generator)
+        left = _draw_int(0, width - size, generator)
+        right = left + size
+    shape = _draw_int(0, 3, generator)
+    if shape == 0 and width > 1:
+        top, left, bottom = 0, 0, height
+    elif shape == 1 and height > 1:
+        top, left, right = 0, 0, width
+    region = torch.zeros(height, width, dtype=torch.bool)
+    region[top:bottom, left:right] = True
+    return region ^ bool(_draw_int(0, 1, generator))
+
+
+def _gather_keys(
+    latents: Tensor, frame_index: Tensor, used: Tensor, strides: Strides
+) -> KeyTokens | None:
+    """The used stills, moved to the left of their rows."""
+    count = int(used.sum(1).max()) if used.numel() else 0
+    if count == 0:
+        return None
+    order = torch.argsort(used.int(), dim=1, descending=True, stable=True)[:, :count]
+    index = frame_index.gather(1, order)
+    shown = [
+        [keyframe_position(n, strides) if n >= 0 else reference_position(-1 - n) for n in row]
+        for row in index.tolist()
+    ]
+    rows = torch.arange(len(order))[:, None]
+    device = latents.device
+    return KeyTokens(
+        latents=latents.transpose(1, 2)[rows.to(device), order.to(device)].transpose(1, 2),
+        positions=torch.tensor(shown, device=device),
+        valid=used.gather(1, order).to(device),
+    )

@@ -1,0 +1,76 @@
+"""The one place of flow matching's conventions; everything else calls these.
+
+A clean clip and noise are joined by a straight line (Lipman et al. 2023, eq. 22; Liu et al. 2023):
+`noisy = (1 - sigma) * clean + sigma * noise`, so sigma = 1 is noise and sigma = 0 is the clip, and
+the model predicts the line's slope, `velocity = noise - clean`.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TIMESTEPS = 1000
+"""Models are told `timestep = TIMESTEPS * sigma`; nothing else uses timesteps."""
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """The point at `sigma` on the line from `clean` to `noise`; exact at both ends.
+
+    Args:
+        clean: [B, C, F, h, w].
+        noise: the same shape, standard normal.
+        sigma: a number, [B], or anything that broadcasts against [B, 1, F, h, w].
+    """
+    sigma = _per_sample(sigma, clean)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def velocity_of(clean: Tensor, noise: Tensor) -> Tensor:
+    """What the model learns to predict: the slope dnoisy/dsigma of the line."""
+    return noise - clean
+
+
+def denoised_of(noisy: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tensor:
+    """The clean end of the line that leaves `noisy` with slope `velocity`."""
+    return noisy - _per_sample(sigma, noisy) * velocity
+
+
+def to_timestep(sigma: Tensor, *, whole: bool = False) -> Tensor:
+    """What a model is told of the noise level.
+
+    Args:
+        sigma: any shape, in [0, 1].
+        whole: cut to a whole number, as diffusers' UniPC does before it calls Wan's transformer.
+    """
+    timestep = sigma.float() * TIMESTEPS
+    return timestep.floor() if whole else timestep
+
+
+def velocity_loss(
+    velocity: Tensor, clean: Tensor, noise: Tensor, denoise_mask: Tensor | None = None
+) -> Tensor:
+    """Mean squared error of the predicted velocity (Esser et al. 2024, eq. 2, unit weight).
+
+    Args:
+        velocity: the model's, [B, C, F, h, w].
+        clean: what was noised.
+        noise: what it was noised with.
+        denoise_mask: [B, 1, F, h, w] bool; known latents (False) don't count. None counts all.
+
+    Returns:
+        [B] float32, the mean over each sample's generated elements.
+    """
+    error = (velocity.float() - velocity_of(clean, noise).float()).square()
+    if denoise_mask is None:
+        return error.flatten(1).mean(1)
+    mask = denoise_mask.to(error.dtype).expand_as(error)
+    return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+
+
+def _per_sample(sigma: Tensor | float, like: Tensor) -> Tensor | float:
+    if isinstance(sigma, Tensor) and sigma.ndim == 1:
+        return sigma.view(-1, *[1] * (like.ndim - 1)).to(torch.float32)
+    return sigma

@@ -1,0 +1,97 @@
+"""Classifier-free guidance: a conditional and an unconditional velocity make one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import Denoise
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly, where and how tamely the prompt pulls.
+
+    Attributes:
+        scale: 1 is the conditional model alone, one call a step instead of two.
+        interval: (lowest, highest) sigma at which guidance applies (Kynkaanniemi et al. 2024);
+            outside of it the conditional model runs alone.
+        rescale: share, 0 to 1, of the result that gets the conditional velocity's contrast back.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < float("inf"):
+            raise InputError(f"guidance must be a number of at least 0, not {self.scale}")
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise InputError(f"a guidance interval must lie in 0..1 and rise, not {low}..{high}")
+        if not 0 <= self.rescale <= 1:
+            raise InputError(f"guidance rescale must lie in 0..1, not {self.rescale}")
+
+    def applies(self, sigma: float) -> bool:
+        """Whether a step at `sigma` needs the unconditional velocity."""
+        return self.scale != 1 and self.interval[0] <= sigma <= self.interval[1]
+
+
+def guide(
+    conditional: Tensor,
+    unconditional: Tensor,
+    scale: float,
+    *,
+    rescale: float = 0.0,
+    denoise_mask: Tensor | None = None,
+) -> Tensor:
+    """Extrapolate from the unconditional velocity (Ho & Salimans 2022, eq. 6).
+
+    Args:
+        conditional: [B, C, F, h, w].
+        unconditional: the same shape.
+        scale: 1 gives `conditional`, 0 gives `unconditional`.
+        rescale: phi of Lin et al. 2023, eq. 15-16: match the standard deviation of `conditional`.
+        denoise_mask: [B, 1, F, h, w] bool; only generated latents count in that deviation.
+    """
+    guided_velocity = unconditional + scale * (conditional - unconditional)
+    if rescale == 0:
+        return guided_velocity
+    contrast = _deviation(conditional, denoise_mask) / _deviation(guided_velocity, denoise_mask)
+    return guided_velocity * (rescale * contrast + (1 - rescale))
+
+
+def guided(
+    denoise_conditional: Denoise,
+    denoise_unconditional: Denoise,
+    guidance: Guidance,
+    *,
+    denoise_mask: Tensor | None = None,
+) -> Denoise:
+    """A model under guidance, callable like the models it is made of."""
+
+    def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+        velocity = denoise_conditional(latents, sigma)
+        if not guidance.applies(float(sigma[0])):
+            return velocity
+        other = denoise_unconditional(latents, sigma)
+        return guide(
+            velocity, other, guidance.scale, rescale=guidance.rescale, denoise_mask=denoise_mask
+        )
+
+    return denoise
+
+
+def _deviation(velocity: Tensor, mask: Tensor | None) -> Tensor:
+    """Each sample's standard deviation, [B, 1, 1, 1, 1]."""
+    axes = tuple(range(1, velocity.ndim))
+    if mask is None:
+        return velocity.std(dim=axes, keepdim=True)
+    weight = mask.to(velocity.dtype).expand_as(velocity)
+    count = weight.sum(axes, keepdim=True)
+    mean = (velocity * weight).sum(axes, keepdim=True) / count
+    variance = ((velocity - mean).square() * weight).sum(axes, keepdim=True) / (count - 1)
+    return torch.sqrt(variance)

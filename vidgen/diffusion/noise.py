@@ -1,0 +1,55 @@
+"""Starting noise that depends on nothing but (seed, stream, latent frame).
+
+So the n-th clip of a batch has the noise it would have alone, on any number of ranks, and a longer
+clip starts with the shorter one's noise. It is drawn on the CPU, whatever device samples from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vidgen.core.shapes import LatentShape
+
+SMALLEST_UNIFORM = 2.0**-54
+"""Half the grid of a float64 uniform draw: keeps the normal quantile of a drawn 0 finite."""
+
+
+def frame_seed(seed: int, stream: str, frame: int) -> int:
+    """The generator seed of one latent frame: the first 63 bits of a SHA-256, big-endian."""
+    digest = hashlib.sha256(f"vidgen noise 1|{seed}|{stream}|{frame}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def draw_noise(
+    seed: int | Sequence[int], shape: LatentShape, *, stream: str = "video", first_frame: int = 0
+) -> Tensor:
+    """Standard normal noise, a generator a latent frame.
+
+    Uniform float64 draws go through the normal quantile function and are then rounded to float32:
+    `torch.randn` takes other code paths on other processors, which would show in the last bit.
+
+    Args:
+        seed: one for each clip of the batch; a single number stands for a batch of one.
+        shape: of the whole batch.
+        stream: "video", "audio", ...: independent noise for one seed.
+        first_frame: latent frame of the clip that this noise starts with.
+
+    Returns:
+        [B, C, F, h, w] float32.
+    """
+    seeds = [seed] if isinstance(seed, int) else list(seed)
+    assert len(seeds) == shape.batch, f"{len(seeds)} seeds for a batch of {shape.batch}"
+    frame_dims = (shape.channels, shape.height, shape.width)
+    noise = torch.empty(shape.dims)
+    generator = torch.Generator("cpu")
+    for clip, clip_seed in enumerate(seeds):
+        for frame in range(shape.num_frames):
+            generator.manual_seed(frame_seed(clip_seed, stream, first_frame + frame))
+            uniform = torch.rand(frame_dims, generator=generator, dtype=torch.float64)
+            normal = torch.special.ndtri(uniform.clamp_(min=SMALLEST_UNIFORM))
+            noise[clip, :, frame] = normal.float()
+    return noise

@@ -1,0 +1,272 @@
+"""Samplers: pure functions from noise to clean latents that know no model.
+
+Each takes `denoise`, the starting latents [B, C, F, h, w] and falling sigmas, tells `on_step` after
+every step, and can go on from any `SamplerState` it told of, bit-equal to never having stopped.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import Denoise, OnStep, SamplerState, StepInfo
+from vidgen.diffusion.flow import denoised_of
+from vidgen.diffusion.schedule import steps_for_strength
+
+Project = Callable[[Tensor], Tensor]
+Step = Callable[[list[float], int, Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+UNIPC_SIGMA_MAX = 1 - 1e-6
+"""UniPC works in log-SNR, which is infinite at sigma = 1; diffusers stops short by the same."""
+
+
+def sample_euler(
+    denoise: Denoise,
+    noisy: Tensor,
+    sigmas: Tensor,
+    *,
+    on_step: OnStep | None = None,
+    project: Project | None = None,
+    resume: SamplerState | None = None,
+) -> Tensor:
+    """Integrate dx/dsigma = velocity with Euler steps (Karras et al. 2022, Alg. 1 without churn).
+
+    Args:
+        denoise: maps (latents [B, C, F, h, w], sigma [B]) to velocity of the same shape.
+        noisy: starting latents [B, C, F, h, w], at sigmas[0].
+        sigmas: [num_steps + 1], strictly falling, last value 0.
+        on_step: called with StepInfo after each step; raising Cancelled stops cleanly.
+        project: writes what is known into latents; applied after each step.
+        resume: where an earlier run with the same arguments had come to.
+
+    Returns:
+        Clean latents [B, C, F, h, w], float32.
+    """
+    return _integrate(_euler_step, denoise, noisy, _levels(sigmas), on_step, project, resume)
+
+
+def sample_unipc(
+    denoise: Denoise,
+    noisy: Tensor,
+    sigmas: Tensor,
+    *,
+    on_step: OnStep | None = None,
+    project: Project | None = None,
+    resume: SamplerState | None = None,
+) -> Tensor:
+    """Integrate with UniPC-2, data prediction, B2(h) (Zhao et al. 2023, Alg. 2, Table 5).
+
+    Each model call first corrects the point it was made at, then predicts the next one: second
+    order for the price of Euler. Arguments and result as in `sample_euler`; equal to diffusers'
+    `UniPCMultistepScheduler` with flow sigmas and flow prediction.
+    """
+    levels = [min(level, UNIPC_SIGMA_MAX) for level in _levels(sigmas)]
+    return _integrate(_unipc_step, denoise, noisy, levels, on_step, project, resume)
+
+
+SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc}
+
+
+def _integrate(
+    step: Step,
+    denoise: Denoise,
+    noisy: Tensor,
+    levels: list[float],
+    on_step: OnStep | None,
+    project: Project | None,
+    resume: SamplerState | None,
+) -> Tensor:
+    """Call the model and `step` from level to level; `step` returns (latents, *its history)."""
+    state = resume or SamplerState(0, noisy.float())
+    num_steps = len(levels) - 1
+    latents, history = state.latents, state.history
+    for i in range(state.step, num_steps):
+        velocity = denoise(latents, _batch_sigma(levels[i], latents)).float()
+        before = latents
+        latents, *rest = step(levels, i, before, velocity, history)
+        history = tuple(rest)
+        latents = project(latents) if project else latents
+        if on_step:
+            denoised = denoised_of(before, velocity, levels[i])
+            denoised = project(denoised) if project else denoised
+            state = SamplerState(i + 1, latents, history)
+            on_step(StepInfo(num_steps, levels[i], levels[i + 1], denoised, state))
+    return latents
+
+
+def _euler_step(
+    levels: list[float], i: int, latents: Tensor, velocity: Tensor, _: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    return (latents + (levels[i + 1] - levels[i]) * velocity,)
+
+
+def _unipc_step(
+    levels: list[float], i: int, latents: Tensor, velocity: Tensor, history: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Correct the point at level i, then predict level i + 1.
+
+    `history` is (corrected latents, denoised, denoised one earlier) of the step before; the last is
+    missing after the first step, and all are before it. The last step is of first order.
+    """
+    denoised = denoised_of(latents, velocity, levels[i])
+    if history:
+        latents = _unipc_correct(levels, i, denoised, *history)
+    earlier = history[1] if history and i < len(levels) - 2 else None
+    predicted = _unipc_predict(levels, i, latents, denoised, earlier)
+    return (predicted, latents, denoised, *history[1:2])
+
+
+def _unipc_predict(
+    levels: list[float], i: int, latents: Tensor, denoised: Tensor, earlier: Tensor | None
+) -> Tensor:
+    """UniP from level i to i + 1 (Zhao et al. 2023, eq. 9 without its last term)."""
+    if levels[i + 1] == 0:
+        return denoised
+    latents, scale, h = _exponential_step(levels[i], levels[i + 1], latents, denoised)
+    if earlier is not None:
+        ratio = (_half_log_snr(levels[i - 1]) - _half_log_snr(levels[i])) / h
+        latents = latents - (0.5 * scale / ratio) * (earlier - denoised)
+    return latents
+
+
+def _unipc_correct(
+    levels: list[float],
+    i: int,
+    denoised: Tensor,
+    origin: Tensor,
+    before: Tensor,
+    earlier: Tensor | None = None,
+) -> Tensor:
+    """UniC: redo the step from `origin` at level i - 1 to i, now that `denoised` there is known.
+
+    The weights solve R rho = b of Zhao et al. 2023, Theorem 3.1, in closed form for two points.
+    """
+    latents, scale, h = _exponential_step(levels[i - 1], levels[i], origin, before)
+    if earlier is None:
+        return latents - (0.5 * scale) * (denoised - before)
+    ratio = (_half_log_snr(levels[i - 2]) - _half_log_snr(levels[i - 1])) / h
+    phi_1 = math.expm1(-h)
+    phi_2 = phi_1 / -h - 1
+    phi_3 = phi_2 / -h - 0.5
+    b_1, b_2 = phi_2 / phi_1, 2 * phi_3 / phi_1
+    rho_earlier = (b_1 - b_2) / (1 - ratio)
+    rho = b_1 - rho_earlier
+    change = (rho_earlier / ratio) * (earlier - before) + rho * (denoised - before)
+    return latents - scale * change
+
+
+def _exponential_step(
+    sigma: float, sigma_next: float, latents: Tensor, denoised: Tensor
+) -> tuple[Tensor, float, float]:
+    """The exact solution for constant `denoised` (Lu et al. 2022, eq. 9): (latents, scale, h).
+
+    `h` is the step in half log-SNR and `scale` weighs the terms of higher order.
+    """
+    h = _half_log_snr(sigma_next) - _half_log_snr(sigma)
+    scale = (1 - sigma_next) * math.expm1(-h)
+    return (sigma_next / sigma) * latents - scale * denoised, scale, h
+
+
+def _half_log_snr(sigma: float) -> float:
+    return math.log1p(-sigma) - math.log(sigma)
+
+
+def scheduler_sigmas(scheduler: Any, num_steps: int, *, strength: float = 1.0) -> Tensor:
+    """The noise levels [steps + 1] that `sample_with_scheduler` will visit; the first is its start.
+
+    Raises:
+        InputError: a scheduler that is not a flow-matching one with rising noise, or that needs
+            more than a step count to set itself up.
+    """
+    config = dict(getattr(scheduler, "config", {}))
+    name = type(scheduler).__name__
+    prediction = config.get("prediction_type", "flow_prediction")
+    if prediction != "flow_prediction" or config.get("invert_sigmas"):
+        raise InputError(f"{name} as configured is no flow scheduler whose sigma 1 is noise")
+    if config.get("use_dynamic_shifting"):
+        raise InputError(f"{name}: set use_dynamic_shifting=False and give it a fixed shift")
+    steps = steps_for_strength(num_steps, strength)
+    scheduler.set_timesteps(num_steps)
+    sigmas: Tensor = torch.as_tensor(scheduler.sigmas).float().cpu()
+    if len(sigmas) != len(scheduler.timesteps) + 1 or float(sigmas.max()) > 1 + 1e-6:
+        raise InputError(f"{name}'s sigmas are no flow-matching noise levels in [0, 1]")
+    first = round((len(sigmas) - 1) * (1 - steps / num_steps))
+    return sigmas[first:]
+
+
+def sample_with_scheduler(
+    denoise: Denoise,
+    noisy: Tensor,
+    scheduler: Any,
+    num_steps: int,
+    *,
+    strength: float = 1.0,
+    generator: torch.Generator | None = None,
+    on_step: OnStep | None = None,
+    project: Project | None = None,
+    resume: SamplerState | None = None,
+) -> Tensor:
+    """Sample with any diffusers flow scheduler instance; its own shift and options hold.
+
+    A scheduler keeps memory that can't be read out in general, so the state's history is the
+    starting latents and every velocity so far, and resuming replays them without the model.
+
+    Args:
+        denoise: as in `sample_euler`.
+        noisy: starting latents [B, C, F, h, w], at `scheduler_sigmas(...)[0]`.
+        scheduler: diffusers' object; its state is overwritten.
+        num_steps: steps of a run from pure noise.
+        strength: starts later below 1, see `make_sigmas`.
+        generator: for schedulers that draw noise at each step; freshly seeded when resuming, too.
+        on_step: as in `sample_euler`.
+        project: as in `sample_euler`.
+        resume: as in `sample_euler`.
+
+    Returns:
+        Clean latents [B, C, F, h, w], float32.
+
+    Raises:
+        InputError: see `scheduler_sigmas`.
+    """
+    levels = scheduler_sigmas(scheduler, num_steps, strength=strength).tolist()
+    steps = len(levels) - 1
+    first = len(scheduler.timesteps) - steps
+    scheduler.set_begin_index(first)
+    start, *velocities = resume.history if resume else (noisy.float(),)
+    noise_source = {"generator": generator} if generator is not None else {}
+    latents = start
+    for i in range(steps):
+        known = i < len(velocities)
+        if not known:
+            velocities.append(denoise(latents, _batch_sigma(levels[i], latents)).float())
+        before = latents
+        timestep = scheduler.timesteps[first + i]
+        latents = scheduler.step(
+            velocities[i], timestep, before, return_dict=False, **noise_source
+        )[0].float()
+        latents = project(latents) if project else latents
+        if on_step and not known:
+            denoised = denoised_of(before, velocities[i], levels[i])
+            denoised = project(denoised) if project else denoised
+            state = SamplerState(i + 1, latents, (start, *velocities))
+            on_step(StepInfo(steps, levels[i], levels[i + 1], denoised, state))
+    return latents
+
+
+def _levels(sigmas: Tensor) -> list[float]:
+    levels: list[float] = sigmas.tolist()
+    assert levels[-1] == 0, f"the last sigma must be 0, not {levels[-1]}"
+    assert all(a > b for a, b in pairwise(levels)), f"sigmas must fall strictly, not {levels}"
+    return levels
+
+
+def _batch_sigma(level: float, latents: Tensor) -> Tensor:
+    return torch.full((latents.shape[0],), level, device=latents.device)

@@ -1,0 +1,95 @@
+"""Noise levels: the sigmas a sampler visits, and the sigmas training draws."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+
+
+def shifted(sigma: Tensor, shift: float) -> Tensor:
+    """Move noise levels towards 1, as larger clips need (Esser et al. 2024, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def make_sigmas(
+    num_steps: int,
+    shift: float = 1.0,
+    *,
+    strength: float = 1.0,
+    sigma_min: float = 0.0,
+    reach_min: bool = False,
+) -> Tensor:
+    """The noise levels of a run: evenly spaced, then shifted.
+
+    `sigma_min=0.001` gives the levels of diffusers' UniPC with flow sigmas (what Wan's folders
+    name); `sigma_min=shift*0.001/(1+(shift-1)*0.001), reach_min=True` those of its flow Euler.
+
+    Args:
+        num_steps: steps of a run from pure noise.
+        shift: see `shifted`; 1 leaves the levels evenly spaced.
+        strength: where to start, in unshifted sigma: 1 from noise, with all steps; less starts
+            later and takes `num_steps * strength` of them, rounded, at least one; 0 takes none.
+        sigma_min: unshifted level the even spacing aims at.
+        reach_min: stop there once before the last step to 0, instead of replacing it by 0.
+
+    Returns:
+        [steps + 1] float32, strictly falling, last value 0.
+
+    Raises:
+        InputError: a count, shift or strength out of range.
+    """
+    steps = steps_for_strength(num_steps, strength)
+    if not (math.isfinite(shift) and shift > 0):
+        raise InputError(f"shift must be a positive number, not {shift}")
+    if steps == 0:
+        return torch.zeros(1)
+    if reach_min:
+        levels = torch.linspace(strength, sigma_min, steps, dtype=torch.float64)
+    else:
+        levels = torch.linspace(strength, sigma_min, steps + 1, dtype=torch.float64)[:-1]
+    sigmas = torch.cat([shifted(levels, shift), torch.zeros(1, dtype=torch.float64)])
+    return sigmas.float()
+
+
+def steps_for_strength(num_steps: int, strength: float) -> int:
+    """How many of `num_steps` a run at `strength` takes: all at 1, none at 0, else at least one."""
+    if num_steps < 1:
+        raise InputError(f"steps must be at least 1, not {num_steps}")
+    if not 0 <= strength <= 1:
+        raise InputError(f"strength must lie in [0, 1], not {strength}")
+    return max(1, round(num_steps * strength)) if strength > 0 else 0
+
+
+def draw_sigmas(
+    batch: int,
+    generator: torch.Generator,
+    *,
+    shift: float = 1.0,
+    mean: float | None = 0.0,
+    std: float = 1.0,
+) -> Tensor:
+    """Noise levels for a batch of training samples.
+
+    The uniform draw is spread evenly over the batch, one sample a stratum (Kingma et al. 2021,
+    appendix I.1): the same distribution with a steadier loss.
+
+    Args:
+        batch: how many.
+        generator: a CPU generator.
+        shift: applied after the draw, see `shifted`.
+        mean: of the logit-normal density (Esser et al. 2024, eq. 19); None draws uniformly.
+        std: of the logit-normal density.
+
+    Returns:
+        [B] float32 in (0, 1), in random order.
+    """
+    strata = torch.randperm(batch, generator=generator).double()
+    uniform = (strata + torch.rand(batch, generator=generator, dtype=torch.float64)) / batch
+    uniform = uniform.clamp(1e-6, 1 - 1e-6)
+    if mean is not None:
+        uniform = torch.sigmoid(mean + std * torch.special.ndtri(uniform))
+    return shifted(uniform, shift).float()

@@ -1,0 +1,347 @@
+"""The text encoder: UMT5, from a toy of a million weights to UMT5-XXL, and its tokenizer.
+
+Modules carry transformers' names, so a folder that `UMT5EncoderModel.save_pretrained` wrote loads
+key by key, and the other way round; transformers itself takes two seconds to import and isn't
+needed. UMT5 is T5 v1.1 (Raffel et al. 2020; Shazeer 2020, gated GELU) with a relative position bias
+of its own in every layer (Chung et al. 2023).
+
+Axes: B batch, S text tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vidgen.core.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+EOS, PAD = "</s>", "<pad>"
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+SPECIAL = re.compile(r"<[^<>\s]*>")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Architecture of a UMT5 encoder; the names behind the fields are transformers'."""
+
+    vocab_size: int  # vocab_size
+    hidden_dim: int  # d_model
+    head_dim: int  # d_kv
+    ffn_dim: int  # d_ff
+    num_layers: int  # num_layers
+    num_heads: int  # num_heads
+    num_buckets: int = 32  # relative_attention_num_buckets
+    max_distance: int = 128  # relative_attention_max_distance
+    eps: float = 1e-6  # layer_norm_epsilon
+
+    def __post_init__(self) -> None:
+        if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 4:
+            raise ModelError(
+                f"{self.num_buckets} position buckets up to distance {self.max_distance}: the "
+                "count must be a multiple of 4 and the distance over a quarter of it"
+            )
+
+    @classmethod
+    def from_transformers(cls, settings: Mapping[str, Any]) -> TextConfig:
+        """Read an ordinary `config.json` of transformers' UMT5.
+
+        Raises:
+            ModelError: another architecture, or a setting missing.
+        """
+        model_type = settings.get("model_type")
+        activation = settings.get("feed_forward_proj", "gated-gelu")
+        if model_type != "umt5" or activation != "gated-gelu":
+            raise ModelError(
+                f"the text encoder is of type {model_type!r} with {activation!r} layers; "
+                "only UMT5 with gated-gelu is supported"
+            )
+        try:
+            return cls(**{ours: settings[theirs] for ours, theirs in _TRANSFORMERS_NAMES.items()})
+        except KeyError as error:
+            raise ModelError(f"the text encoder's config.json lacks the field {error}") from None
+
+    def to_transformers(self) -> dict[str, Any]:
+        """The `config.json` that transformers' `UMT5EncoderModel.from_pretrained` reads."""
+        return {
+            "architectures": ["UMT5EncoderModel"],
+            "model_type": "umt5",
+            **{theirs: getattr(self, ours) for ours, theirs in _TRANSFORMERS_NAMES.items()},
+            "num_decoder_layers": self.num_layers,
+            "feed_forward_proj": "gated-gelu",
+            "is_encoder_decoder": True,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+        }
+
+
+_TRANSFORMERS_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_dim": "d_model",
+    "head_dim": "d_kv",
+    "ffn_dim": "d_ff",
+    "num_layers": "num_layers",
+    "num_heads": "num_heads",
+    "num_buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+    "eps": "layer_norm_epsilon",
+}
+
+
+class _Norm(nn.Module):
+    """RMSNorm computed in float32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(self.weight.dtype)
+
+
+class _Attention(nn.Module):
+    """Self-attention with unscaled scores and a learned bias for each relative position."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        inner = config.num_heads * config.head_dim
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(config.hidden_dim, inner, bias=False)
+        self.k = nn.Linear(config.hidden_dim, inner, bias=False)
+        self.v = nn.Linear(config.hidden_dim, inner, bias=False)
+        self.o = nn.Linear(inner, config.hidden_dim, bias=False)
+        self.relative_attention_bias = nn.Embedding(config.num_buckets, config.num_heads)
+        width = config.hidden_dim**-0.5
+        nn.init.normal_(self.q.weight, std=width * config.head_dim**-0.5)
+        for layer, std in ((self.k, width), (self.v, width), (self.o, inner**-0.5)):
+            nn.init.normal_(layer.weight, std=std)
+        nn.init.normal_(self.relative_attention_bias.weight, std=width)
+
+    def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        scores = q @ k.transpose(2, 3) + self.relative_attention_bias(buckets).permute(2, 0, 1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class _FeedForward(nn.Module):
+    """GEGLU (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.wi_0 = nn.Linear(config.hidden_dim, config.ffn_dim, bias=False)
+        self.wi_1 = nn.Linear(config.hidden_dim, config.ffn_dim, bias=False)
+        self.wo = nn.Linear(config.ffn_dim, config.hidden_dim, bias=False)
+        for layer in (self.wi_0, self.wi_1, self.wo):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
+class _AttentionLayer(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.SelfAttention = _Attention(config)
+        self.layer_norm = _Norm(config.hidden_dim, config.eps)
+
+    def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
+        return x + self.SelfAttention(self.layer_norm(x), buckets, mask)
+
+
+class _FeedForwardLayer(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.DenseReluDense = _FeedForward(config)
+        self.layer_norm = _Norm(config.hidden_dim, config.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.DenseReluDense(self.layer_norm(x))
+
+
+class _Block(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([_AttentionLayer(config), _FeedForwardLayer(config)])
+
+    def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
+        return self.layer[1](self.layer[0](x, buckets, mask))
+
+
+class _Stack(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+        self.final_layer_norm = _Norm(config.hidden_dim, config.eps)
+
+    def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
+        for block in self.block:
+            x = block(x, buckets, mask)
+        return self.final_layer_norm(x)
+
+
+class UMT5Encoder(nn.Module):
+    """UMT5's encoder; freshly initialised as T5 is (Mesh TensorFlow's rule)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.hidden_dim)
+        self.encoder = _Stack(config)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Encode tokens.
+
+        Args:
+            ids: [B, S] int64.
+            mask: [B, S] bool, False where padded; padding is not attended to. None: no padding.
+
+        Returns:
+            [B, S, D]; rows of padding hold nothing of use.
+        """
+        buckets = position_buckets(ids.shape[1], self.config, ids.device)
+        return self.encoder(self.shared(ids), buckets, mask)
+
+
+def position_buckets(length: int, config: TextConfig, device: torch.device | str) -> Tensor:
+    """The bias bucket of each (query, key) pair, [S, S] int64 (Raffel et al. 2020, section 2.1).
+
+    Half of the buckets are for keys ahead. Of each half, the first half counts single positions,
+    the rest grow logarithmically up to `max_distance`; what is farther shares the last.
+    """
+    position = torch.arange(length, device=device)
+    offset = position[None, :] - position[:, None]
+    distance = offset.abs()
+    half = config.num_buckets // 2
+    exact = half // 2
+    growth = torch.log(distance.float() / exact) / math.log(config.max_distance / exact)
+    far = (exact + (growth * (half - exact)).clamp(min=0).long()).clamp(max=half - 1)
+    return torch.where(distance < exact, distance, far) + half * (offset > 0)
+
+
+def clean_prompt(prompt: str) -> str:
+    """Repair broken Unicode, resolve HTML entities (twice) and squeeze white space, as Wan does."""
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a prompt or caption, lowercase, without numbers and `<tokens>`."""
+    return WORD.findall(SPECIAL.sub(" ", text).lower())
+
+
+class PromptTokenizer:
+    """Prompts to token ids, as transformers' AutoTokenizer of the same folder does it.
+
+    Args:
+        folder: with `tokenizer.json` and perhaps `words.txt`, the words a model was taught.
+        max_length: most tokens of a prompt, the end mark included.
+
+    Raises:
+        ModelError: no usable `tokenizer.json`.
+    """
+
+    def __init__(self, folder: Path | str, max_length: int = 512) -> None:
+        from tokenizers import Tokenizer
+
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(f"{path} is missing; copy the whole model folder again")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise ModelError(f"{path} is no tokenizer that can be read: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.max_length = max_length
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.pad_id: int = self._tokenizer.token_to_id(PAD) or 0
+        words = Path(folder) / "words.txt"
+        self.words = frozenset(words.read_text("utf-8").split()) if words.is_file() else frozenset()
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt, the end mark included; more than `max_length` means it gets cut."""
+        return len(self._tokenizer.encode(clean_prompt(prompt)).ids)
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids of prompts, cut at `max_length` with a warning, padded to the longest.
+
+        Returns:
+            (ids [B, S] int64, mask [B, S] bool, True for tokens).
+        """
+        rows = [row.ids for row in self._tokenizer.encode_batch([clean_prompt(p) for p in prompts])]
+        for i, row in enumerate(rows):
+            if len(row) > self.max_length:
+                logger.warning(
+                    "the prompt has %d tokens; the last %d are cut, the model reads %d",
+                    len(row), len(row) - self.max_length, self.max_length,
+                )
+                rows[i] = row[: self.max_length - 1] + row[-1:]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [self.pad_id] * (longest - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, torch.arange(longest) < lengths[:, None]
+
+    def unknown_words(self, prompt: str) -> list[tuple[str, list[str]]]:
+        """Words the model was never taught, each with the nearest it knows, best first.
+
+        Empty when the folder has no word list: then the model knows language at large.
+        """
+        if not self.words:
+            return []
+        unknown = dict.fromkeys(w for w in split_words(clean_prompt(prompt)) if w not in self.words)
+        known = sorted(self.words)
+        return [(word, difflib.get_close_matches(word, known)) for word in unknown]
+
+
+class TextEncoder:
+    """A tokenizer and its encoder: prompts to context."""
+
+    def __init__(self, encoder: UMT5Encoder, tokenizer: PromptTokenizer) -> None:
+        if tokenizer.vocab_size > encoder.config.vocab_size:
+            raise ModelError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the text encoder only "
+                f"{encoder.config.vocab_size}; the two must come from the same model"
+            )
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Encode prompts.
+
+        Returns:
+            (context [B, S, D], lengths [B] int64); rows behind a prompt's length are zero, as Wan's
+            transformer expects them.
+        """
+        ids, mask = self.tokenizer.encode(prompts)
+        device = self.encoder.shared.weight.device
+        context = encode_tokens(self.encoder, ids.to(device), mask.to(device))
+        return context, mask.sum(1)
+
+
+def encode_tokens(encoder: UMT5Encoder, ids: Tensor, mask: Tensor) -> Tensor:
+    """Context [B, S, D] of ids and mask [B, S], with zero rows for padding."""
+    return encoder(ids, mask) * mask[..., None]
