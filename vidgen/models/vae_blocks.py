@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidgen.ops.conv import CausalConv3d, StreamCache, clip_of, frames_of
+from vidgen.ops.conv import CausalConv3d, StreamCache, clip_of, frames_of, split_first
 from vidgen.ops.norm import ChannelRMSNorm
 
 
@@ -94,7 +94,7 @@ class Downsample(nn.Module):
             return self.time_conv(torch.cat([before, x], 2))
         if x.shape[2] == 1:
             return x
-        return torch.cat([x[:, :, :1], self.time_conv(x)], 2)
+        return torch.cat([split_first(x)[0], self.time_conv(x)], 2)
 
     @torch.no_grad()
     def inflate(self) -> None:
@@ -125,7 +125,8 @@ class Upsample(nn.Module):
             if not first:
                 x = self._double_frames(x, cache)
             elif x.shape[2] > 1:
-                x = torch.cat([x[:, :, :1], self._double_frames(x[:, :, 1:], cache)], 2)
+                alone, rest = split_first(x)
+                x = torch.cat([alone, self._double_frames(rest, cache)], 2)
         return clip_of(self._double_pixels(frames_of(x)), x.shape[0])
 
     def _double_frames(self, x: Tensor, cache: StreamCache | None) -> Tensor:

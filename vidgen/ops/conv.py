@@ -42,6 +42,15 @@ def clip_of(frames: Tensor, batch: int) -> Tensor:
     return frames.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
+def split_first(x: Tensor) -> tuple[Tensor, Tensor]:
+    """First frame and other frames of x [B, C, T, H, W], views.
+
+    Cut on the channels-last axes, since autograd fills what is cut off in the layout it was cut in.
+    """
+    first, rest = x.permute(0, 2, 3, 4, 1).split([1, x.shape[2] - 1], dim=1)
+    return first.permute(0, 4, 1, 2, 3), rest.permute(0, 4, 1, 2, 3)
+
+
 class CausalConv3d(nn.Conv3d):
     """Convolution whose output frame t sees input frames up to t: zeros stand before the first.
 
@@ -81,7 +90,7 @@ class CausalConv3d(nn.Conv3d):
 
     def _single(self, x: Tensor) -> Tensor:
         """One frame after nothing: all but the last temporal tap would multiply zeros."""
-        y = F.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+        y = F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self.padding[1:])
         return y.unsqueeze(2)
 
     def _history(self, x: Tensor, before: Tensor | None) -> Tensor:
