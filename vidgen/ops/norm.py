@@ -30,16 +30,16 @@ class _ChannelNormSilu(torch.autograd.Function):
         x, scale, weight = ctx.saved_tensors
         normed = x * scale
         grad = torch.ops.aten.silu_backward(grads[0], normed * weight)
-        others = [axis for axis in range(x.ndim) if axis != 1]
-        grad_weight = (grad * normed).sum(others, dtype=torch.float32).view(weight.shape)
-        grad = grad.mul_(weight)
-        inner = (grad * normed).mean(1, keepdim=True, dtype=torch.float32).to(x.dtype)
-        return grad.sub_(normed.mul_(inner)).mul_(scale), grad_weight
+        product = (grad * normed).movedim(1, -1).flatten(0, -2)
+        grad_weight = product.sum(0, dtype=torch.float32).view(weight.shape)
+        inner = (product @ (weight.flatten() / x.shape[1])).view(scale.shape)
+        return normed.mul_(inner).sub_(grad.mul_(weight)).mul_(-scale), grad_weight
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
-    """1 / sqrt(mean over axis 1 of x^2), computed in float32, in x's dtype; finite for x = 0."""
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+    """1 / sqrt(mean over axis 1 of x^2), float32 inside, in x's dtype; finite for x = 0."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
     return length.clamp_min(1e-12).reciprocal().mul(x.shape[1] ** 0.5).to(x.dtype)
 
 

@@ -1,6 +1,7 @@
 """Moving pixels into channels and back.
 
-Axes: B batch, C channels, T frames, H rows, W columns, F h w the same of latents, p q patch size.
+Axes: B batch, C channels, T frames, H rows, W columns, F h w the same of latents,
+p patch size.
 """
 
 from __future__ import annotations
@@ -31,23 +32,21 @@ def unpatchify_pixels(x: Tensor, patch_size: int) -> Tensor:
     return x.reshape(B, C // (p * p), T, H * p, W * p)
 
 
-def patchify_latents(latents: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
-    """Latents [B, C, F, h, w] -> patches [B, F * h / p * w / p, C * p * p], channels (C, row, column)."""
-    _, p, q = patch_size
+def patchify_latents(latents: Tensor, patch_size: int) -> Tensor:
+    """[B, C, F, h, w] -> [B, F * h / p * w / p, C * p * p]; channels are (C, row, column)."""
+    p = patch_size
     B, C, F, h, w = latents.shape
-    x = latents.reshape(B, C, F, h // p, p, w // q, q).permute(0, 2, 3, 5, 1, 4, 6)
-    return x.reshape(B, F * (h // p) * (w // q), C * p * q)
+    x = latents.reshape(B, C, F, h // p, p, w // p, p).permute(0, 2, 3, 5, 1, 4, 6)
+    return x.reshape(B, F * (h // p) * (w // p), C * p * p)
 
 
-def unpatchify_latents(
-    patches: Tensor, patch_size: tuple[int, int, int], rows: int, columns: int
-) -> Tensor:
+def unpatchify_latents(patches: Tensor, patch_size: int, rows: int, columns: int) -> Tensor:
     """Patches [B, F * rows * columns, p * p * C] -> latents [B, C, F, rows * p, columns * p].
 
     Channels of a patch lie in the order (row, column, C), as Wan's output projection has them:
     not the order that `patchify_latents` gives.
     """
-    _, p, q = patch_size
-    x = patches.unflatten(1, (-1, rows, columns)).unflatten(-1, (p, q, -1))
+    p = patch_size
+    x = patches.unflatten(1, (-1, rows, columns)).unflatten(-1, (p, p, -1))
     B, F = x.shape[:2]
-    return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, F, rows * p, columns * q)
+    return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, F, rows * p, columns * p)

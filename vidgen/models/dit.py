@@ -1,0 +1,450 @@
+"""A spacetime diffusion transformer: one class for Wan 2.1 and 2.2 (1.3B to 14B) and for toybox.
+
+Latents are cut into patches, each a token with rotary positions in time, rows and columns; blocks
+of self-attention, cross-attention to text and feed-forward, modulated by each token's timestep,
+turn noisy tokens into velocities. Stills and sound join as further tokens of the same sequence.
+
+Axes: B batch, C channels, F latent frames, K stills, h w latent rows and columns, S text tokens,
+N audio tokens, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import KeyTokens
+from vidgen.models.dit_blocks import (
+    Axis,
+    Block,
+    Context,
+    FeedForward,
+    ImageEmbedding,
+    KVCache,
+    Layout,
+    Stream,
+    TimeEmbedding,
+    TimeVectors,
+    compute_dtype,
+)
+from vidgen.models.dit_init import init_dit
+from vidgen.ops.attention import Backend
+from vidgen.ops.norm import modulated_norm
+from vidgen.ops.patchify import patchify_latents, unpatchify_latents
+from vidgen.ops.rope import rope_table
+
+Pattern = Literal["full", "factorised", "causal"]
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """The audio modality of a DiT.
+
+    Args:
+        channels: of an audio latent.
+        ffn_dim: hidden width of each block's audio feed-forward.
+        tokens_per_s: audio latents a second.
+    """
+
+    channels: int
+    ffn_dim: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Architecture of a `SpacetimeDiT`.
+
+    Args:
+        in_channels: C of the input; more than `out_channels` where a condition is stacked on it.
+        out_channels: C of the velocity.
+        num_heads: attention heads.
+        head_dim: width of a head, even and at least 6.
+        num_layers: blocks.
+        ffn_dim: hidden width of the feed-forward.
+        text_dim: width of the text encoder's output.
+        text_len: text tokens that Wan pads to, with zero rows that attention sees.
+        patch_size: rows and columns of latents in a token.
+        freq_dim: sinusoids of the time embedding.
+        eps: of all norms.
+        image_dim: width of CLIP features (Wan 2.1 I2V), or None.
+        image_positions: learned positions of CLIP features (FLF2V: 514), or None.
+        pattern: which tokens self-attention joins: all ("full"); those of a frame and those of a
+            place in turns ("factorised"); those of no later frame ("causal").
+        causal_frames: latent frames that see each other in the causal pattern.
+        audio: the audio modality, or None.
+
+    Raises:
+        ValueError: for values that no network can have.
+    """
+
+    in_channels: int
+    out_channels: int
+    num_heads: int
+    head_dim: int
+    num_layers: int
+    ffn_dim: int
+    text_dim: int
+    text_len: int = 512
+    patch_size: int = 2
+    freq_dim: int = 256
+    eps: float = 1e-6
+    image_dim: int | None = None
+    image_positions: int | None = None
+    pattern: Pattern = "full"
+    causal_frames: int = 1
+    audio: AudioConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values against each other."""
+        positive = (
+            "in_channels", "out_channels", "num_heads", "num_layers", "ffn_dim", "text_dim",
+            "text_len", "patch_size", "causal_frames",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.head_dim < 6 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be even and at least 6, not {self.head_dim}")
+        if self.freq_dim < 2 or self.freq_dim % 2:
+            raise ValueError(f"freq_dim must be even and at least 2, not {self.freq_dim}")
+        if self.pattern not in get_args(Pattern):
+            raise ValueError(f"pattern must be one of {get_args(Pattern)}, not {self.pattern!r}")
+        if self.audio is not None and self.pattern != "full":
+            raise ValueError(f"audio needs the pattern 'full', not {self.pattern!r}")
+
+    @property
+    def hidden_dim(self) -> int:
+        """D, the width of a token."""
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class AudioTokens:
+    """Sound that is denoised, or is known, together with the video.
+
+    Attributes:
+        latents: [B, C, N].
+        timestep: [B], or [B, N] where some tokens are known and carry 0; in 0..1000.
+        frames_per_s: latent frames of the video a second (fps / stride_t): the clock that places
+            audio tokens on the video's time axis.
+        start_s: when the first audio token starts, in seconds after the video's first frame.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    frames_per_s: float
+    start_s: float = 0.0
+
+
+class AudioVideo(NamedTuple):
+    """Velocities of both modalities: video [B, C, F, h, w], audio [B, C, N]."""
+
+    video: Tensor
+    audio: Tensor
+
+
+class PatchEmbedding(nn.Module):
+    """A linear map of patches; its weight has the shape of Wan's convolution, [D, C, 1, p, p]."""
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels, 1, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map [B, L, C * p * p] to [B, L, D]."""
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class Head(nn.Module):
+    """Modulated norm and projection of tokens to velocities."""
+
+    def __init__(self, width: int, patch_dim: int, audio_channels: int | None, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.modulation = nn.Parameter(torch.zeros(1, 2, width))
+        self.proj = nn.Linear(width, patch_dim)
+        if audio_channels is not None:
+            self.audio_proj = nn.Linear(width, audio_channels)
+
+    def forward(self, stream: Stream, proj: nn.Linear) -> Tensor:
+        """Map a stream's tokens [B, L, D] to [B, L, channels] in the weights' dtype."""
+        shift, scale = stream.time.modulate(self.modulation, stream.time.head.unsqueeze(-2))
+        normed = modulated_norm(stream.tokens, shift, scale, self.eps)
+        return proj(normed.to(proj.weight.dtype))
+
+
+class SpacetimeDiT(nn.Module):
+    """The network that predicts `velocity = noise - clean`.
+
+    Args:
+        config: its architecture; weights are those of `init_weights` until others are loaded.
+    """
+
+    fp32_weights = ("modulation", "time_embed", "norm")
+    """Parts of parameter names that a loader keeps in float32 when it casts the rest."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, audio = config.hidden_dim, config.audio
+        self.patch_embed = PatchEmbedding(config.in_channels, width, config.patch_size)
+        self.time_embed = TimeEmbedding(config.freq_dim, width)
+        self.text_embed = FeedForward(config.text_dim, width, width)
+        if config.image_dim is not None:
+            self.image_embed = ImageEmbedding(config.image_dim, width, config.image_positions)
+        if audio is not None:
+            self.audio_embed = nn.Linear(audio.channels, width)
+        axes: tuple[Axis, ...] = ("space", "time") if config.pattern == "factorised" else ("all",)
+        self.blocks = nn.ModuleList(
+            Block(
+                width, config.num_heads, config.ffn_dim, config.eps, axis=axes[i % len(axes)],
+                image=config.image_dim is not None,
+                audio_ffn_dim=None if audio is None else audio.ffn_dim,
+            )
+            for i in range(config.num_layers)
+        )
+        self.head = Head(
+            width, config.out_channels * config.patch_size**2,
+            None if audio is None else audio.channels, config.eps,
+        )
+        self.gradient_checkpointing = False
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weights that training from scratch starts with; see `dit_init`."""
+        init_dit(self, generator)
+
+    def set_attention_backend(self, backend: Backend) -> None:
+        """Choose who computes attention; see `ops.attention`."""
+        for block in self.blocks:
+            block.self_attn.backend = block.cross_attn.backend = backend
+
+    def require_pattern(self, pattern: Pattern) -> None:
+        """Refuse a request for another attention pattern than the weights were trained with.
+
+        Raises:
+            InputError: if `pattern` differs from the config's.
+        """
+        if pattern != self.config.pattern:
+            raise InputError(
+                f"attention pattern {pattern!r} was asked for, but these weights were trained "
+                f"with {self.config.pattern!r}; use that, or weights trained with {pattern!r}"
+            )
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        *,
+        context_lengths: Sequence[int] | Tensor | None = None,
+        image_context: Tensor | None = None,
+        extra: KeyTokens | None = None,
+        positions: Tensor | None = None,
+        audio: AudioTokens | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor | AudioVideo:
+        """Predict the velocity of noisy latents.
+
+        Args:
+            latents: [B, C, F, h, w] with h and w multiples of the patch size.
+            timestep: 1000 * sigma, as [B], [B, F], or [B, F, h/p, w/p] where times differ within
+                a frame; known tokens carry 0.
+            context: text features [B, S, text_dim].
+            context_lengths: valid rows of each text; the rest counts as Wan's zero rows, up to
+                `text_len`. None: all S rows are taken as they are.
+            image_context: CLIP features [B, _, image_dim], for models that take them.
+            extra: known stills, seen by all frames; their own outputs are dropped.
+            positions: [F] or [B, F] time positions of the frames; None: 0, 1, ... after the
+                cache's.
+            audio: sound to denoise along, for models with the modality.
+            cache: earlier frames, for causal models.
+
+        Returns:
+            Velocity [B, out_channels, F, h, w] in the latents' dtype; with `audio` both.
+
+        Raises:
+            InputError: for shapes and options that this model can't take.
+        """
+        self._check(latents, timestep, image_context, extra, audio, cache)
+        F_, (h, w) = latents.shape[2], (s // self.config.patch_size for s in latents.shape[3:])
+        streams, rope = self._embed(latents, timestep, extra, positions, audio, cache, h, w)
+        layout = self._layout(latents, extra, audio, cache, h * w)
+        text = self._context(context, context_lengths, image_context)
+        for i, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                streams = checkpoint(
+                    block, streams, rope, layout, text, cache, i, use_reentrant=False
+                )
+            else:
+                streams = block(streams, rope, layout, text, cache, i)
+        if cache is not None:
+            cache.advance(F_, 0 if extra is None else extra.num_keys)
+        with torch.autocast(latents.device.type, enabled=False):
+            patches = self.head(streams[0], self.head.proj)[:, : F_ * h * w]
+            video = unpatchify_latents(patches, self.config.patch_size, h, w).to(latents.dtype)
+            if audio is None:
+                return video
+            sound = self.head(streams[1], self.head.audio_proj).transpose(1, 2)
+        return AudioVideo(video, sound.to(audio.latents.dtype))
+
+    def _check(
+        self, latents: Tensor, timestep: Tensor, image_context: Tensor | None,
+        extra: KeyTokens | None, audio: AudioTokens | None, cache: KVCache | None,
+    ) -> None:
+        config, p = self.config, self.config.patch_size
+        batch, channels, frames, h, w = latents.shape
+        if channels != config.in_channels:
+            raise InputError(f"latents have {channels} channels, not {config.in_channels}")
+        if h % p or w % p:
+            raise InputError(f"latents of {h}x{w} don't divide into patches of {p}x{p}")
+        allowed = [(batch,), (batch, frames), (batch, frames, h // p, w // p)]
+        if tuple(timestep.shape) not in allowed:
+            raise InputError(f"timestep has shape {tuple(timestep.shape)}; it may have {allowed}")
+        if (image_context is None) != (config.image_dim is None):
+            raise InputError(
+                "this model needs image_context"
+                if config.image_dim
+                else "image_context was given to a model without image_dim"
+            )
+        if audio is not None and config.audio is None:
+            raise InputError("audio was given to a model without the audio modality")
+        if cache is not None:
+            self.require_pattern("causal")
+            if cache.num_frames % config.causal_frames:
+                raise InputError(
+                    f"the cache holds {cache.num_frames} frames, no multiple of the "
+                    f"{config.causal_frames} that see each other"
+                )
+            if extra is not None and (cache.num_frames or extra.valid is not None):
+                raise InputError("stills join a cached roll-out with its first frames, all valid")
+
+    def _embed(
+        self, latents: Tensor, timestep: Tensor, extra: KeyTokens | None, positions: Tensor | None,
+        audio: AudioTokens | None, cache: KVCache | None, h: int, w: int,
+    ) -> tuple[list[Stream], Tensor]:
+        """Tokens and time vectors of each modality, and the rotations [B or 1, L, d/2] of all."""
+        batch, _, frames = latents.shape[:3]
+        if positions is None:
+            start = 0 if cache is None else cache.num_frames
+            positions = torch.arange(start, start + frames, device=latents.device)
+        positions = positions.double().reshape(-1, frames)
+        stills = 0 if extra is None else extra.num_keys
+        if extra is not None:
+            latents = torch.cat([latents, extra.latents.to(latents.dtype)], dim=2)
+            known = extra.positions.double().reshape(-1, stills)
+            positions = torch.cat([positions.expand(batch, -1), known.expand(batch, -1)], dim=1)
+        rope = rope_table(positions, h, w, self.config.head_dim)
+        times = _runs_of_time(timestep.float(), frames, stills)
+        with torch.autocast(latents.device.type, enabled=False):
+            tokens = self.patch_embed(patchify_latents(latents, self.config.patch_size))
+            streams = [Stream(tokens, self._time_vectors(times, (frames + stills)))]
+            if audio is None or self.config.audio is None:
+                return streams, rope
+            sound = audio.latents.transpose(1, 2)
+            tokens = self.audio_embed(sound.to(self.audio_embed.weight.dtype))
+        times = audio.timestep.float().reshape(batch, -1)
+        streams.append(Stream(tokens, self._time_vectors(times, tokens.shape[1])))
+        centres = torch.arange(tokens.shape[1], device=latents.device).double() + 0.5
+        seconds = audio.start_s + centres / self.config.audio.tokens_per_s
+        clock = rope_table(seconds[None] * audio.frames_per_s, 1, 1, self.config.head_dim)
+        rope = torch.cat([rope, clock.expand(rope.shape[0], -1, -1)], dim=1)
+        return streams, rope
+
+    def _time_vectors(self, times: Tensor, max_runs: int) -> TimeVectors:
+        """Embed times [B, G], each value once; up to `max_runs` runs get rows of their own."""
+        if times.shape[1] == 1:
+            return TimeVectors(*self.time_embed(times), None)
+        values, index = times.unique(return_inverse=True)
+        head, block = self.time_embed(values)
+        if times.shape[1] > max_runs:
+            return TimeVectors(head, block, index)
+        return TimeVectors(head[index], block[index], None)
+
+    def _layout(
+        self, latents: Tensor, extra: KeyTokens | None, audio: AudioTokens | None,
+        cache: KVCache | None, frame_tokens: int,
+    ) -> Layout:
+        """Which frames see which, as a bias over tokens."""
+        config, frames, device = self.config, latents.shape[2], latents.device
+        stills = 0 if extra is None else extra.num_keys
+        visible = None  # [B or 1, frames that look or 1, frames looked at]
+        if config.pattern == "causal" and (frames > config.causal_frames or stills):
+            turn = torch.arange(frames, device=device) // config.causal_frames
+            turn = torch.cat([turn, turn.new_full((stills,), -1)])
+            visible = (turn[:, None] >= turn)[None]
+            if cache is not None:
+                visible = F.pad(visible, (cache.num_frames + cache.num_stills, 0), value=True)
+        if extra is not None and extra.valid is not None:
+            valid = F.pad(extra.valid, (frames, 0), value=True)[:, None]
+            # a still that nobody sees goes on seeing itself: no row of scores is empty
+            visible = valid if visible is None else visible & valid | _eye(visible)
+        if visible is None:
+            return Layout(frames + stills, frame_tokens, None)
+        bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, -math.inf)
+        if config.pattern == "factorised":
+            bias = bias.repeat_interleave(frame_tokens, dim=0)
+        else:
+            bias = bias.repeat_interleave(frame_tokens, dim=2)
+            if bias.shape[1] > 1:
+                bias = bias.repeat_interleave(frame_tokens, dim=1)
+        sound = 0 if audio is None else audio.latents.shape[2]
+        return Layout(frames + stills, frame_tokens, F.pad(bias, (0, sound))[:, None])
+
+    def _context(
+        self, context: Tensor, lengths: Sequence[int] | Tensor | None, image: Tensor | None
+    ) -> Context:
+        """Embed text, all zero rows behind it as one key of weight `text_len - length`, and image.
+
+        Keys that are equal add up in the softmax: n of them are one with log n added to its score.
+        """
+        context = context.to(compute_dtype(self.text_embed.up.weight))
+        features = None if image is None else self.image_embed(image)
+        if lengths is None:
+            return Context(self.text_embed(context), None, features)
+        count = torch.as_tensor(lengths, device="cpu")
+        batch, rows, text_dim = context.shape
+        limit = min(rows, self.config.text_len)
+        if count.shape != (batch,) or count.min() < 0 or count.max() > limit:
+            raise InputError(
+                f"context_lengths {count.tolist()} must be {batch} values in 0..{limit} "
+                f"for context of {rows} rows and a text_len of {self.config.text_len}"
+            )
+        longest = int(count.max())
+        padded = torch.cat([context[:, :longest], context.new_zeros(batch, 1, text_dim)], dim=1)
+        hidden = torch.arange(longest) >= count[:, None]
+        bias = torch.zeros(batch, longest).masked_fill_(hidden, -math.inf)
+        bias = torch.cat([bias, (self.config.text_len - count)[:, None].float().log()], dim=1)
+        bias = bias.to(context.device)[:, None, None]
+        return Context(self.text_embed(padded), bias, features)
+
+
+def _eye(visible: Tensor) -> Tensor:
+    """True where a frame looks at itself, the last columns being the frames that look."""
+    looking, looked_at = visible.shape[1:]
+    eye = torch.eye(looking, dtype=torch.bool, device=visible.device)
+    return F.pad(eye, (looked_at - looking, 0))
+
+
+def _runs_of_time(times: Tensor, frames: int, stills: int) -> Tensor:
+    """Times [B, ...] as [B, G], as few equal runs of tokens as they allow; stills at 0 behind."""
+    if times.ndim == 4:
+        times = times.flatten(2)
+        whole_frames = bool((times == times[..., :1]).all())
+        times = times[..., 0] if whole_frames else times.flatten(1)
+    if times.ndim == 1:
+        times = times[:, None]
+    if not stills:
+        return times[:, :1] if bool((times == times[:, :1]).all()) else times
+    if times.shape[1] == 1:
+        times = times.expand(-1, frames)
+    return F.pad(times, (0, stills * (times.shape[1] // frames)))

@@ -1,0 +1,309 @@
+"""The parts of a `SpacetimeDiT`: what embeds its inputs, and one block.
+
+Norms, modulation, residual gates and time embedding are computed in float32 whatever the weights'
+dtype is; matrix products run in the autocast dtype or the weights'.
+
+Axes: B batch, L tokens, D width, S text tokens, G runs of tokens that share a time, U unique times,
+F latent frames and stills, N tokens of one of them, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vidgen.ops.attention import Backend, attention
+from vidgen.ops.norm import layer_norm, modulated_norm, rms_norm
+from vidgen.ops.rope import apply_rope
+
+Axis = Literal["all", "space", "time"]
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """What matrix products with `weight` run in: autocast's dtype where it is on, else its own."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+@dataclass(frozen=True)
+class TimeVectors:
+    """What the timesteps of one stream's tokens became.
+
+    Attributes:
+        head: [B, G, D] float32, for the output norm; [U, D] with `index`.
+        block: [B, G, 6, D] float32, for the blocks' norms and gates; [U, 6, D] with `index`.
+        index: [B, L], each token's row, where times differ within a latent frame; else None.
+    """
+
+    head: Tensor
+    block: Tensor
+    index: Tensor | None
+
+    def modulate(self, table: Tensor, rows: Tensor) -> list[Tensor]:
+        """Add a table [1, k, D] to `rows` [..., k, D]; give k tensors [B, G, 1, D]."""
+        # with an index every token is a run of its own: G = L
+        parts = (table.float() + rows).unbind(-2)
+        if self.index is not None:
+            parts = [F.embedding(self.index, part) for part in parts]
+        return [part.unsqueeze(2) for part in parts]
+
+
+class Stream(NamedTuple):
+    """Tokens [B, L, D] of one modality and their time vectors."""
+
+    tokens: Tensor
+    time: TimeVectors
+
+
+class Context(NamedTuple):
+    """What cross-attention sees: text [B, S, D], its bias [B, 1, 1, S], image tokens [B, _, D]."""
+
+    text: Tensor
+    bias: Tensor | None
+    image: Tensor | None
+
+
+class Layout(NamedTuple):
+    """Where self-attention's tokens lie: F * N of frames come first; and the bias to add."""
+
+    num_frames: int
+    frame_tokens: int
+    bias: Tensor | None
+
+
+class KVCache:
+    """Keys and values of earlier frames, for rolling out a causal model frame by frame.
+
+    A forward pass sees the frames in the cache before its own. While `recording` it adds its own:
+    denoise a frame with `recording = False`, then pass the finished one once with True.
+    """
+
+    def __init__(self) -> None:
+        self.recording = True
+        self.num_frames = 0
+        self.num_stills = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def advance(self, num_frames: int, num_stills: int) -> None:
+        """Count the frames and stills that a recording pass has added."""
+        if self.recording:
+            self.num_frames += num_frames
+            self.num_stills += num_stills
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a layer's cached tokens before k, v [B, L, H, d]; keep the result if recording."""
+        if layer in self._layers:
+            old_k, old_v = self._layers[layer]
+            k, v = torch.cat([old_k, k], dim=1), torch.cat([old_v, v], dim=1)
+        if self.recording:
+            self._layers[layer] = (k.detach(), v.detach())
+        return k, v
+
+
+class FeedForward(nn.Module):
+    """down(gelu(up(x))), with the tanh form of GELU as in Wan unless `exact`."""
+
+    def __init__(
+        self, width: int, hidden: int, out: int | None = None, *, exact: bool = False
+    ) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, out or width)
+        self.approximate = "none" if exact else "tanh"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., D]."""
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+
+
+class TimeEmbedding(nn.Module):
+    """Timesteps to vectors: sinusoids, two linear layers, and a projection for the blocks."""
+
+    def __init__(self, freq_dim: int, width: int) -> None:
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.up = nn.Linear(freq_dim, width)
+        self.down = nn.Linear(width, width)
+        self.proj = nn.Linear(width, 6 * width)
+
+    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed timesteps [...] for the head [..., D] and for the blocks [..., 6, D], float32."""
+        half = self.freq_dim // 2
+        steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
+        angles = timestep.float()[..., None] * torch.exp(-math.log(1e4) / half * steps)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        with torch.autocast(timestep.device.type, enabled=False):
+            head = self.down(F.silu(self.up(waves.to(self.up.weight.dtype))))
+            block = self.proj(F.silu(head)).unflatten(-1, (6, -1))
+        return head.float(), block.float()
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP image features to context tokens, with learned positions where two images come."""
+
+    def __init__(self, image_dim: int, width: int, num_positions: int | None) -> None:
+        super().__init__()
+        self.norm_in = nn.LayerNorm(image_dim)
+        self.ffn = FeedForward(image_dim, image_dim, width, exact=True)
+        self.norm_out = nn.LayerNorm(width)
+        self.positions = (
+            nn.Parameter(torch.zeros(1, num_positions, image_dim)) if num_positions else None
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features [B, S, image_dim] to [B, S, D]."""
+        if self.positions is not None:
+            features = features + self.positions
+        dtype = compute_dtype(self.ffn.up.weight)
+        norm, out = self.norm_in, self.norm_out
+        x = self.ffn(layer_norm(features, norm.weight, norm.bias, norm.eps).to(dtype))
+        return layer_norm(x, out.weight, out.bias, out.eps).to(dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the full width, all heads together, with a gain."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., D]; float32."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    """Attention among tokens, with rotary positions, over all of them or along one axis."""
+
+    def __init__(self, width: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.backend: Backend = "auto"
+
+    def forward(
+        self, x: Tensor, rope: Tensor, layout: Layout, axis: Axis, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        """Mix tokens x [B, L, D]; rope [B or 1, L, d/2]; `cache` goes with axis "all"."""
+        heads = (self.num_heads, -1)
+        v = self.v(x).unflatten(-1, heads)
+        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope).to(v.dtype)
+        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope).to(v.dtype)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        q, k, v = (_split(part, layout, axis).transpose(1, 2) for part in (q, k, v))
+        bias = None if axis == "space" else layout.bias
+        mixed = attention(q, k, v, bias=bias, backend=self.backend)
+        return self.out(_join(mixed.transpose(1, 2), layout, axis).flatten(-2))
+
+
+def _split(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
+    """[B, F * N, H, d] -> [B * F, N, H, d] along space, [B * N, F, H, d] along time."""
+    if axis == "all":
+        return x
+    x = x.unflatten(1, (layout.num_frames, layout.frame_tokens))
+    return (x if axis == "space" else x.transpose(1, 2)).flatten(0, 1)
+
+
+def _join(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
+    """The inverse of `_split`."""
+    if axis == "all":
+        return x
+    if axis == "space":
+        return x.unflatten(0, (-1, layout.num_frames)).flatten(1, 2)
+    return x.unflatten(0, (-1, layout.frame_tokens)).transpose(1, 2).flatten(1, 2)
+
+
+class CrossAttention(nn.Module):
+    """Attention from tokens to text and, in Wan 2.1's I2V, separately to an image's features."""
+
+    def __init__(self, width: int, num_heads: int, eps: float, *, image: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
+        if image:
+            self.k_image, self.v_image = nn.Linear(width, width), nn.Linear(width, width)
+            self.norm_k_image = RMSNorm(width, eps)
+        self.backend: Backend = "auto"
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Mix the context into tokens x [B, L, D]."""
+        q = self._heads(self.norm_q(self.q(x)))
+        k, v = self._heads(self.norm_k(self.k(context.text))), self._heads(self.v(context.text))
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        mixed = attention(q, k, v, bias=context.bias, backend=self.backend)
+        if context.image is not None:
+            k = self._heads(self.norm_k_image(self.k_image(context.image))).to(v.dtype)
+            v = self._heads(self.v_image(context.image))
+            mixed = mixed + attention(q, k, v, backend=self.backend)
+        return self.out(mixed.transpose(1, 2).flatten(-2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, H, L, d]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last modulated by time.
+
+    Modalities share all but the feed-forward: `ffn` for video, `audio_ffn` for audio.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, ffn_dim: int, eps: float, *,
+        axis: Axis, image: bool, audio_ffn_dim: int | None,
+    ) -> None:
+        super().__init__()
+        self.eps, self.axis = eps, axis
+        self.modulation = nn.Parameter(torch.zeros(1, 6, width))
+        self.self_attn = SelfAttention(width, num_heads, eps)
+        self.norm_cross = nn.LayerNorm(width, eps)
+        self.cross_attn = CrossAttention(width, num_heads, eps, image=image)
+        self.ffn = FeedForward(width, ffn_dim)
+        if audio_ffn_dim is not None:
+            self.audio_ffn = FeedForward(width, audio_ffn_dim)
+
+    def forward(
+        self, streams: Sequence[Stream], rope: Tensor, layout: Layout, context: Context,
+        cache: KVCache | None, layer: int,
+    ) -> list[Stream]:
+        """Update the video stream and, if there is one, the audio stream behind it."""
+        dtype = compute_dtype(self.ffn.up.weight)
+        tables = [s.time.modulate(self.modulation, s.time.block) for s in streams]
+        normed = [
+            modulated_norm(s.tokens, shift, scale, self.eps).to(dtype)
+            for s, (shift, scale, *_) in zip(streams, tables, strict=True)
+        ]
+        lengths = [s.tokens.shape[1] for s in streams]
+        joined = normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)
+        mixed = self.self_attn(joined, rope, layout, self.axis, cache, layer).split(lengths, dim=1)
+        ffns = (self.ffn, self.audio_ffn) if len(streams) > 1 else (self.ffn,)
+        out = []
+        for stream, part, table, ffn in zip(streams, mixed, tables, ffns, strict=True):
+            _, _, gate, ffn_shift, ffn_scale, ffn_gate = table
+            x = _add_gated(stream.tokens, part, gate)
+            cross = layer_norm(x, self.norm_cross.weight, self.norm_cross.bias, self.eps).to(dtype)
+            x = x + self.cross_attn(cross, context).to(x.dtype)
+            hidden = ffn(modulated_norm(x, ffn_shift, ffn_scale, self.eps).to(dtype))
+            out.append(Stream(_add_gated(x, hidden, ffn_gate), stream.time))
+        return out
+
+
+def _add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """The sum x + gate * update, in float32, for x [B, L, D] and gate [B, G, 1, D]."""
+    grouped = (gate.shape[1], -1)
+    total = torch.addcmul(
+        x.float().unflatten(1, grouped), update.float().unflatten(1, grouped), gate
+    )
+    return total.flatten(1, 2).to(x.dtype)
