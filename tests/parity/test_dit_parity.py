@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.weights.keymap import DIT_KEYS, rename, renamed
+from vidgen.weights.keymap import DIT_TO_DIFFUSERS, DIT_TO_WAN, name_map
 
 TINY = DIT_PRESETS["tiny"]
 
@@ -34,8 +34,9 @@ def make_pair(config: DiTConfig) -> tuple[SpacetimeDiT, WanTransformer3DModel]:
             parameter.data += 0.3 * torch.randn_like(parameter)
     ours = SpacetimeDiT(config).eval()
     state = theirs.state_dict()
-    names = renamed(state, DIT_KEYS, "diffusers", "vidgen")
-    ours.load_state_dict({names[key]: value for key, value in state.items()})
+    names = name_map(ours.state_dict(), DIT_TO_DIFFUSERS)
+    assert set(names.values()) == state.keys()
+    ours.load_state_dict({name: state[their_name] for name, their_name in names.items()})
     return ours, theirs
 
 
@@ -114,14 +115,25 @@ def test_collapsed_padding_equals_zero_rows():
     assert relative_error(short, expected[:1]) < 1e-5
 
 
-def test_every_key_has_three_spellings_and_comes_back():
-    config = replace(TINY, image_dim=20, image_positions=10)
-    keys = SpacetimeDiT(config).state_dict().keys()
-    for spelling in ("diffusers", "wan"):
-        there = renamed(keys, DIT_KEYS, "vidgen", spelling)
-        assert there.keys() == keys
-        assert renamed(there.values(), DIT_KEYS, spelling, "vidgen") == {
-            name: key for key, name in there.items()
-        }
-    assert rename("blocks.3.norm3.bias", DIT_KEYS, "wan", "diffusers") == "blocks.3.norm2.bias"
-    assert rename("blocks.3.q_proj.weight", DIT_KEYS, "wan", "vidgen") is None
+def test_original_names_are_wans():
+    config = replace(TINY, image_dim=20, image_positions=10, num_layers=1)
+    names = name_map(SpacetimeDiT(config).state_dict(), DIT_TO_WAN)
+    by_hand = {
+        "patch_embed.weight": "patch_embedding.weight",
+        "time_embed.up.bias": "time_embedding.0.bias",
+        "time_embed.proj.weight": "time_projection.1.weight",
+        "text_embed.down.weight": "text_embedding.2.weight",
+        "image_embed.positions": "img_emb.emb_pos",
+        "image_embed.ffn.down.weight": "img_emb.proj.3.weight",
+        "image_embed.norm_out.bias": "img_emb.proj.4.bias",
+        "blocks.0.modulation": "blocks.0.modulation",
+        "blocks.0.self_attn.norm_q.weight": "blocks.0.self_attn.norm_q.weight",
+        "blocks.0.cross_attn.out.bias": "blocks.0.cross_attn.o.bias",
+        "blocks.0.cross_attn.v_image.weight": "blocks.0.cross_attn.v_img.weight",
+        "blocks.0.cross_attn.norm_k_image.weight": "blocks.0.cross_attn.norm_k_img.weight",
+        "blocks.0.norm_cross.weight": "blocks.0.norm3.weight",
+        "blocks.0.ffn.up.weight": "blocks.0.ffn.0.weight",
+        "head.modulation": "head.modulation",
+        "head.proj.bias": "head.head.bias",
+    }
+    assert {name: names[name] for name in by_hand} == by_hand
