@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.weights.keymap import DIT_TO_DIFFUSERS, DIT_TO_WAN, name_map
+from vidgen.weights.keymap import DIT_KEYS, renamed
 
 TINY = DIT_PRESETS["tiny"]
 
@@ -34,9 +34,8 @@ def make_pair(config: DiTConfig) -> tuple[SpacetimeDiT, WanTransformer3DModel]:
             parameter.data += 0.3 * torch.randn_like(parameter)
     ours = SpacetimeDiT(config).eval()
     state = theirs.state_dict()
-    names = name_map(ours.state_dict(), DIT_TO_DIFFUSERS)
-    assert set(names.values()) == state.keys()
-    ours.load_state_dict({name: state[their_name] for name, their_name in names.items()})
+    names = renamed(state, DIT_KEYS, "diffusers", "vidgen")
+    ours.load_state_dict({names[key]: value for key, value in state.items()})
     return ours, theirs
 
 
@@ -117,7 +116,10 @@ def test_collapsed_padding_equals_zero_rows():
 
 def test_original_names_are_wans():
     config = replace(TINY, image_dim=20, image_positions=10, num_layers=1)
-    names = name_map(SpacetimeDiT(config).state_dict(), DIT_TO_WAN)
+    keys = SpacetimeDiT(config).state_dict()
+    names = renamed(keys, DIT_KEYS, "vidgen", "wan")
+    assert renamed(names.values(), DIT_KEYS, "wan", "vidgen").keys() == set(names.values())
+    assert names.keys() == keys.keys()
     by_hand = {
         "patch_embed.weight": "patch_embedding.weight",
         "time_embed.up.bias": "time_embedding.0.bias",

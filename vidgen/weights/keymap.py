@@ -1,126 +1,123 @@
-"""Names of our parameters in other people's checkpoints.
+"""One name for each tensor, three spellings: ours, diffusers' and the original Wan checkpoints'.
 
-A rule is (pattern, replacement) for `re.sub`; the rules of a tuple are applied in order to a whole
-name of ours. Only this direction is written down: the other one is the inverse of the resulting
-one-to-one map.
+Each table row is a module or parameter path in all three, `{i}` standing for a number; what follows
+the path (`.weight`, `.lora_A.weight`) is kept. None: the tensor is unknown there.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 from vidgen.models.vae import VAEConfig
 
-Rules = tuple[tuple[str, str], ...]
+Spelling = Literal["vidgen", "diffusers", "wan"]
 
-VAE_TO_DIFFUSERS: Rules = (
-    (r"^encoder\.to_moments\.", "quant_conv."),
-    (r"^decoder\.from_latents\.", "post_quant_conv."),
-    (r"\.mid\.block1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attention\.", ".mid_block.attentions.0."),
-    (r"^encoder\.stages\.(\d+)\.blocks\.", r"encoder.down_blocks.\1.resnets."),
-    (r"^encoder\.stages\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsampler."),
-    (r"^decoder\.stages\.(\d+)\.blocks\.", r"decoder.up_blocks.\1.resnets."),
-    (r"^decoder\.stages\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsampler."),
-    (r"sampler\.conv\.", "sampler.resample.1."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-    (r"(norm1|norm2|norm_out|attentions\.0\.norm)\.weight$", r"\1.gamma"),
+
+class Names(NamedTuple):
+    """One path in the three spellings."""
+
+    vidgen: str
+    diffusers: str | None
+    wan: str | None
+
+
+def rename(key: str, table: tuple[Names, ...], source: Spelling, target: Spelling) -> str | None:
+    """Spell a key of `source` as `target` does; None if it isn't in the table or has no match."""
+    for pattern, template in _rules(table, source, target):
+        match = pattern.fullmatch(key)
+        if match:
+            return None if template is None else template.format(*match.groups())
+    return None
+
+
+def renamed(
+    keys: Iterable[str], table: tuple[Names, ...], source: Spelling, target: Spelling
+) -> dict[str, str]:
+    """Map each key to its new spelling; keys without one are left out."""
+    pairs = ((key, rename(key, table, source, target)) for key in keys)
+    return {key: name for key, name in pairs if name is not None}
+
+
+@lru_cache(maxsize=32)
+def _rules(
+    table: tuple[Names, ...], source: Spelling, target: Spelling
+) -> tuple[tuple[re.Pattern[str], str | None], ...]:
+    rules = []
+    for names in table:
+        path, other = getattr(names, source), getattr(names, target)
+        if path is not None:
+            pattern = re.escape(path).replace(r"\{i\}", r"(\d+)") + r"(|\..+)"
+            template = None if other is None else other.replace("{i}", "{}") + "{}"
+            rules.append((re.compile(pattern), template))
+    return tuple(rules)
+
+
+DIT_KEYS: tuple[Names, ...] = (
+    Names("patch_embed", "patch_embedding", "patch_embedding"),
+    Names("time_embed.up", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    Names("time_embed.down", "condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    Names("time_embed.proj", "condition_embedder.time_proj", "time_projection.1"),
+    Names("text_embed.up", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    Names("text_embed.down", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    Names(
+        "image_embed.positions",
+        "condition_embedder.image_embedder.pos_embed",
+        "img_emb.emb_pos",
+    ),
+    Names("image_embed.norm_in", "condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+    Names(
+        "image_embed.ffn.up",
+        "condition_embedder.image_embedder.ff.net.0.proj",
+        "img_emb.proj.1",
+    ),
+    Names("image_embed.ffn.down", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+    Names("image_embed.norm_out", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+    Names("blocks.{i}.modulation", "blocks.{i}.scale_shift_table", "blocks.{i}.modulation"),
+    Names("blocks.{i}.self_attn.q", "blocks.{i}.attn1.to_q", "blocks.{i}.self_attn.q"),
+    Names("blocks.{i}.self_attn.k", "blocks.{i}.attn1.to_k", "blocks.{i}.self_attn.k"),
+    Names("blocks.{i}.self_attn.v", "blocks.{i}.attn1.to_v", "blocks.{i}.self_attn.v"),
+    Names("blocks.{i}.self_attn.out", "blocks.{i}.attn1.to_out.0", "blocks.{i}.self_attn.o"),
+    Names("blocks.{i}.self_attn.norm_q", "blocks.{i}.attn1.norm_q", "blocks.{i}.self_attn.norm_q"),
+    Names("blocks.{i}.self_attn.norm_k", "blocks.{i}.attn1.norm_k", "blocks.{i}.self_attn.norm_k"),
+    Names("blocks.{i}.cross_attn.q", "blocks.{i}.attn2.to_q", "blocks.{i}.cross_attn.q"),
+    Names("blocks.{i}.cross_attn.k", "blocks.{i}.attn2.to_k", "blocks.{i}.cross_attn.k"),
+    Names("blocks.{i}.cross_attn.v", "blocks.{i}.attn2.to_v", "blocks.{i}.cross_attn.v"),
+    Names("blocks.{i}.cross_attn.out", "blocks.{i}.attn2.to_out.0", "blocks.{i}.cross_attn.o"),
+    Names(
+        "blocks.{i}.cross_attn.norm_q",
+        "blocks.{i}.attn2.norm_q",
+        "blocks.{i}.cross_attn.norm_q",
+    ),
+    Names(
+        "blocks.{i}.cross_attn.norm_k",
+        "blocks.{i}.attn2.norm_k",
+        "blocks.{i}.cross_attn.norm_k",
+    ),
+    Names(
+        "blocks.{i}.cross_attn.k_image",
+        "blocks.{i}.attn2.add_k_proj",
+        "blocks.{i}.cross_attn.k_img",
+    ),
+    Names(
+        "blocks.{i}.cross_attn.v_image",
+        "blocks.{i}.attn2.add_v_proj",
+        "blocks.{i}.cross_attn.v_img",
+    ),
+    Names(
+        "blocks.{i}.cross_attn.norm_k_image",
+        "blocks.{i}.attn2.norm_added_k",
+        "blocks.{i}.cross_attn.norm_k_img",
+    ),
+    Names("blocks.{i}.norm_cross", "blocks.{i}.norm2", "blocks.{i}.norm3"),
+    Names("blocks.{i}.ffn.up", "blocks.{i}.ffn.net.0.proj", "blocks.{i}.ffn.0"),
+    Names("blocks.{i}.ffn.down", "blocks.{i}.ffn.net.2", "blocks.{i}.ffn.2"),
+    Names("head.modulation", "scale_shift_table", "head.modulation"),
+    Names("head.proj", "proj_out", "head.head"),
 )
-"""`CausalVAE` -> `AutoencoderKLWan` with is_residual=True; see `vae_to_diffusers` for the other."""
-
-
-def vae_to_diffusers(config: VAEConfig) -> Rules:
-    """Rules from `CausalVAE(config)` to `AutoencoderKLWan`.
-
-    Without stage shortcuts the encoder of diffusers counts blocks and downsamplers of all stages
-    in one list, and the decoder's upsampler stands in a list of one.
-    """
-    if config.stage_shortcuts:
-        return VAE_TO_DIFFUSERS
-    flat = []
-    for stage in range(config.num_stages):
-        start = stage * (config.num_blocks + 1)
-        flat += [
-            (rf"^encoder\.down_blocks\.{stage}\.resnets\.{n}\.", f"encoder.DOWN.{start + n}.")
-            for n in range(config.num_blocks)
-        ]
-        end = start + config.num_blocks
-        flat.append((rf"^encoder\.down_blocks\.{stage}\.downsampler\.", f"encoder.DOWN.{end}."))
-    return (
-        *VAE_TO_DIFFUSERS,
-        *flat,
-        (r"^encoder\.DOWN\.", "encoder.down_blocks."),
-        (r"^(decoder\.up_blocks\.\d+)\.upsampler\.", r"\1.upsamplers.0."),
-    )
-
-
-def rename(name: str, rules: Rules) -> str:
-    """`name` after all rules."""
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def name_map(names: Iterable[str], rules: Rules) -> dict[str, str]:
-    """Our names -> theirs.
-
-    Raises:
-        ValueError: if two of our names meet in one of theirs.
-    """
-    pairs = {name: rename(name, rules) for name in names}
-    if len(set(pairs.values())) != len(pairs):
-        raise ValueError("the rules give two parameters one name")
-    return pairs
-
-
-DIT_TO_DIFFUSERS: Rules = (
-    (r"^patch_embed\.", "patch_embedding."),
-    (r"^time_embed\.up\.", "condition_embedder.time_embedder.linear_1."),
-    (r"^time_embed\.down\.", "condition_embedder.time_embedder.linear_2."),
-    (r"^time_embed\.proj\.", "condition_embedder.time_proj."),
-    (r"^text_embed\.up\.", "condition_embedder.text_embedder.linear_1."),
-    (r"^text_embed\.down\.", "condition_embedder.text_embedder.linear_2."),
-    (r"^image_embed\.positions$", "condition_embedder.image_embedder.pos_embed"),
-    (r"^image_embed\.norm_in\.", "condition_embedder.image_embedder.norm1."),
-    (r"^image_embed\.ffn\.up\.", "condition_embedder.image_embedder.ff.net.0.proj."),
-    (r"^image_embed\.ffn\.down\.", "condition_embedder.image_embedder.ff.net.2."),
-    (r"^image_embed\.norm_out\.", "condition_embedder.image_embedder.norm2."),
-    (r"^(blocks\.\d+\.)modulation$", r"\1scale_shift_table"),
-    (r"^(blocks\.\d+\.)norm_cross\.", r"\1norm2."),
-    (r"^(blocks\.\d+\.)ffn\.up\.", r"\1ffn.net.0.proj."),
-    (r"^(blocks\.\d+\.)ffn\.down\.", r"\1ffn.net.2."),
-    (r"\.([qkv])_image\.", r".add_\1_proj."),
-    (r"\.norm_k_image\.", ".norm_added_k."),
-    (r"_attn\.([qkv])\.", r"_attn.to_\1."),
-    (r"_attn\.out\.", "_attn.to_out.0."),
-    (r"\.self_attn\.", ".attn1."),
-    (r"\.cross_attn\.", ".attn2."),
-    (r"^head\.modulation$", "scale_shift_table"),
-    (r"^head\.proj\.", "proj_out."),
-)
-"""`SpacetimeDiT` -> `WanTransformer3DModel`; the audio parts have no counterpart."""
-
-DIT_TO_WAN: Rules = (
-    (r"^patch_embed\.", "patch_embedding."),
-    (r"^time_embed\.proj\.", "time_projection.1."),
-    (r"^(time|text)_embed\.up\.", r"\1_embedding.0."),
-    (r"^(time|text)_embed\.down\.", r"\1_embedding.2."),
-    (r"^image_embed\.positions$", "img_emb.emb_pos"),
-    (r"^image_embed\.norm_in\.", "img_emb.proj.0."),
-    (r"^image_embed\.ffn\.up\.", "img_emb.proj.1."),
-    (r"^image_embed\.ffn\.down\.", "img_emb.proj.3."),
-    (r"^image_embed\.norm_out\.", "img_emb.proj.4."),
-    (r"\.norm_cross\.", ".norm3."),
-    (r"\.ffn\.up\.", ".ffn.0."),
-    (r"\.ffn\.down\.", ".ffn.2."),
-    (r"_attn\.out\.", "_attn.o."),
-    (r"_image\.", "_img."),
-    (r"^head\.proj\.", "head.head."),
-)
-"""`SpacetimeDiT` -> the original checkpoints of Wan 2.1 and 2.2."""
-
+"""`SpacetimeDiT`; its audio parts have no counterpart."""
 
 _VAE_BLOCK: tuple[Names, ...] = (
     Names("norm1.weight", "norm1.gamma", "residual.0.gamma"),
