@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidgen.ops.attention import attention
 from vidgen.ops.conv import CausalConv3d, StreamCache, clip_of, frames_of, split_first
 from vidgen.ops.norm import ChannelRMSNorm
 
@@ -49,7 +50,7 @@ class FrameAttention(nn.Module):
         frames = frames_of(x)
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
         q, k, v = qkv.chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+        y = attention(q, k, v).squeeze(1).transpose(1, 2)
         return x + clip_of(self.proj(y.reshape(frames.shape)), x.shape[0])
 
 
