@@ -1,0 +1,116 @@
+"""A clip: frames that are made or read when asked for, with sound, rate and recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vidgen.media.encode import Frames, Samples
+from vidgen.media.read import read_recipe, read_sound, read_video
+from vidgen.media.write import ClipInfo, write_clip
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CHUNK = 8
+
+
+class Clip:
+    """A lazy clip: `save()` and `chunks()` stream it, only `frames` holds all pixels.
+
+    Args:
+        source: makes a new iterator of chunks uint8 [t, H, W, 3] each time it is called.
+        info: rate, size, number of frames, sound and recipe.
+        latents: [1, C, F, h, w] the clip was decoded from, if it was.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[], Iterator[Frames]],
+        info: ClipInfo,
+        latents: Tensor | None = None,
+    ) -> None:
+        self._source, self.info, self.latents = source, info, latents
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Clip:
+        """Open a video file; its frames are counted by decoding it once, and read when needed.
+
+        Raises:
+            InputError: missing, no video, or damaged.
+        """
+        video = read_video(path)
+        num_frames = sum(1 for _ in video)
+        sound = read_sound(path)
+        samples, rate = sound if sound else (None, 48_000)
+        info = ClipInfo(video.fps, video.size, num_frames, samples, rate, read_recipe(path))
+
+        def chunks() -> Iterator[Frames]:
+            frames = iter(video)
+            while part := list(islice(frames, _CHUNK)):
+                yield np.stack(part)
+
+        return cls(chunks, info)
+
+    @property
+    def fps(self) -> Fraction:
+        """Exact frame rate."""
+        return self.info.fps
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.info.size
+
+    @property
+    def num_frames(self) -> int:
+        """How many frames the clip has."""
+        return self.info.num_frames
+
+    @property
+    def sound(self) -> Samples | None:
+        """float32 [N, channels] at `sound_rate`, or None."""
+        return self.info.sound
+
+    @property
+    def sound_rate(self) -> int:
+        """Samples of sound per second."""
+        return self.info.sound_rate
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """All that shaped the clip, or None if that isn't known."""
+        return self.info.recipe
+
+    def chunks(self) -> Iterator[Frames]:
+        """Stream the frames: uint8 [t, H, W, 3] each, t as it comes."""
+        return self._source()
+
+    @cached_property
+    def frames(self) -> Frames:
+        """All frames, uint8 [T, H, W, 3]."""
+        return np.concatenate([np.asarray(chunk) for chunk in self.chunks()])
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        on_frames: Callable[[int], None] | None = None,
+    ) -> Path:
+        """Stream the clip into a file of the format its suffix names; see `write_clip`.
+
+        Raises:
+            InputError: unknown suffix, or too many frames for it.
+            OutputError: it exists, can't be written, or the disk is full.
+        """
+        chunks = iter([self.frames]) if "frames" in self.__dict__ else self.chunks()
+        name = os.fspath(path)
+        return write_clip(name, chunks, self.info, overwrite=overwrite, on_frames=on_frames)

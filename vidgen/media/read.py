@@ -1,0 +1,330 @@
+"""Pictures, video and recipes out of files, exactly; what can't be honoured is refused.
+
+Axes: H W rows and columns, t frames.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import av
+import numpy as np
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from PIL import ExifTags, Image, ImageOps, ImageSequence, UnidentifiedImageError
+
+from vidgen.core.errors import InputError
+from vidgen.media.encode import Frames
+from vidgen.media.stills import RECIPE_FILE, RECIPE_KEY
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Picture
+
+MIN_SIDE = 16
+MAX_PIXELS = 64_000_000
+_PILLOW = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg")
+
+
+def load_image(picture: Picture) -> tuple[Frames, list[str]]:
+    """Read a picture as people see it.
+
+    Args:
+        picture: a file, or uint8 [H, W, 3].
+
+    Returns:
+        uint8 [H, W, 3] sRGB, and a note for each thing that had to be interpreted: orientation,
+        transparency, CMYK, 16 bits, an animation's other frames.
+
+    Raises:
+        InputError: missing, a folder, damaged, no picture, too small or too large.
+    """
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise InputError(
+                f"picture is {picture.dtype} {list(picture.shape)}; give uint8 [H, W, 3]"
+            )
+        _check_size("picture", (picture.shape[1], picture.shape[0]))
+        return picture, []
+    path = _existing_file(picture, "image")
+    try:
+        with Image.open(path) as image:
+            _check_size(f"image {path}", image.size)  # by the header, before anything is decoded
+            is_deep = any("16" in str(tile) for tile in image.tile)
+            image.load()
+            return _as_rgb(image, is_deep)
+    except UnidentifiedImageError:
+        problem = "is no picture in a known format; give PNG, JPEG or WebP"
+    except Image.DecompressionBombError:
+        problem = f"has more than {MAX_PIXELS} pixels; scale it down"
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        problem = f"is damaged: {error}; save it again"
+    raise InputError(f"image {path} {problem}")
+
+
+def _existing_file(path: str | os.PathLike[str], what: str) -> Path:
+    found = Path(path)
+    if not found.exists():
+        raise InputError(f"{what} {found} does not exist")
+    if found.is_dir():
+        raise InputError(f"{what} {found} is a folder; give a file")
+    if not os.access(found, os.R_OK):
+        raise InputError(f"{what} {found} can't be read: permission denied")
+    return found
+
+
+def _check_size(what: str, size: tuple[int, int]) -> None:
+    width, height = size
+    if min(size) < MIN_SIDE:
+        raise InputError(
+            f"{what} is {width}x{height}; each side must have at least {MIN_SIDE} pixels"
+        )
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{what} is {width}x{height}; scale it to {MAX_PIXELS} pixels at most")
+
+
+def _as_rgb(image: Image.Image, is_deep: bool) -> tuple[Frames, list[str]]:
+    notes = []
+    if getattr(image, "n_frames", 1) > 1:
+        notes.append(f"of {getattr(image, 'n_frames', 0)} frames the first is taken")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        notes.append("turned as its EXIF orientation says")
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # Pillow would clip at 255 where 16 bits are meant.
+        values = np.asarray(image, dtype=np.float64) * (255 / 65535)
+        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        is_deep = True
+    if is_deep:
+        notes.append("16 bits a channel reduced to 8")
+    if image.mode == "CMYK":
+        notes.append("CMYK turned into RGB without a colour profile")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        if layer.getchannel("A").getextrema() != (255, 255):
+            notes.append("transparent parts laid over white")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return np.array(image.convert("RGB")), notes
+
+
+def fit(
+    picture: Frames, height: int, width: int, mode: Literal["crop", "pad"] = "crop"
+) -> Frames:
+    """Bring a picture to a size without stretching it.
+
+    Args:
+        picture: uint8 [H, W, 3].
+        height: rows wanted.
+        width: columns wanted.
+        mode: "crop" fills the size and cuts what sticks out; "pad" keeps all, on black.
+
+    Returns:
+        uint8 [height, width, 3], Lanczos resampled; the picture itself if it fits already.
+    """
+    if picture.shape[:2] == (height, width):
+        return picture
+    function = ImageOps.fit if mode == "crop" else ImageOps.pad
+    image = function(Image.fromarray(picture), (width, height), Image.Resampling.LANCZOS)
+    return np.array(image)
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """A film, animation or picture; each iteration decodes it anew, at constant memory.
+
+    Attributes:
+        path: where it lies.
+        fps: exact average rate.
+        size: (width, height) as shown, after any rotation.
+    """
+
+    path: Path
+    fps: Fraction
+    size: tuple[int, int]
+
+    def __iter__(self) -> Iterator[Frames]:
+        """Frames uint8 [H, W, 3] from the first to the last."""
+        try:
+            yield from _frames(self.path)
+        except (av.FFmpegError, OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"video {self.path} is damaged: {error}") from None
+
+
+def read_video(path: str | os.PathLike[str]) -> VideoFile:
+    """Open a video or animation.
+
+    Raises:
+        InputError: missing, no video, or its first frame can't be decoded.
+    """
+    found = _existing_file(path, "video")
+    try:
+        if found.suffix.lower() in _PILLOW:
+            with Image.open(found) as image:
+                fps = Fraction(25) if getattr(image, "n_frames", 1) == 1 else _animation_fps(image)
+        else:
+            with av.open(str(found)) as container:
+                if not container.streams.video:
+                    raise InputError(f"video {found} has no picture; give a video file")
+                stream = container.streams.video[0]
+                fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
+        first = next(_frames(found))
+    except StopIteration:
+        raise InputError(f"video {found} holds no frame that can be decoded") from None
+    except (av.FFmpegError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"video {found} can't be read: {error}") from None
+    return VideoFile(found, fps, (first.shape[1], first.shape[0]))
+
+
+def _animation_fps(image: Image.Image) -> Fraction:
+    durations = []
+    for frame in ImageSequence.Iterator(image):
+        frame.load()  # WebP tells a frame's duration only then
+        durations.append(frame.info.get("duration", 0))
+    total = Fraction(sum(durations)).limit_denominator(1000)
+    return len(durations) * 1000 / total if total else Fraction(10)
+
+
+def _frames(path: Path) -> Iterator[Frames]:
+    if path.suffix.lower() in _PILLOW:
+        with Image.open(path) as image:
+            for still in ImageSequence.Iterator(image):
+                yield np.array(still.convert("RGB"))
+        return
+    reformatter = VideoReformatter()
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
+            yield _rgb(frame, reformatter)
+
+
+def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Frames:
+    scaling = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    is_yuv = frame.format.name.startswith("yuv")
+    # Untagged video of more than 576 lines is BT.709 by convention, smaller BT.601.
+    untagged = Colorspace.ITU709 if frame.height > 576 else Colorspace.ITU601
+    source = untagged if frame.colorspace in (0, 2) else None
+    rgb = reformatter.reformat(
+        frame,
+        format="rgb24",
+        src_colorspace=source if is_yuv else None,
+        interpolation=scaling if is_yuv else None,
+    ).to_ndarray()
+    return np.ascontiguousarray(np.rot90(cast("Frames", rgb), frame.rotation // 90))
+
+
+def read_sound(path: str | os.PathLike[str]) -> tuple[np.ndarray[Any, Any], int] | None:
+    """The first sound track as float32 [N, channels] and its rate, or None if there is none.
+
+    Raises:
+        InputError: missing, or no media file.
+    """
+    found = _existing_file(path, "sound")
+    try:
+        with av.open(str(found)) as container:
+            if not container.streams.audio:
+                return None
+            stream = container.streams.audio[0]
+            resampler = av.AudioResampler(format="flt")
+            parts = []
+            for frame in container.decode(stream):
+                for part in resampler.resample(frame):
+                    parts.append(part.to_ndarray().reshape(-1, len(part.layout.channels)))
+            samples = np.concatenate(parts) if parts else np.zeros((0, 1))
+            if stream.duration and stream.time_base:  # the last packet is padded to its full length
+                samples = samples[: round(stream.duration * stream.time_base * stream.rate)]
+            return samples.astype(np.float32), stream.rate
+    except av.FFmpegError as error:
+        raise InputError(f"sound {path} can't be read: {error.strerror}") from None
+
+
+def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a media file holds: container, duration in seconds, streams, metadata.
+
+    Raises:
+        InputError: missing, or no media file.
+    """
+    found = _existing_file(path, "file")
+    if found.suffix.lower() in _PILLOW:
+        video = read_video(found)
+        with Image.open(found) as image:
+            count, kind = getattr(image, "n_frames", 1), str(image.format).lower()
+        stream = {"type": "picture", "codec": kind, "num_frames": count}
+        stream |= {"width": video.size[0], "height": video.size[1]}
+        stream |= {"fps": str(video.fps)} if count > 1 else {}
+        facts = {"format": kind, "duration_s": float(count / video.fps) if count > 1 else None}
+        return {"path": str(found), "bytes": found.stat().st_size, **facts, "streams": [stream]}
+    try:
+        with av.open(str(found)) as container:
+            duration = container.duration
+            return {
+                "path": str(found),
+                "bytes": found.stat().st_size,
+                "format": container.format.name,
+                "duration_s": None if duration is None else duration / av.time_base,
+                "streams": [_describe(s) for s in container.streams],
+                "metadata": {k: v for k, v in container.metadata.items() if k != RECIPE_KEY},
+            }
+    except av.FFmpegError as error:
+        raise InputError(f"{path} is no media file: {error.strerror}") from None
+
+
+def _describe(stream: Any) -> dict[str, Any]:
+    context = stream.codec_context
+    facts = {"type": stream.type, "codec": context.name if context else None}
+    if stream.type == "video":
+        rate = stream.average_rate
+        return facts | {
+            "width": context.width, "height": context.height, "pix_fmt": context.pix_fmt,
+            "fps": str(rate) if rate else None, "num_frames": stream.frames or None,
+        }
+    if stream.type == "audio":
+        return facts | {"rate": stream.rate, "channels": stream.channels}
+    return facts
+
+
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The recipe that vidgen put into a file or a folder of pictures, or None if there is none.
+
+    Raises:
+        InputError: missing, no media file, or a recipe that is no JSON.
+    """
+    found = Path(path)
+    if found.is_dir():
+        file = found / RECIPE_FILE
+        text = file.read_text() if file.is_file() else None
+    else:
+        text = _picture_recipe(_existing_file(found, "file"))
+        if text is None:
+            try:
+                with av.open(str(found)) as container:
+                    # Matroska's tags come back in capitals.
+                    tags = {key.lower(): value for key, value in container.metadata.items()}
+                    text = tags.get(RECIPE_KEY)
+            except av.FFmpegError as error:
+                raise InputError(f"{path} is no media file: {error.strerror}") from None
+    try:
+        recipe = None if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"the recipe in {path} is damaged: {error}") from None
+    return recipe if isinstance(recipe, dict) else None
+
+
+def _picture_recipe(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            if image.format == "PNG":
+                return image.info.get(RECIPE_KEY)
+            if image.format == "WEBP":
+                return image.getexif().get(ExifTags.Base.ImageDescription)
+            if image.format == "JPEG":
+                parts = [data for name, data in getattr(image, "applist", ()) if name == "COM"]
+                return b"".join(parts).decode() or None
+            comment = image.info.get("comment", b"")
+            return comment.decode() or None
+    except (OSError, ValueError, SyntaxError):
+        return None

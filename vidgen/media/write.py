@@ -1,0 +1,258 @@
+"""Clips into files: streamed by an encoder thread, atomic, with the recipe inside."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
+from typing import TYPE_CHECKING, Any, cast
+
+import av
+import numpy as np
+
+from vidgen.core.errors import InputError, nearest
+from vidgen.core.runtime import atomic_path, check_output, write_error
+from vidgen.media.encode import Frames, PictureSettings, Samples, SoundTrack, encode_picture
+from vidgen.media.stills import RECIPE_KEY, STILL_SUFFIXES, write_stills
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SEGMENT = 64
+"""Frames of a segment; 16 latent frames at a temporal stride of 4."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """A kind of film file: libav's muxer and its options, how pictures and sound are stored."""
+
+    muxer: str
+    picture: PictureSettings
+    sound: str
+    options: Mapping[str, str]
+
+
+_X264 = PictureSettings("libx264", "yuv420p", {"crf": "16", "preset": "medium"})
+_MP4 = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"}
+_MKV = {"fflags": "+bitexact"}
+CONTAINERS = {
+    ".mp4": Container("mp4", _X264, "aac", _MP4),
+    ".mov": Container("mov", _X264, "aac", _MP4),
+    ".webm": Container(
+        "webm",
+        PictureSettings(
+            "libvpx-vp9",
+            "yuv420p",
+            {"crf": "20", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"},
+        ),
+        "libopus",
+        _MKV,
+    ),
+    ".mkv": Container(
+        "matroska",
+        PictureSettings("ffv1", "bgr0", {"level": "3", "g": "1", "slicecrc": "1"}),
+        "pcm_f32le",
+        _MKV,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """What a writer needs to know of a clip beside its frames.
+
+    Args:
+        fps: exact frame rate.
+        size: (width, height).
+        num_frames: how many frames will come.
+        sound: float32 [N, channels] in [-1, 1], or None.
+        sound_rate: samples per second.
+        recipe: JSON data that goes into the file's metadata, or None.
+        stride_t: frames per latent frame, by which segments are cut.
+    """
+
+    fps: Fraction
+    size: tuple[int, int]
+    num_frames: int
+    sound: Samples | None = None
+    sound_rate: int = 48_000
+    recipe: dict[str, Any] | None = None
+    stride_t: int = 1
+
+    @property
+    def recipe_text(self) -> str | None:
+        """The recipe as ASCII JSON, which every container's metadata can carry."""
+        return None if self.recipe is None else json.dumps(self.recipe, allow_nan=False)
+
+
+def check_format(path: str | Path, num_frames: int | None = None) -> str:
+    """The suffix of an output that can be written, "/" for a folder of pictures.
+
+    Args:
+        path: the output.
+        num_frames: frames it must hold, if known.
+
+    Raises:
+        InputError: an unknown suffix, or one that can't hold so many frames.
+    """
+    suffix = "/" if str(path).endswith("/") else Path(path).suffix.lower()
+    known = [*CONTAINERS, *STILL_SUFFIXES]
+    if suffix not in known:
+        hint = nearest(suffix, known) if suffix else f"give one of {', '.join(known)}"
+        raise InputError(f"output {path} has the unknown suffix {suffix!r}; {hint}")
+    if suffix in (".png", ".jpg", ".jpeg") and num_frames not in (None, 1):
+        raise InputError(
+            f"output {path} holds one picture, but the clip has {num_frames} frames; "
+            "use .mp4, .apng, a folder (name/), or --frames 1"
+        )
+    return suffix
+
+
+def write_clip(
+    path: str | Path,
+    chunks: Iterable[Frames | Tensor],
+    info: ClipInfo,
+    *,
+    overwrite: bool = False,
+    on_frames: Callable[[int], None] | None = None,
+) -> Path:
+    """Stream a clip into a file, or a folder of PNGs, that appears when it is whole.
+
+    Args:
+        path: its suffix chooses the format: .mp4 and .mov H.264 with AAC, .webm VP9 with Opus, .mkv
+            lossless FFV1 with float PCM, .gif, .webp, .apng, .png and .jpg for one frame.
+        chunks: uint8 [t, H, W, 3] each, of any t.
+        info: the clip's rate, size, sound and recipe.
+        overwrite: whether an existing file may be replaced.
+        on_frames: called with the number of frames handed over so far.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: unknown suffix, or too many frames for it.
+        OutputError: it exists, can't be written, or the disk is full.
+    """
+    suffix = check_format(path, info.num_frames)
+    check_output(path, overwrite=overwrite)
+    if suffix in CONTAINERS:
+        encode = partial(_write_container, Path(path), CONTAINERS[suffix], info)
+    else:
+        if info.sound is not None:
+            log.warning("%s holds no sound; the clip's sound is left out", path)
+        encode = partial(
+            write_stills, Path(path), suffix, info.fps, info.num_frames, info.recipe_text
+        )
+    _encode_in_thread(encode, _counted(chunks, info, on_frames))
+    return Path(path)
+
+
+def _counted(
+    chunks: Iterable[Frames | Tensor], info: ClipInfo, on_frames: Callable[[int], None] | None
+) -> Iterator[Frames]:
+    """Chunks as contiguous arrays; what doesn't match the clip's description is our own mistake."""
+    count = 0
+    for chunk in chunks:
+        frames = np.ascontiguousarray(chunk if isinstance(chunk, np.ndarray) else chunk.cpu())
+        width, height = info.size
+        assert frames.dtype == np.uint8
+        assert frames.shape[1:] == (height, width, 3), f"{frames.shape} is no {info.size} chunk"
+        yield frames
+        count += len(frames)
+        if on_frames:
+            on_frames(count)
+    assert count == info.num_frames, f"{count} frames came where {info.num_frames} were promised"
+
+
+class _Abandoned(Exception):
+    """The frames' source failed: nothing may be written."""
+
+
+def _encode_in_thread(
+    encode: Callable[[Iterator[Frames]], None], chunks: Iterator[Frames]
+) -> None:
+    """Run `encode` beside the making of chunks, which waits while one chunk lies in the slot."""
+    slot: Queue[Frames | _Abandoned | None] = Queue(maxsize=1)
+    failures: list[Exception] = []
+
+    def arriving() -> Iterator[Frames]:
+        while (item := slot.get()) is not None:
+            if isinstance(item, _Abandoned):
+                raise item
+            yield item
+
+    def work() -> None:
+        try:
+            encode(arriving())
+        except Exception as error:
+            failures.append(error)
+
+    def hand_over(item: Frames | _Abandoned | None) -> None:
+        while thread.is_alive():
+            try:
+                return slot.put(item, timeout=0.2)
+            except Full:
+                continue
+
+    thread = Thread(target=work, name="vidgen-encoder")
+    thread.start()
+    try:
+        for chunk in chunks:
+            hand_over(chunk)
+            if failures:
+                break
+        hand_over(None)
+    except BaseException:
+        hand_over(_Abandoned())
+        raise
+    finally:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _write_container(
+    path: Path, kind: Container, info: ClipInfo, chunks: Iterator[Frames]
+) -> None:
+    picture = kind.picture.fitting(info.size)
+    if picture != kind.picture:
+        log.warning("%s: the odd size is stored in 4:4:4, which few players know", path)
+    with atomic_path(path) as temporary:
+        try:
+            _mux(temporary, kind, picture, info, chunks)
+        except av.FFmpegError as error:
+            raise write_error(path, OSError(error.errno, error.strerror), temporary) from error
+
+
+def _mux(
+    path: Path, kind: Container, picture: PictureSettings, info: ClipInfo, chunks: Iterator[Frames]
+) -> None:
+    first_segment = SEGMENT - (info.stride_t - 1)
+    with av.open(str(path), "w", format=kind.muxer, options=dict(kind.options)) as container:
+        if info.recipe_text is not None:
+            container.metadata[RECIPE_KEY] = info.recipe_text
+        # The stream's own encoder never sees a frame: it gives the header, segments the packets.
+        stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
+        picture.configure(stream.codec_context, info.size, info.fps)
+        stream.time_base = 1 / info.fps
+        sound = None
+        if info.sound is not None and len(info.sound):
+            sound = SoundTrack(container, kind.sound, info.sound, info.sound_rate)
+        for packet in encode_picture(
+            chunks, picture, info.size, info.fps, first_segment=first_segment, segment=SEGMENT
+        ):
+            packet.stream = stream
+            if sound:
+                sound.advance(float((packet.dts or 0) / info.fps))
+            container.mux(packet)
+        if sound:
+            sound.finish()
