@@ -11,7 +11,8 @@ T H W frames, pixel rows and columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,10 +43,16 @@ class LatentState:
     denoise_mask: Tensor
     keys: KeyTokens | None = None
 
-    @property
+    @cached_property
     def any_known(self) -> bool:
         """Whether any latent in place is known."""
         return not bool(self.denoise_mask.all())
+
+    @cached_property
+    def whole_frames(self) -> bool:
+        """Whether each latent frame is known or generated as a whole."""
+        pixels = self.denoise_mask.flatten(3)
+        return bool((pixels == pixels[..., :1]).all())
 
     def impose(self, latents: Tensor) -> Tensor:
         """Write the known values into latents, exactly; a sampler's `project`."""
@@ -142,21 +149,29 @@ def reference_position(index: int) -> float:
     return FIRST_REFERENCE_POSITION - REFERENCE_SPACING * index
 
 
-def denoise_inputs(state: LatentState, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def denoise_inputs(
+    state: LatentState, sigma: Tensor, latents: Tensor | None = None, *, patch: int = 1
+) -> tuple[Tensor, Tensor]:
     """What the model gets to see of a state at a noise level, besides `state.keys`.
 
     Args:
-        state: its `latents` at `sigma`; use `dataclasses.replace` to put others in.
+        state: the conditions.
         sigma: [B].
+        latents: noisy ones at `sigma`; by default the state's own.
+        patch: latents a side of one token.
 
     Returns:
-        (latents, sigma): with nothing known, both as they are; else the latents with the known
-        values written in, and sigma for every latent, [B, F, h, w], 0 where known.
+        (latents, sigma). With nothing known both are as they came. Else the known values are
+        written into the latents, and sigma is 0 where known: [B, F] when frames are known as a
+        whole, [B, F, h / patch, w / patch] when a token is.
     """
+    latents = state.latents if latents is None else latents
     if not state.any_known:
-        return state.latents, sigma
-    grid = sigma.view(-1, 1, 1, 1) * state.denoise_mask[:, 0].to(sigma.dtype)
-    return state.impose(state.latents), grid
+        return latents, sigma
+    unknown = state.denoise_mask[:, 0].to(sigma.dtype)
+    if state.whole_frames:
+        return state.impose(latents), sigma[:, None] * unknown[:, :, 0, 0]
+    return state.impose(latents), sigma.view(-1, 1, 1, 1) * F.max_pool2d(unknown, patch)
 
 
 def latent_mask(pixels: Tensor, strides: Strides, *, patch: int = 1) -> Tensor:
@@ -245,7 +260,7 @@ def training_conditions(
     """Draw a condition for each sample of a batch.
 
     Args:
-        latents: the clips', clean, [B, C, F, h, w].
+        latents: the clips', clean, [B, C, F, h, w]; becomes the state's `clean`.
         generator: a CPU generator.
         mix: how often which; conditions that need stills or several frames, where there are none,
             leave their share to the others.
@@ -254,23 +269,30 @@ def training_conditions(
         patch: latents a side of one token.
 
     Returns:
-        A state with `clean = latents`; put the noised latents in by `dataclasses.replace`. The loss
-        counts where `denoise_mask` is True. Its keys hold as many columns as the fullest row needs
-        and are None when no row needs any.
+        A state for `denoise_inputs`, whose `denoise_mask` says where the loss counts. Its keys hold
+        as many columns as the fullest row needs and are None when no row needs any.
     """
     batch, _, num_frames, height, width = latents.shape
     known = torch.zeros(batch, 1, num_frames, height, width, dtype=torch.bool)
     frame_index = torch.zeros(batch, 0, dtype=torch.long) if stills is None else stills.frame_index
     frame_index = frame_index.cpu()
     used = torch.zeros(frame_index.shape, dtype=torch.bool)
-    kinds = _draw_kinds(mix, batch, generator, several=num_frames > 1, stills=stills is not None)
+    several = num_frames > 1
+    possible = {
+        "text": True,
+        "first": several,
+        "prefix": several,
+        "mask": min(height, width) >= 2 * patch,
+        **dict.fromkeys(("last", "both", "frames"), several and stills is not None),
+    }
+    kinds = _draw_kinds(mix, possible, batch, generator)
     for row, kind in enumerate(kinds):
         if kind in {"first", "both"}:
             known[row, :, :1] = True
         if kind in {"last", "both"}:
             used[row] = frame_index[row] == (num_frames - 1) * strides.t
         if kind == "frames":
-            used[row] = (frame_index[row] > 0) & _draw_subset(len(used[row]), generator)
+            used[row] = _draw_subset(frame_index[row] > 0, generator)
         if kind == "prefix":
             longest = max(1, 2 * num_frames // 3)
             known[row, :, : _draw_int(1, longest, generator)] = True
@@ -284,15 +306,10 @@ def training_conditions(
 
 
 def _draw_kinds(
-    mix: ConditionMix, batch: int, generator: torch.Generator, *, several: bool, stills: bool
+    mix: ConditionMix, possible: dict[str, bool], batch: int, generator: torch.Generator
 ) -> list[str]:
-    possible = {"text", "mask"}
-    if several:
-        possible |= {"first", "prefix"}
-    if several and stills:
-        possible |= {"last", "both", "frames"}
-    names = [field.name for field in fields(mix) if field.name in possible]
-    weights = torch.tensor([getattr(mix, name) for name in names])
+    names = list(possible)
+    weights = torch.tensor([float(getattr(mix, name)) * possible[name] for name in names])
     drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
     return [names[i] for i in drawn.tolist()]
 
@@ -301,31 +318,23 @@ def _draw_int(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-def _draw_subset(count: int, generator: torch.Generator) -> Tensor:
-    """[count] bool, never empty."""
-    chosen = torch.rand(count, generator=generator) < 0.5
-    chosen[_draw_int(0, count - 1, generator)] = True
-    return chosen
+def _draw_subset(candidates: Tensor, generator: torch.Generator) -> Tensor:
+    """A random choice among the candidates [K] bool, at least one if there are any."""
+    luck = torch.rand(len(candidates), generator=generator).where(candidates, 1.0)
+    return candidates & ((luck < 0.5) | (luck == luck.min()))
 
 
 def _draw_region(height: int, width: int, generator: torch.Generator) -> Tensor:
     """[height, width] bool: a box or a half-plane, its inside or its outside; never all or none."""
-    top, left, bottom, right = 0, 0, height, width
-    if height > 1:
-        size = _draw_int(1, height - 1, generator)
-        top = _draw_int(0, height - size, generator)
-        bottom = top + size
-    if width > 1:
-        size = _draw_int(1, width - 1, generator)
-        left = _draw_int(0, width - size, generator)
-        right = left + size
+    rows, columns = (_draw_int(1, size - 1, generator) for size in (height, width))
+    top, left = (_draw_int(0, n, generator) for n in (height - rows, width - columns))
     shape = _draw_int(0, 3, generator)
-    if shape == 0 and width > 1:
-        top, left, bottom = 0, 0, height
-    elif shape == 1 and height > 1:
-        top, left, right = 0, 0, width
+    if shape == 0:
+        top, rows, left = 0, height, 0
+    elif shape == 1:
+        top, left, columns = 0, 0, width
     region = torch.zeros(height, width, dtype=torch.bool)
-    region[top:bottom, left:right] = True
+    region[top : top + rows, left : left + columns] = True
     return region ^ bool(_draw_int(0, 1, generator))
 
 

@@ -68,7 +68,7 @@ def sample_unipc(
     order for the price of Euler. Arguments and result as in `sample_euler`; equal to diffusers'
     `UniPCMultistepScheduler` with flow sigmas and flow prediction.
     """
-    levels = [min(level, UNIPC_SIGMA_MAX) for level in _levels(sigmas)]
+    levels = _levels(sigmas.clamp(max=UNIPC_SIGMA_MAX))
     return _integrate(_unipc_step, denoise, noisy, levels, on_step, project, resume)
 
 

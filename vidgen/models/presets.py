@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from vidgen.models.dit import AudioConfig, DiTConfig
+from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
 
 # fmt: off
@@ -104,5 +105,17 @@ DIT_PRESETS: dict[str, DiTConfig] = {
     "wan22-5b": DiTConfig(
         **(_WAN_DIT | {"in_channels": 48, "out_channels": 48}),
         num_heads=24, num_layers=30, ffn_dim=14336,
+    ),
+}
+
+TEXT_PRESETS: dict[str, TextConfig] = {
+    "toybox": TextConfig(
+        vocab_size=2048, hidden_dim=128, head_dim=32, ffn_dim=256, num_layers=4, num_heads=4
+    ),
+    "tiny": TextConfig(
+        vocab_size=512, hidden_dim=16, head_dim=8, ffn_dim=32, num_layers=2, num_heads=2
+    ),
+    "umt5-xxl": TextConfig(
+        vocab_size=256384, hidden_dim=4096, head_dim=64, ffn_dim=10240, num_layers=24, num_heads=64
     ),
 }

@@ -92,6 +92,6 @@ def _pipeline(model: BPE) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace(SPACE, "first")]
+        [decoders.Metaspace(SPACE, "first"), decoders.ByteFallback(), decoders.Fuse()]
     )
     return tokenizer

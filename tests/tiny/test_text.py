@@ -1,0 +1,170 @@
+"""The text encoder's bundle and the toybox tokenizer."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vidgen.core.errors import InputError, ModelError
+from vidgen.models.presets import TEXT_PRESETS
+from vidgen.models.text import (
+    PromptTokenizer,
+    TextConfig,
+    TextEncoder,
+    UMT5Encoder,
+    encode_tokens,
+    split_words,
+)
+from vidgen.training.tokenizer import NUM_SUBJECTS, subject_token, train_tokenizer
+
+CAPTIONS = [
+    f"A {colour} {thing} {move} in the desert."
+    for colour in ("red", "blue", "green")
+    for thing in ("car", "automobile", "balloon", "penguin")
+    for move in ("rises", "falls", "drives to the right", "bounces")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(CAPTIONS, path, vocab_size=512)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    torch.manual_seed(0)
+    return TextEncoder(UMT5Encoder(TEXT_PRESETS["tiny"]).eval(), PromptTokenizer(folder))
+
+
+def test_words_of_the_captions_are_single_tokens(text):
+    assert text.tokenizer.count("a red automobile rises") == 4 + 1
+    ids, _ = text.tokenizer.encode(["a red car", "A  RED\n CAR", "a Ｒed c&#97;r"])
+    assert (ids == ids[0]).all()
+
+
+def test_anything_else_is_spelt_in_bytes_and_never_lost(text):
+    ids, mask = text.tokenizer.encode(["ж", "猫🚗"])
+    first_byte = 2 + NUM_SUBJECTS
+    spelt = [row[m].tolist() for row, m in zip(ids, mask, strict=True)]
+    for prompt, row in zip(["ж", "猫🚗"], spelt, strict=True):
+        received = bytes(i - first_byte for i in row if first_byte <= i < first_byte + 256)
+        assert received.endswith(prompt.encode())
+
+
+def test_spare_subjects_are_one_token_each_wherever_they_stand(text):
+    plain = text.tokenizer.encode(["a car rises"])[0][0].tolist()
+    for index in (0, 7, NUM_SUBJECTS - 1):
+        ids = text.tokenizer.encode([f"a {subject_token(index)} rises"])[0][0].tolist()
+        assert ids == [plain[0], 2 + index, *plain[2:]]
+
+
+def test_context_of_a_prompt_does_not_depend_on_its_batch(text):
+    prompts = ["a red car", "", "a blue balloon rises in the desert."]
+    context, lengths = text.encode(prompts)
+    assert context.shape == (3, int(lengths.max()), 16)
+    assert lengths.tolist() == [text.tokenizer.count(prompt) for prompt in prompts]
+    assert int(lengths[1]) == 1
+    for prompt, rows, length in zip(prompts, context, lengths.tolist(), strict=True):
+        alone, _ = text.encode([prompt])
+        torch.testing.assert_close(rows[:length], alone[0])
+        assert (rows[length:] == 0).all()
+
+
+def test_over_long_prompt_is_cut_with_a_warning_and_keeps_its_end_mark(folder, caplog):
+    tokenizer = PromptTokenizer(folder, max_length=6)
+    assert tokenizer.count("red " * 10) == 11
+    with caplog.at_level(logging.WARNING):
+        ids, _ = tokenizer.encode(["red " * 10])
+    assert ids.shape == (1, 6)
+    assert ids[0, -1] == 1
+    assert "11 tokens; the last 5 are cut, the model reads 6" in caplog.text
+
+
+def test_unknown_words_come_with_the_nearest_known(text):
+    unknown = text.tokenizer.unknown_words(
+        "A pengiun and a xylophone rise: RED car <subject_3>, xylophone"
+    )
+    assert [word for word, _ in unknown] == ["pengiun", "and", "xylophone", "rise"]
+    nearest = dict(unknown)
+    assert nearest["pengiun"] == ["penguin"]
+    assert nearest["rise"][0] == "rises"
+    assert nearest["xylophone"] == []
+
+
+def test_without_a_word_list_no_word_is_unknown(folder, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    assert PromptTokenizer(tmp_path).unknown_words("pengiun") == []
+
+
+def test_words_leave_out_numbers_marks_and_tokens():
+    words = split_words("It's 3 O'Clock: <subject_1> snow-storm!")
+    assert words == ["it's", "o'clock", "snow", "storm"]
+
+
+def test_gradients_reach_every_weight_of_the_encoder(text):
+    encoder = UMT5Encoder(TEXT_PRESETS["tiny"])
+    ids, mask = text.tokenizer.encode(CAPTIONS[:4])
+    encode_tokens(encoder, ids, mask).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in encoder.parameters())
+
+
+def test_config_travels_through_json():
+    for config in TEXT_PRESETS.values():
+        settings = json.loads(json.dumps(config.to_transformers()))
+        assert TextConfig.from_transformers(settings) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "t5"}, "'t5'"),
+        ({"feed_forward_proj": "relu"}, "'relu'"),
+        ({"d_model": None}, "d_model"),
+        ({"relative_attention_num_buckets": 30}, "30 position buckets"),
+    ],
+)
+def test_config_that_is_not_umt5_is_refused(change, message):
+    settings = TEXT_PRESETS["tiny"].to_transformers() | change
+    settings = {key: value for key, value in settings.items() if value is not None}
+    with pytest.raises(ModelError, match=message):
+        TextConfig.from_transformers(settings)
+
+
+def test_tokenizer_folder_without_a_usable_file_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="missing"):
+        PromptTokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "mod')
+    with pytest.raises(ModelError, match="can be read"):
+        PromptTokenizer(tmp_path)
+
+
+def test_tokenizer_larger_than_the_encoder_is_refused(folder):
+    small = TextConfig(
+        vocab_size=64, hidden_dim=8, head_dim=4, ffn_dim=8, num_layers=1, num_heads=2
+    )
+    with pytest.raises(ModelError, match="only 64"):
+        TextEncoder(UMT5Encoder(small), PromptTokenizer(folder))
+
+
+def test_vocabulary_stays_within_its_size_and_too_small_a_one_is_refused(tmp_path):
+    assert train_tokenizer(CAPTIONS, tmp_path, vocab_size=400) <= 400
+    with pytest.raises(InputError, match="322 fixed"):
+        train_tokenizer(CAPTIONS, tmp_path, vocab_size=300)
+
+
+def test_reading_prompts_imports_neither_transformers_nor_diffusers(folder):
+    program = (
+        "import sys; from vidgen.models.text import PromptTokenizer;"
+        "import vidgen.diffusion.condition, vidgen.diffusion.samplers;"
+        f"PromptTokenizer({str(folder)!r}).encode(['a red car']);"
+        "print([m for m in ('transformers', 'diffusers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

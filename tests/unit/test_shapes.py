@@ -1,0 +1,93 @@
+"""Sizes: strides forth and back, and refusals that name what would work."""
+
+import pytest
+
+from vidgen.core.errors import InputError
+from vidgen.core.shapes import (
+    LatentShape,
+    Strides,
+    VideoShape,
+    nearest_num_frames,
+    num_frames_for_seconds,
+    size_for_aspect,
+)
+
+TOYBOX, WAN = Strides(t=4, hw=16), Strides(t=4, hw=8)
+
+
+@pytest.mark.parametrize(
+    ("video", "strides", "dims"),
+    [
+        (VideoShape(33, 128, 128), TOYBOX, (1, 32, 9, 8, 8)),
+        (VideoShape(81, 480, 832, batch=2), WAN, (2, 32, 21, 60, 104)),
+        (VideoShape(1, 16, 32), TOYBOX, (1, 32, 1, 1, 2)),
+        (VideoShape(7, 16, 16), Strides(t=1, hw=16), (1, 32, 7, 1, 1)),
+    ],
+)
+def test_video_to_latents_and_back(video, strides, dims):
+    latents = video.latent(strides, channels=32)
+    assert latents.dims == dims
+    assert latents.video(strides) == video
+    assert isinstance(latents, LatentShape)
+
+
+@pytest.mark.parametrize(
+    ("video", "patch", "named"),
+    [
+        (VideoShape(32, 128, 128), 1, ["32 frames", "29 and 33"]),
+        (VideoShape(2, 128, 128), 1, ["2 frames", "1 and 5"]),
+        (VideoShape(33, 120, 128), 1, ["height of 120", "multiple of 16", "112 and 128"]),
+        (VideoShape(33, 128, 8), 1, ["width of 8", "16 and 32"]),
+        (VideoShape(33, 128, 144), 2, ["width of 144", "multiple of 32", "128 and 160"]),
+        (VideoShape(0, 128, 128), 1, ["frames", "at least 1", "not 0"]),
+        (VideoShape(33, -16, 128), 1, ["height", "at least 1", "not -16"]),
+        (VideoShape(33, 128, 128, batch=0), 1, ["batch", "not 0"]),
+        (VideoShape(33.0, 128, 128), 1, ["frames", "whole number", "33.0"]),
+    ],
+)
+def test_unreachable_sizes_name_the_value_the_limit_and_what_would_work(video, patch, named):
+    with pytest.raises(InputError) as error:
+        video.latent(TOYBOX, channels=32, patch=patch)
+    for part in named:
+        assert part in str(error.value)
+
+
+def test_nearest_frame_counts_surround_the_wish():
+    for wish in range(1, 40):
+        below, above = nearest_num_frames(wish, TOYBOX)
+        assert below <= wish < above
+        assert below % 4 == above % 4 == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fps", "expected"),
+    [(3, 12, (37, 36)), (33 / 12, 12, (33, 33)), (0.01, 12, (1, 1)), (5, 16, (81, 80))],
+)
+def test_seconds_generate_the_next_count_and_keep_what_was_asked(seconds, fps, expected):
+    assert num_frames_for_seconds(seconds, fps, TOYBOX) == expected
+
+
+@pytest.mark.parametrize(("seconds", "fps"), [(0, 12), (-1, 12), (float("nan"), 12), (2, 0)])
+def test_durations_that_make_no_sense_are_refused(seconds, fps):
+    with pytest.raises(InputError, match="positive number"):
+        num_frames_for_seconds(seconds, fps, TOYBOX)
+
+
+@pytest.mark.parametrize(
+    ("aspect", "area", "multiple", "size"),
+    [
+        (1, 128 * 128, 16, (128, 128)),
+        (16 / 9, 128 * 128, 16, (96, 176)),
+        (9 / 16, 128 * 128, 16, (176, 96)),
+        (16 / 9, 480 * 832, 16, (480, 832)),
+        (4, 128 * 128, 16, (64, 256)),
+    ],
+)
+def test_size_keeps_the_area_at_another_aspect(aspect, area, multiple, size):
+    assert size_for_aspect(aspect, area, multiple) == size
+
+
+@pytest.mark.parametrize("aspect", [0, -1, float("inf"), float("nan")])
+def test_aspect_that_makes_no_sense_is_refused(aspect):
+    with pytest.raises(InputError, match="aspect"):
+        size_for_aspect(aspect, 128 * 128, 16)
