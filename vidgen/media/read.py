@@ -267,7 +267,7 @@ def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
                 "format": container.format.name,
                 "duration_s": None if duration is None else duration / av.time_base,
                 "streams": [_describe(s) for s in container.streams],
-                "metadata": {k: v for k, v in container.metadata.items() if k != RECIPE_KEY},
+                "metadata": {k: v for k, v in container.metadata.items() if k.lower() != RECIPE_KEY},
             }
     except av.FFmpegError as error:
         raise InputError(f"{path} is no media file: {error.strerror}") from None

@@ -1,0 +1,135 @@
+"""`vidgen generate PROMPT`: the options of a request, one clip or several, written to files."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.cli.report import Report
+from vidgen.core.errors import InputError
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.media.clip import Clip
+
+DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
+_NOT_OF_REQUEST = {"output", "overwrite", "model", "dtype", "json", "events"}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's options; apart from the output's they are the fields of `Request`."""
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT", help="what is to be seen")
+    add("-o", "--output", metavar="FILE", help=(
+        ".mp4 .mov .webm .mkv .gif .webp .apng, .png or .jpg with --frames 1, or a folder/; "
+        "default prompt-slug-seed.mp4"))
+    add("--overwrite", action="store_true", help="replace an existing output")
+    add("--model", default="toybox", metavar="NAME|FOLDER", help="default %(default)s")
+    add("--negative", metavar="TEXT", help="what is not to be seen")
+    add("--seed", type=int, metavar="N", help="same seed, same clip; drawn and printed if left out")
+    add("--count", type=int, default=1, metavar="N", help="clips to make, of seeds N, N+1, ...")
+    add("--seconds", type=float, metavar="S", help="length")
+    add("--frames", type=int, metavar="N", help="exact number of frames, instead of --seconds")
+    add("--fps", metavar="F", help="frames per second, such as 12 or 24000/1001")
+    add("--size", metavar="WxH", help="width and height in pixels")
+    add("--fit", choices=("crop", "pad"), default="crop", help="for pictures of another aspect")
+    add("--steps", type=int, metavar="N", help="denoising steps")
+    add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed; 1 is off")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="noise levels between which guidance acts, from 0 to 1")
+    add("--guidance-rescale", type=float, metavar="X", help="0 to 1, against over-saturation")
+    add("--sampler", metavar="NAME", help="euler or unipc")
+    add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
+    add("--image", metavar="IMAGE", help="the first frame")
+    add("--last-image", metavar="IMAGE", help="the last frame")
+    add("--frame", type=_frame, action="append", default=[], metavar="SECONDS=IMAGE",
+        help="a known frame at any time; may be repeated")
+    add("--reference", action="append", default=[], metavar="IMAGE",
+        help="a picture of a subject that is to appear; may be repeated")
+    add("--video", metavar="CLIP", help="a clip to start from")
+    add("--strength", type=float, metavar="X", help="0 keeps --video as it is, 1 ignores it")
+    add("--mask", metavar="IMAGE|CLIP", help="white where --video or --image is to change")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Check everything that can be checked, then generate and write."""
+    from vidgen.core.request import Request
+
+    options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
+    if options["seed"] is None:
+        options["seed"] = secrets.randbelow(2**31)
+        report({"event": "note", "text": f"seed {options['seed']}"})
+    request = Request.of(options.pop("prompt"), options)
+    paths = _outputs(args.output, request)
+    _check_outputs(paths, request, overwrite=args.overwrite)
+
+    from vidgen.pipeline.video import load
+
+    start = time.monotonic()
+    engine = load(args.model, dtype=args.dtype)
+    made = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}))
+    clips = made if isinstance(made, list) else [made]
+    results = []
+    for index, (clip, path) in enumerate(zip(clips, paths, strict=True)):
+        _save(clip, path, report, overwrite=args.overwrite)
+        results.append(_facts(clip, path, (request.seed or 0) + index))
+    elapsed = round(time.monotonic() - start, 3)
+    text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"
+    report.result({"clips": results, "elapsed_s": elapsed}, text)
+    return 0
+
+
+def _frame(text: str) -> tuple[float, str]:
+    seconds, _, path = text.partition("=")
+    return float(seconds), path
+
+
+def _outputs(output: str | None, request: Request) -> list[str]:
+    """The output of each clip: the name itself for one, name-1, name-2, ... for several."""
+    if output is None:
+        words = re.sub(r"[^\w]+", "-", request.prompt.lower()).strip("-")
+        output = f"{words[:48].rstrip('-') or 'clip'}-{request.seed}.mp4"
+    if request.count == 1:
+        return [output]
+    tail = "/" if output.endswith("/") else Path(output).suffix
+    stem = output.removesuffix(tail)
+    return [f"{stem}-{number}{tail}" for number in range(1, request.count + 1)]
+
+
+def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> None:
+    from vidgen.core.runtime import check_output
+    from vidgen.media.write import check_format
+
+    for path in paths:
+        suffix = check_format(path, request.frames)
+        if suffix in (".png", ".jpg", ".jpeg") and request.frames is None:
+            raise InputError(f"output {path} holds one picture; add --frames 1 or use .mp4")
+        check_output(path, overwrite=overwrite)
+
+
+def _save(clip: Clip, path: str, report: Report, *, overwrite: bool) -> None:
+    def on_frames(count: int) -> None:
+        stage = f"write {path}"
+        report({"event": "progress", "stage": stage, "done": count, "total": clip.num_frames})
+
+    clip.save(path, overwrite=overwrite, on_frames=on_frames)
+    report({"event": "written", "path": path})
+
+
+def _facts(clip: Clip, path: str, seed: int) -> dict[str, Any]:
+    return {
+        "path": path, "seed": seed, "num_frames": clip.num_frames, "fps": str(clip.fps),
+        "width": clip.size[0], "height": clip.size[1],
+        "seconds": float(clip.num_frames / clip.fps), "sound": clip.sound is not None,
+    }
+
+
+def _line(facts: dict[str, Any]) -> str:
+    return "{path}: {num_frames} frames of {width}x{height} at {fps} fps, seed {seed}".format(
+        **facts
+    )

@@ -1,0 +1,101 @@
+"""`vidgen VERB ...`: finds the verb's file, reads its options, turns errors into exit codes.
+
+A verb is a module of this package with `DESCRIPTION`, `add_arguments(parser)` and `run(args,
+report)`. Nothing but the verb that is called is imported, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import NoReturn
+
+from vidgen import __version__
+from vidgen.cli.parser import Parser
+from vidgen.core.errors import InputError, VidgenError, nearest
+
+VERBS = {
+    "generate": "a clip from a sentence, with pictures or a clip as conditions if you like",
+    "inspect": "what a media file holds, and the recipe that made it",
+    "models": "the models that are ready to use",
+    "eval": "score a model on a suite",
+}
+LONG = ("generate", "eval")
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code: 0, 1, 2 or 130."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.addLevelName(logging.WARNING, "warning")
+    warnings.showwarning = _show_warning
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(overview())
+            return 0 if arguments else 2
+        if arguments[0] in ("-V", "--version"):
+            print(f"vidgen {__version__}")
+            return 0
+        return _run(*arguments)
+    except VidgenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was half-written", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as leave:  # argparse's --help
+        return int(leave.code or 0)
+
+
+def overview() -> str:
+    """The text of `vidgen --help`."""
+    lines = ["usage: vidgen VERB ... (vidgen VERB --help tells its options)", ""]
+    lines += [f"  {verb:<10} {summary}" for verb, summary in VERBS.items()]
+    return "\n".join([*lines, "", "  --version  print the version"])
+
+
+def verb_parser(verb: str) -> tuple[ModuleType, Parser]:
+    """A verb's module and its parser."""
+    module = import_module(f"vidgen.cli.{verb}")
+    parser = Parser(prog=f"vidgen {verb}", description=module.DESCRIPTION)
+    module.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    if verb in LONG:
+        parser.add_argument(
+            "--events", metavar="FILE", help="write progress as JSON lines; - is stdout"
+        )
+    return module, parser
+
+
+def _run(verb: str, *arguments: str) -> int:
+    if verb not in VERBS:
+        raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
+    module, parser = verb_parser(verb)
+    args = parser.parse(arguments)
+    from vidgen.cli.report import Report
+
+    with Report(as_json=args.json, events=getattr(args, "events", None)) as report:
+        code: int = module.run(args, report)
+        return code
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], *_: object, **__: object
+) -> None:
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,39 @@
+"""argparse with the manners of this program: one-line errors, the nearest option named."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from vidgen.core.errors import InputError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises `InputError` where argparse would print usage and leave."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def parse(self, args: Sequence[str]) -> argparse.Namespace:
+        """Read all of a command line.
+
+        Raises:
+            InputError: what can't be understood, with the nearest known option.
+        """
+        parsed, rest = self.parse_known_args(args)
+        if rest:
+            word = rest[0].partition("=")[0]
+            if word.startswith("-"):
+                raise InputError(f"unknown option {word}; {nearest(word, self.options())}")
+            raise InputError(f"too many arguments: {word!r}; put text with spaces in quotes")
+        return parsed
+
+    def options(self) -> list[str]:
+        """All long options."""
+        flags = (flag for action in self._actions for flag in action.option_strings)
+        return [flag for flag in flags if flag.startswith("--")]

@@ -1,0 +1,97 @@
+"""What a verb tells: its result on stdout, progress and notes on stderr, events as JSON lines.
+
+An event is a dict with the key "event":
+    progress   stage, done, total: how far a stage has come
+    note       text: something was chosen or left out
+    written    path: an output that is complete
+Each line of the events file also has the Unix time at which it was written.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from vidgen.core.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+class Report:
+    """The way out of a verb; called with each event.
+
+    Args:
+        as_json: print the result as one JSON object instead of text.
+        events: file for JSON lines, "-" for stdout, None for none.
+    """
+
+    def __init__(self, *, as_json: bool, events: str | None) -> None:
+        if as_json and events == "-":
+            raise InputError("--json and --events - both claim stdout; give --events a file")
+        self.as_json, self._events_path = as_json, events
+        self._stack = ExitStack()
+        self._events: TextIO | None = None
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Report:
+        if self._events_path == "-":
+            self._events = sys.stdout
+        elif self._events_path:
+            try:
+                file = Path(self._events_path).open("w", buffering=1, encoding="utf-8")
+            except OSError as error:
+                reason = error.strerror
+                raise OutputError(f"{self._events_path} can't be written: {reason}") from None
+            self._events = self._stack.enter_context(file)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Show an event and write it down."""
+        if self._events:
+            print(json.dumps({"time": time.time(), **event}), file=self._events, flush=True)
+        if event["event"] == "note":
+            self._print(f"note: {event['text']}")
+        elif event["event"] == "progress" and sys.stderr.isatty():
+            self._advance(event["stage"], event["done"], event["total"])
+
+    def result(self, data: dict[str, Any] | list[Any], text: str) -> None:
+        """Print the result: `data` for programs or `text` for people."""
+        if self._bars:
+            self._bars.stop()
+        print(json.dumps(data) if self.as_json else text)
+
+    def _print(self, line: str) -> None:
+        if self._bars:
+            self._bars.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr)
+
+    def _advance(self, stage: str, done: int, total: int) -> None:
+        if self._bars is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+            self._bars = self._stack.enter_context(
+                Progress(
+                    "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                    console=Console(stderr=True),
+                )
+            )
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
