@@ -1,0 +1,42 @@
+"""Render and encode the Toybox clips that `train/dit.py` learns from; goes on where it stopped.
+
+    python train/cache.py -c configs/train/toybox_dit.yaml [--set caches.0.shards=64]...
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.progress import track
+
+
+from vidgen.core.config import apply_overrides, build, load_yaml
+from vidgen.core.errors import VidgenError
+from vidgen.core.runtime import choose_device
+from vidgen.training.toybox_data import CacheConfig, ToyboxCache, load_vae
+
+
+def main() -> int:
+    """Make every shard that is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-c", "--config", required=True, metavar="RUN.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    try:
+        settings = apply_overrides(load_yaml(options.config), options.set)
+        device = choose_device(options.device)
+        for entry in settings["caches"]:
+            cache = ToyboxCache(build(CacheConfig, entry, options.config))
+            vae = load_vae(cache.config.vae, device)
+            for index in track(cache.missing(), cache.config.folder):
+                cache.make(index, vae, device)
+    except VidgenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,255 @@
+"""Train the embedded model's transformer and text encoder, jointly, on cached latents.
+
+    python train/cache.py -c configs/train/toybox_cache.yaml      first: render and encode clips
+    python train/dit.py   -c configs/train/toybox_dit.yaml [--set ...] [--resume]
+
+Nothing is rendered or encoded inside the step; captions are drawn anew each time a clip is seen.
+Conditions are mixed from the start. The text encoder also has to name what the caption says
+(sprite, motion, place, ...) through linear heads, which are dropped on export.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidgen.core.protocols import KeyTokens
+from vidgen.core.runtime import choose_device
+from vidgen.diffusion.condition import (
+    ConditionMix,
+    LatentState,
+    Stills,
+    denoise_inputs,
+    training_conditions,
+)
+from vidgen.diffusion.flow import add_noise, to_timestep, velocity_of
+from vidgen.diffusion.schedule import draw_sigmas
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
+from vidgen.models.text import PromptTokenizer, UMT5Encoder, encode_tokens
+from vidgen.toybox.captions import ATTRIBUTES, attributes, caption
+from vidgen.training.config import Phase, RunConfig
+from vidgen.training.optim import build_optimizers
+from vidgen.training.program import run_program
+from vidgen.training.toybox_data import CacheConfig, ToyboxCache
+from vidgen.core.shapes import Strides
+
+STRIDES = Strides(t=4, hw=16)
+VALIDATION_SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
+
+
+@dataclass(frozen=True)
+class DiTRun:
+    """The whole YAML file.
+
+    Args:
+        caches: what `train/cache.py` made; one entry an aspect ratio, drawn by clip count.
+        tokenizer: folder with `tokenizer.json`.
+        shifts: of the training times, one a phase: larger clips need more noise.
+        caption_dropout: share of samples that see an empty prompt, for guidance.
+        attribute_weight: of the caption-to-attributes loss.
+        validation_clips: taken off the end of the first cache, never trained on.
+    """
+
+    run: RunConfig
+    caches: tuple[CacheConfig, ...]
+    tokenizer: str
+    shifts: tuple[float, ...]
+    preset: str = "toybox"
+    text_preset: str = "toybox"
+    conditions: ConditionMix = ConditionMix()
+    caption_dropout: float = 0.1
+    attribute_weight: float = 0.1
+    validation_clips: int = 64
+
+
+class AttributeHeads(nn.Module):
+    """Linear heads from the mean text embedding to every attribute's classes."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(dim, len(classes)) for name, classes in ATTRIBUTES.items()}
+        )
+
+    def loss(self, context: Tensor, mask: Tensor, labels: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy over attributes; label -1 is left out. context [B, S, D]."""
+        pooled = context.sum(1) / mask.sum(1, keepdim=True)
+        losses = [
+            F.cross_entropy(head(pooled), labels[name], ignore_index=-1)
+            for name, head in self.heads.items()
+            if (labels[name] >= 0).any()
+        ]
+        return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: latents with conditions, noise levels and noise, and described."""
+
+    state: LatentState
+    noise: Tensor
+    sigma: Tensor
+    ids: Tensor
+    mask: Tensor
+    labels: dict[str, Tensor]
+
+
+class DiTTask:
+    """Velocity prediction on cached latents."""
+
+    def __init__(self, config: DiTRun) -> None:
+        self.config = config
+        self.device = choose_device(config.run.device)
+        torch.manual_seed(config.run.seed)
+        self.dit = SpacetimeDiT(DIT_PRESETS[config.preset]).to(self.device)
+        self.text = UMT5Encoder(TEXT_PRESETS[config.text_preset]).to(self.device)
+        heads = AttributeHeads(self.text.config.hidden_dim).to(self.device)
+        self.modules: dict[str, nn.Module] = {
+            "transformer": self.dit, "text_encoder": self.text, "attributes": heads,
+        }
+        self.heads = heads
+        self.tokenizer = PromptTokenizer(config.tokenizer)
+        self.caches = [ToyboxCache(entry) for entry in config.caches]
+        self.data = [cache.load() for cache in self.caches]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the blocks' matrices, AdamW for all else."""
+        return build_optimizers(
+            self.modules,
+            self.config.run.optim,
+            use_muon=lambda name, _: name.startswith("transformer.blocks."),
+        )
+
+    def start_phase(self, index: int, phase: Phase) -> bool:
+        """Nothing changes but the data's shape."""
+        del index, phase
+        return False
+
+    def batch(self, phase: Phase, step: int, micro: int) -> Batch:
+        """Clips of one geometry, each with a caption and a condition of its own."""
+        run = self.config.run
+        draw = torch.Generator().manual_seed(_hash(run.seed, step, micro))
+        counts = [cache.num_clips for cache in self.caches]
+        counts[0] -= self.config.validation_clips
+        which = int(torch.multinomial(torch.tensor(counts).float(), 1, generator=draw))
+        rows = torch.randint(counts[which], (phase.batch_size,), generator=draw)
+        shift = self.config.shifts[run.phases.index(phase)]
+        sigma = draw_sigmas(phase.batch_size, draw, shift=shift)
+        return self._assemble(which, rows, phase.num_frames, sigma, draw)
+
+    def _assemble(
+        self, which: int, rows: Tensor, num_frames: int, sigma: Tensor, draw: torch.Generator,
+        *, conditions: ConditionMix | None = None, dropout: float | None = None,
+    ) -> Batch:
+        clips, stills = self.data[which]
+        length = 1 + (num_frames - 1) // STRIDES.t
+        chosen = Stills(stills.latents[rows].float(), stills.frame_index[rows])
+        if num_frames == 1:
+            latents, chosen = self._single(clips[rows].float(), chosen, draw)
+        else:
+            latents = clips[rows, :, :length].float()
+            inside = chosen.frame_index[0] < num_frames
+            chosen = Stills(chosen.latents[:, :, inside], chosen.frame_index[:, inside])
+        state = training_conditions(
+            latents, draw, conditions or self.config.conditions, STRIDES, stills=chosen
+        )
+        seeds = torch.randint(2**31, (len(rows),), generator=draw).tolist()
+        scenes = [self.caches[which].scene(row) for row in rows.tolist()]
+        texts = [caption(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)]
+        rate = self.config.caption_dropout if dropout is None else dropout
+        dropped = torch.rand(len(rows), generator=draw) < rate
+        texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
+        labels = _labels([attributes(scene) for scene in scenes], dropped)
+        ids, mask = self.tokenizer.encode(texts)
+        noise = torch.randn(latents.shape, generator=draw)
+        return Batch(
+            _state_to(state, self.device), noise.to(self.device), sigma.to(self.device),
+            ids.to(self.device), mask.to(self.device),
+            {name: value.to(self.device) for name, value in labels.items()},
+        )
+
+    @staticmethod
+    def _single(
+        clips: Tensor, stills: Stills, draw: torch.Generator
+    ) -> tuple[Tensor, Stills]:
+        """One frame a clip: its first, middle or last; only the reference stays beside it."""
+        frames = torch.cat([clips[:, :, :1], stills.latents[:, :, :2]], dim=2)
+        pick = torch.randint(3, (len(clips),), generator=draw)
+        latents = frames[torch.arange(len(clips)), :, pick][:, :, None]
+        return latents, Stills(stills.latents[:, :, 2:], stills.frame_index[:, 2:])
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the velocity where it is to be generated, and the attributes' loss."""
+        del step
+        context = encode_tokens(self.text, batch.ids, batch.mask)
+        error = self._error(batch, context)
+        told = self.heads.loss(context, batch.mask, batch.labels)
+        return error + self.config.attribute_weight * told, {
+            "velocity": error.detach(), "attributes": told.detach(),
+        }
+
+    def _error(self, batch: Batch, context: Tensor) -> Tensor:
+        clean = batch.state.clean
+        noisy = replace(batch.state, latents=add_noise(clean, batch.noise, batch.sigma))
+        latents, sigma = denoise_inputs(noisy, batch.sigma)
+        velocity = self.dit(
+            latents, to_timestep(sigma), context,
+            context_lengths=batch.mask.sum(1), extra=batch.state.keys,
+        )
+        error = (velocity.float() - velocity_of(clean, batch.noise)).square().mean(1, keepdim=True)
+        return (error * batch.state.denoise_mask).sum() / batch.state.denoise_mask.sum()
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Velocity error on clips kept aside, text alone, at fixed noise levels and noise."""
+        del folder
+        num_frames = self.config.run.phase_at(step - 1)[1].num_frames
+        count = self.config.validation_clips
+        rows = torch.arange(self.caches[0].num_clips - count, self.caches[0].num_clips)
+        scores = {}
+        for level in VALIDATION_SIGMAS:
+            draw = torch.Generator().manual_seed(round(level * 1000))
+            batch = self._assemble(
+                0, rows, num_frames, torch.full((count,), level), draw,
+                conditions=ConditionMix(1, 0, 0, 0, 0, 0, 0, 0), dropout=0.0,
+            )
+            bf16 = self.config.run.dtype == "bf16"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                context = encode_tokens(self.text, batch.ids, batch.mask)
+                scores[f"velocity_{level}"] = float(self._error(batch, context))
+        scores["velocity_mean"] = sum(scores.values()) / len(scores)
+        return scores
+
+
+def _hash(*values: int) -> int:
+    digest = hashlib.sha256(repr(values).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _labels(described: list[dict[str, str | None]], dropped: Tensor) -> dict[str, Tensor]:
+    """Class indices by attribute, [B]; -1 where there is nothing to name."""
+    table = {}
+    for name, classes in ATTRIBUTES.items():
+        index = {value: i for i, value in enumerate(classes)}
+        values = torch.tensor([index.get(entry[name], -1) for entry in described])
+        table[name] = values.masked_fill(dropped, -1)
+    return table
+
+
+def _state_to(state: LatentState, device: torch.device) -> LatentState:
+    keys = state.keys
+    if keys is not None:
+        valid = None if keys.valid is None else keys.valid.to(device)
+        keys = KeyTokens(keys.latents.to(device), keys.positions.to(device), valid)
+    return LatentState(
+        state.latents.to(device), state.clean.to(device), state.denoise_mask.to(device), keys
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(__doc__, DiTRun, DiTTask))

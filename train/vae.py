@@ -1,0 +1,166 @@
+"""Train the embedded model's video VAE on clips of the Toybox world, rendered as it goes.
+
+    python train/vae.py -c configs/train/toybox_vae.yaml [--set optim.lr=2e-4]... [--resume]
+
+Single frames first: the frames of a clip resemble each other, so a still teaches several times
+more a second, and the temporal taps are free. Then clips, with temporal weights inflated so that
+the clip phase starts from "every frame repeats its neighbour" instead of from noise.
+`part: decoder` freezes the encoder, so that cached latents stay true while pictures get better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vidgen.core.runtime import choose_device
+from vidgen.media.sheet import contact_sheet
+from vidgen.models.presets import VAE_PRESETS
+from vidgen.models.vae import CausalVAE
+from vidgen.toybox.render import render
+from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
+from vidgen.training.config import Phase, RunConfig
+from vidgen.training.loop import train
+from vidgen.training.optim import build_optimizers
+from vidgen.training.program import run_program
+
+
+@dataclass(frozen=True)
+class VAELoss:
+    """Weights of the reconstruction losses; pixels in [-1, 1].
+
+    Args:
+        mask: extra weight of pixels on a sprite, which are few and matter most.
+        equivariance: scale-equivariance (Skorokhodov et al. 2025, eq. 4): latents pooled by 2
+            must decode to the clip pooled by 2; drawn on a share of the steps.
+    """
+
+    l1: float = 1.0
+    mse: float = 2.0
+    gradient: float = 1.0
+    kl: float = 1e-3
+    mask: float = 2.0
+    equivariance: float = 0.25
+    equivariance_share: float = 0.25
+
+
+@dataclass(frozen=True)
+class VAERun:
+    """The whole YAML file."""
+
+    run: RunConfig
+    preset: str = "toybox"
+    part: Literal["all", "decoder"] = "all"
+    height: int = 128
+    width: int = 128
+    loss: VAELoss = VAELoss()
+    init: str | None = None
+
+
+class VAETask:
+    """Reconstruction of rendered clips."""
+
+    def __init__(self, config: VAERun) -> None:
+        self.config = config
+        self.device = choose_device(config.run.device)
+        self.vae = CausalVAE(VAE_PRESETS[config.preset]).to(self.device)
+        if config.part == "decoder":
+            self.vae.encoder.requires_grad_(False)
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW over everything trainable."""
+        return build_optimizers(self.modules, self.config.run.optim)
+
+    def start_phase(self, index: int, phase: Phase) -> bool:
+        """Inflate the temporal weights when the first clips come after single frames."""
+        previous = self.config.run.phases[index - 1].num_frames if index else phase.num_frames
+        if previous == 1 and phase.num_frames > 1:
+            self.vae.inflate()
+            return True
+        return False
+
+    def batch(self, phase: Phase, step: int, micro: int) -> dict[str, torch.Tensor]:
+        """Rendered clips; a quarter of the clip steps still show single frames."""
+        count, num_frames = phase.batch_size, phase.num_frames
+        index = (step * phase.accumulate + micro) * 128
+        base = SEED_RANGES["train"][0] + index + self.config.run.seed * 10**9
+        if num_frames > 1 and step % 4 == 3:
+            count, num_frames = count * num_frames // 3, 1
+        scenes = sample_scenes(base, count, split="any")
+        size = {"height": self.config.height, "width": self.config.width}
+        if num_frames > 1:
+            shown = render(scenes, num_frames=num_frames, device=self.device, **size)
+        else:
+            picks = torch.randint(33, (count,), generator=torch.Generator().manual_seed(base))
+            shown = render(scenes, num_frames=33, frames=picks[:, None].tolist(), device=self.device, **size)
+        return {"video": shown.video, "mask": shown.masks.amax(1, keepdim=True)}
+
+    def loss(
+        self, batch: dict[str, torch.Tensor], step: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """L1, squared and gradient errors, KL, and scale equivariance on some steps."""
+        weights, video = self.config.loss, batch["video"]
+        video = video.contiguous(memory_format=torch.channels_last_3d)
+        mean, logvar = self.vae.encode_moments(video)
+        mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
+        latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        total, error = self._distance(self.vae.decode_raw(latents).float(), video, batch["mask"])
+        if step % max(1, round(1 / max(weights.equivariance_share, 1e-6))) == 0:
+            small = F.avg_pool3d(latents, (1, 2, 2))
+            target = F.avg_pool3d(video, (1, 2, 2))
+            mask = F.avg_pool3d(batch["mask"], (1, 2, 2))
+            pooled, _ = self._distance(self.vae.decode_raw(small).float(), target, mask)
+            total = total + weights.equivariance * pooled
+        psnr = -10 * (error.detach().square().mean() / 4).log10()
+        return total + weights.kl * kl, {"kl": kl.detach(), "psnr": psnr}
+
+    def _distance(
+        self, decoded: torch.Tensor, video: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, error = self.config.loss, decoded - video
+        emphasis = 1 + weights.mask * mask
+        emphasis = emphasis / emphasis.mean()
+        total = weights.l1 * (emphasis * error.abs()).mean()
+        total = total + weights.mse * (emphasis * error.square()).mean()
+        slopes = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return total + weights.gradient * slopes, error
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """PSNR in dB on held-out renders: clips and stills, whole frames and inside the sprite."""
+        scenes = sample_scenes(SEED_RANGES["dev"][0], 16, split="any")
+        size = {"height": self.config.height, "width": self.config.width}
+        scores: dict[str, float] = {}
+        clips = self.config.run.phase_at(step)[1].num_frames > 1
+        for name, frames in (("still", 1), ("clip", 17)) if clips else (("still", 1),):
+            shown = render(scenes, num_frames=17, device=self.device, **size)
+            video, mask = shown.video, shown.masks.amax(1, keepdim=True)
+            if frames == 1:
+                video, mask = video[:, :, 8:9], mask[:, :, 8:9]
+            decoded = self._reconstruct(video)
+            error = (decoded - video).square() / 4
+            inside = (error * mask).sum() / (3 * mask.sum())
+            scores[f"{name}_psnr"] = float(-10 * error.mean((1, 2, 3, 4)).log10().mean())
+            scores[f"{name}_mask_psnr"] = float(-10 * inside.log10())
+        rows = torch.cat([video[:8, :, -1], decoded[:8, :, -1]])
+        pixels = ((rows + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        contact_sheet(list(pixels), folder / f"sheet-{step:07d}.png", columns=8)
+        return scores
+
+    def _reconstruct(self, video: torch.Tensor) -> torch.Tensor:
+        parts = []
+        bf16 = self.config.run.dtype == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            for clip in video.split(8):
+                parts.append(self.vae.decode_raw(self.vae.encode_moments(clip)[0]))
+        return torch.cat(parts).float().clamp(-1, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(__doc__, VAERun, VAETask))

@@ -1,0 +1,140 @@
+"""What a request brings along: pictures and clips read, fitted, hashed for the recipe."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+from vidgen.media.read import VideoReader, fit, load_image
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from vidgen.core.request import Picture
+    from vidgen.media.encode import Frames
+
+log = logging.getLogger(__name__)
+
+EMBED_LIMIT = 2_000_000
+"""Bytes up to which an input travels inside the recipe; larger ones are named by path."""
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+
+
+@dataclass
+class Inputs:
+    """A request's pictures, read once.
+
+    Attributes:
+        images: by option; pictures uint8 [H, W, 3].
+        video_size: (width, height) of the given video.
+        video_fps: its rate.
+        video_seconds: its length.
+        records: for the recipe: option, SHA-256, and content or path.
+    """
+
+    images: dict[str, list[Frames]] = field(default_factory=dict)
+    video_size: tuple[int, int] | None = None
+    video_fps: Fraction | None = None
+    video_seconds: float | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def picture_size(self) -> tuple[int, int] | None:
+        """(width, height) whose aspect a clip of no given size keeps."""
+        if self.video_size is not None:
+            return self.video_size
+        for option in ("image", "last_image", "frame"):
+            for picture in self.images.get(option, ()):
+                return picture.shape[1], picture.shape[0]
+        return None
+
+
+def read_inputs(request: Request) -> Inputs:
+    """Read every picture of a request, and the video's rate, size and length.
+
+    Raises:
+        InputError: a file that can't be used, by option and reason.
+    """
+    inputs = Inputs()
+    named = [("image", request.image), ("last_image", request.last_image)]
+    named += [("frame", picture) for _, picture in request.frame]
+    named += [("reference", picture) for picture in request.reference]
+    for option, picture in named:
+        if picture is not None:
+            pixels, notes = load_image(picture)
+            for note in notes:
+                log.warning("%s: %s", _name(picture), note)
+            inputs.images.setdefault(option, []).append(pixels)
+            inputs.records.append(_record(option, picture))
+    if request.video is not None:
+        with VideoReader(request.video) as reader:
+            inputs.video_size, inputs.video_fps = reader.size, reader.fps
+            inputs.video_seconds = sum(1 for _ in reader) / float(reader.fps)
+        inputs.records.append(_record("video", request.video))
+    if request.mask is not None:
+        inputs.records.append(_record("mask", request.mask))
+    return inputs
+
+
+def video_frames(
+    path: Picture, num_frames: int, fps: Fraction, source_fps: Fraction
+) -> Iterator[Frames]:
+    """The frames shown at `n / fps` for n < num_frames; the last one stays on screen at the end."""
+    with VideoReader(path) as reader:
+        wanted, shown, frame = 0, 0, None
+        for shown, frame in enumerate(reader):
+            while wanted < num_frames and round(wanted * source_fps / fps) <= shown:
+                yield frame
+                wanted += 1
+            if wanted == num_frames:
+                return
+    for _ in range(wanted, num_frames):
+        yield frame
+
+
+def pixels_of(pictures: list[Frames], width: int, height: int, mode: str) -> Tensor:
+    """Pictures uint8 [H, W, 3] as video [1, 3, T, height, width] in [-1, 1], never stretched."""
+    fitted = np.stack([fit(picture, height, width, mode) for picture in pictures])
+    return torch.from_numpy(fitted).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+
+
+def read_mask(mask: Picture, num_frames: int, width: int, height: int, mode: str) -> Tensor:
+    """A picture or video as [1, 1, T, H, W] in [0, 1], 1 where new content is wanted."""
+    if isinstance(mask, np.ndarray) or Path(mask).suffix.lower() in PICTURE_SUFFIXES:
+        frames = [load_image(mask)[0]] * num_frames
+    else:
+        with VideoReader(mask) as reader:
+            frames = [frame for _, frame in zip(range(num_frames), reader, strict=False)]
+        if len(frames) < num_frames:
+            raise InputError(
+                f"mask {mask} has {len(frames)} frames, the clip {num_frames}; "
+                "give a mask as long as the clip, or a picture"
+            )
+    return (pixels_of(frames, width, height, mode).mean(1, keepdim=True) + 1) / 2
+
+
+def _name(picture: Picture) -> str:
+    return "picture" if isinstance(picture, np.ndarray) else str(picture)
+
+
+def _record(option: str, picture: Picture) -> dict[str, Any]:
+    if isinstance(picture, np.ndarray):
+        content, place = picture.tobytes(), {"shape": list(picture.shape)}
+    else:
+        content, place = Path(picture).read_bytes(), {"path": os.fspath(picture)}
+    record = {"option": option, "sha256": hashlib.sha256(content).hexdigest(), **place}
+    if len(content) <= EMBED_LIMIT:
+        record["content"] = base64.b64encode(content).decode()
+    return record

@@ -1,0 +1,146 @@
+"""From what a person asked to what will be made: every open choice settled, before any work.
+
+`vidgen plan` prints this; the recipe stores it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from vidgen.core.errors import InputError, nearest
+from vidgen.core.request import Request
+from vidgen.core.shapes import (
+    LatentShape,
+    Strides,
+    VideoShape,
+    num_frames_for_seconds,
+    size_for_aspect,
+)
+from vidgen.diffusion.guidance import Guidance
+from vidgen.diffusion.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from vidgen.weights.load import ModelDefaults
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One clip, with nothing left to choose.
+
+    Attributes:
+        num_frames: frames to generate, 1 mod the temporal stride.
+        kept_frames: frames of the clip, the first of those generated.
+        num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
+    """
+
+    prompt: str
+    negative: str
+    seed: int
+    width: int
+    height: int
+    num_frames: int
+    kept_frames: int
+    fps: Fraction
+    num_steps: int
+    shift: float
+    sampler: str
+    guidance: Guidance
+    strength: float
+    fit: str
+    latents: LatentShape
+
+
+def make_plan(
+    request: Request,
+    defaults: ModelDefaults,
+    strides: Strides,
+    channels: int,
+    *,
+    patch: int = 1,
+    picture_size: tuple[int, int] | None = None,
+    video_seconds: float | None = None,
+) -> Plan:
+    """Settle a request against a model.
+
+    Args:
+        request: for one clip.
+        defaults: the model's, where the request is silent.
+        strides: the VAE's.
+        channels: of the latents.
+        patch: latents a side of one token.
+        picture_size: (width, height) of the given picture or video whose aspect to keep.
+        video_seconds: length of the given video, which sets the clip's where nothing else does.
+
+    Raises:
+        InputError: a size, count or sampler that can't be had; names the nearest that can.
+    """
+    sampler = request.sampler or defaults.sampler
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler is {sampler!r}; {nearest(sampler, SAMPLERS)}")
+    fps = request.fps or Fraction(defaults.fps).limit_denominator(1001)
+    num_frames, kept = _length(request, defaults, fps, strides, video_seconds)
+    width, height = _size(request, defaults, strides.hw * patch, picture_size)
+    shape = VideoShape(num_frames, height, width).latent(strides, channels, patch=patch)
+    _warn_unseen(defaults, width, height, num_frames)
+    guidance = Guidance(
+        scale=defaults.guidance_scale if request.guidance is None else float(request.guidance),
+        interval=request.guidance_interval or (0.0, 1.0),
+        rescale=float(request.guidance_rescale or 0.0),
+    )
+    if request.video is not None and request.strength is None and request.mask is None:
+        raise InputError("a video was given without strength or mask; add --strength 0..1 to "
+                         "re-imagine it, or --mask to repaint a part")
+    return Plan(
+        prompt=request.prompt,
+        negative=defaults.negative_prompt if request.negative is None else request.negative,
+        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        width=width, height=height, num_frames=num_frames, kept_frames=kept, fps=fps,
+        num_steps=request.steps or defaults.num_steps,
+        shift=float(request.shift or defaults.shift), sampler=sampler, guidance=guidance,
+        strength=1.0 if request.strength is None else float(request.strength),
+        fit=request.fit, latents=shape,
+    )
+
+
+def _length(
+    request: Request, defaults: ModelDefaults, fps: Fraction, strides: Strides,
+    video_seconds: float | None,
+) -> tuple[int, int]:
+    if request.seconds is not None:
+        return num_frames_for_seconds(float(request.seconds), float(fps), strides)
+    if request.frames is not None:
+        return request.frames, request.frames
+    if video_seconds is not None:
+        return num_frames_for_seconds(video_seconds, float(fps), strides)
+    return defaults.num_frames, defaults.num_frames
+
+
+def _size(
+    request: Request, defaults: ModelDefaults, multiple: int, picture: tuple[int, int] | None
+) -> tuple[int, int]:
+    if request.size is not None:
+        return request.size
+    if picture is not None:
+        height, width = size_for_aspect(
+            picture[0] / picture[1], defaults.width * defaults.height, multiple
+        )
+        return width, height
+    return defaults.width, defaults.height
+
+
+def _warn_unseen(defaults: ModelDefaults, width: int, height: int, num_frames: int) -> None:
+    sizes = [tuple(size) for size in defaults.sizes]
+    if sizes and (width, height) not in sizes:
+        known = ", ".join(f"{w}x{h}" for w, h in sizes)
+        log.warning("the model never saw clips of %dx%d; it knows %s", width, height, known)
+    if num_frames > defaults.max_frames:
+        log.warning(
+            "the model never saw clips of %d frames; it knows up to %d",
+            num_frames, defaults.max_frames,
+        )

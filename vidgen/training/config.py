@@ -1,0 +1,99 @@
+"""What a training run is told: read strictly from YAML, dumped beside every result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vidgen.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run with one data shape.
+
+    Args:
+        steps: optimiser steps in this phase.
+        num_frames: pixel frames of each sample (1 mod the VAE's temporal stride).
+        batch_size: samples a micro-batch, on each rank.
+        accumulate: micro-batches a step.
+    """
+
+    steps: int
+    num_frames: int
+    batch_size: int
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "num_frames", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise InputError(f"phase.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule.
+
+    The trunk runs at a constant rate after a linear warm-up; a release is a short branch that
+    decays to zero as 1 - sqrt(progress) (Hagele et al. 2024, sec. 3), so a run that is cut
+    loses nothing.
+
+    Args:
+        lr: peak rate of AdamW; Muon uses `muon_lr` (update scaled to AdamW's RMS).
+        decay_from: step at which the decay branch starts; None keeps the rate constant.
+        decay_steps: length of that branch.
+        grad_clip: largest global gradient norm; 0 switches clipping off.
+    """
+
+    lr: float = 5e-4
+    muon_lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup_steps: int = 200
+    decay_from: int | None = None
+    decay_steps: int = 0
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, how often, where: everything that is not the task's own.
+
+    Args:
+        folder: run folder: checkpoints, `curve.jsonl`, sheets, the resolved config, `pid`.
+        branch_from: another run's folder whose newest checkpoint this one starts from, in full.
+        minutes: wall-clock limit of one sitting; the run ends cleanly with a checkpoint.
+        spike_factor: a loss beyond this multiple of its running mean skips the step.
+    """
+
+    folder: str
+    phases: tuple[Phase, ...]
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    ema_decay: float = 0.999
+    branch_from: str | None = None
+    minutes: float | None = None
+    log_every: int = 20
+    validate_every: int = 500
+    checkpoint_minutes: float = 4.0
+    keep: int = 2
+    spike_factor: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise InputError("phases is empty; a run needs at least one phase")
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all phases together."""
+        return sum(phase.steps for phase in self.phases)
+
+    def phase_at(self, step: int) -> tuple[int, Phase]:
+        """Index and phase to which optimiser step `step` (from 0) belongs."""
+        for index, phase in enumerate(self.phases):
+            if step < phase.steps:
+                return index, phase
+            step -= phase.steps
+        return len(self.phases) - 1, self.phases[-1]

@@ -1,0 +1,64 @@
+"""Cached latents: numbered safetensors shards under a manifest that says what made them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import atomic_path, atomic_write
+
+
+class LatentShards:
+    """A folder of shards, each a mapping of tensors with one row a clip.
+
+    Args:
+        folder: where `manifest.json` and `shard-00000.safetensors`, ... lie.
+        manifest: what shaped the latents (VAE hash, geometry, world version); a folder written
+            under another manifest is refused, never mixed.
+
+    Raises:
+        InputError: the folder's manifest differs.
+    """
+
+    def __init__(self, folder: str | Path, manifest: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            differing = sorted(k for k in manifest | found if manifest.get(k) != found.get(k))
+            if differing:
+                told = "; ".join(
+                    f"{k} is {found.get(k)!r} there, {manifest.get(k)!r} here" for k in differing
+                )
+                raise InputError(f"the latents in {folder} were made otherwise ({told}); "
+                                 "name another folder or delete this one")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, json.dumps(manifest, indent=1).encode())
+
+    def path(self, index: int) -> Path:
+        """File of shard `index`."""
+        return self.folder / f"shard-{index:05d}.safetensors"
+
+    def write(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Write a shard atomically."""
+        with atomic_path(self.path(index)) as temporary:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+
+    def load(self, count: int) -> dict[str, torch.Tensor]:
+        """The first `count` shards, joined along rows.
+
+        Raises:
+            InputError: fewer are there.
+        """
+        present = sum(self.path(index).exists() for index in range(count))
+        if present < count:
+            raise InputError(f"{self.folder} holds {present} of the {count} shards asked for; "
+                             "make the rest first (train/cache.py)")
+        shards = [load_file(self.path(index)) for index in range(count)]
+        return {name: torch.cat([shard.pop(name) for shard in shards]) for name in list(shards[0])}

@@ -1,0 +1,129 @@
+"""Toybox clips as cached latents: rendered and encoded once, described anew each time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidgen.core.runtime import sha256_file
+from vidgen.diffusion.condition import Stills
+from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.toybox.render import render
+from vidgen.toybox.scenes import PLACES, SEED_RANGES, WORLD_VERSION, Scene, sample_scenes
+from vidgen.training.latents import LatentShards
+from vidgen.weights.load import config_of, load_module
+
+MID_FRAME = 16
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """One geometry of cached clips.
+
+    Args:
+        folder: where the shards lie.
+        vae: component folder of the VAE whose encoder made them.
+        shards: how many shards of `shard_size` clips.
+        first_scene: offset into the training range of scene seeds; geometries don't share scenes.
+    """
+
+    folder: str
+    vae: str
+    shards: int
+    shard_size: int = 256
+    first_scene: int = 0
+    num_frames: int = 33
+    fps: int = 12
+    height: int = 128
+    width: int = 128
+
+
+class ToyboxCache:
+    """Latents of training scenes, with stills for last-frame, keyframe and reference conditions.
+
+    Every clip has three stills, each encoded alone: frame 16, the last frame, and its first sprite
+    shown in another place (the reference, index -1).
+    """
+
+    def __init__(self, config: CacheConfig) -> None:
+        self.config = config
+        manifest = {
+            "vae": sha256_file(Path(config.vae) / "model.safetensors"),
+            "world_version": WORLD_VERSION,
+            **{
+                name: getattr(config, name)
+                for name in ("shard_size", "first_scene", "num_frames", "fps", "height", "width")
+            },
+        }
+        self.shards = LatentShards(config.folder, manifest)
+
+    @property
+    def num_clips(self) -> int:
+        """Clips that the config asks for."""
+        return self.config.shards * self.config.shard_size
+
+    def scene(self, index: int) -> Scene:
+        """The scene of clip `index`; never one of the held-out triples."""
+        seed = SEED_RANGES["train"][0] + self.config.first_scene + index
+        return sample_scenes(seed, 1, split="train")[0]
+
+    def load(self) -> tuple[Tensor, Stills]:
+        """Clips [N, C, F, h, w] float16, normalised, and their stills [N, C, 3, h, w]."""
+        tensors = self.shards.load(self.config.shards)
+        frames = torch.tensor([MID_FRAME, self.config.num_frames - 1, -1])
+        return tensors["clips"], Stills(tensors["stills"], frames.expand(self.num_clips, 3))
+
+    def missing(self) -> list[int]:
+        """Shards still to be made."""
+        return [i for i in range(self.config.shards) if not self.shards.path(i).exists()]
+
+    @torch.no_grad()
+    def make(self, index: int, vae: CausalVAE, device: torch.device, batch: int = 16) -> None:
+        """Render, encode and write shard `index`."""
+        config = self.config
+        size = {"height": config.height, "width": config.width}
+        first = index * config.shard_size
+        scenes = [self.scene(first + i) for i in range(config.shard_size)]
+        clips, stills = [], []
+        for start in range(0, len(scenes), batch):
+            part = scenes[start : start + batch]
+            shown = render(
+                part, num_frames=config.num_frames, fps=config.fps, device=device, **size
+            ).video
+            posed = render(
+                [as_reference(scene) for scene in part], num_frames=1, fps=config.fps,
+                device=device, **size,
+            ).video
+            clips.append(encode(vae, shown))
+            singles = (shown[:, :, MID_FRAME : MID_FRAME + 1], shown[:, :, -1:], posed)
+            stills.append(torch.cat([encode(vae, still) for still in singles], dim=2))
+        self.shards.write(
+            index, {"clips": torch.cat(clips).half().cpu(), "stills": torch.cat(stills).half().cpu()}
+        )
+
+
+def as_reference(scene: Scene) -> Scene:
+    """The scene's first sprite alone, at rest, in the next place by name, by day."""
+    place = PLACES[(PLACES.index(scene.place) + 1 + scene.seed % (len(PLACES) - 1)) % len(PLACES)]
+    actor = replace(scene.actors[0], motion="stays", direction=None, speed="normal", size="large")
+    return replace(
+        scene, actors=(actor,), relation=None, place=place, time_of_day="day", weather="clear",
+        camera="still",
+    )
+
+
+def encode(vae: CausalVAE, video: Tensor) -> Tensor:
+    """Normalised latents, under bf16 autocast as training sees them."""
+    with torch.autocast(video.device.type, torch.bfloat16):
+        return vae.encode(video).float()
+
+
+def load_vae(folder: str, device: torch.device) -> CausalVAE:
+    """The VAE of a component folder, fp32 weights."""
+    config = config_of(VAEConfig, Path(folder))
+    return load_module(
+        lambda: CausalVAE(config), Path(folder) / "model.safetensors", torch.float32, device
+    )
