@@ -97,6 +97,23 @@ def test_given_scheduler_runs_as_in_diffusers_and_resumes_anywhere(make):
         assert torch.equal(again, straight)
 
 
+def test_given_scheduler_that_draws_noise_resumes_with_a_fresh_generator():
+    def run(**options):
+        return sample_with_scheduler(
+            denoise,
+            NOISY,
+            FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True),
+            5,
+            generator=torch.Generator().manual_seed(8),
+            **options,
+        )
+
+    states = []
+    straight = run(on_step=lambda info: states.append(info.state))
+    for state in states:
+        assert torch.equal(run(resume=state), straight)
+
+
 def test_given_scheduler_at_half_strength_starts_half_way():
     scheduler = unipc(3.0)
     assert torch.equal(scheduler_sigmas(scheduler, 8, strength=0.5), scheduler.sigmas[4:])

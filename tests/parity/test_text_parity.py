@@ -144,6 +144,25 @@ def test_token_ids_equal_transformers(request, name):
         assert all(row[row_mask][-1] == 1 for row, row_mask in zip(ids, mask, strict=True))
 
 
+def test_token_ids_equal_transformers_t5_class_which_wan_folders_name(
+    sentencepiece_like_folder, tmp_path
+):
+    # this class rebuilds the splitting itself and ignores tokenizer.json's own normaliser, hence
+    # only prompts that need none
+    settings = json.loads((sentencepiece_like_folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "tokenizer.json").write_bytes(
+        (sentencepiece_like_folder / "tokenizer.json").read_bytes()
+    )
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    prompts = [*PROMPTS[:3], PROMPTS[4], PROMPTS[5]]
+    expected = theirs(
+        [prompt_clean(p) for p in prompts], padding=True, max_length=512, truncation=True
+    )
+    assert PromptTokenizer(tmp_path).encode(prompts)[0].tolist() == expected["input_ids"]
+
+
 def test_toy_tokenizer_travels_through_transformers(toy_folder, tmp_path):
     theirs = AutoTokenizer.from_pretrained(toy_folder)
     assert (theirs.pad_token_id, theirs.eos_token_id) == (0, 1)

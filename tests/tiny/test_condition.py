@@ -266,6 +266,28 @@ def test_single_frames_and_missing_stills_leave_their_share_to_the_rest():
     assert "mask" not in conditions_of(narrow)
 
 
+def test_stills_behind_the_end_of_a_cut_clip_are_left_out():
+    state = training_conditions(
+        torch.zeros(200, 1, 3, 4, 6),
+        torch.Generator().manual_seed(3),
+        ConditionMix(text=0, first=0, last=0, both=0, frames=1, prefix=0, mask=0, reference=0),
+        STRIDES,
+        stills=make_stills(200),
+    )
+    assert state.keys.valid.all()
+    assert (state.keys.positions == 7.5 / 4).all()
+
+
+def test_a_mix_with_nothing_possible_falls_back_to_text_and_nonsense_is_refused():
+    first = ConditionMix(text=0, last=0, both=0, frames=0, prefix=0, mask=0)
+    single = torch.zeros(4, 1, 1, 4, 6)
+    state = training_conditions(single, torch.Generator().manual_seed(0), first, STRIDES)
+    assert not state.any_known
+    for weights in ({"first": -0.1}, {"text": float("nan")}, {"reference": 1.5}):
+        with pytest.raises(InputError):
+            ConditionMix(**weights)
+
+
 def test_training_is_repeatable_and_feeds_the_same_function_as_sampling():
     clean, noise = draw(30, batch=8), draw(50, batch=8)
     sigma = torch.linspace(0.1, 0.9, 8)

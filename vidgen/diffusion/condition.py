@@ -11,7 +11,7 @@ T H W frames, pixel rows and columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -234,6 +234,13 @@ class ConditionMix:
     mask: float = 0.05
     reference: float = 0.5
 
+    def __post_init__(self) -> None:
+        for name, weight in asdict(self).items():
+            if not 0 <= weight < float("inf"):
+                raise InputError(f"condition {name!r} must have a weight from 0, not {weight}")
+        if self.reference > 1:
+            raise InputError(f"the share of references must lie in 0..1, not {self.reference}")
+
 
 @dataclass(frozen=True)
 class Stills:
@@ -241,7 +248,8 @@ class Stills:
 
     Attributes:
         latents: [B, C, K, h, w].
-        frame_index: [B, K] int64: the frame of the clip that it shows; -1 - n for reference n.
+        frame_index: [B, K] int64: the frame of the clip that it shows, which may lie behind the end
+            of a clip that was cut; -1 - n for reference n.
     """
 
     latents: Tensor
@@ -277,7 +285,7 @@ def training_conditions(
     frame_index = torch.zeros(batch, 0, dtype=torch.long) if stills is None else stills.frame_index
     frame_index = frame_index.cpu()
     used = torch.zeros(frame_index.shape, dtype=torch.bool)
-    several = num_frames > 1
+    several, last_index = num_frames > 1, (num_frames - 1) * strides.t
     possible = {
         "text": True,
         "first": several,
@@ -290,9 +298,10 @@ def training_conditions(
         if kind in {"first", "both"}:
             known[row, :, :1] = True
         if kind in {"last", "both"}:
-            used[row] = frame_index[row] == (num_frames - 1) * strides.t
+            used[row] = frame_index[row] == last_index
         if kind == "frames":
-            used[row] = _draw_subset(frame_index[row] > 0, generator)
+            inside = (frame_index[row] > 0) & (frame_index[row] <= last_index)
+            used[row] = _draw_subset(inside, generator)
         if kind == "prefix":
             longest = max(1, 2 * num_frames // 3)
             known[row, :, : _draw_int(1, longest, generator)] = True
@@ -310,6 +319,8 @@ def _draw_kinds(
 ) -> list[str]:
     names = list(possible)
     weights = torch.tensor([float(getattr(mix, name)) * possible[name] for name in names])
+    if not weights.any():
+        return ["text"] * batch
     drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
     return [names[i] for i in drawn.tolist()]
 

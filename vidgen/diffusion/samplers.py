@@ -8,6 +8,7 @@ Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -241,7 +242,8 @@ def sample_with_scheduler(
     first = len(scheduler.timesteps) - steps
     scheduler.set_begin_index(first)
     start, *velocities = resume.history if resume else (noisy.float(),)
-    noise_source = {"generator": generator} if generator is not None else {}
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    noise_source = {"generator": generator} if draws else {}
     latents = start
     for i in range(steps):
         known = i < len(velocities)
