@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidgen.media.encode import Frames, Samples
-from vidgen.media.read import read_recipe, read_sound, read_video
+from vidgen.media.read import VideoReader, read_recipe, read_sound
 from vidgen.media.write import ClipInfo, write_clip
 
 if TYPE_CHECKING:
@@ -46,16 +46,17 @@ class Clip:
         Raises:
             InputError: missing, no video, or damaged.
         """
-        video = read_video(path)
-        num_frames = sum(1 for _ in video)
+        with VideoReader(path) as reader:
+            fps, size, num_frames = reader.fps, reader.size, sum(1 for _ in reader)
         sound = read_sound(path)
         samples, rate = sound if sound else (None, 48_000)
-        info = ClipInfo(video.fps, video.size, num_frames, samples, rate, read_recipe(path))
+        info = ClipInfo(fps, size, num_frames, samples, rate, read_recipe(path))
 
         def chunks() -> Iterator[Frames]:
-            frames = iter(video)
-            while part := list(islice(frames, _CHUNK)):
-                yield np.stack(part)
+            with VideoReader(path) as reader:
+                frames = iter(reader)
+                while part := list(islice(frames, _CHUNK)):
+                    yield np.stack(part)
 
         return cls(chunks, info)
 

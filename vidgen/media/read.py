@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MIN_SIDE = 16
 MAX_PIXELS = 64_000_000
-_PILLOW = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg")
+PICTURE_SUFFIXES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
 def load_image(picture: Picture) -> tuple[Frames, list[str]]:
@@ -132,51 +132,68 @@ def fit(
     return np.array(image)
 
 
-@dataclass(frozen=True)
-class VideoFile:
-    """A film, animation or picture; each iteration decodes it anew, at constant memory.
+class VideoReader:
+    """A film, animation or picture, frame by frame at constant memory; each iteration starts anew.
 
     Attributes:
-        path: where it lies.
-        fps: exact average rate.
+        fps: exact average rate; 25 for a single picture.
         size: (width, height) as shown, after any rotation.
+
+    Raises:
+        InputError: missing, no video, or damaged.
     """
 
-    path: Path
-    fps: Fraction
-    size: tuple[int, int]
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = _existing_file(path, "video")
+        self._stack = ExitStack()
+        try:
+            self._open()
+            first = next(self._decode())
+        except StopIteration:
+            problem = "holds no frame that can be decoded"
+        except (av.FFmpegError, OSError, SyntaxError, ValueError) as error:
+            problem = f"can't be read: {error}"
+        else:
+            self.size = first.shape[1], first.shape[0]
+            return
+        self._stack.close()
+        raise InputError(f"video {self.path} {problem}; give a video file")
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def __iter__(self) -> Iterator[Frames]:
         """Frames uint8 [H, W, 3] from the first to the last."""
         try:
-            yield from _frames(self.path)
+            yield from self._decode()
         except (av.FFmpegError, OSError, SyntaxError, ValueError) as error:
             raise InputError(f"video {self.path} is damaged: {error}") from None
 
+    def _open(self) -> None:
+        self._image: Image.Image | None = None
+        if self.path.suffix.lower() in PICTURE_SUFFIXES:
+            self._image = self._stack.enter_context(Image.open(self.path))
+            self.fps = _animation_fps(self._image)
+            return
+        self._container = self._stack.enter_context(av.open(str(self.path)))
+        if not self._container.streams.video:
+            raise ValueError("it has no picture")
+        stream = self._container.streams.video[0]
+        stream.thread_type = "AUTO"
+        self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
 
-def read_video(path: str | os.PathLike[str]) -> VideoFile:
-    """Open a video or animation.
-
-    Raises:
-        InputError: missing, no video, or its first frame can't be decoded.
-    """
-    found = _existing_file(path, "video")
-    try:
-        if found.suffix.lower() in _PILLOW:
-            with Image.open(found) as image:
-                fps = Fraction(25) if getattr(image, "n_frames", 1) == 1 else _animation_fps(image)
-        else:
-            with av.open(str(found)) as container:
-                if not container.streams.video:
-                    raise InputError(f"video {found} has no picture; give a video file")
-                stream = container.streams.video[0]
-                fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
-        first = next(_frames(found))
-    except StopIteration:
-        raise InputError(f"video {found} holds no frame that can be decoded") from None
-    except (av.FFmpegError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"video {found} can't be read: {error}") from None
-    return VideoFile(found, fps, (first.shape[1], first.shape[0]))
+    def _decode(self) -> Iterator[Frames]:
+        if self._image is not None:
+            for still in ImageSequence.Iterator(self._image):
+                yield np.array(still.convert("RGB"))
+            return
+        reformatter = VideoReformatter()
+        self._container.seek(0)
+        for frame in self._container.decode(video=0):
+            yield _rgb(frame, reformatter)
 
 
 def _animation_fps(image: Image.Image) -> Fraction:
@@ -185,21 +202,7 @@ def _animation_fps(image: Image.Image) -> Fraction:
         frame.load()  # WebP tells a frame's duration only then
         durations.append(frame.info.get("duration", 0))
     total = Fraction(sum(durations)).limit_denominator(1000)
-    return len(durations) * 1000 / total if total else Fraction(10)
-
-
-def _frames(path: Path) -> Iterator[Frames]:
-    if path.suffix.lower() in _PILLOW:
-        with Image.open(path) as image:
-            for still in ImageSequence.Iterator(image):
-                yield np.array(still.convert("RGB"))
-        return
-    reformatter = VideoReformatter()
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        for frame in container.decode(stream):
-            yield _rgb(frame, reformatter)
+    return len(durations) * 1000 / total if total else Fraction(25)
 
 
 def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Frames:
@@ -249,15 +252,8 @@ def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: missing, or no media file.
     """
     found = _existing_file(path, "file")
-    if found.suffix.lower() in _PILLOW:
-        video = read_video(found)
-        with Image.open(found) as image:
-            count, kind = getattr(image, "n_frames", 1), str(image.format).lower()
-        stream = {"type": "picture", "codec": kind, "num_frames": count}
-        stream |= {"width": video.size[0], "height": video.size[1]}
-        stream |= {"fps": str(video.fps)} if count > 1 else {}
-        facts = {"format": kind, "duration_s": float(count / video.fps) if count > 1 else None}
-        return {"path": str(found), "bytes": found.stat().st_size, **facts, "streams": [stream]}
+    if found.suffix.lower() in PICTURE_SUFFIXES:
+        return _probe_picture(found)
     try:
         with av.open(str(found)) as container:
             duration = container.duration
@@ -267,10 +263,29 @@ def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
                 "format": container.format.name,
                 "duration_s": None if duration is None else duration / av.time_base,
                 "streams": [_describe(s) for s in container.streams],
-                "metadata": {k: v for k, v in container.metadata.items() if k.lower() != RECIPE_KEY},
+                "metadata": {
+                    k: v for k, v in container.metadata.items() if k.lower() != RECIPE_KEY
+                },
             }
     except av.FFmpegError as error:
         raise InputError(f"{path} is no media file: {error.strerror}") from None
+
+
+def _probe_picture(path: Path) -> dict[str, Any]:
+    with VideoReader(path) as reader, Image.open(path) as image:
+        count, kind = getattr(image, "n_frames", 1), str(image.format).lower()
+        width, height = reader.size
+        stream = {"type": "picture", "codec": kind, "width": width, "height": height}
+        if count > 1:
+            stream |= {"fps": str(reader.fps), "num_frames": count}
+        return {
+            "path": str(path),
+            "bytes": path.stat().st_size,
+            "format": kind,
+            "duration_s": float(count / reader.fps) if count > 1 else None,
+            "streams": [stream],
+            "metadata": {},
+        }
 
 
 def _describe(stream: Any) -> dict[str, Any]:
