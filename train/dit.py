@@ -11,7 +11,7 @@ Conditions are mixed from the start. The text encoder also has to name what the 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from vidgen.diffusion.condition import (
     denoise_inputs,
     training_conditions,
 )
-from vidgen.diffusion.flow import add_noise, to_timestep, velocity_of
+from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
@@ -108,6 +108,7 @@ class DiTTask:
         self.device = choose_device(config.run.device)
         torch.manual_seed(config.run.seed)
         self.dit = SpacetimeDiT(DIT_PRESETS[config.preset]).to(self.device)
+        self.dit.init_weights()
         self.text = UMT5Encoder(TEXT_PRESETS[config.text_preset]).to(self.device)
         heads = AttributeHeads(self.text.config.hidden_dim).to(self.device)
         self.modules: dict[str, nn.Module] = {
@@ -196,14 +197,14 @@ class DiTTask:
 
     def _error(self, batch: Batch, context: Tensor) -> Tensor:
         clean = batch.state.clean
-        noisy = replace(batch.state, latents=add_noise(clean, batch.noise, batch.sigma))
-        latents, sigma = denoise_inputs(noisy, batch.sigma)
+        noisy = add_noise(clean, batch.noise, batch.sigma)
+        latents, sigma = denoise_inputs(batch.state, batch.sigma, noisy)
         velocity = self.dit(
             latents, to_timestep(sigma), context,
             context_lengths=batch.mask.sum(1), extra=batch.state.keys,
         )
-        error = (velocity.float() - velocity_of(clean, batch.noise)).square().mean(1, keepdim=True)
-        return (error * batch.state.denoise_mask).sum() / batch.state.denoise_mask.sum()
+        mask = batch.state.denoise_mask
+        return velocity_loss(velocity, clean, batch.noise, mask).mean()
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Velocity error on clips kept aside, text alone, at fixed noise levels and noise."""

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.media.sheet import contact_sheet
 from vidgen.models.presets import VAE_PRESETS
@@ -25,9 +26,9 @@ from vidgen.models.vae import CausalVAE
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.loop import train
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
+from vidgen.training.toybox_data import load_vae
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,12 @@ class VAELoss:
 
 @dataclass(frozen=True)
 class VAERun:
-    """The whole YAML file."""
+    """The whole YAML file.
+
+    Args:
+        part: "decoder" keeps the encoder, and with it every cached latent, as it is.
+        init: component folder of a released VAE to start from; its latents' statistics stay.
+    """
 
     run: RunConfig
     preset: str = "toybox"

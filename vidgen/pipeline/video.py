@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -267,7 +266,9 @@ class Engine:
         whole = plan.sampler == "unipc"
 
         def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-            seen, levels = denoise_inputs(replace(state, latents=latents), sigma)
+            seen, levels = denoise_inputs(
+                state, sigma, latents, patch=self.dit.config.patch_size
+            )
             velocity = self.dit(
                 seen, to_timestep(levels, whole=whole), context,
                 context_lengths=lengths, extra=state.keys,
@@ -294,10 +295,3 @@ def _best_dtype(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
-
-
-def default_name(prompt: str, seed: int) -> Path:
-    """`prompt-slug-seed.mp4`, what an output is called that was given no name."""
-    words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-    slug = "-".join(words)[:60].strip("-") or "clip"
-    return Path(f"{slug}-{seed}.mp4")

@@ -21,9 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from vidgen.core.config import dump
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_write, choose_device
+from vidgen.core.runtime import choose_device
 from vidgen.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -87,7 +86,6 @@ def train(task: Task, run: RunConfig, *, resume: bool = False) -> TrainResult:
     if source is not None:
         meta = load_checkpoint(source, task.modules, optimizers, ema)
         step, metrics = meta["step"], meta["metrics"]
-    atomic_write(folder / "config.json", json.dumps(dump(run), indent=1).encode())
     pid = write_pid(folder)
     try:
         return _Loop(task, run, folder, ema, optimizers, metrics).run_from(step)

@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
-from vidgen.core.config import apply_overrides, build, load_yaml
+from vidgen.core.config import apply_overrides, build, dump, load_yaml
 from vidgen.core.errors import VidgenError
+from vidgen.core.runtime import atomic_write
 from vidgen.training.loop import Task, train
 
 Run = TypeVar("Run", bound=Any)
@@ -29,6 +31,9 @@ def run_program(doc: str, run_type: type[Run], make_task: Callable[[Run], Task])
     try:
         settings = apply_overrides(load_yaml(options.config), options.set)
         config = build(run_type, settings, options.config)
+        Path(config.run.folder).mkdir(parents=True, exist_ok=True)
+        resolved = json.dumps(dump(config), indent=1).encode()
+        atomic_write(Path(config.run.folder) / "task.json", resolved)
         result = train(make_task(config), config.run, resume=options.resume)
     except VidgenError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vidgen.core.runtime import sha256_file
 from vidgen.diffusion.condition import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import PLACES, SEED_RANGES, WORLD_VERSION, Scene, sample_scenes
 from vidgen.training.latents import LatentShards
-from vidgen.weights.load import config_of, load_module
+from vidgen.weights.load import config_of, load_module, read_tensors
 
 MID_FRAME = 16
 
@@ -51,7 +51,7 @@ class ToyboxCache:
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
         manifest = {
-            "vae": sha256_file(Path(config.vae) / "model.safetensors"),
+            "encoder": encoder_hash(Path(config.vae)),
             "world_version": WORLD_VERSION,
             **{
                 name: getattr(config, name)
@@ -119,6 +119,16 @@ def encode(vae: CausalVAE, video: Tensor) -> Tensor:
     """Normalised latents, under bf16 autocast as training sees them."""
     with torch.autocast(video.device.type, torch.bfloat16):
         return vae.encode(video).float()
+
+
+def encoder_hash(folder: Path) -> str:
+    """SHA-256 of what shapes latents: the encoder's tensors and the statistics, not the decoder."""
+    config = config_of(VAEConfig, folder)
+    digest = hashlib.sha256(repr((config.latents_mean, config.latents_std)).encode())
+    tensors = read_tensors(folder / "model.safetensors")
+    for name in sorted(name for name in tensors if name.startswith("encoder.")):
+        digest.update(name.encode() + tensors[name].view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_vae(folder: str, device: torch.device) -> CausalVAE:

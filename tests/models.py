@@ -1,0 +1,42 @@
+"""Tiny model folders of the real classes at random weights, written as any model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
+from vidgen.models.text import UMT5Encoder
+from vidgen.models.vae import CausalVAE
+from vidgen.training.tokenizer import train_tokenizer
+from vidgen.weights.load import ModelDefaults, save_module, write_model_info
+
+CAPTIONS = ("a red car bounces across the desert at night", "a cat moves left over the meadow")
+DEFAULTS = ModelDefaults(
+    num_steps=2, shift=3.0, guidance_scale=3.0, fps=12.0, num_frames=9, height=32, width=32,
+    sizes=((32, 32),), max_frames=17,
+)
+
+
+def build_tiny_model(folder: Path) -> Path:
+    """A model of the tiny presets: 9 frames of 32x32 in 2 steps."""
+    torch.manual_seed(0)
+    vae = CausalVAE(VAE_PRESETS["tiny"])
+    dit = SpacetimeDiT(DIT_PRESETS["tiny"])
+    dit.init_weights()
+    for parameter in dit.parameters():  # fresh gates are zero: a model that does nothing
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    text = UMT5Encoder(TEXT_PRESETS["tiny"])
+    save_module(vae.state_dict(), vae.config, folder / "vae", torch.float32)
+    save_module(dit.state_dict(), dit.config, folder / "transformer", torch.float32)
+    save_module(
+        text.state_dict(), text.config.to_transformers(), folder / "text_encoder", torch.float32
+    )
+    train_tokenizer(CAPTIONS, folder / "tokenizer", text.config.vocab_size)
+    write_model_info(
+        folder, name=folder.name, family="toybox", license_name="Apache-2.0", tasks=("text",),
+        defaults=DEFAULTS, world_version=1,
+    )
+    return folder

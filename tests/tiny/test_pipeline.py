@@ -1,0 +1,210 @@
+"""The pipeline on a tiny model: every condition, seeds, lengths, recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vidgen
+from vidgen.core.errors import Cancelled, InputError, ModelError
+from vidgen.core.request import Request
+from vidgen.pipeline.inputs import read_inputs
+from vidgen.pipeline.video import Engine, load
+
+PROMPT = "a red car bounces across the desert"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Engine:
+    return load(str(tiny_model), device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    rows = np.linspace(0, 255, 48, dtype=np.uint8)
+    return np.stack([np.broadcast_to(rows, (32, 48)), np.full((32, 48), 90, np.uint8),
+                     np.broadcast_to(rows[::-1], (32, 48))], axis=-1)
+
+
+def test_the_same_seed_gives_the_same_frames(engine: Engine) -> None:
+    first, again = (engine.generate(PROMPT, seed=3) for _ in range(2))
+    other = engine.generate(PROMPT, seed=4)
+    assert first.frames.shape == (9, 32, 32, 3)
+    assert np.array_equal(first.frames, again.frames)
+    assert not np.array_equal(first.frames, other.frames)
+
+
+def test_a_clip_of_a_batch_equals_it_alone(engine: Engine) -> None:
+    clips = engine.generate(PROMPT, seed=5, count=2)
+    assert np.array_equal(clips[1].frames, engine.generate(PROMPT, seed=6).frames)
+
+
+def test_guidance_one_is_the_conditional_pass(engine: Engine) -> None:
+    plain = engine.generate(PROMPT, seed=1, guidance=1.0)
+    with_negative = engine.generate(PROMPT, seed=1, guidance=1.0, negative="a cat")
+    assert torch.equal(plain.latents, with_negative.latents)
+
+
+def test_the_prompt_matters(engine: Engine) -> None:
+    a, b = (engine.generate(text, seed=1) for text in (PROMPT, "a cat over the meadow"))
+    assert not torch.equal(a.latents, b.latents)
+
+
+def test_seconds_generate_the_next_count_and_trim(engine: Engine) -> None:
+    clip = engine.generate(PROMPT, seed=1, seconds=0.5)
+    assert clip.num_frames == 6
+    assert clip.latents.shape[2] == 3
+    assert len(clip.frames) == 6
+
+
+def test_streamed_chunks_equal_whole_decode(engine: Engine) -> None:
+    clip = engine.generate(PROMPT, seed=2)
+    whole = engine.vae.decode(clip.latents).clamp(-1, 1)
+    frames = ((whole[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
+    difference = np.abs(frames.astype(int) - clip.frames.astype(int))
+    assert difference.max() <= 1
+
+
+def known(engine: Engine, **options: object) -> tuple[torch.Tensor, torch.Tensor, object]:
+    """The state's known mask, its clean values and the plan of a request."""
+    request = Request.of(PROMPT, {"seed": 1, **options})
+    inputs = read_inputs(request)
+    plan = engine.plan(request, inputs)
+    state = engine.prepare(plan, request, inputs)
+    return ~state.denoise_mask, state, plan
+
+
+def test_the_first_frame_is_kept_exactly(engine: Engine, picture: np.ndarray) -> None:
+    mask, state, plan = known(engine, image=picture, size="32x32")
+    assert mask[:, :, 0].all()
+    assert not mask[:, :, 1:].any()
+    clip = engine.generate(PROMPT, seed=1, image=picture, size="32x32")
+    assert torch.equal(clip.latents[:, :, :1], state.clean[:, :, :1])
+
+
+def test_a_pictures_aspect_is_kept(engine: Engine, picture: np.ndarray) -> None:
+    clip = engine.generate(PROMPT, seed=1, image=picture)
+    assert clip.size[0] > clip.size[1]
+
+
+@pytest.mark.parametrize(("option", "position"), [("last_image", 2.375), ("reference", -4.0)])
+def test_stills_join_as_tokens(
+    engine: Engine, picture: np.ndarray, option: str, position: float
+) -> None:
+    value = (picture,) if option == "reference" else picture
+    mask, state, _ = known(engine, **{option: value}, size="32x32")
+    assert not mask.any()
+    assert state.keys.positions.tolist() == [[position]]
+    plain = engine.generate(PROMPT, seed=1)
+    shown = engine.generate(PROMPT, seed=1, size="32x32", **{option: value})
+    assert not torch.equal(plain.latents, shown.latents)
+
+
+def test_frames_at_any_time(engine: Engine, picture: np.ndarray) -> None:
+    mask, state, _ = known(engine, frame=((0.0, picture), (0.5, picture)), size="32x32")
+    assert mask[:, :, 0].all()
+    assert state.keys.positions.tolist() == [[1.875]]
+
+
+def test_strength_zero_is_the_reconstruction_and_one_is_text(
+    engine: Engine, tmp_path: Path
+) -> None:
+    source = tmp_path / "source.mkv"
+    engine.generate(PROMPT, seed=9).save(source)
+    pixels = torch.from_numpy(vidgen.Clip.from_file(source).frames).permute(3, 0, 1, 2)[None]
+    encoded = engine.vae.encode(pixels.float() / 127.5 - 1)
+    kept = engine.generate(PROMPT, seed=1, video=str(source), strength=0.0)
+    assert torch.allclose(kept.latents, encoded, atol=1e-5)
+    free = engine.generate(PROMPT, seed=1, video=str(source), strength=1.0)
+    assert torch.equal(free.latents, engine.generate(PROMPT, seed=1).latents)
+
+
+def test_a_mask_keeps_the_rest(engine: Engine, tmp_path: Path) -> None:
+    source = tmp_path / "source.mkv"
+    engine.generate(PROMPT, seed=9).save(source)
+    white_left = np.zeros((32, 32, 3), np.uint8)
+    white_left[:, :16] = 255
+    mask, state, _ = known(engine, video=str(source), mask=white_left)
+    assert mask[..., 2:].all()
+    assert not mask[..., :2].any()
+    clip = engine.generate(PROMPT, seed=1, video=str(source), mask=white_left)
+    assert torch.equal(clip.latents[..., 2:], state.clean[..., 2:])
+
+
+def test_given_noise_replaces_the_seeds(engine: Engine) -> None:
+    noise = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    a, b = (engine.generate(PROMPT, seed=s, latents=noise) for s in (1, 2))
+    assert torch.equal(a.latents, b.latents)
+    with pytest.raises(InputError, match="latents are"):
+        engine.generate(PROMPT, latents=noise[:, :, :2])
+
+
+def test_a_still_is_a_clip_of_one_frame(engine: Engine, tmp_path: Path) -> None:
+    path = engine.generate(PROMPT, seed=1, frames=1).save(tmp_path / "still.png")
+    assert path.stat().st_size > 0
+
+
+def test_the_recipe_travels_in_the_file(engine: Engine, tmp_path: Path) -> None:
+    path = engine.generate(PROMPT, seed=7).save(tmp_path / "clip.mp4")
+    recipe = vidgen.Clip.from_file(path).recipe
+    assert recipe["plan"]["prompt"] == PROMPT
+    assert recipe["plan"]["seed"] == 7
+    assert recipe["model"]["sha256"] == engine.folder.content_hash
+    json.dumps(recipe)
+
+
+def test_raising_cancelled_stops(engine: Engine) -> None:
+    def stop(progress: object) -> None:
+        if progress.stage == "sample":
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        engine.generate(PROMPT, on_event=stop)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 10}, "nearest are 9 and 13"),
+        ({"size": "40x32"}, "nearest are 32 and 48"),
+        ({"sampler": "eulr"}, "euler"),
+        ({"frame": ((9.0, np.zeros((32, 32, 3), np.uint8)),)}, "not in the clip"),
+        ({"video": "nowhere.mp4", "strength": 0.5}, "does not exist"),
+    ],
+)
+def test_what_the_model_cant_do_is_refused(
+    engine: Engine, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        engine.generate(PROMPT, **options)
+
+
+def test_unseen_sizes_and_unknown_words_are_warned_about(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.generate("a zebra bounces", seed=1, size="48x32")
+    assert "never saw clips of 48x32" in caplog.text
+    assert "'zebra'" in caplog.text
+
+
+def test_damaged_folders_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_model, folder)
+    weights = folder / "transformer" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="truncated"):
+        load(str(folder), device="cpu")
+    shutil.copy(folder / "vae" / "model.safetensors", weights)
+    with pytest.raises(ModelError, match=r"missing .* surplus"):
+        load(str(folder), device="cpu")
+    weights.unlink()
+    with pytest.raises(ModelError, match="incomplete"):
+        load(str(folder), device="cpu")
+    with pytest.raises(ModelError, match="neither an embedded model"):
+        load(str(tmp_path / "nowhere"))

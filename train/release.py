@@ -1,0 +1,126 @@
+"""Put trained weights into a model folder: averaged, bf16, with the facts they need.
+
+    python train/release.py vae       --run runs/vae --out vidgen/assets/toybox
+    python train/release.py tokenizer --out vidgen/assets/toybox
+    python train/release.py dit       --run runs/dit --out vidgen/assets/toybox
+
+`vae` measures the latents' mean and deviation on fresh renders, unless the VAE was trained from a
+folder that already has them (`part: decoder`). Each call writes `model.json` anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidgen.core.errors import ModelError, VidgenError
+from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
+from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.toybox.captions import caption
+from vidgen.toybox.render import render
+from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
+from vidgen.training.checkpoint import latest_checkpoint, load_averages
+from vidgen.training.tokenizer import train_tokenizer
+from vidgen.weights.load import ModelDefaults, config_of, save_module, write_model_info
+
+DEFAULTS = ModelDefaults(
+    num_steps=25, shift=3.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
+    sampler="unipc", sizes=((128, 128), (176, 96), (96, 176)), max_frames=65,
+)
+TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
+PARTS = ("vae/model.safetensors", "transformer/model.safetensors",
+         "text_encoder/model.safetensors", "tokenizer/tokenizer.json")
+NUM_STATISTICS_CLIPS = 256
+NUM_CAPTIONS = 60_000
+
+
+def release_vae(run: Path, out: Path) -> None:
+    """The VAE of a run, its config carrying the latents' statistics."""
+    settings = _run_settings(run)
+    state = load_averages(run, "vae")
+    if settings.get("init"):
+        config = config_of(VAEConfig, Path(settings["init"]))
+    else:
+        config = VAE_PRESETS[settings["preset"]]
+        vae = CausalVAE(config)
+        vae.load_state_dict(state)
+        mean, std = measure_latents(vae)
+        config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
+    save_module(state, config, out / "vae", torch.bfloat16)
+
+
+@torch.no_grad()
+def measure_latents(vae: CausalVAE) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each latent channel over fresh clips of the world."""
+    parts = []
+    for start in range(0, NUM_STATISTICS_CLIPS, 8):
+        scenes = sample_scenes(SEED_RANGES["train"][0] + 10**11 + start, 8, split="any")
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, _ = vae.encode_moments(render(scenes, num_frames=17).video)
+        parts.append(mean.float().transpose(0, 1).flatten(1))
+    values = torch.cat(parts, dim=1)
+    return _rounded(values.mean(1)), _rounded(values.std(1))
+
+
+def release_tokenizer(out: Path) -> None:
+    """A BPE tokenizer of the world's captions, with the list of words the model is taught."""
+    scenes = sample_scenes(SEED_RANGES["train"][0] + 2 * 10**11, NUM_CAPTIONS, split="train")
+    captions = (caption(scene, seed) for seed, scene in enumerate(scenes))
+    vocab_size = TEXT_PRESETS["toybox"].vocab_size
+    train_tokenizer(captions, out / "tokenizer", vocab_size)
+
+
+def release_dit(run: Path, out: Path) -> None:
+    """The transformer and the text encoder of a run."""
+    settings = _run_settings(run)
+    dit = DIT_PRESETS[settings["preset"]]
+    save_module(load_averages(run, "transformer"), dit, out / "transformer", torch.bfloat16)
+    text = TEXT_PRESETS[settings["text_preset"]].to_transformers()
+    save_module(load_averages(run, "text_encoder"), text, out / "text_encoder", torch.bfloat16)
+
+
+def _run_settings(run: Path) -> dict[str, Any]:
+    if latest_checkpoint(run) is None:
+        raise ModelError(f"{run} has no checkpoint; train there first")
+    return dict(json.loads((run / "task.json").read_text()))
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(float(value), 5) for value in values]
+
+
+def main() -> int:
+    """Release one part, then describe the folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=("vae", "tokenizer", "dit"))
+    parser.add_argument("--run", type=Path, help="run folder")
+    parser.add_argument("--out", type=Path, required=True, help="model folder")
+    options = parser.parse_args()
+    if options.part != "tokenizer" and options.run is None:
+        parser.error(f"{options.part} needs --run")
+    try:
+        if options.part == "vae":
+            release_vae(options.run, options.out)
+        elif options.part == "dit":
+            release_dit(options.run, options.out)
+        else:
+            release_tokenizer(options.out)
+        if all((options.out / part).exists() for part in PARTS):
+            write_model_info(
+                options.out, name=options.out.name, family="toybox", license_name="Apache-2.0",
+                tasks=TASKS, defaults=DEFAULTS, world_version=WORLD_VERSION,
+            )
+    except VidgenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
