@@ -41,7 +41,8 @@ class Container:
     options: Mapping[str, str]
 
 
-_X264 = PictureSettings("libx264", "yuv420p", {"crf": "16", "preset": "medium"})
+# x264's macroblock tree gives other bits in each run at some sizes (96x160, not 128x128).
+_X264 = PictureSettings("libx264", "yuv420p", {"crf": "16", "preset": "medium", "mbtree": "0"})
 _MP4 = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"}
 _MKV = {"fflags": "+bitexact"}
 CONTAINERS = {
