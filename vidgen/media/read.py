@@ -181,6 +181,8 @@ class VideoReader:
         self._container = self._stack.enter_context(av.open(str(self.path)))
         if not self._container.streams.video:
             raise ValueError("it has no picture")
+        if self._container.format.name == "tty":  # libav would draw any text file as pictures
+            raise ValueError("it is text")
         stream = self._container.streams.video[0]
         stream.thread_type = "AUTO"
         self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
@@ -335,11 +337,12 @@ def _picture_recipe(path: Path) -> str | None:
             if image.format == "PNG":
                 return image.info.get(RECIPE_KEY)
             if image.format == "WEBP":
-                return image.getexif().get(ExifTags.Base.ImageDescription)
-            if image.format == "JPEG":
+                text = image.getexif().get(ExifTags.Base.ImageDescription, "")
+            elif image.format == "JPEG":
                 parts = [data for name, data in getattr(image, "applist", ()) if name == "COM"]
-                return b"".join(parts).decode() or None
-            comment = image.info.get("comment", b"")
-            return comment.decode() or None
+                text = b"".join(parts).decode()
+            else:
+                text = image.info.get("comment", b"").decode()
     except (OSError, ValueError, SyntaxError):
         return None
+    return text if text.startswith("{") else None  # other programs comment, too
