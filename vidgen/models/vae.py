@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vidgen.core.errors import InputError
 from vidgen.core.shapes import Strides, VideoShape
 from vidgen.models.vae_blocks import Downsample, DownStage, MidBlock, Upsample, UpStage
 from vidgen.ops.conv import CausalConv3d, StreamCache
@@ -75,13 +76,27 @@ class VAEConfig:
                 )
         if self.latents_std is not None and min(self.latents_std) <= 0:
             raise ValueError(f"latents_std must be positive, not {min(self.latents_std)}")
-        if not self.stage_shortcuts and self.num_stages > 1:
-            odd = [m for m in self.channel_mults[1:] if self.decoder_dim * m % 2]
-            if odd:
-                raise ValueError(
-                    "upsampling halves the width, but "
-                    f"decoder_dim {self.decoder_dim} times {odd[0]} is odd"
-                )
+        if self.stage_shortcuts:
+            self._check_shortcuts()
+        odd = [m for m in self.channel_mults[1:] if self.decoder_dim * m % 2]
+        if odd and not self.stage_shortcuts:
+            raise ValueError(
+                "upsampling halves the width, but "
+                f"decoder_dim {self.decoder_dim} times {odd[0]} is odd"
+            )
+
+    def _check_shortcuts(self) -> None:
+        """A shortcut averages or repeats whole channels, so their numbers must divide."""
+        mults, factors = self.channel_mults, {None: 1, "spatial": 4, "spacetime": 8}
+        down = zip((1, *mults), mults, self.resamples, strict=False)
+        up = zip((mults[-1], *mults[:0:-1]), mults[:0:-1], self.resamples[-2::-1], strict=False)
+        wrong = [(i, o) for i, o, resample in down if i * factors[resample] % o]
+        wrong += [(i, o) for i, o, resample in up if o * factors[resample] % i]
+        if wrong:
+            raise ValueError(
+                f"stage shortcuts can't go from {wrong[0][0]} to {wrong[0][1]} times the width: "
+                f"change channel_mults {mults}"
+            )
 
     @property
     def num_stages(self) -> int:
@@ -240,19 +255,19 @@ class CausalVAE(nn.Module):
             Normalised latents [B, C, 1, h, w], equal to those of `encode` on the whole clip.
 
         Raises:
-            ValueError: if frames are left over at the end that do not fill a latent frame.
+            InputError: if frames are left over at the end that do not fill a latent frame.
         """
         cache = StreamCache() if cache is None else cache
         held: list[Tensor] = []
         for chunk in frames:
-            held.extend(chunk.split(1, dim=2))
+            held.extend(chunk.unbind(2))
             while len(held) >= (need := self.strides.t if cache.position else 1):
-                moments = self._encode(torch.cat(held[:need], 2), cache)
+                moments = self._encode(torch.stack(held[:need], 2), cache)
                 del held[:need]
                 cache.position += 1
                 yield self.normalize(moments.chunk(2, dim=1)[0])
         if held:
-            raise ValueError(
+            raise InputError(
                 f"{len(held)} frames left over: a clip has 1 mod {self.strides.t} frames"
             )
 
