@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from vidgen.ops.attention import Backend, attention
 from vidgen.ops.norm import layer_norm, modulated_norm, rms_norm
-from vidgen.ops.rope import apply_rope
+from vidgen.ops.rope import rotate_normed
 
 Axis = Literal["all", "space", "time"]
 
@@ -99,10 +99,10 @@ class KVCache:
             self.num_stills += num_stills
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a layer's cached tokens before k, v [B, L, H, d]; keep the result if recording."""
+        """Put a layer's cached tokens before k, v [B, H, L, d]; keep the result if recording."""
         if layer in self._layers:
             old_k, old_v = self._layers[layer]
-            k, v = torch.cat([old_k, k], dim=1), torch.cat([old_v, v], dim=1)
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
         if self.recording:
             self._layers[layer] = (k.detach(), v.detach())
         return k, v
@@ -196,32 +196,34 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Mix tokens x [B, L, D]; rope [B or 1, L, d/2]; `cache` goes with axis "all"."""
         heads = (self.num_heads, -1)
-        v = self.v(x).unflatten(-1, heads)
-        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope).to(v.dtype)
-        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope).to(v.dtype)
+        q = self._rotate(self.q(x), self.norm_q, rope)
+        k = self._rotate(self.k(x), self.norm_k, rope)
+        v = self.v(x).unflatten(-1, heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        q, k, v = (_split(part, layout, axis).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (_split(part, layout, axis) for part in (q, k, v))
         bias = None if axis == "space" else layout.bias
         mixed = attention(q, k, v, bias=bias, backend=self.backend)
-        return self.out(_join(mixed.transpose(1, 2), layout, axis).flatten(-2))
+        return self.out(_join(mixed, layout, axis).transpose(1, 2).flatten(-2))
+
+    def _rotate(self, x: Tensor, norm: RMSNorm, rope: Tensor) -> Tensor:
+        return rotate_normed(x, norm.weight, rope, self.num_heads, norm.eps)
 
 
 def _split(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
-    """[B, F * N, H, d] -> [B * F, N, H, d] along space, [B * N, F, H, d] along time."""
+    """[B, H, F * N, d] -> [B * F, H, N, d] along space, [B * N, H, F, d] along time."""
     if axis == "all":
         return x
-    x = x.unflatten(1, (layout.num_frames, layout.frame_tokens))
-    return (x if axis == "space" else x.transpose(1, 2)).flatten(0, 1)
+    x = x.unflatten(2, (layout.num_frames, layout.frame_tokens))
+    return x.movedim(2 if axis == "space" else 3, 1).flatten(0, 1)
 
 
 def _join(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
     """The inverse of `_split`."""
     if axis == "all":
         return x
-    if axis == "space":
-        return x.unflatten(0, (-1, layout.num_frames)).flatten(1, 2)
-    return x.unflatten(0, (-1, layout.frame_tokens)).transpose(1, 2).flatten(1, 2)
+    groups = layout.num_frames if axis == "space" else layout.frame_tokens
+    return x.unflatten(0, (-1, groups)).movedim(1, 2 if axis == "space" else 3).flatten(2, 3)
 
 
 class CrossAttention(nn.Module):

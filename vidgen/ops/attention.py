@@ -13,10 +13,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vidgen.core.errors import InputError
@@ -116,15 +117,16 @@ class _MatmulAttention(torch.autograd.Function):
     """Keeps the weights alone for the backward pass: autograd would keep scores and casts, too."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         weights = _softmax_scores(q, k, bias)
         ctx.save_for_backward(q, k, v, weights)
         return weights @ v
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
+        grad = grads[0]
         scale = q.shape[-1] ** -0.5
         grad_v = weights.transpose(-1, -2) @ grad
         grad_weights = grad @ v.transpose(-1, -2)

@@ -1,4 +1,4 @@
-"""Rotary positions over time, rows and columns (Su et al. 2021, eq. 34), Wan's split and pairing.
+"""Rotary positions over time, rows and columns (Su et al. 2021, eq. 34), Wan's split and pairs.
 
 Axes: B batch, F latent frames, h w patch rows and columns, L tokens, H heads, d head width.
 Pairs are neighbours (2i, 2i + 1); of d/2 angles the last 2 * (d // 6) belong to rows and columns in
@@ -7,8 +7,11 @@ equal parts, the rest to time. Positions are real numbers; tables are computed i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def rope_table(time: Tensor, rows: int, columns: int, head_dim: int, theta: float = 1e4) -> Tensor:
@@ -41,15 +44,57 @@ def rope_table(time: Tensor, rows: int, columns: int, head_dim: int, theta: floa
     return torch.cat(parts, dim=-1).flatten(1, 3)
 
 
-def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of x.
+def rotate_normed(x: Tensor, weight: Tensor, table: Tensor, num_heads: int, eps: float) -> Tensor:
+    """Heads of RMSNorm(x) * weight, turned to their positions: what Wan does to queries and keys.
+
+    Norm (Zhang & Sennrich 2019, eq. 4) and rotation are computed in float32.
 
     Args:
-        x: [B, L, H, d] float32.
+        x: [B, L, H * d], normed over the full width.
+        weight: [H * d], the norm's gain.
         table: [B or 1, L, d/2] complex64, from `rope_table`.
+        num_heads: H.
+        eps: added to the mean square.
 
     Returns:
-        [B, L, H, d] float32.
+        [B, H, L, d] in x's dtype.
     """
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table[:, :, None]).flatten(-2)
+    out: Tensor = _RotateNormed.apply(x, weight, table, num_heads, eps)
+    return out
+
+
+class _RotateNormed(torch.autograd.Function):
+    """Saves x alone and scales while rotating: a third of the passes over memory of autograd's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, table: Tensor, num_heads: int, eps: float
+    ) -> Tensor:
+        weight = weight.float()
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (length.square_() / x.shape[-1]).add_(eps).rsqrt_()
+        out = _pairs(x.float() * weight, num_heads)
+        out.mul_((table * scale)[:, :, None])
+        ctx.save_for_backward(x, weight, table, scale)
+        out = torch.view_as_real(out).flatten(-2).transpose(1, 2)
+        return out.to(x.dtype, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, table, scale = ctx.saved_tensors
+        grad = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        grad = grad.unflatten(-1, (grads[0].shape[1], -1)).copy_(grads[0].transpose(1, 2))
+        _pairs(grad.flatten(2), grad.shape[2]).mul_((table.conj() * scale)[:, :, None])
+        grad = grad.flatten(2)  # of x * weight, with scale held fixed
+        product = grad * x
+        grad_weight = product.sum((0, 1))
+        # scale depends on x, too: d scale / d x = -scale^3 x / D
+        inner = (product @ weight)[..., None] * scale.square() / x.shape[-1]
+        grad_x = grad.mul_(weight).addcmul_(x.float(), inner, value=-1)
+        return grad_x.to(x.dtype), grad_weight, None, None, None
+
+
+def _pairs(x: Tensor, num_heads: int) -> Tensor:
+    """[B, L, H * d] float32 as complex pairs [B, L, H, d/2], the same memory."""
+    return torch.view_as_complex(x.unflatten(-1, (num_heads, -1, 2)))
