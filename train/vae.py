@@ -74,9 +74,15 @@ class VAETask:
     def __init__(self, config: VAERun) -> None:
         self.config = config
         self.device = choose_device(config.run.device)
-        self.vae = CausalVAE(VAE_PRESETS[config.preset]).to(self.device)
+        torch.manual_seed(config.run.seed)
+        if config.init:
+            self.vae = load_vae(config.init, self.device).requires_grad_(requires_grad=True)
+        else:
+            self.vae = CausalVAE(VAE_PRESETS[config.preset]).to(self.device)
         if config.part == "decoder":
-            self.vae.encoder.requires_grad_(False)
+            if not config.init:
+                raise InputError("part: decoder needs init: the folder of the released VAE")
+            self.vae.encoder.requires_grad_(requires_grad=False)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:

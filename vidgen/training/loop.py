@@ -43,7 +43,7 @@ class Task(Protocol):
         """Optimisers over the modules' parameters, each group with its `peak_lr`."""
 
     def start_phase(self, index: int, phase: Phase) -> bool:
-        """Called on entering a phase; True if it changed weights by hand."""
+        """Called before a phase's first step, once; True if it changed weights by hand."""
 
     def batch(self, phase: Phase, step: int, micro: int) -> Any:
         """The batch of a step: a pure function of its arguments and the run's seed."""
@@ -112,7 +112,7 @@ class _Loop:
                 index, phase = run.phase_at(step)
                 if index != phase_index:
                     entered = step == sum(p.steps for p in run.phases[:index])
-                    if self.task.start_phase(index, phase) and entered:
+                    if entered and self.task.start_phase(index, phase):
                         self.ema.restart()
                     phase_index = index
                 window.add(self._step(phase, step), phase.batch_size * phase.accumulate)
@@ -124,7 +124,7 @@ class _Loop:
                     self._validate(step)
                 if stopped or now - start > limit:
                     break
-                if now - last_save > run.checkpoint_minutes * 60:
+                if now - last_save > run.checkpoint_minutes * 60 and not self.skipped:
                     self._save(step)
                     last_save = now
         finished = step >= run.num_steps

@@ -1,0 +1,194 @@
+"""The training loop: exact resume, schedule, averages, refusals; and a program killed for real."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vidgen.core.errors import InputError, ModelError
+from vidgen.training.checkpoint import latest_checkpoint, load_averages
+from vidgen.training.config import OptimConfig, Phase, RunConfig
+from vidgen.training.latents import LatentShards
+from vidgen.training.loop import train
+from vidgen.training.optim import build_optimizers, lr_scale
+
+ROOT = Path(__file__).parents[2]
+
+
+class Regression:
+    """A small network learns a fixed random map; every batch depends on (step, micro) alone."""
+
+    def __init__(self, run: RunConfig, stop_at: int | None = None, poison: frozenset[int] = frozenset()):
+        torch.manual_seed(run.seed)
+        self.run, self.stop_at, self.poison = run, stop_at, poison
+        self.net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Linear(16, 4))
+        self.modules = {"net": self.net}
+        self.phases: list[int] = []
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return build_optimizers(self.modules, self.run.optim, use_muon=lambda name, _: "0." in name)
+
+    def start_phase(self, index: int, phase: Phase) -> bool:
+        self.phases.append(index)
+        return False
+
+    def batch(self, phase: Phase, step: int, micro: int) -> Tensor:
+        if step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        draw = torch.Generator().manual_seed(step * 100 + micro)
+        x = torch.randn(phase.batch_size, 4, generator=draw)
+        return x * math.nan if step in self.poison else x
+
+    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        error = (self.net(batch).float() - batch.flip(-1)).square().mean()
+        return error, {"error": error.detach()}
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        with torch.no_grad():
+            return {"held_out": float((self.net(torch.eye(4)) - torch.eye(4).flip(-1)).square().mean())}
+
+
+def make_run(folder: Path, **changes: object) -> RunConfig:
+    run = RunConfig(
+        folder=str(folder), phases=(Phase(6, 1, 8), Phase(6, 9, 4, accumulate=2)),
+        optim=OptimConfig(lr=1e-2, muon_lr=1e-2, warmup_steps=3), device="cpu", dtype="fp32",
+        log_every=2, validate_every=4, ema_decay=0.9,
+    )
+    return replace(run, **changes)
+
+
+def everything(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(latest_checkpoint(folder) / "state.safetensors")
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 6, 9])
+def test_interrupted_and_resumed_equals_straight(tmp_path: Path, stop_at: int) -> None:
+    straight, broken = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    train(Regression(straight), straight)
+    first = train(Regression(broken, stop_at), broken)
+    assert (first.step, first.finished) == (stop_at + 1, False)
+    second = train(Regression(broken), broken, resume=True)
+    assert second.finished
+    a, b = everything(tmp_path / "a"), everything(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_branch_starts_from_the_trunk_in_full_and_decays(tmp_path: Path) -> None:
+    trunk = make_run(tmp_path / "trunk")
+    train(Regression(trunk), trunk)
+    decay = replace(trunk.optim, decay_from=12, decay_steps=4)
+    branch = make_run(
+        tmp_path / "branch", branch_from=str(tmp_path / "trunk"), optim=decay,
+        phases=(*trunk.phases, Phase(4, 1, 8)),
+    )
+    task = Regression(branch)
+    assert train(task, branch).step == 16
+    assert task.phases == [2]
+    curve = [json.loads(line) for line in (tmp_path / "branch" / "curve.jsonl").open()]
+    assert min(record["step"] for record in curve) > 12
+
+
+def test_schedule_warms_up_holds_and_decays() -> None:
+    config = OptimConfig(warmup_steps=10, decay_from=100, decay_steps=16)
+    assert lr_scale(config, 0) == pytest.approx(0.1)
+    assert lr_scale(config, 50) == 1.0
+    assert lr_scale(config, 103) == pytest.approx(1 - math.sqrt(4 / 16))
+    assert lr_scale(config, 115) == 0.0
+
+
+def test_an_unusable_loss_skips_the_step_and_then_stops(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "skip")
+    train(Regression(run, poison=frozenset({3})), run)
+    assert all(t.isfinite().all() for n, t in everything(tmp_path / "skip").items() if "model" in n)
+    run = make_run(tmp_path / "stop", phases=(Phase(30, 1, 8),), checkpoint_minutes=0)
+    with pytest.raises(InputError, match="not usable for 10 steps"):
+        train(Regression(run, poison=frozenset(range(4, 30))), run)
+    assert latest_checkpoint(tmp_path / "stop").name == "step-00000004"
+
+
+def test_a_run_is_neither_overwritten_nor_made_up(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    train(Regression(run), run)
+    with pytest.raises(InputError, match="--resume"):
+        train(Regression(run), run)
+    with pytest.raises(ModelError, match="no checkpoint"):
+        load_averages(tmp_path / "nothing", "net")
+    assert not (tmp_path / "run" / "pid").exists()
+    assert load_averages(tmp_path / "run", "net").keys() == Regression(run).net.state_dict().keys()
+
+
+def test_cached_latents_of_another_kind_are_refused(tmp_path: Path) -> None:
+    shards = LatentShards(tmp_path, {"encoder": "a"})
+    for index in range(2):
+        shards.write(index, {"clips": torch.full((2, 3), float(index))})
+    assert shards.load(2)["clips"][:, 0].tolist() == [0, 0, 1, 1]
+    with pytest.raises(InputError, match="2 of the 3 shards"):
+        shards.load(3)
+    with pytest.raises(InputError, match="encoder is 'a' there, 'b' here"):
+        LatentShards(tmp_path, {"encoder": "b"})
+
+
+TINY_VAE = """
+preset: tiny
+height: 32
+width: 32
+run:
+  folder: {folder}
+  phases: [{{steps: 3, num_frames: 1, batch_size: 2}}, {{steps: 5, num_frames: 9, batch_size: 1}}]
+  device: cpu
+  checkpoint_minutes: 0
+  validate_every: 100
+  log_every: 1
+"""
+
+
+def start_vae(config: Path, *more: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "train" / "vae.py"), "-c", str(config), *more]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def test_a_killed_program_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    configs = []
+    for name in ("straight", "killed"):
+        configs.append(tmp_path / f"{name}.yaml")
+        configs[-1].write_text(TINY_VAE.format(folder=tmp_path / name))
+    straight, killed = start_vae(configs[0]), start_vae(configs[1])
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "killed" / "step-00000004").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    resumed = start_vae(configs[1], "--resume")
+    for process in (straight, resumed):
+        _, log = process.communicate(timeout=300)
+        assert process.returncode == 0, log.decode()
+    a, b = everything(tmp_path / "straight"), everything(tmp_path / "killed")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert json.loads((tmp_path / "killed" / "task.json").read_text())["preset"] == "tiny"
+
+
+def test_a_bad_run_file_names_the_key(tmp_path: Path) -> None:
+    config = tmp_path / "bad.yaml"
+    config.write_text(TINY_VAE.format(folder=tmp_path / "run").replace("height", "hieght"))
+    process = start_vae(config)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert b"height" in log
+    assert b"Traceback" not in log

@@ -1,0 +1,176 @@
+"""Train the judge, the classifiers that score Toybox clips, on renders of its own range of seeds.
+
+    python train/judge.py -c configs/train/toybox_judge.yaml [--set run.minutes=20]... [--resume]
+
+It never sees a generated clip or a VAE's output. Every validation writes the averaged weights in
+bf16 to `<folder>/judge`, a component folder to be copied to `vidgen/assets/judge`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidgen.core.runtime import choose_device
+from vidgen.media.sheet import contact_sheet
+from vidgen.evaluation.judging import judge_renders
+from vidgen.toybox.judge import Judge, JudgeConfig, to_motion_size
+from vidgen.toybox.scenes import SEED_RANGES
+from vidgen.training.config import Phase, RunConfig
+from vidgen.training.judge_data import IGNORE, Batch, PoolConfig, RenderPool, Transforms, to_bytes
+from vidgen.training.optim import build_optimizers
+from vidgen.training.program import run_program
+from vidgen.weights.load import save_module
+
+POOL_SEEDS = 1 << 32  # scenes that each pool may use; validation has the range's last ones
+VALIDATION_SEEDS = 1 << 24
+
+
+@dataclass(frozen=True)
+class JudgeRun:
+    """The whole YAML file.
+
+    Args:
+        pools: geometries to learn from; `num_frames` and sizes of the phases don't matter.
+        pictures: frames of each clip that FrameNet looks at in a step.
+        nothing: share of clips made unrecognisable.
+        frozen: share of clips that show one frame all the time.
+        seen_area: share of the picture from which a sprite counts as visible; what is less, but
+            not nothing, isn't asked about.
+        seen_cell: likewise of a cell.
+        validation_clips: fresh renders to validate on.
+    """
+
+    run: RunConfig
+    pools: tuple[PoolConfig, ...] = (PoolConfig(),)
+    model: JudgeConfig = JudgeConfig()
+    pictures: int = 3
+    nothing: float = 0.14
+    frozen: float = 0.03
+    seen_area: float = 0.008
+    seen_cell: float = 0.30
+    validation_clips: int = 128
+
+
+class JudgeTask:
+    """Both networks, learning from the same batches."""
+
+    def __init__(self, config: JudgeRun) -> None:
+        self.config = config
+        self.device = choose_device(config.run.device)
+        torch.manual_seed(config.run.seed)
+        self.judge = Judge(config.model).to(self.device)
+        self.modules: dict[str, nn.Module] = {"judge": self.judge}
+        base = SEED_RANGES["judge"][0] + config.run.seed * len(config.pools) * POOL_SEEDS
+        self.pools = [
+            RenderPool(pool, config.model, base + i * POOL_SEEDS)
+            for i, pool in enumerate(config.pools)
+        ]
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW over everything."""
+        return build_optimizers(self.modules, self.config.run.optim)
+
+    def start_phase(self, index: int, phase: Phase) -> bool:
+        """Phases differ in length and batch size only."""
+        del index, phase
+        return False
+
+    def batch(self, phase: Phase, step: int, micro: int) -> Batch:
+        """Clips of one pool, turned, spoilt and damaged; a sheet of them at the first step."""
+        count = step * phase.accumulate + micro
+        generator = torch.Generator().manual_seed(self.config.run.seed * 10**9 + count)
+        shares = torch.tensor([pool.pool.share for pool in self.pools])
+        pool = self.pools[int(shares.multinomial(1, generator=generator))]
+        pool.advance(step, _tell if len(pool.scenes) == 0 else None)
+        batch = pool.draw(step, phase.batch_size, generator)
+        change = Transforms(self.config.model, generator)
+        batch = change.apply(batch, nothing=self.config.nothing, frozen=self.config.frozen)
+        if count == 0:
+            _sheet(batch, Path(self.config.run.folder) / "batch.png")
+        return batch
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the pictures show, in cells and as a whole, and how the clips move."""
+        count, num_frames = batch.video.shape[0], batch.video.shape[2]
+        draw = torch.Generator().manual_seed(step)
+        picks = torch.rand((count, num_frames), generator=draw).topk(self.config.pictures, 1).indices
+        rows = torch.arange(count)[:, None]
+        video = batch.video.to(self.device)
+        looked = self.judge.frames(video.transpose(1, 2)[rows, picks].flatten(0, 1))
+        cells, asked = self._cell_targets(batch, rows, picks)
+        per_cell = F.binary_cross_entropy_with_logits(looked.cells, cells, reduction="none").sum(1)
+        covered = cells.amax(1) * asked
+        empty = (1 - cells.amax(1)) * asked
+        terms = {
+            "cells": _mean(per_cell, covered) + _mean(per_cell, empty),
+            "sprites": self._sprite_loss(looked.sprites, batch, rows, picks),
+            "places": F.cross_entropy(
+                looked.places,
+                batch.places.repeat_interleave(self.config.pictures).to(self.device),
+                ignore_index=IGNORE,
+            ),
+        }
+        moved = self.judge.motion(to_motion_size(video))
+        motions = batch.motions.to(self.device)
+        told = (motions != IGNORE).float()
+        wrong = F.binary_cross_entropy_with_logits(moved.motions, motions.clamp(0), reduction="none")
+        terms["motions"] = (wrong * told).sum() / told[:, 0].sum().clamp(min=1)
+        cameras = batch.cameras.to(self.device)
+        terms["cameras"] = F.cross_entropy(moved.cameras, cameras, ignore_index=IGNORE)
+        total = sum(terms.values(), torch.zeros((), device=self.device))
+        return total, {name: value.detach() for name, value in terms.items()}
+
+    def _cell_targets(self, batch: Batch, rows: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
+        """Which cells show which sprite, [N, K, h, w], and which cells to ask about, [N, h, w]."""
+        coverage = batch.coverage.transpose(1, 2)[rows, picks].flatten(0, 1)  # [N, A, h, w]
+        sprites = batch.sprites.repeat_interleave(picks.shape[1], 0)
+        coverage = coverage * (sprites >= 0)[..., None, None]
+        named = F.one_hot(sprites.clamp(min=0), len(self.config.model.sprites)).float()
+        shown = (coverage >= self.config.seen_cell).float()
+        targets = torch.einsum("nahw,nak->nkhw", shown, named).clamp(max=1)
+        sure = (coverage >= self.config.seen_cell) | (coverage < 0.02)
+        return targets.to(self.device), sure.all(1).float().to(self.device)
+
+    def _sprite_loss(self, logits: Tensor, batch: Batch, rows: Tensor, picks: Tensor) -> Tensor:
+        areas = batch.coverage.mean((3, 4)).transpose(1, 2)[rows, picks].flatten(0, 1)  # [N, A]
+        sprites = batch.sprites.repeat_interleave(picks.shape[1], 0)
+        there = sprites >= 0
+        named = F.one_hot(sprites.clamp(min=0), logits.shape[1]).float()
+        target = torch.einsum("na,nak->nk", (there & (areas >= self.config.seen_area)).float(), named)
+        doubtful = there & (areas > 1e-4) & (areas < self.config.seen_area)
+        asked = 1 - torch.einsum("na,nak->nk", doubtful.float(), named).clamp(max=1)
+        wrong = F.binary_cross_entropy_with_logits(
+            logits, target.clamp(max=1).to(self.device), reduction="none"
+        )
+        return (wrong * asked.to(self.device)).sum(1).mean()
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Accuracy on fresh renders and on noise; writes the averaged judge."""
+        del step
+        save_module(self.judge.state_dict(), self.config.model, folder / "judge", torch.bfloat16)
+        first = SEED_RANGES["judge"][1] - VALIDATION_SEEDS
+        scores = judge_renders(self.judge, first, self.config.validation_clips)
+        return {name: value.rate for name, value in scores.items()}
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp(min=1)
+
+
+def _tell(done: int, total: int) -> None:
+    print(f"\rrendering {done}/{total} clips", end="\n" if done >= total else "", file=sys.stderr)
+
+
+def _sheet(batch: Batch, path: Path) -> None:
+    pixels = to_bytes(batch.video[:24, :, ::4].permute(0, 2, 3, 4, 1)).numpy()
+    contact_sheet([frame for clip in pixels for frame in clip], path, columns=12)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(__doc__, JudgeRun, JudgeTask))
