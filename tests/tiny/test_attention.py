@@ -6,7 +6,7 @@ import torch
 from vidgen.core.errors import InputError
 from vidgen.ops import attention as module
 from vidgen.ops.attention import attention
-from vidgen.ops.rope import rope_table, rotate_normed
+from vidgen.ops.rope import normed_heads, rope_table
 
 
 def make_qkv(dtype: torch.dtype = torch.float32, Lq: int = 5, Lk: int = 7):
@@ -83,13 +83,15 @@ def rotate_plainly(x, weight, positions, num_heads, eps):
     return torch.view_as_real(turned).flatten(-2).transpose(1, 2)
 
 
-def test_rotated_norm_and_its_gradient_equal_autograds():
+@pytest.mark.parametrize("turned", [True, False])
+def test_normed_heads_and_their_gradient_equal_autograds(turned):
     torch.manual_seed(0)
-    positions = torch.tensor([-1.5, 0.0, 0.25, 7.0], dtype=torch.float64)
+    positions = torch.tensor([-1.5, 0.0, 0.25, 7.0], dtype=torch.float64) * turned
     x, weight = torch.randn(2, 4, 24), 1 + 0.1 * torch.randn(24)
     mine = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     plain = [x.double().requires_grad_(), weight.double().requires_grad_()]
-    out = rotate_normed(*mine, rope_table(positions[None], 1, 1, 12), 2, 1e-6)
+    table = rope_table(positions[None], 1, 1, 12) if turned else None
+    out = normed_heads(*mine, table, 2, 1e-6)
     expected = rotate_plainly(*plain, positions, 2, 1e-6)
     torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
     towards = torch.randn(out.shape)
@@ -105,7 +107,7 @@ def test_scores_depend_on_distance_alone_even_at_fractions():
 
     def score(first: float, second: float) -> torch.Tensor:
         table = rope_table(torch.tensor([[first, second]]), 1, 1, 12)
-        q, k = rotate_normed(x, weight, table, 1, 1e-6)[0, 0]
+        q, k = normed_heads(x, weight, table, 1, 1e-6)[0, 0]
         return q @ k
 
     torch.testing.assert_close(score(0.25, 3.0), score(10.25, 13.0), atol=1e-5, rtol=1e-5)

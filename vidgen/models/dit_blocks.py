@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vidgen.ops.attention import Backend, attention
-from vidgen.ops.norm import layer_norm, modulated_norm, rms_norm
-from vidgen.ops.rope import rotate_normed
+from vidgen.ops.norm import layer_norm, modulated_norm
+from vidgen.ops.rope import normed_heads
 
 Axis = Literal["all", "space", "time"]
 
@@ -168,17 +168,22 @@ class ImageEmbedding(nn.Module):
         return layer_norm(x, out.weight, out.bias, out.eps).to(dtype)
 
 
-class RMSNorm(nn.Module):
+class HeadsNorm(nn.Module):
     """RMS norm over the full width, all heads together, with a gain."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.num_heads, self.eps = num_heads, eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise [..., D]; float32."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """Norm [B, L, H * d], give heads [B, H, L, d], turned by rope [B or 1, L, d/2]."""
+        return normed_heads(x, self.weight, rope, self.num_heads, self.eps)
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, L, H * d] -> [B, H, L, d]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
@@ -188,26 +193,21 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.norm_q, self.norm_k = (HeadsNorm(width, num_heads, eps) for _ in range(2))
         self.backend: Backend = "auto"
 
     def forward(
         self, x: Tensor, rope: Tensor, layout: Layout, axis: Axis, cache: KVCache | None, layer: int
     ) -> Tensor:
         """Mix tokens x [B, L, D]; rope [B or 1, L, d/2]; `cache` goes with axis "all"."""
-        heads = (self.num_heads, -1)
-        q = self._rotate(self.q(x), self.norm_q, rope)
-        k = self._rotate(self.k(x), self.norm_k, rope)
-        v = self.v(x).unflatten(-1, heads).transpose(1, 2)
+        q, k = self.norm_q(self.q(x), rope), self.norm_k(self.k(x), rope)
+        v = _heads(self.v(x), self.num_heads)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         q, k, v = (_split(part, layout, axis) for part in (q, k, v))
         bias = None if axis == "space" else layout.bias
         mixed = attention(q, k, v, bias=bias, backend=self.backend)
         return self.out(_join(mixed, layout, axis).transpose(1, 2).flatten(-2))
-
-    def _rotate(self, x: Tensor, norm: RMSNorm, rope: Tensor) -> Tensor:
-        return rotate_normed(x, norm.weight, rope, self.num_heads, norm.eps)
 
 
 def _split(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
@@ -233,27 +233,22 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(width, eps), RMSNorm(width, eps)
+        self.norm_q, self.norm_k = (HeadsNorm(width, num_heads, eps) for _ in range(2))
         if image:
             self.k_image, self.v_image = nn.Linear(width, width), nn.Linear(width, width)
-            self.norm_k_image = RMSNorm(width, eps)
+            self.norm_k_image = HeadsNorm(width, num_heads, eps)
         self.backend: Backend = "auto"
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix the context into tokens x [B, L, D]."""
-        q = self._heads(self.norm_q(self.q(x)))
-        k, v = self._heads(self.norm_k(self.k(context.text))), self._heads(self.v(context.text))
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k = self.norm_q(self.q(x)), self.norm_k(self.k(context.text))
+        v = _heads(self.v(context.text), self.num_heads)
         mixed = attention(q, k, v, bias=context.bias, backend=self.backend)
         if context.image is not None:
-            k = self._heads(self.norm_k_image(self.k_image(context.image))).to(v.dtype)
-            v = self._heads(self.v_image(context.image))
+            k = self.norm_k_image(self.k_image(context.image))
+            v = _heads(self.v_image(context.image), self.num_heads)
             mixed = mixed + attention(q, k, v, backend=self.backend)
         return self.out(mixed.transpose(1, 2).flatten(-2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, H, L, d]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class Block(nn.Module):

@@ -85,9 +85,3 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     grouped = normed.unflatten(1, (shift.shape[1], -1))
     return torch.addcmul(shift, grouped, 1 + scale).flatten(1, 2)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis (Zhang & Sennrich 2019, eq. 4), float32 inside and out."""
-    x = x.float()
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()

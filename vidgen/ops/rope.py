@@ -44,7 +44,9 @@ def rope_table(time: Tensor, rows: int, columns: int, head_dim: int, theta: floa
     return torch.cat(parts, dim=-1).flatten(1, 3)
 
 
-def rotate_normed(x: Tensor, weight: Tensor, table: Tensor, num_heads: int, eps: float) -> Tensor:
+def normed_heads(
+    x: Tensor, weight: Tensor, table: Tensor | None, num_heads: int, eps: float
+) -> Tensor:
     """Heads of RMSNorm(x) * weight, turned to their positions: what Wan does to queries and keys.
 
     Norm (Zhang & Sennrich 2019, eq. 4) and rotation are computed in float32.
@@ -52,32 +54,31 @@ def rotate_normed(x: Tensor, weight: Tensor, table: Tensor, num_heads: int, eps:
     Args:
         x: [B, L, H * d], normed over the full width.
         weight: [H * d], the norm's gain.
-        table: [B or 1, L, d/2] complex64, from `rope_table`.
+        table: [B or 1, L, d/2] complex64, from `rope_table`; None: not turned.
         num_heads: H.
         eps: added to the mean square.
 
     Returns:
         [B, H, L, d] in x's dtype.
     """
-    out: Tensor = _RotateNormed.apply(x, weight, table, num_heads, eps)
+    out: Tensor = _NormedHeads.apply(x, weight, table, num_heads, eps)
     return out
 
 
-class _RotateNormed(torch.autograd.Function):
-    """Saves x alone and scales while rotating: a third of the passes over memory of autograd's."""
+class _NormedHeads(torch.autograd.Function):
+    """Saves x alone and scales while turning: a third of the passes over memory of autograd's."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, table: Tensor, num_heads: int, eps: float
+        ctx: Any, x: Tensor, weight: Tensor, table: Tensor | None, num_heads: int, eps: float
     ) -> Tensor:
         weight = weight.float()
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (length.square_() / x.shape[-1]).add_(eps).rsqrt_()
-        out = _pairs(x.float() * weight, num_heads)
-        out.mul_((table * scale)[:, :, None])
+        out = (x.float() * weight).unflatten(-1, (num_heads, -1))
+        _turn(out, scale, table)
         ctx.save_for_backward(x, weight, table, scale)
-        out = torch.view_as_real(out).flatten(-2).transpose(1, 2)
-        return out.to(x.dtype, memory_format=torch.contiguous_format)
+        return out.transpose(1, 2).to(x.dtype, memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
@@ -85,7 +86,7 @@ class _RotateNormed(torch.autograd.Function):
         x, weight, table, scale = ctx.saved_tensors
         grad = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         grad = grad.unflatten(-1, (grads[0].shape[1], -1)).copy_(grads[0].transpose(1, 2))
-        _pairs(grad.flatten(2), grad.shape[2]).mul_((table.conj() * scale)[:, :, None])
+        _turn(grad, scale, None if table is None else table.conj())
         grad = grad.flatten(2)  # of x * weight, with scale held fixed
         product = grad * x
         grad_weight = product.sum((0, 1))
@@ -95,6 +96,9 @@ class _RotateNormed(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None, None, None
 
 
-def _pairs(x: Tensor, num_heads: int) -> Tensor:
-    """[B, L, H * d] float32 as complex pairs [B, L, H, d/2], the same memory."""
-    return torch.view_as_complex(x.unflatten(-1, (num_heads, -1, 2)))
+def _turn(heads: Tensor, scale: Tensor, table: Tensor | None) -> None:
+    """Scale heads [B, L, H, d] float32 by [B, L, 1] and turn their pairs, in place."""
+    if table is None:
+        heads.mul_(scale[..., None])
+    else:
+        torch.view_as_complex(heads.unflatten(-1, (-1, 2))).mul_((table * scale)[:, :, None])

@@ -1,0 +1,326 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import KeyTokens
+from vidgen.models import dit_blocks
+from vidgen.models.dit import AudioConfig, AudioTokens, DiTConfig, SpacetimeDiT
+from vidgen.models.dit_blocks import KVCache
+from vidgen.models.presets import DIT_PRESETS
+
+TINY = DIT_PRESETS["tiny"]
+WITH_AUDIO = replace(TINY, audio=AudioConfig(channels=3, ffn_dim=8, tokens_per_s=20.0))
+
+
+def make_model(config: DiTConfig = TINY) -> SpacetimeDiT:
+    """A model with random weights everywhere: those of a fresh one hide most of its parts."""
+    torch.manual_seed(0)
+    model = SpacetimeDiT(config)
+    model.init_weights()
+    for name, parameter in model.named_parameters():
+        parameter.data += torch.randn_like(parameter) * (0.3 if "norm" in name else 0.1)
+    return model.requires_grad_(False)
+
+
+def make_inputs(frames: int = 3, batch: int = 2):
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, 4, frames, 4, 6, generator=generator)
+    context = torch.randn(batch, 5, 16, generator=generator)
+    return latents, torch.tensor([700.0, 150.0])[:batch], context
+
+
+def make_stills(positions, valid=None) -> KeyTokens:
+    positions = torch.tensor(positions)
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(2, 4, positions.shape[1], 4, 6, generator=generator)
+    return KeyTokens(latents, positions, valid)
+
+
+def assert_equal(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> None:
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def test_timesteps_of_samples_frames_and_tokens_agree():
+    model = make_model()
+    latents, timestep, context = make_inputs()
+    velocity = model(latents, timestep, context)
+    frames = timestep[:, None].expand(-1, 3)
+    tokens = frames[:, :, None, None].expand(-1, -1, 2, 3)
+    assert_equal(model(latents, frames, context), velocity)
+    assert_equal(model(latents, tokens, context), velocity)
+    mixed = tokens.clone()
+    mixed[1, 2] = 0
+    assert_equal(model(latents, mixed[:, :, 0, 0], context), model(latents, mixed, context))
+    one_token = tokens.clone()
+    one_token[0, 1, 1, 2] = 0
+    assert (model(latents, one_token, context) - velocity).abs().max() > 1e-3
+
+
+def test_a_time_is_embedded_once():
+    model = make_model()
+    latents, _, context = make_inputs()
+    seen = []
+    model.time_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    tokens = torch.tensor([700.0, 150.0])[:, None, None, None].repeat(1, 3, 2, 3)
+    tokens[:, 0, 0] = 0
+    model(latents, tokens, context)
+    assert seen == [3]
+
+
+def test_a_still_is_a_frame_that_is_known_and_not_returned():
+    model = make_model()
+    latents, timestep, context = make_inputs()
+    stills = make_stills([[3.0], [3.0]])
+    longer = torch.cat([latents, stills.latents], dim=2)
+    times = torch.cat([timestep[:, None].expand(-1, 3), torch.zeros(2, 1)], dim=1)
+    expected = model(longer, times, context)[:, :, :3]
+    assert_equal(model(latents, timestep, context, extra=stills), expected)
+    tokens = timestep[:, None, None, None].repeat(1, 3, 2, 3)
+    tokens[0, 0, 0, 0] = 0
+    with_tokens = model(latents, tokens, context, extra=stills)
+    times = torch.cat([tokens, torch.zeros(2, 1, 2, 3)], dim=1)
+    assert_equal(with_tokens, model(longer, times, context)[:, :, :3])
+
+
+def test_a_stills_place_is_its_real_position():
+    model = make_model()
+    latents, timestep, context = make_inputs()
+    near = model(latents, timestep, context, extra=make_stills([[1.5], [1.5]]))
+    far = model(latents, timestep, context, extra=make_stills([[-8.0], [1.5]]))
+    assert (near[0] - far[0]).abs().max() > 1e-4
+    assert_equal(near[1], far[1])
+    moved = model(
+        latents, timestep, context, positions=torch.arange(3) + 40.25,
+        extra=make_stills([[41.75], [41.75]]),
+    )
+    assert_equal(moved, near, 1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["full", "factorised", "causal"])
+def test_a_still_that_is_not_valid_changes_nothing(pattern):
+    model = make_model(replace(TINY, pattern=pattern))
+    latents, timestep, context = make_inputs()
+    alone = model(latents, timestep, context)
+    valid = torch.tensor([[False, False], [True, False]])
+    both = model(latents, timestep, context, extra=make_stills([[5.0, 6.0], [5.0, 6.0]], valid))
+    assert_equal(both[0], alone[0])
+    assert (both[1] - alone[1]).abs().max() > 1e-4
+    one = make_stills([[5.0, 6.0], [5.0, 6.0]])
+    one = KeyTokens(one.latents[:, :, :1], one.positions[:, :1])
+    assert_equal(both[1], model(latents, timestep, context, extra=one)[1])
+
+
+def reach(model: SpacetimeDiT, frames: int) -> torch.Tensor:
+    """[frames, frames]: whether changing the column's frame changes the row's velocity."""
+    latents, timestep, context = make_inputs(frames, batch=1)
+    before = model(latents, timestep, context)
+    rows = []
+    for frame in range(frames):
+        changed = latents.clone()
+        changed[:, :, frame] += 1
+        difference = (model(changed, timestep, context) - before).abs().amax((0, 1, 3, 4))
+        rows.append(difference > 1e-6)
+    return torch.stack(rows, dim=1)
+
+
+def test_patterns_reach_what_they_say():
+    assert reach(make_model(), 4).all()
+    assert reach(make_model(replace(TINY, pattern="factorised")), 4).all()
+    space_only = replace(TINY, pattern="factorised", num_layers=1)
+    assert torch.equal(reach(make_model(space_only), 4), torch.eye(4, dtype=torch.bool))
+    causal = reach(make_model(replace(TINY, pattern="causal")), 4)
+    assert torch.equal(causal, torch.ones(4, 4, dtype=torch.bool).tril())
+    pairs = reach(make_model(replace(TINY, pattern="causal", causal_frames=2)), 5)
+    turn = torch.arange(5) // 2
+    assert torch.equal(pairs, turn[:, None] >= turn)
+
+
+def test_factorised_blocks_attend_along_time_at_one_place():
+    model = make_model(replace(TINY, pattern="factorised", num_layers=2))
+    model.blocks[0].self_attn.out.weight.zero_()  # leaves the block along time alone
+    latents, timestep, context = make_inputs(batch=1)
+    before = model(latents, timestep, context)
+    latents[:, :, 0, :2, :2] += 1
+    changed = (model(latents, timestep, context) - before).abs().amax((0, 1, 2)) > 1e-6
+    expected = torch.zeros(4, 6, dtype=torch.bool)
+    expected[:2, :2] = True
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("stills", [False, True])
+@pytest.mark.parametrize("causal_frames", [1, 2])
+def test_a_cached_roll_out_equals_the_whole_pass(causal_frames, stills):
+    model = make_model(replace(TINY, pattern="causal", causal_frames=causal_frames))
+    latents, _, context = make_inputs(frames=6)
+    times = torch.arange(12).view(2, 6) * 50.0
+    extra = make_stills([[-4.0], [2.5]]) if stills else None
+    whole = model(latents, times, context, extra=extra)
+    cache = KVCache()
+    parts = []
+    for start, stop in ((0, 2), (2, 6)):
+        part = latents[:, :, start:stop], times[:, start:stop], context
+        known = extra if start == 0 else None
+        cache.recording = False
+        model(part[0] + 1, *part[1:], extra=known, cache=cache)
+        cache.recording = True
+        parts.append(model(*part, extra=known, cache=cache))
+    assert_equal(torch.cat(parts, dim=2), whole)
+    assert (cache.num_frames, cache.num_stills) == (6, int(stills))
+
+
+def test_other_patterns_than_the_trained_one_are_refused():
+    model = make_model()
+    latents, timestep, context = make_inputs()
+    with pytest.raises(InputError, match=r"'causal' was asked for.*trained with 'full'"):
+        model.require_pattern("causal")
+    with pytest.raises(InputError, match="'causal' was asked for"):
+        model(latents, timestep, context, cache=KVCache())
+    model.require_pattern("full")
+
+
+def test_shapes_and_options_that_do_not_fit_are_refused():
+    model = make_model()
+    latents, timestep, context = make_inputs()
+    bad = [
+        ((latents[:, :3], timestep, context), {}, "3 channels, not 4"),
+        ((latents[..., :5], timestep, context), {}, "4x5 don't divide"),
+        ((latents, timestep[:1], context), {}, "timestep has shape"),
+        ((latents, timestep, context), {"context_lengths": [5, 6]}, r"in 0\.\.5"),
+        ((latents, timestep, context), {"context_lengths": [5]}, "must be 2 values"),
+        ((latents, timestep, context), {"image_context": context}, "without image_dim"),
+        ((latents, timestep, context), {"audio": make_sound()}, "without the audio"),
+    ]
+    for args, options, message in bad:
+        with pytest.raises(InputError, match=message):
+            model(*args, **options)
+    with pytest.raises(ValueError, match="audio needs"):
+        replace(WITH_AUDIO, pattern="causal")
+    with pytest.raises(ValueError, match="head_dim must be even"):
+        replace(TINY, head_dim=13)
+
+
+def make_sound(timestep=None) -> AudioTokens:
+    latents = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(3))
+    return AudioTokens(latents, torch.full((2,), 300.0) if timestep is None else timestep, 3.0)
+
+
+def test_a_model_with_audio_equals_one_without_while_there_is_no_sound():
+    model = make_model(WITH_AUDIO)
+    silent = SpacetimeDiT(TINY)
+    silent.load_state_dict({k: v for k, v in model.state_dict().items() if "audio" not in k})
+    inputs = make_inputs()
+    assert torch.equal(model(*inputs), silent(*inputs))
+
+
+def test_video_and_audio_see_each_other():
+    model = make_model(WITH_AUDIO)
+    inputs = make_inputs()
+    video, sound = model(*inputs, audio=make_sound())
+    assert (video.shape, sound.shape) == (inputs[0].shape, (2, 3, 7))
+    assert (video - model(*inputs)).abs().max() > 1e-4
+    known = torch.full((2, 7), 300.0)
+    assert_equal(model(*inputs, audio=make_sound(known)).audio, sound)
+    known[:, :3] = 0
+    assert (model(*inputs, audio=make_sound(known)).video - video).abs().max() > 1e-4
+    other = model(inputs[0] + 1, *inputs[1:], audio=make_sound())
+    assert (other.audio - sound).abs().max() > 1e-4
+    stills = make_stills([[5.0], [5.0]], torch.tensor([[False], [False]]))
+    hidden = model(*inputs, audio=make_sound(), extra=stills)
+    assert_equal(hidden.video, video)
+    assert_equal(hidden.audio, sound)
+
+
+def test_sound_lies_on_the_videos_clock():
+    model = make_model(WITH_AUDIO)
+    latents, timestep, context = make_inputs()
+    sound = make_sound()
+    here = model(latents, timestep, context, audio=sound)
+    late = AudioTokens(sound.latents, sound.timestep, sound.frames_per_s, start_s=2.0)
+    moved = torch.arange(3) + 2.0 * sound.frames_per_s
+    there = model(latents, timestep, context, audio=late, positions=moved)
+    assert_equal(there.audio, here.audio, 1e-4)
+    assert (model(latents, timestep, context, audio=late).audio - here.audio).abs().max() > 1e-4
+
+
+def test_bfloat16_keeps_norms_and_modulation_in_float32(monkeypatch):
+    model = make_model()
+    inputs = make_inputs()
+    expected = model(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = model(*inputs)
+    seen = set()
+    real = dit_blocks.modulated_norm
+
+    def watch(x, shift, scale, eps):
+        seen.update((shift.dtype, scale.dtype, real(x, shift, scale, eps).dtype))
+        return real(x, shift, scale, eps)
+
+    monkeypatch.setattr(dit_blocks, "modulated_norm", watch)
+    low = model.to(torch.bfloat16)(*inputs)
+    assert seen == {torch.float32}
+    for velocity in (autocast, low):
+        assert velocity.dtype == torch.float32
+        assert ((velocity - expected).norm() / expected.norm()).item() < 0.03
+
+
+def text_share(model: SpacetimeDiT, monkeypatch: pytest.MonkeyPatch, text: torch.Tensor) -> float:
+    """The least share of cross-attention, over blocks, that text has against Wan's zero rows."""
+    shares = []
+    real = dit_blocks.attention
+
+    def watch(q, k, v, *, bias=None, backend):
+        if bias is not None:
+            weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + bias, dim=-1)
+            shares.append(weights[..., :-1].sum(-1).mean().item())
+        return real(q, k, v, bias=bias, backend=backend)
+
+    monkeypatch.setattr(dit_blocks, "attention", watch)
+    latents = torch.randn(2, model.config.in_channels, 2, 4, 4)
+    lengths = [text.shape[1]] * 2
+    model(latents, torch.tensor([900.0, 300.0]), text, context_lengths=lengths)
+    return min(shares)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_a_fresh_model_attends_to_text_and_learns_from_it(monkeypatch, scale):
+    torch.manual_seed(0)
+    model = SpacetimeDiT(replace(DIT_PRESETS["toybox"], num_layers=2))
+    model.init_weights()
+    text = (scale * torch.randn(2, 16, 128)).requires_grad_()
+    assert text_share(model, monkeypatch, text) > 0.8
+    latents = torch.randn(2, 32, 2, 4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for step in range(2):
+        velocity = model(latents, torch.tensor([900.0, 300.0]), text, context_lengths=[16, 9])
+        if step == 0:
+            assert not velocity.any()
+        (velocity - latents).square().mean().backward()
+        optimizer.step()
+    assert text.grad[0].abs().sum(-1).min() > 0
+    assert text.grad[1, :9].abs().sum(-1).min() > 0
+    assert not text.grad[1, 9:].any()
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    assert all("audio" in name for name in unused)
+
+
+def test_recomputing_blocks_gives_the_same_gradients():
+    latents, timestep, context = make_inputs()
+    gradients = []
+    for recompute in (False, True):
+        model = make_model().requires_grad_(True)
+        model.gradient_checkpointing = recompute
+        model(latents, timestep, context, context_lengths=[5, 2]).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert_equal(a, b)
+
+
+def test_the_back_end_is_the_callers_choice():
+    model = make_model()
+    inputs = make_inputs()
+    expected = model(*inputs, context_lengths=[5, 2])
+    for backend in ("reference", "sdpa", "matmul"):
+        model.set_attention_backend(backend)
+        assert_equal(model(*inputs, context_lengths=[5, 2]), expected)
