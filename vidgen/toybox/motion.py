@@ -111,7 +111,9 @@ def camera_track(scene: Scene, sides: tuple[float, float], progress: Array) -> C
     return Camera(zero, zero, zero + 1)
 
 
-def actor_tracks(scene: Scene, sides: tuple[float, float], clock: Clock, progress: Array) -> list[Track]:
+def actor_tracks(
+    scene: Scene, sides: tuple[float, float], clock: Clock, progress: Array
+) -> list[Track]:
     """Return each actor's way at the given clip times.
 
     Args:
@@ -120,43 +122,43 @@ def actor_tracks(scene: Scene, sides: tuple[float, float], clock: Clock, progres
         clock: the clip's length.
         progress: clip times u in [0, 1], [T].
     """
-    wide, high = sides
-    half_x, half_y = wide / 2, high / 2
+    draws = [Draws(scene.seed, stream=10 + index) for index in range(len(scene.actors))]
+    unit = max(1.0, 0.85 * sides[1])  # upright frames show things larger: 20% of their height
+    sizes = [
+        SIZES[actor.size] * unit * draw.uniform(0.95, 1.05)
+        for actor, draw in zip(scene.actors, draws, strict=True)
+    ]
+    stages = _stages(scene, sides, sizes)
+    return [
+        _Mover(actor, scene.relation, stage, sides, size, draw, clock).track(progress)
+        for actor, stage, size, draw in zip(scene.actors, stages, sizes, draws, strict=True)
+    ]
+
+
+def _stages(scene: Scene, sides: tuple[float, float], sizes: list[float]) -> list[_Stage]:
+    """Give each actor its part of what the camera shows from first to last frame."""
+    half_x, half_y = sides[0] / 2, sides[1] / 2
     kind, _, way = scene.camera.partition(" ")
     if kind == "zoom":
         half_x, half_y = half_x / ZOOM_CLOSE, half_y / ZOOM_CLOSE
     elif kind == "pan" and way in ("left", "right"):
-        half_x -= PAN * wide / 2
+        half_x *= 1 - PAN
     elif kind == "pan":
-        half_y -= PAN * high / 2
-    stages = _stages(scene, _Stage(0.0, 0.0, half_x, half_y))
-    tracks = []
-    for index, (actor, stage) in enumerate(zip(scene.actors, stages, strict=True)):
-        draws = Draws(scene.seed, stream=10 + index)
-        size = SIZES[actor.size] * max(1.0, 0.85 * high) * draws.uniform(0.95, 1.05)
-        tracks.append(_Mover(actor, scene.relation, stage, sides, size, draws, clock).track(progress))
-    return tracks
-
-
-def _stages(scene: Scene, whole: _Stage) -> list[_Stage]:
-    x, y, half_x, half_y = whole
+        half_y *= 1 - PAN
+    first = 1.0 if Draws(scene.seed, stream=9).chance(0.5) else -1.0
     if scene.relation == "next to":
-        return [_Stage(s * half_x / 2, y, half_x / 2, half_y) for s in _sides_first(scene)]
+        return [_Stage(s * half_x / 2, 0.0, half_x / 2, half_y) for s in (first, -first)]
     if scene.relation in ("above", "passes"):
-        return [_Stage(x, s * half_y / 2, half_x, half_y / 2) for s in (-1.0, 1.0)]
+        return [_Stage(0.0, s * half_y / 2, half_x, half_y / 2) for s in (-1.0, 1.0)]
     if scene.relation == "chases":
-        gap = 0.36 * half_x * 2 * (1 if scene.actors[0].motion == "moves right" else -1)
-        return [_Stage(s * gap / 2, y, half_x - abs(gap) / 2, half_y) for s in (-1.0, 1.0)]
-    return [whole] * len(scene.actors)
-
-
-def _sides_first(scene: Scene) -> tuple[float, float]:
-    return (-1.0, 1.0) if Draws(scene.seed, stream=9).chance(0.5) else (1.0, -1.0)
+        gap = 0.53 * sum(sizes) * (1 if scene.actors[0].motion == "moves right" else -1)
+        return [_Stage(s * gap / 2, 0.0, half_x - abs(gap) / 2, half_y) for s in (-1.0, 1.0)]
+    return [_Stage(0.0, 0.0, half_x, half_y)] * len(scene.actors)
 
 
 #: Where a kind of sprite likes to be, as a share of the frame's height below its middle.
-_HEIGHTS = {"vehicle": 0.19, "animal": 0.17, "boat": 0.12, "swimmer": 0.06, "food": 0.08,
-            "object": 0.08, "flyer": -0.10, "aircraft": -0.13}  # fmt: skip
+_HEIGHTS = {"vehicle": 0.19, "animal": 0.17, "boat": 0.12, "swimmer": 0.06, "thing": 0.08,
+            "flyer": -0.10, "aircraft": -0.13}  # fmt: skip
 
 
 class _Mover:
@@ -225,6 +227,8 @@ class _Mover:
     def _base(self, reach_x: float, reach_y: float) -> tuple[float, float]:
         """Draw the middle of the way so that it stays on the stage where it can."""
         stage, half = self.stage, self.size / 2
+        if self.relation == "circles around":
+            return stage.x, stage.y
         free_x = max(0.0, stage.half_x - half - reach_x)
         free_y = max(0.0, stage.half_y - half * self.tall - reach_y)
         wish = (_HEIGHTS[self.kind] + self.at_y) * self.sides[1]
@@ -241,7 +245,7 @@ class _Mover:
     def _crossing(self, u: Array, right: bool) -> tuple[Array, Array, Array]:
         way = self._way(0)
         x0, y0 = self._base(way / 2, 0.02)
-        if self.relation == "chases":
+        if self.relation == "chases":  # both on one line
             x0, y0 = self.stage.x, 0.1 * self.sides[1]
         sign = 1.0 if right else -1.0
         lift, rock = self._gait(u)
@@ -257,7 +261,7 @@ class _Mover:
     def _gait(self, u: Array) -> tuple[Array, Array]:
         """Return the small lift and rocking of going along: hops, waves or a smooth ride."""
         swing = math.tau * (_STEPS[self.actor.speed] / 2 * self.more * u + self.phase)
-        if self.kind in ("animal", "object", "food"):
+        if self.kind in ("animal", "thing"):
             return -0.03 * np.abs(np.sin(swing)), 0.09 * np.sin(swing)
         if self.kind in ("flyer", "swimmer", "boat"):
             return 0.015 * np.sin(swing), 0.05 * np.cos(swing)
@@ -308,7 +312,7 @@ class _Mover:
         radius = min(max(0.29 * side, 0.0), max(half - 0.4 * self.size, 0.2 * side))
         x0, y0 = self._base(radius, radius)
         if self.relation == "circles around":
-            radius, x0, y0 = 0.33 * side * half / (side / 2), 0.0, 0.0
+            radius = 0.66 * half
         turn = math.tau * (self._turn() * self._cycles(_CYCLES) * u + self.phase)
         return x0 + radius * np.cos(turn), y0 + radius * np.sin(turn)
 

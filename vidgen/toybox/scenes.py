@@ -1,8 +1,8 @@
-"""What a Toybox scene is: names, the scene description, and how scenes are drawn by seed.
+"""What a Toybox scene is: the cast, the scene description, and how scenes are drawn by seed.
 
-A scene is a small frozen value; pictures (`render`), sentences (`captions`) and ground truth (`truth`)
-are all functions of it. Scene ``i`` of ``sample_scenes(seed, count)`` depends on ``seed + i`` alone, so
-a range of integers is a data set, and disjoint ranges are disjoint data sets (`SEED_RANGES`).
+A scene is a small frozen value; pictures (`render`), sentences (`captions`) and ground truth
+(`truth`) are functions of it. Scene i of ``sample_scenes(seed, count)`` depends on ``seed + i``
+alone, so a range of integers is a data set, and disjoint ranges are disjoint sets (`SEED_RANGES`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, nearest
 
 WORLD_VERSION = 1
 Split = Literal["train", "held_out", "any"]
 T = TypeVar("T")
 
-#: First and one-past-last scene seed of each use; training never sees a judge's, dev or test scene.
+#: First and one-past-last scene seed of each use; training never meets a judge's or test scene.
 SEED_RANGES: dict[str, tuple[int, int]] = {
     "train": (0, 1 << 40),
     "judge": (1 << 40, 2 << 40),
@@ -28,89 +28,90 @@ SEED_RANGES: dict[str, tuple[int, int]] = {
 
 
 class Sprite(NamedTuple):
-    """One drawable thing: its emoji, how it gets about, where the font lets it look."""
+    """One drawable thing: its emoji, how it gets about, where the font lets it look, its words."""
 
     name: str
     codepoint: int
-    kind: Literal["vehicle", "aircraft", "boat", "animal", "flyer", "swimmer", "food", "object"]
-    faces: Literal["left", "right", "front"] = "front"
-    color: str | None = None
-    is_round: bool = False
-    reserved: bool = False
+    kind: Literal["vehicle", "aircraft", "boat", "animal", "flyer", "swimmer", "thing"]
+    faces: Literal["left", "right", "front"]
+    color: str | None = None  # the one-word colour it has untinted
+    synonyms: tuple[str, ...] = ()
+    voice: str | None = None  # the sound it makes
+    is_round: bool = False  # its spin can't be seen
+    reserved: bool = False  # never in a sampled scene: for fine-tuning and reference-image tests
 
 
-_SPRITES = (
-    Sprite("car", 0x1F697, "vehicle", "left", "red"),
-    Sprite("bus", 0x1F68C, "vehicle", "left"),
-    Sprite("tractor", 0x1F69C, "vehicle", "left", "green"),
-    Sprite("bicycle", 0x1F6B2, "vehicle", "left"),
-    Sprite("airplane", 0x2708, "aircraft", "right", "blue"),
-    Sprite("helicopter", 0x1F681, "aircraft", "left", "yellow"),
-    Sprite("rocket", 0x1F680, "aircraft", "right"),
-    Sprite("sailboat", 0x26F5, "boat", "left", "orange"),
-    Sprite("train", 0x1F682, "vehicle", "left"),
-    Sprite("flying saucer", 0x1F6F8, "aircraft"),
-    Sprite("cat", 0x1F408, "animal", "left", "orange"),
-    Sprite("dog", 0x1F415, "animal"),
-    Sprite("horse", 0x1F40E, "animal", "left"),
-    Sprite("cow", 0x1F404, "animal", "left"),
-    Sprite("pig", 0x1F416, "animal", "left", "pink"),
-    Sprite("elephant", 0x1F418, "animal", "left"),
+_CAST = (
+    Sprite("car", 0x1F697, "vehicle", "left", "red", ("automobile", "auto"), "engine"),
+    Sprite("bus", 0x1F68C, "vehicle", "left", None, ("coach", "motor bus"), "engine"),
+    Sprite("tractor", 0x1F69C, "vehicle", "left", "green", ("farm tractor",), "engine"),
+    Sprite("bicycle", 0x1F6B2, "vehicle", "left", None, ("bike", "cycle"), "bell"),
+    Sprite("airplane", 0x2708, "aircraft", "right", None, ("plane", "aeroplane"), "engine"),
+    Sprite("helicopter", 0x1F681, "aircraft", "left", "yellow", ("chopper",), "engine"),
+    Sprite("rocket", 0x1F680, "aircraft", "right", None, ("space rocket", "rocket ship"), "roar"),
+    Sprite("sailboat", 0x26F5, "boat", "left", "orange", ("sailing boat", "yacht")),
+    Sprite("train", 0x1F682, "vehicle", "left", None, ("steam train", "locomotive"), "whistle"),
+    Sprite("flying saucer", 0x1F6F8, "aircraft", "front", None, ("ufo", "spaceship"), "hum"),
+    Sprite("cat", 0x1F408, "animal", "left", "orange", ("kitty", "kitten"), "meow"),
+    Sprite("dog", 0x1F415, "animal", "front", None, ("puppy", "doggy"), "bark"),
+    Sprite("horse", 0x1F40E, "animal", "left", "brown", ("pony",), "neigh"),
+    Sprite("cow", 0x1F404, "animal", "left", None, ("spotted cow",), "moo"),
+    Sprite("pig", 0x1F416, "animal", "left", "pink", ("piglet", "piggy"), "oink"),
+    Sprite("elephant", 0x1F418, "animal", "left", "gray", (), "trumpeting"),
     Sprite("penguin", 0x1F427, "animal", "left"),
     Sprite("fish", 0x1F41F, "swimmer", "left", "blue"),
     Sprite("whale", 0x1F433, "swimmer", "left", "blue"),
-    Sprite("octopus", 0x1F419, "swimmer", "front", "pink"),
-    Sprite("turtle", 0x1F422, "animal", "left", "green"),
+    Sprite("octopus", 0x1F419, "swimmer", "front", None, ("squid",)),
+    Sprite("turtle", 0x1F422, "animal", "left", "green", ("tortoise",)),
     Sprite("crab", 0x1F980, "animal", "front", "orange"),
-    Sprite("frog", 0x1F438, "animal", "front", "green"),
-    Sprite("rabbit", 0x1F407, "animal", "left"),
-    Sprite("owl", 0x1F989, "flyer"),
-    Sprite("butterfly", 0x1F98B, "flyer", "front", "orange"),
-    Sprite("bee", 0x1F41D, "flyer", "left", "yellow"),
-    Sprite("snail", 0x1F40C, "animal", "left"),
+    Sprite("frog", 0x1F438, "animal", "front", "green", ("toad",), "croak"),
+    Sprite("rabbit", 0x1F407, "animal", "left", None, ("bunny", "hare")),
+    Sprite("owl", 0x1F989, "flyer", "front", "brown", (), "hoot"),
+    Sprite("butterfly", 0x1F98B, "flyer", "front", "orange", ("monarch butterfly",)),
+    Sprite("bee", 0x1F41D, "flyer", "left", None, ("honeybee", "bumblebee"), "buzz"),
+    Sprite("snail", 0x1F40C, "animal", "left", "brown"),
     Sprite("giraffe", 0x1F992, "animal", "left"),
-    Sprite("dinosaur", 0x1F995, "animal", "left", "green"),
-    Sprite("duck", 0x1F986, "animal", "left"),
-    Sprite("lion", 0x1F981, "animal"),
+    Sprite("dinosaur", 0x1F995, "animal", "left", "green", ("dino",), "roar"),
+    Sprite("duck", 0x1F986, "animal", "left", None, ("mallard",), "quack"),
+    Sprite("lion", 0x1F981, "animal", "front", None, ("lion head",), "roar"),
     Sprite("flamingo", 0x1F9A9, "animal", "left", "pink"),
-    Sprite("apple", 0x1F34E, "food", "front", "red"),
-    Sprite("banana", 0x1F34C, "food", "front", "yellow"),
-    Sprite("pizza", 0x1F355, "food"),
-    Sprite("hamburger", 0x1F354, "food"),
-    Sprite("watermelon", 0x1F349, "food"),
-    Sprite("strawberry", 0x1F353, "food", "front", "red"),
-    Sprite("ice cream", 0x1F366, "food"),
-    Sprite("doughnut", 0x1F369, "food", is_round=True),
-    Sprite("cake", 0x1F382, "food"),
-    Sprite("carrot", 0x1F955, "food", "front", "orange"),
-    Sprite("pineapple", 0x1F34D, "food"),
-    Sprite("mushroom", 0x1F344, "food"),
-    Sprite("soccer ball", 0x26BD, "object", is_round=True),
-    Sprite("balloon", 0x1F388, "object", "front", "red"),
-    Sprite("guitar", 0x1F3B8, "object", "front", "red"),
-    Sprite("umbrella", 0x2602, "object", "front", "purple"),
-    Sprite("alarm clock", 0x23F0, "object", is_round=True),
-    Sprite("gift", 0x1F381, "object"),
-    Sprite("crown", 0x1F451, "object", "front", "yellow"),
-    Sprite("teddy bear", 0x1F9F8, "object"),
-    Sprite("robot", 0x1F916, "object"),
-    Sprite("ghost", 0x1F47B, "object"),
-    Sprite("snowman", 0x26C4, "object"),
-    Sprite("star", 0x2B50, "object", "front", "yellow"),
-    Sprite("heart", 0x2764, "object", "front", "red"),
-    Sprite("sunflower", 0x1F33B, "object", "front", "yellow"),
-    Sprite("cactus", 0x1F335, "object", "front", "green"),
-    # Reserved: never in a sampled scene; kept for fine-tuning and reference-image tests.
+    Sprite("apple", 0x1F34E, "thing", "front", "red"),
+    Sprite("banana", 0x1F34C, "thing", "front", "yellow", ("peeled banana",)),
+    Sprite("pizza", 0x1F355, "thing", "front", None, ("slice of pizza", "pizza slice")),
+    Sprite("hamburger", 0x1F354, "thing", "front", None, ("burger", "cheeseburger")),
+    Sprite("watermelon", 0x1F349, "thing", "front", None, ("slice of watermelon", "melon")),
+    Sprite("strawberry", 0x1F353, "thing", "front", "red"),
+    Sprite("ice cream", 0x1F366, "thing", "front", None, ("ice cream cone",)),
+    Sprite("doughnut", 0x1F369, "thing", "front", None, ("donut",), is_round=True),
+    Sprite("cake", 0x1F382, "thing", "front", None, ("birthday cake",)),
+    Sprite("carrot", 0x1F955, "thing", "front", "orange"),
+    Sprite("pineapple", 0x1F34D, "thing", "front"),
+    Sprite("mushroom", 0x1F344, "thing", "front", None, ("toadstool",)),
+    Sprite("soccer ball", 0x26BD, "thing", "front", None, ("ball", "football"), is_round=True),
+    Sprite("balloon", 0x1F388, "thing", "front", "red", ("party balloon",)),
+    Sprite("guitar", 0x1F3B8, "thing", "front", "red", ("electric guitar",), "strum"),
+    Sprite("umbrella", 0x2602, "thing", "front", "purple", ("parasol",)),
+    Sprite("alarm clock", 0x23F0, "thing", "front", "red", ("clock",), "ringing", is_round=True),
+    Sprite("gift", 0x1F381, "thing", "front", None, ("present", "gift box")),
+    Sprite("crown", 0x1F451, "thing", "front", "yellow", ("golden crown", "royal crown")),
+    Sprite("teddy bear", 0x1F9F8, "thing", "front", "brown", ("teddy", "toy bear")),
+    Sprite("robot", 0x1F916, "thing", "front", None, ("robot head",), "beep"),
+    Sprite("ghost", 0x1F47B, "thing", "front", "white", ("spook",)),
+    Sprite("snowman", 0x26C4, "thing", "front", "white"),
+    Sprite("star", 0x2B50, "thing", "front", "yellow", ("golden star",)),
+    Sprite("heart", 0x2764, "thing", "front", "red"),
+    Sprite("sunflower", 0x1F33B, "thing", "front", "yellow", ("flower",)),
+    Sprite("cactus", 0x1F335, "thing", "front", "green"),
     Sprite("unicorn", 0x1F984, "animal", "left", reserved=True),
-    Sprite("scooter", 0x1F6F5, "vehicle", "left", "yellow", reserved=True),
-    Sprite("trumpet", 0x1F3BA, "object", "front", "yellow", reserved=True),
+    Sprite("scooter", 0x1F6F5, "vehicle", "left", "yellow", ("moped",), reserved=True),
+    Sprite("trumpet", 0x1F3BA, "thing", "front", "yellow", reserved=True),
 )
-SPRITES: dict[str, Sprite] = {sprite.name: sprite for sprite in _SPRITES}
-SPRITE_NAMES = tuple(s.name for s in _SPRITES if not s.reserved)
-RESERVED_SPRITES = tuple(s.name for s in _SPRITES if s.reserved)
+SPRITES: dict[str, Sprite] = {sprite.name: sprite for sprite in _CAST}
+SPRITE_NAMES = tuple(s.name for s in _CAST if not s.reserved)
+RESERVED_SPRITES = tuple(s.name for s in _CAST if s.reserved)
 
 TINTS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-#: Largest extent of a sprite in frame units (see `motion`): 24%, 34% and 47% of a square frame.
+#: Largest extent of a sprite in world units (see `motion`): 24%, 34% and 47% of a square frame.
 SIZES = {"small": 0.24, "medium": 0.34, "large": 0.47}
 SPEEDS = ("slow", "normal", "fast")
 MOTIONS = (
@@ -127,20 +128,27 @@ CAMERAS = (
     "still", "pan left", "pan right", "pan up", "pan down", "zoom in", "zoom out",
 )  # fmt: skip
 RELATIONS = ("next to", "above", "chases", "passes", "circles around")
+DIRECTIONS = ("left", "right", "clockwise", "counterclockwise")
+AMBIENCES = {
+    "ocean": "waves", "beach": "waves", "city": "traffic", "road": "traffic", "forest": "birdsong",
+    "meadow": "birdsong", "farm": "birdsong", "desert": "wind", "mountains": "wind",
+    "snow": "wind", "underwater": "bubbles", "volcano": "rumble", "space": "hum",
+}  # fmt: skip
+EVENT_SOUNDS = {"bounces": "thuds", "drives past": "whoosh"}
 
-_PANS_ACROSS, _PANS_UP = ("pan left", "pan right"), ("pan up", "pan down")
+_ACROSS, _UPRIGHT = ("pan left", "pan right"), ("pan up", "pan down")
 _ZOOMS = ("zoom in", "zoom out")
 #: Cameras under which each motion stays identifiable: never along its own axis, no zoom on growth.
-CAMERAS_FOR: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("moves left", "moves right", "drives past"), ("still", *_PANS_UP, *_ZOOMS)),
-    **dict.fromkeys(("rises", "falls", "bounces"), ("still", *_PANS_ACROSS, *_ZOOMS)),
-    **dict.fromkeys(("grows", "shrinks"), ("still", *_PANS_ACROSS, *_PANS_UP)),
+_CAMERAS_FOR: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("moves left", "moves right", "drives past"), ("still", *_UPRIGHT, *_ZOOMS)),
+    **dict.fromkeys(("rises", "falls", "bounces"), ("still", *_ACROSS, *_ZOOMS)),
+    **dict.fromkeys(("grows", "shrinks"), ("still", *_ACROSS, *_UPRIGHT)),
     **dict.fromkeys(("spins", "stays"), CAMERAS),
-    "swings": ("still", *_PANS_UP, *_ZOOMS),
+    "swings": ("still", *_UPRIGHT, *_ZOOMS),
     "circles": ("still", *_ZOOMS),
 }
 #: Motions whose speed shows; the others are always "normal".
-PACED_MOTIONS = frozenset(MOTIONS) - {"grows", "shrinks", "drives past", "stays"}
+PACED_MOTIONS = tuple(m for m in MOTIONS if m not in ("grows", "shrinks", "drives past", "stays"))
 #: Motions with a direction of their own.
 DIRECTIONS_FOR: dict[str, tuple[str | None, ...]] = {
     "drives past": ("left", "right"),
@@ -148,10 +156,16 @@ DIRECTIONS_FOR: dict[str, tuple[str | None, ...]] = {
     "spins": ("clockwise", "counterclockwise"),
     "circles": ("clockwise", "counterclockwise"),
 }
-#: Motions of (first, second) actor under each relation.
-_IN_PLACE = ("stays", "spins", "bounces", "grows", "shrinks", "rises", "falls")
-_ACROSS = ("moves left", "moves right", "drives past", "spins", "stays")
-#: Places without sky: time and weather that still make sense there.
+#: What the first actor may do under each relation.
+_MOTIONS_IN: dict[str, tuple[str, ...]] = {
+    "next to": ("stays", "spins", "bounces", "grows", "shrinks", "rises", "falls"),
+    "above": ("moves left", "moves right", "drives past", "spins", "stays"),
+    "chases": ("moves left", "moves right"),
+    "passes": ("moves left", "moves right"),
+    "circles around": ("circles",),
+}
+_OPPOSITE = {"moves left": "moves right", "moves right": "moves left"}
+#: Places where not every time or weather makes sense.
 _TIMES_IN = {"space": ("night",), "underwater": ("day", "night")}
 _WEATHERS_IN = dict.fromkeys(("space", "underwater", "room"), ("clear",))
 
@@ -167,13 +181,21 @@ class Actor:
     speed: str = "normal"
     direction: str | None = None
 
+    def __post_init__(self) -> None:
+        _check("sprite", self.sprite, tuple(SPRITES))
+        _check("motion", self.motion, MOTIONS)
+        _check("tint", self.tint, (None, *TINTS))
+        _check("size", self.size, tuple(SIZES))
+        _check("speed", self.speed, SPEEDS)
+        _check("direction", self.direction, DIRECTIONS_FOR.get(self.motion, (None,)))
+
 
 @dataclass(frozen=True)
 class Scene:
     """One scene; ``seed`` draws everything not named (positions, hills, clouds, phases).
 
-    ``relation`` relates the first actor to the second ("chases"); ``sound`` names the sounds that the
-    caption mentions (see `captions.sounds_for`).
+    ``relation`` relates the first actor to the second ("chases"); ``sound`` names what the caption
+    lets hear (some of `sounds_for`).
     """
 
     seed: int
@@ -184,6 +206,22 @@ class Scene:
     camera: str = "still"
     relation: str | None = None
     sound: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check("number of actors", len(self.actors), (1,) if self.relation is None else (2,))
+        _check("place", self.place, PLACES)
+        _check("time of day", self.time_of_day, times_in(self.place))
+        _check("weather", self.weather, weathers_in(self.place))
+        _check("relation", self.relation, (None, *RELATIONS))
+        _check("camera", self.camera, CAMERAS)
+        for name in self.sound:
+            _check("sound", name, sounds_for(self))
+
+
+def _check(what: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        names = [str(name) for name in allowed]
+        raise InputError(f"{what} {value!r} can't be here; {nearest(str(value), names)}")
 
 
 @dataclass(frozen=True)
@@ -207,12 +245,11 @@ class SceneMix:
 class Draws:
     """Random draws addressed by (seed, stream, counter): splitmix64 (Steele et al. 2014, Fig. 14).
 
-    Pure integer arithmetic, so the same everywhere and for ever; no generator state to carry.
+    Pure integer arithmetic, so the same everywhere and for ever.
     """
 
     def __init__(self, seed: int, stream: int = 0) -> None:
-        self._state = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03) & _MASK
-        self._state = _mix(self._state)
+        self._state = _mix((seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03) & _MASK)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """Return the next number in [low, high)."""
@@ -260,76 +297,84 @@ def is_held_out(sprite: str, motion: str, place: str) -> bool:
 def sample_scenes(
     seed: int, count: int, mix: SceneMix | None = None, split: Split = "any"
 ) -> list[Scene]:
-    """Draw scenes ``seed .. seed + count - 1``; scene i depends on ``seed + i``, mix and split alone.
+    """Draw scenes ``seed .. seed + count - 1``; scene i depends on ``seed + i``, mix and split.
 
     Args:
         seed: scene seed of the first one (see `SEED_RANGES`).
         count: how many.
         mix: how often scenes are rich; None is the default mix.
-        split: "train" gives no held-out triple, "held_out" gives scenes whose first actor's triple is
-            held out, "any" ignores the split.
+        split: "train" gives no held-out triple, "held_out" gives scenes whose first actor's triple
+            is held out, "any" ignores the split.
 
     Raises:
         InputError: an unknown split.
     """
-    if split not in ("train", "held_out", "any"):
-        raise InputError(f"split {split!r}: choose one of train, held_out, any")
-    mix = mix or SceneMix()
-    return [_sample_scene(seed + i, mix, split) for i in range(count)]
+    _check("split", split, ("train", "held_out", "any"))
+    return [_sample(seed + i, mix or SceneMix(), split) for i in range(count)]
 
 
-def _sample_scene(seed: int, mix: SceneMix, split: Split) -> Scene:
+def _sample(seed: int, mix: SceneMix, split: Split) -> Scene:
     draws = Draws(seed, stream=1)
     relation = draws.choice(RELATIONS) if draws.chance(mix.two_actors) else None
     while True:
         place = draws.choice(PLACES)
         actors = _cast(draws, mix, relation)
         held_out = [is_held_out(a.sprite, a.motion, place) for a in actors]
-        if split == "any" or held_out[0] == (split == "held_out"):
-            if split == "train" and any(held_out):
-                continue
-            break
-    cameras = [c for c in cameras_for(actors, relation) if c != "still"]
-    times = [t for t in times_in(place) if t != "day"]
-    weathers = [w for w in weathers_in(place) if w != "clear"]
-    dark = "day" not in times_in(place)
-    scene = Scene(
-        seed=seed,
-        actors=actors,
-        place=place,
-        time_of_day=draws.choice(times) if times and draws.chance(mix.other_time + dark) else "day",
-        weather=draws.choice(weathers)
-        if weathers and draws.chance(mix.other_weather)
-        else "clear",
-        camera=draws.choice(cameras) if draws.chance(mix.camera_moves) else "still",
-        relation=relation,
-    )
-    return scene
+        if split == "any" or (held_out[0] if split == "held_out" else not any(held_out)):
+            return _furnish(draws, mix, Scene(seed, actors, place, times_in(place)[0],
+                                              relation=relation))  # fmt: skip
+
+
+def compose_scene(
+    seed: int, sprite: str, motion: str, place: str, mix: SceneMix | None = None
+) -> Scene:
+    """Draw a scene of one actor whose sprite (reserved ones too), motion and place are given.
+
+    Raises:
+        InputError: an unknown name, or a motion that can't be seen of this sprite.
+    """
+    Actor(sprite, motion, direction=DIRECTIONS_FOR.get(motion, (None,))[0])
+    if not is_valid(sprite, motion):
+        raise InputError(f"the {sprite} is round: nobody sees whether it {motion}")
+    _check("place", place, PLACES)
+    draws, mix = Draws(seed, stream=1), mix or SceneMix()
+    actor = _draw_actor(draws, mix, (motion,), sprite=sprite)
+    return _furnish(draws, mix, Scene(seed, (actor,), place, times_in(place)[0]))
+
+
+def _furnish(draws: Draws, mix: SceneMix, scene: Scene) -> Scene:
+    """Draw time, weather, camera and sound for a scene that has none yet."""
+    time, weather, camera = scene.time_of_day, "clear", "still"
+    if draws.chance(mix.other_time):
+        time = draws.choice(times_in(scene.place)[1:] or (time,))
+    if draws.chance(mix.other_weather):
+        weather = draws.choice(weathers_in(scene.place)[1:] or (weather,))
+    if draws.chance(mix.camera_moves):
+        camera = draws.choice(cameras_for(scene.actors, scene.relation)[1:])
+    actors, place, relation = scene.actors, scene.place, scene.relation
+    bare = Scene(scene.seed, actors, place, time, weather, camera, relation)
+    sounds = sounds_for(bare)
+    if not (draws.chance(mix.sound) and sounds):
+        return bare
+    sound = (draws.choice(sounds),)
+    return Scene(scene.seed, actors, place, time, weather, camera, relation, sound)
 
 
 def _cast(draws: Draws, mix: SceneMix, relation: str | None) -> tuple[Actor, ...]:
-    """Draw one actor, or two whose motions fit their relation."""
+    """Draw one actor, or two different ones whose motions fit their relation."""
     if relation is None:
         return (_draw_actor(draws, mix, MOTIONS),)
-    if relation in ("chases", "passes"):
-        first = _draw_actor(draws, mix, ("moves left", "moves right"), small=True)
-        same = relation == "chases"
-        other = first.motion if same else _OPPOSITE[first.motion]
-        pair = (first, _draw_actor(draws, mix, (other,), small=True, speed=first.speed))
-    elif relation == "circles around":
-        first = _draw_actor(draws, mix, ("circles",), small=True, size="small")
-        pair = (first, _draw_actor(draws, mix, ("stays",), small=True))
+    around = relation == "circles around"
+    sizes = ("small",) if around else ("small", "medium")
+    first = _draw_actor(draws, mix, _MOTIONS_IN[relation], pair=True, sizes=sizes)
+    if relation == "passes":
+        motion = _OPPOSITE[first.motion]
+    elif relation == "chases":
+        motion = first.motion
     else:
-        motions = _IN_PLACE if relation == "next to" else _ACROSS
-        first = _draw_actor(draws, mix, motions, small=True)
-        second = (first.motion,) if draws.chance(0.5) else ("stays",)
-        pair = (first, _draw_actor(draws, mix, second, small=True, direction=first.direction))
-    if pair[0].sprite == pair[1].sprite:
-        return _cast(draws, mix, relation)
-    return pair
-
-
-_OPPOSITE = {"moves left": "moves right", "moves right": "moves left"}
+        motion = "stays" if around or draws.chance(0.5) else first.motion
+    second = _draw_actor(draws, mix, (motion,), pair=True, speed=first.speed)
+    return (first, second) if first.sprite != second.sprite else _cast(draws, mix, relation)
 
 
 def _draw_actor(
@@ -337,49 +382,54 @@ def _draw_actor(
     mix: SceneMix,
     motions: Sequence[str],
     *,
-    small: bool = False,
-    size: str | None = None,
+    sprite: str | None = None,
+    pair: bool = False,
+    sizes: Sequence[str] = ("small", "medium"),
     speed: str | None = None,
-    direction: str | None = None,
 ) -> Actor:
-    sprite, motion = draws.choice(SPRITE_NAMES), draws.choice(motions)
+    """Draw an actor; one of a pair is never large, and bounces in place (there is little room)."""
+    motion = draws.choice(motions)
+    sprite = sprite or draws.choice(SPRITE_NAMES)
     while not is_valid(sprite, motion):
         sprite = draws.choice(SPRITE_NAMES)
-    drawn_size = draws.weighted(mix.sizes)
-    if motion in ("grows", "shrinks") or (small and drawn_size == "large"):
-        drawn_size = "medium"
-    drawn_speed = draws.weighted(mix.speeds)
-    directions = DIRECTIONS_FOR.get(motion, (None,))
-    drawn_direction = draws.choice(directions)
-    if small and motion == "bounces":
-        drawn_direction = None  # two actors bounce in place: their halves of the frame are narrow
+    size = draws.choice(sizes) if pair else draws.weighted(mix.sizes)
+    pace = draws.weighted(mix.speeds)
+    direction = draws.choice(DIRECTIONS_FOR.get(motion, (None,)))
     tints = [t for t in TINTS if t != SPRITES[sprite].color]
+    tint = draws.choice(tints)
     return Actor(
         sprite=sprite,
         motion=motion,
-        tint=draws.choice(tints) if draws.chance(mix.tint) else None,
-        size=size or drawn_size,
-        speed=(speed or drawn_speed) if motion in PACED_MOTIONS else "normal",
-        direction=direction if direction in directions and direction else drawn_direction,
+        tint=tint if draws.chance(mix.tint) else None,
+        size="medium" if motion in ("grows", "shrinks") else size,
+        speed=(speed or pace) if motion in PACED_MOTIONS else "normal",
+        direction=None if pair and motion == "bounces" else direction,
     )
 
 
 def cameras_for(actors: Sequence[Actor], relation: str | None) -> tuple[str, ...]:
-    """Return the cameras under which every actor's motion stays identifiable."""
-    sets = [set(CAMERAS_FOR[a.motion]) for a in actors]
-    for actor, allowed in zip(actors, sets, strict=True):
-        if actor.motion == "bounces" and actor.direction:
-            allowed -= set(_PANS_ACROSS)
-    if relation == "circles around":
-        sets.append(set(CAMERAS_FOR["circles"]))
-    return tuple(c for c in CAMERAS if all(c in allowed for allowed in sets))
+    """Return the cameras, "still" first, under which every actor's motion stays identifiable."""
+    motions = [a.motion for a in actors] + ["circles"] * (relation == "circles around")
+    barred = _ACROSS if any(a.motion == "bounces" and a.direction for a in actors) else ()
+    return tuple(
+        c for c in CAMERAS if c not in barred and all(c in _CAMERAS_FOR[m] for m in motions)
+    )
 
 
 def times_in(place: str) -> tuple[str, ...]:
-    """Return the times of day that make sense in a place."""
+    """Return the times of day that make sense in a place, the usual one first."""
     return _TIMES_IN.get(place, TIMES)
 
 
 def weathers_in(place: str) -> tuple[str, ...]:
-    """Return the weathers that make sense in a place."""
+    """Return the weathers that make sense in a place, "clear" first."""
     return _WEATHERS_IN.get(place, WEATHERS)
+
+
+def sounds_for(scene: Scene) -> tuple[str, ...]:
+    """Return the sounds that belong to a scene: voices, events, weather and the place itself."""
+    voices = [SPRITES[a.sprite].voice for a in scene.actors]
+    events = [EVENT_SOUNDS.get(a.motion) for a in scene.actors]
+    rain = "rain" if scene.weather == "rain" else None
+    names = [*voices, *events, rain, AMBIENCES.get(scene.place)]
+    return tuple(dict.fromkeys(name for name in names if name))
