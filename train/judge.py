@@ -9,7 +9,7 @@ bf16 to `<folder>/judge`, a component folder to be copied to `vidgen/assets/judg
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidgen.core.runtime import choose_device
-from vidgen.media.sheet import contact_sheet
 from vidgen.evaluation.judging import judge_renders
+from vidgen.media.sheet import contact_sheet
 from vidgen.toybox.judge import Judge, JudgeConfig, to_motion_size
 from vidgen.toybox.scenes import SEED_RANGES
 from vidgen.training.config import Phase, RunConfig
@@ -48,7 +48,7 @@ class JudgeRun:
 
     run: RunConfig
     pools: tuple[PoolConfig, ...] = (PoolConfig(),)
-    model: JudgeConfig = JudgeConfig()
+    model: JudgeConfig = field(default_factory=JudgeConfig)
     pictures: int = 3
     nothing: float = 0.14
     frozen: float = 0.03
@@ -99,12 +99,13 @@ class JudgeTask:
         """What the pictures show, in cells and as a whole, and how the clips move."""
         count, num_frames = batch.video.shape[0], batch.video.shape[2]
         draw = torch.Generator().manual_seed(step)
-        picks = torch.rand((count, num_frames), generator=draw).topk(self.config.pictures, 1).indices
+        order = torch.rand((count, num_frames), generator=draw).argsort(1)
+        picks = order[:, : self.config.pictures]
         rows = torch.arange(count)[:, None]
         video = batch.video.to(self.device)
         looked = self.judge.frames(video.transpose(1, 2)[rows, picks].flatten(0, 1))
         cells, asked = self._cell_targets(batch, rows, picks)
-        per_cell = F.binary_cross_entropy_with_logits(looked.cells, cells, reduction="none").sum(1)
+        per_cell = _binary(looked.cells, cells).sum(1)
         covered = cells.amax(1) * asked
         empty = (1 - cells.amax(1)) * asked
         terms = {
@@ -119,7 +120,7 @@ class JudgeTask:
         moved = self.judge.motion(to_motion_size(video))
         motions = batch.motions.to(self.device)
         told = (motions != IGNORE).float()
-        wrong = F.binary_cross_entropy_with_logits(moved.motions, motions.clamp(0), reduction="none")
+        wrong = _binary(moved.motions, motions.clamp(0))
         terms["motions"] = (wrong * told).sum() / told[:, 0].sum().clamp(min=1)
         cameras = batch.cameras.to(self.device)
         terms["cameras"] = F.cross_entropy(moved.cameras, cameras, ignore_index=IGNORE)
@@ -142,12 +143,11 @@ class JudgeTask:
         sprites = batch.sprites.repeat_interleave(picks.shape[1], 0)
         there = sprites >= 0
         named = F.one_hot(sprites.clamp(min=0), logits.shape[1]).float()
-        target = torch.einsum("na,nak->nk", (there & (areas >= self.config.seen_area)).float(), named)
-        doubtful = there & (areas > 1e-4) & (areas < self.config.seen_area)
+        enough = areas >= self.config.seen_area
+        target = torch.einsum("na,nak->nk", (there & enough).float(), named)
+        doubtful = there & ~enough & (areas > 1e-4)
         asked = 1 - torch.einsum("na,nak->nk", doubtful.float(), named).clamp(max=1)
-        wrong = F.binary_cross_entropy_with_logits(
-            logits, target.clamp(max=1).to(self.device), reduction="none"
-        )
+        wrong = _binary(logits, target.clamp(max=1).to(self.device))
         return (wrong * asked.to(self.device)).sum(1).mean()
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
@@ -157,6 +157,10 @@ class JudgeTask:
         first = SEED_RANGES["judge"][1] - VALIDATION_SEEDS
         scores = judge_renders(self.judge, first, self.config.validation_clips)
         return {name: value.rate for name, value in scores.items()}
+
+
+def _binary(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

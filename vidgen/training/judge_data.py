@@ -1,4 +1,4 @@
-"""What the judge learns from: a sliding window of renders, turned, damaged, and made unrecognisable.
+"""What the judge learns from: a sliding window of renders, turned, damaged, made unrecognisable.
 
 Axes: B clips, T frames looked at, H W pixels, A actors, h w cells of `CELL` pixels.
 """
@@ -96,7 +96,7 @@ def judge_scene(seed: int, empty: float) -> Scene:
     if draws.chance(len(RESERVED_SPRITES) / len(SPRITES)):
         first, *others = scene.actors
         sprite = draws.choice([s for s in RESERVED_SPRITES if is_valid(s, first.motion)])
-        return replace(scene, actors=(replace(first, sprite=sprite), *others))
+        return replace(scene, actors=(replace(first, sprite=sprite), *others), sound=())
     return scene
 
 
@@ -272,7 +272,7 @@ def noise_clip(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def blob_clip(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Soft blobs of colour [3, T, H, W] that drift or stand: noise of a low resolution, enlarged."""
+    """Soft blobs of colour [3, T, H, W] that drift or stand: coarse noise, enlarged."""
     channels, frames, height, width = shape
     luck = torch.rand(3, generator=generator).tolist()
     cells, moments = 2 + int(luck[0] * 12), 1 + int(luck[1] * 4)

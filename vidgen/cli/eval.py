@@ -1,0 +1,94 @@
+"""`vidgen eval SUITE`: score a model, with intervals, chance and ceilings beside each figure."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vidgen.cli.report import Report
+from vidgen.core.errors import OutputError
+
+DESCRIPTION = "Score a model. A run that was killed goes on where it stopped when called again."
+_NOT_OF_BENCHMARK = {"benchmark", "output", "overwrite", "sheet", "json", "events"}
+_TELL_EVERY_S = 20
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's options; apart from the output's they are the fields of `Benchmark`."""
+    add = parser.add_argument
+    add("benchmark", metavar="SUITE", choices=("toybox",),
+        help="toybox: prompts of the procedural world, scored by its judge")
+    add("-o", "--output", metavar="FILE", required=True,
+        help="results as JSON; the scores of single clips go to FILE.jsonl as they come")
+    add("--overwrite", action="store_true", help="replace existing results")
+    add("--sheet", metavar="PNG", help="also draw the first 16 clips, six frames each")
+    add("--model", default="toybox", metavar="NAME|FOLDER", help="default %(default)s")
+    add("--split", choices=("dev", "test"), default="dev",
+        help="dev for choosing, test to be run once for a release")
+    add("--suite", choices=("all", "text", "image", "vae", "judge"), default="all",
+        help="which part; default all")
+    for name, default, what in (
+        ("prompts", 300, "prompts of text to video"),
+        ("held-out", 100, "prompts whose sprite, motion and place never came together in training"),
+        ("images", 200, "first frames of image to video"),
+        ("reserved", 60, "clips of reserved sprites for the VAE"),
+        ("seed", 0, "of the first clip, the others follow"),
+        ("batch", 8, "clips made at once"),
+    ):
+        add(f"--{name}", type=int, default=default, metavar="N", help=f"{what}; default {default}")
+    add("--steps", type=int, metavar="N", help="denoising steps; default the model's, as all below")
+    add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed")
+    add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
+    add("--sampler", metavar="NAME", help="euler or unipc")
+    add("--frames", type=int, metavar="N", help="length of the clips")
+    add("--size", metavar="WxH", help="width and height in pixels")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
+    add("--judge", metavar="FOLDER", help="another judge than the embedded one")
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Check the output, score, write the results, show a table."""
+    from vidgen.core.runtime import atomic_write, check_output
+    from vidgen.evaluation.toybox import Benchmark
+
+    for path in (args.output, args.sheet):
+        if path is not None:
+            check_output(path, overwrite=args.overwrite)
+    if Path(args.output).suffix != ".json":
+        raise OutputError(f"results are JSON; {args.output} should end in .json")
+    options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_BENCHMARK}
+    bench = Benchmark(**options)
+
+    from rich.console import Console
+
+    from vidgen.evaluation.summary import table
+    from vidgen.evaluation.toybox import run_toybox
+
+    result = run_toybox(bench, args.output, _told(report), args.sheet)
+    atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
+    report({"event": "written", "path": args.output})
+    report.result(result, args.output)
+    Console(stderr=True).print(table(result))
+    return 0
+
+
+def _told(report: Report) -> Callable[[dict[str, Any]], None]:
+    """Pass events on; where no progress bar can be drawn, say now and then how long it takes."""
+    last = time.monotonic()
+
+    def tell(event: dict[str, Any]) -> None:
+        nonlocal last
+        report(event)
+        now = time.monotonic()
+        if sys.stderr.isatty() or (now - last < _TELL_EVERY_S and event["done"] < event["total"]):
+            return
+        last = now
+        minutes = event["seconds_left"] / 60
+        print("{stage}: {done}/{total}".format(**event), f"{minutes:.0f} min left", file=sys.stderr)
+
+    return tell

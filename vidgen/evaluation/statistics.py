@@ -1,0 +1,74 @@
+"""Figures with the doubt they carry: rates, intervals, the score of a guess."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many of how many."""
+
+    correct: int
+    total: int
+
+    @classmethod
+    def of(cls, outcomes: Iterable[bool]) -> Rate:
+        """Count outcomes."""
+        known = list(outcomes)
+        return cls(sum(known), len(known))
+
+    @property
+    def rate(self) -> float:
+        """The share that is correct; NaN of nothing."""
+        return self.correct / self.total if self.total else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its 95% interval."""
+        return wilson_interval(self.correct, self.total)
+
+
+def wilson_interval(
+    correct: int, total: int, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Score interval of a proportion (Wilson 1927, eq. on p. 212; Brown et al. 2001, eq. 4).
+
+    Unlike p +- z sqrt(p (1 - p) / n) it stays inside [0, 1] and has a width at p = 0 and 1.
+
+    Args:
+        correct: successes.
+        total: trials; of none the interval is all of [0, 1].
+        confidence: coverage, two-sided.
+    """
+    if total == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = correct / total
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total)
+    half *= math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    low = 0.0 if correct == 0 else centre - half
+    high = 1.0 if correct == total else centre + half
+    return low, high
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Interval of a mean, mean +- z s / sqrt(n), good for the dozens of values and more it gets."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = NormalDist().inv_cdf(0.5 + confidence / 2) * stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def guess_rate(labels: Iterable[Hashable]) -> float:
+    """The best score of an answer that is always the same: chance level, fair to uneven classes."""
+    counts = Counter(labels)
+    return max(counts.values()) / counts.total() if counts else math.nan
