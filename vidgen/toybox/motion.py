@@ -1,10 +1,10 @@
 """Where actors and camera are at any moment of a clip.
 
-World units: the frame's geometric mean side is 1, its centre is (0, 0) for a still camera, x grows to
-the right and y down, angles turn clockwise. A motion is a function of the clip's own time u in [0, 1]:
-a clip of 17 frames shows the whole way, as one of 33 does, only faster; so each keeps the world
-identifiable (a quarter of the frame of displacement, one and a half periods). Beyond `LONG_S` seconds
-periodic motions get more periods instead of slower ones.
+World units: the frame's geometric mean side is 1, its centre is (0, 0) for a still camera, x grows
+to the right and y down, angles turn clockwise. A motion is a function of the clip's own time u in
+[0, 1]: a clip of 17 frames shows the whole way, as one of 33 does, only faster; so each keeps the
+world identifiable (a quarter of the frame of displacement, one and a half periods). Beyond `LONG_S`
+seconds periodic motions get more periods instead of slower ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ASSETS = Path(__file__).parent.parent / "assets" / "world"
 
 LONG_S = 32 / 12
 PAN = 0.30  # of the frame's side along the pan
-ZOOM_WIDE, ZOOM_CLOSE = 0.87, 1.33
+ZOOM_WIDE, ZOOM_CLOSE = 0.89, 1.35
 _WAY = {"slow": 0.31, "normal": 0.46, "fast": 0.66}  # of the frame's side
 _CYCLES = {"slow": 1.5, "normal": 2.0, "fast": 2.75}
 _BOUNCES = {"slow": 1.5, "normal": 2.25, "fast": 3.25}
@@ -240,7 +240,7 @@ class _Mover:
         """Length of a straight way: its nominal share of the frame, centre never leaving it."""
         nominal = _WAY[self.actor.speed] * self.vigour * self.sides[axis]
         room = 2 * (self.stage.half_x if axis == 0 else self.stage.half_y)
-        return max(min(nominal, room), 0.27 * self.sides[axis])
+        return max(min(nominal, room), 0.3 * self.sides[axis])
 
     def _crossing(self, u: Array, right: bool) -> tuple[Array, Array, Array]:
         way = self._way(0)
@@ -252,7 +252,7 @@ class _Mover:
         return x0 + sign * way * (u - 0.5), y0 + lift, rock
 
     def _passing(self, u: Array, right: bool) -> tuple[Array, Array, Array]:
-        outside = self.sides[0] / 2 + self.size / 2
+        outside = self.sides[0] / 2 + min(self.size / 2 + 0.03, 0.27 * self.sides[0])
         _, y0 = self._base(0.0, 0.02)
         sign = 1.0 if right else -1.0
         lift, rock = self._gait(u)

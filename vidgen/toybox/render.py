@@ -1,7 +1,7 @@
 """Scenes to pictures: places, weather and sprites, batched, at any frames of a clip.
 
-Axes: B scenes, A actors, T frames asked for, N (scene, frame) pairs painted at once, H rows, W columns.
-Each pair is painted on its own, so a single frame costs a single frame, and equals that of the clip.
+Axes: B scenes, A actors, T frames asked for, N (scene, frame) pairs painted at once, H rows,
+W columns. Each pair is painted on its own: a single frame costs one and equals that of the clip.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Rendered(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Scenes as arrays; float64 until the last moment, so every device starts from equal numbers."""
+    """Scenes as arrays, float64 until the last moment: every device starts from equal numbers."""
 
     camera: NDArray[np.float64]  # [B, T, 3] x, y, zoom
     actors: NDArray[np.float64]  # [B, A, T, 5] x, y, width, height, angle
@@ -98,8 +98,8 @@ def render(
     device = torch.device(device)
     plan = _plan(scenes, wanted, Clock(num_frames, fps), (height, width))
     shape = (*wanted.shape, height, width)
-    video = torch.empty(shape[:2] + (3,) + shape[2:], device=device)
-    masks = torch.zeros(shape[:2] + (MAX_ACTORS,) + shape[2:], device=device)
+    video = torch.empty((*shape[:2], 3, height, width), device=device)
+    masks = torch.zeros((*shape[:2], MAX_ACTORS, height, width), device=device)
     looks = torch.from_numpy(_looks([s.seed for s in scenes])).to(device)
     at_once = max(1, _PIXELS_AT_ONCE.get(device.type, 1 << 17) // (height * width))
     for place in PLACES:
@@ -306,7 +306,7 @@ def _blend(image: Tensor, rows: Tensor, flat: Tensor, color: Tensor, alpha: Tens
 
 @lru_cache(maxsize=4)
 def _textures(device: torch.device) -> list[Tensor]:
-    """Load the sheet as premultiplied RGBA pyramids: per level [sprites, 4, side, side] in [0, 1]."""
+    """Load the sheet as premultiplied RGBA: per mip level [sprites, 4, side, side] in [0, 1]."""
     described = sheet_description()
     tile, columns = described["tile"], described["columns"]
     sheet = Image.open(ASSETS / "sprites.webp").convert("RGBA").convert("RGBa")
@@ -322,6 +322,14 @@ def _textures(device: torch.device) -> list[Tensor]:
         pyramid = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float().div(255)
         levels.append(pyramid.contiguous().to(device))
     return levels
+
+
+def sprite_area(sprite: str) -> float:
+    """Return the area a sprite covers when its extent (see `Track`) is a unit square."""
+    described = sheet_description()
+    content = (described["tile"] - 2 * described["margin"]) / described["tile"]
+    alpha = _textures(torch.device("cpu"))[0][_SPRITE_INDEX[sprite], 3]
+    return float(alpha.mean()) / content**2
 
 
 def _paint_falling(canvas: Canvas, image: Tensor, cast: Sequence[Scene], looks: Tensor) -> None:

@@ -111,8 +111,8 @@ SPRITE_NAMES = tuple(s.name for s in _CAST if not s.reserved)
 RESERVED_SPRITES = tuple(s.name for s in _CAST if s.reserved)
 
 TINTS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-#: Largest extent of a sprite in world units (see `motion`): 24%, 34% and 47% of a square frame.
-SIZES = {"small": 0.24, "medium": 0.34, "large": 0.47}
+#: Largest extent of a sprite in world units (see `motion`): a quarter, a third and half of a square frame.
+SIZES = {"small": 0.255, "medium": 0.34, "large": 0.47}
 SPEEDS = ("slow", "normal", "fast")
 MOTIONS = (
     "moves left", "moves right", "rises", "falls", "bounces", "spins",
@@ -140,10 +140,11 @@ _ACROSS, _UPRIGHT = ("pan left", "pan right"), ("pan up", "pan down")
 _ZOOMS = ("zoom in", "zoom out")
 #: Cameras under which each motion stays identifiable: never along its own axis, no zoom on growth.
 _CAMERAS_FOR: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("moves left", "moves right", "drives past"), ("still", *_UPRIGHT, *_ZOOMS)),
+    **dict.fromkeys(("moves left", "moves right"), ("still", *_UPRIGHT, *_ZOOMS)),
     **dict.fromkeys(("rises", "falls", "bounces"), ("still", *_ACROSS, *_ZOOMS)),
     **dict.fromkeys(("grows", "shrinks"), ("still", *_ACROSS, *_UPRIGHT)),
     **dict.fromkeys(("spins", "stays"), CAMERAS),
+    "drives past": ("still", *_UPRIGHT),
     "swings": ("still", *_UPRIGHT, *_ZOOMS),
     "circles": ("still", *_ZOOMS),
 }
@@ -158,7 +159,7 @@ DIRECTIONS_FOR: dict[str, tuple[str | None, ...]] = {
 }
 #: What the first actor may do under each relation.
 _MOTIONS_IN: dict[str, tuple[str, ...]] = {
-    "next to": ("stays", "spins", "bounces", "grows", "shrinks", "rises", "falls"),
+    "next to": ("stays", "spins", "bounces", "rises", "falls"),
     "above": ("moves left", "moves right", "drives past", "spins", "stays"),
     "chases": ("moves left", "moves right"),
     "passes": ("moves left", "moves right"),
@@ -409,7 +410,8 @@ def _draw_actor(
 
 def cameras_for(actors: Sequence[Actor], relation: str | None) -> tuple[str, ...]:
     """Return the cameras, "still" first, under which every actor's motion stays identifiable."""
-    motions = [a.motion for a in actors] + ["circles"] * (relation == "circles around")
+    motions = [a.motion for a in actors]
+    motions += {"circles around": ["circles"], "chases": ["drives past"]}.get(relation or "", [])
     barred = _ACROSS if any(a.motion == "bounces" and a.direction for a in actors) else ()
     return tuple(
         c for c in CAMERAS if c not in barred and all(c in _CAMERAS_FOR[m] for m in motions)
