@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,10 @@ def run(args: Namespace, report: Report) -> int:
 
 def _frame(text: str) -> tuple[float, str]:
     seconds, _, path = text.partition("=")
-    return float(seconds), path
+    try:
+        return float(seconds), path
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is no SECONDS=IMAGE, such as 1.5=car.png") from None
 
 
 def _outputs(output: str | None, request: Request) -> list[str]:

@@ -1,0 +1,56 @@
+"""The command line is a contract: a change of options must be meant, and shows in cli_options.txt.
+
+After a change that is meant:
+    python -m tests.contract.test_cli_options > tests/contract/cli_options.txt
+"""
+
+import argparse
+from pathlib import Path
+
+from vidgen.cli.main import VERBS, verb_parser
+
+FROZEN = Path(__file__).with_name("cli_options.txt")
+
+
+def describe(action):
+    flags = " ".join(action.option_strings) or action.dest
+    facts = [action.__class__.__name__.strip("_").removesuffix("Action")]
+    for name in ("nargs", "const", "default", "choices", "metavar", "required"):
+        value = getattr(action, name)
+        if value not in (None, False, argparse.SUPPRESS, []):
+            facts.append(f"{name}={value}")
+    if action.type:
+        facts.append(f"type={action.type.__name__}")
+    return f"    {flags}: {' '.join(facts)}"
+
+
+def listing():
+    lines = []
+    for verb in VERBS:
+        lines.append(f"vidgen {verb}")
+        lines += [describe(action) for action in verb_parser(verb)[1]._actions]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_options_of_every_verb_are_the_committed_ones():
+    assert listing() == FROZEN.read_text()
+
+
+def test_every_option_of_generate_is_a_field_of_the_request():
+    from dataclasses import fields
+
+    from vidgen.cli.generate import _NOT_OF_REQUEST
+    from vidgen.core.request import Request
+
+    options = {action.dest for action in verb_parser("generate")[1]._actions} - {"help"}
+    only_python = {"latents", "model", "dtype"}
+    assert options - _NOT_OF_REQUEST == {f.name for f in fields(Request)} - only_python
+
+
+def test_every_option_has_help():
+    for verb in VERBS:
+        assert all(action.help for action in verb_parser(verb)[1]._actions)
+
+
+if __name__ == "__main__":
+    print(listing(), end="")

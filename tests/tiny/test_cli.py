@@ -1,0 +1,165 @@
+"""The command line on a tiny model, in this process; what needs processes of its own is in e2e."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vidgen.cli.main import main
+from vidgen.media.clip import Clip
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys, tiny_model):
+    """Run a command line in an empty folder; gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        words = [str(a) for a in arguments]
+        if words[0] == "generate" and "--model" not in words:
+            words += ["--model", str(tiny_model)]
+        code = main(words)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def files():
+    return sorted(str(path) for path in Path().rglob("*"))
+
+
+def test_a_sentence_becomes_a_file_named_after_it(cli):
+    code, out, err = cli("generate", "A red car, at NIGHT!", "--seed", 7)
+    assert (code, err) == (0, "")
+    assert "a-red-car-at-night-7.mp4: 9 frames of 32x32 at 12 fps, seed 7" in out
+    assert Clip.from_file("a-red-car-at-night-7.mp4").recipe["plan"]["seed"] == 7
+
+
+def test_a_drawn_seed_is_printed_and_recorded(cli):
+    _, out, err = cli("generate", "a cat", "--json")
+    (clip,) = json.loads(out)["clips"]
+    assert f"note: seed {clip['seed']}\n" in err
+    assert Clip.from_file(clip["path"]).recipe["plan"]["seed"] == clip["seed"]
+
+
+def test_the_same_seed_gives_the_same_file(cli):
+    cli("generate", "a cat", "--seed", 5, "-o", "a.mkv")
+    cli("generate", "a cat", "--seed", 5, "-o", "b.mkv")
+    assert Path("a.mkv").read_bytes() == Path("b.mkv").read_bytes()
+
+
+def test_several_clips_are_numbered_and_each_is_what_it_would_be_alone(cli):
+    code, out, _ = cli("generate", "a cat", "--seed", 5, "--count", 2, "-o", "x.mkv", "--json")
+    assert code == 0
+    assert [(c["path"], c["seed"]) for c in json.loads(out)["clips"]] == [
+        ("x-1.mkv", 5), ("x-2.mkv", 6),
+    ]
+    cli("generate", "a cat", "--seed", 6, "-o", "alone.mkv")
+    assert (Clip.from_file("x-2.mkv").frames == Clip.from_file("alone.mkv").frames).all()
+
+
+def test_events_tell_how_far_it_is(cli):
+    code, out, _ = cli("generate", "a cat", "--seed", 5, "--events", "e.jsonl", "-o", "x.mp4")
+    assert (code, out[:6]) == (0, "x.mp4:")
+    events = [json.loads(line) for line in Path("e.jsonl").read_text().splitlines()]
+    steps = [(e["done"], e["total"]) for e in events if e.get("stage") == "sample"]
+    assert steps == [(1, 2), (2, 2)]
+    assert events[-1] == {"time": events[-1]["time"], "event": "written", "path": "x.mp4"}
+    assert [e["time"] for e in events] == sorted(e["time"] for e in events)
+
+
+def test_events_may_go_to_stdout_but_not_beside_json(cli):
+    code, out, _ = cli("generate", "a cat", "--seed", 5, "--events", "-", "-o", "x.mp4")
+    assert code == 0
+    assert json.loads(out.splitlines()[0])["event"] == "progress"
+    code, _, err = cli("generate", "a cat", "--events", "-", "--json")
+    assert (code, err[:6]) == (2, "error:")
+
+
+def test_inspect_shows_the_recipe(cli):
+    cli("generate", "a cat", "--seed", 5, "-o", "x.mp4")
+    code, out, _ = cli("inspect", "x.mp4", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["recipe"]["plan"]["prompt"] == "a cat"
+    assert facts["streams"][0]["num_frames"] == 9
+    code, out, _ = cli("inspect", "x.mp4")
+    assert '"prompt": "a cat"' in out
+
+
+def test_inspect_takes_pictures_folders_and_files_without_recipe(cli):
+    cli("generate", "a cat", "--seed", 5, "--frames", 1, "-o", "x.png")
+    cli("generate", "a cat", "--seed", 5, "-o", "shots/")
+    for name in ("x.png", "shots/"):
+        assert json.loads(cli("inspect", name, "--json")[1])["recipe"]["plan"]["seed"] == 5
+    Image.new("RGB", (32, 32)).save("plain.png")
+    assert "no recipe" in cli("inspect", "plain.png")[1]
+
+
+def test_models_lists_what_is_shipped(cli):
+    code, out, _ = cli("models", "--json")
+    assert code == 0
+    for model in json.loads(out):
+        assert {"name", "path", "family", "license", "bytes", "defaults"} <= model.keys()
+
+
+BAD = {
+    "no verb like it": (["generat", "a cat"], "unknown verb 'generat'; did you mean 'generate'"),
+    "no prompt": (["generate"], "required: PROMPT"),
+    "empty prompt": (["generate", ""], "the prompt is empty"),
+    "long prompt": (["generate", "a" * 2001], "2001 characters; shorten it to 2000"),
+    "two prompts": (["generate", "a", "cat"], "put text with spaces in quotes"),
+    "misspelt option": (["generate", "a", "--sede", "3"], "--sede; did you mean '--seed'"),
+    "no number": (["generate", "a", "--seed", "x"], "invalid int value: 'x'"),
+    "nan": (["generate", "a", "--guidance", "nan"], "guidance is nan"),
+    "no steps": (["generate", "a", "--steps", "0"], "steps is 0"),
+    "count": (["generate", "a", "--count", "-1"], "count is -1"),
+    "frames": (["generate", "a", "--frames", "8"], "8"),
+    "size": (["generate", "a", "--size", "33x32"], "33"),
+    "sampler": (["generate", "a", "--sampler", "eular"], "euler"),
+    "frame": (["generate", "a", "--frame", "x.png"], "no SECONDS=IMAGE, such as 1.5=car.png"),
+    "model": (["generate", "a", "--model", "toyboks"], "toyboks"),
+    "image": (["generate", "a", "--image", "none.png"], "none.png does not exist"),
+    "video": (["generate", "a", "--video", "none.mp4"], "none.mp4 does not exist"),
+    "suffix": (["generate", "a", "-o", "x.mp5"], "unknown suffix '.mp5'; did you mean '.mp4'"),
+    "still": (["generate", "a", "-o", "x.png"], "add --frames 1"),
+    "folder": (["generate", "a", "-o", "none/x.mp4"], "the folder none does not exist"),
+    "unwritable": (["generate", "a", "-o", "/proc/x.mp4"], "can't be written"),
+    "events": (["generate", "a", "--events", "none/e"], "none/e can't be written"),
+    "inspect": (["inspect", "none.mp4"], "none.mp4 does not exist"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_refused_with_one_line_and_no_file(cli, arguments, message):
+    code, out, err = cli(*arguments)
+    assert code == 2
+    assert out == ""
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert message in line
+    assert "Traceback" not in err
+    assert files() == []
+
+
+def test_an_existing_output_is_kept_unless_told(cli):
+    Path("x.mp4").write_bytes(b"precious")
+    code, _, err = cli("generate", "a cat", "-o", "x.mp4")
+    assert code == 2
+    assert "x.mp4 exists; give --overwrite" in err
+    assert Path("x.mp4").read_bytes() == b"precious"
+    assert cli("generate", "a cat", "-o", "x.mp4", "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_goes_to_stdout(cli, arguments):
+    code, out, err = cli(*arguments)
+    assert (code, err) == (0, "")
+    assert "vidgen" in out
+
+
+def test_no_verb_prints_help_and_fails(capsys):
+    assert main([]) == 2
+    assert "generate" in capsys.readouterr().out
