@@ -1,11 +1,11 @@
 """How the Toybox world looks: places painted as soft functions of world coordinates.
 
-Axes: N frames painted at once (of any scenes, all in one place), H rows, W columns, K draws a scene.
+Axes: N frames painted at once (of any scenes, all in one place), H rows, W columns.
 World coordinates are those of `motion`. Without camera rotation x depends on the column alone and y
-on the row, so skylines and gradients cost one line, and only masks cost a plane.
+on the row, so skylines and gradients cost one line; only masks cost a plane.
 
-Every operation is one that IEEE 754 rounds exactly (no sin, exp or pow on tensors), so a frame is the
-same beside others or alone, and CUDA agrees with the CPU far below 1/255.
+Every operation is one that IEEE 754 rounds exactly (no sin, exp or pow on tensors), so a frame is
+the same beside others or alone, and CUDA agrees with the CPU far below 1/255.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from vidgen.toybox.scenes import PLACES, TIMES, WEATHERS
 
 NUM_DRAWS = 160
-DRAWS_OF_DOTS = 26
+_DRAWS_OF_DOTS = 17
 Color = Sequence[float]
 
 #: By time of day: zenith, horizon, light on things of the place.
@@ -41,6 +41,12 @@ def ramp(x: Tensor) -> Tensor:
     """Clamp to [0, 1] and smooth both ends (3x^2 - 2x^3)."""
     x = x.clamp(0, 1)
     return x * x * (3 - 2 * x)
+
+
+def domes(x: Tensor) -> Tensor:
+    """Row of half circles, one a period, in [0, 1]: leaves, clouds."""
+    x = 2 * (x - torch.floor(x)) - 1
+    return (1 - x * x).sqrt()
 
 
 class Canvas:
@@ -68,7 +74,7 @@ class Canvas:
     ) -> None:
         self.x, self.y, self.seconds, self.pixel = x, y, seconds, pixel
         self._looks, self._next = looks, 0
-        self._times = times
+        self.times = times
         light, gloom = self._by(_LIGHT, times), self._by(_GLOOM, weathers)
         self.light = light * gloom
         share = self._by(_OVERCAST_SHARE, weathers)
@@ -85,7 +91,7 @@ class Canvas:
 
     def by_time(self, day: Color, dawn: Color, sunset: Color, night: Color) -> Tensor:
         """Return a colour [N, 3, 1, 1] chosen by the time of day, not lit further."""
-        return self._by((day, dawn, sunset, night), self._times)
+        return self._by((day, dawn, sunset, night), self.times)
 
     def draw(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Return the scene's next draw in [low, high), [N, 1, 1]."""
@@ -101,11 +107,15 @@ class Canvas:
 
     def lit(self, color: Color, vary: float = 0.0) -> Tensor:
         """Return a colour under the scene's light, [N, 3, 1, 1], varied a little by seed."""
-        base = self.x.new_tensor(color).reshape(1, 3, 1, 1)
+        base = self.plain(color)
         if vary:
             shifts = torch.cat([self.draw(-vary, vary) for _ in range(3)], 1)[..., None]
             base = base + shifts
         return base * self.light
+
+    def plain(self, color: Color) -> Tensor:
+        """Return a colour that glows by itself, [1, 3, 1, 1]."""
+        return self.x.new_tensor(color).reshape(1, 3, 1, 1)
 
     def mix(self, first: Tensor, second: Tensor, share: Tensor) -> Tensor:
         """Blend two colours [N, 3, ...] by share [N, H or 1, W or 1]."""
@@ -153,18 +163,16 @@ class Canvas:
         rows = (self.y if y is None else y) / period + self.draw(0, 8)
         row = torch.floor(rows)
         index = (row.long() % 8)[..., 0]
-        shift = self.table().gather(1, index)[..., None]
-        keep_row = self.table().gather(1, index)[..., None]
-        columns = self.x / period + shift * 5
+        columns = self.x / period + self.table().gather(1, index)[..., None] * 5
         cell = torch.floor(columns)
         u = columns - cell - 0.5
-        index_x = (torch.floor(self.x / period + self.draw(0, 8)).long() % 8)[:, 0]
-        chosen = keep_row + self.table().gather(1, index_x)[:, None]
-        chosen = ((chosen - torch.floor(chosen)) < share).to(u.dtype)
-        v = (rows - row - 0.5).expand(-1, -1, u.shape[2])
+        number = cell * 0.754877666 + self.table().gather(1, index)[..., None]
+        number = number - torch.floor(number)
+        v = (rows - row - 0.5) + (number * (0.5 / share) - 0.25)
         reach = radius / period
         edge = self.pixel * (2 * reach * 1.6 / period)
-        return ((reach * reach - u * u - v * v) * (1 / edge) + 0.5).clamp_(0, 1) * chosen
+        disc = ((reach * reach - u * u - v * v) * (1 / edge) + 0.5).clamp_(0, 1)
+        return disc * (number < share).to(disc.dtype)
 
 
 def sky(c: Canvas, horizon: Tensor, *, clouds: float = 1.0) -> None:
@@ -174,9 +182,9 @@ def sky(c: Canvas, horizon: Tensor, *, clouds: float = 1.0) -> None:
     c.image.copy_(c.mix(c.zenith, c.horizon, share))
     bright = c.night * c.clearness
     if bool(c.night.any()):
-        c.paint(c.dots(0.15, 0.009, 0.6) * bright, c.by_time(*[(1.0, 1.0, 0.92)] * 4))
+        c.paint(c.dots(0.15, 0.011, 0.6) * bright, c.plain((1.0, 1.0, 0.92)))
     else:
-        c.table(DRAWS_OF_DOTS)  # the draws after these stay the same by day
+        c.table(_DRAWS_OF_DOTS)  # the draws after these stay the same by day
     _sun(c, horizon)
     period, level = c.draw(0.62, 0.9), c.draw(-0.36, -0.2)
     color = c.by_time((1, 1, 1), (1, 0.91, 0.90), (1, 0.76, 0.60), (0.25, 0.30, 0.48))
@@ -185,18 +193,17 @@ def sky(c: Canvas, horizon: Tensor, *, clouds: float = 1.0) -> None:
         width = c.per_cell(cell, 0.20, 0.42)
         offset = c.per_cell(cell, -0.05, 0.05)
         bulge = (1 - (u / width) * (u / width)).clamp(0, 1)
-        bumps = bulge * (0.62 + 0.38 * wave(u * 3.4 + offset * 30).abs())
+        tops = bulge * (0.55 + 0.45 * domes(u * 4.6 + offset * 30))
         base = level + lift + offset
-        height = 0.13 * scale
-        mask = c.under(base - bumps * height, 5.0) * ((base + 0.012 - c.y) * 30 + 0.5).clamp(0, 1)
-        mask = mask * (bulge * 6).clamp(0, 1)
+        mask = c.under(base - tops * 0.14 * scale, 3.0) * (bulge * 8).clamp(0, 1)
+        mask = mask * ((base + 0.012 - c.y) * 40 + 0.5).clamp(0, 1)
         c.paint(mask * (0.88 * clouds * (0.35 + 0.65 * c.clearness)), color)
 
 
 def _sun(c: Canvas, horizon: Tensor) -> None:
     x = c.x - c.draw(-0.36, 0.36)
     high, low = c.draw(-0.40, -0.30), horizon - c.draw(0.02, 0.10)
-    index = c._times[:, None, None]
+    index = c.times[:, None, None]
     y = c.y - torch.where((index == 1) | (index == 2), low, high)
     radius = c.x.new_tensor((0.062, 0.075, 0.11, 0.06))[index]
     square = x * x + y * y
@@ -285,7 +292,7 @@ def _city(c: Canvas) -> None:
     pane = c.by_time((0.72, 0.88, 0.97), (1, 0.86, 0.70), (1, 0.80, 0.42), (1, 0.86, 0.45))
     c.paint(panes * inside * (on * 0.85 + 0.15 * (1 - c.night)), pane)
     _ground(c, horizon, (0.42, 0.43, 0.47), (0.50, 0.51, 0.54))
-    c.paint(c.within(c.y, horizon, horizon + 0.055).expand(-1, -1, c.x.shape[2]),
+    c.paint(c.within(c.y, horizon, horizon + 0.055),
             c.lit((0.74, 0.72, 0.70)))  # fmt: skip
     u, _ = c.cells(0.3)
     dash = c.within(u * 0.3, -0.08, 0.08) * c.within(c.y, horizon + 0.15, horizon + 0.175)
@@ -315,25 +322,22 @@ def _snow(c: Canvas) -> None:
 
 
 def _space(c: Canvas) -> None:
-    c.image.copy_(c.x.new_tensor((0.03, 0.02, 0.09)).reshape(1, 3, 1, 1).expand_as(c.image))
+    c.image.copy_(c.plain((0.03, 0.02, 0.09)).expand_as(c.image))
     hue = c.draw()
     haze = wave(c.x * 0.9 + c.y * 0.6 + c.draw()) * wave(c.y * 1.1 - c.x * 0.5 + c.draw())
-    violet, teal = ((0.42, 0.14, 0.52), (0.08, 0.36, 0.50))
-    first, second = c.x.new_tensor(violet), c.x.new_tensor(teal)
-    tone = first.reshape(1, 3, 1, 1) + (second - first).reshape(1, 3, 1, 1) * hue[..., None]
+    tone = c.mix(c.plain((0.42, 0.14, 0.52)), c.plain((0.08, 0.36, 0.50)), hue)
     c.paint((haze * 0.5 + 0.28).clamp_(0, 0.7), tone)
     c.paint((-haze - 0.25).clamp_(0, 0.5), tone.flip(1))
-    white = tone.new_ones(1, 3, 1, 1)
-    c.paint(c.dots(0.125, 0.0085, 0.7), white)
+    white = c.plain((1.0, 1.0, 1.0))
+    c.paint(c.dots(0.125, 0.0105, 0.7), white)
     c.paint(c.dots(0.31, 0.017, 0.6), white * 0.98)
     side = torch.where(c.draw() < 0.5, -1.0, 1.0)
     x, y = c.x - side * c.draw(0.25, 0.36), c.y - c.draw(-0.34, 0.30)
     radius = c.draw(0.11, 0.16)
     ball = c.disc(x, y, radius)
     bands = wave(c.y * 9 + x * 1.5 + c.draw()) * 0.5 + 0.5
-    warm = c.x.new_tensor((0.95, 0.66, 0.38)).reshape(1, 3, 1, 1)
-    cool = c.x.new_tensor((0.45, 0.62, 0.88)).reshape(1, 3, 1, 1)
-    tone = warm + (cool - warm) * torch.where(c.draw() < 0.5, 0.0, 1.0)[..., None]
+    is_cool = (c.draw() < 0.5).to(x.dtype)
+    tone = c.mix(c.plain((0.95, 0.66, 0.38)), c.plain((0.45, 0.62, 0.88)), is_cool)
     c.paint(ball, c.mix(tone, tone * 0.72, bands))
     shade = c.disc(x - radius * 0.35, y - radius * 0.3, radius * 1.02)
     c.paint(ball * (1 - shade) * 0.35, white)
@@ -376,12 +380,13 @@ def _forest(c: Canvas) -> None:
         mask = mask * ((horizon + scale * 0.25 - c.y) / c.pixel + 0.5).clamp(0, 1)
         bark = c.lit(trunk, 0.02)
         c.paint(mask, c.mix(bark * 1.15, bark * 0.75, (x / thick * 0.5 + 0.5).clamp(0, 1)))
-    for level, period, color in ((-0.17, 0.23, (0.25, 0.55, 0.28)), (-0.30, 0.31, (0.16, 0.43, 0.20))):
-        bump = wave(c.x / period + c.draw()).abs() * 0.10 + c.hills(0.0, 0.05, 0.7)
+    greens = ((-0.17, 0.23, (0.25, 0.55, 0.28)), (-0.30, 0.31, (0.16, 0.43, 0.20)))
+    for level, period, color in greens:
+        bump = domes(c.x / period * 1.7 + c.draw()) * 0.085 + c.hills(0.0, 0.05, 0.7)
         leaves = 1 - c.under(level + bump + c.draw(-0.03, 0.03), 2.5)
         c.paint(leaves, c.lit(color, 0.03))
     mask = _ground(c, c.hills(horizon, 0.03, 0.5), (0.30, 0.38, 0.16), (0.42, 0.55, 0.24))
-    fern = c.hills(horizon + 0.13, 0.02, 0.4) - wave(c.x * 4.5 + c.draw()).abs() * 0.06
+    fern = c.hills(horizon + 0.13, 0.02, 0.4) - domes(c.x * 7.5 + c.draw()) * 0.05
     c.paint(c.under(fern, 2), c.lit((0.20, 0.46, 0.18), 0.02))
     c.paint(c.dots(0.23, 0.02, 0.45) * mask, c.lit((0.95, 0.90, 0.70)))
 
@@ -415,16 +420,16 @@ def _road(c: Canvas) -> None:
     u, cell = c.cells(0.3)
     size = c.per_cell(cell, 0.04, 0.08)
     crown = c.disc(u * 0.3, c.y - (horizon - 0.02), size)
-    c.paint(c.under(horizon) * c.within(c.y, horizon, horizon + 0.2), c.lit((0.62, 0.74, 0.36), 0.03))
+    c.paint(c.within(c.y, horizon, horizon + 0.2), c.lit((0.62, 0.74, 0.36), 0.03))
     c.paint(crown, c.lit((0.24, 0.52, 0.28), 0.03))
     kerb = horizon + 0.09
-    c.paint(c.under(kerb).expand(-1, -1, c.x.shape[2]), c.lit((0.86, 0.84, 0.80)))
+    c.paint(c.under(kerb), c.lit((0.86, 0.84, 0.80)))
     asphalt = c.lit((0.36, 0.37, 0.41), 0.02)
-    c.paint(c.under(kerb + 0.02).expand(-1, -1, c.x.shape[2]), asphalt)
+    c.paint(c.under(kerb + 0.02), asphalt)
     u, _ = c.cells(0.34)
     dash = c.within(u * 0.34, -0.095, 0.095) * c.within(c.y, kerb + 0.16, kerb + 0.19)
     c.paint(dash, c.lit((1.0, 0.86, 0.30)))
-    c.paint(c.within(c.y, kerb + 0.345, kerb + 0.365).expand(-1, -1, c.x.shape[2]),
+    c.paint(c.within(c.y, kerb + 0.345, kerb + 0.365),
             c.lit((0.95, 0.95, 0.93)))  # fmt: skip
     u, _ = c.cells(0.2)
     post = c.within(u * 0.2, -0.014, 0.014) * c.within(c.y, kerb - 0.07, kerb)
@@ -461,7 +466,7 @@ def _room(c: Canvas) -> None:
     c.image.copy_(wall.expand_as(c.image))
     u, _ = c.cells(0.15)
     stripes = ((0.25 - u.abs()) * (0.15 / 1.6) / c.pixel + 0.5).clamp(0, 1)
-    c.paint(stripes.expand(-1, c.y.shape[1], -1), wall * 0.90)
+    c.paint(stripes, wall * 0.90)
     c.paint(c.dots(0.15, 0.018, 0.9), wall * 0.78)
     x, y = c.x - c.draw(-0.30, -0.10), c.y - c.draw(-0.22, -0.14)
     c.paint(c.within(x, -0.17, 0.17) * c.within(y, -0.17, 0.17), c.lit((0.99, 0.98, 0.95)))
@@ -477,9 +482,8 @@ def _room(c: Canvas) -> None:
     canvas = c.within(x, -0.075, 0.075) * c.within(y, -0.105, 0.105)
     c.paint(canvas, c.lit((0.55, 0.75, 0.85), 0.12))
     c.paint(canvas * c.disc(x, y + 0.01, 0.05), c.lit((0.95, 0.55, 0.40), 0.12))
-    wide = c.x.shape[2]
-    c.paint(c.under(floor - 0.045).expand(-1, -1, wide), c.lit((0.98, 0.96, 0.92)))
-    c.paint(c.under(floor).expand(-1, -1, wide), c.lit((0.70, 0.48, 0.30), 0.03))
+    c.paint(c.under(floor - 0.045), c.lit((0.98, 0.96, 0.92)))
+    c.paint(c.under(floor), c.lit((0.70, 0.48, 0.30), 0.03))
     slant = c.x / (1 + (c.y - floor).clamp(min=0) * 1.6)
     board = slant / 0.17 + c.draw()
     gap = ((board - torch.floor(board) - 0.5).abs() * 14 - 6).clamp(0, 1)
@@ -513,28 +517,31 @@ def _volcano(c: Canvas) -> None:
     horizon = c.draw(0.10, 0.18)
     sky(c, horizon, clouds=0.3)
     dusk = c.lit((0.52, 0.30, 0.32))
-    c.paint(0.40 * ((c.y + 0.5) / 0.6).clamp(0, 1).expand(-1, -1, c.x.shape[2]), dusk)
+    c.paint(0.40 * ((c.y + 0.5) / 0.6).clamp(0, 1), dusk)
     x = c.x - c.draw(-0.26, 0.26)
     tall = c.draw(0.40, 0.50)
     puff = c.y + tall - horizon
-    smoke = (x + wave(c.y * 1.4 + c.seconds * 0.12 + c.draw()) * 0.05) / (0.07 - puff * 0.35).clamp(min=0.03)
+    curl = wave(c.y * 1.4 + c.seconds * 0.12 + c.draw()) * 0.05
+    smoke = (x + curl) / (0.07 - puff * 0.35).clamp(min=0.03)
     plume = (1.3 - smoke * smoke).clamp_(0, 1) * (-puff * 12).clamp(0, 1) * 0.8
     c.paint(plume, c.lit((0.45, 0.42, 0.44)))
     side = x.abs()
-    cone = horizon - tall * (0.085 / (side.clamp(min=0.085)) * 0.75 + 0.33 - side * 0.62).clamp(0, 1.0)
-    mask = c.under(cone)
-    c.paint(mask, c.mix(c.lit((0.42, 0.30, 0.30)), c.lit((0.26, 0.18, 0.20)), (x * 4 + 0.5).clamp(0, 1)))
-    fire = c.by_time(*[(1.0, 0.42, 0.08)] * 4)
-    flow = c.x * 0 + x + wave(c.y * 2.6 + c.draw()) * 0.025 + (c.y - horizon + tall) * c.draw(-0.3, 0.3)
-    width = 0.022 + (c.y - horizon + tall).clamp(min=0) * 0.05
-    c.paint(c.within(flow, -width, width) * mask, fire)
-    c.paint(c.disc(x, (c.y - horizon + tall * 0.98) * 2.6, 0.085), c.by_time(*[(1, 0.68, 0.2)] * 4))
+    slope = 0.064 / side.clamp(min=0.085) + 0.33 - side * 0.62
+    mask = c.under(horizon - tall * slope.clamp(0, 1))
+    rock = c.mix(c.lit((0.42, 0.30, 0.30)), c.lit((0.26, 0.18, 0.20)), (x * 4 + 0.5).clamp(0, 1))
+    c.paint(mask, rock)
+    fire = c.plain((1.0, 0.42, 0.08))
+    drop = c.y - horizon + tall
+    stream = x + wave(c.y * 2.6 + c.draw()) * 0.025 + drop * c.draw(-0.3, 0.3)
+    width = 0.022 + drop.clamp(min=0) * 0.05
+    c.paint(c.within(stream, -width, width) * mask, fire)
+    c.paint(c.disc(x, (drop - tall * 0.02) * 2.6, 0.085), c.plain((1, 0.68, 0.2)))
     line = c.hills(horizon, 0.03, 0.5)
     mask = _ground(c, line, (0.22, 0.17, 0.19), (0.33, 0.25, 0.26))
-    crack = wave(c.x * 1.6 + c.y * 2.4 + c.draw()) + wave(c.y * 4.1 - c.x * 1.3 + c.draw())
-    glow = (1 - crack.abs() * 4.5).clamp_(0, 1) * mask
+    crack = wave(c.x * 1.3 + c.y * 1.9 + c.draw()) + wave(c.y * 3.3 - c.x * 1.0 + c.draw())
+    glow = (1.1 - crack.abs() * 3.6).clamp_(0, 1) * mask
     c.paint(glow, fire)
-    c.paint((glow - 0.6).clamp_(0, 1) * 2, c.by_time(*[(1, 0.8, 0.3)] * 4))
+    c.paint((glow - 0.6).clamp_(0, 1) * 2, c.plain((1, 0.8, 0.3)))
 
 
 _PAINTERS: dict[str, Callable[[Canvas], None]] = {
@@ -558,5 +565,6 @@ def paint_fog(c: Canvas, image: Tensor, weathers: Tensor, *, strength: float) ->
         return
     drift = wave(c.x * 0.8 + c.seconds * 0.06) * wave(c.y * 2.3 + 0.2)
     share = (strength * (0.85 + 0.3 * drift)).clamp(0, 1) * foggy
-    color = c.by_time((0.86, 0.89, 0.91), (0.93, 0.84, 0.85), (0.90, 0.72, 0.60), (0.27, 0.30, 0.42))
+    tones = ((0.86, 0.89, 0.91), (0.93, 0.84, 0.85), (0.90, 0.72, 0.60), (0.27, 0.30, 0.42))
+    color = c.by_time(*tones)
     image.lerp_(color, share[:, None])

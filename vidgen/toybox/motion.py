@@ -91,7 +91,7 @@ def sheet_description() -> dict[str, Any]:
 
 
 def frame_sides(height: int, width: int) -> tuple[float, float]:
-    """Return the frame's (width, height) in world units; one unit is sqrt(height * width) pixels."""
+    """Return the frame's (width, height) in world units; a unit is sqrt(height * width) pixels."""
     unit = math.sqrt(height * width)
     return width / unit, height / unit
 

@@ -39,7 +39,7 @@ _TINT_COLORS = {
     "pink": (1.0, 0.45, 0.72),
 }  # fmt: skip
 #: Light on sprites by time of day: a hint, they stay recognisable.
-_SPRITE_LIGHT = ((1.0, 1.0, 1.0), (0.98, 0.94, 0.96), (1.0, 0.90, 0.82), (0.72, 0.76, 0.90))
+_SPRITE_LIGHT = ((1.0, 1.0, 1.0), (0.98, 0.94, 0.96), (1.0, 0.90, 0.82), (0.82, 0.86, 0.97))
 
 
 class Rendered(NamedTuple):
@@ -185,7 +185,7 @@ def _paint(
     alphas = image.new_zeros(len(pairs), MAX_ACTORS, height, width)
     for actor in reversed(range(MAX_ACTORS)):
         _paint_actor(actor, image, alphas, cast, plan, b, t)
-    paint_fog(canvas, image, weathers, strength=0.16)
+    paint_fog(canvas, image, weathers, strength=0.11)
     _paint_falling(canvas, image, cast, looks[b_device])
     where = (b_device, torch.from_numpy(t).to(device))
     video[where] = image
@@ -234,7 +234,7 @@ def _paint_actor(
         _stamp(
             image, alphas, actor, torch.from_numpy(rows).to(image.device), picked,
             torch.from_numpy(local.astype(np.float32)).to(image.device)[..., None, None],
-            (min(side, height), min(side, width)), _shades([cast[i] for i in rows], actor),
+            (min(side, height), min(side, width)), _shades([cast[int(i)] for i in rows], actor),
         )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ SPRITE_NAMES = tuple(s.name for s in _CAST if not s.reserved)
 RESERVED_SPRITES = tuple(s.name for s in _CAST if s.reserved)
 
 TINTS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
-#: Largest extent of a sprite in world units (see `motion`): a quarter, a third and half of a square frame.
+#: Largest extent of a sprite in world units: a quarter, a third, nearly half of a square frame.
 SIZES = {"small": 0.255, "medium": 0.34, "large": 0.47}
 SPEEDS = ("slow", "normal", "fast")
 MOTIONS = (

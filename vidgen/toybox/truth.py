@@ -1,7 +1,7 @@
 """What really happens in a clip: tracks in pixels, masks, optical flow, events with exact times.
 
-Axes: A actors, T frames, H rows, W columns. Pixels count from the frame's top left corner; the centre
-of the first pixel is (0.5, 0.5).
+Axes: A actors, T frames, H rows, W columns. Pixels count from the frame's top left corner; the
+centre of the first pixel is (0.5, 0.5).
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ _PROBES = 16  # looks a frame between which an event is searched
 class Event(NamedTuple):
     """Something that happens at one moment.
 
-    kind: "contact" (a bounce meets the floor), "enter" and "leave" (an actor's outline crosses the
-    frame's edge), "cross" (it passes the frame's middle column), "pass" (two actors pass each other).
+    kind: "contact" (a bounce meets the floor), "enter" and "leave" (the first or last bit of an
+    actor's outline crosses the frame's edge), "cross" (what drives past is in the frame's middle),
+    "pass" (two actors are abreast).
     """
 
     kind: str
@@ -151,9 +152,7 @@ def _visible(view: _View, camera: Camera, track: Track, index: int, mask: Tensor
     return np.minimum(seen / whole, 1.0)
 
 
-def _flow(
-    view: _View, camera: Camera, tracks: list[Track], masks: Tensor
-) -> tuple[Tensor, Tensor]:
+def _flow(view: _View, camera: Camera, tracks: list[Track], masks: Tensor) -> tuple[Tensor, Tensor]:
     """Carry every pixel along with what it shows: the front actor there, or else the place."""
     height, width, frames = view.height, view.width, len(camera.x)
     py, px = np.mgrid[:height, :width] + 0.5
@@ -190,9 +189,7 @@ def _place_map(view: _View, camera: Camera) -> Callable[[int], NDArray[np.float6
     return affine
 
 
-def _actor_map(
-    view: _View, camera: Camera, track: Track
-) -> Callable[[int], NDArray[np.float64]]:
+def _actor_map(view: _View, camera: Camera, track: Track) -> Callable[[int], NDArray[np.float64]]:
     place = _place_map(view, camera)
 
     def affine(t: int) -> NDArray[np.float64]:
@@ -239,9 +236,7 @@ def _apart(view: _View, progress: Array) -> Array:
     return first.x - second.x
 
 
-def _crossings(
-    distance: Callable[[Array], Array], num_frames: int
-) -> list[tuple[float, bool]]:
+def _crossings(distance: Callable[[Array], Array], num_frames: int) -> list[tuple[float, bool]]:
     """Find the clip times in [0, 1] where a distance changes sign, and whether it rises there."""
     probes = np.linspace(0, 1, (num_frames - 1) * _PROBES + 1)
     above = distance(probes) > 0
