@@ -73,7 +73,7 @@ def run(args: Namespace, report: Report) -> int:
     atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
     report({"event": "written", "path": args.output})
     report.result(result, args.output)
-    Console(stderr=True).print(table(result))
+    Console(stderr=True, width=None if sys.stderr.isatty() else 132).print(table(result))
     return 0
 
 

@@ -46,7 +46,7 @@ def summarise(
     for source, rows in scores.items():
         figures[source] = _figures(rows, scenes[source]) if rows else {}
     if trust is not None:
-        figures["judge"] = {name: _rate(rate) for name, rate in trust.items()}
+        figures["judge"] = {name: _rate(rate) for name, rate in trust.items() if rate.total}
     for source, sources in CEILINGS.items():
         for measure, figure in figures.get(source, {}).items():
             for name, other in zip(("render", "vae"), sources, strict=True):

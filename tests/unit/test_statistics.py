@@ -1,0 +1,51 @@
+"""Intervals against published and recomputed values."""
+
+import math
+
+import pytest
+
+from vidgen.evaluation.statistics import Rate, guess_rate, mean_interval, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_equals_newcombes_table(correct, total, low, high):
+    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_interval_solves_its_equation():
+    z = 1.959963984540054
+    for bound in wilson_interval(37, 50):
+        assert abs(37 / 50 - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / 50))
+
+
+def test_wilson_interval_is_symmetric_and_covers_all_of_nothing():
+    low, high = wilson_interval(3, 17)
+    assert wilson_interval(14, 17) == pytest.approx((1 - high, 1 - low))
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert wilson_interval(9, 9)[1] == 1.0
+
+
+def test_a_rate_counts():
+    rate = Rate.of([True, False, True, True])
+    assert (rate.correct, rate.total, rate.rate) == (3, 4, 0.75)
+    assert math.isnan(Rate(0, 0).rate)
+
+
+def test_the_best_guess_is_the_commonest_label():
+    assert guess_rate(["still", "pan", "still", "zoom"]) == 0.5
+    assert math.isnan(guess_rate([]))
+
+
+def test_mean_interval_of_a_known_sample():
+    low, high = mean_interval([1.0, 2.0, 3.0, 4.0])
+    half = 1.959963984540054 * math.sqrt(5 / 3) / 2
+    assert (low, high) == pytest.approx((2.5 - half, 2.5 + half))
+    assert mean_interval([1.0]) == (-math.inf, math.inf)
