@@ -124,7 +124,8 @@ def caption(scene: Scene, seed: int, detail: Detail | None = None) -> str:
             full with `FULL_SHARE`.
     """
     draws = Draws(scene.seed * 0x10001 + seed, stream=5)
-    full = draws.chance(FULL_SHARE) if detail is None else detail == "full"
+    full = draws.chance(FULL_SHARE)  # drawn always, so that the words after it stay the same
+    full = full if detail is None else detail == "full"
     speech = _Speech(scene, draws)
     text = speech.full() if full else speech.short()
     return f"{text[0].upper()}{text[1:]}." if draws.chance(0.15) else text
