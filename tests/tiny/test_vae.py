@@ -142,6 +142,13 @@ def test_receptive_frames_are_exact(vae):
     assert [bool(group.any()) for group in groups] == [2 <= i < 2 + reach for i in range(reach + 3)]
 
 
+def test_one_clip_decodes_alike_with_and_without_gradients(vae):
+    latents = torch.randn(1, 4, 3, 4, 4)
+    with torch.no_grad():
+        expected = vae.decode(latents)
+    torch.testing.assert_close(vae.decode(latents), expected, rtol=0, atol=1e-5)
+
+
 def test_stream_encoding_refuses_left_over_frames(vae):
     stream = vae.stream_encode([random_video(vae.strides.t)])
     with pytest.raises(InputError, match="left over"):
