@@ -73,7 +73,7 @@ class Canvas:
         weathers: Tensor,
     ) -> None:
         self.x, self.y, self.seconds, self.pixel = x, y, seconds, pixel
-        self._looks, self._next = looks, 0
+        self.looks, self._next = looks, 0
         self.times = times
         light, gloom = self._by(_LIGHT, times), self._by(_GLOOM, weathers)
         self.light = light * gloom
@@ -95,13 +95,13 @@ class Canvas:
 
     def draw(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Return the scene's next draw in [low, high), [N, 1, 1]."""
-        value = self._looks[:, self._next, None, None]
+        value = self.looks[:, self._next, None, None]
         self._next += 1
         return value * (high - low) + low
 
     def table(self, size: int = 8) -> Tensor:
         """Return the scene's next few draws, [N, size], to be looked up by cell."""
-        values = self._looks[:, self._next : self._next + size]
+        values = self.looks[:, self._next : self._next + size]
         self._next += size
         return values
 

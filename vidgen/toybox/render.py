@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,18 +28,25 @@ from vidgen.toybox.motion import (
     frame_sides,
     sheet_description,
 )
-from vidgen.toybox.scenes import PLACES, SPRITES, TIMES, WEATHERS, Draws, Scene
+from vidgen.toybox.scenes import PLACES, SPRITES, TIMES, TINTS, WEATHERS, Draws, Scene
 
 MAX_ACTORS = 2
-_PIXELS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 23}
+_PIXELS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
 _MIPS = 5  # texture sides fall by sqrt(2) from level to level
-_TINT_COLORS = {
-    "red": (0.92, 0.12, 0.12), "orange": (1.0, 0.50, 0.05), "yellow": (1.0, 0.86, 0.10),
-    "green": (0.12, 0.70, 0.20), "blue": (0.12, 0.36, 0.95), "purple": (0.56, 0.16, 0.80),
-    "pink": (1.0, 0.45, 0.72),
-}  # fmt: skip
+_TINT_COLORS = np.array([
+    (0.92, 0.12, 0.12), (1.0, 0.50, 0.05), (1.0, 0.86, 0.10), (0.12, 0.70, 0.20),
+    (0.12, 0.36, 0.95), (0.56, 0.16, 0.80), (1.0, 0.45, 0.72), (-1.0, -1.0, -1.0),
+])  # fmt: skip  # as TINTS, none last
+assert len(_TINT_COLORS) == len(TINTS) + 1
 #: Light on sprites by time of day: a hint, they stay recognisable.
-_SPRITE_LIGHT = ((1.0, 1.0, 1.0), (0.98, 0.94, 0.96), (1.0, 0.90, 0.82), (0.82, 0.86, 0.97))
+_SPRITE_LIGHT = np.array(
+    [(1.0, 1.0, 1.0), (0.98, 0.94, 0.96), (1.0, 0.90, 0.82), (0.82, 0.86, 0.97)]
+)
+#: Layers of what falls: speed down and sideways in world units a second, opacity.
+_FALLING = {
+    "rain": ((1.9, -0.25, 0.42), (1.5, -0.2, 0.26)),
+    "snow": ((0.36, 0.06, 0.90), (0.22, -0.04, 0.70)),
+}
 
 
 class Rendered(NamedTuple):
@@ -56,11 +63,14 @@ class Rendered(NamedTuple):
 class _Plan(NamedTuple):
     """Scenes as arrays, float64 until the last moment: every device starts from equal numbers."""
 
-    camera: NDArray[np.float64]  # [B, T, 3] x, y, zoom
-    actors: NDArray[np.float64]  # [B, A, T, 5] x, y, width, height, angle
-    flips: NDArray[np.float64]  # [B, A] -1 where mirrored
-    sprites: NDArray[np.int64]  # [B, A] index, -1 where absent
+    looks: NDArray[np.float32]  # [B, NUM_DRAWS]
     seconds: NDArray[np.float64]  # [B, T]
+    times: NDArray[np.int64]  # [B] index into TIMES
+    weathers: NDArray[np.int64]  # [B] index into WEATHERS
+    camera: NDArray[np.float64]  # [B, T, 3] x, y, zoom
+    sprites: NDArray[np.int64]  # [B, A] index, -1 where absent
+    tints: NDArray[np.int64]  # [B, A] index into TINTS, -1 for none
+    actors: NDArray[np.float64]  # [B, A, T, 6] x, y, width, height, angle, -1 where mirrored
 
 
 def render(
@@ -97,20 +107,17 @@ def render(
         raise InputError(f"frames {wanted.min()}..{wanted.max()} of a clip of {num_frames}")
     device = torch.device(device)
     plan = _plan(scenes, wanted, Clock(num_frames, fps), (height, width))
-    shape = (*wanted.shape, height, width)
-    video = torch.empty((*shape[:2], 3, height, width), device=device)
-    masks = torch.zeros((*shape[:2], MAX_ACTORS, height, width), device=device)
-    looks = torch.from_numpy(_looks([s.seed for s in scenes])).to(device)
+    count, moments = wanted.shape
+    video = torch.empty(count, 3, moments, height, width, device=device)
+    masks = torch.empty(count, MAX_ACTORS, moments, height, width, device=device)
     at_once = max(1, _PIXELS_AT_ONCE.get(device.type, 1 << 17) // (height * width))
     for place in PLACES:
-        here = [b for b, scene in enumerate(scenes) if scene.place == place]
-        pairs = [(b, t) for b in here for t in range(wanted.shape[1])]
-        for start in range(0, len(pairs), at_once):
-            _paint(pairs[start : start + at_once], scenes, plan, looks, video, masks)
-    return Rendered(
-        video.mul_(2).sub_(1).clamp_(-1, 1).transpose(1, 2).contiguous(),
-        masks.transpose(1, 2).contiguous(),
-    )
+        here = [index for index, scene in enumerate(scenes) if scene.place == place]
+        b, t = np.repeat(here, moments).astype(np.int64), np.tile(np.arange(moments), len(here))
+        for start in range(0, len(b), at_once):
+            chunk = slice(start, start + at_once)
+            _paint(place, plan, b[chunk], t[chunk], video, masks)
+    return Rendered(video, masks)
 
 
 def _plan(
@@ -118,22 +125,26 @@ def _plan(
 ) -> _Plan:
     count, moments = wanted.shape
     plan = _Plan(
-        camera=np.zeros((count, moments, 3)),
-        actors=np.ones((count, MAX_ACTORS, moments, 5)),
-        flips=np.ones((count, MAX_ACTORS)),
-        sprites=np.full((count, MAX_ACTORS), -1),
+        looks=_looks([scene.seed for scene in scenes]),
         seconds=wanted / clock.fps,
+        times=np.array([TIMES.index(scene.time_of_day) for scene in scenes]),
+        weathers=np.array([WEATHERS.index(scene.weather) for scene in scenes]),
+        camera=np.empty((count, moments, 3)),
+        sprites=np.full((count, MAX_ACTORS), -1),
+        tints=np.full((count, MAX_ACTORS), -1),
+        actors=np.ones((count, MAX_ACTORS, moments, 6)),
     )
     sides = frame_sides(*size)
     for b, scene in enumerate(scenes):
         progress = clock.progress(wanted[b].astype(np.float64))
         plan.camera[b] = np.stack(camera_track(scene, sides, progress), -1)
         for a, track in enumerate(actor_tracks(scene, sides, clock, progress)):
-            plan.actors[b, a] = np.stack(
-                [track.x, track.y, track.width, track.height, track.angle], -1
-            )
-            plan.flips[b, a] = -1.0 if track.flipped else 1.0
+            way = (track.x, track.y, track.width, track.height, track.angle)
+            plan.actors[b, a, :, :5] = np.stack(way, -1)
+            plan.actors[b, a, :, 5] = -1.0 if track.flipped else 1.0
             plan.sprites[b, a] = _SPRITE_INDEX[scene.actors[a].sprite]
+            tint = scene.actors[a].tint
+            plan.tints[b, a] = TINTS.index(tint) if tint else -1
     return plan
 
 
@@ -152,156 +163,142 @@ def _looks(seeds: Sequence[int]) -> NDArray[np.float32]:
 
 
 def _paint(
-    pairs: Sequence[tuple[int, int]],
-    scenes: Sequence[Scene],
+    place: str,
     plan: _Plan,
-    looks: Tensor,
+    b: NDArray[np.int64],
+    t: NDArray[np.int64],
     video: Tensor,
     masks: Tensor,
 ) -> None:
-    """Paint pairs (scene, frame), all in one place, into video and masks [B, T, C, H, W]."""
+    """Paint frames t [N] of scenes b [N], all in one place, into video, masks [B, C, T, H, W]."""
     device, (height, width) = video.device, video.shape[-2:]
-    b, t = (np.array(side) for side in zip(*pairs, strict=True))
-    cast = [scenes[i] for i in b]
     camera = plan.camera[b, t]
-    unit = math.sqrt(height * width)
-    pixel = _column(1 / (camera[:, 2] * unit), device)
-    x = torch.arange(width, device=device) + (0.5 - width / 2)
-    y = torch.arange(height, device=device) + (0.5 - height / 2)
-    times = torch.tensor([TIMES.index(s.time_of_day) for s in cast], device=device)
-    weathers = torch.tensor([WEATHERS.index(s.weather) for s in cast], device=device)
-    b_device = torch.from_numpy(b).to(device)
+    pixel = _send(1 / (camera[:, 2] * math.sqrt(height * width)), device)[:, None, None]
+    center = _send(camera[:, :2], device)[..., None, None]
+    weathers = torch.from_numpy(plan.weathers[b]).to(device)
     canvas = Canvas(
-        x=x * pixel + _column(camera[:, 0], device),
-        y=y[:, None] * pixel + _column(camera[:, 1], device),
-        seconds=_column(plan.seconds[b, t], device),
+        x=(torch.arange(width, device=device) + (0.5 - width / 2)) * pixel + center[:, 0],
+        y=(torch.arange(height, device=device)[:, None] + (0.5 - height / 2)) * pixel
+        + center[:, 1],
+        seconds=_send(plan.seconds[b, t], device)[:, None, None],
         pixel=pixel,
-        looks=looks[b_device],
-        times=times,
+        looks=_send(plan.looks[b], device),
+        times=torch.from_numpy(plan.times[b]).to(device),
         weathers=weathers,
     )
-    image = paint_place(cast[0].place, canvas)
+    image = paint_place(place, canvas)
     paint_fog(canvas, image, weathers, strength=0.55)
-    alphas = image.new_zeros(len(pairs), MAX_ACTORS, height, width)
+    alphas = image.new_zeros(len(b), MAX_ACTORS, height, width)
     for actor in reversed(range(MAX_ACTORS)):
-        _paint_actor(actor, image, alphas, cast, plan, b, t)
+        _paint_actor(actor, image, alphas, plan, b, t)
     paint_fog(canvas, image, weathers, strength=0.11)
-    _paint_falling(canvas, image, cast, looks[b_device])
-    where = (b_device, torch.from_numpy(t).to(device))
-    video[where] = image
+    _paint_falling(canvas, image, plan.weathers[b])
+    where = (torch.from_numpy(b).to(device), slice(None), torch.from_numpy(t).to(device))
+    video[where] = image.mul_(2).sub_(1).clamp_(-1, 1)
     masks[where] = alphas
 
 
-def _column(values: NDArray[np.float64], device: torch.device) -> Tensor:
-    return torch.from_numpy(values.astype(np.float32)).to(device)[:, None, None]
+def _send(values: NDArray[np.floating[Any]], device: torch.device) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32)).to(device)
 
 
 def _paint_actor(
     actor: int,
     image: Tensor,
     alphas: Tensor,
-    cast: Sequence[Scene],
     plan: _Plan,
     b: NDArray[np.int64],
     t: NDArray[np.int64],
 ) -> None:
     """Lay one actor of each scene over the pictures, where it is in the frame at all."""
     height, width = image.shape[-2:]
-    unit = math.sqrt(height * width)
     camera, way = plan.camera[b, t], plan.actors[b, actor, t]
-    scale = camera[:, 2] * unit
-    x = (way[:, 0] - camera[:, 0]) * scale + width / 2
-    y = (way[:, 1] - camera[:, 1]) * scale + height / 2
-    half_w, half_h = way[:, 2] * scale / 2, way[:, 3] * scale / 2
-    reach = np.hypot(half_w, half_h)
-    seen = (plan.sprites[b, actor] >= 0) & (np.abs(x - width / 2) < width / 2 + reach)
-    seen &= np.abs(y - height / 2) < height / 2 + reach
+    scale = camera[:, 2:] * math.sqrt(height * width)
+    middle = np.array([width / 2, height / 2])
+    center = (way[:, :2] - camera[:, :2]) * scale + middle
+    half = way[:, 2:4] * scale / 2
+    reach = np.hypot(half[:, 0], half[:, 1])
+    seen = (np.abs(center - middle) < middle + reach[:, None]).all(1)
+    seen &= plan.sprites[b, actor] >= 0
     tile, margin = sheet_description()["tile"], sheet_description()["margin"]
-    content = (tile - 2 * margin) / tile
-    shrink = (tile - 2 * margin) / (2 * np.maximum(half_w, half_h))
-    levels = np.clip(np.floor(2 * np.log2(np.maximum(shrink, 1e-6)) + 0.25), 0, _MIPS - 1)
+    shrink = (tile / 2 - margin) / half.max(1)  # texels a pixel
+    levels = np.clip(np.floor(2 * np.log2(shrink) + 0.25), 0, _MIPS - 1)
     for level in np.unique(levels[seen]):
         rows = np.flatnonzero(seen & (levels == level))
         cos, sin = np.cos(way[rows, 4]), np.sin(way[rows, 4])
-        flip = plan.flips[b[rows], actor]
-        local = np.stack(
-            [x[rows], y[rows], flip * cos * content / half_w[rows],
-             flip * sin * content / half_w[rows], -sin * content / half_h[rows],
-             cos * content / half_h[rows]], 0)  # fmt: skip
-        texture = _textures(image.device)[int(level)]
-        picked = texture[torch.from_numpy(plan.sprites[b[rows], actor]).to(image.device)]
-        side = math.ceil(2 * reach[rows].max()) + 3
-        _stamp(
-            image, alphas, actor, torch.from_numpy(rows).to(image.device), picked,
-            torch.from_numpy(local.astype(np.float32)).to(image.device)[..., None, None],
-            (min(side, height), min(side, width)), _shades([cast[int(i)] for i in rows], actor),
+        fill = (1 - 2 * margin / tile) / half[rows]
+        across, down = way[rows, 5] * fill[:, 0], fill[:, 1]
+        stamp = _Stamp(
+            rows=torch.from_numpy(rows).to(image.device),
+            texture=_textures(image.device)[int(level)][
+                torch.from_numpy(plan.sprites[b[rows], actor]).to(image.device)
+            ],
+            center=_send(center[rows].T, image.device)[..., None, None],
+            matrix=_send(np.stack([cos * across, sin * across, -sin * down, cos * down]),
+                         image.device)[..., None, None],
+            light=_send(_SPRITE_LIGHT[plan.times[b[rows]]], image.device)[..., None, None],
+            tint=_send(_TINT_COLORS[plan.tints[b[rows], actor]], image.device)[..., None, None],
+            side=math.ceil(2 * reach[rows].max()) + 3,
         )  # fmt: skip
+        flat, color, alpha = _sample(stamp, height, width)
+        _blend(image, stamp.rows, flat, color, alpha)
+        covered = alphas.new_zeros(1, 1, 1).expand(len(rows), MAX_ACTORS, alpha.shape[2]).clone()
+        covered[:, actor] = alpha[:, 0]
+        _blend(alphas, stamp.rows, flat, covered, alpha)
 
 
-class _Shades(NamedTuple):
-    light: Tensor  # [n, 3, 1, 1]
-    tint: Tensor  # [n, 3, 1, 1]
-    tinted: Tensor  # [n, 1, 1, 1], 1 where tinted
+class _Stamp(NamedTuple):
+    """Sprites to be laid over n pictures.
 
-
-def _shades(cast: Sequence[Scene], actor: int) -> _Shades:
-    lights = torch.tensor([_SPRITE_LIGHT[TIMES.index(s.time_of_day)] for s in cast])
-    tints = [s.actors[actor].tint for s in cast]
-    colors = torch.tensor([_TINT_COLORS.get(t or "", (0.0, 0.0, 0.0)) for t in tints])
-    tinted = torch.tensor([float(t is not None) for t in tints])
-    return _Shades(lights[..., None, None], colors[..., None, None], tinted[:, None, None, None])
-
-
-def _stamp(
-    image: Tensor,
-    alphas: Tensor,
-    actor: int,
-    rows: Tensor,
-    texture: Tensor,
-    local: Tensor,
-    window: tuple[int, int],
-    shades: _Shades,
-) -> None:
-    """Sample textures [n, 4, s, s] through windows around the actors and blend them in.
-
-    ``local`` [6, n, 1, 1] holds the centre (x, y) in pixels and the matrix to texture coordinates.
+    rows: which pictures, [n].
+    texture: premultiplied RGBA, [n, 4, s, s].
+    center: (x, y) in pixels, [2, n, 1, 1].
+    matrix: from pixels off the centre to texture coordinates, by rows, [4, n, 1, 1].
+    light: [n, 3, 1, 1].
+    tint: [n, 3, 1, 1], negative for none.
+    side: of the square window that holds each sprite, in pixels.
     """
-    height, width = image.shape[-2:]
-    cx, cy, ux, uy, vx, vy = local
-    high, wide = window
+
+    rows: Tensor
+    texture: Tensor
+    center: Tensor
+    matrix: Tensor
+    light: Tensor
+    tint: Tensor
+    side: int
+
+
+def _sample(stamp: _Stamp, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return pixel numbers [n, P], premultiplied colours [n, 3, P] and alpha [n, 1, P]."""
+    device = stamp.rows.device
+    high, wide = min(stamp.side, height), min(stamp.side, width)
+    cx, cy = stamp.center
     top = (torch.floor(cy) - high // 2).clamp(0, height - high)
     left = (torch.floor(cx) - wide // 2).clamp(0, width - wide)
-    py = top + torch.arange(high, device=image.device)[:, None]
-    px = left + torch.arange(wide, device=image.device)
+    py = top + torch.arange(high, device=device)[:, None]
+    px = left + torch.arange(wide, device=device)
     dx, dy = px + 0.5 - cx, py + 0.5 - cy
+    ux, uy, vx, vy = stamp.matrix
     grid = torch.stack([dx * ux + dy * uy, dx * vx + dy * vy], -1)
-    sample = F.grid_sample(texture, grid, mode="bilinear", align_corners=False)
+    sample = F.grid_sample(stamp.texture, grid, mode="bilinear", align_corners=False)
     color, alpha = sample[:, :3], sample[:, 3:]
-    device = image.device
-    if bool(shades.tinted.any()):
+    tinted = stamp.tint[:, :1] >= 0
+    if bool(tinted.any()):
         luma = color[:, :1] * 0.35 + color[:, 1:2] * 0.5 + color[:, 2:] * 0.15
-        toned = shades.tint.to(device) * (luma * 0.85 + alpha * 0.25)
+        toned = stamp.tint * (luma * 0.80 + alpha * 0.40)
         toned = toned + (luma - alpha * 0.62).clamp(min=0) * 0.8
-        toned = torch.minimum(toned * 0.88 + color * 0.12, alpha)
-        color = torch.where(shades.tinted.to(device) > 0, toned, color)
-    color = color * shades.light.to(device)
-    flat = (py.long() * width + px.long()).flatten(1)
-    _blend(image, rows, flat, color, alpha)
-    behind = alphas.new_zeros(len(rows), 1, 1, 1).expand_as(alpha)
-    for other in range(actor + 1, MAX_ACTORS):
-        plane = alphas[:, other : other + 1]
-        _blend(plane, rows, flat, behind, alpha)
-    _blend(alphas[:, actor : actor + 1], rows, flat, alpha, alpha)
+        color = torch.where(tinted, torch.minimum(toned * 0.88 + color * 0.12, alpha), color)
+    color = color * stamp.light
+    return (py.long() * width + px.long()).flatten(1), color.flatten(2), alpha.flatten(2)
 
 
 def _blend(image: Tensor, rows: Tensor, flat: Tensor, color: Tensor, alpha: Tensor) -> None:
-    """Put premultiplied colours [n, C, h, w] over pixels ``flat`` [n, h * w] of image[rows]."""
-    channels, (height, width) = image.shape[1], image.shape[-2:]
-    planes = image[rows].reshape(len(rows), channels, height * width)
-    index = flat[:, None].expand(-1, channels, -1)
-    under = planes.gather(2, index)
-    over = color.flatten(2) + under * (1 - alpha.flatten(2))
-    image[rows] = planes.scatter_(2, index, over).view(-1, channels, height, width)
+    """Put premultiplied colours [n, C, P] over the pixels ``flat`` [n, P] of image[rows]."""
+    channels, area = image.shape[1], image.shape[2] * image.shape[3]
+    first = rows[:, None] * channels + torch.arange(channels, device=rows.device)
+    index = (first * area)[..., None] + flat[:, None]
+    planes = image.view(-1)
+    planes[index] = color + planes[index] * (1 - alpha)
 
 
 @lru_cache(maxsize=4)
@@ -332,29 +329,27 @@ def sprite_area(sprite: str) -> float:
     return float(alpha.mean()) / content**2
 
 
-def _paint_falling(canvas: Canvas, image: Tensor, cast: Sequence[Scene], looks: Tensor) -> None:
+def _paint_falling(canvas: Canvas, image: Tensor, weathers: NDArray[np.int64]) -> None:
     """Lay rain or snow over the pictures: two layers of a wrapping tile, falling and drifting."""
     height, width = image.shape[-2:]
     unit = math.sqrt(height * width)
-    for kind, layers in (("rain", ((1.9, -0.25, 0.42), (1.5, -0.2, 0.26))),
-                         ("snow", ((0.36, 0.06, 0.90), (0.22, -0.04, 0.70)))):  # fmt: skip
-        chosen = [i for i, scene in enumerate(cast) if scene.weather == kind]
-        if not chosen:
+    for kind, layers in _FALLING.items():
+        rows = np.flatnonzero(weathers == WEATHERS.index(kind))
+        if not len(rows):
             continue
-        rows = torch.tensor(chosen, device=image.device)
-        seconds, look = canvas.seconds[rows], looks[rows]
-        color = (0.80, 0.87, 0.95) if kind == "rain" else (0.99, 0.99, 1.0)
+        here = torch.from_numpy(rows).to(image.device)
+        seconds, look = canvas.seconds[here], canvas.looks[here]
+        tone = canvas.plain((0.80, 0.87, 0.95) if kind == "rain" else (0.99, 0.99, 1.0))
         for layer, (fall, slide, strength) in enumerate(layers):
             tile = _falling(kind, layer, height, width).to(image.device)
             start = look[:, NUM_DRAWS - 4 + 2 * layer :][:, :2, None, None]
+            sway = wave(seconds * 0.4 + start[:, 1]) * (0.02 if kind == "snow" else 0.0)
             down = torch.floor((seconds * fall + start[:, 0]) * unit)
-            sway = wave(seconds * 0.4 + start[:, 1]) * 0.02 if kind == "snow" else 0.0
             along = torch.floor((seconds * slide + start[:, 1] + sway) * unit)
             y = (torch.arange(height, device=image.device)[:, None] - down).long() % height
             x = (torch.arange(width, device=image.device) - along).long() % width
             mask = tile[y, x] * strength
-            tone = image.new_tensor(color).reshape(1, 3, 1, 1)
-            image[rows] = torch.lerp(image[rows], tone, mask[:, None])
+            image[here] = torch.lerp(image[here], tone, mask[:, None])
 
 
 @lru_cache(maxsize=16)
@@ -364,9 +359,12 @@ def _falling(kind: str, layer: int, height: int, width: int) -> Tensor:
     unit = math.sqrt(height * width)
     y, x = np.mgrid[:height, :width].astype(np.float64)
     tile = np.zeros((height, width))
-    for _ in range(26 if kind == "rain" else 20):
-        dx = (x - draws.uniform(0, width) + width / 2) % width - width / 2
-        dy = (y - draws.uniform(0, height) + height / 2) % height - height / 2
+    for number in range(26 if kind == "rain" else 20):
+        # A golden-ratio lattice, shaken: even, yet without rows (Roberts 2018, the R2 sequence).
+        at_x = (number * 0.7548776662 + draws.uniform(0, 0.12)) * width
+        at_y = (number * 0.5698402910 + draws.uniform(0, 0.12)) * height
+        dx = (x - at_x + width / 2) % width - width / 2
+        dy = (y - at_y + height / 2) % height - height / 2
         if kind == "rain":
             long, thin = unit * (0.055 - 0.015 * layer), unit * (0.008 - 0.002 * layer)
             across, along = np.abs(dx + dy * 0.13) / thin, np.abs(dy) / long
