@@ -83,7 +83,7 @@ def test_a_nested_unknown_key_names_its_path(tmp_path):
         ("{name: x, parts: [{}, 3]}", r"parts\[1\] must be a mapping, not int 3"),
         ("{name: x, inner: {kind: be}}", "kind is 'be'; did you mean 'bee'"),
         ("{name: x, fps: 1/0}", "fps must be a number or fraction"),
-        ("{name: x, either: []}", "either must be a whole number or text, not a list"),
+        ("{name: x, either: []}", "either must be a whole number or text, not a list of 0"),
         ("{name: x, table: {a: b}}", "table.a must be a whole number"),
     ],
 )

@@ -103,14 +103,10 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> Loc
         target = result
         *parents, last = path.split(".")
         for step in parents:
-            target = _descend(target, step, override)
-        if isinstance(target, list):
-            _descend(target, last, override)
-            target[int(last)] = value
-        elif isinstance(target, dict):
-            target[last] = value
-        else:
-            raise InputError(f"override {override!r}: what holds {last!r} is no mapping or list")
+            if isinstance(target, dict):
+                target.setdefault(step, Located({}, {}))
+            target = target[_slot(target, step, override)]
+        target[_slot(target, last, override)] = value
     assert isinstance(result, Located)
     return result
 
@@ -171,56 +167,51 @@ def _copy(value: Any) -> Any:
     return value
 
 
-def _descend(target: Any, step: str, override: str) -> Any:
+def _slot(target: Any, step: str, override: str) -> Any:
+    """The key or index that a step of an override's path means in `target`."""
     if isinstance(target, dict):
-        return target.setdefault(step, Located({}, {}))
+        return step
     if isinstance(target, list) and step.isdigit() and int(step) < len(target):
-        return target[int(step)]
-    found = f"a list of {len(target)}" if isinstance(target, list) else _kind(target)
-    raise InputError(f"override {override!r}: {step!r} leads nowhere in {found}")
+        return int(step)
+    raise InputError(f"override {override!r}: {step!r} leads nowhere in {_kind(target)}")
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "nothing", dict: "a mapping", Located: "a mapping", list: "a list"}
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    names = {type(None): "nothing", dict: "a mapping", Located: "a mapping"}
     return names.get(type(value), f"{type(value).__name__} {value!r}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Check `value` against a type hint and convert what YAML can't express itself."""
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
+    if hint is Any or (isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint)):
         return value
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, where)
     if origin is Literal:
-        if value in args and type(value) in {type(arg) for arg in args}:
+        if any(value == arg and type(value) is type(arg) for arg in args):
             return value
-        known = [str(arg) for arg in args]
-        raise InputError(f"{where} is {value!r}; {nearest(str(value), known)}")
-    if origin is tuple and isinstance(value, list | tuple):
-        hints = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        raise InputError(f"{where} is {value!r}; {nearest(str(value), map(str, args))}")
+    if isinstance(value, Mapping):
+        if is_dataclass(hint) and isinstance(hint, type):
+            return build(hint, value, where)
+        if origin in (dict, Mapping):
+            return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple) and origin in (tuple, list):
+        hints = args if origin is tuple and args[-1] is not Ellipsis else args[:1] * len(value)
         if len(hints) != len(value):
             raise InputError(f"{where} has {len(value)} entries; it must have {len(hints)}")
         pairs = zip(hints, value, strict=True)
-        return tuple(_convert(h, item, f"{where}[{i}]") for i, (h, item) in enumerate(pairs))
-    if origin is list and isinstance(value, list | tuple):
-        return [_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if origin in (dict, Mapping) and isinstance(value, Mapping):
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if is_dataclass(hint) and isinstance(hint, type):
-        if isinstance(value, hint):
-            return value
-        if isinstance(value, Mapping):
-            return build(hint, value, where)
-    elif isinstance(hint, type):
-        return _convert_scalar(hint, value, where)
-    raise InputError(f"{where} must be {_describe(hint)}, not {_kind(value)}")
+        return origin(_convert(h, item, f"{where}[{i}]") for i, (h, item) in enumerate(pairs))
+    return _convert_scalar(hint, value, where)
 
 
 def _convert_union(hints: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in hints:
-        return None
     options = [hint for hint in hints if hint is not type(None)]
+    if value is None and len(options) < len(hints):
+        return None
     if len(options) == 1:
         return _convert(options[0], value, where)
     for hint in options:
@@ -232,23 +223,19 @@ def _convert_union(hints: tuple[Any, ...], value: Any, where: str) -> Any:
     raise InputError(f"{where} must be {expected}, not {_kind(value)}")
 
 
-def _convert_scalar(hint: type, value: Any, where: str) -> Any:
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and is_number:
-        return float(value)
+    if (hint is float and is_number) or (hint is Path and isinstance(value, str | Path)):
+        return hint(value)
     if hint is int and is_number and float(value).is_integer():
         return int(value)
-    if hint in (bool, str) and isinstance(value, hint):
+    if hint in (bool, str, dict, list) and isinstance(value, hint):
         return value
-    if hint is Path and isinstance(value, str | Path):
-        return Path(value)
     if hint is Fraction and (is_number or isinstance(value, str | Fraction)):
         try:
             return Fraction(value)
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, OverflowError, ZeroDivisionError):
             pass
-    if hint in (dict, list) and isinstance(value, hint):
-        return value
     raise InputError(f"{where} must be {_describe(hint)}, not {_kind(value)}")
 
 

@@ -6,11 +6,10 @@ when the request is made; what needs strides, limits or files is judged where th
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,7 +22,10 @@ if TYPE_CHECKING:
     Picture: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any]
 
 MAX_PROMPT = 2000
-MAX_SEED = 2**63 - 1
+_WHOLE = {"seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000)}
+_NUMBER = {"guidance": (0, 100), "guidance_rescale": (0, 1), "strength": (0, 1)}
+_ABOVE_ZERO = {"seconds": 3600, "fps": 240, "shift": 100}
+_CHOICE = {"fit": ("crop", "pad"), "dtype": ("fp32", "bf16", "fp16")}
 _NEEDS = {"strength": ("video",), "mask": ("video", "image")}
 
 
@@ -97,7 +99,7 @@ class Request:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, function(value))
-        self.validate()
+        self._validate()
 
     @classmethod
     def of(cls, prompt: str, options: Mapping[str, Any]) -> Request:
@@ -112,37 +114,29 @@ class Request:
                 raise InputError(f"unknown option {name!r}; {nearest(name, known)}")
         return cls(prompt=prompt, **options)
 
-    def with_seed(self, seed: int) -> Request:
-        """The same request for one clip of this seed."""
-        return replace(self, seed=seed, count=1)
-
-    def validate(self) -> None:
-        """Refuse what no model could honour.
-
-        Raises:
-            InputError: with the value, the limit and the remedy.
-        """
-        _check_text("prompt", self.prompt)
+    def _validate(self) -> None:
+        for name in ("prompt", "negative"):
+            text = getattr(self, name)
+            if not isinstance(text, str | None) or (name == "prompt" and text is None):
+                raise InputError(f"{name} must be text, not {text!r}")
+            if text and len(text) > MAX_PROMPT:
+                raise InputError(f"{name} has {len(text)} characters; shorten it to {MAX_PROMPT}")
         if not self.prompt.strip():
             raise InputError("the prompt is empty; say what is to be seen")
-        if self.negative is not None:
-            _check_text("negative", self.negative)
-        _check_whole("seed", self.seed, 0, MAX_SEED)
-        _check_whole("frames", self.frames, 1, 100_000)
-        _check_whole("steps", self.steps, 1, 1000)
-        _check_whole("count", self.count, 1, 1000)
-        _check_number("seconds", self.seconds, 0, 3600, above=True)
-        _check_number("fps", self.fps, 0, 240, above=True)
-        _check_number("guidance", self.guidance, 0, 100)
-        _check_number("guidance_rescale", self.guidance_rescale, 0, 1)
-        _check_number("shift", self.shift, 0, 100, above=True)
-        _check_number("strength", self.strength, 0, 1)
+        for name, (low, high) in _WHOLE.items():
+            _check_whole(name, getattr(self, name), low, high)
         for side in self.size or ():
             _check_whole("size", side, 16, 8192)
+        for name, span in _NUMBER.items():
+            _check_number(name, getattr(self, name), *span)
+        for name, high in _ABOVE_ZERO.items():
+            _check_number(name, getattr(self, name), 0, high, above=True)
         for seconds, _ in self.frame:
             _check_number("frame", seconds, 0, 3600)
-        _check_choice("fit", self.fit, ("crop", "pad"))
-        _check_choice("dtype", self.dtype, ("fp32", "bf16", "fp16"))
+        for name, known in _CHOICE.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise InputError(f"{name} is {value!r}; {nearest(str(value), known)}")
         if self.seconds is not None and self.frames is not None:
             raise InputError("seconds and frames are both given; give one of them")
         for name, needs in _NEEDS.items():
@@ -150,33 +144,19 @@ class Request:
                 raise InputError(f"{name} needs {' or '.join(needs)}; add it or leave this out")
 
 
-def _check_text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise InputError(f"{name} must be text, not {value!r}")
-    if len(value) > MAX_PROMPT:
-        raise InputError(f"{name} has {len(value)} characters; shorten it to {MAX_PROMPT} at most")
-
-
 def _check_whole(name: str, value: Any, low: int, high: int) -> None:
-    if value is not None and (
-        not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high
-    ):
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (is_whole and low <= value <= high):
         raise InputError(f"{name} is {value!r}; give a whole number from {low} to {high}")
 
 
 def _check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
-    if value is None:
-        return
     is_number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or (above and value == low):
-        span = f"above {low}, {high} at most" if above else f"from {low} to {high}"
-        shown = str(value) if isinstance(value, Fraction) else repr(value)
-        raise InputError(f"{name} is {shown}; give a number {span}")
-
-
-def _check_choice(name: str, value: str | None, known: tuple[str, ...]) -> None:
-    if value is not None and value not in known:
-        raise InputError(f"{name} is {value!r}; {nearest(str(value), known)}")
+    if value is None or (is_number and low <= value <= high and not (above and value == low)):
+        return
+    shown = str(value) if isinstance(value, Fraction) else repr(value)
+    span = f"above {low}, {high} at most" if above else f"from {low} to {high}"
+    raise InputError(f"{name} is {shown}; give a number {span}")
 
 
 def _fraction(value: Any) -> Fraction:
@@ -206,19 +186,17 @@ def _size(value: Any) -> tuple[int, int]:
 
 def _interval(value: Any) -> tuple[float, float]:
     ends = tuple(value) if isinstance(value, Iterable) else (value,)
-    if len(ends) == 2 and all(isinstance(end, int | float) for end in ends):
-        low, high = (float(end) for end in ends)
-        if 0 <= low < high <= 1 and math.isfinite(high):
-            return low, high
-    raise InputError(f"guidance_interval is {value!r}; give two rising numbers from 0 to 1")
+    is_pair = len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
+    if not (is_pair and 0 <= ends[0] < ends[1] <= 1):
+        raise InputError(f"guidance_interval is {value!r}; give two rising numbers from 0 to 1")
+    return float(ends[0]), float(ends[1])
 
 
 def _pairs(value: Any) -> tuple[tuple[float, Picture], ...]:
-    pairs = tuple(value)
-    for pair in pairs:
+    for pair in value:
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
             raise InputError(f"frame holds {pair!r}; give pairs (seconds, picture)")
-    return tuple((seconds, picture) for seconds, picture in pairs)
+    return tuple((seconds, picture) for seconds, picture in value)
 
 
 def _pictures(value: Any) -> tuple[Picture, ...]:

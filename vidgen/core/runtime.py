@@ -6,12 +6,12 @@ import errno
 import hashlib
 import os
 import platform
+import re
 import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -152,38 +152,21 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def set_threads(num_threads: int) -> None:
-    """Pin torch's threads; results on the CPU are bit-equal only for an equal count."""
-    import torch
-
-    torch.set_num_threads(num_threads)
-
-
-@cache
-def cpu_name() -> str:
-    """The processor's model as the system names it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def fingerprint() -> dict[str, Any]:
     """Versions, processor and threads that a result's bits may depend on."""
     import av
     import torch
 
-    libraries = av.library_versions
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
     return {
         "vidgen": __version__,
         "python": platform.python_version(),
         "system": f"{sys.platform}-{platform.machine()}",
         "torch": torch.__version__,
         "av": av.__version__,
-        "libavcodec": ".".join(map(str, libraries["libavcodec"])),
-        "cpu": cpu_name(),
+        "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,

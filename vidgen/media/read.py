@@ -248,59 +248,41 @@ def read_sound(path: str | os.PathLike[str]) -> tuple[np.ndarray[Any, Any], int]
 
 
 def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a media file holds: container, duration in seconds, streams, metadata.
+    """What a media file holds: format, bytes, duration in seconds, streams, foreign metadata.
 
     Raises:
         InputError: missing, or no media file.
     """
     found = _existing_file(path, "file")
+    facts: dict[str, Any] = {"path": str(found), "bytes": found.stat().st_size}
     if found.suffix.lower() in PICTURE_SUFFIXES:
-        return _probe_picture(found)
+        with VideoReader(found) as reader, Image.open(found) as image:
+            count, kind = getattr(image, "n_frames", 1), str(image.format).lower()
+            stream: dict[str, Any] = {"type": "picture", "codec": kind}
+            stream |= {"width": reader.size[0], "height": reader.size[1]}
+            if count > 1:
+                stream |= {"fps": str(reader.fps), "num_frames": count}
+                facts["duration_s"] = float(count / reader.fps)
+        return facts | {"format": kind, "streams": [stream]}
     try:
         with av.open(str(found)) as container:
-            duration = container.duration
-            return {
-                "path": str(found),
-                "bytes": found.stat().st_size,
-                "format": container.format.name,
-                "duration_s": None if duration is None else duration / av.time_base,
-                "streams": [_describe(s) for s in container.streams],
-                "metadata": {
-                    k: v for k, v in container.metadata.items() if k.lower() != RECIPE_KEY
-                },
-            }
+            if container.duration is not None:
+                facts["duration_s"] = container.duration / av.time_base
+            tags = {k: v for k, v in container.metadata.items() if k.lower() != RECIPE_KEY}
+            streams = [_describe(stream) for stream in container.streams]
+            return facts | {"format": container.format.name, "streams": streams, "metadata": tags}
     except av.FFmpegError as error:
         raise InputError(f"{path} is no media file: {error.strerror}") from None
-
-
-def _probe_picture(path: Path) -> dict[str, Any]:
-    with VideoReader(path) as reader, Image.open(path) as image:
-        count, kind = getattr(image, "n_frames", 1), str(image.format).lower()
-        width, height = reader.size
-        stream = {"type": "picture", "codec": kind, "width": width, "height": height}
-        if count > 1:
-            stream |= {"fps": str(reader.fps), "num_frames": count}
-        return {
-            "path": str(path),
-            "bytes": path.stat().st_size,
-            "format": kind,
-            "duration_s": float(count / reader.fps) if count > 1 else None,
-            "streams": [stream],
-            "metadata": {},
-        }
 
 
 def _describe(stream: Any) -> dict[str, Any]:
     context = stream.codec_context
     facts = {"type": stream.type, "codec": context.name if context else None}
     if stream.type == "video":
-        rate = stream.average_rate
-        return facts | {
-            "width": context.width, "height": context.height, "pix_fmt": context.pix_fmt,
-            "fps": str(rate) if rate else None, "num_frames": stream.frames or None,
-        }
-    if stream.type == "audio":
-        return facts | {"rate": stream.rate, "channels": stream.channels}
+        facts |= {"width": context.width, "height": context.height, "pix_fmt": context.pix_fmt}
+        facts |= {"fps": str(stream.average_rate), "num_frames": stream.frames or None}
+    elif stream.type == "audio":
+        facts |= {"rate": stream.rate, "channels": stream.channels}
     return facts
 
 
@@ -310,25 +292,26 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         InputError: missing, no media file, or a recipe that is no JSON.
     """
-    found = Path(path)
-    if found.is_dir():
-        file = found / RECIPE_FILE
+    if Path(path).is_dir():
+        file = Path(path, RECIPE_FILE)
         text = file.read_text() if file.is_file() else None
     else:
-        text = _picture_recipe(_existing_file(found, "file"))
-        if text is None:
-            try:
-                with av.open(str(found)) as container:
-                    # Matroska's tags come back in capitals.
-                    tags = {key.lower(): value for key, value in container.metadata.items()}
-                    text = tags.get(RECIPE_KEY)
-            except av.FFmpegError as error:
-                raise InputError(f"{path} is no media file: {error.strerror}") from None
+        found = _existing_file(path, "file")
+        text = _picture_recipe(found) or _container_recipe(found)
     try:
         recipe = None if text is None else json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"the recipe in {path} is damaged: {error}") from None
     return recipe if isinstance(recipe, dict) else None
+
+
+def _container_recipe(path: Path) -> str | None:
+    try:
+        with av.open(str(path)) as container:
+            # Matroska's tags come back in capitals.
+            return {k.lower(): v for k, v in container.metadata.items()}.get(RECIPE_KEY)
+    except av.FFmpegError as error:
+        raise InputError(f"{path} is no media file: {error.strerror}") from None
 
 
 def _picture_recipe(path: Path) -> str | None:

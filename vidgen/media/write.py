@@ -144,7 +144,8 @@ def write_clip(
         OutputError: it exists, can't be written, or the disk is full.
     """
     suffix = check_format(path, info.num_frames)
-    check_output(path, overwrite=overwrite)
+    pixels = info.size[0] * info.size[1] * info.num_frames
+    check_output(path, overwrite=overwrite, num_bytes=pixels // 4)  # H.264's worst, about
     if suffix in CONTAINERS:
         encode = partial(_write_container, Path(path), CONTAINERS[suffix], info)
     else:
