@@ -1,6 +1,6 @@
 """Render and encode the Toybox clips that `train/dit.py` learns from; goes on where it stopped.
 
-    python train/cache.py -c configs/train/toybox_dit.yaml [--set caches.0.shards=64]...
+python train/cache.py -c configs/train/toybox_dit.yaml [--set caches.0.shards=64]...
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 import sys
 
 from rich.progress import track
-
 
 from vidgen.core.config import apply_overrides, build, load_yaml
 from vidgen.core.errors import VidgenError

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.runtime import choose_device
+from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition import (
     ConditionMix,
     LatentState,
@@ -32,15 +33,19 @@ from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import PromptTokenizer, UMT5Encoder, encode_tokens
-from vidgen.toybox.captions import ATTRIBUTES, attributes, caption
+from vidgen.toybox.captions import CLASSES, attributes, caption
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache
-from vidgen.core.shapes import Strides
 
 STRIDES = Strides(t=4, hw=16)
 VALIDATION_SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
+PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
+WITH_STILLS = ConditionMix(
+    text=0.4, first=0.05, last=0.2, both=0.2, frames=0.1, prefix=0.05, mask=0.0, reference=0.4
+)
+TEXT_ONLY = ConditionMix(text=1, first=0, last=0, both=0, frames=0, prefix=0, mask=0, reference=0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ class DiTRun:
         caches: what `train/cache.py` made; one entry an aspect ratio, drawn by clip count.
         tokenizer: folder with `tokenizer.json`.
         shifts: of the training times, one a phase: larger clips need more noise.
+        conditions: of batches without stills, which cost no tokens.
+        still_conditions: of the share of batches that get last frames, keyframes, references.
+        still_share: that share.
         caption_dropout: share of samples that see an empty prompt, for guidance.
         attribute_weight: of the caption-to-attributes loss.
         validation_clips: taken off the end of the first cache, never trained on.
@@ -62,7 +70,9 @@ class DiTRun:
     shifts: tuple[float, ...]
     preset: str = "toybox"
     text_preset: str = "toybox"
-    conditions: ConditionMix = ConditionMix()
+    conditions: ConditionMix = PLAIN
+    still_conditions: ConditionMix = WITH_STILLS
+    still_share: float = 0.25
     caption_dropout: float = 0.1
     attribute_weight: float = 0.1
     validation_clips: int = 64
@@ -74,7 +84,7 @@ class AttributeHeads(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(dim, len(classes)) for name, classes in ATTRIBUTES.items()}
+            {name: nn.Linear(dim, len(classes)) for name, classes in CLASSES.items()}
         )
 
     def loss(self, context: Tensor, mask: Tensor, labels: dict[str, Tensor]) -> Tensor:
@@ -157,9 +167,13 @@ class DiTTask:
             latents = clips[rows, :, :length].float()
             inside = chosen.frame_index[0] < num_frames
             chosen = Stills(chosen.latents[:, :, inside], chosen.frame_index[:, inside])
-        state = training_conditions(
-            latents, draw, conditions or self.config.conditions, STRIDES, stills=chosen
-        )
+        if conditions is None and torch.rand((), generator=draw) < self.config.still_share:
+            state = training_conditions(
+                latents, draw, self.config.still_conditions, STRIDES, stills=chosen
+            )
+        else:
+            mix = conditions or self.config.conditions
+            state = training_conditions(latents, draw, mix, STRIDES)
         seeds = torch.randint(2**31, (len(rows),), generator=draw).tolist()
         scenes = [self.caches[which].scene(row) for row in rows.tolist()]
         texts = [caption(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)]
@@ -217,7 +231,7 @@ class DiTTask:
             draw = torch.Generator().manual_seed(round(level * 1000))
             batch = self._assemble(
                 0, rows, num_frames, torch.full((count,), level), draw,
-                conditions=ConditionMix(1, 0, 0, 0, 0, 0, 0, 0), dropout=0.0,
+                conditions=TEXT_ONLY, dropout=0.0,
             )
             bf16 = self.config.run.dtype == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
@@ -235,7 +249,7 @@ def _hash(*values: int) -> int:
 def _labels(described: list[dict[str, str | None]], dropped: Tensor) -> dict[str, Tensor]:
     """Class indices by attribute, [B]; -1 where there is nothing to name."""
     table = {}
-    for name, classes in ATTRIBUTES.items():
+    for name, classes in CLASSES.items():
         index = {value: i for i, value in enumerate(classes)}
         values = torch.tensor([index.get(entry[name], -1) for entry in described])
         table[name] = values.masked_fill(dropped, -1)

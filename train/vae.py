@@ -86,8 +86,11 @@ class VAETask:
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW over everything trainable."""
-        return build_optimizers(self.modules, self.config.run.optim)
+        """AdamW, or Muon for the convolutions between the first and the last."""
+        return build_optimizers(
+            self.modules, self.config.run.optim,
+            use_muon=lambda name, _: "conv_in" not in name and "conv_out" not in name,
+        )
 
     def start_phase(self, index: int, phase: Phase) -> bool:
         """Inflate the temporal weights when the first clips come after single frames."""
@@ -110,7 +113,8 @@ class VAETask:
             shown = render(scenes, num_frames=num_frames, device=self.device, **size)
         else:
             picks = torch.randint(33, (count,), generator=torch.Generator().manual_seed(base))
-            shown = render(scenes, num_frames=33, frames=picks[:, None].tolist(), device=self.device, **size)
+            frames = picks[:, None].tolist()
+            shown = render(scenes, num_frames=33, frames=frames, device=self.device, **size)
         return {"video": shown.video, "mask": shown.masks.amax(1, keepdim=True)}
 
     def loss(

@@ -79,7 +79,7 @@ def known(engine: Engine, **options: object) -> tuple[torch.Tensor, torch.Tensor
 
 
 def test_the_first_frame_is_kept_exactly(engine: Engine, picture: np.ndarray) -> None:
-    mask, state, plan = known(engine, image=picture, size="32x32")
+    mask, state, _ = known(engine, image=picture, size="32x32")
     assert mask[:, :, 0].all()
     assert not mask[:, :, 1:].any()
     clip = engine.generate(PROMPT, seed=1, image=picture, size="32x32")

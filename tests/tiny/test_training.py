@@ -29,7 +29,9 @@ ROOT = Path(__file__).parents[2]
 class Regression:
     """A small network learns a fixed random map; every batch depends on (step, micro) alone."""
 
-    def __init__(self, run: RunConfig, stop_at: int | None = None, poison: frozenset[int] = frozenset()):
+    def __init__(
+        self, run: RunConfig, stop_at: int | None = None, poison: frozenset[int] = frozenset()
+    ) -> None:
         torch.manual_seed(run.seed)
         self.run, self.stop_at, self.poison = run, stop_at, poison
         self.net = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Linear(16, 4))
@@ -39,7 +41,7 @@ class Regression:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.modules, self.run.optim, use_muon=lambda name, _: "0." in name)
 
-    def start_phase(self, index: int, phase: Phase) -> bool:
+    def start_phase(self, index: int, _phase: Phase) -> bool:
         self.phases.append(index)
         return False
 
@@ -50,13 +52,13 @@ class Regression:
         x = torch.randn(phase.batch_size, 4, generator=draw)
         return x * math.nan if step in self.poison else x
 
-    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Tensor, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
         error = (self.net(batch).float() - batch.flip(-1)).square().mean()
         return error, {"error": error.detach()}
 
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
-        with torch.no_grad():
-            return {"held_out": float((self.net(torch.eye(4)) - torch.eye(4).flip(-1)).square().mean())}
+    def validate(self, _step: int, _folder: Path) -> dict[str, float]:
+        error = self.net(torch.eye(4)) - torch.eye(4).flip(-1)
+        return {"held_out": float(error.square().mean())}
 
 
 def make_run(folder: Path, **changes: object) -> RunConfig:

@@ -25,6 +25,7 @@ VERBS = {
     "inspect": "what a media file holds, and the recipe that made it",
     "models": "the models that are ready to use",
     "eval": "score a model on a suite",
+    "convert": "a model folder in another layout",
 }
 LONG = ("generate", "eval")
 INTERRUPTED = 130

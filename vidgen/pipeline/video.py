@@ -5,7 +5,8 @@
 A task (a first frame, a mask, a clip to re-imagine) is a condition written into the state by
 `prepare`; nothing else knows of it.
 
-Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W pixels.
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W
+pixel rows and columns.
 """
 
 from __future__ import annotations
@@ -76,19 +77,15 @@ class Engine:
         self.folder, self.device = folder, device
         self.dtype = dtype or _best_dtype(device)
         weights, path = DTYPES[self.dtype], folder.path
-        self.vae = load_module(
-            lambda config=config_of(VAEConfig, path / "vae"): CausalVAE(config),
-            path / "vae" / "model.safetensors", weights, device,
-        )
-        self.dit = load_module(
-            lambda config=config_of(DiTConfig, path / "transformer"): SpacetimeDiT(config),
-            path / "transformer" / "model.safetensors", weights, device,
-            SpacetimeDiT.fp32_weights,
-        )
+        vae = config_of(VAEConfig, path / "vae")
+        dit = config_of(DiTConfig, path / "transformer")
         text = TextConfig.from_transformers(read_config(path / "text_encoder"))
-        encoder = load_module(
-            lambda: UMT5Encoder(text), path / "text_encoder" / "model.safetensors", weights, device
+        self.vae = load_module(lambda: CausalVAE(vae), path / "vae", weights, device)
+        self.dit = load_module(
+            lambda: SpacetimeDiT(dit), path / "transformer", weights, device,
+            keep_fp32=SpacetimeDiT.fp32_weights,
         )
+        encoder = load_module(lambda: UMT5Encoder(text), path / "text_encoder", weights, device)
         tokenizer = PromptTokenizer(path / "tokenizer", self.dit.config.text_len)
         self.text = TextEncoder(encoder, tokenizer)
 
@@ -262,7 +259,9 @@ class Engine:
         """Dtype of the VAE's weights."""
         return next(self.vae.parameters()).dtype
 
-    def _denoiser(self, plan: Plan, state: LatentState, context: Tensor, lengths: Tensor) -> Denoise:
+    def _denoiser(
+        self, plan: Plan, state: LatentState, context: Tensor, lengths: Tensor
+    ) -> Denoise:
         whole = plan.sampler == "unipc"
 
         def denoise(latents: Tensor, sigma: Tensor) -> Tensor:

@@ -286,8 +286,7 @@ class JudgeFolder:
                 f"the judge in {self.path} knows Toybox world {config.world_version}, this is "
                 f"{WORLD_VERSION}; train it again with train/judge.py"
             )
-        weights = self.path / "model.safetensors"
-        return load_module(lambda: Judge(config), weights, torch.float32, device)
+        return load_module(lambda: Judge(config), self.path, torch.float32, device)
 
 
 def embedded_judge() -> JudgeFolder:

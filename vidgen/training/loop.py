@@ -219,7 +219,8 @@ class _Window:
     def means(self) -> dict[str, float]:
         elapsed = time.monotonic() - self.since
         result = {name: value / self.count for name, value in self.sums.items()}
-        result |= {"samples_per_s": self.samples / elapsed, "seconds_per_step": elapsed / self.count}
+        result["samples_per_s"] = self.samples / elapsed
+        result["seconds_per_step"] = elapsed / self.count
         self.clear()
         return result
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vidgen.training.config import OptimConfig
 from vidgen.training.ema import named_parameters
@@ -20,18 +20,79 @@ def lr_scale(config: OptimConfig, step: int) -> float:
     return scale
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made nearly orthogonal (Jordan et al. 2024).
+
+    Convolutions count as matrices [out, in * taps]. The update's root mean square is brought to
+    AdamW's, 0.2 (Liu et al. 2025, eq. 4), so that both share a learning rate.
+
+    Args:
+        params: parameters of two or more axes.
+        lr: learning rate.
+        momentum: of the Nesterov average.
+        weight_decay: decoupled.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient; matrices of one shape go together."""
+        assert closure is None
+        for group in self.param_groups:
+            shapes: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                shapes.setdefault(tuple(update.shape), []).append((parameter, update))
+            for (rows, columns), members in shapes.items():
+                scale = 0.2 * max(rows, columns) ** 0.5
+                whitened = orthogonalized(torch.stack([update for _, update in members]))
+                for (parameter, _), update in zip(members, whitened, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.sub_(update.view(parameter.shape), alpha=group["lr"] * scale)
+
+
+def orthogonalized(matrices: Tensor, num_steps: int = 5) -> Tensor:
+    """Bring singular values near 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024).
+
+    Args:
+        matrices: [N, rows, columns].
+        num_steps: iterations; 5 leave singular values in about 0.7 to 1.2.
+
+    Returns:
+        The same shape, float32.
+    """
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = (matrices if wide else matrices.mT).bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(num_steps):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x if wide else x.mT).float()
+
+
 def build_optimizers(
     modules: Mapping[str, nn.Module],
     config: OptimConfig,
     use_muon: Callable[[str, nn.Parameter], bool] = lambda _name, _parameter: False,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon (Jordan et al. 2024) for the matrices that `use_muon` names.
+    """AdamW for all, or Muon for the matrices that `use_muon` names.
 
     Weight decay is kept off vectors (biases, gains), as is usual.
     """
     muon, matrices, vectors = [], [], []
     for name, parameter in named_parameters(modules).items():
-        if parameter.ndim == 2 and config.muon_lr and use_muon(name, parameter):
+        if parameter.ndim > 1 and config.muon_lr and use_muon(name, parameter):
             muon.append(parameter)
         else:
             (matrices if parameter.ndim > 1 else vectors).append(parameter)
@@ -44,12 +105,7 @@ def build_optimizers(
     ]
     if muon:
         optimizers.append(
-            torch.optim.Muon(
-                muon,
-                lr=config.muon_lr,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
+            Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay)
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:

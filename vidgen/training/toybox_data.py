@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +12,16 @@ from torch import Tensor
 from vidgen.diffusion.condition import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.toybox.render import render
-from vidgen.toybox.scenes import PLACES, SEED_RANGES, WORLD_VERSION, Scene, sample_scenes
+from vidgen.toybox.scenes import (
+    PLACES,
+    SEED_RANGES,
+    WORLD_VERSION,
+    Actor,
+    Scene,
+    is_held_out,
+    sample_scenes,
+    times_in,
+)
 from vidgen.training.latents import LatentShards
 from vidgen.weights.load import config_of, load_module, read_tensors
 
@@ -59,6 +68,7 @@ class ToyboxCache:
             },
         }
         self.shards = LatentShards(config.folder, manifest)
+        self._scenes: dict[int, Scene] = {}
 
     @property
     def num_clips(self) -> int:
@@ -67,8 +77,10 @@ class ToyboxCache:
 
     def scene(self, index: int) -> Scene:
         """The scene of clip `index`; never one of the held-out triples."""
-        seed = SEED_RANGES["train"][0] + self.config.first_scene + index
-        return sample_scenes(seed, 1, split="train")[0]
+        if index not in self._scenes:
+            seed = SEED_RANGES["train"][0] + self.config.first_scene + index
+            self._scenes[index] = sample_scenes(seed, 1, split="train")[0]
+        return self._scenes[index]
 
     def load(self) -> tuple[Tensor, Stills]:
         """Clips [N, C, F, h, w] float16, normalised, and their stills [N, C, 3, h, w]."""
@@ -100,19 +112,23 @@ class ToyboxCache:
             clips.append(encode(vae, shown))
             singles = (shown[:, :, MID_FRAME : MID_FRAME + 1], shown[:, :, -1:], posed)
             stills.append(torch.cat([encode(vae, still) for still in singles], dim=2))
-        self.shards.write(
-            index, {"clips": torch.cat(clips).half().cpu(), "stills": torch.cat(stills).half().cpu()}
-        )
+        tensors = {"clips": torch.cat(clips), "stills": torch.cat(stills)}
+        self.shards.write(index, {name: value.half().cpu() for name, value in tensors.items()})
 
 
 def as_reference(scene: Scene) -> Scene:
-    """The scene's first sprite alone, at rest, in the next place by name, by day."""
-    place = PLACES[(PLACES.index(scene.place) + 1 + scene.seed % (len(PLACES) - 1)) % len(PLACES)]
-    actor = replace(scene.actors[0], motion="stays", direction=None, speed="normal", size="large")
-    return replace(
-        scene, actors=(actor,), relation=None, place=place, time_of_day="day", weather="clear",
-        camera="still",
-    )
+    """The scene's first sprite, alone and at rest in another place, large enough to be learned.
+
+    No place that would show one of the held-out triples is taken.
+    """
+    first = scene.actors[0]
+    places = [
+        place for place in PLACES
+        if place != scene.place and not is_held_out(first.sprite, "stays", place)
+    ]
+    place = places[scene.seed % len(places)]
+    actor = Actor(first.sprite, "stays", first.tint, "large")
+    return Scene(scene.seed, (actor,), place, times_in(place)[0])
 
 
 def encode(vae: CausalVAE, video: Tensor) -> Tensor:
@@ -134,6 +150,4 @@ def encoder_hash(folder: Path) -> str:
 def load_vae(folder: str, device: torch.device) -> CausalVAE:
     """The VAE of a component folder, fp32 weights."""
     config = config_of(VAEConfig, Path(folder))
-    return load_module(
-        lambda: CausalVAE(config), Path(folder) / "model.safetensors", torch.float32, device
-    )
+    return load_module(lambda: CausalVAE(config), Path(folder), torch.float32, device)

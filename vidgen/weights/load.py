@@ -158,7 +158,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def load_module(
     make: Callable[[], Module],
-    path: Path,
+    folder: Path,
     dtype: torch.dtype,
     device: torch.device | str,
     keep_fp32: tuple[str, ...] = (),
@@ -167,7 +167,7 @@ def load_module(
 
     Args:
         make: builds the module; called on the meta device.
-        path: `model.safetensors`.
+        folder: of the component, with `model.safetensors`.
         dtype: of floating-point weights.
         device: where they end up.
         keep_fp32: parts of names of weights that stay float32.
@@ -175,6 +175,7 @@ def load_module(
     Raises:
         ModelError: missing or surplus keys, wrong shapes, unreadable file; names them.
     """
+    path = folder / "model.safetensors"
     with torch.device("meta"):
         module = make()
     tensors = read_tensors(path)
@@ -197,10 +198,8 @@ def load_module(
             "the two files must come from the same model"
         )
     for name, value in tensors.items():
-        kept = any(part in name for part in keep_fp32)
-        if value.is_floating_point():
-            value = value.to(torch.float32 if kept else dtype)
-        tensors[name] = value.to(device)
+        kept = torch.float32 if any(part in name for part in keep_fp32) else dtype
+        tensors[name] = value.to(device, kept if value.is_floating_point() else value.dtype)
     module.load_state_dict(tensors, assign=True)
     return module.eval().requires_grad_(requires_grad=False)
 
