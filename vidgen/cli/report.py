@@ -66,8 +66,10 @@ class Report:
             print(json.dumps({"time": time.time(), **event}), file=self._events, flush=True)
         if event["event"] == "note":
             self._print(f"note: {event['text']}")
-        elif event["event"] == "progress" and sys.stderr.isatty():
-            self._advance(event["stage"], event["done"], event["total"])
+        elif event["event"] == "progress" and event["total"] > 1 and sys.stderr.isatty():
+            many = event.get("num_clips", 1) > 1
+            stage = f"{event['stage']} {event['clip']}" if many else event["stage"]
+            self._advance(stage, event["done"], event["total"])
 
     def result(self, data: dict[str, Any] | list[Any], text: str) -> None:
         """Print the result: `data` for programs or `text` for people."""
