@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.runtime import choose_device
-from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition import (
     ConditionMix,
     LatentState,
@@ -39,7 +38,6 @@ from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache
 
-STRIDES = Strides(t=4, hw=16)
 VALIDATION_SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
 PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
 WITH_STILLS = ConditionMix(
@@ -128,6 +126,8 @@ class DiTTask:
         self.tokenizer = PromptTokenizer(config.tokenizer)
         self.caches = [ToyboxCache(entry) for entry in config.caches]
         self.data = [cache.load() for cache in self.caches]
+        self.strides = self.caches[0].strides
+        self.patch = self.dit.config.patch_size
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for the blocks' matrices, AdamW for all else."""
@@ -159,7 +159,7 @@ class DiTTask:
         *, conditions: ConditionMix | None = None, dropout: float | None = None,
     ) -> Batch:
         clips, stills = self.data[which]
-        length = 1 + (num_frames - 1) // STRIDES.t
+        length = 1 + (num_frames - 1) // self.strides.t
         chosen = Stills(stills.latents[rows].float(), stills.frame_index[rows])
         if num_frames == 1:
             latents, chosen = self._single(clips[rows].float(), chosen, draw)
@@ -168,12 +168,12 @@ class DiTTask:
             inside = chosen.frame_index[0] < num_frames
             chosen = Stills(chosen.latents[:, :, inside], chosen.frame_index[:, inside])
         if conditions is None and torch.rand((), generator=draw) < self.config.still_share:
-            state = training_conditions(
-                latents, draw, self.config.still_conditions, STRIDES, stills=chosen
-            )
+            conditions, shown = self.config.still_conditions, chosen
         else:
-            mix = conditions or self.config.conditions
-            state = training_conditions(latents, draw, mix, STRIDES)
+            conditions, shown = conditions or self.config.conditions, None
+        state = training_conditions(
+            latents, draw, conditions, self.strides, stills=shown, patch=self.patch
+        )
         seeds = torch.randint(2**31, (len(rows),), generator=draw).tolist()
         scenes = [self.caches[which].scene(row) for row in rows.tolist()]
         texts = [caption(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)]
@@ -212,7 +212,7 @@ class DiTTask:
     def _error(self, batch: Batch, context: Tensor) -> Tensor:
         clean = batch.state.clean
         noisy = add_noise(clean, batch.noise, batch.sigma)
-        latents, sigma = denoise_inputs(batch.state, batch.sigma, noisy)
+        latents, sigma = denoise_inputs(batch.state, batch.sigma, noisy, patch=self.patch)
         velocity = self.dit(
             latents, to_timestep(sigma), context,
             context_lengths=batch.mask.sum(1), extra=batch.state.keys,

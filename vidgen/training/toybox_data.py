@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.toybox.render import render
@@ -69,6 +70,11 @@ class ToyboxCache:
         }
         self.shards = LatentShards(config.folder, manifest)
         self._scenes: dict[int, Scene] = {}
+
+    @property
+    def strides(self) -> Strides:
+        """The VAE's."""
+        return config_of(VAEConfig, Path(self.config.vae)).strides
 
     @property
     def num_clips(self) -> int:

@@ -1,0 +1,113 @@
+"""The embedded model's programs at tiny size: cache, train, release, generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from vidgen.pipeline.video import load
+from vidgen.toybox.scenes import is_held_out, sample_scenes
+from vidgen.training.toybox_data import CacheConfig, ToyboxCache, as_reference, encoder_hash
+
+ROOT = Path(__file__).parents[2]
+
+
+def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "train" / f"{name}.py"), *arguments]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def run_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dit")
+    config = {
+        "preset": "tiny", "text_preset": "tiny", "tokenizer": str(tiny_model / "tokenizer"),
+        "shifts": [1.0, 2.0], "validation_clips": 2,
+        "caches": [{
+            "folder": str(folder / "latents"), "vae": str(tiny_model / "vae"), "shards": 2,
+            "shard_size": 4, "height": 32, "width": 32, "num_frames": 33,
+        }],
+        "run": {
+            "folder": str(folder / "run"), "device": "cpu", "validate_every": 100,
+            "phases": [
+                {"steps": 2, "num_frames": 1, "batch_size": 4},
+                {"steps": 4, "num_frames": 17, "batch_size": 4},
+            ],
+            "optim": {"lr": 1e-3, "muon_lr": 1e-3},
+        },
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_training_says_what_is_missing_then_learns_and_is_released(
+    run_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    early = program("dit", "-c", str(run_file))
+    assert early.returncode == 2
+    assert "train/cache.py" in early.stderr
+    made = program("cache", "-c", str(run_file))
+    assert made.returncode == 0, made.stderr
+    trained = program("dit", "-c", str(run_file))
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["step"] == 6
+    out = tmp_path / "model"
+    shutil.copytree(tiny_model, out)
+    released = program("release", "dit", "--run", str(run_file.parent / "run"), "--out", str(out))
+    assert released.returncode == 0, released.stderr
+    clip = load(str(out)).generate("a red car bounces", seed=1, frames=5, size="32x32", steps=2)
+    assert clip.frames.shape == (5, 32, 32, 3)
+
+
+def test_shards_are_made_again_just_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    from vidgen.training.toybox_data import load_vae
+
+    caches = [
+        ToyboxCache(CacheConfig(str(tmp_path / name), str(tiny_model / "vae"), 1, shard_size=2,
+                                height=32, width=32))
+        for name in ("a", "b")
+    ]
+    vae = load_vae(str(tiny_model / "vae"), torch.device("cpu"))
+    for cache in caches:
+        assert cache.missing() == [0]
+        cache.make(0, vae, torch.device("cpu"))
+        assert cache.missing() == []
+    (clips, stills), (other, _) = (cache.load() for cache in caches)
+    assert torch.equal(clips, other)
+    assert clips.shape == (2, 4, 9, 4, 4)
+    assert stills.latents.shape == (2, 4, 3, 4, 4)
+    assert stills.frame_index[0].tolist() == [16, 32, -1]
+
+
+def test_a_new_decoder_leaves_cached_latents_valid(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model / "vae", tmp_path / "vae")
+    path = tmp_path / "vae" / "model.safetensors"
+    before = encoder_hash(tmp_path / "vae")
+    tensors = load_file(path)
+    save_file({n: t + n.startswith("decoder.") for n, t in tensors.items()}, path)
+    assert encoder_hash(tmp_path / "vae") == before
+    save_file({n: t + n.startswith("encoder.") for n, t in tensors.items()}, path)
+    assert encoder_hash(tmp_path / "vae") != before
+
+
+def test_references_show_the_sprite_elsewhere_and_no_held_out_triple() -> None:
+    for scene in sample_scenes(0, 200, split="train"):
+        posed = as_reference(scene)
+        actor = posed.actors[0]
+        assert actor.sprite == scene.actors[0].sprite
+        assert posed.place != scene.place
+        assert not is_held_out(actor.sprite, actor.motion, posed.place)
