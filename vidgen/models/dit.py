@@ -25,17 +25,23 @@ from vidgen.core.protocols import KeyTokens
 from vidgen.models.dit_blocks import (
     Axis,
     Block,
-    Context,
     FeedForward,
     ImageEmbedding,
-    KVCache,
-    Layout,
-    Stream,
     TimeEmbedding,
-    TimeVectors,
     compute_dtype,
 )
 from vidgen.models.dit_init import init_dit
+from vidgen.models.dit_inputs import (
+    AudioTokens,
+    Context,
+    KVCache,
+    Layout,
+    Stream,
+    collapse_padding,
+    embed_times,
+    runs_of_time,
+    visible_frames,
+)
 from vidgen.ops.attention import Backend
 from vidgen.ops.norm import modulated_norm
 from vidgen.ops.patchify import patchify_latents, unpatchify_latents
@@ -125,24 +131,6 @@ class DiTConfig:
     def hidden_dim(self) -> int:
         """D, the width of a token."""
         return self.num_heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class AudioTokens:
-    """Sound that is denoised, or is known, together with the video.
-
-    Attributes:
-        latents: [B, C, N].
-        timestep: [B], or [B, N] where some tokens are known and carry 0; in 0..1000.
-        frames_per_s: latent frames of the video a second (fps / stride_t): the clock that places
-            audio tokens on the video's time axis.
-        start_s: when the first audio token starts, in seconds after the video's first frame.
-    """
-
-    latents: Tensor
-    timestep: Tensor
-    frames_per_s: float
-    start_s: float = 0.0
 
 
 class AudioVideo(NamedTuple):
@@ -352,53 +340,39 @@ class SpacetimeDiT(nn.Module):
             known = extra.positions.double().reshape(-1, stills)
             positions = torch.cat([positions.expand(batch, -1), known.expand(batch, -1)], dim=1)
         rope = rope_table(positions, h, w, self.config.head_dim)
-        times = _runs_of_time(timestep.float(), frames, stills)
+        times = runs_of_time(timestep, frames, stills)
         with torch.autocast(latents.device.type, enabled=False):
             tokens = self.patch_embed(patchify_latents(latents, self.config.patch_size))
-            streams = [Stream(tokens, self._time_vectors(times, (frames + stills)))]
+            streams = [Stream(tokens, embed_times(self.time_embed, times, frames + stills))]
             if audio is None or self.config.audio is None:
                 return streams, rope
             sound = audio.latents.transpose(1, 2)
             tokens = self.audio_embed(sound.to(self.audio_embed.weight.dtype))
         times = audio.timestep.float().reshape(batch, -1)
-        streams.append(Stream(tokens, self._time_vectors(times, tokens.shape[1])))
+        streams.append(Stream(tokens, embed_times(self.time_embed, times, tokens.shape[1])))
         centres = torch.arange(tokens.shape[1], device=latents.device).double() + 0.5
         seconds = audio.start_s + centres / self.config.audio.tokens_per_s
         clock = rope_table(seconds[None] * audio.frames_per_s, 1, 1, self.config.head_dim)
         rope = torch.cat([rope, clock.expand(rope.shape[0], -1, -1)], dim=1)
         return streams, rope
 
-    def _time_vectors(self, times: Tensor, max_runs: int) -> TimeVectors:
-        """Embed times [B, G], each value once; up to `max_runs` runs get rows of their own."""
-        if times.shape[1] == 1:
-            return TimeVectors(*self.time_embed(times), None)
-        values, index = times.unique(return_inverse=True)
-        head, block = self.time_embed(values)
-        if times.shape[1] > max_runs:
-            return TimeVectors(head, block, index)
-        return TimeVectors(head[index], block[index], None)
-
     def _layout(
         self, latents: Tensor, extra: KeyTokens | None, audio: AudioTokens | None,
         cache: KVCache | None, frame_tokens: int,
     ) -> Layout:
-        """Which frames see which, as a bias over tokens."""
-        config, frames, device = self.config, latents.shape[2], latents.device
-        stills = 0 if extra is None else extra.num_keys
-        visible = None  # [B or 1, frames that look or 1, frames looked at]
-        if config.pattern == "causal" and (frames > config.causal_frames or stills):
-            turn = torch.arange(frames, device=device) // config.causal_frames
-            turn = torch.cat([turn, turn.new_full((stills,), -1)])
-            visible = (turn[:, None] >= turn)[None]
-            if cache is not None:
-                visible = F.pad(visible, (cache.num_frames + cache.num_stills, 0), value=True)
-        if extra is not None and extra.valid is not None:
-            valid = F.pad(extra.valid, (frames, 0), value=True)[:, None]
-            # a still that nobody sees goes on seeing itself: no row of scores is empty
-            visible = valid if visible is None else visible & valid | _eye(visible)
+        """Where tokens lie and the bias over them."""
+        config, frames = self.config, latents.shape[2]
+        stills, valid = (0, None) if extra is None else (extra.num_keys, extra.valid)
+        visible = visible_frames(
+            frames, stills, valid,
+            num_cached=0 if cache is None else cache.num_frames + cache.num_stills,
+            causal_frames=config.causal_frames if config.pattern == "causal" else None,
+            device=latents.device,
+        )
         if visible is None:
             return Layout(frames + stills, frame_tokens, None)
-        bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, -math.inf)
+        bias = torch.zeros(visible.shape, device=latents.device)
+        bias = bias.masked_fill_(~visible, -math.inf)
         if config.pattern == "factorised":
             bias = bias.repeat_interleave(frame_tokens, dim=0)
         else:
@@ -411,48 +385,9 @@ class SpacetimeDiT(nn.Module):
     def _context(
         self, context: Tensor, lengths: Sequence[int] | Tensor | None, image: Tensor | None
     ) -> Context:
-        """Embed text, all zero rows behind it as one key of weight `text_len - length`, and image.
-
-        Keys that are equal add up in the softmax: n of them are one with log n added to its score.
-        """
-        context = context.to(compute_dtype(self.text_embed.up.weight))
-        features = None if image is None else self.image_embed(image)
-        if lengths is None:
-            return Context(self.text_embed(context), None, features)
-        count = torch.as_tensor(lengths, device="cpu")
-        batch, rows, text_dim = context.shape
-        limit = min(rows, self.config.text_len)
-        if count.shape != (batch,) or count.min() < 0 or count.max() > limit:
-            raise InputError(
-                f"context_lengths {count.tolist()} must be {batch} values in 0..{limit} "
-                f"for context of {rows} rows and a text_len of {self.config.text_len}"
-            )
-        longest = int(count.max())
-        padded = torch.cat([context[:, :longest], context.new_zeros(batch, 1, text_dim)], dim=1)
-        hidden = torch.arange(longest) >= count[:, None]
-        bias = torch.zeros(batch, longest).masked_fill_(hidden, -math.inf)
-        bias = torch.cat([bias, (self.config.text_len - count)[:, None].float().log()], dim=1)
-        bias = bias.to(context.device)[:, None, None]
-        return Context(self.text_embed(padded), bias, features)
-
-
-def _eye(visible: Tensor) -> Tensor:
-    """True where a frame looks at itself, the last columns being the frames that look."""
-    looking, looked_at = visible.shape[1:]
-    eye = torch.eye(looking, dtype=torch.bool, device=visible.device)
-    return F.pad(eye, (looked_at - looking, 0))
-
-
-def _runs_of_time(times: Tensor, frames: int, stills: int) -> Tensor:
-    """Times [B, ...] as [B, G], as few equal runs of tokens as they allow; stills at 0 behind."""
-    if times.ndim == 4:
-        times = times.flatten(2)
-        whole_frames = bool((times == times[..., :1]).all())
-        times = times[..., 0] if whole_frames else times.flatten(1)
-    if times.ndim == 1:
-        times = times[:, None]
-    if not stills:
-        return times[:, :1] if bool((times == times[:, :1]).all()) else times
-    if times.shape[1] == 1:
-        times = times.expand(-1, frames)
-    return F.pad(times, (0, stills * (times.shape[1] // frames)))
+        """Embed text and image."""
+        bias = None
+        if lengths is not None:
+            context, bias = collapse_padding(context, lengths, self.config.text_len)
+        text = self.text_embed(context.to(compute_dtype(self.text_embed.up.weight)))
+        return Context(text, bias, None if image is None else self.image_embed(image))

@@ -3,21 +3,21 @@
 Norms, modulation, residual gates and time embedding are computed in float32 whatever the weights'
 dtype is; matrix products run in the autocast dtype or the weights'.
 
-Axes: B batch, L tokens, D width, S text tokens, G runs of tokens that share a time, U unique times,
-F latent frames and stills, N tokens of one of them, H heads, d head width.
+Axes: B batch, L tokens, D width, S text tokens, G runs of tokens that share a time, F latent frames
+and stills, N tokens of one of them, H heads, d head width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vidgen.models.dit_inputs import Context, KVCache, Layout, Stream
 from vidgen.ops.attention import Backend, attention
 from vidgen.ops.norm import layer_norm, modulated_norm
 from vidgen.ops.rope import normed_heads
@@ -31,81 +31,6 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
-
-
-@dataclass(frozen=True)
-class TimeVectors:
-    """What the timesteps of one stream's tokens became.
-
-    Attributes:
-        head: [B, G, D] float32, for the output norm; [U, D] with `index`.
-        block: [B, G, 6, D] float32, for the blocks' norms and gates; [U, 6, D] with `index`.
-        index: [B, L], each token's row, where times differ within a latent frame; else None.
-    """
-
-    head: Tensor
-    block: Tensor
-    index: Tensor | None
-
-    def modulate(self, table: Tensor, rows: Tensor) -> list[Tensor]:
-        """Add a table [1, k, D] to `rows` [..., k, D]; give k tensors [B, G, 1, D]."""
-        # with an index every token is a run of its own: G = L
-        parts = (table.float() + rows).unbind(-2)
-        if self.index is not None:
-            parts = [F.embedding(self.index, part) for part in parts]
-        return [part.unsqueeze(2) for part in parts]
-
-
-class Stream(NamedTuple):
-    """Tokens [B, L, D] of one modality and their time vectors."""
-
-    tokens: Tensor
-    time: TimeVectors
-
-
-class Context(NamedTuple):
-    """What cross-attention sees: text [B, S, D], its bias [B, 1, 1, S], image tokens [B, _, D]."""
-
-    text: Tensor
-    bias: Tensor | None
-    image: Tensor | None
-
-
-class Layout(NamedTuple):
-    """Where self-attention's tokens lie: F * N of frames come first; and the bias to add."""
-
-    num_frames: int
-    frame_tokens: int
-    bias: Tensor | None
-
-
-class KVCache:
-    """Keys and values of earlier frames, for rolling out a causal model frame by frame.
-
-    A forward pass sees the frames in the cache before its own. While `recording` it adds its own:
-    denoise a frame with `recording = False`, then pass the finished one once with True.
-    """
-
-    def __init__(self) -> None:
-        self.recording = True
-        self.num_frames = 0
-        self.num_stills = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def advance(self, num_frames: int, num_stills: int) -> None:
-        """Count the frames and stills that a recording pass has added."""
-        if self.recording:
-            self.num_frames += num_frames
-            self.num_stills += num_stills
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a layer's cached tokens before k, v [B, H, L, d]; keep the result if recording."""
-        if layer in self._layers:
-            old_k, old_v = self._layers[layer]
-            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
-        if self.recording:
-            self._layers[layer] = (k.detach(), v.detach())
-        return k, v
 
 
 class FeedForward(nn.Module):

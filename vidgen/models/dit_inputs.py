@@ -1,0 +1,214 @@
+"""What the blocks of a `SpacetimeDiT` are given beside weights, and how it is made from a request.
+
+Axes: B batch, L tokens, D width, S text tokens, G runs of tokens that share a time, U unique times,
+F latent frames, K stills, N tokens of one of them, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vidgen.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class AudioTokens:
+    """Sound that is denoised, or is known, together with the video.
+
+    Attributes:
+        latents: [B, C, N].
+        timestep: [B], or [B, N] where some tokens are known and carry 0; in 0..1000.
+        frames_per_s: latent frames of the video a second (fps / stride_t): the clock that places
+            audio tokens on the video's time axis.
+        start_s: when the first audio token starts, in seconds after the video's first frame.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    frames_per_s: float
+    start_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class TimeVectors:
+    """What the timesteps of one stream's tokens became.
+
+    Attributes:
+        head: [B, G, D] float32, for the output norm; [U, D] with `index`.
+        block: [B, G, 6, D] float32, for the blocks' norms and gates; [U, 6, D] with `index`.
+        index: [B, L], each token's row, where times differ within a latent frame; else None.
+    """
+
+    head: Tensor
+    block: Tensor
+    index: Tensor | None
+
+    def modulate(self, table: Tensor, rows: Tensor) -> list[Tensor]:
+        """Add a table [1, k, D] to `rows` [..., k, D]; give k tensors [B, G, 1, D]."""
+        # with an index every token is a run of its own: G = L
+        parts = (table.float() + rows).unbind(-2)
+        if self.index is not None:
+            parts = [F.embedding(self.index, part) for part in parts]
+        return [part.unsqueeze(2) for part in parts]
+
+
+class Stream(NamedTuple):
+    """Tokens [B, L, D] of one modality and their time vectors."""
+
+    tokens: Tensor
+    time: TimeVectors
+
+
+class Context(NamedTuple):
+    """What cross-attention sees: text [B, S, D], its bias [B, 1, 1, S], image tokens [B, _, D]."""
+
+    text: Tensor
+    bias: Tensor | None
+    image: Tensor | None
+
+
+class Layout(NamedTuple):
+    """Where self-attention's tokens lie: F * N of frames come first; and the bias to add."""
+
+    num_frames: int
+    frame_tokens: int
+    bias: Tensor | None
+
+
+class KVCache:
+    """Keys and values of earlier frames, for rolling out a causal model frame by frame.
+
+    A forward pass sees the frames in the cache before its own. While `recording` it adds its own:
+    denoise a frame with `recording = False`, then pass the finished one once with True.
+    """
+
+    def __init__(self) -> None:
+        self.recording = True
+        self.num_frames = 0
+        self.num_stills = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def advance(self, num_frames: int, num_stills: int) -> None:
+        """Count the frames and stills that a recording pass has added."""
+        if self.recording:
+            self.num_frames += num_frames
+            self.num_stills += num_stills
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a layer's cached tokens before k, v [B, H, L, d]; keep the result if recording."""
+        if layer in self._layers:
+            old_k, old_v = self._layers[layer]
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        if self.recording:
+            self._layers[layer] = (k.detach(), v.detach())
+        return k, v
+
+
+def runs_of_time(times: Tensor, num_frames: int, num_stills: int) -> Tensor:
+    """Timesteps as few equal runs of tokens as they allow.
+
+    Args:
+        times: [B], [B, F] or [B, F, h, w].
+        num_frames: F.
+        num_stills: K, appended at time 0.
+
+    Returns:
+        [B, G] with G = 1, F + K, or one for each token.
+    """
+    times = times.float()
+    if times.ndim == 4:
+        times = times.flatten(2)
+        whole_frames = bool((times == times[..., :1]).all())
+        times = times[..., 0] if whole_frames else times.flatten(1)
+    if times.ndim == 1:
+        times = times[:, None]
+    if not num_stills:
+        same = times.shape[1] == 1 or bool((times == times[:, :1]).all())
+        return times[:, :1] if same else times
+    if times.shape[1] == 1:
+        times = times.expand(-1, num_frames)
+    return F.pad(times, (0, num_stills * (times.shape[1] // num_frames)))
+
+
+def embed_times(
+    embed: Callable[[Tensor], tuple[Tensor, Tensor]], times: Tensor, max_runs: int
+) -> TimeVectors:
+    """Embed times [B, G], each value once; more than `max_runs` runs share rows by an index."""
+    if times.shape[1] == 1:
+        return TimeVectors(*embed(times), None)
+    values, index = times.unique(return_inverse=True)
+    head, block = embed(values)
+    if times.shape[1] > max_runs:
+        return TimeVectors(head, block, index)
+    return TimeVectors(head[index], block[index], None)
+
+
+def visible_frames(
+    num_frames: int, num_stills: int, valid: Tensor | None, num_cached: int,
+    causal_frames: int | None, device: torch.device,
+) -> Tensor | None:
+    """Which frames see which: bool [B or 1, F + K or 1, cached + F + K], or None if all do.
+
+    Args:
+        num_frames: F.
+        num_stills: K; they lie behind the frames and see, in a causal model, only each other.
+        valid: [B, K] stills that may be seen, or None.
+        num_cached: frames and stills seen by all.
+        causal_frames: frames of one turn, which see no later one; None: all see all.
+        device: of the result.
+    """
+    visible = None
+    if causal_frames is not None and (num_frames > causal_frames or num_stills):
+        turn = torch.arange(num_frames, device=device) // causal_frames
+        turn = F.pad(turn, (0, num_stills), value=-1)
+        visible = F.pad((turn[:, None] >= turn)[None], (num_cached, 0), value=True)
+    if valid is None:
+        return visible
+    valid = F.pad(valid, (num_cached + num_frames, 0), value=True)[:, None]
+    if visible is None:
+        return valid
+    # a still that nobody sees goes on seeing itself: no row of scores is empty
+    looking, seen = visible.shape[1:]
+    itself = torch.eye(looking, dtype=torch.bool, device=device)
+    return visible & valid | F.pad(itself, (seen - looking, 0))
+
+
+def collapse_padding(
+    context: Tensor, lengths: Sequence[int] | Tensor, text_len: int
+) -> tuple[Tensor, Tensor]:
+    """Text with all zero rows that Wan pads it with as one row, and the bias of its keys.
+
+    Keys that are equal add up in the softmax: n of them are one with log n added to its score.
+
+    Args:
+        context: [B, S, text_dim].
+        lengths: valid rows of each text.
+        text_len: rows that Wan's models see.
+
+    Returns:
+        Text [B, longest + 1, text_dim] and bias [B, 1, 1, longest + 1].
+
+    Raises:
+        InputError: if the lengths don't fit.
+    """
+    count = torch.as_tensor(lengths, device="cpu")
+    batch, rows, text_dim = context.shape
+    limit = min(rows, text_len)
+    if count.shape != (batch,) or count.min() < 0 or count.max() > limit:
+        raise InputError(
+            f"context_lengths {count.tolist()} must be {batch} values in 0..{limit} "
+            f"for context of {rows} rows and a text_len of {text_len}"
+        )
+    longest = int(count.max())
+    text = torch.cat([context[:, :longest], context.new_zeros(batch, 1, text_dim)], dim=1)
+    hidden = torch.arange(longest) >= count[:, None]
+    bias = torch.zeros(batch, longest).masked_fill_(hidden, -math.inf)
+    bias = torch.cat([bias, (text_len - count)[:, None].float().log()], dim=1)
+    return text, bias.to(context.device)[:, None, None]
