@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.toybox.art import NUM_DRAWS, Canvas, paint_fog, paint_place, wave
+from vidgen.toybox.art import paint_fog, paint_place
+from vidgen.toybox.canvas import NUM_DRAWS, Canvas, wave
 from vidgen.toybox.motion import (
     ASSETS,
     Clock,
