@@ -44,10 +44,10 @@ def release_vae(run: Path, out: Path) -> None:
     """The VAE of a run, its config carrying the latents' statistics."""
     settings = _run_settings(run)
     state = load_averages(run, "vae")
+    config = VAE_PRESETS[settings["preset"]]
     if settings.get("init"):
         config = config_of(VAEConfig, Path(settings["init"]))
-    else:
-        config = VAE_PRESETS[settings["preset"]]
+    if config.latents_std is None:
         vae = CausalVAE(config)
         vae.load_state_dict(state)
         mean, std = measure_latents(vae)

@@ -46,13 +46,13 @@ class Regression:
         return False
 
     def batch(self, phase: Phase, step: int, micro: int) -> Tensor:
-        if step == self.stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
         draw = torch.Generator().manual_seed(step * 100 + micro)
         x = torch.randn(phase.batch_size, 4, generator=draw)
         return x * math.nan if step in self.poison else x
 
-    def loss(self, batch: Tensor, _step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         error = (self.net(batch).float() - batch.flip(-1)).square().mean()
         return error, {"error": error.detach()}
 
@@ -76,9 +76,11 @@ def everything(folder: Path) -> dict[str, Tensor]:
     return load_file(latest_checkpoint(folder) / "state.safetensors")
 
 
-@pytest.mark.parametrize("stop_at", [2, 5, 6, 9])
-def test_interrupted_and_resumed_equals_straight(tmp_path: Path, stop_at: int) -> None:
-    straight, broken = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+@pytest.mark.parametrize(("stop_at", "prefetch"), [(2, False), (5, True), (6, False), (9, True)])
+def test_interrupted_and_resumed_equals_straight(
+    tmp_path: Path, stop_at: int, prefetch: bool
+) -> None:
+    straight, broken = make_run(tmp_path / "a"), make_run(tmp_path / "b", prefetch=prefetch)
     train(Regression(straight), straight)
     first = train(Regression(broken, stop_at), broken)
     assert (first.step, first.finished) == (stop_at + 1, False)

@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, written atomically.
 
 A checkpoint is a folder `step-0001200/` of `state.safetensors` (weights, averages, optimiser
-moments, RNG) and `state.json` (position, optimiser groups, metrics). It is written under a
+moments, RNG) and `state.json` (position, metrics). It is written under a
 temporary name, synced and renamed; only then does the file `latest` point to it.
 """
 
@@ -37,11 +37,8 @@ def save_checkpoint(
     for key, module in modules.items():
         for name, value in module.state_dict().items():
             tensors[f"model/{key}.{name}"] = value
-    groups = []
     for index, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        groups.append(state["param_groups"])
-        for parameter, slots in state["state"].items():
+        for parameter, slots in optimizer.state_dict()["state"].items():
             for slot, value in slots.items():
                 tensors[f"optim/{index}/{parameter}/{slot}"] = torch.as_tensor(value)
     tensors["rng/cpu"] = torch.get_rng_state()
@@ -54,7 +51,7 @@ def save_checkpoint(
             {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
             temporary / "state.safetensors",
         )
-        meta = {"step": step, "optim": groups, **extra}
+        meta = {"step": step, **extra}
         (temporary / "state.json").write_text(json.dumps(meta))
     atomic_write(folder / "latest", target.name.encode())
     for old in sorted(folder.glob("step-*"))[:-keep]:
@@ -106,7 +103,8 @@ def load_checkpoint(
             if name.startswith(prefix):
                 parameter, slot = name.removeprefix(prefix).split("/")
                 state.setdefault(int(parameter), {})[slot] = value
-        optimizer.load_state_dict({"state": state, "param_groups": meta["optim"][index]})
+        groups = optimizer.state_dict()["param_groups"]  # rates are the config's, not the past's
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])

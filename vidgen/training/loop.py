@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,8 @@ class _Loop:
         self.parameters = list(named_parameters(task.modules).values())
         self.mean_loss = float(metrics.get("loss_mean", math.nan))
         self.skipped = 0
+        on_gpu = self.device.type != "cpu"
+        self.batches = _Batches(task, run, ahead=on_gpu if run.prefetch is None else run.prefetch)
 
     def run_from(self, step: int) -> TrainResult:
         run, start = self.run, time.monotonic()
@@ -140,7 +143,7 @@ class _Loop:
         set_lr(self.optimizers, scale)
         values: dict[str, torch.Tensor] = {}
         for micro in range(phase.accumulate):
-            batch = self.task.batch(phase, step, micro)
+            batch = self.batches.get(phase, step, micro)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.dtype == "bf16"):
                 loss, named = self.task.loss(batch, step)
             (loss / phase.accumulate).backward()
@@ -198,6 +201,27 @@ class _Loop:
         metrics = {**self.metrics, "loss_mean": self.mean_loss}
         save_checkpoint(self.folder, step, self.task.modules, self.optimizers, self.ema,
                         {"metrics": metrics}, self.run.keep)
+
+
+class _Batches:
+    """Batches in order, the next one made in a thread beside the step if `ahead`."""
+
+    def __init__(self, task: Task, run: RunConfig, *, ahead: bool) -> None:
+        self.task, self.run = task, run
+        self.pool = ThreadPoolExecutor(1, "vidgen-batches") if ahead else None
+        self.coming: dict[tuple[int, int], Future[Any]] = {}
+
+    def get(self, phase: Phase, step: int, micro: int) -> Any:
+        if self.pool is None:
+            return self.task.batch(phase, step, micro)
+        future = self.coming.pop((step, micro), None)
+        future = future or self.pool.submit(self.task.batch, phase, step, micro)
+        batch = future.result()
+        step, micro = (step, micro + 1) if micro + 1 < phase.accumulate else (step + 1, 0)
+        if step < self.run.num_steps:
+            phase = self.run.phase_at(step)[1]
+            self.coming[step, micro] = self.pool.submit(self.task.batch, phase, step, micro)
+        return batch
 
 
 class _Window:
