@@ -119,10 +119,10 @@ def _city(c: Canvas) -> None:
     wall = c.mix(c.lit((0.78, 0.50, 0.42)), c.lit((0.52, 0.58, 0.68)), (hue * 3 - 1).clamp(0, 1))
     wall = c.mix(wall, c.lit((0.88, 0.80, 0.64)), (hue * 6 - 5).clamp(0, 1))
     c.paint(solid, wall)
-    rows = (c.y - horizon) / 0.085
+    rows = (c.y - horizon) * (1 / 0.085)
     row = torch.floor(rows)
     panes = c.within((rows - row - 0.5) * 0.085, -0.024, 0.024)
-    columns = u * 0.27 / 0.075 + 0.5
+    columns = u * (0.27 / 0.075) + 0.5
     column = torch.floor(columns)
     panes = panes * c.within((columns - column - 0.5) * 0.075, -0.02, 0.02)
     on = row * 0.37 + column * 0.61 + cell * 0.23 + c.draw()
@@ -210,7 +210,7 @@ def _beach(c: Canvas) -> None:
 def _forest(c: Canvas) -> None:
     horizon = c.draw(0.14, 0.22)
     top, bottom = c.lit((0.50, 0.78, 0.52), 0.03), c.lit((0.80, 0.93, 0.70), 0.03)
-    c.image.copy_(c.mix(top, bottom, ((c.y + 0.6) / 0.8).clamp(0, 1)))
+    c.image.copy_(c.mix(top, bottom, ((c.y + 0.6) * 1.25).clamp(0, 1)))
     for scale, trunk in ((0.17, (0.50, 0.62, 0.46)), (0.30, (0.40, 0.27, 0.20))):
         u, cell = c.cells(scale)
         thick = c.per_cell(cell, 0.10, 0.17) * scale
@@ -221,7 +221,7 @@ def _forest(c: Canvas) -> None:
         c.paint(mask, c.mix(bark * 1.15, bark * 0.75, (x / thick * 0.5 + 0.5).clamp(0, 1)))
     greens = ((-0.17, 0.23, (0.25, 0.55, 0.28)), (-0.30, 0.31, (0.16, 0.43, 0.20)))
     for level, period, color in greens:
-        bump = domes(c.x / period * 1.7 + c.draw()) * 0.085 + c.hills(0.0, 0.05, 0.7)
+        bump = domes(c.x * (1.7 / period) + c.draw()) * 0.085 + c.hills(0.0, 0.05, 0.7)
         leaves = 1 - c.under(level + bump + c.draw(-0.03, 0.03), 2.5)
         c.paint(leaves, c.lit(color, 0.03))
     mask = _ground(c, c.hills(horizon, 0.03, 0.5), (0.30, 0.38, 0.16), (0.42, 0.55, 0.24))
@@ -278,7 +278,7 @@ def _road(c: Canvas) -> None:
 
 def _underwater(c: Canvas) -> None:
     top, bottom = c.lit((0.35, 0.80, 0.90), 0.03), c.lit((0.04, 0.26, 0.52), 0.03)
-    c.image.copy_(c.mix(top, bottom, ((c.y + 0.6) / 1.1).clamp(0, 1)))
+    c.image.copy_(c.mix(top, bottom, ((c.y + 0.6) * 0.91).clamp(0, 1)))
     lean = c.x + c.y * 0.35
     rays = wave(lean * 1.9 + c.draw() + c.seconds * 0.05) * wave(lean * 0.8 + c.draw())
     c.paint(rays.clamp_(0, 1) * ((0.35 - c.y) * 0.55).clamp(0, 0.5), c.lit((0.85, 1.0, 1.0)))
@@ -324,7 +324,7 @@ def _room(c: Canvas) -> None:
     c.paint(c.under(floor - 0.045), c.lit((0.98, 0.96, 0.92)))
     c.paint(c.under(floor), c.lit((0.70, 0.48, 0.30), 0.03))
     slant = c.x / (1 + (c.y - floor).clamp(min=0) * 1.6)
-    board = slant / 0.17 + c.draw()
+    board = slant * 5.9 + c.draw()
     gap = ((board - torch.floor(board) - 0.5).abs() * 14 - 6).clamp(0, 1)
     c.paint(gap * c.under(floor), c.lit((0.50, 0.32, 0.19)))
 
@@ -356,7 +356,7 @@ def _volcano(c: Canvas) -> None:
     horizon = c.draw(0.10, 0.18)
     sky(c, horizon, clouds=0.3)
     dusk = c.lit((0.52, 0.30, 0.32))
-    c.paint(0.40 * ((c.y + 0.5) / 0.6).clamp(0, 1), dusk)
+    c.paint(0.40 * ((c.y + 0.5) * 1.67).clamp(0, 1), dusk)
     x = c.x - c.draw(-0.26, 0.26)
     tall = c.draw(0.40, 0.50)
     puff = c.y + tall - horizon

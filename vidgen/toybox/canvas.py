@@ -4,8 +4,9 @@ Axes: N frames painted at once (of any scenes, all in one place), H rows, W colu
 World coordinates are those of `motion`. Without camera rotation x depends on the column alone and y
 on the row, so skylines and gradients cost one line; only masks cost a plane.
 
-Every operation is one that IEEE 754 rounds exactly (no sin, exp or pow on tensors), so a frame is
-the same beside others or alone, and CUDA agrees with the CPU far below 1/255.
+Every operation is one that IEEE 754 rounds exactly (no sin, exp or pow on tensors, no division by a
+plain number, which CUDA turns into a product), so a frame is the same beside others or alone, and
+CUDA agrees with the CPU far below 1/255.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class Canvas:
 
     def cells(self, period: Tensor | float, drift: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
         """Cut the x axis into cells: position in the cell in [-.5, .5) and the cell's number."""
-        place = self.x / period + self.draw(0, 8) + drift
+        place = self.x * (1 / period) + self.draw(0, 8) + drift
         cell = torch.floor(place)
         return place - cell - 0.5, cell.long()
 
@@ -147,17 +148,17 @@ class Canvas:
 
     def hills(self, level: Tensor | float, height: float, period: float) -> Tensor:
         """Return a rolling line y(x), [N, 1, W]."""
-        first = wave(self.x / period + self.draw())
-        second = wave(self.x / (period * 0.47) + self.draw())
-        third = wave(self.x / (period * 0.21) + self.draw())
+        first = wave(self.x * (1 / period) + self.draw())
+        second = wave(self.x * (2.13 / period) + self.draw())
+        third = wave(self.x * (4.76 / period) + self.draw())
         return level - height * (first * 0.6 + second * 0.3 + third * 0.1)
 
     def dots(self, period: float, radius: float, share: float, y: Tensor | None = None) -> Tensor:
         """Return the mask [N, H, W] of scattered discs, one at most in each cell of a grid."""
-        rows = (self.y if y is None else y) / period + self.draw(0, 8)
+        rows = (self.y if y is None else y) * (1 / period) + self.draw(0, 8)
         row = torch.floor(rows)
         index = (row.long() % 8)[..., 0]
-        columns = self.x / period + self.table().gather(1, index)[..., None] * 5
+        columns = self.x * (1 / period) + self.table().gather(1, index)[..., None] * 5
         cell = torch.floor(columns)
         u = columns - cell - 0.5
         number = cell * 0.754877666 + self.table().gather(1, index)[..., None]
