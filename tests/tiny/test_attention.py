@@ -5,7 +5,7 @@ import torch
 
 from vidgen.core.errors import InputError
 from vidgen.ops import attention as module
-from vidgen.ops.attention import attention
+from vidgen.ops.attention import attention, require_backend
 from vidgen.ops.rope import normed_heads, rope_table
 
 
@@ -66,7 +66,8 @@ def test_an_unusable_back_end_is_replaced_with_one_warning_or_refused():
         warnings.simplefilter("error")
         attention(*inputs, backend="xformers")
     with pytest.raises(InputError, match="xformers"):
-        attention(*inputs, backend="xformers", strict=True)
+        require_backend("xformers", inputs[0].device, inputs[0].dtype)
+    require_backend("sdpa", inputs[0].device, inputs[0].dtype)
     with pytest.raises(InputError, match="unknown; there are"):
         attention(*inputs, backend="flash9")
 

@@ -324,3 +324,5 @@ def test_the_back_end_is_the_callers_choice():
     for backend in ("reference", "sdpa", "matmul"):
         model.set_attention_backend(backend)
         assert_equal(model(*inputs, context_lengths=[5, 2]), expected)
+    with pytest.raises(InputError, match="unknown; there are"):
+        model.set_attention_backend("flash9", strict=True)

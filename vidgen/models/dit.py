@@ -42,7 +42,7 @@ from vidgen.models.dit_inputs import (
     runs_of_time,
     visible_frames,
 )
-from vidgen.ops.attention import Backend
+from vidgen.ops.attention import Backend, require_backend
 from vidgen.ops.norm import modulated_norm
 from vidgen.ops.patchify import patchify_latents, unpatchify_latents
 from vidgen.ops.rope import rope_table
@@ -211,8 +211,10 @@ class SpacetimeDiT(nn.Module):
         """Draw the weights that training from scratch starts with; see `dit_init`."""
         init_dit(self, generator)
 
-    def set_attention_backend(self, backend: Backend) -> None:
-        """Choose who computes attention; see `ops.attention`."""
+    def set_attention_backend(self, backend: Backend, *, strict: bool = False) -> None:
+        """Choose who computes attention, see `ops.attention`; with `strict` refuse a substitute."""
+        if strict:
+            require_backend(backend, self.head.proj.weight.device, self.head.proj.weight.dtype)
         for block in self.blocks:
             block.self_attn.backend = block.cross_attn.backend = backend
 

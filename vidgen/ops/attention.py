@@ -37,7 +37,6 @@ def attention(
     *,
     bias: Tensor | None = None,
     backend: Backend = "auto",
-    strict: bool = False,
 ) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v (Vaswani et al. 2017, eq. 1).
 
@@ -48,24 +47,34 @@ def attention(
         bias: added to the scores, broadcast to [B, H, Lq, Lk]; -inf hides a key, but never all of
             a row's. It gets no gradient.
         backend: who computes it; one that can't run here is replaced by `auto`'s choice, with a
-            warning that names the reason, the first time.
-        strict: raise instead of replacing.
+            warning that names the reason, the first time; see `require_backend`.
 
     Returns:
         [B, H, Lq, d] in q's dtype.
 
     Raises:
-        InputError: an unknown back end, or with `strict` one that can't run here.
+        InputError: an unknown back end.
     """
     if backend != "auto":
         reason = _unusable(backend, q.device, q.dtype)
         if reason is None:
             return _BACKENDS[backend](q, k, v, bias)
-        if strict or backend not in get_args(Backend):
-            raise InputError(f"attention back end {backend!r} can't be used: {reason}")
+        if backend not in _BACKENDS:
+            require_backend(backend, q.device, q.dtype)
         _warn_once(backend, reason)
     by_products = q.device.type == "cpu" and q.dtype == torch.bfloat16
     return (_matmul if by_products else _sdpa)(q, k, v, bias)
+
+
+def require_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a back end that `attention` would replace.
+
+    Raises:
+        InputError: unknown, or it can't run on this device with this dtype; says why.
+    """
+    reason = None if backend == "auto" else _unusable(backend, device, dtype)
+    if reason is not None:
+        raise InputError(f"attention back end {backend!r} can't be used: {reason}")
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
