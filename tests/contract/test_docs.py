@@ -1,0 +1,204 @@
+"""The documentation holds: links lead somewhere, commands parse, runs build, sizes are real."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from vidgen.cli.eval import _NOT_OF_BENCHMARK
+from vidgen.cli.generate import _NOT_OF_REQUEST, _outputs
+from vidgen.cli.main import VERBS, verb_parser
+from vidgen.core.config import apply_overrides, build, load_yaml
+from vidgen.core.request import Request
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=name)
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=name)
+
+
+def code(page: Path, language: str) -> list[str]:
+    return [body for kind, body in FENCED.findall(page.read_text()) if kind == language]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Every command of a page's bash blocks, as words; continued lines joined, `&&` parted."""
+    for block in code(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while "&&" in words:
+                end = words.index("&&")
+                yield words[:end]
+                words = words[end + 1 :]
+            if words:
+                yield words
+
+
+def anchors(page: Path) -> set[str]:
+    """Names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@lru_cache
+def run_type(program: str) -> type:
+    """The dataclass that train/PROGRAM.py reads its YAML as; the cache reads the DiT's."""
+    program = {"cache": "dit"}.get(program, program)
+    spec = importlib.util.spec_from_file_location(f"train_{program}", ROOT / f"train/{program}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (found,) = (
+        kind for kind in vars(module).values()
+        if is_dataclass(kind) and kind.__module__ == spec.name
+        and "run" in {field.name for field in fields(kind)}
+    )  # fmt: skip
+    return found
+
+
+@each_page
+def test_relative_links_resolve(page):
+    for link in LINK.findall(FENCED.sub("", page.read_text())):
+        if not re.match(r"\w+:", link):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached, ahead = set(), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        reached.add(page)
+        links = (link.partition("#")[0] for link in LINK.findall(page.read_text()))
+        targets = {(page.parent / link).resolve() for link in links if link.endswith(".md")}
+        ahead += targets - reached
+    assert set(PAGES) <= reached
+
+
+@each_page
+def test_command_lines_parse(page):
+    for words in commands(page):
+        if words[0] == "vidgen":
+            assert words[1] in VERBS, words
+            args = vars(verb_parser(words[1])[1].parse(words[2:]))
+            if words[1] == "generate":
+                check_request(args)
+            elif words[1] == "eval":
+                from vidgen.evaluation.toybox import Benchmark
+
+                Benchmark(**{k: v for k, v in args.items() if k not in _NOT_OF_BENCHMARK})
+        elif words[:1] == ["python"]:
+            check_program(words[1:])
+        elif words[:1] == ["bash"]:
+            assert (ROOT / words[1]).is_file(), words
+
+
+def check_request(args):
+    from vidgen.media.write import check_format
+
+    options = {k: v for k, v in args.items() if k not in _NOT_OF_REQUEST}
+    request = Request.of(options.pop("prompt"), options)
+    for path in _outputs(args["output"], request):
+        check_format(path, request.frames)
+
+
+def check_program(words):
+    assert (ROOT / words[0]).is_file(), words
+    if "-c" in words:
+        path = ROOT / words[words.index("-c") + 1]
+        overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        settings = apply_overrides(load_yaml(path), overrides)
+        build(run_type(Path(words[0]).stem), settings, str(path))
+
+
+@each_page
+def test_python_blocks_use_what_exists(page):
+    keywords = {field.name for field in fields(Request)} | {"on_event"}
+    for block in code(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vidgen"):
+                module = import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), node.module
+            is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if is_call and node.func.attr == "generate":
+                assert {keyword.arg for keyword in node.keywords} <= keywords
+
+
+@pytest.mark.parametrize(
+    ("verb", "page"), [("generate", "generate"), ("eval", "evaluation"), ("convert", "model")]
+)
+def test_every_option_stands_on_the_verbs_page(verb, page):
+    words = set(re.findall(r"(?<![\w-])--?[\w-]+", (ROOT / f"docs/{page}.md").read_text()))
+    general = {"--help", "--json"}
+    for action in verb_parser(verb)[1]._actions:
+        flags = set(action.option_strings)
+        assert not flags or flags & (words | general), flags
+
+
+def test_the_model_page_gives_the_real_sizes():
+    import torch
+
+    from vidgen.models.dit import SpacetimeDiT
+    from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
+    from vidgen.models.text import UMT5Encoder
+    from vidgen.models.vae import CausalVAE
+    from vidgen.toybox.judge import Judge, JudgeConfig
+
+    page = (ROOT / "docs/model.md").read_text()
+    with torch.device("meta"):
+        vae, dit = CausalVAE(VAE_PRESETS["toybox"]), SpacetimeDiT(DIT_PRESETS["toybox"])
+        parts = [vae, vae.encoder, vae.decoder, dit, UMT5Encoder(TEXT_PRESETS["toybox"])]
+        parts.append(Judge(JudgeConfig()))
+    for part in parts:
+        assert f"{sum(p.numel() for p in part.parameters()):,}" in page
+    sound = sum(p.numel() for key, p in dit.named_parameters() if "audio" in key)
+    assert f"{sound:,}" in page
+
+
+def test_the_toybox_page_names_all_there_is():
+    from vidgen.toybox.scenes import MOTIONS, PLACES, RELATIONS, SPRITES, TIMES, WEATHERS
+    from vidgen.toybox.truth import Event
+
+    page = (ROOT / "docs/toybox.md").read_text()
+    kinds = re.findall(r'"(\w+)"', Event.__doc__)
+    named = [*SPRITES, *MOTIONS, *PLACES, *RELATIONS, *TIMES, *WEATHERS, *kinds]
+    flat = " ".join(page.split())
+    assert [what for what in named if what not in flat] == []
+
+
+@each_config
+def test_a_run_file_says_what_it_is_and_builds(config):
+    header = []
+    for line in config.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        header.append(line)
+    assert len(header) >= 3, "what, command, cost"
+    assert not re.match(r"# \w+:", header[0]), "the first line says what it is"
+    assert any(re.match(r"# Commands?: ", line) for line in header)
+    assert any(line.startswith("# Cost: ") for line in header)
+    programs = re.findall(r"python train/(\w+)\.py +-c (\S+)", "\n".join(header))
+    assert programs, "no command names its program"
+    for program, path in programs:
+        assert path == name(config)
+        build(run_type(program), load_yaml(config), name(config))
