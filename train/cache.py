@@ -11,7 +11,7 @@ import sys
 from rich.progress import track
 
 from vidgen.core.config import apply_overrides, build, load_yaml
-from vidgen.core.errors import VidgenError
+from vidgen.core.errors import InputError, VidgenError
 from vidgen.core.runtime import choose_device
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache, load_vae
 
@@ -26,6 +26,8 @@ def main() -> int:
     try:
         settings = apply_overrides(load_yaml(options.config), options.set)
         device = choose_device(options.device)
+        if not settings.get("caches"):
+            raise InputError(f"{options.config} has no caches; a run of train/dit.py names them")
         for entry in settings["caches"]:
             cache = ToyboxCache(build(CacheConfig, entry, options.config))
             vae = load_vae(cache.config.vae, device)

@@ -1,7 +1,7 @@
 """Train the embedded model's transformer and text encoder, jointly, on cached latents.
 
-    python train/cache.py -c configs/train/toybox_cache.yaml      first: render and encode clips
-    python train/dit.py   -c configs/train/toybox_dit.yaml [--set ...] [--resume]
+    python train/cache.py -c configs/train/toybox_dit.yaml      first: render and encode clips
+    python train/dit.py   -c configs/train/toybox_dit.yaml [--set run.seed=1]... [--resume]
 
 Nothing is rendered or encoded inside the step; captions are drawn anew each time a clip is seen.
 Conditions are mixed from the start. The text encoder also has to name what the caption says
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.runtime import choose_device
 from vidgen.diffusion.condition import (
@@ -74,6 +75,22 @@ class DiTRun:
     caption_dropout: float = 0.1
     attribute_weight: float = 0.1
     validation_clips: int = 64
+
+    def __post_init__(self) -> None:
+        """Check what would otherwise show hours into the run."""
+        phases = self.run.phases
+        if len(self.shifts) != len(phases):
+            raise InputError(f"shifts has {len(self.shifts)} entries for {len(phases)} phases; "
+                             "give one a phase")
+        longest = min((cache.num_frames for cache in self.caches), default=0)
+        asked = max(phase.num_frames for phase in phases)
+        if asked > longest:
+            raise InputError(f"a phase has clips of {asked} frames, the caches hold {longest}; "
+                             "cache longer clips or shorten the phase")
+        kept = self.caches[0].shards * self.caches[0].shard_size
+        if self.validation_clips >= kept:
+            raise InputError(f"validation_clips is {self.validation_clips} of {kept} cached clips; "
+                             "leave some to train on")
 
 
 class AttributeHeads(nn.Module):
@@ -150,7 +167,7 @@ class DiTTask:
         counts[0] -= self.config.validation_clips
         which = int(torch.multinomial(torch.tensor(counts).float(), 1, generator=draw))
         rows = torch.randint(counts[which], (phase.batch_size,), generator=draw)
-        shift = self.config.shifts[run.phases.index(phase)]
+        shift = self.config.shifts[run.phase_at(step)[0]]
         sigma = draw_sigmas(phase.batch_size, draw, shift=shift)
         return self._assemble(which, rows, phase.num_frames, sigma, draw)
 

@@ -1,6 +1,6 @@
 """Train the embedded model's video VAE on clips of the Toybox world, rendered as it goes.
 
-    python train/vae.py -c configs/train/toybox_vae.yaml [--set optim.lr=2e-4]... [--resume]
+    python train/vae.py -c configs/train/toybox_vae.yaml [--set run.optim.lr=2e-4]... [--resume]
 
 Single frames first: the frames of a clip resemble each other, so a still teaches several times
 more a second, and the temporal taps are free. Then clips, with temporal weights inflated so that
@@ -93,9 +93,9 @@ class VAETask:
         )
 
     def start_phase(self, index: int, phase: Phase) -> bool:
-        """Inflate the temporal weights when the first clips come after single frames."""
+        """Inflate temporal weights that only ever saw single frames; a released VAE's saw clips."""
         previous = self.config.run.phases[index - 1].num_frames if index else phase.num_frames
-        if previous == 1 and phase.num_frames > 1:
+        if previous == 1 and phase.num_frames > 1 and not self.config.init:
             self.vae.inflate()
             return True
         return False
@@ -153,7 +153,7 @@ class VAETask:
         scenes = sample_scenes(SEED_RANGES["dev"][0], 16, split="any")
         size = {"height": self.config.height, "width": self.config.width}
         scores: dict[str, float] = {}
-        clips = self.config.run.phase_at(step)[1].num_frames > 1
+        clips = self.config.run.phase_at(step - 1)[1].num_frames > 1
         for name, frames in (("still", 1), ("clip", 17)) if clips else (("still", 1),):
             shown = render(scenes, num_frames=17, device=self.device, **size)
             video, mask = shown.video, shown.masks.amax(1, keepdim=True)

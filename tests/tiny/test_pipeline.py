@@ -208,3 +208,18 @@ def test_damaged_folders_are_refused(tiny_model: Path, tmp_path: Path) -> None:
         load(str(folder), device="cpu")
     with pytest.raises(ModelError, match="neither an embedded model"):
         load(str(tmp_path / "nowhere"))
+
+
+def test_a_masked_picture_is_repainted_where_white(engine: Engine, picture: np.ndarray) -> None:
+    white_left = np.zeros((32, 32, 3), np.uint8)
+    white_left[:, :16] = 255
+    for frames in (1, 9):
+        mask, state, _ = known(
+            engine, image=picture, mask=white_left, size="32x32", frames=frames
+        )
+        assert mask[..., 2:].all()
+        assert not mask[..., :2].any()
+        clip = engine.generate(
+            PROMPT, seed=1, image=picture, mask=white_left, size="32x32", frames=frames
+        )
+        assert torch.equal(clip.latents[..., 2:], state.clean[..., 2:])

@@ -85,11 +85,14 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _frame(text: str) -> tuple[float, str]:
-    seconds, _, path = text.partition("=")
+    seconds, _, picture = text.partition("=")
     try:
-        return float(seconds), path
+        time_s = float(seconds)
     except ValueError:
-        raise ArgumentTypeError(f"{text!r} is no SECONDS=IMAGE, such as 1.5=car.png") from None
+        picture = ""
+    if not picture:
+        raise ArgumentTypeError(f"{text!r} is no SECONDS=IMAGE, such as 1.5=car.png")
+    return time_s, picture
 
 
 def _outputs(output: str | None, request: Request) -> list[str]:

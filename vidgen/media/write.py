@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -89,10 +89,10 @@ class ClipInfo:
     recipe: dict[str, Any] | None = None
     stride_t: int = 1
 
-    @property
-    def recipe_text(self) -> str | None:
-        """The recipe as ASCII JSON, which every container's metadata can carry."""
-        return None if self.recipe is None else json.dumps(self.recipe, allow_nan=False)
+
+def recipe_text(recipe: dict[str, Any]) -> str:
+    """A recipe as ASCII JSON, which every container's metadata can carry."""
+    return json.dumps(recipe, allow_nan=False)
 
 
 def check_format(path: str | Path, num_frames: int | None = None) -> str:
@@ -152,7 +152,8 @@ def write_clip(
         if info.sound is not None:
             log.warning("%s holds no sound; the clip's sound is left out", path)
         encode = partial(
-            write_stills, Path(path), suffix, info.fps, info.num_frames, info.recipe_text
+            write_stills, Path(path), suffix, info.fps, info.num_frames,
+            None if info.recipe is None else recipe_text(info.recipe),
         )
     _encode_in_thread(encode, _counted(chunks, info, on_frames))
     return Path(path)
@@ -240,8 +241,9 @@ def _mux(
 ) -> None:
     first_segment = SEGMENT - (info.stride_t - 1)
     with av.open(str(path), "w", format=kind.muxer, options=dict(kind.options)) as container:
-        if info.recipe_text is not None:
-            container.metadata[RECIPE_KEY] = info.recipe_text
+        if info.recipe is not None:
+            recipe = {**info.recipe, "encoder": {**asdict(picture), "segment": SEGMENT}}
+            container.metadata[RECIPE_KEY] = recipe_text(recipe)
         # The stream's own encoder never sees a frame: it gives the header, segments the packets.
         stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
         picture.configure(stream.codec_context, info.size, info.fps)

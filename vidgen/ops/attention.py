@@ -55,15 +55,19 @@ def attention(
     Raises:
         InputError: an unknown back end.
     """
+    return _BACKENDS[used_backend(backend, q.device, q.dtype)](q, k, v, bias)
+
+
+def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the back end that `attention` takes; warns where it isn't the one asked for."""
     if backend != "auto":
-        reason = _unusable(backend, q.device, q.dtype)
+        reason = _unusable(backend, device, dtype)
         if reason is None:
-            return _BACKENDS[backend](q, k, v, bias)
+            return backend
         if backend not in _BACKENDS:
-            require_backend(backend, q.device, q.dtype)
+            require_backend(backend, device, dtype)
         _warn_once(backend, reason)
-    by_products = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return (_matmul if by_products else _sdpa)(q, k, v, bias)
+    return "matmul" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 
 def require_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:

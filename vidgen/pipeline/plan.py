@@ -1,6 +1,6 @@
 """From what a person asked to what will be made: every open choice settled, before any work.
 
-`vidgen plan` prints this; the recipe stores it.
+The recipe stores it.
 """
 
 from __future__ import annotations

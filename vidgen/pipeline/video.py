@@ -36,6 +36,7 @@ from vidgen.media.write import ClipInfo
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.text import PromptTokenizer, TextConfig, TextEncoder, UMT5Encoder
 from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.ops.attention import used_backend
 from vidgen.pipeline.inputs import Inputs, pixels_of, read_inputs, read_mask, video_frames
 from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.weights.load import ModelFolder, config_of, load_module, open_model, read_config
@@ -97,7 +98,7 @@ class Engine:
         on_event: Callable[[Progress], None] | None = None,
         **options: Any,
     ) -> Clip | list[Clip]:
-        """Make a clip, or a list of them where `count` is given.
+        """Make a clip, or a list of them where `count` is over 1.
 
         Args:
             prompt: what is to be seen, or a whole request.
@@ -105,7 +106,7 @@ class Engine:
             options: fields of `Request`, which are the command line's long options.
 
         Returns:
-            Lazy clips: the pixels are decoded while they are saved or asked for.
+            A lazy clip, or a list of them: pixels are decoded while they are saved or asked for.
 
         Raises:
             InputError: what can't be honoured, with value, limit and remedy.
@@ -182,7 +183,8 @@ class Engine:
             pixels = read_mask(request.mask, plan.num_frames, plan.width, plan.height, plan.fit)
             wanted = condition.latent_mask(pixels, strides, patch=self.dit.config.patch_size)
             state = condition.mask(state, latents, wanted.to(self.device))
-        for still in stills.get("image", ()):
+        repainted = request.mask is not None and request.video is None  # the image is the clip
+        for still in () if repainted else stills.get("image", ()):
             state = condition.first_frame(state, still)
         for (seconds, _), still in zip(request.frame, stills.get("frame", ()), strict=True):
             state = condition.keyframe(state, still, round(seconds * plan.fps), strides)
@@ -250,6 +252,7 @@ class Engine:
             "inputs": inputs.records,
             "custom_noise": request.latents is not None,
             "dtype": self.dtype,
+            "attention": used_backend(self.dit.attention_backend, self.device, DTYPES[self.dtype]),
             "device": self.device.type,
             "machine": fingerprint(),
         }

@@ -214,15 +214,15 @@ def events(
     _, tracks = view.at(np.zeros(1))
     found = []
     for index, track in enumerate(tracks):
-        found += [Event("contact", at * duration, index) for at in track.contacts]
+        found += [Event("contact", float(at * duration), index) for at in track.contacts]
         for at, rising in _crossings(lambda u, i=index: view.outside(u, i), num_frames):
-            found.append(Event("leave" if rising else "enter", at * duration, index))
+            found.append(Event("leave" if rising else "enter", float(at * duration), index))
         if scene.actors[index].motion == "drives past":
             for at, _ in _crossings(lambda u, i=index: _from_middle(view, u, i), num_frames):
-                found.append(Event("cross", at * duration, index))
+                found.append(Event("cross", float(at * duration), index))
     if scene.relation == "passes":
         for at, _ in _crossings(lambda u: _apart(view, u), num_frames):
-            found.append(Event("pass", at * duration, 0))
+            found.append(Event("pass", float(at * duration), 0))
     return tuple(sorted(found, key=lambda event: event.seconds))
 
 

@@ -63,7 +63,6 @@ class RunConfig:
         folder: run folder: checkpoints, `curve.jsonl`, sheets, the resolved config, `pid`.
         branch_from: another run's folder whose newest checkpoint this one starts from, in full.
         minutes: wall-clock limit of one sitting; the run ends cleanly with a checkpoint.
-        prefetch: make the next batch in a thread; None does so on a GPU (on a CPU both compete).
         spike_factor: a loss beyond this multiple of its running mean skips the step.
     """
 
@@ -80,7 +79,6 @@ class RunConfig:
     validate_every: int = 500
     checkpoint_minutes: float = 4.0
     keep: int = 2
-    prefetch: bool | None = None
     spike_factor: float = 20.0
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -87,6 +88,8 @@ def train(task: Task, run: RunConfig, *, resume: bool = False) -> TrainResult:
     if source is not None:
         meta = load_checkpoint(source, task.modules, optimizers, ema)
         step, metrics = meta["step"], meta["metrics"]
+    for partial in folder.glob(".*.tmp"):  # what a kill left of a save
+        shutil.rmtree(partial, ignore_errors=True)
     pid = write_pid(folder)
     try:
         return _Loop(task, run, folder, ema, optimizers, metrics).run_from(step)
@@ -103,8 +106,8 @@ class _Loop:
         self.parameters = list(named_parameters(task.modules).values())
         self.mean_loss = float(metrics.get("loss_mean", math.nan))
         self.skipped = 0
-        on_gpu = self.device.type != "cpu"
-        self.batches = _Batches(task, run, ahead=on_gpu if run.prefetch is None else run.prefetch)
+        self.batches = _Batches(task, run, ahead=self.device.type != "cpu")
+        self.saved = -1
 
     def run_from(self, step: int) -> TrainResult:
         run, start = self.run, time.monotonic()
@@ -198,13 +201,19 @@ class _Loop:
             file.write(json.dumps(record) + "\n")
 
     def _save(self, step: int) -> None:
+        if step == self.saved:
+            return
         metrics = {**self.metrics, "loss_mean": self.mean_loss}
         save_checkpoint(self.folder, step, self.task.modules, self.optimizers, self.ema,
                         {"metrics": metrics}, self.run.keep)
+        self.saved = step
 
 
 class _Batches:
-    """Batches in order, the next one made in a thread beside the step if `ahead`."""
+    """Batches in order; if `ahead`, the next one is made in a thread beside the step.
+
+    That is for GPUs: on a CPU making and computing would compete for the same cores.
+    """
 
     def __init__(self, task: Task, run: RunConfig, *, ahead: bool) -> None:
         self.task, self.run = task, run

@@ -88,14 +88,16 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for the matrices that `use_muon` names.
 
-    Weight decay is kept off vectors (biases, gains), as is usual.
+    Weight decay is kept off vectors (biases, gains, modulation tables), as is usual.
     """
     muon, matrices, vectors = [], [], []
     for name, parameter in named_parameters(modules).items():
-        if parameter.ndim > 1 and config.muon_lr and use_muon(name, parameter):
+        # Gains [C, 1, 1, 1] and modulation tables [1, 6, D] are vectors in spite of their axes.
+        is_matrix = parameter.ndim > 1 and min(parameter.flatten(1).shape) > 1
+        if is_matrix and config.muon_lr and use_muon(name, parameter):
             muon.append(parameter)
         else:
-            (matrices if parameter.ndim > 1 else vectors).append(parameter)
+            (matrices if is_matrix else vectors).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -218,6 +218,7 @@ def save_module(
     atomic_write(folder / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary)
+        temporary.chmod(0o644)
 
 
 def write_model_info(
