@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vidgen.core.runtime import choose_device
 from vidgen.evaluation.judging import judge_renders
 from vidgen.media.sheet import contact_sheet
-from vidgen.toybox.judge import Judge, JudgeConfig, to_motion_size
+from vidgen.toybox.judge import FrameLogits, Judge, JudgeConfig, to_motion_size
 from vidgen.toybox.scenes import SEED_RANGES
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.judge_data import IGNORE, Batch, PoolConfig, RenderPool, Transforms, to_bytes
@@ -100,55 +100,59 @@ class JudgeTask:
         count, num_frames = batch.video.shape[0], batch.video.shape[2]
         draw = torch.Generator().manual_seed(step)
         order = torch.rand((count, num_frames), generator=draw).argsort(1)
-        picks = order[:, : self.config.pictures]
-        rows = torch.arange(count)[:, None]
+        rows, picks = torch.arange(count)[:, None], order[:, : self.config.pictures]
         video = batch.video.to(self.device)
         looked = self.judge.frames(video.transpose(1, 2)[rows, picks].flatten(0, 1))
-        cells, asked = self._cell_targets(batch, rows, picks)
-        per_cell = _binary(looked.cells, cells).sum(1)
-        covered = cells.amax(1) * asked
-        empty = (1 - cells.amax(1)) * asked
-        terms = {
-            "cells": _mean(per_cell, covered) + _mean(per_cell, empty),
-            "sprites": self._sprite_loss(looked.sprites, batch, rows, picks),
-            "places": F.cross_entropy(
-                looked.places,
-                batch.places.repeat_interleave(self.config.pictures).to(self.device),
-                ignore_index=IGNORE,
-            ),
-        }
+        coverage = batch.coverage * (batch.sprites >= 0)[..., None, None, None]
+        shown = coverage.transpose(1, 2)[rows, picks].flatten(0, 1).to(self.device)
+        sprites = batch.sprites.repeat_interleave(picks.shape[1], 0).to(self.device)
+        places = batch.places.repeat_interleave(picks.shape[1]).to(self.device)
+        terms = self._frame_terms(looked, shown, sprites)
+        terms["places"] = F.cross_entropy(looked.places, places, ignore_index=IGNORE)
         moved = self.judge.motion(to_motion_size(video))
-        motions = batch.motions.to(self.device)
-        told = (motions != IGNORE).float()
-        wrong = _binary(moved.motions, motions.clamp(0))
-        terms["motions"] = (wrong * told).sum() / told[:, 0].sum().clamp(min=1)
-        cameras = batch.cameras.to(self.device)
+        motions, cameras = batch.motions.to(self.device), batch.cameras.to(self.device)
+        told = motions.sum(1)
+        terms["motions"] = _mean(F.cross_entropy(moved.motions, motions, reduction="none"), told)
         terms["cameras"] = F.cross_entropy(moved.cameras, cameras, ignore_index=IGNORE)
+        here = F.adaptive_avg_pool2d(coverage.sum(1), moved.actors.shape[-2:]).clamp(max=1)
+        weight = torch.tensor(4.0, device=self.device)  # actors fill a tenth of the cells
+        wrong = F.binary_cross_entropy_with_logits(
+            moved.actors, here.to(self.device), pos_weight=weight, reduction="none"
+        )
+        terms["actors"] = _mean(wrong.mean((1, 2, 3)), told)
         total = sum(terms.values(), torch.zeros((), device=self.device))
         return total, {name: value.detach() for name, value in terms.items()}
 
-    def _cell_targets(self, batch: Batch, rows: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-        """Which cells show which sprite, [N, K, h, w], and which cells to ask about, [N, h, w]."""
-        coverage = batch.coverage.transpose(1, 2)[rows, picks].flatten(0, 1)  # [N, A, h, w]
-        sprites = batch.sprites.repeat_interleave(picks.shape[1], 0)
-        coverage = coverage * (sprites >= 0)[..., None, None]
-        named = F.one_hot(sprites.clamp(min=0), len(self.config.model.sprites)).float()
-        shown = (coverage >= self.config.seen_cell).float()
-        targets = torch.einsum("nahw,nak->nkhw", shown, named).clamp(max=1)
-        sure = (coverage >= self.config.seen_cell) | (coverage < 0.02)
-        return targets.to(self.device), sure.all(1).float().to(self.device)
+    def _frame_terms(
+        self, looked: FrameLogits, shown: Tensor, sprites: Tensor
+    ) -> dict[str, Tensor]:
+        """Losses of cells and of whole pictures.
 
-    def _sprite_loss(self, logits: Tensor, batch: Batch, rows: Tensor, picks: Tensor) -> Tensor:
-        areas = batch.coverage.mean((3, 4)).transpose(1, 2)[rows, picks].flatten(0, 1)  # [N, A]
-        sprites = batch.sprites.repeat_interleave(picks.shape[1], 0)
-        there = sprites >= 0
-        named = F.one_hot(sprites.clamp(min=0), logits.shape[1]).float()
-        enough = areas >= self.config.seen_area
-        target = torch.einsum("na,nak->nk", (there & enough).float(), named)
-        doubtful = there & ~enough & (areas > 1e-4)
-        asked = 1 - torch.einsum("na,nak->nk", doubtful.float(), named).clamp(max=1)
-        wrong = _binary(logits, target.clamp(max=1).to(self.device))
-        return (wrong * asked.to(self.device)).sum(1).mean()
+        Args:
+            looked: at N pictures.
+            shown: [N, A, h, w], the share of each cell that shows each actor.
+            sprites: [N, A], the actors' sprites, -1 for none.
+        """
+        none = len(self.config.model.sprites)
+        most, actor = shown.max(1)
+        names = sprites.clamp(min=0)
+        named = names[:, :, None, None].expand_as(shown).gather(1, actor[:, None])[:, 0]
+        covered = (most >= self.config.seen_cell).float()
+        empty = (most < 0.02).float()
+        target = torch.where(covered > 0, named, torch.full_like(named, none))
+        wrong = F.cross_entropy(looked.cells, target, reduction="none")
+        area = shown.mean((2, 3))
+        visible = (area >= self.config.seen_area) & (sprites >= 0)
+        doubtful = ((area > 1e-4) & ~visible).any(1)
+        odds = F.pad(looked.sprites, (0, 1))  # none against none is even
+        share = torch.zeros_like(odds).scatter_add(1, names, visible.float())
+        share[:, none] = (~visible.any(1)).float()
+        share = share / share.sum(1, keepdim=True)
+        whole = F.cross_entropy(odds, share, reduction="none")
+        return {
+            "cells": _mean(wrong, covered) + _mean(wrong, empty),
+            "sprites": _mean(whole, (~doubtful).float()),
+        }
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Accuracy on fresh renders and on noise; writes the averaged judge."""
@@ -156,11 +160,7 @@ class JudgeTask:
         save_module(self.judge.state_dict(), self.config.model, folder / "judge", torch.bfloat16)
         first = SEED_RANGES["judge"][1] - VALIDATION_SEEDS
         scores = judge_renders(self.judge, first, self.config.validation_clips)
-        return {name: value.rate for name, value in scores.items()}
-
-
-def _binary(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return {name: value.rate for name, value in scores.items() if value.total}
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

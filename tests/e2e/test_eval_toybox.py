@@ -22,7 +22,7 @@ COUNTS = ["--prompts", "3", "--held-out", "1", "--images", "2", "--reserved", "1
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = JudgeConfig(
-        frame_dims=(8, 8, 16), motion_dims=(8, 8, 16), track_dim=4, temporal_dim=16
+        frame_dims=(8, 8, 16), motion_dims=(8, 8, 16), look_dim=4, mixed_dim=8, temporal_dim=16
     )
     folder = tmp_path_factory.mktemp("judge")
     save_module(Judge(config).state_dict(), config, folder, torch.bfloat16)

@@ -23,6 +23,7 @@ from vidgen.toybox.judge import (
     JudgeConfig,
     JudgeFolder,
     Verdict,
+    coarse_flow,
     sample_frames,
     to_frame_size,
 )
@@ -30,7 +31,6 @@ from vidgen.toybox.render import render
 from vidgen.toybox.scenes import RESERVED_SPRITES, Actor, Scene
 from vidgen.training.config import RunConfig
 from vidgen.training.judge_data import (
-    IGNORE,
     Batch,
     PoolConfig,
     RenderPool,
@@ -46,7 +46,9 @@ from vidgen.training.loop import train
 from vidgen.weights.load import save_module
 
 ROOT = Path(__file__).parents[2]
-TINY = JudgeConfig(frame_dims=(8, 8, 16), motion_dims=(8, 8, 16), track_dim=4, temporal_dim=16)
+TINY = JudgeConfig(
+    frame_dims=(8, 8, 16), motion_dims=(8, 8, 16), look_dim=4, mixed_dim=8, temporal_dim=16
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,20 @@ def test_any_length_and_size_gets_a_verdict(judge: Judge, shape: tuple[int, int,
     assert list(first.cameras)[-1] == NOTHING
 
 
+def test_coarse_flow_finds_a_shift_and_trusts_no_flat_picture() -> None:
+    waves = torch.randn(1, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    ground = torch.nn.functional.interpolate(waves, (1, 96, 96), mode="trilinear")[:, :, 0]
+    looks = torch.stack([ground[..., 16 : 80, 16 - 2 * t : 80 - 2 * t] for t in range(3)], dim=2)
+    flow = coarse_flow(looks)
+    assert flow.shape == (1, 4, 3, 8, 8)
+    assert flow[:, 0, :2].median() == pytest.approx(1.0, abs=0.15)  # 2 pixels at half resolution
+    assert flow[:, 1, :2].abs().median() < 0.1
+    assert not flow[:, :, 2].any()
+    flat = coarse_flow(torch.zeros(1, 3, 2, 64, 64))
+    assert not flat[:, :2].any()
+    assert flat[:, 2, 0].max() < 0.1 < flow[:, 2, 0].min()
+
+
 def test_the_frame_size_keeps_area_and_aspect() -> None:
     assert to_frame_size(torch.zeros(1, 3, 96, 160)).shape[-2:] == (96, 160)
     assert to_frame_size(torch.zeros(1, 3, 256, 256)).shape[-2:] == (128, 128)
@@ -90,7 +106,8 @@ def test_the_frame_size_keeps_area_and_aspect() -> None:
 
 def test_a_verdict_names_what_is_sure_and_nothing_else() -> None:
     places = {"city": 0.9, NOTHING: 0.1}
-    seen = Verdict({"cat": 0.9, "car": 0.6, "bus": 0.1}, {"rises": 0.3}, places, {"still": 1.0})
+    motions = {"rises": 0.4, "spins": 0.1, NOTHING: 0.5}
+    seen = Verdict({"cat": 0.9, "car": 0.6, "bus": 0.1}, motions, places, {"still": 1.0})
     assert (seen.sprite, seen.motion, seen.place) == ("cat", NOTHING, "city")
     assert seen.shows(["cat"])
     assert seen.shows(["car", "cat"])
@@ -148,7 +165,7 @@ def test_a_mashed_actor_is_no_sprite_but_the_place_is_left() -> None:
     batch = labelled([Scene(3, (Actor("cat"),), place="city")], shown.video.clone(), cover, TINY)
     Transforms(TINY, torch.Generator().manual_seed(1))._mash(batch, 0, everywhere=False)
     assert (batch.sprites[0] == -1).all()
-    assert (batch.motions[0] == IGNORE).all()
+    assert not batch.motions[0].any()
     assert batch.places[0] == TINY.places.index("city")
     changed = (batch.video - shown.video)[0].abs().amax((0, 1))
     near = max_pool2d(cover[0].sum((0, 1))[None, None], 5, 1, 2)[0, 0]  # the edge of mush is soft
@@ -226,7 +243,7 @@ def make_task(folder: Path) -> tuple[object, RunConfig]:
     spec.loader.exec_module(program)
     pool = {"num_frames": 9, "height": 64, "width": 64, "clips": 12, "first": 8, "fresh": 0.5}
     run = {
-        "folder": str(folder), "phases": [{"steps": 6, "num_frames": 9, "batch_size": 4}],
+        "folder": str(folder), "phases": [{"steps": 12, "num_frames": 9, "batch_size": 4}],
         "optim": {"lr": 1e-2, "warmup_steps": 1}, "dtype": "fp32", "log_every": 1,
     }
     settings = {"run": run, "pools": [pool], "model": dump(TINY), "validation_clips": 4}
@@ -241,13 +258,13 @@ def test_the_program_learns_and_resumes_exactly(tmp_path: Path) -> None:
     assert 0 <= result.metrics["place"] <= 1
     lines = (tmp_path / "straight" / "curve.jsonl").read_text().splitlines()
     losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
-    assert losses[-1] < 0.8 * losses[0]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     assert (tmp_path / "straight" / "batch.png").is_file()
 
     cut, short = make_task(tmp_path / "cut")
     train(cut, replace(short, minutes=1e-9))
     resumed, run = make_task(tmp_path / "cut")
-    assert train(resumed, run, resume=True).step == 6
+    assert train(resumed, run, resume=True).step == 12
     straight, again = (
         JudgeFolder(tmp_path / name / "judge").load().state_dict() for name in ("straight", "cut")
     )

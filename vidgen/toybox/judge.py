@@ -30,16 +30,13 @@ CELL = 16
 SIDE = 128  # geometric mean of the sides that FrameNet looks at
 MOTION_SIDE = 64
 MIN_SAMPLES, MAX_STRIDE = 9, 4
+FLOW_CHANNELS, FLAT = 4, 1e-4  # FLAT: gradient energy below which a cell has no texture
 SEEN = 0.5  # probability from which something counts as seen
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Classes in the order of the networks' outputs, and widths.
-
-    Sprites and motions are independent yes-or-no questions, since a scene may have two actors;
-    place and camera have one answer, with "nothing" after the last class.
-    """
+    """Classes in the order of the networks' outputs, each followed by "nothing", and widths."""
 
     sprites: tuple[str, ...] = tuple(SPRITES)
     motions: tuple[str, ...] = MOTIONS
@@ -47,7 +44,8 @@ class JudgeConfig:
     cameras: tuple[str, ...] = CAMERAS
     frame_dims: tuple[int, int, int] = (64, 128, 160)
     motion_dims: tuple[int, int, int] = (48, 96, 128)
-    track_dim: int = 24
+    look_dim: int = 24
+    mixed_dim: int = 48
     temporal_dim: int = 128
     world_version: int = WORLD_VERSION
 
@@ -55,7 +53,8 @@ class JudgeConfig:
 class FrameLogits(NamedTuple):
     """What single pictures show.
 
-    cells: [N, K, h, w], sprite k in this cell. sprites: [N, K], sprite k anywhere.
+    cells: [N, K + 1, h, w], which sprite is in this cell, the last one none.
+    sprites: [N, K], log-odds of sprite k anywhere against none.
     places: [N, K + 1], the last one is "nothing".
     """
 
@@ -65,22 +64,21 @@ class FrameLogits(NamedTuple):
 
 
 class ClipLogits(NamedTuple):
-    """How clips move: motions [B, K], cameras [B, K + 1], whose last one is "nothing"."""
+    """How clips move.
+
+    motions: [B, K + 1] and cameras: [B, K + 1], the last ones are "nothing".
+    actors: [B, T, 8, 8], whether a cell shows an actor.
+    """
 
     motions: Tensor
     cameras: Tensor
+    actors: Tensor
 
 
-class _Conv(nn.Sequential):
-    """3x3 convolution, group norm, ReLU; in 2D or over space and time."""
-
-    def __init__(
-        self, kind: type[nn.Conv2d | nn.Conv3d], dim: int, out: int, stride: int = 1
-    ) -> None:
-        strides = (stride, stride) if kind is nn.Conv2d else (1, stride, stride)
-        super().__init__(
-            kind(dim, out, 3, strides, padding=1, bias=False), nn.GroupNorm(8, out), nn.ReLU()
-        )
+def _conv(dim: int, out: int, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, batch norm, ReLU."""
+    layers = nn.Conv2d(dim, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
+    return nn.Sequential(*layers)
 
 
 class _Residual(nn.Module):
@@ -88,65 +86,122 @@ class _Residual(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.first = _Conv(nn.Conv2d, dim, dim)
+        self.first = _conv(dim, dim)
         self.second = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(8, dim)
+        self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.norm(self.second(self.first(x))))
 
 
 class FrameNet(nn.Module):
-    """Sprites by multiple-instance pooling of cells, the place by mean pooling."""
+    """Names the sprite in each cell and the place as a whole."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         a, b, c = config.frame_dims
         self.trunk = nn.Sequential(
-            nn.PixelUnshuffle(4),
-            _Conv(nn.Conv2d, 48, a),
-            _Conv(nn.Conv2d, a, b, stride=2),
-            _Residual(b),
-            _Conv(nn.Conv2d, b, c, stride=2),
-            _Residual(c),
-        )
-        self.sprites = nn.Conv2d(c, len(config.sprites), 1)
+            nn.PixelUnshuffle(4), _conv(48, a), _conv(a, b, stride=2), _Residual(b),
+            _conv(b, c, stride=2), _Residual(c),
+        )  # fmt: skip
+        self.cells = nn.Conv2d(c, len(config.sprites) + 1, 1)
         self.places = nn.Linear(c, len(config.places) + 1)
-        nn.init.constant_(self.sprites.bias, -6.0)  # most cells hold no given sprite
 
     def forward(self, pictures: Tensor) -> FrameLogits:
-        """Look at pictures [N, 3, H, W] in [-1, 1], sides multiples of `CELL`."""
+        """Look at pictures [N, 3, H, W] in [-1, 1], sides multiples of `CELL`.
+
+        Of a cell's softmax p, log(p_k / p_none) is the evidence for sprite k; the cells' odds add.
+        """
         features = self.trunk(pictures.contiguous(memory_format=torch.channels_last))
-        cells = self.sprites(features).float()
-        anywhere = cells.flatten(2).logsumexp(2)
+        cells = self.cells(features).float()
+        anywhere = (cells[:, :-1] - cells[:, -1:]).flatten(2).logsumexp(2)
         return FrameLogits(cells, anywhere, self.places(features.mean((2, 3))).float())
 
 
 class MotionNet(nn.Module):
-    """Space-time convolutions that keep where things are, then convolutions over time alone."""
+    """Where actors are in each look, and how the picture flows between two, read over time."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         a, b, c = config.motion_dims
-        side, width = MOTION_SIDE // 8, config.temporal_dim
+        width, seen = config.temporal_dim, 1 + FLOW_CHANNELS
         self.trunk = nn.Sequential(
-            _Conv(nn.Conv3d, 12, a), _Conv(nn.Conv3d, a, b, stride=2),
-            _Conv(nn.Conv3d, b, c, stride=2), nn.Conv3d(c, config.track_dim, 1),
-        )  # fmt: skip
-        self.embed = nn.Linear(config.track_dim * side * side, width)
-        self.temporal = nn.ModuleList(nn.Conv1d(width, width, 3, padding=1) for _ in range(3))
-        self.motions = nn.Linear(2 * width, len(config.motions))
+            nn.PixelUnshuffle(2), _conv(12, a), _conv(a, b, stride=2), _conv(b, c, stride=2)
+        )
+        self.actors = nn.Conv2d(c, 1, 1)
+        self.look = nn.Conv2d(c, config.look_dim, 1)
+        self.mix = nn.Sequential(
+            nn.Conv3d(config.look_dim + seen, config.mixed_dim, 3, padding=1, bias=False),
+            nn.BatchNorm3d(config.mixed_dim),
+            nn.ReLU(),
+        )
+        cells = (MOTION_SIDE // 8) ** 2
+        self.embed = nn.Linear((config.mixed_dim + seen) * cells, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.temporal = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(width, width, 3, padding=1, bias=False), nn.BatchNorm1d(width))
+            for _ in range(2)
+        )
+        self.motions = nn.Linear(2 * width, len(config.motions) + 1)
         self.cameras = nn.Linear(2 * width, len(config.cameras) + 1)
 
     def forward(self, video: Tensor) -> ClipLogits:
-        """Watch video [B, 3, T, `MOTION_SIDE`, `MOTION_SIDE`] in [-1, 1]."""
-        patches = F.pixel_unshuffle(video.transpose(1, 2), 2).transpose(1, 2)
-        maps = self.trunk(patches.contiguous(memory_format=torch.channels_last_3d))
-        x = F.relu(self.embed(maps.transpose(1, 2).flatten(2))).transpose(1, 2)
+        """Watch video [B, 3, T, `MOTION_SIDE`, `MOTION_SIDE`] in [-1, 1], T >= 2."""
+        frames = video.transpose(1, 2).flatten(0, 1)
+        features = self.trunk(frames.contiguous(memory_format=torch.channels_last))
+        actors, look = (
+            layer(features).unflatten(0, (len(video), -1)).transpose(1, 2)
+            for layer in (self.actors, self.look)
+        )
+        seen = torch.cat([actors.float().sigmoid(), coarse_flow(video)], dim=1)
+        mixed = self.mix(torch.cat([look, seen], dim=1))
+        x = self.embed(torch.cat([mixed, seen], dim=1).transpose(1, 2).flatten(2))
+        x = F.relu(self.norm(x.transpose(1, 2)))
         for layer in self.temporal:
             x = x + F.relu(layer(x))
         pooled = torch.cat([x.mean(2), x.amax(2)], dim=1)
-        return ClipLogits(self.motions(pooled).float(), self.cameras(pooled).float())
+        motions, cameras = self.motions(pooled).float(), self.cameras(pooled).float()
+        return ClipLogits(motions, cameras, actors[:, 0].float())
+
+
+def coarse_flow(video: Tensor) -> Tensor:
+    """Optical flow from each look to the next by least squares (Lucas & Kanade 1981, eq. 9).
+
+    Solved on cells of an eighth of the side, at half resolution, so that a pan is about a pixel.
+    Where the picture is flat the answer is near zero, and little trusted.
+
+    Args:
+        video: [B, 3, T, H, W] in [-1, 1], sides multiples of 16.
+
+    Returns:
+        [B, 4, T, 8, 8] float32: flow in x and y in pixels of half resolution, trust, change;
+        zeros for the last look.
+    """
+    count, _, num_frames = video.shape[:3]
+    grey = F.avg_pool2d(video.float().mean(1).flatten(0, 1)[:, None], 2)
+    grey = F.avg_pool2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    grey = grey[:, 0].unflatten(0, (count, num_frames))
+    now, following = grey[:, :-1], grey[:, 1:]
+    middle = F.pad((now + following) / 2, (1, 1, 1, 1), mode="replicate")
+    gx = (middle[..., 1:-1, 2:] - middle[..., 1:-1, :-2]) / 2
+    gy = (middle[..., 2:, 1:-1] - middle[..., :-2, 1:-1]) / 2
+    gt = following - now
+    cell = grey.shape[-1] // 8
+    margin = cell // 2
+
+    def over_cells(product: Tensor) -> Tensor:
+        padded = F.pad(product, (margin, margin, margin, margin))
+        return F.avg_pool2d(padded, cell + 2 * margin, cell)
+
+    xx, yy = over_cells(gx * gx) + FLAT, over_cells(gy * gy) + FLAT
+    xy, xt, yt = over_cells(gx * gy), over_cells(gx * gt), over_cells(gy * gt)
+    determinant = xx * yy - xy * xy
+    flow_x = (xy * yt - yy * xt) / determinant
+    flow_y = (xy * xt - xx * yt) / determinant
+    trust = torch.minimum(xx, yy).log10() + 4
+    change = (over_cells(gt * gt) + 0.1 * FLAT).log10() + 4
+    told = torch.stack([flow_x.clamp(-4, 4), flow_y.clamp(-4, 4), trust, change], dim=1)
+    return F.pad(told, (0, 0, 0, 0, 0, 1))
 
 
 @dataclass(frozen=True)
@@ -155,7 +210,7 @@ class Verdict:
 
     Attributes:
         sprites: how surely each is seen, in the frames in which it is seen best.
-        motions: how surely something moves like this.
+        motions: shares of the answer, `NOTHING` included; two actors share it.
         places: one answer, `NOTHING` included.
         cameras: likewise.
     """
@@ -168,35 +223,38 @@ class Verdict:
     @property
     def sprite(self) -> str:
         """The sprite seen best, or `NOTHING`."""
-        return _best(self.sprites, 1)[0]
+        best = _ranked(self.sprites)[0]
+        return best if self.sprites[best] >= SEEN else NOTHING
 
     @property
     def motion(self) -> str:
         """The surest motion, or `NOTHING`."""
-        return _best(self.motions, 1)[0]
+        return _ranked(self.motions)[0]
 
     @property
     def place(self) -> str:
         """The place, or `NOTHING`."""
-        return max(self.places, key=self.places.__getitem__)
+        return _ranked(self.places)[0]
 
     @property
     def camera(self) -> str:
         """The camera, or `NOTHING`."""
-        return max(self.cameras, key=self.cameras.__getitem__)
+        return _ranked(self.cameras)[0]
 
     def shows(self, sprites: Sequence[str]) -> bool:
-        """Whether these, one or two, are the sprites seen best."""
-        return set(_best(self.sprites, len(set(sprites)))) == set(sprites)
+        """Whether these, one or two, are the sprites seen best, and all of them are seen."""
+        wanted = set(sprites)
+        best = set(_ranked(self.sprites)[: len(wanted)])
+        return best == wanted and all(self.sprites[name] >= SEEN for name in wanted)
 
     def moves(self, motions: Sequence[str]) -> bool:
         """Whether these are the surest motions; one that two actors share counts once."""
-        return set(_best(self.motions, len(set(motions)))) == set(motions)
+        wanted = set(motions)
+        return set(_ranked(self.motions)[: len(wanted)]) == wanted
 
 
-def _best(scores: Mapping[str, float], count: int) -> list[str]:
-    ranked = sorted(scores, key=scores.__getitem__, reverse=True)[:count]
-    return [name if scores[name] >= SEEN else NOTHING for name in ranked]
+def _ranked(scores: Mapping[str, float]) -> list[str]:
+    return sorted(scores, key=scores.__getitem__, reverse=True)
 
 
 class Judge(nn.Module):
@@ -228,7 +286,7 @@ class Judge(nn.Module):
         moved = self.motion(to_motion_size(sampled))
         c = self.config
         answers = (
-            (c.sprites, sprites), (c.motions, moved.motions.sigmoid()),
+            (c.sprites, sprites), ((*c.motions, NOTHING), moved.motions.softmax(1)),
             ((*c.places, NOTHING), places), ((*c.cameras, NOTHING), moved.cameras.softmax(1)),
         )  # fmt: skip
         rows = [[dict(zip(n, row, strict=True)) for row in p.tolist()] for n, p in answers]

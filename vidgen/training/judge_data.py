@@ -63,7 +63,8 @@ class Batch:
         video: [B, 3, T, H, W] in [-1, 1].
         coverage: [B, A, T, h, w], the share of each cell that shows each actor.
         sprites: [B, A] int64, -1 where there is none.
-        motions: [B, K] in {0, 1}, or `IGNORE` throughout a row that can't be told.
+        motions: [B, K + 1], shares that sum to 1, or zeros where it can't be told; the last class
+            is "nothing".
         places: [B] int64, or `IGNORE`; one past the last class is "nothing".
         cameras: likewise.
     """
@@ -162,13 +163,15 @@ def labelled(
 ) -> Batch:
     """Put a batch's labels beside its pictures."""
     sprites = torch.full((len(scenes), MAX_ACTORS), -1)
-    motions = torch.zeros(len(scenes), len(judge.motions))
+    motions = torch.zeros(len(scenes), len(judge.motions) + 1)
     for row, scene in enumerate(scenes):
         for column, actor in enumerate(scene.actors):
             sprites[row, column] = judge.sprites.index(actor.sprite)
             motions[row, judge.motions.index(actor.motion)] = 1
+        motions[row, -1] = not scene.actors
     places = torch.tensor([judge.places.index(s.place) for s in scenes])
     cameras = torch.tensor([judge.cameras.index(s.camera) for s in scenes])
+    motions /= motions.sum(1, keepdim=True)
     return Batch(video, coverage, sprites, motions, places, cameras)
 
 
@@ -218,7 +221,7 @@ class Transforms:
         batch.coverage[row] = batch.coverage[row, :, frame : frame + 1].clone()
         there = batch.coverage[row].sum() > 0.5
         batch.motions[row] = 0
-        batch.motions[row, self.judge.motions.index("stays")] = float(there)
+        batch.motions[row, self.judge.motions.index("stays") if there else -1] = 1
         batch.cameras[row] = self.judge.cameras.index("still")
 
     def _spoil(self, batch: Batch, row: int) -> None:
@@ -232,6 +235,7 @@ class Transforms:
             self._mash(batch, row, everywhere=kind > 0.8)
             return
         batch.motions[row] = 0
+        batch.motions[row, -1] = 1
         batch.places[row] = len(self.judge.places)
         batch.cameras[row] = len(self.judge.cameras)
         batch.sprites[row] = -1
@@ -249,16 +253,18 @@ class Transforms:
             wide = F.max_pool2d((cover[:, None] > 0.02).float(), 3, 1, 1)
             where = F.interpolate(wide, clip.shape[-2:], mode="bilinear").transpose(0, 1)
             clip.copy_(torch.lerp(clip, mush, where))
-        batch.motions[row] = IGNORE
+        batch.motions[row] = 0
         batch.sprites[row] = -1
 
 
 def _swaps(judge: JudgeConfig, pairs: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """Index tensors that exchange the paired classes: of motions, of cameras and "nothing"."""
+    """Index tensors that exchange the paired motions, the paired cameras."""
     both = {**pairs, **{b: a for a, b in pairs.items()}}
-    motions = [judge.motions.index(both.get(name, name)) for name in judge.motions]
-    cameras = [judge.cameras.index(both.get(name, name)) for name in judge.cameras]
-    return torch.tensor(motions), torch.tensor([*cameras, len(cameras)])
+    motions, cameras = (
+        torch.tensor([*(names.index(both.get(name, name)) for name in names), len(names)])
+        for names in (judge.motions, judge.cameras)
+    )
+    return motions, cameras
 
 
 def noise_clip(shape: Sequence[int], generator: torch.Generator) -> Tensor:
