@@ -60,6 +60,7 @@ class DiTRun:
         still_share: that share.
         caption_dropout: share of samples that see an empty prompt, for guidance.
         attribute_weight: of the caption-to-attributes loss.
+        compile: torch.compile the blocks; pays in runs of hours, as every shape compiles anew.
         validation_clips: taken off the end of the first cache, never trained on.
     """
 
@@ -74,6 +75,7 @@ class DiTRun:
     still_share: float = 0.25
     caption_dropout: float = 0.1
     attribute_weight: float = 0.1
+    compile: bool = False
     validation_clips: int = 64
 
     def __post_init__(self) -> None:
@@ -134,6 +136,8 @@ class DiTTask:
         torch.manual_seed(config.run.seed)
         self.dit = SpacetimeDiT(DIT_PRESETS[config.preset]).to(self.device)
         self.dit.init_weights()
+        if config.compile:
+            self.dit.compile_blocks()
         self.text = UMT5Encoder(TEXT_PRESETS[config.text_preset]).to(self.device)
         heads = AttributeHeads(self.text.config.hidden_dim).to(self.device)
         self.modules: dict[str, nn.Module] = {

@@ -223,3 +223,15 @@ def test_a_masked_picture_is_repainted_where_white(engine: Engine, picture: np.n
             PROMPT, seed=1, image=picture, mask=white_left, size="32x32", frames=frames
         )
         assert torch.equal(clip.latents[..., 2:], state.clean[..., 2:])
+
+
+def test_a_clip_goes_on_from_another(engine: Engine, tmp_path: Path) -> None:
+    source = tmp_path / "source.mkv"
+    engine.generate(PROMPT, seed=9, frames=9).save(source)
+    mask, state, _ = known(engine, prefix=str(source), frames=17)
+    assert mask[:, :, :3].all()
+    assert not mask[:, :, 3:].any()
+    clip = engine.generate(PROMPT, seed=1, prefix=str(source), frames=17)
+    assert torch.equal(clip.latents[:, :, :3], state.clean[:, :, :3])
+    with pytest.raises(InputError, match="leaves nothing to generate"):
+        engine.generate(PROMPT, seed=1, prefix=str(source), frames=9)

@@ -55,6 +55,7 @@ class Request:
         mask: picture or video, white where new content is wanted; needs `video` or `image`.
         video: a clip to start from; with `strength`, to re-imagine.
         strength: 0 keeps `video`, 1 ignores it.
+        prefix: a clip to go on from: it begins the new clip, whose length counts it in.
         count: how many clips, of seeds S, S + 1, ...
         model: name or folder of the model; None is the engine's own.
         dtype: "fp32", "bf16" or "fp16"; None is the machine's best.
@@ -85,6 +86,7 @@ class Request:
     mask: Picture | None = None
     video: Picture | None = None
     strength: float | None = None
+    prefix: Picture | None = None
     count: int = 1
     model: str | None = None
     dtype: str | None = None

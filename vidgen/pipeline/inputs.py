@@ -6,7 +6,7 @@ import base64
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +38,11 @@ class Inputs:
 
     Attributes:
         images: by option; pictures uint8 [H, W, 3].
-        video_size: (width, height) of the given video.
+        video_size: (width, height) of the given video or beginning.
         video_fps: its rate.
         video_seconds: its length.
+        prefix_fps: rate of the clip to go on from.
+        prefix_frames: its length.
         records: for the recipe: option, SHA-256, and content or path.
     """
 
@@ -48,6 +50,8 @@ class Inputs:
     video_size: tuple[int, int] | None = None
     video_fps: Fraction | None = None
     video_seconds: float | None = None
+    prefix_fps: Fraction | None = None
+    prefix_frames: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -83,6 +87,11 @@ def read_inputs(request: Request) -> Inputs:
             inputs.video_size, inputs.video_fps = reader.size, reader.fps
             inputs.video_seconds = sum(1 for _ in reader) / float(reader.fps)
         inputs.records.append(_record("video", request.video))
+    if request.prefix is not None:
+        with VideoReader(request.prefix) as reader:
+            inputs.video_size = inputs.video_size or reader.size
+            inputs.prefix_fps, inputs.prefix_frames = reader.fps, sum(1 for _ in reader)
+        inputs.records.append(_record("prefix", request.prefix))
     if request.mask is not None:
         inputs.records.append(_record("mask", request.mask))
     return inputs
@@ -104,7 +113,7 @@ def video_frames(
         yield frame
 
 
-def pixels_of(pictures: list[Frames], width: int, height: int, mode: str) -> Tensor:
+def pixels_of(pictures: Sequence[Frames], width: int, height: int, mode: str) -> Tensor:
     """Pictures uint8 [H, W, 3] as video [1, 3, T, height, width] in [-1, 1], never stretched."""
     fitted = np.stack([fit(picture, height, width, mode) for picture in pictures])
     return torch.from_numpy(fitted).permute(3, 0, 1, 2)[None].float() / 127.5 - 1

@@ -12,7 +12,7 @@ pixel rows and columns.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -37,8 +37,9 @@ from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.text import PromptTokenizer, TextConfig, TextEncoder, UMT5Encoder
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.ops.attention import used_backend
-from vidgen.pipeline.inputs import Inputs, pixels_of, read_inputs, read_mask, video_frames
+from vidgen.pipeline.inputs import Inputs, pixels_of, read_inputs
 from vidgen.pipeline.plan import Plan, make_plan
+from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.weights.load import ModelFolder, config_of, load_module, open_model, read_config
 
 log = logging.getLogger(__name__)
@@ -166,33 +167,12 @@ class Engine:
             raise InputError(f"latents are {list(noise.shape)}; this clip needs "
                              f"{list(plan.latents.dims)}")
         state = condition.new_state(noise.float().to(self.device))
-        stills = {
-            option: [self._encode(plan, [picture]) for picture in pictures]
-            for option, pictures in inputs.images.items()
-        }
-        strides = self.vae.strides
-        if request.video is not None:
-            assert inputs.video_fps is not None
-            frames = video_frames(request.video, plan.num_frames, plan.fps, inputs.video_fps)
-            latents = self._encode(plan, list(frames))
-            if request.strength is not None:
-                state = condition.video_at_strength(state, latents, float(self.sigmas(plan)[0]))
-        elif request.mask is not None:
-            latents = self._encode(plan, inputs.images["image"] * plan.num_frames)
-        if request.mask is not None:
-            pixels = read_mask(request.mask, plan.num_frames, plan.width, plan.height, plan.fit)
-            wanted = condition.latent_mask(pixels, strides, patch=self.dit.config.patch_size)
-            state = condition.mask(state, latents, wanted.to(self.device))
-        repainted = request.mask is not None and request.video is None  # the image is the clip
-        for still in () if repainted else stills.get("image", ()):
-            state = condition.first_frame(state, still)
-        for (seconds, _), still in zip(request.frame, stills.get("frame", ()), strict=True):
-            state = condition.keyframe(state, still, round(seconds * plan.fps), strides)
-        for still in stills.get("last_image", ()):
-            state = condition.keyframe(state, still, plan.kept_frames - 1, strides)
-        for index, still in enumerate(stills.get("reference", ())):
-            state = condition.reference(state, still, index)
-        return state
+        model = Encoder(
+            lambda pictures: self._encode(plan, pictures), self.vae.strides,
+            self.dit.config.patch_size,
+        )
+        start_sigma = float(self.sigmas(plan)[0])
+        return write_conditions(state, plan, request, inputs, model, start_sigma)
 
     def sigmas(self, plan: Plan) -> Tensor:
         """The noise levels of a plan, those of diffusers' scheduler of the same name."""
@@ -280,7 +260,7 @@ class Engine:
 
         return denoise
 
-    def _encode(self, plan: Plan, pictures: list[Any]) -> Tensor:
+    def _encode(self, plan: Plan, pictures: Sequence[Any]) -> Tensor:
         """Pictures uint8 [H, W, 3] as one clip's normalised latents, float32."""
         video = pixels_of(pictures, plan.width, plan.height, plan.fit)
         parts = self.vae.stream_encode([video.to(self.device, self.vae_dtype)])
