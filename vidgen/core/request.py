@@ -46,7 +46,8 @@ class Request:
         guidance: classifier-free guidance scale; 1 is the conditional pass alone.
         guidance_interval: (low, high) in sigma within which guidance acts.
         guidance_rescale: 0 to 1, how far the guided velocity's deviation is brought back.
-        sampler: name of a sampler.
+        sampler: name of a sampler, or in Python any flow scheduler object of diffusers, which
+            brings its own shift.
         shift: of the noise schedule towards high noise, above 0.
         image: the first frame, a path or uint8 [H, W, 3].
         last_image: the last frame.
@@ -77,7 +78,7 @@ class Request:
     guidance: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
-    sampler: str | None = None
+    sampler: Any = None
     shift: float | None = None
     image: Picture | None = None
     last_image: Picture | None = None

@@ -34,6 +34,7 @@ class Plan:
     """One clip, with nothing left to choose.
 
     Attributes:
+        sampler: its name; a scheduler object's class.
         num_frames: frames to generate, 1 mod the temporal stride.
         kept_frames: frames of the clip, the first of those generated.
         num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
@@ -81,7 +82,12 @@ def make_plan(
         InputError: a size, count or sampler that can't be had; names the nearest that can.
     """
     sampler = request.sampler or defaults.sampler
-    if sampler not in SAMPLERS:
+    if not isinstance(sampler, str):
+        if request.shift is not None:
+            raise InputError(f"shift is {request.shift}, but {type(sampler).__name__} brings its "
+                             "own; set it there")
+        sampler = type(sampler).__name__
+    elif sampler not in SAMPLERS:
         raise InputError(f"sampler is {sampler!r}; {nearest(sampler, SAMPLERS)}")
     fps = request.fps or Fraction(defaults.fps).limit_denominator(1001)
     num_frames, kept = _length(request, defaults, fps, strides, video_seconds)

@@ -29,7 +29,7 @@ from vidgen.diffusion.condition import LatentState, denoise_inputs
 from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.guidance import guided
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.samplers import SAMPLERS
+from vidgen.diffusion.samplers import SAMPLERS, sample_with_scheduler, scheduler_sigmas
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo
@@ -116,6 +116,7 @@ class Engine:
         tell = on_event or (lambda _progress: None)
         inputs = read_inputs(request)
         first = self.plan(request, inputs)
+        scheduler = None if isinstance(request.sampler, str) else request.sampler
         clips = []
         for index in range(request.count):
             plan = replace(first, seed=first.seed + index)
@@ -128,7 +129,7 @@ class Engine:
             contexts = self.encode_prompt(plan)
             tell(Progress("prepare", 0, 1, **told))
             state = self.prepare(plan, request, inputs)
-            latents = self.sample(plan, state, contexts, on_step)
+            latents = self.sample(plan, state, contexts, on_step, scheduler)
             clips.append(self.decode(plan, latents, self.recipe(plan, request, inputs)))
         return clips if request.count > 1 else clips[0]
 
@@ -171,11 +172,14 @@ class Engine:
             lambda pictures: self._encode(plan, pictures), self.vae.strides,
             self.dit.config.patch_size,
         )
-        start_sigma = float(self.sigmas(plan)[0])
+        scheduler = None if isinstance(request.sampler, str) else request.sampler
+        start_sigma = float(self.sigmas(plan, scheduler)[0])
         return write_conditions(state, plan, request, inputs, model, start_sigma)
 
-    def sigmas(self, plan: Plan) -> Tensor:
+    def sigmas(self, plan: Plan, scheduler: Any = None) -> Tensor:
         """The noise levels of a plan, those of diffusers' scheduler of the same name."""
+        if scheduler is not None:
+            return scheduler_sigmas(scheduler, plan.num_steps, strength=plan.strength)
         lowest = 1e-3
         if plan.sampler == "euler":
             lowest = plan.shift * lowest / (1 + (plan.shift - 1) * lowest)
@@ -191,15 +195,19 @@ class Engine:
         state: LatentState,
         contexts: list[tuple[Tensor, Tensor]],
         on_step: OnStep | None = None,
+        scheduler: Any = None,
     ) -> Tensor:
-        """Clean latents [1, C, F, h, w], float32."""
+        """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler."""
         denoise = self._denoiser(plan, state, *contexts[0])
         if len(contexts) > 1:
             other = self._denoiser(plan, state, *contexts[1])
             denoise = guided(denoise, other, plan.guidance, denoise_mask=state.denoise_mask)
-        sampler = SAMPLERS[plan.sampler]
-        start = state.impose(state.latents)
-        return sampler(denoise, start, self.sigmas(plan), on_step=on_step, project=state.impose)
+        start, told = state.impose(state.latents), {"on_step": on_step, "project": state.impose}
+        if scheduler is not None:
+            return sample_with_scheduler(
+                denoise, start, scheduler, plan.num_steps, strength=plan.strength, **told
+            )
+        return SAMPLERS[plan.sampler](denoise, start, self.sigmas(plan), **told)
 
     def decode(self, plan: Plan, latents: Tensor, recipe: dict[str, Any]) -> Clip:
         """A lazy clip whose chunks come out of the VAE while it is written."""
@@ -228,6 +236,7 @@ class Engine:
                 "world_version": self.folder.world_version,
             },
             "plan": settled,
+            "scheduler": dict(getattr(request.sampler, "config", {})) or None,
             "frame_times_s": [float(seconds) for seconds, _ in request.frame],
             "inputs": inputs.records,
             "custom_noise": request.latents is not None,
@@ -245,7 +254,7 @@ class Engine:
     def _denoiser(
         self, plan: Plan, state: LatentState, context: Tensor, lengths: Tensor
     ) -> Denoise:
-        whole = plan.sampler == "unipc"
+        whole = plan.sampler in ("unipc", "UniPCMultistepScheduler")  # as diffusers has it
 
         def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
             seen, levels = denoise_inputs(
