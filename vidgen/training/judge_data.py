@@ -20,12 +20,15 @@ from vidgen.toybox.scenes import (
     SPRITES,
     Draws,
     Scene,
+    SceneMix,
     is_valid,
     sample_scenes,
 )
 
 IGNORE = -100  # PyTorch's cross-entropy passes over such a label
 
+#: Tinted sprites and pairs are the hardest to name, so they come more often than by default.
+MIX = SceneMix(two_actors=0.2, tint=0.4)
 #: Motions and cameras as seen in a mirror, and played backwards; the others stay what they are.
 MIRRORED = {"moves left": "moves right", "pan left": "pan right"}
 REVERSED = {
@@ -85,11 +88,11 @@ class Backdrop(Scene):
 
 
 def judge_scene(seed: int, empty: float) -> Scene:
-    """Draw a scene for the judge: of the default mix, some without actors, some reserved sprites.
+    """Draw a scene for the judge: of a rich mix, some without actors, some of reserved sprites.
 
     The reserved ones come as often as any, so that what is learned of them later can be scored.
     """
-    scene = sample_scenes(seed, 1)[0]
+    scene = sample_scenes(seed, 1, MIX)[0]
     draws = Draws(seed, stream=77)
     if draws.chance(empty):
         kept = ("place", "time_of_day", "weather", "camera")
@@ -278,14 +281,28 @@ def noise_clip(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def blob_clip(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Soft blobs of colour [3, T, H, W] that drift or stand: coarse noise, enlarged."""
+    """Blobs of colour [3, T, H, W] that drift or stand: coarse noise enlarged, or ellipses."""
     channels, frames, height, width = shape
-    luck = torch.rand(3, generator=generator).tolist()
-    cells, moments = 2 + int(luck[0] * 12), 1 + int(luck[1] * 4)
-    coarse = torch.randn((1, 3, moments, cells, cells), generator=generator) * (0.3 + luck[2])
-    blobs = F.interpolate(coarse, (frames, height, width), mode="trilinear", align_corners=True)
-    level = torch.rand(3, 1, 1, 1, generator=generator) - 0.5
-    return (blobs[0] + level).clamp(-1, 1).expand(channels, frames, height, width)
+    luck = torch.rand(4, generator=generator).tolist()
+    level = torch.rand(3, 1, 1, 1, generator=generator) * 2 - 1
+    if luck[3] < 0.5:
+        cells, moments = 2 + int(luck[0] * 12), 1 + int(luck[1] * 4)
+        coarse = torch.randn((1, 3, moments, cells, cells), generator=generator) * (0.3 + luck[2])
+        blobs = F.interpolate(coarse, (frames, height, width), mode="trilinear", align_corners=True)
+        return (blobs[0] + 0.5 * level).clamp(-1, 1)
+    picture = level.expand(channels, frames, height, width)
+    along, y, x = torch.arange(frames), torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    for _ in range(1 + int(luck[0] * 8)):
+        draw = torch.rand(12, generator=generator)
+        moved = (along / frames)[:, None, None] * luck[1]
+        dy = y[:, None] - (2 * draw[0] - 1) - (draw[1] - 0.5) * moved
+        dx = x - (2 * draw[2] - 1) - (draw[3] - 0.5) * moved
+        turn = draw[4] * math.pi
+        near = ((dx * turn.cos() + dy * turn.sin()) / (0.08 + 0.5 * draw[5])) ** 2
+        near = near + ((dy * turn.cos() - dx * turn.sin()) / (0.08 + 0.5 * draw[6])) ** 2
+        alpha = ((1 - near) * (0.5 + 20 * draw[7] ** 4) + 0.5).clamp(0, 1)
+        picture = torch.lerp(picture, (2 * draw[8:11] - 1)[:, None, None, None], alpha)
+    return picture
 
 
 def mash(clip: Tensor, side: float, generator: torch.Generator) -> Tensor:
