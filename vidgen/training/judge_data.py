@@ -28,7 +28,7 @@ from vidgen.toybox.scenes import (
 IGNORE = -100  # PyTorch's cross-entropy passes over such a label
 
 #: Tinted sprites and pairs are the hardest to name, so they come more often than by default.
-MIX = SceneMix(two_actors=0.2, tint=0.4)
+MIX = SceneMix(two_actors=0.2, tint=0.5)
 #: Motions and cameras as seen in a mirror, and played backwards; the others stay what they are.
 MIRRORED = {"moves left": "moves right", "pan left": "pan right"}
 REVERSED = {
