@@ -6,13 +6,13 @@ python train/cache.py -c configs/train/toybox_dit.yaml [--set caches.0.shards=64
 from __future__ import annotations
 
 import argparse
-import sys
 
 from rich.progress import track
 
 from vidgen.core.config import apply_overrides, build, load_yaml
-from vidgen.core.errors import InputError, VidgenError
+from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
+from vidgen.training.program import exit_code
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache, load_vae
 
 
@@ -23,7 +23,8 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    try:
+
+    def work() -> None:
         settings = apply_overrides(load_yaml(options.config), options.set)
         device = choose_device(options.device)
         if not settings.get("caches"):
@@ -33,10 +34,8 @@ def main() -> int:
             vae = load_vae(cache.config.vae, device)
             for index in track(cache.missing(), cache.config.folder):
                 cache.make(index, vae, device)
-    except VidgenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vidgen.core.errors import ModelError, VidgenError
+from vidgen.core.errors import ModelError
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.toybox.captions import caption
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
+from vidgen.training.program import exit_code
 from vidgen.training.tokenizer import train_tokenizer
 from vidgen.weights.load import ModelDefaults, config_of, save_module, write_model_info
 
@@ -104,7 +104,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.part != "tokenizer" and options.run is None:
         parser.error(f"{options.part} needs --run")
-    try:
+
+    def work() -> None:
         if options.part == "vae":
             release_vae(options.run, options.out)
         elif options.part == "dit":
@@ -116,10 +117,8 @@ def main() -> int:
                 options.out, name=options.out.name, family="toybox", license_name="Apache-2.0",
                 tasks=TASKS, defaults=DEFAULTS, world_version=WORLD_VERSION,
             )
-    except VidgenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,8 @@ def test_a_run_is_neither_overwritten_nor_made_up(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     train(Regression(run), run)
     with pytest.raises(InputError, match="--resume"):
-        train(Regression(run), run)
+        train(Regression(run), run, record={"another": "run"})
+    assert not (tmp_path / "run" / "task.json").exists()
     with pytest.raises(ModelError, match="no checkpoint"):
         load_averages(tmp_path / "nothing", "net")
     assert not (tmp_path / "run" / "pid").exists()

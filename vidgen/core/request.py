@@ -117,6 +117,11 @@ class Request:
                 raise InputError(f"unknown option {name!r}; {nearest(name, known)}")
         return cls(prompt=prompt, **options)
 
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler object given as `sampler`, or None where that is a name or left out."""
+        return None if isinstance(self.sampler, str) else self.sampler
+
     def _validate(self) -> None:
         for name in ("prompt", "negative"):
             text = getattr(self, name)

@@ -116,7 +116,6 @@ class Engine:
         tell = on_event or (lambda _progress: None)
         inputs = read_inputs(request)
         first = self.plan(request, inputs)
-        scheduler = None if isinstance(request.sampler, str) else request.sampler
         clips = []
         for index in range(request.count):
             plan = replace(first, seed=first.seed + index)
@@ -129,7 +128,7 @@ class Engine:
             contexts = self.encode_prompt(plan)
             tell(Progress("prepare", 0, 1, **told))
             state = self.prepare(plan, request, inputs)
-            latents = self.sample(plan, state, contexts, on_step, scheduler)
+            latents = self.sample(plan, state, contexts, on_step, request.scheduler)
             clips.append(self.decode(plan, latents, self.recipe(plan, request, inputs)))
         return clips if request.count > 1 else clips[0]
 
@@ -172,8 +171,7 @@ class Engine:
             lambda pictures: self._encode(plan, pictures), self.vae.strides,
             self.dit.config.patch_size,
         )
-        scheduler = None if isinstance(request.sampler, str) else request.sampler
-        start_sigma = float(self.sigmas(plan, scheduler)[0])
+        start_sigma = float(self.sigmas(plan, request.scheduler)[0])
         return write_conditions(state, plan, request, inputs, model, start_sigma)
 
     def sigmas(self, plan: Plan, scheduler: Any = None) -> Tensor:
@@ -236,7 +234,7 @@ class Engine:
                 "world_version": self.folder.world_version,
             },
             "plan": settled,
-            "scheduler": dict(getattr(request.sampler, "config", {})) or None,
+            "scheduler": dict(getattr(request.scheduler, "config", {})) or None,
             "frame_times_s": [float(seconds) for seconds, _ in request.frame],
             "inputs": inputs.records,
             "custom_noise": request.latents is not None,

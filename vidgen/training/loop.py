@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import choose_device
+from vidgen.core.runtime import atomic_write, choose_device
 from vidgen.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -66,8 +66,16 @@ class TrainResult:
     metrics: dict[str, float]
 
 
-def train(task: Task, run: RunConfig, *, resume: bool = False) -> TrainResult:
+def train(
+    task: Task, run: RunConfig, *, resume: bool = False, record: dict[str, Any] | None = None
+) -> TrainResult:
     """Run `task` to the end of its phases, its minutes, or an interrupt.
+
+    Args:
+        task: what is trained.
+        run: how long, how often, where.
+        resume: go on from the folder's newest checkpoint.
+        record: the whole resolved config, kept as `task.json` once the run may begin.
 
     Raises:
         InputError: the folder holds a run already and `resume` is not set, or the loss is not
@@ -82,6 +90,8 @@ def train(task: Task, run: RunConfig, *, resume: bool = False) -> TrainResult:
         source = latest_checkpoint(Path(run.branch_from))
         if source is None:
             raise InputError(f"branch_from {run.branch_from} holds no checkpoint")
+    if record is not None:
+        atomic_write(folder / "task.json", json.dumps(record, indent=1).encode())
     ema = EMA(task.modules, run.ema_decay)
     optimizers = task.optimizers()
     step, metrics = 0, {}

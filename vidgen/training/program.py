@@ -6,12 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from vidgen.core.config import apply_overrides, build, dump, load_yaml
 from vidgen.core.errors import VidgenError
-from vidgen.core.runtime import atomic_write
 from vidgen.training.loop import Task, train
 
 Run = TypeVar("Run", bound=Any)
@@ -28,15 +26,21 @@ def run_program(doc: str, run_type: type[Run], make_task: Callable[[Run], Task])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     options = parser.parse_args()
-    try:
+
+    def work() -> None:
         settings = apply_overrides(load_yaml(options.config), options.set)
         config = build(run_type, settings, options.config)
-        Path(config.run.folder).mkdir(parents=True, exist_ok=True)
-        resolved = json.dumps(dump(config), indent=1).encode()
-        atomic_write(Path(config.run.folder) / "task.json", resolved)
-        result = train(make_task(config), config.run, resume=options.resume)
+        result = train(make_task(config), config.run, resume=options.resume, record=dump(config))
+        print(json.dumps({"step": result.step, "finished": result.finished, **result.metrics}))
+
+    return exit_code(work)
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do the work of a program: 0, or an error's own code with its message on stderr."""
+    try:
+        work()
     except VidgenError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps({"step": result.step, "finished": result.finished, **result.metrics}))
     return 0
