@@ -40,13 +40,13 @@ _WAN22_STD = (
 
 VAE_PRESETS: dict[str, VAEConfig] = {
     "toybox": VAEConfig(
-        latent_channels=32,
+        latent_channels=16,
         encoder_dim=24,
         decoder_dim=32,
-        channel_mults=(2, 3, 3),
+        channel_mults=(1, 3, 3),
         num_blocks=1,
         temporal_downsample=(True, True),
-        patch_size=4,
+        patch_size=2,
     ),
     "tiny": VAEConfig(
         latent_channels=4,
@@ -87,8 +87,8 @@ _WAN_14B: dict[str, Any] = {"num_heads": 40, "num_layers": 40, "ffn_dim": 13824}
 
 DIT_PRESETS: dict[str, DiTConfig] = {
     "toybox": DiTConfig(
-        in_channels=32, out_channels=32, num_heads=4, head_dim=64, num_layers=7, ffn_dim=896,
-        text_dim=128, patch_size=1,
+        in_channels=16, out_channels=16, num_heads=4, head_dim=64, num_layers=7, ffn_dim=896,
+        text_dim=128, patch_size=2,
         audio=AudioConfig(channels=24, ffn_dim=128, tokens_per_s=31.25),
     ),
     "tiny": DiTConfig(

@@ -17,12 +17,14 @@ class Phase:
         num_frames: pixel frames of each sample (1 mod the VAE's temporal stride).
         batch_size: samples a micro-batch, on each rank.
         accumulate: micro-batches a step.
+        warmup_steps: the rate rises anew over so many steps, where the data change much.
     """
 
     steps: int
     num_frames: int
     batch_size: int
     accumulate: int = 1
+    warmup_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "num_frames", "batch_size", "accumulate"):
@@ -97,3 +99,9 @@ class RunConfig:
                 return index, phase
             step -= phase.steps
         return len(self.phases) - 1, self.phases[-1]
+
+    def warmup_at(self, step: int) -> float:
+        """Share of the rate that the phase's own warm-up allows at `step`."""
+        index, phase = self.phase_at(step)
+        inside = step - sum(earlier.steps for earlier in self.phases[:index])
+        return min(1.0, (inside + 1) / max(1, phase.warmup_steps))
