@@ -11,7 +11,8 @@ from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.vae import CausalVAE
 from vidgen.training.tokenizer import train_tokenizer
-from vidgen.weights.load import ModelDefaults, save_module, write_model_info
+from vidgen.weights.folder import ModelDefaults, write_model_info
+from vidgen.weights.load import save_module
 
 CAPTIONS = ("a red car bounces across the desert at night", "a cat moves left over the meadow")
 DEFAULTS = ModelDefaults(

@@ -27,7 +27,8 @@ from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.program import exit_code
 from vidgen.training.tokenizer import train_tokenizer
-from vidgen.weights.load import ModelDefaults, config_of, save_module, write_model_info
+from vidgen.weights.folder import ModelDefaults, config_of, write_model_info
+from vidgen.weights.load import save_module
 
 DEFAULTS = ModelDefaults(
     num_steps=25, shift=3.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,

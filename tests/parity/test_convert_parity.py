@@ -17,7 +17,8 @@ from vidgen.models.dit import AudioConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.video import load
 from vidgen.weights.convert import to_diffusers
-from vidgen.weights.load import list_embedded, open_model, save_module
+from vidgen.weights.folder import list_embedded, open_model
+from vidgen.weights.load import save_module
 
 PROMPT = "a red car bounces across the desert at night"
 

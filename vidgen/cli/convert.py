@@ -21,7 +21,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Convert, and name what the other layout has no place for."""
     from vidgen.weights.convert import to_diffusers
-    from vidgen.weights.load import open_model
+    from vidgen.weights.folder import open_model
 
     left = to_diffusers(open_model(args.source), Path(args.target))
     told = f"; without {len(left)} tensors of its sound" if left else ""

@@ -17,7 +17,7 @@ def run(_args: Namespace, report: Report) -> int:
     """Print one line a model."""
     from vidgen.core.config import dump
     from vidgen.core.runtime import megabytes
-    from vidgen.weights.load import list_embedded, open_model
+    from vidgen.weights.folder import list_embedded, open_model
 
     models, lines = [], []
     for name in list_embedded():

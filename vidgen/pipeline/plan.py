@@ -24,7 +24,7 @@ from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 
 if TYPE_CHECKING:
-    from vidgen.weights.load import ModelDefaults
+    from vidgen.weights.folder import ModelDefaults
 
 log = logging.getLogger(__name__)
 

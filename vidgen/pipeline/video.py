@@ -40,7 +40,8 @@ from vidgen.ops.attention import used_backend
 from vidgen.pipeline.inputs import Inputs, pixels_of, read_inputs
 from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.prepare import Encoder, write_conditions
-from vidgen.weights.load import ModelFolder, config_of, load_module, open_model, read_config
+from vidgen.weights.folder import ModelFolder, config_of, open_model, read_config
+from vidgen.weights.load import load_module
 
 log = logging.getLogger(__name__)
 

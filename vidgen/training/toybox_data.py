@@ -24,7 +24,8 @@ from vidgen.toybox.scenes import (
     times_in,
 )
 from vidgen.training.latents import LatentShards
-from vidgen.weights.load import config_of, load_module, read_tensors
+from vidgen.weights.folder import config_of
+from vidgen.weights.load import load_module, read_tensors
 
 MID_FRAME = 16
 

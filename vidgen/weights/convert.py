@@ -13,8 +13,9 @@ from vidgen.core.errors import ModelError
 from vidgen.core.runtime import atomic_path
 from vidgen.models.dit import DiTConfig
 from vidgen.models.vae import VAEConfig
+from vidgen.weights.folder import ModelFolder, config_of
 from vidgen.weights.keymap import DIT_KEYS, Names, renamed, vae_keys
-from vidgen.weights.load import ModelFolder, config_of, read_tensors
+from vidgen.weights.load import read_tensors
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
