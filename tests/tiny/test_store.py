@@ -1,0 +1,173 @@
+"""Tensors where they lie: single files, shards and published `.pth`; what is broken is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vidgen.core.errors import ModelError
+from vidgen.weights.store import TensorStore, find_files
+
+TENSORS = {
+    "a.weight": torch.arange(12.0).reshape(3, 4).bfloat16(),
+    "b": torch.tensor([1.5, -2.0]),
+    "c.bias": torch.randn(5).half(),
+    "count": torch.tensor(7),
+}
+
+
+def shard(folder: Path) -> Path:
+    names = list(TENSORS)
+    halves = {"m-1-of-2.safetensors": names[:2], "m-2-of-2.safetensors": names[2:]}
+    for file, inside in halves.items():
+        save_file({name: TENSORS[name] for name in inside}, folder / file)
+    weight_map = {name: file for file, inside in halves.items() for name in inside}
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
+def single(folder: Path, name: str = "model.safetensors") -> Path:
+    save_file(TENSORS, folder / name)
+    return folder / name
+
+
+def published(folder: Path) -> Path:
+    torch.save(TENSORS, folder / "weights.pth")
+    return folder / "weights.pth"
+
+
+@pytest.mark.parametrize("layout", ["single", "shards", "pth"])
+def test_every_layout_gives_the_same_tensors(tmp_path, layout):
+    if layout == "pth":
+        files = (published(tmp_path),)
+    else:
+        single(tmp_path) if layout == "single" else shard(tmp_path)
+        files = find_files(tmp_path)
+    store = TensorStore(files)
+    assert set(store.names) == set(TENSORS)
+    assert store.num_bytes == sum(tensor.nbytes for tensor in TENSORS.values())
+    for _ in range(2):  # before and after the files were closed
+        for name, tensor in TENSORS.items():
+            assert store.shape(name) == tuple(tensor.shape)
+            assert store.dtype(name) == tensor.dtype == store.get(name).dtype
+            assert torch.equal(store.get(name), tensor)
+        store.release()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_nothing_is_read_before_it_is_used(tmp_path, suffix):
+    """Opening, shapes and one small tensor of a 200 MB file bring in less than 1 MB of it."""
+    tensors = {"large": torch.zeros(50_000_000), "small": torch.ones(1000)}
+    path = tmp_path / f"model.{suffix}"
+    save_file(tensors, path) if suffix == "safetensors" else torch.save(tensors, path)
+    del tensors
+    store = TensorStore((path,))
+    before = mapped_bytes(path)
+    assert store.shape("large") == (50_000_000,)
+    assert store.get("small").sum() == 1000
+    large = store.get("large")
+    assert mapped_bytes(path) - before < 1e6
+    large.sum()
+    assert mapped_bytes(path) > 200e6
+    del large
+    store.release()
+    assert mapped_bytes(path) == 0
+
+
+def mapped_bytes(path: Path) -> int:
+    """Bytes of a file that lie in this process' memory."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "diffusion_pytorch_model.safetensors", "other.safetensors"]
+)
+def test_a_single_file_is_found_by_any_usual_name(tmp_path, name):
+    path = single(tmp_path, name)
+    assert find_files(tmp_path) == (path,)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"has no weights.*copy the whole folder"):
+        find_files(tmp_path)
+
+
+def test_shards_without_an_index_are_refused(tmp_path):
+    shard(tmp_path).unlink()
+    with pytest.raises(ModelError, match=r"m-1-of-2.*index"):
+        find_files(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    shard(tmp_path)
+    (tmp_path / "m-2-of-2.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"lacks 1 of 2 shards: m-2-of-2\.safetensors; copy"):
+        find_files(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_a_broken_index_is_named(tmp_path, text):
+    index = shard(tmp_path)
+    index.write_text(text)
+    with pytest.raises(ModelError, match=r"index\.json can't be read as an index"):
+        find_files(tmp_path)
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, -1])
+@pytest.mark.parametrize("layout", ["shards", "pth"])
+def test_a_truncated_file_is_named(tmp_path, layout, left):
+    if layout == "pth":
+        files, victim = (published(tmp_path),), tmp_path / "weights.pth"
+    else:
+        shard(tmp_path)
+        files, victim = find_files(tmp_path), tmp_path / "m-2-of-2.safetensors"
+    os.truncate(victim, left if left >= 0 else victim.stat().st_size + left)
+    with pytest.raises(ModelError, match=rf"{victim.name} .*copy it again"):
+        _ = TensorStore(files).names
+
+
+def test_a_file_that_left_is_named(tmp_path):
+    store = TensorStore((tmp_path / "model.safetensors",))
+    with pytest.raises(ModelError, match=r"model\.safetensors is missing"):
+        _ = store.names
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    store = TensorStore((single(tmp_path), single(tmp_path, "again.safetensors")))
+    with pytest.raises(ModelError, match=r"lies in model\.safetensors and in again\.safetensors"):
+        _ = store.names
+
+
+class Payload:
+    """Pickled code: unpickling it would make a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return self.mark.touch, ()
+
+
+def test_a_pth_is_only_ever_read_as_tensors(tmp_path):
+    mark, path = tmp_path / "mark", tmp_path / "weights.pth"
+    for content, reason in (
+        ({"a": Payload(mark)}, "more than tensors"),
+        ({"a": 1}, "plain state dict"),
+        (torch.ones(2), "plain state dict"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ModelError, match=reason):
+            _ = TensorStore((path,)).names
+    assert not mark.exists()

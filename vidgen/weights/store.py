@@ -1,0 +1,150 @@
+"""Tensors where they lie: one safetensors file, shards with an index, or a published `.pth`.
+
+Nothing is read before it is used: tensors are windows on the mapped file, so the operating system
+brings pages in when they are touched and may drop them again.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vidgen.core.errors import ModelError
+
+WEIGHT_NAMES = ("model", "diffusion_pytorch_model")
+"""Stems under which transformers and diffusers save weights."""
+
+
+def find_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a component folder: one, or all that its index names.
+
+    Raises:
+        ModelError: none, several without an index, or shards that are missing.
+    """
+    singles = sorted(folder.glob("*.safetensors"))
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    for stem in WEIGHT_NAMES:
+        if folder / f"{stem}.safetensors" in singles:
+            return (folder / f"{stem}.safetensors",)
+        if folder / f"{stem}.safetensors.index.json" in indices:
+            return _shards(folder / f"{stem}.safetensors.index.json")
+    if len(indices) == 1:
+        return _shards(indices[0])
+    if len(singles) == 1 and not indices:
+        return (singles[0],)
+    if not singles:
+        raise ModelError(f"{folder} has no weights (*.safetensors); copy the whole folder again")
+    names = ", ".join(path.name for path in (indices or singles)[:5])
+    raise ModelError(
+        f"{folder} has {names} and no one index that joins them; copy its *.safetensors.index.json "
+        "again, or leave only one model in the folder"
+    )
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        paths = tuple(index.parent / name for name in sorted(names))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} can't be read as an index ({error}); copy it again") from error
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ModelError(
+            f"{index.parent} lacks {len(missing)} of {len(paths)} shards: {', '.join(missing)}; "
+            "copy them again"
+        )
+    return paths
+
+
+class TensorStore:
+    """The tensors of one component by name, mapped from its files.
+
+    Args:
+        files: safetensors shards, or `.pth` files of plain state dicts, which are only ever read
+            as tensors, never as code. Opened on first use.
+
+    Raises:
+        ModelError: on first use, by file: missing, truncated, not of its format, or a tensor that
+            lies in two files.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = tuple(files)
+        self._readers: dict[Path, Callable[[str], Tensor]] = {}
+
+    @cached_property
+    def _entries(self) -> dict[str, tuple[Path, Tensor]]:
+        """File and an empty likeness on the meta device of each tensor."""
+        entries: dict[str, tuple[Path, Tensor]] = {}
+        for path in self.files:
+            names, read = _open(path)
+            self._readers[path] = read
+            for name in names:
+                if name in entries:
+                    raise ModelError(
+                        f"tensor {name} lies in {entries[name][0].name} and in {path.name} of "
+                        f"{path.parent}; leave only one model in the folder"
+                    )
+                entries[name] = path, read(name).to("meta")
+        return entries
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, in the files' order."""
+        return tuple(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self._entries[name][1].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor, without reading it."""
+        return self._entries[name][1].dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(tensor.nbytes for _, tensor in self._entries.values())
+
+    def get(self, name: str) -> Tensor:
+        """A tensor on the CPU, mapped: its bytes come from the disk when they are used."""
+        path = self._entries[name][0]
+        read = self._readers.get(path)
+        if read is None:
+            read = self._readers[path] = _open(path)[1]
+        return read(name)
+
+    def release(self) -> None:
+        """Close the files: pages leave memory unless a tensor still shows them; `get` reopens."""
+        self._readers = {}
+
+
+def _open(path: Path) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
+    """Names in a file and what maps one of them."""
+    if not path.is_file():
+        raise ModelError(f"{path} is missing; copy it again")
+    try:
+        if path.suffix == ".safetensors":
+            handle = safe_open(path, framework="pt", device="cpu")
+            return tuple(handle.keys()), handle.get_tensor
+        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{path} holds more than tensors, or is damaged; vidgen reads only plain state dicts: "
+            "copy it again from where it was published"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ModelError(
+            f"{path} can't be read ({reason}); it may be truncated: copy it again"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ModelError(f"{path} is no plain state dict of tensors; give the published weights")
+    return tuple(state), state.__getitem__
