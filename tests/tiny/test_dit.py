@@ -290,7 +290,7 @@ def test_a_fresh_model_attends_to_text_and_learns_from_it(monkeypatch, scale):
     model.init_weights()
     text = (scale * torch.randn(2, 16, 128)).requires_grad_()
     assert text_share(model, monkeypatch, text) > 0.8
-    latents = torch.randn(2, 32, 2, 4, 4)
+    latents = torch.randn(2, model.config.in_channels, 2, 4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for step in range(2):
         velocity = model(latents, torch.tensor([900.0, 300.0]), text, context_lengths=[16, 9])

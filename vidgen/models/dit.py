@@ -10,14 +10,12 @@ N audio tokens, L tokens, D width.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vidgen.core.errors import InputError
@@ -26,10 +24,13 @@ from vidgen.models.dit_blocks import (
     Axis,
     Block,
     FeedForward,
+    Head,
     ImageEmbedding,
+    PatchEmbedding,
     TimeEmbedding,
     compute_dtype,
 )
+from vidgen.models.dit_control import ControlBlock, control_scales
 from vidgen.models.dit_init import init_dit
 from vidgen.models.dit_inputs import (
     AudioTokens,
@@ -39,11 +40,10 @@ from vidgen.models.dit_inputs import (
     Stream,
     collapse_padding,
     embed_times,
+    lay_out,
     runs_of_time,
-    visible_frames,
 )
 from vidgen.ops.attention import Backend, require_backend
-from vidgen.ops.norm import modulated_norm
 from vidgen.ops.patchify import patchify_latents, unpatchify_latents
 from vidgen.ops.rope import rope_table
 
@@ -87,6 +87,8 @@ class DiTConfig:
             place in turns ("factorised"); those of no later frame ("causal").
         causal_frames: latent frames that see each other in the causal pattern.
         audio: the audio modality, or None.
+        control_layers: blocks whose output a control block adds to (VACE), rising from 0.
+        control_channels: C of the control, or None without `control_layers`.
 
     Raises:
         ValueError: for values that no network can have.
@@ -108,6 +110,8 @@ class DiTConfig:
     pattern: Pattern = "full"
     causal_frames: int = 1
     audio: AudioConfig | None = None
+    control_layers: tuple[int, ...] = ()
+    control_channels: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values against each other."""
@@ -126,6 +130,18 @@ class DiTConfig:
             raise ValueError(f"pattern must be one of {get_args(Pattern)}, not {self.pattern!r}")
         if self.audio is not None and self.pattern != "full":
             raise ValueError(f"audio needs the pattern 'full', not {self.pattern!r}")
+        layers = self.control_layers
+        if bool(layers) != bool(self.control_channels):
+            raise ValueError(
+                f"control_layers {layers} and control_channels {self.control_channels} "
+                "must be given together"
+            )
+        if layers and (list(layers) != sorted({0, *layers}) or layers[-1] >= self.num_layers):
+            raise ValueError(
+                f"control_layers must rise from 0 to at most {self.num_layers - 1}, not {layers}"
+            )
+        if layers and (self.pattern != "full" or self.audio is not None):
+            raise ValueError("control needs the pattern 'full' and no audio")
 
     @property
     def hidden_dim(self) -> int:
@@ -138,37 +154,6 @@ class AudioVideo(NamedTuple):
 
     video: Tensor
     audio: Tensor
-
-
-class PatchEmbedding(nn.Module):
-    """A linear map of patches; its weight has the shape of Wan's convolution, [D, C, 1, p, p]."""
-
-    def __init__(self, channels: int, width: int, patch_size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, channels, 1, patch_size, patch_size))
-        self.bias = nn.Parameter(torch.empty(width))
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """Map [B, L, C * p * p] to [B, L, D]."""
-        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
-
-
-class Head(nn.Module):
-    """Modulated norm and projection of tokens to velocities."""
-
-    def __init__(self, width: int, patch_dim: int, audio_channels: int | None, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.modulation = nn.Parameter(torch.zeros(1, 2, width))
-        self.proj = nn.Linear(width, patch_dim)
-        if audio_channels is not None:
-            self.audio_proj = nn.Linear(width, audio_channels)
-
-    def forward(self, stream: Stream, proj: nn.Linear) -> Tensor:
-        """Map a stream's tokens [B, L, D] to [B, L, channels] in the weights' dtype."""
-        shift, scale = stream.time.modulate(self.modulation, stream.time.head.unsqueeze(-2))
-        normed = modulated_norm(stream.tokens, shift, scale, self.eps)
-        return proj(normed.to(proj.weight.dtype))
 
 
 class SpacetimeDiT(nn.Module):
@@ -201,6 +186,15 @@ class SpacetimeDiT(nn.Module):
             )
             for i in range(config.num_layers)
         )
+        self.control_blocks = nn.ModuleList(
+            ControlBlock(
+                width, config.num_heads, config.ffn_dim, config.eps,
+                image=config.image_dim is not None, first=i == 0,
+            )
+            for i in range(len(config.control_layers))
+        )
+        if config.control_channels is not None:
+            self.control_embed = PatchEmbedding(config.control_channels, width, config.patch_size)
         self.head = Head(
             width, config.out_channels * config.patch_size**2,
             None if audio is None else audio.channels, config.eps,
@@ -217,7 +211,7 @@ class SpacetimeDiT(nn.Module):
         if strict:
             require_backend(backend, self.head.proj.weight.device, self.head.proj.weight.dtype)
         self.attention_backend: Backend = backend
-        for block in self.blocks:
+        for block in (*self.blocks, *self.control_blocks):
             block.self_attn.backend = block.cross_attn.backend = backend
 
     def compile_blocks(self) -> None:
@@ -225,7 +219,7 @@ class SpacetimeDiT(nn.Module):
 
         A training step takes 0.81 times as long; the first takes a minute, ten seconds once cached.
         """
-        for block in self.blocks:
+        for block in (*self.blocks, *self.control_blocks):
             block.compile()
 
     def require_pattern(self, pattern: Pattern) -> None:
@@ -252,6 +246,8 @@ class SpacetimeDiT(nn.Module):
         positions: Tensor | None = None,
         audio: AudioTokens | None = None,
         cache: KVCache | None = None,
+        control: Tensor | None = None,
+        control_scale: float | Sequence[float] = 1.0,
     ) -> Tensor | AudioVideo:
         """Predict the velocity of noisy latents.
 
@@ -268,6 +264,9 @@ class SpacetimeDiT(nn.Module):
                 cache's.
             audio: sound to denoise along, for models with the modality.
             cache: earlier frames, for causal models.
+            control: [B, control_channels, F, h, w] that steers a model with `control_layers`;
+                None: it runs without their blocks.
+            control_scale: strength of the control, one for all control layers or one for each.
 
         Returns:
             Velocity [B, out_channels, F, h, w] in the latents' dtype; with `audio` both.
@@ -276,17 +275,17 @@ class SpacetimeDiT(nn.Module):
             InputError: for shapes and options that this model can't take.
         """
         self._check(latents, timestep, image_context, extra, audio, cache)
+        scales = control_scales(self.config, latents, extra, control, control_scale)
         F_, (h, w) = latents.shape[2], (s // self.config.patch_size for s in latents.shape[3:])
         streams, rope = self._embed(latents, timestep, extra, positions, audio, cache, h, w)
-        layout = self._layout(latents, extra, audio, cache, h * w)
+        layout = lay_out(self.config, F_, extra, audio, cache, h * w, latents.device)
         text = self._context(context, context_lengths, image_context)
+        hints = self._hints(control, streams[0], rope, layout, text)
         for i, block in enumerate(self.blocks):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                streams = checkpoint(
-                    block, streams, rope, layout, text, cache, i, use_reentrant=False
-                )
-            else:
-                streams = block(streams, rope, layout, text, cache, i)
+            streams = self._run(block, streams, rope, layout, text, cache, i)
+            if i in scales:
+                x, time = streams[0]
+                streams[0] = Stream(x.add(next(hints).to(x.dtype), alpha=scales[i]), time)
         if cache is not None:
             cache.advance(F_, 0 if extra is None else extra.num_keys)
         with torch.autocast(latents.device.type, enabled=False):
@@ -328,6 +327,24 @@ class SpacetimeDiT(nn.Module):
             if extra is not None and (cache.num_frames or extra.valid is not None):
                 raise InputError("stills join a cached roll-out with its first frames, all valid")
 
+    def _hints(
+        self, control: Tensor | None, video: Stream, rope: Tensor, layout: Layout, text: Context
+    ) -> Iterator[Tensor]:
+        """What each control block adds [B, L, D], made when asked for: one lives at a time."""
+        if control is None:
+            return
+        with torch.autocast(control.device.type, enabled=False):
+            tokens = self.control_embed(patchify_latents(control, self.config.patch_size))
+        for block in self.control_blocks:
+            hint, tokens = self._run(block, tokens, video, rope, layout, text)
+            yield hint
+
+    def _run(self, block: nn.Module, *args: Any) -> Any:
+        """Call a block, in training without keeping what it computes inside."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
     def _embed(
         self, latents: Tensor, timestep: Tensor, extra: KeyTokens | None, positions: Tensor | None,
         audio: AudioTokens | None, cache: KVCache | None, h: int, w: int,
@@ -359,32 +376,6 @@ class SpacetimeDiT(nn.Module):
         clock = rope_table(seconds[None] * audio.frames_per_s, 1, 1, self.config.head_dim)
         rope = torch.cat([rope, clock.expand(rope.shape[0], -1, -1)], dim=1)
         return streams, rope
-
-    def _layout(
-        self, latents: Tensor, extra: KeyTokens | None, audio: AudioTokens | None,
-        cache: KVCache | None, frame_tokens: int,
-    ) -> Layout:
-        """Where tokens lie and the bias over them."""
-        config, frames = self.config, latents.shape[2]
-        stills, valid = (0, None) if extra is None else (extra.num_keys, extra.valid)
-        visible = visible_frames(
-            frames, stills, valid,
-            num_cached=0 if cache is None else cache.num_frames + cache.num_stills,
-            causal_frames=config.causal_frames if config.pattern == "causal" else None,
-            device=latents.device,
-        )
-        if visible is None:
-            return Layout(frames + stills, frame_tokens, None)
-        bias = torch.zeros(visible.shape, device=latents.device)
-        bias = bias.masked_fill_(~visible, -math.inf)
-        if config.pattern == "factorised":
-            bias = bias.repeat_interleave(frame_tokens, dim=0)
-        else:
-            bias = bias.repeat_interleave(frame_tokens, dim=2)
-            if bias.shape[1] > 1:
-                bias = bias.repeat_interleave(frame_tokens, dim=1)
-        sound = 0 if audio is None else audio.latents.shape[2]
-        return Layout(frames + stills, frame_tokens, F.pad(bias, (0, sound))[:, None])
 
     def _context(
         self, context: Tensor, lengths: Sequence[int] | Tensor | None, image: Tensor | None

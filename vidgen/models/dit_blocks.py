@@ -49,6 +49,19 @@ class FeedForward(nn.Module):
         return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 
+class PatchEmbedding(nn.Module):
+    """A linear map of patches; its weight has the shape of Wan's convolution, [D, C, 1, p, p]."""
+
+    def __init__(self, channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels, 1, patch_size, patch_size))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map [B, L, C * p * p] to [B, L, D]."""
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
 class TimeEmbedding(nn.Module):
     """Timesteps to vectors: sinusoids, two linear layers, and a projection for the blocks."""
 
@@ -220,6 +233,24 @@ class Block(nn.Module):
             hidden = ffn(modulated_norm(x, ffn_shift, ffn_scale, self.eps).to(dtype))
             out.append(Stream(_add_gated(x, hidden, ffn_gate), stream.time))
         return out
+
+
+class Head(nn.Module):
+    """Modulated norm and projection of tokens to velocities."""
+
+    def __init__(self, width: int, patch_dim: int, audio_channels: int | None, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.modulation = nn.Parameter(torch.zeros(1, 2, width))
+        self.proj = nn.Linear(width, patch_dim)
+        if audio_channels is not None:
+            self.audio_proj = nn.Linear(width, audio_channels)
+
+    def forward(self, stream: Stream, proj: nn.Linear) -> Tensor:
+        """Map a stream's tokens [B, L, D] to [B, L, channels] in the weights' dtype."""
+        shift, scale = stream.time.modulate(self.modulation, stream.time.head.unsqueeze(-2))
+        normed = modulated_norm(stream.tokens, shift, scale, self.eps)
+        return proj(normed.to(proj.weight.dtype))
 
 
 def _add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:

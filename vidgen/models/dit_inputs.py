@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import KeyTokens
+
+if TYPE_CHECKING:
+    from vidgen.models.dit import DiTConfig
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,31 @@ def embed_times(
     if times.shape[1] > max_runs:
         return TimeVectors(head, block, index)
     return TimeVectors(head[index], block[index], None)
+
+
+def lay_out(
+    config: DiTConfig, num_frames: int, extra: KeyTokens | None, audio: AudioTokens | None,
+    cache: KVCache | None, frame_tokens: int, device: torch.device,
+) -> Layout:
+    """Where tokens lie, and what hides those that others may not see."""
+    stills, valid = (0, None) if extra is None else (extra.num_keys, extra.valid)
+    visible = visible_frames(
+        num_frames, stills, valid,
+        num_cached=0 if cache is None else cache.num_frames + cache.num_stills,
+        causal_frames=config.causal_frames if config.pattern == "causal" else None,
+        device=device,
+    )
+    if visible is None:
+        return Layout(num_frames + stills, frame_tokens, None)
+    bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, -math.inf)
+    if config.pattern == "factorised":
+        bias = bias.repeat_interleave(frame_tokens, dim=0)
+    else:
+        bias = bias.repeat_interleave(frame_tokens, dim=2)
+        if bias.shape[1] > 1:
+            bias = bias.repeat_interleave(frame_tokens, dim=1)
+    sound = 0 if audio is None else audio.latents.shape[2]
+    return Layout(num_frames + stills, frame_tokens, F.pad(bias, (0, sound))[:, None])
 
 
 def visible_frames(

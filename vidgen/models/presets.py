@@ -83,6 +83,7 @@ VAE_PRESETS: dict[str, VAEConfig] = {
 _WAN_DIT: dict[str, Any] = {
     "in_channels": 16, "out_channels": 16, "head_dim": 128, "text_dim": 4096,
 }
+_WAN_1B: dict[str, Any] = {"num_heads": 12, "num_layers": 30, "ffn_dim": 8960}
 _WAN_14B: dict[str, Any] = {"num_heads": 40, "num_layers": 40, "ffn_dim": 13824}
 
 DIT_PRESETS: dict[str, DiTConfig] = {
@@ -95,11 +96,17 @@ DIT_PRESETS: dict[str, DiTConfig] = {
         in_channels=4, out_channels=4, num_heads=2, head_dim=12, num_layers=2, ffn_dim=32,
         text_dim=16,
     ),
-    "wan-1.3b": DiTConfig(**_WAN_DIT, num_heads=12, num_layers=30, ffn_dim=8960),
+    "wan-1.3b": DiTConfig(**_WAN_DIT, **_WAN_1B),
     "wan-14b": DiTConfig(**_WAN_DIT, **_WAN_14B),
     "wan-14b-i2v": DiTConfig(**(_WAN_DIT | {"in_channels": 36}), **_WAN_14B, image_dim=1280),
     "wan-14b-flf2v": DiTConfig(
         **(_WAN_DIT | {"in_channels": 36}), **_WAN_14B, image_dim=1280, image_positions=514
+    ),
+    "wan-vace-1.3b": DiTConfig(
+        **_WAN_DIT, **_WAN_1B, control_layers=tuple(range(0, 30, 2)), control_channels=96
+    ),
+    "wan-vace-14b": DiTConfig(
+        **_WAN_DIT, **_WAN_14B, control_layers=tuple(range(0, 40, 5)), control_channels=96
     ),
     "wan22-14b-i2v": DiTConfig(**(_WAN_DIT | {"in_channels": 36}), **_WAN_14B),
     "wan22-5b": DiTConfig(
