@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from vidgen.models.dit import AudioConfig, DiTConfig
+from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
 
@@ -124,5 +125,14 @@ TEXT_PRESETS: dict[str, TextConfig] = {
     ),
     "umt5-xxl": TextConfig(
         vocab_size=256384, hidden_dim=4096, head_dim=64, ffn_dim=10240, num_layers=24, num_heads=64
+    ),
+}
+
+IMAGE_PRESETS: dict[str, ImageConfig] = {
+    "tiny": ImageConfig(
+        image_size=28, patch_size=14, hidden_dim=20, ffn_dim=40, num_layers=3, num_heads=2
+    ),
+    "clip-vit-h": ImageConfig(
+        image_size=224, patch_size=14, hidden_dim=1280, ffn_dim=5120, num_layers=32, num_heads=16
     ),
 }

@@ -1,0 +1,261 @@
+"""The image encoder of Wan 2.1's image-to-video models: CLIP's vision tower, without its end.
+
+Modules carry the names of transformers' `CLIPVisionModel`, so its weights load key by key. What the
+diffusion transformer takes are the states before the last layer: that layer and the norm behind it
+are kept, so that a folder loads and saves whole (4% of ViT-H), and never run.
+
+A vision transformer (Dosovitskiy et al. 2021) trained as CLIP (Radford et al. 2021).
+
+Axes: B batch, S side of the square input in pixels, P patches, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vidgen.core.errors import InputError, ModelError
+from vidgen.ops.attention import attention
+
+Activation = Literal["gelu", "quick_gelu"]
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Architecture of an image encoder; the names behind the fields are transformers'."""
+
+    image_size: int  # image_size
+    patch_size: int  # patch_size
+    hidden_dim: int  # hidden_size
+    ffn_dim: int  # intermediate_size
+    num_layers: int  # num_hidden_layers
+    num_heads: int  # num_attention_heads
+    activation: Activation = "gelu"  # hidden_act
+    eps: float = 1e-5  # layer_norm_eps
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # image_mean
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # image_std
+
+    def __post_init__(self) -> None:
+        if self.image_size < self.patch_size or self.hidden_dim % self.num_heads:
+            raise ModelError(
+                f"an image encoder of {self.image_size} pixels in patches of {self.patch_size}, "
+                f"{self.hidden_dim} wide with {self.num_heads} heads: patches must fit the image "
+                "and heads divide the width"
+            )
+        if self.num_layers < 2 or self.activation not in get_args(Activation):
+            raise ModelError(
+                f"an image encoder of {self.num_layers} layers with {self.activation!r}: it needs "
+                f"2 layers or more and one of {get_args(Activation)}"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the result: one for the whole image and one for each patch."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_transformers(
+        cls, settings: Mapping[str, Any], processor: Mapping[str, Any] | None = None
+    ) -> ImageConfig:
+        """Read an ordinary `config.json` of transformers' `CLIPVisionModel`.
+
+        Args:
+            settings: the config.
+            processor: the `preprocessor_config.json` of its `CLIPImageProcessor`; None: CLIP's own.
+
+        Raises:
+            ModelError: another architecture, a setting missing, or a processor that
+                `prepare_image` can't stand for.
+        """
+        model_type = settings.get("model_type")
+        if model_type != "clip_vision_model" or settings.get("num_channels", 3) != 3:
+            raise ModelError(
+                f"the image encoder is of type {model_type!r} with "
+                f"{settings.get('num_channels', 3)} channels; only 'clip_vision_model' with 3 is "
+                "supported"
+            )
+        try:
+            values = {ours: settings[theirs] for ours, theirs in _TRANSFORMERS_NAMES.items()}
+        except KeyError as error:
+            raise ModelError(f"the image encoder's config.json lacks the field {error}") from None
+        if processor is not None:
+            _require_clip_processor(processor, values["image_size"])
+            for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+                if theirs in processor:
+                    values[ours] = tuple(processor[theirs])
+        return cls(**values)
+
+    def to_transformers(self) -> dict[str, Any]:
+        """The `config.json` that transformers' `CLIPVisionModel.from_pretrained` reads."""
+        return {
+            "architectures": ["CLIPVisionModel"],
+            "model_type": "clip_vision_model",
+            **{theirs: getattr(self, ours) for ours, theirs in _TRANSFORMERS_NAMES.items()},
+            "num_channels": 3,
+        }
+
+
+_TRANSFORMERS_NAMES = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "hidden_dim": "hidden_size",
+    "ffn_dim": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "activation": "hidden_act",
+    "eps": "layer_norm_eps",
+}
+
+
+def _require_clip_processor(processor: Mapping[str, Any], size: int) -> None:
+    """Refuse settings of an image processor that `prepare_image` doesn't follow."""
+    square = {"height": size, "width": size}
+    followed: dict[str, tuple[Any, ...]] = {
+        "size": ({"shortest_edge": size}, size),
+        "crop_size": (square, size),
+        "resample": (3,),  # bicubic
+        "rescale_factor": (1 / 255,),
+        **{f"do_{step}": (True,) for step in ("resize", "center_crop", "rescale", "normalize")},
+    }
+    for key, allowed in followed.items():
+        if key in processor and processor[key] not in allowed:
+            raise ModelError(
+                f"the image processor's {key} is {processor[key]!r}; only {allowed[0]!r} is "
+                "supported with this image encoder"
+            )
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_dim, config.patch_size
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.position_embedding = nn.Embedding(config.num_tokens, width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        whole = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([whole, patches], dim=1) + self.position_embedding.weight
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self.add_module(name, nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int, activation: Activation) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        # quick_gelu: x * sigmoid(1.702 x) (Hendrycks & Gimpel 2016, section 2)
+        return self.fc2(F.gelu(x) if self.activation == "gelu" else x * (1.702 * x).sigmoid())
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_dim, config.eps)
+        self.self_attn = _Attention(config.hidden_dim, config.num_heads)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_dim, config.eps)
+        self.mlp = _FeedForward(config.hidden_dim, config.ffn_dim, config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _Stack(nn.Module):
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        return x
+
+
+class ImageEncoder(nn.Module):
+    """CLIP's vision tower up to the states before its last layer.
+
+    Args:
+        config: its architecture; weights are meant to be loaded.
+    """
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = _Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_dim, config.eps)  # transformers' spelling
+        self.encoder = _Stack(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_dim, config.eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            pixels: [B, 3, S, S] as `prepare_image` gives them.
+
+        Returns:
+            [B, 1 + P, D] in the weights' dtype; `hidden_states[-2]` of transformers' model.
+
+        Raises:
+            InputError: another size than the encoder's.
+        """
+        size = self.config.image_size
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
+            raise InputError(
+                f"the image encoder takes [B, 3, {size}, {size}], not {list(pixels.shape)}; "
+                "use prepare_image"
+            )
+        pixels = pixels.to(self.embeddings.patch_embedding.weight.dtype)
+        return self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+
+
+def prepare_image(pixels: Tensor, config: ImageConfig) -> Tensor:
+    """What an image encoder takes of a picture, as transformers' `CLIPImageProcessor` makes it.
+
+    The shorter side becomes S, bicubic; a square is cut from the middle; channels are normalised.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        config: of the encoder.
+
+    Returns:
+        [1, 3, S, S] float32 on the CPU.
+    """
+    import numpy as np
+    from PIL import Image
+
+    size = config.image_size
+    height, width, _ = pixels.shape
+    longer = int(size * max(height, width) / min(height, width))
+    new_width, new_height = (size, longer) if width <= height else (longer, size)
+    picture = Image.fromarray(pixels.cpu().numpy()).resize(
+        (new_width, new_height), Image.Resampling.BICUBIC
+    )
+    top, left = (new_height - size) // 2, (new_width - size) // 2
+    square = torch.from_numpy(np.array(picture)[top : top + size, left : left + size])
+    normal = (square / 255 - torch.tensor(config.mean)) / torch.tensor(config.std)
+    return normal.permute(2, 0, 1)[None].contiguous()
