@@ -11,6 +11,35 @@ from vidgen.models.presets import DIT_PRESETS
 from vidgen.weights.keymap import DIT_KEYS, renamed
 
 TINY = DIT_PRESETS["tiny"]
+VARIANTS = {
+    "t2v": TINY,
+    "toybox": replace(DIT_PRESETS["toybox"], num_layers=3, audio=None),
+    "i2v": replace(TINY, in_channels=12, image_dim=20),
+    "flf2v": replace(TINY, in_channels=12, image_dim=20, image_positions=514),
+    "wan22-i2v": replace(TINY, in_channels=12),
+    "ti2v": TINY,
+}
+PUBLISHED = {  # what the config.json of diffusers' folders say; the rest are its defaults
+    "wan-1.3b": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "wan-14b": {},
+    "wan-14b-i2v": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "wan-14b-flf2v": {
+        "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": 514,
+    },
+    "wan22-14b-i2v": {"in_channels": 36},
+    "wan22-5b": {
+        "in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "num_layers": 30,
+        "ffn_dim": 14336,
+    },
+}
+NUM_PARAMETERS = {
+    "wan-1.3b": 1_418_996_800,
+    "wan-14b": 14_288_491_584,
+    "wan-14b-i2v": 16_394_878_784,
+    "wan-14b-flf2v": 16_395_536_704,
+    "wan22-14b-i2v": 14_288_901_184,
+    "wan22-5b": 4_999_787_712,
+}
 
 
 def make_pair(config: DiTConfig) -> tuple[SpacetimeDiT, WanTransformer3DModel]:
@@ -49,29 +78,40 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        TINY,
-        replace(DIT_PRESETS["toybox"], audio=None),
-        replace(TINY, in_channels=12, image_dim=20),
-        replace(TINY, in_channels=12, image_dim=20, image_positions=10),
-    ],
-    ids=["t2v", "toybox", "i2v", "flf2v"],
-)
-@torch.no_grad()
-def test_whole_model_equals_diffusers(config: DiTConfig):
+def run_both(variant: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Ours and theirs, of the whole model and of each block."""
+    config = VARIANTS[variant]
     ours, theirs = make_pair(config)
+    blocks: dict[str, list[torch.Tensor]] = {}
+    for i, (our_block, their_block) in enumerate(zip(ours.blocks, theirs.blocks, strict=True)):
+        seen = blocks.setdefault(f"block {i}", [])
+        our_block.register_forward_hook(lambda *a, seen=seen: seen.append(a[2][0].tokens))
+        their_block.register_forward_hook(lambda *a, seen=seen: seen.append(a[2]))
     latents, timestep, context = make_inputs(config)
+    their_timestep = timestep
+    if variant == "ti2v":  # the first frame is known: its tokens carry 0
+        timestep = timestep[:, None, None, None].repeat(1, 3, 2, 3)
+        timestep[:, 0] = 0
+        their_timestep = timestep.flatten(1)
     image, their_image = None, None
     if config.image_dim:
-        image = torch.randn(2, config.image_positions or 5, config.image_dim)
+        image = torch.randn(2, config.image_positions or 257, config.image_dim)
         # diffusers takes the two images of a sample as rows of the batch
         their_image = image.unflatten(1, (2, -1)).flatten(0, 1) if config.image_positions else image
-    expected = theirs(latents, timestep, context, their_image).sample
     velocity = ours(latents, timestep, context, image_context=image)
-    assert relative_error(velocity, expected) < 1e-4
-    assert (velocity - expected).abs().max() < 1e-4
+    expected = theirs(latents, their_timestep, context, their_image).sample
+    return {"whole": (velocity, expected)} | {name: (a, b) for name, (a, b) in blocks.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_each_block_and_the_whole_equal_diffusers(variant: str):
+    results = run_both(variant)
+    assert len(results) == 1 + VARIANTS[variant].num_layers
+    for name, (value, expected) in results.items():
+        limit = 1e-4 if name == "whole" else 1e-5
+        assert relative_error(value, expected) < limit, name
+        torch.testing.assert_close(value, expected, rtol=0, atol=limit)
 
 
 @torch.no_grad()
@@ -85,18 +125,6 @@ def test_timesteps_of_single_tokens_equal_diffusers():
     for timestep, given in ((mixed, mixed), (whole, whole), (whole, by_frame)):
         expected = theirs(latents, timestep.flatten(1), context).sample
         assert relative_error(ours(latents, given, context), expected) < 1e-5
-
-
-@torch.no_grad()
-def test_one_block_equals_diffusers():
-    ours, theirs = make_pair(replace(TINY, num_layers=1))
-    inside: dict[str, torch.Tensor] = {}
-    theirs.blocks[0].register_forward_hook(lambda *a: inside.update(theirs=a[2]))
-    ours.blocks[0].register_forward_hook(lambda *a: inside.update(ours=a[2][0].tokens))
-    latents, timestep, context = make_inputs(TINY)
-    theirs(latents, timestep, context)
-    ours(latents, timestep, context)
-    assert relative_error(inside["ours"], inside["theirs"]) < 1e-5
 
 
 @torch.no_grad()
@@ -139,3 +167,15 @@ def test_original_names_are_wans():
         "head.proj.bias": "head.head.bias",
     }
     assert {name: names[name] for name in by_hand} == by_hand
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_shapes(name: str):
+    with torch.device("meta"):
+        ours = SpacetimeDiT(DIT_PRESETS[name]).state_dict()
+        theirs = WanTransformer3DModel(**PUBLISHED[name]).state_dict()
+    names = renamed(ours, DIT_KEYS, "vidgen", "diffusers")
+    assert {names[key]: value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in theirs.items()
+    }
+    assert sum(value.numel() for value in ours.values()) == NUM_PARAMETERS[name]

@@ -284,8 +284,8 @@ class SpacetimeDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             streams = self._run(block, streams, rope, layout, text, cache, i)
             if i in scales:
-                x, time = streams[0]
-                streams[0] = Stream(x.add(next(hints).to(x.dtype), alpha=scales[i]), time)
+                [(x, time)] = streams
+                streams = [Stream(x.add(next(hints).to(x.dtype), alpha=scales[i]), time)]
         if cache is not None:
             cache.advance(F_, 0 if extra is None else extra.num_keys)
         with torch.autocast(latents.device.type, enabled=False):
