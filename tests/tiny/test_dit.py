@@ -11,6 +11,7 @@ from vidgen.models.dit_inputs import AudioTokens, KVCache
 from vidgen.models.presets import DIT_PRESETS
 
 TINY = DIT_PRESETS["tiny"]
+WITH_CONTROL = replace(TINY, num_layers=4, control_layers=(0, 1, 3), control_channels=5)
 WITH_AUDIO = replace(TINY, audio=AudioConfig(channels=3, ffn_dim=8, tokens_per_s=20.0))
 
 
@@ -305,24 +306,40 @@ def test_a_fresh_model_attends_to_text_and_learns_from_it(monkeypatch, scale):
     assert all("audio" in name for name in unused)
 
 
-def test_recomputing_blocks_gives_the_same_gradients():
-    latents, timestep, context = make_inputs()
+def make_control() -> torch.Tensor:
+    return torch.randn(2, 5, 3, 4, 6, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("config", [TINY, WITH_CONTROL], ids=["plain", "control"])
+def test_recomputing_blocks_gives_the_same_gradients(config):
+    inputs = make_inputs()
+    control = make_control() if config.control_layers else None
     gradients = []
     for recompute in (False, True):
-        model = make_model().requires_grad_(True)
+        model = make_model(config).requires_grad_(True)
         model.gradient_checkpointing = recompute
-        model(latents, timestep, context, context_lengths=[5, 2]).square().mean().backward()
+        model(*inputs, context_lengths=[5, 2], control=control).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert_equal(a, b)
 
 
-def test_the_back_end_is_the_callers_choice():
-    model = make_model()
-    inputs = make_inputs()
-    expected = model(*inputs, context_lengths=[5, 2])
+def test_the_back_end_is_the_callers_choice(monkeypatch):
+    model = make_model(WITH_CONTROL)
+    inputs, control = make_inputs(), make_control()
+    expected = model(*inputs, context_lengths=[5, 2], control=control)
+    used = set()
+    real = dit_blocks.attention
+
+    def watch(*args, backend, **options):
+        used.add(backend)
+        return real(*args, backend=backend, **options)
+
+    monkeypatch.setattr(dit_blocks, "attention", watch)
     for backend in ("reference", "sdpa", "matmul"):
+        used.clear()
         model.set_attention_backend(backend)
-        assert_equal(model(*inputs, context_lengths=[5, 2]), expected)
+        assert_equal(model(*inputs, context_lengths=[5, 2], control=control), expected)
+        assert used == {backend}
     with pytest.raises(InputError, match="unknown; there are"):
         model.set_attention_backend("flash9", strict=True)
