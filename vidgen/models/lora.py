@@ -1,0 +1,267 @@
+"""LoRA: changes of weights that are attached for a while (Hu et al. 2021).
+
+W + scale * up @ down is never formed: a layer's output gets `up(down(x))` added, and parameters
+with a full delta are read as their sum. While adapters are attached the layers are instances of
+subclasses that compute this; parameters stay the tensors they are, under the names they have, so
+that streamed, quantised and compiled weights keep working.
+
+Axes: r rank, L tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vidgen.core.errors import InputError, ModelError
+from vidgen.models.dit import PatchEmbedding
+
+_OWNERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A layer's delta of low rank, scale * up @ down (Hu et al. 2021, eq. 3; scale is alpha / r).
+
+    Args:
+        down: [r, in]; a patch embedding's may have the shape of its convolution, [r, C, 1, p, p].
+        up: [out, r].
+        scale: factor of the product.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """What one LoRA changes in a module.
+
+    Args:
+        name: what messages call it.
+        low_rank: deltas of layers, by the path of the layer.
+        deltas: full deltas of parameters, by the parameter's name.
+    """
+
+    name: str
+    low_rank: Mapping[str, LowRank]
+    deltas: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def linear_paths(module: nn.Module) -> tuple[str, ...]:
+    """Paths of all layers that can have a delta of low rank."""
+    return tuple(path for path, layer in module.named_modules() if _is_linear(layer))
+
+
+def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
+    """What of an adapter has no place in a module, or another shape there; empty if all fits."""
+    layers, parameters = dict(module.named_modules()), dict(module.named_parameters())
+    found = []
+    for path, part in adapter.low_rank.items():
+        layer = layers.get(path)
+        if layer is None or not _is_linear(layer):
+            found.append(f"{path}: no linear layer")
+            continue
+        out, *rest = layer._parameters["weight"].shape
+        width, down, up = math.prod(rest), part.down, part.up
+        if down.ndim < 2 or up.ndim != 2 or not down.shape[0] == up.shape[1] > 0:
+            found.append(f"{path}: ranks of {list(down.shape)} and {list(up.shape)} differ")
+        elif down[0].numel() != width or up.shape[0] != out:
+            given = f"{up.shape[0]}x{down[0].numel()}"
+            found.append(f"{path}: {given} for {out}x{width}")
+    for name, delta in adapter.deltas.items():
+        if name not in parameters:
+            found.append(f"{name}: no such parameter")
+        elif delta.shape != parameters[name].shape:
+            found.append(f"{name}: {list(delta.shape)} for {list(parameters[name].shape)}")
+    return found
+
+
+@contextmanager
+def attached(
+    module: nn.Module,
+    adapters: Sequence[tuple[Adapter, float]],
+    *,
+    device: torch.device | str | None = None,
+) -> Iterator[None]:
+    """Attach adapters to a module inside the `with` block; weights are never changed.
+
+    Blocks may be nested: inner adapters add to the outer ones. A low-rank part that requires
+    gradients gets them. Blocks compiled by `compile_blocks` are compiled anew for their first
+    adapters, later ones of the same kind reuse that.
+
+    Args:
+        module: a `SpacetimeDiT` as a rule.
+        adapters: each with its weight, of any sign; one of weight 0 changes no bit.
+        device: where the adapters' tensors go; None: where the weights are.
+
+    Raises:
+        ModelError: an adapter that doesn't fit the module, or one with a full delta of a
+            quantised weight.
+        InputError: another thread has adapters attached to this module; also raised where
+            the module runs in another thread meanwhile. A thread sees its own adapters or none.
+    """
+    active = [(adapter, weight) for adapter, weight in adapters if weight]
+    for adapter, _ in active:
+        misfits = find_misfits(adapter, module)
+        if misfits:
+            raise ModelError(
+                f"LoRA {adapter.name!r} doesn't fit these weights: {name_some(misfits)}; "
+                "use one that was made for this model"
+            )
+    with _claimed(module, exclusive=bool(active)):
+        parts = _gather(module, active, device)
+        before = [(layer, type(layer), layer.__dict__.get("_parts")) for layer in parts]
+        try:
+            for layer, own in parts.items():
+                layer._parts = own
+                low_rank = _is_linear(layer)
+                layer.__class__ = _adapted(_base(layer), frozenset(own.deltas), low_rank)
+            yield
+        finally:
+            for layer, kind, own in before:
+                layer.__class__ = kind
+                layer._parts = own
+                if own is None:
+                    del layer._parts
+
+
+def name_some(items: Sequence[str], limit: int = 5) -> str:
+    """The first of several names, and how many more there are."""
+    more = f", and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+@dataclass(eq=False)
+class _Parts:
+    """Of one layer: low-rank parts (down [r, in], up [out, r], scale) and summed deltas."""
+
+    owner: int
+    low_rank: list[tuple[Tensor, Tensor, float]]
+    deltas: dict[str, Tensor]
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Linear, PatchEmbedding))
+
+
+def _gather(
+    module: nn.Module, adapters: Sequence[tuple[Adapter, float]], device: torch.device | str | None
+) -> dict[nn.Module, _Parts]:
+    """What each layer gets, with what is attached already; in the layer's dtype."""
+    found: dict[nn.Module, _Parts] = {}
+
+    def parts_of(layer: nn.Module) -> _Parts:
+        if layer not in found:
+            old = layer.__dict__.get("_parts") or _Parts(0, [], {})
+            found[layer] = _Parts(threading.get_ident(), [*old.low_rank], {**old.deltas})
+        return found[layer]
+
+    def placed(tensor: Tensor, like: Tensor) -> Tensor:
+        if tensor.requires_grad:  # a copy would keep its graph from one step to the next
+            return tensor
+        rest = tensor.device if like.is_meta else like.device  # streamed weights come later
+        return tensor.to(device or rest, like.dtype)
+
+    for adapter, weight in adapters:
+        for path, part in adapter.low_rank.items():
+            layer = module.get_submodule(path)
+            base = layer._parameters["weight"]
+            down, up = placed(part.down.flatten(1), base), placed(part.up, base)
+            parts_of(layer).low_rank.append((down, up, weight * part.scale))
+        for name, delta in adapter.deltas.items():
+            path, _, last = name.rpartition(".")
+            layer = module.get_submodule(path)
+            parameter = layer._parameters[last]
+            if type(parameter) not in (nn.Parameter, Tensor):
+                raise ModelError(
+                    f"LoRA {adapter.name!r} has a full delta of {name}, whose weights are "
+                    "quantised; load the model without quantisation"
+                )
+            change, deltas = placed(weight * delta.float(), parameter), parts_of(layer).deltas
+            deltas[last] = deltas[last] + change if last in deltas else change
+    return found
+
+
+@contextmanager
+def _claimed(module: nn.Module, *, exclusive: bool) -> Iterator[None]:
+    """Hold a module for this thread, so that no other one runs it with this one's adapters."""
+    me = threading.get_ident()
+    with _LOCK:
+        owner = _OWNERS.get(module)
+        _refuse_others(owner)
+        outermost = exclusive and owner is None
+        if outermost:
+            _OWNERS[module] = me
+    if not outermost:
+        yield
+        return
+    handle = module.register_forward_pre_hook(lambda *_: _refuse_others(me))
+    try:
+        yield
+    finally:
+        handle.remove()
+        del _OWNERS[module]
+
+
+def _refuse_others(owner: int | None) -> None:
+    if owner not in (None, threading.get_ident()):
+        raise InputError(
+            "another thread has its LoRA attached to these weights; generate in turns, or load the "
+            "model a second time"
+        )
+
+
+def _own_parts(layer: nn.Module) -> _Parts:
+    # the backward pass recomputes checkpointed blocks in threads of its own
+    if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+        _refuse_others(layer._parts.owner)
+    return layer._parts
+
+
+def _base(layer: nn.Module) -> type[nn.Module]:
+    return getattr(layer, "adapted_base", type(layer))
+
+
+@lru_cache(maxsize=64)
+def _adapted(
+    base: type[nn.Module], deltas: frozenset[str], low_rank: bool
+) -> type[nn.Module]:
+    """A subclass that reads some parameters with their deltas and adds low-rank products.
+
+    A class of its own, shared by all layers alike, is what torch.compile recognises.
+    """
+    body: dict[str, Any] = {name: _summed(name) for name in deltas}
+    body["adapted_base"] = base
+    if low_rank:
+        body["forward"] = _forward
+    return type(base.__name__, (base,), body)
+
+
+def _summed(name: str) -> property:
+    def read(layer: nn.Module) -> Tensor:
+        weight = layer._parameters[name]
+        return weight + _own_parts(layer).deltas[name].to(weight)
+
+    return property(read)
+
+
+def _forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """Map x [..., L, in] to [..., L, out]: the layer's output and each adapter's product."""
+    out = layer.adapted_base.forward(layer, x)
+    for down, up, scale in _own_parts(layer).low_rank:
+        hidden = F.linear(x.to(out.dtype), down.to(out)) * scale
+        out.view(-1, out.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), up.to(out).t())
+    return out

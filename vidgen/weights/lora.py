@@ -1,0 +1,373 @@
+"""LoRA files: any dialect in, any dialect out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vidgen.core.errors import InputError, ModelError, nearest
+from vidgen.core.runtime import atomic_path, atomic_write, write_error
+from vidgen.models.dit import DiTConfig
+from vidgen.models.lora import Adapter, LowRank, find_misfits, name_some
+from vidgen.weights.keymap import DIT_KEYS, rename
+from vidgen.weights.lora_dialects import (
+    DIALECTS,
+    Dialect,
+    Kind,
+    Scaling,
+    TensorName,
+    config_in_header,
+    flat,
+    is_of_text_encoder,
+    layer_places,
+    other_method,
+    parse_name,
+)
+from vidgen.weights.store import TensorStore
+
+log = logging.getLogger(__name__)
+
+Expert = Literal["high", "low"]
+
+_OPTION = re.compile(
+    r"(?P<path>.+?)(?::(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))?(?:@(?P<expert>high|low))?",
+    re.IGNORECASE | re.DOTALL,
+)
+_GRAMMAR = "--lora takes PATH[:WEIGHT][@high|@low]"
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """A LoRA that a request asks for.
+
+    Args:
+        path: file, or folder with `adapter_config.json`.
+        weight: factor of all it changes, of any sign.
+        expert: which of two experts it is for; None: both, or the only transformer.
+    """
+
+    path: Path
+    weight: float = 1.0
+    expert: Expert | None = None
+
+
+def parse_option(text: str) -> LoraChoice:
+    """Read `PATH[:WEIGHT][@high|@low]`; a colon that no number follows belongs to the path.
+
+    Raises:
+        InputError: no path.
+    """
+    match = _OPTION.fullmatch(text)
+    if match is None:
+        raise InputError(f"{text!r} names no file; {_GRAMMAR}")
+    expert = None if match["expert"] is None else match["expert"].lower()
+    return LoraChoice(Path(match["path"]), float(match["weight"] or 1), expert)
+
+
+def read_choices(
+    choices: Sequence[LoraChoice], config: DiTConfig, expert: Expert | None = None
+) -> list[tuple[Adapter, float]]:
+    """Adapters with their weights for one transformer, as `attached` takes them.
+
+    Args:
+        choices: all of a request.
+        config: of the transformer.
+        expert: which of a model's two it is; None: it is the only one.
+
+    Raises:
+        InputError: a choice for one expert of a model that has no two.
+        ModelError: see `read_lora`.
+    """
+    adapters = []
+    for choice in choices:
+        if choice.expert is not None and expert is None:
+            raise InputError(
+                f"{choice.path}@{choice.expert}: this model has one transformer, not a high-noise "
+                f"and a low-noise one; leave @{choice.expert} out"
+            )
+        if choice.expert in (None, expert):
+            adapter = read_lora(choice.path, config, expert)
+            if adapter.low_rank or adapter.deltas:
+                adapters.append((adapter, choice.weight))
+    return adapters
+
+
+def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None) -> Adapter:
+    """Read a LoRA of any dialect; every tensor finds its place or the file is refused.
+
+    Tensors of text encoders are left out with a warning; parts that change nothing are reported.
+
+    Args:
+        path: a safetensors file or one that torch.load reads as plain tensors, or a folder with
+            one such file and perhaps PEFT's `adapter_config.json`.
+        config: of the transformer it is for.
+        expert: which of a model's two transformers that is: from a file with tensors for both it
+            takes `transformer.` (high) or `transformer_2.` (low), maybe none; None: the only one.
+
+    Returns:
+        The adapter by our names, tensors mapped from the file in its dtype.
+
+    Raises:
+        InputError: no such file.
+        ModelError: unreadable, another method than LoRA, or tensors without a place, of wrong
+            rank or shape, not finite: their number and the first names.
+    """
+    source = Path(path)
+    file, peft = _locate(source)
+    store = TensorStore([file])
+    _check_method(source, store.names)
+    texts = [name for name in store.names if is_of_text_encoder(name)]
+    if texts:
+        log.warning("%s: %d tensors for a text encoder are left out", source, len(texts))
+    names = {name: parse_name(name) for name in store.names if name not in set(texts)}
+    if any(parsed is not None and parsed.low_noise for parsed in names.values()):
+        if expert is None:
+            raise ModelError(
+                f"{source} holds transformer_2 tensors, for a model with two experts; this one has "
+                "one transformer"
+            )
+        wanted = expert == "low"
+        names = {n: p for n, p in names.items() if p is None or p.low_noise == wanted}
+    elif not names:
+        raise ModelError(f"{source} holds no LoRA tensors for a transformer")
+    scaling = Scaling(peft or _header_config(file, expert), str(source))
+    adapter, problems = _assemble(source, store, names, config, scaling)
+    if problems:
+        raise ModelError(
+            f"{source} doesn't fit this model of {config.num_layers} blocks, {config.hidden_dim} "
+            f"wide: {'; '.join(problems)}; use a LoRA made for this model"
+        )
+    _report_zeros(source, adapter)
+    return adapter
+
+
+def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of tensors, and PEFT's config beside it."""
+    if not source.exists():
+        raise InputError(f"LoRA {source} doesn't exist; {_GRAMMAR}")
+    if not source.is_dir():
+        return source, {}
+    files = sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
+    if len(files) != 1:
+        found = name_some([file.name for file in files]) or "no *.safetensors"
+        raise ModelError(f"LoRA folder {source} holds {found}; name one file")
+    try:
+        config = source / "adapter_config.json"
+        return files[0], dict(json.loads(config.read_text("utf-8"))) if config.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source / 'adapter_config.json'} can't be read: {error}") from error
+
+
+def _header_config(file: Path, expert: Expert | None) -> dict[str, Any]:
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return config_in_header(handle.metadata() or {}, low_noise=expert == "low")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} can't be read ({error}); copy it again") from error
+
+
+def _check_method(source: Path, names: tuple[str, ...]) -> None:
+    method = other_method(names)
+    if method is not None:
+        raise ModelError(
+            f"{source} is a {method}, and only LoRA and plain differences are read; have the tool "
+            "that trained it extract a LoRA"
+        )
+
+
+class _Layer(NamedTuple):
+    """Tensors of one layer by their kind, and its name as spelled in the file."""
+
+    spelled: str
+    tensors: dict[Kind, Tensor]
+
+
+def _assemble(
+    source: Path, store: TensorStore, names: Mapping[str, TensorName | None], config: DiTConfig,
+    scaling: Scaling,
+) -> tuple[Adapter, list[str]]:
+    """The adapter, and what is wrong with the file."""
+    module, places = layer_places(config)
+    layers: dict[str, _Layer] = {}
+    unplaced, twice, infinite = [], [], []
+    for name, parsed in names.items():
+        path = None if parsed is None else places.get(flat(parsed.layer))
+        if path is None or parsed is None:
+            unplaced.append(name)
+            continue
+        tensor = _plain(store.get(name))
+        tensors = layers.setdefault(path, _Layer(parsed.layer, {})).tensors
+        if parsed.kind in tensors:
+            twice.append(name)
+        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            infinite.append(name)
+        tensors[parsed.kind] = tensor
+    adapter, halves = _combine(source.stem, layers, scaling, dict(module.named_parameters()))
+    problems = [
+        f"{len(found)} of {len(names)} {what} ({name_some(found)})"
+        for found, what in (
+            (unplaced, "tensors have no place in it"), (twice, "tensors come twice"),
+            (infinite, "tensors are not finite"),
+            (halves, "lack lora_A, lora_B, a single alpha or a single bias"),
+            (find_misfits(adapter, module), "don't fit"),
+        )
+        if found
+    ]
+    return adapter, problems
+
+
+def _combine(
+    name: str, layers: Mapping[str, _Layer], scaling: Scaling, parameters: Mapping[str, Any]
+) -> tuple[Adapter, list[str]]:
+    """Products and differences of all layers; names of layers where a part is missing."""
+    low_rank: dict[str, LowRank] = {}
+    deltas: dict[str, Tensor] = {}
+    halves = []
+    for path, (spelled, tensors) in layers.items():
+        down, up, alpha = (tensors.get(kind) for kind in ("down", "up", "alpha"))
+        scale = 1.0
+        if down is not None and up is not None and (alpha is None or alpha.numel() == 1):
+            rank = max(down.shape[:1].numel(), 1)
+            scale = scaling(spelled, rank) if alpha is None else float(alpha.item()) / rank
+            low_rank[path] = LowRank(down, up.flatten(1) if up.ndim > 2 else up, scale)
+        elif not (down is up is alpha is None):
+            halves.append(spelled)
+        bias, up_bias = tensors.get("diff_b"), tensors.get("up_bias")
+        if bias is not None and up_bias is not None:
+            halves.append(spelled)
+        elif up_bias is not None and up_bias.any():  # PEFT fills up with zeros
+            bias = up_bias * scale
+        if bias is not None:
+            deltas[f"{path}.bias"] = bias
+        if "diff" in tensors:
+            deltas[path if path in parameters else f"{path}.weight"] = tensors["diff"]
+    return Adapter(name, low_rank, deltas), halves
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """8-bit floats know no arithmetic; bfloat16 holds them all."""
+    one_byte = tensor.is_floating_point() and tensor.itemsize == 1
+    return tensor.to(torch.bfloat16) if one_byte else tensor
+
+
+def _report_zeros(source: Path, adapter: Adapter) -> None:
+    zeros = [path for path, part in adapter.low_rank.items()
+             if not (part.scale and part.up.any() and part.down.any())]
+    zeros += [name for name, delta in adapter.deltas.items() if not delta.any()]
+    total = len(adapter.low_rank) + len(adapter.deltas)
+    if zeros and len(zeros) == total:
+        log.warning("%s changes nothing: all of its %d deltas are zero", source, total)
+    elif zeros:
+        log.warning("%s: %d of its %d deltas are zero (%s)", source, len(zeros), total,
+                    name_some(zeros))
+
+
+def write_lora(adapter: Adapter, path: str | Path, dialect: str) -> None:
+    """Write an adapter as a safetensors file, or as PEFT's folder.
+
+    Where a dialect has no alpha, scales go into the second factor, as float32 where its own dtype
+    can't hold the product.
+
+    Args:
+        adapter: its tensors keep their dtype.
+        path: replaced if it exists.
+        dialect: one of `DIALECTS`.
+
+    Raises:
+        InputError: unknown dialect.
+        ModelError: what the dialect has no name for: number and first names.
+        OutputError: it can't be written.
+    """
+    if dialect not in DIALECTS:
+        raise InputError(f"unknown LoRA dialect {dialect!r}; {nearest(dialect, DIALECTS)}")
+    tensors = _spell(adapter, DIALECTS[dialect], dialect)
+    target = Path(path)
+    if dialect != "peft":
+        with atomic_path(target) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        return
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(target, error) from error
+    with atomic_path(target / "adapter_model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    config = _peft_config(tensors, DIALECTS[dialect].prefix)
+    atomic_write(target / "adapter_config.json", (json.dumps(config, indent=1) + "\n").encode())
+
+
+def _spell(adapter: Adapter, dialect: Dialect, title: str) -> dict[str, Tensor]:
+    """Tensors under a dialect's names."""
+    tensors: dict[str, Tensor] = {}
+    unnamed: list[str] = []
+
+    def put(path: str, what: str, tensor: Tensor) -> None:
+        spelled = path
+        if dialect.spelling != "vidgen":
+            spelled = rename(path, DIT_KEYS, "vidgen", dialect.spelling)
+        if spelled is None:
+            unnamed.append(path)
+        else:
+            layer = flat(spelled) if dialect.flat else spelled
+            tensors[f"{dialect.prefix}{layer}.{what}"] = tensor.detach().cpu().contiguous()
+
+    left = dict(adapter.deltas)
+    needs_bias = not dialect.diffs and any(f"{p}.bias" in left for p in adapter.low_rank)
+    for path, part in adapter.low_rank.items():
+        down, up = part.down, part.up if dialect.alpha else _scaled(part.up, part.scale)
+        put(path, f"{dialect.sides[0]}.weight", down)
+        put(path, f"{dialect.sides[1]}.weight", up.reshape(*up.shape, *(1,) * (down.ndim - 2)))
+        if dialect.alpha:
+            put(path, "alpha", torch.tensor(part.scale * down.shape[0]))
+        if needs_bias:  # PEFT has them for all layers or for none
+            bias = left.pop(f"{path}.bias", up.new_zeros(up.shape[0]))
+            put(path, f"{dialect.sides[1]}.bias", bias)
+    for name, delta in left.items():
+        path, _, last = name.rpartition(".")
+        if not dialect.diffs:
+            unnamed.append(name)
+        elif last in ("weight", "bias"):
+            put(path, "diff" if last == "weight" else "diff_b", delta)
+        else:
+            put(name, "diff", delta)
+    if unnamed:
+        raise ModelError(
+            f"the dialect {title!r} has no names for {len(unnamed)} parts of LoRA "
+            f"{adapter.name!r} ({name_some(unnamed)}); write it as 'vidgen'"
+        )
+    return tensors
+
+
+def _scaled(up: Tensor, scale: float) -> Tensor:
+    exact = up.double() * scale
+    kept = exact.to(up.dtype)
+    return kept if torch.equal(kept.double(), exact) else exact.float()
+
+
+def _peft_config(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    """`adapter_config.json` of layers whose alpha is their rank."""
+    ranks = {
+        name.removeprefix(prefix).removesuffix(".lora_A.weight"): tensor.shape[0]
+        for name, tensor in tensors.items()
+        if name.endswith(".lora_A.weight")
+    }
+    first = next(iter(ranks.values()), 1)
+    others = {layer: rank for layer, rank in ranks.items() if rank != first}
+    return {
+        "peft_type": "LORA", "r": first, "lora_alpha": first, "rank_pattern": others,
+        "alpha_pattern": others, "target_modules": sorted(ranks), "bias": "none",
+        "lora_bias": any(name.endswith(".lora_B.bias") for name in tensors),
+        "inference_mode": True, "base_model_name_or_path": None, "task_type": None,
+    }

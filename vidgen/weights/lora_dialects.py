@@ -1,0 +1,175 @@
+"""How LoRA files spell things: names of tensors, and what scales a product.
+
+A name is a prefix, a layer's path in one of the keymap's spellings, dotted or with underscores, and
+what the tensor is: `lora_A` or `lora_down`, `lora_B` or `lora_up`, `alpha`, or a difference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import nn
+
+from vidgen.core.errors import ModelError
+from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.weights.keymap import DIT_KEYS, Spelling, rename
+
+Kind = Literal["down", "up", "up_bias", "alpha", "diff", "diff_b"]
+
+_PREFIX = re.compile(
+    r"(?:base_model\.model\.|(?:model\.)?diffusion_model\.|(?:pipe\.)?dit\.|transformer(?P<low>_2)?\."
+    r"|lora_unet__?|lora_transformer_|lycoris_)+"
+)
+_TEXT_ENCODER = re.compile(r"(lora_te\d?_|text_(encoders?|model)(_\d)?[._])")
+_TENSOR = re.compile(
+    r"(?P<layer>.+?)\.(?:lora[._](?P<side>A|B|down|up)(?:\.[\w-]+)?\.(?P<of>weight|bias)"
+    r"|(?P<other>alpha|diff|diff_b|diff_m))"
+)
+_OTHER_METHODS = {
+    "DoRA": ("dora_scale", "lora_magnitude_vector"),
+    "LoKr": (".lokr_",),
+    "LoHa": (".hada_",),
+    "OFT": (".oft_", ".boft_"),
+    "Tucker LoCon": (".lora_mid",),
+}
+
+
+class Dialect(NamedTuple):
+    """How a family of tools spells a LoRA.
+
+    Args:
+        spelling: of layers.
+        prefix: of all names.
+        sides: of the two factors.
+        flat: whether a layer's path has underscores for dots.
+        alpha: whether scales are written; else they are multiplied into the second factor.
+        diffs: whether it has names for differences that no product goes with.
+    """
+
+    spelling: Spelling
+    prefix: str
+    sides: tuple[str, str] = ("lora_A", "lora_B")
+    flat: bool = False
+    alpha: bool = False
+    diffs: bool = True
+
+
+DIALECTS: dict[str, Dialect] = {
+    "vidgen": Dialect("vidgen", "", alpha=True),
+    "diffusers": Dialect("diffusers", "transformer.", diffs=False),
+    "peft": Dialect("diffusers", "base_model.model.", diffs=False),
+    "wan": Dialect("wan", "diffusion_model."),
+    "kohya": Dialect("wan", "lora_unet_", ("lora_down", "lora_up"), flat=True, alpha=True),
+}
+"""What `write_lora` writes; `peft` is a folder, the others are one file."""
+
+
+class TensorName(NamedTuple):
+    """A LoRA tensor's name taken apart: the layer as spelled there, what it is, whose it is."""
+
+    layer: str
+    kind: Kind
+    low_noise: bool
+
+
+def parse_name(name: str) -> TensorName | None:
+    """Take a name apart; None: no name of a LoRA tensor."""
+    prefix = _PREFIX.match(name)
+    low_noise = prefix is not None and prefix["low"] is not None
+    match = _TENSOR.fullmatch(name, 0 if prefix is None else prefix.end())
+    if match is None:
+        return None
+    layer, side, other = match["layer"], match["side"], match["other"]
+    if other == "diff_m":  # lightx2v's differences of a block's modulation
+        return TensorName(f"{layer}.modulation", "diff", low_noise)
+    if side is None:
+        return TensorName(layer, other, low_noise)
+    kind: Kind = "down" if side in ("A", "down") else "up"
+    if match["of"] == "bias":
+        return TensorName(layer, "up_bias", low_noise) if kind == "up" else None
+    return TensorName(layer, kind, low_noise)
+
+
+def is_of_text_encoder(name: str) -> bool:
+    """Whether a tensor changes a text encoder, not the DiT."""
+    return _TEXT_ENCODER.match(name) is not None
+
+
+def other_method(names: tuple[str, ...]) -> str | None:
+    """What method the tensors are of, where it is not LoRA."""
+    for method, marks in _OTHER_METHODS.items():
+        if any(mark in name for name in names for mark in marks):
+            return method
+    return None
+
+
+@lru_cache(maxsize=8)
+def layer_places(config: DiTConfig) -> tuple[nn.Module, Mapping[str, str]]:
+    """A model without memory, and our path of each layer and bare parameter by `flat` spellings."""
+    with torch.device("meta"):
+        module = SpacetimeDiT(config)
+    places: dict[str, str] = {}
+    for name, _ in module.named_parameters():
+        path = re.sub(r"\.(weight|bias)$", "", name)
+        spellings = (rename(path, DIT_KEYS, "vidgen", other) for other in get_args(Spelling))
+        for spelled in (path, *spellings):
+            if spelled is not None:
+                clash = places.setdefault(flat(spelled), path)
+                assert clash == path, f"{spelled} is {clash} and {path}"
+    return module, places
+
+
+def flat(path: str) -> str:
+    """A path with underscores for dots, as kohya's trainers write it."""
+    return path.replace(".", "_")
+
+
+class Scaling:
+    """The scale of each product where the file has no alpha of its own: PEFT's config, or 1.
+
+    Args:
+        config: of PEFT, from `adapter_config.json` or a safetensors header; empty: scale 1.
+        source: named in messages.
+
+    Raises:
+        ModelError: the config asks for what is no plain LoRA.
+    """
+
+    def __init__(self, config: Mapping[str, Any], source: str) -> None:
+        self.config = config
+        kind = config.get("peft_type") or "LORA"
+        refused = [key for key in ("use_dora", "modules_to_save", "use_qalora") if config.get(key)]
+        if kind != "LORA" or refused:
+            what = kind if kind != "LORA" else ", ".join(refused)
+            raise ModelError(f"{source} is no plain LoRA ({what}); merge it where it was trained")
+        try:
+            self.alpha = None if config.get("lora_alpha") is None else float(config["lora_alpha"])
+            self.alphas = [
+                (re.compile(rf"(.*\.)?({pattern})"), float(alpha))
+                for pattern, alpha in (config.get("alpha_pattern") or {}).items()
+            ]
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise ModelError(f"{source} has an unreadable lora_alpha: {error}") from error
+
+    def __call__(self, layer: str, rank: int) -> float:
+        """Scale of a layer, by its path as spelled in the file."""
+        if self.alpha is None:
+            return 1.0
+        alpha = next((a for pattern, a in self.alphas if pattern.fullmatch(layer)), self.alpha)
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def config_in_header(header: Mapping[str, str], *, low_noise: bool) -> dict[str, Any]:
+    """PEFT's config as diffusers stores it in a safetensors file's metadata; empty if it isn't."""
+    try:
+        stored = json.loads(header.get("lora_adapter_metadata", "{}"))
+    except ValueError:
+        return {}
+    prefix = "transformer_2." if low_noise else "transformer."
+    return {key.removeprefix(prefix): v for key, v in stored.items() if key.startswith(prefix)}
