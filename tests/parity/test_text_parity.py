@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -14,6 +15,7 @@ from vidgen.models.presets import TEXT_PRESETS
 from vidgen.models.text import (
     PromptTokenizer,
     TextConfig,
+    TextEncoder,
     UMT5Encoder,
     clean_prompt,
     position_buckets,
@@ -29,6 +31,15 @@ PROMPTS = [
     "  white \t space\n everywhere  ",
     "<subject_3> drives past <subject_12>, at night",
     "a</s>b <pad> <0x41>",
+]
+AWKWARD = [
+    "色调艳丽，过曝，静态，细节模糊不清，字幕　整体发灰——最差质量",
+    "&lt;b&gt;caf&eacute;&lt;/b&gt; &amp;amp;amp; &#x1F697; &nbsp; &notanentity;",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \ufeff\u200d rides a 🚲",
+    " ".join(f"word{i}" for i in range(600)),
+    "猫" * 600,
+    "\n\t ",
+    "",
 ]
 
 
@@ -117,6 +128,7 @@ def test_presets_are_the_published_architecture():
         expected = UMT5EncoderModel(theirs).state_dict()
     del expected["encoder.embed_tokens.weight"]  # the same tensor as shared.weight
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in expected.items()}
+    assert sum(value.numel() for value in ours.values()) == 5_680_910_336
 
 
 def test_position_buckets_equal_transformers_at_every_distance():
@@ -177,6 +189,7 @@ def test_toy_tokenizer_travels_through_transformers(toy_folder, tmp_path):
     "prompt",
     [
         *PROMPTS,
+        *AWKWARD,
         "âœ” No problems &lt;b&gt; &amp;quot;",
         "ｆｕｌｌ　ｗｉｄｔｈ “quotes” … l’amour",
         "\x1b[36;44mansi\x1b[0m \u200b zero",
@@ -184,3 +197,27 @@ def test_toy_tokenizer_travels_through_transformers(toy_folder, tmp_path):
 )
 def test_prompts_are_cleaned_as_in_wan_pipeline(prompt):
     assert clean_prompt(prompt) == prompt_clean(prompt)
+
+
+@pytest.mark.parametrize("name", ["toy_folder", "sentencepiece_like_folder"])
+@torch.no_grad()
+def test_contexts_equal_those_of_wan_pipeline(request, theirs, name):
+    folder = request.getfixturevalue(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pipeline = WanPipeline(
+        tokenizer=tokenizer, text_encoder=theirs, vae=None, scheduler=UniPCMultistepScheduler()
+    )
+    prompts = [*PROMPTS, *AWKWARD]
+    expected, _ = pipeline.encode_prompt(
+        prompts, do_classifier_free_guidance=False, max_sequence_length=512
+    )
+    ours = UMT5Encoder(TINY)
+    state = theirs.state_dict()
+    ours.load_state_dict({key: state[key] for key in ours.state_dict()})
+    context, lengths = TextEncoder(ours, PromptTokenizer(folder)).encode(prompts)
+    assert context.shape == expected.shape == (len(prompts), 512, TINY.hidden_dim)
+    long = len(PROMPTS) + AWKWARD.index("猫" * 600)
+    assert lengths[long - 1] == lengths[long] == 512 > lengths[0]
+    torch.testing.assert_close(context, expected, atol=1e-5, rtol=0)
+    for row, length in zip(context, lengths, strict=True):
+        assert not row[length:].any()

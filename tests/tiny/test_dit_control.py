@@ -100,11 +100,12 @@ def test_control_in_bfloat16_stays_close():
 def test_control_that_does_not_fit_is_refused():
     model = make_model()
     *inputs, control = make_inputs()
+    stills = KeyTokens(inputs[0][:, :, :1], torch.ones(2, 1))
     bad = [
         ({"control": control[:, :4]}, r"shape \(2, 4, 3, 4, 6\), not \(2, 5, 3, 4, 6\)"),
         ({"control": control[:1]}, r"shape \(1, 5, 3, 4, 6\)"),
         ({"control": control, "control_scale": [1.0, 0.5]}, "2 values.*3 control layers"),
-        ({"control": control, "extra": KeyTokens(inputs[0][:, :, :1], torch.ones(2, 1))}, "stills can't join"),
+        ({"control": control, "extra": stills}, "stills can't join"),
     ]
     for options, message in bad:
         with pytest.raises(InputError, match=message):
