@@ -1,7 +1,8 @@
 """One name for each tensor, three spellings: ours, diffusers' and the original Wan checkpoints'.
 
 Each table row is a module or parameter path in all three, `{i}` standing for a number; what follows
-the path (`.weight`, `.lora_A.weight`) is kept. None: the tensor is unknown there.
+the path (`.weight`, `.lora_A.weight`) is kept. None: the tensor has no place there. What no row
+names is unknown, and an error to whoever meets it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Spelling = Literal["vidgen", "diffusers", "wan"]
 class Names(NamedTuple):
     """One path in the three spellings."""
 
-    vidgen: str
+    vidgen: str | None
     diffusers: str | None
     wan: str | None
 
@@ -41,6 +42,11 @@ def renamed(
     return {key: name for key, name in pairs if name is not None}
 
 
+def is_known(key: str, table: tuple[Names, ...], spelling: Spelling) -> bool:
+    """Whether the table names a key, be it with a place in other spellings or without."""
+    return any(pattern.fullmatch(key) for pattern, _ in _rules(table, spelling, "vidgen"))
+
+
 @lru_cache(maxsize=32)
 def _rules(
     table: tuple[Names, ...], source: Spelling, target: Spelling
@@ -55,6 +61,53 @@ def _rules(
     return tuple(rules)
 
 
+_DIT_BLOCK: tuple[Names, ...] = (
+    Names("modulation", "scale_shift_table", "modulation"),
+    Names("self_attn.q", "attn1.to_q", "self_attn.q"),
+    Names("self_attn.k", "attn1.to_k", "self_attn.k"),
+    Names("self_attn.v", "attn1.to_v", "self_attn.v"),
+    Names("self_attn.out", "attn1.to_out.0", "self_attn.o"),
+    Names("self_attn.norm_q", "attn1.norm_q", "self_attn.norm_q"),
+    Names("self_attn.norm_k", "attn1.norm_k", "self_attn.norm_k"),
+    Names("cross_attn.q", "attn2.to_q", "cross_attn.q"),
+    Names("cross_attn.k", "attn2.to_k", "cross_attn.k"),
+    Names("cross_attn.v", "attn2.to_v", "cross_attn.v"),
+    Names("cross_attn.out", "attn2.to_out.0", "cross_attn.o"),
+    Names("cross_attn.norm_q", "attn2.norm_q", "cross_attn.norm_q"),
+    Names("cross_attn.norm_k", "attn2.norm_k", "cross_attn.norm_k"),
+    Names("cross_attn.k_image", "attn2.add_k_proj", "cross_attn.k_img"),
+    Names("cross_attn.v_image", "attn2.add_v_proj", "cross_attn.v_img"),
+    Names("cross_attn.norm_k_image", "attn2.norm_added_k", "cross_attn.norm_k_img"),
+    Names("norm_cross", "norm2", "norm3"),
+    Names("ffn.up", "ffn.net.0.proj", "ffn.0"),
+    Names("ffn.down", "ffn.net.2", "ffn.2"),
+    Names("audio_ffn", None, None),
+)
+_CONTROL_BLOCK: tuple[Names, ...] = (
+    *_DIT_BLOCK,
+    Names("proj_in", "proj_in", "before_proj"),
+    Names("proj_out", "proj_out", "after_proj"),
+)
+_IMAGE_EMBED: tuple[Names, ...] = (
+    Names("positions", "pos_embed", "emb_pos"),
+    Names("norm_in", "norm1", "proj.0"),
+    Names("ffn.up", "ff.net.0.proj", "proj.1"),
+    Names("ffn.down", "ff.net.2", "proj.3"),
+    Names("norm_out", "norm2", "proj.4"),
+)
+
+
+def _under(path: Names, parts: tuple[Names, ...]) -> list[Names]:
+    """Rows within a module; what has no place, or lies in a module without one, has none."""
+    return [
+        Names(*(
+            None if above is None or below is None else f"{above}.{below}"
+            for above, below in zip(path, part, strict=True)
+        ))
+        for part in parts
+    ]  # fmt: skip
+
+
 DIT_KEYS: tuple[Names, ...] = (
     Names("patch_embed", "patch_embedding", "patch_embedding"),
     Names("time_embed.up", "condition_embedder.time_embedder.linear_1", "time_embedding.0"),
@@ -62,62 +115,92 @@ DIT_KEYS: tuple[Names, ...] = (
     Names("time_embed.proj", "condition_embedder.time_proj", "time_projection.1"),
     Names("text_embed.up", "condition_embedder.text_embedder.linear_1", "text_embedding.0"),
     Names("text_embed.down", "condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-    Names(
-        "image_embed.positions",
-        "condition_embedder.image_embedder.pos_embed",
-        "img_emb.emb_pos",
+    *_under(
+        Names("image_embed", "condition_embedder.image_embedder", "img_emb"), _IMAGE_EMBED
     ),
-    Names("image_embed.norm_in", "condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
-    Names(
-        "image_embed.ffn.up",
-        "condition_embedder.image_embedder.ff.net.0.proj",
-        "img_emb.proj.1",
-    ),
-    Names("image_embed.ffn.down", "condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
-    Names("image_embed.norm_out", "condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
-    Names("blocks.{i}.modulation", "blocks.{i}.scale_shift_table", "blocks.{i}.modulation"),
-    Names("blocks.{i}.self_attn.q", "blocks.{i}.attn1.to_q", "blocks.{i}.self_attn.q"),
-    Names("blocks.{i}.self_attn.k", "blocks.{i}.attn1.to_k", "blocks.{i}.self_attn.k"),
-    Names("blocks.{i}.self_attn.v", "blocks.{i}.attn1.to_v", "blocks.{i}.self_attn.v"),
-    Names("blocks.{i}.self_attn.out", "blocks.{i}.attn1.to_out.0", "blocks.{i}.self_attn.o"),
-    Names("blocks.{i}.self_attn.norm_q", "blocks.{i}.attn1.norm_q", "blocks.{i}.self_attn.norm_q"),
-    Names("blocks.{i}.self_attn.norm_k", "blocks.{i}.attn1.norm_k", "blocks.{i}.self_attn.norm_k"),
-    Names("blocks.{i}.cross_attn.q", "blocks.{i}.attn2.to_q", "blocks.{i}.cross_attn.q"),
-    Names("blocks.{i}.cross_attn.k", "blocks.{i}.attn2.to_k", "blocks.{i}.cross_attn.k"),
-    Names("blocks.{i}.cross_attn.v", "blocks.{i}.attn2.to_v", "blocks.{i}.cross_attn.v"),
-    Names("blocks.{i}.cross_attn.out", "blocks.{i}.attn2.to_out.0", "blocks.{i}.cross_attn.o"),
-    Names(
-        "blocks.{i}.cross_attn.norm_q",
-        "blocks.{i}.attn2.norm_q",
-        "blocks.{i}.cross_attn.norm_q",
-    ),
-    Names(
-        "blocks.{i}.cross_attn.norm_k",
-        "blocks.{i}.attn2.norm_k",
-        "blocks.{i}.cross_attn.norm_k",
-    ),
-    Names(
-        "blocks.{i}.cross_attn.k_image",
-        "blocks.{i}.attn2.add_k_proj",
-        "blocks.{i}.cross_attn.k_img",
-    ),
-    Names(
-        "blocks.{i}.cross_attn.v_image",
-        "blocks.{i}.attn2.add_v_proj",
-        "blocks.{i}.cross_attn.v_img",
-    ),
-    Names(
-        "blocks.{i}.cross_attn.norm_k_image",
-        "blocks.{i}.attn2.norm_added_k",
-        "blocks.{i}.cross_attn.norm_k_img",
-    ),
-    Names("blocks.{i}.norm_cross", "blocks.{i}.norm2", "blocks.{i}.norm3"),
-    Names("blocks.{i}.ffn.up", "blocks.{i}.ffn.net.0.proj", "blocks.{i}.ffn.0"),
-    Names("blocks.{i}.ffn.down", "blocks.{i}.ffn.net.2", "blocks.{i}.ffn.2"),
+    *_under(Names("blocks.{i}", "blocks.{i}", "blocks.{i}"), _DIT_BLOCK),
+    Names("control_embed", "vace_patch_embedding", "vace_patch_embedding"),
+    *_under(Names("control_blocks.{i}", "vace_blocks.{i}", "vace_blocks.{i}"), _CONTROL_BLOCK),
     Names("head.modulation", "scale_shift_table", "head.modulation"),
     Names("head.proj", "proj_out", "head.head"),
+    Names("audio_embed", None, None),
+    Names("head.audio_proj", None, None),
 )
 """`SpacetimeDiT`; its audio parts have no counterpart."""
+
+_TEXT_BLOCK: tuple[Names, ...] = (
+    *(Names(f"layer.0.SelfAttention.{n}", f"layer.0.SelfAttention.{n}", f"attn.{n}")
+      for n in "qkvo"),
+    *(
+        Names(path, path, wan)
+        for path, wan in (
+            ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"),
+            ("layer.0.layer_norm", "norm1"),
+            ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
+            ("layer.1.DenseReluDense.wi_1", "ffn.fc1"),
+            ("layer.1.DenseReluDense.wo", "ffn.fc2"),
+            ("layer.1.layer_norm", "norm2"),
+        )
+    ),
+)  # fmt: skip
+
+TEXT_KEYS: tuple[Names, ...] = (
+    Names("shared", "shared", "token_embedding"),
+    *_under(Names("encoder.block.{i}", "encoder.block.{i}", "blocks.{i}"), _TEXT_BLOCK),
+    Names("encoder.final_layer_norm", "encoder.final_layer_norm", "norm"),
+    Names(None, "encoder.embed_tokens", None),
+)
+"""`UMT5Encoder`; transformers may save its tied embedding twice."""
+
+_IMAGE_LAYER: tuple[Names, ...] = tuple(
+    Names(path, path, wan)
+    for path, wan in (
+        ("layer_norm1", "norm1"),
+        ("self_attn.q_proj", "attn.to_q"),
+        ("self_attn.k_proj", "attn.to_k"),
+        ("self_attn.v_proj", "attn.to_v"),
+        ("self_attn.out_proj", "attn.proj"),
+        ("layer_norm2", "norm2"),
+        ("mlp.fc1", "mlp.0"),
+        ("mlp.fc2", "mlp.2"),
+    )
+)
+
+IMAGE_KEYS: tuple[Names, ...] = (
+    *(
+        Names(path, path, wan)
+        for path, wan in (
+            ("embeddings.class_embedding", "visual.cls_embedding"),
+            ("embeddings.patch_embedding", "visual.patch_embedding"),
+            ("embeddings.position_embedding.weight", "visual.pos_embedding"),
+            ("pre_layrnorm", "visual.pre_norm"),
+            ("post_layernorm", "visual.post_norm"),
+        )
+    ),
+    *_under(
+        Names("encoder.layers.{i}", "encoder.layers.{i}", "visual.transformer.{i}"), _IMAGE_LAYER
+    ),
+    Names(None, None, "visual.head"),
+    Names(None, None, "textual"),
+    Names(None, None, "log_scale"),
+    Names(None, "visual_projection", None),
+)
+"""`ImageEncoder`; Wan's fused `to_qkv` counts as three, see `weights.clip`."""
+
+
+def image_keys(keys: Iterable[str]) -> tuple[Names, ...]:
+    """The table of an image encoder that has these keys.
+
+    Up to its version 4 transformers wrote CLIP's vision tower under `vision_model`; that is how the
+    published folders have it.
+    """
+    if not any(key.startswith("vision_model.") for key in keys):
+        return IMAGE_KEYS
+    return tuple(
+        row._replace(diffusers=f"vision_model.{row.diffusers}") if row.vidgen else row
+        for row in IMAGE_KEYS
+    )
+
 
 _VAE_BLOCK: tuple[Names, ...] = (
     Names("norm1.weight", "norm1.gamma", "residual.0.gamma"),
@@ -175,10 +258,3 @@ def vae_keys(config: VAEConfig) -> tuple[Names, ...]:
                 body += _under(Names(ours, theirs, wan), parts)
         rows += _under(Names(side, side, side), tuple(body))
     return tuple(rows)
-
-
-def _under(path: Names, parts: tuple[Names, ...]) -> list[Names]:
-    return [
-        Names(*(f"{above}.{below}" for above, below in zip(path, part, strict=True)))
-        for part in parts
-    ]
