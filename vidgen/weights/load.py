@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from vidgen.core.config import dump
-from vidgen.core.errors import ModelError
+from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_path, atomic_write
+from vidgen.weights.quantize import Quantization, linears, quantize_layer
+from vidgen.weights.store import TensorStore, find_files
+from vidgen.weights.stream import assign, blocks_of, stream_blocks
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -33,53 +38,177 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+class Weights:
+    """A store's tensors as weights of a module: by its names, in the dtype they are used in.
+
+    Args:
+        store: where they lie.
+        dtype: of floating-point weights.
+        keep_fp32: parts of names of weights that are float32 whatever `dtype` is.
+        names: stored name -> the module's; those not in it are the same.
+
+    Raises:
+        ModelError: unreadable files, or two tensors for one weight.
+    """
+
+    def __init__(
+        self,
+        store: TensorStore,
+        dtype: torch.dtype,
+        keep_fp32: tuple[str, ...] = (),
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.store, self._dtype, self._keep_fp32 = store, dtype, keep_fp32
+        self._stored: dict[str, str] = {}
+        for stored in store.names:
+            name = (names or {}).get(stored, stored)
+            if name in self._stored:
+                raise ModelError(
+                    f"{self.place} has two tensors for {name}: {self._stored[name]} and {stored}; "
+                    "leave only one model in the folder"
+                )
+            self._stored[name] = stored
+
+    @property
+    def place(self) -> Path:
+        """The file, or the folder of shards."""
+        files = self.store.files
+        return files[0] if len(files) == 1 else files[0].parent
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The module's names, in the files' order."""
+        return tuple(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight."""
+        return self.store.shape(self._stored[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype a weight is used in."""
+        stored = self.store.dtype(self._stored[name])
+        if not stored.is_floating_point:
+            return stored
+        return torch.float32 if any(part in name for part in self._keep_fp32) else self._dtype
+
+    def num_bytes(self, names: Iterable[str] | None = None) -> int:
+        """Bytes of all weights, or of the named ones, in the dtype they are used in."""
+        chosen = self.names if names is None else names
+        return sum(self.dtype(name).itemsize * _numel(self.shape(name)) for name in chosen)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor as stored, mapped."""
+        return self.store.get(self._stored[name])
+
+    @cached_property
+    def stay_mapped(self) -> bool:
+        """Whether nearly all tensors are stored as they are used, so that the file is the memory.
+
+        Otherwise all are copied: one tensor that stays keeps its whole file's pages resident.
+        """
+        stored = {name: self.store.dtype(self._stored[name]) for name in self.names}
+        changed = sum(
+            dtype.itemsize * _numel(self.shape(name))
+            for name, dtype in stored.items() if dtype != self.dtype(name)
+        )
+        return changed <= 0.05 * self.store.num_bytes
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
 def load_module(
     make: Callable[[], Module],
-    folder: Path,
+    source: Path | TensorStore,
     dtype: torch.dtype,
     device: torch.device | str,
     keep_fp32: tuple[str, ...] = (),
+    names: Mapping[str, str] | None = None,
+    quantize: Quantization | None = None,
+    *,
+    stream: bool = False,
 ) -> Module:
-    """Build a module without memory, then give it the file's tensors.
+    """Build a module without memory, then give it the files' tensors, one at a time.
 
     Args:
         make: builds the module; called on the meta device.
-        folder: of the component, with `model.safetensors`.
+        source: the component's folder of safetensors, or its tensors.
         dtype: of floating-point weights.
         device: where they end up.
         keep_fp32: parts of names of weights that stay float32.
+        names: stored name -> the module's; those not in it are the same.
+        quantize: what the linear layers of the blocks become.
+        stream: leave the blocks' weights in the files; they come while they are used.
 
     Raises:
         ModelError: missing or surplus keys, wrong shapes, unreadable file; names them.
+        InputError: `quantize` that can't be had, or together with `stream`.
     """
-    path = folder / "model.safetensors"
+    store = source if isinstance(source, TensorStore) else TensorStore(find_files(source))
+    weights, device = Weights(store, dtype, keep_fp32, names), torch.device(device)
     with torch.device("meta"):
         module = make()
-    tensors = read_tensors(path)
-    expected = {name: value.shape for name, value in module.state_dict().items()}
-    missing = sorted(expected.keys() - tensors.keys())
-    surplus = sorted(tensors.keys() - expected.keys())
+    _check(module, weights)
+    if quantize and stream:
+        raise InputError("int8 weights can't be streamed block by block; give one of the two")
+    streamed = blocks_of(weights.names) if stream else {}
+    _fill(module, weights, set(chain.from_iterable(streamed.values())), device, quantize)
+    module.eval().requires_grad_(requires_grad=False)
+    if streamed:
+        stream_blocks(module, weights, device)
+    return module
+
+
+def _fill(
+    module: nn.Module, weights: Weights, left: set[str], device: torch.device,
+    quantize: Quantization | None,
+) -> None:
+    """Give a module its weights but those that are left in the files."""
+    mapped = weights.stay_mapped and device.type == "cpu" and not quantize
+    layers = linears(module) if quantize else {}
+    read, often = 0, max(weights.store.num_bytes // 100, 1 << 20)
+    for name in weights.names:
+        if name in left:
+            continue
+        value = weights.get(name)
+        read += value.nbytes
+        assign(module, name, value.to(device, weights.dtype(name), copy=not mapped))
+        del value
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is not None and quantize:
+            quantize_layer(layer, quantize)
+        if read > often and not mapped:  # what was copied need not stay in memory twice
+            weights.store.release()
+            read = 0
+    weights.store.release()
+    empty = [
+        name for name, value in chain(module.named_parameters(), module.named_buffers())
+        if value.is_meta and name not in left
+    ]
+    assert not empty, f"not in any file, and made without memory: {empty}"
+
+
+def _check(module: nn.Module, weights: Weights) -> None:
+    """Refuse weights that are not those of the module."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    given = {name: weights.shape(name) for name in weights.names}
     shapes = [
-        f"{name}: {list(tensors[name].shape)} for {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
+        f"{name}: {list(given[name])} for {list(shape)}"
+        for name, shape in expected.items() if given.get(name, shape) != shape
     ]
     problems = [
         f"{len(found)} {what} ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})"
-        for what, found in (("missing", missing), ("surplus", surplus), ("of wrong shape", shapes))
-        if found
+        for what, found in (
+            ("missing", sorted(expected.keys() - given.keys())),
+            ("surplus", sorted(given.keys() - expected.keys())), ("of wrong shape", shapes),
+        ) if found
     ]
     if problems:
         raise ModelError(
-            f"{path} doesn't fit its config.json: tensors {'; '.join(problems)}; "
-            "the two files must come from the same model"
+            f"{weights.place} doesn't fit its config.json: tensors {'; '.join(problems)}; "
+            "the two must come from the same model"
         )
-    for name, value in tensors.items():
-        kept = torch.float32 if any(part in name for part in keep_fp32) else dtype
-        tensors[name] = value.to(device, kept if value.is_floating_point() else value.dtype)
-    module.load_state_dict(tensors, assign=True)
-    return module.eval().requires_grad_(requires_grad=False)
-
 
 def save_module(
     state: dict[str, torch.Tensor], config: Any, folder: Path, dtype: torch.dtype

@@ -1,0 +1,86 @@
+"""Weights in int8, one scale a row, through torchao: half the memory of bfloat16.
+
+Only the linear layers inside blocks change, nearly all of a large transformer; embeddings, norms,
+modulation, heads and what stays float32 by policy keep their precision. Products still run in the
+weights' own dtype: a layer's weight is widened while it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vidgen.core.errors import InputError
+from vidgen.weights.stream import block_of
+
+Quantization = Literal["int8"]
+
+
+def quantize(module: nn.Module, kind: Quantization = "int8") -> nn.Module:
+    """Quantise the linear layers of a module's blocks in place, one after another.
+
+    Raises:
+        InputError: torchao is missing or doesn't work here, or the weights are float16.
+    """
+    for layer in linears(module).values():
+        quantize_layer(layer, kind)
+    return module
+
+
+def linears(module: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that are quantised, by path: those inside blocks."""
+    found = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    return {name: part for name, part in found.items() if block_of(f"{name}.weight")}
+
+
+def quantize_layer(layer: nn.Linear, kind: Quantization = "int8") -> None:
+    """Quantise one layer's weight in place.
+
+    Raises:
+        InputError: see `quantize`.
+    """
+    if kind != "int8":
+        raise InputError(f"quantize is {kind!r}; the only kind is 'int8'")
+    if layer.weight.dtype == torch.float16:
+        # torchao sums the unscaled products, which leave float16's range
+        raise InputError("int8 weights overflow in fp16 products; give --dtype bf16 or fp32")
+    transform, config = _torchao()
+    try:
+        transform(layer, config)
+    except Exception as error:  # whatever a mismatch of versions raises
+        raise InputError(f"{_versions()} can't quantise here ({error}); {_REMEDY}") from error
+
+
+_REMEDY = "pip install 'vidgen[quant]' brings one that can, or go without int8"
+
+
+def _torchao() -> tuple[Callable[[nn.Module, Any], None], Any]:
+    """The transform and its settings: symmetric, one scale an output row."""
+    logger = logging.getLogger("torchao")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it reports kernels that this torch can't load; unused here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        # its settings for torch.compile are process-wide
+        return quantize_, Int8WeightOnlyConfig(set_inductor_config=False)
+    except ModuleNotFoundError as error:
+        if error.name != "torchao":
+            raise InputError(f"{_versions()} can't be imported ({error}); {_REMEDY}") from error
+        raise InputError(f"int8 weights need torchao, which is not installed; {_REMEDY}") from None
+    except Exception as error:
+        raise InputError(f"{_versions()} can't be imported ({error}); {_REMEDY}") from error
+    finally:
+        logger.setLevel(level)
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    return f"torchao {version('torchao')} with torch {torch.__version__}"
