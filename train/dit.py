@@ -11,8 +11,10 @@ Conditions are mixed from the start. The text encoder also has to name what the 
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,9 @@ from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache
+from vidgen.weights.load import load_module
+
+Module = TypeVar("Module", bound=nn.Module)
 
 VALIDATION_SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
 PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
@@ -60,6 +65,11 @@ class DiTRun:
         still_share: that share.
         caption_dropout: share of samples that see an empty prompt, for guidance.
         attribute_weight: of the caption-to-attributes loss.
+        text_warmup: steps of that loss alone before the first step, so that the transformer never
+            learns from a text encoder that knows no words.
+        sprite_weight: how much more the velocity's error counts on sprites, which are few and
+            matter most; fades as noise grows and hides where they are.
+        init: folder of a released model whose transformer and text encoder to start from.
         compile: torch.compile the blocks; pays in runs of hours, as every shape compiles anew.
         validation_clips: taken off the end of the first cache, never trained on.
     """
@@ -75,6 +85,9 @@ class DiTRun:
     still_share: float = 0.25
     caption_dropout: float = 0.1
     attribute_weight: float = 0.1
+    text_warmup: int = 0
+    sprite_weight: float = 0.0
+    init: str | None = None
     compile: bool = False
     validation_clips: int = 64
 
@@ -117,9 +130,13 @@ class AttributeHeads(nn.Module):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: latents with conditions, noise levels and noise, and described."""
+    """One micro-batch: latents with conditions, noise levels and noise, and described.
+
+    `cover` [B, 1, F, h, w] says how much of a latent is sprite.
+    """
 
     state: LatentState
+    cover: Tensor
     noise: Tensor
     sigma: Tensor
     ids: Tensor
@@ -134,11 +151,12 @@ class DiTTask:
         self.config = config
         self.device = choose_device(config.run.device)
         torch.manual_seed(config.run.seed)
-        self.dit = SpacetimeDiT(DIT_PRESETS[config.preset]).to(self.device)
-        self.dit.init_weights()
+        self.dit = self._network("transformer", SpacetimeDiT, DIT_PRESETS[config.preset])
+        self.text = self._network("text_encoder", UMT5Encoder, TEXT_PRESETS[config.text_preset])
+        if not config.init:
+            self.dit.init_weights()
         if config.compile:
             self.dit.compile_blocks()
-        self.text = UMT5Encoder(TEXT_PRESETS[config.text_preset]).to(self.device)
         heads = AttributeHeads(self.text.config.hidden_dim).to(self.device)
         self.modules: dict[str, nn.Module] = {
             "transformer": self.dit, "text_encoder": self.text, "attributes": heads,
@@ -150,6 +168,14 @@ class DiTTask:
         self.strides = self.caches[0].strides
         self.patch = self.dit.config.patch_size
 
+    def _network(self, part: str, kind: type[Module], architecture: Any) -> Module:
+        """Fresh, or with the weights of the released model to start from."""
+        if not self.config.init:
+            return kind(architecture).to(self.device)
+        folder = Path(self.config.init) / part
+        module = load_module(lambda: kind(architecture), folder, torch.float32, self.device)
+        return module.requires_grad_(requires_grad=True)
+
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for the blocks' matrices, AdamW for all else."""
         return build_optimizers(
@@ -159,9 +185,33 @@ class DiTTask:
         )
 
     def start_phase(self, index: int, phase: Phase) -> bool:
-        """Nothing changes but the data's shape."""
-        del index, phase
-        return False
+        """Before the first step, teach the text encoder words."""
+        del phase
+        if index or not self.config.text_warmup or self.config.init:
+            return False
+        self._warm_up_text(self.config.text_warmup)
+        return True
+
+    def _warm_up_text(self, steps: int, batch_size: int = 64) -> None:
+        """Captions to attributes, alone; deterministic, so a run killed here starts over alike."""
+        parameters = [*self.text.parameters(), *self.heads.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=self.config.run.optim.lr, betas=(0.9, 0.98))
+        first, kept = self.caches[0], self.caches[0].num_clips - self.config.validation_clips
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = self.config.run.optim.lr * (1 - step / steps)
+            scenes = [first.scene((step * batch_size + i) % kept) for i in range(batch_size)]
+            texts = [caption(scene, step * batch_size + i) for i, scene in enumerate(scenes)]
+            ids, mask = (part.to(self.device) for part in self.tokenizer.encode(texts))
+            labels = _labels([attributes(scene) for scene in scenes], torch.zeros(batch_size) > 0)
+            labels = {name: value.to(self.device) for name, value in labels.items()}
+            bf16 = self.config.run.dtype == "bf16"
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                loss = self.heads.loss(encode_tokens(self.text, ids, mask), mask, labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 100 == 99:
+                print(f"words {step + 1}/{steps} loss {loss.item():.4f}", file=sys.stderr)
 
     def batch(self, phase: Phase, step: int, micro: int) -> Batch:
         """Clips of one geometry, each with a caption and a condition of its own."""
@@ -179,13 +229,16 @@ class DiTTask:
         self, which: int, rows: Tensor, num_frames: int, sigma: Tensor, draw: torch.Generator,
         *, conditions: ConditionMix | None = None, dropout: float | None = None,
     ) -> Batch:
-        clips, stills = self.data[which]
+        data = self.data[which]
         length = 1 + (num_frames - 1) // self.strides.t
-        chosen = Stills(stills.latents[rows].float(), stills.frame_index[rows])
+        chosen = Stills(data.stills.latents[rows].float(), data.stills.frame_index[rows])
         if num_frames == 1:
-            latents, chosen = self._single(clips[rows].float(), chosen, draw)
+            pick = torch.randint(3, (len(rows),), generator=draw)
+            latents = _single(data.clips, data.stills.latents, rows, pick)
+            cover = _single(data.cover, data.still_cover, rows, pick)
+            chosen = Stills(chosen.latents[:, :, 2:], chosen.frame_index[:, 2:])
         else:
-            latents = clips[rows, :, :length].float()
+            latents, cover = (part[rows, :, :length].float() for part in (data.clips, data.cover))
             inside = chosen.frame_index[0] < num_frames
             chosen = Stills(chosen.latents[:, :, inside], chosen.frame_index[:, inside])
         if conditions is None and torch.rand((), generator=draw) < self.config.still_share:
@@ -205,32 +258,23 @@ class DiTTask:
         ids, mask = self.tokenizer.encode(texts)
         noise = torch.randn(latents.shape, generator=draw)
         return Batch(
-            _state_to(state, self.device), noise.to(self.device), sigma.to(self.device),
+            _state_to(state, self.device), cover.to(self.device), noise.to(self.device),
+            sigma.to(self.device),
             ids.to(self.device), mask.to(self.device),
             {name: value.to(self.device) for name, value in labels.items()},
         )
-
-    @staticmethod
-    def _single(
-        clips: Tensor, stills: Stills, draw: torch.Generator
-    ) -> tuple[Tensor, Stills]:
-        """One frame a clip: its first, middle or last; only the reference stays beside it."""
-        frames = torch.cat([clips[:, :, :1], stills.latents[:, :, :2]], dim=2)
-        pick = torch.randint(3, (len(clips),), generator=draw)
-        latents = frames[torch.arange(len(clips)), :, pick][:, :, None]
-        return latents, Stills(stills.latents[:, :, 2:], stills.frame_index[:, 2:])
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the velocity where it is to be generated, and the attributes' loss."""
         del step
         context = encode_tokens(self.text, batch.ids, batch.mask)
-        error = self._error(batch, context)
+        error = self._error(batch, context, self.config.sprite_weight)
         told = self.heads.loss(context, batch.mask, batch.labels)
         return error + self.config.attribute_weight * told, {
             "velocity": error.detach(), "attributes": told.detach(),
         }
 
-    def _error(self, batch: Batch, context: Tensor) -> Tensor:
+    def _error(self, batch: Batch, context: Tensor, sprite_weight: float = 0.0) -> Tensor:
         clean = batch.state.clean
         noisy = add_noise(clean, batch.noise, batch.sigma)
         latents, sigma = denoise_inputs(batch.state, batch.sigma, noisy, patch=self.patch)
@@ -238,8 +282,9 @@ class DiTTask:
             latents, to_timestep(sigma), context,
             context_lengths=batch.mask.sum(1), extra=batch.state.keys,
         )
-        mask = batch.state.denoise_mask
-        return velocity_loss(velocity, clean, batch.noise, mask).mean()
+        clear = (1 - batch.sigma).view(-1, 1, 1, 1, 1)
+        weight = batch.state.denoise_mask * (1 + sprite_weight * clear * batch.cover)
+        return velocity_loss(velocity, clean, batch.noise, weight).mean()
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Velocity error on clips kept aside, text alone, at fixed noise levels and noise."""
@@ -260,6 +305,12 @@ class DiTTask:
                 scores[f"velocity_{level}"] = float(self._error(batch, context))
         scores["velocity_mean"] = sum(scores.values()) / len(scores)
         return scores
+
+
+def _single(clips: Tensor, stills: Tensor, rows: Tensor, pick: Tensor) -> Tensor:
+    """One frame a clip, [B, _, 1, h, w]: its first (pick 0), middle (1) or last (2)."""
+    frames = torch.cat([clips[rows, :, :1], stills[rows, :, :2]], dim=2).float()
+    return frames[torch.arange(len(rows)), :, pick][:, :, None]
 
 
 def _hash(*values: int) -> int:

@@ -84,11 +84,13 @@ def test_shards_are_made_again_just_the_same(tiny_model: Path, tmp_path: Path) -
         assert cache.missing() == [0]
         cache.make(0, vae, torch.device("cpu"))
         assert cache.missing() == []
-    (clips, stills), (other, _) = (cache.load() for cache in caches)
-    assert torch.equal(clips, other)
-    assert clips.shape == (2, 4, 9, 4, 4)
-    assert stills.latents.shape == (2, 4, 3, 4, 4)
-    assert stills.frame_index[0].tolist() == [16, 32, -1]
+    made, other = (cache.load() for cache in caches)
+    assert torch.equal(made.clips, other.clips)
+    assert made.clips.shape == (2, 4, 9, 4, 4)
+    assert made.cover.shape == (2, 1, 9, 4, 4)
+    assert 0 < made.cover.max() <= 1
+    assert made.stills.latents.shape == (2, 4, 3, 4, 4)
+    assert made.stills.frame_index[0].tolist() == [16, 32, -1]
 
 
 def test_a_new_decoder_leaves_cached_latents_valid(tiny_model: Path, tmp_path: Path) -> None:

@@ -36,12 +36,20 @@ class LatentState:
         clean: [B, C, F, h, w], the known values; anything where not known.
         denoise_mask: [B, 1, F, h, w] bool, True where latents are to be generated.
         keys: known stills at times of their own, or None.
+        stacked: [B, _, F, h, w] channels that the model reads behind the latents', or None.
+        control: [B, _, F, h, w] what VACE's control blocks read, or None.
+        image_context: [B, _, D] CLIP features of known pictures, or None.
+        num_references: leading latent frames that are references, not the clip.
     """
 
     latents: Tensor
     clean: Tensor
     denoise_mask: Tensor
     keys: KeyTokens | None = None
+    stacked: Tensor | None = None
+    control: Tensor | None = None
+    image_context: Tensor | None = None
+    num_references: int = 0
 
     @cached_property
     def any_known(self) -> bool:
@@ -116,14 +124,18 @@ def keyframe(state: LatentState, latent: Tensor, frame_index: int, strides: Stri
     Raises:
         InputError: a frame that the clip doesn't have.
     """
-    num_frames = 1 + (state.latents.shape[2] - 1) * strides.t
+    require_frame(frame_index, 1 + (state.latents.shape[2] - 1) * strides.t)
+    if frame_index == 0:
+        return first_frame(state, latent)
+    return _append_key(state, latent, keyframe_position(frame_index, strides))
+
+
+def require_frame(frame_index: int, num_frames: int) -> None:
+    """Raise InputError unless the clip has this frame."""
     if not 0 <= frame_index < num_frames:
         raise InputError(
             f"frame {frame_index} is not in the clip: it has frames 0 to {num_frames - 1}"
         )
-    if frame_index == 0:
-        return first_frame(state, latent)
-    return _append_key(state, latent, keyframe_position(frame_index, strides))
 
 
 def last_frame(state: LatentState, latent: Tensor, strides: Strides) -> LatentState:
@@ -163,15 +175,19 @@ def denoise_inputs(
     Returns:
         (latents, sigma). With nothing known both are as they came. Else the known values are
         written into the latents, and sigma is 0 where known: [B, F] when frames are known as a
-        whole, [B, F, h / patch, w / patch] when a token is.
+        whole, [B, F, h / patch, w / patch] when a token is. Stacked channels come last.
     """
     latents = state.latents if latents is None else latents
-    if not state.any_known:
-        return latents, sigma
-    unknown = state.denoise_mask[:, 0].to(sigma.dtype)
-    if state.whole_frames:
-        return state.impose(latents), sigma[:, None] * unknown[:, :, 0, 0]
-    return state.impose(latents), sigma.view(-1, 1, 1, 1) * F.max_pool2d(unknown, patch)
+    if state.any_known:
+        latents = state.impose(latents)
+        unknown = state.denoise_mask[:, 0].to(sigma.dtype)
+        if state.whole_frames:
+            sigma = sigma[:, None] * unknown[:, :, 0, 0]
+        else:
+            sigma = sigma.view(-1, 1, 1, 1) * F.max_pool2d(unknown, patch)
+    if state.stacked is not None:
+        latents = torch.cat([latents, state.stacked.to(latents)], dim=1)
+    return latents, sigma
 
 
 def latent_mask(pixels: Tensor, strides: Strides, *, patch: int = 1) -> Tensor:

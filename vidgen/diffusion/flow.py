@@ -50,7 +50,7 @@ def to_timestep(sigma: Tensor, *, whole: bool = False) -> Tensor:
 
 
 def velocity_loss(
-    velocity: Tensor, clean: Tensor, noise: Tensor, denoise_mask: Tensor | None = None
+    velocity: Tensor, clean: Tensor, noise: Tensor, weight: Tensor | None = None
 ) -> Tensor:
     """Mean squared error of the predicted velocity (Esser et al. 2024, eq. 2, unit weight).
 
@@ -58,16 +58,17 @@ def velocity_loss(
         velocity: the model's, [B, C, F, h, w].
         clean: what was noised.
         noise: what it was noised with.
-        denoise_mask: [B, 1, F, h, w] bool; known latents (False) don't count. None counts all.
+        weight: [B, 1, F, h, w], how much each latent counts: a `denoise_mask`, or weights that are
+            0 where latents are known. None counts all alike.
 
     Returns:
-        [B] float32, the mean over each sample's generated elements.
+        [B] float32, the weighted mean over each sample's elements.
     """
     error = (velocity.float() - velocity_of(clean, noise).float()).square()
-    if denoise_mask is None:
+    if weight is None:
         return error.flatten(1).mean(1)
-    mask = denoise_mask.to(error.dtype).expand_as(error)
-    return (error * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+    weight = weight.to(error.dtype).expand_as(error)
+    return (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
 
 
 def _per_sample(sigma: Tensor | float, like: Tensor) -> Tensor | float:

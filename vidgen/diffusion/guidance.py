@@ -20,24 +20,39 @@ class Guidance:
         interval: (lowest, highest) sigma at which guidance applies (Kynkaanniemi et al. 2024);
             outside of it the conditional model runs alone.
         rescale: share, 0 to 1, of the result that gets the conditional velocity's contrast back.
+        low_scale: the scale below `boundary`, where another expert denoises (Wan 2.2 A14B); None
+            is `scale` throughout.
+        boundary: sigma.
     """
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
+    low_scale: float | None = None
+    boundary: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.scale < float("inf"):
-            raise InputError(f"guidance must be a number of at least 0, not {self.scale}")
+        for scale in (self.scale, self.low_scale):
+            if scale is not None and not 0 <= scale < float("inf"):
+                raise InputError(f"guidance must be a number of at least 0, not {scale}")
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise InputError(f"a guidance interval must lie in 0..1 and rise, not {low}..{high}")
         if not 0 <= self.rescale <= 1:
             raise InputError(f"guidance rescale must lie in 0..1, not {self.rescale}")
 
-    def applies(self, sigma: float) -> bool:
-        """Whether a step at `sigma` needs the unconditional velocity."""
-        return self.scale != 1 and self.interval[0] <= sigma <= self.interval[1]
+    def scale_at(self, sigma: float) -> float:
+        """The scale of a step at `sigma`; 1 needs no unconditional velocity."""
+        if not self.interval[0] <= sigma <= self.interval[1]:
+            return 1.0
+        if self.low_scale is not None and sigma < self.boundary:
+            return self.low_scale
+        return self.scale
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no step needs the unconditional velocity."""
+        return self.scale == 1 and self.low_scale in (None, 1)
 
 
 def guide(
@@ -75,12 +90,11 @@ def guided(
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         velocity = denoise_conditional(latents, sigma)
-        if not guidance.applies(float(sigma[0])):
+        scale = guidance.scale_at(float(sigma[0]))
+        if scale == 1:
             return velocity
         other = denoise_unconditional(latents, sigma)
-        return guide(
-            velocity, other, guidance.scale, rescale=guidance.rescale, denoise_mask=denoise_mask
-        )
+        return guide(velocity, other, scale, rescale=guidance.rescale, denoise_mask=denoise_mask)
 
     return denoise
 

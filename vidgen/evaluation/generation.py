@@ -38,21 +38,22 @@ def generate_batch(
     Returns:
         Video [B, 3, T, H, W] in [-1, 1], float32, on the CPU.
     """
-    contexts = [engine.text.encode(prompts)]
-    if plan.guidance.scale != 1:
-        contexts.append(engine.text.encode([plan.negative] * len(prompts)))
+    contexts = [engine.encode_texts(prompts)]
+    if not plan.guidance.is_off:
+        contexts.append(engine.encode_texts([plan.negative] * len(prompts)))
     noise = draw_noise(seeds, replace(plan.latents, batch=len(prompts)))
     state = condition.new_state(noise.to(engine.device))
     if first_frames is not None:
-        known = engine.vae.encode(first_frames.to(engine.device, engine.vae_dtype))
-        state = condition.first_frame(state, known.float())
-    latents = engine.sample(plan, state, contexts)
-    parts = engine.vae.stream_decode(latents.to(engine.vae_dtype))
-    return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts], dim=2)
+        state = condition.first_frame(state, engine.encode_video(first_frames))
+    return _pixels(engine, engine.sample(plan, state, contexts))
 
 
 @torch.no_grad()
 def round_trip(engine: Engine, video: Tensor) -> Tensor:
     """Video [B, 3, T, H, W] encoded and decoded by the model's VAE, clamped, on the CPU."""
-    latents = engine.vae.encode(video.to(engine.device, engine.vae_dtype))
-    return engine.vae.decode(latents).float().clamp(-1, 1).cpu()
+    return _pixels(engine, engine.encode_video(video))
+
+
+def _pixels(engine: Engine, latents: Tensor) -> Tensor:
+    parts = engine.decode_video(latents)
+    return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts], dim=2)

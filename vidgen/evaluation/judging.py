@@ -55,17 +55,17 @@ def judge_renders(
         how often noise and blobs are called nothing.
     """
     outcomes: dict[str, list[bool]] = {task: [] for task in (*TASKS, "two_sprites", "two_motions")}
-    scenes = sample_scenes(first_seed, count)
+    scenes, device = sample_scenes(first_seed, count), next(judge.parameters()).device
     for start in range(0, count, BATCH):
         part = scenes[start : start + BATCH]
-        looks = render(part, num_frames, *size, frames=sample_frames(num_frames)).video
-        for scene, verdict in zip(part, judge.verdicts_of_samples(looks), strict=True):
+        looks = render(part, num_frames, *size, frames=sample_frames(num_frames), device=device)
+        for scene, verdict in zip(part, judge.verdicts_of_samples(looks.video), strict=True):
             _collect(outcomes, grade(verdict, scene), len(scene.actors))
     generator = torch.Generator().manual_seed(first_seed)
     outcomes["nothing"] = []
     for start in range(0, count, BATCH):
         video = gibberish(min(BATCH, count - start), num_frames, size, generator)
-        outcomes["nothing"] += [v.sprite == NOTHING for v in judge.verdicts(video)]
+        outcomes["nothing"] += [v.sprite == NOTHING for v in judge.verdicts(video.to(device))]
     return {name: Rate.of(known) for name, known in outcomes.items()}
 
 

@@ -59,6 +59,7 @@ SOURCES: dict[Suite, tuple[str, ...]] = {
     "all": ("render", "vae", "reserved", "text", "held_out", "render_end", "image"),
 }
 SHEET_CLIPS, SHEET_FRAMES = 16, 6
+SHORTEST_MOTION = 5
 JUDGE_SEEDS = 1 << 24  # from the end of the judge's range: scenes it never learned from
 
 
@@ -152,13 +153,19 @@ class ToyboxRun:
         self.identity = self._identity()
         self.log = ScoreLog(output.with_name(output.name + ".jsonl"))
         self.sheet: dict[int, list[Any]] = {}
+        drawn = [name for name in SOURCES[bench.suite] if name in ("text", "image")]
+        self.sheet_source = drawn[0] if drawn else None
 
     def _plan(self) -> Plan:
         bench = self.bench
         names = ("steps", "guidance", "shift", "sampler", "frames", "size")
         options = {name: getattr(bench, name) for name in names}
         request = Request.of(prompts(bench.split, 1)[0][1], {"seed": bench.seed, **options})
-        return self.engine.plan(request, Inputs())
+        plan = self.engine.plan(request, Inputs())
+        if "image" in SOURCES[bench.suite] and plan.num_frames < SHORTEST_MOTION:
+            raise InputError(f"frames is {plan.num_frames}, too few to see a clip go on from its "
+                             f"first frame; give {SHORTEST_MOTION} or more, or another --suite")
+        return plan
 
     def _identity(self) -> dict[str, Any]:
         plan = asdict(self.plan)
@@ -186,7 +193,7 @@ class ToyboxRun:
         """
         items = self.items(source)
         start, made = time.monotonic(), 0
-        wanted = sheet and source == "text"
+        wanted = sheet and source == self.sheet_source
         for first in range(0, len(items), self.bench.batch):
             part = items[first : first + self.bench.batch]
             shown = wanted and first < SHEET_CLIPS
@@ -229,6 +236,8 @@ class ToyboxRun:
         shown = self._render(scenes, [0] if source == "image" else None)
         if source == "image":
             video = generate_batch(self.engine, self.plan, texts, seeds, shown.video)
+            if keep:
+                self._keep_for_sheet(items, video)
             return self._judged(video, scenes, ends=True)
         if source in ("render", "render_end"):
             return self._judged(shown.video, scenes, ends=source == "render_end")
@@ -268,7 +277,8 @@ class ToyboxRun:
 
     def save_sheet(self, path: Path) -> None:
         """Write the first clips, several frames each, one clip a row, under their prompts."""
-        texts = [item.prompt for item in self.items("text")]
+        assert self.sheet_source is not None
+        texts = [item.prompt for item in self.items(self.sheet_source)]
         frames = [frame for index in sorted(self.sheet) for frame in self.sheet[index]]
         labels = [text for i in sorted(self.sheet) for text in _split(texts[i], SHEET_FRAMES)]
         contact_sheet(frames, path, columns=SHEET_FRAMES, labels=labels)
@@ -317,7 +327,9 @@ def run_toybox(
     from vidgen.evaluation.summary import summarise
 
     run = ToyboxRun(bench, Path(output), on_event)
-    wanted = bench.suite in ("all", "text")
+    if sheet is not None and run.sheet_source is None:
+        raise InputError(f"--sheet draws generated clips, and suite {bench.suite!r} makes none; "
+                         "leave it out")
     scores = {
         source: run.score(source, sheet=sheet is not None) for source in SOURCES[bench.suite]
     }
@@ -326,7 +338,7 @@ def run_toybox(
     if bench.suite in ("all", "judge"):
         first = SEED_RANGES["judge"][1] - JUDGE_SEEDS
         trust = judge_renders(run.judge, first, bench.prompts)
-    if sheet is not None and wanted:
+    if sheet is not None:
         run.save_sheet(Path(sheet))
     return {
         "suite": "toybox", "part": bench.suite, **run.identity,

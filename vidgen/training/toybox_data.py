@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
-from vidgen.toybox.render import render
+from vidgen.toybox.render import Rendered, render
 from vidgen.toybox.scenes import (
     PLACES,
     SEED_RANGES,
@@ -52,12 +53,26 @@ class CacheConfig:
     width: int = 128
 
 
-class ToyboxCache:
-    """Latents of training scenes, with stills for last-frame, keyframe and reference conditions.
+@dataclass(frozen=True)
+class CachedClips:
+    """Latents of N clips, float16, normalised.
 
-    Every clip has three stills, each encoded alone: frame 16, the last frame, and its first sprite
-    shown in another place (the reference, index -1).
+    Attributes:
+        clips: [N, C, F, h, w].
+        stills: three a clip, each encoded alone: frame 16, the last frame, and the clip's first
+            sprite shown in another place (the reference, index -1).
+        cover: [N, 1, F, h, w] in [0, 1], how much of a latent's pixels is sprite.
+        still_cover: [N, 1, 3, h, w].
     """
+
+    clips: Tensor
+    stills: Stills
+    cover: Tensor
+    still_cover: Tensor
+
+
+class ToyboxCache:
+    """Latents of training scenes, with stills for last-frame, keyframe and reference conditions."""
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
@@ -89,11 +104,12 @@ class ToyboxCache:
             self._scenes[index] = sample_scenes(seed, 1, split="train")[0]
         return self._scenes[index]
 
-    def load(self) -> tuple[Tensor, Stills]:
-        """Clips [N, C, F, h, w] float16, normalised, and their stills [N, C, 3, h, w]."""
+    def load(self) -> CachedClips:
+        """All clips that the config asks for."""
         tensors = self.shards.load(self.config.shards)
         frames = torch.tensor([MID_FRAME, self.config.num_frames - 1, -1])
-        return tensors["clips"], Stills(tensors["stills"], frames.expand(self.num_clips, 3))
+        stills = Stills(tensors["stills"], frames.expand(self.num_clips, 3))
+        return CachedClips(tensors["clips"], stills, tensors["cover"], tensors["still_cover"])
 
     def missing(self) -> list[int]:
         """Shards still to be made."""
@@ -106,20 +122,27 @@ class ToyboxCache:
         size = {"height": config.height, "width": config.width}
         first = index * config.shard_size
         scenes = [self.scene(first + i) for i in range(config.shard_size)]
-        clips, stills = [], []
+        clips, stills, covers, still_covers = [], [], [], []
         for start in range(0, len(scenes), batch):
             part = scenes[start : start + batch]
             shown = render(
                 part, num_frames=config.num_frames, fps=config.fps, device=device, **size
-            ).video
+            )
             posed = render(
                 [as_reference(scene) for scene in part], num_frames=1, fps=config.fps,
                 device=device, **size,
-            ).video
-            clips.append(encode(vae, shown))
-            singles = (shown[:, :, MID_FRAME : MID_FRAME + 1], shown[:, :, -1:], posed)
-            stills.append(torch.cat([encode(vae, still) for still in singles], dim=2))
-        tensors = {"clips": torch.cat(clips), "stills": torch.cat(stills)}
+            )
+            clips.append(encode(vae, shown.video))
+            covers.append(latent_cover(shown.masks, vae.strides))
+            singles = (_frame(shown, MID_FRAME), _frame(shown, config.num_frames - 1), posed)
+            stills.append(torch.cat([encode(vae, still.video) for still in singles], dim=2))
+            still_covers.append(
+                torch.cat([latent_cover(still.masks, vae.strides) for still in singles], dim=2)
+            )
+        tensors = {
+            "clips": torch.cat(clips), "stills": torch.cat(stills),
+            "cover": torch.cat(covers), "still_cover": torch.cat(still_covers),
+        }
         self.shards.write(index, {name: value.half().cpu() for name, value in tensors.items()})
 
 
@@ -142,6 +165,19 @@ def encode(vae: CausalVAE, video: Tensor) -> Tensor:
     """Normalised latents, under bf16 autocast as training sees them."""
     with torch.autocast(video.device.type, torch.bfloat16):
         return vae.encode(video).float()
+
+
+def latent_cover(masks: Tensor, strides: Strides) -> Tensor:
+    """Masks of actors [B, 2, T, H, W] as the share of each latent's pixels, [B, 1, F, h, w]."""
+    seen = masks.amax(1, keepdim=True)
+    parts = [F.avg_pool3d(seen[:, :, :1], (1, strides.hw, strides.hw))]
+    if seen.shape[2] > 1:
+        parts.append(F.avg_pool3d(seen[:, :, 1:], (strides.t, strides.hw, strides.hw)))
+    return torch.cat(parts, dim=2)
+
+
+def _frame(shown: Rendered, index: int) -> Rendered:
+    return Rendered(*(part[:, :, index : index + 1] for part in shown))
 
 
 def encoder_hash(folder: Path) -> str:

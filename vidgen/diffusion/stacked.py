@@ -1,0 +1,77 @@
+"""Conditions that a model reads as further channels beside its latents: Wan's I2V and VACE.
+
+Such models learned known frames not in place but as a second clip, encoded whole with grey where
+nothing is known, and a mask that says what is.
+
+Axes: B batch, C latent channels, F latent frames, R references, h w latent rows and columns, T H W
+frames, pixel rows and columns, t s temporal and spatial stride.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from vidgen.core.shapes import Strides
+from vidgen.diffusion.condition import LatentState
+
+
+def stack_known_frames(
+    state: LatentState, latents: Tensor, known: Tensor, strides: Strides
+) -> LatentState:
+    """Show known frames as Wan's I2V models read them: [mask t | latents C] (Wan 2025, sec. 5.1.1).
+
+    Args:
+        state: whose `stacked` is to be written.
+        latents: of the clip with grey where unknown, normalised, [1, C, F, h, w].
+        known: [T] bool, the frames that are known.
+        strides: the VAE's.
+    """
+    flags = known.to(latents)
+    flags = torch.cat([flags[:1].expand(strides.t), flags[1:]])  # the first latent is one frame's
+    mask = rearrange(flags, "(F t) -> 1 t F 1 1", t=strides.t)
+    mask = mask.expand(-1, -1, -1, *latents.shape[3:])
+    return replace(state, stacked=torch.cat([mask, latents], dim=1))
+
+
+def control(
+    state: LatentState,
+    kept: Tensor,
+    changed: Tensor,
+    wanted: Tensor,
+    references: Sequence[Tensor],
+    strides: Strides,
+    noise: Tensor,
+) -> LatentState:
+    """Show a clip and references as VACE reads them (Jiang et al. 2025, sec. 3.2).
+
+    References become latent frames of their own before the clip's, with noise of their own;
+    `LatentState.num_references` says how many to drop in the end.
+
+    Args:
+        state: whose `control` is to be written.
+        kept: latents of the clip with grey where new content is wanted, [1, C, F, h, w].
+        changed: latents of the clip with grey where it is kept, the same shape.
+        wanted: [1, 1, T, H, W], 1 where new content is wanted.
+        references: latents of stills, [1, C, 1, h, w] each.
+        strides: the VAE's.
+        noise: the references', [1, C, R, h, w].
+    """
+    side = strides.hw
+    mask = rearrange(wanted[:, 0], "b t (h y) (w x) -> b (y x) t h w", y=side, x=side)
+    mask = F.interpolate(mask, size=kept.shape[2:], mode="nearest-exact")
+    rows = torch.cat([kept, changed, mask.to(kept)], dim=1)
+    for reference in references:  # the last one comes first, as the reference code has it
+        empty = torch.zeros_like(rows[:, reference.shape[1] :, :1])
+        rows = torch.cat([torch.cat([reference, empty], dim=1), rows], dim=2)
+    grown = {
+        "latents": torch.cat([noise.to(state.latents), state.latents], dim=2),
+        "clean": F.pad(state.clean, (0, 0, 0, 0, len(references), 0)),
+        "denoise_mask": F.pad(state.denoise_mask, (0, 0, 0, 0, len(references), 0), value=True),
+    }
+    return replace(state, control=rows, num_references=len(references), **grown)
