@@ -56,12 +56,15 @@ class VAERun:
 
     Args:
         part: "decoder" keeps the encoder, and with it every cached latent, as it is.
+        clip_frames: lengths of the clips, in turns, that windows of a phase's frames are cut from;
+            a motion spans its clip, so shorter clips move faster.
         init: component folder of a released VAE to start from; its latents' statistics stay.
     """
 
     run: RunConfig
     preset: str = "toybox"
     part: Literal["all", "decoder"] = "all"
+    clip_frames: tuple[int, ...] = (33, 33, 33, 17)
     height: int = 128
     width: int = 128
     loss: VAELoss = VAELoss()
@@ -101,20 +104,21 @@ class VAETask:
         return False
 
     def batch(self, phase: Phase, step: int, micro: int) -> dict[str, torch.Tensor]:
-        """Rendered clips; a quarter of the clip steps still show single frames."""
+        """Windows of rendered clips; a quarter of the clip steps still show single frames."""
         count, num_frames = phase.batch_size, phase.num_frames
         index = (step * phase.accumulate + micro) * 128
         base = SEED_RANGES["train"][0] + index + self.config.run.seed * 10**9
         if num_frames > 1 and step % 4 == 3:
             count, num_frames = count * num_frames // 3, 1
         scenes = sample_scenes(base, count, split="any")
-        size = {"height": self.config.height, "width": self.config.width}
-        if num_frames > 1:
-            shown = render(scenes, num_frames=num_frames, device=self.device, **size)
-        else:
-            picks = torch.randint(33, (count,), generator=torch.Generator().manual_seed(base))
-            frames = picks[:, None].tolist()
-            shown = render(scenes, num_frames=33, frames=frames, device=self.device, **size)
+        turn = self.config.clip_frames[step // 4 % len(self.config.clip_frames)]
+        length = max(turn, num_frames)
+        draw = torch.Generator().manual_seed(base)
+        starts = torch.randint(length - num_frames + 1, (count, 1), generator=draw)
+        shown = render(
+            scenes, num_frames=length, frames=(starts + torch.arange(num_frames)).tolist(),
+            height=self.config.height, width=self.config.width, device=self.device,
+        )
         return {"video": shown.video, "mask": shown.masks.amax(1, keepdim=True)}
 
     def loss(
@@ -155,7 +159,9 @@ class VAETask:
         scores: dict[str, float] = {}
         clips = self.config.run.phase_at(step - 1)[1].num_frames > 1
         for name, frames in (("still", 1), ("clip", 17)) if clips else (("still", 1),):
-            shown = render(scenes, num_frames=17, device=self.device, **size)
+            shown = render(
+                scenes, num_frames=33, frames=range(8, 25), device=self.device, **size
+            )
             video, mask = shown.video, shown.masks.amax(1, keepdim=True)
             if frames == 1:
                 video, mask = video[:, :, 8:9], mask[:, :, 8:9]
