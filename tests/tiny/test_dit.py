@@ -196,6 +196,9 @@ def test_shapes_and_options_that_do_not_fit_are_refused():
     for args, options, message in bad:
         with pytest.raises(InputError, match=message):
             model(*args, **options)
+    two_images = make_model(replace(TINY, image_dim=6, image_positions=10))
+    with pytest.raises(InputError, match="has 5 rows; this model takes 10"):
+        two_images(latents, timestep, context, image_context=torch.zeros(2, 5, 6))
     with pytest.raises(ValueError, match="audio needs"):
         replace(WITH_AUDIO, pattern="causal")
     with pytest.raises(ValueError, match="head_dim must be even"):

@@ -315,6 +315,12 @@ class SpacetimeDiT(nn.Module):
                 if config.image_dim
                 else "image_context was given to a model without image_dim"
             )
+        rows = None if image_context is None else image_context.shape[1]
+        if config.image_positions not in (None, rows):
+            raise InputError(
+                f"image_context has {rows} rows; this model takes {config.image_positions}, those "
+                "of the first picture and then of the last"
+            )
         if audio is not None and config.audio is None:
             raise InputError("audio was given to a model without the audio modality")
         if cache is not None:
