@@ -1,0 +1,147 @@
+"""Tensors chosen from stores, some of them parts of larger ones: what a module takes of files.
+
+Wan's published CLIP keeps a text tower beside the vision tower and fuses its projections; here it
+is opened as the vision tower of transformers has it, and put together again when it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidgen.weights.store import TensorStore
+
+Change = Callable[[Tensor], Tensor]
+_FUSED = ".attn.to_qkv."
+_SPLIT = (".attn.to_q.", ".attn.to_k.", ".attn.to_v.")
+_CLASS, _POSITIONS = "visual.cls_embedding", "visual.pos_embedding"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor comes from: one of a store, perhaps only a part of it."""
+
+    store: TensorStore
+    name: str
+    part: Change | None = None
+
+    @property
+    def likeness(self) -> Tensor:
+        """An empty tensor of its shape and dtype on the meta device."""
+        shape, dtype = self.store.shape(self.name), self.store.dtype(self.name)
+        whole = torch.empty(shape, dtype=dtype, device="meta")
+        return whole if self.part is None else self.part(whole)
+
+    def get(self) -> Tensor:
+        """The tensor itself, mapped."""
+        value = self.store.get(self.name)
+        return value if self.part is None else self.part(value)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A tensor made of several, or shaped anew."""
+
+    parts: tuple[Source, ...]
+    make: Callable[..., Tensor]
+
+    @property
+    def likeness(self) -> Tensor:
+        """An empty tensor of its shape and dtype on the meta device."""
+        return self.make(*(part.likeness for part in self.parts))
+
+    def get(self) -> Tensor:
+        """The tensor itself."""
+        return self.make(*(part.get() for part in self.parts))
+
+
+class View(TensorStore):
+    """Chosen tensors of one or more stores under names of their own."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        stores = list({id(s.store): s.store for s in sources.values()}.values())
+        super().__init__(list(dict.fromkeys(path for store in stores for path in store.files)))
+        self._sources, self._stores = dict(sources), stores
+        self._likenesses: dict[str, Tensor] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, in the order given."""
+        return tuple(self._sources)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self._likeness(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor, without reading it."""
+        return self._likeness(name).dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all chosen tensors as stored."""
+        return sum(self._likeness(name).nbytes for name in self._sources)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor on the CPU, mapped."""
+        return self._sources[name].get()
+
+    def release(self) -> None:
+        """Close the files; `get` reopens them."""
+        for store in self._stores:
+            store.release()
+
+    def source(self, name: str) -> Source:
+        """Where a tensor comes from."""
+        return self._sources[name]
+
+    def _likeness(self, name: str) -> Tensor:
+        if name not in self._likenesses:
+            self._likenesses[name] = self._sources[name].likeness
+        return self._likenesses[name]
+
+
+def split_clip(store: TensorStore) -> TensorStore:
+    """Wan's CLIP with fused projections as three tensors and embeddings shaped as transformers'.
+
+    Any other store is returned as it is.
+    """
+    if _CLASS not in store.names:
+        return store
+    sources = {}
+    for name in store.names:
+        if _FUSED in name:
+            for index, part in enumerate(_SPLIT):
+                sources[name.replace(_FUSED, part)] = Source(store, name, _third(index))
+        elif name in (_CLASS, _POSITIONS):
+            sources[name] = Source(store, name, torch.flatten if name == _CLASS else _first)
+        else:
+            sources[name] = Source(store, name)
+    return View(sources)
+
+
+def fuse_clip(tensors: Mapping[str, Source]) -> dict[str, Source | Joined]:
+    """What `split_clip` took apart, put together again."""
+    made: dict[str, Source | Joined] = {}
+    for name, source in tensors.items():
+        if name == _CLASS:
+            made[name] = Joined((source,), lambda value: value[None, None])
+        elif name == _POSITIONS:
+            made[name] = Joined((source,), lambda value: value[None])
+        elif _SPLIT[0] in name:
+            parts = tuple(tensors[name.replace(_SPLIT[0], part)] for part in _SPLIT)
+            made[name.replace(_SPLIT[0], _FUSED)] = Joined(parts, lambda *qkv: torch.cat(qkv))
+        elif not any(part in name for part in _SPLIT):
+            made[name] = source
+    return made
+
+
+def _third(index: int) -> Change:
+    return lambda tensor: tensor.chunk(3)[index]
+
+
+def _first(tensor: Tensor) -> Tensor:
+    return tensor[0]
