@@ -116,7 +116,7 @@ def ltx2() -> Any:
             spatial_compression_ratio=32, temporal_compression_ratio=8,
         ),
         audio_vae=diffusers.AutoencoderKLLTX2Audio(
-            base_channels=4, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=16,
+            base_channels=8, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=16,
         ),
         text_encoder=transformers.Gemma3ForConditionalGeneration(config),
         tokenizer=train_tokenizer(length=1024),
@@ -134,7 +134,7 @@ def ltx2() -> Any:
             num_layers=1, caption_channels=WIDTH,
         ),
         vocoder=LTX2Vocoder(
-            in_channels=32, hidden_channels=8, upsample_kernel_sizes=[8, 8],
+            in_channels=32, hidden_channels=8, upsample_kernel_sizes=[16, 15],
             upsample_factors=[16, 15], resnet_kernel_sizes=[3], resnet_dilations=[[1]],
             output_sampling_rate=24_000,
         ),
@@ -273,15 +273,14 @@ def mochi() -> Any:
     return diffusers.MochiPipeline(
         scheduler=flow(invert_sigmas=True),
         vae=diffusers.AutoencoderKLMochi(
-            latent_channels=4, encoder_block_out_channels=(32, 32, 32, 32),
+            encoder_block_out_channels=(32, 32, 32, 32),
             decoder_block_out_channels=(32, 32, 32, 32), layers_per_block=(1, 1, 1, 1, 1),
-            latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4,
         ),
         text_encoder=t5(),
         tokenizer=train_tokenizer(length=256),
         transformer=diffusers.MochiTransformer3DModel(
             num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16,
-            in_channels=4, text_embed_dim=WIDTH, time_embed_dim=4,
+            in_channels=12, text_embed_dim=WIDTH, time_embed_dim=4,
         ),
     )
 

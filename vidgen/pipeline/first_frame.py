@@ -1,0 +1,108 @@
+"""A first frame drawn by a text-to-image model: text -> picture -> clip in one call."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidgen.core.errors import ModelError
+from vidgen.core.request import Request
+from vidgen.core.shapes import size_for_aspect
+from vidgen.media.clip import Clip
+from vidgen.media.encode import Frames
+from vidgen.media.read import fit
+from vidgen.pipeline.foreign import ForeignEngine
+from vidgen.pipeline.foreign_plan import Abilities
+from vidgen.pipeline.video import DTYPES, Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    path: Path
+    class_name: str
+
+
+def draw_first_frame(
+    folder: str | Path,
+    prompt: str,
+    negative: str | None,
+    seed: int,
+    width: int,
+    height: int,
+    steps: int | None = None,
+    guidance: float | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "fp32",
+    on_event: Callable[[Progress], None] | None = None,
+) -> tuple[Frames, dict[str, Any]]:
+    """Draw a picture with a text-to-image model, which leaves the memory afterwards.
+
+    It is drawn at the model's own area, where such models are at their best, in the wanted aspect,
+    and then brought to the wanted size.
+
+    Args:
+        folder: of the model, as diffusers saves it: SDXL, SD3, FLUX, ...
+        prompt: what is to be seen.
+        negative: what is not to be seen; left out with a warning by a model that reads none.
+        seed: of the noise.
+        width: of the picture, in pixels.
+        height: of the picture.
+        steps: denoising steps; None: the model's own number.
+        guidance: guidance scale; None: the model's own.
+        device: where it computes.
+        dtype: of its weights, as torch's or by name.
+        on_event: told of progress; raising `Cancelled` stops between two steps.
+
+    Returns:
+        (uint8 [height, width, 3], what shaped it, for the recipe).
+
+    Raises:
+        ModelError: no such folder, or no text-to-image model.
+        InputError: what the model itself refuses.
+    """
+    import diffusers
+
+    opened = _open(Path(folder))
+    names = {value: name for name, value in DTYPES.items()}
+    engine = ForeignEngine(
+        opened, torch.device(device), dtype if isinstance(dtype, str) else names[dtype],
+        loader=diffusers.AutoPipelineForText2Image,
+    )
+    able = Abilities(engine.pipe.own)
+    if not able.is_image:
+        raise ModelError(f"{folder} is a {opened.class_name}, which makes clips; a first frame is "
+                         "drawn by a text-to-image model such as SDXL, SD3 or FLUX")
+    if negative and "negative" not in able.options:
+        log.warning("%s reads no negative prompt; the first frame is drawn without", able.name)
+        negative = None
+    own = able.default_size() or (width, height)
+    size = size_for_aspect(width / height, math.prod(own), able.multiple)
+    request = Request(
+        prompt=prompt, negative=negative or None, seed=seed, frames=1, size=size[::-1],
+        steps=steps, guidance=guidance,
+    )
+    clip = engine.generate(request, on_event=on_event)
+    assert isinstance(clip, Clip)
+    assert clip.recipe is not None
+    record = {"option": "first_frame_model", "path": str(folder)}
+    record |= {name: clip.recipe[name] for name in ("model", "plan", "dtype")}
+    return fit(clip.frames[0], height, width), record
+
+
+def _open(path: Path) -> _Folder:
+    index = path / "model_index.json"
+    try:
+        return _Folder(path, str(json.loads(index.read_text())["_class_name"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"first_frame_model {str(path)!r} is no folder of a text-to-image model: "
+                         f"{index} can't be read ({error}); give one that diffusers saved"
+                         ) from error

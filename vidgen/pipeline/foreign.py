@@ -1,0 +1,274 @@
+"""Other families (LTX-Video, HunyuanVideo, CogVideoX, ...) behind our own request and clip.
+
+One adapter over the pipelines of diffusers, led by the signature of their call, so that a family
+nobody has heard of mostly works:
+
+    read the pictures -> settle the request -> call the pipeline -> decode when frames are wanted
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vidgen import __version__
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+from vidgen.core.runtime import fingerprint, megabytes, sha256_file
+from vidgen.media.clip import Clip
+from vidgen.media.encode import Frames, Samples
+from vidgen.media.read import fit
+from vidgen.media.write import ClipInfo
+from vidgen.pipeline.foreign_decode import Decode, peak_bytes, stream_decode
+from vidgen.pipeline.foreign_pipe import Folder, ForeignPipe, lent
+from vidgen.pipeline.foreign_plan import (
+    Abilities,
+    ForeignPlan,
+    make_foreign_plan,
+    make_scheduler,
+    settle,
+)
+from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
+from vidgen.pipeline.video import DTYPES, Progress, to_frames
+
+log = logging.getLogger(__name__)
+
+
+class ForeignEngine:
+    """Another family's model, ready to generate.
+
+    Args:
+        folder: with the name of its pipeline's class.
+        device: where it computes.
+        dtype: "fp32", "bf16" or "fp16".
+        offload: "none" keeps all of it on the device, "stage" one component and "block" one layer
+            at a time; on the CPU all three are the same.
+        loader: class of diffusers that loads the folder, instead of the one the folder names.
+
+    Raises:
+        ModelError: a class that this diffusers doesn't have, or files missing or damaged.
+    """
+
+    def __init__(
+        self, folder: Folder, device: torch.device, dtype: str, offload: str = "none",
+        *, loader: Any = None,
+    ) -> None:
+        self.folder, self.device, self.dtype, self.offload = folder, device, dtype, offload
+        self.pipe = ForeignPipe(folder, device, DTYPES[dtype], offload, loader)
+
+    def generate(
+        self,
+        prompt: str | Request,
+        /,
+        *,
+        on_event: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> Clip | list[Clip]:
+        """Make a clip, or a list of them where `count` is over 1; see `Engine.generate`.
+
+        Raises:
+            InputError: what this family can't honour, with what it can.
+        """
+        request = prompt if isinstance(prompt, Request) else Request.of(prompt, options)
+        tell = on_event or (lambda _progress: None)
+        request, inputs = self._read(request)
+        shown = (option for option in ("video", "image") if getattr(request, option) is not None)
+        pipe = self.pipe.taking(next(shown, None))
+        able = Abilities(pipe)
+        scheduler = make_scheduler(pipe.scheduler, request)
+        first = make_foreign_plan(request, inputs, able, scheduler)
+        self._warn_of_peak(first)
+        clips = []
+        for index in range(request.count):
+            plan = replace(first, seed=first.seed + index)
+            told = {"clip": index + 1, "num_clips": request.count}
+
+            def on_step(done: int, total: int, told: dict[str, int] = told) -> None:
+                tell(Progress("sample", done, total, **told))
+
+            tell(Progress("prompt", 0, 1, **told))
+            arguments = self._arguments(plan, request, inputs, able)
+            with lent(pipe, able, plan, scheduler, on_step):
+                output, noted = self.pipe.call(pipe, plan, arguments)
+            clips.append(self._clip(plan, request, inputs, able, output, noted))
+        return clips if request.count > 1 else clips[0]
+
+    def _read(self, request: Request) -> tuple[Request, Inputs]:
+        """The request's pictures; a first frame that a model is to draw is drawn here."""
+        own = {"model": str(self.folder.path), "dtype": self.dtype, "offload": self.offload}
+        for option, value in own.items():
+            asked = getattr(request, option)
+            if asked not in (None, value):
+                raise InputError(f"this engine was loaded with {option} {value!r}, not "
+                                 f"{asked!r}; load another one")
+        able = Abilities(self.pipe.own)
+        able.refuse(request)
+        if request.first_frame_model is None:
+            return request, read_inputs(request)
+        from vidgen.pipeline.first_frame import draw_first_frame
+
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+        width, height = request.size or able.default_size() or (512, 512)
+        picture, record = draw_first_frame(
+            request.first_frame_model, request.prompt, request.negative, seed, width, height,
+            device=self.device, dtype=self.dtype,
+        )
+        request = replace(request, image=picture, first_frame_model=None, seed=seed)
+        inputs = read_inputs(request)
+        inputs.records.append(record)
+        return request, inputs
+
+    def _warn_of_peak(self, plan: ForeignPlan) -> None:
+        if self.pipe.puts_off and plan.width and plan.height and (plan.num_frames or 1) > 1:
+            vae = self.pipe.own.vae
+            peak = peak_bytes(vae, plan.num_frames or 1, plan.height, plan.width)
+            if peak is not None:
+                log.warning(
+                    "%s has no temporal tiles: %d frames of %dx%d are decoded at once, in about "
+                    "%s beside the model", type(vae).__name__, plan.num_frames, plan.width,
+                    plan.height, megabytes(peak),
+                )
+
+    def _arguments(
+        self, plan: ForeignPlan, request: Request, inputs: Inputs, able: Abilities
+    ) -> dict[str, Any]:
+        """Arguments of the pipeline's call; a parameter left out takes its own default."""
+
+        def picture(pixels: Frames) -> Image.Image:
+            if plan.width and plan.height:
+                pixels = fit(pixels, plan.height, plan.width, plan.fit)  # type: ignore[arg-type]
+            return Image.fromarray(pixels)
+
+        wanted: dict[str, Any] = {
+            "prompt": plan.prompt, "negative_prompt": plan.negative,
+            "num_inference_steps": plan.num_steps, "guidance_rescale": plan.guidance_rescale,
+            "width": plan.width, "height": plan.height, "strength": plan.strength,
+            "latents": request.latents, able.guidance: plan.guidance_scale,
+            able.length: plan.num_frames,
+            able.rate: int(plan.fps) if plan.fps.denominator == 1 else float(plan.fps),
+        }
+        for option in ("image", "last_image"):
+            for pixels in inputs.images.get(option, ()):
+                wanted[option] = picture(pixels)
+        if request.video is not None:
+            assert inputs.video_fps is not None
+            assert plan.num_frames is not None
+            frames = video_frames(request.video, plan.num_frames, plan.fps, inputs.video_fps)
+            wanted["video"] = [picture(frame) for frame in frames]
+        given = {
+            name: value for name, value in wanted.items()
+            if name in able.defaults and value is not None
+        }
+        # Noise comes from the CPU, as ours does: the same on every device, alone or in a batch.
+        given["generator"] = torch.Generator("cpu").manual_seed(plan.seed)
+        return given | {"output_type": "np"}
+
+    def _clip(
+        self, plan: ForeignPlan, request: Request, inputs: Inputs, able: Abilities, output: Any,
+        noted: list[Decode],
+    ) -> Clip:
+        """A lazy clip over the noted decodings, or the frames that the pipeline gave."""
+        latents, frames = None, None
+        if noted:
+            latents = torch.cat([part.latents for part in noted])
+            num_frames = _num_frames(plan, latents, able.strides.t)
+            size = latents.shape[-1] * able.strides.hw, latents.shape[-2] * able.strides.hw
+        else:
+            frames = _pixels(output[0] if able.is_image else output[0][0])
+            num_frames, size = len(frames), (frames.shape[2], frames.shape[1])
+        plan = settle(plan, *size, num_frames)
+        kept = plan.kept_frames or num_frames
+
+        def chunks() -> Iterator[Frames]:
+            if frames is not None:
+                yield frames[:kept]
+            left = kept
+            for part in noted:
+                for video in stream_decode(self.pipe.own.vae, part, self.device):
+                    shown = to_frames(video[0])[:left]
+                    left -= len(shown)
+                    if len(shown):
+                        yield shown.numpy()
+
+        sound, rate = _sound(self.pipe.own, output, float(kept / plan.fps))
+        info = ClipInfo(
+            fps=plan.fps, size=size, num_frames=kept, sound=sound, sound_rate=rate,
+            recipe=self._recipe(plan, request, inputs), stride_t=able.strides.t,
+        )
+        return Clip(chunks, info, latents)
+
+    def _recipe(self, plan: ForeignPlan, request: Request, inputs: Inputs) -> dict[str, Any]:
+        """All that shapes the clip, as JSON data."""
+        import diffusers
+        import transformers
+
+        settled = asdict(plan)
+        settled["fps"] = str(plan.fps)
+        return {
+            "vidgen": __version__,
+            "model": {
+                "name": self.folder.path.name, "class": self.folder.class_name,
+                "sha256": self.content_hash,
+            },
+            "plan": settled,
+            "scheduler": _as_json(getattr(request.scheduler, "config", {})) or None,
+            "inputs": inputs.records,
+            "custom_noise": request.latents is not None,
+            "dtype": self.dtype, "offload": self.offload,
+            "device": self.device.type,
+            "diffusers": diffusers.__version__, "transformers": transformers.__version__,
+            "machine": fingerprint(),
+        }
+
+    @cached_property
+    def content_hash(self) -> str:
+        """One SHA-256 over the names and hashes of all files, unless the folder knows its own."""
+        known = getattr(self.folder, "content_hash", None)
+        if known is not None:
+            return str(known)
+        digest, path = hashlib.sha256(), self.folder.path
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+        return digest.hexdigest()
+
+
+def _num_frames(plan: ForeignPlan, latents: torch.Tensor, stride_t: int) -> int:
+    """Frames that latents decode to; a length against the causal rule is believed as planned."""
+    if latents.ndim == 4:
+        return len(latents)
+    if plan.num_frames is not None and (plan.num_frames - 1) % stride_t:
+        return plan.num_frames
+    return 1 + (latents.shape[2] - 1) * stride_t
+
+
+def _pixels(frames: Any) -> Frames:
+    """Pictures in [0, 1], array [T, H, W, 3], as uint8."""
+    scaled = np.asarray(frames, dtype=np.float32).clip(0, 1) * 255
+    return scaled.round().astype(np.uint8)
+
+
+def _sound(pipe: Any, output: Any, seconds: float) -> tuple[Samples | None, int]:
+    """The sound that came along, cut to the clip: float32 [N, channels], and its rate."""
+    waves = getattr(output, "audio", None)
+    if waves is None:
+        return None, 48_000
+    config = getattr(getattr(pipe, "vocoder", None), "config", {})
+    names = ("output_sampling_rate", "sampling_rate", "sample_rate")
+    rate = int(next((config[name] for name in names if config.get(name)), 48_000))
+    wave = torch.as_tensor(waves)[0].float().cpu().clamp(-1, 1)
+    wave = wave[None] if wave.ndim == 1 else wave
+    return wave.T[: round(seconds * rate)].contiguous().numpy(), rate
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    plain = (str, int, float, bool, type(None))
+    return {name: value for name, value in dict(config).items() if isinstance(value, plain)}

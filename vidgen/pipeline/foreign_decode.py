@@ -1,0 +1,147 @@
+"""Decoding what another family's pipeline made: later, in temporal tiles, by its own VAE.
+
+Each family normalises, unpacks and even noises its latents in its own way before decoding. So its
+pipeline is left to do that, and only the decoding itself is put off.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, N pictures,
+T frames, H W pixel rows and columns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TILE = 64
+"""Frames of a temporal tile where the VAE doesn't tile of its own accord."""
+OVERLAP = 24
+"""Frames over which two tiles are blended."""
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A decoding put off.
+
+    Attributes:
+        latents: what the VAE takes, [B, C, F, h, w] or pictures [N, C, h, w], on the CPU.
+        arguments: whatever else it takes, in order.
+        options: and by name.
+    """
+
+    latents: Tensor
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def is_video(self) -> bool:
+        """Whether time is an axis of the latents, not of the batch."""
+        return self.latents.ndim == 5
+
+
+@contextmanager
+def decoding_put_off(vae: nn.Module) -> Iterator[list[Decode]]:
+    """Within the block `vae.decode` only notes what it is given, and answers a tiny video."""
+    noted: list[Decode] = []
+
+    def decode(latents: Tensor, *arguments: Any, return_dict: bool = True, **options: Any) -> Any:
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        noted.append(Decode(latents.cpu(), arguments, options))
+        one_frame = (1,) if latents.ndim == 5 else ()
+        video = latents.new_zeros((len(latents), 3, *one_frame, 8, 8))
+        return DecoderOutput(sample=video) if return_dict else (video,)
+
+    vae.decode = decode  # type: ignore[assignment]
+    try:
+        yield noted
+    finally:
+        del vae.decode
+
+
+@torch.no_grad()
+def stream_decode(vae: Any, noted: Decode, device: torch.device) -> Iterator[Tensor]:
+    """Parts of the video, each [1, 3, t, H, W] in [-1, 1]; pictures in one part a decoding."""
+
+    def decode(latents: Tensor) -> Tensor:
+        given = latents.to(device)
+        video: Tensor = vae.decode(given, *noted.arguments, **noted.options, return_dict=False)[0]
+        return video if noted.is_video else video.transpose(0, 1)[None]
+
+    tiles = temporal_tiles(vae)
+    if tiles is None or not noted.is_video or noted.latents.shape[2] <= tiles[0]:
+        yield decode(noted.latents)
+    else:
+        yield from _stream_tiles(vae, decode, noted.latents, *tiles)
+
+
+def temporal_tiles(vae: Any) -> tuple[int, int] | None:
+    """Latent frames that a tile advances over and from one to the next; None without tiles."""
+    if not (hasattr(vae, "blend_t") and hasattr(vae, "tile_sample_stride_num_frames")):
+        return None
+    size, stride = TILE, TILE - OVERLAP
+    if vae.use_framewise_decoding:
+        size, stride = vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames
+    ratio = vae.temporal_compression_ratio
+    return max(size // ratio, 1), max(stride // ratio, 1)
+
+
+def prepare_vae(vae: Any) -> None:
+    """Let a VAE that carries its convolutions' past decode slice by slice: the same, in less."""
+    if _carries_past(vae) and hasattr(vae, "use_framewise_decoding"):
+        vae.use_framewise_decoding = True
+
+
+def peak_bytes(vae: Any, num_frames: int, height: int, width: int) -> int | None:
+    """About what decoding a clip takes, or None where the VAE bounds that by tiles or slices.
+
+    The widest layer at full resolution counts three times: its input, padded copy and output.
+    """
+    is_video = any(isinstance(module, nn.Conv3d) for module in vae.modules())
+    if temporal_tiles(vae) is not None or _carries_past(vae) or not is_video:
+        return None
+    config = vae.config
+    names = ("decoder_block_out_channels", "block_out_channels", "base_dim")
+    channels = next((config[name] for name in names if config.get(name)), 128)
+    channels = channels if isinstance(channels, int) else min(channels)
+    size = next(vae.parameters()).element_size()
+    patch = config.get("patch_size") or 1
+    return 3 * channels * num_frames * height * width * size // patch**2
+
+
+def _carries_past(vae: Any) -> bool:
+    parameters = inspect.signature(vae.decoder.forward).parameters
+    return "conv_cache" in parameters or "feat_cache" in parameters
+
+
+def _stream_tiles(
+    vae: Any, decode: Any, latents: Tensor, size: int, stride: int
+) -> Iterator[Tensor]:
+    """Tiles blended over what two of them share, as the VAE's own tiling does.
+
+    A tile's first frame is decoded without its past, so all but the first tile start one latent
+    frame early and drop it.
+    """
+    ratio = vae.temporal_compression_ratio
+    tail = None
+    for start in range(0, latents.shape[2] - 1, stride):
+        own, vae.use_framewise_decoding = vae.use_framewise_decoding, False
+        try:
+            tile = decode(latents[:, :, start : start + size + 1])
+        finally:
+            vae.use_framewise_decoding = own
+        if tail is not None:
+            tile = tile[:, :, 1:]
+            shared = min(tail.shape[2], tile.shape[2])
+            ramp = torch.arange(shared, device=tile.device)[:, None, None] / max(shared, 1)
+            ramp = ramp.to(tile.dtype)
+            blended = tail[:, :, :shared] * (1 - ramp) + tile[:, :, :shared] * ramp
+            tile = torch.cat([blended, tile[:, :, shared:]], dim=2)
+        kept = stride * ratio + (tail is None)
+        yield tile[:, :, :kept]
+        tail = tile[:, :, kept:]

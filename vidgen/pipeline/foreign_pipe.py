@@ -1,0 +1,183 @@
+"""Pipelines of diffusers: loaded, placed, lent a request's settings, and called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from vidgen.core.errors import InputError, ModelError
+from vidgen.pipeline.foreign_decode import Decode, decoding_put_off, prepare_vae
+from vidgen.pipeline.foreign_plan import SIBLINGS, Abilities, ForeignPlan, check_multiple
+
+Tell = Callable[[int, int], None]
+"""Told of steps done and in all."""
+
+
+class Folder(Protocol):
+    """A folder that diffusers saved: `model_index.json` beside a folder for each component."""
+
+    path: Path
+    class_name: str
+
+
+class ForeignPipe:
+    """A folder's pipeline, and those over the same weights that take a picture or clip as well.
+
+    Args:
+        folder: with the name of the pipeline's class.
+        device: where it computes.
+        dtype: of the weights.
+        offload: "none", "stage" or "block".
+        loader: what loads the folder; `DiffusionPipeline` takes the class that the folder names.
+
+    Raises:
+        ModelError: a class that this diffusers doesn't have, or files missing or damaged.
+    """
+
+    def __init__(
+        self, folder: Folder, device: torch.device, dtype: torch.dtype, offload: str, loader: Any
+    ) -> None:
+        self.folder, self.device, self.offload = folder, device, offload
+        self.own = _load(folder, dtype, loader)
+        self._placed: Any = None
+        self.puts_off = hasattr(getattr(self.own, "vae", None), "decode")
+        if self.puts_off:
+            prepare_vae(self.own.vae)
+
+    def taking(self, option: str | None) -> Any:
+        """The pipeline that takes a picture or clip given as `option`, on its device."""
+        import diffusers
+
+        sibling = SIBLINGS.get((type(self.own).__name__, option))
+        pipe = self.own if sibling is None else getattr(diffusers, sibling)(**self.own.components)
+        if pipe is not self._placed:
+            self._place(pipe)
+            self._placed = pipe
+        return pipe
+
+    def _place(self, pipe: Any) -> None:
+        if self.device.type != "cuda" or self.offload == "none":
+            pipe.to(self.device)
+            return
+        try:
+            if self.offload == "stage":
+                pipe.enable_model_cpu_offload(device=self.device)
+            else:
+                pipe.enable_sequential_cpu_offload(device=self.device)
+        except ImportError as error:
+            raise ModelError(f"offload {self.offload!r} needs accelerate: {error}; "
+                             "pip install accelerate") from error
+
+    def call(
+        self, pipe: Any, plan: ForeignPlan, arguments: dict[str, Any]
+    ) -> tuple[Any, list[Decode]]:
+        """What the pipeline answers, and the decodings put off.
+
+        Raises:
+            InputError: what the pipeline itself refuses.
+            ModelError: out of memory.
+        """
+        try:
+            if not self.puts_off or Abilities(pipe).is_image:
+                return pipe(**arguments), []
+            with decoding_put_off(pipe.vae) as noted:
+                output = pipe(**arguments)
+            if noted and (len(noted) == 1 or not noted[0].is_video):
+                return output, noted
+            # It builds each part of the clip on frames of the last one: decoding can't wait.
+            self.puts_off = False
+            arguments["generator"].manual_seed(plan.seed)
+            return pipe(**arguments), []
+        except ValueError as error:
+            rule = re.search(r"divisible by (\d+)", str(error))
+            if rule is not None:
+                check_multiple(plan, int(rule[1]))
+            raise InputError(f"{plan.pipeline} refuses this: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"{plan.pipeline} ran out of memory at {plan.width}x{plan.height}; "
+                             "give --offload stage or block, or a smaller --size") from error
+        except RuntimeError as error:
+            if "latents" not in arguments:
+                raise
+            shape = list(arguments["latents"].shape)
+            raise InputError(f"latents of {shape} don't suit {plan.pipeline}: {error}; give them "
+                             "in the pipeline's own layout") from error
+
+
+class _StepBar:
+    """Stands in for a pipeline's progress bar, so that every family tells its steps."""
+
+    def __init__(self, iterable: Any, total: int | None, tell: Tell) -> None:
+        self._iterable, self._tell = iterable, tell
+        self._done, self._total = 0, len(iterable) if total is None else total
+
+    def __enter__(self) -> _StepBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._iterable:
+            yield item
+            self.update()
+
+    def update(self, count: int = 1) -> None:
+        """A step is done; raising from here stops the pipeline between two of them."""
+        self._done = min(self._done + count, self._total)
+        self._tell(self._done, self._total)
+
+
+@contextmanager
+def lent(
+    pipe: Any, able: Abilities, plan: ForeignPlan, scheduler: Any, tell: Tell
+) -> Iterator[None]:
+    """Lend a pipeline a request's scheduler, guidance and ear for its steps."""
+    own_scheduler, own_guider = pipe.scheduler, able.guider
+    pipe.scheduler = scheduler
+    pipe.progress_bar = lambda iterable=None, total=None: _StepBar(iterable, total, tell)
+    if own_guider is not None:
+        pipe.guider = own_guider.new(guidance_scale=plan.guidance_scale)
+    try:
+        yield
+    except BaseException:
+        pipe.maybe_free_model_hooks()  # what was on the device for the step that never came
+        raise
+    finally:
+        pipe.scheduler = own_scheduler
+        del pipe.progress_bar
+        if own_guider is not None:
+            pipe.guider = own_guider
+
+
+def _load(folder: Folder, dtype: torch.dtype, loader: Any) -> Any:
+    import diffusers
+    from diffusers.utils import logging as reports
+
+    version = diffusers.__version__
+    if getattr(diffusers, folder.class_name, None) is None:
+        raise ModelError(f"{folder.path} is a {folder.class_name}, which diffusers {version} "
+                         "doesn't have; install a newer diffusers")
+    is_shown = reports.is_progress_bar_enabled()
+    reports.disable_progress_bar()
+    try:
+        pipe = (loader or diffusers.DiffusionPipeline).from_pretrained(
+            str(folder.path), dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, AttributeError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"{folder.path} can't be loaded as {folder.class_name} by diffusers {version}: "
+            f"{error}; copy it again, or install a newer diffusers"
+        ) from error
+    finally:
+        if is_shown:
+            reports.enable_progress_bar()
+    if not {"prompt", "image", "video"} & Abilities(pipe).defaults.keys():
+        raise ModelError(f"{folder.path} is a {folder.class_name}, which can't be told what to "
+                         "show; give a text-to-video, image-to-video or text-to-image model")
+    return pipe

@@ -1,0 +1,359 @@
+"""What another family's pipeline can do, read from its call, and a request settled against it.
+
+Nothing here knows a family but two short tables of what no signature tells.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import re
+import secrets
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from typing import Any
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+from vidgen.core.shapes import (
+    Strides,
+    check_num_frames,
+    check_size,
+    num_frames_for_seconds,
+    size_for_aspect,
+)
+from vidgen.pipeline.inputs import Inputs
+
+log = logging.getLogger(__name__)
+
+SIBLINGS = {
+    ("LTXPipeline", "image"): "LTXImageToVideoPipeline",
+    ("LTX2Pipeline", "image"): "LTX2ImageToVideoPipeline",
+    ("SkyReelsV2DiffusionForcingPipeline", "image"):
+        "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+    ("CogVideoXPipeline", "video"): "CogVideoXVideoToVideoPipeline",
+}
+"""Pipelines that share another one's weights, by the option they add."""
+RATES = {"HunyuanVideo": 24, "Mochi": 30}
+"""Frames per second that a family learned, where its published example shows another or none."""
+
+_TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio",
+             "vae_temporal_scale_factor")
+_SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio",
+            "vae_spatial_scale_factor", "vae_scale_factor")
+_LENGTH = ("num_frames", "frames", "video_length")
+_RATE = ("frame_rate", "fps")
+_PLAIN = {
+    "negative": "negative_prompt", "steps": "num_inference_steps", "image": "image",
+    "last_image": "last_image", "guidance_rescale": "guidance_rescale", "latents": "latents",
+}
+"""Options that a parameter of one name stands for."""
+_ALWAYS = {"prompt", "seed", "fit", "count", "model", "dtype", "offload"}
+_FLOW = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler")
+_OWN_SCHEDULE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
+                 "use_exponential_sigmas", "use_beta_sigmas")
+"""Settings under which two flow schedulers don't go through the same noise levels."""
+
+
+@dataclass(frozen=True)
+class ForeignPlan:
+    """One clip or picture of another family; None is left to its pipeline.
+
+    Attributes:
+        pipeline: class that makes it.
+        num_frames: frames to generate.
+        kept_frames: frames of the clip, the first of those generated.
+        guidance_scale: of whichever kind of guidance the pipeline has.
+        sampler: class of the scheduler.
+        shift: of its noise schedule.
+        strength: how far from the given video.
+    """
+
+    pipeline: str
+    prompt: str
+    negative: str | None
+    seed: int
+    width: int | None
+    height: int | None
+    num_frames: int | None
+    kept_frames: int | None
+    fps: Fraction
+    num_steps: int | None
+    guidance_scale: float | None
+    guidance_rescale: float | None
+    sampler: str
+    shift: float | None
+    strength: float | None
+    fit: str
+
+
+class Abilities:
+    """What a pipeline's call takes and what its attributes say.
+
+    Attributes:
+        defaults: by parameter; `inspect.Parameter.empty` where one must be given.
+        strides: frames and pixels a side that one latent stands for.
+        multiple: pixels a side of one token.
+        is_image: whether it makes a picture, not a clip.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.name = pipe, type(pipe).__name__
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        named = (p for p in parameters.values() if p.kind is not p.VAR_KEYWORD)
+        self.defaults = {p.name: p.default for p in named}
+        self.strides = Strides(int(_first(pipe, _TEMPORAL) or 1), int(_first(pipe, _SPATIAL) or 8))
+        self.multiple = math.lcm(*_multiples(pipe, self.strides.hw))
+        self.length = next((name for name in _LENGTH if name in self.defaults), None)
+        self.rate = next((name for name in _RATE if name in self.defaults), None)
+        self.is_image = self.length is None and "video" not in self.defaults
+        self.options = _ALWAYS | self._options()
+
+    def _options(self) -> set[str]:
+        options = {option for option, name in _PLAIN.items() if name in self.defaults}
+        if self.is_distilled:  # it takes a negative prompt, but at its scale nothing comes of it
+            options.discard("negative")
+        if {"height", "width"} <= self.defaults.keys():
+            options.add("size")
+        if self.guidance is not None or self.guider is not None:
+            options.add("guidance")
+        if not self.is_image:
+            options |= {"frames", "seconds", "fps"}
+        if {"video", "strength"} <= self.defaults.keys() - {"denoise_strength"}:
+            options |= {"video", "strength"}
+        if (self.name, "image") in SIBLINGS or "image" in options:
+            options |= {"image", "first_frame_model"}
+        if (self.name, "video") in SIBLINGS:
+            options |= {"video", "strength"}
+        if flow_shift(self.pipe.scheduler) is not None:
+            options |= {"sampler", "shift"}
+        return options
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether guidance is an input of the model, so that there is no unguided pass."""
+        return "true_cfg_scale" in self.defaults and not self._has_true_guidance
+
+    @property
+    def _has_true_guidance(self) -> bool:
+        return (self.defaults.get("true_cfg_scale") or 0) > 1
+
+    @property
+    def guidance(self) -> str | None:
+        """The parameter that --guidance sets."""
+        names = ("true_cfg_scale",) if self._has_true_guidance else ("guidance_scale",)
+        return next((name for name in names if name in self.defaults), None)
+
+    @property
+    def guider(self) -> Any:
+        """The component that guides where the call has no parameter for it."""
+        guider = getattr(self.pipe, "guider", None)
+        return guider if self.guidance is None and hasattr(guider, "guidance_scale") else None
+
+    def refuse(self, request: Request) -> None:
+        """Refuse what this pipeline can't honour, naming what it can.
+
+        Raises:
+            InputError: the first such option.
+        """
+        for field in fields(Request):
+            value, own = getattr(request, field.name), field.default
+            is_set = type(value) is not type(own) or value != own  # arrays are never compared
+            if is_set and field.name not in self.options:
+                reason = ""
+                if field.name == "negative" and self.is_distilled:
+                    reason = " (its guidance is distilled)"
+                can = ", ".join(sorted(self.options - _ALWAYS))
+                raise InputError(f"{field.name} can't be honoured by {self.name}{reason}; "
+                                 f"leave it out. It takes {can}")
+        needs_image = self.defaults.get("image") is inspect.Parameter.empty or (
+            re.search(r"Image(To|2)Video", self.name) is not None
+        )
+        if needs_image and request.image is None and request.first_frame_model is None:
+            raise InputError(f"{self.name} starts from a picture; give --image")
+        if self.is_image and request.frames not in (None, 1):
+            raise InputError(f"frames is {request.frames}, but {self.name} makes one picture; "
+                             "give --frames 1")
+
+    def default_size(self) -> tuple[int, int] | None:
+        """(width, height) where nobody asks for another, if the pipeline tells."""
+        pipe, own = self.pipe, (self.defaults.get("width"), self.defaults.get("height"))
+        config = getattr(getattr(pipe, "transformer", None), "config", {})
+        if all(isinstance(side, int) for side in own):
+            return own
+        if hasattr(pipe, "default_width"):
+            return pipe.default_width, pipe.default_height
+        if config.get("sample_width"):
+            return (config["sample_width"] * self.strides.hw,
+                    config["sample_height"] * self.strides.hw)
+        if getattr(pipe, "default_sample_size", None):
+            side = pipe.default_sample_size * self.strides.hw
+            return side, side
+        if hasattr(pipe, "default_aspect_ratio"):
+            columns, rows = pipe.default_aspect_ratio
+            height, width = pipe.video_processor.calculate_default_height_width(
+                rows, columns, pipe.target_size
+            )
+            return width, height
+        return None
+
+    def default_fps(self) -> Fraction:
+        """The call's own rate, else that of the example in its documentation, else 24."""
+        own = self.defaults.get(self.rate or "")
+        if isinstance(own, int | float):
+            return Fraction(own).limit_denominator(1001)
+        known = (fps for family, fps in RATES.items() if self.name.startswith(family))
+        shown = re.search(r"fps=(\d+)", type(self.pipe).__call__.__doc__ or "")
+        return Fraction(next(known, int(shown[1]) if shown else 24))
+
+    def default_frames(self) -> int | None:
+        """The call's own length, else the one the transformer was built for."""
+        own = self.defaults.get(self.length or "")
+        config = getattr(getattr(self.pipe, "transformer", None), "config", {})
+        return own if isinstance(own, int) else config.get("sample_frames")
+
+    def default_guidance(self) -> float | None:
+        """The call's or the guider's own scale."""
+        if self.guider is not None:
+            return float(self.guider.guidance_scale)
+        own = self.defaults.get(self.guidance or "")
+        return float(own) if isinstance(own, int | float) else None
+
+
+def make_foreign_plan(
+    request: Request, inputs: Inputs, able: Abilities, scheduler: Any
+) -> ForeignPlan:
+    """Settle a request against a pipeline and the scheduler it is to run with.
+
+    Raises:
+        InputError: an option, size or length that can't be had; names what can.
+    """
+    able.refuse(request)
+    if "prompt" not in able.defaults:
+        log.warning("%s reads no prompt; it is left out", able.name)
+    fps = request.fps or able.default_fps()
+    if request.fps and able.rate is None and request.fps != able.default_fps() and (
+        not able.is_image
+    ):
+        log.warning("%s makes frames for %s fps whatever is asked; at %s fps they play at "
+                    "another speed", able.name, able.default_fps(), request.fps)
+    num_frames, kept = (1, 1) if able.is_image else _length(request, inputs, able, fps)
+    width, height = _size(request, inputs, able)
+    own = able.defaults
+    steps, rescale = own.get("num_inference_steps"), own.get("guidance_rescale")
+    strength = request.strength if request.strength is not None else own.get("strength")
+    return ForeignPlan(
+        pipeline=able.name, prompt=request.prompt, negative=request.negative,
+        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        width=width, height=height, num_frames=num_frames, kept_frames=kept, fps=fps,
+        num_steps=request.steps or (steps if isinstance(steps, int) else None),
+        guidance_scale=able.default_guidance() if request.guidance is None else request.guidance,
+        guidance_rescale=rescale if request.guidance_rescale is None else request.guidance_rescale,
+        sampler=type(scheduler).__name__, shift=flow_shift(scheduler),
+        strength=strength if request.video is not None else None, fit=request.fit,
+    )
+
+
+def flow_shift(scheduler: Any) -> float | None:
+    """Shift of a flow scheduler whose schedule is fixed by it; None for all others."""
+    config = getattr(scheduler, "config", {})
+    if type(scheduler).__name__ not in _FLOW or config.get("use_dynamic_shifting"):
+        return None
+    if type(scheduler).__name__ == "UniPCMultistepScheduler" and not config["use_flow_sigmas"]:
+        return None
+    return float(config["flow_shift"] if "flow_shift" in config else config["shift"])
+
+
+def make_scheduler(own: Any, request: Request) -> Any:
+    """The pipeline's scheduler, or one for the request's sampler and shift.
+
+    Raises:
+        InputError: a sampler that can't stand in for the pipeline's own.
+    """
+    import diffusers
+
+    sampler, shift = request.sampler, request.shift
+    if sampler is None and shift is None:
+        return own
+    if sampler is not None and not isinstance(sampler, str):
+        if shift is not None:
+            raise InputError(f"shift is {shift}, but {type(sampler).__name__} brings its own; set "
+                             "it there")
+        return sampler
+    shift = flow_shift(own) if shift is None else float(shift)
+    kind = {"euler": _FLOW[0], "unipc": _FLOW[1], None: type(own).__name__}.get(sampler)
+    if kind is None:
+        raise InputError(f"sampler is {sampler!r}; known here: euler, unipc")
+    if kind == type(own).__name__:
+        name = "flow_shift" if "flow_shift" in own.config else "shift"
+        return type(own).from_config(own.config, **{name: shift})
+    if any(own.config.get(name) for name in _OWN_SCHEDULE):
+        raise InputError(f"sampler is {sampler!r}, but this model's noise schedule works only with "
+                         f"its own {type(own).__name__}; leave it out")
+    shared = {
+        name: own.config[name]
+        for name in ("num_train_timesteps", "shift_terminal", "time_shift_type")
+        if name in own.config
+    }
+    if sampler == "euler":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **shared)
+    return diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, **shared
+    )
+
+
+def check_multiple(plan: ForeignPlan, multiple: int) -> None:
+    """Refuse sides that are no multiple of a token's, naming the nearest that are."""
+    for name, side in (("width", plan.width), ("height", plan.height)):
+        if side is not None:
+            check_size(name, side, multiple)
+
+
+def settle(plan: ForeignPlan, width: int, height: int, num_frames: int) -> ForeignPlan:
+    """The plan with what the pipeline chose itself."""
+    kept = min(plan.kept_frames or num_frames, num_frames)
+    return replace(plan, width=width, height=height, num_frames=num_frames, kept_frames=kept)
+
+
+def _first(owner: Any, names: tuple[str, ...]) -> Any:
+    return next((getattr(owner, name) for name in names if getattr(owner, name, None)), None)
+
+
+def _multiples(pipe: Any, stride: int) -> list[int]:
+    """Whatever a side must divide by: the VAE's stride, a token's side, what processors round."""
+    config = getattr(getattr(pipe, "transformer", None), "config", {})
+    patch = config.get("patch_size") or 1
+    patch = patch if isinstance(patch, int) else patch[-1]
+    processors = (getattr(pipe, name, None) for name in ("video_processor", "image_processor"))
+    factors = (getattr(p, "config", {}) for p in processors)
+    rounded = [factor["vae_scale_factor"] for factor in factors if "vae_scale_factor" in factor]
+    return [stride * patch, *rounded]
+
+
+def _length(
+    request: Request, inputs: Inputs, able: Abilities, fps: Fraction
+) -> tuple[int | None, int | None]:
+    own = able.default_frames()
+    if request.seconds is not None or (request.frames is None and inputs.video_seconds is not None):
+        seconds = inputs.video_seconds if request.seconds is None else request.seconds
+        return num_frames_for_seconds(float(seconds or 0), float(fps), able.strides)
+    if request.frames is None:
+        return own, own
+    if own is None or (own - 1) % able.strides.t == 0:  # else its lengths follow another rule
+        check_num_frames(request.frames, able.strides)
+    return request.frames, request.frames
+
+
+def _size(request: Request, inputs: Inputs, able: Abilities) -> tuple[int | None, int | None]:
+    own, picture = able.default_size(), inputs.picture_size
+    if request.size is not None:
+        for name, side in zip(("width", "height"), request.size, strict=True):
+            check_size(name, side, able.multiple)
+        return request.size
+    if "height" not in able.defaults:
+        return None, None
+    if picture is not None and own is not None:
+        height, width = size_for_aspect(picture[0] / picture[1], own[0] * own[1], able.multiple)
+        return width, height
+    return own or (None, None)
