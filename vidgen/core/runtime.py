@@ -152,6 +152,37 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that can still be taken on a device; None where the system doesn't tell.
+
+    Args:
+        device: a GPU, whose memory counts, or the CPU: what is free or can be freed, without swap
+            and within the limit of a container.
+        root: where the system's files lie.
+    """
+    if device.type == "cuda":
+        import torch
+
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        info = (root / "proc/meminfo").read_text()
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", info)[1])  # type: ignore[index]
+    except (OSError, TypeError):
+        return None
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:  # control groups, version 2 and 1; "max" is no limit
+            group = root / "sys/fs/cgroup"
+            stat = ((group / limit).parent / "memory.stat").read_text()
+            cached = sum(map(int, re.findall(r"^(?:in)?active_file (\d+)", stat, re.MULTILINE)))
+            taken = int((group / used).read_text()) - cached
+            free = min(free, int((group / limit).read_text()) - taken)
+        except (OSError, ValueError):
+            continue
+    return max(free, 0)
+
+
 def fingerprint() -> dict[str, Any]:
     """Versions, processor and threads that a result's bits may depend on."""
     import av

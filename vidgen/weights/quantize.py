@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -46,10 +47,7 @@ def quantize_layer(layer: nn.Linear, kind: Quantization = "int8") -> None:
     """
     if kind != "int8":
         raise InputError(f"quantize is {kind!r}; the only kind is 'int8'")
-    if layer.weight.dtype == torch.float16:
-        # torchao sums the unscaled products, which leave float16's range
-        raise InputError("int8 weights overflow in fp16 products; give --dtype bf16 or fp32")
-    transform, config = _torchao()
+    transform, config = require_torchao(layer.weight.dtype)
     try:
         transform(layer, config)
     except Exception as error:  # whatever a mismatch of versions raises
@@ -59,14 +57,17 @@ def quantize_layer(layer: nn.Linear, kind: Quantization = "int8") -> None:
 _REMEDY = "pip install 'vidgen[quant]' brings one that can, or go without int8"
 
 
-def _torchao() -> tuple[Callable[[nn.Module, Any], None], Any]:
-    """The transform and its settings: symmetric, one scale an output row."""
-    logger = logging.getLogger("torchao")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it reports kernels that this torch can't load; unused here
+def require_torchao(dtype: torch.dtype) -> tuple[Callable[[nn.Module, Any], None], Any]:
+    """The transform and its settings: symmetric, one scale an output row.
+
+    Raises:
+        InputError: torchao is missing or doesn't work here, or the weights are float16.
+    """
+    if dtype == torch.float16:
+        # torchao sums the unscaled products, which leave float16's range
+        raise InputError("int8 weights overflow in fp16 products; give --dtype bf16 or fp32")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _silence():
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         # its settings for torch.compile are process-wide
         return quantize_, Int8WeightOnlyConfig(set_inductor_config=False)
@@ -76,8 +77,22 @@ def _torchao() -> tuple[Callable[[nn.Module, Any], None], Any]:
         raise InputError(f"int8 weights need torchao, which is not installed; {_REMEDY}") from None
     except Exception as error:
         raise InputError(f"{_versions()} can't be imported ({error}); {_REMEDY}") from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep torchao's import from reporting kernels of other machines and what torch deprecates."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _versions() -> str:
