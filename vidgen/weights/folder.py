@@ -1,74 +1,142 @@
-"""Model folders: what they hold and how they are opened.
+"""Models on disk: what a folder holds, whatever layout it is in, opened but not loaded.
 
-Layout: `model.json` beside `vae/`, `transformer/`, `text_encoder/` (each `config.json` and
-`model.safetensors`) and `tokenizer/`. `config.json` of our own modules is their frozen dataclass;
-the text encoder's is an ordinary transformers one.
+Our own layout: `model.json` beside `vae/`, `transformer/`, `text_encoder/` and, where a model has
+them, `transformer_2/` and `image_encoder/` (each `config.json` and `model.safetensors`, or shards
+with an index) and `tokenizer/`. `config.json` of our own modules is their frozen dataclass; the
+encoders' are ordinary transformers ones. Diffusers' folders and Wan's own are opened in `layouts`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidgen.core.config import build
 from vidgen.core.errors import ModelError
 from vidgen.core.runtime import atomic_write, sha256_file
+from vidgen.weights.family import Conditioning, ModelDefaults
+from vidgen.weights.hashes import hash_files
+
+if TYPE_CHECKING:
+    from vidgen.weights.component import Component, Role
+    from vidgen.weights.keymap import Spelling
+
+__all__ = [
+    "FORMAT_VERSION", "ForeignFolder", "ModelDefaults", "ModelFolder", "config_of",
+    "embedded_folder", "list_embedded", "open_model", "read_config", "read_json",
+    "write_model_info",
+]
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class ModelDefaults:
-    """What a generation uses where the request is silent.
+class Files:
+    """A folder's files, by their names in it.
 
-    Args:
-        sizes: (width, height) the model was trained on; others are warned about.
-        max_frames: longest clip it was trained on.
+    Attributes:
+        files: name -> SHA-256 that it should have, or "" where nobody said.
     """
 
-    num_steps: int
-    shift: float
-    guidance_scale: float
-    fps: float
-    num_frames: int
-    height: int
-    width: int
-    sampler: str = "unipc"
-    negative_prompt: str = ""
-    sizes: tuple[tuple[int, int], ...] = ()
-    max_frames: int = 1_000_000
-
-
-@dataclass(frozen=True)
-class ModelFolder:
-    """A model on disk, opened but not loaded."""
-
     path: Path
-    name: str
-    family: str
-    license: str
-    tasks: tuple[str, ...]
-    defaults: ModelDefaults
-    world_version: int | None
-    files: dict[str, str]
+    files: Mapping[str, str] = field(repr=False)
 
     @cached_property
     def content_hash(self) -> str:
-        """One SHA-256 over the names and hashes of all the model's files, as they are now."""
+        """One SHA-256 over the names and hashes of all the model's files, as they are now.
+
+        Raises:
+            ModelError: a file is not the one that was recorded.
+        """
+        hashes = hash_files(self.path / name for name in self.files)
         digest = hashlib.sha256()
         for name in sorted(self.files):
-            digest.update(f"{name} {sha256_file(self.path / name)}\n".encode())
+            now = hashes[self.path / name]
+            if self.files[name] not in ("", now) and not name.endswith(".md"):
+                raise ModelError(
+                    f"{self.path / name} is damaged or was changed: its SHA-256 is {now[:12]}..., "
+                    f"recorded is {self.files[name][:12]}...; copy it again"
+                )
+            digest.update(f"{name} {now}\n".encode())
         return digest.hexdigest()
 
     @property
     def num_bytes(self) -> int:
         """Size of the model's files on disk."""
         return sum((self.path / name).stat().st_size for name in self.files)
+
+
+@dataclass(frozen=True)
+class ModelFolder(Files):
+    """A model of the toybox or Wan family, opened but not loaded.
+
+    Attributes:
+        family: "toybox", "wan2.1" or "wan2.2".
+        tasks: what a clip can be made from; without "text" it needs one of the others.
+        layout: whose way of laying out files it is.
+        tokenizer: the folder with `tokenizer.json`.
+        image_processor: the folder of the image encoder's processor, where there is one.
+        variant: which of the family it is, as `family.VARIANTS` names them.
+        given: what else the model may be called by: what `open_model` was given.
+    """
+
+    name: str
+    family: str
+    license: str
+    tasks: tuple[str, ...]
+    defaults: ModelDefaults
+    world_version: int | None
+    layout: Spelling
+    components: Mapping[Role, Component] = field(repr=False)
+    tokenizer: Path
+    image_processor: Path | None = None
+    variant: str | None = None
+    given: str | None = None
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How known frames get into the transformer.
+
+        "tokens": in place, their tokens at time 0. "channels": beside the noisy latents, with a
+        mask. "control": through VACE's control blocks. "none": not at all.
+        """
+        dit = self.components["transformer"].config
+        if dit.control_layers:
+            return "control"
+        if dit.in_channels > dit.out_channels:
+            return "channels"
+        return "tokens" if self.family == "toybox" or "image" in self.tasks else "none"
+
+    def is_called(self, model: str) -> bool:
+        """Whether `open_model(model)` means this model."""
+        return model in (self.name, self.given) or Path(model).resolve() == self.path.resolve()
+
+
+@dataclass(frozen=True)
+class ForeignFolder(Files):
+    """A diffusers folder of another family's pipeline.
+
+    Attributes:
+        class_name: of the pipeline.
+    """
+
+    class_name: str
+    given: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called by: the hub's id, or the folder's name."""
+        return self.given or self.path.name
+
+    def is_called(self, model: str) -> bool:
+        """Whether `open_model(model)` means this model."""
+        return model == self.name or Path(model).resolve() == self.path.resolve()
 
 
 def embedded_folder(name: str) -> Path:
@@ -82,45 +150,46 @@ def list_embedded() -> list[str]:
     return sorted(p.parent.name for p in root.glob("*/model.json"))
 
 
-def open_model(model: str) -> ModelFolder:
-    """Open a model by the name of an embedded one, or by its folder.
+def open_model(model: str) -> ModelFolder | ForeignFolder:
+    """Open a model.
+
+    Args:
+        model: an embedded model's name; a folder in vidgen's, diffusers' or Wan's own layout; or
+            an id on the Hugging Face hub, which is downloaded where it isn't yet.
+
+    Returns:
+        The model, or a `ForeignFolder` where diffusers' own pipeline has to run it.
 
     Raises:
-        ModelError: no such model, not a vidgen folder, or files missing.
+        ModelError: no such model, or files missing, damaged or unknown; says what to do.
     """
+    from vidgen.weights.hub import fetch_model, is_hub_id
+    from vidgen.weights.layouts import open_folder
+
     known = list_embedded()
-    path = embedded_folder(model) if model in known else Path(model)
-    if not path.is_dir():
+    if model in known:
+        return open_folder(embedded_folder(model))
+    if not Path(model).is_dir() and is_hub_id(model):
+        return open_folder(fetch_model(model), model)
+    if not Path(model).is_dir():
         raise ModelError(
             f"model {model!r} is neither an embedded model ({', '.join(known) or 'none'}) "
-            "nor a folder; give one of these names or the path of a model folder"
+            "nor a folder; give one of these names, the path of a model folder, or an id on the "
+            "Hugging Face hub such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
+    return open_folder(Path(model))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file whose top is an object.
+
+    Raises:
+        ModelError: missing or not that.
+    """
     try:
-        info = json.loads((path / "model.json").read_text())
-    except FileNotFoundError:
-        raise ModelError(f"{path} has no model.json, so it is no vidgen model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path / 'model.json'} is not readable JSON: {error}") from error
-    if info.get("format_version") != FORMAT_VERSION:
-        raise ModelError(
-            f"{path} is of format version {info.get('format_version')!r}; "
-            f"this vidgen reads version {FORMAT_VERSION}"
-        )
-    try:
-        folder = ModelFolder(
-            path=path, name=info["name"], family=info["family"], license=info["license"],
-            tasks=tuple(info["tasks"]), world_version=info.get("world_version"),
-            defaults=build(ModelDefaults, info["defaults"], str(path / "model.json")),
-            files=info["files"],
-        )
-    except KeyError as error:
-        raise ModelError(f"{path / 'model.json'} lacks the field {error}") from None
-    missing = [name for name in folder.files if not (path / name).is_file()]
-    if missing:
-        raise ModelError(
-            f"{path} is incomplete: {', '.join(missing)} missing; copy the whole folder again"
-        )
-    return folder
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} can't be read: {error}; copy it again") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -129,15 +198,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: missing or not JSON.
     """
-    try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} can't be read: {error}") from error
+    return read_json(folder / "config.json")
 
 
 def write_model_info(
     path: Path, *, name: str, family: str, license_name: str, tasks: tuple[str, ...],
-    defaults: ModelDefaults, world_version: int | None,
+    defaults: ModelDefaults, world_version: int | None, variant: str | None = None,
 ) -> None:
     """Write `model.json` over whatever component files lie in `path` now."""
     names = sorted(
@@ -147,8 +213,8 @@ def write_model_info(
     )
     info = {
         "format": "vidgen", "format_version": FORMAT_VERSION, "name": name, "family": family,
-        "license": license_name, "tasks": list(tasks), "world_version": world_version,
-        "defaults": asdict(defaults),
+        "variant": variant, "license": license_name, "tasks": list(tasks),
+        "world_version": world_version, "defaults": asdict(defaults),
         "files": {file: sha256_file(path / file) for file in names},
     }
     atomic_write(path / "model.json", (json.dumps(info, indent=1) + "\n").encode())
@@ -156,13 +222,16 @@ def write_model_info(
 
 def config_of(config_type: type[Any], folder: Path) -> Any:
     """A component's frozen dataclass from its `config.json`; other keys are refused by name."""
-    settings = read_config(folder)
-    known = {field.name for field in fields(config_type)}
+    return config_from(config_type, read_config(folder), str(folder / "config.json"))
+
+
+def config_from(config_type: type[Any], settings: Mapping[str, Any], where: str) -> Any:
+    """A frozen dataclass from its settings; other keys are refused by name."""
+    known = {each.name for each in fields(config_type)}
     own = {name: value for name, value in settings.items() if name != "class"}
     unknown = sorted(own.keys() - known)
     if unknown:
         raise ModelError(
-            f"{folder / 'config.json'} has unknown settings {', '.join(unknown)}; "
-            "was it written by a newer vidgen?"
+            f"{where} has unknown settings {', '.join(unknown)}; was it written by a newer vidgen?"
         )
-    return build(config_type, own, str(folder / "config.json"))
+    return build(config_type, own, where)

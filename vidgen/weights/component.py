@@ -1,0 +1,125 @@
+"""One part of a model: its architecture, and the files' tensors under our names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vidgen.core.errors import ModelError
+from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.image import ImageConfig, ImageEncoder
+from vidgen.models.text import TextConfig, UMT5Encoder
+from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.weights.keymap import (
+    DIT_KEYS,
+    TEXT_KEYS,
+    Names,
+    Spelling,
+    image_keys,
+    is_known,
+    rename,
+    vae_keys,
+)
+from vidgen.weights.load import load_module
+from vidgen.weights.store import TensorStore
+from vidgen.weights.view import Source, View
+
+Role = Literal["vae", "transformer", "transformer_2", "text_encoder", "image_encoder"]
+Config = VAEConfig | DiTConfig | TextConfig | ImageConfig
+
+CLASSES: dict[Role, type[nn.Module]] = {
+    "vae": CausalVAE, "transformer": SpacetimeDiT, "transformer_2": SpacetimeDiT,
+    "text_encoder": UMT5Encoder, "image_encoder": ImageEncoder,
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a model, opened but not loaded.
+
+    Attributes:
+        config: its architecture.
+        store: its tensors as the files have them, without those that no module of ours takes.
+        names: stored name -> our parameter's. A name that nobody knows stays as it is, so that
+            loading refuses it.
+        rest: tensors without a place in our module, which converting keeps: CLIP's text tower, an
+            embedding that is there twice.
+        spellings: of the names in `store` and `rest`.
+    """
+
+    role: Role
+    config: Config
+    store: View
+    names: Mapping[str, str]
+    rest: View
+    spellings: Mapping[str, Spelling] = field(repr=False)
+
+    def load(
+        self, dtype: torch.dtype, device: torch.device | str, quantize: Any = None, **options: Any
+    ) -> nn.Module:
+        """Build the module and give it its weights; options are `load_module`'s.
+
+        Raises:
+            ModelError: files that don't fit the architecture; names the tensors.
+        """
+        return load_module(
+            self.build, self.store, dtype, device,
+            keep_fp32=getattr(CLASSES[self.role], "fp32_weights", ()), names=self.names,
+            quantize=quantize, **options,
+        )
+
+    def build(self) -> nn.Module:
+        """The module with weights that mean nothing yet."""
+        return CLASSES[self.role](self.config)
+
+    def require_complete(self) -> None:
+        """Refuse tensors that are missing, surplus or of another shape, without reading them.
+
+        Raises:
+            ModelError: names them.
+        """
+        with torch.device("meta"):
+            expected = {k: tuple(v.shape) for k, v in self.build().state_dict().items()}
+        given = {self.names[name]: self.store.shape(name) for name in self.store.names}
+        wrong = sorted(
+            name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name)
+        )
+        if wrong:
+            raise ModelError(
+                f"the {self.role}'s files don't fit its config: {len(wrong)} tensors missing, "
+                f"unknown or of another shape ({', '.join(wrong[:5])}); copy its files again"
+            )
+
+
+def table_of(role: Role, config: Config, keys: Sequence[str]) -> tuple[Names, ...]:
+    """The names of a component's tensors in all spellings; `keys` are some of them."""
+    if isinstance(config, VAEConfig):
+        return vae_keys(config)
+    if role == "image_encoder":
+        return image_keys(keys)
+    return TEXT_KEYS if role == "text_encoder" else DIT_KEYS
+
+
+def assemble(
+    role: Role, config: Config, sources: Sequence[tuple[Spelling, TensorStore]]
+) -> Component:
+    """A component from its files: the main ones and what an earlier conversion set aside."""
+    names: dict[str, str] = {}
+    taken: dict[str, Source] = {}
+    rest: dict[str, Source] = {}
+    spellings: dict[str, Spelling] = {}
+    for spelling, store in sources:
+        table = table_of(role, config, store.names)
+        for name in store.names:
+            ours = name if spelling == "vidgen" else rename(name, table, spelling, "vidgen")
+            source = store.source(name) if isinstance(store, View) else Source(store, name)
+            spellings[name] = spelling
+            if ours is None and is_known(name, table, spelling):
+                rest[name] = source
+            else:
+                taken[name], names[name] = source, ours or name
+    return Component(role, config, View(taken), names, View(rest), spellings)

@@ -1,0 +1,371 @@
+"""Opening a model folder in any of three layouts: vidgen's, diffusers' and Wan's own.
+
+What an earlier conversion couldn't place in a layout lies beside it: `vidgen.json` (the facts of
+`model.json` and our configs) and `rest/ROLE.SPELLING.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from vidgen.core.config import build
+from vidgen.core.errors import ModelError
+from vidgen.models.dit import DiTConfig
+from vidgen.models.image import ImageConfig
+from vidgen.models.text import TextConfig
+from vidgen.models.vae import VAEConfig
+from vidgen.weights.component import Component, Config, Role, assemble, table_of
+from vidgen.weights.configs import dit_from_diffusers, dit_from_wan, vae_from_diffusers
+from vidgen.weights.family import LICENSE, ModelDefaults, Variant, recognise
+from vidgen.weights.folder import (
+    FORMAT_VERSION,
+    ForeignFolder,
+    ModelFolder,
+    config_from,
+    config_of,
+    read_config,
+    read_json,
+)
+from vidgen.weights.infer import infer_dit, infer_image, infer_text, infer_vae
+from vidgen.weights.keymap import DIT_KEYS, Names, Spelling, renamed
+from vidgen.weights.store import TensorStore, find_files
+from vidgen.weights.view import split_clip
+
+ROLES: tuple[Role, ...] = get_args(Role)
+WAN_PIPELINES = (
+    "WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "WanVideoToVideoPipeline",
+)
+EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+VAE_FILES = {16: "Wan2.1_VAE", 48: "Wan2.2_VAE"}
+TEXT_FILE = "models_t5_umt5-xxl-enc-bf16"
+CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
+WAN_TOKENIZER = Path("google/umt5-xxl")
+NOTE = "vidgen.json"
+REST = "rest"
+_CONFIG_TYPES: dict[Role, type[Any]] = {
+    "vae": VAEConfig, "transformer": DiTConfig, "transformer_2": DiTConfig,
+    "text_encoder": TextConfig, "image_encoder": ImageConfig,
+}
+_SAMPLERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
+
+
+def layout_of(path: Path) -> Spelling | None:
+    """Whose layout a folder is in; None if it holds no model."""
+    if (path / "model.json").is_file():
+        return "vidgen"
+    if (path / "model_index.json").is_file():
+        return "diffusers"
+    if any((path / name).is_dir() for name in EXPERTS.values()) or any(path.glob("Wan2.*_VAE.*")):
+        return "wan"
+    config = path / "config.json"
+    is_wan = config.is_file() and re.search(r'"(Vace)?WanModel', config.read_text("utf-8"))
+    return "wan" if is_wan else None
+
+
+def open_folder(path: Path, given: str | None = None) -> ModelFolder | ForeignFolder:
+    """Open a model folder in whichever layout it is.
+
+    Args:
+        path: the folder.
+        given: what the user called it, where that is something else.
+
+    Raises:
+        ModelError: no model, or one that is incomplete, damaged or of an unknown kind.
+    """
+    layout = layout_of(path)
+    if layout == "vidgen":
+        return _open_vidgen(path)
+    if layout == "diffusers":
+        return _open_diffusers(path, given)
+    if layout == "wan":
+        return _open_wan(path, given)
+    raise ModelError(
+        f"{path} has no model.json, so it is no vidgen model folder; nor has it diffusers' "
+        "model_index.json or the files of a Wan release (Wan2.1_VAE.pth, ...)"
+    )
+
+
+def _open_vidgen(path: Path) -> ModelFolder:
+    info = read_json(path / "model.json")
+    if info.get("format_version") != FORMAT_VERSION:
+        raise ModelError(
+            f"{path} is of format version {info.get('format_version')!r}; "
+            f"this vidgen reads version {FORMAT_VERSION}"
+        )
+    missing = [name for name in info.get("files", ()) if not (path / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{path} is incomplete: {', '.join(missing)} missing; copy the whole folder again"
+        )
+    facts = _facts(info, path / "model.json")
+    processor = _processor(path)
+    components: dict[Role, Component] = {}
+    for role in ROLES:
+        folder = path / role
+        if not (folder / "config.json").is_file():
+            continue
+        config = _encoder_config(role, folder, processor)
+        if config is None:
+            config = config_of(_CONFIG_TYPES[role], folder)
+        store = _shards(folder)
+        components[role] = assemble(role, config, [("vidgen", store), *_set_aside(path, role)])
+    try:
+        return ModelFolder(
+            path=path, files=info["files"], layout="vidgen", components=components,
+            tokenizer=path / "tokenizer", image_processor=processor, **facts,
+        )
+    except KeyError as error:
+        raise ModelError(f"{path / 'model.json'} lacks the field {error}") from None
+
+
+def _open_diffusers(path: Path, given: str | None) -> ModelFolder | ForeignFolder:
+    index = read_json(path / "model_index.json")
+    class_name = str(index.get("_class_name"))
+    if class_name not in WAN_PIPELINES:
+        every = (p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+        return ForeignFolder(path, _unhashed(path, every), class_name, given)
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    gone = [name for name in parts if not (path / name).is_dir()]
+    if gone:
+        raise ModelError(
+            f"{path} is incomplete: its model_index.json names {', '.join(gone)}, which "
+            f"{'is' if len(gone) == 1 else 'are'} not there; copy the whole folder again"
+        )
+    note, processor = _note(path), _processor(path)
+    components: dict[Role, Component] = {}
+    for role in ROLES:
+        folder = path / role
+        if role not in parts:
+            continue
+        store = _shards(folder)
+        config = _noted_config(note, role) or _encoder_config(role, folder, processor)
+        if role == "vae" and config is None:
+            config = vae_from_diffusers(read_config(folder))
+        elif config is None:
+            has_config = (folder / "config.json").is_file()
+            known = dit_from_diffusers(read_config(folder)) if has_config else {}
+            config = infer_dit(_shapes(store, DIT_KEYS, "diffusers"), **known)
+        components[role] = assemble(role, config, [("diffusers", store), *_set_aside(path, role)])
+    _require(path, components)
+    facts = _facts(note, path / NOTE) if note else _recognised(
+        path, given, components, expand_timesteps=bool(index.get("expand_timesteps")),
+        **_scheduling(path, index),
+    )
+    tokenizer = _tokenizer(path / "tokenizer")
+    small = (p for part in parts for p in (path / part).iterdir() if p.suffix != ".safetensors")
+    return ModelFolder(
+        path=path, layout="diffusers", components=components, tokenizer=tokenizer,
+        image_processor=processor, given=given, **facts,
+        files=_unhashed(path, [path / "model_index.json", *small], components),
+    )
+
+
+def _open_wan(path: Path, given: str | None) -> ModelFolder:
+    note = _note(path)
+    folders = {"transformer": path}
+    if any((path / name).is_dir() for name in EXPERTS.values()):
+        folders = {role: path / name for role, name in EXPERTS.items()}
+        gone = [folder.name for folder in folders.values() if not folder.is_dir()]
+        if gone:
+            raise ModelError(f"{path} is incomplete: {gone[0]} is missing; copy it again")
+    components: dict[Role, Component] = {}
+
+    def add(role: Role, config: Config, store: TensorStore) -> None:
+        components[role] = assemble(role, config, [("wan", store), *_set_aside(path, role)])
+
+    small: list[Path] = []
+    for role, folder in folders.items():
+        store = _shards(folder)
+        config, settings = _noted_config(note, role), folder / "config.json"
+        if config is None:
+            known = dit_from_wan(read_json(settings)) if settings.is_file() else {}
+            config = infer_dit(_shapes(store, DIT_KEYS, "wan"), **known)
+        small += [settings, *folder.glob("*.index.json")]
+        add(role, config, store)
+    dit = components["transformer"].config
+    assert isinstance(dit, DiTConfig)
+    store = _published(path, VAE_FILES.get(dit.out_channels, "Wan2.*_VAE"), "the VAE")
+    shapes = {name: store.shape(name) for name in store.names}
+    add("vae", _noted_config(note, "vae") or infer_vae(shapes), store)
+    store = _published(path, "models_t5_umt5-*", "the text encoder", TEXT_FILE)
+    keys = table_of("text_encoder", dit, ())
+    config = _noted_config(note, "text_encoder") or infer_text(_shapes(store, keys, "wan"))
+    add("text_encoder", config, store)
+    if dit.image_dim is not None:
+        store = split_clip(_published(path, "models_clip_*", "the image encoder", CLIP_FILE))
+        keys = table_of("image_encoder", dit, ())
+        config = _noted_config(note, "image_encoder") or infer_image(_shapes(store, keys, "wan"))
+        add("image_encoder", config, store)
+    _require(path, components)
+    tokenizer = _tokenizer(path / WAN_TOKENIZER)
+    facts = _facts(note, path / NOTE) if note else _recognised(path, given, components)
+    small += list(tokenizer.iterdir())
+    return ModelFolder(
+        path=path, layout="wan", components=components, tokenizer=tokenizer, given=given,
+        files=_unhashed(path, small, components), **facts,
+    )
+
+
+def _shards(folder: Path) -> TensorStore:
+    """The tensors of a component's folder, which must be those that its index names."""
+    store = TensorStore(find_files(folder))
+    if len(store.files) == 1:
+        return store
+    for index in folder.glob("*.safetensors.index.json"):
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        if {folder / name for name in weight_map.values()} == set(store.files):
+            wrong = sorted(weight_map.keys() ^ set(store.names))
+            if wrong:
+                files = sorted({weight_map.get(name, "an unnamed shard") for name in wrong})
+                raise ModelError(
+                    f"{folder}: {len(wrong)} tensors differ between {index.name} and the shards "
+                    f"({', '.join(wrong[:3])}; in {', '.join(files[:3])}); copy these files again"
+                )
+    return store
+
+
+def _published(path: Path, pattern: str, what: str, usual: str | None = None) -> TensorStore:
+    """A component that Wan publishes as one file, pickled or not."""
+    found = [p for suffix in (".pth", ".safetensors") for p in sorted(path.glob(pattern + suffix))]
+    if not found:
+        raise ModelError(
+            f"{path} is incomplete: {usual or pattern}.pth, {what}, is missing; copy it from the "
+            "release"
+        )
+    return TensorStore(found[:1])
+
+
+def _tokenizer(folder: Path) -> Path:
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{folder / 'tokenizer.json'} is missing; copy it from the model's release or from "
+            "google/umt5-xxl"
+        )
+    return folder
+
+
+def _processor(path: Path) -> Path | None:
+    folder = path / "image_processor"
+    return folder if (folder / "preprocessor_config.json").is_file() else None
+
+
+def _encoder_config(role: Role, folder: Path, processor: Path | None) -> Config | None:
+    """The config of a text or image encoder, which is transformers' in two layouts."""
+    if role == "text_encoder":
+        return TextConfig.from_transformers(read_config(folder))
+    if role == "image_encoder":
+        settings = None if processor is None else read_json(processor / "preprocessor_config.json")
+        return ImageConfig.from_transformers(read_config(folder), settings)
+    return None
+
+
+def _note(path: Path) -> dict[str, Any]:
+    """What an earlier conversion noted down, or nothing."""
+    return read_json(path / NOTE) if (path / NOTE).is_file() else {}
+
+
+def _noted_config(note: Mapping[str, Any], role: Role) -> Config | None:
+    settings = note.get("configs", {}).get(role)
+    return None if settings is None else config_from(_CONFIG_TYPES[role], settings, NOTE)
+
+
+def _set_aside(path: Path, role: Role) -> list[tuple[Spelling, TensorStore]]:
+    """What an earlier conversion had no place for."""
+    return [
+        (spelling, TensorStore([file]))
+        for spelling in get_args(Spelling)
+        if (file := path / REST / f"{role}.{spelling}.safetensors").is_file()
+    ]
+
+
+def _shapes(
+    store: TensorStore, table: tuple[Names, ...], spelling: Spelling
+) -> dict[str, tuple[int, ...]]:
+    """Shapes by our names of the tensors that have one."""
+    names = renamed(store.names, table, spelling, "vidgen")
+    return {ours: store.shape(name) for name, ours in names.items()}
+
+
+def _require(path: Path, components: Mapping[Role, Component]) -> None:
+    missing = [r for r in ("vae", "transformer", "text_encoder") if r not in components]
+    if missing:
+        raise ModelError(f"{path} has no {' and no '.join(missing)}; copy the whole folder again")
+    dit = components["transformer"].config
+    assert isinstance(dit, DiTConfig)
+    if dit.image_dim is not None and "image_encoder" not in components:
+        raise ModelError(f"{path} has no image_encoder, which its transformer needs; copy it again")
+
+
+def _facts(info: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Fields of a `ModelFolder` from `model.json` or what was noted of it."""
+    try:
+        return {
+            "name": info["name"], "family": info["family"], "license": info["license"],
+            "tasks": tuple(info["tasks"]), "world_version": info.get("world_version"),
+            "variant": info.get("variant"),
+            "defaults": build(ModelDefaults, info["defaults"], str(where)),
+        }
+    except KeyError as error:
+        raise ModelError(f"{where} lacks the field {error}") from None
+
+
+def _recognised(
+    path: Path, given: str | None, components: Mapping[Role, Component], *,
+    expand_timesteps: bool = False, **settled: Any,
+) -> dict[str, Any]:
+    """Fields of a `ModelFolder` from what the transformer is; `settled` are defaults it gives."""
+    dit = components["transformer"].config
+    assert isinstance(dit, DiTConfig)
+    name = given or path.resolve().name
+    experts = 2 if "transformer_2" in components else 1
+    variant: Variant = recognise(
+        dit, num_experts=experts, name=name, expand_timesteps=expand_timesteps
+    )
+    return {
+        "name": name, "family": variant.family, "license": _license(path),
+        "tasks": variant.tasks, "defaults": replace(variant.defaults, **settled),
+        "world_version": None, "variant": variant.name,
+    }
+
+
+def _license(path: Path) -> str:
+    """The licence that the model card gives, else that of the Wan releases."""
+    card = path / "README.md"
+    text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license: *(\S+)", head[1], re.MULTILINE) if head else None
+    return found[1].strip("\"'") if found and found[1] != "apache-2.0" else LICENSE
+
+
+def _scheduling(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that a diffusers folder's scheduler and index give."""
+    config = path / "scheduler" / "scheduler_config.json"
+    settings = read_json(config) if config.is_file() else {}
+    found = {
+        "shift": settings.get("flow_shift", settings.get("shift")),
+        "sampler": _SAMPLERS.get(str(settings.get("_class_name"))),
+        "boundary": index.get("boundary_ratio"),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _unhashed(
+    path: Path, small: Iterable[Path], components: Mapping[Role, Component] | None = None
+) -> dict[str, str]:
+    """A folder's files that nobody recorded hashes of."""
+    weights = [
+        file for part in (components or {}).values()
+        for file in (*part.store.files, *part.rest.files)
+    ]
+    noted = [path / NOTE] if (path / NOTE).is_file() else []
+    present = {p for p in (*small, *weights, *noted) if p.is_file()}
+    return {str(p.relative_to(path)): "" for p in sorted(present)}
