@@ -37,7 +37,7 @@ DEFAULTS = ModelDefaults(
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
 PARTS = ("vae/model.safetensors", "transformer/model.safetensors",
          "text_encoder/model.safetensors", "tokenizer/tokenizer.json")
-NUM_STATISTICS_CLIPS = 256
+NUM_STATISTICS_CLIPS = 128
 NUM_CAPTIONS = 60_000
 
 
@@ -63,7 +63,7 @@ def measure_latents(vae: CausalVAE) -> tuple[list[float], list[float]]:
     for start in range(0, NUM_STATISTICS_CLIPS, 8):
         scenes = sample_scenes(SEED_RANGES["train"][0] + 10**11 + start, 8, split="any")
         with torch.autocast("cpu", torch.bfloat16):
-            mean, _ = vae.encode_moments(render(scenes, num_frames=17).video)
+            mean, _ = vae.encode_moments(render(scenes, num_frames=33).video)
         parts.append(mean.float().transpose(0, 1).flatten(1))
     values = torch.cat(parts, dim=1)
     return _rounded(values.mean(1)), _rounded(values.std(1))
