@@ -19,6 +19,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import AudioConfig, DiTConfig, SpacetimeDiT
 from vidgen.models.lora import Adapter, LowRank, attached, linear_paths
 from vidgen.models.presets import DIT_PRESETS
+from vidgen.weights.load import load_module, save_module
 from vidgen.weights.lora import (
     DIALECTS,
     LoraChoice,
@@ -30,6 +31,7 @@ from vidgen.weights.lora import (
 
 TINY = DIT_PRESETS["tiny"]
 I2V = replace(TINY, image_dim=20, image_positions=10)
+WHOLE = replace(I2V, control_layers=(0,), control_channels=6)
 SOUND = replace(TINY, audio=AudioConfig(channels=3, ffn_dim=16, tokens_per_s=5.0))
 DIFFS = ("blocks.0.norm_cross.weight", "blocks.0.norm_cross.bias", "blocks.1.modulation",
          "blocks.1.cross_attn.norm_k.weight", "head.modulation", "blocks.0.ffn.up.weight",
@@ -248,15 +250,16 @@ def test_threads_never_share_adapters_silently(dit):
 
 
 @torch.no_grad()
-def test_weights_that_come_later_are_no_obstacle(dit):
-    adapter = make_adapter(dit, diffs=("blocks.0.norm_cross.weight", "blocks.0.self_attn.q.bias"))
-    with attached(dit, [(adapter, 1.0)]):
+def test_streamed_blocks_take_adapters(dit, tmp_path):
+    adapters = [(make_adapter(dit, diffs=DIFFS), 0.7)]
+    plain = run(dit)
+    with attached(dit, adapters):
         expected = run(dit)
-    with torch.device("meta"):
-        late = SpacetimeDiT(TINY).eval()
-    with attached(late, [(adapter, 1.0)]):
-        late.load_state_dict(dit.state_dict(), assign=True)
-        assert torch.equal(run(late), expected)
+    save_module(dit.state_dict(), {}, tmp_path, torch.float32)
+    streamed = load_module(lambda: SpacetimeDiT(TINY), tmp_path, torch.float32, "cpu", stream=True)
+    with attached(streamed, adapters):
+        assert torch.equal(run(streamed), expected)
+    assert torch.equal(run(streamed), plain)
 
 
 @torch.no_grad()
@@ -306,7 +309,7 @@ def write_read(adapter: Adapter, config: DiTConfig, folder: Path, dialect: str) 
 
 
 @st.composite
-def drawn_adapters(draw, config: DiTConfig = I2V) -> Adapter:
+def drawn_adapters(draw, config: DiTConfig = WHOLE) -> Adapter:
     with torch.device("meta"):
         module = SpacetimeDiT(config)
     torch.manual_seed(draw(st.integers(0, 999)))
@@ -328,16 +331,16 @@ def test_a_chain_of_dialects_keeps_the_change(adapter, chain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("chain")
     now = adapter
     for dialect in chain:
-        now = write_read(now, I2V, folder, dialect)
+        now = write_read(now, WHOLE, folder, dialect)
         assert_same(now, adapter)
 
 
 @pytest.mark.parametrize("dialect", ["vidgen", "wan", "kohya"])
 def test_differences_of_every_parameter_come_back(dialect, tmp_path):
-    dit = make_dit(I2V)
+    dit = make_dit(WHOLE)
     names = tuple(name for name, _ in dit.named_parameters())
     adapter = make_adapter(dit, diffs=names)
-    assert_same(write_read(adapter, I2V, tmp_path, dialect), adapter)
+    assert_same(write_read(adapter, WHOLE, tmp_path, dialect), adapter)
 
 
 @pytest.mark.parametrize("dialect", ["diffusers", "peft"])

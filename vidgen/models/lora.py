@@ -91,10 +91,7 @@ def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
 
 @contextmanager
 def attached(
-    module: nn.Module,
-    adapters: Sequence[tuple[Adapter, float]],
-    *,
-    device: torch.device | str | None = None,
+    module: nn.Module, adapters: Sequence[tuple[Adapter, float]]
 ) -> Iterator[None]:
     """Attach adapters to a module inside the `with` block; weights are never changed.
 
@@ -105,7 +102,6 @@ def attached(
     Args:
         module: a `SpacetimeDiT` as a rule.
         adapters: each with its weight, of any sign; one of weight 0 changes no bit.
-        device: where the adapters' tensors go; None: where the weights are.
 
     Raises:
         ModelError: an adapter that doesn't fit the module, or one with a full delta of a
@@ -122,7 +118,7 @@ def attached(
                 "use one that was made for this model"
             )
     with _claimed(module, exclusive=bool(active)):
-        parts = _gather(module, active, device)
+        parts = _gather(module, active)
         before = [(layer, type(layer), layer.__dict__.get("_parts")) for layer in parts]
         try:
             for layer, own in parts.items():
@@ -158,10 +154,11 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _gather(
-    module: nn.Module, adapters: Sequence[tuple[Adapter, float]], device: torch.device | str | None
+    module: nn.Module, adapters: Sequence[tuple[Adapter, float]]
 ) -> dict[nn.Module, _Parts]:
-    """What each layer gets, with what is attached already; in the layer's dtype."""
+    """What each layer gets, with what is attached already; in its dtype, where it computes."""
     found: dict[nn.Module, _Parts] = {}
+    resident = next((p.device for p in module.parameters() if not p.is_meta), None)
 
     def parts_of(layer: nn.Module) -> _Parts:
         if layer not in found:
@@ -172,8 +169,8 @@ def _gather(
     def placed(tensor: Tensor, like: Tensor) -> Tensor:
         if tensor.requires_grad:  # a copy would keep its graph from one step to the next
             return tensor
-        rest = tensor.device if like.is_meta else like.device  # streamed weights come later
-        return tensor.to(device or rest, like.dtype)
+        streamed = like.is_meta  # such weights come later, to where the others are
+        return tensor.to(resident if streamed else like.device, like.dtype)
 
     for adapter, weight in adapters:
         for path, part in adapter.low_rank.items():
