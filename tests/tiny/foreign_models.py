@@ -112,7 +112,7 @@ def ltx2() -> Any:
         scheduler=flow(use_dynamic_shifting=True, shift_terminal=0.1),
         vae=diffusers.AutoencoderKLLTX2Video(
             latent_channels=8, block_out_channels=(8, 8, 8, 8), layers_per_block=(1, 1, 1, 1, 1),
-            decoder_block_out_channels=(8, 8, 8), decoder_layers_per_block=(1, 1, 1, 1),
+            decoder_block_out_channels=(8, 16, 32), decoder_layers_per_block=(1, 1, 1, 1),
             spatial_compression_ratio=32, temporal_compression_ratio=8,
         ),
         audio_vae=diffusers.AutoencoderKLLTX2Audio(
@@ -308,6 +308,26 @@ def skyreels() -> Any:
     )
 
 
+def animatediff() -> Any:
+    """AnimateDiff, an image model that learned to move: its VAE knows no time."""
+    options: dict[str, Any] = {"block_out_channels": (8, 8), "layers_per_block": 1}
+    return diffusers.AnimateDiffPipeline(
+        vae=image_vae(4),
+        text_encoder=clip_text(),
+        tokenizer=train_tokenizer(length=77),
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=8, norm_num_groups=2, cross_attention_dim=WIDTH, attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **options,
+        ),
+        motion_adapter=diffusers.MotionAdapter(
+            motion_layers_per_block=1, motion_norm_num_groups=2, motion_num_attention_heads=2,
+            block_out_channels=(8, 8),
+        ),
+        scheduler=diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False),
+    )
+
+
 def image_vae(channels: int, **options: Any) -> Any:
     """The VAE of the text-to-image families at a stride of 4."""
     return diffusers.AutoencoderKL(
@@ -378,7 +398,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     make.__name__: make
     for make in (
         ltx, ltx2, hunyuan, hunyuan_i2v, hunyuan15, cogvideox, cogvideox_i2v, mochi, skyreels,
-        sdxl, sd3, flux,
+        animatediff, sdxl, sd3, flux,
     )
 }
 """Builders by name; each gives a pipeline with random weights."""

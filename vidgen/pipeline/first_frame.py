@@ -38,6 +38,7 @@ def draw_first_frame(
     seed: int,
     width: int,
     height: int,
+    *,
     steps: int | None = None,
     guidance: float | None = None,
     device: torch.device | str = "cpu",

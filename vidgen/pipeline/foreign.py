@@ -98,8 +98,8 @@ class ForeignEngine:
             tell(Progress("prompt", 0, 1, **told))
             arguments = self._arguments(plan, request, inputs, able)
             with lent(pipe, able, plan, scheduler, on_step):
-                output, noted = self.pipe.call(pipe, plan, arguments)
-            clips.append(self._clip(plan, request, inputs, able, output, noted))
+                output, noted, cut = self.pipe.call(pipe, plan, arguments)
+            clips.append(self._clip(plan, request, inputs, able, output, noted, cut))
         return clips if request.count > 1 else clips[0]
 
     def _read(self, request: Request) -> tuple[Request, Inputs]:
@@ -174,30 +174,30 @@ class ForeignEngine:
 
     def _clip(
         self, plan: ForeignPlan, request: Request, inputs: Inputs, able: Abilities, output: Any,
-        noted: list[Decode],
+        noted: list[Decode], cut: int,
     ) -> Clip:
         """A lazy clip over the noted decodings, or the frames that the pipeline gave."""
-        latents, frames = None, None
+        latents, frames = None, output[0] if able.is_image else output[0][0]
+        num_frames, size = len(frames), (frames.shape[2], frames.shape[1])
         if noted:
             latents = torch.cat([part.latents for part in noted])
-            num_frames = _num_frames(plan, latents, able.strides.t)
             size = latents.shape[-1] * able.strides.hw, latents.shape[-2] * able.strides.hw
-        else:
-            frames = _pixels(output[0] if able.is_image else output[0][0])
-            num_frames, size = len(frames), (frames.shape[2], frames.shape[1])
         plan = settle(plan, *size, num_frames)
         kept = plan.kept_frames or num_frames
+        if request.frames is not None and kept < request.frames:
+            log.warning("%s gave %d frames of the %d asked for", plan.pipeline, kept,
+                        request.frames)
 
         def chunks() -> Iterator[Frames]:
-            if frames is not None:
-                yield frames[:kept]
-            left = kept
+            if not noted:
+                yield _pixels(frames[:kept])
+            done = -cut
             for part in noted:
                 for video in stream_decode(self.pipe.own.vae, part, self.device):
-                    shown = to_frames(video[0])[:left]
-                    left -= len(shown)
-                    if len(shown):
-                        yield shown.numpy()
+                    first, last = max(-done, 0), max(kept - done, 0)
+                    done += video.shape[2]
+                    if first < min(last, video.shape[2]):
+                        yield to_frames(video[0, :, first:last]).numpy()
 
         sound, rate = _sound(self.pipe.own, output, float(kept / plan.fps))
         info = ClipInfo(
@@ -239,15 +239,6 @@ class ForeignEngine:
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
         return digest.hexdigest()
-
-
-def _num_frames(plan: ForeignPlan, latents: torch.Tensor, stride_t: int) -> int:
-    """Frames that latents decode to; a length against the causal rule is believed as planned."""
-    if latents.ndim == 4:
-        return len(latents)
-    if plan.num_frames is not None and (plan.num_frames - 1) % stride_t:
-        return plan.num_frames
-    return 1 + (latents.shape[2] - 1) * stride_t
 
 
 def _pixels(frames: Any) -> Frames:

@@ -10,11 +10,12 @@ T frames, H W pixel rows and columns.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ TILE = 64
 """Frames of a temporal tile where the VAE doesn't tile of its own accord."""
 OVERLAP = 24
 """Frames over which two tiles are blended."""
+_BASE = 16
+"""Of a frame's number: few enough levels that neither bfloat16 nor bytes blur them."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,25 @@ class Decode:
 
 
 @contextmanager
-def decoding_put_off(vae: nn.Module) -> Iterator[list[Decode]]:
-    """Within the block `vae.decode` only notes what it is given, and answers a tiny video."""
+def decoding_put_off(vae: nn.Module, length: Callable[[Tensor], int]) -> Iterator[list[Decode]]:
+    """Within the block `vae.decode` only notes what it is given, and answers numbered frames.
+
+    Args:
+        vae: of a pipeline that runs in the block.
+        length: frames that latents [B, C, F, h, w] decode to.
+    """
     noted: list[Decode] = []
+    count = 0
 
     def decode(latents: Tensor, *arguments: Any, return_dict: bool = True, **options: Any) -> Any:
         from diffusers.models.autoencoders.vae import DecoderOutput
 
+        nonlocal count
         noted.append(Decode(latents.cpu(), arguments, options))
-        one_frame = (1,) if latents.ndim == 5 else ()
-        video = latents.new_zeros((len(latents), 3, *one_frame, 8, 8))
+        num_frames = length(latents) if latents.ndim == 5 else len(latents)
+        frames = _numbered(count, num_frames).to(latents.device)
+        count += num_frames
+        video = frames.transpose(0, 1)[None] if latents.ndim == 5 else frames
         return DecoderOutput(sample=video) if return_dict else (video,)
 
     vae.decode = decode  # type: ignore[assignment]
@@ -62,6 +74,25 @@ def decoding_put_off(vae: nn.Module) -> Iterator[list[Decode]]:
         yield noted
     finally:
         del vae.decode
+
+
+def shown_frames(frames: Any) -> range | None:
+    """Which of the numbered frames a pipeline shows, from [T, 8, 8, 3] in [0, 1].
+
+    Returns:
+        None where it doesn't show them as they were, one after the other.
+    """
+    digits = np.floor(np.asarray(frames, dtype=np.float64).mean(axis=(1, 2)) * _BASE)
+    numbers = digits @ _BASE ** np.arange(3)
+    shown = range(int(numbers[0]), int(numbers[0]) + len(numbers))
+    return shown if numbers.tolist() == list(shown) else None
+
+
+def _numbered(first: int, count: int) -> Tensor:
+    """Frames [N, 3, 8, 8] in [-1, 1] whose channels are the digits of their number."""
+    numbers = torch.arange(first, first + count)
+    digits = torch.stack([numbers // _BASE**place % _BASE for place in range(3)], dim=1)
+    return ((2 * digits + 1) / _BASE - 1)[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
 
 
 @torch.no_grad()

@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.pipeline.foreign_decode import Decode, decoding_put_off, prepare_vae
+from vidgen.pipeline.foreign_decode import (
+    Decode,
+    decoding_put_off,
+    prepare_vae,
+    shown_frames,
+)
 from vidgen.pipeline.foreign_plan import SIBLINGS, Abilities, ForeignPlan, check_multiple
 
 Tell = Callable[[int, int], None]
@@ -75,24 +81,32 @@ class ForeignPipe:
 
     def call(
         self, pipe: Any, plan: ForeignPlan, arguments: dict[str, Any]
-    ) -> tuple[Any, list[Decode]]:
-        """What the pipeline answers, and the decodings put off.
+    ) -> tuple[Any, list[Decode], int]:
+        """What the pipeline answers, the decodings put off, and how many frames it then cuts.
 
         Raises:
             InputError: what the pipeline itself refuses.
             ModelError: out of memory.
         """
+        able = Abilities(pipe)
+
+        def length(latents: torch.Tensor) -> int:
+            if plan.num_frames is not None and (plan.num_frames - 1) % able.strides.t:
+                return plan.num_frames  # against the causal rule, but so the pipeline has it
+            return 1 + (latents.shape[2] - 1) * able.strides.t
+
         try:
-            if not self.puts_off or Abilities(pipe).is_image:
-                return pipe(**arguments), []
-            with decoding_put_off(pipe.vae) as noted:
+            if not self.puts_off or able.is_image:
+                return pipe(**arguments), [], 0
+            with decoding_put_off(pipe.vae, length) as noted:
                 output = pipe(**arguments)
-            if noted and (len(noted) == 1 or not noted[0].is_video):
-                return output, noted
-            # It builds each part of the clip on frames of the last one: decoding can't wait.
+            shown = shown_frames(output[0][0]) if noted else None
+            if shown is not None and (len(noted) == 1 or not noted[0].is_video):
+                return output, noted, shown.start
+            # It builds on decoded frames, or changes them afterwards: decoding can't wait.
             self.puts_off = False
             arguments["generator"].manual_seed(plan.seed)
-            return pipe(**arguments), []
+            return pipe(**arguments), [], 0
         except ValueError as error:
             rule = re.search(r"divisible by (\d+)", str(error))
             if rule is not None:
@@ -165,11 +179,12 @@ def _load(folder: Folder, dtype: torch.dtype, loader: Any) -> Any:
                          "doesn't have; install a newer diffusers")
     is_shown = reports.is_progress_bar_enabled()
     reports.disable_progress_bar()
+    damages = (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError)
     try:
         pipe = (loader or diffusers.DiffusionPipeline).from_pretrained(
             str(folder.path), dtype=dtype, use_safetensors=True, local_files_only=True
         )
-    except (OSError, ValueError, AttributeError, ImportError, RuntimeError) as error:
+    except damages as error:
         raise ModelError(
             f"{folder.path} can't be loaded as {folder.class_name} by diffusers {version}: "
             f"{error}; copy it again, or install a newer diffusers"

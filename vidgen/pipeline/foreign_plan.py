@@ -63,7 +63,7 @@ class ForeignPlan:
     Attributes:
         pipeline: class that makes it.
         num_frames: frames to generate.
-        kept_frames: frames of the clip, the first of those generated.
+        kept_frames: frames of the clip, the first of those that the pipeline shows.
         guidance_scale: of whichever kind of guidance the pipeline has.
         sampler: class of the scheduler.
         shift: of its noise schedule.
@@ -118,8 +118,7 @@ class Abilities:
             options.add("size")
         if self.guidance is not None or self.guider is not None:
             options.add("guidance")
-        if not self.is_image:
-            options |= {"frames", "seconds", "fps"}
+        options |= {"frames"} if self.is_image else {"frames", "seconds", "fps"}
         if {"video", "strength"} <= self.defaults.keys() - {"denoise_strength"}:
             options |= {"video", "strength"}
         if (self.name, "image") in SIBLINGS or "image" in options:
@@ -150,6 +149,12 @@ class Abilities:
         """The component that guides where the call has no parameter for it."""
         guider = getattr(self.pipe, "guider", None)
         return guider if self.guidance is None and hasattr(guider, "guidance_scale") else None
+
+    @property
+    def cut_frames(self) -> int:
+        """Frames that the pipeline cuts off its clip: where HunyuanVideo sets the picture first."""
+        config = getattr(getattr(self.pipe, "transformer", None), "config", {})
+        return self.strides.t if config.get("image_condition_type") == "latent_concat" else 0
 
     def refuse(self, request: Request) -> None:
         """Refuse what this pipeline can't honour, naming what it can.
@@ -311,9 +316,10 @@ def check_multiple(plan: ForeignPlan, multiple: int) -> None:
 
 
 def settle(plan: ForeignPlan, width: int, height: int, num_frames: int) -> ForeignPlan:
-    """The plan with what the pipeline chose itself."""
+    """The plan with the size and the frames that the pipeline showed."""
     kept = min(plan.kept_frames or num_frames, num_frames)
-    return replace(plan, width=width, height=height, num_frames=num_frames, kept_frames=kept)
+    made = plan.num_frames or num_frames
+    return replace(plan, width=width, height=height, num_frames=made, kept_frames=kept)
 
 
 def _first(owner: Any, names: tuple[str, ...]) -> Any:
@@ -334,15 +340,17 @@ def _multiples(pipe: Any, stride: int) -> list[int]:
 def _length(
     request: Request, inputs: Inputs, able: Abilities, fps: Fraction
 ) -> tuple[int | None, int | None]:
-    own = able.default_frames()
+    """Frames to generate and to keep."""
+    own, cut = able.default_frames(), able.cut_frames
     if request.seconds is not None or (request.frames is None and inputs.video_seconds is not None):
         seconds = inputs.video_seconds if request.seconds is None else request.seconds
-        return num_frames_for_seconds(float(seconds or 0), float(fps), able.strides)
+        made, kept = num_frames_for_seconds(float(seconds or 0), float(fps), able.strides)
+        return made + cut, kept
     if request.frames is None:
-        return own, own
+        return own, None
     if own is None or (own - 1) % able.strides.t == 0:  # else its lengths follow another rule
         check_num_frames(request.frames, able.strides)
-    return request.frames, request.frames
+    return request.frames + cut, request.frames
 
 
 def _size(request: Request, inputs: Inputs, able: Abilities) -> tuple[int | None, int | None]:
