@@ -1,0 +1,251 @@
+"""The networks of a model, in memory when they are needed and as long as `offload` lets them.
+
+A generation uses them in turns: text encoder, image encoder, VAE, one transformer after the other,
+VAE. With "none" what was used stays; with "stage" one leaves before the next arrives; with "block"
+the large ones hold two of their blocks at a time, read from the files as they are used.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import nn
+
+from vidgen.core.errors import InputError, ModelError, nearest
+from vidgen.core.runtime import available_memory, megabytes
+from vidgen.weights.component import CLASSES
+from vidgen.weights.load import Weights
+from vidgen.weights.quantize import require_torchao
+from vidgen.weights.stream import BlockStream, block_of, blocks_of
+
+if TYPE_CHECKING:
+    from vidgen.weights.component import Role
+    from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.quantize import Quantization
+
+Offload = Literal["none", "stage", "block"]
+EXPERTS: tuple[Role, ...] = ("transformer", "transformer_2")
+STREAMED: tuple[Role, ...] = (*EXPERTS, "text_encoder")
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Parts:
+    """Loads a model's networks, lets them go, and says beforehand if they can't fit.
+
+    Args:
+        folder: the model.
+        device: where the networks compute.
+        dtype: of weights that aren't float32 by policy.
+        offload: "none", "stage" or "block".
+        quantize: "int8": what the linear layers of blocks become; not with "block".
+
+    Raises:
+        InputError: choices that don't go together, or quantisation that can't be had here.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        device: torch.device,
+        dtype: torch.dtype,
+        offload: Offload = "none",
+        quantize: Quantization | None = None,
+    ) -> None:
+        if offload not in get_args(Offload):
+            raise InputError(f"offload is {offload!r}; {nearest(offload, get_args(Offload))}")
+        if quantize is not None:
+            require_torchao(dtype)
+            if offload == "block":
+                raise InputError(
+                    "offload 'block' reads weights as they lie in the files, so they can't be "
+                    "int8; give 'stage' with int8, or 'block' without"
+                )
+        self.folder, self.device, self.dtype = folder, device, dtype
+        self.offload, self.quantize = offload, quantize
+        self._loaded: dict[Role, nn.Module] = {}
+        self._users: Counter[Role] = Counter()
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def use(self, role: Role) -> Iterator[nn.Module]:
+        """Give a network for the time of a `with` block, loaded if it isn't in memory.
+
+        Unless `offload` is "none" it leaves with the last block that uses it; a reference kept
+        longer is an empty module. Both experts are one role here, see `expert`.
+
+        Raises:
+            ModelError: the model has no such network, its files are damaged, or it can't fit.
+        """
+        roles = EXPERTS if role in EXPERTS else (role,)
+        with self._lock:
+            module = self._get(role)
+            self._users[roles[0]] += 1
+        try:
+            yield module
+        finally:
+            with self._lock:
+                self._users[roles[0]] -= 1
+                if self.offload != "none" and not self._users[roles[0]]:
+                    self._drop(*roles)
+
+    def expert(self, role: Role) -> nn.Module:
+        """One of a model's transformers, inside a block of `use("transformer")`.
+
+        Unless `offload` is "none", the other one leaves first.
+
+        Raises:
+            ModelError: as `use` does.
+        """
+        assert self._users[EXPERTS[0]], "experts are given inside `with parts.use('transformer')`"
+        with self._lock:
+            return self._get(role)
+
+    def close(self) -> None:
+        """Let every network go."""
+        with self._lock:
+            self._drop(*self._loaded)
+
+    @property
+    def resident(self) -> tuple[Role, ...]:
+        """What is in memory now."""
+        return tuple(self._loaded)
+
+    def needed_bytes(
+        self,
+        role: Role | None = None,
+        *,
+        offload: Offload | None = None,
+        dtype: torch.dtype | None = None,
+        quantize: Quantization | Literal["none"] | None = None,
+    ) -> int:
+        """Bytes of weights that are in memory while a network works, as asked for or otherwise.
+
+        Args:
+            role: the network; None: the one that needs most.
+            offload: instead of the model's own.
+            dtype: instead of the model's own.
+            quantize: instead of the model's own; "none" for no quantisation.
+        """
+        offload, dtype = offload or self.offload, dtype or self.dtype
+        quantize = quantize or self.quantize or "none"
+        roles = tuple(self.folder.components)
+        sizes = {one: self._size(one, offload, dtype, quantize) for one in roles}
+        if offload == "none":
+            return sum(sizes.values())
+        return max(sizes.values()) if role is None else sizes[role]
+
+    def check(self, role: Role | None = None) -> None:
+        """Refuse, before anything is read, what the memory can't hold.
+
+        Args:
+            role: the network about to be loaded; None: all, at the time each is used.
+
+        Raises:
+            ModelError: says what is needed, what there is, and what would fit.
+        """
+        have = available_memory(self.device)
+        if have is None:
+            return
+        present = self._loaded_bytes()
+        need = self.needed_bytes(role) - (present if self.offload == "none" else 0)
+        if need <= have:
+            return
+        fits = self._what_fits(have + present)
+        raise ModelError(
+            f"{self.folder.name}'s weights need {_size_text(need)} on {self.device} "
+            f"({_DTYPES[self.dtype]}, {self.quantize or 'not quantised'}, "
+            f"offload {self.offload}), {_size_text(have)} are free; "
+            + (f"what would fit: {', or '.join(fits)}" if fits
+               else "nothing that is left to choose would fit: free memory or take a smaller model")
+        )
+
+    def _get(self, role: Role) -> nn.Module:
+        if role not in self.folder.components:
+            raise ModelError(
+                f"{self.folder.name} has no {role}; it has {', '.join(self.folder.components)}"
+            )
+        if role not in self._loaded:
+            if self.offload != "none" and role in EXPERTS:
+                self._drop(*EXPERTS)
+            self.check(role)
+            self._loaded[role] = self.folder.components[role].load(
+                self.dtype, self.device, self.quantize,
+                stream=self.offload == "block" and role in STREAMED,
+            )
+        return self._loaded[role]
+
+    def _drop(self, *roles: Role) -> None:
+        for role in roles:
+            module = self._loaded.pop(role, None)
+            if module is not None:
+                _empty(module)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _loaded_bytes(self) -> int:
+        return sum(
+            self._size(role, self.offload, self.dtype, self.quantize or "none")
+            for role in self._loaded
+        )
+
+    def _size(self, role: Role, offload: str, dtype: torch.dtype, quantize: str) -> int:
+        """Bytes of weights that one network has in memory at once."""
+        component = self.folder.components[role]
+        keep_fp32 = getattr(CLASSES[role], "fp32_weights", ())
+        weights = Weights(component.store, dtype, keep_fp32, component.names)
+        if offload == "block" and role in STREAMED:
+            blocks = blocks_of(weights.names).values()
+            resident = weights.num_bytes(name for name in weights.names if not block_of(name))
+            return resident + 2 * max(map(weights.num_bytes, blocks), default=0)
+        total = weights.num_bytes()
+        if quantize == "int8":
+            total -= sum(_saved(weights, name) for name in weights.names)
+        return total
+
+    def _what_fits(self, have: int) -> list[str]:
+        """Options of the command line that would fit, those that change results last."""
+        narrow = [self.dtype] if self.dtype.itemsize == 2 else [self.dtype, torch.bfloat16]
+        found = []
+        for quantize, dtype, offload in product(("none", "int8"), narrow, get_args(Offload)):
+            if quantize == "int8" and (offload == "block" or dtype == torch.float16):
+                continue
+            need = self.needed_bytes(offload=offload, dtype=dtype, quantize=quantize)
+            if need <= have:
+                words = [f"--offload {offload}"] if offload != "none" else []
+                words += [f"--dtype {_DTYPES[dtype]}"] if dtype != self.dtype else []
+                words += ["--quantize int8"] if quantize != "none" else []
+                found.append(f"{' '.join(words) or 'no --quantize'} ({_size_text(need)})")
+        return found
+
+
+def _saved(weights: Weights, name: str) -> int:
+    """Bytes that int8 saves of a weight: of matrices inside blocks, less five a row for scales."""
+    shape, dtype = weights.shape(name), weights.dtype(name)
+    if len(shape) != 2 or not name.endswith(".weight") or not block_of(name):
+        return 0
+    return max(shape[0] * (shape[1] * (dtype.itemsize - 1) - 5), 0)
+
+
+def _size_text(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else megabytes(num_bytes)
+
+
+def _empty(module: nn.Module) -> None:
+    """Take a module's weights away, whoever still holds the module."""
+    stream = getattr(module, "block_stream", None)
+    if isinstance(stream, BlockStream):
+        stream.close()
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                away = torch.empty(value.shape, dtype=value.dtype, device="meta")
+                part._parameters[name] = nn.Parameter(away, requires_grad=False)
+        for name, value in part._buffers.items():
+            if value is not None:
+                part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")

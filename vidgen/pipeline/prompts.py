@@ -1,0 +1,143 @@
+"""Prompts to context, kept on disk so that a large text encoder runs once a prompt.
+
+UMT5-XXL takes 11 GB and most of a minute to come from the disk; what it makes of a prompt takes a
+few hundred kilobytes.
+
+Axes: B batch, S text tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vidgen.core.errors import OutputError
+from vidgen.core.runtime import atomic_path, fingerprint
+from vidgen.models.text import PromptTokenizer, TextEncoder, clean_prompt
+from vidgen.pipeline.parts import Parts
+from vidgen.weights.hashes import cache_folder, hash_files
+
+log = logging.getLogger(__name__)
+
+WORTHWHILE_BYTES = 100_000_000
+"""Text encoders below this size run faster than their hash is looked up."""
+LIMIT_BYTES = 1_000_000_000
+"""The cache forgets what was unused longest once it is larger."""
+
+
+class PromptCache:
+    """Contexts of prompts on disk, by the content of all that shapes them.
+
+    Args:
+        folder: where they lie; made when the first one is written.
+        made_by: names the text encoder, the tokenizer, dtype and machine.
+        limit: bytes that it may take.
+    """
+
+    def __init__(self, folder: Path, made_by: str, limit: int = LIMIT_BYTES) -> None:
+        self.folder, self._made_by, self._limit = folder, made_by, limit
+
+    @classmethod
+    def of(cls, parts: Parts, tokenizer: PromptTokenizer) -> PromptCache:
+        """The cache of a model's text encoder as it is loaded here, in the user's cache folder."""
+        component = parts.folder.components["text_encoder"]
+        words = sorted(parts.folder.tokenizer.glob("*.json"))
+        hashes = hash_files((*component.store.files, *words))
+        facts = [
+            sorted(hashes.values()), repr(component.config), tokenizer.max_length,
+            str(parts.dtype), parts.quantize, parts.device.type, fingerprint(),
+        ]
+        made_by = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return cls(cache_folder() / "prompts", made_by)
+
+    def get(self, prompt: str) -> Tensor | None:
+        """Context [S, D] of a prompt, or None; a damaged entry counts as none."""
+        path = self._path(prompt)
+        try:
+            context = load_file(path)["context"].clone()
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, KeyError):
+            path.unlink(missing_ok=True)
+            return None
+        return context
+
+    def put(self, prompt: str, context: Tensor) -> None:
+        """Keep the context [S, D] of a prompt; a disk that can't be written is only warned of."""
+        path = self._path(prompt)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                save_file({"context": context.cpu().contiguous()}, temporary)
+            self._trim()
+        except (OSError, OutputError, SafetensorError) as error:
+            log.warning("the prompt's encoding can't be kept for next time: %s", error)
+
+    def _path(self, prompt: str) -> Path:
+        key = hashlib.sha256(f"{self._made_by} {clean_prompt(prompt)}".encode()).hexdigest()
+        return self.folder / f"{key}.safetensors"
+
+    def _trim(self) -> None:
+        """Drop what was used longest ago until the rest is within the limit."""
+        entries = [(path.stat(), path) for path in self.folder.glob("*.safetensors")]
+        entries.sort(key=lambda entry: entry[0].st_mtime_ns)
+        surplus = sum(facts.st_size for facts, _ in entries) - self._limit
+        for facts, path in entries:
+            if surplus <= 0:
+                return
+            path.unlink(missing_ok=True)
+            surplus -= facts.st_size
+
+
+class PromptEncoder:
+    """A model's prompts to context: from the cache where its text encoder is large.
+
+    Args:
+        parts: the model's networks; the text encoder is loaded when it is needed.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, parts: Parts, tokenizer: PromptTokenizer) -> None:
+        self._parts, self._tokenizer = parts, tokenizer
+        large = parts.folder.components["text_encoder"].store.num_bytes > WORTHWHILE_BYTES
+        self._cache = PromptCache.of(parts, tokenizer) if large else None
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Encode prompts; the text encoder isn't even loaded where all are known.
+
+        Returns:
+            (context [B, S, D] on the device, lengths [B] int64); rows behind a prompt's length are
+            zero.
+        """
+        if self._cache is None:
+            return self._run(prompts)
+        found = {prompt: self._cache.get(prompt) for prompt in prompts}
+        unknown = [prompt for prompt, context in found.items() if context is None]
+        if unknown:
+            found |= self._learn(unknown)
+        rows = [found[prompt].to(self._parts.device) for prompt in prompts]
+        return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
+
+    def _learn(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode prompts, each as if alone, so that what is kept depends on nothing else."""
+        made = {}
+        with self._parts.use("text_encoder"):
+            for prompt in prompts:
+                made[prompt] = self._run([prompt])[0][0]
+                self._cache.put(prompt, made[prompt])
+        return made
+
+    def _run(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        with self._parts.use("text_encoder") as encoder:
+            return TextEncoder(encoder, self._tokenizer).encode(prompts)
