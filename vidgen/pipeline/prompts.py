@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -110,8 +111,11 @@ class PromptEncoder:
 
     def __init__(self, parts: Parts, tokenizer: PromptTokenizer) -> None:
         self._parts, self._tokenizer = parts, tokenizer
-        large = parts.folder.components["text_encoder"].store.num_bytes > WORTHWHILE_BYTES
-        self._cache = PromptCache.of(parts, tokenizer) if large else None
+
+    @cached_property
+    def _cache(self) -> PromptCache | None:
+        small = self._parts.folder.components["text_encoder"].store.num_bytes <= WORTHWHILE_BYTES
+        return None if small else PromptCache.of(self._parts, self._tokenizer)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Encode prompts; the text encoder isn't even loaded where all are known.
@@ -125,17 +129,17 @@ class PromptEncoder:
         found = {prompt: self._cache.get(prompt) for prompt in prompts}
         unknown = [prompt for prompt, context in found.items() if context is None]
         if unknown:
-            found |= self._learn(unknown)
+            found |= self._learn(self._cache, unknown)
         rows = [found[prompt].to(self._parts.device) for prompt in prompts]
         return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
-    def _learn(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def _learn(self, cache: PromptCache, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode prompts, each as if alone, so that what is kept depends on nothing else."""
         made = {}
         with self._parts.use("text_encoder"):
             for prompt in prompts:
                 made[prompt] = self._run([prompt])[0][0]
-                self._cache.put(prompt, made[prompt])
+                cache.put(prompt, made[prompt])
         return made
 
     def _run(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
