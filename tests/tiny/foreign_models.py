@@ -5,8 +5,10 @@ Each builder writes a folder as published ones are: `model_index.json` and a fol
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -16,6 +18,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
+
+from vidgen.pipeline.foreign import ForeignEngine
 
 WIDTH = 16
 TEXTS = ("a red car bounces across the desert at night", "a cat moves left over the meadow")
@@ -329,10 +333,10 @@ def animatediff() -> Any:
 
 
 def image_vae(channels: int, **options: Any) -> Any:
-    """The VAE of the text-to-image families at a stride of 4."""
+    """The VAE of the text-to-image families at its true stride of 8."""
     return diffusers.AutoencoderKL(
-        latent_channels=channels, block_out_channels=(8, 8, 8), norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=channels, block_out_channels=(8, 8, 8, 8), norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1, sample_size=32, **options,
     )
 
@@ -402,6 +406,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     )
 }
 """Builders by name; each gives a pipeline with random weights."""
+
+
+def open_foreign_model(path: Path, dtype: str = "fp32", offload: str = "none") -> ForeignEngine:
+    """An engine over a folder, on the CPU."""
+    name = json.loads((path / "model_index.json").read_text())["_class_name"]
+    folder = SimpleNamespace(path=path, class_name=name)
+    return ForeignEngine(folder, torch.device("cpu"), dtype, offload)
 
 
 def build_foreign_model(family: str, folder: Path) -> Path:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny.foreign_models import FAMILIES, build_foreign_model
+from tests.tiny.foreign_models import FAMILIES, build_foreign_model, open_foreign_model
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
@@ -44,12 +44,6 @@ CASES: dict[str, dict[str, Any]] = {
 Open = Callable[[str], ForeignEngine]
 
 
-def open_folder(path: Path, **options: Any) -> ForeignEngine:
-    name = json.loads((path / "model_index.json").read_text())["_class_name"]
-    folder = SimpleNamespace(path=path, class_name=name)
-    return ForeignEngine(folder, torch.device("cpu"), options.pop("dtype", "fp32"), **options)
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("foreign")
@@ -67,7 +61,7 @@ def engine(models: Callable[[str], Path]) -> Open:
 
     def get(family: str) -> ForeignEngine:
         if family not in opened:
-            opened[family] = open_folder(models(family))
+            opened[family] = open_foreign_model(models(family))
         return opened[family]
 
     return get
@@ -239,7 +233,7 @@ def test_a_clip_that_feeds_on_its_own_frames_is_decoded_at_once(engine: Open) ->
         def __new__(cls, frames):
             return super().__new__(cls, (frames,))
 
-    ours = open_folder(engine("ltx").folder.path)
+    ours = open_foreign_model(engine("ltx").folder.path)
     ours.pipe.own = Sectioned(**ours.pipe.own.components)
     clip = generate(ours, "ltx")
     assert clip.latents is None
@@ -306,7 +300,7 @@ def test_guidance_reaches_the_component_that_guides(engine: Open) -> None:
 
 @pytest.mark.parametrize("family", ["hunyuan_i2v", "mochi", "skyreels"])
 def test_it_runs_in_bf16(models: Callable[[str], Path], family: str) -> None:
-    ours = open_folder(models(family), dtype="bf16", offload="stage")
+    ours = open_foreign_model(models(family), dtype="bf16", offload="stage")
     clip = generate(ours, family)
     assert ours.pipe.own.transformer.dtype == torch.bfloat16
     assert clip.frames.std() > 1
@@ -341,7 +335,7 @@ def test_given_noise_replaces_the_seeds(engine: Open) -> None:
         ("cogvideox", {"latents": torch.zeros(1, 3, 2, 4, 4)}, "own layout"),
         ("hunyuan15", {"size": "40x32"}, "nearest are 32 and 48"),
         ("sdxl", {"frames": 5}, "makes one picture"),
-        ("flux", {"size": "36x32"}, "nearest are 32 and 40"),
+        ("flux", {"size": "40x32"}, "nearest are 32 and 48"),
         ("ltx", {"dtype": "bf16"}, "loaded with dtype"),
     ],
 )
@@ -386,7 +380,7 @@ def test_damaged_and_unknown_folders(models: Callable[[str], Path], tmp_path: Pa
         weights = next((damaged / place).glob("*.safetensors"))
         weights.write_bytes(weights.read_bytes()[:1000])
         with pytest.raises(ModelError, match="copy it again"):
-            open_folder(damaged)
+            open_foreign_model(damaged)
         weights.unlink()
         with pytest.raises(ModelError, match="copy it again"):
-            open_folder(damaged)
+            open_foreign_model(damaged)
