@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -92,6 +93,26 @@ def test_a_weight_made_outside_the_files_is_an_error(saved):
         load_module(lambda: Forgetful(TINY), saved[1], torch.float32, "cpu")
 
 
+def test_building_imports_nothing_large(tmp_path):
+    """Drawing weights on the meta device would import torch's decompositions, a second of work."""
+    code = """
+import sys
+from pathlib import Path
+import torch
+from vidgen.models.presets import TEXT_PRESETS
+from vidgen.models.text import UMT5Encoder
+from vidgen.weights.load import load_module, save_module
+config, folder = TEXT_PRESETS["tiny"], Path(sys.argv[1])
+save_module(UMT5Encoder(config).state_dict(), {}, folder, torch.float32)
+before = len(sys.modules)
+load_module(lambda: UMT5Encoder(config), folder, torch.bfloat16, "cpu")
+print(len(sys.modules) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True,
+                          text=True, check=True)
+    assert int(done.stdout) < 30
+
+
 LAYERS, WIDTH = 24, 1600  # 246 MB in float32
 MEASURE = """
 import json, re, sys
@@ -151,3 +172,13 @@ def test_loading_takes_the_weights_and_one_layer(large, dtype, size):
     weights = size * LAYERS * WIDTH * (WIDTH + 1)
     taken = measure(large, dtype)
     assert 0.9 * weights < taken["after"] <= taken["peak"] <= 1.1 * weights + layer, taken
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_int8_is_made_layer_by_layer(large):
+    """The peak stays below int8 weights and what one layer takes on its way, eight of float32."""
+    layer = 4 * WIDTH * (WIDTH + 1)
+    weights = LAYERS * WIDTH * (WIDTH + 2 + 5)
+    taken = measure(large, "bfloat16", "int8")
+    assert 0.9 * weights < taken["after"] <= taken["peak"] <= 1.1 * weights + 8 * layer, taken
+    assert 1.1 * weights + 8 * layer < 2 * LAYERS * WIDTH * WIDTH + 4 * layer, "not bfloat16 first"

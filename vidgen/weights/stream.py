@@ -74,6 +74,7 @@ class _Slot:
         if self.on_gpu:
             self.staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
             self.arrived, self.left = torch.cuda.Event(), torch.cuda.Event()
+            self.leave()  # after whatever used this memory before
 
     def send(self, side: torch.cuda.Stream | None) -> None:
         """Copy what was staged, after the computation that used this memory before."""
