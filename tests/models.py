@@ -15,6 +15,7 @@ from vidgen.weights.folder import ModelDefaults, write_model_info
 from vidgen.weights.load import save_module
 
 CAPTIONS = ("a red car bounces across the desert at night", "a cat moves left over the meadow")
+TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference")
 DEFAULTS = ModelDefaults(
     num_steps=2, shift=3.0, guidance_scale=3.0, fps=12.0, num_frames=9, height=32, width=32,
     sizes=((32, 32),), max_frames=17,
@@ -37,7 +38,7 @@ def build_tiny_model(folder: Path) -> Path:
     )
     train_tokenizer(CAPTIONS, folder / "tokenizer", text.config.vocab_size)
     write_model_info(
-        folder, name=folder.name, family="toybox", license_name="Apache-2.0", tasks=("text",),
+        folder, name=folder.name, family="toybox", license_name="Apache-2.0", tasks=TASKS,
         defaults=DEFAULTS, world_version=1,
     )
     return folder

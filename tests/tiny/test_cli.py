@@ -109,7 +109,7 @@ BAD = {
     "no verb like it": (["generat", "a cat"], "unknown verb 'generat'; did you mean 'generate'"),
     "no prompt": (["generate"], "required: PROMPT"),
     "empty prompt": (["generate", ""], "the prompt is empty"),
-    "long prompt": (["generate", "a" * 2001], "2001 characters; shorten it to 2000"),
+    "long prompt": (["generate", "a" * 20_001], "20001 characters; shorten it to 20000"),
     "two prompts": (["generate", "a", "cat"], "put text with spaces in quotes"),
     "misspelt option": (["generate", "a", "--sede", "3"], "--sede; did you mean '--seed'"),
     "no number": (["generate", "a", "--seed", "x"], "invalid int value: 'x'"),

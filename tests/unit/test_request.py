@@ -16,10 +16,10 @@ from vidgen.core.request import Request
     [
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": " \n\t"}, "the prompt is empty"),
-        ({"prompt": "a" * 2001}, "prompt has 2001 characters; shorten it to 2000"),
+        ({"prompt": "a" * 20_001}, "prompt has 20001 characters; shorten it to 20000"),
         ({"prompt": 3}, "prompt must be text"),
         ({"prompt": None}, "prompt must be text"),
-        ({"negative": "n" * 3000}, "negative has 3000 characters"),
+        ({"negative": "n" * 30_000}, "negative has 30000 characters"),
         ({"seed": -1}, "seed is -1; give a whole number from 0"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"seed": 1.5}, "seed is 1.5; give a whole number"),

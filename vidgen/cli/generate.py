@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from vidgen.media.clip import Clip
 
 DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
-_NOT_OF_REQUEST = {"output", "overwrite", "model", "dtype", "json", "events"}
+_LOADING = ("model", "dtype", "offload", "quantize")
+_NOT_OF_REQUEST = {"output", "overwrite", "json", "events", *_LOADING}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         ".mp4 .mov .webm .mkv .gif .webp .apng, .png or .jpg with --frames 1, or a folder/; "
         "default prompt-slug-seed.mp4"))
     add("--overwrite", action="store_true", help="replace an existing output")
-    add("--model", default="toybox", metavar="NAME|FOLDER", help="default %(default)s")
+    add("--model", default="toybox", metavar="NAME|FOLDER|HUB_ID", help="default %(default)s")
     add("--negative", metavar="TEXT", help="what is not to be seen")
     add("--seed", type=int, metavar="N", help="same seed, same clip; drawn and printed if left out")
     add("--count", type=int, default=1, metavar="N", help="clips to make, of seeds N, N+1, ...")
@@ -39,6 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--fit", choices=("crop", "pad"), default="crop", help="for pictures of another aspect")
     add("--steps", type=int, metavar="N", help="denoising steps")
     add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed; 1 is off")
+    add("--guidance-low", type=float, metavar="G", help="for the low-noise expert of Wan 2.2 A14B")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="noise levels between which guidance acts, from 0 to 1")
     add("--guidance-rescale", type=float, metavar="X", help="0 to 1, against over-saturation")
@@ -53,6 +55,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--video", metavar="CLIP", help="a clip to start from")
     add("--strength", type=float, metavar="X", help="0 keeps --video as it is, 1 ignores it")
     add("--mask", metavar="IMAGE|CLIP", help="white where --video or --image is to change")
+    add("--control", metavar="CLIP", help="depth, pose or edges to follow (Wan VACE)")
+    add("--control-scale", type=float, metavar="X", help="how strongly conditions act there")
+    add("--first-frame-model", metavar="FOLDER", help="a text-to-image model draws the first frame")
+    add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
+        help="an adapter; may be repeated; @high or @low behind it: for one expert alone")
+    add("--offload", choices=("none", "stage", "block"), default="none",
+        help="keep all, one stage or two blocks of the model in memory; default %(default)s")
+    add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
 
 
@@ -71,7 +81,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.pipeline.video import load
 
     start = time.monotonic()
-    engine = load(args.model, dtype=args.dtype)
+    engine = load(**{name: getattr(args, name) for name in _LOADING})
     made = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}))
     clips = made if isinstance(made, list) else [made]
     results = []

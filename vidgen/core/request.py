@@ -21,12 +21,21 @@ if TYPE_CHECKING:
 
     Picture: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any]
 
-MAX_PROMPT = 2000
+MAX_PROMPT = 20_000
 _WHOLE = {"seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000)}
-_NUMBER = {"guidance": (0, 100), "guidance_rescale": (0, 1), "strength": (0, 1)}
+_NUMBER = {
+    "guidance": (0, 100), "guidance_low": (0, 100), "guidance_rescale": (0, 1), "strength": (0, 1),
+    "control_scale": (0, 10),
+}
 _ABOVE_ZERO = {"seconds": 3600, "fps": 240, "shift": 100}
-_CHOICE = {"fit": ("crop", "pad"), "dtype": ("fp32", "bf16", "fp16")}
-_NEEDS = {"strength": ("video",), "mask": ("video", "image")}
+_CHOICE = {
+    "fit": ("crop", "pad"), "dtype": ("fp32", "bf16", "fp16"),
+    "offload": ("none", "stage", "block"), "quantize": ("int8",),
+}
+_NEEDS = {
+    "strength": ("video",), "mask": ("video", "image"),
+    "control_scale": ("control", "video", "image", "last_image", "frame", "reference", "prefix"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +43,7 @@ class Request:
     """One generation; see `vidgen generate --help` for the same words.
 
     Args:
-        prompt: what is to be seen, 1 to 2000 characters.
+        prompt: what is to be seen, 1 to 20,000 characters; models read fewer.
         negative: what is not to be seen.
         seed: 0 to 2**63 - 1; None draws one, which the recipe records.
         seconds: length; the nearest reachable count is generated and trimmed. Excludes `frames`.
@@ -44,6 +53,7 @@ class Request:
         fit: how pictures of another aspect are brought to the clip's: "crop" or "pad".
         steps: number of denoising steps.
         guidance: classifier-free guidance scale; 1 is the conditional pass alone.
+        guidance_low: guidance of the low-noise expert, for models that have two (Wan 2.2 A14B).
         guidance_interval: (low, high) in sigma within which guidance acts.
         guidance_rescale: 0 to 1, how far the guided velocity's deviation is brought back.
         sampler: name of a sampler, or in Python any flow scheduler object of diffusers, which
@@ -57,9 +67,16 @@ class Request:
         video: a clip to start from; with `strength`, to re-imagine.
         strength: 0 keeps `video`, 1 ignores it.
         prefix: a clip to go on from: it begins the new clip, whose length counts it in.
+        control: a clip whose depth, pose or edges to follow, for models that can (Wan VACE).
+        control_scale: how strongly conditions act in such a model, 1 as trained.
+        first_frame_model: folder of a text-to-image model that draws the first frame.
+        lora: adapters for this request alone, each PATH[:WEIGHT][@high|@low]; see docs/lora.md.
         count: how many clips, of seeds S, S + 1, ...
         model: name or folder of the model; None is the engine's own.
         dtype: "fp32", "bf16" or "fp16"; None is the machine's best.
+        offload: "none", "stage" or "block": how much of the model is in memory at once; like
+            `model` and `dtype` a matter of loading, which an engine can't change later.
+        quantize: "int8" keeps the linear layers' weights in 8 bits; also a matter of loading.
         latents: initial noise [B, C, F, h, w] instead of the seed's.
 
     Raises:
@@ -76,6 +93,7 @@ class Request:
     fit: str = "crop"
     steps: int | None = None
     guidance: float | None = None
+    guidance_low: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
     sampler: Any = None
@@ -88,15 +106,21 @@ class Request:
     video: Picture | None = None
     strength: float | None = None
     prefix: Picture | None = None
+    control: Picture | None = None
+    control_scale: float | None = None
+    first_frame_model: str | None = None
+    lora: tuple[str, ...] = ()
     count: int = 1
     model: str | None = None
     dtype: str | None = None
+    offload: str | None = None
+    quantize: str | None = None
     latents: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         convert = {
             "fps": _fraction, "size": _size, "guidance_interval": _interval,
-            "frame": _pairs, "reference": _pictures,
+            "frame": _pairs, "reference": _pictures, "lora": _pictures,
         }
         for name, function in convert.items():
             value = getattr(self, name)
@@ -116,6 +140,11 @@ class Request:
             if name not in known:
                 raise InputError(f"unknown option {name!r}; {nearest(name, known)}")
         return cls(prompt=prompt, **options)
+
+    def has(self, option: str) -> bool:
+        """Whether an option was given."""
+        value = getattr(self, option)
+        return value is not None and not (isinstance(value, tuple) and not value)
 
     @property
     def scheduler(self) -> Any:
@@ -148,8 +177,11 @@ class Request:
         if self.seconds is not None and self.frames is not None:
             raise InputError("seconds and frames are both given; give one of them")
         for name, needs in _NEEDS.items():
-            if getattr(self, name) is not None and all(getattr(self, n) is None for n in needs):
+            if self.has(name) and not any(self.has(other) for other in needs):
                 raise InputError(f"{name} needs {' or '.join(needs)}; add it or leave this out")
+        if self.first_frame_model is not None and self.image is not None:
+            raise InputError("image and first_frame_model are both given; the first frame is one "
+                             "of them")
 
 
 def _check_whole(name: str, value: Any, low: int, high: int) -> None:

@@ -112,7 +112,8 @@ def _as_rgb(image: Image.Image, is_deep: bool) -> tuple[Frames, list[str]]:
 
 
 def fit(
-    picture: Frames, height: int, width: int, mode: Literal["crop", "pad"] = "crop"
+    picture: Frames, height: int, width: int, mode: Literal["crop", "pad"] = "crop",
+    border: int = 0,
 ) -> Frames:
     """Bring a picture to a size without stretching it.
 
@@ -120,15 +121,19 @@ def fit(
         picture: uint8 [H, W, 3].
         height: rows wanted.
         width: columns wanted.
-        mode: "crop" fills the size and cuts what sticks out; "pad" keeps all, on black.
+        mode: "crop" fills the size and cuts what sticks out; "pad" keeps all.
+        border: grey value, 0 to 255, around what "pad" keeps.
 
     Returns:
         uint8 [height, width, 3], Lanczos resampled; the picture itself if it fits already.
     """
     if picture.shape[:2] == (height, width):
         return picture
-    function = ImageOps.fit if mode == "crop" else ImageOps.pad
-    image = function(Image.fromarray(picture), (width, height), Image.Resampling.LANCZOS)
+    image, size = Image.fromarray(picture), (width, height)
+    if mode == "crop":
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    else:
+        image = ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=(border,) * 3)
     return np.array(image)
 
 

@@ -38,11 +38,12 @@ class Inputs:
 
     Attributes:
         images: by option; pictures uint8 [H, W, 3].
-        video_size: (width, height) of the given video or beginning.
+        video_size: (width, height) of the given video, beginning or control.
         video_fps: its rate.
         video_seconds: its length.
         prefix_fps: rate of the clip to go on from.
         prefix_frames: its length.
+        control_fps: rate of the clip to follow.
         records: for the recipe: option, SHA-256, and content or path.
     """
 
@@ -52,6 +53,7 @@ class Inputs:
     video_seconds: float | None = None
     prefix_fps: Fraction | None = None
     prefix_frames: int = 0
+    control_fps: Fraction | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -92,6 +94,13 @@ def read_inputs(request: Request) -> Inputs:
             inputs.video_size = inputs.video_size or reader.size
             inputs.prefix_fps, inputs.prefix_frames = reader.fps, sum(1 for _ in reader)
         inputs.records.append(_record("prefix", request.prefix))
+    if request.control is not None:
+        with VideoReader(request.control) as reader:
+            inputs.video_size = inputs.video_size or reader.size
+            inputs.control_fps = reader.fps
+            seconds = sum(1 for _ in reader) / float(reader.fps)
+            inputs.video_seconds = inputs.video_seconds or seconds
+        inputs.records.append(_record("control", request.control))
     if request.mask is not None:
         inputs.records.append(_record("mask", request.mask))
     return inputs
@@ -113,9 +122,11 @@ def video_frames(
         yield frame
 
 
-def pixels_of(pictures: Sequence[Frames], width: int, height: int, mode: str) -> Tensor:
+def pixels_of(
+    pictures: Sequence[Frames], width: int, height: int, mode: str, border: int = 0
+) -> Tensor:
     """Pictures uint8 [H, W, 3] as video [1, 3, T, height, width] in [-1, 1], never stretched."""
-    fitted = np.stack([fit(picture, height, width, mode) for picture in pictures])
+    fitted = np.stack([fit(picture, height, width, mode, border) for picture in pictures])
     return torch.from_numpy(fitted).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 

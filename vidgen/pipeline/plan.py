@@ -53,6 +53,7 @@ class Plan:
     sampler: str
     guidance: Guidance
     strength: float
+    control_scale: float
     fit: str
     latents: LatentShape
 
@@ -94,23 +95,41 @@ def make_plan(
     width, height = _size(request, defaults, strides.hw * patch, picture_size)
     shape = VideoShape(num_frames, height, width).latent(strides, channels, patch=patch)
     _warn_unseen(defaults, width, height, num_frames)
-    guidance = Guidance(
-        scale=defaults.guidance_scale if request.guidance is None else float(request.guidance),
-        interval=request.guidance_interval or (0.0, 1.0),
-        rescale=float(request.guidance_rescale or 0.0),
-    )
+    guidance = _guidance(request, defaults)
     if request.video is not None and request.strength is None and request.mask is None:
         raise InputError("a video was given without strength or mask; add --strength 0..1 to "
                          "re-imagine it, or --mask to repaint a part")
     return Plan(
         prompt=request.prompt,
         negative=defaults.negative_prompt if request.negative is None else request.negative,
-        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        seed=draw_seed() if request.seed is None else request.seed,
         width=width, height=height, num_frames=num_frames, kept_frames=kept, fps=fps,
         num_steps=request.steps or defaults.num_steps,
         shift=float(request.shift or defaults.shift), sampler=sampler, guidance=guidance,
         strength=1.0 if request.strength is None else float(request.strength),
+        control_scale=1.0 if request.control_scale is None else float(request.control_scale),
         fit=request.fit, latents=shape,
+    )
+
+
+def draw_seed() -> int:
+    """A seed for who gave none."""
+    return secrets.randbelow(2**32)
+
+
+def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:
+    """Guidance of a request; the low-noise expert follows --guidance where it alone is given."""
+    low = defaults.guidance_scale_2 if request.guidance is None else None
+    if request.guidance_low is not None:
+        if defaults.boundary is None:
+            raise InputError(f"guidance_low is {request.guidance_low}, but this model has no "
+                             "low-noise expert; leave it out")
+        low = float(request.guidance_low)
+    return Guidance(
+        scale=defaults.guidance_scale if request.guidance is None else float(request.guidance),
+        interval=request.guidance_interval or (0.0, 1.0),
+        rescale=float(request.guidance_rescale or 0.0),
+        low_scale=low, boundary=defaults.boundary or 0.0,
     )
 
 

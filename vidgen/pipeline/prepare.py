@@ -1,23 +1,32 @@
 """A request's conditions, written into the latent state: the one place where tasks differ.
 
-Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
+Models learned conditions in one of three ways (`ModelFolder.conditioning`): known latents in place
+and stills beside them ("tokens"), a second clip stacked on the channels ("channels"), or one that
+control blocks read ("control"). A clip to re-imagine needs none of them.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T H W frames, pixel
+rows and columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vidgen.core.request import Request
 from vidgen.core.shapes import Strides
-from vidgen.diffusion import condition
+from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.condition import LatentState
-from vidgen.pipeline.inputs import Inputs, read_mask, video_frames
+from vidgen.diffusion.noise import draw_noise
+from vidgen.pipeline.inputs import Inputs, pixels_of, read_mask, video_frames
 from vidgen.pipeline.plan import Plan
+
+if TYPE_CHECKING:
+    from vidgen.media.encode import Frames
 
 
 @dataclass(frozen=True)
@@ -25,12 +34,16 @@ class Encoder:
     """What conditions need of a model.
 
     Attributes:
-        encode: pictures uint8 [H, W, 3] of a clip to its normalised latents [1, C, F, h, w].
+        encode: video [1, 3, T, H, W] in [-1, 1] to its normalised latents [1, C, F, h, w].
+        describe: pictures to the image features [1, S, D] that this model reads; None: it doesn't.
+        conditioning: how the model learned conditions.
         strides: the VAE's.
         patch: latents a side of one token.
     """
 
-    encode: Callable[[Sequence[Any]], Tensor]
+    encode: Callable[[Tensor], Tensor]
+    describe: Callable[[Sequence[Frames]], Tensor] | None
+    conditioning: str
     strides: Strides
     patch: int
 
@@ -56,51 +69,129 @@ def write_conditions(
     Raises:
         InputError: a moment that the clip doesn't have, or a beginning that leaves nothing to make.
     """
-    if request.video is not None or request.mask is not None:
-        state = _edit(state, plan, request, inputs, model, start_sigma)
-    if request.prefix is not None:
-        state = condition.prefix(state, _beginning(plan, request, inputs, model))
-    stills = {
-        option: [model.encode([picture]) for picture in pictures]
-        for option, pictures in inputs.images.items()
-    }
-    repainted = request.mask is not None and request.video is None  # the image is the whole clip
-    for still in () if repainted else stills.get("image", ()):
-        state = condition.first_frame(state, still)
-    for (seconds, _), still in zip(request.frame, stills.get("frame", ()), strict=True):
-        state = condition.keyframe(state, still, round(seconds * plan.fps), model.strides)
-    for still in stills.get("last_image", ()):
-        state = condition.keyframe(state, still, plan.kept_frames - 1, model.strides)
-    for index, still in enumerate(stills.get("reference", ())):
-        state = condition.reference(state, still, index)
-    return state
-
-
-def _edit(
-    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder,
-    start_sigma: float,
-) -> LatentState:
-    """A whole clip at a strength, or kept where the mask is black; a picture is a still clip."""
-    if request.video is not None:
-        assert inputs.video_fps is not None
-        pictures = list(video_frames(request.video, plan.num_frames, plan.fps, inputs.video_fps))
-    else:
-        pictures = inputs.images["image"] * plan.num_frames
-    latents = model.encode(pictures)
     if request.strength is not None:
-        state = condition.video_at_strength(state, latents, start_sigma)
-    if request.mask is not None:
-        pixels = read_mask(request.mask, plan.num_frames, plan.width, plan.height, plan.fit)
-        wanted = condition.latent_mask(pixels, model.strides, patch=model.patch)
-        state = condition.mask(state, latents, wanted.to(state.latents.device))
+        clip = model.encode(_whole_clip(plan, request, inputs))
+        state = condition.video_at_strength(state, clip, start_sigma)
+    if model.conditioning == "tokens":
+        return _in_place(state, plan, request, inputs, model)
+    if model.conditioning == "channels":
+        return _stacked(state, plan, request, inputs, model)
+    if model.conditioning == "control":
+        return _controlled(state, plan, request, inputs, model)
     return state
+
+
+def _in_place(
+    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder
+) -> LatentState:
+    if request.mask is not None:
+        latents = model.encode(_whole_clip(plan, request, inputs))
+        wanted = condition.latent_mask(
+            _wanted(plan, request), model.strides, patch=model.patch
+        )
+        state = condition.mask(state, latents, wanted.to(state.latents.device))
+    if request.prefix is not None:
+        state = condition.prefix(state, model.encode(_beginning(plan, request, inputs, model)))
+    for moment, picture in _stills(plan, request, inputs):
+        still = model.encode(_fitted(plan, [picture]))
+        state = condition.keyframe(state, still, moment, model.strides)
+    for index, picture in enumerate(inputs.images.get("reference", ())):
+        state = condition.reference(state, model.encode(_fitted(plan, [picture])), index)
+    return state
+
+
+def _stacked(
+    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder
+) -> LatentState:
+    pixels, wanted = _known_pixels(plan, request, inputs, model)
+    known = wanted.amax((0, 1, 3, 4)) == 0
+    latents = model.encode(pixels)
+    state = stacked.stack_known_frames(state, latents, known.to(latents.device), model.strides)
+    if model.describe is None:
+        return state
+    pictures = [picture for _, picture in _stills(plan, request, inputs)]
+    return replace(state, image_context=model.describe(pictures))
+
+
+def _controlled(
+    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder
+) -> LatentState:
+    pixels, wanted = _known_pixels(plan, request, inputs, model)
+    references = [
+        model.encode(pixels_of([picture], plan.width, plan.height, "pad", border=255))
+        for picture in inputs.images.get("reference", ())
+    ]
+    noise = draw_noise(
+        plan.seed, replace(plan.latents, num_frames=len(references)), stream="references"
+    )
+    kept, changed = model.encode(pixels * (1 - wanted)), model.encode(pixels * wanted)
+    wanted = wanted.to(kept)
+    return stacked.control(state, kept, changed, wanted, references, model.strides, noise)
+
+
+def _known_pixels(
+    plan: Plan, request: Request, inputs: Inputs, model: Encoder
+) -> tuple[Tensor, Tensor]:
+    """The clip as far as it is given, [1, 3, T, H, W], grey elsewhere; and where to make new.
+
+    The second is [1, 1, T, H, W], 1 where new content is wanted.
+    """
+    pixels = torch.zeros(1, 3, plan.num_frames, plan.height, plan.width)
+    wanted = torch.ones_like(pixels[:, :1])
+    if request.mask is not None:
+        wanted = _wanted(plan, request)
+        pixels = _whole_clip(plan, request, inputs) * (1 - wanted)
+    if request.control is not None:
+        assert inputs.control_fps is not None
+        pixels = _fitted(
+            plan, video_frames(request.control, plan.num_frames, plan.fps, inputs.control_fps)
+        )
+    if request.prefix is not None:
+        beginning = _beginning(plan, request, inputs, model)
+        pixels[:, :, : beginning.shape[2]] = beginning
+        wanted[:, :, : beginning.shape[2]] = 0
+    for moment, picture in _stills(plan, request, inputs):
+        pixels[:, :, moment : moment + 1] = _fitted(plan, [picture])
+        wanted[:, :, moment] = 0
+    return pixels, wanted
+
+
+def _stills(plan: Plan, request: Request, inputs: Inputs) -> list[tuple[int, Frames]]:
+    """Known stills by the index of their frame; under a mask the image is the whole clip."""
+    stills = []
+    if request.mask is None or request.video is not None:
+        stills += [(0, picture) for picture in inputs.images.get("image", ())]
+    frames = inputs.images.get("frame", ())
+    for (seconds, _), picture in zip(request.frame, frames, strict=True):
+        moment = round(seconds * plan.fps)
+        condition.require_frame(moment, plan.num_frames)
+        stills.append((moment, picture))
+    stills += [(plan.kept_frames - 1, picture) for picture in inputs.images.get("last_image", ())]
+    return stills
+
+
+def _whole_clip(plan: Plan, request: Request, inputs: Inputs) -> Tensor:
+    """The clip to edit [1, 3, T, H, W]; a picture is a still one."""
+    if request.video is None:
+        return _fitted(plan, inputs.images["image"] * plan.num_frames)
+    assert inputs.video_fps is not None
+    return _fitted(plan, video_frames(request.video, plan.num_frames, plan.fps, inputs.video_fps))
 
 
 def _beginning(plan: Plan, request: Request, inputs: Inputs, model: Encoder) -> Tensor:
-    """Latents of the clip to go on from; frames that don't fill a last latent frame are cut."""
+    """The clip to go on from; frames that don't fill a last latent frame are cut."""
     assert request.prefix is not None
     assert inputs.prefix_fps is not None
     shown = round(inputs.prefix_frames * plan.fps / inputs.prefix_fps)
     count = min(1 + (max(shown, 1) - 1) // model.strides.t * model.strides.t, plan.num_frames)
-    pictures = list(video_frames(request.prefix, count, plan.fps, inputs.prefix_fps))
-    return torch.as_tensor(model.encode(pictures))
+    return _fitted(plan, video_frames(request.prefix, count, plan.fps, inputs.prefix_fps))
+
+
+def _wanted(plan: Plan, request: Request) -> Tensor:
+    assert request.mask is not None
+    mask = read_mask(request.mask, plan.num_frames, plan.width, plan.height, plan.fit)
+    return (mask > 0.5).float()
+
+
+def _fitted(plan: Plan, pictures: Iterable[Frames]) -> Tensor:
+    return pixels_of(list(pictures), plan.width, plan.height, plan.fit)

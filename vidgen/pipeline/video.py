@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,15 +33,23 @@ from vidgen.diffusion.samplers import SAMPLERS, sample_with_scheduler, scheduler
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
-from vidgen.models.text import PromptTokenizer, TextConfig, TextEncoder, UMT5Encoder
-from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.models.dit import DiTConfig
+from vidgen.models.image import prepare_image
+from vidgen.models.text import PromptTokenizer
+from vidgen.models.vae import VAEConfig
 from vidgen.ops.attention import used_backend
-from vidgen.pipeline.inputs import Inputs, pixels_of, read_inputs
-from vidgen.pipeline.plan import Plan, make_plan
+from vidgen.pipeline.experts import NO_LORAS, Experts, Loras, experts, read_loras
+from vidgen.pipeline.inputs import Inputs, read_inputs
+from vidgen.pipeline.parts import Offload, Parts
+from vidgen.pipeline.plan import Plan, draw_seed, make_plan
 from vidgen.pipeline.prepare import Encoder, write_conditions
-from vidgen.weights.folder import ModelFolder, config_of, open_model, read_config
-from vidgen.weights.load import load_module
+from vidgen.pipeline.prompts import PromptEncoder
+from vidgen.pipeline.tasks import check_tasks
+from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.foreign import ForeignEngine
+    from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -59,38 +67,55 @@ class Progress:
     num_clips: int = 1
 
 
-def load(model: str = "toybox", *, device: str = "auto", dtype: str | None = None) -> Engine:
-    """Open a model and bring it into memory.
+def load(
+    model: str = "toybox", *, device: str = "auto", dtype: str | None = None,
+    offload: Offload | None = None, quantize: Quantization | None = None,
+) -> Engine | ForeignEngine:
+    """Open a model; it comes into memory as `offload` says.
 
     Args:
-        model: an embedded model's name, or a model folder.
+        model: an embedded model's name, a model folder (ours, diffusers' or Wan's own layout), or
+            an id on the Hugging Face hub.
         device: "auto", "cpu", "cuda", ...
         dtype: "fp32", "bf16" or "fp16"; None: bf16 where the processor has it, else fp32.
+        offload: "none" keeps all in memory, "stage" what the stage at work needs, "block" two
+            blocks of the transformer at a time.
+        quantize: "int8" keeps linear layers' weights in 8 bits.
 
     Raises:
-        ModelError: no such model, or files that are missing, damaged or don't fit together.
+        ModelError: no such model, files that are missing, damaged or don't fit together, or more
+            than the memory holds.
     """
-    return Engine(open_model(model), choose_device(device), dtype)
+    folder, place = open_model(model), choose_device(device)
+    dtype = dtype or _best_dtype(place)
+    if isinstance(folder, ForeignFolder):
+        from vidgen.pipeline.foreign import ForeignEngine
+
+        if quantize:
+            raise InputError(f"quantize {quantize!r} works with the Wan family, not with "
+                             f"{folder.class_name}; leave it out")
+        return ForeignEngine(folder, place, dtype, offload or "none")
+    return Engine(folder, place, dtype, offload or "none", quantize)
 
 
 class Engine:
-    """A model in memory, ready to generate."""
+    """A model ready to generate."""
 
-    def __init__(self, folder: ModelFolder, device: torch.device, dtype: str | None) -> None:
-        self.folder, self.device = folder, device
-        self.dtype = dtype or _best_dtype(device)
-        weights, path = DTYPES[self.dtype], folder.path
-        vae = config_of(VAEConfig, path / "vae")
-        dit = config_of(DiTConfig, path / "transformer")
-        text = TextConfig.from_transformers(read_config(path / "text_encoder"))
-        self.vae = load_module(lambda: CausalVAE(vae), path / "vae", weights, device)
-        self.dit = load_module(
-            lambda: SpacetimeDiT(dit), path / "transformer", weights, device,
-            keep_fp32=SpacetimeDiT.fp32_weights,
-        )
-        encoder = load_module(lambda: UMT5Encoder(text), path / "text_encoder", weights, device)
-        tokenizer = PromptTokenizer(path / "tokenizer", self.dit.config.text_len)
-        self.text = TextEncoder(encoder, tokenizer)
+    def __init__(
+        self, folder: ModelFolder, device: torch.device, dtype: str, offload: Offload = "none",
+        quantize: Quantization | None = None,
+    ) -> None:
+        self.folder, self.device, self.dtype = folder, device, dtype
+        self.offload, self.quantize = offload, quantize
+        self.vae_config: VAEConfig = folder.components["vae"].config
+        self.dit_config: DiTConfig = folder.components["transformer"].config
+        self.tokenizer = PromptTokenizer(folder.tokenizer, self.dit_config.text_len)
+        self.parts = Parts(folder, device, DTYPES[dtype], offload, quantize)
+        self.prompts = PromptEncoder(self.parts, self.tokenizer)
+        if offload == "none":  # damaged files and small memories are told now
+            for role in folder.components:
+                with self.parts.use(role):
+                    pass
 
     def generate(
         self,
@@ -115,8 +140,9 @@ class Engine:
         """
         request = prompt if isinstance(prompt, Request) else Request.of(prompt, options)
         tell = on_event or (lambda _progress: None)
-        inputs = read_inputs(request)
+        request, inputs = self.read(request)
         first = self.plan(request, inputs)
+        loras = read_loras(request.lora, self.folder)
         clips = []
         for index in range(request.count):
             plan = replace(first, seed=first.seed + index)
@@ -129,36 +155,68 @@ class Engine:
             contexts = self.encode_prompt(plan)
             tell(Progress("prepare", 0, 1, **told))
             state = self.prepare(plan, request, inputs)
-            latents = self.sample(plan, state, contexts, on_step, request.scheduler)
-            clips.append(self.decode(plan, latents, self.recipe(plan, request, inputs)))
+            latents = self.sample(plan, state, contexts, on_step, request.scheduler, loras)
+            recipe = self.recipe(plan, request, inputs, loras)
+            clips.append(self.decode(plan, latents, recipe))
         return clips if request.count > 1 else clips[0]
+
+    def read(self, request: Request) -> tuple[Request, Inputs]:
+        """The request's pictures and clips; a first frame that a model is to draw is drawn here."""
+        two = self.dit_config.image_positions is not None
+        check_tasks(request, self.folder.name, self.folder.tasks, both=two)
+        if request.first_frame_model is None:
+            return request, read_inputs(request)
+        from vidgen.pipeline.first_frame import draw_first_frame
+
+        if request.seed is None:
+            request = replace(request, seed=draw_seed())
+        width, height = request.size or (self.folder.defaults.width, self.folder.defaults.height)
+        picture, record = draw_first_frame(
+            request.first_frame_model, request.prompt, request.negative, request.seed,
+            width, height, device=self.device, dtype=DTYPES[self.dtype],
+        )
+        request = replace(request, image=picture, first_frame_model=None, size=(width, height))
+        inputs = read_inputs(request)
+        inputs.records.append(record)
+        return request, inputs
 
     def plan(self, request: Request, inputs: Inputs) -> Plan:
         """Settle all that the request left open; refuse what this model can't do."""
-        for option in ("model", "dtype"):
-            asked, own = getattr(request, option), {"model": self.folder.name, "dtype": self.dtype}
-            if asked not in (None, own[option], str(self.folder.path)):
-                raise InputError(f"this engine was loaded with {option} {own[option]!r}, not "
+        own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload,
+               "quantize": self.quantize}
+        for option, value in own.items():
+            asked = getattr(request, option)
+            if option == "model" and asked is not None and self.folder.is_called(asked):
+                continue
+            if asked not in (None, value):
+                raise InputError(f"this engine was loaded with {option} {value!r}, not "
                                  f"{asked!r}; load another one")
         plan = make_plan(
-            request, self.folder.defaults, self.vae.strides, self.vae.config.latent_channels,
-            patch=self.dit.config.patch_size, picture_size=inputs.picture_size,
-            video_seconds=inputs.video_seconds,
+            request, self.folder.defaults, self.vae_config.strides,
+            self.vae_config.latent_channels, patch=self.dit_config.patch_size,
+            picture_size=inputs.picture_size, video_seconds=inputs.video_seconds,
         )
         for name, text in (("prompt", plan.prompt), ("negative", plan.negative)):
-            count, limit = self.text.tokenizer.count(text), self.text.tokenizer.max_length
-            if count > limit:
-                raise InputError(f"the {name} has {count} tokens; this model reads {limit}: "
-                                 "shorten it")
-            for word, near in self.text.tokenizer.unknown_words(text):
-                hint = f"; near it: {', '.join(near)}" if near else ""
-                log.warning("the model doesn't know the word %r%s", word, hint)
+            self._check_words(name, text)
         return plan
+
+    def _check_words(self, name: str, text: str) -> None:
+        """A model of few words refuses a text it can't read; one of all language cuts it."""
+        count, limit = self.tokenizer.count(text), self.tokenizer.max_length
+        if count > limit and self.tokenizer.words:
+            raise InputError(f"the {name} has {count} tokens; this model reads {limit}: shorten it")
+        for word, near in self.tokenizer.unknown_words(text):
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            log.warning("the model doesn't know the word %r%s", word, hint)
 
     def encode_prompt(self, plan: Plan) -> list[tuple[Tensor, Tensor]]:
         """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
-        prompts = [plan.prompt] if plan.guidance.scale == 1 else [plan.prompt, plan.negative]
-        return [self.text.encode([prompt]) for prompt in prompts]
+        prompts = [plan.prompt] if plan.guidance.is_off else [plan.prompt, plan.negative]
+        return [self.encode_texts([prompt]) for prompt in prompts]
+
+    def encode_texts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(context [B, S, D], lengths [B]) of prompts."""
+        return self.prompts.encode(prompts)
 
     @torch.no_grad()
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:
@@ -168,9 +226,10 @@ class Engine:
             raise InputError(f"latents are {list(noise.shape)}; this clip needs "
                              f"{list(plan.latents.dims)}")
         state = condition.new_state(noise.float().to(self.device))
+        describe = None if self.dit_config.image_dim is None else self.describe
         model = Encoder(
-            lambda pictures: self._encode(plan, pictures), self.vae.strides,
-            self.dit.config.patch_size,
+            self.encode_video, describe, self.folder.conditioning, self.vae_config.strides,
+            self.dit_config.patch_size,
         )
         start_sigma = float(self.sigmas(plan, request.scheduler)[0])
         return write_conditions(state, plan, request, inputs, model, start_sigma)
@@ -195,24 +254,28 @@ class Engine:
         contexts: list[tuple[Tensor, Tensor]],
         on_step: OnStep | None = None,
         scheduler: Any = None,
+        loras: Loras = NO_LORAS,
     ) -> Tensor:
         """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler."""
-        denoise = self._denoiser(plan, state, *contexts[0])
-        if len(contexts) > 1:
-            other = self._denoiser(plan, state, *contexts[1])
-            denoise = guided(denoise, other, plan.guidance, denoise_mask=state.denoise_mask)
         start, told = state.impose(state.latents), {"on_step": on_step, "project": state.impose}
-        if scheduler is not None:
-            return sample_with_scheduler(
-                denoise, start, scheduler, plan.num_steps, strength=plan.strength, **told
-            )
-        return SAMPLERS[plan.sampler](denoise, start, self.sigmas(plan), **told)
+        with experts(self.parts, self.folder.defaults.boundary, loras) as given:
+            denoise = self._denoiser(plan, state, contexts[0], given)
+            if len(contexts) > 1:
+                other = self._denoiser(plan, state, contexts[1], given)
+                denoise = guided(denoise, other, plan.guidance, denoise_mask=state.denoise_mask)
+            if scheduler is not None:
+                latents = sample_with_scheduler(
+                    denoise, start, scheduler, plan.num_steps, strength=plan.strength, **told
+                )
+            else:
+                latents = SAMPLERS[plan.sampler](denoise, start, self.sigmas(plan), **told)
+        return latents[:, :, state.num_references :]
 
     def decode(self, plan: Plan, latents: Tensor, recipe: dict[str, Any]) -> Clip:
         """A lazy clip whose chunks come out of the VAE while it is written."""
         def chunks() -> Iterator[Any]:
             left = plan.kept_frames
-            for video in self.vae.stream_decode(latents.to(self.vae_dtype)):
+            for video in self.decode_video(latents):
                 frames = to_frames(video[0])[:left]
                 left -= len(frames)
                 if len(frames):
@@ -220,11 +283,35 @@ class Engine:
 
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
-            recipe=recipe, stride_t=self.vae.strides.t,
+            recipe=recipe, stride_t=self.vae_config.strides.t,
         )
         return Clip(chunks, info, latents)
 
-    def recipe(self, plan: Plan, request: Request, inputs: Inputs) -> dict[str, Any]:
+    @torch.no_grad()
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32."""
+        with self.parts.use("vae") as vae:
+            parts = vae.stream_encode([video.to(self.device, _dtype_of(vae))])
+            return torch.cat(list(parts), dim=2).float()
+
+    @torch.no_grad()
+    def decode_video(self, latents: Tensor) -> Iterator[Tensor]:
+        """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W]."""
+        with self.parts.use("vae") as vae:
+            yield from vae.stream_decode(latents.to(self.device, _dtype_of(vae)))
+
+    @torch.no_grad()
+    def describe(self, pictures: Sequence[Any]) -> Tensor:
+        """Image features [1, S, D] of the first picture, or of two where the model reads two."""
+        count = 1 if self.dit_config.image_positions is None else 2
+        with self.parts.use("image_encoder") as encoder:
+            seen = [prepare_image(torch.from_numpy(p), encoder.config) for p in pictures[:count]]
+            features = [encoder(pixels.to(self.device, _dtype_of(encoder))) for pixels in seen]
+        return torch.cat(features, dim=1)
+
+    def recipe(
+        self, plan: Plan, request: Request, inputs: Inputs, loras: Loras = NO_LORAS
+    ) -> dict[str, Any]:
         """All that shapes the clip, as JSON data."""
         settled = asdict(plan)
         settled["fps"] = str(plan.fps)
@@ -238,47 +325,44 @@ class Engine:
             "scheduler": dict(getattr(request.scheduler, "config", {})) or None,
             "frame_times_s": [float(seconds) for seconds, _ in request.frame],
             "inputs": inputs.records,
+            "loras": list(loras.records),
             "custom_noise": request.latents is not None,
-            "dtype": self.dtype,
-            "attention": used_backend(self.dit.attention_backend, self.device, DTYPES[self.dtype]),
+            "dtype": self.dtype, "offload": self.offload, "quantize": self.quantize,
+            "attention": used_backend("auto", self.device, DTYPES[self.dtype]),
             "device": self.device.type,
             "machine": fingerprint(),
         }
 
-    @property
-    def vae_dtype(self) -> torch.dtype:
-        """Dtype of the VAE's weights."""
-        return next(self.vae.parameters()).dtype
-
     def _denoiser(
-        self, plan: Plan, state: LatentState, context: Tensor, lengths: Tensor
+        self, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts
     ) -> Denoise:
+        """The model under one prompt and all conditions."""
         whole = plan.sampler in ("unipc", "UniPCMultistepScheduler")  # as diffusers has it
+        features, lengths = context
+        options = {"extra": state.keys, "image_context": state.image_context}
+        if state.control is not None:
+            options |= {"control": state.control, "control_scale": plan.control_scale}
 
         def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-            seen, levels = denoise_inputs(
-                state, sigma, latents, patch=self.dit.config.patch_size
-            )
-            velocity = self.dit(
-                seen, to_timestep(levels, whole=whole), context,
-                context_lengths=lengths, extra=state.keys,
+            seen, levels = denoise_inputs(state, sigma, latents, patch=self.dit_config.patch_size)
+            velocity = given.at(float(sigma[0]))(
+                seen, to_timestep(levels, whole=whole), features,
+                context_lengths=lengths, **options,
             )
             assert isinstance(velocity, Tensor)
             return velocity
 
         return denoise
 
-    def _encode(self, plan: Plan, pictures: Sequence[Any]) -> Tensor:
-        """Pictures uint8 [H, W, 3] as one clip's normalised latents, float32."""
-        video = pixels_of(pictures, plan.width, plan.height, plan.fit)
-        parts = self.vae.stream_encode([video.to(self.device, self.vae_dtype)])
-        return torch.cat(list(parts), dim=2).float()
-
 
 def to_frames(video: Tensor) -> Tensor:
     """[3, T, H, W] in [-1, 1] as uint8 [T, H, W, 3] on the CPU."""
     scaled = (video.float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+
+
+def _dtype_of(module: torch.nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
 
 
 def _best_dtype(device: torch.device) -> str:

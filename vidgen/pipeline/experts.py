@@ -1,0 +1,100 @@
+"""Who denoises at a noise level: a model's only transformer, or one of Wan 2.2's two experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.models.lora import Adapter, attached
+from vidgen.weights.hashes import hash_files
+from vidgen.weights.lora import parse_option, read_choices
+
+if TYPE_CHECKING:
+    from vidgen.models.dit import DiTConfig, SpacetimeDiT
+    from vidgen.pipeline.parts import Parts
+    from vidgen.weights.folder import ModelFolder, Role
+
+
+@dataclass(frozen=True)
+class Loras:
+    """A request's adapters.
+
+    Attributes:
+        adapters: with their weights, by the transformer they are for.
+        records: for the recipe.
+    """
+
+    adapters: Mapping[Role, Sequence[tuple[Adapter, float]]]
+    records: Sequence[Mapping[str, Any]] = ()
+
+
+NO_LORAS = Loras({})
+
+
+def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
+    """Read what `--lora` names for a model.
+
+    Raises:
+        InputError: no such file, or an expert that the model doesn't have.
+        ModelError: a file that is no LoRA for this model.
+    """
+    choices = [parse_option(option) for option in options]
+    configs: dict[Role, DiTConfig] = {
+        role: folder.components[role].config
+        for role in ("transformer", "transformer_2") if role in folder.components
+    }
+    names = ("high", "low") if len(configs) == 2 else (None,)
+    adapters = {
+        role: read_choices(choices, config, name)
+        for (role, config), name in zip(configs.items(), names, strict=True)
+    }
+    records = [
+        {"path": str(choice.path), "weight": choice.weight, "expert": choice.expert,
+         "sha256": sorted(hash_files(_files(choice.path)).values())}
+        for choice in choices
+    ]
+    return Loras(adapters, records)
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+
+
+class Experts:
+    """Gives the transformer of a noise level with its adapters attached, inside `experts`."""
+
+    def __init__(self, parts: Parts, boundary: float | None, loras: Loras) -> None:
+        self._parts, self._boundary, self._loras = parts, boundary, loras
+        self._attached = ExitStack()
+        self._role: Role | None = None
+
+    def at(self, sigma: float) -> SpacetimeDiT:
+        """The transformer at `sigma`: the low-noise expert below the boundary."""
+        low = self._boundary is not None and sigma < self._boundary
+        role: Role = "transformer_2" if low else "transformer"
+        if role != self._role:
+            self.release()  # before the other one may take this one's memory
+            self._module = self._parts.expert(role)
+            own = self._loras.adapters.get(role, ())
+            self._attached.enter_context(attached(self._module, own))
+            self._role = role
+        return self._module
+
+    def release(self) -> None:
+        """Detach what is attached."""
+        self._attached.close()
+        self._role = None
+
+
+@contextmanager
+def experts(parts: Parts, boundary: float | None, loras: Loras) -> Iterator[Experts]:
+    """The transformers in memory as `parts` has it, adapters detached at the end."""
+    with parts.use("transformer"):
+        given = Experts(parts, boundary, loras)
+        try:
+            yield given
+        finally:
+            given.release()

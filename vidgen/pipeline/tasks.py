@@ -1,0 +1,49 @@
+"""Which tasks a request asks for, and whether a model learned them."""
+
+from __future__ import annotations
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+
+OPTIONS = {
+    "image": "image", "last_image": "last-image", "frame": "frames", "prefix": "extend",
+    "mask": "mask", "strength": "video", "reference": "reference", "control": "control",
+}
+"""The task that each option of a request is."""
+
+
+def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bool = False) -> None:
+    """Refuse what a model never learned, and a request without what it can't do without.
+
+    Args:
+        request: what is asked for.
+        name: the model's.
+        tasks: that it learned; without "text" it needs a picture or clip.
+        both: it needs a first and a last frame.
+
+    Raises:
+        InputError: names the model's tasks, or what is missing.
+    """
+    asked = {
+        task: option
+        for option, task in OPTIONS.items()
+        if request.has(option)
+    }
+    for task, option in asked.items():
+        if task not in tasks:
+            raise InputError(
+                f"model {name!r} can't take {option}: it learned {', '.join(tasks)}; "
+                f"{_who_can(task)}"
+            )
+    if both and not {"image", "last-image"} <= asked.keys():
+        raise InputError(f"model {name!r} goes from one picture to another; give --image and "
+                         "--last-image")
+    if "text" not in tasks and not asked and request.first_frame_model is None:
+        raise InputError(f"model {name!r} starts from what it is shown; give one of "
+                         f"{', '.join(f'--{task}' for task in tasks)}")
+
+
+def _who_can(task: str) -> str:
+    from vidgen.weights.family import models_with
+
+    return f"models that can: {', '.join(models_with(task))}"
