@@ -1,4 +1,4 @@
-"""`vidgen convert SRC DST --to LAYOUT`: a model folder in another program's layout."""
+"""`vidgen convert SRC DST --to LAYOUT`: a model folder in another program's layout, and back."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from pathlib import Path
 
 from vidgen.cli.report import Report
 
-DESCRIPTION = "Write a model folder in another layout; the source stays as it is."
+DESCRIPTION = "Write a model folder in another layout, without loss; the source stays as it is."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("source", metavar="SRC", help="an embedded model's name, or a folder")
+    parser.add_argument("source", metavar="SRC",
+                        help="an embedded model's name, a folder, or an id on the hub")
     parser.add_argument("target", metavar="DST", help="the folder to make")
-    parser.add_argument("--to", choices=("diffusers",), required=True,
-                        help="the layout that diffusers' WanPipeline.from_pretrained reads")
+    parser.add_argument("--to", choices=("wan", "diffusers", "vidgen"), required=True,
+                        help="what Wan's own programs read, what diffusers' Wan pipelines read, "
+                             "or vidgen's own, with hashes")
 
 
 def run(args: Namespace, report: Report) -> int:
     """Convert, and name what the other layout has no place for."""
-    from vidgen.weights.convert import to_diffusers
+    from vidgen.weights.convert import convert
     from vidgen.weights.folder import open_model
 
-    left = to_diffusers(open_model(args.source), Path(args.target))
-    told = f"; without {len(left)} tensors of its sound" if left else ""
-    report.result({"path": args.target, "left_behind": left}, f"{args.target}{told}")
+    set_aside = convert(open_model(args.source), Path(args.target), args.to)
+    told = f"; {len(set_aside)} tensors have no place there and lie in rest/" if set_aside else ""
+    result = {"path": args.target, "layout": args.to, "set_aside": set_aside}
+    report.result(result, f"{args.target}{told}")
     return 0

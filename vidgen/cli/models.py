@@ -1,37 +1,81 @@
-"""`vidgen models`: what is shipped and ready to use."""
+"""`vidgen models [FOLDER ...]`: what is at hand and ready to use."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from vidgen.cli.report import Report
 
-DESCRIPTION = "List the models that are ready to use; any model folder can be named by its path."
+DESCRIPTION = (
+    "List the models that are ready to use: the embedded ones, those in the Hugging Face cache, "
+    "and those in the folders given."
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Declare the verb's options: none of its own."""
+    """Declare the verb's options."""
+    parser.add_argument("folders", metavar="FOLDER", nargs="*", default=[],
+                        help="a model folder, or a folder of them")
 
 
-def run(_args: Namespace, report: Report) -> int:
-    """Print one line a model."""
-    from vidgen.core.config import dump
-    from vidgen.core.runtime import megabytes
-    from vidgen.weights.folder import list_embedded, open_model
+def run(args: Namespace, report: Report) -> int:
+    """Print one line a model; one that can't be used is listed with the reason."""
+    models = [_describe(model, path) for model, path in _at_hand(args.folders)]
+    report.result(models, "\n".join(map(_line, models)) or "no model at hand")
+    return 1 if any("problem" in model for model in models) else 0
 
-    models, lines = [], []
+
+def _at_hand(folders: list[str]) -> Iterator[tuple[str, Path]]:
+    """What each model is called, and where it is."""
+    from vidgen.core.errors import InputError
+    from vidgen.weights.folder import embedded_folder, list_embedded
+    from vidgen.weights.hub import list_cached
+    from vidgen.weights.layouts import layout_of
+
     for name in list_embedded():
-        model = open_model(name)
-        facts = {
-            "name": name, "path": str(model.path), "family": model.family,
-            "license": model.license, "tasks": list(model.tasks), "bytes": model.num_bytes,
-            "defaults": dump(model.defaults),
-        }
-        models.append(facts)
-        d = model.defaults
-        lines.append(
-            f"{name:<10} {megabytes(model.num_bytes):>9}  {d.width}x{d.height}, "
-            f"{d.num_frames} frames at {d.fps} fps, {model.license}; {', '.join(model.tasks)}"
-        )
-    report.result(models, "\n".join(lines) or "no embedded model in this installation")
-    return 0
+        yield name, embedded_folder(name)
+    for hub_id, path in list_cached():
+        if layout_of(path):
+            yield hub_id, path
+    for given in folders:
+        folder = Path(given)
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder; give one with models in it")
+        inside = [folder] if layout_of(folder) else sorted(folder.iterdir())
+        yield from ((str(path), path) for path in inside if path.is_dir() and layout_of(path))
+
+
+def _describe(model: str, path: Path) -> dict[str, Any]:
+    """A model's facts, or why it can't be used."""
+    from vidgen.core.config import dump
+    from vidgen.core.errors import VidgenError
+    from vidgen.weights.folder import ForeignFolder
+    from vidgen.weights.layouts import open_folder
+
+    try:
+        folder = open_folder(path, model)
+    except VidgenError as error:
+        return {"name": model, "path": str(path), "problem": str(error)}
+    facts: dict[str, Any] = {"name": model, "path": str(path), "bytes": folder.num_bytes}
+    if isinstance(folder, ForeignFolder):
+        return {**facts, "layout": "diffusers", "pipeline": folder.class_name}
+    return {
+        **facts, "family": folder.family, "variant": folder.variant, "layout": folder.layout,
+        "license": folder.license, "tasks": list(folder.tasks), "defaults": dump(folder.defaults),
+    }
+
+
+def _line(facts: dict[str, Any]) -> str:
+    from vidgen.core.runtime import megabytes
+
+    if "problem" in facts:
+        return f"{facts['name']}  can't be used: {facts['problem']}"
+    head = f"{facts['name']:<10} {megabytes(facts['bytes']):>9}"
+    if "pipeline" in facts:
+        return f"{head}  {facts['pipeline']}, run by diffusers"
+    d, kind = facts["defaults"], facts["variant"] or facts["family"]
+    clip = f"{d['width']}x{d['height']}, {d['num_frames']} frames at {d['fps']:g} fps"
+    return f"{head}  {kind}, {clip}, {facts['license']}; {', '.join(facts['tasks'])}"

@@ -1,113 +1,257 @@
-"""A model folder in another layout: ours to diffusers', tensor for tensor."""
+"""A model folder in another layout, tensor for tensor and bit for bit, and back.
+
+What the other layout has no place for is set aside beside it and comes back on the way back: the
+facts of `model.json` and our configs in `vidgen.json`, tensors in `rest/`. A tensor that nobody
+knows is an error. Wan's layout has its VAE and encoders pickled, as Wan's own programs read them;
+everything else is safetensors.
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from vidgen.core.errors import ModelError
-from vidgen.core.runtime import atomic_path
+from vidgen.core.config import dump
+from vidgen.core.errors import InputError, ModelError
+from vidgen.core.runtime import atomic_path, check_output
 from vidgen.models.dit import DiTConfig
+from vidgen.models.image import ImageConfig
 from vidgen.models.vae import VAEConfig
-from vidgen.weights.folder import ModelFolder, config_of
-from vidgen.weights.keymap import DIT_KEYS, Names, renamed, vae_keys
-from vidgen.weights.load import read_tensors
+from vidgen.weights.component import Component, table_of
+from vidgen.weights.configs import dit_to_diffusers, dit_to_wan, vae_to_diffusers
+from vidgen.weights.folder import ForeignFolder, ModelFolder, write_model_info
+from vidgen.weights.keymap import Spelling, is_known, rename
+from vidgen.weights.layouts import (
+    CLIP_FILE,
+    EXPERTS,
+    NOTE,
+    REST,
+    TEXT_FILE,
+    VAE_FILES,
+    WAN_TOKENIZER,
+)
+from vidgen.weights.view import Source, fuse_clip
+from vidgen.weights.write import (
+    MAX_SHARD_BYTES,
+    Lazy,
+    write_json,
+    write_pth,
+    write_safetensors,
+    write_shards,
+)
 
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-
-def to_diffusers(source: ModelFolder, target: Path) -> list[str]:
-    """Write a folder that diffusers' stock `WanPipeline.from_pretrained` loads.
+def convert(
+    source: ModelFolder | ForeignFolder, target: Path, to: Spelling, *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[str]:
+    """Write a model in another layout; nothing is there until all is.
 
     Args:
-        source: a model of text-to-video with full attention.
+        source: the model.
         target: the folder to make; it must not exist.
+        to: "diffusers": what `from_pretrained` of diffusers' Wan pipelines loads. "wan": what
+            Wan's own programs load. "vidgen": ours, with hashes.
+        max_shard_bytes: most bytes of a weight file.
 
     Returns:
-        Names of the tensors left behind, those of modalities that diffusers' Wan doesn't have.
+        Names of the tensors set aside, for which the layout has no place.
 
     Raises:
-        ModelError: the target exists, or the model has what diffusers can't express.
+        ModelError: the target exists, a tensor is unknown or missing, or the model has what the
+            layout can't express.
+        InputError: the source is in this layout already.
+        OutputError: no place to write it.
     """
+    if isinstance(source, ForeignFolder):
+        raise ModelError(
+            f"{source.path} is a {source.class_name}; only models of the Wan family are converted"
+        )
+    if source.layout == to:
+        raise InputError(f"{source.path} is in the layout {to!r} already")
     if target.exists():
         raise ModelError(f"{target} exists; name a new folder")
-    dit = config_of(DiTConfig, source.path / "transformer")
-    vae = config_of(VAEConfig, source.path / "vae")
-    if dit.pattern != "full":
-        raise ModelError(f"diffusers' Wan has no attention pattern {dit.pattern!r}, only 'full'")
+    check_output(target, num_bytes=source.num_bytes)
+    if source.layout == "vidgen":
+        assert source.content_hash  # refuses files that are not those recorded
+    set_aside: list[str] = []
     with atomic_path(target) as folder:
-        left = _write(source.path / "transformer", folder / "transformer", DIT_KEYS,
-                      dit_to_diffusers(dit))
-        left += _write(source.path / "vae", folder / "vae", vae_keys(vae), vae_to_diffusers(vae))
-        for part in ("text_encoder", "tokenizer"):
-            shutil.copytree(source.path / part, folder / part)
-        _json(folder / "scheduler" / "scheduler_config.json", {
-            "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True, "flow_shift": source.defaults.shift,
+        folder.mkdir()
+        for role, component in source.components.items():
+            component.require_complete()
+            placed, left = _sort(component, to)
+            _WRITERS[to](folder, source, component, placed, max_shard_bytes)
+            for spelling, tensors in left.items():
+                (folder / REST).mkdir(exist_ok=True)
+                write_safetensors(folder / REST / f"{role}.{spelling}.safetensors", tensors)
+                set_aside += tensors
+        for card in (*source.path.glob("*.md"), *source.path.glob("LICENSE*")):
+            shutil.copyfile(card, folder / card.name)
+        _FINISHERS[to](folder, source)
+    return sorted(set_aside)
+
+
+def _sort(
+    component: Component, to: Spelling
+) -> tuple[dict[str, Source], dict[Spelling, dict[str, Source]]]:
+    """A component's tensors under the names of a layout, and those without one by their own."""
+    placed: dict[str, Source] = {}
+    left: dict[Spelling, dict[str, Source]] = {}
+    every = {name: view.source(name) for view in (component.store, component.rest)
+             for name in view.names}  # fmt: skip
+    table = table_of(component.role, component.config, list(every))
+    for name, source in every.items():
+        spelling = component.spellings[name]
+        new = name if spelling == to else rename(name, table, spelling, to)
+        if not is_known(name, table, spelling):
+            raise ModelError(f"the {component.role} has a tensor {name} that nobody knows")
+        if new is None:
+            left.setdefault(spelling, {})[name] = source
+            continue
+        assert new not in placed, f"two tensors for {new}"
+        placed[new] = source
+    return placed, left
+
+
+def _write_vidgen(
+    folder: Path, _source: ModelFolder, part: Component, tensors: Mapping[str, Lazy], limit: int
+) -> None:
+    write_shards(folder / part.role, "model", tensors, limit)
+    write_json(folder / part.role / "config.json", _config(part, "vidgen"))
+
+
+def _write_diffusers(
+    folder: Path, _source: ModelFolder, part: Component, tensors: Mapping[str, Lazy], limit: int
+) -> None:
+    stem = "model" if part.role.endswith("encoder") else "diffusion_pytorch_model"
+    write_shards(folder / part.role, stem, tensors, limit)
+    write_json(folder / part.role / "config.json", _config(part, "diffusers"))
+
+
+def _write_wan(
+    folder: Path, source: ModelFolder, part: Component, tensors: Mapping[str, Any], limit: int
+) -> None:
+    if isinstance(part.config, DiTConfig):
+        place = folder / EXPERTS[part.role] if "transformer_2" in source.components else folder
+        write_shards(place, "diffusion_pytorch_model", tensors, limit)
+        write_json(place / "config.json", dit_to_wan(part.config, _model_type(part.config)))
+    elif isinstance(part.config, VAEConfig):
+        old, new = VAE_FILES.values()
+        name = new if part.config.stage_shortcuts else old
+        write_pth(folder / f"{name}.pth", tensors)
+    elif part.role == "image_encoder":
+        write_pth(folder / f"{CLIP_FILE}.pth", fuse_clip(tensors))
+    else:
+        write_pth(folder / f"{TEXT_FILE}.pth", tensors)
+
+
+def _config(part: Component, to: Spelling) -> dict[str, Any]:
+    """A component's `config.json`; the encoders' is transformers' in both layouts that have one."""
+    if part.role in ("text_encoder", "image_encoder"):
+        return part.config.to_transformers()
+    if to == "vidgen":
+        return dump(part.config)
+    if isinstance(part.config, VAEConfig):
+        return vae_to_diffusers(part.config)
+    return dit_to_diffusers(part.config)
+
+
+def _model_type(dit: DiTConfig) -> str:
+    """What Wan calls a kind of transformer."""
+    if dit.control_layers:
+        return "vace"
+    if dit.in_channels > dit.out_channels:
+        return "flf2v" if dit.image_positions else "i2v"
+    return "ti2v" if dit.out_channels == max(VAE_FILES) else "t2v"
+
+
+def _finish_vidgen(folder: Path, source: ModelFolder) -> None:
+    shutil.copytree(source.tokenizer, folder / "tokenizer")
+    _write_processor(folder, source)
+    write_model_info(
+        folder, name=source.name, family=source.family, license_name=source.license,
+        tasks=source.tasks, defaults=source.defaults, world_version=source.world_version,
+        variant=source.variant,
+    )
+
+
+def _finish_diffusers(folder: Path, source: ModelFolder) -> None:
+    shutil.copytree(source.tokenizer, folder / "tokenizer")
+    processor = _write_processor(folder, source)
+    scheduler = {
+        "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True, "flow_shift": source.defaults.shift, "num_train_timesteps": 1000,
+    }
+    if source.defaults.sampler == "euler":
+        scheduler = {
+            "_class_name": "FlowMatchEulerDiscreteScheduler", "shift": source.defaults.shift,
             "num_train_timesteps": 1000,
-        })
-        _json(folder / "model_index.json", {
-            "_class_name": "WanPipeline",
-            "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-            "text_encoder": ["transformers", "UMT5EncoderModel"],
-            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-            "transformer": ["diffusers", "WanTransformer3DModel"],
-            "vae": ["diffusers", "AutoencoderKLWan"],
-        })
-    unexpected = [name for name in left if "audio" not in name]
-    assert not unexpected, f"tensors without a name in diffusers: {unexpected}"
-    return left
-
-
-def dit_to_diffusers(config: DiTConfig) -> dict[str, Any]:
-    """`config.json` of diffusers' `WanTransformer3DModel`."""
-    return {
-        "_class_name": "WanTransformer3DModel",
-        "patch_size": [1, config.patch_size, config.patch_size],
-        "num_attention_heads": config.num_heads, "attention_head_dim": config.head_dim,
-        "in_channels": config.in_channels, "out_channels": config.out_channels,
-        "text_dim": config.text_dim, "freq_dim": config.freq_dim, "ffn_dim": config.ffn_dim,
-        "num_layers": config.num_layers, "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads", "eps": config.eps, "image_dim": config.image_dim,
-        "added_kv_proj_dim": None if config.image_dim is None else config.hidden_dim,
-        "rope_max_seq_len": 1024, "pos_embed_seq_len": config.image_positions,
+        }
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    dit = source.components["transformer"].config
+    pipeline = {"control": "WanVACEPipeline", "channels": "WanImageToVideoPipeline"}
+    transformer = ["diffusers", dit_to_diffusers(dit)["_class_name"]]
+    trained = folder / "tokenizer" / "tokenizer_config.json"
+    plain = trained.is_file() and '"PreTrainedTokenizerFast"' in trained.read_text("utf-8")
+    index: dict[str, Any] = {
+        "_class_name": pipeline.get(source.conditioning, "WanPipeline"),
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast" if plain else "T5TokenizerFast"],
+        "transformer": transformer,
+        "transformer_2": transformer if "transformer_2" in source.components else [None, None],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "boundary_ratio": source.defaults.boundary,
     }
+    if source.conditioning != "control":
+        index["expand_timesteps"] = source.variant == "ti2v-5b"
+    if processor:
+        index["image_encoder"] = ["transformers", "CLIPVisionModel"]
+        index["image_processor"] = ["transformers", "CLIPImageProcessor"]
+    elif source.conditioning == "channels":
+        index |= {"image_encoder": [None, None], "image_processor": [None, None]}
+    write_json(folder / "model_index.json", index)
+    _write_note(folder, source)
 
 
-def vae_to_diffusers(config: VAEConfig) -> dict[str, Any]:
-    """`config.json` of diffusers' `AutoencoderKLWan`."""
-    channels = 3 * config.patch_size**2
-    zeros, ones = (0.0,) * config.latent_channels, (1.0,) * config.latent_channels
-    return {
-        "_class_name": "AutoencoderKLWan",
-        "base_dim": config.encoder_dim, "decoder_base_dim": config.decoder_dim,
-        "z_dim": config.latent_channels, "dim_mult": list(config.channel_mults),
-        "num_res_blocks": config.num_blocks, "attn_scales": [],
-        "temperal_downsample": list(config.temporal_downsample), "dropout": 0.0,
-        "latents_mean": list(config.latents_mean or zeros),
-        "latents_std": list(config.latents_std or ones),
-        "is_residual": config.stage_shortcuts, "in_channels": channels, "out_channels": channels,
-        "patch_size": config.patch_size if config.patch_size > 1 else None,
-        "scale_factor_temporal": config.strides.t, "scale_factor_spatial": config.strides.hw,
-    }
+def _finish_wan(folder: Path, source: ModelFolder) -> None:
+    shutil.copytree(source.tokenizer, folder / WAN_TOKENIZER)
+    _write_note(folder, source)
 
 
-def _write(
-    source: Path, target: Path, table: tuple[Names, ...], config: dict[str, Any]
-) -> list[str]:
-    """Write a component under diffusers' names; returns the names it has no place for."""
-    tensors = read_tensors(source / "model.safetensors")
-    names = renamed(tensors, table, "vidgen", "diffusers")
-    target.mkdir(parents=True)
-    save_file({new: tensors[old] for old, new in names.items()}, target / DIFFUSERS_WEIGHTS)
-    _json(target / "config.json", config)
-    return sorted(tensors.keys() - names.keys())
+def _write_note(folder: Path, source: ModelFolder) -> None:
+    """Write down what the layout has no place for: `model.json`'s facts and our configs."""
+    write_json(folder / NOTE, {
+        "name": source.name, "family": source.family, "variant": source.variant,
+        "license": source.license, "tasks": list(source.tasks),
+        "world_version": source.world_version, "defaults": asdict(source.defaults),
+        "configs": {role: dump(part.config) for role, part in source.components.items()},
+    })  # fmt: skip
 
 
-def _json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def _write_processor(folder: Path, source: ModelFolder) -> bool:
+    """Copy the image processor's settings, or write CLIP's own; whether there is one."""
+    part = source.components.get("image_encoder")
+    if part is None:
+        return False
+    if source.image_processor is not None:
+        shutil.copytree(source.image_processor, folder / "image_processor")
+        return True
+    config = part.config
+    assert isinstance(config, ImageConfig)
+    side = config.image_size
+    write_json(folder / "image_processor" / "preprocessor_config.json", {
+        "image_processor_type": "CLIPImageProcessor", "resample": 3,
+        "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side},
+        "image_mean": list(config.mean), "image_std": list(config.std), "rescale_factor": 1 / 255,
+        "do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True,
+        "do_convert_rgb": True,
+    })  # fmt: skip
+    return True
+
+
+_WRITERS = {"vidgen": _write_vidgen, "diffusers": _write_diffusers, "wan": _write_wan}
+_FINISHERS = {"vidgen": _finish_vidgen, "diffusers": _finish_diffusers, "wan": _finish_wan}
