@@ -5,10 +5,8 @@ Each builder writes a folder as published ones are: `model_index.json` and a fol
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -20,6 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
 from vidgen.pipeline.foreign import ForeignEngine
+from vidgen.weights.folder import ForeignFolder, open_model
 
 WIDTH = 16
 TEXTS = ("a red car bounces across the desert at night", "a cat moves left over the meadow")
@@ -410,8 +409,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 def open_foreign_model(path: Path, dtype: str = "fp32", offload: str = "none") -> ForeignEngine:
     """An engine over a folder, on the CPU."""
-    name = json.loads((path / "model_index.json").read_text())["_class_name"]
-    folder = SimpleNamespace(path=path, class_name=name)
+    folder = open_model(str(path))
+    assert isinstance(folder, ForeignFolder)
     return ForeignEngine(folder, torch.device("cpu"), dtype, offload)
 
 

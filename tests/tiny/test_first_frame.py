@@ -102,8 +102,12 @@ def test_drawing_can_be_stopped(models: Models) -> None:
         draw(models("sdxl"), on_event=stop)
 
 
-def test_what_is_no_image_model_is_refused(models: Models, tmp_path: Path) -> None:
+def test_what_is_no_image_model_is_refused(
+    models: Models, tiny_model: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match="LTXPipeline"):
         draw(models("ltx"))
-    with pytest.raises(ModelError, match="no folder of a text-to-image model"):
+    with pytest.raises(ModelError, match="no text-to-image model"):
+        draw(tiny_model)
+    with pytest.raises(ModelError, match="nowhere"):
         draw(tmp_path / "nowhere")

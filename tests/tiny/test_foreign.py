@@ -7,7 +7,6 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -23,6 +22,7 @@ from vidgen.pipeline.foreign import ForeignEngine
 from vidgen.pipeline.foreign_decode import Decode, decoding_put_off, stream_decode, temporal_tiles
 from vidgen.pipeline.foreign_plan import Abilities
 from vidgen.pipeline.inputs import Inputs
+from vidgen.weights.folder import ForeignFolder
 
 PROMPT = "a red car bounces across the desert"
 PICTURE = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
@@ -371,7 +371,7 @@ def test_a_rate_that_the_model_does_not_know_is_said(
 
 
 def test_damaged_and_unknown_folders(models: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = SimpleNamespace(path=tmp_path, class_name="TomorrowPipeline")
+    folder = ForeignFolder(tmp_path, {}, "TomorrowPipeline")
     with pytest.raises(ModelError, match=f"diffusers {diffusers.__version__} doesn't have"):
         ForeignEngine(folder, torch.device("cpu"), "fp32")
     for place in ("vae", "text_encoder"):

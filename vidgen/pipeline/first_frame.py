@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,11 @@ from vidgen.media.read import fit
 from vidgen.pipeline.foreign import ForeignEngine
 from vidgen.pipeline.foreign_plan import Abilities
 from vidgen.pipeline.video import DTYPES, Progress
+from vidgen.weights.folder import ForeignFolder, open_model
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class _Folder:
-    path: Path
-    class_name: str
+_WANTED = "a first frame is drawn by one such as SDXL, SD3 or FLUX, as diffusers saves it"
 
 
 def draw_first_frame(
@@ -51,7 +46,7 @@ def draw_first_frame(
     and then brought to the wanted size.
 
     Args:
-        folder: of the model, as diffusers saves it: SDXL, SD3, FLUX, ...
+        folder: of the model, as diffusers saves it, or its id on the hub: SDXL, SD3, FLUX, ...
         prompt: what is to be seen.
         negative: what is not to be seen; left out with a warning by a model that reads none.
         seed: of the noise.
@@ -72,7 +67,9 @@ def draw_first_frame(
     """
     import diffusers
 
-    opened = _open(Path(folder))
+    opened = open_model(str(folder))
+    if not isinstance(opened, ForeignFolder):
+        raise ModelError(f"{folder} is no text-to-image model; {_WANTED}")
     names = {value: name for name, value in DTYPES.items()}
     engine = ForeignEngine(
         opened, torch.device(device), dtype if isinstance(dtype, str) else names[dtype],
@@ -80,8 +77,7 @@ def draw_first_frame(
     )
     able = Abilities(engine.pipe.own)
     if not able.is_image:
-        raise ModelError(f"{folder} is a {opened.class_name}, which makes clips; a first frame is "
-                         "drawn by a text-to-image model such as SDXL, SD3 or FLUX")
+        raise ModelError(f"{folder} is a {opened.class_name}, which makes clips; {_WANTED}")
     if negative and "negative" not in able.options:
         log.warning("%s reads no negative prompt; the first frame is drawn without", able.name)
         negative = None
@@ -97,13 +93,3 @@ def draw_first_frame(
     record = {"option": "first_frame_model", "path": str(folder)}
     record |= {name: clip.recipe[name] for name in ("model", "plan", "dtype")}
     return fit(clip.frames[0], height, width), record
-
-
-def _open(path: Path) -> _Folder:
-    index = path / "model_index.json"
-    try:
-        return _Folder(path, str(json.loads(index.read_text())["_class_name"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"first_frame_model {str(path)!r} is no folder of a text-to-image model: "
-                         f"{index} can't be read ({error}); give one that diffusers saved"
-                         ) from error

@@ -8,12 +8,10 @@ nobody has heard of mostly works:
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,13 +21,13 @@ from PIL import Image
 from vidgen import __version__
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.core.runtime import fingerprint, megabytes, sha256_file
+from vidgen.core.runtime import fingerprint, megabytes
 from vidgen.media.clip import Clip
 from vidgen.media.encode import Frames, Samples
 from vidgen.media.read import fit
 from vidgen.media.write import ClipInfo
 from vidgen.pipeline.foreign_decode import Decode, peak_bytes, stream_decode
-from vidgen.pipeline.foreign_pipe import Folder, ForeignPipe, lent
+from vidgen.pipeline.foreign_pipe import ForeignPipe, lent
 from vidgen.pipeline.foreign_plan import (
     Abilities,
     ForeignPlan,
@@ -39,6 +37,7 @@ from vidgen.pipeline.foreign_plan import (
 )
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
 from vidgen.pipeline.video import DTYPES, Progress, to_frames
+from vidgen.weights.folder import ForeignFolder
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class ForeignEngine:
     """
 
     def __init__(
-        self, folder: Folder, device: torch.device, dtype: str, offload: str = "none",
+        self, folder: ForeignFolder, device: torch.device, dtype: str, offload: str = "none",
         *, loader: Any = None,
     ) -> None:
         self.folder, self.device, self.dtype, self.offload = folder, device, dtype, offload
@@ -104,10 +103,11 @@ class ForeignEngine:
 
     def _read(self, request: Request) -> tuple[Request, Inputs]:
         """The request's pictures; a first frame that a model is to draw is drawn here."""
-        own = {"model": str(self.folder.path), "dtype": self.dtype, "offload": self.offload}
+        own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload}
         for option, value in own.items():
             asked = getattr(request, option)
-            if asked not in (None, value):
+            is_own = asked in (None, value) or (option == "model" and self.folder.is_called(asked))
+            if not is_own:
                 raise InputError(f"this engine was loaded with {option} {value!r}, not "
                                  f"{asked!r}; load another one")
         able = Abilities(self.pipe.own)
@@ -216,8 +216,8 @@ class ForeignEngine:
         return {
             "vidgen": __version__,
             "model": {
-                "name": self.folder.path.name, "class": self.folder.class_name,
-                "sha256": self.content_hash,
+                "name": self.folder.name, "class": self.folder.class_name,
+                "sha256": self.folder.content_hash,
             },
             "plan": settled,
             "scheduler": _as_json(getattr(request.scheduler, "config", {})) or None,
@@ -228,17 +228,6 @@ class ForeignEngine:
             "diffusers": diffusers.__version__, "transformers": transformers.__version__,
             "machine": fingerprint(),
         }
-
-    @cached_property
-    def content_hash(self) -> str:
-        """One SHA-256 over the names and hashes of all files, unless the folder knows its own."""
-        known = getattr(self.folder, "content_hash", None)
-        if known is not None:
-            return str(known)
-        digest, path = hashlib.sha256(), self.folder.path
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
-        return digest.hexdigest()
 
 
 def _pixels(frames: Any) -> Frames:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,16 +18,10 @@ from vidgen.pipeline.foreign_decode import (
     shown_frames,
 )
 from vidgen.pipeline.foreign_plan import SIBLINGS, Abilities, ForeignPlan, check_multiple
+from vidgen.weights.folder import ForeignFolder
 
 Tell = Callable[[int, int], None]
 """Told of steps done and in all."""
-
-
-class Folder(Protocol):
-    """A folder that diffusers saved: `model_index.json` beside a folder for each component."""
-
-    path: Path
-    class_name: str
 
 
 class ForeignPipe:
@@ -46,7 +39,8 @@ class ForeignPipe:
     """
 
     def __init__(
-        self, folder: Folder, device: torch.device, dtype: torch.dtype, offload: str, loader: Any
+        self, folder: ForeignFolder, device: torch.device, dtype: torch.dtype, offload: str,
+        loader: Any = None,
     ) -> None:
         self.folder, self.device, self.offload = folder, device, offload
         self.own = _load(folder, dtype, loader)
@@ -169,30 +163,41 @@ def lent(
             pipe.guider = own_guider
 
 
-def _load(folder: Folder, dtype: torch.dtype, loader: Any) -> Any:
+def _load(folder: ForeignFolder, dtype: torch.dtype, loader: Any) -> Any:
     import diffusers
-    from diffusers.utils import logging as reports
 
     version = diffusers.__version__
     if getattr(diffusers, folder.class_name, None) is None:
         raise ModelError(f"{folder.path} is a {folder.class_name}, which diffusers {version} "
                          "doesn't have; install a newer diffusers")
-    is_shown = reports.is_progress_bar_enabled()
-    reports.disable_progress_bar()
     damages = (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError)
     try:
-        pipe = (loader or diffusers.DiffusionPipeline).from_pretrained(
-            str(folder.path), dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        with _no_bars():
+            pipe = (loader or diffusers.DiffusionPipeline).from_pretrained(
+                str(folder.path), dtype=dtype, use_safetensors=True, local_files_only=True
+            )
     except damages as error:
         raise ModelError(
             f"{folder.path} can't be loaded as {folder.class_name} by diffusers {version}: "
             f"{error}; copy it again, or install a newer diffusers"
         ) from error
-    finally:
-        if is_shown:
-            reports.enable_progress_bar()
     if not {"prompt", "image", "video"} & Abilities(pipe).defaults.keys():
         raise ModelError(f"{folder.path} is a {folder.class_name}, which can't be told what to "
                          "show; give a text-to-video, image-to-video or text-to-image model")
     return pipe
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep both libraries' loading bars off the terminal, which is our own report's."""
+    from diffusers.utils import logging as diffusers_reports
+    from transformers.utils import logging as transformers_reports
+
+    shown = [r for r in (diffusers_reports, transformers_reports) if r.is_progress_bar_enabled()]
+    for reports in shown:
+        reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for reports in shown:
+            reports.enable_progress_bar()

@@ -172,11 +172,13 @@ class Abilities:
                 can = ", ".join(sorted(self.options - _ALWAYS))
                 raise InputError(f"{field.name} can't be honoured by {self.name}{reason}; "
                                  f"leave it out. It takes {can}")
-        needs_image = self.defaults.get("image") is inspect.Parameter.empty or (
-            re.search(r"Image(To|2)Video", self.name) is not None
-        )
-        if needs_image and request.image is None and request.first_frame_model is None:
-            raise InputError(f"{self.name} starts from a picture; give --image")
+        for option, kind in (("image", "Image"), ("video", "Video")):
+            is_needed = self.defaults.get(option) is inspect.Parameter.empty or (
+                re.search(rf"{kind}(To|2)Video", self.name) is not None
+            )
+            drawn = option == "image" and request.first_frame_model is not None
+            if is_needed and getattr(request, option) is None and not drawn:
+                raise InputError(f"{self.name} starts from a given {option}; give --{option}")
         if self.is_image and request.frames not in (None, 1):
             raise InputError(f"frames is {request.frames}, but {self.name} makes one picture; "
                              "give --frames 1")
