@@ -1,4 +1,4 @@
-"""A converted model in diffusers' stock pipeline makes the clip that ours makes."""
+"""A converted model in diffusers' stock pipelines: the same weights, settings and clips."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline, WanPipeline
+from PIL import Image
 
+from tests.wan_models import VARIANTS, build_original, make_pipeline
 from vidgen.core.shapes import LatentShape
 from vidgen.diffusion.noise import draw_noise
 from vidgen.pipeline.video import load
@@ -45,3 +47,26 @@ def test_a_tiny_model_makes_the_same_clip_in_diffusers(tiny_model: Path, tmp_pat
 def test_the_embedded_model_makes_the_same_clip_in_diffusers(tmp_path: Path) -> None:
     ours, theirs = both("toybox", tmp_path / "wan", frames=9, steps=4)
     assert (ours - theirs).abs().max() < 1e-3 + 0.5 / 255
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_converted_wan_release_is_diffusers_own_pipeline(variant: str, tmp_path: Path) -> None:
+    source = build_original(tmp_path / "source", variant)
+    convert(open_model(str(source)), tmp_path / "theirs", "diffusers")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "theirs")
+    expected = make_pipeline(variant)
+    assert type(pipe) is type(expected)
+    assert pipe.config.get("boundary_ratio") == expected.config.get("boundary_ratio")
+    assert pipe.config.get("expand_timesteps") == expected.config.get("expand_timesteps")
+    for name, part in expected.components.items():
+        if isinstance(part, torch.nn.Module):
+            state, theirs = getattr(pipe, name).state_dict(), part.state_dict()
+            assert state.keys() == theirs.keys()
+            assert all(torch.equal(state[key], theirs[key]) for key in theirs), name
+        else:
+            assert (getattr(pipe, name, None) is None) == (part is None), name
+    assert pipe.tokenizer("a red car").input_ids == expected.tokenizer("a red car").input_ids
+    if variant in ("i2v", "flf2v"):
+        picture = Image.radial_gradient("L").convert("RGB")
+        seen = [p.image_processor(picture, return_tensors="pt") for p in (pipe, expected)]
+        assert torch.equal(seen[0].pixel_values, seen[1].pixel_values)

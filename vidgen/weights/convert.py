@@ -88,6 +88,7 @@ def convert(
                 (folder / REST).mkdir(exist_ok=True)
                 write_safetensors(folder / REST / f"{role}.{spelling}.safetensors", tensors)
                 set_aside += tensors
+            component.store.release()
         for card in (*source.path.glob("*.md"), *source.path.glob("LICENSE*")):
             shutil.copyfile(card, folder / card.name)
         _FINISHERS[to](folder, source)

@@ -163,14 +163,14 @@ def open_model(model: str) -> ModelFolder | ForeignFolder:
     Raises:
         ModelError: no such model, or files missing, damaged or unknown; says what to do.
     """
-    from vidgen.weights.hub import fetch_model, is_hub_id
+    from vidgen.weights.hub import is_hub_id
     from vidgen.weights.layouts import open_folder
 
     known = list_embedded()
     if model in known:
         return open_folder(embedded_folder(model))
     if not Path(model).is_dir() and is_hub_id(model):
-        return open_folder(fetch_model(model), model)
+        return _open_from_hub(model)
     if not Path(model).is_dir():
         raise ModelError(
             f"model {model!r} is neither an embedded model ({', '.join(known) or 'none'}) "
@@ -178,6 +178,24 @@ def open_model(model: str) -> ModelFolder | ForeignFolder:
             "Hugging Face hub such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
     return open_folder(Path(model))
+
+
+def _open_from_hub(hub_id: str) -> ModelFolder | ForeignFolder:
+    """Open what was downloaded before; where it isn't whole, have the rest downloaded."""
+    from vidgen.weights.hub import cached_model, fetch_model
+    from vidgen.weights.layouts import open_folder
+
+    cached = cached_model(hub_id)
+    if cached is None:
+        return open_folder(fetch_model(hub_id), hub_id)
+    try:
+        return open_folder(cached, hub_id)
+    except ModelError as error:
+        try:
+            fetched = fetch_model(hub_id)
+        except ModelError:
+            raise error from None
+        return open_folder(fetched, hub_id)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,30 +16,34 @@ def is_hub_id(model: str) -> bool:
     return _ID.fullmatch(model) is not None
 
 
-def fetch_model(hub_id: str) -> Path:
-    """The folder of a model on the hub, as it was first downloaded, or downloaded now.
-
-    Raises:
-        ModelError: it is not on this machine and can't be had; says how to provide it.
-    """
+def cached_model(hub_id: str) -> Path | None:
+    """The folder of a model that was downloaded before, perhaps in part; the hub isn't asked."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(hub_id, local_files_only=True))
-        if not list((folder.parents[1] / "blobs").glob("*.incomplete")):
-            return folder
+        return Path(snapshot_download(hub_id, local_files_only=True))
     except LocalEntryNotFoundError:
-        pass
+        return None
+
+
+def fetch_model(hub_id: str) -> Path:
+    """Download a model, or what is missing of it, and give its folder.
+
+    Raises:
+        ModelError: it can't be had; says how to provide it.
+    """
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(hub_id, ignore_patterns=_NOT_THE_MODEL))
     except Exception as error:  # network, rights, names: each client version has its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]
         name = hub_id.split("/")[1]
         raise ModelError(
-            f"model {hub_id!r} is not on this machine and can't be fetched from the Hugging Face "
-            f"hub ({reason[:200]}). Where there is a network, run `hf download {hub_id} "
-            f"--local-dir {name}`, bring the folder here, and give its path as the model"
+            f"model {hub_id!r} is no folder here, and can't be fetched from the Hugging Face hub "
+            f"({reason}); where there is a network, run `hf download {hub_id} --local-dir {name}`, "
+            "bring that folder here, and give its path as the model"
         ) from error
 
 
