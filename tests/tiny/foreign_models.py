@@ -12,68 +12,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import BpeTrainer
 
+from tests.tiny.foreign_parts import WIDTH, clip_text, flow, image_vae, t5, train_tokenizer
 from vidgen.pipeline.foreign import ForeignEngine
 from vidgen.weights.folder import ForeignFolder, open_model
 
-WIDTH = 16
-TEXTS = ("a red car bounces across the desert at night", "a cat moves left over the meadow")
-SPECIALS = (
-    "<pad>", "</s>", "<unk>", "<s>", "<image>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|eot_id|>", "<|im_start|>", "<|im_end|>",
-)
-
-
-def train_tokenizer(texts: tuple[str, ...] = TEXTS, *, length: int = 64, vocab: int = 400) -> Any:
-    """A byte-pair tokenizer that ends each text with </s> and pads with <pad>."""
-    model = Tokenizer(BPE(unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(
-        vocab_size=vocab, special_tokens=list(SPECIALS), initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    model.train_from_iterator(texts, trainer)
-    model.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        bos_token="<s>", model_max_length=length,
-        extra_special_tokens=list(SPECIALS[4:]),
-    )
-
-
-def t5(width: int = WIDTH) -> Any:
-    """A T5 encoder of one layer."""
-    return transformers.T5EncoderModel(
-        transformers.T5Config(
-            vocab_size=400, d_model=width, d_kv=8, num_heads=2, d_ff=WIDTH, num_layers=1,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-
-
-def clip_text(kind: type[Any] = transformers.CLIPTextModel) -> Any:
-    """A CLIP text encoder of two layers."""
-    return kind(
-        transformers.CLIPTextConfig(
-            vocab_size=400, hidden_size=WIDTH, intermediate_size=WIDTH, projection_dim=WIDTH,
-            num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77,
-            pad_token_id=0, eos_token_id=1, bos_token_id=3,
-        )
-    )
-
-
-def flow(shift: float = 1.0, **options: Any) -> Any:
-    """The scheduler of most of these families."""
-    return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **options)
-
-
 def ltx_vae() -> Any:
-    """LTX-Video's VAE at its true strides, 8 frames and 32 pixels."""
     return diffusers.AutoencoderKLLTXVideo(
         latent_channels=8, block_out_channels=(8, 8, 8, 8), layers_per_block=(1, 1, 1, 1, 1),
         decoder_block_out_channels=(8, 8, 8, 8), decoder_layers_per_block=(1, 1, 1, 1, 1),
@@ -153,7 +97,6 @@ def hunyuan_vae() -> Any:
 
 
 def hunyuan_transformer(channels: int, condition: str | None = None) -> Any:
-    """HunyuanVideo's transformer of one layer of each kind."""
     return diffusers.HunyuanVideoTransformer3DModel(
         in_channels=channels, out_channels=4, num_attention_heads=2, attention_head_dim=8,
         num_layers=1, num_single_layers=1, num_refiner_layers=1, text_embed_dim=WIDTH,
@@ -163,7 +106,6 @@ def hunyuan_transformer(channels: int, condition: str | None = None) -> Any:
 
 
 def llama_config() -> Any:
-    """The language model under HunyuanVideo."""
     return transformers.LlamaConfig(
         vocab_size=400, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=3,
         num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, max_position_embeddings=2048,
@@ -267,7 +209,6 @@ def cogvideox() -> Any:
 
 
 def cogvideox_i2v() -> Any:
-    """CogVideoX for a first frame."""
     return diffusers.CogVideoXImageToVideoPipeline(**cogvideox_parts(8))
 
 
@@ -288,9 +229,9 @@ def mochi() -> Any:
     )
 
 
-def skyreels() -> Any:
+def skyreels(kind: type[Any] = diffusers.SkyReelsV2Pipeline) -> Any:
     """SkyReels-V2, over Wan's VAE and UniPC."""
-    return diffusers.SkyReelsV2Pipeline(
+    return kind(
         tokenizer=train_tokenizer(length=512),
         text_encoder=transformers.UMT5EncoderModel(
             transformers.UMT5Config(
@@ -309,6 +250,11 @@ def skyreels() -> Any:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
         ),
     )
+
+
+def skyreels_df() -> Any:
+    """SkyReels-V2 by diffusion forcing, whose folder also serves its image-to-video pipeline."""
+    return skyreels(diffusers.SkyReelsV2DiffusionForcingPipeline)
 
 
 def animatediff() -> Any:
@@ -331,17 +277,7 @@ def animatediff() -> Any:
     )
 
 
-def image_vae(channels: int, **options: Any) -> Any:
-    """The VAE of the text-to-image families at its true stride of 8."""
-    return diffusers.AutoencoderKL(
-        latent_channels=channels, block_out_channels=(8, 8, 8, 8), norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1, sample_size=32, **options,
-    )
-
-
 def sdxl() -> Any:
-    """Stable Diffusion XL."""
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -362,7 +298,6 @@ def sdxl() -> Any:
 
 
 def sd3() -> Any:
-    """Stable Diffusion 3."""
     return diffusers.StableDiffusion3Pipeline(
         transformer=diffusers.SD3Transformer2DModel(
             sample_size=8, in_channels=4, num_layers=1, attention_head_dim=8,
@@ -381,7 +316,6 @@ def sd3() -> Any:
 
 
 def flux() -> Any:
-    """FLUX.1."""
     return diffusers.FluxPipeline(
         scheduler=flow(use_dynamic_shifting=True),
         vae=image_vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
@@ -401,7 +335,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     make.__name__: make
     for make in (
         ltx, ltx2, hunyuan, hunyuan_i2v, hunyuan15, cogvideox, cogvideox_i2v, mochi, skyreels,
-        animatediff, sdxl, sd3, flux,
+        skyreels_df, animatediff, sdxl, sd3, flux,
     )
 }
 """Builders by name; each gives a pipeline with random weights."""

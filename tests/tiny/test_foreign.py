@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cogvideox_i2v": {"size": "32x32", "frames": 9, "image": PICTURE},
     "mochi": {"size": "32x32", "frames": 7},
     "skyreels": {"size": "32x32", "frames": 9},
+    "skyreels_df": {"size": "32x32", "frames": 9},
     "animatediff": {"size": "32x32", "frames": 3},
     "sdxl": {"size": "32x32", "frames": 1},
     "sd3": {"size": "32x32", "frames": 1},
@@ -105,8 +106,11 @@ def test_frames_are_those_of_the_pipeline_itself(engine: Open, family: str) -> N
     given = {name: value for name, value in arguments.items() if name in known}
     if hasattr(pipe.vae, "drop_last_temporal_frames"):  # Mochi slices for us, whole by default
         pipe.vae.use_framewise_decoding = False
-    reference = frames_of(pipe(**given, output_type="np"))
+    output = pipe(**given, output_type="np")
+    reference = frames_of(output)
     assert np.abs(clip.frames.astype(int) - reference).max() <= 1
+    if clip.sound is not None:
+        assert np.allclose(clip.sound, output.audio[0].T[: len(clip.sound)], atol=1e-6)
     told = [(e.done, e.total) for e in events if e.stage == "sample"]
     assert told == [(1, 2), (2, 2)]
     plan = json.loads(json.dumps(clip.recipe))["plan"]
@@ -241,15 +245,16 @@ def test_a_clip_that_feeds_on_its_own_frames_is_decoded_at_once(engine: Open) ->
     assert np.array_equal(clip.frames, generate(engine("ltx"), "ltx").frames)
 
 
-def test_a_picture_goes_to_the_pipeline_of_the_same_weights(engine: Open) -> None:
-    plain = generate(engine("ltx"), "ltx")
-    shown = generate(engine("ltx"), "ltx", image=PICTURE)
-    other = generate(engine("ltx"), "ltx", image=255 - PICTURE)
-    assert shown.recipe["plan"]["pipeline"] == "LTXImageToVideoPipeline"
+@pytest.mark.parametrize("family", ["ltx", "ltx2", "skyreels_df"])
+def test_a_picture_goes_to_the_pipeline_of_the_same_weights(engine: Open, family: str) -> None:
+    plain, shown, other = (
+        generate(engine(family), family, image=image) for image in (None, PICTURE, 255 - PICTURE)
+    )
+    assert shown.recipe["plan"]["pipeline"].endswith("ImageToVideoPipeline")
     assert shown.recipe["inputs"][0]["option"] == "image"
     assert not np.array_equal(plain.frames, shown.frames)
     assert not np.array_equal(other.frames, shown.frames)
-    assert np.array_equal(generate(engine("ltx"), "ltx").frames, plain.frames)
+    assert np.array_equal(generate(engine(family), family).frames, plain.frames)
 
 
 def test_a_pictures_aspect_is_kept(engine: Open) -> None:
@@ -327,7 +332,7 @@ def test_given_noise_replaces_the_seeds(engine: Open) -> None:
         ("mochi", {"frames": 9}, "nearest are 7 and 13"),
         ("mochi", {"sampler": "unipc"}, "only with its own"),
         ("hunyuan", {"size": "40x32"}, "nearest are 32 and 48"),
-        ("hunyuan", {"sampler": "dpm"}, "known here: euler, unipc"),
+        ("hunyuan", {"sampler": "dpm"}, "known: euler, unipc"),
         ("hunyuan", {"negative": "a cat"}, "its guidance is distilled"),
         ("hunyuan_i2v", {"image": None}, "give --image"),
         ("cogvideox", {"image": PICTURE}, "image can't be honoured by CogVideoXPipeline"),
@@ -335,6 +340,7 @@ def test_given_noise_replaces_the_seeds(engine: Open) -> None:
         ("cogvideox", {"latents": torch.zeros(1, 3, 2, 4, 4)}, "own layout"),
         ("hunyuan15", {"size": "40x32"}, "nearest are 32 and 48"),
         ("sdxl", {"frames": 5}, "makes one picture"),
+        ("sdxl", {"image": PICTURE}, "image can't be honoured"),
         ("flux", {"size": "40x32"}, "nearest are 32 and 48"),
         ("ltx", {"dtype": "bf16"}, "loaded with dtype"),
     ],

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import Request
 from vidgen.core.shapes import (
     Strides,
@@ -103,12 +103,22 @@ class Abilities:
         parameters = inspect.signature(type(pipe).__call__).parameters
         named = (p for p in parameters.values() if p.kind is not p.VAR_KEYWORD)
         self.defaults = {p.name: p.default for p in named}
+        self._config = getattr(getattr(pipe, "transformer", None), "config", {})
         self.strides = Strides(int(_first(pipe, _TEMPORAL) or 1), int(_first(pipe, _SPATIAL) or 8))
-        self.multiple = math.lcm(*_multiples(pipe, self.strides.hw))
+        self.multiple = self._token_side()
         self.length = next((name for name in _LENGTH if name in self.defaults), None)
         self.rate = next((name for name in _RATE if name in self.defaults), None)
         self.is_image = self.length is None and "video" not in self.defaults
         self.options = _ALWAYS | self._options()
+
+    def _token_side(self) -> int:
+        """What a side must divide by: the VAE's stride by a token's side, what processors round."""
+        patch = self._config.get("patch_size") or 1
+        sides = [self.strides.hw * (patch if isinstance(patch, int) else patch[-1])]
+        for name in ("video_processor", "image_processor"):
+            config = getattr(getattr(self.pipe, name, None), "config", {})
+            sides.append(config.get("vae_scale_factor", 1))
+        return math.lcm(*sides)
 
     def _options(self) -> set[str]:
         options = {option for option, name in _PLAIN.items() if name in self.defaults}
@@ -119,12 +129,16 @@ class Abilities:
         if self.guidance is not None or self.guider is not None:
             options.add("guidance")
         options |= {"frames"} if self.is_image else {"frames", "seconds", "fps"}
-        if {"video", "strength"} <= self.defaults.keys() - {"denoise_strength"}:
+        # Beside `denoise_strength`, LTX's `strength` means how firmly frames are kept.
+        is_video2video = {"video", "strength"} <= self.defaults.keys() and (
+            "denoise_strength" not in self.defaults
+        )
+        if is_video2video or (self.name, "video") in SIBLINGS:
             options |= {"video", "strength"}
-        if (self.name, "image") in SIBLINGS or "image" in options:
+        if self.is_image:  # a picture that it takes is one to edit, no first frame
+            options -= {"image", "last_image"}
+        elif (self.name, "image") in SIBLINGS or "image" in options:
             options |= {"image", "first_frame_model"}
-        if (self.name, "video") in SIBLINGS:
-            options |= {"video", "strength"}
         if flow_shift(self.pipe.scheduler) is not None:
             options |= {"sampler", "shift"}
         return options
@@ -153,8 +167,7 @@ class Abilities:
     @property
     def cut_frames(self) -> int:
         """Frames that the pipeline cuts off its clip: where HunyuanVideo sets the picture first."""
-        config = getattr(getattr(self.pipe, "transformer", None), "config", {})
-        return self.strides.t if config.get("image_condition_type") == "latent_concat" else 0
+        return self.strides.t if self._config.get("image_condition_type") == "latent_concat" else 0
 
     def refuse(self, request: Request) -> None:
         """Refuse what this pipeline can't honour, naming what it can.
@@ -186,7 +199,7 @@ class Abilities:
     def default_size(self) -> tuple[int, int] | None:
         """(width, height) where nobody asks for another, if the pipeline tells."""
         pipe, own = self.pipe, (self.defaults.get("width"), self.defaults.get("height"))
-        config = getattr(getattr(pipe, "transformer", None), "config", {})
+        config = self._config
         if all(isinstance(side, int) for side in own):
             return own
         if hasattr(pipe, "default_width"):
@@ -217,8 +230,7 @@ class Abilities:
     def default_frames(self) -> int | None:
         """The call's own length, else the one the transformer was built for."""
         own = self.defaults.get(self.length or "")
-        config = getattr(getattr(self.pipe, "transformer", None), "config", {})
-        return own if isinstance(own, int) else config.get("sample_frames")
+        return own if isinstance(own, int) else self._config.get("sample_frames")
 
     def default_guidance(self) -> float | None:
         """The call's or the guider's own scale."""
@@ -291,7 +303,7 @@ def make_scheduler(own: Any, request: Request) -> Any:
     shift = flow_shift(own) if shift is None else float(shift)
     kind = {"euler": _FLOW[0], "unipc": _FLOW[1], None: type(own).__name__}.get(sampler)
     if kind is None:
-        raise InputError(f"sampler is {sampler!r}; known here: euler, unipc")
+        raise InputError(f"sampler is {sampler!r}; {nearest(sampler, ('euler', 'unipc'))}")
     if kind == type(own).__name__:
         name = "flow_shift" if "flow_shift" in own.config else "shift"
         return type(own).from_config(own.config, **{name: shift})
@@ -326,17 +338,6 @@ def settle(plan: ForeignPlan, width: int, height: int, num_frames: int) -> Forei
 
 def _first(owner: Any, names: tuple[str, ...]) -> Any:
     return next((getattr(owner, name) for name in names if getattr(owner, name, None)), None)
-
-
-def _multiples(pipe: Any, stride: int) -> list[int]:
-    """Whatever a side must divide by: the VAE's stride, a token's side, what processors round."""
-    config = getattr(getattr(pipe, "transformer", None), "config", {})
-    patch = config.get("patch_size") or 1
-    patch = patch if isinstance(patch, int) else patch[-1]
-    processors = (getattr(pipe, name, None) for name in ("video_processor", "image_processor"))
-    factors = (getattr(p, "config", {}) for p in processors)
-    rounded = [factor["vae_scale_factor"] for factor in factors if "vae_scale_factor" in factor]
-    return [stride * patch, *rounded]
 
 
 def _length(
