@@ -17,6 +17,7 @@ from tests.tiny.foreign_parts import WIDTH, clip_text, flow, image_vae, t5, trai
 from vidgen.pipeline.foreign import ForeignEngine
 from vidgen.weights.folder import ForeignFolder, open_model
 
+
 def ltx_vae() -> Any:
     return diffusers.AutoencoderKLLTXVideo(
         latent_channels=8, block_out_channels=(8, 8, 8, 8), layers_per_block=(1, 1, 1, 1, 1),
