@@ -69,9 +69,10 @@ def control(
     for reference in references:  # the last one comes first, as the reference code has it
         empty = torch.zeros_like(rows[:, reference.shape[1] :, :1])
         rows = torch.cat([torch.cat([reference, empty], dim=1), rows], dim=2)
-    grown = {
-        "latents": torch.cat([noise.to(state.latents), state.latents], dim=2),
-        "clean": F.pad(state.clean, (0, 0, 0, 0, len(references), 0)),
-        "denoise_mask": F.pad(state.denoise_mask, (0, 0, 0, 0, len(references), 0), value=True),
-    }
-    return replace(state, control=rows, num_references=len(references), **grown)
+    before = (0, 0, 0, 0, len(references), 0)
+    return replace(
+        state, control=rows, num_references=len(references),
+        latents=torch.cat([noise.to(state.latents), state.latents], dim=2),
+        clean=F.pad(state.clean, before),
+        denoise_mask=F.pad(state.denoise_mask, before, value=True),
+    )
