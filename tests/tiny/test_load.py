@@ -176,9 +176,10 @@ def test_loading_takes_the_weights_and_one_layer(large, dtype, size):
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_int8_is_made_layer_by_layer(large):
-    """The peak stays below int8 weights and what one layer takes on its way, eight of float32."""
+    """The peak is int8 weights and what one layer takes on its way, eight times its float32."""
     layer = 4 * WIDTH * (WIDTH + 1)
     weights = LAYERS * WIDTH * (WIDTH + 2 + 5)
     taken = measure(large, "bfloat16", "int8")
-    assert 0.9 * weights < taken["after"] <= taken["peak"] <= 1.1 * weights + 8 * layer, taken
+    assert 0.9 * weights < taken["after"] <= 1.1 * weights, taken
+    assert taken["peak"] <= 1.1 * weights + 8 * layer, taken
     assert 1.1 * weights + 8 * layer < 2 * LAYERS * WIDTH * WIDTH + 4 * layer, "not bfloat16 first"

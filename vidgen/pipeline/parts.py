@@ -20,7 +20,7 @@ from torch import nn
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, megabytes
 from vidgen.weights.component import CLASSES
-from vidgen.weights.load import Weights
+from vidgen.weights.load import Weights, trim_memory
 from vidgen.weights.quantize import require_torchao
 from vidgen.weights.stream import BlockStream, block_of, blocks_of
 
@@ -187,6 +187,7 @@ class Parts:
                 _empty(module)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        trim_memory()
 
     def _loaded_bytes(self) -> int:
         return sum(

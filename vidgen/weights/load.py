@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -193,8 +196,10 @@ def _fill(
             quantize_layer(layer, quantize)
         if read > often and not mapped:  # what was copied need not stay in memory twice
             weights.store.release()
+            trim_memory()
             read = 0
     weights.store.release()
+    trim_memory()
     empty = [
         name for name, value in chain(module.named_parameters(), module.named_buffers())
         if value.is_meta and name not in left
@@ -222,6 +227,17 @@ def _check(module: nn.Module, weights: Weights) -> None:
             f"{weights.place} doesn't fit its config.json: tensors {'; '.join(problems)}; "
             "the two must come from the same model"
         )
+
+def trim_memory() -> None:
+    """Give freed memory back to the system.
+
+    Before glibc 2.38 aligned allocations rarely fit in the holes that others left, so loading and
+    quantising layers of a few megabytes could leave several times the weights in holes.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
 
 def save_module(
     state: dict[str, torch.Tensor], config: Any, folder: Path, dtype: torch.dtype
