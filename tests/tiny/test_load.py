@@ -138,7 +138,8 @@ module = load_module(make, Path(sys.argv[1]), dtype, "cpu", quantize=quantize)
 total = 0.0
 for value in module.parameters():  # mapped pages count once they are used
     total += float(getattr(value, "qdata", value).view(-1)[::512].sum())
-print(json.dumps({"peak": status("VmHWM") - before, "after": status("VmRSS") - before}))
+after = status("VmRSS") - before
+print(json.dumps({"after": after, "peak": status("VmHWM") - before}))
 """
 
 
