@@ -6,8 +6,9 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 
 OPTIONS = {
-    "image": "image", "last_image": "last-image", "frame": "frames", "prefix": "extend",
-    "mask": "mask", "strength": "video", "reference": "reference", "control": "control",
+    "image": "image", "first_frame_model": "image", "last_image": "last-image", "frame": "frames",
+    "prefix": "extend", "mask": "mask", "strength": "video", "reference": "reference",
+    "control": "control",
 }
 """The task that each option of a request is."""
 
@@ -38,7 +39,7 @@ def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bo
     if both and not {"image", "last-image"} <= asked.keys():
         raise InputError(f"model {name!r} goes from one picture to another; give --image and "
                          "--last-image")
-    if "text" not in tasks and not asked and request.first_frame_model is None:
+    if "text" not in tasks and not asked:
         raise InputError(f"model {name!r} starts from what it is shown; give one of "
                          f"{', '.join(f'--{task}' for task in tasks)}")
 

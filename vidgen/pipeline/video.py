@@ -143,6 +143,8 @@ class Engine:
         request, inputs = self.read(request)
         first = self.plan(request, inputs)
         loras = read_loras(request.lora, self.folder)
+        tell(Progress("prompt", 0, 1, num_clips=request.count))
+        contexts = self.encode_prompt(first)
         clips = []
         for index in range(request.count):
             plan = replace(first, seed=first.seed + index)
@@ -151,8 +153,6 @@ class Engine:
             def on_step(info: StepInfo, told: dict[str, int] = told) -> None:
                 tell(Progress("sample", info.step, info.num_steps, **told))
 
-            tell(Progress("prompt", 0, 1, **told))
-            contexts = self.encode_prompt(plan)
             tell(Progress("prepare", 0, 1, **told))
             state = self.prepare(plan, request, inputs)
             latents = self.sample(plan, state, contexts, on_step, request.scheduler, loras)
