@@ -90,7 +90,7 @@ def test_each_expert_has_its_guidance(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("variant", "options", "message"),
     [
-        ("t2v", {"image": PICTURE}, "can't take image: it learned text, video; models that can: i2v"),
+        ("t2v", {"image": PICTURE}, "it learned text, video; models that can: i2v"),
         ("t2v", {"control": "clip.mp4"}, "models that can: vace-1.3b, vace-14b"),
         ("t2v", {"guidance_low": 2.0}, "no low-noise expert"),
         ("t2v", {"size": (40, 32)}, "multiple of 16"),
