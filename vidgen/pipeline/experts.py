@@ -73,15 +73,20 @@ class Experts:
 
     def at(self, sigma: float) -> SpacetimeDiT:
         """The transformer at `sigma`: the low-noise expert below the boundary."""
-        low = self._boundary is not None and sigma < self._boundary
-        role: Role = "transformer_2" if low else "transformer"
+        role = self.role_at(sigma)
         if role != self._role:
             self.release()  # before the other one may take this one's memory
             self._module = self._parts.expert(role)
             own = self._loras.adapters.get(role, ())
-            self._attached.enter_context(attached(self._module, own))
+            device = self._parts.device
+            self._attached.enter_context(attached(self._module, own, device=device))
             self._role = role
         return self._module
+
+    def role_at(self, sigma: float) -> Role:
+        """Which of the transformers denoises at `sigma`."""
+        low = self._boundary is not None and sigma < self._boundary
+        return "transformer_2" if low else "transformer"
 
     def release(self) -> None:
         """Detach what is attached."""
@@ -90,10 +95,12 @@ class Experts:
 
 
 @contextmanager
-def experts(parts: Parts, boundary: float | None, loras: Loras) -> Iterator[Experts]:
-    """The transformers in memory as `parts` has it, adapters detached at the end."""
-    with parts.use("transformer"):
-        given = Experts(parts, boundary, loras)
+def experts(
+    parts: Parts, boundary: float | None, loras: Loras, start_sigma: float
+) -> Iterator[Experts]:
+    """The transformers from `start_sigma` on, in memory as `parts` has it, adapters detached."""
+    given = Experts(parts, boundary, loras)
+    with parts.use(given.role_at(start_sigma)):
         try:
             yield given
         finally:

@@ -112,7 +112,8 @@ class Engine:
         self.tokenizer = PromptTokenizer(folder.tokenizer, self.dit_config.text_len)
         self.parts = Parts(folder, device, DTYPES[dtype], offload, quantize)
         self.prompts = PromptEncoder(self.parts, self.tokenizer)
-        if offload == "none":  # damaged files and small memories are told now
+        self.parts.check()
+        if offload == "none":  # damaged files are told of now
             for role in folder.components:
                 with self.parts.use(role):
                     pass
@@ -258,7 +259,9 @@ class Engine:
     ) -> Tensor:
         """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler."""
         start, told = state.impose(state.latents), {"on_step": on_step, "project": state.impose}
-        with experts(self.parts, self.folder.defaults.boundary, loras) as given:
+        sigmas = self.sigmas(plan, scheduler)
+        boundary = self.folder.defaults.boundary
+        with experts(self.parts, boundary, loras, float(sigmas[0])) as given:
             denoise = self._denoiser(plan, state, contexts[0], given)
             if len(contexts) > 1:
                 other = self._denoiser(plan, state, contexts[1], given)
@@ -268,7 +271,7 @@ class Engine:
                     denoise, start, scheduler, plan.num_steps, strength=plan.strength, **told
                 )
             else:
-                latents = SAMPLERS[plan.sampler](denoise, start, self.sigmas(plan), **told)
+                latents = SAMPLERS[plan.sampler](denoise, start, sigmas, **told)
         return latents[:, :, state.num_references :]
 
     def decode(self, plan: Plan, latents: Tensor, recipe: dict[str, Any]) -> Clip:
