@@ -78,8 +78,7 @@ class Experts:
             self.release()  # before the other one may take this one's memory
             self._module = self._parts.expert(role)
             own = self._loras.adapters.get(role, ())
-            device = self._parts.device
-            self._attached.enter_context(attached(self._module, own, device=device))
+            self._attached.enter_context(attached(self._module, own))
             self._role = role
         return self._module
 
