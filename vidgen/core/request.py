@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     Picture: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any]
 
 MAX_PROMPT = 20_000
-_WHOLE = {"seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000)}
+_WHOLE = {
+    "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
+    "retry": (0, 100),
+}
 _NUMBER = {
     "guidance": (0, 100), "guidance_low": (0, 100), "guidance_rescale": (0, 1), "strength": (0, 1),
     "control_scale": (0, 10),
@@ -30,7 +33,7 @@ _NUMBER = {
 _ABOVE_ZERO = {"seconds": 3600, "fps": 240, "shift": 100}
 _CHOICE = {
     "fit": ("crop", "pad"), "dtype": ("fp32", "bf16", "fp16"),
-    "offload": ("none", "stage", "block"), "quantize": ("int8",),
+    "offload": ("none", "stage", "block"), "quantize": ("int8",), "label": ("none", "visible"),
 }
 _NEEDS = {
     "strength": ("video",), "mask": ("video", "image"),
@@ -71,6 +74,9 @@ class Request:
         control_scale: how strongly conditions act in such a model, 1 as trained.
         first_frame_model: folder of a text-to-image model that draws the first frame.
         lora: adapters for this request alone, each PATH[:WEIGHT][@high|@low]; see docs/lora.md.
+        strict: refuse a clip that its checks find faulty.
+        retry: how many further seeds to try while the checks find faults.
+        label: "visible" burns a label into the first 2 seconds; "none" only marks the file.
         count: how many clips, of seeds S, S + 1, ...
         model: name or folder of the model; None is the engine's own.
         dtype: "fp32", "bf16" or "fp16"; None is the machine's best.
@@ -110,6 +116,9 @@ class Request:
     control_scale: float | None = None
     first_frame_model: str | None = None
     lora: tuple[str, ...] = ()
+    strict: bool = False
+    retry: int = 0
+    label: str = "none"
     count: int = 1
     model: str | None = None
     dtype: str | None = None
