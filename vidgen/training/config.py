@@ -18,6 +18,7 @@ class Phase:
         batch_size: samples a micro-batch, on each rank.
         accumulate: micro-batches a step.
         warmup_steps: the rate rises anew over so many steps, where the data change much.
+        lr_scale: factor of the rates in this phase.
     """
 
     steps: int
@@ -25,6 +26,7 @@ class Phase:
     batch_size: int
     accumulate: int = 1
     warmup_steps: int = 0
+    lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "num_frames", "batch_size", "accumulate"):
@@ -100,8 +102,8 @@ class RunConfig:
             step -= phase.steps
         return len(self.phases) - 1, self.phases[-1]
 
-    def warmup_at(self, step: int) -> float:
-        """Share of the rate that the phase's own warm-up allows at `step`."""
+    def phase_rate(self, step: int) -> float:
+        """Factor of the rates at `step` that its phase asks for."""
         index, phase = self.phase_at(step)
         inside = step - sum(earlier.steps for earlier in self.phases[:index])
-        return min(1.0, (inside + 1) / max(1, phase.warmup_steps))
+        return phase.lr_scale * min(1.0, (inside + 1) / max(1, phase.warmup_steps))

@@ -152,7 +152,7 @@ class _Loop:
     def _step(self, phase: Phase, step: int) -> dict[str, float]:
         for module in self.task.modules.values():
             module.train()
-        scale = lr_scale(self.run.optim, step) * self.run.warmup_at(step)
+        scale = lr_scale(self.run.optim, step) * self.run.phase_rate(step)
         set_lr(self.optimizers, scale)
         values: dict[str, torch.Tensor] = {}
         for micro in range(phase.accumulate):
