@@ -225,3 +225,9 @@ def test_a_bad_run_file_names_the_key(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert b"height" in log
     assert b"Traceback" not in log
+
+
+def test_a_phase_has_its_own_rate_and_warm_up() -> None:
+    phases = (Phase(2, 1, 1), Phase(10, 5, 1, warmup_steps=4, lr_scale=0.5))
+    run = RunConfig(folder="unused", phases=phases)
+    assert [run.phase_rate(step) for step in range(7)] == [1, 1, 0.125, 0.25, 0.375, 0.5, 0.5]
