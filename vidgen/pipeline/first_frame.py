@@ -18,7 +18,8 @@ from vidgen.media.encode import Frames
 from vidgen.media.read import fit
 from vidgen.pipeline.foreign import ForeignEngine
 from vidgen.pipeline.foreign_plan import Abilities
-from vidgen.pipeline.video import DTYPES, Progress
+from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.video import Progress
 from vidgen.weights.folder import ForeignFolder, open_model
 
 log = logging.getLogger(__name__)

@@ -11,17 +11,16 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from vidgen import __version__
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.core.runtime import fingerprint, megabytes
+from vidgen.core.runtime import megabytes
 from vidgen.media.clip import Clip
 from vidgen.media.encode import Frames, Samples
 from vidgen.media.read import fit
@@ -36,7 +35,9 @@ from vidgen.pipeline.foreign_plan import (
     settle,
 )
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
-from vidgen.pipeline.video import DTYPES, Progress, to_frames
+from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.video import Progress, to_frames
 from vidgen.weights.folder import ForeignFolder
 
 log = logging.getLogger(__name__)
@@ -202,32 +203,9 @@ class ForeignEngine:
         sound, rate = _sound(self.pipe.own, output, float(kept / plan.fps))
         info = ClipInfo(
             fps=plan.fps, size=size, num_frames=kept, sound=sound, sound_rate=rate,
-            recipe=self._recipe(plan, request, inputs), stride_t=able.strides.t,
+            recipe=make_recipe(self, plan, request, inputs), stride_t=able.strides.t,
         )
         return Clip(chunks, info, latents)
-
-    def _recipe(self, plan: ForeignPlan, request: Request, inputs: Inputs) -> dict[str, Any]:
-        """All that shapes the clip, as JSON data."""
-        import diffusers
-        import transformers
-
-        settled = asdict(plan)
-        settled["fps"] = str(plan.fps)
-        return {
-            "vidgen": __version__,
-            "model": {
-                "name": self.folder.name, "class": self.folder.class_name,
-                "sha256": self.folder.content_hash,
-            },
-            "plan": settled,
-            "scheduler": _as_json(getattr(request.scheduler, "config", {})) or None,
-            "inputs": inputs.records,
-            "custom_noise": request.latents is not None,
-            "dtype": self.dtype, "offload": self.offload,
-            "device": self.device.type,
-            "diffusers": diffusers.__version__, "transformers": transformers.__version__,
-            "machine": fingerprint(),
-        }
 
 
 def _pixels(frames: Any) -> Frames:
@@ -247,8 +225,3 @@ def _sound(pipe: Any, output: Any, seconds: float) -> tuple[Samples | None, int]
     wave = torch.as_tensor(waves)[0].float().cpu().clamp(-1, 1)
     wave = wave[None] if wave.ndim == 1 else wave
     return wave.T[: round(seconds * rate)].contiguous().numpy(), rate
-
-
-def _as_json(config: Any) -> dict[str, Any]:
-    plain = (str, int, float, bool, type(None))
-    return {name: value for name, value in dict(config).items() if isinstance(value, plain)}

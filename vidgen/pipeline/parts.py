@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 Offload = Literal["none", "stage", "block"]
 EXPERTS: tuple[Role, ...] = ("transformer", "transformer_2")
 STREAMED: tuple[Role, ...] = (*EXPERTS, "text_encoder")
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Parts:
@@ -159,7 +160,7 @@ class Parts:
         fits = self._what_fits(have + present)
         raise ModelError(
             f"{self.folder.name}'s weights need {_size_text(need)} on {self.device} "
-            f"({_DTYPES[self.dtype]}, {self.quantize or 'not quantised'}, "
+            f"({_NAMES[self.dtype]}, {self.quantize or 'not quantised'}, "
             f"offload {self.offload}), {_size_text(have)} are free; "
             + (f"what would fit: {', or '.join(fits)}" if fits
                else "nothing that is left to choose would fit: free memory or take a smaller model")
@@ -219,7 +220,7 @@ class Parts:
             need = self.needed_bytes(offload=offload, dtype=dtype, quantize=quantize)
             if need <= have:
                 words = [f"--offload {offload}"] if offload != "none" else []
-                words += [f"--dtype {_DTYPES[dtype]}"] if dtype != self.dtype else []
+                words += [f"--dtype {_NAMES[dtype]}"] if dtype != self.dtype else []
                 words += ["--quantize int8"] if quantize != "none" else []
                 found.append(f"{' '.join(words) or 'no --quantize'} ({_size_text(need)})")
         return found

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from vidgen import __version__
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise, OnStep, StepInfo
 from vidgen.core.request import Request
-from vidgen.core.runtime import choose_device, fingerprint
+from vidgen.core.runtime import choose_device
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import LatentState, denoise_inputs
 from vidgen.diffusion.flow import to_timestep
@@ -37,13 +36,13 @@ from vidgen.models.dit import DiTConfig
 from vidgen.models.image import prepare_image
 from vidgen.models.text import PromptTokenizer
 from vidgen.models.vae import VAEConfig
-from vidgen.ops.attention import used_backend
 from vidgen.pipeline.experts import NO_LORAS, Experts, Loras, experts, read_loras
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.parts import Offload, Parts
+from vidgen.pipeline.parts import DTYPES, Offload, Parts
 from vidgen.pipeline.plan import Plan, draw_seed, make_plan
 from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.pipeline.prompts import PromptEncoder
+from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
 
@@ -52,8 +51,6 @@ if TYPE_CHECKING:
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ class Engine:
             tell(Progress("prepare", 0, 1, **told))
             state = self.prepare(plan, request, inputs)
             latents = self.sample(plan, state, contexts, on_step, request.scheduler, loras)
-            recipe = self.recipe(plan, request, inputs, loras)
+            recipe = make_recipe(self, plan, request, inputs, loras)
             clips.append(self.decode(plan, latents, recipe))
         return clips if request.count > 1 else clips[0]
 
@@ -311,30 +308,6 @@ class Engine:
             seen = [prepare_image(torch.from_numpy(p), encoder.config) for p in pictures[:count]]
             features = [encoder(pixels.to(self.device, _dtype_of(encoder))) for pixels in seen]
         return torch.cat(features, dim=1)
-
-    def recipe(
-        self, plan: Plan, request: Request, inputs: Inputs, loras: Loras = NO_LORAS
-    ) -> dict[str, Any]:
-        """All that shapes the clip, as JSON data."""
-        settled = asdict(plan)
-        settled["fps"] = str(plan.fps)
-        return {
-            "vidgen": __version__,
-            "model": {
-                "name": self.folder.name, "sha256": self.folder.content_hash,
-                "world_version": self.folder.world_version,
-            },
-            "plan": settled,
-            "scheduler": dict(getattr(request.scheduler, "config", {})) or None,
-            "frame_times_s": [float(seconds) for seconds, _ in request.frame],
-            "inputs": inputs.records,
-            "loras": list(loras.records),
-            "custom_noise": request.latents is not None,
-            "dtype": self.dtype, "offload": self.offload, "quantize": self.quantize,
-            "attention": used_backend("auto", self.device, DTYPES[self.dtype]),
-            "device": self.device.type,
-            "machine": fingerprint(),
-        }
 
     def _denoiser(
         self, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts
