@@ -15,7 +15,10 @@ from vidgen.media.clip import Clip
 from vidgen.media.read import probe, read_recipe
 from vidgen.media.write import SEGMENT, ClipInfo, check_format, write_clip
 
-RECIPE = {"prompt": 'a "cat" ☃\né', "seed": 7, "list": [1, 2.5, None, True]}
+RECIPE = {
+    "prompt": 'a "cat" ☃\né', "seed": 7, "list": [1, 2.5, None, True],
+    "created": "2026-01-02T03:04:05Z", "id": "urn:uuid:0",
+}
 
 
 def moving_bars(num_frames, width=64, height=48):
@@ -87,7 +90,7 @@ def test_a_name_with_a_slash_becomes_a_folder_of_pngs(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".mkv", ".png", ".jpg", ".webp", ".gif"])
 def test_a_recipe_of_three_megabytes_survives(tmp_path, suffix):
-    recipe = {"inputs": ["A" * 3_000_000], "prompt": "é"}
+    recipe = {"notes": ["A" * 3_000_000], "prompt": "é"}
     frames = moving_bars(1)
     found = read_recipe(write(tmp_path / f"x{suffix}", frames, recipe=recipe))
     assert {key: found[key] for key in recipe} == recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -12,19 +12,20 @@ from typing import Any
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from vidgen.core.runtime import atomic_path, atomic_write
+from vidgen.core.runtime import atomic_path
 from vidgen.media.encode import Frames
+from vidgen.media.provenance import gif_xmp
 
 STILL_SUFFIXES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", "/")
 RECIPE_KEY = "vidgen"
 RECIPE_FILE = "recipe.json"
-_COM = b"\xff\xfe"  # JPEG's comment marker
-_COM_MAX = 65_533
+_COM, _APP1 = b"\xff\xfe", b"\xff\xe1"  # JPEG's markers of comments and of XMP
+_SEGMENT_MAX = 65_533
 
 
 def write_stills(
     path: Path, suffix: str, fps: Fraction, num_frames: int, recipe: str | None,
-    chunks: Iterator[Frames],
+    chunks: Iterator[Frames], *, xmp: str = "", finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an animation, a picture or a folder of pictures, atomically.
 
@@ -35,24 +36,39 @@ def write_stills(
         num_frames: how many frames will come.
         recipe: text for the metadata.
         chunks: uint8 [t, H, W, 3] each.
+        xmp: packet of marks, or "" for none.
+        finish: called with a file that is whole but for its name, to sign it.
     """
     pictures = (Image.fromarray(frame) for chunk in chunks for frame in chunk)
     if suffix == "/":
         with atomic_path(path) as folder:
             folder.mkdir()
             for index, picture in enumerate(pictures):
-                picture.save(folder / f"{index:05d}.png")
+                picture.save(folder / f"{index:05d}.png", pnginfo=_png_text(None, xmp))
             if recipe is not None:
                 (folder / RECIPE_FILE).write_text(recipe)
         return
-    if suffix in (".jpg", ".jpeg"):
-        atomic_write(path, _jpeg(next(pictures), recipe or ""))
-    else:
-        atomic_write(path, _animation(pictures, suffix, fps, num_frames, recipe))
+    with atomic_path(path) as temporary:
+        if suffix in (".jpg", ".jpeg"):
+            temporary.write_bytes(_jpeg(next(pictures), recipe or "", xmp))
+        else:
+            temporary.write_bytes(_animation(pictures, suffix, fps, num_frames, recipe, xmp))
+        if finish:
+            finish(temporary)
+
+
+def _png_text(recipe: str | None, xmp: str) -> PngInfo:
+    text = PngInfo()
+    if recipe is not None:
+        text.add_itxt(RECIPE_KEY, recipe)
+    if xmp:
+        text.add_itxt("XML:com.adobe.xmp", xmp)
+    return text
 
 
 def _animation(
-    pictures: Iterator[Image.Image], suffix: str, fps: Fraction, num_frames: int, recipe: str | None
+    pictures: Iterator[Image.Image], suffix: str, fps: Fraction, num_frames: int,
+    recipe: str | None, xmp: str,
 ) -> bytes:
     options: dict[str, Any] = {}
     unit = 10 if suffix == ".gif" else 1  # milliseconds a format can count in
@@ -67,24 +83,25 @@ def _animation(
         exif = Image.Exif()
         if recipe is not None:
             exif[ExifTags.Base.ImageDescription] = recipe
-        options |= {"quality": 90, "method": 4, "exif": exif}
-    elif recipe is not None:
-        text = PngInfo()
-        text.add_itxt(RECIPE_KEY, recipe)
-        options["pnginfo"] = text
+        options |= {"quality": 90, "method": 4, "exif": exif, "xmp": xmp.encode()}
+    else:
+        options["pnginfo"] = _png_text(recipe, xmp)
     first = next(pictures)
     if num_frames > 1:
         options["append_images"] = list(pictures)  # Pillow goes through them twice
     buffer = io.BytesIO()
     kind = {".gif": "GIF", ".webp": "WEBP"}.get(suffix, "PNG")
     first.save(buffer, kind, **options)
-    return buffer.getvalue()
+    data = buffer.getvalue()
+    return data[:-1] + gif_xmp(xmp) + data[-1:] if suffix == ".gif" and xmp else data
 
 
-def _jpeg(picture: Image.Image, recipe: str) -> bytes:
+def _jpeg(picture: Image.Image, recipe: str, xmp: str) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=95, subsampling=0)
     data, text = buffer.getvalue(), recipe.encode()
-    parts = [text[i : i + _COM_MAX] for i in range(0, len(text), _COM_MAX)]
-    comments = b"".join(_COM + (len(part) + 2).to_bytes(2, "big") + part for part in parts)
-    return data[:2] + comments + data[2:]
+    parts = [(_COM, text[i : i + _SEGMENT_MAX]) for i in range(0, len(text), _SEGMENT_MAX)]
+    if xmp:
+        parts.insert(0, (_APP1, b"http://ns.adobe.com/xap/1.0/\0" + xmp.encode()))
+    heads = b"".join(mark + (len(part) + 2).to_bytes(2, "big") + part for mark, part in parts)
+    return data[:2] + heads + data[2:]

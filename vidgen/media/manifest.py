@@ -1,0 +1,339 @@
+"""Signed manifests by C2PA's specification 2.x, through the extra `c2pa`.
+
+A manifest binds the marks to every byte of the file, so it is written last; any change to the file
+shows. Whose certificate signs is a matter of the environment:
+
+    VIDGEN_C2PA_CERTIFICATE  PEM file, the signer's certificate first; "test" makes one that says so
+    VIDGEN_C2PA_KEY          PEM file of its private key (PKCS #8)
+    VIDGEN_C2PA_TIME_STAMP   address of a time-stamping authority (RFC 3161), if one is wanted
+    VIDGEN_C2PA_TRUST        PEM file of certificates whose signatures `read_marks` trusts
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import mmap
+import os
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+from vidgen.core.errors import InputError, OutputError
+from vidgen.core.runtime import atomic_path, sha256_file
+from vidgen.media.provenance import (
+    GENERATED,
+    Marks,
+    append_xmp,
+    ingredient,
+    marks_of,
+    media_type,
+    xmp,
+)
+
+log = logging.getLogger(__name__)
+
+TEST_NAME = "vidgen TEST certificate, trusted by nobody"
+_STORE = b"jumdc2pa\x00\x11\x00\x10"  # how a manifest store begins in every format
+_OFFLINE: dict[str, Any] = {
+    "verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
+    "builder": {"thumbnail": {"enabled": False}},
+}
+_MEDIA_TYPES = {
+    ".mp4": "video/mp4", ".mov": "video/quicktime", ".png": "image/png", ".apng": "image/png",
+    ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif",
+}
+_CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
+
+
+@dataclass(frozen=True)
+class Signing:
+    """Who signs.
+
+    Args:
+        certificates: PEM, the signer's first, then those it descends from.
+        key: PEM, PKCS #8.
+        algorithm: C2PA's name of the key's: "es256", "es384", "es512", "ps256" or "ed25519".
+        time_stamp: address of a time-stamping authority, or None.
+    """
+
+    certificates: bytes
+    key: bytes
+    algorithm: str
+    time_stamp: str | None = None
+
+    @classmethod
+    def from_environment(cls) -> Signing | None:
+        """The signer that the environment names, or None if it names none.
+
+        Raises:
+            InputError: a file that is missing or no PEM, a key without certificate, or no extra.
+        """
+        place, key = (os.environ.get(f"VIDGEN_C2PA_{n}") for n in ("CERTIFICATE", "KEY"))
+        if not place and not key:
+            return None
+        if place == "test":
+            return test_signing()
+        if not (place and key):
+            raise InputError("one of VIDGEN_C2PA_CERTIFICATE and VIDGEN_C2PA_KEY is set without "
+                             "the other; set both, or the first to 'test'")
+        _load_c2pa()
+        secret = _read(key, "VIDGEN_C2PA_KEY")
+        return cls(
+            _read(place, "VIDGEN_C2PA_CERTIFICATE"), secret, _algorithm(secret, key),
+            os.environ.get("VIDGEN_C2PA_TIME_STAMP") or None,
+        )
+
+
+def _load_c2pa() -> ModuleType:
+    try:
+        import c2pa
+    except ImportError:
+        raise InputError("signing and verifying manifests needs the extra c2pa; install it with "
+                         "pip install 'vidgen[c2pa]'") from None
+    module: ModuleType = c2pa
+    return module
+
+
+def _read(path: str | os.PathLike[str], name: str) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{name} is {path}, which can't be read: {error.strerror}") from None
+    if b"-----BEGIN" not in data:
+        raise InputError(f"{name} is {path}, which is no PEM file")
+    return data
+
+
+def _algorithm(key: bytes, path: str) -> str:
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        private = load_pem_private_key(key, None)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"VIDGEN_C2PA_KEY is {path}, no open PKCS #8 key: {error}") from None
+    if isinstance(private, ec.EllipticCurvePrivateKey) and private.curve.name in _CURVES:
+        return _CURVES[private.curve.name]
+    if isinstance(private, rsa.RSAPrivateKey):
+        return "ps256"
+    if isinstance(private, ed25519.Ed25519PrivateKey):
+        return "ed25519"
+    raise InputError(f"VIDGEN_C2PA_KEY is {path}, a key of a kind that C2PA doesn't know; make one "
+                     "on the curve P-256")
+
+
+def test_signing() -> Signing:
+    """A signer for tests: a fresh key under `TEST_NAME`, below a root of its own.
+
+    Raises:
+        InputError: the extra isn't installed.
+    """
+    _load_c2pa()
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    root_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    start = datetime.now(UTC) - timedelta(minutes=5)
+    usages = dict.fromkeys((
+        "digital_signature", "content_commitment", "key_encipherment", "data_encipherment",
+        "key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"), False)
+
+    def certificate(name: str, public: Any, *, is_root: bool) -> x509.Certificate:
+        subject, issuer = (
+            x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "vidgen tests"),
+                       x509.NameAttribute(NameOID.COMMON_NAME, common)])
+            for common in (name, f"{TEST_NAME}: root")
+        )
+        usage = {"key_cert_sign": True} if is_root else {"digital_signature": True}
+        issued_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(root_key.public_key())
+        purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION])  # as C2PA asks
+        built = (
+            x509.CertificateBuilder(issuer, subject, public, x509.random_serial_number())
+            .not_valid_before(start)
+            .not_valid_after(start + timedelta(days=365))
+            .add_extension(x509.BasicConstraints(ca=is_root, path_length=None), critical=True)
+            .add_extension(x509.KeyUsage(**(usages | usage)), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+            .add_extension(issued_by, critical=False)
+        )
+        built = built if is_root else built.add_extension(purpose, critical=False)
+        return built.sign(root_key, hashes.SHA256())
+
+    chain = [
+        certificate(TEST_NAME, key.public_key(), is_root=False),
+        certificate(f"{TEST_NAME}: root", root_key.public_key(), is_root=True),
+    ]
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return Signing(b"".join(c.public_bytes(pem) for c in chain), secret, "es256")
+
+
+def seal(path: Path, suffix: str, recipe: dict[str, Any], signing: Signing | None) -> None:
+    """Finish a file that is written but for its name: XMP where a muxer has none, the signature.
+
+    Args:
+        path: the file, of any name; only added to, but where it is signed.
+        suffix: its format.
+        recipe: stamped; the inputs it tells of become ingredients, with their own manifests.
+        signing: who signs, or None.
+
+    Raises:
+        OutputError: the certificate isn't fit for it, or the authority of time didn't answer.
+    """
+    if suffix in (".mp4", ".mov"):
+        append_xmp(path, xmp(marks_of(recipe)))
+    if signing is None:
+        return
+    if suffix in _MEDIA_TYPES:
+        _sign(path, _MEDIA_TYPES[suffix], recipe, signing)
+    else:
+        log.warning("%s can't carry a signed manifest and stays unsigned; .mp4 can", suffix)
+
+
+def _sign(path: Path, kind: str, recipe: dict[str, Any], signing: Signing) -> None:
+    c2pa = _load_c2pa()
+    marks = marks_of(recipe)
+    program, _, version = (marks.generator or "").partition(" ")
+    agent = {"name": program, "version": version}
+    definition = {"claim_generator_info": [agent], "title": marks.id}
+    time_stamp = signing.time_stamp.encode() if signing.time_stamp else None
+    try:
+        info = c2pa.C2paSignerInfo(
+            signing.algorithm.encode(), signing.certificates, signing.key, time_stamp
+        )
+        with (
+            atomic_path(path) as signed,
+            c2pa.Context(c2pa.Settings.from_dict(_OFFLINE)) as context,
+            c2pa.Signer.from_info(info) as signer,
+            c2pa.Builder(definition, context=context) as builder,
+        ):
+            builder.add_action({
+                "action": "c2pa.created", "digitalSourceType": GENERATED, "softwareAgent": agent,
+                "when": marks.time, "description": f"generated by the model {marks.model}",
+                "parameters": {"ingredientIds": _add_ingredients(c2pa, builder, recipe)},
+            })
+            with path.open("rb") as source, signed.open("w+b") as target:
+                builder.sign(signer, kind, source, target)
+    except c2pa.C2paError as error:
+        raise OutputError(f"the output can't be signed: {error}; look at what "
+                          "VIDGEN_C2PA_CERTIFICATE and VIDGEN_C2PA_KEY name") from error
+
+
+def _add_ingredients(c2pa: ModuleType, builder: Any, recipe: dict[str, Any]) -> list[str]:
+    """Keep each input that is still at hand as an ingredient; return their names."""
+    names: list[str] = []
+    for record in recipe.get("inputs", ()):
+        content = _content(record)
+        if content is None:
+            continue
+        kind, file = content
+        part = ingredient(record)
+        name, title = part["id"], part["title"]
+        try:
+            with file:
+                facts = {"title": title, "relationship": "inputTo", "instance_id": name}
+                if name not in names:  # one picture may be given twice
+                    builder.add_ingredient(facts, kind, file)
+                    names.append(name)
+        except c2pa.C2paError as error:
+            log.warning("%s can't be kept as an ingredient: %s", title, error)
+    return names
+
+
+def _content(record: dict[str, Any]) -> tuple[str, BinaryIO] | None:
+    """Media type and bytes of an input file, if they are still what they were."""
+    if "path" not in record:  # pixels handed over in memory
+        return None
+    file: BinaryIO
+    if "content" in record:
+        file = io.BytesIO(base64.b64decode(record["content"]))
+    elif Path(record["path"]).is_file() and sha256_file(record["path"]) == record["sha256"]:
+        file = Path(record["path"]).open("rb")  # noqa: SIM115 - closed by who reads it
+    else:
+        return None
+    kind = media_type(file.read(16))
+    file.seek(0)
+    return (kind, file) if kind and kind in _MEDIA_TYPES.values() else None
+
+
+def verify(
+    path: Path, kind: str | None, marks: Marks, trust: str | os.PathLike[str] | None = None
+) -> Marks:
+    """Add to a file's marks what its manifest says and whether it holds; see `read_marks`."""
+    if kind not in _MEDIA_TYPES.values() or not _has_store(path):
+        return marks
+    try:
+        c2pa = _load_c2pa()
+    except InputError:
+        return replace(marks, c2pa="unverified")
+    anchors = trust or os.environ.get("VIDGEN_C2PA_TRUST")
+    settings = dict(_OFFLINE)
+    if anchors:
+        settings["trust"] = {"trust_anchors": _read(anchors, "VIDGEN_C2PA_TRUST").decode()}
+    try:
+        with (
+            path.open("rb") as file,
+            c2pa.Context(c2pa.Settings.from_dict(settings)) as context,
+            c2pa.Reader(kind, file, context=context) as reader,
+        ):
+            manifest, results = reader.get_active_manifest(), reader.get_validation_results()
+    except c2pa.C2paError as error:
+        return replace(marks, c2pa="tampered", problems=(str(error),))
+    manifest = manifest or {}
+    state, problems = _judge(results)
+    told = {part.get("id"): part for part in marks.ingredients}
+    ingredients = [_signed_ingredient(entry, told) for entry in manifest.get("ingredients", ())]
+    signature = manifest.get("signature_info") or {}
+    return replace(
+        _filled(marks, manifest), c2pa=state, problems=problems,
+        signer=signature.get("common_name") or signature.get("issuer"),
+        ingredients=tuple(ingredients) or marks.ingredients,
+    )
+
+
+def _has_store(path: Path) -> bool:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(_STORE) >= 0
+
+
+def _judge(results: dict[str, Any] | None) -> tuple[str, tuple[str, ...]]:
+    """State and codes: what is wrong with the credential alone leaves the content as signed."""
+    active = (results or {}).get("activeManifest") or {}
+    codes = tuple(dict.fromkeys(failure["code"] for failure in active.get("failure", ())))
+    if any(not code.startswith("signingCredential.") for code in codes):
+        return "tampered", codes
+    done = {success["code"] for success in active.get("success", ())}
+    if "claimSignature.validated" not in done:
+        return "tampered", (*codes, "claimSignature.missing")
+    return ("untrusted", codes) if codes else ("valid", codes)
+
+
+def _signed_ingredient(entry: dict[str, Any], told: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    """A manifest's ingredient, with what the marks tell of it."""
+    name = entry.get("instance_id")
+    found = {"title": entry.get("title", "unnamed"), "id": name, **told.get(name, {})}
+    if "active_manifest" in entry:
+        found["c2pa"] = _judge(entry.get("validation_results"))[0]
+    return {key: value for key, value in found.items() if value}
+
+
+def _filled(marks: Marks, manifest: dict[str, Any]) -> Marks:
+    """What the marks leave open, out of the manifest's actions: files of others often have both."""
+    generator = (manifest.get("claim_generator_info") or [{}])[0]
+    words = filter(None, (generator.get("name"), generator.get("version")))
+    known: dict[str, Any] = {"generator": " ".join(words)}
+    for assertion in manifest.get("assertions", ()):
+        if assertion.get("label", "").startswith("c2pa.actions"):
+            for action in assertion["data"].get("actions", ()):
+                known.setdefault("digital_source_type", action.get("digitalSourceType"))
+                known.setdefault("time", action.get("when"))
+    known["time"] = known.get("time") or (manifest.get("signature_info") or {}).get("time")
+    return replace(marks, **{k: v for k, v in known.items() if v and not getattr(marks, k)})

@@ -1,0 +1,324 @@
+"""Marks that say what made a file: written by default, read from any file.
+
+They are an XMP packet (PNG, JPEG, WebP, GIF, MP4, MOV) and plain tags (MP4, MOV, WebM, MKV). The
+signed manifest beside them is `manifest`'s.
+
+Sources: IPTC NewsCodes digitalsourcetype; IPTC Photo Metadata 2025.1 (AISystemUsed); XMP
+specification part 3 (places in files); GB 45438-2025 and TC260-PG-20258A (the AIGC field).
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import uuid
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+import av
+from PIL import Image
+
+from vidgen import __version__
+from vidgen.core.errors import InputError
+
+GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+XMP_BOX = uuid.UUID("be7acfcb-97a9-42e8-9c71-999491e3afac").bytes
+_MAX_PACKET = 4_000_000
+_NAMESPACES = {
+    "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
+    "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
+    "xmp": "http://ns.adobe.com/xap/1.0/",
+    "xmpMM": "http://ns.adobe.com/xap/1.0/mm/",
+    "stRef": "http://ns.adobe.com/xap/1.0/sType/ResourceRef#",
+    "TC260": "http://www.tc260.org.cn/ns/AIGC/1.0/",
+}
+_PROPERTIES = {  # of Marks, in XMP and in a film container's tags
+    "digital_source_type": ("Iptc4xmpExt:DigitalSourceType", "digital_source_type"),
+    "generator": ("xmp:CreatorTool", "generator"),
+    "model": ("Iptc4xmpExt:AISystemUsed", "ai_system"),
+    "time": ("xmp:CreateDate", "creation_time"),
+    "id": ("xmpMM:DocumentID", "content_id"),
+    "aigc": ("TC260:AIGC", "AIGC"),
+}
+_REFERENCE = {  # of an ingredient, in XMP
+    "title": "stRef:filePath", "id": "stRef:documentID",
+    "digital_source_type": "Iptc4xmpExt:DigitalSourceType",
+}
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a file says of its origin; None where it says nothing.
+
+    Attributes:
+        digital_source_type: IPTC's URI; `GENERATED` for what a model made.
+        generator: program and version.
+        model: name of the model.
+        time: when it was made, ISO 8601 in UTC.
+        id: unique, a URN.
+        aigc: fields of the Chinese labelling rule, by their names there.
+        c2pa: the signed manifest is "absent", "valid", "untrusted" (whole, but its signer isn't on
+            the list of trusted ones), "tampered", or "unverified" for want of the extra.
+        signer: name on the certificate.
+        problems: codes of what the manifest's check found.
+        ingredients: what went in: title, and id, digital_source_type and c2pa where known.
+    """
+
+    digital_source_type: str | None = None
+    generator: str | None = None
+    model: str | None = None
+    time: str | None = None
+    id: str | None = None
+    aigc: dict[str, Any] | None = None
+    c2pa: str = "absent"
+    signer: str | None = None
+    problems: tuple[str, ...] = ()
+    ingredients: tuple[dict[str, Any], ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """What is known, as JSON data; empty for a file without marks."""
+        known = {name: value for name, value in asdict(self).items() if value}
+        return {} if known == {"c2pa": "absent"} else known
+
+
+def stamped(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with `created`, the time in UTC, and `id`; one that has them stays as it is.
+
+    With SOURCE_DATE_EPOCH in the environment (reproducible-builds.org) the time is that, and the id
+    follows from the recipe, so that the same request gives the same file, bit for bit.
+    """
+    if "created" in recipe and "id" in recipe:
+        return recipe
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is None:
+        moment, name = datetime.now(UTC), uuid.uuid4()
+    else:
+        try:
+            moment = datetime.fromtimestamp(int(epoch), UTC)
+        except (ValueError, OverflowError, OSError):
+            raise InputError(f"SOURCE_DATE_EPOCH is {epoch!r}; give whole seconds since 1970, or "
+                             "unset it") from None
+        text = json.dumps(recipe, sort_keys=True) + epoch
+        name = uuid.uuid5(uuid.NAMESPACE_URL, text)
+    time = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"created": time, "id": name.urn, **recipe}
+
+
+def marks_of(recipe: dict[str, Any]) -> Marks:
+    """The marks of a file that a stamped recipe made; `aigc` in it names the content's producer."""
+    producer, name = recipe.get("aigc"), recipe["id"]
+    aigc = {"Label": "1", "ContentProducer": producer, "ProduceID": name, "ReservedCode1": "",
+            "ContentPropagator": "", "PropagateID": "", "ReservedCode2": ""}
+    return Marks(
+        digital_source_type=GENERATED,
+        generator=f"vidgen {recipe.get('vidgen', __version__)}",
+        model=(recipe.get("model") or {}).get("name"),
+        time=recipe["created"],
+        id=name,
+        aigc=aigc if producer else None,
+        ingredients=tuple(ingredient(record) for record in recipe.get("inputs", ())),
+    )
+
+
+def ingredient(record: dict[str, Any]) -> dict[str, Any]:
+    """An input as a recipe tells of it, in the words of `Marks.ingredients`."""
+    marks = record.get("marks", {})
+    title = Path(record["path"]).name if "path" in record else record["option"]
+    kept = {key: marks[key] for key in ("digital_source_type", "c2pa") if key in marks}
+    return {"title": title, "id": marks.get("id", f"sha256:{record['sha256']}"), **kept}
+
+
+def _texts(marks: Marks) -> dict[str, str]:
+    given = {name: value for name in _PROPERTIES if (value := getattr(marks, name))}
+    return {n: json.dumps(v) if isinstance(v, dict) else v for n, v in given.items()}
+
+
+def tags(marks: Marks) -> dict[str, str]:
+    """Marks as a film container's tags."""
+    return {_PROPERTIES[name][1]: text for name, text in _texts(marks).items()}
+
+
+def xmp(marks: Marks) -> str:
+    """Marks as an XMP packet."""
+    lines = [_element(_PROPERTIES[name][0], text) for name, text in _texts(marks).items()]
+    items = []
+    for part in marks.ingredients:
+        fields = "".join(_element(_REFERENCE[key], part[key]) for key in _REFERENCE if key in part)
+        items.append(f'<rdf:li rdf:parseType="Resource">{fields}</rdf:li>')
+    if items:
+        bag = "".join(items)
+        lines.append(f"<xmpMM:Ingredients><rdf:Bag>{bag}</rdf:Bag></xmpMM:Ingredients>")
+    spaces = " ".join(f'xmlns:{prefix}="{uri}"' for prefix, uri in _NAMESPACES.items())
+    body = "\n".join(lines)
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
+        f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF {spaces}><rdf:Description rdf:about="">\n'
+        f'{body}\n</rdf:Description></rdf:RDF></x:xmpmeta>\n<?xpacket end="r"?>'
+    )
+
+
+def _element(name: str, text: str) -> str:
+    printable = re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "?", text)
+    return f"<{name}>{escape(printable)}</{name}>"
+
+
+def append_xmp(path: Path, packet: str) -> None:
+    """Put a packet at the end of an MP4 or MOV file, as a box that moves no other."""
+    data = XMP_BOX + packet.encode()
+    with path.open("ab") as file:
+        file.write((8 + len(data)).to_bytes(4, "big") + b"uuid" + data)
+
+
+def gif_xmp(packet: str) -> bytes:
+    """A packet as GIF's application extension; the tail leads a reader of blocks to the end."""
+    tail = bytes([1, *range(255, -1, -1), 0])
+    return b"!\xff\x0bXMP DataXMP" + packet.encode() + tail
+
+
+def media_type(head: bytes) -> str | None:
+    """A file's media type by its first 16 bytes, of those that carry marks; else None."""
+    if head[4:8] == b"ftyp":
+        return "video/quicktime" if head[8:12] == b"qt  " else "video/mp4"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "image/webp"
+    kinds = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif",
+             b"\x1a\x45\xdf\xa3": "video/x-matroska"}
+    return next((kind for magic, kind in kinds.items() if head.startswith(magic)), None)
+
+
+def read_marks(path: str | os.PathLike[str], trust: str | os.PathLike[str] | None = None) -> Marks:
+    """Read a file's marks, ours and others', and verify its signed manifest.
+
+    Args:
+        path: any file; in a folder of pictures, the first one's marks.
+        trust: PEM file of the certificates whose signatures are trusted; None takes the one that
+            VIDGEN_C2PA_TRUST names.
+
+    Raises:
+        InputError: missing, not to be read, or a bad file of certificates.
+    """
+    from vidgen.media.manifest import verify
+
+    found = Path(path)
+    try:
+        if found.is_dir():
+            first = min(found.glob("*.png"), default=None)
+            return Marks() if first is None else read_marks(first, trust)
+        with found.open("rb") as file:
+            kind = media_type(file.read(16))
+    except OSError as error:
+        raise InputError(f"file {path} can't be read: {error.strerror}") from None
+    texts: dict[str, Any] = {}
+    if kind is not None and kind.startswith("video/"):
+        texts = _read_tags(found)
+    packet = b"" if kind is None else _read_packet(found, kind)
+    texts |= _parse(packet)
+    marks = replace(Marks(), **texts)
+    return verify(found, kind, marks, trust)
+
+
+def _read_tags(path: Path) -> dict[str, Any]:
+    try:
+        with av.open(str(path)) as container:
+            given = {key.lower(): value for key, value in container.metadata.items()}
+    except (av.FFmpegError, UnicodeDecodeError):
+        return {}
+    found = {name: given.get(tag.lower()) for name, (_, tag) in _PROPERTIES.items()}
+    return _typed({name: text for name, text in found.items() if text})
+
+
+def _typed(texts: dict[str, str]) -> dict[str, Any]:
+    """The AIGC field as JSON data, a broken one as none; the time without empty fractions."""
+    found: dict[str, Any] = dict(texts)
+    if "time" in found:
+        found["time"] = re.sub(r"\.0+Z$", "Z", found["time"])
+    if "aigc" in found:
+        try:
+            fields = json.loads(found.pop("aigc"))
+        except (ValueError, RecursionError):
+            fields = None
+        if isinstance(fields, dict):
+            found["aigc"] = fields
+    return found
+
+
+def _read_packet(path: Path, kind: str) -> bytes:
+    if kind in ("video/mp4", "video/quicktime"):
+        return _box_packet(path)
+    if kind == "image/gif":
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            start = data.find(b"!\xff\x0bXMP DataXMP") + 14
+            end = data.find(bytes([1, *range(255, -1, -1), 0]), start)
+            return data[start:end] if start > 13 and end >= 0 else b""
+    if kind == "video/x-matroska":
+        return b""
+    try:
+        with Image.open(path) as image:
+            packet = image.info.get("xmp", b"")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return b""
+    return packet.encode() if isinstance(packet, str) else packet
+
+
+def _box_packet(path: Path) -> bytes:
+    """The XMP packet among an MP4 file's top-level boxes."""
+    place, end = 0, path.stat().st_size
+    with path.open("rb") as file:
+        while place + 8 <= end:
+            file.seek(place)
+            head = file.read(32)
+            size, start = int.from_bytes(head[:4], "big"), place + 24
+            if size == 1:
+                size = int.from_bytes(head[8:16], "big")
+            if head[4:8] == b"uuid" and head[8:24] == XMP_BOX:
+                file.seek(start)
+                return file.read(min(size - 24 if size else end, _MAX_PACKET))
+            if size < 8:  # 0: up to the file's end
+                break
+            place += size
+    return b""
+
+
+def _parse(packet: bytes) -> dict[str, Any]:
+    """Fields of `Marks` in an XMP packet; a damaged one tells nothing."""
+    start, end = packet.find(b"<x:xmpmeta"), packet.rfind(b"</x:xmpmeta>")
+    packet = packet[max(start, 0) : end + 12 if end >= 0 else len(packet)]
+    if not packet or len(packet) > _MAX_PACKET or b"<!" in packet:  # no entities from strangers
+        return {}
+    try:
+        root = ElementTree.fromstring(packet)
+    except (ElementTree.ParseError, ValueError):
+        return {}
+    descriptions = root.findall(".//rdf:RDF/rdf:Description", _NAMESPACES)
+    texts = {}
+    for name, (qualified, _) in _PROPERTIES.items():
+        text = next(filter(None, (_property(d, qualified) for d in descriptions)), None)
+        if text:
+            texts[name] = text
+    found = _typed(texts)
+    ingredients = []
+    for item in root.iterfind(".//xmpMM:Ingredients/rdf:Bag/rdf:li", _NAMESPACES):
+        nested = item.find("rdf:Description", _NAMESPACES)
+        item = item if nested is None else nested  # noqa: PLW2901 - the two ways RDF writes it
+        fields = {key: _property(item, name) for key, name in _REFERENCE.items()}
+        ingredients.append({key: value for key, value in fields.items() if value})
+    return found | ({"ingredients": tuple(ingredients)} if ingredients else {})
+
+
+def _property(node: ElementTree.Element, qualified: str) -> str | None:
+    """A property's text, written as attribute, element, resource or first item of a list."""
+    prefix, _, local = qualified.partition(":")
+    name, rdf = f"{{{_NAMESPACES[prefix]}}}{local}", f"{{{_NAMESPACES['rdf']}}}"
+    if name in node.attrib:
+        return node.attrib[name]
+    child = node.find(name)
+    if child is None:
+        return None
+    item = child.find(f".//{rdf}li")
+    return child.get(f"{rdf}resource") or (child if item is None else item).text
