@@ -1,0 +1,110 @@
+"""A label burnt into frames, for people to see: white on a dark plate, on any background.
+
+GB 45438-2025 wants it on the opening of a clip for 2 seconds at least, in letters of 5% of the
+short side at least; the font is the one that comes with Pillow.
+
+Axes: t frames, H W rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vidgen.media.encode import Frames
+
+TEXTS = ("AI generated", "AI")
+"""The label, and what stands for it where the picture is too narrow."""
+SECONDS = 2
+_SHARE = 0.055  # of the short side, a little over 5% for what rounding takes
+_LEAST = 8  # pixels; smaller capitals can't be read
+_DARK, _LIGHT = 16.0, 255.0
+_COVER = 0.8  # how much of the background the plate hides: over 9:1 is left even on white
+
+
+def labelled(
+    chunks: Iterable[Frames], size: tuple[int, int], fps: Fraction, *, start: int = 0,
+    texts: tuple[str, ...] = TEXTS,
+) -> Iterator[Frames]:
+    """Burn a label into the first 2 seconds of frames.
+
+    Args:
+        chunks: uint8 [t, H, W, 3] each; the frames given stay as they are.
+        size: (width, height).
+        fps: exact frame rate.
+        start: number of the first frame that comes.
+        texts: the label, then shorter ones for narrow pictures.
+
+    Yields:
+        The same chunks, those behind the label's end untouched.
+    """
+    end = math.ceil(SECONDS * fps)
+    patch = _draw(size, texts) if start < end else None
+    for chunk in chunks:
+        count = min(max(end - start, 0), len(chunk))
+        start += len(chunk)
+        if count and patch is not None:
+            frames = np.array(chunk)
+            _blend(frames[:count], patch, size)
+            yield frames
+        else:
+            yield chunk
+
+
+def letter_height(size: tuple[int, int]) -> int:
+    """Pixels that capitals of a label have at least in a picture of (width, height)."""
+    return max(math.ceil(_SHARE * min(size)), _LEAST)
+
+
+def _blend(frames: Frames, patch: tuple[np.ndarray, np.ndarray], size: tuple[int, int]) -> None:
+    """Lay a patch over the lower right corner, in place."""
+    cover, light = patch
+    height, width = cover.shape
+    margin = min(size) // 40
+    top, left = size[1] - height - margin, size[0] - width - margin
+    place = frames[:, max(top, 0) : top + height, max(left, 0) : left + width]
+    mixed = place * (1 - cover[..., None]) + light[..., None]
+    place[:] = mixed.round().astype(np.uint8)
+
+
+def _draw(size: tuple[int, int], texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Float [h, w] each: how much a plate with the text covers, and the light it adds."""
+    font = _font(letter_height(size))
+    fitting = [text for text in texts if _plate(font, text)[0] <= size[0]]
+    text = fitting[0] if fitting else texts[-1]
+    width, height = _plate(font, text)
+    image = Image.new("L", (width, height))
+    left, top, right, bottom = font.getbbox(text)
+    place = ((width - right - left) / 2, (height - bottom - top) / 2)
+    ImageDraw.Draw(image).text(place, text, fill=255, font=font)
+    ink = np.asarray(image, np.float64) / 255
+    cover = ink + (1 - ink) * _COVER
+    light = ink * _LIGHT + (1 - ink) * _COVER * _DARK
+    corner = (slice(None, size[1]), slice(None, size[0]))
+    return cover[corner], light[corner]
+
+
+def _plate(font: ImageFont.FreeTypeFont, text: str) -> tuple[int, int]:
+    """(width, height) of a text with half a capital's height around it."""
+    left, top, right, bottom = font.getbbox(text)
+    border = _capital(font) // 2 * 2
+    return math.ceil(right - left) + border, math.ceil(bottom - top) + border
+
+
+def _capital(font: ImageFont.FreeTypeFont) -> int:
+    _, top, _, bottom = font.getbbox("A")
+    return math.floor(bottom - top)
+
+
+def _font(height: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, with capitals of a height in pixels at least."""
+    for points in range(height, 4 * height):
+        font = ImageFont.load_default(points)
+        assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+        if _capital(font) >= height:
+            return font
+    raise AssertionError("no font size has such capitals")

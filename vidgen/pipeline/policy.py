@@ -1,0 +1,105 @@
+"""What may be asked for: a hook that sees every prompt before any work is done.
+
+The engine calls it, so the command line, films and the service share it. A policy is any callable;
+`WordList` is the one for a file of words, which `VIDGEN_POLICY` names where no other is given.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+
+# Scripts that write words without spaces between them, or with particles joined to them.
+_JOINED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+
+
+class Policy(Protocol):
+    """Judges a prompt."""
+
+    def __call__(self, prompt: str, request: Request) -> str | None:
+        """The reason why a prompt is refused, or None if it is fine."""
+        ...
+
+
+class WordList:
+    """Refuses prompts that hold a word or phrase of a list.
+
+    Whole words count, whatever their case, width, ligatures and punctuation (Unicode NFKC, case
+    folded, invisible characters removed); in scripts without spaces any place counts.
+
+    Args:
+        words: words and phrases, or a UTF-8 file with one in each line, # before a comment.
+
+    Raises:
+        InputError: a file that can't be read, or no words.
+    """
+
+    def __init__(self, words: str | os.PathLike[str] | Iterable[str]) -> None:
+        name = "the policy's list of words"
+        if isinstance(words, str | os.PathLike):
+            name = f"policy {os.fspath(words)}"
+            try:
+                lines = Path(words).read_text(encoding="utf-8-sig").splitlines()
+            except OSError as error:
+                raise InputError(f"{name} can't be read: {error.strerror}") from None
+            except UnicodeDecodeError:
+                raise InputError(f"{name} is no UTF-8 text; give one word or phrase a "
+                                 "line") from None
+            words = (line.partition("#")[0] for line in lines)
+        self.words = {word: _key(word) for given in words if (word := given.strip())}
+        self.words = {word: key for word, key in self.words.items() if key.strip()}
+        if not self.words:
+            raise InputError(f"{name} holds no words; give one word or phrase a line")
+
+    def __call__(self, prompt: str, request: Request) -> str | None:  # noqa: ARG002
+        """Name the first word of the list that the prompt holds."""
+        text = _spaced(prompt)
+        found = next((word for word, key in self.words.items() if key in text), None)
+        return None if found is None else f"the word list refuses {found!r}"
+
+
+def policy_from_environment() -> Policy | None:
+    """The word list that VIDGEN_POLICY names, or None.
+
+    Raises:
+        InputError: it can't be read or is empty.
+    """
+    path = os.environ.get("VIDGEN_POLICY")
+    return WordList(path) if path else None
+
+
+def enforce(policy: Policy | None, request: Request) -> None:
+    """Refuse a request whose prompt a policy refuses; what is *not* to be seen may say anything.
+
+    Raises:
+        InputError: with the policy's reason.
+    """
+    reason = policy(request.prompt, request) if policy else None
+    if reason:
+        raise InputError(f"the prompt is refused by the policy: {reason}; ask for something else")
+
+
+def _key(word: str) -> str:
+    """A word as it is looked for: with the spaces that must surround it."""
+    text = _spaced(word)
+    if _is_joined(text[1:2]):
+        text = text[1:]
+    return text[:-1] if _is_joined(text[-2:-1]) else text
+
+
+def _is_joined(char: str) -> bool:
+    return bool(char) and unicodedata.name(char, "").startswith(_JOINED)
+
+
+def _spaced(text: str) -> str:
+    """Words with a space before and behind each."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    shown = (char for char in folded if unicodedata.category(char) != "Cf")
+    spaced = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in shown)
+    return f" {' '.join(spaced.split())} "
