@@ -209,7 +209,7 @@ def test_untagged_small_video_is_read_as_bt601(tmp_path):
         ("text.mp4", b"not a video" * 50, "can't be read"),
         ("text.txt", b"not a video\n" * 50, "can't be read"),
         ("empty.mp4", b"", "can't be read"),
-        ("half.gif", b"GIF89a", "can't be read"),
+        ("half.gif", b"GIF89a", "no picture in a known format"),
     ],
 )
 def test_what_is_no_video_is_refused(tmp_path, name, content, message):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -28,6 +28,24 @@ if TYPE_CHECKING:
 MIN_SIDE = 16
 MAX_PIXELS = 64_000_000
 PICTURE_SUFFIXES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+
+
+@contextmanager
+def _decoding(what: str, remedy: str, problem: str = "is damaged") -> Iterator[None]:
+    """Pillow and libav raise whatever damaged bytes lead them to; here it becomes one error."""
+    try:
+        yield
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{what} is no picture in a known format; give PNG, JPEG or WebP"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{what} has more than {MAX_PIXELS} pixels; scale it down") from error
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"{what} {problem}: {reason[:200]}; {remedy}") from error
 
 
 def load_image(picture: Picture) -> tuple[Frames, list[str]]:
@@ -51,19 +69,11 @@ def load_image(picture: Picture) -> tuple[Frames, list[str]]:
         _check_size("picture", (picture.shape[1], picture.shape[0]))
         return picture, []
     path = _existing_file(picture, "image")
-    try:
-        with Image.open(path) as image:
-            _check_size(f"image {path}", image.size)  # by the header, before anything is decoded
-            is_deep = any("16" in str(tile) for tile in image.tile)
-            image.load()
-            return _as_rgb(image, is_deep)
-    except UnidentifiedImageError:
-        problem = "is no picture in a known format; give PNG, JPEG or WebP"
-    except Image.DecompressionBombError:
-        problem = f"has more than {MAX_PIXELS} pixels; scale it down"
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        problem = f"is damaged: {error}; save it again"
-    raise InputError(f"image {path} {problem}")
+    with _decoding(f"image {path}", "save it again"), Image.open(path) as image:
+        _check_size(f"image {path}", image.size)  # by the header, before anything is decoded
+        is_deep = any("16" in str(tile) for tile in image.tile)
+        image.load()
+        return _as_rgb(image, is_deep)
 
 
 def _existing_file(path: str | os.PathLike[str], what: str) -> Path:
@@ -83,6 +93,11 @@ def _check_size(what: str, size: tuple[int, int]) -> None:
         raise InputError(
             f"{what} is {width}x{height}; each side must have at least {MIN_SIDE} pixels"
         )
+    _check_area(what, size)
+
+
+def _check_area(what: str, size: tuple[int, int]) -> None:
+    width, height = size
     if width * height > MAX_PIXELS:
         raise InputError(f"{what} is {width}x{height}; scale it to {MAX_PIXELS} pixels at most")
 
@@ -150,19 +165,14 @@ class VideoReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = _existing_file(path, "video")
-        self._stack = ExitStack()
-        try:
+        self._what, self._stack = f"video {self.path}", ExitStack()
+        with self._stack, _decoding(self._what, "give a video file", "can't be read"):
             self._open()
-            first = next(self._decode())
-        except StopIteration:
-            problem = "holds no frame that can be decoded"
-        except (av.FFmpegError, OSError, SyntaxError, ValueError) as error:
-            problem = f"can't be read: {error}"
-        else:
+            first = next(self._decode(), None)
+            if first is None:
+                raise ValueError("no frame in it can be decoded")
             self.size = first.shape[1], first.shape[0]
-            return
-        self._stack.close()
-        raise InputError(f"video {self.path} {problem}; give a video file")
+            self._stack = self._stack.pop_all()  # stays open
 
     def __enter__(self) -> VideoReader:
         return self
@@ -172,23 +182,28 @@ class VideoReader:
 
     def __iter__(self) -> Iterator[Frames]:
         """Frames uint8 [H, W, 3] from the first to the last."""
-        try:
-            yield from self._decode()
-        except (av.FFmpegError, OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"video {self.path} is damaged: {error}") from None
+        width, height = self.size
+        with _decoding(self._what, "save it again"):
+            for frame in self._decode():  # where the size changes midway, the first one stays
+                yield fit(frame, height, width, "pad")
 
     def _open(self) -> None:
         self._image: Image.Image | None = None
         if self.path.suffix.lower() in PICTURE_SUFFIXES:
             self._image = self._stack.enter_context(Image.open(self.path))
+            _check_area(self._what, self._image.size)
             self.fps = _animation_fps(self._image)
             return
-        self._container = self._stack.enter_context(av.open(str(self.path)))
+        self._container = self._stack.enter_context(
+            av.open(str(self.path), metadata_errors="replace")
+        )
         if not self._container.streams.video:
             raise ValueError("it has no picture")
         if self._container.format.name == "tty":  # libav would draw any text file as pictures
             raise ValueError("it is text")
         stream = self._container.streams.video[0]
+        _check_area(self._what, (stream.codec_context.width, stream.codec_context.height))
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for sizes told later
         stream.thread_type = "AUTO"
         self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
 
@@ -234,22 +249,21 @@ def read_sound(path: str | os.PathLike[str]) -> tuple[np.ndarray[Any, Any], int]
         InputError: missing, or no media file.
     """
     found = _existing_file(path, "sound")
-    try:
-        with av.open(str(found)) as container:
-            if not container.streams.audio:
-                return None
-            stream = container.streams.audio[0]
-            resampler = av.AudioResampler(format="flt")
-            parts = []
-            for frame in container.decode(stream):
-                for part in resampler.resample(frame):
-                    parts.append(part.to_ndarray().reshape(-1, len(part.layout.channels)))
-            samples = np.concatenate(parts) if parts else np.zeros((0, 1))
-            if stream.duration and stream.time_base:  # the last packet is padded to its full length
-                samples = samples[: round(stream.duration * stream.time_base * stream.rate)]
-            return samples.astype(np.float32), stream.rate
-    except av.FFmpegError as error:
-        raise InputError(f"sound {path} can't be read: {error.strerror}") from None
+    with _decoding(f"sound {path}", "save it again", "can't be read"), av.open(
+        str(found), metadata_errors="replace"
+    ) as container:
+        if not container.streams.audio:
+            return None
+        stream = container.streams.audio[0]
+        resampler = av.AudioResampler(format="flt")
+        parts = []
+        for frame in container.decode(stream):
+            for part in resampler.resample(frame):
+                parts.append(part.to_ndarray().reshape(-1, len(part.layout.channels)))
+        samples = np.concatenate(parts) if parts else np.zeros((0, 1))
+        if stream.duration and stream.time_base:  # the last packet is padded to its full length
+            samples = samples[: round(stream.duration * stream.time_base * stream.rate)]
+        return samples.astype(np.float32), stream.rate
 
 
 def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -269,15 +283,22 @@ def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
                 stream |= {"fps": str(reader.fps), "num_frames": count}
                 facts["duration_s"] = float(count / reader.fps)
         return facts | {"format": kind, "streams": [stream]}
-    try:
-        with av.open(str(found)) as container:
-            if container.duration is not None:
-                facts["duration_s"] = container.duration / av.time_base
-            tags = {k: v for k, v in container.metadata.items() if k.lower() != RECIPE_KEY}
-            streams = [_describe(stream) for stream in container.streams]
-            return facts | {"format": container.format.name, "streams": streams, "metadata": tags}
-    except av.FFmpegError as error:
-        raise InputError(f"{path} is no media file: {error.strerror}") from None
+    with _container(found) as container:
+        if container.duration is not None:
+            facts["duration_s"] = container.duration / av.time_base
+        tags = {k: v for k, v in container.metadata.items() if k.lower() != RECIPE_KEY}
+        streams = [_describe(stream) for stream in container.streams]
+        return facts | {"format": container.format.name, "streams": streams, "metadata": tags}
+
+
+@contextmanager
+def _container(path: Path) -> Iterator[av.container.InputContainer]:
+    """A media file of libav's; its texts may be anything."""
+    with (
+        _decoding(str(path), "give a video or sound file", "is no media file"),
+        av.open(str(path), metadata_errors="replace") as container,
+    ):
+        yield container
 
 
 def _describe(stream: Any) -> dict[str, Any]:
@@ -299,24 +320,21 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     if Path(path).is_dir():
         file = Path(path, RECIPE_FILE)
-        text = file.read_text() if file.is_file() else None
+        text = file.read_text("utf-8", "replace") if file.is_file() else None
     else:
         found = _existing_file(path, "file")
         text = _picture_recipe(found) or _container_recipe(found)
     try:
         recipe = None if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"the recipe in {path} is damaged: {error}") from None
     return recipe if isinstance(recipe, dict) else None
 
 
 def _container_recipe(path: Path) -> str | None:
-    try:
-        with av.open(str(path)) as container:
-            # Matroska's tags come back in capitals.
-            return {k.lower(): v for k, v in container.metadata.items()}.get(RECIPE_KEY)
-    except av.FFmpegError as error:
-        raise InputError(f"{path} is no media file: {error.strerror}") from None
+    with _container(path) as container:
+        # Matroska's tags come back in capitals.
+        return {k.lower(): v for k, v in container.metadata.items()}.get(RECIPE_KEY)
 
 
 def _picture_recipe(path: Path) -> str | None:
@@ -331,6 +349,7 @@ def _picture_recipe(path: Path) -> str | None:
                 text = b"".join(parts).decode()
             else:
                 text = image.info.get("comment", b"").decode()
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # no picture, which is no mistake here; Pillow raises anything
         return None
-    return text if text.startswith("{") else None  # other programs comment, too
+    # Other programs comment, too.
+    return text if isinstance(text, str) and text.startswith("{") else None

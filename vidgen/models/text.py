@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vidgen.core.config import build
 from vidgen.core.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 EOS, PAD = "</s>", "<pad>"
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 SPECIAL = re.compile(r"<[^<>\s]*>")
+_SIZES = ("vocab_size", "hidden_dim", "head_dim", "ffn_dim", "num_layers", "num_heads")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class TextConfig:
     eps: float = 1e-6  # layer_norm_epsilon
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ModelError(
+                    f"the text encoder's {name} is {getattr(self, name)}, not 1 or more"
+                )
         if self.num_buckets % 4 or self.max_distance <= self.num_buckets // 4:
             raise ModelError(
                 f"{self.num_buckets} position buckets up to distance {self.max_distance}: the "
@@ -69,9 +76,10 @@ class TextConfig:
                 "only UMT5 with gated-gelu is supported"
             )
         try:
-            return cls(**{ours: settings[theirs] for ours, theirs in _TRANSFORMERS_NAMES.items()})
+            fields = {ours: settings[theirs] for ours, theirs in _TRANSFORMERS_NAMES.items()}
         except KeyError as error:
             raise ModelError(f"the text encoder's config.json lacks the field {error}") from None
+        return build(cls, fields, "the text encoder's config.json")
 
     def to_transformers(self) -> dict[str, Any]:
         """The `config.json` that transformers' `UMT5EncoderModel.from_pretrained` reads."""
@@ -271,7 +279,9 @@ class PromptTokenizer:
             raise ModelError(f"{path} is missing; copy the whole model folder again")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception
+        except BaseException as error:  # the package raises bare Exception, or panics
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise ModelError(f"{path} is no tokenizer that can be read: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -279,7 +289,11 @@ class PromptTokenizer:
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self.pad_id: int = self._tokenizer.token_to_id(PAD) or 0
         words = Path(folder) / "words.txt"
-        self.words = frozenset(words.read_text("utf-8").split()) if words.is_file() else frozenset()
+        try:
+            known = words.read_text("utf-8") if words.is_file() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{words} can't be read as text: {error}; copy it again") from error
+        self.words = frozenset(known.split())
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt, the end mark included; more than `max_length` means it gets cut."""

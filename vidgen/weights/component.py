@@ -66,6 +66,7 @@ class Component:
         Raises:
             ModelError: files that don't fit the architecture; names the tensors.
         """
+        self._check_depth()
         return load_module(
             self.build, self.store, dtype, device,
             keep_fp32=getattr(CLASSES[self.role], "fp32_weights", ()), names=self.names,
@@ -76,12 +77,23 @@ class Component:
         """The module with weights that mean nothing yet."""
         return CLASSES[self.role](self.config)
 
+    def _check_depth(self) -> None:
+        """Refuse a config of more layers than there are tensors before so many are built."""
+        count = len(self.store.names)
+        for name in ("num_layers", "num_blocks"):
+            if getattr(self.config, name, 0) > count:
+                raise ModelError(
+                    f"the {self.role}'s config has {name} {getattr(self.config, name)}, but its "
+                    f"files hold {count} tensors; the two must come from the same model"
+                )
+
     def require_complete(self) -> None:
         """Refuse tensors that are missing, surplus or of another shape, without reading them.
 
         Raises:
             ModelError: names them.
         """
+        self._check_depth()
         with torch.device("meta"):
             expected = {k: tuple(v.shape) for k, v in self.build().state_dict().items()}
         given = {self.names[name]: self.store.shape(name) for name in self.store.names}

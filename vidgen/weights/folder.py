@@ -206,7 +206,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} can't be read: {error}; copy it again") from error
 
 
@@ -252,4 +252,7 @@ def config_from(config_type: type[Any], settings: Mapping[str, Any], where: str)
         raise ModelError(
             f"{where} has unknown settings {', '.join(unknown)}; was it written by a newer vidgen?"
         )
-    return build(config_type, own, where)
+    try:
+        return build(config_type, own, where)
+    except ValueError as error:  # values that don't go together
+        raise ModelError(f"{where} describes no network: {error}; copy it again") from error

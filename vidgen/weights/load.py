@@ -163,8 +163,14 @@ def load_module(
     """
     store = source if isinstance(source, TensorStore) else TensorStore(find_files(source))
     weights, device = Weights(store, dtype, keep_fp32, names), torch.device(device)
-    with torch.device("meta"), _Unfilled():
-        module = make()
+    try:
+        with torch.device("meta"), _Unfilled():
+            module = make()
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ModelError(
+            f"the config.json of {weights.place} describes no network: {reason}; copy it again"
+        ) from error
     _check(module, weights)
     if quantize and stream:
         raise InputError("int8 weights can't be streamed block by block; give one of the two")

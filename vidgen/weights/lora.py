@@ -164,7 +164,7 @@ def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
     try:
         config = source / "adapter_config.json"
         return files[0], dict(json.loads(config.read_text("utf-8"))) if config.is_file() else {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{source / 'adapter_config.json'} can't be read: {error}") from error
 
 

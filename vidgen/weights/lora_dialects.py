@@ -169,7 +169,9 @@ def config_in_header(header: Mapping[str, str], *, low_noise: bool) -> dict[str,
     """PEFT's config as diffusers stores it in a safetensors file's metadata; empty if it isn't."""
     try:
         stored = json.loads(header.get("lora_adapter_metadata", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(stored, dict):
         return {}
     prefix = "transformer_2." if low_noise else "transformer."
     return {key.removeprefix(prefix): v for key, v in stored.items() if key.startswith(prefix)}

@@ -52,9 +52,10 @@ def _shards(index: Path) -> tuple[Path, ...]:
     try:
         names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         paths = tuple(index.parent / name for name in sorted(names))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} can't be read as an index ({error}); copy it again") from error
-    missing = [path.name for path in paths if not path.is_file()]
+        missing = [path.name for path in paths if not path.is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error)[:200]
+        raise ModelError(f"{index} can't be read as an index ({reason}); copy it again") from error
     if missing:
         raise ModelError(
             f"{index.parent} lacks {len(missing)} of {len(paths)} shards: {', '.join(missing)}; "
