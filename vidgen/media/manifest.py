@@ -211,7 +211,7 @@ def _sign(path: Path, kind: str, recipe: dict[str, Any], signing: Signing) -> No
         )
         with (
             atomic_path(path) as signed,
-            c2pa.Context(c2pa.Settings.from_dict(_OFFLINE)) as context,
+            _context(c2pa, None) as context,
             c2pa.Signer.from_info(info) as signer,
             c2pa.Builder(definition, context=context) as builder,
         ):
@@ -230,7 +230,7 @@ def _sign(path: Path, kind: str, recipe: dict[str, Any], signing: Signing) -> No
 def _add_ingredients(c2pa: ModuleType, builder: Any, recipe: dict[str, Any]) -> list[str]:
     """Keep each input that is still at hand as an ingredient; return their names."""
     names: list[str] = []
-    for record in recipe.get("inputs", ()):
+    for record in recipe.get("inputs") or ():
         content = _content(record)
         if content is None:
             continue
@@ -250,7 +250,7 @@ def _add_ingredients(c2pa: ModuleType, builder: Any, recipe: dict[str, Any]) -> 
 
 def _content(record: dict[str, Any]) -> tuple[str, BinaryIO] | None:
     """Media type and bytes of an input file, if they are still what they were."""
-    if "path" not in record:  # pixels handed over in memory
+    if not {"path", "sha256"} <= set(record):  # made in memory
         return None
     file: BinaryIO
     if "content" in record:
@@ -274,14 +274,10 @@ def verify(
         c2pa = _load_c2pa()
     except InputError:
         return replace(marks, c2pa="unverified")
-    anchors = trust or os.environ.get("VIDGEN_C2PA_TRUST")
-    settings = dict(_OFFLINE)
-    if anchors:
-        settings["trust"] = {"trust_anchors": _read(anchors, "VIDGEN_C2PA_TRUST").decode()}
     try:
         with (
             path.open("rb") as file,
-            c2pa.Context(c2pa.Settings.from_dict(settings)) as context,
+            _context(c2pa, trust) as context,
             c2pa.Reader(kind, file, context=context) as reader,
         ):
             manifest, results = reader.get_active_manifest(), reader.get_validation_results()
@@ -297,6 +293,20 @@ def verify(
         signer=signature.get("common_name") or signature.get("issuer"),
         ingredients=tuple(ingredients) or marks.ingredients,
     )
+
+
+def _context(c2pa: ModuleType, trust: str | os.PathLike[str] | None) -> Any:
+    """C2PA's settings, with the certificates that are trusted."""
+    anchors = trust or os.environ.get("VIDGEN_C2PA_TRUST")
+    if not anchors:
+        return c2pa.Context(c2pa.Settings.from_dict(_OFFLINE))
+    roots = _read(anchors, "VIDGEN_C2PA_TRUST").decode("ascii", "replace")
+    try:
+        settings = _OFFLINE | {"trust": {"trust_anchors": roots}}
+        return c2pa.Context(c2pa.Settings.from_dict(settings))
+    except c2pa.C2paError as error:
+        raise InputError(f"VIDGEN_C2PA_TRUST is {anchors}, which holds no good "
+                         f"certificates: {error}") from None
 
 
 def _has_store(path: Path) -> bool:

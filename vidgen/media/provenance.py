@@ -30,6 +30,7 @@ from vidgen.core.errors import InputError
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP_BOX = uuid.UUID("be7acfcb-97a9-42e8-9c71-999491e3afac").bytes
 _MAX_PACKET = 4_000_000
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
 _NAMESPACES = {
     "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
     "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
@@ -93,7 +94,8 @@ def stamped(recipe: dict[str, Any]) -> dict[str, Any]:
     With SOURCE_DATE_EPOCH in the environment (reproducible-builds.org) the time is that, and the id
     follows from the recipe, so that the same request gives the same file, bit for bit.
     """
-    if "created" in recipe and "id" in recipe:
+    known = {name: text for name in ("created", "id") if isinstance(text := recipe.get(name), str)}
+    if len(known) == 2:
         return recipe
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch is None:
@@ -106,32 +108,34 @@ def stamped(recipe: dict[str, Any]) -> dict[str, Any]:
                              "unset it") from None
         text = json.dumps(recipe, sort_keys=True) + epoch
         name = uuid.uuid5(uuid.NAMESPACE_URL, text)
-    time = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"created": time, "id": name.urn, **recipe}
+    return recipe | {"created": moment.strftime(_TIME), "id": name.urn} | known
 
 
 def marks_of(recipe: dict[str, Any]) -> Marks:
-    """The marks of a file that a stamped recipe made; `aigc` in it names the content's producer."""
-    producer, name = recipe.get("aigc"), recipe["id"]
+    """The marks of a file that a stamped recipe made; the option `aigc` names its producer."""
+    asked, model, inputs = recipe.get("request"), recipe.get("model"), recipe.get("inputs")
+    producer, name = asked.get("aigc") if isinstance(asked, dict) else None, recipe["id"]
     aigc = {"Label": "1", "ContentProducer": producer, "ProduceID": name, "ReservedCode1": "",
             "ContentPropagator": "", "PropagateID": "", "ReservedCode2": ""}
     return Marks(
         digital_source_type=GENERATED,
         generator=f"vidgen {recipe.get('vidgen', __version__)}",
-        model=(recipe.get("model") or {}).get("name"),
+        model=str(model.get("name")) if isinstance(model, dict) else None,
         time=recipe["created"],
         id=name,
         aigc=aigc if producer else None,
-        ingredients=tuple(ingredient(record) for record in recipe.get("inputs", ())),
+        ingredients=tuple(ingredient(r) for r in inputs or () if isinstance(r, dict)),
     )
 
 
 def ingredient(record: dict[str, Any]) -> dict[str, Any]:
     """An input as a recipe tells of it, in the words of `Marks.ingredients`."""
     marks = record.get("marks", {})
-    title = Path(record["path"]).name if "path" in record else record["option"]
-    kept = {key: marks[key] for key in ("digital_source_type", "c2pa") if key in marks}
-    return {"title": title, "id": marks.get("id", f"sha256:{record['sha256']}"), **kept}
+    title = Path(record["path"]).name if "path" in record else str(record.get("option"))
+    content = f"sha256:{record['sha256']}" if "sha256" in record else None
+    facts = {"title": title, "id": marks.get("id") or content,
+             "digital_source_type": marks.get("digital_source_type"), "c2pa": marks.get("c2pa")}
+    return {key: value for key, value in facts.items() if value}
 
 
 def _texts(marks: Marks) -> dict[str, str]:
