@@ -6,6 +6,9 @@ import re
 import secrets
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +18,11 @@ from vidgen.core.errors import InputError
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
+    from vidgen.pipeline.journal import Journal
 
 DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
 _LOADING = ("model", "dtype", "offload", "quantize")
-_NOT_OF_REQUEST = {"output", "overwrite", "json", "events", *_LOADING}
+_NOT_OF_REQUEST = {"output", "overwrite", "resume", "json", "events", *_LOADING}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,7 +32,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("-o", "--output", metavar="FILE", help=(
         ".mp4 .mov .webm .mkv .gif .webp .apng, .png or .jpg with --frames 1, or a folder/; "
         "default prompt-slug-seed.mp4"))
-    add("--overwrite", action="store_true", help="replace an existing output")
+    add("--overwrite", action="store_true",
+        help="replace an existing output; start an unfinished one anew")
+    add("--resume", action="store_true",
+        help="go on with what an earlier run of the same command left; what is done stays")
     add("--model", default="toybox", metavar="NAME|FOLDER|HUB_ID", help="default %(default)s")
     add("--negative", metavar="TEXT", help="what is not to be seen")
     add("--seed", type=int, metavar="N", help="same seed, same clip; drawn and printed if left out")
@@ -64,6 +71,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="keep all, one stage or two blocks of the model in memory; default %(default)s")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
+    add("--strict", action="store_true", help="fail where a clip's checks find it faulty")
+    add("--retry", type=int, default=0, metavar="N",
+        help="while checks find faults, try up to N further seeds")
+    add("--label", choices=("none", "visible"), default="none",
+        help="visible burns a label into the first 2 seconds; default %(default)s")
 
 
 def run(args: Namespace, report: Report) -> int:
@@ -71,23 +83,34 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.request import Request
 
     options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
-    if options["seed"] is None:
-        options["seed"] = secrets.randbelow(2**31)
-        report({"event": "note", "text": f"seed {options['seed']}"})
     request = Request.of(options.pop("prompt"), options)
+    if request.seed is None:
+        request = replace(request, seed=_seed(args, request, report))
     paths = _outputs(args.output, request)
-    _check_outputs(paths, request, overwrite=args.overwrite)
+    _check_outputs(paths, request, overwrite=args.overwrite or args.resume)
+    journals = _journals(paths, args, report)
 
     from vidgen.pipeline.video import load
 
     start = time.monotonic()
-    engine = load(**{name: getattr(args, name) for name in _LOADING})
-    made = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}))
-    clips = made if isinstance(made, list) else [made]
+    loading = {name: getattr(args, name) for name in _LOADING}
+    done = [journal.finished for journal in journals]
+    if all(done):
+        loading["offload"] = "stage"  # nothing is left that would need a network
     results = []
-    for index, (clip, path) in enumerate(zip(clips, paths, strict=True)):
-        _save(clip, path, report, overwrite=args.overwrite)
-        results.append(_facts(clip, path, (request.seed or 0) + index))
+    with _told_how_to_go_on(journals, report):
+        engine = load(**loading)
+        kept = {"journal": journals} if hasattr(engine, "decode_video") else {}
+        if args.resume and not kept:
+            raise InputError(f"{args.model} can't go on with a clip; leave --resume out")
+        made = engine.generate(
+            request, on_event=lambda p: report({"event": "progress", **vars(p)}), **kept
+        )
+        clips = made if isinstance(made, list) else [made]
+        for index, (clip, path) in enumerate(zip(clips, paths, strict=True)):
+            if not done[index]:
+                _save(clip, path, report, overwrite=journals[index].overwrite)
+            results.append(_facts(clip, path, (request.seed or 0) + index))
     elapsed = round(time.monotonic() - start, 3)
     text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"
     report.result({"clips": results, "elapsed_s": elapsed}, text)
@@ -105,16 +128,82 @@ def _frame(text: str) -> tuple[float, str]:
     return time_s, picture
 
 
+def _seed(args: Namespace, request: Request, report: Report) -> int:
+    """The seed that an earlier run of the same command drew, or a fresh one."""
+    if args.resume:
+        seeds = _seeds_of(args.output, request)
+        if len(seeds) > 1:
+            raise InputError(f"unfinished clips of this prompt have the seeds {sorted(seeds)}; say "
+                             "with --seed which one is to go on")
+        if seeds:
+            return seeds.pop()
+    seed = secrets.randbelow(2**31)
+    report({"event": "note", "text": f"seed {seed}"})
+    return seed
+
+
+def _seeds_of(output: str | None, request: Request) -> set[int]:
+    """Seeds of the first clip, as the journals and clips of this command record them."""
+    from vidgen.pipeline.job import SUFFIX
+    from vidgen.pipeline.journal import Journal
+
+    if output is not None:
+        names = list(enumerate(_outputs(output, request)))
+    else:  # the name tells the seed
+        name = re.compile(rf"{re.escape(_slug(request.prompt))}-\d+(?:-(\d+))?\.mp4")
+        jobs = (path.name.removesuffix(SUFFIX) for path in Path().glob(f"*{SUFFIX}"))
+        found = filter(None, map(name.fullmatch, jobs))
+        names = [(int(match[1] or 1) - 1, match[0]) for match in found]
+    plans = [(i, (Journal(path, resume=True).recipe or {}).get("plan")) for i, path in names]
+    return {plan["seed"] - i for i, plan in plans if plan and plan["prompt"] == request.prompt}
+
+
+def _journals(paths: list[str], args: Namespace, report: Report) -> list[Journal]:
+    """A journal for each output; tells what is done and what goes on."""
+    from vidgen.pipeline.job import job_facts, progress_text
+    from vidgen.pipeline.journal import Journal
+
+    journals = []
+    for path in paths:
+        journal = Journal(path, resume=args.resume, overwrite=args.overwrite)
+        if journal.finished:
+            report({"event": "note", "text": f"{path} is done already"})
+        elif args.resume and journal.unfinished:
+            where = progress_text(job_facts(journal.folder))
+            report({"event": "note", "text": f"{path} goes on: {where}"})
+        journals.append(journal)
+    return journals
+
+
+@contextmanager
+def _told_how_to_go_on(journals: list[Journal], report: Report) -> Iterator[None]:
+    """Where work stops halfway, say what to do."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException:
+        for journal in journals:
+            if journal.unfinished:
+                text = f"{journal.output} is not finished; the same command with --resume goes on"
+                report({"event": "note", "text": text})
+        raise
+
+
 def _outputs(output: str | None, request: Request) -> list[str]:
     """The output of each clip: the name itself for one, name-1, name-2, ... for several."""
     if output is None:
-        words = re.sub(r"[^\w]+", "-", request.prompt.lower()).strip("-")
-        output = f"{words[:48].rstrip('-') or 'clip'}-{request.seed}.mp4"
+        output = f"{_slug(request.prompt)}-{request.seed}.mp4"
     if request.count == 1:
         return [output]
     tail = "/" if output.endswith("/") else Path(output).suffix
     stem = output.removesuffix(tail)
     return [f"{stem}-{number}{tail}" for number in range(1, request.count + 1)]
+
+
+def _slug(prompt: str) -> str:
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
+    return words[:48].rstrip("-") or "clip"
 
 
 def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> None:

@@ -8,11 +8,11 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from vidgen.media.encode import Frames, Samples
+from vidgen.media.encode import Frames, Samples, SegmentStore
 from vidgen.media.read import VideoReader, read_recipe, read_sound
 from vidgen.media.write import ClipInfo, write_clip
 
@@ -22,22 +22,40 @@ if TYPE_CHECKING:
 _CHUNK = 8
 
 
+class Keeper(SegmentStore, Protocol):
+    """What keeps the writing of a clip to one output, so that it can go on after a stop."""
+
+    output: Path | None
+
+    def pause(self) -> None:
+        """The writing stopped."""
+        ...
+
+    def close(self) -> None:
+        """The output is there."""
+        ...
+
+
 class Clip:
     """A lazy clip: `save()` and `chunks()` stream it, only `frames` holds all pixels.
 
     Args:
-        source: makes a new iterator of chunks uint8 [t, H, W, 3] each time it is called.
+        source: makes a new iterator of chunks uint8 [t, H, W, 3] each time it is called; where
+            `journal` is given, its argument is the frame to begin with.
         info: rate, size, number of frames, sound and recipe.
         latents: [1, C, F, h, w] the clip was decoded from, if it was.
+        journal: the clip's own, by which saving to its output goes on where it was.
     """
 
     def __init__(
         self,
-        source: Callable[[], Iterator[Frames]],
+        source: Callable[..., Iterator[Frames]],
         info: ClipInfo,
         latents: Tensor | None = None,
+        journal: Keeper | None = None,
     ) -> None:
         self._source, self.info, self.latents = source, info, latents
+        self.journal = journal
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Clip:
@@ -112,6 +130,24 @@ class Clip:
             InputError: unknown suffix, or too many frames for it.
             OutputError: it exists, can't be written, or the disk is full.
         """
-        chunks = iter([self.frames]) if "frames" in self.__dict__ else self.chunks()
-        name = os.fspath(path)
-        return write_clip(name, chunks, self.info, overwrite=overwrite, on_frames=on_frames)
+        name, store = os.fspath(path), self.journal
+        if store is None or store.output != Path(path):
+            return write_clip(
+                name, self._chunks(0), self.info, overwrite=overwrite, on_frames=on_frames
+            )
+        try:
+            written = write_clip(
+                name, self._chunks(store.num_frames), self.info, overwrite=overwrite,
+                on_frames=on_frames, store=store,
+            )
+        except BaseException:
+            store.pause()
+            raise
+        store.close()
+        return written
+
+    def _chunks(self, start: int) -> Iterator[Frames]:
+        """The chunks from frame `start` on."""
+        if "frames" in self.__dict__:
+            return iter([self.frames[start:]])
+        return self._source(start) if start else self._source()

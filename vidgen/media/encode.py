@@ -9,11 +9,11 @@ Axes: t frames, H W rows and columns, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import av
 import numpy as np
@@ -37,6 +37,35 @@ _SCALING = (
     | Interpolation.FULL_CHR_H_INP
 )
 _BT709 = 1  # H.273's code point for primaries, transfer and matrix alike
+
+
+@dataclass(frozen=True)
+class Segment:
+    """An encoded segment of a picture.
+
+    Attributes:
+        num_frames: how many it holds.
+        packets: (bytes, presentation time, decoding time, whether a key frame), times in frames
+            from the clip's start.
+    """
+
+    num_frames: int
+    packets: tuple[tuple[bytes, int, int, bool], ...]
+
+
+class SegmentStore(Protocol):
+    """Where finished segments of one clip are kept, so that its encoding can go on behind them."""
+
+    num_frames: int
+    """Frames of the segments that are finished."""
+
+    def segments(self) -> Iterable[Segment]:
+        """The finished segments, from the clip's start."""
+        ...
+
+    def keep(self, segment: Segment) -> None:
+        """Keep the next one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -95,17 +124,20 @@ def encode_picture(
     *,
     first_segment: int,
     segment: int,
+    store: SegmentStore | None = None,
 ) -> Iterator[Packet[VideoStream]]:
     """Packets of a stream of frames, in segments.
 
     Args:
-        chunks: uint8 [t, H, W, 3] each, of any t; their borders leave no trace in the output.
+        chunks: uint8 [t, H, W, 3] each, of any t; their borders leave no trace in the output. The
+            first frame is the one behind the store's finished segments.
         settings: the encoder's.
         size: (width, height).
         fps: exact frame rate.
         first_segment: frames of the first segment, shorter than the others by what the first
             latent frame lacks.
         segment: frames of every further segment, a fixed number of latent frames.
+        store: gives the segments that are finished, and keeps the others as they are.
 
     Yields:
         Packets in decoding order, timed in units of 1 / fps from the clip's start.
@@ -113,19 +145,36 @@ def encode_picture(
     assert min(first_segment, segment) >= 8, "a segment must outlast the encoder's reordering"
     frames = (frame for chunk in chunks for frame in chunk)
     reformatter = VideoReformatter()
-    start, length = 0, first_segment
+    start = 0
+    for finished in store.segments() if store else ():
+        yield from _packets_of(finished, 1 / fps)
+        start += finished.num_frames
+    length = segment if start else first_segment
     for head in frames:
         encoder = cast("VideoCodecContext", av.CodecContext.create(settings.codec, "w"))
         settings.configure(encoder, size, fps)
         encoder.flags |= Flags.global_header
-        count = 0
-        for frame in chain([head], islice(frames, length - 1)):
-            picture = settings.picture(frame, reformatter)
-            picture.pts, picture.time_base = count, 1 / fps
-            count += 1
-            yield from _shifted(encoder.encode(picture), start)
-        yield from _shifted(encoder.encode(None), start)
+        count, made = 0, []
+        for frame in chain([head], islice(frames, length - 1), [None]):
+            picture = None if frame is None else settings.picture(frame, reformatter)
+            if picture is not None:
+                picture.pts, picture.time_base = count, 1 / fps
+                count += 1
+            for packet in _shifted(encoder.encode(picture), start):
+                if store:
+                    made.append((bytes(packet), packet.pts, packet.dts, packet.is_keyframe))
+                yield packet
+        if store:
+            store.keep(Segment(count, tuple(made)))
         start, length = start + count, segment
+
+
+def _packets_of(segment: Segment, time_base: Fraction) -> Iterator[Packet[VideoStream]]:
+    for content, pts, dts, is_key in segment.packets:
+        packet = cast("Packet[VideoStream]", av.Packet(content))
+        packet.pts, packet.dts, packet.duration = pts, dts, 1
+        packet.time_base, packet.is_keyframe = time_base, is_key
+        yield packet
 
 
 def _shifted(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,16 @@ import numpy as np
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import atomic_path, check_output, write_error
-from vidgen.media.encode import Frames, PictureSettings, Samples, SoundTrack, encode_picture
+from vidgen.media.encode import (
+    Frames,
+    PictureSettings,
+    Samples,
+    SegmentStore,
+    SoundTrack,
+    encode_picture,
+)
+from vidgen.media.manifest import Signing, seal
+from vidgen.media.provenance import marks_of, stamped, tags, xmp
 from vidgen.media.stills import RECIPE_KEY, STILL_SUFFIXES, write_stills
 
 if TYPE_CHECKING:
@@ -125,6 +134,8 @@ def write_clip(
     *,
     overwrite: bool = False,
     on_frames: Callable[[int], None] | None = None,
+    store: SegmentStore | None = None,
+    signing: Signing | None = None,
 ) -> Path:
     """Stream a clip into a file, or a folder of PNGs, that appears when it is whole.
 
@@ -135,6 +146,9 @@ def write_clip(
         info: the clip's rate, size, sound and recipe.
         overwrite: whether an existing file may be replaced.
         on_frames: called with the number of frames handed over so far.
+        store: holds encoded segments of an earlier try, behind which `chunks` begin, and keeps
+            further ones; formats without segments use none.
+        signing: who signs a clip that has a recipe; None takes the environment's, if it names one.
 
     Returns:
         The path written.
@@ -146,24 +160,30 @@ def write_clip(
     suffix = check_format(path, info.num_frames)
     pixels = info.size[0] * info.size[1] * info.num_frames
     check_output(path, overwrite=overwrite, num_bytes=pixels // 4)  # H.264's worst, about
+    if info.recipe is not None:  # a clip that a model made is marked
+        info = replace(info, recipe=stamped(info.recipe))
+        signing = signing or Signing.from_environment()
     if suffix in CONTAINERS:
-        encode = partial(_write_container, Path(path), CONTAINERS[suffix], info)
+        encode = partial(_write_container, Path(path), suffix, info, signing, store)
     else:
         if info.sound is not None:
             log.warning("%s holds no sound; the clip's sound is left out", path)
-        encode = partial(
-            write_stills, Path(path), suffix, info.fps, info.num_frames,
-            None if info.recipe is None else recipe_text(info.recipe),
-        )
-    _encode_in_thread(encode, _counted(chunks, info, on_frames))
+        encode = partial(write_stills, Path(path), suffix, info.fps, info.num_frames, None)
+        if info.recipe is not None:
+            encode = partial(
+                write_stills, Path(path), suffix, info.fps, info.num_frames,
+                recipe_text(info.recipe), xmp=xmp(marks_of(info.recipe)),
+                finish=partial(seal, suffix=suffix, recipe=info.recipe, signing=signing),
+            )
+    _encode_in_thread(encode, _counted(chunks, info, on_frames, store.num_frames if store else 0))
     return Path(path)
 
 
 def _counted(
-    chunks: Iterable[Frames | Tensor], info: ClipInfo, on_frames: Callable[[int], None] | None
+    chunks: Iterable[Frames | Tensor], info: ClipInfo, on_frames: Callable[[int], None] | None,
+    count: int,
 ) -> Iterator[Frames]:
     """Chunks as contiguous arrays; what doesn't match the clip's description is our own mistake."""
-    count = 0
     for chunk in chunks:
         frames = np.ascontiguousarray(chunk if isinstance(chunk, np.ndarray) else chunk.cpu())
         width, height = info.size
@@ -224,25 +244,31 @@ def _encode_in_thread(
 
 
 def _write_container(
-    path: Path, kind: Container, info: ClipInfo, chunks: Iterator[Frames]
+    path: Path, suffix: str, info: ClipInfo, signing: Signing | None,
+    store: SegmentStore | None, chunks: Iterator[Frames],
 ) -> None:
+    kind = CONTAINERS[suffix]
     picture = kind.picture.fitting(info.size)
     if picture != kind.picture:
         log.warning("%s: the odd size is stored in 4:4:4, which few players know", path)
     with atomic_path(path) as temporary:
         try:
-            _mux(temporary, kind, picture, info, chunks)
+            _mux(temporary, kind, picture, info, store, chunks)
+            if info.recipe is not None:
+                seal(temporary, suffix, info.recipe, signing)
         except av.FFmpegError as error:
             raise write_error(path, OSError(error.errno, error.strerror), temporary) from error
 
 
 def _mux(
-    path: Path, kind: Container, picture: PictureSettings, info: ClipInfo, chunks: Iterator[Frames]
+    path: Path, kind: Container, picture: PictureSettings, info: ClipInfo,
+    store: SegmentStore | None, chunks: Iterator[Frames],
 ) -> None:
     first_segment = SEGMENT - (info.stride_t - 1)
     with av.open(str(path), "w", format=kind.muxer, options=dict(kind.options)) as container:
         if info.recipe is not None:
             recipe = {**info.recipe, "encoder": {**asdict(picture), "segment": SEGMENT}}
+            container.metadata.update(tags(marks_of(recipe)))
             container.metadata[RECIPE_KEY] = recipe_text(recipe)
         # The stream's own encoder never sees a frame: it gives the header, segments the packets.
         stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
@@ -252,7 +278,8 @@ def _mux(
         if info.sound is not None and len(info.sound):
             sound = SoundTrack(container, kind.sound, info.sound, info.sound_rate)
         for packet in encode_picture(
-            chunks, picture, info.size, info.fps, first_segment=first_segment, segment=SEGMENT
+            chunks, picture, info.size, info.fps, first_segment=first_segment, segment=SEGMENT,
+            store=store,
         ):
             packet.stream = stream
             if sound:

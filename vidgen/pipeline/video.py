@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.core.protocols import Denoise, OnStep, StepInfo
+from vidgen.core.protocols import Denoise, OnStep, SamplerState, StepInfo
 from vidgen.core.request import Request
 from vidgen.core.runtime import choose_device
 from vidgen.diffusion import condition
@@ -38,6 +39,7 @@ from vidgen.models.text import PromptTokenizer
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.experts import NO_LORAS, Experts, Loras, experts, read_loras
 from vidgen.pipeline.inputs import Inputs, read_inputs
+from vidgen.pipeline.journal import Journal, journals_of, recall
 from vidgen.pipeline.parts import DTYPES, Offload, Parts
 from vidgen.pipeline.plan import Plan, draw_seed, make_plan
 from vidgen.pipeline.prepare import Encoder, write_conditions
@@ -121,6 +123,7 @@ class Engine:
         /,
         *,
         on_event: Callable[[Progress], None] | None = None,
+        journal: Journal | Sequence[Journal] | None = None,
         **options: Any,
     ) -> Clip | list[Clip]:
         """Make a clip, or a list of them where `count` is over 1.
@@ -128,6 +131,8 @@ class Engine:
         Args:
             prompt: what is to be seen, or a whole request.
             on_event: told of progress; raising `Cancelled` stops cleanly between two steps.
+            journal: keeps the state beside the output, one for each clip, so that a run that was
+                stopped or killed goes on; see docs/journal.md.
             options: fields of `Request`, which are the command line's long options.
 
         Returns:
@@ -138,24 +143,39 @@ class Engine:
         """
         request = prompt if isinstance(prompt, Request) else Request.of(prompt, options)
         tell = on_event or (lambda _progress: None)
-        request, inputs = self.read(request)
+        journals = journals_of(journal, request.count)
+        request, inputs = self.read(recall(request, journals))
         first = self.plan(request, inputs)
         loras = read_loras(request.lora, self.folder)
-        tell(Progress("prompt", 0, 1, num_clips=request.count))
-        contexts = self.encode_prompt(first)
+        plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
+        recipes = [make_recipe(self, plan, request, inputs, loras) for plan in plans]
+        for kept, recipe in zip(journals, recipes, strict=True):
+            kept.check(recipe)
+        contexts: list[tuple[Tensor, Tensor]] = []
         clips = []
-        for index in range(request.count):
-            plan = replace(first, seed=first.seed + index)
-            told = {"clip": index + 1, "num_clips": request.count}
+        for index, (plan, recipe, kept) in enumerate(zip(plans, recipes, journals, strict=True), 1):
+            if kept.finished:
+                clips.append(kept.clip())
+                continue
+            report = partial(Progress, clip=index, num_clips=request.count)
 
-            def on_step(info: StepInfo, told: dict[str, int] = told) -> None:
-                tell(Progress("sample", info.step, info.num_steps, **told))
+            def on_step(info: StepInfo, kept: Journal = kept, report: Any = report) -> None:
+                kept.on_step(info)
+                tell(report("sample", info.step, info.num_steps))
 
-            tell(Progress("prepare", 0, 1, **told))
-            state = self.prepare(plan, request, inputs)
-            latents = self.sample(plan, state, contexts, on_step, request.scheduler, loras)
-            recipe = make_recipe(self, plan, request, inputs, loras)
-            clips.append(self.decode(plan, latents, recipe))
+            with kept.running(recipe, self.device):
+                latents = kept.latents
+                if latents is None:
+                    if not contexts:
+                        tell(report("prompt", 0, 1))
+                        contexts = self.encode_prompt(first)
+                    tell(report("prepare", 0, 1))
+                    state = self.prepare(plan, request, inputs)
+                    latents = self.sample(
+                        plan, state, contexts, on_step, request.scheduler, loras, kept.state
+                    )
+                    kept.keep_latents(latents)
+                clips.append(self.decode(plan, latents, recipe, kept))
         return clips if request.count > 1 else clips[0]
 
     def read(self, request: Request) -> tuple[Request, Inputs]:
@@ -253,12 +273,15 @@ class Engine:
         on_step: OnStep | None = None,
         scheduler: Any = None,
         loras: Loras = NO_LORAS,
+        resume: SamplerState | None = None,
     ) -> Tensor:
         """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler."""
-        start, told = state.impose(state.latents), {"on_step": on_step, "project": state.impose}
+        start = state.impose(state.latents)
+        told = {"on_step": on_step, "project": state.impose, "resume": resume}
         sigmas = self.sigmas(plan, scheduler)
         boundary = self.folder.defaults.boundary
-        with experts(self.parts, boundary, loras, float(sigmas[0])) as given:
+        level = float(sigmas[resume.step if resume else 0])
+        with experts(self.parts, boundary, loras, level) as given:
             denoise = self._denoiser(plan, state, contexts[0], given)
             if len(contexts) > 1:
                 other = self._denoiser(plan, state, contexts[1], given)
@@ -271,11 +294,13 @@ class Engine:
                 latents = SAMPLERS[plan.sampler](denoise, start, sigmas, **told)
         return latents[:, :, state.num_references :]
 
-    def decode(self, plan: Plan, latents: Tensor, recipe: dict[str, Any]) -> Clip:
+    def decode(
+        self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Journal | None = None
+    ) -> Clip:
         """A lazy clip whose chunks come out of the VAE while it is written."""
-        def chunks() -> Iterator[Any]:
-            left = plan.kept_frames
-            for video in self.decode_video(latents):
+        def chunks(start: int = 0) -> Iterator[Any]:
+            left = plan.kept_frames - start
+            for video in self.decode_video(latents, start):
                 frames = to_frames(video[0])[:left]
                 left -= len(frames)
                 if len(frames):
@@ -285,7 +310,7 @@ class Engine:
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
             recipe=recipe, stride_t=self.vae_config.strides.t,
         )
-        return Clip(chunks, info, latents)
+        return Clip(chunks, info, latents, journal)
 
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:
@@ -295,10 +320,21 @@ class Engine:
             return torch.cat(list(parts), dim=2).float()
 
     @torch.no_grad()
-    def decode_video(self, latents: Tensor) -> Iterator[Tensor]:
-        """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W]."""
+    def decode_video(self, latents: Tensor, start: int = 0) -> Iterator[Tensor]:
+        """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W].
+
+        Decoding from frame `start` on begins as many latent frames earlier as the decoder looks
+        back, so that its caches hold the same and the frames are bit-equal.
+        """
         with self.parts.use("vae") as vae:
-            yield from vae.stream_decode(latents.to(self.device, _dtype_of(vae)))
+            t = vae.strides.t
+            wanted = -(-start // t)  # the latent frame that holds frame `start`
+            first = max(0, wanted - vae.receptive_frames + 1)
+            piece = latents[:, :, first:].to(self.device, _dtype_of(vae))
+            for index, video in enumerate(vae.stream_decode(piece), first):
+                if index >= wanted:
+                    before = 1 + (index - 1) * t if index else 0
+                    yield video[:, :, max(0, start - before) :]
 
     @torch.no_grad()
     def describe(self, pictures: Sequence[Any]) -> Tensor:

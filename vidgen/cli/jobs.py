@@ -1,0 +1,88 @@
+"""`vidgen jobs [PATH ...]`: clips that are not finished, how far each is, and their removal."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vidgen.cli.report import Report
+
+DESCRIPTION = (
+    "List clips whose making was stopped: how far each is, how old, how large. The command that "
+    "began one goes on with it by --resume."
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's options."""
+    add = parser.add_argument
+    add("paths", metavar="PATH", nargs="*", default=["."],
+        help="a folder to look in, or the output of one clip; default the folder you are in")
+    add("--prune", action="store_true", help="remove what is listed, but for what is being made")
+    add("--yes", action="store_true", help="with --prune: really do it")
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Print one line a job; with --prune --yes remove them."""
+    from vidgen.core.errors import InputError
+    from vidgen.pipeline.job import job_facts
+
+    if args.yes and not args.prune:
+        raise InputError("--yes needs --prune; add it or leave this out")
+    folders = [folder for path in args.paths for folder in _folders(Path(path))]
+    jobs = [job_facts(folder) for folder in folders]
+    if args.prune and args.yes:
+        jobs = [facts | _removed(path, facts) for path, facts in zip(folders, jobs, strict=True)]
+    text = "\n".join(map(_line, jobs)) or "nothing is unfinished"
+    if args.prune and not args.yes and jobs:
+        text += "\nnothing was removed; --prune --yes removes these jobs"
+    report.result(jobs, text)
+    return 1 if any("kept" in facts for facts in jobs) else 0
+
+
+def _folders(path: Path) -> list[Path]:
+    """The job folders that a path stands for."""
+    from vidgen.core.errors import InputError
+    from vidgen.pipeline.job import SUFFIX, job_folder
+
+    if path.name.endswith(SUFFIX) and path.is_dir():
+        return [path]
+    if path.name and job_folder(path).is_dir():
+        return [job_folder(path)]
+    if path.is_dir():
+        return sorted(inside for inside in path.glob(f"*{SUFFIX}") if inside.is_dir())
+    raise InputError(f"{path} is no folder, and no job of that output is there; see vidgen jobs")
+
+
+def _removed(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove a job; what became of it."""
+    from vidgen.pipeline.job import remove_job
+
+    if facts["running"]:
+        return {"kept": "it is being made"}
+    try:
+        remove_job(folder)
+    except OSError as error:
+        return {"kept": error.strerror or str(error)}
+    return {"removed": True}
+
+
+def _line(facts: Mapping[str, Any]) -> str:
+    from vidgen.core.runtime import megabytes
+    from vidgen.pipeline.job import progress_text
+
+    head = "removed " if "removed" in facts else ""
+    parts = [progress_text(facts), f"{_age(facts['age_s'])} old", megabytes(facts["bytes"])]
+    parts += ["being made now"] if facts["running"] else []
+    parts += [facts["problem"]] if "problem" in facts else []
+    parts += [f"not removed: {facts['kept']}"] if "kept" in facts else []
+    return f"{head}{facts['output']}  {', '.join(parts)}"
+
+
+def _age(seconds: int) -> str:
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

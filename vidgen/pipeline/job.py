@@ -1,0 +1,242 @@
+"""The folder of a job: what a running generation keeps beside its output, file by file.
+
+    OUT.vidgen-job/
+        job.json             the recipe: model, plan, inputs, machine, threads, back ends
+        state.safetensors    the sampler between two steps, or its finished latents
+        segments/00000 ...   encoded segments of the picture
+        lock                 held by the process that works on the clip
+
+How far a job has come is told by which files there are, so no two of them can disagree. Each is
+written atomically and carries a checksum.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import atomic_write
+from vidgen.media.encode import Segment
+
+FORMAT_VERSION = 1
+SUFFIX = ".vidgen-job"
+JOB, STATE, SEGMENTS, LOCK = "job.json", "state.safetensors", "segments", "lock"
+
+
+def job_folder(output: str | os.PathLike[str]) -> Path:
+    """Where the job of an output lies: beside it."""
+    path = Path(output)
+    return path.with_name(path.name + SUFFIX)
+
+
+def lock_job(folder: Path) -> TextIO | None:
+    """Hold a job as long as the file returned is open; None where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a job and beside its output."""
+    name = glob.escape(folder.name.removesuffix(SUFFIX))
+    beside = folder.parent.glob(f".{name}.{'[0-9a-f]' * 8}.tmp")
+    for left in (*beside, *folder.rglob("*.tmp")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def remove_job(folder: Path) -> None:
+    """Remove a job and what its output's writing left.
+
+    Raises:
+        BlockingIOError: a process works on it.
+        OSError: it can't be removed.
+    """
+    lock = lock_job(folder)
+    try:
+        sweep(folder)
+        shutil.rmtree(folder)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def job_facts(folder: Path) -> dict[str, Any]:
+    """How far a job is: output, stage, done, total, age_s, bytes, running; or its `problem`."""
+    sizes = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    facts: dict[str, Any] = {
+        "output": str(folder).removesuffix(SUFFIX), "bytes": sum(s.st_size for s in sizes),
+        "age_s": round(time.time() - max((s.st_mtime for s in sizes), default=time.time())),
+        "running": _is_locked(folder),
+    }
+    try:
+        plan = read_job(folder)["recipe"]["plan"]
+        stage, done, total = _stage(folder, plan)
+    except InputError as error:
+        return facts | {"problem": str(error)}
+    return facts | {
+        "stage": stage, "done": done, "total": total, "prompt": plan["prompt"],
+        "seed": plan["seed"],
+    }
+
+
+def progress_text(facts: Mapping[str, Any]) -> str:
+    """How far a job is, for people: "sample, step 3 of 25"."""
+    if "problem" in facts:
+        return "damaged"
+    unit = "step" if facts["stage"] == "sample" else "frame"
+    return f"{facts['stage']}, {unit} {facts['done']} of {facts['total']}"
+
+
+def _is_locked(folder: Path) -> bool:
+    with suppress(FileNotFoundError), (folder / LOCK).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+    return False
+
+
+def _stage(folder: Path, plan: Mapping[str, Any]) -> tuple[str, int, int]:
+    if not (folder / STATE).is_file():
+        return "sample", 0, plan["num_steps"]
+    facts = _read_facts(folder / STATE)
+    if not facts.get("finished"):
+        return "sample", facts["step"], facts["num_steps"]
+    paths = folder.glob(f"{SEGMENTS}/*.safetensors")
+    return "write", sum(_read_facts(path)["num_frames"] for path in paths), plan["kept_frames"]
+
+
+def write_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Write down what is being made, and whether its output may replace a file.
+
+    Raises:
+        OutputError: no space, or the place can't be written.
+    """
+    job = {"format_version": FORMAT_VERSION, "overwrite": overwrite, "recipe": recipe}
+    text = json.dumps(job, allow_nan=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    atomic_write(folder / JOB, f'{{"sha256": "{digest}",\n"job": {text}}}'.encode())
+
+
+def read_job(folder: Path) -> dict[str, Any]:
+    """What `write_job` wrote.
+
+    Raises:
+        InputError: damaged, or of another version.
+    """
+    path = folder / JOB
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        job: dict[str, Any] = content["job"]
+        if hashlib.sha256(json.dumps(job).encode()).hexdigest() != content["sha256"]:
+            raise ValueError("its content doesn't match its checksum")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}); start anew with --overwrite") from None
+    if job["format_version"] != FORMAT_VERSION:
+        raise InputError(f"{path} has format {job['format_version']} of another version of vidgen, "
+                         f"this one reads {FORMAT_VERSION}; start anew with --overwrite")
+    return job
+
+
+def segment_path(folder: Path, index: int) -> Path:
+    """Where a segment lies."""
+    return folder / SEGMENTS / f"{index:05d}.safetensors"
+
+
+def write_segment(path: Path, segment: Segment) -> None:
+    """Write a segment: its packets' bytes behind each other, and a row of numbers for each.
+
+    Raises:
+        OutputError: no space, or the place can't be written.
+    """
+    rows = [[len(data), pts, dts, key] for data, pts, dts, key in segment.packets]
+    content = np.frombuffer(b"".join(data for data, *_ in segment.packets), np.uint8)
+    arrays = {"content": content, "packets": np.array(rows, np.int64)}
+    write_arrays(path, arrays, {"num_frames": segment.num_frames})
+
+
+def read_segment(path: Path) -> Segment:
+    """What `write_segment` wrote.
+
+    Raises:
+        InputError: damaged.
+    """
+    arrays, facts = read_arrays(path)
+    content, packets, start = arrays["content"].tobytes(), [], 0
+    for size, pts, dts, key in arrays["packets"].tolist():
+        packets.append((content[start : start + size], pts, dts, bool(key)))
+        start += size
+    return Segment(facts["num_frames"], tuple(packets))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write arrays of any shapes, and JSON data beside them.
+
+    Raises:
+        OutputError: no space, or the place can't be written.
+    """
+    text = json.dumps(facts)
+    atomic_write(path, save(dict(arrays), {"facts": text, "sha256": _digest(arrays, text)}))
+
+
+def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `write_arrays` wrote.
+
+    Raises:
+        InputError: damaged.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _digest(arrays, metadata["facts"]) != metadata["sha256"]:
+            raise ValueError("its content doesn't match its checksum")
+        return arrays, json.loads(metadata["facts"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it and what it held is made again, "
+                         "or start anew with --overwrite") from None
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="np") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            return facts
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error})") from None
+
+
+def _digest(arrays: Mapping[str, Any], text: str) -> str:
+    seen = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        seen.update(f"{name} {array.dtype} {array.shape}".encode())
+        seen.update(array.data)
+    return seen.hexdigest()

@@ -1,0 +1,417 @@
+"""The journal of a generation: stopped or killed at any moment, it goes on where it was.
+
+    with journal.running(recipe, device):   # takes the job up, or begins it
+        journal.latents, journal.state      # what an earlier process came to
+        journal.on_step(info)               # after each step
+        journal.keep_latents(latents)       # before they are decoded
+    journal.segments(), journal.keep(...)   # while the clip is written
+    journal.close()                         # written: the job's folder goes
+
+What lies in the folder is told in `job.py`.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from vidgen.core.errors import InputError, OutputError
+from vidgen.core.protocols import SamplerState, StepInfo
+from vidgen.media.clip import Clip
+from vidgen.media.encode import Segment
+from vidgen.media.read import read_recipe
+from vidgen.pipeline.job import (
+    JOB,
+    LOCK,
+    SEGMENTS,
+    STATE,
+    job_facts,
+    job_folder,
+    lock_job,
+    progress_text,
+    read_arrays,
+    read_job,
+    read_segment,
+    segment_path,
+    sweep,
+    write_arrays,
+    write_job,
+    write_segment,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vidgen.core.request import Request
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 50
+"""A save waits until its cost is a fiftieth of the time since the last one: 2% at most."""
+# What decides a clip's bits; `offload` doesn't, so a job that ran out of memory may go on with it.
+_DECISIVE = (
+    "vidgen", "plan", "scheduler", "frame_times_s", "custom_noise", "dtype", "quantize",
+    "attention", "device",
+)
+_DECISIVE_PARTS = {"inputs": ("option", "sha256"), "loras": ("sha256", "weight", "expert")}
+
+
+class Journal:
+    """Keeps a clip's making beside its output.
+
+    Args:
+        output: the file or folder to be written; None: a journal that keeps nothing.
+        resume: go on from what is there; without anything there, start.
+        overwrite: start anew whatever is there.
+
+    Attributes:
+        overwrite: whether the output may replace a file; a job remembers it.
+        state: where the sampler goes on from, on the device given to `running`; or None.
+        latents: [1, C, F, h, w] float32 of a finished sampler, on the same device; or None.
+        num_frames: frames of the finished segments.
+
+    Raises:
+        OutputError: an unfinished job lies there, and neither was said.
+    """
+    def __init__(
+        self,
+        output: str | os.PathLike[str] | None,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.output = None if output is None else Path(output)
+        self.folder = Path() if output is None else job_folder(output)
+        self.resume, self.overwrite = resume, overwrite
+        self.state: SamplerState | None = None
+        self.latents: Tensor | None = None
+        self.num_frames = 0
+        self._num_segments = 0
+        self._latest: StepInfo | None = None
+        self._pending: list[Segment] = []
+        self._on, self._cost_s, self._saved_at = False, 0.0, time.monotonic()
+        self._lock: TextIO | None = None
+        if self.unfinished and not (resume or overwrite):
+            raise OutputError(
+                f"{self.output} is not finished ({progress_text(job_facts(self.folder))}, kept in "
+                f"{self.folder}); --resume goes on, --overwrite starts anew"
+            )
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is something to go on from."""
+        return self.output is not None and (self.folder / JOB).is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether resuming finds the output there already, so that nothing is left to do."""
+        if self.output is None or not (self.resume and self.output.exists()):
+            return False
+        if not self.unfinished:
+            return True
+        made = read_recipe(self.output)  # a kill may have come after the file, before the end
+        return made is not None and not differences(made, self.recipe or {})
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """The recipe by which the job, or the finished output, is made; None for a fresh one.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        if not self.resume or self.output is None:
+            return None
+        if self.unfinished:
+            recipe: dict[str, Any] = read_job(self.folder)["recipe"]
+            return recipe
+        return read_recipe(self.output) if self.output.exists() else None
+
+    @contextmanager
+    def running(self, recipe: dict[str, Any], device: torch.device | str = "cpu") -> Iterator[None]:
+        """Take the job up, or begin it; on an exception keep what there is.
+
+        Args:
+            recipe: of the clip that is to be made.
+            device: for `state` and `latents`.
+
+        Raises:
+            InputError: the job is of another request, model or version (names what differs), or
+                damaged.
+            OutputError: another process works on it.
+        """
+        if self.output is not None:
+            self._take_up(recipe, device)
+        try:
+            yield
+        except BaseException:
+            self.pause()
+            raise
+
+    def on_step(self, info: StepInfo) -> None:
+        """Hear of a step; its state is saved when that is cheap against the time since the last."""
+        if self._on:
+            self._latest = info
+            if self._is_due():
+                self._flush()
+
+    def keep_latents(self, latents: Tensor) -> None:
+        """Keep the finished latents [1, C, F, h, w], before they are decoded."""
+        self._latest, self.latents = None, latents
+        if self._on:
+            self._save_state({"latents": latents}, {"finished": True})
+
+    def segments(self) -> Iterator[Segment]:
+        """The finished segments, from the clip's start."""
+        return map(read_segment, self._segment_paths() if self.num_frames else ())
+
+    def keep(self, segment: Segment) -> None:
+        """Keep the next finished segment."""
+        if self._on:
+            self._pending.append(segment)
+            if self._is_due():
+                self._flush()
+
+    def pause(self) -> None:
+        """Save what isn't yet, as when the work stops; a job without anything to keep goes."""
+        self._flush()
+        if self._on and not (self.folder / STATE).is_file():
+            self.close()
+        if self._on:
+            self._count_segments()
+        self._release()
+
+    def close(self) -> None:
+        """Remove the job: the clip is written."""
+        self.num_frames = self._num_segments = 0
+        self._pending, self._latest = [], None
+        if self.output is not None and self.folder.is_dir():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._release()
+
+    def clip(self) -> Clip:
+        """The clip of a finished output."""
+        assert self.output is not None
+        self.close()
+        return Clip.from_file(self.output)
+
+    def check(self, recipe: dict[str, Any]) -> None:
+        """Refuse to go on with a job, or to pass an output for done, that another recipe made.
+
+        Raises:
+            InputError: names what differs.
+        """
+        old = self.recipe
+        if old is None and not self.finished:
+            return
+        there = self.folder if self.unfinished else self.output
+        if old is None:
+            raise InputError(f"{there} tells no recipe, so it may be any clip; choose another "
+                             "name or give --overwrite")
+        differ = differences(old, recipe)
+        if differ:
+            raise InputError(
+                f"{there} is another clip's: {'; '.join(differ)}; go on with what it was made "
+                "with, choose another name, or start anew with --overwrite"
+            )
+
+    def _take_up(self, recipe: dict[str, Any], device: torch.device | str) -> None:
+        resumes = self.resume and self.unfinished
+        self.check(recipe)
+        if resumes:
+            self._check_output()
+        self._cost_s, self._saved_at = 0.0, time.monotonic()
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._lock, self._on = lock_job(self.folder), True
+            sweep(self.folder)
+        except BlockingIOError:
+            raise OutputError(f"{self.output} is being made by another process; wait for it, or "
+                              "choose another name") from None
+        except OSError as error:
+            self._give_up(error)
+        if resumes:
+            self._load(device)
+        elif self._on:
+            self._start(recipe)
+
+    def _start(self, recipe: dict[str, Any]) -> None:
+        with self._saving():
+            for entry in self.folder.iterdir():
+                if entry.name != LOCK:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            (self.folder / SEGMENTS).mkdir()
+            write_job(self.folder, recipe, overwrite=self.overwrite)
+
+    def _check_output(self) -> None:
+        assert self.output is not None
+        self.overwrite |= read_job(self.folder)["overwrite"]
+        if self.output.exists() and not self.overwrite:
+            raise OutputError(f"{self.output} exists and is another clip's than {self.folder}; "
+                              "move it away, or give --overwrite to start anew")
+
+    def _load(self, device: torch.device | str) -> None:
+        """Read the state and check the segments."""
+        import torch
+
+        self.state = self.latents = None
+        if (path := self.folder / STATE).is_file():
+            arrays, facts = read_arrays(path)
+            tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
+            latents = tensors.pop("latents")
+            if facts.get("finished"):
+                self.latents = latents
+            else:
+                history = tuple(tensors[f"history.{i}"] for i in range(len(tensors)))
+                self.state = SamplerState(facts["step"], latents, history)
+        self._count_segments()
+
+    def _count_segments(self) -> None:
+        """Take the segments up to the first that is missing for finished; later ones go."""
+        kept = self._segment_paths()
+        for path in sorted((self.folder / SEGMENTS).glob("*.safetensors"))[len(kept):]:
+            path.unlink()
+        self._num_segments = len(kept)
+        self.num_frames = sum(read_segment(path).num_frames for path in kept)
+
+    def _segment_paths(self) -> list[Path]:
+        paths: list[Path] = []
+        while (path := segment_path(self.folder, len(paths))).is_file():
+            paths.append(path)
+        return paths
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= PATIENCE * self._cost_s
+
+    def _flush(self) -> None:
+        """Write the latest state and the pending segments."""
+        if self._latest is not None:
+            info, self._latest = self._latest, None
+            tensors = {f"history.{i}": each for i, each in enumerate(info.state.history)}
+            tensors["latents"] = info.state.latents
+            self._save_state(tensors, {"step": info.step, "num_steps": info.num_steps})
+        pending, self._pending = self._pending, []
+        if pending:
+            with self._saving():
+                for index, segment in enumerate(pending, self._num_segments):
+                    write_segment(segment_path(self.folder, index), segment)
+            self._num_segments += len(pending)
+
+    def _save_state(self, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+        latents = tensors["latents"]
+        if latents.is_cuda:  # the steps that the device still computes aren't the save's cost
+            import torch
+
+            torch.cuda.synchronize(latents.device)
+        with self._saving():
+            arrays = {name: each.detach().float().cpu().numpy() for name, each in tensors.items()}
+            write_arrays(self.folder / STATE, arrays, facts)
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Measure a save; one that fails is the last."""
+        start = time.monotonic()
+        try:
+            yield
+        except (OSError, OutputError) as error:
+            self._give_up(error)
+        self._saved_at = time.monotonic()
+        self._cost_s = self._saved_at - start
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without a journal: the output itself may still find room."""
+        self._on, self._latest, self._pending = False, None, []
+        log.warning("the journal of %s can't be kept on, so a kill from now on loses more: %s",
+                    self.output, error)
+        if not (self.folder / STATE).is_file():
+            self.close()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+        self._lock, self._on = None, False
+
+
+def recall(request: Request, journals: Sequence[Journal]) -> Request:
+    """Bring back what unfinished jobs began with: the seed that was drawn, the thread count.
+
+    Raises:
+        InputError: a journal is damaged, or its thread count can't be had.
+    """
+    for index, journal in enumerate(journals):
+        recipe = journal.recipe or {}
+        if request.seed is None and "plan" in recipe:
+            request = replace(request, seed=recipe["plan"]["seed"] - index)
+        threads = recipe.get("machine", {}).get("threads")
+        if threads and journal.unfinished:
+            _use_threads(threads, journal)
+    return request
+
+
+def journals_of(journal: Journal | Sequence[Journal] | None, count: int) -> Sequence[Journal]:
+    """One journal a clip.
+
+    Raises:
+        InputError: another number of them than clips.
+    """
+    if journal is None:
+        return [Journal(None) for _ in range(count)]
+    journals = [journal] if isinstance(journal, Journal) else journal
+    if len(journals) != count:
+        raise InputError(f"{len(journals)} journals for {count} clips; give one for each")
+    return journals
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What two recipes of different clips differ in: "plan.seed was 7, is 8"."""
+    before, after = _leaves(_decisive(old)), _leaves(_decisive(new))
+    names = sorted(before.keys() | after.keys(), key=lambda name: (name != "vidgen", name))
+    return [
+        f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}"
+        for name in names if before.get(name) != after.get(name)
+    ]
+
+
+def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a recipe that decides bits, as it comes back from JSON."""
+    found = {name: recipe.get(name) for name in _DECISIVE}
+    found["model"] = {key: recipe.get("model", {}).get(key) for key in ("class", "sha256")}
+    for name, keys in _DECISIVE_PARTS.items():
+        found[name] = [[one.get(key) for key in keys] for one in recipe.get(name, ())]
+    found["machine"] = {k: v for k, v in recipe.get("machine", {}).items() if k != "python"}
+    found["label"] = recipe.get("request", {}).get("label")
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {name: tree}
+    parts = [_leaves(value, f"{name}.{key}" if name else key) for key, value in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _use_threads(threads: int, journal: Journal) -> None:
+    import torch
+
+    if torch.get_num_threads() == threads:
+        return
+    torch.set_num_threads(threads)
+    if torch.get_num_threads() != threads:
+        raise InputError(f"{journal.folder} began with {threads} threads, which can't be had here")
+    log.warning("%s goes on with %d threads, as it began", journal.output, threads)
