@@ -7,7 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from vidgen.media.label import _capital, _font, labelled, letter_height
+from vidgen.media.clip import Clip
+from vidgen.media.label import _capital, _font, labelled, letter_height, with_label
 from vidgen.media.read import VideoReader
 from vidgen.media.write import ClipInfo, write_clip
 
@@ -97,6 +98,18 @@ def test_chunks_and_a_resumed_start_make_no_difference():
     for start in (5, 23, 24, 30):
         assert np.array_equal(burn(frames[start:], start=start), whole[start:])
     assert np.array_equal(frames, before)
+
+
+def test_a_clips_source_is_labelled_from_any_frame_on():
+    frames = background("noise", 30, (64, 48))
+
+    def source(start=0):
+        yield frames[start:]
+
+    info = ClipInfo(Fraction(12), (64, 48), 30)
+    labelling = with_label(source, info.size, info.fps)
+    assert np.array_equal(Clip(labelling, info).frames, burn(frames))
+    assert np.array_equal(next(labelling(20)), burn(frames)[20:])
 
 
 def test_only_the_corner_changes_and_a_still_is_labelled():

@@ -9,7 +9,7 @@ Axes: t frames, H W rows and columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -53,6 +53,17 @@ def labelled(
             yield frames
         else:
             yield chunk
+
+
+def with_label(
+    source: Callable[..., Iterator[Frames]], size: tuple[int, int], fps: Fraction
+) -> Callable[..., Iterator[Frames]]:
+    """A clip's source, which may be told the frame to begin with, with the label burnt in."""
+
+    def chunks(start: int = 0) -> Iterator[Frames]:
+        return labelled(source(start) if start else source(), size, fps, start=start)
+
+    return chunks
 
 
 def letter_height(size: tuple[int, int]) -> int:

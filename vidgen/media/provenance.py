@@ -88,15 +88,22 @@ class Marks:
         return {} if known == {"c2pa": "absent"} else known
 
 
-def stamped(recipe: dict[str, Any]) -> dict[str, Any]:
+def stamped(recipe: dict[str, Any], earlier: dict[str, Any] | None = None) -> dict[str, Any]:
     """A recipe with `created`, the time in UTC, and `id`; one that has them stays as it is.
 
-    With SOURCE_DATE_EPOCH in the environment (reproducible-builds.org) the time is that, and the id
+    A clip that goes on keeps the stamp of its beginning, which the `earlier` recipe holds. With
+    SOURCE_DATE_EPOCH in the environment (reproducible-builds.org) the time is that, and the id
     follows from the recipe, so that the same request gives the same file, bit for bit.
+
+    Raises:
+        InputError: SOURCE_DATE_EPOCH is no time.
     """
-    known = {name: text for name in ("created", "id") if isinstance(text := recipe.get(name), str)}
+    known = {
+        name: text for source in (earlier or {}, recipe) for name in ("created", "id")
+        if isinstance(text := source.get(name), str)
+    }
     if len(known) == 2:
-        return recipe
+        return recipe | known
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     if epoch is None:
         moment, name = datetime.now(UTC), uuid.uuid4()
