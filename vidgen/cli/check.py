@@ -1,0 +1,26 @@
+"""`vidgen check FILE`: flashes, frozen or black stretches, drift and more, in any film file."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from vidgen.cli.report import Report
+
+DESCRIPTION = "Look for what may be wrong with a clip. Exit code 1 where there is a fault."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("file", metavar="FILE", help="video or animation")
+    parser.add_argument("--image", metavar="FIRST", help="the picture with which it is to begin")
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Check the file; 1 if it has a fault."""
+    from vidgen.media.checks import as_data, check_file
+
+    found = as_data(check_file(args.file, args.image))
+    lines = [f"{f['severity']}: {f['kind']}: {f['text']}" for f in found["findings"]]
+    text = "\n".join([*lines, f"{args.file}: {found['verdict']}"])
+    report.result({"path": args.file, **found}, text)
+    return int(found["verdict"] == "fault")

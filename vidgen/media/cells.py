@@ -1,0 +1,96 @@
+"""What is kept of a frame for checking: colour means of about 256 square cells, and a few figures.
+
+Axes: H W rows and columns of pixels, h w of the pixels looked at, y x of cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from vidgen.media.encode import Frames
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+
+LUMA = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # BT.709
+_NUM_CELLS = 256
+_NUM_PIXELS = 12_000  # looked at: enough to see a small sprite's edge move by half a pixel
+
+
+@dataclass(frozen=True)
+class Look:
+    """One frame, looked at.
+
+    Attributes:
+        color: [y, x, 3] mean colour of each cell, 0 to 255.
+        luma: [y, x] the same in grey.
+        moved: [y, x] mean absolute change of each cell's pixels since the frame before, in levels;
+            None for the first frame.
+        spread: standard deviation of the pixels, in levels, of the channel that varies most.
+        dark: share of pixels below 10% of the range.
+        bright: share of pixels above 90% of it.
+        roughness: variance between neighbouring pixels over that of all: 0 smooth, 1 white noise.
+    """
+
+    color: Array
+    luma: Array
+    moved: Array | None
+    spread: float
+    dark: float
+    bright: float
+    roughness: float
+
+
+class Looker:
+    """Looks at frames of one size in order, at a cost that hardly grows with the size."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.stride = max(1, round((height * width / _NUM_PIXELS) ** 0.5))
+        rows, columns = -(-height // self.stride), -(-width // self.stride)
+        side = (rows * columns / _NUM_CELLS) ** 0.5
+        self._down = _means(max(2, round(rows / side)), rows)
+        self._across = _means(max(2, round(columns / side)), columns)
+        self._before: Array | None = None
+
+    def look(self, frame: Frames) -> Look:
+        """Look at a frame, uint8 [H, W, 3]."""
+        step = self.stride
+        pixels = frame[::step, ::step].transpose(2, 0, 1).astype(np.float32, order="C")
+        grey: Array = np.tensordot(LUMA, pixels, 1).astype(np.float32, copy=False)
+        moved = None if self._before is None else self._pool(np.abs(grey - self._before))
+        self._before = grey
+        color = self._pool(pixels).transpose(1, 2, 0)
+        variances = [np.dot(flat, flat) / flat.size for flat in map(_centred, pixels)]
+        beside = frame[::step, 1::step, 1]
+        pairs = (pixels[1, :, : beside.shape[1]] - beside).ravel()
+        rough = float(np.dot(pairs, pairs)) / max(1, pairs.size) / 2
+        return Look(
+            color=color,
+            luma=color @ LUMA,
+            moved=moved,
+            spread=float(max(variances)) ** 0.5,
+            dark=np.count_nonzero(grey < 25.5) / grey.size,
+            bright=np.count_nonzero(grey > 229.5) / grey.size,
+            roughness=rough / float(variances[1]) if variances[1] > 1 else 0.0,
+        )
+
+    def _pool(self, pixels: Array) -> Array:
+        """Means [..., y, x] of pixels [..., h, w]."""
+        means = self._down @ pixels @ self._across.T
+        return means.astype(np.float32, copy=False)
+
+
+def _centred(plane: Array) -> Array:
+    flat: Array = (plane - plane.mean()).ravel()
+    return flat
+
+
+def _means(count: int, size: int) -> Array:
+    """[count, size] that takes the means of `count` neighbouring groups of `size` values."""
+    count = min(count, size)
+    groups = np.arange(size) * count // size
+    weights = (groups == np.arange(count)[:, None]).astype(np.float32)
+    means: Array = weights / weights.sum(axis=1, keepdims=True, dtype=np.float32)
+    return means

@@ -1,0 +1,385 @@
+"""What may be wrong with a clip, told while its frames stream past.
+
+`ClipChecker` holds as much after an hour as after a second and costs well under a millisecond a
+frame. Every limit stands here with its reason; docs/check.md says the same for users.
+
+Axes: t frames, H W rows and columns, N samples of sound.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from vidgen.media.cells import LUMA, Look, Looker
+from vidgen.media.encode import Frames, Samples
+from vidgen.media.read import (
+    PICTURE_SUFFIXES,
+    VideoReader,
+    fit,
+    load_image,
+    read_recipe,
+    read_sound,
+)
+from vidgen.media.trackers import STILL, Drifts, Flashes, Freezes, Runs, Span, Spikes
+from vidgen.media.write import ClipInfo
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Picture
+
+Severity: TypeAlias = Literal["warning", "fault"]
+Verdict: TypeAlias = Literal["clean", "warning", "fault"]
+
+FLASHES = 3.0
+"""Flashes in any second; more can bring on seizures (ITU-R BT.1702-3; WCAG 2.2, 2.3.1)."""
+SPIKE, SPIKE_FAULT = 0.03, 0.1
+"""Jump of half the picture and back, of the range. Clean renders stay below 0.003, a decoder's own
+flicker below 0.01; from a tenth on it counts as a flash."""
+FLAT = 0.98
+"""Share of pixels that are black (below 10% of the range) or white (above 90%)."""
+BLANK = 1.0
+"""Spread of the pixels in levels, below which a frame is one colour: NaN decodes to that."""
+NOISE, NOISE_SPREAD = 0.6, 12.0
+"""Share of the variance that lies between neighbouring pixels, where pixels spread at all.
+Pictures stay below 0.3; white noise has 1."""
+FROZEN_S, FROZEN_FRAMES = 0.4, 4
+"""Repeats of a frame that was on the move. Shorter ones are drawn on twos or lost in a blink."""
+STILL_S = 1.0
+"""Seconds from which on a clip without any change is worth a word."""
+FADE_S = 1.0
+"""A black or white start or end up to this long may be a fade that was meant."""
+PSNR, SSIM = 20.0, 0.6
+"""First frame against the picture given: another picture has 7 to 15 dB, a small VAE's round trip
+25 to 35 dB and a similarity above 0.8."""
+DRIFT, DRIFT_FAULT = 0.06, 0.12
+"""Change of colour, saturation or contrast over a shot, of the range; clean renders with moving
+cameras stay below 0.05, and a step of 0.06 between two stills is plain to see."""
+LENGTH = 0.02
+"""Share by which a duration may differ: animations count in hundredths of a second."""
+SOUND_S = 0.1
+"""Difference of the lengths of sound and picture; ITU-R BT.1359 finds 0.09 s still acceptable."""
+SILENCE_DB = -60.0
+"""Level of the loudest tenth of a second: room noise is louder."""
+CLIPPING, CLIPPING_FAULT = 0.001, 0.01
+"""Share of samples that stand at full scale, three or more in a row."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong, or may be.
+
+    Attributes:
+        kind: one word, such as "flash"; docs/check.md lists them.
+        severity: "fault" fails `--strict`; a "warning" may be meant.
+        time_s: (start, end) in seconds, or None where it's the whole clip.
+        value: what was measured, in the unit of the limit.
+        limit: what it must not exceed, or fall below.
+        text: a sentence for people, with what to do.
+    """
+
+    kind: str
+    severity: Severity
+    time_s: tuple[float, float] | None
+    value: float
+    limit: float
+    text: str
+
+
+def verdict(findings: Iterable[Finding]) -> Verdict:
+    """The worst severity, or "clean"."""
+    severities = {finding.severity for finding in findings}
+    return "fault" if "fault" in severities else "warning" if severities else "clean"
+
+
+def as_data(findings: Iterable[Finding]) -> dict[str, Any]:
+    """Findings as JSON data, for a recipe or a result."""
+    kept = list(findings)
+    return {"verdict": verdict(kept), "findings": [asdict(finding) for finding in kept]}
+
+
+def watched(chunks: Iterable[Any], checker: ClipChecker) -> Iterator[Frames]:
+    """Hand chunks on, each checked; `checker.finish()` then tells what was found."""
+    for chunk in chunks:
+        frames = chunk if isinstance(chunk, np.ndarray) else chunk.cpu().numpy()
+        checker.feed(frames)
+        yield frames
+
+
+class ClipChecker:
+    """Checks frames as they come.
+
+    Args:
+        info: the clip's rate and size, and the length and sound it is to have; 0 frames if that
+            isn't known.
+        first_frame: uint8 [H, W, 3], with which the clip is to begin; brought to its size.
+        mode: how: "crop" or "pad".
+    """
+
+    def __init__(
+        self, info: ClipInfo, first_frame: Frames | None = None,
+        mode: Literal["crop", "pad"] = "crop",
+    ) -> None:
+        self.info, self.num_frames = info, 0
+        fps, (width, height) = float(info.fps), info.size
+        self._fps = fps
+        self._looker = Looker(height, width)
+        self._given = None if first_frame is None else fit(first_frame, height, width, mode)
+        self._meant = set() if self._given is None else set(_flaws(_look_at(self._given)))
+        self._flat = {kind: Runs(fps) for kind in ("black", "white", "blank", "noise")}
+        self._flashes = Flashes(fps, red=False), Flashes(fps, red=True)
+        self._spikes = Spikes(fps, SPIKE)
+        self._freezes = Freezes(fps, max(FROZEN_FRAMES, round(FROZEN_S * fps)))
+        self._drifts = Drifts(fps)
+        self._likeness: tuple[float, float] | None = None
+
+    def feed(self, chunk: Frames) -> None:
+        """Check frames, uint8 [t, H, W, 3]."""
+        for frame in chunk:
+            index, self.num_frames = self.num_frames, self.num_frames + 1
+            if index == 0 and self._given is not None:
+                self._likeness = psnr(frame, self._given), ssim(frame, self._given)
+                self._given = None
+            look = self._looker.look(frame)
+            flaws = _flaws(look)
+            for kind, runs in self._flat.items():
+                runs.feed(index, kind in flaws and kind not in self._meant, flaws.get(kind, 0.0))
+            linear = np.power(look.color / 255, np.float32(2.4))
+            for flashes in self._flashes:
+                flashes.feed(index, linear)
+            self._spikes.feed(index, look.luma)
+            self._drifts.feed(index, look.color)
+            if look.moved is not None:
+                self._freezes.feed(index, look.moved)
+
+    def finish(self, sound: Samples | None = None) -> list[Finding]:
+        """Say what was found; call it once, after the last frame.
+
+        Args:
+            sound: float32 [N, channels] at `info.sound_rate`; None: that of `info`.
+        """
+        for runs in self._flat.values():
+            runs.finish()
+        self._freezes.finish()
+        self._drifts.finish()
+        sound = self.info.sound if sound is None else sound
+        found = [*self._flat_findings(), *self._motion_findings(), *self._picture_findings()]
+        if self.info.num_frames:
+            found += check_length(self.num_frames, self.info.fps, self.info.num_frames)
+        if sound is not None:
+            found += check_sound(sound, self.info.sound_rate, self.num_frames / self._fps)
+        return found
+
+    def _time(self, span: Span) -> tuple[float, float]:
+        return round(span.first / self._fps, 3), round((span.last + 1) / self._fps, 3)
+
+    def _flat_findings(self) -> Iterator[Finding]:
+        words = {
+            "black": ("is black", FLAT),
+            "white": ("is blown out to white", FLAT),
+            "blank": ("is one colour, as values that are no numbers decode", BLANK),
+            "noise": ("is noise", NOISE),
+        }
+        for kind, (what, limit) in words.items():
+            for span in self._flat[kind].spans.found:
+                start, end = self._time(span)
+                fades = kind in ("black", "white") and end - start <= FADE_S and (
+                    (span.first == 0) != (span.last == self.num_frames - 1)
+                )
+                advice = "fine if a fade is meant" if fades else "take another seed or --dtype fp32"
+                yield Finding(
+                    kind, "warning" if fades else "fault", (start, end), span.value, limit,
+                    f"the picture {what} from {start:g} to {end:g} s; {advice}",
+                )
+
+    def _motion_findings(self) -> Iterator[Finding]:
+        for flashes, kind in zip(self._flashes, ("flash", "red-flash"), strict=True):
+            for span in flashes.spans.found:
+                start, end = self._time(span)
+                yield Finding(
+                    kind, "fault", (start, end), span.value, FLASHES,
+                    f"{span.value:g} flashes in a second between {start:g} and {end:g} s can bring "
+                    "on seizures; don't show it, take another seed or lower --guidance",
+                )
+        for span in self._spikes.spans.found:
+            start, end = self._time(span)
+            yield Finding(
+                "spike", "fault" if span.value >= SPIKE_FAULT else "warning", (start, end),
+                span.value, SPIKE,
+                f"the picture jumps by {span.value:.0%} of the range and back at {start:g} s; "
+                "take another seed or more --steps",
+            )
+        for span in self._freezes.spans.found:
+            start, end = self._time(span)
+            yield Finding(
+                "frozen", "fault", (start, end), round(end - start, 3), FROZEN_S,
+                f"the picture stands still from {start:g} to {end:g} s in the middle of a movement;"
+                " take another seed",
+            )
+
+    def _picture_findings(self) -> Iterator[Finding]:
+        seconds, most = self.num_frames / self._fps, self._freezes.most
+        is_flat = any(runs.spans.found for runs in self._flat.values())
+        if seconds >= STILL_S and self.num_frames > 1 and not is_flat and most < STILL:
+            yield Finding(
+                "still", "warning", None, most, STILL,
+                "nothing moves from start to end; if something should, name its motion in the "
+                "prompt",
+            )
+        if self._likeness is not None:
+            ratio, likeness = self._likeness
+            if ratio < PSNR or likeness < SSIM:
+                yield Finding(
+                    "first-frame", "fault", (0.0, round(1 / self._fps, 3)), ratio, PSNR,
+                    f"the first frame is unlike the picture given: {ratio:.1f} dB and a similarity "
+                    f"of {likeness:.2f}, below {PSNR:g} dB or {SSIM:g}; take another seed or a "
+                    "picture in the clip's aspect",
+                )
+        drift = self._drifts.worst
+        if drift is not None and drift.most >= DRIFT:
+            yield Finding(
+                "drift", "fault" if drift.most >= DRIFT_FAULT else "warning",
+                self._time(Span(drift.first, drift.last, 0)), drift.most, DRIFT,
+                f"the colours drift: {drift.text()} (of the range); lower --guidance, add "
+                "--guidance-rescale 0.7 or make it shorter",
+            )
+
+
+def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> list[Finding]:
+    """Check a file, against its recipe where it has one.
+
+    Args:
+        path: a video or animation.
+        image: the picture with which it is to begin, fitted as the recipe says, or else the way
+            that comes nearest.
+
+    Raises:
+        InputError: a file that is missing or damaged.
+    """
+    given = None if image is None else load_image(image)[0]
+    plan = (read_recipe(path) or {}).get("plan") or {}
+    sound = None if Path(path).suffix.lower() in PICTURE_SUFFIXES else read_sound(path)
+    with VideoReader(path) as reader:
+        samples, rate = sound or (None, 48_000)
+        info = ClipInfo(reader.fps, reader.size, plan.get("kept_frames") or 0, samples, rate)
+        frames = iter(reader)
+        first = next(frames)
+        if given is not None:
+            width, height = reader.size
+            ways = [fit(given, height, width, mode) for mode in _ways(plan.get("fit"))]
+            given = max(ways, key=lambda fitted: psnr(first, fitted))
+        checker = ClipChecker(info, given)
+        for frame in chain([first], frames):
+            checker.feed(frame[None])
+    wanted = Fraction(plan["fps"]) if plan.get("fps") else reader.fps
+    count = checker.num_frames
+    return [*checker.finish(), *check_length(count, reader.fps, count, wanted)]
+
+
+def _ways(mode: str | None) -> tuple[Literal["crop", "pad"], ...]:
+    return ("crop",) if mode == "crop" else ("pad",) if mode == "pad" else ("crop", "pad")
+
+
+def check_length(
+    num_frames: int, fps: Fraction, wanted_frames: int, wanted_fps: Fraction | None = None
+) -> list[Finding]:
+    """Number of frames and rate against those that were wanted."""
+    found, wanted_fps = [], wanted_fps or fps
+    if num_frames != wanted_frames:
+        found.append(Finding(
+            "length", "fault", None, num_frames, wanted_frames,
+            f"{num_frames} frames are there where {wanted_frames} were asked for; make it again",
+        ))
+    if abs(fps / wanted_fps - 1) > LENGTH:
+        found.append(Finding(
+            "fps", "fault", None, float(fps), float(wanted_fps),
+            f"it runs at {float(fps):g} frames a second instead of {float(wanted_fps):g}; write it "
+            "again, as .mp4 if the format can't count so finely",
+        ))
+    return found
+
+
+def check_sound(sound: Samples, rate: int, seconds: float) -> list[Finding]:
+    """Length, silence, clipping and garbage of sound [N, channels] beside `seconds` of picture."""
+    found = []
+    off = len(sound) / rate - seconds
+    if abs(off) > SOUND_S:
+        more = "longer" if off > 0 else "shorter"
+        found.append(Finding(
+            "sound-length", "fault", None, abs(off), SOUND_S,
+            f"the sound is {abs(off):.2f} s {more} than the picture; cut or extend it",
+        ))
+    bad, clipped, loudest = 0, 0, 0.0
+    block = max(1, rate // 10)
+    for start in range(0, len(sound), block):
+        part = sound[start : start + block].astype(np.float64)
+        finite = np.isfinite(part)
+        bad += int(finite.size - np.count_nonzero(finite))
+        part = np.where(finite, part, 0)
+        loudest = max(loudest, float(np.square(part).mean()))
+        full = np.abs(part) >= 0.999
+        clipped += int(np.count_nonzero(full[2:] & full[1:-1] & full[:-2]))
+    level = 10 * np.log10(max(loudest, 1e-12))
+    share = clipped / max(1, sound.size)
+    if bad:
+        found.append(Finding(
+            "sound-garbage", "fault", None, bad, 0,
+            f"{bad} samples of the sound are no numbers; take another seed or --dtype fp32",
+        ))
+    elif level < SILENCE_DB:
+        found.append(Finding(
+            "silence", "fault", None, round(level, 1), SILENCE_DB,
+            f"the sound is silent: {level:.0f} dB at its loudest; leave it out with --audio none",
+        ))
+    if share >= CLIPPING:
+        found.append(Finding(
+            "clipping", "fault" if share >= CLIPPING_FAULT else "warning", None, share, CLIPPING,
+            f"{share:.1%} of the sound is cut off at full scale; make it quieter",
+        ))
+    return found
+
+
+def psnr(frame: Frames, reference: Frames) -> float:
+    """10 log10(peak^2 / MSE) in dB of two pictures uint8 [H, W, 3]; 100 where they are equal."""
+    error = np.subtract(frame, reference, dtype=np.float32)
+    return float(min(100.0, 10 * np.log10(255**2 / max(float(np.square(error).mean()), 1e-12))))
+
+
+def ssim(frame: Frames, reference: Frames, side: int = 8) -> float:
+    """Structural similarity of the luma (Wang et al. 2004, eq. 13), over blocks side by side."""
+    def blocks(picture: Frames) -> np.ndarray[Any, np.dtype[np.float32]]:
+        luma = picture @ LUMA
+        height, width = (max(1, size // side) for size in luma.shape)
+        luma = luma[: height * side, : width * side]
+        return luma.reshape(height, luma.shape[0] // height, width, -1).swapaxes(1, 2)
+
+    a, b = blocks(frame), blocks(reference)
+    mean_a, mean_b = a.mean((2, 3)), b.mean((2, 3))
+    covariance = (a * b).mean((2, 3)) - mean_a * mean_b
+    one, two = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    likeness = (2 * mean_a * mean_b + one) * (2 * covariance + two)
+    likeness /= (mean_a**2 + mean_b**2 + one) * (a.var((2, 3)) + b.var((2, 3)) + two)
+    return float(likeness.mean())
+
+
+def _look_at(picture: Frames) -> Look:
+    return Looker(picture.shape[0], picture.shape[1]).look(picture)
+
+
+def _flaws(look: Look) -> dict[str, float]:
+    """What is wrong with a single frame, with the value that shows it."""
+    if look.dark >= FLAT:
+        return {"black": look.dark}
+    if look.bright >= FLAT:
+        return {"white": look.bright}
+    if look.spread < BLANK:
+        return {"blank": look.spread}
+    if look.roughness >= NOISE and look.spread >= NOISE_SPREAD:
+        return {"noise": look.roughness}
+    return {}

@@ -1,0 +1,310 @@
+"""What goes wrong over time: flashes, spikes, stretches that stand still, colours that drift.
+
+Each tracker is fed one look after the other and holds as much after an hour as after a second.
+
+Axes: y x of cells, k colour channels and saturation.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vidgen.media.cells import Array
+
+MAX_SPANS = 10
+FLASH_STEP, FLASH_DARKER, FLASH_AREA = 0.1, 0.8, 0.25  # of relative luminance, of the picture
+_JOIN_S = 0.5
+STILL, MOVES = 0.5, 1.5  # levels, of the cell that changes most
+_SAME_SHOT = 0.5  # correlation of neighbouring frames' cells
+IN_PLACE = 0.9  # correlation of cells from which on two pictures show the same thing in place
+
+
+@dataclass
+class Span:
+    """Frames `first` to `last`, both in, and the worst value among them."""
+
+    first: int
+    last: int
+    value: float
+
+
+@dataclass
+class Spans:
+    """Marked frames as spans; those less than half a second apart are one.
+
+    Args:
+        fps: frames per second.
+        longest: how many spans are kept; a hopeless film's further ones lengthen the last.
+    """
+
+    fps: float
+    longest: int = MAX_SPANS
+    found: list[Span] = field(default_factory=list)
+
+    def mark(self, first: int, last: int, value: float) -> None:
+        """Mark frames; they must not begin before those marked already."""
+        if self.found:
+            span = self.found[-1]
+            if first - span.last <= _JOIN_S * self.fps or len(self.found) == self.longest:
+                span.last, span.value = max(span.last, last), max(span.value, value)
+                return
+        self.found.append(Span(first, last, value))
+
+
+class Flashes:
+    """More flashes in a second than people can bear (ITU-R BT.1702-3; WCAG 2.2, 2.3.1).
+
+    A flash is a pair of opposite changes of at least a tenth of the highest relative luminance, the
+    darker side below 0.8 of it, over at least a quarter of the picture at once. `red` follows
+    saturated red instead of luminance (WCAG: a change of (R - G - B) by a sixteenth).
+    """
+
+    def __init__(self, fps: float, *, red: bool) -> None:
+        self.spans = Spans(fps)
+        self._red, self._second = red, max(2, round(fps))
+        self._together = max(1, round(fps / 10))  # a change may take a tenth of a second
+        self._step = 20 / 320 if red else FLASH_STEP
+        self._low: Array | None = None
+        self._changes: deque[int] = deque()
+        self._last_way = 0
+
+    def feed(self, index: int, linear: Array) -> None:
+        """Go on with a frame's cells [y, x, 3], linear light in [0, 1]."""
+        if self._red:
+            level = np.maximum(linear[..., 0] - linear[..., 1] - linear[..., 2], 0)
+        else:
+            level = linear @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
+        if self._low is None:
+            self._low, self._high, self._way = level, level, np.zeros(level.shape, dtype=np.int8)
+            self._when = np.full(level.shape, -self._second)
+        high, low = np.maximum(self._high, level), np.minimum(self._low, level)
+        dark = 1.0 if self._red else FLASH_DARKER
+        falls = (self._way >= 0) & (high - level >= self._step) & (level < dark)
+        rises = (self._way <= 0) & (level - low >= self._step) & (low < dark)
+        turned = falls | rises
+        self._way = np.where(falls, -1, np.where(rises, 1, self._way)).astype(np.int8)
+        self._when = np.where(turned, index, self._when)
+        self._high, self._low = np.where(turned, level, high), np.where(turned, level, low)
+        fresh = self._way * (self._when > index - self._together)
+        for way in (1, -1):
+            if way != self._last_way and np.count_nonzero(fresh == way) >= FLASH_AREA * fresh.size:
+                self._last_way = way
+                self._changes.append(index)
+                break
+        while self._changes and self._changes[0] <= index - self._second:
+            self._changes.popleft()
+        if len(self._changes) > 2 * 3:
+            self.spans.mark(self._changes[0], index, len(self._changes) / 2)
+
+
+class Spikes:
+    """One to three frames that leave the course of at least half the picture and come back.
+
+    The value is the median over the cells of how far a frame is off both its neighbours to the same
+    side, as a share of the range: what moves is less than half the picture, and a cut does not
+    come back.
+    """
+
+    def __init__(self, fps: float, limit: float) -> None:
+        self.spans, self._limit = Spans(fps), limit
+        self._recent: deque[Array] = deque(maxlen=5)
+
+    def feed(self, index: int, luma: Array) -> None:
+        """Go on with a frame's cells [y, x], 0 to 255."""
+        self._recent.append(luma)
+        for length in range(1, len(self._recent) - 1):
+            before, *odd, after = list(self._recent)[-length - 2 :]
+            up = np.min([np.minimum(frame - before, frame - after) for frame in odd], axis=0)
+            down = np.min([np.minimum(before - frame, after - frame) for frame in odd], axis=0)
+            off = np.maximum(up, down)
+            if 2 * np.count_nonzero(off >= self._limit * 255) >= off.size:
+                self.spans.mark(index - length, index - 1, float(np.median(off)) / 255)
+                return
+
+
+class Runs:
+    """Neighbouring frames that share a flaw, as one span each, from `shortest` frames on."""
+
+    def __init__(self, fps: float, shortest: int = 1) -> None:
+        self.spans, self._shortest = Spans(fps), shortest
+        self._run: Span | None = None
+
+    def feed(self, index: int, has_flaw: bool, value: float) -> None:
+        """Go on with a frame."""
+        if has_flaw:
+            self._run = self._run or Span(index, index, value)
+            self._run.last, self._run.value = index, max(self._run.value, value)
+        else:
+            self.finish()
+
+    def finish(self) -> None:
+        """End the run."""
+        run, self._run = self._run, None
+        if run and run.last - run.first + 1 >= self._shortest:
+            self.spans.mark(run.first, run.last, run.value)
+
+
+class Freezes:
+    """Frames that repeat while something was on its way.
+
+    A clip may stand still because it is meant to, come to rest, or be left by its subject. It froze
+    where two changes of at least `MOVES` in a row border on at least `shortest` of less than
+    `STILL`, and the nearer of the two wasn't one at an edge of the picture, by leaving or entering.
+    """
+
+    def __init__(self, fps: float, shortest: int) -> None:
+        self.spans, self._shortest = Spans(fps), shortest
+        self._run: Span | None = None  # of frames that repeat the one before
+        self._broke_off = False
+        self._edges: deque[bool] = deque(maxlen=2)  # of changes in a row: were they at an edge?
+        self.most = 0.0
+        """The largest change of a cell between neighbouring frames, in levels."""
+
+    def feed(self, index: int, moved: Array) -> None:
+        """Go on with a frame's change of each cell [y, x], in levels."""
+        most = float(moved.max())
+        self.most = max(self.most, most)
+        if most < STILL:
+            if self._edges:  # after a run: a cut, then rest again
+                self._settle()
+            if self._run is None:
+                self._run = Span(index, index, most)
+                self._broke_off = len(self._edges) == 2 and not self._edges[1]
+            self._run.last, self._run.value = index, max(self._run.value, most)
+            self._edges.clear()
+        elif most < MOVES:
+            self._edges.clear()
+            self._settle()
+        else:
+            self._edges.append(_at_edge(moved >= MOVES))
+            if len(self._edges) == 2:
+                self._settle(resumed=not self._edges[0])
+
+    def finish(self) -> None:
+        """End the run."""
+        self._settle()
+
+    def _settle(self, resumed: bool = False) -> None:
+        run, self._run = self._run, None
+        if run and (self._broke_off or resumed) and run.last - run.first + 1 >= self._shortest:
+            self.spans.mark(run.first, run.last, run.value)
+
+
+def _at_edge(changed: np.ndarray[Any, np.dtype[np.bool_]]) -> bool:
+    """Whether all that changed [y, x] lies in the outer fifth at one side."""
+    for where, count in zip(np.nonzero(changed), changed.shape, strict=True):
+        if where.max() < 0.2 * count or where.min() >= 0.8 * count:
+            return True
+    return False
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How the colours of a shot change from its start to its end, as shares of the range.
+
+    Attributes:
+        first: its first frame.
+        last: its last.
+        color: [3] red, green, blue.
+        saturation: most minus least of the three.
+        contrast: standard deviation of the luma; None where the view changed too much to tell.
+        slack: how far the sum over a long shot may be off, 1 for up to 4 s.
+    """
+
+    first: int
+    last: int
+    color: Array
+    saturation: float
+    contrast: float | None
+    slack: float
+
+    @property
+    def most(self) -> float:
+        """The largest of the changes, over the slack."""
+        changes = [*map(float, self.color), self.saturation, self.contrast or 0.0]
+        return max(map(abs, changes)) / self.slack
+
+    def text(self) -> str:
+        """The changes in words, the largest first."""
+        changes = dict(zip(("red", "green", "blue"), map(float, self.color), strict=True))
+        changes |= {"saturation": self.saturation, "contrast": self.contrast or 0.0}
+        ranked = sorted(changes.items(), key=lambda item: -abs(item[1]))
+        return ", ".join(f"{name} {value:+.0%}" for name, value in ranked[:3])
+
+
+class Drifts:
+    """Colours that change while the picture stays, apart from what moves in it.
+
+    Between looks an eighth of a second apart each channel's change is fitted by an offset, a gain,
+    a shift and a zoom (the generalised dynamic image model of Negahdaripour, PAMI 1998), robustly;
+    the offsets add up to the drift. Where start and end show the same in place, they are compared
+    directly. A cut ends a shot and begins the next.
+    """
+
+    def __init__(self, fps: float) -> None:
+        self._fps, self._hop = fps, max(1, round(fps / 8))
+        self.worst: Drift | None = None
+        self._start: Array | None = None
+        self._last: Array
+
+    def feed(self, index: int, color: Array) -> None:
+        """Go on with a frame's cells [y, x, 3], 0 to 255."""
+        if index % self._hop:
+            return
+        saturation = color.max(axis=-1) - color.min(axis=-1)
+        channels = np.concatenate([color.transpose(2, 0, 1), saturation[None]])
+        if self._start is None or _likeness(self._last, channels) < _SAME_SHOT:
+            self.finish()
+            self._start, self._first, self._sum = channels, index, np.zeros(4)
+        else:
+            self._sum += _change(self._last, channels)[0]
+        self._last, self._index = channels, index
+
+    def finish(self) -> None:
+        """End the shot; those under half a second don't count."""
+        if self._start is None or self._index - self._first < self._fps / 2:
+            return
+        offsets, gain = self._sum, None
+        slack = max(1.0, (self._index - self._first) / self._fps / 4) ** 0.5
+        if _likeness(self._start, self._last) >= IN_PLACE:
+            offsets, gains = _change(self._start, self._last)
+            gain, slack = float(gains[:3].mean() * self._start[:3].std() / 255), 1.0
+        shares: Array = (offsets / 255).astype(np.float32)
+        found = Drift(self._first, self._index, shares[:3], float(shares[3]), gain, slack)
+        if self.worst is None or found.most > self.worst.most:
+            self.worst = found
+
+
+def _likeness(one: Array, other: Array) -> float:
+    """Correlation of the colours of two pictures' cells [k, y, x]; 1 where both are flat."""
+    a, b = ((x[:3] - x[:3].mean(axis=(1, 2), keepdims=True)).ravel() for x in (one, other))
+    power = (float(np.dot(a, a)) * float(np.dot(b, b))) ** 0.5
+    flat = a.size * 1.0  # a level or so is noise
+    return float((np.dot(a, b) + flat) / (power + flat))
+
+
+def _change(one: Array, other: Array) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Offset at the mean, in levels, and gain [k] that lead from one picture to another."""
+    count, height, width = one.shape
+    middle = (one + other).astype(np.float64) / 2
+    down, across = np.gradient(middle, axis=(1, 2))
+    ys, xs = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
+    zoom = across * xs * width / 2 + down * ys * height / 2
+    level = middle - middle.mean(axis=(1, 2), keepdims=True)
+    terms = np.stack([np.ones_like(middle), level / 64, down / 16, across / 16, zoom / 64], axis=-1)
+    terms = terms.reshape(count, -1, 5)
+    change = (other - one).reshape(count, -1, 1).astype(np.float64)
+    # A little weight on doing nothing settles what flat pictures leave open.
+    ridge = np.diag([0, 1, 1, 1, 1]) * 1e-5 * height * width
+    weights, half = np.ones_like(change), height * width // 2
+    for _ in range(3):  # what moves by itself loses its say
+        weighted = (terms * weights).transpose(0, 2, 1)
+        solved = np.linalg.solve(weighted @ terms + ridge, weighted @ change)
+        off = change - terms @ solved
+        scale = 1.48 * np.partition(np.abs(off), half, axis=1)[:, half, None] + 0.05
+        weights = 1 / (1 + np.square(off / (2 * scale)))
+    return solved[:, 0, 0], solved[:, 1, 0] / 64
