@@ -18,7 +18,7 @@ from tests.wan_models import (
     make_pipeline,
     original_config,
 )
-from vidgen.core.errors import ModelError
+from vidgen.core.errors import InputError, ModelError
 from vidgen.models.image import ImageConfig
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.weights.component import CLASSES, Role, table_of
@@ -381,6 +381,26 @@ def test_another_transformer_is_refused(class_name: str, tmp_path: Path) -> None
     (path / "transformer" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=class_name):
         open_model(str(path))
+
+
+NONSENSE = [
+    ("transformer/config.json", {"num_layers": "2"}, "num_layers must be a whole number"),
+    ("image_encoder/config.json", {"patch_size": None}, "patch_size must be a whole number"),
+    ("image_encoder/config.json", {"patch_size": -1}, "patch_size -1"),
+    ("image_processor/preprocessor_config.json", {"image_mean": [0.5]}, "mean has 1 entries"),
+    ("scheduler/scheduler_config.json", {"flow_shift": "high"}, "shift must be a number"),
+    ("model_index.json", {"vae": []}, "no vae"),
+]
+
+
+@pytest.mark.parametrize(("file", "settings", "message"), NONSENSE)
+def test_settings_that_mean_nothing_are_named(
+    file: str, settings: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    path = build_diffusers(tmp_path / "model", "i2v") / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises((InputError, ModelError), match=message):
+        open_model(str(tmp_path / "model"))
 
 
 def test_shards_of_a_config_with_more_layers_are_refused_on_loading(tmp_path: Path) -> None:

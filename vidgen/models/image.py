@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError
 from vidgen.ops.attention import attention
 
@@ -41,6 +42,9 @@ class ImageConfig:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)  # image_std
 
     def __post_init__(self) -> None:
+        for name in ("patch_size", "hidden_dim", "ffn_dim", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"the image encoder has {name} {getattr(self, name)}, not 1 or more")
         if self.image_size < self.patch_size or self.hidden_dim % self.num_heads:
             raise ModelError(
                 f"an image encoder of {self.image_size} pixels in patches of {self.patch_size}, "
@@ -87,8 +91,11 @@ class ImageConfig:
             _require_clip_processor(processor, values["image_size"])
             for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
                 if theirs in processor:
-                    values[ours] = tuple(processor[theirs])
-        return cls(**values)
+                    values[ours] = processor[theirs]
+        try:
+            return build(cls, values, "the image encoder's config.json")
+        except InputError as error:
+            raise ModelError(str(error)) from None
 
     def to_transformers(self) -> dict[str, Any]:
         """The `config.json` that transformers' `CLIPVisionModel.from_pretrained` reads."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from vidgen.core.config import build
 from vidgen.core.errors import ModelError
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
@@ -61,7 +62,7 @@ def infer_dit(shapes: Shapes, **known: Any) -> DiTConfig:
                 f"a transformer {width} wide has no heads of {HEAD_DIM}; its config.json, which "
                 "says how many it has, is missing: copy it again"
             )
-        return DiTConfig(**fields)
+        return build(DiTConfig, fields, "the transformer's config.json")
 
     return _reading("transformer", read)
 
@@ -167,5 +168,5 @@ def _reading(what: str, read: Callable[[], Config]) -> Config:
             f"the {what} lacks the tensor {error}, so its architecture can't be told; "
             "copy its files again"
         ) from None
-    except (ValueError, ZeroDivisionError, IndexError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
         raise ModelError(f"the {what}'s tensors fit no architecture of ours: {error}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -129,7 +129,7 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | ForeignFolde
     if class_name not in WAN_PIPELINES:
         every = (p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
         return ForeignFolder(path, _unhashed(path, every), class_name, given)
-    parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
+    parts = [name for name, value in index.items() if isinstance(value, list) and any(value)]
     gone = [name for name in parts if not (path / name).is_dir()]
     if gone:
         raise ModelError(
@@ -326,9 +326,10 @@ def _recognised(
     variant: Variant = recognise(
         dit, num_experts=experts, name=name, expand_timesteps=expand_timesteps
     )
+    defaults = asdict(variant.defaults) | settled
     return {
         "name": name, "family": variant.family, "license": _license(path),
-        "tasks": variant.tasks, "defaults": replace(variant.defaults, **settled),
+        "tasks": variant.tasks, "defaults": build(ModelDefaults, defaults, str(path)),
         "world_version": None, "variant": variant.name,
     }
 
