@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 MAX_PROMPT = 20_000
 _WHOLE = {
     "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
-    "retry": (0, 100),
+    "retry": (0, 100), "overlap": (1, 1000),
 }
 _NUMBER = {
     "guidance": (0, 100), "guidance_low": (0, 100), "guidance_rescale": (0, 1), "strength": (0, 1),
-    "control_scale": (0, 10),
+    "control_scale": (0, 10), "colour_hold": (0, 1),
 }
 _ABOVE_ZERO = {"seconds": 3600, "fps": 240, "shift": 100}
 _CHOICE = {
@@ -70,6 +70,8 @@ class Request:
         video: a clip to start from; with `strength`, to re-imagine.
         strength: 0 keeps `video`, 1 ignores it.
         prefix: a clip to go on from: it begins the new clip, whose length counts it in.
+        overlap: latent frames that the windows of a long clip share; see docs/extend.md.
+        colour_hold: 0 to 1, how far a window's colours are brought back to the clip's.
         control: a clip whose depth, pose or edges to follow, for models that can (Wan VACE).
         control_scale: how strongly conditions act in such a model, 1 as trained.
         first_frame_model: folder of a text-to-image model that draws the first frame.
@@ -112,6 +114,8 @@ class Request:
     video: Picture | None = None
     strength: float | None = None
     prefix: Picture | None = None
+    overlap: int | None = None
+    colour_hold: float | None = None
     control: Picture | None = None
     control_scale: float | None = None
     first_frame_model: str | None = None

@@ -76,3 +76,18 @@ def control(
         clean=F.pad(state.clean, before),
         denoise_mask=F.pad(state.denoise_mask, before, value=True),
     )
+
+
+def keep_beginning(state: LatentState, kept: Tensor, num_known: int) -> LatentState:
+    """Show VACE the first latent frames of a clip as known, as `control` would.
+
+    Args:
+        state: whose `control` was written with nothing known there.
+        kept: latents of the clip with grey where new content is wanted, [1, C, F, h, w].
+        num_known: how many of its latent frames are known.
+    """
+    assert state.control is not None
+    rows, first, channels = state.control.clone(), state.num_references, kept.shape[1]
+    rows[:, :channels, first:] = kept.to(rows)
+    rows[:, 2 * channels :, first : first + num_known] = 0
+    return replace(state, control=rows)

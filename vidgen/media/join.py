@@ -1,0 +1,229 @@
+"""Files joined by copying packets: no frame that lies in a file is ever encoded a second time.
+
+What we write is a row of closed groups of pictures, each from an encoder of pinned settings, so
+files of the same settings can follow each other in one. Sound is the first file's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
+
+import av
+import numpy as np
+
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import atomic_path, check_output, write_error
+from vidgen.media.clip import Clip
+from vidgen.media.encode import Frames
+from vidgen.media.read import VideoReader
+from vidgen.media.write import CONTAINERS, ClipInfo, check_format, write_clip
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.stream import VideoStream
+
+log = logging.getLogger(__name__)
+
+_OWN_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration"}
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """What two files' pictures must share for one to follow the other."""
+
+    container: str
+    codec: str
+    size: tuple[int, int]
+    pixel_format: str | None
+    rate: Fraction | None
+    parameters: bytes | None
+
+
+def why_not_joined(paths: Sequence[str | os.PathLike[str]]) -> str | None:
+    """What keeps files from being joined by copying packets; None where nothing does."""
+    pictures = []
+    for path in paths:
+        try:
+            with av.open(os.fspath(path)) as container:
+                if not container.streams.video:
+                    return f"{path} has no picture"
+                stream = container.streams.video[0]
+                pictures.append(_picture_of(container.format.name, stream))
+                if not _is_even(stream):
+                    return f"{path} has frames at uneven times"
+        except av.FFmpegError as error:
+            return f"{path} can't be read: {error.strerror}"
+    for field in fields(_Picture):
+        values = [getattr(picture, field.name) for picture in pictures]
+        if any(value != values[0] for value in values):
+            shown = "" if field.name == "parameters" else f": {', '.join(map(str, values))}"
+            return f"the encoders' {field.name} differ{shown}"
+    return None
+
+
+def _picture_of(container: str, stream: VideoStream) -> _Picture:
+    context = stream.codec_context
+    extra = context.extradata
+    return _Picture(
+        container, context.name, (context.width, context.height), context.pix_fmt,
+        stream.average_rate, None if extra is None else bytes(extra),
+    )
+
+
+def _is_even(stream: VideoStream) -> bool:
+    """Whether packet by packet the frames lie at 0, 1, 2, ... times 1 / fps."""
+    rate = stream.average_rate
+    if rate is None:
+        return False
+    places = sorted(_place(packet, rate) for packet in _packets(stream))
+    return places == list(range(len(places)))
+
+
+def _packets(stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    source = cast("InputContainer", stream.container)
+    return (packet for packet in source.demux(stream) if packet.pts is not None)
+
+
+def _place(packet: Packet[VideoStream], rate: Fraction) -> int:
+    assert packet.pts is not None
+    return round(packet.pts * packet.time_base * rate)
+
+
+def join_files(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> Path:
+    """Write files one after the other into one, with the last one's metadata.
+
+    Args:
+        paths: files that `why_not_joined` finds nothing against.
+        output: replaced if it exists; it appears when it is whole.
+
+    Raises:
+        OutputError: it can't be written or the disk is full.
+    """
+    target = Path(output)
+    kind = CONTAINERS[target.suffix.lower()]
+    with atomic_path(target) as temporary:
+        try:
+            with ExitStack() as opened:
+                sources = [opened.enter_context(av.open(os.fspath(path))) for path in paths]
+                options = dict(kind.options)
+                container = av.open(str(temporary), "w", format=kind.muxer, options=options)
+                _copy(sources, opened.enter_context(container))
+        except av.FFmpegError as error:
+            raise write_error(target, OSError(error.errno, error.strerror), temporary) from error
+    return target
+
+
+def _copy(sources: Sequence[Any], container: Any) -> None:
+    tags = sources[-1].metadata.items()
+    container.metadata.update({k: v for k, v in tags if k.lower() not in _OWN_TAGS})
+    template = sources[0].streams.video[0]
+    rate = template.average_rate
+    picture = container.add_stream_from_template(template)
+    picture.time_base = 1 / rate
+    sound = None
+    if sources[0].streams.audio:
+        sound = container.add_stream_from_template(sources[0].streams.audio[0])
+    delay = max(_delay(source.streams.video[0], rate) for source in sources)
+    start = 0
+    for source in sources:
+        source.seek(0)
+        wanted = source.streams.video[:1] + (source.streams.audio[:1] if start == 0 else ())
+        count = 0
+        for packet in source.demux(wanted):
+            if packet.dts is None:
+                continue
+            if packet.stream.type == "audio":
+                packet.stream = sound
+            else:
+                packet.pts, packet.dts = start + _place(packet, rate), start + count - delay
+                packet.time_base, packet.duration = 1 / rate, 1
+                packet.stream = picture
+                count += 1
+            container.mux(packet)
+        start += count
+
+
+def _delay(stream: VideoStream, rate: Fraction) -> int:
+    """Frames by which decoding must run ahead of showing, at the file's reordering."""
+    return max(place - _place(packet, rate) for place, packet in enumerate(_packets(stream)))
+
+
+class ContinuedClip(Clip):
+    """A clip that begins with a file's frames; where formats agree its packets are copied.
+
+    Args:
+        head: the file.
+        head_frames: how many frames it has.
+        added: makes a new iterator of the chunks that follow, uint8 [t, H, W, 3] each.
+        info: of the whole clip.
+        latents: [1, C, F, h, w] that the added frames are decoded from, if they are.
+    """
+
+    def __init__(
+        self,
+        head: Path,
+        head_frames: int,
+        added: Callable[[], Iterator[Frames]],
+        info: ClipInfo,
+        latents: Any = None,
+    ) -> None:
+        def source() -> Iterator[Frames]:
+            with VideoReader(head) as reader:
+                yield from (frame[None] for frame in reader)
+            yield from added()
+
+        super().__init__(source, info, latents)
+        self.head, self.head_frames, self._added = head, head_frames, added
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        on_frames: Callable[[int], None] | None = None,
+        **more: Any,
+    ) -> Path:
+        """Encode what is new and put it behind the file's packets; see `Clip.save`."""
+        name = os.fspath(path)
+        suffix = check_format(name, self.num_frames)
+        reason = self._why_not_copied(suffix)
+        if reason is not None:
+            log.warning("%s: its frames are encoded once more, since %s", self.head, reason)
+            return super().save(name, overwrite=overwrite, on_frames=on_frames, **more)
+        check_output(name, overwrite=overwrite, num_bytes=self.head.stat().st_size)
+        part = Path(name).with_name(f".{Path(name).stem}.added{suffix}")
+
+        def told(count: int) -> None:
+            if on_frames:
+                on_frames(self.head_frames + count)
+
+        count = self.num_frames - self.head_frames
+        info = replace(self.info, num_frames=count, sound=None)
+        try:
+            Clip(self._added, info).save(part, overwrite=True, on_frames=told, **more)
+            return join_files([self.head, part], name)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _why_not_copied(self, suffix: str) -> str | None:
+        """Compare the file with one frame written as the new part would be."""
+        if suffix not in CONTAINERS:
+            return f"{suffix} holds no packets"
+        width, height = self.info.size
+        probe = replace(self.info, num_frames=1, sound=None, recipe=None)
+        with TemporaryDirectory() as folder:
+            sample = Path(folder, f"sample{suffix}")
+            try:
+                write_clip(sample, [np.zeros((1, height, width, 3), np.uint8)], probe)
+            except InputError as error:
+                return str(error)
+            return why_not_joined([self.head, sample])

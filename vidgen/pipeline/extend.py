@@ -1,0 +1,394 @@
+"""Clips of any length: windows of the model's trained length, each begun with what came before.
+
+A window is shown the clip's last latent frames as they are, known at sigma 0, and makes the next
+ones; pixels are never encoded where latents are at hand. All windows' latents are decoded in one
+stream. A file goes on from the last latents in its recipe, and its own frames stay untouched.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W pixel
+rows and columns.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+from vidgen.core.shapes import LatentShape, Strides
+from vidgen.diffusion import condition, stacked
+from vidgen.diffusion.noise import draw_noise
+from vidgen.media.clip import Clip
+from vidgen.media.join import ContinuedClip
+from vidgen.media.read import fit, read_recipe
+from vidgen.media.write import ClipInfo
+from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
+from vidgen.pipeline.tail import TAIL_FRAMES, Beginning, colours_of, make_tail, read_tail
+from vidgen.weights.family import models_with
+
+if TYPE_CHECKING:
+    from vidgen.diffusion.condition import LatentState
+    from vidgen.media.clip import Keeper
+    from vidgen.media.encode import Frames
+    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.video import Engine
+    from vidgen.weights.folder import ModelFolder
+
+log = logging.getLogger(__name__)
+
+OVERLAP = 3
+"""Latent frames that windows share where nobody says."""
+COLOUR_HOLD = 0.5
+MAX_SHIFT, MAX_GAIN = 0.15, 1.1
+"""Bounds of one window's correction, per latent channel: in its deviations, and of them."""
+IN_MEMORY = 64_000_000
+"""Bytes of a clip's latents up to which they stay in memory; more lie in an unnamed file."""
+
+Sample = Callable[["Plan", "LatentState"], Tensor]
+"""Denoise a window to its plan from its state: latents [1, C, F, h, w]."""
+
+
+def long_clip(engine: Engine, plan: Plan, request: Request, inputs: Inputs) -> LongClip | None:
+    """How to make a clip that one window doesn't hold, or that goes on from a file; else None.
+
+    Raises:
+        InputError: the model or an option can't go on beyond one window, an overlap as long as the
+            window, or a beginning that leaves nothing to make.
+    """
+    size = window_size(engine.folder, engine.vae_config.strides)
+    if request.prefix is None and plan.latents.num_frames <= size:
+        return None
+    _check(plan, request, engine.folder)
+    if request.overlap is not None and request.overlap >= size:
+        raise InputError(f"overlap is {request.overlap}; a window of this model has {size} latent "
+                         f"frames, give {size - 1} or fewer")
+    begun = None if request.prefix is None else read_beginning(engine, plan, request, inputs)
+    return LongClip(engine, plan, request, inputs, begun)
+
+
+def window_size(folder: ModelFolder, strides: Strides) -> int:
+    """Latent frames of the longest clip that a model was trained on."""
+    return 1 + (folder.defaults.max_frames - 1) // strides.t
+
+
+def split_windows(first: int, total: int, size: int, overlap: int) -> list[tuple[int, int]]:
+    """Latent frames [start, stop) of each window that fill `first` to `total`.
+
+    Windows behind other frames begin `overlap` before what they add; the last is as short as it
+    can be.
+    """
+    windows, done = [], first
+    while done < total:
+        start = max(done - overlap, 0)
+        windows.append((start, min(start + size, total)))
+        done = windows[-1][1]
+    return windows
+
+
+def hold_colours(latents: Tensor, colours: Tensor, strength: float) -> Tensor:
+    """Bring a window's new latents back to the clip's colours, little by little to its end.
+
+    Each channel's mean and deviation are matched as in adaptive instance normalisation (Huang &
+    Belongie 2017, eq. 8), within bounds, and not at all where they join what was there.
+
+    Args:
+        latents: [1, C, F, h, w], the new ones.
+        colours: [2, C], mean and deviation of each channel to keep to.
+        strength: 0 leaves all as it is, 1 goes all the way.
+    """
+    if strength == 0:
+        return latents
+    mean, deviation = colours_of(latents).to(latents.device)
+    wanted_mean, wanted_deviation = colours.to(latents.device)
+    limit = MAX_SHIFT * wanted_deviation
+    shift = torch.clamp(strength * (wanted_mean - mean), -limit, limit)
+    gain = (wanted_deviation / deviation).pow(strength).clamp(1 / MAX_GAIN, MAX_GAIN)
+    mean, shift, gain = (values.view(1, -1, 1, 1, 1) for values in (mean, shift, gain))
+    ramp = torch.linspace(0, 1, latents.shape[2] + 1, device=latents.device)[1:]
+    return torch.lerp(latents, (latents - mean) * gain + mean + shift, ramp.view(1, 1, -1, 1, 1))
+
+
+@dataclass(frozen=True)
+class LongClip:
+    """A clip on its way that is made window by window.
+
+    Attributes:
+        engine: the model.
+        plan: of the whole clip.
+        request: whose conditions are met in the windows they fall into.
+        inputs: its pictures.
+        begun: what it goes on from, or None.
+    """
+
+    engine: Engine
+    plan: Plan
+    request: Request
+    inputs: Inputs
+    begun: Beginning | None = None
+
+    @cached_property
+    def windows(self) -> list[tuple[int, int]]:
+        """[start, stop) of each window, in latent frames from the first that is at hand."""
+        t, given, total = self._stride_t, self._num_given, self.plan.latents.num_frames
+        if self.begun is not None:
+            missing = self.plan.kept_frames - self.begun.num_frames - self.begun.frames_ahead
+            total = given + max(math.ceil(missing / t), 0)
+        size = window_size(self.engine.folder, self.engine.vae_config.strides)
+        overlap = self.request.overlap or min(OVERLAP, size - 1)
+        return split_windows(given, total, size, min(overlap, given or overlap))
+
+    def sample(
+        self,
+        sample: Sample,
+        done: Tensor | None = None,
+        keep: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """All windows' latents, one after the other, behind those of the beginning.
+
+        A window depends on the seed, its place and the latents it is shown, never on how many
+        windows follow; so a longer clip begins as the shorter one did, up to its last window.
+
+        Args:
+            sample: denoises one window.
+            done: what `keep` was last told by an earlier run, to go on behind it.
+            keep: told of all latents so far after each window.
+
+        Returns:
+            [1, C, F, h, w] float32 on the CPU.
+        """
+        given = self._num_given
+        end = self.windows[-1][1] if self.windows else given
+        latents = _room_for(replace(self.plan.latents, num_frames=end))
+        if self.begun is not None:
+            latents[:, :, :given] = self.begun.latents
+        count = given if done is None else done.shape[2]
+        if done is not None:
+            latents[:, :, :count] = done
+        for start, stop in self.windows:
+            if stop <= count:
+                continue
+            own, state = self._prepare(start, stop, num_known=count - start)
+            if count > start:
+                state = self._show(state, latents[:, :, max(0, count - TAIL_FRAMES) : count],
+                                   count - start)
+            new = sample(own, state)[:, :, count - start :]
+            if count:
+                hold = self.request.colour_hold
+                new = hold_colours(
+                    new, self._colours(latents), COLOUR_HOLD if hold is None else hold
+                )
+            latents[:, :, count:stop] = new.cpu()
+            count = stop
+            if keep is not None:
+                keep(latents[:, :, :count])
+        return latents
+
+    def clip(self, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None) -> Clip:
+        """A lazy clip of what `sample` made; its last latents are added to the recipe."""
+        plan, begun, t = self.plan, self.begun, self._stride_t
+        made = latents.shape[2] - self._num_given
+        colours = self._colours(latents)
+        info = ClipInfo(
+            fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
+            recipe=recipe, stride_t=t,
+        )
+        if begun is None:
+            ahead = plan.num_frames - plan.kept_frames
+            recipe["tail"] = make_tail(latents, made, ahead, colours)
+            return self.engine.decode(plan, latents, recipe, journal)
+        total = begun.num_frames + begun.frames_ahead + made * t
+        recipe["hand_over"] = begun.hand_over
+        recipe["tail"] = make_tail(
+            latents, begun.num_latents + made, total - plan.kept_frames, colours
+        )
+        skipped = 1 + (self._num_given - 1) * t - begun.frames_ahead
+
+        def added() -> Iterator[Frames]:
+            return _frames(self.engine, latents, skipped, plan.kept_frames - begun.num_frames)
+
+        def whole() -> Iterator[Frames]:
+            yield from _earlier_frames(plan, self.request, self.inputs)
+            yield from added()
+
+        if self.inputs.prefix_fps == plan.fps and self.inputs.video_size == info.size:
+            path = Path(os.fspath(self.request.prefix))  # type: ignore[arg-type]
+            return ContinuedClip(path, begun.num_frames, added, info)
+        log.warning("%s: its frames are encoded once more, for another size or rate",
+                    self.request.prefix)
+        return Clip(whole, info)
+
+    @property
+    def _stride_t(self) -> int:
+        return self.engine.vae_config.strides.t
+
+    @property
+    def _num_given(self) -> int:
+        return 0 if self.begun is None else self.begun.latents.shape[2]
+
+    def _colours(self, latents: Tensor) -> Tensor:
+        """What windows keep to: the beginning's colours, else those of the first window."""
+        if self.begun is not None:
+            return self.begun.colours
+        return colours_of(latents[:, :, : self.windows[0][1]])
+
+    def _prepare(self, start: int, stop: int, num_known: int) -> tuple[Plan, LatentState]:
+        """A window's plan and state, with its share of the clip's noise and of the stills."""
+        plan, request, t, images = self.plan, self.request, self._stride_t, self.inputs.images
+        first_frame = start * t
+        if self.begun is not None:
+            start, stop = (n + self.begun.num_latents - self._num_given for n in (start, stop))
+            last_known = self.begun.num_frames + self.begun.frames_ahead - 1
+            first_frame = start * t + last_known - (self.begun.num_latents - 1) * t
+        shape = replace(plan.latents, num_frames=stop - start)
+        own = replace(
+            plan, latents=shape, num_frames=1 + (stop - start - 1) * t,
+            kept_frames=plan.kept_frames - first_frame,
+        )
+        noise = request.latents
+        noise = draw_noise(plan.seed, shape, first_frame=start) if noise is None else (
+            noise[:, :, start:stop])
+        new_from = 1 + (num_known - 1) * t if num_known else 0
+        mine: dict[str, list[Any]] = {"reference": images.get("reference", []), "frame": []}
+        if num_known == 0:
+            mine["image"] = images.get("image", [])
+        if new_from < own.kept_frames <= own.num_frames:
+            mine["last_image"] = images.get("last_image", [])
+        stills = []
+        for (seconds, still), picture in zip(request.frame, images.get("frame", ()), strict=True):
+            moment = round(seconds * plan.fps)
+            condition.require_frame(moment, plan.num_frames)
+            if new_from <= moment - first_frame < own.num_frames:
+                stills.append((float((moment - first_frame) / plan.fps), still))
+                mine["frame"].append(picture)
+        asked = replace(request, latents=noise, prefix=None, frame=tuple(stills))
+        return own, self.engine.prepare(own, asked, Inputs(images=mine))
+
+    def _show(self, state: LatentState, past: Tensor, num_known: int) -> LatentState:
+        """Write the last `num_known` of the clip's latents into a window's state.
+
+        VACE reads known frames as a clip of their own whose first frame is encoded alone; all that
+        follow are the latents themselves.
+        """
+        known = past[:, :, -num_known:].to(state.latents)
+        if self.engine.folder.conditioning != "control":
+            return condition.prefix(state, known)
+        t = self._stride_t
+        decoded = torch.cat([part.float().cpu() for part in self.engine.decode_video(past)], dim=2)
+        video = decoded[:, :, -(1 + (num_known - 1) * t) :].clamp(-1, 1)
+        num_frames = 1 + (state.latents.shape[2] - state.num_references - 1) * t
+        grey = video.new_zeros(1, 3, num_frames - video.shape[2], *video.shape[3:])
+        kept = self.engine.encode_video(torch.cat([video, grey], dim=2))
+        kept[:, :, 1:num_known] = known[:, :, 1:]
+        return stacked.keep_beginning(state, kept, num_known)
+
+
+def read_beginning(engine: Engine, plan: Plan, request: Request, inputs: Inputs) -> Beginning:
+    """What a request's clip goes on from: latents of its recipe, else its last frames, encoded.
+
+    Raises:
+        InputError: it leaves nothing to make, or conditions lie before its end.
+    """
+    path = Path(os.fspath(request.prefix))  # type: ignore[arg-type]
+    begun = None
+    if inputs.prefix_fps == plan.fps:
+        begun = read_tail(read_recipe(path), engine.folder)
+    grid = (plan.latents.channels, plan.latents.height, plan.latents.width)
+    if begun is None or begun.num_frames != inputs.prefix_frames or (
+        (begun.latents.shape[1], *begun.latents.shape[3:]) != grid
+    ):
+        log.warning("%s holds no latents of %s to go on from; its last frames are encoded, which "
+                    "costs some sharpness", path, engine.folder.name)
+        begun = _encode_end(engine, plan, request, inputs)
+    if begun.num_frames >= plan.kept_frames:
+        raise InputError(
+            f"a beginning of {begun.num_frames} frames leaves nothing to generate in a clip of "
+            f"{plan.kept_frames}; give more seconds"
+        )
+    if request.label != "none":
+        raise InputError("a label belongs on the opening, which is the given clip's; make that one "
+                         "with a label")
+    if request.image is not None:
+        raise InputError("image and prefix are both given; the clip begins with one of them")
+    for seconds, _ in request.frame:
+        if round(seconds * plan.fps) < begun.num_frames:
+            raise InputError(f"frame {seconds} lies in the clip that goes on, which has "
+                             f"{float(begun.num_frames / plan.fps):g} s; give a later one")
+    return begun
+
+
+def _check(plan: Plan, request: Request, folder: ModelFolder) -> None:
+    """Refuse models and options that are bound to one window."""
+    longest = folder.defaults.max_frames
+    if "extend" not in folder.tasks:
+        raise InputError(
+            f"{plan.num_frames} frames are more than {folder.name!r} makes at once; give "
+            f"--frames {longest} or fewer, or a model that goes on from its own latents: "
+            f"toybox, {', '.join(models_with('extend'))}"
+        )
+    for option in ("video", "mask", "control"):
+        if request.has(option):
+            raise InputError(
+                f"{option} holds for one window of the model, {longest} frames at most; this clip "
+                f"has {plan.num_frames}: shorten it or leave {option} out"
+            )
+
+
+def _room_for(shape: LatentShape) -> Tensor:
+    """Zeros [1, C, F, h, w] on the CPU; in an unnamed file where they are many."""
+    _, C, F, h, w = shape.dims
+    count = F * C * h * w
+    if count * 4 <= IN_MEMORY:
+        return torch.zeros(F, C, h, w).transpose(0, 1)[None]
+    with tempfile.NamedTemporaryFile(prefix="vidgen-latents-") as file:
+        flat = torch.from_file(file.name, shared=True, size=count)
+    return flat.view(F, C, h, w).transpose(0, 1)[None]
+
+
+def _encode_end(engine: Engine, plan: Plan, request: Request, inputs: Inputs) -> Beginning:
+    t, total = engine.vae_config.strides.t, 0
+    ending: deque[Frames] = deque(maxlen=1 + (TAIL_FRAMES - 1) * t)
+    for frame in _earlier_frames(plan, request, inputs):
+        ending.append(frame[0])
+        total += 1
+    count = 1 + (len(ending) - 1) // t * t
+    video = pixels_of(list(ending)[-count:], plan.width, plan.height, plan.fit)
+    latents = engine.encode_video(video).cpu()
+    return Beginning(
+        latents=latents, num_frames=total, frames_ahead=0,
+        num_latents=1 + math.ceil((total - 1) / t), colours=colours_of(latents),
+        hand_over="pixels",
+    )
+
+
+def _earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Frames]:
+    """Frames uint8 [1, H, W, 3] of the clip that goes on, at the plan's size and rate."""
+    assert request.prefix is not None
+    assert inputs.prefix_fps is not None
+    count = max(1, round(inputs.prefix_frames * plan.fps / inputs.prefix_fps))
+    for frame in video_frames(request.prefix, count, plan.fps, inputs.prefix_fps):
+        yield fit(frame, plan.height, plan.width, plan.fit)[None]  # type: ignore[arg-type]
+
+
+def _frames(engine: Engine, latents: Tensor, skipped: int, count: int) -> Iterator[Frames]:
+    """Frames uint8 [t, H, W, 3] of latents: `count` of them behind the first `skipped`."""
+    from vidgen.pipeline.video import to_frames
+
+    place, end = 0, skipped + count
+    for video in engine.decode_video(latents):
+        frames = to_frames(video[0])[max(skipped - place, 0) : end - place].numpy()
+        place += video.shape[2]
+        if len(frames):
+            yield frames
+        if place >= end:
+            return

@@ -1,0 +1,114 @@
+"""The last latents of a clip, kept in its recipe, and what a clip that goes on from it needs.
+
+Axes: C latent channels, F latent frames, m of them kept, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+
+if TYPE_CHECKING:
+    from vidgen.weights.folder import ModelFolder
+
+TAIL_FRAMES = 8
+"""Latent frames kept. The embedded decoder, started from 3, errs by 8 of 255 at worst in the frames
+that follow; from 6 by 2, from 8 by no more than bf16 does."""
+TAIL_BYTES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a clip goes on from.
+
+    Attributes:
+        latents: its last ones, normalised, [1, C, m, h, w] float32.
+        num_frames: frames that exist already, and come before the new ones.
+        num_latents: latent frames up to here, counted from the clip's start.
+        frames_ahead: frames that the latents stand for beyond those that exist.
+        colours: mean and deviation of each channel that the clip keeps to, [2, C].
+        hand_over: "latents" of a recipe, or "pixels" that were encoded.
+    """
+
+    latents: Tensor
+    num_frames: int
+    num_latents: int
+    frames_ahead: int
+    colours: Tensor
+    hand_over: Literal["latents", "pixels"]
+
+
+def make_tail(
+    latents: Tensor, num_latents: int, frames_ahead: int, colours: Tensor | None = None
+) -> dict[str, Any] | None:
+    """What a recipe keeps of a clip, so that it can go on without being encoded.
+
+    Args:
+        latents: of the clip, or its last ones, [1, C, F, h, w].
+        num_latents: latent frames of the whole clip.
+        frames_ahead: frames at the end that were generated but not kept.
+        colours: [2, C] that its windows kept to; None: those of `latents`.
+
+    Returns:
+        JSON data with float16 in base64; None where not one latent frame fits into `TAIL_BYTES`.
+    """
+    frame_bytes = latents[:, :, :1].numel() * 2 * 4 // 3
+    count = min(TAIL_FRAMES, latents.shape[2], TAIL_BYTES // frame_bytes)
+    if count == 0:
+        return None
+    return {
+        "shape": [*latents[0, :, -count:].shape], "num_latents": num_latents,
+        "frames_ahead": frames_ahead,
+        "colours": _text(colours_of(latents) if colours is None else colours),
+        "data": _text(latents[0, :, -count:]),
+    }
+
+
+def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginning | None:
+    """The latents that a clip of this very model ends with; None where its recipe has none.
+
+    Raises:
+        InputError: something else than what `make_tail` writes.
+    """
+    if recipe is None or recipe.get("tail") is None:
+        return None
+    try:
+        if recipe["model"]["sha256"] != folder.content_hash:
+            return None
+        tail = recipe["tail"]
+        latents = _tensor(tail["data"], tail["shape"])[None]
+        return Beginning(
+            latents=latents, num_frames=int(recipe["plan"]["kept_frames"]),
+            num_latents=int(tail["num_latents"]), frames_ahead=int(tail["frames_ahead"]),
+            colours=_tensor(tail["colours"], [2, latents.shape[1]]), hand_over="latents",
+        )
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise InputError(
+            f"the latents in the clip's recipe are damaged ({error}); write the clip once more "
+            "without its recipe, or make it again"
+        ) from None
+
+
+def colours_of(latents: Tensor) -> Tensor:
+    """Mean and deviation of each channel of [1, C, F, h, w], as [2, C] on the CPU."""
+    flat = latents[0].float().flatten(1)
+    return torch.stack([flat.mean(1), flat.std(1)]).cpu()
+
+
+def _text(values: Tensor) -> str:
+    return base64.b64encode(values.cpu().to(torch.float16).numpy().tobytes()).decode()
+
+
+def _tensor(text: str, shape: list[int]) -> Tensor:
+    flat = np.frombuffer(base64.b64decode(text, validate=True), np.float16).astype(np.float32)
+    if not np.isfinite(flat).all():
+        raise ValueError("numbers that are not finite")
+    return torch.from_numpy(flat).reshape(shape)
