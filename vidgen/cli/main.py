@@ -23,11 +23,14 @@ from vidgen.core.errors import InputError, VidgenError, nearest
 VERBS = {
     "generate": "a clip from a sentence, with pictures or a clip as conditions if you like",
     "inspect": "what a media file holds, and the recipe that made it",
+    "replay": "a clip once more from its recipe, or with one thing changed",
+    "sweep": "a clip under several settings, side by side on a sheet and in a video",
+    "jobs": "clips whose making was stopped, and how to be rid of them",
     "models": "the models that are ready to use",
     "eval": "score a model on a suite",
     "convert": "a model folder in another layout",
 }
-LONG = ("generate", "eval")
+LONG = ("generate", "replay", "sweep", "eval")
 INTERRUPTED = 130
 
 

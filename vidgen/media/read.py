@@ -29,6 +29,12 @@ MIN_SIDE = 16
 MAX_PIXELS = 64_000_000
 PICTURE_SUFFIXES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
+# H.273's code points, by their usual names; 2 is unspecified.
+_PRIMARIES = {1: "bt709", 5: "bt470bg", 6: "smpte170m", 9: "bt2020", 12: "display-p3"}
+_TRANSFERS = {1: "bt709", 4: "gamma22", 5: "gamma28", 6: "smpte170m", 8: "linear", 13: "srgb",
+              14: "bt2020-10", 15: "bt2020-12", 16: "pq", 18: "hlg"}
+_MATRICES = {0: "rgb", 1: "bt709", 5: "bt470bg", 6: "smpte170m", 9: "bt2020nc", 10: "bt2020c"}
+
 
 @contextmanager
 def _decoding(what: str, remedy: str, problem: str = "is damaged") -> Iterator[None]:
@@ -267,7 +273,7 @@ def read_sound(path: str | os.PathLike[str]) -> tuple[np.ndarray[Any, Any], int]
 
 
 def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a media file holds: format, bytes, duration in seconds, streams, foreign metadata.
+    """What a media file holds: format, bytes, duration, bit rate, streams with their colour, tags.
 
     Raises:
         InputError: missing, or no media file.
@@ -286,6 +292,8 @@ def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
     with _container(found) as container:
         if container.duration is not None:
             facts["duration_s"] = container.duration / av.time_base
+        if container.bit_rate:
+            facts["bits_per_s"] = container.bit_rate
         tags = {k: v for k, v in container.metadata.items() if k.lower() != RECIPE_KEY}
         streams = [_describe(stream) for stream in container.streams]
         return facts | {"format": container.format.name, "streams": streams, "metadata": tags}
@@ -307,6 +315,10 @@ def _describe(stream: Any) -> dict[str, Any]:
     if stream.type == "video":
         facts |= {"width": context.width, "height": context.height, "pix_fmt": context.pix_fmt}
         facts |= {"fps": str(stream.average_rate), "num_frames": stream.frames or None}
+        facts |= {"primaries": _PRIMARIES.get(int(context.color_primaries)),
+                  "transfer": _TRANSFERS.get(int(context.color_trc)),
+                  "matrix": _MATRICES.get(int(context.colorspace)),
+                  "range": {1: "limited", 2: "full"}.get(int(context.color_range))}
     elif stream.type == "audio":
         facts |= {"rate": stream.rate, "channels": stream.channels}
     return facts

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidgen.core.errors import InputError
 from vidgen.models.lora import Adapter, attached
 from vidgen.weights.hashes import hash_files
 from vidgen.weights.lora import parse_option, read_choices
@@ -52,15 +53,23 @@ def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
         for (role, config), name in zip(configs.items(), names, strict=True)
     }
     records = [
-        {"path": str(choice.path), "weight": choice.weight, "expert": choice.expert,
-         "sha256": sorted(hash_files(_files(choice.path)).values())}
+        {"path": str(choice.path.resolve()), "weight": choice.weight, "expert": choice.expert,
+         "sha256": hashes_of(choice.path)}
         for choice in choices
     ]
     return Loras(adapters, records)
 
 
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+def hashes_of(path: Path) -> list[str]:
+    """SHA-256 of a LoRA's file, or of each file in its folder, sorted.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if not path.exists():
+        raise InputError(f"LoRA {path} does not exist; give a file or folder")
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+    return sorted(hash_files(files).values())
 
 
 class Experts:

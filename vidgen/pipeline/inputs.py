@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
+from safetensors.torch import save
 from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
+from vidgen.core.runtime import sha256_file
 from vidgen.media.read import VideoReader, fit, load_image
 
 if TYPE_CHECKING:
@@ -83,26 +87,28 @@ def read_inputs(request: Request) -> Inputs:
             for note in notes:
                 log.warning("%s: %s", _name(picture), note)
             inputs.images.setdefault(option, []).append(pixels)
-            inputs.records.append(_record(option, picture))
+            inputs.records.append(record_input(option, picture))
     if request.video is not None:
         with VideoReader(request.video) as reader:
             inputs.video_size, inputs.video_fps = reader.size, reader.fps
             inputs.video_seconds = sum(1 for _ in reader) / float(reader.fps)
-        inputs.records.append(_record("video", request.video))
+        inputs.records.append(record_input("video", request.video))
     if request.prefix is not None:
         with VideoReader(request.prefix) as reader:
             inputs.video_size = inputs.video_size or reader.size
             inputs.prefix_fps, inputs.prefix_frames = reader.fps, sum(1 for _ in reader)
-        inputs.records.append(_record("prefix", request.prefix))
+        inputs.records.append(record_input("prefix", request.prefix))
     if request.control is not None:
         with VideoReader(request.control) as reader:
             inputs.video_size = inputs.video_size or reader.size
             inputs.control_fps = reader.fps
             seconds = sum(1 for _ in reader) / float(reader.fps)
             inputs.video_seconds = inputs.video_seconds or seconds
-        inputs.records.append(_record("control", request.control))
+        inputs.records.append(record_input("control", request.control))
     if request.mask is not None:
-        inputs.records.append(_record("mask", request.mask))
+        inputs.records.append(record_input("mask", request.mask))
+    if request.latents is not None:
+        inputs.records.append(record_input("latents", request.latents))
     return inputs
 
 
@@ -149,12 +155,32 @@ def _name(picture: Picture) -> str:
     return "picture" if isinstance(picture, np.ndarray) else str(picture)
 
 
-def _record(option: str, picture: Picture) -> dict[str, Any]:
-    if isinstance(picture, np.ndarray):
-        content, place = picture.tobytes(), {"shape": list(picture.shape)}
+def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
+    """What the recipe keeps of an input: enough to have it again, or to know it again.
+
+    Args:
+        option: that it was given by.
+        picture: a file, whose bytes are hashed; uint8 [H, W, 3], by its pixels; or latents, as the
+            bytes of a safetensors file.
+
+    Returns:
+        `option`, `sha256` and, up to `EMBED_LIMIT` bytes, `content` in base64: the file's own, a
+        picture's as PNG. `path` is a file's name, absolute where its content is left out.
+    """
+    if isinstance(picture, str | os.PathLike):
+        path = Path(picture)
+        is_small = path.stat().st_size <= EMBED_LIMIT
+        place = {"path": path.name if is_small else str(path.resolve())}
+        content, digest = path.read_bytes() if is_small else b"", sha256_file(path)
+    elif isinstance(picture, Tensor):
+        content, place = save({"latents": picture.detach().cpu().contiguous()}), {}
+        digest = hashlib.sha256(content).hexdigest()
     else:
-        content, place = Path(picture).read_bytes(), {"path": os.fspath(picture)}
-    record = {"option": option, "sha256": hashlib.sha256(content).hexdigest(), **place}
-    if len(content) <= EMBED_LIMIT:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        content, place = file.getvalue(), {"shape": list(picture.shape)}
+        digest = hashlib.sha256(picture.tobytes()).hexdigest()
+    record = {"option": option, "sha256": digest, **place}
+    if 0 < len(content) <= EMBED_LIMIT:
         record["content"] = base64.b64encode(content).decode()
     return record

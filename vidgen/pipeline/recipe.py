@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from fractions import Fraction
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +14,11 @@ from vidgen import __version__
 from vidgen.core.request import Request
 from vidgen.core.runtime import fingerprint
 from vidgen.ops.attention import used_backend
-from vidgen.pipeline.experts import NO_LORAS, Loras
-from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.experts import NO_LORAS, Loras, hashes_of
+from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import DTYPES
-from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.folder import ForeignFolder, ModelFolder, embedded_folder, open_model
+from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
     from vidgen.pipeline.foreign import ForeignEngine
@@ -23,7 +27,14 @@ if TYPE_CHECKING:
     from vidgen.pipeline.video import Engine
 
 RECIPE_VERSION = 1
-_PICTURES = ("image", "last_image", "frame", "reference", "mask", "video", "prefix", "control")
+FACTS = (
+    "vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "dtype", "offload",
+    "quantize", "attention", "device", "machine", "diffusers", "transformers", "torchao", "encoder",
+    "hand_over",
+)
+"""Entries that frames depend on; the others differ from run to run or say the same again."""
+_ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix",
+              "control", "latents", "lora"}  # fmt: skip
 _DEFAULTS = {each.name: each.default for each in fields(Request)}
 
 
@@ -44,7 +55,9 @@ def make_recipe(
     recipe: dict[str, Any] = {
         "format_version": RECIPE_VERSION,
         "vidgen": __version__,
-        "model": {"name": folder.name, "sha256": folder.content_hash},
+        "model": {
+            "name": folder.name, "source": _source(folder), "sha256": folder.content_hash,
+        },
         "request": _asked(request),
         "plan": asdict(plan) | {"fps": str(plan.fps)},
         "scheduler": _as_json(getattr(request.scheduler, "config", {})) or None,
@@ -60,20 +73,79 @@ def make_recipe(
         recipe["model"]["class"] = folder.class_name
         return recipe | {name: version(name) for name in ("diffusers", "transformers")}
     recipe["model"]["world_version"] = folder.world_version
-    attention = used_backend("auto", engine.device, DTYPES[engine.dtype])
-    return recipe | {"quantize": getattr(engine, "quantize", None), "attention": attention}
+    recipe["attention"] = used_backend("auto", engine.device, DTYPES[engine.dtype])
+    recipe["quantize"] = getattr(engine, "quantize", None)
+    return recipe | ({"torchao": version("torchao")} if recipe["quantize"] else {})
+
+
+def identity(request: Request, **loading: Any) -> str:
+    """A name by all that shapes a clip, to know one again that was made before.
+
+    Args:
+        request: for one clip, its seed given.
+        loading: how its engine is loaded, the model by its content hash.
+    """
+    facts = {
+        "vidgen": __version__, "loading": loading, "prompt": request.prompt,
+        "request": _asked(request),
+        "frame_times_s": [float(seconds) for seconds, _ in request.frame],
+        "inputs": [[r["option"], r["sha256"]] for r in read_inputs(request).records],
+        "loras": [[hashes_of(choice.path), choice.weight, choice.expert]
+                  for choice in map(parse_option, request.lora)],
+    }
+    if request.first_frame_model is not None:
+        facts["first_frame_model"] = open_model(request.first_frame_model).content_hash
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def differences(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What frames may depend on and two recipes don't have in common: both values, by name."""
+    mine, others = (_flat(_facts(one)) for one in (recipe, other))
+    pairs = {name: (mine.get(name), others.get(name)) for name in mine | others}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _facts(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries that frames depend on, without names and places, which hashes stand for."""
+    facts = {name: recipe[name] for name in FACTS if recipe.get(name) is not None}
+    facts["model"] = {"sha256": recipe.get("model", {}).get("sha256")}
+    for name, key in (("inputs", "option"), ("loras", "weight")):
+        known = (record for record in recipe.get(name, ()) if "sha256" in record)
+        facts[name] = [f"{record[key]} {record['sha256']}" for record in known]
+    return facts
+
+
+def _source(folder: ModelFolder | ForeignFolder) -> str:
+    """What `open_model` finds it by: a hub's id, an embedded model's name, else its path."""
+    if folder.given is not None:
+        return folder.given
+    is_embedded = folder.path == embedded_folder(folder.name)
+    return folder.name if is_embedded else str(folder.path.resolve())
 
 
 def _asked(request: Request) -> dict[str, Any]:
-    """The options that were given, without pictures, which are among the inputs."""
-    plain = (str, int, float, bool)
-    given = {f.name: getattr(request, f.name) for f in fields(request) if f.name != "prompt"}
+    """The options that were given; pictures are among the inputs."""
+    given = {
+        each.name: getattr(request, each.name) for each in fields(Request)
+        if each.name not in _ELSEWHERE
+    }
     return {
-        name: value for name, value in given.items()
-        if name not in _PICTURES and isinstance(value, plain) and value != _DEFAULTS[name]
+        name: str(value) if isinstance(value, Fraction) else value for name, value in given.items()
+        if value != _DEFAULTS[name] and not (name == "sampler" and request.scheduler is not None)
     }
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    plain = (str, int, float, bool, type(None))
-    return {name: value for name, value in dict(config).items() if isinstance(value, plain)}
+    """A scheduler's settings, of which arrays become lists."""
+    settings: dict[str, Any] = json.loads(json.dumps(dict(config), default=lambda v: v.tolist()))
+    return settings
+
+
+def _flat(data: Any, name: str = "") -> dict[str, Any]:
+    """A tree's leaves by dotted name."""
+    if isinstance(data, list | tuple):
+        data = dict(enumerate(data))
+    if not isinstance(data, Mapping):
+        return {name: data}
+    parts = (_flat(value, f"{name}.{key}" if name else str(key)) for key, value in data.items())
+    return {leaf: value for part in parts for leaf, value in part.items()}

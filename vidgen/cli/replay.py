@@ -1,0 +1,142 @@
+"""`vidgen replay FILE`: make a file's clip again from its recipe, or with one thing changed."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from vidgen.cli import generate
+from vidgen.cli.parser import Parser
+from vidgen.cli.report import Report
+from vidgen.core.errors import InputError, nearest
+
+DESCRIPTION = "Make a clip again from the recipe in its file, and compare the two."
+_NOT_SET = ("count", "retry", "strict", "latents", "prefix")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's options."""
+    add = parser.add_argument
+    add("file", metavar="FILE", help="what vidgen wrote: film, picture or folder of pictures")
+    add("-o", "--output", metavar="FILE", help="where to; default FILE-again beside it")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    add("--set", dest="changes", type=key_and_value, action="append", default=[],
+        metavar="KEY=VALUE", help="an option of generate to change, seed and rest locked; nothing "
+        "after the = drops it; may be repeated")
+    add("--input", dest="given", type=key_and_value, action="append", default=[],
+        metavar="OPTION|HASH=PATH", help="where an input, a lora or the model lies now")
+    add("--anyway", action="store_true", help="go on with a model that isn't the recorded one")
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Restore, check, generate, write, compare."""
+    from vidgen.core.runtime import check_output
+    from vidgen.media.read import read_recipe
+    from vidgen.media.write import check_format
+
+    recipe = read_recipe(args.file)
+    if recipe is None:
+        raise InputError(f"{args.file} holds no recipe of vidgen; give a file that vidgen wrote")
+    changes = typed_options(args.changes)
+    output = args.output or _again(args.file)
+    if Path(output).resolve() == Path(args.file).resolve():
+        raise InputError(f"output {output} is the file to replay; choose another name")
+    check_format(output)
+    check_output(output, overwrite=args.overwrite)
+    _make(recipe, output, changes, args, report)
+    report({"event": "written", "path": output})
+    _tell(output, args.file, changes, report)
+    return 0
+
+
+def key_and_value(text: str) -> tuple[str, str]:
+    """Read KEY=VALUE."""
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise ArgumentTypeError(f"{text!r} is no KEY=VALUE, such as prompt=\"a cat\" or steps=20")
+    return key, value
+
+
+def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Options of generate from words, as its own command line reads them.
+
+    Args:
+        pairs: (key, value); lists are given by repeating the key, pairs of numbers with a comma;
+            an empty value is the option left out.
+
+    Raises:
+        InputError: a key that is no such option, with the nearest; a value that can't be read.
+    """
+    from vidgen.core.request import Request
+
+    parser = Parser(prog="vidgen generate", description="")
+    generate.add_arguments(parser)
+    actions = {action.dest: action for action in parser._actions}
+    defaults = {
+        each.name: each.default for each in fields(Request)
+        if each.name in actions and each.name not in _NOT_SET
+    }
+    options: dict[str, Any] = {}
+    words = ["-"]
+    for key, value in pairs:
+        name = key.replace("-", "_")
+        if name not in defaults:
+            raise InputError(f"unknown option {key!r}; {nearest(name, defaults)}")
+        if name != "prompt" and value:
+            flag = "--" + name.replace("_", "-")
+            is_pair = actions[name].nargs == 2
+            words += [flag, *value.split(",")] if is_pair else [f"{flag}={value}"]
+        options[name] = value if name == "prompt" or value else defaults[name]
+    parsed = vars(parser.parse(words))
+    given = [name for name, value in options.items() if value and name != "prompt"]
+    return options | {name: parsed[name] for name in given}
+
+
+def _again(file: str) -> str:
+    path = Path(file)
+    tail = "/" if path.is_dir() else path.suffix
+    return str(path.with_name(f"{path.stem}-again")) + tail
+
+
+def _make(
+    recipe: Mapping[str, Any], output: str, changes: Mapping[str, Any], args: Namespace,
+    report: Report,
+) -> None:
+    """Restore, check, generate and write, all on the recorded threads."""
+    from vidgen.pipeline import replay
+    from vidgen.pipeline.video import load
+
+    def on_event(progress: Any) -> None:
+        report({"event": "progress", **vars(progress)})
+
+    with TemporaryDirectory() as folder, replay.recorded_threads(recipe):
+        request = replay.request_from_recipe(recipe, Path(folder), args.given, changes)
+        loading = replay.loading_from_recipe(recipe, args.given, changes, anyway=args.anyway)
+        clip = load(**loading).generate(request, on_event=on_event)
+        assert not isinstance(clip, list)
+        replay.keep_origin(clip.recipe, recipe)
+        clip.save(output, overwrite=args.overwrite)
+
+
+def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) -> None:
+    """Say whether the two files show the same, else what they don't have in common."""
+    from vidgen.media.read import read_recipe
+    from vidgen.pipeline.recipe import differences
+    from vidgen.pipeline.replay import compare
+
+    made = compare(output, file)
+    differing = differences(read_recipe(file) or {}, read_recipe(output) or {})
+    data = {
+        "path": output, "changed": sorted(changes), "identical": made.identical,
+        "psnr_db": made.psnr_db,
+        "differences": {k: {"recorded": old, "now": new} for k, (old, new) in differing.items()},
+    }
+    lines = [f"{output}: {made.text}"]
+    lines += [f"  {name}: {new}, recorded {old}" for name, (old, new) in differing.items()]
+    if not (made.identical or differing):
+        lines.append(f"  no recorded fact differs; {file} may have been changed since it was made")
+    report.result(data, "\n".join(lines))

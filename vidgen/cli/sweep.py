@@ -1,0 +1,216 @@
+"""`vidgen sweep PROMPT --over KEY=A,B,C`: the same clip under several settings, side by side."""
+
+from __future__ import annotations
+
+import math
+import re
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.cli import generate
+from vidgen.cli.replay import typed_options
+from vidgen.cli.report import Report
+from vidgen.core.errors import InputError
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+
+DESCRIPTION = "Make a clip under several settings, the seed locked: one labelled sheet, one video."
+MAX_CELLS = 100
+_LOADING = ("model", "dtype", "offload", "quantize")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing that varies: an option, or a word of the prompt."""
+
+    key: str
+    word: str | None
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting: its label, its request, keywords of `load`, and the clip's file."""
+
+    label: str
+    request: Request
+    loading: Mapping[str, Any]
+    path: Path
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare generate's options and the axes."""
+    generate.add_arguments(parser)
+    parser.add_argument(
+        "--over", type=read_axis, action="append", required=True, metavar="KEY=A,B,C",
+        help="what varies: seed=1..4, guidance=1,3,6 or, in the prompt, prompt:red=red,blue; "
+        "values with commas are parted by |; repeated, the last one makes the columns")
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Check every setting, make the clips that aren't there yet, lay them out."""
+    if args.count != 1 or args.retry:
+        raise InputError("a sweep makes one clip of each setting; leave --count and --retry out, "
+                         "or vary the seed with --over seed=1..4")
+    stem = _stem_and_seed(args, report)
+    cells = _cells(args, stem)
+    todo = [cell for cell in cells if not cell.path.is_file()]
+    _make(todo, report)
+    columns = _columns(args.over)
+    _lay_out(cells, columns, stem, args, report)
+    data = {
+        "sheet": f"{stem}.png", "video": f"{stem}.mp4", "columns": columns,
+        "cells": [{"label": cell.label, "path": str(cell.path), "seed": cell.request.seed,
+                   "made": cell in todo} for cell in cells],
+    }
+    report.result(data, f"{stem}.png, {stem}.mp4: {len(cells)} clips, {len(todo)} of them made now")
+    return 0
+
+
+def read_axis(text: str) -> Axis:
+    """Read KEY=A,B,C or prompt:WORD=A,B,C; A..B is every whole number from A to B."""
+    key, _, listed = text.partition("=")
+    key, _, word = key.partition(":")
+    values = tuple(listed.split("|" if "|" in listed else ","))
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", listed)
+    if span and int(span[1]) <= int(span[2]) < int(span[1]) + MAX_CELLS:
+        values = tuple(map(str, range(int(span[1]), int(span[2]) + 1)))
+    if not key or not listed or (word and key != "prompt"):
+        raise ArgumentTypeError(f"{text!r} is no KEY=A,B,C, such as guidance=1,3,6, seed=1..4 or "
+                                "prompt:red=red,blue")
+    return Axis(key.replace("-", "_"), word or None, values)
+
+
+def _stem_and_seed(args: Namespace, report: Report) -> str:
+    """The outputs' name without suffix; one seed for all settings, settled in `args`.
+
+    A seed that was drawn is kept beside the clips, so that the same command finds them again.
+    """
+    from vidgen.core.request import Request
+    from vidgen.core.runtime import atomic_write, check_output
+    from vidgen.pipeline.plan import draw_seed
+
+    drawn = draw_seed() if args.seed is None else args.seed
+    request = Request(prompt=args.prompt, seed=drawn)
+    output = args.output or f"{generate._outputs(None, request)[0].removesuffix('.mp4')}-sweep.png"
+    stem = output.removesuffix(suffix := Path(output).suffix)
+    if suffix.lower() not in (".png", ".mp4"):
+        raise InputError(f"output {output} must end in .png or .mp4; a sweep writes both")
+    for suffix in (".png", ".mp4"):
+        check_output(stem + suffix, overwrite=args.overwrite)
+    folder = Path(f"{stem}.cells")
+    folder.mkdir(exist_ok=True)
+    if args.seed is None:
+        note = folder / "seed"
+        kept = note.read_text() if note.is_file() else ""
+        args.seed = int(kept) if kept.isdecimal() else drawn
+        atomic_write(note, str(args.seed).encode())
+        report({"event": "note", "text": f"seed {args.seed}"})
+    return stem
+
+
+def _cells(args: Namespace, stem: str) -> list[Cell]:
+    """Every setting, checked, in the order of the sheet: row by row."""
+    from vidgen.core.request import Request
+
+    count = math.prod(len(axis.values) for axis in args.over)
+    if count > MAX_CELLS:
+        raise InputError(f"a sheet of {count} clips is too large; give {MAX_CELLS} values at most")
+    names = {each.name for each in fields(Request)}
+    base = {name: value for name, value in vars(args).items() if name in names}
+    return [
+        _cell(base, list(zip(args.over, values, strict=True)), stem)
+        for values in product(*(axis.values for axis in args.over))
+    ]
+
+
+def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], stem: str) -> Cell:
+    from vidgen.core.request import Request
+
+    options, label = dict(base), []
+    for axis, value in chosen:
+        if axis.word is None:
+            options |= typed_options([(axis.key, value)])
+            label.append(value if axis.key == "prompt" else f"{axis.key} {value}")
+        else:
+            options["prompt"] = _replaced(options["prompt"], axis.word, value)
+            label.append(value)
+    loading = {name: options.pop(name) for name in _LOADING}
+    request = Request.of(options.pop("prompt"), options)
+    name = _identity(request, loading)
+    return Cell(", ".join(label), request, loading, Path(f"{stem}.cells", f"{name}.mp4"))
+
+
+def _replaced(prompt: str, word: str, value: str) -> str:
+    pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
+    if not re.search(pattern, prompt):
+        raise InputError(f"the prompt has no {word!r} to replace: {prompt!r}")
+    return re.sub(pattern, lambda _: value, prompt)
+
+
+def _identity(request: Request, loading: Mapping[str, Any]) -> str:
+    """A name for a clip by all that shapes it, so that one made before is known again."""
+    from vidgen.pipeline.recipe import identity
+
+    return identity(request, **{**loading, "model": _content_hash(loading["model"])})
+
+
+@lru_cache
+def _content_hash(model: str) -> str:
+    from vidgen.weights.folder import open_model
+
+    return open_model(model).content_hash
+
+
+def _make(cells: Sequence[Cell], report: Report) -> None:
+    """Make clips, those of one way of loading after each other."""
+    from vidgen.pipeline.video import load
+
+    engine, loaded = None, None
+    for number, cell in enumerate(sorted(cells, key=lambda cell: str(cell.loading)), 1):
+        told = {"clip": number, "num_clips": len(cells)}
+
+        def on_event(progress: Any, told: Mapping[str, int] = told) -> None:
+            report({"event": "progress", **vars(progress), **told})
+
+        if cell.loading != loaded:
+            engine, loaded = None, cell.loading  # the old one leaves before the new one comes
+            engine = load(**cell.loading)
+        assert engine is not None
+        clip = engine.generate(cell.request, on_event=on_event)
+        assert not isinstance(clip, list)
+        clip.save(cell.path, overwrite=True)
+        report({"event": "written", "path": str(cell.path)})
+
+
+def _columns(axes: Sequence[Axis]) -> int:
+    count = len(axes[-1].values)
+    return count if len(axes) > 1 or count < 6 else math.ceil(math.sqrt(count))
+
+
+def _lay_out(
+    cells: Sequence[Cell], columns: int, stem: str, args: Namespace, report: Report
+) -> None:
+    from vidgen import __version__
+    from vidgen.media.grid import Grid
+    from vidgen.media.write import write_clip
+
+    grid = Grid([cell.path for cell in cells], [cell.label for cell in cells], columns)
+    over = {f"{axis.key}:{axis.word}" if axis.word else axis.key: axis.values for axis in args.over}
+    recipe = {"vidgen": __version__, "sweep": {
+        "prompt": args.prompt, "seed": args.seed, "over": over, "columns": columns,
+        "cells": [{"label": cell.label, "path": cell.path.name} for cell in cells],
+    }}  # fmt: skip
+    film = replace(grid.info, recipe=recipe)
+    for path, frames, info in (
+        (f"{stem}.png", [grid.still()[None]], replace(film, num_frames=1)),
+        (f"{stem}.mp4", grid.frames(), film),
+    ):
+        write_clip(path, frames, info, overwrite=args.overwrite)
+        report({"event": "written", "path": path})

@@ -1,0 +1,124 @@
+"""Many clips as one: a grid that plays them side by side, each under its label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vidgen.media.encode import Frames
+from vidgen.media.read import VideoReader, fit
+from vidgen.media.write import ClipInfo
+
+MAX_SIDE = 3840
+"""Pixels a side that the clips may take; H.264 at its common levels ends soon above."""
+_GAP, _MIN_LABEL, _MAX_LABEL = 4, 14, 200
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Clips of any sizes, rates and lengths in rows; a shorter one stays on its last frame.
+
+    Args:
+        paths: the clips.
+        labels: as many; one that is too wide is cut.
+        columns: clips in a row.
+    """
+
+    paths: Sequence[Path]
+    labels: Sequence[str]
+    columns: int
+
+    @cached_property
+    def info(self) -> ClipInfo:
+        """The grid's size in even pixels, the highest of the rates, the longest of the lengths."""
+        fps = max(fps for fps, _, _ in self._facts)
+        seconds = max(seconds for _, _, seconds in self._facts)
+        height, width = self._background.shape[:2]
+        return ClipInfo(fps, (width, height), max(1, round(seconds * fps)))
+
+    def frames(self) -> Iterator[Frames]:
+        """Stream the grid, uint8 [1, H, W, 3] each."""
+        shown = [self._resampled(index) for index in range(len(self.paths))]
+        for pictures in zip(*shown, strict=True):
+            yield self._placed(pictures)[None]
+
+    def still(self) -> Frames:
+        """The clips' middle frames, uint8 [H, W, 3]."""
+        middle = self.info.num_frames // 2
+        return next(frame[0] for index, frame in enumerate(self.frames()) if index == middle)
+
+    @cached_property
+    def _facts(self) -> list[tuple[Fraction, tuple[int, int], Fraction]]:
+        """Each clip's rate, (width, height) and seconds."""
+        facts = []
+        for path in self.paths:
+            with VideoReader(path) as reader:
+                facts.append((reader.fps, reader.size, sum(1 for _ in reader) / reader.fps))
+        return facts
+
+    @cached_property
+    def _cell(self) -> tuple[int, int, int]:
+        """(width, height) of a clip's place in pixels, and the height of its label."""
+        width, height = (max(size[side] for _, size, _ in self._facts) for side in (0, 1))
+        scale = min(1.0, MAX_SIDE / (self.columns * width), MAX_SIDE / (self._rows * height))
+        width, height = max(16, int(width * scale)), max(16, int(height * scale))
+        return width, height, max(_MIN_LABEL, height // 16)
+
+    @property
+    def _rows(self) -> int:
+        return math.ceil(len(self.paths) / self.columns)
+
+    @cached_property
+    def _step(self) -> tuple[int, int]:
+        """Pixels from one clip to the next, across and down; labels may be wider than a clip."""
+        width, height, label = self._cell
+        font = ImageFont.load_default(label - 3)
+        longest = max(math.ceil(font.getlength(text)) for text in self.labels)
+        return max(width, min(longest, _MAX_LABEL)) + _GAP, height + label + _GAP
+
+    def _corner(self, index: int) -> tuple[int, int]:
+        """(x, y) of a clip's label; the clip is below it."""
+        across, down = self._step
+        return _GAP + index % self.columns * across, _GAP + index // self.columns * down
+
+    @cached_property
+    def _background(self) -> Frames:
+        (across, down), font = self._step, ImageFont.load_default(self._cell[2] - 3)
+        width, height = _GAP + self.columns * across, _GAP + self._rows * down
+        sheet = Image.new("RGB", (width + width % 2, height + height % 2), "white")
+        draw = ImageDraw.Draw(sheet)
+        for index, text in enumerate(self.labels):
+            length = len(text)
+            while font.getlength(text[:length]) > across - _GAP:
+                length -= 1
+            draw.text(self._corner(index), text[:length], "black", font)
+        return np.array(sheet)
+
+    def _resampled(self, index: int) -> Iterator[Frames]:
+        """One clip at the grid's rate and length, and at its cell's size."""
+        width, height, _ = self._cell
+        info, wanted, picture = self.info, 0, None
+        with VideoReader(self.paths[index]) as reader:
+            for shown, frame in enumerate(reader):
+                picture = fit(frame, height, width, "pad", border=255)
+                while wanted < info.num_frames and wanted * reader.fps / info.fps < shown + 1:
+                    yield picture
+                    wanted += 1
+        for _ in range(wanted, info.num_frames):
+            assert picture is not None
+            yield picture
+
+    def _placed(self, pictures: Sequence[Frames]) -> Frames:
+        sheet = self._background.copy()
+        width, height, label = self._cell
+        for index, picture in enumerate(pictures):
+            x, y = self._corner(index)
+            sheet[y + label : y + label + height, x : x + width] = picture
+        return sheet

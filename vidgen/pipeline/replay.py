@@ -1,0 +1,240 @@
+"""Replay: from a recipe back to the request, the model and the machine's settings.
+
+What was made anew is compared with the old file frame by frame.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vidgen.core.errors import InputError, ModelError, VidgenError
+from vidgen.core.request import Request
+from vidgen.diffusion.samplers import SAMPLERS
+from vidgen.media.encode import Frames
+from vidgen.media.read import PICTURE_SUFFIXES, VideoReader, load_image, read_sound
+from vidgen.pipeline.recipe import RECIPE_VERSION
+from vidgen.pipeline.restore import Given, restore_inputs
+from vidgen.weights.folder import open_model
+
+log = logging.getLogger(__name__)
+
+LOADING = ("model", "dtype", "offload", "quantize")
+_DROPPED = ("count", "retry", "strict", "first_frame_model", *LOADING)
+"""Options that don't shape the one clip, or that stand elsewhere in the recipe."""
+_RIVALS = (("seconds", "frames"), ("image", "first_frame_model"))
+
+
+def request_from_recipe(
+    recipe: Mapping[str, Any], folder: Path, given: Given = (),
+    changes: Mapping[str, Any] | None = None,
+) -> Request:
+    """The request that a recipe's one clip was made by.
+
+    Args:
+        recipe: as `read_recipe` gives it.
+        folder: where embedded inputs are laid down; it must last until the clip is made.
+        given: where inputs lie that are no longer in their place.
+        changes: options to take instead of the recorded ones, as `Request` has them.
+
+    Raises:
+        InputError: inputs missing or changed, by option and SHA-256; changes that don't suit; a
+            recipe that is damaged.
+    """
+    changes = {name: v for name, v in (changes or {}).items() if name not in LOADING}
+    replaced = set(changes)
+    for pair in _RIVALS:
+        if replaced.intersection(pair):
+            replaced.update(pair)
+    with _reading():
+        options = _settled(recipe) | restore_inputs(recipe, folder, given, replaced)
+    options = {name: v for name, v in options.items() if name not in replaced} | changes
+    return Request.of(options.pop("prompt"), options)
+
+
+def loading_from_recipe(
+    recipe: Mapping[str, Any], given: Given = (), changes: Mapping[str, Any] | None = None,
+    *, anyway: bool = False,
+) -> dict[str, Any]:
+    """Keywords of `load` for a recipe's model, which is found and checked.
+
+    Args:
+        recipe: as `read_recipe` gives it.
+        given: where the model lies, if not in its place.
+        changes: options to take instead of the recorded ones.
+        anyway: whether another model than the recorded one will do, with a warning.
+
+    Raises:
+        InputError: the model isn't there, or is another one.
+    """
+    with _reading():
+        known = {"model": recipe["model"]["source"], "device": recipe["device"]}
+        known |= {name: recipe.get(name) for name in LOADING[1:]}
+        wanted = recipe["model"]["sha256"]
+    known["model"] = dict(given).get("model", known["model"])
+    known |= {name: value for name, value in (changes or {}).items() if name in LOADING}
+    if known["device"] != "cpu" and not torch.cuda.is_available():
+        log.warning("the clip was made on %r, which is not here; it is made on the CPU",
+                    known["device"])
+        known["device"] = "cpu"
+    if "model" not in (changes or {}):
+        _check_model(known["model"], wanted, anyway)
+    return known
+
+
+def _check_model(model: str, wanted: str, anyway: bool) -> None:
+    remedy = ("give the folder where it lies with --input model=FOLDER, or another model with "
+              "--set model=NAME")
+    try:
+        found = open_model(model).content_hash
+    except ModelError as error:
+        raise InputError(f"the recipe's model, of SHA-256 {wanted}, can't be opened: {error}; "
+                         f"{remedy}") from error
+    if found == wanted:
+        return
+    text = f"model {model} is not the recipe's: its SHA-256 is {found}, recorded is {wanted}"
+    if not anyway:
+        raise InputError(f"{text}; {remedy}, or go on with --anyway")
+    log.warning("%s", text)
+
+
+@contextmanager
+def recorded_threads(recipe: Mapping[str, Any]) -> Iterator[None]:
+    """Compute on as many threads as the recipe's clip was computed on; bits depend on it."""
+    with _reading():
+        threads, now = int(recipe["machine"]["threads"]), torch.get_num_threads()
+        if threads < 1:
+            raise ValueError(f"{threads} threads")
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(now)
+
+
+def keep_origin(recipe: Any, old: Mapping[str, Any]) -> None:
+    """Have a new recipe tell, as the old one does, which model drew a first frame."""
+    pictures = [each for each in recipe["inputs"] if each["option"] == "image"]
+    for record in old["inputs"]:
+        if record["option"] == "first_frame_model" and record not in recipe["inputs"] and any(
+            each in old["inputs"] for each in pictures
+        ):
+            recipe["inputs"].append(record)
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Tell of a recipe that somebody else wrote or changed."""
+    try:
+        yield
+    except VidgenError:
+        raise
+    except Exception as error:  # any: its data can be anything
+        raise InputError(f"the recipe can't be followed: {type(error).__name__} {error}; vidgen "
+                         f"reads recipes of format {RECIPE_VERSION}") from error
+
+
+def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """All options but the inputs: as asked, and as the plan settled them."""
+    number = recipe["format_version"]
+    if number != RECIPE_VERSION:
+        raise InputError(f"the recipe has format {number!r}, this vidgen reads {RECIPE_VERSION}; "
+                         "install a newer one")
+    asked, plan = recipe["request"], recipe["plan"]
+    options = {name: value for name, value in asked.items() if name not in _DROPPED}
+    options |= {name: plan[name] for name in ("prompt", "negative", "seed", "fit")}
+    if "class" not in recipe["model"]:  # what another family settles stays with its pipeline
+        options = {name: v for name, v in options.items() if name != "seconds"} | _pinned(plan)
+    if recipe["scheduler"]:
+        options["sampler"] = _scheduler(plan["sampler"], recipe["scheduler"])
+        options.pop("shift", None)
+    return options
+
+
+def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan of our own families as options."""
+    guidance, kept = plan["guidance"], plan["kept_frames"]
+    options = {
+        "size": (plan["width"], plan["height"]), "fps": plan["fps"], "steps": plan["num_steps"],
+        "shift": plan["shift"], "guidance": guidance["scale"],
+        "guidance_interval": tuple(guidance["interval"]), "guidance_rescale": guidance["rescale"],
+        "guidance_low": guidance["low_scale"],
+    }
+    if plan["sampler"] in SAMPLERS:
+        options["sampler"] = plan["sampler"]
+    if kept == plan["num_frames"]:
+        return options | {"frames": kept}
+    return options | {"frames": None, "seconds": float(kept / Fraction(plan["fps"]))}  # trimmed
+
+
+def _scheduler(name: str, config: Mapping[str, Any]) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name).from_config(config)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two files' frames and sound relate.
+
+    Attributes:
+        identical: whether all of both is the same.
+        psnr_db: of all frames together; None where they are identical or can't be compared.
+        text: in words.
+    """
+
+    identical: bool
+    psnr_db: float | None
+    text: str
+
+
+def compare(path: str | Path, other: str | Path) -> Comparison:
+    """Compare what two files show and sound like, decoded.
+
+    Raises:
+        InputError: no video or picture.
+    """
+    error, pixels, count = 0.0, 0, 0
+    for frame, its_pair in zip_longest(_frames(path), _frames(other)):
+        if frame is None or its_pair is None:
+            return Comparison(False, None, "another number of frames")
+        if frame.shape != its_pair.shape:
+            return Comparison(False, None, "another size")
+        if not np.array_equal(frame, its_pair):
+            error += float(np.square(frame.astype(np.float64) - its_pair).sum())
+        pixels, count = pixels + frame.size, count + 1
+    if error:
+        psnr = 10 * math.log10(255**2 * pixels / error)
+        return Comparison(False, psnr, f"other frames, PSNR {psnr:.1f} dB")
+    if not _same_sound(path, other):
+        return Comparison(False, None, "the same frames with another sound")
+    return Comparison(True, None, f"identical, {count} frames")
+
+
+def _frames(path: str | Path) -> Iterator[Frames]:
+    """Frames uint8 [H, W, 3] of a film, picture or folder of pictures."""
+    if Path(path).is_dir():
+        for file in sorted(Path(path).glob("*.png")):
+            yield load_image(file)[0]
+        return
+    with VideoReader(path) as reader:
+        yield from reader
+
+
+def _same_sound(path: str | Path, other: str | Path) -> bool:
+    silent = any(Path(p).is_dir() or Path(p).suffix.lower() in PICTURE_SUFFIXES
+                 for p in (path, other))
+    first, second = (None, None) if silent else (read_sound(path), read_sound(other))
+    if first is None or second is None:
+        return first is second
+    return first[1] == second[1] and np.array_equal(first[0], second[0])
