@@ -23,6 +23,8 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import megabytes
 from vidgen.media.clip import Clip
 from vidgen.media.encode import Frames, Samples
+from vidgen.media.label import with_label
+from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
 from vidgen.media.write import ClipInfo
 from vidgen.pipeline.foreign_decode import Decode, peak_bytes, stream_decode
@@ -36,6 +38,7 @@ from vidgen.pipeline.foreign_plan import (
 )
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
 from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.policy import Policy, enforce
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.video import Progress, to_frames
 from vidgen.weights.folder import ForeignFolder
@@ -53,6 +56,7 @@ class ForeignEngine:
         offload: "none" keeps all of it on the device, "stage" one component and "block" one layer
             at a time; on the CPU all three are the same.
         loader: class of diffusers that loads the folder, instead of the one the folder names.
+        policy: refuses prompts.
 
     Raises:
         ModelError: a class that this diffusers doesn't have, or files missing or damaged.
@@ -60,9 +64,10 @@ class ForeignEngine:
 
     def __init__(
         self, folder: ForeignFolder, device: torch.device, dtype: str, offload: str = "none",
-        *, loader: Any = None,
+        *, loader: Any = None, policy: Policy | None = None,
     ) -> None:
         self.folder, self.device, self.dtype, self.offload = folder, device, dtype, offload
+        self.policy = policy
         self.pipe = ForeignPipe(folder, device, DTYPES[dtype], offload, loader)
 
     def generate(
@@ -79,6 +84,7 @@ class ForeignEngine:
             InputError: what this family can't honour, with what it can.
         """
         request = prompt if isinstance(prompt, Request) else Request.of(prompt, options)
+        enforce(self.policy, request)
         tell = on_event or (lambda _progress: None)
         request, inputs = self._read(request)
         shown = (option for option in ("video", "image") if getattr(request, option) is not None)
@@ -203,9 +209,10 @@ class ForeignEngine:
         sound, rate = _sound(self.pipe.own, output, float(kept / plan.fps))
         info = ClipInfo(
             fps=plan.fps, size=size, num_frames=kept, sound=sound, sound_rate=rate,
-            recipe=make_recipe(self, plan, request, inputs), stride_t=able.strides.t,
+            recipe=stamped(make_recipe(self, plan, request, inputs)), stride_t=able.strides.t,
         )
-        return Clip(chunks, info, latents)
+        source = with_label(chunks, size, plan.fps) if request.label == "visible" else chunks
+        return Clip(source, info, latents)
 
 
 def _pixels(frames: Any) -> Frames:

@@ -32,6 +32,8 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import SAMPLERS, sample_with_scheduler, scheduler_sigmas
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.media.clip import Clip
+from vidgen.media.label import with_label
+from vidgen.media.provenance import stamped
 from vidgen.media.write import ClipInfo
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import prepare_image
@@ -42,6 +44,7 @@ from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal import Journal, journals_of, recall
 from vidgen.pipeline.parts import DTYPES, Offload, Parts
 from vidgen.pipeline.plan import Plan, draw_seed, make_plan
+from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
 from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.pipeline.recipe import make_recipe
@@ -69,6 +72,7 @@ class Progress:
 def load(
     model: str = "toybox", *, device: str = "auto", dtype: str | None = None,
     offload: Offload | None = None, quantize: Quantization | None = None,
+    policy: Policy | None = None,
 ) -> Engine | ForeignEngine:
     """Open a model; it comes into memory as `offload` says.
 
@@ -80,11 +84,13 @@ def load(
         offload: "none" keeps all in memory, "stage" what the stage at work needs, "block" two
             blocks of the transformer at a time.
         quantize: "int8" keeps linear layers' weights in 8 bits.
+        policy: refuses prompts; None takes the word list that VIDGEN_POLICY names, if one.
 
     Raises:
         ModelError: no such model, files that are missing, damaged or don't fit together, or more
             than the memory holds.
     """
+    policy = policy or policy_from_environment()
     folder, place = open_model(model), choose_device(device)
     dtype = dtype or _best_dtype(place)
     if isinstance(folder, ForeignFolder):
@@ -93,8 +99,8 @@ def load(
         if quantize:
             raise InputError(f"quantize {quantize!r} works with the Wan family, not with "
                              f"{folder.class_name}; leave it out")
-        return ForeignEngine(folder, place, dtype, offload or "none")
-    return Engine(folder, place, dtype, offload or "none", quantize)
+        return ForeignEngine(folder, place, dtype, offload or "none", policy=policy)
+    return Engine(folder, place, dtype, offload or "none", quantize, policy)
 
 
 class Engine:
@@ -102,9 +108,9 @@ class Engine:
 
     def __init__(
         self, folder: ModelFolder, device: torch.device, dtype: str, offload: Offload = "none",
-        quantize: Quantization | None = None,
+        quantize: Quantization | None = None, policy: Policy | None = None,
     ) -> None:
-        self.folder, self.device, self.dtype = folder, device, dtype
+        self.folder, self.device, self.dtype, self.policy = folder, device, dtype, policy
         self.offload, self.quantize = offload, quantize
         self.vae_config: VAEConfig = folder.components["vae"].config
         self.dit_config: DiTConfig = folder.components["transformer"].config
@@ -143,12 +149,16 @@ class Engine:
         """
         request = prompt if isinstance(prompt, Request) else Request.of(prompt, options)
         tell = on_event or (lambda _progress: None)
+        enforce(self.policy, request)
         journals = journals_of(journal, request.count)
         request, inputs = self.read(recall(request, journals))
         first = self.plan(request, inputs)
         loras = read_loras(request.lora, self.folder)
         plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
-        recipes = [make_recipe(self, plan, request, inputs, loras) for plan in plans]
+        recipes = [
+            stamped(make_recipe(self, plan, request, inputs, loras), kept.recipe)
+            for plan, kept in zip(plans, journals, strict=True)
+        ]
         for kept, recipe in zip(journals, recipes, strict=True):
             kept.check(recipe)
         contexts: list[tuple[Tensor, Tensor]] = []
@@ -310,7 +320,9 @@ class Engine:
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
             recipe=recipe, stride_t=self.vae_config.strides.t,
         )
-        return Clip(chunks, info, latents, journal)
+        is_labelled = recipe.get("request", {}).get("label") == "visible"
+        source = with_label(chunks, info.size, info.fps) if is_labelled else chunks
+        return Clip(source, info, latents, journal)
 
     @torch.no_grad()
     def encode_video(self, video: Tensor) -> Tensor:

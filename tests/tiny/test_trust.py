@@ -1,0 +1,112 @@
+"""An engine's clips: marked, labelled on request, refused by a policy before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
+from tests.tiny.test_provenance import plain_environment  # noqa: F401 - a fixture
+from vidgen.core.errors import Cancelled, InputError
+from vidgen.core.request import Request
+from vidgen.media.clip import Clip
+from vidgen.media.provenance import GENERATED, read_marks
+from vidgen.pipeline import journal
+from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.policy import WordList
+from vidgen.pipeline.video import Engine, Progress, load
+
+PROMPT = "a red car bounces across the desert"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Engine:
+    return load(str(tiny_model), device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return open_foreign_model(build_foreign_model("ltx", tmp_path_factory.mktemp("models") / "ltx"))
+
+
+def test_a_clip_has_its_time_and_id_from_the_engine_on(engine, tmp_path):
+    first, second = engine.generate(PROMPT, seed=1, count=2)
+    assert first.recipe["id"] != second.recipe["id"]
+    marks = read_marks(first.save(tmp_path / "a.mp4"))
+    assert (marks.id, marks.time) == (first.recipe["id"], first.recipe["created"])
+    assert (marks.digital_source_type, marks.model) == (GENERATED, engine.folder.name)
+    assert read_marks(first.save(tmp_path / "again.webm")).id == marks.id
+
+
+def test_a_clip_that_goes_on_keeps_its_stamp(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "sample" and progress.done == 1:
+            raise Cancelled("stopped")
+
+    out = tmp_path / "a.mp4"
+    with pytest.raises(Cancelled):
+        engine.generate(PROMPT, seed=1, journal=Journal(out), on_event=stop)
+    kept = Journal(out, resume=True)
+    begun = kept.recipe
+    clip = engine.generate(PROMPT, seed=1, journal=kept)
+    marks = read_marks(clip.save(out))
+    assert begun is not None
+    assert (marks.id, marks.time) == (begun["id"], begun["created"])
+
+
+def test_with_a_given_time_a_request_gives_the_same_file(engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1790000000")
+    files = [engine.generate(PROMPT, seed=1).save(tmp_path / f"{n}.mp4") for n in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("which", ["engine", "foreign"])
+def test_a_label_is_burnt_in_on_request_and_recorded(which, request):
+    maker = request.getfixturevalue(which)
+    options = {"seed": 1, "frames": 9, "size": "64x64", "steps": 1}
+    plain, labelled = (maker.generate(PROMPT, **options, label=k) for k in ("none", "visible"))
+    changed = (plain.frames != labelled.frames).any(-1)
+    assert changed.any((1, 2)).all()
+    assert not changed[:, :32].any()
+    assert labelled.recipe["request"]["label"] == "visible"
+    assert "label" not in plain.recipe["request"]
+
+
+@pytest.mark.parametrize("which", ["engine", "foreign"])
+def test_a_policy_is_asked_before_anything_is_done(which, request, monkeypatch):
+    maker = request.getfixturevalue(which)
+    monkeypatch.setattr(maker, "policy", WordList(["car"]))
+    asked = Request(prompt=PROMPT, image="missing.png", negative="car")
+    with pytest.raises(InputError, match="refuses 'car'"):
+        maker.generate(asked)
+
+
+def test_a_policy_comes_with_the_engine_or_from_the_environment(tiny_model, tmp_path, monkeypatch):
+    def none_at_all(prompt: str, _request: Request) -> str:
+        return f"{prompt!r} is one prompt too many"
+
+    engine = load(str(tiny_model), device="cpu", dtype="fp32", policy=none_at_all)
+    with pytest.raises(InputError, match="one prompt too many"):
+        engine.generate("a cat")
+    words = tmp_path / "words.txt"
+    words.write_text("cat\n")
+    monkeypatch.setenv("VIDGEN_POLICY", str(words))
+    engine = load(str(tiny_model), device="cpu", dtype="fp32")
+    with pytest.raises(InputError, match="refuses 'cat'"):
+        engine.generate("a Cat!")
+    assert isinstance(engine.generate("a car", seed=1, negative="cat"), Clip)
+    monkeypatch.setenv("VIDGEN_POLICY", str(tmp_path / "none.txt"))
+    with pytest.raises(InputError, match=r"none\.txt can't be read"):
+        load(str(tiny_model))
+
+
+def test_frames_of_a_labelled_clip_are_labelled_once(engine, tmp_path):
+    clip = engine.generate(PROMPT, seed=1, size="64x64", label="visible")
+    stored = Clip.from_file(clip.save(tmp_path / "a.mkv"))
+    assert np.array_equal(stored.frames, clip.frames)
+    assert np.array_equal(np.concatenate(list(clip.chunks())), clip.frames)
