@@ -180,11 +180,10 @@ def _told_how_to_go_on(journals: list[Journal], report: Report) -> Iterator[None
     """Where work stops halfway, say what to do."""
     try:
         yield
-    except InputError:
-        raise
-    except BaseException:
+    except BaseException as error:
         for journal in journals:
-            if journal.unfinished:
+            journal.pause()
+            if journal.unfinished and not isinstance(error, InputError):
                 text = f"{journal.output} is not finished; the same command with --resume goes on"
                 report({"event": "note", "text": text})
         raise

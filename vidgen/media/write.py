@@ -205,7 +205,7 @@ def _encode_in_thread(
 ) -> None:
     """Run `encode` beside the making of chunks, which waits while one chunk lies in the slot."""
     slot: Queue[Frames | _Abandoned | None] = Queue(maxsize=1)
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
 
     def arriving() -> Iterator[Frames]:
         while (item := slot.get()) is not None:
@@ -216,7 +216,7 @@ def _encode_in_thread(
     def work() -> None:
         try:
             encode(arriving())
-        except Exception as error:
+        except BaseException as error:  # raised again where the caller waits
             failures.append(error)
 
     def hand_over(item: Frames | _Abandoned | None) -> None:

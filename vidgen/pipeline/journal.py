@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -234,6 +235,8 @@ class Journal:
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock, self._on = lock_job(self.folder), True
+            if self._lock is not None:
+                weakref.finalize(self, self._lock.close)
             sweep(self.folder)
         except BlockingIOError:
             raise OutputError(f"{self.output} is being made by another process; wait for it, or "

@@ -1,0 +1,188 @@
+"""Resuming from the command line, and `vidgen jobs`, on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vidgen.cli.main import main
+from vidgen.media import write
+from vidgen.media.clip import Clip
+from vidgen.pipeline import job, journal
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys, tiny_model):
+    """Run a command line in an empty folder; gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    monkeypatch.setattr(write, "SEGMENT", 16)
+
+    def run(*arguments):
+        words = [str(a) for a in arguments]
+        if words[0] == "generate":
+            words += ["--model", str(tiny_model)]
+        code = main(words)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def stopped(cli, monkeypatch):
+    """Run a command line that is interrupted at the n-th call of a journal's method."""
+
+    def run(method, calls, *arguments):
+        true, left = getattr(journal.Journal, method), [calls]
+
+        def interrupted(self, *given):
+            result = true(self, *given)
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(journal.Journal, method, interrupted)
+            return cli(*arguments)
+
+    return run
+
+
+def files():
+    return sorted(path.name for path in Path().iterdir())
+
+
+COMMAND = ["generate", "a cat", "--seed", 5, "--frames", 33, "--steps", 3]
+
+
+@pytest.mark.parametrize(("method", "calls", "where"), [
+    ("on_step", 2, "sample, step 2 of 3"), ("keep_latents", 1, "write, frame 0 of 33"),
+    ("keep", 1, "write, frame 13 of 33"),
+])
+def test_an_interrupted_clip_goes_on_by_the_same_command(cli, stopped, method, calls, where):
+    assert cli(*COMMAND, "-o", "straight.mkv")[0] == 0
+    code, _, err = stopped(method, calls, *COMMAND, "-o", "x.mkv")
+    assert code == 130
+    assert "x.mkv is not finished; the same command with --resume goes on" in err
+    assert files() == ["straight.mkv", "x.mkv.vidgen-job"]
+    code, _, err = cli(*COMMAND, "-o", "x.mkv")
+    assert code == 2
+    assert where in err
+    assert "--resume goes on, --overwrite starts anew" in err
+    code, out, err = cli(*COMMAND, "-o", "x.mkv", "--resume", "--json")
+    assert code == 0
+    assert f"x.mkv goes on: {where}" in err
+    assert files() == ["straight.mkv", "x.mkv"]
+    assert (Clip.from_file("x.mkv").frames == Clip.from_file("straight.mkv").frames).all()
+    before = Path("x.mkv").stat().st_mtime_ns
+    code, again, err = cli(*COMMAND, "-o", "x.mkv", "--resume", "--json")
+    assert (code, Path("x.mkv").stat().st_mtime_ns) == (0, before)
+    assert "x.mkv is done already" in err
+    assert json.loads(again)["clips"] == json.loads(out)["clips"]
+
+
+def test_resume_without_anything_there_starts(cli):
+    assert cli(*COMMAND, "-o", "x.mkv", "--resume")[0] == 0
+    assert files() == ["x.mkv"]
+
+
+def test_an_output_of_another_request_is_not_done(cli):
+    cli(*COMMAND, "-o", "x.mkv")
+    code, _, err = cli(*COMMAND, "-o", "x.mkv", "--resume", "--steps", 2)
+    assert code == 2
+    assert "x.mkv is another clip's: plan.num_steps was 3, is 2" in err
+
+
+def test_a_drawn_seed_is_found_again_by_the_prompt(cli, stopped):
+    code, _, err = stopped("on_step", 1, "generate", "a cat")
+    seed = err.split("seed ")[1].split()[0]
+    assert (code, files()) == (130, [f"a-cat-{seed}.mp4.vidgen-job"])
+    assert cli("generate", "a cat", "--resume")[0] == 0
+    assert files() == [f"a-cat-{seed}.mp4"]
+    stopped("on_step", 1, "generate", "a dog", "-o", "dog.mp4")
+    drawn = job.read_job(Path("dog.mp4.vidgen-job"))["recipe"]["plan"]["seed"]
+    assert cli("generate", "a dog", "-o", "dog.mp4", "--resume")[0] == 0
+    assert Clip.from_file("dog.mp4").recipe["plan"]["seed"] == drawn
+
+
+def test_of_two_drawn_seeds_one_must_be_named(cli, stopped):
+    stopped("on_step", 1, "generate", "a cat")
+    stopped("on_step", 1, "generate", "a cat")
+    code, _, err = cli("generate", "a cat", "--resume")
+    assert code == 2
+    assert "say with --seed which one" in err
+
+
+def test_of_several_clips_the_finished_ones_stay(cli, stopped):
+    several = ["generate", "a cat", "--count", 3, "-o", "x.mkv"]
+    stopped("close", 1, *several)
+    assert files() == ["x-1.mkv", "x-2.mkv.vidgen-job", "x-3.mkv.vidgen-job"]
+    before = Path("x-1.mkv").stat().st_mtime_ns
+    code, out, err = cli(*several, "--resume", "--json")
+    assert (code, Path("x-1.mkv").stat().st_mtime_ns) == (0, before)
+    assert "x-1.mkv is done already" in err
+    assert files() == ["x-1.mkv", "x-2.mkv", "x-3.mkv"]
+    seeds = [clip["seed"] for clip in json.loads(out)["clips"]]
+    assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
+    assert [Clip.from_file(name).recipe["plan"]["seed"] for name in files()] == seeds
+
+
+def test_overwrite_starts_anew(cli, stopped):
+    stopped("on_step", 1, *COMMAND, "-o", "x.mkv")
+    code, _, err = cli(*COMMAND, "-o", "x.mkv", "--steps", 2, "--overwrite")
+    assert (code, files()) == (0, ["x.mkv"]), err
+    assert Clip.from_file("x.mkv").recipe["plan"]["num_steps"] == 2
+
+
+def test_what_a_killed_writer_left_is_swept(cli, stopped):
+    stopped("on_step", 1, *COMMAND, "-o", "x.mkv")
+    Path(".x.mkv.0123abcd.tmp").touch()
+    Path(".y.mkv.0123abcd.tmp").touch()
+    cli(*COMMAND, "-o", "x.mkv", "--resume")
+    assert files() == [".y.mkv.0123abcd.tmp", "x.mkv"]
+
+
+def test_jobs_lists_what_is_unfinished(cli, stopped):
+    assert cli("jobs")[:2] == (0, "nothing is unfinished\n")
+    stopped("on_step", 2, *COMMAND, "-o", "x.mp4")
+    stopped("keep_latents", 1, *COMMAND, "-o", "y.mp4")
+    code, out, _ = cli("jobs", ".", "--json")
+    x, y = json.loads(out)
+    assert code == 0
+    assert (x["output"], x["stage"], x["done"], x["total"]) == ("x.mp4", "sample", 2, 3)
+    assert (y["output"], y["stage"], y["done"], y["total"]) == ("y.mp4", "write", 0, 33)
+    assert (x["prompt"], x["seed"], x["running"]) == ("a cat", 5, False)
+    assert x["bytes"] == sum(p.stat().st_size for p in Path("x.mp4.vidgen-job").rglob("*.*"))
+    assert 0 <= x["age_s"] < 60
+    assert "x.mp4  sample, step 2 of 3" in cli("jobs")[1]
+    Path("x.mp4.vidgen-job/job.json").write_text("{")
+    code, out, _ = cli("jobs", "x.mp4")
+    assert code == 0
+    assert "x.mp4  damaged" in out
+    assert "job.json is damaged" in out
+
+
+def test_jobs_prunes_what_is_named_when_sure(cli, stopped):
+    for name in ("x.mp4", "y.mp4"):
+        stopped("on_step", 1, *COMMAND, "-o", name)
+    code, out, _ = cli("jobs", "x.mp4", "--prune")
+    assert "--prune --yes removes" in out
+    assert len(files()) == 2
+    code, out, _ = cli("jobs", "x.mp4", "--prune", "--yes")
+    assert (code, files()) == (0, ["y.mp4.vidgen-job"])
+    assert out.startswith("removed x.mp4")
+    with job.lock_job(Path("y.mp4.vidgen-job")):
+        code, out, _ = cli("jobs", "--prune", "--yes")
+    assert (code, files()) == (1, ["y.mp4.vidgen-job"])
+    assert "not removed: it is being made" in out
+    assert cli("jobs", "--prune", "--yes")[0] == 0
+    assert files() == []
+
+
+@pytest.mark.parametrize("arguments", [["none"], ["none.mp4"], ["--yes"]])
+def test_jobs_refuses_what_it_does_not_know(cli, arguments):
+    code, out, err = cli("jobs", *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
