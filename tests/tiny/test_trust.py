@@ -105,6 +105,12 @@ def test_a_policy_comes_with_the_engine_or_from_the_environment(tiny_model, tmp_
         load(str(tiny_model))
 
 
+def test_a_certificate_that_cannot_sign_is_told_of_before_the_work(tiny_model, monkeypatch):
+    monkeypatch.setenv("VIDGEN_C2PA_CERTIFICATE", "mine.pem")
+    with pytest.raises(InputError, match="VIDGEN_C2PA_KEY"):
+        load(str(tiny_model))
+
+
 def test_frames_of_a_labelled_clip_are_labelled_once(engine, tmp_path):
     clip = engine.generate(PROMPT, seed=1, size="64x64", label="visible")
     stored = Clip.from_file(clip.save(tmp_path / "a.mkv"))

@@ -33,6 +33,7 @@ from vidgen.diffusion.samplers import SAMPLERS, sample_with_scheduler, scheduler
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.media.clip import Clip
 from vidgen.media.label import with_label
+from vidgen.media.manifest import Signing
 from vidgen.media.provenance import stamped
 from vidgen.media.write import ClipInfo
 from vidgen.models.dit import DiTConfig
@@ -91,6 +92,7 @@ def load(
             than the memory holds.
     """
     policy = policy or policy_from_environment()
+    Signing.from_environment()  # one that can't sign is told of now, not when a clip is made
     folder, place = open_model(model), choose_device(device)
     dtype = dtype or _best_dtype(place)
     if isinstance(folder, ForeignFolder):
