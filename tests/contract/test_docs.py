@@ -133,7 +133,7 @@ def check_program(words):
 
 @each_page
 def test_python_blocks_use_what_exists(page):
-    keywords = {field.name for field in fields(Request)} | {"on_event"}
+    keywords = {field.name for field in fields(Request)} | {"on_event", "journal"}
     for block in code(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vidgen"):
@@ -145,7 +145,8 @@ def test_python_blocks_use_what_exists(page):
 
 
 @pytest.mark.parametrize(
-    ("verb", "page"), [("generate", "generate"), ("eval", "evaluation"), ("convert", "model")]
+    ("verb", "page"),
+    [("generate", "generate"), ("jobs", "journal"), ("eval", "evaluation"), ("convert", "model")],
 )
 def test_every_option_stands_on_the_verbs_page(verb, page):
     words = set(re.findall(r"(?<![\w-])--?[\w-]+", (ROOT / f"docs/{page}.md").read_text()))

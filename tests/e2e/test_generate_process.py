@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from vidgen.pipeline.job import job_facts
+
 
 def start(folder, tiny_model, *options, **settings):
     return subprocess.Popen(
@@ -22,7 +24,7 @@ def start(folder, tiny_model, *options, **settings):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_130_and_nothing_else(tmp_path, tiny_model, number):
+def test_an_interrupted_run_leaves_130_and_its_journal(tmp_path, tiny_model, number):
     run = start(tmp_path, tiny_model, "--steps", "1000", "--events", "-")
     for line in run.stdout:
         if json.loads(line)["stage"] == "sample":
@@ -31,11 +33,15 @@ def test_an_interrupted_run_leaves_130_and_nothing_else(tmp_path, tiny_model, nu
     _, err = run.communicate(timeout=30)
     assert run.returncode == 130
     assert "interrupted" in err
+    assert "x.mp4 is not finished; the same command with --resume goes on" in err
     assert "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"x.mp4.vidgen-job"}
+    facts = job_facts(tmp_path / "x.mp4.vidgen-job")
+    assert 0 < facts["done"] < 1000
+    assert not facts["running"]
 
 
-def test_a_run_without_room_leaves_2_and_nothing_else(tmp_path, tiny_model):
+def test_a_run_without_room_leaves_2_and_its_journal_at_most(tmp_path, tiny_model):
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
@@ -45,7 +51,7 @@ def test_a_run_without_room_leaves_2_and_nothing_else(tmp_path, tiny_model):
     assert "error: no space left for x.mp4" in err
     assert "Traceback" not in err
     assert out == ""
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"x.mp4.vidgen-job"}
 
 
 @pytest.mark.skipif(shutil.which("ffprobe") is None, reason="needs ffprobe (Debian: ffmpeg)")
@@ -81,4 +87,4 @@ def test_a_closed_pipe_is_no_traceback(tmp_path, tiny_model):
     assert run.returncode == 1
     assert "Traceback" not in run.stderr.read()
     run.stderr.close()
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"x.mp4.vidgen-job"}
