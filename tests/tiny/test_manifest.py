@@ -167,6 +167,38 @@ def test_a_certificate_that_cannot_be_used_is_refused(
         Signing.from_environment()
 
 
+def new_key(kind: str) -> bytes:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, x25519
+
+    if kind == "RSA":
+        key = rsa.generate_private_key(65537, 2048)
+    elif kind in ("Ed25519", "X25519"):
+        kinds = {"Ed25519": ed25519.Ed25519PrivateKey, "X25519": x25519.X25519PrivateKey}
+        key = kinds[kind].generate()
+    else:
+        key = ec.generate_private_key(getattr(ec, kind)())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "algorithm"),
+    [("SECP256R1", "es256"), ("SECP384R1", "es384"), ("SECP521R1", "es512"), ("RSA", "ps256"),
+     ("Ed25519", "ed25519"), ("SECP256K1", None), ("X25519", None)],
+)
+def test_the_key_tells_the_algorithm(tmp_path, signing, monkeypatch, kind, algorithm):
+    for name, content in (("CERTIFICATE", signing.certificates), ("KEY", new_key(kind))):
+        (tmp_path / name).write_bytes(content)
+        monkeypatch.setenv(f"VIDGEN_C2PA_{name}", str(tmp_path / name))
+    if algorithm is None:
+        with pytest.raises(InputError, match="a kind that C2PA doesn't know"):
+            Signing.from_environment()
+    else:
+        assert Signing.from_environment().algorithm == algorithm
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "can't be read"), (b"hello", "no PEM"),
