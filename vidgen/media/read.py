@@ -315,9 +315,10 @@ def _describe(stream: Any) -> dict[str, Any]:
     if stream.type == "video":
         facts |= {"width": context.width, "height": context.height, "pix_fmt": context.pix_fmt}
         facts |= {"fps": str(stream.average_rate), "num_frames": stream.frames or None}
+        is_rgb = str(context.pix_fmt).startswith(("rgb", "bgr", "gbr"))
         facts |= {"primaries": _PRIMARIES.get(int(context.color_primaries)),
                   "transfer": _TRANSFERS.get(int(context.color_trc)),
-                  "matrix": _MATRICES.get(int(context.colorspace)),
+                  "matrix": "rgb" if is_rgb else _MATRICES.get(int(context.colorspace)),
                   "range": {1: "limited", 2: "full"}.get(int(context.color_range))}
     elif stream.type == "audio":
         facts |= {"rate": stream.rate, "channels": stream.channels}

@@ -21,6 +21,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
+from vidgen.media.provenance import read_marks
 from vidgen.media.read import VideoReader, fit, load_image
 
 if TYPE_CHECKING:
@@ -165,7 +166,8 @@ def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
 
     Returns:
         `option`, `sha256` and, up to `EMBED_LIMIT` bytes, `content` in base64: the file's own, a
-        picture's as PNG. `path` is a file's name, absolute where its content is left out.
+        picture's as PNG. `path` is a file's name, absolute where its content is left out; `marks`
+        are those of origin that it bears.
     """
     if isinstance(picture, str | os.PathLike):
         path = Path(picture)
@@ -183,4 +185,5 @@ def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
     record = {"option": option, "sha256": digest, **place}
     if 0 < len(content) <= EMBED_LIMIT:
         record["content"] = base64.b64encode(content).decode()
-    return record
+    marks = read_marks(picture).facts() if isinstance(picture, str | os.PathLike) else {}
+    return record | ({"marks": marks} if marks else {})
