@@ -12,11 +12,9 @@ import pytest
 from tests.tiny.test_provenance import RECIPE, plain_environment, write  # noqa: F401
 from vidgen.core.errors import InputError, OutputError
 from vidgen.media.clip import Clip
-from vidgen.media.manifest import TEST_NAME, Signing, test_signing
+from vidgen.media.manifest import TEST_NAME, Signing, make_test_signing
 from vidgen.media.provenance import GENERATED, read_marks
 from vidgen.media.read import read_recipe
-
-test_signing.__test__ = False  # type: ignore[attr-defined] - a function under test, no test
 
 SIGNED = [".mp4", ".mov", ".gif", ".webp", ".apng", ".png", ".jpg"]
 
@@ -24,7 +22,7 @@ SIGNED = [".mp4", ".mov", ".gif", ".webp", ".apng", ".png", ".jpg"]
 @pytest.fixture(scope="module")
 def signing() -> Signing:
     pytest.importorskip("c2pa")
-    return test_signing()
+    return make_test_signing()
 
 
 @pytest.fixture
@@ -213,7 +211,7 @@ def test_a_bad_list_of_trusted_certificates_is_no_tampering(tmp_path, signing, c
 
 
 def test_a_key_of_another_certificate_leaves_nothing_behind(tmp_path, signing):
-    other = Signing(signing.certificates, test_signing().key, "es256")
+    other = Signing(signing.certificates, make_test_signing().key, "es256")
     with pytest.raises(OutputError, match="can't be signed"):
         write(tmp_path / "a.mp4", RECIPE, signing=other)
     assert list(tmp_path.iterdir()) == []

@@ -76,7 +76,7 @@ class Signing:
         if not place and not key:
             return None
         if place == "test":
-            return test_signing()
+            return make_test_signing()
         if not (place and key):
             raise InputError("one of VIDGEN_C2PA_CERTIFICATE and VIDGEN_C2PA_KEY is set without "
                              "the other; set both, or the first to 'test'")
@@ -126,7 +126,7 @@ def _algorithm(key: bytes, path: str) -> str:
                      "on the curve P-256")
 
 
-def test_signing() -> Signing:
+def make_test_signing() -> Signing:
     """A signer for tests: a fresh key under `TEST_NAME`, below a root of its own.
 
     Raises:
