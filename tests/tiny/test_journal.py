@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from vidgen.core.errors import Cancelled, InputError, OutputError
+from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media import write
 from vidgen.media.clip import Clip
 from vidgen.pipeline import job, journal
@@ -394,6 +395,48 @@ def test_several_clips_have_a_journal_each(engine, tmp_path):
         assert torch.equal(clip.latents, engine.generate(PROMPT, seed=5 + index, steps=2).latents)
     with pytest.raises(InputError, match="1 journals for 2 clips"):
         engine.generate(PROMPT, journal=Journal(paths[0], overwrite=True), count=2)
+
+
+def test_windows_of_a_long_clip_are_kept_apart(out):
+    recipe = {"plan": {"num_steps": 3, "kept_frames": 33}}
+    done = torch.randn(1, 4, 7, 2, 2)
+    state = SamplerState(2, torch.randn(1, 4, 3, 2, 2), (torch.randn(1, 4, 3, 2, 2),))
+    info = StepInfo(3, 0.5, 0.2, state.latents, state)
+    for step, windows in enumerate((3, 5, 7)):
+        kept = Journal(out, resume=True)
+        with kept.running(recipe):
+            assert (kept.done is None) == (step == 0)
+            assert (kept.state is None) == (step < 2)
+            kept.keep_window(done[:, :, :windows])
+            if step:
+                kept.on_step(info)
+        kept.pause()
+    kept = Journal(out, resume=True)
+    with kept.running(recipe):
+        assert torch.equal(kept.done, done)
+        assert torch.equal(kept.state.latents, state.latents)
+        assert torch.equal(kept.state.history[0], state.history[0])
+        kept.keep_latents(done)
+    kept.pause()
+    kept = Journal(out, resume=True)
+    with kept.running(recipe):
+        assert torch.equal(kept.latents, done)
+    kept.close()
+
+
+def test_a_step_of_a_window_that_is_finished_counts_no_more(out):
+    recipe = {"plan": {"num_steps": 3, "kept_frames": 33}}
+    state = SamplerState(2, torch.randn(1, 4, 3, 2, 2))
+    kept = Journal(out)
+    with kept.running(recipe):
+        kept.on_step(StepInfo(3, 0.5, 0.2, state.latents, state))
+        kept.keep_window(torch.randn(1, 4, 5, 2, 2))
+    kept.pause()
+    kept = Journal(out, resume=True)
+    with kept.running(recipe):
+        assert kept.state is None
+        assert kept.done.shape[2] == 5
+    kept.pause()
 
 
 def test_segments_come_back_as_they_were(tmp_path):

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 Frames: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 Samples: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
+Encoded: TypeAlias = tuple[bytes, int, int, bool]
+"""A packet: bytes, presentation and decoding time in frames of the clip, whether a key frame."""
+
 _SCALING = (
     Interpolation.BICUBIC
     | Interpolation.ACCURATE_RND
@@ -45,12 +48,11 @@ class Segment:
 
     Attributes:
         num_frames: how many it holds.
-        packets: (bytes, presentation time, decoding time, whether a key frame), times in frames
-            from the clip's start.
+        packets: in decoding order.
     """
 
     num_frames: int
-    packets: tuple[tuple[bytes, int, int, bool], ...]
+    packets: tuple[Encoded, ...]
 
 
 class SegmentStore(Protocol):
@@ -154,7 +156,7 @@ def encode_picture(
         encoder = cast("VideoCodecContext", av.CodecContext.create(settings.codec, "w"))
         settings.configure(encoder, size, fps)
         encoder.flags |= Flags.global_header
-        count, made = 0, []
+        count, made = 0, list[Encoded]()
         for frame in chain([head], islice(frames, length - 1), [None]):
             picture = None if frame is None else settings.picture(frame, reformatter)
             if picture is not None:
@@ -162,7 +164,8 @@ def encode_picture(
                 count += 1
             for packet in _shifted(encoder.encode(picture), start):
                 if store:
-                    made.append((bytes(packet), packet.pts, packet.dts, packet.is_keyframe))
+                    times = cast("tuple[int, int]", (packet.pts, packet.dts))
+                    made.append((bytes(packet), *times, packet.is_keyframe))
                 yield packet
         if store:
             store.keep(Segment(count, tuple(made)))

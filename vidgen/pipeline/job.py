@@ -3,6 +3,7 @@
     OUT.vidgen-job/
         job.json             the recipe: model, plan, inputs, machine, threads, back ends
         state.safetensors    the sampler between two steps, or its finished latents
+        windows/00000 ...    latents of the finished windows of a long clip
         segments/00000 ...   encoded segments of the picture
         lock                 held by the process that works on the clip
 
@@ -34,7 +35,14 @@ from vidgen.media.encode import Segment
 
 FORMAT_VERSION = 1
 SUFFIX = ".vidgen-job"
-JOB, STATE, SEGMENTS, LOCK = "job.json", "state.safetensors", "segments", "lock"
+JOB, STATE, LOCK = "job.json", "state.safetensors", "lock"
+WINDOWS, SEGMENTS = "windows", "segments"
+# What decides a clip's bits; `offload` doesn't, so a job that ran out of memory may go on with it.
+_DECISIVE = (
+    "vidgen", "plan", "scheduler", "frame_times_s", "custom_noise", "dtype", "quantize",
+    "attention", "device",
+)
+_DECISIVE_PARTS = {"inputs": ("option", "sha256"), "loras": ("sha256", "weight", "expert")}
 
 
 def job_folder(output: str | os.PathLike[str]) -> Path:
@@ -165,6 +173,40 @@ def read_job(folder: Path) -> dict[str, Any]:
     return job
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What two recipes of different clips differ in: "plan.seed was 7, is 8"."""
+    before, after = _leaves(_decisive(old)), _leaves(_decisive(new))
+    names = sorted(before.keys() | after.keys(), key=lambda name: (name != "vidgen", name))
+    return [
+        f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}"
+        for name in names if before.get(name) != after.get(name)
+    ]
+
+
+def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a recipe that decides bits, as it comes back from JSON."""
+    found = {name: recipe.get(name) for name in _DECISIVE}
+    found["model"] = {key: recipe.get("model", {}).get(key) for key in ("class", "sha256")}
+    for name, keys in _DECISIVE_PARTS.items():
+        found[name] = [[one.get(key) for key in keys] for one in recipe.get(name, ())]
+    found["machine"] = {k: v for k, v in recipe.get("machine", {}).items() if k != "python"}
+    found["label"] = recipe.get("request", {}).get("label")
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {name: tree}
+    parts = [_leaves(value, f"{name}.{key}" if name else key) for key, value in tree.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def segment_path(folder: Path, index: int) -> Path:
     """Where a segment lies."""
     return folder / SEGMENTS / f"{index:05d}.safetensors"
@@ -203,7 +245,8 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]
         OutputError: no space, or the place can't be written.
     """
     text = json.dumps(facts)
-    atomic_write(path, save(dict(arrays), {"facts": text, "sha256": _digest(arrays, text)}))
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    atomic_write(path, save(whole, {"facts": text, "sha256": _digest(whole, text)}))
 
 
 def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

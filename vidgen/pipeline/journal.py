@@ -14,7 +14,6 @@ Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -36,6 +35,8 @@ from vidgen.pipeline.job import (
     LOCK,
     SEGMENTS,
     STATE,
+    WINDOWS,
+    differences,
     job_facts,
     job_folder,
     lock_job,
@@ -60,12 +61,6 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 50
 """A save waits until its cost is a fiftieth of the time since the last one: 2% at most."""
-# What decides a clip's bits; `offload` doesn't, so a job that ran out of memory may go on with it.
-_DECISIVE = (
-    "vidgen", "plan", "scheduler", "frame_times_s", "custom_noise", "dtype", "quantize",
-    "attention", "device",
-)
-_DECISIVE_PARTS = {"inputs": ("option", "sha256"), "loras": ("sha256", "weight", "expert")}
 
 
 class Journal:
@@ -80,6 +75,7 @@ class Journal:
         overwrite: whether the output may replace a file; a job remembers it.
         state: where the sampler goes on from, on the device given to `running`; or None.
         latents: [1, C, F, h, w] float32 of a finished sampler, on the same device; or None.
+        done: [1, C, n, h, w] float32 of the finished windows of a long clip, on the CPU; or None.
         num_frames: frames of the finished segments.
 
     Raises:
@@ -97,6 +93,8 @@ class Journal:
         self.resume, self.overwrite = resume, overwrite
         self.state: SamplerState | None = None
         self.latents: Tensor | None = None
+        self.done: Tensor | None = None
+        self._num_windows = self._num_done = 0
         self.num_frames = 0
         self._num_segments = 0
         self._latest: StepInfo | None = None
@@ -166,11 +164,19 @@ class Journal:
             if self._is_due():
                 self._flush()
 
+    def keep_window(self, done: Tensor) -> None:
+        """Keep the latents [1, C, n, h, w] so far, when a window of a long clip is finished."""
+        self._latest = self.state = None
+        if self._on:
+            path = self.folder / WINDOWS / f"{self._num_windows:05d}.safetensors"
+            self._save_state({"latents": done[:, :, self._num_done :]}, {}, path)
+            self._num_windows, self._num_done = self._num_windows + 1, done.shape[2]
+
     def keep_latents(self, latents: Tensor) -> None:
         """Keep the finished latents [1, C, F, h, w], before they are decoded."""
         self._latest, self.latents = None, latents
         if self._on:
-            self._save_state({"latents": latents}, {"finished": True})
+            self._save_state({"latents": latents}, {"finished": True}, self.folder / STATE)
 
     def segments(self) -> Iterator[Segment]:
         """The finished segments, from the clip's start."""
@@ -186,7 +192,7 @@ class Journal:
     def pause(self) -> None:
         """Save what isn't yet, as when the work stops; a job without anything to keep goes."""
         self._flush()
-        if self._on and not (self.folder / STATE).is_file():
+        if self._on and not (self.folder / STATE).is_file() and not self._num_windows:
             self.close()
         if self._on:
             self._count_segments()
@@ -253,7 +259,8 @@ class Journal:
             for entry in self.folder.iterdir():
                 if entry.name != LOCK:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            (self.folder / SEGMENTS).mkdir()
+            for name in (SEGMENTS, WINDOWS):
+                (self.folder / name).mkdir()
             write_job(self.folder, recipe, overwrite=self.overwrite)
 
     def _check_output(self) -> None:
@@ -267,14 +274,19 @@ class Journal:
         """Read the state and check the segments."""
         import torch
 
-        self.state = self.latents = None
+        self.state = self.latents = self.done = None
+        windows = sorted((self.folder / WINDOWS).glob("*.safetensors"))
+        if windows:
+            parts = [torch.from_numpy(read_arrays(path)[0]["latents"]) for path in windows]
+            self.done = torch.cat(parts, dim=2)
+            self._num_windows, self._num_done = len(windows), self.done.shape[2]
         if (path := self.folder / STATE).is_file():
             arrays, facts = read_arrays(path)
             tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
             latents = tensors.pop("latents")
             if facts.get("finished"):
                 self.latents = latents
-            else:
+            elif facts["behind"] == self._num_done:  # else of a window that was finished since
                 history = tuple(tensors[f"history.{i}"] for i in range(len(tensors)))
                 self.state = SamplerState(facts["step"], latents, history)
         self._count_segments()
@@ -302,7 +314,8 @@ class Journal:
             info, self._latest = self._latest, None
             tensors = {f"history.{i}": each for i, each in enumerate(info.state.history)}
             tensors["latents"] = info.state.latents
-            self._save_state(tensors, {"step": info.step, "num_steps": info.num_steps})
+            facts = {"step": info.step, "num_steps": info.num_steps, "behind": self._num_done}
+            self._save_state(tensors, facts, self.folder / STATE)
         pending, self._pending = self._pending, []
         if pending:
             with self._saving():
@@ -310,7 +323,9 @@ class Journal:
                     write_segment(segment_path(self.folder, index), segment)
             self._num_segments += len(pending)
 
-    def _save_state(self, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    def _save_state(
+        self, tensors: Mapping[str, Tensor], facts: dict[str, Any], path: Path
+    ) -> None:
         latents = tensors["latents"]
         if latents.is_cuda:  # the steps that the device still computes aren't the save's cost
             import torch
@@ -318,7 +333,7 @@ class Journal:
             torch.cuda.synchronize(latents.device)
         with self._saving():
             arrays = {name: each.detach().float().cpu().numpy() for name, each in tensors.items()}
-            write_arrays(self.folder / STATE, arrays, facts)
+            write_arrays(path, arrays, facts)
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
@@ -373,40 +388,6 @@ def journals_of(journal: Journal | Sequence[Journal] | None, count: int) -> Sequ
     if len(journals) != count:
         raise InputError(f"{len(journals)} journals for {count} clips; give one for each")
     return journals
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What two recipes of different clips differ in: "plan.seed was 7, is 8"."""
-    before, after = _leaves(_decisive(old)), _leaves(_decisive(new))
-    names = sorted(before.keys() | after.keys(), key=lambda name: (name != "vidgen", name))
-    return [
-        f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}"
-        for name in names if before.get(name) != after.get(name)
-    ]
-
-
-def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a recipe that decides bits, as it comes back from JSON."""
-    found = {name: recipe.get(name) for name in _DECISIVE}
-    found["model"] = {key: recipe.get("model", {}).get(key) for key in ("class", "sha256")}
-    for name, keys in _DECISIVE_PARTS.items():
-        found[name] = [[one.get(key) for key in keys] for one in recipe.get(name, ())]
-    found["machine"] = {k: v for k, v in recipe.get("machine", {}).items() if k != "python"}
-    found["label"] = recipe.get("request", {}).get("label")
-    plain: dict[str, Any] = json.loads(json.dumps(found))
-    return plain
-
-
-def _leaves(tree: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {name: tree}
-    parts = [_leaves(value, f"{name}.{key}" if name else key) for key, value in tree.items()]
-    return {key: value for part in parts for key, value in part.items()}
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _use_threads(threads: int, journal: Journal) -> None:
