@@ -1,0 +1,168 @@
+"""`vidgen extend CLIP`: a clip goes on; its own frames stay as they are."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.cli.report import Report
+from vidgen.core.errors import InputError
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.media.clip import Clip
+
+DESCRIPTION = "Let a clip go on. What is left out is as the clip's recipe has it."
+_LOADING = ("model", "dtype", "offload", "quantize")
+_NOT_OF_REQUEST = {"clip", "output", "overwrite", "json", "events", "seconds", *_LOADING}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's options."""
+    add = parser.add_argument
+    add("clip", metavar="CLIP", help="what goes on: a film of vidgen's, or any other")
+    add("--seconds", type=float, required=True, metavar="S", help="how much longer")
+    add("-o", "--output", metavar="FILE", help="default CLIP-longer beside it")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    add("--prompt", metavar="TEXT", help="what is to be seen from here on")
+    add("--negative", metavar="TEXT", help="what is not to be seen")
+    add("--seed", type=int, metavar="N", help="default the clip's own, whose noise goes on")
+    add("--steps", type=int, metavar="N", help="denoising steps")
+    add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed; 1 is off")
+    add("--sampler", metavar="NAME", help="euler or unipc")
+    add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
+    add("--last-image", metavar="IMAGE", help="the last frame")
+    add("--reference", action="append", default=[], metavar="IMAGE",
+        help="a picture of a subject that is to appear; may be repeated")
+    add("--fit", choices=("crop", "pad"), default="crop", help="for pictures of another aspect")
+    add("--overlap", type=int, metavar="N", help="latent frames that windows share; default 3")
+    add("--colour-hold", type=float, metavar="X",
+        help="0 to 1, how far colours are brought back to the clip's; default 0.5")
+    add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
+        help="an adapter; default the clip's; may be repeated")
+    add("--model", metavar="NAME|FOLDER|HUB_ID", help="default the clip's, else toybox")
+    add("--offload", choices=("none", "stage", "block"), help="as in generate")
+    add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Check everything that can be checked, then generate and write."""
+    from vidgen.core.runtime import check_output
+    from vidgen.media.read import VideoReader, read_recipe
+    from vidgen.media.write import check_format
+
+    if args.seconds <= 0:
+        raise InputError(f"seconds is {args.seconds}; give how much longer, above 0")
+    with VideoReader(args.clip) as reader:
+        fps, size, num_frames = reader.fps, reader.size, sum(1 for _ in reader)
+    output = args.output or _longer(args.clip)
+    check_format(output)
+    if Path(output).resolve() == Path(args.clip).resolve():
+        raise InputError(f"output {output} is the clip itself; choose another name")
+    check_output(output, overwrite=args.overwrite)
+    recipe = read_recipe(args.clip)
+    options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    loading = {name: getattr(args, name) for name in _LOADING}
+    if recipe is not None:
+        given = _own(recipe, args.model) | given
+        model = recipe["model"]
+        loading["model"] = args.model or model.get("source") or model["name"]
+        loading["quantize"] = args.quantize or recipe.get("quantize")
+        loading["dtype"] = args.dtype or recipe.get("dtype")
+    if "prompt" not in given:
+        raise InputError(f"{args.clip} doesn't tell its prompt; give --prompt")
+    if "seed" not in given:
+        given["seed"] = secrets.randbelow(2**31)
+        report({"event": "note", "text": f"seed {given['seed']}"})
+    added = round(args.seconds * fps)
+    if added < 1:
+        raise InputError(f"seconds is {args.seconds}, less than a frame at {fps} fps")
+    length = {"prefix": args.clip, "fps": fps, "seconds": float((num_frames + added) / fps)}
+    return _make(given | length, size, loading, output, args, report)
+
+
+def _own(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+    """What a clip's recipe says of how to go on; with another model that is the prompt alone."""
+    from vidgen.diffusion.samplers import SAMPLERS
+
+    plan = recipe["plan"]
+    if model not in (None, recipe["model"]["name"], recipe["model"].get("source")):
+        return {"prompt": plan["prompt"]}
+    guidance = plan["guidance"]
+    own = {
+        "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"],
+        "steps": plan["num_steps"], "shift": plan["shift"], "sampler": plan["sampler"],
+        "guidance": guidance["scale"], "guidance_interval": guidance["interval"],
+        "guidance_rescale": guidance["rescale"], "guidance_low": guidance.get("low_scale"),
+        "control_scale": None,
+        "lora": [
+            f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
+            for lora in recipe.get("loras", ())
+        ],
+    }
+    if plan["sampler"] not in SAMPLERS:  # one of diffusers', which a command line can't give
+        own |= {"sampler": None, "shift": None}
+    return {name: value for name, value in own.items() if value not in (None, [])}
+
+
+def _make(
+    options: dict[str, Any], size: tuple[int, int], loading: dict[str, Any], output: str,
+    args: Namespace, report: Report,
+) -> int:
+    from vidgen.core.request import Request
+    from vidgen.pipeline.video import Engine, load
+
+    request = Request.of(options.pop("prompt"), options)
+    start = time.monotonic()
+    loading["offload"] = args.offload or "none"
+    loading["model"] = loading["model"] or "toybox"
+    engine = load(**loading)
+    if not isinstance(engine, Engine):
+        from vidgen.weights.family import models_with
+
+        raise InputError(f"{loading['model']} can't go on from a clip; models that can: toybox, "
+                         f"{', '.join(models_with('extend'))}")
+    request = _at_own_size(request, size, engine)
+    clip = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}))
+    assert not isinstance(clip, list)
+
+    def on_frames(count: int) -> None:
+        stage = f"write {output}"
+        report({"event": "progress", "stage": stage, "done": count, "total": clip.num_frames})
+
+    clip.save(output, overwrite=args.overwrite, on_frames=on_frames)
+    report({"event": "written", "path": output})
+    _tell(clip, output, request, round(time.monotonic() - start, 3), report)
+    return 0
+
+
+def _at_own_size(request: Request, size: tuple[int, int], engine: Any) -> Request:
+    """The clip's own size, where the model can make it."""
+    from dataclasses import replace
+
+    side = engine.vae_config.strides.hw * engine.dit_config.patch_size
+    fits = all(length % side == 0 for length in size)
+    return replace(request, size=size) if fits else request
+
+
+def _tell(clip: Clip, output: str, request: Request, elapsed: float, report: Report) -> None:
+    recipe = clip.recipe or {}
+    facts = {
+        "path": output, "seed": request.seed, "num_frames": clip.num_frames, "fps": str(clip.fps),
+        "width": clip.size[0], "height": clip.size[1],
+        "seconds": float(clip.num_frames / clip.fps), "hand_over": recipe.get("hand_over"),
+        "elapsed_s": elapsed,
+    }
+    report.result(facts, "{path}: {num_frames} frames of {width}x{height} at {fps} fps, seed "
+                         "{seed}, from {hand_over}\n{elapsed_s:.1f} s".format(**facts))
+
+
+def _longer(clip: str) -> str:
+    path = Path(clip)
+    return str(path.with_name(f"{path.stem}-longer")) + ("/" if path.is_dir() else path.suffix)
