@@ -22,6 +22,7 @@ from vidgen.core.errors import InputError, VidgenError, nearest
 
 VERBS = {
     "generate": "a clip from a sentence, with pictures or a clip as conditions if you like",
+    "extend": "a clip that goes on, its own frames untouched",
     "inspect": "what a media file holds, and the recipe that made it",
     "replay": "a clip once more from its recipe, or with one thing changed",
     "sweep": "a clip under several settings, side by side on a sheet and in a video",
@@ -30,7 +31,7 @@ VERBS = {
     "eval": "score a model on a suite",
     "convert": "a model folder in another layout",
 }
-LONG = ("generate", "replay", "sweep", "eval")
+LONG = ("generate", "extend", "replay", "sweep", "eval")
 INTERRUPTED = 130
 
 
