@@ -146,7 +146,8 @@ def test_python_blocks_use_what_exists(page):
 
 @pytest.mark.parametrize(
     ("verb", "page"),
-    [("generate", "generate"), ("jobs", "journal"), ("eval", "evaluation"), ("convert", "model")],
+    [("generate", "generate"), ("jobs", "journal"), ("eval", "evaluation"), ("convert", "model"),
+     ("replay", "replay")],
 )
 def test_every_option_stands_on_the_verbs_page(verb, page):
     words = set(re.findall(r"(?<![\w-])--?[\w-]+", (ROOT / f"docs/{page}.md").read_text()))

@@ -110,6 +110,27 @@ def test_every_kind_of_file_can_be_replayed(engine: Engine, replay: Replay, name
     assert result["path"] == name.replace("x", "x-again")
 
 
+def test_extended_clips_are_replayed_with_all_they_go_on_from(
+    engine: Engine, replay: Replay
+) -> None:
+    engine.generate(PROMPT, seed=5, seconds=1).save("one.mp4")
+    engine.generate("a cat moves left", seed=6, prefix="one.mp4", seconds=1.5).save("two.mp4")
+    engine.generate(PROMPT, seed=7, prefix="two.mp4", seconds=2).save("three.mp4")
+    Path("one.mp4").unlink()
+    Path("two.mp4").unlink()
+    code, result, err = replay("three.mp4", "-o", "again.mp4")
+    assert (code, err) == (0, "")
+    assert result["identical"]
+    assert result["differences"] == {}
+    assert Clip.from_file("again.mp4").num_frames == 24
+
+
+def test_clips_of_several_windows_are_replayed(engine: Engine, replay: Replay) -> None:
+    engine.generate(PROMPT, seed=5, frames=29, image="a.png").save("long.mp4")
+    Path("a.png").unlink()
+    assert replay("long.mp4")[1]["identical"]
+
+
 def test_a_replay_of_a_replay_is_the_same_again(engine: Engine, replay: Replay) -> None:
     engine.generate(PROMPT, seed=5, seconds=0.5, image=PICTURE).save("made.mkv")
     replay("made.mkv", "-o", "again.mkv")
@@ -278,12 +299,12 @@ def test_values_are_read_as_generate_reads_them() -> None:
     options = typed_options([
         ("steps", "9"), ("guidance-interval", "0.1,0.9"), ("frame", "1=a.png"),
         ("frame", "2=b.png"), ("prompt", "--seed 3"), ("negative", "--no"), ("image", ""),
-        ("reference", ""), ("fit", "pad"), ("model", "wan"),
+        ("reference", ""), ("fit", "pad"), ("model", "wan"), ("prefix", "a.mp4"),
     ])  # fmt: skip
     assert options == {
         "steps": 9, "guidance_interval": [0.1, 0.9], "frame": [(1.0, "a.png"), (2.0, "b.png")],
         "prompt": "--seed 3", "negative": "--no", "image": None, "reference": (), "fit": "pad",
-        "model": "wan",
+        "model": "wan", "prefix": "a.mp4",
     }
     with pytest.raises(InputError, match="nine"):
         typed_options([("steps", "nine")])

@@ -15,7 +15,9 @@ from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, nearest
 
 DESCRIPTION = "Make a clip again from the recipe in its file, and compare the two."
-_NOT_SET = ("count", "retry", "strict", "latents", "prefix")
+_NOT_SET = ("count", "retry", "strict")
+_PLAIN = ("prompt", "prefix")
+"""Options that generate's command line has no flag for; they are text as it stands."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -78,7 +80,7 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     actions = {action.dest: action for action in parser._actions}
     defaults = {
         each.name: each.default for each in fields(Request)
-        if each.name in actions and each.name not in _NOT_SET
+        if each.name in (*actions, *_PLAIN) and each.name not in _NOT_SET
     }
     options: dict[str, Any] = {}
     words = ["-"]
@@ -86,13 +88,13 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name not in defaults:
             raise InputError(f"unknown option {key!r}; {nearest(name, defaults)}")
-        if name != "prompt" and value:
+        if name not in _PLAIN and value:
             flag = "--" + name.replace("_", "-")
             is_pair = actions[name].nargs == 2
             words += [flag, *value.split(",")] if is_pair else [f"{flag}={value}"]
         options[name] = value if name == "prompt" or value else defaults[name]
     parsed = vars(parser.parse(words))
-    given = [name for name, value in options.items() if value and name != "prompt"]
+    given = [name for name, value in options.items() if value and name not in _PLAIN]
     return options | {name: parsed[name] for name in given}
 
 

@@ -91,6 +91,7 @@ def draw_first_frame(
     clip = engine.generate(request, on_event=on_event)
     assert isinstance(clip, Clip)
     assert clip.recipe is not None
-    record = {"option": "first_frame_model", "path": str(folder)}
+    place = Path(folder).resolve() if Path(folder).is_dir() else folder
+    record = {"option": "first_frame_model", "path": str(place)}
     record |= {name: clip.recipe[name] for name in ("model", "plan", "dtype")}
     return fit(clip.frames[0], height, width), record
