@@ -26,6 +26,8 @@ from vidgen.core.runtime import sha256_file
 from vidgen.media.clip import Clip
 from vidgen.media.read import read_recipe
 from vidgen.media.write import ClipInfo, write_clip
+from vidgen.pipeline.inputs import read_inputs
+from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.replay import (
     compare,
     loading_from_recipe,
@@ -341,6 +343,35 @@ def test_a_recipe_of_anything_is_refused_or_read(
     except InputError:
         return
     assert isinstance(request, Request)
+
+
+LENGTHS = st.one_of(
+    st.just({}), st.builds(lambda n: {"frames": 1 + 4 * n}, st.integers(0, 30)),
+    st.builds(lambda s: {"seconds": s}, st.floats(0.1, 20)),
+)
+OPTIONS = st.fixed_dictionaries({}, optional={
+    "fps": st.sampled_from(["12", "23.976", "30000/1001", "7.5"]),
+    "size": st.sampled_from(["32x32", "48x64"]), "steps": st.integers(1, 99),
+    "shift": st.floats(0.1, 9), "guidance": st.floats(0, 9), "guidance_rescale": st.floats(0, 1),
+    "guidance_interval": st.sampled_from([(0.0, 0.5), (0.25, 1.0)]),
+    "sampler": st.sampled_from(["euler", "unipc"]), "negative": st.text(max_size=5),
+    "control_scale": st.floats(0, 2), "label": st.sampled_from(["none", "visible"]),
+})  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[
+    HealthCheck.function_scoped_fixture])
+@given(length=LENGTHS, options=OPTIONS)
+def test_any_request_is_planned_alike_from_its_recipe(
+    engine: Engine, tmp_path: Path, length: dict[str, Any], options: dict[str, Any]
+) -> None:
+    request = Request.of(PROMPT, {"seed": 5, "reference": [PICTURE], **length, **options})
+    inputs = read_inputs(request)
+    plan = engine.plan(request, inputs)
+    recipe = json.loads(json.dumps(make_recipe(engine, plan, request, inputs)))
+    again = request_from_recipe(recipe, tmp_path)
+    assert engine.plan(again, read_inputs(again)) == plan
+    assert again.label == request.label
 
 
 def test_files_are_compared_by_what_they_show(tmp_path: Path) -> None:

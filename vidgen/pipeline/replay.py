@@ -58,8 +58,8 @@ def request_from_recipe(
             replaced.update(pair)
     with _reading():
         options = _settled(recipe) | restore_inputs(recipe, folder, given, replaced)
-    options = {name: v for name, v in options.items() if name not in replaced} | changes
-    return Request.of(options.pop("prompt"), options)
+        options = {name: v for name, v in options.items() if name not in replaced} | changes
+        return Request.of(options.pop("prompt"), options)
 
 
 def loading_from_recipe(
