@@ -22,10 +22,12 @@ from vidgen.core.errors import InputError, VidgenError, nearest
 
 VERBS = {
     "generate": "a clip from a sentence, with pictures or a clip as conditions if you like",
+    "plan": "the time and memory that generate will take with the same options",
     "extend": "a clip that goes on, its own frames untouched",
     "inspect": "what a media file holds, and the recipe that made it",
     "replay": "a clip once more from its recipe, or with one thing changed",
     "sweep": "a clip under several settings, side by side on a sheet and in a video",
+    "check": "flashes, freezes, drift and other faults of a clip",
     "jobs": "clips whose making was stopped, and how to be rid of them",
     "models": "the models that are ready to use",
     "eval": "score a model on a suite",

@@ -1,0 +1,175 @@
+"""How near `vidgen plan` comes: predicted against real memory and time, a process for each clip.
+
+    python eval/preflight.py [-o results.json] [--only NAME]      some minutes on one core
+
+Memory is the peak of the resident size above that after the imports. Time on a CPU is the time
+that the process's threads were given, with one thread for torch, so that other programs on the
+machine weigh little; "mux" is compared as the work of decoding and encoding together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SPAN = {"bytes": 0.10, "bytes_at_least": 100_000_000, "seconds": 0.30}
+CLIPS: dict[str, dict[str, Any]] = {
+    "embedded": {"model": "toybox", "dtype": "bf16"},
+    "embedded, large": {"model": "toybox", "dtype": "bf16", "size": "256x256", "steps": 4},
+    "embedded, fp32": {"model": "toybox", "dtype": "fp32", "steps": 8},
+    "wide": {"model": "wide", "dtype": "bf16", "frames": 5},
+    "wide, first frame": {"model": "wide", "dtype": "bf16", "frames": 5, "image": True},
+    "wide, offloaded": {"model": "wide", "dtype": "bf16", "frames": 5, "offload": "block"},
+}
+PROMPT = "a red car drives through the desert"
+CHILD = """
+import json, os, sys, time
+import vidgen.media.write, vidgen.pipeline.preflight as preflight, vidgen.weights.layouts
+from vidgen.core.request import Request
+from vidgen.pipeline import video
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
+
+clip = json.loads(sys.argv[1])
+out, loading = clip.pop("out"), {k: clip.pop(k) for k in ("model", "dtype", "offload") if k in clip}
+request = Request.of(clip.pop("prompt"), {"seed": 1, **clip})
+base, clock, spent = status("VmRSS"), time.process_time, {}
+
+def timed(name, run):
+    start = clock()
+    result = run()
+    spent[name] = clock() - start
+    return result
+
+engine = timed("load", lambda: video.load(**loading))
+request, inputs = engine.read(request)
+plan = engine.plan(request, inputs)
+made = preflight.preflight(engine, plan, request)
+context = timed("text", lambda: engine.encode_prompt(plan))
+state = timed("prepare", lambda: engine.prepare(plan, request, inputs))
+latents = timed("denoise", lambda: engine.sample(plan, state, context))
+timed("write", lambda: engine.decode(plan, latents, {}).save(out))
+peak = status("VmHWM") - base
+print(json.dumps({"made": made.as_data(), "spent": spent, "peak": peak}))
+"""
+
+
+def build_wide(folder: Path) -> Path:
+    """A model as wide as Wan 2.1's 1.3B, three blocks of it and Wan's VAE, at random weights."""
+    import torch
+
+    from vidgen.models.dit import DiTConfig, SpacetimeDiT
+    from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
+    from vidgen.models.text import TextConfig, UMT5Encoder
+    from vidgen.models.vae import CausalVAE
+    from vidgen.training.tokenizer import train_tokenizer
+    from vidgen.weights.folder import ModelDefaults, write_model_info
+    from vidgen.weights.load import save_module
+
+    settings = {**vars(DIT_PRESETS["wan-1.3b"]), "num_layers": 3, "text_dim": 256}
+    dit, vae = SpacetimeDiT(DiTConfig(**settings)), CausalVAE(VAE_PRESETS["wan21"])
+    dit.init_weights()
+    text = UMT5Encoder(TextConfig(
+        vocab_size=512, hidden_dim=256, head_dim=64, ffn_dim=512, num_layers=2, num_heads=4
+    ))  # fmt: skip
+    save_module(vae.state_dict(), vae.config, folder / "vae", torch.bfloat16)
+    save_module(dit.state_dict(), dit.config, folder / "transformer", torch.bfloat16)
+    save_module(
+        text.state_dict(), text.config.to_transformers(), folder / "text_encoder", torch.bfloat16
+    )
+    train_tokenizer((PROMPT, "a cat"), folder / "tokenizer", 512)
+    write_model_info(
+        folder, name="wide", family="toybox", license_name="Apache-2.0", tasks=("text", "image"),
+        defaults=ModelDefaults(num_steps=4, shift=3.0, guidance_scale=3.0, fps=16.0, num_frames=5,
+                               height=160, width=160), world_version=None,
+    )  # fmt: skip
+    return folder
+
+
+def measure(clip: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One clip in a process of its own: what was predicted, and what it took."""
+    given = {"prompt": PROMPT, **clip, "out": str(folder / "clip.mp4")}
+    if clip["model"] == "wide":
+        given["model"] = str(folder / "wide")
+    if clip.get("image"):
+        given["image"] = str(folder / "first.png")
+    Path(given["out"]).unlink(missing_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(given)], cwd=ROOT, env=environment, check=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
+def compare(result: dict[str, Any]) -> dict[str, Any]:
+    """Predicted, real and their ratio, of memory, of time, and of the stages."""
+    made, spent = result["made"], result["spent"]
+    seconds = {stage["name"]: stage["seconds"] for stage in made["stages"]}
+    # the encoder's work is in the process's time, although it runs beside the decoder
+    seconds["write"] = seconds.pop("decode") + made["encoder_s"]
+    del seconds["mux"]
+    need, took = made["peak_bytes"], result["peak"]
+    expected, real = sum(seconds.values()), sum(spent.values())
+    allowed = max(SPAN["bytes"] * took, SPAN["bytes_at_least"])
+    return {
+        "bytes": {"predicted": need, "real": took, "ratio": round(need / took, 3),
+                  "within": abs(need - took) <= allowed},
+        "seconds": {"predicted": round(expected, 3), "real": round(real, 3),
+                    "ratio": round(expected / real, 3),
+                    "within": abs(expected - real) <= SPAN["seconds"] * real},
+        "stages": {name: [round(seconds[name], 3), round(spent[name], 3)] for name in spent},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Calibrate where needed, measure every clip, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", metavar="FILE", help="results as JSON")
+    parser.add_argument("--only", choices=CLIPS, help="one clip")
+    args = parser.parse_args()
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from vidgen.core.runtime import atomic_write, fingerprint
+    from vidgen.pipeline.calibration import cached_calibration, calibrate
+
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    clips = {name: clip for name, clip in CLIPS.items() if args.only in (None, name)}
+    for dtype in {clip["dtype"] for clip in clips.values()}:
+        kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+        if cached_calibration(device, kind) is None:
+            calibrate(device, kind)
+    results = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        Image.fromarray(np.full((160, 160, 3), 99, np.uint8)).save(folder / "first.png")
+        if any(clip["model"] == "wide" for clip in clips.values()):
+            build_wide(folder / "wide")
+        for title, clip in clips.items():
+            results[title] = compare(measure(clip, folder))
+            found = results[title]
+            line = "  ".join(
+                f"{what} x {found[what]['ratio']:.2f} {'ok ' if found[what]['within'] else 'OFF'}"
+                for what in ("bytes", "seconds")
+            )
+            size = f"{found['bytes']['real'] / 1e6:.0f} MB, {found['seconds']['real']:.1f} s"
+            print(f"{title:<20} {line}  ({size})", flush=True)
+    if args.output:
+        data = {"spans": SPAN, "clips": results, "machine": fingerprint()}
+        atomic_write(args.output, json.dumps(data, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""What a generation will take, against what it does take, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from vidgen.cli.main import main
+from vidgen.core.errors import InputError, ModelError
+from vidgen.core.request import Request
+from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
+from vidgen.models.vae import CausalVAE
+from vidgen.pipeline import calibration
+from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
+from vidgen.pipeline.estimate import KERNELS_BYTES, Setup, estimate
+from vidgen.pipeline.preflight import choose, preflight, settle
+from vidgen.pipeline.video import load
+from vidgen.pipeline.workload import (
+    decoder_layers,
+    encoder_layers,
+    transformer_bytes,
+    transformer_ops,
+    vae_bytes,
+    vae_ops,
+)
+from vidgen.weights.folder import open_model
+
+CPU = torch.device("cpu")
+FP32 = Setup(CPU, "fp32")
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and the FLOPs of products."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = self.flops = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in PRODUCTS:
+            self.flops += 2 * out.numel() * args[-1].shape[-2]
+        before = {id(a.untyped_storage()) for a in tree_leaves(args) if isinstance(a, torch.Tensor)}
+        for value in tree_leaves(out):
+            if isinstance(value, torch.Tensor) and id(value.untyped_storage()) not in before:
+                self._add(value.untyped_storage())
+        return out
+
+    def _add(self, storage):
+        if storage in self._seen:
+            return
+        self._seen[storage] = size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, size)
+
+    def _drop(self, size):
+        self.now -= size
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def planned(tiny_model, **options):
+    folder = open_model(str(tiny_model))
+    request = Request.of("a cat", {"seed": 1, **options})
+    return folder, settle(folder, request), request
+
+
+def test_products_are_counted_as_torch_counts_them():
+    config = DIT_PRESETS["tiny"]
+    dit = SpacetimeDiT(config).eval()
+    dit.set_attention_backend("matmul")
+    latents, context = torch.randn(1, 4, 5, 8, 8), torch.randn(1, 7, config.text_dim)
+    with torch.no_grad(), Live() as live:
+        dit(latents, torch.tensor([500.0]), context, context_lengths=[6])
+    ops = transformer_ops(config, 5, 16, 6)
+    share = config.head_dim / (config.head_dim + 64)  # attention counts its softmax, too
+    counted = sum(op.amount * (share if op.kind == "attention" else 1)
+                  for op in ops if op.kind in ("gemm", "attention"))
+    assert counted == pytest.approx(live.flops, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["tiny", "toybox"])
+@pytest.mark.parametrize("layers", [encoder_layers, decoder_layers])
+def test_layers_are_those_of_the_vae(name, layers):
+    config = VAE_PRESETS[name]
+    vae = CausalVAE(config)
+    side = vae.decoder if layers is decoder_layers else vae.encoder
+    convolutions = [
+        m.weight for m in side.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)
+    ]
+    real = [w for w in convolutions if w[0, 0].numel() > 1]
+    counted = [layer for layer in layers(config, 4, 4) if layer.taps != (1, 1)]
+    assert len(counted) == len(real)
+    # the upsampling's four phases have 16 taps in place of 9
+    weights = sum(layer.inputs * layer.outputs * math.prod(layer.taps) for layer in counted)
+    folded = sum(7 * layer.inputs * layer.outputs // 4 for layer in counted
+                 if layer.taps == (1, 4))
+    assert weights - folded == sum(w.numel() for w in real)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_the_vae_holds_what_is_predicted(decode):
+    config = replace(VAE_PRESETS["toybox"], decoder_dim=16, encoder_dim=16)
+    vae, strides = CausalVAE(config).eval(), config.strides
+    latents = torch.randn(1, config.latent_channels, 4, 12, 12)
+    video = torch.randn(1, 3, 1 + 3 * strides.t, 12 * strides.hw, 12 * strides.hw)
+    with torch.no_grad(), Live() as live:
+        for part in vae.stream_decode(latents) if decode else vae.stream_encode([video]):
+            del part
+    predicted = vae_bytes(config, 12, 12, 4, decode=decode)
+    assert predicted == pytest.approx(live.peak, rel=0.3)
+
+
+@pytest.mark.parametrize("ffn_dim", [128, 1024])
+def test_the_transformer_holds_what_is_predicted(ffn_dim):
+    config = DiTConfig(in_channels=4, out_channels=4, num_heads=4, head_dim=32, num_layers=2,
+                       ffn_dim=ffn_dim, text_dim=16)
+    dit = SpacetimeDiT(config).eval()
+    latents, context = torch.randn(1, 4, 9, 32, 32), torch.randn(1, 7, 16)
+    with torch.no_grad(), Live() as live:
+        dit(latents, torch.tensor([500.0]), context)
+    predicted = transformer_bytes(config, 9 * 256, 4, holds_scores=False)
+    assert predicted == pytest.approx(live.peak, rel=0.25)
+
+
+def test_work_and_memory_grow_as_they_should(tiny_model):
+    folder, plan, request = planned(tiny_model)
+    made = estimate(folder, plan, request, FP32)
+    of = {stage.name: stage for stage in made.stages}
+    assert [*of] == ["load", "text", "prepare", "denoise", "decode", "mux"]
+    assert made.total_s == sum(stage.seconds for stage in made.stages)
+    assert made.peak_bytes >= KERNELS_BYTES + folder.components["transformer"].store.num_bytes
+    longer = estimate(*planned(tiny_model, frames=17), FP32)
+    assert longer.stages[4].bytes == of["decode"].bytes, "a stream's memory knows no length"
+    assert longer.stages[4].seconds > 1.5 * of["decode"].seconds
+    twice = estimate(*planned(tiny_model, steps=4), FP32)
+    assert twice.stages[3].seconds == pytest.approx(2 * of["denoise"].seconds)
+    plain = estimate(*planned(tiny_model, guidance=1.0), FP32)
+    assert plain.stages[3].seconds == pytest.approx(of["denoise"].seconds / 2)
+    pair = estimate(*planned(tiny_model, count=2), FP32)
+    assert pair.stages[3].seconds == pytest.approx(2 * of["denoise"].seconds)
+
+
+def test_conditions_cost_encoding_and_tokens(tiny_model, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    picture = str(tmp_path / "a.png")
+    plain, image, last = (
+        {stage.name: stage for stage in estimate(*planned(tiny_model, **options), FP32).stages}
+        for options in ({}, {"image": picture}, {"last_image": picture})
+    )
+    assert plain["prepare"].seconds == 0 < image["prepare"].seconds == last["prepare"].seconds
+    assert image["denoise"].seconds == plain["denoise"].seconds < last["denoise"].seconds
+
+
+def test_the_share_behind_rises_from_stage_to_stage(tiny_model):
+    made = estimate(*planned(tiny_model, count=2), FP32)
+    told = [("prompt", 0, 1, 1)]
+    told += [(s, d, 2, c) for c in (1, 2) for s in ("prepare", "sample") for d in (0, 1, 2)]
+    told += [("write a.mp4", done, 9, clip) for clip in (1, 2) for done in range(10)]
+    shares = [made.fraction(*entry, num_clips=2) for entry in told]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, pytest.approx(1))
+
+
+def test_an_engine_is_told_quickly_and_measures_nothing(tiny_model, monkeypatch):
+    monkeypatch.setattr(calibration, "_measure", lambda *_: pytest.fail("measured"))
+    engine = load(str(tiny_model), dtype="fp32")
+    request = Request.of("a cat", {"seed": 1})
+    plan = engine.plan(*engine.read(request))
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        made = preflight(engine, plan, request)
+        times.append(time.process_time() - start)
+    assert min(times) < 0.05
+    assert not made.measured
+
+
+def test_what_cannot_fit_is_refused_naming_what_would(tiny_model, monkeypatch):
+    engine = load(str(tiny_model), dtype="fp32")
+    request = Request.of("a cat", {"seed": 1, "size": "512x512", "frames": 33})
+    plan = engine.plan(*engine.read(request))
+    have = estimate(*planned(tiny_model, size="128x128", frames=33), FP32).peak_bytes
+    monkeypatch.setattr("vidgen.pipeline.preflight.available_memory", lambda _: have)
+    with pytest.raises(ModelError, match=r"33 frames of 512x512 needs .* are free; what would fit"
+                                         r".*--size 1\d\dx1\d\d") as refused:
+        preflight(engine, plan, request)
+    size = re.search(r"--size (\d+x\d+)", str(refused.value))[1]
+    smaller = Request.of("a cat", {"seed": 1, "size": size, "frames": 33})
+    preflight(engine, engine.plan(*engine.read(smaller)), smaller)
+
+
+def test_the_setup_is_chosen_to_fit(tiny_model):
+    folder, plan, request = planned(tiny_model)
+    needs = {offload: estimate(folder, plan, request, Setup(CPU, "fp32", offload)).peak_bytes
+             for offload in ("none", "stage", "block")}
+    assert needs["none"] > needs["stage"]
+
+    def chosen(have, **options):
+        return choose(folder, plan, replace(request, **options), CPU, have, dtype="fp32").setup
+
+    assert chosen(None).offload == chosen(needs["none"]).offload == "none"
+    assert chosen(needs["none"] - 1).offload == "stage"
+    with pytest.raises(ModelError, match=r"what would fit: --dtype fp32 --offload stage"):
+        chosen(needs["none"] - 1, offload="none", dtype="fp32")
+    with pytest.raises(ModelError, match="free memory or take a smaller model"):
+        chosen(1)
+
+
+RATES = {kind: [[1, 2e9], [1000, 4e9]] for kind in NOMINAL.rates}
+
+
+def test_rates_are_interpolated_and_kept(monkeypatch, tmp_path):
+    rates = Calibration(RATES)
+    assert rates.rate("gemm", 1) == 2e9
+    assert rates.rate("gemm", 1000**0.5) == pytest.approx(2e9 * 2**0.5)
+    assert rates.rate("gemm", 0.1) == 2e9
+    assert rates.rate("gemm", 1e6) == 4e9
+    monkeypatch.setattr(calibration, "_measure", lambda *_: RATES)
+    assert cached_calibration(CPU, torch.float32) is None
+    calibration.calibrate(CPU, torch.float32)
+    assert cached_calibration(CPU, torch.float32).rate("conv", 1) == 2e9
+    assert cached_calibration(CPU, torch.bfloat16) is None
+    place = tmp_path / "cache/vidgen/calibration.json"
+    for damage in ("", "[1]", place.read_text().replace("2000000000.0", '"x"', 1)):
+        place.write_text(damage)
+        assert cached_calibration(CPU, torch.float32) is None
+
+
+def test_predictions_hold_on_this_machine(monkeypatch):
+    small = {"_BUDGET_S": 0.005, "_GEMMS": (64, 256), "_ATTENTIONS": ((4, 64), (4, 256)),
+             "_CONVS": ((16, 16, 4),), "_RESIDUALS": ((16, 16),), "_BLOCKS": ((128, 2, 448, 128),)}
+    for name, value in small.items():
+        monkeypatch.setattr(calibration, name, value)
+    monkeypatch.setattr(calibration, "_write_rate", lambda _, side: (side**2, 1e7))
+    monkeypatch.setattr(calibration, "_load_rate", lambda: 1e9)
+    rates = calibration.calibrate(CPU, torch.float32)
+    assert cached_calibration(CPU, torch.float32).rates.keys() == rates.rates.keys()
+    config = replace(DIT_PRESETS["toybox"], num_heads=2, ffn_dim=448, num_layers=2)
+    dit, latents = SpacetimeDiT(config).eval(), torch.randn(1, 16, 3, 16, 16)
+    vae, context = CausalVAE(VAE_PRESETS["tiny"]).eval(), torch.randn(1, 9, config.text_dim)
+    known = torch.randn(1, 4, 3, 6, 6)
+    with torch.no_grad():
+        passed = calibration._seconds(lambda: dit(latents, torch.tensor([500.0]), context), CPU)
+        decoded = calibration._seconds(lambda: [*vae.stream_decode(known)], CPU)
+    assert 1 / 3 < rates.seconds(transformer_ops(config, 3, 64, 8)) / passed < 3
+    assert 1 / 3 < rates.seconds(vae_ops(vae.config, 3, 6, 6, decode=True)) / decoded < 3
+
+
+def test_the_command_prints_all(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibration, "_measure", lambda *_: RATES)
+    words = ["plan", "a cat", "--model", str(tiny_model)]
+    assert main([*words, "--json"]) == 0
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert "note: measuring this machine" in err
+    assert [stage["name"] for stage in told["stages"]][3] == "denoise"
+    assert told["measured"] is True
+    assert told["offload"] == "none"
+    assert told["peak_bytes"] == max(stage["bytes"] for stage in told["stages"])
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert "measuring" not in err
+    assert "denoise" in out
+    assert "whole" in out
+    assert main([*words, "--size", "8192x8192"]) == 2
+    assert "what would fit" in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".mp4"]
+
+
+def test_only_own_models_are_planned():
+    from vidgen.pipeline.preflight import require_own_model
+
+    class Foreign:
+        class_name = "LTXPipeline"
+
+    with pytest.raises(InputError, match="LTXPipeline"):
+        require_own_model(Foreign())

@@ -1,0 +1,67 @@
+"""`vidgen plan PROMPT`: what a generation will take, stage by stage, before it starts."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.cli import generate
+from vidgen.cli.report import Report
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.estimate import Estimate
+
+DESCRIPTION = (
+    "Tell the time and memory that `vidgen generate` with the same options will take. The first "
+    "call on a machine measures it for some seconds. What doesn't fit is refused, naming what does."
+)
+_NOT_OF_REQUEST = {"output", "overwrite", "resume", "json", "events"}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare generate's options; --offload left out is chosen."""
+    generate.add_arguments(parser)
+    parser.set_defaults(offload=None)
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Count, measure the machine where that was never done, and print a table."""
+    from dataclasses import fields
+
+    from vidgen.core.request import Request
+    from vidgen.core.runtime import available_memory, choose_device
+    from vidgen.pipeline.calibration import cached_calibration, calibrate
+    from vidgen.pipeline.estimate import DTYPES
+    from vidgen.pipeline.preflight import choose, require_own_model, settle
+    from vidgen.pipeline.video import _best_dtype
+    from vidgen.weights.folder import open_model
+
+    known = {f.name for f in fields(Request)}
+    options = {k: v for k, v in vars(args).items() if k in known and k not in _NOT_OF_REQUEST}
+    request = Request.of(options.pop("prompt"), options)
+    folder, device = open_model(args.model), choose_device()
+    require_own_model(folder)
+    plan, dtype = settle(folder, request), args.dtype or _best_dtype(device)
+    rates = cached_calibration(device, DTYPES[dtype])
+    if rates is None:
+        report({"event": "note", "text": f"measuring this machine in {dtype}, once"})
+        rates = calibrate(device, DTYPES[dtype])
+    have = available_memory(device)
+    suffix = Path(args.output).suffix if args.output else ".mp4"
+    made = choose(folder, plan, request, device, have, calibration=rates, dtype=dtype,
+                  suffix=suffix)
+    report.result({**made.as_data(), "available_bytes": have, "model": folder.name,
+                   "width": plan.width, "height": plan.height, "num_frames": plan.num_frames,
+                   "num_steps": plan.num_steps}, _table(made, have))
+    return 0
+
+
+def _table(made: Estimate, have: int | None) -> str:
+    from vidgen.pipeline.estimate import size_text
+
+    rows: list[tuple[str, float, Any]] = [(s.name, s.seconds, s.bytes) for s in made.stages]
+    rows.append(("whole", made.total_s, made.peak_bytes))
+    lines = [f"{name:<8} {seconds:>9.1f} s {size_text(size):>10}" for name, seconds, size in rows]
+    free = "" if have is None else f", {size_text(have)} are free"
+    return "\n".join([*lines, f"with {made.setup.words}{free}", *made.notes])

@@ -1,0 +1,186 @@
+"""Before a generation starts: what it will take, which setup fits, and a refusal where none does.
+
+`preflight(engine, plan, request)` is one line before the first verb of a generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from vidgen.core.errors import InputError, ModelError
+from vidgen.core.runtime import available_memory
+from vidgen.core.shapes import VideoShape
+from vidgen.pipeline.calibration import Calibration
+from vidgen.pipeline.estimate import Estimate, Setup, estimate, size_text
+from vidgen.pipeline.inputs import Inputs, read_inputs
+from vidgen.pipeline.parts import Offload
+from vidgen.pipeline.plan import Plan, make_plan
+from vidgen.pipeline.tasks import check_tasks
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.pipeline.video import Engine
+    from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.quantize import Quantization
+
+
+def preflight(engine: Engine, plan: Plan, request: Request) -> Estimate:
+    """What a generation of an engine will take; measures nothing, reads headers at most.
+
+    Raises:
+        ModelError: more than the memory holds; names what would fit.
+    """
+    setup = Setup(engine.device, engine.dtype, engine.offload, engine.quantize)
+    made = estimate(engine.folder, plan, request, setup, parts=engine.parts)
+    have = available_memory(engine.device)
+    if have is not None:
+        loaded = sum(engine.parts.needed_bytes(role, offload="stage")
+                     for role in engine.parts.resident)
+        require_fit(made, engine.folder, plan, request, have + loaded)
+    return made
+
+
+def settle(folder: ModelFolder, request: Request) -> Plan:
+    """The plan of a request, made without an engine.
+
+    Raises:
+        InputError: what this model can't do, or inputs that can't be read.
+    """
+    vae, dit = folder.components["vae"].config, folder.components["transformer"].config
+    check_tasks(request, folder.name, folder.tasks, both=dit.image_positions is not None)
+    inputs = Inputs() if request.first_frame_model else read_inputs(request)
+    return make_plan(
+        request, folder.defaults, vae.strides, vae.latent_channels, patch=dit.patch_size,
+        picture_size=inputs.picture_size, video_seconds=inputs.video_seconds,
+    )
+
+
+def choose(
+    folder: ModelFolder, plan: Plan, request: Request, device: torch.device, have: int | None,
+    *, dtype: str, calibration: Calibration | None = None, suffix: str = ".mp4",
+) -> Estimate:
+    """The fastest setup that fits, of those that the request leaves open.
+
+    Offloading is tried before another dtype, which changes results; what the request names stays.
+
+    Args:
+        folder: the model.
+        plan: of the clip.
+        request: as it was given.
+        device: where it is to run.
+        have: bytes that are free there; None: unknown, so that everything fits.
+        dtype: the device's best, or the request's own.
+        calibration: see `estimate`.
+        suffix: of the output.
+
+    Raises:
+        ModelError: nothing fits; names what would.
+    """
+    asked: Offload | None = request.offload  # type: ignore[assignment]
+    quantize: Quantization | None = request.quantize  # type: ignore[assignment]
+    dtypes = [dtype] if request.dtype or dtype != "fp32" else ["fp32", "bf16"]
+    known = get_args(Offload)[:2] if quantize else get_args(Offload)  # blocks can't be quantised
+    offloads = [asked] if asked else known
+    first = None
+    for name, offload in product(dtypes, offloads):
+        setup = Setup(device, name, offload, quantize)
+        # rates are of one dtype; another one's come from the cache
+        rates = calibration if name == dtype else None
+        made = estimate(folder, plan, request, setup, calibration=rates, suffix=suffix)
+        if have is None or made.peak_bytes <= have:
+            return made
+        first = first or made
+    assert first is not None
+    assert have is not None
+    require_fit(first, folder, plan, request, have)
+    return first
+
+
+def require_fit(
+    made: Estimate, folder: ModelFolder, plan: Plan, request: Request, have: int
+) -> None:
+    """Refuse what `have` bytes can't hold.
+
+    Raises:
+        ModelError: what is needed, for which stage, what there is, and what would fit.
+    """
+    need = made.peak_bytes
+    if need <= have:
+        return
+    stage = max(made.stages, key=lambda s: s.bytes).name
+    fits = [*_other_setups(made.setup, folder, plan, request, have),
+            *_smaller_clips(made.setup, folder, plan, request, have)]
+    remedy = (f"what would fit: {', or '.join(fits)}" if fits else
+              "nothing that is left to choose would fit: free memory or take a smaller model")
+    raise ModelError(
+        f"a clip of {plan.num_frames} frames of {plan.width}x{plan.height} needs "
+        f"{size_text(need)} on {made.setup.device} while it is at {stage!r} ({made.setup.words}), "
+        f"{size_text(have)} are free; {remedy}"
+    )
+
+
+def _other_setups(
+    setup: Setup, folder: ModelFolder, plan: Plan, request: Request, have: int
+) -> Iterator[str]:
+    """Setups that fit, those that change results last."""
+    dtypes = [setup.dtype] if setup.dtype != "fp32" else ["fp32", "bf16"]
+    kinds: list[Quantization | None] = [None, "int8"]
+    for quantize, dtype, offload in product(kinds, dtypes, get_args(Offload)):
+        if quantize and (offload == "block" or dtype == "fp16"):
+            continue
+        other = Setup(setup.device, dtype, offload, quantize)
+        need = estimate(folder, plan, request, other).peak_bytes
+        if need <= have:
+            yield f"{other.words} ({size_text(need)})"
+
+
+def _smaller_clips(
+    setup: Setup, folder: ModelFolder, plan: Plan, request: Request, have: int
+) -> Iterator[str]:
+    """The longest clip of this size, and the largest of this length, that fit."""
+    vae, dit = folder.components["vae"].config, folder.components["transformer"].config
+
+    def fits(frames: int, width: int, height: int) -> bool:
+        shape = VideoShape(frames, height, width)
+        latents = shape.latent(vae.strides, vae.latent_channels, patch=dit.patch_size)
+        smaller = replace(plan, num_frames=frames, width=width, height=height, latents=latents,
+                          kept_frames=min(plan.kept_frames, frames))
+        return estimate(folder, smaller, request, setup).peak_bytes <= have
+
+    t, side = vae.strides.t, vae.strides.hw * dit.patch_size
+    count = _most(plan.latents.num_frames, lambda n: fits(1 + (n - 1) * t, plan.width, plan.height))
+    if count:
+        yield f"--frames {1 + (count - 1) * t}"
+
+    def scaled(n: int) -> tuple[int, int]:
+        width = n * side
+        return width, max(1, round(plan.height * width / plan.width / side)) * side
+
+    count = _most(plan.width // side, lambda n: fits(plan.num_frames, *scaled(n)))
+    if count:
+        yield "--size {}x{}".format(*scaled(count))
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number below `limit` that fits, 0 if none does."""
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def require_own_model(folder: Any) -> None:
+    """Refuse what another program's pipeline runs: nothing is known of its insides.
+
+    Raises:
+        InputError: names the pipeline.
+    """
+    if not hasattr(folder, "components"):
+        raise InputError(f"what {folder.class_name} takes can't be told beforehand; plan knows the "
+                         "embedded model and the Wan family")

@@ -1,0 +1,267 @@
+"""How much there is to compute and to hold, counted from the architectures without any weights.
+
+Products are counted in FLOPs, the rest in elements that pass through memory. What is held is
+counted at the fullest moment of a forward pass: the tensors that its variables keep alive there.
+
+Axes: L tokens, S text tokens, D width, P pixels of a frame, n frames that a latent frame gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from vidgen.models.dit import DiTConfig
+from vidgen.models.image import ImageConfig
+from vidgen.models.text import TextConfig
+from vidgen.models.vae import VAEConfig
+from vidgen.ops.attention import _MAX_SCORES
+
+Kind = Literal[
+    "gemm", "attention", "tokens", "block", "conv", "pixels", "layer", "weights", "load"
+]
+
+
+class Op(NamedTuple):
+    """Work of one kind.
+
+    Attributes:
+        kind: "gemm", "attention" and "conv" in FLOPs; "tokens" and "pixels" in elements of norms,
+            gates and activations; "block" and "layer" in calls; "weights" in those of a
+            convolution that a call puts into its kernel's order; "load" in bytes from files.
+        size: what the rate depends on: the width, channels, or scores or elements at once.
+        amount: how much.
+    """
+
+    kind: Kind
+    size: float
+    amount: float
+
+
+def attention_op(num_heads: int, head_dim: int, tokens: int, keys: float) -> Op:
+    """Attention; a score's softmax costs about as much as 64 of its products."""
+    scores = num_heads * tokens * keys
+    return Op("attention", scores, 4 * scores * (head_dim + 64))
+
+
+def block_ops(width: int, head_dim: int, ffn_dim: int, tokens: int, keys: float, context: int
+              ) -> list[Op]:
+    """One block of a transformer with cross-attention.
+
+    Args:
+        width: D.
+        head_dim: of a head.
+        ffn_dim: hidden width of the feed-forward.
+        tokens: L.
+        keys: tokens that each of them attends to.
+        context: S.
+    """
+    flops = 2 * width * (tokens * (6 * width + 2 * ffn_dim) + 2 * context * width)
+    return [
+        Op("gemm", width, flops),
+        attention_op(width // head_dim, head_dim, tokens, keys + context),
+        Op("tokens", tokens * width, tokens * (8 * width + ffn_dim)),
+        Op("block", 1, 1),
+    ]
+
+
+def transformer_ops(
+    config: DiTConfig, frames: int, frame_tokens: int, text_tokens: int, *, image_tokens: int = 0,
+    controlled: bool = False,
+) -> list[Op]:
+    """One forward pass.
+
+    Args:
+        config: the transformer's.
+        frames: latent frames, stills that join as tokens included.
+        frame_tokens: tokens of each.
+        text_tokens: S, at most the model's own.
+        image_tokens: rows of image features.
+        controlled: whether control blocks run.
+    """
+    width, tokens = config.hidden_dim, frames * frame_tokens
+    keys = float(tokens)
+    if config.pattern == "factorised":
+        keys = (frames + frame_tokens) / 2
+    context = text_tokens + 1 + image_tokens
+    block = block_ops(width, config.head_dim, config.ffn_dim, tokens, keys, context)
+    ops = [Op(op.kind, op.size, op.amount * config.num_layers) for op in block]
+    if controlled:
+        count = len(config.control_layers)
+        ops += [Op(op.kind, op.size, op.amount * count) for op in block]
+        ops.append(Op("gemm", width, 2 * tokens * width**2 * (count + 1)))
+    ends = tokens * config.patch_size**2 * (config.in_channels + config.out_channels)
+    texts = context * (config.text_dim + width)
+    times = config.freq_dim + 7 * width
+    ops.append(Op("gemm", width, 2 * width * (ends + texts + times)))
+    return [*ops, Op("block", 1, 1)]
+
+
+def transformer_bytes(
+    config: DiTConfig, tokens: int, itemsize: int, *, holds_scores: bool, timed_tokens: bool = False
+) -> int:
+    """The most that one forward pass holds beside the weights.
+
+    Args:
+        config: the transformer's.
+        tokens: L.
+        itemsize: bytes of an element.
+        holds_scores: whether attention holds its scores, see `ops.attention`.
+        timed_tokens: whether tokens of a frame differ in time, so that each has its own modulation.
+    """
+    width = config.hidden_dim
+    # tokens before all blocks and before this one, normed, mixed, crossed, summed, normed again
+    ffn = 7 * width * itemsize + 2 * config.ffn_dim * itemsize
+    gate = 7 * width * itemsize + (12 + itemsize) * width
+    turn = 5 * width * itemsize + (8 if itemsize < 4 else 4) * width
+    held = tokens * (max(ffn, gate, turn) + 4 * config.head_dim)
+    if timed_tokens:
+        held += tokens * 24 * width
+    if holds_scores:
+        scores = 2 * itemsize * min(config.num_heads * tokens**2, _MAX_SCORES)
+        held = max(held, scores + tokens * 8 * width * itemsize)
+    largest = itemsize * width * max(config.ffn_dim, width)  # a weight in the kernel's own order
+    return held + largest
+
+
+def text_ops(config: TextConfig, tokens: int) -> list[Op]:
+    """One prompt through the text encoder."""
+    inner = config.num_heads * config.head_dim
+    flops = 2 * tokens * config.hidden_dim * (4 * inner + 3 * config.ffn_dim)
+    return [
+        Op("gemm", config.hidden_dim, config.num_layers * flops),
+        Op("block", 1, config.num_layers),
+    ]
+
+
+def image_ops(config: ImageConfig) -> list[Op]:
+    """One picture through the image encoder."""
+    tokens, width = config.num_tokens, config.hidden_dim
+    block = block_ops(width, width // config.num_heads, config.ffn_dim, tokens, tokens, 0)
+    return [Op(op.kind, op.size, op.amount * config.num_layers) for op in block]
+
+
+class Layer(NamedTuple):
+    """A convolution of the VAE: n frames of `rows` x `columns` come out for each latent frame.
+
+    Attributes:
+        taps: in time and over pixels.
+        norm: whether a norm and an activation stand before it.
+        inside: which convolution of a residual block it is, 1 or 2; 0: of none.
+    """
+
+    inputs: int
+    outputs: int
+    taps: tuple[int, int]
+    frames: int
+    pixels: int
+    norm: bool = False
+    inside: int = 0
+
+
+def decoder_layers(config: VAEConfig, rows: int, columns: int) -> Iterator[Layer]:
+    """Convolutions of the decoder for latents of rows x columns, in order."""
+    mults, pixels, frames = config.channel_mults[::-1], rows * columns, 1
+    outs = [config.decoder_dim * m for m in mults]
+    yield Layer(config.latent_channels, outs[0], (3, 9), frames, pixels)
+    yield from _residual(outs[0], outs[0], frames, pixels)
+    yield from _residual(outs[0], outs[0], frames, pixels)
+    width = outs[0]
+    for out, resample in zip(outs, (*config.resamples[-2::-1], None), strict=True):
+        for i in range(config.num_blocks + 1):
+            yield from _residual(out if i else width, out, frames, pixels)
+        width = out
+        if resample:
+            if resample == "spacetime":
+                yield Layer(out, 2 * out, (3, 1), frames, pixels)
+                frames *= 2
+            width = out if config.stage_shortcuts else out // 2
+            yield Layer(out, 4 * width, (1, 4), frames, pixels)  # four phases, see `Upsample`
+            pixels *= 4
+    yield Layer(width, 3 * config.patch_size**2, (3, 9), frames, pixels, norm=True)
+
+
+def encoder_layers(config: VAEConfig, rows: int, columns: int) -> Iterator[Layer]:
+    """Convolutions of the encoder for a video whose latents are rows x columns, in order."""
+    scale = 2 ** (config.num_stages - 1)
+    pixels, frames = rows * columns * scale**2, config.strides.t
+    width = config.encoder_dim
+    yield Layer(3 * config.patch_size**2, width, (3, 9), frames, pixels)
+    for mult, resample in zip(config.channel_mults, config.resamples, strict=True):
+        out = config.encoder_dim * mult
+        for i in range(config.num_blocks):
+            yield from _residual(out if i else width, out, frames, pixels)
+        width = out
+        if resample:
+            pixels //= 4
+            yield Layer(out, out, (1, 9), frames, pixels)
+            if resample == "spacetime":
+                frames //= 2
+                yield Layer(out, out, (3, 1), frames, pixels)
+    yield from _residual(width, width, frames, pixels)
+    yield from _residual(width, width, frames, pixels)
+    yield Layer(width, 2 * config.latent_channels, (3, 9), frames, pixels, norm=True)
+
+
+def _residual(inputs: int, outputs: int, frames: int, pixels: int) -> Iterator[Layer]:
+    yield Layer(inputs, outputs, (3, 9), frames, pixels, norm=True, inside=1)
+    yield Layer(outputs, outputs, (3, 9), frames, pixels, norm=True, inside=2)
+    if inputs != outputs:
+        yield Layer(inputs, outputs, (1, 1), frames, pixels)
+
+
+def vae_ops(config: VAEConfig, frames: int, rows: int, columns: int, *, decode: bool) -> list[Op]:
+    """A clip of so many latent frames of rows x columns through the decoder or the encoder."""
+    ops, layers = [], decoder_layers if decode else encoder_layers
+    for layer in layers(config, rows, columns):
+        inputs, outputs = max(layer.inputs, 16), max(layer.outputs, 16)  # a kernel's vectors
+        width, folded = (inputs * outputs) ** 0.5, 4 if layer.taps == (1, 4) else 1
+        flops = 2 * inputs * outputs * layer.taps[1] * layer.pixels
+        # the first latent frame gives one frame, which only the last taps in time see
+        amount = flops * (1 + (frames - 1) * layer.frames * layer.taps[0])
+        ops.append(Op("conv", width, amount))
+        ops.append(Op("layer", 1, frames))
+        weights = layer.inputs * layer.outputs * layer.taps[0] * layer.taps[1]
+        ops.append(Op("weights", 1, frames * folded * weights))
+        if layer.norm:
+            shown = layer.inputs * layer.pixels * (1 + (frames - 1) * layer.frames)
+            ops.append(Op("pixels", layer.inputs * layer.pixels * layer.frames, shown))
+        elif layer.taps != (1, 1):
+            shown = layer.outputs * layer.pixels * (1 + (frames - 1) * layer.frames)
+            ops.append(Op("pixels", layer.outputs * layer.pixels * layer.frames, shown))
+    width = config.channel_mults[-1] * (config.decoder_dim if decode else config.encoder_dim)
+    area = rows * columns
+    ops.append(Op("gemm", width, frames * 8 * area * width**2))
+    frame = attention_op(1, width, area, area)
+    return [*ops, frame._replace(amount=frames * frame.amount)]
+
+
+def vae_bytes(
+    config: VAEConfig, rows: int, columns: int, itemsize: int, *, decode: bool, whole: bool = True
+) -> int:
+    """The most that the decoder or encoder holds in a stream, in bytes.
+
+    Args:
+        config: the VAE's.
+        rows: of latents.
+        columns: of latents.
+        itemsize: bytes of an element.
+        decode: which of the two.
+        whole: False for a single frame, which keeps less.
+    """
+    kept, fullest = 0, 0
+    layers = decoder_layers if decode else encoder_layers
+    for layer in layers(config, rows, columns):
+        n = layer.frames if whole else 1
+        came, made = (c * n * layer.pixels for c in (layer.inputs, layer.outputs))
+        history = layer.inputs * 2 * layer.pixels if layer.taps[0] > 1 and whole else 0
+        joined = came + history
+        # a stage's and a block's input, what is normed, what the kernel is given, what it makes
+        held = (2 if layer.norm else 1) * came + 2 * joined + made + history
+        if layer.inside:
+            held += came * layer.inside
+        if layer.taps[1] == 4:
+            held = came + 3 * made
+        kept += history
+        fullest = max(fullest, held)
+    return itemsize * (kept + fullest)
