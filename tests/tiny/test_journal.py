@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,14 @@ LONG = {"seed": 7, "frames": 33, "steps": 3}
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> Engine:
-    return load(str(tiny_model), device="cpu", dtype="fp32")
+    return one_window(load(str(tiny_model), device="cpu", dtype="fp32"))
+
+
+def one_window(engine: Engine) -> Engine:
+    """The engine, which makes clips of 33 frames at once."""
+    defaults = replace(engine.folder.defaults, max_frames=65)
+    engine.folder = replace(engine.folder, defaults=defaults)
+    return engine
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +108,18 @@ def test_stopped_between_steps(engine, out, sampler, step):
     seen: list[int] = []
     clip = go(engine, out, on_event=lambda p: seen.append(p.done), sampler=sampler)
     assert seen == [0, 0, *range(step + 1, 4)]
+    assert torch.equal(clip.latents, expected)
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_a_long_clip_goes_on_in_its_window(tiny_model, out, step):
+    engine = load(str(tiny_model), device="cpu", dtype="fp32")
+    expected = engine.generate(PROMPT, **LONG).latents
+    with pytest.raises(Cancelled):
+        go(engine, out, False, stop_at(step))
+    seen: list[int] = []
+    clip = go(engine, out, on_event=lambda p: seen.append(p.done))
+    assert seen[:3] == [0, 0, step + 1]
     assert torch.equal(clip.latents, expected)
 
 
@@ -319,7 +339,8 @@ def test_a_drawn_seed_and_the_thread_count_come_back(engine, out):
 def test_another_offload_may_go_on(engine, tiny_model, out, straight):
     with pytest.raises(Cancelled):
         go(engine, out, False, stop_at(2))
-    go(load(str(tiny_model), device="cpu", dtype="fp32", offload="stage"), out).save(out)
+    other = load(str(tiny_model), device="cpu", dtype="fp32", offload="stage")
+    go(one_window(other), out).save(out)
     assert content(out) == straight
 
 

@@ -76,6 +76,7 @@ class Journal:
         state: where the sampler goes on from, on the device given to `running`; or None.
         latents: [1, C, F, h, w] float32 of a finished sampler, on the same device; or None.
         done: [1, C, n, h, w] float32 of the finished windows of a long clip, on the CPU; or None.
+        num_windows: how many of those windows there are.
         num_frames: frames of the finished segments.
 
     Raises:
@@ -94,7 +95,7 @@ class Journal:
         self.state: SamplerState | None = None
         self.latents: Tensor | None = None
         self.done: Tensor | None = None
-        self._num_windows = self._num_done = 0
+        self.num_windows = self._num_done = 0
         self.num_frames = 0
         self._num_segments = 0
         self._latest: StepInfo | None = None
@@ -157,6 +158,11 @@ class Journal:
             self.pause()
             raise
 
+    def take_state(self) -> SamplerState | None:
+        """`state`, once: of a long clip's windows only the first goes on from it."""
+        state, self.state = self.state, None
+        return state
+
     def on_step(self, info: StepInfo) -> None:
         """Hear of a step; its state is saved when that is cheap against the time since the last."""
         if self._on:
@@ -168,9 +174,9 @@ class Journal:
         """Keep the latents [1, C, n, h, w] so far, when a window of a long clip is finished."""
         self._latest = self.state = None
         if self._on:
-            path = self.folder / WINDOWS / f"{self._num_windows:05d}.safetensors"
+            path = self.folder / WINDOWS / f"{self.num_windows:05d}.safetensors"
             self._save_state({"latents": done[:, :, self._num_done :]}, {}, path)
-            self._num_windows, self._num_done = self._num_windows + 1, done.shape[2]
+            self.num_windows, self._num_done = self.num_windows + 1, done.shape[2]
 
     def keep_latents(self, latents: Tensor) -> None:
         """Keep the finished latents [1, C, F, h, w], before they are decoded."""
@@ -192,7 +198,7 @@ class Journal:
     def pause(self) -> None:
         """Save what isn't yet, as when the work stops; a job without anything to keep goes."""
         self._flush()
-        if self._on and not (self.folder / STATE).is_file() and not self._num_windows:
+        if self._on and not (self.folder / STATE).is_file() and not self.num_windows:
             self.close()
         if self._on:
             self._count_segments()
@@ -279,7 +285,7 @@ class Journal:
         if windows:
             parts = [torch.from_numpy(read_arrays(path)[0]["latents"]) for path in windows]
             self.done = torch.cat(parts, dim=2)
-            self._num_windows, self._num_done = len(windows), self.done.shape[2]
+            self.num_windows, self._num_done = len(windows), self.done.shape[2]
         if (path := self.folder / STATE).is_file():
             arrays, facts = read_arrays(path)
             tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}

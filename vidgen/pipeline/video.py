@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -41,6 +42,7 @@ from vidgen.models.image import prepare_image
 from vidgen.models.text import PromptTokenizer
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.experts import NO_LORAS, Experts, Loras, experts, read_loras
+from vidgen.pipeline.extend import long_clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal import Journal, journals_of, recall
 from vidgen.pipeline.parts import DTYPES, Offload, Parts
@@ -163,31 +165,36 @@ class Engine:
         ]
         for kept, recipe in zip(journals, recipes, strict=True):
             kept.check(recipe)
-        contexts: list[tuple[Tensor, Tensor]] = []
+
+        @cache  # once for all clips, and not where all are sampled already
+        def contexts() -> list[tuple[Tensor, Tensor]]:
+            tell(Progress("prompt", 0, 1, num_clips=request.count))
+            return self.encode_prompt(first)
+
         clips = []
         for index, (plan, recipe, kept) in enumerate(zip(plans, recipes, journals, strict=True), 1):
             if kept.finished:
                 clips.append(kept.clip())
                 continue
-            report = partial(Progress, clip=index, num_clips=request.count)
 
-            def on_step(info: StepInfo, kept: Journal = kept, report: Any = report) -> None:
-                kept.on_step(info)
-                tell(report("sample", info.step, info.num_steps))
+            def report(*progress: Any, clip: int = index) -> None:
+                tell(Progress(*progress, clip=clip, num_clips=request.count))
 
             with kept.running(recipe, self.device):
+                long = long_clip(self, plan, request, inputs)
+                num_windows = len(long.windows) if long else 1
+                sample = self._sampling(request, loras, contexts, kept, num_windows, report)
                 latents = kept.latents
                 if latents is None:
-                    if not contexts:
-                        tell(report("prompt", 0, 1))
-                        contexts = self.encode_prompt(first)
-                    tell(report("prepare", 0, 1))
-                    state = self.prepare(plan, request, inputs)
-                    latents = self.sample(
-                        plan, state, contexts, on_step, request.scheduler, loras, kept.state
-                    )
+                    contexts()
+                    report("prepare", 0, 1)
+                    if long:
+                        latents = long.sample(sample, kept.done, kept.keep_window)
+                    else:
+                        latents = sample(plan, self.prepare(plan, request, inputs))
                     kept.keep_latents(latents)
-                clips.append(self.decode(plan, latents, recipe, kept))
+                decode = long.clip if long else partial(self.decode, plan)
+                clips.append(decode(latents, recipe, kept))
         return clips if request.count > 1 else clips[0]
 
     def read(self, request: Request) -> tuple[Request, Inputs]:
@@ -305,6 +312,25 @@ class Engine:
             else:
                 latents = SAMPLERS[plan.sampler](denoise, start, sigmas, **told)
         return latents[:, :, state.num_references :]
+
+    def _sampling(
+        self, request: Request, loras: Loras, contexts: Callable[[], list[tuple[Tensor, Tensor]]],
+        journal: Journal, num_windows: int, report: Callable[[str, int, int], None],
+    ) -> Callable[[Plan, LatentState], Tensor]:
+        """What samples one plan after the other: the windows of a long clip, or a whole clip."""
+        numbers = count(journal.num_windows)
+
+        def sample(plan: Plan, state: LatentState) -> Tensor:
+            number = next(numbers)
+
+            def on_step(info: StepInfo) -> None:
+                journal.on_step(info)
+                report("sample", number * info.num_steps + info.step, num_windows * info.num_steps)
+
+            resume = journal.take_state()
+            return self.sample(plan, state, contexts(), on_step, request.scheduler, loras, resume)
+
+        return sample
 
     def decode(
         self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Journal | None = None
