@@ -56,6 +56,8 @@ def test_a_sheet_and_a_video_hold_one_clip_of_each_setting(sweep: Sweep, tiny_mo
     sheet, film = load_image("s.png")[0], Clip.from_file("s.mp4")
     assert film.num_frames == 5
     assert sheet.shape[1::-1] == film.size
+    assert main(["replay", result["cells"][0]["path"], "-o", "again.mp4"]) == 0
+    assert main(["replay", "s.mp4", "-o", "more.mp4"]) == 2  # it is no clip
     assert read_recipe("s.mp4")["sweep"]["over"] == {
         "prompt:car": ["car", "cat"], "guidance": ["1", "3"]
     }

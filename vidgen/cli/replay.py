@@ -41,8 +41,9 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.media.write import check_format
 
     recipe = read_recipe(args.file)
-    if recipe is None:
-        raise InputError(f"{args.file} holds no recipe of vidgen; give a file that vidgen wrote")
+    if recipe is None or "sweep" in recipe:
+        raise InputError(f"{args.file} holds no recipe of a clip; give one that vidgen wrote, for "
+                         "a sweep's sheet one out of its .cells folder")
     changes = typed_options(args.changes)
     output = args.output or _again(args.file)
     if Path(output).resolve() == Path(args.file).resolve():
