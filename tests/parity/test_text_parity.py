@@ -21,6 +21,8 @@ from vidgen.models.text import (
     position_buckets,
 )
 from vidgen.training.tokenizer import train_tokenizer
+from vidgen.weights.component import fp32_parts
+from vidgen.weights.load import load_module
 
 TINY = TEXT_PRESETS["tiny"]
 PROMPTS = [
@@ -103,6 +105,22 @@ def test_encoder_equals_transformers_with_its_own_folder(theirs, tmp_path, lengt
         torch.testing.assert_close(ours(ids, mask)[mask], expected, atol=1e-5, rtol=0)
         expected = theirs(ids).last_hidden_state
         torch.testing.assert_close(ours(ids), expected, atol=1e-5, rtol=0)
+
+
+def test_float16_keeps_what_overflows_in_float32_as_transformers_does(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    theirs = UMT5EncoderModel.from_pretrained(tmp_path, dtype=torch.float16).eval()
+    kept = fp32_parts("text_encoder", torch.float16)
+    ours = load_module(lambda: UMT5Encoder(TINY), tmp_path, torch.float16, "cpu", keep_fp32=kept)
+    dtypes = {name: value.dtype for name, value in theirs.state_dict().items()}
+    assert {name: value.dtype for name, value in ours.state_dict().items()} == {
+        name: dtype for name, dtype in dtypes.items() if name != "encoder.embed_tokens.weight"
+    }
+    assert not fp32_parts("text_encoder", torch.bfloat16)
+    ids = torch.randint(TINY.vocab_size, (2, 9))
+    with torch.no_grad():
+        expected = theirs(ids).last_hidden_state
+        torch.testing.assert_close(ours(ids), expected, atol=2e-3, rtol=2e-3)
 
 
 def test_transformers_loads_what_we_write(tmp_path):

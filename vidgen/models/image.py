@@ -43,8 +43,9 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "hidden_dim", "ffn_dim", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"the image encoder has {name} {getattr(self, name)}, not 1 or more")
+            value = getattr(self, name)
+            if value < 1:
+                raise ModelError(f"an image encoder's {name} is 1 or more, not {value}")
         if self.image_size < self.patch_size or self.hidden_dim % self.num_heads:
             raise ModelError(
                 f"an image encoder of {self.image_size} pixels in patches of {self.patch_size}, "

@@ -164,7 +164,8 @@ class _FeedForward(nn.Module):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+        hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        return self.wo(hidden.to(self.wo.weight.dtype))
 
 
 class _AttentionLayer(nn.Module):
@@ -210,6 +211,8 @@ class _Stack(nn.Module):
 
 class UMT5Encoder(nn.Module):
     """UMT5's encoder; freshly initialised as T5 is (Mesh TensorFlow's rule)."""
+
+    fp32_beside_fp16 = (".wo.",)  # XXL's sums leave float16's range; transformers has it so, too
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from torch import nn
 
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, megabytes
-from vidgen.weights.component import CLASSES
+from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import Weights, trim_memory
 from vidgen.weights.quantize import require_torchao
 from vidgen.weights.stream import BlockStream, block_of, blocks_of
@@ -117,6 +117,12 @@ class Parts:
         """What is in memory now."""
         return tuple(self._loaded)
 
+    def dtype_of(self, role: Role, dtype: torch.dtype | None = None) -> torch.dtype:
+        """Dtype of a network's weights: Wan's VAE is float32 always, as its releases run it."""
+        if role == "vae" and self.folder.family != "toybox":
+            return torch.float32
+        return dtype or self.dtype
+
     def needed_bytes(
         self,
         role: Role | None = None,
@@ -176,7 +182,7 @@ class Parts:
                 self._drop(*EXPERTS)
             self.check(role)
             self._loaded[role] = self.folder.components[role].load(
-                self.dtype, self.device, self.quantize,
+                self.dtype_of(role), self.device, self.quantize,
                 stream=self.offload == "block" and role in STREAMED,
             )
         return self._loaded[role]
@@ -199,8 +205,8 @@ class Parts:
     def _size(self, role: Role, offload: str, dtype: torch.dtype, quantize: str) -> int:
         """Bytes of weights that one network has in memory at once."""
         component = self.folder.components[role]
-        keep_fp32 = getattr(CLASSES[role], "fp32_weights", ())
-        weights = Weights(component.store, dtype, keep_fp32, component.names)
+        dtype = self.dtype_of(role, dtype)
+        weights = Weights(component.store, dtype, fp32_parts(role, dtype), component.names)
         if offload == "block" and role in STREAMED:
             blocks = blocks_of(weights.names).values()
             resident = weights.num_bytes(name for name in weights.names if not block_of(name))

@@ -69,8 +69,7 @@ class Component:
         self._check_depth()
         return load_module(
             self.build, self.store, dtype, device,
-            keep_fp32=getattr(CLASSES[self.role], "fp32_weights", ()), names=self.names,
-            quantize=quantize, **options,
+            keep_fp32=fp32_parts(self.role, dtype), names=self.names, quantize=quantize, **options,
         )
 
     def build(self) -> nn.Module:
@@ -105,6 +104,13 @@ class Component:
                 f"the {self.role}'s files don't fit its config: {len(wrong)} tensors missing, "
                 f"unknown or of another shape ({', '.join(wrong[:5])}); copy its files again"
             )
+
+
+def fp32_parts(role: Role, dtype: torch.dtype) -> tuple[str, ...]:
+    """Parts of names of a component's weights that stay float32 where the others are `dtype`."""
+    always = getattr(CLASSES[role], "fp32_weights", ())
+    beside = getattr(CLASSES[role], "fp32_beside_fp16", ()) if dtype == torch.float16 else ()
+    return (*always, *beside)
 
 
 def table_of(role: Role, config: Config, keys: Sequence[str]) -> tuple[Names, ...]:
