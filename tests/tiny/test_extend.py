@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.wan_models import build_diffusers
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion.noise import draw_noise
@@ -262,3 +263,39 @@ def test_what_cannot_be_had_is_refused(engine, short, options, message):
 def test_a_clip_of_one_window_is_not_long(engine):
     request, inputs = engine.read(Request.of(PROMPT, {"seed": 1, "frames": 17}))
     assert long_clip(engine, engine.plan(request, inputs), request, inputs) is None
+
+
+def wan(folder: Path, variant: str) -> Engine:
+    """A tiny model of Wan's family that learned clips of 9 frames."""
+    engine = load(str(build_diffusers(folder / variant, variant)), device="cpu", dtype="fp32")
+    assert isinstance(engine, Engine)
+    defaults = replace(engine.folder.defaults, max_frames=9)
+    engine.folder = replace(engine.folder, defaults=defaults)
+    return engine
+
+
+def test_vace_reads_what_came_before_as_known_frames(tmp_path):
+    vace = wan(tmp_path, "vace")
+    still = np.full((32, 32, 3), 90, np.uint8)
+    long = begin(vace, frames=13, size=(32, 32), steps=2, overlap=2, reference=[still],
+                 colour_hold=0)
+    latents, seen = denoise(vace, long)
+    assert long.windows == [(0, 3), (1, 4)]
+    state, C = seen[1]["state"], latents.shape[1]
+    kept, changed, mask = state.control[:, :, state.num_references :].split(
+        [C, C, state.control.shape[1] - 2 * C], dim=1)
+    assert torch.equal(kept[:, :, 1:2], latents[:, :, 2:3])
+    assert not mask[:, :, :2].any()
+    assert mask[:, :, 2:].all()
+    fresh = seen[0]["state"].control[:, :, state.num_references :]
+    assert torch.equal(changed, fresh[:, C : 2 * C])
+    with vace.parts.use("vae") as vae:
+        frame = vae.decode(latents[:, :, :3]).clamp(-1, 1)[:, :, 4:5]
+        torch.testing.assert_close(kept[:, :, :1], vae.encode(frame), rtol=0, atol=1e-4)
+    assert torch.equal(latents[:, :, 3:], seen[1]["made"][:, :, 2:])
+
+
+def test_models_that_know_no_beginning_name_those_that_do(tmp_path):
+    t2v = wan(tmp_path, "t2v")
+    with pytest.raises(InputError, match=r"--frames 9 or fewer, .* toybox, vace-1.3b, .*ti2v-5b"):
+        begin(t2v, frames=13, size=(32, 32))
