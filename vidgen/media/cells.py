@@ -71,8 +71,8 @@ class Looker:
             luma=color @ LUMA,
             moved=moved,
             spread=float(max(variances)) ** 0.5,
-            dark=np.count_nonzero(grey < 25.5) / grey.size,
-            bright=np.count_nonzero(grey > 229.5) / grey.size,
+            dark=float(np.mean(grey < 25.5)),
+            bright=float(np.mean(grey > 229.5)),
             roughness=rough / float(variances[1]) if variances[1] > 1 else 0.0,
         )
 

@@ -9,6 +9,7 @@ Axes: t frames, H W rows and columns, N samples of sound.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from vidgen.media.cells import LUMA, Look, Looker
+from vidgen.media.cells import Array, Look, Looker
 from vidgen.media.encode import Frames, Samples
+from vidgen.media.likeness import psnr, ssim
 from vidgen.media.read import (
     PICTURE_SUFFIXES,
     VideoReader,
@@ -28,7 +30,7 @@ from vidgen.media.read import (
     read_recipe,
     read_sound,
 )
-from vidgen.media.trackers import STILL, Drifts, Flashes, Freezes, Runs, Span, Spikes
+from vidgen.media.trackers import Drifts, Flashes, Freezes, Runs, Span, Spikes
 from vidgen.media.write import ClipInfo
 
 if TYPE_CHECKING:
@@ -51,16 +53,16 @@ NOISE, NOISE_SPREAD = 0.6, 12.0
 Pictures stay below 0.3; white noise has 1."""
 FROZEN_S, FROZEN_FRAMES = 0.4, 4
 """Repeats of a frame that was on the move. Shorter ones are drawn on twos or lost in a blink."""
-STILL_S = 1.0
-"""Seconds from which on a clip without any change is worth a word."""
+STILL, STILL_S = 1.5, 1.0
+"""How far, in levels, no cell's mean leaves its first value, and over how many seconds at least."""
 FADE_S = 1.0
 """A black or white start or end up to this long may be a fade that was meant."""
 PSNR, SSIM = 20.0, 0.6
 """First frame against the picture given: another picture has 7 to 15 dB, a small VAE's round trip
 25 to 35 dB and a similarity above 0.8."""
-DRIFT, DRIFT_FAULT = 0.06, 0.12
+DRIFT, DRIFT_FAULT = 0.08, 0.15
 """Change of colour, saturation or contrast over a shot, of the range; clean renders with moving
-cameras stay below 0.05, and a step of 0.06 between two stills is plain to see."""
+cameras stay below 0.05, and a step of 0.08 between two stills is plain to see."""
 LENGTH = 0.02
 """Share by which a duration may differ: animations count in hundredths of a second."""
 SOUND_S = 0.1
@@ -96,6 +98,19 @@ def verdict(findings: Iterable[Finding]) -> Verdict:
     """The worst severity, or "clean"."""
     severities = {finding.severity for finding in findings}
     return "fault" if "fault" in severities else "warning" if severities else "clean"
+
+
+def set_aside(path: str | os.PathLike[str]) -> Path:
+    """Move a faulty output to "name.faulty.mp4", so that none takes it for a good one.
+
+    Returns:
+        Where it lies now; what lay there before is replaced.
+    """
+    source = Path(path)
+    target = source.with_name(f"{source.stem}.faulty{source.suffix}")
+    if target.is_dir():
+        shutil.rmtree(target)
+    return source.replace(target)
 
 
 def as_data(findings: Iterable[Finding]) -> dict[str, Any]:
@@ -138,6 +153,8 @@ class ClipChecker:
         self._freezes = Freezes(fps, max(FROZEN_FRAMES, round(FROZEN_S * fps)))
         self._drifts = Drifts(fps)
         self._likeness: tuple[float, float] | None = None
+        self._began: Array | None = None  # the first frame's cells, and how far they were left
+        self._left = 0.0
 
     def feed(self, chunk: Frames) -> None:
         """Check frames, uint8 [t, H, W, 3]."""
@@ -154,7 +171,10 @@ class ClipChecker:
             for flashes in self._flashes:
                 flashes.feed(index, linear)
             self._spikes.feed(index, look.luma)
-            self._drifts.feed(index, look.color)
+            if not flaws:
+                self._drifts.feed(index, look.color)
+            self._began = look.luma if self._began is None else self._began
+            self._left = max(self._left, float(np.abs(look.luma - self._began).max()))
             if look.moved is not None:
                 self._freezes.feed(index, look.moved)
 
@@ -224,11 +244,10 @@ class ClipChecker:
             )
 
     def _picture_findings(self) -> Iterator[Finding]:
-        seconds, most = self.num_frames / self._fps, self._freezes.most
         is_flat = any(runs.spans.found for runs in self._flat.values())
-        if seconds >= STILL_S and self.num_frames > 1 and not is_flat and most < STILL:
+        if self._left < STILL and not is_flat and self.num_frames / self._fps >= STILL_S:
             yield Finding(
-                "still", "warning", None, most, STILL,
+                "still", "warning", None, self._left, STILL,
                 "nothing moves from start to end; if something should, name its motion in the "
                 "prompt",
             )
@@ -343,29 +362,6 @@ def check_sound(sound: Samples, rate: int, seconds: float) -> list[Finding]:
             f"{share:.1%} of the sound is cut off at full scale; make it quieter",
         ))
     return found
-
-
-def psnr(frame: Frames, reference: Frames) -> float:
-    """10 log10(peak^2 / MSE) in dB of two pictures uint8 [H, W, 3]; 100 where they are equal."""
-    error = np.subtract(frame, reference, dtype=np.float32)
-    return float(min(100.0, 10 * np.log10(255**2 / max(float(np.square(error).mean()), 1e-12))))
-
-
-def ssim(frame: Frames, reference: Frames, side: int = 8) -> float:
-    """Structural similarity of the luma (Wang et al. 2004, eq. 13), over blocks side by side."""
-    def blocks(picture: Frames) -> np.ndarray[Any, np.dtype[np.float32]]:
-        luma = picture @ LUMA
-        height, width = (max(1, size // side) for size in luma.shape)
-        luma = luma[: height * side, : width * side]
-        return luma.reshape(height, luma.shape[0] // height, width, -1).swapaxes(1, 2)
-
-    a, b = blocks(frame), blocks(reference)
-    mean_a, mean_b = a.mean((2, 3)), b.mean((2, 3))
-    covariance = (a * b).mean((2, 3)) - mean_a * mean_b
-    one, two = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    likeness = (2 * mean_a * mean_b + one) * (2 * covariance + two)
-    likeness /= (mean_a**2 + mean_b**2 + one) * (a.var((2, 3)) + b.var((2, 3)) + two)
-    return float(likeness.mean())
 
 
 def _look_at(picture: Frames) -> Look:

@@ -18,7 +18,7 @@ from vidgen.media.cells import Array
 MAX_SPANS = 10
 FLASH_STEP, FLASH_DARKER, FLASH_AREA = 0.1, 0.8, 0.25  # of relative luminance, of the picture
 _JOIN_S = 0.5
-STILL, MOVES = 0.5, 1.5  # levels, of the cell that changes most
+STILL, MOVES = 2.5, 5.0  # levels, of the cell that changes most; H.264 moves a still one by 2
 _SAME_SHOT = 0.5  # correlation of neighbouring frames' cells
 IN_PLACE = 0.9  # correlation of cells from which on two pictures show the same thing in place
 
@@ -161,13 +161,10 @@ class Freezes:
         self._run: Span | None = None  # of frames that repeat the one before
         self._broke_off = False
         self._edges: deque[bool] = deque(maxlen=2)  # of changes in a row: were they at an edge?
-        self.most = 0.0
-        """The largest change of a cell between neighbouring frames, in levels."""
 
     def feed(self, index: int, moved: Array) -> None:
         """Go on with a frame's change of each cell [y, x], in levels."""
         most = float(moved.max())
-        self.most = max(self.most, most)
         if most < STILL:
             if self._edges:  # after a run: a cut, then rest again
                 self._settle()
@@ -282,9 +279,9 @@ class Drifts:
 def _likeness(one: Array, other: Array) -> float:
     """Correlation of the colours of two pictures' cells [k, y, x]; 1 where both are flat."""
     a, b = ((x[:3] - x[:3].mean(axis=(1, 2), keepdims=True)).ravel() for x in (one, other))
-    power = (float(np.dot(a, a)) * float(np.dot(b, b))) ** 0.5
-    flat = a.size * 1.0  # a level or so is noise
-    return float((np.dot(a, b) + flat) / (power + flat))
+    noise = float(a.size)  # a level or so
+    powers = (float(np.dot(a, a)) + noise) * (float(np.dot(b, b)) + noise)
+    return float((np.dot(a, b) + noise) / powers**0.5)
 
 
 def _change(one: Array, other: Array) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
