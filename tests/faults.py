@@ -23,14 +23,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from pkgutil import walk_packages
 from typing import Any
 
+import vidgen
+
 ROOT = Path(__file__).parents[1]
-PRELOAD = ("av", "torch", "PIL.Image", "vidgen.cli.generate", "vidgen.cli.inspect",
-           "vidgen.pipeline.video", "tests.fuzzing")  # fmt: skip
 CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "os.link"}
 """Python's audit events of changes beside opening a file to write."""
-_CLONE_NEWNS, _CLONE_NEWUSER, _MS_REC, _MS_PRIVATE = 0x20000, 0x10000000, 0x4000, 1 << 18
+_CLONE_NEWNS, _CLONE_NEWUSER = 0x20000, 0x10000000
+_MS_REMOUNT, _MS_REC, _MS_PRIVATE = 0x20, 0x4000, 1 << 18
 _CAPABILITY_V3 = 0x20080522
 
 
@@ -48,7 +50,6 @@ class Job:
         memory: bytes of address space it may take beside what it is born with.
         file_bytes: largest file it may write, beyond which a write fails as on a full disk.
         obey_permissions: root loses the right to write where permission bits forbid it.
-        disk: (folder, bytes) where a small disk of its own is mounted; its end is the child's.
     """
 
     call: str
@@ -60,7 +61,6 @@ class Job:
     memory: int | None = None
     file_bytes: int | None = None
     obey_permissions: bool = False
-    disk: tuple[Path, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,40 @@ class ForkServer:
 
 
 def command(argv: list[str]) -> int:
-    """A command line of `vidgen` as a job; returns its exit code."""
-    from vidgen.cli.main import main
+    """A command line of `vidgen` as a job; returns its exit code.
 
+    Its journal is kept after every step and every segment of 16 frames, so that there is more to
+    be killed in.
+    """
+    from vidgen.cli.main import main
+    from vidgen.media import write
+    from vidgen.pipeline import journal
+
+    journal.PATIENCE, write.SEGMENT = 0, 16
     return main(argv)
 
 
-def at_event(number: int, argv: list[str]) -> tuple[int, int]:
+def when_full(folder: Path, room: int, argv: list[str]) -> tuple[int, list[str], int, bytes]:
+    """A command line on a disk of `room` bytes, and again with --resume once it has grown.
+
+    Returns:
+        Exit code and files that were left, exit code and content of x.mp4 after resuming.
+    """
+    mount(folder, room)
+    os.chdir(folder)
+    first, left = command(argv), [path.name for path in folder.rglob("*") if path.is_file()]
+    mount(folder, 1 << 30, again=True)
+    second = command([*argv, "--resume"])
+    return first, left, second, Path("x.mp4").read_bytes()
+
+
+def at_event(number: int, argv: list[str], once: str = "") -> tuple[int, int]:
     """A command line that is killed before its `number`-th change to the file system.
+
+    Args:
+        number: counted from 1.
+        argv: the command line.
+        once: only changes count that come when this path exists.
 
     Returns:
         Exit code and number of changes, where there were fewer.
@@ -132,7 +158,7 @@ def at_event(number: int, argv: list[str]) -> tuple[int, int]:
             writes = bool(args[2] & (os.O_RDWR | os.O_WRONLY))
         else:
             writes = event in CHANGES
-        if not writes:
+        if not writes or not Path(once).exists():
             return
         count += 1
         if count == number:
@@ -150,7 +176,7 @@ def spin() -> None:
 
 def take(num_bytes: int) -> None:
     """Use memory."""
-    bytearray(b"x") * num_bytes
+    assert bytearray(b"x") * num_bytes
 
 
 def can_mount() -> bool:
@@ -162,15 +188,18 @@ def can_mount() -> bool:
     return done.returncode == 0
 
 
-def mount(folder: Path, size: int) -> None:
-    """Mount a disk of `size` bytes in memory, seen by this process alone."""
+def mount(folder: Path, size: int, *, again: bool = False) -> None:
+    """Mount a disk of `size` bytes in memory, seen by this process alone; or change its size."""
     libc = ctypes.CDLL(None, use_errno=True)
     group, user = os.getgid(), os.getuid()
+    options = f"size={size}".encode()
 
     def call(function: Callable[..., int], *args: Any) -> None:
         if function(*args):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
+    if again:
+        return call(libc.mount, b"none", os.fsencode(folder), b"tmpfs", _MS_REMOUNT, options)
     try:
         call(libc.unshare, _CLONE_NEWNS)
     except PermissionError:
@@ -179,7 +208,7 @@ def mount(folder: Path, size: int) -> None:
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
     call(libc.mount, b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
-    call(libc.mount, b"none", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode())
+    call(libc.mount, b"none", os.fsencode(folder), b"tmpfs", 0, options)
 
 
 def _drop_privileges() -> None:
@@ -196,9 +225,7 @@ def _pages(name: str) -> int:
 
 def _work(job: Job, result: int) -> None:
     """In the child: take the job's limits, run it, hand over what it returned."""
-    if job.disk:
-        mount(*job.disk)
-    os.chdir(job.folder)  # after mounting: a folder entered before lies below the disk
+    os.chdir(job.folder)
     if job.obey_permissions:
         _drop_privileges()
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: job.cpu_s,
@@ -265,8 +292,10 @@ def _await(pid: int, job: Job) -> bool:
 
 def serve(connection: Connection) -> None:
     """Fork a child for each job that comes, until the other side closes."""
-    for name in PRELOAD:
-        import_module(name)
+    modules = (found.name for found in walk_packages(vidgen.__path__, "vidgen."))
+    for name in ("tests.fuzzing", *modules):
+        if name != "vidgen.__main__":
+            import_module(name)
     with suppress(EOFError):
         while True:
             connection.send(_fork(connection.recv()))

@@ -155,7 +155,11 @@ def dump(value: Any) -> Any:
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds plain data only
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds plain data only
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        # PyYAML lets through what `!!int x`, a date or deep nesting leads it to.
+        raise yaml.YAMLError(f"a value can't be read: {error}") from error
 
 
 def _copy(value: Any) -> Any:
