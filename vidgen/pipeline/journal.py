@@ -60,7 +60,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PATIENCE = 50
-"""A save waits until its cost is a fiftieth of the time since the last one: 2% at most."""
+"""After a save the next waits 50 times as long as it took, and longer where others couldn't wait:
+2% of the time at most."""
 
 
 class Journal:
@@ -100,7 +101,7 @@ class Journal:
         self._num_segments = 0
         self._latest: StepInfo | None = None
         self._pending: list[Segment] = []
-        self._on, self._cost_s, self._saved_at = False, 0.0, time.monotonic()
+        self._on, self._due_s, self._cost_s = False, 0.0, 0.0
         self._lock: TextIO | None = None
         if self.unfinished and not (resume or overwrite):
             raise OutputError(
@@ -243,7 +244,7 @@ class Journal:
         self.check(recipe)
         if resumes:
             self._check_output()
-        self._cost_s, self._saved_at = 0.0, time.monotonic()
+        self._due_s = time.monotonic()
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock, self._on = lock_job(self.folder), True
@@ -268,6 +269,7 @@ class Journal:
             for name in (SEGMENTS, WINDOWS):
                 (self.folder / name).mkdir()
             write_job(self.folder, recipe, overwrite=self.overwrite)
+        self._due_s += PATIENCE * self._cost_s  # put by for the finished latents, which won't wait
 
     def _check_output(self) -> None:
         assert self.output is not None
@@ -312,7 +314,7 @@ class Journal:
         return paths
 
     def _is_due(self) -> bool:
-        return time.monotonic() - self._saved_at >= PATIENCE * self._cost_s
+        return time.monotonic() >= self._due_s
 
     def _flush(self) -> None:
         """Write the latest state and the pending segments."""
@@ -343,14 +345,14 @@ class Journal:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """Measure a save; one that fails is the last."""
+        """Measure a save, by which the next waits; one that fails is the last."""
         start = time.monotonic()
         try:
             yield
         except (OSError, OutputError) as error:
             self._give_up(error)
-        self._saved_at = time.monotonic()
-        self._cost_s = self._saved_at - start
+        self._cost_s = time.monotonic() - start
+        self._due_s = max(self._due_s, start) + (PATIENCE + 1) * self._cost_s
 
     def _give_up(self, error: Exception) -> None:
         """Go on without a journal: the output itself may still find room."""
