@@ -247,8 +247,9 @@ def test_rates_are_interpolated_and_kept(monkeypatch, tmp_path):
 
 
 def test_predictions_hold_on_this_machine(monkeypatch):
-    small = {"_BUDGET_S": 0.005, "_GEMMS": (64, 256), "_ATTENTIONS": ((4, 64), (4, 256)),
-             "_CONVS": ((16, 16, 4),), "_RESIDUALS": ((16, 16),), "_BLOCKS": ((128, 2, 448, 128),)}
+    small = {"_BUDGET_S": 0.005, "_SIDE": 4, "_GEMMS": (64, 256), "_CONVS": ((16, 16, 4),),
+             "_ATTENTIONS": ((4, 64), (4, 256)), "_RESIDUALS": ((16, 16),),
+             "_BLOCKS": ((128, 2, 448, 128),)}
     for name, value in small.items():
         monkeypatch.setattr(calibration, name, value)
     monkeypatch.setattr(calibration, "_write_rate", lambda _, side: (side**2, 1e7))

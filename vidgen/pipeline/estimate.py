@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 KERNELS_BYTES = 45_000_000
 """What torch's kernels, thread pools and allocator take on a CPU once they have been used."""
+BUILDING_S = 0.06
+"""To make the networks' modules, empty."""
 ENCODER_BYTES = 6_000_000
 ENCODER_BYTES_PER_PIXEL = 200
 """Of a video encoder: x264 holds some dozens of planes."""
@@ -188,12 +190,12 @@ class _Job:
         text_s, denoise_s, decode_s = self._text_s(), self._denoise_s(), self._decode_s()
         prepare_s, count = self._prepare_s(), self.request.count
         load_s = {role: self._load_s(role) for role in self.folder.components}
-        load = sum(load_s.values())
+        load = BUILDING_S + sum(load_s.values())
         if self.setup.offload != "none":  # each comes when it is used, the VAE twice
             text_s += load_s["text_encoder"]
             denoise_s += sum(s for role, s in load_s.items() if role.startswith("transformer"))
             prepare_s += load_s["vae"] + load_s.get("image_encoder", 0.0) if self.encoded else 0.0
-            decode_s, load = decode_s + load_s["vae"], 0.0
+            decode_s, load = decode_s + load_s["vae"], BUILDING_S
         mux_s = self._mux_s(decode_s)
         text_b = self._held(("text_encoder",), self._text_bytes())
         prepare_b = self._held(("vae", "image_encoder") if self.encoded else (),
