@@ -67,6 +67,19 @@ def test_a_wan_release_comes_back_from_a_round(variant: str, tmp_path: Path) -> 
     assert_same(tensors(result), tensors(source))
 
 
+def test_what_only_wans_own_programs_load_is_kept_or_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = build_original(tmp_path / "source", "i2v")
+    (source / "xlm-roberta-large").mkdir()
+    (source / "xlm-roberta-large" / "tokenizer.json").write_text("{}")
+    result = through(source, tmp_path / "whole", "vidgen", "diffusers", "wan")
+    assert (result / "xlm-roberta-large" / "tokenizer.json").read_text() == "{}"
+    assert not caplog.records
+    through(build_diffusers(tmp_path / "theirs", "i2v"), tmp_path / "part", "wan")
+    assert "has no text tower of CLIP" in caplog.text
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_diffusers_folder_comes_back_from_a_round(variant: str, tmp_path: Path) -> None:
     source = build_diffusers(tmp_path / "source", variant)

@@ -24,7 +24,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Print one line a model; one that can't be used is listed with the reason."""
     models = [_describe(model, path) for model, path in _at_hand(args.folders)]
-    report.result(models, "\n".join(map(_line, models)) or "no model at hand")
+    width = max((len(model["name"]) for model in models), default=0)
+    lines = [_line(model, width) for model in models]
+    report.result(models, "\n".join(lines) or "no model at hand")
     return 1 if any("problem" in model for model in models) else 0
 
 
@@ -53,7 +55,7 @@ def _describe(model: str, path: Path) -> dict[str, Any]:
     from vidgen.core.config import dump
     from vidgen.core.errors import VidgenError
     from vidgen.weights.folder import ForeignFolder
-    from vidgen.weights.layouts import open_folder
+    from vidgen.weights.layouts import card_license, open_folder
 
     try:
         folder = open_folder(path, model)
@@ -61,21 +63,25 @@ def _describe(model: str, path: Path) -> dict[str, Any]:
         return {"name": model, "path": str(path), "problem": str(error)}
     facts: dict[str, Any] = {"name": model, "path": str(path), "bytes": folder.num_bytes}
     if isinstance(folder, ForeignFolder):
-        return {**facts, "layout": "diffusers", "pipeline": folder.class_name}
+        return {
+            **facts, "layout": "diffusers", "pipeline": folder.class_name,
+            "license": card_license(path),
+        }
     return {
         **facts, "family": folder.family, "variant": folder.variant, "layout": folder.layout,
         "license": folder.license, "tasks": list(folder.tasks), "defaults": dump(folder.defaults),
     }
 
 
-def _line(facts: dict[str, Any]) -> str:
+def _line(facts: dict[str, Any], width: int) -> str:
     from vidgen.core.runtime import megabytes
 
     if "problem" in facts:
-        return f"{facts['name']}  can't be used: {facts['problem']}"
-    head = f"{facts['name']:<10} {megabytes(facts['bytes']):>9}"
+        return f"{facts['name']:<{width}}  can't be used: {facts['problem']}"
+    head = f"{facts['name']:<{width}} {megabytes(facts['bytes']):>9}"
     if "pipeline" in facts:
-        return f"{head}  {facts['pipeline']}, run by diffusers"
+        license_name = facts["license"] or "no licence named in its card"
+        return f"{head}  {facts['pipeline']}, run by diffusers, {license_name}"
     d, kind = facts["defaults"], facts["variant"] or facts["family"]
     clip = f"{d['width']}x{d['height']}, {d['num_frames']} frames at {d['fps']:g} fps"
     return f"{head}  {kind}, {clip}, {facts['license']}; {', '.join(facts['tasks'])}"

@@ -8,6 +8,7 @@ everything else is safetensors.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from vidgen.weights.folder import ForeignFolder, ModelFolder, write_model_info
 from vidgen.weights.keymap import Spelling, is_known, rename
 from vidgen.weights.layouts import (
     CLIP_FILE,
+    CLIP_TOKENIZER,
     EXPERTS,
     NOTE,
     REST,
@@ -42,6 +44,8 @@ from vidgen.weights.write import (
     write_safetensors,
     write_shards,
 )
+
+log = logging.getLogger(__name__)
 
 
 def convert(
@@ -91,6 +95,7 @@ def convert(
             component.store.release()
         for card in (*source.path.glob("*.md"), *source.path.glob("LICENSE*")):
             shutil.copyfile(card, folder / card.name)
+        _keep_clip_tokenizer(source, folder, to)
         _FINISHERS[to](folder, source)
     return sorted(set_aside)
 
@@ -218,7 +223,21 @@ def _finish_diffusers(folder: Path, source: ModelFolder) -> None:
     _write_note(folder, source)
 
 
+def _keep_clip_tokenizer(source: ModelFolder, folder: Path, to: Spelling) -> None:
+    """Carry along the words of CLIP's text tower, which only Wan's own programs load."""
+    here = source.path if source.layout == "wan" else source.path / REST
+    if (here / CLIP_TOKENIZER).is_dir():
+        there = folder if to == "wan" else folder / REST
+        shutil.copytree(here / CLIP_TOKENIZER, there / CLIP_TOKENIZER)
+
+
 def _finish_wan(folder: Path, source: ModelFolder) -> None:
+    part = source.components.get("image_encoder")
+    if part is not None and not any(name.startswith("textual.") for name in part.rest.names):
+        log.warning(
+            "%s has no text tower of CLIP: vidgen needs none, but for Wan's own programs take "
+            "%s.pth and %s/ from the release", source.name, CLIP_FILE, CLIP_TOKENIZER,
+        )
     shutil.copytree(source.tokenizer, folder / WAN_TOKENIZER)
     _write_note(folder, source)
 

@@ -44,6 +44,7 @@ EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"
 VAE_FILES = {16: "Wan2.1_VAE", 48: "Wan2.2_VAE"}
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16"
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
+CLIP_TOKENIZER = "xlm-roberta-large"
 WAN_TOKENIZER = Path("google/umt5-xxl")
 NOTE = "vidgen.json"
 REST = "rest"
@@ -328,19 +329,20 @@ def _recognised(
     )
     defaults = asdict(variant.defaults) | settled
     return {
-        "name": name, "family": variant.family, "license": _license(path),
+        "name": name, "family": variant.family, "license": card_license(path) or LICENSE,
         "tasks": variant.tasks, "defaults": build(ModelDefaults, defaults, str(path)),
         "world_version": None, "variant": variant.name,
     }
 
 
-def _license(path: Path) -> str:
-    """The licence that the model card gives, else that of the Wan releases."""
+def card_license(path: Path) -> str | None:
+    """The licence that a folder's model card names, or None."""
     card = path / "README.md"
     text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     found = re.search(r"^license: *(\S+)", head[1], re.MULTILINE) if head else None
-    return found[1].strip("\"'") if found and found[1] != "apache-2.0" else LICENSE
+    name = found[1].strip("\"'") if found else None
+    return LICENSE if name == "apache-2.0" else name
 
 
 def _scheduling(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
