@@ -19,6 +19,7 @@ from vidgen.pipeline.foreign_decode import (
 )
 from vidgen.pipeline.foreign_plan import SIBLINGS, Abilities, ForeignPlan, check_multiple
 from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.quantize import quiet_torchao
 
 Tell = Callable[[int, int], None]
 """Told of steps done and in all."""
@@ -172,7 +173,7 @@ def _load(folder: ForeignFolder, dtype: torch.dtype, loader: Any) -> Any:
                          "doesn't have; install a newer diffusers")
     damages = (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError)
     try:
-        with _no_bars():
+        with quiet_torchao(), _no_bars():
             pipe = (loader or diffusers.DiffusionPipeline).from_pretrained(
                 str(folder.path), dtype=dtype, use_safetensors=True, local_files_only=True
             )

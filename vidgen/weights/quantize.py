@@ -67,7 +67,7 @@ def require_torchao(dtype: torch.dtype) -> tuple[Callable[[nn.Module, Any], None
         # torchao sums the unscaled products, which leave float16's range
         raise InputError("int8 weights overflow in fp16 products; give --dtype bf16 or fp32")
     try:
-        with _silence():
+        with quiet_torchao():
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
         # its settings for torch.compile are process-wide
         return quantize_, Int8WeightOnlyConfig(set_inductor_config=False)
@@ -80,9 +80,13 @@ def require_torchao(dtype: torch.dtype) -> tuple[Callable[[nn.Module, Any], None
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keep torchao's import from reporting kernels of other machines and what torch deprecates."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+def quiet_torchao() -> Iterator[None]:
+    """Keep torchao's import from reporting kernels of other machines and what torch deprecates.
+
+    diffusers imports it as well, wherever it is installed.
+    """
+    names = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
