@@ -94,7 +94,7 @@ def make_plan(
     num_frames, kept = _length(request, defaults, fps, strides, video_seconds)
     width, height = _size(request, defaults, strides.hw * patch, picture_size)
     shape = VideoShape(num_frames, height, width).latent(strides, channels, patch=patch)
-    _warn_unseen(defaults, width, height, num_frames)
+    _warn_unseen(defaults, width, height)
     guidance = _guidance(request, defaults)
     if request.video is not None and request.strength is None and request.mask is None:
         raise InputError("a video was given without strength or mask; add --strength 0..1 to "
@@ -159,13 +159,8 @@ def _size(
     return defaults.width, defaults.height
 
 
-def _warn_unseen(defaults: ModelDefaults, width: int, height: int, num_frames: int) -> None:
+def _warn_unseen(defaults: ModelDefaults, width: int, height: int) -> None:
     sizes = [tuple(size) for size in defaults.sizes]
     if sizes and (width, height) not in sizes:
         known = ", ".join(f"{w}x{h}" for w, h in sizes)
         log.warning("the model never saw clips of %dx%d; it knows %s", width, height, known)
-    if num_frames > defaults.max_frames:
-        log.warning(
-            "the model never saw clips of %d frames; it knows up to %d",
-            num_frames, defaults.max_frames,
-        )

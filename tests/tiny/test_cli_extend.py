@@ -1,0 +1,95 @@
+"""`vidgen extend` on a tiny model: old frames untouched, the recipe goes on, mistakes in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vidgen.cli.main import main
+from vidgen.media.clip import Clip
+from vidgen.media.read import VideoReader, read_recipe
+from vidgen.pipeline.video import load
+
+PROMPT = "a red car bounces across the desert"
+Command = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def short(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    engine = load(str(tiny_model), device="cpu", dtype="fp32")
+    clip = engine.generate(PROMPT, seed=5, seconds=1.6, guidance=1.0)
+    return clip.save(tmp_path_factory.mktemp("clips") / "short.mp4")
+
+
+@pytest.fixture
+def extend(capsys: pytest.CaptureFixture[str]) -> Command:
+    def call(*words: str | Path) -> dict[str, Any]:
+        assert main(["extend", *map(str, words), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return call
+
+
+def frames_of(path: Path) -> list[np.ndarray]:
+    with VideoReader(path) as reader:
+        return [*reader]
+
+
+def test_a_clip_goes_on_and_on_by_its_own_recipe(short, extend, tmp_path):
+    longer, longest = tmp_path / "longer.mp4", tmp_path / "longest.mp4"
+    facts = extend(short, "--seconds", 1, "-o", longer)
+    assert facts["num_frames"] == 31
+    assert facts["seed"] == 5
+    assert facts["hand_over"] == "latents"
+    extend(longer, "--seconds", 0.5, "--prompt", "a cat over the meadow", "-o", longest)
+    for earlier, later in ((short, longer), (longer, longest)):
+        old, new = frames_of(earlier), frames_of(later)
+        assert all(map(np.array_equal, old, new))
+    assert len(new) == 37
+    before, recipe = read_recipe(short), read_recipe(longest)
+    assert recipe["plan"]["prompt"] == "a cat over the meadow"
+    for name in ("num_steps", "shift", "guidance", "sampler"):
+        assert recipe["plan"][name] == before["plan"][name]
+
+
+def test_the_same_command_gives_the_same_file_but_for_its_marks(short, extend, tmp_path):
+    one, two = tmp_path / "one.mkv", tmp_path / "two.mkv"
+    for path in (one, two):
+        extend(short, "--seconds", 0.5, "-o", path)
+    assert all(map(np.array_equal, frames_of(one), frames_of(two)))
+
+
+def test_a_foreign_clip_needs_a_prompt_and_goes_on_from_its_pixels(
+    short, extend, tmp_path, tiny_model, capsys
+):
+    bare = tmp_path / "bare.mp4"
+    clip = Clip.from_file(short)
+    Clip(clip.chunks, replace(clip.info, recipe=None)).save(bare)
+    assert main(["extend", str(bare), "--seconds", "1"]) == 2
+    assert "give --prompt" in capsys.readouterr().err
+    facts = extend(bare, "--seconds", "1", "--prompt", PROMPT, "--model", tiny_model,
+                   "--dtype", "fp32", "-o", tmp_path / "longer.mp4")
+    assert facts["hand_over"] == "pixels"
+    assert all(map(np.array_equal, frames_of(bare), frames_of(tmp_path / "longer.mp4")))
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--seconds", "0"], "seconds is 0.0"),
+    (["--seconds", "0.01"], "less than a frame"),
+    (["--seconds", "1", "-o", "SELF", "--overwrite"], "is the clip itself"),
+    (["--seconds", "1", "-o", "x.avi"], "unknown suffix"),
+    (["--seconds", "1", "--overlap", "9"], "overlap is 9"),
+    (["--seconds", "1", "--colour-hold", "2"], "colour_hold is 2"),
+])
+def test_mistakes_are_told(short, capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    words = [str(short) if word == "SELF" else word for word in words]
+    assert main(["extend", str(short), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
