@@ -222,7 +222,9 @@ class Drift:
     @property
     def most(self) -> float:
         """The largest of the changes, over the slack."""
-        changes = [*map(float, self.color), self.saturation, self.contrast or 0.0]
+        # Under a moving camera saturation, no linear channel, is known half as well as colour.
+        saturation = self.saturation / 1.5 if self.contrast is None else self.saturation
+        changes = [*map(float, self.color), saturation, self.contrast or 0.0]
         return max(map(abs, changes)) / self.slack
 
     def text(self) -> str:
