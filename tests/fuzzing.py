@@ -63,7 +63,7 @@ VIDEOS = ("a.mp4", "b.mov", "c.webm", "d.mkv", "e.avi", "f.ts", "g.flv")
 SOUNDS = ("s.wav", "t.mp3", "u.flac", "v.ogg", "w.m4a")
 PICTURES = ("a.png", "b.png", "c.png", "d.apng", "e.gif", "f.webp", "g.webp", "h.jpg", "i.jpg",
             "j.bmp", "k.tif", "l.tif")  # fmt: skip
-OTHERS = (*PICTURES, *VIDEOS, "tensors.pth", "run.yaml", "lora-peft/adapter_config.json")
+OTHERS = (*PICTURES, *VIDEOS, "tensors.pth", "old.pth", "run.yaml", "lora-peft/adapter_config.json")
 FILE_VERBS = {
     "check": (), "replay": ("-o", "out.mp4"), "extend": ("--seconds", "1", "-o", "out.mp4"),
 }
@@ -232,15 +232,15 @@ def targets() -> Iterator[Target]:
     yield Target("read_sound", read_sound, (*SOUNDS, *VIDEOS))
     yield Target("probe", probe, media)
     yield Target("read_recipe", read_recipe, media)
-    yield Target("read_mask", lambda p: read_mask(p, 5, 32, 32, "crop"), (*PICTURES, *VIDEOS))
+    yield Target("read_mask", lambda p: read_mask(p, 3, 32, 32, "crop"), (*PICTURES, *VIDEOS))
     yield Target("Clip.from_file", Clip.from_file, media)
     yield Target("vidgen inspect", lambda p: _command("inspect", str(p)), media)
     for verb, options in FILE_VERBS.items():
-        yield Target(f"vidgen {verb}", lambda p, v=verb, o=options: _command(v, str(p), *o), media)
+        yield Target(f"vidgen {verb}", lambda p, v=verb, o=options: _command(v, str(p), *o), VIDEOS)
     job = (f"{JOB}/job.json", f"{JOB}/state.safetensors", f"{JOB}/segments/00000.safetensors")
     yield Target("job", _job_in, job, "job")
     yield Target("TensorStore", lambda p: _touch(TensorStore([p])),
-                 ("tensors.safetensors", "tensors.pth", "old.pth"))
+                 ("tensors.safetensors", "tensors.pth"))
     yield Target("read_tensors", read_tensors, ("tensors.safetensors",))
     yield Target("find_files", lambda p: _touch(TensorStore(find_files(p))),
                  ("model.safetensors.index.json", "x-1.safetensors"), "shards")
@@ -264,8 +264,13 @@ def targets() -> Iterator[Target]:
 TARGETS = tuple(targets())
 
 
-def run_case(samples: Path, seed: int, number: int) -> str:
+def run_case(samples: Path, seed: int | None, number: int) -> str:
     """One case, in the working directory; returns "read" or why it was refused.
+
+    Args:
+        samples: what `make_samples` made.
+        seed: draws the damage; None does none.
+        number: of the case.
 
     Raises:
         AssertionError: something was left behind, or the refusal says nothing.
@@ -284,7 +289,10 @@ def run_case(samples: Path, seed: int, number: int) -> str:
     else:
         given = victim = Path(name)
     other = samples / rng.choice(OTHERS)
-    victim.write_bytes(mutate(source.read_bytes(), name, other.read_bytes(), rng))
+    content = source.read_bytes()
+    if seed is not None:
+        content = mutate(content, name, other.read_bytes(), rng)
+    victim.write_bytes(content)
     before = set(Path().rglob("*"))
     try:
         target.read(given)
@@ -341,7 +349,7 @@ class Report:
 
 
 def run_cases(
-    folder: Path, count: int, seed: int = 0, first: int = 0,
+    folder: Path, count: int, seed: int | None = 0, first: int = 0,
     tell: Callable[[str], None] | None = None,
 ) -> Report:
     """Run cases `first` to `first + count`, each in a child of its own, in `folder`."""

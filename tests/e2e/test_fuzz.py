@@ -23,6 +23,15 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path, count: int) -> None:
     assert report.read.total() > count // 10, "damage that nothing survives tests only the door"
 
 
+def test_what_is_not_damaged_is_read(tmp_path: Path) -> None:
+    """All but the recipe of the samples, which tells too little to make a clip again."""
+    from tests.fuzzing import TARGETS, run_cases
+
+    report = run_cases(tmp_path, len(TARGETS), seed=None)
+    assert not report.failures
+    assert report.refused.keys() <= {"vidgen replay", "vidgen extend"}, report.text
+
+
 def test_the_harness_sees_crashes_hangs_and_blow_ups() -> None:
     from tests.faults import ForkServer, Job
     from tests.fuzzing import Report

@@ -70,9 +70,13 @@ def run(args: Namespace, report: Report) -> int:
     given = {name: value for name, value in options.items() if value not in (None, [])}
     loading = {name: getattr(args, name) for name in _LOADING}
     if recipe is not None:
-        given = _own(recipe, args.model) | given
-        model = recipe["model"]
-        loading["model"] = args.model or model.get("source") or model["name"]
+        try:
+            given = _own(recipe, args.model) | given
+            model = recipe["model"].get("source") or recipe["model"]["name"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"the recipe in {args.clip} is damaged ({error}); "
+                             "extend a copy that is whole") from error
+        loading["model"] = args.model or model
         loading["quantize"] = args.quantize or recipe.get("quantize")
         loading["dtype"] = args.dtype or recipe.get("dtype")
     if "prompt" not in given:
