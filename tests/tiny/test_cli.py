@@ -67,7 +67,8 @@ def test_events_tell_how_far_it_is(cli):
     events = [json.loads(line) for line in Path("e.jsonl").read_text().splitlines()]
     steps = [(e["done"], e["total"]) for e in events if e.get("stage") == "sample"]
     assert steps == [(1, 2), (2, 2)]
-    assert events[-1] == {"time": events[-1]["time"], "event": "written", "path": "x.mp4"}
+    written = [e for e in events if e["event"] == "written"]
+    assert written == [{"time": written[0]["time"], "event": "written", "path": "x.mp4"}]
     assert [e["time"] for e in events] == sorted(e["time"] for e in events)
 
 
@@ -87,7 +88,7 @@ def test_inspect_shows_the_recipe(cli):
     assert facts["recipe"]["plan"]["prompt"] == "a cat"
     assert facts["streams"][0]["num_frames"] == 9
     code, out, _ = cli("inspect", "x.mp4")
-    assert '"prompt": "a cat"' in out
+    assert "prompt: a cat" in out
 
 
 def test_inspect_takes_pictures_folders_and_files_without_recipe(cli):

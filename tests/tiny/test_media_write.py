@@ -340,3 +340,15 @@ def test_lazy_clips_stream_and_hold_pixels_only_on_request(tmp_path):
     again = Clip.from_file(tmp_path / "a.mkv")
     assert sum(len(chunk) for chunk in again.chunks()) == 9
     assert json.dumps(again.recipe | RECIPE) == json.dumps(again.recipe)
+
+
+@pytest.mark.parametrize("more", [1, 2, 3])
+def test_a_short_last_segment_keeps_the_rate(tmp_path, more):
+    frames = moving_bars(SEGMENT + more)
+    path = write(tmp_path / "clip.mp4", frames, fps=Fraction(24))
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == 24
+        times = [packet.dts for packet in container.demux(stream) if packet.dts is not None]
+    assert len(set(np.diff(times))) == 1
+    assert (Clip.from_file(path).frames.shape) == frames.shape

@@ -76,6 +76,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="while checks find faults, try up to N further seeds")
     add("--label", choices=("none", "visible"), default="none",
         help="visible burns a label into the first 2 seconds; default %(default)s")
+    add("--aigc", metavar="PRODUCER", help="write the AIGC field of GB 45438-2025 for PRODUCER")
 
 
 def run(args: Namespace, report: Report) -> int:
@@ -90,6 +91,8 @@ def run(args: Namespace, report: Report) -> int:
     _check_outputs(paths, request, overwrite=args.overwrite or args.resume)
     journals = _journals(paths, args, report)
 
+    from vidgen.media.checks import verdict
+    from vidgen.pipeline.journal import Journal
     from vidgen.pipeline.video import load
 
     start = time.monotonic()
@@ -97,24 +100,36 @@ def run(args: Namespace, report: Report) -> int:
     done = [journal.finished for journal in journals]
     if all(done):
         loading["offload"] = "stage"  # nothing is left that would need a network
-    results = []
     with _told_how_to_go_on(journals, report):
         engine = load(**loading)
-        kept = {"journal": journals} if hasattr(engine, "decode_video") else {}
-        if args.resume and not kept:
+        has_journal = hasattr(engine, "decode_video")
+        if args.resume and not has_journal:
             raise InputError(f"{args.model} can't go on with a clip; leave --resume out")
-        made = engine.generate(
-            request, on_event=lambda p: report({"event": "progress", **vars(p)}), **kept
-        )
-        clips = made if isinstance(made, list) else [made]
-        for index, (clip, path) in enumerate(zip(clips, paths, strict=True)):
+
+        def make(wanted: Request, kept: list[Journal]) -> list[Clip]:
+            made = engine.generate(
+                wanted, on_event=lambda p: report({"event": "progress", **vars(p)}),
+                **({"journal": kept} if has_journal else {}),
+            )
+            return made if isinstance(made, list) else [made]
+
+        clips = make(request, journals)
+        first = request.seed or 0
+        results, spare = [], iter(range(first + len(paths), first + len(paths) + request.retry))
+        for index, path in enumerate(paths):
+            clip, seed = clips[index], first + index
             if not done[index]:
                 _save(clip, path, report, overwrite=journals[index].overwrite)
-            results.append(_facts(clip, path, (request.seed or 0) + index))
+                while verdict(clip.findings or ()) == "fault" and (other := next(spare, None)):
+                    report({"event": "note", "text": f"{path} has a fault; trying seed {other}"})
+                    again = replace(request, seed=other, count=1)
+                    clip, seed = make(again, [Journal(path, overwrite=True)])[0], other
+                    _save(clip, path, report, overwrite=True)
+            results.append(_judged(_facts(clip, path, seed), clip, report, strict=request.strict))
     elapsed = round(time.monotonic() - start, 3)
     text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"
     report.result({"clips": results, "elapsed_s": elapsed}, text)
-    return 0
+    return int(any(facts["path"] != path for facts, path in zip(results, paths, strict=True)))
 
 
 def _frame(text: str) -> tuple[float, str]:
@@ -231,6 +246,24 @@ def _facts(clip: Clip, path: str, seed: int) -> dict[str, Any]:
         "width": clip.size[0], "height": clip.size[1],
         "seconds": float(clip.num_frames / clip.fps), "sound": clip.sound is not None,
     }
+
+
+def _judged(
+    facts: dict[str, Any], clip: Clip, report: Report, *, strict: bool
+) -> dict[str, Any]:
+    """A clip's facts with what its checks found; under `strict` a faulty one is set aside."""
+    from vidgen.media.checks import as_data, set_aside
+
+    if clip.findings is None:
+        return facts
+    found = as_data(clip.findings)
+    for finding in found["findings"]:
+        report({"event": "note", "text": f"{facts['path']}: {finding['text']}"})
+    if strict and found["verdict"] == "fault":
+        facts["path"] = str(set_aside(facts["path"]))
+        text = f"it lies at {facts['path']}; --retry N tries other seeds"
+        report({"event": "note", "text": text})
+    return {**facts, "checks": found}
 
 
 def _line(facts: dict[str, Any]) -> str:

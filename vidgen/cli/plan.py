@@ -34,7 +34,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.pipeline.calibration import cached_calibration, calibrate
     from vidgen.pipeline.estimate import DTYPES
     from vidgen.pipeline.preflight import choose, require_own_model, settle
-    from vidgen.pipeline.video import _best_dtype
+    from vidgen.pipeline.video import best_dtype
     from vidgen.weights.folder import open_model
 
     known = {f.name for f in fields(Request)}
@@ -42,7 +42,7 @@ def run(args: Namespace, report: Report) -> int:
     request = Request.of(options.pop("prompt"), options)
     folder, device = open_model(args.model), choose_device()
     require_own_model(folder)
-    plan, dtype = settle(folder, request), args.dtype or _best_dtype(device)
+    plan, dtype = settle(folder, request), args.dtype or best_dtype(device)
     rates = cached_calibration(device, DTYPES[dtype])
     if rates is None:
         report({"event": "note", "text": f"measuring this machine in {dtype}, once"})

@@ -79,6 +79,7 @@ class Request:
         strict: refuse a clip that its checks find faulty.
         retry: how many further seeds to try while the checks find faults.
         label: "visible" burns a label into the first 2 seconds; "none" only marks the file.
+        aigc: names the content's producer in the metadata field of GB 45438-2025.
         count: how many clips, of seeds S, S + 1, ...
         model: name or folder of the model; None is the engine's own.
         dtype: "fp32", "bf16" or "fp16"; None is the machine's best.
@@ -123,6 +124,7 @@ class Request:
     strict: bool = False
     retry: int = 0
     label: str = "none"
+    aigc: str | None = None
     count: int = 1
     model: str | None = None
     dtype: str | None = None
@@ -165,12 +167,12 @@ class Request:
         return None if isinstance(self.sampler, str) else self.sampler
 
     def _validate(self) -> None:
-        for name in ("prompt", "negative"):
+        for name, limit in {"prompt": MAX_PROMPT, "negative": MAX_PROMPT, "aigc": 200}.items():
             text = getattr(self, name)
             if not isinstance(text, str | None) or (name == "prompt" and text is None):
                 raise InputError(f"{name} must be text, not {text!r}")
-            if text and len(text) > MAX_PROMPT:
-                raise InputError(f"{name} has {len(text)} characters; shorten it to {MAX_PROMPT}")
+            if text and len(text) > limit:
+                raise InputError(f"{name} has {len(text)} characters; shorten it to {limit}")
         if not self.prompt.strip():
             raise InputError("the prompt is empty; say what is to be seen")
         for name, (low, high) in _WHOLE.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from vidgen.media.checks import ClipChecker, Finding, check_file, watched
 from vidgen.media.encode import Frames, Samples, SegmentStore
 from vidgen.media.read import VideoReader, read_recipe, read_sound
 from vidgen.media.write import ClipInfo, write_clip
@@ -56,6 +57,8 @@ class Clip:
     ) -> None:
         self._source, self.info, self.latents = source, info, latents
         self.journal = journal
+        self.first_frame: Frames | None = None  # the picture it was to begin with, for the checks
+        self.findings: list[Finding] | None = None  # what they found while it was saved
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Clip:
@@ -126,24 +129,35 @@ class Clip:
     ) -> Path:
         """Stream the clip into a file of the format its suffix names; see `write_clip`.
 
+        `findings` then tells what may be wrong with it.
+
         Raises:
             InputError: unknown suffix, or too many frames for it.
             OutputError: it exists, can't be written, or the disk is full.
         """
         name, store = os.fspath(path), self.journal
         if store is None or store.output != Path(path):
-            return write_clip(
-                name, self._chunks(0), self.info, overwrite=overwrite, on_frames=on_frames
-            )
+            return self._write(name, 0, overwrite, on_frames)
         try:
-            written = write_clip(
-                name, self._chunks(store.num_frames), self.info, overwrite=overwrite,
-                on_frames=on_frames, store=store,
-            )
+            written = self._write(name, store.num_frames, overwrite, on_frames, store=store)
         except BaseException:
             store.pause()
             raise
         store.close()
+        return written
+
+    def _write(
+        self, name: str, start: int, overwrite: bool, on_frames: Callable[[int], None] | None,
+        **options: Any,
+    ) -> Path:
+        """Write the frames from `start` on, checking them as they pass."""
+        checker = ClipChecker(self.info, self.first_frame)
+        chunks = watched(self._chunks(start), checker)
+        written = write_clip(
+            name, chunks, self.info, overwrite=overwrite, on_frames=on_frames, **options
+        )
+        # what an earlier run wrote passes here only in the file
+        self.findings = check_file(written, self.first_frame) if start else checker.finish()
         return written
 
     def _chunks(self, start: int) -> Iterator[Frames]:

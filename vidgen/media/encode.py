@@ -147,9 +147,12 @@ def encode_picture(
     assert min(first_segment, segment) >= 8, "a segment must outlast the encoder's reordering"
     frames = (frame for chunk in chunks for frame in chunk)
     reformatter = VideoReformatter()
-    start = 0
+    start, delay = 0, None
     for finished in store.segments() if store else ():
         yield from _packets_of(finished, 1 / fps)
+        if delay is None:
+            _, pts, dts, _ = finished.packets[0]
+            delay = pts - dts
         start += finished.num_frames
     length = segment if start else first_segment
     for head in frames:
@@ -162,10 +165,14 @@ def encode_picture(
             if picture is not None:
                 picture.pts, picture.time_base = count, 1 / fps
                 count += 1
-            for packet in _shifted(encoder.encode(picture), start):
-                if store:
-                    times = cast("tuple[int, int]", (packet.pts, packet.dts))
-                    made.append((bytes(packet), *times, packet.is_keyframe))
+            for packet in encoder.encode(picture):
+                pts, dts = cast("tuple[int, int]", (packet.pts, packet.dts))
+                # a short last segment reorders less, but decoding goes on at the same pace
+                delay = pts - dts if delay is None else delay
+                packet.pts, packet.dts = start + pts, start + len(made) - delay
+                packet.duration = 1
+                made.append((bytes(packet) if store else b"", packet.pts, packet.dts,
+                             packet.is_keyframe))
                 yield packet
         if store:
             store.keep(Segment(count, tuple(made)))
@@ -177,18 +184,6 @@ def _packets_of(segment: Segment, time_base: Fraction) -> Iterator[Packet[VideoS
         packet = cast("Packet[VideoStream]", av.Packet(content))
         packet.pts, packet.dts, packet.duration = pts, dts, 1
         packet.time_base, packet.is_keyframe = time_base, is_key
-        yield packet
-
-
-def _shifted(
-    packets: list[Packet[VideoStream]], start: int
-) -> Iterator[Packet[VideoStream]]:
-    for packet in packets:
-        assert packet.pts is not None
-        assert packet.dts is not None
-        packet.pts += start
-        packet.dts += start
-        packet.duration = 1
         yield packet
 
 

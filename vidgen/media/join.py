@@ -23,7 +23,9 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, check_output, write_error
 from vidgen.media.clip import Clip
 from vidgen.media.encode import Frames
-from vidgen.media.read import VideoReader
+from vidgen.media.manifest import Signing, seal
+from vidgen.media.provenance import stamped
+from vidgen.media.read import VideoReader, read_recipe
 from vidgen.media.write import CONTAINERS, ClipInfo, check_format, write_clip
 
 if TYPE_CHECKING:
@@ -117,6 +119,10 @@ def join_files(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLik
                 options = dict(kind.options)
                 container = av.open(str(temporary), "w", format=kind.muxer, options=options)
                 _copy(sources, opened.enter_context(container))
+            recipe = read_recipe(paths[-1])
+            if recipe is not None:
+                suffix = target.suffix.lower()
+                seal(temporary, suffix, stamped(recipe), Signing.from_environment())
         except av.FFmpegError as error:
             raise write_error(target, OSError(error.errno, error.strerror), temporary) from error
     return target

@@ -49,7 +49,10 @@ _PLAIN = {
     "last_image": "last_image", "guidance_rescale": "guidance_rescale", "latents": "latents",
 }
 """Options that a parameter of one name stands for."""
-_ALWAYS = {"prompt", "seed", "fit", "count", "model", "dtype", "offload", "label"}
+_ALWAYS = {
+    "prompt", "seed", "fit", "count", "model", "dtype", "offload", "label", "aigc", "strict",
+    "retry",
+}
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler")
 _OWN_SCHEDULE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
                  "use_exponential_sigmas", "use_beta_sigmas")

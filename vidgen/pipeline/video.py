@@ -48,9 +48,11 @@ from vidgen.pipeline.journal import Journal, journals_of, recall
 from vidgen.pipeline.parts import DTYPES, Offload, Parts
 from vidgen.pipeline.plan import Plan, draw_seed, make_plan
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
+from vidgen.pipeline.preflight import preflight
 from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.tail import make_tail
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
 
@@ -96,7 +98,7 @@ def load(
     policy = policy or policy_from_environment()
     Signing.from_environment()  # one that can't sign is told of now, not when a clip is made
     folder, place = open_model(model), choose_device(device)
-    dtype = dtype or _best_dtype(place)
+    dtype = dtype or best_dtype(place)
     if isinstance(folder, ForeignFolder):
         from vidgen.pipeline.foreign import ForeignEngine
 
@@ -157,6 +159,7 @@ class Engine:
         journals = journals_of(journal, request.count)
         request, inputs = self.read(recall(request, journals))
         first = self.plan(request, inputs)
+        preflight(self, first, request)
         loras = read_loras(request.lora, self.folder)
         plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
         recipes = [
@@ -195,6 +198,7 @@ class Engine:
                     kept.keep_latents(latents)
                 decode = long.clip if long else partial(self.decode, plan)
                 clips.append(decode(latents, recipe, kept))
+                clips[-1].first_frame = next(iter(inputs.images.get("image", ())), None)
         return clips if request.count > 1 else clips[0]
 
     def read(self, request: Request) -> tuple[Request, Inputs]:
@@ -344,6 +348,8 @@ class Engine:
                 if len(frames):
                     yield frames.numpy()
 
+        unseen = plan.num_frames - plan.kept_frames
+        recipe.setdefault("tail", make_tail(latents, plan.latents.num_frames, unseen))
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
             recipe=recipe, stride_t=self.vae_config.strides.t,
@@ -370,8 +376,11 @@ class Engine:
             t = vae.strides.t
             wanted = -(-start // t)  # the latent frame that holds frame `start`
             first = max(0, wanted - vae.receptive_frames + 1)
-            piece = latents[:, :, first:].to(self.device, _dtype_of(vae))
-            for index, video in enumerate(vae.stream_decode(piece), first):
+            pieces = (
+                part.to(self.device, _dtype_of(vae))
+                for part in latents[:, :, first:].split(1, dim=2)
+            )
+            for index, video in enumerate(vae.stream_decode(pieces), first):
                 if index >= wanted:
                     before = 1 + (index - 1) * t if index else 0
                     yield video[:, :, max(0, start - before) :]
@@ -417,7 +426,8 @@ def _dtype_of(module: torch.nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def _best_dtype(device: torch.device) -> str:
+def best_dtype(device: torch.device) -> str:
+    """The dtype that a device computes fastest in without losing range."""
     if device.type == "cuda":
         return "bf16"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
