@@ -104,12 +104,12 @@ def job_facts(folder: Path) -> dict[str, Any]:
     try:
         plan = read_job(folder)["recipe"]["plan"]
         stage, done, total = _stage(folder, plan)
+        told = {"prompt": plan["prompt"], "seed": plan["seed"]}
     except InputError as error:
         return facts | {"problem": str(error)}
-    return facts | {
-        "stage": stage, "done": done, "total": total, "prompt": plan["prompt"],
-        "seed": plan["seed"],
-    }
+    except (KeyError, TypeError) as error:
+        return facts | {"problem": f"{folder} is damaged ({type(error).__name__}: {error})"}
+    return facts | {"stage": stage, "done": done, "total": total, **told}
 
 
 def progress_text(facts: Mapping[str, Any]) -> str:
@@ -272,7 +272,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="np") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
             return facts
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error})") from None
 
 
