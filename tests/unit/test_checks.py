@@ -287,6 +287,19 @@ def test_a_file_is_checked_against_its_recipe(tmp_path, suffix):
     assert {f.kind for f in check_file(path, texture(seed=3))} == {"length", "fps", "first-frame"}
 
 
+@pytest.mark.parametrize("plan", [None, [], {"fps": "fast", "kept_frames": "many"}, {"fps": 0}])
+def test_a_recipe_of_others_is_no_measure(tmp_path, plan):
+    frames = clip("disc")
+    info = ClipInfo(FPS, (96, 72), 30, recipe={"plan": plan})
+    assert check_file(write_clip(tmp_path / "clip.gif", [frames], info)) == []
+
+
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (3, 2), (16, 16)])
+def test_pictures_of_any_size_are_checked(size):
+    frames = np.repeat(texture()[None, : size[0], : size[1]], 20, axis=0)
+    assert kinds(frames, frames[0]) <= {"still"}
+
+
 def test_a_faulty_output_is_set_aside(tmp_path):
     (tmp_path / "car.mp4").write_bytes(b"new")
     (tmp_path / "car.faulty.mp4").write_bytes(b"old")

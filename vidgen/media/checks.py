@@ -282,11 +282,13 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
         InputError: a file that is missing or damaged.
     """
     given = None if image is None else load_image(image)[0]
-    plan = (read_recipe(path) or {}).get("plan") or {}
+    recipe = read_recipe(path) or {}
+    plan = recipe["plan"] if isinstance(recipe.get("plan"), dict) else {}
+    wanted, count = _rate(plan.get("fps")), plan.get("kept_frames")
     sound = None if Path(path).suffix.lower() in PICTURE_SUFFIXES else read_sound(path)
     with VideoReader(path) as reader:
         samples, rate = sound or (None, 48_000)
-        info = ClipInfo(reader.fps, reader.size, plan.get("kept_frames") or 0, samples, rate)
+        info = ClipInfo(reader.fps, reader.size, count if isinstance(count, int) else 0, samples, rate)
         frames = iter(reader)
         first = next(frames)
         if given is not None:
@@ -296,9 +298,15 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
         checker = ClipChecker(info, given)
         for frame in chain([first], frames):
             checker.feed(frame[None])
-    wanted = Fraction(plan["fps"]) if plan.get("fps") else reader.fps
     count = checker.num_frames
     return [*checker.finish(), *check_length(count, reader.fps, count, wanted)]
+
+
+def _rate(told: Any) -> Fraction | None:
+    try:
+        return Fraction(told) or None
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        return None
 
 
 def _ways(mode: str | None) -> tuple[Literal["crop", "pad"], ...]:

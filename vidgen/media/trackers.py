@@ -252,7 +252,7 @@ class Drifts:
 
     def feed(self, index: int, color: Array) -> None:
         """Go on with a frame's cells [y, x, 3], 0 to 255."""
-        if index % self._hop:
+        if index % self._hop or min(color.shape[:2]) < 2:  # a line has no gradient across it
             return
         saturation = color.max(axis=-1) - color.min(axis=-1)
         channels = np.concatenate([color.transpose(2, 0, 1), saturation[None]])
