@@ -16,8 +16,8 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from fractions import Fraction
 from io import StringIO
@@ -348,24 +348,31 @@ class Report:
         return "\n".join(lines)
 
 
-def run_cases(
-    folder: Path, count: int, seed: int | None = 0, first: int = 0,
-    tell: Callable[[str], None] | None = None,
-) -> Report:
-    """Run cases `first` to `first + count`, each in a child of its own, in `folder`."""
-    report, samples, work = Report(), folder / "samples", folder / "work"
+@contextmanager
+def samples_in(folder: Path) -> Iterator[tuple[ForkServer, Path]]:
+    """A server, and the samples it made in a folder."""
+    samples = folder / "samples"
     samples.mkdir()
     with ForkServer() as server:
         made = server.run(Job("tests.fuzzing:make_samples", (samples,), timeout_s=120))
         assert not made.failure, made.failure
-        for number in range(first, first + count):
-            work.mkdir()
-            job = Job("tests.fuzzing:run_case", (samples, seed, number), work,
-                      timeout_s=WALL_S, cpu_s=CPU_S, memory=SPACE)
-            report.add(number, server.run(job))
-            shutil.rmtree(work)
-            if tell and number in report.failures:
-                tell(f"case {number}: {report.failures[number]}")
+        yield server, samples
+
+
+def run_cases(
+    server: ForkServer, samples: Path, numbers: Iterable[int], seed: int | None = 0,
+    tell: Callable[[str], None] | None = None,
+) -> Report:
+    """Run cases, each in a child of its own."""
+    report, work = Report(), samples.with_name("work")
+    for number in numbers:
+        work.mkdir()
+        job = Job("tests.fuzzing:run_case", (samples, seed, number), work,
+                  timeout_s=WALL_S, cpu_s=CPU_S, memory=SPACE)
+        report.add(number, server.run(job))
+        shutil.rmtree(work)
+        if tell and number in report.failures:
+            tell(f"case {number}: {report.failures[number]}")
     return report
 
 
@@ -376,8 +383,9 @@ def program() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        report = run_cases(Path(folder), options.count, options.seed, options.first, print)
+    numbers = range(options.first, options.first + options.count)
+    with tempfile.TemporaryDirectory() as folder, samples_in(Path(folder)) as (server, samples):
+        report = run_cases(server, samples, numbers, options.seed, print)
     print(report.text)
     return bool(report.failures)
 

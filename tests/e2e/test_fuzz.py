@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.faults import ForkServer, Job
+from tests.fuzzing import TARGETS, Report, run_cases, samples_in
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children are watched as on Linux")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ForkServer, Path]]:
+    with samples_in(tmp_path_factory.mktemp("fuzz")) as bench:
+        yield bench
 
 
 @pytest.mark.parametrize(
     "count", [240, pytest.param(10_000, marks=pytest.mark.long)], ids=["short", "full"]
 )
-def test_damaged_files_are_read_or_refused(tmp_path: Path, count: int) -> None:
-    from tests.fuzzing import TARGETS, run_cases
-
-    report = run_cases(tmp_path, count)
+def test_damaged_files_are_read_or_refused(bench: tuple[ForkServer, Path], count: int) -> None:
+    report = run_cases(*bench, range(count))
     assert not report.failures, "\n".join(report.failures.values())
     names = {target.name for target in TARGETS}
     assert names <= report.refused.keys(), "a reader that refuses nothing was not damaged"
     assert report.read.total() > count // 10, "damage that nothing survives tests only the door"
 
 
-def test_what_is_not_damaged_is_read(tmp_path: Path) -> None:
+def test_what_is_not_damaged_is_read(bench: tuple[ForkServer, Path]) -> None:
     """All but the recipe of the samples, which tells too little to make a clip again."""
-    from tests.fuzzing import TARGETS, run_cases
-
-    report = run_cases(tmp_path, len(TARGETS), seed=None)
+    report = run_cases(*bench, range(len(TARGETS)), seed=None)
     assert not report.failures
     assert report.refused.keys() <= {"vidgen replay", "vidgen extend"}, report.text
 
 
-def test_the_harness_sees_crashes_hangs_and_blow_ups() -> None:
-    from tests.faults import ForkServer, Job
-    from tests.fuzzing import Report
-
+def test_the_harness_sees_crashes_hangs_and_blow_ups(bench: tuple[ForkServer, Path]) -> None:
     report = Report()
     jobs = {
         "crashes with signal 11": Job("ctypes:string_at", (0,)),
@@ -45,9 +48,8 @@ def test_the_harness_sees_crashes_hangs_and_blow_ups() -> None:
         "MemoryError": Job("tests.faults:take", (1_200_000_000,), memory=1 << 30),
         "ZeroDivisionError": Job("builtins:divmod", (1, 0)),
     }
-    with ForkServer() as server:
-        for number, job in enumerate(jobs.values()):
-            report.add(number, server.run(job))
+    for number, job in enumerate(jobs.values()):
+        report.add(number, bench[0].run(job))
     assert len(report.failures) == len(jobs)
     for number, kind in enumerate(jobs):
         assert kind in report.failures[number]
