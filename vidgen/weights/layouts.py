@@ -78,13 +78,19 @@ def open_folder(path: Path, given: str | None = None) -> ModelFolder | ForeignFo
     Raises:
         ModelError: no model, or one that is incomplete, damaged or of an unknown kind.
     """
-    layout = layout_of(path)
-    if layout == "vidgen":
-        return _open_vidgen(path)
-    if layout == "diffusers":
-        return _open_diffusers(path, given)
-    if layout == "wan":
-        return _open_wan(path, given)
+    try:
+        layout = layout_of(path)
+        if layout == "vidgen":
+            return _open_vidgen(path)
+        if layout == "diffusers":
+            return _open_diffusers(path, given)
+        if layout == "wan":
+            return _open_wan(path, given)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+        raise ModelError(  # JSON that is whole, but of another shape
+            f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); copy the whole "
+            "folder again"
+        ) from error
     raise ModelError(
         f"{path} has no model.json, so it is no vidgen model folder; nor has it diffusers' "
         "model_index.json or the files of a Wan release (Wan2.1_VAE.pth, ...)"
