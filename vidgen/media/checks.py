@@ -288,7 +288,8 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     sound = None if Path(path).suffix.lower() in PICTURE_SUFFIXES else read_sound(path)
     with VideoReader(path) as reader:
         samples, rate = sound or (None, 48_000)
-        info = ClipInfo(reader.fps, reader.size, count if isinstance(count, int) else 0, samples, rate)
+        count = count if isinstance(count, int) else 0
+        info = ClipInfo(reader.fps, reader.size, count, samples, rate)
         frames = iter(reader)
         first = next(frames)
         if given is not None:

@@ -70,7 +70,7 @@ class Flashes:
         self._step = 20 / 320 if red else FLASH_STEP
         self._low: Array | None = None
         self._changes: deque[int] = deque()
-        self._last_way = 0
+        self._last_way, self._turned = 0, -1000
 
     def feed(self, index: int, linear: Array) -> None:
         """Go on with a frame's cells [y, x, 3], linear light in [0, 1]."""
@@ -79,13 +79,19 @@ class Flashes:
         else:
             level = linear @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
         if self._low is None:
+            if self._red and float(level.max()) < self._step:
+                return  # most clips never show it
             self._low, self._high, self._way = level, level, np.zeros(level.shape, dtype=np.int8)
             self._when = np.full(level.shape, -self._second)
         high, low = np.maximum(self._high, level), np.minimum(self._low, level)
+        if float((high - low).max()) < self._step and index >= self._turned + self._together:
+            self._high, self._low = high, low  # nothing turns: the usual case, made quick
+            return
         dark = 1.0 if self._red else FLASH_DARKER
         falls = (self._way >= 0) & (high - level >= self._step) & (level < dark)
         rises = (self._way <= 0) & (level - low >= self._step) & (low < dark)
         turned = falls | rises
+        self._turned = index if turned.any() else self._turned
         self._way = np.where(falls, -1, np.where(rises, 1, self._way)).astype(np.int8)
         self._when = np.where(turned, index, self._when)
         self._high, self._low = np.where(turned, level, high), np.where(turned, level, low)
@@ -115,7 +121,10 @@ class Spikes:
 
     def feed(self, index: int, luma: Array) -> None:
         """Go on with a frame's cells [y, x], 0 to 255."""
+        last = self._recent[-1] if self._recent else luma
         self._recent.append(luma)
+        if 2 * np.count_nonzero(np.abs(luma - last) >= self._limit * 255) < luma.size:
+            return  # nothing comes back
         for length in range(1, len(self._recent) - 1):
             before, *odd, after = list(self._recent)[-length - 2 :]
             up = np.min([np.minimum(frame - before, frame - after) for frame in odd], axis=0)
