@@ -104,7 +104,10 @@ def _open_vidgen(path: Path) -> ModelFolder:
             f"{path} is of format version {info.get('format_version')!r}; "
             f"this vidgen reads version {FORMAT_VERSION}"
         )
-    missing = [name for name in info.get("files", ()) if not (path / name).is_file()]
+    hashes = info.get("files", {})
+    if not (isinstance(hashes, dict) and all(isinstance(each, str) for each in hashes.values())):
+        raise ModelError(f"{path / 'model.json'} gives no hashes of its files; copy it again")
+    missing = [name for name in hashes if not (path / name).is_file()]
     if missing:
         raise ModelError(
             f"{path} is incomplete: {', '.join(missing)} missing; copy the whole folder again"

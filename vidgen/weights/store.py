@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from vidgen.core.errors import ModelError
@@ -141,7 +141,7 @@ def _open(path: Path) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
             f"{path} holds more than tensors, or is damaged; vidgen reads only plain state dicts: "
             "copy it again from where it was published"
         ) from error
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # damaged pickles lead torch's unpickler to any
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise ModelError(
             f"{path} can't be read ({reason}); it may be truncated: copy it again"
