@@ -91,7 +91,7 @@ def run(args: Namespace, report: Report) -> int:
     _check_outputs(paths, request, overwrite=args.overwrite or args.resume)
     journals = _journals(paths, args, report)
 
-    from vidgen.media.checks import verdict
+    from vidgen.media.checks import check_file, verdict
     from vidgen.pipeline.journal import Journal
     from vidgen.pipeline.video import load
 
@@ -118,6 +118,8 @@ def run(args: Namespace, report: Report) -> int:
         results, spare = [], iter(range(first + len(paths), first + len(paths) + request.retry))
         for index, path in enumerate(paths):
             clip, seed = clips[index], first + index
+            if done[index] and Path(path).is_file():
+                clip.findings = check_file(path)
             if not done[index]:
                 _save(clip, path, report, overwrite=journals[index].overwrite)
                 while verdict(clip.findings or ()) == "fault" and (other := next(spare, None)):

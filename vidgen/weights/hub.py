@@ -49,11 +49,11 @@ def fetch_model(hub_id: str) -> Path:
 
 def list_cached() -> list[tuple[str, Path]]:
     """Hub ids and folders of the models in the hub's cache."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = scan_cache_dir().repos
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return []
     found = []
