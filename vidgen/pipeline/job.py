@@ -249,6 +249,12 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]
     atomic_write(path, save(whole, {"facts": text, "sha256": _digest(whole, text)}))
 
 
+_UNREADABLE = (
+    OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError,
+    AttributeError, BufferError,  # types that numpy doesn't have, or has without a buffer
+)
+
+
 def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `write_arrays` wrote.
 
@@ -262,7 +268,7 @@ def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if _digest(arrays, metadata["facts"]) != metadata["sha256"]:
             raise ValueError("its content doesn't match its checksum")
         return arrays, json.loads(metadata["facts"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path} is damaged ({error}); remove it and what it held is made again, "
                          "or start anew with --overwrite") from None
 
@@ -272,7 +278,7 @@ def _read_facts(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="np") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
             return facts
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path} is damaged ({error})") from None
 
 

@@ -33,6 +33,7 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import SAMPLERS, sample_with_scheduler, scheduler_sigmas
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.media.clip import Clip
+from vidgen.media.read import fit
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing
 from vidgen.media.provenance import stamped
@@ -198,7 +199,8 @@ class Engine:
                     kept.keep_latents(latents)
                 decode = long.clip if long else partial(self.decode, plan)
                 clips.append(decode(latents, recipe, kept))
-                clips[-1].first_frame = next(iter(inputs.images.get("image", ())), None)
+                for picture in inputs.images.get("image", ()):
+                    clips[-1].first_frame = fit(picture, plan.height, plan.width, plan.fit)
         return clips if request.count > 1 else clips[0]
 
     def read(self, request: Request) -> tuple[Request, Inputs]:
