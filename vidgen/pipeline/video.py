@@ -33,10 +33,10 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import SAMPLERS, sample_with_scheduler, scheduler_sigmas
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.media.clip import Clip
-from vidgen.media.read import fit
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing
 from vidgen.media.provenance import stamped
+from vidgen.media.read import fit
 from vidgen.media.write import ClipInfo
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import prepare_image
