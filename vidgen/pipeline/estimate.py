@@ -27,7 +27,7 @@ from vidgen.pipeline.workload import (
     vae_bytes,
     vae_ops,
 )
-from vidgen.weights.component import CLASSES
+from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import Weights
 
 if TYPE_CHECKING:
@@ -321,8 +321,8 @@ class _Job:
 
     def _mapped(self, role: Role) -> bool:
         component = self.folder.components[role]
-        kept = getattr(CLASSES[role], "fp32_weights", ())
-        weights = Weights(component.store, self.dtype, kept, component.names)
+        dtype = self.parts.dtype_of(role, self.dtype)
+        weights = Weights(component.store, dtype, fp32_parts(role, dtype), component.names)
         return self.on_cpu and not self.setup.quantize and weights.stay_mapped
 
     def _untouched(self, role: Role) -> int:
