@@ -104,7 +104,7 @@ def windows(server: ForkServer, tiny_model: Path, tmp_path_factory: Any) -> Benc
 
 
 def fails_cleanly(outcome: Outcome, *words: str) -> None:
-    assert outcome.result == 2, outcome.output
+    assert outcome.result == 2, outcome.failure or outcome.output
     assert "error: " in outcome.output
     assert "Traceback" not in outcome.output
     for word in words:

@@ -255,11 +255,11 @@ _UNREADABLE = (
 )
 
 
-def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `write_arrays` wrote.
+def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `write_arrays` wrote, with arrays of these names among it.
 
     Raises:
-        InputError: damaged.
+        InputError: damaged, or another file in its place.
     """
     try:
         with safe_open(path, framework="np") as file:
@@ -267,6 +267,8 @@ def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if _digest(arrays, metadata["facts"]) != metadata["sha256"]:
             raise ValueError("its content doesn't match its checksum")
+        if not set(names) <= arrays.keys():
+            raise ValueError(f"it holds {', '.join(arrays)}, not {', '.join(names)}")
         return arrays, json.loads(metadata["facts"])
     except _UNREADABLE as error:
         raise InputError(f"{path} is damaged ({error}); remove it and what it held is made again, "

@@ -285,11 +285,12 @@ class Journal:
         self.state = self.latents = self.done = None
         windows = sorted((self.folder / WINDOWS).glob("*.safetensors"))
         if windows:
-            parts = [torch.from_numpy(read_arrays(path)[0]["latents"]) for path in windows]
+            parts = [torch.from_numpy(read_arrays(path, "latents")[0]["latents"])
+                     for path in windows]
             self.done = torch.cat(parts, dim=2)
             self.num_windows, self._num_done = len(windows), self.done.shape[2]
         if (path := self.folder / STATE).is_file():
-            arrays, facts = read_arrays(path)
+            arrays, facts = read_arrays(path, "latents")
             tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
             latents = tensors.pop("latents")
             if facts.get("finished"):
