@@ -49,6 +49,7 @@ PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
 WITH_STILLS = ConditionMix(
     text=0.4, first=0.05, last=0.2, both=0.2, frames=0.1, prefix=0.05, mask=0.0, reference=0.4
 )
+WINDOW = ConditionMix(text=0, first=0, last=0, both=0, frames=0, prefix=1, mask=0, reference=0)
 TEXT_ONLY = ConditionMix(text=1, first=0, last=0, both=0, frames=0, prefix=0, mask=0, reference=0)
 
 
@@ -64,6 +65,12 @@ class DiTRun:
         still_conditions: of the share of batches that get last frames, keyframes, references.
         still_share: that share.
         caption_dropout: share of samples that see an empty prompt, for guidance.
+        image_shares: share of each phase's batches that are single frames, `image_batch` of them at
+            the first phase's shift: cheap samples of what things look like, without which clips
+            make the model forget stills. None without.
+        image_batch: samples of such a batch.
+        window_share: share of clip batches cut from the inside of clips, all of them under a prefix:
+            what a window of a long clip looks like, whose first latent is no single frame.
         attribute_weight: of the caption-to-attributes loss.
         text_warmup: steps of that loss alone before the first step, so that the transformer never
             learns from a text encoder that knows no words.
@@ -84,6 +91,9 @@ class DiTRun:
     still_conditions: ConditionMix = WITH_STILLS
     still_share: float = 0.25
     caption_dropout: float = 0.1
+    image_shares: tuple[float, ...] = ()
+    image_batch: int = 64
+    window_share: float = 0.0
     attribute_weight: float = 0.1
     text_warmup: int = 0
     sprite_weight: float = 0.0
@@ -97,6 +107,9 @@ class DiTRun:
         if len(self.shifts) != len(phases):
             raise InputError(f"shifts has {len(self.shifts)} entries for {len(phases)} phases; "
                              "give one a phase")
+        if self.image_shares and len(self.image_shares) != len(phases):
+            raise InputError(f"image_shares has {len(self.image_shares)} entries for {len(phases)} "
+                             "phases; give one a phase, or none")
         longest = min((cache.num_frames for cache in self.caches), default=0)
         asked = max(phase.num_frames for phase in phases)
         if asked > longest:
@@ -220,17 +233,24 @@ class DiTTask:
         counts = [cache.num_clips for cache in self.caches]
         counts[0] -= self.config.validation_clips
         which = int(torch.multinomial(torch.tensor(counts).float(), 1, generator=draw))
-        rows = torch.randint(counts[which], (phase.batch_size,), generator=draw)
-        shift = self.config.shifts[run.phase_at(step)[0]]
-        sigma = draw_sigmas(phase.batch_size, draw, shift=shift)
-        return self._assemble(which, rows, phase.num_frames, sigma, draw)
+        index = run.phase_at(step)[0]
+        num_frames, size, shift = phase.num_frames, phase.batch_size, self.config.shifts[index]
+        shares = self.config.image_shares
+        if shares and torch.rand((), generator=draw) < shares[index]:
+            num_frames, size, shift = 1, self.config.image_batch, self.config.shifts[0]
+        rows = torch.randint(counts[which], (size,), generator=draw)
+        sigma = draw_sigmas(size, draw, shift=shift)
+        return self._assemble(which, rows, num_frames, sigma, draw)
 
     def _assemble(
         self, which: int, rows: Tensor, num_frames: int, sigma: Tensor, draw: torch.Generator,
         *, conditions: ConditionMix | None = None, dropout: float | None = None,
     ) -> Batch:
         data = self.data[which]
-        length = 1 + (num_frames - 1) // self.strides.t
+        inside_clip = (
+            num_frames > 1 and conditions is None
+            and torch.rand((), generator=draw) < self.config.window_share
+        )
         chosen = Stills(data.stills.latents[rows].float(), data.stills.frame_index[rows])
         if num_frames == 1:
             pick = torch.randint(3, (len(rows),), generator=draw)
@@ -238,15 +258,18 @@ class DiTTask:
             cover = _single(data.cover, data.still_cover, rows, pick)
             chosen = Stills(chosen.latents[:, :, 2:], chosen.frame_index[:, 2:])
         else:
-            latents, cover = (part[rows, :, :length].float() for part in (data.clips, data.cover))
-            inside = chosen.frame_index[0] < num_frames
-            chosen = Stills(chosen.latents[:, :, inside], chosen.frame_index[:, inside])
+            window = self._window(data.clips.shape[2], num_frames, draw, inside=inside_clip)
+            latents, cover = (part[rows, :, window].float() for part in (data.clips, data.cover))
+            shown = chosen.frame_index[0] < num_frames
+            chosen = Stills(chosen.latents[:, :, shown], chosen.frame_index[:, shown])
+        if inside_clip:
+            conditions = WINDOW
         if conditions is None and torch.rand((), generator=draw) < self.config.still_share:
-            conditions, shown = self.config.still_conditions, chosen
+            conditions, stills = self.config.still_conditions, chosen
         else:
-            conditions, shown = conditions or self.config.conditions, None
+            conditions, stills = conditions or self.config.conditions, None
         state = training_conditions(
-            latents, draw, conditions, self.strides, stills=shown, patch=self.patch
+            latents, draw, conditions, self.strides, stills=stills, patch=self.patch
         )
         seeds = torch.randint(2**31, (len(rows),), generator=draw).tolist()
         scenes = [self.caches[which].scene(row) for row in rows.tolist()]
@@ -263,6 +286,17 @@ class DiTTask:
             ids.to(self.device), mask.to(self.device),
             {name: value.to(self.device) for name, value in labels.items()},
         )
+
+    def _window(
+        self, total: int, num_frames: int, draw: torch.Generator, *, inside: bool
+    ) -> slice:
+        """The latent frames of a clip's first `num_frames`, or as many as fit of its inside."""
+        length = 1 + (num_frames - 1) // self.strides.t
+        if not inside:
+            return slice(0, length)
+        length = min(length, total - 2)
+        first = int(torch.randint(1, total - length + 1, (), generator=draw))
+        return slice(first, first + length)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the velocity where it is to be generated, and the attributes' loss."""
@@ -289,7 +323,13 @@ class DiTTask:
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Velocity error on clips kept aside, text alone, at fixed noise levels and noise."""
         del folder
-        num_frames = self.config.run.phase_at(step - 1)[1].num_frames
+        index, phase = self.config.run.phase_at(step - 1)
+        scores = self._velocity_errors(phase.num_frames)
+        if self.config.image_shares and self.config.image_shares[index] > 0:
+            scores["image_mean"] = self._velocity_errors(1)["velocity_mean"]
+        return scores
+
+    def _velocity_errors(self, num_frames: int) -> dict[str, float]:
         count = self.config.validation_clips
         rows = torch.arange(self.caches[0].num_clips - count, self.caches[0].num_clips)
         scores = {}
