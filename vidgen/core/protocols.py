@@ -5,8 +5,8 @@ Axes: B batch, C latent channels, F latent frames, K key stills, h w latent rows
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -41,11 +41,13 @@ class SamplerState:
         step: steps already taken.
         latents: [B, C, F, h, w] float32 at sigmas[step].
         history: the sampler's own memory of earlier steps, tensors shaped like `latents`.
+        cache: what the model's step cache remembers, by name; samplers leave it empty.
     """
 
     step: int
     latents: Tensor
     history: tuple[Tensor, ...] = ()
+    cache: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,4 +83,31 @@ class Denoise(Protocol):
 
     def __call__(self, latents: Tensor, sigma: Tensor) -> Tensor:
         """Map noisy latents [B, C, F, h, w] at sigma [B] to velocity of the same shape."""
+        ...
+
+
+class StepCache(Protocol):
+    """Tells what a stack of blocks would give from what it gave at earlier steps.
+
+    A transformer runs its first `lead` blocks and asks `recall`. It goes on behind the last block
+    with the answer, or, without one, runs the other blocks and has `keep` hear of their result.
+    Tokens that are handed over must not be changed in place.
+    """
+
+    @property
+    def lead(self) -> int:
+        """How many blocks run before `recall` is asked."""
+        ...
+
+    def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
+        """What would leave the last block, [B, L, D], or None where that has to be computed.
+
+        Args:
+            start: [B, L, D], what entered the first block.
+            tokens: [B, L, D], what left block number `lead`; `start` where that is 0.
+        """
+        ...
+
+    def keep(self, tokens: Tensor) -> None:
+        """Hear what left the last block, [B, L, D], after `recall` gave None."""
         ...

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vidgen.core.errors import InputError
-from vidgen.core.protocols import KeyTokens
+from vidgen.core.protocols import KeyTokens, StepCache
 from vidgen.models.dit_blocks import (
     Axis,
     Block,
@@ -34,10 +34,12 @@ from vidgen.models.dit_control import ControlBlock, control_scales
 from vidgen.models.dit_init import init_dit
 from vidgen.models.dit_inputs import (
     AudioTokens,
+    CachedStack,
     Context,
     KVCache,
     Layout,
     Stream,
+    check_inputs,
     collapse_padding,
     embed_times,
     lay_out,
@@ -248,6 +250,7 @@ class SpacetimeDiT(nn.Module):
         cache: KVCache | None = None,
         control: Tensor | None = None,
         control_scale: float | Sequence[float] = 1.0,
+        step_cache: StepCache | None = None,
     ) -> Tensor | AudioVideo:
         """Predict the velocity of noisy latents.
 
@@ -267,6 +270,7 @@ class SpacetimeDiT(nn.Module):
             control: [B, control_channels, F, h, w] that steers a model with `control_layers`;
                 None: it runs without their blocks.
             control_scale: strength of the control, one for all control layers or one for each.
+            step_cache: may spare blocks at this step; doesn't go with `cache`.
 
         Returns:
             Velocity [B, out_channels, F, h, w] in the latents' dtype; with `audio` both.
@@ -274,18 +278,26 @@ class SpacetimeDiT(nn.Module):
         Raises:
             InputError: for shapes and options that this model can't take.
         """
-        self._check(latents, timestep, image_context, extra, audio, cache)
+        if cache is not None:
+            self.require_pattern("causal")
+        check_inputs(
+            self.config, latents, timestep, image_context, extra, audio, cache, step_cache
+        )
         scales = control_scales(self.config, latents, extra, control, control_scale)
         F_, (h, w) = latents.shape[2], (s // self.config.patch_size for s in latents.shape[3:])
         streams, rope = self._embed(latents, timestep, extra, positions, audio, cache, h, w)
         layout = lay_out(self.config, F_, extra, audio, cache, h * w, latents.device)
         text = self._context(context, context_lengths, image_context)
         hints = self._hints(control, streams[0], rope, layout, text)
+        stack = CachedStack(step_cache, streams)
         for i, block in enumerate(self.blocks):
+            if stack.recalls(i, streams):
+                break
             streams = self._run(block, streams, rope, layout, text, cache, i)
             if i in scales:
                 [(x, time)] = streams
                 streams = [Stream(x.add(next(hints).to(x.dtype), alpha=scales[i]), time)]
+        streams = stack.leave(streams)
         if cache is not None:
             cache.advance(F_, 0 if extra is None else extra.num_keys)
         with torch.autocast(latents.device.type, enabled=False):
@@ -295,43 +307,6 @@ class SpacetimeDiT(nn.Module):
                 return video
             sound = self.head(streams[1], self.head.audio_proj).transpose(1, 2)
         return AudioVideo(video, sound.to(audio.latents.dtype))
-
-    def _check(
-        self, latents: Tensor, timestep: Tensor, image_context: Tensor | None,
-        extra: KeyTokens | None, audio: AudioTokens | None, cache: KVCache | None,
-    ) -> None:
-        config, p = self.config, self.config.patch_size
-        batch, channels, frames, h, w = latents.shape
-        if channels != config.in_channels:
-            raise InputError(f"latents have {channels} channels, not {config.in_channels}")
-        if h % p or w % p:
-            raise InputError(f"latents of {h}x{w} don't divide into patches of {p}x{p}")
-        allowed = [(batch,), (batch, frames), (batch, frames, h // p, w // p)]
-        if tuple(timestep.shape) not in allowed:
-            raise InputError(f"timestep has shape {tuple(timestep.shape)}; it may have {allowed}")
-        if (image_context is None) != (config.image_dim is None):
-            raise InputError(
-                "this model needs image_context"
-                if config.image_dim
-                else "image_context was given to a model without image_dim"
-            )
-        rows = None if image_context is None else image_context.shape[1]
-        if config.image_positions not in (None, rows):
-            raise InputError(
-                f"image_context has {rows} rows; this model takes {config.image_positions}, those "
-                "of the first picture and then of the last"
-            )
-        if audio is not None and config.audio is None:
-            raise InputError("audio was given to a model without the audio modality")
-        if cache is not None:
-            self.require_pattern("causal")
-            if cache.num_frames % config.causal_frames:
-                raise InputError(
-                    f"the cache holds {cache.num_frames} frames, no multiple of the "
-                    f"{config.causal_frames} that see each other"
-                )
-            if extra is not None and (cache.num_frames or extra.valid is not None):
-                raise InputError("stills join a cached roll-out with its first frames, all valid")
 
     def _hints(
         self, control: Tensor | None, video: Stream, rope: Tensor, layout: Layout, text: Context

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vidgen.core.errors import InputError
-from vidgen.core.protocols import KeyTokens
+from vidgen.core.protocols import KeyTokens, StepCache
 
 if TYPE_CHECKING:
     from vidgen.models.dit import DiTConfig
@@ -113,6 +113,87 @@ class KVCache:
         if self.recording:
             self._layers[layer] = (k.detach(), v.detach())
         return k, v
+
+
+class CachedStack:
+    """The blocks of one forward pass under a step cache; without one it does nothing."""
+
+    def __init__(self, step_cache: StepCache | None, streams: Sequence[Stream]) -> None:
+        self._cache = step_cache
+        self._start = None if step_cache is None else _joined(streams)
+        self._known: Tensor | None = None
+
+    def recalls(self, layer: int, streams: Sequence[Stream]) -> bool:
+        """Whether block `layer` and those behind it needn't run."""
+        if self._cache is None or self._start is None or layer != self._cache.lead:
+            return False
+        now = self._start if layer == 0 else _joined(streams)
+        self._known = self._cache.recall(self._start, now)
+        return self._known is not None
+
+    def leave(self, streams: list[Stream]) -> list[Stream]:
+        """What leaves the last block: `streams`, or what was recalled."""
+        if self._cache is None:
+            return streams
+        if self._known is None:
+            self._cache.keep(_joined(streams))
+            return streams
+        parts = self._known.split([stream.tokens.shape[1] for stream in streams], dim=1)
+        return [Stream(part, stream.time) for part, stream in zip(parts, streams, strict=True)]
+
+
+def _joined(streams: Sequence[Stream]) -> Tensor:
+    """Tokens of all modalities behind each other, [B, L, D]."""
+    if len(streams) == 1:
+        return streams[0].tokens
+    return torch.cat([stream.tokens for stream in streams], dim=1)
+
+
+def check_inputs(
+    config: DiTConfig, latents: Tensor, timestep: Tensor, image_context: Tensor | None,
+    extra: KeyTokens | None, audio: AudioTokens | None, cache: KVCache | None,
+    step_cache: StepCache | None,
+) -> None:
+    """Refuse what a model can't take.
+
+    Raises:
+        InputError: a shape or an option, and what would do.
+    """
+    p = config.patch_size
+    batch, channels, frames, h, w = latents.shape
+    if channels != config.in_channels:
+        raise InputError(f"latents have {channels} channels, not {config.in_channels}")
+    if h % p or w % p:
+        raise InputError(f"latents of {h}x{w} don't divide into patches of {p}x{p}")
+    allowed = [(batch,), (batch, frames), (batch, frames, h // p, w // p)]
+    if tuple(timestep.shape) not in allowed:
+        raise InputError(f"timestep has shape {tuple(timestep.shape)}; it may have {allowed}")
+    if (image_context is None) != (config.image_dim is None):
+        raise InputError(
+            "this model needs image_context"
+            if config.image_dim
+            else "image_context was given to a model without image_dim"
+        )
+    rows = None if image_context is None else image_context.shape[1]
+    if config.image_positions not in (None, rows):
+        raise InputError(
+            f"image_context has {rows} rows; this model takes {config.image_positions}, those "
+            "of the first picture and then of the last"
+        )
+    if audio is not None and config.audio is None:
+        raise InputError("audio was given to a model without the audio modality")
+    if cache is None:
+        return
+    if step_cache is not None:
+        raise InputError("a step cache leaves blocks out, whose keys and values a roll-out with a "
+                         "KVCache needs; give one of them")
+    if cache.num_frames % config.causal_frames:
+        raise InputError(
+            f"the cache holds {cache.num_frames} frames, no multiple of the "
+            f"{config.causal_frames} that see each other"
+        )
+    if extra is not None and (cache.num_frames or extra.valid is not None):
+        raise InputError("stills join a cached roll-out with its first frames, all valid")
 
 
 def runs_of_time(times: Tensor, num_frames: int, num_stills: int) -> Tensor:
