@@ -44,8 +44,10 @@ from vidgen.models.dit_inputs import (
     embed_times,
     lay_out,
     runs_of_time,
+    spread_tokens,
 )
 from vidgen.ops.attention import Backend, require_backend
+from vidgen.ops.parallel import Ranks
 from vidgen.ops.patchify import patchify_latents, unpatchify_latents
 from vidgen.ops.rope import rope_table
 
@@ -236,7 +238,7 @@ class SpacetimeDiT(nn.Module):
                 f"with {self.config.pattern!r}; use that, or weights trained with {pattern!r}"
             )
 
-    def forward(
+    def forward(  # noqa: PLR0913
         self,
         latents: Tensor,
         timestep: Tensor,
@@ -251,6 +253,7 @@ class SpacetimeDiT(nn.Module):
         control: Tensor | None = None,
         control_scale: float | Sequence[float] = 1.0,
         step_cache: StepCache | None = None,
+        ranks: Ranks | None = None,
     ) -> Tensor | AudioVideo:
         """Predict the velocity of noisy latents.
 
@@ -271,6 +274,8 @@ class SpacetimeDiT(nn.Module):
                 None: it runs without their blocks.
             control_scale: strength of the control, one for all control layers or one for each.
             step_cache: may spare blocks at this step; doesn't go with `cache`.
+            ranks: processes that call this together, each for its stretch of the tokens; all give
+                the same and get the same. A step cache must decide alike on all of them.
 
         Returns:
             Velocity [B, out_channels, F, h, w] in the latents' dtype; with `audio` both.
@@ -287,6 +292,7 @@ class SpacetimeDiT(nn.Module):
         F_, (h, w) = latents.shape[2], (s // self.config.patch_size for s in latents.shape[3:])
         streams, rope = self._embed(latents, timestep, extra, positions, audio, cache, h, w)
         layout = lay_out(self.config, F_, extra, audio, cache, h * w, latents.device)
+        streams, rope, layout = spread_tokens(streams, rope, layout, ranks)
         text = self._context(context, context_lengths, image_context)
         hints = self._hints(control, streams[0], rope, layout, text)
         stack = CachedStack(step_cache, streams)
@@ -301,11 +307,11 @@ class SpacetimeDiT(nn.Module):
         if cache is not None:
             cache.advance(F_, 0 if extra is None else extra.num_keys)
         with torch.autocast(latents.device.type, enabled=False):
-            patches = self.head(streams[0], self.head.proj)[:, : F_ * h * w]
+            patches = layout.whole(self.head(streams[0], self.head.proj), 0)[:, : F_ * h * w]
             video = unpatchify_latents(patches, self.config.patch_size, h, w).to(latents.dtype)
             if audio is None:
                 return video
-            sound = self.head(streams[1], self.head.audio_proj).transpose(1, 2)
+            sound = layout.whole(self.head(streams[1], self.head.audio_proj), 1).transpose(1, 2)
         return AudioVideo(video, sound.to(audio.latents.dtype))
 
     def _hints(
@@ -315,7 +321,8 @@ class SpacetimeDiT(nn.Module):
         if control is None:
             return
         with torch.autocast(control.device.type, enabled=False):
-            tokens = self.control_embed(patchify_latents(control, self.config.patch_size))
+            patches = patchify_latents(control, self.config.patch_size)
+            tokens = layout.own(self.control_embed(patches))
         for block in self.control_blocks:
             hint, tokens = self._run(block, tokens, video, rope, layout, text)
             yield hint

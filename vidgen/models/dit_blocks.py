@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from vidgen.models.dit_inputs import Context, KVCache, Layout, Stream
 from vidgen.ops.attention import Backend, attention
 from vidgen.ops.norm import layer_norm, modulated_norm
+from vidgen.ops.parallel import ulysses_attention
 from vidgen.ops.rope import normed_heads
 
 Axis = Literal["all", "space", "time"]
@@ -140,12 +141,19 @@ class SelfAttention(nn.Module):
         """Mix tokens x [B, L, D]; rope [B or 1, L, d/2]; `cache` goes with axis "all"."""
         q, k = self.norm_q(self.q(x), rope), self.norm_k(self.k(x), rope)
         v = _heads(self.v(x), self.num_heads)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-        q, k, v = (_split(part, layout, axis) for part in (q, k, v))
-        bias = None if axis == "space" else layout.bias
-        mixed = attention(q, k, v, bias=bias, backend=self.backend)
-        return self.out(_join(mixed, layout, axis).transpose(1, 2).flatten(-2))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if cache is not None:
+                k, v = cache.extend(layer, k, v)
+            q, k, v = (_split(part, layout, axis) for part in (q, k, v))
+            bias = None if axis == "space" else layout.bias
+            return _join(attention(q, k, v, bias=bias, backend=self.backend), layout, axis)
+
+        if layout.spread is None:
+            mixed = attend(q, k, v)
+        else:
+            mixed = ulysses_attention(attend, q, k, v, layout.spread)
+        return self.out(mixed.transpose(1, 2).flatten(-2))
 
 
 def _split(x: Tensor, layout: Layout, axis: Axis) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens, StepCache
+from vidgen.ops.parallel import Ranks, Spread
 
 if TYPE_CHECKING:
     from vidgen.models.dit import DiTConfig
@@ -62,6 +63,20 @@ class TimeVectors:
             parts = [F.embedding(self.index, part) for part in parts]
         return [part.unsqueeze(2) for part in parts]
 
+    def of_rank(self, spread: Spread, run: int) -> TimeVectors:
+        """Those of the tokens that this rank holds of a run, each with a row of its own."""
+        if self.index is not None:
+            return TimeVectors(self.head, self.block, spread.split(self.index))
+        batch, groups = self.head.shape[:2]
+        if groups == 1:
+            return self
+        length = spread.lengths[run]
+        token = torch.arange(length, device=self.head.device) // (length // groups)
+        sample = torch.arange(batch, device=token.device)[:, None] * groups
+        return TimeVectors(
+            self.head.flatten(0, 1), self.block.flatten(0, 1), spread.split(sample + token)
+        )
+
 
 class Stream(NamedTuple):
     """Tokens [B, L, D] of one modality and their time vectors."""
@@ -79,11 +94,23 @@ class Context(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where self-attention's tokens lie: F * N of frames come first; and the bias to add."""
+    """Where self-attention's tokens lie: F * N of frames come first; and the bias to add.
+
+    With `spread` they lie over several ranks, which meet in self-attention alone.
+    """
 
     num_frames: int
     frame_tokens: int
     bias: Tensor | None
+    spread: Spread | None = None
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's stretch [B, l, ...] of a run of tokens [B, L, ...]."""
+        return x if self.spread is None else self.spread.split(x)
+
+    def whole(self, x: Tensor, run: int) -> Tensor:
+        """All tokens [B, L, ...] of a run of which ranks have stretches [B, l, ...]."""
+        return x if self.spread is None else self.spread.gather(x, run)
 
 
 class KVCache:
@@ -288,6 +315,21 @@ def visible_frames(
     looking, seen = visible.shape[1:]
     itself = torch.eye(looking, dtype=torch.bool, device=device)
     return visible & valid | F.pad(itself, (seen - looking, 0))
+
+
+def spread_tokens(
+    streams: Sequence[Stream], rope: Tensor, layout: Layout, ranks: Ranks | None
+) -> tuple[list[Stream], Tensor, Layout]:
+    """This rank's stretches of all streams, their rotations, and the layout that says so."""
+    if ranks is None:
+        return [*streams], rope, layout
+    spread = Spread(ranks, [stream.tokens.shape[1] for stream in streams])
+    own = [
+        Stream(spread.split(tokens), time.of_rank(spread, run))
+        for run, (tokens, time) in enumerate(streams)
+    ]
+    turns = [spread.split(part) for part in rope.split(spread.lengths, dim=1)]
+    return own, torch.cat(turns, dim=1), layout._replace(spread=spread)
 
 
 def collapse_padding(

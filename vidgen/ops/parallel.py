@@ -1,0 +1,196 @@
+"""One sequence over several processes: DeepSpeed-Ulysses (Jacobs et al. 2023, section 3).
+
+Each rank holds a stretch of the tokens with all heads. For attention ranks exchange, so that each
+holds all tokens of some heads, and exchange back. Tokens that don't divide are filled up with
+zeros, which are cut off before attention sees them; heads likewise.
+
+All of it is differentiable. A weight that works on a stretch gets that stretch's share of the
+gradient: sum it over the ranks. What is outside `split` and `gather` is the same on every rank, and
+so is its gradient.
+
+Axes: B batch, H heads, h heads of one rank, L tokens, l tokens of one rank, d head width, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class Ranks:
+    """Processes that hold one sequence together; all of them make this object at the same time.
+
+    Args:
+        group: of torch.distributed; None: all processes.
+        device: where the tensors are that they exchange.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.has_all_to_all = self._probe(device)
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """Give part i of x [R, ...] to rank i; part i of the result is what rank i gave."""
+        out: Tensor = _Exchange.apply(x, self)
+        return out
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """All ranks' tensors of this shape behind each other, the same on every rank."""
+        out: Tensor = _Gather.apply(x, self, dim)
+        return out
+
+    def split(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's stretch of what all ranks hold alike; the axis must divide by R."""
+        out: Tensor = _Split.apply(x, self, dim)
+        return out
+
+    def _probe(self, device: torch.device | str) -> bool:
+        """Whether the back end has an all-to-all of its own."""
+        try:
+            sent = torch.zeros(self.size, 1, dtype=torch.uint8, device=device)
+            dist.all_to_all_single(torch.empty_like(sent), sent, group=self.group)
+        except (RuntimeError, NotImplementedError, ValueError):
+            return False
+        return True
+
+    def _exchanged(self, x: Tensor) -> Tensor:
+        # as bytes: whatever the dtype is, it is only moved
+        sent = x.contiguous().view(self.size, -1).view(torch.uint8)
+        if self.has_all_to_all:
+            out = torch.empty_like(sent)
+            dist.all_to_all_single(out, sent, group=self.group)
+        else:
+            out = self._gathered(sent)[:, self.rank].contiguous()
+        return out.view(x.dtype).view(x.shape)
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        """All ranks' tensors, [R, ...]."""
+        sent = x.contiguous().view(-1).view(torch.uint8)
+        parts = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(parts, sent, group=self.group)
+        return torch.stack(parts).view(x.dtype).view(self.size, *x.shape)
+
+    def _own(self, x: Tensor, dim: int) -> Tensor:
+        length = x.shape[dim] // self.size
+        return x.narrow(dim, self.rank * length, length).contiguous()
+
+    def _joined(self, x: Tensor, dim: int) -> Tensor:
+        return torch.cat(self._gathered(x).unbind(), dim=dim)
+
+
+class _Exchange(torch.autograd.Function):
+    """An exchange is its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks._exchanged(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks._exchanged(grads[0]), None
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank goes on with the same whole, so each one's gradient is its own stretch of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, dim: int) -> Tensor:
+        ctx.ranks, ctx.dim = ranks, dim
+        return ranks._joined(x, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks._own(grads[0], ctx.dim), None, None
+
+
+class _Split(torch.autograd.Function):
+    """The transpose of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, dim: int) -> Tensor:
+        ctx.ranks, ctx.dim = ranks, dim
+        return ranks._own(x, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks._joined(grads[0], ctx.dim), None, None
+
+
+class Spread:
+    """How runs of tokens lie over ranks: each run in equal stretches, the last ones filled up.
+
+    Args:
+        ranks: who holds them.
+        lengths: tokens of each run (video, sound), which attention sees in this order.
+    """
+
+    def __init__(self, ranks: Ranks, lengths: Sequence[int]) -> None:
+        self.ranks, self.lengths = ranks, tuple(lengths)
+        self.shares = tuple(-(-length // ranks.size) for length in lengths)
+        """Tokens of each run that one rank holds, fillings included."""
+
+    def split(self, x: Tensor) -> Tensor:
+        """This rank's stretch [B, l, ...] of a run [B, L, ...]."""
+        return self.ranks.split(_filled(x, 1, self.ranks.size), 1)
+
+    def gather(self, x: Tensor, run: int = 0) -> Tensor:
+        """A whole run [B, L, ...] of all ranks' stretches [B, l, ...]."""
+        return self.ranks.gather(x, 1)[:, : self.lengths[run]]
+
+    def to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """From all heads of this rank's tokens, [B, H, l, d], to all tokens of its heads."""
+        size = self.ranks.size
+        parts = torch.stack([_filled(x, 1, size) for x in (q, k, v)])
+        parts = parts.unflatten(2, (size, -1)).movedim(2, 0)  # [R, 3, B, h, l, d]
+        parts = self.ranks.exchange(parts).movedim(0, 3)  # [3, B, h, R, l, d]
+        runs = parts.split(self.shares, dim=4)
+        whole = [run.flatten(3, 4)[:, :, :, :n] for run, n in zip(runs, self.lengths, strict=True)]
+        return (whole[0] if len(whole) == 1 else torch.cat(whole, dim=3)).unbind()
+
+    def to_tokens(self, x: Tensor, num_heads: int) -> Tensor:
+        """From all tokens of this rank's heads, [B, h, L, d], to its tokens, [B, H, l, d]."""
+        size = self.ranks.size
+        runs = x.split(self.lengths, dim=2)
+        parts = [_filled(run, 2, size).unflatten(2, (size, -1)) for run in runs]
+        whole = torch.cat(parts, dim=3).movedim(2, 0)  # [R, B, h, l, d]
+        return self.ranks.exchange(whole).movedim(0, 1).flatten(1, 2)[:, :num_heads]
+
+
+def ulysses_attention(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor,
+    spread: Spread,
+) -> Tensor:
+    """Attention over all ranks' tokens.
+
+    Args:
+        attend: maps q, k, v [B, h, L, d] of all tokens and some heads to the mixed [B, h, L, d].
+        q: [B, H, l, d], of this rank's tokens.
+        k: like q.
+        v: like q.
+        spread: where the tokens lie.
+
+    Returns:
+        [B, H, l, d].
+    """
+    return spread.to_tokens(attend(*spread.to_heads(q, k, v)), q.shape[1])
+
+
+def _filled(x: Tensor, dim: int, multiple: int) -> Tensor:
+    """Zeros behind x along an axis, up to a multiple."""
+    missing = -x.shape[dim] % multiple
+    if not missing:
+        return x
+    return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing))
