@@ -19,6 +19,7 @@ from vidgen.core.errors import Cancelled, InputError, OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media import write
 from vidgen.media.clip import Clip
+from vidgen.media.read import read_recipe
 from vidgen.pipeline import job, journal
 from vidgen.pipeline.job import job_facts, job_folder, read_job, read_segment, segment_path
 from vidgen.pipeline.journal import Journal
@@ -41,13 +42,19 @@ def one_window(engine: Engine) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def straight(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Packets of the clip made without a stop, in segments of 16 frames."""
+def straight_file(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clip made without a stop, in segments of 16 frames."""
     path = tmp_path_factory.mktemp("straight") / "x.mp4"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(write, "SEGMENT", 16)
         engine.generate(PROMPT, **LONG).save(path)
-    return content(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight(straight_file: Path) -> bytes:
+    """Its frames."""
+    return content(straight_file)
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +142,7 @@ def test_conditions_are_the_same_after_a_stop(engine, out):
 
 
 @pytest.mark.parametrize("frames", [0, 10, 14, 32])
-def test_stopped_while_it_is_written(engine, out, straight, monkeypatch, frames):
+def test_stopped_while_it_is_written(engine, out, straight, straight_file, monkeypatch, frames):
     """Kept segments are neither decoded nor encoded again, and the sampler doesn't run."""
     clip = go(engine, out, resume=False)
 
@@ -153,13 +160,14 @@ def test_stopped_while_it_is_written(engine, out, straight, monkeypatch, frames)
     first: list[int] = []
     go(engine, out).save(out, on_frames=first.append)
     assert content(out) == straight
+    assert read_recipe(out)["checks"] == read_recipe(straight_file)["checks"]
     assert sampled == []
     assert decoded[0][0][1] == sum(kept)
     assert sum(kept) < first[0] <= sum(kept) + 4
     assert not job_folder(out).exists()
 
 
-def test_stopped_at_the_mux(engine, out, straight, monkeypatch):
+def test_stopped_at_the_mux(engine, out, straight, straight_file, monkeypatch):
     clip = go(engine, out, resume=False)
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "close", Journal.pause)
@@ -170,6 +178,7 @@ def test_stopped_at_the_mux(engine, out, straight, monkeypatch):
     go(engine, out).save(out, on_frames=decoded.append)
     assert decoded == []
     assert content(out) == straight
+    assert read_recipe(out)["checks"] == read_recipe(straight_file)["checks"]
 
 
 def test_killed_after_the_file_and_before_the_end_is_done(engine, out, monkeypatch):

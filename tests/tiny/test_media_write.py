@@ -7,12 +7,15 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import PIL
 import pytest
 import torch
 
 from vidgen.core.errors import InputError, OutputError
 from vidgen.media.clip import Clip
+from vidgen.media.encode import Spool
 from vidgen.media.read import probe, read_recipe
+from vidgen.media.stills import still_encoder
 from vidgen.media.write import SEGMENT, ClipInfo, check_format, write_clip
 
 RECIPE = {
@@ -63,7 +66,8 @@ def test_each_format_keeps_frames_rate_and_recipe(tmp_path, suffix, floor):
     assert abs(clip.fps - 12) < (0.05 if suffix in (".gif", ".webp", ".apng") else 1e-9)
     assert psnr(clip.frames, frames) >= floor or np.array_equal(clip.frames, frames)
     encoder = clip.recipe.pop("encoder", None)
-    assert (encoder is not None) == (suffix in (".mp4", ".mov", ".webm", ".mkv"))
+    assert encoder["codec"] == {".mp4": "libx264", ".mov": "libx264", ".webm": "libvpx-vp9",
+                                ".mkv": "ffv1", ".apng": "png"}.get(suffix, suffix[1:])
     assert clip.recipe == RECIPE
     assert clip.sound is None
     assert names(tmp_path) == [f"clip{suffix}"]
@@ -74,6 +78,9 @@ def test_one_frame_becomes_a_picture_with_its_recipe(tmp_path, name, floor):
     frames = moving_bars(1)
     clip = Clip.from_file(write(tmp_path / name, frames, recipe=RECIPE))
     assert psnr(clip.frames, frames) >= floor or np.array_equal(clip.frames, frames)
+    encoder = clip.recipe.pop("encoder")
+    assert encoder["options"] == ({} if name == "x.png" else {"quality": 95, "subsampling": 0})
+    assert encoder["pillow"] == PIL.__version__
     assert clip.recipe == RECIPE
 
 
@@ -83,7 +90,7 @@ def test_a_name_with_a_slash_becomes_a_folder_of_pngs(tmp_path):
     folder = tmp_path / "shots"
     assert names(folder) == ["00000.png", "00001.png", "00002.png", "recipe.json"]
     assert np.array_equal(Clip.from_file(folder / "00002.png").frames[0], frames[2])
-    assert read_recipe(folder) == RECIPE
+    assert read_recipe(folder) == RECIPE | {"encoder": still_encoder("/")}
     with pytest.raises(OutputError, match="exists"):
         write(f"{tmp_path}/shots/", frames)
 
@@ -352,3 +359,27 @@ def test_a_short_last_segment_keeps_the_rate(tmp_path, more):
         times = [packet.dts for packet in container.demux(stream) if packet.dts is not None]
     assert len(set(np.diff(times))) == 1
     assert (Clip.from_file(path).frames.shape) == frames.shape
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".gif", ".webp", ".apng", "/"])
+def test_the_recipe_tells_what_the_checks_found_up_to_the_last_frame(tmp_path, suffix):
+    frames = moving_bars(40)
+    frames[-3:] = 0
+    info = ClipInfo(Fraction(12), (64, 48), 40, recipe=RECIPE)
+    clip = Clip(lambda: iter([frames[:30], frames[30:]]), info)
+    path = clip.save(f"{tmp_path}/x{suffix}")
+    (found,) = read_recipe(path)["checks"]["findings"]
+    assert (found["kind"], found["time_s"]) == ("black", [round(37 / 12, 3), round(40 / 12, 3)])
+    assert read_recipe(path)["checks"]["verdict"] == "warning"
+    assert [finding.kind for finding in clip.findings] == ["black"]
+    if suffix != "/":
+        assert Clip.from_file(path).findings == clip.findings
+
+
+def test_what_memory_does_not_hold_lies_in_a_file_without_a_name(tmp_path, monkeypatch):
+    frames = moving_bars(70)
+    whole = write(tmp_path / "whole.mkv", frames)
+    monkeypatch.setattr(Spool, "IN_MEMORY", 1000)
+    rolled = write(tmp_path / "rolled.mkv", frames)
+    assert rolled.read_bytes() == whole.read_bytes()
+    assert names(tmp_path) == ["rolled.mkv", "whole.mkv"]

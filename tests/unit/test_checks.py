@@ -1,6 +1,7 @@
 """Every check on plain pictures: found above its limit, silent below, and on what is meant."""
 
 import importlib.util
+import json
 import tracemalloc
 from dataclasses import replace
 from fractions import Fraction
@@ -10,15 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vidgen.core.errors import InputError
 from vidgen.media.checks import (
     ClipChecker,
     as_data,
     check_file,
     check_length,
     check_sound,
+    recorded,
     set_aside,
     verdict,
-    watched,
 )
 from vidgen.media.likeness import psnr, ssim
 from vidgen.media.write import ClipInfo, write_clip
@@ -213,9 +215,35 @@ def test_the_first_frame_is_held_against_the_picture_given():
 def test_chunks_of_any_size_give_the_same_findings():
     frames = planted.drift(planted.spike(clip("pan"), 0.2), 0.2)
     checker = ClipChecker(ClipInfo(FPS, (96, 72), len(frames)))
-    for chunk in watched((f[None] for f in frames), checker):
-        assert len(chunk) == 1
-    assert checker.finish() == findings(frames)
+    for frame in frames:
+        checker.feed(frame[None])
+    assert checker.findings == findings(frames)
+    assert recorded(json.loads(json.dumps(checker.report()))) == checker.findings
+
+
+@pytest.mark.parametrize("stop", [1, 13, 15, 20, 28, 29])
+def test_checks_that_are_stopped_go_on_from_their_snapshot(stop):
+    """A fault that begins on one side of the stop and ends on the other is one fault still."""
+    frames = planted.frozen(planted.drift(planted.spike(clip("pan"), 0.2), 0.2), 8)
+    frames[24:] = planted.flash(frames[24:], 0.8)
+    info = ClipInfo(FPS, (96, 72), len(frames))
+    before, after = ClipChecker(info, frames[0]), ClipChecker(info, 255 - frames[0])
+    before.feed(frames[:stop])
+    arrays, state = before.snapshot()
+    before.feed(frames[stop : stop + 2])  # what was kept doesn't change any more
+    after.restore((arrays, json.loads(json.dumps(state))))
+    after.feed(frames[stop:])
+    assert after.findings == findings(frames, frames[0])
+    assert len(after.findings) >= 3
+
+
+def test_a_damaged_snapshot_is_refused():
+    checker = ClipChecker(ClipInfo(FPS, (96, 72), 0))
+    checker.feed(clip("pan")[:3])
+    arrays, state = checker.snapshot()
+    for damaged in (({}, state), (arrays, {"class": "Clip", "fields": {}}), (arrays, 3)):
+        with pytest.raises(InputError, match="is damaged"):
+            checker.restore(damaged)
 
 
 def test_lengths_rates_and_counts():

@@ -45,7 +45,11 @@ class Look:
 
 
 class Looker:
-    """Looks at frames of one size in order, at a cost that hardly grows with the size."""
+    """Looks at frames of one size in order, at a cost that hardly grows with the size.
+
+    Attributes:
+        before: [h, w] the grey of the frame before, None at the first.
+    """
 
     def __init__(self, height: int, width: int) -> None:
         self.stride = max(1, round((height * width / _NUM_PIXELS) ** 0.5))
@@ -53,15 +57,15 @@ class Looker:
         side = (rows * columns / _NUM_CELLS) ** 0.5
         self._down = _means(max(2, round(rows / side)), rows)
         self._across = _means(max(2, round(columns / side)), columns)
-        self._before: Array | None = None
+        self.before: Array | None = None
 
     def look(self, frame: Frames) -> Look:
         """Look at a frame, uint8 [H, W, 3]."""
         step = self.stride
         pixels = frame[::step, ::step].transpose(2, 0, 1).astype(np.float32, order="C")
         grey: Array = np.tensordot(LUMA, pixels, 1).astype(np.float32, copy=False)
-        moved = None if self._before is None else self._pool(np.abs(grey - self._before))
-        self._before = grey
+        moved = None if self.before is None else self._pool(np.abs(grey - self.before))
+        self.before = grey
         color = self._pool(pixels).transpose(1, 2, 0)
         green = pixels[1] - pixels[1].mean()
         variance = float(np.dot(green.ravel(), green.ravel())) / green.size

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from vidgen.media.cells import Array, Look, Looker
-from vidgen.media.encode import Frames, Samples
+from vidgen.media.encode import Frames, Samples, Snapshot
 from vidgen.media.likeness import psnr, ssim
 from vidgen.media.read import (
     PICTURE_SUFFIXES,
@@ -30,6 +31,7 @@ from vidgen.media.read import (
     read_recipe,
     read_sound,
 )
+from vidgen.media.snapshot import pack, unpack
 from vidgen.media.trackers import Drifts, Flashes, Freezes, Runs, Span, Spikes
 from vidgen.media.write import ClipInfo
 
@@ -71,6 +73,10 @@ SILENCE_DB = -60.0
 """Level of the loudest tenth of a second: room noise is louder."""
 CLIPPING, CLIPPING_FAULT = 0.001, 0.01
 """Share of samples that stand at full scale, three or more in a row."""
+
+
+_STATE = ("num_frames", "_flat", "_flashes", "_spikes", "_freezes", "_drifts", "_likeness",
+          "_began", "_left")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,16 +125,20 @@ def as_data(findings: Iterable[Finding]) -> dict[str, Any]:
     return {"verdict": verdict(kept), "findings": [asdict(finding) for finding in kept]}
 
 
-def watched(chunks: Iterable[Any], checker: ClipChecker) -> Iterator[Frames]:
-    """Hand chunks on, each checked; `checker.finish()` then tells what was found."""
-    for chunk in chunks:
-        frames = chunk if isinstance(chunk, np.ndarray) else chunk.cpu().numpy()
-        checker.feed(frames)
-        yield frames
+def recorded(recipe: Mapping[str, Any] | None) -> list[Finding] | None:
+    """The findings that a recipe tells of; None where it tells none, or something else."""
+    try:
+        told = (recipe or {})["checks"]["findings"]
+        found = [Finding(**{**each, "time_s": each["time_s"] and tuple(each["time_s"])})
+                 for each in told]
+        verdict(found)
+    except (KeyError, TypeError):
+        return None
+    return found
 
 
 class ClipChecker:
-    """Checks frames as they come.
+    """Checks frames as they come; a `Watch` of the writer's.
 
     Args:
         info: the clip's rate and size, and the length and sound it is to have; 0 frames if that
@@ -155,6 +165,31 @@ class ClipChecker:
         self._likeness: tuple[float, float] | None = None
         self._began: Array | None = None  # the first frame's cells, and how far they were left
         self._left = 0.0
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """What was found; asked for when the last frame has passed."""
+        return self.finish()
+
+    def report(self) -> dict[str, Any]:
+        """The recipe's entry."""
+        return {"checks": as_data(self.findings)}
+
+    def snapshot(self) -> Snapshot:
+        """All that the frames so far have left, of which at least one came."""
+        state = {name: getattr(self, name) for name in _STATE}
+        return pack({**state, "before": self._looker.before})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on behind the frames of a snapshot.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        state = unpack(snapshot)
+        self._looker.before, self._given = state.pop("before", None), None
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def feed(self, chunk: Frames) -> None:
         """Check frames, uint8 [t, H, W, 3]."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from vidgen.media.checks import ClipChecker, Finding, check_file, watched
+from vidgen.media.checks import ClipChecker, Finding, recorded
 from vidgen.media.encode import Frames, Samples, SegmentStore
 from vidgen.media.read import VideoReader, read_recipe, read_sound
 from vidgen.media.write import ClipInfo, write_clip
@@ -58,7 +58,7 @@ class Clip:
         self._source, self.info, self.latents = source, info, latents
         self.journal = journal
         self.first_frame: Frames | None = None  # the picture it was to begin with, for the checks
-        self.findings: list[Finding] | None = None  # what they found while it was saved
+        self.findings: list[Finding] | None = None  # what they found when it was saved
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Clip:
@@ -79,7 +79,9 @@ class Clip:
                 while part := list(islice(frames, _CHUNK)):
                     yield np.stack(part)
 
-        return cls(chunks, info)
+        clip = cls(chunks, info)
+        clip.findings = recorded(info.recipe)
+        return clip
 
     @property
     def fps(self) -> Fraction:
@@ -137,9 +139,9 @@ class Clip:
         """
         name, store = os.fspath(path), self.journal
         if store is None or store.output != Path(path):
-            return self._write(name, 0, overwrite, on_frames)
+            return self._write(name, overwrite, on_frames)
         try:
-            written = self._write(name, store.num_frames, overwrite, on_frames, store=store)
+            written = self._write(name, overwrite, on_frames, store)
         except BaseException:
             store.pause()
             raise
@@ -147,17 +149,17 @@ class Clip:
         return written
 
     def _write(
-        self, name: str, start: int, overwrite: bool, on_frames: Callable[[int], None] | None,
-        **options: Any,
+        self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,
+        store: Keeper | None = None,
     ) -> Path:
-        """Write the frames from `start` on, checking them as they pass."""
+        """Write the frames behind those that are kept, checking them as they pass."""
         checker = ClipChecker(self.info, self.first_frame)
-        chunks = watched(self._chunks(start), checker)
+        chunks = self._chunks(store.num_frames if store else 0)
         written = write_clip(
-            name, chunks, self.info, overwrite=overwrite, on_frames=on_frames, **options
+            name, chunks, self.info, overwrite=overwrite, on_frames=on_frames, store=store,
+            watch=checker,
         )
-        # what an earlier run wrote passes here only in the file
-        self.findings = check_file(written, self.first_frame) if start else checker.finish()
+        self.findings = checker.findings
         return written
 
     def _chunks(self, start: int) -> Iterator[Frames]:

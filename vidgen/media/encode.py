@@ -9,10 +9,14 @@ Axes: t frames, H W rows and columns, N samples.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, islice
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import av
@@ -33,6 +37,9 @@ Samples: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 Encoded: TypeAlias = tuple[bytes, int, int, bool]
 """A packet: bytes, presentation and decoding time in frames of the clip, whether a key frame."""
 
+Snapshot: TypeAlias = tuple[dict[str, np.ndarray[Any, Any]], Any]
+"""What a `Watch` goes on from: arrays by name, and JSON data that names them."""
+
 _SCALING = (
     Interpolation.BICUBIC
     | Interpolation.ACCURATE_RND
@@ -49,10 +56,12 @@ class Segment:
     Attributes:
         num_frames: how many it holds.
         packets: in decoding order.
+        seen: what watches the clip, as it was behind the last frame; or None.
     """
 
     num_frames: int
     packets: tuple[Encoded, ...]
+    seen: Snapshot | None = None
 
 
 class SegmentStore(Protocol):
@@ -67,6 +76,26 @@ class SegmentStore(Protocol):
 
     def keep(self, segment: Segment) -> None:
         """Keep the next one."""
+        ...
+
+
+class Watch(Protocol):
+    """What sees a clip's frames on their way into the file, and adds to its recipe."""
+
+    def feed(self, chunk: Frames) -> None:
+        """See the next frames, uint8 [t, H, W, 3]."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """The state behind the frames so far."""
+        ...
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on behind the frames of a snapshot."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Entries for the recipe, once the last frame has passed."""
         ...
 
 
@@ -118,8 +147,17 @@ class PictureSettings:
         )
 
 
+def watched(chunks: Iterable[Frames], watch: Watch | None) -> Iterator[Frames]:
+    """Frames [H, W, 3] of chunks one by one, each seen on its way."""
+    for chunk in chunks:
+        for frame in chunk:
+            if watch:
+                watch.feed(frame[None])
+            yield frame
+
+
 def encode_picture(
-    chunks: Iterator[Frames],
+    frames: Iterator[Frames],
     settings: PictureSettings,
     size: tuple[int, int],
     fps: Fraction,
@@ -127,12 +165,12 @@ def encode_picture(
     first_segment: int,
     segment: int,
     store: SegmentStore | None = None,
-) -> Iterator[Packet[VideoStream]]:
+    watch: Watch | None = None,
+) -> Iterator[Encoded]:
     """Packets of a stream of frames, in segments.
 
     Args:
-        chunks: uint8 [t, H, W, 3] each, of any t; their borders leave no trace in the output. The
-            first frame is the one behind the store's finished segments.
+        frames: uint8 [H, W, 3] each; the first is the one behind the store's finished segments.
         settings: the encoder's.
         size: (width, height).
         fps: exact frame rate.
@@ -140,26 +178,28 @@ def encode_picture(
             latent frame lacks.
         segment: frames of every further segment, a fixed number of latent frames.
         store: gives the segments that are finished, and keeps the others as they are.
+        watch: sees `frames`; goes on from what it was behind the finished segments.
 
     Yields:
         Packets in decoding order, timed in units of 1 / fps from the clip's start.
     """
     assert min(first_segment, segment) >= 8, "a segment must outlast the encoder's reordering"
-    frames = (frame for chunk in chunks for frame in chunk)
     reformatter = VideoReformatter()
-    start, delay = 0, None
+    start, delay, seen = 0, None, None
     for finished in store.segments() if store else ():
-        yield from _packets_of(finished, 1 / fps)
+        yield from finished.packets
         if delay is None:
             _, pts, dts, _ = finished.packets[0]
             delay = pts - dts
-        start += finished.num_frames
+        start, seen = start + finished.num_frames, finished.seen
+    if watch and seen:
+        watch.restore(seen)
     length = segment if start else first_segment
     for head in frames:
         encoder = cast("VideoCodecContext", av.CodecContext.create(settings.codec, "w"))
         settings.configure(encoder, size, fps)
         encoder.flags |= Flags.global_header
-        count, made = 0, list[Encoded]()
+        count, number, made = 0, 0, list[Encoded]()
         for frame in chain([head], islice(frames, length - 1), [None]):
             picture = None if frame is None else settings.picture(frame, reformatter)
             if picture is not None:
@@ -169,22 +209,56 @@ def encode_picture(
                 pts, dts = cast("tuple[int, int]", (packet.pts, packet.dts))
                 # a short last segment reorders less, but decoding goes on at the same pace
                 delay = pts - dts if delay is None else delay
-                packet.pts, packet.dts = start + pts, start + len(made) - delay
-                packet.duration = 1
-                made.append((bytes(packet) if store else b"", packet.pts, packet.dts,
-                             packet.is_keyframe))
-                yield packet
+                encoded = bytes(packet), start + pts, start + number - delay, packet.is_keyframe
+                number += 1
+                if store:
+                    made.append(encoded)
+                yield encoded
         if store:
-            store.keep(Segment(count, tuple(made)))
+            store.keep(Segment(count, tuple(made), watch.snapshot() if watch else None))
         start, length = start + count, segment
 
 
-def _packets_of(segment: Segment, time_base: Fraction) -> Iterator[Packet[VideoStream]]:
-    for content, pts, dts, is_key in segment.packets:
-        packet = cast("Packet[VideoStream]", av.Packet(content))
-        packet.pts, packet.dts, packet.duration = pts, dts, 1
-        packet.time_base, packet.is_keyframe = time_base, is_key
-        yield packet
+class Spool:
+    """Encoded packets until the file is begun: its head tells what only the last frame shows.
+
+    Up to `IN_MEMORY` bytes lie in memory, more in a file without a name, which goes with the
+    process.
+
+    Args:
+        folder: for that file.
+    """
+
+    IN_MEMORY = 8_000_000
+    _HEAD = struct.Struct("<Qqq?")  # size, times, whether a key frame
+
+    def __init__(self, folder: Path) -> None:
+        self._file = SpooledTemporaryFile(max_size=self.IN_MEMORY, dir=str(folder))  # noqa: SIM115
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, packet: Encoded) -> None:
+        """Put a packet behind the others."""
+        content, pts, dts, is_key = packet
+        self._file.write(self._HEAD.pack(len(content), pts, dts, is_key))
+        self._file.write(content)
+
+    def packets(self, time_base: Fraction) -> Iterator[Packet[VideoStream]]:
+        """The packets, their times in units of `time_base`."""
+        self._file.seek(0)
+        while head := self._file.read(self._HEAD.size):
+            size, pts, dts, is_key = self._HEAD.unpack(head)
+            packet = cast("Packet[VideoStream]", av.Packet(self._file.read(size)))
+            packet.pts, packet.dts, packet.duration = pts, dts, 1
+            packet.time_base, packet.is_keyframe = time_base, is_key
+            yield packet
 
 
 class SoundTrack:

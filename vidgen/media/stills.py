@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import PIL
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -23,9 +24,25 @@ _COM, _APP1 = b"\xff\xfe", b"\xff\xe1"  # JPEG's markers of comments and of XMP
 _SEGMENT_MAX = 65_533
 
 
+_COLORS = 256
+_WEBP = {"quality": 90, "method": 4}
+_JPEG = {"quality": 95, "subsampling": 0}
+_CODECS: dict[str, tuple[str, dict[str, int]]] = {
+    ".gif": ("gif", {"colors": _COLORS}), ".webp": ("webp", _WEBP), ".jpg": ("jpeg", _JPEG),
+    ".jpeg": ("jpeg", _JPEG),
+}
+
+
+def still_encoder(suffix: str) -> dict[str, Any]:
+    """How frames become a file of a suffix, for its recipe."""
+    codec, options = _CODECS.get(suffix, ("png", {}))
+    return {"codec": codec, "options": options, "pillow": PIL.__version__}
+
+
 def write_stills(
-    path: Path, suffix: str, fps: Fraction, num_frames: int, recipe: str | None,
-    chunks: Iterator[Frames], *, xmp: str = "", finish: Callable[[Path], None] | None = None,
+    path: Path, suffix: str, fps: Fraction, num_frames: int, frames: Iterator[Frames],
+    recipe: Callable[[], str | None], *, xmp: str = "",
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an animation, a picture or a folder of pictures, atomically.
 
@@ -34,23 +51,25 @@ def write_stills(
         suffix: one of `STILL_SUFFIXES`.
         fps: rate of an animation, kept on average where the format counts in 1/100 s.
         num_frames: how many frames will come.
-        recipe: text for the metadata.
-        chunks: uint8 [t, H, W, 3] each.
+        frames: uint8 [H, W, 3] each.
+        recipe: gives text for the metadata, once the last frame has come.
         xmp: packet of marks, or "" for none.
         finish: called with a file that is whole but for its name, to sign it.
     """
-    pictures = (Image.fromarray(frame) for chunk in chunks for frame in chunk)
+    pictures = map(Image.fromarray, frames)
     if suffix == "/":
         with atomic_path(path) as folder:
             folder.mkdir()
             for index, picture in enumerate(pictures):
                 picture.save(folder / f"{index:05d}.png", pnginfo=_png_text(None, xmp))
-            if recipe is not None:
-                (folder / RECIPE_FILE).write_text(recipe)
+            text = recipe()
+            if text is not None:
+                (folder / RECIPE_FILE).write_text(text)
         return
     with atomic_path(path) as temporary:
         if suffix in (".jpg", ".jpeg"):
-            temporary.write_bytes(_jpeg(next(pictures), recipe or "", xmp))
+            picture = next(pictures)
+            temporary.write_bytes(_jpeg(picture, recipe() or "", xmp))
         else:
             temporary.write_bytes(_animation(pictures, suffix, fps, num_frames, recipe, xmp))
         if finish:
@@ -68,27 +87,27 @@ def _png_text(recipe: str | None, xmp: str) -> PngInfo:
 
 def _animation(
     pictures: Iterator[Image.Image], suffix: str, fps: Fraction, num_frames: int,
-    recipe: str | None, xmp: str,
+    recipe: Callable[[], str | None], xmp: str,
 ) -> bytes:
     options: dict[str, Any] = {}
+    if suffix == ".gif":
+        pictures = (picture.quantize(_COLORS) for picture in pictures)
+    first, *others = pictures  # Pillow goes through them twice
+    text = recipe()
     unit = 10 if suffix == ".gif" else 1  # milliseconds a format can count in
     ends = [round(i * 1000 / fps / unit) * unit for i in range(num_frames + 1)]
     if num_frames > 1:
         durations = [late - early for early, late in pairwise(ends)]
-        options = {"save_all": True, "duration": durations, "loop": 0}
+        options = {"save_all": True, "duration": durations, "loop": 0, "append_images": others}
     if suffix == ".gif":
-        pictures = (picture.quantize(256) for picture in pictures)
-        options |= {"comment": recipe.encode()} if recipe else {}
+        options |= {"comment": text.encode()} if text else {}
     elif suffix == ".webp":
         exif = Image.Exif()
-        if recipe is not None:
-            exif[ExifTags.Base.ImageDescription] = recipe
-        options |= {"quality": 90, "method": 4, "exif": exif, "xmp": xmp.encode()}
+        if text is not None:
+            exif[ExifTags.Base.ImageDescription] = text
+        options |= {**_WEBP, "exif": exif, "xmp": xmp.encode()}
     else:
-        options["pnginfo"] = _png_text(recipe, xmp)
-    first = next(pictures)
-    if num_frames > 1:
-        options["append_images"] = list(pictures)  # Pillow goes through them twice
+        options["pnginfo"] = _png_text(text, xmp)
     buffer = io.BytesIO()
     kind = {".gif": "GIF", ".webp": "WEBP"}.get(suffix, "PNG")
     first.save(buffer, kind, **options)
@@ -98,7 +117,7 @@ def _animation(
 
 def _jpeg(picture: Image.Image, recipe: str, xmp: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=95, subsampling=0)
+    picture.save(buffer, "JPEG", **_JPEG)
     data, text = buffer.getvalue(), recipe.encode()
     parts = [(_COM, text[i : i + _SEGMENT_MAX]) for i in range(0, len(text), _SEGMENT_MAX)]
     if xmp:

@@ -24,11 +24,14 @@ from vidgen.media.encode import (
     Samples,
     SegmentStore,
     SoundTrack,
+    Spool,
+    Watch,
     encode_picture,
+    watched,
 )
 from vidgen.media.manifest import Signing, seal
 from vidgen.media.provenance import marks_of, stamped, tags, xmp
-from vidgen.media.stills import RECIPE_KEY, STILL_SUFFIXES, write_stills
+from vidgen.media.stills import RECIPE_KEY, STILL_SUFFIXES, still_encoder, write_stills
 
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
@@ -136,6 +139,7 @@ def write_clip(
     on_frames: Callable[[int], None] | None = None,
     store: SegmentStore | None = None,
     signing: Signing | None = None,
+    watch: Watch | None = None,
 ) -> Path:
     """Stream a clip into a file, or a folder of PNGs, that appears when it is whole.
 
@@ -149,6 +153,7 @@ def write_clip(
         store: holds encoded segments of an earlier try, behind which `chunks` begin, and keeps
             further ones; formats without segments use none.
         signing: who signs a clip that has a recipe; None takes the environment's, if it names one.
+        watch: sees every frame; the recipe holds what it then reports.
 
     Returns:
         The path written.
@@ -164,17 +169,11 @@ def write_clip(
         info = replace(info, recipe=stamped(info.recipe))
         signing = signing or Signing.from_environment()
     if suffix in CONTAINERS:
-        encode = partial(_write_container, Path(path), suffix, info, signing, store)
+        encode = partial(_write_container, Path(path), suffix, info, signing, store, watch)
     else:
         if info.sound is not None:
             log.warning("%s holds no sound; the clip's sound is left out", path)
-        encode = partial(write_stills, Path(path), suffix, info.fps, info.num_frames, None)
-        if info.recipe is not None:
-            encode = partial(
-                write_stills, Path(path), suffix, info.fps, info.num_frames,
-                recipe_text(info.recipe), xmp=xmp(marks_of(info.recipe)),
-                finish=partial(seal, suffix=suffix, recipe=info.recipe, signing=signing),
-            )
+        encode = partial(_write_stills, Path(path), suffix, info, signing, watch)
     _encode_in_thread(encode, _counted(chunks, info, on_frames, store.num_frames if store else 0))
     return Path(path)
 
@@ -243,33 +242,61 @@ def _encode_in_thread(
         raise failures[0]
 
 
+def _completed(
+    info: ClipInfo, encoder: dict[str, Any], watch: Watch | None
+) -> dict[str, Any] | None:
+    """The recipe, when the last frame has passed."""
+    found = watch.report() if watch else {}
+    return None if info.recipe is None else {**info.recipe, "encoder": encoder, **found}
+
+
+def _write_stills(
+    path: Path, suffix: str, info: ClipInfo, signing: Signing | None, watch: Watch | None,
+    chunks: Iterator[Frames],
+) -> None:
+    def recipe() -> str | None:
+        completed = _completed(info, still_encoder(suffix), watch)
+        return None if completed is None else recipe_text(completed)
+
+    marks, finish = "", None
+    if info.recipe is not None:
+        marks = xmp(marks_of(info.recipe))
+        finish = partial(seal, suffix=suffix, recipe=info.recipe, signing=signing)
+    frames = watched(chunks, watch)
+    write_stills(path, suffix, info.fps, info.num_frames, frames, recipe, xmp=marks, finish=finish)
+
+
 def _write_container(
     path: Path, suffix: str, info: ClipInfo, signing: Signing | None,
-    store: SegmentStore | None, chunks: Iterator[Frames],
+    store: SegmentStore | None, watch: Watch | None, chunks: Iterator[Frames],
 ) -> None:
     kind = CONTAINERS[suffix]
     picture = kind.picture.fitting(info.size)
     if picture != kind.picture:
         log.warning("%s: the odd size is stored in 4:4:4, which few players know", path)
-    with atomic_path(path) as temporary:
+    first_segment = SEGMENT - (info.stride_t - 1)
+    with atomic_path(path) as temporary, Spool(path.parent) as spool:
         try:
-            _mux(temporary, kind, picture, info, store, chunks)
-            if info.recipe is not None:
-                seal(temporary, suffix, info.recipe, signing)
+            for packet in encode_picture(
+                watched(chunks, watch), picture, info.size, info.fps,
+                first_segment=first_segment, segment=SEGMENT, store=store, watch=watch,
+            ):
+                spool.add(packet)
+            recipe = _completed(info, {**asdict(picture), "segment": SEGMENT}, watch)
+            _mux(temporary, kind, picture, replace(info, recipe=recipe), spool)
+            if recipe is not None:
+                seal(temporary, suffix, recipe, signing)
         except av.FFmpegError as error:
             raise write_error(path, OSError(error.errno, error.strerror), temporary) from error
 
 
 def _mux(
-    path: Path, kind: Container, picture: PictureSettings, info: ClipInfo,
-    store: SegmentStore | None, chunks: Iterator[Frames],
+    path: Path, kind: Container, picture: PictureSettings, info: ClipInfo, spool: Spool
 ) -> None:
-    first_segment = SEGMENT - (info.stride_t - 1)
     with av.open(str(path), "w", format=kind.muxer, options=dict(kind.options)) as container:
         if info.recipe is not None:
-            recipe = {**info.recipe, "encoder": {**asdict(picture), "segment": SEGMENT}}
-            container.metadata.update(tags(marks_of(recipe)))
-            container.metadata[RECIPE_KEY] = recipe_text(recipe)
+            container.metadata.update(tags(marks_of(info.recipe)))
+            container.metadata[RECIPE_KEY] = recipe_text(info.recipe)
         # The stream's own encoder never sees a frame: it gives the header, segments the packets.
         stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
         picture.configure(stream.codec_context, info.size, info.fps)
@@ -277,10 +304,7 @@ def _mux(
         sound = None
         if info.sound is not None and len(info.sound):
             sound = SoundTrack(container, kind.sound, info.sound, info.sound_rate)
-        for packet in encode_picture(
-            chunks, picture, info.size, info.fps, first_segment=first_segment, segment=SEGMENT,
-            store=store,
-        ):
+        for packet in spool.packets(1 / info.fps):
             packet.stream = stream
             if sound:
                 sound.advance(float((packet.dts or 0) / info.fps))

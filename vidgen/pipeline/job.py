@@ -4,7 +4,7 @@
         job.json             the recipe: model, plan, inputs, machine, threads, back ends
         state.safetensors    the sampler between two steps, or its finished latents
         windows/00000 ...    latents of the finished windows of a long clip
-        segments/00000 ...   encoded segments of the picture
+        segments/00000 ...   encoded segments of the picture, and what its checks had seen by then
         lock                 held by the process that works on the clip
 
 How far a job has come is told by which files there are, so no two of them can disagree. Each is
@@ -33,7 +33,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_write
 from vidgen.media.encode import Segment
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SUFFIX = ".vidgen-job"
 JOB, STATE, LOCK = "job.json", "state.safetensors", "lock"
 WINDOWS, SEGMENTS = "windows", "segments"
@@ -221,7 +221,8 @@ def write_segment(path: Path, segment: Segment) -> None:
     rows = [[len(data), pts, dts, key] for data, pts, dts, key in segment.packets]
     content = np.frombuffer(b"".join(data for data, *_ in segment.packets), np.uint8)
     arrays = {"content": content, "packets": np.array(rows, np.int64)}
-    write_arrays(path, arrays, {"num_frames": segment.num_frames})
+    seen, state = segment.seen or ({}, None)
+    write_arrays(path, arrays | seen, {"num_frames": segment.num_frames, "seen": state})
 
 
 def read_segment(path: Path) -> Segment:
@@ -230,12 +231,13 @@ def read_segment(path: Path) -> Segment:
     Raises:
         InputError: damaged.
     """
-    arrays, facts = read_arrays(path)
+    arrays, facts = read_arrays(path, "content", "packets")
     content, packets, start = arrays["content"].tobytes(), [], 0
     for size, pts, dts, key in arrays["packets"].tolist():
         packets.append((content[start : start + size], pts, dts, bool(key)))
         start += size
-    return Segment(facts["num_frames"], tuple(packets))
+    seen = None if facts["seen"] is None else (arrays, facts["seen"])
+    return Segment(facts["num_frames"], tuple(packets), seen)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
