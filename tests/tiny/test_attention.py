@@ -5,6 +5,7 @@ import torch
 
 from vidgen.core.errors import InputError
 from vidgen.ops import attention as module
+from vidgen.ops import native
 from vidgen.ops.attention import attention, require_backend
 from vidgen.ops.rope import normed_heads, rope_table
 
@@ -113,3 +114,47 @@ def test_scores_depend_on_distance_alone_even_at_fractions():
 
     torch.testing.assert_close(score(0.25, 3.0), score(10.25, 13.0), atol=1e-5, rtol=1e-5)
     assert abs(score(0.25, 3.0) - score(0.25, 3.5)) > 1e-3
+
+
+def far_qkv(dtype: torch.dtype, Lq: int, Lk: int, d: int = 64, scale: float = 3.0):
+    """Scores of deviation `scale`, keys and values as views of [B, L, H, d]."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, Lq, 3, d), (2, Lk, 3, d), (2, Lk, 3, d))
+    q, k, v = (torch.randn(s, generator=generator).transpose(1, 2) for s in shapes)
+    return [x.to(dtype) for x in (scale * q, k, v)]
+
+
+def error_of(backend: str, q, k, v, bias=None) -> float:
+    exact = attention(*(x.double() for x in (q, k, v)), bias=bias, backend="sdpa")
+    out = attention(q, k, v, bias=bias, backend=backend)
+    return ((out - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize(("Lq", "Lk"), [(1, 1), (5, 7), (96, 256), (101, 259), (200, 530)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", ["native", "blocked"])
+@torch.no_grad()
+def test_fast_back_ends_keep_to_the_error_of_sdpa(backend, dtype, Lq, Lk):
+    if backend == "native" and dtype not in native.known_dtypes():
+        pytest.skip(f"no kernels here: {native.why_not()}")
+    q, k, v = far_qkv(dtype, Lq, Lk, d=128 if Lk > 256 else 64)
+    bias = torch.zeros(2, 1, 1, Lk)
+    bias[0, ..., Lk // 2 :] = 2.5
+    bias[1, ..., : Lk // 2] = -torch.inf
+    for given in (None, bias):
+        floor = 1e-5 if dtype == torch.float32 else 1e-4
+        limit = 1.5 * error_of("sdpa", q, k, v, given) + floor
+        assert error_of(backend, q, k, v, given) < limit
+
+
+@torch.no_grad()
+def test_native_kernels_do_not_depend_on_the_number_of_threads():
+    q, k, v = far_qkv(torch.float32, 300, 300)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(attention(q, k, v))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)

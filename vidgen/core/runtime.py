@@ -152,6 +152,15 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def given_rank() -> tuple[int, int] | None:
+    """(rank, number of ranks) of this process where torchrun started several; else None."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    values = [os.environ.get(name) for name in names]
+    if None in values or values[1] == "1":
+        return None
+    return int(values[0] or 0), int(values[1] or 0)
+
+
 def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
     """Bytes that can still be taken on a device; None where the system doesn't tell.
 
@@ -181,6 +190,12 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int | None
         except (OSError, ValueError):
             continue
     return max(free, 0)
+
+
+def cache_folder() -> Path:
+    """Where vidgen keeps what it can make anew: `$XDG_CACHE_HOME/vidgen` or `~/.cache/vidgen`."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "vidgen"
 
 
 def fingerprint() -> dict[str, Any]:

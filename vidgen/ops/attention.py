@@ -2,19 +2,25 @@
 
 Axes: B batch, H heads, L tokens (Lq of queries, Lk of keys), d head width.
 
-`auto` takes, by measurement on two cores with avx512_bf16:
-* `matmul` for bfloat16 on a CPU. Forward and backward at 16 x 4 heads, 320 tokens, width 64 take 11
-  ms against SDPA's 35; forward alone at 1520 tokens, width 128 takes 0.4 of SDPA's time. Rounded
-  scores cost accuracy: 0.4% of the output at scores of deviation 1, where SDPA is off by 0.2%.
-* `sdpa` elsewhere: in float32 it is as fast or faster (0.6 at 1520 tokens), and it never holds the
-  scores.
+`auto` takes, by measurement on two cores with avx512_bf16 (`eval/speed.py`):
+
+* `native` on a CPU that has our kernels: a quarter of SDPA's time in bfloat16, half of it in
+  float32, at SDPA's own error.
+* `blocked` for bfloat16 on other CPUs: scores in float32, 0.45 of SDPA's time, 1.3 times its error.
+* `sdpa` elsewhere.
+
+`matmul` rounds the scores to bfloat16, too: 0.35 of SDPA's time, but 7 times its error at scores of
+deviation 3. It is what training takes, whose gradients are noisier than that; elsewhere it has to
+be asked for.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,11 +29,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vidgen.core.errors import InputError
+from vidgen.ops import native
 
-Backend = Literal["auto", "reference", "sdpa", "matmul", "xformers"]
+Backend = Literal["auto", "reference", "native", "blocked", "sdpa", "matmul", "xformers"]
 
 _MAX_SCORES = 1 << 24
-"""Scores that `matmul` holds at once without a gradient; more goes by blocks of queries."""
+"""Scores that `matmul` and `blocked` hold at once without a gradient; more goes by blocks."""
+_BLOCK = 512
+"""Queries of a block whose scores stay in the second-level cache."""
 
 
 def attention(
@@ -55,11 +64,18 @@ def attention(
     Raises:
         InputError: an unknown back end.
     """
+    if backend == "auto" and _needs_gradient(q, k, v):
+        narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        return _BACKENDS["matmul" if narrow else "sdpa"](q, k, v, bias)
     return _BACKENDS[used_backend(backend, q.device, q.dtype)](q, k, v, bias)
 
 
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the back end that `attention` takes; warns where it isn't the one asked for."""
+    """Who computes attention without a gradient; warns where it isn't the one asked for."""
     if backend != "auto":
         reason = _unusable(backend, device, dtype)
         if reason is None:
@@ -67,7 +83,9 @@ def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> 
         if backend not in _BACKENDS:
             require_backend(backend, device, dtype)
         _warn_once(backend, reason)
-    return "matmul" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+    if device.type == "cpu" and dtype in native.known_dtypes():
+        return "native"
+    return "blocked" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 
 def require_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
@@ -93,6 +111,57 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def _native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """By our own kernel where it can: no gradient, heads of 64, 128, ..., a bias of keys alone."""
+    kernels = native.kernels(q, k, v)
+    B, H, Lq, d = q.shape
+    per_key = bias is None or (bias.ndim == 4 and bias.shape[1:3] == (1, 1))
+    if kernels is None or d % 64 or d > 256 or not per_key or not k.shape[2]:
+        slow = _blocked if q.dtype == torch.bfloat16 else _sdpa
+        return slow(q, k, v, bias)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if bias is not None:
+        bias = bias.float().expand(B, 1, 1, -1).contiguous()
+    out = torch.empty(B, Lq, H, d, dtype=q.dtype).transpose(1, 2)
+    strides = tuple(stride for x in (q, k, v, out) for stride in x.stride()[:3])
+    failed = native.call(
+        kernels, "attention", q.dtype, q, k, v, bias, out, None, B, H, Lq, k.shape[2], d, strides,
+        d**-0.5,
+    )
+    if failed:
+        raise MemoryError("no memory for the keys and values of attention")
+    return out
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Float32 scores of a block of queries of one head at a time, through oneDNN."""
+    B, H, Lq, d = q.shape
+    rows = max(1, min(_BLOCK, _MAX_SCORES // max(1, k.shape[2])))
+    out = torch.empty(B, Lq, H, d, dtype=q.dtype, device=q.device).transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False), _onednn_products():
+        for b, h in product(range(B), range(H)):
+            keys = k[b, h].float().t()
+            for start in range(0, Lq, rows):
+                part = slice(start, start + rows)
+                scores = (q[b, h, part].float() @ keys).mul_(d**-0.5)
+                if bias is not None:
+                    scores += bias.expand(B, H, Lq, -1)[b, h, part]
+                out[b, h, part] = torch.softmax(scores, dim=-1).to(v.dtype) @ v[b, h]
+    return out
+
+
+@contextmanager
+def _onednn_products() -> Iterator[None]:
+    """Let oneDNN multiply float32 matrices that hold bfloat16 values: MKL is slow on some CPUs."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
 
@@ -107,7 +176,7 @@ def _matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = bias.to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if _needs_gradient(q, k, v):
             out: Tensor = _MatmulAttention.apply(q, k, v, bias)
             return out
         rows = max(1, _MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
@@ -155,6 +224,8 @@ class _MatmulAttention(torch.autograd.Function):
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
     "reference": _reference,
+    "native": _native,
+    "blocked": _blocked,
     "sdpa": _sdpa,
     "matmul": _matmul,
     "xformers": _xformers,
@@ -166,6 +237,12 @@ def _unusable(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
     """Why a back end can't run here, found by calling it once; None if it can."""
     if backend not in _BACKENDS:
         return f"unknown; there are {', '.join(get_args(Backend))}"
+    if backend == "native":
+        if device.type != "cpu":
+            return "it is for CPUs"
+        if dtype in native.known_dtypes():
+            return None
+        return native.why_not() or f"the CPU has no instructions for {dtype}"
     if backend != "xformers":
         return None
     probe = torch.zeros(1, 1, 8, 16, device=device, dtype=dtype)

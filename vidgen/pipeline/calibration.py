@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vidgen.core.errors import OutputError
-from vidgen.core.runtime import atomic_write, fingerprint
+from vidgen.core.runtime import atomic_write, cache_folder, fingerprint
 from vidgen.media.write import CONTAINERS, ClipInfo, write_clip
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_blocks import Block
@@ -38,7 +38,6 @@ from vidgen.models.vae_blocks import ResidualBlock
 from vidgen.ops.attention import attention
 from vidgen.ops.conv import CausalConv3d, StreamCache
 from vidgen.pipeline.workload import Op, attention_op, block_ops, transformer_ops, vae_ops
-from vidgen.weights.hashes import cache_folder
 
 FORMAT = 3
 _BUDGET_S = 0.12

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vidgen.core.errors import OutputError
-from vidgen.core.runtime import atomic_path, fingerprint
+from vidgen.core.runtime import atomic_path, cache_folder, fingerprint
 from vidgen.models.text import PromptTokenizer, TextEncoder, clean_prompt
 from vidgen.pipeline.parts import Parts
-from vidgen.weights.hashes import cache_folder, hash_files
+from vidgen.weights.hashes import hash_files
 
 log = logging.getLogger(__name__)
 

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import OutputError
-from vidgen.core.runtime import atomic_write, sha256_file
+from vidgen.core.runtime import atomic_write, cache_folder, sha256_file
 
 MIN_BYTES = 1_000_000
 """Smaller files are hashed anew each time."""
 _SETTLED_S = 2.0  # a file changed this recently may change again within its time stamp's grain
-
-
-def cache_folder() -> Path:
-    """Where vidgen keeps what it can make anew: `$XDG_CACHE_HOME/vidgen` or `~/.cache/vidgen`."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "vidgen"
 
 
 def hash_files(paths: Iterable[Path]) -> dict[Path, str]:

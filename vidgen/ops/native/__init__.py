@@ -1,0 +1,149 @@
+"""Kernels in C++ for CPUs with AVX512, compiled on first use and kept per machine.
+
+Where there is no compiler or no such CPU, `kernels` gives None and everything runs on PyTorch's own
+operators: the same results within rounding, two to four times as slow. `VIDGEN_NATIVE=0` does the
+same by wish.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import secrets
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidgen.core.runtime import cache_folder
+
+_SOURCES = ("attention.cpp", "rows.cpp")
+_HEADERS = ("vectors.h",)
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+_TIMEOUT_S = 120
+_WIDTHS = 16
+"""Widths that kernels take are multiples of this."""
+MAX_WIDTH = 8192
+
+_SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+class Unavailable(Exception):
+    """Why the kernels can't be had here."""
+
+
+def kernels(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The kernels, if these tensors can go to them: on the CPU, of a dtype they know, no gradient.
+
+    The first call compiles them, which takes some seconds once a machine.
+    """
+    if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return None
+    library = _loaded()[0]
+    return library if library and tensors[0].dtype in known_dtypes() else None
+
+
+def why_not() -> str | None:
+    """Why there are no kernels here, or None where there are."""
+    return _loaded()[1]
+
+
+@lru_cache(maxsize=1)
+def known_dtypes() -> frozenset[torch.dtype]:
+    """What the kernels compute in: bfloat16 takes a CPU with AVX512-BF16."""
+    library = _loaded()[0]
+    return frozenset(
+        dtype for dtype, suffix in _SUFFIXES.items()
+        if library is not None and hasattr(library, f"attention_{suffix}")
+    )
+
+
+def call(library: ctypes.CDLL, name: str, dtype: torch.dtype, *arguments: object) -> int:
+    """Call a kernel: tensors by address, None as null, whole numbers of 64 bits, floats of 32.
+
+    The number of threads, PyTorch's own, comes last.
+    """
+    passed = [_as_c(argument) for argument in arguments]
+    function = getattr(library, f"{name}_{_SUFFIXES[dtype]}")
+    return int(function(*passed, ctypes.c_int64(torch.get_num_threads())))
+
+
+def _as_c(argument: object) -> object:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    if isinstance(argument, tuple):
+        return (ctypes.c_int64 * len(argument))(*argument)
+    assert argument is None, argument
+    return None
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        return ctypes.CDLL(str(_library())), None
+    except (Unavailable, OSError, subprocess.SubprocessError) as error:
+        return None, str(error)
+
+
+def _library() -> Path:
+    """The compiled file for this machine and these sources, made if it isn't there.
+
+    Raises:
+        Unavailable: says what is missing.
+    """
+    if os.environ.get("VIDGEN_NATIVE") == "0":
+        raise Unavailable("switched off by VIDGEN_NATIVE=0")
+    flags = _cpu_flags()
+    if "avx512f" not in flags:
+        raise Unavailable("the CPU has no AVX512")
+    names = (os.environ.get("CXX", ""), "g++", "c++", "clang++")
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
+        raise Unavailable("no C++ compiler was found; install g++ for faster kernels")
+    here = Path(__file__).parent
+    digest = hashlib.sha256(" ".join((*_FLAGS, compiler, torch.__version__, *flags)).encode())
+    for name in (*_SOURCES, *_HEADERS):
+        digest.update((here / name).read_bytes())
+    target = cache_folder() / "native" / f"{digest.hexdigest()[:24]}.so"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _compile(compiler, [here / name for name in _SOURCES], target)
+    return target
+
+
+def _compile(compiler: str, sources: list[Path], target: Path) -> None:
+    # PyTorch's own OpenMP library, so that both share one pool of threads
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    link = [f"-L{bundled[0].parent}", f"-l:{bundled[0].name}"] if bundled else []
+    temporary = target.with_name(f".{secrets.token_hex(4)}.so")
+    command = [compiler, *_FLAGS, *map(str, sources), "-o", str(temporary), *link]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line]
+            raise Unavailable(f"{compiler} failed: {(lines or ['it says nothing'])[0]}")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cpu_flags() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or not info.is_file():
+        raise Unavailable("kernels are written for Linux on x86-64")
+    match = re.search(r"^flags\s*: (.*)$", info.read_text(), re.MULTILINE)
+    return sorted(match[1].split()) if match else []

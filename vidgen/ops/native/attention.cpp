@@ -1,0 +1,237 @@
+// Attention in bfloat16 or float32, with float32 scores, for CPUs with AVX512.
+//
+// A flash attention (Dao et al. 2022, alg. 1): blocks of queries walk over tiles of keys, keep each
+// row's maximum and sum, and never hold more scores than a tile. All sums are float32. In bfloat16
+// vdpbf16ps multiplies pairs of neighbours, so operands are made of 32-bit words that hold two
+// values along the summed axis, in float32 one; weights are rounded to bfloat16 for the second
+// product, as in PyTorch's own kernel.
+//
+// Axes: H heads (of all batches), Lq queries, Lk keys, d head width.
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int kRows = 6;         // rows of a register tile; 4 vectors wide, 24 sums in 32 registers
+constexpr int kPanel = 64;       // columns of a register tile
+constexpr int kQueries = 96;     // queries of a block
+constexpr int kKeys = 256;       // keys of a tile
+constexpr int kMaxWidth = 256;   // of a head
+constexpr int64_t kPacked = 16 << 20;  // bytes of keys and values that are packed at a time
+constexpr float kLog2e = 1.44269504088896341f;
+
+struct Scratch {
+    alignas(64) uint32_t q[kQueries * kMaxWidth];
+    alignas(64) float scores[kQueries * kKeys];
+    alignas(64) uint32_t weights[kQueries * kKeys];
+    alignas(64) float out[kQueries * kMaxWidth];
+    float row_max[kQueries], row_sum[kQueries], shrink[kQueries];
+};
+
+// out[kRows][kPanel] = a b over `depth` words, or += with `out` shrunk by a factor a row first.
+template <class T, bool kAdd>
+inline void tile_product(
+    const uint32_t* a, int64_t a_stride, const uint32_t* b, int depth, float* out,
+    int64_t out_stride, const float* shrink) {
+    __m512 sums[kRows][4];
+    for (int r = 0; r < kRows; r++)
+        for (int c = 0; c < 4; c++)
+            sums[r][c] = kAdd ? _mm512_mul_ps(_mm512_load_ps(out + r * out_stride + 16 * c),
+                                              _mm512_set1_ps(shrink[r]))
+                              : _mm512_setzero_ps();
+    for (int p = 0; p < depth; p++) {
+        __m512i right[4];
+        for (int c = 0; c < 4; c++) right[c] = _mm512_load_si512(b + p * kPanel + 16 * c);
+        for (int r = 0; r < kRows; r++) {
+            const __m512i left = _mm512_set1_epi32((int)a[r * a_stride + p]);
+            for (int c = 0; c < 4; c++) sums[r][c] = T::add_product(sums[r][c], right[c], left);
+        }
+    }
+    for (int r = 0; r < kRows; r++)
+        for (int c = 0; c < 4; c++) _mm512_store_ps(out + r * out_stride + 16 * c, sums[r][c]);
+}
+
+// Keys [Lk, d] as panels of kPanel keys: [panel][words of d][kPanel]; zeros behind the last key.
+template <class T>
+void pack_keys(const typename T::Value* k, int64_t stride, int64_t num_keys, int d, int64_t panel,
+               uint32_t* packed) {
+    const int depth = d / T::kPerWord;
+    uint32_t* to = packed + panel * depth * kPanel;
+    const int64_t first = panel * kPanel;
+    const int count = (int)std::min<int64_t>(kPanel, num_keys - first);
+    if (count < kPanel) memset(to, 0, sizeof(uint32_t) * depth * kPanel);
+    for (int j = 0; j < count; j++) {
+        const char* row = (const char*)(k + (first + j) * stride);
+        for (int p = 0; p < depth; p++) memcpy(to + p * kPanel + j, row + 4 * p, 4);
+    }
+}
+
+// Values [Lk, d] as [tile of kKeys][column panel][words of the keys][kPanel]; zeros behind the last.
+template <class T>
+void pack_values(const typename T::Value* v, int64_t stride, int64_t num_keys, int d, int64_t tile,
+                 uint32_t* packed) {
+    constexpr int depth = kKeys / T::kPerWord;
+    uint32_t* to = packed + tile * depth * d;
+    const int64_t left = num_keys - tile * kKeys;
+    // panels of scores are whole, so words up to the next panel are read
+    const int used = (int)std::min<int64_t>(kKeys, (left + kPanel - 1) / kPanel * kPanel);
+    for (int column = 0; column < d; column += kPanel, to += depth * kPanel) {
+        for (int p = 0; p < used / T::kPerWord; p++) {
+            const int64_t key = p * T::kPerWord;
+            const typename T::Value* row = v + (tile * kKeys + key) * stride + column;
+            for (int c = 0; c < kPanel; c++)
+                to[p * kPanel + c] =
+                    key < left ? T::word(row + c, key + 1 < left ? row + stride + c : nullptr) : 0u;
+        }
+    }
+}
+
+// Scores to weights: 2^(score * scale + bias - maximum so far), their sums, and by how much what
+// was summed before shrinks. `bias` holds a tile's keys, in powers of 2; -inf hides a key.
+template <class T>
+void soften(Scratch& s, int rows, int columns, float scale, const float* bias) {
+    const __m512 by = _mm512_set1_ps(scale);
+    for (int r = 0; r < rows; r++) {
+        float* scores = s.scores + r * kKeys;
+        typename T::Value* weights = (typename T::Value*)(s.weights + r * kKeys);
+        __m512 top = _mm512_set1_ps(-INFINITY);
+        for (int c = 0; c < columns; c += 16) {
+            const __m512 x =
+                _mm512_fmadd_ps(_mm512_load_ps(scores + c), by, _mm512_loadu_ps(bias + c));
+            _mm512_store_ps(scores + c, x);
+            top = _mm512_max_ps(top, x);
+        }
+        const float before = s.row_max[r];
+        const float now = std::max(before, _mm512_reduce_max_ps(top));
+        if (now == -INFINITY) {  // nothing to see so far
+            memset(weights, 0, sizeof(*weights) * columns);
+            s.shrink[r] = 1.0f;
+            continue;
+        }
+        const __m512 origin = _mm512_set1_ps(now);
+        __m512 sum = _mm512_setzero_ps();
+        for (int c = 0; c < columns; c += 16) {
+            const __m512 x = _mm512_load_ps(scores + c);
+            const __m512 w = exp2_of(_mm512_sub_ps(x, origin));
+            sum = _mm512_add_ps(sum, w);
+            T::store(weights + c, w);
+        }
+        const float shrink = before == -INFINITY ? 0.0f : exp2f(before - now);
+        s.shrink[r] = shrink;
+        s.row_sum[r] = s.row_sum[r] * shrink + _mm512_reduce_add_ps(sum);
+        s.row_max[r] = now;
+    }
+}
+
+template <class T>
+void attend_block(
+    Scratch& s, const typename T::Value* q, int64_t q_stride, const uint32_t* keys,
+    const uint32_t* values, const float* bias, int64_t num_keys, int rows, int d, float scale,
+    typename T::Value* out, int64_t out_stride, float* lse) {
+    const int groups = (rows + kRows - 1) / kRows, depth = d / T::kPerWord;
+    for (int r = 0; r < groups * kRows; r++) {
+        if (r < rows) memcpy(s.q + r * depth, q + r * q_stride, 4 * depth);
+        else memset(s.q + r * depth, 0, 4 * depth);
+        s.row_max[r] = -INFINITY;
+        s.row_sum[r] = 0.0f;
+    }
+    memset(s.out, 0, sizeof(float) * groups * kRows * d);
+    for (int64_t first = 0; first < num_keys; first += kKeys) {
+        const int left = (int)std::min<int64_t>(kKeys, num_keys - first);
+        const int panels = (left + kPanel - 1) / kPanel, columns = panels * kPanel;
+        const uint32_t* right = keys + first * depth;
+        for (int panel = 0; panel < panels; panel++, right += depth * kPanel)
+            for (int g = 0; g < groups; g++)
+                tile_product<T, false>(
+                    s.q + g * kRows * depth, depth, right, depth,
+                    s.scores + g * kRows * kKeys + panel * kPanel, kKeys, nullptr);
+        soften<T>(s, groups * kRows, columns, scale * kLog2e, bias + first);
+        right = values + first / T::kPerWord * d;
+        for (int column = 0; column < d; column += kPanel, right += kKeys / T::kPerWord * kPanel)
+            for (int g = 0; g < groups; g++)
+                tile_product<T, true>(
+                    s.weights + g * kRows * kKeys, kKeys, right, columns / T::kPerWord,
+                    s.out + g * kRows * d + column, d, s.shrink + g * kRows);
+    }
+    for (int r = 0; r < rows; r++) {
+        const __m512 by = _mm512_set1_ps(1.0f / s.row_sum[r]);
+        for (int c = 0; c < d; c += 16)
+            T::store(out + r * out_stride + c,
+                     _mm512_mul_ps(_mm512_load_ps(s.out + r * d + c), by));
+        if (lse) lse[r] = (s.row_max[r] + log2f(s.row_sum[r])) / kLog2e;
+    }
+}
+
+template <class T>
+int attend(
+    const typename T::Value* q, const typename T::Value* k, const typename T::Value* v,
+    const float* bias, typename T::Value* out, float* lse, int64_t batch, int64_t heads,
+    int64_t num_queries, int64_t num_keys, int64_t d, const int64_t* strides, float scale,
+    int64_t threads) {
+    const int64_t tiles = (num_keys + kKeys - 1) / kKeys, padded = tiles * kKeys;
+    const int64_t panels = (num_keys + kPanel - 1) / kPanel;
+    const int64_t blocks = (num_queries + kQueries - 1) / kQueries;
+    const int64_t words = padded * (d / T::kPerWord), all = batch * heads;
+    const int64_t group = std::max<int64_t>(1, std::min(all, kPacked / (words * 8)));
+    uint32_t* keys = (uint32_t*)aligned_alloc(64, sizeof(uint32_t) * words * group);
+    uint32_t* values = (uint32_t*)aligned_alloc(64, sizeof(uint32_t) * words * group);
+    float* biases = (float*)aligned_alloc(64, sizeof(float) * padded * batch);
+    Scratch* scratch = (Scratch*)aligned_alloc(64, sizeof(Scratch) * threads);
+    const bool ready = keys && values && biases && scratch;
+    const int64_t *sq = strides, *sk = strides + 3, *sv = strides + 6, *so = strides + 9;
+    for (int64_t j = 0; ready && j < padded * batch; j++) {
+        const int64_t key = j % padded;
+        biases[j] = key >= num_keys ? -INFINITY
+                    : bias          ? bias[j / padded * num_keys + key] * kLog2e
+                                    : 0.0f;
+    }
+#pragma omp parallel num_threads(threads) if (ready)
+    for (int64_t start = 0; ready && start < all; start += group) {
+        const int64_t count = std::min(group, all - start);
+#pragma omp for nowait
+        for (int64_t i = 0; i < count * panels; i++) {
+            const int64_t head = start + i / panels;
+            pack_keys<T>(k + head / heads * sk[0] + head % heads * sk[1], sk[2], num_keys, (int)d,
+                         i % panels, keys + i / panels * words);
+        }
+#pragma omp for
+        for (int64_t i = 0; i < count * tiles; i++) {
+            const int64_t head = start + i / tiles;
+            pack_values<T>(v + head / heads * sv[0] + head % heads * sv[1], sv[2], num_keys, (int)d,
+                           i % tiles, values + i / tiles * words);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < count * blocks; i++) {
+            const int64_t head = start + i / blocks, b = head / heads, h = head % heads;
+            const int64_t first = i % blocks * kQueries;
+            const int rows = (int)std::min<int64_t>(kQueries, num_queries - first);
+            attend_block<T>(
+                scratch[omp_get_thread_num()], q + b * sq[0] + h * sq[1] + first * sq[2], sq[2],
+                keys + i / blocks * words, values + i / blocks * words, biases + b * padded,
+                num_keys, rows, (int)d, scale, out + b * so[0] + h * so[1] + first * so[2], so[2],
+                lse ? lse + head * num_queries + first : nullptr);
+        }
+    }
+    free(keys), free(values), free(biases), free(scratch);
+    return !ready;
+}
+
+}  // namespace
+
+// Strides count elements: of batch, head and token, of q, k, v and out in this order; heads are
+// dense along d. `bias` [B, Lk] is added to the scores, or null. `lse` [B, H, Lq] gets each row's
+// log of the sum of exponentials, or null. d is a multiple of 64, at most 256. Gives 0, or 1 where
+// memory is short.
+#define VIDGEN_ATTENTION(name, Kind)                                                             \
+    extern "C" int name(                                                                         \
+        const Kind::Value* q, const Kind::Value* k, const Kind::Value* v, const float* bias,     \
+        Kind::Value* out, float* lse, int64_t batch, int64_t heads, int64_t num_queries,         \
+        int64_t num_keys, int64_t d, const int64_t* strides, float scale, int64_t threads) {     \
+        return attend<Kind>(q, k, v, bias, out, lse, batch, heads, num_queries, num_keys, d,     \
+                            strides, scale, threads);                                            \
+    }
+
+#ifdef __AVX512BF16__
+VIDGEN_ATTENTION(attention_bfloat16, BFloat16)
+#endif
+VIDGEN_ATTENTION(attention_float32, Float32)

@@ -1,0 +1,155 @@
+// What a transformer and a VAE do to rows of channels between products, in one pass over memory.
+//
+// Rows are read once, kept as float32 in the first-level cache, and written once; every sum is
+// float32. Widths are multiples of 16.
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int kMaxWidth = 8192;
+
+// Rows of float32 vectors: row i of the tokens takes row index[i] of the table, or 0 without index.
+struct Table {
+    const float* values;
+    int64_t stride;
+    const int32_t* index;
+
+    const float* row(int64_t i) const { return values + (index ? index[i] : 0) * stride; }
+};
+
+inline float sum_of(const float* row, int width) {
+    __m512 total = _mm512_setzero_ps();
+    for (int c = 0; c < width; c += 16) total = _mm512_add_ps(total, _mm512_load_ps(row + c));
+    return _mm512_reduce_add_ps(total);
+}
+
+// Sum of (row - origin)^2.
+inline float spread_of(const float* row, int width, float origin) {
+    __m512 total = _mm512_setzero_ps();
+    for (int c = 0; c < width; c += 16) {
+        const __m512 x = _mm512_sub_ps(_mm512_load_ps(row + c), _mm512_set1_ps(origin));
+        total = _mm512_fmadd_ps(x, x, total);
+    }
+    return _mm512_reduce_add_ps(total);
+}
+
+// sum = x + gate * update, then out = LayerNorm(sum) * (base + scale) + shift.
+template <class T>
+void add_and_norm(
+    const typename T::Value* x, const typename T::Value* update, Table gate, Table scale,
+    Table shift, float base, typename T::Value* sum, typename T::Value* out, int64_t rows,
+    int width, float eps, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < rows; i++) {
+        alignas(64) float row[kMaxWidth];
+        const float* by = gate.values ? gate.row(i) : nullptr;
+        for (int c = 0; c < width; c += 16) {
+            __m512 value = T::load(x + i * width + c);
+            if (update) {
+                const __m512 more = T::load(update + i * width + c);
+                value = by ? _mm512_fmadd_ps(more, _mm512_loadu_ps(by + c), value)
+                           : _mm512_add_ps(value, more);
+                T::store(sum + i * width + c, value);
+                value = T::load(sum + i * width + c);  // the norm sees what is kept
+            }
+            _mm512_store_ps(row + c, value);
+        }
+        if (!out) continue;
+        const float mean = sum_of(row, width) / width;
+        const float factor = 1.0f / sqrtf(spread_of(row, width, mean) / width + eps);
+        const float *gain = scale.row(i), *offset = shift.row(i);
+        for (int c = 0; c < width; c += 16) {
+            const __m512 centred = _mm512_sub_ps(_mm512_load_ps(row + c), _mm512_set1_ps(mean));
+            const __m512 normed = _mm512_mul_ps(centred, _mm512_set1_ps(factor));
+            const __m512 times = _mm512_add_ps(_mm512_loadu_ps(gain + c), _mm512_set1_ps(base));
+            T::store(out + i * width + c,
+                     _mm512_fmadd_ps(normed, times, _mm512_loadu_ps(offset + c)));
+        }
+    }
+}
+
+// RMSNorm over whole rows, then pairs of neighbours turned by a complex number for each pair of a
+// head; `table` [table_rows, d / 2] repeats along the rows, or is null.
+template <class T>
+void norm_and_turn(
+    const typename T::Value* x, const float* weight, const float* table, int64_t table_rows, int d,
+    typename T::Value* out, int64_t rows, int width, float eps, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < rows; i++) {
+        alignas(64) float row[kMaxWidth];
+        for (int c = 0; c < width; c += 16) _mm512_store_ps(row + c, T::load(x + i * width + c));
+        const float factor = 1.0f / sqrtf(spread_of(row, width, 0.0f) / width + eps);
+        const float* turns = table ? table + i % table_rows * d : nullptr;
+        for (int c = 0; c < width; c += 16) {
+            const __m512 scaled =
+                _mm512_mul_ps(_mm512_load_ps(row + c), _mm512_set1_ps(factor));
+            __m512 value = _mm512_mul_ps(scaled, _mm512_loadu_ps(weight + c));
+            if (turns) {  // (a + bi)(cos + i sin)
+                const __m512 turn = _mm512_loadu_ps(turns + c % d);
+                const __m512 swapped = _mm512_permute_ps(value, 0xB1);
+                const __m512 crossed = _mm512_mul_ps(swapped, _mm512_movehdup_ps(turn));
+                value = _mm512_fmaddsub_ps(value, _mm512_moveldup_ps(turn), crossed);
+            }
+            T::store(out + i * width + c, value);
+        }
+    }
+}
+
+// silu(RMSNorm(x) * weight), or without SiLU.
+template <class T>
+void norm_and_silu(
+    const typename T::Value* x, const float* weight, typename T::Value* out, int64_t rows,
+    int width, int with_silu, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < rows; i++) {
+        alignas(64) float row[kMaxWidth];
+        for (int c = 0; c < width; c += 16) _mm512_store_ps(row + c, T::load(x + i * width + c));
+        const float length = std::max(sqrtf(spread_of(row, width, 0.0f)), 1e-12f);
+        const __m512 factor = _mm512_set1_ps(sqrtf((float)width) / length);
+        for (int c = 0; c < width; c += 16) {
+            __m512 value = _mm512_mul_ps(_mm512_load_ps(row + c), factor);
+            value = _mm512_mul_ps(value, _mm512_loadu_ps(weight + c));
+            if (with_silu) {  // x / (1 + e^-x), by the exponential of what is not positive
+                const __m512 size = _mm512_abs_ps(value);
+                const __m512 e = exp2_of(_mm512_mul_ps(size, _mm512_set1_ps(-1.44269504f)));
+                const __m512 one = _mm512_set1_ps(1.0f);
+                const __m512 share = _mm512_div_ps(one, _mm512_add_ps(one, e));
+                const __mmask16 below =
+                    _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_LT_OQ);
+                value = _mm512_mul_ps(value, _mm512_mask_mul_ps(share, below, share, e));
+            }
+            T::store(out + i * width + c, value);
+        }
+    }
+}
+
+}  // namespace
+
+// All arrays are dense apart from the tables, whose strides count floats. `update`, `gate` and
+// `out` may be null: nothing is added, it is added as it is, only the sum is wanted.
+#define VIDGEN_ROWS(suffix, Kind)                                                                  \
+    extern "C" void add_and_norm_##suffix(                                                         \
+        const Kind::Value* x, const Kind::Value* update, const float* gate, int64_t gate_stride,   \
+        const float* scale, int64_t scale_stride, const float* shift, int64_t shift_stride,        \
+        const int32_t* index, float base, Kind::Value* sum, Kind::Value* out, int64_t rows,        \
+        int64_t width, float eps, int64_t threads) {                                               \
+        add_and_norm<Kind>(x, update, {gate, gate_stride, index}, {scale, scale_stride, index},    \
+                           {shift, shift_stride, index}, base, sum, out, rows, width, eps,         \
+                           threads);                                                               \
+    }                                                                                              \
+    extern "C" void norm_and_turn_##suffix(                                                        \
+        const Kind::Value* x, const float* weight, const float* table, int64_t table_rows,         \
+        int64_t d, Kind::Value* out, int64_t rows, int64_t width, float eps, int64_t threads) {    \
+        norm_and_turn<Kind>(x, weight, table, table_rows, d, out, rows, width, eps, threads);      \
+    }                                                                                              \
+    extern "C" void norm_and_silu_##suffix(                                                        \
+        const Kind::Value* x, const float* weight, Kind::Value* out, int64_t rows, int64_t width,  \
+        int64_t with_silu, int64_t threads) {                                                      \
+        norm_and_silu<Kind>(x, weight, out, rows, width, with_silu, threads);                      \
+    }
+
+#ifdef __AVX512BF16__
+VIDGEN_ROWS(bfloat16, BFloat16)
+#endif
+VIDGEN_ROWS(float32, Float32)
