@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save, save_file
 
 from tests.lora_models import make_adapter, make_dit
 from vidgen.cli.main import main
@@ -34,6 +36,7 @@ from vidgen.pipeline.replay import (
     recorded_threads,
     request_from_recipe,
 )
+from vidgen.pipeline.restore import restore_inputs
 from vidgen.pipeline.video import Engine, load
 from vidgen.weights.lora import write_lora
 
@@ -193,14 +196,33 @@ def test_a_large_input_is_named_by_hash_and_option_when_it_is_gone(
 def test_noise_too_large_for_the_recipe_comes_from_a_file(
     engine: Engine, replay: Replay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors.torch import save_file
-
     monkeypatch.setattr("vidgen.pipeline.inputs.EMBED_LIMIT", 100)
     noise = torch.randn(1, 4, 3, 4, 4)
     engine.generate(PROMPT, seed=5, latents=noise).save("made.mkv")
-    assert "--input latents=PATH" in replay("made.mkv")[2]
-    save_file({"latents": noise}, "noise.safetensors")
+    digest = read_recipe("made.mkv")["custom_noise"]
+    assert digest == hashlib.sha256(save({"latents": noise})).hexdigest()
+    code, _, err = replay("made.mkv")
+    assert code == 2
+    assert digest in err
+    assert "--input latents=PATH" in err
+    for wrong in ({"latents": noise + 1}, {"noise": noise}):
+        save_file(wrong, "noise.safetensors")
+        assert "is another one" in replay("made.mkv", "--input", "latents=noise.safetensors")[2]
+    save_file({"latents": noise, "more": noise + 1}, "noise.safetensors", {"by": "somebody"})
     assert replay("made.mkv", "--input", "latents=noise.safetensors")[1]["identical"]
+
+
+def test_noise_is_known_by_its_hash_alone(engine: Engine, tmp_path: Path) -> None:
+    """A recipe whose noise was taken away or exchanged names the hash that is missing."""
+    noise = torch.randn(1, 4, 3, 4, 4)
+    recipe = engine.generate(PROMPT, seed=5, latents=noise).recipe
+    (record,) = recipe["inputs"]
+    other = record | {"sha256": "0" * 64}
+    for records in ([], [other]):
+        with pytest.raises(InputError, match=recipe["custom_noise"]):
+            restore_inputs(recipe | {"inputs": records}, tmp_path)
+    assert torch.equal(restore_inputs(recipe, tmp_path)["latents"], noise)
+    assert engine.generate(PROMPT, seed=5).recipe["custom_noise"] is None
 
 
 def test_one_change_keeps_all_else(engine: Engine, replay: Replay) -> None:

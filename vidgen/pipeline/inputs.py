@@ -156,6 +156,12 @@ def _name(picture: Picture) -> str:
     return "picture" if isinstance(picture, np.ndarray) else str(picture)
 
 
+def noise_file(latents: Tensor) -> bytes:
+    """Given noise as a safetensors file; the same numbers and shape are the same bytes."""
+    content: bytes = save({"latents": latents.detach().cpu().contiguous()})
+    return content
+
+
 def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
     """What the recipe keeps of an input: enough to have it again, or to know it again.
 
@@ -175,7 +181,7 @@ def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
         place = {"path": path.name if is_small else str(path.resolve())}
         content, digest = path.read_bytes() if is_small else b"", sha256_file(path)
     elif isinstance(picture, Tensor):
-        content, place = save({"latents": picture.detach().cpu().contiguous()}), {}
+        content, place = noise_file(picture), {}
         digest = hashlib.sha256(content).hexdigest()
     else:
         file = io.BytesIO()

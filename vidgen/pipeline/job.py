@@ -188,7 +188,10 @@ def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: recipe.get(name) for name in _DECISIVE}
     found["model"] = {key: recipe.get("model", {}).get(key) for key in ("class", "sha256")}
     for name, keys in _DECISIVE_PARTS.items():
-        found[name] = [[one.get(key) for key in keys] for one in recipe.get(name, ())]
+        found[name] = [
+            [one.get(key) for key in keys] for one in recipe.get(name, ())
+            if one.get("option") != "first_frame_model"  # the picture that it drew decides
+        ]
     found["machine"] = {k: v for k, v in recipe.get("machine", {}).items() if k != "python"}
     found["label"] = recipe.get("request", {}).get("label")
     plain: dict[str, Any] = json.loads(json.dumps(found))

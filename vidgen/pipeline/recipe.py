@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 RECIPE_VERSION = 1
 FACTS = (
-    "vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "dtype", "offload",
-    "quantize", "attention", "device", "machine", "diffusers", "transformers", "torchao", "encoder",
-    "hand_over",
+    "vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "custom_noise",
+    "dtype", "offload", "quantize", "attention", "device", "machine", "diffusers", "transformers",
+    "torchao", "encoder", "hand_over",
 )
 """Entries that frames depend on; the others differ from run to run or say the same again."""
 _ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix",
@@ -64,7 +64,9 @@ def make_recipe(
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],
         "inputs": inputs.records,
         "loras": list(loras.records),
-        "custom_noise": request.latents is not None,
+        "custom_noise": next(
+            (each["sha256"] for each in inputs.records if each["option"] == "latents"), None
+        ),
         "dtype": engine.dtype, "offload": engine.offload,
         "device": engine.device.type,
         "machine": fingerprint(),

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 from vidgen.core.errors import InputError, nearest
@@ -18,6 +19,7 @@ from vidgen.core.runtime import sha256_file
 from vidgen.media.encode import Frames
 from vidgen.media.read import load_image
 from vidgen.pipeline.experts import hashes_of
+from vidgen.pipeline.inputs import noise_file
 
 Given: TypeAlias = Sequence[tuple[str, str]]
 """(option or start of a SHA-256, path) pairs, which say where inputs lie now."""
@@ -63,6 +65,11 @@ def _records(recipe: Mapping[str, Any], replaced: Collection[str]) -> list[Recor
     """All inputs that are needed; a first frame that a model drew counts as given, if embedded."""
     records: list[Record] = [*recipe["inputs"]]
     records += [{"option": "lora", **record} for record in recipe.get("loras", ())]
+    noise = recipe.get("custom_noise")
+    if isinstance(noise, str):  # the hash decides, whatever lies beside it
+        wanted = {"option": "latents", "sha256": noise}
+        if not any(wanted.items() <= record.items() for record in records):
+            records = [*(each for each in records if each["option"] != "latents"), wanted]
     by_option = {record["option"]: record for record in records}
     if "first_frame_model" in by_option:
         embedded = "content" in by_option["image"]
@@ -99,7 +106,8 @@ def _restore(record: Record, place: Path, given: Given) -> Any:
         path = _find(places, digest, hashes_of)
         expert = f"@{record['expert']}" if record["expert"] else ""
         return path and f"{path}:{record['weight']}{expert}"
-    path = _find(places, digest, _pixel_hash if "shape" in record else sha256_file)
+    hash_of = _noise_hash if option == "latents" else sha256_file
+    path = _find(places, digest, _pixel_hash if "shape" in record else hash_of)
     return path and (load(path.read_bytes())["latents"] if option == "latents" else str(path))
 
 
@@ -124,6 +132,14 @@ def _embedded(record: Record, content: bytes, place: Path) -> Any:
         raise InputError(f"the recipe is damaged: its {record['option']} has the SHA-256 {digest}, "
                          f"recorded is {record['sha256']}")
     return kept
+
+
+def _noise_hash(path: Path) -> str | None:
+    """Of the latents in a file, whatever else it holds; None where it holds none."""
+    try:
+        return hashlib.sha256(noise_file(load(path.read_bytes())["latents"])).hexdigest()
+    except (OSError, SafetensorError, KeyError):
+        return None
 
 
 def _pixel_hash(path: Path) -> str:
