@@ -171,16 +171,6 @@ def test_conditions_cost_encoding_and_tokens(tiny_model, tmp_path):
     assert image["denoise"].seconds == plain["denoise"].seconds < last["denoise"].seconds
 
 
-def test_the_share_behind_rises_from_stage_to_stage(tiny_model):
-    made = estimate(*planned(tiny_model, count=2), FP32)
-    told = [("prompt", 0, 1, 1)]
-    told += [(s, d, 2, c) for c in (1, 2) for s in ("prepare", "sample") for d in (0, 1, 2)]
-    told += [("write a.mp4", done, 9, clip) for clip in (1, 2) for done in range(10)]
-    shares = [made.fraction(*entry, num_clips=2) for entry in told]
-    assert shares == sorted(shares)
-    assert (shares[0], shares[-1]) == (0, pytest.approx(1))
-
-
 def test_an_engine_is_told_quickly_and_measures_nothing(tiny_model, monkeypatch):
     monkeypatch.setattr(calibration, "_measure", lambda *_: pytest.fail("measured"))
     engine = load(str(tiny_model), dtype="fp32")

@@ -45,7 +45,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
         help="an adapter; default the clip's; may be repeated")
     add("--model", metavar="NAME|FOLDER|HUB_ID", help="default the clip's, else toybox")
-    add("--offload", choices=("none", "stage", "block"), help="as in generate")
+    add("--offload", choices=("auto", "none", "stage", "block"), default="auto",
+        help="as in generate")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
 
@@ -124,7 +125,6 @@ def _make(
 
     request = Request.of(options.pop("prompt"), options)
     start = time.monotonic()
-    loading["offload"] = args.offload or "none"
     loading["model"] = loading["model"] or "toybox"
     engine = load(**loading)
     if not isinstance(engine, Engine):
@@ -133,15 +133,10 @@ def _make(
         raise InputError(f"{loading['model']} can't go on from a clip; models that can: toybox, "
                          f"{', '.join(models_with('extend'))}")
     request = _at_own_size(request, size, engine)
-    clip = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}))
+    clip = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}),
+                           on_estimate=report.expect)
     assert not isinstance(clip, list)
-
-    def on_frames(count: int) -> None:
-        stage = f"write {output}"
-        report({"event": "progress", "stage": stage, "done": count, "total": clip.num_frames})
-
-    clip.save(output, overwrite=args.overwrite, on_frames=on_frames)
-    report({"event": "written", "path": output})
+    report.save(clip, output, overwrite=args.overwrite)
     _tell(clip, output, request, round(time.monotonic() - start, 3), report)
     return 0
 

@@ -9,6 +9,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +68,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--first-frame-model", metavar="FOLDER", help="a text-to-image model draws the first frame")
     add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
         help="an adapter; may be repeated; @high or @low behind it: for one expert alone")
-    add("--offload", choices=("none", "stage", "block"), default="none",
-        help="keep all, one stage or two blocks of the model in memory; default %(default)s")
+    add("--offload", choices=("auto", "none", "stage", "block"), default="auto",
+        help="keep all, one stage or two blocks of the model in memory; auto, the default: the "
+        "first of them that fits")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
     add("--strict", action="store_true", help="fail where a clip's checks find it faulty")
@@ -107,9 +109,11 @@ def run(args: Namespace, report: Report) -> int:
             raise InputError(f"{args.model} can't go on with a clip; leave --resume out")
 
         def make(wanted: Request, kept: list[Journal]) -> list[Clip]:
+            finished = [n for n, journal in enumerate(kept, 1) if journal.finished]
+            on_estimate = partial(report.expect, num_clips=wanted.count, done=finished)
             made = engine.generate(
                 wanted, on_event=lambda p: report({"event": "progress", **vars(p)}),
-                **({"journal": kept} if has_journal else {}),
+                **({"journal": kept, "on_estimate": on_estimate} if has_journal else {}),
             )
             return made if isinstance(made, list) else [made]
 
@@ -121,12 +125,13 @@ def run(args: Namespace, report: Report) -> int:
             if done[index] and Path(path).is_file():
                 clip.findings = check_file(path)
             if not done[index]:
-                _save(clip, path, report, overwrite=journals[index].overwrite)
+                number = index + 1, len(paths)
+                report.save(clip, path, number, overwrite=journals[index].overwrite)
                 while verdict(clip.findings or ()) == "fault" and (other := next(spare, None)):
                     report({"event": "note", "text": f"{path} has a fault; trying seed {other}"})
                     again = replace(request, seed=other, count=1)
                     clip, seed = make(again, [Journal(path, overwrite=True)])[0], other
-                    _save(clip, path, report, overwrite=True)
+                    report.save(clip, path, number, overwrite=True)
             results.append(_judged(_facts(clip, path, seed), clip, report, strict=request.strict))
     elapsed = round(time.monotonic() - start, 3)
     text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"
@@ -231,15 +236,6 @@ def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> No
         if suffix in (".png", ".jpg", ".jpeg") and request.frames is None:
             raise InputError(f"output {path} holds one picture; add --frames 1 or use .mp4")
         check_output(path, overwrite=overwrite)
-
-
-def _save(clip: Clip, path: str, report: Report, *, overwrite: bool) -> None:
-    def on_frames(count: int) -> None:
-        stage = f"write {path}"
-        report({"event": "progress", "stage": stage, "done": count, "total": clip.num_frames})
-
-    clip.save(path, overwrite=overwrite, on_frames=on_frames)
-    report({"event": "written", "path": path})
 
 
 def _facts(clip: Clip, path: str, seed: int) -> dict[str, Any]:

@@ -10,6 +10,9 @@ from vidgen.cli import generate
 from vidgen.cli.report import Report
 
 if TYPE_CHECKING:
+    import torch
+
+    from vidgen.pipeline.calibration import Calibration
     from vidgen.pipeline.estimate import Estimate
 
 DESCRIPTION = (
@@ -20,9 +23,8 @@ _NOT_OF_REQUEST = {"output", "overwrite", "resume", "json", "events"}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Declare generate's options; --offload left out is chosen."""
+    """Declare generate's options."""
     generate.add_arguments(parser)
-    parser.set_defaults(offload=None)
 
 
 def run(args: Namespace, report: Report) -> int:
@@ -31,30 +33,39 @@ def run(args: Namespace, report: Report) -> int:
 
     from vidgen.core.request import Request
     from vidgen.core.runtime import available_memory, choose_device
-    from vidgen.pipeline.calibration import cached_calibration, calibrate
-    from vidgen.pipeline.estimate import DTYPES
+    from vidgen.pipeline.parts import DTYPES, Parts, best_dtype
     from vidgen.pipeline.preflight import choose, require_own_model, settle
-    from vidgen.pipeline.video import best_dtype
     from vidgen.weights.folder import open_model
 
     known = {f.name for f in fields(Request)}
     options = {k: v for k, v in vars(args).items() if k in known and k not in _NOT_OF_REQUEST}
+    options["offload"] = None if args.offload == "auto" else args.offload
     request = Request.of(options.pop("prompt"), options)
     folder, device = open_model(args.model), choose_device()
     require_own_model(folder)
     plan, dtype = settle(folder, request), args.dtype or best_dtype(device)
-    rates = cached_calibration(device, DTYPES[dtype])
-    if rates is None:
-        report({"event": "note", "text": f"measuring this machine in {dtype}, once"})
-        rates = calibrate(device, DTYPES[dtype])
+    kind = DTYPES[dtype]
+    used = {kind, Parts(folder, device, kind).dtype_of("vae")}
+    rates = {each: _rates(device, each, report) for each in used}
     have = available_memory(device)
     suffix = Path(args.output).suffix if args.output else ".mp4"
-    made = choose(folder, plan, request, device, have, calibration=rates, dtype=dtype,
-                  suffix=suffix)
+    made = choose(folder, plan, request, device, have, rates=rates, dtype=dtype, suffix=suffix)
     report.result({**made.as_data(), "available_bytes": have, "model": folder.name,
                    "width": plan.width, "height": plan.height, "num_frames": plan.num_frames,
                    "num_steps": plan.num_steps}, _table(made, have))
     return 0
+
+
+def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Calibration:
+    """The machine's rates, measured if they never were."""
+    from vidgen.pipeline.calibration import cached_calibration, calibrate
+
+    found = cached_calibration(device, dtype)
+    if found is None:
+        name = str(dtype).removeprefix("torch.")
+        report({"event": "note", "text": f"measuring this machine in {name}, once"})
+        found = calibrate(device, dtype)
+    return found
 
 
 def _table(made: Estimate, have: int | None) -> str:
@@ -64,4 +75,5 @@ def _table(made: Estimate, have: int | None) -> str:
     rows.append(("whole", made.total_s, made.peak_bytes))
     lines = [f"{name:<8} {seconds:>9.1f} s {size_text(size):>10}" for name, seconds, size in rows]
     free = "" if have is None else f", {size_text(have)} are free"
-    return "\n".join([*lines, f"with {made.setup.words}{free}", *made.notes])
+    told = [made.choice] if made.choice else []
+    return "\n".join([*lines, f"with {made.setup.words}{free}", *told, *made.notes])

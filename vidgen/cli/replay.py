@@ -51,7 +51,6 @@ def run(args: Namespace, report: Report) -> int:
     check_format(output)
     check_output(output, overwrite=args.overwrite)
     _make(recipe, output, changes, args, report)
-    report({"event": "written", "path": output})
     _tell(output, args.file, changes, report)
     return 0
 
@@ -111,7 +110,7 @@ def _make(
 ) -> None:
     """Restore, check, generate and write, all on the recorded threads."""
     from vidgen.pipeline import replay
-    from vidgen.pipeline.video import load
+    from vidgen.pipeline.video import Engine, load
 
     def on_event(progress: Any) -> None:
         report({"event": "progress", **vars(progress)})
@@ -119,10 +118,12 @@ def _make(
     with TemporaryDirectory() as folder, replay.recorded_threads(recipe):
         request = replay.request_from_recipe(recipe, Path(folder), args.given, changes)
         loading = replay.loading_from_recipe(recipe, args.given, changes, anyway=args.anyway)
-        clip = load(**loading).generate(request, on_event=on_event)
+        engine = load(**loading)
+        own = {"on_estimate": report.expect} if isinstance(engine, Engine) else {}
+        clip = engine.generate(request, on_event=on_event, **own)
         assert not isinstance(clip, list)
         replay.keep_origin(clip.recipe, recipe)
-        clip.save(output, overwrite=args.overwrite)
+        report.save(clip, output, overwrite=args.overwrite)
 
 
 def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) -> None:

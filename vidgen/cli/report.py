@@ -1,7 +1,8 @@
 """What a verb tells: its result on stdout, progress and notes on stderr, events as JSON lines.
 
 An event is a dict with the key "event":
-    progress   stage, done, total: how far a stage has come
+    progress   stage, done, total: how far a stage has come; fraction and eta_s, of all, where an
+               estimate was made
     note       text: something was chosen or left out
     written    path: an output that is complete
 Each line of the events file also has the Unix time at which it was written.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +22,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 from vidgen.core.errors import InputError, OutputError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, Task, TaskID
+
+    from vidgen.media.clip import Clip
+    from vidgen.pipeline.estimate import Estimate
+    from vidgen.pipeline.eta import Clock
 
 
 class Report:
@@ -39,6 +45,7 @@ class Report:
         self._events: TextIO | None = None
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._clock: Clock | None = None
 
     def __enter__(self) -> Report:
         if self._events_path == "-":
@@ -62,14 +69,38 @@ class Report:
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show an event and write it down."""
+        if event["event"] == "progress" and self._clock:
+            stage, done, total = event["stage"], event["done"], event["total"]
+            event = {**event, **self._clock(stage, done, total, event.get("clip", 1))}
         if self._events:
             print(json.dumps({"time": time.time(), **event}), file=self._events, flush=True)
         if event["event"] == "note":
             self._print(f"note: {event['text']}")
         elif event["event"] == "progress" and event["total"] > 1 and sys.stderr.isatty():
             many = event.get("num_clips", 1) > 1
+            many = many and not event["stage"].startswith("write ")  # which names the clip
             stage = f"{event['stage']} {event['clip']}" if many else event["stage"]
-            self._advance(stage, event["done"], event["total"])
+            self._advance(stage, event["done"], event["total"], event.get("eta_s"))
+
+    def expect(
+        self, made: Estimate, *, num_clips: int = 1, done: Collection[int] = (),
+        one_by_one: bool = False,
+    ) -> None:
+        """Tell from here on what share is done and how long the rest takes; see `Clock`."""
+        from vidgen.pipeline.eta import Clock
+
+        self._clock = Clock(made, num_clips, done=done, one_by_one=one_by_one)
+        if made.choice:
+            self({"event": "note", "text": made.choice})
+
+    def save(
+        self, clip: Clip, path: str, number: tuple[int, int] = (1, 1), *, overwrite: bool
+    ) -> None:
+        """Write a clip, telling how far it is; `number` is which one it is, of how many."""
+        told = {"event": "progress", "stage": f"write {path}", "total": clip.num_frames,
+                "clip": number[0], "num_clips": number[1]}
+        clip.save(path, overwrite=overwrite, on_frames=lambda done: self({**told, "done": done}))
+        self({"event": "written", "path": path})
 
     def result(self, data: dict[str, Any] | list[Any], text: str) -> None:
         """Print the result: `data` for programs or `text` for people."""
@@ -83,17 +114,38 @@ class Report:
         else:
             print(line, file=sys.stderr)
 
-    def _advance(self, stage: str, done: int, total: int) -> None:
+    def _advance(self, stage: str, done: int, total: int, eta_s: float | None) -> None:
         if self._bars is None:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
             self._bars = self._stack.enter_context(
                 Progress(
-                    "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                    "{task.description}", BarColumn(), MofNCompleteColumn(), _left_column(),
                     console=Console(stderr=True),
                 )
             )
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total)
-        self._bars.update(self._tasks[stage], completed=done, total=total)
+        ends = None if eta_s is None else time.monotonic() + eta_s
+        self._bars.update(self._tasks[stage], completed=done, total=total, ends=ends)
+
+
+def _left_column() -> ProgressColumn:
+    """How long all will still take, counted down between events; of finished stages nothing."""
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class Left(ProgressColumn):
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            ends = task.fields.get("ends")
+            left = task.time_remaining if ends is None else max(0.0, ends - time.monotonic())
+            if left is None or task.finished:
+                return Text()
+            minutes, seconds = divmod(round(left), 60)
+            hours, minutes = divmod(minutes, 60)
+            return Text(f"{hours}:{minutes:02}:{seconds:02} left", style="progress.remaining")
+
+    return Left()

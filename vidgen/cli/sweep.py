@@ -7,7 +7,7 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,9 +170,10 @@ def _content_hash(model: str) -> str:
 
 def _make(cells: Sequence[Cell], report: Report) -> None:
     """Make clips, those of one way of loading after each other."""
-    from vidgen.pipeline.video import load
+    from vidgen.pipeline.video import Engine, load
 
     engine, loaded = None, None
+    expect = partial(report.expect, num_clips=len(cells), one_by_one=True)
     for number, cell in enumerate(sorted(cells, key=lambda cell: str(cell.loading)), 1):
         told = {"clip": number, "num_clips": len(cells)}
 
@@ -183,10 +184,10 @@ def _make(cells: Sequence[Cell], report: Report) -> None:
             engine, loaded = None, cell.loading  # the old one leaves before the new one comes
             engine = load(**cell.loading)
         assert engine is not None
-        clip = engine.generate(cell.request, on_event=on_event)
+        own = {"on_estimate": expect} if number == 1 and isinstance(engine, Engine) else {}
+        clip = engine.generate(cell.request, on_event=on_event, **own)
         assert not isinstance(clip, list)
-        clip.save(cell.path, overwrite=True)
-        report({"event": "written", "path": str(cell.path)})
+        report.save(clip, str(cell.path), (number, len(cells)), overwrite=True)
 
 
 def _columns(axes: Sequence[Axis]) -> int:

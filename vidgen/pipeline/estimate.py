@@ -6,7 +6,7 @@ See `workload` for the counts and `calibration` for the machine's rates.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from vidgen.core.runtime import megabytes
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.ops.attention import used_backend
 from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
-from vidgen.pipeline.parts import Offload, Parts
+from vidgen.pipeline.parts import DTYPES, Offload, Parts
+from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.workload import (
     Op,
@@ -46,8 +47,8 @@ ENCODER_BYTES_PER_PIXEL = 200
 _HOLES, _MOST_HOLES = 0.5, 220_000_000
 """Share of live memory that stays in holes between blocks, as measured; glibc gives those from
 32 MB on back at once, so that holes stop growing."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_STAGES = {"prompt": ("text",), "prepare": ("prepare",), "sample": ("denoise",)}
+Rates = Mapping[torch.dtype, Calibration]
+"""By the dtype that they were measured in."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Estimate:
         encoder_s: what encoding the video takes in all, most of it beside decoding.
         measured: False where this machine was never calibrated: then the seconds are only weights.
         notes: what is not counted.
+        choice: what was chosen to make it fit, in words; empty where nothing had to be.
     """
 
     stages: tuple[Stage, ...]
@@ -93,6 +95,7 @@ class Estimate:
     encoder_s: float
     measured: bool
     notes: tuple[str, ...] = ()
+    choice: str = ""
 
     @property
     def total_s(self) -> float:
@@ -104,34 +107,6 @@ class Estimate:
         """Bytes above what the program has after its imports, at the fullest moment."""
         return max(stage.bytes for stage in self.stages)
 
-    def fraction(self, stage: str, done: int, total: int, clip: int = 1, num_clips: int = 1
-                 ) -> float:
-        """The share of the time that lies behind, loading left out; 0 to 1.
-
-        Args:
-            stage: "prompt", "prepare", "sample", or anything else for the writing of clips.
-            done: of `total` in this stage.
-            total: how much there is to do in it.
-            clip: which one it is about, from 1.
-            num_clips: how many there are.
-        """
-        took = {s.name: s.seconds for s in self.stages}
-        writing = ("decode", "mux")
-        now = _STAGES.get(stage, writing)
-        # clips are sampled one after the other, then written one after the other
-        order = [("prompt", 1)]
-        order += [(name, n) for n in range(num_clips) for name in ("prepare", "sample")]
-        order += [("write", n) for n in range(num_clips)]
-        behind, here = 0.0, (stage if stage in _STAGES else "write", clip - 1)
-        for name, n in order:
-            if (name, n) == here or (name == stage == "prompt"):
-                break
-            names = _STAGES.get(name, writing)
-            behind += sum(took[s] for s in names) / (1 if name == "prompt" else num_clips)
-        current = sum(took[s] for s in now) / (1 if stage == "prompt" else num_clips)
-        whole = self.total_s - took["load"]
-        return min((behind + current * done / max(total, 1)) / whole, 1.0) if whole else 1.0
-
     def as_data(self) -> dict[str, Any]:
         """JSON data."""
         return {
@@ -140,7 +115,7 @@ class Estimate:
             "dtype": self.setup.dtype, "offload": self.setup.offload,
             "quantize": self.setup.quantize, "device": str(self.setup.device),
             "threads": torch.get_num_threads(),
-            "notes": list(self.notes),
+            "notes": list(self.notes), "choice": self.choice,
         }
 
 
@@ -151,7 +126,7 @@ def size_text(num_bytes: int) -> str:
 
 def estimate(
     folder: ModelFolder, plan: Plan, request: Request, setup: Setup, *,
-    calibration: Calibration | None = None, parts: Parts | None = None, suffix: str = ".mp4",
+    rates: Rates | None = None, suffix: str = ".mp4",
 ) -> Estimate:
     """What a generation takes, from a model's headers.
 
@@ -160,13 +135,10 @@ def estimate(
         plan: of the clip.
         request: whose conditions and count are meant.
         setup: where and how it runs.
-        calibration: the machine's rates; None: what the cache has, else an ordinary machine's.
-        parts: of an engine with this setup, if there is one.
+        rates: the machine's; where one is missing, what the cache has, else an ordinary machine's.
         suffix: of the output.
     """
-    dtype = DTYPES[setup.dtype]
-    rates = calibration or cached_calibration(setup.device, dtype) or NOMINAL
-    return _Job(folder, plan, request, setup, rates, parts, suffix).estimate()
+    return _Job(folder, plan, request, setup, rates or {}, suffix).estimate()
 
 
 class _Job:
@@ -174,17 +146,22 @@ class _Job:
 
     def __init__(
         self, folder: ModelFolder, plan: Plan, request: Request, setup: Setup,
-        rates: Calibration, parts: Parts | None, suffix: str,
+        rates: Rates, suffix: str,
     ) -> None:
         self.folder, self.plan, self.request, self.setup = folder, plan, request, setup
-        self.rates, self.suffix, self.dtype = rates, suffix, DTYPES[setup.dtype]
+        self.suffix, self.dtype = suffix, DTYPES[setup.dtype]
         # quantised sizes are asked for below; torchao isn't needed to know them
-        self.parts = parts or Parts(folder, setup.device, self.dtype, setup.offload)
+        self.parts = Parts(folder, setup.device, self.dtype, setup.offload)
         self.vae = folder.components["vae"].config
+        self.vae_dtype = self.parts.dtype_of("vae")
+        self.rates, self.vae_rates = (
+            rates.get(dtype) or cached_calibration(setup.device, dtype) or NOMINAL
+            for dtype in (self.dtype, self.vae_dtype)
+        )
         self.dit = folder.components["transformer"].config
         self.on_cpu = setup.device.type == "cpu"
         self.rows, self.columns = plan.latents.height, plan.latents.width
-        self.stills, self.encoded = self._conditions()
+        self.passes = count_passes(folder, plan, request)
 
     def estimate(self) -> Estimate:
         text_s, denoise_s, decode_s = self._text_s(), self._denoise_s(), self._decode_s()
@@ -193,12 +170,14 @@ class _Job:
         load = BUILDING_S + sum(load_s.values())
         if self.setup.offload != "none":  # each comes when it is used, the VAE twice
             text_s += load_s["text_encoder"]
-            denoise_s += sum(s for role, s in load_s.items() if role.startswith("transformer"))
-            prepare_s += load_s["vae"] + load_s.get("image_encoder", 0.0) if self.encoded else 0.0
+            experts_s = sum(s for role, s in load_s.items() if role.startswith("transformer"))
+            denoise_s += experts_s * len(self.passes.windows)
+            if self.passes.encoded:
+                prepare_s += load_s["vae"] + load_s.get("image_encoder", 0.0)
             decode_s, load = decode_s + load_s["vae"], BUILDING_S
         mux_s = self._mux_s(decode_s)
         text_b = self._held(("text_encoder",), self._text_bytes())
-        prepare_b = self._held(("vae", "image_encoder") if self.encoded else (),
+        prepare_b = self._held(("vae", "image_encoder") if self.passes.encoded else (),
                                self._prepare_bytes())
         denoise_b = self._held(("transformer", "transformer_2"), self._denoise_bytes())
         decode_b = self._held(("vae",), self._decode_bytes())
@@ -209,7 +188,11 @@ class _Job:
             Stage("decode", count * decode_s, decode_b), Stage("mux", count * mux_s, decode_b),
         )
         encoder_s = count * self._encoder_s()
-        return Estimate(stages, self.setup, encoder_s, self.rates.measured, self._notes())
+        return Estimate(stages, self.setup, encoder_s, self._measured, self._notes())
+
+    @property
+    def _measured(self) -> bool:
+        return self.rates.measured and self.vae_rates.measured
 
     def _notes(self) -> tuple[str, ...]:
         notes = []
@@ -217,30 +200,9 @@ class _Job:
             notes.append("drawing the first frame is not counted")
         if self.request.lora:
             notes.append("adapters are not counted")
-        if not self.rates.measured:
+        if not self._measured:
             notes.append("this machine was not measured: `vidgen plan` does")
         return tuple(notes)
-
-    def _conditions(self) -> tuple[int, list[int]]:
-        """Latent frames that join as stills, and the frames of each video that is encoded."""
-        request, frames = self.request, self.plan.num_frames
-        stills = sum(map(bool, (request.image is not None or bool(request.first_frame_model),
-                                request.last_image is not None)))
-        stills += len(request.frame) + len(request.reference)
-        whole = [frames] if request.video is not None else []
-        if self.folder.conditioning == "tokens":
-            first = request.image is not None or bool(request.first_frame_model)
-            if request.mask is not None:
-                whole = [*whole, frames][:1] if request.strength is None else [frames] * 2
-            if request.prefix is not None:
-                whole.append(frames)
-            in_place = int(first) + sum(1 for seconds, _ in request.frame if not seconds)
-            return stills - in_place, whole + [1] * stills
-        if self.folder.conditioning == "channels":
-            return 0, [*whole, frames]
-        if self.folder.conditioning == "control":
-            return len(request.reference), [*whole, frames, frames] + [1] * len(request.reference)
-        return 0, whole
 
     @property
     def _text_tokens(self) -> int:
@@ -252,11 +214,11 @@ class _Job:
     def _frame_tokens(self) -> int:
         return self.rows * self.columns // self.dit.patch_size**2
 
-    def _passes(self) -> tuple[int, int]:
-        """Steps, and forward passes of all of them."""
+    def _num_passes(self) -> int:
+        """Forward passes of all steps of a window."""
         plan = self.plan
         sigmas = make_sigmas(plan.num_steps, plan.shift, strength=plan.strength).tolist()[:-1]
-        return len(sigmas), sum(1 + (plan.guidance.scale_at(sigma) != 1) for sigma in sigmas)
+        return sum(1 + (plan.guidance.scale_at(sigma) != 1) for sigma in sigmas)
 
     def _text_s(self) -> float:
         ops = text_ops(self.folder.components["text_encoder"].config, self._text_tokens)
@@ -264,11 +226,13 @@ class _Job:
 
     def _prepare_s(self) -> float:
         seconds = 0.0
-        for frames in self.encoded:
+        for frames in self.passes.encoded:
             latent = 1 + (frames - 1) // self.vae.strides.t
-            seconds += self.rates.seconds(
+            seconds += self.vae_rates.seconds(
                 vae_ops(self.vae, latent, self.rows, self.columns, decode=False)
             )
+        if self.passes.shown:
+            seconds += self._decoding_s(self.passes.shown)
         encoder = self.folder.components.get("image_encoder")
         if encoder is not None:
             seconds += self.rates.seconds(image_ops(encoder.config))
@@ -276,27 +240,36 @@ class _Job:
 
     def _denoise_s(self) -> float:
         encoder = self.folder.components.get("image_encoder")
-        ops = transformer_ops(
-            self.dit, self.plan.latents.num_frames + self.stills, self._frame_tokens,
-            self._text_tokens, controlled=bool(self.dit.control_layers),
-            image_tokens=0 if encoder is None else encoder.config.num_tokens,
+        image_tokens = 0 if encoder is None else encoder.config.num_tokens
+        return sum(self._pass_s(frames, image_tokens) for frames in self.passes.windows) * (
+            self._num_passes()
         )
-        one = self.rates.seconds(ops)
+
+    def _pass_s(self, frames: int, image_tokens: int) -> float:
+        """One forward pass over so many latent frames, stills included."""
+        one = self.rates.seconds(transformer_ops(
+            self.dit, frames, self._frame_tokens, self._text_tokens,
+            controlled=bool(self.dit.control_layers), image_tokens=image_tokens,
+        ))
         if self.setup.offload == "block":  # blocks come while others compute
             one = max(one, self._read_s("transformer"))
         elif self.setup.quantize:  # each weight is widened when it is used
             one += self.rates.seconds([Op("load", 1, 3 * self._size("transformer"))])
-        return one * self._passes()[1]
+        return one
 
     def _decode_s(self) -> float:
-        frames = self.plan.latents.num_frames
-        return self.rates.seconds(vae_ops(self.vae, frames, self.rows, self.columns, decode=True))
+        return self._decoding_s(self.passes.decoded)
+
+    def _decoding_s(self, frames: int) -> float:
+        return self.vae_rates.seconds(
+            vae_ops(self.vae, frames, self.rows, self.columns, decode=True)
+        )
 
     def _encoder_s(self) -> float:
         """Work of the video encoder, on one core."""
         kind, pixels = f"write{self.suffix}", self.plan.width * self.plan.height
         kind = kind if kind in self.rates.rates else "write.mp4"
-        return self.plan.kept_frames * pixels / self.rates.rate(kind, pixels)
+        return self.passes.kept * pixels / self.rates.rate(kind, pixels)
 
     def _mux_s(self, decode_s: float) -> float:
         """What writing adds to decoding, which it runs beside."""
@@ -304,7 +277,7 @@ class _Job:
         shared = decode_s * torch.get_num_threads() if self.on_cpu else 0.0
         wall = max(decode_s, work / min(4, cores), (shared + work) / cores)
         # the last frames come when nothing is left to decode
-        last = min(self.vae.strides.t, self.plan.kept_frames) / self.plan.kept_frames
+        last = min(self.vae.strides.t, self.passes.kept) / self.passes.kept
         return max(wall - decode_s, work * last)
 
     def _size(self, role: Role) -> int:
@@ -327,12 +300,12 @@ class _Job:
 
     def _untouched(self, role: Role) -> int:
         """Bytes of mapped weights that this generation never reads: they aren't brought in."""
-        idle = {"vae": () if self.encoded else ("encoder.",), "text_encoder": ("shared.",)}
-        component = self.folder.components[role]
+        idle = {"vae": () if self.passes.encoded else ("encoder.",), "text_encoder": ("shared.",)}
+        component, dtype = self.folder.components[role], self.parts.dtype_of(role, self.dtype)
         if not idle.get(role) or not self._mapped(role):
             return 0
         return sum(
-            torch.Size(component.store.shape(name)).numel() * self.dtype.itemsize
+            torch.Size(component.store.shape(name)).numel() * dtype.itemsize
             for name in component.store.names
             if component.names.get(name, name).startswith(idle[role])
         )
@@ -361,9 +334,9 @@ class _Job:
         return wide + 8 * config.num_heads * tokens**2
 
     def _prepare_bytes(self) -> int:
-        if not self.encoded:
+        if not self.passes.encoded:
             return 0
-        longest, itemsize = max(self.encoded), self.dtype.itemsize
+        longest, itemsize = max(self.passes.encoded), self.vae_dtype.itemsize
         pixels = self.plan.width * self.plan.height
         live = vae_bytes(
             self.vae, self.rows, self.columns, itemsize, decode=False, whole=longest > 1
@@ -372,7 +345,7 @@ class _Job:
         return self._resident(live) + 3 * longest * pixels * (9 + itemsize)
 
     def _denoise_bytes(self) -> int:
-        tokens = (self.plan.latents.num_frames + self.stills) * self._frame_tokens
+        tokens = max(self.passes.windows, default=0) * self._frame_tokens
         backend = used_backend("auto", self.setup.device, self.dtype)
         return transformer_bytes(
             self.dit, tokens, self.dtype.itemsize, holds_scores=backend == "matmul",
@@ -382,7 +355,7 @@ class _Job:
     def _decode_bytes(self) -> int:
         plan = self.plan
         live = vae_bytes(
-            self.vae, self.rows, self.columns, self.dtype.itemsize, decode=True,
+            self.vae, self.rows, self.columns, self.vae_dtype.itemsize, decode=True,
             whole=plan.num_frames > 1,
         )
         pixels = plan.width * plan.height

@@ -25,6 +25,8 @@ from vidgen.weights.quantize import require_torchao
 from vidgen.weights.stream import BlockStream, block_of, blocks_of
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from vidgen.weights.component import Role
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
@@ -45,6 +47,8 @@ class Parts:
         dtype: of weights that aren't float32 by policy.
         offload: "none", "stage" or "block".
         quantize: "int8": what the linear layers of blocks become; not with "block".
+        mesh: devices over which the transformers' blocks are spread; neither with "block" nor
+            quantised.
 
     Raises:
         InputError: choices that don't go together, or quantisation that can't be had here.
@@ -57,6 +61,7 @@ class Parts:
         dtype: torch.dtype,
         offload: Offload = "none",
         quantize: Quantization | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         if offload not in get_args(Offload):
             raise InputError(f"offload is {offload!r}; {nearest(offload, get_args(Offload))}")
@@ -67,8 +72,11 @@ class Parts:
                     "offload 'block' reads weights as they lie in the files, so they can't be "
                     "int8; give 'stage' with int8, or 'block' without"
                 )
+        if mesh is not None and (quantize or offload == "block"):
+            raise InputError("weights that are spread over devices can be neither int8 nor read "
+                             "block by block; leave --shard out, or the other")
         self.folder, self.device, self.dtype = folder, device, dtype
-        self.offload, self.quantize = offload, quantize
+        self.offload, self.quantize, self.mesh = offload, quantize, mesh
         self._loaded: dict[Role, nn.Module] = {}
         self._users: Counter[Role] = Counter()
         self._lock = threading.RLock()
@@ -184,6 +192,7 @@ class Parts:
             self._loaded[role] = self.folder.components[role].load(
                 self.dtype_of(role), self.device, self.quantize,
                 stream=self.offload == "block" and role in STREAMED,
+                mesh=self.mesh if role in EXPERTS else None,
             )
         return self._loaded[role]
 
@@ -212,9 +221,17 @@ class Parts:
             resident = weights.num_bytes(name for name in weights.names if not block_of(name))
             return resident + 2 * max(map(weights.num_bytes, blocks), default=0)
         total = weights.num_bytes()
+        if self.mesh is not None and role in EXPERTS:
+            return total - self._elsewhere(weights)
         if quantize == "int8":
             total -= sum(_saved(weights, name) for name in weights.names)
         return total
+
+    def _elsewhere(self, weights: Weights) -> int:
+        """Bytes of weights that other devices hold, but for two blocks at work."""
+        assert self.mesh is not None
+        sizes = [weights.num_bytes(names) for names in blocks_of(weights.names).values()]
+        return max(0, sum(sizes) * (self.mesh.size() - 1) // self.mesh.size() - 2 * max(sizes))
 
     def _what_fits(self, have: int) -> list[str]:
         """Options of the command line that would fit, those that change results last."""
@@ -257,3 +274,10 @@ def _empty(module: nn.Module) -> None:
         for name, value in part._buffers.items():
             if value is not None:
                 part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+
+def best_dtype(device: torch.device) -> str:
+    """The dtype that a device computes fastest in without losing range."""
+    if device.type == "cuda":
+        return "bf16"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"

@@ -8,41 +8,74 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 
 from vidgen.core.errors import InputError, ModelError
+from vidgen.core.request import Request
 from vidgen.core.runtime import available_memory
 from vidgen.core.shapes import VideoShape
-from vidgen.pipeline.calibration import Calibration
-from vidgen.pipeline.estimate import Estimate, Setup, estimate, size_text
+from vidgen.pipeline.estimate import Estimate, Rates, Setup, estimate, size_text
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.parts import Offload
+from vidgen.pipeline.parts import Offload, best_dtype
 from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.tasks import check_tasks
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Request
     from vidgen.pipeline.video import Engine
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
 
 
+class Asked(NamedTuple):
+    """What an engine was told to run with; None is left to choose."""
+
+    offload: Offload | None
+    dtype: str | None
+
+
 def preflight(engine: Engine, plan: Plan, request: Request) -> Estimate:
     """What a generation of an engine will take; measures nothing, reads headers at most.
+
+    Where the engine was left to choose, it takes the first setup that fits.
 
     Raises:
         ModelError: more than the memory holds; names what would fit.
     """
-    setup = Setup(engine.device, engine.dtype, engine.offload, engine.quantize)
-    made = estimate(engine.folder, plan, request, setup, parts=engine.parts)
     have = available_memory(engine.device)
     if have is not None:
-        loaded = sum(engine.parts.needed_bytes(role, offload="stage")
-                     for role in engine.parts.resident)
-        require_fit(made, engine.folder, plan, request, have + loaded)
+        have += sum(engine.parts.needed_bytes(role, offload="stage")
+                    for role in engine.parts.resident)
+    asked = replace(request, offload=engine.asked.offload, dtype=engine.asked.dtype,
+                    quantize=engine.quantize)
+    made = choose(engine.folder, plan, asked, engine.device, have,
+                  dtype=engine.asked.dtype or best_dtype(engine.device))
+    engine.adopt(made.setup)
     return made
+
+
+def first_setup(
+    folder: ModelFolder, device: torch.device, asked: Asked, quantize: Quantization | None
+) -> Setup:
+    """The setup in which a model is opened, before the first request: that of its default clip.
+
+    Where not even that fits, the most frugal one: a request may be smaller.
+    """
+    request = Request(prompt="-", offload=asked.offload, dtype=asked.dtype, quantize=quantize)
+    vae, dit = folder.components["vae"].config, folder.components["transformer"].config
+    dtype = asked.dtype or best_dtype(device)
+    if asked.offload and asked.dtype:
+        return Setup(device, dtype, asked.offload, quantize)
+    plan = make_plan(request, folder.defaults, vae.strides, vae.latent_channels,
+                     patch=dit.patch_size)
+    try:
+        return choose(
+            folder, plan, request, device, available_memory(device), dtype=dtype
+        ).setup
+    except ModelError:
+        frugal: Offload = "stage" if quantize else "block"
+        return Setup(device, dtype, asked.offload or frugal, quantize)
 
 
 def settle(folder: ModelFolder, request: Request) -> Plan:
@@ -62,7 +95,7 @@ def settle(folder: ModelFolder, request: Request) -> Plan:
 
 def choose(
     folder: ModelFolder, plan: Plan, request: Request, device: torch.device, have: int | None,
-    *, dtype: str, calibration: Calibration | None = None, suffix: str = ".mp4",
+    *, dtype: str, rates: Rates | None = None, suffix: str = ".mp4",
 ) -> Estimate:
     """The fastest setup that fits, of those that the request leaves open.
 
@@ -75,7 +108,7 @@ def choose(
         device: where it is to run.
         have: bytes that are free there; None: unknown, so that everything fits.
         dtype: the device's best, or the request's own.
-        calibration: see `estimate`.
+        rates: see `estimate`.
         suffix: of the output.
 
     Raises:
@@ -89,16 +122,19 @@ def choose(
     first = None
     for name, offload in product(dtypes, offloads):
         setup = Setup(device, name, offload, quantize)
-        # rates are of one dtype; another one's come from the cache
-        rates = calibration if name == dtype else None
-        made = estimate(folder, plan, request, setup, calibration=rates, suffix=suffix)
+        made = estimate(folder, plan, request, setup, rates=rates, suffix=suffix)
         if have is None or made.peak_bytes <= have:
-            return made
+            return replace(made, choice=_choice(made, first, have)) if first and have else made
         first = first or made
     assert first is not None
     assert have is not None
     require_fit(first, folder, plan, request, have)
     return first
+
+
+def _choice(made: Estimate, first: Estimate, have: int) -> str:
+    return (f"{made.setup.words} was chosen: {first.setup.words} needs "
+            f"{size_text(first.peak_bytes)}, {size_text(have)} are free")
 
 
 def require_fit(

@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.core.protocols import Denoise, OnStep, SamplerState, StepInfo
+from vidgen.core.protocols import OnStep, SamplerState, StepInfo
 from vidgen.core.request import Request
 from vidgen.core.runtime import choose_device
 from vidgen.diffusion import condition
-from vidgen.diffusion.condition import LatentState, denoise_inputs
-from vidgen.diffusion.flow import to_timestep
-from vidgen.diffusion.guidance import guided
+from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import SAMPLERS, sample_with_scheduler, scheduler_sigmas
 from vidgen.diffusion.schedule import make_sigmas
@@ -42,14 +40,16 @@ from vidgen.models.dit import DiTConfig
 from vidgen.models.image import prepare_image
 from vidgen.models.text import PromptTokenizer
 from vidgen.models.vae import VAEConfig
-from vidgen.pipeline.experts import NO_LORAS, Experts, Loras, experts, read_loras
+from vidgen.pipeline.crew import Crew, devices_of, start_crew
+from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
 from vidgen.pipeline.extend import long_clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal import Journal, journals_of, recall
-from vidgen.pipeline.parts import DTYPES, Offload, Parts
+from vidgen.pipeline.networks import decode_latents, denoising
+from vidgen.pipeline.parts import DTYPES, Offload, Parts, best_dtype
 from vidgen.pipeline.plan import Plan, draw_seed, make_plan
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
-from vidgen.pipeline.preflight import preflight
+from vidgen.pipeline.preflight import Asked, first_setup, preflight
 from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.pipeline.recipe import make_recipe
@@ -58,6 +58,7 @@ from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
 
 if TYPE_CHECKING:
+    from vidgen.pipeline.estimate import Estimate, Setup
     from vidgen.pipeline.foreign import ForeignEngine
     from vidgen.weights.quantize import Quantization
 
@@ -77,8 +78,8 @@ class Progress:
 
 def load(
     model: str = "toybox", *, device: str = "auto", dtype: str | None = None,
-    offload: Offload | None = None, quantize: Quantization | None = None,
-    policy: Policy | None = None,
+    offload: Offload | Literal["auto"] | None = None, quantize: Quantization | None = None,
+    policy: Policy | None = None, devices: int = 1, shard: bool = False,
 ) -> Engine | ForeignEngine:
     """Open a model; it comes into memory as `offload` says.
 
@@ -88,47 +89,75 @@ def load(
         device: "auto", "cpu", "cuda", ...
         dtype: "fp32", "bf16" or "fp16"; None: bf16 where the processor has it, else fp32.
         offload: "none" keeps all in memory, "stage" what the stage at work needs, "block" two
-            blocks of the transformer at a time.
+            blocks of the transformer at a time; None or "auto": the first of them with which each
+            clip fits into the memory.
         quantize: "int8" keeps linear layers' weights in 8 bits.
         policy: refuses prompts; None takes the word list that VIDGEN_POLICY names, if one.
+        devices: how many share the work; see docs/devices.md.
+        shard: spread the transformers' weights over the devices.
 
     Raises:
+        InputError: choices that don't go together, or more devices than there are.
         ModelError: no such model, files that are missing, damaged or don't fit together, or more
             than the memory holds.
     """
     policy = policy or policy_from_environment()
     Signing.from_environment()  # one that can't sign is told of now, not when a clip is made
     folder, place = open_model(model), choose_device(device)
-    dtype = dtype or best_dtype(place)
+    asked = Asked(None if offload == "auto" else offload, dtype)
     if isinstance(folder, ForeignFolder):
         from vidgen.pipeline.foreign import ForeignEngine
 
-        if quantize:
-            raise InputError(f"quantize {quantize!r} works with the Wan family, not with "
-                             f"{folder.class_name}; leave it out")
-        return ForeignEngine(folder, place, dtype, offload or "none", policy=policy)
-    return Engine(folder, place, dtype, offload or "none", quantize, policy)
+        if quantize or devices > 1:
+            option = f"quantize {quantize!r}" if quantize else f"devices {devices}"
+            raise InputError(f"{option} works with the Wan family, not with {folder.class_name}; "
+                             "leave it out")
+        dtype = dtype or best_dtype(place)
+        return ForeignEngine(folder, place, dtype, asked.offload or "none", policy=policy)
+    return Engine(folder, place, asked, quantize, policy, start_crew(devices, place, shard=shard))
 
 
 class Engine:
     """A model ready to generate."""
 
     def __init__(
-        self, folder: ModelFolder, device: torch.device, dtype: str, offload: Offload = "none",
+        self, folder: ModelFolder, device: torch.device, asked: Asked,
         quantize: Quantization | None = None, policy: Policy | None = None,
+        crew: Crew | None = None,
     ) -> None:
-        self.folder, self.device, self.dtype, self.policy = folder, device, dtype, policy
-        self.offload, self.quantize = offload, quantize
+        self.folder, self.device, self.policy, self.crew = folder, device, policy, crew
+        self.asked, self.quantize = asked, quantize
         self.vae_config: VAEConfig = folder.components["vae"].config
         self.dit_config: DiTConfig = folder.components["transformer"].config
         self.tokenizer = PromptTokenizer(folder.tokenizer, self.dit_config.text_len)
-        self.parts = Parts(folder, device, DTYPES[dtype], offload, quantize)
-        self.prompts = PromptEncoder(self.parts, self.tokenizer)
+        if crew is not None:
+            crew.open(folder, quantize)
+        self._open(first_setup(folder, device, asked, quantize))
         self.parts.check()
-        if offload == "none":  # damaged files are told of now
+        if self.offload == "none":  # damaged files are told of now
             for role in folder.components:
                 with self.parts.use(role):
                     pass
+
+    def _open(self, setup: Setup) -> None:
+        self.dtype, self.offload = setup.dtype, setup.offload
+        self.parts = Parts(
+            self.folder, self.device, DTYPES[setup.dtype], setup.offload, self.quantize,
+            None if self.crew is None else self.crew.mesh,
+        )
+        self.prompts = PromptEncoder(self.parts, self.tokenizer)
+
+    def adopt(self, setup: Setup) -> None:
+        """Run in another setup from here on; networks that are in memory for this one leave."""
+        if (setup.dtype, setup.offload) != (self.dtype, self.offload):
+            self.parts.close()
+            self._open(setup)
+
+    def close(self) -> None:
+        """Let the networks go, and other devices; this engine can't be used any more."""
+        self.parts.close()
+        if self.crew is not None:
+            self.crew.close()
 
     def generate(
         self,
@@ -136,6 +165,7 @@ class Engine:
         /,
         *,
         on_event: Callable[[Progress], None] | None = None,
+        on_estimate: Callable[[Estimate], None] | None = None,
         journal: Journal | Sequence[Journal] | None = None,
         **options: Any,
     ) -> Clip | list[Clip]:
@@ -144,6 +174,7 @@ class Engine:
         Args:
             prompt: what is to be seen, or a whole request.
             on_event: told of progress; raising `Cancelled` stops cleanly between two steps.
+            on_estimate: told what it will take, before the work begins.
             journal: keeps the state beside the output, one for each clip, so that a run that was
                 stopped or killed goes on; see docs/journal.md.
             options: fields of `Request`, which are the command line's long options.
@@ -160,7 +191,9 @@ class Engine:
         journals = journals_of(journal, request.count)
         request, inputs = self.read(recall(request, journals))
         first = self.plan(request, inputs)
-        preflight(self, first, request)
+        made = preflight(self, first, request)
+        if on_estimate is not None:
+            on_estimate(made)
         loras = read_loras(request.lora, self.folder)
         plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
         recipes = [
@@ -226,7 +259,7 @@ class Engine:
     def plan(self, request: Request, inputs: Inputs) -> Plan:
         """Settle all that the request left open; refuse what this model can't do."""
         own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload,
-               "quantize": self.quantize}
+               "quantize": self.quantize, **devices_of(self.crew)}
         for option, value in own.items():
             asked = getattr(request, option)
             if option == "model" and asked is not None and self.folder.is_called(asked):
@@ -304,13 +337,9 @@ class Engine:
         start = state.impose(state.latents)
         told = {"on_step": on_step, "project": state.impose, "resume": resume}
         sigmas = self.sigmas(plan, scheduler)
-        boundary = self.folder.defaults.boundary
         level = float(sigmas[resume.step if resume else 0])
-        with experts(self.parts, boundary, loras, level) as given:
-            denoise = self._denoiser(plan, state, contexts[0], given)
-            if len(contexts) > 1:
-                other = self._denoiser(plan, state, contexts[1], given)
-                denoise = guided(denoise, other, plan.guidance, denoise_mask=state.denoise_mask)
+        model = denoising if self.crew is None else self.crew.denoising
+        with model(self.parts, plan, state, contexts, loras, level) as denoise:
             if scheduler is not None:
                 latents = sample_with_scheduler(
                     denoise, start, scheduler, plan.num_steps, strength=plan.strength, **told
@@ -369,23 +398,16 @@ class Engine:
 
     @torch.no_grad()
     def decode_video(self, latents: Tensor, start: int = 0) -> Iterator[Tensor]:
-        """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W].
+        """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W], from `start` on.
 
-        Decoding from frame `start` on begins as many latent frames earlier as the decoder looks
-        back, so that its caches hold the same and the frames are bit-equal.
+        Frames don't depend on where decoding begins, nor on how many devices decode.
         """
-        with self.parts.use("vae") as vae:
-            t = vae.strides.t
-            wanted = -(-start // t)  # the latent frame that holds frame `start`
-            first = max(0, wanted - vae.receptive_frames + 1)
-            pieces = (
-                part.to(self.device, _dtype_of(vae))
-                for part in latents[:, :, first:].split(1, dim=2)
-            )
-            for index, video in enumerate(vae.stream_decode(pieces), first):
-                if index >= wanted:
-                    before = 1 + (index - 1) * t if index else 0
-                    yield video[:, :, max(0, start - before) :]
+        t = self.vae_config.strides.t
+        wanted = -(-start // t)  # the latent frame that holds frame `start`
+        decode = decode_latents if self.crew is None else self.crew.decode
+        for index, video in enumerate(decode(self.parts, latents, wanted), wanted):
+            before = 1 + (index - 1) * t if index else 0
+            yield video[:, :, max(0, start - before) :]
 
     @torch.no_grad()
     def describe(self, pictures: Sequence[Any]) -> Tensor:
@@ -396,27 +418,6 @@ class Engine:
             features = [encoder(pixels.to(self.device, _dtype_of(encoder))) for pixels in seen]
         return torch.cat(features, dim=1)
 
-    def _denoiser(
-        self, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts
-    ) -> Denoise:
-        """The model under one prompt and all conditions."""
-        whole = plan.sampler in ("unipc", "UniPCMultistepScheduler")  # as diffusers has it
-        features, lengths = context
-        options = {"extra": state.keys, "image_context": state.image_context}
-        if state.control is not None:
-            options |= {"control": state.control, "control_scale": plan.control_scale}
-
-        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-            seen, levels = denoise_inputs(state, sigma, latents, patch=self.dit_config.patch_size)
-            velocity = given.at(float(sigma[0]))(
-                seen, to_timestep(levels, whole=whole), features,
-                context_lengths=lengths, **options,
-            )
-            assert isinstance(velocity, Tensor)
-            return velocity
-
-        return denoise
-
 
 def to_frames(video: Tensor) -> Tensor:
     """[3, T, H, W] in [-1, 1] as uint8 [T, H, W, 3] on the CPU."""
@@ -426,10 +427,3 @@ def to_frames(video: Tensor) -> Tensor:
 
 def _dtype_of(module: torch.nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
-
-
-def best_dtype(device: torch.device) -> str:
-    """The dtype that a device computes fastest in without losing range."""
-    if device.type == "cuda":
-        return "bf16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"

@@ -1,0 +1,147 @@
+"""What goes through a model for a clip: the windows it denoises, and what the VAE reads and makes.
+
+Counted from the request alone, as `extend` and `prepare` go about it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.media.read import probe, read_recipe
+from vidgen.pipeline.extend import OVERLAP, split_windows, window_size
+from vidgen.pipeline.tail import TAIL_FRAMES, read_tail
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.pipeline.plan import Plan
+    from vidgen.weights.folder import ModelFolder
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The work of one clip.
+
+    Attributes:
+        windows: latent frames that the transformer reads for each window, stills included.
+        encoded: frames of each video or still that the VAE's encoder reads, for all windows.
+        decoded: latent frames that are decoded, but for `shown`.
+        shown: latent frames that windows of VACE decode, to be shown what came before.
+        kept: frames that are written.
+    """
+
+    windows: tuple[int, ...]
+    encoded: tuple[int, ...]
+    decoded: int
+    shown: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The clip that a request goes on from.
+
+    Attributes:
+        num_frames: its frames.
+        num_latents: latent frames of it that are at hand.
+        behind: latent frames before those.
+        frames_ahead: frames that the latents stand for beyond its own.
+        is_encoded: whether the latents come from its last frames.
+    """
+
+    num_frames: int = 0
+    num_latents: int = 0
+    behind: int = 0
+    frames_ahead: int = 0
+    is_encoded: bool = False
+
+
+def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
+    """Take a clip apart, without reading more than the header of a clip that it goes on from.
+
+    Raises:
+        InputError: that clip is missing or no video.
+    """
+    strides = folder.components["vae"].config.strides
+    size, t, total = window_size(folder, strides), strides.t, plan.latents.num_frames
+    given = _Given()
+    if request.prefix is not None:
+        given = _given(folder, plan, os.fspath(request.prefix))  # type: ignore[arg-type]
+        missing = plan.kept_frames - given.num_frames - given.frames_ahead
+        total = given.num_latents + max(math.ceil(missing / t), 0)
+    windows = [(0, total)]
+    if given.num_latents or total > size:
+        overlap, at_hand = min(request.overlap or OVERLAP, size - 1), given.num_latents
+        windows = split_windows(at_hand, total, size, min(overlap, at_hand or overlap))
+    read, encoded = [], [1 + (given.num_latents - 1) * t] if given.is_encoded else []
+    for index, (start, stop) in enumerate(windows):
+        begins, ends = index == 0 and not given.num_latents, index == len(windows) - 1
+        span = range((given.behind + start) * t, (given.behind + stop) * t)
+        stills, own = _conditions(
+            folder, plan, request, 1 + (stop - start - 1) * t, begins=begins, ends=ends, span=span
+        )
+        read.append(stop - start + stills)
+        encoded += own
+    later = len(windows) - (not given.num_latents)
+    shown = TAIL_FRAMES * later if folder.conditioning == "control" else 0
+    if folder.conditioning == "control":  # and encode what they were shown
+        encoded += [1 + (stop - start - 1) * t for start, stop in windows[len(windows) - later :]]
+    kept = max(plan.kept_frames - given.num_frames, 1)
+    return Passes(tuple(read), tuple(encoded), total, shown, kept)
+
+
+def _conditions(
+    folder: ModelFolder, plan: Plan, request: Request, frames: int, *, begins: bool, ends: bool,
+    span: range,
+) -> tuple[int, list[int]]:
+    """Latent frames that join a window as stills, and the frames of each video encoded for it."""
+    first = begins and (request.image is not None or bool(request.first_frame_model))
+    moments = [round(seconds * plan.fps) for seconds, _ in request.frame]
+    inside = [moment for moment in moments if moment in span]
+    stills = sum((first, ends and request.last_image is not None, len(inside)))
+    references = len(request.reference)
+    whole = [frames] * (request.strength is not None)
+    match folder.conditioning:
+        case "tokens":
+            whole += [frames] * (request.mask is not None)
+            in_place = int(first) + inside.count(0)
+            return stills + references - in_place, whole + [1] * (stills + references)
+        case "channels":
+            return 0, [*whole, frames]
+        case "control":
+            return references, [*whole, frames, frames] + [1] * references
+        case _:
+            return 0, whole
+
+
+def _given(folder: ModelFolder, plan: Plan, path: str) -> _Given:
+    try:
+        stamp = Path(path).stat().st_mtime_ns
+    except OSError:
+        stamp = 0  # what is wrong is told by who opens it
+    recipe, num_frames, fps = _read_given(path, stamp)
+    begun = read_tail(recipe, folder) if fps == plan.fps else None
+    if begun is not None:
+        at_hand = begun.latents.shape[2]
+        return _Given(begun.num_frames, at_hand, begun.num_latents - at_hand, begun.frames_ahead)
+    t, count = folder.components["vae"].config.strides.t, round(num_frames * plan.fps / fps)
+    num_latents = 1 + max(count - 1, 0) // t
+    at_hand = min(TAIL_FRAMES, num_latents)
+    return _Given(max(count, 1), at_hand, num_latents - at_hand, is_encoded=True)
+
+
+@lru_cache(maxsize=8)
+def _read_given(path: str, _stamp: int) -> tuple[dict[str, Any] | None, float, Fraction]:
+    """A file's recipe, frames and rate, from its header; setups are compared by the dozen."""
+    facts = probe(path)
+    stream = next((s for s in facts["streams"] if s["type"] in ("video", "picture")), {})
+    try:
+        fps = Fraction(stream.get("fps") or 25)
+    except ValueError:  # a container may not tell
+        fps = Fraction(25)
+    return read_recipe(path), stream.get("num_frames") or facts.get("duration_s", 1) * fps, fps
