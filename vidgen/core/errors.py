@@ -32,6 +32,10 @@ class OutputError(VidgenError):
     exit_code = 2
 
 
+class DeviceError(VidgenError):
+    """Another device that works on the clip failed, and this one can't go on without it."""
+
+
 class Cancelled(VidgenError):
     """The work was stopped from outside, by Ctrl-C or by a callback."""
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MAX_PROMPT = 20_000
 _WHOLE = {
     "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
-    "retry": (0, 100), "overlap": (1, 1000),
+    "retry": (0, 100), "overlap": (1, 1000), "devices": (1, 1024),
 }
 _NUMBER = {
     "guidance": (0, 100), "guidance_low": (0, 100), "guidance_rescale": (0, 1), "strength": (0, 1),
@@ -130,6 +130,8 @@ class Request:
     dtype: str | None = None
     offload: str | None = None
     quantize: str | None = None
+    devices: int | None = None
+    shard: bool | None = None
     latents: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

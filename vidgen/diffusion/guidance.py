@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,15 +86,22 @@ def guided(
     guidance: Guidance,
     *,
     denoise_mask: Tensor | None = None,
+    both: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
 ) -> Denoise:
-    """A model under guidance, callable like the models it is made of."""
+    """A model under guidance, callable like the models it is made of.
+
+    With `both`, the two velocities that a step needs come from one call of it.
+    """
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        velocity = denoise_conditional(latents, sigma)
         scale = guidance.scale_at(float(sigma[0]))
         if scale == 1:
-            return velocity
-        other = denoise_unconditional(latents, sigma)
+            return denoise_conditional(latents, sigma)
+        if both is not None:
+            velocity, other = both(latents, sigma)
+        else:
+            velocity = denoise_conditional(latents, sigma)
+            other = denoise_unconditional(latents, sigma)
         return guide(velocity, other, scale, rescale=guidance.rescale, denoise_mask=denoise_mask)
 
     return denoise

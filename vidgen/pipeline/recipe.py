@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 RECIPE_VERSION = 1
 FACTS = (
     "vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "custom_noise",
-    "dtype", "offload", "quantize", "attention", "device", "machine", "diffusers", "transformers",
-    "torchao", "encoder", "hand_over",
+    "dtype", "offload", "quantize", "attention", "device", "devices", "machine", "diffusers",
+    "transformers", "torchao", "encoder", "hand_over",
 )
 """Entries that frames depend on; the others differ from run to run or say the same again."""
 _ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix",
@@ -77,6 +77,9 @@ def make_recipe(
     recipe["model"]["world_version"] = folder.world_version
     recipe["attention"] = used_backend("auto", engine.device, DTYPES[engine.dtype])
     recipe["quantize"] = getattr(engine, "quantize", None)
+    crew = getattr(engine, "crew", None)
+    if crew is not None:
+        recipe["devices"] = crew.facts(guided=not plan.guidance.is_off)
     return recipe | ({"torchao": version("torchao")} if recipe["quantize"] else {})
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,9 @@ from vidgen.core.runtime import atomic_path, atomic_write
 from vidgen.weights.quantize import Quantization, linears, quantize_layer
 from vidgen.weights.store import TensorStore, find_files
 from vidgen.weights.stream import assign, blocks_of, stream_blocks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -144,6 +147,7 @@ def load_module(
     quantize: Quantization | None = None,
     *,
     stream: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> Module:
     """Build a module without memory, then give it the files' tensors, one at a time.
 
@@ -156,6 +160,7 @@ def load_module(
         names: stored name -> the module's; those not in it are the same.
         quantize: what the linear layers of the blocks become.
         stream: leave the blocks' weights in the files; they come while they are used.
+        mesh: devices over which the blocks' weights are spread, each reading its share.
 
     Raises:
         ModelError: missing or surplus keys, wrong shapes, unreadable file; names them.
@@ -174,10 +179,14 @@ def load_module(
     _check(module, weights)
     if quantize and stream:
         raise InputError("int8 weights can't be streamed block by block; give one of the two")
-    streamed = blocks_of(weights.names) if stream else {}
-    _fill(module, weights, set(chain.from_iterable(streamed.values())), device, quantize)
+    left = blocks_of(weights.names) if stream or mesh is not None else {}
+    _fill(module, weights, set(chain.from_iterable(left.values())), device, quantize)
     module.eval().requires_grad_(requires_grad=False)
-    if streamed:
+    if left and mesh is not None:
+        from vidgen.weights.shard import shard_blocks
+
+        shard_blocks(module, weights, device, mesh)
+    elif left:
         stream_blocks(module, weights, device)
     return module
 

@@ -1,0 +1,211 @@
+"""What ties the processes of a crew together: groups that compute, and orders from rank 0.
+
+Orders travel in two parts, since a rank may wait for hours where a collective has to fail after
+minutes: a key in the rendezvous store wakes a rank, a broadcast then tells it what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.ops.parallel import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from vidgen.diffusion.condition import LatentState
+    from vidgen.pipeline.experts import Loras
+    from vidgen.pipeline.networks import Contexts
+    from vidgen.pipeline.plan import Plan
+
+TIMEOUT = timedelta(minutes=30)
+"""After which a rank that answers no more, though it lives, ends the others."""
+FAILURE = "failure"
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+
+
+@dataclass(frozen=True)
+class Division:
+    """How ranks share a clip: `guidance` groups, one a prompt, of `sequence` ranks each."""
+
+    guidance: int
+    sequence: int
+
+    def branch(self, rank: int) -> int:
+        """Which group a rank belongs to: 0 computes under the prompt, 1 under the negative."""
+        return rank // self.sequence
+
+    def contexts(self, contexts: Contexts, rank: int) -> Contexts:
+        """Those that a rank's group computes under."""
+        return contexts if self.guidance == 1 else [contexts[self.branch(rank)]]
+
+    def turns(self, wanted: Sequence[int], rank: int, *, shard: bool) -> list[int]:
+        """Under which of the wanted contexts a rank computes, by their place among its own.
+
+        With sharded weights it computes each time, since all need each other's weights.
+        """
+        if self.guidance == 1:
+            return [*wanted]
+        return [0] if shard or self.branch(rank) in wanted else []
+
+
+def divide(devices: int, num_heads: int, *, guided: bool) -> Division:
+    """Guidance first, since its halves meet once a step; the rest share the tokens.
+
+    Raises:
+        InputError: more ranks on one sequence than the model has heads.
+    """
+    guidance = 2 if guided and devices % 2 == 0 else 1
+    sequence = devices // guidance
+    if sequence > num_heads:
+        limit = f"{num_heads} devices" + (f", {2 * num_heads} with guidance" if guided else "")
+        raise InputError(f"{devices} devices can't share a model of {num_heads} attention heads; "
+                         f"give at most {limit}")
+    return Division(guidance, sequence)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a member needs to denoise: all but the latents, which come with each call.
+
+    Attributes:
+        contexts: (context [1, S, D], lengths [1]) of the prompt and, under guidance, the negative.
+        level: the sigma that sampling begins at.
+        threads: that rank 0 computes on.
+    """
+
+    plan: Plan
+    state: LatentState
+    contexts: Contexts
+    loras: Loras
+    level: float
+    division: Division
+    threads: int
+
+
+class Link:
+    """This process's place among the ranks; all of them make it at the same time.
+
+    Args:
+        store: of the rendezvous.
+        rank: of this process.
+        size: how many there are.
+        device: this rank's.
+        local: whether all run on this machine, so that nothing needs to leave it.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, device: torch.device, *, local: bool
+    ) -> None:
+        self.store, self.rank, self.size, self.device = store, rank, size, device
+        self.broken = False
+        """Whether ranks may wait for what never comes, so that no order reaches them."""
+        self.owed = False
+        """Whether a rank is yet to send what it was ordered to, and hears of nothing before."""
+        self._count = 0
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with _on_loopback() if local else _unchanged():
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size,
+                timeout=TIMEOUT,
+            )
+            self._whole = Ranks(None, device)
+            self._half = self._half_of(size // 2) if size > 2 and size % 2 == 0 else None
+
+    def _half_of(self, count: int) -> Ranks:
+        groups = [dist.new_group(range(first, first + count)) for first in (0, count)]
+        return Ranks(groups[self.rank // count], self.device)
+
+    def ranks(self, division: Division) -> Ranks | None:
+        """Who shares a sequence with this rank; None: nobody."""
+        if division.sequence == 1:
+            return None
+        return self._whole if division.guidance == 1 else self._half
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """All ranks in a row, to shard weights over; made by all at the same time."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, (self.size,))
+
+    def order(self, *what: Any) -> None:
+        """On rank 0: have all others do something."""
+        self.store.set(f"order/{self._count}", b"")
+        self.store.delete_key(f"order/{self._count - 2}")  # all have seen that one
+        self._count += 1
+        dist.broadcast_object_list([what], src=0, device=torch.device("cpu"))
+
+    def await_order(self) -> tuple[Any, ...]:
+        """On the other ranks: what rank 0 wants, however long that takes."""
+        while True:
+            try:
+                self.store.wait([f"order/{self._count}"], timedelta(minutes=5))
+                break
+            except dist.DistStoreError as error:  # both a timeout and an end of the connection
+                if "timeout" not in str(error).lower():
+                    raise
+        self._count += 1
+        box: list[Any] = [None]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        what: tuple[Any, ...] = box[0]
+        return what
+
+    def leave(self) -> None:
+        """Take the groups down."""
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Groups made inside talk over the loopback device."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, _LOOPBACK))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    yield
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """Plain data with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        items = [moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)}
+        )
+    return value
+
+
+def torchrun_place() -> tuple[dist.Store, int, int]:
+    """The rendezvous store, rank and number of ranks that torchrun gave this process."""
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    return dist.PrefixStore("vidgen", store), rank, size

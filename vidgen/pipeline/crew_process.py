@@ -1,0 +1,90 @@
+"""Members of a crew as processes of this machine: started, watched, ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import torch.distributed as dist
+
+import vidgen
+from vidgen.pipeline.crew_link import FAILURE
+
+
+class Child:
+    """A member's process on this machine; it leaves with this one, however that ends."""
+
+    def __init__(self, rank: int, port: int, size: int, device: str) -> None:
+        self.rank = rank
+        self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        here = str(Path(vidgen.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vidgen.pipeline.crew_member", str(port), str(rank), str(size),
+             device],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.stderr,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+    def wait(self, seconds: float) -> None:
+        """Wait for it to leave."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+    def end(self) -> None:
+        """Have it gone."""
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.stderr.close()
+
+    def fate(self) -> str | None:
+        """How it ended; None while it runs."""
+        code = self.process.poll()
+        if code is None:
+            return None
+        if code < 0:
+            name = signal.Signals(-code).name
+            return f"killed by {name}" + (", maybe for lack of memory" if code == -9 else "")
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode(errors="replace").strip().splitlines()
+        return f"left with exit code {code}" + (f" ({lines[-1][:200]})" if lines else "")
+
+
+def find_failure(
+    children: Sequence[Child], store: dist.Store, patience_s: float = 0.0
+) -> str | None:
+    """Which rank failed and why, as soon as that shows; None where nothing does.
+
+    Args:
+        children: the processes, as far as they are of this one.
+        store: where a rank tells of its failure.
+        patience_s: how long to look.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        with suppress(RuntimeError):
+            if store.check([FAILURE]):
+                return store.get(FAILURE).decode()
+        for child in children:
+            fate = child.fate()
+            if fate is not None:
+                return f"device {child.rank} of {len(children) + 1} failed: {fate}"
+        if time.monotonic() >= until:
+            return None
+        time.sleep(0.05)
+
+
+def end_all(children: Sequence[Child]) -> None:
+    """End what still runs."""
+    for child in children:
+        child.end()

@@ -1,0 +1,103 @@
+"""What a model's networks do for a clip, on whichever device they are.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, H W pixel rows and
+columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vidgen.diffusion.condition import LatentState, denoise_inputs
+from vidgen.diffusion.flow import to_timestep
+from vidgen.diffusion.guidance import guided
+from vidgen.pipeline.experts import Experts, Loras, experts
+
+if TYPE_CHECKING:
+    from vidgen.core.protocols import Denoise
+    from vidgen.ops.parallel import Ranks
+    from vidgen.pipeline.parts import Parts
+    from vidgen.pipeline.plan import Plan
+
+Contexts = Sequence[tuple[Tensor, Tensor]]
+"""(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
+
+
+@contextmanager
+def denoising(
+    parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras, level: float
+) -> Iterator[Denoise]:
+    """The guided model; its transformer stays in memory inside the `with` block.
+
+    Args:
+        parts: the networks.
+        plan: of the clip.
+        state: its conditions.
+        contexts: of its prompts.
+        loras: its adapters.
+        level: the sigma that sampling begins at.
+    """
+    with denoisers(parts, plan, state, contexts, loras, level) as made:
+        if len(made) == 1:
+            yield made[0]
+        else:
+            yield guided(*made, plan.guidance, denoise_mask=state.denoise_mask)
+
+
+@contextmanager
+def denoisers(
+    parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras, level: float,
+    ranks: Ranks | None = None,
+) -> Iterator[list[Denoise]]:
+    """The model under each of the contexts; arguments as in `denoising`.
+
+    With `ranks` each call is made on all of them together, and gives all of them the same.
+    """
+    with experts(parts, parts.folder.defaults.boundary, loras, level) as given:
+        yield [_denoiser(parts, plan, state, context, given, ranks) for context in contexts]
+
+
+def _denoiser(
+    parts: Parts, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts,
+    ranks: Ranks | None,
+) -> Denoise:
+    """The model under one prompt and all conditions."""
+    whole = plan.sampler in ("unipc", "UniPCMultistepScheduler")  # as diffusers has it
+    patch = parts.folder.components["transformer"].config.patch_size
+    features, lengths = context
+    options = {"extra": state.keys, "image_context": state.image_context, "ranks": ranks}
+    if state.control is not None:
+        options |= {"control": state.control, "control_scale": plan.control_scale}
+
+    def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+        seen, levels = denoise_inputs(state, sigma, latents, patch=patch)
+        velocity = given.at(float(sigma[0]))(
+            seen, to_timestep(levels, whole=whole), features, context_lengths=lengths, **options,
+        )
+        assert isinstance(velocity, Tensor)
+        return velocity
+
+    return denoise
+
+
+@torch.no_grad()
+def decode_latents(
+    parts: Parts, latents: Tensor, begin: int = 0, end: int | None = None
+) -> Iterator[Tensor]:
+    """Video [B, 3, n, H, W] of each of the latent frames `begin` to `end` of [B, C, F, h, w].
+
+    Decoding begins as many latent frames earlier as the decoder looks back, so that its caches
+    hold the same and the frames are bit-equal.
+    """
+    with parts.use("vae") as vae:
+        dtype = next(vae.parameters()).dtype
+        first = max(0, begin - vae.receptive_frames + 1)
+        pieces = (part.to(parts.device, dtype) for part in latents[:, :, first:end].split(1, dim=2))
+        for index, video in enumerate(vae.stream_decode(pieces), first):
+            if index >= begin:
+                yield video
