@@ -67,6 +67,10 @@ def test_events_tell_how_far_it_is(cli):
     events = [json.loads(line) for line in Path("e.jsonl").read_text().splitlines()]
     steps = [(e["done"], e["total"]) for e in events if e.get("stage") == "sample"]
     assert steps == [(1, 2), (2, 2)]
+    told = [e for e in events if e["event"] == "progress"]
+    shares = [e["fraction"] for e in told]
+    assert shares == sorted(shares)
+    assert (told[-1]["stage"], shares[-1], told[-1]["eta_s"]) == ("write x.mp4", 1, 0)
     written = [e for e in events if e["event"] == "written"]
     assert written == [{"time": written[0]["time"], "event": "written", "path": "x.mp4"}]
     assert [e["time"] for e in events] == sorted(e["time"] for e in events)

@@ -8,9 +8,12 @@ import re
 import time
 import weakref
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -18,12 +21,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
+from vidgen.media.clip import Clip
+from vidgen.media.write import ClipInfo
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.pipeline import calibration
 from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
 from vidgen.pipeline.estimate import KERNELS_BYTES, Setup, estimate
+from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.preflight import choose, preflight, settle
 from vidgen.pipeline.video import load
 from vidgen.pipeline.workload import (
@@ -158,9 +164,57 @@ def test_work_and_memory_grow_as_they_should(tiny_model):
     assert pair.stages[3].seconds == pytest.approx(2 * of["denoise"].seconds)
 
 
-def test_conditions_cost_encoding_and_tokens(tiny_model, tmp_path):
-    from PIL import Image
+def test_a_long_clip_is_counted_by_its_windows(tiny_model):
+    whole = {s.name: s for s in estimate(*planned(tiny_model, frames=17), FP32).stages}
+    long, longer = (
+        {s.name: s for s in estimate(*planned(tiny_model, frames=n, overlap=2), FP32).stages}
+        for n in (41, 65)  # windows of 5 latent frames, 3 and 5 of them
+    )
+    assert long["denoise"].bytes == longer["denoise"].bytes == whole["denoise"].bytes
+    assert long["denoise"].seconds == pytest.approx(3 * whole["denoise"].seconds)
+    assert longer["denoise"].seconds == pytest.approx(5 * whole["denoise"].seconds)
 
+
+def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
+    engine = load(str(tiny_model), dtype="fp32")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    picture = str(tmp_path / "a.png")
+    given = tmp_path / "given.mp4"
+    engine.generate("a cat", seed=1, frames=25).save(given)
+    bare = tmp_path / "bare.mkv"  # without latents
+    Clip(lambda: iter([np.zeros((30, 32, 32, 3), np.uint8)]), ClipInfo(Fraction(12), (32, 32), 30)
+         ).save(bare)
+    encoded, seen = [], []
+    encode, sample = engine.encode_video, engine.sample
+
+    def count_encoded(video):
+        encoded.append(video.shape[2])
+        return encode(video)
+
+    def count_seen(plan, state, *rest):
+        tokens = 0 if state.keys is None else state.keys.latents.shape[2]
+        seen.append(state.latents.shape[2] + tokens)
+        return sample(plan, state, *rest)
+
+    monkeypatch.setattr(engine, "encode_video", count_encoded)
+    monkeypatch.setattr(engine, "sample", count_seen)
+    for options in (
+        {"frames": 9}, {"frames": 41, "overlap": 2, "image": picture, "reference": [picture]},
+        {"frames": 41, "last_image": picture, "frame": [(2.0, picture)]},
+        {"prefix": str(given), "seconds": 5}, {"prefix": str(bare), "seconds": 5},
+    ):
+        encoded.clear()
+        seen.clear()
+        request, inputs = engine.read(Request.of("a cat", {"seed": 1, "steps": 1, **options}))
+        counted = count_passes(engine.folder, engine.plan(request, inputs), request)
+        clip = engine.generate(request)
+        made = sum(len(chunk) for chunk in clip.chunks())
+        assert list(counted.windows) == seen
+        assert sorted(counted.encoded) == sorted(encoded)
+        assert counted.kept == made - (inputs.prefix_frames if "prefix" in options else 0)
+
+
+def test_conditions_cost_encoding_and_tokens(tiny_model, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     picture = str(tmp_path / "a.png")
     plain, image, last = (
@@ -214,6 +268,28 @@ def test_the_setup_is_chosen_to_fit(tiny_model):
         chosen(needs["none"] - 1, offload="none", dtype="fp32")
     with pytest.raises(ModelError, match="free memory or take a smaller model"):
         chosen(1)
+
+
+def test_an_engine_left_to_choose_takes_what_fits_each_clip(tiny_model, monkeypatch):
+    need = estimate(*planned(tiny_model, size="96x96", steps=1), FP32).peak_bytes
+    loaded = load(str(tiny_model), dtype="fp32")
+    held = sum(loaded.parts.needed_bytes(role, offload="stage") for role in loaded.parts.resident)
+    monkeypatch.setattr("vidgen.pipeline.preflight.available_memory",
+                        lambda _: need - 1 - held)
+    told = []
+    clip = loaded.generate("a cat", seed=1, size="96x96", steps=1, on_estimate=told.append)
+    assert loaded.offload == told[0].setup.offload == clip.recipe["offload"] == "stage"
+    assert "--offload stage was chosen: --dtype fp32 --offload none needs" in told[0].choice
+    assert len(clip.frames) == clip.num_frames
+    monkeypatch.setattr("vidgen.pipeline.preflight.available_memory", lambda _: 1 << 40)
+    loaded.generate("a cat", seed=1, steps=1, on_estimate=told.append)
+    assert loaded.offload == "none"
+    assert not told[1].choice
+    fixed = load(str(tiny_model), dtype="fp32", offload="none")
+    monkeypatch.setattr("vidgen.pipeline.preflight.available_memory",
+                        lambda _: need - 1 - held)
+    with pytest.raises(ModelError, match="what would fit: --dtype fp32 --offload stage"):
+        fixed.generate("a cat", seed=1, size="96x96", steps=1)
 
 
 RATES = {kind: [[1, 2e9], [1000, 4e9]] for kind in NOMINAL.rates}

@@ -79,14 +79,17 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         overlap, at_hand = min(request.overlap or OVERLAP, size - 1), given.num_latents
         windows = split_windows(at_hand, total, size, min(overlap, at_hand or overlap))
     read, encoded = [], [1 + (given.num_latents - 1) * t] if given.is_encoded else []
-    for index, (start, stop) in enumerate(windows):
-        begins, ends = index == 0 and not given.num_latents, index == len(windows) - 1
-        span = range((given.behind + start) * t, (given.behind + stop) * t)
+    made = given.num_latents
+    for start, stop in windows:
+        frames, known = 1 + (stop - start - 1) * t, made - start
+        first, new_from = (given.behind + start) * t, 1 + (known - 1) * t if known else 0
         stills, own = _conditions(
-            folder, plan, request, 1 + (stop - start - 1) * t, begins=begins, ends=ends, span=span
+            folder, plan, request, frames, begins=not known, ends=stop == total,
+            new=range(first + new_from, first + frames),
         )
         read.append(stop - start + stills)
         encoded += own
+        made = stop
     later = len(windows) - (not given.num_latents)
     shown = TAIL_FRAMES * later if folder.conditioning == "control" else 0
     if folder.conditioning == "control":  # and encode what they were shown
@@ -97,12 +100,12 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
 
 def _conditions(
     folder: ModelFolder, plan: Plan, request: Request, frames: int, *, begins: bool, ends: bool,
-    span: range,
+    new: range,
 ) -> tuple[int, list[int]]:
     """Latent frames that join a window as stills, and the frames of each video encoded for it."""
     first = begins and (request.image is not None or bool(request.first_frame_model))
     moments = [round(seconds * plan.fps) for seconds, _ in request.frame]
-    inside = [moment for moment in moments if moment in span]
+    inside = [moment for moment in moments if moment in new]
     stills = sum((first, ends and request.last_image is not None, len(inside)))
     references = len(request.reference)
     whole = [frames] * (request.strength is not None)
@@ -139,9 +142,12 @@ def _given(folder: ModelFolder, plan: Plan, path: str) -> _Given:
 def _read_given(path: str, _stamp: int) -> tuple[dict[str, Any] | None, float, Fraction]:
     """A file's recipe, frames and rate, from its header; setups are compared by the dozen."""
     facts = probe(path)
-    stream = next((s for s in facts["streams"] if s["type"] in ("video", "picture")), {})
+    stream: dict[str, Any] = next(
+        (s for s in facts["streams"] if s["type"] in ("video", "picture")), {}
+    )
     try:
         fps = Fraction(stream.get("fps") or 25)
     except ValueError:  # a container may not tell
         fps = Fraction(25)
-    return read_recipe(path), stream.get("num_frames") or facts.get("duration_s", 1) * fps, fps
+    num_frames = stream.get("num_frames") or facts.get("duration_s", 0) * fps
+    return read_recipe(path), max(num_frames, 1), fps

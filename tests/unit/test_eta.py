@@ -1,0 +1,70 @@
+"""The share that is done and the seconds that are left, from an estimate and a clock by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vidgen.pipeline.eta import Clock
+
+STAGES = {"load": 5.0, "text": 10.0, "prepare": 0.0, "denoise": 80.0, "decode": 20.0, "mux": 10.0}
+
+
+def estimated(measured=True):
+    stages = [SimpleNamespace(name=name, seconds=seconds) for name, seconds in STAGES.items()]
+    return SimpleNamespace(stages=stages, measured=measured)
+
+
+class Hand:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_the_share_rises_from_0_to_1(one_by_one):
+    clock = Clock(estimated(), 2, one_by_one=one_by_one)
+    sampling = [[(s, d, 2, c) for s in ("prepare", "sample") for d in (0, 1, 2)] for c in (1, 2)]
+    writing = [[("write a.mp4", done, 9, c) for done in range(10)] for c in (1, 2)]
+    if one_by_one:
+        told = [entry for c in (0, 1)
+                for entry in [("prompt", 0, 1, c + 1), *sampling[c], *writing[c]]]
+    else:
+        told = [("prompt", 0, 1, 1), *sampling[0], *sampling[1], *writing[0], *writing[1]]
+    shares = [clock(*entry)["fraction"] for entry in told]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 1)
+
+
+def test_what_is_left_is_as_estimated_until_it_is_measured():
+    hand = Hand()
+    clock = Clock(estimated(), now=hand)
+    assert clock("prompt", 0, 1) == {"fraction": 0, "eta_s": 120}
+    hand.now = 9
+    assert clock("sample", 1, 8)["eta_s"] == 100, "the first step may have loaded weights"
+    hand.now += 30  # instead of 10: three times slower, and so will be the rest
+    assert clock("sample", 2, 8)["eta_s"] == 3 * (60 + 30)
+    clock("sample", 8, 8)
+    clock("write x.mp4", 1, 10)
+    hand.now += 1.5  # half of what a tenth was to take
+    assert clock("write x.mp4", 2, 10)["eta_s"] == 12
+    assert clock("write x.mp4", 10, 10) == {"fraction": 1, "eta_s": 0}
+
+
+def test_an_unknown_machine_tells_nothing_before_it_was_measured():
+    hand = Hand()
+    clock = Clock(estimated(measured=False), now=hand)
+    assert clock("sample", 1, 8)["eta_s"] is None
+    hand.now = 20
+    assert clock("sample", 2, 8)["eta_s"] == 2 * (60 + 30)
+
+
+def test_what_an_earlier_run_did_takes_no_time():
+    hand = Hand()
+    clock = Clock(estimated(), 2, done=[1], now=hand)
+    assert clock("prompt", 0, 1)["eta_s"] == 10 + (80 + 30) / 2
+    hand.now = 1
+    clock("sample", 7, 8, 2)  # goes on
+    hand.now = 2
+    assert clock("sample", 8, 8, 2)["eta_s"] == pytest.approx(15 / 5, abs=0.05)
+    assert clock("write b.mp4", 5, 5, 2) == {"fraction": 1, "eta_s": 0}
