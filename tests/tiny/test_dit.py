@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from vidgen.models import dit_blocks
 from vidgen.models.dit import AudioConfig, DiTConfig, SpacetimeDiT
 from vidgen.models.dit_inputs import AudioTokens, KVCache
 from vidgen.models.presets import DIT_PRESETS
+from vidgen.ops import native
 
 TINY = DIT_PRESETS["tiny"]
 WITH_CONTROL = replace(TINY, num_layers=4, control_layers=(0, 1, 3), control_channels=5)
@@ -257,9 +259,12 @@ def test_bfloat16_keeps_norms_and_modulation_in_float32(monkeypatch):
     seen = set()
     real = dit_blocks.modulated_norm
 
-    def watch(x, shift, scale, eps):
-        seen.update((shift.dtype, scale.dtype, real(x, shift, scale, eps).dtype))
-        return real(x, shift, scale, eps)
+    def watch(x, shift, scale, eps, dtype):
+        wide = real(x.float(), shift, scale, eps, torch.float32)
+        narrow = real(x, shift, scale, eps, dtype)
+        torch.testing.assert_close(narrow, wide.to(dtype))  # rounded once, at the end
+        seen.update((shift.rows.dtype, scale.rows.dtype))
+        return narrow
 
     monkeypatch.setattr(dit_blocks, "modulated_norm", watch)
     low = model.to(torch.bfloat16)(*inputs)
@@ -267,6 +272,35 @@ def test_bfloat16_keeps_norms_and_modulation_in_float32(monkeypatch):
     for velocity in (autocast, low):
         assert velocity.dtype == torch.float32
         assert ((velocity - expected).norm() / expected.norm()).item() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("times", ["one", "frames", "tokens"])
+@torch.no_grad()
+def test_native_kernels_change_no_more_than_rounding(dtype, times, monkeypatch):
+    if dtype not in native.known_dtypes():
+        pytest.skip(f"no kernels here: {native.why_not()}")
+    model = make_model(replace(TINY, num_heads=2, head_dim=64))
+    draw = torch.Generator().manual_seed(1)
+    exact = copy.deepcopy(model)
+    model = model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in model.fp32_weights):
+            parameter.data = parameter.data.float()
+    latents = torch.randn(2, 4, 3, 8, 6, generator=draw)
+    text = torch.randn(2, 5, 16, generator=draw)
+    shape = {"one": (2,), "frames": (2, 3), "tokens": (2, 3, 4, 3)}[times]
+    timestep, lengths = 1000 * torch.rand(shape, generator=draw), [5, 3]
+
+    def run(model, dtype=dtype):
+        return model(latents.to(dtype), timestep, text.to(dtype), context_lengths=lengths)
+
+    fast = run(model)
+    monkeypatch.setattr(native, "kernels", lambda *_: None)
+    plain, wanted = run(model), run(exact, torch.float32)
+    assert not torch.equal(fast, plain)
+    fast, plain = (((out - wanted).norm() / wanted.norm()).item() for out in (fast, plain))
+    assert fast < 1.2 * plain + 1e-6
 
 
 def text_share(model: SpacetimeDiT, monkeypatch: pytest.MonkeyPatch, text: torch.Tensor) -> float:

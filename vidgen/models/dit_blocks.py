@@ -19,7 +19,13 @@ from torch.nn import functional as F
 
 from vidgen.models.dit_inputs import Context, KVCache, Layout, Stream
 from vidgen.ops.attention import Backend, attention
-from vidgen.ops.norm import layer_norm, modulated_norm
+from vidgen.ops.norm import (
+    add_and_modulated_norm,
+    add_gated,
+    add_gated_and_norm,
+    layer_norm,
+    modulated_norm,
+)
 from vidgen.ops.parallel import ulysses_attention
 from vidgen.ops.rope import normed_heads
 
@@ -225,7 +231,7 @@ class Block(nn.Module):
         dtype = compute_dtype(self.ffn.up.weight)
         tables = [s.time.modulate(self.modulation, s.time.block) for s in streams]
         normed = [
-            modulated_norm(s.tokens, shift, scale, self.eps).to(dtype)
+            modulated_norm(s.tokens, shift, scale, self.eps, dtype)
             for s, (shift, scale, *_) in zip(streams, tables, strict=True)
         ]
         lengths = [s.tokens.shape[1] for s in streams]
@@ -235,11 +241,14 @@ class Block(nn.Module):
         out = []
         for stream, part, table, ffn in zip(streams, mixed, tables, ffns, strict=True):
             _, _, gate, ffn_shift, ffn_scale, ffn_gate = table
-            x = _add_gated(stream.tokens, part, gate)
-            cross = layer_norm(x, self.norm_cross.weight, self.norm_cross.bias, self.eps).to(dtype)
-            x = x + self.cross_attn(cross, context).to(x.dtype)
-            hidden = ffn(modulated_norm(x, ffn_shift, ffn_scale, self.eps).to(dtype))
-            out.append(Stream(_add_gated(x, hidden, ffn_gate), stream.time))
+            x, cross = add_gated_and_norm(
+                stream.tokens, part, gate, self.norm_cross.weight, self.norm_cross.bias, self.eps,
+                dtype,
+            )
+            x, hidden = add_and_modulated_norm(
+                x, self.cross_attn(cross, context), ffn_shift, ffn_scale, self.eps, dtype
+            )
+            out.append(Stream(add_gated(x, ffn(hidden), ffn_gate), stream.time))
         return out
 
 
@@ -257,14 +266,5 @@ class Head(nn.Module):
     def forward(self, stream: Stream, proj: nn.Linear) -> Tensor:
         """Map a stream's tokens [B, L, D] to [B, L, channels] in the weights' dtype."""
         shift, scale = stream.time.modulate(self.modulation, stream.time.head.unsqueeze(-2))
-        normed = modulated_norm(stream.tokens, shift, scale, self.eps)
-        return proj(normed.to(proj.weight.dtype))
-
-
-def _add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """The sum x + gate * update, in float32, for x [B, L, D] and gate [B, G, 1, D]."""
-    grouped = (gate.shape[1], -1)
-    total = torch.addcmul(
-        x.float().unflatten(1, grouped), update.float().unflatten(1, grouped), gate
-    )
-    return total.flatten(1, 2).to(x.dtype)
+        dtype = proj.weight.dtype
+        return proj(modulated_norm(stream.tokens, shift, scale, self.eps, dtype))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens, StepCache
+from vidgen.ops.norm import TokenVectors
 from vidgen.ops.parallel import Ranks, Spread
 
 if TYPE_CHECKING:
@@ -48,20 +49,16 @@ class TimeVectors:
     Attributes:
         head: [B, G, D] float32, for the output norm; [U, D] with `index`.
         block: [B, G, 6, D] float32, for the blocks' norms and gates; [U, 6, D] with `index`.
-        index: [B, L], each token's row, where times differ within a latent frame; else None.
+        index: [B, L] int32, each token's row, where times differ within a latent frame; else None.
     """
 
     head: Tensor
     block: Tensor
     index: Tensor | None
 
-    def modulate(self, table: Tensor, rows: Tensor) -> list[Tensor]:
-        """Add a table [1, k, D] to `rows` [..., k, D]; give k tensors [B, G, 1, D]."""
-        # with an index every token is a run of its own: G = L
-        parts = (table.float() + rows).unbind(-2)
-        if self.index is not None:
-            parts = [F.embedding(self.index, part) for part in parts]
-        return [part.unsqueeze(2) for part in parts]
+    def modulate(self, table: Tensor, rows: Tensor) -> list[TokenVectors]:
+        """Add a table [1, k, D] to `rows` [..., k, D]; give the k vectors of each token."""
+        return [TokenVectors(part, self.index) for part in (table.float() + rows).unbind(-2)]
 
     def of_rank(self, spread: Spread, run: int) -> TimeVectors:
         """Those of the tokens that this rank holds of a run, each with a row of its own."""
@@ -74,7 +71,7 @@ class TimeVectors:
         token = torch.arange(length, device=self.head.device) // (length // groups)
         sample = torch.arange(batch, device=token.device)[:, None] * groups
         return TimeVectors(
-            self.head.flatten(0, 1), self.block.flatten(0, 1), spread.split(sample + token)
+            self.head.flatten(0, 1), self.block.flatten(0, 1), spread.split(sample + token).int()
         )
 
 
@@ -258,7 +255,7 @@ def embed_times(
     values, index = times.unique(return_inverse=True)
     head, block = embed(values)
     if times.shape[1] > max_runs:
-        return TimeVectors(head, block, index)
+        return TimeVectors(head, block, index.int())
     return TimeVectors(head[index], block[index], None)
 
 

@@ -1,15 +1,20 @@
-"""RMS norms over the channel axis of videos, layer and RMS norms of tokens.
+"""RMS norms over the channel axis of videos, layer norms of tokens with what stands around them.
 
-Axes: B batch, C channels, T frames, H rows, W columns, L tokens, D width.
+Axes: B batch, C channels, T frames, H rows, W columns, L tokens, D width, G runs of tokens that
+share a vector, U vectors.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vidgen.ops import native
 
 
 class _ChannelNormSilu(torch.autograd.Function):
@@ -61,8 +66,56 @@ class ChannelRMSNorm(nn.Module):
 
     def silu(self, x: Tensor) -> Tensor:
         """Normalise x [B, C, ...], then apply SiLU, with a backward pass of its own."""
+        if (fused := self._fused(x)) is not None:
+            return fused
         out: Tensor = _ChannelNormSilu.apply(x, self.weight)
         return out
+
+    def _fused(self, x: Tensor) -> Tensor | None:
+        """`silu` by our kernel, where channels are neighbours in memory."""
+        channels = x.movedim(1, -1)
+        width = x.shape[1]
+        kernels = native.kernels(x, self.weight)
+        if kernels is None or not channels.is_contiguous() or width % native.WIDTHS:
+            return None
+        out = torch.empty_like(x)
+        native.call(
+            kernels, "norm_and_silu", x.dtype, x, self.weight.float().contiguous(), out,
+            x.numel() // width, width, 1,
+        )
+        return out
+
+
+@dataclass(frozen=True)
+class TokenVectors:
+    """A vector for each token of [B, L, D], in float32; many tokens share one.
+
+    Attributes:
+        rows: [B, G, D], one for each run of L / G tokens; [U, D] with `index`.
+        index: [B, L] int32, each token's row, or None.
+    """
+
+    rows: Tensor
+    index: Tensor | None = None
+
+    def by_run(self) -> Tensor:
+        """[B, G, 1, D]; with an index every token is a run of its own: G = L."""
+        rows = self.rows if self.index is None else F.embedding(self.index, self.rows)
+        return rows.unsqueeze(2)
+
+    def table(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """Rows [R, D], and the row [B * L] int32 of each of B * `length` tokens if R > 1."""
+        if self.index is not None:
+            return self.rows, self.index
+        batch, groups = self.rows.shape[:2]
+        return self.rows.flatten(0, 1), _rows_of_runs(batch, groups, length)
+
+
+@lru_cache(maxsize=8)
+def _rows_of_runs(batch: int, groups: int, length: int) -> Tensor | None:
+    if batch * groups == 1:
+        return None
+    return torch.arange(batch * groups, dtype=torch.int32).repeat_interleave(length // groups)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -70,18 +123,94 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def modulated_norm(
+    x: Tensor, shift: TokenVectors, scale: TokenVectors, eps: float, dtype: torch.dtype
+) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift, the adaptive norm of Peebles & Xie 2023, fig. 3.
 
     Args:
         x: tokens [B, L, D].
-        shift: [B, G, 1, D] float32; each of G runs of L / G tokens has its own.
-        scale: like `shift`.
+        shift: of each token.
+        scale: of each token, rows as `shift` has them.
         eps: added to the variance.
-
-    Returns:
-        [B, L, D] float32.
+        dtype: of the result; inside all is float32.
     """
+    if (fused := _fused(x, None, None, scale, shift, 1.0, eps, dtype)) is not None:
+        return fused[1]
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    grouped = normed.unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift, grouped, 1 + scale).flatten(1, 2)
+    shifts, scales = shift.by_run(), scale.by_run()
+    grouped = normed.unflatten(1, (shifts.shape[1], -1))
+    return torch.addcmul(shifts, grouped, 1 + scales).flatten(1, 2).to(dtype)
+
+
+def add_gated(x: Tensor, update: Tensor, gate: TokenVectors) -> Tensor:
+    """The sum x + gate * update of tokens [B, L, D], computed in float32, in x's dtype."""
+    if (fused := _fused(x, update, gate, None, None, 0.0, 0.0, x.dtype)) is not None:
+        return fused[0]
+    gates = gate.by_run()
+    grouped = (gates.shape[1], -1)
+    total = torch.addcmul(
+        x.float().unflatten(1, grouped), update.float().unflatten(1, grouped), gates
+    )
+    return total.flatten(1, 2).to(x.dtype)
+
+
+def add_gated_and_norm(
+    x: Tensor, update: Tensor, gate: TokenVectors, weight: Tensor, bias: Tensor, eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`add_gated`, and the sum's `layer_norm` in `dtype`, in one pass over memory."""
+    index = gate.table(x.shape[1])[1]
+    gain, offset = (_for_all(vector, index) for vector in (weight, bias))
+    if (fused := _fused(x, update, gate, gain, offset, 0.0, eps, dtype)) is not None:
+        return fused
+    total = add_gated(x, update, gate)
+    return total, layer_norm(total, weight, bias, eps).to(dtype)
+
+
+def add_and_modulated_norm(
+    x: Tensor, update: Tensor, shift: TokenVectors, scale: TokenVectors, eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The sum x + update in x's dtype, and its `modulated_norm`, in one pass over memory."""
+    if (fused := _fused(x, update, None, scale, shift, 1.0, eps, dtype)) is not None:
+        return fused
+    total = x + update.to(x.dtype)
+    return total, modulated_norm(total, shift, scale, eps, dtype)
+
+
+def _for_all(vector: Tensor, index: Tensor | None) -> TokenVectors:
+    """One vector [D] that all tokens share, whatever rows others have."""
+    if index is None:
+        return TokenVectors(vector.float()[None, None])
+    return TokenVectors(vector.float().expand(2, -1), index)  # rows 0 floats apart: any index
+
+
+def _fused(
+    x: Tensor, update: Tensor | None, gate: TokenVectors | None, scale: TokenVectors | None,
+    shift: TokenVectors | None, base: float, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor] | None:
+    """(x + gate * update, its norm * (base + scale) + shift) by our kernel, if it can."""
+    width = x.shape[-1]
+    kernels = native.kernels(x, *(part for part in (update,) if part is not None))
+    if kernels is None or width % native.WIDTHS or width > native.MAX_WIDTH or dtype != x.dtype:
+        return None
+    if update is not None and update.dtype != x.dtype:
+        return None
+    x = x.contiguous()
+    total = x if update is None else torch.empty_like(x)
+    normed = None if scale is None else torch.empty_like(x)
+    index, tables = None, []
+    for vectors in (gate, scale, shift):
+        if vectors is None:
+            tables += [None, 0]
+        else:
+            rows, index = vectors.table(x.shape[1])
+            rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+            tables += [rows, rows.stride(0)]
+    native.call(
+        kernels, "add_and_norm", x.dtype, x, None if update is None else update.contiguous(),
+        *tables, index, base, None if update is None else total, normed, x.numel() // width, width,
+        eps,
+    )
+    return total, total if normed is None else normed

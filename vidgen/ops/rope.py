@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vidgen.ops import native
+
 
 def rope_table(time: Tensor, rows: int, columns: int, head_dim: int, theta: float = 1e4) -> Tensor:
     """Rotations of the tokens of latent frames at any real time positions.
@@ -61,6 +63,17 @@ def normed_heads(
     Returns:
         [B, H, L, d] in x's dtype.
     """
+    kernels = native.kernels(x, weight)
+    width = x.shape[-1]
+    if kernels is not None and width % native.WIDTHS == 0 and width <= native.MAX_WIDTH:
+        x, turned = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        turns = None if table is None else torch.view_as_real(table).contiguous()
+        rows = 0 if table is None else table.shape[0] * table.shape[1]
+        native.call(
+            kernels, "norm_and_turn", x.dtype, x, weight.float().contiguous(), turns, rows,
+            width // num_heads, turned, x.numel() // width, width, eps,
+        )
+        return turned.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     out: Tensor = _NormedHeads.apply(x, weight, table, num_heads, eps)
     return out
 

@@ -27,9 +27,10 @@ _SOURCES = ("attention.cpp", "rows.cpp")
 _HEADERS = ("vectors.h",)
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _TIMEOUT_S = 120
-_WIDTHS = 16
-"""Widths that kernels take are multiples of this."""
+WIDTHS = 16
+"""Kernels on rows take widths that are multiples of this."""
 MAX_WIDTH = 8192
+"""The widest row they take."""
 
 _SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
