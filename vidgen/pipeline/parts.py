@@ -19,6 +19,7 @@ from torch import nn
 
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, megabytes
+from vidgen.ops.linear import pack
 from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import Weights, trim_memory
 from vidgen.weights.quantize import require_torchao
@@ -155,6 +156,15 @@ class Parts:
             return sum(sizes.values())
         return max(sizes.values()) if role is None else sizes[role]
 
+    @property
+    def elsewhere_bytes(self) -> int:
+        """Bytes of weights that other devices hold of what one alone would have at once."""
+        if self.mesh is None:
+            return 0
+        sizes = [self._elsewhere(self._weights(role, self.dtype))
+                 for role in EXPERTS if role in self.folder.components]
+        return sum(sizes) if self.offload == "none" else max(sizes)
+
     def check(self, role: Role | None = None) -> None:
         """Refuse, before anything is read, what the memory can't hold.
 
@@ -189,11 +199,14 @@ class Parts:
             if self.offload != "none" and role in EXPERTS:
                 self._drop(*EXPERTS)
             self.check(role)
-            self._loaded[role] = self.folder.components[role].load(
+            module = self.folder.components[role].load(
                 self.dtype_of(role), self.device, self.quantize,
                 stream=self.offload == "block" and role in STREAMED,
                 mesh=self.mesh if role in EXPERTS else None,
             )
+            if role in EXPERTS and self.mesh is None:
+                pack(module)
+            self._loaded[role] = module
         return self._loaded[role]
 
     def _drop(self, *roles: Role) -> None:
@@ -213,9 +226,7 @@ class Parts:
 
     def _size(self, role: Role, offload: str, dtype: torch.dtype, quantize: str) -> int:
         """Bytes of weights that one network has in memory at once."""
-        component = self.folder.components[role]
-        dtype = self.dtype_of(role, dtype)
-        weights = Weights(component.store, dtype, fp32_parts(role, dtype), component.names)
+        weights = self._weights(role, dtype)
         if offload == "block" and role in STREAMED:
             blocks = blocks_of(weights.names).values()
             resident = weights.num_bytes(name for name in weights.names if not block_of(name))
@@ -226,6 +237,10 @@ class Parts:
         if quantize == "int8":
             total -= sum(_saved(weights, name) for name in weights.names)
         return total
+
+    def _weights(self, role: Role, dtype: torch.dtype) -> Weights:
+        component, dtype = self.folder.components[role], self.dtype_of(role, dtype)
+        return Weights(component.store, dtype, fp32_parts(role, dtype), component.names)
 
     def _elsewhere(self, weights: Weights) -> int:
         """Bytes of weights that other devices hold, but for two blocks at work."""

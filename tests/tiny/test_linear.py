@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from vidgen.models.dit_blocks import FeedForward
+from vidgen.models.lora import Adapter, LowRank, attached
+from vidgen.ops import linear, probe
+from vidgen.ops.linear import PackedLinear, pack, plain
+
+
+@pytest.fixture
+def packing(monkeypatch):
+    """Pack whatever the clock says."""
+    if not linear._can_pack():
+        pytest.skip("this PyTorch packs no weights")
+    monkeypatch.setattr(linear, "packs", lambda dtype: dtype in linear._DTYPES)
+
+
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_packed_layers_give_the_same_and_keep_their_weights(dtype):
+    torch.manual_seed(0)
+    ffn, x = FeedForward(32, 64).to(dtype), torch.randn(2, 70, 32).to(dtype)
+    expected, weight = ffn(x), ffn.up.weight.clone()
+    assert pack(ffn) == 2
+    assert pack(ffn) == 0  # they are packed already
+    assert type(ffn.up) is PackedLinear
+    assert ((ffn(x) - expected).norm() / expected.norm()) < (1e-6 if dtype == torch.float32 else 5e-3)
+    assert torch.equal(plain(ffn.up.weight), weight)
+    assert next(ffn.parameters()).dtype == dtype
+
+
+@pytest.mark.usefixtures("packing")
+@torch.no_grad()
+def test_stretches_of_tokens_change_nothing(monkeypatch):
+    torch.manual_seed(0)
+    ffn, x = FeedForward(32, 64), torch.randn(2, 70, 32)
+    pack(ffn)
+    whole = ffn(x)
+    monkeypatch.setattr(linear, "_HIDDEN_BYTES", 2 * 64 * 4 * 16)  # 16 tokens of 2 samples
+    torch.testing.assert_close(ffn(x), whole, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("packing")
+@torch.no_grad()
+def test_adapters_attach_to_packed_layers():
+    torch.manual_seed(0)
+    ffn, x = FeedForward(32, 64), torch.randn(1, 5, 32)
+    adapter = Adapter(
+        "a", {"up": LowRank(torch.randn(2, 32), torch.randn(64, 2))},
+        {"down.weight": torch.randn(32, 64), "up.bias": torch.randn(64)},
+    )
+    with attached(ffn, [(adapter, 0.5)]):
+        expected = ffn(x)
+    plainly = ffn(x)
+    pack(ffn)
+    with attached(ffn, [(adapter, 0.5)]):
+        torch.testing.assert_close(ffn(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ffn(x), plainly, atol=1e-5, rtol=1e-5)
+
+
+def test_what_gains_nothing_stays_plain(monkeypatch):
+    monkeypatch.setattr(linear, "packs", lambda dtype: dtype == torch.bfloat16)
+    layers = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, device="meta"))
+    assert pack(layers) == 0
+
+
+def test_a_probe_is_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "cache_folder", lambda: tmp_path)
+    calls = []
+
+    def quick():
+        calls.append("quick")
+
+    def slow():
+        calls.append("slow")
+        torch.ones(300, 300) @ torch.ones(300, 300)
+
+    assert probe.is_faster("a", quick, slow)
+    count = len(calls)
+    assert probe.is_faster("a", slow, quick)  # the name is what was asked
+    assert len(calls) == count > 4
+    kept = json.loads((tmp_path / "probes.json").read_text())
+    assert [name.split(",")[0] for name in kept] == ["a"]
+    (tmp_path / "probes.json").write_text("[1")
+    assert not probe.is_faster("a", slow, quick)

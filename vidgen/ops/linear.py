@@ -1,0 +1,123 @@
+"""Linear layers whose weights lie as oneDNN wants them: inference on CPUs only.
+
+Of a plain layer PyTorch's CPU products either go to MKL, which is slow in float32 on some CPUs, or
+re-order the weight at every call. A packed one is re-ordered once, and its GELU is computed while
+the product is still in registers.
+
+Axes: B batch, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vidgen.ops.probe import is_faster
+
+_ROWS = 1024
+"""Rows of tokens that weights are laid out for; others work, too."""
+_HIDDEN_BYTES = 16_000_000
+"""What a feed-forward's hidden values may take: more leaves the caches, and glibc's free lists."""
+_DTYPES = (torch.bfloat16, torch.float32)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with its weight packed; `pack` makes one of an `nn.Linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., D_in] to [..., D_out]."""
+        return self._product(x, "none")
+
+    def gelu(self, x: Tensor, approximate: str) -> Tensor:
+        """GELU of what `forward` gives; `approximate` is "tanh" or "none"."""
+        return self._product(x, "gelu", approximate)
+
+    def _product(self, x: Tensor, then: str, how: str = "") -> Tensor:
+        weight = self.weight
+        if not weight.is_mkldnn:  # an adapter's full delta has been added
+            out = F.linear(x, weight, self.bias)
+            return F.gelu(out, approximate=how) if then == "gelu" else out
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, then, [], how)
+        return product
+
+
+def pack(module: nn.Module) -> int:
+    """Pack the linear layers of a module in place, each weight freed before the next is packed.
+
+    Layers stay as they are that are quantised, not on a CPU, or of a dtype that packing makes no
+    faster here. Gradients are not to be had after.
+
+    Returns:
+        How many were packed.
+    """
+    count = 0
+    for layer in module.modules():
+        if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+            continue
+        weight = layer.weight
+        if weight.device.type != "cpu" or not packs(weight.dtype):
+            continue
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)
+        layer.weight = nn.Parameter(packed, requires_grad=False)
+        layer.__class__ = PackedLinear
+        count += 1
+    return count
+
+
+def plain(weight: Tensor) -> Tensor:
+    """A weight as an ordinary tensor, packed or not."""
+    return weight.to_dense() if weight.is_mkldnn else weight
+
+
+def gelu_linear(layer: nn.Linear, x: Tensor, approximate: str) -> Tensor:
+    """GELU(layer(x)); in one step where the layer is packed."""
+    if type(layer) is PackedLinear:
+        return layer.gelu(x, approximate)
+    return F.gelu(layer(x), approximate=approximate)
+
+
+def feed_forward(up: nn.Linear, down: nn.Linear, x: Tensor, approximate: str) -> Tensor:
+    """down(GELU(up(x))) for x [B, L, D], without a gradient by stretches of tokens.
+
+    A stretch's hidden values stay in the caches; those of all tokens would not.
+    """
+    rows = _HIDDEN_BYTES // (up.out_features * x.element_size() * x[..., :1, 0].numel())
+    if torch.is_grad_enabled() or x.ndim != 3 or x.shape[1] <= rows or rows < 1:
+        return down(gelu_linear(up, x, approximate))
+    out = x.new_empty(*x.shape[:-1], down.out_features)
+    for start in range(0, x.shape[1], rows):
+        part = slice(start, start + rows)
+        out[:, part] = down(gelu_linear(up, x[:, part], approximate))
+    return out
+
+
+@lru_cache(maxsize=8)
+def packs(dtype: torch.dtype) -> bool:
+    """Whether packing works here, which PyTorch doesn't promise, and is faster."""
+    if dtype not in _DTYPES or not _can_pack():
+        return False
+    x, weight = (torch.ones(rows, 768, dtype=dtype) for rows in (512, 1024))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 512)
+    return is_faster(
+        f"packed linear layers in {dtype}",
+        lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+        lambda: F.linear(x, weight),
+    )
+
+
+def _can_pack() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    weight, x = torch.linspace(-1, 1, 96).view(6, 16), torch.linspace(-1, 1, 48).view(3, 16)
+    bias = torch.ones(6)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
+        out = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "gelu", [], "tanh")
+        back = packed.to_dense()
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    right = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    return torch.equal(back, weight) and torch.allclose(out, right, atol=1e-5)
