@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidgen.cli.devices import choose_devices
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.journal import Journal
 
 DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
-_LOADING = ("model", "dtype", "offload", "quantize")
+_LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
 _NOT_OF_REQUEST = {"output", "overwrite", "resume", "json", "events", *_LOADING}
 
 
@@ -73,6 +74,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         "first of them that fits")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
+    add("--devices", type=int, metavar="N",
+        help="devices that share the work; default 1, under torchrun as many as it started")
+    add("--shard", action="store_true", default=None,
+        help="spread the transformer's weights over the devices")
     add("--strict", action="store_true", help="fail where a clip's checks find it faulty")
     add("--retry", type=int, default=0, metavar="N",
         help="while checks find faults, try up to N further seeds")
@@ -100,6 +105,7 @@ def run(args: Namespace, report: Report) -> int:
     start = time.monotonic()
     loading = {name: getattr(args, name) for name in _LOADING}
     done = [journal.finished for journal in journals]
+    loading |= choose_devices(args, journals)
     if all(done):
         loading["offload"] = "stage"  # nothing is left that would need a network
     with _told_how_to_go_on(journals, report):

@@ -19,6 +19,7 @@ from typing import NoReturn
 from vidgen import __version__
 from vidgen.cli.parser import Parser
 from vidgen.core.errors import InputError, VidgenError, nearest
+from vidgen.core.runtime import given_rank
 
 VERBS = {
     "generate": "a clip from a sentence, with pictures or a clip as conditions if you like",
@@ -90,6 +91,11 @@ def _run(verb: str, *arguments: str) -> int:
         raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
     module, parser = verb_parser(verb)
     args = parser.parse(arguments)
+    if verb == "generate" and (given_rank() or (0,))[0]:
+        from vidgen.pipeline.crew_member import join_torchrun
+
+        join_torchrun()  # the process of rank 0 does all the rest
+        return 0
     from vidgen.cli.report import Report
 
     with Report(as_json=args.json, events=getattr(args, "events", None)) as report:

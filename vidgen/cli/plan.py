@@ -50,6 +50,8 @@ def run(args: Namespace, report: Report) -> int:
     have = available_memory(device)
     suffix = Path(args.output).suffix if args.output else ".mp4"
     made = choose(folder, plan, request, device, have, rates=rates, dtype=dtype, suffix=suffix)
+    if (args.devices or 1) > 1:
+        report({"event": "note", "text": "time and memory are those of one device alone"})
     report.result({**made.as_data(), "available_bytes": have, "model": folder.name,
                    "width": plan.width, "height": plan.height, "num_frames": plan.num_frames,
                    "num_steps": plan.num_steps}, _table(made, have))

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     Picture: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any]
 
 MAX_PROMPT = 20_000
+MAX_DEVICES = 1024
 _WHOLE = {
     "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
-    "retry": (0, 100), "overlap": (1, 1000), "devices": (1, 1024),
+    "retry": (0, 100), "overlap": (1, 1000), "devices": (1, MAX_DEVICES),
 }
 _NUMBER = {
     "guidance": (0, 100), "guidance_low": (0, 100), "guidance_rescale": (0, 1), "strength": (0, 1),
@@ -86,6 +87,8 @@ class Request:
         offload: "none", "stage" or "block": how much of the model is in memory at once; like
             `model` and `dtype` a matter of loading, which an engine can't change later.
         quantize: "int8" keeps the linear layers' weights in 8 bits; also a matter of loading.
+        devices: how many share the work; also a matter of loading.
+        shard: whether the transformer's weights are spread over them; also a matter of loading.
         latents: initial noise [B, C, F, h, w] instead of the seed's.
 
     Raises:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.core.errors import DeviceError, InputError
+from vidgen.core.request import MAX_DEVICES
 from vidgen.core.runtime import given_rank
 from vidgen.diffusion.guidance import guided
 from vidgen.pipeline.crew_link import Division, Link, Share, divide, moved, torchrun_place
@@ -183,11 +184,13 @@ class Crew:
             raise
 
 
-def start_crew(devices: int, device: torch.device, *, shard: bool = False) -> Crew | None:
+def start_crew(
+    devices: int | None, device: torch.device, *, shard: bool | None = False
+) -> Crew | None:
     """Start the other processes, or join those that torchrun started; None for one device.
 
     Args:
-        devices: how many there are to be, this one included.
+        devices: how many there are to be, this one included; None is 1.
         device: this process's.
         shard: spread the transformers' weights over the devices.
 
@@ -195,10 +198,13 @@ def start_crew(devices: int, device: torch.device, *, shard: bool = False) -> Cr
         InputError: more devices than there are, or than torchrun started.
         DeviceError: one that failed while it started.
     """
-    if devices == 1:
+    if devices is None or devices == 1:
         if shard:
             raise InputError("shard spreads weights over devices; give --devices 2 or more")
         return None
+    if not 1 < devices <= MAX_DEVICES:
+        raise InputError(f"devices is {devices}; give a number from 1 to {MAX_DEVICES}")
+    shard = bool(shard)
     if dist.is_initialized():
         raise InputError("torch.distributed is in use in this process already; close the other "
                          "engine, or load with devices=1")

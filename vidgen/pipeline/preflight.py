@@ -45,6 +45,7 @@ def preflight(engine: Engine, plan: Plan, request: Request) -> Estimate:
     """
     have = available_memory(engine.device)
     if have is not None:
+        have += engine.parts.elsewhere_bytes
         have += sum(engine.parts.needed_bytes(role, offload="stage")
                     for role in engine.parts.resident)
     asked = replace(request, offload=engine.asked.offload, dtype=engine.asked.dtype,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from vidgen.core.errors import InputError, ModelError, VidgenError
-from vidgen.core.request import Request
+from vidgen.core.request import MAX_DEVICES, Request
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.encode import Frames
 from vidgen.media.read import PICTURE_SUFFIXES, VideoReader, load_image, read_sound
@@ -29,7 +30,7 @@ from vidgen.weights.folder import open_model
 
 log = logging.getLogger(__name__)
 
-LOADING = ("model", "dtype", "offload", "quantize")
+LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
 _DROPPED = ("count", "retry", "strict", "first_frame_model", *LOADING)
 """Options that don't shape the one clip, or that stand elsewhere in the recipe."""
 _RIVALS = (("seconds", "frames"), ("image", "first_frame_model"))
@@ -79,17 +80,30 @@ def loading_from_recipe(
     """
     with _reading():
         known = {"model": recipe["model"]["source"], "device": recipe["device"]}
-        known |= {name: recipe.get(name) for name in LOADING[1:]}
+        known |= {name: recipe.get(name) for name in LOADING[1:4]}
+        known |= _devices(recipe.get("devices") or {})
         wanted = recipe["model"]["sha256"]
     known["model"] = dict(given).get("model", known["model"])
     known |= {name: value for name, value in (changes or {}).items() if name in LOADING}
     if known["device"] != "cpu" and not torch.cuda.is_available():
         log.warning("the clip was made on %r, which is not here; it is made on the CPU",
                     known["device"])
-        known["device"] = "cpu"
+        known |= {"device": "cpu", "devices": 1, "shard": False}
     if "model" not in (changes or {}):
         _check_model(known["model"], wanted, anyway)
     return known
+
+
+def _devices(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """As many devices as the clip was made on, if they are here."""
+    count, here = recorded.get("count", 1), torch.cuda.device_count() or os.cpu_count() or 1
+    if not isinstance(count, int) or not 1 <= count <= MAX_DEVICES:
+        raise ValueError(f"{count!r} devices")
+    if count > here:
+        log.warning("the clip was made on %d devices, here are %d; it is made on one, and may "
+                    "differ in the last bits", count, here)
+        count = 1
+    return {"devices": count, "shard": count > 1 and bool(recorded.get("shard"))}
 
 
 def _check_model(model: str, wanted: str, anyway: bool) -> None:

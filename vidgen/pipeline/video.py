@@ -79,7 +79,7 @@ class Progress:
 def load(
     model: str = "toybox", *, device: str = "auto", dtype: str | None = None,
     offload: Offload | Literal["auto"] | None = None, quantize: Quantization | None = None,
-    policy: Policy | None = None, devices: int = 1, shard: bool = False,
+    policy: Policy | None = None, devices: int | None = None, shard: bool | None = False,
 ) -> Engine | ForeignEngine:
     """Open a model; it comes into memory as `offload` says.
 
@@ -93,8 +93,9 @@ def load(
             clip fits into the memory.
         quantize: "int8" keeps linear layers' weights in 8 bits.
         policy: refuses prompts; None takes the word list that VIDGEN_POLICY names, if one.
-        devices: how many share the work; see docs/devices.md.
-        shard: spread the transformers' weights over the devices.
+        devices: how many share the work, None is 1; see docs/devices.md.
+        shard: spread the transformers' weights over the devices; `offload` is then "stage" unless
+            it is given.
 
     Raises:
         InputError: choices that don't go together, or more devices than there are.
@@ -105,10 +106,12 @@ def load(
     Signing.from_environment()  # one that can't sign is told of now, not when a clip is made
     folder, place = open_model(model), choose_device(device)
     asked = Asked(None if offload == "auto" else offload, dtype)
+    if shard and asked.offload is None:
+        asked = asked._replace(offload="stage")
     if isinstance(folder, ForeignFolder):
         from vidgen.pipeline.foreign import ForeignEngine
 
-        if quantize or devices > 1:
+        if quantize or (devices or 1) > 1:
             option = f"quantize {quantize!r}" if quantize else f"devices {devices}"
             raise InputError(f"{option} works with the Wan family, not with {folder.class_name}; "
                              "leave it out")
