@@ -65,7 +65,8 @@ def normed_heads(
     """
     kernels = native.kernels(x, weight)
     width = x.shape[-1]
-    if kernels is not None and width % native.WIDTHS == 0 and width <= native.MAX_WIDTH:
+    whole = width % native.WIDTHS == 0 if table is None else width // num_heads % native.WIDTHS == 0
+    if kernels is not None and whole and width <= native.MAX_WIDTH:
         x, turned = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         turns = None if table is None else torch.view_as_real(table).contiguous()
         rows = 0 if table is None else table.shape[0] * table.shape[1]

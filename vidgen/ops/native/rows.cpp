@@ -70,7 +70,7 @@ void add_and_norm(
 }
 
 // RMSNorm over whole rows, then pairs of neighbours turned by a complex number for each pair of a
-// head; `table` [table_rows, d / 2] repeats along the rows, or is null.
+// head; `table` [table_rows, d / 2] repeats along the rows, or is null; d is a multiple of 16, too.
 template <class T>
 void norm_and_turn(
     const typename T::Value* x, const float* weight, const float* table, int64_t table_rows, int d,
