@@ -185,7 +185,8 @@ class Crew:
 
 
 def start_crew(
-    devices: int | None, device: torch.device, *, shard: bool | None = False
+    devices: int | None, device: torch.device, *, shard: bool | None = False,
+    offload: str | None = None, quantize: Quantization | None = None,
 ) -> Crew | None:
     """Start the other processes, or join those that torchrun started; None for one device.
 
@@ -193,9 +194,12 @@ def start_crew(
         devices: how many there are to be, this one included; None is 1.
         device: this process's.
         shard: spread the transformers' weights over the devices.
+        offload: how the networks are to be held.
+        quantize: what their weights are to become.
 
     Raises:
-        InputError: more devices than there are, or than torchrun started.
+        InputError: more devices than there are, or than torchrun started; choices that don't go
+            together.
         DeviceError: one that failed while it started.
     """
     if devices is None or devices == 1:
@@ -205,6 +209,9 @@ def start_crew(
     if not 1 < devices <= MAX_DEVICES:
         raise InputError(f"devices is {devices}; give a number from 1 to {MAX_DEVICES}")
     shard = bool(shard)
+    if shard and (quantize or offload == "block"):
+        raise InputError("weights that are spread over devices can be neither int8 nor read block "
+                         "by block; leave --shard out, or the other")
     if dist.is_initialized():
         raise InputError("torch.distributed is in use in this process already; close the other "
                          "engine, or load with devices=1")

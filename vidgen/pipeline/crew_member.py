@@ -35,7 +35,7 @@ class Member:
         link: to the others.
     """
 
-    parts: Parts
+    parts: Parts | None = None
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -43,6 +43,9 @@ class Member:
 
     def open(self, model: str, quantize: Quantization | None, shard: bool) -> None:
         """Open the networks that rank 0 wants help with; they are loaded when they are used."""
+        if self.parts is not None:
+            self.parts.close()
+            self.parts = None
         folder = open_model(model)
         assert isinstance(folder, ModelFolder)
         helping = {role: part for role, part in folder.components.items()
@@ -53,11 +56,11 @@ class Member:
     def begin(self, dtype: torch.dtype, offload: Offload, share: Share) -> None:
         """Get ready to denoise a clip."""
         torch.set_num_threads(share.threads)
-        self._set_up(dtype, offload)
+        parts = self._set_up(dtype, offload)
         own, link = moved(share, self._link.device), self._link
         self._division = own.division
         self._denoisers = self._sampling.enter_context(denoisers(
-            self.parts, own.plan, own.state, own.division.contexts(own.contexts, link.rank),
+            parts, own.plan, own.state, own.division.contexts(own.contexts, link.rank),
             own.loras, own.level, link.ranks(own.division),
         ))
 
@@ -84,25 +87,26 @@ class Member:
         """Decode this rank's slice of latents [B, C, F, h, w] but its first frames, and send it."""
         if self._link.rank > len(slices):
             return
-        self._set_up(dtype, offload)
+        parts = self._set_up(dtype, offload)
         latents, skipped = slices[self._link.rank - 1]
         sent = []
-        for video in decode_latents(self.parts, latents, skipped):
+        for video in decode_latents(parts, latents, skipped):
             flat = video.contiguous().view(torch.uint8)
             sent.append((dist.isend(flat, dst=0), flat))  # it lives until it has left
         for work, _ in sent:
             work.wait()
 
-    def _set_up(self, dtype: torch.dtype, offload: Offload) -> None:
-        """Hold networks as rank 0 does."""
-        old = getattr(self, "parts", None)
+    def _set_up(self, dtype: torch.dtype, offload: Offload) -> Parts:
+        """The networks, held as rank 0 holds them."""
+        old = self.parts
         if old is not None and (old.dtype, old.offload) == (dtype, offload):
-            return
+            return old
         if old is not None:
             old.close()
         self.parts = Parts(
             self._folder, self._link.device, dtype, offload, self._quantize, self._mesh
         )
+        return self.parts
 
 
 def serve(link: Link) -> None:
@@ -148,6 +152,7 @@ def _main(port: str, rank: str, size: str, kind: str) -> None:
         device = torch.device("cuda", int(rank))
         torch.cuda.set_device(device)
     serve(Link(store, int(rank), int(size), device, local=True))
+    os._exit(0)  # without the seconds it takes to take down what was imported
 
 
 if __name__ == "__main__":

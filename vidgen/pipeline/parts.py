@@ -73,9 +73,7 @@ class Parts:
                     "offload 'block' reads weights as they lie in the files, so they can't be "
                     "int8; give 'stage' with int8, or 'block' without"
                 )
-        if mesh is not None and (quantize or offload == "block"):
-            raise InputError("weights that are spread over devices can be neither int8 nor read "
-                             "block by block; leave --shard out, or the other")
+        assert mesh is None or not (quantize or offload == "block"), "refused by start_crew"
         self.folder, self.device, self.dtype = folder, device, dtype
         self.offload, self.quantize, self.mesh = offload, quantize, mesh
         self._loaded: dict[Role, nn.Module] = {}

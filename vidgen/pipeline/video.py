@@ -117,7 +117,8 @@ def load(
                              "leave it out")
         dtype = dtype or best_dtype(place)
         return ForeignEngine(folder, place, dtype, asked.offload or "none", policy=policy)
-    return Engine(folder, place, asked, quantize, policy, start_crew(devices, place, shard=shard))
+    crew = start_crew(devices, place, shard=shard, offload=asked.offload, quantize=quantize)
+    return Engine(folder, place, asked, quantize, policy, crew)
 
 
 class Engine:

@@ -1,0 +1,165 @@
+"""Several devices give what one gives: real member processes, tiny models."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vidgen.core.errors import Cancelled, DeviceError, InputError
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.presets import DIT_PRESETS
+from vidgen.pipeline.crew import Crew, start_crew
+from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.preflight import Asked
+from vidgen.pipeline.video import Engine, load
+from vidgen.weights.folder import open_model
+
+PROMPT = "a red car bounces across the desert"
+CPU = torch.device("cpu")
+
+
+def open_engine(folder: Path, crew: Crew | None = None) -> Engine:
+    return Engine(open_model(str(folder)), CPU, Asked("none", "fp32"), crew=crew)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Crew]:
+    crew = start_crew(2, CPU)
+    yield crew
+    crew.close()
+
+
+@pytest.fixture(scope="module")
+def one(tiny_model: Path) -> Engine:
+    return open_engine(tiny_model)
+
+
+@pytest.fixture
+def both(tiny_model: Path, two: Crew) -> Engine:
+    return open_engine(tiny_model, two)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"guidance": 1.0}, {"guidance_interval": (0.0, 0.8), "steps": 3}, {"frames": 37},
+    {"sampler": "unipc", "steps": 4, "size": "48x32"}, {"frames": 1, "guidance": 1.0},
+    {"last_image": np.full((32, 48, 3), 90, np.uint8), "size": "48x48", "guidance": 1.0},
+], ids=str)  # fmt: skip
+def test_two_devices_give_the_frames_of_one(one: Engine, both: Engine, options: dict) -> None:
+    alone, shared = (engine.generate(PROMPT, seed=3, **options) for engine in (one, both))
+    assert (alone.latents - shared.latents).abs().max() < 1e-5
+    assert np.array_equal(alone.frames, shared.frames)
+    guided = options.get("guidance") != 1.0
+    assert shared.recipe["devices"] == {
+        "count": 2, "guidance": 1 + guided, "sequence": 2 - guided, "shard": False,
+    }
+    assert "devices" not in alone.recipe
+
+
+def test_decoding_is_bit_equal_from_any_frame(one: Engine, both: Engine) -> None:
+    latents = torch.randn(1, 4, 30, 4, 4, generator=torch.Generator().manual_seed(0))
+    for start in (0, 1, 50):
+        alone, shared = (list(engine.decode_video(latents, start)) for engine in (one, both))
+        assert len(alone) == len(shared)
+        assert all(map(torch.equal, alone, shared))
+
+
+def test_a_half_decoded_clip_waits_while_another_is_made(one: Engine, both: Engine) -> None:
+    clip = both.generate(PROMPT, seed=3, frames=37)
+    chunks = clip.chunks()
+    first = next(chunks)
+    other = both.generate(PROMPT, seed=4)
+    assert np.array_equal(other.frames, one.generate(PROMPT, seed=4).frames)
+    alone = one.generate(PROMPT, seed=3, frames=37)
+    assert np.array_equal(np.concatenate([first, *chunks]), alone.frames)
+    next(clip.chunks())  # and never went on with
+
+
+def test_a_clip_that_is_stopped_goes_on(both: Engine, tmp_path: Path) -> None:
+    def stop(progress: object) -> None:
+        if progress.stage == "sample" and progress.done == 2:
+            raise Cancelled("stopped")
+
+    output, options = tmp_path / "clip.mkv", {"seed": 3, "steps": 4}
+    with pytest.raises(Cancelled):
+        both.generate(PROMPT, journal=Journal(output), on_event=stop, **options)
+    clip = both.generate(PROMPT, journal=Journal(output, resume=True), **options)
+    assert torch.equal(clip.latents, both.generate(PROMPT, **options).latents)
+
+
+def test_a_job_that_began_on_two_devices_is_not_mixed_with_one(
+    one: Engine, both: Engine, tmp_path: Path
+) -> None:
+    output = tmp_path / "clip.mkv"
+    journal = Journal(output)
+    with journal.running(both.generate(PROMPT, seed=3).recipe):
+        journal.keep_latents(torch.zeros(1, 4, 3, 4, 4))
+        journal.pause()
+    with pytest.raises(InputError, match="devices"):
+        one.generate(PROMPT, seed=3, journal=Journal(output, resume=True))
+
+
+def test_both_experts_of_wan_are_shared(two: Crew, tmp_path: Path) -> None:
+    from tests.wan_models import build_diffusers
+
+    folder = build_diffusers(tmp_path / "wan", "i2v-a14b")
+    picture = np.full((32, 32, 3), 90, np.uint8)
+    options = {"seed": 1, "frames": 5, "size": "32x32", "steps": 3, "image": picture}
+    for guidance in (3.5, 1.0):
+        alone, shared = (
+            open_engine(folder, crew).generate(PROMPT, guidance=guidance, **options)
+            for crew in (None, two)
+        )
+        assert (alone.latents - shared.latents).abs().max() < 1e-5
+        assert np.array_equal(alone.frames, shared.frames)
+
+
+def test_four_devices_share_guidance_tokens_and_weights(
+    tiny_model: Path, one: Engine, two: Crew
+) -> None:
+    two.close()  # a process belongs to one group at a time
+    with pytest.raises(DeviceError, match="gone"):
+        two.order("end")
+    engine = load(str(tiny_model), device="cpu", dtype="fp32", devices=4, shard=True)
+    options = {"seed": 3, "guidance_interval": (0.0, 0.8), "steps": 3}
+    clip = engine.generate(PROMPT, **options)
+    assert (clip.latents - one.generate(PROMPT, **options).latents).abs().max() < 1e-5
+    assert clip.recipe["devices"] == {"count": 4, "guidance": 2, "sequence": 2, "shard": True}
+    assert engine.offload == "stage"
+    with engine.parts.use("transformer") as dit:
+        whole = SpacetimeDiT(DIT_PRESETS["tiny"])
+        here = sum(p.to_local().numel() for p in dit.blocks.parameters())
+        assert here < 0.4 * sum(p.numel() for p in whole.blocks.parameters())
+    with pytest.raises(InputError, match="2 attention heads; give at most 2 devices"):
+        engine.generate(PROMPT, seed=3, guidance=1.0)
+    with pytest.raises(InputError, match="in use in this process"):
+        load(str(tiny_model), device="cpu", devices=2)
+    os.kill(engine.crew._children[1].process.pid, signal.SIGKILL)
+    with pytest.raises(DeviceError, match="device 2 of 4 failed: killed by SIGKILL"):
+        engine.generate(PROMPT, seed=3)
+    assert all(child.process.poll() is not None for child in engine.crew._children)
+    with pytest.raises(DeviceError, match="gone"):
+        engine.generate(PROMPT, seed=3)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"shard": True}, "--devices 2 or more"), ({"devices": 0}, "from 1 to 1024"),
+    ({"devices": 2, "shard": True, "quantize": "int8"}, "neither int8"),
+    ({"devices": 2, "shard": True, "offload": "block"}, "block by block"),
+], ids=str)  # fmt: skip
+def test_what_does_not_go_together_is_refused(
+    tiny_model: Path, options: dict, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load(str(tiny_model), device="cpu", **options)
+
+
+def test_more_devices_than_the_machine_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="devices is 2, but torch sees 1 here; give 1 or fewer"):
+        start_crew(2, torch.device("cuda"))
