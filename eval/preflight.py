@@ -120,7 +120,7 @@ def measure(clip: dict[str, Any], folder: Path, threads: int | None) -> dict[str
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads or 1)}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(given)], cwd=ROOT, env=environment, check=True,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     return json.loads(done.stdout)
 

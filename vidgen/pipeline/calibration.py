@@ -7,6 +7,7 @@ programs don't count.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,13 @@ from vidgen.models.dit_inputs import Context, Layout, Stream, TimeVectors
 from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.models.vae_blocks import ResidualBlock
+from vidgen.ops import native
 from vidgen.ops.attention import attention
 from vidgen.ops.conv import CausalConv3d, StreamCache
 from vidgen.pipeline.workload import Op, attention_op, block_ops, transformer_ops, vae_ops
 
-FORMAT = 3
+FORMAT = 4
+_KEPT = 24  # machines, versions and settings whose rates stay
 _BUDGET_S = 0.12
 _TEXT = 16
 # what is measured: widths; heads and tokens; channels, side and frames; channels and side; width,
@@ -98,9 +101,21 @@ def machine_key(device: torch.device, dtype: torch.dtype) -> str:
     """What rates depend on, as text."""
     facts = fingerprint()
     names = ("cpu", "cpu_capability", "torch", "libavcodec", "threads", "gpu")
-    return json.dumps(
-        [FORMAT, *(facts[name] for name in names), os.cpu_count(), device.type, str(dtype)]
-    )
+    kernels = dtype in native.known_dtypes() if device.type == "cpu" else False
+    return json.dumps([
+        FORMAT, _code(), kernels, *(facts[name] for name in names), os.cpu_count(), device.type,
+        str(dtype),
+    ])
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A hash of the code that is measured: another version has other rates."""
+    root, seen = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(p for room in ("ops", "models") for p in (root / room).rglob("*.*")):
+        if path.suffix in (".py", ".cpp", ".h"):
+            seen.update(path.read_bytes())
+    return seen.hexdigest()[:16]
 
 
 def cached_calibration(device: torch.device, dtype: torch.dtype) -> Calibration | None:
@@ -119,7 +134,8 @@ def calibrate(device: torch.device, dtype: torch.dtype) -> Calibration:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         entries = _entries() | {machine_key(device, dtype): rates}
-        atomic_write(place, json.dumps(entries, indent=1).encode())
+        latest = dict([*entries.items()][-_KEPT:])
+        atomic_write(place, json.dumps(latest, indent=1).encode())
     except (OSError, OutputError):
         pass
     return Calibration(rates)
@@ -189,7 +205,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[f
         _pixels_rate(channels, side, so_far, device, dtype)
         for channels, side in _RESIDUALS
     ]
-    _slow_down(rates, device, dtype)
+    _fit_networks(rates, device, dtype)
     rates["load"] = [(1, _load_rate())]
     for suffix in CONTAINERS:
         rates[f"write{suffix}"] = [_write_rate(suffix, side) for side in (128, 320)]
@@ -256,12 +272,13 @@ def _pixels_rate(
     return x.numel(), 2 * x.numel() / max(taken - products, 0.1 * taken)
 
 
-def _slow_down(
+def _fit_networks(
     rates: dict[str, list[tuple[float, float]]], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Lower rates by what whole networks take longer than the sum of their parts.
+    """Bring rates to what whole networks take, which isn't the sum of their parts.
 
-    A part that is run again and again finds all it needs in the processor's caches.
+    A part that is run again and again finds all it needs in the processor's caches; and what is
+    left when parts are taken from each other is uncertain.
     """
     dit = SpacetimeDiT(DIT_PRESETS["toybox"]).to(device, dtype).eval()
     vae = CausalVAE(VAE_PRESETS["toybox"]).to(device, dtype).eval()
@@ -277,7 +294,7 @@ def _slow_down(
         (("conv", "pixels", "layer", "weights"), decoding,
          lambda: [*vae.stream_decode(latents[:, :, :3])]),
     ):  # fmt: skip
-        slower = min(max(_seconds(run, device) / so_far.seconds(ops), 1.0), 2.0)
+        slower = min(max(_seconds(run, device) / so_far.seconds(ops), 0.5), 2.0)
         for kind in kinds:
             rates[kind] = [(size, rate / slower) for size, rate in rates[kind]]
 

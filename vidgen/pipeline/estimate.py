@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
 
-KERNELS_BYTES = 45_000_000
+KERNELS_BYTES = 52_000_000
 """What torch's kernels, thread pools and allocator take on a CPU once they have been used."""
 BUILDING_S = 0.06
 """To make the networks' modules, empty."""

@@ -255,9 +255,9 @@ def vae_bytes(
         n = layer.frames if whole else 1
         came, made = (c * n * layer.pixels for c in (layer.inputs, layer.outputs))
         history = layer.inputs * 2 * layer.pixels if layer.taps[0] > 1 and whole else 0
-        joined = came + history
+        joined = came + history if history else 0
         # a stage's and a block's input, what is normed, what the kernel is given, what it makes
-        held = (2 if layer.norm else 1) * came + 2 * joined + made + history
+        held = (2 if layer.norm else 1) * came + joined + made + history
         if layer.inside:
             held += came * layer.inside
         if layer.taps[1] == 4:
