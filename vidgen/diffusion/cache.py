@@ -7,7 +7,7 @@ whether that is good enough, each with a threshold of which 0 means never:
                   ran, they are taken to add the same, too (after TeaCache, Liu et al. 2024)
     magnitude     how fast the addition grows or shrinks was measured once for the model; where it
                   hardly does, it is taken for the same (MagCache, Ma et al. 2025)
-    forecast      the addition is a polynomial in sigma through those computed last (after
+    forecast      the addition is a polynomial in log-SNR through those computed last (after
                   TaylorSeer, Liu et al. 2025), trusted as far as its own past errors allow
 
 The caches know no model: they see tokens, noise levels, and which branch of guidance asks.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,10 +28,13 @@ from torch import Tensor
 
 from vidgen.core.protocols import StepCache
 
-MAX_SKIPS = 3
 RETAINED = 0.2
-"""MagCache computes this share of the steps, the first ones, whatever their magnitudes."""
-ORDER = 2
+"""Share of the steps that are computed anyhow, the first ones: they settle what is to be seen."""
+MAX_SKIPS = 3
+"""Steps left out one after the other, at most."""
+ORDER = 1
+MAX_SIGMA = 1 - 1e-4
+"""Pure noise counts as this level: its log-SNR is infinite."""
 
 
 @dataclass(frozen=True)
@@ -62,171 +65,146 @@ class Memory(ABC):
     """What a cache remembers of one branch of guidance.
 
     Attributes:
-        tensors: [B, L, D] each, in the tokens' dtype.
+        tensors: [B, L, D] each, in the tokens' dtype; none before the first computed step.
         numbers: the noise level of the last computed step, then the method's own.
         sigma: the noise level of the step at hand.
     """
 
     lead = 0
 
-    def __init__(self) -> None:
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
         self.tensors: list[Tensor] = []
         self.numbers: list[float] = []
         self.sigma = 1.0
 
+    def enter(self, start: Tensor, tokens: Tensor) -> None:
+        """Hear what entered the stack, and what left its first `lead` blocks, at `sigma`."""
+        self._start, self._tokens = start, tokens
+
     @abstractmethod
-    def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
-        """See `StepCache`."""
+    def is_near(self) -> bool:
+        """Whether what is remembered will do; asked of the branch that decides, and then done."""
+
+    @abstractmethod
+    def reuse(self) -> Tensor:
+        """What leaves the last block [B, L, D], out of what is remembered."""
 
     @abstractmethod
     def keep(self, tokens: Tensor) -> None:
-        """See `StepCache`."""
+        """Hear what left the last block."""
 
     def forget(self) -> None:
-        """Remember nothing: what comes is another model's or another clip's."""
+        """Remember nothing: what comes is another model's."""
         self.tensors, self.numbers = [], []
 
 
 class FirstBlock(Memory):
     """Compares what the first block adds with what it added when all blocks last ran.
 
-    `tensors` are what the first block added then, and what the others did.
-
-    Args:
-        threshold: mean absolute change over mean absolute value below which the others don't run.
+    `tensors` are what the first block added then, and what the others did. The threshold is of the
+    mean absolute change over the mean absolute value.
     """
 
     lead = 1
 
-    def __init__(self, threshold: float) -> None:
-        super().__init__()
-        self.threshold = threshold
-        self._pending: tuple[Tensor, Tensor] | None = None
+    def is_near(self) -> bool:
+        """See `Memory`."""
+        added = _difference(self._tokens, self._start)
+        return relative_change(added, self.tensors[0]) < self.threshold
 
-    def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
-        """See `StepCache`."""
-        added = _difference(tokens, start)
-        if self.tensors and relative_change(added, self.tensors[0]) < self.threshold:
-            return _sum(tokens, self.tensors[1])
-        self._pending = (added, tokens)
-        return None
+    def reuse(self) -> Tensor:
+        """See `Memory`."""
+        return _sum(self._tokens, self.tensors[1])
 
     def keep(self, tokens: Tensor) -> None:
-        """See `StepCache`."""
-        assert self._pending is not None
-        added, behind_first = self._pending
-        self.tensors, self.numbers = [added, _difference(tokens, behind_first)], [self.sigma]
-        self._pending = None
+        """See `Memory`."""
+        added = _difference(self._tokens, self._start)
+        self.tensors, self.numbers = [added, _difference(tokens, self._tokens)], [self.sigma]
 
 
-class WholeStack(Memory):
-    """A memory of what all blocks together add."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._start: Tensor | None = None
-
-    def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
-        """See `StepCache`."""
-        added = self.expected()
-        if added is not None:
-            return _sum(tokens, added)
-        self._start = start
-        return None
-
-    def keep(self, tokens: Tensor) -> None:
-        """See `StepCache`."""
-        assert self._start is not None
-        self.learn(_difference(tokens, self._start))
-        self._start = None
-
-    @abstractmethod
-    def expected(self) -> Tensor | None:
-        """What the blocks will add at `sigma` [B, L, D]; None: they have to be asked."""
-
-    @abstractmethod
-    def learn(self, added: Tensor) -> None:
-        """Hear what they added at `sigma`, [B, L, D]."""
-
-
-class Magnitude(WholeStack):
+class Magnitude(Memory):
     """Adds the same again while measured magnitudes say that it is nearly the same.
 
     The error of a step left out is taken to be |1 - ratio of magnitudes| to the last computed one;
-    those of consecutive steps add up (Ma et al. 2025, eq. 7-8). `numbers` are the computed step's
-    noise level, the error so far, and how many steps were left out since.
+    those of consecutive steps add up (Ma et al. 2025, eq. 7-8), and the threshold is of the sum.
+    `numbers` are the computed step's noise level and the sum.
 
     Args:
-        threshold: of the error so far.
-        ratio: of magnitudes between two noise levels.
-        retained: the noise level above which every step is computed.
+        threshold: see above.
+        ratio: of the magnitude at the second noise level over that at the first.
     """
 
-    def __init__(
-        self, threshold: float, ratio: Callable[[float, float], float], retained: float
-    ) -> None:
-        super().__init__()
-        self.threshold, self.ratio, self.retained = threshold, ratio, retained
+    def __init__(self, threshold: float, ratio: Callable[[float, float], float]) -> None:
+        super().__init__(threshold)
+        self.ratio = ratio
 
-    def expected(self) -> Tensor | None:
-        """See `WholeStack`."""
-        if not self.tensors or self.sigma > self.retained:
-            return None
-        computed, error, skips = self.numbers
+    def is_near(self) -> bool:
+        """See `Memory`."""
+        computed, error = self.numbers
         error += abs(1 - self.ratio(computed, self.sigma))
-        if error >= self.threshold or skips >= MAX_SKIPS:
-            return None
-        self.numbers = [computed, error, skips + 1]
-        return self.tensors[0]
+        self.numbers = [computed, error]
+        return error < self.threshold
 
-    def learn(self, added: Tensor) -> None:
-        """See `WholeStack`."""
-        self.tensors, self.numbers = [added], [self.sigma, 0.0, 0.0]
+    def reuse(self) -> Tensor:
+        """See `Memory`."""
+        return _sum(self._tokens, self.tensors[0])
+
+    def keep(self, tokens: Tensor) -> None:
+        """See `Memory`."""
+        self.tensors, self.numbers = [_difference(tokens, self._start)], [self.sigma, 0.0]
 
 
-class Forecast(WholeStack):
-    """Lays a polynomial in sigma through the last computed additions.
+class Forecast(Memory):
+    """Lays a polynomial in log-SNR u through the last computed additions.
 
-    Through nodes s_j it errs by f'(order+1) / (order+1)! * prod(sigma - s_j); the first factor is
-    learnt at every computed step by foretelling that, too. `numbers` are the nodes, the latest
-    first, and that factor, relative to the addition; infinity before it is known.
+    Through nodes u_j it errs by f'(order+1) / (order+1)! * prod(u - u_j); the first factor is
+    learnt at every computed step by foretelling that, too. The threshold is of the mean absolute
+    error that is expected, over the mean absolute value. `numbers` are the nodes' noise levels, the
+    latest first, and the factor over that value; infinity before it is known.
 
     Args:
-        threshold: expected mean absolute error over mean absolute value.
+        threshold: see above.
+        order: of the polynomial.
     """
 
     def __init__(self, threshold: float, order: int = ORDER) -> None:
-        super().__init__()
-        self.threshold, self.order = threshold, order
+        super().__init__(threshold)
+        self.order = order
 
-    def expected(self) -> Tensor | None:
-        """See `WholeStack`."""
-        *nodes, factor = self.numbers or (math.inf,)
-        if factor * _node_product(self.sigma, nodes) >= self.threshold:
-            return None
-        return self._extrapolate(nodes)
+    def is_near(self) -> bool:
+        """See `Memory`."""
+        return self.numbers[-1] * self._node_product() < self.threshold
 
-    def learn(self, added: Tensor) -> None:
-        """See `WholeStack`."""
-        nodes, factor = self.numbers[:-1], math.inf
+    def reuse(self) -> Tensor:
+        """See `Memory`."""
+        return _sum(self._tokens, self._extrapolate())
+
+    def keep(self, tokens: Tensor) -> None:
+        """See `Memory`."""
+        added, nodes, factor = _difference(tokens, self._start), self.numbers[:-1], math.inf
         if len(nodes) > self.order:
-            error = relative_change(self._extrapolate(nodes), added)
-            factor = error / _node_product(self.sigma, nodes)
+            factor = relative_change(self._extrapolate(), added) / self._node_product()
         self.tensors = [added, *self.tensors][: self.order + 1]
         self.numbers = [*[self.sigma, *nodes][: self.order + 1], factor]
 
-    def _extrapolate(self, nodes: Sequence[float]) -> Tensor:
-        """Lagrange's polynomial through the nodes, at `sigma`; float32."""
+    def _extrapolate(self) -> Tensor:
+        """Lagrange's polynomial through the nodes, float32."""
+        u, nodes = _log_snr(self.sigma), [_log_snr(sigma) for sigma in self.numbers[:-1]]
         total = torch.zeros_like(self.tensors[0], dtype=torch.float32)
         for i, (node, tensor) in enumerate(zip(nodes, self.tensors, strict=True)):
             others = [other for j, other in enumerate(nodes) if j != i]
-            weight = math.prod((self.sigma - other) / (node - other) for other in others)
+            weight = math.prod((u - other) / (node - other) for other in others)
             total.add_(tensor, alpha=weight)
         return total
 
+    def _node_product(self) -> float:
+        u = _log_snr(self.sigma)
+        return math.prod(abs(u - _log_snr(sigma)) for sigma in self.numbers[:-1])
 
-class Probe(WholeStack):
-    """Lets every step be computed and notes how much larger each token's addition became.
+
+class Probe(Memory):
+    """Has every step computed, and notes how much larger each token's addition became.
 
     Attributes:
         logs: (sigma, logarithm of the size, that of the first being 0) of each step
@@ -234,52 +212,80 @@ class Probe(WholeStack):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(0.0)
         self.logs: list[tuple[float, float]] = []
 
-    def expected(self) -> Tensor | None:
-        """See `WholeStack`."""
-        return None
+    def is_near(self) -> bool:
+        """See `Memory`."""
+        return False
 
-    def learn(self, added: Tensor) -> None:
-        """See `WholeStack`."""
-        size, log = added.float().norm(dim=-1), 0.0
+    def reuse(self) -> Tensor:
+        """See `Memory`."""
+        return _sum(self._tokens, self.tensors[0])
+
+    def keep(self, tokens: Tensor) -> None:
+        """See `Memory`."""
+        added, log = _difference(tokens, self._start), 0.0
         if self.tensors:
             before = self.tensors[0].float().norm(dim=-1).clamp(min=1e-8)
-            log = self.logs[-1][1] + math.log(float((size / before).mean()))
+            ratio = (added.float().norm(dim=-1) / before).mean()
+            log = self.logs[-1][1] + math.log(float(ratio))
         self.logs.append((self.sigma, log))
-        self.tensors = [added]
+        self.tensors, self.numbers = [added], [self.sigma]
 
 
 @dataclass
 class StepCaches:
     """The caches of one run of a sampler, one for each branch of guidance.
 
+    At a step the branch that comes first decides, and the others follow: guidance multiplies the
+    difference of the branches, in which what is stale in both cancels out.
+
     Args:
-        make: a fresh one for a branch.
+        make: a fresh memory for a branch.
+        retained: the noise level above which every step is computed.
+        max_skips: how many steps in a row may be left out.
         boundary: the noise level where another expert takes over, of whose blocks nothing is known.
 
     Attributes:
-        taken: for each branch the noise levels of its passes, and whether each was computed.
+        taken: the noise level of each step, and whether it was computed.
     """
 
     make: Callable[[str], Memory]
+    retained: float = 1.0
+    max_skips: float = math.inf
     boundary: float | None = None
-    taken: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
+    taken: list[tuple[float, bool]] = field(default_factory=list)
     _memories: dict[str, Memory] = field(default_factory=dict)
+    _decided_by: str = ""
+    _skips: int = 0
 
     def at(self, branch: str, sigma: float) -> StepCache:
         """The cache for a branch's pass at `sigma`."""
         memory = self._memory(branch)
-        before, memory.sigma = memory.numbers[:1], sigma
-        if self.boundary is not None and any((s < self.boundary) != (sigma < self.boundary)
-                                             for s in before):
-            memory.forget()
-        return _Noted(memory, self.taken.setdefault(branch, []))
+        memory.sigma = sigma
+        if memory.numbers and self.boundary is not None:
+            is_same = (memory.numbers[0] < self.boundary) == (sigma < self.boundary)
+            if not is_same:
+                memory.forget()
+        return _Pass(self, branch, memory)
+
+    def spares(self, branch: str, memory: Memory) -> bool:
+        """Whether what `memory` holds is to be used in this pass."""
+        follows = (
+            self.taken and self.taken[-1][0] == memory.sigma and self._decided_by != branch
+        )
+        if not follows:
+            self._decided_by = branch
+            may = memory.sigma <= self.retained and self._skips < self.max_skips
+            near = bool(memory.tensors) and may and memory.is_near()
+            self._skips = self._skips + 1 if near else 0
+            self.taken.append((memory.sigma, not near))
+        return bool(memory.tensors) and not self.taken[-1][1]
 
     def state(self) -> dict[str, Tensor]:
         """All that is remembered, by name; `restore` takes it."""
-        found = {}
+        found = {"skips": torch.tensor(self._skips, dtype=torch.float64)}
         for branch, memory in self._memories.items():
             found[f"{branch}.numbers"] = torch.tensor(memory.numbers, dtype=torch.float64)
             found |= {f"{branch}.{i}": tensor for i, tensor in enumerate(memory.tensors)}
@@ -287,7 +293,8 @@ class StepCaches:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave."""
-        for branch in {name.rpartition(".")[0] for name in state}:
+        self._skips = int(state["skips"])
+        for branch in {name.rpartition(".")[0] for name in state if name != "skips"}:
             memory = self._memory(branch)
             memory.numbers = state[f"{branch}.numbers"].tolist()
             count = sum(name.rpartition(".")[0] == branch for name in state) - 1
@@ -299,21 +306,21 @@ class StepCaches:
         return self._memories[branch]
 
 
-@dataclass
-class _Noted:
-    """A memory for one pass, which notes what becomes of that."""
+@dataclass(frozen=True)
+class _Pass:
+    """One pass of a branch through the blocks."""
 
+    caches: StepCaches
+    branch: str
     memory: Memory
-    taken: list[tuple[float, bool]]
 
     @property
     def lead(self) -> int:
         return self.memory.lead
 
     def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
-        known = self.memory.recall(start, tokens)
-        self.taken.append((self.memory.sigma, known is None))
-        return known
+        self.memory.enter(start, tokens)
+        return self.memory.reuse() if self.caches.spares(self.branch, self.memory) else None
 
     def keep(self, tokens: Tensor) -> None:
         self.memory.keep(tokens)
@@ -333,5 +340,7 @@ def _sum(tokens: Tensor, added: Tensor) -> Tensor:
     return (tokens.float() + added.float()).to(tokens.dtype)
 
 
-def _node_product(sigma: float, nodes: Sequence[float]) -> float:
-    return math.prod(abs(sigma - node) for node in nodes)
+def _log_snr(sigma: float) -> float:
+    """Half the logarithm of the signal-to-noise ratio, finite up to pure noise."""
+    sigma = min(sigma, MAX_SIGMA)
+    return math.log1p(-sigma) - math.log(sigma)
