@@ -27,7 +27,15 @@ from vidgen.core.errors import DeviceError, InputError
 from vidgen.core.request import MAX_DEVICES
 from vidgen.core.runtime import given_rank
 from vidgen.diffusion.guidance import guided
-from vidgen.pipeline.crew_link import Division, Link, Share, divide, moved, torchrun_place
+from vidgen.pipeline.crew_link import (
+    Division,
+    Link,
+    Share,
+    divide,
+    is_loss,
+    moved,
+    torchrun_place,
+)
 from vidgen.pipeline.crew_process import Child, end_all, find_failure
 from vidgen.pipeline.networks import decode_latents, denoisers
 from vidgen.pipeline.stretches import next_stretches
@@ -98,6 +106,7 @@ class Crew:
             InputError: another clip is being sampled.
             DeviceError: a device failed; the engine can't be used any more.
         """
+        self._require_alive()
         if self._sampling:
             raise InputError("these devices are at another clip; generate in turns")
         division = divide(self.size, self._num_heads, guided=len(contexts) > 1)
@@ -152,13 +161,16 @@ class Crew:
         Raises:
             DeviceError: they can't any more.
         """
-        if not self._end.alive:
-            raise DeviceError("the other devices are gone; load the model again")
+        self._require_alive()
         if self._round is not None:  # a clip that is half decoded: its frames are taken in first
             self._round.take_all()
             self._round = None
         with self.together():
             self.link.order(*what)
+
+    def _require_alive(self) -> None:
+        if not self._end.alive:
+            raise DeviceError("the other devices are gone; load the model again")
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -170,11 +182,8 @@ class Crew:
         try:
             yield
         except BaseException as error:
-            is_theirs = isinstance(error, dist.DistError) or (
-                isinstance(error, RuntimeError) and "gloo" in str(error).lower()
-            )
             reason = None
-            if is_theirs:
+            if is_loss(error):
                 reason = find_failure(self._children, self.link.store, GRACE_S)
                 reason = reason or f"the devices lost each other: {error}"
             self.link.broken = True

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(minutes=30)
 """After which a rank that answers no more, though it lives, ends the others."""
 FAILURE = "failure"
+LOST = 3
+"""Exit code of a rank that could go on no more since another one was gone."""
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
@@ -166,6 +168,13 @@ class Link:
     def leave(self) -> None:
         """Take the groups down."""
         dist.destroy_process_group()
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that another rank can't be reached, not what went wrong there."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
 
 
 @contextmanager

@@ -19,7 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vidgen.pipeline.crew_link import FAILURE, TIMEOUT, Link, Share, moved, torchrun_place
+from vidgen.pipeline.crew_link import (
+    FAILURE,
+    LOST,
+    TIMEOUT,
+    Link,
+    Share,
+    is_loss,
+    moved,
+    torchrun_place,
+)
 from vidgen.pipeline.networks import decode_latents, denoisers
 from vidgen.pipeline.parts import EXPERTS, Offload, Parts
 from vidgen.weights.folder import ModelFolder, open_model
@@ -119,6 +128,8 @@ def serve(link: Link) -> None:
                 break
             getattr(member, order)(*details)
     except BaseException as error:  # whatever it is, rank 0 tells of it
+        if is_loss(error):
+            sys.exit(LOST)
         text = f"{type(error).__name__}: {error}".splitlines()[0]
         link.store.set(FAILURE, f"device {link.rank} of {link.size} failed: {text}")
         raise

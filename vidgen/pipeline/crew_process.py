@@ -16,7 +16,7 @@ from typing import IO
 import torch.distributed as dist
 
 import vidgen
-from vidgen.pipeline.crew_link import FAILURE
+from vidgen.pipeline.crew_link import FAILURE, LOST
 
 
 class Child:
@@ -48,9 +48,9 @@ class Child:
         self.stderr.close()
 
     def fate(self) -> str | None:
-        """How it ended; None while it runs."""
+        """How it failed; None where it didn't, or only because another one did."""
         code = self.process.poll()
-        if code is None:
+        if code is None or code == LOST:
             return None
         if code < 0:
             name = signal.Signals(-code).name

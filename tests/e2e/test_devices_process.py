@@ -1,0 +1,99 @@
+"""`--devices` as a command: a device that dies ends it, Ctrl-C as well; torchrun may start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "a red car bounces across the desert"
+
+
+def members_of(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children
+            if "crew_member" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def sampling(model: Path, folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A generation on two devices of more steps than anybody waits for, once it takes some."""
+    events = folder / "events"
+    command = [
+        sys.executable, "-m", "vidgen", "generate", PROMPT, "--model", str(model), "--seed", "3",
+        "--steps", "1000", "--devices", "2", "-o", "clip.mp4", "--events", str(events),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        until = time.monotonic() + 120
+        while not (events.is_file() and '"sample"' in events.read_text()):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        yield process, members_of(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("victim", "code", "said"), [
+    ("member", 1, "error: device 1 of 2 failed: killed by SIGKILL"),
+    ("interrupt", 130, "interrupted"),
+    ("command", -9, ""),
+])  # fmt: skip
+def test_nothing_is_left_behind(
+    tiny_model: Path, tmp_path: Path, victim: str, code: int, said: str
+) -> None:
+    with sampling(tiny_model, tmp_path) as (process, members):
+        assert len(members) == 1
+        os.kill(*{
+            "member": (members[0], signal.SIGKILL), "interrupt": (process.pid, signal.SIGINT),
+            "command": (process.pid, signal.SIGKILL),
+        }[victim])
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert said in told
+        assert "Traceback" not in told
+    until = time.monotonic() + 20
+    while any(map(is_running, members)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_torchrun_starts_the_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vidgen",
+        "generate", PROMPT, "--model", str(tiny_model), "--seed", "3", "-o", "clip.mp4", "--json",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["clips"][0]["path"] == "clip.mp4"
+
+    from vidgen.media.read import read_recipe
+
+    assert read_recipe(tmp_path / "clip.mp4")["devices"]["count"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
