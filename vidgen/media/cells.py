@@ -62,13 +62,21 @@ class Looker:
     def look(self, frame: Frames) -> Look:
         """Look at a frame, uint8 [H, W, 3]."""
         step = self.stride
-        pixels = frame[::step, ::step].transpose(2, 0, 1).astype(np.float32, order="C")
-        grey: Array = np.tensordot(LUMA, pixels, 1).astype(np.float32, copy=False)
-        moved = None if self.before is None else self._pool(np.abs(grey - self.before))
+        height, width = (-(-size // step) for size in frame.shape[:2])
+        planes = np.empty((4, height, width), dtype=np.float32)  # the colours, what moved
+        pixels = planes[:3]
+        pixels[...] = frame[::step, ::step].transpose(2, 0, 1)
+        grey: Array = np.dot(LUMA, pixels.reshape(3, -1)).reshape(height, width)
+        if self.before is None:
+            cells, moved = self._pool(pixels), None
+        else:
+            np.abs(np.subtract(grey, self.before, out=planes[3]), out=planes[3])
+            cells = self._pool(planes)
+            moved = cells[3]
         self.before = grey
-        color = self._pool(pixels).transpose(1, 2, 0)
-        green = pixels[1] - pixels[1].mean()
-        variance = float(np.dot(green.ravel(), green.ravel())) / green.size
+        color = cells[:3].transpose(1, 2, 0)
+        green = (pixels[1] - pixels[1].mean()).ravel()
+        variance = float(np.dot(green, green)) / green.size
         spread = variance**0.5 if variance >= 1 else float(pixels.std(axis=(1, 2)).max())
         beside = frame[::step, 1::step, 1]
         pairs = (pixels[1, :, : beside.shape[1]] - beside).ravel()
@@ -78,8 +86,8 @@ class Looker:
             luma=color @ LUMA,
             moved=moved,
             spread=spread,
-            dark=float(np.mean(grey < 25.5)),
-            bright=float(np.mean(grey > 229.5)),
+            dark=np.count_nonzero(grey < 25.5) / grey.size,
+            bright=np.count_nonzero(grey > 229.5) / grey.size,
             roughness=rough / variance if variance > 1 else 0.0,
         )
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from vidgen.media.cells import Array
+from vidgen.media.cells import LUMA, Array
 
 MAX_SPANS = 10
 FLASH_STEP, FLASH_DARKER, FLASH_AREA = 0.1, 0.8, 0.25  # of relative luminance, of the picture
@@ -75,12 +76,13 @@ class Flashes:
     def feed(self, index: int, linear: Array) -> None:
         """Go on with a frame's cells [y, x, 3], linear light in [0, 1]."""
         if self._red:
-            level = np.maximum(linear[..., 0] - linear[..., 1] - linear[..., 2], 0)
-        else:
-            level = linear @ np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)
-        if self._low is None:
-            if self._red and float(level.max()) < self._step:
+            level = linear[..., 0] - linear[..., 1] - linear[..., 2]
+            if self._low is None and float(level.max()) < self._step:
                 return  # most clips never show it
+            level = np.maximum(level, 0)
+        else:
+            level = linear @ LUMA
+        if self._low is None:
             self._low, self._high, self._way = level, level, np.zeros(level.shape, dtype=np.int8)
             self._when = np.full(level.shape, -self._second)
         high, low = np.maximum(self._high, level), np.minimum(self._low, level)
@@ -91,7 +93,11 @@ class Flashes:
         falls = (self._way >= 0) & (high - level >= self._step) & (level < dark)
         rises = (self._way <= 0) & (level - low >= self._step) & (low < dark)
         turned = falls | rises
-        self._turned = index if turned.any() else self._turned
+        if turned.any():
+            self._turned = index
+        elif index >= self._turned + self._together and len(self._changes) <= 2 * 3:
+            self._high, self._low = high, low
+            return
         self._way = np.where(falls, -1, np.where(rises, 1, self._way)).astype(np.int8)
         self._when = np.where(turned, index, self._when)
         self._high, self._low = np.where(turned, level, high), np.where(turned, level, low)
@@ -298,21 +304,45 @@ def _likeness(one: Array, other: Array) -> float:
 def _change(one: Array, other: Array) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Offset at the mean, in levels, and gain [k] that lead from one picture to another."""
     count, height, width = one.shape
+    ys, xs, ridge = _grid(height, width)
     middle = (one + other).astype(np.float64) / 2
-    down, across = np.gradient(middle, axis=(1, 2))
-    ys, xs = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)
-    zoom = across * xs * width / 2 + down * ys * height / 2
-    level = middle - middle.mean(axis=(1, 2), keepdims=True)
-    terms = np.stack([np.ones_like(middle), level / 64, down / 16, across / 16, zoom / 64], axis=-1)
-    terms = terms.reshape(count, -1, 5)
-    change = (other - one).reshape(count, -1, 1).astype(np.float64)
-    # A little weight on doing nothing settles what flat pictures leave open.
-    ridge = np.diag([0, 1, 1, 1, 1]) * 1e-5 * height * width
-    weights, half = np.ones_like(change), height * width // 2
-    for _ in range(3):  # what moves by itself loses its say
-        weighted = (terms * weights).transpose(0, 2, 1)
-        solved = np.linalg.solve(weighted @ terms + ridge, weighted @ change)
-        off = change - terms @ solved
+    down, across = _slope(middle.swapaxes(1, 2)).swapaxes(1, 2), _slope(middle)
+    # the terms of the fit, and what is to be fitted
+    rows = np.empty((count, 6, height, width))
+    rows[:, 0] = 1
+    rows[:, 1] = (middle - middle.mean(axis=(1, 2), keepdims=True)) / 64
+    rows[:, 2], rows[:, 3] = down / 16, across / 16
+    rows[:, 4] = (across * xs + down * ys) / 64
+    rows[:, 5] = other - one
+    rows = rows.reshape(count, 6, -1)
+    terms, change, half = rows[:, :5], rows[:, 5], height * width // 2
+    weighted, columns = terms, rows.transpose(0, 2, 1)
+    for last in (False, False, True):  # what moves by itself loses its say
+        sums = weighted @ columns
+        solved = np.linalg.solve(sums[..., :5] + ridge, sums[..., 5:])
+        if last:
+            break
+        off = change - (solved.transpose(0, 2, 1) @ terms)[:, 0]
         scale = 1.48 * np.partition(np.abs(off), half, axis=1)[:, half, None] + 0.05
-        weights = 1 / (1 + np.square(off / (2 * scale)))
+        weighted = terms / (1 + np.square(off / (2 * scale)))[:, None]
     return solved[:, 0, 0], solved[:, 1, 0] / 64
+
+
+@lru_cache(maxsize=4)
+def _grid(height: int, width: int) -> tuple[np.ndarray[Any, Any], ...]:
+    """How far each row and each column is from the middle, and a little weight on no change.
+
+    The last settles what flat pictures leave open.
+    """
+    ys = np.linspace(-1, 1, height)[:, None] * height / 2
+    xs = np.linspace(-1, 1, width) * width / 2
+    return ys, xs, np.diag([0, 1, 1, 1, 1]) * 1e-5 * height * width
+
+
+def _slope(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Central differences along the last axis, one-sided at its ends; `np.gradient` made quick."""
+    slope = np.empty_like(values)
+    slope[..., 1:-1] = (values[..., 2:] - values[..., :-2]) / 2
+    slope[..., 0] = values[..., 1] - values[..., 0]
+    slope[..., -1] = values[..., -1] - values[..., -2]
+    return slope
