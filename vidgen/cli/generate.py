@@ -53,6 +53,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="noise levels between which guidance acts, from 0 to 1")
     add("--guidance-rescale", type=float, metavar="X", help="0 to 1, against over-saturation")
+    add("--cache", default="none", metavar="METHOD[:THRESHOLD]", help=(
+        "leave most of the transformer out at steps that change little: none, first-block, "
+        "magnitude or forecast; a lower threshold is nearer to the clip without; default "
+        "%(default)s"))
     add("--sampler", metavar="NAME", help="euler or unipc")
     add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
     add("--image", metavar="IMAGE", help="the first frame")

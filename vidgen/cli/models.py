@@ -19,15 +19,34 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("folders", metavar="FOLDER", nargs="*", default=[],
                         help="a model folder, or a folder of them")
+    parser.add_argument("--measure", metavar="MODEL", help=(
+        "denoise a clip of this model and keep how its steps differ, for --cache magnitude"))
 
 
 def run(args: Namespace, report: Report) -> int:
     """Print one line a model; one that can't be used is listed with the reason."""
+    if args.measure:
+        return _measure(args.measure, report)
     models = [_describe(model, path) for model, path in _at_hand(args.folders)]
     width = max((len(model["name"]) for model in models), default=0)
     lines = [_line(model, width) for model in models]
     report.result(models, "\n".join(lines) or "no model at hand")
     return 1 if any("problem" in model for model in models) else 0
+
+
+def _measure(model: str, report: Report) -> int:
+    from vidgen.core.errors import InputError
+    from vidgen.pipeline.step_caches import measure_magnitudes, write_magnitudes
+    from vidgen.pipeline.video import Engine, load
+
+    engine = load(model)
+    if not isinstance(engine, Engine):
+        raise InputError(f"{model} is run by diffusers, and --cache works with the embedded model "
+                         "and the Wan family")
+    path = write_magnitudes(measure_magnitudes(engine), engine.folder)
+    report.result({"model": engine.folder.name, "path": str(path)},
+                  f"the magnitudes of {engine.folder.name} are kept in {path}")
+    return 0
 
 
 def _at_hand(folders: list[str]) -> Iterator[tuple[str, Path]]:

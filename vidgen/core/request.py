@@ -6,6 +6,7 @@ when the request is made; what needs strides, limits or files is judged where th
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -36,6 +37,7 @@ _CHOICE = {
     "fit": ("crop", "pad"), "dtype": ("fp32", "bf16", "fp16"),
     "offload": ("none", "stage", "block"), "quantize": ("int8",), "label": ("none", "visible"),
 }
+_CACHES = ("none", "first-block", "magnitude", "forecast")
 _NEEDS = {
     "strength": ("video",), "mask": ("video", "image"),
     "control_scale": ("control", "video", "image", "last_image", "frame", "reference", "prefix"),
@@ -59,6 +61,8 @@ class Request:
         guidance: classifier-free guidance scale; 1 is the conditional pass alone.
         guidance_low: guidance of the low-noise expert, for models that have two (Wan 2.2 A14B).
         guidance_interval: (low, high) in sigma within which guidance acts.
+        cache: "none", "first-block", "magnitude" or "forecast", each with a `:THRESHOLD` behind it
+            or without: leaves most of the transformer out at steps that change little.
         guidance_rescale: 0 to 1, how far the guided velocity's deviation is brought back.
         sampler: name of a sampler, or in Python any flow scheduler object of diffusers, which
             brings its own shift.
@@ -108,6 +112,7 @@ class Request:
     guidance_low: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
+    cache: str = "none"
     sampler: Any = None
     shift: float | None = None
     image: Picture | None = None
@@ -190,6 +195,7 @@ class Request:
             _check_number(name, getattr(self, name), 0, high, above=True)
         for seconds, _ in self.frame:
             _check_number("frame", seconds, 0, 3600)
+        _check_cache(self.cache)
         for name, known in _CHOICE.items():
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -217,6 +223,20 @@ def _check_number(name: str, value: Any, low: float, high: float, above: bool = 
     shown = str(value) if isinstance(value, Fraction) else repr(value)
     span = f"above {low}, {high} at most" if above else f"from {low} to {high}"
     raise InputError(f"{name} is {shown}; give a number {span}")
+
+
+def _check_cache(value: Any) -> None:
+    method, colon, threshold = str(value).partition(":")
+    if method not in _CACHES:
+        raise InputError(f"cache is {value!r}; {nearest(method, _CACHES)}")
+    if colon:
+        try:
+            number = float(threshold)
+        except ValueError:
+            number = math.nan
+        if method == "none" or not 0 <= number <= 100:
+            raise InputError(f"cache is {value!r}; behind the colon comes a threshold from 0 to "
+                             "100, such as forecast:0.1")
 
 
 def _fraction(value: Any) -> Fraction:

@@ -249,6 +249,7 @@ class StepCaches:
 
     Attributes:
         taken: the noise level of each step, and whether it was computed.
+        memories: of each branch that has asked.
     """
 
     make: Callable[[str], Memory]
@@ -256,7 +257,7 @@ class StepCaches:
     max_skips: float = math.inf
     boundary: float | None = None
     taken: list[tuple[float, bool]] = field(default_factory=list)
-    _memories: dict[str, Memory] = field(default_factory=dict)
+    memories: dict[str, Memory] = field(default_factory=dict)
     _decided_by: str = ""
     _skips: int = 0
 
@@ -286,7 +287,7 @@ class StepCaches:
     def state(self) -> dict[str, Tensor]:
         """All that is remembered, by name; `restore` takes it."""
         found = {"skips": torch.tensor(self._skips, dtype=torch.float64)}
-        for branch, memory in self._memories.items():
+        for branch, memory in self.memories.items():
             found[f"{branch}.numbers"] = torch.tensor(memory.numbers, dtype=torch.float64)
             found |= {f"{branch}.{i}": tensor for i, tensor in enumerate(memory.tensors)}
         return found
@@ -301,9 +302,9 @@ class StepCaches:
             memory.tensors = [state[f"{branch}.{i}"] for i in range(count)]
 
     def _memory(self, branch: str) -> Memory:
-        if branch not in self._memories:
-            self._memories[branch] = self.make(branch)
-        return self._memories[branch]
+        if branch not in self.memories:
+            self.memories[branch] = self.make(branch)
+        return self.memories[branch]
 
 
 @dataclass(frozen=True)

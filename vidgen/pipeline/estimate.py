@@ -19,6 +19,7 @@ from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
 from vidgen.pipeline.parts import DTYPES, Offload, Parts
 from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.plan import Plan
+from vidgen.pipeline.step_caches import TENSORS_HELD
 from vidgen.pipeline.workload import (
     Op,
     image_ops,
@@ -200,6 +201,9 @@ class _Job:
             notes.append("drawing the first frame is not counted")
         if self.request.lora:
             notes.append("adapters are not counted")
+        if self.request.cache != "none":
+            notes.append(f"up to this: how many steps --cache {self.request.cache} spares depends "
+                         "on the clip")
         if not self._measured:
             notes.append("this machine was not measured: `vidgen plan` does")
         return tuple(notes)
@@ -347,7 +351,9 @@ class _Job:
     def _denoise_bytes(self) -> int:
         tokens = max(self.passes.windows, default=0) * self._frame_tokens
         backend = used_backend("auto", self.setup.device, self.dtype)
-        return transformer_bytes(
+        branches = 1 if self.plan.guidance.is_off else 2
+        held = branches * TENSORS_HELD[self.request.cache.partition(":")[0]] * tokens
+        return held * self.dit.hidden_dim * self.dtype.itemsize + transformer_bytes(
             self.dit, tokens, self.dtype.itemsize, holds_scores=backend == "matmul",
             timed_tokens=self.request.mask is not None and self.folder.conditioning == "tokens",
         )

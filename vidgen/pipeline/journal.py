@@ -296,8 +296,10 @@ class Journal:
             if facts.get("finished"):
                 self.latents = latents
             elif facts["behind"] == self._num_done:  # else of a window that was finished since
+                cache = {name.removeprefix("cache."): tensors.pop(name)
+                         for name in list(tensors) if name.startswith("cache.")}
                 history = tuple(tensors[f"history.{i}"] for i in range(len(tensors)))
-                self.state = SamplerState(facts["step"], latents, history)
+                self.state = SamplerState(facts["step"], latents, history, cache)
         self._count_segments()
 
     def _count_segments(self) -> None:
@@ -322,6 +324,7 @@ class Journal:
         if self._latest is not None:
             info, self._latest = self._latest, None
             tensors = {f"history.{i}": each for i, each in enumerate(info.state.history)}
+            tensors |= {f"cache.{name}": each for name, each in info.state.cache.items()}
             tensors["latents"] = info.state.latents
             facts = {"step": info.step, "num_steps": info.num_steps, "behind": self._num_done}
             self._save_state(tensors, facts, self.folder / STATE)
@@ -341,7 +344,7 @@ class Journal:
 
             torch.cuda.synchronize(latents.device)
         with self._saving():
-            arrays = {name: each.detach().float().cpu().numpy() for name, each in tensors.items()}
+            arrays = {name: _as_array(each) for name, each in tensors.items()}
             write_arrays(path, arrays, facts)
 
     @contextmanager
@@ -367,6 +370,12 @@ class Journal:
         if self._lock is not None:
             self._lock.close()
         self._lock, self._on = None, False
+
+
+def _as_array(tensor: Tensor) -> Any:
+    """A tensor for numpy, which has no bfloat16; float32 holds that exactly."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.itemsize < 4 else tensor).numpy()
 
 
 def recall(request: Request, journals: Sequence[Journal]) -> Request:

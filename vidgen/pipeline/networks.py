@@ -6,8 +6,9 @@ columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,18 +20,21 @@ from vidgen.diffusion.guidance import guided
 from vidgen.pipeline.experts import Experts, Loras, experts
 
 if TYPE_CHECKING:
-    from vidgen.core.protocols import Denoise
+    from vidgen.core.protocols import Denoise, StepCache
+    from vidgen.diffusion.cache import StepCaches
     from vidgen.ops.parallel import Ranks
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
 
+BRANCHES = ("prompt", "negative")
 Contexts = Sequence[tuple[Tensor, Tensor]]
 """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
 
 
 @contextmanager
 def denoising(
-    parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras, level: float
+    parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras, level: float,
+    caches: StepCaches | None = None,
 ) -> Iterator[Denoise]:
     """The guided model; its transformer stays in memory inside the `with` block.
 
@@ -41,8 +45,9 @@ def denoising(
         contexts: of its prompts.
         loras: its adapters.
         level: the sigma that sampling begins at.
+        caches: what spares steps of this run, or None.
     """
-    with denoisers(parts, plan, state, contexts, loras, level) as made:
+    with denoisers(parts, plan, state, contexts, loras, level, caches=caches) as made:
         if len(made) == 1:
             yield made[0]
         else:
@@ -52,19 +57,23 @@ def denoising(
 @contextmanager
 def denoisers(
     parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras, level: float,
-    ranks: Ranks | None = None,
+    ranks: Ranks | None = None, caches: StepCaches | None = None,
 ) -> Iterator[list[Denoise]]:
     """The model under each of the contexts; arguments as in `denoising`.
 
     With `ranks` each call is made on all of them together, and gives all of them the same.
     """
     with experts(parts, parts.folder.defaults.boundary, loras, level) as given:
-        yield [_denoiser(parts, plan, state, context, given, ranks) for context in contexts]
+        yield [
+            _denoiser(parts, plan, state, context, given, ranks,
+                      None if caches is None else partial(caches.at, branch))
+            for branch, context in zip(BRANCHES, contexts, strict=False)
+        ]
 
 
 def _denoiser(
     parts: Parts, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts,
-    ranks: Ranks | None,
+    ranks: Ranks | None, cache_at: Callable[[float], StepCache] | None,
 ) -> Denoise:
     """The model under one prompt and all conditions."""
     whole = plan.sampler in ("unipc", "UniPCMultistepScheduler")  # as diffusers has it
@@ -76,8 +85,10 @@ def _denoiser(
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         seen, levels = denoise_inputs(state, sigma, latents, patch=patch)
-        velocity = given.at(float(sigma[0]))(
-            seen, to_timestep(levels, whole=whole), features, context_lengths=lengths, **options,
+        level = float(sigma[0])
+        velocity = given.at(level)(
+            seen, to_timestep(levels, whole=whole), features, context_lengths=lengths,
+            step_cache=cache_at(level) if cache_at else None, **options,
         )
         assert isinstance(velocity, Tensor)
         return velocity

@@ -24,6 +24,7 @@ from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 
 if TYPE_CHECKING:
+    from vidgen.pipeline.step_caches import CacheChoice
     from vidgen.weights.folder import ModelDefaults
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Plan:
         sampler: its name; a scheduler object's class.
         num_frames: frames to generate, 1 mod the temporal stride.
         kept_frames: frames of the clip, the first of those generated.
+        cache: what spares steps, or None.
         num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
     """
 
@@ -56,6 +58,7 @@ class Plan:
     control_scale: float
     fit: str
     latents: LatentShape
+    cache: CacheChoice | None = None
 
 
 def make_plan(

@@ -53,6 +53,7 @@ from vidgen.pipeline.preflight import Asked, first_setup, preflight
 from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.step_caches import carrying, make_caches, settle_cache
 from vidgen.pipeline.tail import make_tail
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
@@ -276,6 +277,8 @@ class Engine:
             self.vae_config.latent_channels, patch=self.dit_config.patch_size,
             picture_size=inputs.picture_size, video_seconds=inputs.video_seconds,
         )
+        cache = settle_cache(request, self.folder, devices_of(self.crew).get("devices") or 1)
+        plan = replace(plan, cache=cache)
         for name, text in (("prompt", plan.prompt), ("negative", plan.negative)):
             self._check_words(name, text)
         return plan
@@ -339,10 +342,12 @@ class Engine:
     ) -> Tensor:
         """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler."""
         start = state.impose(state.latents)
-        told = {"on_step": on_step, "project": state.impose, "resume": resume}
         sigmas = self.sigmas(plan, scheduler)
+        caches = make_caches(plan.cache, sigmas, self.folder.defaults.boundary)
+        on_step = carrying(caches, on_step, resume)
+        told = {"on_step": on_step, "project": state.impose, "resume": resume}
         level = float(sigmas[resume.step if resume else 0])
-        model = denoising if self.crew is None else self.crew.denoising
+        model = self.crew.denoising if self.crew else partial(denoising, caches=caches)
         with model(self.parts, plan, state, contexts, loras, level) as denoise:
             if scheduler is not None:
                 latents = sample_with_scheduler(
