@@ -18,7 +18,7 @@ from vidgen.core.request import Request
 from vidgen.diffusion.noise import draw_noise
 from vidgen.media.clip import Clip
 from vidgen.media.read import VideoReader, read_recipe
-from vidgen.pipeline import extend
+from vidgen.pipeline import extend, stretches
 from vidgen.pipeline.extend import LongClip, hold_colours, long_clip, split_windows
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.tail import colours_of, make_tail, read_tail
@@ -108,7 +108,7 @@ def test_a_run_goes_on_behind_the_windows_that_are_done(engine):
 def test_many_latents_lie_in_a_file_and_are_the_same(engine, monkeypatch):
     long = begin(engine, frames=29)
     in_memory, _ = denoise(engine, long)
-    monkeypatch.setattr(extend, "IN_MEMORY", 0)
+    monkeypatch.setattr(stretches, "IN_MEMORY", 0)
     on_disk, _ = denoise(engine, long)
     assert torch.equal(in_memory, on_disk)
 

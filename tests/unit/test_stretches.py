@@ -3,8 +3,9 @@
 import pytest
 
 from vidgen.core.errors import InputError
+from vidgen.pipeline import stretches as module
 from vidgen.pipeline.crew_link import Division, divide
-from vidgen.pipeline.stretches import BUFFER_BYTES, next_stretches
+from vidgen.pipeline.stretches import room_for, stretches
 
 
 @pytest.mark.parametrize("begin", [0, 3, 40])
@@ -12,18 +13,25 @@ from vidgen.pipeline.stretches import BUFFER_BYTES, next_stretches
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 @pytest.mark.parametrize("look_back", [1, 5])
 def test_stretches_lie_behind_each_other_and_take_equally_long(begin, count, ranks, look_back):
-    stretches = next_stretches(begin, begin + count, ranks, look_back, 1)
-    assert [first for first, _ in stretches] == [begin, *(end for _, end in stretches[:-1])]
-    assert stretches[-1][1] == begin + count
-    costs = [end - first + min(first, look_back) for first, end in stretches if end > first]
+    found = stretches(begin, begin + count, ranks, look_back)
+    assert [first for first, _ in found] == [begin, *(end for _, end in found[:-1])]
+    assert found[-1][1] == begin + count
+    costs = [end - first + min(first, look_back) for first, end in found if end > first]
     assert max(costs) <= count + min(begin, look_back)
     assert max(costs[:-1], default=0) - min(costs[:-1], default=0) <= 1
 
 
-def test_a_round_holds_no_more_than_the_buffer():
-    stretches = next_stretches(0, 1000, 4, 3, BUFFER_BYTES // 10)
-    assert max(end - first for first, end in stretches) == 10
-    assert next_stretches(0, 9, 2, 3, 10 * BUFFER_BYTES)[-1][1] == 6, "never none at all"
+def test_what_is_long_is_shared_and_what_is_short_is_not():
+    assert stretches(0, 21, 2, 38) == [(0, 21), (21, 21)]
+    assert stretches(0, 1000, 2, 38) == [(0, 519), (519, 1000)]
+
+
+def test_room_is_the_same_in_a_file(monkeypatch):
+    monkeypatch.setattr(module, "IN_MEMORY", 10)
+    for count in (10, 11):
+        room = room_for(count)
+        room[-1] = 7
+        assert room.tolist() == [0] * (count - 1) + [7]
 
 
 def test_guidance_is_divided_first():

@@ -14,7 +14,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from vidgen.pipeline.crew_link import (
 )
 from vidgen.pipeline.crew_process import Child, end_all, find_failure
 from vidgen.pipeline.networks import decode_latents, denoisers
-from vidgen.pipeline.stretches import next_stretches
+from vidgen.pipeline.stretches import room_for, stretches
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -70,7 +70,7 @@ class Crew:
     def __init__(self, link: Link, children: Sequence[Child], *, shard: bool) -> None:
         self.link, self.size, self.shard = link, link.size, shard
         self._children, self._num_heads = children, 0
-        self._round: _Round | None = None
+        self._coming: _Coming | None = None
         self._sampling = False
         self._end = weakref.finalize(self, _dissolve, link, children)
 
@@ -125,34 +125,32 @@ class Crew:
                     self.order("end")
 
     def decode(self, parts: Parts, latents: Tensor, begin: int = 0) -> Iterator[Tensor]:
-        """What `networks.decode_latents` gives, decoded by all devices in stretches.
+        """What `networks.decode_latents` gives, a stretch decoded by each device.
 
         Raises:
             DeviceError: a device failed; the engine can't be used any more.
         """
-        strides, total = parts.folder.components["vae"].config.strides, latents.shape[2]
+        self._require_alive()
+        strides = parts.folder.components["vae"].config.strides
         shape = (latents.shape[0], 3, strides.t, *(side * strides.hw for side in latents.shape[3:]))
-        dtype = parts.dtype_of("vae")
-        frame_bytes = torch.Size(shape).numel() * dtype.itemsize
         with parts.use("vae") as vae:
             back = vae.receptive_frames - 1
-            while begin < total:
-                mine, *others = next_stretches(begin, total, self.size, back, frame_bytes)
-                theirs = [(first, end) for first, end in others if end > first]
-                slices = [(latents[:, :, max(0, first - back) : end].cpu(), min(first, back))
-                          for first, end in theirs]
-                if slices:
-                    self.order("decode", parts.dtype, parts.offload, slices)
+            mine, *others = stretches(begin, latents.shape[2], self.size, back)
+            theirs = [(first, end) for first, end in others if end > first]
+            slices = [(latents[:, :, max(0, first - back) : end].cpu(), min(first, back))
+                      for first, end in theirs]
+            coming: Iterable[Tensor] = ()
+            if slices:
+                self.order("decode", parts.dtype, parts.offload, slices)
                 sizes = [end - first for first, end in theirs]
-                self._round = coming = _Round(self, sizes, shape, dtype)
-                yield from decode_latents(parts, latents, *mine)
-                yield from coming
-                begin = max(mine[1], *(end for _, end in others))
+                coming = self._coming = _Coming(self, sizes, shape, parts.dtype_of("vae"))
+            yield from decode_latents(parts, latents, *mine)
+            yield from coming
 
     def close(self) -> None:
         """Let the others go; an engine with this crew can't be used any more."""
-        if self._end.alive and self._round is not None and not self.link.broken:
-            self._round.take_all()
+        if self._end.alive and self._coming is not None and not self.link.broken:
+            self._coming.take_all()
         self._end()
 
     def order(self, *what: Any) -> None:
@@ -162,9 +160,9 @@ class Crew:
             DeviceError: they can't any more.
         """
         self._require_alive()
-        if self._round is not None:  # a clip that is half decoded: its frames are taken in first
-            self._round.take_all()
-            self._round = None
+        if self._coming is not None:  # a clip that is half decoded: its frames are taken in first
+            self._coming.take_all()
+            self._coming = None
         with self.together():
             self.link.order(*what)
 
@@ -299,8 +297,8 @@ class _Call:
         return tuple(found[which] for which in wanted)
 
 
-class _Round:
-    """What the other ranks decode meanwhile, in order; at most one round is under way.
+class _Coming:
+    """What the other ranks decode meanwhile, in order; of one clip at a time.
 
     Args:
         crew: whose ranks send.
@@ -313,27 +311,28 @@ class _Round:
         self, crew: Crew, sizes: list[int], shape: tuple[int, ...], dtype: torch.dtype
     ) -> None:
         self._crew, self._shape, self._dtype = crew, shape, dtype
-        self._coming = deque(
-            rank for rank, size in enumerate(sizes, 1) for _ in range(size)
-        )
+        self._senders = deque(rank for rank, size in enumerate(sizes, 1) for _ in range(size))
         self._taken: deque[Tensor] = deque()
-        crew.link.owed = bool(self._coming)
+        crew.link.owed = bool(self._senders)
 
     def __iter__(self) -> Iterator[Tensor]:
-        while self._taken or self._coming:
-            yield self._taken.popleft() if self._taken else self._receive()
+        while self._taken or self._senders:
+            yield self._taken.popleft() if self._taken else self._receive(self._room(1)[0])
 
     def take_all(self) -> None:
         """Take in what is still to come, so that the ranks are free for something else."""
-        while self._coming:
-            self._taken.append(self._receive())
+        for room in self._room(len(self._senders)):
+            self._taken.append(self._receive(room))
 
-    def _receive(self) -> Tensor:
-        chunk = torch.empty(self._shape, dtype=self._dtype, device=self._crew.link.device)
+    def _room(self, count: int) -> Sequence[Tensor]:
+        each = torch.Size(self._shape).numel() * self._dtype.itemsize
+        return room_for(count * each).split(each) if count else ()
+
+    def _receive(self, room: Tensor) -> Tensor:
         with self._crew.together():
-            dist.recv(chunk.view(torch.uint8), src=self._coming.popleft())
-        self._crew.link.owed = bool(self._coming)
-        return chunk
+            dist.recv(room, src=self._senders.popleft())
+        self._crew.link.owed = bool(self._senders)
+        return room.view(self._dtype).view(self._shape)
 
 
 def _dissolve(link: Link, children: Sequence[Child]) -> None:

@@ -31,6 +31,7 @@ from vidgen.pipeline.crew_link import (
 )
 from vidgen.pipeline.networks import decode_latents, denoisers
 from vidgen.pipeline.parts import EXPERTS, Offload, Parts
+from vidgen.pipeline.stretches import room_for
 from vidgen.weights.folder import ModelFolder, open_model
 
 if TYPE_CHECKING:
@@ -98,11 +99,13 @@ class Member:
             return
         parts = self._set_up(dtype, offload)
         latents, skipped = slices[self._link.rank - 1]
-        sent = []
-        for video in decode_latents(parts, latents, skipped):
-            flat = video.contiguous().view(torch.uint8)
-            sent.append((dist.isend(flat, dst=0), flat))  # it lives until it has left
-        for work, _ in sent:
+        room, sent = None, []
+        for index, video in enumerate(decode_latents(parts, latents, skipped)):
+            made = video.contiguous().view(-1).view(torch.uint8)
+            if room is None:  # rank 0 may be long in coming to it
+                room = room_for((latents.shape[2] - skipped) * made.numel()).split(made.numel())
+            sent.append(dist.isend(room[index].copy_(made), dst=0))
+        for work in sent:
             work.wait()
 
     def _set_up(self, dtype: torch.dtype, offload: Offload) -> Parts:

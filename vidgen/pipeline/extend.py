@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from vidgen.media.join import ContinuedClip
 from vidgen.media.read import fit, read_recipe
 from vidgen.media.write import ClipInfo
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
+from vidgen.pipeline.stretches import room_for
 from vidgen.pipeline.tail import TAIL_FRAMES, Beginning, colours_of, make_tail, read_tail
 from vidgen.weights.family import models_with
 
@@ -52,8 +52,6 @@ OVERLAP = 3
 COLOUR_HOLD = 0.5
 MAX_SHIFT, MAX_GAIN = 0.15, 1.1
 """Bounds of one window's correction, per latent channel: in its deviations, and of them."""
-IN_MEMORY = 64_000_000
-"""Bytes of a clip's latents up to which they stay in memory; more lie in an unnamed file."""
 
 Sample = Callable[["Plan", "LatentState"], Tensor]
 """Denoise a window to its plan from its state: latents [1, C, F, h, w]."""
@@ -347,11 +345,7 @@ def _check(plan: Plan, request: Request, folder: ModelFolder) -> None:
 def _room_for(shape: LatentShape) -> Tensor:
     """Zeros [1, C, F, h, w] on the CPU; in an unnamed file where they are many."""
     _, C, F, h, w = shape.dims
-    count = F * C * h * w
-    if count * 4 <= IN_MEMORY:
-        return torch.zeros(F, C, h, w).transpose(0, 1)[None]
-    with tempfile.NamedTemporaryFile(prefix="vidgen-latents-") as file:
-        flat = torch.from_file(file.name, shared=True, size=count)
+    flat = room_for(4 * F * C * h * w).view(torch.float32)
     return flat.view(F, C, h, w).transpose(0, 1)[None]
 
 

@@ -1,37 +1,46 @@
-"""Which latent frames each rank decodes, so that all are done at the same time."""
+"""Which latent frames each rank decodes, and room for what it made until that is wanted."""
 
 from __future__ import annotations
 
+import tempfile
 from itertools import pairwise
 
-BUFFER_BYTES = 512_000_000
-"""Decoded frames that a rank may hold until rank 0 takes them."""
+import torch
+from torch import Tensor
+
+IN_MEMORY = 64_000_000
+"""Bytes that stay in memory; more lie in an unnamed file."""
 
 
-def next_stretches(
-    begin: int, end: int, num_ranks: int, look_back: int, frame_bytes: int
-) -> list[tuple[int, int]]:
-    """The next latent frames of each rank, one stretch behind the other.
+def stretches(begin: int, end: int, num_ranks: int, look_back: int) -> list[tuple[int, int]]:
+    """The latent frames of each rank, one stretch behind the other, all done at the same time.
 
     A rank decodes as many frames before its stretch as the decoder looks back, or as there are;
-    the clip's first needs none, so it can be longer.
+    the clip's first needs none, so its stretch is the longest.
 
     Args:
         begin: the first latent frame to decode.
         end: behind the last one.
         num_ranks: how many decode.
         look_back: latent frames before a frame that it depends on.
-        frame_bytes: of what a latent frame becomes.
 
     Returns:
-        [first, last) of each rank, from `begin` on without a gap, to `end` if that can be held.
+        [first, last) of each rank, empty for some where more ranks would not be faster.
     """
-    most = max(BUFFER_BYTES // frame_bytes, look_back, 1)
-    for cost in range(1, most + look_back + 1):
+    places = [begin]
+    for cost in range(1, end + 1):
         places = [begin]
         for _ in range(num_ranks):
             here = places[-1]
-            places.append(here + max(0, min(cost - min(here, look_back), most, end - here)))
+            places.append(here + max(0, min(cost - min(here, look_back), end - here)))
         if places[-1] == end:
             break
     return list(pairwise(places))
+
+
+def room_for(num_bytes: int) -> Tensor:
+    """Zeros uint8 [num_bytes] on the CPU; in an unnamed file where they are many."""
+    if num_bytes <= IN_MEMORY:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+    with tempfile.NamedTemporaryFile(prefix="vidgen-") as file:
+        return torch.from_file(file.name, shared=True, size=num_bytes, dtype=torch.uint8)
