@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vidgen.core.errors import InputError
 from vidgen.core.shapes import Strides, VideoShape
 from vidgen.models.vae_blocks import Downsample, DownStage, MidBlock, Upsample, UpStage
-from vidgen.ops.conv import CausalConv3d, StreamCache
+from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last
 from vidgen.ops.norm import ChannelRMSNorm
 from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
 
@@ -139,8 +139,8 @@ class Encoder(nn.Module):
         x = self.conv_in(x, cache)
         for stage in self.stages:
             x = stage(x, cache)
-        x = self.norm_out.silu(self.mid(x, cache))
-        return self.to_moments(self.conv_out(x, cache))
+        x = self.conv_out.after_norm(self.norm_out, self.mid(x, cache), cache)
+        return self.to_moments(x)
 
 
 class Decoder(nn.Module):
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(self.from_latents(x), cache), cache)
         for stage in self.stages:
             x = stage(x, cache)
-        return self.conv_out(self.norm_out.silu(x), cache)
+        return self.conv_out.after_norm(self.norm_out, x, cache)
 
 
 class CausalVAE(nn.Module):
@@ -235,11 +235,12 @@ class CausalVAE(nn.Module):
 
     def _encode(self, video: Tensor, cache: StreamCache | None) -> Tensor:
         x = patchify_pixels(video, self.config.patch_size)
-        return self.encoder(x.contiguous(memory_format=torch.channels_last_3d), cache)
+        return self.encoder(channels_last(x), cache)
 
     def _decode(self, latents: Tensor, cache: StreamCache | None) -> Tensor:
-        x = latents.contiguous(memory_format=torch.channels_last_3d)
-        return unpatchify_pixels(self.decoder(x, cache), self.config.patch_size)
+        return unpatchify_pixels(
+            self.decoder(channels_last(latents), cache), self.config.patch_size
+        )
 
     @torch.no_grad()
     def stream_encode(

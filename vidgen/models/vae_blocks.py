@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidgen.ops.attention import attention
-from vidgen.ops.conv import CausalConv3d, StreamCache, clip_of, frames_of, split_first
+from vidgen.ops.conv import (
+    CausalConv3d,
+    StreamCache,
+    clip_of,
+    convolve,
+    frames_of,
+    split_first,
+)
 from vidgen.ops.norm import ChannelRMSNorm
 
 
@@ -31,8 +38,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """[B, C_in, T, H, W] -> [B, C_out, T, H, W]."""
-        y = self.conv1(self.norm1.silu(x), cache)
-        y = self.conv2(self.norm2.silu(y), cache)
+        y = self.conv1.after_norm(self.norm1, x, cache)
+        y = self.conv2.after_norm(self.norm2, y, cache)
         return y + self.shortcut(x)
 
 
@@ -48,10 +55,11 @@ class FrameAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, T, H, W] -> the same."""
         frames = frames_of(x)
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).unsqueeze(1)
-        q, k, v = qkv.chunk(3, dim=-1)
-        y = attention(q, k, v).squeeze(1).transpose(1, 2)
-        return x + clip_of(self.proj(y.reshape(frames.shape)), x.shape[0])
+        tokens = self.norm(frames).flatten(2).transpose(1, 2)
+        qkv = F.linear(tokens, self.to_qkv.weight.flatten(1), self.to_qkv.bias).unsqueeze(1)
+        y = attention(*qkv.chunk(3, dim=-1)).squeeze(1)
+        y = F.linear(y, self.proj.weight.flatten(1), self.proj.bias).transpose(1, 2)
+        return x + clip_of(y.reshape(frames.shape), x.shape[0])
 
 
 class MidBlock(nn.Module):
@@ -92,10 +100,10 @@ class Downsample(nn.Module):
         if cache is not None:
             cache.tensors[self.cache_key] = x[:, :, -1:].clone()
         if before is not None:
-            return self.time_conv(torch.cat([before, x], 2))
+            return convolve(self.time_conv, torch.cat([before, x], 2))
         if x.shape[2] == 1:
             return x
-        return torch.cat([split_first(x)[0], self.time_conv(x)], 2)
+        return torch.cat([split_first(x)[0], convolve(self.time_conv, x)], 2)
 
     @torch.no_grad()
     def inflate(self) -> None:

@@ -116,7 +116,7 @@ def _native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     kernels = native.kernels(q, k, v)
     B, H, Lq, d = q.shape
     per_key = bias is None or (bias.ndim == 4 and bias.shape[1:3] == (1, 1))
-    if kernels is None or d % 64 or d > 256 or not per_key or not k.shape[2]:
+    if kernels is None or d % 64 or d > 512 or not per_key or not k.shape[2]:
         slow = _blocked if q.dtype == torch.bfloat16 else _sdpa
         return slow(q, k, v, bias)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

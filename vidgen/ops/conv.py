@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidgen.ops.norm import ChannelRMSNorm
+
 
 @dataclass
 class StreamCache:
@@ -34,7 +36,8 @@ class StreamCache:
 
 def frames_of(x: Tensor) -> Tensor:
     """[B, C, T, H, W] -> [B * T, C, H, W]; a view where x lies channels-last."""
-    return x.transpose(1, 2).flatten(0, 1)
+    frames = x.transpose(1, 2).flatten(0, 1)
+    return channels_last(frames) if plain_inference(x) else frames
 
 
 def clip_of(frames: Tensor, batch: int) -> Tensor:
@@ -51,18 +54,39 @@ def split_first(x: Tensor) -> tuple[Tensor, Tensor]:
     return first.permute(0, 4, 1, 2, 3), rest.permute(0, 4, 1, 2, 3)
 
 
-def _takes_slow_path(x: Tensor) -> bool:
-    """Whether `F.conv3d` would pass oneDNN by, as it does for one small clip in float32.
+def channels_last(x: Tensor) -> Tensor:
+    """Give x [B, C, ...] with channels as neighbours in memory, and with strides that say so.
 
-    Its own loop takes four to ten times as long there, and returns another memory layout.
+    PyTorch reads the layout off the strides, also off those of axes of size 1, where any would do;
+    a convolution that gets it wrong moves everything, and its result lies the other way.
     """
+    x = x.movedim(1, -1).contiguous()
+    strides = [1]
+    for size in reversed(x.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return x.as_strided(x.shape, strides).movedim(-1, 1)
+
+
+def plain_inference(x: Tensor) -> bool:
+    """Whether x is in a pass on the CPU whose layout in memory is ours to choose."""
     return (
         x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.shape[0] == 1
+        and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
+    )
+
+
+def convolve(layer: nn.Conv3d, x: Tensor) -> Tensor:
+    """`layer(x)`, always by oneDNN where that can be.
+
+    `F.conv3d` passes it by for one small clip in float32, and takes four to ten times as long.
+    """
+    if not plain_inference(x):
+        return F.conv3d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+    return torch.mkldnn_convolution(
+        channels_last(x), layer.weight, layer.bias, layer.padding, layer.stride, (1, 1, 1), 1
     )
 
 
@@ -93,27 +117,39 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """Convolve x [B, C, T, H, W]; with a cache, x follows the frames of earlier calls."""
         if not self.num_history:
-            return super().forward(x)
+            return convolve(self, x)
         before = None if cache is None else cache.tensors.get(self.cache_key)
         if cache is not None:
             cache.tensors[self.cache_key] = self._history(x, before)
         if before is None and x.shape[2] == 1:
             return self._single(x)
         if before is None:
-            x = F.pad(x, (0, 0, 0, 0, self.num_history, 0))
+            return convolve(self, F.pad(x, (0, 0, 0, 0, self.num_history, 0)))
+        return convolve(self, torch.cat([before, x], 2))
+
+    def after_norm(
+        self, norm: ChannelRMSNorm, x: Tensor, cache: StreamCache | None = None
+    ) -> Tensor:
+        """`self(norm.silu(x), cache)`, normed right behind the frames that it follows."""
+        before = None if cache is None else cache.tensors.get(self.cache_key)
+        alone = before is None and x.shape[2] == 1
+        if alone or not self.num_history or not norm.can_write(x):
+            return self(norm.silu(x), cache)
+        B, C, T, H, W = x.shape
+        whole = x.new_empty(B, self.num_history + T, H, W, C).permute(0, 4, 1, 2, 3)
+        if before is None:
+            whole[:, :, : self.num_history].zero_()
         else:
-            x = torch.cat([before, x], 2)
-        if _takes_slow_path(x):
-            ones = (1, 1, 1)
-            return torch.mkldnn_convolution(
-                x, self.weight, self.bias, self.padding, self.stride, ones, 1
-            )
-        return super().forward(x)
+            whole[:, :, : self.num_history].copy_(before)
+        norm.write_silu(x, whole[:, :, self.num_history :])
+        if cache is not None:
+            cache.tensors[self.cache_key] = whole[:, :, -self.num_history :].clone()
+        return convolve(self, whole)
 
     def _single(self, x: Tensor) -> Tensor:
         """One frame after nothing: all but the last temporal tap would multiply zeros."""
-        y = F.conv2d(x.squeeze(2), self.weight[:, :, -1], self.bias, padding=self.padding[1:])
-        return y.unsqueeze(2)
+        y = F.conv2d(frames_of(x), self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+        return clip_of(y, y.shape[0])
 
     def _history(self, x: Tensor, before: Tensor | None) -> Tensor:
         """The last `num_history` input frames; a copy where a view would keep a chunk alive."""

@@ -66,24 +66,33 @@ class ChannelRMSNorm(nn.Module):
 
     def silu(self, x: Tensor) -> Tensor:
         """Normalise x [B, C, ...], then apply SiLU, with a backward pass of its own."""
-        if (fused := self._fused(x)) is not None:
-            return fused
-        out: Tensor = _ChannelNormSilu.apply(x, self.weight)
-        return out
+        if self.can_write(x):
+            out = torch.empty_like(x)
+            self.write_silu(x, out)
+            return out
+        made: Tensor = _ChannelNormSilu.apply(x, self.weight)
+        return made
 
-    def _fused(self, x: Tensor) -> Tensor | None:
-        """`silu` by our kernel, where channels are neighbours in memory."""
-        channels = x.movedim(1, -1)
-        width = x.shape[1]
-        kernels = native.kernels(x, self.weight)
-        if kernels is None or not channels.is_contiguous() or width % native.WIDTHS:
-            return None
-        out = torch.empty_like(x)
-        native.call(
-            kernels, "norm_and_silu", x.dtype, x, self.weight.float().contiguous(), out,
-            x.numel() // width, width, 1,
+    def can_write(self, x: Tensor) -> bool:
+        """Whether `write_silu` takes x: our kernel is there, and channels are neighbours."""
+        usable = x.shape[1] % native.WIDTHS == 0 and x.shape[1] <= native.MAX_WIDTH
+        return (
+            usable
+            and native.kernels(x, self.weight) is not None
+            and x.movedim(1, -1).is_contiguous()
         )
-        return out
+
+    def write_silu(self, x: Tensor, out: Tensor) -> None:
+        """`silu` into `out`, of which each sample has its channels last, too."""
+        kernels = native.kernels(x, self.weight)
+        assert kernels is not None
+        weight = self.weight.float().contiguous()
+        for sample, target in zip(x, out, strict=True):
+            assert target.movedim(0, -1).is_contiguous()
+            native.call(
+                kernels, "norm_and_silu", x.dtype, sample, weight, target,
+                sample.numel() // x.shape[1], x.shape[1], 1,
+            )
 
 
 @dataclass(frozen=True)

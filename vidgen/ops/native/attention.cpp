@@ -16,7 +16,7 @@ constexpr int kRows = 6;         // rows of a register tile; 4 vectors wide, 24 
 constexpr int kPanel = 64;       // columns of a register tile
 constexpr int kQueries = 96;     // queries of a block
 constexpr int kKeys = 256;       // keys of a tile
-constexpr int kMaxWidth = 256;   // of a head
+constexpr int kMaxWidth = 512;   // of a head
 constexpr int64_t kPacked = 16 << 20;  // bytes of keys and values that are packed at a time
 constexpr float kLog2e = 1.44269504088896341f;
 
@@ -220,7 +220,7 @@ int attend(
 
 // Strides count elements: of batch, head and token, of q, k, v and out in this order; heads are
 // dense along d. `bias` [B, Lk] is added to the scores, or null. `lse` [B, H, Lq] gets each row's
-// log of the sum of exponentials, or null. d is a multiple of 64, at most 256. Gives 0, or 1 where
+// log of the sum of exponentials, or null. d is a multiple of 64, at most 512. Gives 0, or 1 where
 // memory is short.
 #define VIDGEN_ATTENTION(name, Kind)                                                             \
     extern "C" int name(                                                                         \
