@@ -15,8 +15,9 @@ import torch
 from vidgen.core.runtime import megabytes
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.ops.attention import used_backend
+from vidgen.ops.linear import packs
 from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
-from vidgen.pipeline.parts import DTYPES, Offload, Parts
+from vidgen.pipeline.parts import DTYPES, EXPERTS, Offload, Parts
 from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.step_caches import TENSORS_HELD
@@ -293,8 +294,13 @@ class _Job:
         return self.rates.seconds([Op("load", 1, bytes_read)])
 
     def _load_s(self, role: Role) -> float:
-        streamed = self.setup.offload == "block" and role != "vae"
-        return 0.0 if streamed or self._mapped(role) else self._read_s(role)
+        if self.setup.offload == "block" and role != "vae":
+            return 0.0
+        read = 0.0 if self._mapped(role) else self._read_s(role)
+        is_packed = role in EXPERTS and self.on_cpu and not self.setup.quantize
+        if is_packed and packs(self.dtype):  # each weight is laid out anew, about as it is read
+            read += self.rates.seconds([Op("load", 1, self._size(role))])
+        return read
 
     def _mapped(self, role: Role) -> bool:
         component = self.folder.components[role]
