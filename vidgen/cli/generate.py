@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
 _LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
-_NOT_OF_REQUEST = {"output", "overwrite", "resume", "json", "events", *_LOADING}
+_NOT_OF_REQUEST = {"output", "overwrite", "resume", "preview", "json", "events", *_LOADING}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -82,6 +82,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="devices that share the work; default 1, under torchrun as many as it started")
     add("--shard", action="store_true", default=None,
         help="spread the transformer's weights over the devices")
+    add("--preview", action="store_true",
+        help="show the clip while it forms, as OUTPUT.preview.webp; it goes when the clip is done")
     add("--strict", action="store_true", help="fail where a clip's checks find it faulty")
     add("--retry", type=int, default=0, metavar="N",
         help="while checks find faults, try up to N further seeds")
@@ -104,6 +106,7 @@ def run(args: Namespace, report: Report) -> int:
 
     from vidgen.media.checks import check_file, verdict
     from vidgen.pipeline.journal import Journal
+    from vidgen.pipeline.preview import preview_path, write_preview
     from vidgen.pipeline.video import load
 
     start = time.monotonic()
@@ -117,13 +120,17 @@ def run(args: Namespace, report: Report) -> int:
         has_journal = hasattr(engine, "decode_video")
         if args.resume and not has_journal:
             raise InputError(f"{args.model} can't go on with a clip; leave --resume out")
+        if args.preview and not has_journal:
+            raise InputError(f"{args.model} shows no previews; leave --preview out")
 
         def make(wanted: Request, kept: list[Journal]) -> list[Clip]:
             finished = [n for n, journal in enumerate(kept, 1) if journal.finished]
             on_estimate = partial(report.expect, num_clips=wanted.count, done=finished)
+            own = {"journal": kept, "on_estimate": on_estimate} if has_journal else {}
+            if args.preview:
+                own["on_preview"] = lambda shown: write_preview(shown, kept[shown.clip - 1].output)
             made = engine.generate(
-                wanted, on_event=lambda p: report({"event": "progress", **vars(p)}),
-                **({"journal": kept, "on_estimate": on_estimate} if has_journal else {}),
+                wanted, on_event=lambda p: report({"event": "progress", **vars(p)}), **own
             )
             return made if isinstance(made, list) else [made]
 
@@ -142,6 +149,7 @@ def run(args: Namespace, report: Report) -> int:
                     again = replace(request, seed=other, count=1)
                     clip, seed = make(again, [Journal(path, overwrite=True)])[0], other
                     report.save(clip, path, number, overwrite=True)
+            preview_path(path).unlink(missing_ok=True)
             results.append(_judged(_facts(clip, path, seed), clip, report, strict=request.strict))
     elapsed = round(time.monotonic() - start, 3)
     text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"

@@ -51,6 +51,7 @@ from vidgen.pipeline.plan import Plan, draw_seed, make_plan
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
 from vidgen.pipeline.preflight import Asked, first_setup, preflight
 from vidgen.pipeline.prepare import Encoder, write_conditions
+from vidgen.pipeline.preview import Glimpses, OnPreview
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.step_caches import carrying, make_caches, settle_cache
@@ -171,6 +172,7 @@ class Engine:
         *,
         on_event: Callable[[Progress], None] | None = None,
         on_estimate: Callable[[Estimate], None] | None = None,
+        on_preview: OnPreview | None = None,
         journal: Journal | Sequence[Journal] | None = None,
         **options: Any,
     ) -> Clip | list[Clip]:
@@ -180,6 +182,8 @@ class Engine:
             prompt: what is to be seen, or a whole request.
             on_event: told of progress; raising `Cancelled` stops cleanly between two steps.
             on_estimate: told what it will take, before the work begins.
+            on_preview: shown small frames of the clip while it forms, as often as that takes 2% of
+                the time.
             journal: keeps the state beside the output, one for each clip, so that a run that was
                 stopped or killed goes on; see docs/journal.md.
             options: fields of `Request`, which are the command line's long options.
@@ -225,7 +229,10 @@ class Engine:
             with kept.running(recipe, self.device):
                 long = long_clip(self, plan, request, inputs)
                 num_windows = len(long.windows) if long else 1
-                sample = self._sampling(request, loras, contexts, kept, num_windows, report)
+                glimpses = Glimpses(self, on_preview, plan.fps, index)
+                sample = self._sampling(
+                    request, loras, contexts, kept, glimpses, num_windows, report
+                )
                 latents = kept.latents
                 if latents is None:
                     contexts()
@@ -359,7 +366,8 @@ class Engine:
 
     def _sampling(
         self, request: Request, loras: Loras, contexts: Callable[[], list[tuple[Tensor, Tensor]]],
-        journal: Journal, num_windows: int, report: Callable[[str, int, int], None],
+        journal: Journal, glimpses: Glimpses, num_windows: int,
+        report: Callable[[str, int, int], None],
     ) -> Callable[[Plan, LatentState], Tensor]:
         """What samples one plan after the other: the windows of a long clip, or a whole clip."""
         numbers = count(journal.num_windows)
@@ -369,6 +377,7 @@ class Engine:
 
             def on_step(info: StepInfo) -> None:
                 journal.on_step(info)
+                glimpses.on_step(info, state.num_references)
                 report("sample", number * info.num_steps + info.step, num_windows * info.num_steps)
 
             resume = journal.take_state()

@@ -1,0 +1,147 @@
+"""Previews: what they show, how seldom they come, and that they go when the clip is done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vidgen.cli.main import main
+from vidgen.core.errors import Cancelled
+from vidgen.core.protocols import SamplerState, StepInfo
+from vidgen.media.quality import psnr
+from vidgen.pipeline import preview
+from vidgen.pipeline.preview import (
+    FILE,
+    Glimpses,
+    Preview,
+    fit_preview,
+    open_preview,
+    preview_path,
+    write_decoder,
+    write_preview,
+)
+from vidgen.pipeline.video import Engine, load
+from vidgen.toybox.render import render
+from vidgen.toybox.scenes import sample_scenes
+
+PROMPT = "a red car bounces across the desert"
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder of the test's own, and few clips to fit to."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(preview, "CLIP_SIZE", 32)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Engine:
+    return load(str(tiny_model), device="cpu", dtype="fp32")
+
+
+def info(step: int) -> StepInfo:
+    latents = torch.randn(1, 4, 3, 4, 4)
+    return StepInfo(9, 0.5, 0.4, latents, SamplerState(step, latents))
+
+
+def test_python_is_shown_small_frames(engine: Engine) -> None:
+    shown: list[Preview] = []
+    plain = engine.generate(PROMPT, seed=1, steps=3).latents
+    clip = engine.generate(PROMPT, seed=1, steps=3, on_preview=shown.append)
+    assert torch.equal(clip.latents, plain)
+    frames, latents = shown[0].frames, clip.latents
+    side = frames.shape[1] // latents.shape[3]
+    assert frames.dtype == np.uint8
+    assert frames.shape == (3, side * latents.shape[3], side * latents.shape[4], 3)
+    assert (shown[0].fps, shown[0].clip, shown[0].step) == (Fraction(3), 1, 1)
+
+
+def test_previews_wait_fifty_times_as_long_as_they_take(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(preview.time, "monotonic", lambda: now[0])
+    shown: list[int] = []
+
+    def tell(made: Preview) -> None:
+        shown.append(made.step)
+        now[0] += 0.1
+
+    glimpses = Glimpses(engine, tell, Fraction(12), 1)
+    for step in range(1, 13):
+        glimpses.on_step(info(step))
+        now[0] += 0.9
+    assert shown == [1, 7]  # 0.1 s each: the next one 5 s after the first was done
+
+
+def test_what_was_fitted_is_kept_and_read_again(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preview, "CLIPS", 2)
+    first = open_preview(engine)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
+    monkeypatch.setattr(preview, "fit_preview", None)  # not called again
+    again = open_preview(engine)
+    assert torch.equal(first.weight, again.weight)
+    write_decoder(first, tmp_path / "model" / FILE)
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    monkeypatch.setattr(engine, "folder", replace(engine.folder, path=tmp_path / "model"))
+    assert torch.equal(open_preview(engine).bias, first.bias)
+
+
+@pytest.mark.embedded
+def test_the_embedded_models_previews_look_like_its_clips(tmp_path: Path) -> None:
+    engine = load("toybox")
+    preview.CLIP_SIZE = 128
+    decoder = fit_preview(engine, clips=8)
+    write_decoder(decoder, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").stat().st_size < 200_000
+    video = render(sample_scenes(123, 1), 9).video
+    frames = torch.from_numpy(decoder(engine.encode_video(video)))
+    small = torch.nn.functional.interpolate(
+        video[0, :, ::4].transpose(0, 1), size=frames.shape[1:3], mode="area"
+    )
+    shown = frames.permute(0, 3, 1, 2) / 127.5 - 1
+    assert float(psnr(shown[None].transpose(1, 2), small[None].transpose(1, 2))) > 20
+
+
+def test_an_animation_lies_beside_the_output_until_that_is_done(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "x.mp4"
+    seen: list[int] = []
+
+    def spy(made: Preview, output: Path) -> None:
+        write_preview(made, output)
+        with Image.open(preview_path(out)) as picture:
+            seen.append(picture.n_frames)
+
+    monkeypatch.setattr(preview, "write_preview", spy)
+    monkeypatch.setattr(preview, "PATIENCE", 0)
+    arguments = ["generate", PROMPT, "--model", str(engine.folder.path), "--seed", "1", "--steps",
+                 "3", "--preview", "-o", str(out)]  # fmt: skip
+    assert main(arguments) == 0
+    assert seen == [3, 3, 3]
+    assert out.exists()
+    assert not preview_path(out).exists()
+
+
+def test_a_preview_that_cant_be_written_stops_nothing(
+    engine: Engine, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    made: list[Preview] = []
+
+    def stop(shown: Preview) -> None:
+        made.append(shown)
+        raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        engine.generate(PROMPT, seed=1, on_preview=stop)
+    write_preview(made[0], tmp_path / "missing" / "x.mp4")
+    assert "no preview" in caplog.text

@@ -1,0 +1,206 @@
+"""A glimpse of a clip while it forms: a linear map from latents to small pictures.
+
+Each latent frame becomes one picture, four pixels a side for each latent, out of the latents in a
+square of three by three. The map is fitted by least squares to what the model's own VAE encodes:
+clips of the Toybox world with their colours mixed, so that all colours come up.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T H W frames, pixel
+rows and columns, N places, K features.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.nn import functional as F
+
+from vidgen.core.errors import OutputError
+from vidgen.core.runtime import atomic_path, atomic_write, cache_folder
+from vidgen.toybox.render import render
+from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
+
+if TYPE_CHECKING:
+    from vidgen.core.protocols import StepInfo
+    from vidgen.media.encode import Frames
+    from vidgen.pipeline.video import Engine
+
+log = logging.getLogger(__name__)
+
+FILE = "preview/model.safetensors"
+SIDE = 4
+"""Pixels a side that one latent becomes, where the VAE's own side is not smaller."""
+CLIPS, CLIP_FRAMES, CLIP_SIZE = 24, 9, 128
+RIDGE = 1e-3
+PATIENCE = 50
+"""After a glimpse the next waits 50 times as long as that took: 2% of the time at most."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """How a clip looks so far.
+
+    Attributes:
+        frames: uint8 [F, H', W', 3], one for each latent frame.
+        fps: of these.
+        clip: which of the clips it is, from 1.
+        step: of the sampler, from 1.
+    """
+
+    frames: Frames
+    fps: Fraction
+    clip: int
+    step: int
+
+
+OnPreview = Callable[[Preview], None]
+
+
+@dataclass(frozen=True)
+class PreviewDecoder:
+    """Latents to small pictures.
+
+    Attributes:
+        weight: [3 * side * side, C, 3, 3] float32.
+        bias: [3 * side * side].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Frames:
+        """Map normalised latents [1, C, F, h, w] to frames uint8 [F, side * h, side * w, 3]."""
+        side = round((len(self.bias) / 3) ** 0.5)
+        rows = latents[0].float().transpose(0, 1)
+        weight, bias = self.weight.to(rows.device), self.bias.to(rows.device)
+        flat = F.conv2d(F.pad(rows, (1, 1, 1, 1), mode="replicate"), weight, bias)
+        pictures = (F.pixel_shuffle(flat, side).clamp(-1, 1) + 1) * 127.5
+        frames: Frames = pictures.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return frames
+
+
+class Glimpses:
+    """Shows a clip's steps as often as that costs little.
+
+    Args:
+        engine: that makes the clip.
+        tell: told of each preview; None: of none.
+        fps: of the clip.
+        clip: which of the clips it is, from 1.
+    """
+
+    def __init__(self, engine: Engine, tell: OnPreview | None, fps: Fraction, clip: int) -> None:
+        self._tell, self._clip, self._fps = tell, clip, fps / engine.vae_config.strides.t
+        self._due_s = 0.0
+        if tell is not None:
+            self._decoder = open_preview(engine)
+
+    def on_step(self, info: StepInfo, num_references: int = 0) -> None:
+        """Hear of a step, whose first latent frames may be references that aren't shown."""
+        start = time.monotonic()
+        if self._tell is None or start < self._due_s:
+            return
+        frames = self._decoder(info.denoised[:, :, num_references:])
+        self._tell(Preview(frames, self._fps, self._clip, info.step))
+        end = time.monotonic()
+        self._due_s = end + PATIENCE * (end - start)
+
+
+def open_preview(engine: Engine) -> PreviewDecoder:
+    """A model's decoder: that in its folder, else one that was fitted before, else fitted now."""
+    found = _read(engine.folder.path / FILE)
+    if found is not None:
+        return found
+    path = cache_folder() / "preview" / f"{engine.folder.content_hash}.safetensors"
+    found = _read(path)
+    if found is None:
+        log.info("fitting previews of %s, once", engine.folder.name)
+        found = fit_preview(engine)
+        write_decoder(found, path)
+    return found
+
+
+def _read(path: Path) -> PreviewDecoder | None:
+    try:
+        return PreviewDecoder(**load_file(path))
+    except (OSError, SafetensorError, TypeError):
+        return None  # not there or not whole: it can be made anew
+
+
+def write_decoder(decoder: PreviewDecoder, path: Path) -> None:
+    """Keep a decoder as safetensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, save({"weight": decoder.weight, "bias": decoder.bias}))
+
+
+@torch.no_grad()
+def fit_preview(engine: Engine, clips: int = CLIPS) -> PreviewDecoder:
+    """Fit a model's decoder: ridge regression of pictures on latents [N, K], in float64.
+
+    Args:
+        engine: whose VAE encodes.
+        clips: of the Toybox world, which training never sees.
+    """
+    side = min(SIDE, engine.vae_config.strides.hw)
+    width = 9 * engine.vae_config.latent_channels + 1
+    products = torch.zeros(width, width, dtype=torch.float64)
+    targets = torch.zeros(width, 3 * side * side, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for scene in sample_scenes(SEED_RANGES["judge"][0], clips):
+        video = render([scene], CLIP_FRAMES, CLIP_SIZE, CLIP_SIZE).video
+        mixed = torch.einsum("ij,bjthw->bithw", _mixing(generator), video.float())
+        features, wanted = _pairs(engine.encode_video(mixed).cpu(), mixed, side)
+        products += features.T @ features
+        targets += features.T @ wanted
+    ridge = RIDGE * products.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    solved = torch.linalg.solve(products + ridge, targets).T.float()
+    weight = solved[:, :-1].reshape(-1, engine.vae_config.latent_channels, 3, 3)
+    return PreviewDecoder(weight.contiguous(), solved[:, -1].contiguous())
+
+
+def _mixing(generator: torch.Generator) -> Tensor:
+    """A change of colours [3, 3]: channels in any order, some inverted; [-1, 1] holds it."""
+    order = torch.randperm(3, generator=generator)
+    signs = 1 - 2 * torch.randint(0, 2, (3, 1), generator=generator).float()
+    return torch.eye(3)[order] * signs
+
+
+def _pairs(latents: Tensor, video: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Features [N, K] and wanted pixels [N, 3 * side * side] of a clip, float64."""
+    rows = F.pad(latents[0].double().transpose(0, 1), (1, 1, 1, 1), mode="replicate")
+    features = F.unfold(rows, 3).transpose(1, 2).flatten(0, 1)
+    features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+    count, h, w = latents.shape[2:]
+    stride = (video.shape[2] - 1) // max(count - 1, 1)
+    last = video[0, :, ::stride].double().transpose(0, 1)  # each latent frame's last picture
+    small = F.interpolate(last, size=(h * side, w * side), mode="area")
+    return features, F.pixel_unshuffle(small, side).flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def preview_path(output: str | Path) -> Path:
+    """Where a clip's preview lies while it forms: beside it."""
+    path = Path(output)
+    return path.with_name(path.name + ".preview.webp")
+
+
+def write_preview(preview: Preview, output: str | Path) -> None:
+    """Show a clip so far as an animation beside its output; no trouble with it stops the clip."""
+    first, *others = map(Image.fromarray, preview.frames)
+    options: dict[str, Any] = {"quality": 80, "method": 0, "loop": 0}
+    options["duration"] = round(1000 / preview.fps)
+    try:
+        with atomic_path(preview_path(output)) as temporary:
+            first.save(temporary, "WEBP", save_all=True, append_images=others, **options)
+    except (OSError, OutputError) as error:
+        log.warning("no preview: %s", error)
