@@ -17,6 +17,7 @@ from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.crew import Crew, start_crew
 from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.preflight import Asked
+from vidgen.pipeline.replay import loading_from_recipe
 from vidgen.pipeline.video import Engine, load
 from vidgen.weights.folder import open_model
 
@@ -104,6 +105,20 @@ def test_a_job_that_began_on_two_devices_is_not_mixed_with_one(
         journal.pause()
     with pytest.raises(InputError, match="devices"):
         one.generate(PROMPT, seed=3, journal=Journal(output, resume=True))
+
+
+def test_a_replay_takes_as_many_devices_if_they_are_here(
+    both: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = both.generate(PROMPT, seed=3).recipe
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert loading_from_recipe(recipe)["devices"] == 2
+    assert loading_from_recipe(recipe, changes={"devices": 1})["devices"] == 1
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert loading_from_recipe(recipe)["devices"] == 1
+    assert "made on 2 devices, here are 1" in caplog.text
+    with pytest.raises(InputError, match="10000 devices"):
+        loading_from_recipe({**recipe, "devices": {"count": 10000}})
 
 
 def test_both_experts_of_wan_are_shared(two: Crew, tmp_path: Path) -> None:

@@ -219,9 +219,6 @@ def start_crew(
     if shard and (quantize or offload == "block"):
         raise InputError("weights that are spread over devices can be neither int8 nor read block "
                          "by block; leave --shard out, or the other")
-    if dist.is_initialized():
-        raise InputError("torch.distributed is in use in this process already; close the other "
-                         "engine, or load with devices=1")
     given = given_rank()
     here = devices if given is None else int(os.environ.get("LOCAL_WORLD_SIZE", devices))
     count = torch.cuda.device_count()
@@ -230,6 +227,9 @@ def start_crew(
                          "fewer")
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"several devices can be CPUs or CUDA devices, not {device.type}")
+    if dist.is_initialized():
+        raise InputError("torch.distributed is in use in this process already; close the other "
+                         "engine, or load with devices=1")
     if given is None:
         return _start_local(devices, device, shard=shard)
     if given[1] != devices:
