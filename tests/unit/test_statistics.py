@@ -2,9 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from vidgen.evaluation.statistics import Rate, guess_rate, mean_interval, wilson_interval
+from vidgen.evaluation.statistics import (
+    Rate,
+    guess_rate,
+    mean_interval,
+    paired_interval,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +56,14 @@ def test_mean_interval_of_a_known_sample():
     half = 1.959963984540054 * math.sqrt(5 / 3) / 2
     assert (low, high) == pytest.approx((2.5 - half, 2.5 + half))
     assert mean_interval([1.0]) == (-math.inf, math.inf)
+
+
+def test_a_paired_interval_knows_what_pairs_have_in_common():
+    rng = np.random.default_rng(1)
+    hardness = rng.normal(0, 10, 400)
+    mine, theirs = hardness + rng.normal(1, 0.5, 400), hardness + rng.normal(0, 0.5, 400)
+    low, high = paired_interval(mine, theirs)
+    expected = mean_interval(list(mine - theirs))
+    assert (low, high) == pytest.approx(expected, abs=0.01)
+    assert 0.8 < low < 1 < high < 1.2
+    assert paired_interval(mine, mine) == (0, 0)

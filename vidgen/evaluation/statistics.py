@@ -8,6 +8,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
+import numpy as np
+
 CONFIDENCE = 0.95
 
 
@@ -66,6 +68,27 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tu
         return -math.inf, math.inf
     half = NormalDist().inv_cdf(0.5 + confidence / 2) * stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+def paired_interval(
+    values: Sequence[float], others: Sequence[float], confidence: float = CONFIDENCE, *,
+    draws: int = 2000, seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of mean(values) - mean(others) by a paired bootstrap (Efron 1979, percentiles).
+
+    Pairs are drawn together, so what makes a prompt hard for both cancels out.
+
+    Args:
+        values: one of each prompt.
+        others: of the same prompts, in the same order.
+        confidence: coverage, two-sided.
+        draws: resamples, each as long as the lists.
+        seed: of the draws.
+    """
+    changes = np.subtract(values, others)
+    picks = np.random.default_rng(seed).integers(len(changes), size=(draws, len(changes)))
+    low, high = np.quantile(changes[picks].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def guess_rate(labels: Iterable[Hashable]) -> float:
