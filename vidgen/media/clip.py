@@ -153,7 +153,7 @@ class Clip:
         store: Keeper | None = None,
     ) -> Path:
         """Write the frames behind those that are kept, checking them as they pass."""
-        checker = ClipChecker(self.info, self.first_frame)
+        checker = self._checker()
         chunks = self._chunks(store.num_frames if store else 0)
         written = write_clip(
             name, chunks, self.info, overwrite=overwrite, on_frames=on_frames, store=store,
@@ -161,6 +161,9 @@ class Clip:
         )
         self.findings = checker.findings
         return written
+
+    def _checker(self) -> ClipChecker:
+        return ClipChecker(self.info, self.first_frame)
 
     def _chunks(self, start: int) -> Iterator[Frames]:
         """The chunks from frame `start` on."""

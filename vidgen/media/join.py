@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
+from secrets import token_hex
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,11 +24,13 @@ import numpy as np
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, check_output, write_error
-from vidgen.media.clip import Clip
+from vidgen.media.checks import ClipChecker
+from vidgen.media.clip import Clip, Keeper
 from vidgen.media.encode import Frames
+from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing, seal
 from vidgen.media.provenance import stamped
-from vidgen.media.read import VideoReader, read_recipe
+from vidgen.media.read import VideoReader, read_recipe, read_sound
 from vidgen.media.write import CONTAINERS, ClipInfo, check_format, write_clip
 
 if TYPE_CHECKING:
@@ -169,59 +174,80 @@ class ContinuedClip(Clip):
     Args:
         head: the file.
         head_frames: how many frames it has.
-        added: makes a new iterator of the chunks that follow, uint8 [t, H, W, 3] each.
+        added: makes a new iterator of the chunks that follow, uint8 [t, H, W, 3] each, from the
+            given one of their frames on.
         info: of the whole clip.
-        latents: [1, C, F, h, w] that the added frames are decoded from, if they are.
+        journal: the clip's own, by which saving to its output goes on where it was.
+        label: whether a label is burnt into the opening, so that nothing can be copied.
     """
 
     def __init__(
         self,
         head: Path,
         head_frames: int,
-        added: Callable[[], Iterator[Frames]],
+        added: Callable[[int], Iterator[Frames]],
         info: ClipInfo,
-        latents: Any = None,
-    ) -> None:
-        def source() -> Iterator[Frames]:
-            with VideoReader(head) as reader:
-                yield from (frame[None] for frame in reader)
-            yield from added()
-
-        super().__init__(source, info, latents)
-        self.head, self.head_frames, self._added = head, head_frames, added
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
+        journal: Keeper | None = None,
         *,
-        overwrite: bool = False,
-        on_frames: Callable[[int], None] | None = None,
-        **more: Any,
+        label: bool = False,
+    ) -> None:
+        def source(start: int = 0) -> Iterator[Frames]:
+            if start < head_frames:
+                with VideoReader(head) as reader:
+                    yield from (frame[None] for frame in islice(reader, start, None))
+            yield from added(max(0, start - head_frames))
+
+        shown = with_label(source, info.size, info.fps) if label else source
+        super().__init__(shown, info, journal=journal)
+        self.head, self.head_frames, self._added = head, head_frames, added
+        self._label = label
+
+    def _write(
+        self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,
+        store: Keeper | None = None,
     ) -> Path:
-        """Encode what is new and put it behind the file's packets; see `Clip.save`."""
-        name = os.fspath(path)
+        """Encode what is new and put it behind the file's packets."""
         suffix = check_format(name, self.num_frames)
         reason = self._why_not_copied(suffix)
         if reason is not None:
             log.warning("%s: its frames are encoded once more, since %s", self.head, reason)
-            return super().save(name, overwrite=overwrite, on_frames=on_frames, **more)
+            sound = read_sound(self.head) if suffix in CONTAINERS else None
+            if sound is not None:
+                self.info = replace(self.info, sound=sound[0], sound_rate=sound[1])
+            return super()._write(name, overwrite, on_frames, store)
         check_output(name, overwrite=overwrite, num_bytes=self.head.stat().st_size)
-        part = Path(name).with_name(f".{Path(name).stem}.added{suffix}")
+        done = store.num_frames if store else 0
+        checker = self._checker()
+        if not done:  # else the journal's checks have seen it
+            with VideoReader(self.head) as reader:
+                for frame in reader:
+                    checker.feed(frame[None])
 
         def told(count: int) -> None:
             if on_frames:
                 on_frames(self.head_frames + count)
 
         count = self.num_frames - self.head_frames
-        info = replace(self.info, num_frames=count, sound=None)
+        info = replace(self.info, num_frames=count)
+        target = Path(name)
+        # named like what `atomic_path` makes, so that what a kill leaves is swept like that
+        folder = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
+        folder.mkdir()
         try:
-            Clip(self._added, info).save(part, overwrite=True, on_frames=told, **more)
+            part = write_clip(folder / f"added{suffix}", self._added(done), info, on_frames=told,
+                              store=store, watch=checker)
+            self.findings = checker.findings
             return join_files([self.head, part], name)
         finally:
-            part.unlink(missing_ok=True)
+            rmtree(folder, ignore_errors=True)
+
+    def _checker(self) -> ClipChecker:
+        return ClipChecker(replace(self.info, sound=None))  # which ends with the file's own
 
     def _why_not_copied(self, suffix: str) -> str | None:
         """Compare the file with one frame written as the new part would be."""
+        if self._label:
+            return "a label is burnt into the opening"
         if suffix not in CONTAINERS:
             return f"{suffix} holds no packets"
         width, height = self.info.size

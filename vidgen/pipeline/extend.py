@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.noise import draw_noise
 from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
+from vidgen.media.label import with_label
 from vidgen.media.read import fit, read_recipe
 from vidgen.media.write import ClipInfo
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
@@ -212,19 +214,23 @@ class LongClip:
         )
         skipped = 1 + (self._num_given - 1) * t - begun.frames_ahead
 
-        def added() -> Iterator[Frames]:
-            return _frames(self.engine, latents, skipped, plan.kept_frames - begun.num_frames)
+        def added(start: int) -> Iterator[Frames]:
+            end = skipped + plan.kept_frames - begun.num_frames
+            return _frames(self.engine, latents, skipped + start, end)
 
-        def whole() -> Iterator[Frames]:
-            yield from _earlier_frames(plan, self.request, self.inputs)
-            yield from added()
+        def whole(start: int = 0) -> Iterator[Frames]:
+            earlier = _earlier_frames(plan, self.request, self.inputs)
+            yield from islice(earlier, start, None)
+            yield from added(max(0, start - begun.num_frames))
 
+        path = Path(os.fspath(self.request.prefix))  # type: ignore[arg-type]
+        label = self.request.label == "visible" and not _is_labelled(path)
         if self.inputs.prefix_fps == plan.fps and self.inputs.video_size == info.size:
-            path = Path(os.fspath(self.request.prefix))  # type: ignore[arg-type]
-            return ContinuedClip(path, begun.num_frames, added, info)
+            return ContinuedClip(path, begun.num_frames, added, info, journal, label=label)
         log.warning("%s: its frames are encoded once more, for another size or rate",
                     self.request.prefix)
-        return Clip(whole, info)
+        source = with_label(whole, info.size, info.fps) if label else whole
+        return Clip(source, info, journal=journal)
 
     @property
     def _stride_t(self) -> int:
@@ -313,9 +319,6 @@ def read_beginning(engine: Engine, plan: Plan, request: Request, inputs: Inputs)
             f"a beginning of {begun.num_frames} frames leaves nothing to generate in a clip of "
             f"{plan.kept_frames}; give more seconds"
         )
-    if request.label != "none":
-        raise InputError("a label belongs on the opening, which is the given clip's; make that one "
-                         "with a label")
     if request.image is not None:
         raise InputError("image and prefix are both given; the clip begins with one of them")
     for seconds, _ in request.frame:
@@ -374,15 +377,19 @@ def _earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Fr
         yield fit(frame, plan.height, plan.width, plan.fit)[None]  # type: ignore[arg-type]
 
 
-def _frames(engine: Engine, latents: Tensor, skipped: int, count: int) -> Iterator[Frames]:
-    """Frames uint8 [t, H, W, 3] of latents: `count` of them behind the first `skipped`."""
+def _is_labelled(path: Path) -> bool:
+    """Whether a file's opening bears the label already."""
+    asked = (read_recipe(path) or {}).get("request")
+    return isinstance(asked, dict) and asked.get("label") == "visible"
+
+
+def _frames(engine: Engine, latents: Tensor, start: int, end: int) -> Iterator[Frames]:
+    """Frames uint8 [t, H, W, 3] of latents, numbers `start` to `end` of them."""
     from vidgen.pipeline.video import to_frames
 
-    place, end = 0, skipped + count
-    for video in engine.decode_video(latents):
-        frames = to_frames(video[0])[max(skipped - place, 0) : end - place].numpy()
-        place += video.shape[2]
-        if len(frames):
-            yield frames
-        if place >= end:
+    for video in engine.decode_video(latents, start) if start < end else ():
+        frames = to_frames(video[0])[: end - start].numpy()
+        start += len(frames)
+        yield frames
+        if start >= end:
             return
