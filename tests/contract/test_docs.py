@@ -133,7 +133,8 @@ def check_program(words):
 
 @each_page
 def test_python_blocks_use_what_exists(page):
-    keywords = {field.name for field in fields(Request)} | {"on_estimate", "on_event", "on_preview", "journal"}
+    keywords = {field.name for field in fields(Request)}
+    keywords |= {"journal", "on_estimate", "on_event", "on_preview"}
     for block in code(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vidgen"):
