@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from vidgen.cli.main import main
+from vidgen.media.checks import ClipChecker
 from vidgen.media.clip import Clip
-from vidgen.media.read import VideoReader, read_recipe
+from vidgen.media.read import VideoReader, read_recipe, read_sound
 from vidgen.pipeline.video import load
 
 PROMPT = "a red car bounces across the desert"
@@ -93,3 +94,41 @@ def test_mistakes_are_told(short, capsys, tmp_path, monkeypatch, words, message)
     assert main(["extend", str(short), *words]) == 2
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_the_result_and_the_file_tell_what_the_checks_found(short, extend, tmp_path):
+    """Over the whole clip, the frames that were there before too."""
+    facts = extend(short, "--seconds", 1, "-o", tmp_path / "longer.mp4")
+    assert facts["checks"] == read_recipe(tmp_path / "longer.mp4")["checks"]
+    whole = Clip.from_file(tmp_path / "longer.mp4")
+    checker = ClipChecker(whole.info)
+    checker.feed(whole.frames)
+    assert {found["kind"] for found in facts["checks"]["findings"]} == {
+        found.kind for found in checker.findings
+    }
+
+
+def test_a_label_is_burnt_into_the_opening_once(short, extend, tmp_path, caplog):
+    one, two, three = (tmp_path / f"{number}.mkv" for number in (1, 2, 3))
+    extend(short, "--seconds", 1, "-o", one)
+    extend(short, "--seconds", 1, "-o", two, "--label", "visible")
+    assert "once more, since a label is burnt into the opening" in caplog.text
+    plain, labelled = (np.stack(frames_of(path)) for path in (one, two))
+    changed = (plain != labelled).any(axis=(1, 2, 3))
+    assert changed[:24].all()  # 2 seconds
+    assert not changed[24:].any()
+    caplog.clear()
+    assert extend(two, "--seconds", 1, "-o", three)["num_frames"] == 43
+    assert "once more" not in caplog.text
+    assert read_recipe(three)["request"]["label"] == "visible"
+    assert all(map(np.array_equal, labelled, frames_of(three)))
+
+
+def test_sound_stays_where_frames_are_encoded_once_more(short, extend, tmp_path):
+    loud, out = tmp_path / "loud.mkv", tmp_path / "longer.mkv"
+    clip = Clip.from_file(short)
+    sound = np.sin(np.arange(24_000) / 10).astype(np.float32)[:, None] / 2
+    Clip(clip.chunks, replace(clip.info, sound=sound)).save(loud)
+    facts = extend(loud, "--seconds", 1, "--label", "visible", "-o", out)
+    assert np.array_equal(read_sound(out)[0], read_sound(loud)[0])
+    assert not {f["kind"] for f in facts["checks"]["findings"]} & {"sound-length", "silence"}

@@ -1,9 +1,11 @@
 """Resuming from the command line, and `vidgen jobs`, on a tiny model."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vidgen.cli.main import main
 from vidgen.media import write
@@ -186,3 +188,45 @@ def test_jobs_refuses_what_it_does_not_know(cli, arguments):
     code, out, err = cli("jobs", *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
+
+
+RETRIED = ["generate", "a cat", "--seed", 5, "--frames", 9, "--steps", 3, "--image", "in.png",
+           "--retry", 2, "-o", "x.mkv"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "calls", "tried"), [
+    ("on_step", 5, [7]), ("close", 1, [6, 7]), ("keep_latents", 3, []),
+])
+def test_a_clip_whose_seed_was_rolled_again_goes_on(cli, stopped, method, calls, tried):
+    """No picture of this model is like the one given, so all further seeds are tried."""
+    Image.radial_gradient("L").resize((32, 32)).convert("RGB").save("in.png")
+    assert stopped(method, calls, *RETRIED)[0] == 130
+    code, out, err = cli(*RETRIED, "--resume", "--json")
+    assert code == 0
+    assert [int(seed) for seed in re.findall(r"trying seed (\d)", err)] == tried
+    (facts,) = json.loads(out)["clips"]
+    assert (facts["seed"], facts["checks"]["verdict"]) == (7, "fault")
+    clip = Clip.from_file("x.mkv")
+    assert clip.recipe["checks"] == facts["checks"]
+    assert cli(*RETRIED[:3], 7, *RETRIED[4:-4], "-o", "straight.mkv")[0] == 0
+    assert (clip.frames == Clip.from_file("straight.mkv").frames).all()
+    assert files() == ["in.png", "straight.mkv", "x.mkv"]
+    assert "trying" not in cli(*RETRIED, "--resume")[2]
+
+
+def test_a_drawn_seed_that_was_rolled_again_is_found(cli, stopped):
+    Image.radial_gradient("L").resize((32, 32)).convert("RGB").save("in.png")
+    drawn = [*RETRIED[:2], *RETRIED[4:-2]]
+    assert stopped("on_step", 5, *drawn)[0] == 130
+    (folder,) = Path().glob("a-cat-*.vidgen-job")
+    seed = int(re.search(r"\d+", folder.name)[0])
+    code, out, _ = cli(*drawn, "--resume", "--json")
+    assert (code, json.loads(out)["clips"][0]["seed"]) == (0, seed + 2)
+
+
+def test_a_finished_folder_of_pictures_is_done(cli):
+    command = ["generate", "a cat", "--seed", 5, "--frames", 5, "-o", "x/"]
+    first = json.loads(cli(*command, "--json")[1])
+    code, out, err = cli(*command, "--resume", "--json")
+    assert (code, "x/ is done already" in err) == (0, True)
+    assert json.loads(out)["clips"] == first["clips"]

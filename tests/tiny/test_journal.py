@@ -282,6 +282,14 @@ def test_a_damaged_journal_is_refused_by_file(engine, out, name, damage):
     assert "problem" in job_facts(job_folder(out)) or damage == "bit"
 
 
+def test_a_segment_in_another_ones_place_is_refused(engine, out):
+    with pytest.raises(KeyboardInterrupt):
+        go(engine, out, False).save(out, on_frames=_stop_after(32))
+    shutil.copy(segment_path(job_folder(out), 0), segment_path(job_folder(out), 1))
+    with pytest.raises(InputError, match=r"00001\..* is damaged \(it is 00000\."):
+        go(engine, out)
+
+
 def test_a_removed_segment_is_made_again(engine, out, straight):
     with pytest.raises(KeyboardInterrupt):
         go(engine, out, False).save(out, on_frames=_stop_after(32))

@@ -9,16 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidgen.cli.generate import judged
 from vidgen.cli.report import Report
+from vidgen.cli.resume import add_resume, journals_of_outputs, seed_of, told_how_to_go_on
 from vidgen.core.errors import InputError
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
+    from vidgen.pipeline.journal import Journal
 
 DESCRIPTION = "Let a clip go on. What is left out is as the clip's recipe has it."
 _LOADING = ("model", "dtype", "offload", "quantize")
-_NOT_OF_REQUEST = {"clip", "output", "overwrite", "json", "events", "seconds", *_LOADING}
+_NOT_OF_REQUEST = {
+    "clip", "output", "overwrite", "resume", "json", "events", "seconds", *_LOADING
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -27,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("clip", metavar="CLIP", help="what goes on: a film of vidgen's, or any other")
     add("--seconds", type=float, required=True, metavar="S", help="how much longer")
     add("-o", "--output", metavar="FILE", help="default CLIP-longer beside it")
-    add("--overwrite", action="store_true", help="replace an existing output")
+    add_resume(parser)
     add("--prompt", metavar="TEXT", help="what is to be seen from here on")
     add("--negative", metavar="TEXT", help="what is not to be seen")
     add("--seed", type=int, metavar="N", help="default the clip's own, whose noise goes on")
@@ -49,6 +54,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="as in generate")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
+    add("--label", choices=("none", "visible"),
+        help="visible burns a label into the first 2 seconds; default as the clip has it")
 
 
 def run(args: Namespace, report: Report) -> int:
@@ -65,7 +72,8 @@ def run(args: Namespace, report: Report) -> int:
     check_format(output)
     if Path(output).resolve() == Path(args.clip).resolve():
         raise InputError(f"output {output} is the clip itself; choose another name")
-    check_output(output, overwrite=args.overwrite)
+    check_output(output, overwrite=args.overwrite or args.resume)
+    (journal,) = journals_of_outputs([output], args, report)
     recipe = read_recipe(args.clip)
     options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
     given = {name: value for name, value in options.items() if value not in (None, [])}
@@ -83,25 +91,28 @@ def run(args: Namespace, report: Report) -> int:
     if "prompt" not in given:
         raise InputError(f"{args.clip} doesn't tell its prompt; give --prompt")
     if "seed" not in given:
-        given["seed"] = secrets.randbelow(2**31)
+        earlier = seed_of(journal)
+        given["seed"] = secrets.randbelow(2**31) if earlier is None else earlier
         report({"event": "note", "text": f"seed {given['seed']}"})
     added = round(args.seconds * fps)
     if added < 1:
         raise InputError(f"seconds is {args.seconds}, less than a frame at {fps} fps")
     length = {"prefix": args.clip, "fps": fps, "seconds": float((num_frames + added) / fps)}
-    return _make(given | length, size, loading, output, args, report)
+    with told_how_to_go_on([journal], report):
+        return _make(given | length, size, loading, journal, report)
 
 
 def _own(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]:
-    """What a clip's recipe says of how to go on; with another model that is the prompt alone."""
+    """What a clip's recipe says of how to go on; with another model the prompt and label alone."""
     from vidgen.diffusion.samplers import SAMPLERS
 
-    plan = recipe["plan"]
+    plan, label = recipe["plan"], recipe.get("request", {}).get("label", "none")
     if model not in (None, recipe["model"]["name"], recipe["model"].get("source")):
-        return {"prompt": plan["prompt"]}
+        return {"prompt": plan["prompt"], "label": label}
     guidance = plan["guidance"]
     own = {
         "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"],
+        "label": label,
         "steps": plan["num_steps"], "shift": plan["shift"], "sampler": plan["sampler"],
         "guidance": guidance["scale"], "guidance_interval": guidance["interval"],
         "guidance_rescale": guidance["rescale"], "guidance_low": guidance.get("low_scale"),
@@ -117,8 +128,8 @@ def _own(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]:
 
 
 def _make(
-    options: dict[str, Any], size: tuple[int, int], loading: dict[str, Any], output: str,
-    args: Namespace, report: Report,
+    options: dict[str, Any], size: tuple[int, int], loading: dict[str, Any], journal: Journal,
+    report: Report,
 ) -> int:
     from vidgen.core.request import Request
     from vidgen.pipeline.video import Engine, load
@@ -132,12 +143,13 @@ def _make(
 
         raise InputError(f"{loading['model']} can't go on from a clip; models that can: toybox, "
                          f"{', '.join(models_with('extend'))}")
-    request = _at_own_size(request, size, engine)
+    request, done = _at_own_size(request, size, engine), journal.finished
     clip = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}),
-                           on_estimate=report.expect)
+                           on_estimate=report.expect, journal=journal)
     assert not isinstance(clip, list)
-    report.save(clip, output, overwrite=args.overwrite)
-    _tell(clip, output, request, round(time.monotonic() - start, 3), report)
+    if not done:
+        report.save(clip, str(journal.output), overwrite=journal.overwrite)
+    _tell(clip, str(journal.output), request, round(time.monotonic() - start, 3), report)
     return 0
 
 
@@ -158,6 +170,7 @@ def _tell(clip: Clip, output: str, request: Request, elapsed: float, report: Rep
         "seconds": float(clip.num_frames / clip.fps), "hand_over": recipe.get("hand_over"),
         "elapsed_s": elapsed,
     }
+    facts = judged(facts, clip, report, strict=False)
     report.result(facts, "{path}: {num_frames} frames of {width}x{height} at {fps} fps, seed "
                          "{seed}, from {hand_over}\n{elapsed_s:.1f} s".format(**facts))
 

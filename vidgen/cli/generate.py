@@ -6,8 +6,7 @@ import re
 import secrets
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.devices import choose_devices
 from vidgen.cli.report import Report
+from vidgen.cli.resume import add_resume, journals_of_outputs, seed_of, told_how_to_go_on
 from vidgen.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,10 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("-o", "--output", metavar="FILE", help=(
         ".mp4 .mov .webm .mkv .gif .webp .apng, .png or .jpg with --frames 1, or a folder/; "
         "default prompt-slug-seed.mp4"))
-    add("--overwrite", action="store_true",
-        help="replace an existing output; start an unfinished one anew")
-    add("--resume", action="store_true",
-        help="go on with what an earlier run of the same command left; what is done stays")
+    add_resume(parser)
     add("--model", default="toybox", metavar="NAME|FOLDER|HUB_ID", help="default %(default)s")
     add("--negative", metavar="TEXT", help="what is not to be seen")
     add("--seed", type=int, metavar="N", help="same seed, same clip; drawn and printed if left out")
@@ -102,9 +99,8 @@ def run(args: Namespace, report: Report) -> int:
         request = replace(request, seed=_seed(args, request, report))
     paths = _outputs(args.output, request)
     _check_outputs(paths, request, overwrite=args.overwrite or args.resume)
-    journals = _journals(paths, args, report)
+    journals = journals_of_outputs(paths, args, report)
 
-    from vidgen.media.checks import check_file, verdict
     from vidgen.pipeline.journal import Journal
     from vidgen.pipeline.preview import preview_path, write_preview
     from vidgen.pipeline.video import load
@@ -115,7 +111,7 @@ def run(args: Namespace, report: Report) -> int:
     loading |= choose_devices(args, journals)
     if all(done):
         loading["offload"] = "stage"  # nothing is left that would need a network
-    with _told_how_to_go_on(journals, report):
+    with told_how_to_go_on(journals, report):
         engine = load(**loading)
         has_journal = hasattr(engine, "decode_video")
         if args.resume and not has_journal:
@@ -134,27 +130,36 @@ def run(args: Namespace, report: Report) -> int:
             )
             return made if isinstance(made, list) else [made]
 
-        clips = make(request, journals)
-        first = request.seed or 0
-        results, spare = [], iter(range(first + len(paths), first + len(paths) + request.retry))
+        seeds, spare = _seeds(request, journals)
+        clips = _made(make, request, seeds, journals)
+        results, further = [], iter(spare)
         for index, path in enumerate(paths):
-            clip, seed = clips[index], first + index
-            if done[index] and Path(path).is_file():
-                clip.findings = check_file(path)
+            clip, number = clips[index], (index + 1, len(paths))
             if not done[index]:
-                number = index + 1, len(paths)
                 report.save(clip, path, number, overwrite=journals[index].overwrite)
-                while verdict(clip.findings or ()) == "fault" and (other := next(spare, None)):
-                    report({"event": "note", "text": f"{path} has a fault; trying seed {other}"})
-                    again = replace(request, seed=other, count=1)
-                    clip, seed = make(again, [Journal(path, overwrite=True)])[0], other
-                    report.save(clip, path, number, overwrite=True)
+            while _is_faulty(clip) and (seed := next(further, None)) is not None:
+                report({"event": "note", "text": f"{path} has a fault; trying seed {seed}"})
+                seeds[index], journals[index] = seed, Journal(path, overwrite=True)
+                clip = make(replace(request, seed=seed, count=1), journals[index : index + 1])[0]
+                report.save(clip, path, number, overwrite=True)
             preview_path(path).unlink(missing_ok=True)
-            results.append(_judged(_facts(clip, path, seed), clip, report, strict=request.strict))
+            facts = _facts(clip, path, seeds[index])
+            results.append(judged(facts, clip, report, strict=request.strict))
     elapsed = round(time.monotonic() - start, 3)
     text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"
     report.result({"clips": results, "elapsed_s": elapsed}, text)
     return int(any(facts["path"] != path for facts, path in zip(results, paths, strict=True)))
+
+
+def _made(
+    make: Callable[[Request, list[Journal]], list[Clip]], request: Request, seeds: list[int],
+    journals: list[Journal],
+) -> list[Clip]:
+    """All clips at once, or one by one where some came to another seed by --retry."""
+    if seeds == [(request.seed or 0) + index for index in range(len(seeds))]:
+        return make(request, journals)
+    return [make(replace(request, seed=seed, count=1), [journal])[0]
+            for seed, journal in zip(seeds, journals, strict=True)]
 
 
 def _frame(text: str) -> tuple[float, str]:
@@ -172,6 +177,8 @@ def _seed(args: Namespace, request: Request, report: Report) -> int:
     """The seed that an earlier run of the same command drew, or a fresh one."""
     if args.resume:
         seeds = _seeds_of(args.output, request)
+        if args.output is not None and request.retry:  # further ones are higher
+            seeds = {min(seeds)} if seeds else seeds
         if len(seeds) > 1:
             raise InputError(f"unfinished clips of this prompt have the seeds {sorted(seeds)}; say "
                              "with --seed which one is to go on")
@@ -188,45 +195,27 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
     from vidgen.pipeline.journal import Journal
 
     if output is not None:
-        names = list(enumerate(_outputs(output, request)))
-    else:  # the name tells the seed
-        name = re.compile(rf"{re.escape(_slug(request.prompt))}-\d+(?:-(\d+))?\.mp4")
+        names = [(path, i, None) for i, path in enumerate(_outputs(output, request))]
+    else:  # the name tells the first clip's seed
+        name = re.compile(rf"{re.escape(_slug(request.prompt))}-(\d+)(?:-\d+)?\.mp4")
         jobs = (path.name.removesuffix(SUFFIX) for path in Path().glob(f"*{SUFFIX}"))
-        found = filter(None, map(name.fullmatch, jobs))
-        names = [(int(match[1] or 1) - 1, match[0]) for match in found]
-    plans = [(i, (Journal(path, resume=True).recipe or {}).get("plan")) for i, path in names]
-    return {plan["seed"] - i for i, plan in plans if plan and plan["prompt"] == request.prompt}
+        names = [(match[0], 0, int(match[1])) for match in map(name.fullmatch, jobs) if match]
+    seeds = set()
+    for path, index, first in names:
+        plan = (Journal(path, resume=True).recipe or {}).get("plan")
+        if plan and plan["prompt"] == request.prompt:
+            seeds.add(plan["seed"] - index if first is None else first)
+    return seeds
 
 
-def _journals(paths: list[str], args: Namespace, report: Report) -> list[Journal]:
-    """A journal for each output; tells what is done and what goes on."""
-    from vidgen.pipeline.job import job_facts, progress_text
-    from vidgen.pipeline.journal import Journal
-
-    journals = []
-    for path in paths:
-        journal = Journal(path, resume=args.resume, overwrite=args.overwrite)
-        if journal.finished:
-            report({"event": "note", "text": f"{path} is done already"})
-        elif args.resume and journal.unfinished:
-            where = progress_text(job_facts(journal.folder))
-            report({"event": "note", "text": f"{path} goes on: {where}"})
-        journals.append(journal)
-    return journals
-
-
-@contextmanager
-def _told_how_to_go_on(journals: list[Journal], report: Report) -> Iterator[None]:
-    """Where work stops halfway, say what to do."""
-    try:
-        yield
-    except BaseException as error:
-        for journal in journals:
-            journal.pause()
-            if journal.unfinished and not isinstance(error, InputError):
-                text = f"{journal.output} is not finished; the same command with --resume goes on"
-                report({"event": "note", "text": text})
-        raise
+def _seeds(request: Request, journals: list[Journal]) -> tuple[list[int], range]:
+    """Each clip's seed, its own or the one that --retry came to, and those still to be tried."""
+    first = request.seed or 0
+    spare = range(first + len(journals), first + len(journals) + request.retry)
+    found = [seed_of(journal) for journal in journals]
+    seeds = [seed if seed is not None and seed in spare else first + index
+             for index, seed in enumerate(found)]
+    return seeds, spare[max(seeds) - spare.start + 1 :] if max(seeds) in spare else spare
 
 
 def _outputs(output: str | None, request: Request) -> list[str]:
@@ -256,6 +245,12 @@ def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> No
         check_output(path, overwrite=overwrite)
 
 
+def _is_faulty(clip: Clip) -> bool:
+    from vidgen.media.checks import verdict
+
+    return verdict(clip.findings or ()) == "fault"
+
+
 def _facts(clip: Clip, path: str, seed: int) -> dict[str, Any]:
     return {
         "path": path, "seed": seed, "num_frames": clip.num_frames, "fps": str(clip.fps),
@@ -264,7 +259,7 @@ def _facts(clip: Clip, path: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _judged(
+def judged(
     facts: dict[str, Any], clip: Clip, report: Report, *, strict: bool
 ) -> dict[str, Any]:
     """A clip's facts with what its checks found; under `strict` a faulty one is set aside."""

@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import generate
 from vidgen.cli.parser import Parser
 from vidgen.cli.report import Report
+from vidgen.cli.resume import add_resume, journals_of_outputs, told_how_to_go_on
 from vidgen.core.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.journal import Journal
 
 DESCRIPTION = "Make a clip again from the recipe in its file, and compare the two."
 _NOT_SET = ("count", "retry", "strict")
@@ -25,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("file", metavar="FILE", help="what vidgen wrote: film, picture or folder of pictures")
     add("-o", "--output", metavar="FILE", help="where to; default FILE-again beside it")
-    add("--overwrite", action="store_true", help="replace an existing output")
+    add_resume(parser)
     add("--set", dest="changes", type=key_and_value, action="append", default=[],
         metavar="KEY=VALUE", help="an option of generate to change, seed and rest locked; nothing "
         "after the = drops it; may be repeated")
@@ -49,8 +53,10 @@ def run(args: Namespace, report: Report) -> int:
     if Path(output).resolve() == Path(args.file).resolve():
         raise InputError(f"output {output} is the file to replay; choose another name")
     check_format(output)
-    check_output(output, overwrite=args.overwrite)
-    _make(recipe, output, changes, args, report)
+    check_output(output, overwrite=args.overwrite or args.resume)
+    (journal,) = journals_of_outputs([output], args, report)
+    with told_how_to_go_on([journal], report):
+        _make(recipe, journal, changes, args, report)
     _tell(output, args.file, changes, report)
     return 0
 
@@ -105,7 +111,7 @@ def _again(file: str) -> str:
 
 
 def _make(
-    recipe: Mapping[str, Any], output: str, changes: Mapping[str, Any], args: Namespace,
+    recipe: Mapping[str, Any], journal: Journal, changes: Mapping[str, Any], args: Namespace,
     report: Report,
 ) -> None:
     """Restore, check, generate and write, all on the recorded threads."""
@@ -119,11 +125,16 @@ def _make(
         request = replay.request_from_recipe(recipe, Path(folder), args.given, changes)
         loading = replay.loading_from_recipe(recipe, args.given, changes, anyway=args.anyway)
         engine = load(**loading)
-        own = {"on_estimate": report.expect} if isinstance(engine, Engine) else {}
+        own, done = {}, journal.finished
+        if isinstance(engine, Engine):
+            own = {"on_estimate": report.expect, "journal": journal}
+        elif args.resume:
+            raise InputError(f"{loading['model']} can't go on with a clip; leave --resume out")
         clip = engine.generate(request, on_event=on_event, **own)
         assert not isinstance(clip, list)
-        replay.keep_origin(clip.recipe, recipe)
-        report.save(clip, output, overwrite=args.overwrite)
+        if not done:
+            replay.keep_origin(clip.recipe, recipe)
+            report.save(clip, str(journal.output), overwrite=journal.overwrite)
 
 
 def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen.cli import generate
 from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
+from vidgen.cli.resume import told_how_to_go_on
 from vidgen.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,15 +57,20 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check every setting, make the clips that aren't there yet, lay them out."""
+    from vidgen.pipeline.job import job_folder
+
     if args.count != 1 or args.retry:
         raise InputError("a sweep makes one clip of each setting; leave --count and --retry out, "
                          "or vary the seed with --over seed=1..4")
     stem = _stem_and_seed(args, report)
     cells = _cells(args, stem)
-    todo = [cell for cell in cells if not cell.path.is_file()]
-    _make(todo, report)
     columns = _columns(args.over)
-    _lay_out(cells, columns, stem, args, report)
+    recipe = _recipe(cells, columns, args)
+    there = [path for path in (f"{stem}.png", f"{stem}.mp4") if _is_there(path, recipe, args)]
+    todo = [cell for cell in cells
+            if job_folder(cell.path).is_dir() or not cell.path.is_file()]
+    _make(todo, args, report)
+    _lay_out(cells, columns, recipe, stem, there, args, report)
     data = {
         "sheet": f"{stem}.png", "video": f"{stem}.mp4", "columns": columns,
         "cells": [{"label": cell.label, "path": str(cell.path), "seed": cell.request.seed,
@@ -94,18 +101,24 @@ def _stem_and_seed(args: Namespace, report: Report) -> str:
     """
     from vidgen.core.request import Request
     from vidgen.core.runtime import atomic_write, check_output
+    from vidgen.pipeline.job import job_folder
+    from vidgen.pipeline.job import sweep as sweep_up
     from vidgen.pipeline.plan import draw_seed
 
-    drawn = draw_seed() if args.seed is None else args.seed
+    drawn = args.seed
+    if drawn is None:
+        drawn = _earlier_seed(args) or draw_seed()
     request = Request(prompt=args.prompt, seed=drawn)
     output = args.output or f"{generate._outputs(None, request)[0].removesuffix('.mp4')}-sweep.png"
     stem = output.removesuffix(suffix := Path(output).suffix)
     if suffix.lower() not in (".png", ".mp4"):
         raise InputError(f"output {output} must end in .png or .mp4; a sweep writes both")
     for suffix in (".png", ".mp4"):
-        check_output(stem + suffix, overwrite=args.overwrite)
+        check_output(stem + suffix, overwrite=args.overwrite or args.resume)
     folder = Path(f"{stem}.cells")
     folder.mkdir(exist_ok=True)
+    for name in (f"{stem}.png", f"{stem}.mp4", folder / "seed") if args.resume else ():
+        sweep_up(job_folder(name))
     if args.seed is None:
         note = folder / "seed"
         kept = note.read_text() if note.is_file() else ""
@@ -113,6 +126,18 @@ def _stem_and_seed(args: Namespace, report: Report) -> str:
         atomic_write(note, str(args.seed).encode())
         report({"event": "note", "text": f"seed {args.seed}"})
     return stem
+
+
+def _earlier_seed(args: Namespace) -> int | None:
+    """The seed that an earlier run drew, as the name that it gave its clips' folder tells."""
+    if args.output or not args.resume:
+        return None
+    name = re.compile(rf"{re.escape(generate._slug(args.prompt))}-(\d+)-sweep\.cells")
+    seeds = [int(found[1]) for path in Path().iterdir() if (found := name.fullmatch(path.name))]
+    if len(seeds) > 1:
+        raise InputError(f"sweeps of this prompt have the seeds {sorted(seeds)}; say with --seed "
+                         "which one is to go on")
+    return seeds[0] if seeds else None
 
 
 def _cells(args: Namespace, stem: str) -> list[Cell]:
@@ -168,8 +193,9 @@ def _content_hash(model: str) -> str:
     return open_model(model).content_hash
 
 
-def _make(cells: Sequence[Cell], report: Report) -> None:
-    """Make clips, those of one way of loading after each other."""
+def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
+    """Make clips, those of one way of loading after each other; one that was begun goes on."""
+    from vidgen.pipeline.journal import Journal
     from vidgen.pipeline.video import Engine, load
 
     engine, loaded = None, None
@@ -184,10 +210,17 @@ def _make(cells: Sequence[Cell], report: Report) -> None:
             engine, loaded = None, cell.loading  # the old one leaves before the new one comes
             engine = load(**cell.loading)
         assert engine is not None
-        own = {"on_estimate": expect} if number == 1 and isinstance(engine, Engine) else {}
-        clip = engine.generate(cell.request, on_event=on_event, **own)
-        assert not isinstance(clip, list)
-        report.save(clip, str(cell.path), (number, len(cells)), overwrite=True)
+        journal = Journal(cell.path, resume=args.resume or not args.overwrite,
+                          overwrite=args.overwrite)
+        own = {"journal": journal} if isinstance(engine, Engine) else {}
+        if own and number == 1:
+            own["on_estimate"] = expect
+        done = journal.finished
+        with told_how_to_go_on([journal], report):
+            clip = engine.generate(cell.request, on_event=on_event, **own)
+            assert not isinstance(clip, list)
+            if not done:
+                report.save(clip, str(cell.path), (number, len(cells)), overwrite=True)
 
 
 def _columns(axes: Sequence[Axis]) -> int:
@@ -195,23 +228,44 @@ def _columns(axes: Sequence[Axis]) -> int:
     return count if len(axes) > 1 or count < 6 else math.ceil(math.sqrt(count))
 
 
-def _lay_out(
-    cells: Sequence[Cell], columns: int, stem: str, args: Namespace, report: Report
-) -> None:
+def _recipe(cells: Sequence[Cell], columns: int, args: Namespace) -> dict[str, Any]:
     from vidgen import __version__
+
+    over = {f"{axis.key}:{axis.word}" if axis.word else axis.key: axis.values for axis in args.over}
+    return {"vidgen": __version__, "sweep": {
+        "prompt": args.prompt, "seed": args.seed, "over": over, "columns": columns,
+        "cells": [{"label": cell.label, "path": cell.path.name} for cell in cells],
+    }}  # fmt: skip
+
+
+def _is_there(path: str, recipe: Mapping[str, Any], args: Namespace) -> bool:
+    """Whether this very sweep's sheet or video is there, when it goes on.
+
+    Raises:
+        InputError: another one's is.
+    """
+    from vidgen.media.read import read_recipe
+
+    if args.overwrite or not Path(path).exists():
+        return False
+    if (read_recipe(path) or {}).get("sweep") != json.loads(json.dumps(recipe["sweep"])):
+        raise InputError(f"{path} is another sweep's; choose another name, or give --overwrite")
+    return True
+
+
+def _lay_out(
+    cells: Sequence[Cell], columns: int, recipe: dict[str, Any], stem: str, there: Sequence[str],
+    args: Namespace, report: Report,
+) -> None:
     from vidgen.media.grid import Grid
     from vidgen.media.write import write_clip
 
     grid = Grid([cell.path for cell in cells], [cell.label for cell in cells], columns)
-    over = {f"{axis.key}:{axis.word}" if axis.word else axis.key: axis.values for axis in args.over}
-    recipe = {"vidgen": __version__, "sweep": {
-        "prompt": args.prompt, "seed": args.seed, "over": over, "columns": columns,
-        "cells": [{"label": cell.label, "path": cell.path.name} for cell in cells],
-    }}  # fmt: skip
     film = replace(grid.info, recipe=recipe)
     for path, frames, info in (
         (f"{stem}.png", [grid.still()[None]], replace(film, num_frames=1)),
         (f"{stem}.mp4", grid.frames(), film),
     ):
-        write_clip(path, frames, info, overwrite=args.overwrite)
-        report({"event": "written", "path": path})
+        if path not in there:
+            write_clip(path, frames, info, overwrite=args.overwrite)
+            report({"event": "written", "path": path})

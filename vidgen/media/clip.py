@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from vidgen.core.errors import InputError
 from vidgen.media.checks import ClipChecker, Finding, recorded
 from vidgen.media.encode import Frames, Samples, SegmentStore
-from vidgen.media.read import VideoReader, read_recipe, read_sound
+from vidgen.media.read import VideoReader, load_image, read_recipe, read_sound
 from vidgen.media.write import ClipInfo, write_clip
 
 if TYPE_CHECKING:
@@ -64,9 +65,13 @@ class Clip:
     def from_file(cls, path: str | os.PathLike[str]) -> Clip:
         """Open a video file; its frames are counted by decoding it once, and read when needed.
 
+        A folder of pictures has the rate that its recipe tells.
+
         Raises:
             InputError: missing, no video, or damaged.
         """
+        if Path(path).is_dir():
+            return cls._from_folder(Path(path))
         with VideoReader(path) as reader:
             fps, size, num_frames = reader.fps, reader.size, sum(1 for _ in reader)
         sound = read_sound(path)
@@ -81,6 +86,21 @@ class Clip:
 
         clip = cls(chunks, info)
         clip.findings = recorded(info.recipe)
+        return clip
+
+    @classmethod
+    def _from_folder(cls, folder: Path) -> Clip:
+        files, recipe = sorted(folder.glob("*.png")), read_recipe(folder)
+        if not files:
+            raise InputError(f"{folder} holds no pictures; give one that holds .png files")
+        try:
+            fps = Fraction((recipe or {})["plan"]["fps"])
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            fps = Fraction(25)
+        height, width, _ = load_image(files[0])[0].shape
+        info = ClipInfo(fps, (width, height), len(files), recipe=recipe)
+        clip = cls(lambda: (load_image(file)[0][None] for file in files), info)
+        clip.findings = recorded(recipe)
         return clip
 
     @property

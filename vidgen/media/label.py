@@ -9,8 +9,9 @@ Axes: t frames, H W rows and columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -64,6 +65,12 @@ def with_label(
         return labelled(source(start) if start else source(), size, fps, start=start)
 
     return chunks
+
+
+def bears_label(recipe: Mapping[str, Any] | None) -> bool:
+    """Whether a recipe's clip bears the label on its opening."""
+    asked = (recipe or {}).get("request")
+    return isinstance(asked, dict) and asked.get("label") == "visible"
 
 
 def letter_height(size: tuple[int, int]) -> int:

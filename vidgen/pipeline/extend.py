@@ -31,7 +31,7 @@ from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.noise import draw_noise
 from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
-from vidgen.media.label import with_label
+from vidgen.media.label import bears_label, with_label
 from vidgen.media.read import fit, read_recipe
 from vidgen.media.write import ClipInfo
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
@@ -224,7 +224,7 @@ class LongClip:
             yield from added(max(0, start - begun.num_frames))
 
         path = Path(os.fspath(self.request.prefix))  # type: ignore[arg-type]
-        label = self.request.label == "visible" and not _is_labelled(path)
+        label = self.request.label == "visible" and not bears_label(read_recipe(path))
         if self.inputs.prefix_fps == plan.fps and self.inputs.video_size == info.size:
             return ContinuedClip(path, begun.num_frames, added, info, journal, label=label)
         log.warning("%s: its frames are encoded once more, for another size or rate",
@@ -375,12 +375,6 @@ def _earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Fr
     count = max(1, round(inputs.prefix_frames * plan.fps / inputs.prefix_fps))
     for frame in video_frames(request.prefix, count, plan.fps, inputs.prefix_fps):
         yield fit(frame, plan.height, plan.width, plan.fit)[None]  # type: ignore[arg-type]
-
-
-def _is_labelled(path: Path) -> bool:
-    """Whether a file's opening bears the label already."""
-    asked = (read_recipe(path) or {}).get("request")
-    return isinstance(asked, dict) and asked.get("label") == "visible"
 
 
 def _frames(engine: Engine, latents: Tensor, start: int, end: int) -> Iterator[Frames]:

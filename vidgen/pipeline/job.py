@@ -251,7 +251,8 @@ def write_arrays(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]
     """
     text = json.dumps(facts)
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    atomic_write(path, save(whole, {"facts": text, "sha256": _digest(whole, text)}))
+    facts_of = {"facts": text, "sha256": _digest(whole, text), "name": path.name}
+    atomic_write(path, save(whole, facts_of))
 
 
 _UNREADABLE = (
@@ -272,6 +273,8 @@ def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, Any]
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if _digest(arrays, metadata["facts"]) != metadata["sha256"]:
             raise ValueError("its content doesn't match its checksum")
+        if metadata["name"] != path.name:
+            raise ValueError(f"it is {metadata['name']}, in another one's place")
         if not set(names) <= arrays.keys():
             raise ValueError(f"it holds {', '.join(arrays)}, not {', '.join(names)}")
         return arrays, json.loads(metadata["facts"])

@@ -216,6 +216,7 @@ class Journal:
     def clip(self) -> Clip:
         """The clip of a finished output."""
         assert self.output is not None
+        sweep(self.folder)  # a kill may have come after the file, before the end
         self.close()
         return Clip.from_file(self.output)
 

@@ -1,0 +1,60 @@
+"""Going on with what an earlier run of a command left: the same for every verb that makes clips."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vidgen.cli.report import Report
+from vidgen.core.errors import InputError
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.journal import Journal
+
+
+def add_resume(parser: ArgumentParser) -> None:
+    """Declare the options that say what becomes of an output that is there or half made."""
+    parser.add_argument("--overwrite", action="store_true",
+        help="replace an existing output; start an unfinished one anew")
+    parser.add_argument("--resume", action="store_true",
+        help="go on with what an earlier run of the same command left; what is done stays")
+
+
+def journals_of_outputs(paths: Sequence[str], args: Namespace, report: Report) -> list[Journal]:
+    """A journal for each output; tells what is done and what goes on."""
+    from vidgen.pipeline.job import job_facts, progress_text
+    from vidgen.pipeline.journal import Journal
+
+    journals = []
+    for path in paths:
+        journal = Journal(path, resume=args.resume, overwrite=args.overwrite)
+        if journal.finished:
+            report({"event": "note", "text": f"{path} is done already"})
+        elif args.resume and journal.unfinished:
+            where = progress_text(job_facts(journal.folder))
+            report({"event": "note", "text": f"{path} goes on: {where}"})
+        journals.append(journal)
+    return journals
+
+
+@contextmanager
+def told_how_to_go_on(journals: Sequence[Journal], report: Report) -> Iterator[None]:
+    """Where work stops halfway, say what to do."""
+    try:
+        yield
+    except BaseException as error:
+        for journal in journals:
+            journal.pause()
+            if journal.unfinished and not isinstance(error, InputError):
+                text = f"{journal.output} is not finished; the same command with --resume goes on"
+                report({"event": "note", "text": text})
+        raise
+
+
+def seed_of(journal: Journal) -> int | None:
+    """The seed of a job, or of its finished output; None where neither tells one."""
+    plan = (journal.recipe or {}).get("plan")
+    seed = plan.get("seed") if isinstance(plan, dict) else None
+    return seed if isinstance(seed, int) else None
