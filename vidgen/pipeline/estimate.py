@@ -14,6 +14,7 @@ import torch
 
 from vidgen.core.runtime import megabytes
 from vidgen.diffusion.schedule import make_sigmas
+from vidgen.ops import native
 from vidgen.ops.attention import used_backend
 from vidgen.ops.linear import packs
 from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
@@ -46,7 +47,7 @@ BUILDING_S = 0.06
 ENCODER_BYTES = 6_000_000
 ENCODER_BYTES_PER_PIXEL = 200
 """Of a video encoder: x264 holds some dozens of planes."""
-_HOLES, _MOST_HOLES = 0.5, 220_000_000
+_HOLES, _MOST_HOLES = 0.5, 160_000_000
 """Share of live memory that stays in holes between blocks, as measured; glibc gives those from
 32 MB on back at once, so that holes stop growing."""
 Rates = Mapping[torch.dtype, Calibration]
@@ -343,13 +344,18 @@ class _Job:
         wide = 4 * tokens * max(config.ffn_dim * 3, config.hidden_dim * 6)
         return wide + 8 * config.num_heads * tokens**2
 
+    @property
+    def _fused(self) -> bool:
+        return self.on_cpu and self.vae_dtype in native.known_dtypes()
+
     def _prepare_bytes(self) -> int:
         if not self.passes.encoded:
             return 0
         longest, itemsize = max(self.passes.encoded), self.vae_dtype.itemsize
         pixels = self.plan.width * self.plan.height
         live = vae_bytes(
-            self.vae, self.rows, self.columns, itemsize, decode=False, whole=longest > 1
+            self.vae, self.rows, self.columns, itemsize, decode=False, whole=longest > 1,
+            fused=self._fused,
         )
         # the clip as floats, twice while it is scaled, and in the VAE's dtype
         return self._resident(live) + 3 * longest * pixels * (9 + itemsize)
@@ -360,7 +366,7 @@ class _Job:
         branches = 1 if self.plan.guidance.is_off else 2
         held = branches * TENSORS_HELD[self.request.cache.partition(":")[0]] * tokens
         return held * self.dit.hidden_dim * self.dtype.itemsize + transformer_bytes(
-            self.dit, tokens, self.dtype.itemsize, holds_scores=backend == "matmul",
+            self.dit, tokens, self.dtype.itemsize, blocked=backend == "blocked",
             timed_tokens=self.request.mask is not None and self.folder.conditioning == "tokens",
         )
 
@@ -368,7 +374,7 @@ class _Job:
         plan = self.plan
         live = vae_bytes(
             self.vae, self.rows, self.columns, self.vae_dtype.itemsize, decode=True,
-            whole=plan.num_frames > 1,
+            whole=plan.num_frames > 1, fused=self._fused,
         )
         pixels = plan.width * plan.height
         frames = 3 * pixels * self.vae.strides.t * 12  # of a chunk: floats, bytes, in the slot

@@ -15,7 +15,8 @@ from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
-from vidgen.ops.attention import _MAX_SCORES
+from vidgen.ops.attention import _BLOCK, _MAX_SCORES
+from vidgen.ops.native import WIDTHS
 
 Kind = Literal[
     "gemm", "attention", "tokens", "block", "conv", "pixels", "layer", "weights", "load"
@@ -98,7 +99,7 @@ def transformer_ops(
 
 
 def transformer_bytes(
-    config: DiTConfig, tokens: int, itemsize: int, *, holds_scores: bool, timed_tokens: bool = False
+    config: DiTConfig, tokens: int, itemsize: int, *, blocked: bool, timed_tokens: bool = False
 ) -> int:
     """The most that one forward pass holds beside the weights.
 
@@ -106,7 +107,7 @@ def transformer_bytes(
         config: the transformer's.
         tokens: L.
         itemsize: bytes of an element.
-        holds_scores: whether attention holds its scores, see `ops.attention`.
+        blocked: whether attention holds the scores of a block of queries, see `ops.attention`.
         timed_tokens: whether tokens of a frame differ in time, so that each has its own modulation.
     """
     width = config.hidden_dim
@@ -117,9 +118,8 @@ def transformer_bytes(
     held = tokens * (max(ffn, gate, turn) + 4 * config.head_dim)
     if timed_tokens:
         held += tokens * 24 * width
-    if holds_scores:
-        scores = 2 * itemsize * min(config.num_heads * tokens**2, _MAX_SCORES)
-        held = max(held, scores + tokens * 8 * width * itemsize)
+    if blocked:
+        held += 2 * 4 * min(_BLOCK * tokens, tokens**2, _MAX_SCORES)
     largest = itemsize * width * max(config.ffn_dim, width)  # a weight in the kernel's own order
     return held + largest
 
@@ -237,7 +237,8 @@ def vae_ops(config: VAEConfig, frames: int, rows: int, columns: int, *, decode: 
 
 
 def vae_bytes(
-    config: VAEConfig, rows: int, columns: int, itemsize: int, *, decode: bool, whole: bool = True
+    config: VAEConfig, rows: int, columns: int, itemsize: int, *, decode: bool, whole: bool = True,
+    fused: bool = False,
 ) -> int:
     """The most that the decoder or encoder holds in a stream, in bytes.
 
@@ -248,6 +249,7 @@ def vae_bytes(
         itemsize: bytes of an element.
         decode: which of the two.
         whole: False for a single frame, which keeps less.
+        fused: whether norms write straight into what a convolution reads, see `ops.native`.
     """
     kept, fullest = 0, 0
     layers = decoder_layers if decode else encoder_layers
@@ -257,7 +259,9 @@ def vae_bytes(
         history = layer.inputs * 2 * layer.pixels if layer.taps[0] > 1 and whole else 0
         joined = came + history if history else 0
         # a stage's and a block's input, what is normed, what the kernel is given, what it makes
-        held = (2 if layer.norm else 1) * came + joined + made + history
+        held = came + joined + made + history
+        if layer.norm and (not fused or layer.inputs % WIDTHS):
+            held += came + joined
         if layer.inside:
             held += came * layer.inside
         if layer.taps[1] == 4:
