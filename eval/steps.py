@@ -72,7 +72,7 @@ FEW: dict[str, dict[str, Any]] = {DEFAULT: {}} | {
     for shift in (5.0, 7.0) for low, high in ((0.0, 0.95), (0.3, 1.0), (0.5, 1.0))
 }
 BATCH = 8
-RUNS, WARM_UP = 7, 2
+RUNS, WARM_UP = 5, 1
 COLOURS = {"first-block": "#c0392b", "magnitude": "#2471a3", "forecast": "#1e8449"}
 
 

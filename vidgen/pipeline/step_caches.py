@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 FILE = "magnitudes.json"
 """In a model's folder, or, by the model's hash, in the user's cache."""
-THRESHOLDS = {"first-block": 0.2, "magnitude": 0.1, "forecast": 0.1}
-"""Where nobody says: 33 dB and more against the clip without a cache; see docs/speed.md."""
+THRESHOLDS = {"first-block": 0.1, "magnitude": 0.05, "forecast": 0.2}
+"""Where nobody says: 32 dB and more against the clip without a cache; see docs/speed.md."""
 
 TENSORS_HELD = {"none": 0, "first-block": 2, "magnitude": 1, "forecast": 1 + ORDER}
 """As wide as the tokens, by method, for each branch of guidance."""
