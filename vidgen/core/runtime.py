@@ -192,6 +192,23 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int | None
     return max(free, 0)
 
 
+def reuse_freed_memory() -> None:
+    """Let glibc keep freed memory up to 32 MB a piece instead of giving it back each time.
+
+    The system hands memory back zeroed page by page, which takes up to a third of the time of a
+    network's pointwise work. `trim_memory` still gives back what a dropped network had.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(mmap_threshold, 32 << 20)  # the most it takes
+        mallopt(trim_threshold, 1 << 30)
+
+
 def cache_folder() -> Path:
     """Where vidgen keeps what it can make anew: `$XDG_CACHE_HOME/vidgen` or `~/.cache/vidgen`."""
     root = os.environ.get("XDG_CACHE_HOME")

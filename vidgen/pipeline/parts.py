@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from vidgen.core.errors import InputError, ModelError, nearest
-from vidgen.core.runtime import available_memory, megabytes
+from vidgen.core.runtime import available_memory, megabytes, reuse_freed_memory
+from vidgen.ops.conv import pack_convolutions
 from vidgen.ops.linear import pack
 from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import Weights, trim_memory
@@ -74,6 +75,8 @@ class Parts:
                     "int8; give 'stage' with int8, or 'block' without"
                 )
         assert mesh is None or not (quantize or offload == "block"), "refused by start_crew"
+        if device.type == "cpu":
+            reuse_freed_memory()
         self.folder, self.device, self.dtype = folder, device, dtype
         self.offload, self.quantize, self.mesh = offload, quantize, mesh
         self._loaded: dict[Role, nn.Module] = {}
@@ -204,6 +207,8 @@ class Parts:
             )
             if role in EXPERTS and self.mesh is None:
                 pack(module)
+            elif role == "vae":
+                pack_convolutions(module)
             self._loaded[role] = module
         return self._loaded[role]
 
