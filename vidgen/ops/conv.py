@@ -201,7 +201,8 @@ class CausalConv3d(nn.Conv3d):
 
     def _single(self, x: Tensor) -> Tensor:
         """One frame after nothing: all but the last temporal tap would multiply zeros."""
-        y = F.conv2d(frames_of(x), plain(self.weight)[:, :, -1], self.bias, padding=self.padding[1:])
+        taps = plain(self.weight)[:, :, -1]
+        y = F.conv2d(frames_of(x), taps, self.bias, padding=self.padding[1:])
         return clip_of(y, y.shape[0])
 
     def _history(self, x: Tensor, before: Tensor | None) -> Tensor:
