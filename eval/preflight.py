@@ -166,7 +166,7 @@ def main() -> None:
     if any(clip["model"] == "wide" for clip in clips.values()):
         kinds.add(torch.float32)  # of its VAE
     for kind in kinds:
-        if cached_calibration(device, kind) is None:
+        if args.threads or cached_calibration(device, kind) is None:  # rates on the wall age
             calibrate(device, kind)
     results = {}
     with tempfile.TemporaryDirectory() as name:
