@@ -69,7 +69,7 @@ class DiTRun:
             the first phase's shift: cheap samples of what things look like, without which clips
             make the model forget stills. None without.
         image_batch: samples of such a batch.
-        window_share: share of clip batches cut from the inside of clips, all of them under a prefix:
+        window_share: share of clip batches cut from the inside of clips, all under a prefix:
             what a window of a long clip is, whose first latent is no single frame.
         attribute_weight: of the caption-to-attributes loss.
         text_warmup: steps of that loss alone before the first step, so that the transformer never
