@@ -99,7 +99,7 @@ def run(args: Namespace, report: Report) -> int:
         raise InputError(f"seconds is {args.seconds}, less than a frame at {fps} fps")
     length = {"prefix": args.clip, "fps": fps, "seconds": float((num_frames + added) / fps)}
     with told_how_to_go_on([journal], report):
-        return _make(given | length, size, loading, journal, report)
+        return _make(given | length, size, loading, output, journal, report)
 
 
 def _own(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]:
@@ -128,8 +128,8 @@ def _own(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]:
 
 
 def _make(
-    options: dict[str, Any], size: tuple[int, int], loading: dict[str, Any], journal: Journal,
-    report: Report,
+    options: dict[str, Any], size: tuple[int, int], loading: dict[str, Any], output: str,
+    journal: Journal, report: Report,
 ) -> int:
     from vidgen.core.request import Request
     from vidgen.pipeline.video import Engine, load
@@ -148,8 +148,8 @@ def _make(
                            on_estimate=report.expect, journal=journal)
     assert not isinstance(clip, list)
     if not done:
-        report.save(clip, str(journal.output), overwrite=journal.overwrite)
-    _tell(clip, str(journal.output), request, round(time.monotonic() - start, 3), report)
+        report.save(clip, output, overwrite=journal.overwrite)
+    _tell(clip, output, request, round(time.monotonic() - start, 3), report)
     return 0
 
 

@@ -56,7 +56,7 @@ def run(args: Namespace, report: Report) -> int:
     check_output(output, overwrite=args.overwrite or args.resume)
     (journal,) = journals_of_outputs([output], args, report)
     with told_how_to_go_on([journal], report):
-        _make(recipe, journal, changes, args, report)
+        _make(recipe, output, journal, changes, args, report)
     _tell(output, args.file, changes, report)
     return 0
 
@@ -111,8 +111,8 @@ def _again(file: str) -> str:
 
 
 def _make(
-    recipe: Mapping[str, Any], journal: Journal, changes: Mapping[str, Any], args: Namespace,
-    report: Report,
+    recipe: Mapping[str, Any], output: str, journal: Journal, changes: Mapping[str, Any],
+    args: Namespace, report: Report,
 ) -> None:
     """Restore, check, generate and write, all on the recorded threads."""
     from vidgen.pipeline import replay
@@ -134,7 +134,7 @@ def _make(
         assert not isinstance(clip, list)
         if not done:
             replay.keep_origin(clip.recipe, recipe)
-            report.save(clip, str(journal.output), overwrite=journal.overwrite)
+            report.save(clip, output, overwrite=journal.overwrite)
 
 
 def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) -> None:
