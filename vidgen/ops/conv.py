@@ -105,7 +105,7 @@ def pack_convolutions(module: nn.Module) -> int:
     Returns:
         How many were packed.
     """
-    if not _can_pack():
+    if not packs_convolutions():
         return 0
     count = 0
     for layer in module.modules():
@@ -126,7 +126,7 @@ def _packed(weight: Tensor, layer: nn.Conv3d) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _can_pack() -> bool:
+def packs_convolutions() -> bool:
     """Whether PyTorch's packed convolution, which it doesn't promise, is there and right."""
     layer = nn.Conv3d(4, 6, 3, padding=(0, 1, 1)).requires_grad_(requires_grad=False)
     x = channels_last(torch.linspace(-1, 1, 4 * 4 * 5 * 5).view(1, 4, 4, 5, 5))

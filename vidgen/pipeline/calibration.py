@@ -20,14 +20,19 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vidgen.core.errors import OutputError
-from vidgen.core.runtime import atomic_write, cache_folder, fingerprint
+from vidgen.core.runtime import (
+    atomic_write,
+    cache_folder,
+    fingerprint,
+    reuse_freed_memory,
+)
 from vidgen.media.write import CONTAINERS, ClipInfo, write_clip
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_blocks import Block
@@ -37,11 +42,11 @@ from vidgen.models.vae import CausalVAE
 from vidgen.models.vae_blocks import ResidualBlock
 from vidgen.ops import native
 from vidgen.ops.attention import attention
-from vidgen.ops.conv import CausalConv3d, StreamCache
+from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last, pack_convolutions
 from vidgen.ops.linear import pack
 from vidgen.pipeline.workload import Op, attention_op, block_ops, transformer_ops, vae_ops
 
-FORMAT = 6
+FORMAT = 9
 _KEPT = 24  # machines, versions and settings whose rates stay
 _BUDGET_S = 0.12
 _TEXT = 16
@@ -55,6 +60,7 @@ _SIDE = 16  # of the latents that whole networks are run on
 _BLOCKS = ((256, 4, 896, 576), (256, 4, 896, 2304), (1536, 12, 8960, 432))
 
 Points = Sequence[tuple[float, float]]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -172,9 +178,14 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[f
     def rate(amount: float, run: Callable[[], Any]) -> float:
         return amount / _seconds(run, device)
 
+    def linear(width: int) -> nn.Module:
+        return _packed(nn.Sequential(nn.Linear(width, width)), device, dtype)
+
+    if device.type == "cpu":
+        reuse_freed_memory()  # as `Parts` does
     rates: dict[str, list[tuple[float, float]]] = {}
     rates["gemm"] = [
-        (width, rate(2 * 512 * width**2, partial(_linear(width, device, dtype), randn(512, width))))
+        (width, rate(2 * 512 * width**2, partial(linear(width), randn(512, width))))
         for width in _GEMMS
     ]
     rates["attention"] = [
@@ -188,11 +199,11 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[f
     ]
     overhead = _seconds(_block(24, 2, 32, 16, randn), device)
     rates["block"] = [(1, 1 / overhead)]
-    tiny = CausalConv3d(8, 8, (3, 3, 3)).to(device, dtype)
-    rates["layer"] = [(1, rate(1, partial(tiny, randn(1, 8, 1, 4, 4))))]
-    wide = CausalConv3d(96, 96, (3, 3, 3)).to(device, dtype)
-    taken = _seconds(partial(wide, randn(1, 96, 3, 4, 4)), device)
-    rates["weights"] = [(1, wide.weight.numel() / taken)]
+    tiny = _packed(CausalConv3d(8, 8, (3, 3, 3)), device, dtype)
+    rates["layer"] = [(1, rate(1, partial(tiny, channels_last(randn(1, 8, 1, 4, 4)))))]
+    wide = _packed(CausalConv3d(96, 96, (3, 3, 3)), device, dtype)
+    taken = _seconds(partial(wide, channels_last(randn(1, 96, 4, 4, 4))), device)
+    rates["weights"] = [(1, 27 * 96**2 / taken)]
     so_far = Calibration(rates)
     rates["tokens"] = []
     for width, heads, ffn, length in _BLOCKS:
@@ -234,11 +245,12 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return max(middle, 1e-7)
 
 
-def _linear(width: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A linear layer as transformers have them in memory, see `Parts`."""
-    layer = nn.Sequential(nn.Linear(width, width)).to(device, dtype)
-    pack(layer)
-    return layer
+def _packed(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """A network, or a part of one, as `Parts` has it in memory."""
+    module = module.to(device, dtype).eval()
+    pack(module)
+    pack_convolutions(module)
+    return module
 
 
 def _block(
@@ -247,7 +259,7 @@ def _block(
     """A forward pass of a transformer's block on random tokens."""
     x = randn(1, length, width)
     block = Block(width, heads, ffn, 1e-6, axis="all", image=False, audio_ffn_dim=None)
-    pack(block.to(x.device, x.dtype).eval())
+    block = _packed(block, x.device, x.dtype)
     times = TimeVectors(
         randn(1, 1, width, kind=torch.float32), randn(1, 1, 6, width, kind=torch.float32), None
     )
@@ -260,9 +272,8 @@ def _block(
 def _conv_rate(
     channels: int, side: int, frames: int, device: torch.device, dtype: torch.dtype
 ) -> float:
-    conv = CausalConv3d(channels, channels, (3, 3, 3)).to(device, dtype)
-    x = torch.randn(1, channels, frames, side, side, device=device, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last_3d)
+    conv = _packed(CausalConv3d(channels, channels, (3, 3, 3)), device, dtype)
+    x = channels_last(torch.randn(1, channels, frames, side, side, device=device, dtype=dtype))
     cache = StreamCache()
     conv(x, cache)
     taken = _seconds(lambda: conv(x, cache), device)
@@ -273,11 +284,11 @@ def _pixels_rate(
     channels: int, side: int, so_far: Calibration, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float]:
     """(elements at once, elements a second) of all but the products in a residual block."""
-    block = ResidualBlock(channels, channels).to(device, dtype)
+    block = _packed(ResidualBlock(channels, channels), device, dtype)
     for name, module in block.named_children():
         module.cache_key = name
     x = torch.randn(1, channels, 4, side, side, device=device, dtype=dtype)
-    x, cache = x.contiguous(memory_format=torch.channels_last_3d), StreamCache()
+    x, cache = channels_last(x), StreamCache()
     block(x, cache)
     taken = _seconds(lambda: block(x, cache), device)
     products = so_far.seconds([Op("conv", channels, 4 * 27 * channels * x.numel())])
@@ -292,9 +303,8 @@ def _fit_networks(
     A part that is run again and again finds all it needs in the processor's caches; and what is
     left when parts are taken from each other is uncertain.
     """
-    dit = SpacetimeDiT(DIT_PRESETS["toybox"]).to(device, dtype).eval()
-    pack(dit)
-    vae = CausalVAE(VAE_PRESETS["toybox"]).to(device, dtype).eval()
+    dit = _packed(SpacetimeDiT(DIT_PRESETS["toybox"]), device, dtype)
+    vae = _packed(CausalVAE(VAE_PRESETS["toybox"]), device, dtype)
     C, side, so_far = vae.config.latent_channels, _SIDE, Calibration(rates)
     latents = torch.randn(1, C, 9, side, side, device=device, dtype=dtype)
     time_step = torch.tensor([500.0], device=device)

@@ -16,6 +16,7 @@ from vidgen.core.runtime import megabytes
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.ops import native
 from vidgen.ops.attention import used_backend
+from vidgen.ops.conv import packs_convolutions
 from vidgen.ops.linear import packs
 from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
 from vidgen.pipeline.parts import DTYPES, EXPERTS, Offload, Parts
@@ -47,7 +48,7 @@ BUILDING_S = 0.06
 ENCODER_BYTES = 6_000_000
 ENCODER_BYTES_PER_PIXEL = 200
 """Of a video encoder: x264 holds some dozens of planes."""
-_HOLES, _MOST_HOLES = 0.5, 160_000_000
+_HOLES, _MOST_HOLES = 0.5, 220_000_000
 """Share of live memory that stays in holes between blocks, as measured; glibc gives those from
 32 MB on back at once, so that holes stop growing."""
 Rates = Mapping[torch.dtype, Calibration]
@@ -298,8 +299,7 @@ class _Job:
         if self.setup.offload == "block" and role != "vae":
             return 0.0
         read = 0.0 if self._mapped(role) else self._read_s(role)
-        is_packed = role in EXPERTS and self.on_cpu and not self.setup.quantize
-        if is_packed and packs(self.dtype):  # each weight is laid out anew, about as it is read
+        if self._packed(role):  # each weight is laid out anew, about as fast as it is read
             read += self.rates.seconds([Op("load", 1, self._size(role))])
         return read
 
@@ -309,11 +309,17 @@ class _Job:
         weights = Weights(component.store, dtype, fp32_parts(role, dtype), component.names)
         return self.on_cpu and not self.setup.quantize and weights.stay_mapped
 
+    def _packed(self, role: Role) -> bool:
+        """Whether a network's weights are laid out anew when it is loaded, see `Parts`."""
+        if role == "vae":
+            return self.on_cpu and packs_convolutions()
+        return role in EXPERTS and self.on_cpu and not self.setup.quantize and packs(self.dtype)
+
     def _untouched(self, role: Role) -> int:
         """Bytes of mapped weights that this generation never reads: they aren't brought in."""
         idle = {"vae": () if self.passes.encoded else ("encoder.",), "text_encoder": ("shared.",)}
         component, dtype = self.folder.components[role], self.parts.dtype_of(role, self.dtype)
-        if not idle.get(role) or not self._mapped(role):
+        if not idle.get(role) or not self._mapped(role) or self._packed(role):
             return 0
         return sum(
             torch.Size(component.store.shape(name)).numel() * dtype.itemsize

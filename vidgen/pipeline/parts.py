@@ -22,7 +22,7 @@ from vidgen.core.runtime import available_memory, megabytes, reuse_freed_memory
 from vidgen.ops.conv import pack_convolutions
 from vidgen.ops.linear import pack
 from vidgen.weights.component import fp32_parts
-from vidgen.weights.load import Weights, trim_memory
+from vidgen.weights.load import Weights, leave_files, trim_memory
 from vidgen.weights.quantize import require_torchao
 from vidgen.weights.stream import BlockStream, block_of, blocks_of
 
@@ -205,10 +205,13 @@ class Parts:
                 stream=self.offload == "block" and role in STREAMED,
                 mesh=self.mesh if role in EXPERTS else None,
             )
+            packed = 0
             if role in EXPERTS and self.mesh is None:
-                pack(module)
+                packed = pack(module)
             elif role == "vae":
-                pack_convolutions(module)
+                packed = pack_convolutions(module)
+            if packed:
+                leave_files(module)
             self._loaded[role] = module
         return self._loaded[role]
 

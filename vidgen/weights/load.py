@@ -243,6 +243,14 @@ def _check(module: nn.Module, weights: Weights) -> None:
             "the two must come from the same model"
         )
 
+def leave_files(module: nn.Module) -> None:
+    """Copy what still shows a mapped file: one tensor keeps all of its pages in memory."""
+    for value in chain(module.parameters(), module.buffers()):
+        if value.device.type == "cpu" and not value.is_mkldnn:
+            value.data = value.data.clone()
+    trim_memory()
+
+
 def trim_memory() -> None:
     """Give freed memory back to the system.
 
