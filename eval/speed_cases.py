@@ -329,8 +329,9 @@ def _build_embedded(case: Case, side: str) -> Run:
         return _pipeline_run(None, side, "a red car moves left in the desert")
     if not (folder / "model_index.json").is_file():
         from vidgen.weights.convert import convert
+        from vidgen.weights.folder import open_model
 
-        convert("toybox", folder, "diffusers")
+        convert(open_model("toybox"), folder, "diffusers")
     return _pipeline_run(folder, side, "a red car moves left in the desert", 33, 128, 128, 25, 4.0)
 
 

@@ -10,7 +10,7 @@ from vidgen.core.errors import InputError
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.models.vae_blocks import Downsample, Upsample
-from vidgen.ops.conv import CausalConv3d, StreamCache, pack_convolutions
+from vidgen.ops.conv import CausalConv3d, StreamCache
 from vidgen.ops.norm import ChannelRMSNorm
 from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
 
@@ -255,21 +255,3 @@ def test_patches_return_to_their_pixels():
 def test_impossible_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(VAE_PRESETS["tiny"], **change)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_packed_convolutions_change_no_bit(dtype):
-    vae = CausalVAE(VAE_PRESETS["tiny"]).to(dtype)
-    draw = torch.Generator().manual_seed(0)
-    video = torch.randn(1, 3, 9, 32, 32, generator=draw).to(dtype)
-    latents = torch.randn(1, 4, 3, 4, 4, generator=draw).to(dtype)
-
-    def both():
-        decoded = list(vae.stream_decode(latents))
-        return [*vae.stream_encode([video]), *decoded, vae.decode(latents)]
-
-    expected = both()
-    assert pack_convolutions(vae) > 20
-    assert pack_convolutions(vae) == 0
-    assert all(torch.equal(*pair) for pair in zip(both(), expected, strict=True))

@@ -6,13 +6,11 @@ Axes: B batch, C channels, T frames, H rows, W columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidgen.ops.linear import plain
 from vidgen.ops.norm import ChannelRMSNorm
 
 
@@ -86,61 +84,10 @@ def convolve(layer: nn.Conv3d, x: Tensor) -> Tensor:
     `F.conv3d` passes it by for one small clip in float32, and takes four to ten times as long.
     """
     if not plain_inference(x):
-        return F.conv3d(x, plain(layer.weight), layer.bias, layer.stride, layer.padding)
-    geometry = (layer.padding, layer.stride, (1, 1, 1), 1)
-    if not layer.weight.is_mkldnn:
-        return torch.mkldnn_convolution(channels_last(x), layer.weight, layer.bias, *geometry)
-    out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-        channels_last(x), layer.weight, layer.bias, *geometry, "none", [], ""
+        return F.conv3d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+    return torch.mkldnn_convolution(
+        channels_last(x), layer.weight, layer.bias, layer.padding, layer.stride, (1, 1, 1), 1
     )
-    return out
-
-
-def pack_convolutions(module: nn.Module) -> int:
-    """Lay the weights of a module's 3D convolutions out as oneDNN wants them, in place.
-
-    It would do so at every call; small pictures take 0.6 to 0.8 of the time. Not a bit changes, but
-    gradients are not to be had after.
-
-    Returns:
-        How many were packed.
-    """
-    if not packs_convolutions():
-        return 0
-    count = 0
-    for layer in module.modules():
-        weight = layer.weight if isinstance(layer, nn.Conv3d) else None
-        if weight is None or weight.is_mkldnn or weight.device.type != "cpu":
-            continue
-        if weight.dtype in (torch.float32, torch.bfloat16):
-            packed = _packed(weight.detach(), layer)
-            layer.weight = nn.Parameter(packed, requires_grad=False)
-            count += 1
-    return count
-
-
-def _packed(weight: Tensor, layer: nn.Conv3d) -> Tensor:
-    reorder = torch._C._nn.mkldnn_reorder_conv3d_weight
-    packed: Tensor = reorder(weight.to_mkldnn(), layer.padding, layer.stride, (1, 1, 1), 1)
-    return packed
-
-
-@lru_cache(maxsize=1)
-def packs_convolutions() -> bool:
-    """Whether PyTorch's packed convolution, which it doesn't promise, is there and right."""
-    layer = nn.Conv3d(4, 6, 3, padding=(0, 1, 1)).requires_grad_(requires_grad=False)
-    x = channels_last(torch.linspace(-1, 1, 4 * 4 * 5 * 5).view(1, 4, 4, 5, 5))
-    if not torch.backends.mkldnn.is_available():
-        return False
-    try:
-        with torch.no_grad():
-            expected = convolve(layer, x)
-            packed = _packed(layer.weight, layer)
-            same = torch.equal(packed.to_dense(), layer.weight)
-            layer.weight = nn.Parameter(packed, requires_grad=False)
-            return same and torch.allclose(convolve(layer, x), expected, atol=1e-6)
-    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
-        return False
 
 
 class CausalConv3d(nn.Conv3d):
@@ -201,7 +148,7 @@ class CausalConv3d(nn.Conv3d):
 
     def _single(self, x: Tensor) -> Tensor:
         """One frame after nothing: all but the last temporal tap would multiply zeros."""
-        taps = plain(self.weight)[:, :, -1]
+        taps = self.weight[:, :, -1]
         y = F.conv2d(frames_of(x), taps, self.bias, padding=self.padding[1:])
         return clip_of(y, y.shape[0])
 

@@ -42,7 +42,7 @@ from vidgen.models.vae import CausalVAE
 from vidgen.models.vae_blocks import ResidualBlock
 from vidgen.ops import native
 from vidgen.ops.attention import attention
-from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last, pack_convolutions
+from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last
 from vidgen.ops.linear import pack
 from vidgen.pipeline.workload import Op, attention_op, block_ops, transformer_ops, vae_ops
 
@@ -249,7 +249,6 @@ def _packed(module: Module, device: torch.device, dtype: torch.dtype) -> Module:
     """A network, or a part of one, as `Parts` has it in memory."""
     module = module.to(device, dtype).eval()
     pack(module)
-    pack_convolutions(module)
     return module
 
 

@@ -16,7 +16,6 @@ from vidgen.core.runtime import megabytes
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.ops import native
 from vidgen.ops.attention import used_backend
-from vidgen.ops.conv import packs_convolutions
 from vidgen.ops.linear import packs
 from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
 from vidgen.pipeline.parts import DTYPES, EXPERTS, Offload, Parts
@@ -311,8 +310,6 @@ class _Job:
 
     def _packed(self, role: Role) -> bool:
         """Whether a network's weights are laid out anew when it is loaded, see `Parts`."""
-        if role == "vae":
-            return self.on_cpu and packs_convolutions()
         return role in EXPERTS and self.on_cpu and not self.setup.quantize and packs(self.dtype)
 
     def _untouched(self, role: Role) -> int:

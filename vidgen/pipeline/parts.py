@@ -19,7 +19,6 @@ from torch import nn
 
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, megabytes, reuse_freed_memory
-from vidgen.ops.conv import pack_convolutions
 from vidgen.ops.linear import pack
 from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import Weights, leave_files, trim_memory
@@ -205,12 +204,7 @@ class Parts:
                 stream=self.offload == "block" and role in STREAMED,
                 mesh=self.mesh if role in EXPERTS else None,
             )
-            packed = 0
-            if role in EXPERTS and self.mesh is None:
-                packed = pack(module)
-            elif role == "vae":
-                packed = pack_convolutions(module)
-            if packed:
+            if role in EXPERTS and self.mesh is None and pack(module):
                 leave_files(module)
             self._loaded[role] = module
         return self._loaded[role]
