@@ -70,7 +70,7 @@ class Side:
         self.process.wait()
 
 
-def measure(name: str, case: cases.Case) -> dict[str, Any]:
+def measure(name: str, case: cases.Case, repeats: int) -> dict[str, Any]:
     """Seconds of each side, in turns, and the ratio of diffusers' best to ours."""
     sides = [side for side in cases.SIDES if side != "compiled" or name not in NO_COMPILE]
     running: dict[str, Side] = {}
@@ -80,7 +80,7 @@ def measure(name: str, case: cases.Case) -> dict[str, Any]:
             first = running[side].run()  # compiles, and fills caches
             console.print(f"  {side}: first run {first['seconds']:.2f} s")
         seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for _ in range(case.repeats):
+        for _ in range(repeats):
             for side in sides:
                 answer = running[side].run()
                 seconds[side].append(answer["seconds"])
@@ -199,6 +199,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=[*cases.CASES, "memory", "errors"])
     parser.add_argument("--chart", type=Path)
     parser.add_argument("--readme", type=Path, help="put the table between its marks there")
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds; default the case's own")
     parser.add_argument("--again", action="store_true", help="measure what is there, too")
     options = parser.parse_args()
     torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -219,7 +220,9 @@ def main() -> int:
     for name, case in cases.CASES.items():
         if name in wanted and (options.again or name not in results["cases"]):
             console.print(f"{name}: {case.title}, {case.dtype}")
-            results["cases"][name] = one = measure(name, case)
+            results["cases"][name] = one = measure(
+                name, case, options.repeats or case.repeats
+            )
             if case.flops:
                 rate = case.flops / one["median_s"]["ours"] / 1e9
                 one["of_peak"] = rate / results["peak_gflops"][case.dtype]

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidgen.core.runtime import reuse_freed_memory
+
 SIDES = ("ours", "eager", "compiled")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NUM_LAYERS = 4
@@ -88,6 +90,8 @@ MEMORY = Case("decode memory, 128x128", "decode", "bf16", (), {"size": 128})
 def build(case: Case, side: str, **changes: Any) -> Run:
     """What runs one case on one side, ready and loaded."""
     torch.manual_seed(0)
+    if side == "ours":
+        reuse_freed_memory()  # as `vidgen.load` does
     builders = {
         "dit": _build_dit, "decode": _build_vae, "encode": _build_vae, "whole": _build_whole,
         "embedded": _build_embedded, "training": _build_training,
