@@ -47,7 +47,7 @@ class Side:
             [sys.executable, program, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True,
         )
-        self.loaded_mb = self._answer()["loaded_mb"]
+        self._answer()  # it is ready
 
     def run(self, path: str = "") -> dict[str, float]:
         """One run: seconds and the peak so far; the result is written to `path`."""
@@ -82,10 +82,7 @@ def measure(name: str, case: cases.Case, repeats: int) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(repeats):
             for side in sides:
-                answer = running[side].run()
-                seconds[side].append(answer["seconds"])
-                running[side].peak_mb = answer["peak_mb"]  # type: ignore[attr-defined]
-        peaks = {side: running[side].peak_mb for side in sides}  # type: ignore[attr-defined]
+                seconds[side].append(running[side].run()["seconds"])
     finally:
         for one in running.values():
             one.end()
@@ -94,7 +91,7 @@ def measure(name: str, case: cases.Case, repeats: int) -> dict[str, Any]:
     return {
         "title": case.title, "dtype": case.dtype, "wanted": case.wanted, "seconds": seconds,
         "median_s": medians, "peer": peer, "ratio": medians[peer] / medians["ours"],
-        "peak_mb": peaks, "flops": case.flops,
+        "flops": case.flops,
     }
 
 

@@ -386,9 +386,8 @@ def serve(name: str, side: str, threads: int, changes: dict[str, Any]) -> None:
     case = MEMORY if name == "memory" else CASES[name]
     if "dtype" in changes:
         case = Case(case.title, case.kind, changes.pop("dtype"), (), case.options)
-    before = _peak()
     run = build(case, side, **changes)
-    print(json.dumps({"ready": True, "loaded_mb": _peak() - before}), flush=True)
+    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         command, _, path = line.strip().partition(" ")
         if command == "end":
