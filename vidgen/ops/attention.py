@@ -10,8 +10,8 @@ Axes: B batch, H heads, L tokens (Lq of queries, Lk of keys), d head width.
 * `sdpa` elsewhere.
 
 `matmul` rounds the scores to bfloat16, too: 0.35 of SDPA's time, but 7 times its error at scores of
-deviation 3. It is what training takes, whose gradients are noisier than that; elsewhere it has to
-be asked for.
+deviation 3. It is what training and compiled blocks take, whose gradients are noisier than that;
+elsewhere it has to be asked for.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def attention(
     Raises:
         InputError: an unknown back end.
     """
-    if backend == "auto" and _needs_gradient(q, k, v):
+    if backend == "auto" and (torch.compiler.is_compiling() or _needs_gradient(q, k, v)):
         narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
         return _BACKENDS["matmul" if narrow else "sdpa"](q, k, v, bias)
     return _BACKENDS[used_backend(backend, q.device, q.dtype)](q, k, v, bias)

@@ -169,10 +169,11 @@ def add_gated_and_norm(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`add_gated`, and the sum's `layer_norm` in `dtype`, in one pass over memory."""
-    index = gate.table(x.shape[1])[1]
-    gain, offset = (_for_all(vector, index) for vector in (weight, bias))
-    if (fused := _fused(x, update, gate, gain, offset, 0.0, eps, dtype)) is not None:
-        return fused
+    if native.kernels(x, update) is not None:
+        index = gate.table(x.shape[1])[1]
+        gain, offset = (_for_all(vector, index) for vector in (weight, bias))
+        if (fused := _fused(x, update, gate, gain, offset, 0.0, eps, dtype)) is not None:
+            return fused
     total = add_gated(x, update, gate)
     return total, layer_norm(total, weight, bias, eps).to(dtype)
 
