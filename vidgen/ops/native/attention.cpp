@@ -35,10 +35,7 @@ inline void tile_product(
     int64_t out_stride, const float* shrink) {
     __m512 sums[kRows][4];
     for (int r = 0; r < kRows; r++)
-        for (int c = 0; c < 4; c++)
-            sums[r][c] = kAdd ? _mm512_mul_ps(_mm512_load_ps(out + r * out_stride + 16 * c),
-                                              _mm512_set1_ps(shrink[r]))
-                              : _mm512_setzero_ps();
+        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_ps();
     for (int p = 0; p < depth; p++) {
         __m512i right[4];
         for (int c = 0; c < 4; c++) right[c] = _mm512_load_si512(b + p * kPanel + 16 * c);
@@ -48,7 +45,14 @@ inline void tile_product(
         }
     }
     for (int r = 0; r < kRows; r++)
-        for (int c = 0; c < 4; c++) _mm512_store_ps(out + r * out_stride + 16 * c, sums[r][c]);
+        for (int c = 0; c < 4; c++) {
+            float* to = out + r * out_stride + 16 * c;
+            // short sums are added to the long one: half the rounding of one long chain
+            if (kAdd)
+                sums[r][c] = _mm512_fmadd_ps(_mm512_load_ps(to), _mm512_set1_ps(shrink[r]),
+                                             sums[r][c]);
+            _mm512_store_ps(to, sums[r][c]);
+        }
 }
 
 // Keys [Lk, d] as panels of kPanel keys: [panel][words of d][kPanel]; zeros behind the last key.
