@@ -184,7 +184,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.text(one["ratio"] + 0.03, row, f"{one['ratio']:.2f}", va="center", fontsize=8)
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.invert_yaxis()
-    axes.set_xlabel("times as fast as diffusers at its best; black: what was set as the goal")
+    axes.set_xlabel("times as fast as diffusers; black: the goal")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
