@@ -31,7 +31,7 @@ from vidgen.ops.attention import used_backend
 from vidgen.ops.linear import packs
 
 ERRORS = ("dit-1.5k", "dit-fp32", "decode-bf16", "decode-fp32", "encode-bf16", "encode-fp32")
-NO_COMPILE = ("decode-bf16", "decode-fp32", "encode-bf16", "encode-fp32", "memory")
+NO_COMPILE = ("decode-bf16", "decode-fp32", "encode-bf16", "encode-fp32")
 """Diffusers' VAE keeps caches in lists of changing length, which compile anew at every chunk."""
 MARKS = ("<!-- speed -->", "<!-- /speed -->")
 console = Console(stderr=True)

@@ -192,10 +192,9 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for name, parameter in model.named_parameters():
         stays = dtype != torch.float64 and any(part in name.split(".") for part in keep)
         parameter.data = parameter.data.to(torch.float32 if stays else dtype)
-    for name, buffer in model.named_buffers():
+    for buffer in model.buffers():
         if buffer.is_floating_point() and dtype == torch.float64:
             buffer.data = buffer.data.double()
-        del name
     return model
 
 

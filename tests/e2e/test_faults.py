@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,12 +82,6 @@ def make_bench(server: ForkServer, model: Path, folder: Path, frames: int) -> Be
     code, bench.num_changes = bench.kill_at(folder, 0, "--overwrite").result
     assert code == 0
     return replace(bench, frames=Clip.from_file(folder / "x.mp4").frames.tobytes())
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,6 @@ VERBS = {
     # no picture of this model is like the one given, so both further seeds are tried
     "retry": [*MAKE, "--image", "in.png", "--retry", "2", "-o", "x.mp4", "--model"],
 }
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -64,14 +64,10 @@ def attention(
     Raises:
         InputError: an unknown back end.
     """
-    if backend == "auto" and (torch.compiler.is_compiling() or _needs_gradient(q, k, v)):
+    if backend == "auto" and (torch.compiler.is_compiling() or native.needs_gradient(q, k, v)):
         narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
         return _BACKENDS["matmul" if narrow else "sdpa"](q, k, v, bias)
     return _BACKENDS[used_backend(backend, q.device, q.dtype)](q, k, v, bias)
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
@@ -85,6 +81,10 @@ def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> 
         _warn_once(backend, reason)
     if device.type == "cpu" and dtype in native.known_dtypes():
         return "native"
+    return _without_kernels(device, dtype)
+
+
+def _without_kernels(device: torch.device, dtype: torch.dtype) -> str:
     return "blocked" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 
@@ -117,8 +117,7 @@ def _native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     B, H, Lq, d = q.shape
     per_key = bias is None or (bias.ndim == 4 and bias.shape[1:3] == (1, 1))
     if kernels is None or d % 64 or d > 512 or not per_key or not k.shape[2]:
-        slow = _blocked if q.dtype == torch.bfloat16 else _sdpa
-        return slow(q, k, v, bias)
+        return _BACKENDS[_without_kernels(q.device, q.dtype)](q, k, v, bias)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if bias is not None:
         bias = bias.float().expand(B, 1, 1, -1).contiguous()
@@ -176,7 +175,7 @@ def _matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = bias.to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        if _needs_gradient(q, k, v):
+        if native.needs_gradient(q, k, v):
             out: Tensor = _MatmulAttention.apply(q, k, v, bias)
             return out
         rows = max(1, _MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))

@@ -29,19 +29,19 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., D_in] to [..., D_out]."""
-        return self._product(x, "none")
+        weight = self.weight
+        if not weight.is_mkldnn:  # an adapter's full delta has been added
+            return F.linear(x, weight, self.bias)
+        return _product(x, weight, self.bias, "none", "")
 
     def gelu(self, x: Tensor, approximate: str) -> Tensor:
         """GELU of what `forward` gives; `approximate` is "tanh" or "none"."""
-        return self._product(x, "gelu", approximate)
+        return _product(x, self.weight, self.bias, "gelu", approximate)
 
-    def _product(self, x: Tensor, then: str, how: str = "") -> Tensor:
-        weight = self.weight
-        if not weight.is_mkldnn:  # an adapter's full delta has been added
-            out = F.linear(x, weight, self.bias)
-            return F.gelu(out, approximate=how) if then == "gelu" else out
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, then, [], how)
-        return product
+
+def _product(x: Tensor, packed: Tensor, bias: Tensor | None, then: str, how: str) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, then, [], how)
+    return out
 
 
 def pack(module: nn.Module) -> int:
@@ -72,7 +72,7 @@ def plain(weight: Tensor) -> Tensor:
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
-def gelu_linear(layer: nn.Linear, x: Tensor, approximate: str) -> Tensor:
+def _gelu_linear(layer: nn.Linear, x: Tensor, approximate: str) -> Tensor:
     """GELU(layer(x)); in one step where the layer is packed."""
     if type(layer) is PackedLinear:
         return layer.gelu(x, approximate)
@@ -86,11 +86,11 @@ def feed_forward(up: nn.Linear, down: nn.Linear, x: Tensor, approximate: str) ->
     """
     rows = _HIDDEN_BYTES // (up.out_features * x.element_size() * x[..., :1, 0].numel())
     if torch.is_grad_enabled() or x.ndim != 3 or x.shape[1] <= rows or rows < 1:
-        return down(gelu_linear(up, x, approximate))
+        return down(_gelu_linear(up, x, approximate))
     out = x.new_empty(*x.shape[:-1], down.out_features)
     for start in range(0, x.shape[1], rows):
         part = slice(start, start + rows)
-        out[:, part] = down(gelu_linear(up, x[:, part], approximate))
+        out[:, part] = down(_gelu_linear(up, x[:, part], approximate))
     return out
 
 
@@ -103,7 +103,7 @@ def packs(dtype: torch.dtype) -> bool:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 512)
     return is_faster(
         f"packed linear layers in {dtype}",
-        lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+        lambda: _product(x, packed, None, "none", ""),
         lambda: F.linear(x, weight),
     )
 
@@ -115,7 +115,7 @@ def _can_pack() -> bool:
     bias = torch.ones(6)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 3)
-        out = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "gelu", [], "tanh")
+        out = _product(x, packed, bias, "gelu", "tanh")
         back = packed.to_dense()
     except (AttributeError, RuntimeError, NotImplementedError):
         return False

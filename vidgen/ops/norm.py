@@ -169,11 +169,9 @@ def add_gated_and_norm(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`add_gated`, and the sum's `layer_norm` in `dtype`, in one pass over memory."""
-    if native.kernels(x, update) is not None:
-        index = gate.table(x.shape[1])[1]
-        gain, offset = (_for_all(vector, index) for vector in (weight, bias))
-        if (fused := _fused(x, update, gate, gain, offset, 0.0, eps, dtype)) is not None:
-            return fused
+    gain, offset = (TokenVectors(vector.float()[None, None]) for vector in (weight, bias))
+    if (fused := _fused(x, update, gate, gain, offset, 0.0, eps, dtype)) is not None:
+        return fused
     total = add_gated(x, update, gate)
     return total, layer_norm(total, weight, bias, eps).to(dtype)
 
@@ -187,13 +185,6 @@ def add_and_modulated_norm(
         return fused
     total = x + update.to(x.dtype)
     return total, modulated_norm(total, shift, scale, eps, dtype)
-
-
-def _for_all(vector: Tensor, index: Tensor | None) -> TokenVectors:
-    """One vector [D] that all tokens share, whatever rows others have."""
-    if index is None:
-        return TokenVectors(vector.float()[None, None])
-    return TokenVectors(vector.float().expand(2, -1), index)  # rows 0 floats apart: any index
 
 
 def _fused(
@@ -215,9 +206,10 @@ def _fused(
         if vectors is None:
             tables += [None, 0]
         else:
-            rows, index = vectors.table(x.shape[1])
+            rows, own = vectors.table(x.shape[1])
+            index = index if own is None else own
             rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-            tables += [rows, rows.stride(0)]
+            tables += [rows, rows.stride(0) if len(rows) > 1 else 0]  # one row serves any index
     native.call(
         kernels, "add_and_norm", x.dtype, x, None if update is None else update.contiguous(),
         *tables, index, base, None if update is None else total, normed, x.numel() // width, width,

@@ -14,6 +14,7 @@ Axes: B batch, H heads, h heads of one rank, L tokens, l tokens of one rank, d h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+Move = Callable[[Tensor], Tensor]
 
 
 class Ranks:
@@ -40,17 +43,20 @@ class Ranks:
 
     def exchange(self, x: Tensor) -> Tensor:
         """Give part i of x [R, ...] to rank i; part i of the result is what rank i gave."""
-        out: Tensor = _Exchange.apply(x, self)
+        out: Tensor = _Moved.apply(x, self._exchanged, self._exchanged)
         return out
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
         """All ranks' tensors of this shape behind each other, the same on every rank."""
-        out: Tensor = _Gather.apply(x, self, dim)
+        # every rank goes on with the same whole: each one's gradient is its own stretch of it
+        joined, own = partial(self._joined, dim=dim), partial(self._own, dim=dim)
+        out: Tensor = _Moved.apply(x, joined, own)
         return out
 
     def split(self, x: Tensor, dim: int) -> Tensor:
         """This rank's stretch of what all ranks hold alike; the axis must divide by R."""
-        out: Tensor = _Split.apply(x, self, dim)
+        joined, own = partial(self._joined, dim=dim), partial(self._own, dim=dim)
+        out: Tensor = _Moved.apply(x, own, joined)
         return out
 
     def _probe(self, device: torch.device | str) -> bool:
@@ -87,46 +93,18 @@ class Ranks:
         return torch.cat(self._gathered(x).unbind(), dim=dim)
 
 
-class _Exchange(torch.autograd.Function):
-    """An exchange is its own transpose."""
+class _Moved(torch.autograd.Function):
+    """Values moved between ranks by `there`; gradients go by its transpose, `back`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return ranks._exchanged(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks._exchanged(grads[0]), None
-
-
-class _Gather(torch.autograd.Function):
-    """Every rank goes on with the same whole, so each one's gradient is its own stretch of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks, dim: int) -> Tensor:
-        ctx.ranks, ctx.dim = ranks, dim
-        return ranks._joined(x, dim)
+    def forward(ctx: Any, x: Tensor, there: Move, back: Move) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks._own(grads[0], ctx.dim), None, None
-
-
-class _Split(torch.autograd.Function):
-    """The transpose of `_Gather`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks, dim: int) -> Tensor:
-        ctx.ranks, ctx.dim = ranks, dim
-        return ranks._own(x, dim)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ranks._joined(grads[0], ctx.dim), None, None
+        return ctx.back(grads[0]), None, None
 
 
 class Spread:

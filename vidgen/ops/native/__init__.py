@@ -46,10 +46,15 @@ def kernels(*tensors: Tensor) -> ctypes.CDLL | None:
     """
     if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
         return None
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if needs_gradient(*tensors):
         return None
     library = _loaded()[0]
     return library if library and tensors[0].dtype in known_dtypes() else None
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for the gradient of one of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def why_not() -> str | None:
