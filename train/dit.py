@@ -33,8 +33,10 @@ from vidgen.diffusion.condition import (
 from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_inputs import Stream
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import PromptTokenizer, UMT5Encoder, encode_tokens
+from vidgen.ops.patchify import patchify_latents
 from vidgen.toybox.captions import CLASSES, attributes, caption
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
@@ -65,10 +67,11 @@ class DiTRun:
         still_conditions: of the share of batches that get last frames, keyframes, references.
         still_share: that share.
         caption_dropout: share of samples that see an empty prompt, for guidance.
-        image_shares: share of each phase's batches that are single frames, `image_batch` of them at
-            the first phase's shift: cheap samples of what things look like, without which clips
-            make the model forget stills. None without.
+        image_shares: share of each phase's batches that are single frames, `image_batch` of them:
+            cheap samples of what things look like, without which clips make the model forget
+            stills. None without.
         image_batch: samples of such a batch.
+        image_shift: of such a batch's training times.
         window_share: share of clip batches cut from the inside of clips, all under a prefix:
             what a window of a long clip is, whose first latent is no single frame.
         attribute_weight: of the caption-to-attributes loss.
@@ -76,6 +79,10 @@ class DiTRun:
             learns from a text encoder that knows no words.
         sprite_weight: how much more the velocity's error counts on sprites, which are few and
             matter most; fades as noise grows and hides where they are.
+        cover_weight: of the loss that has tokens half-way through the blocks say how much of them
+            is sprite: what a sentence says of motion is lost in the velocity's error, where noise
+            is high and sprites are few, but not here (after Yu et al. 2024, who align such tokens
+            with another network's; here there is the truth). The head is dropped on export.
         init: folder of a released model whose transformer and text encoder to start from.
         compile: torch.compile the blocks; pays in runs of hours, as every shape compiles anew.
         validation_clips: taken off the end of the first cache, never trained on.
@@ -93,10 +100,12 @@ class DiTRun:
     caption_dropout: float = 0.1
     image_shares: tuple[float, ...] = ()
     image_batch: int = 64
+    image_shift: float = 1.0
     window_share: float = 0.0
     attribute_weight: float = 0.1
     text_warmup: int = 0
     sprite_weight: float = 0.0
+    cover_weight: float = 0.0
     init: str | None = None
     compile: bool = False
     validation_clips: int = 64
@@ -141,6 +150,25 @@ class AttributeHeads(nn.Module):
         return torch.stack(losses).mean()
 
 
+class CoverHead(nn.Module):
+    """A linear head from a transformer's tokens, half-way, to the cover of their latents."""
+
+    def __init__(self, dit: SpacetimeDiT) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dit.config.hidden_dim, dit.config.patch_size**2)
+        self.patch = dit.config.patch_size
+        dit.blocks[(len(dit.blocks) - 1) // 2].register_forward_hook(self._keep)
+
+    def _keep(self, _block: nn.Module, _inputs: Any, streams: list[Stream]) -> None:
+        self.tokens = streams[0].tokens
+
+    def loss(self, cover: Tensor) -> Tensor:
+        """Cross-entropy with cover [B, 1, F, h, w] of the clip that went through last."""
+        target = patchify_latents(cover, self.patch)
+        logits = self.proj(self.tokens[:, : target.shape[1]])
+        return F.binary_cross_entropy_with_logits(logits.float(), target.clamp(0, 1))
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch: latents with conditions, noise levels and noise, and described.
@@ -170,11 +198,12 @@ class DiTTask:
             self.dit.init_weights()
         if config.compile:
             self.dit.compile_blocks()
-        heads = AttributeHeads(self.text.config.hidden_dim).to(self.device)
+        self.heads = AttributeHeads(self.text.config.hidden_dim).to(self.device)
+        self.cover = CoverHead(self.dit).to(self.device)
         self.modules: dict[str, nn.Module] = {
-            "transformer": self.dit, "text_encoder": self.text, "attributes": heads,
+            "transformer": self.dit, "text_encoder": self.text, "attributes": self.heads,
+            "cover": self.cover,
         }
-        self.heads = heads
         self.tokenizer = PromptTokenizer(config.tokenizer)
         self.caches = [ToyboxCache(entry) for entry in config.caches]
         self.data = [cache.load() for cache in self.caches]
@@ -237,7 +266,7 @@ class DiTTask:
         num_frames, size, shift = phase.num_frames, phase.batch_size, self.config.shifts[index]
         shares = self.config.image_shares
         if shares and torch.rand((), generator=draw) < shares[index]:
-            num_frames, size, shift = 1, self.config.image_batch, self.config.shifts[0]
+            num_frames, size, shift = 1, self.config.image_batch, self.config.image_shift
         rows = torch.randint(counts[which], (size,), generator=draw)
         sigma = draw_sigmas(size, draw, shift=shift)
         return self._assemble(which, rows, num_frames, sigma, draw)
@@ -304,8 +333,10 @@ class DiTTask:
         context = encode_tokens(self.text, batch.ids, batch.mask)
         error = self._error(batch, context, self.config.sprite_weight)
         told = self.heads.loss(context, batch.mask, batch.labels)
-        return error + self.config.attribute_weight * told, {
-            "velocity": error.detach(), "attributes": told.detach(),
+        cover = self.cover.loss(batch.cover)
+        total = error + self.config.attribute_weight * told + self.config.cover_weight * cover
+        return total, {
+            "velocity": error.detach(), "attributes": told.detach(), "cover": cover.detach(),
         }
 
     def _error(self, batch: Batch, context: Tensor, sprite_weight: float = 0.0) -> Tensor:

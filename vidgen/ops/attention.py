@@ -5,13 +5,13 @@ Axes: B batch, H heads, L tokens (Lq of queries, Lk of keys), d head width.
 `auto` takes, by measurement on two cores with avx512_bf16 (`eval/speed.py`):
 
 * `native` on a CPU that has our kernels: a quarter of SDPA's time in bfloat16, half of it in
-  float32, at SDPA's own error.
+  float32, at SDPA's own error; it has a gradient.
 * `blocked` for bfloat16 on other CPUs: scores in float32, 0.45 of SDPA's time, 1.3 times its error.
 * `sdpa` elsewhere.
 
 `matmul` rounds the scores to bfloat16, too: 0.35 of SDPA's time, but 7 times its error at scores of
-deviation 3. It is what training and compiled blocks take, whose gradients are noisier than that;
-elsewhere it has to be asked for.
+deviation 3. It is what training on other CPUs and compiled blocks take, whose gradients are noisier
+than that; elsewhere it has to be asked for.
 """
 
 from __future__ import annotations
@@ -64,14 +64,13 @@ def attention(
     Raises:
         InputError: an unknown back end.
     """
-    if backend == "auto" and (torch.compiler.is_compiling() or native.needs_gradient(q, k, v)):
-        narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
-        return _BACKENDS["matmul" if narrow else "sdpa"](q, k, v, bias)
+    if backend == "auto" and torch.compiler.is_compiling():
+        return _differentiable(q, k, v, bias)
     return _BACKENDS[used_backend(backend, q.device, q.dtype)](q, k, v, bias)
 
 
 def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
-    """Who computes attention without a gradient; warns where it isn't the one asked for."""
+    """Who computes attention where nothing is compiled; warns where it isn't the one asked for."""
     if backend != "auto":
         reason = _unusable(backend, device, dtype)
         if reason is None:
@@ -111,25 +110,84 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """By PyTorch's own operators, which autograd and the compiler know."""
+    narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return _BACKENDS["matmul" if narrow else "sdpa"](q, k, v, bias)
+
+
 def _native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """By our own kernel where it can: no gradient, heads of 64, 128, ..., a bias of keys alone."""
-    kernels = native.kernels(q, k, v)
-    B, H, Lq, d = q.shape
+    """By our own kernel where it can: heads of 64, 128, ..., and a bias of keys alone."""
+    kernels, d = native.kernels(q, k, v), q.shape[-1]
     per_key = bias is None or (bias.ndim == 4 and bias.shape[1:3] == (1, 1))
     if kernels is None or d % 64 or d > 512 or not per_key or not k.shape[2]:
+        if native.needs_gradient(q, k, v):
+            return _differentiable(q, k, v, bias)
         return _BACKENDS[_without_kernels(q.device, q.dtype)](q, k, v, bias)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if bias is not None:
-        bias = bias.float().expand(B, 1, 1, -1).contiguous()
-    out = torch.empty(B, Lq, H, d, dtype=q.dtype).transpose(1, 2)
-    strides = tuple(stride for x in (q, k, v, out) for stride in x.stride()[:3])
+        bias = bias.float().expand(q.shape[0], 1, 1, -1).contiguous()
+    if native.needs_gradient(q, k, v):
+        out: Tensor = _NativeAttention.apply(q, k, v, bias)
+        return out
+    return _attend(q, k, v, bias, None)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: Tensor | None
+) -> Tensor:
+    """The kernel; `lse` [B, H, Lq] float32, if given, gets each row's log-sum-exp."""
+    kernels = native.kernels(q, k, v)
+    assert kernels is not None
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = _heads_aside(q)
     failed = native.call(
-        kernels, "attention", q.dtype, q, k, v, bias, out, None, B, H, Lq, k.shape[2], d, strides,
-        d**-0.5,
+        kernels, "attention", q.dtype, q, k, v, bias, out, lse, *_sizes(q, k),
+        _strides(q, k, v, out), q.shape[-1] ** -0.5,
     )
     if failed:
         raise MemoryError("no memory for the keys and values of attention")
     return out
+
+
+def _heads_aside(x: Tensor) -> Tensor:
+    """Empty, like x [B, H, L, d], with a token's heads side by side in memory."""
+    B, H, L, d = x.shape
+    return torch.empty(B, L, H, d, dtype=x.dtype).transpose(1, 2)
+
+
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
+    return q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3]
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+class _NativeAttention(torch.autograd.Function):
+    """Keeps inputs, output and a number a row; the backward kernel computes the weights anew."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        lse = torch.empty(q.shape[:3], dtype=torch.float32)
+        out = _attend(q, k, v, bias, lse)
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, out, lse = ctx.saved_tensors
+        kernels = native.kernels(q)
+        assert kernels is not None
+        inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out, grads[0])]
+        made = [_heads_aside(x) for x in (q, k, v)]
+        failed = native.call(
+            kernels, "attention_backward", q.dtype, *inputs, *made, bias, lse, *_sizes(q, k),
+            _strides(*inputs, *made), q.shape[-1] ** -0.5,
+        )
+        if failed:
+            raise MemoryError("no memory for the gradient of attention")
+        return *made, None
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ share a vector, U vectors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vidgen.ops import native
 
@@ -78,7 +80,8 @@ class ChannelRMSNorm(nn.Module):
         usable = x.shape[1] % native.WIDTHS == 0 and x.shape[1] <= native.MAX_WIDTH
         return (
             usable
-            and native.kernels(x, self.weight) is not None
+            and not native.needs_gradient(x, self.weight)
+            and native.kernels(x) is not None
             and x.movedim(1, -1).is_contiguous()
         )
 
@@ -191,28 +194,99 @@ def _fused(
     x: Tensor, update: Tensor | None, gate: TokenVectors | None, scale: TokenVectors | None,
     shift: TokenVectors | None, base: float, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor] | None:
-    """(x + gate * update, its norm * (base + scale) + shift) by our kernel, if it can."""
-    width = x.shape[-1]
-    kernels = native.kernels(x, *(part for part in (update,) if part is not None))
-    if kernels is None or width % native.WIDTHS or width > native.MAX_WIDTH or dtype != x.dtype:
+    """(x + gate * update, its norm * (base + scale) + shift) by our kernel, if it can.
+
+    Without `scale` the second is the first, without `update` the first is x.
+    """
+    width, narrow = x.shape[-1], dtype if update is None else update.dtype
+    if width % native.WIDTHS or width > native.MAX_WIDTH or native.kernels(x) is None:
         return None
-    if update is not None and update.dtype != x.dtype:
+    mixed = (x.dtype, narrow) == (torch.float32, torch.bfloat16)
+    if (mixed and torch.bfloat16 not in native.known_dtypes()) or not (mixed or narrow == x.dtype):
         return None
-    x = x.contiguous()
-    total = x if update is None else torch.empty_like(x)
-    normed = None if scale is None else torch.empty_like(x)
+    if scale is not None and dtype != narrow:
+        return None
     index, tables = None, []
     for vectors in (gate, scale, shift):
-        if vectors is None:
-            tables += [None, 0]
-        else:
-            rows, own = vectors.table(x.shape[1])
-            index = index if own is None else own
-            rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-            tables += [rows, rows.stride(0) if len(rows) > 1 else 0]  # one row serves any index
+        rows, own = (None, None) if vectors is None else vectors.table(x.shape[1])
+        index = index if own is None else own
+        tables.append(rows if rows is None or rows.stride(-1) == 1 else rows.contiguous())
+    update = None if update is None else update.contiguous()
+    if native.needs_gradient(*(part for part in (x, update, *tables) if part is not None)):
+        made = _AddAndNorm.apply(x.contiguous(), update, *tables, index, (base, eps, mixed))
+    else:
+        made = _add_and_norm(x.contiguous(), update, tables, index, base, eps, mixed=mixed)
+    total = x if made[0] is None else made[0]
+    return total, total if made[1] is None else made[1]
+
+
+def _add_and_norm(
+    x: Tensor, update: Tensor | None, tables: Sequence[Tensor | None], index: Tensor | None,
+    base: float, eps: float, stats: Tensor | None = None, *, mixed: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The kernel, on dense x and update; `tables` are gate, scale and shift."""
+    kernels, width = native.kernels(x), x.shape[-1]
+    assert kernels is not None
+    total = None if update is None else torch.empty_like(x)
+    narrow = torch.bfloat16 if mixed else x.dtype
+    normed = None if tables[1] is None else torch.empty_like(x, dtype=narrow)
     native.call(
-        kernels, "add_and_norm", x.dtype, x, None if update is None else update.contiguous(),
-        *tables, index, base, None if update is None else total, normed, x.numel() // width, width,
-        eps,
+        kernels, "add_and_norm", x.dtype, x, update, *_with_strides(tables), index, base, total,
+        normed, stats, x.numel() // width, width, eps, mixed=mixed,
     )
-    return total, total if normed is None else normed
+    return total, normed
+
+
+def _with_strides(tables: Sequence[Tensor | None]) -> list[object]:
+    """Each table and how far its rows lie apart; one row serves any index."""
+    return [
+        part for rows in tables
+        for part in (rows, 0 if rows is None or len(rows) == 1 else rows.stride(0))
+    ]
+
+
+class _AddAndNorm(torch.autograd.Function):
+    """Saves the sum and two numbers a row, and passes over memory once each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, update: Tensor | None, gate: Tensor | None, scale: Tensor | None,
+        shift: Tensor | None, index: Tensor | None, options: tuple[float, float, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        base, eps, mixed = options
+        stats = None if scale is None else torch.empty(x.numel() // x.shape[-1], 2)
+        total, normed = _add_and_norm(
+            x, update, (gate, scale, shift), index, base, eps, stats, mixed=mixed
+        )
+        ctx.save_for_backward(x if total is None else total, update, gate, scale, index, stats)
+        ctx.base, ctx.mixed = base, mixed
+        ctx.set_materialize_grads(False)
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, update, gate, scale, index, stats = ctx.saved_tensors
+        kernels, width, threads = native.kernels(total), total.shape[-1], torch.get_num_threads()
+        assert kernels is not None
+        grad_sum, grad_out = (None if grad is None else grad.contiguous() for grad in grads)
+        grad_x = torch.empty_like(total)
+        grad_update = None if update is None else torch.empty_like(update)
+        sums = [None if rows is None else torch.zeros(threads, *rows.shape)
+                for rows in (gate, scale, scale)]
+        native.call(
+            kernels, "add_and_norm_backward", total.dtype, total, update,
+            *_with_strides((gate, scale)), index, ctx.base, stats, grad_sum, grad_out, grad_x,
+            grad_update,
+            *(number for part in sums for number in _sum_strides(part)),
+            total.numel() // width, width, mixed=ctx.mixed,
+        )
+        gates, scales, shifts = (None if part is None else part.sum(0) for part in sums)
+        return grad_x, grad_update, gates, scales, shifts, None, None
+
+
+def _sum_strides(sums: Tensor | None) -> tuple[object, int, int]:
+    """Sums [threads, rows, D] and how far threads and rows lie apart; one row serves any index."""
+    if sums is None:
+        return None, 0, 0
+    return sums, sums.stride(0), 0 if sums.shape[1] == 1 else sums.stride(1)

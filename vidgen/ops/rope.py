@@ -63,20 +63,57 @@ def normed_heads(
     Returns:
         [B, H, L, d] in x's dtype.
     """
-    kernels = native.kernels(x, weight)
     width = x.shape[-1]
     whole = width % native.WIDTHS == 0 if table is None else width // num_heads % native.WIDTHS == 0
-    if kernels is not None and whole and width <= native.MAX_WIDTH:
-        x, turned = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        turns = None if table is None else torch.view_as_real(table).contiguous()
-        rows = 0 if table is None else table.shape[0] * table.shape[1]
+    if not whole or width > native.MAX_WIDTH or native.kernels(x, weight) is None:
+        out: Tensor = _NormedHeads.apply(x, weight, table, num_heads, eps)
+        return out
+    turns = None if table is None else torch.view_as_real(table).flatten(0, 1).contiguous()
+    if native.needs_gradient(x, weight):
+        turned: Tensor = _NativeHeads.apply(x.contiguous(), weight.float(), turns, num_heads, eps)
+    else:
+        turned = _norm_and_turn(x.contiguous(), weight.float().contiguous(), turns, num_heads, eps)
+    return turned.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _norm_and_turn(
+    x: Tensor, weight: Tensor, turns: Tensor | None, num_heads: int, eps: float
+) -> Tensor:
+    """The kernel, on dense x; turns [rows, d/2, 2]."""
+    kernels = native.kernels(x)
+    assert kernels is not None
+    turned, width = torch.empty_like(x), x.shape[-1]
+    native.call(
+        kernels, "norm_and_turn", x.dtype, x, weight, turns, 0 if turns is None else len(turns),
+        width // num_heads, turned, x.numel() // width, width, eps,
+    )
+    return turned
+
+
+class _NativeHeads(torch.autograd.Function):
+    """Saves x alone, and passes over memory once each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, turns: Tensor | None, num_heads: int, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, turns)
+        ctx.num_heads, ctx.eps = num_heads, eps
+        return _norm_and_turn(x, weight, turns, num_heads, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, turns = ctx.saved_tensors
+        kernels, width = native.kernels(x), x.shape[-1]
+        assert kernels is not None
+        grad_x, sums = torch.empty_like(x), torch.zeros(torch.get_num_threads(), width)
         native.call(
-            kernels, "norm_and_turn", x.dtype, x, weight.float().contiguous(), turns, rows,
-            width // num_heads, turned, x.numel() // width, width, eps,
+            kernels, "norm_and_turn_backward", x.dtype, x, weight, turns,
+            0 if turns is None else len(turns), width // ctx.num_heads, grads[0].contiguous(),
+            grad_x, sums, x.numel() // width, width, ctx.eps,
         )
-        return turned.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    out: Tensor = _NormedHeads.apply(x, weight, table, num_heads, eps)
-    return out
+        return grad_x, sums.sum(0), None, None, None
 
 
 class _NormedHeads(torch.autograd.Function):

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from vidgen.core.runtime import cache_folder
 
-_SOURCES = ("attention.cpp", "rows.cpp")
-_HEADERS = ("vectors.h",)
+_SOURCES = ("attention.cpp", "attention_backward.cpp", "rows.cpp", "rows_backward.cpp")
+_HEADERS = ("vectors.h", "tiles.h", "rows.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _TIMEOUT_S = 120
 WIDTHS = 16
@@ -33,6 +33,8 @@ MAX_WIDTH = 8192
 """The widest row they take."""
 
 _SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_MIXED = "mixed"
+"""Rows of float32 to which bfloat16 is added, as autocast has it in training."""
 
 
 class Unavailable(Exception):
@@ -40,13 +42,11 @@ class Unavailable(Exception):
 
 
 def kernels(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The kernels, if these tensors can go to them: on the CPU, of a dtype they know, no gradient.
+    """The kernels, if these tensors can go to them: on the CPU, of a dtype they know.
 
-    The first call compiles them, which takes some seconds once a machine.
+    The first call compiles them, which takes half a minute once a machine.
     """
     if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
-        return None
-    if needs_gradient(*tensors):
         return None
     library = _loaded()[0]
     return library if library and tensors[0].dtype in known_dtypes() else None
@@ -72,13 +72,16 @@ def known_dtypes() -> frozenset[torch.dtype]:
     )
 
 
-def call(library: ctypes.CDLL, name: str, dtype: torch.dtype, *arguments: object) -> int:
+def call(
+    library: ctypes.CDLL, name: str, dtype: torch.dtype, *arguments: object, mixed: bool = False
+) -> int:
     """Call a kernel: tensors by address, None as null, whole numbers of 64 bits, floats of 32.
 
-    The number of threads, PyTorch's own, comes last.
+    The number of threads, PyTorch's own, comes last. `mixed`: the rows are float32, the rest is
+    bfloat16, for kernels that have this.
     """
     passed = [_as_c(argument) for argument in arguments]
-    function = getattr(library, f"{name}_{_SUFFIXES[dtype]}")
+    function = getattr(library, f"{name}_{_MIXED if mixed else _SUFFIXES[dtype]}")
     return int(function(*passed, ctypes.c_int64(torch.get_num_threads())))
 
 

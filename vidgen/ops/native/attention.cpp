@@ -8,17 +8,14 @@
 //
 // Axes: H heads (of all batches), Lq queries, Lk keys, d head width.
 
-#include "vectors.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int kRows = 6;         // rows of a register tile; 4 vectors wide, 24 sums in 32 registers
-constexpr int kPanel = 64;       // columns of a register tile
 constexpr int kQueries = 96;     // queries of a block
 constexpr int kKeys = 256;       // keys of a tile
 constexpr int kMaxWidth = 512;   // of a head
 constexpr int64_t kPacked = 16 << 20;  // bytes of keys and values that are packed at a time
-constexpr float kLog2e = 1.44269504088896341f;
 
 struct Scratch {
     alignas(64) uint32_t q[kQueries * kMaxWidth];
@@ -27,68 +24,6 @@ struct Scratch {
     alignas(64) float out[kQueries * kMaxWidth];
     float row_max[kQueries], row_sum[kQueries], shrink[kQueries];
 };
-
-// out[kRows][kPanel] = a b over `depth` words, or += with `out` shrunk by a factor a row first.
-template <class T, bool kAdd>
-inline void tile_product(
-    const uint32_t* a, int64_t a_stride, const uint32_t* b, int depth, float* out,
-    int64_t out_stride, const float* shrink) {
-    __m512 sums[kRows][4];
-    for (int r = 0; r < kRows; r++)
-        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_ps();
-    for (int p = 0; p < depth; p++) {
-        __m512i right[4];
-        for (int c = 0; c < 4; c++) right[c] = _mm512_load_si512(b + p * kPanel + 16 * c);
-        for (int r = 0; r < kRows; r++) {
-            const __m512i left = _mm512_set1_epi32((int)a[r * a_stride + p]);
-            for (int c = 0; c < 4; c++) sums[r][c] = T::add_product(sums[r][c], right[c], left);
-        }
-    }
-    for (int r = 0; r < kRows; r++)
-        for (int c = 0; c < 4; c++) {
-            float* to = out + r * out_stride + 16 * c;
-            // short sums are added to the long one: half the rounding of one long chain
-            if (kAdd)
-                sums[r][c] = _mm512_fmadd_ps(_mm512_load_ps(to), _mm512_set1_ps(shrink[r]),
-                                             sums[r][c]);
-            _mm512_store_ps(to, sums[r][c]);
-        }
-}
-
-// Keys [Lk, d] as panels of kPanel keys: [panel][words of d][kPanel]; zeros behind the last key.
-template <class T>
-void pack_keys(const typename T::Value* k, int64_t stride, int64_t num_keys, int d, int64_t panel,
-               uint32_t* packed) {
-    const int depth = d / T::kPerWord;
-    uint32_t* to = packed + panel * depth * kPanel;
-    const int64_t first = panel * kPanel;
-    const int count = (int)std::min<int64_t>(kPanel, num_keys - first);
-    if (count < kPanel) memset(to, 0, sizeof(uint32_t) * depth * kPanel);
-    for (int j = 0; j < count; j++) {
-        const char* row = (const char*)(k + (first + j) * stride);
-        for (int p = 0; p < depth; p++) memcpy(to + p * kPanel + j, row + 4 * p, 4);
-    }
-}
-
-// Values [Lk, d] as [tile of kKeys][column panel][words of the keys][kPanel]; zeros behind the last.
-template <class T>
-void pack_values(const typename T::Value* v, int64_t stride, int64_t num_keys, int d, int64_t tile,
-                 uint32_t* packed) {
-    constexpr int depth = kKeys / T::kPerWord;
-    uint32_t* to = packed + tile * depth * d;
-    const int64_t left = num_keys - tile * kKeys;
-    // panels of scores are whole, so words up to the next panel are read
-    const int used = (int)std::min<int64_t>(kKeys, (left + kPanel - 1) / kPanel * kPanel);
-    for (int column = 0; column < d; column += kPanel, to += depth * kPanel) {
-        for (int p = 0; p < used / T::kPerWord; p++) {
-            const int64_t key = p * T::kPerWord;
-            const typename T::Value* row = v + (tile * kKeys + key) * stride + column;
-            for (int c = 0; c < kPanel; c++)
-                to[p * kPanel + c] =
-                    key < left ? T::word(row + c, key + 1 < left ? row + stride + c : nullptr) : 0u;
-        }
-    }
-}
 
 // Scores to weights: 2^(score * scale + bias - maximum so far), their sums, and by how much what
 // was summed before shrinks. `bias` holds a tile's keys, in powers of 2; -inf hides a key.
@@ -195,13 +130,13 @@ int attend(
 #pragma omp for nowait
         for (int64_t i = 0; i < count * panels; i++) {
             const int64_t head = start + i / panels;
-            pack_keys<T>(k + head / heads * sk[0] + head % heads * sk[1], sk[2], num_keys, (int)d,
+            pack_across<T>(k + head / heads * sk[0] + head % heads * sk[1], sk[2], num_keys, (int)d,
                          i % panels, keys + i / panels * words);
         }
 #pragma omp for
         for (int64_t i = 0; i < count * tiles; i++) {
             const int64_t head = start + i / tiles;
-            pack_values<T>(v + head / heads * sv[0] + head % heads * sv[1], sv[2], num_keys, (int)d,
+            pack_along<T, kKeys>(v + head / heads * sv[0] + head % heads * sv[1], sv[2], num_keys, (int)d,
                            i % tiles, values + i / tiles * words);
         }
 #pragma omp for schedule(dynamic, 1)

@@ -3,67 +3,42 @@
 // Rows are read once, kept as float32 in the first-level cache, and written once; every sum is
 // float32. Widths are multiples of 16.
 
-#include "vectors.h"
+#include "rows.h"
 
 namespace {
 
-constexpr int kMaxWidth = 8192;
-
-// Rows of float32 vectors: row i of the tokens takes row index[i] of the table, or 0 without index.
-struct Table {
-    const float* values;
-    int64_t stride;
-    const int32_t* index;
-
-    const float* row(int64_t i) const { return values + (index ? index[i] : 0) * stride; }
-};
-
-inline float sum_of(const float* row, int width) {
-    __m512 total = _mm512_setzero_ps();
-    for (int c = 0; c < width; c += 16) total = _mm512_add_ps(total, _mm512_load_ps(row + c));
-    return _mm512_reduce_add_ps(total);
-}
-
-// Sum of (row - origin)^2.
-inline float spread_of(const float* row, int width, float origin) {
-    __m512 total = _mm512_setzero_ps();
-    for (int c = 0; c < width; c += 16) {
-        const __m512 x = _mm512_sub_ps(_mm512_load_ps(row + c), _mm512_set1_ps(origin));
-        total = _mm512_fmadd_ps(x, x, total);
-    }
-    return _mm512_reduce_add_ps(total);
-}
-
-// sum = x + gate * update, then out = LayerNorm(sum) * (base + scale) + shift.
-template <class T>
+// sum = x + gate * update, then out = LayerNorm(sum) * (base + scale) + shift; X is the type of x and
+// sum, U of update and out. `stats` [rows, 2], or null, gets each row's mean and 1 / deviation.
+template <class X, class U>
 void add_and_norm(
-    const typename T::Value* x, const typename T::Value* update, Table gate, Table scale,
-    Table shift, float base, typename T::Value* sum, typename T::Value* out, int64_t rows,
-    int width, float eps, int threads) {
+    const typename X::Value* x, const typename U::Value* update, Table gate, Table scale,
+    Table shift, float base, typename X::Value* sum, typename U::Value* out, float* stats,
+    int64_t rows, int width, float eps, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         alignas(64) float row[kMaxWidth];
         const float* by = gate.values ? gate.row(i) : nullptr;
         for (int c = 0; c < width; c += 16) {
-            __m512 value = T::load(x + i * width + c);
+            __m512 value = X::load(x + i * width + c);
             if (update) {
-                const __m512 more = T::load(update + i * width + c);
+                const __m512 more = U::load(update + i * width + c);
                 value = by ? _mm512_fmadd_ps(more, _mm512_loadu_ps(by + c), value)
                            : _mm512_add_ps(value, more);
-                T::store(sum + i * width + c, value);
-                value = T::load(sum + i * width + c);  // the norm sees what is kept
+                X::store(sum + i * width + c, value);
+                value = X::load(sum + i * width + c);  // the norm sees what is kept
             }
             _mm512_store_ps(row + c, value);
         }
         if (!out) continue;
         const float mean = sum_of(row, width) / width;
         const float factor = 1.0f / sqrtf(spread_of(row, width, mean) / width + eps);
+        if (stats) stats[2 * i] = mean, stats[2 * i + 1] = factor;
         const float *gain = scale.row(i), *offset = shift.row(i);
         for (int c = 0; c < width; c += 16) {
             const __m512 centred = _mm512_sub_ps(_mm512_load_ps(row + c), _mm512_set1_ps(mean));
             const __m512 normed = _mm512_mul_ps(centred, _mm512_set1_ps(factor));
             const __m512 times = _mm512_add_ps(_mm512_loadu_ps(gain + c), _mm512_set1_ps(base));
-            T::store(out + i * width + c,
+            U::store(out + i * width + c,
                      _mm512_fmadd_ps(normed, times, _mm512_loadu_ps(offset + c)));
         }
     }
@@ -124,20 +99,48 @@ void norm_and_silu(
     }
 }
 
+// x * sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): GELU by tanh (Hendrycks & Gimpel 2016).
+// With `grad` instead its gradient.
+template <class T>
+void gelu(const typename T::Value* x, const typename T::Value* grad, typename T::Value* out,
+          int64_t blocks, int threads) {
+    const __m512 one = _mm512_set1_ps(1.0f), cube = _mm512_set1_ps(0.044715f);
+    const __m512 root = _mm512_set1_ps(1.5957691216057308f);  // 2 sqrt(2 / pi)
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < blocks; i++) {
+        const __m512 value = T::load(x + 16 * i), square = _mm512_mul_ps(value, value);
+        const __m512 inner = _mm512_fmadd_ps(square, cube, one);
+        const __m512 twice = _mm512_mul_ps(_mm512_mul_ps(value, root), inner);
+        const __m512 e = exp2_of(_mm512_mul_ps(twice, _mm512_set1_ps(-1.44269504f)));
+        const __m512 share = _mm512_div_ps(one, _mm512_add_ps(one, e));
+        __m512 result = _mm512_mul_ps(value, share);
+        if (grad) {  // share + x share (1 - share) (2 u)'
+            const __m512 slope = _mm512_mul_ps(
+                root, _mm512_fmadd_ps(square, _mm512_set1_ps(3 * 0.044715f), one));
+            const __m512 rest = _mm512_mul_ps(result, _mm512_sub_ps(one, share));
+            result = _mm512_mul_ps(T::load(grad + 16 * i), _mm512_fmadd_ps(rest, slope, share));
+        }
+        T::store(out + 16 * i, result);
+    }
+}
+
 }  // namespace
 
 // All arrays are dense apart from the tables, whose strides count floats. `update`, `gate` and
 // `out` may be null: nothing is added, it is added as it is, only the sum is wanted.
-#define VIDGEN_ROWS(suffix, Kind)                                                                  \
+#define VIDGEN_ADD_AND_NORM(suffix, X, U)                                                          \
     extern "C" void add_and_norm_##suffix(                                                         \
-        const Kind::Value* x, const Kind::Value* update, const float* gate, int64_t gate_stride,   \
+        const X::Value* x, const U::Value* update, const float* gate, int64_t gate_stride,         \
         const float* scale, int64_t scale_stride, const float* shift, int64_t shift_stride,        \
-        const int32_t* index, float base, Kind::Value* sum, Kind::Value* out, int64_t rows,        \
-        int64_t width, float eps, int64_t threads) {                                               \
-        add_and_norm<Kind>(x, update, {gate, gate_stride, index}, {scale, scale_stride, index},    \
-                           {shift, shift_stride, index}, base, sum, out, rows, width, eps,         \
+        const int32_t* index, float base, X::Value* sum, U::Value* out, float* stats,              \
+        int64_t rows, int64_t width, float eps, int64_t threads) {                                 \
+        add_and_norm<X, U>(x, update, {gate, gate_stride, index}, {scale, scale_stride, index},    \
+                           {shift, shift_stride, index}, base, sum, out, stats, rows, width, eps,  \
                            threads);                                                               \
-    }                                                                                              \
+    }
+
+#define VIDGEN_ROWS(suffix, Kind)                                                                  \
+    VIDGEN_ADD_AND_NORM(suffix, Kind, Kind)                                                        \
     extern "C" void norm_and_turn_##suffix(                                                        \
         const Kind::Value* x, const float* weight, const float* table, int64_t table_rows,         \
         int64_t d, Kind::Value* out, int64_t rows, int64_t width, float eps, int64_t threads) {    \
@@ -147,9 +150,15 @@ void norm_and_silu(
         const Kind::Value* x, const float* weight, Kind::Value* out, int64_t rows, int64_t width,  \
         int64_t with_silu, int64_t threads) {                                                      \
         norm_and_silu<Kind>(x, weight, out, rows, width, with_silu, threads);                      \
+    }                                                                                              \
+    extern "C" void gelu_##suffix(                                                                 \
+        const Kind::Value* x, const Kind::Value* grad, Kind::Value* out, int64_t blocks,           \
+        int64_t threads) {                                                                         \
+        gelu<Kind>(x, grad, out, blocks, threads);                                                 \
     }
 
 #ifdef __AVX512BF16__
 VIDGEN_ROWS(bfloat16, BFloat16)
+VIDGEN_ADD_AND_NORM(mixed, Float32, BFloat16)
 #endif
 VIDGEN_ROWS(float32, Float32)

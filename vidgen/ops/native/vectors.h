@@ -32,6 +32,12 @@ struct BFloat16 {
     static uint32_t word(const Value* upper, const Value* lower) {
         return *upper | (lower ? (uint32_t)*lower << 16 : 0u);
     }
+    // 16 words of 2 vectors' values
+    static __m512i words(const __m512* values) {
+        const __m512i upper = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values[0]));
+        const __m512i lower = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values[1]));
+        return _mm512_or_si512(upper, _mm512_slli_epi32(lower, 16));
+    }
 };
 #endif
 
@@ -49,6 +55,7 @@ struct Float32 {
         memcpy(&bits, value, 4);
         return bits;
     }
+    static __m512i words(const __m512* values) { return _mm512_castps_si512(values[0]); }
 };
 
 // 2^x for x <= 0: a polynomial on the fraction (Cephes' exp2f), off by at most 2e-7 of the value.
