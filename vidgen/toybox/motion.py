@@ -72,6 +72,7 @@ class Track:
     angle: Array
     flipped: bool
     contacts: tuple[float, ...] = ()  # clip times u at which a bounce touches the floor
+    turns: tuple[float, ...] = ()  # clip times u of whole turns, or of a swing's ends
 
 
 class _Stage(NamedTuple):
@@ -186,6 +187,7 @@ class _Mover:
         """Return the way at clip times u [T]."""
         zero = np.zeros_like(u)
         motion = self.actor.motion
+        turns: tuple[float, ...] = ()
         if motion in ("moves left", "moves right"):
             x, y, angle = self._crossing(u, motion == "moves right")
         elif motion == "drives past":
@@ -197,9 +199,10 @@ class _Mover:
             return self._bouncing(u)
         elif motion == "swings":
             x, y, angle = self._swinging(u)
+            turns = self._marks(2 * self._cycles(_CYCLES), 2 * self.phase - 0.5)
         elif motion == "circles":
             x, y = self._circling(u)
-            angle = zero
+            angle, turns = zero, self._marks(self._cycles(_CYCLES), self._turn() * self.phase)
         elif motion in ("grows", "shrinks"):
             return self._growing(u, motion == "grows")
         else:
@@ -207,11 +210,14 @@ class _Mover:
             x, y, angle = zero + x0, zero + y0, zero
             if motion == "spins":
                 angle = self._turn() * math.tau * self._cycles(_CYCLES) * u
-        return self._still_size(x, y, angle)
-
-    def _still_size(self, x: Array, y: Array, angle: Array) -> Track:
+                turns = self._marks(self._cycles(_CYCLES), 0.0)
         size = np.full_like(x, self.size)
-        return Track(x, y, size, size, angle, self._flipped())
+        return Track(x, y, size, size, angle, self._flipped(), turns=turns)
+
+    def _marks(self, cycles: float, phase: float) -> tuple[float, ...]:
+        """Return the clip times in [0, 1] at which `cycles * u + phase` is whole."""
+        first, last = math.ceil(phase), math.floor(cycles + phase)
+        return tuple((k - phase) / cycles for k in range(first, last + 1))
 
     def _cycles(self, table: dict[str, float]) -> float:
         return table[self.actor.speed] * self.more
@@ -289,7 +295,6 @@ class _Mover:
         way = 0.0 if self.actor.direction is None else 0.36 * self.sides[0]
         x0, _ = self._base(way / 2, 0.0)
         sign = -1.0 if self.actor.direction == "left" else 1.0
-        contacts = [(k - self.phase) / cycles for k in range(math.ceil(self.phase), 99)]
         return Track(
             x=x0 + sign * way * (u - 0.5),
             y=floor - lift - height * self.tall / 2,
@@ -297,7 +302,7 @@ class _Mover:
             height=height,
             angle=np.zeros_like(u),
             flipped=self._flipped(),
-            contacts=tuple(at for at in contacts if at <= 1),
+            contacts=self._marks(cycles, self.phase),
         )
 
     def _swinging(self, u: Array) -> tuple[Array, Array, Array]:

@@ -30,6 +30,7 @@ from vidgen.toybox.motion import (
     frame_sides,
     sheet_description,
 )
+from vidgen.toybox.noise import uniform_noise
 from vidgen.toybox.scenes import PLACES, SPRITES, TIMES, TINTS, WEATHERS, Draws, Scene
 
 MAX_ACTORS = 2
@@ -149,7 +150,7 @@ def _plan(
 ) -> _Plan:
     count, moments = wanted.shape
     plan = _Plan(
-        looks=_looks([scene.seed for scene in scenes]),
+        looks=uniform_noise([scene.seed for scene in scenes], 2, NUM_DRAWS),
         seconds=wanted / clock.fps,
         times=np.array([TIMES.index(scene.time_of_day) for scene in scenes]),
         weathers=np.array([WEATHERS.index(scene.weather) for scene in scenes]),
@@ -173,17 +174,6 @@ def _plan(
 
 
 _SPRITE_INDEX = {name: index for index, name in enumerate(SPRITES)}
-
-
-def _looks(seeds: Sequence[int]) -> NDArray[np.float32]:
-    """Draw each scene's numbers in [0, 1) for the painters, [B, NUM_DRAWS]: splitmix64 counters."""
-    start = np.array([int(Draws(s, stream=2).uniform() * 2**53) << 11 for s in seeds], np.uint64)
-    steps = np.arange(1, NUM_DRAWS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    value = start[:, None] + steps
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    value = value ^ (value >> np.uint64(31))
-    return ((value >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
 
 
 def _paint(

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vidgen.toybox.cues import Cue, cues_of
 from vidgen.toybox.motion import (
     Array,
     Camera,
@@ -71,6 +72,7 @@ class Truth:
     flow: where each point of frame t is in frame t + 1, [T - 1, 2, H, W] in pixels (x, y);
         moving water, clouds and particles of weather are not in it.
     tracked: 1 where that point is still seen in frame t + 1, [T - 1, H, W].
+    cues: what begins to be heard, to the sample.
     """
 
     actors: tuple[ActorTruth, ...]
@@ -79,6 +81,7 @@ class Truth:
     flow: Tensor
     tracked: Tensor
     events: tuple[Event, ...]
+    cues: tuple[Cue, ...]
 
 
 def ground_truth(
@@ -107,6 +110,7 @@ def ground_truth(
         flow=flow,
         tracked=tracked,
         events=events(scene, num_frames, height, width, fps),
+        cues=cues_of(scene, tracks, view.clock),
     )
 
 
