@@ -306,17 +306,18 @@ class _Job:
         component = self.folder.components[role]
         dtype = self.parts.dtype_of(role, self.dtype)
         weights = Weights(component.store, dtype, fp32_parts(role, dtype), component.names)
-        return self.on_cpu and not self.setup.quantize and weights.stay_mapped
+        changed = self.setup.quantize or self._packed(role)
+        return self.on_cpu and not changed and weights.stay_mapped
 
     def _packed(self, role: Role) -> bool:
-        """Whether a network's weights are laid out anew when it is loaded, see `Parts`."""
+        """Whether a network's weights are laid out anew while it is loaded, see `Parts`."""
         return role in EXPERTS and self.on_cpu and not self.setup.quantize and packs(self.dtype)
 
     def _untouched(self, role: Role) -> int:
         """Bytes of mapped weights that this generation never reads: they aren't brought in."""
         idle = {"vae": () if self.passes.encoded else ("encoder.",), "text_encoder": ("shared.",)}
         component, dtype = self.folder.components[role], self.parts.dtype_of(role, self.dtype)
-        if not idle.get(role) or not self._mapped(role) or self._packed(role):
+        if not idle.get(role) or not self._mapped(role):
             return 0
         return sum(
             torch.Size(component.store.shape(name)).numel() * dtype.itemsize

@@ -19,9 +19,8 @@ from torch import nn
 
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, megabytes, reuse_freed_memory
-from vidgen.ops.linear import pack
 from vidgen.weights.component import fp32_parts
-from vidgen.weights.load import Weights, leave_files, trim_memory
+from vidgen.weights.load import Weights, trim_memory
 from vidgen.weights.quantize import require_torchao
 from vidgen.weights.stream import BlockStream, block_of, blocks_of
 
@@ -202,10 +201,9 @@ class Parts:
             module = self.folder.components[role].load(
                 self.dtype_of(role), self.device, self.quantize,
                 stream=self.offload == "block" and role in STREAMED,
+                packed=role in EXPERTS and self.mesh is None,
                 mesh=self.mesh if role in EXPERTS else None,
             )
-            if role in EXPERTS and self.mesh is None and pack(module):
-                leave_files(module)
             self._loaded[role] = module
         return self._loaded[role]
 

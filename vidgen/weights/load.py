@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from vidgen.core.config import dump
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_path, atomic_write
+from vidgen.ops.linear import pack, packs
 from vidgen.weights.quantize import Quantization, linears, quantize_layer
 from vidgen.weights.store import TensorStore, find_files
 from vidgen.weights.stream import assign, blocks_of, stream_blocks
@@ -147,6 +148,7 @@ def load_module(
     quantize: Quantization | None = None,
     *,
     stream: bool = False,
+    packed: bool = False,
     mesh: DeviceMesh | None = None,
 ) -> Module:
     """Build a module without memory, then give it the files' tensors, one at a time.
@@ -160,6 +162,7 @@ def load_module(
         names: stored name -> the module's; those not in it are the same.
         quantize: what the linear layers of the blocks become.
         stream: leave the blocks' weights in the files; they come while they are used.
+        packed: lay linear layers out for this CPU, where that pays; see `ops.linear`.
         mesh: devices over which the blocks' weights are spread, each reading its share.
 
     Raises:
@@ -180,7 +183,13 @@ def load_module(
     if quantize and stream:
         raise InputError("int8 weights can't be streamed block by block; give one of the two")
     left = blocks_of(weights.names) if stream or mesh is not None else {}
-    _fill(module, weights, set(chain.from_iterable(left.values())), device, quantize)
+    layers: dict[str, nn.Linear] = {}
+    change: Callable[[nn.Linear], Any] = pack
+    if quantize:
+        layers, change = linears(module), partial(quantize_layer, kind=quantize)
+    elif packed and device.type == "cpu" and packs(dtype):
+        layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    _fill(module, weights, set(chain.from_iterable(left.values())), device, layers, change)
     module.eval().requires_grad_(requires_grad=False)
     if left and mesh is not None:
         from vidgen.weights.shard import shard_blocks
@@ -193,11 +202,13 @@ def load_module(
 
 def _fill(
     module: nn.Module, weights: Weights, left: set[str], device: torch.device,
-    quantize: Quantization | None,
+    layers: Mapping[str, nn.Linear], change: Callable[[nn.Linear], Any],
 ) -> None:
-    """Give a module its weights but those that are left in the files."""
-    mapped = weights.stay_mapped and device.type == "cpu" and not quantize
-    layers = linears(module) if quantize else {}
+    """Give a module its weights but those that are left in the files; `change` its `layers`.
+
+    Each is changed as soon as it is read, so that no layer but one is in memory in both forms.
+    """
+    mapped = weights.stay_mapped and device.type == "cpu" and not layers
     read, often = 0, max(weights.store.num_bytes // 100, 1 << 20)
     for name in weights.names:
         if name in left:
@@ -207,8 +218,8 @@ def _fill(
         assign(module, name, value.to(device, weights.dtype(name), copy=not mapped))
         del value
         layer = layers.get(name.removesuffix(".weight"))
-        if layer is not None and quantize:
-            quantize_layer(layer, quantize)
+        if layer is not None:
+            change(layer)
         if read > often and not mapped:  # what was copied need not stay in memory twice
             weights.store.release()
             trim_memory()
@@ -242,14 +253,6 @@ def _check(module: nn.Module, weights: Weights) -> None:
             f"{weights.place} doesn't fit its config.json: tensors {'; '.join(problems)}; "
             "the two must come from the same model"
         )
-
-def leave_files(module: nn.Module) -> None:
-    """Copy what still shows a mapped file: one tensor keeps all of its pages in memory."""
-    for value in chain(module.parameters(), module.buffers()):
-        if value.device.type == "cpu" and not value.is_mkldnn:
-            value.data = value.data.clone()
-    trim_memory()
-
 
 def trim_memory() -> None:
     """Give freed memory back to the system.

@@ -44,7 +44,7 @@ class Unavailable(Exception):
 def kernels(*tensors: Tensor) -> ctypes.CDLL | None:
     """The kernels, if these tensors can go to them: on the CPU, of a dtype they know.
 
-    The first call compiles them, which takes half a minute once a machine.
+    The first call compiles them, which takes some seconds once a machine.
     """
     if torch.compiler.is_compiling() or tensors[0].device.type != "cpu":
         return None
