@@ -211,7 +211,8 @@ def test_sound_comes_along(engine: Open, tmp_path: Path) -> None:
     assert clip.sound.std() > 0
     saved = Clip.from_file(clip.save(tmp_path / "clip.mkv"))
     assert saved.num_frames == 6
-    assert np.array_equal(saved.sound, clip.sound)
+    assert len(saved.sound) == 2 * len(clip.sound)  # Opus has 48 kHz
+    assert saved.sound.std() > 0
     assert saved.recipe["plan"]["pipeline"] == "LTX2Pipeline"
 
 

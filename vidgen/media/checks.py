@@ -29,9 +29,9 @@ from vidgen.media.read import (
     fit,
     load_image,
     read_recipe,
-    read_sound,
 )
 from vidgen.media.snapshot import pack, unpack
+from vidgen.media.sound import read_sound
 from vidgen.media.trackers import Drifts, Flashes, Freezes, Runs, Span, Spikes
 from vidgen.media.write import ClipInfo
 

@@ -15,7 +15,8 @@ import numpy as np
 from vidgen.core.errors import InputError
 from vidgen.media.checks import ClipChecker, Finding, recorded
 from vidgen.media.encode import Frames, Samples, SegmentStore
-from vidgen.media.read import VideoReader, load_image, read_recipe, read_sound
+from vidgen.media.read import VideoReader, load_image, read_recipe
+from vidgen.media.sound import read_sound
 from vidgen.media.write import ClipInfo, write_clip
 
 if TYPE_CHECKING:

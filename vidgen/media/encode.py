@@ -1,10 +1,10 @@
-"""Pictures and sound into packets, the picture in segments.
+"""Pictures into packets, in segments.
 
 Each segment gets a fresh encoder with a closed group of pictures and a pinned number of threads, so
 its packets depend on its own frames alone: a clip that was streamed, resumed or joined from parts
 holds the same bytes as one written straight through.
 
-Axes: t frames, H W rows and columns, N samples.
+Axes: t frames, H W rows and columns.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from av.codec.context import Flags
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 if TYPE_CHECKING:
-    from av.audio.stream import AudioStream
-    from av.container import OutputContainer
     from av.packet import Packet
     from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
@@ -259,40 +257,3 @@ class Spool:
             packet.pts, packet.dts, packet.duration = pts, dts, 1
             packet.time_base, packet.is_keyframe = time_base, is_key
             yield packet
-
-
-class SoundTrack:
-    """Sound samples that are encoded into a container as its picture advances.
-
-    Args:
-        container: where it is muxed to.
-        codec: libav's name of the encoder.
-        samples: float32 [N, channels], one or two channels, in [-1, 1].
-        rate: samples per second.
-    """
-
-    def __init__(self, container: OutputContainer, codec: str, samples: Samples, rate: int) -> None:
-        self.container, self.samples, self.rate = container, samples, rate
-        layout = "mono" if samples.shape[1] == 1 else "stereo"
-        target = 48_000 if codec == "libopus" else rate  # Opus knows few rates; 48 kHz is its own
-        stream = container.add_stream(codec, rate=target, layout=layout)
-        self.stream = cast("AudioStream", stream)
-        if codec != "pcm_f32le":
-            self.stream.bit_rate = 96_000 * samples.shape[1]
-        self.layout, self.position = layout, 0
-
-    def advance(self, seconds: float) -> None:
-        """Encode what sounds before `seconds`."""
-        stop = min(len(self.samples), round(seconds * self.rate))
-        if stop > self.position:
-            part = np.ascontiguousarray(self.samples[self.position : stop].reshape(1, -1))
-            frame = av.AudioFrame.from_ndarray(part, format="flt", layout=self.layout)
-            frame.sample_rate, frame.pts = self.rate, self.position
-            frame.time_base = Fraction(1, self.rate)
-            self.position = stop
-            self.container.mux(self.stream.encode(frame))
-
-    def finish(self) -> None:
-        """Encode the rest."""
-        self.advance(len(self.samples) / self.rate)
-        self.container.mux(self.stream.encode(None))

@@ -30,7 +30,8 @@ from vidgen.media.encode import Frames
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing, seal
 from vidgen.media.provenance import stamped
-from vidgen.media.read import VideoReader, read_recipe, read_sound
+from vidgen.media.read import VideoReader, read_recipe
+from vidgen.media.sound import read_sound
 from vidgen.media.write import CONTAINERS, ClipInfo, check_format, write_clip
 
 if TYPE_CHECKING:

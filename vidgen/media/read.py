@@ -37,7 +37,7 @@ _MATRICES = {0: "rgb", 1: "bt709", 5: "bt470bg", 6: "smpte170m", 9: "bt2020nc", 
 
 
 @contextmanager
-def _decoding(what: str, remedy: str, problem: str = "is damaged") -> Iterator[None]:
+def decoding(what: str, remedy: str, problem: str = "is damaged") -> Iterator[None]:
     """Pillow and libav raise whatever damaged bytes lead them to; here it becomes one error."""
     try:
         yield
@@ -74,15 +74,20 @@ def load_image(picture: Picture) -> tuple[Frames, list[str]]:
             )
         _check_size("picture", (picture.shape[1], picture.shape[0]))
         return picture, []
-    path = _existing_file(picture, "image")
-    with _decoding(f"image {path}", "save it again"), Image.open(path) as image:
+    path = existing_file(picture, "image")
+    with decoding(f"image {path}", "save it again"), Image.open(path) as image:
         _check_size(f"image {path}", image.size)  # by the header, before anything is decoded
         is_deep = any("16" in str(tile) for tile in image.tile)
         image.load()
         return _as_rgb(image, is_deep)
 
 
-def _existing_file(path: str | os.PathLike[str], what: str) -> Path:
+def existing_file(path: str | os.PathLike[str], what: str) -> Path:
+    """A file that can be read.
+
+    Raises:
+        InputError: missing, a folder, or not permitted; names `what` it is to be.
+    """
     found = Path(path)
     if not found.exists():
         raise InputError(f"{what} {found} does not exist")
@@ -170,9 +175,9 @@ class VideoReader:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = _existing_file(path, "video")
+        self.path = existing_file(path, "video")
         self._what, self._stack = f"video {self.path}", ExitStack()
-        with self._stack, _decoding(self._what, "give a video file", "can't be read"):
+        with self._stack, decoding(self._what, "give a video file", "can't be read"):
             self._open()
             first = next(self._decode(), None)
             if first is None:
@@ -189,7 +194,7 @@ class VideoReader:
     def __iter__(self) -> Iterator[Frames]:
         """Frames uint8 [H, W, 3] from the first to the last."""
         width, height = self.size
-        with _decoding(self._what, "save it again"):
+        with decoding(self._what, "save it again"):
             for frame in self._decode():  # where the size changes midway, the first one stays
                 yield fit(frame, height, width, "pad")
 
@@ -248,37 +253,13 @@ def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Frames:
     return np.ascontiguousarray(np.rot90(cast("Frames", rgb), frame.rotation // 90))
 
 
-def read_sound(path: str | os.PathLike[str]) -> tuple[np.ndarray[Any, Any], int] | None:
-    """The first sound track as float32 [N, channels] and its rate, or None if there is none.
-
-    Raises:
-        InputError: missing, or no media file.
-    """
-    found = _existing_file(path, "sound")
-    with _decoding(f"sound {path}", "save it again", "can't be read"), av.open(
-        str(found), metadata_errors="replace"
-    ) as container:
-        if not container.streams.audio:
-            return None
-        stream = container.streams.audio[0]
-        resampler = av.AudioResampler(format="flt")
-        parts = []
-        for frame in container.decode(stream):
-            for part in resampler.resample(frame):
-                parts.append(part.to_ndarray().reshape(-1, len(part.layout.channels)))
-        samples = np.concatenate(parts) if parts else np.zeros((0, 1))
-        if stream.duration and stream.time_base:  # the last packet is padded to its full length
-            samples = samples[: round(stream.duration * stream.time_base * stream.rate)]
-        return samples.astype(np.float32), stream.rate
-
-
 def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a media file holds: format, bytes, duration, bit rate, streams with their colour, tags.
 
     Raises:
         InputError: missing, or no media file.
     """
-    found = _existing_file(path, "file")
+    found = existing_file(path, "file")
     facts: dict[str, Any] = {"path": str(found), "bytes": found.stat().st_size}
     if found.suffix.lower() in PICTURE_SUFFIXES:
         with VideoReader(found) as reader, Image.open(found) as image:
@@ -303,7 +284,7 @@ def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _container(path: Path) -> Iterator[av.container.InputContainer]:
     """A media file of libav's; its texts may be anything."""
     with (
-        _decoding(str(path), "give a video or sound file", "is no media file"),
+        decoding(str(path), "give a video or sound file", "is no media file"),
         av.open(str(path), metadata_errors="replace") as container,
     ):
         yield container
@@ -321,7 +302,7 @@ def _describe(stream: Any) -> dict[str, Any]:
                   "matrix": "rgb" if is_rgb else _MATRICES.get(int(context.colorspace)),
                   "range": {1: "limited", 2: "full"}.get(int(context.color_range))}
     elif stream.type == "audio":
-        facts |= {"rate": stream.rate, "channels": stream.channels}
+        facts |= {"rate": stream.rate, "channels": stream.channels, "layout": stream.layout.name}
     return facts
 
 
@@ -335,7 +316,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         file = Path(path, RECIPE_FILE)
         text = file.read_text("utf-8", "replace") if file.is_file() else None
     else:
-        found = _existing_file(path, "file")
+        found = existing_file(path, "file")
         text = _picture_recipe(found) or _container_recipe(found)
     try:
         recipe = None if text is None else json.loads(text)

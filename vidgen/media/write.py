@@ -23,7 +23,6 @@ from vidgen.media.encode import (
     PictureSettings,
     Samples,
     SegmentStore,
-    SoundTrack,
     Spool,
     Watch,
     encode_picture,
@@ -31,6 +30,7 @@ from vidgen.media.encode import (
 )
 from vidgen.media.manifest import Signing, seal
 from vidgen.media.provenance import marks_of, stamped, tags, xmp
+from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.stills import RECIPE_KEY, STILL_SUFFIXES, still_encoder, write_stills
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ CONTAINERS = {
     ".mkv": Container(
         "matroska",
         PictureSettings("ffv1", "bgr0", {"level": "3", "g": "1", "slicecrc": "1"}),
-        "pcm_f32le",
+        "libopus",
         _MKV,
     ),
 }
@@ -87,10 +87,11 @@ class ClipInfo:
         fps: exact frame rate.
         size: (width, height).
         num_frames: how many frames will come.
-        sound: float32 [N, channels] in [-1, 1], or None.
+        sound: float32 [N, channels] of one or two channels, or None. It may lie in a mapped file.
         sound_rate: samples per second.
         recipe: JSON data that goes into the file's metadata, or None.
         stride_t: frames per latent frame, by which segments are cut.
+        loudness: level in LUFS that the written sound is brought to; None leaves it as it is.
     """
 
     fps: Fraction
@@ -100,6 +101,7 @@ class ClipInfo:
     sound_rate: int = 48_000
     recipe: dict[str, Any] | None = None
     stride_t: int = 1
+    loudness: float | None = None
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:
@@ -145,7 +147,7 @@ def write_clip(
 
     Args:
         path: its suffix chooses the format: .mp4 and .mov H.264 with AAC, .webm VP9 with Opus, .mkv
-            lossless FFV1 with float PCM, .gif, .webp, .apng, .png and .jpg for one frame.
+            lossless FFV1 with Opus, .gif, .webp, .apng, .png and .jpg for one frame.
         chunks: uint8 [t, H, W, 3] each, of any t.
         info: the clip's rate, size, sound and recipe.
         overwrite: whether an existing file may be replaced.
@@ -282,8 +284,13 @@ def _write_container(
                 first_segment=first_segment, segment=SEGMENT, store=store, watch=watch,
             ):
                 spool.add(packet)
-            recipe = _completed(info, {**asdict(picture), "segment": SEGMENT}, watch)
-            _mux(temporary, kind, picture, replace(info, recipe=recipe), spool)
+            encoder = {**asdict(picture), "segment": SEGMENT}
+            sound = None
+            if info.sound is not None and len(info.sound):
+                sound = SoundTrack(info, kind.sound)
+                encoder["sound"] = sound.facts()
+            recipe = _completed(info, encoder, watch)
+            _mux(temporary, kind, picture, replace(info, recipe=recipe), spool, sound)
             if recipe is not None:
                 seal(temporary, suffix, recipe, signing)
         except av.FFmpegError as error:
@@ -291,7 +298,8 @@ def _write_container(
 
 
 def _mux(
-    path: Path, kind: Container, picture: PictureSettings, info: ClipInfo, spool: Spool
+    path: Path, kind: Container, picture: PictureSettings, info: ClipInfo, spool: Spool,
+    sound: SoundTrack | None,
 ) -> None:
     with av.open(str(path), "w", format=kind.muxer, options=dict(kind.options)) as container:
         if info.recipe is not None:
@@ -301,9 +309,8 @@ def _mux(
         stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
         picture.configure(stream.codec_context, info.size, info.fps)
         stream.time_base = 1 / info.fps
-        sound = None
-        if info.sound is not None and len(info.sound):
-            sound = SoundTrack(container, kind.sound, info.sound, info.sound_rate)
+        if sound:
+            sound.begin(container)
         for packet in spool.packets(1 / info.fps):
             packet.stream = stream
             if sound:

@@ -23,7 +23,8 @@ from vidgen.core.errors import InputError, ModelError, VidgenError
 from vidgen.core.request import MAX_DEVICES, Request
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.encode import Frames
-from vidgen.media.read import PICTURE_SUFFIXES, VideoReader, load_image, read_sound
+from vidgen.media.read import PICTURE_SUFFIXES, VideoReader, load_image
+from vidgen.media.sound import read_sound
 from vidgen.pipeline.recipe import RECIPE_VERSION
 from vidgen.pipeline.restore import Given, restore_inputs
 from vidgen.weights.folder import open_model
