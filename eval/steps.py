@@ -114,7 +114,7 @@ def timed_clip(
     engine = bench.engine
     plan = engine.plan(request, Inputs())
     state, sigmas = engine.prepare(plan, request, Inputs()), engine.sigmas(plan)
-    caches = make_caches(plan.cache, sigmas, None)
+    caches = make_caches(plan.cache, sigmas, plan.guidance)
     with denoising(engine.parts, plan, state, contexts, NO_LORAS, 1.0, caches) as denoise:
         start = time.perf_counter()
         latents = SAMPLERS[plan.sampler](denoise, state.latents, sigmas)

@@ -12,12 +12,16 @@ import pytest
 import torch
 
 from vidgen.core.errors import Cancelled, DeviceError, InputError
+from vidgen.diffusion.cache import StepCaches
+from vidgen.diffusion.magnitudes import Magnitudes
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
+from vidgen.pipeline import journal, video
 from vidgen.pipeline.crew import Crew, start_crew
 from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.preflight import Asked
 from vidgen.pipeline.replay import loading_from_recipe
+from vidgen.pipeline.step_caches import make_caches, write_magnitudes
 from vidgen.pipeline.video import Engine, load
 from vidgen.weights.folder import open_model
 
@@ -95,6 +99,73 @@ def test_a_clip_that_is_stopped_goes_on(both: Engine, tmp_path: Path) -> None:
     assert torch.equal(clip.latents, both.generate(PROMPT, **options).latents)
 
 
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[StepCaches | None]:
+    """The caches of each run of the sampler, as rank 0 has them."""
+    made: list[StepCaches | None] = []
+
+    def noted(*args: object) -> StepCaches | None:
+        made.append(make_caches(*args))
+        return made[-1]
+
+    monkeypatch.setattr(video, "make_caches", noted)
+    return made
+
+
+def computed(caches: StepCaches) -> list[bool]:
+    """Which steps of a run were computed."""
+    return [was_computed for _, was_computed in caches.taken]
+
+
+CACHED = {"seed": 3, "steps": 12, "size": "48x48", "frames": 9}
+"""27 tokens, which two ranks can't share evenly."""
+
+
+@pytest.mark.parametrize("guidance", [
+    {"guidance": 1.0}, {}, {"guidance_interval": (0.0, 0.8)},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("cache", ["first-block:0.3", "magnitude:0.01", "forecast:0.3"])
+def test_two_devices_spare_the_steps_of_one(
+    one: Engine, both: Engine, runs: list, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, cache: str, guidance: dict,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    logs = (0.0, 0.05, 0.1)
+    write_magnitudes(Magnitudes((1.0, 0.5, 0.1), {"prompt": logs, "negative": logs}), one.folder)
+    options = {**CACHED, **guidance}
+    for choice in (cache, f"{cache.partition(':')[0]}:0"):
+        alone, shared = (
+            engine.generate(PROMPT, **options, cache=choice).latents for engine in (one, both)
+        )
+        assert (alone - shared).abs().max() < 1e-5
+        taken, same = map(computed, runs)
+        assert taken == same
+        assert len(taken) == 12
+        assert all(taken) == choice.endswith(":0")
+        runs.clear()
+    assert torch.equal(shared, both.generate(PROMPT, **options).latents)
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+@pytest.mark.parametrize("cache", ["first-block:100", "forecast:100"])
+def test_a_clip_with_a_cache_goes_on_in_the_middle_of_a_window(
+    both: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str, guidance: float
+) -> None:
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    options = {"seed": 3, "steps": 8, "frames": 37, "cache": cache, "guidance": guidance}
+    straight = both.generate(PROMPT, **options).latents
+    for step in (4, 8 + 4, 8 + 6):  # after a spared step and a computed one, of two windows
+        def stop(progress: object, step: int = step) -> None:
+            if progress.stage == "sample" and progress.done == step:
+                raise Cancelled("stopped")
+
+        out = tmp_path / f"{step}.mkv"
+        with pytest.raises(Cancelled):
+            both.generate(PROMPT, journal=Journal(out), on_event=stop, **options)
+        clip = both.generate(PROMPT, journal=Journal(out, resume=True), **options)
+        assert torch.equal(clip.latents, straight)
+
+
 def test_a_job_that_began_on_two_devices_is_not_mixed_with_one(
     one: Engine, both: Engine, tmp_path: Path
 ) -> None:
@@ -137,7 +208,7 @@ def test_both_experts_of_wan_are_shared(two: Crew, tmp_path: Path) -> None:
 
 
 def test_four_devices_share_guidance_tokens_and_weights(
-    tiny_model: Path, one: Engine, two: Crew
+    tiny_model: Path, one: Engine, two: Crew, runs: list
 ) -> None:
     two.close()  # a process belongs to one group at a time
     with pytest.raises(DeviceError, match="gone"):
@@ -148,6 +219,12 @@ def test_four_devices_share_guidance_tokens_and_weights(
     assert (clip.latents - one.generate(PROMPT, **options).latents).abs().max() < 1e-5
     assert clip.recipe["devices"] == {"count": 4, "guidance": 2, "sequence": 2, "shard": True}
     assert engine.offload == "stage"
+    cached = {**options, "steps": 12, "cache": "first-block:0.3"}
+    shared, alone = (made.generate(PROMPT, **cached).latents for made in (engine, one))
+    assert (shared - alone).abs().max() < 1e-5
+    taken, same = map(computed, runs[-2:])
+    assert taken == same
+    assert not all(taken)
     with engine.parts.use("transformer") as dit:
         whole = SpacetimeDiT(DIT_PRESETS["tiny"])
         here = sum(p.to_local().numel() for p in dit.blocks.parameters())

@@ -11,7 +11,9 @@ import torch
 
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.protocols import SamplerState, StepInfo
-from vidgen.diffusion.cache import FirstBlock, Forecast, Magnitudes, StepCaches, relative_change
+from vidgen.diffusion.cache import FirstBlock, Forecast, StepCaches, relative_change
+from vidgen.diffusion.guidance import Guidance
+from vidgen.diffusion.magnitudes import Magnitudes
 from vidgen.models.dit import AudioConfig, DiTConfig, SpacetimeDiT
 from vidgen.models.dit_inputs import AudioTokens, KVCache
 from vidgen.models.presets import DIT_PRESETS
@@ -148,6 +150,23 @@ def test_a_branch_that_knows_nothing_computes() -> None:
     assert caches.at("negative", 0.8).recall(torch.zeros(1, 2, 3), tokens) is None
 
 
+def test_a_step_is_spared_in_all_its_passes_or_in_none() -> None:
+    guidance = Guidance(3.0, interval=(0.0, 0.7))
+    caches = StepCaches(lambda _: FirstBlock(0.5), branches_at=guidance.branches_at)
+    taken = []
+    for sigma in (0.9, 0.8, 0.7, 0.6):  # the negative prompt comes in at the third
+        for branch in guidance.branches_at(sigma):
+            cache = caches.at(branch, sigma)
+            known = cache.recall(torch.zeros(1, 2, 3), torch.ones(1, 2, 3))
+            taken.append((branch, sigma, known is None))
+            if known is None:
+                cache.keep(torch.ones(1, 2, 3))
+    assert taken == [
+        ("prompt", 0.9, True), ("prompt", 0.8, False), ("prompt", 0.7, True),
+        ("negative", 0.7, True), ("prompt", 0.6, False), ("negative", 0.6, False),
+    ]
+
+
 def test_another_expert_is_told_nothing() -> None:
     caches = StepCaches(lambda _: FirstBlock(0.5), boundary=0.5)
     computed = []
@@ -210,28 +229,25 @@ def test_what_a_cache_is_called(engine: Engine) -> None:
     for bad in ("fast", "forecast:", "forecast:x", "forecast:-1", "forecast:nan", "none:1", ""):
         with pytest.raises(InputError, match=r"cache is"):
             engine.generate(PROMPT, cache=bad)
-    with pytest.raises(InputError, match="one device"):
-        step_caches.settle_cache(
-            step_caches.Request(prompt=PROMPT, cache="forecast"), engine.folder, devices=2
-        )
 
 
 def test_steps_carry_what_caches_hold() -> None:
     sigmas = torch.linspace(1, 0, 11)
-    caches = make_caches(CacheChoice("forecast", 1.0), sigmas, None)
+    caches = make_caches(CacheChoice("forecast", 1.0), sigmas, Guidance(3.0))
     assert caches is not None
     assert caches.retained == pytest.approx(0.8)
     cache = caches.at("prompt", 0.7)
     cache.recall(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
     cache.keep(torch.ones(1, 2, 3))
     told: list[StepInfo] = []
-    on_step = step_caches.carrying(caches, told.append, None)
-    assert on_step is not None
+    on_step = step_caches.carrying(caches.state, told.append)
     state = SamplerState(1, torch.zeros(1))
     on_step(StepInfo(10, 0.7, 0.6, torch.zeros(1), state))
-    other = make_caches(CacheChoice("forecast", 1.0), sigmas, None)
-    step_caches.carrying(other, told.append, told[0].state)
+    other = make_caches(CacheChoice("forecast", 1.0), sigmas, Guidance(3.0))
     assert other is not None
+    other.restore(told[0].state.cache)
+    assert torch.equal(other.state()["prompt.0"], torch.ones(1, 2, 3))
+    other.at("prompt", 0.6)
     assert other.memories["prompt"].numbers == [0.7, float("inf")]
     assert torch.equal(other.memories["prompt"].tensors[0], torch.ones(1, 2, 3))
 

@@ -10,7 +10,8 @@ whether that is good enough, each with a threshold of which 0 means never:
     forecast      the addition is a polynomial in log-SNR through those computed last (after
                   TaylorSeer, Liu et al. 2025), trusted as far as its own past errors allow
 
-The caches know no model: they see tokens, noise levels, and which branch of guidance asks.
+The caches know no model: they see tokens, noise levels, and which branch of guidance asks. Over
+several processes each remembers its own part of the tokens, and one decides for all.
 
 Axes: B batch, L tokens, D width.
 """
@@ -19,14 +20,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vidgen.core.protocols import StepCache
+from vidgen.diffusion.token_part import TokenPart
 
 RETAINED = 0.2
 """Share of the steps that are computed anyhow, the first ones: they settle what is to be seen."""
@@ -37,30 +38,6 @@ MAX_SIGMA = 1 - 1e-4
 """Pure noise counts as this level: its log-SNR is infinite."""
 
 
-@dataclass(frozen=True)
-class Magnitudes:
-    """How the size of what a model's blocks add depends on the noise level.
-
-    Attributes:
-        sigmas: falling.
-        logs: for each branch of guidance the logarithm of the size at each sigma, up to a constant.
-    """
-
-    sigmas: tuple[float, ...]
-    logs: Mapping[str, tuple[float, ...]]
-
-    def ratio(self, branch: str, sigma: float, sigma_next: float) -> float:
-        """Size at `sigma_next` over that at `sigma`, interpolated between measured levels."""
-        return math.exp(self._log(branch, sigma_next) - self._log(branch, sigma))
-
-    def _log(self, branch: str, sigma: float) -> float:
-        rising, logs = self.sigmas[::-1], self.logs[branch][::-1]
-        sigma = min(max(sigma, rising[0]), rising[-1])
-        i = max(bisect_left(rising, sigma), 1)
-        share = (sigma - rising[i - 1]) / (rising[i] - rising[i - 1])
-        return logs[i - 1] + share * (logs[i] - logs[i - 1])
-
-
 class Memory(ABC):
     """What a cache remembers of one branch of guidance.
 
@@ -68,6 +45,7 @@ class Memory(ABC):
         tensors: [B, L, D] each, in the tokens' dtype; none before the first computed step.
         numbers: the noise level of the last computed step, then the method's own.
         sigma: the noise level of the step at hand.
+        part: this process's part of the tokens; None: it holds all.
     """
 
     lead = 0
@@ -77,6 +55,15 @@ class Memory(ABC):
         self.tensors: list[Tensor] = []
         self.numbers: list[float] = []
         self.sigma = 1.0
+        self.part: TokenPart | None = None
+        self._restored: Sequence[Tensor] = ()
+
+    def begin(self, sigma: float, part: TokenPart | None) -> None:
+        """Hear of a pass at `sigma`, before any block runs."""
+        self.sigma, self.part = sigma, part
+        if self._restored:
+            whole, self._restored = self._restored, ()
+            self.tensors = [each if part is None else part.own(each) for each in whole]
 
     def enter(self, start: Tensor, tokens: Tensor) -> None:
         """Hear what entered the stack, and what left its first `lead` blocks, at `sigma`."""
@@ -96,7 +83,22 @@ class Memory(ABC):
 
     def forget(self) -> None:
         """Remember nothing: what comes is another model's."""
-        self.tensors, self.numbers = [], []
+        self.tensors, self.numbers, self._restored = [], [], ()
+
+    def whole(self) -> Sequence[Tensor]:
+        """`tensors` of all processes; those of a sequence call it at the same time."""
+        if self._restored or self.part is None:
+            return self._restored or self.tensors
+        return [self.part.whole(each) for each in self.tensors]
+
+    def restore(self, numbers: Sequence[float], whole: Sequence[Tensor]) -> None:
+        """Take back `numbers` and what `whole` gave."""
+        self.numbers, self._restored = [*numbers], whole
+
+    def change(self, now: Tensor, before: Tensor) -> float:
+        """`relative_change` over the tokens of all processes."""
+        measure = relative_change if self.part is None else self.part.relative_change
+        return measure(now, before)
 
 
 class FirstBlock(Memory):
@@ -111,7 +113,7 @@ class FirstBlock(Memory):
     def is_near(self) -> bool:
         """See `Memory`."""
         added = _difference(self._tokens, self._start)
-        return relative_change(added, self.tensors[0]) < self.threshold
+        return self.change(added, self.tensors[0]) < self.threshold
 
     def reuse(self) -> Tensor:
         """See `Memory`."""
@@ -184,7 +186,7 @@ class Forecast(Memory):
         """See `Memory`."""
         added, nodes, factor = _difference(tokens, self._start), self.numbers[:-1], math.inf
         if len(nodes) > self.order:
-            factor = relative_change(self._extrapolate(), added) / self._node_product()
+            factor = self.change(self._extrapolate(), added) / self._node_product()
         self.tensors = [added, *self.tensors][: self.order + 1]
         self.numbers = [*[self.sigma, *nodes][: self.order + 1], factor]
 
@@ -239,13 +241,18 @@ class StepCaches:
     """The caches of one run of a sampler, one for each branch of guidance.
 
     At a step the branch that comes first decides, and the others follow: guidance multiplies the
-    difference of the branches, in which what is stale in both cancels out.
+    difference of the branches, in which what is stale in both cancels out. So a step is spared only
+    if all its branches remember something.
 
     Args:
         make: a fresh memory for a branch.
         retained: the noise level above which every step is computed.
         max_skips: how many steps in a row may be left out.
         boundary: the noise level where another expert takes over, of whose blocks nothing is known.
+        branches_at: those that ask at a noise level, the one that decides first; None: who asks
+            first decides, and nothing is known of the others.
+        agree: what comes of this process's decision at a noise level, the same in all processes;
+            one where the deciding branch doesn't ask takes part with False. None: it stands.
 
     Attributes:
         taken: the noise level of each step, and whether it was computed.
@@ -256,50 +263,72 @@ class StepCaches:
     retained: float = 1.0
     max_skips: float = math.inf
     boundary: float | None = None
+    branches_at: Callable[[float], Sequence[str]] | None = None
+    agree: Callable[[float, bool], bool] | None = None
     taken: list[tuple[float, bool]] = field(default_factory=list)
     memories: dict[str, Memory] = field(default_factory=dict)
+    _computed: dict[str, float] = field(default_factory=dict)  # the last level, of all processes
     _decided_by: str = ""
     _skips: int = 0
 
-    def at(self, branch: str, sigma: float) -> StepCache:
-        """The cache for a branch's pass at `sigma`."""
+    def at(self, branch: str, sigma: float, part: TokenPart | None = None) -> StepCache:
+        """The cache for a branch's pass at `sigma`, with the part of the tokens that it is for."""
         memory = self._memory(branch)
-        memory.sigma = sigma
-        if memory.numbers and self.boundary is not None:
-            is_same = (memory.numbers[0] < self.boundary) == (sigma < self.boundary)
-            if not is_same:
-                memory.forget()
-        return _Pass(self, branch, memory)
+        memory.begin(sigma, part)
+        if memory.numbers and not self._is_one_expert(memory.numbers[0], sigma):
+            memory.forget()
+        is_asked = self.branches_at is None or branch in self.branches_at(sigma)
+        return (_Pass if is_asked else _Company)(self, branch, memory)
 
     def spares(self, branch: str, memory: Memory) -> bool:
         """Whether what `memory` holds is to be used in this pass."""
-        follows = (
-            self.taken and self.taken[-1][0] == memory.sigma and self._decided_by != branch
-        )
-        if not follows:
+        sigma = memory.sigma
+        if not (self.taken and self.taken[-1][0] == sigma and self._decided_by != branch):
+            asked = (branch,) if self.branches_at is None else self.branches_at(sigma)
             self._decided_by = branch
-            may = memory.sigma <= self.retained and self._skips < self.max_skips
-            near = bool(memory.tensors) and may and memory.is_near()
+            near = branch == asked[0] and self._may_spare(asked, sigma) and memory.is_near()
+            if self.agree is not None:
+                near = self.agree(sigma, near)
             self._skips = self._skips + 1 if near else 0
-            self.taken.append((memory.sigma, not near))
-        return bool(memory.tensors) and not self.taken[-1][1]
+            self.taken.append((sigma, not near))
+            if not near:
+                self._computed |= dict.fromkeys(asked, sigma)
+        return not self.taken[-1][1]
 
-    def state(self) -> dict[str, Tensor]:
-        """All that is remembered, by name; `restore` takes it."""
+    def state(self, *, numbers_only: bool = False) -> dict[str, Tensor]:
+        """All that is remembered of this process's branches, by name; `restore` takes it.
+
+        Processes that share a sequence call it at the same time, unless it is for numbers only.
+        """
         found = {"skips": torch.tensor(self._skips, dtype=torch.float64)}
         for branch, memory in self.memories.items():
             found[f"{branch}.numbers"] = torch.tensor(memory.numbers, dtype=torch.float64)
-            found |= {f"{branch}.{i}": tensor for i, tensor in enumerate(memory.tensors)}
+            if not numbers_only:
+                found |= {f"{branch}.{i}": each for i, each in enumerate(memory.whole())}
         return found
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+    def restore(
+        self, state: Mapping[str, Tensor], branches: Collection[str] | None = None
+    ) -> None:
+        """Go on from what `state` gave, with the memory of some branches or of all."""
         self._skips = int(state["skips"])
         for branch in {name.rpartition(".")[0] for name in state if name != "skips"}:
-            memory = self._memory(branch)
-            memory.numbers = state[f"{branch}.numbers"].tolist()
-            count = sum(name.rpartition(".")[0] == branch for name in state) - 1
-            memory.tensors = [state[f"{branch}.{i}"] for i in range(count)]
+            numbers = state[f"{branch}.numbers"].tolist()
+            self._computed |= {branch: numbers[0]} if numbers else {}
+            if branches is None or branch in branches:
+                count = sum(name.rpartition(".")[0] == branch for name in state) - 1
+                whole = [state[f"{branch}.{i}"] for i in range(count)]
+                self._memory(branch).restore(numbers, whole)
+
+    def _may_spare(self, asked: Sequence[str], sigma: float) -> bool:
+        """Whether enough was computed, and all branches that are asked know something."""
+        return sigma <= self.retained and self._skips < self.max_skips and all(
+            branch in self._computed and self._is_one_expert(self._computed[branch], sigma)
+            for branch in asked
+        )
+
+    def _is_one_expert(self, sigma: float, other: float) -> bool:
+        return self.boundary is None or (sigma < self.boundary) == (other < self.boundary)
 
     def _memory(self, branch: str) -> Memory:
         if branch not in self.memories:
@@ -321,10 +350,24 @@ class _Pass:
 
     def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
         self.memory.enter(start, tokens)
-        return self.memory.reuse() if self.caches.spares(self.branch, self.memory) else None
+        is_spared = self.caches.spares(self.branch, self.memory)
+        return self.memory.reuse() if is_spared and self.memory.tensors else None
 
     def keep(self, tokens: Tensor) -> None:
         self.memory.keep(tokens)
+
+
+class _Company(_Pass):
+    """A pass that nobody asked for, beside processes that share this one's weights.
+
+    It runs the blocks that theirs run, and remembers nothing.
+    """
+
+    def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:  # noqa: ARG002
+        return tokens if self.caches.spares(self.branch, self.memory) else None
+
+    def keep(self, tokens: Tensor) -> None:
+        pass
 
 
 def relative_change(now: Tensor, before: Tensor) -> float:

@@ -11,6 +11,9 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 
+BRANCHES = ("prompt", "negative")
+"""What a model is asked under, the conditional one first."""
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -49,6 +52,10 @@ class Guidance:
         if self.low_scale is not None and sigma < self.boundary:
             return self.low_scale
         return self.scale
+
+    def branches_at(self, sigma: float) -> tuple[str, ...]:
+        """Those of `BRANCHES` that a step at `sigma` needs."""
+        return BRANCHES[:1] if self.scale_at(sigma) == 1 else BRANCHES
 
     @property
     def is_off(self) -> bool:

@@ -14,9 +14,9 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ from vidgen.core.errors import DeviceError, InputError
 from vidgen.core.request import MAX_DEVICES
 from vidgen.core.runtime import given_rank
 from vidgen.diffusion.guidance import guided
+from vidgen.pipeline.crew_caches import collect, tie
 from vidgen.pipeline.crew_link import (
     Division,
     Link,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from vidgen.core.protocols import Denoise
+    from vidgen.diffusion.cache import StepCaches
     from vidgen.diffusion.condition import LatentState
     from vidgen.pipeline.experts import Loras
     from vidgen.pipeline.networks import Contexts
@@ -71,7 +73,8 @@ class Crew:
         self.link, self.size, self.shard = link, link.size, shard
         self._children, self._num_heads = children, 0
         self._coming: _Coming | None = None
-        self._sampling = False
+        self._sampling: Share | None = None
+        self._remembered: Mapping[str, Tensor] = {}
         self._end = weakref.finalize(self, _dissolve, link, children)
 
     @property
@@ -98,31 +101,54 @@ class Crew:
     @contextmanager
     def denoising(
         self, parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras,
-        level: float,
+        level: float, caches: StepCaches | None = None,
     ) -> Iterator[Denoise]:
         """The guided model over all devices; arguments as in `networks.denoising`.
+
+        Of `caches` this process keeps its own part.
 
         Raises:
             InputError: another clip is being sampled.
             DeviceError: a device failed; the engine can't be used any more.
         """
         self._require_alive()
-        if self._sampling:
+        if self._sampling is not None:
             raise InputError("these devices are at another clip; generate in turns")
         division = divide(self.size, self._num_heads, guided=len(contexts) > 1)
         share = Share(plan, state, contexts, loras, level, division, torch.get_num_threads())
+        if caches is not None:
+            self._remembered = {name: each.cpu() for name, each in caches.state().items()}
+            share = replace(share, caches=replace(caches, memories={}, taken=[]),
+                            remembered=self._remembered)
         ranks = self.link.ranks(division)
         with denoisers(
-            parts, plan, state, division.contexts(contexts, 0), loras, level, ranks
+            parts, plan, state, division.contexts(contexts, 0), loras, level, ranks, caches
         ) as own:
             self.order("begin", parts.dtype, parts.offload, moved(share, "cpu"))
-            self._sampling = True
+            if caches is not None:
+                tie(caches, self.link, division, moved(self._remembered, self.link.device),
+                    shard=self.shard)
+            self._sampling = replace(share, caches=caches)
             try:
                 yield _guided(_Call(self, own, division), share)
             finally:
-                self._sampling = False
+                self._sampling, self._remembered = None, {}
                 if not self.link.broken:
                     self.order("end")
+
+    def remembered(self) -> Mapping[str, Tensor]:
+        """What all ranks' step caches remember, on the CPU, inside `denoising` after a step.
+
+        Only a step that was computed leaves them anything new but numbers.
+        """
+        assert self._sampling is not None
+        caches, division = self._sampling.caches, self._sampling.division
+        assert caches is not None
+        if caches.taken[-1][1]:
+            self.order("remember")
+            with self.together():
+                self._remembered = collect(caches, self.link, division)
+        return {**self._remembered, **caches.state(numbers_only=True)}
 
     def decode(self, parts: Parts, latents: Tensor, begin: int = 0) -> Iterator[Tensor]:
         """What `networks.decode_latents` gives, a stretch decoded by each device.

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.core.errors import InputError
+from vidgen.diffusion.guidance import BRANCHES
 from vidgen.ops.parallel import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from vidgen.diffusion.cache import StepCaches
     from vidgen.diffusion.condition import LatentState
     from vidgen.pipeline.experts import Loras
     from vidgen.pipeline.networks import Contexts
@@ -48,6 +50,10 @@ class Division:
     def branch(self, rank: int) -> int:
         """Which group a rank belongs to: 0 computes under the prompt, 1 under the negative."""
         return rank // self.sequence
+
+    def branches(self, rank: int) -> tuple[str, ...]:
+        """What a rank's group computes under, by name."""
+        return BRANCHES if self.guidance == 1 else (BRANCHES[self.branch(rank)],)
 
     def contexts(self, contexts: Contexts, rank: int) -> Contexts:
         """Those that a rank's group computes under."""
@@ -86,6 +92,8 @@ class Share:
         contexts: (context [1, S, D], lengths [1]) of the prompt and, under guidance, the negative.
         level: the sigma that sampling begins at.
         threads: that rank 0 computes on.
+        caches: what spares steps, without any memory; or None.
+        remembered: what all ranks' caches remember.
     """
 
     plan: Plan
@@ -95,6 +103,8 @@ class Share:
     level: float
     division: Division
     threads: int
+    caches: StepCaches | None = None
+    remembered: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Link:
@@ -135,6 +145,15 @@ class Link:
         if division.sequence == 1:
             return None
         return self._whole if division.guidance == 1 else self._half
+
+    def agreed(self, value: bool, division: Division, *, by_all: bool) -> bool:
+        """What rank 0 says, heard by all ranks, or by those that share a sequence with it."""
+        ranks = self._whole if by_all else self.ranks(division)
+        if ranks is None:
+            return value
+        said = torch.tensor([value], dtype=torch.uint8)
+        dist.broadcast(said, src=0, group=ranks.group)
+        return bool(said)
 
     @cached_property
     def mesh(self) -> DeviceMesh:

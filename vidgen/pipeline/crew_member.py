@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vidgen.pipeline.crew_caches import collect, tie
 from vidgen.pipeline.crew_link import (
     FAILURE,
     LOST,
@@ -35,6 +36,7 @@ from vidgen.pipeline.stretches import room_for
 from vidgen.weights.folder import ModelFolder, open_model
 
 if TYPE_CHECKING:
+    from vidgen.diffusion.cache import StepCaches
     from vidgen.weights.quantize import Quantization
 
 
@@ -46,6 +48,7 @@ class Member:
     """
 
     parts: Parts | None = None
+    _caches: StepCaches | None = None
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -68,10 +71,14 @@ class Member:
         torch.set_num_threads(share.threads)
         parts = self._set_up(dtype, offload)
         own, link = moved(share, self._link.device), self._link
-        self._division = own.division
+        division = self._division = own.division
+        self._caches = own.caches
+        if own.caches is not None:
+            tie(own.caches, link, division, own.remembered, shard=self._mesh is not None)
         self._denoisers = self._sampling.enter_context(denoisers(
-            parts, own.plan, own.state, own.division.contexts(own.contexts, link.rank),
-            own.loras, own.level, link.ranks(own.division),
+            parts, own.plan, own.state, division.contexts(own.contexts, link.rank), own.loras,
+            own.level, link.ranks(division), own.caches,
+            branches=division.branches(link.rank),
         ))
 
     @torch.no_grad()
@@ -87,9 +94,16 @@ class Member:
             if division.guidance == 2 and 1 in wanted and rank == division.sequence:
                 dist.send(velocity.contiguous(), dst=0)
 
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Give rank 0 what this rank's step caches remember."""
+        assert self._caches is not None
+        collect(self._caches, self._link, self._division)
+
     def end(self) -> None:
         """The clip is denoised."""
         self._sampling.close()
+        self._caches = None
 
     def decode(
         self, dtype: torch.dtype, offload: Offload, slices: list[tuple[Tensor, int]]

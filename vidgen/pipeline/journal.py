@@ -115,6 +115,11 @@ class Journal:
         return self.output is not None and (self.folder / JOB).is_file()
 
     @property
+    def keeps(self) -> bool:
+        """Whether what it hears of steps is kept."""
+        return self._on
+
+    @property
     def finished(self) -> bool:
         """Whether resuming finds the output there already, so that nothing is left to do."""
         if self.output is None or not (self.resume and self.output.exists()):

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from vidgen.diffusion.condition import LatentState, denoise_inputs
 from vidgen.diffusion.flow import to_timestep
-from vidgen.diffusion.guidance import guided
+from vidgen.diffusion.guidance import BRANCHES, guided
+from vidgen.diffusion.token_part import TokenPart
+from vidgen.ops.parallel import Ranks, Spread
 from vidgen.pipeline.experts import Experts, Loras, experts
 
 if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise, StepCache
     from vidgen.diffusion.cache import StepCaches
-    from vidgen.ops.parallel import Ranks
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
 
-BRANCHES = ("prompt", "negative")
 Contexts = Sequence[tuple[Tensor, Tensor]]
 """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
 
@@ -57,9 +57,10 @@ def denoising(
 @contextmanager
 def denoisers(
     parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras, level: float,
-    ranks: Ranks | None = None, caches: StepCaches | None = None,
+    ranks: Ranks | None = None, caches: StepCaches | None = None, *,
+    branches: Sequence[str] = BRANCHES,
 ) -> Iterator[list[Denoise]]:
-    """The model under each of the contexts; arguments as in `denoising`.
+    """The model under each of the contexts, `branches` by name; arguments as in `denoising`.
 
     With `ranks` each call is made on all of them together, and gives all of them the same.
     """
@@ -67,13 +68,13 @@ def denoisers(
         yield [
             _denoiser(parts, plan, state, context, given, ranks,
                       None if caches is None else partial(caches.at, branch))
-            for branch, context in zip(BRANCHES, contexts, strict=False)
+            for branch, context in zip(branches, contexts, strict=False)
         ]
 
 
 def _denoiser(
     parts: Parts, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts,
-    ranks: Ranks | None, cache_at: Callable[[float], StepCache] | None,
+    ranks: Ranks | None, cache_at: Callable[[float, TokenPart | None], StepCache] | None,
 ) -> Denoise:
     """The model under one prompt and all conditions."""
     whole = plan.sampler in ("unipc", "UniPCMultistepScheduler")  # as diffusers has it
@@ -83,12 +84,17 @@ def _denoiser(
     if state.control is not None:
         options |= {"control": state.control, "control_scale": plan.control_scale}
 
+    def num_tokens(seen: Tensor) -> int:
+        num_stills = 0 if state.keys is None else state.keys.num_keys
+        return (seen.shape[2] + num_stills) * (seen.shape[3] // patch) * (seen.shape[4] // patch)
+
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         seen, levels = denoise_inputs(state, sigma, latents, patch=patch)
         level = float(sigma[0])
+        part = None if ranks is None else TokenPart(Spread(ranks, [num_tokens(seen)]))
         velocity = given.at(level)(
             seen, to_timestep(levels, whole=whole), features, context_lengths=lengths,
-            step_cache=cache_at(level) if cache_at else None, **options,
+            step_cache=cache_at(level, part) if cache_at else None, **options,
         )
         assert isinstance(velocity, Tensor)
         return velocity

@@ -7,7 +7,7 @@ makes it for one run of a sampler; `carrying` has the states of that run hold wh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.core.protocols import OnStep, SamplerState, StepInfo
+from vidgen.core.protocols import OnStep, StepInfo
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_write, cache_folder
 from vidgen.diffusion.cache import (
@@ -27,11 +27,12 @@ from vidgen.diffusion.cache import (
     FirstBlock,
     Forecast,
     Magnitude,
-    Magnitudes,
     Memory,
     Probe,
     StepCaches,
 )
+from vidgen.diffusion.guidance import Guidance
+from vidgen.diffusion.magnitudes import Magnitudes
 from vidgen.pipeline.experts import NO_LORAS
 
 if TYPE_CHECKING:
@@ -64,18 +65,15 @@ class CacheChoice:
     magnitudes: Magnitudes | None = None
 
 
-def settle_cache(request: Request, folder: ModelFolder, devices: int = 1) -> CacheChoice | None:
+def settle_cache(request: Request, folder: ModelFolder) -> CacheChoice | None:
     """What `--cache` means for a model; None where all is computed.
 
     Raises:
-        InputError: several devices, or magnitudes that nobody has measured.
+        InputError: magnitudes that nobody has measured.
     """
     method, _, threshold = request.cache.partition(":")
     if method == "none":
         return None
-    if devices > 1:
-        raise InputError(f"cache is {request.cache!r}, but step caches decide on one device, not "
-                         f"on {devices}; leave one of the two out")
     choice = CacheChoice(method, float(threshold or THRESHOLDS[method]))
     if method != "magnitude":
         return choice
@@ -87,20 +85,23 @@ def settle_cache(request: Request, folder: ModelFolder, devices: int = 1) -> Cac
 
 
 def make_caches(
-    choice: CacheChoice | None, sigmas: Tensor, boundary: float | None
+    choice: CacheChoice | None, sigmas: Tensor, guidance: Guidance
 ) -> StepCaches | None:
     """The caches of one run of a sampler.
 
     Args:
         choice: of the plan.
         sigmas: [num_steps + 1], those of the run.
-        boundary: sigma at which another expert takes over, or None.
+        guidance: of the plan.
     """
     if choice is None:
         return None
     count = len(sigmas) - 1
     retained = float(sigmas[min(round(RETAINED * count), count)])
-    return StepCaches(partial(_memory, choice), retained, MAX_SKIPS, boundary)
+    return StepCaches(
+        partial(_memory, choice), retained, MAX_SKIPS, guidance.boundary or None,
+        guidance.branches_at,
+    )
 
 
 def _memory(choice: CacheChoice, branch: str) -> Memory:
@@ -112,17 +113,10 @@ def _memory(choice: CacheChoice, branch: str) -> Memory:
     return Magnitude(choice.threshold, partial(choice.magnitudes.ratio, branch))
 
 
-def carrying(
-    caches: StepCaches | None, on_step: OnStep | None, resume: SamplerState | None
-) -> OnStep | None:
-    """Bring back what caches remembered, and put into each step's state what they remember."""
-    if caches is None or on_step is None:
-        return on_step
-    if resume is not None and resume.cache:
-        caches.restore(resume.cache)
-
+def carrying(remember: Callable[[], Mapping[str, Tensor]], on_step: OnStep) -> OnStep:
+    """Have each step's state hold what caches remember."""
     def tell(info: StepInfo) -> None:
-        on_step(replace(info, state=replace(info.state, cache=caches.state())))
+        on_step(replace(info, state=replace(info.state, cache=remember())))
 
     return tell
 

@@ -284,8 +284,7 @@ class Engine:
             self.vae_config.latent_channels, patch=self.dit_config.patch_size,
             picture_size=inputs.picture_size, video_seconds=inputs.video_seconds,
         )
-        cache = settle_cache(request, self.folder, devices_of(self.crew).get("devices") or 1)
-        plan = replace(plan, cache=cache)
+        plan = replace(plan, cache=settle_cache(request, self.folder))
         for name, text in (("prompt", plan.prompt), ("negative", plan.negative)):
             self._check_words(name, text)
         return plan
@@ -346,16 +345,25 @@ class Engine:
         scheduler: Any = None,
         loras: Loras = NO_LORAS,
         resume: SamplerState | None = None,
+        *,
+        remember: bool = True,
     ) -> Tensor:
-        """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler."""
+        """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler.
+
+        With `remember` the states that `on_step` is told hold what a step cache remembers.
+        """
         start = state.impose(state.latents)
         sigmas = self.sigmas(plan, scheduler)
-        caches = make_caches(plan.cache, sigmas, self.folder.defaults.boundary)
-        on_step = carrying(caches, on_step, resume)
+        caches = make_caches(plan.cache, sigmas, plan.guidance)
+        if caches is not None and resume is not None and resume.cache:
+            caches.restore(resume.cache)
+        if caches is not None and on_step is not None and remember:
+            crew = self.crew
+            on_step = carrying(caches.state if crew is None else crew.remembered, on_step)
         told = {"on_step": on_step, "project": state.impose, "resume": resume}
         level = float(sigmas[resume.step if resume else 0])
-        model = self.crew.denoising if self.crew else partial(denoising, caches=caches)
-        with model(self.parts, plan, state, contexts, loras, level) as denoise:
+        model = self.crew.denoising if self.crew else denoising
+        with model(self.parts, plan, state, contexts, loras, level, caches) as denoise:
             if scheduler is not None:
                 latents = sample_with_scheduler(
                     denoise, start, scheduler, plan.num_steps, strength=plan.strength, **told
@@ -381,7 +389,10 @@ class Engine:
                 report("sample", number * info.num_steps + info.step, num_windows * info.num_steps)
 
             resume = journal.take_state()
-            return self.sample(plan, state, contexts(), on_step, request.scheduler, loras, resume)
+            return self.sample(
+                plan, state, contexts(), on_step, request.scheduler, loras, resume,
+                remember=journal.keeps,
+            )
 
         return sample
 
