@@ -163,8 +163,9 @@ def test_every_option_stands_on_the_verbs_page(verb, page):
 def test_the_model_page_gives_the_real_sizes():
     import torch
 
+    from vidgen.models.audio import AudioVAE
     from vidgen.models.dit import SpacetimeDiT
-    from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
+    from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
     from vidgen.models.text import UMT5Encoder
     from vidgen.models.vae import CausalVAE
     from vidgen.toybox.judge import Judge, JudgeConfig
@@ -173,7 +174,7 @@ def test_the_model_page_gives_the_real_sizes():
     with torch.device("meta"):
         vae, dit = CausalVAE(VAE_PRESETS["toybox"]), SpacetimeDiT(DIT_PRESETS["toybox"])
         parts = [vae, vae.encoder, vae.decoder, dit, UMT5Encoder(TEXT_PRESETS["toybox"])]
-        parts.append(Judge(JudgeConfig()))
+        parts += [Judge(JudgeConfig()), AudioVAE(AUDIO_VAE_PRESETS["toybox"])]
     for part in parts:
         assert f"{sum(p.numel() for p in part.parameters()):,}" in page
     sound = sum(p.numel() for key, p in dit.named_parameters() if "audio" in key)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import AudioConfig, DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
@@ -134,5 +135,13 @@ IMAGE_PRESETS: dict[str, ImageConfig] = {
     ),
     "clip-vit-h": ImageConfig(
         image_size=224, patch_size=14, hidden_dim=1280, ffn_dim=5120, num_layers=32, num_heads=16
+    ),
+}
+
+AUDIO_VAE_PRESETS: dict[str, AudioVAEConfig] = {
+    "toybox": AudioVAEConfig(latent_channels=24, encoder_dim=128, decoder_dim=176),
+    "tiny": AudioVAEConfig(
+        latent_channels=4, encoder_dim=16, decoder_dim=16, encoder_layers=(1, 1),
+        decoder_layers=(1, 1), kernel_size=3,
     ),
 }

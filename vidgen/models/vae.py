@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.shapes import Strides, VideoShape
+from vidgen.models.latents import NormalizedLatents
 from vidgen.models.vae_blocks import Downsample, DownStage, MidBlock, Upsample, UpStage
 from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last
 from vidgen.ops.norm import ChannelRMSNorm
@@ -171,7 +172,7 @@ class Decoder(nn.Module):
         return self.conv_out.after_norm(self.norm_out, x, cache)
 
 
-class CausalVAE(nn.Module):
+class CausalVAE(NormalizedLatents, nn.Module):
     """Video [B, 3, T, H, W] in [-1, 1] <-> latents [B, C, F, h, w]."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -216,22 +217,6 @@ class CausalVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Video [B, 3, T, H, W], not clamped, of normalised latents [B, C, F, h, w]."""
         return self.decode_raw(self.denormalize(latents))
-
-    def normalize(self, raw: Tensor) -> Tensor:
-        """(raw - latents_mean) / latents_std, [B, C, F, h, w]."""
-        mean, std = self._statistics(raw)
-        return (raw - mean) / std
-
-    def denormalize(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalize`."""
-        mean, std = self._statistics(latents)
-        return latents * std + mean
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        C = self.config.latent_channels
-        mean = like.new_tensor(self.config.latents_mean or [0.0] * C).view(1, C, 1, 1, 1)
-        std = like.new_tensor(self.config.latents_std or [1.0] * C).view(1, C, 1, 1, 1)
-        return mean, std
 
     def _encode(self, video: Tensor, cache: StreamCache | None) -> Tensor:
         x = patchify_pixels(video, self.config.patch_size)
