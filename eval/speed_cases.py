@@ -206,7 +206,6 @@ def _build_training(case: Case, side: str, frames: int, plane: tuple[int, int]) 
     latents, context, _ = _dit_inputs(DIT_PRESETS["wan-1.3b"], frames, plane, False)
     if side == "ours":
         model = _our_dit(model, "wan-1.3b", torch.float32)
-        model.compile_blocks()
     elif side == "compiled":
         model.compile_repeated_blocks()
     model.train().requires_grad_(requires_grad=True)

@@ -87,7 +87,8 @@ class DiTRun:
             is high and sprites are few, but not here (after Yu et al. 2024, who align such tokens
             with another network's; here there is the truth). The head is dropped on export.
         init: folder of a released model whose transformer and text encoder to start from.
-        compile: torch.compile the blocks; pays in runs of hours, as every shape compiles anew.
+        compile: torch.compile the blocks, on devices that our own kernels don't serve; pays in runs
+            of hours, as every shape compiles anew.
         validation_clips: taken off the end of the first cache, never trained on.
     """
 

@@ -222,6 +222,7 @@ class SpacetimeDiT(nn.Module):
         """Let torch.compile fuse what surrounds the matrix products; needs a C++ compiler on a CPU.
 
         A training step takes 0.81 times as long; the first takes a minute, ten seconds once cached.
+        Not for CPUs that have our own kernels: a compiled block doesn't call them, and is slower.
         """
         for block in (*self.blocks, *self.control_blocks):
             block.compile()
