@@ -14,7 +14,8 @@ import pytest
 from vidgen.cli.main import main
 from vidgen.media.checks import ClipChecker
 from vidgen.media.clip import Clip
-from vidgen.media.read import VideoReader, read_recipe, read_sound
+from vidgen.media.read import VideoReader, read_recipe
+from vidgen.media.sound import read_sound
 from vidgen.pipeline.video import load
 
 PROMPT = "a red car bounces across the desert"
@@ -80,7 +81,25 @@ def test_a_foreign_clip_needs_a_prompt_and_goes_on_from_its_pixels(
     assert all(map(np.array_equal, frames_of(bare), frames_of(tmp_path / "longer.mp4")))
 
 
+def test_a_cache_and_devices_are_recorded_and_a_cache_goes_on(short, extend, tmp_path):
+    one, two, more = (tmp_path / f"{name}.mkv" for name in ("one", "two", "more"))
+    words = (short, "--seconds", 0.5, "--steps", 8, "--cache", "forecast:100")
+    extend(*words, "-o", one)
+    extend(*words, "-o", two, "--devices", 2)
+    extend(two, "--seconds", 0.5, "-o", more)
+    recipes = [read_recipe(path) for path in (one, two, more)]
+    assert [recipe["plan"]["cache"]["threshold"] for recipe in recipes] == [100.0] * 3
+    assert [recipe.get("devices", {}).get("count") for recipe in recipes] == [None, 2, None]
+    assert recipes[1]["devices"]["sequence"] == 2
+    for alone, shared in zip(frames_of(one), frames_of(two), strict=True):
+        assert np.abs(alone.astype(int) - shared).max() <= 1
+    extend(two, "--seconds", 0.5, "-o", more, "--cache", "none", "--overwrite")
+    assert read_recipe(more)["plan"]["cache"] is None
+
+
 @pytest.mark.parametrize(("words", "message"), [
+    (["--seconds", "1", "--shard"], "--devices 2 or more"),
+    (["--seconds", "1", "--devices", "0"], "devices is 0"),
     (["--seconds", "0"], "seconds is 0.0"),
     (["--seconds", "0.01"], "less than a frame"),
     (["--seconds", "1", "-o", "SELF", "--overwrite"], "is the clip itself"),

@@ -108,6 +108,27 @@ def test_a_resumed_run_equals_a_whole_one(
         assert torch.equal(clip.latents, expected)
 
 
+def test_each_window_begins_its_cache_anew_and_goes_on_inside(
+    engine: Engine, passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    options = {**STEPS, "frames": 37, "guidance": 1.0, "cache": "first-block:100"}
+    out = tmp_path / "x.mp4"
+
+    def stop(progress: Progress) -> None:
+        if (progress.stage, progress.done) == ("sample", 8 + 4):
+            raise Cancelled("stopped")
+
+    straight = engine.generate(PROMPT, **options).latents
+    assert passes.count(max(passes)) == 4 * 3  # windows, and steps computed in each
+    with pytest.raises(Cancelled):
+        engine.generate(PROMPT, journal=Journal(out), on_event=stop, **options)
+    passes.clear()
+    clip = engine.generate(PROMPT, journal=Journal(out, resume=True), **options)
+    assert torch.equal(clip.latents, straight)
+    assert passes.count(max(passes)) == 1 + 2 * 3  # no more than was left
+
+
 def test_a_job_goes_on_with_its_own_cache(engine: Engine, tmp_path: Path) -> None:
     out = tmp_path / "x.mp4"
 

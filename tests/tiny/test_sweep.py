@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vidgen.cli.main import main
@@ -88,6 +89,17 @@ def test_pictures_and_ways_of_loading_vary_too(sweep: Sweep) -> None:
     assert [cell["made"] for cell in again] == [True, False]
     cells = sweep("a cat", "--over", "dtype=fp32,bf16", *more)[1]["cells"]
     assert [Clip.from_file(cell["path"]).recipe["dtype"] for cell in cells] == ["fp32", "bf16"]
+
+
+def test_devices_vary_too_and_leave_again(sweep: Sweep) -> None:
+    words = ("--seed", 1, "--steps", 4, "--cache", "forecast:100", "-o", "s.png")
+    code, result, _ = sweep("a cat", "--over", "devices=1,2", *words)
+    assert code == 0
+    recipes = [Clip.from_file(cell["path"]).recipe for cell in result["cells"]]
+    assert "devices" not in recipes[0]
+    assert recipes[1]["devices"]["count"] == 2
+    assert recipes[1]["plan"]["cache"]["method"] == "forecast"
+    assert not torch.distributed.is_initialized()
 
 
 def test_what_cant_be_swept_is_refused_before_anything_is_made(sweep: Sweep) -> None:

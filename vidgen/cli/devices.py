@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +13,38 @@ if TYPE_CHECKING:
     from vidgen.pipeline.journal import Journal
 
 
-def choose_devices(args: Namespace, journals: Sequence[Journal]) -> dict[str, Any]:
+def add_devices(parser: ArgumentParser) -> None:
+    """Declare the options that say how many devices make a clip together."""
+    parser.add_argument("--devices", type=int, metavar="N",
+        help="devices that share the work; default 1, under torchrun as many as it started")
+    parser.add_argument("--shard", action="store_true", default=None,
+        help="spread the transformer's weights over the devices")
+
+
+def choose_devices(
+    count: int | None, shard: bool | None, journals: Sequence[Journal]
+) -> dict[str, Any]:
     """Devices as asked for, as torchrun started them, or as unfinished clips began with.
 
-    On a CPU each gets its share of the threads, unless OMP_NUM_THREADS says how many.
+    Where all clips are finished there is nothing left that more than one could do.
     """
     given = given_rank()
-    if not given and all(journal.finished for journal in journals):
+    if journals and not given and all(journal.finished for journal in journals):
         return {"devices": 1, "shard": False}
     began = next((j.recipe["devices"] for j in journals if (j.recipe or {}).get("devices")), {})
-    count, shard = args.devices, args.shard
     if count is None:
         count = given[1] if given else began.get("count", 1)
     if shard is None:
         shard = began.get("shard", False)
-    if count > 1:
-        import torch
-
-        if not (torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ):
-            torch.set_num_threads(max(1, torch.get_num_threads() // count))
     return {"devices": count, "shard": shard}
+
+
+def share_threads(count: int, threads: int) -> None:
+    """On a CPU give each of `count` devices its share, unless OMP_NUM_THREADS says how many."""
+    import torch
+
+    share = max(1, threads // max(1, count))
+    if not (torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ) and (
+        share != torch.get_num_threads()
+    ):
+        torch.set_num_threads(share)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidgen.cli.devices import add_devices, choose_devices, share_threads
 from vidgen.cli.generate import judged
 from vidgen.cli.report import Report
 from vidgen.cli.resume import add_resume, journals_of_outputs, seed_of, told_how_to_go_on
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.journal import Journal
 
 DESCRIPTION = "Let a clip go on. What is left out is as the clip's recipe has it."
-_LOADING = ("model", "dtype", "offload", "quantize")
+_LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
 _NOT_OF_REQUEST = {
     "clip", "output", "overwrite", "resume", "json", "events", "seconds", *_LOADING
 }
@@ -40,6 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed; 1 is off")
     add("--sampler", metavar="NAME", help="euler or unipc")
     add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
+    add("--cache", metavar="METHOD[:THRESHOLD]", help="as in generate; default the clip's")
     add("--last-image", metavar="IMAGE", help="the last frame")
     add("--reference", action="append", default=[], metavar="IMAGE",
         help="a picture of a subject that is to appear; may be repeated")
@@ -54,6 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="as in generate")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
+    add_devices(parser)
     add("--label", choices=("none", "visible"),
         help="visible burns a label into the first 2 seconds; default as the clip has it")
 
@@ -78,6 +81,7 @@ def run(args: Namespace, report: Report) -> int:
     options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
     given = {name: value for name, value in options.items() if value not in (None, [])}
     loading = {name: getattr(args, name) for name in _LOADING}
+    loading |= choose_devices(args.devices, args.shard, [journal])
     if recipe is not None:
         try:
             given = _own(recipe, args.model) | given
@@ -116,7 +120,7 @@ def _own(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]:
         "steps": plan["num_steps"], "shift": plan["shift"], "sampler": plan["sampler"],
         "guidance": guidance["scale"], "guidance_interval": guidance["interval"],
         "guidance_rescale": guidance["rescale"], "guidance_low": guidance.get("low_scale"),
-        "control_scale": None,
+        "control_scale": None, "cache": recipe.get("request", {}).get("cache"),
         "lora": [
             f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
             for lora in recipe.get("loras", ())
@@ -131,11 +135,14 @@ def _make(
     options: dict[str, Any], size: tuple[int, int], loading: dict[str, Any], output: str,
     journal: Journal, report: Report,
 ) -> int:
+    import torch
+
     from vidgen.core.request import Request
     from vidgen.pipeline.video import Engine, load
 
     request = Request.of(options.pop("prompt"), options)
     start = time.monotonic()
+    share_threads(loading["devices"], torch.get_num_threads())
     loading["model"] = loading["model"] or "toybox"
     engine = load(**loading)
     if not isinstance(engine, Engine):

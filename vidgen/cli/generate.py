@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.devices import choose_devices
+from vidgen.cli.devices import add_devices, choose_devices, share_threads
 from vidgen.cli.report import Report
 from vidgen.cli.resume import add_resume, journals_of_outputs, seed_of, told_how_to_go_on
 from vidgen.core.errors import InputError
@@ -75,10 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "first of them that fits")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
-    add("--devices", type=int, metavar="N",
-        help="devices that share the work; default 1, under torchrun as many as it started")
-    add("--shard", action="store_true", default=None,
-        help="spread the transformer's weights over the devices")
+    add_devices(parser)
     add("--preview", action="store_true",
         help="show the clip while it forms, as OUTPUT.preview.webp; it goes when the clip is done")
     add("--strict", action="store_true", help="fail where a clip's checks find it faulty")
@@ -101,6 +98,8 @@ def run(args: Namespace, report: Report) -> int:
     _check_outputs(paths, request, overwrite=args.overwrite or args.resume)
     journals = journals_of_outputs(paths, args, report)
 
+    import torch
+
     from vidgen.pipeline.journal import Journal
     from vidgen.pipeline.preview import preview_path, write_preview
     from vidgen.pipeline.video import load
@@ -108,7 +107,8 @@ def run(args: Namespace, report: Report) -> int:
     start = time.monotonic()
     loading = {name: getattr(args, name) for name in _LOADING}
     done = [journal.finished for journal in journals]
-    loading |= choose_devices(args, journals)
+    loading |= choose_devices(args.devices, args.shard, journals)
+    share_threads(loading["devices"], torch.get_num_threads())
     if all(done):
         loading["offload"] = "stage"  # nothing is left that would need a network
     with told_how_to_go_on(journals, report):

@@ -91,7 +91,7 @@ def _run(verb: str, *arguments: str) -> int:
         raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
     module, parser = verb_parser(verb)
     args = parser.parse(arguments)
-    if verb == "generate" and (given_rank() or (0,))[0]:
+    if verb in ("generate", "extend") and (given_rank() or (0,))[0]:
         from vidgen.pipeline.crew_member import join_torchrun
 
         join_torchrun()  # the process of rank 0 does all the rest

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import generate
+from vidgen.cli.devices import choose_devices, share_threads
 from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
 from vidgen.cli.resume import told_how_to_go_on
 from vidgen.core.errors import InputError
+from vidgen.core.runtime import given_rank
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
 
 DESCRIPTION = "Make a clip under several settings, the seed locked: one labelled sheet, one video."
 MAX_CELLS = 100
-_LOADING = ("model", "dtype", "offload", "quantize")
+_LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ def run(args: Namespace, report: Report) -> int:
     if args.count != 1 or args.retry:
         raise InputError("a sweep makes one clip of each setting; leave --count and --retry out, "
                          "or vary the seed with --over seed=1..4")
+    if given_rank() is not None:
+        raise InputError("a sweep starts its devices itself; leave torchrun out, and give "
+                         "--devices N")
     stem = _stem_and_seed(args, report)
     cells = _cells(args, stem)
     columns = _columns(args.over)
@@ -167,6 +172,7 @@ def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], stem: str
             options["prompt"] = _replaced(options["prompt"], axis.word, value)
             label.append(value)
     loading = {name: options.pop(name) for name in _LOADING}
+    loading |= choose_devices(loading["devices"], loading["shard"], ())
     request = Request.of(options.pop("prompt"), options)
     name = _identity(request, loading)
     return Cell(", ".join(label), request, loading, Path(f"{stem}.cells", f"{name}.mp4"))
@@ -195,10 +201,12 @@ def _content_hash(model: str) -> str:
 
 def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
     """Make clips, those of one way of loading after each other; one that was begun goes on."""
+    import torch
+
     from vidgen.pipeline.journal import Journal
     from vidgen.pipeline.video import Engine, load
 
-    engine, loaded = None, None
+    engine, loaded, threads = None, None, torch.get_num_threads()
     expect = partial(report.expect, num_clips=len(cells), one_by_one=True)
     for number, cell in enumerate(sorted(cells, key=lambda cell: str(cell.loading)), 1):
         told = {"clip": number, "num_clips": len(cells)}
@@ -207,7 +215,10 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
             report({"event": "progress", **vars(progress), **told})
 
         if cell.loading != loaded:
+            if isinstance(engine, Engine):
+                engine.close()
             engine, loaded = None, cell.loading  # the old one leaves before the new one comes
+            share_threads(cell.loading["devices"], threads)
             engine = load(**cell.loading)
         assert engine is not None
         journal = Journal(cell.path, resume=args.resume or not args.overwrite,
@@ -221,6 +232,8 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
             assert not isinstance(clip, list)
             if not done:
                 report.save(clip, str(cell.path), (number, len(cells)), overwrite=True)
+    if isinstance(engine, Engine):
+        engine.close()
 
 
 def _columns(axes: Sequence[Axis]) -> int:
