@@ -22,6 +22,22 @@ class Strides:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """A grid of `rows` x `columns` that a picture is cut into."""
+
+    rows: int
+    columns: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+    @property
+    def count(self) -> int:
+        """How many tiles there are."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
 class VideoShape:
     """A video of `batch` clips, `num_frames` of `height` x `width` pixels."""
 

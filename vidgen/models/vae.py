@@ -140,6 +140,10 @@ class Encoder(nn.Module):
         x = self.conv_in(x, cache)
         for stage in self.stages:
             x = stage(x, cache)
+        return self.leave(x, cache)
+
+    def leave(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """From what leaves the last stage, [B, D, F, h, w], to moments."""
         x = self.conv_out.after_norm(self.norm_out, self.mid(x, cache), cache)
         return self.to_moments(x)
 
@@ -166,10 +170,14 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """[B, C, F, h, w] -> [B, 3 * p * p, T, H / p, W / p]."""
-        x = self.mid(self.conv_in(self.from_latents(x), cache), cache)
+        x = self.enter(x, cache)
         for stage in self.stages:
             x = stage(x, cache)
         return self.conv_out.after_norm(self.norm_out, x, cache)
+
+    def enter(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """From latents to what enters the first stage, [B, D, F, h, w]."""
+        return self.mid(self.conv_in(self.from_latents(x), cache), cache)
 
 
 class CausalVAE(NormalizedLatents, nn.Module):
@@ -244,14 +252,29 @@ class CausalVAE(NormalizedLatents, nn.Module):
             InputError: if frames are left over at the end that do not fill a latent frame.
         """
         cache = StreamCache() if cache is None else cache
+        for chunk in self.groups(frames, cache.position):
+            moments = self._encode(chunk, cache)
+            cache.position += 1
+            yield self.normalize(moments.chunk(2, dim=1)[0])
+
+    def groups(self, frames: Iterable[Tensor], position: int = 0) -> Iterator[Tensor]:
+        """Frames [B, 3, n, H, W] as they come, put together by the latent frame that they make.
+
+        Args:
+            frames: chunks of any lengths.
+            position: latent frames that were made before.
+
+        Raises:
+            InputError: if frames are left over at the end that do not fill a latent frame.
+        """
         held: list[Tensor] = []
         for chunk in frames:
             held.extend(chunk.unbind(2))
-            while len(held) >= (need := self.strides.t if cache.position else 1):
-                moments = self._encode(torch.stack(held[:need], 2), cache)
+            while len(held) >= (need := self.strides.t if position else 1):
+                group = torch.stack(held[:need], 2)
                 del held[:need]
-                cache.position += 1
-                yield self.normalize(moments.chunk(2, dim=1)[0])
+                position += 1
+                yield group
         if held:
             raise InputError(
                 f"{len(held)} frames left over: a clip has 1 mod {self.strides.t} frames"

@@ -8,13 +8,16 @@ Axes: L tokens, S text tokens, D width, P pixels of a frame, n frames that a lat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Literal, NamedTuple
 
+from vidgen.core.shapes import Tiles
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
+from vidgen.models.vae_tiles import AT_ONCE, decoder_tiles, encoder_tiles
 from vidgen.ops.attention import _BLOCK, _MAX_SCORES
 from vidgen.ops.native import WIDTHS
 
@@ -161,13 +164,30 @@ class Layer(NamedTuple):
 
 def decoder_layers(config: VAEConfig, rows: int, columns: int) -> Iterator[Layer]:
     """Convolutions of the decoder for latents of rows x columns, in order."""
-    mults, pixels, frames = config.channel_mults[::-1], rows * columns, 1
-    outs = [config.decoder_dim * m for m in mults]
-    yield Layer(config.latent_channels, outs[0], (3, 9), frames, pixels)
-    yield from _residual(outs[0], outs[0], frames, pixels)
-    yield from _residual(outs[0], outs[0], frames, pixels)
-    width = outs[0]
-    for out, resample in zip(outs, (*config.resamples[-2::-1], None), strict=True):
+    areas = [rows * columns * 4 ** min(i, config.num_stages - 1)
+             for i in range(config.num_stages + 1)]
+    return chain(_decoder_begin(config, areas[0]), _decoder_stages(config, areas))
+
+
+def encoder_layers(config: VAEConfig, rows: int, columns: int) -> Iterator[Layer]:
+    """Convolutions of the encoder for a video whose latents are rows x columns, in order."""
+    last = config.num_stages - 1
+    areas = [rows * columns * 4 ** min(last - i, last) for i in range(-1, config.num_stages)]
+    return chain(_encoder_stages(config, areas), _encoder_end(config, areas[-1]))
+
+
+def _decoder_begin(config: VAEConfig, pixels: int) -> Iterator[Layer]:
+    width = config.decoder_dim * config.channel_mults[-1]
+    yield Layer(config.latent_channels, width, (3, 9), 1, pixels)
+    yield from _residual(width, width, 1, pixels)
+    yield from _residual(width, width, 1, pixels)
+
+
+def _decoder_stages(config: VAEConfig, areas: Sequence[int]) -> Iterator[Layer]:
+    """The stages and the last convolution, which read so many pixels."""
+    outs, frames = [config.decoder_dim * m for m in config.channel_mults[::-1]], 1
+    width, resamples = outs[0], (*config.resamples[-2::-1], None)
+    for out, resample, pixels in zip(outs, resamples, areas, strict=False):
         for i in range(config.num_blocks + 1):
             yield from _residual(out if i else width, out, frames, pixels)
         width = out
@@ -177,30 +197,32 @@ def decoder_layers(config: VAEConfig, rows: int, columns: int) -> Iterator[Layer
                 frames *= 2
             width = out if config.stage_shortcuts else out // 2
             yield Layer(out, 4 * width, (1, 4), frames, pixels)  # four phases, see `Upsample`
-            pixels *= 4
-    yield Layer(width, 3 * config.patch_size**2, (3, 9), frames, pixels, norm=True)
+    yield Layer(width, 3 * config.patch_size**2, (3, 9), frames, areas[len(outs)], norm=True)
 
 
-def encoder_layers(config: VAEConfig, rows: int, columns: int) -> Iterator[Layer]:
-    """Convolutions of the encoder for a video whose latents are rows x columns, in order."""
-    scale = 2 ** (config.num_stages - 1)
-    pixels, frames = rows * columns * scale**2, config.strides.t
-    width = config.encoder_dim
-    yield Layer(3 * config.patch_size**2, width, (3, 9), frames, pixels)
-    for mult, resample in zip(config.channel_mults, config.resamples, strict=True):
+def _encoder_stages(config: VAEConfig, areas: Sequence[int]) -> Iterator[Layer]:
+    """The first convolution and the stages, which read so many pixels."""
+    width, frames = config.encoder_dim, config.strides.t
+    yield Layer(3 * config.patch_size**2, width, (3, 9), frames, areas[0])
+    for mult, resample, pixels in zip(
+        config.channel_mults, config.resamples, areas[1:], strict=False
+    ):
         out = config.encoder_dim * mult
         for i in range(config.num_blocks):
             yield from _residual(out if i else width, out, frames, pixels)
         width = out
         if resample:
-            pixels //= 4
-            yield Layer(out, out, (1, 9), frames, pixels)
+            yield Layer(out, out, (1, 9), frames, pixels // 4)
             if resample == "spacetime":
                 frames //= 2
-                yield Layer(out, out, (3, 1), frames, pixels)
-    yield from _residual(width, width, frames, pixels)
-    yield from _residual(width, width, frames, pixels)
-    yield Layer(width, 2 * config.latent_channels, (3, 9), frames, pixels, norm=True)
+                yield Layer(out, out, (3, 1), frames, pixels // 4)
+
+
+def _encoder_end(config: VAEConfig, pixels: int) -> Iterator[Layer]:
+    width = config.encoder_dim * config.channel_mults[-1]
+    yield from _residual(width, width, 1, pixels)
+    yield from _residual(width, width, 1, pixels)
+    yield Layer(width, 2 * config.latent_channels, (3, 9), 1, pixels, norm=True)
 
 
 def _residual(inputs: int, outputs: int, frames: int, pixels: int) -> Iterator[Layer]:
@@ -210,10 +232,32 @@ def _residual(inputs: int, outputs: int, frames: int, pixels: int) -> Iterator[L
         yield Layer(inputs, outputs, (1, 1), frames, pixels)
 
 
-def vae_ops(config: VAEConfig, frames: int, rows: int, columns: int, *, decode: bool) -> list[Op]:
+def _parts(
+    config: VAEConfig, rows: int, columns: int, tiles: Tiles, *, decode: bool
+) -> tuple[Iterator[Layer], list[Iterator[Layer]]]:
+    """Convolutions that see the whole picture, and those of each tile."""
+    if decode:
+        cut = decoder_tiles(config, rows, columns, tiles)
+        stages = [_decoder_stages(config, tile.areas) for tile in cut]
+        return _decoder_begin(config, rows * columns), stages
+    cut = encoder_tiles(config, rows, columns, tiles)
+    stages = [_encoder_stages(config, tile.areas) for tile in cut]
+    return _encoder_end(config, rows * columns), stages
+
+
+def vae_ops(
+    config: VAEConfig, frames: int, rows: int, columns: int, *, decode: bool,
+    tiles: Tiles | None = None,
+) -> list[Op]:
     """A clip of so many latent frames of rows x columns through the decoder or the encoder."""
-    ops, layers = [], decoder_layers if decode else encoder_layers
-    for layer in layers(config, rows, columns):
+    if tiles is None:
+        layers: Iterable[Layer] = (decoder_layers if decode else encoder_layers)(
+            config, rows, columns)
+    else:
+        whole, each = _parts(config, rows, columns, tiles, decode=decode)
+        layers = chain(whole, *each)
+    ops = []
+    for layer in layers:
         inputs, outputs = max(layer.inputs, 16), max(layer.outputs, 16)  # a kernel's vectors
         width, folded = (inputs * outputs) ** 0.5, 4 if layer.taps == (1, 4) else 1
         flops = 2 * inputs * outputs * layer.taps[1] * layer.pixels
@@ -238,7 +282,7 @@ def vae_ops(config: VAEConfig, frames: int, rows: int, columns: int, *, decode: 
 
 def vae_bytes(
     config: VAEConfig, rows: int, columns: int, itemsize: int, *, decode: bool, whole: bool = True,
-    fused: bool = False,
+    fused: bool = False, tiles: Tiles | None = None,
 ) -> int:
     """The most that the decoder or encoder holds in a stream, in bytes.
 
@@ -250,10 +294,26 @@ def vae_bytes(
         decode: which of the two.
         whole: False for a single frame, which keeps less.
         fused: whether norms write straight into what a convolution reads, see `ops.native`.
+        tiles: that the picture is cut into; what they keep between their turns lies elsewhere.
     """
+    if tiles is None:
+        layers = (decoder_layers if decode else encoder_layers)(config, rows, columns)
+        return itemsize * sum(_held(layers, whole=whole, fused=fused))
+    begin, each = _parts(config, rows, columns, tiles, decode=decode)
+    kept, fullest = _held(begin, whole=whole, fused=fused)
+    in_tile = max(sum(_held(layers, whole=whole, fused=fused)) for layers in each)
+    # what waits for a tile's turn, and what they put together
+    width = config.channel_mults[-1] * (config.decoder_dim if decode else config.encoder_dim)
+    frames = config.strides.t if whole else 1
+    frame = 3 * rows * columns * config.strides.hw**2 * frames
+    passing = (AT_ONCE if whole else 1) * (width * rows * columns + frame)
+    return itemsize * (kept + max(fullest, in_tile + passing))
+
+
+def _held(layers: Iterable[Layer], *, whole: bool, fused: bool) -> tuple[int, int]:
+    """Elements that are remembered of earlier frames, and those alive at the fullest moment."""
     kept, fullest = 0, 0
-    layers = decoder_layers if decode else encoder_layers
-    for layer in layers(config, rows, columns):
+    for layer in layers:
         n = layer.frames if whole else 1
         came, made = (c * n * layer.pixels for c in (layer.inputs, layer.outputs))
         history = layer.inputs * 2 * layer.pixels if layer.taps[0] > 1 and whole else 0
@@ -268,4 +328,4 @@ def vae_bytes(
             held = came + 3 * made
         kept += history
         fullest = max(fullest, held)
-    return itemsize * (kept + fullest)
+    return kept, fullest

@@ -1,0 +1,262 @@
+"""The VAE tile by tile, for pictures whose activations don't fit the memory.
+
+Nothing is blended. Only the block in the middle attends over a whole frame; it is small, and runs
+on the whole. All else are convolutions, so a tile that also reads what they reach around it gives
+what the whole picture would. What no later stage needs is cut off between stages.
+
+Each tile has a stream of its own: a few latent frames pass through one tile, then through the next,
+and what a tile remembers of earlier frames is laid away meanwhile.
+
+Axes: B batch, C channels, D width, T frames, H W rows and columns of patches, F latent frames, h w
+latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, pairwise, product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidgen.core.shapes import Tiles
+from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.ops.conv import StreamCache, channels_last
+from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
+
+AT_ONCE = 4
+"""Latent frames that pass through a tile before the next one's turn."""
+
+Span = tuple[int, int]
+Room = Callable[[int], Tensor]
+"""Gives room for so many bytes: uint8 on the CPU."""
+
+
+class Tile(NamedTuple):
+    """What a tile reads and gives, first to last, as spans of rows and of columns."""
+
+    rows: list[Span]
+    columns: list[Span]
+
+    @property
+    def areas(self) -> list[int]:
+        """Patches of each."""
+        spans = zip(self.rows, self.columns, strict=True)
+        return [(bottom - top) * (right - left) for (top, bottom), (left, right) in spans]
+
+
+def decoder_tiles(config: VAEConfig, rows: int, columns: int, tiles: Tiles) -> list[Tile]:
+    """What the decoder's stages read of latents of rows x columns, its end, and what comes out."""
+    return _cut(_decoder_spans, config, rows, columns, tiles)
+
+
+def encoder_tiles(config: VAEConfig, rows: int, columns: int, tiles: Tiles) -> list[Tile]:
+    """What the encoder's beginning reads for latents of rows x columns, its stages, what leaves."""
+    return _cut(_encoder_spans, config, rows, columns, tiles)
+
+
+@torch.no_grad()
+def decode_in_tiles(
+    vae: CausalVAE, latents: Iterable[Tensor], tiles: Tiles, room: Room
+) -> Iterator[Tensor]:
+    """`vae.stream_decode` tile by tile.
+
+    Args:
+        vae: Wan's, the toybox one, or any other.
+        latents: normalised, [B, C, F, h, w] in pieces.
+        tiles: the grid; not more rows or columns than latents have.
+        room: where caches are laid away.
+
+    Yields:
+        Video [B, 3, t, H, W], not clamped, equal to the whole picture's up to rounding.
+    """
+    decoder, config, begun = vae.decoder, vae.config, StreamCache()
+    frames = (frame for piece in latents for frame in piece.split(1, dim=2))
+    entered = (decoder.enter(channels_last(vae.denormalize(frame)), begun) for frame in frames)
+
+    def decode(x: Tensor, tile: Tile, cache: StreamCache) -> Tensor:
+        here = (tile.rows[0], tile.columns[0])
+        x = _part(x, (0, 0), *here)
+        for i, stage in enumerate(decoder.stages):
+            scale = 1 if stage.upsample is None else 2
+            corner = (scale * tile.rows[i][0], scale * tile.columns[i][0])
+            x = _part(stage(x, cache), corner, tile.rows[i + 1], tile.columns[i + 1])
+        x = decoder.conv_out.after_norm(decoder.norm_out, x, cache)
+        return _part(x, (tile.rows[-2][0], tile.columns[-2][0]), tile.rows[-1], tile.columns[-1])
+
+    def cut(rows: int, columns: int) -> list[Tile]:
+        return decoder_tiles(config, rows, columns, tiles)
+
+    for patches in _stream(entered, decode, cut, room):
+        yield unpatchify_pixels(patches, config.patch_size)
+
+
+@torch.no_grad()
+def encode_in_tiles(
+    vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles, room: Room
+) -> Iterator[Tensor]:
+    """`vae.stream_encode` tile by tile; arguments as in `decode_in_tiles`.
+
+    Args:
+        vae: see there.
+        frames: chunks [B, 3, t, H, W] in [-1, 1] of any lengths t.
+        tiles: see there.
+        room: see there.
+
+    Yields:
+        Normalised latents [B, C, 1, h, w], equal to the whole picture's up to rounding.
+
+    Raises:
+        InputError: if frames are left over at the end that do not fill a latent frame.
+    """
+    encoder, config, ended = vae.encoder, vae.config, StreamCache()
+    scale = 2 ** (config.num_stages - 1)
+    patches = (channels_last(patchify_pixels(group, config.patch_size))
+               for group in vae.groups(frames))
+
+    def encode(x: Tensor, tile: Tile, cache: StreamCache) -> Tensor:
+        x = encoder.conv_in(_part(x, (0, 0), tile.rows[0], tile.columns[0]), cache)
+        corner = (tile.rows[0][0], tile.columns[0][0])
+        for i, stage in enumerate(encoder.stages, 1):
+            x = stage(_part(x, corner, tile.rows[i], tile.columns[i]), cache)
+            factor = 1 if stage.downsample is None else 2
+            corner = (tile.rows[i][0] // factor, tile.columns[i][0] // factor)
+        return _part(x, corner, tile.rows[-1], tile.columns[-1])
+
+    def cut(rows: int, columns: int) -> list[Tile]:
+        return encoder_tiles(config, rows // scale, columns // scale, tiles)
+
+    for features in _stream(patches, encode, cut, room):
+        yield vae.normalize(encoder.leave(features, ended).chunk(2, dim=1)[0])
+
+
+def _cut(
+    spans: Callable[[VAEConfig, Span, int], list[Span]], config: VAEConfig, rows: int,
+    columns: int, tiles: Tiles,
+) -> list[Tile]:
+    """All tiles of a picture of so many latents, row by row."""
+    sides = []
+    for length, count in ((rows, tiles.rows), (columns, tiles.columns)):
+        places = [i * length // count for i in range(count + 1)]
+        sides.append([spans(config, own, length) for own in pairwise(places)])
+    return [Tile(*each) for each in product(*sides)]
+
+
+def _decoder_spans(config: VAEConfig, own: Span, length: int) -> list[Span]:
+    """What is read of an axis of so many latents to decode `own` of them; see `decoder_tiles`."""
+    scale = 2 ** (config.num_stages - 1)
+    made, length = (scale * own[0], scale * own[1]), scale * length
+    spans = [_widened(made, 1, length), made]
+    for resample in (None, *config.resamples[:-1]):
+        first, end = spans[0]
+        if resample:  # a pixel reads those beside it, of pixels that were doubled
+            first, end, length = (first - 1) // 2, (end + 2) // 2, length // 2
+        spans.insert(0, _widened((first, end), 2 * (config.num_blocks + 1), length))
+    return spans
+
+
+def _encoder_spans(config: VAEConfig, own: Span, length: int) -> list[Span]:
+    """What is read of an axis of so many latents to encode `own` of them; see `encoder_tiles`."""
+    spans = [own]
+    for resample in config.resamples[::-1]:
+        first, end = spans[0]
+        if resample:  # a pixel reads three, of which it stands for the first two
+            first, end, length = 2 * first, 2 * end + 1, 2 * length
+        first, end = _widened((first, end), 2 * config.num_blocks, length)
+        if resample:  # pairs stay together
+            first, end = first - first % 2, end + end % 2
+        spans.insert(0, (first, end))
+    return [_widened(spans[0], 1, length), *spans]
+
+
+def _widened(span: Span, reach: int, length: int) -> Span:
+    return max(0, span[0] - reach), min(length, span[1] + reach)
+
+
+def _part(x: Tensor, corner: tuple[int, int], rows: Span, columns: Span) -> Tensor:
+    """Rows and columns of a picture, of which x [B, C, T, H, W] begins at `corner`."""
+    (top, bottom), (left, right) = rows, columns
+    shown = x[..., top - corner[0] : bottom - corner[0], left - corner[1] : right - corner[1]]
+    return shown if shown.shape == x.shape else channels_last(shown)
+
+
+def _stream(
+    chunks: Iterator[Tensor], compute: Callable[[Tensor, Tile, StreamCache], Tensor],
+    cut: Callable[[int, int], list[Tile]], room: Room,
+) -> Iterator[Tensor]:
+    """What `compute` gives for each chunk and tile, put together: one whole for each chunk.
+
+    Args:
+        chunks: [B, C, T, H, W] each, of one latent frame.
+        compute: from a chunk to a tile of what it becomes, in the stream of that tile.
+        cut: the tiles of chunks of H x W.
+        room: where caches are laid away.
+    """
+    streams: list[tuple[Tile, _Kept]] = []
+    position = 0
+    while held := list(islice(chunks, AT_ONCE)):
+        if not streams:
+            streams = [(tile, _Kept(room)) for tile in cut(*held[0].shape[3:])]
+        wholes = _pass(held, compute, streams, position)
+        position += len(held)
+        held.clear()
+        while wholes:
+            yield wholes.pop(0)
+
+
+def _pass(
+    chunks: Sequence[Tensor], compute: Callable[[Tensor, Tile, StreamCache], Tensor],
+    streams: Sequence[tuple[Tile, _Kept]], position: int,
+) -> list[Tensor]:
+    """Chunks through one tile after the other, channels last."""
+    wholes: list[Tensor] = []
+    (bottom, right) = (spans[-1][1] for spans in streams[-1][0])
+    for tile, kept in streams:
+        cache = kept.take(chunks[0].device)
+        for i, chunk in enumerate(chunks):
+            cache.position = position + i
+            made = compute(chunk, tile, cache)
+            if len(wholes) == i:
+                B, C, T = made.shape[:3]
+                wholes.append(made.new_empty(B, T, bottom, right, C).permute(0, 4, 1, 2, 3))
+            rows, columns = (slice(*spans[-1]) for spans in tile)
+            wholes[i][..., rows, columns] = made
+        kept.put(cache)
+    return wholes
+
+
+class _Kept:
+    """What a tile remembers between its turns, out of the way."""
+
+    def __init__(self, room: Room) -> None:
+        self._room_for = room
+        self._room: Tensor | None = None
+        self._facts: list[tuple[str, torch.Size, torch.dtype]] = []
+
+    def put(self, cache: StreamCache) -> None:
+        """Lay a cache away."""
+        last = {name: each.movedim(1, -1) for name, each in cache.tensors.items()}
+        self._facts = [(name, each.shape, each.dtype) for name, each in last.items()]
+        size = sum(each.nbytes for each in last.values())
+        if self._room is None or self._room.numel() < size:
+            self._room = self._room_for(size)
+        for (_, place), each in zip(self._places(), last.values(), strict=True):
+            place.copy_(each.contiguous().view(-1).view(torch.uint8))
+
+    def take(self, device: torch.device) -> StreamCache:
+        """The cache that was laid away, each tensor by itself; an empty one at first."""
+        cache = StreamCache()
+        for (name, shape, dtype), (_, place) in zip(self._facts, self._places(), strict=True):
+            each = torch.empty(shape, dtype=dtype, device=device)
+            each.view(-1).view(torch.uint8).copy_(place)
+            cache.tensors[name] = each.movedim(-1, 1)
+        return cache
+
+    def _places(self) -> Iterator[tuple[str, Tensor]]:
+        start = 0
+        for name, shape, dtype in self._facts:
+            assert self._room is not None
+            size = shape.numel() * dtype.itemsize
+            yield name, self._room[start : start + size]
+            start += size
