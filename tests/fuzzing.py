@@ -40,7 +40,8 @@ from vidgen.core.config import build, load_yaml
 from vidgen.core.errors import InputError, VidgenError
 from vidgen.media.clip import Clip
 from vidgen.media.encode import Segment
-from vidgen.media.read import VideoReader, load_image, probe, read_recipe, read_sound
+from vidgen.media.read import VideoReader, load_image, probe, read_recipe
+from vidgen.media.sound import read_sound
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.models.text import PromptTokenizer
 from vidgen.pipeline.inputs import read_mask

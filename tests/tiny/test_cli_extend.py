@@ -149,5 +149,7 @@ def test_sound_stays_where_frames_are_encoded_once_more(short, extend, tmp_path)
     sound = np.sin(np.arange(24_000) / 10).astype(np.float32)[:, None] / 2
     Clip(clip.chunks, replace(clip.info, sound=sound)).save(loud)
     facts = extend(loud, "--seconds", 1, "--label", "visible", "-o", out)
-    assert np.array_equal(read_sound(out)[0], read_sound(loud)[0])
+    before, after = read_sound(loud)[0][1_000:23_000, 0], read_sound(out)[0]
+    assert np.corrcoef(after[1_000:23_000, 0], before)[0, 1] > 0.99
+    assert len(after) == round(facts["seconds"] * 48_000)
     assert not {f["kind"] for f in facts["checks"]["findings"]} & {"sound-length", "silence"}

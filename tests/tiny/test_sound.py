@@ -171,7 +171,7 @@ def test_a_track_that_starts_later_than_its_picture_is_heard_then(tmp_path):
 
 def test_memory_does_not_grow_with_the_length_of_the_sound(tmp_path):
     peaks = {}
-    for minutes in (2, 6):
+    for minutes in (1, 3):
         seconds = minutes * 60
         sound = room(seconds * RATE, 2)
         for start in range(0, len(sound), 480_000):
@@ -185,4 +185,4 @@ def test_memory_does_not_grow_with_the_length_of_the_sound(tmp_path):
         tracemalloc.stop()
         assert len(kept[0]) == seconds * RATE
         assert isinstance(kept[0], np.memmap)
-    assert peaks[6] < peaks[2] + 4_000_000
+    assert peaks[3] < peaks[1] + 4_000_000

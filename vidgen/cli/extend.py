@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.devices import add_devices, choose_devices, share_threads
-from vidgen.cli.generate import judged
+from vidgen.cli.generate import add_sound, judged
 from vidgen.cli.report import Report
 from vidgen.cli.resume import add_resume, journals_of_outputs, seed_of, told_how_to_go_on
 from vidgen.core.errors import InputError
@@ -51,6 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="0 to 1, how far colours are brought back to the clip's; default 0.5")
     add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
         help="an adapter; default the clip's; may be repeated")
+    add_sound(add, goes_on=True)
     add("--model", metavar="NAME|FOLDER|HUB_ID", help="default the clip's, else toybox")
     add("--offload", choices=("auto", "none", "stage", "block"), default="auto",
         help="as in generate")
@@ -65,14 +66,16 @@ def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
     from vidgen.core.runtime import check_output
     from vidgen.media.read import VideoReader, read_recipe
-    from vidgen.media.write import check_format
+    from vidgen.media.write import check_format, require_sound
 
     if args.seconds <= 0:
         raise InputError(f"seconds is {args.seconds}; give how much longer, above 0")
     with VideoReader(args.clip) as reader:
         fps, size, num_frames = reader.fps, reader.size, sum(1 for _ in reader)
     output = args.output or _longer(args.clip)
-    check_format(output)
+    suffix = check_format(output)
+    if args.audio not in (None, "none") or args.say:
+        require_sound(output, suffix)
     if Path(output).resolve() == Path(args.clip).resolve():
         raise InputError(f"output {output} is the clip itself; choose another name")
     check_output(output, overwrite=args.overwrite or args.resume)
@@ -175,7 +178,7 @@ def _tell(clip: Clip, output: str, request: Request, elapsed: float, report: Rep
         "path": output, "seed": request.seed, "num_frames": clip.num_frames, "fps": str(clip.fps),
         "width": clip.size[0], "height": clip.size[1],
         "seconds": float(clip.num_frames / clip.fps), "hand_over": recipe.get("hand_over"),
-        "elapsed_s": elapsed,
+        "sound": clip.sound is not None, "captions": clip.captions, "elapsed_s": elapsed,
     }
     facts = judged(facts, clip, report, strict=False)
     report.result(facts, "{path}: {num_frames} frames of {width}x{height} at {fps} fps, seed "

@@ -70,6 +70,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--first-frame-model", metavar="FOLDER", help="a text-to-image model draws the first frame")
     add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
         help="an adapter; may be repeated; @high or @low behind it: for one expert alone")
+    add_sound(add)
     add("--offload", choices=("auto", "none", "stage", "block"), default="auto",
         help="keep all, one stage or two blocks of the model in memory; auto, the default: the "
         "first of them that fits")
@@ -87,6 +88,24 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, report: Report) -> int:
+def add_sound(add: Callable[..., Any], *, goes_on: bool = False) -> None:
+    """Declare the options of the sound of a clip that is made anew, or that goes on."""
+    if goes_on:
+        add("--audio", metavar="none|FILE", help="the sound: none, or that of a file; default the "
+            "clip's own, then silence")
+    else:
+        add("--audio", metavar="none|generate|FILE", help="the sound: none, the model's own, or "
+            "that of a file; default the model's own if it makes any")
+        add("--audio-model", metavar="FOLDER", help="a text-to-audio model makes the sound")
+        add("--audio-prompt", metavar="TEXT", help="what it is to make; default PROMPT")
+    add("--audio-loop", action="store_true", default=None,
+        help="sound that is shorter than the clip starts again; else silence follows")
+    add("--say", type=_said, action="append", default=[], metavar="[SECONDS=]TEXT|@FILE",
+        help="speech, at a time or behind what is said before; may be repeated")
+    add("--voice", metavar="NAME|FILE.pt",
+        help="who says it: a voice of espeak-ng, default en-us, or of Kokoro")
+
+
     """Check everything that can be checked, then generate and write."""
     from vidgen.core.request import Request
 
@@ -174,6 +193,15 @@ def _frame(text: str) -> tuple[float, str]:
 
 
 def _seed(args: Namespace, request: Request, report: Report) -> int:
+def _said(text: str) -> tuple[float | None, str]:
+    """Read [SECONDS=]TEXT; what stands before a = and is no number belongs to the text."""
+    before, equals, after = text.partition("=")
+    try:
+        return (float(before), after) if equals else (None, text)
+    except ValueError:
+        return None, text
+
+
     """The seed that an earlier run of the same command drew, or a fresh one."""
     if args.resume:
         seeds = _seeds_of(args.output, request)
@@ -236,11 +264,13 @@ def _slug(prompt: str) -> str:
 
 def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> None:
     from vidgen.core.runtime import check_output
-    from vidgen.media.write import check_format
+    from vidgen.media.write import check_format, require_sound
 
     for path in paths:
         suffix = check_format(path, request.frames)
         if suffix in (".png", ".jpg", ".jpeg") and request.frames is None:
+        if request.wants_sound:
+            require_sound(path, suffix)
             raise InputError(f"output {path} holds one picture; add --frames 1 or use .mp4")
         check_output(path, overwrite=overwrite)
 
@@ -257,6 +287,7 @@ def _facts(clip: Clip, path: str, seed: int) -> dict[str, Any]:
         "width": clip.size[0], "height": clip.size[1],
         "seconds": float(clip.num_frames / clip.fps), "sound": clip.sound is not None,
     }
+        "captions": clip.captions,
 
 
 def judged(

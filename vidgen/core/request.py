@@ -42,7 +42,10 @@ _NEEDS = {
     "strength": ("video",), "mask": ("video", "image"),
     "control_scale": ("control", "video", "image", "last_image", "frame", "reference", "prefix"),
 }
+    "audio_loop": ("audio", "audio_model"), "audio_prompt": ("audio_model",), "voice": ("say",),
 
+NO_AUDIO, OWN_AUDIO = "none", "generate"
+"""Values of `audio` that name no file."""
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -82,6 +85,14 @@ class Request:
         first_frame_model: folder of a text-to-image model that draws the first frame.
         lora: adapters for this request alone, each PATH[:WEIGHT][@high|@low]; see docs/lora.md.
         strict: refuse a clip that its checks find faulty.
+        audio: "none", "generate" (the model's own) or a sound or video file; None is the model's
+            own where it makes sound. See docs/sound.md.
+        audio_loop: whether sound that is shorter than the clip starts again.
+        audio_model: folder of a text-to-audio model of diffusers that makes the sound.
+        audio_prompt: what it is to make; None: `prompt`.
+        say: (seconds, text) pairs that are spoken, or texts that follow each other; `@FILE` is
+            speech in a file.
+        voice: one of espeak-ng's, such as "en-gb", or the file of a Kokoro voice.
         retry: how many further seeds to try while the checks find faults.
         label: "visible" burns a label into the first 2 seconds; "none" only marks the file.
         aigc: names the content's producer in the metadata field of GB 45438-2025.
@@ -132,6 +143,12 @@ class Request:
     strict: bool = False
     retry: int = 0
     label: str = "none"
+    audio: str | os.PathLike[str] | None = None
+    audio_loop: bool | None = None
+    audio_model: str | None = None
+    audio_prompt: str | None = None
+    say: tuple[tuple[float | None, str], ...] = ()
+    voice: str | None = None
     aigc: str | None = None
     count: int = 1
     model: str | None = None
@@ -145,7 +162,7 @@ class Request:
     def __post_init__(self) -> None:
         convert = {
             "fps": _fraction, "size": _size, "guidance_interval": _interval,
-            "frame": _pairs, "reference": _pictures, "lora": _pictures,
+            "frame": _pairs, "reference": _pictures, "lora": _pictures, "say": _said,
         }
         for name, function in convert.items():
             value = getattr(self, name)
@@ -175,9 +192,21 @@ class Request:
     def scheduler(self) -> Any:
         """The scheduler object given as `sampler`, or None where that is a name or left out."""
         return None if isinstance(self.sampler, str) else self.sampler
+    @property
+    def audio_file(self) -> str | os.PathLike[str] | None:
+        """The file given as `audio`, or None where that is a word or left out."""
+        return None if self.audio in (None, NO_AUDIO, OWN_AUDIO) else self.audio
+
+    @property
+    def wants_sound(self) -> bool:
+        """Whether sound is asked for, so that an output must hold it."""
+        return self.audio not in (None, NO_AUDIO) or bool(self.audio_model or self.say)
+
 
     def _validate(self) -> None:
-        for name, limit in {"prompt": MAX_PROMPT, "negative": MAX_PROMPT, "aigc": 200}.items():
+        texts = {"prompt": MAX_PROMPT, "negative": MAX_PROMPT, "aigc": 200,
+                 "audio_prompt": MAX_PROMPT, "audio_model": 4096, "voice": 4096}
+        for name, limit in texts.items():
             text = getattr(self, name)
             if not isinstance(text, str | None) or (name == "prompt" and text is None):
                 raise InputError(f"{name} must be text, not {text!r}")
@@ -213,6 +242,20 @@ class Request:
 def _check_whole(name: str, value: Any, low: int, high: int) -> None:
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if value is not None and not (is_whole and low <= value <= high):
+        self._validate_sound()
+
+    def _validate_sound(self) -> None:
+        if not isinstance(self.audio, str | os.PathLike | None):
+            raise InputError(f"audio is {type(self.audio).__name__}; give none, generate or a file")
+        if self.audio_model is not None and self.audio not in (None, OWN_AUDIO):
+            raise InputError(f"audio {os.fspath(self.audio)!r} and audio_model are both given; the "
+                             "sound is one of them")
+        for seconds, text in self.say:
+            _check_number("say", seconds, 0, 3600)
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"say holds {text!r}; give the text that is to be spoken")
+            if len(text) > MAX_PROMPT:
+                raise InputError(f"say has {len(text)} characters; shorten it to {MAX_PROMPT}")
         raise InputError(f"{name} is {value!r}; give a whole number from {low} to {high}")
 
 
@@ -281,3 +324,16 @@ def _pairs(value: Any) -> tuple[tuple[float, Picture], ...]:
 
 def _pictures(value: Any) -> tuple[Picture, ...]:
     return (value,) if isinstance(value, str | os.PathLike) else tuple(value)
+def _said(value: Any) -> tuple[tuple[float | None, str], ...]:
+    """Texts to speak, each with its time or without, or one alone."""
+    pairs = []
+    for each in (value,) if isinstance(value, str) else value:
+        if isinstance(each, str):
+            pairs.append((None, each))
+        elif isinstance(each, tuple | list) and len(each) == 2:
+            pairs.append((each[0], each[1]))
+        else:
+            raise InputError(f"say holds {each!r}; give texts or pairs (seconds, text)")
+    return tuple(pairs)
+
+

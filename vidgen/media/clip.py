@@ -130,6 +130,13 @@ class Clip:
         return self.info.sound_rate
 
     @property
+    def captions(self) -> list[dict[str, Any]]:
+        """What is said in the clip: `text`, `start_s` and `end_s` of each sentence."""
+        told = (self.recipe or {}).get("sound")
+        speech = told.get("speech") if isinstance(told, dict) else None
+        return list(speech.get("sentences", ())) if isinstance(speech, dict) else []
+
+    @property
     def recipe(self) -> dict[str, Any] | None:
         """All that shaped the clip, or None if that isn't known."""
         return self.info.recipe

@@ -1,7 +1,7 @@
 """Files joined by copying packets: no frame that lies in a file is ever encoded a second time.
 
 What we write is a row of closed groups of pictures, each from an encoder of pinned settings, so
-files of the same settings can follow each other in one. Sound is the first file's.
+files of the same settings can follow each other in one. Sound is encoded for all of it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ import numpy as np
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, check_output, write_error
-from vidgen.media.checks import ClipChecker
 from vidgen.media.clip import Clip, Keeper
 from vidgen.media.encode import Frames
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing, seal
 from vidgen.media.provenance import stamped
 from vidgen.media.read import VideoReader, read_recipe
-from vidgen.media.sound import read_sound
+from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.write import CONTAINERS, ClipInfo, check_format, write_clip
 
 if TYPE_CHECKING:
@@ -106,12 +105,16 @@ def _place(packet: Packet[VideoStream], rate: Fraction) -> int:
     return round(packet.pts * packet.time_base * rate)
 
 
-def join_files(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> Path:
+def join_files(
+    paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str],
+    sound: SoundTrack | None = None,
+) -> Path:
     """Write files one after the other into one, with the last one's metadata.
 
     Args:
-        paths: files that `why_not_joined` finds nothing against.
+        paths: files that `why_not_joined` finds nothing against; their own sound is left out.
         output: replaced if it exists; it appears when it is whole.
+        sound: of all of them together.
 
     Raises:
         OutputError: it can't be written or the disk is full.
@@ -124,7 +127,7 @@ def join_files(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLik
                 sources = [opened.enter_context(av.open(os.fspath(path))) for path in paths]
                 options = dict(kind.options)
                 container = av.open(str(temporary), "w", format=kind.muxer, options=options)
-                _copy(sources, opened.enter_context(container))
+                _copy(sources, opened.enter_context(container), sound)
             recipe = read_recipe(paths[-1])
             if recipe is not None:
                 suffix = target.suffix.lower()
@@ -134,34 +137,33 @@ def join_files(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLik
     return target
 
 
-def _copy(sources: Sequence[Any], container: Any) -> None:
+def _copy(sources: Sequence[Any], container: Any, sound: SoundTrack | None) -> None:
     tags = sources[-1].metadata.items()
     container.metadata.update({k: v for k, v in tags if k.lower() not in _OWN_TAGS})
     template = sources[0].streams.video[0]
     rate = template.average_rate
     picture = container.add_stream_from_template(template)
     picture.time_base = 1 / rate
-    sound = None
-    if sources[0].streams.audio:
-        sound = container.add_stream_from_template(sources[0].streams.audio[0])
+    if sound:
+        sound.begin(container)
     delay = max(_delay(source.streams.video[0], rate) for source in sources)
     start = 0
     for source in sources:
         source.seek(0)
-        wanted = source.streams.video[:1] + (source.streams.audio[:1] if start == 0 else ())
         count = 0
-        for packet in source.demux(wanted):
+        for packet in source.demux(source.streams.video[0]):
             if packet.dts is None:
                 continue
-            if packet.stream.type == "audio":
-                packet.stream = sound
-            else:
-                packet.pts, packet.dts = start + _place(packet, rate), start + count - delay
-                packet.time_base, packet.duration = 1 / rate, 1
-                packet.stream = picture
-                count += 1
+            packet.pts, packet.dts = start + _place(packet, rate), start + count - delay
+            packet.time_base, packet.duration = 1 / rate, 1
+            packet.stream = picture
+            if sound:
+                sound.advance(float(packet.dts / rate))
             container.mux(packet)
+            count += 1
         start += count
+    if sound:
+        sound.finish()
 
 
 def _delay(stream: VideoStream, rate: Fraction) -> int:
@@ -212,9 +214,6 @@ class ContinuedClip(Clip):
         reason = self._why_not_copied(suffix)
         if reason is not None:
             log.warning("%s: its frames are encoded once more, since %s", self.head, reason)
-            sound = read_sound(self.head) if suffix in CONTAINERS else None
-            if sound is not None:
-                self.info = replace(self.info, sound=sound[0], sound_rate=sound[1])
             return super()._write(name, overwrite, on_frames, store)
         check_output(name, overwrite=overwrite, num_bytes=self.head.stat().st_size)
         done = store.num_frames if store else 0
@@ -229,7 +228,7 @@ class ContinuedClip(Clip):
                 on_frames(self.head_frames + count)
 
         count = self.num_frames - self.head_frames
-        info = replace(self.info, num_frames=count)
+        info = replace(self.info, num_frames=count, sound=None)
         target = Path(name)
         # named like what `atomic_path` makes, so that what a kill leaves is swept like that
         folder = target.with_name(f".{target.name}.{token_hex(4)}.tmp")
@@ -238,12 +237,12 @@ class ContinuedClip(Clip):
             part = write_clip(folder / f"added{suffix}", self._added(done), info, on_frames=told,
                               store=store, watch=checker)
             self.findings = checker.findings
-            return join_files([self.head, part], name)
+            sound = None
+            if self.info.sound is not None:
+                sound = SoundTrack(self.info, CONTAINERS[suffix].sound)
+            return join_files([self.head, part], name, sound)
         finally:
             rmtree(folder, ignore_errors=True)
-
-    def _checker(self) -> ClipChecker:
-        return ClipChecker(replace(self.info, sound=None))  # which ends with the file's own
 
     def _why_not_copied(self, suffix: str) -> str | None:
         """Compare the file with one frame written as the new part would be."""

@@ -55,7 +55,9 @@ class Container:
 
 # x264's macroblock tree gives other bits in each run at some sizes (96x160, not 128x128).
 _X264 = PictureSettings("libx264", "yuv420p", {"crf": "16", "preset": "medium", "mbtree": "0"})
-_MP4 = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"}
+# Tracks end on the movie's clock, of which milliseconds would cut samples; this has whole frames.
+_MP4 = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact",
+        "movie_timescale": "240000"}
 _MKV = {"fflags": "+bitexact"}
 CONTAINERS = {
     ".mp4": Container("mp4", _X264, "aac", _MP4),
@@ -130,6 +132,17 @@ def check_format(path: str | Path, num_frames: int | None = None) -> str:
             "use .mp4, .apng, a folder (name/), or --frames 1"
         )
     return suffix
+
+
+def require_sound(path: str | Path, suffix: str) -> None:
+    """Refuse an output of a suffix that holds no sound.
+
+    Raises:
+        InputError: names those that do.
+    """
+    if suffix not in CONTAINERS:
+        raise InputError(f"output {path} holds no sound; give one of {', '.join(CONTAINERS)}, or "
+                         "leave the sound out")
 
 
 def write_clip(

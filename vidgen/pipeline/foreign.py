@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
 from vidgen.pipeline.parts import DTYPES
 from vidgen.pipeline.policy import Policy, enforce
 from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.soundtrack import Soundtrack, make_soundtrack
 from vidgen.pipeline.video import Progress, to_frames
 from vidgen.weights.folder import ForeignFolder
 
@@ -93,7 +95,9 @@ class ForeignEngine:
         scheduler = make_scheduler(pipe.scheduler, request)
         first = make_foreign_plan(request, inputs, able, scheduler)
         self._warn_of_peak(first)
-        clips = []
+        clips, track = [], None
+        if first.kept_frames is not None:  # else its length shows only when it is made
+            track = self._soundtrack(request, first.kept_frames, first.fps, able)
         for index in range(request.count):
             plan = replace(first, seed=first.seed + index)
             told = {"clip": index + 1, "num_clips": request.count}
@@ -105,8 +109,15 @@ class ForeignEngine:
             arguments = self._arguments(plan, request, inputs, able)
             with lent(pipe, able, plan, scheduler, on_step):
                 output, noted, cut = self.pipe.call(pipe, plan, arguments)
-            clips.append(self._clip(plan, request, inputs, able, output, noted, cut))
+            clips.append(self._clip(plan, request, inputs, able, output, noted, cut, track))
         return clips if request.count > 1 else clips[0]
+
+    def _soundtrack(
+        self, request: Request, num_frames: int, fps: Fraction, able: Abilities
+    ) -> Soundtrack:
+        return make_soundtrack(
+            request, num_frames, fps, name=self.folder.name, has_sound=able.has_sound
+        )
 
     def _read(self, request: Request) -> tuple[Request, Inputs]:
         """The request's pictures; a first frame that a model is to draw is drawn here."""
@@ -181,7 +192,7 @@ class ForeignEngine:
 
     def _clip(
         self, plan: ForeignPlan, request: Request, inputs: Inputs, able: Abilities, output: Any,
-        noted: list[Decode], cut: int,
+        noted: list[Decode], cut: int, track: Soundtrack | None,
     ) -> Clip:
         """A lazy clip over the noted decodings, or the frames that the pipeline gave."""
         latents, frames = None, output[0] if able.is_image else output[0][0]
@@ -207,12 +218,15 @@ class ForeignEngine:
                         yield to_frames(video[0, :, first:last]).numpy()
 
         sound, rate = _sound(self.pipe.own, output, float(kept / plan.fps))
+        if track is None or kept != plan.kept_frames:
+            track = self._soundtrack(request, kept, plan.fps, able)
         info = ClipInfo(
             fps=plan.fps, size=size, num_frames=kept, sound=sound, sound_rate=rate,
-            recipe=stamped(make_recipe(self, plan, request, inputs)), stride_t=able.strides.t,
+            recipe=stamped(make_recipe(self, plan, request, inputs) | track.facts),
+            stride_t=able.strides.t,
         )
         source = with_label(chunks, size, plan.fps) if request.label == "visible" else chunks
-        return Clip(source, info, latents)
+        return track.under(Clip(source, info, latents))
 
 
 def _pixels(frames: Any) -> Frames:

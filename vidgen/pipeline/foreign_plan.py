@@ -51,7 +51,7 @@ _PLAIN = {
 """Options that a parameter of one name stands for."""
 _ALWAYS = {
     "prompt", "seed", "fit", "count", "model", "dtype", "offload", "label", "aigc", "strict",
-    "retry",
+    "retry", "audio", "audio_loop", "audio_model", "audio_prompt", "say", "voice",
 }
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler")
 _OWN_SCHEDULE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
@@ -99,6 +99,7 @@ class Abilities:
         strides: frames and pixels a side that one latent stands for.
         multiple: pixels a side of one token.
         is_image: whether it makes a picture, not a clip.
+        has_sound: whether it makes sound along with the picture.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -112,6 +113,7 @@ class Abilities:
         self.length = next((name for name in _LENGTH if name in self.defaults), None)
         self.rate = next((name for name in _RATE if name in self.defaults), None)
         self.is_image = self.length is None and "video" not in self.defaults
+        self.has_sound = any(getattr(pipe, part, None) for part in ("audio_vae", "vocoder"))
         self.options = _ALWAYS | self._options()
 
     def _token_side(self) -> int:

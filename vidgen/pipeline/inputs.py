@@ -22,7 +22,8 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.media.provenance import read_marks
-from vidgen.media.read import VideoReader, fit, load_image
+from vidgen.media.read import VideoReader, existing_file, fit, load_image
+from vidgen.media.speech import speech_files
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -108,6 +109,10 @@ def read_inputs(request: Request) -> Inputs:
         inputs.records.append(record_input("control", request.control))
     if request.mask is not None:
         inputs.records.append(record_input("mask", request.mask))
+    if request.audio_file is not None:
+        inputs.records.append(record_input("audio", existing_file(request.audio_file, "audio")))
+    for file in speech_files(request.say):
+        inputs.records.append(record_input("say", existing_file(file, "say")))
     if request.latents is not None:
         inputs.records.append(record_input("latents", request.latents))
     return inputs

@@ -30,11 +30,11 @@ RECIPE_VERSION = 1
 FACTS = (
     "vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "custom_noise",
     "dtype", "offload", "quantize", "attention", "device", "devices", "machine", "diffusers",
-    "transformers", "torchao", "encoder", "hand_over",
+    "transformers", "torchao", "encoder", "hand_over", "sound",
 )
-"""Entries that frames depend on; the others differ from run to run or say the same again."""
+"""Entries that frames or sound depend on; others differ from run to run or say the same again."""
 _ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix",
-              "control", "latents", "lora"}  # fmt: skip
+              "control", "latents", "lora", "audio"}  # fmt: skip
 _DEFAULTS = {each.name: each.default for each in fields(Request)}
 
 
@@ -134,6 +134,8 @@ def _asked(request: Request) -> dict[str, Any]:
         each.name: getattr(request, each.name) for each in fields(Request)
         if each.name not in _ELSEWHERE
     }
+    if request.audio_file is None:
+        given["audio"] = request.audio
     return {
         name: str(value) if isinstance(value, Fraction) else value for name, value in given.items()
         if value != _DEFAULTS[name] and not (name == "sampler" and request.scheduler is not None)

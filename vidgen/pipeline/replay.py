@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
 _DROPPED = ("count", "retry", "strict", "first_frame_model", *LOADING)
 """Options that don't shape the one clip, or that stand elsewhere in the recipe."""
-_RIVALS = (("seconds", "frames"), ("image", "first_frame_model"))
+_RIVALS = (("seconds", "frames"), ("image", "first_frame_model"), ("audio", "audio_model"))
 
 
 def request_from_recipe(

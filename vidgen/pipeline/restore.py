@@ -18,6 +18,7 @@ from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import sha256_file
 from vidgen.media.encode import Frames
 from vidgen.media.read import load_image
+from vidgen.media.speech import OWN_FILE
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.inputs import noise_file
 
@@ -26,7 +27,7 @@ Given: TypeAlias = Sequence[tuple[str, str]]
 Record: TypeAlias = Mapping[str, Any]
 
 _MIN_HASH = 6
-_MANY = ("frame", "reference", "lora")
+_MANY = ("frame", "reference", "lora", "say")
 
 
 def restore_inputs(
@@ -58,6 +59,10 @@ def restore_inputs(
     options = {name: list(v) if name in _MANY else v[-1] for name, v in found.items()}
     if "frame" in found:
         options["frame"] = list(zip(recipe["frame_times_s"], found["frame"], strict=True))
+    if "say" in found:
+        files = (f"{OWN_FILE}{path}" for path in found["say"])
+        options["say"] = [(start, next(files) if text.startswith(OWN_FILE) else text)
+                          for start, text in recipe["request"]["say"]]
     return options
 
 

@@ -54,6 +54,7 @@ from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.pipeline.preview import Glimpses, OnPreview
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.soundtrack import make_soundtrack
 from vidgen.pipeline.step_caches import carrying, make_caches, settle_cache
 from vidgen.pipeline.tail import make_tail
 from vidgen.pipeline.tasks import check_tasks
@@ -201,12 +202,14 @@ class Engine:
         request, inputs = self.read(recall(request, journals))
         first = self.plan(request, inputs)
         made = preflight(self, first, request)
+        track = make_soundtrack(request, first.kept_frames, first.fps, name=self.folder.name,
+                                has_sound="sound" in self.folder.tasks)
         if on_estimate is not None:
             on_estimate(made)
         loras = read_loras(request.lora, self.folder)
         plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
         recipes = [
-            stamped(make_recipe(self, plan, request, inputs, loras), kept.recipe)
+            stamped(make_recipe(self, plan, request, inputs, loras) | track.facts, kept.recipe)
             for plan, kept in zip(plans, journals, strict=True)
         ]
         for kept, recipe in zip(journals, recipes, strict=True):
@@ -243,7 +246,7 @@ class Engine:
                         latents = sample(plan, self.prepare(plan, request, inputs))
                     kept.keep_latents(latents)
                 decode = long.clip if long else partial(self.decode, plan)
-                clips.append(decode(latents, recipe, kept))
+                clips.append(track.under(decode(latents, recipe, kept)))
                 for picture in inputs.images.get("image", ()):
                     clips[-1].first_frame = fit(picture, plan.height, plan.width, plan.fit)
         return clips if request.count > 1 else clips[0]

@@ -1,0 +1,174 @@
+"""Sound brought to a clip's length, and speech laid over it.
+
+Axes: N samples, c channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from vidgen.core.errors import InputError
+from vidgen.media.encode import Samples
+from vidgen.media.mastering import TARGET_LUFS, master, measure
+from vidgen.media.sound import RATE, SoundReader, gather, resampled, room
+
+FADE_S = 0.25
+"""Fade-out of a sound that is cut, a quarter of it at most."""
+SEAM_S = 0.005
+"""Fade where a sound meets silence or itself, against a click."""
+SLACK_S = 0.05
+"""Difference of lengths that counts as none: codecs pad what they encode."""
+DUCK_DB, DUCK_DOWN_S, DUCK_UP_S = 12.0, 0.15, 0.4
+"""How far a bed goes down under speech, over how long before it begins and after it ends."""
+TELEPHONE_RATE = 16_000
+"""Below this rate there is nothing above 8 kHz; people hear that."""
+_STEP = 1 << 18
+
+
+def fit_sound(
+    path: str | os.PathLike[str], num_samples: int, *, loop: bool = False
+) -> tuple[Samples, list[str]]:
+    """A file's sound at `RATE`, as long as a clip; only what is heard is read.
+
+    A longer one is cut and faded out over `FADE_S`; a shorter one is repeated with `loop`, else
+    followed by silence.
+
+    Args:
+        path: a sound or video file.
+        num_samples: of the clip.
+        loop: whether a shorter one starts again.
+
+    Returns:
+        (float32 [num_samples, c] of one or two channels, a note for each thing to be told).
+
+    Raises:
+        InputError: no sound in it, cut off, or samples that are no numbers.
+    """
+    reader = SoundReader(path, RATE)
+    samples, slack = room(num_samples, reader.channels), round(SLACK_S * RATE)
+    total = 0
+    for block in reader:
+        bad = len(block) - np.count_nonzero(np.isfinite(block).all(axis=1))
+        if bad:
+            raise InputError(f"sound {path} holds samples that are no numbers, the first near "
+                             f"{total / RATE:.2f} s; save it again without them")
+        part = block[: max(0, num_samples - total)]
+        samples[total : total + len(part)] = part
+        total += len(block)
+        if total > num_samples + slack:
+            break
+    else:
+        if total == 0:
+            raise InputError(f"sound {path} is empty: it has no samples; give another file")
+        if reader.lacks(total):
+            raise InputError(f"sound {path} is cut off: {total / RATE:.2f} s of the "
+                             f"{reader.seconds:.2f} s that it tells of are there; copy it again")
+    notes = []
+    if reader.source_rate < TELEPHONE_RATE:
+        notes.append(f"{path} has {reader.source_rate} samples a second, which sounds dull")
+    seconds = num_samples / RATE
+    if total > num_samples + slack:
+        fade(samples, num_samples - min(round(FADE_S * RATE), num_samples // 4), num_samples)
+        notes.append(f"{path} is longer than the clip; its first {seconds:g} s are heard")
+    elif total < num_samples - slack:
+        fade(samples, total - min(round(SEAM_S * RATE), total // 4), total)
+        if loop:
+            _repeat(samples, total)
+        else:
+            notes.append(f"{path} lasts {total / RATE:.2f} s of the clip's {seconds:g} s; silence "
+                         "follows, --audio-loop repeats it")
+    return samples, notes
+
+
+def _repeat(samples: Samples, period: int) -> None:
+    """Fill samples with their first `period`, which begins softly from the second time on."""
+    length = min(round(SEAM_S * RATE), period // 4)
+    rise = _ramp(length)[::-1, None]
+    for start in range(period, len(samples), period):
+        stop = min(start + period, len(samples))
+        samples[start:stop] = samples[: stop - start]
+        head = samples[start : start + length]
+        head *= rise[: len(head)]
+        if stop == len(samples):
+            fade(samples, max(start, stop - length), stop)
+
+
+def fade(samples: Samples, start: int, stop: int) -> None:
+    """Let samples [N, c] go to zero from `start` to `stop`, in place, along half a cosine."""
+    samples[start:stop] *= _ramp(stop - start)[:, None]
+
+
+def _ramp(length: int) -> Samples:
+    angles = np.pi * (np.arange(length) + 0.5) / max(1, length)
+    return (0.5 + 0.5 * np.cos(angles)).astype(np.float32)
+
+
+def at_length(samples: Samples, rate: int, num_samples: int) -> Samples:
+    """Samples [N, c] of another rate at `RATE`, as [num_samples, c]: cut, or followed by silence.
+
+    The end is faded over `SEAM_S` where silence follows.
+    """
+    channels = samples.shape[1]
+    if rate != RATE:
+        parts = (samples[start : start + _STEP] for start in range(0, len(samples), _STEP))
+        samples = gather(resampled(parts, channels, rate, RATE), channels)
+    made = room(num_samples, channels)
+    count = min(num_samples, len(samples))
+    for start in range(0, count, _STEP):
+        made[start : min(start + _STEP, count)] = samples[start : min(start + _STEP, count)]
+    if count < num_samples - round(SLACK_S * RATE):
+        fade(made, max(0, count - round(SEAM_S * RATE)), count)
+    return made
+
+
+def lay_over(
+    bed: Samples | None, speech: Samples, spans: Sequence[tuple[float, float]]
+) -> Samples:
+    """Speech in the middle of a bed that goes down under it, both at `RATE`.
+
+    Both are brought to the same loudness first, as far as the mastering may raise them.
+
+    Args:
+        bed: float32 [N, c], or None for silence.
+        speech: float32 [N, 1], as long.
+        spans: (start, end) of what is said, in seconds and in order.
+
+    Returns:
+        float32 [N, c].
+    """
+    voice_gain = 10 ** (master(measure(speech, RATE), TARGET_LUFS).gain_db / 20)
+    mixed = room(len(speech), 1 if bed is None else bed.shape[1])
+    bed_gain = 1.0 if bed is None else 10 ** (master(measure(bed, RATE)).gain_db / 20)
+    times, levels = duck_points(spans)
+    for start in range(0, len(speech), _STEP):
+        stop = min(start + _STEP, len(speech))
+        block = voice_gain * speech[start:stop]
+        if bed is not None:
+            down = np.interp(np.arange(start, stop) / RATE, times, levels)
+            gain = bed_gain * 10 ** (down / 20)
+            block = block + bed[start:stop] * gain[:, None].astype(np.float32)
+        mixed[start:stop] = block
+    return mixed
+
+
+def duck_points(spans: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Times in seconds and levels in dB between which a bed's level runs straight.
+
+    Between two spans that are too near for it to come up and go down again it stays down.
+    """
+    joined: list[list[float]] = []
+    for start, end in spans:
+        if joined and start - joined[-1][1] < DUCK_DOWN_S + DUCK_UP_S:
+            joined[-1][1] = end
+        else:
+            joined.append([start, end])
+    times, levels = [-1e9], [0.0]
+    for start, end in joined:
+        times += [start - DUCK_DOWN_S, start, end, end + DUCK_UP_S]
+        levels += [0.0, -DUCK_DB, -DUCK_DB, 0.0]
+    assert all(a <= b for a, b in pairwise(times))
+    return times, levels

@@ -1,0 +1,290 @@
+"""Speech: sentences spoken by a voice, each at its time; a voice is a program's, never a person's.
+
+Voices are those of espeak-ng (a program), of Kokoro (a package and model files), and speech of
+one's own out of a file. Nothing here copies somebody's voice.
+
+Axes: N samples at `RATE`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import numpy as np
+
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import sha256_file
+from vidgen.media.encode import Samples
+from vidgen.media.mix import at_length
+from vidgen.media.sound import RATE, SoundReader, gather, room
+
+PAUSE_S = 0.25
+"""Between two sentences, and between texts of which the second has no time of its own."""
+OWN_FILE = "@"
+"""Begins the name of a file that holds what is said."""
+DEFAULT_VOICE = "en-us"
+_SILENCE = 10 ** (-50 / 20)
+_KOKORO_RATE = 24_000
+_SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|$)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What is said from when to when, in seconds of the clip; no text for a file of one's own."""
+
+    text: str | None
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Speech:
+    """All that is said in a clip.
+
+    Attributes:
+        samples: float32 [N, 1] at `RATE`, as long as the clip.
+        sentences: in order.
+        voice: what spoke, for the recipe.
+    """
+
+    samples: Samples
+    sentences: tuple[Sentence, ...]
+    voice: dict[str, Any]
+
+
+class Voice(Protocol):
+    """What turns a sentence into sound."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is, for the recipe."""
+        ...
+
+    def say(self, text: str) -> Samples:
+        """A sentence as float32 [N, 1] at `RATE`."""
+        ...
+
+
+class EspeakVoice:
+    """A voice of espeak-ng.
+
+    Args:
+        name: a language or voice as `espeak-ng --voices` lists it; `+f3` and the like behind it
+            are its variants.
+
+    Raises:
+        InputError: no espeak-ng here, or no such voice; names those near it.
+    """
+
+    def __init__(self, name: str) -> None:
+        program = shutil.which("espeak-ng")
+        if program is None:
+            raise InputError("speech needs espeak-ng, which is not here; apt install espeak-ng "
+                             "(brew, dnf and winget have it, too), or give --voice a Kokoro voice "
+                             "or --say a file of your own: --say 1=@FILE")
+        self._program, self.name = program, name
+        base, _, variant = name.partition("+")
+        known = {word.lower(): word for word in self._listed("--voices")}
+        if base.lower() not in known:
+            raise InputError(f"voice {name!r} is unknown to espeak-ng; {_near(base, known)}")
+        variants = {word.rpartition("/")[2] for word in self._listed("--voices=variant")}
+        if variant and variant not in variants:
+            raise InputError(f"voice {name!r} has the unknown variant {variant!r}; "
+                             f"{_near(variant, variants)}")
+
+    def _listed(self, option: str) -> Iterator[str]:
+        """Languages, names and files of voices."""
+        text = self._run(option).decode("utf-8", "replace")
+        for line in text.splitlines()[1:]:
+            yield from (word for word in line.split()[1:5] if not re.fullmatch(r"--/\w", word))
+            yield from re.findall(r"\((\S+) \d+\)", line)
+
+    def _run(self, *options: str, text: str = "") -> bytes:
+        made = subprocess.run(
+            [self._program, *options], input=text.encode(), capture_output=True, check=False
+        )
+        if made.returncode:
+            told = made.stderr.decode("utf-8", "replace").strip()
+            raise InputError(f"espeak-ng can't speak with the voice {self.name!r}: {told}; choose "
+                             "another one with --voice")
+        return made.stdout
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Program, version and voice."""
+        told = re.search(r"\d+(?:\.\d+)+", self._run("--version").decode("utf-8", "replace"))
+        return {"engine": f"espeak-ng {told[0] if told else ''}".strip(), "voice": self.name}
+
+    def say(self, text: str) -> Samples:
+        """A sentence as float32 [N, 1] at `RATE`."""
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "said.wav")
+            self._run("-v", self.name, "-b", "1", "--stdin", "-w", str(file), text=text)
+            if not file.is_file():  # nothing to say
+                return np.zeros((0, 1), np.float32)
+            return gather(SoundReader(file, RATE), 1)
+
+
+class KokoroVoice:
+    """A voice of Kokoro, a small speech model, by its own package.
+
+    Args:
+        path: the voice's file, FOLDER/voices/NAME.pt, beside FOLDER/config.json and the weights
+            FOLDER/*.pth, as they were published.
+
+    Raises:
+        InputError: the package isn't here, or files are missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        folder = path.parent.parent
+        weights = sorted(folder.glob("*.pth"))
+        missing = [each for each in (path, folder / "config.json") if not each.is_file()]
+        if missing or len(weights) != 1:
+            what = missing[0] if missing else f"{folder}/*.pth (one file)"
+            raise InputError(f"voice {path} needs {what}, which is not there; give FOLDER/voices/"
+                             "NAME.pt of a whole Kokoro folder")
+        try:
+            from kokoro import KModel, KPipeline
+        except ImportError as error:
+            raise InputError(f"voice {path} needs Kokoro's package ({error}); pip install kokoro, "
+                             "or choose one of espeak-ng's voices such as en-gb") from None
+        self._path, self._weights = path, weights[0]
+        name = "hexgrad/Kokoro-82M"  # only told, since both files are given
+        try:
+            model = KModel(repo_id=name, config=str(folder / "config.json"), model=str(weights[0]))
+            self._pipeline = KPipeline(lang_code=path.stem[0], repo_id=name, model=model.eval())
+        except Exception as error:  # whatever its files or languages lead the package to
+            raise InputError(f"voice {path} can't be loaded by Kokoro's package: {error}; copy its "
+                             "folder again") from error
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """Package, voice and hashes of both files."""
+        return {"engine": f"kokoro {version('kokoro')}", "voice": self._path.stem,
+                "sha256": sha256_file(self._path), "model_sha256": sha256_file(self._weights)}
+
+    def say(self, text: str) -> Samples:
+        """A sentence as float32 [N, 1] at `RATE`."""
+        import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # its voiced sounds begin with noise
+            made = list(self._pipeline(text, voice=str(self._path)))
+        waves = [np.asarray(part.audio, np.float32) for part in made if part.audio is not None]
+        wave = np.concatenate(waves)[:, None] if waves else np.zeros((0, 1), np.float32)
+        return at_length(wave, _KOKORO_RATE, round(len(wave) * RATE / _KOKORO_RATE))
+
+
+def open_voice(name: str | None) -> Voice:
+    """A voice by its name in espeak-ng, or by the file of a Kokoro voice.
+
+    Raises:
+        InputError: unknown, or what it needs isn't here.
+    """
+    if name is not None and name.endswith(".pt"):
+        return KokoroVoice(Path(name))
+    return EspeakVoice(name or DEFAULT_VOICE)
+
+
+def sentences_of(text: str) -> list[str]:
+    """A text's sentences, by their closing marks."""
+    return [part.strip() for part in _SENTENCE.findall(text) if part.strip()]
+
+
+def speak(
+    said: Sequence[tuple[float | None, str]], voice: str | None, num_samples: int
+) -> Speech:
+    """Speak texts, each at its time.
+
+    Args:
+        said: (seconds, text) pairs; None: behind the one before. `@FILE` is speech in a file.
+        voice: see `open_voice`; None is English by espeak-ng.
+        num_samples: of the clip, at `RATE`.
+
+    Raises:
+        InputError: what doesn't fit, with by how much; a voice or file that can't be used.
+    """
+    speaker = None if all(_is_file(text) for _, text in said) else open_voice(voice)
+    samples, sentences, free = room(num_samples, 1), list[Sentence](), 0.0
+    if all(start is not None for start, _ in said):
+        said = sorted(said, key=lambda pair: pair[0] or 0.0)
+    for start, text in said:
+        begin = (free + PAUSE_S if sentences else 0.0) if start is None else float(start)
+        if sentences and begin < sentences[-1].end_s - 1e-9:
+            raise InputError(
+                f"say {text!r} at {begin:g} s begins {sentences[-1].end_s - begin:.2f} s before "
+                f"the text before it ends; place it at {sentences[-1].end_s:.2f} s or later"
+            )
+        for words, wave in _spoken(text, speaker):
+            first = round(begin * RATE)
+            free = begin + len(wave) / RATE
+            if first + len(wave) <= num_samples:
+                samples[first : first + len(wave)] = wave
+            sentences.append(Sentence(words, round(begin, 3), round(free, 3)))
+            begin = free + PAUSE_S
+    seconds, end = num_samples / RATE, max(sentence.end_s for sentence in sentences)
+    if end > seconds + 0.001:
+        raise InputError(
+            f"what is said ends {end - seconds:.2f} s behind the clip, which has {seconds:.2f} s; "
+            f"shorten the text, place it earlier, or give --seconds {end:.2f}"
+        )
+    return Speech(samples, tuple(sentences), speaker.facts if speaker else {"engine": "file"})
+
+
+def speech_files(said: Sequence[tuple[float | None, str]]) -> list[str]:
+    """The files among what is said, in order."""
+    return [text.removeprefix(OWN_FILE) for _, text in said if _is_file(text)]
+
+
+def _is_file(text: str) -> bool:
+    return text.startswith(OWN_FILE)
+
+
+def _spoken(text: str, voice: Voice | None) -> Iterator[tuple[str | None, Samples]]:
+    """A text's sentences with their sound; a file's sound as it is, in one channel."""
+    if _is_file(text):
+        reader = SoundReader(text.removeprefix(OWN_FILE), RATE)
+        wave = gather((block.mean(axis=1, keepdims=True) for block in reader), 1)
+        if not len(wave) or not np.isfinite(wave).all():
+            raise InputError(f"say {text}: the file is empty or holds samples that are no numbers; "
+                             "give another one")
+        yield None, wave
+        return
+    assert voice is not None
+    found = False
+    for sentence in sentences_of(text):
+        wave = _trimmed(voice.say(sentence))
+        if len(wave):
+            found = True
+            yield sentence, wave
+    if not found:
+        raise InputError(f"say {text!r} has no words that the voice can speak; give some")
+
+
+def _trimmed(wave: Samples) -> Samples:
+    """Without the silence at both ends, but for 5 ms."""
+    loud = np.flatnonzero(np.abs(wave[:, 0]) > _SILENCE)
+    if not len(loud):
+        return wave[:0]
+    margin = RATE // 200
+    return wave[max(0, loud[0] - margin) : loud[-1] + 1 + margin]
+
+
+def _near(name: str, known: Sequence[str] | set[str] | dict[str, str]) -> str:
+    """Voices that a name may have meant: of the same language, or spelt like it."""
+    language = name.lower().partition("-")[0]
+    same = [word for word in sorted(known) if word.partition("-")[0] == language]
+    near = [*same, *get_close_matches(name.lower(), sorted(known), n=5, cutoff=0.5)]
+    listed = list(dict.fromkeys(near))[:8]
+    return f"near it: {', '.join(listed)}" if listed else "espeak-ng --voices lists all"
