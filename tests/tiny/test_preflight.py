@@ -189,14 +189,14 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
     encoded, seen = [], []
     encode, sample = engine.encode_video, engine.sample
 
-    def count_encoded(video):
+    def count_encoded(video, tiles=None):
         encoded.append(video.shape[2])
-        return encode(video)
+        return encode(video, tiles)
 
-    def count_seen(plan, state, *rest):
+    def count_seen(plan, state, *rest, **told):
         tokens = 0 if state.keys is None else state.keys.latents.shape[2]
         seen.append(state.latents.shape[2] + tokens)
-        return sample(plan, state, *rest)
+        return sample(plan, state, *rest, **told)
 
     monkeypatch.setattr(engine, "encode_video", count_encoded)
     monkeypatch.setattr(engine, "sample", count_seen)
@@ -243,7 +243,7 @@ def test_an_engine_is_told_quickly_and_measures_nothing(tiny_model, monkeypatch)
 
 def test_what_cannot_fit_is_refused_naming_what_would(tiny_model, monkeypatch):
     engine = load(str(tiny_model), dtype="fp32")
-    request = Request.of("a cat", {"seed": 1, "size": "512x512", "frames": 33})
+    request = Request.of("a cat", {"seed": 1, "size": "512x512", "frames": 33, "tiles": "none"})
     plan = engine.plan(*engine.read(request))
     have = estimate(*planned(tiny_model, size="128x128", frames=33), FP32).peak_bytes
     monkeypatch.setattr("vidgen.pipeline.preflight.available_memory", lambda _: have)

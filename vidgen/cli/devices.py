@@ -1,4 +1,4 @@
-"""How many devices a command line is to use."""
+"""How many devices a command line is to use, and in what pieces."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def add_devices(parser: ArgumentParser) -> None:
         help="devices that share the work; default 1, under torchrun as many as it started")
     parser.add_argument("--shard", action="store_true", default=None,
         help="spread the transformer's weights over the devices")
+
+
+def add_tiles(parser: ArgumentParser) -> None:
+    """Declare the option that cuts pictures for the VAE."""
+    parser.add_argument("--tiles", default="auto", metavar="auto|none|RxC",
+        help="rows x columns that the VAE takes a picture in; auto, the default: where the whole "
+        "doesn't fit the memory")
 
 
 def choose_devices(

@@ -28,6 +28,9 @@ from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
 AT_ONCE = 4
 """Latent frames that pass through a tile before the next one's turn."""
 
+SMALLEST = 8
+"""Latents a side of the smallest tile worth taking: around it far more are read than are its own."""
+
 Span = tuple[int, int]
 Room = Callable[[int], Tensor]
 """Gives room for so many bytes: uint8 on the CPU."""
@@ -54,6 +57,14 @@ def decoder_tiles(config: VAEConfig, rows: int, columns: int, tiles: Tiles) -> l
 def encoder_tiles(config: VAEConfig, rows: int, columns: int, tiles: Tiles) -> list[Tile]:
     """What the encoder's beginning reads for latents of rows x columns, its stages, what leaves."""
     return _cut(_encoder_spans, config, rows, columns, tiles)
+
+
+def grids(rows: int, columns: int) -> Iterator[Tiles]:
+    """Grids for latents of rows x columns with ever smaller tiles, about as high as wide."""
+    longest = max(rows, columns)
+    for count in range(2, longest // SMALLEST + 1):
+        side = longest / count
+        yield Tiles(max(1, round(rows / side)), max(1, round(columns / side)))
 
 
 @torch.no_grad()

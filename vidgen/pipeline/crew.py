@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from vidgen.core.protocols import Denoise
+    from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
     from vidgen.diffusion.condition import LatentState
     from vidgen.pipeline.experts import Loras
@@ -150,7 +151,9 @@ class Crew:
                 self._remembered = collect(caches, self.link, division)
         return {**self._remembered, **caches.state(numbers_only=True)}
 
-    def decode(self, parts: Parts, latents: Tensor, begin: int = 0) -> Iterator[Tensor]:
+    def decode(
+        self, parts: Parts, latents: Tensor, begin: int = 0, tiles: Tiles | None = None
+    ) -> Iterator[Tensor]:
         """What `networks.decode_latents` gives, a stretch decoded by each device.
 
         Raises:
@@ -167,10 +170,10 @@ class Crew:
                       for first, end in theirs]
             coming: Iterable[Tensor] = ()
             if slices:
-                self.order("decode", parts.dtype, parts.offload, slices)
+                self.order("decode", parts.dtype, parts.offload, slices, tiles)
                 sizes = [end - first for first, end in theirs]
                 coming = self._coming = _Coming(self, sizes, shape, parts.dtype_of("vae"))
-            yield from decode_latents(parts, latents, *mine)
+            yield from decode_latents(parts, latents, *mine, tiles)
             yield from coming
 
     def close(self) -> None:

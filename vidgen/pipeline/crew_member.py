@@ -36,6 +36,7 @@ from vidgen.pipeline.stretches import room_for
 from vidgen.weights.folder import ModelFolder, open_model
 
 if TYPE_CHECKING:
+    from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
     from vidgen.weights.quantize import Quantization
 
@@ -106,7 +107,8 @@ class Member:
         self._caches = None
 
     def decode(
-        self, dtype: torch.dtype, offload: Offload, slices: list[tuple[Tensor, int]]
+        self, dtype: torch.dtype, offload: Offload, slices: list[tuple[Tensor, int]],
+        tiles: Tiles | None,
     ) -> None:
         """Decode this rank's slice of latents [B, C, F, h, w] but its first frames, and send it."""
         if self._link.rank > len(slices):
@@ -114,7 +116,7 @@ class Member:
         parts = self._set_up(dtype, offload)
         latents, skipped = slices[self._link.rank - 1]
         room, sent = None, []
-        for index, video in enumerate(decode_latents(parts, latents, skipped)):
+        for index, video in enumerate(decode_latents(parts, latents, skipped, tiles=tiles)):
             made = video.contiguous().view(-1).view(torch.uint8)
             if room is None:  # rank 0 may be long in coming to it
                 room = room_for((latents.shape[2] - skipped) * made.numel()).split(made.numel())

@@ -36,6 +36,7 @@ from vidgen.weights.load import Weights
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
+    from vidgen.core.shapes import Tiles
     from vidgen.weights.component import Role
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
@@ -56,18 +57,20 @@ Rates = Mapping[torch.dtype, Calibration]
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how a model runs."""
+    """Where and how a model runs; `tiles` of the VAE's pictures, None for the whole."""
 
     device: torch.device
     dtype: str
     offload: Offload = "none"
     quantize: Quantization | None = None
+    tiles: Tiles | None = None
 
     @property
     def words(self) -> str:
         """The command line's options that give it."""
         words = [f"--dtype {self.dtype}", f"--offload {self.offload}"]
-        return " ".join(words + ([f"--quantize {self.quantize}"] if self.quantize else []))
+        words += [f"--quantize {self.quantize}"] if self.quantize else []
+        return " ".join(words + ([f"--tiles {self.tiles}"] if self.tiles else []))
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class Estimate:
             "encoder_s": self.encoder_s, "peak_bytes": self.peak_bytes, "measured": self.measured,
             "dtype": self.setup.dtype, "offload": self.setup.offload,
             "quantize": self.setup.quantize, "device": str(self.setup.device),
+            "tiles": None if self.setup.tiles is None else str(self.setup.tiles),
             "threads": torch.get_num_threads(),
             "notes": list(self.notes), "choice": self.choice,
         }
@@ -235,7 +239,8 @@ class _Job:
         for frames in self.passes.encoded:
             latent = 1 + (frames - 1) // self.vae.strides.t
             seconds += self.vae_rates.seconds(
-                vae_ops(self.vae, latent, self.rows, self.columns, decode=False)
+                vae_ops(self.vae, latent, self.rows, self.columns, decode=False,
+                        tiles=self.setup.tiles)
             )
         if self.passes.shown:
             seconds += self._decoding_s(self.passes.shown)
@@ -268,7 +273,8 @@ class _Job:
 
     def _decoding_s(self, frames: int) -> float:
         return self.vae_rates.seconds(
-            vae_ops(self.vae, frames, self.rows, self.columns, decode=True)
+            vae_ops(self.vae, frames, self.rows, self.columns, decode=True,
+                    tiles=self.setup.tiles)
         )
 
     def _encoder_s(self) -> float:
@@ -359,7 +365,7 @@ class _Job:
         pixels = self.plan.width * self.plan.height
         live = vae_bytes(
             self.vae, self.rows, self.columns, itemsize, decode=False, whole=longest > 1,
-            fused=self._fused,
+            fused=self._fused, tiles=self.setup.tiles,
         )
         # the clip as floats, twice while it is scaled, and in the VAE's dtype
         return self._resident(live) + 3 * longest * pixels * (9 + itemsize)
@@ -378,7 +384,7 @@ class _Job:
         plan = self.plan
         live = vae_bytes(
             self.vae, self.rows, self.columns, self.vae_dtype.itemsize, decode=True,
-            whole=plan.num_frames > 1, fused=self._fused,
+            whole=plan.num_frames > 1, fused=self._fused, tiles=self.setup.tiles,
         )
         pixels = plan.width * plan.height
         frames = 3 * pixels * self.vae.strides.t * 12  # of a chunk: floats, bytes, in the slot

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.core.shapes import LatentShape, Strides
+from vidgen.core.shapes import LatentShape, Strides, Tiles
 from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.noise import draw_noise
 from vidgen.media.clip import Clip
@@ -216,7 +216,7 @@ class LongClip:
 
         def added(start: int) -> Iterator[Frames]:
             end = skipped + plan.kept_frames - begun.num_frames
-            return _frames(self.engine, latents, skipped + start, end)
+            return _frames(self.engine, latents, skipped + start, end, plan.tiles)
 
         def whole(start: int = 0) -> Iterator[Frames]:
             earlier = _earlier_frames(plan, self.request, self.inputs)
@@ -288,11 +288,13 @@ class LongClip:
         if self.engine.folder.conditioning != "control":
             return condition.prefix(state, known)
         t = self._stride_t
-        decoded = torch.cat([part.float().cpu() for part in self.engine.decode_video(past)], dim=2)
+        tiles = self.plan.tiles
+        parts = self.engine.decode_video(past, tiles=tiles)
+        decoded = torch.cat([part.float().cpu() for part in parts], dim=2)
         video = decoded[:, :, -(1 + (num_known - 1) * t) :].clamp(-1, 1)
         num_frames = 1 + (state.latents.shape[2] - state.num_references - 1) * t
         grey = video.new_zeros(1, 3, num_frames - video.shape[2], *video.shape[3:])
-        kept = self.engine.encode_video(torch.cat([video, grey], dim=2))
+        kept = self.engine.encode_video(torch.cat([video, grey], dim=2), tiles)
         kept[:, :, 1:num_known] = known[:, :, 1:]
         return stacked.keep_beginning(state, kept, num_known)
 
@@ -360,7 +362,7 @@ def _encode_end(engine: Engine, plan: Plan, request: Request, inputs: Inputs) ->
         total += 1
     count = 1 + (len(ending) - 1) // t * t
     video = pixels_of(list(ending)[-count:], plan.width, plan.height, plan.fit)
-    latents = engine.encode_video(video).cpu()
+    latents = engine.encode_video(video, plan.tiles).cpu()
     return Beginning(
         latents=latents, num_frames=total, frames_ahead=0,
         num_latents=1 + math.ceil((total - 1) / t), colours=colours_of(latents),
@@ -377,11 +379,13 @@ def _earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Fr
         yield fit(frame, plan.height, plan.width, plan.fit)[None]  # type: ignore[arg-type]
 
 
-def _frames(engine: Engine, latents: Tensor, start: int, end: int) -> Iterator[Frames]:
+def _frames(
+    engine: Engine, latents: Tensor, start: int, end: int, tiles: Tiles | None
+) -> Iterator[Frames]:
     """Frames uint8 [t, H, W, 3] of latents, numbers `start` to `end` of them."""
     from vidgen.pipeline.video import to_frames
 
-    for video in engine.decode_video(latents, start) if start < end else ():
+    for video in engine.decode_video(latents, start, tiles) if start < end else ():
         frames = to_frames(video[0])[: end - start].numpy()
         start += len(frames)
         yield frames

@@ -51,6 +51,8 @@ from vidgen.pipeline.job import (
     write_segment,
 )
 
+from vidgen.pipeline.plan import recorded_tiles
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -385,7 +387,7 @@ def _as_array(tensor: Tensor) -> Any:
 
 
 def recall(request: Request, journals: Sequence[Journal]) -> Request:
-    """Bring back what unfinished jobs began with: the seed that was drawn, the thread count.
+    """Bring back what jobs began with: the seed that was drawn, tiles, the thread count.
 
     Raises:
         InputError: a journal is damaged, or its thread count can't be had.
@@ -394,6 +396,8 @@ def recall(request: Request, journals: Sequence[Journal]) -> Request:
         recipe = journal.recipe or {}
         if request.seed is None and "plan" in recipe:
             request = replace(request, seed=recipe["plan"]["seed"] - index)
+        if request.tiles == "auto" and "plan" in recipe:
+            request = replace(request, tiles=recorded_tiles(recipe["plan"]))
         threads = recipe.get("machine", {}).get("threads")
         if threads and journal.unfinished:
             _use_threads(threads, journal)

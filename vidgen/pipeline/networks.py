@@ -18,11 +18,14 @@ from vidgen.diffusion.condition import LatentState, denoise_inputs
 from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.guidance import BRANCHES, guided
 from vidgen.diffusion.token_part import TokenPart
+from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread
 from vidgen.pipeline.experts import Experts, Loras, experts
+from vidgen.pipeline.stretches import rooms_for
 
 if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise, StepCache
+    from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
@@ -103,8 +106,21 @@ def _denoiser(
 
 
 @torch.no_grad()
+def encode_pixels(parts: Parts, video: Tensor, tiles: Tiles | None = None) -> Tensor:
+    """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32."""
+    with parts.use("vae") as vae:
+        pixels = [video.to(parts.device, next(vae.parameters()).dtype)]
+        if tiles is None:
+            frames = vae.stream_encode(pixels)
+        else:
+            frames = encode_in_tiles(vae, pixels, tiles, rooms_for(tiles))
+        return torch.cat(list(frames), dim=2).float()
+
+
+@torch.no_grad()
 def decode_latents(
-    parts: Parts, latents: Tensor, begin: int = 0, end: int | None = None
+    parts: Parts, latents: Tensor, begin: int = 0, end: int | None = None,
+    tiles: Tiles | None = None,
 ) -> Iterator[Tensor]:
     """Video [B, 3, n, H, W] of each of the latent frames `begin` to `end` of [B, C, F, h, w].
 
@@ -115,6 +131,10 @@ def decode_latents(
         dtype = next(vae.parameters()).dtype
         first = max(0, begin - vae.receptive_frames + 1)
         pieces = (part.to(parts.device, dtype) for part in latents[:, :, first:end].split(1, dim=2))
-        for index, video in enumerate(vae.stream_decode(pieces), first):
+        if tiles is None:
+            videos = vae.stream_decode(pieces)
+        else:
+            videos = decode_in_tiles(vae, pieces, tiles, rooms_for(tiles))
+        for index, video in enumerate(videos, first):
             if index >= begin:
                 yield video

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import Request
 from vidgen.core.shapes import (
     LatentShape,
     Strides,
+    Tiles,
     VideoShape,
     num_frames_for_seconds,
     size_for_aspect,
@@ -39,6 +41,7 @@ class Plan:
         num_frames: frames to generate, 1 mod the temporal stride.
         kept_frames: frames of the clip, the first of those generated.
         cache: what spares steps, or None.
+        tiles: that the VAE takes a picture in; None: the whole.
         num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
     """
 
@@ -59,6 +62,7 @@ class Plan:
     fit: str
     latents: LatentShape
     cache: CacheChoice | None = None
+    tiles: Tiles | None = None
 
 
 def make_plan(
@@ -111,13 +115,30 @@ def make_plan(
         shift=float(request.shift or defaults.shift), sampler=sampler, guidance=guidance,
         strength=1.0 if request.strength is None else float(request.strength),
         control_scale=1.0 if request.control_scale is None else float(request.control_scale),
-        fit=request.fit, latents=shape,
+        fit=request.fit, latents=shape, tiles=_tiles(request, shape),
     )
 
 
 def draw_seed() -> int:
     """A seed for who gave none."""
     return secrets.randbelow(2**32)
+
+
+def recorded_tiles(plan: Mapping[str, Any]) -> str:
+    """The option that gives the tiles of a recipe's plan."""
+    tiles = plan.get("tiles")
+    return "none" if tiles is None else str(Tiles(tiles["rows"], tiles["columns"]))
+
+
+def _tiles(request: Request, latents: LatentShape) -> Tiles | None:
+    """Tiles that were asked for; None leaves them to the pre-flight, or asks for the whole."""
+    if request.tiles in ("auto", "none"):
+        return None
+    rows, columns = map(int, request.tiles.split("x"))
+    if rows > latents.height or columns > latents.width:
+        raise InputError(f"tiles is {request.tiles}, but the picture has {latents.height}x"
+                         f"{latents.width} latents; give at most a tile for each, or auto")
+    return Tiles(rows, columns) if rows * columns > 1 else None
 
 
 def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:

@@ -16,6 +16,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.runtime import available_memory
 from vidgen.core.shapes import VideoShape
+from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.estimate import Estimate, Rates, Setup, estimate, size_text
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import Offload, best_dtype
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from vidgen.pipeline.video import Engine
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
+
+
+_OF_VAE = ("prepare", "decode", "mux")
 
 
 class Asked(NamedTuple):
@@ -100,7 +104,8 @@ def choose(
 ) -> Estimate:
     """The fastest setup that fits, of those that the request leaves open.
 
-    Offloading is tried before another dtype, which changes results; what the request names stays.
+    Offloading is tried before tiles, which take longer for the same, and these before another dtype,
+    which changes results; what the request names stays.
 
     Args:
         folder: the model.
@@ -115,15 +120,8 @@ def choose(
     Raises:
         ModelError: nothing fits; names what would.
     """
-    asked: Offload | None = request.offload  # type: ignore[assignment]
-    quantize: Quantization | None = request.quantize  # type: ignore[assignment]
-    dtypes = [dtype] if request.dtype or dtype != "fp32" else ["fp32", "bf16"]
-    known = get_args(Offload)[:2] if quantize else get_args(Offload)  # blocks can't be quantised
-    offloads = [asked] if asked else known
     first = None
-    for name, offload in product(dtypes, offloads):
-        setup = Setup(device, name, offload, quantize)
-        made = estimate(folder, plan, request, setup, rates=rates, suffix=suffix)
+    for made in _candidates(folder, plan, request, device, have, dtype, rates, suffix):
         if have is None or made.peak_bytes <= have:
             return replace(made, choice=_choice(made, first, have)) if first and have else made
         first = first or made
@@ -131,6 +129,41 @@ def choose(
     assert have is not None
     require_fit(first, folder, plan, request, have)
     return first
+
+
+def _candidates(
+    folder: ModelFolder, plan: Plan, request: Request, device: torch.device, have: int | None,
+    dtype: str, rates: Rates | None, suffix: str,
+) -> Iterator[Estimate]:
+    """What a request leaves open, in the order of `choose`; arguments as there."""
+    asked: Offload | None = request.offload  # type: ignore[assignment]
+    quantize: Quantization | None = request.quantize  # type: ignore[assignment]
+    known = get_args(Offload)[:2] if quantize else get_args(Offload)  # blocks can't be quantised
+
+    def made(setup: Setup) -> Estimate:
+        return estimate(folder, plan, request, setup, rates=rates, suffix=suffix)
+
+    for name in [dtype] if request.dtype or dtype != "fp32" else ["fp32", "bf16"]:
+        setups = [Setup(device, name, offload, quantize, plan.tiles)
+                  for offload in ([asked] if asked else known)]
+        yield from map(made, setups)
+        for setup in setups if request.tiles == "auto" else ():
+            yield from _tiled(setup, plan, have, made)
+
+
+def _tiled(
+    setup: Setup, plan: Plan, have: int | None, made: Callable[[Setup], Estimate]
+) -> Iterator[Estimate]:
+    """A setup with ever smaller tiles, until they fit, if it is the VAE that doesn't."""
+    if have is None or setup.tiles is not None:
+        return
+    for tiles in grids(plan.latents.height, plan.latents.width):
+        found = made(replace(setup, tiles=tiles))
+        if any(stage.bytes > have for stage in found.stages if stage.name not in _OF_VAE):
+            return
+        yield found
+        if found.peak_bytes <= have:
+            return
 
 
 def _choice(made: Estimate, first: Estimate, have: int) -> str:
@@ -167,13 +200,18 @@ def _other_setups(
     """Setups that fit, those that change results last."""
     dtypes = [setup.dtype] if setup.dtype != "fp32" else ["fp32", "bf16"]
     kinds: list[Quantization | None] = [None, "int8"]
+
+    def made(setup: Setup) -> Estimate:
+        return estimate(folder, plan, request, setup)
+
     for quantize, dtype, offload in product(kinds, dtypes, get_args(Offload)):
         if quantize and (offload == "block" or dtype == "fp16"):
             continue
-        other = Setup(setup.device, dtype, offload, quantize)
-        need = estimate(folder, plan, request, other).peak_bytes
-        if need <= have:
-            yield f"{other.words} ({size_text(need)})"
+        other = Setup(setup.device, dtype, offload, quantize, setup.tiles)
+        for found in (made(other), *_tiled(other, plan, have, made)):
+            if found.peak_bytes <= have:
+                yield f"{found.setup.words} ({size_text(found.peak_bytes)})"
+                break
 
 
 def _smaller_clips(
