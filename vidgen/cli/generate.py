@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.devices import add_devices, add_tiles, choose_devices, share_threads
+from vidgen.cli.devices import add_devices, choose_devices, share_threads
 from vidgen.cli.report import Report
 from vidgen.cli.resume import add_resume, journals_of_outputs, seed_of, told_how_to_go_on
 from vidgen.core.errors import InputError
@@ -75,7 +75,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="keep all, one stage or two blocks of the model in memory; auto, the default: the "
         "first of them that fits")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
-    add_tiles(parser)
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
     add_devices(parser)
     add("--preview", action="store_true",
@@ -88,7 +87,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--aigc", metavar="PRODUCER", help="write the AIGC field of GB 45438-2025 for PRODUCER")
 
 
-def run(args: Namespace, report: Report) -> int:
 def add_sound(add: Callable[..., Any], *, goes_on: bool = False) -> None:
     """Declare the options of the sound of a clip that is made anew, or that goes on."""
     if goes_on:
@@ -107,6 +105,7 @@ def add_sound(add: Callable[..., Any], *, goes_on: bool = False) -> None:
         help="who says it: a voice of espeak-ng, default en-us, or of Kokoro")
 
 
+def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
     from vidgen.core.request import Request
 
@@ -193,7 +192,6 @@ def _frame(text: str) -> tuple[float, str]:
     return time_s, picture
 
 
-def _seed(args: Namespace, request: Request, report: Report) -> int:
 def _said(text: str) -> tuple[float | None, str]:
     """Read [SECONDS=]TEXT; what stands before a = and is no number belongs to the text."""
     before, equals, after = text.partition("=")
@@ -203,6 +201,7 @@ def _said(text: str) -> tuple[float | None, str]:
         return None, text
 
 
+def _seed(args: Namespace, request: Request, report: Report) -> int:
     """The seed that an earlier run of the same command drew, or a fresh one."""
     if args.resume:
         seeds = _seeds_of(args.output, request)
@@ -269,9 +268,9 @@ def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> No
 
     for path in paths:
         suffix = check_format(path, request.frames)
-        if suffix in (".png", ".jpg", ".jpeg") and request.frames is None:
         if request.wants_sound:
             require_sound(path, suffix)
+        if suffix in (".png", ".jpg", ".jpeg") and request.frames is None:
             raise InputError(f"output {path} holds one picture; add --frames 1 or use .mp4")
         check_output(path, overwrite=overwrite)
 
@@ -287,8 +286,8 @@ def _facts(clip: Clip, path: str, seed: int) -> dict[str, Any]:
         "path": path, "seed": seed, "num_frames": clip.num_frames, "fps": str(clip.fps),
         "width": clip.size[0], "height": clip.size[1],
         "seconds": float(clip.num_frames / clip.fps), "sound": clip.sound is not None,
-    }
         "captions": clip.captions,
+    }
 
 
 def judged(

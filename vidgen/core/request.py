@@ -37,16 +37,15 @@ _CHOICE = {
     "fit": ("crop", "pad"), "dtype": ("fp32", "bf16", "fp16"),
     "offload": ("none", "stage", "block"), "quantize": ("int8",), "label": ("none", "visible"),
 }
-_TILES = re.compile(r"auto|none|[1-9]\d?x[1-9]\d?")
 _CACHES = ("none", "first-block", "magnitude", "forecast")
 _NEEDS = {
     "strength": ("video",), "mask": ("video", "image"),
     "control_scale": ("control", "video", "image", "last_image", "frame", "reference", "prefix"),
-}
     "audio_loop": ("audio", "audio_model"), "audio_prompt": ("audio_model",), "voice": ("say",),
-
+}
 NO_AUDIO, OWN_AUDIO = "none", "generate"
 """Values of `audio` that name no file."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -85,7 +84,6 @@ class Request:
         control_scale: how strongly conditions act in such a model, 1 as trained.
         first_frame_model: folder of a text-to-image model that draws the first frame.
         lora: adapters for this request alone, each PATH[:WEIGHT][@high|@low]; see docs/lora.md.
-        strict: refuse a clip that its checks find faulty.
         audio: "none", "generate" (the model's own) or a sound or video file; None is the model's
             own where it makes sound. See docs/sound.md.
         audio_loop: whether sound that is shorter than the clip starts again.
@@ -94,6 +92,7 @@ class Request:
         say: (seconds, text) pairs that are spoken, or texts that follow each other; `@FILE` is
             speech in a file.
         voice: one of espeak-ng's, such as "en-gb", or the file of a Kokoro voice.
+        strict: refuse a clip that its checks find faulty.
         retry: how many further seeds to try while the checks find faults.
         label: "visible" burns a label into the first 2 seconds; "none" only marks the file.
         aigc: names the content's producer in the metadata field of GB 45438-2025.
@@ -103,8 +102,6 @@ class Request:
         offload: "none", "stage" or "block": how much of the model is in memory at once; like
             `model` and `dtype` a matter of loading, which an engine can't change later.
         quantize: "int8" keeps the linear layers' weights in 8 bits; also a matter of loading.
-        tiles: "auto", "none" or ROWSxCOLUMNS: how pictures are cut for the VAE; "auto" cuts those
-            that don't fit the memory as a whole.
         devices: how many share the work; also a matter of loading.
         shard: whether the transformer's weights are spread over them; also a matter of loading.
         latents: initial noise [B, C, F, h, w] instead of the seed's.
@@ -143,22 +140,21 @@ class Request:
     control_scale: float | None = None
     first_frame_model: str | None = None
     lora: tuple[str, ...] = ()
-    strict: bool = False
-    retry: int = 0
-    label: str = "none"
     audio: str | os.PathLike[str] | None = None
     audio_loop: bool | None = None
     audio_model: str | None = None
     audio_prompt: str | None = None
     say: tuple[tuple[float | None, str], ...] = ()
     voice: str | None = None
+    strict: bool = False
+    retry: int = 0
+    label: str = "none"
     aigc: str | None = None
     count: int = 1
     model: str | None = None
     dtype: str | None = None
     offload: str | None = None
     quantize: str | None = None
-    tiles: str = "auto"
     devices: int | None = None
     shard: bool | None = None
     latents: Tensor | None = field(default=None, compare=False, repr=False)
@@ -193,10 +189,6 @@ class Request:
         return value is not None and not (isinstance(value, tuple) and not value)
 
     @property
-    def scheduler(self) -> Any:
-        """The scheduler object given as `sampler`, or None where that is a name or left out."""
-        return None if isinstance(self.sampler, str) else self.sampler
-    @property
     def audio_file(self) -> str | os.PathLike[str] | None:
         """The file given as `audio`, or None where that is a word or left out."""
         return None if self.audio in (None, NO_AUDIO, OWN_AUDIO) else self.audio
@@ -206,6 +198,10 @@ class Request:
         """Whether sound is asked for, so that an output must hold it."""
         return self.audio not in (None, NO_AUDIO) or bool(self.audio_model or self.say)
 
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler object given as `sampler`, or None where that is a name or left out."""
+        return None if isinstance(self.sampler, str) else self.sampler
 
     def _validate(self) -> None:
         texts = {"prompt": MAX_PROMPT, "negative": MAX_PROMPT, "aigc": 200,
@@ -229,7 +225,6 @@ class Request:
         for seconds, _ in self.frame:
             _check_number("frame", seconds, 0, 3600)
         _check_cache(self.cache)
-        _check_tiles(self.tiles)
         for name, known in _CHOICE.items():
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -242,11 +237,6 @@ class Request:
         if self.first_frame_model is not None and self.image is not None:
             raise InputError("image and first_frame_model are both given; the first frame is one "
                              "of them")
-
-
-def _check_whole(name: str, value: Any, low: int, high: int) -> None:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and not (is_whole and low <= value <= high):
         self._validate_sound()
 
     def _validate_sound(self) -> None:
@@ -261,6 +251,11 @@ def _check_whole(name: str, value: Any, low: int, high: int) -> None:
                 raise InputError(f"say holds {text!r}; give the text that is to be spoken")
             if len(text) > MAX_PROMPT:
                 raise InputError(f"say has {len(text)} characters; shorten it to {MAX_PROMPT}")
+
+
+def _check_whole(name: str, value: Any, low: int, high: int) -> None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (is_whole and low <= value <= high):
         raise InputError(f"{name} is {value!r}; give a whole number from {low} to {high}")
 
 
@@ -271,12 +266,6 @@ def _check_number(name: str, value: Any, low: float, high: float, above: bool = 
     shown = str(value) if isinstance(value, Fraction) else repr(value)
     span = f"above {low}, {high} at most" if above else f"from {low} to {high}"
     raise InputError(f"{name} is {shown}; give a number {span}")
-
-
-def _check_tiles(value: Any) -> None:
-    if not _TILES.fullmatch(str(value)):
-        raise InputError(f"tiles is {value!r}; give auto, none, or rows and columns from 1 to 99, "
-                         "such as 2x3")
 
 
 def _check_cache(value: Any) -> None:
@@ -333,8 +322,6 @@ def _pairs(value: Any) -> tuple[tuple[float, Picture], ...]:
     return tuple((seconds, picture) for seconds, picture in value)
 
 
-def _pictures(value: Any) -> tuple[Picture, ...]:
-    return (value,) if isinstance(value, str | os.PathLike) else tuple(value)
 def _said(value: Any) -> tuple[tuple[float | None, str], ...]:
     """Texts to speak, each with its time or without, or one alone."""
     pairs = []
@@ -348,3 +335,5 @@ def _said(value: Any) -> tuple[tuple[float | None, str], ...]:
     return tuple(pairs)
 
 
+def _pictures(value: Any) -> tuple[Picture, ...]:
+    return (value,) if isinstance(value, str | os.PathLike) else tuple(value)
