@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.devices import add_devices, choose_devices, share_threads
+from vidgen.cli.devices import add_devices, add_tiles, choose_devices, share_threads
 from vidgen.cli.report import Report
 from vidgen.cli.resume import add_resume, journals_of_outputs, seed_of, told_how_to_go_on
 from vidgen.core.errors import InputError
@@ -75,6 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="keep all, one stage or two blocks of the model in memory; auto, the default: the "
         "first of them that fits")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
+    add_tiles(parser)
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
     add_devices(parser)
     add("--preview", action="store_true",

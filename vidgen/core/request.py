@@ -37,6 +37,7 @@ _CHOICE = {
     "fit": ("crop", "pad"), "dtype": ("fp32", "bf16", "fp16"),
     "offload": ("none", "stage", "block"), "quantize": ("int8",), "label": ("none", "visible"),
 }
+_TILES = re.compile(r"auto|none|[1-9]\d?x[1-9]\d?")
 _CACHES = ("none", "first-block", "magnitude", "forecast")
 _NEEDS = {
     "strength": ("video",), "mask": ("video", "image"),
@@ -102,6 +103,8 @@ class Request:
         offload: "none", "stage" or "block": how much of the model is in memory at once; like
             `model` and `dtype` a matter of loading, which an engine can't change later.
         quantize: "int8" keeps the linear layers' weights in 8 bits; also a matter of loading.
+        tiles: "auto", "none" or ROWSxCOLUMNS: how pictures are cut for the VAE; "auto" cuts those
+            that don't fit the memory as a whole.
         devices: how many share the work; also a matter of loading.
         shard: whether the transformer's weights are spread over them; also a matter of loading.
         latents: initial noise [B, C, F, h, w] instead of the seed's.
@@ -155,6 +158,7 @@ class Request:
     dtype: str | None = None
     offload: str | None = None
     quantize: str | None = None
+    tiles: str = "auto"
     devices: int | None = None
     shard: bool | None = None
     latents: Tensor | None = field(default=None, compare=False, repr=False)
@@ -225,6 +229,7 @@ class Request:
         for seconds, _ in self.frame:
             _check_number("frame", seconds, 0, 3600)
         _check_cache(self.cache)
+        _check_tiles(self.tiles)
         for name, known in _CHOICE.items():
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -266,6 +271,12 @@ def _check_number(name: str, value: Any, low: float, high: float, above: bool = 
     shown = str(value) if isinstance(value, Fraction) else repr(value)
     span = f"above {low}, {high} at most" if above else f"from {low} to {high}"
     raise InputError(f"{name} is {shown}; give a number {span}")
+
+
+def _check_tiles(value: Any) -> None:
+    if not _TILES.fullmatch(str(value)):
+        raise InputError(f"tiles is {value!r}; give auto, none, or rows and columns from 1 to 99, "
+                         "such as 2x3")
 
 
 def _check_cache(value: Any) -> None:

@@ -29,7 +29,7 @@ AT_ONCE = 4
 """Latent frames that pass through a tile before the next one's turn."""
 
 SMALLEST = 8
-"""Latents a side of the smallest tile worth taking: around it far more are read than are its own."""
+"""Latents a side of the smallest tile worth taking: it reads far more around it than its own."""
 
 Span = tuple[int, int]
 Room = Callable[[int], Tensor]

@@ -50,7 +50,6 @@ from vidgen.pipeline.job import (
     write_job,
     write_segment,
 )
-
 from vidgen.pipeline.plan import recorded_tiles
 
 if TYPE_CHECKING:

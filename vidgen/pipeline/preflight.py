@@ -104,8 +104,8 @@ def choose(
 ) -> Estimate:
     """The fastest setup that fits, of those that the request leaves open.
 
-    Offloading is tried before tiles, which take longer for the same, and these before another dtype,
-    which changes results; what the request names stays.
+    Offloading is tried before tiles, which take longer, and these before another dtype, which
+    changes results; what the request names stays.
 
     Args:
         folder: the model.

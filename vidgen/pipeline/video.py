@@ -45,7 +45,7 @@ from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
 from vidgen.pipeline.extend import long_clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal import Journal, journals_of, recall
-from vidgen.pipeline.networks import decode_latents, denoising
+from vidgen.pipeline.networks import decode_latents, denoising, encode_pixels
 from vidgen.pipeline.parts import DTYPES, Offload, Parts, best_dtype
 from vidgen.pipeline.plan import Plan, draw_seed, make_plan
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
@@ -61,6 +61,7 @@ from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
 
 if TYPE_CHECKING:
+    from vidgen.core.shapes import Tiles
     from vidgen.pipeline.estimate import Estimate, Setup
     from vidgen.pipeline.foreign import ForeignEngine
     from vidgen.weights.quantize import Quantization
@@ -206,6 +207,7 @@ class Engine:
         made = preflight(self, first, request)
         if on_estimate is not None:
             on_estimate(made)
+        first = replace(first, tiles=made.setup.tiles)
         loras = read_loras(request.lora, self.folder)
         plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
         recipes = [
@@ -320,8 +322,8 @@ class Engine:
         state = condition.new_state(noise.float().to(self.device))
         describe = None if self.dit_config.image_dim is None else self.describe
         model = Encoder(
-            self.encode_video, describe, self.folder.conditioning, self.vae_config.strides,
-            self.dit_config.patch_size,
+            partial(self.encode_video, tiles=plan.tiles), describe, self.folder.conditioning,
+            self.vae_config.strides, self.dit_config.patch_size,
         )
         start_sigma = float(self.sigmas(plan, request.scheduler)[0])
         return write_conditions(state, plan, request, inputs, model, start_sigma)
@@ -405,7 +407,7 @@ class Engine:
         """A lazy clip whose chunks come out of the VAE while it is written."""
         def chunks(start: int = 0) -> Iterator[Any]:
             left = plan.kept_frames - start
-            for video in self.decode_video(latents, start):
+            for video in self.decode_video(latents, start, plan.tiles):
                 frames = to_frames(video[0])[:left]
                 left -= len(frames)
                 if len(frames):
@@ -421,15 +423,14 @@ class Engine:
         source = with_label(chunks, info.size, info.fps) if is_labelled else chunks
         return Clip(source, info, latents, journal)
 
-    @torch.no_grad()
-    def encode_video(self, video: Tensor) -> Tensor:
+    def encode_video(self, video: Tensor, tiles: Tiles | None = None) -> Tensor:
         """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32."""
-        with self.parts.use("vae") as vae:
-            parts = vae.stream_encode([video.to(self.device, _dtype_of(vae))])
-            return torch.cat(list(parts), dim=2).float()
+        return encode_pixels(self.parts, video, tiles)
 
     @torch.no_grad()
-    def decode_video(self, latents: Tensor, start: int = 0) -> Iterator[Tensor]:
+    def decode_video(
+        self, latents: Tensor, start: int = 0, tiles: Tiles | None = None
+    ) -> Iterator[Tensor]:
         """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W], from `start` on.
 
         Frames don't depend on where decoding begins, nor on how many devices decode.
@@ -437,7 +438,8 @@ class Engine:
         t = self.vae_config.strides.t
         wanted = -(-start // t)  # the latent frame that holds frame `start`
         decode = decode_latents if self.crew is None else self.crew.decode
-        for index, video in enumerate(decode(self.parts, latents, wanted), wanted):
+        made = decode(self.parts, latents, wanted, tiles=tiles)
+        for index, video in enumerate(made, wanted):
             before = 1 + (index - 1) * t if index else 0
             yield video[:, :, max(0, start - before) :]
 
