@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.devices import add_devices, choose_devices, share_threads
+from vidgen.cli.devices import add_devices, add_tiles, choose_devices, share_threads
 from vidgen.cli.generate import add_sound, judged
 from vidgen.cli.report import Report
 from vidgen.cli.resume import add_resume, journals_of_outputs, seed_of, told_how_to_go_on
@@ -56,6 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--offload", choices=("auto", "none", "stage", "block"), default="auto",
         help="as in generate")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
+    add_tiles(parser)
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
     add_devices(parser)
     add("--label", choices=("none", "visible"),

@@ -34,7 +34,7 @@ FACTS = (
 )
 """Entries that frames or sound depend on; others differ from run to run or say the same again."""
 _ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix",
-              "control", "latents", "lora", "audio"}  # fmt: skip
+              "control", "latents", "lora", "tiles", "audio"}  # fmt: skip
 _DEFAULTS = {each.name: each.default for each in fields(Request)}
 
 
@@ -92,7 +92,7 @@ def identity(request: Request, **loading: Any) -> str:
     """
     facts = {
         "vidgen": __version__, "loading": loading, "prompt": request.prompt,
-        "request": _asked(request),
+        "request": _asked(request), "tiles": request.tiles,
         "frame_times_s": [float(seconds) for seconds, _ in request.frame],
         "inputs": [[r["option"], r["sha256"]] for r in read_inputs(request).records],
         "loras": [[hashes_of(choice.path), choice.weight, choice.expert]

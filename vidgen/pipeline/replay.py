@@ -25,6 +25,7 @@ from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.encode import Frames
 from vidgen.media.read import PICTURE_SUFFIXES, VideoReader, load_image
 from vidgen.media.sound import read_sound
+from vidgen.pipeline.plan import recorded_tiles
 from vidgen.pipeline.recipe import RECIPE_VERSION
 from vidgen.pipeline.restore import Given, restore_inputs
 from vidgen.weights.folder import open_model
@@ -183,7 +184,7 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
         "size": (plan["width"], plan["height"]), "fps": plan["fps"], "steps": plan["num_steps"],
         "shift": plan["shift"], "guidance": guidance["scale"],
         "guidance_interval": tuple(guidance["interval"]), "guidance_rescale": guidance["rescale"],
-        "guidance_low": guidance["low_scale"],
+        "guidance_low": guidance["low_scale"], "tiles": recorded_tiles(plan),
     }
     if plan["sampler"] in SAMPLERS:
         options["sampler"] = plan["sampler"]
