@@ -3,9 +3,10 @@
     python train/release.py vae       --run runs/vae --out vidgen/assets/toybox
     python train/release.py tokenizer --out vidgen/assets/toybox
     python train/release.py dit       --run runs/dit --out vidgen/assets/toybox
+    python train/release.py sound     --run runs/sound --out vidgen/assets/toybox
 
-`vae` measures the latents' mean and deviation on fresh renders, unless the VAE was trained from a
-folder that already has them (`part: decoder`). Each call writes `model.json` anew.
+`vae` and `sound` measure the latents' mean and deviation on fresh clips, unless the VAE was trained
+from a folder that already has them (`part: decoder`). Each call writes `model.json` anew.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any
 import torch
 
 from vidgen.core.errors import ModelError
-from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
+from vidgen.models.audio import AudioVAE
+from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.toybox.captions import caption
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
+from vidgen.toybox.sound import synthesize
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.program import exit_code
 from vidgen.training.tokenizer import train_tokenizer
@@ -69,6 +72,26 @@ def measure_latents(vae: CausalVAE) -> tuple[list[float], list[float]]:
     return _rounded(values.mean(1)), _rounded(values.std(1))
 
 
+def release_sound(run: Path, out: Path) -> None:
+    """The sound VAE of a run, its config carrying the latents' statistics."""
+    config = AUDIO_VAE_PRESETS[_run_settings(run)["preset"]]
+    vae = AudioVAE(config)
+    vae.load_state_dict(load_averages(run, "vae"))
+    mean, std = measure_sound_latents(vae)
+    config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
+    save_module(vae.state_dict(), config, out / "sound_vae", torch.bfloat16)
+
+
+@torch.no_grad()
+def measure_sound_latents(vae: AudioVAE) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each sound latent's channel over fresh clips of the world."""
+    first = SEED_RANGES["train"][0] + 3 * 10**11
+    clips = synthesize(sample_scenes(first, NUM_STATISTICS_CLIPS, split="any"))
+    parts = [vae.encode_moments(part)[0] for part in clips.split(16)]
+    values = torch.cat(parts).transpose(0, 1).flatten(1)
+    return _rounded(values.mean(1)), _rounded(values.std(1))
+
+
 def release_tokenizer(out: Path) -> None:
     """A BPE tokenizer of the world's captions, with the list of words the model is taught."""
     scenes = sample_scenes(SEED_RANGES["train"][0] + 2 * 10**11, NUM_CAPTIONS, split="train")
@@ -99,7 +122,7 @@ def _rounded(values: torch.Tensor) -> list[float]:
 def main() -> int:
     """Release one part, then describe the folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("vae", "tokenizer", "dit"))
+    parser.add_argument("part", choices=("vae", "tokenizer", "dit", "sound"))
     parser.add_argument("--run", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, required=True, help="model folder")
     options = parser.parse_args()
@@ -111,6 +134,8 @@ def main() -> int:
             release_vae(options.run, options.out)
         elif options.part == "dit":
             release_dit(options.run, options.out)
+        elif options.part == "sound":
+            release_sound(options.run, options.out)
         else:
             release_tokenizer(options.out)
         if all((options.out / part).exists() for part in PARTS):

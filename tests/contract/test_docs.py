@@ -169,12 +169,14 @@ def test_the_model_page_gives_the_real_sizes():
     from vidgen.models.text import UMT5Encoder
     from vidgen.models.vae import CausalVAE
     from vidgen.toybox.judge import Judge, JudgeConfig
+    from vidgen.toybox.sound_judge import SoundJudge, SoundJudgeConfig
 
     page = (ROOT / "docs/model.md").read_text()
     with torch.device("meta"):
         vae, dit = CausalVAE(VAE_PRESETS["toybox"]), SpacetimeDiT(DIT_PRESETS["toybox"])
         parts = [vae, vae.encoder, vae.decoder, dit, UMT5Encoder(TEXT_PRESETS["toybox"])]
         parts += [Judge(JudgeConfig()), AudioVAE(AUDIO_VAE_PRESETS["toybox"])]
+        parts.append(SoundJudge(SoundJudgeConfig()))
     for part in parts:
         assert f"{sum(p.numel() for p in part.parameters()):,}" in page
     sound = sum(p.numel() for key, p in dit.named_parameters() if "audio" in key)

@@ -1,0 +1,234 @@
+"""The programs that train the sound VAE and the sound judge, at tiny size."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from vidgen.core.config import build, dump
+from vidgen.core.errors import InputError, ModelError
+from vidgen.evaluation.fidelity import measure_fidelity
+from vidgen.evaluation.listening import grade_sound, hollow_sound, judge_sounds
+from vidgen.media.mel import log_mel, mel_bank, spectrogram
+from vidgen.models.audio import AudioVAE, AudioVAEConfig
+from vidgen.toybox.cues import SAMPLE_RATE, sound_cues
+from vidgen.toybox.judge import NOTHING
+from vidgen.toybox.scenes import Actor, Scene, sample_scenes
+from vidgen.toybox.sound import synthesize
+from vidgen.toybox.sound_judge import Heard, SoundJudge, SoundJudgeConfig, SoundJudgeFolder
+from vidgen.training.checkpoint import latest_checkpoint
+from vidgen.training.loop import train
+from vidgen.training.sound_data import damage_sound, hollow_out, label_sounds
+from vidgen.weights.folder import config_of
+from vidgen.weights.load import load_module, save_module
+
+ROOT = Path(__file__).parents[2]
+TINY_JUDGE = SoundJudgeConfig(bands=32, dims=(4, 8, 16), hidden_dim=16)
+
+
+def load_program(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"train_{name}", ROOT / f"train/{name}.py")
+    program = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    return program
+
+
+@pytest.fixture(scope="module")
+def sound() -> ModuleType:
+    return load_program("sound")
+
+
+def run_settings(folder: Path, steps: int = 4) -> dict:
+    return {
+        "preset": "tiny", "window_tokens": 8, "validation_clips": 2,
+        "loss": {"windows": [64, 256, 512]},
+        "run": {
+            "folder": str(folder), "device": "cpu", "validate_every": 100, "log_every": 1,
+            "checkpoint_minutes": 0, "optim": {"lr": 2e-3, "muon_lr": 2e-3, "warmup_steps": 1},
+            "phases": [{"steps": steps, "num_frames": 9, "batch_size": 4}],
+        },
+    }  # fmt: skip
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(latest_checkpoint(folder) / "state.safetensors")
+
+
+def test_a_resumed_run_ends_with_the_same_bits(sound: ModuleType, tmp_path: Path) -> None:
+    straight = build(sound.SoundRun, run_settings(tmp_path / "straight"), "run")
+    result = train(sound.SoundTask(straight), straight.run)
+    assert result.finished
+    assert {"onset_ms", "onset_p95_ms", "onset_recall", "mel"} == result.metrics.keys()
+    assert list((tmp_path / "straight").glob("sheet-*.png"))
+    cut = build(sound.SoundRun, run_settings(tmp_path / "cut"), "run")
+    train(sound.SoundTask(cut), replace(cut.run, minutes=0))
+    assert latest_checkpoint(tmp_path / "cut").name == "step-00000001"
+    train(sound.SoundTask(cut), cut.run, resume=True)
+    one, two = state_of(tmp_path / "straight"), state_of(tmp_path / "cut")
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_the_loss_falls_and_silence_is_finite(sound: ModuleType, tmp_path: Path) -> None:
+    config = build(sound.SoundRun, run_settings(tmp_path, steps=30), "run")
+    task = sound.SoundTask(config)
+    (phase,) = config.run.phases
+    batch = task.batch(phase, 0, 0)
+    assert batch.shape == (4, 8 * 512)
+    assert torch.equal(batch, task.batch(phase, 0, 0))
+    assert not torch.equal(batch, task.batch(phase, 1, 0))
+    optimizers, losses = task.optimizers(), []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3
+    for step in range(30):
+        loss, named = task.loss(batch, step)
+        assert {"stft", "mel", "kl"} == named.keys()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    silent, _ = task.loss(torch.zeros(2, 4096), 0)
+    silent.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in task.vae.parameters())
+
+
+def test_distances_are_zero_for_the_same_and_grow_with_a_shift(sound: ModuleType) -> None:
+    heard = synthesize(sample_scenes(8, 2), 9)
+    assert float(sound.stft_distance(heard, heard, 256)) == 0
+    assert float(sound.mel_distance(heard, heard)) == 0
+    near, far = (
+        float(sound.stft_distance(heard.roll(shift, 1), heard, 256)) for shift in (16, 400)
+    )
+    assert 0 < near < far
+
+
+def test_a_window_longer_than_its_clip_is_refused(sound: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="window_tokens 40"):
+        build(sound.SoundRun, run_settings(tmp_path) | {"window_tokens": 40}, "run")
+    with pytest.raises(InputError, match="preset 'large'"):
+        build(sound.SoundRun, run_settings(tmp_path) | {"preset": "large"}, "run")
+
+
+def test_a_run_is_released_with_its_statistics(
+    sound: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = build(sound.SoundRun, run_settings(tmp_path / "run", steps=2), "run")
+    train(sound.SoundTask(config), config.run, record=dump(config))
+    release = load_program("release")
+    monkeypatch.setattr(release, "NUM_STATISTICS_CLIPS", 8)
+    release.release_sound(tmp_path / "run", tmp_path / "model")
+    made = config_of(AudioVAEConfig, tmp_path / "model" / "sound_vae")
+    vae = load_module(
+        lambda: AudioVAE(made), tmp_path / "model" / "sound_vae", torch.float32, "cpu"
+    )
+    latents = vae.encode(synthesize(sample_scenes(12345, 8)))
+    assert latents.mean((0, 2)).abs().max() < 1.5
+    assert latents.std((0, 2)).max() < 3
+
+
+def test_fidelity_tells_a_delay_from_a_loss() -> None:
+    scenes = sample_scenes(700, 8)
+    original = synthesize(scenes)
+    cues = [[cue.seconds for cue in sound_cues(scene)] for scene in scenes]
+    same = measure_fidelity(original, original, cues)
+    assert same.onset_recall == 1
+    assert same.mel == 0
+    assert same.onset_median_s < 0.003
+    delay = round(0.02 * SAMPLE_RATE)
+    late = measure_fidelity(original, original.roll(delay, 1), cues)
+    assert late.onset_median_s == pytest.approx(0.02, abs=0.003)
+    assert late.mel > 0
+    lost = measure_fidelity(original, 1e-4 * torch.randn(original.shape), cues)
+    assert lost.onset_recall < 0.5
+    assert same.cues == lost.cues > 5
+
+
+def test_mel_bands_weigh_every_frequency_and_keep_levels() -> None:
+    bank = mel_bank(80, 1024, 16_000)
+    assert torch.allclose(bank.sum(1), torch.ones(80))
+    assert (bank[:, 2:500].sum(0) > 0).all()
+    tone = torch.sin(torch.arange(16_000) * 2 * torch.pi * 1000 / 16_000)[None]
+    assert float(spectrogram(tone, 1024, 256)[0, 64, 20]) == pytest.approx(1, abs=0.01)
+    mel = log_mel(tone, 16_000)[0, :, 20]
+    centre = (bank[mel.argmax()] * torch.arange(513)).sum() * 16_000 / 1024
+    assert abs(float(centre) - 1000) < 40
+
+
+def test_labels_damage_and_nothing() -> None:
+    scenes = [
+        Scene(1, (Actor("cat"),), "ocean"),
+        Scene(2, (Actor("cat", "moves left"), Actor("dog", "moves left")), "room",
+              relation="chases"),
+    ]  # fmt: skip
+    batch = label_sounds(scenes, synthesize(scenes, 9), TINY_JUDGE)
+    voices = TINY_JUDGE.voices
+    assert batch.voices[0, voices.index("cat")] == 1
+    assert batch.voices[1, voices.index("dog")] == 0.5
+    assert [TINY_JUDGE.ambiences[i] for i in batch.ambiences] == ["waves", "room tone"]
+    generator = torch.Generator().manual_seed(0)
+    damaged = [damage_sound(batch.sound, generator) for _ in range(6)]
+    assert all(sound.isfinite().all() and sound.abs().max() <= 1 for sound in damaged)
+    assert not torch.equal(damaged[0], damaged[1])
+    kept = batch.sound[0].clone()
+    hollow_out(batch, [1], TINY_JUDGE, generator)
+    assert batch.voices[1, -1] == 1 == batch.voices[1].sum()
+    assert batch.ambiences[1] == len(TINY_JUDGE.ambiences)
+    assert torch.equal(batch.sound[0], kept)
+
+
+def test_verdicts_are_shares_and_graded_in_any_order() -> None:
+    torch.manual_seed(0)
+    judge = SoundJudge(TINY_JUDGE).eval()
+    for count in (100, 12_000, 44_000):
+        first, _ = judge.verdicts(torch.randn(2, count) * 0.1)
+        assert sum(first.voices.values()) == pytest.approx(1, abs=1e-4)
+        assert list(first.ambiences)[-1] == NOTHING
+    with pytest.raises(InputError, match="hears sound"):
+        judge.verdicts(torch.zeros(100))
+    heard = Heard({"dog": 0.5, "cat": 0.4, NOTHING: 0.1}, {"waves": 0.9, NOTHING: 0.1})
+    pair = (Actor("cat", "moves left"), Actor("dog", "moves left"))
+    scene = Scene(2, pair, "beach", relation="chases")
+    assert grade_sound(heard, scene) == {"voice": True, "ambience": True}
+    assert grade_sound(heard, Scene(1, (Actor("cat"),), "city")) == {
+        "voice": False, "ambience": False,
+    }
+    generator = torch.Generator().manual_seed(1)
+    assert hollow_sound(5, 1000, generator).isfinite().all()
+
+
+def test_the_sound_judge_learns_and_is_kept(tmp_path: Path) -> None:
+    program = load_program("sound_judge")
+    settings = {
+        "model": dump(TINY_JUDGE), "validation_clips": 4, "clip_frames": [9],
+        "run": {
+            "folder": str(tmp_path / "run"), "device": "cpu", "validate_every": 100,
+            "phases": [{"steps": 3, "num_frames": 9, "batch_size": 4}],
+        },
+    }  # fmt: skip
+    config = build(program.SoundJudgeRun, settings, "run")
+    task = program.SoundJudgeTask(config)
+    (phase,) = config.run.phases
+    one, two = task.batch(phase, 1, 0), task.batch(phase, 1, 0)
+    assert torch.equal(one.sound, two.sound)
+    result = train(task, config.run)
+    assert result.metrics.keys() <= {"voice", "two_voices", "ambience", "nothing"}
+    folder = SoundJudgeFolder(tmp_path / "run" / "sound_judge")
+    judge = folder.load()
+    assert len(folder.sha256) == 64
+    scores = judge_sounds(judge, 99, 4, 9)
+    assert scores["ambience"].total == 4 == scores["nothing"].total
+    save_module(judge.state_dict(), replace(TINY_JUDGE, world_version=99), tmp_path / "old",
+                torch.float32)  # fmt: skip
+    with pytest.raises(ModelError, match="world 99"):
+        SoundJudgeFolder(tmp_path / "old").load()

@@ -1,0 +1,201 @@
+"""Train the embedded model's sound VAE on the sound of the Toybox world, made as it goes.
+
+    python train/sound.py -c configs/train/toybox_sound.yaml [--set run.optim.lr=2e-4]... [--resume]
+
+Windows are cut from clips at any sample, so that onsets lie anywhere in a latent. The losses look
+at magnitudes alone, in windows from 4 to 128 ms: short ones keep onsets where they are, long ones
+keep pitches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import choose_device
+from vidgen.evaluation.fidelity import measure_fidelity
+from vidgen.media.encode import Frames
+from vidgen.media.mel import log_mel, spectrogram
+from vidgen.media.sheet import contact_sheet
+from vidgen.models.audio import AudioVAE
+from vidgen.models.presets import AUDIO_VAE_PRESETS
+from vidgen.toybox.cues import SAMPLE_RATE, sound_cues
+from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
+from vidgen.toybox.sound import synthesize
+from vidgen.training.config import Phase, RunConfig
+from vidgen.training.optim import build_optimizers
+from vidgen.training.program import run_program
+
+_FLOOR = 1e-4  # of magnitudes before their logarithm; a full-scale sine is about 1
+_CLIPS_A_STEP = 128  # scene seeds set aside for each batch
+
+
+@dataclass(frozen=True)
+class SoundLoss:
+    """Weights of the losses.
+
+    Args:
+        stft: spectral convergence and log-magnitude error (Yamamoto et al. 2020, eq. 6, 7), mean
+            over `windows`.
+        mel: absolute error of log mel magnitudes.
+        windows: lengths of the spectra in samples, with hops of a quarter.
+        kl: of the posterior against a standard normal.
+    """
+
+    stft: float = 1.0
+    mel: float = 1.0
+    windows: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
+    kl: float = 1e-3
+
+
+@dataclass(frozen=True)
+class SoundRun:
+    """The whole YAML file.
+
+    Args:
+        window_tokens: latents of a training window, cut from clips of a phase's `num_frames`.
+        windows_per_clip: windows cut from each clip; a batch holds `batch_size` windows.
+        gain_db: range of the random gain.
+        validation_clips: of held-out scenes.
+    """
+
+    run: RunConfig
+    preset: str = "toybox"
+    window_tokens: int = 32
+    windows_per_clip: int = 2
+    gain_db: tuple[float, float] = (-9.0, 3.0)
+    loss: SoundLoss = SoundLoss()
+    validation_clips: int = 48
+
+    def __post_init__(self) -> None:
+        """Check the values against the preset and the phases."""
+        if self.preset not in AUDIO_VAE_PRESETS:
+            known = ", ".join(AUDIO_VAE_PRESETS)
+            raise InputError(f"preset {self.preset!r} is unknown; there are {known}")
+        if min(self.window_tokens, self.windows_per_clip, self.validation_clips) < 1:
+            raise InputError(
+                "window_tokens, windows_per_clip and validation_clips must be at least 1"
+            )
+        for phase in self.run.phases:
+            clip = round(phase.num_frames / 12 * SAMPLE_RATE)
+            if clip < self.window_samples:
+                raise InputError(
+                    f"phase.num_frames {phase.num_frames} is {clip} samples, shorter than "
+                    f"window_tokens {self.window_tokens} ({self.window_samples} samples); "
+                    "lower window_tokens or raise num_frames"
+                )
+
+    @property
+    def window_samples(self) -> int:
+        """Samples of a training window."""
+        return self.window_tokens * AUDIO_VAE_PRESETS[self.preset].samples_per_token
+
+
+class SoundTask:
+    """Reconstruction of the world's sound."""
+
+    def __init__(self, config: SoundRun) -> None:
+        self.config = config
+        self.device = choose_device(config.run.device)
+        torch.manual_seed(config.run.seed)
+        self.vae = AudioVAE(AUDIO_VAE_PRESETS[config.preset]).to(self.device)
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW, or Muon for the matrices between the first and the last."""
+        return build_optimizers(
+            self.modules, self.config.run.optim,
+            use_muon=lambda name, p: (
+                p.dim() == 2 and not any(end in name for end in ("embed", "head", "latents"))
+            ),
+        )
+
+    def start_phase(self, index: int, phase: Phase) -> bool:
+        """Phases differ in clip length and batch size only."""
+        del index, phase
+        return False
+
+    def batch(self, phase: Phase, step: int, micro: int) -> Tensor:
+        """Windows [B, N] of fresh scenes' sound, each with a gain of its own."""
+        config, count = self.config, phase.batch_size
+        index = (step * phase.accumulate + micro) * _CLIPS_A_STEP
+        base = SEED_RANGES["train"][0] + index + config.run.seed * 10**9
+        num_clips = -(-count // config.windows_per_clip)
+        clips = synthesize(sample_scenes(base, num_clips, split="any"), phase.num_frames)
+        draw = torch.Generator().manual_seed(base)
+        starts = torch.randint(
+            clips.shape[1] - config.window_samples + 1, (count, 1), generator=draw
+        )
+        low, high = config.gain_db
+        gains = 10 ** ((low + (high - low) * torch.rand((count, 1), generator=draw)) / 20)
+        where = starts + torch.arange(config.window_samples)
+        rows = torch.arange(count)[:, None] % num_clips
+        return (clips[rows, where] * gains).to(self.device)
+
+    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Magnitudes at several resolutions, mel magnitudes, KL."""
+        del step
+        weights = self.config.loss
+        mean, logvar = (part.float() for part in self.vae.encode_moments(batch))
+        logvar = logvar.clamp(-20, 10)
+        latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        decoded = self.vae.decode_raw(latents)
+        stft = torch.stack([stft_distance(decoded, batch, w) for w in weights.windows]).mean()
+        mel = mel_distance(decoded, batch)
+        total = weights.stft * stft + weights.mel * mel + weights.kl * kl
+        return total, {"stft": stft.detach(), "mel": mel.detach(), "kl": kl.detach()}
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Fidelity on held-out scenes; a sheet of spectra, originals above what was decoded."""
+        scenes = sample_scenes(
+            SEED_RANGES["dev"][0] + (1 << 37), self.config.validation_clips, split="any"
+        )
+        original, parts = synthesize(scenes), []
+        for clips in original.to(self.device).split(8):
+            latents, _ = self.vae.encode_moments(clips)
+            parts.append(self.vae.decode_raw(latents, clips.shape[1]).clamp(-1, 1).cpu())
+        decoded = torch.cat(parts)
+        found = measure_fidelity(
+            original, decoded, [[cue.seconds for cue in sound_cues(scene)] for scene in scenes]
+        )
+        pictures = [picture(sound) for pair in (original[:6], decoded[:6]) for sound in pair]
+        contact_sheet(pictures, folder / f"sheet-{step:07d}.png", columns=6)
+        return {
+            "onset_ms": 1000 * found.onset_median_s, "onset_p95_ms": 1000 * found.onset_p95_s,
+            "onset_recall": found.onset_recall, "mel": found.mel,
+        }
+
+
+def stft_distance(decoded: Tensor, sound: Tensor, window: int) -> Tensor:
+    """Spectral convergence and mean log-magnitude error of [B, N] against [B, N], a scalar."""
+    ours, true = (spectrogram(x, window, window // 4) for x in (decoded, sound))
+    gap = torch.linalg.vector_norm(ours - true, dim=(1, 2))
+    size = torch.linalg.vector_norm(true, dim=(1, 2)).clamp(min=1e-3)
+    logs = ((ours + _FLOOR).log() - (true + _FLOOR).log()).abs().mean()
+    return (gap / size).mean() + logs
+
+
+def mel_distance(decoded: Tensor, sound: Tensor) -> Tensor:
+    """Mean absolute error of log mel magnitudes in long and short frames, a scalar."""
+    errors = [
+        (log_mel(decoded, SAMPLE_RATE, window=window, hop=window // 4, bands=bands)
+         - log_mel(sound, SAMPLE_RATE, window=window, hop=window // 4, bands=bands)).abs().mean()
+        for window, bands in ((1024, 80), (256, 32))
+    ]  # fmt: skip
+    return torch.stack(errors).mean()
+
+
+def picture(sound: Tensor) -> Frames:
+    """The spectrum of a sound [N] over time as uint8 [H, W, 3], low at the bottom."""
+    levels = spectrogram(sound[None], 512, 128)[0].flip(0)
+    shades = ((levels + 1e-4).log10() / 4 + 1).clamp(0, 1)
+    return (shades * 255).byte()[..., None].expand(-1, -1, 3).numpy()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(__doc__, SoundRun, SoundTask))
