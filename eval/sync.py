@@ -21,12 +21,11 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_write, fingerprint
 from vidgen.evaluation.sync import measure_ruler
-from vidgen.models.audio import AudioVAE, AudioVAEConfig
+from vidgen.models.audio import AudioVAE
 from vidgen.toybox.judge import JudgeFolder, embedded_judge
 from vidgen.toybox.scenes import SEED_RANGES
 from vidgen.training.program import exit_code
-from vidgen.weights.folder import config_of
-from vidgen.weights.load import load_module
+from vidgen.weights.sound_vae import load_sound_vae
 
 
 def main() -> int:
@@ -57,12 +56,6 @@ def main() -> int:
         print(json.dumps(results["scores"], indent=1))
 
     return exit_code(work)
-
-
-def load_sound_vae(folder: Path) -> AudioVAE:
-    """The VAE of a component folder, fp32 weights."""
-    config = config_of(AudioVAEConfig, folder)
-    return load_module(lambda: AudioVAE(config), folder, torch.float32, "cpu")
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from vidgen.training.program import exit_code
 from vidgen.training.tokenizer import train_tokenizer
 from vidgen.weights.folder import ModelDefaults, config_of, write_model_info
 from vidgen.weights.load import save_module
+from vidgen.weights.sound_vae import SOUND_VAE
 
 DEFAULTS = ModelDefaults(
     num_steps=25, shift=3.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
@@ -79,7 +80,7 @@ def release_sound(run: Path, out: Path) -> None:
     vae.load_state_dict(load_averages(run, "vae"))
     mean, std = measure_sound_latents(vae)
     config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
-    save_module(vae.state_dict(), config, out / "sound_vae", torch.bfloat16)
+    save_module(vae.state_dict(), config, out / SOUND_VAE, torch.bfloat16)
 
 
 @torch.no_grad()

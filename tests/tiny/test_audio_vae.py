@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.models.audio import AudioVAE, AudioVAEConfig
+from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS
 from vidgen.ops.conv import StreamCache
 from vidgen.toybox.cues import SAMPLE_RATE
-from vidgen.weights.folder import config_of
-from vidgen.weights.load import load_module, save_module
+from vidgen.weights.convert import convert
+from vidgen.weights.folder import open_model
+from vidgen.weights.load import save_module
+from vidgen.weights.sound_vae import SOUND_VAE, load_sound_vae
 
 TINY = AUDIO_VAE_PRESETS["tiny"]
 STATISTICS = {"latents_mean": (0.5, -1.0, 0.0, 2.0), "latents_std": (1.0, 2.0, 0.5, 3.0)}
@@ -126,14 +129,32 @@ def test_latents_are_normalised_by_the_configs_statistics(vae: AudioVAE) -> None
 def test_a_component_folder_keeps_it(vae: AudioVAE, tmp_path: Path) -> None:
     folder = tmp_path / "sound_vae"
     save_module(vae.state_dict(), vae.config, folder, torch.float32)
-    config = config_of(AudioVAEConfig, folder)
-    assert config == vae.config
-    again = load_module(lambda: AudioVAE(config), folder, torch.float32, "cpu")
+    again = load_sound_vae(folder)
+    assert again.config == vae.config
     assert torch.equal(again.encode(noise(2000)), vae.encode(noise(2000)))
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"window": 100}))
     with pytest.raises(ModelError, match="window 100"):
-        config_of(AudioVAEConfig, folder)
+        load_sound_vae(folder)
+
+
+def test_it_works_in_bf16(vae: AudioVAE, tmp_path: Path) -> None:
+    save_module(vae.state_dict(), vae.config, tmp_path / "sound_vae", torch.bfloat16)
+    half = load_sound_vae(tmp_path / "sound_vae", torch.bfloat16)
+    assert half.encode(noise(2000)).dtype == torch.bfloat16
+    sound = half.decode(half.encode(noise(2000)), 2000)
+    assert sound.dtype == torch.float32
+    assert sound.isfinite().all()
+
+
+def test_conversion_carries_it_along(vae: AudioVAE, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    save_module(vae.state_dict(), vae.config, tmp_path / "model" / SOUND_VAE, torch.float32)
+    for name, layout in (("model", "diffusers"), ("diffusers", "vidgen")):
+        convert(open_model(str(tmp_path / name)), tmp_path / layout, layout)
+        again = load_sound_vae(tmp_path / layout / SOUND_VAE)
+        assert torch.equal(again.encode(noise(1000)), vae.encode(noise(1000)))
+    assert "sound_vae/model.safetensors" in open_model(str(tmp_path / "vidgen")).files
 
 
 def test_what_is_no_mono_sound_is_refused(vae: AudioVAE) -> None:

@@ -16,7 +16,6 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.evaluation.fidelity import measure_fidelity
 from vidgen.evaluation.listening import grade_sound, hollow_sound, judge_sounds
 from vidgen.media.mel import log_mel, mel_bank, spectrogram
-from vidgen.models.audio import AudioVAE, AudioVAEConfig
 from vidgen.toybox.cues import SAMPLE_RATE, sound_cues
 from vidgen.toybox.judge import NOTHING
 from vidgen.toybox.scenes import Actor, Scene, sample_scenes
@@ -25,8 +24,8 @@ from vidgen.toybox.sound_judge import Heard, SoundJudge, SoundJudgeConfig, Sound
 from vidgen.training.checkpoint import latest_checkpoint
 from vidgen.training.loop import train
 from vidgen.training.sound_data import damage_sound, hollow_out, label_sounds
-from vidgen.weights.folder import config_of
-from vidgen.weights.load import load_module, save_module
+from vidgen.weights.load import save_module
+from vidgen.weights.sound_vae import SOUND_VAE, load_sound_vae
 
 ROOT = Path(__file__).parents[2]
 TINY_JUDGE = SoundJudgeConfig(bands=32, dims=(4, 8, 16), hidden_dim=16)
@@ -128,10 +127,7 @@ def test_a_run_is_released_with_its_statistics(
     release = load_program("release")
     monkeypatch.setattr(release, "NUM_STATISTICS_CLIPS", 8)
     release.release_sound(tmp_path / "run", tmp_path / "model")
-    made = config_of(AudioVAEConfig, tmp_path / "model" / "sound_vae")
-    vae = load_module(
-        lambda: AudioVAE(made), tmp_path / "model" / "sound_vae", torch.float32, "cpu"
-    )
+    vae = load_sound_vae(tmp_path / "model" / SOUND_VAE)
     latents = vae.encode(synthesize(sample_scenes(12345, 8)))
     assert latents.mean((0, 2)).abs().max() < 1.5
     assert latents.std((0, 2)).max() < 3

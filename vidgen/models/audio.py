@@ -204,10 +204,15 @@ class AudioDecoder(nn.Module):
             self.head.bias[config.num_bins :] = math.pi * (torch.arange(config.num_bins) % 2)
 
     def forward(self, x: Tensor, per_token: int, cache: StreamCache | None = None) -> Tensor:
-        """[B, K, C] -> [B, T, 2 * bins], log-magnitude and phase."""
+        """[B, K, C] -> [B, T, 2 * bins], log-magnitude and phase, float32.
+
+        The head computes in float32: bf16 would round phases to a thirtieth of a radian.
+        """
         x = self.spread(self.tokens(self.from_latents(x), cache))
         x = self.frames(x.unflatten(2, (per_token, -1)).flatten(1, 2), cache)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.head.weight.float(), self.head.bias.float())
 
 
 class AudioVAE(NormalizedLatents, nn.Module):
@@ -323,7 +328,7 @@ class AudioVAE(NormalizedLatents, nn.Module):
 
     def _decode(self, latents: Tensor, cache: StreamCache | None) -> Tensor:
         x = latents.transpose(1, 2).to(self.decoder.head.weight.dtype)
-        logs, phase = self.decoder(x, self.config.frames_per_token, cache).float().chunk(2, dim=2)
+        logs, phase = self.decoder(x, self.config.frames_per_token, cache).chunk(2, dim=2)
         spectra = torch.polar(logs.clamp(max=_LOUDEST).exp(), phase)
         frames = torch.fft.irfft(spectra, self.config.window) * self._window(latents.device)
         return self._overlap(frames, cache)

@@ -35,6 +35,7 @@ from vidgen.weights.layouts import (
     VAE_FILES,
     WAN_TOKENIZER,
 )
+from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.view import Source, fuse_clip
 from vidgen.weights.write import (
     MAX_SHARD_BYTES,
@@ -95,6 +96,8 @@ def convert(
             component.store.release()
         for card in (*source.path.glob("*.md"), *source.path.glob("LICENSE*")):
             shutil.copyfile(card, folder / card.name)
+        if (source.path / SOUND_VAE).is_dir():  # which other layouts' programs don't look for
+            shutil.copytree(source.path / SOUND_VAE, folder / SOUND_VAE)
         _keep_clip_tokenizer(source, folder, to)
         _FINISHERS[to](folder, source)
     return sorted(set_aside)
