@@ -1,0 +1,242 @@
+"""What the transformer learns from: cached clips, each time described, conditioned, noised anew.
+
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import KeyTokens
+from vidgen.diffusion.condition import ConditionMix, LatentState, Stills, training_conditions
+from vidgen.diffusion.schedule import draw_sigmas
+from vidgen.models.text import PromptTokenizer
+from vidgen.toybox.captions import CLASSES, attributes, caption
+from vidgen.training.config import Phase, RunConfig
+from vidgen.training.toybox_data import CacheConfig, ToyboxCache
+
+PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
+WITH_STILLS = ConditionMix(
+    text=0.4, first=0.05, last=0.2, both=0.2, frames=0.1, prefix=0.05, mask=0.0, reference=0.4
+)
+WINDOW = ConditionMix(text=0, first=0, last=0, both=0, frames=0, prefix=1, mask=0, reference=0)
+TEXT_ONLY = ConditionMix(text=1, first=0, last=0, both=0, frames=0, prefix=0, mask=0, reference=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTData:
+    """The part of a run that says what it learns from.
+
+    Args:
+        run: phases, seed and device.
+        caches: what `train/cache.py` made; one entry an aspect ratio, drawn by clip count.
+        tokenizer: folder with `tokenizer.json`.
+        shifts: of the training times, one a phase: larger clips need more noise. Motion is settled
+            above a noise level of 0.85.
+        uniform_share: share of a clip batch's times drawn evenly instead, so that the low levels,
+            where edges become crisp, aren't forgotten.
+        conditions: of batches without stills, which cost no tokens.
+        still_conditions: of the share of batches that get last frames, keyframes, references.
+        still_share: that share.
+        caption_dropout: share of samples that see an empty prompt, for guidance.
+        image_shares: share of each phase's batches that are single frames, `image_batch` of them:
+            cheap samples of what things look like, without which clips make the model forget
+            stills. None without.
+        image_batch: samples of such a batch.
+        image_shift: of such a batch's training times.
+        window_share: share of clip batches cut from the inside of clips, all under a prefix:
+            what a window of a long clip is, whose first latent is no single frame.
+        validation_clips: taken off the end of the first cache, never trained on.
+
+    Raises:
+        InputError: what would otherwise show hours into the run.
+    """
+
+    run: RunConfig
+    caches: tuple[CacheConfig, ...]
+    tokenizer: str
+    shifts: tuple[float, ...]
+    uniform_share: float = 0.0
+    conditions: ConditionMix = PLAIN
+    still_conditions: ConditionMix = WITH_STILLS
+    still_share: float = 0.25
+    caption_dropout: float = 0.1
+    image_shares: tuple[float, ...] = ()
+    image_batch: int = 64
+    image_shift: float = 1.0
+    window_share: float = 0.0
+    validation_clips: int = 64
+
+    def __post_init__(self) -> None:
+        phases = self.run.phases
+        if len(self.shifts) != len(phases):
+            raise InputError(f"shifts has {len(self.shifts)} entries for {len(phases)} phases; "
+                             "give one a phase")
+        if self.image_shares and len(self.image_shares) != len(phases):
+            raise InputError(f"image_shares has {len(self.image_shares)} entries for {len(phases)} "
+                             "phases; give one a phase, or none")
+        longest = min((cache.num_frames for cache in self.caches), default=0)
+        asked = max(phase.num_frames for phase in phases)
+        if asked > longest:
+            raise InputError(f"a phase has clips of {asked} frames, the caches hold {longest}; "
+                             "cache longer clips or shorten the phase")
+        kept = self.caches[0].shards * self.caches[0].shard_size
+        if self.validation_clips >= kept:
+            raise InputError(f"validation_clips is {self.validation_clips} of {kept} cached clips; "
+                             "leave some to train on")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: latents with conditions, noise levels and noise, and described.
+
+    `cover` [B, 1, F, h, w] says how much of a latent is sprite.
+    """
+
+    state: LatentState
+    cover: Tensor
+    noise: Tensor
+    sigma: Tensor
+    ids: Tensor
+    mask: Tensor
+    labels: dict[str, Tensor]
+
+
+class ClipDraws:
+    """Draws batches from the caches of a run; what it draws depends on seed and step alone."""
+
+    def __init__(self, config: DiTData, device: torch.device, patch: int) -> None:
+        self.config, self.device, self.patch = config, device, patch
+        self.tokenizer = PromptTokenizer(config.tokenizer)
+        self.caches = [ToyboxCache(entry) for entry in config.caches]
+        self.data = [cache.load() for cache in self.caches]
+        self.strides = self.caches[0].strides
+        self.num_kept = self.caches[0].num_clips - config.validation_clips
+
+    def batch(self, phase: Phase, step: int, micro: int) -> Batch:
+        """Clips of one geometry, each with a caption and a condition of its own."""
+        run = self.config.run
+        draw = torch.Generator().manual_seed(_hash(run.seed, step, micro))
+        counts = [cache.num_clips for cache in self.caches]
+        counts[0] = self.num_kept
+        which = int(torch.multinomial(torch.tensor(counts).float(), 1, generator=draw))
+        index = run.phase_at(step)[0]
+        num_frames, size, shift = phase.num_frames, phase.batch_size, self.config.shifts[index]
+        shares = self.config.image_shares
+        if shares and torch.rand((), generator=draw) < shares[index]:
+            num_frames, size, shift = 1, self.config.image_batch, self.config.image_shift
+        rows = torch.randint(counts[which], (size,), generator=draw)
+        sigma = draw_sigmas(size, draw, shift=shift)
+        if num_frames > 1:
+            even = torch.rand(size, generator=draw) < self.config.uniform_share
+            sigma = torch.where(even, draw_sigmas(size, draw, mean=None), sigma)
+        return self._assemble(which, rows, num_frames, sigma, draw)
+
+    def held_aside(self, num_frames: int, level: float) -> Batch:
+        """The validation clips under text alone, at one noise level, the same each time."""
+        rows = torch.arange(self.num_kept, self.caches[0].num_clips)
+        draw = torch.Generator().manual_seed(round(level * 1000))
+        sigma = torch.full((len(rows),), level)
+        return self._assemble(0, rows, num_frames, sigma, draw, conditions=TEXT_ONLY, dropout=0.0)
+
+    def captions(self, start: int, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Token ids, mask and labels of captions `start` to `start + count` of the first cache."""
+        numbers = range(start, start + count)
+        scenes = [self.caches[0].scene(number % self.num_kept) for number in numbers]
+        texts = [caption(scene, number) for scene, number in zip(scenes, numbers, strict=True)]
+        ids, mask = self.tokenizer.encode(texts)
+        labels = _labels([attributes(scene) for scene in scenes], torch.zeros(count) > 0)
+        return (ids.to(self.device), mask.to(self.device),
+                {name: value.to(self.device) for name, value in labels.items()})
+
+    def _assemble(
+        self, which: int, rows: Tensor, num_frames: int, sigma: Tensor, draw: torch.Generator,
+        *, conditions: ConditionMix | None = None, dropout: float | None = None,
+    ) -> Batch:
+        data = self.data[which]
+        inside_clip = (
+            num_frames > 1 and conditions is None
+            and torch.rand((), generator=draw) < self.config.window_share
+        )
+        chosen = Stills(data.stills.latents[rows].float(), data.stills.frame_index[rows])
+        if num_frames == 1:
+            pick = torch.randint(3, (len(rows),), generator=draw)
+            latents = _single(data.clips, data.stills.latents, rows, pick)
+            cover = _single(data.cover, data.still_cover, rows, pick)
+            chosen = Stills(chosen.latents[:, :, 2:], chosen.frame_index[:, 2:])
+        else:
+            window = self._window(data.clips.shape[2], num_frames, draw, inside=inside_clip)
+            latents, cover = (part[rows, :, window].float() for part in (data.clips, data.cover))
+            shown = chosen.frame_index[0] < num_frames
+            chosen = Stills(chosen.latents[:, :, shown], chosen.frame_index[:, shown])
+        if inside_clip:
+            conditions = WINDOW
+        if conditions is None and torch.rand((), generator=draw) < self.config.still_share:
+            conditions, stills = self.config.still_conditions, chosen
+        else:
+            conditions, stills = conditions or self.config.conditions, None
+        state = training_conditions(
+            latents, draw, conditions, self.strides, stills=stills, patch=self.patch
+        )
+        seeds = torch.randint(2**31, (len(rows),), generator=draw).tolist()
+        scenes = [self.caches[which].scene(row) for row in rows.tolist()]
+        texts = [caption(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)]
+        rate = self.config.caption_dropout if dropout is None else dropout
+        dropped = torch.rand(len(rows), generator=draw) < rate
+        texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
+        labels = _labels([attributes(scene) for scene in scenes], dropped)
+        ids, mask = self.tokenizer.encode(texts)
+        noise = torch.randn(latents.shape, generator=draw)
+        return Batch(
+            _state_to(state, self.device), cover.to(self.device), noise.to(self.device),
+            sigma.to(self.device),
+            ids.to(self.device), mask.to(self.device),
+            {name: value.to(self.device) for name, value in labels.items()},
+        )
+
+    def _window(
+        self, total: int, num_frames: int, draw: torch.Generator, *, inside: bool
+    ) -> slice:
+        """The latent frames of a clip's first `num_frames`, or as many as fit of its inside."""
+        length = 1 + (num_frames - 1) // self.strides.t
+        if not inside:
+            return slice(0, length)
+        length = min(length, total - 2)
+        first = int(torch.randint(1, total - length + 1, (), generator=draw))
+        return slice(first, first + length)
+
+
+def _single(clips: Tensor, stills: Tensor, rows: Tensor, pick: Tensor) -> Tensor:
+    """One frame a clip, [B, _, 1, h, w]: its first (pick 0), middle (1) or last (2)."""
+    frames = torch.cat([clips[rows, :, :1], stills[rows, :, :2]], dim=2).float()
+    return frames[torch.arange(len(rows)), :, pick][:, :, None]
+
+
+def _hash(*values: int) -> int:
+    digest = hashlib.sha256(repr(values).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _labels(described: list[dict[str, str | None]], dropped: Tensor) -> dict[str, Tensor]:
+    """Class indices by attribute, [B]; -1 where there is nothing to name."""
+    table = {}
+    for name, classes in CLASSES.items():
+        index = {value: i for i, value in enumerate(classes)}
+        values = torch.tensor([index.get(entry[name], -1) for entry in described])
+        table[name] = values.masked_fill(dropped, -1)
+    return table
+
+
+def _state_to(state: LatentState, device: torch.device) -> LatentState:
+    keys = state.keys
+    if keys is not None:
+        valid = None if keys.valid is None else keys.valid.to(device)
+        keys = KeyTokens(keys.latents.to(device), keys.positions.to(device), valid)
+    return LatentState(
+        state.latents.to(device), state.clean.to(device), state.denoise_mask.to(device), keys
+    )
