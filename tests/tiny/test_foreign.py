@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.sounds import save, tone
 from tests.tiny.foreign_models import FAMILIES, build_foreign_model, open_foreign_model
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
@@ -214,6 +215,26 @@ def test_sound_comes_along(engine: Open, tmp_path: Path) -> None:
     assert len(saved.sound) == 2 * len(clip.sound)  # Opus has 48 kHz
     assert saved.sound.std() > 0
     assert saved.recipe["plan"]["pipeline"] == "LTX2Pipeline"
+    assert "target_lufs" in saved.recipe["encoder"]["sound"]
+
+
+def test_a_models_sound_can_be_left_out_replaced_or_spoken_over(
+    engine: Open, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"seconds": 0.5, "frames": None}
+    own = generate(engine("ltx2"), "ltx2", **options, audio="generate")
+    assert own.sound.std() > 0
+    assert generate(engine("ltx2"), "ltx2", **options, audio="none").sound is None
+    said = save(tmp_path / "said.wav", tone(0.2, 600))
+    replaced = generate(engine("ltx2"), "ltx2", **options, audio=said)
+    assert np.allclose(replaced.sound[:4800], tone(0.1, 600), atol=1e-3)
+    spoken = generate(engine("ltx2"), "ltx2", **options, say=[(0.25, f"@{said}")])
+    assert spoken.sound.shape == (24_000, 2)
+    assert spoken.captions == [{"text": None, "start_s": 0.25, "end_s": 0.45}]
+    heard = np.abs(np.fft.rfft(spoken.sound[13_000:21_000, 0]))
+    assert heard.argmax() == 100
+    with pytest.raises(InputError, match="makes no sound"):
+        generate(engine("ltx"), "ltx", audio="generate")
 
 
 def test_a_clip_that_feeds_on_its_own_frames_is_decoded_at_once(engine: Open) -> None:

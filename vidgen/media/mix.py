@@ -107,10 +107,13 @@ def _ramp(length: int) -> Samples:
     return (0.5 + 0.5 * np.cos(angles)).astype(np.float32)
 
 
-def at_length(samples: Samples, rate: int, num_samples: int) -> Samples:
-    """Samples [N, c] of another rate at `RATE`, as [num_samples, c]: cut, or followed by silence.
+def at_length(
+    samples: Samples, rate: int, num_samples: int, *, loop: bool = False
+) -> Samples:
+    """Samples [N, c] of another rate at `RATE`, as [num_samples, c].
 
-    The end is faded over `SEAM_S` where silence follows.
+    What is longer is cut; what is shorter is repeated with `loop`, else followed by silence, behind
+    a fade over `SEAM_S`.
     """
     channels = samples.shape[1]
     if rate != RATE:
@@ -122,6 +125,8 @@ def at_length(samples: Samples, rate: int, num_samples: int) -> Samples:
         made[start : min(start + _STEP, count)] = samples[start : min(start + _STEP, count)]
     if count < num_samples - round(SLACK_S * RATE):
         fade(made, max(0, count - round(SEAM_S * RATE)), count)
+        if loop and count:
+            _repeat(made, count)
     return made
 
 

@@ -59,7 +59,8 @@ class Clock:
         """What an event is to say besides.
 
         Args:
-            stage: "prompt", "prepare", "sample", or anything else for the writing of clips.
+            stage: "prompt", "prepare", "sample", "sound", of which nothing is known beforehand, or
+                anything else for the writing of clips.
             done: of `total` in this stage.
             total: how much there is to do in it.
             clip: which one it is about, from 1.
@@ -67,6 +68,8 @@ class Clock:
         Returns:
             "fraction", 0 to 1, and "eta_s", None as long as nothing is known of this machine.
         """
+        if stage == "sound":
+            stage, done, total = "sample", 1, 1  # which is behind it
         name = stage if stage in _STAGES else "write"
         common = name == "prompt" and not self._one_by_one
         place = name, 1 if common else min(clip, self._num_clips)

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,9 @@ class ForeignEngine:
         scheduler = make_scheduler(pipe.scheduler, request)
         first = make_foreign_plan(request, inputs, able, scheduler)
         self._warn_of_peak(first)
+        def heard(done: int, total: int, **told: int) -> None:
+            tell(Progress("sound", done, total, **told))
+
         clips, track = [], None
         if first.kept_frames is not None:  # else its length shows only when it is made
             track = self._soundtrack(request, first.kept_frames, first.fps, able)
@@ -109,15 +113,25 @@ class ForeignEngine:
             arguments = self._arguments(plan, request, inputs, able)
             with lent(pipe, able, plan, scheduler, on_step):
                 output, noted, cut = self.pipe.call(pipe, plan, arguments)
-            clips.append(self._clip(plan, request, inputs, able, output, noted, cut, track))
+            clip = self._clip(plan, request, inputs, able, output, noted, cut)
+            clips.append(self._with_sound(clip, plan, request, able, track, partial(heard, **told)))
         return clips if request.count > 1 else clips[0]
 
     def _soundtrack(
         self, request: Request, num_frames: int, fps: Fraction, able: Abilities
     ) -> Soundtrack:
-        return make_soundtrack(
-            request, num_frames, fps, name=self.folder.name, has_sound=able.has_sound
-        )
+        return make_soundtrack(request, num_frames, fps, self, has_sound=able.has_sound)
+
+    def _with_sound(
+        self, clip: Clip, plan: ForeignPlan, request: Request, able: Abilities,
+        track: Soundtrack | None, tell: Callable[[int, int], None],
+    ) -> Clip:
+        """A clip with its sound, which the recipe tells of."""
+        if track is None or clip.num_frames != plan.kept_frames:
+            track = self._soundtrack(request, clip.num_frames, clip.fps, able)
+        assert clip.recipe is not None
+        clip.info = replace(clip.info, recipe=stamped(clip.recipe | track.facts))
+        return track.under(clip, plan.seed, tell)
 
     def _read(self, request: Request) -> tuple[Request, Inputs]:
         """The request's pictures; a first frame that a model is to draw is drawn here."""
@@ -192,7 +206,7 @@ class ForeignEngine:
 
     def _clip(
         self, plan: ForeignPlan, request: Request, inputs: Inputs, able: Abilities, output: Any,
-        noted: list[Decode], cut: int, track: Soundtrack | None,
+        noted: list[Decode], cut: int,
     ) -> Clip:
         """A lazy clip over the noted decodings, or the frames that the pipeline gave."""
         latents, frames = None, output[0] if able.is_image else output[0][0]
@@ -218,15 +232,12 @@ class ForeignEngine:
                         yield to_frames(video[0, :, first:last]).numpy()
 
         sound, rate = _sound(self.pipe.own, output, float(kept / plan.fps))
-        if track is None or kept != plan.kept_frames:
-            track = self._soundtrack(request, kept, plan.fps, able)
         info = ClipInfo(
             fps=plan.fps, size=size, num_frames=kept, sound=sound, sound_rate=rate,
-            recipe=stamped(make_recipe(self, plan, request, inputs) | track.facts),
-            stride_t=able.strides.t,
+            recipe=make_recipe(self, plan, request, inputs), stride_t=able.strides.t,
         )
         source = with_label(chunks, size, plan.fps) if request.label == "visible" else chunks
-        return track.under(Clip(source, info, latents))
+        return Clip(source, info, latents)
 
 
 def _pixels(frames: Any) -> Frames:

@@ -143,23 +143,32 @@ class _StepBar:
 
 
 @contextmanager
-def lent(
-    pipe: Any, able: Abilities, plan: ForeignPlan, scheduler: Any, tell: Tell
-) -> Iterator[None]:
-    """Lend a pipeline a request's scheduler, guidance and ear for its steps."""
-    own_scheduler, own_guider = pipe.scheduler, able.guider
-    pipe.scheduler = scheduler
+def stepping(pipe: Any, tell: Tell) -> Iterator[None]:
+    """Have a pipeline tell its steps, and let the device go where one of them is the last."""
     pipe.progress_bar = lambda iterable=None, total=None: _StepBar(iterable, total, tell)
-    if own_guider is not None:
-        pipe.guider = own_guider.new(guidance_scale=plan.guidance_scale)
     try:
         yield
     except BaseException:
         pipe.maybe_free_model_hooks()  # what was on the device for the step that never came
         raise
     finally:
-        pipe.scheduler = own_scheduler
         del pipe.progress_bar
+
+
+@contextmanager
+def lent(
+    pipe: Any, able: Abilities, plan: ForeignPlan, scheduler: Any, tell: Tell
+) -> Iterator[None]:
+    """Lend a pipeline a request's scheduler, guidance and ear for its steps."""
+    own_scheduler, own_guider = pipe.scheduler, able.guider
+    pipe.scheduler = scheduler
+    if own_guider is not None:
+        pipe.guider = own_guider.new(guidance_scale=plan.guidance_scale)
+    try:
+        with stepping(pipe, tell):
+            yield
+    finally:
+        pipe.scheduler = own_scheduler
         if own_guider is not None:
             pipe.guider = own_guider
 

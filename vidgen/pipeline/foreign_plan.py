@@ -91,6 +91,12 @@ class ForeignPlan:
     fit: str
 
 
+def defaults_of(pipeline: type) -> dict[str, Any]:
+    """What a pipeline's call takes, each with its default."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    return {p.name: p.default for p in parameters.values() if p.kind is not p.VAR_KEYWORD}
+
+
 class Abilities:
     """What a pipeline's call takes and what its attributes say.
 
@@ -104,9 +110,7 @@ class Abilities:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.name = pipe, type(pipe).__name__
-        parameters = inspect.signature(type(pipe).__call__).parameters
-        named = (p for p in parameters.values() if p.kind is not p.VAR_KEYWORD)
-        self.defaults = {p.name: p.default for p in named}
+        self.defaults = defaults_of(type(pipe))
         self._config = getattr(getattr(pipe, "transformer", None), "config", {})
         self.strides = Strides(int(_first(pipe, _TEMPORAL) or 1), int(_first(pipe, _SPATIAL) or 8))
         self.multiple = self._token_side()

@@ -4,6 +4,7 @@
         job.json             the recipe: model, plan, inputs, machine, threads, back ends
         state.safetensors    the sampler between two steps, or its finished latents
         windows/00000 ...    latents of the finished windows of a long clip
+        sound.safetensors    what a text-to-audio model made for the clip
         segments/00000 ...   encoded segments of the picture, and what its checks had seen by then
         lock                 held by the process that works on the clip
 
@@ -36,6 +37,7 @@ from vidgen.media.encode import Segment
 FORMAT_VERSION = 2
 SUFFIX = ".vidgen-job"
 JOB, STATE, LOCK = "job.json", "state.safetensors", "lock"
+SOUND = "sound.safetensors"
 WINDOWS, SEGMENTS = "windows", "segments"
 # What decides a clip's bits; `offload` doesn't, so a job that ran out of memory may go on with it.
 _DECISIVE = (

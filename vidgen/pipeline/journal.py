@@ -34,6 +34,7 @@ from vidgen.pipeline.job import (
     JOB,
     LOCK,
     SEGMENTS,
+    SOUND,
     STATE,
     WINDOWS,
     differences,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vidgen.core.request import Request
+    from vidgen.media.encode import Samples
 
 log = logging.getLogger(__name__)
 
@@ -184,6 +186,19 @@ class Journal:
             path = self.folder / WINDOWS / f"{self.num_windows:05d}.safetensors"
             self._save_state({"latents": done[:, :, self._num_done :]}, {}, path)
             self.num_windows, self._num_done = self.num_windows + 1, done.shape[2]
+
+    def keep_sound(self, samples: Samples, rate: int) -> None:
+        """Keep what another model made for the clip: float32 [N, c], at a rate."""
+        if self._on:
+            with self._saving():
+                write_arrays(self.folder / SOUND, {"samples": samples}, {"rate": rate})
+
+    def kept_sound(self) -> tuple[Samples, int] | None:
+        """What `keep_sound` kept, or None."""
+        if not (self._on and (self.folder / SOUND).is_file()):
+            return None
+        arrays, facts = read_arrays(self.folder / SOUND, "samples")
+        return arrays["samples"], facts["rate"]
 
     def keep_latents(self, latents: Tensor) -> None:
         """Keep the finished latents [1, C, F, h, w], before they are decoded."""

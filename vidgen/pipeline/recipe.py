@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from fractions import Fraction
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
@@ -98,8 +99,9 @@ def identity(request: Request, **loading: Any) -> str:
         "loras": [[hashes_of(choice.path), choice.weight, choice.expert]
                   for choice in map(parse_option, request.lora)],
     }
-    if request.first_frame_model is not None:
-        facts["first_frame_model"] = open_model(request.first_frame_model).content_hash
+    for option in ("first_frame_model", "audio_model"):
+        if (model := getattr(request, option)) is not None:
+            facts[option] = open_model(model).content_hash
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -136,6 +138,8 @@ def _asked(request: Request) -> dict[str, Any]:
     }
     if request.audio_file is None:
         given["audio"] = request.audio
+    if request.audio_model is not None and Path(request.audio_model).is_dir():
+        given["audio_model"] = str(Path(request.audio_model).resolve())
     return {
         name: str(value) if isinstance(value, Fraction) else value for name, value in given.items()
         if value != _DEFAULTS[name] and not (name == "sampler" and request.scheduler is not None)

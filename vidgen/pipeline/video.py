@@ -73,7 +73,7 @@ log = logging.getLogger(__name__)
 class Progress:
     """What `on_event` is told: `done` of `total` in a stage of clip `clip` of `num_clips`."""
 
-    stage: Literal["prompt", "prepare", "sample"]
+    stage: Literal["prompt", "prepare", "sample", "sound"]
     done: int
     total: int
     clip: int = 1
@@ -202,7 +202,7 @@ class Engine:
         journals = journals_of(journal, request.count)
         request, inputs = self.read(recall(request, journals))
         first = self.plan(request, inputs)
-        track = make_soundtrack(request, first.kept_frames, first.fps, name=self.folder.name,
+        track = make_soundtrack(request, first.kept_frames, first.fps, self,
                                 has_sound="sound" in self.folder.tasks)
         made = preflight(self, first, request)
         if on_estimate is not None:
@@ -248,7 +248,8 @@ class Engine:
                         latents = sample(plan, self.prepare(plan, request, inputs))
                     kept.keep_latents(latents)
                 decode = long.clip if long else partial(self.decode, plan)
-                clips.append(track.under(decode(latents, recipe, kept)))
+                clip = decode(latents, recipe, kept)
+                clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))
                 for picture in inputs.images.get("image", ()):
                     clips[-1].first_frame = fit(picture, plan.height, plan.width, plan.fit)
         return clips if request.count > 1 else clips[0]
