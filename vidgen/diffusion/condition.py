@@ -22,6 +22,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.flow import add_noise
+from vidgen.diffusion.sound import Packing, SoundState
 
 FIRST_REFERENCE_POSITION = -4.0
 REFERENCE_SPACING = 2.0
@@ -40,6 +41,7 @@ class LatentState:
         control: [B, _, F, h, w] what VACE's control blocks read, or None.
         image_context: [B, _, D] CLIP features of known pictures, or None.
         num_references: leading latent frames that are references, not the clip.
+        sound: the clip's sound on its way, or None.
     """
 
     latents: Tensor
@@ -50,6 +52,7 @@ class LatentState:
     control: Tensor | None = None
     image_context: Tensor | None = None
     num_references: int = 0
+    sound: SoundState | None = None
 
     @cached_property
     def any_known(self) -> bool:
@@ -63,8 +66,41 @@ class LatentState:
         return bool((pixels == pixels[..., :1]).all())
 
     def impose(self, latents: Tensor) -> Tensor:
-        """Write the known values into latents, exactly; a sampler's `project`."""
+        """Write the known values into the picture's latents, exactly."""
         return torch.where(self.denoise_mask, latents, self.clean.to(latents))
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How picture and sound lie in the one tensor that samplers see; None without sound."""
+        return None if self.sound is None else Packing.of(self.latents, self.sound.latents)
+
+    def begin(self) -> Tensor:
+        """What a sampler starts from: [B, C, F, h, w], with sound [B, n]."""
+        sound = None if self.sound is None else self.sound.latents
+        return self.project(self.together(self.latents, sound))
+
+    def project(self, latents: Tensor) -> Tensor:
+        """Write all that is known into what a sampler has; its `project`."""
+        picture, sound = self.apart(latents)
+        if self.sound is None or sound is None:
+            return self.impose(picture)
+        return self.together(self.impose(picture), self.sound.impose(sound))
+
+    def apart(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The picture's and the sound's share of what a sampler has, or of its velocity."""
+        return (latents, None) if self.packing is None else self.packing.unpack(latents)
+
+    def together(self, picture: Tensor, sound: Tensor | None) -> Tensor:
+        """The inverse of `apart`."""
+        if self.packing is None or sound is None:
+            return picture
+        return self.packing.pack(picture, sound)
+
+    @cached_property
+    def generated(self) -> Tensor:
+        """The mask of what is to be generated, as a sampler has it."""
+        sound = None if self.sound is None else self.sound.denoise_mask
+        return self.together(self.denoise_mask, sound)
 
 
 def new_state(noise: Tensor) -> LatentState:

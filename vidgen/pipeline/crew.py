@@ -299,7 +299,7 @@ def _guided(call: _Call, share: Share) -> Denoise:
         return conditional
     return guided(
         conditional, lambda latents, sigma: call(latents, sigma, 1)[0], share.plan.guidance,
-        denoise_mask=share.state.denoise_mask,
+        denoise_mask=share.state.generated,
         both=lambda latents, sigma: call(latents, sigma, 0, 1),
     )
 

@@ -18,6 +18,7 @@ from vidgen.diffusion.condition import LatentState, denoise_inputs
 from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.guidance import BRANCHES, guided
 from vidgen.diffusion.token_part import TokenPart
+from vidgen.models.dit_inputs import AudioTokens
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread
 from vidgen.pipeline.experts import Experts, Loras, experts
@@ -54,7 +55,7 @@ def denoising(
         if len(made) == 1:
             yield made[0]
         else:
-            yield guided(*made, plan.guidance, denoise_mask=state.denoise_mask)
+            yield guided(*made, plan.guidance, denoise_mask=state.generated)
 
 
 @contextmanager
@@ -82,25 +83,33 @@ def _denoiser(
     """The model under one prompt and all conditions."""
     whole = plan.sampler in ("unipc", "UniPCMultistepScheduler")  # as diffusers has it
     patch = parts.folder.components["transformer"].config.patch_size
+    frames_per_s = float(plan.fps) / parts.folder.components["vae"].config.strides.t
     features, lengths = context
     options = {"extra": state.keys, "image_context": state.image_context, "ranks": ranks}
     if state.control is not None:
         options |= {"control": state.control, "control_scale": plan.control_scale}
 
-    def num_tokens(seen: Tensor) -> int:
+    def num_tokens(seen: Tensor, audio: AudioTokens | None) -> list[int]:
         num_stills = 0 if state.keys is None else state.keys.num_keys
-        return (seen.shape[2] + num_stills) * (seen.shape[3] // patch) * (seen.shape[4] // patch)
+        tokens = (seen.shape[2] + num_stills) * (seen.shape[3] // patch) * (seen.shape[4] // patch)
+        return [tokens] if audio is None else [tokens, audio.latents.shape[2]]
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        seen, levels = denoise_inputs(state, sigma, latents, patch=patch)
+        picture, sound = state.apart(latents)
+        seen, levels = denoise_inputs(state, sigma, picture, patch=patch)
+        audio = None
+        if state.sound is not None and sound is not None:
+            times = to_timestep(state.sound.levels(sigma), whole=whole)
+            audio = AudioTokens(
+                state.sound.impose(sound), times, frames_per_s, state.sound.start_s
+            )
         level = float(sigma[0])
-        part = None if ranks is None else TokenPart(Spread(ranks, [num_tokens(seen)]))
+        part = None if ranks is None else TokenPart(Spread(ranks, num_tokens(seen, audio)))
         velocity = given.at(level)(
             seen, to_timestep(levels, whole=whole), features, context_lengths=lengths,
-            step_cache=cache_at(level, part) if cache_at else None, **options,
+            step_cache=cache_at(level, part) if cache_at else None, audio=audio, **options,
         )
-        assert isinstance(velocity, Tensor)
-        return velocity
+        return velocity if isinstance(velocity, Tensor) else state.together(*velocity)
 
     return denoise
 

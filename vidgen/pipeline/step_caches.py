@@ -141,8 +141,7 @@ def measure_magnitudes(engine: Engine, prompt: str = "a red car drives to the ri
         caches = StepCaches(lambda _: Probe())
         level = float(sigmas[0])
         with denoising(engine.parts, plan, state, contexts, NO_LORAS, level, caches) as denoise:
-            SAMPLERS[plan.sampler](denoise, state.impose(state.latents), sigmas,
-                                   project=state.impose)
+            SAMPLERS[plan.sampler](denoise, state.begin(), sigmas, project=state.project)
     return magnitudes_of(caches)
 
 
