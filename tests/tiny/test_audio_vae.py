@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.models.audio import AudioVAE
+from vidgen.models.audio import AudioVAE, Controls
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS
 from vidgen.ops.conv import StreamCache
 from vidgen.toybox.cues import SAMPLE_RATE
@@ -117,6 +117,42 @@ def test_frames_overlap_to_the_sound_they_were_cut_from(vae: AudioVAE) -> None:
     heard = vae._overlap(frames, None)
     torch.testing.assert_close(heard[:, 64:], sound[:, 64:], atol=1e-5, rtol=0)
     assert (heard[:, :64].abs() <= sound[:, :64].abs() + 1e-6).all()  # rises, overshoots nowhere
+
+
+def test_a_steady_advance_is_a_steady_tone(vae: AudioVAE) -> None:
+    tone = torch.zeros(1, 250, TINY.num_bins)
+    tone[:, :, 20] = 30.0
+    advance = torch.full_like(tone, 0.4)
+    sound = vae.render(Controls(advance, tone, torch.zeros_like(tone)))[0, 1000:]
+    spectrum = torch.fft.rfft(sound * torch.hann_window(len(sound)), 160_000).abs()
+    hertz = (20 / TINY.window + 0.4 / (2 * torch.pi * TINY.hop)) * TINY.sample_rate
+    assert int(spectrum.argmax()) / 10 == pytest.approx(float(hertz), abs=0.5)
+    levels = sound[:12_800].unflatten(0, (-1, 1280)).std(1)
+    assert float(levels.std() / levels.mean()) < 0.02
+
+
+def test_the_encoder_sees_what_the_oscillators_need(vae: AudioVAE) -> None:
+    hertz = 1313.0
+    sound = 0.3 * torch.sin(torch.arange(8192) * 2 * torch.pi * hertz / TINY.sample_rate)[None]
+    magnitudes, moved = vae.spectra(sound)
+    tone = torch.zeros_like(magnitudes)
+    best = int(magnitudes[0, 20].argmax())
+    tone[..., best] = magnitudes[..., best]
+    heard = vae.render(Controls(moved.angle(), tone, torch.zeros_like(tone)))[0]
+    spectrum = torch.fft.rfft(heard[1000:7000] * torch.hann_window(6000), 160_000).abs()
+    assert int(spectrum.argmax()) / 10 == pytest.approx(hertz, abs=1)
+
+
+def test_noise_is_noise_and_always_the_same(vae: AudioVAE) -> None:
+    noise = torch.ones(1, 250, TINY.num_bins)
+    silent = torch.zeros_like(noise)
+    one, two = (vae.render(Controls(silent, silent, noise)) for _ in range(2))
+    assert torch.equal(one, two)
+    power = torch.stft(one, 256, 64, window=torch.hann_window(256), return_complex=True).abs()
+    flat = power[0, 4:-4].mean(1)
+    assert float(flat.std() / flat.mean()) < 0.2
+    other = vae.render(Controls(silent, silent, noise), first_noise=77)
+    assert abs(float(torch.corrcoef(torch.cat([one, other]))[0, 1])) < 0.05
 
 
 def test_latents_are_normalised_by_the_configs_statistics(vae: AudioVAE) -> None:

@@ -78,7 +78,7 @@ def find_onsets(sound: Tensor, rate: int, share: float = 0.5) -> list[Times]:
 
 def _fit(curve: NDArray[np.float32], peaks: NDArray[np.bool_]) -> Times:
     """Times of a curve's peaks, each the top of the parabola through three frames."""
-    found = []
+    found: list[float] = []
     for at in np.flatnonzero(peaks):
         if found and at - found[-1] < 2:  # a plateau
             continue

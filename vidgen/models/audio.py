@@ -1,12 +1,15 @@
-"""A causal VAE for sound: short spectra to few latents a second, and back through an inverse STFT.
+"""A causal VAE for sound: short spectra to few latents a second, back to oscillators and noise.
 
 Encoder and decoder work on the same grid of frames: frame t covers `window` samples from `hop * t`
 on, and `frames_per_token` frames make a latent. So latent k depends on samples before
 `samples_per_token * (k + 1) + lookahead` alone, its own samples are finished by latents up to k,
 and sound of any length streams through in constant memory.
 
-The layout of blocks and head is Vocos' (Siuzdak 2024, fig. 1): ConvNeXt blocks at the frames' rate,
-then magnitude and phase of each frame's spectrum.
+ConvNeXt blocks at the frames' rate and an inverse STFT are Vocos' (Siuzdak 2024, fig. 1). Phases
+aren't told but followed: the encoder sees how far each frequency's phase went since the last frame,
+the decoder says how far it goes, and sums; so a steady tone is a constant. What is no tone is noise
+of its own (harmonics plus noise, Engel et al. 2020, sec. 3), from a fixed table, so that decoding
+is a function.
 
 Axes: B batch, N samples (mono), T frames, K latents, C latent channels, D width.
 """
@@ -16,6 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +30,9 @@ from vidgen.core.errors import InputError
 from vidgen.models.latents import NormalizedLatents
 from vidgen.ops.conv import StreamCache
 
-_SAMPLES, _FRAMES = "samples", "frames"  # what a stream keeps besides the convolutions' history
+_SAMPLES, _FRAMES, _PHASES = "samples", "frames", "phases"  # what a stream keeps besides history
 _LOUDEST, _QUIET = 6.0, -2.0  # logs of a spectrum's magnitude: the largest, the first ones
+_NOISE_FRAMES = 4096  # after which the noise repeats, 16 s
 _ONSET = 0.1  # share of the full overlap that the first samples are divided by at least
 
 
@@ -173,7 +179,7 @@ class AudioEncoder(nn.Module):
     def __init__(self, config: AudioVAEConfig) -> None:
         super().__init__()
         dim, per_token = config.encoder_dim, config.frames_per_token
-        self.embed = nn.Linear(2 * config.num_bins, dim)
+        self.embed = nn.Linear(3 * config.num_bins, dim)
         self.frames = _Stack(dim, config.encoder_layers[0], config)
         self.gather = nn.Linear(per_token * dim, dim)
         self.tokens = _Stack(dim, config.encoder_layers[1], config)
@@ -181,7 +187,7 @@ class AudioEncoder(nn.Module):
         self.to_moments = nn.Linear(dim, 2 * config.latent_channels)
 
     def forward(self, x: Tensor, per_token: int, cache: StreamCache | None = None) -> Tensor:
-        """[B, T, 2 * bins] -> [B, K, 2 * C], mean and log-variance."""
+        """[B, T, 3 * bins] -> [B, K, 2 * C], mean and log-variance."""
         x = self.frames(self.embed(x), cache)
         x = self.gather(x.unflatten(1, (-1, per_token)).flatten(2))
         return self.to_moments(self.norm(self.tokens(x, cache)))
@@ -198,15 +204,15 @@ class AudioDecoder(nn.Module):
         self.spread = nn.Linear(dim, per_token * dim)
         self.frames = _Stack(dim, config.decoder_layers[1], config)
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 2 * config.num_bins)
-        with torch.no_grad():  # quiet frames that ring in their middle, where the window is open
-            self.head.bias[: config.num_bins] = _QUIET
-            self.head.bias[config.num_bins :] = math.pi * (torch.arange(config.num_bins) % 2)
+        self.head = nn.Linear(dim, 3 * config.num_bins)
+        with torch.no_grad():
+            self.head.bias.fill_(_QUIET)
+            self.head.bias[: config.num_bins] = 0
 
     def forward(self, x: Tensor, per_token: int, cache: StreamCache | None = None) -> Tensor:
-        """[B, K, C] -> [B, T, 2 * bins], log-magnitude and phase, float32.
+        """[B, K, C] -> [B, T, 3 * bins]: advance of the phase, logs of tone and noise, float32.
 
-        The head computes in float32: bf16 would round phases to a thirtieth of a radian.
+        The head computes in float32, for what it says of phases adds up.
         """
         x = self.spread(self.tokens(self.from_latents(x), cache))
         x = self.frames(x.unflatten(2, (per_token, -1)).flatten(1, 2), cache)
@@ -215,8 +221,23 @@ class AudioDecoder(nn.Module):
             return F.linear(x.float(), self.head.weight.float(), self.head.bias.float())
 
 
+class Controls(NamedTuple):
+    """What a decoder says of each frame, [B, T, bins].
+
+    advance: by which a frequency's phase leads its bin's own since the last frame, in (-pi, pi).
+    tone: magnitude of the oscillator.
+    noise: deviation of the noise.
+    """
+
+    advance: Tensor
+    tone: Tensor
+    noise: Tensor
+
+
 class AudioVAE(NormalizedLatents, nn.Module):
     """Sound [B, N], mono in [-1, 1], <-> latents [B, C, K]."""
+
+    config: AudioVAEConfig
 
     def __init__(self, config: AudioVAEConfig) -> None:
         super().__init__()
@@ -240,11 +261,53 @@ class AudioVAE(NormalizedLatents, nn.Module):
             InputError: for sound that is not [B, N] or is empty.
         """
         _check_sound(sound)
-        return self._encode(self._fill(sound), None)
+        return self._encode(self._fill(F.pad(sound, (self.config.hop, 0))), None)
 
     def decode_raw(self, latents: Tensor, num_samples: int | None = None) -> Tensor:
         """Sound [B, N] of latents [B, C, K] as encoded, cut to `num_samples` where given."""
-        return self._decode(latents, None)[:, :num_samples]
+        return self.render(self.controls(latents))[:, :num_samples]
+
+    def controls(self, latents: Tensor, cache: StreamCache | None = None) -> Controls:
+        """What the decoder says of latents [B, C, K] as encoded, T = K * frames_per_token."""
+        x = latents.transpose(1, 2).to(self.decoder.head.weight.dtype)
+        said = self.decoder(x, self.config.frames_per_token, cache)
+        advance, tone, noise = said.chunk(3, dim=2)
+        tone, noise = (logs.clamp(max=_LOUDEST).exp() for logs in (tone, noise))
+        return Controls(math.pi * advance.tanh(), tone, noise)
+
+    def render(
+        self, controls: Controls, cache: StreamCache | None = None, first_noise: int = 0
+    ) -> Tensor:
+        """Sound [B, T * hop] of a decoder's frames.
+
+        Args:
+            controls: see `controls`.
+            cache: of a stream.
+            first_noise: frame of the noise to begin with; training varies it.
+        """
+        bins, count = self.config.num_bins, controls.tone.shape[1]
+        own = math.tau * self.config.hop / self.config.window * torch.arange(bins)
+        steps = controls.advance.double() + own.to(controls.advance.device)
+        phases = steps.cumsum(1)
+        if cache is not None:
+            first_noise = cache.position * self.config.frames_per_token
+            phases = phases + cache.tensors.get(_PHASES, 0.0)
+            cache.tensors[_PHASES] = phases[:, -1:].remainder(math.tau)
+        turned = torch.polar(controls.tone, phases.remainder(math.tau).float())
+        at = (first_noise + torch.arange(count)) % _NOISE_FRAMES
+        noise = _noise_frames(bins)[at].to(turned.device)
+        frames = torch.fft.irfft(turned + controls.noise * noise, self.config.window)
+        return self._overlap(frames * self._window(frames.device), cache)
+
+    def spectra(self, sound: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoder sees of sound [B, N].
+
+        Returns:
+            Magnitudes [B, T, bins], and the phases' advance since the last frame, less their bin's
+            own, as complex numbers of length 1; T = K * frames_per_token.
+        """
+        _check_sound(sound)
+        return self._spectra(self._fill(F.pad(sound, (self.config.hop, 0))))
 
     def encode(self, sound: Tensor) -> Tensor:
         """The posterior's mode, normalised, [B, C, K]; see `encode_moments`."""
@@ -271,17 +334,18 @@ class AudioVAE(NormalizedLatents, nn.Module):
         """
         cache = StreamCache() if cache is None else cache
         size, ahead = self.config.samples_per_token, self.config.lookahead
+        hop = self.config.hop  # of what came before, for the first frame's advance
         for chunk in sound:
             _check_sound(chunk)
-            held = cache.tensors.pop(_SAMPLES, None)
-            held = chunk if held is None else torch.cat([held, chunk], 1)
-            if (ready := (held.shape[1] - ahead) // size) > 0:
-                yield self._next_tokens(held[:, : ready * size + ahead], ready, cache)
+            held = cache.tensors.pop(_SAMPLES, chunk.new_zeros(chunk.shape[0], hop))
+            held = torch.cat([held, chunk], 1)
+            if (ready := (held.shape[1] - hop - ahead) // size) > 0:
+                yield self._next_tokens(held[:, : hop + ready * size + ahead], ready, cache)
                 held = held[:, ready * size :]
             cache.tensors[_SAMPLES] = held.clone()
         held = cache.tensors.pop(_SAMPLES, None) if ends else None
-        if held is not None and held.shape[1]:
-            count = self.config.num_tokens(held.shape[1])
+        if held is not None and held.shape[1] > hop:
+            count = self.config.num_tokens(held.shape[1] - hop)
             yield self._next_tokens(self._fill(held), count, cache)
 
     @torch.no_grad()
@@ -299,7 +363,7 @@ class AudioVAE(NormalizedLatents, nn.Module):
         """
         cache = StreamCache() if cache is None else cache
         for piece in latents:
-            sound = self._decode(self.denormalize(piece), cache)
+            sound = self.render(self.controls(self.denormalize(piece), cache), cache)
             cache.position += piece.shape[2]
             yield sound
 
@@ -309,29 +373,33 @@ class AudioVAE(NormalizedLatents, nn.Module):
         return self.normalize(mean)
 
     def _fill(self, sound: Tensor) -> Tensor:
-        """Let silence follow until the last latent and what it looks ahead to are full."""
-        tokens = self.config.num_tokens(sound.shape[1])
-        whole = tokens * self.config.samples_per_token + self.config.lookahead
+        """Let silence follow until the last latent and what it looks ahead to are full.
+
+        `sound` [B, hop + N] begins with what came before it.
+        """
+        tokens = self.config.num_tokens(sound.shape[1] - self.config.hop)
+        whole = self.config.hop + tokens * self.config.samples_per_token + self.config.lookahead
         return F.pad(sound, (0, whole - sound.shape[1]))
 
-    def _encode(self, sound: Tensor, cache: StreamCache | None) -> tuple[Tensor, Tensor]:
-        """Moments of sound [B, K * samples_per_token + lookahead]."""
+    def _spectra(self, sound: Tensor) -> tuple[Tensor, Tensor]:
+        """As `spectra`, of sound [B, hop + K * samples_per_token + lookahead]."""
         config = self.config
         frames = sound.float().unfold(1, config.window, config.hop) * self._window(sound.device)
-        spectra = torch.view_as_real(torch.fft.rfft(frames))
-        power = spectra.square().sum(-1, keepdim=True)
-        spectra = spectra * (power + 1e-8) ** ((config.compression - 1) / 2)
-        x = spectra.flatten(2).to(self.encoder.embed.weight.dtype)
-        moments = self.encoder(x, config.frames_per_token, cache).transpose(1, 2)
+        spectra = torch.fft.rfft(frames)
+        own = math.tau * config.hop / config.window * torch.arange(config.num_bins)
+        turn = torch.polar(torch.ones(config.num_bins), -own).to(sound.device)
+        moved = spectra[:, 1:] * spectra[:, :-1].conj() * turn
+        return spectra[:, 1:].abs(), moved / (moved.abs() + 1e-9)
+
+    def _encode(self, sound: Tensor, cache: StreamCache | None) -> tuple[Tensor, Tensor]:
+        """Moments of sound [B, hop + K * samples_per_token + lookahead]."""
+        magnitudes, advance = self._spectra(sound)
+        levels = (magnitudes + 1e-4) ** self.config.compression
+        x = torch.cat([levels, levels * advance.real, levels * advance.imag], 2)
+        x = x.to(self.encoder.embed.weight.dtype)
+        moments = self.encoder(x, self.config.frames_per_token, cache).transpose(1, 2)
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar
-
-    def _decode(self, latents: Tensor, cache: StreamCache | None) -> Tensor:
-        x = latents.transpose(1, 2).to(self.decoder.head.weight.dtype)
-        logs, phase = self.decoder(x, self.config.frames_per_token, cache).chunk(2, dim=2)
-        spectra = torch.polar(logs.clamp(max=_LOUDEST).exp(), phase)
-        frames = torch.fft.irfft(spectra, self.config.window) * self._window(latents.device)
-        return self._overlap(frames, cache)
 
     def _overlap(self, frames: Tensor, cache: StreamCache | None) -> Tensor:
         """Add frames [B, T, window] where they overlap, [B, T * hop].
@@ -358,6 +426,13 @@ class AudioVAE(NormalizedLatents, nn.Module):
 
     def _window(self, device: torch.device) -> Tensor:
         return torch.hann_window(self.config.window, device=device)
+
+
+@lru_cache(maxsize=4)
+def _noise_frames(bins: int) -> Tensor:
+    """Complex normal numbers [`_NOISE_FRAMES`, bins], always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_NOISE_FRAMES, bins, dtype=torch.complex64, generator=generator)
 
 
 def _check_sound(sound: Tensor) -> None:

@@ -183,6 +183,8 @@ class Decoder(nn.Module):
 class CausalVAE(NormalizedLatents, nn.Module):
     """Video [B, 3, T, H, W] in [-1, 1] <-> latents [B, C, F, h, w]."""
 
+    config: VAEConfig
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config
