@@ -6,6 +6,7 @@ python train/cache.py -c configs/train/toybox_dit.yaml [--set caches.0.shards=64
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from rich.progress import track
 
@@ -13,7 +14,9 @@ from vidgen.core.config import apply_overrides, build, load_yaml
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.training.program import exit_code
+from vidgen.training.sound_cache import SoundCache, SoundMix
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache, load_vae
+from vidgen.weights.sound_vae import load_sound_vae
 
 
 def main() -> int:
@@ -34,6 +37,12 @@ def main() -> int:
             vae = load_vae(cache.config.vae, device)
             for index in track(cache.missing(), cache.config.folder):
                 cache.make(index, vae, device)
+            if settings.get("sound"):
+                mix = build(SoundMix, settings["sound"], options.config)
+                sound = SoundCache(mix, cache)
+                heard_by = load_sound_vae(Path(mix.vae), device=device)
+                for index in track(sound.missing(), str(sound.shards.folder)):
+                    sound.make(index, heard_by, device)
 
     return exit_code(work)
 

@@ -13,23 +13,26 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.diffusion.condition import denoise_inputs
 from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
-from vidgen.models.dit import SpacetimeDiT
-from vidgen.models.dit_inputs import Stream
+from vidgen.models.audio import AudioVAEConfig
+from vidgen.models.dit import AudioConfig, SpacetimeDiT
+from vidgen.models.dit_inputs import AudioTokens, Stream
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.ops.patchify import patchify_latents
 from vidgen.toybox.captions import CLASSES
 from vidgen.training.config import Phase
 from vidgen.training.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.ema import named_parameters
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
 from vidgen.weights.load import load_module
@@ -55,6 +58,7 @@ class DiTRun(DiTData):
             is sprite: what a sentence says of motion is lost in the velocity's error, where noise
             is high and sprites are few, but not here (after Yu et al. 2024, who align such tokens
             with another network's; here there is the truth). The head is dropped on export.
+        part: "sound" trains the transformer's own parts for sound alone, first of all.
         init: folder of a released model whose transformer and text encoder to start from.
         compile: torch.compile the blocks, on devices that our own kernels don't serve; pays in runs
             of hours, as every shape compiles anew.
@@ -66,6 +70,7 @@ class DiTRun(DiTData):
     text_warmup: int = 0
     sprite_weight: float = 0.0
     cover_weight: float = 0.0
+    part: Literal["all", "sound"] = "all"
     init: str | None = None
     compile: bool = False
 
@@ -128,7 +133,14 @@ class DiTTask:
             "transformer": self.dit, "text_encoder": self.text, "attributes": self.heads,
             "cover": self.cover,
         }
+        if config.part == "sound":
+            for name, parameter in named_parameters(self.modules).items():
+                parameter.requires_grad_("audio" in name)
         self.draws = ClipDraws(config, self.device, self.dit.config.patch_size)
+        first = self.draws.caches[0]
+        self.frames_per_s = first.config.fps / first.strides.t
+        for cache, _ in self.draws.sounds:
+            _check_sound(self.dit.config.audio, cache.config)
 
     def _network(self, part: str, kind: type[Module], architecture: Any) -> Module:
         """Fresh, or with the weights of the released model to start from."""
@@ -178,26 +190,40 @@ class DiTTask:
         """Squared error of the velocity where it is to be generated, and the attributes' loss."""
         del step
         context = encode_tokens(self.text, batch.ids, batch.mask)
-        error = self._error(batch, context, self.config.sprite_weight)
+        error, sound = self._errors(batch, context, self.config.sprite_weight)
         told = self.heads.loss(context, batch.mask, batch.labels)
         cover = self.cover.loss(batch.cover)
         total = error + self.config.attribute_weight * told + self.config.cover_weight * cover
-        return total, {
-            "velocity": error.detach(), "attributes": told.detach(), "cover": cover.detach(),
-        }
+        values = {"velocity": error, "attributes": told, "cover": cover}
+        if sound is not None:
+            total, values["sound"] = total + sound, sound
+        return total, {name: value.detach() for name, value in values.items()}
 
-    def _error(self, batch: Batch, context: Tensor, sprite_weight: float = 0.0) -> Tensor:
-        clean = batch.state.clean
+    def _errors(
+        self, batch: Batch, context: Tensor, sprite_weight: float = 0.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of the picture's velocity, and of the sound's where there is sound."""
+        clean, heard = batch.state.clean, batch.state.sound
         noisy = add_noise(clean, batch.noise, batch.sigma)
         patch = self.dit.config.patch_size
         latents, sigma = denoise_inputs(batch.state, batch.sigma, noisy, patch=patch)
+        audio, sound_error = None, None
+        if heard is not None and batch.sound_noise is not None:
+            noisy = add_noise(heard.clean, batch.sound_noise, batch.sigma)
+            times = to_timestep(heard.levels(batch.sigma))
+            audio = AudioTokens(heard.impose(noisy), times, self.frames_per_s, heard.start_s)
         velocity = self.dit(
             latents, to_timestep(sigma), context,
-            context_lengths=batch.mask.sum(1), extra=batch.state.keys,
+            context_lengths=batch.mask.sum(1), extra=batch.state.keys, audio=audio,
         )
+        if heard is not None and batch.sound_noise is not None:
+            velocity, sound = velocity
+            sound_error = velocity_loss(
+                sound, heard.clean, batch.sound_noise, heard.denoise_mask
+            ).mean()
         clear = (1 - batch.sigma).view(-1, 1, 1, 1, 1)
         weight = batch.state.denoise_mask * (1 + sprite_weight * clear * batch.cover)
-        return velocity_loss(velocity, clean, batch.noise, weight).mean()
+        return velocity_loss(velocity, clean, batch.noise, weight).mean(), sound_error
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Velocity error on clips kept aside, text alone, at fixed noise levels and noise."""
@@ -206,18 +232,38 @@ class DiTTask:
         scores = self._velocity_errors(phase.num_frames)
         if self.config.image_shares and self.config.image_shares[index] > 0:
             scores["image_mean"] = self._velocity_errors(1)["velocity_mean"]
+        if self.config.sound is not None and phase.num_frames > 1:
+            both = self._velocity_errors(phase.num_frames, sound=True)
+            scores["sound_mean"], scores["with_sound_mean"] = (
+                both["sound_mean"], both["velocity_mean"],
+            )
         return scores
 
-    def _velocity_errors(self, num_frames: int) -> dict[str, float]:
-        scores = {}
+    def _velocity_errors(self, num_frames: int, *, sound: bool = False) -> dict[str, float]:
+        scores, heard = {}, []
         for level in VALIDATION_SIGMAS:
-            batch = self.draws.held_aside(num_frames, level)
+            batch = self.draws.held_aside(num_frames, level, sound=sound)
             bf16 = self.config.run.dtype == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 context = encode_tokens(self.text, batch.ids, batch.mask)
-                scores[f"velocity_{level}"] = float(self._error(batch, context))
+                error, sound_error = self._errors(batch, context)
+            scores[f"velocity_{level}"] = float(error)
+            heard += [] if sound_error is None else [float(sound_error)]
         scores["velocity_mean"] = sum(scores.values()) / len(scores)
-        return scores
+        return scores | ({"sound_mean": sum(heard) / len(heard)} if heard else {})
+
+
+def _check_sound(mine: AudioConfig | None, made: AudioVAEConfig) -> None:
+    """Refuse a sound VAE whose latents the transformer can't read."""
+    wanted = None if mine is None else (mine.channels, mine.tokens_per_s)
+    given = (made.latent_channels, made.tokens_per_s)
+    if wanted != given:
+        raise InputError(
+            f"the sound VAE makes {given[1]:g} latents of {given[0]} channels a second; the "
+            + ("transformer has no parts for sound" if wanted is None else
+               f"transformer takes {wanted[1]:g} of {wanted[0]}")
+            + "; give a preset and a sound VAE that go together"
+        )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ n numbers of a clip's picture and sound together.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -96,3 +98,29 @@ class Packing:
         size = torch.Size(self.picture).numel()
         picture = packed[:, :size].reshape(-1, *self.picture)
         return picture, packed[:, size:].reshape(-1, *self.sound)
+
+
+def sound_span(
+    first: int, count: int, stride_t: int, fps: Fraction | float, tokens_per_s: float
+) -> tuple[int, int, float]:
+    """The sound latents that go with a stretch of a clip's latent frames.
+
+    Frame j of a clip is shown from j / fps on, and its latent frame f ends with frame
+    stride_t * f, at which time attention places it.
+
+    Args:
+        first: latent frame that the stretch begins with.
+        count: its latent frames.
+        stride_t: frames of a latent frame, but for the clip's first.
+        fps: frames a second.
+        tokens_per_s: sound latents a second.
+
+    Returns:
+        (first sound latent, the one behind the last, `SoundState.start_s`): all that are heard
+        while the stretch is shown.
+    """
+    rate, fps = Fraction(tokens_per_s), Fraction(fps)
+    shown = 0 if first == 0 else stride_t * (first - 1) + 1
+    ends = stride_t * (first + count - 1) + 1
+    begin, end = math.floor(shown / fps * rate), math.ceil(ends / fps * rate)
+    return begin, end, float(begin / rate - first * stride_t / fps)

@@ -98,6 +98,10 @@ DIT_PRESETS: dict[str, DiTConfig] = {
         in_channels=4, out_channels=4, num_heads=2, head_dim=12, num_layers=2, ffn_dim=32,
         text_dim=16,
     ),
+    "tiny-sound": DiTConfig(
+        in_channels=4, out_channels=4, num_heads=2, head_dim=12, num_layers=2, ffn_dim=32,
+        text_dim=16, audio=AudioConfig(channels=4, ffn_dim=16, tokens_per_s=31.25),
+    ),
     "wan-1.3b": DiTConfig(**_WAN_DIT, **_WAN_1B),
     "wan-14b": DiTConfig(**_WAN_DIT, **_WAN_14B),
     "wan-14b-i2v": DiTConfig(**(_WAN_DIT | {"in_channels": 36}), **_WAN_14B, image_dim=1280),

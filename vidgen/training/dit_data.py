@@ -15,9 +15,11 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.diffusion.condition import ConditionMix, LatentState, Stills, training_conditions
 from vidgen.diffusion.schedule import draw_sigmas
+from vidgen.diffusion.sound import SoundState
 from vidgen.models.text import PromptTokenizer
 from vidgen.toybox.captions import CLASSES, attributes, caption
 from vidgen.training.config import Phase, RunConfig
+from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache
 
 PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
@@ -26,6 +28,7 @@ WITH_STILLS = ConditionMix(
 )
 WINDOW = ConditionMix(text=0, first=0, last=0, both=0, frames=0, prefix=1, mask=0, reference=0)
 TEXT_ONLY = ConditionMix(text=1, first=0, last=0, both=0, frames=0, prefix=0, mask=0, reference=0)
+HEARD_TOO = SoundMix("", picture_known=0, sound_known=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class DiTData:
         window_share: share of clip batches cut from the inside of clips, all under a prefix:
             what a window of a long clip is, whose first latent is no single frame.
         validation_clips: taken off the end of the first cache, never trained on.
+        sound: what is learned of sound, or None; clips' sound is cached beside their latents.
 
     Raises:
         InputError: what would otherwise show hours into the run.
@@ -71,6 +75,7 @@ class DiTData:
     image_shift: float = 1.0
     window_share: float = 0.0
     validation_clips: int = 64
+    sound: SoundMix | None = None
 
     def __post_init__(self) -> None:
         phases = self.run.phases
@@ -95,7 +100,8 @@ class DiTData:
 class Batch:
     """One micro-batch: latents with conditions, noise levels and noise, and described.
 
-    `cover` [B, 1, F, h, w] says how much of a latent is sprite.
+    `cover` [B, 1, F, h, w] says how much of a latent is sprite; `sound_noise` [B, C, K] goes with
+    the state's sound.
     """
 
     state: LatentState
@@ -105,6 +111,7 @@ class Batch:
     ids: Tensor
     mask: Tensor
     labels: dict[str, Tensor]
+    sound_noise: Tensor | None = None
 
 
 class ClipDraws:
@@ -115,6 +122,10 @@ class ClipDraws:
         self.tokenizer = PromptTokenizer(config.tokenizer)
         self.caches = [ToyboxCache(entry) for entry in config.caches]
         self.data = [cache.load() for cache in self.caches]
+        self.sounds: list[tuple[SoundCache, Tensor]] = []
+        if config.sound is not None:
+            caches = [SoundCache(config.sound, cache) for cache in self.caches]
+            self.sounds = [(cache, cache.load()) for cache in caches]
         self.strides = self.caches[0].strides
         self.num_kept = self.caches[0].num_clips - config.validation_clips
 
@@ -137,12 +148,14 @@ class ClipDraws:
             sigma = torch.where(even, draw_sigmas(size, draw, mean=None), sigma)
         return self._assemble(which, rows, num_frames, sigma, draw)
 
-    def held_aside(self, num_frames: int, level: float) -> Batch:
+    def held_aside(self, num_frames: int, level: float, *, sound: bool = False) -> Batch:
         """The validation clips under text alone, at one noise level, the same each time."""
         rows = torch.arange(self.num_kept, self.caches[0].num_clips)
         draw = torch.Generator().manual_seed(round(level * 1000))
         sigma = torch.full((len(rows),), level)
-        return self._assemble(0, rows, num_frames, sigma, draw, conditions=TEXT_ONLY, dropout=0.0)
+        return self._assemble(
+            0, rows, num_frames, sigma, draw, conditions=TEXT_ONLY, dropout=0.0, sound=sound
+        )
 
     def captions(self, start: int, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Token ids, mask and labels of captions `start` to `start + count` of the first cache."""
@@ -157,6 +170,7 @@ class ClipDraws:
     def _assemble(
         self, which: int, rows: Tensor, num_frames: int, sigma: Tensor, draw: torch.Generator,
         *, conditions: ConditionMix | None = None, dropout: float | None = None,
+        sound: bool | None = None,
     ) -> Batch:
         data = self.data[which]
         inside_clip = (
@@ -164,6 +178,7 @@ class ClipDraws:
             and torch.rand((), generator=draw) < self.config.window_share
         )
         chosen = Stills(data.stills.latents[rows].float(), data.stills.frame_index[rows])
+        first = 0
         if num_frames == 1:
             pick = torch.randint(3, (len(rows),), generator=draw)
             latents = _single(data.clips, data.stills.latents, rows, pick)
@@ -172,7 +187,7 @@ class ClipDraws:
         else:
             window = self._window(data.clips.shape[2], num_frames, draw, inside=inside_clip)
             latents, cover = (part[rows, :, window].float() for part in (data.clips, data.cover))
-            shown = chosen.frame_index[0] < num_frames
+            first, shown = window.start, chosen.frame_index[0] < num_frames
             chosen = Stills(chosen.latents[:, :, shown], chosen.frame_index[:, shown])
         if inside_clip:
             conditions = WINDOW
@@ -192,12 +207,27 @@ class ClipDraws:
         labels = _labels([attributes(scene) for scene in scenes], dropped)
         ids, mask = self.tokenizer.encode(texts)
         noise = torch.randn(latents.shape, generator=draw)
+        sound_noise = None
+        if sound is None:
+            sound = num_frames > 1 and self._draws_sound(draw)
+        if sound:
+            assert self.config.sound is not None
+            cache, heard = self.sounds[which]
+            mix = self.config.sound if conditions is not TEXT_ONLY else HEARD_TOO
+            state = with_sound(state, heard[rows], first, mix, cache, draw)
+            assert state.sound is not None
+            sound_noise = torch.randn(state.sound.clean.shape, generator=draw).to(self.device)
         return Batch(
             _state_to(state, self.device), cover.to(self.device), noise.to(self.device),
             sigma.to(self.device),
             ids.to(self.device), mask.to(self.device),
-            {name: value.to(self.device) for name, value in labels.items()},
+            {name: value.to(self.device) for name, value in labels.items()}, sound_noise,
         )
+
+    def _draws_sound(self, draw: torch.Generator) -> bool:
+        if self.config.sound is None:
+            return False
+        return float(torch.rand((), generator=draw)) < self.config.sound.share
 
     def _window(
         self, total: int, num_frames: int, draw: torch.Generator, *, inside: bool
@@ -237,6 +267,13 @@ def _state_to(state: LatentState, device: torch.device) -> LatentState:
     if keys is not None:
         valid = None if keys.valid is None else keys.valid.to(device)
         keys = KeyTokens(keys.latents.to(device), keys.positions.to(device), valid)
+    sound = state.sound
+    if sound is not None:
+        sound = SoundState(
+            sound.latents.to(device), sound.clean.to(device), sound.denoise_mask.to(device),
+            sound.start_s,
+        )
     return LatentState(
-        state.latents.to(device), state.clean.to(device), state.denoise_mask.to(device), keys
+        state.latents.to(device), state.clean.to(device), state.denoise_mask.to(device), keys,
+        sound=sound,
     )

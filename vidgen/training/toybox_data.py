@@ -76,7 +76,7 @@ class ToyboxCache:
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
-        manifest = {
+        self.manifest = {
             "encoder": encoder_hash(Path(config.vae)),
             "world_version": WORLD_VERSION,
             **{
@@ -84,7 +84,7 @@ class ToyboxCache:
                 for name in ("shard_size", "first_scene", "num_frames", "fps", "height", "width")
             },
         }
-        self.shards = LatentShards(config.folder, manifest)
+        self.shards = LatentShards(config.folder, self.manifest)
         self._scenes: dict[int, Scene] = {}
 
     @property
@@ -180,9 +180,9 @@ def _frame(shown: Rendered, index: int) -> Rendered:
     return Rendered(*(part[:, :, index : index + 1] for part in shown))
 
 
-def encoder_hash(folder: Path) -> str:
+def encoder_hash(folder: Path, kind: type = VAEConfig) -> str:
     """SHA-256 of what shapes latents: the encoder's tensors and the statistics, not the decoder."""
-    config = config_of(VAEConfig, folder)
+    config = config_of(kind, folder)
     digest = hashlib.sha256(repr((config.latents_mean, config.latents_std)).encode())
     tensors = read_tensors(folder / "model.safetensors")
     for name in sorted(name for name in tensors if name.startswith("encoder.")):

@@ -1,0 +1,145 @@
+"""The transformer learns sound beside clips: what is heard when, what is known, and the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from vidgen.core.errors import InputError
+from vidgen.diffusion import condition
+from vidgen.diffusion.sound import sound_span
+from vidgen.models.audio import AudioVAE
+from vidgen.models.presets import AUDIO_VAE_PRESETS
+from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
+from vidgen.training.toybox_data import CacheConfig, ToyboxCache
+from vidgen.weights.load import save_module
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_sound_of_a_stretch_is_all_that_is_heard_while_it_is_shown():
+    assert sound_span(0, 9, 4, 12, 31.25) == (0, 86, 0.0)
+    assert sound_span(0, 1, 4, 12, 31.25) == (0, 3, 0.0)
+    begin, end, start_s = sound_span(3, 6, 4, 12, 31.25)
+    assert begin == int(9 / 12 * 31.25)
+    assert end == 86
+    assert start_s == pytest.approx(begin / 31.25 - 1.0)
+
+
+def test_stretches_that_follow_each_other_leave_no_sound_out():
+    for first in range(1, 8):
+        before, after = sound_span(0, first, 4, 12, 31.25), sound_span(first, 2, 4, 12, 31.25)
+        assert before[1] - 1 <= after[0] <= before[1]
+
+
+@pytest.fixture(scope="module")
+def sound_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = AUDIO_VAE_PRESETS["tiny"]
+    folder = tmp_path_factory.mktemp("sound_vae")
+    save_module(AudioVAE(config).state_dict(), config, folder, torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_model: Path, sound_vae: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("latents")
+    clips = ToyboxCache(CacheConfig(str(folder), str(tiny_model / "vae"), 1, shard_size=4,
+                                    height=32, width=32))  # fmt: skip
+    return SoundCache(SoundMix(str(sound_vae)), clips)
+
+
+def heard(cache: SoundCache, state, first: int = 0, **shares: float):
+    sound = torch.arange(86.0).expand(len(state.latents), 4, 86)
+    mix = replace(cache.mix, **{"picture_known": 0.0, "sound_known": 0.0} | shares)
+    return with_sound(state, sound, first, mix, cache, torch.Generator().manual_seed(0))
+
+
+def test_nothing_is_known_of_a_clip_from_text(cache):
+    state = heard(cache, condition.new_state(torch.randn(2, 4, 9, 4, 4)))
+    assert state.sound.clean.shape == (2, 4, 86)
+    assert state.sound.denoise_mask.all()
+    assert state.denoise_mask.all()
+    one = condition.first_frame(condition.new_state(torch.randn(2, 4, 9, 4, 4)),
+                                torch.randn(2, 4, 1, 4, 4))  # fmt: skip
+    assert heard(cache, one).sound.denoise_mask.all()
+
+
+def test_a_beginning_is_known_with_its_sound(cache):
+    state = condition.prefix(condition.new_state(torch.randn(2, 4, 9, 4, 4)),
+                             torch.randn(2, 4, 3, 4, 4))  # fmt: skip
+    sound = heard(cache, state).sound
+    known = int((~sound.denoise_mask[0, 0]).sum())
+    assert known == int(9 / 12 * 31.25)
+    assert not sound.denoise_mask[:, :, :known].any()
+    inside = condition.prefix(condition.new_state(torch.randn(2, 4, 5, 4, 4)),
+                              torch.randn(2, 4, 1, 4, 4))  # fmt: skip
+    sound = heard(cache, inside, first=4).sound
+    assert sound.clean[0, 0, 0] == int(13 / 12 * 31.25)
+    assert 0 < int((~sound.denoise_mask[0, 0]).sum()) < 12
+
+
+def test_the_picture_or_the_sound_is_given(cache):
+    state = condition.new_state(torch.randn(3, 4, 9, 4, 4))
+    given = heard(cache, state, picture_known=1.0)
+    assert not given.denoise_mask.any()
+    assert given.sound.denoise_mask.all()
+    given = heard(cache, state, sound_known=1.0)
+    assert given.denoise_mask.all()
+    assert not given.sound.denoise_mask.any()
+    with pytest.raises(InputError, match="more than 1 together"):
+        SoundMix("", picture_known=0.6, sound_known=0.6)
+
+
+def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "train" / f"{name}.py"), *arguments]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_the_program_learns_both_or_sound_alone(
+    tiny_model: Path, sound_vae: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = {
+        "preset": "tiny-sound", "text_preset": "tiny", "tokenizer": str(tiny_model / "tokenizer"),
+        "shifts": [2.0], "validation_clips": 2,
+        "sound": {"vae": str(sound_vae), "share": 1.0, "picture_known": 0.3, "sound_known": 0.3},
+        "caches": [{
+            "folder": str(tmp_path / "latents"), "vae": str(tiny_model / "vae"), "shards": 2,
+            "shard_size": 4, "height": 32, "width": 32,
+        }],
+        "run": {
+            "folder": str(run), "device": "cpu", "validate_every": 100, "log_every": 1,
+            "phases": [{"steps": 3, "num_frames": 17, "batch_size": 4}],
+            "optim": {"lr": 1e-3, "muon_lr": 1e-3},
+        },
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config))
+    made = program("cache", "-c", str(file))
+    assert made.returncode == 0, made.stderr
+    learned = program("dit", "-c", str(file))
+    assert learned.returncode == 0, learned.stderr
+    scores = json.loads(learned.stdout)
+    assert scores["sound_mean"] > 0
+    assert scores["with_sound_mean"] > 0
+    lines = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
+    assert lines[0]["sound"] > 0
+    alone = program("dit", "-c", str(file), "--set", "part=sound", "--set",
+                    f"run.folder={tmp_path / 'alone'}")  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    silent = program("dit", "-c", str(file), "--set", "preset=tiny", "--set",
+                     f"run.folder={tmp_path / 'silent'}")  # fmt: skip
+    assert silent.returncode == 2
+    assert "no parts for sound" in silent.stderr

@@ -1,0 +1,119 @@
+"""Sound latents of the clips that the transformer learns from, and the sound of a batch.
+
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K sound latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.diffusion.condition import LatentState
+from vidgen.diffusion.sound import SoundState, sound_span
+from vidgen.models.audio import AudioVAE, AudioVAEConfig
+from vidgen.toybox.sound import synthesize
+from vidgen.training.latents import LatentShards
+from vidgen.training.toybox_data import ToyboxCache, encoder_hash
+from vidgen.weights.folder import config_of
+
+FOLDER = "sound"
+"""Inside the folder of the clips' latents."""
+
+
+@dataclass(frozen=True)
+class SoundMix:
+    """How much sound a transformer learns.
+
+    Args:
+        vae: component folder of the sound VAE.
+        share: of the clip batches that carry sound.
+        picture_known: share of those samples that get sound for a given picture.
+        sound_known: share that gets a picture for given sound.
+    """
+
+    vae: str
+    share: float = 0.5
+    picture_known: float = 0.1
+    sound_known: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("share", "picture_known", "sound_known"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
+        if self.picture_known + self.sound_known > 1:
+            raise InputError(f"picture_known {self.picture_known} and sound_known "
+                             f"{self.sound_known} are more than 1 together; lower one")
+
+
+class SoundCache:
+    """The sound of a cache's clips, encoded; one shard for each of its shards."""
+
+    def __init__(self, mix: SoundMix, clips: ToyboxCache) -> None:
+        self.mix, self.clips = mix, clips
+        self.config: AudioVAEConfig = config_of(AudioVAEConfig, Path(mix.vae))
+        told = {"encoder": encoder_hash(Path(mix.vae), AudioVAEConfig)}
+        manifest = clips.manifest | told
+        self.shards = LatentShards(Path(clips.config.folder) / FOLDER, manifest)
+
+    def missing(self) -> list[int]:
+        """Shards still to be made."""
+        count = self.clips.config.shards
+        return [i for i in range(count) if not self.shards.path(i).exists()]
+
+    @torch.no_grad()
+    def make(self, index: int, vae: AudioVAE, device: torch.device, batch: int = 32) -> None:
+        """Synthesise, encode and write shard `index`."""
+        config = self.clips.config
+        first, parts = index * config.shard_size, []
+        for start in range(first, first + config.shard_size, batch):
+            stop = min(start + batch, first + config.shard_size)
+            scenes = [self.clips.scene(i) for i in range(start, stop)]
+            sound = synthesize(scenes, config.num_frames, config.height, config.width, config.fps)
+            parts.append(vae.encode(sound.to(device)).cpu())
+        self.shards.write(index, {"sound": torch.cat(parts).half()})
+
+    def load(self) -> Tensor:
+        """All sound that the clips' config asks for, [N, C, K] float16."""
+        return self.shards.load(self.clips.config.shards)["sound"]
+
+
+def with_sound(
+    state: LatentState, sound: Tensor, first: int, mix: SoundMix, cache: SoundCache,
+    draw: torch.Generator,
+) -> LatentState:
+    """A training state with the sound of its clips, or with the picture or the sound known.
+
+    A picture that goes on from known frames goes on from their sound, too.
+
+    Args:
+        state: of clips cut out from latent frame `first` on.
+        sound: all latents of those clips' sound, [B, C, K].
+        first: latent frame of the clips that the state begins with.
+        mix: how often which is known.
+        cache: of the sound.
+        draw: a CPU generator.
+    """
+    batch, _, count = state.latents.shape[:3]
+    t, fps = cache.clips.strides.t, cache.clips.config.fps
+    rate = cache.config.tokens_per_s
+    begin, end, start_s = sound_span(first, count, t, fps, rate)
+    clean = sound[:, :, begin:end].float()
+    generated = torch.ones(batch, 1, clean.shape[2], dtype=torch.bool)
+    lot = torch.rand(batch, generator=draw)
+    picture = lot < mix.picture_known
+    heard = (lot >= mix.picture_known) & (lot < mix.picture_known + mix.sound_known)
+    generated[heard] = False
+    for row in range(batch):
+        whole = state.denoise_mask[row].flatten(2).any(2)[0]  # [F], whether any is generated
+        known = count if not whole.any() else int(whole.int().argmax())
+        if not picture[row] and (known > 1 or (known and first)):
+            until = sound_span(first, known, t, fps, rate)[1] - 1  # the last one goes on behind
+            generated[row, :, : max(0, until - begin)] = False
+    mask = state.denoise_mask.clone()
+    mask[picture] = False
+    made = SoundState(torch.zeros_like(clean), clean, generated, start_s)
+    return replace(state, denoise_mask=mask, sound=made)
