@@ -16,6 +16,7 @@ from vidgen.media.mix import (
     DUCK_DOWN_S,
     DUCK_UP_S,
     FADE_S,
+    MIX_LUFS,
     at_length,
     duck_points,
     fit_sound,
@@ -200,7 +201,14 @@ def test_speech_alone_stays_in_one_channel():
     speech[RATE:] = 0.1 * tone(1.0) / 0.3
     mixed = lay_over(None, speech, [(1.0, 2.0)])
     assert mixed.shape == speech.shape
-    assert measure(mixed, RATE).lufs == pytest.approx(-16, abs=0.1)
+    assert measure(mixed, RATE).lufs == pytest.approx(MIX_LUFS, abs=0.1)
+
+
+def test_a_loud_bed_and_a_loud_voice_leave_room_for_their_peaks():
+    bed, speech = tone(4.0, 330, amplitude=1.0), np.zeros((4 * RATE, 1), np.float32)
+    speech[RATE : 2 * RATE] = tone(1.0, 90, amplitude=1.0)
+    mixed = lay_over(bed, speech, [(1.0, 2.0)])
+    assert np.abs(mixed).max() < 0.7
 
 
 @pytest.mark.parametrize("rate", [16_000, 24_000, 48_000])

@@ -13,7 +13,7 @@ import numpy as np
 
 from vidgen.core.errors import InputError
 from vidgen.media.encode import Samples
-from vidgen.media.mastering import TARGET_LUFS, master, measure
+from vidgen.media.mastering import master, measure
 from vidgen.media.sound import RATE, SoundReader, gather, resampled, room
 
 FADE_S = 0.25
@@ -24,6 +24,8 @@ SLACK_S = 0.05
 """Difference of lengths that counts as none: codecs pad what they encode."""
 DUCK_DB, DUCK_DOWN_S, DUCK_UP_S = 12.0, 0.15, 0.4
 """How far a bed goes down under speech, over how long before it begins and after it ends."""
+MIX_LUFS = -23.0
+"""Level of what is mixed (EBU R 128's); no peak of a sum comes near full scale there."""
 TELEPHONE_RATE = 16_000
 """Below this rate there is nothing above 8 kHz; people hear that."""
 _STEP = 1 << 18
@@ -135,7 +137,7 @@ def lay_over(
 ) -> Samples:
     """Speech in the middle of a bed that goes down under it, both at `RATE`.
 
-    Both are brought to the same loudness first, as far as the mastering may raise them.
+    Both are brought to `MIX_LUFS` first, as far as the mastering may raise them.
 
     Args:
         bed: float32 [N, c], or None for silence.
@@ -145,9 +147,9 @@ def lay_over(
     Returns:
         float32 [N, c].
     """
-    voice_gain = 10 ** (master(measure(speech, RATE), TARGET_LUFS).gain_db / 20)
+    voice_gain = 10 ** (master(measure(speech, RATE), MIX_LUFS).gain_db / 20)
     mixed = room(len(speech), 1 if bed is None else bed.shape[1])
-    bed_gain = 1.0 if bed is None else 10 ** (master(measure(bed, RATE)).gain_db / 20)
+    bed_gain = 1.0 if bed is None else 10 ** (master(measure(bed, RATE), MIX_LUFS).gain_db / 20)
     times, levels = duck_points(spans)
     for start in range(0, len(speech), _STEP):
         stop = min(start + _STEP, len(speech))
