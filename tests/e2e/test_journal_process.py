@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.sounds import save, tone
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
 from vidgen.pipeline.job import job_facts
@@ -43,8 +44,10 @@ def test_killed_twice_and_resumed_decodes_to_the_same_frames(
     tmp_path, tiny_model, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    save(Path("bed.wav"), tone(2.0, channels=2))
     command = ["generate", "a red car", "--model", str(tiny_model), "--seed", "1",
-               "--frames", "129", "--steps", "60", "-o"]
+               "--frames", "129", "--steps", "60", "--audio", "bed.wav", "--audio-loop",
+               "--say", "3=@bed.wav", "-o"]
     kill_at("sample", [*command, "x.mp4"])
     sampled = job_facts(Path("x.mp4.vidgen-job"))
     assert sampled["stage"] == "sample"
@@ -54,5 +57,8 @@ def test_killed_twice_and_resumed_decodes_to_the_same_frames(
     assert main([*command, "x.mp4", "--resume"]) == 0
     assert "x.mp4 goes on: write, frame" in capsys.readouterr().err
     assert main([*command, "straight.mp4"]) == 0
-    assert (Clip.from_file("x.mp4").frames == Clip.from_file("straight.mp4").frames).all()
-    assert sorted(path.name for path in Path().iterdir()) == ["straight.mp4", "x.mp4"]
+    resumed, straight = Clip.from_file("x.mp4"), Clip.from_file("straight.mp4")
+    assert (resumed.frames == straight.frames).all()
+    assert (resumed.sound == straight.sound).all()
+    assert len(resumed.sound) == 129 * 4_000
+    assert sorted(path.name for path in Path().iterdir()) == ["bed.wav", "straight.mp4", "x.mp4"]
