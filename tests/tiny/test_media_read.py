@@ -12,8 +12,8 @@ from PIL import Image
 from vidgen.core.errors import InputError
 from vidgen.media.clip import Clip
 from vidgen.media.read import VideoReader, fit, load_image, probe, read_recipe
-from vidgen.media.sound import read_sound
 from vidgen.media.sheet import contact_sheet
+from vidgen.media.sound import read_sound
 from vidgen.media.write import ClipInfo, write_clip
 
 
