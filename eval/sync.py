@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,12 +52,21 @@ def main() -> int:
         results = {
             "clips": options.clips, "seed": options.seed, "judge": folder.sha256,
             "sound_vae": options.sound_vae and str(options.sound_vae), "machine": fingerprint(),
-            "scores": asdict(scores),
+            "scores": without_nan(asdict(scores)),
         }
         atomic_write(options.output, (json.dumps(results, indent=1) + "\n").encode())
         print(json.dumps(results["scores"], indent=1))
 
     return exit_code(work)
+
+
+def without_nan(scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores with None, which JSON knows, where nothing was found to measure."""
+    return {
+        name: without_nan(value) if isinstance(value, dict)
+        else None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in scores.items()
+    }  # fmt: skip
 
 
 @torch.no_grad()
