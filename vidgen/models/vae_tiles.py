@@ -30,6 +30,8 @@ AT_ONCE = 4
 
 SMALLEST = 8
 """Latents a side of the smallest tile worth taking: it reads far more around it than its own."""
+MOST = 99
+"""Rows, or columns, of a grid."""
 
 Span = tuple[int, int]
 Room = Callable[[int], Tensor]
@@ -42,27 +44,36 @@ class Tile(NamedTuple):
     rows: list[Span]
     columns: list[Span]
 
-    @property
-    def areas(self) -> list[int]:
-        """Patches of each."""
-        spans = zip(self.rows, self.columns, strict=True)
-        return [(bottom - top) * (right - left) for (top, bottom), (left, right) in spans]
-
 
 def decoder_tiles(config: VAEConfig, rows: int, columns: int, tiles: Tiles) -> list[Tile]:
     """What the decoder's stages read of latents of rows x columns, its end, and what comes out."""
-    return _cut(_decoder_spans, config, rows, columns, tiles)
+    sides = _sides(config, rows, columns, tiles, decode=True)
+    return [Tile(*each) for each in product(*sides)]
 
 
 def encoder_tiles(config: VAEConfig, rows: int, columns: int, tiles: Tiles) -> list[Tile]:
     """What the encoder's beginning reads for latents of rows x columns, its stages, what leaves."""
-    return _cut(_encoder_spans, config, rows, columns, tiles)
+    sides = _sides(config, rows, columns, tiles, decode=False)
+    return [Tile(*each) for each in product(*sides)]
+
+
+def tile_areas(
+    config: VAEConfig, rows: int, columns: int, tiles: Tiles, *, decode: bool
+) -> tuple[list[int], list[int]]:
+    """Patches of each of a `Tile`'s spans: of the largest tile, and of all together."""
+    sides = _sides(config, rows, columns, tiles, decode=decode)
+    high, wide = (
+        [[end - first for first, end in spans] for spans in zip(*side, strict=True)]
+        for side in sides
+    )
+    pairs = [*zip(high, wide, strict=True)]
+    return [max(h) * max(w) for h, w in pairs], [sum(h) * sum(w) for h, w in pairs]
 
 
 def grids(rows: int, columns: int) -> Iterator[Tiles]:
     """Grids for latents of rows x columns with ever smaller tiles, about as high as wide."""
     longest = max(rows, columns)
-    for count in range(2, longest // SMALLEST + 1):
+    for count in range(2, min(longest // SMALLEST, MOST) + 1):
         side = longest / count
         yield Tiles(max(1, round(rows / side)), max(1, round(columns / side)))
 
@@ -142,16 +153,15 @@ def encode_in_tiles(
         yield vae.normalize(encoder.leave(features, ended).chunk(2, dim=1)[0])
 
 
-def _cut(
-    spans: Callable[[VAEConfig, Span, int], list[Span]], config: VAEConfig, rows: int,
-    columns: int, tiles: Tiles,
-) -> list[Tile]:
-    """All tiles of a picture of so many latents, row by row."""
-    sides = []
+def _sides(
+    config: VAEConfig, rows: int, columns: int, tiles: Tiles, *, decode: bool
+) -> list[list[list[Span]]]:
+    """Spans of each row of tiles, and of each column of them."""
+    of, sides = _decoder_spans if decode else _encoder_spans, []
     for length, count in ((rows, tiles.rows), (columns, tiles.columns)):
         places = [i * length // count for i in range(count + 1)]
-        sides.append([spans(config, own, length) for own in pairwise(places)])
-    return [Tile(*each) for each in product(*sides)]
+        sides.append([of(config, own, length) for own in pairwise(places)])
+    return sides
 
 
 def _decoder_spans(config: VAEConfig, own: Span, length: int) -> list[Span]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -15,7 +16,7 @@ import torch
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.runtime import available_memory
-from vidgen.core.shapes import VideoShape
+from vidgen.core.shapes import Tiles, VideoShape
 from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.estimate import Estimate, Rates, Setup, estimate, size_text
 from vidgen.pipeline.inputs import Inputs, read_inputs
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from vidgen.pipeline.video import Engine
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
-
-
-_OF_VAE = ("prepare", "decode", "mux")
 
 
 class Asked(NamedTuple):
@@ -148,22 +146,22 @@ def _candidates(
                   for offload in ([asked] if asked else known)]
         yield from map(made, setups)
         for setup in setups if request.tiles == "auto" else ():
-            yield from _tiled(setup, plan, have, made)
+            if have is not None and (found := _tiled(setup, plan, have, made)):
+                yield found
 
 
 def _tiled(
-    setup: Setup, plan: Plan, have: int | None, made: Callable[[Setup], Estimate]
-) -> Iterator[Estimate]:
-    """A setup with ever smaller tiles, until they fit, if it is the VAE that doesn't."""
-    if have is None or setup.tiles is not None:
-        return
-    for tiles in grids(plan.latents.height, plan.latents.width):
-        found = made(replace(setup, tiles=tiles))
-        if any(stage.bytes > have for stage in found.stages if stage.name not in _OF_VAE):
-            return
-        yield found
-        if found.peak_bytes <= have:
-            return
+    setup: Setup, plan: Plan, have: int, made: Callable[[Setup], Estimate]
+) -> Estimate | None:
+    """A setup with the largest tiles that fit; None where none do, or where tiles were given."""
+    choices = [*grids(plan.latents.height, plan.latents.width)]
+
+    def fits(tiles: Tiles) -> bool:
+        return made(replace(setup, tiles=tiles)).peak_bytes <= have
+
+    if setup.tiles is not None or not choices or not fits(choices[-1]):
+        return None
+    return made(replace(setup, tiles=choices[bisect_left(choices, True, key=fits)]))
 
 
 def _choice(made: Estimate, first: Estimate, have: int) -> str:
@@ -208,10 +206,11 @@ def _other_setups(
         if quantize and (offload == "block" or dtype == "fp16"):
             continue
         other = Setup(setup.device, dtype, offload, quantize, setup.tiles)
-        for found in (made(other), *_tiled(other, plan, have, made)):
-            if found.peak_bytes <= have:
-                yield f"{found.setup.words} ({size_text(found.peak_bytes)})"
-                break
+        found: Estimate | None = made(other)
+        if found is not None and found.peak_bytes > have:
+            found = _tiled(other, plan, have, made)
+        if found is not None:
+            yield f"{found.setup.words} ({size_text(found.peak_bytes)})"
 
 
 def _smaller_clips(

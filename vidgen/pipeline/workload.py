@@ -17,7 +17,7 @@ from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
-from vidgen.models.vae_tiles import AT_ONCE, decoder_tiles, encoder_tiles
+from vidgen.models.vae_tiles import AT_ONCE, tile_areas
 from vidgen.ops.attention import _BLOCK, _MAX_SCORES
 from vidgen.ops.native import WIDTHS
 
@@ -232,52 +232,47 @@ def _residual(inputs: int, outputs: int, frames: int, pixels: int) -> Iterator[L
         yield Layer(inputs, outputs, (1, 1), frames, pixels)
 
 
-def _parts(
-    config: VAEConfig, rows: int, columns: int, tiles: Tiles, *, decode: bool
-) -> tuple[Iterator[Layer], list[Iterator[Layer]]]:
-    """Convolutions that see the whole picture, and those of each tile."""
-    if decode:
-        cut = decoder_tiles(config, rows, columns, tiles)
-        stages = [_decoder_stages(config, tile.areas) for tile in cut]
-        return _decoder_begin(config, rows * columns), stages
-    cut = encoder_tiles(config, rows, columns, tiles)
-    stages = [_encoder_stages(config, tile.areas) for tile in cut]
-    return _encoder_end(config, rows * columns), stages
-
-
 def vae_ops(
     config: VAEConfig, frames: int, rows: int, columns: int, *, decode: bool,
     tiles: Tiles | None = None,
 ) -> list[Op]:
     """A clip of so many latent frames of rows x columns through the decoder or the encoder."""
-    if tiles is None:
-        layers: Iterable[Layer] = (decoder_layers if decode else encoder_layers)(
-            config, rows, columns)
-    else:
-        whole, each = _parts(config, rows, columns, tiles, decode=decode)
-        layers = chain(whole, *each)
     ops = []
-    for layer in layers:
+    for layer, calls in _calls(config, rows, columns, tiles, decode=decode):
         inputs, outputs = max(layer.inputs, 16), max(layer.outputs, 16)  # a kernel's vectors
         width, folded = (inputs * outputs) ** 0.5, 4 if layer.taps == (1, 4) else 1
         flops = 2 * inputs * outputs * layer.taps[1] * layer.pixels
         # the first latent frame gives one frame, which only the last taps in time see
         amount = flops * (1 + (frames - 1) * layer.frames * layer.taps[0])
         ops.append(Op("conv", width, amount))
-        ops.append(Op("layer", 1, frames))
+        ops.append(Op("layer", 1, frames * calls))
         weights = layer.inputs * layer.outputs * layer.taps[0] * layer.taps[1]
-        ops.append(Op("weights", 1, frames * folded * weights))
-        if layer.norm:
-            shown = layer.inputs * layer.pixels * (1 + (frames - 1) * layer.frames)
-            ops.append(Op("pixels", layer.inputs * layer.pixels * layer.frames, shown))
-        elif layer.taps != (1, 1):
-            shown = layer.outputs * layer.pixels * (1 + (frames - 1) * layer.frames)
-            ops.append(Op("pixels", layer.outputs * layer.pixels * layer.frames, shown))
+        ops.append(Op("weights", 1, frames * calls * folded * weights))
+        if layer.norm or layer.taps != (1, 1):
+            frame = (layer.inputs if layer.norm else layer.outputs) * layer.pixels
+            shown = frame * (1 + (frames - 1) * layer.frames)
+            ops.append(Op("pixels", frame * layer.frames / calls, shown))
     width = config.channel_mults[-1] * (config.decoder_dim if decode else config.encoder_dim)
     area = rows * columns
     ops.append(Op("gemm", width, frames * 8 * area * width**2))
-    frame = attention_op(1, width, area, area)
-    return [*ops, frame._replace(amount=frames * frame.amount)]
+    attended = attention_op(1, width, area, area)
+    return [*ops, attended._replace(amount=frames * attended.amount)]
+
+
+def _calls(
+    config: VAEConfig, rows: int, columns: int, tiles: Tiles | None, *, decode: bool
+) -> Iterator[tuple[Layer, int]]:
+    """Each convolution, with the pixels of all its calls, and how many calls those are."""
+    if tiles is None:
+        for layer in (decoder_layers if decode else encoder_layers)(config, rows, columns):
+            yield layer, 1
+        return
+    whole = (_decoder_begin if decode else _encoder_end)(config, rows * columns)
+    _, areas = tile_areas(config, rows, columns, tiles, decode=decode)
+    for layer in whole:
+        yield layer, 1
+    for layer in (_decoder_stages if decode else _encoder_stages)(config, areas):
+        yield layer, tiles.count
 
 
 def vae_bytes(
@@ -299,9 +294,11 @@ def vae_bytes(
     if tiles is None:
         layers = (decoder_layers if decode else encoder_layers)(config, rows, columns)
         return itemsize * sum(_held(layers, whole=whole, fused=fused))
-    begin, each = _parts(config, rows, columns, tiles, decode=decode)
-    kept, fullest = _held(begin, whole=whole, fused=fused)
-    in_tile = max(sum(_held(layers, whole=whole, fused=fused)) for layers in each)
+    uncut = (_decoder_begin if decode else _encoder_end)(config, rows * columns)
+    kept, fullest = _held(uncut, whole=whole, fused=fused)
+    largest, _ = tile_areas(config, rows, columns, tiles, decode=decode)
+    stages = (_decoder_stages if decode else _encoder_stages)(config, largest)
+    in_tile = sum(_held(stages, whole=whole, fused=fused))
     # what waits for a tile's turn, and what they put together
     width = config.channel_mults[-1] * (config.decoder_dim if decode else config.encoder_dim)
     frames = config.strides.t if whole else 1
