@@ -20,6 +20,7 @@ from vidgen.cli.generate import _NOT_OF_REQUEST, _outputs
 from vidgen.cli.main import VERBS, verb_parser
 from vidgen.core.config import apply_overrides, build, load_yaml
 from vidgen.core.request import Request
+from vidgen.story.script import Script
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -148,7 +149,8 @@ def test_python_blocks_use_what_exists(page):
 @pytest.mark.parametrize(
     ("verb", "page"),
     [("generate", "generate"), ("jobs", "journal"), ("eval", "evaluation"), ("convert", "model"),
-     ("replay", "replay"), ("extend", "extend"), ("plan", "plan"), ("check", "check")],
+     ("replay", "replay"), ("extend", "extend"), ("plan", "plan"), ("check", "check"),
+     ("script", "script")],
 )
 def test_every_option_stands_on_the_verbs_page(verb, page):
     pages = {page, "generate"} if verb == "plan" else {page}  # which takes generate's options
@@ -205,6 +207,10 @@ def test_a_run_file_says_what_it_is_and_builds(config):
     assert not re.match(r"# \w+:", header[0]), "the first line says what it is"
     assert any(re.match(r"# Commands?: ", line) for line in header)
     assert any(line.startswith("# Cost: ") for line in header)
+    if config.parent.name == "scripts":
+        assert Script.read(config).shots
+        assert any(f"vidgen script {name(config)}" in line for line in header)
+        return
     programs = re.findall(r"python train/(\w+)\.py +-c (\S+)", "\n".join(header))
     assert programs, "no command names its program"
     for program, path in programs:

@@ -16,6 +16,7 @@ from vidgen.cli.devices import add_devices, add_tiles, choose_devices, share_thr
 from vidgen.cli.report import Report
 from vidgen.cli.resume import add_resume, journals_of_outputs, seed_of, told_how_to_go_on
 from vidgen.core.errors import InputError
+from vidgen.core.runtime import slug
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -226,7 +227,7 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
     if output is not None:
         names = [(path, i, None) for i, path in enumerate(_outputs(output, request))]
     else:  # the name tells the first clip's seed
-        name = re.compile(rf"{re.escape(_slug(request.prompt))}-(\d+)(?:-\d+)?\.mp4")
+        name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(?:-\d+)?\.mp4")
         jobs = (path.name.removesuffix(SUFFIX) for path in Path().glob(f"*{SUFFIX}"))
         names = [(match[0], 0, int(match[1])) for match in map(name.fullmatch, jobs) if match]
     seeds = set()
@@ -250,17 +251,12 @@ def _seeds(request: Request, journals: list[Journal]) -> tuple[list[int], range]
 def _outputs(output: str | None, request: Request) -> list[str]:
     """The output of each clip: the name itself for one, name-1, name-2, ... for several."""
     if output is None:
-        output = f"{_slug(request.prompt)}-{request.seed}.mp4"
+        output = f"{slug(request.prompt)}-{request.seed}.mp4"
     if request.count == 1:
         return [output]
     tail = "/" if output.endswith("/") else Path(output).suffix
     stem = output.removesuffix(tail)
     return [f"{stem}-{number}{tail}" for number in range(1, request.count + 1)]
-
-
-def _slug(prompt: str) -> str:
-    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")
-    return words[:48].rstrip("-") or "clip"
 
 
 def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> None:

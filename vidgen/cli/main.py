@@ -25,6 +25,7 @@ VERBS = {
     "generate": "a clip from a sentence, with pictures or a clip as conditions if you like",
     "plan": "the time and memory that generate will take with the same options",
     "extend": "a clip that goes on, its own frames untouched",
+    "script": "a film from its script, shot by shot",
     "inspect": "what a media file holds, and the recipe that made it",
     "replay": "a clip once more from its recipe, or with one thing changed",
     "sweep": "a clip under several settings, side by side on a sheet and in a video",
@@ -34,7 +35,7 @@ VERBS = {
     "eval": "score a model on a suite",
     "convert": "a model folder in another layout",
 }
-LONG = ("generate", "extend", "replay", "sweep", "eval")
+LONG = ("generate", "extend", "script", "replay", "sweep", "eval")
 INTERRUPTED = 130
 
 

@@ -115,6 +115,7 @@ def _make(
     args: Namespace, report: Report,
 ) -> None:
     """Restore, check, generate and write, all on the recorded threads."""
+    from vidgen.media.join import ContinuedClip
     from vidgen.pipeline import replay
     from vidgen.pipeline.video import Engine, load
 
@@ -133,6 +134,8 @@ def _make(
         clip = engine.generate(request, on_event=on_event, **own)
         assert not isinstance(clip, list)
         if not done:
+            if "head_frames" in recipe and isinstance(clip, ContinuedClip):
+                clip = clip.added()
             replay.keep_origin(clip.recipe, recipe)
             report.save(clip, output, overwrite=journal.overwrite)
 

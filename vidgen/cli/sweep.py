@@ -19,7 +19,7 @@ from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
 from vidgen.cli.resume import told_how_to_go_on
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import given_rank
+from vidgen.core.runtime import given_rank, slug
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -137,7 +137,7 @@ def _earlier_seed(args: Namespace) -> int | None:
     """The seed that an earlier run drew, as the name that it gave its clips' folder tells."""
     if args.output or not args.resume:
         return None
-    name = re.compile(rf"{re.escape(generate._slug(args.prompt))}-(\d+)-sweep\.cells")
+    name = re.compile(rf"{re.escape(slug(args.prompt))}-(\d+)-sweep\.cells")
     seeds = [int(found[1]) for path in Path().iterdir() if (found := name.fullmatch(path.name))]
     if len(seeds) > 1:
         raise InputError(f"sweeps of this prompt have the seeds {sorted(seeds)}; say with --seed "

@@ -2,15 +2,21 @@
 
 Nothing is guessed and nothing ignored: an unknown key is an error that names the nearest known one,
 a value of the wrong type says where it stands and what is expected there.
+
+Two short forms, where a dataclass asks for them: one with a class variable `SHORT` may be written
+as the value of the field that it names, and a field of metadata `ONE` as its only entry.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from fractions import Fraction
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -19,6 +25,11 @@ import yaml
 from vidgen.core.errors import InputError, nearest
 
 T = TypeVar("T")
+
+ONE = {"one": True}
+"""Metadata of a field that holds several values, of which a single one needs no list."""
+MAX_NODES = 2_000_000
+"""Values that a config may hold, those behind aliases counted wherever they are repeated."""
 
 
 class Located(dict[str, Any]):
@@ -60,29 +71,53 @@ for _tag, _pattern, _first in (
     )
 
 
-def load_yaml(path: str | Path) -> Located:
-    """Read one YAML file whose top is a mapping.
+def load_yaml(path: str | Path, what: str = "config") -> Located:
+    """Read one YAML or JSON file whose top is a mapping.
+
+    Args:
+        path: the file; `.json` is JSON, all else YAML.
+        what: the file is, for messages.
 
     Raises:
-        InputError: missing, not text, not YAML, a key twice, or no mapping at the top.
+        InputError: missing, not text, not YAML or JSON, a key twice, no mapping at the top, or
+            aliases that unfold without end.
     """
+    text = load_text(path, what)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"config {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path} can't be read as text: {error}") from None
-    try:
+        if Path(path).suffix.lower() == ".json":
+            text = _json_as_yaml(text)
         value = _parse(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{what} {path} is not JSON: line {error.lineno}: {error.msg}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"config {path} is not YAML: {error}") from None
+        raise InputError(f"{what} {path} is not YAML: {_why(error, text)}") from None
     except InputError as error:
-        raise InputError(f"config {path}, {error}") from None
+        raise InputError(f"{what} {path}, {error}") from None
     if value is None:
         value = Located({}, {})
     if not isinstance(value, Located):
-        raise InputError(f"config {path} must be a mapping `key: value`, not {_kind(value)}")
+        raise InputError(f"{what} {path} must be a mapping `key: value`, not {_kind(value)}")
     return value
+
+
+def packaged_config(name: str) -> Path:
+    """A run's file by its name below `configs`: the package's own, else the checkout's."""
+    packaged = Path(str(files("vidgen"))) / "configs" / name
+    return packaged if packaged.is_file() else Path(__file__).parents[2] / "configs" / name
+
+
+def load_text(path: str | Path, what: str = "config") -> str:
+    """Read a file of UTF-8, with a byte order mark or without.
+
+    Raises:
+        InputError: missing, or not text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{what} {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} {path} can't be read as text: {error}") from None
 
 
 def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> Located:
@@ -124,21 +159,27 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         InputError: an unknown or missing key, or a value of the wrong type.
     """
     assert is_dataclass(kind)
-    known: dict[str, Field[Any]] = {field.name: field for field in fields(kind) if field.init}
+    known = _fields(kind)
     lines = getattr(mapping, "lines", {})
     for key in mapping:
         if key not in known:
             line = f", line {lines[key]}" if key in lines else ""
             raise InputError(f"{where}{line}: unknown key {key!r}; {nearest(str(key), known)}")
+    start = f"{where}, line {min(lines.values())}" if lines else where
     for name, field in known.items():
         if name not in mapping and field.default is MISSING and field.default_factory is MISSING:
-            raise InputError(f"{where}: the key {name!r} is missing")
-    hints = get_type_hints(kind)
+            raise InputError(f"{start}: the key {name!r} is missing")
+    hints = _hints(kind)
     values = {}
     for key, value in mapping.items():
         line = f", line {lines[key]}" if key in lines else ""
-        values[key] = _convert(hints[key], value, f"{where}{line}: {key}")
-    return kind(**values)
+        is_list = isinstance(value, list | tuple)
+        given = [value] if known[key].metadata.get("one") and not is_list else value
+        values[key] = _convert(hints[key], given, f"{where}{line}: {key}")
+    try:
+        return kind(**values)
+    except InputError as error:  # what the dataclass itself finds wrong
+        raise InputError(f"{start}: {error}" if start else str(error)) from None
 
 
 def dump(value: Any) -> Any:
@@ -154,9 +195,65 @@ def dump(value: Any) -> Any:
     return value
 
 
+@cache
+def _fields(kind: type) -> dict[str, Field[Any]]:
+    return {field.name: field for field in fields(kind) if field.init}
+
+
+_hints = cache(get_type_hints)
+
+
+def _json_as_yaml(text: str) -> str:
+    """JSON in the part of it that YAML reads alike, line by line the same.
+
+    Raises:
+        json.JSONDecodeError: it isn't JSON.
+    """
+    json.loads(text)  # tabs in JSON stand between values only
+    pair = r"(?<!\\)((?:\\\\)*)\\u([dD][89abAB]\w\w)\\u([dD][c-fC-F]\w\w)"
+
+    def joined(found: re.Match[str]) -> str:
+        high, low = int(found[2], 16), int(found[3], 16)
+        return f"{found[1]}\\U{0x10000 + ((high - 0xD800) << 10) + low - 0xDC00:08x}"
+
+    return re.sub(pair, joined, text.replace("\t", " "))
+
+
+def _why(error: yaml.YAMLError, text: str) -> str:
+    """An error of the parser in one line: where it is, and what to do where that is known."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    line = "".join(text.splitlines()[mark.line : mark.line + 1])
+    indent = line[: len(line) - len(line.lstrip())]
+    if "\t" in indent or line[mark.column :].startswith("\t"):
+        return f"line {mark.line + 1}: a tab stands where YAML takes spaces alone; replace it"
+    told = (getattr(error, name, None) for name in ("context", "problem"))
+    return f"line {mark.line + 1}: {', '.join(part for part in told if part)}"
+
+
+def _count_nodes(value: Any, counts: dict[int, int]) -> int:
+    """How many values there are below one, with those that aliases repeat.
+
+    Raises:
+        yaml.YAMLError: more than `MAX_NODES`.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    found = counts.get(id(value))
+    if found is None:
+        inner = value.values() if isinstance(value, dict) else value
+        found = counts[id(value)] = 1 + sum(_count_nodes(each, counts) for each in inner)
+    if found > MAX_NODES:
+        raise yaml.YAMLError(f"its aliases unfold to more than {MAX_NODES:,} values")
+    return found
+
+
 def _parse(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds plain data only
+        value = yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds plain data only
+        _count_nodes(value, {})
+        return value
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         # PyYAML lets through what `!!int x`, a date or deep nesting leads it to.
         raise yaml.YAMLError(f"a value can't be read: {error}") from error
@@ -198,6 +295,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if any(value == arg and type(value) is type(arg) for arg in args):
             return value
         raise InputError(f"{where} is {value!r}; {nearest(str(value), map(str, args))}")
+    short = getattr(hint, "SHORT", None)
+    if short is not None and not isinstance(value, Mapping):
+        return build(hint, {short: value}, where)
     if isinstance(value, Mapping):
         if is_dataclass(hint) and isinstance(hint, type):
             return build(hint, value, where)
@@ -216,8 +316,9 @@ def _convert_union(hints: tuple[Any, ...], value: Any, where: str) -> Any:
     options = [hint for hint in hints if hint is not type(None)]
     if value is None and len(options) < len(hints):
         return None
-    if len(options) == 1:
-        return _convert(options[0], value, where)
+    fitting = [hint for hint in options if _is_nested(hint) == isinstance(value, Mapping)]
+    if len(options) == 1 or (len(fitting) == 1 and isinstance(value, Mapping)):
+        return _convert((fitting or options)[0], value, where)
     for hint in options:
         try:
             return _convert(hint, value, where)
@@ -225,6 +326,10 @@ def _convert_union(hints: tuple[Any, ...], value: Any, where: str) -> Any:
             continue
     expected = " or ".join(_describe(hint) for hint in options)
     raise InputError(f"{where} must be {expected}, not {_kind(value)}")
+
+
+def _is_nested(hint: Any) -> bool:
+    return is_dataclass(hint) or get_origin(hint) in (dict, Mapping)
 
 
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:

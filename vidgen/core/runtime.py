@@ -126,6 +126,12 @@ def megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes} bytes"
 
 
+def slug(text: str) -> str:
+    """The first words of a text as a file's name."""
+    words = re.sub(r"[^\w]+", "-", text.lower()).strip("-")
+    return words[:48].rstrip("-") or "clip"
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with Path(path).open("rb") as file:

@@ -323,7 +323,9 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     sound = None if Path(path).suffix.lower() in PICTURE_SUFFIXES else read_sound(path)
     with VideoReader(path) as reader:
         samples, rate = sound or (None, 48_000)
-        count = count if isinstance(count, int) else 0
+        left_out = recipe.get("head_frames", 0)
+        is_count = isinstance(count, int) and isinstance(left_out, int)
+        count = max(count - left_out, 0) if is_count else 0
         info = ClipInfo(reader.fps, reader.size, count, samples, rate)
         frames = iter(reader)
         first = next(frames)

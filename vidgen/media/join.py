@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from itertools import islice
@@ -28,10 +27,11 @@ from vidgen.media.clip import Clip, Keeper
 from vidgen.media.encode import Frames
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing, seal
-from vidgen.media.provenance import stamped
+from vidgen.media.provenance import marks_of, stamped, tags
 from vidgen.media.read import VideoReader, read_recipe
 from vidgen.media.soundtrack import SoundTrack
-from vidgen.media.write import CONTAINERS, ClipInfo, check_format, write_clip
+from vidgen.media.stills import RECIPE_KEY
+from vidgen.media.write import CONTAINERS, ClipInfo, check_format, recipe_text, write_clip
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -107,14 +107,15 @@ def _place(packet: Packet[VideoStream], rate: Fraction) -> int:
 
 def join_files(
     paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str],
-    sound: SoundTrack | None = None,
+    sound: SoundTrack | None = None, recipe: dict[str, Any] | None = None,
 ) -> Path:
-    """Write files one after the other into one, with the last one's metadata.
+    """Write files one after the other into one.
 
     Args:
         paths: files that `why_not_joined` finds nothing against; their own sound is left out.
         output: replaced if it exists; it appears when it is whole.
         sound: of all of them together.
+        recipe: of the whole; None: the last one's metadata with its recipe.
 
     Raises:
         OutputError: it can't be written or the disk is full.
@@ -123,12 +124,12 @@ def join_files(
     kind = CONTAINERS[target.suffix.lower()]
     with atomic_path(target) as temporary:
         try:
-            with ExitStack() as opened:
-                sources = [opened.enter_context(av.open(os.fspath(path))) for path in paths]
-                options = dict(kind.options)
-                container = av.open(str(temporary), "w", format=kind.muxer, options=options)
-                _copy(sources, opened.enter_context(container), sound)
-            recipe = read_recipe(paths[-1])
+            options = dict(kind.options)
+            own = None if recipe is None else stamped(recipe)
+            with av.open(str(temporary), "w", format=kind.muxer, options=options) as container:
+                container.metadata.update(_tags(paths[-1], own))
+                _copy(paths, container, sound)
+            recipe = read_recipe(paths[-1]) if own is None else own
             if recipe is not None:
                 suffix = target.suffix.lower()
                 seal(temporary, suffix, stamped(recipe), Signing.from_environment())
@@ -137,31 +138,47 @@ def join_files(
     return target
 
 
-def _copy(sources: Sequence[Any], container: Any, sound: SoundTrack | None) -> None:
-    tags = sources[-1].metadata.items()
-    container.metadata.update({k: v for k, v in tags if k.lower() not in _OWN_TAGS})
-    template = sources[0].streams.video[0]
-    rate = template.average_rate
-    picture = container.add_stream_from_template(template)
-    picture.time_base = 1 / rate
-    if sound:
-        sound.begin(container)
-    delay = max(_delay(source.streams.video[0], rate) for source in sources)
-    start = 0
-    for source in sources:
-        source.seek(0)
-        count = 0
-        for packet in source.demux(source.streams.video[0]):
-            if packet.dts is None:
-                continue
-            packet.pts, packet.dts = start + _place(packet, rate), start + count - delay
-            packet.time_base, packet.duration = 1 / rate, 1
-            packet.stream = picture
-            if sound:
-                sound.advance(float(packet.dts / rate))
-            container.mux(packet)
-            count += 1
-        start += count
+def _tags(last: str | os.PathLike[str], recipe: dict[str, Any] | None) -> dict[str, str]:
+    """Metadata of a recipe, or the last file's own."""
+    if recipe is not None:
+        return {**tags(marks_of(recipe)), RECIPE_KEY: recipe_text(recipe)}
+    with av.open(os.fspath(last)) as source:
+        return {k: v for k, v in source.metadata.items() if k.lower() not in _OWN_TAGS}
+
+
+def _copy(
+    paths: Sequence[str | os.PathLike[str]], container: Any, sound: SoundTrack | None
+) -> None:
+    """Copy the packets, with one file open at a time: there may be more than the system allows."""
+    delay = 0
+    for path in paths:
+        with av.open(os.fspath(path)) as source:
+            stream = source.streams.video[0]
+            assert stream.average_rate is not None
+            delay = max(delay, _delay(stream, stream.average_rate))
+    picture, start = None, 0
+    for path in paths:
+        with av.open(os.fspath(path)) as source:
+            stream = source.streams.video[0]
+            rate = stream.average_rate
+            assert rate is not None
+            if picture is None:
+                picture = container.add_stream_from_template(stream)
+                picture.time_base = 1 / rate
+                if sound:
+                    sound.begin(container)
+            count = 0
+            for packet in source.demux(stream):
+                if packet.dts is None:
+                    continue
+                packet.pts, packet.dts = start + _place(packet, rate), start + count - delay
+                packet.time_base, packet.duration = 1 / rate, 1
+                packet.stream = picture
+                if sound:
+                    sound.advance(float(packet.dts / rate))
+                container.mux(packet)
+                count += 1
+            start += count
     if sound:
         sound.finish()
 
@@ -204,6 +221,17 @@ class ContinuedClip(Clip):
         super().__init__(shown, info, journal=journal)
         self.head, self.head_frames, self._added = head, head_frames, added
         self._label = label
+
+    def added(self) -> Clip:
+        """What follows the file, as a clip of its own; its recipe tells how much was left out."""
+        recipe = None if self.recipe is None else {**self.recipe, "head_frames": self.head_frames}
+        info = replace(self.info, num_frames=self.num_frames - self.head_frames, sound=None,
+                       recipe=recipe)
+
+        def source(start: int = 0) -> Iterator[Frames]:
+            return self._added(start)
+
+        return Clip(source, info, journal=self.journal)
 
     def _write(
         self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,

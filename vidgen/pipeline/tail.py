@@ -85,8 +85,9 @@ def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginnin
             return None
         tail = recipe["tail"]
         latents = _tensor(tail["data"], tail["shape"])[None]
+        own_frames = int(recipe["plan"]["kept_frames"]) - int(recipe.get("head_frames", 0))
         return Beginning(
-            latents=latents, num_frames=int(recipe["plan"]["kept_frames"]),
+            latents=latents, num_frames=own_frames,
             num_latents=int(tail["num_latents"]), frames_ahead=int(tail["frames_ahead"]),
             colours=_tensor(tail["colours"], [2, latents.shape[1]]), hand_over="latents",
         )

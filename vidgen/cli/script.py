@@ -1,0 +1,263 @@
+"""`vidgen script FILM.yaml`: a film's shots from its script, rendered and put together."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.cli.devices import add_tiles
+from vidgen.cli.report import Report
+from vidgen.core.errors import InputError, VidgenError
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.estimate import Estimate
+    from vidgen.story.film import FilmPlan, ShotPlan
+    from vidgen.story.render import RenderedShot, Store
+    from vidgen.story.script import Script
+
+DESCRIPTION = (
+    "Render a script's shots and join them. A shot that is there already is not rendered again; "
+    "one that was stopped goes on."
+)
+EXAMPLE = "scripts/start.yaml"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's options."""
+    add = parser.add_argument
+    add("script", metavar="FILM", nargs="?",
+        help="a script: .yaml, .json, a table .csv, or a list .txt of one prompt a line")
+    add("-o", "--output", metavar="FILE",
+        help=".mp4 .mov .webm or .mkv; default FILM.mp4; its shots lie in FILM.shots beside it")
+    add("--check", action="store_true",
+        help="check the script and tell what it will take; render nothing")
+    add("--init", action="store_true", help="write a commented example to FILM")
+    add("--schema", action="store_true", help="print the JSON Schema of scripts")
+    add("--only", action="append", default=[], metavar="SHOT",
+        help="render this shot and what it needs, and no film; may be repeated")
+    add("--draft", action="store_true",
+        help="small, in few steps and one take, to FILM-draft.mp4")
+    add("--overwrite", action="store_true",
+        help="replace an existing film; start shots that were stopped anew")
+    add("--model", metavar="NAME|FOLDER|HUB_ID", help="default the script's, else toybox")
+    add("--offload", choices=("auto", "none", "stage", "block"), default="auto",
+        help="as in generate")
+    add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
+    add_tiles(parser)
+    add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation; default the "
+        "script's")
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Read, plan, and do what was asked for."""
+    from vidgen.story.script import Script
+
+    if args.schema:
+        return _print_schema(report)
+    if args.script is None:
+        raise InputError("no script was named; give one, or make one with --init FILM.yaml")
+    if args.init:
+        return _write_example(Path(args.script), report, overwrite=args.overwrite)
+
+    from vidgen.core.runtime import check_output
+    from vidgen.media.write import CONTAINERS, check_format
+    from vidgen.story.plan import plan_film
+    from vidgen.story.render import Store
+    from vidgen.weights.folder import open_model
+
+    script = Script.read(args.script)
+    output = Path(args.output or f"{Path(args.script).stem}{'-draft' if args.draft else ''}.mp4")
+    if check_format(output) not in CONTAINERS:
+        raise InputError(f"output {output} must be a film: {', '.join(CONTAINERS)}")
+    folder = open_model(_model(args.model, script))
+    film = plan_film(script, folder, suffix=output.suffix.lower(), draft=args.draft,
+                     dtype=args.dtype, quantize=args.quantize, tiles=args.tiles)
+    store = Store(output.with_suffix(".shots"), film)
+    plans = film.needed(args.only)
+    if args.check:
+        return _tell_plan(film, plans, store, args, report)
+    if not (args.only or film.in_film):
+        raise InputError(f"{script.path}: every shot has in_film: false; a film needs one")
+    is_done = not args.only and _is_there(output, film, store)
+    if not (args.only or is_done):
+        check_output(output, overwrite=args.overwrite)
+    start = time.monotonic()
+    shots = _render(store, plans, args, report)
+    if not args.only:
+        _join(film, shots, output, report, is_done=is_done)
+    elapsed = round(time.monotonic() - start, 3)
+    data = {
+        "film": None if args.only else str(output), "shots": [each.as_data() for each in shots],
+        "elapsed_s": elapsed,
+    }
+    report.result(data, "\n".join([*_lines(shots), *([] if args.only else [str(output)]),
+                                   f"{elapsed:.1f} s"]))
+    return 0
+
+
+def _model(asked: str | None, script: Script) -> str:
+    """The model to open: as asked, by the script, from the script's folder if it lies there."""
+    if asked is not None:
+        return asked
+    beside = script.file(Path(script.project.model))
+    return str(beside) if beside.is_dir() else script.project.model
+
+
+def _print_schema(report: Report) -> int:
+    from vidgen.core.schema import json_schema
+    from vidgen.story.script import Script
+
+    schema = json_schema(Script, "vidgen script")
+    report.result(schema, json.dumps(schema, indent=1))
+    return 0
+
+
+def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
+    from vidgen.core.config import packaged_config
+    from vidgen.core.runtime import atomic_write, check_output
+
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise InputError(f"the example is YAML; call it {path.with_suffix('.yaml')}")
+    check_output(path, overwrite=overwrite)
+    atomic_write(path, packaged_config(EXAMPLE).read_bytes())
+    report({"event": "written", "path": str(path)})
+    report.result({"path": str(path)}, f"{path}; vidgen script {path} makes the film")
+    return 0
+
+
+def _render(
+    store: Store, plans: Sequence[ShotPlan], args: Namespace, report: Report
+) -> list[RenderedShot]:
+    """Render what isn't there; on a stop say how to go on."""
+    from functools import partial
+
+    from vidgen.pipeline.video import Engine, load
+    from vidgen.story.render import Renderer
+
+    film = store.film
+    todo = sum(len(store.missing(plan)) for plan in plans)
+
+    def engine() -> Any:
+        dtype = film.loading["dtype"]
+        made = load(_model(args.model, film.script), dtype=dtype, offload=args.offload,
+                    quantize=args.quantize)
+        assert isinstance(made, Engine)
+        return made
+
+    expect = partial(report.expect, num_clips=max(todo, 1), one_by_one=True)
+    renderer = Renderer(store, engine, report, expect, overwrite=args.overwrite)
+    shots: list[RenderedShot] = []
+    try:
+        shots.extend(renderer.render(plans))
+    except BaseException as error:
+        if not isinstance(error, VidgenError) or error.exit_code not in (2,):
+            report({"event": "note", "text": f"{len(shots)} of {len(plans)} shots are there; the "
+                    "same command goes on"})
+        raise
+    finally:
+        if "engine" in vars(renderer):
+            renderer.engine.close()
+    store.write_index(shots)
+    return shots
+
+
+def _join(
+    film: FilmPlan, shots: Sequence[RenderedShot], output: Path, report: Report, *, is_done: bool
+) -> None:
+    """Put the film together."""
+    from vidgen.story.cuts import join_by_cuts, left_out
+
+    by_id = {each.shot.id: each for each in shots}
+    shown = [by_id[plan.shot.id] for plan in film.in_film]
+    missing = left_out(shown)
+    if missing:
+        report({"event": "note", "text": f"the shots are joined by cuts, without their "
+                f"{', '.join(missing)}"})
+    if is_done:
+        report({"event": "note", "text": f"{output} is done already"})
+        return
+    join_by_cuts(film, shown, output)
+    report({"event": "written", "path": str(output)})
+
+
+def _is_there(output: Path, film: FilmPlan, store: Store) -> bool:
+    """Whether this very film lies there already."""
+    from vidgen.media.read import read_recipe
+
+    if not output.is_file() or not all(store.is_done(plan) for plan in film.in_film):
+        return False
+    try:
+        made = (read_recipe(output) or {})["film"]["shots"]
+        return [each["address"] for each in made] == [
+            store.take(plan).key for plan in film.in_film
+        ]
+    except (InputError, KeyError, TypeError):
+        return False
+
+
+def _tell_plan(
+    film: FilmPlan, plans: Sequence[ShotPlan], store: Store, args: Namespace, report: Report
+) -> int:
+    """What each shot takes, and which are there."""
+    from vidgen.core.runtime import available_memory, choose_device
+    from vidgen.pipeline.estimate import size_text
+    from vidgen.pipeline.parts import best_dtype
+    from vidgen.story.plan import estimates
+
+    device = choose_device()
+    have, dtype = available_memory(device), film.loading["dtype"] or best_dtype(device)
+    offload = None if args.offload == "auto" else args.offload
+    rows: list[dict[str, Any]] = []
+    choices: dict[str, None] = {}
+    for plan, made in zip(plans, estimates(film, plans, device, have, dtype, offload), strict=True):
+        rows.append(_row(plan, made, store))
+        choices |= {made.choice: None} if made.choice else {}
+    left = [row for row in rows if not row["rendered"]]
+    whole: dict[str, Any] = {
+        "shots": len(rows), "rendered": len(rows) - len(left),
+        "measured": all(row["measured"] for row in rows),
+        "duration_s": sum(row["duration_s"] for row in rows if row["in_film"]),
+        "seconds": sum(row["seconds"] for row in left),
+        "peak_bytes": max((row["peak_bytes"] for row in rows), default=0),
+    }
+    data = {"film": whole, "fps": str(film.fps), "size": list(film.size),
+            "model": film.folder.name, "available_bytes": have, "shots": rows}
+    lines = [
+        "{id:<24} {duration_s:>7.2f} s {num_frames:>5} frames {takes:>3} takes  {told}".format(
+            **row, told="there" if row["rendered"] else
+            f"{row['seconds']:.1f} s, {size_text(row['peak_bytes'])}")
+        for row in rows
+    ]
+    free = "" if have is None else f", {size_text(have)} are free"
+    lines.append(
+        f"{whole['duration_s']:.2f} s of {film.size[0]}x{film.size[1]} at {film.fps} fps; "
+        f"{whole['rendered']} of {len(rows)} shots are there, the others take "
+        f"{whole['seconds']:.1f} s and {size_text(whole['peak_bytes'])}{free}"
+    )
+    if not whole["measured"]:
+        lines.append("the times are an ordinary machine's; vidgen plan PROMPT measures this one")
+    report.result(data, "\n".join([*lines, *choices]))
+    return 0
+
+
+def _row(plan: ShotPlan, made: Estimate, store: Store) -> dict[str, Any]:
+    """A shot's line of the plan; `seconds` are those of what is left to render."""
+    loading_s = sum(stage.seconds for stage in made.stages if stage.name == "load")
+    left = len(store.missing(plan))
+    return {
+        "id": plan.shot.id, "num_frames": plan.num_frames,
+        "duration_s": float(plan.num_frames / store.film.fps), "takes": len(plan.takes),
+        "seed": plan.takes[0].seed, "address": plan.key, "needs": list(plan.shot.needs),
+        "in_film": plan.shot.in_film, "rendered": store.is_done(plan), "parts_left": left,
+        "seconds": (made.total_s - loading_s) * left, "peak_bytes": made.peak_bytes,
+        "measured": made.measured,
+    }
+
+
+def _lines(shots: Sequence[RenderedShot]) -> list[str]:
+    return [f"{each.shot.id}: {each.path}, {each.num_frames} frames, seed {each.seed}, "
+            f"{'made now' if each.made else 'there already'}" for each in shots]

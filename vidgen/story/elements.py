@@ -1,0 +1,330 @@
+"""What shots and films are made of: one dataclass a thing, as a person writes it.
+
+Docstrings tell each key's meaning; the published JSON Schema is made of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from vidgen.core.config import ONE
+from vidgen.core.errors import InputError, nearest
+from vidgen.core.request import MAX_PROMPT
+
+CAMERA_MOVES = {
+    "static": "stays still", "pan-left": "pans left", "pan-right": "pans right",
+    "tilt-up": "pans up", "tilt-down": "pans down", "zoom-in": "zooms in", "zoom-out": "zooms out",
+    "dolly-in": "moves closer", "dolly-out": "moves back", "truck-left": "moves to the left",
+    "truck-right": "moves to the right", "orbit-left": "orbits to the left",
+    "orbit-right": "orbits to the right", "handheld": "is handheld",
+}
+"""What a prompt says that the camera does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Camera:
+    """What the camera does; it is told to the model in words.
+
+    Attributes:
+        move: one of the moves that scripts know.
+        strength: 0 to 1; up to a third is slow, from two thirds on quick.
+    """
+
+    SHORT: ClassVar[str] = "move"
+
+    move: str
+    strength: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.move not in CAMERA_MOVES:
+            raise InputError(f"camera move {self.move!r} is unknown; "
+                             f"{nearest(self.move, CAMERA_MOVES)}")
+        check_within("strength", self.strength, 0, 1)
+
+    @property
+    def words(self) -> str:
+        """A sentence for the prompt."""
+        is_moving = self.move not in ("static", "handheld")
+        pace = " slowly" if self.strength <= 1 / 3 else " quickly" if self.strength >= 2 / 3 else ""
+        return f"the camera {CAMERA_MOVES[self.move]}{pace if is_moving else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class TimedPrompt:
+    """What is to be seen from a time on.
+
+    Attributes:
+        prompt: the text; `{name}` stands for a character's or place's description.
+        at: seconds from the shot's start.
+    """
+
+    SHORT: ClassVar[str] = "prompt"
+
+    prompt: str
+    at: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_text("prompt", self.prompt)
+        check_within("at", self.at, 0, 3600)
+
+
+@dataclass(frozen=True, slots=True)
+class ShotFrame:
+    """The first or last frame of another shot, as a picture.
+
+    Attributes:
+        shot: its id.
+        frame: which one.
+    """
+
+    shot: str
+    frame: Literal["first", "last"] = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """What is to be heard in a shot.
+
+    Attributes:
+        effects: description of noises, for a model that makes sound.
+        file: a sound or video file instead.
+        gain_db: louder above 0.
+        loop: whether a file that is shorter than the shot starts again.
+    """
+
+    SHORT: ClassVar[str] = "effects"
+
+    effects: str | None = None
+    file: Path | None = None
+    gain_db: float = 0.0
+    loop: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("sound", effects=self.effects, file=self.file)
+        check_within("gain_db", self.gain_db, -60, 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Narration:
+    """A sentence that is spoken.
+
+    Attributes:
+        text: what is said; `@FILE` is speech in a file.
+        at: seconds from the shot's start; without it, behind what is said before.
+        voice: one of espeak-ng's, or the file of a Kokoro voice.
+        speaker: the character who says it; without one it is a narrator.
+    """
+
+    SHORT: ClassVar[str] = "text"
+
+    text: str
+    at: float | None = None
+    voice: str | None = None
+    speaker: str | None = None
+
+    def __post_init__(self) -> None:
+        check_text("narration", self.text)
+        check_within("at", self.at, 0, 3600)
+
+
+@dataclass(frozen=True, slots=True)
+class Music:
+    """Music from here on, until another one begins.
+
+    Attributes:
+        file: a sound or video file; `none` ends what plays.
+        prompt: description instead, for a model that makes sound.
+        gain_db: louder above 0.
+        loop: whether a file that is too short starts again.
+    """
+
+    SHORT: ClassVar[str] = "file"
+
+    file: Path | None = None
+    prompt: str | None = None
+    gain_db: float = 0.0
+    loop: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("music", file=self.file, prompt=self.prompt)
+        check_within("gain_db", self.gain_db, -60, 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """Text in the picture or beneath it.
+
+    Attributes:
+        text: what is to be read.
+        at: seconds from the shot's start.
+        duration: seconds; without it, to the shot's end.
+    """
+
+    SHORT: ClassVar[str] = "text"
+
+    text: str
+    at: float = 0.0
+    duration: float | None = None
+
+    def __post_init__(self) -> None:
+        check_text("caption", self.text)
+        check_within("at", self.at, 0, 3600)
+        check_above_zero("duration", self.duration, 3600)
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """How a shot follows the one before.
+
+    Attributes:
+        type: of transition.
+        duration: seconds; a cut has none.
+    """
+
+    SHORT: ClassVar[str] = "type"
+
+    type: Literal["cut", "dissolve", "fade-black", "fade-white", "wipe-left", "wipe-right",
+                  "slide-left", "slide-right"] = "cut"
+    duration: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_within("duration", self.duration, 0, 60)
+
+
+@dataclass(frozen=True, slots=True)
+class Character:
+    """Somebody or something that appears in several shots and looks the same in all.
+
+    Attributes:
+        description: what `{name}` in a prompt stands for.
+        reference: pictures, given to models that take references.
+        seed: of the shots in which it is the first character, unless they have their own.
+        voice: in which it speaks.
+    """
+
+    SHORT: ClassVar[str] = "description"
+
+    description: str
+    reference: tuple[Path, ...] = field(default=(), metadata=ONE)
+    seed: int | None = None
+    voice: str | None = None
+
+    def __post_init__(self) -> None:
+        check_text("description", self.description)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where shots play.
+
+    Attributes:
+        description: what `{name}` in a prompt stands for.
+        reference: pictures, given to models that take references.
+    """
+
+    SHORT: ClassVar[str] = "description"
+
+    description: str
+    reference: tuple[Path, ...] = field(default=(), metadata=ONE)
+
+    def __post_init__(self) -> None:
+        check_text("description", self.description)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Shots that belong together.
+
+    Attributes:
+        title: for people, and for title cards.
+        place: id of a place, which `{place}` in its shots' prompts stands for.
+        style: added to its shots' prompts, before the film's.
+    """
+
+    SHORT: ClassVar[str] = "title"
+
+    title: str | None = None
+    place: str | None = None
+    style: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What shots take that don't say it themselves; as in a shot.
+
+    Attributes:
+        duration: seconds.
+        negative: what is not to be seen.
+        takes: how many to make.
+        steps: denoising steps.
+        guidance: how strongly the prompt is followed.
+        sampler: name of a sampler.
+        shift: of the noise schedule.
+        camera: what it does.
+        transition: how each shot follows the one before.
+        lora: adapters.
+    """
+
+    duration: float | None = None
+    negative: str | None = None
+    takes: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    shift: float | None = None
+    camera: Camera | None = None
+    transition: Transition | None = None
+    lora: tuple[str, ...] = field(default=(), metadata=ONE)
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """What holds for the whole film.
+
+    Attributes:
+        title: of the film.
+        fps: frames per second; default the model's.
+        size: WIDTHxHEIGHT; default the model's.
+        seed: from which each shot's is drawn, by its id.
+        style: added to every prompt.
+        model: name, folder or hub id.
+        dtype: fp32, bf16 or fp16; default the machine's best.
+        defaults: what shots take that don't say it themselves.
+    """
+
+    title: str | None = None
+    fps: Fraction | None = None
+    size: str | tuple[int, int] | None = None
+    seed: int = 0
+    style: str | None = None
+    model: str = "toybox"
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    defaults: Defaults = field(default_factory=Defaults)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise InputError unless there are words, and no more than a prompt may have."""
+    if not text.strip():
+        raise InputError(f"the {name} is empty; give some words or leave it out")
+    if len(text) > MAX_PROMPT:
+        raise InputError(f"the {name} has {len(text)} characters; shorten it to {MAX_PROMPT}")
+
+
+def _one_of(name: str, **given: object) -> None:
+    if sum(value is not None for value in given.values()) != 1:
+        raise InputError(f"{name} needs one of {' and '.join(given)}, and one alone")
+
+
+def check_within(name: str, value: float | None, low: float, high: float) -> None:
+    """Raise InputError for a number outside of its range."""
+    if value is not None and not low <= value <= high:
+        raise InputError(f"{name} is {value:g}; give a number from {low} to {high}")
+
+
+def check_above_zero(name: str, value: float | None, high: float) -> None:
+    """Raise InputError for seconds that are none, or too many."""
+    if value is not None and not 0 < value <= high:
+        raise InputError(f"{name} is {value:g}; give seconds above 0, {high} at most")

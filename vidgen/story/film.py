@@ -1,0 +1,148 @@
+"""A film on its way: shots with nothing left to choose, and the requests that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.core.errors import InputError, nearest
+from vidgen.core.request import Request
+from vidgen.story.script import Script, Shot
+from vidgen.weights.lora import parse_option
+
+if TYPE_CHECKING:
+    from vidgen.weights.folder import ModelFolder
+
+DRAFT_STEPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a shot under one prompt: its address, and the frames that it adds."""
+
+    key: str
+    prompt: str
+    num_frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """One try at a shot; the last part's file holds all of it."""
+
+    seed: int
+    parts: tuple[Part, ...]
+
+    @property
+    def key(self) -> str:
+        """The address of the whole."""
+        return self.parts[-1].key
+
+
+@dataclass(frozen=True, slots=True)
+class ShotPlan:
+    """One shot with nothing left to choose.
+
+    Attributes:
+        shot: as it is written.
+        key: address of the take that is chosen, whichever that turns out to be.
+        num_frames: of the shot.
+        takes: one or several.
+    """
+
+    shot: Shot
+    key: str
+    num_frames: int
+    takes: tuple[Take, ...]
+
+
+@dataclass(frozen=True)
+class FilmPlan:
+    """All shots of a film.
+
+    Attributes:
+        script: where they stand.
+        folder: the model.
+        fps: of all.
+        size: (width, height) of all.
+        suffix: of the shots' files, which decides how they are encoded.
+        loading: how the model runs: dtype and quantize.
+        tiles: as in a request.
+        draft: whether to make them small and fast.
+        shots: by id, each behind those that it needs.
+    """
+
+    script: Script
+    folder: ModelFolder
+    fps: Fraction
+    size: tuple[int, int]
+    suffix: str = ".mp4"
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    tiles: str = "auto"
+    draft: bool = False
+    shots: dict[str, ShotPlan] = field(default_factory=dict)
+
+    @property
+    def in_film(self) -> list[ShotPlan]:
+        """The shots that are shown, in the film's order."""
+        return [self.shots[shot.id] for shot in self.script.shots if shot.in_film]
+
+    def needed(self, names: list[str]) -> list[ShotPlan]:
+        """These shots and all that they need, in the order of their making; all for no names.
+
+        Raises:
+            InputError: an unknown one.
+        """
+        wanted, ahead = set[str](), list(names)
+        while ahead:
+            name = ahead.pop()
+            if name not in self.shots:
+                raise InputError(f"unknown shot {name!r}; {nearest(name, self.shots)}")
+            if name not in wanted:
+                wanted.add(name)
+                ahead += self.shots[name].shot.needs
+        return [plan for name, plan in self.shots.items() if not names or name in wanted]
+
+    def request(self, shot: Shot, seed: int, index: int, num_frames: int) -> Request:
+        """What makes a part of a shot, but for files of other shots, which `render` adds.
+
+        Args:
+            shot: as it is written.
+            seed: of the take.
+            index: of the prompt.
+            num_frames: that the part adds.
+
+        Raises:
+            InputError: a setting out of its range.
+        """
+        script, tasks = self.script, self.folder.tasks
+        option = {name: script.option(shot, name)
+                  for name in ("negative", "guidance", "sampler", "shift", "steps")}
+        if self.draft:
+            steps = self.folder.defaults.num_steps if option["steps"] is None else option["steps"]
+            option["steps"] = min(steps, DRAFT_STEPS)
+        for name, key, part in (("image", "first_frame", 0),
+                                ("last_image", "last_frame", len(shot.prompt) - 1)):
+            if index == part and isinstance(file := getattr(shot, key), Path):
+                option[name] = str(script.file(file))
+        if "reference" in tasks:
+            option["reference"] = tuple(str(script.file(f)) for f in references(script, shot))
+        return Request(
+            prompt=script.words(shot, shot.prompt[index].prompt), seed=seed, size=self.size,
+            fps=self.fps, seconds=float(num_frames / self.fps), audio="none", tiles=self.tiles,
+            lora=tuple(_lora(script, each) for each in script.option(shot, "lora")), **option,
+        )
+
+
+def references(script: Script, shot: Shot) -> list[Path]:
+    """Pictures of those who appear in a shot, each once."""
+    known = script.characters | script.places
+    return list(dict.fromkeys(file for name in script.cast(shot) for file in known[name].reference))
+
+
+def _lora(script: Script, text: str) -> str:
+    """An adapter's option, its path from the script's folder if it lies there."""
+    path = script.file(parse_option(text).path)
+    return str(path) + text[len(str(parse_option(text).path)) :] if path.exists() else text

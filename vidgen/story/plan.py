@@ -1,0 +1,309 @@
+"""From shots to requests: what is to be made, under which address, and what that takes.
+
+A shot's address follows from all that shapes its pixels: the request of each of its parts, the
+model's files, adapters, pictures, and the addresses of the shots that it goes on from or shows. So
+a shot that is there is known without a look at any other, and a change reaches all that depend on
+it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from vidgen import __version__
+from vidgen.core.errors import InputError, ModelError
+from vidgen.core.request import Request
+from vidgen.core.runtime import sha256_file
+from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
+from vidgen.models.text import PromptTokenizer
+from vidgen.pipeline.experts import hashes_of
+from vidgen.pipeline.plan import Plan, make_plan
+from vidgen.pipeline.preflight import choose, require_own_model
+from vidgen.pipeline.tasks import check_tasks
+from vidgen.story.elements import ShotFrame
+from vidgen.story.film import FilmPlan, Part, ShotPlan, Take
+from vidgen.story.script import Script, Shot
+from vidgen.story.takes import judge_for
+from vidgen.weights.family import models_with
+from vidgen.weights.lora import parse_option
+
+if TYPE_CHECKING:
+    import torch
+
+    from vidgen.pipeline.estimate import Estimate
+    from vidgen.weights.folder import ForeignFolder, ModelFolder
+
+log = logging.getLogger(__name__)
+
+ADDRESS_VERSION = 1
+"""Of how addresses and files are made; another one makes every shot anew."""
+DRAFT_ASPECT = 0.1
+"""How far the aspect of a draft may be from the film's, as a logarithm."""
+_LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
+_HASHED = frozenset({"image", "last_image", "reference", "lora", "prefix", *_LOADING})
+_DEFAULTS = {each.name: each.default for each in fields(Request) if each.name not in _HASHED}
+
+
+def plan_film(
+    script: Script, folder: ModelFolder | ForeignFolder, *, suffix: str = ".mp4",
+    draft: bool = False, dtype: str | None = None, quantize: str | None = None,
+    tiles: str = "auto",
+) -> FilmPlan:
+    """Settle every shot of a checked script.
+
+    Args:
+        script: as `read_script` gives it.
+        folder: the model that makes it.
+        suffix: of the film.
+        draft: small pictures and few steps.
+        dtype: instead of the script's own; None leaves it to the machine.
+        quantize: as in `load`.
+        tiles: as in a request.
+
+    Raises:
+        InputError: what can't be made, with line, shot and the nearest that can.
+    """
+    require_own_model(folder)
+    assert not hasattr(folder, "class_name")
+    project, defaults = script.project, folder.defaults
+    try:
+        asked = Request(prompt="-", fps=project.fps, size=project.size or (  # type: ignore[arg-type]
+            defaults.width, defaults.height))
+    except InputError as error:
+        raise InputError(f"{script.path}: project: {error}") from None
+    fps = asked.fps or Fraction(defaults.fps).limit_denominator(1001)
+    size = asked.size or (defaults.width, defaults.height)
+    film = FilmPlan(
+        script, folder, fps, _draft_size(folder, size) if draft else size, suffix,
+        {"dtype": dtype or project.dtype, "quantize": quantize}, tiles, draft,
+    )
+    planner = _Planner(film)
+    for shot in script.order():
+        try:
+            film.shots[shot.id] = planner.plan(shot)
+        except InputError as error:
+            raise InputError(f"{script.where(shot)}: {error}") from None
+    for warning in planner.warnings:
+        log.warning("%s", warning)
+    return film
+
+
+def estimates(
+    film: FilmPlan, plans: Sequence[ShotPlan], device: torch.device, have: int | None, dtype: str,
+    offload: str | None = None,
+) -> Iterator[Estimate]:
+    """What each of some shots takes, of one part and take; reads headers, measures nothing.
+
+    Args:
+        film: that they belong to.
+        plans: the shots.
+        device: where they are rendered.
+        have: bytes that are free there; None: unknown.
+        dtype: the script's or the device's best.
+        offload: as in `load`; None leaves it to what fits.
+
+    Raises:
+        ModelError: a shot that doesn't fit the memory; names it and what would fit.
+    """
+    known: dict[Any, Estimate] = {}
+    for plan in plans:
+        take = plan.takes[0]
+        index = max(range(len(take.parts)), key=lambda n: take.parts[n].num_frames)
+        request = film.request(plan.shot, take.seed, index, take.parts[index].num_frames)
+        shape = (request.seconds, request.steps, request.guidance == 1, len(request.reference),
+                 request.image is None, request.last_image is None, request.lora)
+        if shape not in known:
+            asked = replace(request, offload=offload, **film.loading)
+            try:
+                known[shape] = choose(film.folder, settle(film.folder, request), asked, device,
+                                      have, dtype=dtype, suffix=film.suffix)
+            except ModelError as error:
+                raise ModelError(f"{film.script.where(plan.shot)}: {error}") from None
+        yield known[shape]
+
+
+def settle(folder: ModelFolder, request: Request) -> Plan:
+    """The plan of a request whose size and length are given, without a look at its files."""
+    vae, dit = _configs(folder)
+    return make_plan(request, folder.defaults, vae.strides, vae.latent_channels,
+                     patch=dit.patch_size)
+
+
+class _Planner:
+    """Plans shots one after the other; remembers what they have in common."""
+
+    def __init__(self, film: FilmPlan) -> None:
+        self.film, self.folder = film, film.folder
+        vae, dit = _configs(film.folder)
+        self.strides = vae.strides
+        self.both = dit.image_positions is not None
+        self.tokenizer = PromptTokenizer(film.folder.tokenizer, dit.text_len)
+        self.warnings: dict[str, None] = {}
+        self.same = {
+            "address": ADDRESS_VERSION, "vidgen": __version__, "suffix": film.suffix,
+            "model": film.folder.content_hash, **film.loading,
+        }
+        self._settled: set[Any] = set()
+        self._hashes: dict[str, Any] = {}
+        if film.script.path and "reference" not in film.folder.tasks:
+            kinds = (film.script.characters, film.script.places)
+            if any(each.reference for kind in kinds for each in kind.values()):
+                self.warnings[f"model {film.folder.name!r} takes no references; characters are "
+                              "kept by their words and seeds alone"] = None
+
+    def plan(self, shot: Shot) -> ShotPlan:
+        """A shot whose needs are planned."""
+        total = self._num_frames(shot)
+        lengths = self._parts(shot, total)
+        first_seed = self._seed(shot)
+        count = 1 if self.film.draft else self.film.script.option(shot, "takes") or 1
+        takes = [self._take(shot, first_seed + n, lengths) for n in range(count)]
+        key = takes[0].key
+        if count > 1:
+            judge = judge_for(self.folder)
+            judged = self._hash(str(judge.path), lambda: judge.sha256) if judge else None
+            key = _address({"takes": [take.key for take in takes], "judge": judged})
+        return ShotPlan(shot, key, total, tuple(takes))
+
+    def _num_frames(self, shot: Shot) -> int:
+        """Frames that a shot adds to the film."""
+        defaults, fps, goes_on = self.folder.defaults, self.film.fps, shot.continue_from is not None
+        if shot.frames is not None and not goes_on:
+            check_num_frames(shot.frames, self.strides)
+        count = shot.frames
+        seconds = self.film.script.option(shot, "duration")
+        if count is None and seconds is None:
+            count = defaults.num_frames - goes_on
+        if count is None:
+            if seconds * fps < 0.5:
+                raise InputError(f"duration {seconds:g} s is less than a frame at {fps} fps; the "
+                                 f"nearest is {float(1 / fps):.4g} s")
+            count = num_frames_for_seconds(seconds, float(fps), self.strides)[1]
+        if count < 1:
+            raise InputError(f"frames is {count}; give 1 or more")
+        longest = defaults.max_frames
+        if count > longest and "extend" not in self.folder.tasks:
+            raise InputError(f"{count} frames are more than {self.folder.name!r} makes at once; "
+                             f"the nearest is a duration of {float(longest / fps):.4g} s")
+        return count
+
+    def _parts(self, shot: Shot, total: int) -> list[int]:
+        """Frames of each prompt's stretch."""
+        goes_on = len(shot.prompt) > 1 or shot.continue_from is not None
+        if goes_on and "extend" not in self.folder.tasks:
+            key = "continue_from" if shot.continue_from is not None else "several prompts"
+            raise InputError(f"{key}: model {self.folder.name!r} can't go on from latents; give "
+                             "first_frame: {shot: ID} instead, or take one of "
+                             f"{', '.join(models_with('extend'))}")
+        starts = [math.floor(each.at * self.film.fps + Fraction(1, 2)) for each in shot.prompt]
+        ends = [*starts[1:], total]
+        for each, start, end in zip(shot.prompt, starts, ends, strict=True):
+            if start >= end:
+                latest = float((total - 1) / self.film.fps)
+                raise InputError(f"the prompt at {each.at:g} s has no frame of its own; the shot "
+                                 f"lasts {float(total / self.film.fps):.4g} s, so give times up "
+                                 f"to {latest:.4g}, a frame apart at least")
+        return [end - start for start, end in zip(starts, ends, strict=True)]
+
+    def _seed(self, shot: Shot) -> int:
+        script = self.film.script
+        if shot.seed is not None:
+            return shot.seed
+        for name in script.cast(shot):
+            if name in script.characters and (seed := script.characters[name].seed) is not None:
+                return seed
+        drawn = hashlib.sha256(f"{script.project.seed} {shot.id}".encode()).hexdigest()
+        return int(drawn[:8], 16) >> 1
+
+    def _take(self, shot: Shot, seed: int, lengths: list[int]) -> Take:
+        parts: list[Part] = []
+        for index, num_frames in enumerate(lengths):
+            request = self.film.request(shot, seed, index, num_frames)
+            self._check(shot, request, index, num_frames)
+            before = parts[-1].key if parts else None
+            if not parts and shot.continue_from is not None:
+                before = f"shot {self.film.shots[shot.continue_from].key}"
+            facts = {
+                **self.same, "request": _asked(request), "inputs": self._inputs(request),
+                "loras": [[self._hash(str(choice.path), lambda c=choice: hashes_of(c.path)),
+                           choice.weight, choice.expert]
+                          for choice in map(parse_option, request.lora)],
+                "before": before, "shown": self._shown(shot, index),
+            }
+            parts.append(Part(_address(facts), request.prompt, num_frames))
+        return Take(seed, tuple(parts))
+
+    def _check(self, shot: Shot, request: Request, index: int, num_frames: int) -> None:
+        """Refuse what the model can't do, and words that it can't read."""
+        stand_ins: dict[str, Any] = {}
+        for name, key in (("image", "first_frame"), ("last_image", "last_frame")):
+            if isinstance(getattr(shot, key), ShotFrame):
+                stand_ins[name] = "-"
+        if index or shot.continue_from is not None:
+            stand_ins["prefix"] = "-"
+        check_tasks(replace(request, **stand_ins), self.folder.name, self.folder.tasks,
+                    both=self.both)
+        shape = (num_frames, request.steps, request.guidance, request.sampler, request.shift)
+        if shape not in self._settled:
+            settle(self.folder, request)
+            self._settled.add(shape)
+        for text in (request.prompt, request.negative or ""):
+            count, limit = self.tokenizer.count(text), self.tokenizer.max_length
+            if count > limit and self.tokenizer.words:
+                raise InputError(f"the prompt has {count} tokens with its descriptions and style; "
+                                 f"this model reads {limit}: shorten {text!r}")
+
+    def _inputs(self, request: Request) -> list[list[str]]:
+        named = [("image", request.image), ("last_image", request.last_image)]
+        named += [("reference", picture) for picture in request.reference]
+        return [[option, self._hash(str(file), lambda f=file: sha256_file(f))]
+                for option, file in named if file is not None]
+
+    def _shown(self, shot: Shot, index: int) -> list[list[str]]:
+        """Frames of other shots that a part begins or ends with."""
+        last = len(shot.prompt) - 1
+        pairs = ((shot.first_frame, 0), (shot.last_frame, last))
+        return [[str(n), self.film.shots[each.shot].key, each.frame]
+                for n, (each, part) in enumerate(pairs)
+                if isinstance(each, ShotFrame) and index == part]
+
+    def _hash(self, name: str, make: Any) -> Any:
+        if name not in self._hashes:
+            self._hashes[name] = make()
+        return self._hashes[name]
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    """What a request asks for apart from its files, of what isn't left to the model."""
+    given = {name: getattr(request, name) for name in _DEFAULTS}
+    return {n: str(v) if isinstance(v, Fraction) else v for n, v in given.items()
+            if v != _DEFAULTS[n]}
+
+
+def _address(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _draft_size(folder: ModelFolder, size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest size that the model knows of about this aspect, else half of each side."""
+    width, height = size
+    aspect = math.log(width / height)
+    fits = [(w, h) for w, h in folder.defaults.sizes
+            if abs(math.log(w / h) - aspect) <= DRAFT_ASPECT and w * h <= width * height]
+    if fits:
+        return min(fits, key=lambda each: each[0] * each[1])
+    vae, dit = _configs(folder)
+    side = vae.strides.hw * dit.patch_size
+    return nearest_sizes(width // 2, side)[0], nearest_sizes(height // 2, side)[0]
+
+
+def _configs(folder: ModelFolder) -> tuple[Any, Any]:
+    """Of the VAE and of the transformer."""
+    return folder.components["vae"].config, folder.components["transformer"].config
