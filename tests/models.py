@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
+from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.vae import CausalVAE
 from vidgen.training.tokenizer import train_tokenizer
@@ -22,11 +23,11 @@ DEFAULTS = ModelDefaults(
 )
 
 
-def build_tiny_model(folder: Path) -> Path:
-    """A model of the tiny presets: 9 frames of 32x32 in 2 steps."""
+def build_tiny_model(folder: Path, *, sound: bool = False) -> Path:
+    """A model of the tiny presets: 9 frames of 32x32 in 2 steps; with `sound` it makes sound."""
     torch.manual_seed(0)
     vae = CausalVAE(VAE_PRESETS["tiny"])
-    dit = SpacetimeDiT(DIT_PRESETS["tiny"])
+    dit = SpacetimeDiT(DIT_PRESETS["tiny-sound" if sound else "tiny"])
     dit.init_weights()
     for parameter in dit.parameters():  # fresh gates are zero: a model that does nothing
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -36,9 +37,13 @@ def build_tiny_model(folder: Path) -> Path:
     save_module(
         text.state_dict(), text.config.to_transformers(), folder / "text_encoder", torch.float32
     )
+    if sound:
+        heard = AudioVAE(AUDIO_VAE_PRESETS["tiny"])
+        save_module(heard.state_dict(), heard.config, folder / "sound_vae", torch.float32)
     train_tokenizer(CAPTIONS, folder / "tokenizer", text.config.vocab_size)
     write_model_info(
-        folder, name=folder.name, family="toybox", license_name="Apache-2.0", tasks=TASKS,
+        folder, name=folder.name, family="toybox", license_name="Apache-2.0",
+        tasks=(*TASKS, "sound") if sound else TASKS,
         defaults=DEFAULTS, world_version=1,
     )
     return folder

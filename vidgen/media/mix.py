@@ -104,6 +104,11 @@ def fade(samples: Samples, start: int, stop: int) -> None:
     samples[start:stop] *= _ramp(stop - start)[:, None]
 
 
+def rise(samples: Samples, start: int, stop: int) -> None:
+    """The inverse of `fade`: samples [N, c] come up from zero."""
+    samples[start:stop] *= _ramp(stop - start)[::-1, None]
+
+
 def _ramp(length: int) -> Samples:
     angles = np.pi * (np.arange(length) + 0.5) / max(1, length)
     return (0.5 + 0.5 * np.cos(angles)).astype(np.float32)

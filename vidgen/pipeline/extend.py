@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from vidgen.diffusion.condition import LatentState
     from vidgen.media.clip import Keeper
     from vidgen.media.encode import Frames
+    from vidgen.pipeline.own_sound import OwnSound
     from vidgen.pipeline.plan import Plan
     from vidgen.pipeline.video import Engine
     from vidgen.weights.folder import ModelFolder
@@ -152,7 +153,9 @@ class LongClip:
         self,
         sample: Sample,
         done: Tensor | None = None,
-        keep: Callable[[Tensor], None] | None = None,
+        keep: Callable[[Tensor, Tensor | None], None] | None = None,
+        sound: OwnSound | None = None,
+        heard: Tensor | None = None,
     ) -> Tensor:
         """All windows' latents, one after the other, behind those of the beginning.
 
@@ -162,7 +165,9 @@ class LongClip:
         Args:
             sample: denoises one window.
             done: what `keep` was last told by an earlier run, to go on behind it.
-            keep: told of all latents so far after each window.
+            keep: told of all latents so far after each window, and of the sound's.
+            sound: takes in what is made along.
+            heard: the sound's latents that `keep` was last told.
 
         Returns:
             [1, C, F, h, w] float32 on the CPU.
@@ -175,6 +180,8 @@ class LongClip:
         count = given if done is None else done.shape[2]
         if done is not None:
             latents[:, :, :count] = done
+        if sound is not None and heard is not None:
+            sound.latents = heard
         for start, stop in self.windows:
             if stop <= count:
                 continue
@@ -182,7 +189,13 @@ class LongClip:
             if count > start:
                 state = self._show(state, latents[:, :, max(0, count - TAIL_FRAMES) : count],
                                    count - start)
-            new = sample(own, state)[:, :, count - start :]
+            first = start + self.num_gone
+            if sound is not None:
+                state = sound.beside(state, first)
+            picture, made = state.apart(sample(own, state))
+            if sound is not None:
+                sound.keep(made, first, stop - start)
+            new = picture[:, :, count - start :]
             if count:
                 hold = self.request.colour_hold
                 new = hold_colours(
@@ -191,7 +204,7 @@ class LongClip:
             latents[:, :, count:stop] = new.cpu()
             count = stop
             if keep is not None:
-                keep(latents[:, :, :count])
+                keep(latents[:, :, :count], None if sound is None else sound.latents)
         return latents
 
     def clip(self, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None) -> Clip:
@@ -237,6 +250,11 @@ class LongClip:
         return self.engine.vae_config.strides.t
 
     @property
+    def num_gone(self) -> int:
+        """Latent frames of the clip before the first that is at hand."""
+        return 0 if self.begun is None else self.begun.num_latents - self._num_given
+
+    @property
     def _num_given(self) -> int:
         return 0 if self.begun is None else self.begun.latents.shape[2]
 
@@ -251,7 +269,7 @@ class LongClip:
         plan, request, t, images = self.plan, self.request, self._stride_t, self.inputs.images
         first_frame = start * t
         if self.begun is not None:
-            start, stop = (n + self.begun.num_latents - self._num_given for n in (start, stop))
+            start, stop = (n + self.num_gone for n in (start, stop))
             last_known = self.begun.num_frames + self.begun.frames_ahead - 1
             first_frame = start * t + last_known - (self.begun.num_latents - 1) * t
         shape = replace(plan.latents, num_frames=stop - start)

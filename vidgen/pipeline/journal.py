@@ -80,6 +80,7 @@ class Journal:
         state: where the sampler goes on from, on the device given to `running`; or None.
         latents: [1, C, F, h, w] float32 of a finished sampler, on the same device; or None.
         done: [1, C, n, h, w] float32 of the finished windows of a long clip, on the CPU; or None.
+        heard: [1, C, k] float32, the sound's latents of those windows; or None.
         num_windows: how many of those windows there are.
         num_frames: frames of the finished segments.
 
@@ -99,7 +100,8 @@ class Journal:
         self.state: SamplerState | None = None
         self.latents: Tensor | None = None
         self.done: Tensor | None = None
-        self.num_windows = self._num_done = 0
+        self.heard: Tensor | None = None
+        self.num_windows = self._num_done = self._num_heard = 0
         self.num_frames = 0
         self._num_segments = 0
         self._latest: StepInfo | None = None
@@ -179,16 +181,25 @@ class Journal:
             if self._is_due():
                 self._flush()
 
-    def keep_window(self, done: Tensor) -> None:
-        """Keep the latents [1, C, n, h, w] so far, when a window of a long clip is finished."""
+    def keep_window(self, done: Tensor, heard: Tensor | None = None) -> None:
+        """Keep all so far when a window of a long clip is finished.
+
+        Args:
+            done: latents [1, C, n, h, w].
+            heard: the sound's [1, C, k], or None.
+        """
         self._latest = self.state = None
         if self._on:
             path = self.folder / WINDOWS / f"{self.num_windows:05d}.safetensors"
-            self._save_state({"latents": done[:, :, self._num_done :]}, {}, path)
+            tensors = {"latents": done[:, :, self._num_done :]}
+            if heard is not None:
+                tensors["heard"] = heard[:, :, self._num_heard :]
+                self._num_heard = heard.shape[2]
+            self._save_state(tensors, {}, path)
             self.num_windows, self._num_done = self.num_windows + 1, done.shape[2]
 
     def keep_sound(self, samples: Samples, rate: int) -> None:
-        """Keep what another model made for the clip: float32 [N, c], at a rate."""
+        """Keep what a model made for the clip: float32 [N, c], at a rate."""
         if self._on:
             with self._saving():
                 write_arrays(self.folder / SOUND, {"samples": samples}, {"rate": rate})
@@ -304,13 +315,15 @@ class Journal:
         """Read the state and check the segments."""
         import torch
 
-        self.state = self.latents = self.done = None
+        self.state = self.latents = self.done = self.heard = None
         windows = sorted((self.folder / WINDOWS).glob("*.safetensors"))
         if windows:
-            parts = [torch.from_numpy(read_arrays(path, "latents")[0]["latents"])
-                     for path in windows]
-            self.done = torch.cat(parts, dim=2)
+            found = [read_arrays(path, "latents")[0] for path in windows]
+            kept = {name: torch.cat([torch.from_numpy(each[name]) for each in found], dim=2)
+                    for name in found[0]}
+            self.done, self.heard = kept["latents"], kept.get("heard")
             self.num_windows, self._num_done = len(windows), self.done.shape[2]
+            self._num_heard = 0 if self.heard is None else self.heard.shape[2]
         if (path := self.folder / STATE).is_file():
             arrays, facts = read_arrays(path, "latents")
             tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}

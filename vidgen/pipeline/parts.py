@@ -126,8 +126,11 @@ class Parts:
         return tuple(self._loaded)
 
     def dtype_of(self, role: Role, dtype: torch.dtype | None = None) -> torch.dtype:
-        """Dtype of a network's weights: Wan's VAE is float32 always, as its releases run it."""
-        if role == "vae" and self.folder.family != "toybox":
+        """Dtype of a network's weights: Wan's VAE is float32 always, as its releases run it.
+
+        So is the sound's, which is small, and whose spectra want the precision.
+        """
+        if role == "sound_vae" or (role == "vae" and self.folder.family != "toybox"):
             return torch.float32
         return dtype or self.dtype
 

@@ -152,7 +152,14 @@ def make_soundtrack(
         bed, notes = fit_sound(request.audio_file, num_samples, loop=bool(request.audio_loop))
         for note in notes:
             log.warning("%s", note)
-    elif request.prefix is not None and (earlier := read_sound(request.prefix)):  # type: ignore[arg-type]
+    elif request.prefix is not None and not has_sound and (
+        earlier := read_sound(request.prefix)  # type: ignore[arg-type]
+    ):
         source, bed = "prefix", at_length(*earlier, num_samples)
+    if source == "own" and has_sound and 0 < (request.strength or 0) < 1:
+        raise InputError(
+            f"strength is {request.strength}: a clip that is half re-imagined has no sound of its "
+            "own; give --audio none or a file, or strength 0 to let the clip as it is be heard"
+        )
     speech = speak(request.say, request.voice, num_samples) if request.say else None
     return Soundtrack(source, num_samples, bed, bool(request.audio_loop), speech, model)

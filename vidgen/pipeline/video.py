@@ -42,10 +42,11 @@ from vidgen.models.text import PromptTokenizer
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.crew import Crew, devices_of, start_crew
 from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
-from vidgen.pipeline.extend import long_clip
+from vidgen.pipeline.extend import Sample, long_clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal import Journal, journals_of, recall
 from vidgen.pipeline.networks import decode_latents, denoising, encode_pixels
+from vidgen.pipeline.own_sound import TASK, OwnSound, begin_sound
 from vidgen.pipeline.parts import DTYPES, Offload, Parts, best_dtype
 from vidgen.pipeline.plan import Plan, draw_seed, make_plan
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
@@ -203,7 +204,8 @@ class Engine:
         request, inputs = self.read(recall(request, journals))
         first = self.plan(request, inputs)
         track = make_soundtrack(request, first.kept_frames, first.fps, self,
-                                has_sound="sound" in self.folder.tasks)
+                                has_sound=TASK in self.folder.tasks)
+        sounds = track.source == "own" and TASK in self.folder.tasks
         made = preflight(self, first, request)
         if on_estimate is not None:
             on_estimate(made)
@@ -238,21 +240,38 @@ class Engine:
                 sample = self._sampling(
                     request, loras, contexts, kept, glimpses, num_windows, report
                 )
-                latents = kept.latents
+                latents, heard = kept.latents, kept.kept_sound()
                 if latents is None:
                     contexts()
                     report("prepare", 0, 1)
+                    own = begin_sound(self.parts, plan, request, long) if sounds else None
                     if long:
-                        latents = long.sample(sample, kept.done, kept.keep_window)
+                        latents = long.sample(sample, kept.done, kept.keep_window, own, kept.heard)
                     else:
-                        latents = sample(plan, self.prepare(plan, request, inputs))
+                        latents = self._one_window(plan, request, inputs, sample, own)
+                    if own:
+                        kept.keep_sound(*(heard := own.decode()))
                     kept.keep_latents(latents)
                 decode = long.clip if long else partial(self.decode, plan)
                 clip = decode(latents, recipe, kept)
+                if sounds and heard is not None:
+                    clip.info = replace(clip.info, sound=heard[0], sound_rate=heard[1])
                 clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))
                 for picture in inputs.images.get("image", ()):
                     clips[-1].first_frame = fit(picture, plan.height, plan.width, plan.fit)
         return clips if request.count > 1 else clips[0]
+
+    def _one_window(
+        self, plan: Plan, request: Request, inputs: Inputs, sample: Sample, own: OwnSound | None
+    ) -> Tensor:
+        """The latents of a clip that one window holds; its own sound takes in what it became."""
+        state = self.prepare(plan, request, inputs)
+        if own is None:
+            return sample(plan, state)
+        plan, state = own.join(plan, state)
+        latents, heard = state.apart(sample(plan, state))
+        own.keep(heard, 0, latents.shape[2])
+        return latents
 
     def read(self, request: Request) -> tuple[Request, Inputs]:
         """The request's pictures and clips; a first frame that a model is to draw is drawn here."""
@@ -356,9 +375,10 @@ class Engine:
     ) -> Tensor:
         """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler.
 
+        With sound in the state both come packed; see `LatentState.apart`.
         With `remember` the states that `on_step` is told hold what a step cache remembers.
         """
-        start = state.impose(state.latents)
+        start = state.begin()
         sigmas = self.sigmas(plan, scheduler)
         caches = make_caches(plan.cache, sigmas, plan.guidance)
         if caches is not None and resume is not None and resume.cache:
@@ -366,7 +386,7 @@ class Engine:
         if caches is not None and on_step is not None and remember:
             crew = self.crew
             on_step = carrying(caches.state if crew is None else crew.remembered, on_step)
-        told = {"on_step": on_step, "project": state.impose, "resume": resume}
+        told = {"on_step": on_step, "project": state.project, "resume": resume}
         level = float(sigmas[resume.step if resume else 0])
         model = self.crew.denoising if self.crew else denoising
         with model(self.parts, plan, state, contexts, loras, level, caches) as denoise:
@@ -376,7 +396,7 @@ class Engine:
                 )
             else:
                 latents = SAMPLERS[plan.sampler](denoise, start, sigmas, **told)
-        return latents[:, :, state.num_references :]
+        return latents if state.sound is not None else latents[:, :, state.num_references :]
 
     def _sampling(
         self, request: Request, loras: Loras, contexts: Callable[[], list[tuple[Tensor, Tensor]]],
@@ -391,7 +411,8 @@ class Engine:
 
             def on_step(info: StepInfo) -> None:
                 journal.on_step(info)
-                glimpses.on_step(info, state.num_references)
+                shown = replace(info, denoised=state.apart(info.denoised)[0])
+                glimpses.on_step(shown, state.num_references)
                 report("sample", number * info.num_steps + info.step, num_windows * info.num_steps)
 
             resume = journal.take_state()

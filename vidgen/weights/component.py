@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vidgen.core.errors import ModelError
+from vidgen.models.audio import AudioVAE, AudioVAEConfig
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.image import ImageConfig, ImageEncoder
 from vidgen.models.text import TextConfig, UMT5Encoder
@@ -28,12 +29,14 @@ from vidgen.weights.load import load_module
 from vidgen.weights.store import TensorStore
 from vidgen.weights.view import Source, View
 
-Role = Literal["vae", "transformer", "transformer_2", "text_encoder", "image_encoder"]
-Config = VAEConfig | DiTConfig | TextConfig | ImageConfig
+Role = Literal[
+    "vae", "transformer", "transformer_2", "text_encoder", "image_encoder", "sound_vae"
+]
+Config = VAEConfig | DiTConfig | TextConfig | ImageConfig | AudioVAEConfig
 
 CLASSES: dict[Role, type[nn.Module]] = {
     "vae": CausalVAE, "transformer": SpacetimeDiT, "transformer_2": SpacetimeDiT,
-    "text_encoder": UMT5Encoder, "image_encoder": ImageEncoder,
+    "text_encoder": UMT5Encoder, "image_encoder": ImageEncoder, "sound_vae": AudioVAE,
 }
 
 
@@ -117,6 +120,8 @@ def table_of(role: Role, config: Config, keys: Sequence[str]) -> tuple[Names, ..
     """The names of a component's tensors in all spellings; `keys` are some of them."""
     if isinstance(config, VAEConfig):
         return vae_keys(config)
+    if isinstance(config, AudioVAEConfig):  # ours alone
+        return ()
     if role == "image_encoder":
         return image_keys(keys)
     return TEXT_KEYS if role == "text_encoder" else DIT_KEYS

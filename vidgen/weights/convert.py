@@ -87,6 +87,9 @@ def convert(
         folder.mkdir()
         for role, component in source.components.items():
             component.require_complete()
+            if role == "sound_vae":  # which no other layout has: it stays as it is
+                shutil.copytree(source.path / SOUND_VAE, folder / SOUND_VAE)
+                continue
             placed, left = _sort(component, to)
             _WRITERS[to](folder, source, component, placed, max_shard_bytes)
             for spelling, tensors in left.items():
@@ -96,8 +99,6 @@ def convert(
             component.store.release()
         for card in (*source.path.glob("*.md"), *source.path.glob("LICENSE*")):
             shutil.copyfile(card, folder / card.name)
-        if (source.path / SOUND_VAE).is_dir():  # which other layouts' programs don't look for
-            shutil.copytree(source.path / SOUND_VAE, folder / SOUND_VAE)
         _keep_clip_tokenizer(source, folder, to)
         _FINISHERS[to](folder, source)
     return sorted(set_aside)
@@ -251,7 +252,8 @@ def _write_note(folder: Path, source: ModelFolder) -> None:
         "name": source.name, "family": source.family, "variant": source.variant,
         "license": source.license, "tasks": list(source.tasks),
         "world_version": source.world_version, "defaults": asdict(source.defaults),
-        "configs": {role: dump(part.config) for role, part in source.components.items()},
+        "configs": {role: dump(part.config) for role, part in source.components.items()
+                    if role != "sound_vae"},
     })  # fmt: skip
 
 

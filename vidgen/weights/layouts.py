@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from vidgen.core.config import build
 from vidgen.core.errors import ModelError
+from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
@@ -33,6 +34,7 @@ from vidgen.weights.folder import (
 )
 from vidgen.weights.infer import infer_dit, infer_image, infer_text, infer_vae
 from vidgen.weights.keymap import DIT_KEYS, Names, Spelling, renamed
+from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.store import TensorStore, find_files
 from vidgen.weights.view import split_clip
 
@@ -50,7 +52,7 @@ NOTE = "vidgen.json"
 REST = "rest"
 _CONFIG_TYPES: dict[Role, type[Any]] = {
     "vae": VAEConfig, "transformer": DiTConfig, "transformer_2": DiTConfig,
-    "text_encoder": TextConfig, "image_encoder": ImageConfig,
+    "text_encoder": TextConfig, "image_encoder": ImageConfig, "sound_vae": AudioVAEConfig,
 }
 _SAMPLERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
 
@@ -161,6 +163,7 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | ForeignFolde
             known = dit_from_diffusers(read_config(folder)) if has_config else {}
             config = infer_dit(_shapes(store, DIT_KEYS, "diffusers"), **known)
         components[role] = assemble(role, config, [("diffusers", store), *_set_aside(path, role)])
+    components |= _sound_vae(path)
     _require(path, components)
     facts = _facts(note, path / NOTE) if note else _recognised(
         path, given, components, expand_timesteps=bool(index.get("expand_timesteps")),
@@ -211,6 +214,7 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
         keys = table_of("image_encoder", dit, ())
         config = _noted_config(note, "image_encoder") or infer_image(_shapes(store, keys, "wan"))
         add("image_encoder", config, store)
+    components |= _sound_vae(path)
     _require(path, components)
     tokenizer = _tokenizer(path / WAN_TOKENIZER)
     facts = _facts(note, path / NOTE) if note else _recognised(path, given, components)
@@ -219,6 +223,15 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
         path=path, layout="wan", components=components, tokenizer=tokenizer, given=given,
         files=_unhashed(path, small, components), **facts,
     )
+
+
+def _sound_vae(path: Path) -> dict[Role, Component]:
+    """The VAE for sound, which lies in a folder of its own as vidgen has it in every layout."""
+    folder = path / SOUND_VAE
+    if not (folder / "config.json").is_file():
+        return {}
+    config = config_of(AudioVAEConfig, folder)
+    return {"sound_vae": assemble("sound_vae", config, [("vidgen", _shards(folder))])}
 
 
 def _shards(folder: Path) -> TensorStore:

@@ -1,0 +1,141 @@
+"""A model that makes sound along with the picture, from the request to the file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models import build_tiny_model
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+from vidgen.media.clip import Clip
+from vidgen.media.sound import read_sound
+from vidgen.pipeline import journal as journals
+from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.video import load
+
+WORDS = {"seed": 3, "frames": 9, "steps": 2, "dtype": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "heard"
+    return load(build_tiny_model(folder, sound=True), dtype="fp32")
+
+
+def test_a_clip_comes_with_sound_as_long_as_its_picture(engine, tmp_path):
+    clip = engine.generate("a red car bounces", **WORDS)
+    assert clip.sound_rate == 16_000
+    assert clip.sound.shape == (round(9 / 12 * 16_000), 1)
+    assert clip.sound.dtype == np.float32
+    assert np.abs(clip.sound).max() > 0
+    clip.save(tmp_path / "a.mp4")
+    samples, rate = read_sound(tmp_path / "a.mp4")
+    assert len(samples) / rate == pytest.approx(9 / 12, abs=1024 / rate)
+
+
+def test_the_same_seed_sounds_the_same_and_another_one_otherwise(engine):
+    first, again = (engine.generate("a cat", **WORDS) for _ in range(2))
+    assert np.array_equal(first.sound, again.sound)
+    assert np.array_equal(first.frames, again.frames)
+    other = engine.generate("a cat", **WORDS | {"seed": 4})
+    assert not np.array_equal(first.sound, other.sound)
+
+
+def test_a_longer_clip_begins_with_the_noise_of_the_shorter_one(engine):
+    from vidgen.pipeline.inputs import Inputs
+    from vidgen.pipeline.own_sound import OwnSound
+
+    def state(frames):
+        request = Request.of("a cat", WORDS | {"frames": frames})
+        plan = engine.plan(request, Inputs())
+        prepared = engine.prepare(plan, request, Inputs())
+        return OwnSound(engine.parts, plan, torch.zeros(1, 4, 0)).beside(prepared).sound
+
+    short, long = state(9), state(17)
+    count = short.latents.shape[2]
+    assert torch.equal(short.latents, long.latents[:, :, :count])
+
+
+def test_without_sound_the_picture_is_another_and_no_track_is_written(engine, tmp_path):
+    clip = engine.generate("a cat", **WORDS, audio="none")
+    assert clip.sound is None
+    clip.save(tmp_path / "a.mp4")
+    assert read_sound(tmp_path / "a.mp4") is None
+
+
+def test_a_clip_that_is_kept_is_only_heard_anew(engine, tmp_path):
+    shown = engine.generate("a cat", **WORDS, audio="none")
+    shown.save(tmp_path / "seen.mp4")
+    heard = engine.generate("a cat", **WORDS, video=tmp_path / "seen.mp4", strength=0)
+    kept = engine.generate(
+        "a cat", **WORDS, video=tmp_path / "seen.mp4", strength=0, audio="none"
+    )
+    assert np.array_equal(heard.frames, kept.frames)
+    assert np.abs(heard.sound).max() > 0
+    with pytest.raises(InputError, match=r"strength is 0\.5"):
+        engine.generate("a cat", **WORDS, video=tmp_path / "seen.mp4", strength=0.5)
+
+
+def test_sound_goes_on_through_windows_and_through_kills(engine, tmp_path, monkeypatch):
+    words = WORDS | {"frames": 33}
+    straight = engine.generate("a cat", **words)
+    assert straight.sound.shape == (round(33 / 12 * 16_000), 1)
+    monkeypatch.setattr(journals, "PATIENCE", 0)
+
+    class Stopped(Exception):
+        pass
+
+    output = tmp_path / "a.mp4"
+    for stop_after in range(1, 7):
+        told = []
+
+        def stop(progress, told=told, stop_after=stop_after):
+            told.append(progress)
+            if sum(each.stage == "sample" for each in told) == stop_after:
+                raise Stopped
+
+        try:
+            clip = engine.generate(
+                "a cat", **words, on_event=stop, journal=Journal(output, resume=True)
+            )
+        except Stopped:
+            continue
+        break
+    assert np.array_equal(clip.sound, straight.sound)
+    assert np.array_equal(clip.frames, straight.frames)
+
+
+def test_an_extension_goes_on_from_what_was_heard(engine, tmp_path):
+    engine.generate("a cat", **WORDS).save(tmp_path / "a.mp4")
+    longer = engine.generate("a cat", seed=3, steps=2, prefix=tmp_path / "a.mp4", seconds=2)
+    assert longer.sound_rate == 16_000
+    assert len(longer.sound) == 2 * 16_000
+    before, _ = read_sound(tmp_path / "a.mp4")
+    count = round(9 / 12 * 16_000)
+    assert np.array_equal(longer.sound[:count], before[:count])
+    assert np.abs(longer.sound[count:]).max() > 0
+    longer.save(tmp_path / "b.mp4")
+    assert len(Clip.from_file(tmp_path / "b.mp4").sound) == pytest.approx(2 * 16_000, abs=1024)
+    silent = engine.generate("a cat", **WORDS, audio="none")
+    silent.save(tmp_path / "c.mp4")
+    heard = engine.generate("a cat", seed=3, steps=2, prefix=tmp_path / "c.mp4", seconds=2)
+    assert not heard.sound[:count].any()
+    assert np.abs(heard.sound[count:]).max() > 0
+
+
+def test_two_devices_hear_the_same():
+    """Packed latents go to every rank as they are: see tests/tiny/test_devices.py for the rest."""
+    from dataclasses import replace
+
+    from vidgen.diffusion import condition
+    from vidgen.diffusion.sound import new_sound
+    from vidgen.pipeline.crew_link import moved
+
+    state = condition.new_state(torch.randn(1, 4, 3, 4, 4))
+    state = replace(state, sound=new_sound(torch.randn(1, 4, 7), start_s=0.25))
+    begun = state.begin()
+    there = moved(state, "cpu")
+    assert torch.equal(there.begin(), begun)
+    assert there.sound.start_s == 0.25

@@ -1,0 +1,167 @@
+"""The sound that a model makes along with the picture, from its noise to samples.
+
+Its latents lie on the clip's clock whatever the windows are: each window denoises those that are
+heard while it is shown, and knows those that an earlier one has made.
+
+Axes: C latent channels, F latent frames, K sound latents, N samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidgen.core.shapes import LatentShape
+from vidgen.diffusion.condition import mask
+from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
+from vidgen.media.mix import SEAM_S, rise
+from vidgen.media.sound import gather, read_sound, resampled, room
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.diffusion.condition import LatentState
+    from vidgen.media.encode import Samples
+    from vidgen.models.audio import AudioVAEConfig
+    from vidgen.pipeline.extend import LongClip
+    from vidgen.pipeline.parts import Parts
+    from vidgen.pipeline.plan import Plan
+
+TASK = "sound"
+"""Among a model's tasks: it makes sound along with the picture."""
+_DECODED = 256  # latents at a time
+
+
+@dataclass
+class OwnSound:
+    """A clip's sound on its way.
+
+    Attributes:
+        parts: the networks.
+        plan: of the whole clip.
+        latents: those that are made or known, [1, C, K], on the CPU.
+        begins: the clip's latent that `latents` begins with.
+        earlier: samples [N, c] and rate of the clip that goes on, which are kept; or None.
+        starts_s: where that ends.
+    """
+
+    parts: Parts
+    plan: Plan
+    latents: Tensor
+    begins: int = 0
+    earlier: tuple[Samples, int] | None = None
+    starts_s: Fraction = Fraction(0)
+
+    def join(self, plan: Plan, state: LatentState) -> tuple[Plan, LatentState]:
+        """The plan and state of a clip of one window, with its sound.
+
+        A clip that is kept as it is (`strength` 0) is known, and only heard anew.
+        """
+        if plan.strength == 0:
+            keep = torch.zeros_like(state.denoise_mask)
+            plan, state = replace(plan, strength=1.0), mask(state, state.latents, keep)
+        return plan, self.beside(state)
+
+    def beside(self, state: LatentState, first: int = 0) -> LatentState:
+        """The state of a stretch of the clip that begins with latent frame `first`, with its sound.
+
+        Sound that is made already is known.
+        """
+        begin, end, start_s = self._span(first, state.latents.shape[2])
+        shape = LatentShape(_config(self.parts).latent_channels, end - begin, 1, 1)
+        noise = draw_noise(self.plan.seed, shape, stream="audio", first_frame=begin)
+        sound = new_sound(noise[..., 0, 0].to(state.latents.device), start_s)
+        known = self.latents[:, :, max(0, begin - self.begins) :]
+        if begin >= self.begins and known.shape[2]:
+            sound = sound_begins(sound, known[:, :, : end - begin])
+        return replace(state, sound=sound)
+
+    def keep(self, made: Tensor | None, first: int, count: int) -> None:
+        """Take in what a stretch's sound [1, C, k] became, behind what is there."""
+        assert made is not None
+        begin, end, _ = self._span(first, count)
+        if not self.latents.shape[2]:
+            self.begins = begin
+        have = self.begins + self.latents.shape[2]
+        new = made[:, :, max(0, have - begin) : end - begin]
+        self.latents = torch.cat([self.latents, new.float().cpu()], dim=2)
+
+    def decode(self) -> tuple[Samples, int]:
+        """Samples float32 [N, c] of the clip's whole length, and their rate.
+
+        Those of the clip that goes on stay; what is made behind them comes at their rate.
+        """
+        config = _config(self.parts)
+        earlier, rate = self.earlier or (None, config.sample_rate)
+        length = round(self.plan.kept_frames / self.plan.fps * rate)
+        samples = room(length, 1 if earlier is None else earlier.shape[1])
+        begin = position = min(round(self.starts_s * rate), length)
+        if earlier is not None:
+            samples[: min(begin, len(earlier))] = earlier[:begin]
+        for block in resampled(self._blocks(), 1, config.sample_rate, rate):
+            part = block[: length - position]
+            samples[position : position + len(part)] = part
+            position += len(part)
+        if begin:
+            rise(samples, begin, min(begin + round(SEAM_S * rate), length))
+        return samples, rate
+
+    @torch.no_grad()
+    def _blocks(self) -> Iterator[Samples]:
+        """What is made, [n, 1], from `starts_s` on."""
+        config = _config(self.parts)
+        behind = self.starts_s - self.begins / Fraction(config.tokens_per_s)
+        skip = round(behind * config.sample_rate)
+        if skip < 0:
+            yield np.zeros((-skip, 1), np.float32)
+        with self.parts.use("sound_vae") as vae:
+            pieces = (part.to(self.parts.device) for part in self.latents.split(_DECODED, dim=2))
+            for sound in vae.stream_decode(pieces):
+                block = sound[0, max(0, skip) :].float().clamp(-1, 1)
+                skip = max(0, skip) - sound.shape[1]
+                if len(block):
+                    yield block.cpu().numpy()[:, None]
+
+    def _span(self, first: int, count: int) -> tuple[int, int, float]:
+        stride_t = self.parts.folder.components["vae"].config.strides.t
+        return sound_span(first, count, stride_t, self.plan.fps, _config(self.parts).tokens_per_s)
+
+
+def begin_sound(parts: Parts, plan: Plan, request: Request, long: LongClip | None) -> OwnSound:
+    """Sound of which nothing is made yet; of a clip that goes on, its last sound is known.
+
+    Args:
+        parts: the networks.
+        plan: of the whole clip.
+        request: that may name a clip to go on from.
+        long: the windows, or None for one.
+    """
+    own = OwnSound(parts, plan, torch.zeros(1, _config(parts).latent_channels, 0))
+    if long is None or long.begun is None:
+        return own
+    own.starts_s = long.begun.num_frames / plan.fps
+    own.earlier = read_sound(request.prefix)  # type: ignore[arg-type]
+    if own.earlier is not None:
+        config, (samples, rate) = _config(parts), own.earlier
+        own.begins = own._span(long.num_gone, 1)[0]
+        known = math.floor(own.starts_s * Fraction(config.tokens_per_s)) - own.begins
+        first = round(own.begins * config.samples_per_token / config.sample_rate * rate)
+        mono = samples[first : round(own.starts_s * rate)].mean(1, keepdims=True)
+        heard = gather(resampled([mono], 1, rate, config.sample_rate), 1)
+        if known > 0 and len(heard):
+            with torch.no_grad(), parts.use("sound_vae") as vae:
+                made = vae.encode(torch.from_numpy(heard[:, 0].copy())[None].to(parts.device))
+            own.latents = made[:, :, :known].float().cpu()
+    return own
+
+
+def _config(parts: Parts) -> AudioVAEConfig:
+    config: AudioVAEConfig = parts.folder.components["sound_vae"].config
+    return config
