@@ -68,7 +68,7 @@ class SoundRun:
 
     run: RunConfig
     preset: str = "toybox"
-    window_tokens: int = 32
+    window_tokens: int = 64
     windows_per_clip: int = 2
     gain_db: tuple[float, float] = (-9.0, 3.0)
     loss: SoundLoss = SoundLoss()

@@ -92,7 +92,7 @@ DIT_PRESETS: dict[str, DiTConfig] = {
     "toybox": DiTConfig(
         in_channels=16, out_channels=16, num_heads=4, head_dim=64, num_layers=7, ffn_dim=896,
         text_dim=128, patch_size=2,
-        audio=AudioConfig(channels=24, ffn_dim=128, tokens_per_s=31.25),
+        audio=AudioConfig(channels=24, ffn_dim=128, tokens_per_s=62.5),
     ),
     "tiny": DiTConfig(
         in_channels=4, out_channels=4, num_heads=2, head_dim=12, num_layers=2, ffn_dim=32,
@@ -143,7 +143,9 @@ IMAGE_PRESETS: dict[str, ImageConfig] = {
 }
 
 AUDIO_VAE_PRESETS: dict[str, AudioVAEConfig] = {
-    "toybox": AudioVAEConfig(latent_channels=24, encoder_dim=128, decoder_dim=176),
+    "toybox": AudioVAEConfig(
+        latent_channels=24, encoder_dim=128, decoder_dim=176, frames_per_token=4
+    ),
     "tiny": AudioVAEConfig(
         latent_channels=4, encoder_dim=16, decoder_dim=16, encoder_layers=(1, 1),
         decoder_layers=(1, 1), kernel_size=3,
