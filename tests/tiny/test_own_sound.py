@@ -125,6 +125,25 @@ def test_an_extension_goes_on_from_what_was_heard(engine, tmp_path):
     assert np.abs(heard.sound[count:]).max() > 0
 
 
+def test_a_picture_that_follows_a_sound(engine, tmp_path):
+    engine.generate("a cat", **WORDS).save(tmp_path / "a.mp4")
+    given = {**WORDS, "audio": tmp_path / "a.mp4", "follow_audio": True}
+    clip = engine.generate("a cat", **given)
+    assert np.array_equal(clip.frames, engine.generate("a cat", **given).frames)
+    unheard = engine.generate("a cat", **WORDS, audio=tmp_path / "a.mp4")
+    assert not np.array_equal(clip.frames, unheard.frames)
+    assert np.array_equal(clip.sound, unheard.sound)
+    long = engine.generate("a cat", **given | {"frames": 33, "audio_loop": True})
+    assert len(long.frames) == 33
+    with pytest.raises(InputError, match="follow_audio needs --audio FILE"):
+        engine.generate("a cat", **WORDS, audio="none", follow_audio=True)
+
+
+def test_a_model_without_sound_follows_none(tiny_model, tmp_path):
+    with pytest.raises(InputError, match="can't take follow_audio"):
+        load(tiny_model).generate("a cat", **WORDS, audio=tmp_path / "a.wav", follow_audio=True)
+
+
 def test_two_devices_hear_the_same():
     """Packed latents go to every rank as they are: see tests/tiny/test_devices.py for the rest."""
     from dataclasses import replace

@@ -97,6 +97,8 @@ def add_sound(add: Callable[..., Any], *, goes_on: bool = False) -> None:
     else:
         add("--audio", metavar="none|generate|FILE", help="the sound: none, the model's own, or "
             "that of a file; default the model's own if it makes any")
+        add("--follow-audio", action="store_true", default=None,
+            help="make the picture go with --audio FILE, by a model that makes sound")
         add("--audio-model", metavar="FOLDER", help="a text-to-audio model makes the sound")
         add("--audio-prompt", metavar="TEXT", help="what it is to make; default PROMPT")
     add("--audio-loop", action="store_true", default=None,

@@ -42,7 +42,8 @@ _CACHES = ("none", "first-block", "magnitude", "forecast")
 _NEEDS = {
     "strength": ("video",), "mask": ("video", "image"),
     "control_scale": ("control", "video", "image", "last_image", "frame", "reference", "prefix"),
-    "audio_loop": ("audio", "audio_model"), "audio_prompt": ("audio_model",), "voice": ("say",),
+    "audio_loop": ("audio", "audio_model"), "follow_audio": ("audio",),
+    "audio_prompt": ("audio_model",), "voice": ("say",),
 }
 NO_AUDIO, OWN_AUDIO = "none", "generate"
 """Values of `audio` that name no file."""
@@ -88,6 +89,8 @@ class Request:
         audio: "none", "generate" (the model's own) or a sound or video file; None is the model's
             own where it makes sound. See docs/sound.md.
         audio_loop: whether sound that is shorter than the clip starts again.
+        follow_audio: whether the picture is made to go with the sound of the file in `audio`, for
+            models that make sound.
         audio_model: folder of a text-to-audio model of diffusers that makes the sound.
         audio_prompt: what it is to make; None: `prompt`.
         say: (seconds, text) pairs that are spoken, or texts that follow each other; `@FILE` is
@@ -145,6 +148,7 @@ class Request:
     lora: tuple[str, ...] = ()
     audio: str | os.PathLike[str] | None = None
     audio_loop: bool | None = None
+    follow_audio: bool | None = None
     audio_model: str | None = None
     audio_prompt: str | None = None
     say: tuple[tuple[float | None, str], ...] = ()

@@ -23,7 +23,7 @@ from vidgen.diffusion.condition import mask
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
 from vidgen.media.mix import SEAM_S, rise
-from vidgen.media.sound import gather, read_sound, resampled, room
+from vidgen.media.sound import RATE, read_sound, resampled, room
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -134,6 +134,11 @@ class OwnSound:
         return sound_span(first, count, stride_t, self.plan.fps, _config(self.parts).tokens_per_s)
 
 
+def sound_to_follow(parts: Parts, plan: Plan, samples: Samples) -> OwnSound:
+    """Sound that is known from start to end: samples [N, c] at `media.sound.RATE`."""
+    return OwnSound(parts, plan, _encode(parts, samples, RATE))
+
+
 def begin_sound(parts: Parts, plan: Plan, request: Request, long: LongClip | None) -> OwnSound:
     """Sound of which nothing is made yet; of a clip that goes on, its last sound is known.
 
@@ -153,13 +158,22 @@ def begin_sound(parts: Parts, plan: Plan, request: Request, long: LongClip | Non
         own.begins = own._span(long.num_gone, 1)[0]
         known = math.floor(own.starts_s * Fraction(config.tokens_per_s)) - own.begins
         first = round(own.begins * config.samples_per_token / config.sample_rate * rate)
-        mono = samples[first : round(own.starts_s * rate)].mean(1, keepdims=True)
-        heard = gather(resampled([mono], 1, rate, config.sample_rate), 1)
+        heard = samples[first : round(own.starts_s * rate)]
         if known > 0 and len(heard):
-            with torch.no_grad(), parts.use("sound_vae") as vae:
-                made = vae.encode(torch.from_numpy(heard[:, 0].copy())[None].to(parts.device))
-            own.latents = made[:, :, :known].float().cpu()
+            own.latents = _encode(parts, heard, rate)[:, :, :known]
     return own
+
+
+@torch.no_grad()
+def _encode(parts: Parts, samples: Samples, rate: int) -> Tensor:
+    """Latents [1, C, K] of samples [N, c] at a rate, block by block."""
+    config = _config(parts)
+    blocks = (samples[start : start + rate].mean(1, keepdims=True)
+              for start in range(0, len(samples), rate))
+    with parts.use("sound_vae") as vae:
+        heard = (torch.from_numpy(block[:, 0].copy())[None].to(parts.device)
+                 for block in resampled(blocks, 1, rate, config.sample_rate) if len(block))
+        return torch.cat(list(vae.stream_encode(heard)), dim=2).float().cpu()
 
 
 def _config(parts: Parts) -> AudioVAEConfig:

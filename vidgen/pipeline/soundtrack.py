@@ -156,6 +156,9 @@ def make_soundtrack(
         earlier := read_sound(request.prefix)  # type: ignore[arg-type]
     ):
         source, bed = "prefix", at_length(*earlier, num_samples)
+    if request.follow_audio and source != "file":
+        raise InputError(f"audio is {request.audio!r}; follow_audio needs --audio FILE, a sound to "
+                         "follow")
     if source == "own" and has_sound and 0 < (request.strength or 0) < 1:
         raise InputError(
             f"strength is {request.strength}: a clip that is half re-imagined has no sound of its "

@@ -8,7 +8,7 @@ from vidgen.core.request import Request
 OPTIONS = {
     "image": "image", "first_frame_model": "image", "last_image": "last-image", "frame": "frames",
     "prefix": "extend", "mask": "mask", "strength": "video", "reference": "reference",
-    "control": "control",
+    "control": "control", "follow_audio": "sound",
 }
 """The task that each option of a request is."""
 

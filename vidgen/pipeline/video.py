@@ -46,7 +46,7 @@ from vidgen.pipeline.extend import Sample, long_clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal import Journal, journals_of, recall
 from vidgen.pipeline.networks import decode_latents, denoising, encode_pixels
-from vidgen.pipeline.own_sound import TASK, OwnSound, begin_sound
+from vidgen.pipeline.own_sound import TASK, OwnSound, begin_sound, sound_to_follow
 from vidgen.pipeline.parts import DTYPES, Offload, Parts, best_dtype
 from vidgen.pipeline.plan import Plan, draw_seed, make_plan
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
@@ -245,11 +245,13 @@ class Engine:
                     contexts()
                     report("prepare", 0, 1)
                     own = begin_sound(self.parts, plan, request, long) if sounds else None
+                    if request.follow_audio and track.bed is not None:
+                        own = sound_to_follow(self.parts, plan, track.bed)
                     if long:
                         latents = long.sample(sample, kept.done, kept.keep_window, own, kept.heard)
                     else:
                         latents = self._one_window(plan, request, inputs, sample, own)
-                    if own:
+                    if sounds and own:
                         kept.keep_sound(*(heard := own.decode()))
                     kept.keep_latents(latents)
                 decode = long.clip if long else partial(self.decode, plan)
