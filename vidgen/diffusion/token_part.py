@@ -23,12 +23,12 @@ class TokenPart:
 
     def own(self, whole: Tensor) -> Tensor:
         """This process's tokens of all, filled up with zeros."""
-        runs = whole.split(self._spread.lengths, dim=1)
+        runs = torch.split(whole, list(self._spread.lengths), dim=1)
         return torch.cat([self._spread.split(run) for run in runs], dim=1)
 
     def whole(self, own: Tensor) -> Tensor:
         """All tokens."""
-        runs = own.split(self._spread.shares, dim=1)
+        runs = torch.split(own, list(self._spread.shares), dim=1)
         return torch.cat([self._spread.gather(run, i) for i, run in enumerate(runs)], dim=1)
 
     def relative_change(self, now: Tensor, before: Tensor) -> float:
@@ -40,8 +40,8 @@ class TokenPart:
 
     def _unfilled(self, own: Tensor) -> Tensor:
         """Without the zeros that fill it up, of which blocks make something else."""
-        spread, runs = self._spread, []
-        sizes = zip(own.split(spread.shares, dim=1), spread.lengths, spread.shares, strict=True)
-        for run, length, share in sizes:
-            runs.append(run[:, : max(0, length - spread.ranks.rank * share)])
-        return torch.cat(runs, dim=1)
+        spread, parts = self._spread, []
+        runs = torch.split(own, list(self._spread.shares), dim=1)
+        for run, length, share in zip(runs, spread.lengths, spread.shares, strict=True):
+            parts.append(run[:, : max(0, length - spread.ranks.rank * share)])
+        return torch.cat(parts, dim=1)
