@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models import build_tiny_model
 from vidgen.core.errors import Cancelled, DeviceError, InputError
 from vidgen.diffusion.cache import StepCaches
 from vidgen.diffusion.magnitudes import Magnitudes
@@ -47,6 +48,11 @@ def one(tiny_model: Path) -> Engine:
     return open_engine(tiny_model)
 
 
+@pytest.fixture(scope="module")
+def heard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "heard", sound=True)
+
+
 @pytest.fixture
 def both(tiny_model: Path, two: Crew) -> Engine:
     return open_engine(tiny_model, two)
@@ -66,6 +72,19 @@ def test_two_devices_give_the_frames_of_one(one: Engine, both: Engine, options: 
         "count": 2, "guidance": 1 + guided, "sequence": 2 - guided, "shard": False,
     }
     assert "devices" not in alone.recipe
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"guidance": 1.0}, {"frames": 33, "cache": "forecast:0.2"}], ids=str
+)
+def test_two_devices_make_the_sound_of_one(
+    heard: Path, two: Crew, options: dict[str, object]
+) -> None:
+    engines = open_engine(heard), open_engine(heard, two)
+    alone, shared = (engine.generate(PROMPT, seed=3, steps=4, **options) for engine in engines)
+    assert (alone.latents - shared.latents).abs().max() < 1e-5
+    assert np.abs(alone.sound - shared.sound).max() < 1e-4
+    assert np.abs(alone.sound).max() > 0
 
 
 def test_decoding_is_bit_equal_from_any_frame(one: Engine, both: Engine) -> None:

@@ -142,19 +142,3 @@ def test_a_picture_that_follows_a_sound(engine, tmp_path):
 def test_a_model_without_sound_follows_none(tiny_model, tmp_path):
     with pytest.raises(InputError, match="can't take follow_audio"):
         load(tiny_model).generate("a cat", **WORDS, audio=tmp_path / "a.wav", follow_audio=True)
-
-
-def test_two_devices_hear_the_same():
-    """Packed latents go to every rank as they are: see tests/tiny/test_devices.py for the rest."""
-    from dataclasses import replace
-
-    from vidgen.diffusion import condition
-    from vidgen.diffusion.sound import new_sound
-    from vidgen.pipeline.crew_link import moved
-
-    state = condition.new_state(torch.randn(1, 4, 3, 4, 4))
-    state = replace(state, sound=new_sound(torch.randn(1, 4, 7), start_s=0.25))
-    begun = state.begin()
-    there = moved(state, "cpu")
-    assert torch.equal(there.begin(), begun)
-    assert there.sound.start_s == 0.25
