@@ -122,17 +122,17 @@ def score_take(
 def wanted_by(prompt: str) -> Wanted:
     """What a prompt names, in the Toybox world's words."""
     text = " ".join(re.findall(r"[a-z'-]+", prompt.lower()))
-    names, (text, cameras) = _names(), _cut(text, _cameras())
+    text, cameras = _cut(text, _cameras())
+    text, _ = _cut(text, _weathers())  # of which snow is also a place, and falls
+    names = _names()
     motions = [name for name, pattern in _motions() if re.search(pattern, text)]
     if "drives past" in motions:  # its phrases hold those of moving to one side
         motions = [m for m in motions if not m.startswith("moves")]
     sprites = dict.fromkeys(names[word] for word in re.findall(_any(names), text))
-    # a place is named by a phrase, or by its own name where no sprite is called that
-    found = [p for p in PLACES if re.search(_any([*phrases()["places"][p], f"the {p}"]), text)]
-    return Wanted(
-        tuple(sprites)[:2], tuple(motions[:1]), found[0] if found else "",
-        cameras[0] if cameras else "",
-    )
+    places = _places()
+    found = max(re.findall(_any(places), text), key=len, default="")
+    camera = cameras[0] if cameras else ""
+    return Wanted(tuple(sprites)[:2], tuple(motions[:1]), places.get(found, ""), camera)
 
 
 def _asked(wanted: Wanted, told: Verdict) -> dict[str, tuple[bool, float, str]]:
@@ -187,6 +187,23 @@ def _names() -> dict[str, str]:
 def _cameras() -> tuple[tuple[str, str], ...]:
     listed = phrases()["cameras"]
     return tuple((name, _any(listed[name])) for name in CAMERAS)
+
+
+@cache
+def _weathers() -> tuple[tuple[str, str], ...]:
+    return tuple((name, _any(listed)) for name, listed in phrases()["weathers"].items())
+
+
+@cache
+def _places() -> dict[str, str]:
+    """What places are called, with and without the words before, and which they are."""
+    before = re.compile(r"^(?:in|on|at|by|among|near|under|below|next to)(?: front of)? ")
+    named: dict[str, str] = {}
+    for place in PLACES:  # "the sea" is the ocean though "under the sea" is underwater
+        listed = phrases()["places"][place]
+        for words in (*listed, *(before.sub("", phrase) for phrase in listed), f"the {place}"):
+            named.setdefault(words, place)
+    return {words: place for words, place in named.items() if words not in _names()}
 
 
 @cache

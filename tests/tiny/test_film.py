@@ -1,0 +1,389 @@
+"""Films of a tiny model: shots rendered once, continued by latents, chosen among takes, joined."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import tracemalloc
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vidgen.cli.main import main
+from vidgen.core.errors import InputError
+from vidgen.media.clip import Clip
+from vidgen.media.read import read_recipe
+from vidgen.pipeline.video import load
+from vidgen.story.plan import plan_film
+from vidgen.story.script import Script
+from vidgen.weights.folder import open_model
+
+FILM = """\
+version: 1
+project: {title: A film, dtype: fp32, defaults: {duration: 1}}
+characters:
+  car: {description: a red car, seed: 7}
+shots:
+  - {id: one, prompt: "{car} bounces", caption: hello}
+  - {id: two, prompt: "{car} moves left", continue_from: one, steps: 3}
+  - id: three
+    prompt: [a cat moves left, {at: 0.5, prompt: a cat bounces}]
+    takes: 2
+    seed: 3
+  - {id: four, prompt: a red car, continue_from: three}
+  - {id: still, prompt: a cat, frames: 1, in_film: false}
+  - {id: five, prompt: a cat bounces, first_frame: {shot: still}, last_frame: {shot: one}}
+"""
+Edit = tuple[str, str]
+
+
+def vidgen(*words: str | Path, code: int = 0) -> dict[str, Any]:
+    out = StringIO()
+    with redirect_stdout(out):
+        assert main([*map(str, words), "--json"]) == code
+    return json.loads(out.getvalue()) if code == 0 else {}
+
+
+@pytest.fixture(scope="module")
+def rendered(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder with a script, its film and shots; and what the command told."""
+    folder = tmp_path_factory.mktemp("film")
+    script = folder / "film.yaml"
+    script.write_text(FILM)
+    return folder, vidgen("script", script, "-o", folder / "film.mp4", "--model", tiny_model)
+
+
+@pytest.fixture
+def film(rendered: tuple[Path, Any], tmp_path: Path) -> Path:
+    """A copy of the rendered film's folder, to be changed."""
+    return Path(shutil.copytree(rendered[0], tmp_path / "copy"))
+
+
+@pytest.fixture
+def check(film: Path, tiny_model: Path) -> Callable[..., list[str]]:
+    """Which shots are still to be rendered after changes to the script."""
+
+    def call(*edits: Edit) -> list[str]:
+        text = FILM
+        for old, new in edits:
+            assert old in text
+            text = text.replace(old, new)
+        (film / "film.yaml").write_text(text)
+        told = vidgen("script", film / "film.yaml", "--check", "-o", film / "film.mp4",
+                      "--model", tiny_model)
+        return [shot["id"] for shot in told["shots"] if not shot["rendered"]]
+
+    return call
+
+
+def frames(path: str | Path) -> np.ndarray:
+    return Clip.from_file(path).frames
+
+
+def test_a_film_is_its_shots_one_after_the_other(rendered):
+    folder, told = rendered
+    shots = {shot["id"]: shot for shot in told["shots"]}
+    shown = [frames(shots[name]["path"]) for name in ("one", "two", "three", "four", "five")]
+    assert [len(each) for each in shown] == [12] * 5
+    assert (frames(folder / "film.mp4") == np.concatenate(shown)).all()
+    recipe = read_recipe(folder / "film.mp4")
+    assert [each["id"] for each in recipe["film"]["shots"]] == ["one", "two", "three", "four",
+                                                               "five"]
+    assert recipe["film"]["script"]["project"]["title"] == "A film"
+    assert recipe["model"]["name"] == "tiny"
+    assert (folder / "film.yaml").read_text() == FILM
+
+
+def test_the_index_tells_those_who_join_all_they_need(rendered):
+    folder, told = rendered
+    index = json.loads((folder / "film.shots/shots.json").read_text())
+    assert (index["version"], index["fps"], index["size"], index["title"]) == (
+        1, "12", [32, 32], "A film"
+    )
+    assert index["shots"] == told["shots"]
+    one = index["shots"][0]
+    assert (one["num_frames"], one["duration_s"], one["seed"]) == (12, 1.0, 7)
+    assert one["shot"]["caption"] == [{"text": "hello", "at": 0.0, "duration": None}]
+    assert index["shots"][4]["shot"]["in_film"] is False
+
+
+def test_a_shot_that_continues_holds_what_an_extension_adds(rendered, tiny_model):
+    shots = {shot["id"]: shot for shot in rendered[1]["shots"]}
+    recipe = read_recipe(shots["two"]["path"])
+    assert (recipe["hand_over"], recipe["head_frames"]) == ("latents", 12)
+    engine = load(str(tiny_model), device="cpu", dtype="fp32")
+    whole = engine.generate("a red car moves left", seed=7, seconds=2, steps=3,
+                            prefix=shots["one"]["path"])
+    path = Path(shots["two"]["path"]).with_name("whole.mp4")
+    whole.save(path, overwrite=True)
+    assert (frames(path)[12:] == frames(shots["two"]["path"])).all()
+    path.unlink()
+
+
+def test_a_chain_goes_on_from_latents_whatever_lies_between(rendered):
+    shots = {shot["id"]: shot for shot in rendered[1]["shots"]}
+    four, three = (read_recipe(shots[name]["path"]) for name in ("four", "three"))
+    assert four["hand_over"] == three["hand_over"] == "latents"
+    assert (four["head_frames"], three.get("head_frames")) == (12, None)
+    assert four["tail"]["num_latents"] > three["tail"]["num_latents"]
+    assert {f["kind"] for shot in shots.values() for f in shot["checks"]["findings"]}.isdisjoint(
+        {"length", "fps"})
+    assert main(["check", shots["two"]["path"]]) in (0, 1)
+    assert vidgen("inspect", shots["two"]["path"])["recipe"]["head_frames"] == 12
+
+
+def test_prompts_of_a_shot_follow_each_other_at_their_times(rendered):
+    three = next(shot for shot in rendered[1]["shots"] if shot["id"] == "three")
+    folder = Path(three["path"]).parent
+    begins = [path for path in folder.glob("*.mp4") if Clip.from_file(path).num_frames == 6]
+    assert len(begins) == 2  # of each take
+    assert any((frames(path) == frames(three["path"])[:6]).all() for path in begins)
+    assert read_recipe(three["path"])["plan"]["prompt"] == "a cat bounces"
+
+
+def test_of_several_takes_the_best_is_kept_with_reasons(rendered):
+    folder, told = rendered
+    three = next(shot for shot in told["shots"] if shot["id"] == "three")
+    choice = three["choice"]
+    assert [take["seed"] for take in choice["takes"]] == [3, 4]
+    assert choice["seed"] == three["seed"]
+    assert all(take["reasons"] and "sprite" in take["right"] for take in choice["takes"])
+    assert f"next was seed {7 - choice['seed']}: " in choice["why"]
+    kept = next(take for take in choice["takes"] if take["seed"] == choice["seed"])
+    assert folder / "film.shots" / kept["path"] == Path(three["path"])
+    prefix = read_recipe(told["shots"][3]["path"])["inputs"][0]
+    assert (prefix["option"], prefix["path"]) == ("prefix", Path(three["path"]).name)
+
+
+def test_what_is_there_is_not_made_again(film, tiny_model, capsys):
+    before = {path: path.stat().st_mtime_ns for path in film.rglob("*.mp4")}
+    told = vidgen("script", film / "film.yaml", "-o", film / "film.mp4", "--model", tiny_model)
+    assert not any(shot["made"] for shot in told["shots"])
+    assert "film.mp4 is done already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in film.rglob("*.mp4")} == before
+
+
+@pytest.mark.parametrize(("edits", "changed"), [
+    ([], []),
+    ([("caption: hello", "caption: bye, transition: dissolve, music: none")], []),
+    ([("title: A film", "title: Another"), ("id: two", "id: second")], []),
+    ([("  - {id: still", "  - {id: new, prompt: a cat}\n  - {id: still")], ["new"]),
+    ([("a red car, seed: 7", "a cat, seed: 7")], ["one", "two", "five"]),
+    ([("steps: 3", "steps: 4")], ["two"]),
+    ([("takes: 2", "takes: 3")], ["three", "four"]),
+    ([("prompt: a cat bounces}]", "prompt: a cat}]")], ["three", "four"]),
+    ([("prompt: a cat, frames: 1", "prompt: a car, frames: 1")], ["still", "five"]),
+    ([("{shot: one}}", "{shot: one, frame: first}}")], ["five"]),
+    ([("dtype: fp32", "dtype: bf16")], ["one", "two", "three", "four", "still", "five"]),
+])
+def test_a_change_reaches_its_shot_and_those_that_depend_on_it(check, edits, changed):
+    assert check(*edits) == changed
+
+
+def test_a_changed_last_prompt_keeps_what_came_before(film, check, tiny_model):
+    assert check(("prompt: a cat bounces}]", "prompt: a cat}]")) == ["three", "four"]
+    told = vidgen("script", film / "film.yaml", "--check", "-o", film / "film.mp4", "--model",
+                  tiny_model)
+    three = next(shot for shot in told["shots"] if shot["id"] == "three")
+    assert three["parts_left"] == 2  # the last part of each take
+
+
+def test_only_renders_a_shot_and_what_it_needs(tmp_path, tiny_model):
+    script = tmp_path / "film.yaml"
+    script.write_text(FILM)
+    told = vidgen("script", script, "-o", tmp_path / "film.mp4", "--only", "two", "--model",
+                  tiny_model)
+    assert (told["film"], [shot["id"] for shot in told["shots"]]) == (None, ["one", "two"])
+    assert not (tmp_path / "film.mp4").exists()
+    assert len(list((tmp_path / "film.shots").glob("*.mp4"))) == 2
+
+
+def test_a_draft_is_fast_and_apart(film, tiny_model, monkeypatch):
+    monkeypatch.chdir(film)
+    text = FILM.replace("defaults: {", "defaults: {steps: 30, ")
+    Path("film.yaml").write_text(text)
+    told = vidgen("script", "film.yaml", "--draft", "--check", "--model", tiny_model)
+    assert {shot["takes"] for shot in told["shots"]} == {1}
+    film_plan = plan_film(Script.read("film.yaml"), open_model(str(tiny_model)), draft=True)
+    (shot,) = [each for each in film_plan.script.shots if each.id == "one"]
+    assert film_plan.request(shot, 1, 0, 12).steps == 8
+    whole = plan_film(Script.read("film.yaml"), open_model(str(tiny_model)))
+    assert {plan.key for plan in whole.shots.values()}.isdisjoint(
+        plan.key for plan in film_plan.shots.values())
+
+
+def test_a_film_of_another_script_is_not_replaced_unasked(film, tiny_model, capsys):
+    (film / "film.yaml").write_text(FILM.replace("steps: 3", "steps: 2"))
+    command = ["script", str(film / "film.yaml"), "-o", str(film / "film.mp4"), "--model",
+               str(tiny_model)]
+    before = (film / "film.mp4").read_bytes()
+    assert main(command) == 2
+    assert "film.mp4 exists; give --overwrite" in capsys.readouterr().err
+    assert (film / "film.mp4").read_bytes() == before
+    told = vidgen(*command, "--overwrite")
+    assert [shot["id"] for shot in told["shots"] if shot["made"]] == ["two"]
+    assert (film / "film.mp4").read_bytes() != before
+    shown = read_recipe(film / "film.mp4")["film"]["shots"]
+    assert [each["address"] for each in shown] == [
+        Path(shot["path"]).stem for shot in told["shots"] if shot["id"] != "still"
+    ]
+
+
+def test_a_continued_shot_can_be_replayed(film, rendered):
+    two = next(shot for shot in rendered[1]["shots"] if shot["id"] == "two")
+    told = vidgen("replay", two["path"], "-o", film / "again.mp4")
+    assert told["identical"], told
+    assert Clip.from_file(film / "again.mp4").num_frames == 12
+
+
+def test_references_and_pictures_shape_the_address(tmp_path, tiny_model):
+    folder = open_model(str(tiny_model))
+    text = ("characters: {cat: {description: a cat, reference: cat.png}}\n"
+            "shots: [{id: a, prompt: '{cat}'}, {id: b, prompt: x}]\n")
+    (tmp_path / "film.yaml").write_text(text)
+
+    def keys() -> list[str]:
+        film = plan_film(Script.read(tmp_path / "film.yaml"), folder)
+        shot = film.script.shots[0]
+        assert film.request(shot, 1, 0, 9).reference == (str(tmp_path / "cat.png"),)
+        return [plan.key for plan in film.shots.values()]
+
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "cat.png")
+    red = keys()
+    assert keys() == red
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "cat.png")
+    blue = keys()
+    assert (red[0] != blue[0], red[1] == blue[1]) == (True, True)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".webm"])
+def test_other_formats_have_shots_of_their_own(tmp_path, tiny_model, suffix):
+    (tmp_path / "list.txt").write_text("a red car\na cat\n")
+    output = tmp_path / f"film{suffix}"
+    told = vidgen("script", tmp_path / "list.txt", "-o", output, "--model", tiny_model)
+    shown = [frames(shot["path"]) for shot in told["shots"]]
+    assert (frames(output) == np.concatenate(shown)).all()
+    assert {path.suffix for path in (tmp_path / "film.shots").iterdir()} == {suffix, ".json"}
+
+
+def limited(model: Path, folder: Path, *tasks: str) -> Path:
+    """A copy of a model that learned these tasks alone."""
+    copy = Path(shutil.copytree(model, folder / "limited"))
+    info = json.loads((copy / "model.json").read_text())
+    (copy / "model.json").write_text(json.dumps(info | {"tasks": list(tasks)}))
+    return copy
+
+
+@pytest.mark.parametrize(("shot", "message"), [
+    ("duration: 0.01", "line 2: shot 'a': duration 0.01 s is less than a frame at 12 fps; the "
+     "nearest is 0.08333 s"),
+    ("frames: 8", "the nearest are 5 and 9"),
+    ("prompt: [x, {at: 5, prompt: y}]", "the prompt at 5 s has no frame of its own"),
+    ("sampler: eulr", "did you mean 'euler'"),
+    ("steps: 2000", "steps is 2000; give a whole number from 1 to 1000"),
+    ("guidance: -1", "guidance is -1"),
+    ("seed: -1", "seed is -1"),
+    ("lora: none.safetensors", "LoRA none.safetensors does not exist"),
+    (f"prompt: {'a red car ' * 300}", "this model reads"),
+    ("prompt: x, duration: 3600", None),
+])
+def test_what_cannot_be_made_is_told_beforehand(tmp_path, tiny_model, capsys, shot, message):
+    prompt = "" if "prompt" in shot else "prompt: x, "
+    script = tmp_path / "film.yaml"
+    script.write_text(f"shots:\n  - {{id: a, {prompt}{shot}}}\n")
+    code = main(["script", str(script), "--check", "--model", str(tiny_model)])
+    told = capsys.readouterr().err
+    assert code == (0 if message is None else 2), told
+    assert message is None or message in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.yaml"]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("shots: [{id: a, prompt: x, duration: 2}]", "the nearest is a duration of 1.417 s"),
+    ("shots: [{id: a, prompt: x}, {id: b, prompt: x, continue_from: a}]",
+     "continue_from: model 'tiny' can't go on from latents; give first_frame: {shot: ID}"),
+    ("shots: [{id: a, prompt: [x, {at: 0.5, prompt: y}]}]", "several prompts: model 'tiny'"),
+    ("shots: [{id: a, prompt: x}, {id: b, prompt: x, first_frame: {shot: a}}]",
+     "can't take image"),
+])
+def test_what_a_model_never_learned_is_told_beforehand(
+    tmp_path, tiny_model, capsys, text, message
+):
+    (tmp_path / "film.yaml").write_text(text)
+    model = limited(tiny_model, tmp_path, "text")
+    assert main(["script", str(tmp_path / "film.yaml"), "--check", "--model", str(model)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_without_references_says_how_characters_are_kept(tmp_path, tiny_model, caplog):
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
+    (tmp_path / "film.yaml").write_text(
+        "characters: {cat: {description: a cat, reference: cat.png}}\nshots: [{prompt: '{cat}'}]")
+    plan_film(Script.read(tmp_path / "film.yaml"),
+              open_model(str(limited(tiny_model, tmp_path, "text"))))
+    assert "takes no references; characters are kept by their words and seeds" in caplog.text
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "no script was named"),
+    (["film.yaml", "-o", "film.gif"], "must be a film"),
+    (["film.yaml", "-o", "film.avi"], "unknown suffix"),
+    (["film.yaml", "--only", "on"], "unknown shot 'on'; did you mean 'one'"),
+    (["film.yaml", "--model", "nothing"], "neither an embedded model"),
+    (["film.yaml", "--init"], "film.yaml exists"),
+    (["film.txt", "--init"], "call it film.yaml"),
+    (["none.yaml"], "does not exist"),
+    (["hidden.yaml"], "every shot has in_film: false"),
+])
+def test_wrong_commands_are_told(tmp_path, tiny_model, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    Path("film.yaml").write_text(FILM)
+    Path("hidden.yaml").write_text("shots: [{prompt: x, in_film: false}]")
+    model = [] if "--model" in words else ["--model", str(tiny_model)]
+    assert main(["script", *words, *model]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.yaml", "hidden.yaml"]
+
+
+def test_init_writes_an_example_that_is_a_script(tmp_path):
+    path = tmp_path / "mine.yaml"
+    assert vidgen("script", "--init", path) == {"path": str(path)}
+    script = Script.read(path)
+    assert len(script.shots) == 5
+    assert "# " in path.read_text()
+
+
+def test_ten_thousand_shots_are_planned_in_seconds_and_little_memory(tmp_path, tiny_model):
+    lines = [f"  - {{id: s{n}, prompt: a red car {n}, takes: {1 + n % 2}"
+             + (f", continue_from: s{n - 1}}}" if n else "}") for n in range(10_000)]
+    path = tmp_path / "film.yaml"
+    path.write_text("\n".join(["shots:", *lines]))
+    folder, script = open_model(str(tiny_model)), Script.read(path)
+    start = time.process_time()
+    film = plan_film(script, folder)
+    assert time.process_time() - start < 60
+    assert len({plan.key for plan in film.shots.values()}) == 10_000
+    tracemalloc.start()
+    plan_film(script, folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000 * 10_000
+
+
+def test_a_bad_shot_in_the_middle_names_itself(film, tiny_model, capsys):
+    """A picture that can't be read is known only when it is needed."""
+    (film / "broken.png").write_bytes(b"no picture")
+    (film / "film.yaml").write_text(FILM + "  - {id: six, prompt: a cat, first_frame: broken.png}")
+    with pytest.raises(InputError):
+        Clip.from_file(film / "broken.png")
+    assert main(["script", str(film / "film.yaml"), "-o", str(film / "more.mp4"), "--only", "six",
+                 "--model", str(tiny_model)]) == 2
+    assert "line 15: shot 'six': " in capsys.readouterr().err
+    assert not (film / "more.mp4").exists()
