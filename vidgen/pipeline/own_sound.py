@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.extend import LongClip
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.soundtrack import Soundtrack
 
 TASK = "sound"
 """Among a model's tasks: it makes sound along with the picture."""
@@ -134,20 +135,24 @@ class OwnSound:
         return sound_span(first, count, stride_t, self.plan.fps, _config(self.parts).tokens_per_s)
 
 
-def sound_to_follow(parts: Parts, plan: Plan, samples: Samples) -> OwnSound:
-    """Sound that is known from start to end: samples [N, c] at `media.sound.RATE`."""
-    return OwnSound(parts, plan, _encode(parts, samples, RATE))
+def open_sound(
+    parts: Parts, plan: Plan, request: Request, long: LongClip | None, track: Soundtrack
+) -> OwnSound | None:
+    """The sound that is denoised beside a clip's picture, or that the picture follows; or None.
 
-
-def begin_sound(parts: Parts, plan: Plan, request: Request, long: LongClip | None) -> OwnSound:
-    """Sound of which nothing is made yet; of a clip that goes on, its last sound is known.
+    What is to be followed is known from start to end; of a clip that goes on, its last sound is.
 
     Args:
         parts: the networks.
         plan: of the whole clip.
-        request: that may name a clip to go on from.
+        request: that may name a clip to go on from, or a sound to follow.
         long: the windows, or None for one.
+        track: what the clip is to sound like.
     """
+    if request.follow_audio and track.bed is not None:
+        return OwnSound(parts, plan, _encode(parts, track.bed, RATE))
+    if not track.is_made_along:
+        return None
     own = OwnSound(parts, plan, torch.zeros(1, _config(parts).latent_channels, 0))
     if long is None or long.begun is None:
         return own

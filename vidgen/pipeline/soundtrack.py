@@ -47,6 +47,7 @@ class Soundtrack:
         loop: whether sound that is shorter than the clip is repeated.
         speech: what is said.
         model: makes the sound of each clip.
+        is_made_along: whether the clip's model makes it together with the picture.
     """
 
     source: Source
@@ -55,6 +56,7 @@ class Soundtrack:
     loop: bool = False
     speech: Speech | None = None
     model: AudioModel | None = None
+    is_made_along: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -165,4 +167,7 @@ def make_soundtrack(
             "own; give --audio none or a file, or strength 0 to let the clip as it is be heard"
         )
     speech = speak(request.say, request.voice, num_samples) if request.say else None
-    return Soundtrack(source, num_samples, bed, bool(request.audio_loop), speech, model)
+    return Soundtrack(
+        source, num_samples, bed, bool(request.audio_loop), speech, model,
+        is_made_along=has_sound and source == "own",
+    )

@@ -36,34 +36,29 @@ from vidgen.media.manifest import Signing
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
 from vidgen.media.write import ClipInfo
-from vidgen.models.dit import DiTConfig
-from vidgen.models.image import prepare_image
-from vidgen.models.text import PromptTokenizer
-from vidgen.models.vae import VAEConfig
-from vidgen.pipeline.crew import Crew, devices_of, start_crew
+from vidgen.pipeline.crew import start_crew
 from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
 from vidgen.pipeline.extend import Sample, long_clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal import Journal, journals_of, recall
-from vidgen.pipeline.networks import decode_latents, denoising, encode_pixels
-from vidgen.pipeline.own_sound import TASK, OwnSound, begin_sound, sound_to_follow
-from vidgen.pipeline.parts import DTYPES, Offload, Parts, best_dtype
-from vidgen.pipeline.plan import Plan, draw_seed, make_plan
+from vidgen.pipeline.networks import denoising
+from vidgen.pipeline.opened import OpenedModel
+from vidgen.pipeline.own_sound import TASK, OwnSound, open_sound
+from vidgen.pipeline.parts import DTYPES, Offload, best_dtype
+from vidgen.pipeline.plan import Plan, draw_seed
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
-from vidgen.pipeline.preflight import Asked, first_setup, preflight
+from vidgen.pipeline.preflight import Asked, preflight
 from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.pipeline.preview import Glimpses, OnPreview
-from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.soundtrack import make_soundtrack
-from vidgen.pipeline.step_caches import carrying, make_caches, settle_cache
+from vidgen.pipeline.step_caches import carrying, make_caches
 from vidgen.pipeline.tail import make_tail
 from vidgen.pipeline.tasks import check_tasks
-from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
+from vidgen.weights.folder import ForeignFolder, open_model
 
 if TYPE_CHECKING:
-    from vidgen.core.shapes import Tiles
-    from vidgen.pipeline.estimate import Estimate, Setup
+    from vidgen.pipeline.estimate import Estimate
     from vidgen.pipeline.foreign import ForeignEngine
     from vidgen.weights.quantize import Quantization
 
@@ -126,47 +121,8 @@ def load(
     return Engine(folder, place, asked, quantize, policy, crew)
 
 
-class Engine:
+class Engine(OpenedModel):
     """A model ready to generate."""
-
-    def __init__(
-        self, folder: ModelFolder, device: torch.device, asked: Asked,
-        quantize: Quantization | None = None, policy: Policy | None = None,
-        crew: Crew | None = None,
-    ) -> None:
-        self.folder, self.device, self.policy, self.crew = folder, device, policy, crew
-        self.asked, self.quantize = asked, quantize
-        self.vae_config: VAEConfig = folder.components["vae"].config
-        self.dit_config: DiTConfig = folder.components["transformer"].config
-        self.tokenizer = PromptTokenizer(folder.tokenizer, self.dit_config.text_len)
-        if crew is not None:
-            crew.open(folder, quantize)
-        self._open(first_setup(folder, device, asked, quantize))
-        self.parts.check()
-        if self.offload == "none":  # damaged files are told of now
-            for role in folder.components:
-                with self.parts.use(role):
-                    pass
-
-    def _open(self, setup: Setup) -> None:
-        self.dtype, self.offload = setup.dtype, setup.offload
-        self.parts = Parts(
-            self.folder, self.device, DTYPES[setup.dtype], setup.offload, self.quantize,
-            None if self.crew is None else self.crew.mesh,
-        )
-        self.prompts = PromptEncoder(self.parts, self.tokenizer)
-
-    def adopt(self, setup: Setup) -> None:
-        """Run in another setup from here on; networks that are in memory for this one leave."""
-        if (setup.dtype, setup.offload) != (self.dtype, self.offload):
-            self.parts.close()
-            self._open(setup)
-
-    def close(self) -> None:
-        """Let the networks go, and other devices; this engine can't be used any more."""
-        self.parts.close()
-        if self.crew is not None:
-            self.crew.close()
 
     def generate(
         self,
@@ -205,7 +161,6 @@ class Engine:
         first = self.plan(request, inputs)
         track = make_soundtrack(request, first.kept_frames, first.fps, self,
                                 has_sound=TASK in self.folder.tasks)
-        sounds = track.source == "own" and TASK in self.folder.tasks
         made = preflight(self, first, request)
         if on_estimate is not None:
             on_estimate(made)
@@ -244,19 +199,16 @@ class Engine:
                 if latents is None:
                     contexts()
                     report("prepare", 0, 1)
-                    own = begin_sound(self.parts, plan, request, long) if sounds else None
-                    if request.follow_audio and track.bed is not None:
-                        own = sound_to_follow(self.parts, plan, track.bed)
+                    own = open_sound(self.parts, plan, request, long, track)
                     if long:
                         latents = long.sample(sample, kept.done, kept.keep_window, own, kept.heard)
                     else:
                         latents = self._one_window(plan, request, inputs, sample, own)
-                    if sounds and own:
+                    if own and track.is_made_along:
                         kept.keep_sound(*(heard := own.decode()))
                     kept.keep_latents(latents)
-                decode = long.clip if long else partial(self.decode, plan)
-                clip = decode(latents, recipe, kept)
-                if sounds and heard is not None:
+                clip = (long.clip if long else partial(self.decode, plan))(latents, recipe, kept)
+                if heard and track.is_made_along:
                     clip.info = replace(clip.info, sound=heard[0], sound_rate=heard[1])
                 clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))
                 for picture in inputs.images.get("image", ()):
@@ -295,44 +247,10 @@ class Engine:
         inputs.records.append(record)
         return request, inputs
 
-    def plan(self, request: Request, inputs: Inputs) -> Plan:
-        """Settle all that the request left open; refuse what this model can't do."""
-        own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload,
-               "quantize": self.quantize, **devices_of(self.crew)}
-        for option, value in own.items():
-            asked = getattr(request, option)
-            if option == "model" and asked is not None and self.folder.is_called(asked):
-                continue
-            if asked not in (None, value):
-                raise InputError(f"this engine was loaded with {option} {value!r}, not "
-                                 f"{asked!r}; load another one")
-        plan = make_plan(
-            request, self.folder.defaults, self.vae_config.strides,
-            self.vae_config.latent_channels, patch=self.dit_config.patch_size,
-            picture_size=inputs.picture_size, video_seconds=inputs.video_seconds,
-        )
-        plan = replace(plan, cache=settle_cache(request, self.folder))
-        for name, text in (("prompt", plan.prompt), ("negative", plan.negative)):
-            self._check_words(name, text)
-        return plan
-
-    def _check_words(self, name: str, text: str) -> None:
-        """A model of few words refuses a text it can't read; one of all language cuts it."""
-        count, limit = self.tokenizer.count(text), self.tokenizer.max_length
-        if count > limit and self.tokenizer.words:
-            raise InputError(f"the {name} has {count} tokens; this model reads {limit}: shorten it")
-        for word, near in self.tokenizer.unknown_words(text):
-            hint = f"; near it: {', '.join(near)}" if near else ""
-            log.warning("the model doesn't know the word %r%s", word, hint)
-
     def encode_prompt(self, plan: Plan) -> list[tuple[Tensor, Tensor]]:
         """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
         prompts = [plan.prompt] if plan.guidance.is_off else [plan.prompt, plan.negative]
         return [self.encode_texts([prompt]) for prompt in prompts]
-
-    def encode_texts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(context [B, S, D], lengths [B]) of prompts."""
-        return self.prompts.encode(prompts)
 
     @torch.no_grad()
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:
@@ -447,41 +365,7 @@ class Engine:
         source = with_label(chunks, info.size, info.fps) if is_labelled else chunks
         return Clip(source, info, latents, journal)
 
-    def encode_video(self, video: Tensor, tiles: Tiles | None = None) -> Tensor:
-        """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32."""
-        return encode_pixels(self.parts, video, tiles)
-
-    @torch.no_grad()
-    def decode_video(
-        self, latents: Tensor, start: int = 0, tiles: Tiles | None = None
-    ) -> Iterator[Tensor]:
-        """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W], from `start` on.
-
-        Frames don't depend on where decoding begins, nor on how many devices decode.
-        """
-        t = self.vae_config.strides.t
-        wanted = -(-start // t)  # the latent frame that holds frame `start`
-        decode = decode_latents if self.crew is None else self.crew.decode
-        made = decode(self.parts, latents, wanted, tiles=tiles)
-        for index, video in enumerate(made, wanted):
-            before = 1 + (index - 1) * t if index else 0
-            yield video[:, :, max(0, start - before) :]
-
-    @torch.no_grad()
-    def describe(self, pictures: Sequence[Any]) -> Tensor:
-        """Image features [1, S, D] of the first picture, or of two where the model reads two."""
-        count = 1 if self.dit_config.image_positions is None else 2
-        with self.parts.use("image_encoder") as encoder:
-            seen = [prepare_image(torch.from_numpy(p), encoder.config) for p in pictures[:count]]
-            features = [encoder(pixels.to(self.device, _dtype_of(encoder))) for pixels in seen]
-        return torch.cat(features, dim=1)
-
-
 def to_frames(video: Tensor) -> Tensor:
     """[3, T, H, W] in [-1, 1] as uint8 [T, H, W, 3] on the CPU."""
     scaled = (video.float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
-
-
-def _dtype_of(module: torch.nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype

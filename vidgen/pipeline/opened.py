@@ -1,0 +1,161 @@
+"""A model that is opened: its networks, how they lie in memory, and what each does alone.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W
+pixel rows and columns, S text or image tokens, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+from vidgen.models.dit import DiTConfig
+from vidgen.models.image import prepare_image
+from vidgen.models.text import PromptTokenizer
+from vidgen.models.vae import VAEConfig
+from vidgen.pipeline.crew import Crew, devices_of
+from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.networks import decode_latents, encode_pixels
+from vidgen.pipeline.parts import DTYPES, Parts
+from vidgen.pipeline.plan import Plan, make_plan
+from vidgen.pipeline.policy import Policy
+from vidgen.pipeline.preflight import Asked, first_setup
+from vidgen.pipeline.prompts import PromptEncoder
+from vidgen.pipeline.step_caches import settle_cache
+from vidgen.weights.folder import ModelFolder
+
+if TYPE_CHECKING:
+    from vidgen.core.shapes import Tiles
+    from vidgen.pipeline.estimate import Setup
+    from vidgen.weights.quantize import Quantization
+
+log = logging.getLogger(__name__)
+
+
+class OpenedModel:
+    """A model's networks on a device.
+
+    Args:
+        folder: the model.
+        device: where its networks compute.
+        asked: the offload and dtype that a person chose, if any.
+        quantize: "int8" or None.
+        policy: refuses prompts, or None.
+        crew: other devices that help, or None.
+
+    Raises:
+        ModelError: damaged files, or more than the memory holds.
+    """
+
+    def __init__(
+        self, folder: ModelFolder, device: torch.device, asked: Asked,
+        quantize: Quantization | None = None, policy: Policy | None = None,
+        crew: Crew | None = None,
+    ) -> None:
+        self.folder, self.device, self.policy, self.crew = folder, device, policy, crew
+        self.asked, self.quantize = asked, quantize
+        self.vae_config: VAEConfig = folder.components["vae"].config
+        self.dit_config: DiTConfig = folder.components["transformer"].config
+        self.tokenizer = PromptTokenizer(folder.tokenizer, self.dit_config.text_len)
+        if crew is not None:
+            crew.open(folder, quantize)
+        self._open(first_setup(folder, device, asked, quantize))
+        self.parts.check()
+        if self.offload == "none":  # damaged files are told of now
+            for role in folder.components:
+                with self.parts.use(role):
+                    pass
+
+    def _open(self, setup: Setup) -> None:
+        self.dtype, self.offload = setup.dtype, setup.offload
+        self.parts = Parts(
+            self.folder, self.device, DTYPES[setup.dtype], setup.offload, self.quantize,
+            None if self.crew is None else self.crew.mesh,
+        )
+        self.prompts = PromptEncoder(self.parts, self.tokenizer)
+
+    def adopt(self, setup: Setup) -> None:
+        """Run in another setup from here on; networks that are in memory for this one leave."""
+        if (setup.dtype, setup.offload) != (self.dtype, self.offload):
+            self.parts.close()
+            self._open(setup)
+
+    def close(self) -> None:
+        """Let the networks go, and other devices; this engine can't be used any more."""
+        self.parts.close()
+        if self.crew is not None:
+            self.crew.close()
+
+    def plan(self, request: Request, inputs: Inputs) -> Plan:
+        """Settle all that the request left open; refuse what this model can't do."""
+        own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload,
+               "quantize": self.quantize, **devices_of(self.crew)}
+        for option, value in own.items():
+            asked = getattr(request, option)
+            if option == "model" and asked is not None and self.folder.is_called(asked):
+                continue
+            if asked not in (None, value):
+                raise InputError(f"this engine was loaded with {option} {value!r}, not "
+                                 f"{asked!r}; load another one")
+        plan = make_plan(
+            request, self.folder.defaults, self.vae_config.strides,
+            self.vae_config.latent_channels, patch=self.dit_config.patch_size,
+            picture_size=inputs.picture_size, video_seconds=inputs.video_seconds,
+        )
+        plan = replace(plan, cache=settle_cache(request, self.folder))
+        for name, text in (("prompt", plan.prompt), ("negative", plan.negative)):
+            self._check_words(name, text)
+        return plan
+
+    def _check_words(self, name: str, text: str) -> None:
+        """A model of few words refuses a text it can't read; one of all language cuts it."""
+        count, limit = self.tokenizer.count(text), self.tokenizer.max_length
+        if count > limit and self.tokenizer.words:
+            raise InputError(f"the {name} has {count} tokens; this model reads {limit}: shorten it")
+        for word, near in self.tokenizer.unknown_words(text):
+            hint = f"; near it: {', '.join(near)}" if near else ""
+            log.warning("the model doesn't know the word %r%s", word, hint)
+
+    def encode_texts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(context [B, S, D], lengths [B]) of prompts."""
+        return self.prompts.encode(prompts)
+
+    def encode_video(self, video: Tensor, tiles: Tiles | None = None) -> Tensor:
+        """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32."""
+        return encode_pixels(self.parts, video, tiles)
+
+    @torch.no_grad()
+    def decode_video(
+        self, latents: Tensor, start: int = 0, tiles: Tiles | None = None
+    ) -> Iterator[Tensor]:
+        """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W], from `start` on.
+
+        Frames don't depend on where decoding begins, nor on how many devices decode.
+        """
+        t = self.vae_config.strides.t
+        wanted = -(-start // t)  # the latent frame that holds frame `start`
+        decode = decode_latents if self.crew is None else self.crew.decode
+        made = decode(self.parts, latents, wanted, tiles=tiles)
+        for index, video in enumerate(made, wanted):
+            before = 1 + (index - 1) * t if index else 0
+            yield video[:, :, max(0, start - before) :]
+
+    @torch.no_grad()
+    def describe(self, pictures: Sequence[Any]) -> Tensor:
+        """Image features [1, S, D] of the first picture, or of two where the model reads two."""
+        count = 1 if self.dit_config.image_positions is None else 2
+        with self.parts.use("image_encoder") as encoder:
+            seen = [prepare_image(torch.from_numpy(p), encoder.config) for p in pictures[:count]]
+            features = [encoder(pixels.to(self.device, _dtype_of(encoder))) for pixels in seen]
+        return torch.cat(features, dim=1)
+
+
+def _dtype_of(module: torch.nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
