@@ -10,13 +10,11 @@ from vidgen.core.errors import InputError
 from vidgen.core.shapes import LatentShape, Strides
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import (
-    ConditionMix,
-    Stills,
     denoise_inputs,
     latent_mask,
     new_state,
-    training_conditions,
 )
+from vidgen.diffusion.condition_mix import ConditionMix, Stills, training_conditions
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_euler, sample_unipc

@@ -19,9 +19,8 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -51,13 +50,11 @@ from vidgen.pipeline.job import (
     write_job,
     write_segment,
 )
-from vidgen.pipeline.plan import recorded_tiles
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vidgen.core.request import Request
     from vidgen.media.encode import Samples
 
 log = logging.getLogger(__name__)
@@ -411,46 +408,3 @@ def _as_array(tensor: Tensor) -> Any:
     """A tensor for numpy, which has no bfloat16; float32 holds that exactly."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.itemsize < 4 else tensor).numpy()
-
-
-def recall(request: Request, journals: Sequence[Journal]) -> Request:
-    """Bring back what jobs began with: the seed that was drawn, tiles, the thread count.
-
-    Raises:
-        InputError: a journal is damaged, or its thread count can't be had.
-    """
-    for index, journal in enumerate(journals):
-        recipe = journal.recipe or {}
-        if request.seed is None and "plan" in recipe:
-            request = replace(request, seed=recipe["plan"]["seed"] - index)
-        if request.tiles == "auto" and "plan" in recipe:
-            request = replace(request, tiles=recorded_tiles(recipe["plan"]))
-        threads = recipe.get("machine", {}).get("threads")
-        if threads and journal.unfinished:
-            _use_threads(threads, journal)
-    return request
-
-
-def journals_of(journal: Journal | Sequence[Journal] | None, count: int) -> Sequence[Journal]:
-    """One journal a clip.
-
-    Raises:
-        InputError: another number of them than clips.
-    """
-    if journal is None:
-        return [Journal(None) for _ in range(count)]
-    journals = [journal] if isinstance(journal, Journal) else journal
-    if len(journals) != count:
-        raise InputError(f"{len(journals)} journals for {count} clips; give one for each")
-    return journals
-
-
-def _use_threads(threads: int, journal: Journal) -> None:
-    import torch
-
-    if torch.get_num_threads() == threads:
-        return
-    torch.set_num_threads(threads)
-    if torch.get_num_threads() != threads:
-        raise InputError(f"{journal.folder} began with {threads} threads, which can't be had here")
-    log.warning("%s goes on with %d threads, as it began", journal.output, threads)

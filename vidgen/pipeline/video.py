@@ -40,7 +40,7 @@ from vidgen.pipeline.crew import start_crew
 from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
 from vidgen.pipeline.extend import Sample, long_clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.journal import Journal, journals_of, recall
+from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.networks import denoising
 from vidgen.pipeline.opened import OpenedModel
 from vidgen.pipeline.own_sound import TASK, OwnSound, open_sound
@@ -50,6 +50,7 @@ from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
 from vidgen.pipeline.preflight import Asked, preflight
 from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.pipeline.preview import Glimpses, OnPreview
+from vidgen.pipeline.recall import journals_of, recall
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.soundtrack import make_soundtrack
 from vidgen.pipeline.step_caches import carrying, make_caches

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
-from vidgen.diffusion.condition import ConditionMix, LatentState, Stills, training_conditions
+from vidgen.diffusion.condition import LatentState
+from vidgen.diffusion.condition_mix import ConditionMix, Stills, training_conditions
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.diffusion.sound import SoundState
 from vidgen.models.text import PromptTokenizer

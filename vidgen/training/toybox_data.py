@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vidgen.core.shapes import Strides
-from vidgen.diffusion.condition import Stills
+from vidgen.diffusion.condition_mix import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.toybox.render import Rendered, render
 from vidgen.toybox.scenes import (

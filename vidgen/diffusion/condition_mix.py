@@ -1,0 +1,178 @@
+"""Conditions drawn for training: what is known of each sample of a batch, and how often which.
+
+Axes: B batch, C latent channels, F latent frames, K stills, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import KeyTokens
+from vidgen.core.shapes import Strides
+from vidgen.diffusion.condition import LatentState, keyframe_position, reference_position
+
+
+@dataclass(frozen=True)
+class ConditionMix:
+    """How often training draws each condition; the weights needn't sum to 1.
+
+    Attributes:
+        text: nothing but the caption.
+        first: the first frame.
+        last: the last frame.
+        both: the first and the last frame.
+        frames: a random choice of a sample's stills.
+        prefix: a beginning of up to two thirds of the latent frames.
+        mask: a region kept through the whole clip.
+        reference: a probability of its own: how often a sample that has reference stills gets
+            them, beside whatever else was drawn.
+    """
+
+    text: float = 0.60
+    first: float = 0.15
+    last: float = 0.05
+    both: float = 0.05
+    frames: float = 0.05
+    prefix: float = 0.10
+    mask: float = 0.05
+    reference: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, weight in asdict(self).items():
+            if not 0 <= weight < float("inf"):
+                raise InputError(f"condition {name!r} must have a weight from 0, not {weight}")
+        if self.reference > 1:
+            raise InputError(f"the share of references must lie in 0..1, not {self.reference}")
+
+
+@dataclass(frozen=True)
+class Stills:
+    """Stills of training clips, each encoded alone.
+
+    Attributes:
+        latents: [B, C, K, h, w].
+        frame_index: [B, K] int64: the frame of the clip that it shows, which may lie behind the end
+            of a clip that was cut; -1 - n for reference n.
+    """
+
+    latents: Tensor
+    frame_index: Tensor
+
+
+def training_conditions(
+    latents: Tensor,
+    generator: torch.Generator,
+    mix: ConditionMix,
+    strides: Strides,
+    *,
+    stills: Stills | None = None,
+    patch: int = 1,
+) -> LatentState:
+    """Draw a condition for each sample of a batch.
+
+    Args:
+        latents: the clips', clean, [B, C, F, h, w]; becomes the state's `clean`.
+        generator: a CPU generator.
+        mix: how often which; conditions that need stills or several frames, where there are none,
+            leave their share to the others.
+        strides: the VAE's.
+        stills: what last frames, frames at any time and references are taken from.
+        patch: latents a side of one token.
+
+    Returns:
+        A state for `denoise_inputs`, whose `denoise_mask` says where the loss counts. Its keys hold
+        as many columns as the fullest row needs and are None when no row needs any.
+    """
+    batch, _, num_frames, height, width = latents.shape
+    known = torch.zeros(batch, 1, num_frames, height, width, dtype=torch.bool)
+    frame_index = torch.zeros(batch, 0, dtype=torch.long) if stills is None else stills.frame_index
+    frame_index = frame_index.cpu()
+    used = torch.zeros(frame_index.shape, dtype=torch.bool)
+    several, last_index = num_frames > 1, (num_frames - 1) * strides.t
+    possible = {
+        "text": True,
+        "first": several,
+        "prefix": several,
+        "mask": min(height, width) >= 2 * patch,
+        **dict.fromkeys(("last", "both", "frames"), several and stills is not None),
+    }
+    kinds = _draw_kinds(mix, possible, batch, generator)
+    for row, kind in enumerate(kinds):
+        if kind in {"first", "both"}:
+            known[row, :, :1] = True
+        if kind in {"last", "both"}:
+            used[row] = frame_index[row] == last_index
+        if kind == "frames":
+            inside = (frame_index[row] > 0) & (frame_index[row] <= last_index)
+            used[row] = _draw_subset(inside, generator)
+        if kind == "prefix":
+            longest = max(1, 2 * num_frames // 3)
+            known[row, :, : _draw_int(1, longest, generator)] = True
+        if kind == "mask":
+            region = _draw_region(height // patch, width // patch, generator)
+            known[row] = region.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+    has_reference = torch.rand(batch, 1, generator=generator) < mix.reference
+    used |= (frame_index < 0) & has_reference
+    keys = None if stills is None else _gather_keys(stills.latents, frame_index, used, strides)
+    return LatentState(latents, latents, ~known.to(latents.device), keys)
+
+
+def _draw_kinds(
+    mix: ConditionMix, possible: dict[str, bool], batch: int, generator: torch.Generator
+) -> list[str]:
+    names = list(possible)
+    weights = torch.tensor([float(getattr(mix, name)) * possible[name] for name in names])
+    if not weights.any():
+        return ["text"] * batch
+    drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
+    return [names[i] for i in drawn.tolist()]
+
+
+def _draw_int(low: int, high: int, generator: torch.Generator) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _draw_subset(candidates: Tensor, generator: torch.Generator) -> Tensor:
+    """A random choice among the candidates [K] bool, at least one if there are any."""
+    luck = torch.rand(len(candidates), generator=generator).where(candidates, 1.0)
+    return candidates & ((luck < 0.5) | (luck == luck.min()))
+
+
+def _draw_region(height: int, width: int, generator: torch.Generator) -> Tensor:
+    """[height, width] bool: a box or a half-plane, its inside or its outside; never all or none."""
+    rows, columns = (_draw_int(1, size - 1, generator) for size in (height, width))
+    top, left = (_draw_int(0, n, generator) for n in (height - rows, width - columns))
+    shape = _draw_int(0, 3, generator)
+    if shape == 0:
+        top, rows, left = 0, height, 0
+    elif shape == 1:
+        top, left, columns = 0, 0, width
+    region = torch.zeros(height, width, dtype=torch.bool)
+    region[top : top + rows, left : left + columns] = True
+    return region ^ bool(_draw_int(0, 1, generator))
+
+
+def _gather_keys(
+    latents: Tensor, frame_index: Tensor, used: Tensor, strides: Strides
+) -> KeyTokens | None:
+    """The used stills, moved to the left of their rows."""
+    count = int(used.sum(1).max()) if used.numel() else 0
+    if count == 0:
+        return None
+    order = torch.argsort(used.int(), dim=1, descending=True, stable=True)[:, :count]
+    index = frame_index.gather(1, order)
+    shown = [
+        [keyframe_position(n, strides) if n >= 0 else reference_position(-1 - n) for n in row]
+        for row in index.tolist()
+    ]
+    rows = torch.arange(len(order))[:, None]
+    device = latents.device
+    return KeyTokens(
+        latents=latents.transpose(1, 2)[rows.to(device), order.to(device)].transpose(1, 2),
+        positions=torch.tensor(shown, device=device),
+        valid=used.gather(1, order).to(device),
+    )
