@@ -293,6 +293,8 @@ def limited(model: Path, folder: Path, *tasks: str) -> Path:
     ("lora: none.safetensors", "LoRA none.safetensors does not exist"),
     (f"prompt: {'a red car ' * 300}", "this model reads"),
     ("prompt: x, duration: 3600", None),
+    ("prompt: x, duration: 3000}\n  - {id: b, prompt: x, duration: 700, continue_from: a",
+     "line 3: shot 'b': it lasts 3700 s with the shot that it goes on from"),
 ])
 def test_what_cannot_be_made_is_told_beforehand(tmp_path, tiny_model, capsys, shot, message):
     prompt = "" if "prompt" in shot else "prompt: x, "

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vidgen.core.config import apply_overrides, build, dump, load_yaml
+from vidgen.core.config import ONE, apply_overrides, build, dump, load_yaml
 from vidgen.core.errors import InputError, nearest
 
 
@@ -58,6 +58,35 @@ flag: true
     )
     assert build(Outer, dump(outer)) == outer
     assert isinstance(outer.pair[1], float)
+
+
+@dataclass(frozen=True)
+class Point:
+    SHORT = "x"
+
+    x: int
+    y: int = 0
+
+    def __post_init__(self):
+        if self.x < 0:
+            raise InputError(f"x is {self.x}")
+
+
+@dataclass(frozen=True)
+class Line:
+    points: tuple[Point, ...] = field(default=(), metadata=ONE)
+    end: Path | Point = Path()
+
+
+def test_short_forms_stand_for_the_whole(tmp_path):
+    assert build(Line, {"points": 3}) == Line((Point(3),))
+    assert build(Line, {"points": [3, {"x": 4, "y": 5}]}) == Line((Point(3), Point(4, 5)))
+    assert build(Line, {"points": {"x": 1}, "end": {"x": 2}}) == Line((Point(1),), Point(2))
+    assert build(Line, {"end": "a.png"}) == Line((), Path("a.png"))
+    with pytest.raises(InputError, match=r"run.yaml, line 1: end, line 2: unknown key 'z'"):
+        build(Line, read(tmp_path, "end:\n  {x: 1, z: 2}\n"), "run.yaml")
+    with pytest.raises(InputError, match=r"run.yaml, line 1: points\[1\], line 3: x is -4"):
+        build(Line, read(tmp_path, "points:\n - 3\n - x: -4\n"), "run.yaml")
 
 
 def test_an_unknown_key_names_file_line_and_nearest_key(tmp_path):

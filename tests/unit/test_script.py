@@ -248,6 +248,24 @@ def test_any_text_is_read_or_refused_in_words(tmp_path_factory, text):
         assert str(folder) in told
 
 
+@given(st.sampled_from([".yaml", ".json", ".csv"]), st.data())
+@settings(max_examples=80, deadline=None)
+def test_a_damaged_script_is_read_or_refused_in_words(tmp_path_factory, suffix, data):
+    texts = {".yaml": FILM, ".csv": "id,prompt,duration\none,a red car,2\ntwo,a cat,1.5\n",
+             ".json": json.dumps({"version": 1, "shots": [{"prompt": "a cat", "seed": 3}]})}
+    text = texts[suffix]
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(len(text), start + 12)))
+    pieces = st.text(alphabet="{}[]:,-&*!|>%@\"'#\n\t 0aé~", max_size=6)
+    folder = tmp_path_factory.mktemp("damaged")
+    told = str(folder)
+    try:
+        read(folder, text[:start] + data.draw(pieces) + text[end:], f"film{suffix}")
+    except InputError as error:
+        told = str(error)
+    assert str(folder) in told
+
+
 def test_ten_thousand_shots_are_read_in_seconds(tmp_path):
     lines = "".join(
         f"  - id: s{n}\n    prompt: a red car drives through scene {n}\n    duration: 2\n"

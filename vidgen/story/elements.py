@@ -242,6 +242,7 @@ class Scene:
         title: for people, and for title cards.
         place: id of a place, which `{place}` in its shots' prompts stands for.
         style: added to its shots' prompts, before the film's.
+        match_colour: whether its shots are brought near each other's colours.
     """
 
     SHORT: ClassVar[str] = "title"
@@ -249,6 +250,7 @@ class Scene:
     title: str | None = None
     place: str | None = None
     style: str | None = None
+    match_colour: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +283,39 @@ class Defaults:
 
 
 @dataclass(frozen=True, slots=True)
+class Finish:
+    """How shots become one film.
+
+    Attributes:
+        codec: h264, h265, vp9, prores or ffv1; default that of the film's suffix.
+        fit: what is done to shots of another aspect: cut what sticks out, or keep all in a frame.
+        rate: what is done to shots of another rate: repeat and drop frames, or follow the flow.
+        match_colour: whether shots of a scene are brought near each other's colours.
+        captions: as a track of the file, burnt into the picture, or in files beside it alone.
+        titles: whether the film's and the scenes' titles are burnt in.
+        font: for what is burnt in, a TrueType or OpenType file; default Pillow's own.
+        loudness: of the whole film, in LUFS.
+        ending: how the film ends: a cut, fade-black or fade-white.
+    """
+
+    codec: str | None = None
+    fit: Literal["crop", "pad"] = "crop"
+    rate: Literal["repeat", "flow"] = "repeat"
+    match_colour: bool = True
+    captions: Literal["track", "burn", "beside"] = "track"
+    titles: bool = False
+    font: Path | None = None
+    loudness: float = -16.0
+    ending: Transition = field(default_factory=Transition)
+
+    def __post_init__(self) -> None:
+        check_within("loudness", self.loudness, -40, -5)
+        if self.ending.type not in ("cut", "fade-black", "fade-white"):
+            raise InputError(f"ending is {self.ending.type!r}, which needs a shot behind it; give "
+                             "cut, fade-black or fade-white")
+
+
+@dataclass(frozen=True, slots=True)
 class Project:
     """What holds for the whole film.
 
@@ -293,6 +328,7 @@ class Project:
         model: name, folder or hub id.
         dtype: fp32, bf16 or fp16; default the machine's best.
         defaults: what shots take that don't say it themselves.
+        finish: how shots become one film.
     """
 
     title: str | None = None
@@ -303,6 +339,7 @@ class Project:
     model: str = "toybox"
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     defaults: Defaults = field(default_factory=Defaults)
+    finish: Finish = field(default_factory=Finish)
 
 
 def check_text(name: str, text: str) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LONGEST_S = 3600
 ADDRESS_VERSION = 1
 """Of how addresses and files are made; another one makes every shot anew."""
 DRAFT_ASPECT = 0.1
@@ -162,6 +163,11 @@ class _Planner:
         """A shot whose needs are planned."""
         total = self._num_frames(shot)
         lengths = self._parts(shot, total)
+        before = self.film.shots[shot.continue_from].num_frames if shot.continue_from else 0
+        seconds = float((before + total) / self.film.fps)
+        if seconds > LONGEST_S:
+            raise InputError(f"it lasts {seconds:g} s with the shot that it goes on from; make it "
+                             f"shorter, of {LONGEST_S} s at most for both")
         first_seed = self._seed(shot)
         count = 1 if self.film.draft else self.film.script.option(shot, "takes") or 1
         takes = [self._take(shot, first_seed + n, lengths) for n in range(count)]

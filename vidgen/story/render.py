@@ -50,7 +50,8 @@ class RenderedShot:
     """A shot that is there.
 
     Attributes:
-        shot: as it is written, with all that the picture doesn't show yet.
+        shot: as it is written, with the film's transition where it has none of its own, and with
+            all that the picture doesn't show yet.
         path: its file, without sound.
         num_frames: of it.
         fps: its rate.
@@ -143,7 +144,8 @@ class Store:
         data = {
             "version": INDEX_VERSION, "script": str(film.script.path),
             "title": film.script.project.title, "fps": str(film.fps), "size": list(film.size),
-            "scenes": dump(film.script.scenes), "shots": [each.as_data() for each in rendered],
+            "characters": dump(film.script.characters), "scenes": dump(film.script.scenes),
+            "shots": [each.as_data() for each in rendered],
         }
         atomic_write(self.folder / INDEX, json.dumps(data, indent=1).encode())
         return self.folder / INDEX
@@ -256,9 +258,10 @@ class Renderer:
             scores.append(score_take(take.seed, path, _findings(path), prompts, self.judge))
         choice = best_take(scores)
         self.store.keep_choice(plan, choice)
+        best = next(take for take in choice["takes"] if take["seed"] == choice["seed"])
         self.tell({"event": "note", "shot": plan.shot.id,
                    "text": f"shot {plan.shot.id}: of {len(scores)} takes that of seed "
-                           f"{choice['seed']} is kept: {choice['why']}"})
+                           f"{choice['seed']} is kept: {'; '.join(best['reasons'])}"})
 
     def _rendered(self, plan: ShotPlan, *, made: bool) -> RenderedShot:
         take = self.store.take(plan)
@@ -267,11 +270,12 @@ class Renderer:
             with suppress(OSError):
                 remove_job(job_folder(path))
         findings = tuple(_findings(path))
-        for finding in findings if made else ():
+        for finding in findings if made and len(plan.takes) == 1 else ():
             self.tell({"event": "note", "text": f"shot {plan.shot.id}: {finding.text}",
                        "shot": plan.shot.id})
+        shot = replace(plan.shot, transition=self.film.script.option(plan.shot, "transition"))
         return RenderedShot(
-            plan.shot, path, plan.num_frames, self.film.fps, self.film.size, take.seed, findings,
+            shot, path, plan.num_frames, self.film.fps, self.film.size, take.seed, findings,
             self.store.choice(plan) if len(plan.takes) > 1 else None, made,
         )
 
