@@ -31,6 +31,7 @@ from vidgen.media.provenance import marks_of, stamped, tags
 from vidgen.media.read import VideoReader, read_recipe
 from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.stills import RECIPE_KEY
+from vidgen.media.subtitles import TextTrack
 from vidgen.media.write import CONTAINERS, ClipInfo, check_format, recipe_text, write_clip
 
 if TYPE_CHECKING:
@@ -53,6 +54,39 @@ class _Picture:
     pixel_format: str | None
     rate: Fraction | None
     parameters: bytes | None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Frames of a file from `first` up to `last`; both lie where key frames or the ends are."""
+
+    path: Path
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A part of a film by name, from when to when in seconds."""
+
+    title: str
+    start_s: float
+    end_s: float
+
+
+def key_frames(path: str | os.PathLike[str]) -> list[int]:
+    """Numbers of the frames of a film file at which packets can be parted, in order.
+
+    Raises:
+        InputError: it can't be read, or its frames lie at uneven times.
+    """
+    reason = why_not_joined([path])
+    if reason is not None:
+        raise InputError(f"its packets can't be parted: {reason}")
+    with av.open(os.fspath(path)) as source:
+        stream = source.streams.video[0]
+        rate = cast("Fraction", stream.average_rate)
+        return sorted(_place(each, rate) for each in _packets(stream) if each.is_keyframe)
 
 
 def why_not_joined(paths: Sequence[str | os.PathLike[str]]) -> str | None:
@@ -106,30 +140,38 @@ def _place(packet: Packet[VideoStream], rate: Fraction) -> int:
 
 
 def join_files(
-    paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str],
+    paths: Sequence[str | os.PathLike[str] | Stretch], output: str | os.PathLike[str],
     sound: SoundTrack | None = None, recipe: dict[str, Any] | None = None,
+    texts: TextTrack | None = None, chapters: Sequence[Chapter] = (),
 ) -> Path:
     """Write files one after the other into one.
 
     Args:
-        paths: files that `why_not_joined` finds nothing against; their own sound is left out.
+        paths: files that `why_not_joined` finds nothing against, or stretches of such; their own
+            sound is left out.
         output: replaced if it exists; it appears when it is whole.
         sound: of all of them together.
         recipe: of the whole; None: the last one's metadata with its recipe.
+        texts: a track of texts.
+        chapters: in order, each beginning where the one before ends.
 
     Raises:
         OutputError: it can't be written or the disk is full.
     """
     target = Path(output)
     kind = CONTAINERS[target.suffix.lower()]
+    tracks: list[SoundTrack | TextTrack] = [each for each in (sound, texts) if each is not None]
+    last = paths[-1].path if isinstance(paths[-1], Stretch) else paths[-1]
     with atomic_path(target) as temporary:
         try:
             options = dict(kind.options)
             own = None if recipe is None else stamped(recipe)
             with av.open(str(temporary), "w", format=kind.muxer, options=options) as container:
-                container.metadata.update(_tags(paths[-1], own))
-                _copy(paths, container, sound)
-            recipe = read_recipe(paths[-1]) if own is None else own
+                container.metadata.update(_tags(last, own))
+                if chapters:
+                    container.set_chapters([_chapter(*each) for each in enumerate(chapters, 1)])
+                _copy(paths, container, tracks)
+            recipe = read_recipe(last) if own is None else own
             if recipe is not None:
                 suffix = target.suffix.lower()
                 seal(temporary, suffix, stamped(recipe), Signing.from_environment())
@@ -146,41 +188,50 @@ def _tags(last: str | os.PathLike[str], recipe: dict[str, Any] | None) -> dict[s
         return {k: v for k, v in source.metadata.items() if k.lower() not in _OWN_TAGS}
 
 
+def _chapter(number: int, chapter: Chapter) -> dict[str, Any]:
+    start, end = (round(1000 * time) for time in (chapter.start_s, chapter.end_s))
+    return {"id": number, "start": start, "end": end, "time_base": Fraction(1, 1000),
+            "metadata": {"title": chapter.title}}
+
+
 def _copy(
-    paths: Sequence[str | os.PathLike[str]], container: Any, sound: SoundTrack | None
+    paths: Sequence[str | os.PathLike[str] | Stretch], container: Any,
+    tracks: Sequence[SoundTrack | TextTrack],
 ) -> None:
     """Copy the packets, with one file open at a time: there may be more than the system allows."""
+    stretches = [p if isinstance(p, Stretch) else Stretch(Path(p), 0, 1 << 62) for p in paths]
     delay = 0
-    for path in paths:
+    for path in {each.path: None for each in stretches}:
         with av.open(os.fspath(path)) as source:
             stream = source.streams.video[0]
             assert stream.average_rate is not None
             delay = max(delay, _delay(stream, stream.average_rate))
     picture, start = None, 0
-    for path in paths:
-        with av.open(os.fspath(path)) as source:
+    for each in stretches:
+        with av.open(os.fspath(each.path)) as source:
             stream = source.streams.video[0]
             rate = stream.average_rate
             assert rate is not None
             if picture is None:
                 picture = container.add_stream_from_template(stream)
                 picture.time_base = 1 / rate
-                if sound:
-                    sound.begin(container)
+                for track in tracks:
+                    track.begin(container)
             count = 0
             for packet in source.demux(stream):
-                if packet.dts is None:
+                if packet.dts is None or not each.first <= _place(packet, rate) < each.last:
                     continue
-                packet.pts, packet.dts = start + _place(packet, rate), start + count - delay
+                packet.pts = start + _place(packet, rate) - each.first
+                packet.dts = start + count - delay
                 packet.time_base, packet.duration = 1 / rate, 1
                 packet.stream = picture
-                if sound:
-                    sound.advance(float(packet.dts / rate))
+                for track in tracks:
+                    track.advance(float(packet.dts / rate))
                 container.mux(packet)
                 count += 1
             start += count
-    if sound:
-        sound.finish()
+    for track in tracks:
+        track.finish()
 
 
 def _delay(stream: VideoStream, rate: Fraction) -> int:

@@ -94,6 +94,7 @@ class ClipInfo:
         recipe: JSON data that goes into the file's metadata, or None.
         stride_t: frames per latent frame, by which segments are cut.
         loudness: level in LUFS that the written sound is brought to; None leaves it as it is.
+        picture: how frames are encoded in a film's file; None: as its suffix has it.
     """
 
     fps: Fraction
@@ -104,6 +105,7 @@ class ClipInfo:
     recipe: dict[str, Any] | None = None
     stride_t: int = 1
     loudness: float | None = None
+    picture: PictureSettings | None = None
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:
@@ -286,8 +288,9 @@ def _write_container(
     store: SegmentStore | None, watch: Watch | None, chunks: Iterator[Frames],
 ) -> None:
     kind = CONTAINERS[suffix]
-    picture = kind.picture.fitting(info.size)
-    if picture != kind.picture:
+    wanted = info.picture or kind.picture
+    picture = wanted.fitting(info.size)
+    if picture != wanted:
         log.warning("%s: the odd size is stored in 4:4:4, which few players know", path)
     first_segment = SEGMENT - (info.stride_t - 1)
     with atomic_path(path) as temporary, Spool(path.parent) as spool:

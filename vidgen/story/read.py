@@ -63,6 +63,10 @@ def check_script(script: Script) -> None:
         if scene.place is not None and scene.place not in script.places:
             raise InputError(f"{script.path}: scene {name!r} plays in the unknown place "
                              f"{scene.place!r}; {nearest(scene.place, script.places)}")
+    font = script.project.finish.font
+    if font is not None and not script.file(font).is_file():
+        raise InputError(f"{script.path}: font {str(font)!r} does not exist in "
+                         f"{script.path.parent.resolve()}; correct the name")
     files: set[Path] = set()
     for shot in script.shots:
         _check_names(script, shot)

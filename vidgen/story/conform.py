@@ -1,0 +1,158 @@
+"""A shot's frames at the film's rate and size.
+
+Rate: film frame n, whose middle is at (n + 1/2) / fps, shows the frame that the shot shows then, so
+frames are repeated or dropped evenly and nothing drifts; or, by flow, frames between are made by
+libavfilter's motion-compensated interpolation. Size: Lanczos, with crop or pad, never stretched.
+
+Axes: H W rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+
+from vidgen.core.errors import InputError
+from vidgen.media.encode import Frames
+from vidgen.media.read import VideoReader, fit
+
+
+@dataclass(frozen=True)
+class Source:
+    """A shot's file and what is made of it.
+
+    Attributes:
+        path: of the file.
+        source_fps: its rate.
+        source_frames: how many it has.
+        fps: the film's rate.
+        num_frames: of the film in which it is seen.
+        size: (width, height) of the film.
+        fit: crop or pad where the aspect differs.
+        rate: repeat or flow where the rate differs.
+        table: uint8 [3, 256], by which each channel's values are replaced; or None.
+    """
+
+    path: Path
+    source_fps: Fraction
+    source_frames: int
+    fps: Fraction
+    num_frames: int
+    size: tuple[int, int]
+    fit: Literal["crop", "pad"] = "crop"
+    rate: Literal["repeat", "flow"] = "repeat"
+    table: Frames | None = None
+
+    def frames(self) -> Iterator[Frames]:
+        """`num_frames` frames uint8 [H, W, 3]; one frame is held at a time.
+
+        Raises:
+            InputError: the file ends too early, or is damaged.
+        """
+        width, height = self.size
+        at_rate = self._repeated if self.rate == "repeat" or self._is_at_rate else self._flowing
+        for frame in at_rate():
+            fitted = fit(frame, height, width, self.fit)
+            yield fitted if self.table is None else recoloured(fitted, self.table)
+
+    @property
+    def _is_at_rate(self) -> bool:
+        return self.source_fps == self.fps
+
+    def _read(self) -> Iterator[Frames]:
+        """The file's frames, of which there must be as many as it had."""
+        count = 0
+        with VideoReader(self.path) as reader:
+            for frame in reader:
+                count += 1
+                yield frame
+        if count < self.source_frames:
+            raise InputError(f"{self.path} ends behind frame {count} of {self.source_frames}: it "
+                             "was changed or damaged; remove it and render it again")
+
+    def _repeated(self) -> Iterator[Frames]:
+        step, last = self.source_fps / self.fps, self.source_frames - 1
+        with closing(self._read()) as source:
+            at, frame = -1, None
+            for number in range(self.num_frames):
+                wanted = min(int((number + Fraction(1, 2)) * step), last)
+                while at < wanted:
+                    frame, at = next(source), at + 1
+                assert frame is not None
+                yield frame
+
+    def _flowing(self) -> Iterator[Frames]:
+        made = 0
+        frame = None
+        for frame in _interpolated(self._read(), self.source_fps, self.fps):
+            if made == self.num_frames:
+                return
+            yield frame
+            made += 1
+        while made < self.num_frames:  # behind the last there is nothing to go towards
+            assert frame is not None
+            yield frame
+            made += 1
+
+
+def recoloured(frame: Frames, table: Frames) -> Frames:
+    """A frame uint8 [H, W, 3] with each channel's values replaced by a table uint8 [3, 256]."""
+    made = np.empty_like(frame)
+    for channel in range(3):
+        np.take(table[channel], frame[..., channel], out=made[..., channel])
+    return made
+
+
+def _interpolated(frames: Iterator[Frames], rate: Fraction, fps: Fraction) -> Iterator[Frames]:
+    """Frames of another rate, by libavfilter's `minterpolate` with its defaults."""
+    graph: av.filter.Graph | None = None
+    last = None
+    number = -1
+    for number, frame in enumerate(frames):
+        last = frame
+        graph = graph or _flow_graph(frame, rate, fps)
+        _push(graph, frame, number, rate)
+        yield from _pulled(graph)
+    if graph is not None and last is not None:
+        for extra in (1, 2):  # the filter makes nothing behind the last frame but one
+            _push(graph, last, number + extra, rate)
+        graph.push(None)
+        yield from _pulled(graph)
+
+
+def _flow_graph(frame: Frames, rate: Fraction, fps: Fraction) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    graph.threads = 1
+    height, width = frame.shape[:2]
+    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / rate)
+    chain = [
+        source, graph.add("format", "pix_fmts=yuv444p"),
+        graph.add("minterpolate", f"fps={fps}:mi_mode=mci:scd=none"),
+        graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink"),
+    ]
+    for before, after in pairwise(chain):
+        before.link_to(after)
+    graph.configure()
+    return graph
+
+
+def _push(graph: av.filter.Graph, frame: Frames, number: int, rate: Fraction) -> None:
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+    picture.pts, picture.time_base = number, 1 / rate
+    graph.push(picture)
+
+
+def _pulled(graph: av.filter.Graph) -> Iterator[Frames]:
+    while True:
+        try:
+            yield graph.pull().to_ndarray()
+        except (BlockingIOError, EOFError):
+            return

@@ -1,0 +1,195 @@
+"""Where every shot lies in the film, in whole frames by exact fractions.
+
+The ideal times are sums of the shots' lengths less the transitions', as fractions of a second; each
+is rounded by itself, never a sum of what was rounded. So every cut, and the whole film, lies within
+half a frame of its ideal time, however many shots there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from typing import Protocol
+
+from vidgen.core.errors import InputError
+from vidgen.story.elements import Transition
+from vidgen.story.script import Script, Shot
+
+CUT = Transition()
+
+
+class Measured(Protocol):
+    """A shot and how long it is: as it is planned, or as it was rendered."""
+
+    @property
+    def shot(self) -> Shot:
+        """As it is written."""
+        ...
+
+    @property
+    def num_frames(self) -> int:
+        """Of it, at its own rate."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A shot in the film.
+
+    Attributes:
+        shot: as it is written.
+        start: frame of the film at which it is first seen, as part of a transition or not.
+        num_frames: of the film in which it is seen.
+        overlap: how many of these, at its beginning, it shares with the shot before.
+        transition: how it follows that.
+    """
+
+    shot: Shot
+    start: int
+    num_frames: int
+    overlap: int
+    transition: Transition
+
+    @property
+    def end(self) -> int:
+        """The frame behind its last."""
+        return self.start + self.num_frames
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Frames `first` up to `last` of the film: of one shot, or of two on their way.
+
+    Attributes:
+        first: frame of the film.
+        last: the frame behind.
+        shots: places in the timeline of the shots seen; the second takes over from the first.
+        kind: of the transition; "cut" for a shot alone.
+    """
+
+    first: int
+    last: int
+    shots: tuple[int, ...]
+    kind: str = "cut"
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """All shots of a film, in order.
+
+    Attributes:
+        fps: exact frame rate.
+        shots: where they lie.
+        opening: frames in which the film comes up out of a colour.
+        ending: frames in which it goes into one.
+        ending_kind: "fade-black" or "fade-white".
+        ideal_s: exact length, which that in frames is next to.
+    """
+
+    fps: Fraction
+    shots: tuple[Placed, ...]
+    opening: int
+    ending: int
+    ending_kind: str
+    ideal_s: Fraction
+
+    @property
+    def num_frames(self) -> int:
+        """Of the whole film."""
+        return self.shots[-1].end
+
+    def seconds(self, frame: int) -> float:
+        """When a frame of the film is shown."""
+        return float(frame / self.fps)
+
+    def sections(self) -> Iterator[Section]:
+        """The film from its beginning to its end."""
+        last = len(self.shots) - 1
+        for index, placed in enumerate(self.shots):
+            begin = placed.start + placed.overlap
+            end = placed.end - (self.ending if index == last else self.shots[index + 1].overlap)
+            if placed.overlap:
+                kind = placed.transition.type
+                yield Section(placed.start, begin, (index - 1, index), kind)
+            elif index == 0 and self.opening:
+                begin += self.opening
+                yield Section(0, begin, (0,), f"{placed.transition.type}-in")
+            if begin < end:
+                yield Section(begin, end, (index,))
+            if index == last and self.ending:
+                yield Section(end, placed.end, (index,), f"{self.ending_kind}-out")
+
+
+def lay_out(script: Script, shots: Sequence[Measured], rates: Sequence[Fraction],
+            fps: Fraction) -> Timeline:
+    """Place shots in a film.
+
+    Args:
+        script: whose transitions and ending count.
+        shots: those that are shown, in order.
+        rates: each one's own frame rate.
+        fps: the film's.
+
+    Raises:
+        InputError: a transition that is longer than the shots have frames for, or a shot shorter
+            than a frame of the film.
+    """
+    placed: list[Placed] = []
+    end = Fraction(0)  # ideal, of the shots so far, in frames of the film
+    for each, rate in zip(shots, rates, strict=True):
+        how = _transition(script, each.shot, is_first=not placed)
+        length = each.num_frames / rate * fps
+        start = end - (_seconds(how) * fps if placed else 0)
+        if placed and start < placed[-1].start:
+            raise _too_long(script, each.shot, how, placed[-1].num_frames / fps)
+        first, behind = _nearest(start), _nearest(start + length)
+        if first == behind:
+            raise InputError(f"{script.where(each.shot)} is shown for no frame at {fps} fps: it "
+                             f"lasts {float(length / fps):g} s; make it longer")
+        overlap = placed[-1].end - first if placed else 0
+        placed.append(Placed(each.shot, first, behind - first, overlap, how))
+        end = start + length
+    ending = script.project.finish.ending
+    made = Timeline(
+        fps, tuple(placed), _nearest(_seconds(placed[0].transition) * fps),
+        _nearest(_seconds(ending) * fps), ending.type, end / fps,
+    )
+    _check_room(script, made)
+    return made
+
+
+def _transition(script: Script, shot: Shot, *, is_first: bool) -> Transition:
+    """How a shot follows the one before; the first can only come up out of a colour."""
+    how = script.option(shot, "transition") or CUT
+    return CUT if is_first and how.type not in ("fade-black", "fade-white") else how
+
+
+def _seconds(how: Transition) -> Fraction:
+    """A transition's length, exactly as it was written."""
+    return Fraction(0) if how.type == "cut" else Fraction(str(how.duration))
+
+
+def _nearest(value: Fraction) -> int:
+    return floor(value + Fraction(1, 2))
+
+
+def _check_room(script: Script, timeline: Timeline) -> None:
+    """Every shot must have frames for the transitions at both of its ends."""
+    shots, last = timeline.shots, len(timeline.shots) - 1
+    for index, placed in enumerate(shots):
+        before = placed.overlap if index else timeline.opening
+        behind = timeline.ending if index == last else shots[index + 1].overlap
+        if before + behind > placed.num_frames:
+            raise InputError(
+                f"{script.where(placed.shot)} has {placed.num_frames} frames, fewer than the "
+                f"transitions at its beginning ({before}) and end ({behind}) take; shorten them by "
+                f"{float((before + behind - placed.num_frames) / timeline.fps):.3f} s, or make the "
+                "shot longer"
+            )
+
+
+def _too_long(script: Script, shot: Shot, how: Transition, have: Fraction) -> InputError:
+    return InputError(f"{script.where(shot)}: {how.type} of {how.duration:g} s is longer than the "
+                      f"shot before, which lasts {float(have):g} s; shorten it")
