@@ -34,8 +34,8 @@ from torch import Tensor
 
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
+from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, mean_interval
-from vidgen.evaluation.toybox import ScoreLog
 from vidgen.media.sheet import contact_sheet
 from vidgen.pipeline.extend import COLOUR_HOLD, OVERLAP, LongClip, window_size
 from vidgen.pipeline.inputs import Inputs

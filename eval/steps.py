@@ -34,8 +34,8 @@ from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.evaluation.generation import generate_batch
 from vidgen.evaluation.judging import TASKS, grade
+from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import paired_interval
-from vidgen.evaluation.toybox import ScoreLog
 from vidgen.media.likeness import psnr, ssim
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS

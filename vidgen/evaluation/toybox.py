@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import fingerprint
 from vidgen.evaluation.generation import generate_batch, round_trip
 from vidgen.evaluation.judging import answers, grade, judge_renders
+from vidgen.evaluation.score_log import ScoreLog
 from vidgen.media.quality import psnr
 from vidgen.media.sheet import contact_sheet
 from vidgen.pipeline.inputs import Inputs
@@ -116,29 +117,6 @@ class Item:
     scene: Scene
     prompt: str
     seed: int
-
-
-class ScoreLog:
-    """Scores by content address, one JSON line each, safe against being killed at any moment."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.scores = path, dict[str, dict[str, Any]]()
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a run that was killed while writing it
-            self.scores[entry["key"]] = entry["scores"]
-
-    def add(self, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
-        """Append scores and have them on disk."""
-        with self.path.open("a+b") as file:
-            if file.tell() and not self.path.read_bytes().endswith(b"\n"):
-                file.write(b"\n")
-            for key, scores in entries:
-                self.scores[key] = scores
-                file.write(json.dumps({"key": key, "scores": scores}).encode() + b"\n")
-            file.flush()
 
 
 class ToyboxRun:

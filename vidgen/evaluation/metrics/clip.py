@@ -1,0 +1,263 @@
+"""All measures of one clip, in one pass over its frames and at constant memory.
+
+Only `cotracker` needs all frames at once, and keeps them.
+
+Axes: T frames, H W rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vidgen.evaluation.metrics.appearance import color_feature, gradient_feature, sharpness
+from vidgen.evaluation.metrics.flow import FlowEstimator, check_flow_size
+from vidgen.evaluation.metrics.motion import (
+    MOVING_SIDES,
+    Figures,
+    MotionMeter,
+    SampledMotion,
+    Smoothness,
+    interpolate,
+)
+from vidgen.evaluation.metrics.registry import PROXY
+from vidgen.evaluation.metrics.vbench import (
+    DYNAMIC_TOP,
+    STATIC_TOP,
+    Consistency,
+    camera_motions,
+    camera_target,
+    is_static,
+    normalise,
+    stillness,
+    top_speed,
+)
+from vidgen.media.cells import Looker
+from vidgen.media.encode import Frames
+from vidgen.media.read import fit
+from vidgen.media.trackers import STILL, Drifts
+
+if TYPE_CHECKING:
+    from vidgen.evaluation.metrics.networks import Networks
+
+MEASURES_VERSION = 1
+_STEADY = ("subject_consistency", "background_consistency", "motion_smoothness")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of one clip.
+
+    Attributes:
+        figures: by measure; None where it couldn't be taken.
+        histograms: motion histograms [K, 16] of its segments of 16 frames.
+        num_frames: how many frames it has.
+        dynamic: whether it passes the motion gate.
+        camera: what the camera did, by the stand-in.
+    """
+
+    figures: Figures
+    histograms: list[list[float]]
+    num_frames: int
+    dynamic: bool
+    camera: list[str]
+
+
+class _Plain:
+    """What needs neither flow nor network: neighbours, sharpness, colours, repeats, first frame."""
+
+    def __init__(self, fps: float, height: int, width: int) -> None:
+        self._looker, self._drifts = Looker(height, width), Drifts(fps)
+        self._before: Frames | None = None
+        self.changes: list[float] = []
+        self._sharpness: list[float] = []
+        self._repeats = 0
+
+    def feed(self, frame: Frames, working: Frames) -> None:
+        look = self._looker.look(frame)
+        self._drifts.feed(len(self._sharpness), look.color)
+        self._sharpness.append(sharpness(working))
+        if self._before is not None and look.moved is not None:
+            change = np.subtract(frame, self._before, dtype=np.float32)
+            self.changes.append(float(np.abs(change).mean(dtype=np.float64)))
+            self._repeats += float(look.moved.max()) < STILL
+        self._before = frame
+
+    def figures(self) -> Figures:
+        self._drifts.finish()
+        worst = self._drifts.worst
+        fifth = max(1, len(self._sharpness) // 5)
+        ends = [fmean(part) + 1.0 for part in (self._sharpness[:fifth], self._sharpness[-fifth:])]
+        return {
+            "sharpness_drift": abs(float(np.log2(ends[1] / ends[0]))),
+            "color_drift": None if worst is None else 100 * worst.most,
+            "frozen_share": 100 * self._repeats / max(1, len(self.changes)),
+        }
+
+
+class _Originals:
+    """VBench's dimensions by its own networks, as far as these are there."""
+
+    def __init__(self, networks: Networks, fps: float, image: Frames | None) -> None:
+        self._networks = networks
+        self._features = {
+            name: Consistency(None if image is None else feature(image))
+            for name in ("dino", "clip", "dreamsim")
+            if name in networks and (feature := getattr(networks, name))
+        }
+        self._moves = SampledMotion(
+            lambda a, b: top_speed(networks.raft(a, b), DYNAMIC_TOP), fps
+        ) if "raft" in networks else None  # fmt: skip
+        self._smooth = Smoothness(networks.amt) if "amt" in networks else None
+        self._speeds: list[float] = []
+        self._first: Frames | None = None
+        self._before: Frames | None = None
+        self._all: list[Frames] = []
+
+    def feed(self, frame: Frames) -> None:
+        for name, consistency in self._features.items():
+            consistency.feed(getattr(self._networks, name)(frame))
+        if self._moves:
+            self._moves.feed(frame)
+            if self._before is not None:
+                self._speeds.append(self._static_speed(self._before, frame))
+        if self._smooth:
+            self._smooth.feed(frame)
+        if "cotracker" in self._networks:
+            self._all.append(frame)
+        self._first = frame if self._first is None else self._first
+        self._before = frame
+
+    def _static_speed(self, one: Frames, other: Frames) -> float:
+        return top_speed(self._networks.raft(one, other), STATIC_TOP)
+
+    def figures(self, changes: list[float], target: str | None) -> Figures:
+        found: Figures = {}
+        kinds = {"dino": "subject", "clip": "background"}
+        for name, consistency in self._features.items():
+            if name in kinds:
+                found[f"{kinds[name]}_consistency"] = consistency.score
+            if name in ("dino", "dreamsim"):
+                found["i2v_subject" if name == "dino" else "i2v_background"] = (
+                    consistency.image_score
+                )
+        if self._moves and self._first is not None and self._before is not None:
+            found["dynamic_degree"] = self._moves.score
+            pair = (self._first, self._before)
+            ends = [self._static_speed(*way) for way in (pair, pair[::-1])]
+            static = is_static(self._speeds, ends, min(self._first.shape[:2]))
+            found["temporal_flickering"] = stillness(changes) if static else None
+        if self._smooth:
+            found["motion_smoothness"] = self._smooth.score
+        if self._all and target is not None:
+            tracks = self._networks.cotracker(np.stack(self._all))
+            short = min(self._all[0].shape[:2])
+            found["camera_motion"] = float(target in camera_motions(tracks[0], tracks[-1], short))
+        return found
+
+
+def measure_clip(
+    frames: Iterable[Frames], fps: Fraction, *, image: Frames | None = None, prompt: str = "",
+    networks: Networks | None = None,
+) -> Measured:
+    """Take all measures of a clip.
+
+    Args:
+        frames: uint8 [H, W, 3] each, of one size.
+        fps: frames a second.
+        image: [H, W, 3] that the clip was to begin with; brought to its size.
+        prompt: by which the camera's motion is judged, where it says so.
+        networks: those of the original dimensions, or None.
+
+    Returns:
+        Figures by name, see `registry.MEASURES`. Of a single frame there are none.
+
+    Raises:
+        InputError: no OpenCV, or a side under 16 pixels.
+    """
+    flows, rate = FlowEstimator(), float(fps)
+    parts: _Parts | None = None
+    for frame in frames:
+        if parts is None:
+            check_flow_size(*frame.shape[:2])
+            given = None if image is None else fit(image, *frame.shape[:2])
+            parts = _Parts(flows, rate, frame, given, networks)
+        parts.feed(frame)
+    if parts is None or parts.num_frames < 2:
+        return Measured({}, [], 0 if parts is None else 1, False, [])
+    return parts.measured(camera_target(prompt))
+
+
+class _Parts:
+    """The meters of one clip, side by side."""
+
+    def __init__(
+        self, flows: FlowEstimator, rate: float, first: Frames, image: Frames | None,
+        networks: Networks | None,
+    ) -> None:  # fmt: skip
+        self._flows, self.num_frames = flows, 0
+        self._plain = _Plain(rate, *first.shape[:2])
+        self._motion = MotionMeter(flows, rate)
+        self._moves = SampledMotion(self._speed, rate)
+        self._smooth = Smoothness(partial(interpolate, flows))
+        small = None if image is None else flows.working(image)
+        features: dict[str, Callable[[Frames], Any]] = {
+            "subject": gradient_feature, "background": color_feature,
+        }  # fmt: skip
+        self._features = [
+            (kind, feature, Consistency(None if small is None else feature(small)))
+            for kind, feature in features.items()
+        ]
+        self._originals = _Originals(networks, rate, image) if networks else None
+        self._mismatch = None if image is None else float(
+            np.abs(np.subtract(image, first, dtype=np.float32)).mean(dtype=np.float64)
+        )  # fmt: skip
+
+    def _speed(self, one: Frames, other: Frames) -> float:
+        return top_speed(self._flows.flow(self._flows.grey(one), self._flows.grey(other)),
+                         DYNAMIC_TOP)  # fmt: skip
+
+    def feed(self, frame: Frames) -> None:
+        """Go on with a frame."""
+        working = self._flows.working(frame)
+        self._plain.feed(frame, working)
+        self._motion.feed(working)
+        self._moves.feed(working)
+        self._smooth.feed(working)
+        for _, feature, consistency in self._features:
+            consistency.feed(feature(working))
+        if self._originals:
+            self._originals.feed(frame)
+        self.num_frames += 1
+
+    def measured(self, target: str | None) -> Measured:
+        """Put the meters' figures together."""
+        stand_ins: Figures = {}
+        for kind, _, consistency in self._features:
+            stand_ins[f"{kind}_consistency"] = consistency.score
+            stand_ins[f"i2v_{kind}"] = consistency.image_score
+        changes = self._plain.changes
+        stand_ins["temporal_flickering"] = stillness(changes) if self._motion.static else None
+        stand_ins["motion_smoothness"] = self._smooth.score
+        stand_ins["dynamic_degree"] = self._moves.score
+        camera = self._motion.camera
+        stand_ins["camera_motion"] = None if target is None else float(target in camera)
+        speed = self._motion.speed or 0.0
+        dynamic = speed >= MOVING_SIDES
+        steady = [normalise(n, value) for n in _STEADY if (value := stand_ins[n]) is not None]
+        figures: Figures = {
+            **(self._originals.figures(changes, target) if self._originals else {}),
+            **{PROXY + name: value for name, value in stand_ins.items()},
+            "steadiness": fmean(steady) if dynamic else 0.0,
+            **self._motion.figures(), **self._plain.figures(),
+            "first_frame_error": self._mismatch,
+        }  # fmt: skip
+        return Measured(
+            figures, self._motion.tracks.histograms, self.num_frames, dynamic, camera
+        )

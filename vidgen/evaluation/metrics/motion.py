@@ -1,0 +1,224 @@
+"""Meters of what changes from frame to frame; each is fed all frames of a clip in order.
+
+Axes: T frames, H W rows and columns of the working picture (short side 256 at most).
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vidgen.evaluation.metrics.appearance import colors_at
+from vidgen.evaluation.metrics.flow import (
+    Flow,
+    FlowEstimator,
+    Mask,
+    occluded,
+    sample_flow,
+    warp_error,
+)
+from vidgen.evaluation.metrics.tracks import DISTANCES, Tracks
+from vidgen.evaluation.metrics.vbench import (
+    CAMERA_GRID,
+    DYNAMIC_TOP,
+    STATIC_TOP,
+    camera_motions,
+    is_dynamic,
+    is_static,
+    sampling_step,
+    stillness,
+    top_speed,
+)
+from vidgen.media.encode import Frames
+
+Figures: TypeAlias = dict[str, float | None]
+UNMOVED_PIXELS, UNMOVED_SHARE = 0.5, 0.01
+MOVING_SIDES = 0.05
+"""Short sides a second that the fastest twentieth of a clip has to make on average to count as
+moving: 13 pixels of 256. A still clip with H.264's noise stays below 0.005, Toybox's slowest
+motions are above 0.1."""
+
+
+class MotionMeter:
+    """Neighbours: warp error, flicker where nothing moves, tracks, jumps, the motion gate.
+
+    Args:
+        estimator: of the flow.
+        fps: frames a second.
+    """
+
+    def __init__(self, estimator: FlowEstimator, fps: float) -> None:
+        self._flows, self._fps = estimator, fps
+        self._frames: list[Frames] = []  # the last two
+        self._grey: NDArray[np.uint8]
+        self._first: NDArray[np.uint8]
+        self._flow: Flow | None = None  # between the last two
+        self._errors: list[float] = []
+        self._flickers: list[float] = []
+        self._hidden: list[float] = []
+        self._residues: list[float] = []
+        self._speeds: list[float] = []
+        self._static_speeds: list[float] = []
+        self.tracks: Tracks
+        self._grid: NDArray[np.float64]
+
+    def feed(self, frame: Frames) -> None:
+        """Go on with a frame, uint8 [H, W, 3]."""
+        grey = self._flows.grey(frame)
+        if not self._frames:
+            height, width = grey.shape
+            self._first = grey
+            self.tracks = Tracks(height, width, colors_at)
+            self.tracks.begin(frame)
+            self._begin_grid(height, width)
+        else:
+            self._measure(frame, grey)
+        self._grey, self._frames = grey, [*self._frames[-1:], frame]
+
+    def _begin_grid(self, height: int, width: int) -> None:
+        """The points by which the camera is told, a 20th of the side away from the edges."""
+        xs = np.linspace(0.05 * width, 0.95 * width, CAMERA_GRID)
+        ys = np.linspace(0.05 * height, 0.95 * height, CAMERA_GRID)
+        self._grid = np.stack(np.meshgrid(xs, ys), axis=-1)
+        self._grid_home = self._grid.copy()
+
+    def _measure(self, frame: Frames, grey: NDArray[np.uint8]) -> None:
+        before = self._frames[-1]
+        flow, back = self._flows.flow(self._grey, grey), self._flows.flow(grey, self._grey)
+        hidden = occluded(flow, self._flows.warp(back, flow))
+        fetched = self._flows.warp(frame, flow)
+        error = warp_error(before, fetched, hidden)
+        if error is not None:
+            self._errors.append(error)
+        self._hidden.append(float(hidden.mean()))
+        self._residues.append(_mean_change(fetched, before))
+        self._speeds.append(top_speed(np.where(hidden[..., None], 0, flow), DYNAMIC_TOP))
+        self._static_speeds.append(top_speed(flow, STATIC_TOP))
+        if self._flow is not None:
+            self._add_flicker(frame, self._flow, flow)
+        self.tracks.advance(frame, flow, hidden)
+        shape = self._grid.shape
+        self._grid = self._grid + sample_flow(flow, self._grid.reshape(-1, 2)).reshape(shape)
+        self._flow = flow
+
+    def _add_flicker(self, frame: Frames, came: Flow, goes: Flow) -> None:
+        unmoved: Mask = (np.hypot(*np.moveaxis(came, -1, 0)) < UNMOVED_PIXELS) & (
+            np.hypot(*np.moveaxis(goes, -1, 0)) < UNMOVED_PIXELS
+        )
+        if unmoved.mean() < UNMOVED_SHARE:
+            return
+        one, middle, other = (
+            picture[unmoved].astype(np.float32) for picture in (*self._frames, frame)
+        )
+        self._flickers.append(float(np.abs(middle - (one + other) / 2).mean(dtype=np.float64)))
+
+    @property
+    def speed(self) -> float | None:
+        """Mean over pairs of the fastest twentieth's speed, in short sides a second."""
+        if not self._speeds:
+            return None
+        return float(np.mean(self._speeds)) / min(self._grey.shape) * self._fps
+
+    @property
+    def static(self) -> bool:
+        """Whether the clip passes the static filter, by this flow."""
+        pair = (self._first, self._grey)
+        ends = [top_speed(self._flows.flow(*way), STATIC_TOP) for way in (pair, pair[::-1])]
+        return is_static(self._static_speeds, ends, min(self._grey.shape))
+
+    @property
+    def camera(self) -> list[str]:
+        """What the camera did, by VBench's rules on points that the flow carries."""
+        return camera_motions(self._grid_home, self._grid, min(self._grey.shape))
+
+    def figures(self) -> Figures:
+        """All that was measured; None of what the clip is too short or too restless for."""
+        drifts = self.tracks.identity_drift
+        usual = float(np.median(self._residues))
+        rest = self._residues[1:]
+        return {
+            "motion_speed": self.speed,
+            "warp_error": 1e4 * float(np.mean(self._errors)) if self._errors else None,
+            "flicker": float(np.mean(self._flickers)) if self._flickers else None,
+            "track_jerk": self.tracks.jerk,
+            **{f"identity_drift_{d}": drifts[d] for d in DISTANCES},
+            "pops": 100 * (max(self._hidden) - float(np.median(self._hidden))),
+            "seam": max(self._residues) - usual,
+            "first_step": self._residues[0] / max(float(np.median(rest)), 0.1) if rest else None,
+        }
+
+
+class SampledMotion:
+    """Frames at about 8 a second, and whether they move much.
+
+    Args:
+        speed_between: speed from one frame [H, W, 3] to another: `top_speed` of a flow.
+        fps: frames a second.
+    """
+
+    def __init__(self, speed_between: Any, fps: float) -> None:
+        self._speed_between, self._step = speed_between, sampling_step(fps)
+        self._index, self._before = 0, None
+        self._speeds: list[float] = []
+        self._short = 0
+
+    def feed(self, frame: Frames) -> None:
+        """Go on with a frame, uint8 [H, W, 3]."""
+        if self._index % self._step == 0:
+            if self._before is not None:
+                self._speeds.append(self._speed_between(self._before, frame))
+            self._before, self._short = frame, min(frame.shape[:2])
+        self._index += 1
+
+    @property
+    def score(self) -> float | None:
+        """1 if the clip is dynamic, 0 if not; None where there is no pair."""
+        return float(is_dynamic(self._speeds, self._short)) if self._speeds else None
+
+
+class Smoothness:
+    """How well odd frames follow from the even ones beside them.
+
+    Args:
+        between: makes the frame [H, W, 3] between two.
+    """
+
+    def __init__(self, between: Any) -> None:
+        self._between, self._index = between, 0
+        self._even: Frames | None = None
+        self._odd: Frames | None = None
+        self._changes: list[float] = []
+
+    def feed(self, frame: Frames) -> None:
+        """Go on with a frame, uint8 [H, W, 3]."""
+        if self._index % 2:
+            self._odd = frame
+        else:
+            if self._even is not None and self._odd is not None:
+                self._changes.append(_mean_change(self._between(self._even, frame), self._odd))
+            self._even = frame
+        self._index += 1
+
+    @property
+    def score(self) -> float | None:
+        """(255 - mean absolute difference) / 255; None of under three frames."""
+        return stillness(self._changes)
+
+
+def interpolate(estimator: FlowEstimator, one: Frames, other: Frames) -> Frames:
+    """The frame [H, W, 3] between two: both carried half the way along the flow, and mixed."""
+    grey, grey_other = estimator.grey(one), estimator.grey(other)
+    flow, back = estimator.flow(grey, grey_other), estimator.flow(grey_other, grey)
+    halves = [
+        estimator.warp(one, -flow / 2).astype(np.float32),
+        estimator.warp(other, -back / 2).astype(np.float32),
+    ]
+    middle: Frames = ((halves[0] + halves[1]) / 2).round().astype(np.uint8)
+    return middle
+
+
+def _mean_change(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """Mean absolute difference of two pictures, in levels."""
+    return float(np.abs(np.subtract(one, other, dtype=np.float32)).mean(dtype=np.float64))

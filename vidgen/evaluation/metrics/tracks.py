@@ -1,0 +1,158 @@
+"""Points carried along by the flow: how smoothly they move, and whether they stay what they are.
+
+Axes: N points, A angles, K segments, d distances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vidgen.evaluation.metrics.flow import Flow, Mask, Points, sample_flow
+
+GRID = 20
+SEGMENT = 16
+ANGLES = 8
+DISTANCES = (1, 2, 4, 8, 16)
+TOP_SHARE = 0.1
+HISTOGRAM_WIDTH = 2 * ANGLES
+
+
+class Tracks:
+    """A grid of 20x20 points that follow the flow; lost ones begin anew where they came from.
+
+    Feed the first frame by `begin`, each later one by `advance`. What is kept is bounded: the last
+    17 looks of each point, and for each segment of 16 frames one histogram.
+
+    Args:
+        height: rows of the frames.
+        width: their columns.
+        colors_at: reads colours [N, 3] (0 to 255) off a frame at points [N, 2] (x, y).
+    """
+
+    def __init__(
+        self, height: int, width: int, colors_at: Callable[[Any, Points], NDArray[np.float32]]
+    ) -> None:
+        self._size, self._short = (width, height), min(height, width)
+        xs = (np.arange(GRID) + 0.5) * width / GRID - 0.5
+        ys = (np.arange(GRID) + 0.5) * height / GRID - 0.5
+        self._home: Points = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
+        self._colors_at = colors_at
+        self._places: deque[Points] = deque(maxlen=4)  # for third differences
+        self._looks: deque[NDArray[np.float32]] = deque(maxlen=max(DISTANCES) + 1)
+        self._age = np.zeros(len(self._home), dtype=np.int64)
+        self._jerks: list[float] = []
+        self._changes: dict[int, list[float]] = {distance: [] for distance in DISTANCES}
+        self._velocity = np.zeros(ANGLES)
+        self._acceleration = np.zeros(ANGLES)
+        self._in_segment = 0
+        self.histograms: list[list[float]] = []
+
+    def begin(self, frame: Any) -> None:
+        """Place the points on the first frame."""
+        self._places.append(self._home.copy())
+        self._looks.append(self._colors_at(frame, self._home))
+
+    def advance(self, frame: Any, flow: Flow, hidden: Mask) -> None:
+        """Follow a flow to the next frame.
+
+        Args:
+            frame: the next one.
+            flow: to it, [H, W, 2] in pixels.
+            hidden: [H, W] pixels of the frame before that it doesn't show.
+        """
+        before = self._places[-1]
+        place = before + sample_flow(flow, before)
+        limit = np.array(self._size) - 1
+        column, row = np.clip(np.rint(before).astype(int), 0, limit).T
+        lost = hidden[row, column] | ((place < 0) | (place > limit)).any(axis=1)
+        self._age = np.where(lost, 0, self._age + 1)
+        place[lost] = self._home[lost]
+        self._places.append(place)
+        self._looks.append(self._colors_at(frame, place))
+        self._measure()
+
+    def _measure(self) -> None:
+        places = list(self._places)
+        fresh = self._age >= 1
+        way = (places[-1] - places[-2])[fresh]
+        _vote(self._velocity, way, self._short)
+        if len(places) >= 3 and (old := self._age >= 2).any():
+            turn = (places[-1] - 2 * places[-2] + places[-3])[old]
+            _vote(self._acceleration, turn, self._short)
+        if len(places) == 4 and (old := self._age >= 3).any():
+            jerk = (places[3] - 3 * places[2] + 3 * places[1] - places[0])[old]
+            self._jerks.append(float(np.hypot(*jerk.T).mean()) / self._short)
+        for distance in DISTANCES:
+            known = self._age >= distance
+            if len(self._looks) > distance and known.any():
+                change = np.abs(self._looks[-1] - self._looks[-1 - distance])[known].mean(axis=1)
+                self._changes[distance].append(_mean_of_top(change))
+        self._in_segment += 1
+        if self._in_segment == SEGMENT - 1:
+            self._end_segment()
+
+    def _end_segment(self) -> None:
+        both = np.concatenate([self._velocity, self._acceleration]) / (self._in_segment or 1)
+        self.histograms.append([float(value) for value in both])
+        self._velocity[:], self._acceleration[:], self._in_segment = 0, 0, 0
+
+    @property
+    def jerk(self) -> float | None:
+        """Mean length of the points' third differences, in % of the short side a frame cubed."""
+        return 100 * float(np.mean(self._jerks)) if self._jerks else None
+
+    @property
+    def identity_drift(self) -> dict[int, float | None]:
+        """How a point's colour changes over 1, 2, 4, 8 and 16 frames: mean levels, worst tenth."""
+        return {d: float(np.mean(rows)) if rows else None for d, rows in self._changes.items()}
+
+
+def _mean_of_top(values: NDArray[np.floating[Any]]) -> float:
+    count = max(1, math.ceil(values.size * TOP_SHARE))
+    return float(np.partition(values, values.size - count)[-count:].mean(dtype=np.float64))
+
+
+def _vote(histogram: NDArray[np.float64], vectors: Points, short_side: int) -> None:
+    """Add vectors [N, 2] to a histogram of angles, each by its length (Liu et al. 2024, FVMD)."""
+    if not len(vectors):
+        return
+    lengths = np.hypot(vectors[:, 0], vectors[:, 1]) / short_side * 100
+    turns = np.arctan2(vectors[:, 1], vectors[:, 0]) / (2 * np.pi) * ANGLES
+    bins = np.rint(turns).astype(int) % ANGLES
+    histogram += np.bincount(bins, lengths, ANGLES) / len(vectors)
+
+
+def frechet_distance(
+    ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]
+) -> float | None:
+    """Distance of two sets of motion histograms as of Gaussians (Dowson and Landau 1982).
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^.5 C2 C1^.5)^.5)
+
+    Args:
+        ones: [K, 16], one row a segment.
+        others: [K', 16].
+
+    Returns:
+        The distance, or None where a set has no more rows than a row has values.
+    """
+    a, b = np.asarray(ones, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    if min(len(a), len(b)) <= HISTOGRAM_WIDTH:
+        return None
+    one, other = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = _square_root(one)
+    cross = np.trace(_square_root(root @ other @ root))
+    between = float(np.square(a.mean(0) - b.mean(0)).sum())
+    return max(0.0, between + float(np.trace(one) + np.trace(other) - 2 * cross))
+
+
+def _square_root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    root: NDArray[np.float64] = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    return root

@@ -1,0 +1,209 @@
+"""VBench's temporal dimensions as formulas on features, flows and pictures (Huang et al. 2024).
+
+Constants and steps are those of the published package. Nothing here knows a network: what is fed in
+may come from the networks of the original or from stand-ins.
+
+Axes: T frames, P pairs of frames, D width of a feature, H W rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Feature = NDArray[np.floating[Any]]
+
+#: dimension -> (least, most) by which a score is normalised.
+RANGES: dict[str, tuple[float, float]] = {
+    "subject_consistency": (0.1462, 1.0),
+    "background_consistency": (0.2615, 1.0),
+    "temporal_flickering": (0.6293, 1.0),
+    "motion_smoothness": (0.706, 0.9975),
+    "dynamic_degree": (0.0, 1.0),
+    "i2v_subject": (0.1462, 1.0),
+    "i2v_background": (0.2615, 1.0),
+    "camera_motion": (0.0, 1.0),
+}
+#: dimension -> its weight among the five that make the temporal subtotal.
+WEIGHTS = {
+    "subject_consistency": 1.0, "background_consistency": 1.0, "temporal_flickering": 1.0,
+    "motion_smoothness": 1.0, "dynamic_degree": 0.5,
+}  # fmt: skip
+DYNAMIC_TOP, DYNAMIC_PIXELS, DYNAMIC_FPS = 0.05, 6.0, 8
+STATIC_TOP, STATIC_PIXELS = 0.02, 3.0
+CAMERA_SHARE, CAMERA_GRID = 0.005, 10
+CAMERA_PHRASES = {
+    "camera pans left": "pan_left", "camera pans right": "pan_right",
+    "camera tilts up": "tilt_up", "camera tilts down": "tilt_down",
+    "camera zooms in": "zoom_in", "camera zooms out": "zoom_out", "camera static": "static",
+}  # fmt: skip
+_OPPOSITE_EDGES = {  # how two opposite edges moved -> what the camera did
+    ("left", "left"): "pan_right", ("right", "right"): "pan_left",
+    ("down", "down"): "tilt_up", ("up", "up"): "tilt_down", ("static", "static"): "static",
+}  # fmt: skip
+_ROWS = {("up", "down"): "zoom_in", ("down", "up"): "zoom_out"}
+_COLUMNS = {("left", "right"): "zoom_in", ("right", "left"): "zoom_out"}
+
+
+def likeness(one: Feature, other: Feature) -> float:
+    """Cosine of two features [D], not below 0; 0 where one of them is all zeros."""
+    a, b = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return max(0.0, float(a @ b) / scale) if scale else 0.0
+
+
+@dataclass
+class Consistency:
+    """Features of a clip in order: how like the first and the one before they are.
+
+    Args:
+        image: feature of the picture the clip was to begin with, or None.
+    """
+
+    image: Feature | None = None
+    _first: Feature | None = None
+    _before: Feature | None = None
+    _sums: list[float] = field(default_factory=list)
+    _neighbours: list[float] = field(default_factory=list)
+    _nearest: float = 0.0
+
+    def feed(self, feature: Feature) -> None:
+        """Go on with a frame's feature [D]."""
+        if self.image is not None:
+            self._nearest = max(self._nearest, likeness(self.image, feature))
+        if self._first is None or self._before is None:
+            self._first = feature
+        else:
+            near = likeness(self._before, feature)
+            self._neighbours.append(near)
+            self._sums.append((near + likeness(self._first, feature)) / 2)
+        self._before = feature
+
+    @property
+    def score(self) -> float | None:
+        """Mean over frames of (cos to the one before + cos to the first) / 2; None of one frame."""
+        return float(np.mean(self._sums)) if self._sums else None
+
+    @property
+    def image_score(self) -> float | None:
+        """0.4 x best likeness to the image + 0.3 x mean + 0.3 x least of neighbours (VBench-I2V)."""
+        if self.image is None or not self._neighbours:
+            return None
+        least, mean = min(self._neighbours), float(np.mean(self._neighbours))
+        return 0.4 * self._nearest + 0.3 * mean + 0.3 * least
+
+
+def stillness(differences: Iterable[float]) -> float | None:
+    """(255 - mean) / 255 of mean absolute differences in levels; None without any.
+
+    Of neighbours it is temporal flickering, of interpolated and real frames motion smoothness.
+    """
+    known = list(differences)
+    return (255.0 - float(np.mean(known))) / 255.0 if known else None
+
+
+def top_speed(flow: NDArray[np.float32], share: float) -> float:
+    """Mean length of the longest `share` of the vectors of a flow [H, W, 2], in its pixels."""
+    lengths = np.hypot(flow[..., 0], flow[..., 1]).ravel()
+    count = int(lengths.size * share)
+    if count == 0:
+        return 0.0
+    return float(np.partition(lengths, lengths.size - count)[-count:].mean(dtype=np.float64))
+
+
+def sampling_step(fps: float) -> int:
+    """Every how many frames dynamic degree looks, so that there are about 8 looks a second."""
+    return max(1, round(fps / DYNAMIC_FPS))
+
+
+def is_dynamic(speeds: Sequence[float], short_side: int) -> bool:
+    """Whether a clip moves: enough pairs exceed 6 pixels of 256.
+
+    Args:
+        speeds: `top_speed(flow, DYNAMIC_TOP)` of each pair of the frames looked at.
+        short_side: of the flow's picture, in pixels.
+    """
+    limit = DYNAMIC_PIXELS * short_side / 256
+    needed = round(4 * (len(speeds) + 1) / 16)
+    # one pair has to move even where the count is rounded to none
+    return sum(speed > limit for speed in speeds) >= max(1, needed)
+
+
+def is_static(speeds: Sequence[float], ends: Sequence[float], short_side: int) -> bool:
+    """VBench's static filter, which says whose flickering is to be measured.
+
+    Args:
+        speeds: `top_speed(flow, STATIC_TOP)` of each pair of neighbours.
+        ends: the same from the first frame to the last and back.
+        short_side: of the flow's picture, in pixels.
+    """
+    limit = STATIC_PIXELS * short_side / 256
+    allowed = round(2 * (len(speeds) + 1) / 16)
+    few = sum(speed > limit for speed in speeds) <= allowed
+    return few and all(speed <= limit * allowed * 2 for speed in ends)
+
+
+def camera_target(prompt: str) -> str | None:
+    """What the camera is to do by the prompt, or None where it doesn't say."""
+    found = (kind for phrase, kind in CAMERA_PHRASES.items() if phrase in prompt)
+    return next(found, None)
+
+
+def camera_motions(
+    first: NDArray[np.floating[Any]], last: NDArray[np.floating[Any]], short_side: int
+) -> list[str]:
+    """What the camera did, by the points in the middle of the four edges of a grid.
+
+    Args:
+        first: [10, 10, 2] tracked points (x, y) in the first frame, in pixels.
+        last: the same points in the last frame.
+        short_side: of the picture, in pixels.
+
+    Returns:
+        One or more of the values of `CAMERA_PHRASES`, sorted, or ["None"].
+    """
+    middle, end = CAMERA_GRID // 2, CAMERA_GRID - 1
+    way = last.astype(np.int64) - first.astype(np.int64)
+    limit = CAMERA_SHARE * short_side
+    edges = ((0, middle), (end, middle), (middle, 0), (middle, end))
+    top, down, left, right = (_directions(way[at], limit) for at in edges)
+    found = {(_OPPOSITE_EDGES | _ROWS).get((a, b)) for a in top for b in down}
+    found |= {(_OPPOSITE_EDGES | _COLUMNS).get((a, b)) for a in left for b in right}
+    known = {kind for kind in found if kind is not None}
+    if len(known) > 1:
+        known.discard("static")
+    return sorted(known) or ["None"]
+
+
+def _directions(way: NDArray[np.int64], limit: float) -> list[str]:
+    found = []
+    if abs(way[0]) > limit:
+        found.append("right" if way[0] > 0 else "left")
+    if abs(way[1]) > limit:
+        found.append("down" if way[1] > 0 else "up")
+    return found or ["static"]
+
+
+def normalise(dimension: str, value: float) -> float:
+    """A score by VBench's least and most of its dimension; not clipped, as there."""
+    least, most = RANGES[dimension]
+    return (value - least) / (most - least)
+
+
+def temporal_subtotal(scores: Mapping[str, float | None]) -> float | None:
+    """Weighted mean of the five normalised temporal dimensions; None if one of them is missing.
+
+    It is no VBench total: pictures' quality and meaning have no part in it.
+    """
+    total = 0.0
+    for name, weight in WEIGHTS.items():
+        value = scores.get(name)
+        if value is None:
+            return None
+        total += weight * normalise(name, value)
+    return total / sum(WEIGHTS.values())
