@@ -354,6 +354,28 @@ def test_wrong_commands_are_told(tmp_path, tiny_model, capsys, monkeypatch, word
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.yaml", "hidden.yaml"]
 
 
+def test_a_check_tells_time_memory_and_strange_words(tmp_path, tiny_model):
+    (tmp_path / "list.txt").write_text("a red car bounces\na lighthouse\n")
+    told = vidgen("script", tmp_path / "list.txt", "--check", "--model", tiny_model)
+    assert told["film"]["shots"] == 2
+    assert told["film"]["rendered"] == 0
+    assert told["film"]["seconds"] == sum(shot["seconds"] for shot in told["shots"]) > 0
+    assert told["film"]["peak_bytes"] == max(shot["peak_bytes"] for shot in told["shots"]) > 1e6
+    assert any("'lighthouse'" in note for note in told["notes"])
+    assert not any("'car'" in note for note in told["notes"])
+
+
+def test_what_does_not_fit_is_refused_before_the_first_shot(tmp_path, tiny_model, capsys):
+    script = tmp_path / "film.yaml"
+    script.write_text("project: {size: 8192x8192}\nshots: [{id: a, prompt: x, duration: 60}]")
+    for words in ([], ["--check"]):
+        assert main(["script", str(script), "-o", str(tmp_path / "film.mp4"), *words, "--tiles",
+                     "none", "--model", str(tiny_model)]) == 2
+        told = capsys.readouterr().err
+        assert "film.yaml, line 2: shot 'a': a clip of" in told
+        assert "are free" in told
+
+
 def test_init_writes_an_example_that_is_a_script(tmp_path):
     path = tmp_path / "mine.yaml"
     assert vidgen("script", "--init", path) == {"path": str(path)}

@@ -36,6 +36,14 @@ def test_the_share_rises_from_0_to_1(one_by_one):
     assert (shares[0], shares[-1]) == (0, 1)
 
 
+def test_clips_of_their_own_estimates_have_their_own_shares():
+    short = SimpleNamespace(measured=True, stages=[
+        SimpleNamespace(name=name, seconds=seconds / 10) for name, seconds in STAGES.items()])
+    clock = Clock([estimated(), short], 2, one_by_one=True, now=Hand())
+    assert clock("prompt", 0, 1)["eta_s"] == 120 + 12
+    assert clock("prompt", 0, 1, 2) == {"fraction": round(120 / 132, 4), "eta_s": 12}
+
+
 def test_what_is_left_is_as_estimated_until_it_is_measured():
     hand = Hand()
     clock = Clock(estimated(), now=hand)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -83,15 +83,16 @@ class Report:
             self._advance(stage, event["done"], event["total"], event.get("eta_s"))
 
     def expect(
-        self, made: Estimate, *, num_clips: int = 1, done: Collection[int] = (),
-        one_by_one: bool = False,
+        self, made: Estimate | Sequence[Estimate], *, num_clips: int = 1,
+        done: Collection[int] = (), one_by_one: bool = False,
     ) -> None:
         """Tell from here on what share is done and how long the rest takes; see `Clock`."""
         from vidgen.pipeline.eta import Clock
 
         self._clock = Clock(made, num_clips, done=done, one_by_one=one_by_one)
-        if made.choice:
-            self({"event": "note", "text": made.choice})
+        each = made if isinstance(made, Sequence) else [made]
+        for choice in dict.fromkeys(one.choice for one in each if one.choice):
+            self({"event": "note", "text": choice})
 
     def save(
         self, clip: Clip, path: str, number: tuple[int, int] = (1, 1), *, overwrite: bool

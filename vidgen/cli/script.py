@@ -15,7 +15,7 @@ from vidgen.core.errors import InputError, VidgenError
 
 if TYPE_CHECKING:
     from vidgen.pipeline.estimate import Estimate
-    from vidgen.story.film import FilmPlan, ShotPlan
+    from vidgen.story.film import FilmPlan, ShotPlan, Take
     from vidgen.story.render import RenderedShot, Store
     from vidgen.story.script import Script
 
@@ -133,13 +133,14 @@ def _render(
     store: Store, plans: Sequence[ShotPlan], args: Namespace, report: Report
 ) -> list[RenderedShot]:
     """Render what isn't there; on a stop say how to go on."""
-    from functools import partial
-
     from vidgen.pipeline.video import Engine, load
     from vidgen.story.render import Renderer
 
     film = store.film
-    todo = sum(len(store.missing(plan)) for plan in plans)
+    parts = [(plan, *part) for plan in plans for part in store.missing(plan)]
+    if parts:
+        made = _estimates(film, parts, args)[0]
+        report.expect(made, num_clips=len(parts), one_by_one=True)
 
     def engine() -> Any:
         dtype = film.loading["dtype"]
@@ -148,13 +149,12 @@ def _render(
         assert isinstance(made, Engine)
         return made
 
-    expect = partial(report.expect, num_clips=max(todo, 1), one_by_one=True)
-    renderer = Renderer(store, engine, report, expect, overwrite=args.overwrite)
+    renderer = Renderer(store, engine, report, overwrite=args.overwrite)
     shots: list[RenderedShot] = []
     try:
         shots.extend(renderer.render(plans))
     except BaseException as error:
-        if not isinstance(error, VidgenError) or error.exit_code not in (2,):
+        if not isinstance(error, VidgenError) or error.exit_code != 2:
             report({"event": "note", "text": f"{len(shots)} of {len(plans)} shots are there; the "
                     "same command goes on"})
         raise
@@ -163,6 +163,20 @@ def _render(
             renderer.engine.close()
     store.write_index(shots)
     return shots
+
+
+def _estimates(
+    film: FilmPlan, parts: Sequence[tuple[ShotPlan, Take, int]], args: Namespace
+) -> tuple[list[Estimate], int | None]:
+    """What each part takes on this machine, and the bytes that are free."""
+    from vidgen.core.runtime import available_memory, choose_device
+    from vidgen.pipeline.parts import best_dtype
+    from vidgen.story.plan import estimates
+
+    device = choose_device()
+    have, dtype = available_memory(device), film.loading["dtype"] or best_dtype(device)
+    offload = None if args.offload == "auto" else args.offload
+    return list(estimates(film, parts, device, have, dtype, offload)), have
 
 
 def _join(
@@ -203,29 +217,32 @@ def _tell_plan(
     film: FilmPlan, plans: Sequence[ShotPlan], store: Store, args: Namespace, report: Report
 ) -> int:
     """What each shot takes, and which are there."""
-    from vidgen.core.runtime import available_memory, choose_device
     from vidgen.pipeline.estimate import size_text
-    from vidgen.pipeline.parts import best_dtype
-    from vidgen.story.plan import estimates
+    from vidgen.story.plan import unknown_words
 
-    device = choose_device()
-    have, dtype = available_memory(device), film.loading["dtype"] or best_dtype(device)
-    offload = None if args.offload == "auto" else args.offload
-    rows: list[dict[str, Any]] = []
-    choices: dict[str, None] = {}
-    for plan, made in zip(plans, estimates(film, plans, device, have, dtype, offload), strict=True):
-        rows.append(_row(plan, made, store))
-        choices |= {made.choice: None} if made.choice else {}
-    left = [row for row in rows if not row["rendered"]]
+    missing = [store.missing(plan) for plan in plans]
+    # what is there already is counted as if it weren't, for the memory that it took
+    parts = [(plan, *part) for plan, left in zip(plans, missing, strict=True)
+             for part in left or [(plan.takes[0], 0)]]
+    made, have = _estimates(film, parts, args)
+    told, rows = iter(made), list[dict[str, Any]]()
+    for plan, left in zip(plans, missing, strict=True):
+        own = [next(told) for _ in range(max(len(left), 1))]
+        rows.append(_row(plan, own, store, len(left)))
+    notes = dict.fromkeys(one.choice for one in made if one.choice)
+    for word, near in unknown_words(film, plans):
+        known = f"; near it: {', '.join(near)}" if near else ""
+        notes[f"the model doesn't know the word {word!r}{known}"] = None
+    undone = [row for row in rows if not row["rendered"]]
     whole: dict[str, Any] = {
-        "shots": len(rows), "rendered": len(rows) - len(left),
+        "shots": len(rows), "rendered": len(rows) - len(undone),
         "measured": all(row["measured"] for row in rows),
         "duration_s": sum(row["duration_s"] for row in rows if row["in_film"]),
-        "seconds": sum(row["seconds"] for row in left),
+        "seconds": sum(row["seconds"] for row in undone),
         "peak_bytes": max((row["peak_bytes"] for row in rows), default=0),
     }
     data = {"film": whole, "fps": str(film.fps), "size": list(film.size),
-            "model": film.folder.name, "available_bytes": have, "shots": rows}
+            "model": film.folder.name, "available_bytes": have, "notes": [*notes], "shots": rows}
     lines = [
         "{id:<24} {duration_s:>7.2f} s {num_frames:>5} frames {takes:>3} takes  {told}".format(
             **row, told="there" if row["rendered"] else
@@ -240,21 +257,20 @@ def _tell_plan(
     )
     if not whole["measured"]:
         lines.append("the times are an ordinary machine's; vidgen plan PROMPT measures this one")
-    report.result(data, "\n".join([*lines, *choices]))
+    report.result(data, "\n".join([*lines, *notes]))
     return 0
 
 
-def _row(plan: ShotPlan, made: Estimate, store: Store) -> dict[str, Any]:
+def _row(plan: ShotPlan, made: Sequence[Estimate], store: Store, left: int) -> dict[str, Any]:
     """A shot's line of the plan; `seconds` are those of what is left to render."""
-    loading_s = sum(stage.seconds for stage in made.stages if stage.name == "load")
-    left = len(store.missing(plan))
+    seconds = sum(s.seconds for one in made for s in one.stages if s.name != "load")
     return {
         "id": plan.shot.id, "num_frames": plan.num_frames,
         "duration_s": float(plan.num_frames / store.film.fps), "takes": len(plan.takes),
         "seed": plan.takes[0].seed, "address": plan.key, "needs": list(plan.shot.needs),
         "in_film": plan.shot.in_film, "rendered": store.is_done(plan), "parts_left": left,
-        "seconds": (made.total_s - loading_s) * left, "peak_bytes": made.peak_bytes,
-        "measured": made.measured,
+        "seconds": seconds if left else 0.0, "peak_bytes": max(one.peak_bytes for one in made),
+        "measured": all(one.measured for one in made),
     }
 
 

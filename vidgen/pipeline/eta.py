@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,21 +26,25 @@ class Clock:
         num_clips: how many there are.
         done: numbers of clips that an earlier run finished, from 1.
         one_by_one: False: all clips are sampled before the first is written, as one generation does
-            it, and `made` is of all of them. True: each is written at once, and `made` is of one.
+            it, and `made` is of all of them. True: each is written at once, and `made` is of one,
+            or a list of every one's.
         now: a clock in seconds.
     """
 
     def __init__(
-        self, made: Estimate, num_clips: int = 1, *, done: Collection[int] = (),
-        one_by_one: bool = False, now: Callable[[], float] = time.monotonic,
+        self, made: Estimate | Sequence[Estimate], num_clips: int = 1, *,
+        done: Collection[int] = (), one_by_one: bool = False,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._now, self._measured, self._num_clips = now, made.measured, num_clips
-        took = {stage.name: stage.seconds for stage in made.stages}
+        each = made if isinstance(made, Sequence) else [made] * num_clips
+        self._now, self._num_clips = now, num_clips
+        self._measured = all(one.measured for one in each)
+        took = [{stage.name: stage.seconds for stage in one.stages} for one in each]
         clips = [n for n in range(1, num_clips + 1) if n not in done]
         share = 1 if one_by_one else num_clips
 
-        def seconds(stage: str) -> float:
-            one = sum(took[name] for name in _STAGES.get(stage, _WRITING))
+        def seconds(stage: str, clip: int) -> float:
+            one = sum(took[clip - 1][name] for name in _STAGES.get(stage, _WRITING))
             return one if stage == "prompt" else one / share
 
         if one_by_one:
@@ -49,7 +53,7 @@ class Clock:
             order = [("prompt", 1), *((s, n) for n in clips for s in ("prepare", "sample"))]
             order += [("write", n) for n in clips]
         self._one_by_one = one_by_one
-        self._expected = {place: seconds(place[0]) for place in order}
+        self._expected = {place: seconds(*place) for place in order}
         self._last: tuple[tuple[str, int], int, float] | None = None
         self._work: dict[str, float] = defaultdict(float)  # seconds expected, and those it took
         self._took: dict[str, float] = defaultdict(float)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,9 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
-from vidgen.models.text import PromptTokenizer
+from vidgen.models.text import PromptTokenizer, split_words
 from vidgen.pipeline.experts import hashes_of
+from vidgen.pipeline.extend import OVERLAP
 from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.preflight import choose, require_own_model
 from vidgen.pipeline.tasks import check_tasks
@@ -97,28 +98,29 @@ def plan_film(
 
 
 def estimates(
-    film: FilmPlan, plans: Sequence[ShotPlan], device: torch.device, have: int | None, dtype: str,
-    offload: str | None = None,
+    film: FilmPlan, parts: Iterable[tuple[ShotPlan, Take, int]], device: torch.device,
+    have: int | None, dtype: str, offload: str | None = None,
 ) -> Iterator[Estimate]:
-    """What each of some shots takes, of one part and take; reads headers, measures nothing.
+    """What each of some parts takes; reads headers, measures nothing.
 
     Args:
         film: that they belong to.
-        plans: the shots.
+        parts: the shot, the take, and which part of it.
         device: where they are rendered.
         have: bytes that are free there; None: unknown.
         dtype: the script's or the device's best.
         offload: as in `load`; None leaves it to what fits.
 
     Raises:
-        ModelError: a shot that doesn't fit the memory; names it and what would fit.
+        ModelError: one that doesn't fit the memory; names its shot and what would fit.
     """
     known: dict[Any, Estimate] = {}
-    for plan in plans:
-        take = plan.takes[0]
-        index = max(range(len(take.parts)), key=lambda n: take.parts[n].num_frames)
-        request = film.request(plan.shot, take.seed, index, take.parts[index].num_frames)
-        shape = (request.seconds, request.steps, request.guidance == 1, len(request.reference),
+    shown_again = OVERLAP * _configs(film.folder)[0].strides.t
+    for plan, take, index in parts:
+        goes_on = index > 0 or plan.shot.continue_from is not None
+        num_frames = take.parts[index].num_frames + (shown_again if goes_on else 0)
+        request = film.request(plan.shot, take.seed, index, num_frames)
+        shape = (num_frames, request.steps, request.guidance == 1, len(request.reference),
                  request.image is None, request.last_image is None, request.lora)
         if shape not in known:
             asked = replace(request, offload=offload, **film.loading)
@@ -128,6 +130,14 @@ def estimates(
             except ModelError as error:
                 raise ModelError(f"{film.script.where(plan.shot)}: {error}") from None
         yield known[shape]
+
+
+def unknown_words(film: FilmPlan, plans: Sequence[ShotPlan]) -> list[tuple[str, list[str]]]:
+    """Words of the prompts that the model never learned, each with near ones that it knows."""
+    tokenizer = PromptTokenizer(film.folder.tokenizer, _configs(film.folder)[1].text_len)
+    words = dict.fromkeys(word for plan in plans for part in plan.takes[0].parts
+                          for word in split_words(part.prompt))
+    return tokenizer.unknown_words(" ".join(words))
 
 
 def settle(folder: ModelFolder, request: Request) -> Plan:

@@ -157,17 +157,15 @@ class Renderer:
     Args:
         store: where they lie.
         engine: makes a model ready; called when the first shot has to be rendered.
-        tell: told of progress, notes and files.
-        on_estimate: told what the first clip takes.
+        tell: told of progress, notes and files, as events; `clip` counts the parts to be rendered.
         overwrite: start those that were stopped anew, instead of going on.
     """
 
     def __init__(
-        self, store: Store, engine: Callable[[], Engine], tell: Tell,
-        on_estimate: Callable[[Any], None] | None = None, *, overwrite: bool = False,
+        self, store: Store, engine: Callable[[], Engine], tell: Tell, *, overwrite: bool = False
     ) -> None:
         self.store, self.film, self.tell = store, store.film, tell
-        self._open, self._on_estimate, self.overwrite = engine, on_estimate, overwrite
+        self._open, self.overwrite = engine, overwrite
         self._number = 0
 
     @cached_property
@@ -208,9 +206,8 @@ class Renderer:
         journal = Journal(path, resume=not self.overwrite, overwrite=self.overwrite)
         self._number += 1
         told = {"clip": self._number, "shot": shot.id, "seed": take.seed}
-        estimate = self._on_estimate if self._number == 1 else None
         clip = self.engine.generate(
-            request, journal=journal, on_estimate=estimate,
+            request, journal=journal,
             on_event=lambda p: self.tell({"event": "progress", "stage": p.stage, "done": p.done,
                                           "total": p.total, **told}),
         )
