@@ -105,13 +105,21 @@ def test_command_lines_parse(page):
             if words[1] == "generate":
                 check_request(args)
             elif words[1] == "eval":
-                from vidgen.evaluation.toybox import Benchmark
-
-                Benchmark(**{k: v for k, v in args.items() if k not in _NOT_OF_BENCHMARK})
+                check_evaluation(args)
         elif words[:1] == ["python"]:
             check_program(words[1:])
         elif words[:1] == ["bash"]:
             assert (ROOT / words[1]).is_file(), words
+
+
+def check_evaluation(args):
+    from vidgen.evaluation.temporal import TemporalRun
+    from vidgen.evaluation.toybox import Benchmark
+
+    if args["benchmark"] == "temporal":
+        TemporalRun(args["videos"], args["network"], workers=args["workers"])
+    else:
+        Benchmark(**{k: v for k, v in args.items() if k not in _NOT_OF_BENCHMARK})
 
 
 def check_request(args):
@@ -154,6 +162,7 @@ def test_python_blocks_use_what_exists(page):
 )
 def test_every_option_stands_on_the_verbs_page(verb, page):
     pages = {page, "generate"} if verb == "plan" else {page}  # which takes generate's options
+    pages |= {"temporal"} if verb == "eval" else set()  # a suite with a page of its own
     text = "".join((ROOT / f"docs/{each}.md").read_text() for each in pages)
     words = set(re.findall(r"(?<![\w-])--?[\w-]+", text))
     general = {"--help", "--json"}

@@ -1,4 +1,4 @@
-"""`vidgen eval SUITE`: score a model, with intervals, chance and ceilings beside each figure."""
+"""`vidgen eval SUITE`: score a model or clips, with intervals beside each figure."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vidgen.cli import eval_temporal
+from vidgen.cli.parser import Parser
 from vidgen.cli.report import Report
-from vidgen.core.errors import OutputError
+from vidgen.core.errors import InputError, OutputError
 
-DESCRIPTION = "Score a model. A run that was killed goes on where it stopped when called again."
-_NOT_OF_BENCHMARK = {"benchmark", "output", "overwrite", "sheet", "json", "events"}
+DESCRIPTION = "Score a model or clips. A killed run goes on where it stopped when called again."
+_SHARED = {"benchmark", "output", "overwrite", "json", "events"}
+_NOT_OF_BENCHMARK = _SHARED | {"sheet"} | eval_temporal.OPTIONS
 _TELL_EVERY_S = 20
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the verb's options; apart from the output's they are the fields of `Benchmark`."""
     add = parser.add_argument
-    add("benchmark", metavar="SUITE", choices=("toybox",),
-        help="toybox: prompts of the procedural world, scored by its judge")
+    add("benchmark", metavar="SUITE", choices=("toybox", "temporal"),
+        help="toybox: prompts of the procedural world, scored by its judge; "
+             "temporal: clips of --videos, how steady they are in time")
     add("-o", "--output", metavar="FILE", required=True,
         help="results as JSON; the scores of single clips go to FILE.jsonl as they come")
     add("--overwrite", action="store_true", help="replace existing results")
@@ -49,18 +53,23 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--size", metavar="WxH", help="width and height in pixels")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
     add("--judge", metavar="FOLDER", help="another judge than the embedded one")
+    eval_temporal.add_arguments(parser)
 
 
 def run(args: Namespace, report: Report) -> int:
     """Check the output, score, write the results, show a table."""
     from vidgen.core.runtime import atomic_write, check_output
+
+    _refuse_others(args)
+    if Path(args.output).suffix != ".json":
+        raise OutputError(f"results are JSON; {args.output} should end in .json")
+    if args.benchmark == "temporal":
+        return eval_temporal.run(args, report)
     from vidgen.evaluation.toybox import Benchmark
 
     for path in (args.output, args.sheet):
         if path is not None:
             check_output(path, overwrite=args.overwrite)
-    if Path(args.output).suffix != ".json":
-        raise OutputError(f"results are JSON; {args.output} should end in .json")
     options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_BENCHMARK}
     bench = Benchmark(**options)
 
@@ -75,6 +84,18 @@ def run(args: Namespace, report: Report) -> int:
     report.result(result, args.output)
     Console(stderr=True, width=None if sys.stderr.isatty() else 132).print(table(result))
     return 0
+
+
+def _refuse_others(args: Namespace) -> None:
+    """Refuse options that another suite would heed."""
+    parser = Parser("vidgen eval", DESCRIPTION)
+    add_arguments(parser)
+    heeded = eval_temporal.OPTIONS if args.benchmark == "temporal" else (
+        vars(args).keys() - eval_temporal.OPTIONS)  # fmt: skip
+    for name, value in vars(args).items():
+        if name not in heeded | _SHARED and value != parser.get_default(name):
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} has no meaning for suite {args.benchmark}; leave it out")
 
 
 def _told(report: Report) -> Callable[[dict[str, Any]], None]:

@@ -119,7 +119,7 @@ class MotionMeter:
         """Mean over pairs of the fastest twentieth's speed, in short sides a second."""
         if not self._speeds:
             return None
-        return float(np.mean(self._speeds)) / min(self._grey.shape) * self._fps
+        return float(np.mean(self._speeds) / min(self._grey.shape) * self._fps)
 
     @property
     def static(self) -> bool:
@@ -160,7 +160,8 @@ class SampledMotion:
 
     def __init__(self, speed_between: Any, fps: float) -> None:
         self._speed_between, self._step = speed_between, sampling_step(fps)
-        self._index, self._before = 0, None
+        self._index = 0
+        self._before: Frames | None = None
         self._speeds: list[float] = []
         self._short = 0
 
@@ -212,8 +213,8 @@ def interpolate(estimator: FlowEstimator, one: Frames, other: Frames) -> Frames:
     grey, grey_other = estimator.grey(one), estimator.grey(other)
     flow, back = estimator.flow(grey, grey_other), estimator.flow(grey_other, grey)
     halves = [
-        estimator.warp(one, -flow / 2).astype(np.float32),
-        estimator.warp(other, -back / 2).astype(np.float32),
+        estimator.warp(one, flow * np.float32(-0.5)).astype(np.float32),
+        estimator.warp(other, back * np.float32(-0.5)).astype(np.float32),
     ]
     middle: Frames = ((halves[0] + halves[1]) / 2).round().astype(np.uint8)
     return middle

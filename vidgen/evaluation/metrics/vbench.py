@@ -91,7 +91,7 @@ class Consistency:
 
     @property
     def image_score(self) -> float | None:
-        """0.4 x best likeness to the image + 0.3 x mean + 0.3 x least of neighbours (VBench-I2V)."""
+        """0.4 best likeness to the image + 0.3 mean + 0.3 least of neighbours (VBench-I2V)."""
         if self.image is None or not self._neighbours:
             return None
         least, mean = min(self._neighbours), float(np.mean(self._neighbours))

@@ -1,0 +1,79 @@
+"""The options of `vidgen eval temporal`, and what it does with them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from vidgen.cli.report import Report
+
+OPTIONS = {
+    "videos", "network", "first_images", "prompt_suite", "augmentation", "workers", "report",
+}  # fmt: skip
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare what only this suite heeds."""
+    add = parser.add_argument
+    add("--videos", action="append", metavar="FOLDER",
+        help="temporal: clips to be measured; given again, the folders are compared")
+    add("--network", action="append", default=[], metavar="NAME=PATH",
+        help="temporal: a network of VBench's: dino, clip, dreamsim, raft, amt or cotracker")
+    add("--first-images", metavar="FOLDER",
+        help="temporal: pictures with which the clips were to begin, named like their prompts")
+    add("--prompt-suite", metavar="FILE",
+        help="temporal: the prompts, one a line or VBench's JSON; other clips are left out")
+    add("--augmentation", default="none", metavar="TEXT",
+        help="temporal: how the prompts were reworded; recorded; default %(default)s")
+    add("--workers", type=int, default=1, metavar="N",
+        help="temporal: processes that measure beside each other; default %(default)s")
+    add("--report", metavar="HTML", help="temporal: also write a page with charts")
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Measure, write the results, show tables; 1 if a clip couldn't be measured."""
+    from vidgen.core.errors import OutputError
+    from vidgen.core.runtime import atomic_write, check_output
+    from vidgen.evaluation.temporal import TemporalRun, run_temporal
+
+    run_of = TemporalRun(
+        tuple(args.videos or ()), tuple(args.network), args.first_images, args.prompt_suite,
+        args.augmentation, args.workers,
+    )  # fmt: skip
+    layouts = _layout_paths(Path(args.output), len(run_of.videos))
+    for path in (args.output, args.report, *layouts):
+        if path is not None:
+            check_output(path, overwrite=args.overwrite)
+    if args.report is not None and Path(args.report).suffix != ".html":
+        raise OutputError(f"the report is HTML; {args.report} should end in .html")
+
+    from rich.console import Console
+
+    from vidgen.evaluation.temporal_report import page
+    from vidgen.evaluation.temporal_summary import tables
+
+    result = run_temporal(run_of, args.output, report)
+    for path, folder in zip(layouts, result["folders"], strict=True):
+        atomic_write(path, (json.dumps(folder["dimensions"], indent=4) + "\n").encode())
+        report({"event": "written", "path": str(path)})
+    if args.report is not None:
+        atomic_write(args.report, page(result).encode())
+        report({"event": "written", "path": args.report})
+    atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
+    report({"event": "written", "path": args.output})
+    report.result(result, args.output)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 132)
+    for table in tables(result):
+        console.print(table)
+    failed = [(folder, *why) for folder in result["folders"] for why in folder["failed"].items()]
+    for folder, name, why in failed:
+        print(f"not measured: {folder['path']}/{name}: {why}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _layout_paths(output: Path, num_folders: int) -> list[Path]:
+    """Where VBench's layout goes, one file a folder."""
+    numbers = [""] if num_folders == 1 else [f"_{n}" for n in range(1, num_folders + 1)]
+    return [output.with_name(f"{output.stem}{number}_eval_results.json") for number in numbers]

@@ -1,0 +1,86 @@
+"""Folders of clips side by side: paired intervals, and a verdict that owns up to doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from vidgen.evaluation.metrics.registry import MEASURES, PROXY
+from vidgen.evaluation.metrics.tracks import frechet_distance
+from vidgen.evaluation.statistics import CONFIDENCE, paired_interval
+
+Rows = Mapping[str, Mapping[str, Any]]
+FEWEST_PAIRS = 6
+HEADLINE = "steadiness"
+#: Whose values a still clip is allowed to bring into a comparison.
+_UNGATED = (HEADLINE, "temporal_flickering", PROXY + "temporal_flickering", "motion_speed",
+            "dynamic_degree", PROXY + "dynamic_degree", "camera_motion", PROXY + "camera_motion")
+
+
+def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, Any]:
+    """Compare two folders clip by clip.
+
+    Of a measure that stillness flatters, only pairs count of which both clips move. `steadiness`,
+    by which the headline is given, is 0 for a clip that doesn't move; so a still clip never wins.
+
+    Args:
+        name: of the one folder.
+        rows: {clip's name: its scores} of it.
+        other_name: of the other.
+        others: likewise; clips of the same name are pairs.
+
+    Returns:
+        `folders`, `pairs`, `both_dynamic`, `measures` with `difference` (first less second),
+        `low`, `high`, `pairs`, `verdict` each, `motion_distance` and the `verdict` of all.
+    """
+    shared = [clip for clip in rows if clip in others]
+    moving = [c for c in shared if rows[c]["dynamic"] and others[c]["dynamic"]]
+    measures = {}
+    for measure in MEASURES:
+        clips = shared if measure in _UNGATED else moving
+        pairs = [
+            (a, b) for c in clips
+            if (a := rows[c]["figures"].get(measure)) is not None
+            and (b := others[c]["figures"].get(measure)) is not None
+        ]  # fmt: skip
+        if pairs:
+            measures[measure] = _compared(measure, pairs, name, other_name)
+    histograms = [[h for c in shared for h in side[c]["histograms"]] for side in (rows, others)]
+    return {
+        "folders": [name, other_name],
+        "pairs": len(shared),
+        "both_dynamic": len(moving),
+        "confidence": CONFIDENCE,
+        "measures": measures,
+        "motion_distance": frechet_distance(*histograms),
+        "verdict": _headline(measures.get(HEADLINE), len(shared), len(moving)),
+    }
+
+
+def _compared(
+    measure: str, pairs: Sequence[tuple[float, float]], name: str, other: str
+) -> dict[str, Any]:
+    ones, others = [a for a, _ in pairs], [b for _, b in pairs]
+    low, high = paired_interval(ones, others)
+    better = MEASURES[measure].better
+    if len(pairs) < FEWEST_PAIRS:
+        verdict = f"too few pairs ({len(pairs)} of {FEWEST_PAIRS})"
+    elif low <= 0 <= high:
+        verdict = "no significant difference"
+    elif better == "neither":
+        verdict = "different"
+    else:
+        verdict = f"{name if (low > 0) == (better == 'more') else other} is better"
+    return {"difference": fmean(ones) - fmean(others), "low": low, "high": high,
+            "pairs": len(pairs), "verdict": verdict}  # fmt: skip
+
+
+def _headline(steadiness: Mapping[str, Any] | None, shared: int, moving: int) -> str:
+    if not shared or steadiness is None:
+        return "no clip in common, nothing to compare"
+    still = f"; {shared - moving} of {shared} pairs have a clip that doesn't move"
+    verdict = str(steadiness["verdict"])
+    if verdict.endswith("is better"):
+        verdict = f"{verdict[: -len(' is better')]} is steadier"
+    return verdict + (still if moving < shared else "")

@@ -1,0 +1,314 @@
+"""`vidgen eval temporal`: how steady clips are in time, whoever made them.
+
+Each clip's scores are a line of `<output>.jsonl`, addressed by the file's content and all else that
+shaped them; a run that was killed finds them there and goes on. A clip is measured by itself, on
+one thread, so the same files give the same numbers on any number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vidgen.core.errors import InputError, VidgenError
+from vidgen.core.runtime import fingerprint, sha256_file
+from vidgen.evaluation.comparison import compare
+from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
+from vidgen.evaluation.metrics.flow import opencv
+from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, parse_networks
+from vidgen.evaluation.score_log import ScoreLog
+from vidgen.evaluation.suite import Item, PromptSuite, find_images, find_items
+from vidgen.evaluation.temporal_summary import dimensions, figures
+from vidgen.media.read import VideoReader, load_image
+
+if TYPE_CHECKING:
+    from vidgen.evaluation.metrics.networks import Networks
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TemporalRun:
+    """What to measure.
+
+    Args:
+        videos: folders of clips; several are compared, the first with each other.
+        networks: NAME=PATH of VBench's networks that are there; see `metrics.networks`.
+        images: folder of the pictures with which the clips were to begin, or None.
+        prompt_suite: file of the prompts, or None for whatever the folder holds.
+        augmentation: how the prompts were reworded before generation; recorded, nothing more.
+        workers: processes that measure beside each other.
+    """
+
+    videos: Sequence[str]
+    networks: Sequence[str] = ()
+    images: str | None = None
+    prompt_suite: str | None = None
+    augmentation: str = "none"
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.videos:
+            raise InputError("no folder of clips; give --videos FOLDER")
+        if self.workers < 1:
+            raise InputError(f"workers is {self.workers}; give 1 or more")
+        names = [str(Path(folder).resolve()) for folder in self.videos]
+        if len(set(names)) < len(names):
+            raise InputError("a folder is given twice to --videos; name each once")
+
+
+@dataclass
+class Folder:
+    """One folder on its way: its clips, those that failed, and their scores by name."""
+
+    name: str
+    path: str
+    items: list[Item]
+    missing_prompts: list[str] = field(default_factory=list)
+    images: dict[str, Path] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: str
+    prompt: str
+    image: str | None
+    networks: tuple[tuple[str, str], ...]
+
+
+def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dict[str, Any]:
+    """Measure folders of clips and compare them.
+
+    Args:
+        run: what to measure.
+        output: results' file, beside which the scores of single clips go.
+        on_event: told of progress, and in notes of what is left out.
+
+    Returns:
+        `folders`, each with `clips`, `failed`, `figures`, VBench's `dimensions` and what shaped
+        them; `comparisons`; `settings`, `machine`.
+
+    Raises:
+        InputError: no clips, networks or pictures where they are said to be.
+    """
+    suite = None if run.prompt_suite is None else PromptSuite.read(run.prompt_suite)
+    paths = parse_networks(list(run.networks))
+    hashes = {name: network_hash(path) for name, path in paths.items()}
+    versions = {"opencv": opencv().__version__, "numpy": np.__version__, **fingerprint()}
+    folders = [_open(path, suite, run.images) for path in run.videos]
+    _tell_names_apart(folders)
+    _note_skipped(paths, bool(run.images), on_event)
+    log = ScoreLog(Path(output).with_name(Path(output).name + ".jsonl"))
+    identity = [MEASURES_VERSION, hashes, {k: versions[k] for k in ("opencv", "av", "numpy")}]
+    if paths:
+        identity.append(versions["torch"])
+    given = tuple((name, str(path)) for name, path in paths.items())
+    _measure(folders, given, identity, log, run.workers, on_event)
+    for folder in folders:
+        _note_mixture(folder, on_event)
+    results = [_result(folder) for folder in folders]
+    return {
+        "suite": "temporal",
+        "prompt_suite": None if suite is None else {"name": suite.name, "sha256": suite.sha256},
+        "augmentation": run.augmentation,
+        "measures_version": MEASURES_VERSION,
+        "networks": hashes,
+        "folders": results,
+        "comparisons": [
+            compare(a.name, a.scores, b.name, b.scores) for a, b in combinations(folders, 2)
+        ],
+        "machine": versions,
+    }
+
+
+def _open(path: str, suite: PromptSuite | None, images: str | None) -> Folder:
+    folder = Folder(Path(path).resolve().name, path, find_items(path))
+    if suite is not None:
+        inside, outside, folder.missing_prompts = suite.split(folder.items)
+        folder.items = inside
+        folder.failed = {i.path.name: f"its prompt isn't in {suite.name}" for i in outside}
+    if images is not None:
+        folder.images = find_images(images, folder.items)
+    return folder
+
+
+def _tell_names_apart(folders: Sequence[Folder]) -> None:
+    """Two folders of one name are told apart by their paths."""
+    names = [folder.name for folder in folders]
+    for folder in folders:
+        if names.count(folder.name) > 1:
+            folder.name = folder.path
+    shared = set.intersection(*({item.name for item in folder.items} for folder in folders))
+    if len(folders) > 1 and not shared:
+        raise InputError(
+            "the folders have no clip of the same name in common, so nothing can be compared; "
+            "name each pair of clips alike"
+        )
+
+
+def _note_skipped(paths: dict[str, Path], has_images: bool, tell: OnEvent) -> None:
+    """Say which of VBench's dimensions can't be taken, and what they need."""
+    for name, kinds in NETWORKS.items():
+        wanted = [kind for kind in kinds if has_images or not kind.startswith("i2v")]
+        if name not in paths and wanted:
+            text = f"without --network {name}=PATH there is no {' and no '.join(wanted)}"
+            tell({"event": "note", "text": f"{text}; their stand-ins are proxy_*"})
+
+
+def _measure(
+    folders: Sequence[Folder], networks: tuple[tuple[str, str], ...], identity: list[Any],
+    log: ScoreLog, workers: int, tell: OnEvent,
+) -> None:  # fmt: skip
+    """Fill in the folders' scores; from the log what is there, the others by the workers."""
+    wanted: dict[str, tuple[_Job, list[tuple[Folder, Item]]]] = {}
+    for folder in folders:
+        for item in folder.items:
+            image = folder.images.get(item.name)
+            job = _Job(str(item.path), item.prompt, None if image is None else str(image), networks)
+            key = _key(job, identity)
+            if key in log.scores:
+                folder.scores[item.name] = log.scores[key]
+            else:
+                wanted.setdefault(key, (job, []))[1].append((folder, item))
+    total = sum(len(folder.items) for folder in folders)
+    done = total - sum(len(users) for _, users in wanted.values())
+    tell({"event": "progress", "stage": "measure", "done": done, "total": total})
+    for key, scores in _worked({key: job for key, (job, _) in wanted.items()}, workers):
+        for folder, item in wanted[key][1]:
+            if isinstance(scores, str):
+                folder.failed[item.path.name] = scores
+            else:
+                folder.scores[item.name] = scores
+            done += 1
+        if not isinstance(scores, str):
+            log.add([(key, scores)])
+        tell({"event": "progress", "stage": "measure", "done": done, "total": total})
+    for folder in folders:  # in the order of names, whoever was ready first
+        order = [item.name for item in folder.items]
+        folder.scores = {name: folder.scores[name] for name in order if name in folder.scores}
+        folder.failed = dict(sorted(folder.failed.items()))
+
+
+def _key(job: _Job, identity: list[Any]) -> str:
+    """SHA-256 of all that shapes a clip's scores."""
+    image = None if job.image is None else sha256_file(job.image)
+    address = json.dumps([identity, sha256_file(job.path), job.prompt, image], sort_keys=True)
+    return hashlib.sha256(address.encode()).hexdigest()
+
+
+def _worked(
+    jobs: dict[str, _Job], workers: int
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Scores of each job, or why it failed, as they come."""
+    if workers == 1 or len(jobs) < 2:
+        for key, job in jobs.items():
+            yield key, _score(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        running: dict[Future[Any], str] = {pool.submit(_score, j): k for k, j in jobs.items()}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BrokenProcessPool:
+            raise VidgenError(
+                "a worker was killed, perhaps for want of memory; call again with fewer --workers, "
+                "what is measured stays"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_networks: dict[tuple[tuple[str, str], ...], Networks] = {}
+
+
+def _score(job: _Job) -> dict[str, Any] | str:
+    """The scores of one clip, or why it has none."""
+    try:
+        image = None if job.image is None else load_image(job.image)[0]
+        with VideoReader(job.path) as video, _one_thread(bool(job.networks)):
+            if job.networks and job.networks not in _networks:
+                from vidgen.evaluation.metrics.networks import Networks
+
+                _networks[job.networks] = Networks({n: Path(p) for n, p in job.networks})
+            found = measure_clip(
+                video, video.fps, image=image, prompt=job.prompt,
+                networks=_networks.get(job.networks),
+            )  # fmt: skip
+            if found.num_frames < 2:
+                return "it has a single frame; measures in time need two"
+            return {**asdict(found), "fps": str(video.fps), "size": list(video.size)}
+    except InputError as error:
+        return str(error)
+
+
+@contextmanager
+def _one_thread(with_networks: bool) -> Iterator[None]:
+    """Torch on one thread, where it takes part, so that its sums are the same in every process."""
+    if not with_networks:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _note_mixture(folder: Folder, tell: OnEvent) -> None:
+    for name, remedy in (("fps", "speeds and jerks"), ("size", "flows")):
+        kinds = sorted({str(row[name]) for row in folder.scores.values()})
+        if len(kinds) > 1:
+            text = f"{folder.name} mixes {name} {', '.join(kinds)}; {remedy} are less comparable"
+            tell({"event": "note", "text": text})
+
+
+def _result(folder: Folder) -> dict[str, Any]:
+    items = {item.name: item for item in folder.items}
+    rows = folder.scores
+    clips = [
+        {"name": name, "path": str(items[name].path), "prompt": items[name].prompt,
+         "origin": items[name].origin, **row}
+        for name, row in rows.items()
+    ]  # fmt: skip
+    return {
+        "name": folder.name,
+        "path": folder.path,
+        "clips": clips,
+        "failed": folder.failed,
+        "missing_prompts": folder.missing_prompts,
+        "fps": sorted({row["fps"] for row in rows.values()}),
+        "sizes": sorted({tuple(row["size"]) for row in rows.values()}),
+        "models": _distinct(items[name].origin for name in rows),
+        "dynamic": sum(row["dynamic"] for row in rows.values()),
+        **figures(rows),
+        "dimensions": dimensions(clips),
+    }
+
+
+def _distinct(origins: Any) -> list[dict[str, Any]]:
+    """Models of the clips that tell theirs, once each, with all their seeds."""
+    found: dict[str, dict[str, Any]] = {}
+    for origin in origins:
+        if origin is not None:
+            model = {k: v for k, v in origin.items() if k != "seed"}
+            entry = found.setdefault(json.dumps(model, sort_keys=True), {**model, "seeds": []})
+            entry["seeds"].append(origin["seed"])
+    return list(found.values())

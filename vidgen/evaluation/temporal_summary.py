@@ -1,0 +1,108 @@
+"""Scores of clips to the figures, VBench's layout and the tables of `vidgen eval temporal`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vidgen.evaluation.metrics.registry import MEASURES, PROXY
+from vidgen.evaluation.metrics.vbench import RANGES, WEIGHTS, normalise, temporal_subtotal
+from vidgen.evaluation.statistics import mean_interval
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Averaged over all frames instead of over clips, as there.
+_BY_FRAMES = ("subject_consistency", "background_consistency")
+
+
+def figures(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Put the scores of a folder together.
+
+    Returns:
+        `figures`: {measure: value, low, high, total, normalised where VBench has a range}, and
+        `temporal_subtotal` and `proxy_temporal_subtotal`, None where one of their five is missing.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for measure in MEASURES:
+        known = [row for row in rows.values() if row["figures"].get(measure) is not None]
+        if not known:
+            continue
+        values = [row["figures"][measure] for row in known]
+        dimension = measure.removeprefix(PROXY)
+        weights = [row["num_frames"] - 1 if dimension in _BY_FRAMES else 1 for row in known]
+        value = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+        low, high = mean_interval(values)
+        found[measure] = {
+            "value": value, "low": low if math.isfinite(low) else None,
+            "high": high if math.isfinite(high) else None, "total": len(values),
+        }  # fmt: skip
+        if dimension in RANGES:
+            found[measure]["normalised"] = normalise(dimension, value)
+    scores = {name: entry["value"] for name, entry in found.items()}
+    return {
+        "figures": found,
+        "temporal_subtotal": temporal_subtotal(scores),
+        PROXY + "temporal_subtotal": temporal_subtotal(
+            {name: scores.get(PROXY + name) for name in WEIGHTS}
+        ),
+    }
+
+
+def dimensions(clips: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """VBench's layout, {dimension: [average, [{video_path, video_results}, ...]]}."""
+    averages = figures({clip["name"]: clip for clip in clips})["figures"]
+    found = {}
+    for measure in (name for name in averages if name.removeprefix(PROXY) in RANGES):
+        results = [
+            {"video_path": clip["path"], "video_results": clip["figures"][measure]}
+            for clip in clips if clip["figures"].get(measure) is not None
+        ]  # fmt: skip
+        found[measure] = [averages[measure]["value"], results]
+    return found
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """The figures of all folders, and each comparison, for people."""
+    from rich.table import Table
+
+    folders = result["folders"]
+    drawn = Table(title="Clips in time")
+    for column in ("measure", "better", *(folder["name"] for folder in folders)):
+        drawn.add_column(column, justify="left" if column in ("measure", "better") else "right")
+    counts = [f"{folder['dynamic']} of {len(folder['clips'])}" for folder in folders]
+    drawn.add_row("clips that move", "", *counts)
+    for measure, kind in MEASURES.items():
+        cells = [_cell(folder["figures"].get(measure)) for folder in folders]
+        if any(cells):
+            drawn.add_row(f"{measure} {kind.unit}".strip(), kind.better, *cells)
+    for name in ("temporal_subtotal", PROXY + "temporal_subtotal"):
+        values = [folder[name] for folder in folders]
+        if any(value is not None for value in values):
+            drawn.add_row(name, "more", *("" if v is None else f"{v:.4f}" for v in values))
+    return [drawn, *map(_comparison, result["comparisons"])]
+
+
+def _cell(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    if figure["low"] is None:
+        return f"{figure['value']:.4g}"
+    return f"{figure['value']:.4g} ({figure['low']:.4g} .. {figure['high']:.4g})"
+
+
+def _comparison(compared: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    drawn = Table(
+        title=f"{' less '.join(compared['folders'])}: {compared['verdict']}",
+        caption=f"{compared['pairs']} pairs, of {compared['both_dynamic']} both clips move",
+    )
+    for column in ("measure", "difference", "95% interval", "pairs", "verdict"):
+        drawn.add_column(column, justify="left" if column in ("measure", "verdict") else "right")
+    for measure, row in compared["measures"].items():
+        interval = f"{row['low']:.4g} .. {row['high']:.4g}"
+        drawn.add_row(measure, f"{row['difference']:+.4g}", interval, str(row["pairs"]),
+                      row["verdict"])  # fmt: skip
+    return drawn
