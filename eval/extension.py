@@ -2,7 +2,9 @@
 
     python eval/extension.py --seeds 50 --windows 8 -o extension.json --sheet extension.png
 
-Each seed is a benchmark prompt of the Toybox world, made as one clip of K windows in three ways:
+Each seed is a benchmark prompt of the Toybox world whose motion and camera can go on for ever (what
+moves left is gone after one window; `--scenes any` takes all), made as one clip of K windows in
+three ways:
     pixels   each window begins with the last frames of the one before, decoded and encoded again
     latents  windows hand over latents (`vidgen extend` with --colour-hold 0)
     held     the same, colours held to the first window's (as by default)
@@ -49,6 +51,7 @@ from vidgen.training.program import exit_code
 
 WAYS = ("pixels", "latents", "held")
 LOOKS = ("brightness", "contrast", "saturation", "sharpness")
+ENDLESS = ("stays", "bounces", "swings", "spins", "circles")
 LUMA = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709, eq. 3.2
 COLOURS = {"truth": "#888888", "pixels": "#d62728", "latents": "#1f77b4", "held": "#2ca02c"}
 SHEET_SEEDS = 6
@@ -62,10 +65,26 @@ class Settings:
     seeds: int
     windows: int
     start: str
+    scenes: str
     steps: int | None
     overlap: int
     hold: float
     dtype: str | None
+
+
+def chosen_prompts(scenes: str, count: int) -> list[tuple[Scene, str]]:
+    """The first prompts of the dev split that are asked for; `scenes` is "endless" or "any"."""
+    wide = 1
+    while True:
+        pool = prompts("dev", wide * count)
+        found = [
+            (scene, text) for scene, text in pool
+            if scenes == "any"
+            or (scene.camera == "still" and all(a.motion in ENDLESS for a in scene.actors))
+        ]
+        if len(found) >= count:
+            return found[:count]
+        wide *= 2
 
 
 class Chain:
@@ -251,7 +270,7 @@ def measure(
     }
     scores: dict[str, list[dict[str, Any]]] = {way: [] for way in ("truth", *WAYS)}
     pictures, labels, joins = [], list[str](), list[int]()
-    for seed, (scene, text) in enumerate(prompts("dev", settings.seeds)):
+    for seed, (scene, text) in enumerate(chosen_prompts(settings.scenes, settings.seeds)):
         chain = Chain(engine, settings, seed, scene, text)
         joins = chain.joins
         for way, ones in scores.items():
@@ -285,6 +304,7 @@ def main() -> None:
     add("--seeds", type=int, default=50, help="clips of each way; default %(default)s")
     add("--windows", type=int, default=8, help="windows of a clip; default %(default)s")
     add("--start", choices=("text", "render"), default="text", help="how the first window is made")
+    add("--scenes", choices=("endless", "any"), default="endless", help="default %(default)s")
     add("--steps", type=int, help="denoising steps; default the model's")
     add("--overlap", type=int, default=OVERLAP, help="latent frames; default %(default)s")
     add("--hold", type=float, default=COLOUR_HOLD, help="of `held`; default %(default)s")
