@@ -205,14 +205,18 @@ def _share(right: dict[str, bool], task: str) -> float:
 def run_few(args: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
     """Accuracy of every way to take few steps, against the default."""
     bench = Bench.open(args)
-    ways = {name: FEW[name] for name in FEW if name == DEFAULT or not args.only
-            or any(part in name for part in args.only)}
+    ways = {name: FEW[name] for name in FEW if name == DEFAULT or _is_asked(name, args.only)}
     rights = {}
     for name, options in ways.items():
         rights[name] = list(judge_way(bench, name, options))
         tell(f"{name}: {points(rights[name], rights[DEFAULT])['all']['change']:+.1f} points")
     table = {name: points(each, rights[DEFAULT]) for name, each in rights.items()}
     return {"few": table, "options": {name: ways[name] for name in table}}
+
+
+def _is_asked(name: str, only: Sequence[str] | None) -> bool:
+    """Whether a way is named by one of `only`: by all of its name, or by part of it."""
+    return not only or any(part == name or (part not in FEW and part in name) for part in only)
 
 
 def judge_way(bench: Bench, name: str, options: dict[str, Any]) -> Iterator[dict[str, bool]]:
@@ -333,7 +337,7 @@ def main() -> None:
     add("--prompts", type=int, default=64, metavar="N", help="default %(default)s")
     add("--model", default="toybox")
     add("--dtype", choices=("fp32", "bf16"))
-    add("--only", action="append", metavar="TEXT", help="of `few`: ways with this in their name")
+    add("--only", action="append", metavar="TEXT", help="of `few`: a way, or part of their names")
     add("--schedule", type=Path, metavar="FILE", help="of `wide`: what `caches` wrote")
     add("--chart", type=Path, metavar="PNG", help="of `caches`: speed against PSNR")
     args = parser.parse_args()
