@@ -74,8 +74,10 @@ class Chapter:
     end_s: float
 
 
-def key_frames(path: str | os.PathLike[str]) -> list[int]:
-    """Numbers of the frames of a film file at which packets can be parted, in order.
+def parting_places(path: str | os.PathLike[str]) -> list[int]:
+    """Numbers of the frames at which a film file's packets can be parted, in order.
+
+    They are those of its key frames, and last the number of all its frames.
 
     Raises:
         InputError: it can't be read, or its frames lie at uneven times.
@@ -86,7 +88,8 @@ def key_frames(path: str | os.PathLike[str]) -> list[int]:
     with av.open(os.fspath(path)) as source:
         stream = source.streams.video[0]
         rate = cast("Fraction", stream.average_rate)
-        return sorted(_place(each, rate) for each in _packets(stream) if each.is_keyframe)
+        found = [(_place(each, rate), each.is_keyframe) for each in _packets(stream)]
+    return [*sorted(place for place, is_key in found if is_key), len(found)]
 
 
 def why_not_joined(paths: Sequence[str | os.PathLike[str]]) -> str | None:

@@ -32,7 +32,8 @@ _STEP = 1 << 18
 
 
 def fit_sound(
-    path: str | os.PathLike[str], num_samples: int, *, loop: bool = False
+    path: str | os.PathLike[str], num_samples: int, *, loop: bool = False,
+    repeating: str = "--audio-loop",
 ) -> tuple[Samples, list[str]]:
     """A file's sound at `RATE`, as long as a clip; only what is heard is read.
 
@@ -43,6 +44,7 @@ def fit_sound(
         path: a sound or video file.
         num_samples: of the clip.
         loop: whether a shorter one starts again.
+        repeating: what a person would give for that, for the notes.
 
     Returns:
         (float32 [num_samples, c] of one or two channels, a note for each thing to be told).
@@ -82,7 +84,7 @@ def fit_sound(
             _repeat(samples, total)
         else:
             notes.append(f"{path} lasts {total / RATE:.2f} s of the clip's {seconds:g} s; silence "
-                         "follows, --audio-loop repeats it")
+                         f"follows, {repeating} repeats it")
     return samples, notes
 
 

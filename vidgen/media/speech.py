@@ -226,7 +226,7 @@ def speak(
                 f"say {text!r} at {begin:g} s begins {sentences[-1].end_s - begin:.2f} s before "
                 f"the text before it ends; place it at {sentences[-1].end_s:.2f} s or later"
             )
-        for words, wave in _spoken(text, speaker):
+        for words, wave in spoken(text, speaker):
             first = round(begin * RATE)
             free = begin + len(wave) / RATE
             if first + len(wave) <= num_samples:
@@ -251,8 +251,16 @@ def _is_file(text: str) -> bool:
     return text.startswith(OWN_FILE)
 
 
-def _spoken(text: str, voice: Voice | None) -> Iterator[tuple[str | None, Samples]]:
-    """A text's sentences with their sound; a file's sound as it is, in one channel."""
+def spoken(text: str, voice: Voice | None) -> Iterator[tuple[str | None, Samples]]:
+    """A text's sentences with their sound, float32 [N, 1] at `RATE`.
+
+    Args:
+        text: what is said; `@FILE` gives no text, and the file's sound as it is, in one channel.
+        voice: that says it; a file needs none.
+
+    Raises:
+        InputError: no words, or a file that can't be used.
+    """
     if _is_file(text):
         reader = SoundReader(text.removeprefix(OWN_FILE), RATE)
         wave = gather((block.mean(axis=1, keepdims=True) for block in reader), 1)

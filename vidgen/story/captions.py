@@ -1,8 +1,8 @@
 """A film's texts: captions, titles and what is said, with their times, and burnt into the picture.
 
-Rules: a caption without a duration stays until the shot's next one begins, else to the shot's end;
-one with a duration may go on over the following shots, to the film's end at most. Captions that
-are there at the same time stand one below the other.
+Rules: a caption without a duration stays until the shot's next one or the next shot begins; one
+with a duration may go on over the following shots, to the film's end at most. Captions that are
+there at the same time stand one below the other.
 
 Axes: H W rows and columns.
 """
@@ -10,9 +10,11 @@ Axes: H W rows and columns.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +33,9 @@ _SHARE = {"caption": 1 / 14, "title": 1 / 9}  # of the picture's height, for a l
 _LEAST = 9  # pixels of a line; smaller letters can't be read
 _WIDTH = 0.9  # of the picture, for a line
 _OUTLINE = 1 / 10  # of a line's height
+_SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf",
+                 "Arial.ttf")
+"""Where Pillow's own, which has little beyond ASCII, lacks a sign."""
 
 Mask = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -52,8 +57,9 @@ def captions_of(script: Script, timeline: Timeline) -> list[Cue]:
         InputError: one that begins behind its shot's end.
     """
     cues, film_end = list[Cue](), timeline.seconds(timeline.num_frames)
-    for placed in timeline.shots:
+    for placed, following in zip_longest(timeline.shots, timeline.shots[1:]):
         begin, end = timeline.seconds(placed.start), timeline.seconds(placed.end)
+        left = end if following is None else timeline.seconds(following.start)
         starts = sorted(each.at for each in placed.shot.caption)
         for each in placed.shot.caption:
             start = begin + each.at
@@ -62,7 +68,8 @@ def captions_of(script: Script, timeline: Timeline) -> list[Cue]:
                     f"{script.where(placed.shot)}: caption {each.text!r} begins at {each.at:g} s, "
                     f"but the shot lasts {end - begin:.3f} s in the film; place it earlier"
                 )
-            behind = next((begin + at for at in starts if at > each.at), end)
+            behind = next((begin + at for at in starts if at > each.at), max(left, start))
+            behind = end if behind == start else behind
             stop = behind if each.duration is None else start + each.duration
             cues.append(Cue(each.text, start, min(stop, film_end)))
     return sorted(cues, key=lambda cue: (cue.start_s, cue.end_s))
@@ -106,7 +113,12 @@ class Burner:
     Args:
         texts: in order of their beginning.
         size: (width, height) of the frames.
-        font: a TrueType or OpenType file; None is Pillow's own.
+        font: a TrueType or OpenType file; None is Pillow's own, or where that lacks a sign one of
+            the system's.
+
+    Attributes:
+        font: the file that is used; None for Pillow's own.
+        ranges: frames [first, last) that bear a text, in order, none of which touch.
 
     Raises:
         InputError: a font that can't be read, or one without a sign that a text has.
@@ -114,24 +126,23 @@ class Burner:
 
     def __init__(self, texts: Sequence[Burnt], size: tuple[int, int], font: Path | None) -> None:
         self.texts, self.size, self.font = sorted(texts, key=lambda each: each.first), size, font
-        for each in self.texts:
-            self._check_signs(each.text)
+        self._find_font()
         self._drawn = lru_cache(maxsize=8)(self._draw)
-
-    @property
-    def ranges(self) -> list[tuple[int, int]]:
-        """Frames [first, last) that bear a text, in order, none of which touch."""
-        joined: list[tuple[int, int]] = []
+        self.ranges: list[tuple[int, int]] = []
+        self._groups: list[list[Burnt]] = []
         for each in self.texts:
-            if joined and each.first <= joined[-1][1]:
-                joined[-1] = joined[-1][0], max(joined[-1][1], each.last)
+            if self.ranges and each.first <= self.ranges[-1][1]:
+                self.ranges[-1] = self.ranges[-1][0], max(self.ranges[-1][1], each.last)
+                self._groups[-1].append(each)
             else:
-                joined.append((each.first, each.last))
-        return joined
+                self.ranges.append((each.first, each.last))
+                self._groups.append([each])
 
     def burn(self, frame: Frames, number: int) -> Frames:
         """A film's frame uint8 [H, W, 3] by its number, with what is to be read in it."""
-        seen = [each for each in self.texts if each.first <= number < each.last]
+        group = bisect_right(self.ranges, number, key=lambda each: each[1])
+        near = self._groups[group] if group < len(self._groups) else ()
+        seen = [each for each in near if each.first <= number < each.last]
         for kind in ("caption", "title"):
             text = "\n".join(each.text for each in seen if each.kind == kind)
             if text:
@@ -148,7 +159,7 @@ class Burner:
         """First row, how much a text hides there, and the light that it adds, [h, W] each."""
         width, height = self.size
         line = max(_LEAST, round(_SHARE[kind] * height))
-        font, outline = self._open(round(0.8 * line)), max(1, round(_OUTLINE * line))
+        font, outline = _opened(self.font, round(0.8 * line)), max(1, round(_OUTLINE * line))
         lines = [part for each in text.splitlines()
                  for part in _wrapped(each, font, _WIDTH * width)]
         lines = lines[: max(1, (height - 2 * outline) // line)]
@@ -164,25 +175,52 @@ class Burner:
         top = (height - rows) // 2 if kind == "title" else height - rows - margin
         return max(0, top), np.maximum(light, 0.85 * shade), 255 * light
 
-    def _open(self, points: int) -> ImageFont.FreeTypeFont:
-        if self.font is None:
-            font = ImageFont.load_default(points)
-            assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-            return font
-        try:
-            return ImageFont.truetype(self.font, points)
-        except OSError as error:
-            raise InputError(f"font {self.font} can't be read: {error}; give a TrueType or "
-                             "OpenType file") from error
+    def _find_font(self) -> None:
+        """Take a font that has all signs of the texts.
 
-    def _check_signs(self, text: str) -> None:
-        font = self._open(20)
+        Raises:
+            InputError: the one that was given can't be read or lacks a sign, or none has all.
+        """
+        first, tried = self.font, [self.font]
+        if first is None:
+            tried += [path for name in _SYSTEM_FONTS if (path := _system_font(name))]
+        lacking = None
+        for self.font in tried:
+            lacking = self._lacking()
+            if lacking is None:
+                return
+        self.font = first
+        sign, text = lacking or ("", "")
+        raise InputError(f"{first or 'no font here'} has {'no' if first else 'the'} sign {sign!r} "
+                         f"of the text {text!r}; name a font that has it as project.finish.font, "
+                         "or give captions: track")
+
+    def _lacking(self) -> tuple[str, str] | None:
+        """A sign that the font hasn't, with its text."""
+        font = _opened(self.font, 20)
         missing = _mask(font, "\U0010ffff")
-        for sign in dict.fromkeys(text):
-            if not sign.isspace() and _mask(font, sign) == missing:
-                name = self.font or "Pillow's own font"
-                raise InputError(f"{name} has no sign {sign!r} of the text {text!r}; give another "
-                                 "as project.finish.font, or captions: track")
+        signs = {sign: each.text for each in self.texts for sign in each.text}
+        return next(((sign, text) for sign, text in signs.items()
+                     if not sign.isspace() and _mask(font, sign) == missing), None)
+
+
+def _opened(font: Path | None, points: int) -> ImageFont.FreeTypeFont:
+    if font is None:
+        own = ImageFont.load_default(points)
+        assert isinstance(own, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+        return own
+    try:
+        return ImageFont.truetype(font, points)
+    except OSError as error:
+        raise InputError(f"font {font} can't be read: {error}; give a TrueType or OpenType "
+                         "file") from error
+
+
+def _system_font(name: str) -> Path | None:
+    try:
+        return Path(str(ImageFont.truetype(name, 20).path))
+    except OSError:
+        return None
 
 
 def _mask(font: ImageFont.FreeTypeFont, sign: str) -> bytes:

@@ -1,0 +1,272 @@
+"""Rendered shots into one film: picture, sound, texts, chapters and recipe, in a stream.
+
+What can be copied is copied; the rest is encoded in pieces, each a row of closed groups of
+pictures, which lie beside the output until all are joined. So memory stays the same however long
+the film is, the same shots give the same file, and a film that was killed is begun again.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from secrets import token_hex
+from shutil import rmtree
+from typing import Any
+
+import numpy as np
+
+from vidgen import __version__
+from vidgen.core.config import dump
+from vidgen.core.errors import InputError, OutputError
+from vidgen.core.runtime import atomic_write, check_output
+from vidgen.media.join import Stretch, join_files, parting_places, why_not_joined
+from vidgen.media.sound import RATE
+from vidgen.media.soundtrack import SoundTrack
+from vidgen.media.subtitles import TextTrack, as_srt, as_webvtt, one_at_a_time
+from vidgen.media.write import CONTAINERS, SEGMENT, ClipInfo, write_clip
+from vidgen.pipeline.job import SUFFIX, lock_job, sweep
+from vidgen.story.colour import Colours, matching, measured, spread
+from vidgen.story.conform import Source
+from vidgen.story.edit import Edit
+from vidgen.story.mixdown import file_facts, mixed, not_made
+from vidgen.story.pieces import Piece, Reels, pieces_of
+from vidgen.story.render import RenderedShot
+from vidgen.story.sums import check_shots
+
+Tell = Callable[[int, int], None]
+"""Told of frames done and in all, of those that are encoded."""
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A film that is there.
+
+    Attributes:
+        path: of it.
+        beside: files with its texts.
+        recipe: what made it.
+        notes: what is to be told.
+    """
+
+    path: Path
+    beside: tuple[Path, ...]
+    recipe: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def assemble(
+    edit: Edit, shots: Sequence[RenderedShot], on_frames: Tell = lambda _done, _total: None
+) -> Assembled:
+    """Write a film of its shots; it replaces what lies there, and appears when it is whole.
+
+    Args:
+        edit: made of these very shots, or of their plans.
+        shots: in the film's order.
+        on_frames: told of progress.
+
+    Raises:
+        InputError: a shot's file that is missing or was changed, a sound that can't be used.
+        OutputError: it can't be written or the disk is full.
+    """
+    check_shots(shots)
+    output, notes = edit.output, not_made(edit.timeline)
+    check_output(output, overwrite=True, num_bytes=sum(each.path.stat().st_size for each in shots))
+    sources = [_source(edit, index, shot) for index, shot in enumerate(shots)]
+    with _workplace(output) as folder:
+        sources, before = _matched(edit, sources)
+        parts, told = _parts(edit, shots, sources, folder)
+        pieces = pieces_of(edit.timeline, edit.burner.ranges, parts)
+        reels = Reels(edit.timeline, sources, edit.burner)
+        stretches = _written(edit, reels, pieces, sources, folder, on_frames)
+        sound, heard = _sound(edit, shots)
+        after = {index: reels.seen.get(index, colours) if sources[index].table is not None
+                 else colours for index, colours in before.items()}
+        recipe = _recipe(edit, shots, pieces, sound, _colour_facts(edit, before, after))
+        join_files(stretches, output, sound, recipe, _texts(edit), edit.chapters)
+    return Assembled(output, write_texts(edit), recipe, (*notes, *told, *heard))
+
+
+@contextmanager
+def _workplace(output: Path) -> Iterator[Path]:
+    """A folder beside the output for pieces, without what a kill left of earlier ones.
+
+    Raises:
+        OutputError: another process makes the same film.
+    """
+    for left in output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 8}.tmp/"):
+        try:
+            lock = lock_job(left)
+        except BlockingIOError:
+            raise OutputError(f"{output} is being written by another process; wait for it, or give "
+                              "another name") from None
+        if lock is not None:
+            lock.close()
+    sweep(output.with_name(output.name + SUFFIX))
+    folder = output.with_name(f".{output.name}.{token_hex(4)}.tmp")
+    folder.mkdir()
+    lock = lock_job(folder)
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            lock.close()
+        rmtree(folder, ignore_errors=True)
+
+
+def text_files(edit: Edit) -> list[Path]:
+    """Files with a film's texts, which lie beside it; none for a film without texts."""
+    return [edit.output.with_suffix(suffix) for suffix in (".srt", ".vtt") if edit.cues]
+
+
+def write_texts(edit: Edit) -> tuple[Path, ...]:
+    """Write a film's texts beside it, as SubRip and WebVTT."""
+    made = text_files(edit)
+    for path, text in zip(made, (as_srt(edit.cues), as_webvtt(edit.cues)), strict=False):
+        atomic_write(path, text.encode())
+    return tuple(made)
+
+
+def _source(edit: Edit, index: int, shot: RenderedShot) -> Source:
+    finish, film = edit.film.script.project.finish, edit.film
+    return Source(
+        shot.path, shot.fps, shot.num_frames, film.fps, edit.timeline.shots[index].num_frames,
+        film.size, finish.fit, finish.rate,
+    )
+
+
+def _matched(edit: Edit, sources: list[Source]) -> tuple[list[Source], dict[int, Colours]]:
+    """Sources with their tables, and the colours that shots of scenes had before."""
+    script, scenes = edit.film.script, defaultdict[str, list[int]](list)
+    for index, placed in enumerate(edit.timeline.shots):
+        name = placed.shot.scene
+        if name is not None and script.scenes[name].match_colour:
+            scenes[name].append(index)
+    before: dict[int, Colours] = {}
+    if not script.project.finish.match_colour:
+        return sources, before
+    made = list(sources)
+    for together in scenes.values():
+        if len(together) < 2:
+            continue
+        colours = [measured(sources[index].frames()) for index in together]
+        before |= dict(zip(together, colours, strict=True))
+        for index, table in zip(together, matching(colours), strict=True):
+            made[index] = replace(made[index], table=table)
+    return made, before
+
+
+def _parts(
+    edit: Edit, shots: Sequence[RenderedShot], sources: Sequence[Source], folder: Path
+) -> tuple[list[list[int] | None], list[str]]:
+    """Where each shot can be parted, or None; and notes on those that need another form."""
+    width, height = edit.film.size
+    sample = folder / f"sample{edit.output.suffix.lower()}"
+    info = ClipInfo(edit.film.fps, edit.film.size, 1, picture=edit.picture)
+    write_clip(sample, [np.zeros((1, height, width, 3), np.uint8)], info)
+    parts: list[list[int] | None] = []
+    notes = []
+    for shot, source in zip(shots, sources, strict=True):
+        if shot.fps != edit.film.fps or shot.size != edit.film.size:
+            notes.append(f"shot {shot.shot.id} has {shot.size[0]}x{shot.size[1]} at {shot.fps} "
+                         f"fps; it is conformed to {width}x{height} at {edit.film.fps} fps")
+        if source.table is not None or why_not_joined([shot.path, sample]) is not None:
+            parts.append(None)
+            continue
+        places = parting_places(shot.path)
+        if places[-1] != shot.num_frames:
+            raise InputError(f"shot {shot.shot.id!r}: {shot.path} has {places[-1]} frames instead "
+                             f"of {shot.num_frames}; remove it and render it again")
+        parts.append(places)
+    return parts, notes
+
+
+def _written(
+    edit: Edit, reels: Reels, pieces: Sequence[Piece], sources: Sequence[Source], folder: Path,
+    on_frames: Tell,
+) -> list[Stretch]:
+    """Encode what must be, and tell where all frames of the film lie, in order."""
+    total = sum(piece.last - piece.first for piece in pieces if piece.shot is None)
+    reels.on_frames = lambda done: on_frames(done, total)
+    stretches: list[Stretch] = []
+    try:
+        for number, piece in enumerate(pieces):
+            count = piece.last - piece.first
+            if piece.shot is not None:
+                start = edit.timeline.shots[piece.shot].start
+                stretches.append(Stretch(sources[piece.shot].path, piece.first - start,
+                                         piece.last - start))
+                continue
+            path = folder / f"{number}{edit.output.suffix.lower()}"
+            info = ClipInfo(edit.film.fps, edit.film.size, count, picture=edit.picture)
+            write_clip(path, reels.frames(piece.first, piece.last), info)
+            stretches.append(Stretch(path, 0, count))
+    finally:
+        reels.close()
+    return stretches
+
+
+def _sound(
+    edit: Edit, shots: Sequence[RenderedShot]
+) -> tuple[SoundTrack | None, list[str]]:
+    film, timeline = edit.film, edit.timeline
+    samples, notes = mixed(film.script, timeline, [each.path for each in shots], edit.narrated)
+    if samples is None:
+        return None, notes
+    info = ClipInfo(film.fps, film.size, timeline.num_frames, samples, RATE,
+                    loudness=film.script.project.finish.loudness)
+    return SoundTrack(info, CONTAINERS[edit.output.suffix.lower()].sound), notes
+
+
+def _texts(edit: Edit) -> TextTrack | None:
+    if not edit.tracked:
+        return None
+    return TextTrack(one_at_a_time(edit.tracked), edit.output.suffix.lower())
+
+
+def _colour_facts(
+    edit: Edit, before: Mapping[int, Colours], after: Mapping[int, Colours]
+) -> list[dict[str, Any]]:
+    """How far the shots of each scene lay apart, and lie now, in levels of 0 to 255."""
+    scenes = defaultdict[str, list[int]](list)
+    for index in before:
+        scenes[str(edit.timeline.shots[index].shot.scene)].append(index)
+    return [
+        {
+            "scene": name, "before": round(spread([before[i] for i in together]), 3),
+            "after": round(spread([after[i] for i in together]), 3),
+        }
+        for name, together in scenes.items()
+    ]
+
+
+def _recipe(
+    edit: Edit, shots: Sequence[RenderedShot], pieces: Sequence[Piece], sound: SoundTrack | None,
+    colours: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What shaped a film: its script, the address and seed of every shot, and how it was made."""
+    film = edit.film
+    copied = sum(piece.last - piece.first for piece in pieces if piece.shot is not None)
+    encoder: dict[str, Any] = {**asdict(edit.picture.fitting(film.size)), "segment": SEGMENT}
+    if sound is not None:
+        encoder["sound"] = sound.facts()
+    facts: dict[str, Any] = {"source": "film"}
+    if edit.narrated is not None:
+        facts["speech"] = edit.narrated.facts
+    recipe: dict[str, Any] = {
+        "vidgen": __version__,
+        "model": {"name": film.folder.name, "sha256": film.folder.content_hash},
+        "film": {
+            "key": edit.key([each.path.stem for each in shots]),
+            "script": dump(film.script),
+            "shots": [{"id": each.shot.id, "address": each.path.stem, "seed": each.seed}
+                      for each in shots],
+            "timeline": edit.facts(), "copied_frames": copied, "colours": colours,
+            "sounds": file_facts(film.script, edit.timeline),
+        },
+        "encoder": encoder,
+    }
+    return recipe if sound is None else recipe | {"sound": facts}

@@ -1,0 +1,136 @@
+"""A film's edit: all that is decided before its shots are put together.
+
+It needs the shots' lengths alone, so that what can't be done is told before anything is rendered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from vidgen import __version__
+from vidgen.core.config import dump
+from vidgen.core.runtime import sha256_file
+from vidgen.media.codecs import picture_settings
+from vidgen.media.encode import PictureSettings
+from vidgen.media.join import Chapter
+from vidgen.media.subtitles import Cue
+from vidgen.story.captions import Burner, as_frames, captions_of, titles_of
+from vidgen.story.film import FilmPlan
+from vidgen.story.mixdown import Narrated, file_facts, narrate
+from vidgen.story.timeline import Measured, Timeline, lay_out
+
+EDIT_VERSION = 1
+"""Of how films are put together; another one makes every film anew."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A film with nothing left to decide.
+
+    Attributes:
+        film: its shots' plan.
+        output: the film's file.
+        timeline: where the shots lie.
+        picture: how it is encoded.
+        narrated: what is said, or None.
+        cues: what is to be read: captions and what is said, in order.
+        tracked: those of them that the file's track of texts holds.
+        burner: burns texts into the picture.
+    """
+
+    film: FilmPlan
+    output: Path
+    timeline: Timeline
+    picture: PictureSettings
+    narrated: Narrated | None
+    cues: tuple[Cue, ...]
+    tracked: tuple[Cue, ...]
+    burner: Burner
+
+    @property
+    def chapters(self) -> list[Chapter]:
+        """A chapter for each run of a scene's shots, or for each shot without a scene."""
+        made, scene = list[Chapter](), None
+        for placed in self.timeline.shots:
+            name = placed.shot.scene
+            begin, end = (self.timeline.seconds(frame) for frame in (placed.start, placed.end))
+            if made and name is not None and name == scene:
+                made[-1] = replace(made[-1], end_s=end)
+                continue
+            title = placed.shot.id if name is None else (
+                self.film.script.scenes[name].title or name)
+            if made:
+                made[-1] = replace(made[-1], end_s=begin)
+            made.append(Chapter(title, begin, end))
+            scene = name
+        return made if len(made) > 1 else []
+
+    def key(self, addresses: Sequence[str]) -> str:
+        """The address of the film: all that it is made of.
+
+        Args:
+            addresses: of its shots, in order.
+        """
+        script, font = self.film.script, self.burner.font
+        facts = {
+            "version": EDIT_VERSION, "vidgen": __version__, "suffix": self.output.suffix.lower(),
+            "fps": str(self.film.fps), "size": self.film.size, "script": dump(script),
+            "shots": list(addresses), "sounds": file_facts(script, self.timeline),
+            "font": None if font is None else sha256_file(font),
+            "voices": self.narrated.facts["voice"] if self.narrated else None,
+        }
+        text = json.dumps(facts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def facts(self) -> dict[str, Any]:
+        """Length and shots with their places, as JSON data."""
+        timeline = self.timeline
+        return {
+            "num_frames": timeline.num_frames, "fps": str(timeline.fps),
+            "duration_s": timeline.seconds(timeline.num_frames),
+            "ideal_s": float(timeline.ideal_s),
+            "shots": [{"id": each.shot.id, "start_s": timeline.seconds(each.start),
+                       "end_s": timeline.seconds(each.end), "transition": each.transition.type,
+                       "overlap_s": timeline.seconds(each.overlap)} for each in timeline.shots],
+        }
+
+
+def make_edit(
+    film: FilmPlan, shots: Sequence[Measured], output: str | Path,
+    rates: Sequence[Fraction] | None = None,
+) -> Edit:
+    """Settle how shots become a film.
+
+    Args:
+        film: whose script says it.
+        shots: those that are shown, in order, planned or rendered.
+        output: the film's file, of a known suffix.
+        rates: each shot's own frame rate; None: all have the film's.
+
+    Raises:
+        InputError: transitions, captions or texts that don't fit, a codec or font that can't be
+            used.
+    """
+    script, finish, target = film.script, film.script.project.finish, Path(output)
+    picture = picture_settings(finish.codec, target)
+    timeline = lay_out(script, shots, rates or [film.fps] * len(shots), film.fps)
+    captions = captions_of(script, timeline)
+    narrated = narrate(script, timeline)
+    said = narrated.cues if narrated else []
+    burnt = titles_of(script, timeline)
+    tracked = {"track": [*captions, *said], "burn": said, "beside": []}[finish.captions]
+    if finish.captions == "burn":
+        burnt += as_frames(captions, timeline)
+    font = None if finish.font is None else script.file(finish.font)
+    return Edit(film, target, timeline, picture, narrated, _ordered([*captions, *said]),
+                _ordered(tracked), Burner(burnt, film.size, font))
+
+
+def _ordered(cues: Sequence[Cue]) -> tuple[Cue, ...]:
+    return tuple(sorted(cues, key=lambda cue: (cue.start_s, cue.end_s)))

@@ -1,0 +1,310 @@
+"""A film's sound: what is heard in its shots, music, and narration over both.
+
+Shots' sounds cross in their transitions at equal power, and meet at cuts with a ramp of 5 ms.
+Music plays from its shot's beginning until the next music or `none`, and takes a second to go.
+Under narration all of it goes down. Levels are those of the files and the script's `gain_db`; the
+whole is brought to one loudness when it is written.
+
+Axes: N samples, c channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import sha256_file
+from vidgen.media.encode import Samples
+from vidgen.media.mix import (
+    DUCK_DB,
+    DUCK_DOWN_S,
+    DUCK_UP_S,
+    SEAM_S,
+    at_length,
+    fade,
+    fit_sound,
+    lay_over,
+    rise,
+)
+from vidgen.media.sound import RATE, read_sound, room
+from vidgen.media.speech import OWN_FILE, PAUSE_S, Sentence, Voice, open_voice, spoken
+from vidgen.media.subtitles import Cue
+from vidgen.story.elements import Music, Narration
+from vidgen.story.script import Script, Shot
+from vidgen.story.timeline import Placed, Timeline
+
+MUSIC_FADE_S = 1.0
+"""Seconds that music takes to go, and the next one to come."""
+_SILENCE = Path("none")
+_STEP = 1 << 18
+
+
+@dataclass(frozen=True)
+class Narrated:
+    """All that is said in a film.
+
+    Attributes:
+        samples: float32 [N, 1], as long as the film.
+        sentences: in order.
+        speakers: of each sentence, None for the narrator.
+        voices: what spoke, for the recipe.
+    """
+
+    samples: Samples
+    sentences: tuple[Sentence, ...]
+    speakers: tuple[str | None, ...]
+    voices: tuple[dict[str, Any], ...]
+
+    @property
+    def cues(self) -> list[Cue]:
+        """The sentences as texts to read; speech out of a file has none."""
+        pairs = zip(self.sentences, self.speakers, strict=True)
+        return [Cue(each.text, each.start_s, each.end_s, speaker)
+                for each, speaker in pairs if each.text]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The recipe's entries, as a clip's has them."""
+        return {"voice": list(self.voices), "sentences": [asdict(s) for s in self.sentences],
+                "duck_db": DUCK_DB, "duck_down_s": DUCK_DOWN_S, "duck_up_s": DUCK_UP_S}
+
+
+@dataclass(frozen=True)
+class Playing:
+    """Music from sample `first` up to `last`, behind which it goes."""
+
+    shot: Shot
+    music: Music
+    first: int
+    last: int
+
+
+def num_samples(timeline: Timeline) -> int:
+    """Of the whole film, at `RATE`."""
+    return _sample(timeline, timeline.num_frames)
+
+
+def sound_files(script: Script, timeline: Timeline) -> list[Path]:
+    """Every file that is heard, each once."""
+    files: dict[Path, None] = {}
+    for placed in timeline.shots:
+        shot = placed.shot
+        heard = [each.file for each in (shot.sound, shot.music) if each is not None]
+        heard += [Path(each.text.removeprefix(OWN_FILE)) for each in shot.narration
+                  if each.text.startswith(OWN_FILE)]
+        files |= {script.file(file): None for file in heard if file not in (None, _SILENCE)}
+    return [*files]
+
+
+def not_made(timeline: Timeline) -> list[str]:
+    """Notes on sound that is described in words, which no model makes yet."""
+    told = []
+    for key, words in (("sound", "effects"), ("music", "prompt")):
+        names = [each.shot.id for each in timeline.shots
+                 if getattr(getattr(each.shot, key), words, None) is not None]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            told.append(f"the {key} of {', '.join(names[:3])}{more} is described in words, which "
+                        "make no sound yet; give files")
+    return told
+
+
+def narrate(script: Script, timeline: Timeline) -> Narrated | None:
+    """Speak what a film's shots say; None where nothing is said.
+
+    Without a time a text begins with its shot, or behind what is still being said.
+
+    Raises:
+        InputError: texts that overlap or go on behind the film, voices that can't be used.
+    """
+    said = [(placed, each) for placed in timeline.shots for each in placed.shot.narration]
+    if not said:
+        return None
+    samples, voices = room(num_samples(timeline), 1), dict[str, Voice]()
+    sentences, speakers, free = list[Sentence](), list[str | None](), 0.0
+    for placed, each in said:
+        begin = _begin(script, timeline, placed, each, free if sentences else None)
+        text, voice = _voiced(script, each, voices)
+        try:
+            for words, wave in spoken(text, voice):
+                first = round(begin * RATE)
+                samples[first : first + len(wave)] += wave[: max(0, len(samples) - first)]
+                free = begin + len(wave) / RATE
+                sentences.append(Sentence(words, round(begin, 3), round(free, 3)))
+                speakers.append(each.speaker)
+                begin = free + PAUSE_S
+        except InputError as error:
+            raise InputError(f"{script.where(placed.shot)}: {error}") from error
+        late = free - timeline.seconds(timeline.num_frames)
+        if late > 0.001:
+            raise InputError(f"{script.where(placed.shot)}: narration {each.text!r} ends "
+                             f"{late:.2f} s behind the film; shorten it, place it earlier, or make "
+                             "the last shots longer")
+    facts = tuple(voice.facts for voice in voices.values()) or ({"engine": "file"},)
+    return Narrated(samples, tuple(sentences), tuple(speakers), facts)
+
+
+def _begin(
+    script: Script, timeline: Timeline, placed: Placed, said: Narration, free: float | None
+) -> float:
+    """When a text begins, in seconds of the film; `free` is when the one before ends."""
+    start = timeline.seconds(placed.start)
+    if said.at is None:
+        return start if free is None else max(start, free + PAUSE_S)
+    begin = start + said.at
+    if free is not None and begin < free - 1e-9:
+        raise InputError(
+            f"{script.where(placed.shot)}: narration {said.text!r} begins {free - begin:.2f} s "
+            f"before the one before it ends; place it at {free - start:.2f} s or later"
+        )
+    return begin
+
+
+def _voiced(
+    script: Script, said: Narration, voices: dict[str, Voice]
+) -> tuple[str, Voice | None]:
+    """A text as `spoken` takes it, and its voice, which is opened once."""
+    if said.text.startswith(OWN_FILE):
+        path = script.file(Path(said.text.removeprefix(OWN_FILE)))
+        return f"{OWN_FILE}{path}", None
+    speaker = script.characters.get(said.speaker or "")
+    name = said.voice or (speaker.voice if speaker else None)
+    if name is not None and name.endswith(".pt"):
+        name = str(script.file(Path(name)))
+    if (name or "") not in voices:
+        voices[name or ""] = open_voice(name)
+    return said.text, voices[name or ""]
+
+
+def mixed(
+    script: Script, timeline: Timeline, paths: Sequence[Path], narrated: Narrated | None
+) -> tuple[Samples | None, list[str]]:
+    """The sound of a film, and notes on what is to be told.
+
+    Args:
+        script: whose files are seen from its folder.
+        timeline: where the shots lie.
+        paths: of the shots, whose own sound is heard where the script names no file.
+        narrated: what is said.
+
+    Returns:
+        (float32 [N, 2] at `RATE`, or None for a silent film; notes).
+
+    Raises:
+        InputError: a file that can't be used.
+    """
+    bed, notes, heard = room(num_samples(timeline), 2), list[str](), False
+    for index, (placed, path) in enumerate(zip(timeline.shots, paths, strict=True)):
+        try:
+            sound, told = _of_shot(script, timeline, placed, path)
+        except InputError as error:
+            raise InputError(f"{script.where(placed.shot)}: {error}") from error
+        notes += told
+        if sound is not None:
+            heard = True
+            _shape(sound, timeline, index)
+            _add(bed, sound, _sample(timeline, placed.start))
+    for playing in playings(timeline):
+        try:
+            notes += _add_music(bed, script, playing)
+        except InputError as error:
+            raise InputError(f"{script.where(playing.shot)}: {error}") from error
+        heard = True
+    if narrated is None:
+        return (bed if heard else None), notes
+    spans = [(each.start_s, each.end_s) for each in narrated.sentences]
+    return lay_over(bed if heard else None, narrated.samples, spans), notes
+
+
+def _of_shot(
+    script: Script, timeline: Timeline, placed: Placed, path: Path
+) -> tuple[Samples | None, list[str]]:
+    """What is heard in a shot, [n, c] as long as it is seen."""
+    count = _sample(timeline, placed.end) - _sample(timeline, placed.start)
+    asked = placed.shot.sound
+    if asked is None or asked.file is None:
+        own = read_sound(path)
+        return (None if own is None else at_length(*own, count)), []
+    sound, notes = fit_sound(script.file(asked.file), count, loop=asked.loop,
+                             repeating="loop: true")
+    _amplify(sound, asked.gain_db)
+    return sound, notes
+
+
+def _shape(sound: Samples, timeline: Timeline, index: int) -> None:
+    """Let a shot's sound come and go with its picture, in place."""
+    placed, is_last = timeline.shots[index], index == len(timeline.shots) - 1
+    before = placed.overlap if index else timeline.opening
+    behind = timeline.ending if is_last else timeline.shots[index + 1].overlap
+    seam = min(round(SEAM_S * RATE), len(sound) // 4)
+    coming, going = (min(_sample(timeline, frames), len(sound)) for frames in (before, behind))
+    if coming:
+        sound[:coming] *= _equal_power(coming)[::-1, None]
+    elif index:
+        rise(sound, 0, seam)
+    if going:
+        sound[len(sound) - going :] *= _equal_power(going)[:, None]
+    elif not is_last:
+        fade(sound, len(sound) - seam, len(sound))
+
+
+def playings(timeline: Timeline) -> Iterator[Playing]:
+    """The music of a film: each from its shot until the next one begins."""
+    changes = [placed for placed in timeline.shots if placed.shot.music is not None]
+    for placed, behind in zip_longest(changes, changes[1:]):
+        end = num_samples(timeline) if behind is None else _sample(timeline, behind.start)
+        music = placed.shot.music
+        assert music is not None
+        if music.file is not None and music.file != _SILENCE:
+            yield Playing(placed.shot, music, _sample(timeline, placed.start), end)
+
+
+def _add_music(bed: Samples, script: Script, playing: Playing) -> list[str]:
+    going = min(round(MUSIC_FADE_S * RATE), len(bed) - playing.last)
+    count = playing.last - playing.first + going
+    assert playing.music.file is not None
+    sound, notes = fit_sound(script.file(playing.music.file), count, loop=playing.music.loop,
+                             repeating="loop: true")
+    _amplify(sound, playing.music.gain_db)
+    if not going:  # the film ends with it
+        going = min(round(MUSIC_FADE_S * RATE), count // 4)
+    sound[count - going :] *= _equal_power(going)[:, None]
+    if playing.first:
+        coming = min(round(MUSIC_FADE_S * RATE), count // 4)
+        sound[:coming] *= _equal_power(coming)[::-1, None]
+    _add(bed, sound, playing.first)
+    return notes
+
+
+def _add(bed: Samples, sound: Samples, first: int) -> None:
+    """Lay a sound [n, c] into the bed [N, 2], in place, block by block."""
+    count = min(len(sound), len(bed) - first)
+    for start, stop in pairwise([*range(0, count, _STEP), count]):
+        bed[first + start : first + stop] += sound[start:stop]
+
+
+def _amplify(sound: Samples, gain_db: float) -> None:
+    if gain_db:
+        sound *= np.float32(10 ** (gain_db / 20))
+
+
+def _equal_power(length: int) -> Samples:
+    """A ramp from 1 to 0 whose square and that of its mirror image sum to 1."""
+    return np.cos(np.pi / 2 * (np.arange(length) + 0.5) / max(1, length)).astype(np.float32)
+
+
+def _sample(timeline: Timeline, frame: int) -> int:
+    """The sample with which a frame of the film begins."""
+    return round(frame / timeline.fps * RATE)
+
+
+def file_facts(script: Script, timeline: Timeline) -> list[dict[str, str]]:
+    """Path and hash of every file that is heard, for the recipe."""
+    return [{"path": path.name, "sha256": sha256_file(path)}
+            for path in sound_files(script, timeline)]

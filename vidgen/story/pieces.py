@@ -1,0 +1,157 @@
+"""Which frames of a film are copied as packets, which are encoded, and how the latter look.
+
+A shot that is encoded as the film is to be, and whose frames go into it as they are, is copied from
+key frame to key frame; around transitions and texts the rest is encoded in segments of its own.
+
+Axes: H W rows and columns.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from vidgen.media.encode import Frames
+from vidgen.story.captions import Burner
+from vidgen.story.colour import Colours
+from vidgen.story.conform import Source
+from vidgen.story.timeline import Section, Timeline
+from vidgen.story.transitions import blended, faded
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Frames `first` up to `last` of the film; of the shot whose packets are copied, if one's are.
+
+    Attributes:
+        first: frame of the film.
+        last: the frame behind.
+        shot: its place in the timeline, or None for frames that are encoded.
+    """
+
+    first: int
+    last: int
+    shot: int | None = None
+
+
+def pieces_of(
+    timeline: Timeline, burnt: Sequence[tuple[int, int]], parts: Sequence[Sequence[int] | None]
+) -> list[Piece]:
+    """Cut a film into pieces that are copied and pieces that are encoded.
+
+    Args:
+        timeline: where the shots lie.
+        burnt: frames [first, last) of the film that bear texts, in order.
+        parts: for each shot the frames at which its packets can be parted, its end included; or
+            None where nothing of it can be copied.
+    """
+    pieces: list[Piece] = []
+
+    def add(piece: Piece) -> None:
+        before = pieces[-1] if pieces else None
+        if piece.first == piece.last:
+            return
+        if before is not None and before.shot is None and piece.shot is None:
+            pieces[-1] = Piece(before.first, piece.last)
+        else:
+            pieces.append(piece)
+
+    for section in timeline.sections():
+        at, index = section.first, section.shots[0]
+        places = parts[index] if section.kind == "cut" else None
+        if places is not None:
+            start = timeline.shots[index].start
+            for first, last in _unmarked(section, burnt):
+                inside = [start + place for place in places if first <= start + place <= last]
+                if len(inside) > 1:
+                    add(Piece(at, inside[0]))
+                    add(Piece(inside[0], inside[-1], index))
+                    at = inside[-1]
+        add(Piece(at, section.last))
+    return pieces
+
+
+def _unmarked(
+    section: Section, burnt: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """The frames [first, last) of a section between those that bear texts."""
+    at = section.first
+    for first, last in burnt[bisect_right(burnt, at, key=lambda each: each[1]) :]:
+        if first >= section.last:
+            break
+        if first > at:
+            yield at, first
+        at = last
+    if at < section.last:
+        yield at, section.last
+
+
+@dataclass
+class Reels:
+    """The film's frames, asked for in order; at most two shots are open at a time.
+
+    Args:
+        timeline: where the shots lie.
+        sources: of the shots' frames.
+        burner: burns texts in.
+        on_frames: told of the number of frames made so far.
+
+    Attributes:
+        seen: the colours of each shot's frames that were made while it was alone.
+    """
+
+    timeline: Timeline
+    sources: Sequence[Source]
+    burner: Burner
+    on_frames: Callable[[int], None] = lambda _: None
+    seen: dict[int, Colours] = field(default_factory=dict)
+    _open: dict[int, tuple[Iterator[Frames], int]] = field(default_factory=dict)
+    _made: int = 0
+
+    def __post_init__(self) -> None:
+        self._ahead = deque(self.timeline.sections())
+
+    def frames(self, first: int, last: int) -> Iterator[Frames]:
+        """Frames of the film, uint8 [1, H, W, 3] each, behind those asked for before.
+
+        Raises:
+            InputError: a shot's file that was changed.
+        """
+        for number in range(first, last):
+            while self._ahead[0].last <= number:
+                self._ahead.popleft()
+            yield self.burner.burn(self._frame(self._ahead[0], number), number)[None]
+            self._made += 1
+            self.on_frames(self._made)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._close_before(len(self.sources))
+
+    def _frame(self, section: Section, number: int) -> Frames:
+        self._close_before(section.shots[0])
+        shown = [self._of_shot(index, number) for index in section.shots]
+        share = (number - section.first + 1) / (section.last - section.first + 1)
+        kind, _, way = section.kind.rpartition("-")
+        if len(shown) == 2:
+            return blended(section.kind, shown[0], shown[1], share)
+        if way in ("in", "out"):
+            return faded(kind, shown[0], share if way == "in" else 1 - share)
+        self.seen.setdefault(section.shots[0], Colours()).feed(shown[0])
+        return shown[0]
+
+    def _of_shot(self, index: int, number: int) -> Frames:
+        """The frame that a shot shows at a frame of the film."""
+        wanted = number - self.timeline.shots[index].start
+        frames, at = self._open.get(index) or (self.sources[index].frames(), 0)
+        for _ in range(at, wanted):
+            next(frames)
+        self._open[index] = frames, wanted + 1
+        return next(frames)
+
+    def _close_before(self, index: int) -> None:
+        for earlier in [each for each in self._open if each < index]:
+            frames, _ = self._open.pop(earlier)
+            frames.close()  # type: ignore[attr-defined]
