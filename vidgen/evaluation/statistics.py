@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
 import numpy as np
+from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 
@@ -95,3 +96,17 @@ def guess_rate(labels: Iterable[Hashable]) -> float:
     """The best score of an answer that is always the same: chance level, fair to uneven classes."""
     counts = Counter(labels)
     return max(counts.values()) / counts.total() if counts else math.nan
+
+
+def spearman(values: Sequence[float], others: Sequence[float]) -> float | None:
+    """Rank correlation (Spearman 1904), ties by mean rank; None where one side is constant."""
+    a, b = (_mean_ranks(np.asarray(side, dtype=np.float64)) for side in (values, others))
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale else None
+
+
+def _mean_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    below = (values[:, None] > values).sum(axis=1)
+    alike = (values[:, None] == values).sum(axis=1)
+    return below + (alike - 1) / 2

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from vidgen.evaluation.metrics.appearance import DISTANCES
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
-from vidgen.evaluation.metrics.tracks import DISTANCES
 
 _COLORS = ("#2471a3", "#c0392b", "#1e8449", "#b7950b", "#7d3c98", "#566573")
 _STYLE = """
@@ -76,7 +76,7 @@ def _charts(folders: Sequence[Mapping[str, Any]]) -> str:
     for folder in folders:
         found = ((d, folder["figures"].get(f"identity_drift_{d}")) for d in DISTANCES)
         drift.append((folder["name"], [(d, f["value"]) for d, f in found if f]))
-    charts = [line_chart("identity drift against distance in frames, levels", drift)]
+    charts = [line_chart("identity drift against distance in frames, %", drift)]
     for measure, kind in MEASURES.items():
         lines = []
         for folder in folders:

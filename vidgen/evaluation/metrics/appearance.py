@@ -5,16 +5,18 @@ Axes: H W rows and columns, y x of cells, D width of a feature.
 
 from __future__ import annotations
 
-from typing import Any
+from collections import deque
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vidgen.evaluation.metrics.flow import opencv
+from vidgen.evaluation.metrics.vbench import likeness
 from vidgen.media.encode import Frames
 
 _CELLS, _ANGLES = 8, 8
 _LEVELS = 6
+DISTANCES = (1, 2, 4, 8, 16)
 
 
 def gradient_feature(frame: Frames) -> NDArray[np.float64]:
@@ -63,12 +65,26 @@ def sharpness(frame: Frames) -> float:
     return float(cv2.Laplacian(luma, cv2.CV_64F).var())
 
 
-def colors_at(frame: Any, points: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Mean colours [N, 3] of the 3x3 pixels around points [N, 2] (x, y), in levels."""
-    cv2 = opencv()
-    x, y = points.astype(np.float32).T
-    found: NDArray[np.float32] = cv2.remap(
-        cv2.blur(frame, (3, 3)).astype(np.float32), x[:, None], y[:, None], cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
-    )[:, 0]  # fmt: skip
-    return found
+class IdentityDrift:
+    """How a clip's colours change over 1, 2, 4, 8 and 16 frames, wherever in the picture they are.
+
+    Keeps the features of 17 frames.
+    """
+
+    def __init__(self) -> None:
+        self._features: deque[NDArray[np.float64]] = deque(maxlen=max(DISTANCES) + 1)
+        self._changes: dict[int, list[float]] = {distance: [] for distance in DISTANCES}
+
+    def feed(self, feature: NDArray[np.float64]) -> None:
+        """Go on with a frame's `color_feature`."""
+        self._features.append(feature)
+        for distance, changes in self._changes.items():
+            if len(self._features) > distance:
+                changes.append(1 - likeness(self._features[-1 - distance], feature))
+
+    def figures(self) -> dict[str, float | None]:
+        """`identity_drift_D` for each distance: 100 x (1 - cosine), mean; None of short clips."""
+        return {
+            f"identity_drift_{d}": 100 * float(np.mean(rows)) if rows else None
+            for d, rows in self._changes.items()
+        }

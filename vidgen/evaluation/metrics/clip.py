@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidgen.evaluation.metrics.appearance import color_feature, gradient_feature, sharpness
+from vidgen.evaluation.metrics.appearance import (
+    IdentityDrift,
+    color_feature,
+    gradient_feature,
+    sharpness,
+)
 from vidgen.evaluation.metrics.flow import FlowEstimator, check_flow_size
 from vidgen.evaluation.metrics.motion import (
     MOVING_SIDES,
@@ -214,6 +219,7 @@ class _Parts:
             (kind, feature, Consistency(None if small is None else feature(small)))
             for kind, feature in features.items()
         ]
+        self._identity = IdentityDrift()
         self._originals = _Originals(networks, rate, image) if networks else None
         self._mismatch = None if image is None else float(
             np.abs(np.subtract(image, first, dtype=np.float32)).mean(dtype=np.float64)
@@ -230,14 +236,18 @@ class _Parts:
         self._motion.feed(working)
         self._moves.feed(working)
         self._smooth.feed(working)
-        for _, feature, consistency in self._features:
-            consistency.feed(feature(working))
+        for kind, feature, consistency in self._features:
+            found = feature(working)
+            consistency.feed(found)
+            if kind == "background":
+                self._identity.feed(found)
         if self._originals:
             self._originals.feed(frame)
         self.num_frames += 1
 
     def measured(self, target: str | None) -> Measured:
         """Put the meters' figures together."""
+        self._motion.finish()
         stand_ins: Figures = {}
         for kind, _, consistency in self._features:
             stand_ins[f"{kind}_consistency"] = consistency.score
@@ -255,7 +265,7 @@ class _Parts:
             **(self._originals.figures(changes, target) if self._originals else {}),
             **{PROXY + name: value for name, value in stand_ins.items()},
             "steadiness": fmean(steady) if dynamic else 0.0,
-            **self._motion.figures(), **self._plain.figures(),
+            **self._motion.figures(), **self._identity.figures(), **self._plain.figures(),
             "first_frame_error": self._mismatch,
         }  # fmt: skip
         return Measured(

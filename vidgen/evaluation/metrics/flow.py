@@ -66,6 +66,12 @@ class FlowEstimator:
         found: Flow = self._search.calc(one, other, None)
         return found
 
+    def widened(self, mask: Mask) -> Mask:
+        """A mask [H, W] and the pixels beside it."""
+        beside = np.ones((3, 3), dtype=np.uint8)
+        found: Mask = self._cv2.dilate(mask.astype(np.uint8), beside).astype(bool)
+        return found
+
     def warp(self, picture: NDArray[Any], flow: Flow) -> NDArray[Any]:
         """A picture [H, W(, C)] fetched along a flow: out(x) = picture(x + flow(x)), bilinear."""
         height, width = flow.shape[:2]

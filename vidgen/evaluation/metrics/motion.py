@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from vidgen.evaluation.metrics.appearance import colors_at
 from vidgen.evaluation.metrics.flow import (
     Flow,
     FlowEstimator,
@@ -19,7 +18,7 @@ from vidgen.evaluation.metrics.flow import (
     sample_flow,
     warp_error,
 )
-from vidgen.evaluation.metrics.tracks import DISTANCES, Tracks
+from vidgen.evaluation.metrics.tracks import Tracks
 from vidgen.evaluation.metrics.vbench import (
     CAMERA_GRID,
     DYNAMIC_TOP,
@@ -35,10 +34,9 @@ from vidgen.media.encode import Frames
 
 Figures: TypeAlias = dict[str, float | None]
 UNMOVED_PIXELS, UNMOVED_SHARE = 0.5, 0.01
-MOVING_SIDES = 0.05
+MOVING_SIDES, LOOKS_PER_S = 0.02, 2
 """Short sides a second that the fastest twentieth of a clip has to make on average to count as
-moving: 13 pixels of 256. A still clip with H.264's noise stays below 0.005, Toybox's slowest
-motions are above 0.1."""
+moving, 5 pixels of 256, looked at twice a second: what trembles gets nowhere in half a second."""
 
 
 class MotionMeter:
@@ -50,15 +48,17 @@ class MotionMeter:
     """
 
     def __init__(self, estimator: FlowEstimator, fps: float) -> None:
-        self._flows, self._fps = estimator, fps
+        self._flows, self._fps, self._index = estimator, fps, 0
         self._frames: list[Frames] = []  # the last two
         self._grey: NDArray[np.uint8]
         self._first: NDArray[np.uint8]
+        self._looked_at: NDArray[np.uint8]
         self._flow: Flow | None = None  # between the last two
         self._errors: list[float] = []
         self._flickers: list[float] = []
         self._hidden: list[float] = []
         self._residues: list[float] = []
+        self._looks, self._last_look = max(1, round(fps / LOOKS_PER_S)), 0
         self._speeds: list[float] = []
         self._static_speeds: list[float] = []
         self.tracks: Tracks
@@ -69,13 +69,22 @@ class MotionMeter:
         grey = self._flows.grey(frame)
         if not self._frames:
             height, width = grey.shape
-            self._first = grey
-            self.tracks = Tracks(height, width, colors_at)
-            self.tracks.begin(frame)
+            self._first = self._looked_at = grey
+            self.tracks = Tracks(height, width)
             self._begin_grid(height, width)
         else:
             self._measure(frame, grey)
         self._grey, self._frames = grey, [*self._frames[-1:], frame]
+        if self._index - self._last_look == self._looks:
+            self._speeds.append(self._speed_since_look())
+            self._looked_at, self._last_look = grey, self._index
+        self._index += 1
+
+    def _speed_since_look(self) -> float:
+        """How fast the fastest twentieth went since the last look, in short sides a second."""
+        pixels = top_speed(self._flows.flow(self._looked_at, self._grey), DYNAMIC_TOP)
+        seconds = (self._index - self._last_look) / self._fps
+        return pixels / min(self._grey.shape) / seconds
 
     def _begin_grid(self, height: int, width: int) -> None:
         """The points by which the camera is told, a 20th of the side away from the edges."""
@@ -94,11 +103,10 @@ class MotionMeter:
             self._errors.append(error)
         self._hidden.append(float(hidden.mean()))
         self._residues.append(_mean_change(fetched, before))
-        self._speeds.append(top_speed(np.where(hidden[..., None], 0, flow), DYNAMIC_TOP))
         self._static_speeds.append(top_speed(flow, STATIC_TOP))
         if self._flow is not None:
             self._add_flicker(frame, self._flow, flow)
-        self.tracks.advance(frame, flow, hidden)
+        self.tracks.advance(flow, self._flows.widened(hidden))
         shape = self._grid.shape
         self._grid = self._grid + sample_flow(flow, self._grid.reshape(-1, 2)).reshape(shape)
         self._flow = flow
@@ -116,10 +124,8 @@ class MotionMeter:
 
     @property
     def speed(self) -> float | None:
-        """Mean over pairs of the fastest twentieth's speed, in short sides a second."""
-        if not self._speeds:
-            return None
-        return float(np.mean(self._speeds) / min(self._grey.shape) * self._fps)
+        """Mean over looks of the fastest twentieth's speed, in short sides a second."""
+        return float(np.mean(self._speeds)) if self._speeds else None
 
     @property
     def static(self) -> bool:
@@ -133,9 +139,14 @@ class MotionMeter:
         """What the camera did, by VBench's rules on points that the flow carries."""
         return camera_motions(self._grid_home, self._grid, min(self._grey.shape))
 
+    def finish(self) -> None:
+        """End the clip; one shorter than the time between looks is looked at now."""
+        if not self._speeds and self._index > 1:
+            self._index -= 1
+            self._speeds.append(self._speed_since_look())
+
     def figures(self) -> Figures:
         """All that was measured; None of what the clip is too short or too restless for."""
-        drifts = self.tracks.identity_drift
         usual = float(np.median(self._residues))
         rest = self._residues[1:]
         return {
@@ -143,7 +154,6 @@ class MotionMeter:
             "warp_error": 1e4 * float(np.mean(self._errors)) if self._errors else None,
             "flicker": float(np.mean(self._flickers)) if self._flickers else None,
             "track_jerk": self.tracks.jerk,
-            **{f"identity_drift_{d}": drifts[d] for d in DISTANCES},
             "pops": 100 * (max(self._hidden) - float(np.median(self._hidden))),
             "seam": max(self._residues) - usual,
             "first_step": self._residues[0] / max(float(np.median(rest)), 0.1) if rest else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vidgen.evaluation.metrics.tracks import DISTANCES
+from vidgen.evaluation.metrics.appearance import DISTANCES
 from vidgen.evaluation.metrics.vbench import RANGES
 
 Better = Literal["more", "less", "neither"]
@@ -50,7 +50,7 @@ MEASURES: dict[str, Measure] = {
     "warp_error": Measure("less", "x1e-4", "mean squared error of what the flow carries along"),
     "flicker": Measure("less", "levels", "second difference in time of pixels that don't move"),
     "track_jerk": Measure("less", "%", "third difference of tracked points, of the short side"),
-    **{f"identity_drift_{d}": Measure("less", "levels", f"colour of points changes over {d} frames")
+    **{f"identity_drift_{d}": Measure("less", "%", f"the picture's colours change over {d} frames")
        for d in DISTANCES},
     "sharpness_drift": Measure("less", "octaves", "sharpness of the last fifth against the first"),
     "color_drift": Measure("less", "%", "colours change while the picture stays"),

@@ -1,14 +1,12 @@
-"""Points carried along by the flow: how smoothly they move, and whether they stay what they are.
+"""Points carried along by the flow: how smoothly they move, and which way.
 
-Axes: N points, A angles, K segments, d distances.
+Axes: N points, A angles, K segments.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,51 +16,36 @@ from vidgen.evaluation.metrics.flow import Flow, Mask, Points, sample_flow
 GRID = 20
 SEGMENT = 16
 ANGLES = 8
-DISTANCES = (1, 2, 4, 8, 16)
-TOP_SHARE = 0.1
 HISTOGRAM_WIDTH = 2 * ANGLES
 
 
 class Tracks:
     """A grid of 20x20 points that follow the flow; lost ones begin anew where they came from.
 
-    Feed the first frame by `begin`, each later one by `advance`. What is kept is bounded: the last
-    17 looks of each point, and for each segment of 16 frames one histogram.
+    What is kept is bounded, but for one histogram of each segment of 16 frames.
 
     Args:
         height: rows of the frames.
         width: their columns.
-        colors_at: reads colours [N, 3] (0 to 255) off a frame at points [N, 2] (x, y).
     """
 
-    def __init__(
-        self, height: int, width: int, colors_at: Callable[[Any, Points], NDArray[np.float32]]
-    ) -> None:
+    def __init__(self, height: int, width: int) -> None:
         self._size, self._short = (width, height), min(height, width)
         xs = (np.arange(GRID) + 0.5) * width / GRID - 0.5
         ys = (np.arange(GRID) + 0.5) * height / GRID - 0.5
         self._home: Points = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
-        self._colors_at = colors_at
-        self._places: deque[Points] = deque(maxlen=4)  # for third differences
-        self._looks: deque[NDArray[np.float32]] = deque(maxlen=max(DISTANCES) + 1)
+        self._places: deque[Points] = deque([self._home.copy()], maxlen=4)  # third differences
         self._age = np.zeros(len(self._home), dtype=np.int64)
         self._jerks: list[float] = []
-        self._changes: dict[int, list[float]] = {distance: [] for distance in DISTANCES}
         self._velocity = np.zeros(ANGLES)
         self._acceleration = np.zeros(ANGLES)
         self._in_segment = 0
         self.histograms: list[list[float]] = []
 
-    def begin(self, frame: Any) -> None:
-        """Place the points on the first frame."""
-        self._places.append(self._home.copy())
-        self._looks.append(self._colors_at(frame, self._home))
-
-    def advance(self, frame: Any, flow: Flow, hidden: Mask) -> None:
+    def advance(self, flow: Flow, hidden: Mask) -> None:
         """Follow a flow to the next frame.
 
         Args:
-            frame: the next one.
             flow: to it, [H, W, 2] in pixels.
             hidden: [H, W] pixels of the frame before that it doesn't show.
         """
@@ -74,7 +57,6 @@ class Tracks:
         self._age = np.where(lost, 0, self._age + 1)
         place[lost] = self._home[lost]
         self._places.append(place)
-        self._looks.append(self._colors_at(frame, place))
         self._measure()
 
     def _measure(self) -> None:
@@ -88,11 +70,6 @@ class Tracks:
         if len(places) == 4 and (old := self._age >= 3).any():
             jerk = (places[3] - 3 * places[2] + 3 * places[1] - places[0])[old]
             self._jerks.append(float(np.hypot(*jerk.T).mean()) / self._short)
-        for distance in DISTANCES:
-            known = self._age >= distance
-            if len(self._looks) > distance and known.any():
-                change = np.abs(self._looks[-1] - self._looks[-1 - distance])[known].mean(axis=1)
-                self._changes[distance].append(_mean_of_top(change))
         self._in_segment += 1
         if self._in_segment == SEGMENT - 1:
             self._end_segment()
@@ -106,16 +83,6 @@ class Tracks:
     def jerk(self) -> float | None:
         """Mean length of the points' third differences, in % of the short side a frame cubed."""
         return 100 * float(np.mean(self._jerks)) if self._jerks else None
-
-    @property
-    def identity_drift(self) -> dict[int, float | None]:
-        """How a point's colour changes over 1, 2, 4, 8 and 16 frames: mean levels, worst tenth."""
-        return {d: float(np.mean(rows)) if rows else None for d, rows in self._changes.items()}
-
-
-def _mean_of_top(values: NDArray[np.floating[Any]]) -> float:
-    count = max(1, math.ceil(values.size * TOP_SHARE))
-    return float(np.partition(values, values.size - count)[-count:].mean(dtype=np.float64))
 
 
 def _vote(histogram: NDArray[np.float64], vectors: Points, short_side: int) -> None:

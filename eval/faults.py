@@ -1,0 +1,271 @@
+"""Which temporal measure sees which fault, and whether it ranks the fault's grades.
+
+    python eval/faults.py -o faults.json --report faults.html [--clips 24] [--size 128] [--decoded]
+
+Renders Toybox clips, plants faults of five grades in each, takes all measures of
+`vidgen eval temporal` and correlates mean measure and grade (Spearman). From 0.9 on, the right way
+round, a measure ranks the fault; all others are shown as not ranking it. With --decoded the clips
+go through H.264 first. About 35 s a clip of 33 frames of 128x128 on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidgen.core.runtime import atomic_write, check_output, fingerprint
+from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
+from vidgen.evaluation.metrics.flow import FlowEstimator
+from vidgen.evaluation.metrics.registry import MEASURES
+from vidgen.evaluation.statistics import spearman
+from vidgen.evaluation.temporal_report import line_chart
+from vidgen.media.clip import Clip
+from vidgen.media.write import ClipInfo, write_clip
+from vidgen.toybox.render import render
+from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, Scene, is_valid, sample_scenes
+
+FPS = Fraction(12)
+RANKED = 0.9
+FIRST_SEED = SEED_RANGES["dev"][0] + 9_000_000
+
+
+STAND_INS = ("cat", "dog", "car", "rocket", "fish", "balloon")
+Plant = Callable[["Shown", float], Any]
+
+
+class Shown:
+    """A clip, and what its faults are made of.
+
+    Attributes:
+        frames: uint8 [T, H, W, 3].
+        other: the same with another sprite, which moves alike.
+    """
+
+    def __init__(self, scene: Scene, num_frames: int, side: int) -> None:
+        first, *rest = scene.actors
+        sprite = next(
+            name for name in STAND_INS if name != first.sprite and is_valid(name, first.motion)
+        )
+        other = replace(scene, actors=(replace(first, sprite=sprite), *rest), sound=())
+        self.frames, self.other = (
+            as_frames(render([s], num_frames, side, side, float(FPS)).video) for s in (scene, other)
+        )
+
+
+def as_frames(video: Any) -> Any:
+    """Video [1, 3, T, H, W] in [-1, 1] as uint8 [T, H, W, 3]."""
+    return ((video[0].permute(1, 2, 3, 0).numpy().clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+
+
+def shifted_levels(frames: Any, levels: Any) -> Any:
+    """Frames [T, H, W, 3] plus levels, [T] or [T, 3], turned round where the picture is bright."""
+    way = 1 if frames.mean() < 128 else -1
+    levels = np.asarray(levels, dtype=np.float32)
+    levels = levels.reshape(len(frames), 1, 1, -1) * way
+    return np.clip(frames + levels, 0, 255).round().astype(np.uint8)
+
+
+def mixed(frames: Any, others: Any, shares: Any) -> Any:
+    """Frames [T, H, W, 3] with a share [T] of others."""
+    shares = np.asarray(shares, dtype=np.float32).reshape(-1, 1, 1, 1)
+    return (frames * (1 - shares) + others * shares).round().astype(np.uint8)
+
+
+def flicker(shown: Shown, levels: float) -> Any:
+    """Every second frame is brighter."""
+    return shifted_levels(shown.frames, np.arange(len(shown.frames)) % 2 * levels)
+
+
+def frozen(shown: Shown, share: float) -> Any:
+    """A frame near the start is held for a share of the clip, and time goes on."""
+    out = shown.frames.copy()
+    start = len(out) // 4
+    out[start : start + 1 + round(share * len(out))] = out[start]
+    return out
+
+
+def pop(shown: Shown, opacity: float) -> Any:
+    """The sprite is another for two frames, and itself again."""
+    middle = len(shown.frames) // 2
+    shares = np.zeros(len(shown.frames))
+    shares[middle : middle + 2] = opacity
+    return mixed(shown.frames, shown.other, shares)
+
+
+def morph(shown: Shown, share: float) -> Any:
+    """The sprite turns into another little by little, by a share at the end."""
+    return mixed(shown.frames, shown.other, np.linspace(0, share, len(shown.frames)))
+
+
+def color_drift(shown: Shown, levels: float) -> Any:
+    """Red goes one way and blue the other, to so many levels at the end."""
+    ramp = np.linspace(0, levels, len(shown.frames))
+    return shifted_levels(shown.frames, np.stack([ramp, 0 * ramp, -ramp], axis=1))
+
+
+def jitter(shown: Shown, pixels: float) -> Any:
+    """Each frame is off its place by chance, with so many pixels of deviation."""
+    flows = FlowEstimator()
+    ways = np.random.default_rng(0).normal(0, pixels, (len(shown.frames), 2)).astype(np.float32)
+    size = shown.frames.shape[1:3]
+    pairs = zip(shown.frames, ways, strict=True)
+    return np.stack([flows.warp(f, np.broadcast_to(w, (*size, 2)).copy()) for f, w in pairs])
+
+
+def seam(shown: Shown, levels: float) -> Any:
+    """The second half is brighter."""
+    count = len(shown.frames)
+    return shifted_levels(shown.frames, np.where(np.arange(count) < count // 2, 0, levels))
+
+
+def first_frame(shown: Shown, share: float) -> Any:
+    """The clip begins with another picture than it was given: its colours change places."""
+    out = shown.frames.copy()
+    out[:1] = mixed(out[:1], np.roll(out[:1], 1, axis=-1), [share])
+    return out
+
+
+_LEVELS, _SHARES = (0, 3, 6, 12, 24, 48), (0, 0.2, 0.4, 0.6, 0.8, 1.0)
+#: fault -> how it is planted, and its grades, of which the first is none
+PLANTS: dict[str, tuple[Plant, tuple[float, ...]]] = {
+    "flicker": (flicker, _LEVELS),
+    "frozen": (frozen, (0, 0.1, 0.2, 0.3, 0.4, 0.5)),
+    "pop": (pop, _SHARES),
+    "morph": (morph, _SHARES),
+    "color drift": (color_drift, _LEVELS),
+    "jitter": (jitter, (0, 0.5, 1, 2, 3, 4)),
+    "seam": (seam, _LEVELS),
+    "first frame": (first_frame, _SHARES),
+}
+
+
+def encoded(frames: Any) -> Any:
+    """Frames after H.264, as a file holds them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "clip.mp4")
+        write_clip(path, [frames], ClipInfo(FPS, frames.shape[2:0:-1], len(frames)))
+        return Clip.from_file(path).frames
+
+
+def scenes(count: int) -> Iterator[Scene]:
+    """Scenes whose sprite really moves, and that no model was trained on."""
+    pool = sample_scenes(FIRST_SEED, 4 * count + 16)
+    return (s for s, _ in zip((s for s in pool if s.actors[0].motion != "stays"), range(count),
+                              strict=False))  # fmt: skip
+
+
+def take(shown: Shown, frames: Any, decode: bool) -> dict[str, float | None]:
+    """All figures of frames [T, H, W, 3] that were to begin as the clip does."""
+    frames = encoded(frames) if decode else frames
+    return measure_clip(iter(frames), FPS, image=shown.frames[0]).figures
+
+
+def measure(clips: int, num_frames: int, side: int, decode: bool) -> dict[str, Any]:
+    """Responses of all measures to all faults: {fault: {measure: {mean, spearman, ranks}}}."""
+    rows: dict[str, list[list[dict[str, float | None]]]] = {fault: [] for fault in PLANTS}
+    for index, scene in enumerate(scenes(clips)):
+        shown = Shown(scene, num_frames, side)
+        clean = take(shown, shown.frames, decode)
+        for fault, (plant, grades) in PLANTS.items():
+            faulty = [take(shown, plant(shown, grade), decode) for grade in grades[1:]]
+            rows[fault].append([clean, *faulty])
+        if sys.stderr.isatty():
+            print(f"\r{index + 1}/{clips}", end="", file=sys.stderr)
+    responses = {fault: respond(table, PLANTS[fault][1]) for fault, table in rows.items()}
+    return {
+        "clips": clips, "frames": num_frames, "size": [side, side], "fps": str(FPS),
+        "decoded": decode, "first_seed": FIRST_SEED, "world_version": WORLD_VERSION,
+        "measures_version": MEASURES_VERSION, "grades": {f: g for f, (_, g) in PLANTS.items()},
+        "responses": responses, "opencv": version_of_opencv(), "machine": fingerprint(),
+    }
+
+
+def version_of_opencv() -> str:
+    """Of which the flow's figures hang."""
+    import cv2
+
+    return str(cv2.__version__)
+
+
+def respond(
+    table: Sequence[Sequence[dict[str, float | None]]], grades: Sequence[float]
+) -> dict[str, dict[str, Any]]:
+    """Mean response to each grade, over the clips that have all, and whether it ranks them.
+
+    Args:
+        table: figures by clip and grade.
+        grades: of the fault.
+    """
+    found = {}
+    for measure_name, kind in MEASURES.items():
+        curves = [[figures.get(measure_name) for figures in graded] for graded in table]
+        known = [curve for curve in curves if None not in curve]
+        if not known:
+            continue
+        mean = [float(value) for value in np.mean(np.asarray(known, dtype=np.float64), axis=0)]
+        rho = spearman(grades, mean)
+        way = -1 if kind.better == "more" else 1
+        ranks = rho is not None and kind.better != "neither" and way * rho >= RANKED
+        found[measure_name] = {"mean": mean, "clips": len(known), "spearman": rho, "ranks": ranks}
+    return found
+
+
+def page(result: dict[str, Any]) -> str:
+    """The curves as HTML: first those that rank the fault, then the others, greyed."""
+    parts = [f"<h1>Planted faults</h1><p>{result['clips']} clips. A measure ranks a fault where "
+             f"Spearman's correlation of grade and mean is {RANKED} or more, the right way.</p>"]
+    for fault, responses in result["responses"].items():
+        grades = result["grades"][fault]
+        parts.append(f"<h2>{escape(fault)}</h2>")
+        for ranks in (True, False):
+            told = "ranks it" if ranks else "doesn't rank it"
+            for name, row in responses.items():
+                if row["ranks"] == ranks:
+                    rho = "constant" if row["spearman"] is None else f"{row['spearman']:+.2f}"
+                    line = [(told, list(zip(grades, row["mean"], strict=True)))]
+                    chart = line_chart(f"{name} against grade: {rho}", line)
+                    parts.append(chart if ranks else f'<span style="opacity:.4">{chart}</span>')
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Planted faults</title>'
+        f'<body style="font-family:sans-serif">{"".join(parts)}</body></html>\n'
+    )
+
+
+def main() -> None:
+    """Measure, write the results, show which measure ranks which fault."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="JSON")
+    parser.add_argument("--report", metavar="HTML", help="the curves as a page")
+    parser.add_argument("--clips", type=int, default=24, metavar="N")
+    parser.add_argument("--frames", type=int, default=33, metavar="N")
+    parser.add_argument("--size", type=int, default=128, metavar="SIDE")
+    parser.add_argument("--decoded", action="store_true", help="measure what H.264 leaves of them")
+    parser.add_argument("--overwrite", action="store_true")
+    args = parser.parse_args()
+    for path in (args.output, args.report):
+        if path is not None:
+            check_output(path, overwrite=args.overwrite)
+    result = measure(args.clips, args.frames, args.size, args.decoded)
+    atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
+    if args.report is not None:
+        atomic_write(args.report, page(result).encode())
+    for fault, responses in result["responses"].items():
+        ranking = [name for name, row in responses.items() if row["ranks"]]
+        others = [n for n, r in responses.items() if not r["ranks"]]
+        print(f"{fault}\n  ranked by {', '.join(ranking) or 'none'}\n  not by {', '.join(others)}")
+
+
+if __name__ == "__main__":
+    main()
