@@ -94,6 +94,10 @@ class Report:
         for choice in dict.fromkeys(one.choice for one in each if one.choice):
             self({"event": "note", "text": choice})
 
+    def expect_nothing(self) -> None:
+        """Tell from here on no share and no time: of what comes now there is no estimate."""
+        self._clock = None
+
     def save(
         self, clip: Clip, path: str, number: tuple[int, int] = (1, 1), *, overwrite: bool
     ) -> None:

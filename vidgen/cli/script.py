@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidgen.cli.assembly import add_exports, make_film, settle
 from vidgen.cli.devices import add_tiles
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, VidgenError
 
 if TYPE_CHECKING:
     from vidgen.pipeline.estimate import Estimate
+    from vidgen.story.edit import Edit
     from vidgen.story.film import FilmPlan, ShotPlan, Take
     from vidgen.story.render import RenderedShot, Store
     from vidgen.story.script import Script
@@ -43,6 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="small, in few steps and one take, to FILM-draft.mp4")
     add("--overwrite", action="store_true",
         help="replace an existing film; start shots that were stopped anew")
+    add_exports(parser)
     add("--model", metavar="NAME|FOLDER|HUB_ID", help="default the script's, else toybox")
     add("--offload", choices=("auto", "none", "stage", "block"), default="auto",
         help="as in generate")
@@ -63,8 +66,8 @@ def run(args: Namespace, report: Report) -> int:
     if args.init:
         return _write_example(Path(args.script), report, overwrite=args.overwrite)
 
-    from vidgen.core.runtime import check_output
     from vidgen.media.write import CONTAINERS, check_format
+    from vidgen.story.edit import make_edit
     from vidgen.story.plan import plan_film
     from vidgen.story.render import Store
     from vidgen.weights.folder import open_model
@@ -79,16 +82,16 @@ def run(args: Namespace, report: Report) -> int:
     store = Store(output.with_suffix(".shots"), film)
     plans = film.needed(args.only)
     if args.check:
-        return _tell_plan(film, plans, store, args, report)
+        edit = None if args.only or not film.in_film else make_edit(film, film.in_film, output)
+        return _tell_plan(film, plans, store, args, report, edit)
     if not (args.only or film.in_film):
         raise InputError(f"{script.path}: every shot has in_film: false; a film needs one")
-    is_done = not args.only and _is_there(output, film, store)
-    if not (args.only or is_done):
-        check_output(output, overwrite=args.overwrite)
+    making = None if args.only else settle(film, store, output, args)
     start = time.monotonic()
     shots = _render(store, plans, args, report)
-    if not args.only:
-        _join(film, shots, output, report, is_done=is_done)
+    if making is not None:
+        report.expect_nothing()
+        make_film(making, shots, report)
     elapsed = round(time.monotonic() - start, 3)
     data = {
         "film": None if args.only else str(output), "shots": [each.as_data() for each in shots],
@@ -135,6 +138,7 @@ def _render(
     """Render what isn't there; on a stop say how to go on."""
     from vidgen.pipeline.video import Engine, load
     from vidgen.story.render import Renderer
+    from vidgen.story.sums import remember
 
     film = store.film
     parts = [(plan, *part) for plan in plans for part in store.missing(plan)]
@@ -161,6 +165,7 @@ def _render(
     finally:
         if "engine" in vars(renderer):
             renderer.engine.close()
+        remember(shots)
     store.write_index(shots)
     return shots
 
@@ -179,44 +184,11 @@ def _estimates(
     return list(estimates(film, parts, device, have, dtype, offload)), have
 
 
-def _join(
-    film: FilmPlan, shots: Sequence[RenderedShot], output: Path, report: Report, *, is_done: bool
-) -> None:
-    """Put the film together."""
-    from vidgen.story.cuts import join_by_cuts, left_out
-
-    by_id = {each.shot.id: each for each in shots}
-    shown = [by_id[plan.shot.id] for plan in film.in_film]
-    missing = left_out(shown)
-    if missing:
-        report({"event": "note", "text": f"the shots are joined by cuts, without their "
-                f"{', '.join(missing)}"})
-    if is_done:
-        report({"event": "note", "text": f"{output} is done already"})
-        return
-    join_by_cuts(film, shown, output)
-    report({"event": "written", "path": str(output)})
-
-
-def _is_there(output: Path, film: FilmPlan, store: Store) -> bool:
-    """Whether this very film lies there already."""
-    from vidgen.media.read import read_recipe
-
-    if not output.is_file() or not all(store.is_done(plan) for plan in film.in_film):
-        return False
-    try:
-        made = (read_recipe(output) or {})["film"]["shots"]
-        return [each["address"] for each in made] == [
-            store.take(plan).key for plan in film.in_film
-        ]
-    except (InputError, KeyError, TypeError):
-        return False
-
-
 def _tell_plan(
-    film: FilmPlan, plans: Sequence[ShotPlan], store: Store, args: Namespace, report: Report
+    film: FilmPlan, plans: Sequence[ShotPlan], store: Store, args: Namespace, report: Report,
+    edit: Edit | None,
 ) -> int:
-    """What each shot takes, and which are there."""
+    """What each shot takes, which are there, and how long the film is, if there is to be one."""
     from vidgen.pipeline.estimate import size_text
     from vidgen.story.plan import unknown_words
 
@@ -237,7 +209,8 @@ def _tell_plan(
     whole: dict[str, Any] = {
         "shots": len(rows), "rendered": len(rows) - len(undone),
         "measured": all(row["measured"] for row in rows),
-        "duration_s": sum(row["duration_s"] for row in rows if row["in_film"]),
+        "duration_s": edit.facts()["duration_s"] if edit is not None else
+        sum(row["duration_s"] for row in rows if row["in_film"]),
         "seconds": sum(row["seconds"] for row in undone),
         "peak_bytes": max((row["peak_bytes"] for row in rows), default=0),
     }

@@ -172,7 +172,8 @@ def join_files(
             with av.open(str(temporary), "w", format=kind.muxer, options=options) as container:
                 container.metadata.update(_tags(last, own))
                 if chapters:
-                    container.set_chapters([_chapter(*each) for each in enumerate(chapters, 1)])
+                    listed = [_chapter(n, each) for n, each in enumerate(chapters, 1)]
+                    container.set_chapters(listed)
                 _copy(paths, container, tracks)
             recipe = read_recipe(last) if own is None else own
             if recipe is not None:
@@ -191,7 +192,7 @@ def _tags(last: str | os.PathLike[str], recipe: dict[str, Any] | None) -> dict[s
         return {k: v for k, v in source.metadata.items() if k.lower() not in _OWN_TAGS}
 
 
-def _chapter(number: int, chapter: Chapter) -> dict[str, Any]:
+def _chapter(number: int, chapter: Chapter) -> Any:
     start, end = (round(1000 * time) for time in (chapter.start_s, chapter.end_s))
     return {"id": number, "start": start, "end": end, "time_base": Fraction(1, 1000),
             "metadata": {"title": chapter.title}}

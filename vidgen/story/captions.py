@@ -173,7 +173,8 @@ class Burner:
         light, shade = (np.asarray(image, np.float32) / 255 for image in (ink, dark))
         margin = height // 20
         top = (height - rows) // 2 if kind == "title" else height - rows - margin
-        return max(0, top), np.maximum(light, 0.85 * shade), 255 * light
+        cover = np.maximum(light, 0.85 * shade, dtype=np.float32)
+        return max(0, top), cover, np.asarray(255 * light, np.float32)
 
     def _find_font(self) -> None:
         """Take a font that has all signs of the texts.

@@ -43,13 +43,13 @@ class Colours:
     @property
     def mean(self) -> Values:
         """Of each channel, [3]."""
-        return self.histogram @ np.arange(256) / self.histogram.sum(1)
+        return np.asarray(self.histogram @ np.arange(256) / self.histogram.sum(1))
 
     @property
     def deviation(self) -> Values:
         """Of each channel, [3]."""
         squares = self.histogram @ np.arange(256) ** 2 / self.histogram.sum(1)
-        return np.sqrt(np.maximum(0, squares - self.mean**2))
+        return np.asarray(np.sqrt(np.maximum(0, squares - self.mean**2)))
 
 
 def measured(frames: Iterable[Frames]) -> Colours:

@@ -9,7 +9,7 @@ Axes: H W rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -67,7 +67,7 @@ class Source:
     def _is_at_rate(self) -> bool:
         return self.source_fps == self.fps
 
-    def _read(self) -> Iterator[Frames]:
+    def _read(self) -> Generator[Frames, None, None]:
         """The file's frames, of which there must be as many as it had."""
         count = 0
         with VideoReader(self.path) as reader:
@@ -132,7 +132,9 @@ def _flow_graph(frame: Frames, rate: Fraction, fps: Fraction) -> av.filter.Graph
     graph = av.filter.Graph()
     graph.threads = 1
     height, width = frame.shape[:2]
-    source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=1 / rate)
+    source = graph.add_buffer(
+        width=width, height=height, format=av.VideoFormat("rgb24"), time_base=1 / rate
+    )
     chain = [
         source, graph.add("format", "pix_fmts=yuv444p"),
         graph.add("minterpolate", f"fps={fps}:mi_mode=mci:scd=none"),
@@ -153,6 +155,6 @@ def _push(graph: av.filter.Graph, frame: Frames, number: int, rate: Fraction) ->
 def _pulled(graph: av.filter.Graph) -> Iterator[Frames]:
     while True:
         try:
-            yield graph.pull().to_ndarray()
+            yield np.asarray(graph.pull().to_ndarray(), np.uint8)
         except (BlockingIOError, EOFError):
             return

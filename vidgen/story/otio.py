@@ -42,7 +42,7 @@ def write_otio(edit: Edit, shots: Sequence[RenderedShot], path: str | Path) -> P
     tracks += [_track(kind, "Audio", items) for kind, items in (
         ("music", _music(edit, target.parent)), ("narration", _narration(edit)),
     ) if items]
-    data = {
+    data: Item = {
         "OTIO_SCHEMA": "Timeline.1", "name": script.project.title or script.path.stem,
         "global_start_time": None,
         "metadata": {"vidgen": {"script": str(script.path.name), "seed": script.project.seed}},
@@ -102,7 +102,7 @@ def _narration(edit: Edit) -> list[Item]:
     for each in edit.narrated.sentences if edit.narrated else ():
         first, last = (round(time * RATE) for time in (each.start_s, each.end_s))
         items += [_gap(first - at)] if first > at else []
-        missing = {"OTIO_SCHEMA": "MissingReference.1", "name": "", "available_range": None,
+        missing: Item = {"OTIO_SCHEMA": "MissingReference.1", "name": "", "available_range": None,
                    "available_image_bounds": None, "metadata": {}}
         items.append(_clip(each.text or "speech", _samples(last - first), missing, {}))
         at = max(at, last)

@@ -17,30 +17,43 @@ from vidgen.story.render import RenderedShot
 SUMS = "sums.json"
 
 
+def remember(shots: Iterable[RenderedShot]) -> None:
+    """Keep the hashes of those that were rendered now."""
+    made: dict[Path, dict[str, str]] = {}
+    for each in shots:
+        if each.made:
+            made.setdefault(each.path.parent, {})[each.path.name] = sha256_file(each.path)
+    for folder, sums in made.items():
+        _keep(folder, _read(folder) | sums)
+
+
 def check_shots(shots: Iterable[RenderedShot]) -> None:
-    """Compare shots with what was rendered, and remember those that are new.
+    """Compare shots with what was rendered, and keep the hashes of those that have none.
 
     Raises:
         InputError: a file that is missing or was changed.
     """
     known: dict[Path, dict[str, str]] = {}
-    changed: dict[Path, dict[str, str]] = {}
+    changed = set[Path]()
     for each in shots:
-        path = each.path
-        if not path.is_file():
-            raise InputError(f"shot {each.shot.id!r}: {path} is not there any more; the same "
+        folder, name = each.path.parent, each.path.name
+        if not each.path.is_file():
+            raise InputError(f"shot {each.shot.id!r}: {each.path} is not there any more; the same "
                              "command renders it again")
-        sums = known.setdefault(path.parent, _read(path.parent))
-        found = sha256_file(path)
-        before = None if each.made else sums.get(path.name)
-        if before is not None and before != found:
-            raise InputError(f"shot {each.shot.id!r}: {path} was changed since it was rendered; "
-                             "remove it, and the same command renders it again")
-        if sums.get(path.name) != found:
-            sums[path.name] = found
-            changed[path.parent] = sums
-    for folder, sums in changed.items():
-        atomic_write(folder / SUMS, json.dumps(sums, indent=1, sort_keys=True).encode())
+        if folder not in known:
+            known[folder] = _read(folder)
+        found = sha256_file(each.path)
+        if known[folder].setdefault(name, found) != found:
+            raise InputError(f"shot {each.shot.id!r}: {each.path} was changed since it was "
+                             "rendered; remove it, and the same command renders it again")
+        changed.add(folder)
+    for folder in changed:
+        if known[folder] != _read(folder):
+            _keep(folder, known[folder])
+
+
+def _keep(folder: Path, sums: dict[str, str]) -> None:
+    atomic_write(folder / SUMS, json.dumps(sums, indent=1, sort_keys=True).encode())
 
 
 def _read(folder: Path) -> dict[str, str]:

@@ -53,9 +53,9 @@ def blended(kind: str, first: Frames, second: Frames, share: float) -> Frames:
 def faded(kind: str, frame: Frames, share: float) -> Frames:
     """A frame uint8 [H, W, 3] of which `share` is left, the rest black or white."""
     mixed = share * frame.astype(np.float32) + (1 - share) * _COLOURS[kind]
-    return np.rint(mixed).astype(np.uint8)
+    return np.asarray(np.rint(mixed), np.uint8)
 
 
 def _mixed(first: Frames, second: Frames, share: float) -> Frames:
     mixed = first + share * (second.astype(np.float32) - first)
-    return np.rint(mixed).astype(np.uint8)
+    return np.asarray(np.rint(mixed), np.uint8)
