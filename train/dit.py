@@ -40,6 +40,7 @@ from vidgen.weights.load import load_module
 Module = TypeVar("Module", bound=nn.Module)
 
 VALIDATION_SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
+SHOWN = 0.5  # share of a token's cover from which it is to name its sprite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ class DiTRun(DiTData):
         cover_weight: of the loss that has tokens half-way through the blocks say how much of them
             is sprite: what a sentence says of motion is lost in the velocity's error, where noise
             is high and sprites are few, but not here (after Yu et al. 2024, who align such tokens
-            with another network's; here there is the truth). The head is dropped on export.
+            with another network's; here there is the truth). Its head is dropped on export.
+        name_weight: of the loss that has those that are half sprite or more name it; likewise.
         part: "sound" trains the transformer's own parts for sound alone, first of all.
         init: folder of a released model whose transformer and text encoder to start from.
         compile: torch.compile the blocks, on devices that our own kernels don't serve; pays in runs
@@ -70,6 +72,7 @@ class DiTRun(DiTData):
     text_warmup: int = 0
     sprite_weight: float = 0.0
     cover_weight: float = 0.0
+    name_weight: float = 0.0
     part: Literal["all", "sound"] = "all"
     init: str | None = None
     compile: bool = False
@@ -95,23 +98,37 @@ class AttributeHeads(nn.Module):
         return torch.stack(losses).mean()
 
 
-class CoverHead(nn.Module):
-    """A linear head from a transformer's tokens, half-way, to the cover of their latents."""
+class TruthHeads(nn.Module):
+    """Linear heads from a transformer's tokens, half-way: how much of each is sprite, and which."""
 
     def __init__(self, dit: SpacetimeDiT) -> None:
         super().__init__()
-        self.proj = nn.Linear(dit.config.hidden_dim, dit.config.patch_size**2)
+        self.cover = nn.Linear(dit.config.hidden_dim, dit.config.patch_size**2)
+        self.names = nn.Linear(dit.config.hidden_dim, len(CLASSES["sprite"]))
         self.patch = dit.config.patch_size
         dit.blocks[(len(dit.blocks) - 1) // 2].register_forward_hook(self._keep)
 
     def _keep(self, _block: nn.Module, _inputs: Any, streams: list[Stream]) -> None:
         self.tokens = streams[0].tokens
 
-    def loss(self, cover: Tensor) -> Tensor:
-        """Cross-entropy with cover [B, 1, F, h, w] of the clip that went through last."""
+    def losses(self, cover: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross-entropies of the clip that went through last.
+
+        Args:
+            cover: [B, 1, F, h, w], how much of a latent is sprite.
+            labels: the scenes'; of two actors it isn't told which token shows which.
+
+        Returns:
+            (of the cover, of the names of tokens that are half sprite or more).
+        """
         target = patchify_latents(cover, self.patch)
-        logits = self.proj(self.tokens[:, : target.shape[1]])
-        return F.binary_cross_entropy_with_logits(logits.float(), target.clamp(0, 1))
+        tokens = self.tokens[:, : target.shape[1]]
+        covered = F.binary_cross_entropy_with_logits(self.cover(tokens).float(), target.clamp(0, 1))
+        alone = (labels["sprite"] >= 0) & (labels["sprite_2"] == 0)
+        shown = (target.mean(2) >= SHOWN) & alone[:, None]
+        names = labels["sprite"][:, None].expand_as(shown)[shown]
+        wrong = F.cross_entropy(self.names(tokens[shown]).float(), names, reduction="sum")
+        return covered, wrong / max(1, len(names))
 
 
 class DiTTask:
@@ -128,10 +145,10 @@ class DiTTask:
         if config.compile:
             self.dit.compile_blocks()
         self.heads = AttributeHeads(self.text.config.hidden_dim).to(self.device)
-        self.cover = CoverHead(self.dit).to(self.device)
+        self.truth = TruthHeads(self.dit).to(self.device)
         self.modules: dict[str, nn.Module] = {
             "transformer": self.dit, "text_encoder": self.text, "attributes": self.heads,
-            "cover": self.cover,
+            "truth": self.truth,
         }
         if config.part == "sound":
             for name, parameter in named_parameters(self.modules).items():
@@ -192,9 +209,10 @@ class DiTTask:
         context = encode_tokens(self.text, batch.ids, batch.mask)
         error, sound = self._errors(batch, context, self.config.sprite_weight)
         told = self.heads.loss(context, batch.mask, batch.labels)
-        cover = self.cover.loss(batch.cover)
-        total = error + self.config.attribute_weight * told + self.config.cover_weight * cover
-        values = {"velocity": error, "attributes": told, "cover": cover}
+        cover, names = self.truth.losses(batch.cover, batch.labels)
+        total = error + self.config.attribute_weight * told
+        total = total + self.config.cover_weight * cover + self.config.name_weight * names
+        values = {"velocity": error, "attributes": told, "cover": cover, "names": names}
         if sound is not None:
             total, values["sound"] = total + sound, sound
         return total, {name: value.detach() for name, value in values.items()}
