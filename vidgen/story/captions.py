@@ -30,7 +30,7 @@ from vidgen.story.timeline import Timeline
 TITLE_S = 3.0
 """How long a title stays, its shot's length at most."""
 _SHARE = {"caption": 1 / 14, "title": 1 / 9}  # of the picture's height, for a line
-_LEAST = 9  # pixels of a line; smaller letters can't be read
+_LEAST = 12  # pixels of a line; smaller letters can't be read
 _WIDTH = 0.9  # of the picture, for a line
 _OUTLINE = 1 / 10  # of a line's height
 _SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf",
@@ -159,7 +159,7 @@ class Burner:
         """First row, how much a text hides there, and the light that it adds, [h, W] each."""
         width, height = self.size
         line = max(_LEAST, round(_SHARE[kind] * height))
-        font, outline = _opened(self.font, round(0.8 * line)), max(1, round(_OUTLINE * line))
+        font, outline = _opened(self.font, round(0.85 * line)), max(1, round(_OUTLINE * line))
         lines = [part for each in text.splitlines()
                  for part in _wrapped(each, font, _WIDTH * width)]
         lines = lines[: max(1, (height - 2 * outline) // line)]
