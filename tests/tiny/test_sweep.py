@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from vidgen.cli.main import main
+from vidgen.cli.report import Report
 from vidgen.cli.sweep import read_axis
 from vidgen.media.clip import Clip
 from vidgen.media.grid import MAX_SIDE, Grid
@@ -62,6 +63,17 @@ def test_a_sheet_and_a_video_hold_one_clip_of_each_setting(sweep: Sweep, tiny_mo
     assert read_recipe("s.mp4")["sweep"]["over"] == {
         "prompt:car": ["car", "cat"], "guidance": ["1", "3"]
     }
+
+
+def test_each_clip_has_an_estimate_of_its_own(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(Report, "expect", lambda _self, made, **_: told.append(made))
+    assert sweep("a cat", "--over", "steps=1,2,8", "-o", "s.mp4")[0] == 0
+    seconds = [one.stages[3].seconds for one in told[0]]
+    assert [stage.stages[3].name for stage in told[0]] == ["denoise"] * 3
+    assert seconds[0] < seconds[1] < seconds[2]
 
 
 def test_clips_that_are_there_are_not_made_again(sweep: Sweep) -> None:

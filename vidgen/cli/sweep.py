@@ -8,7 +8,7 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from vidgen.core.runtime import given_rank, slug
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
+    from vidgen.pipeline.estimate import Estimate
 
 DESCRIPTION = "Make a clip under several settings, the seed locked: one labelled sheet, one video."
 MAX_CELLS = 100
@@ -207,8 +208,11 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
     from vidgen.pipeline.video import Engine, load
 
     engine, loaded, threads = None, None, torch.get_num_threads()
-    expect = partial(report.expect, num_clips=len(cells), one_by_one=True)
-    for number, cell in enumerate(sorted(cells, key=lambda cell: str(cell.loading)), 1):
+    cells = sorted(cells, key=lambda cell: str(cell.loading))
+    expected = _estimates(cells)
+    if expected:
+        report.expect(expected, num_clips=len(cells), one_by_one=True)
+    for number, cell in enumerate(cells, 1):
         told = {"clip": number, "num_clips": len(cells)}
 
         def on_event(progress: Any, told: Mapping[str, int] = told) -> None:
@@ -224,8 +228,6 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
         journal = Journal(cell.path, resume=args.resume or not args.overwrite,
                           overwrite=args.overwrite)
         own = {"journal": journal} if isinstance(engine, Engine) else {}
-        if own and number == 1:
-            own["on_estimate"] = expect
         done = journal.finished
         with told_how_to_go_on([journal], report):
             clip = engine.generate(cell.request, on_event=on_event, **own)
@@ -234,6 +236,25 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
                 report.save(clip, str(cell.path), (number, len(cells)), overwrite=True)
     if isinstance(engine, Engine):
         engine.close()
+
+
+def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
+    """What each clip takes; nothing of a model of which nothing is known."""
+    from vidgen.core.runtime import available_memory, choose_device
+    from vidgen.pipeline.parts import best_dtype
+    from vidgen.pipeline.preflight import choose, settle
+    from vidgen.weights.folder import ModelFolder, open_model
+
+    device, folders = choose_device(), [open_model(cell.loading["model"]) for cell in cells]
+    known = [folder for folder in folders if isinstance(folder, ModelFolder)]
+    if len(known) < len(cells):
+        return []
+    have = available_memory(device)
+    return [
+        choose(folder, settle(folder, cell.request), cell.request, device, have,
+               dtype=cell.loading["dtype"] or best_dtype(device))
+        for folder, cell in zip(known, cells, strict=True)
+    ]
 
 
 def _columns(axes: Sequence[Axis]) -> int:
