@@ -61,6 +61,8 @@ class PromptSuite:
             text = file.read_text("utf-8")
             if file.suffix == ".json":
                 entries = json.loads(text)
+                if not isinstance(entries, list):
+                    raise TypeError("it is no list")
                 prompts = [e if isinstance(e, str) else e["prompt_en"] for e in entries]
             else:
                 prompts = [line.strip() for line in text.splitlines() if line.strip()]

@@ -109,8 +109,10 @@ class _Plain:
 class _Originals:
     """VBench's dimensions by its own networks, as far as these are there."""
 
-    def __init__(self, networks: Networks, fps: float, image: Frames | None) -> None:
-        self._networks = networks
+    def __init__(
+        self, networks: Networks, fps: float, image: Frames | None, target: str | None
+    ) -> None:
+        self._networks, self._target = networks, target
         self._features = {
             name: Consistency(None if image is None else feature(image))
             for name in ("dino", "clip", "dreamsim")
@@ -124,6 +126,7 @@ class _Originals:
         self._first: Frames | None = None
         self._before: Frames | None = None
         self._all: list[Frames] = []
+        self._keeps = "cotracker" in networks and target is not None
 
     def feed(self, frame: Frames) -> None:
         for name, consistency in self._features.items():
@@ -134,7 +137,7 @@ class _Originals:
                 self._speeds.append(self._static_speed(self._before, frame))
         if self._smooth:
             self._smooth.feed(frame)
-        if "cotracker" in self._networks:
+        if self._keeps:
             self._all.append(frame)
         self._first = frame if self._first is None else self._first
         self._before = frame
@@ -142,8 +145,8 @@ class _Originals:
     def _static_speed(self, one: Frames, other: Frames) -> float:
         return top_speed(self._networks.raft(one, other), STATIC_TOP)
 
-    def figures(self, changes: list[float], target: str | None) -> Figures:
-        found: Figures = {}
+    def figures(self, changes: list[float]) -> Figures:
+        found: Figures = {"camera_motion": None} if "cotracker" in self._networks else {}
         kinds = {"dino": "subject", "clip": "background"}
         for name, consistency in self._features.items():
             if name in kinds:
@@ -160,10 +163,12 @@ class _Originals:
             found["temporal_flickering"] = stillness(changes) if static else None
         if self._smooth:
             found["motion_smoothness"] = self._smooth.score
-        if self._all and target is not None:
+        if self._keeps:
             tracks = self._networks.cotracker(np.stack(self._all))
             short = min(self._all[0].shape[:2])
-            found["camera_motion"] = float(target in camera_motions(tracks[0], tracks[-1], short))
+            found["camera_motion"] = float(
+                self._target in camera_motions(tracks[0], tracks[-1], short)
+            )
         return found
 
 
@@ -192,11 +197,11 @@ def measure_clip(
         if parts is None:
             check_flow_size(*frame.shape[:2])
             given = None if image is None else fit(image, *frame.shape[:2])
-            parts = _Parts(flows, rate, frame, given, networks)
+            parts = _Parts(flows, rate, frame, given, networks, camera_target(prompt))
         parts.feed(frame)
     if parts is None or parts.num_frames < 2:
         return Measured({}, [], 0 if parts is None else 1, False, [])
-    return parts.measured(camera_target(prompt))
+    return parts.measured()
 
 
 class _Parts:
@@ -204,9 +209,9 @@ class _Parts:
 
     def __init__(
         self, flows: FlowEstimator, rate: float, first: Frames, image: Frames | None,
-        networks: Networks | None,
+        networks: Networks | None, target: str | None,
     ) -> None:  # fmt: skip
-        self._flows, self.num_frames = flows, 0
+        self._flows, self._target, self.num_frames = flows, target, 0
         self._plain = _Plain(rate, *first.shape[:2])
         self._motion = MotionMeter(flows, rate)
         self._moves = SampledMotion(self._speed, rate)
@@ -220,7 +225,7 @@ class _Parts:
             for kind, feature in features.items()
         ]
         self._identity = IdentityDrift()
-        self._originals = _Originals(networks, rate, image) if networks else None
+        self._originals = _Originals(networks, rate, image, target) if networks else None
         self._mismatch = None if image is None else float(
             np.abs(np.subtract(image, first, dtype=np.float32)).mean(dtype=np.float64)
         )  # fmt: skip
@@ -245,7 +250,7 @@ class _Parts:
             self._originals.feed(frame)
         self.num_frames += 1
 
-    def measured(self, target: str | None) -> Measured:
+    def measured(self) -> Measured:
         """Put the meters' figures together."""
         self._motion.finish()
         stand_ins: Figures = {}
@@ -257,12 +262,14 @@ class _Parts:
         stand_ins["motion_smoothness"] = self._smooth.score
         stand_ins["dynamic_degree"] = self._moves.score
         camera = self._motion.camera
-        stand_ins["camera_motion"] = None if target is None else float(target in camera)
+        stand_ins["camera_motion"] = (
+            None if self._target is None else float(self._target in camera)
+        )
         speed = self._motion.speed or 0.0
         dynamic = speed >= MOVING_SIDES
         steady = [normalise(n, value) for n in _STEADY if (value := stand_ins[n]) is not None]
         figures: Figures = {
-            **(self._originals.figures(changes, target) if self._originals else {}),
+            **(self._originals.figures(changes) if self._originals else {}),
             **{PROXY + name: value for name, value in stand_ins.items()},
             "steadiness": fmean(steady) if dynamic else 0.0,
             **self._motion.figures(), **self._identity.figures(), **self._plain.figures(),

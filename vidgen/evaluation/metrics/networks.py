@@ -64,12 +64,12 @@ class Networks:
 
     def raft(self, one: Frames, other: Frames) -> NDArray[np.float32]:
         """Flow [H, W, 2] from one frame [H, W, 3] to another, at their size."""
-        found = self._between("raft", one, other, 8, 1.0)
+        found = self._between("raft", one, other, 8, 1.0, channels=2)
         return np.ascontiguousarray(found[0].permute(1, 2, 0).numpy())
 
     def amt(self, one: Frames, other: Frames) -> Frames:
         """The frame [H, W, 3] between two; fractions are cut off, as there."""
-        found = self._between("amt", one, other, 16, 1 / 255)
+        found = self._between("amt", one, other, 16, 1 / 255, channels=3)
         return (found[0] * 255).permute(1, 2, 0).clamp(0, 255).to(torch.uint8).numpy()
 
     def cotracker(self, frames: Frames) -> NDArray[np.float32]:
@@ -81,7 +81,7 @@ class Networks:
         return tracks[0].reshape(-1, 10, 10, 2).numpy()
 
     def _between(
-        self, name: str, one: Frames, other: Frames, divisor: int, scale: float
+        self, name: str, one: Frames, other: Frames, divisor: int, scale: float, *, channels: int
     ) -> Tensor:
         """A network on two pictures, padded evenly by their edges to a divisor of the sides."""
         height, width = one.shape[:2]
@@ -90,8 +90,9 @@ class Networks:
         edges = (left, across - left, top, down - top)
         pair = [F.pad(tensor(f) * scale, edges, mode="replicate") for f in (one, other)]
         found = self._called(name, lambda net: net(*pair))
-        if found.ndim != 4 or found.shape[2:] != pair[0].shape[2:]:
-            raise ModelError(f"{name} gave {list(found.shape)} for {list(pair[0].shape)}")
+        wanted = (1, channels, *pair[0].shape[2:])
+        if found.shape != wanted:
+            raise ModelError(f"{name} gave {list(found.shape)}, not {list(wanted)}")
         return found[..., top : top + height, left : left + width]
 
     def _feature(self, name: str, call: Callable[[Any], Tensor]) -> NDArray[np.float32]:

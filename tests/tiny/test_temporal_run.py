@@ -1,0 +1,365 @@
+"""`vidgen eval temporal` on real files: figures, networks, resuming, workers, what goes wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vidgen.cli.main import main
+from vidgen.core.errors import InputError, ModelError
+from vidgen.evaluation import temporal
+from vidgen.evaluation.metrics.networks import Networks, centre, normalised, resized
+from vidgen.evaluation.temporal import TemporalRun, run_temporal
+from vidgen.media.write import ClipInfo, write_clip
+
+ROOT = Path(__file__).parents[2]
+FPS = Fraction(12)
+SIZE = 64
+
+
+def texture(height: int, width: int, seed: int) -> np.ndarray:
+    rng, y, x = np.random.default_rng(seed), *np.mgrid[:height, :width]
+    out = np.zeros((height, width, 3))
+    for _ in range(16):
+        fy, fx, phase = rng.uniform(-0.4, 0.4, 3)
+        out += np.sin(fy * y + fx * x + 20 * phase)[..., None] * rng.uniform(-1, 1, 3)
+    return np.clip(128 + 30 * out, 20, 235).round().astype(np.uint8)
+
+
+def pan(seed: int, count: int = 9, size: int = SIZE) -> np.ndarray:
+    wide = texture(size, size + 2 * count, seed)
+    return np.stack([wide[:, 2 * t : 2 * t + size] for t in range(count)])
+
+
+def flickering(frames: np.ndarray, levels: int) -> np.ndarray:
+    shift = (np.arange(len(frames)) % 2 * levels).reshape(-1, 1, 1, 1)
+    return np.clip(frames.astype(int) + shift, 0, 255).astype(np.uint8)
+
+
+def save(path: Path, frames: np.ndarray, recipe: dict | None = None, fps: Fraction = FPS) -> None:
+    size = frames.shape[2], frames.shape[1]
+    write_clip(path, [frames], ClipInfo(fps, size, len(frames), recipe=recipe))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("clips")
+    good, bad = root / "good", root / "bad"
+    good.mkdir()
+    bad.mkdir()
+    recipe = {"model": {"name": "toybox", "sha256": "ab" * 32, "world_version": 1},
+              "plan": {"prompt": "a pan, camera pans right", "seed": 7}, "vidgen": "0.1.0"}
+    for seed in range(6):
+        save(good / f"prompt {seed}-0.mp4", pan(seed), recipe if seed == 0 else None)
+        save(bad / f"prompt {seed}-0.mp4", flickering(pan(seed), 25))
+    return good, bad
+
+
+@pytest.fixture(scope="module")
+def results(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("results") / "r.json"
+    good, bad = map(str, folders)
+    assert main(["eval", "temporal", "--videos", good, "--videos", bad, "-o", str(output),
+                 "--report", str(output.with_suffix(".html"))]) == 0  # fmt: skip
+    return output
+
+
+def quiet(event: dict) -> None:
+    assert event["event"] in ("note", "progress")
+
+
+def test_the_better_folder_is_told_and_by_how_much(results: Path) -> None:
+    told = json.loads(results.read_text())
+    (found,) = told["comparisons"]
+    assert found["verdict"] == "good is steadier"
+    assert found["pairs"] == found["both_dynamic"] == 6
+    flicker = found["measures"]["warp_error"]
+    assert flicker["low"] <= flicker["difference"] <= flicker["high"] < 0
+    assert found["motion_distance"] is None, "too few segments"
+
+
+def test_results_say_what_shaped_them(results: Path) -> None:
+    told = json.loads(results.read_text())
+    good = told["folders"][0]
+    assert good["fps"] == ["12"]
+    assert good["sizes"] == [[SIZE, SIZE]]
+    assert good["models"] == [{"model": "toybox", "model_sha256": "ab" * 32, "world_version": 1,
+                               "vidgen": "0.1.0", "seeds": [7]}]  # fmt: skip
+    assert told["machine"]["opencv"]
+    assert told["augmentation"] == "none"
+    assert told["prompt_suite"] is None
+    assert good["clips"][0]["figures"]["proxy_camera_motion"] == 1.0, "its prompt says pan right"
+    assert good["clips"][1]["figures"]["proxy_camera_motion"] is None
+
+
+def test_vbenchs_layout_stands_beside(results: Path) -> None:
+    layout = json.loads(results.with_name("r_1_eval_results.json").read_text())
+    average, clips = layout["proxy_motion_smoothness"]
+    assert average == pytest.approx(np.mean([clip["video_results"] for clip in clips]))
+    assert clips[0]["video_path"].endswith("prompt 0-0.mp4")
+    assert not [name for name in layout if not name.startswith("proxy_")], "no network, no name"
+
+
+def test_the_report_needs_nothing_from_elsewhere(results: Path) -> None:
+    page = results.with_suffix(".html").read_text()
+    assert page.count("<svg") > 10
+    assert "good is steadier" in page
+    assert "src=" not in page
+    assert "href=" not in page
+
+
+def test_many_workers_give_the_same_numbers(
+    folders: tuple[Path, Path], results: Path, tmp_path: Path
+) -> None:
+    run = TemporalRun([str(folders[0])], workers=2)
+    again = run_temporal(run, tmp_path / "r.json", quiet)
+    told = json.loads(results.read_text())["folders"][0]
+    assert json.loads(json.dumps(again["folders"][0])) == told
+
+
+def test_a_killed_run_goes_on(
+    folders: tuple[Path, Path], results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = results.with_name("r.json.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "r.json.jsonl").write_text("".join(lines[:4]) + lines[4][:50])
+    measured: list[str] = []
+    score = temporal._score
+    monkeypatch.setattr(temporal, "_score", lambda job: measured.append(job.path) or score(job))
+    run = TemporalRun([str(folder) for folder in folders])
+    again = run_temporal(run, tmp_path / "r.json", quiet)
+    assert len(measured) == 12 - 4
+    assert json.loads(json.dumps(again)) == json.loads(results.read_text())
+
+
+def test_bad_files_are_named_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    save(clips / "fine-0.mp4", pan(0))
+    save(clips / "other-0.mp4", pan(1, size=48), fps=Fraction(24))
+    save(clips / "one-0.mp4", pan(0, count=1))
+    (clips / "broken-0.mp4").write_bytes((clips / "fine-0.mp4").read_bytes()[:300])
+    output = tmp_path / "r.json"
+    assert main(["eval", "temporal", "--videos", str(clips), "-o", str(output)]) == 1
+    (folder,) = json.loads(output.read_text())["folders"]
+    assert {clip["name"] for clip in folder["clips"]} == {"fine-0", "other-0"}
+    assert set(folder["failed"]) == {"one-0.mp4", "broken-0.mp4"}
+    said = capsys.readouterr().err
+    assert "broken-0.mp4" in said
+    assert "single frame" in said
+    assert "mixes fps 12, 24" in said
+    assert "without --network dino=PATH there is no subject_consistency" in said
+
+
+def test_still_clips_are_told(tmp_path: Path) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    save(clips / "still-0.mp4", np.repeat(pan(0)[:1], 9, axis=0))
+    (folder,) = run_temporal(TemporalRun([str(clips)]), tmp_path / "r.json", quiet)["folders"]
+    (clip,) = folder["clips"]
+    assert not clip["dynamic"]
+    assert clip["figures"]["steadiness"] == 0
+    assert clip["figures"]["frozen_share"] == 100
+    assert clip["figures"]["proxy_temporal_flickering"] > 0.99
+
+
+def test_a_prompt_suite_chooses_the_clips(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    suite = tmp_path / "p.txt"
+    suite.write_text("prompt 1\nprompt 2\na heron\n")
+    run = TemporalRun([str(folders[1])], prompt_suite=str(suite))
+    told = run_temporal(run, tmp_path / "r.json", quiet)
+    (folder,) = told["folders"]
+    assert [clip["prompt"] for clip in folder["clips"]] == ["prompt 1", "prompt 2"]
+    assert folder["missing_prompts"] == ["a heron"]
+    assert len(folder["failed"]) == 4
+    assert told["prompt_suite"]["name"] == "p.txt"
+    suite.write_text("a heron\n")
+    with pytest.raises(InputError, match="no clip of"):
+        run_temporal(run, tmp_path / "r.json", quiet)
+
+
+def test_first_pictures_are_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.fromarray(pan(1)[0]).save(pictures / "prompt 1.png")
+    Image.fromarray(255 - pan(2)[0]).save(pictures / "prompt 2.png")
+    run = TemporalRun([str(folders[0])], images=str(pictures))
+    clips = run_temporal(run, tmp_path / "r.json", quiet)["folders"][0]["clips"]
+    right, wrong = (clips[i]["figures"] for i in (1, 2))
+    assert right["first_frame_error"] < 5 < wrong["first_frame_error"]
+    assert right["proxy_i2v_background"] > wrong["proxy_i2v_background"]
+    assert clips[3]["figures"]["first_frame_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ([], "give --videos"),
+        (["--videos", "none"], "no folder"),
+        (["--videos", "GOOD", "--videos", "GOOD"], "twice"),
+        (["--videos", "GOOD", "--workers", "0"], "workers is 0"),
+        (["--videos", "GOOD", "--steps", "3"], "--steps has no meaning for suite temporal"),
+        (["--videos", "GOOD", "--network", "raft=none"], "TorchScript"),
+        (["--videos", "GOOD", "--report", "r.txt"], "should end in .html"),
+    ],
+)
+def test_wrong_use_is_refused(
+    options: list[str], reason: str, folders: tuple[Path, Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = [str(folders[0]) if word == "GOOD" else word for word in options]
+    assert main(["eval", "temporal", "-o", str(tmp_path / "r.json"), *given]) == 2
+    assert reason in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_toybox_refuses_what_only_temporal_heeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "toybox", "-o", str(tmp_path / "r.json"), "--workers", "2"]) == 2
+    assert "--workers has no meaning for suite toybox" in capsys.readouterr().err
+
+
+class Embed(torch.nn.Module):
+    def forward(self, picture: torch.Tensor) -> torch.Tensor:
+        return picture.mean((2, 3))
+
+
+class Shift(torch.nn.Module):
+    """A flow of (9, 0) wherever anything moved."""
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        moved = ((one - other).abs().mean() > 1).float()
+        flow = torch.zeros(1, 2, one.shape[2], one.shape[3])
+        flow[:, 0] = 9 * moved
+        return flow
+
+
+class Middle(torch.nn.Module):
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (one + other) / 2
+
+
+class Left(torch.nn.Module):
+    """Points that go left by two pixels a frame."""
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        spots = torch.linspace(5.0, 59.0, 10)
+        rows, columns = torch.meshgrid(spots, spots, indexing="ij")
+        grid = torch.stack([columns, rows], -1).reshape(1, 1, 100, 2)
+        way = torch.arange(video.shape[1]).reshape(1, -1, 1, 1) * torch.tensor([-2.0, 0.0])
+        return grid + way
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTModel
+
+    root = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 32}  # fmt: skip
+    ViTModel(ViTConfig(**sizes), add_pooling_layer=False).save_pretrained(root / "dino")
+    clip = CLIPVisionConfig(**sizes, projection_dim=16, patch_size=32)
+    CLIPVisionModelWithProjection(clip).save_pretrained(root / "clip")
+    scripts = {"dreamsim": Embed(), "raft": Shift(), "amt": Middle(), "cotracker": Left()}
+    for name, module in scripts.items():
+        torch.jit.script(module).save(str(root / f"{name}.pt"))
+    return {n: root / n for n in ("dino", "clip")} | {n: root / f"{n}.pt" for n in scripts}
+
+
+def test_with_networks_the_dimensions_bear_vbenchs_names(
+    networks: dict[str, Path], tmp_path: Path
+) -> None:
+    clips, pictures = tmp_path / "clips", tmp_path / "pictures"
+    clips.mkdir()
+    pictures.mkdir()
+    moving = pan(3)
+    save(clips / "a pan, camera pans right-0.mp4", moving)
+    save(clips / "a still-0.mp4", np.repeat(moving[:1], 9, axis=0))
+    Image.fromarray(moving[0]).save(pictures / "a still.png")
+    run = TemporalRun([str(clips)], [f"{n}={p}" for n, p in networks.items()], str(pictures))
+    told = run_temporal(run, tmp_path / "r.json", quiet)
+    (folder,) = told["folders"]
+    moves, still = (clip["figures"] for clip in folder["clips"])
+    assert still["subject_consistency"] > 0.99
+    assert 0 < moves["subject_consistency"] < still["subject_consistency"]
+    assert 0 < moves["background_consistency"] <= still["background_consistency"]
+    assert (moves["dynamic_degree"], still["dynamic_degree"]) == (1.0, 0.0)
+    assert moves["temporal_flickering"] is None, "it fails the static filter"
+    assert still["temporal_flickering"] > 0.99
+    assert still["motion_smoothness"] > moves["motion_smoothness"]
+    assert moves["camera_motion"] == 1.0
+    assert still["camera_motion"] is None
+    assert still["i2v_subject"] > 0.99
+    assert still["i2v_background"] > 0.99
+    assert folder["temporal_subtotal"] is not None
+    assert set(told["networks"]) == set(networks)
+    assert all(len(digest) == 64 for digest in told["networks"].values())
+
+
+def test_frames_are_prepared_as_vbench_does() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (30, 47, 3), dtype=np.uint8)
+    small = resized(frame, 24, "bilinear")
+    assert small.shape == (1, 3, 24, 37), "the long side is cut down to whole pixels"
+    assert centre(small, 24).shape == (1, 3, 24, 24)
+    assert torch.equal(centre(small, 24), small[..., 6:30])
+    white = normalised(torch.full((1, 3, 1, 1), 255.0), (0.5, 0.5, 0.5), (0.25, 0.5, 1.0))
+    assert white.flatten().tolist() == pytest.approx([2.0, 1.0, 0.5])
+    # without smoothing: halving a checkerboard of 2x2 blocks keeps its two levels
+    board = (np.indices((8, 8)) // 2).sum(0) % 2 * 255
+    halved = resized(np.repeat(board[..., None], 3, 2).astype(np.uint8), 4, "bilinear")
+    assert set(halved.unique().tolist()) == {0.0, 255.0}
+
+
+def test_a_network_of_the_wrong_shape_is_told(networks: dict[str, Path]) -> None:
+    frame = pan(0)[0]
+    with pytest.raises(ModelError, match="raft gave"):
+        Networks({"raft": networks["amt"]}).raft(frame[:30], frame[:30])
+    with pytest.raises(ModelError, match="can't be loaded"):
+        Networks({"amt": networks["dino"] / "config.json"})
+
+
+def test_padding_is_taken_off_again(networks: dict[str, Path]) -> None:
+    found = Networks(networks)
+    one, other = pan(0)[0][:50, :41], pan(0)[8][:50, :41]
+    assert found.raft(one, other).shape == (50, 41, 2)
+    middle = found.amt(one, other)
+    wanted = (one.astype(np.float32) + other) / 2
+    assert np.abs(middle - wanted).max() <= 1
+
+
+def load_faults():
+    spec = importlib.util.spec_from_file_location("eval_faults", ROOT / "eval/faults.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_planted_fault_is_ranked_by_its_measure() -> None:
+    faults = load_faults()
+    result = faults.measure(clips=2, num_frames=25, side=64, decode=False)
+    ranked = {
+        fault: {name for name, row in rows.items() if row["ranks"]}
+        for fault, rows in result["responses"].items()
+    }
+    assert "flicker" in ranked["flicker"]
+    assert "frozen_share" in ranked["frozen"]
+    assert {"warp_error", "seam"} <= ranked["pop"]
+    assert "identity_drift_8" in ranked["morph"]
+    assert "color_drift" in ranked["color drift"]
+    assert "track_jerk" in ranked["jitter"]
+    assert "seam" in ranked["seam"]
+    assert {"first_frame_error", "first_step"} <= ranked["first frame"]
+    assert "frozen_share" not in ranked["flicker"], "what sees nothing ranks nothing"
+    page = faults.page(result)
+    assert page.count("<svg") > 100
+    assert "doesn&#x27;t rank it" in page

@@ -1,0 +1,366 @@
+"""Measures in time on features, flows and pictures whose answers are known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from vidgen.core.errors import InputError
+from vidgen.evaluation.comparison import compare
+from vidgen.evaluation.metrics.appearance import (
+    IdentityDrift,
+    color_feature,
+    gradient_feature,
+    sharpness,
+)
+from vidgen.evaluation.metrics.flow import (
+    FlowEstimator,
+    check_flow_size,
+    occluded,
+    sample_flow,
+    warp_error,
+)
+from vidgen.evaluation.metrics.motion import MotionMeter, SampledMotion, Smoothness, interpolate
+from vidgen.evaluation.metrics.network_files import network_hash, parse_networks
+from vidgen.evaluation.metrics.tracks import HISTOGRAM_WIDTH, Tracks, frechet_distance
+from vidgen.evaluation.metrics.vbench import (
+    Consistency,
+    camera_motions,
+    camera_target,
+    is_dynamic,
+    is_static,
+    normalise,
+    sampling_step,
+    stillness,
+    temporal_subtotal,
+    top_speed,
+)
+from vidgen.evaluation.statistics import spearman
+from vidgen.evaluation.suite import PromptSuite, find_items, prompt_of
+
+
+def texture(height=96, width=128, seed=0):
+    """A smooth picture [H, W, 3] of many shades."""
+    rng, y, x = np.random.default_rng(seed), *np.mgrid[:height, :width]
+    out = np.zeros((height, width, 3))
+    for _ in range(16):
+        fy, fx, phase = rng.uniform(-0.4, 0.4, 3)
+        out += np.sin(fy * y + fx * x + 20 * phase)[..., None] * rng.uniform(-1, 1, 3)
+    return np.clip(128 + 30 * out, 20, 235).round().astype(np.uint8)
+
+
+def at_angle(degrees):
+    return np.array([math.cos(math.radians(degrees)), math.sin(math.radians(degrees))])
+
+
+def consistency(angles, image=None):
+    meter = Consistency(None if image is None else at_angle(image))
+    for angle in angles:
+        meter.feed(at_angle(angle))
+    return meter
+
+
+def test_consistency_is_the_mean_cosine_to_the_one_before_and_to_the_first():
+    wanted = ((0.5 + 0.5) + (0.5 + 0.0)) / 2 / 2  # cos 120 is below 0 and counts as 0
+    assert consistency([0, 60, 120]).score == pytest.approx(wanted)
+    assert consistency([30] * 5).score == pytest.approx(1)
+    assert consistency([0]).score is None
+
+
+def test_the_image_score_weighs_the_nearest_the_mean_and_the_least():
+    meter = consistency([0, 60, 60], image=30)
+    nearest = math.cos(math.radians(30))
+    assert meter.image_score == pytest.approx(0.4 * nearest + 0.3 * 0.75 + 0.3 * 0.5)
+    assert consistency([0, 60]).image_score is None
+
+
+def test_stillness():
+    assert stillness([0, 51]) == pytest.approx(0.9)
+    assert stillness([]) is None
+
+
+def test_top_speed_is_the_mean_of_the_longest_share():
+    flow = np.zeros((10, 10, 2), np.float32)
+    flow[0, :5] = 3, 4
+    assert top_speed(flow, 0.05) == pytest.approx(5)
+    assert top_speed(flow, 0.10) == pytest.approx(2.5)
+    assert top_speed(flow, 0.001) == 0
+
+
+def test_dynamic_degree_counts_pairs_above_six_of_256_pixels():
+    # 17 frames looked at: round(4 * 17 / 16) = 4 pairs
+    assert is_dynamic([6.1] * 4 + [0.0] * 12, 256)
+    assert not is_dynamic([6.1] * 3 + [0.0] * 13, 256)
+    assert is_dynamic([3.1] * 16, 128)
+    assert not is_dynamic([3.1] * 16, 256)
+    assert not is_dynamic([0.0], 256), "two frames that don't move"
+    assert [sampling_step(fps) for fps in (4, 8, 12, 24, 25, 30)] == [1, 1, 2, 3, 3, 4]
+
+
+def test_the_static_filter_looks_at_neighbours_and_at_both_ends():
+    # 16 frames: 2 pairs may exceed 3 pixels, the ends 3 * 2 * 2
+    assert is_static([3.1] * 2 + [0.0] * 13, [11.0, 0.0], 256)
+    assert not is_static([3.1] * 3 + [0.0] * 12, [0.0, 0.0], 256)
+    assert not is_static([0.0] * 15, [12.1, 0.0], 256)
+
+
+def grid(move=lambda x, y: (x, y)):
+    spots = [[move(10.0 * x, 10.0 * y) for x in range(10)] for y in range(10)]
+    return np.array(spots)
+
+
+@pytest.mark.parametrize(
+    ("move", "kinds"),
+    [
+        (lambda x, y: (x, y), ["static"]),
+        (lambda x, y: (x - 5, y), ["pan_right"]),
+        (lambda x, y: (x + 5, y), ["pan_left"]),
+        (lambda x, y: (x, y + 5), ["tilt_up"]),
+        (lambda x, y: (x, y - 5), ["tilt_down"]),
+        (lambda x, y: (45 + 1.2 * (x - 45), 45 + 1.2 * (y - 45)), ["zoom_in"]),
+        (lambda x, y: (45 + 0.8 * (x - 45), 45 + 0.8 * (y - 45)), ["zoom_out"]),
+    ],
+)
+def test_the_camera_is_told_by_the_edges_of_a_grid(move, kinds):
+    assert set(kinds) <= set(camera_motions(grid(), grid(move), 100))
+    if kinds == ["static"]:
+        assert camera_motions(grid(), grid(move), 100) == kinds
+
+
+def test_what_a_turning_grid_does_has_no_name():
+    turned = grid(lambda x, y: (x + 0.2 * (50 - y), y + 0.2 * (x - 50)))
+    assert camera_motions(grid(), turned, 100) == ["None"]
+
+
+def test_the_cameras_target_stands_in_the_prompt():
+    assert camera_target("a lake, camera pans left") == "pan_left"
+    assert camera_target("a lake") is None
+
+
+def test_scores_are_normalised_by_the_published_ranges():
+    assert normalise("subject_consistency", 0.1462) == pytest.approx(0)
+    assert normalise("motion_smoothness", 0.9975) == pytest.approx(1)
+    # the row that VBench publishes of CogVideoX-5B, by hand
+    row = {"subject_consistency": 0.9623, "background_consistency": 0.9652,
+           "temporal_flickering": 0.9866, "motion_smoothness": 0.9692, "dynamic_degree": 0.71}
+    wanted = ((0.9623 - 0.1462) / 0.8538 + (0.9652 - 0.2615) / 0.7385
+              + (0.9866 - 0.6293) / 0.3707 + (0.9692 - 0.706) / 0.2915 + 0.5 * 0.71) / 4.5
+    assert temporal_subtotal(row) == pytest.approx(wanted)
+    assert temporal_subtotal({**row, "dynamic_degree": None}) is None
+
+
+def test_flow_finds_a_shift_and_warping_takes_it_back():
+    flows, wide = FlowEstimator(), texture(96, 140)
+    one, other = wide[:, 6:134], wide[:, 2:130]  # content moves right by 4
+    one, other = np.ascontiguousarray(one), np.ascontiguousarray(other)
+    flow = flows.flow(flows.grey(one), flows.grey(other))
+    assert np.median(flow[..., 0]) == pytest.approx(4, abs=0.1)
+    back = flows.flow(flows.grey(other), flows.grey(one))
+    hidden = occluded(flow, flows.warp(back, flow))
+    assert hidden[:, -3:].all(), "what leaves the picture is hidden"
+    assert hidden[10:-10, 10:-10].mean() < 0.05
+    assert warp_error(one, flows.warp(other, flow), hidden) < 1e-4
+    assert warp_error(one, other, np.zeros_like(hidden)) > 1e-3
+    assert warp_error(one, other, np.ones_like(hidden)) is None
+
+
+def test_flow_is_sampled_between_pixels():
+    ramp = np.stack(np.meshgrid(np.arange(8.0), np.arange(6.0)), -1).astype(np.float32)
+    assert sample_flow(ramp, np.array([[2.5, 3.25]])).tolist() == [[2.5, 3.25]]
+
+
+def test_small_frames_are_refused():
+    with pytest.raises(InputError, match="8x64"):
+        check_flow_size(64, 8)
+
+
+def follow(steps, size=64):
+    tracks, hidden = Tracks(size, size), np.zeros((size, size), bool)
+    for step in steps:
+        tracks.advance(np.full((size, size, 2), step, np.float32), hidden)
+    return tracks
+
+
+def test_steady_motion_has_no_jerk_and_a_zigzag_has():
+    assert follow([(0.5, 0.0)] * 10).jerk == pytest.approx(0, abs=1e-6)
+    # x goes +1, -1, +1, ...: third differences are 4 pixels of 64
+    assert follow([((-1.0) ** n, 0.0) for n in range(10)]).jerk == pytest.approx(100 * 4 / 64)
+
+
+def test_histograms_say_which_way_points_went():
+    (right,) = follow([(0.5, 0.0)] * 15).histograms
+    assert len(right) == HISTOGRAM_WIDTH
+    assert np.argmax(right) == 0
+    assert right[0] == pytest.approx(100 * 0.5 / 64)
+    (down,) = follow([(0.0, 0.5)] * 15).histograms
+    assert np.argmax(down) == 2
+    assert max(right[8:]) < 1e-6, "what is steady isn't accelerated"
+
+
+def test_frechet_distance_of_known_gaussians():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(400, HISTOGRAM_WIDTH))
+    assert frechet_distance(rows, rows) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(rows, rows + 0.5) == pytest.approx(0.25 * HISTOGRAM_WIDTH)
+    spread = float(np.trace(np.cov(rows, rowvar=False)))  # (2 - 1)^2 tr C, and the means
+    means = float(np.square(rows.mean(0)).sum())
+    assert frechet_distance(rows, 2 * rows) == pytest.approx(spread + means)
+    assert frechet_distance(rows[:HISTOGRAM_WIDTH], rows) is None
+
+
+def test_smoothness_knows_motion_from_trembling():
+    flows, wide = FlowEstimator(), texture(64, 120)
+    steady = [np.ascontiguousarray(wide[:, 2 * t : 2 * t + 64]) for t in range(9)]
+    shaky = [np.ascontiguousarray(wide[:, t : t + 64])
+             for t in (0, 5, 4, 9, 8, 13, 12, 17, 16)]
+
+    def score(frames):
+        meter = Smoothness(lambda a, b: interpolate(flows, a, b))
+        for frame in frames:
+            meter.feed(frame)
+        return meter.score
+
+    assert score(steady) > 0.99
+    assert score(shaky) < score(steady) - 0.02
+    assert score(steady[:2]) is None
+
+
+def test_sampled_motion_looks_eight_times_a_second():
+    seen = []
+    meter = SampledMotion(lambda a, b: seen.append((int(a[0, 0, 0]), int(b[0, 0, 0]))) or 9.0, 24)
+    for index in range(10):
+        meter.feed(np.full((256, 256, 3), index, np.uint8))
+    assert seen == [(0, 3), (3, 6), (6, 9)]
+    assert meter.score == 1.0
+
+
+def motion(frames, fps=12):
+    meter = MotionMeter(FlowEstimator(), fps)
+    for frame in frames:
+        meter.feed(np.ascontiguousarray(frame))
+    meter.finish()
+    return meter
+
+
+def test_flicker_is_seen_on_what_stands_still():
+    still = texture()
+    flat = motion([still] * 8).figures()
+    assert flat["flicker"] == 0
+    bright = np.clip(still.astype(int) + 10, 0, 255).astype(np.uint8)
+    assert motion([still, bright] * 4).figures()["flicker"] == pytest.approx(10, abs=0.2)
+
+
+def test_speed_is_in_short_sides_a_second():
+    wide = texture(96, 160)
+    pan = motion([wide[:, t : t + 96] for t in range(13)])
+    assert pan.speed == pytest.approx(12 / 96, rel=0.1)
+    assert not pan.static
+    assert set(pan.camera) >= {"pan_right"}
+    assert motion([wide[:, :96]] * 5).speed == 0
+    assert motion([wide[:, :96]] * 5).static
+    assert motion([wide[:, :96], wide[:, 4:100]]).speed == pytest.approx(4 * 12 / 96, rel=0.1)
+
+
+def test_identity_drift_grows_with_the_distance():
+    drift = IdentityDrift()
+    for level in range(20):
+        drift.feed(color_feature(np.full((32, 32, 3), 40 + 4 * level, np.uint8)))
+    found = drift.figures()
+    values = [found[f"identity_drift_{d}"] for d in (1, 2, 4, 8, 16)]
+    assert values == sorted(values)
+    assert values[0] < values[-1]
+    short = IdentityDrift()
+    short.feed(np.ones(3))
+    assert set(short.figures().values()) == {None}
+
+
+def test_features_know_shapes_from_colours():
+    picture = texture()
+    turned = np.ascontiguousarray(np.roll(picture, 1, axis=-1))
+    mirrored = np.ascontiguousarray(picture[:, ::-1])
+
+    def like(feature, other):
+        a, b = feature(picture), feature(other)
+        return a @ b / math.sqrt((a @ a) * (b @ b))
+
+    assert like(color_feature, mirrored) > 0.999 > like(color_feature, turned)
+    assert like(gradient_feature, mirrored) < 0.95
+    assert sharpness(picture) > sharpness(np.full_like(picture, 90)) == 0
+
+
+def test_spearman():
+    assert spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
+    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
+    assert spearman([1, 2, 3], [5, 5, 5]) is None
+
+
+def rows(values, dynamic=True, **more):
+    return {f"clip {i}": {"figures": {"steadiness": v if dynamic else 0.0, "warp_error": 10 - v},
+                          "dynamic": dynamic, "histograms": [], **more}
+            for i, v in enumerate(values)}  # fmt: skip
+
+
+def test_a_clear_difference_has_a_winner_and_noise_has_none():
+    base = np.linspace(0.5, 0.9, 12)
+    noise = np.random.default_rng(0).normal(0, 0.05, 12)
+    clear = compare("a", rows(base + 0.1), "b", rows(base))
+    assert clear["verdict"] == "a is steadier"
+    assert clear["measures"]["warp_error"]["verdict"] == "a is better"
+    assert clear["measures"]["steadiness"]["difference"] == pytest.approx(0.1)
+    unclear = compare("a", rows(base + noise - noise.mean()), "b", rows(base))
+    assert unclear["verdict"] == "no significant difference"
+    few = compare("a", rows(base[:3] + 0.1), "b", rows(base[:3]))
+    assert few["verdict"] == "too few pairs (3 of 6)"
+
+
+def test_still_clips_cannot_win():
+    moving, still = rows(np.linspace(0.5, 0.6, 10)), rows(np.ones(10), dynamic=False)
+    found = compare("still", still, "moving", moving)
+    assert found["verdict"].startswith("moving is steadier")
+    assert "10 of 10 pairs" in found["verdict"]
+    assert "warp_error" not in found["measures"], "only pairs that move both count"
+
+
+def test_prompts_stand_in_names():
+    assert prompt_of("a cat runs-3") == "a cat runs"
+    assert prompt_of("a cat") == "a cat"
+    assert prompt_of("a half-open door-12") == "a half-open door"
+
+
+def test_prompt_suites_as_lines_and_as_vbench_has_them(tmp_path):
+    lines, full = tmp_path / "p.txt", tmp_path / "p.json"
+    lines.write_text("a cat\n\na dog\n")
+    full.write_text('[{"prompt_en": "a cat", "dimension": ["x"]}, {"prompt_en": "a dog"}]')
+    assert PromptSuite.read(lines).prompts == PromptSuite.read(full).prompts == ("a cat", "a dog")
+    full.write_text('{"a": 1}')
+    with pytest.raises(InputError, match="prompt_en"):
+        PromptSuite.read(full)
+    lines.write_text("\n")
+    with pytest.raises(InputError, match="no prompt"):
+        PromptSuite.read(lines)
+
+
+def test_folders_without_clips_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no folder"):
+        find_items(tmp_path / "none")
+    with pytest.raises(InputError, match="holds no clip"):
+        find_items(tmp_path)
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "a.webm").write_bytes(b"x")
+    with pytest.raises(InputError, match="two clips named 'a'"):
+        find_items(tmp_path)
+
+
+def test_networks_are_named_and_hashed(tmp_path):
+    with pytest.raises(InputError, match="did you mean 'dino'"):
+        parse_networks(["dinno=x"])
+    with pytest.raises(InputError, match=r"config\.json is missing"):
+        parse_networks([f"dino={tmp_path}"])
+    with pytest.raises(InputError, match="TorchScript"):
+        parse_networks([f"raft={tmp_path}"])
+    (tmp_path / "config.json").write_text("{}")
+    before = network_hash(tmp_path)
+    assert parse_networks([f"clip={tmp_path}"]) == {"clip": tmp_path}
+    (tmp_path / "weights").write_text("1")
+    assert network_hash(tmp_path) != before
