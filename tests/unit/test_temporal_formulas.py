@@ -1,6 +1,7 @@
 """Measures in time on features, flows and pictures whose answers are known."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -320,6 +321,19 @@ def test_still_clips_cannot_win():
     assert found["verdict"].startswith("moving is steadier")
     assert "10 of 10 pairs" in found["verdict"]
     assert "warp_error" not in found["measures"], "only pairs that move both count"
+
+
+def test_pairs_of_two_sizes_are_told():
+    base = np.linspace(0.5, 0.9, 8)
+    found = compare("a", rows(base, size=[64, 64]), "b", rows(base, size=[32, 32]))
+    assert found["unlike"] == 8
+    assert "8 of 8 pairs differ in size or frame rate" in found["verdict"]
+
+
+def test_without_opencv_it_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(InputError, match=r"vidgen\[eval\]"):
+        FlowEstimator()
 
 
 def test_prompts_stand_in_names():

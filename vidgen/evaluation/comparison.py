@@ -31,8 +31,9 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
         others: likewise; clips of the same name are pairs.
 
     Returns:
-        `folders`, `pairs`, `both_dynamic`, `measures` with `difference` (first less second),
-        `low`, `high`, `pairs`, `verdict` each, `motion_distance` and the `verdict` of all.
+        `folders`, `pairs`, `both_dynamic`, `unlike` (pairs of two sizes or rates), `measures`
+        with `difference` (first less second), `low`, `high`, `pairs`, `verdict` each,
+        `motion_distance` and the `verdict` of all.
     """
     shared = [clip for clip in rows if clip in others]
     moving = [c for c in shared if rows[c]["dynamic"] and others[c]["dynamic"]]
@@ -46,15 +47,19 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
         ]  # fmt: skip
         if pairs:
             measures[measure] = _compared(measure, pairs, name, other_name)
+    unlike = sum(
+        any(rows[c].get(key) != others[c].get(key) for key in ("fps", "size")) for c in shared
+    )
     histograms = [[h for c in shared for h in side[c]["histograms"]] for side in (rows, others)]
     return {
         "folders": [name, other_name],
         "pairs": len(shared),
         "both_dynamic": len(moving),
+        "unlike": unlike,
         "confidence": CONFIDENCE,
         "measures": measures,
         "motion_distance": frechet_distance(*histograms),
-        "verdict": _headline(measures.get(HEADLINE), len(shared), len(moving)),
+        "verdict": _headline(measures.get(HEADLINE), len(shared), len(moving), unlike),
     }
 
 
@@ -76,11 +81,14 @@ def _compared(
             "pairs": len(pairs), "verdict": verdict}  # fmt: skip
 
 
-def _headline(steadiness: Mapping[str, Any] | None, shared: int, moving: int) -> str:
+def _headline(
+    steadiness: Mapping[str, Any] | None, shared: int, moving: int, unlike: int
+) -> str:
     if not shared or steadiness is None:
         return "no clip in common, nothing to compare"
     still = f"; {shared - moving} of {shared} pairs have a clip that doesn't move"
     verdict = str(steadiness["verdict"])
     if verdict.endswith("is better"):
         verdict = f"{verdict[: -len(' is better')]} is steadier"
-    return verdict + (still if moving < shared else "")
+    differ = f"; {unlike} of {shared} pairs differ in size or frame rate"
+    return verdict + (still if moving < shared else "") + (differ if unlike else "")

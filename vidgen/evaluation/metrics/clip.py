@@ -181,7 +181,8 @@ def measure_clip(
     Args:
         frames: uint8 [H, W, 3] each, of one size.
         fps: frames a second.
-        image: [H, W, 3] that the clip was to begin with; brought to its size.
+        image: [H, W, 3] that the clip was to begin with. The stand-ins see it brought to the
+            clip's size, the networks as it is.
         prompt: by which the camera's motion is judged, where it says so.
         networks: those of the original dimensions, or None.
 
@@ -196,8 +197,7 @@ def measure_clip(
     for frame in frames:
         if parts is None:
             check_flow_size(*frame.shape[:2])
-            given = None if image is None else fit(image, *frame.shape[:2])
-            parts = _Parts(flows, rate, frame, given, networks, camera_target(prompt))
+            parts = _Parts(flows, rate, frame, image, networks, camera_target(prompt))
         parts.feed(frame)
     if parts is None or parts.num_frames < 2:
         return Measured({}, [], 0 if parts is None else 1, False, [])
@@ -216,7 +216,8 @@ class _Parts:
         self._motion = MotionMeter(flows, rate)
         self._moves = SampledMotion(self._speed, rate)
         self._smooth = Smoothness(partial(interpolate, flows))
-        small = None if image is None else flows.working(image)
+        given = None if image is None else fit(image, *first.shape[:2])
+        small = None if given is None else flows.working(given)
         features: dict[str, Callable[[Frames], Any]] = {
             "subject": gradient_feature, "background": color_feature,
         }  # fmt: skip
@@ -226,8 +227,8 @@ class _Parts:
         ]
         self._identity = IdentityDrift()
         self._originals = _Originals(networks, rate, image, target) if networks else None
-        self._mismatch = None if image is None else float(
-            np.abs(np.subtract(image, first, dtype=np.float32)).mean(dtype=np.float64)
+        self._mismatch = None if given is None else float(
+            np.abs(np.subtract(given, first, dtype=np.float32)).mean(dtype=np.float64)
         )  # fmt: skip
 
     def _speed(self, one: Frames, other: Frames) -> float:
