@@ -5,7 +5,7 @@
 Renders Toybox clips, plants faults of five grades in each, takes all measures of
 `vidgen eval temporal` and correlates mean measure and grade (Spearman). From 0.9 on, the right way
 round, a measure ranks the fault; all others are shown as not ranking it. With --decoded the clips
-go through H.264 first. About 35 s a clip of 33 frames of 128x128 on one core.
+go through H.264 first. About 15 s a clip of 33 frames of 128x128 on one core.
 """
 
 from __future__ import annotations
