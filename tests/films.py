@@ -12,6 +12,7 @@ from vidgen.media.write import ClipInfo, write_clip
 from vidgen.story.film import FilmPlan
 from vidgen.story.render import RenderedShot
 from vidgen.story.script import Script
+from vidgen.story.sums import remember
 from vidgen.weights.folder import open_model
 
 FPS, SIZE = Fraction(12), (64, 48)
@@ -51,5 +52,6 @@ def render(
         path = folder / f"{shot.id}{plan.suffix}"
         write_clip(path, [painted(number, length, size)], ClipInfo(fps, size, length),
                    overwrite=True)
-        shots.append(RenderedShot(shot, path, length, fps, size, number))
+        shots.append(RenderedShot(shot, path, length, fps, size, number, made=True))
+    remember(shots)
     return shots

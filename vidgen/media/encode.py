@@ -44,6 +44,7 @@ _SCALING = (
     | Interpolation.FULL_CHR_H_INT
     | Interpolation.FULL_CHR_H_INP
 )
+_MOST_REORDERED = 16  # frames, in any codec
 _BT709 = 1  # H.273's code point for primaries, transfer and matrix alike
 
 
@@ -206,7 +207,7 @@ def encode_picture(
             for packet in encoder.encode(picture):
                 pts, dts = cast("tuple[int, int]", (packet.pts, packet.dts))
                 # a short last segment reorders less, but decoding goes on at the same pace
-                delay = pts - dts if delay is None else delay
+                delay = _lead(pts, dts) if delay is None else delay
                 encoded = bytes(packet), start + pts, start + number - delay, packet.is_keyframe
                 number += 1
                 if store:
@@ -215,6 +216,14 @@ def encode_picture(
         if store:
             store.keep(Segment(count, tuple(made), watch.snapshot() if watch else None))
         start, length = start + count, segment
+
+
+def _lead(pts: int, dts: int) -> int:
+    """By how many frames decoding runs ahead; nothing is reordered where x265 leaves `dts` unset.
+
+    It does so where there are fewer frames than it would look at.
+    """
+    return pts - dts if 0 <= pts - dts <= _MOST_REORDERED else 0
 
 
 class Spool:

@@ -1,0 +1,436 @@
+"""Shots put together: real files in, one real file out, its packets, pixels, sound and texts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from tests.films import FPS, SIZE, film, painted, render
+from tests.sounds import RATE, save, tone
+from vidgen.core.errors import InputError, OutputError
+from vidgen.media import quality
+from vidgen.media.clip import Clip
+from vidgen.media.mastering import measure
+from vidgen.media.provenance import GENERATED
+from vidgen.media.read import probe, read_recipe
+from vidgen.media.sound import read_sound
+from vidgen.pipeline.job import lock_job
+from vidgen.story.assemble import assemble
+from vidgen.story.edit import make_edit
+from vidgen.story.otio import write_otio
+from vidgen.story.storyboard import write_storyboard
+from vidgen.story.sums import remember
+from vidgen.story.transitions import blended
+
+needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not here")
+
+
+def frames(path: Path) -> np.ndarray:
+    return Clip.from_file(path).frames
+
+
+def psnr(shown: np.ndarray, wanted: np.ndarray) -> float:
+    """Of frames uint8 [T, H, W, 3], or of one."""
+    videos = (torch.from_numpy(np.ascontiguousarray(each)).reshape(1, 1, -1, 1, 3).float() / 127.5
+              for each in (shown, wanted))
+    return float(quality.psnr(*videos))
+
+
+def shots_text(*keys: str) -> str:
+    return "shots:\n" + "".join(f"  - {{id: s{n}, prompt: shot {n}{', ' if each else ''}{each}}}\n"
+                                for n, each in enumerate(keys))
+
+
+class Made:
+    """A film made of painted shots."""
+
+    def __init__(self, folder: Path, model: Path, text: str, lengths: list[int],
+                 name: str = "film.mp4", **how: Any) -> None:
+        self.output = folder / name
+        plan = film(folder, model, text, self.output.suffix)
+        self.shots = render(plan, folder / "film.shots", lengths, **how)
+        self.edit = make_edit(plan, self.shots, self.output, [each.fps for each in self.shots])
+        self.told = assemble(self.edit, self.shots)
+        self.film = self.told.recipe["film"]
+
+    @property
+    def frames(self) -> np.ndarray:
+        return frames(self.output)
+
+
+@pytest.fixture
+def make(tmp_path, tiny_model):
+    def call(text: str, lengths: list[int], **how: Any) -> Made:
+        return Made(tmp_path, tiny_model, text, lengths, **how)
+
+    return call
+
+
+def packets(path: Path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(each) for each in container.demux(video=0) if each.size]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm", ".mkv"])
+def test_plain_cuts_copy_every_packet(make, suffix):
+    made = make(shots_text("", "", ""), [20, 70, 9], name=f"film{suffix}")
+    assert made.film["copied_frames"] == 99
+    assert packets(made.output) == [p for each in made.shots for p in packets(each.path)]
+    assert (made.frames == np.concatenate([frames(each.path) for each in made.shots])).all()
+
+
+@pytest.mark.parametrize("kind", ["dissolve", "fade-black", "wipe-right", "slide-left"])
+def test_a_transition_is_encoded_and_the_rest_copied(make, kind):
+    made = make(shots_text("", f"transition: {{type: {kind}, duration: 0.5}}"), [140, 30])
+    first, second = (frames(each.path) for each in made.shots)
+    seen = made.frames
+    assert len(seen) == 164
+    assert made.film["copied_frames"] == 128
+    assert (seen[:128] == first[:128]).all()
+    way = [blended(kind, a, b, (n + 1) / 7)
+           for n, (a, b) in enumerate(zip(first[134:], second[:6], strict=True))]
+    for shown, wanted in zip(seen[134:140], way, strict=True):
+        floor = 33 if kind in ("dissolve", "fade-black") else 26  # chroma is coarser than an edge
+        assert psnr(shown, wanted) > floor
+    assert psnr(seen[128:134], first[128:134]) > 36
+    assert psnr(seen[140:], second[6:]) > 36
+
+
+def test_twelve_shots_last_as_long_as_their_script_says(make):
+    keys = [f"transition: {{type: {kind}, duration: 0.29}}" for kind in
+            ("cut", "dissolve", "wipe-left", "fade-white", "slide-right", "dissolve") * 2]
+    lengths = [13 + n for n in range(12)]
+    made = make(shots_text(*keys), lengths)
+    ideal = Fraction(sum(lengths), 12) - 10 * Fraction("0.29")
+    told = probe(made.output)
+    assert len(made.frames) == told["streams"][0]["num_frames"] == made.edit.timeline.num_frames
+    assert abs(Fraction(len(made.frames), 12) - ideal) <= Fraction(1, 24)
+    assert told["duration_s"] == pytest.approx(len(made.frames) / 12, abs=0.001)
+    assert made.film["timeline"]["ideal_s"] == pytest.approx(float(ideal))
+
+
+def test_the_same_shots_give_the_same_file(make, monkeypatch, tmp_path):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    save(tmp_path / "m.wav", tone(1.0), codec="pcm_s16le")
+    text = "scenes: {a: One}\n" + shots_text(
+        "scene: a, caption: hi, music: m.wav", "scene: a, transition: dissolve", "")
+    first = make(text, [30, 30, 20]).output.read_bytes()
+    assert make(text, [30, 30, 20]).output.read_bytes() == first
+
+
+def test_shots_of_another_rate_and_size_are_conformed_and_never_stretched(make):
+    made = make(shots_text("", ""), [48, 24], fps=Fraction(24), size=(96, 48))
+    seen = made.frames
+    assert seen.shape == (36, 48, 64, 3)
+    source = frames(made.shots[0].path)
+    wanted = [source[2 * n + 1][:, 16:80] for n in range(24)]  # what is shown at (n + 1/2) / 12
+    assert psnr(seen[:24], np.stack(wanted)) > 33
+    assert any("s0 has 96x48 at 24 fps; it is conformed to 64x48 at 12 fps" in each
+               for each in made.told.notes)
+    assert made.film["copied_frames"] == 0
+
+
+def test_a_slower_shot_repeats_frames_or_follows_the_flow(make):
+    text = "project: {finish: {rate: %s, fit: pad}}\n" + shots_text("")
+    steps = {}
+    for rate in ("repeat", "flow"):
+        seen = make(text % rate, [12], fps=Fraction(6), size=(64, 64)).frames
+        assert seen.shape == (24, 48, 64, 3)
+        assert (seen[:, :, :7].max((1, 2, 3)) < 24).all()  # what pads is black
+        bars = [np.flatnonzero(frame[18].min(1) > 150).mean() for frame in seen]
+        steps[rate] = np.diff(bars[2:-4])
+    assert sum(abs(steps["repeat"]) < 0.1) >= 8
+    assert sum(abs(steps["flow"]) < 0.1) <= 5
+    assert sum(steps["flow"]) == pytest.approx(sum(steps["repeat"]), abs=1.6)
+
+
+def level(samples: np.ndarray, start: float, end: float) -> float:
+    part = samples[round(start * RATE) : round(end * RATE)]
+    return float(np.sqrt(np.mean(part.astype(np.float64) ** 2)))
+
+
+def heard(path: Path) -> np.ndarray:
+    samples, rate = read_sound(path)
+    assert rate == RATE
+    return samples
+
+
+def part_of(samples: np.ndarray, frequency: float, start: float, end: float) -> float:
+    """Amplitude of a frequency."""
+    part = samples[round(start * RATE) : round(end * RATE), 0].astype(np.float64)
+    t = np.arange(len(part)) / RATE
+    return float(2 * abs(np.mean(part * np.exp(-2j * np.pi * frequency * t))))
+
+
+def test_sounds_of_shots_cross_in_their_transition(make, tmp_path):
+    save(tmp_path / "low.wav", tone(4, 440), codec="pcm_s16le")
+    save(tmp_path / "high.wav", tone(4, 1000), codec="pcm_s16le")
+    made = make(shots_text("sound: {file: low.wav}", "sound: {file: high.wav}, "
+                           "transition: {type: dissolve, duration: 2}"), [48, 48])
+    samples = heard(made.output)
+    assert len(samples) == round(len(made.frames) / 12 * RATE)
+    full = part_of(samples, 440, 0.5, 1.5)
+    assert part_of(samples, 1000, 0.5, 1.5) < 0.01 * full
+    assert part_of(samples, 440, 4.5, 5.5) < 0.01 * full
+    assert part_of(samples, 1000, 4.5, 5.5) == pytest.approx(full, rel=0.05)
+    for frequency in (440, 1000):  # equal power in the middle
+        assert part_of(samples, frequency, 2.97, 3.03) == pytest.approx(full / 2**0.5, rel=0.08)
+    assert measure(samples, RATE).lufs == pytest.approx(-16, abs=0.7)
+
+
+def test_music_goes_on_over_shots_and_ends_at_none(make, tmp_path):
+    save(tmp_path / "m.wav", tone(1.5, 600), codec="pcm_s16le")
+    keys = ("", "music: m.wav", "", "music: none", "")
+    samples = heard(make(shots_text(*keys), [24] * 5).output)
+    assert level(samples, 0, 1.9) < 1e-3
+    assert level(samples, 3.2, 5.9) > 0.05  # repeated, though the file is shorter
+    assert level(samples, 7.1, 10) < 1e-3
+
+
+def test_music_that_ends_too_early_is_told(make, tmp_path):
+    save(tmp_path / "m.wav", tone(1.5, 600), codec="pcm_s16le")
+    made = make(shots_text("music: {file: m.wav, loop: false}", ""), [24, 24])
+    assert any("m.wav lasts 1.50 s" in each and "loop: true repeats it" in each
+               for each in made.told.notes)
+    assert level(heard(made.output), 1.6, 4) < 1e-3
+
+
+def test_music_goes_down_under_narration_and_the_film_has_one_loudness(make, tmp_path):
+    save(tmp_path / "m.wav", tone(2, 600), codec="pcm_s16le")
+    save(tmp_path / "said.wav", tone(1.5, 2000), codec="pcm_s16le")
+    made = make("project: {finish: {loudness: -20}}\n" + shots_text(
+        "music: m.wav", "narration: ['@said.wav']", ""), [36, 36, 36])
+    samples = heard(made.output)
+    alone, under = part_of(samples, 600, 1, 2), part_of(samples, 600, 3.2, 4.3)
+    assert 20 * np.log10(alone / under) == pytest.approx(12, abs=0.6)
+    assert part_of(samples, 2000, 3.2, 4.3) > under
+    assert measure(samples, RATE).lufs == pytest.approx(-20, abs=0.7)
+    assert [each["start_s"] for each in Clip.from_file(made.output).captions] == [3.0]
+
+
+def test_a_film_without_sound_has_no_track_and_words_for_sound_are_told(make):
+    made = make(shots_text("sound: thunder", "music: {prompt: a slow waltz}"), [12, 12])
+    assert {each["type"] for each in probe(made.output)["streams"]} <= {"video", "data"}
+    assert any("the sound of s0 is described in words" in each for each in made.told.notes)
+    assert any("the music of s1 is described in words" in each for each in made.told.notes)
+
+
+@needs_espeak
+def test_narration_is_spoken_by_its_speakers_and_becomes_text(make):
+    text = ("characters: {cat: {description: a cat, voice: en-gb}}\n" + shots_text(
+        "narration: [Hello there., {text: Good day, speaker: cat}]", "narration: {text: Bye, at: 1}"
+    ))
+    made = make(text, [36, 36])
+    one, two, three = made.edit.cues
+    assert [(each.text, each.speaker) for each in (one, two, three)] == [
+        ("Hello there.", None), ("Good day", "cat"), ("Bye", None)]
+    assert two.start_s == pytest.approx(one.end_s + 0.25, abs=0.002)
+    assert three.start_s == 4.0
+    assert {each["voice"] for each in made.told.recipe["sound"]["speech"]["voice"]} == {
+        "en-us", "en-gb"}
+    assert "<v cat>Good day" in made.output.with_suffix(".vtt").read_text()
+    samples = heard(made.output)
+    assert level(samples, three.start_s, three.end_s) > 0.03
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    (["narration: ['@said.wav', {text: '@said.wav', at: 1}]", ""],
+     r"shot 's0': narration '@said\.wav' begins 0\.50 s before the one before it ends; place it at "
+     r"1\.50 s"),
+    (["", "narration: {text: '@said.wav', at: 1}"], r"shot 's1': narration '@said\.wav' ends 0\.5"),
+    (["transition: cut", "transition: {type: dissolve, duration: 9}"], "is longer than the shot"),
+    (["caption: {text: x, at: 3}", ""], "begins at 3 s, but the shot lasts"),
+    (["sound: {file: film.yaml}", ""], "shot 's0': sound .*film.yaml"),
+])
+def test_what_does_not_go_together_is_refused(make, tmp_path, keys, message):
+    save(tmp_path / "said.wav", tone(1.5, 2000), codec="pcm_s16le")
+    with pytest.raises(InputError, match=message):
+        make(shots_text(*keys), [24, 24])
+    assert not list(tmp_path.glob("film.mp4*"))
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+TEXTS = shots_text("caption: 'less < more & {braces}'", "caption: [{text: one, duration: 3}, "
+                   "{text: two, at: 1}]", "").replace("{braces}", "done")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".mkv"])
+def test_texts_are_a_track_that_others_can_read_and_files_beside(make, suffix):
+    made = make(TEXTS, [24, 24, 24], name=f"film{suffix}")
+    assert made.film["copied_frames"] == 72
+    with av.open(str(made.output)) as container:
+        stream = container.streams.subtitles[0]
+        found = [(float(each.pts * each.time_base), bytes(each).decode("utf-8", "replace"))
+                 for each in container.demux(stream) if each.size > 2]
+    assert [round(start, 2) for start, _ in found] == [0, 2, 3, 4]
+    words = [text.replace("&lt;", "<").replace("&amp;", "&") for _, text in found]
+    assert "less < more & done" in words[0]
+    assert ["one" in each for each in words[1:]] == [True, True, True]
+    assert ["two" in each for each in words[1:]] == [False, True, False]
+    assert [each.suffix for each in made.told.beside] == [".srt", ".vtt"]
+    assert "00:00:02,000 --> 00:00:05,000\none" in made.output.with_suffix(".srt").read_text()
+
+
+def test_texts_are_burnt_in_where_that_is_wanted(make):
+    text = "project: {finish: {captions: burn}}\n" + shots_text("", "caption: HELLO")
+    made = make(text, [80, 24])
+    assert made.film["copied_frames"] == 80
+    assert not [each for each in probe(made.output)["streams"] if each["type"] == "subtitle"]
+    bare = frames(made.shots[1].path)
+    assert (made.frames[:80] == frames(made.shots[0].path)).all()
+    assert psnr(made.frames[80:, :24], bare[:, :24]) > 33
+    assert psnr(made.frames[80:, 24:], bare[:, 24:]) < 20
+    beside = make("project: {finish: {captions: beside}}\n" + shots_text("caption: HELLO"), [24])
+    assert beside.film["copied_frames"] == 24
+    assert "HELLO" in beside.output.with_suffix(".vtt").read_text()
+
+
+def test_scenes_are_chapters_and_the_recipe_tells_all(make):
+    text = ("project: {title: The film}\nscenes: {a: {title: Morning}, b: {title: Night}}\n"
+            + shots_text("scene: a", "scene: a, transition: dissolve", "scene: b", ""))
+    made = make(text, [24, 24, 24, 24])
+    with av.open(str(made.output)) as container:
+        listed = [(float(c["start"] * c["time_base"]), c["metadata"]["title"])
+                  for c in container.chapters()]
+        tags = dict(container.metadata)
+    assert listed == [(0, "Morning"), (3.5, "Night"), (5.5, "s3")]
+    assert tags["digital_source_type"] == GENERATED
+    recipe = read_recipe(made.output)
+    assert recipe["film"]["script"]["project"]["title"] == "The film"
+    assert [each["address"] for each in recipe["film"]["shots"]] == ["s0", "s1", "s2", "s3"]
+    assert recipe["film"]["timeline"]["shots"][1]["overlap_s"] == 0.5
+    assert recipe["encoder"]["codec"] == "libx264"
+
+
+@pytest.mark.parametrize("off", [None, "film", "scene"])
+def test_colours_of_a_scene_are_matched_unless_the_script_says_no(
+    tmp_path, tiny_model, off
+):
+    text = (f"project: {{finish: {{match_colour: {'false' if off == 'film' else 'true'}}}}}\n"
+            f"scenes: {{a: {{match_colour: {'false' if off == 'scene' else 'true'}}}}}\n"
+            + shots_text("scene: a", "scene: a", "", ""))
+    plan = film(tmp_path, tiny_model, text)
+    shots = render(plan, tmp_path / "film.shots", [20, 20, 20, 20])
+    drawn = np.random.default_rng(1).integers(0, 40, (20, 48, 64, 3)) + 100
+    for shot, shift in zip(shots[:2], (0, 12), strict=True):
+        Clip(lambda made=drawn + shift: iter([made.astype(np.uint8)]),
+             Clip.from_file(shot.path).info).save(shot.path, overwrite=True)
+    remember(shots)
+    told = assemble(make_edit(plan, shots, tmp_path / "film.mp4"), shots).recipe["film"]
+    seen = frames(tmp_path / "film.mp4").reshape(4, -1).mean(1)
+    if off is None:
+        (facts,) = told["colours"]
+        assert facts["before"] == pytest.approx(6, abs=0.5)
+        assert facts["after"] < 0.6
+        assert abs(seen[1] - seen[0]) < 1.5
+        assert told["copied_frames"] == 40
+    else:
+        assert (told["colours"], told["copied_frames"]) == ([], 80)
+        assert seen[1] - seen[0] == pytest.approx(12, abs=1)
+
+
+@pytest.mark.parametrize(("name", "codec", "stream"), [
+    ("film.mp4", "h265", "hevc"), ("film.mov", "prores", "prores"), ("film.mp4", "vp9", "vp9")])
+def test_other_codecs_by_name(make, monkeypatch, name, codec, stream):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    text = f"project: {{finish: {{codec: {codec}}}}}\n" + shots_text("", "transition: dissolve")
+    made = make(text, [70, 20], name=name)
+    assert probe(made.output)["streams"][0]["codec"] == stream
+    first, second = (frames(each.path) for each in made.shots)
+    seen = made.frames
+    assert psnr(seen[:64], first[:64]) > 33
+    assert psnr(seen[70:], second[6:]) > 33
+    content = made.output.read_bytes()
+    assert make(text, [70, 20], name=name).output.read_bytes() == content
+
+
+def test_a_shot_that_is_missing_or_was_changed_is_told_and_nothing_is_written(make, tmp_path):
+    made = make(shots_text("", ""), [20, 20])
+    before = made.output.read_bytes()
+    path = made.shots[1].path
+    shutil.copy(made.shots[0].path, path)
+    with pytest.raises(InputError, match=r"shot 's1': .*s1\.mp4 was changed since it was rendered"):
+        assemble(made.edit, made.shots)
+    path.unlink()
+    with pytest.raises(InputError, match=r"shot 's1': .*s1\.mp4 is not there any more"):
+        assemble(made.edit, made.shots)
+    assert made.output.read_bytes() == before
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_shot_of_another_length_than_told_is_refused(make, tmp_path):
+    made = make(shots_text("", ""), [20, 20])
+    wrong = [made.shots[0], replace(made.shots[1], num_frames=30)]
+    for kind in ("", "transition: dissolve"):
+        plan = film(tmp_path, made.edit.film.folder.path, shots_text("", kind))
+        with pytest.raises(InputError, match=r"s1\.mp4 (has 20 frames instead of 30|ends behind)"):
+            assemble(make_edit(plan, wrong, made.output), wrong)
+
+
+def test_what_a_kill_left_is_swept_and_another_process_is_respected(make, tmp_path):
+    made = make(shots_text("", "transition: dissolve"), [20, 20])
+    left = tmp_path / ".film.mp4.0123abcd.tmp"
+    left.mkdir()
+    (left / "0.mp4").write_bytes(b"half")
+    with lock_job(left), pytest.raises(OutputError, match="is being written by another process"):
+        assemble(made.edit, made.shots)
+    assert left.is_dir()
+    assemble(made.edit, made.shots)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_the_edit_opens_in_opentimelineio(make, tmp_path):
+    otio = pytest.importorskip("opentimelineio")
+    save(tmp_path / "m.wav", tone(1.0), codec="pcm_s16le")
+    text = "project: {title: Film, finish: {ending: fade-black}}\n" + shots_text(
+        "caption: hello", "transition: {type: dissolve, duration: 0.4}, music: m.wav",
+        "transition: wipe-left", "")
+    made = make(text, [24, 30, 24, 12])
+    path = write_otio(made.edit, made.shots, tmp_path / "film.otio")
+    timeline = otio.adapters.read_from_file(str(path))
+    assert timeline.name == "Film"
+    assert timeline.duration() == otio.opentime.RationalTime(len(made.frames), 12)
+    (video,) = timeline.video_tracks()
+    kinds = [type(each).__name__ for each in video]
+    assert kinds == ["Clip", "Transition", "Clip", "Transition", "Clip", "Clip", "Transition"]
+    for clip, shot in zip(video.find_clips(), made.shots, strict=True):
+        assert (tmp_path / clip.media_reference.target_url).resolve() == shot.path.resolve()
+        known, used = clip.available_range(), clip.source_range
+        assert known.start_time <= used.start_time
+        assert used.end_time_exclusive() <= known.end_time_exclusive()
+    dissolve = video[1]
+    assert dissolve.transition_type == "SMPTE_Dissolve"
+    assert (dissolve.in_offset + dissolve.out_offset).to_frames() == 5
+    (music,) = timeline.audio_tracks()
+    assert music.duration().to_seconds() == pytest.approx(len(made.frames) / 12)
+    assert timeline.tracks.markers[0].name == "hello"
+    assert json.loads(timeline.to_json_string())["OTIO_SCHEMA"] == "Timeline.1"
+
+
+def test_the_storyboard_is_a_page_of_its_own_with_everything_escaped(make, tmp_path):
+    text = "project: {title: A <b> & c}\nscenes: {a: {title: '\"One\"'}}\n" + shots_text(
+        "scene: a, negative: <script>, caption: hi", "transition: dissolve, seed: 4")
+    made = make(text, [24, 12])
+    page = write_storyboard(made.edit, made.shots, tmp_path / "film.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 6
+    for text in ("A &lt;b&gt; &amp; c", "&quot;One&quot;", "&lt;script&gt;", "shot 1",
+                 "1.50 to 2.50 s, 12 frames", "dissolve, 0.50 s"):
+        assert text in page
+    assert "<script" not in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_painted_shots_are_what_they_seem():
+    one = painted(0, 3)
+    assert one.shape == (3, SIZE[1], SIZE[0], 3)
+    assert (one[0] != one[2]).any()
+    assert FPS == 12
