@@ -125,7 +125,7 @@ def run(args: Namespace, report: Report) -> int:
 
     from vidgen.pipeline.journal import Journal
     from vidgen.pipeline.preview import preview_path, write_preview
-    from vidgen.pipeline.video import load
+    from vidgen.pipeline.video import Engine, load
 
     start = time.monotonic()
     loading = {name: getattr(args, name) for name in _LOADING}
@@ -136,20 +136,19 @@ def run(args: Namespace, report: Report) -> int:
         loading["offload"] = "stage"  # nothing is left that would need a network
     with told_how_to_go_on(journals, report):
         engine = load(**loading)
-        has_journal = hasattr(engine, "decode_video")
-        if args.resume and not has_journal:
-            raise InputError(f"{args.model} can't go on with a clip; leave --resume out")
-        if args.preview and not has_journal:
+        is_own = isinstance(engine, Engine)
+        if args.preview and not is_own:
             raise InputError(f"{args.model} shows no previews; leave --preview out")
 
         def make(wanted: Request, kept: list[Journal]) -> list[Clip]:
             finished = [n for n, journal in enumerate(kept, 1) if journal.finished]
             on_estimate = partial(report.expect, num_clips=wanted.count, done=finished)
-            own = {"journal": kept, "on_estimate": on_estimate} if has_journal else {}
+            own: dict[str, Any] = {"on_estimate": on_estimate} if is_own else {}
             if args.preview:
                 own["on_preview"] = lambda shown: write_preview(shown, kept[shown.clip - 1].output)
             made = engine.generate(
-                wanted, on_event=lambda p: report({"event": "progress", **vars(p)}), **own
+                wanted, on_event=lambda p: report({"event": "progress", **vars(p)}),
+                journal=kept, **own,
             )
             return made if isinstance(made, list) else [made]
 

@@ -126,12 +126,11 @@ def _make(
         request = replay.request_from_recipe(recipe, Path(folder), args.given, changes)
         loading = replay.loading_from_recipe(recipe, args.given, changes, anyway=args.anyway)
         engine = load(**loading)
-        own, done = {}, journal.finished
+        own: dict[str, Any] = {}
         if isinstance(engine, Engine):
-            own = {"on_estimate": report.expect, "journal": journal}
-        elif args.resume:
-            raise InputError(f"{loading['model']} can't go on with a clip; leave --resume out")
-        clip = engine.generate(request, on_event=on_event, **own)
+            own["on_estimate"] = report.expect
+        done = journal.finished
+        clip = engine.generate(request, on_event=on_event, journal=journal, **own)
         assert not isinstance(clip, list)
         if not done:
             if "head_frames" in recipe and isinstance(clip, ContinuedClip):

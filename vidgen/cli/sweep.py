@@ -227,10 +227,9 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
         assert engine is not None
         journal = Journal(cell.path, resume=args.resume or not args.overwrite,
                           overwrite=args.overwrite)
-        own = {"journal": journal} if isinstance(engine, Engine) else {}
         done = journal.finished
         with told_how_to_go_on([journal], report):
-            clip = engine.generate(cell.request, on_event=on_event, **own)
+            clip = engine.generate(cell.request, on_event=on_event, journal=journal)
             assert not isinstance(clip, list)
             if not done:
                 report.save(clip, str(cell.path), (number, len(cells)), overwrite=True)

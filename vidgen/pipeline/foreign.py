@@ -4,19 +4,19 @@ One adapter over the pipelines of diffusers, led by the signature of their call,
 nobody has heard of mostly works:
 
     read the pictures -> settle the request -> call the pipeline -> decode when frames are wanted
+
+A journal keeps what the pipeline gave, and the segments that were encoded since.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -24,12 +24,14 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import megabytes
 from vidgen.media.clip import Clip
-from vidgen.media.encode import Frames, Samples
+from vidgen.media.encode import Frames
 from vidgen.media.label import with_label
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
+from vidgen.media.sound import RATE
 from vidgen.media.write import ClipInfo
-from vidgen.pipeline.foreign_decode import Decode, peak_bytes, stream_decode
+from vidgen.pipeline.foreign_decode import decode_all, peak_bytes
+from vidgen.pipeline.foreign_journal import Made, as_settled, keep_made, kept_made, with_plan
 from vidgen.pipeline.foreign_pipe import ForeignPipe, lent
 from vidgen.pipeline.foreign_plan import (
     Abilities,
@@ -39,8 +41,10 @@ from vidgen.pipeline.foreign_plan import (
     settle,
 )
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
+from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.parts import DTYPES
 from vidgen.pipeline.policy import Policy, enforce
+from vidgen.pipeline.recall import journals_of, recall
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.soundtrack import Soundtrack, make_soundtrack
 from vidgen.pipeline.video import Progress, to_frames
@@ -79,9 +83,13 @@ class ForeignEngine:
         /,
         *,
         on_event: Callable[[Progress], None] | None = None,
+        journal: Journal | Sequence[Journal] | None = None,
         **options: Any,
     ) -> Clip | list[Clip]:
         """Make a clip, or a list of them where `count` is over 1; see `Engine.generate`.
+
+        A clip whose denoising was stopped starts anew from its journal; one whose pipeline was
+        done goes on behind the finished segments.
 
         Raises:
             InputError: what this family can't honour, with what it can.
@@ -89,49 +97,79 @@ class ForeignEngine:
         request = prompt if isinstance(prompt, Request) else Request.of(prompt, options)
         enforce(self.policy, request)
         tell = on_event or (lambda _progress: None)
-        request, inputs = self._read(request)
+        journals = journals_of(journal, request.count)
+        request, inputs = self._read(recall(request, journals))
         shown = (option for option in ("video", "image") if getattr(request, option) is not None)
         pipe = self.pipe.taking(next(shown, None))
         able = Abilities(pipe)
         scheduler = make_scheduler(pipe.scheduler, request)
         first = make_foreign_plan(request, inputs, able, scheduler)
-        self._warn_of_peak(first)
-        def heard(done: int, total: int, **told: int) -> None:
-            tell(Progress("sound", done, total, **told))
+        plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
+        recipes, track = self._recipes(plans, request, inputs, able, journals)
+        if not all(kept.finished for kept in journals):
+            self._warn_of_peak(first)
 
-        clips, track = [], None
-        if first.kept_frames is not None:  # else its length shows only when it is made
-            track = self._soundtrack(request, first.kept_frames, first.fps, able)
-        for index in range(request.count):
-            plan = replace(first, seed=first.seed + index)
-            told = {"clip": index + 1, "num_clips": request.count}
+        clips = []
+        for index, (plan, recipe, kept) in enumerate(zip(plans, recipes, journals, strict=True), 1):
+            if kept.finished:
+                clips.append(kept.clip())
+                continue
 
-            def on_step(done: int, total: int, told: dict[str, int] = told) -> None:
-                tell(Progress("sample", done, total, **told))
+            def report(stage: Any, done: int, total: int, clip: int = index) -> None:
+                tell(Progress(stage, done, total, clip, request.count))
 
-            tell(Progress("prompt", 0, 1, **told))
-            arguments = self._arguments(plan, request, inputs, able)
-            with lent(pipe, able, plan, scheduler, on_step):
-                output, noted, cut = self.pipe.call(pipe, plan, arguments)
-            clip = self._clip(plan, request, inputs, able, output, noted, cut)
-            clips.append(self._with_sound(clip, plan, request, able, track, partial(heard, **told)))
+            def on_step(
+                done: int, total: int, kept: Journal = kept, report: Any = report
+            ) -> None:
+                kept.keep_job()
+                report("sample", done, total)
+
+            with kept.running(recipe):
+                made = kept_made(kept)
+                if made is None:
+                    report("prompt", 0, 1)
+                    arguments = self._arguments(plan, request, inputs, able)
+                    with lent(pipe, able, plan, scheduler, on_step):
+                        given = self.pipe.call(pipe, plan, arguments)
+                    made = Made.of(self.pipe.own, *given, is_image=able.is_image)
+                    keep_made(kept, made)
+                settled = self._settled(plan, request, able, made)
+                track = self._soundtrack(request, settled, able, track)
+                whole = with_plan(recipe, settled) | track.facts
+                kept.keep_recipe(whole)
+                clip = self._clip(settled, whole, able, made, kept)
+                clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))
         return clips if request.count > 1 else clips[0]
 
-    def _soundtrack(
-        self, request: Request, num_frames: int, fps: Fraction, able: Abilities
-    ) -> Soundtrack:
-        return make_soundtrack(request, num_frames, fps, self, has_sound=able.has_sound)
+    def _recipes(
+        self, plans: Sequence[ForeignPlan], request: Request, inputs: Inputs, able: Abilities,
+        journals: Sequence[Journal],
+    ) -> tuple[list[dict[str, Any]], Soundtrack | None]:
+        """Each clip's recipe, as far as it is settled, and their sound where that can be.
 
-    def _with_sound(
-        self, clip: Clip, plan: ForeignPlan, request: Request, able: Abilities,
-        track: Soundtrack | None, tell: Callable[[int, int], None],
-    ) -> Clip:
-        """A clip with its sound, which the recipe tells of."""
-        if track is None or clip.num_frames != plan.kept_frames:
-            track = self._soundtrack(request, clip.num_frames, clip.fps, able)
-        assert clip.recipe is not None
-        clip.info = replace(clip.info, recipe=stamped(clip.recipe | track.facts))
-        return track.under(clip, plan.seed, tell)
+        Raises:
+            InputError: a journal is another clip's.
+        """
+        recipes, track = [], None
+        for plan, kept in zip(plans, journals, strict=True):
+            recipe = as_settled(make_recipe(self, plan, request, inputs), kept.recipe)
+            if (num_frames := recipe["plan"]["kept_frames"]) is not None:
+                known = replace(plan, kept_frames=num_frames)  # else it shows when it is made
+                track = self._soundtrack(request, known, able, track)
+                recipe |= track.facts
+            recipe = stamped(recipe, kept.recipe)
+            kept.check(recipe)
+            recipes.append(recipe)
+        return recipes, track
+
+    def _soundtrack(
+        self, request: Request, plan: ForeignPlan, able: Abilities, known: Soundtrack | None
+    ) -> Soundtrack:
+        """The sound of a clip, which another one's is where both are of one length."""
+        assert plan.kept_frames is not None
+        if known is not None and known.num_samples == round(plan.kept_frames / plan.fps * RATE):
+            return known
+        return make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=able.has_sound)
 
     def _read(self, request: Request) -> tuple[Request, Inputs]:
         """The request's pictures; a first frame that a model is to draw is drawn here."""
@@ -204,56 +242,48 @@ class ForeignEngine:
         given["generator"] = torch.Generator("cpu").manual_seed(plan.seed)
         return given | {"output_type": "np"}
 
-    def _clip(
-        self, plan: ForeignPlan, request: Request, inputs: Inputs, able: Abilities, output: Any,
-        noted: list[Decode], cut: int,
-    ) -> Clip:
-        """A lazy clip over the noted decodings, or the frames that the pipeline gave."""
-        latents, frames = None, output[0] if able.is_image else output[0][0]
-        num_frames, size = len(frames), (frames.shape[2], frames.shape[1])
-        if noted:
-            latents = torch.cat([part.latents for part in noted])
+    def _settled(
+        self, plan: ForeignPlan, request: Request, able: Abilities, made: Made
+    ) -> ForeignPlan:
+        """The plan with the size and length of what was made."""
+        if made.frames is not None:
+            size = made.frames.shape[2], made.frames.shape[1]
+        else:
+            latents = made.decodings[0].latents
             size = latents.shape[-1] * able.strides.hw, latents.shape[-2] * able.strides.hw
-        plan = settle(plan, *size, num_frames)
-        kept = plan.kept_frames or num_frames
-        if request.frames is not None and kept < request.frames:
-            log.warning("%s gave %d frames of the %d asked for", plan.pipeline, kept,
+        plan = settle(plan, *size, made.num_frames)
+        if request.frames is not None and (plan.kept_frames or 0) < request.frames:
+            log.warning("%s gave %d frames of the %d asked for", plan.pipeline, plan.kept_frames,
                         request.frames)
+        return plan
 
-        def chunks() -> Iterator[Frames]:
-            if not noted:
-                yield _pixels(frames[:kept])
-            done = -cut
-            for part in noted:
-                for video in stream_decode(self.pipe.own.vae, part, self.device):
-                    first, last = max(-done, 0), max(kept - done, 0)
-                    done += video.shape[2]
-                    if first < min(last, video.shape[2]):
-                        yield to_frames(video[0, :, first:last]).numpy()
+    def _clip(
+        self, plan: ForeignPlan, recipe: dict[str, Any], able: Abilities, made: Made,
+        journal: Journal,
+    ) -> Clip:
+        """A lazy clip over the decodings that were put off, or the frames that there are."""
+        kept = plan.kept_frames
+        assert kept is not None
+        assert plan.width is not None
+        assert plan.height is not None
 
-        sound, rate = _sound(self.pipe.own, output, float(kept / plan.fps))
+        def chunks(start: int = 0) -> Iterator[Frames]:
+            if start >= kept:
+                return
+            if made.frames is not None:
+                yield made.frames[start:kept]
+                return
+            places = (made.cut + start, made.cut + kept)
+            for video in decode_all(self.pipe.own.vae, made.decodings, self.device, *places):
+                yield to_frames(video[0]).numpy()
+
+        sound = made.sound
+        if sound is not None:
+            sound = sound[: round(float(kept / plan.fps) * made.sound_rate)]
         info = ClipInfo(
-            fps=plan.fps, size=size, num_frames=kept, sound=sound, sound_rate=rate,
-            recipe=make_recipe(self, plan, request, inputs), stride_t=able.strides.t,
+            fps=plan.fps, size=(plan.width, plan.height), num_frames=kept, sound=sound,
+            sound_rate=made.sound_rate, recipe=recipe, stride_t=able.strides.t,
         )
-        source = with_label(chunks, size, plan.fps) if request.label == "visible" else chunks
-        return Clip(source, info, latents)
-
-
-def _pixels(frames: Any) -> Frames:
-    """Pictures in [0, 1], array [T, H, W, 3], as uint8."""
-    scaled = np.asarray(frames, dtype=np.float32).clip(0, 1) * 255
-    return scaled.round().astype(np.uint8)
-
-
-def _sound(pipe: Any, output: Any, seconds: float) -> tuple[Samples | None, int]:
-    """The sound that came along, cut to the clip: float32 [N, channels], and its rate."""
-    waves = getattr(output, "audio", None)
-    if waves is None:
-        return None, 48_000
-    config = getattr(getattr(pipe, "vocoder", None), "config", {})
-    names = ("output_sampling_rate", "sampling_rate", "sample_rate")
-    rate = int(next((config[name] for name in names if config.get(name)), 48_000))
-    wave = torch.as_tensor(waves)[0].float().cpu().clamp(-1, 1)
-    wave = wave[None] if wave.ndim == 1 else wave
-    return wave.T[: round(seconds * rate)].contiguous().numpy(), rate
+        is_labelled = recipe["request"].get("label") == "visible"
+        source = with_label(chunks, info.size, plan.fps) if is_labelled else chunks
+        return Clip(source, info, made.latents, journal)

@@ -10,7 +10,8 @@ T frames, H W pixel rows and columns.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,8 @@ def decoding_put_off(vae: nn.Module, length: Callable[[Tensor], int]) -> Iterato
         from diffusers.models.autoencoders.vae import DecoderOutput
 
         nonlocal count
-        noted.append(Decode(latents.cpu(), arguments, options))
+        given = latents.cpu().clone(memory_format=torch.contiguous_format)  # as from a journal
+        noted.append(Decode(given, arguments, options))
         num_frames = length(latents) if latents.ndim == 5 else len(latents)
         frames = _numbered(count, num_frames).to(latents.device)
         count += num_frames
@@ -95,9 +97,33 @@ def _numbered(first: int, count: int) -> Tensor:
     return ((2 * digits + 1) / _BASE - 1)[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
 
 
+def decode_all(
+    vae: Any, decodings: Sequence[Decode], device: torch.device, start: int, stop: int
+) -> Iterator[Tensor]:
+    """The frames from `start` to `stop` of several decodings, parts [1, 3, t, H, W] in [-1, 1]."""
+    first = 0  # number of the decoding's first frame
+    for noted in decodings:
+        if not noted.is_video and first + len(noted.latents) <= start:
+            first += len(noted.latents)
+            continue
+        behind = max(start, first)
+        for video in stream_decode(vae, noted, device, behind - first):
+            yield video[:, :, : stop - behind]
+            behind += video.shape[2]
+            if behind >= stop:
+                return
+        first = behind
+
+
 @torch.no_grad()
-def stream_decode(vae: Any, noted: Decode, device: torch.device) -> Iterator[Tensor]:
-    """Parts of the video, each [1, 3, t, H, W] in [-1, 1]; pictures in one part a decoding."""
+def stream_decode(
+    vae: Any, noted: Decode, device: torch.device, start: int = 0
+) -> Iterator[Tensor]:
+    """Parts of the video, each [1, 3, t, H, W] in [-1, 1]; pictures in one part a decoding.
+
+    From a frame `start` on they are what they are in the whole: where the VAE has no temporal
+    tiles all of it is decoded.
+    """
 
     def decode(latents: Tensor) -> Tensor:
         given = latents.to(device)
@@ -106,9 +132,9 @@ def stream_decode(vae: Any, noted: Decode, device: torch.device) -> Iterator[Ten
 
     tiles = temporal_tiles(vae)
     if tiles is None or not noted.is_video or noted.latents.shape[2] <= tiles[0]:
-        yield decode(noted.latents)
+        yield decode(noted.latents)[:, :, start:]
     else:
-        yield from _stream_tiles(vae, decode, noted.latents, *tiles)
+        yield from _stream_tiles(vae, decode, noted.latents, *tiles, start)
 
 
 def temporal_tiles(vae: Any) -> tuple[int, int] | None:
@@ -151,28 +177,34 @@ def _carries_past(vae: Any) -> bool:
 
 
 def _stream_tiles(
-    vae: Any, decode: Any, latents: Tensor, size: int, stride: int
+    vae: Any, decode: Any, latents: Tensor, size: int, stride: int, start: int = 0
 ) -> Iterator[Tensor]:
     """Tiles blended over what two of them share, as the VAE's own tiling does.
 
     A tile's first frame is decoded without its past, so all but the first tile start one latent
-    frame early and drop it.
+    frame early and drop it. Those that end before frame `start` are left out, but for the ones
+    that are blended into its own.
     """
     ratio = vae.temporal_compression_ratio
-    tail = None
-    for start in range(0, latents.shape[2] - 1, stride):
+    wanted = max(start - 1, 0) // (stride * ratio)
+    first = max(wanted - math.ceil((size - stride) / stride), 0)
+    tail, end = None, first * stride * ratio + (first > 0)
+    for begin in range(first * stride, latents.shape[2] - 1, stride):
         own, vae.use_framewise_decoding = vae.use_framewise_decoding, False
         try:
-            tile = decode(latents[:, :, start : start + size + 1])
+            tile = decode(latents[:, :, begin : begin + size + 1])
         finally:
             vae.use_framewise_decoding = own
-        if tail is not None:
+        if begin > 0:
             tile = tile[:, :, 1:]
+        if tail is not None:
             shared = min(tail.shape[2], tile.shape[2])
             ramp = torch.arange(shared, device=tile.device)[:, None, None] / max(shared, 1)
             ramp = ramp.to(tile.dtype)
             blended = tail[:, :, :shared] * (1 - ramp) + tile[:, :, :shared] * ramp
             tile = torch.cat([blended, tile[:, :, shared:]], dim=2)
-        kept = stride * ratio + (tail is None)
-        yield tile[:, :, :kept]
-        tail = tile[:, :, kept:]
+        kept = stride * ratio + (begin == 0)
+        part, tail = tile[:, :, :kept], tile[:, :, kept:]
+        end += part.shape[2]
+        if end > start:
+            yield part[:, :, -(end - start) :]

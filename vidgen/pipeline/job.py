@@ -4,6 +4,7 @@
         job.json             the recipe: model, plan, inputs, machine, threads, back ends
         state.safetensors    the sampler between two steps, or its finished latents
         windows/00000 ...    latents of the finished windows of a long clip
+        made.safetensors     what another family's pipeline gave: its decodings, or its frames
         sound.safetensors    what a text-to-audio model made for the clip
         segments/00000 ...   encoded segments of the picture, and what its checks had seen by then
         lock                 held by the process that works on the clip
@@ -37,12 +38,12 @@ from vidgen.media.encode import Segment
 FORMAT_VERSION = 2
 SUFFIX = ".vidgen-job"
 JOB, STATE, LOCK = "job.json", "state.safetensors", "lock"
-SOUND = "sound.safetensors"
+MADE, SOUND = "made.safetensors", "sound.safetensors"
 WINDOWS, SEGMENTS = "windows", "segments"
 # What decides a clip's bits; `offload` doesn't, so a job that ran out of memory may go on with it.
 _DECISIVE = (
     "vidgen", "plan", "scheduler", "frame_times_s", "custom_noise", "dtype", "quantize",
-    "attention", "device", "devices", "sound",
+    "attention", "device", "devices", "sound", "diffusers", "transformers",
 )
 _DECISIVE_PARTS = {"inputs": ("option", "sha256"), "loras": ("sha256", "weight", "expert")}
 
@@ -118,6 +119,8 @@ def progress_text(facts: Mapping[str, Any]) -> str:
     """How far a job is, for people: "sample, step 3 of 25"."""
     if "problem" in facts:
         return "damaged"
+    if facts["stage"] == "sample" and not facts["done"]:
+        return "sample, from the start"
     unit = "step" if facts["stage"] == "sample" else "frame"
     return f"{facts['stage']}, {unit} {facts['done']} of {facts['total']}"
 
@@ -134,13 +137,15 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _stage(folder: Path, plan: Mapping[str, Any]) -> tuple[str, int, int]:
-    if not (folder / STATE).is_file():
+    state = next((folder / name for name in (MADE, STATE) if (folder / name).is_file()), None)
+    if state is None:
         return "sample", 0, plan["num_steps"]
-    facts = _read_facts(folder / STATE)
+    facts = _read_facts(state)
     if not facts.get("finished"):
         return "sample", facts["step"], facts["num_steps"]
+    total = plan["kept_frames"] or facts["num_frames"]  # another family's length may be unsettled
     paths = folder.glob(f"{SEGMENTS}/*.safetensors")
-    return "write", sum(_read_facts(path)["num_frames"] for path in paths), plan["kept_frames"]
+    return "write", sum(_read_facts(path)["num_frames"] for path in paths), total
 
 
 def write_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -215,6 +220,14 @@ def _short(value: Any) -> str:
 def segment_path(folder: Path, index: int) -> Path:
     """Where a segment lies."""
     return folder / SEGMENTS / f"{index:05d}.safetensors"
+
+
+def segment_paths(folder: Path) -> list[Path]:
+    """Where the segments lie, up to the first that is missing."""
+    paths: list[Path] = []
+    while (path := segment_path(folder, len(paths))).is_file():
+        paths.append(path)
+    return paths
 
 
 def write_segment(path: Path, segment: Segment) -> None:

@@ -32,6 +32,7 @@ from vidgen.media.read import read_recipe
 from vidgen.pipeline.job import (
     JOB,
     LOCK,
+    MADE,
     SEGMENTS,
     SOUND,
     STATE,
@@ -45,11 +46,13 @@ from vidgen.pipeline.job import (
     read_job,
     read_segment,
     segment_path,
+    segment_paths,
     sweep,
     write_arrays,
     write_job,
     write_segment,
 )
+from vidgen.pipeline.job_state import as_array, read_windows, state_of, state_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +107,7 @@ class Journal:
         self._latest: StepInfo | None = None
         self._pending: list[Segment] = []
         self._on, self._due_s, self._cost_s = False, 0.0, 0.0
+        self._is_worth_keeping = False
         self._lock: TextIO | None = None
         if self.unfinished and not (resume or overwrite):
             raise OutputError(
@@ -178,6 +182,16 @@ class Journal:
             if self._is_due():
                 self._flush()
 
+    def keep_job(self) -> None:
+        """Keep the job from now on even with nothing in it but the recipe."""
+        self._is_worth_keeping = True
+
+    def keep_recipe(self, recipe: dict[str, Any]) -> None:
+        """Keep a recipe that settles what the job's own left open."""
+        if self._on:
+            with self._saving():
+                write_job(self.folder, recipe, overwrite=self.overwrite)
+
     def keep_window(self, done: Tensor, heard: Tensor | None = None) -> None:
         """Keep all so far when a window of a long clip is finished.
 
@@ -197,16 +211,23 @@ class Journal:
 
     def keep_sound(self, samples: Samples, rate: int) -> None:
         """Keep what a model made for the clip: float32 [N, c], at a rate."""
-        if self._on:
-            with self._saving():
-                write_arrays(self.folder / SOUND, {"samples": samples}, {"rate": rate})
+        self.keep_arrays(SOUND, {"samples": samples}, {"rate": rate})
 
     def kept_sound(self) -> tuple[Samples, int] | None:
         """What `keep_sound` kept, or None."""
-        if not (self._on and (self.folder / SOUND).is_file()):
-            return None
-        arrays, facts = read_arrays(self.folder / SOUND, "samples")
-        return arrays["samples"], facts["rate"]
+        kept = self.kept_arrays(SOUND, "samples")
+        return None if kept is None else (kept[0]["samples"], kept[1]["rate"])
+
+    def keep_arrays(self, name: str, arrays: Mapping[str, Any], facts: dict[str, Any]) -> None:
+        """Keep a file of arrays, with JSON data beside them."""
+        if self._on:
+            with self._saving():
+                write_arrays(self.folder / name, arrays, facts)
+
+    def kept_arrays(self, name: str, *names: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """What `keep_arrays` kept in a file, these names among it; or None."""
+        path = self.folder / name
+        return read_arrays(path, *names) if self._on and path.is_file() else None
 
     def keep_latents(self, latents: Tensor) -> None:
         """Keep the finished latents [1, C, F, h, w], before they are decoded."""
@@ -216,7 +237,7 @@ class Journal:
 
     def segments(self) -> Iterator[Segment]:
         """The finished segments, from the clip's start."""
-        return map(read_segment, self._segment_paths() if self.num_frames else ())
+        return map(read_segment, segment_paths(self.folder) if self.num_frames else ())
 
     def keep(self, segment: Segment) -> None:
         """Keep the next finished segment."""
@@ -228,7 +249,7 @@ class Journal:
     def pause(self) -> None:
         """Save what isn't yet, as when the work stops; a job without anything to keep goes."""
         self._flush()
-        if self._on and not (self.folder / STATE).is_file() and not self.num_windows:
+        if self._on and not (self._has_result or self.num_windows or self._is_worth_keeping):
             self.close()
         if self._on:
             self._count_segments()
@@ -269,6 +290,11 @@ class Journal:
                 "with, choose another name, or start anew with --overwrite"
             )
 
+    @property
+    def _has_result(self) -> bool:
+        """Whether something of the clip itself is kept."""
+        return any((self.folder / name).is_file() for name in (STATE, MADE))
+
     def _take_up(self, recipe: dict[str, Any], device: torch.device | str) -> None:
         resumes = self.resume and self.unfinished
         self.check(recipe)
@@ -285,7 +311,7 @@ class Journal:
             raise OutputError(f"{self.output} is being made by another process; wait for it, or "
                               "choose another name") from None
         except OSError as error:
-            self._give_up(error)
+            self.give_up(error)
         if resumes:
             self._load(device)
         elif self._on:
@@ -313,40 +339,27 @@ class Journal:
         import torch
 
         self.state = self.latents = self.done = self.heard = None
-        windows = sorted((self.folder / WINDOWS).glob("*.safetensors"))
-        if windows:
-            found = [read_arrays(path, "latents")[0] for path in windows]
-            kept = {name: torch.cat([torch.from_numpy(each[name]) for each in found], dim=2)
-                    for name in found[0]}
+        self.num_windows, kept = read_windows(self.folder)
+        if kept:
             self.done, self.heard = kept["latents"], kept.get("heard")
-            self.num_windows, self._num_done = len(windows), self.done.shape[2]
+            self._num_done = self.done.shape[2]
             self._num_heard = 0 if self.heard is None else self.heard.shape[2]
         if (path := self.folder / STATE).is_file():
             arrays, facts = read_arrays(path, "latents")
             tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
-            latents = tensors.pop("latents")
             if facts.get("finished"):
-                self.latents = latents
+                self.latents = tensors["latents"]
             elif facts["behind"] == self._num_done:  # else of a window that was finished since
-                cache = {name.removeprefix("cache."): tensors.pop(name)
-                         for name in list(tensors) if name.startswith("cache.")}
-                history = tuple(tensors[f"history.{i}"] for i in range(len(tensors)))
-                self.state = SamplerState(facts["step"], latents, history, cache)
+                self.state = state_of(facts["step"], tensors)
         self._count_segments()
 
     def _count_segments(self) -> None:
         """Take the segments up to the first that is missing for finished; later ones go."""
-        kept = self._segment_paths()
+        kept = segment_paths(self.folder)
         for path in sorted((self.folder / SEGMENTS).glob("*.safetensors"))[len(kept):]:
             path.unlink()
         self._num_segments = len(kept)
         self.num_frames = sum(read_segment(path).num_frames for path in kept)
-
-    def _segment_paths(self) -> list[Path]:
-        paths: list[Path] = []
-        while (path := segment_path(self.folder, len(paths))).is_file():
-            paths.append(path)
-        return paths
 
     def _is_due(self) -> bool:
         return time.monotonic() >= self._due_s
@@ -355,11 +368,8 @@ class Journal:
         """Write the latest state and the pending segments."""
         if self._latest is not None:
             info, self._latest = self._latest, None
-            tensors = {f"history.{i}": each for i, each in enumerate(info.state.history)}
-            tensors |= {f"cache.{name}": each for name, each in info.state.cache.items()}
-            tensors["latents"] = info.state.latents
             facts = {"step": info.step, "num_steps": info.num_steps, "behind": self._num_done}
-            self._save_state(tensors, facts, self.folder / STATE)
+            self._save_state(state_tensors(info.state), facts, self.folder / STATE)
         pending, self._pending = self._pending, []
         if pending:
             with self._saving():
@@ -376,7 +386,7 @@ class Journal:
 
             torch.cuda.synchronize(latents.device)
         with self._saving():
-            arrays = {name: _as_array(each) for name, each in tensors.items()}
+            arrays = {name: as_array(each) for name, each in tensors.items()}
             write_arrays(path, arrays, facts)
 
     @contextmanager
@@ -386,25 +396,19 @@ class Journal:
         try:
             yield
         except (OSError, OutputError) as error:
-            self._give_up(error)
+            self.give_up(error)
         self._cost_s = time.monotonic() - start
         self._due_s = max(self._due_s, start) + (PATIENCE + 1) * self._cost_s
 
-    def _give_up(self, error: Exception) -> None:
-        """Go on without a journal: the output itself may still find room."""
+    def give_up(self, reason: object) -> None:
+        """Go on without a journal, saying why: the output itself may still find room."""
         self._on, self._latest, self._pending = False, None, []
         log.warning("the journal of %s can't be kept on, so a kill from now on loses more: %s",
-                    self.output, error)
-        if not (self.folder / STATE).is_file():
+                    self.output, reason)
+        if not self._has_result:
             self.close()
 
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.close()
         self._lock, self._on = None, False
-
-
-def _as_array(tensor: Tensor) -> Any:
-    """A tensor for numpy, which has no bfloat16; float32 holds that exactly."""
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.itemsize < 4 else tensor).numpy()

@@ -27,7 +27,7 @@ def recall(request: Request, journals: Sequence[Journal]) -> Request:
         recipe = journal.recipe or {}
         if request.seed is None and "plan" in recipe:
             request = replace(request, seed=recipe["plan"]["seed"] - index)
-        if request.tiles == "auto" and "plan" in recipe:
+        if request.tiles == "auto" and "tiles" in recipe.get("plan", ()):
             request = replace(request, tiles=recorded_tiles(recipe["plan"]))
         threads = recipe.get("machine", {}).get("threads")
         if threads and journal.unfinished:

@@ -1,0 +1,419 @@
+"""Journals of other families' clips: stopped at each stage and resumed equals straight through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from tests.sounds import save, tone
+from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
+from vidgen.cli.main import main
+from vidgen.core.errors import Cancelled, InputError
+from vidgen.media import write
+from vidgen.media.clip import Clip
+from vidgen.pipeline import job, journal
+from vidgen.pipeline.foreign import ForeignEngine
+from vidgen.pipeline.foreign_decode import Decode, decode_all, stream_decode
+from vidgen.pipeline.foreign_journal import Made, keep_made, kept_made
+from vidgen.pipeline.job import MADE, job_facts, job_folder, progress_text, read_job
+from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.video import Progress
+
+PROMPT = "a red car bounces across the desert"
+CASES: dict[str, dict[str, Any]] = {
+    "ltx": {"size": "64x32", "frames": 81},  # tiles
+    "ltx2": {"size": "64x64", "frames": 17},  # sound
+    "hunyuan": {"size": "32x32", "frames": 33},  # tiles of its own
+    "cogvideox": {"size": "32x32", "frames": 17},  # slices, length by its own rule
+    "mochi": {"size": "32x32"},  # its own length
+    "animatediff": {"size": "32x32", "frames": 19},  # picture by picture, 16 at a time
+}
+Open = Callable[[str], ForeignEngine]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Open:
+    root, opened = tmp_path_factory.mktemp("foreign"), {}
+
+    def get(family: str) -> ForeignEngine:
+        if family not in opened:
+            opened[family] = open_foreign_model(build_foreign_model(family, root / family))
+        return opened[family]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save every segment, of 16 frames."""
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    monkeypatch.setattr(write, "SEGMENT", 16)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "x.mkv"
+
+
+def make(engine: ForeignEngine, family: str, kept: Any = None, **options: Any) -> Clip:
+    wanted = {"seed": 3, "steps": 2, **CASES.get(family, {}), **options}
+    clip = engine.generate(PROMPT, journal=kept, **wanted)
+    assert isinstance(clip, Clip)
+    return clip
+
+
+def stop_at(step: int) -> Any:
+    def on_event(progress: Progress) -> None:
+        if progress.stage == "sample" and progress.done == step:
+            raise Cancelled("stopped")
+
+    return on_event
+
+
+def stop_after(frames: int) -> Any:
+    def on_frames(count: int) -> None:
+        if count > frames:
+            raise KeyboardInterrupt
+
+    return on_frames
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """First arguments of the calls of a method."""
+    calls, method = [], getattr(owner, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[0])
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def assert_same(path: Path, other: Path) -> None:
+    clip, its_pair = Clip.from_file(path), Clip.from_file(other)
+    assert clip.frames.tobytes() == its_pair.frames.tobytes()
+    assert (clip.sound is None) == (its_pair.sound is None)
+    if clip.sound is not None:
+        assert clip.sound.tobytes() == its_pair.sound.tobytes()
+    for name in ("checks", "plan", "sound"):
+        assert clip.recipe.get(name) == its_pair.recipe.get(name)
+    assert not job_folder(path).exists()
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_stopped_at_each_stage(
+    engine: Open, family: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, whole = engine(family), out.with_name("whole.mkv")
+    make(ours, family).save(whole)
+    with pytest.raises(Cancelled):  # while it denoises
+        make(ours, family, Journal(out), on_event=stop_at(1))
+    facts = job_facts(job_folder(out))
+    assert (facts["stage"], facts["done"], facts["total"]) == ("sample", 0, 2)
+    assert progress_text(facts) == "sample, from the start"
+    told: list[Progress] = []
+    clip = make(ours, family, Journal(out, resume=True), on_event=told.append)  # ... is done
+    assert [p.done for p in told if p.stage == "sample"] == [1, 2]
+    clip.journal.pause()  # type: ignore[union-attr]
+    assert progress_text(job_facts(job_folder(out))) == f"write, frame 0 of {clip.num_frames}"
+    calls = calls_of(monkeypatch, ours.pipe, "call")
+    for frames in (0, clip.num_frames * 2 // 3):  # while it decodes and writes
+        with pytest.raises(KeyboardInterrupt):
+            make(ours, family, Journal(out, resume=True)).save(out, on_frames=stop_after(frames))
+    kept = job_facts(job_folder(out))["done"]
+    assert 0 < kept <= clip.num_frames
+    first: list[int] = []
+    with monkeypatch.context() as patch:  # killed behind the file and before the end
+        patch.setattr(Journal, "close", Journal.pause)
+        make(ours, family, Journal(out, resume=True)).save(out, on_frames=first.append)
+    assert all(count > kept for count in first)
+    assert job_facts(job_folder(out))["done"] == clip.num_frames
+    done = out.read_bytes()
+    assert make(ours, family, Journal(out, resume=True)).num_frames == clip.num_frames
+    assert out.read_bytes() == done
+    assert_same(out, whole)
+    assert make(ours, family, Journal(out, resume=True)).num_frames == clip.num_frames
+    assert calls == []
+
+
+def test_at_the_mux_nothing_is_decoded(
+    engine: Open, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, whole = engine("ltx"), out.with_name("whole.mkv")
+    make(ours, "ltx").save(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "close", Journal.pause)
+        make(ours, "ltx", Journal(out)).save(out)
+    out.unlink()
+    decoded = calls_of(monkeypatch, ours.pipe.own.vae.decoder, "forward")
+    make(ours, "ltx", Journal(out, resume=True)).save(out)
+    assert decoded == []
+    assert_same(out, whole)
+
+
+@pytest.mark.parametrize(("family", "stride"), [
+    ("hunyuan", None), ("hunyuan", 4), ("hunyuan", 8), ("ltx", None),
+])
+def test_tiles_from_the_middle_are_bit_equal(
+    engine: Open, family: str, stride: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where three tiles and more are blended over each other."""
+    vae = engine(family).pipe.own.vae
+    if stride:
+        monkeypatch.setattr(vae, "tile_sample_stride_num_frames", stride)
+    generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
+    shape = (1, 4, 11, 2, 2) if family == "hunyuan" else (1, 8, 14, 1, 2)
+    noted = Decode(torch.randn(shape, generator=generator), (), {})
+    whole = torch.cat(list(stream_decode(vae, noted, cpu)), dim=2)
+    total = 1 + (shape[2] - 1) * vae.temporal_compression_ratio
+    assert whole.shape[2] == total
+    decoded = calls_of(monkeypatch, vae, "decode")
+    sizes = []
+    for start in (0, 1, 4, 5, 12, 13, 16, 17, 30, total - 1):
+        decoded.clear()
+        part = torch.cat(list(stream_decode(vae, noted, cpu, start)), dim=2)
+        assert torch.equal(part, whole[:, :, start:])
+        sizes.append(len(decoded))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0]
+    assert torch.equal(torch.cat(list(decode_all(vae, [noted], cpu, 3, 21)), 2), whole[:, :, 3:21])
+
+
+def test_a_label_stays_on_the_opening(engine: Open, out: Path) -> None:
+    ours, whole = engine("hunyuan"), out.with_name("whole.mkv")
+    make(ours, "hunyuan", label="visible").save(whole)
+    with pytest.raises(KeyboardInterrupt):
+        make(ours, "hunyuan", Journal(out), label="visible").save(out, on_frames=stop_after(14))
+    make(ours, "hunyuan", Journal(out, resume=True), label="visible").save(out)
+    assert_same(out, whole)
+
+
+class Sectioned(diffusers.LTXPipeline):
+    """Changes its frames behind the decoding, so that this can't be put off."""
+
+    def __call__(self, prompt=None, height=32, width=64, num_frames=9, num_inference_steps=2,
+                 generator=None, output_type="np"):
+        output = super().__call__(
+            prompt, height=height, width=width, num_frames=num_frames, generator=generator,
+            num_inference_steps=num_inference_steps, output_type=output_type,
+        )
+        output.frames = output.frames[:, ::-1]
+        return output
+
+
+def test_frames_are_kept_where_decoding_cannot_wait(
+    engine: Open, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, whole = open_foreign_model(engine("ltx").folder.path), out.with_name("whole.mkv")
+    ours.pipe.own = Sectioned(**ours.pipe.own.components)
+    make(ours, "ltx", frames=17).save(whole)
+    with pytest.raises(KeyboardInterrupt):
+        make(ours, "ltx", Journal(out), frames=17).save(out, on_frames=stop_after(0))
+    calls = calls_of(monkeypatch, ours.pipe, "call")
+    clip = make(ours, "ltx", Journal(out, resume=True), frames=17)
+    assert (clip.latents, calls) == (None, [])
+    clip.save(out)
+    assert_same(out, whole)
+
+
+def test_a_picture_goes_on_too(engine: Open, tmp_path: Path) -> None:
+    out, options = tmp_path / "x.png", {"size": "32x32", "frames": 1}
+    expected = make(engine("sdxl"), "sdxl", **options).frames
+    clip = make(engine("sdxl"), "sdxl", Journal(out), **options)
+    clip.journal.pause()  # type: ignore[union-attr]
+    told: list[Progress] = []
+    kept = Journal(out, resume=True)
+    make(engine("sdxl"), "sdxl", kept, on_event=told.append, **options).save(out)
+    assert told == []
+    assert np.array_equal(Clip.from_file(out).frames, expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_given_sound_and_a_length_of_its_own(engine: Open, out: Path) -> None:
+    """The sound is cut to a length that shows only when the pipeline has run."""
+    bed, whole = save(out.with_name("bed.wav"), tone(0.2)), out.with_name("whole.mkv")
+    options = {"audio": bed, "audio_loop": True}
+    make(engine("mochi"), "mochi", **options).save(whole)
+    kept = Journal(out)
+    make(engine("mochi"), "mochi", kept, **options)
+    begun = read_job(job_folder(out))["recipe"]
+    assert begun["plan"]["kept_frames"] == Clip.from_file(whole).num_frames
+    assert begun["sound"] == {"source": "file", "loop": True}
+    kept.pause()
+    with pytest.raises(InputError, match=r"plan\.kept_frames was"):
+        make(engine("mochi"), "mochi", Journal(out, resume=True), frames=7, **options)
+    make(engine("mochi"), "mochi", Journal(out, resume=True), **options).save(out)
+    assert_same(out, whole)
+
+
+def test_several_clips_and_a_drawn_seed(engine: Open, tmp_path: Path) -> None:
+    paths = [tmp_path / f"x-{n}.mkv" for n in (1, 2)]
+    options = {"count": 2, "steps": 2, "size": "32x32", "frames": 17}
+
+    def on_event(progress: Progress) -> None:
+        if (progress.clip, progress.stage, progress.done) == (2, "sample", 1):
+            raise Cancelled("stopped")
+
+    ours = engine("cogvideox")
+    with pytest.raises(Cancelled):
+        ours.generate(PROMPT, journal=[*map(Journal, paths)], on_event=on_event, **options)
+    seed = read_job(job_folder(paths[0]))["recipe"]["plan"]["seed"]
+    told: list[tuple[int, int]] = []
+    clips = ours.generate(
+        PROMPT, journal=[Journal(path, resume=True) for path in paths],
+        on_event=lambda p: told.append((p.clip, p.done)) if p.stage == "sample" else None,
+        **options,
+    )
+    assert told == [(2, 1), (2, 2)]
+    assert [clip.recipe["plan"]["seed"] for clip in clips] == [seed, seed + 1]
+    with pytest.raises(InputError, match="1 journals for 2 clips"):
+        ours.generate(PROMPT, journal=Journal(paths[0], overwrite=True), count=2)
+
+
+def test_a_failure_before_the_first_step_leaves_nothing(engine: Open, out: Path) -> None:
+    with pytest.raises(InputError, match="own layout"):
+        make(engine("hunyuan"), "hunyuan", Journal(out), latents=torch.randn(1, 2, 9, 4, 4))
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"seed": 4}, "plan.seed was 3, is 4"), ({"steps": 3}, "plan.num_steps was 2, is 3"),
+    ({"frames": 9}, "plan.kept_frames was 17, is 9"), ({"guidance": 2.0}, "plan.guidance_scale"),
+])
+def test_another_request_is_refused(
+    engine: Open, out: Path, options: dict[str, Any], message: str
+) -> None:
+    make(engine("cogvideox"), "cogvideox", kept := Journal(out))
+    kept.pause()
+    with pytest.raises(InputError, match="another clip's") as refused:
+        make(engine("cogvideox"), "cogvideox", Journal(out, resume=True), **options)
+    assert message in str(refused.value)
+
+
+def test_another_model_or_version_is_refused(engine: Open, out: Path) -> None:
+    make(engine("cogvideox"), "cogvideox", kept := Journal(out))
+    kept.pause()
+    recipe = read_job(job_folder(out))["recipe"]
+    changes = {"vidgen": "9.9", "diffusers": "0.1", "transformers": "0.1",
+               "model": {"sha256": "abc", "class": "CogVideoXPipeline"}}
+    for key, value in changes.items():
+        job.write_job(job_folder(out), recipe | {key: value}, overwrite=False)
+        with pytest.raises(InputError, match=f"{key}.* was"):
+            make(engine("cogvideox"), "cogvideox", Journal(out, resume=True))
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
+def test_a_damaged_journal_is_refused(engine: Open, out: Path, damage: str) -> None:
+    make(engine("cogvideox"), "cogvideox", kept := Journal(out))
+    kept.pause()
+    path = job_folder(out) / MADE
+    data = bytearray(path.read_bytes())
+    data[len(data) * 3 // 4] ^= 4
+    path.write_bytes({"cut": data[: len(data) // 2], "bit": data, "empty": b""}[damage])
+    with pytest.raises(InputError, match=f"{MADE} is damaged"):
+        make(engine("cogvideox"), "cogvideox", Journal(out, resume=True))
+    assert "problem" in job_facts(job_folder(out)) or damage == "bit"
+
+
+def test_what_a_vae_takes_comes_back_as_it_was(out: Path) -> None:
+    latents = torch.randn(1, 4, 3, 2, 2).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(5)
+    steps = torch.tensor([7], dtype=torch.int64)
+    arguments = (0.1, None, [steps, "x"], (True,))
+    options = {"generator": generator, "scales": torch.rand(2).half(), "more": {"n": 2}}
+    made = Made(9, [Decode(latents, arguments, options)], 4, None, np.ones((5, 2), np.float32), 24)
+    with (kept := Journal(out)).running({"plan": {}}):
+        keep_made(kept, made)
+        again = kept_made(kept)
+    kept.pause()
+    assert again is not None
+    (one,), (two,) = made.decodings, again.decodings
+    assert two.latents.dtype == torch.bfloat16
+    assert torch.equal(one.latents, two.latents)
+    assert (two.arguments[:2], two.arguments[3]) == ((0.1, None), (True,))
+    assert (two.arguments[2][0].dtype, two.arguments[2][1]) == (torch.int64, "x")
+    assert torch.equal(two.options["scales"], options["scales"])
+    assert two.options["scales"].dtype == torch.float16
+    assert two.options["more"] == {"n": 2}
+    drawn = [torch.rand(3, generator=each) for each in (generator, two.options["generator"])]
+    assert torch.equal(*drawn)
+    assert (again.num_frames, again.cut, again.sound_rate) == (9, 4, 24)
+    assert np.array_equal(again.sound, made.sound)
+
+
+def test_what_cannot_be_written_down_costs_the_journal_and_not_the_clip(
+    out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = Made(9, [Decode(torch.zeros(1, 4, 3, 2, 2), (object(),), {})])
+    with (kept := Journal(out)).running({"plan": {}}):
+        keep_made(kept, made)
+        assert "decoding takes a object, which can't be written down" in caplog.text
+        assert kept_made(kept) is None
+    assert list(out.parent.iterdir()) == []
+    keep_made(Journal(None), replace(made, decodings=()))
+
+
+@pytest.fixture
+def cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
+    """Run a command line in an empty folder, interrupted at a journal's method where one is named;
+    gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: Any, stop: str | None = None) -> tuple[int, str, str]:
+        with monkeypatch.context() as patch:
+            if stop is not None:
+                method = getattr(Journal, stop)
+
+                def interrupted(self: Journal, *given: Any) -> Any:
+                    method(self, *given)
+                    raise KeyboardInterrupt
+
+                patch.setattr(Journal, stop, interrupted)
+            code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(("stop", "where"), [
+    ("keep_job", "sample, from the start"), ("keep_arrays", "write, frame 0 of 33"),
+    ("keep", "write, frame 13 of 33"),
+])
+def test_the_command_line_goes_on(engine: Open, cli: Any, stop: str, where: str) -> None:
+    model = engine("hunyuan").folder.path
+    command = ["generate", "a cat", "--model", model, "--size", "32x32", "--frames", 33,
+               "--steps", 2, "--dtype", "fp32"]
+    code, _, err = cli(*command, stop=stop)
+    (folder,) = Path().iterdir()
+    name = folder.name.removesuffix(job.SUFFIX)
+    assert (code, f"{name} is not finished" in err) == (130, True)
+    assert where in cli("jobs")[1]
+    code, _, err = cli(*command, "-o", name)
+    assert (code, where in err) == (2, True)
+    code, out, err = cli(*command, "--resume", "--json", "--events", "events.jsonl")
+    assert (code, f"{name} goes on: {where}" in err) == (0, True)
+    events = [json.loads(line) for line in Path("events.jsonl").read_text().splitlines()]
+    sampled = [e for e in events if e.get("stage") == "sample"]
+    assert len(sampled) == (2 if stop == "keep_job" else 0)
+    (facts,) = json.loads(out)["clips"]
+    assert cli(*command, "--seed", facts["seed"], "-o", "straight.mp4")[0] == 0
+    resumed, straight = Clip.from_file(name), Clip.from_file("straight.mp4")
+    assert np.array_equal(resumed.frames, straight.frames)
+    assert "is done already" in cli(*command, "--seed", facts["seed"], "--resume")[2]
+    assert cli("replay", name, "-o", "again.mp4", stop="keep_arrays")[0] == 130
+    code, out, err = cli("replay", name, "-o", "again.mp4", "--resume", "--json")
+    assert (code, "again.mp4 goes on: write" in err) == (0, True)
+    assert json.loads(out)["identical"]
+    assert not list(Path().glob(f"*{job.SUFFIX}"))
