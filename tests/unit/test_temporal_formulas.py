@@ -2,6 +2,8 @@
 
 import math
 import sys
+import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from vidgen.evaluation.metrics.appearance import (
     gradient_feature,
     sharpness,
 )
+from vidgen.evaluation.metrics.clip import measure_clip
 from vidgen.evaluation.metrics.flow import (
     FlowEstimator,
     check_flow_size,
@@ -260,6 +263,21 @@ def test_speed_is_in_short_sides_a_second():
     assert motion([wide[:, :96]] * 5).speed == 0
     assert motion([wide[:, :96]] * 5).static
     assert motion([wide[:, :96], wide[:, 4:100]]).speed == pytest.approx(4 * 12 / 96, rel=0.1)
+
+
+def test_a_long_clip_takes_no_more_memory():
+    wide = texture(64, 96)
+
+    def peak(count):
+        frames = (np.ascontiguousarray(wide[:, t % 32 : t % 32 + 64]) for t in range(count))
+        tracemalloc.start()
+        measure_clip(frames, Fraction(12))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(4)
+    assert peak(150) - peak(30) < 150_000, "120 frames are 1.5 MB"
 
 
 def test_identity_drift_grows_with_the_distance():

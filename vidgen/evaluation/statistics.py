@@ -109,4 +109,5 @@ def spearman(values: Sequence[float], others: Sequence[float]) -> float | None:
 def _mean_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     below = (values[:, None] > values).sum(axis=1)
     alike = (values[:, None] == values).sum(axis=1)
-    return below + (alike - 1) / 2
+    ranks: NDArray[np.float64] = below + (alike - 1) / 2
+    return ranks

@@ -84,7 +84,7 @@ class MotionMeter:
         """How fast the fastest twentieth went since the last look, in short sides a second."""
         pixels = top_speed(self._flows.flow(self._looked_at, self._grey), DYNAMIC_TOP)
         seconds = (self._index - self._last_look) / self._fps
-        return pixels / min(self._grey.shape) / seconds
+        return float(pixels / min(self._grey.shape) / seconds)
 
     def _begin_grid(self, height: int, width: int) -> None:
         """The points by which the camera is told, a 20th of the side away from the edges."""
