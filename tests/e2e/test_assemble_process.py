@@ -196,7 +196,7 @@ def watch():
     while not stop.is_set():
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = max(peak, next(int(l.split()[1]) for l in lines if l.startswith("RssAnon")))
-        time.sleep(0.002)
+        time.sleep(0.02)
 
 thread = threading.Thread(target=watch)
 thread.start()
