@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 
 from tests.sounds import save, tone
 from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
-from vidgen.cli.main import main
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.media import write
 from vidgen.media.clip import Clip
@@ -360,60 +358,3 @@ def test_what_cannot_be_written_down_costs_the_journal_and_not_the_clip(
         assert kept_made(kept) is None
     assert list(out.parent.iterdir()) == []
     keep_made(Journal(None), replace(made, decodings=()))
-
-
-@pytest.fixture
-def cli(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Any:
-    """Run a command line in an empty folder, interrupted at a journal's method where one is named;
-    gives (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words: Any, stop: str | None = None) -> tuple[int, str, str]:
-        with monkeypatch.context() as patch:
-            if stop is not None:
-                method = getattr(Journal, stop)
-
-                def interrupted(self: Journal, *given: Any) -> Any:
-                    method(self, *given)
-                    raise KeyboardInterrupt
-
-                patch.setattr(Journal, stop, interrupted)
-            code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.mark.parametrize(("stop", "where"), [
-    ("keep_job", "sample, from the start"), ("keep_arrays", "write, frame 0 of 33"),
-    ("keep", "write, frame 13 of 33"),
-])
-def test_the_command_line_goes_on(engine: Open, cli: Any, stop: str, where: str) -> None:
-    model = engine("hunyuan").folder.path
-    command = ["generate", "a cat", "--model", model, "--size", "32x32", "--frames", 33,
-               "--steps", 2, "--dtype", "fp32"]
-    code, _, err = cli(*command, stop=stop)
-    (folder,) = Path().iterdir()
-    name = folder.name.removesuffix(job.SUFFIX)
-    assert (code, f"{name} is not finished" in err) == (130, True)
-    assert where in cli("jobs")[1]
-    code, _, err = cli(*command, "-o", name)
-    assert (code, where in err) == (2, True)
-    code, out, err = cli(*command, "--resume", "--json", "--events", "events.jsonl")
-    assert (code, f"{name} goes on: {where}" in err) == (0, True)
-    events = [json.loads(line) for line in Path("events.jsonl").read_text().splitlines()]
-    sampled = [e for e in events if e.get("stage") == "sample"]
-    assert len(sampled) == (2 if stop == "keep_job" else 0)
-    (facts,) = json.loads(out)["clips"]
-    assert cli(*command, "--seed", facts["seed"], "-o", "straight.mp4")[0] == 0
-    resumed, straight = Clip.from_file(name), Clip.from_file("straight.mp4")
-    assert np.array_equal(resumed.frames, straight.frames)
-    assert "is done already" in cli(*command, "--seed", facts["seed"], "--resume")[2]
-    assert cli("replay", name, "-o", "again.mp4", stop="keep_arrays")[0] == 130
-    code, out, err = cli("replay", name, "-o", "again.mp4", "--resume", "--json")
-    assert (code, "again.mp4 goes on: write" in err) == (0, True)
-    assert json.loads(out)["identical"]
-    assert not list(Path().glob(f"*{job.SUFFIX}"))
