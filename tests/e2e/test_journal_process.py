@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.sounds import save, tone
+from tests.tiny.foreign_models import build_foreign_model
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
-from vidgen.pipeline.job import job_facts
+from vidgen.pipeline.job import JOB, MADE, job_facts, progress_text
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def kill_at(stage, command):
+def kill_at(stage, command, kept="state.safetensors", done=2):
     """Run a command line in a process until it is in a stage with something kept, then kill it."""
     run = subprocess.Popen(
         [sys.executable, "-m", "vidgen", *command, "--events", "-"], stdout=subprocess.PIPE,
@@ -31,8 +32,8 @@ def kill_at(stage, command):
     )
     for line in run.stdout:
         event = json.loads(line)
-        state = Path("x.mp4.vidgen-job/state.safetensors").is_file()
-        if event.get("stage", "").startswith(stage) and event["done"] > 2 and state:
+        is_kept = Path("x.mp4.vidgen-job", kept).is_file()
+        if event.get("stage", "").startswith(stage) and event["done"] > done and is_kept:
             break
     run.kill()
     run.communicate()
@@ -62,3 +63,26 @@ def test_killed_twice_and_resumed_decodes_to_the_same_frames(
     assert (resumed.sound == straight.sound).all()
     assert len(resumed.sound) == 129 * 4_000
     assert sorted(path.name for path in Path().iterdir()) == ["bed.wav", "straight.mp4", "x.mp4"]
+
+
+def test_another_family_killed_twice_and_resumed(tmp_path, monkeypatch, capsys):
+    """Its denoising starts anew; what its pipeline gave is decoded from where the writing was."""
+    model = build_foreign_model("ltx", tmp_path / "ltx")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    command = ["generate", "a red car", "--model", str(model), "--seed", "1", "--size", "64x32",
+               "--frames", "401", "--steps", "30", "--dtype", "fp32", "-o"]
+    kill_at("sample", [*command, "x.mp4"], kept=JOB)
+    assert progress_text(job_facts(Path("x.mp4.vidgen-job"))) == "sample, from the start"
+    kill_at("write", [*command, "x.mp4", "--resume"], kept=MADE, done=100)
+    facts = job_facts(Path("x.mp4.vidgen-job"))
+    assert (facts["stage"], facts["total"]) == ("write", 401)
+    assert main([*command, "x.mp4", "--resume", "--events", "events.jsonl"]) == 0
+    assert "x.mp4 goes on: write, frame" in capsys.readouterr().err
+    events = [json.loads(line) for line in Path("events.jsonl").read_text().splitlines()]
+    assert "sample" not in {event.get("stage") for event in events}
+    assert main([*command, "straight.mp4"]) == 0
+    resumed, straight = Clip.from_file("x.mp4"), Clip.from_file("straight.mp4")
+    assert resumed.num_frames == 401
+    assert (resumed.frames == straight.frames).all()
+    assert not Path("x.mp4.vidgen-job").exists()
