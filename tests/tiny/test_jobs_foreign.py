@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 
 from tests.tiny.foreign_models import build_foreign_model
 from vidgen.cli.main import main
@@ -26,20 +29,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cli(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Any:
-    """Run a command line in an empty folder, interrupted at a journal's method where one is named;
-    gives (exit code, stdout, stderr)."""
+    """Run a command line in an empty folder; gives (exit code, stdout, stderr).
+
+    Where a journal's method is named, its n-th call is followed by an interruption.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(journal, "PATIENCE", 0)
     monkeypatch.setattr(write, "SEGMENT", 16)
 
-    def run(*words: Any, stop: str | None = None) -> tuple[int, str, str]:
+    def run(*words: Any, stop: str | None = None, calls: int = 1) -> tuple[int, str, str]:
         with monkeypatch.context() as patch:
             if stop is not None:
-                method = getattr(Journal, stop)
+                method, left = getattr(Journal, stop), [calls]
 
                 def interrupted(self: Journal, *given: Any) -> Any:
                     method(self, *given)
-                    raise KeyboardInterrupt
+                    left[0] -= 1
+                    if not left[0]:
+                        raise KeyboardInterrupt
 
                 patch.setattr(Journal, stop, interrupted)
             code = main([str(word) for word in words])
@@ -107,3 +114,25 @@ def test_a_sweeps_clip_goes_on(model: Path, cli: Any) -> None:
     assert (code, Path("x.png").is_file()) == (0, True), err
     assert not list(Path("x.cells").glob(f"*{job.SUFFIX}"))
     assert len(list(Path("x.cells").glob("*.mp4"))) == 2
+
+
+@pytest.mark.parametrize(("stop", "calls", "tried"), [
+    ("keep_arrays", 1, 1), ("keep_job", 3, 0), ("keep_arrays", 2, 0),
+])
+def test_a_further_seed_goes_on(
+    model: Path, cli: Any, tmp_path: Path, stop: str, calls: int, tried: int
+) -> None:
+    """This VAE shows nothing but grey, so every seed has a fault."""
+    grey = shutil.copytree(model, tmp_path / "grey")
+    vae = diffusers.AutoencoderKLHunyuanVideo.from_pretrained(grey / "vae")
+    with torch.no_grad():
+        for parameter in vae.decoder.conv_out.parameters():
+            parameter.zero_()
+    vae.save_pretrained(grey / "vae")
+    command = ["generate", "a cat", *options(grey), "--seed", 5, "--retry", 1, "-o", "x.mkv"]
+    assert cli(*command, stop=stop, calls=calls)[0] == 130
+    code, out, err = cli(*command, "--resume", "--json")
+    assert (code, err.count("trying seed 6")) == (0, tried)
+    (facts,) = json.loads(out)["clips"]
+    assert (facts["seed"], facts["checks"]["verdict"]) == (6, "fault")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grey", "x.mkv"]
