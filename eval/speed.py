@@ -168,6 +168,17 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def whole_titles(titles: list[str]) -> list[str]:
+    """Titles in which "the same" isn't left to the one above."""
+    whole = list[str]()
+    for title in titles:
+        above = whole[-1] if whole else ""
+        if title.startswith("the same, "):  # but for its last part
+            above = above.rsplit(", ", 1)[0]
+        whole.append(title.replace("the same", above, 1))
+    return whole
+
+
 def draw(results: dict[str, Any], path: Path) -> None:
     """A bar for each case's ratio, with a mark where it has to reach."""
     import matplotlib
@@ -177,8 +188,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     found = [results["cases"][name] for name in cases.CASES if name in results["cases"]]
     figure, axes = pyplot.subplots(figsize=(9, 0.45 * len(found) + 1.2))
-    labels = [f"{one['title']} ({one['dtype']})" for one in found]
-    axes.barh(labels, [one["ratio"] for one in found], color="#3b7dd8")
+    titles = whole_titles([one["title"] for one in found])
+    labels = [f"{title} ({one['dtype']})" for title, one in zip(titles, found, strict=True)]
+    axes.barh(range(len(found)), [one["ratio"] for one in found], color="#3b7dd8")
+    axes.set_yticks(range(len(found)), labels)
+    axes.set_xlim(0, 1.1 * max(one["ratio"] for one in found))
     for row, one in enumerate(found):
         axes.plot([one["wanted"][0]] * 2, [row - 0.4, row + 0.4], color="black")
         axes.text(one["ratio"] + 0.03, row, f"{one['ratio']:.2f}", va="center", fontsize=8)
