@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,13 +38,18 @@ class SoundState:
     denoise_mask: Tensor
     start_s: float = 0.0
 
+    @cached_property
+    def any_known(self) -> bool:
+        """Whether any of the sound is known."""
+        return not bool(self.denoise_mask.all())
+
     def impose(self, latents: Tensor) -> Tensor:
         """Write the known values into latents, exactly."""
         return torch.where(self.denoise_mask, latents, self.clean.to(latents))
 
     def levels(self, sigma: Tensor) -> Tensor:
         """The noise level of each latent: sigma [B], or [B, N] with 0 where it is known."""
-        if bool(self.denoise_mask.all()):
+        if not self.any_known:
             return sigma
         return sigma[:, None] * self.denoise_mask[:, 0].to(sigma.dtype)
 

@@ -196,7 +196,8 @@ class Engine(OpenedModel):
                 sample = self._sampling(
                     request, loras, contexts, kept, glimpses, num_windows, report
                 )
-                latents, heard = kept.latents, kept.kept_sound()
+                latents = kept.latents
+                heard = kept.kept_sound() if track.is_made_along else None
                 if latents is None:
                     contexts()
                     report("prepare", 0, 1)
@@ -209,7 +210,7 @@ class Engine(OpenedModel):
                         kept.keep_sound(*(heard := own.decode()))
                     kept.keep_latents(latents)
                 clip = (long.clip if long else partial(self.decode, plan))(latents, recipe, kept)
-                if heard and track.is_made_along:
+                if heard:
                     clip.info = replace(clip.info, sound=heard[0], sound_rate=heard[1])
                 clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))
                 for picture in inputs.images.get("image", ()):

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from vidgen.core.runtime import sha256_file
 from vidgen.toybox.scenes import CAMERAS, MOTIONS, PLACES, SPRITES, WORLD_VERSION
 from vidgen.weights.folder import config_of, embedded_folder
 from vidgen.weights.load import load_module
+
+Config = TypeVar("Config")
 
 NOTHING = "nothing"
 CELL = 16
@@ -323,8 +325,8 @@ def to_motion_size(video: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class JudgeFolder:
-    """A judge on disk: `config.json` and `model.safetensors`."""
+class JudgeFiles:
+    """A judge's files: `config.json` and `model.safetensors`."""
 
     path: Path
 
@@ -333,19 +335,40 @@ class JudgeFolder:
         """Hash of its weights."""
         return sha256_file(self.path / "model.safetensors")
 
+
+@dataclass(frozen=True)
+class JudgeFolder(JudgeFiles):
+    """A judge on disk."""
+
     def load(self, device: torch.device | str = "cpu") -> Judge:
         """Bring it into memory, in float32.
 
         Raises:
             ModelError: files missing or damaged, or of another world.
         """
-        config = config_of(JudgeConfig, self.path)
-        if config.world_version != WORLD_VERSION:
-            raise ModelError(
-                f"the judge in {self.path} knows Toybox world {config.world_version}, this is "
-                f"{WORLD_VERSION}; train it again with train/judge.py"
-            )
+        config = config_of_this_world(JudgeConfig, self.path, "judge")
         return load_module(lambda: Judge(config), self.path, torch.float32, device)
+
+
+def config_of_this_world(kind: type[Config], path: Path, program: str) -> Config:
+    """The config of a judge in a folder.
+
+    Args:
+        kind: its type, with a `world_version`.
+        path: the folder.
+        program: that trains it, of those in `train/`.
+
+    Raises:
+        ModelError: files missing or damaged, or of another world.
+    """
+    config: Config = config_of(kind, path)
+    version = config.world_version  # type: ignore[attr-defined]
+    if version != WORLD_VERSION:
+        raise ModelError(
+            f"the {program.replace('_', ' ')} in {path} knows Toybox world {version}, this is "
+            f"{WORLD_VERSION}; train it again with train/{program}.py"
+        )
+    return config
 
 
 def embedded_judge() -> JudgeFolder:

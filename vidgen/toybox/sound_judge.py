@@ -10,22 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidgen.core.errors import InputError, ModelError
-from vidgen.core.runtime import sha256_file
+from vidgen.core.errors import InputError
 from vidgen.media.mel import log_mel
 from vidgen.toybox.ambience import LAYERS
 from vidgen.toybox.cues import SAMPLE_RATE
-from vidgen.toybox.judge import NOTHING
+from vidgen.toybox.judge import NOTHING, JudgeFiles, config_of_this_world
 from vidgen.toybox.scenes import SPRITES, WORLD_VERSION
-from vidgen.weights.folder import config_of
 from vidgen.weights.load import load_module
 
 MIN_SAMPLES = 4096  # a quarter of a second; shorter sound is followed by silence
@@ -130,15 +126,8 @@ class SoundJudge(nn.Module):
 
 
 @dataclass(frozen=True)
-class SoundJudgeFolder:
-    """A judge's ear on disk: `config.json` and `model.safetensors`."""
-
-    path: Path
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of its weights."""
-        return sha256_file(self.path / "model.safetensors")
+class SoundJudgeFolder(JudgeFiles):
+    """A judge's ear on disk."""
 
     def load(self, device: torch.device | str = "cpu") -> SoundJudge:
         """Bring it into memory, in float32.
@@ -146,10 +135,5 @@ class SoundJudgeFolder:
         Raises:
             ModelError: files missing or damaged, or of another world.
         """
-        config = config_of(SoundJudgeConfig, self.path)
-        if config.world_version != WORLD_VERSION:
-            raise ModelError(
-                f"the sound judge in {self.path} knows Toybox world {config.world_version}, this "
-                f"is {WORLD_VERSION}; train it again with train/sound_judge.py"
-            )
+        config = config_of_this_world(SoundJudgeConfig, self.path, "sound_judge")
         return load_module(lambda: SoundJudge(config), self.path, torch.float32, device)
