@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.textures import texture
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError, ModelError
 from vidgen.evaluation import temporal
@@ -22,15 +23,6 @@ from vidgen.media.write import ClipInfo, write_clip
 ROOT = Path(__file__).parents[2]
 FPS = Fraction(12)
 SIZE = 64
-
-
-def texture(height: int, width: int, seed: int) -> np.ndarray:
-    rng, y, x = np.random.default_rng(seed), *np.mgrid[:height, :width]
-    out = np.zeros((height, width, 3))
-    for _ in range(16):
-        fy, fx, phase = rng.uniform(-0.4, 0.4, 3)
-        out += np.sin(fy * y + fx * x + 20 * phase)[..., None] * rng.uniform(-1, 1, 3)
-    return np.clip(128 + 30 * out, 20, 235).round().astype(np.uint8)
 
 
 def pan(seed: int, count: int = 9, size: int = SIZE) -> np.ndarray:

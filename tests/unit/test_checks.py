@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import textures
 from vidgen.core.errors import InputError
 from vidgen.media.checks import (
     ClipChecker,
@@ -28,6 +29,10 @@ from vidgen.media.write import ClipInfo, write_clip
 ROOT = Path(__file__).parents[2]
 FPS = Fraction(12)
 
+@cache
+def texture(height=72, width=96, seed=0):
+    return textures.texture(height, width, seed, waves=12, steepest=0.3, contrast=35)
+
 
 def load_program():
     spec = importlib.util.spec_from_file_location("eval_checks", ROOT / "eval/checks.py")
@@ -37,17 +42,6 @@ def load_program():
 
 
 planted = load_program()
-
-
-@cache
-def texture(height=72, width=96, seed=0):
-    """A smooth picture [H, W, 3] of many shades."""
-    rng, y, x = np.random.default_rng(seed), *np.mgrid[:height, :width]
-    out = np.zeros((height, width, 3))
-    for _ in range(12):
-        fy, fx, phase = rng.uniform(-0.3, 0.3, 3)
-        out += np.sin(fy * y + fx * x + 20 * phase)[..., None] * rng.uniform(-1, 1, 3)
-    return np.clip(128 + 35 * out, 20, 235).round().astype(np.uint8)
 
 
 def clip(kind, count=30, size=(72, 96)):

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from tests.textures import texture
 from vidgen.core.errors import InputError
 from vidgen.evaluation.comparison import compare
 from vidgen.evaluation.metrics.appearance import (
@@ -41,16 +42,6 @@ from vidgen.evaluation.metrics.vbench import (
 )
 from vidgen.evaluation.statistics import spearman
 from vidgen.evaluation.suite import PromptSuite, find_items, prompt_of
-
-
-def texture(height=96, width=128, seed=0):
-    """A smooth picture [H, W, 3] of many shades."""
-    rng, y, x = np.random.default_rng(seed), *np.mgrid[:height, :width]
-    out = np.zeros((height, width, 3))
-    for _ in range(16):
-        fy, fx, phase = rng.uniform(-0.4, 0.4, 3)
-        out += np.sin(fy * y + fx * x + 20 * phase)[..., None] * rng.uniform(-1, 1, 3)
-    return np.clip(128 + 30 * out, 20, 235).round().astype(np.uint8)
 
 
 def at_angle(degrees):
