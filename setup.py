@@ -1,4 +1,7 @@
-"""pyproject.toml can't express this step: `configs` travels in the wheel as `vidgen/configs`."""
+"""pyproject.toml can't express this step: `configs` travels in the wheel as `vidgen/configs`.
+
+So do DeepSpeed's settings in `train/deepspeed`, as `vidgen/configs/deepspeed`.
+"""
 
 import shutil
 from pathlib import Path
@@ -14,11 +17,12 @@ class BuildWithConfigs(build_py):
         """Build the modules, then add the configs."""
         super().run()
         if not self.editable_mode:
-            source, target = Path("configs"), Path(self.build_lib, "vidgen", "configs")
-            for path in sorted(source.rglob("*.yaml")):
-                copy = target / path.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+            target = Path(self.build_lib, "vidgen", "configs")
+            for source, kind in (("configs", "*.yaml"), ("train", "deepspeed/*.json")):
+                for path in sorted(Path(source).rglob(kind)):
+                    copy = target / path.relative_to(source)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(path, copy)
 
 
 setup(cmdclass={"build_py": BuildWithConfigs})

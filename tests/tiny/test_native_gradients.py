@@ -40,6 +40,15 @@ def gradients(work, towards, *inputs):
     return [out, *(leaf.grad for leaf in leaves)]
 
 
+class _Silu(torch.nn.Module):
+    def __init__(self, layer: norm.ChannelRMSNorm) -> None:
+        super().__init__()
+        self.norm = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm.silu(x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("Lq", "Lk", "d"), [(1, 1, 64), (5, 7, 64), (130, 193, 128), (576, 33, 64), (257, 400, 128)]
@@ -68,6 +77,27 @@ def test_attention_keeps_to_the_errors_of_sdpa(dtype, Lq, Lk, d, masked):
         assert mine.dtype == dtype
         if right.norm() > 1e-9:  # the slope of the softmax of one key is nothing
             assert error(mine, right) < 1.5 * error(theirs, right) + floor
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [5, 24, 64])
+def test_norm_and_silu_of_channels(dtype, channels, plainly):
+    torch.manual_seed(0)
+    x, towards = (
+        torch.randn(2, channels, 3, 4, 4).contiguous(memory_format=torch.channels_last_3d)
+        for _ in range(2)
+    )
+    layer = norm.ChannelRMSNorm(channels)
+    gain = torch.rand(channels, 1, 1, 1) + 0.5
+
+    def of(x, gain):
+        return torch.func.functional_call(_Silu(layer), {"norm.weight": gain}, x)
+
+    mine = gradients(of, towards, x.to(dtype), gain)
+    theirs = plainly(lambda: gradients(of, towards, x.to(dtype), gain))
+    exact = plainly(lambda: gradients(of, towards, x.to(dtype).double(), gain.double()))
+    for ours, plain, right in zip(mine, theirs, exact, strict=True):
+        assert error(ours, right) < 1.5 * error(plain, right) + 2e-7
 
 
 def test_in_training_attention_is_native_and_repeats_itself():

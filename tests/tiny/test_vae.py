@@ -211,6 +211,24 @@ def test_training_lowers_the_error():
     assert losses[-1] < 0.6 * losses[0]
 
 
+def test_stills_have_the_right_gradients_in_bf16():
+    torch.manual_seed(0)
+    vae = CausalVAE(VAE_PRESETS["toybox"])
+    stills = torch.rand(4, 3, 1, 64, 64) * 2 - 1
+
+    def gradients() -> list[torch.Tensor]:
+        vae.zero_grad()
+        mean, logvar = vae.encode_moments(stills.contiguous(memory_format=torch.channels_last_3d))
+        (vae.decode_raw(mean.float()) - stills).square().mean().add(logvar.mean()).backward()
+        return [p.grad for p in vae.parameters() if p.grad is not None]
+
+    exact = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = gradients()
+    mine, right = (torch.cat([part.flatten() for part in parts]) for parts in (narrow, exact))
+    assert torch.nn.functional.cosine_similarity(mine, right, dim=0) > 0.99
+
+
 def test_norm_and_silu_have_the_right_gradients():
     torch.manual_seed(0)
     norm = ChannelRMSNorm(5).double()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from itertools import product
 from typing import Any, Literal, get_args
@@ -195,7 +195,8 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     B, H, Lq, d = q.shape
     rows = max(1, min(_BLOCK, _MAX_SCORES // max(1, k.shape[2])))
     out = torch.empty(B, Lq, H, d, dtype=q.dtype, device=q.device).transpose(1, 2)
-    with torch.autocast(q.device.type, enabled=False), _onednn_products():
+    exact = _onednn_products() if q.dtype == torch.bfloat16 else nullcontext()
+    with torch.autocast(q.device.type, enabled=False), exact:
         for b, h in product(range(B), range(H)):
             keys = k[b, h].float().t()
             for start in range(0, Lq, rows):
@@ -209,7 +210,10 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 @contextmanager
 def _onednn_products() -> Iterator[None]:
-    """Let oneDNN multiply float32 matrices that hold bfloat16 values: MKL is slow on some CPUs."""
+    """Let oneDNN multiply float32 matrices that hold bfloat16 values: MKL is slow on some CPUs.
+
+    With AMX it rounds what doesn't.
+    """
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"

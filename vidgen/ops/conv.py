@@ -84,6 +84,10 @@ def convolve(layer: nn.Conv3d, x: Tensor) -> Tensor:
     `F.conv3d` passes it by for one small clip in float32, and takes four to ten times as long.
     """
     if not plain_inference(x):
+        if layer.kernel_size[0] == 1:  # oneDNN's gradient of one frame alone breaks memory with AMX
+            weight, padding = layer.weight[:, :, 0], layer.padding[1:]
+            y = F.conv2d(frames_of(x), weight, layer.bias, layer.stride[1:], padding)
+            return clip_of(y, x.shape[0])
         return F.conv3d(x, layer.weight, layer.bias, layer.stride, layer.padding)
     return torch.mkldnn_convolution(
         channels_last(x), layer.weight, layer.bias, layer.padding, layer.stride, (1, 1, 1), 1

@@ -43,6 +43,33 @@ class _ChannelNormSilu(torch.autograd.Function):
         return normed.mul_(inner).sub_(grad.mul_(weight)).mul_(-scale), grad_weight
 
 
+class _RowNormSilu(torch.autograd.Function):
+    """The same by our kernels, one pass over memory each way, where channels are neighbours."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        kernels, gain, out = native.kernels(x), weight.float().contiguous(), torch.empty_like(x)
+        assert kernels is not None
+        width = x.shape[1]
+        native.call(kernels, "norm_and_silu", x.dtype, x, gain, out, x.numel() // width, width, 1)
+        ctx.save_for_backward(x, gain)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, gain = ctx.saved_tensors
+        kernels, width, out = native.kernels(x), x.shape[1], torch.empty_like(x)
+        assert kernels is not None
+        grad = grads[0].movedim(1, -1).contiguous()
+        sums = torch.zeros(torch.get_num_threads(), width)
+        native.call(
+            kernels, "norm_and_silu_backward", x.dtype, x, gain, grad, out, sums,
+            x.numel() // width, width,
+        )
+        return out, sums.sum(0).view(gain.shape)
+
+
 def _inverse_rms(x: Tensor) -> Tensor:
     """1 / sqrt(mean over axis 1 of x^2), float32 inside, in x's dtype; finite for x = 0."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -68,19 +95,18 @@ class ChannelRMSNorm(nn.Module):
 
     def silu(self, x: Tensor) -> Tensor:
         """Normalise x [B, C, ...], then apply SiLU, with a backward pass of its own."""
-        if self.can_write(x):
-            out = torch.empty_like(x)
-            self.write_silu(x, out)
-            return out
-        made: Tensor = _ChannelNormSilu.apply(x, self.weight)
+        function = _RowNormSilu if self._has_kernel(x) else _ChannelNormSilu
+        made: Tensor = function.apply(x, self.weight)
         return made
 
     def can_write(self, x: Tensor) -> bool:
-        """Whether `write_silu` takes x: our kernel is there, and channels are neighbours."""
-        usable = x.shape[1] % native.WIDTHS == 0 and x.shape[1] <= native.MAX_WIDTH
+        """Whether `write_silu` takes x: no gradient is wanted, and our kernel is there."""
+        return not native.needs_gradient(x, self.weight) and self._has_kernel(x)
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Whether our kernels are there, and channels are neighbours in memory."""
         return (
-            usable
-            and not native.needs_gradient(x, self.weight)
+            x.shape[1] <= native.MAX_WIDTH
             and native.kernels(x) is not None
             and x.movedim(1, -1).is_contiguous()
         )

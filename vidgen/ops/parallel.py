@@ -4,9 +4,10 @@ Each rank holds a stretch of the tokens with all heads. For attention ranks exch
 holds all tokens of some heads, and exchange back. Tokens that don't divide are filled up with
 zeros, which are cut off before attention sees them; heads likewise.
 
-All of it is differentiable. A weight that works on a stretch gets that stretch's share of the
-gradient: sum it over the ranks. What is outside `split` and `gather` is the same on every rank, and
-so is its gradient.
+All of it is differentiable, and of every weight the ranks' mean is the gradient, wherever it works,
+so that data-parallel training needs to know nothing of this: between `split` and `gather` gradients
+are R times as large, and a weight there gets its stretch's share of R times the whole; outside both
+are the same on every rank.
 
 Axes: B batch, H heads, h heads of one rank, L tokens, l tokens of one rank, d head width, R ranks.
 """
@@ -50,13 +51,13 @@ class Ranks:
         """All ranks' tensors of this shape behind each other, the same on every rank."""
         # every rank goes on with the same whole: each one's gradient is its own stretch of it
         joined, own = partial(self._joined, dim=dim), partial(self._own, dim=dim)
-        out: Tensor = _Moved.apply(x, joined, own)
+        out: Tensor = _Moved.apply(x, joined, lambda grad: own(grad) * self.size)
         return out
 
     def split(self, x: Tensor, dim: int) -> Tensor:
         """This rank's stretch of what all ranks hold alike; the axis must divide by R."""
         joined, own = partial(self._joined, dim=dim), partial(self._own, dim=dim)
-        out: Tensor = _Moved.apply(x, own, joined)
+        out: Tensor = _Moved.apply(x, own, lambda grad: joined(grad) / self.size)
         return out
 
     def _probe(self, device: torch.device | str) -> bool:

@@ -4,7 +4,7 @@
 // row's maximum and sum, and never hold more scores than a tile. All sums are float32. In bfloat16
 // vdpbf16ps multiplies pairs of neighbours, so operands are made of 32-bit words that hold two
 // values along the summed axis, in float32 one; weights are rounded to bfloat16 for the second
-// product, as in PyTorch's own kernel.
+// product, as in PyTorch's own kernel. Where there is AMX, its tiles multiply the same words.
 //
 // Axes: H heads (of all batches), Lq queries, Lk keys, d head width.
 
@@ -67,6 +67,7 @@ void attend_block(
     Scratch& s, const typename T::Value* q, int64_t q_stride, const uint32_t* keys,
     const uint32_t* values, const float* bias, int64_t num_keys, int rows, int d, float scale,
     typename T::Value* out, int64_t out_stride, float* lse) {
+    constexpr int kRows = T::kRows;
     const int groups = (rows + kRows - 1) / kRows, depth = d / T::kPerWord;
     for (int r = 0; r < groups * kRows; r++) {
         if (r < rows) memcpy(s.q + r * depth, q + r * q_stride, 4 * depth);
@@ -126,6 +127,7 @@ int attend(
     }
 #pragma omp parallel num_threads(threads) if (ready)
     for (int64_t start = 0; ready && start < all; start += group) {
+        const typename T::Session session;
         const int64_t count = std::min(group, all - start);
 #pragma omp for nowait
         for (int64_t i = 0; i < count * panels; i++) {
@@ -161,16 +163,20 @@ int attend(
 // dense along d. `bias` [B, Lk] is added to the scores, or null. `lse` [B, H, Lq] gets each row's
 // log of the sum of exponentials, or null. d is a multiple of 64, at most 512. Gives 0, or 1 where
 // memory is short.
-#define VIDGEN_ATTENTION(name, Kind)                                                             \
+#define VIDGEN_ATTENTION(name, Kind, choice)                                                     \
     extern "C" int name(                                                                         \
         const Kind::Value* q, const Kind::Value* k, const Kind::Value* v, const float* bias,     \
         Kind::Value* out, float* lse, int64_t batch, int64_t heads, int64_t num_queries,         \
         int64_t num_keys, int64_t d, const int64_t* strides, float scale, int64_t threads) {     \
-        return attend<Kind>(q, k, v, bias, out, lse, batch, heads, num_queries, num_keys, d,     \
-                            strides, scale, threads);                                            \
+        auto* run = choice;                                                                      \
+        return run(q, k, v, bias, out, lse, batch, heads, num_queries, num_keys, d, strides,     \
+                   scale, threads);                                                              \
     }
 
-#ifdef __AVX512BF16__
-VIDGEN_ATTENTION(attention_bfloat16, BFloat16)
+#if defined(__AMX_BF16__)
+VIDGEN_ATTENTION(attention_bfloat16, BFloat16,
+                 TileBFloat16::allowed() ? attend<TileBFloat16> : attend<BFloat16>)
+#elif defined(__AVX512BF16__)
+VIDGEN_ATTENTION(attention_bfloat16, BFloat16, attend<BFloat16>)
 #endif
-VIDGEN_ATTENTION(attention_float32, Float32)
+VIDGEN_ATTENTION(attention_float32, Float32, attend<Float32>)

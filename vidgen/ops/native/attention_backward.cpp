@@ -22,7 +22,7 @@ struct Scratch {
     alignas(64) uint32_t slopes[kKeyRows * kQueryTile];
     alignas(64) uint32_t crossed[kKeyRows * kQueryTile];  // slopes as [panel][words of keys][kPanel]
     alignas(64) uint32_t k[kKeyRows * kMaxWidth], v[kKeyRows * kMaxWidth];
-    alignas(64) uint32_t turned[(kMaxWidth + kRows) * kKeyRows];  // keys as [d][words of keys]
+    alignas(64) uint32_t turned[(kMaxWidth + kMostRows) * kKeyRows];  // keys as [d][words of keys]
     alignas(64) float grad_k[kKeyRows * kMaxWidth], grad_v[kKeyRows * kMaxWidth];
     float bias[kKeyRows];
 };
@@ -38,7 +38,7 @@ struct Queries {
 template <class T>
 using Value = typename T::Value;
 
-constexpr float kOnes[kRows] = {1, 1, 1, 1, 1, 1};
+constexpr float kOnes[kMostRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 template <class T>
 void take_queries(Queries& s, const Value<T>* q, int64_t q_stride, const Value<T>* out,
@@ -60,7 +60,7 @@ void take_queries(Queries& s, const Value<T>* q, int64_t q_stride, const Value<T
                                   T::load(grad + i * grad_stride + c), sum);
         s.delta[i] = _mm512_reduce_add_ps(sum);
     }
-    memset(s.turned, 0, sizeof(float) * (d + kRows) * s.padded);
+    memset(s.turned, 0, sizeof(float) * (d + kMostRows) * s.padded);
 }
 
 template <class T>
@@ -83,7 +83,7 @@ void take_keys(Scratch& s, const Value<T>* k, int64_t k_stride, const Value<T>* 
         for (int c = 0; c < d; c++)
             s.turned[c * words + w] = r < rows ? T::word(upper + c, lower ? lower + c : nullptr) : 0u;
     }
-    memset(s.turned + d * words, 0, sizeof(uint32_t) * kRows * words);
+    memset(s.turned + d * words, 0, sizeof(uint32_t) * kMostRows * words);
     memset(s.grad_k, 0, sizeof(float) * padded * d);
     memset(s.grad_v, 0, sizeof(float) * padded * d);
 }
@@ -117,6 +117,7 @@ void slope(Scratch& s, const Queries& queries, int64_t first, int rows, int colu
 
 template <class T>
 void walk_queries(Scratch& s, const Queries& queries, int rows, int d, float scale) {
+    constexpr int kRows = T::kRows;
     const int depth = d / T::kPerWord, words = rows / T::kPerWord, groups = rows / kRows;
     for (int64_t first = 0; first < queries.padded; first += kQueryTile) {
         const int columns = (int)std::min<int64_t>(kQueryTile, queries.padded - first);
@@ -179,7 +180,7 @@ int attend_backward(const Value<T>* const* inputs, Value<T>* const* grads, const
     const int64_t padded = (num_queries + kPanel - 1) / kPanel * kPanel;
     // the last tile is packed whole
     const int64_t words = (padded + kQueryTile) * (d / T::kPerWord);
-    const int64_t own = 4 * words + 2 * padded + (d + kRows) * padded;
+    const int64_t own = 4 * words + 2 * padded + (d + kMostRows) * padded;
     const int64_t bytes = (own * 4 + 63) / 64 * 64;
     char* memory = (char*)aligned_alloc(64, bytes * threads);
     Scratch* scratch = (Scratch*)aligned_alloc(64, sizeof(Scratch) * threads);
@@ -187,6 +188,7 @@ int attend_backward(const Value<T>* const* inputs, Value<T>* const* grads, const
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (ready)
     for (int64_t head = 0; head < batch * heads; head++) {
         if (!ready) continue;
+        const typename T::Session session;
         Scratch& s = scratch[omp_get_thread_num()];
         uint32_t* mine = (uint32_t*)(memory + bytes * omp_get_thread_num());
         float* floats = (float*)(mine + 4 * words);
@@ -203,7 +205,7 @@ int attend_backward(const Value<T>* const* inputs, Value<T>* const* grads, const
                         lse + head * num_queries, (int)d);
         for (int64_t first = 0; first < num_keys; first += kKeyRows) {
             const int rows = (int)std::min<int64_t>(kKeyRows, num_keys - first);
-            const int whole = (rows + kRows - 1) / kRows * kRows;
+            const int whole = (rows + T::kBlock - 1) / T::kBlock * T::kBlock;
             take_keys<T>(s, at[1] + first * strides[5], strides[5], at[2] + first * strides[8],
                          strides[8], bias ? bias + b * num_keys + first : nullptr, rows, whole,
                          (int)d);
@@ -222,7 +224,7 @@ int attend_backward(const Value<T>* const* inputs, Value<T>* const* grads, const
 // Strides count elements: of batch, head and token, of q, k, v, out, grad_out, grad_q, grad_k and
 // grad_v in this order. `bias` and `lse` are what the forward kernel took and gave. Gives 0, or 1
 // where memory is short.
-#define VIDGEN_ATTENTION_BACKWARD(name, Kind)                                                    \
+#define VIDGEN_ATTENTION_BACKWARD(name, Kind, choice)                                            \
     extern "C" int name(                                                                         \
         const Kind::Value* q, const Kind::Value* k, const Kind::Value* v, const Kind::Value* out, \
         const Kind::Value* grad, Kind::Value* grad_q, Kind::Value* grad_k, Kind::Value* grad_v,  \
@@ -230,11 +232,16 @@ int attend_backward(const Value<T>* const* inputs, Value<T>* const* grads, const
         int64_t num_keys, int64_t d, const int64_t* strides, float scale, int64_t threads) {     \
         const Kind::Value* inputs[] = {q, k, v, out, grad};                                      \
         Kind::Value* grads[] = {grad_q, grad_k, grad_v};                                         \
-        return attend_backward<Kind>(inputs, grads, bias, lse, batch, heads, num_queries,        \
-                                     num_keys, d, strides, scale, threads);                      \
+        auto* run = choice;                                                                      \
+        return run(inputs, grads, bias, lse, batch, heads, num_queries, num_keys, d, strides,    \
+                   scale, threads);                                                              \
     }
 
-#ifdef __AVX512BF16__
-VIDGEN_ATTENTION_BACKWARD(attention_backward_bfloat16, BFloat16)
+#if defined(__AMX_BF16__)
+VIDGEN_ATTENTION_BACKWARD(
+    attention_backward_bfloat16, BFloat16,
+    TileBFloat16::allowed() ? attend_backward<TileBFloat16> : attend_backward<BFloat16>)
+#elif defined(__AVX512BF16__)
+VIDGEN_ATTENTION_BACKWARD(attention_backward_bfloat16, BFloat16, attend_backward<BFloat16>)
 #endif
-VIDGEN_ATTENTION_BACKWARD(attention_backward_float32, Float32)
+VIDGEN_ATTENTION_BACKWARD(attention_backward_float32, Float32, attend_backward<Float32>)

@@ -1,7 +1,7 @@
 // What a transformer and a VAE do to rows of channels between products, in one pass over memory.
 //
 // Rows are read once, kept as float32 in the first-level cache, and written once; every sum is
-// float32. Widths are multiples of 16.
+// float32. Widths are multiples of 16, apart from `norm_and_silu`, which takes any.
 
 #include "rows.h"
 
@@ -79,22 +79,16 @@ void norm_and_silu(
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         alignas(64) float row[kMaxWidth];
-        for (int c = 0; c < width; c += 16) _mm512_store_ps(row + c, T::load(x + i * width + c));
+        for (int c = 0; c < width; c += 16)
+            _mm512_store_ps(row + c, T::load(x + i * width + c, live_from(c, width)));
         const float length = std::max(sqrtf(spread_of(row, width, 0.0f)), 1e-12f);
         const __m512 factor = _mm512_set1_ps(sqrtf((float)width) / length);
         for (int c = 0; c < width; c += 16) {
+            const __mmask16 live = live_from(c, width);
             __m512 value = _mm512_mul_ps(_mm512_load_ps(row + c), factor);
-            value = _mm512_mul_ps(value, _mm512_loadu_ps(weight + c));
-            if (with_silu) {  // x / (1 + e^-x), by the exponential of what is not positive
-                const __m512 size = _mm512_abs_ps(value);
-                const __m512 e = exp2_of(_mm512_mul_ps(size, _mm512_set1_ps(-1.44269504f)));
-                const __m512 one = _mm512_set1_ps(1.0f);
-                const __m512 share = _mm512_div_ps(one, _mm512_add_ps(one, e));
-                const __mmask16 below =
-                    _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_LT_OQ);
-                value = _mm512_mul_ps(value, _mm512_mask_mul_ps(share, below, share, e));
-            }
-            T::store(out + i * width + c, value);
+            value = _mm512_mul_ps(value, Float32::load(weight + c, live));
+            if (with_silu) value = _mm512_mul_ps(value, sigmoid_of(value));
+            T::store(out + i * width + c, value, live);
         }
     }
 }

@@ -112,6 +112,45 @@ void norm_and_turn_backward(
     }
 }
 
+// Of silu(RMSNorm(x) * weight); `to_weight` [threads, width].
+template <class T>
+void norm_and_silu_backward(
+    const typename T::Value* x, const float* weight, const typename T::Value* grad,
+    typename T::Value* grad_x, float* to_weight, int64_t rows, int width, int threads) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+        alignas(64) float row[kMaxWidth], scaled[kMaxWidth];
+        float* weights = to_weight + omp_get_thread_num() * (int64_t)width;
+        for (int c = 0; c < width; c += 16)
+            _mm512_store_ps(row + c, T::load(x + i * width + c, live_from(c, width)));
+        const float length = std::max(sqrtf(spread_of(row, width, 0.0f)), 1e-12f);
+        const __m512 factor = _mm512_set1_ps(sqrtf((float)width) / length);
+        __m512 alongs = _mm512_setzero_ps();
+        for (int c = 0; c < width; c += 16) {
+            const __mmask16 live = live_from(c, width);
+            const __m512 normed = _mm512_mul_ps(_mm512_load_ps(row + c), factor);
+            const __m512 gain = Float32::load(weight + c, live), value = _mm512_mul_ps(normed, gain);
+            const __m512 share = sigmoid_of(value);
+            const __m512 rest = _mm512_mul_ps(value, _mm512_sub_ps(one, share));
+            const __m512 slope = _mm512_fmadd_ps(share, rest, share);  // of x sigmoid(x)
+            const __m512 inner = _mm512_mul_ps(T::load(grad + i * width + c, live), slope);
+            const __m512 h = _mm512_mul_ps(inner, gain);
+            const __m512 sum = Float32::load(weights + c, live);
+            Float32::store(weights + c, _mm512_fmadd_ps(inner, normed, sum), live);
+            alongs = _mm512_fmadd_ps(h, normed, alongs);
+            _mm512_store_ps(row + c, normed);
+            _mm512_store_ps(scaled + c, h);
+        }
+        const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(alongs) / width);
+        for (int c = 0; c < width; c += 16) {
+            const __m512 h = _mm512_fnmadd_ps(_mm512_load_ps(row + c), along,
+                                              _mm512_load_ps(scaled + c));
+            T::store(grad_x + i * width + c, _mm512_mul_ps(h, factor), live_from(c, width));
+        }
+    }
+}
+
 }  // namespace
 
 // All arrays are dense apart from the tables, whose strides count floats, as do those of sums.
@@ -138,6 +177,11 @@ void norm_and_turn_backward(
         int64_t width, float eps, int64_t threads) {                                               \
         norm_and_turn_backward<Kind>(x, weight, table, table_rows, d, grad, grad_x, to_weight,     \
                                      rows, width, eps, threads);                                   \
+    }                                                                                              \
+    extern "C" void norm_and_silu_backward_##suffix(                                               \
+        const Kind::Value* x, const float* weight, const Kind::Value* grad, Kind::Value* grad_x,   \
+        float* to_weight, int64_t rows, int64_t width, int64_t threads) {                          \
+        norm_and_silu_backward<Kind>(x, weight, grad, grad_x, to_weight, rows, width, threads);    \
     }
 
 #ifdef __AVX512BF16__

@@ -5,17 +5,51 @@
 
 #include "vectors.h"
 
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
-constexpr int kRows = 6;    // rows of a register tile; 4 vectors wide, 24 sums in 32 registers
-constexpr int kPanel = 64;  // columns of a register tile
+constexpr int kPanel = 64;     // columns of a register tile
+constexpr int kMostRows = 16;  // of a register tile of any kind
 constexpr float kLog2e = 1.44269504088896341f;
+
+#ifdef __AMX_BF16__
+// The same numbers, multiplied by AMX: tiles of 16 rows by 16 words.
+struct TileBFloat16 : BFloat16 {
+    static constexpr int kRows = 16;
+    static constexpr int kBlock = 32;  // summed over, rows are words of a whole tile
+
+    // Tiles are part of a thread's state: shaped before use, given back after.
+    struct Session {
+        Session() {
+            alignas(64) static const uint8_t shape[64] = {
+                1,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,   // palette 1
+                64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,  64, 0,   // bytes of a row
+                0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                16, 16, 16, 16, 16, 16, 16, 16,                                   // rows
+            };
+            _tile_loadconfig(shape);
+        }
+        ~Session() { _tile_release(); }
+    };
+
+    // Whether the kernel lets this process have tiles (Linux 5.16; ARCH_REQ_XCOMP_PERM).
+    static bool allowed() {
+        static const bool yes = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+        return yes;
+    }
+};
+#endif
 
 // out[kRows][kPanel] = a b over `depth` words, or += with `out` shrunk by a factor a row first.
 template <class T, bool kAdd>
 inline void tile_product(
     const uint32_t* a, int64_t a_stride, const uint32_t* b, int depth, float* out,
     int64_t out_stride, const float* shrink) {
+    constexpr int kRows = T::kRows;  // 24 sums in 32 registers
     __m512 sums[kRows][4];
     for (int r = 0; r < kRows; r++)
         for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_ps();
@@ -37,6 +71,65 @@ inline void tile_product(
             _mm512_store_ps(to, sums[r][c]);
         }
 }
+
+#ifdef __AMX_BF16__
+template <bool kAdd>
+inline void amx_product(
+    const uint32_t* a, int64_t a_stride, const uint32_t* b, int depth, float* out,
+    int64_t out_stride, const float* shrink) {
+    if (kAdd) {
+        for (int r = 0; r < TileBFloat16::kRows; r++)
+            for (int c = 0; shrink[r] != 1.0f && c < kPanel; c += 16) {
+                float* to = out + r * out_stride + c;
+                _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(shrink[r])));
+            }
+    }
+    asm volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
+    const int64_t out_bytes = 4 * out_stride, a_bytes = 4 * a_stride;
+    if (kAdd) {
+        _tile_loadd(0, out, out_bytes);
+        _tile_loadd(1, out + 16, out_bytes);
+        _tile_loadd(2, out + 32, out_bytes);
+        _tile_loadd(3, out + 48, out_bytes);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int p = 0; p < depth; p += 16) {
+        const uint32_t* right = b + p * kPanel;
+        _tile_loadd(4, a + p, a_bytes);
+        _tile_loadd(5, right, 4 * kPanel);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, right + 16, 4 * kPanel);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(7, right + 32, 4 * kPanel);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_loadd(5, right + 48, 4 * kPanel);
+        _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, out, out_bytes);
+    _tile_stored(1, out + 16, out_bytes);
+    _tile_stored(2, out + 32, out_bytes);
+    _tile_stored(3, out + 48, out_bytes);
+    asm volatile("" ::: "memory");
+}
+
+template <>
+inline void tile_product<TileBFloat16, false>(
+    const uint32_t* a, int64_t a_stride, const uint32_t* b, int depth, float* out,
+    int64_t out_stride, const float* shrink) {
+    amx_product<false>(a, a_stride, b, depth, out, out_stride, shrink);
+}
+
+template <>
+inline void tile_product<TileBFloat16, true>(
+    const uint32_t* a, int64_t a_stride, const uint32_t* b, int depth, float* out,
+    int64_t out_stride, const float* shrink) {
+    amx_product<true>(a, a_stride, b, depth, out, out_stride, shrink);
+}
+#endif
 
 // A panel of kPanel tokens of x [L, d], to be summed across d: [panel][words of d][kPanel]; zeros
 // behind the last token.
