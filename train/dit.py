@@ -134,6 +134,8 @@ class TruthHeads(nn.Module):
 class DiTTask:
     """Velocity prediction on cached latents."""
 
+    alternates = True  # what makes sound rests in steps without it
+
     def __init__(self, config: DiTRun) -> None:
         self.config = config
         self.device = choose_device(config.run.device)

@@ -23,6 +23,7 @@ from vidgen.core.errors import ModelError
 from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.pipeline.own_sound import TASK as SOUND_TASK
 from vidgen.toybox.captions import caption
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
@@ -140,9 +141,10 @@ def main() -> int:
         else:
             release_tokenizer(options.out)
         if all((options.out / part).exists() for part in PARTS):
+            tasks = (*TASKS, SOUND_TASK) if (options.out / SOUND_VAE).exists() else TASKS
             write_model_info(
                 options.out, name=options.out.name, family="toybox", license_name="Apache-2.0",
-                tasks=TASKS, defaults=DEFAULTS, world_version=WORLD_VERSION,
+                tasks=tasks, defaults=DEFAULTS, world_version=WORLD_VERSION,
             )
 
     return exit_code(work)

@@ -69,6 +69,26 @@ class LatentState:
         """Write the known values into the picture's latents, exactly."""
         return torch.where(self.denoise_mask, latents, self.clean.to(latents))
 
+    def to(self, device: torch.device) -> LatentState:
+        """The same state on another device."""
+        keys, sound = self.keys, self.sound
+        if keys is not None:
+            valid = None if keys.valid is None else keys.valid.to(device)
+            keys = KeyTokens(keys.latents.to(device), keys.positions.to(device), valid)
+        if sound is not None:
+            sound = SoundState(
+                sound.latents.to(device), sound.clean.to(device), sound.denoise_mask.to(device),
+                sound.start_s,
+            )
+        stacked, control, image_context = (
+            None if part is None else part.to(device)
+            for part in (self.stacked, self.control, self.image_context)
+        )
+        return LatentState(
+            self.latents.to(device), self.clean.to(device), self.denoise_mask.to(device), keys,
+            stacked, control, image_context, self.num_references, sound,
+        )
+
     @cached_property
     def packing(self) -> Packing | None:
         """How picture and sound lie in the one tensor that samplers see; None without sound."""

@@ -71,6 +71,7 @@ def draw_sigmas(
     shift: float = 1.0,
     mean: float | None = 0.0,
     std: float = 1.0,
+    between: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """Noise levels for a batch of training samples.
 
@@ -83,13 +84,28 @@ def draw_sigmas(
         shift: applied after the draw, see `shifted`.
         mean: of the logit-normal density (Esser et al. 2024, eq. 19); None draws uniformly.
         std: of the logit-normal density.
+        between: levels that the draws are cut to, whose density is otherwise the same.
 
     Returns:
         [B] float32 in (0, 1), in random order.
     """
     strata = torch.randperm(batch, generator=generator).double()
     uniform = (strata + torch.rand(batch, generator=generator, dtype=torch.float64)) / batch
-    uniform = uniform.clamp(1e-6, 1 - 1e-6)
+    low, high = (share_below(level, shift=shift, mean=mean, std=std) for level in between)
+    uniform = (low + (high - low) * uniform).clamp(1e-6, 1 - 1e-6)
     if mean is not None:
         uniform = torch.sigmoid(mean + std * torch.special.ndtri(uniform))
     return shifted(uniform, shift).float()
+
+
+def share_below(
+    sigma: float, *, shift: float = 1.0, mean: float | None = 0.0, std: float = 1.0
+) -> float:
+    """What share of `draw_sigmas`' levels lies below `sigma`; arguments as there."""
+    if not 0 < sigma < 1:
+        return float(sigma >= 1)
+    level = sigma / (shift - (shift - 1) * sigma)  # the inverse of `shifted`
+    if mean is None:
+        return level
+    logit = math.log(level / (1 - level))
+    return 0.5 * (1 + math.erf((logit - mean) / (std * math.sqrt(2))))

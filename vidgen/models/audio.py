@@ -32,7 +32,8 @@ from vidgen.ops.conv import StreamCache
 
 _SAMPLES, _FRAMES, _PHASES = "samples", "frames", "phases"  # what a stream keeps besides history
 _LOUDEST, _QUIET = 6.0, -2.0  # logs of a spectrum's magnitude: the largest, the first ones
-_NOISE_FRAMES = 4096  # after which the noise repeats, 16 s
+NOISE_FRAMES = 4096
+"""After which the noise repeats, 16 s; a table of them is kept."""
 _ONSET = 0.1  # share of the full overlap that the first samples are divided by at least
 
 
@@ -294,7 +295,7 @@ class AudioVAE(NormalizedLatents, nn.Module):
             phases = phases + cache.tensors.get(_PHASES, 0.0)
             cache.tensors[_PHASES] = phases[:, -1:].remainder(math.tau)
         turned = torch.polar(controls.tone, phases.remainder(math.tau).float())
-        at = (first_noise + torch.arange(count)) % _NOISE_FRAMES
+        at = (first_noise + torch.arange(count)) % NOISE_FRAMES
         noise = _noise_frames(bins)[at].to(turned.device)
         frames = torch.fft.irfft(turned + controls.noise * noise, self.config.window)
         return self._overlap(frames * self._window(frames.device), cache)
@@ -430,9 +431,9 @@ class AudioVAE(NormalizedLatents, nn.Module):
 
 @lru_cache(maxsize=4)
 def _noise_frames(bins: int) -> Tensor:
-    """Complex normal numbers [`_NOISE_FRAMES`, bins], always the same."""
+    """Complex normal numbers [`NOISE_FRAMES`, bins], always the same."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(_NOISE_FRAMES, bins, dtype=torch.complex64, generator=generator)
+    return torch.randn(NOISE_FRAMES, bins, dtype=torch.complex64, generator=generator)
 
 
 def _check_sound(sound: Tensor) -> None:

@@ -54,11 +54,14 @@ class Adapter:
         name: what messages call it.
         low_rank: deltas of layers, by the path of the layer.
         deltas: full deltas of parameters, by the parameter's name.
+        tokens: embeddings [D] that prompts have for tokens, by the token as it is written; they
+            are the text encoder's matter, so nothing is attached for them.
     """
 
     name: str
     low_rank: Mapping[str, LowRank]
     deltas: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def linear_paths(module: nn.Module) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 EOS, PAD = "</s>", "<pad>"
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 SPECIAL = re.compile(r"<[^<>\s]*>")
+NOTHING: Mapping[Any, Tensor] = MappingProxyType({})
 _SIZES = ("vocab_size", "hidden_dim", "head_dim", "ffn_dim", "num_layers", "num_heads")
 
 
@@ -220,18 +222,25 @@ class UMT5Encoder(nn.Module):
         self.shared = nn.Embedding(config.vocab_size, config.hidden_dim)
         self.encoder = _Stack(config)
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, mask: Tensor | None = None, learned: Mapping[int, Tensor] = NOTHING
+    ) -> Tensor:
         """Encode tokens.
 
         Args:
             ids: [B, S] int64.
             mask: [B, S] bool, False where padded; padding is not attended to. None: no padding.
+            learned: embeddings [D] of tokens, by id, that stand in for the encoder's own; they
+                get gradients.
 
         Returns:
             [B, S, D]; rows of padding hold nothing of use.
         """
         buckets = position_buckets(ids.shape[1], self.config, ids.device)
-        return self.encoder(self.shared(ids), buckets, mask)
+        embedded = self.shared(ids)
+        for token, row in learned.items():
+            embedded = torch.where((ids == token)[..., None], row.to(embedded), embedded)
+        return self.encoder(embedded, buckets, mask)
 
 
 def position_buckets(length: int, config: TextConfig, device: torch.device | str) -> Tensor:
@@ -298,6 +307,20 @@ class PromptTokenizer:
             raise ModelError(f"{words} can't be read as text: {error}; copy it again") from error
         self.words = frozenset(known.split())
 
+    def token_id(self, token: str) -> int:
+        """The id of a token as it is written in prompts.
+
+        Raises:
+            ModelError: this tokenizer has no such token.
+        """
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise ModelError(
+                f"this model's tokenizer has no token {token!r}; what was learned for it belongs "
+                "to another model"
+            )
+        return int(found)
+
     def count(self, prompt: str) -> int:
         """Tokens of a prompt, the end mark included; more than `max_length` means it gets cut."""
         return len(self._tokenizer.encode(clean_prompt(prompt)).ids)
@@ -346,19 +369,38 @@ class TextEncoder:
         self.tokenizer = tokenizer
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[Tensor, Tensor]:
         """Encode prompts.
+
+        Args:
+            prompts: texts.
+            learned: embeddings [D] of tokens, by the token as it is written.
 
         Returns:
             (context [B, S, D], lengths [B] int64); rows behind a prompt's length are zero, as Wan's
             transformer expects them.
+
+        Raises:
+            ModelError: a learned token that this model doesn't have, or of another width.
         """
         ids, mask = self.tokenizer.encode(prompts)
         device = self.encoder.shared.weight.device
-        context = encode_tokens(self.encoder, ids.to(device), mask.to(device))
+        width = self.encoder.config.hidden_dim
+        for token, row in learned.items():
+            if row.shape != (width,):
+                raise ModelError(
+                    f"the embedding of {token} is {list(row.shape)}, this text encoder's are "
+                    f"[{width}]; it was learned for another model"
+                )
+        rows = {self.tokenizer.token_id(token): row for token, row in learned.items()}
+        context = encode_tokens(self.encoder, ids.to(device), mask.to(device), rows)
         return context, mask.sum(1)
 
 
-def encode_tokens(encoder: UMT5Encoder, ids: Tensor, mask: Tensor) -> Tensor:
+def encode_tokens(
+    encoder: UMT5Encoder, ids: Tensor, mask: Tensor, learned: Mapping[int, Tensor] = NOTHING
+) -> Tensor:
     """Context [B, S, D] of ids and mask [B, S], with zero rows for padding."""
-    return encoder(ids, mask) * mask[..., None]
+    return encoder(ids, mask, learned) * mask[..., None]

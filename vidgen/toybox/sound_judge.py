@@ -22,6 +22,7 @@ from vidgen.toybox.ambience import LAYERS
 from vidgen.toybox.cues import SAMPLE_RATE
 from vidgen.toybox.judge import NOTHING, JudgeFiles, config_of_this_world
 from vidgen.toybox.scenes import SPRITES, WORLD_VERSION
+from vidgen.weights.folder import embedded_folder
 from vidgen.weights.load import load_module
 
 MIN_SAMPLES = 4096  # a quarter of a second; shorter sound is followed by silence
@@ -137,3 +138,8 @@ class SoundJudgeFolder(JudgeFiles):
         """
         config = config_of_this_world(SoundJudgeConfig, self.path, "sound_judge")
         return load_module(lambda: SoundJudge(config), self.path, torch.float32, device)
+
+
+def embedded_ear() -> SoundJudgeFolder:
+    """The judge of sound shipped inside the package."""
+    return SoundJudgeFolder(embedded_folder("sound_judge"))
