@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.core.errors import InputError, ModelError
+from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig, Phase, RunConfig
+from vidgen.training.distributed import Place
 from vidgen.training.latents import LatentShards
-from vidgen.training.loop import _Batches, train
+from vidgen.training.loop import train
 from vidgen.training.optim import build_optimizers, lr_scale, orthogonalized
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +94,7 @@ def test_interrupted_and_resumed_equals_straight(tmp_path: Path, stop_at: int) -
 def test_batches_made_ahead_are_the_same_in_the_same_order(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     task = Regression(run)
-    ahead, plain = (_Batches(task, run, ahead=flag) for flag in (True, False))
+    ahead, plain = (Batches(task, run, Place(), ahead=flag) for flag in (True, False))
     for step in range(run.num_steps):
         _, phase = run.phase_at(step)
         for micro in range(phase.accumulate):

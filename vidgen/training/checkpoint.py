@@ -1,8 +1,9 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, written atomically.
 
-A checkpoint is a folder `step-0001200/` of `state.safetensors` (weights, averages, optimiser
-moments, RNG) and `state.json` (position, metrics). It is written under a
-temporary name, synced and renamed; only then does the file `latest` point to it.
+A checkpoint is a folder `step-00001200/` of `state.safetensors` (weights, averages, optimiser
+moments), `rng-00000.safetensors` of each rank's random generators, `state.json` (position, metrics)
+and, from DeepSpeed, a folder `zero` of its own files with `manifest.json`, their hashes. It is
+written under a temporary name, synced and renamed; only then does the file `latest` point to it.
 """
 
 from __future__ import annotations
@@ -10,54 +11,157 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from vidgen.core.errors import ModelError
-from vidgen.core.runtime import atomic_path, atomic_write
-from vidgen.training.ema import EMA
+from vidgen.core.runtime import atomic_path, atomic_write, sha256_file, sync
+from vidgen.training.distributed import Place
+from vidgen.weights.load import read_tensors
+from vidgen.weights.write import Lazy, write_safetensors
+
+_STATE, _META, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
+_PICKLES = "*.pt"
+"""Files that are code to whoever reads them: read only with the hash that was written down."""
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    modules: Mapping[str, nn.Module],
-    optimizers: list[torch.optim.Optimizer],
-    ema: EMA,
-    extra: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write the state after `step` optimiser steps and drop all but the `keep` newest."""
-    tensors = {f"ema/{name}": value for name, value in ema.shadow.items()}
-    for key, module in modules.items():
-        for name, value in module.state_dict().items():
-            tensors[f"model/{key}.{name}"] = value
-    for index, optimizer in enumerate(optimizers):
-        for parameter, slots in optimizer.state_dict()["state"].items():
-            for slot, value in slots.items():
-                tensors[f"optim/{index}/{parameter}/{slot}"] = torch.as_tensor(value)
-    tensors["rng/cpu"] = torch.get_rng_state()
+@dataclass(frozen=True)
+class Held:
+    """A tensor that is here already, as `write_safetensors` wants it."""
+
+    likeness: Tensor
+
+    def get(self) -> Tensor:
+        """The tensor on the CPU."""
+        return self.likeness.cpu()
+
+
+def write_state(folder: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:
+    """Write the tensors of a checkpoint that is being made, one in memory at a time."""
+    write_safetensors(folder / _STATE, {
+        name: Held(value.detach()) if isinstance(value, Tensor) else value
+        for name, value in tensors.items()
+    })
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, mapped."""
+    return read_tensors(folder / _STATE)
+
+
+@contextmanager
+def written_together(target: Path, place: Place) -> Iterator[Path]:
+    """A temporary folder that all ranks write into; on leaving it takes its name.
+
+    Raises:
+        OutputError: the place can't be written or the disk is full; what was there stays.
+    """
+    with ExitStack() as stack:
+        name = ""
+        if place.main:
+            temporary = stack.enter_context(atomic_path(target))
+            temporary.mkdir(parents=True)
+            name = temporary.name
+        temporary = target.with_name(place.said(name))
+        yield temporary
+        place.barrier()
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        mine = files[place.rank :: place.size]
+        for path in mine:
+            sync(path)
+        pickles = [path for path in mine if path.match(_PICKLES)]
+        hashes = place.told([f"{sha256_file(p)} {p.relative_to(temporary)}" for p in pickles])
+        if place.main and hashes:
+            listing = dict(reversed(line.split(" ", 1)) for line in hashes)
+            atomic_write(temporary / _MANIFEST, json.dumps(listing, indent=1).encode())
+            for path in temporary.rglob("*"):
+                if path.is_dir():
+                    sync(path)
+    place.barrier()
+
+
+def check_manifest(folder: Path) -> None:
+    """Refuse a checkpoint whose pickles aren't, byte for byte, what the run wrote.
+
+    Raises:
+        ModelError: names the first file that differs, is missing or is not listed.
+    """
+    try:
+        listing = json.loads((folder / _MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} has no readable {_MANIFEST}, so its files can't be trusted; "
+                         "resume from another step-* folder") from error
+    found = {str(p.relative_to(folder)) for p in folder.rglob(_PICKLES)}
+    for name in sorted(found | listing.keys()):
+        if name not in found or sha256_file(folder / name) != listing.get(name):
+            raise ModelError(f"{folder / name} is not what the run wrote (see {_MANIFEST}); it is "
+                             "not read, as it could run code: resume from another step-* folder")
+
+
+def save_rng(folder: Path, place: Place) -> None:
+    """Write this rank's random generators."""
+    tensors = {"cpu": Held(torch.get_rng_state())}
     if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    target = folder / f"step-{step:08d}"
-    with atomic_path(target) as temporary:
-        temporary.mkdir(parents=True)
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-            temporary / "state.safetensors",
-        )
-        meta = {"step": step, **extra}
-        (temporary / "state.json").write_text(json.dumps(meta))
-    atomic_write(folder / "latest", target.name.encode())
+        tensors["cuda"] = Held(torch.cuda.get_rng_state())
+    write_safetensors(folder / f"rng-{place.rank:05d}.safetensors", tensors)
+
+
+def load_rng(folder: Path, place: Place) -> bool:
+    """Put this rank's random generators back; False if the checkpoint has none for it."""
+    path = folder / f"rng-{place.rank:05d}.safetensors"
+    if path.exists():
+        tensors = read_tensors(path)
+    else:  # a checkpoint of before there were ranks
+        tensors = {
+            name.removeprefix("rng/"): value for name, value in read_state(folder).items()
+            if name.startswith("rng/") and place.main
+        }
+    if not tensors:
+        return False
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    return True
+
+
+def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write a checkpoint's position and metrics."""
+    (folder / _META).write_text(json.dumps(meta))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """A checkpoint's position and metrics."""
+    meta: dict[str, Any] = json.loads((folder / _META).read_text())
+    return meta
+
+
+def point_to(folder: Path, name: str, target: Path) -> None:
+    """Have the file `latest` or `best` of a run's folder name a checkpoint."""
+    atomic_write(folder / name, target.name.encode())
+
+
+def drop_old(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest ones and those that are pointed to."""
+    kept = {(folder / name).read_text().strip() for name in ("latest", "best")
+            if (folder / name).exists()}
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        if old != target:
+        if old.name not in kept:
             shutil.rmtree(old)
-    return target
+
+
+def drop_partial(folder: Path) -> None:
+    """Remove what a kill left of a save."""
+    for partial in folder.glob(".*.tmp"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -66,7 +170,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     if not pointer.exists():
         return None
     target = folder / pointer.read_text().strip()
-    if not (target / "state.json").exists():
+    if not (target / _META).exists():
         raise ModelError(
             f"{pointer} names {target.name}, which is missing or incomplete; "
             f"write the name of another step-* folder into it"
@@ -74,52 +178,47 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return target
 
 
-def load_checkpoint(
-    target: Path,
-    modules: Mapping[str, nn.Module],
-    optimizers: list[torch.optim.Optimizer],
-    ema: EMA,
-) -> dict[str, Any]:
-    """Put a checkpoint's state back into live objects; returns its `state.json`.
+def restore(target: Path, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Put saved weights back into live modules; frozen ones that weren't saved stay.
 
     Raises:
         ModelError: the checkpoint is of other modules or shapes.
     """
-    meta = json.loads((target / "state.json").read_text())
-    tensors = load_file(target / "state.safetensors")
     for key, module in modules.items():
         prefix = f"model/{key}."
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+        own = {n: t for n, t in module.state_dict().items() if n in frozen} | own
         try:
             module.load_state_dict(own)
         except RuntimeError as error:
             raise ModelError(f"{target} holds another {key} than this config: {error}") from error
-    for name, shadow in ema.shadow.items():
-        shadow.copy_(tensors[f"ema/{name}"])
-    for index, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        prefix = f"optim/{index}/"
-        for name, value in tensors.items():
-            if name.startswith(prefix):
-                parameter, slot = name.removeprefix(prefix).split("/")
-                state.setdefault(int(parameter), {})[slot] = value
-        groups = optimizer.state_dict()["param_groups"]  # rates are the config's, not the past's
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
-    torch.set_rng_state(tensors["rng/cpu"])
-    if "rng/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
-    return meta
 
 
-def load_averages(folder: Path, key: str) -> dict[str, torch.Tensor]:
+def restore_averages(
+    target: Path, shadow: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put saved averages back.
+
+    Raises:
+        ModelError: the checkpoint has none for a parameter.
+    """
+    for name, value in shadow.items():
+        if f"ema/{name}" not in tensors:
+            raise ModelError(f"{target} has no averages of {name}: it is of another config")
+        value.copy_(tensors[f"ema/{name}"])
+
+
+def load_averages(folder: Path, key: str) -> dict[str, Tensor]:
     """State dict of module `key` with averaged weights, from a run folder's newest checkpoint.
 
-    Buffers and frozen parameters, which are not averaged, come from the live weights.
+    Buffers and frozen parameters, which are not averaged, come from the live weights, as far as
+    the checkpoint holds them: DeepSpeed's has no frozen ones, nor have those of tasks that say so.
     """
     target = latest_checkpoint(folder)
     if target is None:
         raise ModelError(f"{folder} has no checkpoint; train there first")
-    tensors = load_file(target / "state.safetensors")
+    tensors = read_state(target)
     state = {}
     for prefix in (f"model/{key}.", f"ema/{key}."):
         state |= {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from vidgen.core.errors import InputError
 
@@ -60,6 +62,24 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class EngineConfig:
+    """What computes the steps where there are several ranks, or too little memory for one.
+
+    Args:
+        deepspeed: a DeepSpeed JSON that says ZeRO's stage, offload and buckets, by its path or by
+            its name below `configs/deepspeed`; None: plain torch, with DDP on several ranks.
+        sequence: ranks that share each sample's tokens (DeepSpeed-Ulysses); divides the ranks.
+    """
+
+    deepspeed: str | None = None
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sequence < 1:
+            raise InputError(f"engine.sequence is {self.sequence}; it must be at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """How long, how often, where: everything that is not the task's own.
 
@@ -67,7 +87,11 @@ class RunConfig:
         folder: run folder: checkpoints, `curve.jsonl`, sheets, the resolved config, `pid`.
         branch_from: another run's folder whose newest checkpoint this one starts from, in full.
         minutes: wall-clock limit of one sitting; the run ends cleanly with a checkpoint.
-        spike_factor: a loss beyond this multiple of its running mean skips the step.
+        keep: newest checkpoints that are kept.
+        best: a validation score; the checkpoint where it was lowest is kept besides.
+        spike_factor: a loss beyond this multiple of its running mean is as unusable as NaN.
+        on_bad: what an unusable step leads to: it is skipped; the newest checkpoint is loaded again
+            and the step left out; or the run stops.
     """
 
     folder: str
@@ -83,11 +107,16 @@ class RunConfig:
     validate_every: int = 500
     checkpoint_minutes: float = 4.0
     keep: int = 2
+    best: str | None = None
     spike_factor: float = 20.0
+    on_bad: Literal["skip", "rollback", "stop"] = "skip"
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
         if not self.phases:
             raise InputError("phases is empty; a run needs at least one phase")
+        if self.keep < 1:
+            raise InputError(f"keep is {self.keep}; it must be at least 1")
 
     @property
     def num_steps(self) -> int:
@@ -107,3 +136,48 @@ class RunConfig:
         index, phase = self.phase_at(step)
         inside = step - sum(earlier.steps for earlier in self.phases[:index])
         return phase.lr_scale * min(1.0, (inside + 1) / max(1, phase.warmup_steps))
+
+
+_FREE = ("run.folder", "run.minutes", "run.log_every", "run.validate_every", "run.best",
+         "run.checkpoint_minutes", "run.keep", "run.on_bad", "run.device", "run.engine",
+         "run.steps", "validation.", "output.", "tensorboard")
+"""Beginnings of keys that may change when a run goes on, as they don't change what it learns."""
+
+
+def refuse_changes(path: Path, record: dict[str, Any]) -> None:
+    """Refuse to go on under another config than the one that a run began with.
+
+    The length of the last phase may change: a run may go on for longer.
+
+    Args:
+        path: `task.json` of the run's folder.
+        record: the resolved config now.
+
+    Raises:
+        InputError: names the keys that differ, with both values.
+    """
+    before, now = (_flat(each) for each in (json.loads(path.read_text()), record))
+    free = (*_FREE, f"run.phases.{len(record['run'].get('phases', ())) - 1}.steps")
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(free)
+    ]
+    if changed:
+        raise InputError(
+            f"the run in {path.parent} began with another config: {'; '.join(changed[:8])}"
+            f"{'; ...' if len(changed) > 8 else ''}; put that back, name another folder, or "
+            "confirm with --accept-changes"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings and lists by dotted keys."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {k: v for key, each in items
+            for k, v in _flat(each, f"{prefix}.{key}" if prefix else str(key)).items()}

@@ -5,21 +5,19 @@ Axes: B clips, C latent channels, F latent frames, h w latent rows and columns.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.core.protocols import KeyTokens
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.condition_mix import ConditionMix, Stills, training_conditions
 from vidgen.diffusion.schedule import draw_sigmas
-from vidgen.diffusion.sound import SoundState
 from vidgen.models.text import PromptTokenizer
 from vidgen.toybox.captions import CLASSES, attributes, caption
 from vidgen.training.config import Phase, RunConfig
+from vidgen.training.draws import seed_of
 from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache
 
@@ -133,7 +131,7 @@ class ClipDraws:
     def batch(self, phase: Phase, step: int, micro: int) -> Batch:
         """Clips of one geometry, each with a caption and a condition of its own."""
         run = self.config.run
-        draw = torch.Generator().manual_seed(_hash(run.seed, step, micro))
+        draw = torch.Generator().manual_seed(seed_of(run.seed, step, micro))
         counts = [cache.num_clips for cache in self.caches]
         counts[0] = self.num_kept
         which = int(torch.multinomial(torch.tensor(counts).float(), 1, generator=draw))
@@ -219,7 +217,7 @@ class ClipDraws:
             assert state.sound is not None
             sound_noise = torch.randn(state.sound.clean.shape, generator=draw).to(self.device)
         return Batch(
-            _state_to(state, self.device), cover.to(self.device), noise.to(self.device),
+            state.to(self.device), cover.to(self.device), noise.to(self.device),
             sigma.to(self.device),
             ids.to(self.device), mask.to(self.device),
             {name: value.to(self.device) for name, value in labels.items()}, sound_noise,
@@ -248,11 +246,6 @@ def _single(clips: Tensor, stills: Tensor, rows: Tensor, pick: Tensor) -> Tensor
     return frames[torch.arange(len(rows)), :, pick][:, :, None]
 
 
-def _hash(*values: int) -> int:
-    digest = hashlib.sha256(repr(values).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 def _labels(described: list[dict[str, str | None]], dropped: Tensor) -> dict[str, Tensor]:
     """Class indices by attribute, [B]; -1 where there is nothing to name."""
     table = {}
@@ -261,20 +254,3 @@ def _labels(described: list[dict[str, str | None]], dropped: Tensor) -> dict[str
         values = torch.tensor([index.get(entry[name], -1) for entry in described])
         table[name] = values.masked_fill(dropped, -1)
     return table
-
-
-def _state_to(state: LatentState, device: torch.device) -> LatentState:
-    keys = state.keys
-    if keys is not None:
-        valid = None if keys.valid is None else keys.valid.to(device)
-        keys = KeyTokens(keys.latents.to(device), keys.positions.to(device), valid)
-    sound = state.sound
-    if sound is not None:
-        sound = SoundState(
-            sound.latents.to(device), sound.clean.to(device), sound.denoise_mask.to(device),
-            sound.start_s,
-        )
-    return LatentState(
-        state.latents.to(device), state.clean.to(device), state.denoise_mask.to(device), keys,
-        sound=sound,
-    )

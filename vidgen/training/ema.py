@@ -6,18 +6,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
     """fp32 running mean of every parameter: shadow = decay * shadow + (1 - decay) * weight.
 
-    The decay warms up as (1 + step) / (10 + step), so early averages forget the random start.
+    The decay warms up as (1 + step) / (10 + step), so early averages forget the random start. It is
+    elementwise, so where a rank holds a share of each weight it averages its share.
+
+    Args:
+        live: what this process holds of each parameter.
+        decay: of the mean, once warmed up.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
+    def __init__(self, live: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
-        self._live = named_parameters(modules)
+        self._live = dict(live)
         self.shadow = {name: p.detach().clone().float() for name, p in self._live.items()}
 
     @torch.no_grad()

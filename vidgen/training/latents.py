@@ -13,6 +13,27 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, atomic_write
 
 
+def require_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write what shapes a folder's latents, or make sure that it was the same before.
+
+    Raises:
+        InputError: latents there were made otherwise; tells in what.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, json.dumps(manifest, indent=1).encode())
+        return
+    found = json.loads(path.read_text())
+    differing = sorted(k for k in manifest | found if manifest.get(k) != found.get(k))
+    if differing:
+        told = "; ".join(
+            f"{k} is {found.get(k)!r} there, {manifest.get(k)!r} here" for k in differing
+        )
+        raise InputError(f"the latents in {folder} were made otherwise ({told}); "
+                         "name another folder or delete this one")
+
+
 class LatentShards:
     """A folder of shards, each a mapping of tensors with one row a clip.
 
@@ -27,19 +48,7 @@ class LatentShards:
 
     def __init__(self, folder: str | Path, manifest: dict[str, Any]) -> None:
         self.folder = Path(folder)
-        path = self.folder / "manifest.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            differing = sorted(k for k in manifest | found if manifest.get(k) != found.get(k))
-            if differing:
-                told = "; ".join(
-                    f"{k} is {found.get(k)!r} there, {manifest.get(k)!r} here" for k in differing
-                )
-                raise InputError(f"the latents in {folder} were made otherwise ({told}); "
-                                 "name another folder or delete this one")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(path, json.dumps(manifest, indent=1).encode())
+        require_manifest(self.folder, manifest)
 
     def path(self, index: int) -> Path:
         """File of shard `index`."""

@@ -1,60 +1,53 @@
-"""The one training loop: phases, autocast, EMA, schedule, exact resume, curves.
+"""The one training loop: phases, health, schedule, averages, exact resume, curves.
 
-A task owns modules and says what a batch and its loss are. Batches are pure functions of
-(phase, step), so the data position *is* the step, and a resumed run sees what the straight
-run would have seen.
+A task owns modules and says what a batch and its loss are; an engine computes on one rank or many.
+Batches are pure functions of (phase, step, micro), so the data position *is* the step, and a
+resumed run sees what the straight run would have seen.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_write, choose_device
+from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import (
+    drop_old,
+    drop_partial,
     latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
+    load_rng,
+    point_to,
+    read_meta,
+    save_rng,
+    write_meta,
     write_pid,
+    written_together,
 )
-from vidgen.training.config import Phase, RunConfig
-from vidgen.training.ema import EMA, named_parameters
-from vidgen.training.optim import lr_scale, set_lr
+from vidgen.training.config import Phase, RunConfig, refuse_changes
+from vidgen.training.distributed import Place, current_place
+from vidgen.training.engine import Engine, open_engine
+from vidgen.training.meters import Window, memory_mb
+from vidgen.training.optim import lr_scale
+from vidgen.training.task import Task
 
-
-class Task(Protocol):
-    """What is trained. Modules are on the run's device when the loop begins."""
-
-    modules: dict[str, nn.Module]
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Optimisers over the modules' parameters, each group with its `peak_lr`."""
-
-    def start_phase(self, index: int, phase: Phase) -> bool:
-        """Called before a phase's first step, once; True if it changed weights by hand."""
-
-    def batch(self, phase: Phase, step: int, micro: int) -> Any:
-        """The batch of a step: a pure function of its arguments and the run's seed."""
-
-    def loss(self, batch: Any, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Scalar loss and named scalars for the curve."""
-
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Scores of the averaged weights on held-out data; may write sheets to `folder`."""
+OnRecord = Callable[[dict[str, Any]], None]
+MAX_BAD = 10
+"""Unusable steps in a row that are skipped before a run stops."""
+MAX_ROLLBACKS = 3
+"""Steps in a row that are left out, each after going back to a checkpoint, before a run stops."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,8 @@ class TrainResult:
 
 
 def train(
-    task: Task, run: RunConfig, *, resume: bool = False, record: dict[str, Any] | None = None
+    task: Task, run: RunConfig, *, resume: bool = False, record: dict[str, Any] | None = None,
+    accept_changes: bool = True, on_record: OnRecord | None = None,
 ) -> TrainResult:
     """Run `task` to the end of its phases, its minutes, or an interrupt.
 
@@ -76,52 +70,82 @@ def train(
         run: how long, how often, where.
         resume: go on from the folder's newest checkpoint.
         record: the whole resolved config, kept as `task.json` once the run may begin.
+        accept_changes: go on under another config than the run began with.
+        on_record: gets every line of `curve.jsonl` before it is written, on the main rank; may
+            add to it.
 
     Raises:
-        InputError: the folder holds a run already and `resume` is not set, or the loss is not
-            finite for ten steps in a row.
+        InputError: the folder holds a run already and `resume` is not set, its config differs and
+            changes aren't accepted, or the loss is not usable for too long.
     """
-    folder = Path(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, place = Path(run.folder), current_place()
     source = latest_checkpoint(folder)
     if source is not None and not resume:
         raise InputError(f"{folder} holds a run already; add --resume, or name another folder")
+    if source is not None and record is not None and not accept_changes:
+        refuse_changes(folder / "task.json", record)
     if source is None and run.branch_from:
         source = latest_checkpoint(Path(run.branch_from))
         if source is None:
             raise InputError(f"branch_from {run.branch_from} holds no checkpoint")
-    if record is not None:
-        atomic_write(folder / "task.json", json.dumps(record, indent=1).encode())
-    ema = EMA(task.modules, run.ema_decay)
-    optimizers = task.optimizers()
-    step, metrics = 0, {}
-    if source is not None:
-        meta = load_checkpoint(source, task.modules, optimizers, ema)
-        step, metrics = meta["step"], meta["metrics"]
-    for partial in folder.glob(".*.tmp"):  # what a kill left of a save
-        shutil.rmtree(partial, ignore_errors=True)
-    pid = write_pid(folder)
-    try:
-        return _Loop(task, run, folder, ema, optimizers, metrics).run_from(step)
-    finally:
-        pid.unlink(missing_ok=True)
+    place.barrier()  # all have looked before anything is written
+    with ExitStack() as stack:
+        if place.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            if record is not None:
+                atomic_write(folder / "task.json", json.dumps(record, indent=1).encode())
+            drop_partial(folder)
+            pid = write_pid(folder)
+            stack.callback(pid.unlink, missing_ok=True)
+        place.barrier()
+        engine = stack.enter_context(open_engine(task, run, place, source))
+        loop = _Loop(task, run, place, engine, on_record)
+        return loop.run_from(loop.restore(source))
+
+
+@dataclass
+class _State:
+    """What a checkpoint's `state.json` says besides the step."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    mean_loss: float = math.nan
+    left_out: set[int] = field(default_factory=set)
+    best: float = math.inf
 
 
 class _Loop:
-    def __init__(self, task: Task, run: RunConfig, folder: Path, ema: EMA,
-                 optimizers: list[torch.optim.Optimizer], metrics: dict[str, float]) -> None:
-        self.task, self.run, self.folder, self.ema = task, run, folder, ema
-        self.optimizers, self.metrics = optimizers, metrics
+    def __init__(self, task: Task, run: RunConfig, place: Place, engine: Engine,
+                 on_record: OnRecord | None) -> None:
+        self.task, self.run, self.place, self.engine = task, run, place, engine
+        self.folder, self.on_record = Path(run.folder), on_record
         self.device = choose_device(run.device)
-        self.parameters = list(named_parameters(task.modules).values())
-        self.mean_loss = float(metrics.get("loss_mean", math.nan))
-        self.skipped = 0
-        self.batches = _Batches(task, run, ahead=self.device.type != "cpu")
-        self.saved = -1
+        self.batches = Batches(task, run, place, ahead=self.device.type != "cpu")
+        self.state = _State()
+        self.bad_in_a_row, self.saved, self.validated = 0, -1, -1
+
+    def restore(self, source: Path | None) -> int:
+        """Take a checkpoint's state, or begin; returns the step to go on from."""
+        if source is None:
+            if self.place.data_size > 1:  # ranks that share a sample draw alike
+                torch.manual_seed(self.run.seed * 1_000_003 + self.place.data_rank)
+            return 0
+        self.engine.load(source)
+        known = load_rng(source, self.place)
+        if not known:
+            torch.manual_seed(self.run.seed * 1_000_003 + self.place.data_rank)
+        if any(self.place.any(not known)):
+            self._say(f"{source.name} has no random state for all {self.place.size} ranks; theirs "
+                      "begins anew")
+        meta = read_meta(source)
+        metrics = meta["metrics"]
+        self.state = _State(metrics, float(metrics.pop("loss_mean", math.nan)),
+                            set(meta.get("left_out", ())), meta.get("best", math.inf))
+        return int(meta["step"])
 
     def run_from(self, step: int) -> TrainResult:
+        """Train from a step on to the end, a limit or a signal."""
         run, start = self.run, time.monotonic()
-        last_save, window, phase_index = start, _Window(), None
+        last_save, window, phase_index = start, Window(), None
         limit = math.inf if run.minutes is None else run.minutes * 60
         with _stop_signals() as stopped:
             while step < run.num_steps:
@@ -129,143 +153,170 @@ class _Loop:
                 if index != phase_index:
                     entered = step == sum(p.steps for p in run.phases[:index])
                     if entered and self.task.start_phase(index, phase):
-                        self.ema.restart()
+                        self.engine.ema.restart()
                     phase_index = index
-                window.add(self._step(phase, step), phase.batch_size * phase.accumulate)
+                if step not in self.state.left_out:
+                    numbers, usable = self._step(phase, step)
+                    if not usable and run.on_bad == "rollback":
+                        step, window = self._roll_back(step), Window()
+                        continue
+                    window.add(numbers, phase.batch_size * phase.accumulate * self.place.data_size)
                 step += 1
-                now = time.monotonic()
-                if step % run.log_every == 0:
+                if step % run.log_every == 0 and window.count:
                     self._log(step, index, window)
                 if step % run.validate_every == 0:
                     self._validate(step)
-                if stopped or now - start > limit:
+                now = time.monotonic()
+                stop, due = self.place.any(
+                    bool(stopped) or now - start > limit,
+                    now - last_save > run.checkpoint_minutes * 60 and not self.bad_in_a_row,
+                )
+                if stop:
                     break
-                if now - last_save > run.checkpoint_minutes * 60 and not self.skipped:
+                if due:
                     self._save(step)
                     last_save = now
         finished = step >= run.num_steps
-        if finished:
+        if finished and self.validated != step:
             self._validate(step)
         self._save(step)
-        return TrainResult(step, finished, self.metrics)
+        return TrainResult(step, finished, self.state.metrics)
 
-    def _step(self, phase: Phase, step: int) -> dict[str, float]:
+    def _step(self, phase: Phase, step: int) -> tuple[dict[str, float], bool]:
+        """One optimiser step: the numbers of the curve, and whether it was usable."""
         for module in self.task.modules.values():
             module.train()
         scale = lr_scale(self.run.optim, step) * self.run.phase_rate(step)
-        set_lr(self.optimizers, scale)
-        values: dict[str, torch.Tensor] = {}
+        sums: dict[str, torch.Tensor] = {}
+        made = []
         for micro in range(phase.accumulate):
             batch = self.batches.get(phase, step, micro)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.dtype == "bf16"):
-                loss, named = self.task.loss(batch, step)
-            (loss / phase.accumulate).backward()
-            values = {"loss": loss.detach(), **named}
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.run.optim.grad_clip or math.inf)
-        numbers = {name: float(value) for name, value in values.items()}
-        numbers["grad_norm"] = float(norm)
-        if self._healthy(numbers["loss"], numbers["grad_norm"], step):
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.ema.update(step)
-        for parameter in self.parameters:
-            parameter.grad = None
-        numbers["lr_scale"] = scale
-        return numbers
+            made.append(batch)
+            last = micro + 1 == phase.accumulate
+            loss, named = self.engine.loss(batch, step, last=last)
+            for name, value in {"loss": loss.detach(), **named}.items():
+                sums[name] = sums[name] + value if name in sums else value
+            if not last:
+                self.engine.backward(loss / phase.accumulate)
+        means = self.place.mean({name: each / phase.accumulate for name, each in sums.items()})
+        norm = math.nan
+        if self._is_usable(means["loss"]):
+            self.engine.backward(loss / phase.accumulate)
+            norm = self.engine.update(scale)
+        else:
+            self.engine.discard(loss)
+        usable = math.isfinite(norm)
+        if usable:
+            self._keep_in_mind(means["loss"])
+            self.engine.ema.update(step)
+        else:
+            self._complain(step, means["loss"], norm, made)
+        return {**means, "grad_norm": norm, "lr_scale": scale}, usable
 
-    def _healthy(self, loss: float, norm: float, step: int) -> bool:
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        spike = finite and loss > self.run.spike_factor * self.mean_loss
-        if finite and not spike:
-            known = math.isfinite(self.mean_loss)
-            self.mean_loss = 0.99 * self.mean_loss + 0.01 * loss if known else loss
-            self.skipped = 0
-            return True
-        self.skipped += 1
-        print(f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: skipped", file=sys.stderr)
-        if self.skipped >= 10:
+    def _is_usable(self, loss: float) -> bool:
+        mean = self.state.mean_loss
+        return math.isfinite(loss) and not loss > self.run.spike_factor * mean
+
+    def _keep_in_mind(self, loss: float) -> None:
+        mean = self.state.mean_loss
+        self.state.mean_loss = 0.99 * mean + 0.01 * loss if math.isfinite(mean) else loss
+        self.bad_in_a_row = 0
+
+    def _complain(self, step: int, loss: float, norm: float, made: list[Any]) -> None:
+        """Say what was wrong with a step, and stop where that is asked for or goes on too long."""
+        self.bad_in_a_row += 1
+        name_files = getattr(self.task, "files", lambda _batch: [])
+        files = self.place.told([file for batch in made for file in name_files(batch)])
+        what = f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}"
+        if files:
+            what += f", of {', '.join(files)}"
+        limits = {"skip": MAX_BAD, "rollback": MAX_ROLLBACKS + 1, "stop": 1}
+        if self.bad_in_a_row >= limits[self.run.on_bad]:
+            often = f"{self.bad_in_a_row} steps" if self.bad_in_a_row > 1 else "a step"
             raise InputError(
-                f"the loss was not usable for 10 steps up to step {step} (last {loss:.4g}); "
-                "nothing was saved since the last good checkpoint; lower optim.lr and --resume"
+                f"the loss was not usable for {often} up to step {step} ({what}); nothing was "
+                "saved since the last good checkpoint; lower optim.lr, or leave those files out, "
+                "and --resume"
             )
-        return False
+        self._say(f"{what}: {'rolled back' if self.run.on_bad == 'rollback' else 'skipped'}")
+        self._record({"step": step, "event": self.run.on_bad, "loss": loss, "files": files})
 
-    def _log(self, step: int, phase: int, window: _Window) -> None:
-        record = {"step": step, "phase": phase, **window.means()}
+    def _roll_back(self, bad: int) -> int:
+        """Back to the newest checkpoint, from which `bad` is left out; returns its step."""
+        left_out, bad_in_a_row = self.state.left_out | {bad}, self.bad_in_a_row
+        source = latest_checkpoint(self.folder)
+        if source is None:
+            raise InputError(f"step {bad} was not usable and there is no checkpoint yet to go back "
+                             "to; lower optim.lr, or set on_bad to skip")
+        step = self.restore(source)
+        self.state.left_out, self.bad_in_a_row = left_out, bad_in_a_row
+        return step
+
+    def _log(self, step: int, phase: int, window: Window) -> None:
+        record = {"step": step, "phase": phase, **window.means(),
+                  "memory_mb": memory_mb(self.device)}
         self._record(record)
         left = (self.run.num_steps - step) * record["seconds_per_step"] / 60
-        print(f"step {step}/{self.run.num_steps} loss {record['loss']:.4f} "
-              f"{record['samples_per_s']:.1f} samples/s, {left:.0f} min left", file=sys.stderr)
+        self._say(f"step {step}/{self.run.num_steps} loss {record['loss']:.4f} "
+                  f"{record['samples_per_s']:.1f} samples/s, {left:.0f} min left")
 
     def _validate(self, step: int) -> None:
         for module in self.task.modules.values():
             module.eval()
-        with self.ema.swapped(), torch.no_grad():
-            self.metrics = self.task.validate(step, self.folder)
-        self._record({"step": step, "validation": self.metrics})
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in self.metrics.items())
-        print(f"step {step}: {shown}", file=sys.stderr)
+        with (self.engine.averaged(), torch.no_grad(), ExitStack() as stack):
+            folder = self.folder if self.place.main else Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="vidgen-")))
+            self.state.metrics = self.task.validate(step, folder)
+        self._record({"step": step, "validation": self.state.metrics})
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in self.state.metrics.items())
+        self._say(f"step {step}: {shown}")
+        self.validated = step
+        self._keep_if_best(step)
+
+    def _keep_if_best(self, step: int) -> None:
+        name = self.run.best
+        if name is None:
+            return
+        if name not in self.state.metrics:
+            known = ", ".join(self.state.metrics)
+            raise InputError(f"best is {name!r}, which validation doesn't score; it has {known}")
+        score = self.state.metrics[name]
+        [better] = self.place.any(self.place.main and score < self.state.best)
+        if better:
+            self.state.best = score
+            self._save(step)
+            if self.place.main:
+                point_to(self.folder, "best", self.folder / f"step-{step:08d}")
+
+    def _say(self, what: str) -> None:
+        if self.place.main:
+            print(what, file=sys.stderr)
 
     def _record(self, record: dict[str, Any]) -> None:
+        if not self.place.main:
+            return
+        if self.on_record is not None:
+            self.on_record(record)
         with (self.folder / "curve.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def _save(self, step: int) -> None:
         if step == self.saved:
             return
-        metrics = {**self.metrics, "loss_mean": self.mean_loss}
-        save_checkpoint(self.folder, step, self.task.modules, self.optimizers, self.ema,
-                        {"metrics": metrics}, self.run.keep)
+        target = self.folder / f"step-{step:08d}"
+        with written_together(target, self.place) as temporary:
+            self.engine.save(temporary)
+            save_rng(temporary, self.place)
+            if self.place.main:
+                write_meta(temporary, {
+                    "step": step, "ranks": self.place.size, "best": self.state.best,
+                    "left_out": sorted(self.state.left_out),
+                    "metrics": {**self.state.metrics, "loss_mean": self.state.mean_loss},
+                })
+        if self.place.main:
+            point_to(self.folder, "latest", target)
+            drop_old(self.folder, self.run.keep)
         self.saved = step
-
-
-class _Batches:
-    """Batches in order; if `ahead`, the next one is made in a thread beside the step.
-
-    That is for GPUs: on a CPU making and computing would compete for the same cores.
-    """
-
-    def __init__(self, task: Task, run: RunConfig, *, ahead: bool) -> None:
-        self.task, self.run = task, run
-        self.pool = ThreadPoolExecutor(1, "vidgen-batches") if ahead else None
-        self.coming: dict[tuple[int, int], Future[Any]] = {}
-
-    def get(self, phase: Phase, step: int, micro: int) -> Any:
-        if self.pool is None:
-            return self.task.batch(phase, step, micro)
-        future = self.coming.pop((step, micro), None)
-        future = future or self.pool.submit(self.task.batch, phase, step, micro)
-        batch = future.result()
-        step, micro = (step, micro + 1) if micro + 1 < phase.accumulate else (step + 1, 0)
-        if step < self.run.num_steps:
-            phase = self.run.phase_at(step)[1]
-            self.coming[step, micro] = self.pool.submit(self.task.batch, phase, step, micro)
-        return batch
-
-
-class _Window:
-    """Means between two log lines."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.count, self.samples, self.since = 0, 0, time.monotonic()
-
-    def add(self, values: dict[str, float], samples: int) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-        self.samples += samples
-
-    def means(self) -> dict[str, float]:
-        elapsed = time.monotonic() - self.since
-        result = {name: value / self.count for name, value in self.sums.items()}
-        result["samples_per_s"] = self.samples / elapsed
-        result["seconds_per_step"] = elapsed / self.count
-        self.clear()
-        return result
 
 
 @contextmanager

@@ -93,7 +93,8 @@ def build_optimizers(
     muon, matrices, vectors = [], [], []
     for name, parameter in named_parameters(modules).items():
         # Gains [C, 1, 1, 1] and modulation tables [1, 6, D] are vectors in spite of their axes.
-        is_matrix = parameter.ndim > 1 and min(parameter.flatten(1).shape) > 1
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's own is that of a share
+        is_matrix = len(shape) > 1 and min(shape[0], shape[1:].numel()) > 1
         if is_matrix and config.muon_lr and use_muon(name, parameter):
             muon.append(parameter)
         else:
@@ -113,6 +114,19 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Put saved moments `PREFIX<parameter>/<slot>` back; rates and decay stay the config's."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith(prefix):
+            parameter, slot = name.removeprefix(prefix).split("/")
+            state.setdefault(int(parameter), {})[slot] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], scale: float) -> None:

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 from vidgen.core.config import apply_overrides, build, dump, load_yaml
 from vidgen.core.errors import VidgenError
-from vidgen.training.loop import Task, train
+from vidgen.training.distributed import join_ranks
+from vidgen.training.loop import train
+from vidgen.training.task import Task
 
 Run = TypeVar("Run", bound=Any)
 
@@ -25,13 +27,17 @@ def run_program(doc: str, run_type: type[Run], make_task: Callable[[Run], Task])
     parser.add_argument("-c", "--config", required=True, metavar="RUN.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     options = parser.parse_args()
 
     def work() -> None:
         settings = apply_overrides(load_yaml(options.config), options.set)
         config = build(run_type, settings, options.config)
-        result = train(make_task(config), config.run, resume=options.resume, record=dump(config))
-        print(json.dumps({"step": result.step, "finished": result.finished, **result.metrics}))
+        with join_ranks(config.run) as place:
+            task = make_task(config)
+            result = train(task, config.run, resume=options.resume, record=dump(config))
+        if place.main:
+            print(json.dumps({"step": result.step, "finished": result.finished, **result.metrics}))
 
     return exit_code(work)
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from vidgen.core.config import dump
 from vidgen.core.errors import InputError, ModelError
@@ -48,10 +51,12 @@ from vidgen.weights.write import (
 
 log = logging.getLogger(__name__)
 
+_AS_IS: Mapping[str, Mapping[str, Tensor]] = {}
+
 
 def convert(
     source: ModelFolder | ForeignFolder, target: Path, to: Spelling, *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES, changed: Mapping[str, Mapping[str, Tensor]] = _AS_IS,
 ) -> list[str]:
     """Write a model in another layout; nothing is there until all is.
 
@@ -61,6 +66,8 @@ def convert(
         to: "diffusers": what `from_pretrained` of diffusers' Wan pipelines loads. "wan": what
             Wan's own programs load. "vidgen": ours, with hashes.
         max_shard_bytes: most bytes of a weight file.
+        changed: by role and our names, tensors that take the place of the files', in their dtype;
+            with `to` "vidgen".
 
     Returns:
         Names of the tensors set aside, for which the layout has no place.
@@ -75,7 +82,8 @@ def convert(
         raise ModelError(
             f"{source.path} is a {source.class_name}; only models of the Wan family are converted"
         )
-    if source.layout == to:
+    assert to == "vidgen" or not changed
+    if source.layout == to and not changed:
         raise InputError(f"{source.path} is in the layout {to!r} already")
     if target.exists():
         raise ModelError(f"{target} exists; name a new folder")
@@ -91,6 +99,7 @@ def convert(
                 shutil.copytree(source.path / SOUND_VAE, folder / SOUND_VAE)
                 continue
             placed, left = _sort(component, to)
+            placed = {**placed, **_held(changed.get(role, {}), placed)}
             _WRITERS[to](folder, source, component, placed, max_shard_bytes)
             for spelling, tensors in left.items():
                 (folder / REST).mkdir(exist_ok=True)
@@ -124,6 +133,28 @@ def _sort(
         assert new not in placed, f"two tensors for {new}"
         placed[new] = source
     return placed, left
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor in memory, to be written in the dtype of the one whose place it takes."""
+
+    value: Tensor
+    dtype: torch.dtype
+
+    @property
+    def likeness(self) -> Tensor:
+        """An empty tensor of its shape and dtype on the meta device."""
+        return torch.empty(self.value.shape, dtype=self.dtype, device="meta")
+
+    def get(self) -> Tensor:
+        """The tensor itself."""
+        return self.value.detach().to("cpu", self.dtype)
+
+
+def _held(tensors: Mapping[str, Tensor], places: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    assert tensors.keys() <= places.keys(), "names of another model"
+    return {name: _Held(value, places[name].likeness.dtype) for name, value in tensors.items()}
 
 
 def _write_vidgen(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -99,6 +99,11 @@ class ModelFolder(Files):
     variant: str | None = None
     given: str | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process, a folder is opened there anew: its files stay where they are."""
+        is_embedded = self.path == embedded_folder(self.name)
+        return _reopened, (self.name if is_embedded else str(self.path.resolve()), self.given)
+
     @property
     def conditioning(self) -> Conditioning:
         """How known frames get into the transformer.
@@ -178,6 +183,10 @@ def open_model(model: str) -> ModelFolder | ForeignFolder:
             "Hugging Face hub such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
         )
     return open_folder(Path(model))
+
+
+def _reopened(model: str, given: str | None) -> ModelFolder | ForeignFolder:
+    return replace(open_model(model), given=given)
 
 
 def _open_from_hub(hub_id: str) -> ModelFolder | ForeignFolder:

@@ -150,6 +150,7 @@ def load_module(
     stream: bool = False,
     packed: bool = False,
     mesh: DeviceMesh | None = None,
+    each: Callable[[nn.Parameter], None] | None = None,
 ) -> Module:
     """Build a module without memory, then give it the files' tensors, one at a time.
 
@@ -164,6 +165,7 @@ def load_module(
         stream: leave the blocks' weights in the files; they come while they are used.
         packed: lay linear layers out for this CPU, where that pays; see `ops.linear`.
         mesh: devices over which the blocks' weights are spread, each reading its share.
+        each: called with every parameter as soon as it is read, before the next one is.
 
     Raises:
         ModelError: missing or surplus keys, wrong shapes, unreadable file; names them.
@@ -189,7 +191,7 @@ def load_module(
         layers, change = linears(module), partial(quantize_layer, kind=quantize)
     elif packed and device.type == "cpu" and packs(dtype):
         layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    _fill(module, weights, set(chain.from_iterable(left.values())), device, layers, change)
+    _fill(module, weights, set(chain.from_iterable(left.values())), device, layers, change, each)
     module.eval().requires_grad_(requires_grad=False)
     if left and mesh is not None:
         from vidgen.weights.shard import shard_blocks
@@ -203,12 +205,15 @@ def load_module(
 def _fill(
     module: nn.Module, weights: Weights, left: set[str], device: torch.device,
     layers: Mapping[str, nn.Linear], change: Callable[[nn.Linear], Any],
+    each: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
     """Give a module its weights but those that are left in the files; `change` its `layers`.
 
     Each is changed as soon as it is read, so that no layer but one is in memory in both forms.
+    `each` gets every parameter then.
     """
     mapped = weights.stay_mapped and device.type == "cpu" and not layers
+    parameters = {name for name, _ in module.named_parameters()}
     read, often = 0, max(weights.store.num_bytes // 100, 1 << 20)
     for name in weights.names:
         if name in left:
@@ -220,6 +225,8 @@ def _fill(
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
             change(layer)
+        if each is not None and name in parameters:
+            each(module.get_parameter(name))
         if read > often and not mapped:  # what was copied need not stay in memory twice
             weights.store.release()
             trim_memory()

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from vidgen.models.lora import Adapter, LowRank, find_misfits, name_some
 from vidgen.weights.keymap import DIT_KEYS, rename
 from vidgen.weights.lora_dialects import (
     DIALECTS,
+    TOKEN,
     Dialect,
     Kind,
     Scaling,
@@ -97,7 +98,7 @@ def read_choices(
             )
         if choice.expert in (None, expert):
             adapter = read_lora(choice.path, config, expert)
-            if adapter.low_rank or adapter.deltas:
+            if adapter.low_rank or adapter.deltas or adapter.tokens:
                 adapters.append((adapter, choice.weight))
     return adapters
 
@@ -126,10 +127,13 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
     file, peft = _locate(source)
     store = TensorStore([file])
     _check_method(source, store.names)
-    texts = [name for name in store.names if is_of_text_encoder(name)]
-    if texts:
-        log.warning("%s: %d tensors for a text encoder are left out", source, len(texts))
-    names = {name: parse_name(name) for name in store.names if name not in set(texts)}
+    texts = {name for name in store.names if is_of_text_encoder(name)}
+    tokens = {name.removeprefix(TOKEN): store.get(name) for name in texts if name.startswith(TOKEN)}
+    if len(texts) > len(tokens):
+        log.warning(
+            "%s: %d tensors for a text encoder are left out", source, len(texts) - len(tokens)
+        )
+    names = {name: parse_name(name) for name in store.names if name not in texts}
     if any(parsed is not None and parsed.low_noise for parsed in names.values()):
         if expert is None:
             raise ModelError(
@@ -138,7 +142,7 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
             )
         wanted = expert == "low"
         names = {n: p for n, p in names.items() if p is None or p.low_noise == wanted}
-    elif not names:
+    elif not names and not tokens:
         raise ModelError(f"{source} holds no LoRA tensors for a transformer")
     scaling = Scaling(peft or _header_config(file, expert), str(source))
     adapter, problems = _assemble(source, store, names, config, scaling)
@@ -147,6 +151,8 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
             f"{source} doesn't fit this model of {config.num_layers} blocks, {config.hidden_dim} "
             f"wide: {'; '.join(problems)}; use a LoRA made for this model"
         )
+    _check_tokens(source, tokens)
+    adapter = replace(adapter, tokens=tokens)
     _report_zeros(source, adapter)
     return adapter
 
@@ -256,6 +262,15 @@ def _combine(
     return Adapter(name, low_rank, deltas), halves
 
 
+def _check_tokens(source: Path, tokens: Mapping[str, Tensor]) -> None:
+    bad = [token for token, row in tokens.items()
+           if row.ndim != 1 or not row.is_floating_point() or not torch.isfinite(row).all()]
+    if bad:
+        raise ModelError(
+            f"{source}: the embeddings of {name_some(bad)} are no finite vectors; copy it again"
+        )
+
+
 def _plain(tensor: Tensor) -> Tensor:
     """8-bit floats know no arithmetic; bfloat16 holds them all."""
     one_byte = tensor.is_floating_point() and tensor.itemsize == 1
@@ -267,7 +282,7 @@ def _report_zeros(source: Path, adapter: Adapter) -> None:
              if not (part.scale and part.up.any() and part.down.any())]
     zeros += [name for name, delta in adapter.deltas.items() if not delta.any()]
     total = len(adapter.low_rank) + len(adapter.deltas)
-    if zeros and len(zeros) == total:
+    if zeros and len(zeros) == total and not adapter.tokens:
         log.warning("%s changes nothing: all of its %d deltas are zero", source, total)
     elif zeros:
         log.warning("%s: %d of its %d deltas are zero (%s)", source, len(zeros), total,
@@ -309,8 +324,8 @@ def write_lora(adapter: Adapter, path: str | Path, dialect: str) -> None:
 
 
 def _spell(adapter: Adapter, dialect: Dialect, title: str) -> dict[str, Tensor]:
-    """Tensors under a dialect's names."""
-    tensors: dict[str, Tensor] = {}
+    """Tensors under a dialect's names; embeddings of tokens have ours in all of them."""
+    tensors = {f"{TOKEN}{token}": row.detach().cpu() for token, row in adapter.tokens.items()}
     unnamed: list[str] = []
 
     def put(path: str, what: str, tensor: Tensor) -> None:

@@ -31,6 +31,8 @@ _TENSOR = re.compile(
     r"(?P<layer>.+?)\.(?:lora[._](?P<side>A|B|down|up)(?:\.[\w-]+)?\.(?P<of>weight|bias)"
     r"|(?P<other>alpha|diff|diff_b|diff_m))"
 )
+TOKEN = "text_encoder.token."
+"""What stands before a token in the name of the embedding that a file has for it."""
 _OTHER_METHODS = {
     "DoRA": ("dora_scale", "lora_magnitude_vector"),
     "LoKr": (".lokr_",),

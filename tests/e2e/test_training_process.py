@@ -1,0 +1,119 @@
+"""Runs on ranks that die, lose their disk or are started by torchrun: real processes, killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import Launch
+from tests.tiny.test_training import TINY_VAE
+from tests.velocity import join_and_follow, make_run
+from vidgen.core.errors import OutputError
+from vidgen.training.checkpoint import latest_checkpoint, load_averages
+
+pytest.importorskip("deepspeed")
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 300  # the machine may be busy; a rank that hangs waits for half an hour
+
+
+def learn(folder: Path, kill_at: int | None = None, engine: str | None = None) -> None:
+    """Six steps with a checkpoint after each."""
+    run = make_run(folder, deepspeed=engine, checkpoint_minutes=0.0)
+    join_and_follow(run, resume=(folder / "latest").exists(), kill_at=kill_at, dropout=0.3)
+
+
+def learn_on_a_full_disk(folder: Path, engine: str | None) -> None:
+    """Rank 1 can write no file of more than a few bytes from the second checkpoint on."""
+    run = make_run(folder, deepspeed=engine, checkpoint_minutes=0.0)
+    if os.environ.get("RANK", "0") == os.environ.get("FULL", "0"):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit))
+    join_and_follow(run, resume=True)
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two runs ended with the same averages, bit for bit."""
+    mine, other = (load_averages(folder, "transformer") for folder in (a, b))
+    assert latest_checkpoint(a).name == latest_checkpoint(b).name == "step-00000006"
+    return mine.keys() == other.keys() and all(torch.equal(mine[n], other[n]) for n in mine)
+
+
+def finish(folder: Path, run: Path, engine: str | None) -> None:
+    launch = Launch(2, folder, learn, run, None, engine)
+    assert launch.codes(LIMIT_S) == [0, 0], launch.logs[0].read_text()[-2000:]
+
+
+def test_a_dead_rank_stops_the_others_with_the_reason(tmp_path):
+    launch = Launch(2, tmp_path, learn, tmp_path / "run", 3)
+    launch.ranks[1].join(LIMIT_S)
+    died = time.monotonic()
+    assert launch.codes(60)[0] == 1
+    assert time.monotonic() - died < 60
+    assert "rank 1 of 2 is gone" in launch.logs[0].read_text()
+    assert latest_checkpoint(tmp_path / "run").name == "step-00000003"
+    finish(tmp_path, tmp_path / "run", None)
+    finish(tmp_path, tmp_path / "straight", None)
+    assert same(tmp_path / "run", tmp_path / "straight")
+
+
+def test_killed_while_it_saves_a_run_goes_on_bit_for_bit(tmp_path):
+    launch = Launch(2, tmp_path, learn, tmp_path / "run", None, "zero2")
+    until, run = time.monotonic() + LIMIT_S, tmp_path / "run"
+    while not ((run / "step-00000002").exists() and any(run.glob(".*.tmp"))):
+        assert time.monotonic() < until
+    launch.kill()
+    assert not (tmp_path / "run/step-00000006").exists()
+    finish(tmp_path, tmp_path / "run", "zero2")
+    finish(tmp_path, tmp_path / "straight", "zero2")
+    assert same(tmp_path / "run", tmp_path / "straight")
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("engine", [None, "zero1"])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, engine):
+    launch = Launch(2, tmp_path, learn, tmp_path / "run", 2, engine)
+    launch.codes(LIMIT_S)
+    before = latest_checkpoint(tmp_path / "run")
+    assert before.name == "step-00000002"
+    monkeypatch.setenv("FULL", "0" if engine is None else "1")
+    launch = Launch(2, tmp_path, learn_on_a_full_disk, tmp_path / "run", engine)
+    codes = launch.codes(LIMIT_S)
+    assert sorted(codes) == [1, 2], [log.read_text()[-1500:] for log in launch.logs]
+    assert all("written" in log.read_text() or "no space" in log.read_text() for log in launch.logs)
+    assert latest_checkpoint(tmp_path / "run") == before
+
+
+def test_torchrun_starts_a_program_on_two_ranks(tmp_path):
+    config = tmp_path / "vae.yaml"
+    config.write_text(TINY_VAE.format(folder=tmp_path / "run"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         str(ROOT / "train/vae.py"), "-c", str(config), "--set", "run.engine.deepspeed=zero2",
+         "--set", "run.phases=[{steps: 2, num_frames: 1, batch_size: 2}]"],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [scores] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert scores["step"] == 2
+    assert (latest_checkpoint(tmp_path / "run") / "manifest.json").exists()
+
+
+def test_one_process_on_a_full_disk_says_so(tmp_path):
+    run = make_run(tmp_path / "run", checkpoint_minutes=0.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(OutputError, match="no space left"):
+            join_and_follow(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert latest_checkpoint(tmp_path / "run") is None

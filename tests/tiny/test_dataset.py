@@ -1,0 +1,382 @@
+"""Caches and batches of fine-tuning data, by tiny models of the real classes and real files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.clips import film, moving
+from tests.wan_models import build_diffusers
+from vidgen.cli.main import main
+from vidgen.core.errors import InputError
+from vidgen.media.clip import Clip
+from vidgen.models.image import prepare_image
+from vidgen.models.text import PromptTokenizer
+from vidgen.pipeline.inputs import pixels_of
+from vidgen.pipeline.networks import encode_pixels
+from vidgen.pipeline.parts import DTYPES, Parts, best_dtype
+from vidgen.pipeline.prompts import PromptEncoder
+from vidgen.training.data import cache as caching
+from vidgen.training.data.cache import make_cache
+from vidgen.training.data.survey import survey
+from vidgen.training.data_config import Bucket, DataConfig, FolderConfig
+from vidgen.training.dataset import open_dataset
+from vidgen.weights.folder import open_model
+
+SIZE = (48, 32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Six clips of two lengths, one of them at twice the rate, and two pictures."""
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(3):
+        film(folder / f"short{number}.mkv", moving(10, number, SIZE), codec="ffv1",
+             pix_fmt="bgr0", caption=f"a red car {number}")
+    for number in range(2):
+        film(folder / f"long{number}.mp4", moving(17, 10 + number, SIZE), caption="a cat moves")
+    film(folder / "fast.mp4", moving(34, 20, SIZE), 24, caption="a red car at night")
+    for number in range(2):
+        Image.fromarray(moving(1, 30 + number, SIZE)[0]).save(folder / f"still{number}.png")
+        (folder / f"still{number}.json").write_text(json.dumps({"caption": ["a cat", "the cat"]}))
+    return folder
+
+
+def config_of(data: Path, **settings) -> DataConfig:
+    return DataConfig(**{"folders": (FolderConfig(str(data)),), "sizes": ("48x32",),
+                         "frames": (9, 17), "caption_dropout": 0.0, **settings})
+
+
+def cached(config: DataConfig, model: Path, **options) -> dict:
+    folder = open_model(str(model))
+    known = survey(config, folder, lambda _: None)
+    return make_cache(config, folder, str(model), known, lambda _: None, **options)
+
+
+@pytest.fixture(scope="module")
+def cache(data, tiny_model, tmp_path_factory) -> DataConfig:
+    config = config_of(data, cache=str(tmp_path_factory.mktemp("c") / "cache"), store_dtype="fp32")
+    made = cached(config, tiny_model)
+    assert (made["items"], made["encoded"], made["captions"]) == (8, 8, 7)
+    return config
+
+
+def test_latents_are_what_the_vae_makes_of_the_frames(cache, data, tiny_model):
+    dataset = open_dataset(cache, tiny_model, batch_size=1)
+    parts = Parts(open_model(str(tiny_model)), torch.device("cpu"), torch.float32)
+    assert dataset.buckets == {Bucket(48, 32, 1): 2, Bucket(48, 32, 9): 3, Bucket(48, 32, 17): 3}
+    for index, item in enumerate(dataset.items):
+        batch = dataset.item_batch([index])
+        if item.name.endswith("png"):
+            frames = np.array(Image.open(data / item.name))[None]
+        else:
+            frames = Clip.from_file(data / item.name).frames
+            frames = frames[:: 2 if item.name == "fast.mp4" else 1][: item.bucket.num_frames]
+        video = pixels_of(list(frames), *SIZE, "crop")
+        assert torch.allclose(batch["latents"], encode_pixels(parts, video), atol=1e-5)
+        assert (batch["bucket"], batch["fps"], batch["files"]) == (item.bucket, 12.0, [item.name])
+        if item.bucket.num_frames == 1:
+            assert "stills" not in batch
+            continue
+        middle, last = item.bucket.num_frames // 2, item.bucket.num_frames - 1
+        assert batch["still_index"].tolist() == [[middle, last]]
+        alone = [encode_pixels(parts, video[:, :, n : n + 1]) for n in (middle, last)]
+        assert torch.allclose(batch["stills"], torch.cat(alone, dim=2), atol=1e-5)
+
+
+def test_contexts_are_those_of_generation(cache, tiny_model):
+    dataset = open_dataset(cache, tiny_model, batch_size=3)
+    folder = open_model(str(tiny_model))
+    parts = Parts(folder, torch.device("cpu"), DTYPES[best_dtype(torch.device("cpu"))])
+    prompts = PromptEncoder(parts, PromptTokenizer(folder.tokenizer))
+    batch = dataset.batch(0)
+    for row, caption in enumerate(batch["captions"]):
+        context, (length,) = prompts.encode([caption])
+        assert batch["context_lengths"][row] == length
+        assert torch.allclose(batch["context"][row, :length], context[0].float(), atol=1e-6)
+        assert not batch["context"][row, length:].any()
+        assert batch["context_mask"][row].sum() == length
+
+
+def test_without_a_cache_the_same_batches_come(cache, tiny_model):
+    stored = open_dataset(cache, tiny_model, batch_size=2)
+    fresh = open_dataset(replace(cache, cache="none"), tiny_model, batch_size=2)
+    for step in range(3):
+        one, other = stored.batch(step), fresh.batch(step)
+        assert one.keys() == other.keys()
+        assert one["files"] == other["files"]
+        for name, value in one.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.allclose(value, other[name], atol=1e-5), name
+    fresh.close()
+
+
+def test_ranks_and_micro_batches_share_a_step_out(cache, tiny_model):
+    alone = open_dataset(cache, tiny_model, batch_size=1, accumulate=4, with_context=False)
+    pairs = open_dataset(cache, tiny_model, batch_size=1, accumulate=2, with_context=False)
+    for step in range(6):
+        whole = [alone.batch(step, micro)["indices"] for micro in range(4)]
+        parts = [pairs.batch(step, micro, rank, 2)["indices"]
+                 for micro in range(2) for rank in range(2)]
+        assert whole == parts
+        assert {alone.items[i].bucket for (i,) in whole} == {alone.bucket_of(step)}
+        assert pairs.bucket_of(step, 2) == alone.bucket_of(step)
+    assert "context" not in alone.batch(0)
+
+
+def test_an_epoch_tells_what_it_repeats_or_leaves_out(cache, tiny_model):
+    dataset = open_dataset(cache, tiny_model, batch_size=2)
+    assert dataset.steps_per_epoch() == 1 + 2 + 2
+    seen = Counter(i for step in range(5) for i in dataset.batch(step)["indices"])
+    assert set(seen) == set(range(8))
+    assert dataset.epoch(7) == (1, 2)
+    assert len(dataset.ends()) == 2
+    assert "1 items are learned twice" in dataset.ends()[0]
+    short = open_dataset(replace(cache, drop_last=True), tiny_model, batch_size=2)
+    assert short.steps_per_epoch() == 3
+    assert "1 items of each epoch are left out" in short.ends()[0]
+    assert short.fingerprint != dataset.fingerprint
+    assert open_dataset(cache, tiny_model, batch_size=2).fingerprint == dataset.fingerprint
+
+
+def test_captions_drop_out_by_seed_and_several_take_turns(cache, tiny_model):
+    config = replace(cache, caption_dropout=0.5)
+    dataset = open_dataset(config, tiny_model, batch_size=1)
+    drawn = [dataset.batch(step)["captions"][0] for step in range(60)]
+    assert 15 < drawn.count("") < 45
+    assert {"a cat", "the cat"} <= set(drawn)
+    again = open_dataset(config, tiny_model, batch_size=1)
+    assert [again.batch(step)["captions"][0] for step in range(60)] == drawn
+    other = open_dataset(replace(config, seed=1), tiny_model, batch_size=1)
+    assert [other.batch(step)["captions"][0] for step in range(60)] != drawn
+
+
+def test_held_out_files_are_the_same_each_time_and_never_learned(cache, tiny_model):
+    config = replace(cache, held_out=0.4)
+    dataset = open_dataset(config, tiny_model)
+    kept = {item.sha256 for item in dataset.held_out.items}
+    assert kept
+    assert not kept & {item.sha256 for item in dataset.items}
+    assert len(kept) + dataset.num_items == 8
+    assert open_dataset(config, tiny_model, "validation").items == dataset.held_out.items
+    with pytest.raises(InputError, match=r"set data\.held_out"):
+        open_dataset(cache, tiny_model, "validation")
+    with pytest.raises(InputError, match="nothing is left to learn from"):
+        open_dataset(replace(cache, held_out=1.0), tiny_model)
+
+
+def test_folders_repeat_and_one_validates(data, tiny_model, tmp_path):
+    (tmp_path / "v").mkdir()
+    film(tmp_path / "v" / "x.mp4", moving(9, 77, SIZE), caption="a cat")
+    config = config_of(data, folders=(FolderConfig(str(data), 3),), validation=str(tmp_path / "v"))
+    dataset = open_dataset(config, tiny_model, with_context=False)
+    assert dataset.num_items == 24
+    assert [item.name for item in dataset.held_out.items] == ["x.mp4"]
+    assert dataset.held_out.held_out is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sizes": ("32x32",)}, r"sizes is \['48x32'\] there, \['32x32'\] here"),
+        ({"frames": (9,)}, "frames is"), ({"fps": Fraction(8)}, "fps is '12' there, '8' here"),
+        ({"store_dtype": "bf16"}, "store_dtype is 'fp32' there"),
+        ({"fps_rule": "native"}, "fps_rule is 'nearest' there"), ({"crop": "random"}, "crop is"),
+        ({"windows": "all"}, "made with other settings.*windows is 1 there, 'all' here"),
+        ({"prefix": "sks"}, "prefix is '' there"), ({"cache": "elsewhere"}, "no finished cache"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(cache, tiny_model, settings, message):
+    with pytest.raises(InputError, match=message):
+        open_dataset(replace(cache, **settings), tiny_model)
+
+
+def test_a_cache_of_another_model_is_refused(cache, tmp_path):
+    wan = build_diffusers(tmp_path / "t2v", "t2v")
+    with pytest.raises(InputError, match="vae is"):
+        open_dataset(replace(cache, sizes=("48x32",)), wan)
+
+
+def test_changed_files_are_told_and_only_they_are_encoded_anew(data, tiny_model, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in data.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = config_of(folder, cache=str(tmp_path / "cache"))
+    assert cached(config, tiny_model)["encoded"] == 8
+    assert cached(config, tiny_model)["encoded"] == 0
+    film(folder / "short0.mkv", moving(10, 50, SIZE), codec="ffv1", pix_fmt="bgr0")
+    film(folder / "new.mp4", moving(9, 51, SIZE), caption="a cat")
+    (folder / "long1.mp4").unlink()
+    (folder / "fast.txt").write_text("a car in the rain")
+    told = (r"1 new \(new.mp4\); 1 gone \(long1.mp4\); 1 changed \(short0.mkv\); 1 described anew "
+            r"\(fast.mp4\)")
+    with pytest.raises(InputError, match=told):
+        open_dataset(config, tiny_model)
+    made = cached(config, tiny_model)
+    assert (made["items"], made["encoded"], made["texts_encoded"]) == (8, 2, 1)
+    assert open_dataset(config, tiny_model).num_items == 8
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    assert "aren't here" in open_dataset(config, tiny_model).notes[0]
+
+
+def test_items_of_one_film_are_encoded_apart_and_alike(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    path = film(tmp_path / "data" / "a.mp4", moving(50, 0, SIZE), 20, caption="a cat")
+    config = config_of(tmp_path / "data", frames=(9,), windows="all", store_dtype="fp32")
+    at_once = replace(config, cache=str(tmp_path / "one"))
+    shared = replace(config, cache=str(tmp_path / "two"))
+    cached(at_once, tiny_model)
+    monkeypatch.setattr(caching, "_PER_JOB", 1)
+    assert cached(shared, tiny_model)["encoded"] == 3
+    one, two = (open_dataset(each, tiny_model, with_context=False) for each in (at_once, shared))
+    parts = Parts(open_model(str(tiny_model)), torch.device("cpu"), torch.float32)
+    frames = Clip.from_file(path).frames
+    for index, item in enumerate(one.items):
+        made = one.item_batch([index])["latents"]
+        assert torch.equal(made, two.item_batch([index])["latents"])
+        # 20 a second shown at 12: every 5/3rd frame, the nearest
+        shown = [item.start + round(n * 5 / 3) for n in range(9)]
+        video = pixels_of(list(frames[shown]), *SIZE, "crop")
+        assert torch.allclose(made, encode_pixels(parts, video), atol=1e-5)
+
+
+def test_damaged_and_missing_entries_are_told(cache, tiny_model, tmp_path):
+    shutil.copytree(cache.cache, tmp_path / "copy")
+    config = replace(cache, cache=str(tmp_path / "copy"))
+    dataset = open_dataset(config, tiny_model, batch_size=1)
+    paths = sorted((tmp_path / "copy" / "latents").rglob("*.safetensors"))
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(InputError, match="is damaged"):
+        dataset.batch(0)
+    for path in paths:
+        path.unlink()
+    with pytest.raises(InputError, match="is missing from the cache"):
+        dataset.batch(0)
+
+
+def test_two_processes_make_the_same_cache(cache, tiny_model, tmp_path):
+    config = replace(cache, cache=str(tmp_path / "cache"))
+    cached(config, tiny_model, workers=2)
+
+    def content(root: str) -> dict[str, bytes]:
+        return {str(p.relative_to(root)): p.read_bytes() for p in Path(root).rglob("*.safetensors")}
+
+    one, two = content(cache.cache), content(config.cache)
+    assert one.keys() == two.keys()
+    differing = [name for name in one if one[name] != two[name]]
+    assert differing == []
+
+
+@pytest.mark.parametrize("variant", ["i2v", "flf2v", "vace", "ti2v-5b"])
+def test_wan_models_get_what_their_conditions_need(data, tmp_path, variant):
+    model = build_diffusers(tmp_path / variant, variant)
+    folder = open_model(str(model))
+    size = (64, 32) if variant == "ti2v-5b" else SIZE
+    config = config_of(data, sizes=("{}x{}".format(*size),), frames=(9,), fps=Fraction(12),
+                       max_enlarge=2.0, store_dtype="fp32", windows=1)
+    config = replace(config, cache=str(tmp_path / "cache"))
+    cached(config, model)
+    dataset = open_dataset(config, model, batch_size=1)
+    index = next(i for i, item in enumerate(dataset.items) if item.name == "short0.mkv")
+    batch = dataset.item_batch([index])
+    parts = Parts(folder, torch.device("cpu"), torch.float32)
+    frames = list(Clip.from_file(data / "short0.mkv").frames[:9])
+    video = pixels_of(frames, *size, "crop")
+    assert torch.allclose(batch["latents"], encode_pixels(parts, video), atol=1e-4)
+    names = {name for name in ("first", "both", "grey", "image", "image_last", "stills")
+             if name in batch}
+    assert names == {"i2v": {"first", "image"}, "flf2v": {"first", "both", "image", "image_last"},
+                     "vace": {"first", "both", "grey"}, "ti2v-5b": set()}[variant]
+    known = torch.zeros_like(video)
+    if "grey" in names:
+        assert torch.allclose(batch["grey"], encode_pixels(parts, known), atol=1e-4)
+    known[:, :, 0] = video[:, :, 0]
+    if "first" in names:
+        assert torch.allclose(batch["first"], encode_pixels(parts, known), atol=1e-4)
+    known[:, :, -1] = video[:, :, -1]
+    if "both" in names:
+        assert torch.allclose(batch["both"], encode_pixels(parts, known), atol=1e-4)
+    for name, frame in (("image", frames[0]), ("image_last", frames[8])):
+        if name in names:
+            with parts.use("image_encoder") as encoder:
+                shown = prepare_image(torch.from_numpy(frame), encoder.config)
+                with torch.no_grad():
+                    expected = encoder(shown)
+            assert torch.allclose(batch[name], expected, atol=1e-4)
+
+
+def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in data.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "broken.mp4").write_bytes(b"x" * 999)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    shape = ["--size", "48x32", "--frames", "9", "--frames", "17", "--workers", "1", "--model",
+             str(tiny_model)]
+    page = tmp_path / "page.html"
+    argv = ["data", "check", str(folder), *shape, "--html", str(page)]
+    assert main([*argv, "--json"]) == 1, "a file was dropped"
+    told = json.loads(capsys.readouterr().out)
+    assert told["totals"] | {"seconds": 0} == {
+        "files": 9, "dropped": 1, "items": 8, "seconds_used": 6.5, "seconds": 0}
+    (broken,) = [row for row in told["files"] if row["dropped"]]
+    assert broken["name"] == "broken.mp4"
+    assert "broken.mp4" in page.read_text()
+    assert "http" not in page.read_text(), "it loads nothing from elsewhere"
+    assert main(argv) == 2, "an existing page is kept"
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*argv, "--overwrite"]) == 1
+    assert "9 files, 1 dropped; 8 items" in capsys.readouterr().out
+    (folder / "broken.mp4").unlink()
+    assert main(["data", "check", str(folder), *shape]) == 0
+    run = tmp_path / "run.yaml"
+    run.write_text(f"model: {tiny_model}\ndata:\n  folders: {folder}\n  sizes: 48x32\n"
+                   "  frames: [9, 17]\n")
+    capsys.readouterr()
+    assert main(["data", "cache", "-c", str(run), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["folder"], made["items"]) == (f"{folder}.cache", 8)
+    config = DataConfig(folders=(FolderConfig(str(folder)),), sizes=("48x32",), frames=(9, 17),
+                        cache=made["folder"])
+    assert open_dataset(config, tiny_model).num_items == 8
+    after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    assert after == {path: kept for path, kept in before.items() if path.name != "broken.mp4"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["check"], "no folder was named"), (["check", "nowhere"], "nowhere is no folder"),
+        (["chek", "x"], "invalid choice"), (["check", ".", "--fps", "fast"], "fps must be"),
+        (["check", ".", "--output", "x"], "--output has no meaning for data check"),
+        (["cache", ".", "--html", "x"], "--html has no meaning"),
+        (["check", ".", "--set", "avoid=[cuts]"], "did you mean 'cut'"),
+        (["check", ".", "--workers", "0"], "give 1 or more"),
+        (["check", ".", "--model", "nothing"], "neither an embedded model"),
+    ],
+)
+def test_mistakes_are_told(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", *argv]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,183 @@
+"""`vidgen eval PROMPTS`: clips made once by one or many workers, measured, and put on one page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vidgen.cli.main import main
+from vidgen.core.errors import InputError
+from vidgen.evaluation.leaderboard import read_entries
+from vidgen.evaluation.scale import SuiteRun
+from vidgen.media.read import read_recipe
+
+PROMPTS = ("a red car bounces", "a cat/dog moves left", "a cat, camera pans left")
+FAST = ("--steps", "1", "--frames", "9", "--dtype", "fp32")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("suite")
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    return root
+
+
+def evaluate(root: Path, name: str, model: Path, *words: str, code: int = 0) -> dict[str, Any]:
+    output = root / f"{name}.json"
+    assert main(["eval", str(root / "prompts.txt"), "--model", str(model), "-o", str(output), *FAST,
+                 *words]) == code
+    return json.loads(output.read_text()) if code < 2 else {}
+
+
+@pytest.fixture(scope="module")
+def results(root: Path, tiny_model: Path) -> dict[str, Any]:
+    return evaluate(root, "one", tiny_model, "--seeds", "2", "--augmentation", "by hand")
+
+
+@pytest.fixture(scope="module")
+def other_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with another transformer."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    shutil.copytree(tiny_model, folder)
+    path = folder / "transformer/model.safetensors"
+    torch.manual_seed(1)
+    weights = {k: v + 0.05 * torch.randn_like(v) for k, v in load_file(path).items()}
+    save_file(weights, path)
+    info = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(info | {"name": "other", "files": {}}))
+    return folder
+
+
+def test_results_say_what_was_made_and_by_what(root: Path, results: dict[str, Any]) -> None:
+    made = results["generation"]
+    assert made["model"]["name"] == "tiny"
+    assert len(made["model"]["sha256"]) == 64
+    assert (made["seeds"], made["clips"], made["dtype"]) == ([0, 1], 6, "fp32")
+    assert made["settings"] == {"steps": 1, "frames": 9}
+    assert results["prompt_suite"]["name"] == "prompts.txt"
+    assert results["augmentation"] == "by hand"
+    (folder,) = results["folders"]
+    assert (folder["fps"], folder["sizes"]) == (["12"], [[32, 32]])
+    assert folder["missing_prompts"] == []
+    assert folder["models"][0]["seeds"] == [0, 1] * 3
+    assert folder["models"][0]["world_version"] == 1
+    assert {clip["prompt"] for clip in folder["clips"]} == set(PROMPTS)
+    assert [clip["name"] for clip in folder["clips"]] == sorted(
+        f"{prompt.replace('/', '_')}-{n}" for prompt in PROMPTS for n in (0, 1))
+    layout = json.loads((root / "one_eval_results.json").read_text())
+    assert len(layout["proxy_motion_smoothness"][1]) == 6
+
+
+@pytest.mark.usefixtures("results")
+def test_clips_have_their_prompts_names_and_seeds(root: Path) -> None:
+    recipe = read_recipe(root / "one.clips/named/a cat_dog moves left-1.mp4")
+    assert (recipe["plan"]["prompt"], recipe["plan"]["seed"]) == (PROMPTS[1], 1)
+
+
+def test_two_workers_give_the_same_numbers(
+    root: Path, results: dict[str, Any], tiny_model: Path
+) -> None:
+    words = ("--seeds", "2", "--augmentation", "by hand", "--workers", "2", "--threads")
+    many = evaluate(root, "many", tiny_model, *words, str(results["generation"]["threads"]))
+    for told in (many, results):
+        for clip in told["folders"][0]["clips"]:
+            clip["path"] = Path(clip["path"]).name
+        told["folders"][0] |= {"path": "", "dimensions": {}}
+    assert many["folders"] == results["folders"]
+    assert many["generation"] == results["generation"]
+
+
+@pytest.mark.usefixtures("results")
+def test_what_is_there_is_not_made_again(root: Path, tiny_model: Path) -> None:
+    made = sorted((root / "one.clips/made").glob("*.mp4"))
+    before = [path.stat().st_mtime_ns for path in made]
+    made[0].unlink()
+    evaluate(root, "one", tiny_model, "--seeds", "2", "--overwrite")
+    after = [path.stat().st_mtime_ns for path in made]
+    assert (before[0] < after[0], before[1:] == after[1:]) == (True, True)
+    evaluate(root, "one", tiny_model, "--overwrite")
+    assert len(list((root / "one.clips/named").glob("*.mp4"))) == 3, "one seed alone"
+    assert len(list((root / "one.clips/made").glob("*.mp4"))) == 6
+
+
+def test_a_prompt_that_cannot_be_made_is_named_and_the_others_go_on(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n" + "a red car " * 300)
+    told = evaluate(tmp_path, "r", tiny_model, code=1)
+    (failed,) = told["folders"][0]["failed"].values()
+    assert "this model reads" in failed
+    assert [clip["prompt"] for clip in told["folders"][0]["clips"]] == ["a cat"]
+    assert "not measured: " in capsys.readouterr().err
+
+
+def test_models_stand_on_one_page_by_what_they_share(
+    root: Path, tiny_model: Path, other_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(root, "a", tiny_model)
+    evaluate(root, "b", other_model)
+    evaluate(root, "apart", tiny_model, "--augmentation", "otherwise")
+    capsys.readouterr()
+    named = [word for name in ("a", "b", "apart") for word in
+             ("--results", str(root / f"{name}.json"))]
+    assert main(["eval", "leaderboard", *named, "-o", str(root / "board.html"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    together, alone = told["tables"]
+    assert {row["name"] for row in together["rows"]} == {"tiny", "other"}
+    assert together["rows"][0]["verdict"] == "the first"
+    assert "too few pairs" in together["rows"][1]["verdict"]
+    steadiness = [row["figures"]["steadiness"]["value"] for row in together["rows"]]
+    assert steadiness == sorted(steadiness, reverse=True)
+    assert alone["conditions"]["reworded"] == "otherwise"
+    page = (root / "board.html").read_text()
+    assert page.count("<h2>Table") == 2
+    assert together["rows"][0]["model"].split()[1] in page
+    assert "src=" not in page
+    assert "href=" not in page
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["toybok", "-o", "r.json"], "unknown suite 'toybok'; did you mean 'toybox'?"),
+    (["none.txt", "-o", "r.json"], "does not exist"),
+    (["prompts.txt", "-o", "r.json", "--seeds", "0"], "seeds is 0; give a whole number"),
+    (["prompts.txt", "-o", "r.json", "--workers", "0"], "workers is 0"),
+    (["prompts.txt", "-o", "r.json", "--videos", "x"], "--videos has no meaning for suite"),
+    (["prompts.txt", "-o", "r.txt"], "results are JSON"),
+    (["prompts.txt", "-o", "taken.json"], "holds no clips of an evaluation"),
+    (["toybox", "-o", "r.json", "--seeds", "3"], "--seeds has no meaning for suite toybox"),
+    (["leaderboard", "-o", "r.json"], "a leaderboard is HTML"),
+    (["leaderboard", "-o", "r.html"], "no results"),
+    (["leaderboard", "-o", "r.html", "--results", "prompts.txt"], "holds no results"),
+    (["leaderboard", "-o", "r.html", "--results", "none.json"], "can't be read"),
+])
+def test_wrong_commands_are_told(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat\n")
+    Path("taken.clips").mkdir()
+    model = ["--model", str(tiny_model)] if words[0].endswith(".txt") else []
+    assert main(["eval", *words, *model]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(Path().glob("r.*"))
+
+
+def test_names_are_files_names_and_no_two_alike() -> None:
+    from vidgen.evaluation.scale import _stem
+
+    taken: dict[str, int] = {}
+    long = "é" * 400
+    assert [_stem(text, taken) for text in ("a/b", "a_b", "a cat")] == ["a_b", "a_b~2", "a cat"]
+    assert len(_stem(long, taken).encode()) <= 180
+    assert _stem(long + "x", taken).endswith("~2")
+    with pytest.raises(InputError, match="no results"):
+        read_entries([])
+    with pytest.raises(InputError, match="seeds is 2000"):
+        SuiteRun("x.txt", seeds=2000)

@@ -1,0 +1,103 @@
+"""The plan of a run: shipped configs fit their GPUs; what is counted is what autograd keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+
+from tests.velocity import Velocity, make_run
+from vidgen.core.errors import InputError
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.presets import DIT_PRESETS
+from vidgen.ops import native
+from vidgen.training.finetune import read_config
+from vidgen.training.finetune_plan import plan
+from vidgen.training.plan import FULL_BYTES, LORA_BYTES, Sample, plan_training
+from vidgen.training.zero import read_settings
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ("wan14b_lora_8gpu", "wan14b_full_8gpu_zero3", "wan22_a14b_lora_8gpu")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_fit_eight_gpus_of_80_gb(name):
+    planned = plan(read_config(str(ROOT / f"configs/train/{name}.yaml"), []), ranks=8)
+    assert 20e9 < planned.peak < 72e9  # what is left is for fragments and the validation
+    assert planned.loading < planned.peak
+    assert 1 < planned.step_s < 600
+    assert planned.as_data()["peak"] == planned.peak
+
+
+def test_zero_3_holds_an_eighth_and_reads_one_tensor_more():
+    config = read_config(str(ROOT / "configs/train/wan14b_full_8gpu_zero3.yaml"), [])
+    eight = plan(config, ranks=8)
+    total = 4 * eight.trained + 4 * eight.frozen
+    largest = 4 * 5120 * 5120 * 6  # the time embedding's projection
+    assert eight.loading == pytest.approx(total / 8 + largest, rel=1e-6)
+    for what in ("weights", "gradients", "averages"):
+        assert eight.device[what] == pytest.approx(total / 8, rel=1e-6)
+    assert eight.device["moments"] == pytest.approx(total / 4, rel=1e-6)
+
+
+def test_offload_moves_state_to_the_cpu(tmp_path):
+    run = make_run(tmp_path, deepspeed="zero3")
+    away = make_run(tmp_path, deepspeed="zero3_offload")
+    modules = Velocity(run).modules
+    here, there = (plan_training(modules, each, Sample(2, 4, 3), ranks=2) for each in (run, away))
+    assert "moments" in there.host
+    assert there.host["moments"] == here.device["moments"]
+    assert there.peak < here.peak
+
+
+def kept_bytes(num_layers: int, *, lora: bool) -> float:
+    """Bytes a token that autograd keeps of a transformer 512 wide; kernels of torch alone."""
+    config = replace(
+        DIT_PRESETS["wan-1.3b"], num_layers=num_layers, num_heads=4, ffn_dim=1024, text_dim=64
+    )
+    dit = SpacetimeDiT(config)
+    dit.set_attention_backend("sdpa")
+    if lora:
+        dit.bfloat16().requires_grad_(requires_grad=False)
+        targets = ["q", "k", "v", "out"]
+        inject_adapter_in_model(LoraConfig(r=16, target_modules=targets), dit)
+        for name, parameter in dit.named_parameters():
+            if "lora_" in name or any(part in name for part in SpacetimeDiT.fp32_weights):
+                parameter.data = parameter.data.float()
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    latents, num_tokens = torch.randn(1, 16, 5, 16, 16), 320
+    with (torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+          torch.autocast("cpu", torch.bfloat16)):
+        dit(latents, torch.zeros(1), torch.randn(1, 32, 64))
+    sizes = [t.untyped_storage().nbytes() for t in kept.values() if num_tokens in t.shape]
+    return sum(sizes) / num_tokens
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_activations_are_what_autograd_keeps(monkeypatch, lora):
+    monkeypatch.setattr(native, "kernels", lambda *_: None)
+    block = kept_bytes(2, lora=lora) - kept_bytes(1, lora=lora)
+    by_width, by_hidden = LORA_BYTES if lora else FULL_BYTES
+    assert block == pytest.approx(512 * by_width + 1024 * by_hidden, rel=0.03)
+
+
+def test_settings_that_the_run_has_are_refused(tmp_path):
+    path = tmp_path / "mine.json"
+    for text, why in (
+        ('{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}', "optim.grad_clip"),
+        ('{"zero_optimization": {"stage": 4}}', "stage is 4"), ("[1]", "no DeepSpeed JSON"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "'cpu' only"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=why):
+            read_settings(make_run(tmp_path, deepspeed=str(path)))
+    with pytest.raises(InputError, match="zero3"):
+        read_settings(make_run(tmp_path, deepspeed="zero33"))

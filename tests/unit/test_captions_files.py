@@ -1,0 +1,129 @@
+"""Captions as people write them: any encoding, beside files and in tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vidgen.core.errors import InputError
+from vidgen.training.data.files import scan
+from vidgen.training.data.texts import Unreadable, decode, sidecar, table
+from vidgen.training.data_config import DataConfig, FolderConfig
+
+KEYS = ("caption", "text")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("un été à Paris, déjà vu", "utf-8"), ("a red car", "utf-8-sig"),
+        ("une voiture à Nîmes", "utf-16"), ("赤い車", "utf-32"), ("a red car", "utf-16-le"),
+        ("a red car", "utf-16-be"), ("un été à Paris, déjà vu, garçon", "cp1252"),
+        ("красная машина едет по пустыне ночью", "cp1251"),
+        ("一辆红色的汽车在沙漠中行驶", "gb18030"),
+        ("Młody chłopiec biegnie przez łąkę, żółty ptak śpiewa", "cp1250"),
+    ],
+)
+def test_captions_in_any_encoding_are_read(text, encoding):
+    found, note = decode(text.encode(encoding))
+    assert found == text
+    marked = encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32")
+    assert (note is None) == marked, "what is guessed is told"
+
+
+def test_a_given_encoding_is_kept_to():
+    assert decode("猫".encode("shift_jis"), "shift_jis") == ("猫", None)
+    with pytest.raises(Unreadable, match="is no text in ascii"):
+        decode("é".encode(), "ascii")
+    with pytest.raises(InputError, match="caption_encoding is 'shiftjiss'"):
+        DataConfig(folders=(FolderConfig("x"),), caption_encoding="shiftjiss")
+
+
+def test_damaged_text_is_told(tmp_path):
+    with pytest.raises(Unreadable, match="damaged utf-16"):
+        decode(b"\xff\xfea")
+    big = tmp_path / "x.txt"
+    with big.open("wb") as file:
+        file.truncate(11_000_000)
+    with pytest.raises(Unreadable, match="over 10 MB"):
+        sidecar(big, KEYS, "auto")
+
+
+@pytest.mark.parametrize(
+    ("content", "captions"),
+    [
+        ({"text": "a car"}, ("a car",)), ({"caption": "a", "text": "b"}, ("a",)),
+        ({"caption": ["a  car\n", "a car", "the car", ""]}, ("a car", "the car")),
+        ("just text", ("just text",)), (["one", "two"], ("one", "two")),
+    ],
+)
+def test_json_beside_a_file(tmp_path, content, captions):
+    path = tmp_path / "clip.json"
+    path.write_text(json.dumps(content))
+    assert sidecar(path, KEYS, "auto").captions == captions
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is no JSON"), ('{"title": "x"}', "none of the keys caption, text"),
+     ('{"text": 3}', "a caption that is no text"), ("[" * 100_000, "is no JSON")],
+)
+def test_json_without_a_caption_is_told(tmp_path, content, message):
+    path = tmp_path / "clip.json"
+    path.write_text(content)
+    with pytest.raises(Unreadable, match=message):
+        sidecar(path, KEYS, "auto")
+
+
+def test_tables(tmp_path):
+    lines = tmp_path / "metadata.jsonl"
+    lines.write_text('{"file_name": "a.mp4", "text": "a"}\n\n{"file_name": "./b.mp4", '
+                     '"text": ["b", "c"]}\n{"file_name": "a.mp4", "text": "again"}\n{"text": "x"}')
+    found, notes = table(lines, KEYS, "auto")
+    assert {name: told.captions for name, told in found.items()} == {
+        "a.mp4": ("a", "again"), "b.mp4": ("b", "c")}
+    assert len(notes) == 2
+    sheet = tmp_path / "list.csv"
+    sheet.write_bytes('Video;Caption;Rating\r\nsub\\a.mp4;"a car; été";5\r\n'.encode("cp1252"))
+    found, notes = table(sheet, KEYS, "auto")
+    assert {name: told.captions for name, told in found.items()} == {"sub/a.mp4": ("a car; été",)}
+    assert "guess" in notes[0]
+    sheet.write_text("day,sales\n1,2\n")
+    assert table(sheet, KEYS, "auto") is None
+
+
+def test_a_folder_is_searched_and_what_is_odd_is_told(tmp_path):
+    root = tmp_path / "data"
+    (root / "sub" / ".hidden").mkdir(parents=True)
+    for name in ("a.mp4", "B.MOV", "sub/c.png", "sub/.d.mp4", "sub/.hidden/e.mp4", "f.webm"):
+        (root / name).write_bytes(b"x")
+    (root / "loop").symlink_to(root)
+    (root / "gone.mp4").symlink_to(root / "nowhere.mp4")
+    (root / "a.txt").write_text("beside")
+    (root / "b.TXT").write_text("another case")
+    (root / "sub/c.png.json").write_text('{"caption": "by its whole name"}')
+    (root / "f.txt").write_text("  \n")
+    (root / "notes.pdf").write_bytes(b"x")
+    (root / "list.csv").write_text("file,caption\na.mp4,in the table\nlost.mp4,x\n")
+    found = scan(DataConfig(folders=(FolderConfig(str(root)),)))
+    told = {file.name: file for file in found.files}
+    assert {name: file.captions for name, file in told.items()} == {
+        "a.mp4": ("in the table",), "B.MOV": ("another case",), "f.webm": (), "gone.mp4": (),
+        "sub/c.png": ("by its whole name",)}
+    assert told["f.webm"].notes == ("f.txt is empty",)
+    assert "can't be read" in told["gone.mp4"].notes[0]
+    assert any("1 .pdf" in note for note in found.notes)
+    assert any("lost.mp4" in note for note in found.notes)
+
+
+def test_folders_without_media_and_damaged_tables_are_refused(tmp_path):
+    config = DataConfig(folders=(FolderConfig(str(tmp_path)),))
+    with pytest.raises(InputError, match="neither videos nor pictures"):
+        scan(config)
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "meta.jsonl").write_text('{"file": "a.mp4"}\n{')
+    with pytest.raises(InputError, match=r"meta.jsonl line 2 is no JSON.*mend it"):
+        scan(config)
+    with pytest.raises(InputError, match="is no folder"):
+        scan(DataConfig(folders=(FolderConfig(str(tmp_path / "none")),)))

@@ -1,0 +1,142 @@
+"""`vidgen data check|cache FOLDER`: videos and pictures for fine-tuning, and their latents."""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING, Any
+
+from vidgen.cli.report import Report
+from vidgen.core.errors import InputError
+
+if TYPE_CHECKING:
+    from vidgen.training.data.survey import Survey
+    from vidgen.training.data_config import DataConfig
+    from vidgen.weights.folder import ModelFolder
+
+DESCRIPTION = (
+    "Check videos and pictures with captions for fine-tuning, or compute their latents once. The "
+    "files are never written to. A run that was stopped goes on when it is called again."
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's options."""
+    add = parser.add_argument
+    add("action", choices=("check", "cache"), metavar="check|cache",
+        help="check: what each file holds, and which bucket it lands in or why in none; "
+        "cache: encode all that check lets through")
+    add("folder", nargs="*", metavar="FOLDER", help="of videos and pictures, with all below it")
+    add("-c", "--config", metavar="RUN.yaml",
+        help="take settings, folders and model from a training run, or from its data part alone")
+    add("--set", action="append", default=[], metavar="KEY=VALUE",
+        help="another setting of the data part, such as windows=all; may be repeated")
+    add("--model", metavar="NAME|FOLDER", help="to be fine-tuned; default the run's, else toybox")
+    add("--size", action="append", default=[], metavar="WxH",
+        help="of a bucket; may be repeated; default the model's own sizes")
+    add("--frames", action="append", type=int, default=[], metavar="N",
+        help="length of clips; may be repeated: the longest that fits is taken; default the "
+        "model's")
+    add("--fps", metavar="F", help="at which clips are shown; default the model's")
+    add("--workers", type=int, metavar="N",
+        help="processes beside each other; default one a core for check, one for cache")
+    add("--html", metavar="FILE", help="check: also write a page with thumbnails")
+    add("-o", "--output", metavar="FOLDER", help="cache: default the run's, else FOLDER.cache")
+    add("--device", default="auto", metavar="D", help="cache: cpu, cuda or auto")
+    add("--overwrite", action="store_true", help="replace an existing page")
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Look at all files; tell of them, or encode them."""
+    from vidgen.training.data.survey import survey
+    from vidgen.weights.folder import ModelFolder, open_model
+
+    _refuse_others(args)
+    config, model = settings(args)
+    folder = open_model(model)
+    if not isinstance(folder, ModelFolder):
+        raise InputError(f"model {model} runs through diffusers, which can't be fine-tuned here; "
+                         "give one of the toybox or Wan family")
+    if args.html is not None:
+        from vidgen.core.runtime import check_output
+
+        check_output(args.html, overwrite=args.overwrite)
+    workers = args.workers or os.cpu_count() or 1
+    known = survey(config, folder, report, workers=workers)
+    if args.action == "check":
+        return _tell(known, config, args, report)
+    return _cache(known, config, folder, model, args, report)
+
+
+def _refuse_others(args: Namespace) -> None:
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers is {args.workers}; give 1 or more")
+    foreign = {"check": ("output",), "cache": ("html", "overwrite")}[args.action]
+    for name in foreign:
+        if getattr(args, name):
+            raise InputError(f"--{name} has no meaning for data {args.action}; leave it out")
+
+
+def settings(args: Namespace) -> tuple[DataConfig, str]:
+    """The config that options and a run's file make together, and the model.
+
+    Raises:
+        InputError: neither names a folder, or a setting can't be.
+    """
+    from vidgen.core.config import apply_overrides, build, load_yaml
+    from vidgen.training.data_config import NO_CACHE, DataConfig
+
+    run: dict[str, Any] = {} if args.config is None else load_yaml(args.config)
+    model = args.model or str(run.get("model") or "toybox")
+    told = apply_overrides(run["data"] if isinstance(run.get("data"), dict) else run, args.set)
+    options = {"folders": args.folder, "sizes": args.size, "frames": args.frames}
+    told |= {name: value for name, value in options.items() if value}
+    if args.fps is not None:
+        told["fps"] = args.fps
+    if args.size:
+        told.pop("area", None)
+    if not told.get("folders"):
+        raise InputError("no folder was named; give FOLDER, or --config RUN.yaml that names some")
+    if args.action == "cache":
+        place = args.output or told.get("cache", NO_CACHE)
+        if place == NO_CACHE:
+            first = build(DataConfig, told, args.config or "data").folders[0].path
+            place = f"{str(first).rstrip('/')}.cache"
+        told["cache"] = place
+    return build(DataConfig, told, args.config or "data"), model
+
+
+def _tell(known: Survey, config: DataConfig, args: Namespace, report: Report) -> int:
+    from vidgen.training.data.report import as_data, as_text
+
+    told = as_data(known, config)
+    if args.html is not None:
+        from vidgen.core.runtime import atomic_write
+        from vidgen.training.data.page import page
+
+        atomic_write(args.html, page(told, known.selection.fates).encode())
+        report({"event": "written", "path": args.html})
+    report.result(told, "" if args.json else as_text(told))
+    return int(told["totals"]["dropped"] > 0)
+
+
+def _cache(
+    known: Survey, config: DataConfig, folder: ModelFolder, model: str, args: Namespace,
+    report: Report,
+) -> int:
+    from vidgen.core.runtime import choose_device, megabytes
+    from vidgen.training.data.cache import make_cache
+
+    for fate in known.selection.fates:
+        if fate.dropped is not None:
+            report({"event": "note", "text": f"{fate.file.name} is left out: {fate.dropped}"})
+    device = choose_device(args.device)
+    made = make_cache(config, folder, model, known, report, workers=args.workers or 1,
+                      device=device.type)
+    lines = [f"{name}: {why}" for name, why in made["failed"].items()]
+    lines.append(
+        f"{made['folder']}: {made['items']} items, {made['encoded']} of them encoded now, "
+        f"{made['captions']} captions, {megabytes(made['bytes'])}"
+    )
+    report.result(made, "\n".join(lines))
+    return int(bool(made["failed"]))

@@ -1,0 +1,51 @@
+"""`vidgen train`: fine-tune a model on clips of one's own."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from vidgen.cli.report import Report
+
+DESCRIPTION = "Fine-tune toybox or a Wan model, by LoRA or all weights; see docs/finetune.md."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the verb's options."""
+    add = parser.add_argument
+    add("-c", "--config", required=True, metavar="RUN.yaml", help="what to train, on what, how")
+    add("--set", action="append", default=[], metavar="KEY=VALUE",
+        help="a key of the config, such as run.optim.lr=1e-4; given again for more")
+    add("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    add("--accept-changes", action="store_true",
+        help="with --resume: go on although the config, the model or the clips changed")
+    add("--plan", action="store_true",
+        help="tell memory and time on each rank, without weights or clips, and leave")
+    add("--ranks", type=int, metavar="N", help="with --plan: processes; default those started")
+
+
+def run(args: Namespace, report: Report) -> int:
+    """Train, or plan it; 1 if the run has no effect or its minutes ended, 130 if interrupted."""
+    from vidgen.core.errors import InputError
+    from vidgen.training.finetune import finetune, read_config
+
+    if args.accept_changes and not args.resume:
+        raise InputError("--accept-changes goes with --resume")
+    if args.ranks is not None and (args.ranks < 1 or not args.plan):
+        raise InputError(f"--ranks {args.ranks} goes with --plan, from 1; launchers start ranks")
+    config = read_config(args.config, args.set)
+    if args.plan:
+        from vidgen.training.finetune_plan import plan
+
+        planned = plan(config, args.ranks)
+        report.result(planned.as_data(), "\n".join(planned.lines()))
+        return 0
+    summary = finetune(
+        config, resume=args.resume, accept_changes=args.accept_changes, tell=report
+    )
+    if summary is None:  # another rank speaks for all
+        return 0
+    use = "\n".join(summary.get("use", [f"stopped at step {summary['step']}"]))
+    report.result(summary, use)
+    if summary["finished"]:
+        return 0
+    return 130 if config.run.minutes is None else 1

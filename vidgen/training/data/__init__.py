@@ -1,0 +1,1 @@
+"""Fine-tuning data: files found, looked at, cut into items, encoded, cached, drawn."""

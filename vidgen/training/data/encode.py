@@ -1,0 +1,239 @@
+"""Items through a model's own VAE, image encoder and text encoder.
+
+Axes: B batch, C latent channels, F latent frames, K stills, h w latent rows and columns, T H W
+frames, rows and columns, S text or image tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.media.encode import Frames
+from vidgen.media.read import fit, load_image
+from vidgen.media.timed import TimedFrame, TimedReader
+from vidgen.models.image import prepare_image
+from vidgen.models.text import PromptTokenizer, TextEncoder
+from vidgen.pipeline.inputs import pixels_of
+from vidgen.pipeline.parts import DTYPES, Parts, best_dtype
+from vidgen.training.data.probe import is_still
+from vidgen.training.data.select import Item
+from vidgen.training.data_config import Bucket
+from vidgen.weights.component import Role
+from vidgen.weights.folder import ModelFolder
+from vidgen.weights.hashes import hash_files
+
+_CHUNK = 8
+_KEPT = 4  # frames that the next item may begin before
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a model's conditions need beside a clip's latents.
+
+    Attributes:
+        stills: middle and last frame, each encoded alone: known frames go in place.
+        first: the clip with grey behind its first frame: known frames go beside it.
+        both: the clip with grey between first and last frame.
+        grey: a clip of grey, for control blocks.
+        num_images: pictures of which the model reads image features.
+    """
+
+    stills: bool = False
+    first: bool = False
+    both: bool = False
+    grey: bool = False
+    num_images: int = 0
+
+    @classmethod
+    def of(cls, folder: ModelFolder) -> Extras:
+        """By how the model learned conditions."""
+        kind, tasks = folder.conditioning, folder.tasks
+        beside = kind in ("channels", "control")
+        images = 0
+        if "image_encoder" in folder.components:
+            dit = folder.components["transformer"].config
+            images = 1 if dit.image_positions is None else 2
+        return cls(
+            stills=kind == "tokens" and bool({"last-image", "frames"} & set(tasks)),
+            first=beside, both=beside and "last-image" in tasks, grey=kind == "control",
+            num_images=images,
+        )
+
+
+def component_hash(folder: ModelFolder, role: Role) -> str | None:
+    """SHA-256 of a network's files and architecture, the tokenizer's with the text encoder's."""
+    component = folder.components.get(role)
+    if component is None:
+        return None
+    files = list(component.store.files)
+    if role == "text_encoder":
+        files += sorted(folder.tokenizer.glob("*.json"))
+    parts = [*sorted(hash_files(files).values()), repr(component.config)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class Cursor:
+    """Frames of one file by rising numbers, decoded once; a step back of a few is allowed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._still = load_image(path)[0] if is_still(path) else None
+        self._stack = ExitStack()
+        self._recent: deque[tuple[int, TimedFrame]] = deque(maxlen=_KEPT)
+        self._restart()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stack.close()
+
+    def _restart(self) -> None:
+        self._stack.close()
+        self._recent.clear()
+        if self._still is None:
+            reader = self._stack.enter_context(TimedReader(self.path))
+            self._frames = enumerate(reader.timed())
+
+    def frame(self, index: int) -> Frames:
+        """Frame number `index`, uint8 [H, W, 3].
+
+        Raises:
+            InputError: the file ends before.
+        """
+        if self._still is not None:
+            return self._still
+        if self._recent and index < self._recent[0][0]:
+            self._restart()
+        while not self._recent or self._recent[-1][0] < index:
+            following = next(self._frames, None)
+            if following is None:
+                raise InputError(f"{self.path} ends before frame {index}; was it changed? check it "
+                                 "again with vidgen data check")
+            self._recent.append(following)
+        return next(frame for number, frame in self._recent if number == index).picture()
+
+
+class ItemEncoder:
+    """A model's networks that data go through; each is loaded when it is first needed.
+
+    What pixels pass through computes in float32, the text encoder in what the device does best.
+
+    Args:
+        folder: the model.
+        device: where they compute.
+    """
+
+    def __init__(self, folder: ModelFolder, device: torch.device) -> None:
+        self.folder, self.device, self.extras = folder, device, Extras.of(folder)
+        self._stack = ExitStack()
+        self._pixel_parts = Parts(folder, device, torch.float32, "stage")
+        self._text_parts = Parts(folder, device, DTYPES[best_dtype(device)], "stage")
+        self._held: dict[Role, torch.nn.Module] = {}
+        self._tokenizer: PromptTokenizer | None = None
+
+    def close(self) -> None:
+        """Let the networks go."""
+        self._stack.close()
+        self._held.clear()
+
+    def _network(self, role: Role) -> torch.nn.Module:
+        if role not in self._held:
+            parts = self._text_parts if role == "text_encoder" else self._pixel_parts
+            self._held[role] = self._stack.enter_context(parts.use(role))
+        return self._held[role]
+
+    @torch.no_grad()
+    def item(self, item: Item, picks: Sequence[int], cursor: Cursor) -> dict[str, Tensor]:
+        """All that is learned from of an item's picture.
+
+        Args:
+            item: of the cursor's file.
+            picks: numbers of the frames that it shows.
+            cursor: on its file, which is read in a stream.
+
+        Returns:
+            `clip` [C, F, h, w], the posterior's mean, normalised; and, of a clip of several frames,
+            what `extras` names: `stills` [C, 2, h, w], `first` and `both` like `clip`, `image` and
+            `image_last` [S, D]. All float32 on the CPU.
+
+        Raises:
+            InputError: the file ends before the item does.
+        """
+        bucket, count = item.bucket, item.bucket.num_frames
+        kept: dict[int, Frames] = {}
+
+        def shown() -> Iterator[Frames]:
+            for position, index in enumerate(picks):
+                picture = cursor.frame(index)
+                fitted = fit(picture, bucket.height, bucket.width, "crop", centring=item.centring)
+                if position in (0, count // 2, count - 1):
+                    kept[position] = fitted
+                yield fitted
+
+        made = {"clip": self._encode(shown(), bucket)}
+        if count == 1:
+            return made
+        grey = self._grey(bucket)
+        first, last = kept[0], kept[count - 1]
+        if self.extras.stills:
+            stills = [self._encode(iter([kept[n]]), bucket) for n in still_frames(bucket)]
+            made["stills"] = torch.cat(stills, dim=1)
+        if self.extras.first:
+            made["first"] = self._encode(iter([first, *[grey] * (count - 1)]), bucket)
+        if self.extras.both:
+            made["both"] = self._encode(iter([first, *[grey] * (count - 2), last]), bucket)
+        for name, picture in (("image", first), ("image_last", last))[: self.extras.num_images]:
+            made[name] = self._describe(picture)
+        return made
+
+    def grey(self, bucket: Bucket) -> Tensor:
+        """Latents [C, F, h, w] of a clip of grey."""
+        return self._encode(iter([self._grey(bucket)] * bucket.num_frames), bucket)
+
+    @staticmethod
+    def _grey(bucket: Bucket) -> Tensor:
+        return torch.zeros(1, 3, 1, bucket.height, bucket.width)
+
+    @torch.no_grad()
+    def _encode(self, frames: Iterator[Frames | Tensor], bucket: Bucket) -> Tensor:
+        """Frames uint8 [H, W, 3], or [1, 3, 1, H, W] in [-1, 1], as latents [C, F, h, w]."""
+        vae = self._network("vae")
+
+        def chunks() -> Iterator[Tensor]:
+            for frame in frames:
+                if isinstance(frame, Tensor):
+                    yield frame.to(self.device)
+                else:
+                    yield pixels_of([frame], bucket.width, bucket.height, "crop").to(self.device)
+
+        made = [latent.float().cpu() for latent in vae.stream_encode(chunks())]
+        return torch.cat(made, dim=2)[0]
+
+    @torch.no_grad()
+    def _describe(self, picture: Frames) -> Tensor:
+        encoder = self._network("image_encoder")
+        pixels = prepare_image(torch.from_numpy(picture), encoder.config)
+        return encoder(pixels.to(self.device))[0].float().cpu()
+
+    @torch.no_grad()
+    def text(self, caption: str) -> Tensor:
+        """Context [S, D] of a caption, encoded as if alone, float32 on the CPU."""
+        if self._tokenizer is None:
+            limit = self.folder.components["transformer"].config.text_len
+            self._tokenizer = PromptTokenizer(self.folder.tokenizer, limit)
+        encoder = TextEncoder(self._network("text_encoder"), self._tokenizer)
+        context, lengths = encoder.encode([caption])
+        return context[0, : int(lengths[0])].float().cpu()
+
+
+def still_frames(bucket: Bucket) -> tuple[int, int]:
+    """Frames of a clip that are encoded alone, too: the middle and the last one."""
+    return bucket.num_frames // 2, bucket.num_frames - 1

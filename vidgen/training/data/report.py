@@ -1,0 +1,124 @@
+"""What `vidgen data check` tells: as data for programs, as tables for a terminal."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vidgen.core.config import dump
+from vidgen.training.data.probe import FileFacts
+from vidgen.training.data.select import Fate
+from vidgen.training.data.survey import Survey
+from vidgen.training.data_config import DataConfig
+
+_SHOWN = 40
+"""Files of a kind that a terminal lists; --json and --html tell all."""
+
+
+def as_data(known: Survey, config: DataConfig) -> dict[str, Any]:
+    """All that was found, as JSON data.
+
+    Returns:
+        `settings`, `geometry`, `totals`, `buckets` by label, `files` and `notes`.
+    """
+    chosen = known.selection
+    used = [fate for fate in chosen.fates if fate.items]
+    counts = Counter(item.bucket for item in chosen.items)
+    files = {bucket: sum(any(item.bucket == bucket for item in fate.items) for fate in used)
+             for bucket in counts}
+    seconds = sum(item.bucket.num_frames / chosen.geometry.fps for item in chosen.items
+                  if item.bucket.num_frames > 1)
+    return {
+        "settings": dump(config),
+        "geometry": {"fps": str(chosen.geometry.fps), "frames": list(chosen.geometry.frames),
+                     "sizes": [list(size) for size in chosen.geometry.sizes]},
+        "totals": {
+            "files": len(chosen.fates), "dropped": len(chosen.fates) - len(used),
+            "items": len(chosen.items), "seconds_used": round(float(seconds), 3),
+            "seconds": round(sum(_seconds(fate.facts) for fate in chosen.fates), 3),
+        },
+        "buckets": {
+            bucket.label: {**dump(bucket), "items": counts[bucket], "files": files[bucket]}
+            for bucket in sorted(counts)
+        },
+        "files": [_file(fate, config) for fate in chosen.fates],
+        "notes": chosen.notes,
+    }
+
+
+def _seconds(facts: FileFacts | None) -> float:
+    return facts.duration_s if facts is not None and facts.problem is None else 0.0
+
+
+def _file(fate: Fate, config: DataConfig) -> dict[str, Any]:
+    file, facts = fate.file, fate.facts
+    root = config.folders[file.folder].path if file.folder >= 0 else config.validation
+    told: dict[str, Any] = {
+        "folder": root, "name": file.name, "bytes": file.num_bytes,
+        "captions": list(file.captions), "dropped": fate.dropped, "notes": fate.notes,
+        "items": [{"bucket": item.bucket.label, "first_frame": item.start} for item in fate.items],
+    }
+    if facts is None or facts.problem is not None:
+        return told
+    return told | {
+        "kind": facts.kind, "num_frames": facts.num_frames, "fps": str(facts.fps),
+        "is_variable": facts.is_variable, "duration_s": facts.duration_s, "size": list(facts.size),
+        "rotation": facts.rotation, "codec": facts.codec, "pix_fmt": facts.pix_fmt,
+        "colour": facts.colour, "is_hdr": facts.is_hdr, "num_repeats": facts.num_repeats,
+        "cuts": [list(cut) for cut in facts.cuts], "flaws": dump(list(facts.flaws)),
+    }
+
+
+def as_text(told: Mapping[str, Any], width: int = 110) -> str:
+    """Tables of the buckets, of files that were dropped and of those with something to note."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
+    buckets = Table("bucket", "items", "files", title="Buckets", title_justify="left")
+    for label, row in told["buckets"].items():
+        buckets.add_row(label, str(row["items"]), str(row["files"]))
+    if told["buckets"]:
+        console.print(buckets)
+    dropped = [(row, [row["dropped"], *row["notes"]]) for row in told["files"] if row["dropped"]]
+    noted = [(row, row["notes"]) for row in told["files"] if row["notes"] and not row["dropped"]]
+    for title, rows in (("Dropped", dropped), ("Noted", noted)):
+        if rows:
+            console.print(_table(title, rows))
+            if len(rows) > _SHOWN:
+                console.print(f"and {len(rows) - _SHOWN} more; --json or --html tells all")
+    for note in told["notes"]:
+        console.print(f"note: {note}")
+    totals = told["totals"]
+    console.print(
+        f"{totals['files']} files, {totals['dropped']} dropped; {totals['items']} items, "
+        f"{totals['seconds_used']:.1f} of {totals['seconds']:.1f} s of film, at "
+        f"{told['geometry']['fps']} frames a second"
+    )
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().rstrip()
+
+
+def _table(title: str, rows: Sequence[tuple[Mapping[str, Any], Sequence[str]]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table("file", "what it is", "", title=f"{title}: {len(rows)}", title_justify="left")
+    for row, words in rows[:_SHOWN]:
+        drawn.add_row(Text(row["name"]), describe(row), Text("; ".join(words)))
+    return drawn
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """A file's length, size and rate in a few words."""
+    if "kind" not in row:
+        return ""
+    size = "{}x{}".format(*row["size"])
+    if row["kind"] == "picture":
+        return size
+    variable = ", variable" if row["is_variable"] else ""
+    numerator, _, denominator = row["fps"].partition("/")
+    rate = int(numerator) / int(denominator or 1)
+    return f"{row['num_frames']} frames, {row['duration_s']:.2f} s at {rate:.4g}{variable}, {size}"

@@ -1,0 +1,350 @@
+"""Which stretch of which file becomes an item of which bucket, and why others don't.
+
+Everything here follows from the config, the model's geometry and what was found out about the
+files; nothing is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from vidgen.training.data.alike import find_alike
+from vidgen.training.data.files import MediaFile, Scan
+from vidgen.training.data.probe import FileFacts
+from vidgen.training.data_config import Bucket, DataConfig, Geometry
+
+
+@dataclass(frozen=True)
+class Item:
+    """A stretch of a file, or a picture, as one sample of a bucket.
+
+    Attributes:
+        folder: number of its folder in the config, -1 for validation.
+        name: of its file, below that folder.
+        path: of the file.
+        sha256: of its content.
+        bucket: its shape.
+        start: frame of the file that it begins with.
+        end: frame of the file before which it ends.
+        centring: which part of the picture is kept, see `media.read.fit`.
+        captions: prefix included; one is drawn each time.
+        group: of files that look the same, which stay on one side of a held-out share.
+    """
+
+    folder: int
+    name: str
+    path: Path
+    sha256: str
+    bucket: Bucket
+    start: int
+    end: int
+    centring: tuple[float, float]
+    captions: tuple[str, ...]
+    group: str
+
+    @property
+    def key(self) -> str:
+        """What tells its pixels from all others', given rate and rule."""
+        facts = (self.sha256, self.bucket.label, self.start, self.end, self.centring)
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+@dataclass
+class Fate:
+    """What becomes of a file.
+
+    Attributes:
+        file: the file.
+        facts: what is known of it; None: it can't be read.
+        items: that it gives.
+        dropped: why it gives none.
+        notes: what is odd, cut off, repeated or left out.
+    """
+
+    file: MediaFile
+    facts: FileFacts | None
+    items: list[Item] = field(default_factory=list)
+    dropped: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Selection:
+    """All items, and every file's fate, by folder and name."""
+
+    geometry: Geometry
+    fates: list[Fate]
+    notes: list[str]
+
+    @property
+    def items(self) -> list[Item]:
+        """All items, in the order of their files."""
+        return [item for fate in self.fates for item in fate.items]
+
+
+def select(
+    config: DataConfig, geometry: Geometry, found: Scan, hashes: Sequence[str],
+    facts: Mapping[str, FileFacts],
+) -> Selection:
+    """Settle every file's fate.
+
+    Args:
+        config: the rules.
+        geometry: the model's shapes.
+        found: the files.
+        hashes: SHA-256 of each, "" where it can't be read.
+        facts: by SHA-256.
+    """
+    fates = [Fate(file, facts.get(sha)) for file, sha in zip(found.files, hashes, strict=True)]
+    usable = {sha: told for sha, told in facts.items() if told.problem is None}
+    groups = find_alike(usable)
+    first: dict[str, MediaFile] = {}
+    for fate, sha256 in zip(fates, hashes, strict=True):
+        fate.notes += [*fate.file.notes, *(fate.facts.notes if fate.facts else ())]
+        fate.dropped = _unfit(fate, config) or _double(fate, sha256, groups, first, config)
+        if fate.dropped is None:
+            _cut(fate, sha256, groups.get(sha256, sha256), config, geometry)
+    return Selection(geometry, fates, list(found.notes))
+
+
+def _unfit(fate: Fate, config: DataConfig) -> str | None:
+    """Why a file can't be used, whatever the buckets."""
+    facts = fate.facts
+    if facts is None:
+        return "it can't be read"
+    if facts.problem is not None:
+        return facts.problem
+    if facts.pixel_aspect != 1:
+        return f"its pixels are not square ({facts.pixel_aspect}); encode it with square ones"
+    if facts.is_hdr:
+        if config.hdr == "drop":
+            return (f"it is HDR ({facts.colour['transfer']}), which would look pale; convert it to "
+                    "BT.709, or set hdr: keep")
+        fate.notes.append("HDR taken as it is, without tone mapping")
+    if not fate.file.captions and config.no_caption == "drop":
+        return "it has no caption; write one beside it (.txt), or set no_caption: empty"
+    return None
+
+
+def _double(
+    fate: Fate, sha256: str, groups: Mapping[str, str], first: dict[str, MediaFile],
+    config: DataConfig,
+) -> str | None:
+    """Why a file that is there already is left out, where the config wants that."""
+    same = first.setdefault(sha256, fate.file)
+    like = first.setdefault(f"like {groups.get(sha256, sha256)}", fate.file)
+    if same is not fate.file:
+        told = f"it has the same bytes as {same.name}"
+        if config.duplicates != "keep":
+            return told
+        fate.notes.append(told)
+    elif like is not fate.file:
+        told = f"it looks like {like.name}"
+        if config.duplicates == "drop":
+            return told
+        fate.notes.append(told)
+    return None
+
+
+def _cut(
+    fate: Fate, sha256: str, group: str, config: DataConfig, geometry: Geometry
+) -> None:
+    """Cut a file's items out, or say why there are none."""
+    facts = fate.facts
+    assert facts is not None
+    size = geometry.size_for(*facts.size)
+    fate.dropped = _misfit(facts.size, size, config)
+    if fate.dropped is not None:
+        return
+    lost = _cut_share(facts.size, size)
+    if lost > 0.02:
+        fate.notes.append(f"{lost:.0%} of the picture is cut off for {size[0]}x{size[1]}")
+    if facts.kind == "picture":
+        flaws = [flaw.kind for flaw in facts.flaws if flaw.kind in config.avoid]
+        if flaws:
+            fate.dropped = f"the picture is {flaws[0]}"
+            return
+        stretches = [(0, 1, 1)]
+    else:
+        possible, fate.dropped = _windows(facts, config, geometry)
+        stretches = _spread(possible, config.windows)
+        if len(stretches) < len(possible):
+            fate.notes.append(f"{len(stretches)} of {len(possible)} possible items are taken "
+                              f"(windows: {config.windows})")
+    captions = tuple(f"{config.prefix} {text}".strip() for text in fate.file.captions or ("",))
+    for start, end, length in stretches:
+        item = Item(
+            fate.file.folder, fate.file.name, fate.file.path, sha256, Bucket(*size, length), start,
+            end, (0.5, 0.5), captions, group,
+        )
+        if config.crop == "random":
+            item = replace(item, centring=_drawn_centring(item, config.seed))
+        fate.items.append(item)
+    _note_rate(fate, config, geometry)
+    _note_left_out(fate, facts)
+
+
+def _misfit(shown: tuple[int, int], size: tuple[int, int], config: DataConfig) -> str | None:
+    lost, scale = _cut_share(shown, size), max(size[0] / shown[0], size[1] / shown[1])
+    place = f"{shown[0]}x{shown[1]} for a bucket of {size[0]}x{size[1]}"
+    if lost > config.max_crop:
+        return f"{lost:.0%} of the picture would be cut off, {place}; max_crop is {config.max_crop}"
+    if scale > config.max_enlarge:
+        return f"it would be enlarged {scale:.2f} times, {place}; max_enlarge is " \
+               f"{config.max_enlarge}"
+    return None
+
+
+def _cut_share(shown: tuple[int, int], size: tuple[int, int]) -> float:
+    ratio = shown[0] * size[1] / (shown[1] * size[0])
+    return 1 - min(ratio, 1 / ratio)
+
+
+def _drawn_centring(item: Item, seed: int) -> tuple[float, float]:
+    digest = hashlib.sha256(f"{seed} {item.key}".encode()).digest()
+    across, down = (int.from_bytes(digest[i : i + 2], "big") / 65535 for i in (0, 2))
+    return round(across, 4), round(down, 4)
+
+
+def _windows(
+    facts: FileFacts, config: DataConfig, geometry: Geometry
+) -> tuple[list[tuple[int, int, int]], str | None]:
+    """(first frame, frame behind, length in the bucket) of a file's items; or why it has none."""
+    lengths = [length for length in geometry.frames if length > 1]
+    if not lengths:
+        return [], "it is a clip, and no bucket is longer than 1 frame"
+    moments, found, longest = _moments(facts, config, geometry), list[tuple[int, int, int]](), 0
+    for start, stop in _stretches(facts, config):
+        room = int(moments.begins[stop] - moments.begins[start] + moments.slack)
+        longest = max(longest, room)
+        fitting = [length for length in lengths if length <= room]
+        if fitting:
+            found += _side_by_side(moments, start, stop, max(fitting))
+    if not found:
+        around = f" without {', '.join(config.avoid)}" if facts.cuts or facts.flaws else ""
+        is_native = config.fps_rule == "native"
+        rate = "its own rate" if is_native else f"{float(geometry.fps):g} a second"
+        return [], (f"its longest stretch{around} gives {longest} frames at {rate}; the shortest "
+                    f"bucket has {lengths[0]}")
+    return found, None
+
+
+def _spread(
+    windows: list[tuple[int, int, int]], most: int | Literal["all"]
+) -> list[tuple[int, int, int]]:
+    """At most so many of the windows, evenly spread."""
+    if most == "all" or len(windows) <= most:
+        return windows
+    places = (np.arange(most) + 0.5) * len(windows) / most
+    return [windows[int(place)] for place in places]
+
+
+def _stretches(facts: FileFacts, config: DataConfig) -> Iterator[tuple[int, int]]:
+    """(first frame, frame behind) of what holds nothing that is to be avoided."""
+    holes = [(flaw.first, flaw.last + 1) for flaw in facts.flaws
+             if flaw.kind == "damaged" or flaw.kind in config.avoid]
+    if "cut" in config.avoid:  # between the two frames, wherever it is
+        holes += [(last + 1, first) for last, first in facts.cuts]
+    begin = 0
+    for start, stop in sorted(holes):
+        if start > begin:
+            yield begin, start
+        begin = max(begin, stop)
+    if facts.num_frames > begin:
+        yield begin, facts.num_frames
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Times of a file's frames in frames of the items.
+
+    Attributes:
+        begins: [n + 1] when each is shown; and the end.
+        slack: how far times may be off by their rounding to ticks.
+    """
+
+    begins: np.ndarray[tuple[int], np.dtype[np.float64]]
+    slack: float
+
+
+def _moments(facts: FileFacts, config: DataConfig, geometry: Geometry) -> _Moments:
+    if config.fps_rule == "native":
+        return _Moments(np.arange(facts.num_frames + 1, dtype=np.float64), 0.0)
+    scale = float(facts.tick_s * geometry.fps)
+    return _Moments(facts.times * scale, min(scale, 0.1) + 1e-6)
+
+
+def _side_by_side(
+    moments: _Moments, start: int, stop: int, length: int
+) -> Iterator[tuple[int, int, int]]:
+    """Windows of a stretch, one behind the other, as a whole in its middle."""
+    begins, slack = moments.begins, moments.slack
+    room = float(begins[stop] - begins[start])
+    count = int((room + slack) / length)
+    margin = max(0.0, room - count * length) / 2
+    for number in range(count):
+        moment = begins[start] + margin + number * length
+        shown = np.searchsorted(begins[start:stop], moment + slack, side="right")
+        first = start + max(0, int(shown) - 1)
+        yield first, stop, length
+
+
+def picks(item: Item, facts: FileFacts, config: DataConfig, geometry: Geometry) -> list[int]:
+    """Frames of the file that an item shows, by index; rising, with repeats where it lacks some.
+
+    By the rule "nearest" frame n is the one whose showing begins nearest to n / fps behind the
+    item's first, the earlier of two.
+    """
+    count = item.bucket.num_frames
+    if config.fps_rule == "native" or count == 1:
+        return list(range(item.start, item.start + count))
+    times = facts.times[item.start : item.end]
+    step, shown = 1 / (geometry.fps * facts.tick_s), []
+    for number in range(count):
+        moment = int(times[0]) + number * step
+        behind = min(int(np.searchsorted(times, float(moment))), len(times) - 1)
+        before = max(behind - 1, 0)
+        near = moment - int(times[before]) <= int(times[behind]) - moment
+        shown.append(item.start + (before if near else behind))
+    return shown
+
+
+def _note_rate(fate: Fate, config: DataConfig, geometry: Geometry) -> None:
+    """Tell how many frames are shown again, and how many never."""
+    facts = fate.facts
+    if facts is None or facts.kind == "picture" or config.fps_rule == "native":
+        return
+    repeats = left = total = 0
+    for item in fate.items:
+        shown = picks(item, facts, config, geometry)
+        repeats += len(shown) - len(set(shown))
+        left += shown[-1] - shown[0] + 1 - len(set(shown))
+        total += len(shown)
+    told = f"{float(facts.fps):.4g} frames a second are shown at {float(geometry.fps):.4g}"
+    if repeats:
+        fate.notes.append(f"{told}: {repeats} of {total} frames are repeats")
+    if left:
+        fate.notes.append(f"{told}: {left} frames between are left out")
+
+
+def _note_left_out(fate: Fate, facts: FileFacts) -> None:
+    """Tell what a film holds that cuts it into stretches."""
+    if facts.kind == "picture":
+        return
+    if facts.cuts:
+        moments = [int(facts.times[first]) * facts.tick_s for _, first in facts.cuts[:5]]
+        more = f" and {len(facts.cuts) - 5} more" if len(facts.cuts) > 5 else ""
+        told = ", ".join(f"{float(moment):.2f}" for moment in moments)
+        fate.notes.append(f"it has cuts at {told} s{more}")
+    kinds = Counter(flaw.kind for flaw in facts.flaws)
+    if kinds:
+        told = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+        fate.notes.append(f"it has stretches that are {told}")

@@ -1,0 +1,132 @@
+"""Tensors of items and captions on disk, under names that follow from all that shapes them.
+
+`manifest.json` says what shaped them; a config that would shape them otherwise is refused.
+`latents/`, `texts/` and `grey/` hold safetensors files.
+
+Axes: C latent channels, F latent frames, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vidgen.core.config import dump
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import atomic_path
+from vidgen.models.text import clean_prompt
+from vidgen.pipeline.parts import DTYPES
+from vidgen.training.data.encode import Extras, component_hash
+from vidgen.training.data_config import Bucket, DataConfig, Geometry
+from vidgen.weights.folder import ModelFolder
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Store:
+    """The tensors of a cache, by what shaped them.
+
+    Attributes:
+        folder: of the cache.
+        pixels: identifies VAE, image encoder, rate and rule.
+        texts: identifies the text encoder as it computes here.
+        dtype: in which tensors are kept: "fp16", "bf16" or "fp32".
+    """
+
+    folder: Path
+    pixels: str
+    texts: str
+    dtype: str
+
+    def path(self, kind: str, of: str) -> Path:
+        """Where the tensors of an item's key, a bucket's label or a caption lie."""
+        by = self.texts if kind == "texts" else self.pixels
+        name = hashlib.sha256(f"{by} {kind} {of}".encode()).hexdigest()
+        return self.folder / kind / name[:2] / f"{name}.safetensors"
+
+    def text_path(self, caption: str) -> Path:
+        """Where the context of a caption lies."""
+        return self.path("texts", clean_prompt(caption))
+
+    def grey(self, bucket: Bucket) -> Tensor:
+        """Latents [C, F, h, w] of grey, for a bucket's clips."""
+        return self.load(self.path("grey", bucket.label))["grey"]
+
+    def save(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors atomically.
+
+        Raises:
+            OutputError: the disk is full, or can't be written.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        narrow = {k: v.to(DTYPES[self.dtype]).contiguous() for k, v in tensors.items()}
+        with atomic_path(path) as temporary:
+            try:
+                save_file(narrow, temporary)
+            except SafetensorError as error:  # a full disk comes as text alone
+                raise _as_os_error(error) from error
+
+    def load(self, path: Path) -> dict[str, Tensor]:
+        """Tensors in float32.
+
+        Raises:
+            InputError: missing or damaged.
+        """
+        try:
+            return {name: value.float() for name, value in load_file(path).items()}
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing from the cache; run vidgen data cache again, "
+                             "which adds what is missing") from None
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is damaged: {error}; delete it and run vidgen data cache "
+                             "again") from None
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, os.strerror(number))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What shapes a cache's tensors."""
+
+    manifest: dict[str, Any]
+    store: Store
+
+    @classmethod
+    def of(
+        cls, config: DataConfig, geometry: Geometry, folder: ModelFolder, text_dtype: str | None
+    ) -> Identity:
+        """Of a config and a model whose text encoder computes in `text_dtype`."""
+        pixels = {
+            "format": FORMAT_VERSION, "vae": component_hash(folder, "vae"),
+            "image_encoder": component_hash(folder, "image_encoder"),
+            "extras": dump(Extras.of(folder)), "fps": str(geometry.fps),
+            "fps_rule": config.fps_rule, "store_dtype": config.store_dtype,
+        }
+        texts = {"text_encoder": component_hash(folder, "text_encoder"), "text_dtype": text_dtype}
+        shapes = {
+            "sizes": ["{}x{}".format(*size) for size in geometry.sizes],
+            "frames": list(geometry.frames), "crop": config.crop,
+            "crop_seed": config.seed if config.crop == "random" else None,
+        }
+        store = Store(Path(config.cache), _digest(pixels), _digest(texts), config.store_dtype)
+        return cls({**pixels, **texts, **shapes}, store)
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,211 @@
+"""What a model is fine-tuned on: the `data` part of a training run, and `vidgen data`'s options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from vidgen.core.config import ONE
+from vidgen.core.errors import InputError, nearest
+from vidgen.core.request import parse_size
+from vidgen.core.shapes import check_count, check_num_frames, check_size, size_for_aspect
+
+if TYPE_CHECKING:
+    from vidgen.weights.folder import ModelFolder
+
+Flaw = Literal["cut", "black", "white", "blank", "frozen"]
+NO_CACHE = "none"
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """A folder of videos and pictures with captions; written as text alone it is its path.
+
+    Attributes:
+        path: the folder; it is searched with all below it.
+        repeats: how often its items stand in an epoch.
+    """
+
+    SHORT: ClassVar[str] = "path"
+
+    path: str
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("repeats", self.repeats)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is learned from, and how it is cut to the shapes of batches.
+
+    Attributes:
+        folders: of videos and pictures; a single one needs no list.
+        cache: folder that `vidgen data cache` made, or "none": encode while training.
+        sizes: of buckets, such as 832x480; none: `area` in `aspects`, else the model's own sizes.
+        area: pixels of a picture, of which `aspects` make sizes in steps of a token.
+        aspects: ratios such as 16:9.
+        frames: lengths of clips; a stretch takes the longest that fits. None: the model's own.
+        fps: rate at which clips are shown to the model; None: its own.
+        fps_rule: "nearest" shows at each moment the frame nearest to it, so that motion keeps its
+            speed; "native" takes frame by frame, so that it doesn't.
+        crop: which part is kept of a picture that isn't of its bucket's aspect.
+        max_crop: share of a picture that may be cut off; more drops the file.
+        max_enlarge: factor by which a picture may be enlarged; more drops the file.
+        windows: most items of one file, evenly spread; or "all", side by side.
+        avoid: what no item may hold. A file is cut into stretches around it.
+        duplicates: "drop-exact" keeps one of files with the same bytes, "drop" also one of those
+            that look the same.
+        hdr: files of PQ or HLG; "keep" takes their values as they are, without tone mapping.
+        caption_keys: of JSON and of tables' columns; the first that is there counts.
+        caption_encoding: of captions' files; "auto" knows UTF-8 and -16 and guesses the others.
+        prefix: put before each caption, such as a new word for a subject.
+        no_caption: "drop" leaves out what has none, "empty" learns it under an empty prompt.
+        caption_dropout: share of items that see an empty prompt, for guidance.
+        image_share: share of steps that are of pictures; None: as many as there are.
+        held_out: share of files that is kept for validation, chosen by their content.
+        validation: a folder for validation instead.
+        drop_last: leave out what doesn't fill a bucket's last batch; else it is filled up.
+        store_dtype: of cached latents and contexts.
+        seed: of what is drawn: order, captions, dropout, random crops.
+
+    Raises:
+        InputError: a value that can't be, by name.
+    """
+
+    folders: tuple[FolderConfig, ...] = field(metadata=ONE)
+    cache: str = NO_CACHE
+    sizes: tuple[str, ...] = field(default=(), metadata=ONE)
+    area: int | None = None
+    aspects: tuple[str, ...] = ("16:9", "4:3", "1:1", "3:4", "9:16")
+    frames: tuple[int, ...] = field(default=(), metadata=ONE)
+    fps: Fraction | None = None
+    fps_rule: Literal["nearest", "native"] = "nearest"
+    crop: Literal["centre", "random"] = "centre"
+    max_crop: float = 0.35
+    max_enlarge: float = 1.25
+    windows: int | Literal["all"] = 1
+    avoid: tuple[Flaw, ...] = ("cut", "black", "white", "blank", "frozen")
+    duplicates: Literal["keep", "drop-exact", "drop"] = "drop-exact"
+    hdr: Literal["drop", "keep"] = "drop"
+    caption_keys: tuple[str, ...] = ("caption", "text", "prompt", "description")
+    caption_encoding: str = "auto"
+    prefix: str = ""
+    no_caption: Literal["drop", "empty"] = "drop"
+    caption_dropout: float = 0.1
+    image_share: float | None = None
+    held_out: float = 0.0
+    validation: str | None = None
+    drop_last: bool = False
+    store_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.folders:
+            raise InputError("data.folders is empty; name a folder of videos and pictures")
+        for name in ("max_crop", "caption_dropout", "held_out", "image_share"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"data.{name} is {value}; give a share from 0 to 1")
+        if self.max_enlarge < 1:
+            raise InputError(f"data.max_enlarge is {self.max_enlarge}; give 1 (never) or more")
+        if self.windows != "all":
+            check_count("data.windows", self.windows)
+        if self.fps is not None and not 0 < self.fps <= 240:
+            raise InputError(f"data.fps is {self.fps}; give a number above 0, 240 at most")
+        if self.sizes and self.area is not None:
+            raise InputError("data.sizes and data.area both say how large pictures are; give one")
+        if self.held_out and self.validation is not None:
+            raise InputError("data.held_out and data.validation both say what validates; give one")
+        if self.caption_encoding != "auto":
+            _check_encoding(self.caption_encoding)
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """One shape of items; a batch is of one bucket."""
+
+    width: int
+    height: int
+    num_frames: int
+
+    @property
+    def label(self) -> str:
+        """Such as 832x480x81, or 832x480 for pictures."""
+        length = f"x{self.num_frames}" if self.num_frames > 1 else ""
+        return f"{self.width}x{self.height}{length}"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes that a model's clips can have here.
+
+    Attributes:
+        sizes: (width, height) of buckets.
+        frames: lengths of clips, rising.
+        fps: rate at which they are shown.
+        multiple: pixels a side of one token.
+        stride_t: frames that one latent frame stands for.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    frames: tuple[int, ...]
+    fps: Fraction
+    multiple: int
+    stride_t: int
+
+    @classmethod
+    def of(cls, config: DataConfig, folder: ModelFolder) -> Geometry:
+        """What a config asks for of a model.
+
+        Raises:
+            InputError: sizes or lengths that the model can't have; the nearest are named.
+        """
+        strides = folder.components["vae"].config.strides
+        multiple = strides.hw * folder.components["transformer"].config.patch_size
+        own = folder.defaults
+        sizes = [parse_size(text) for text in config.sizes]
+        if config.area is not None:
+            aspects = [_aspect(text) for text in config.aspects]
+            sizes = [size_for_aspect(a, config.area, multiple)[::-1] for a in aspects]
+        sizes = sizes or list(own.sizes or ((own.width, own.height),))
+        for width, height in sizes:
+            check_size("width", width, multiple)
+            check_size("height", height, multiple)
+        frames = sorted(set(config.frames or (own.num_frames,)))
+        for count in frames:
+            check_num_frames(count, strides)
+        fps = config.fps or Fraction(own.fps).limit_denominator(1001)
+        return cls(tuple(dict.fromkeys(sizes)), tuple(frames), fps, multiple, strides.t)
+
+    def size_for(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of the bucket whose aspect is nearest to a picture's."""
+        def off(size: tuple[int, int]) -> float:
+            ratio = size[0] * height / (size[1] * width)
+            return max(ratio, 1 / ratio)
+
+        return min(self.sizes, key=off)
+
+
+def _aspect(text: str) -> float:
+    first, colon, second = text.partition(":")
+    try:
+        return float(first) / float(second if colon else "1")
+    except (ValueError, ZeroDivisionError):
+        raise InputError(
+            f"data.aspects holds {text!r}; give ratios of width and height such as 16:9"
+        ) from None
+
+
+def _check_encoding(name: str) -> None:
+    import codecs
+    import encodings.aliases
+
+    try:
+        codecs.lookup(name)
+    except LookupError:
+        known = {"auto", *encodings.aliases.aliases}
+        raise InputError(
+            f"data.caption_encoding is {name!r}, which is unknown; {nearest(name, known)}"
+        ) from None

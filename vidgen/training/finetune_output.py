@@ -1,0 +1,171 @@
+"""What comes out of a fine-tuning run: LoRA files or a model folder, and proof of its effect."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError, ModelError, VidgenError
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.lora import Adapter, LowRank
+from vidgen.pipeline.parts import DTYPES, EXPERTS
+from vidgen.training.checkpoint import load_averages
+from vidgen.training.finetune_config import FinetuneConfig
+from vidgen.training.finetune_lora import adapter_of, delta_norm, target_paths
+from vidgen.training.finetune_model import trained_roles
+from vidgen.weights.convert import convert
+from vidgen.weights.folder import ModelFolder, open_model
+from vidgen.weights.lora import write_lora
+
+FOLDER = "output"
+"""Where in the run's folder it lies."""
+_SIDE = {EXPERTS[0]: "high", EXPERTS[1]: "low"}
+
+
+class NoEffect(VidgenError):
+    """What was learned changes nothing."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was written.
+
+    Attributes:
+        files: all of it, for people to load.
+        use: what follows `--lora` or `--model` on the command line.
+        delta: norm of what changed, by transformer.
+        relative: the same over the norm of the weights changed.
+    """
+
+    files: list[Path]
+    use: list[str]
+    delta: dict[str, float]
+    relative: dict[str, float]
+
+
+def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
+    """Write what a run's newest checkpoint has learned, averaged.
+
+    Raises:
+        NoEffect: the weights as written differ in nothing from the base model's.
+        ModelError: there is no checkpoint.
+    """
+    target = Path(config.run.folder) / FOLDER
+    target.mkdir(exist_ok=True)
+    made = _export_lora if config.method == "lora" else _export_model
+    result = made(config, folder, target)
+    if not any(result.delta.values()):
+        raise NoEffect(
+            f"the run in {config.run.folder} has no effect: what it learned changes no weight; "
+            "raise run.optim.lr or run.steps, and look at curve.jsonl"
+        )
+    return result
+
+
+def rehearse(config: FinetuneConfig, folder: ModelFolder) -> None:
+    """Find out before the training whether what is to be learned can be written.
+
+    Raises:
+        InputError: an expert or layers that the model doesn't have, or a dialect without names
+            for a layer that is trained.
+    """
+    trained_roles(config, folder)
+    if config.method == "full":
+        return
+    with torch.device("meta"):
+        dit = SpacetimeDiT(folder.components["transformer"].config)
+    parts = {}
+    for path in target_paths(dit, config.lora.targets):
+        out, width = dit.get_parameter(f"{path}.weight").shape
+        parts[path] = LowRank(torch.zeros(1, width), torch.zeros(out, 1))
+    with tempfile.TemporaryDirectory(prefix="vidgen-") as scratch:
+        for dialect in config.output.dialects:
+            try:
+                write_lora(Adapter(config.output.name, parts), Path(scratch) / dialect, dialect)
+            except ModelError as error:
+                raise InputError(f"output.dialects: {error}") from None
+
+
+def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path) -> Made:
+    """One file, or one for each of two experts, in our dialect and all that are asked for."""
+    run, roles = Path(config.run.folder), trained_roles(config, folder)
+    dtype = DTYPES[config.output.dtype]
+    result = Made([], [], {}, {})
+    for role in roles:
+        two = EXPERTS[1] in folder.components
+        name = f"{config.output.name}-{_SIDE[role]}" if two else config.output.name
+        tokens = {}
+        if config.subject is not None:
+            tokens = {config.subject.token: load_averages(run, "token")["row"]}
+        adapter = _rounded(
+            adapter_of(load_averages(run, role), config.lora, name, tokens), dtype
+        )
+        result.delta[role] = delta_norm(adapter)
+        result.relative[role] = result.delta[role] / _norm(folder, role, adapter)
+        main = target / f"{name}.safetensors"
+        write_lora(adapter, main, "vidgen")
+        result.use.append(f"{main}@{_SIDE[role]}" if two else str(main))
+        result.files.append(main)
+        for dialect in config.output.dialects:
+            suffix = "" if dialect == "peft" else ".safetensors"
+            path = target / f"{name}-{dialect}{suffix}"
+            write_lora(adapter, path, dialect)
+            result.files.append(path)
+    return result
+
+
+def _export_model(config: FinetuneConfig, folder: ModelFolder, target: Path) -> Made:
+    """A whole model folder of our layout; what wasn't trained is as the base model has it."""
+    run, place = Path(config.run.folder), target / config.output.name
+    result = Made([place], [str(place)], {}, {})
+    changed: dict[str, Mapping[str, Tensor]] = {}
+    for role in trained_roles(config, folder):
+        changed[role] = load_averages(run, role)
+        result.delta[role], whole = _change(folder, role, changed[role])
+        result.relative[role] = result.delta[role] / whole
+    if place.exists():
+        open_model(str(place))  # one that isn't a model is not ours to replace
+        shutil.rmtree(place)
+    convert(replace(folder, name=config.output.name), place, "vidgen", changed=changed)
+    return result
+
+
+def _rounded(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """The adapter as it is written; a factor too small for the dtype is zero there."""
+    low_rank = {
+        path: replace(part, down=part.down.to(dtype), up=part.up.to(dtype))
+        for path, part in adapter.low_rank.items()
+    }
+    return replace(adapter, low_rank=low_rank)
+
+
+def _norm(folder: ModelFolder, role: str, adapter: Adapter) -> float:
+    """Norm of the base weights that an adapter's low-rank parts change."""
+    component = folder.components[role]
+    squares = [
+        float(component.store.get(stored).double().square().sum())
+        for stored, ours in component.names.items()
+        if ours.removesuffix(".weight") in adapter.low_rank and ours.endswith(".weight")
+    ]
+    return math.sqrt(sum(squares))
+
+
+def _change(
+    folder: ModelFolder, role: str, tensors: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """Norm of what changes of the files' weights once written in their dtype, and their norm."""
+    component, changed, whole = folder.components[role], 0.0, 0.0
+    for stored, ours in component.names.items():
+        if ours in tensors:
+            before = component.store.get(stored)
+            after = tensors[ours].to("cpu", before.dtype)
+            changed += float((after.double() - before.double()).square().sum())
+            whole += float(before.double().square().sum())
+    return math.sqrt(changed), math.sqrt(whole)
