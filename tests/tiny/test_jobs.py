@@ -166,6 +166,13 @@ def test_jobs_lists_what_is_unfinished(cli, stopped):
     assert "job.json is damaged" in out
 
 
+def test_an_extension_is_counted_by_what_it_adds(cli, stopped):
+    assert cli("generate", "a cat", "--seed", 5, "--frames", 9, "-o", "short.mp4")[0] == 0
+    stopped("keep_latents", 1, "extend", "short.mp4", "--seconds", 1, "-o", "long.mp4")
+    (facts,) = json.loads(cli("jobs", "--json")[1])
+    assert (facts["stage"], facts["done"], facts["total"]) == ("write", 0, 12)
+
+
 def test_jobs_prunes_what_is_named_when_sure(cli, stopped):
     for name in ("x.mp4", "y.mp4"):
         stopped("on_step", 1, *COMMAND, "-o", name)

@@ -18,13 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tests.models import build_tiny_model
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo
+from vidgen.models import audio
+from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
-from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
+from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.ops import native
 from vidgen.pipeline import calibration
@@ -36,6 +39,8 @@ from vidgen.pipeline.video import load
 from vidgen.pipeline.workload import (
     decoder_layers,
     encoder_layers,
+    sound_bytes,
+    sound_ops,
     transformer_bytes,
     transformer_ops,
     vae_bytes,
@@ -146,6 +151,33 @@ def test_the_transformer_holds_what_is_predicted(ffn_dim):
         dit(latents, torch.tensor([500.0]), context)
     predicted = transformer_bytes(config, 9 * 256, 4, blocked=False)
     assert predicted == pytest.approx(live.peak, rel=0.25)
+
+
+def test_sound_is_counted_as_torch_counts_it():
+    config = AUDIO_VAE_PRESETS["toybox"]
+    vae = AudioVAE(config).eval()
+    latents = torch.randn(1, config.latent_channels, 200)
+    audio._noise_frames.cache_clear()  # the table is part of what is held
+    with torch.no_grad(), Live() as live:
+        vae.decode(latents)
+    flops = sum(op.amount for op in sound_ops(config, 200) if op.kind == "gemm")
+    assert flops == pytest.approx(live.flops, rel=0.02)
+    assert sound_bytes(config, 200, 4) == pytest.approx(live.peak, rel=0.3)
+
+
+def test_sound_is_a_stage_where_the_model_makes_it(tmp_path):
+    model = build_tiny_model(tmp_path / "model", sound=True)
+
+    def stages(**options):
+        return {stage.name: stage for stage in estimate(*planned(model, **options), FP32).stages}
+
+    own, silent = stages(), stages(audio="none")
+    assert [*own] == ["load", "text", "prepare", "denoise", "sound", "decode", "mux"]
+    assert own["sound"].seconds > 0
+    assert "sound" not in silent
+    assert own["denoise"].seconds > silent["denoise"].seconds, "its tokens take part"
+    assert own["denoise"].bytes > silent["denoise"].bytes
+    assert stages(seconds=5)["sound"].seconds > 2 * own["sound"].seconds
 
 
 def test_work_and_memory_grow_as_they_should(tiny_model):

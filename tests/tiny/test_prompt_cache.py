@@ -81,7 +81,8 @@ def test_only_unknown_prompts_are_encoded(folder, monkeypatch):
     asked = []
     encode = TextEncoder.encode
     monkeypatch.setattr(
-        TextEncoder, "encode", lambda self, texts: asked.extend(texts) or encode(self, texts)
+        TextEncoder, "encode",
+        lambda self, texts, *rest: asked.extend(texts) or encode(self, texts, *rest),
     )
     encoder_of(folder).encode(TEXTS)
     assert asked == [TEXTS[2]]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vidgen.pipeline.eta import Clock
+from vidgen.pipeline.eta import Clock, ManyClock
 
 STAGES = {"load": 5.0, "text": 10.0, "prepare": 0.0, "denoise": 80.0, "decode": 20.0, "mux": 10.0}
 
@@ -76,3 +76,19 @@ def test_what_an_earlier_run_did_takes_no_time():
     hand.now = 2
     assert clock("sample", 8, 8, 2)["eta_s"] == pytest.approx(15 / 5, abs=0.05)
     assert clock("write b.mp4", 5, 5, 2) == {"fraction": 1, "eta_s": 0}
+
+
+def test_clips_beside_each_other_count_by_what_they_take():
+    hand = Hand()
+    clock = ManyClock([estimated(), estimated(), estimated()], now=hand)
+    assert clock("prompt", 0, 1, 1) == {"fraction": 0.0, "eta_s": None}
+    hand.now = 60.0
+    half = clock("sample", 40, 80, 1)  # 50 of 120 seconds, of three clips
+    assert half["fraction"] == pytest.approx(50 / 360, abs=1e-4)
+    assert half["eta_s"] == pytest.approx(60 * 310 / 50, abs=0.2)
+    clock("write", 9, 9, 2)
+    assert clock("write", 9, 9, 1)["fraction"] == pytest.approx(2 / 3, abs=1e-4)
+    again = clock("prompt", 0, 1, 3)
+    clock("sample", 80, 80, 3)
+    assert clock("prompt", 0, 1, 3)["fraction"] == again["fraction"], "its worker died"
+    assert clock("write", 9, 9, 3) == {"fraction": 1.0, "eta_s": 0.0}

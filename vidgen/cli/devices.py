@@ -28,6 +28,17 @@ def add_tiles(parser: ArgumentParser) -> None:
         "doesn't fit the memory")
 
 
+def add_workers(parser: ArgumentParser, what: str) -> None:
+    """Declare the options that say who works on `what`, which are many and apart."""
+    add = parser.add_argument
+    add("--workers", type=int, metavar="N",
+        help=f"{what} beside each other, each by a process of its own; default 1")
+    add("--ray", metavar="ADDRESS",
+        help="by workers of a Ray cluster: auto, host:port, ray://host:port, or local; as many as "
+        "--workers, else one a GPU, else one a machine")
+    add("--threads", type=int, metavar="N", help="that each worker computes on; default its share")
+
+
 def choose_devices(
     count: int | None, shard: bool | None, journals: Sequence[Journal]
 ) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +67,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import check_output
     from vidgen.media.read import VideoReader, read_recipe
     from vidgen.media.write import check_format, require_sound
+    from vidgen.pipeline.continuation import lengthened, own_options
 
     if args.seconds <= 0:
         raise InputError(f"seconds is {args.seconds}; give how much longer, above 0")
@@ -88,11 +88,10 @@ def run(args: Namespace, report: Report) -> int:
     loading |= choose_devices(args.devices, args.shard, [journal])
     if recipe is not None:
         try:
-            given = _own(recipe, args.model) | given
+            given = own_options(recipe, args.model) | given
             model = recipe["model"].get("source") or recipe["model"]["name"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"the recipe in {args.clip} is damaged ({error}); "
-                             "extend a copy that is whole") from error
+        except InputError as error:
+            raise InputError(f"{args.clip}: {error}") from None
         loading["model"] = args.model or model
         loading["quantize"] = args.quantize or recipe.get("quantize")
         loading["dtype"] = args.dtype or recipe.get("dtype")
@@ -102,37 +101,9 @@ def run(args: Namespace, report: Report) -> int:
         earlier = seed_of(journal)
         given["seed"] = secrets.randbelow(2**31) if earlier is None else earlier
         report({"event": "note", "text": f"seed {given['seed']}"})
-    added = round(args.seconds * fps)
-    if added < 1:
-        raise InputError(f"seconds is {args.seconds}, less than a frame at {fps} fps")
-    length = {"prefix": args.clip, "fps": fps, "seconds": float((num_frames + added) / fps)}
+    length = lengthened(args.clip, num_frames, fps, args.seconds)
     with told_how_to_go_on([journal], report):
         return _make(given | length, size, loading, output, journal, report)
-
-
-def _own(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]:
-    """What a clip's recipe says of how to go on; with another model the prompt and label alone."""
-    from vidgen.diffusion.samplers import SAMPLERS
-
-    plan, label = recipe["plan"], recipe.get("request", {}).get("label", "none")
-    if model not in (None, recipe["model"]["name"], recipe["model"].get("source")):
-        return {"prompt": plan["prompt"], "label": label}
-    guidance = plan["guidance"]
-    own = {
-        "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"],
-        "label": label,
-        "steps": plan["num_steps"], "shift": plan["shift"], "sampler": plan["sampler"],
-        "guidance": guidance["scale"], "guidance_interval": guidance["interval"],
-        "guidance_rescale": guidance["rescale"], "guidance_low": guidance.get("low_scale"),
-        "control_scale": None, "cache": recipe.get("request", {}).get("cache"),
-        "lora": [
-            f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
-            for lora in recipe.get("loras", ())
-        ],
-    }
-    if plan["sampler"] not in SAMPLERS:  # one of diffusers', which a command line can't give
-        own |= {"sampler": None, "shift": None}
-    return {name: value for name, value in own.items() if value not in (None, [])}
 
 
 def _make(
@@ -142,6 +113,7 @@ def _make(
     import torch
 
     from vidgen.core.request import Request
+    from vidgen.pipeline.continuation import at_own_size
     from vidgen.pipeline.video import Engine, load
 
     request = Request.of(options.pop("prompt"), options)
@@ -154,7 +126,7 @@ def _make(
 
         raise InputError(f"{loading['model']} can't go on from a clip; models that can: toybox, "
                          f"{', '.join(models_with('extend'))}")
-    request, done = _at_own_size(request, size, engine), journal.finished
+    request, done = at_own_size(request, size, engine.folder), journal.finished
     clip = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}),
                            on_estimate=report.expect, journal=journal)
     assert not isinstance(clip, list)
@@ -162,15 +134,6 @@ def _make(
         report.save(clip, output, overwrite=journal.overwrite)
     _tell(clip, output, request, round(time.monotonic() - start, 3), report)
     return 0
-
-
-def _at_own_size(request: Request, size: tuple[int, int], engine: Any) -> Request:
-    """The clip's own size, where the model can make it."""
-    from dataclasses import replace
-
-    side = engine.vae_config.strides.hw * engine.dit_config.patch_size
-    fits = all(length % side == 0 for length in size)
-    return replace(request, size=size) if fits else request
 
 
 def _tell(clip: Clip, output: str, request: Request, elapsed: float, report: Report) -> None:

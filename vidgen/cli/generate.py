@@ -69,6 +69,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--control", metavar="CLIP", help="depth, pose or edges to follow (Wan VACE)")
     add("--control-scale", type=float, metavar="X", help="how strongly conditions act there")
     add("--first-frame-model", metavar="FOLDER", help="a text-to-image model draws the first frame")
+    add("--expand", metavar="FOLDER",
+        help="a language model rewrites the prompt; the recipe keeps both texts")
     add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
         help="an adapter; may be repeated; @high or @low behind it: for one expert alone")
     add_sound(add)
@@ -233,8 +235,9 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
         names = [(match[0], 0, int(match[1])) for match in map(name.fullmatch, jobs) if match]
     seeds = set()
     for path, index, first in names:
-        plan = (Journal(path, resume=True).recipe or {}).get("plan")
-        if plan and plan["prompt"] == request.prompt:
+        recipe = Journal(path, resume=True).recipe or {}
+        plan = recipe.get("plan")
+        if plan and recipe.get("rewritten", plan)["prompt"] == request.prompt:
             seeds.add(plan["seed"] - index if first is None else first)
     return seeds
 

@@ -6,16 +6,18 @@ import json
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.assembly import add_exports, make_film, settle
-from vidgen.cli.devices import add_tiles
+from vidgen.cli.devices import add_tiles, add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, VidgenError
 
 if TYPE_CHECKING:
     from vidgen.pipeline.estimate import Estimate
+    from vidgen.pipeline.workers import Staff
     from vidgen.story.edit import Edit
     from vidgen.story.film import FilmPlan, ShotPlan, Take
     from vidgen.story.render import RenderedShot, Store
@@ -26,6 +28,8 @@ DESCRIPTION = (
     "one that was stopped goes on."
 )
 EXAMPLE = "scripts/start.yaml"
+OFFLOADS = ("none", "stage", "block")
+"""From the most memory to the least."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,6 +42,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--check", action="store_true",
         help="check the script and tell what it will take; render nothing")
     add("--init", action="store_true", help="write a commented example to FILM")
+    add("--draft-from", metavar="IDEA",
+        help="have the language model of --expand draft a script from an idea, to FILM")
+    add("--expand", metavar="FOLDER", help="language model, as transformers saved it")
     add("--schema", action="store_true", help="print the JSON Schema of scripts")
     add("--only", action="append", default=[], metavar="SHOT",
         help="render this shot and what it needs, and no film; may be repeated")
@@ -51,6 +58,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="as in generate")
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
     add_tiles(parser)
+    add_workers(parser, "shots")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation; default the "
         "script's")
 
@@ -63,15 +71,21 @@ def run(args: Namespace, report: Report) -> int:
         return _print_schema(report)
     if args.script is None:
         raise InputError("no script was named; give one, or make one with --init FILM.yaml")
+    if (args.draft_from is None) != (args.expand is None):
+        raise InputError("--draft-from IDEA and --expand FOLDER go together; give both")
+    if args.draft_from is not None:
+        return _write_draft(args, report)
     if args.init:
         return _write_example(Path(args.script), report, overwrite=args.overwrite)
 
     from vidgen.media.write import CONTAINERS, check_format
+    from vidgen.pipeline.workers import Staff
     from vidgen.story.edit import make_edit
     from vidgen.story.plan import plan_film
     from vidgen.story.render import Store
     from vidgen.weights.folder import open_model
 
+    staff = Staff(args.workers, args.ray, args.threads)
     script = Script.read(args.script)
     output = Path(args.output or f"{Path(args.script).stem}{'-draft' if args.draft else ''}.mp4")
     if check_format(output) not in CONTAINERS:
@@ -83,12 +97,12 @@ def run(args: Namespace, report: Report) -> int:
     plans = film.needed(args.only)
     if args.check:
         edit = None if args.only or not film.in_film else make_edit(film, film.in_film, output)
-        return _tell_plan(film, plans, store, args, report, edit)
+        return _tell_plan(film, plans, store, staff, args, report, edit)
     if not (args.only or film.in_film):
         raise InputError(f"{script.path}: every shot has in_film: false; a film needs one")
     making = None if args.only else settle(film, store, output, args)
     start = time.monotonic()
-    shots = _render(store, plans, args, report)
+    shots = _render(store, plans, staff, args, report)
     if making is not None:
         report.expect_nothing()
         make_film(making, shots, report)
@@ -119,12 +133,29 @@ def _print_schema(report: Report) -> int:
     return 0
 
 
+def _write_draft(args: Namespace, report: Report) -> int:
+    from vidgen.core.runtime import check_output
+    from vidgen.story.draft import write_draft
+
+    _require_yaml(path := Path(args.script), "a draft")
+    check_output(path, overwrite=args.overwrite)
+    script = write_draft(args.expand, args.draft_from, path)
+    report({"event": "written", "path": str(path)})
+    data = {"path": str(path), "shots": [shot.id for shot in script.shots]}
+    report.result(data, f"{path}, {len(script.shots)} shots; read it, then vidgen script {path}")
+    return 0
+
+
+def _require_yaml(path: Path, what: str) -> None:
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        raise InputError(f"{what} is YAML; call it {path.with_suffix('.yaml')}")
+
+
 def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
     from vidgen.core.config import packaged_config
     from vidgen.core.runtime import atomic_write, check_output
 
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        raise InputError(f"the example is YAML; call it {path.with_suffix('.yaml')}")
+    _require_yaml(path, "the example")
     check_output(path, overwrite=overwrite)
     atomic_write(path, packaged_config(EXAMPLE).read_bytes())
     report({"event": "written", "path": str(path)})
@@ -133,27 +164,26 @@ def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
 
 
 def _render(
-    store: Store, plans: Sequence[ShotPlan], args: Namespace, report: Report
+    store: Store, plans: Sequence[ShotPlan], staff: Staff, args: Namespace, report: Report
 ) -> list[RenderedShot]:
     """Render what isn't there; on a stop say how to go on."""
-    from vidgen.pipeline.video import Engine, load
+    from vidgen.pipeline.video import load
+    from vidgen.pipeline.workers import settle_threads
     from vidgen.story.render import Renderer
     from vidgen.story.sums import remember
 
-    film = store.film
-    parts = [(plan, *part) for plan in plans for part in store.missing(plan)]
+    film, offload = store.film, args.offload
+    parts = [*{take.parts[index].key: (plan, take, index) for plan in plans
+               for take, index in store.missing(plan)}.values()]
     if parts:
-        made = _estimates(film, parts, args)[0]
-        report.expect(made, num_clips=len(parts), one_by_one=True)
-
-    def engine() -> Any:
-        dtype = film.loading["dtype"]
-        made = load(_model(args.model, film.script), dtype=dtype, offload=args.offload,
-                    quantize=args.quantize)
-        assert isinstance(made, Engine)
-        return made
-
-    renderer = Renderer(store, engine, report, overwrite=args.overwrite)
+        staff = settle_threads(store.folder, staff, report)
+        made = _estimates(film, parts, args, staff)[0]
+        report.expect(made, num_clips=len(parts), one_by_one=True, beside=not staff.is_here)
+        if not staff.is_here and staff.ray is None:  # they can't each see what is left for them
+            offload = max((one.setup.offload for one in made), key=OFFLOADS.index)
+    engine = partial(load, _model(args.model, film.script), dtype=film.loading["dtype"],
+                     offload=offload, quantize=args.quantize)
+    renderer = Renderer(store, engine, report, overwrite=args.overwrite, staff=staff)
     shots: list[RenderedShot] = []
     try:
         shots.extend(renderer.render(plans))
@@ -163,30 +193,33 @@ def _render(
                     "same command goes on"})
         raise
     finally:
-        if "engine" in vars(renderer):
-            renderer.engine.close()
+        renderer.close()
         remember(shots)
     store.write_index(shots)
     return shots
 
 
 def _estimates(
-    film: FilmPlan, parts: Sequence[tuple[ShotPlan, Take, int]], args: Namespace
+    film: FilmPlan, parts: Sequence[tuple[ShotPlan, Take, int]], args: Namespace, staff: Staff
 ) -> tuple[list[Estimate], int | None]:
-    """What each part takes on this machine, and the bytes that are free."""
-    from vidgen.core.runtime import available_memory, choose_device
+    """What each part takes on this machine, and the bytes that are free for each worker."""
+    from vidgen.core.runtime import available_memory, choose_device, num_devices
     from vidgen.pipeline.parts import best_dtype
     from vidgen.story.plan import estimates
 
     device = choose_device()
     have, dtype = available_memory(device), film.loading["dtype"] or best_dtype(device)
+    if staff.ray is not None:
+        have = None  # other machines' memory shows there
+    elif have is not None and staff.workers is not None:
+        have //= -(-staff.workers // num_devices(device))
     offload = None if args.offload == "auto" else args.offload
     return list(estimates(film, parts, device, have, dtype, offload)), have
 
 
 def _tell_plan(
-    film: FilmPlan, plans: Sequence[ShotPlan], store: Store, args: Namespace, report: Report,
-    edit: Edit | None,
+    film: FilmPlan, plans: Sequence[ShotPlan], store: Store, staff: Staff, args: Namespace,
+    report: Report, edit: Edit | None,
 ) -> int:
     """What each shot takes, which are there, and how long the film is, if there is to be one."""
     from vidgen.pipeline.estimate import size_text
@@ -196,7 +229,7 @@ def _tell_plan(
     # what is there already is counted as if it weren't, for the memory that it took
     parts = [(plan, *part) for plan, left in zip(plans, missing, strict=True)
              for part in left or [(plan.takes[0], 0)]]
-    made, have = _estimates(film, parts, args)
+    made, have = _estimates(film, parts, args, staff)
     told, rows = iter(made), list[dict[str, Any]]()
     for plan, left in zip(plans, missing, strict=True):
         own = [next(told) for _ in range(max(len(left), 1))]

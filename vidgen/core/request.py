@@ -85,6 +85,7 @@ class Request:
         control: a clip whose depth, pose or edges to follow, for models that can (Wan VACE).
         control_scale: how strongly conditions act in such a model, 1 as trained.
         first_frame_model: folder of a text-to-image model that draws the first frame.
+        expand: folder of a language model that rewrites the prompt; the recipe keeps both texts.
         lora: adapters for this request alone, each PATH[:WEIGHT][@high|@low]; see docs/lora.md.
         audio: "none", "generate" (the model's own) or a sound or video file; None is the model's
             own where it makes sound. See docs/sound.md.
@@ -145,6 +146,7 @@ class Request:
     control: Picture | None = None
     control_scale: float | None = None
     first_frame_model: str | None = None
+    expand: str | None = None
     lora: tuple[str, ...] = ()
     audio: str | os.PathLike[str] | None = None
     audio_loop: bool | None = None
@@ -169,7 +171,7 @@ class Request:
 
     def __post_init__(self) -> None:
         convert = {
-            "fps": _fraction, "size": _size, "guidance_interval": _interval,
+            "fps": parse_fps, "size": parse_size, "guidance_interval": _interval,
             "frame": _pairs, "reference": _pictures, "lora": _pictures, "say": _said,
         }
         for name, function in convert.items():
@@ -213,7 +215,7 @@ class Request:
 
     def _validate(self) -> None:
         texts = {"prompt": MAX_PROMPT, "negative": MAX_PROMPT, "aigc": 200,
-                 "audio_prompt": MAX_PROMPT, "audio_model": 4096, "voice": 4096}
+                 "audio_prompt": MAX_PROMPT, "audio_model": 4096, "voice": 4096, "expand": 4096}
         for name, limit in texts.items():
             text = getattr(self, name)
             if not isinstance(text, str | None) or (name == "prompt" and text is None):
@@ -297,7 +299,12 @@ def _check_cache(value: Any) -> None:
                              "100, such as forecast:0.1")
 
 
-def _fraction(value: Any) -> Fraction:
+def parse_fps(value: Any) -> Fraction:
+    """A frame rate, exact: a number, or text such as "24000/1001".
+
+    Raises:
+        InputError: neither.
+    """
     try:
         if isinstance(value, float) or (isinstance(value, str) and "." in value):
             # 23.976 and 29.97 mean the broadcast rates n * 1000 / 1001.
@@ -310,7 +317,12 @@ def _fraction(value: Any) -> Fraction:
         raise InputError(f"fps is {value!r}; give a number or one such as 24000/1001") from None
 
 
-def _size(value: Any) -> tuple[int, int]:
+def parse_size(value: Any) -> tuple[int, int]:
+    """(width, height) of such a pair, or of text such as "832x480".
+
+    Raises:
+        InputError: neither.
+    """
     if isinstance(value, str):
         match = re.fullmatch(r"(\d{1,9})[xX×](\d{1,9})", value.strip())
         if match:

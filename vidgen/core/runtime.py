@@ -9,6 +9,7 @@ import platform
 import re
 import secrets
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,6 +159,13 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def num_devices(device: torch.device) -> int:
+    """How many devices of a kind there are; the processor is one."""
+    import torch
+
+    return torch.cuda.device_count() if device.type == "cuda" else 1
+
+
 def given_rank() -> tuple[int, int] | None:
     """(rank, number of ranks) of this process where torchrun started several; else None."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -219,6 +227,21 @@ def cache_folder() -> Path:
     """Where vidgen keeps what it can make anew: `$XDG_CACHE_HOME/vidgen` or `~/.cache/vidgen`."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "vidgen"
+
+
+def exit_text(code: int, errors: BinaryIO) -> str:
+    """How a process ended, in words.
+
+    Args:
+        code: as `subprocess` gives it, below 0 for a signal.
+        errors: what it wrote to stderr, of which the last line is told.
+    """
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (", maybe for lack of memory" if code == -9 else "")
+    errors.seek(0)
+    lines = errors.read().decode(errors="replace").strip().splitlines()
+    return f"left with exit code {code}" + (f" ({lines[-1][:200]})" if lines else "")
 
 
 def fingerprint() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import IO
 import torch.distributed as dist
 
 import vidgen
+from vidgen.core.runtime import exit_text
 from vidgen.pipeline.crew_link import FAILURE, LOST
 
 
@@ -52,12 +52,7 @@ class Child:
         code = self.process.poll()
         if code is None or code == LOST:
             return None
-        if code < 0:
-            name = signal.Signals(-code).name
-            return f"killed by {name}" + (", maybe for lack of memory" if code == -9 else "")
-        self.stderr.seek(0)
-        lines = self.stderr.read().decode(errors="replace").strip().splitlines()
-        return f"left with exit code {code}" + (f" ({lines[-1][:200]})" if lines else "")
+        return exit_text(code, self.stderr)
 
 
 def find_failure(

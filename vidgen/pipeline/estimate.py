@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vidgen.core.request import NO_AUDIO
 from vidgen.core.runtime import megabytes
 from vidgen.diffusion.schedule import make_sigmas
+from vidgen.diffusion.sound import sound_span
 from vidgen.ops import native
 from vidgen.ops.attention import used_backend
 from vidgen.ops.linear import packs
 from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
+from vidgen.pipeline.own_sound import AT_ONCE as SOUND_AT_ONCE
+from vidgen.pipeline.own_sound import TASK as SOUND_TASK
 from vidgen.pipeline.parts import DTYPES, EXPERTS, Offload, Parts
 from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.plan import Plan
@@ -25,6 +29,8 @@ from vidgen.pipeline.step_caches import TENSORS_HELD
 from vidgen.pipeline.workload import (
     Op,
     image_ops,
+    sound_bytes,
+    sound_ops,
     text_ops,
     transformer_bytes,
     transformer_ops,
@@ -87,8 +93,8 @@ class Estimate:
     """What a generation will take.
 
     Attributes:
-        stages: "load", "text", "prepare", "denoise", "decode", "mux", in order. Decoding and muxing
-            overlap: "mux" is the time that it adds.
+        stages: "load", "text", "prepare", "denoise", "sound" if the model makes any, "decode",
+            "mux", in order. Decoding and muxing overlap: "mux" is the time that it adds.
         setup: that it holds for.
         encoder_s: what encoding the video takes in all, most of it beside decoding.
         measured: False where this machine was never calibrated: then the seconds are only weights.
@@ -191,11 +197,35 @@ class _Job:
         stages = (
             Stage("load", load, self._held((), 0)), Stage("text", text_s, text_b),
             Stage("prepare", count * prepare_s, prepare_b),
-            Stage("denoise", count * denoise_s, denoise_b),
+            Stage("denoise", count * denoise_s, denoise_b), *self._sound(count),
             Stage("decode", count * decode_s, decode_b), Stage("mux", count * mux_s, decode_b),
         )
         encoder_s = count * self._encoder_s()
         return Estimate(stages, self.setup, encoder_s, self._measured, self._notes())
+
+    def _sound(self, count: int) -> tuple[Stage, ...]:
+        """The stage of the model's own sound, where it makes any."""
+        latents = self._sound_latents(self.passes.decoded)
+        if not latents:
+            return ()
+        config = self.folder.components["sound_vae"].config
+        dtype = self.parts.dtype_of("sound_vae")
+        seconds = self.rates.seconds(sound_ops(config, latents))
+        if self.setup.offload != "none":
+            seconds += self._load_s("sound_vae")
+        active = sound_bytes(config, min(latents, SOUND_AT_ONCE), dtype.itemsize)
+        held = self._held(("sound_vae",), self._resident(active))
+        return (Stage("sound", count * seconds, held),)
+
+    def _sound_latents(self, frames: int) -> int:
+        """Sound latents beside so many latent frames of the picture."""
+        request, made = self.request, SOUND_TASK in self.folder.tasks
+        asked = request.audio != NO_AUDIO and not request.audio_file and not request.audio_model
+        if not (made and (asked or request.follow_audio)):
+            return 0
+        rate = self.folder.components["sound_vae"].config.tokens_per_s
+        begin, end, _ = sound_span(0, frames, self.vae.strides.t, self.plan.fps, rate)
+        return end - begin
 
     @property
     def _measured(self) -> bool:
@@ -207,6 +237,8 @@ class _Job:
             notes.append("drawing the first frame is not counted")
         if self.request.lora:
             notes.append("adapters are not counted")
+        if self.request.audio_model:
+            notes.append("the sound by --audio-model is not counted")
         if self.request.cache != "none":
             notes.append(f"up to this: how many steps --cache {self.request.cache} spares depends "
                          "on the clip")
@@ -261,6 +293,7 @@ class _Job:
         one = self.rates.seconds(transformer_ops(
             self.dit, frames, self._frame_tokens, self._text_tokens,
             controlled=bool(self.dit.control_layers), image_tokens=image_tokens,
+            sound_tokens=self._sound_latents(frames),
         ))
         if self.setup.offload == "block":  # blocks come while others compute
             one = max(one, self._read_s("transformer"))
@@ -371,7 +404,8 @@ class _Job:
         return self._resident(live) + 3 * longest * pixels * (9 + itemsize)
 
     def _denoise_bytes(self) -> int:
-        tokens = max(self.passes.windows, default=0) * self._frame_tokens
+        frames = max(self.passes.windows, default=0)
+        tokens = frames * self._frame_tokens + (self._sound_latents(frames) if frames else 0)
         backend = used_backend("auto", self.setup.device, self.dtype)
         branches = 1 if self.plan.guidance.is_off else 2
         held = branches * TENSORS_HELD[self.request.cache.partition(":")[0]] * tokens

@@ -15,7 +15,40 @@ if TYPE_CHECKING:
     from vidgen.pipeline.estimate import Estimate
 
 _STAGES = {"prompt": ("text",), "prepare": ("prepare",), "sample": ("denoise",)}
-_WRITING = ("decode", "mux")
+_WRITING = ("sound", "decode", "mux")
+
+
+class ManyClock:
+    """As `Clock` does, of clips that are made beside each other.
+
+    Args:
+        made: what each was estimated to take.
+        now: a clock in seconds.
+    """
+
+    def __init__(
+        self, made: Sequence[Estimate], *, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._made, self._now, self._start = made, now, now()
+        self._seconds = [sum(s.seconds for s in one.stages if s.name != "load") for one in made]
+        self._whole, self._behind = sum(self._seconds) or 1.0, 0.0
+        self._clocks: dict[int, Clock] = {}  # and shares, of clips that are at work
+        self._shares: dict[int, float] = {}
+
+    def __call__(self, stage: str, done: int, total: int, clip: int = 1) -> dict[str, Any]:
+        """See `Clock`; the time left follows from the share that the time since the start took."""
+        if clip not in self._clocks:
+            self._clocks[clip] = Clock(self._made[clip - 1], one_by_one=True, now=self._now)
+        share = self._clocks[clip](stage, done, total)["fraction"]
+        self._behind += self._seconds[clip - 1] * (share - self._shares.pop(clip, 0.0))
+        if share < 1:
+            self._shares[clip] = share
+        else:
+            del self._clocks[clip]
+        fraction = min(1.0, self._behind / self._whole)
+        took = self._now() - self._start
+        left = round(took * (1 - fraction) / fraction, 1) if fraction else None
+        return {"fraction": round(fraction, 4), "eta_s": left}
 
 
 class Clock:
@@ -44,7 +77,7 @@ class Clock:
         share = 1 if one_by_one else num_clips
 
         def seconds(stage: str, clip: int) -> float:
-            one = sum(took[clip - 1][name] for name in _STAGES.get(stage, _WRITING))
+            one = sum(took[clip - 1].get(name, 0.0) for name in _STAGES.get(stage, _WRITING))
             return one if stage == "prompt" else one / share
 
         if one_by_one:

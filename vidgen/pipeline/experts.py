@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from vidgen.core.errors import InputError
 from vidgen.models.lora import Adapter, attached
 from vidgen.weights.hashes import hash_files
@@ -30,6 +32,12 @@ class Loras:
 
     adapters: Mapping[Role, Sequence[tuple[Adapter, float]]]
     records: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """Embeddings that prompts have for tokens; their adapters' weights don't count."""
+        each = (adapter.tokens for own in self.adapters.values() for adapter, _ in own)
+        return {token: row for tokens in each for token, row in tokens.items()}
 
 
 NO_LORAS = Loras({})

@@ -255,6 +255,11 @@ class LongClip:
         return 0 if self.begun is None else self.begun.num_latents - self._num_given
 
     @property
+    def num_shown(self) -> int:
+        """Frames of the clip that goes on, which stay as they are."""
+        return 0 if self.begun is None else self.begun.num_frames
+
+    @property
     def _num_given(self) -> int:
         return 0 if self.begun is None else self.begun.latents.shape[2]
 

@@ -46,6 +46,7 @@ from vidgen.pipeline.parts import DTYPES
 from vidgen.pipeline.policy import Policy, enforce
 from vidgen.pipeline.recall import journals_of, recall
 from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.rewrite import settle_prompt
 from vidgen.pipeline.soundtrack import Soundtrack, make_soundtrack
 from vidgen.pipeline.video import Progress, to_frames
 from vidgen.weights.folder import ForeignFolder
@@ -98,14 +99,16 @@ class ForeignEngine:
         enforce(self.policy, request)
         tell = on_event or (lambda _progress: None)
         journals = journals_of(journal, request.count)
-        request, inputs = self._read(recall(request, journals))
+        request, rewritten = settle_prompt(recall(request, journals), journals)
+        enforce(self.policy, request)
+        request, inputs = self._read(request)
         shown = (option for option in ("video", "image") if getattr(request, option) is not None)
         pipe = self.pipe.taking(next(shown, None))
         able = Abilities(pipe)
         scheduler = make_scheduler(pipe.scheduler, request)
         first = make_foreign_plan(request, inputs, able, scheduler)
         plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
-        recipes, track = self._recipes(plans, request, inputs, able, journals)
+        recipes, track = self._recipes(plans, request, inputs, able, journals, rewritten)
         if not all(kept.finished for kept in journals):
             self._warn_of_peak(first)
 
@@ -143,7 +146,7 @@ class ForeignEngine:
 
     def _recipes(
         self, plans: Sequence[ForeignPlan], request: Request, inputs: Inputs, able: Abilities,
-        journals: Sequence[Journal],
+        journals: Sequence[Journal], rewritten: dict[str, Any],
     ) -> tuple[list[dict[str, Any]], Soundtrack | None]:
         """Each clip's recipe, as far as it is settled, and their sound where that can be.
 
@@ -152,7 +155,8 @@ class ForeignEngine:
         """
         recipes, track = [], None
         for plan, kept in zip(plans, journals, strict=True):
-            recipe = as_settled(make_recipe(self, plan, request, inputs), kept.recipe)
+            made = make_recipe(self, plan, request, inputs) | rewritten
+            recipe = as_settled(made, kept.recipe)
             if (num_frames := recipe["plan"]["kept_frames"]) is not None:
                 known = replace(plan, kept_frames=num_frames)  # else it shows when it is made
                 track = self._soundtrack(request, known, able, track)

@@ -51,7 +51,7 @@ _PLAIN = {
 """Options that a parameter of one name stands for."""
 _ALWAYS = {
     "prompt", "seed", "fit", "count", "model", "dtype", "offload", "label", "aigc", "strict",
-    "retry", "audio", "audio_loop", "audio_model", "audio_prompt", "say", "voice",
+    "retry", "expand", "audio", "audio_loop", "audio_model", "audio_prompt", "say", "voice",
 }
 _FLOW = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler")
 _OWN_SCHEDULE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas",

@@ -145,7 +145,8 @@ def _stage(folder: Path, plan: Mapping[str, Any]) -> tuple[str, int, int]:
         return "sample", facts["step"], facts["num_steps"]
     total = plan["kept_frames"] or facts["num_frames"]  # another family's length may be unsettled
     paths = folder.glob(f"{SEGMENTS}/*.safetensors")
-    return "write", sum(_read_facts(path)["num_frames"] for path in paths), total
+    written = sum(_read_facts(path)["num_frames"] for path in paths)
+    return "write", written, total - facts.get("num_shown", 0)
 
 
 def write_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:

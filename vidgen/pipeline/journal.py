@@ -229,11 +229,17 @@ class Journal:
         path = self.folder / name
         return read_arrays(path, *names) if self._on and path.is_file() else None
 
-    def keep_latents(self, latents: Tensor) -> None:
-        """Keep the finished latents [1, C, F, h, w], before they are decoded."""
+    def keep_latents(self, latents: Tensor, num_shown: int = 0) -> None:
+        """Keep the finished latents [1, C, F, h, w], before they are decoded.
+
+        Args:
+            latents: of the whole clip, or those at hand of one that goes on.
+            num_shown: frames of the clip that exist already, and aren't written again.
+        """
         self._latest, self.latents = None, latents
         if self._on:
-            self._save_state({"latents": latents}, {"finished": True}, self.folder / STATE)
+            facts = {"finished": True, "num_shown": num_shown}
+            self._save_state({"latents": latents}, facts, self.folder / STATE)
 
     def segments(self) -> Iterator[Segment]:
         """The finished segments, from the clip's start."""

@@ -7,7 +7,7 @@ pixel rows and columns, S text or image tokens, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import prepare_image
-from vidgen.models.text import PromptTokenizer
+from vidgen.models.text import NOTHING, PromptTokenizer
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.crew import Crew, devices_of
 from vidgen.pipeline.inputs import Inputs
@@ -123,9 +123,11 @@ class OpenedModel:
             hint = f"; near it: {', '.join(near)}" if near else ""
             log.warning("the model doesn't know the word %r%s", word, hint)
 
-    def encode_texts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(context [B, S, D], lengths [B]) of prompts."""
-        return self.prompts.encode(prompts)
+    def encode_texts(
+        self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[Tensor, Tensor]:
+        """(context [B, S, D], lengths [B]) of prompts; `learned` are embeddings of tokens."""
+        return self.prompts.encode(prompts, learned)
 
     def encode_video(self, video: Tensor, tiles: Tiles | None = None) -> Tensor:
         """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32."""

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 TASK = "sound"
 """Among a model's tasks: it makes sound along with the picture."""
-_DECODED = 256  # latents at a time
+AT_ONCE = 256
+"""Latents that are decoded at a time."""
 
 
 @dataclass
@@ -123,7 +124,7 @@ class OwnSound:
         if skip < 0:
             yield np.zeros((-skip, 1), np.float32)
         with self.parts.use("sound_vae") as vae:
-            pieces = (part.to(self.parts.device) for part in self.latents.split(_DECODED, dim=2))
+            pieces = (part.to(self.parts.device) for part in self.latents.split(AT_ONCE, dim=2))
             for sound in vae.stream_decode(pieces):
                 block = sound[0, max(0, skip) :].float().clamp(-1, 1)
                 skip = max(0, skip) - sound.shape[1]

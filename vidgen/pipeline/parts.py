@@ -78,6 +78,7 @@ class Parts:
         self.folder, self.device, self.dtype = folder, device, dtype
         self.offload, self.quantize, self.mesh = offload, quantize, mesh
         self._loaded: dict[Role, nn.Module] = {}
+        self._lent: dict[Role, nn.Module] = {}
         self._users: Counter[Role] = Counter()
         self._lock = threading.RLock()
 
@@ -115,8 +116,12 @@ class Parts:
         with self._lock:
             return self._get(role)
 
+    def lend(self, role: Role, module: nn.Module) -> None:
+        """Use a network that is another's, such as one in training; it is never let go here."""
+        self._lent[role] = module
+
     def close(self) -> None:
-        """Let every network go."""
+        """Let every network go, but lent ones."""
         with self._lock:
             self._drop(*self._loaded)
 
@@ -197,6 +202,8 @@ class Parts:
             raise ModelError(
                 f"{self.folder.name} has no {role}; it has {', '.join(self.folder.components)}"
             )
+        if role in self._lent:
+            return self._lent[role]
         if role not in self._loaded:
             if self.offload != "none" and role in EXPERTS:
                 self._drop(*EXPERTS)

@@ -10,13 +10,14 @@ rows and columns, N places, K features.
 
 from __future__ import annotations
 
+import io
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vidgen.core.errors import OutputError
-from vidgen.core.runtime import atomic_path, atomic_write, cache_folder
+from vidgen.core.runtime import atomic_write, cache_folder
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
 
@@ -194,13 +195,18 @@ def preview_path(output: str | Path) -> Path:
     return path.with_name(path.name + ".preview.webp")
 
 
-def write_preview(preview: Preview, output: str | Path) -> None:
-    """Show a clip so far as an animation beside its output; no trouble with it stops the clip."""
+def as_webp(preview: Preview) -> bytes:
+    """A clip so far as an animation that repeats."""
     first, *others = map(Image.fromarray, preview.frames)
-    options: dict[str, Any] = {"quality": 80, "method": 0, "loop": 0}
-    options["duration"] = round(1000 / preview.fps)
+    file = io.BytesIO()
+    first.save(file, "WEBP", save_all=True, append_images=others, quality=80, method=0, loop=0,
+               duration=round(1000 / preview.fps))
+    return file.getvalue()
+
+
+def write_preview(preview: Preview, output: str | Path) -> None:
+    """Show a clip so far beside its output; no trouble with it stops the clip."""
     try:
-        with atomic_path(preview_path(output)) as temporary:
-            first.save(temporary, "WEBP", save_all=True, append_images=others, **options)
+        atomic_write(preview_path(output), as_webp(preview))
     except (OSError, OutputError) as error:
         log.warning("no preview: %s", error)

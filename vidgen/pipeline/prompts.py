@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vidgen.core.errors import OutputError
 from vidgen.core.runtime import atomic_path, cache_folder, fingerprint
-from vidgen.models.text import PromptTokenizer, TextEncoder, clean_prompt
+from vidgen.models.text import NOTHING, PromptTokenizer, TextEncoder, clean_prompt
 from vidgen.pipeline.parts import Parts
 from vidgen.weights.hashes import hash_files
 
@@ -117,15 +117,22 @@ class PromptEncoder:
         small = self._parts.folder.components["text_encoder"].store.num_bytes <= WORTHWHILE_BYTES
         return None if small else PromptCache.of(self._parts, self._tokenizer)
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[Tensor, Tensor]:
         """Encode prompts; the text encoder isn't even loaded where all are known.
+
+        Args:
+            prompts: texts.
+            learned: embeddings [D] of tokens, by the token as it is written; with them nothing is
+                kept.
 
         Returns:
             (context [B, S, D] on the device, lengths [B] int64); rows behind a prompt's length are
             zero.
         """
-        if self._cache is None:
-            return self._run(prompts)
+        if self._cache is None or learned:
+            return self._run(prompts, learned)
         found = {prompt: self._cache.get(prompt) for prompt in prompts}
         unknown = [prompt for prompt, context in found.items() if context is None]
         if unknown:
@@ -142,6 +149,8 @@ class PromptEncoder:
                 cache.put(prompt, made[prompt])
         return made
 
-    def _run(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[Tensor, Tensor]:
         with self._parts.use("text_encoder") as encoder:
-            return TextEncoder(encoder, self._tokenizer).encode(prompts)
+            return TextEncoder(encoder, self._tokenizer).encode(prompts, learned)

@@ -18,6 +18,7 @@ from vidgen.ops.attention import used_backend
 from vidgen.pipeline.experts import NO_LORAS, Loras, hashes_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.rewrite import LanguageModel
 from vidgen.weights.folder import ForeignFolder, ModelFolder, embedded_folder, open_model
 from vidgen.weights.lora import parse_option
 
@@ -99,6 +100,8 @@ def identity(request: Request, **loading: Any) -> str:
         "loras": [[hashes_of(choice.path), choice.weight, choice.expert]
                   for choice in map(parse_option, request.lora)],
     }
+    if request.expand is not None:
+        facts["expand"] = LanguageModel(request.expand).sha256
     for option in ("first_frame_model", "audio_model"):
         if (model := getattr(request, option)) is not None:
             facts[option] = open_model(model).content_hash

@@ -52,6 +52,7 @@ from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.pipeline.preview import Glimpses, OnPreview
 from vidgen.pipeline.recall import journals_of, recall
 from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.rewrite import settle_prompt
 from vidgen.pipeline.soundtrack import make_soundtrack
 from vidgen.pipeline.step_caches import carrying, make_caches
 from vidgen.pipeline.tail import make_tail
@@ -158,7 +159,9 @@ class Engine(OpenedModel):
         tell = on_event or (lambda _progress: None)
         enforce(self.policy, request)
         journals = journals_of(journal, request.count)
-        request, inputs = self.read(recall(request, journals))
+        request, rewritten = settle_prompt(recall(request, journals), journals)
+        enforce(self.policy, request)
+        request, inputs = self.read(request)
         first = self.plan(request, inputs)
         track = make_soundtrack(request, first.kept_frames, first.fps, self,
                                 has_sound=TASK in self.folder.tasks)
@@ -169,7 +172,8 @@ class Engine(OpenedModel):
         loras = read_loras(request.lora, self.folder)
         plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
         recipes = [
-            stamped(make_recipe(self, plan, request, inputs, loras) | track.facts, kept.recipe)
+            stamped(make_recipe(self, plan, request, inputs, loras) | track.facts | rewritten,
+                    kept.recipe)
             for plan, kept in zip(plans, journals, strict=True)
         ]
         for kept, recipe in zip(journals, recipes, strict=True):
@@ -178,7 +182,7 @@ class Engine(OpenedModel):
         @cache  # once for all clips, and not where all are sampled already
         def contexts() -> list[tuple[Tensor, Tensor]]:
             tell(Progress("prompt", 0, 1, num_clips=request.count))
-            return self.encode_prompt(first)
+            return self.encode_prompt(first, loras)
 
         clips = []
         for index, (plan, recipe, kept) in enumerate(zip(plans, recipes, journals, strict=True), 1):
@@ -208,7 +212,7 @@ class Engine(OpenedModel):
                         latents = self._one_window(plan, request, inputs, sample, own)
                     if own and track.is_made_along:
                         kept.keep_sound(*(heard := own.decode()))
-                    kept.keep_latents(latents)
+                    kept.keep_latents(latents, long.num_shown if long else 0)
                 clip = (long.clip if long else partial(self.decode, plan))(latents, recipe, kept)
                 if heard:
                     clip.info = replace(clip.info, sound=heard[0], sound_rate=heard[1])
@@ -249,10 +253,10 @@ class Engine(OpenedModel):
         inputs.records.append(record)
         return request, inputs
 
-    def encode_prompt(self, plan: Plan) -> list[tuple[Tensor, Tensor]]:
+    def encode_prompt(self, plan: Plan, loras: Loras = NO_LORAS) -> list[tuple[Tensor, Tensor]]:
         """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
         prompts = [plan.prompt] if plan.guidance.is_off else [plan.prompt, plan.negative]
-        return [self.encode_texts([prompt]) for prompt in prompts]
+        return [self.encode_texts([prompt], loras.tokens) for prompt in prompts]
 
     @torch.no_grad()
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:

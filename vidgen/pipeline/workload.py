@@ -8,18 +8,19 @@ Axes: L tokens, S text tokens, D width, P pixels of a frame, n frames that a lat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Literal, NamedTuple
 
 from vidgen.core.shapes import Tiles
+from vidgen.models.audio import NOISE_FRAMES, AudioVAEConfig
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
 from vidgen.models.vae_tiles import AT_ONCE, tile_areas
 from vidgen.ops.attention import _BLOCK, _MAX_SCORES
-from vidgen.ops.native import WIDTHS
 
 Kind = Literal[
     "gemm", "attention", "tokens", "block", "conv", "pixels", "layer", "weights", "load"
@@ -71,7 +72,7 @@ def block_ops(width: int, head_dim: int, ffn_dim: int, tokens: int, keys: float,
 
 def transformer_ops(
     config: DiTConfig, frames: int, frame_tokens: int, text_tokens: int, *, image_tokens: int = 0,
-    controlled: bool = False,
+    controlled: bool = False, sound_tokens: int = 0,
 ) -> list[Op]:
     """One forward pass.
 
@@ -82,14 +83,21 @@ def transformer_ops(
         text_tokens: S, at most the model's own.
         image_tokens: rows of image features.
         controlled: whether control blocks run.
+        sound_tokens: sound latents beside them, each a token.
     """
     width, tokens = config.hidden_dim, frames * frame_tokens
-    keys = float(tokens)
+    keys = float(tokens + sound_tokens)
     if config.pattern == "factorised":
         keys = (frames + frame_tokens) / 2
     context = text_tokens + 1 + image_tokens
     block = block_ops(width, config.head_dim, config.ffn_dim, tokens, keys, context)
     ops = [Op(op.kind, op.size, op.amount * config.num_layers) for op in block]
+    if sound_tokens and config.audio is not None:
+        beside = block_ops(
+            width, config.head_dim, config.audio.ffn_dim, sound_tokens, keys, 0
+        )
+        ops += [Op(op.kind, op.size, op.amount * config.num_layers) for op in beside]
+        ops.append(Op("gemm", width, 4 * width * sound_tokens * config.audio.channels))
     if controlled:
         count = len(config.control_layers)
         ops += [Op(op.kind, op.size, op.amount * count) for op in block]
@@ -125,6 +133,30 @@ def transformer_bytes(
         held += 2 * 4 * min(_BLOCK * tokens, tokens**2, _MAX_SCORES)
     largest = itemsize * width * max(config.ffn_dim, width)  # a weight in the kernel's own order
     return held + largest
+
+
+def sound_ops(config: AudioVAEConfig, latents: int) -> list[Op]:
+    """So many latents of sound through the decoder."""
+    width, frames = config.decoder_dim, latents * config.frames_per_token
+    at_latents, at_frames = config.decoder_layers
+    blocks = latents * at_latents + frames * at_frames
+    ends = latents * config.latent_channels + frames * (width + 3 * config.num_bins)
+    passing = blocks * (config.expansion + config.kernel_size) * width
+    spectra = frames * config.window * (8 + math.log2(config.window))
+    return [
+        Op("gemm", width, 2 * width * (2 * blocks * config.expansion * width + ends)),
+        Op("tokens", frames * width, passing + spectra),
+        Op("block", 1, at_latents + at_frames),
+    ]
+
+
+def sound_bytes(config: AudioVAEConfig, latents: int, itemsize: int) -> int:
+    """The most that the sound's decoder holds of so many latents that it takes at a time."""
+    frames = latents * config.frames_per_token
+    block = (3 + 2 * config.expansion) * config.decoder_dim * itemsize
+    # what it says, in float32; phases in float64, complex spectra twice, windows of samples twice
+    render = config.num_bins * (3 * 4 + 2 * 8 + 2 * 8) + 2 * 4 * config.window
+    return frames * max(block, render) + 8 * NOISE_FRAMES * config.num_bins
 
 
 def text_ops(config: TextConfig, tokens: int) -> list[Op]:
@@ -317,7 +349,7 @@ def _held(layers: Iterable[Layer], *, whole: bool, fused: bool) -> tuple[int, in
         joined = came + history if history else 0
         # a stage's and a block's input, what is normed, what the kernel is given, what it makes
         held = came + joined + made + history
-        if layer.norm and (not fused or layer.inputs % WIDTHS):
+        if layer.norm and not fused:
             held += came + joined
         if layer.inside:
             held += came * layer.inside

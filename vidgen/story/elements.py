@@ -316,6 +316,21 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class Draft:
+    """What a script was drafted from.
+
+    Attributes:
+        idea: as a person wrote it.
+        model: the language model that drafted it.
+        sha256: of the model's files.
+    """
+
+    idea: str
+    model: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class Project:
     """What holds for the whole film.
 
@@ -329,6 +344,7 @@ class Project:
         dtype: fp32, bf16 or fp16; default the machine's best.
         defaults: what shots take that don't say it themselves.
         finish: how shots become one film.
+        drafted_from: what it was drafted from by a language model, if it was.
     """
 
     title: str | None = None
@@ -340,6 +356,7 @@ class Project:
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     defaults: Defaults = field(default_factory=Defaults)
     finish: Finish = field(default_factory=Finish)
+    drafted_from: Draft | None = None
 
 
 def check_text(name: str, text: str) -> None:

@@ -4,6 +4,7 @@
         ADDRESS.mp4              a take of a shot, or a stretch of one that has several prompts
         ADDRESS.json             of several takes: which was chosen, and why
         ADDRESS.mp4.vidgen-job/  one that was stopped, which goes on
+        threads.json             by processor, how many threads shots are computed on
         shots.json               the film's shots as they were rendered last, for who joins them
 
 All of it may be removed at any time: what is missing is rendered again.
@@ -12,37 +13,29 @@ All of it may be removed at any time: what is missing is rendered again.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.config import dump
-from vidgen.core.errors import InputError
+from vidgen.core.errors import OutputError, VidgenError
 from vidgen.core.runtime import atomic_write
-from vidgen.media.checks import Finding, as_data, recorded
-from vidgen.media.join import ContinuedClip
-from vidgen.media.read import VideoReader, read_recipe
+from vidgen.media.checks import Finding, as_data
 from vidgen.pipeline.job import job_folder, remove_job
-from vidgen.pipeline.journal import Journal
-from vidgen.story.elements import ShotFrame
+from vidgen.pipeline.workers import Job, Staff, Tell, run_jobs
 from vidgen.story.film import FilmPlan, ShotPlan, Take
-from vidgen.story.takes import best_take, judge_for, score_take
+from vidgen.story.making import ChoiceJob, PartJob, ShotWork, findings_of
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Request
-    from vidgen.media.clip import Clip
-    from vidgen.media.encode import Frames
     from vidgen.pipeline.video import Engine
     from vidgen.story.script import Shot
-    from vidgen.toybox.judge import Judge
 
 INDEX = "shots.json"
 INDEX_VERSION = 1
-Tell = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -152,113 +145,92 @@ class Store:
 
 
 class Renderer:
-    """Renders shots one after the other with one engine.
+    """Renders shots, one after the other or beside each other.
 
     Args:
         store: where they lie.
-        engine: makes a model ready; called when the first shot has to be rendered.
+        engine: makes a model ready; called in each worker when it has its first shot. For several
+            workers it must be picklable: a function of a module, or functools.partial of one.
         tell: told of progress, notes and files, as events; `clip` counts the parts to be rendered.
         overwrite: start those that were stopped anew, instead of going on.
+        staff: who works; a single worker is this process.
     """
 
     def __init__(
-        self, store: Store, engine: Callable[[], Engine], tell: Tell, *, overwrite: bool = False
+        self, store: Store, engine: Callable[[], Engine], tell: Tell, *, overwrite: bool = False,
+        staff: Staff | None = None,
     ) -> None:
         self.store, self.film, self.tell = store, store.film, tell
-        self._open, self.overwrite = engine, overwrite
-        self._number = 0
+        self.overwrite, self.staff = overwrite, staff or Staff()
+        self.work = ShotWork(engine, self.film.folder.content_hash, store)
 
-    @cached_property
-    def engine(self) -> Engine:
-        """The one engine of all shots."""
-        return self._open()
-
-    @cached_property
-    def judge(self) -> Judge | None:
-        """Who judges takes beside the checks."""
-        folder = judge_for(self.film.folder)
-        return None if folder is None else folder.load()
+    def close(self) -> None:
+        """Let the engine go, if this process opened one."""
+        self.work.close()
 
     def render(self, plans: Sequence[ShotPlan]) -> Iterator[RenderedShot]:
-        """Render what isn't there yet, in this order; each is told of when it is there.
+        """Render what isn't there yet; shots are told of in this order, when they are there.
 
         Raises:
             InputError: a shot that can't be made; names it.
         """
         self.store.folder.mkdir(parents=True, exist_ok=True)
-        for number, plan in enumerate(plans, 1):
-            made = not self.store.is_done(plan)
-            if made:
-                self.tell({"event": "note", "text": f"shot {plan.shot.id}, {number} of "
-                           f"{len(plans)}", "shot": plan.shot.id})
-            for take, index in self.store.missing(plan):
-                try:
-                    self._make(plan, take, index)
-                except InputError as error:
-                    raise InputError(f"{self.film.script.where(plan.shot)}: {error}") from error
-            if len(plan.takes) > 1 and self.store.choice(plan) is None:
-                self._choose(plan)
+        ahead: deque[tuple[ShotPlan, bool]] = deque()
+        open_keys = set[str]()
+        for outcome in run_jobs(self._jobs(plans, ahead, open_keys), self.work, self.staff,
+                                self.tell):
+            if outcome.error is not None:
+                raise _named(outcome.error, outcome.job.name)
+            open_keys.discard(outcome.job.key)
+            while ahead and open_keys.isdisjoint(keys_of(ahead[0][0])):
+                plan, made = ahead.popleft()
+                yield self._rendered(plan, made=made)
+        for plan, made in ahead:
             yield self._rendered(plan, made=made)
 
-    def _make(self, plan: ShotPlan, take: Take, index: int) -> None:
-        path, shot = self.store.path(take.parts[index].key), plan.shot
-        request, head = self._request(plan, take, index)
-        journal = Journal(path, resume=not self.overwrite, overwrite=self.overwrite)
-        self._number += 1
-        told = {"clip": self._number, "shot": shot.id, "seed": take.seed}
-        clip = self.engine.generate(
-            request, journal=journal,
-            on_event=lambda p: self.tell({"event": "progress", "stage": p.stage, "done": p.done,
-                                          "total": p.total, **told}),
-        )
-        assert not isinstance(clip, list)
-        if head and index == 0:
-            clip = _without_head(clip, head)
-        self._save(clip, path, told)
+    def _jobs(
+        self, plans: Sequence[ShotPlan], ahead: deque[tuple[ShotPlan, bool]], open_keys: set[str]
+    ) -> Iterator[Job]:
+        """A job for each part that is missing and for each choice, behind those that it needs.
 
-    def _save(self, clip: Clip, path: Path, told: Mapping[str, Any]) -> None:
-        def on_frames(done: int) -> None:
-            self.tell({"event": "progress", "stage": "write", "done": done,
-                       "total": clip.num_frames, **told})
+        Shots that are alike in all that shapes them have one address, so one job.
+        """
+        given, clip = set[str](), 0
+        for number, plan in enumerate(plans, 1):
+            jobs = []
+            text = f"shot {plan.shot.id}, {number} of {len(plans)}"
+            needs = tuple(self.film.shots[name].key for name in plan.shot.needs)
+            for take, index in self.store.missing(plan):
+                key = take.parts[index].key
+                if key in given:
+                    continue
+                clip += 1
+                part = PartJob(plan.shot.id, plan.takes.index(take), index, clip,
+                               "" if jobs else text)
+                before = (take.parts[index - 1].key,) if index else ()
+                jobs.append(Job(key, part, (*needs, *before), self._name(plan)))
+                self._forget(key)
+            if not self.store.is_done(plan) and len(plan.takes) > 1 and plan.key not in given:
+                takes = tuple(take.key for take in plan.takes)
+                jobs.append(Job(plan.key, ChoiceJob(plan.shot.id), takes, self._name(plan)))
+            keys = {job.key for job in jobs}
+            given |= keys
+            open_keys |= keys
+            ahead.append((plan, plan.key in given))
+            yield from jobs
 
-        clip.save(path, overwrite=True, on_frames=on_frames)
-        self.tell({"event": "written", "path": str(path), "shot": told["shot"]})
+    def _name(self, plan: ShotPlan) -> str:
+        return self.film.script.where(plan.shot)
 
-    def _request(self, plan: ShotPlan, take: Take, index: int) -> tuple[Request, int]:
-        """What makes a part, and how many frames of its beginning are another file's."""
-        film, shot = self.film, plan.shot
-        num_frames, last = take.parts[index].num_frames, len(take.parts) - 1
-        request = film.request(shot, take.seed, index, num_frames)
-        shown = {"image": (shot.first_frame, 0), "last_image": (shot.last_frame, last)}
-        pictures: dict[str, Any] = {
-            option: picture_of(self.store.file(film.shots[each.shot]), each.frame)
-            for option, (each, part) in shown.items()
-            if isinstance(each, ShotFrame) and part == index
-        }
-        before, head = None, 0
-        if index:
-            before = self.store.path(take.parts[index - 1].key)
-            head = sum(part.num_frames for part in take.parts[:index])
-        elif shot.continue_from is not None:
-            earlier = film.shots[shot.continue_from]
-            before, head = self.store.file(earlier), earlier.num_frames
-        if before is not None:
-            seconds = float((head + num_frames) / film.fps)
-            request = replace(request, prefix=str(before), seconds=seconds)
-        return replace(request, **pictures), head
-
-    def _choose(self, plan: ShotPlan) -> None:
-        prompts = [part.prompt for part in plan.takes[0].parts]
-        scores = []
-        for take in plan.takes:
-            path = self.store.path(take.key)
-            scores.append(score_take(take.seed, path, _findings(path), prompts, self.judge))
-        choice = best_take(scores)
-        self.store.keep_choice(plan, choice)
-        best = next(take for take in choice["takes"] if take["seed"] == choice["seed"])
-        self.tell({"event": "note", "shot": plan.shot.id,
-                   "text": f"shot {plan.shot.id}: of {len(scores)} takes that of seed "
-                           f"{choice['seed']} is kept: {'; '.join(best['reasons'])}"})
+    def _forget(self, key: str) -> None:
+        """Under `overwrite`, remove what was kept of a part that was stopped."""
+        folder = job_folder(path := self.store.path(key))
+        if not (self.overwrite and folder.is_dir()):
+            return
+        try:
+            remove_job(folder)
+        except BlockingIOError:
+            raise OutputError(f"{path} is being made by another process; wait for it") from None
 
     def _rendered(self, plan: ShotPlan, *, made: bool) -> RenderedShot:
         take = self.store.take(plan)
@@ -266,7 +238,7 @@ class Renderer:
         if job_folder(path).is_dir():  # a kill came after the file, before the end of its job
             with suppress(OSError):
                 remove_job(job_folder(path))
-        findings = tuple(_findings(path))
+        findings = tuple(findings_of(path))
         for finding in findings if made and len(plan.takes) == 1 else ():
             self.tell({"event": "note", "text": f"shot {plan.shot.id}: {finding.text}",
                        "shot": plan.shot.id})
@@ -277,27 +249,16 @@ class Renderer:
         )
 
 
-def picture_of(path: Path, which: str) -> Frames:
-    """The first or last frame of a file, uint8 [H, W, 3].
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
-    with VideoReader(path) as reader:
-        frames = iter(reader)
-        frame = next(frames)
-        if which == "last":
-            for frame in frames:  # noqa: B007
-                pass
-    return frame
+def keys_of(plan: ShotPlan) -> Iterator[str]:
+    """Addresses of all that belongs to a shot."""
+    yield plan.key
+    for take in plan.takes:
+        yield from (part.key for part in take.parts)
 
 
-def _without_head(clip: Clip, head: int) -> Clip:
-    """The frames behind those of the shot that it goes on from."""
-    assert isinstance(clip, ContinuedClip), "shots of a film have one size and rate"
-    assert clip.head_frames == head, (clip.head_frames, head)
-    return clip.added()
-
-
-def _findings(path: Path) -> list[Finding]:
-    return recorded(read_recipe(path)) or []
+def _named(error: Exception, name: str) -> Exception:
+    """An error that says which shot it is about."""
+    kind = type(error) if isinstance(error, VidgenError) else VidgenError
+    named = kind(f"{name}: {error}")
+    named.__cause__ = error
+    return named

@@ -1,0 +1,207 @@
+"""The scheduler with real processes: order, deaths, silence, stops; nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.labour import Labour, Unloadable
+from vidgen.core.errors import InputError, VidgenError
+from vidgen.pipeline.workers import (
+    WINDOW,
+    Job,
+    Outcome,
+    Patience,
+    Staff,
+    run_jobs,
+    settle_threads,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def quiet(_event: dict) -> None:
+    pass
+
+
+def by_key(outcomes) -> dict[str, Outcome]:
+    return {outcome.job.key: outcome for outcome in outcomes}
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def gone(pids, seconds: float = 20.0) -> bool:
+    until = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_jobs_come_behind_those_they_need(tmp_path, workers):
+    jobs = [Job(f"{n}", ("square", n), tuple(f"{m}" for m in range(max(0, n - 2), n)))
+            for n in range(6)]
+    staff = Staff(workers, threads=1)
+    outcomes = list(run_jobs(jobs, Labour(tmp_path), staff, quiet))
+    assert [outcome.job.key for outcome in outcomes] == [str(n) for n in range(6)]
+    assert [outcome.result for outcome in outcomes] == [n * n for n in range(6)]
+
+
+def test_what_fails_takes_its_dependents_with_it_and_no_others(tmp_path):
+    jobs = [Job("a", ("refuse", "no"), name="shot a"), Job("b", ("square", 2), ("a",)),
+            Job("c", ("square", 3), ("b",)), Job("d", ("square", 4), ("never given",))]
+    jobs += [Job(f"n{n}", ("square", n)) for n in range(WINDOW)]
+    jobs += [Job("late", ("square", 5), ("a",))]
+    found = by_key(run_jobs(iter(jobs), Labour(tmp_path), Staff(threads=1), quiet))
+    assert len(found) == len(jobs)
+    assert (type(found["a"].error), str(found["a"].error)) == (InputError, "no")
+    assert [str(found[key].error) for key in ("b", "c", "late")] == [
+        "it needs shot a, which could not be made", "it needs b, which could not be made",
+        "it needs shot a, which could not be made"]
+    assert found["d"].result == 16
+
+
+def test_only_a_window_of_jobs_is_held(tmp_path):
+    given = done = most = 0
+
+    def jobs():
+        nonlocal given
+        for number in range(10_000):
+            given += 1
+            yield Job(f"{number}", ("square", number), (f"{number - 1}",))
+
+    for _ in run_jobs(jobs(), Labour(tmp_path), Staff(threads=1), quiet):
+        done += 1
+        most = max(most, given - done)
+    assert (done, most <= WINDOW) == (10_000, True)
+
+
+def test_dead_workers_jobs_are_done_elsewhere(tmp_path, caplog):
+    jobs = [Job("dies once", ("die", 1)), Job("warns", ("warn", "careful")),
+            Job("refuses", ("refuse", "no")), Job("fails", ("fail", "gone"))]
+    jobs += [Job(f"{n}", ("square", n)) for n in range(8)]
+    told: list[dict] = []
+    found = by_key(run_jobs(jobs, Labour(tmp_path), Staff(2, threads=1), told.append))
+    assert [found[f"{n}"].result for n in range(8)] == [n * n for n in range(8)]
+    pids = [each["pid"] for each in told if each.get("stage") == "die"]
+    assert len(set(pids)) == 2
+    assert found["dies once"].result == pids[-1]
+    (note,) = [each["text"] for each in told if each["event"] == "note"]
+    assert "is gone (killed by SIGKILL, maybe for lack of memory); its job, dies once" in note
+    assert {each["worker"] for each in told} <= {1, 2}
+    assert isinstance(found["refuses"].error, InputError)
+    assert "KeyError: 'gone'" in str(found["fails"].error)
+    assert "labour.py" in str(found["fails"].error)
+    assert "careful" in caplog.text
+    assert gone({each["pid"] for each in told if "pid" in each})
+
+
+def test_a_job_that_ends_every_worker_is_given_up_with_its_reason(tmp_path):
+    jobs = [Job("killer", ("die", 99), name="shot 'killer'"), Job("after", ("square", 3))]
+    found = by_key(run_jobs(jobs, Labour(tmp_path), Staff(2, threads=1), quiet))
+    assert str(found["killer"].error) == (
+        "shot 'killer' ended 3 workers one after the other; the last: killed by SIGKILL, maybe "
+        "for lack of memory")
+    assert found["after"].result == 9
+    assert len(list(tmp_path.glob("SIGKILL-*"))) == 3
+
+
+@pytest.mark.parametrize(("what", "patience", "reason"), [
+    ("freeze", Patience(silence=8), "it said nothing for 8 s"),
+    ("hang", Patience(stall=4), "its job didn't move for 4 s"),
+])
+def test_workers_that_hang_are_replaced(tmp_path, what, patience, reason):
+    told: list[dict] = []
+    staff = Staff(2, threads=1, patience=patience)
+    (outcome,) = run_jobs([Job("a", (what, 1))], Labour(tmp_path), staff, told.append)
+    first, second = (each["pid"] for each in told if "pid" in each)
+    assert outcome.result == second
+    assert gone([first])
+    assert any(reason in each.get("text", "") for each in told)
+
+
+def test_an_interrupt_stops_all_and_lets_them_keep_what_they_have(tmp_path):
+    pids: list[int] = []
+
+    def tell(event: dict) -> None:
+        pids.append(event["pid"])
+        if len(pids) == 2:
+            raise KeyboardInterrupt
+
+    jobs = [Job(name, ("wait", name)) for name in ("x", "y")]
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(run_jobs(jobs, Labour(tmp_path), Staff(2, threads=1), tell))
+    assert time.monotonic() - start < 60
+    assert not any(map(alive, pids))
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"}
+
+
+def test_workers_leave_when_their_scheduler_is_killed(tmp_path):
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom tests.labour import Labour\n"
+        "from vidgen.pipeline.workers import Job, Staff, run_jobs\n"
+        "jobs = [Job('x', ('wait', 'x')), Job('y', ('wait', 'y'))]\n"
+        "tell = lambda event: print(event['pid'], flush=True)\n"
+        f"list(run_jobs(jobs, Labour(Path({str(tmp_path)!r})), Staff(2, threads=1), tell))\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)
+    pids = [int(run.stdout.readline()) for _ in range(2)]
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert gone(pids)
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"}
+    run.stdout.close()
+
+
+def test_work_that_cannot_be_sent_or_opened_is_told():
+    jobs = [Job("a", ("square", 2))]
+    with pytest.raises(InputError, match="can't be sent to other processes"):
+        list(run_jobs(jobs, lambda *_: None, Staff(2, threads=1), quiet))
+    with pytest.raises(VidgenError, match=r"can't be started: .*this can't be opened here"):
+        list(run_jobs(jobs, Unloadable(), Staff(2, threads=1), quiet))
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ({"workers": 0}, "workers is 0; give a whole number from 1 to 1024"),
+    ({"threads": 5000}, "threads is 5000"),
+])
+def test_staff_out_of_range_is_refused(words, message):
+    with pytest.raises(InputError, match=message):
+        Staff(**words)
+
+
+def test_threads_are_divided_unless_somebody_said_how_many(monkeypatch):
+    import torch
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    assert [Staff(n).num_threads for n in (None, 1, 3, 99)] == [8, 8, 2, 1]
+    assert Staff(4, threads=5).num_threads == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert Staff(4).num_threads == 8
+    assert os.environ["OMP_NUM_THREADS"] == "8"
+
+
+def test_a_folders_clips_keep_to_the_threads_they_were_begun_with(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    folder, told = tmp_path / "film.shots", []
+    assert settle_threads(folder, Staff(2, threads=3), told.append).threads == 3
+    assert settle_threads(folder, Staff(1024), told.append).threads == 3
+    assert "each clip takes 3 threads" in told[-1]["text"]
+    assert settle_threads(folder, Staff(threads=5), told.append).threads == 5
+    assert settle_threads(folder, Staff(), told.append).threads == 5
+    (folder / "threads.json").write_text("{broken")
+    assert settle_threads(folder, Staff(1024), told.append).threads == 1
+    assert settle_threads(folder, Staff(ray="auto"), told.append).threads is None

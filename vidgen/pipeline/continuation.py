@@ -1,0 +1,74 @@
+"""A clip that goes on: what its recipe says of how, and how long the whole becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+from vidgen.diffusion.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from vidgen.weights.folder import ModelFolder
+
+
+def own_options(recipe: Mapping[str, Any], model: str | None = None) -> dict[str, Any]:
+    """What a clip's recipe says of how to go on; with another model the prompt and label alone.
+
+    Args:
+        recipe: as `read_recipe` gives it.
+        model: that goes on with it; None: the recipe's own.
+
+    Raises:
+        InputError: the recipe is damaged.
+    """
+    try:
+        return _own_options(recipe, model)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"its recipe is damaged ({error}); extend a copy that is whole") from error
+
+
+def _own_options(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+    plan, label = recipe["plan"], recipe.get("request", {}).get("label", "none")
+    if model not in (None, recipe["model"]["name"], recipe["model"].get("source")):
+        return {"prompt": plan["prompt"], "label": label}
+    guidance = plan["guidance"]
+    own = {
+        "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"],
+        "label": label,
+        "steps": plan["num_steps"], "shift": plan["shift"], "sampler": plan["sampler"],
+        "guidance": guidance["scale"], "guidance_interval": guidance["interval"],
+        "guidance_rescale": guidance["rescale"], "guidance_low": guidance.get("low_scale"),
+        "control_scale": None, "cache": recipe.get("request", {}).get("cache"),
+        "lora": [
+            f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
+            for lora in recipe.get("loras", ())
+        ],
+    }
+    if plan["sampler"] not in SAMPLERS:  # one of diffusers', which a command line can't give
+        own |= {"sampler": None, "shift": None}
+    return {name: value for name, value in own.items() if value not in (None, [])}
+
+
+def lengthened(clip: str | Path, num_frames: int, fps: Fraction, added_s: float) -> dict[str, Any]:
+    """The options that make a clip longer by some seconds: prefix, fps and seconds of the whole.
+
+    Raises:
+        InputError: that is less than a frame.
+    """
+    added = round(added_s * fps)
+    if added < 1:
+        raise InputError(f"seconds is {added_s}, less than a frame at {fps} fps")
+    return {"prefix": str(clip), "fps": fps, "seconds": float((num_frames + added) / fps)}
+
+
+def at_own_size(request: Request, size: tuple[int, int], folder: ModelFolder) -> Request:
+    """The size (width, height) of the clip that goes on, where the model can make it."""
+    vae, dit = folder.components["vae"].config, folder.components["transformer"].config
+    side = vae.strides.hw * dit.patch_size
+    fits = all(length % side == 0 for length in size)
+    return replace(request, size=size) if fits else request
