@@ -36,23 +36,21 @@ from torch import Tensor
 
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
+from vidgen.evaluation.drift import LOOKS, Windows, looks, measure_drift
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, mean_interval
+from vidgen.evaluation.toybox_items import endless_prompts
 from vidgen.media.sheet import contact_sheet
 from vidgen.pipeline.extend import COLOUR_HOLD, OVERLAP, LongClip, window_size
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.tail import TAIL_FRAMES, Beginning, colours_of
 from vidgen.pipeline.video import Engine, load, to_frames
-from vidgen.toybox.captions import prompts
-from vidgen.toybox.judge import NOTHING, Judge, embedded_judge
+from vidgen.toybox.judge import Judge, embedded_judge
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import Scene
 from vidgen.training.program import exit_code
 
 WAYS = ("pixels", "latents", "held")
-LOOKS = ("brightness", "contrast", "saturation", "sharpness")
-ENDLESS = ("stays", "bounces", "swings", "spins", "circles")
-LUMA = (0.2126, 0.7152, 0.0722)  # ITU-R BT.709, eq. 3.2
 COLOURS = {"truth": "#888888", "pixels": "#d62728", "latents": "#1f77b4", "held": "#2ca02c"}
 SHEET_SEEDS = 6
 
@@ -72,21 +70,6 @@ class Settings:
     dtype: str | None
 
 
-def chosen_prompts(scenes: str, count: int) -> list[tuple[Scene, str]]:
-    """The first prompts of the dev split that are asked for; `scenes` is "endless" or "any"."""
-    wide = 1
-    while True:
-        pool = prompts("dev", wide * count)
-        found = [
-            (scene, text) for scene, text in pool
-            if scenes == "any"
-            or (scene.camera == "still" and all(a.motion in ENDLESS for a in scene.actors))
-        ]
-        if len(found) >= count:
-            return found[:count]
-        wide *= 2
-
-
 class Chain:
     """Makes one seed's clip in each way."""
 
@@ -94,10 +77,10 @@ class Chain:
         self.engine, self.settings, self.scene = engine, settings, scene
         self.t = engine.vae_config.strides.t
         self.size = window_size(engine.folder, engine.vae_config.strides)
-        total = self.size + (settings.windows - 1) * (self.size - settings.overlap)
+        self.windows = Windows(self.size, settings.overlap, settings.windows, self.t)
         self.request = Request.of(text, {
             "seed": seed, "steps": settings.steps, "overlap": settings.overlap,
-            "frames": 1 + (total - 1) * self.t,
+            "frames": self.windows.num_frames,
         })  # fmt: skip
         self.plan = engine.plan(self.request, Inputs())
         self.contexts = engine.encode_prompt(self.plan)
@@ -106,9 +89,9 @@ class Chain:
     def first(self) -> Tensor:
         """Latents of the first window."""
         if self.settings.start == "render":
-            return self.engine.encode_video(self.truth(1 + (self.size - 1) * self.t)).cpu()
+            return self.engine.encode_video(self.truth(self.windows.length)).cpu()
         span = replace(self.plan.latents, num_frames=self.size)
-        plan = replace(self.plan, latents=span, num_frames=1 + (self.size - 1) * self.t)
+        plan = replace(self.plan, latents=span, num_frames=self.windows.length)
         return self.sample(plan, self.engine.prepare(plan, self.request, Inputs())).cpu()
 
     def sample(self, plan: Any, state: Any) -> Tensor:
@@ -155,46 +138,12 @@ class Chain:
         size = self.plan.height, self.plan.width
         return render([self.scene], num_frames, *size, fps=float(self.plan.fps)).video.cpu()
 
-    @property
-    def joins(self) -> list[int]:
-        """Frames before which a new window's first frame stands."""
-        step = (self.size - self.settings.overlap) * self.t
-        return [1 + (self.size - 1) * self.t + k * step for k in range(self.settings.windows - 1)]
-
-
-def looks(video: Tensor) -> dict[str, Tensor]:
-    """`LOOKS` of each frame [T] of a video [1, 3, T, H, W] in [-1, 1], in units of the range."""
-    colours = (video[0] + 1) / 2
-    luma = (colours * colours.new_tensor(LUMA).view(3, 1, 1, 1)).sum(0)
-    inner = luma[:, 1:-1, 1:-1]
-    around = luma[:, 2:, 1:-1] + luma[:, :-2, 1:-1] + luma[:, 1:-1, 2:] + luma[:, 1:-1, :-2]
-    values = (
-        luma.mean((1, 2)), luma.std((1, 2)),
-        (colours.amax(0) - colours.amin(0)).mean((1, 2)), (inner - around / 4).abs().mean((1, 2)),
-    )  # fmt: skip
-    return dict(zip(LOOKS, values, strict=True))
-
 
 def score(video: Tensor, chain: Chain, judge: Judge) -> dict[str, Any]:
     """All figures of one clip, and its looks by frame for the chart."""
-    length = 1 + (chain.size - 1) * chain.t
-    told = looks(video)
-    figures: dict[str, Any] = {
-        name: float(values[-length:].mean() - values[:length].mean())
-        for name, values in told.items()
-    }
-    change = (video[0, :, 1:] - video[0, :, :-1]).abs().mean((0, 2, 3)) / 2
-    joins = [frame - 1 for frame in chain.joins]
-    others = [i for i in range(length - 1, len(change)) if i % chain.t == 0 and i not in joins]
-    figures["joins"] = float(change[joins].mean() / change[others].mean().clamp(min=1e-4))
-    device = next(judge.parameters()).device
-    first, last = (
-        judge.verdicts(part.to(device))[0] for part in (video[:, :, :length], video[:, :, -length:])
-    )
-    figures["same"] = first.sprite == last.sprite != NOTHING
-    figures["right"] = last.shows([actor.sprite for actor in chain.scene.actors])
-    figures["curves"] = {name: [round(v, 4) for v in told[name].tolist()] for name in LOOKS}
-    return figures
+    figures = measure_drift(video, chain.windows, chain.scene, judge)
+    curves = {name: [round(v, 4) for v in told.tolist()] for name, told in looks(video).items()}
+    return {**figures, "curves": curves}
 
 
 def summarise(scores: list[dict[str, Any]]) -> dict[str, Any]:
@@ -270,9 +219,9 @@ def measure(
     }
     scores: dict[str, list[dict[str, Any]]] = {way: [] for way in ("truth", *WAYS)}
     pictures, labels, joins = [], list[str](), list[int]()
-    for seed, (scene, text) in enumerate(chosen_prompts(settings.scenes, settings.seeds)):
+    for seed, (scene, text) in enumerate(endless_prompts(settings.scenes, settings.seeds)):
         chain = Chain(engine, settings, seed, scene, text)
-        joins = chain.joins
+        joins = chain.windows.joins
         for way, ones in scores.items():
             key = json.dumps([identity, seed, way])
             shown = sheet is not None and seed < SHEET_SEEDS

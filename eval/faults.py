@@ -3,7 +3,8 @@
     python eval/faults.py -o faults.json --report faults.html [--clips 24] [--size 128] [--decoded]
 
 Renders Toybox clips, plants faults of five grades in each, takes all measures of
-`vidgen eval temporal` and correlates mean measure and grade (Spearman). From 0.9 on, the right way
+`vidgen eval temporal` and correlates mean measure and grade (Spearman); of late sound those of
+`evaluation.sync`, on clips of bouncing sprites. From 0.9 on, the right way
 round, a measure ranks the fault; all others are shown as not ranking it. With --decoded the clips
 go through H.264 first. About 15 s a clip of 33 frames of 128x128 on one core.
 """
@@ -22,17 +23,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
+from vidgen.evaluation.bounces import bounce_times
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import FlowEstimator
 from vidgen.evaluation.metrics.registry import MEASURES
+from vidgen.evaluation.onsets import find_onsets
 from vidgen.evaluation.statistics import spearman
+from vidgen.evaluation.sync import SyncScore, bouncing_scenes, score_sync
 from vidgen.evaluation.temporal_report import line_chart
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo, write_clip
+from vidgen.toybox.cues import SAMPLE_RATE
+from vidgen.toybox.judge import embedded_judge
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, Scene, is_valid, sample_scenes
+from vidgen.toybox.sound import synthesize
 
 FPS = Fraction(12)
 RANKED = 0.9
@@ -149,6 +157,10 @@ PLANTS: dict[str, tuple[Plant, tuple[float, ...]]] = {
 }
 
 
+SOUND_OFFSET, OFFSETS = "sound offset", (0, 0.02, 0.04, 0.06, 0.08, 0.1)
+"""Seconds by which sound is late, within what is still paired (see `evaluation.sync.LATE_S`)."""
+
+
 def encoded(frames: Any) -> Any:
     """Frames after H.264, as a file holds them."""
     with tempfile.TemporaryDirectory() as folder:
@@ -188,6 +200,30 @@ def measure(clips: int, num_frames: int, side: int, decode: bool) -> dict[str, A
         "measures_version": MEASURES_VERSION, "grades": {f: g for f, (_, g) in PLANTS.items()},
         "responses": responses, "opencv": version_of_opencv(), "machine": fingerprint(),
     }
+
+
+def sound_offset(clips: int) -> dict[str, dict[str, Any]]:
+    """How the ruler for sound and picture takes sound that comes later and later.
+
+    Args:
+        clips: rendered clips of bouncing sprites, with their own sound.
+
+    Returns:
+        {measure: {mean, clips, spearman, ranks}}, means in seconds and shares.
+    """
+    scenes, judge = bouncing_scenes(FIRST_SEED, clips), embedded_judge().load()
+    seen = [t for s in scenes for t in bounce_times(judge, render([s]).video, float(FPS))]
+    sound, scores = synthesize(scenes), list[SyncScore]()
+    for grade in OFFSETS:
+        late = F.pad(sound, (round(grade * SAMPLE_RATE), 0))[:, : sound.shape[1]]
+        scores.append(score_sync(seen, find_onsets(late, SAMPLE_RATE), 32 / float(FPS)))
+    found = {}
+    for name, way in (("sync_median", 1), ("sync_bias", 1), ("sync_f1", -1)):
+        mean = [getattr(s, name.removeprefix("sync_") + "_s" * (way > 0)) for s in scores]
+        rho = spearman(OFFSETS, mean)
+        ranks = rho is not None and way * rho >= RANKED
+        found[name] = {"mean": mean, "clips": clips, "spearman": rho, "ranks": ranks}
+    return found
 
 
 def version_of_opencv() -> str:
@@ -258,6 +294,8 @@ def main() -> None:
         if path is not None:
             check_output(path, overwrite=args.overwrite)
     result = measure(args.clips, args.frames, args.size, args.decoded)
+    result["responses"][SOUND_OFFSET] = sound_offset(args.clips)
+    result["grades"][SOUND_OFFSET] = OFFSETS
     atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
     if args.report is not None:
         atomic_write(args.report, page(result).encode())

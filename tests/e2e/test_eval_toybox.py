@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.models import build_tiny_model
 from vidgen.cli.main import main
 from vidgen.evaluation import toybox
 from vidgen.toybox.judge import Judge, JudgeConfig
 from vidgen.toybox.scenes import WORLD_VERSION
+from vidgen.toybox.sound_judge import SoundJudge, SoundJudgeConfig
 from vidgen.weights.load import save_module
 
-COUNTS = ["--prompts", "3", "--held-out", "1", "--images", "2", "--reserved", "1", "--batch", "2"]
+COUNTS = [
+    "--prompts", "3", "--held-out", "1", "--images", "2", "--reserved", "1", "--two", "2",
+    "--pairs", "2", "--extensions", "1", "--windows", "2", "--sounds", "2", "--batch", "2",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,8 @@ def test_results_say_what_was_measured_and_how(results: Path) -> None:
 def test_every_figure_has_its_neighbours(results: Path) -> None:
     scores = json.loads(results.read_text())["scores"]
     assert set(scores) == {
-        "render", "vae", "reserved", "text", "held_out", "render_end", "image", "judge"
+        "render", "vae", "reserved", "text", "held_out", "two_render", "two_vae", "two",
+        "render_end", "vae_end", "image", "judge",
     }  # fmt: skip
     figure = scores["text"]["sprite"]
     assert figure["total"] == 3
@@ -72,6 +79,68 @@ def test_every_figure_has_its_neighbours(results: Path) -> None:
     assert scores["vae"]["psnr"]["total"] == 3
     assert scores["vae"]["mask_psnr"]["floor"] == 24.0
     assert scores["judge"]["nothing"]["total"] == 3
+    assert scores["two"]["sprite"]["ceiling_vae"] >= 0
+    assert 0 < scores["image"]["first_ssim"]["ceiling_vae"] < 1
+    assert scores["text"]["path"]["chance"] == pytest.approx(1 / 3)
+    assert scores["text"]["path_off"]["ceiling_render"] > 0
+    assert {"chance", "ceiling_render", "ceiling_vae"} <= scores["text"]["identity_1"].keys()
+
+
+@pytest.fixture(scope="module")
+def sounding(
+    judge: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], str]:
+    """A model with sound, and what the three other suites say of it."""
+    folder = tmp_path_factory.mktemp("sounding")
+    model = build_tiny_model(folder / "model", sound=True)
+    torch.manual_seed(0)
+    config = SoundJudgeConfig(bands=16, dims=(4, 4, 8), hidden_dim=8)
+    save_module(SoundJudge(config).state_dict(), config, folder / "ear", torch.float32)
+    found: dict[str, Any] = {}
+    for suite in ("triples", "extend", "sound"):
+        output = folder / f"{suite}.json"
+        ear = ("--sound-judge", str(folder / "ear")) if suite == "sound" else ()
+        assert evaluate(model, judge, output, "--suite", suite, *ear) == 0
+        found |= json.loads(output.read_text())["scores"]
+    return model, found, json.loads(output.read_text())["sound_judge"]
+
+
+def test_triples_are_compared_pair_by_pair(sounding: tuple[Path, dict[str, Any], str]) -> None:
+    _, scores, _ = sounding
+    figure = scores["triples"]["place"]
+    assert figure["total"] == 2
+    assert figure["value"] == pytest.approx(figure["seen"] - figure["held_out"])
+    assert scores["seen_triples"]["place"]["value"] == figure["seen"]
+
+
+def test_long_clips_tell_their_drift(sounding: tuple[Path, dict[str, Any], str]) -> None:
+    _, scores, _ = sounding
+    for source in ("extend_render", "extend_vae", "extend"):
+        assert scores[source]["brightness_drift"]["total"] == 1
+        assert scores[source]["joins"]["value"] > 0
+    assert "ceiling_vae" in scores["extend"]["sharpness_drift"]
+
+
+def test_sound_is_scored_where_the_model_makes_it(
+    sounding: tuple[Path, dict[str, Any], str], judge: Path, tmp_path: Path
+) -> None:
+    model, scores, ear = sounding
+    assert len(ear) == 64
+    assert scores["sound"]["voice"]["total"] == 2
+    assert {"chance", "ceiling_render", "ceiling_vae", "floor"} <= scores["sound"]["voice"].keys()
+    assert evaluate(model, judge, tmp_path / "r.json", "--suite", "sound") == 0
+    told = json.loads((tmp_path / "r.json").read_text())
+    assert "voice" in told["scores"]["sound"], "the embedded judge hears where none is named"
+    assert len(told["sound_judge"]) == 64
+    assert told["sound_judge"] != ear
+
+
+def test_a_model_without_sound_isnt_asked_for_it(
+    tiny_model: Path, judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(tiny_model, judge, tmp_path / "r.json", "--suite", "sound") == 2
+    assert "lacks the task 'sound'" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_the_sheet_shows_the_clips(results: Path) -> None:
@@ -117,7 +186,7 @@ def test_another_setting_is_another_score(
     log.write_text(results.with_name("r.json.jsonl").read_text())
     before = len(log.read_text().splitlines())
     assert evaluate(tiny_model, judge, output, "--suite", "text", "--steps", "1") == 0
-    assert len(log.read_text().splitlines()) == before + 3 + 3 + 3 + 1
+    assert len(log.read_text().splitlines()) == before + 3 * 3 + 1 + 3 * 2
 
 
 def test_results_are_not_overwritten_and_need_json(
@@ -129,3 +198,5 @@ def test_results_are_not_overwritten_and_need_json(
     assert ".json" in capsys.readouterr().err
     assert evaluate(tiny_model, judge, results.with_name("n.json"), "--prompts", "0") == 2
     assert "prompts" in capsys.readouterr().err
+    assert evaluate(tiny_model, judge, results.with_name("n.json"), "--windows", "1") == 2
+    assert "windows is 1; give 2 or more" in capsys.readouterr().err

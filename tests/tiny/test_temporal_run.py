@@ -6,6 +6,7 @@ import importlib.util
 import json
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,14 @@ from tests.textures import texture
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError, ModelError
 from vidgen.evaluation import temporal
-from vidgen.evaluation.metrics.networks import Networks, centre, normalised, resized
+from vidgen.evaluation.metrics.networks import (
+    Networks,
+    _positions,
+    centre,
+    normalised,
+    resized,
+    smoothed,
+)
 from vidgen.evaluation.temporal import TemporalRun, run_temporal
 from vidgen.media.write import ClipInfo, write_clip
 
@@ -122,8 +130,9 @@ def test_a_killed_run_goes_on(
     lines = results.with_name("r.json.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "r.json.jsonl").write_text("".join(lines[:4]) + lines[4][:50])
     measured: list[str] = []
-    score = temporal._score
-    monkeypatch.setattr(temporal, "_score", lambda job: measured.append(job.path) or score(job))
+    measure = temporal.measure
+    monkeypatch.setattr(
+        temporal, "measure", lambda job, tell: measured.append(job.path) or measure(job, tell))
     run = TemporalRun([str(folder) for folder in folders])
     again = run_temporal(run, tmp_path / "r.json", quiet)
     assert len(measured) == 12 - 4
@@ -240,6 +249,14 @@ class Middle(torch.nn.Module):
         return (one + other) / 2
 
 
+class Summarise(torch.nn.Module):
+    """Colours of a video, and how much it changes."""
+
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        change = (video[:, :, 1:] - video[:, :, :-1]).abs().mean((2, 3, 4))
+        return torch.cat([video.mean((2, 3, 4)), change], dim=1)
+
+
 class Left(torch.nn.Module):
     """Points that go left by two pixels a frame."""
 
@@ -298,6 +315,24 @@ def test_with_networks_the_dimensions_bear_vbenchs_names(
     assert all(len(digest) == 64 for digest in told["networks"].values())
 
 
+def test_sets_of_clips_have_a_distance_by_an_extractor(tmp_path: Path) -> None:
+    torch.jit.script(Summarise()).save(str(tmp_path / "i3d.pt"))
+    frames = [pan(seed, count=16) for seed in range(3)]
+    for name, shade in (("one", 0), ("alike", 0), ("bright", 60)):
+        (tmp_path / name).mkdir()
+        for seed, clip in enumerate(frames):
+            lit = np.clip(clip.astype(int) + shade, 0, 255).astype(np.uint8)
+            save(tmp_path / name / f"p{seed}-0.mp4", lit)
+    run = TemporalRun([str(tmp_path / name) for name in ("one", "alike", "bright")],
+                      [f"i3d={tmp_path / 'i3d.pt'}"])  # fmt: skip
+    told = run_temporal(run, tmp_path / "r.json", quiet)
+    alike, bright, _ = told["comparisons"]
+    assert alike["fvd"] == pytest.approx(0, abs=1e-6)
+    assert bright["fvd"] > 0.1
+    assert bright["kvd"] > alike["kvd"]
+    assert bright["fvd_segments"] == [3, 3]
+
+
 def test_frames_are_prepared_as_vbench_does() -> None:
     frame = np.random.default_rng(0).integers(0, 256, (30, 47, 3), dtype=np.uint8)
     small = resized(frame, 24, "bilinear")
@@ -312,6 +347,28 @@ def test_frames_are_prepared_as_vbench_does() -> None:
     assert set(halved.unique().tolist()) == {0.0, 255.0}
 
 
+def test_dinos_positions_are_stretched_as_its_own_code_does() -> None:
+    known = torch.randn(1, 1 + 14 * 14, 4, generator=torch.Generator().manual_seed(0))
+    vit = SimpleNamespace(
+        position_embeddings=known, patch_embeddings=SimpleNamespace(patch_size=(16, 16))
+    )
+    assert _positions(vit, known, 224, 224) is known
+    wide = _positions(vit, known, 224, 320)
+    assert wide.shape == (1, 1 + 14 * 20, 4)
+    assert torch.equal(wide[:, 0], known[:, 0])
+    same = _positions(vit, known, 224, 237)  # as many patches, and sampled a little off, as there
+    assert same.shape == known.shape
+    assert 1e-4 < (same - known)[:, 1:].abs().mean() < 0.2
+
+
+def test_a_given_picture_is_resized_in_bytes() -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (30, 47, 3), dtype=np.uint8)
+    given, shown = (smoothed(frame, (24, 37), given) for given in (True, False))
+    assert torch.equal(given, given.round())
+    assert not torch.equal(shown, shown.round())
+    assert (given - shown).abs().mean() < 1
+
+
 def test_a_network_of_the_wrong_shape_is_told(networks: dict[str, Path]) -> None:
     frame = pan(0)[0]
     with pytest.raises(ModelError, match="raft gave"):
@@ -320,10 +377,10 @@ def test_a_network_of_the_wrong_shape_is_told(networks: dict[str, Path]) -> None
         Networks({"amt": networks["dino"] / "config.json"})
 
 
-def test_padding_is_taken_off_again(networks: dict[str, Path]) -> None:
+def test_padding_stays_on_flows_and_is_taken_off_pictures(networks: dict[str, Path]) -> None:
     found = Networks(networks)
     one, other = pan(0)[0][:50, :41], pan(0)[8][:50, :41]
-    assert found.raft(one, other).shape == (50, 41, 2)
+    assert found.raft(one, other).shape == (56, 48, 2)
     middle = found.amt(one, other)
     wanted = (one.astype(np.float32) + other) / 2
     assert np.abs(middle - wanted).max() <= 1
@@ -355,3 +412,10 @@ def test_each_planted_fault_is_ranked_by_its_measure() -> None:
     page = faults.page(result)
     assert page.count("<svg") > 100
     assert "doesn&#x27;t rank it" in page
+
+
+def test_late_sound_is_ranked_by_its_bias() -> None:
+    found = load_faults().sound_offset(2)
+    assert found["sync_bias"]["ranks"]
+    first, *_, last = found["sync_bias"]["mean"]
+    assert last - first == pytest.approx(0.1, abs=0.01)

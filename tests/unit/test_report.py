@@ -51,3 +51,16 @@ def test_events_are_lines_of_json_with_their_time(tmp_path):
 def test_two_claims_on_stdout_are_refused():
     with pytest.raises(InputError, match="both claim stdout"):
         Report(as_json=True, events="-")
+
+
+def test_each_worker_has_a_line_that_says_what_it_is_at(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Report(as_json=False, events=None) as report:
+        for worker, shot in ((1, "one [red]"), (2, "two"), (1, "three")):
+            report({"event": "progress", "stage": "sample", "done": 2, "total": 3, "shot": shot,
+                    "worker": worker, "fraction": 0.25, "eta_s": 60.0})
+        report.result({}, "")
+    shown = terminal.getvalue()
+    for text in ("worker 1: three sample", "worker 2: two sample", "all, %", "25/100"):
+        assert text in shown

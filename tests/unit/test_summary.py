@@ -3,8 +3,9 @@
 import pytest
 
 from vidgen.evaluation.statistics import Rate
-from vidgen.evaluation.summary import reached, summarise, table
+from vidgen.evaluation.summary import reached, summarise, truth
 from vidgen.evaluation.toybox import SHEET_FRAMES, _split
+from vidgen.evaluation.toybox_table import table
 from vidgen.toybox.scenes import Actor, Scene
 
 SCENES = [
@@ -60,6 +61,22 @@ def test_floors_are_met_from_the_right_side(result):
     assert reached("camera", scores["text"]["camera"]) is None
     assert scores["vae"]["psnr"]["value"] == pytest.approx(31)
     assert scores["image"]["jump"]["value"] == 1.2
+
+
+def test_one_clip_has_no_interval_and_what_is_missing_no_figure():
+    rows = [row("cat", right=True) | {"path_off": 0.1, "fall_off": None}]
+    figures = summarise({"text": rows}, {"text": SCENES[:1]}, None)["scores"]["text"]
+    assert figures["path_off"] == {"value": 0.1, "low": None, "high": None, "total": 1}
+    assert "fall_off" not in figures
+
+
+def test_two_actors_are_one_answer():
+    scene = Scene(4, (Actor("cat", "rises"), Actor("bus", "rises")), relation="next to")
+    assert truth(scene, "sprite") == "bus + cat"
+    rows = [row("cat", right=False)]
+    told = summarise({"two": rows}, {"two": [scene]}, None)
+    assert told["scores"]["two"]["sprite"]["chance"] == 1
+    assert told["confusions"]["two"] == {}
 
 
 def test_the_table_shows_every_figure(result):

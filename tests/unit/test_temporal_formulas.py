@@ -18,6 +18,7 @@ from vidgen.evaluation.metrics.appearance import (
     sharpness,
 )
 from vidgen.evaluation.metrics.clip import measure_clip
+from vidgen.evaluation.metrics.distances import frechet_distance, kernel_distance
 from vidgen.evaluation.metrics.flow import (
     FlowEstimator,
     check_flow_size,
@@ -27,7 +28,7 @@ from vidgen.evaluation.metrics.flow import (
 )
 from vidgen.evaluation.metrics.motion import MotionMeter, SampledMotion, Smoothness, interpolate
 from vidgen.evaluation.metrics.network_files import network_hash, parse_networks
-from vidgen.evaluation.metrics.tracks import HISTOGRAM_WIDTH, Tracks, frechet_distance
+from vidgen.evaluation.metrics.tracks import HISTOGRAM_WIDTH, Tracks
 from vidgen.evaluation.metrics.vbench import (
     Consistency,
     camera_motions,
@@ -201,6 +202,18 @@ def test_frechet_distance_of_known_gaussians():
     means = float(np.square(rows.mean(0)).sum())
     assert frechet_distance(rows, 2 * rows) == pytest.approx(spread + means)
     assert frechet_distance(rows[:HISTOGRAM_WIDTH], rows) is None
+    few = rows[:6]  # fewer than values: the covariance has gaps, the distance has not
+    assert frechet_distance(few, few + 0.5, least=2) == pytest.approx(0.25 * HISTOGRAM_WIDTH)
+    assert frechet_distance([], [], least=2) is None
+
+
+def test_kernel_distance_of_known_sets():
+    # D = 1: k(x, y) = (x y + 1)^3; within {0, 2}: 1; within {1, 3}: 64; across: mean(1, 1, 27, 343)
+    assert kernel_distance([[0.0], [2.0]], [[1.0], [3.0]]) == pytest.approx(1 + 64 - 2 * 93)
+    draws = np.random.default_rng(0)
+    ones, others = draws.normal(size=(2, 400, 4))
+    assert abs(kernel_distance(ones, others)) < 0.05 < kernel_distance(ones, others + 0.5)
+    assert kernel_distance(ones[:1], others) is None
 
 
 def test_smoothness_knows_motion_from_trembling():
@@ -307,7 +320,7 @@ def test_spearman():
 
 def rows(values, dynamic=True, **more):
     return {f"clip {i}": {"figures": {"steadiness": v if dynamic else 0.0, "warp_error": 10 - v},
-                          "dynamic": dynamic, "histograms": [], **more}
+                          "dynamic": dynamic, "histograms": [], "features": [], **more}
             for i, v in enumerate(values)}  # fmt: skip
 
 

@@ -10,23 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vidgen.cli import eval_temporal
+from vidgen.cli import eval_suite, eval_temporal
 from vidgen.cli.parser import Parser
 from vidgen.cli.report import Report
-from vidgen.core.errors import InputError, OutputError
+from vidgen.core.errors import InputError, OutputError, nearest
 
 DESCRIPTION = "Score a model or clips. A killed run goes on where it stopped when called again."
 _SHARED = {"benchmark", "output", "overwrite", "json", "events"}
-_NOT_OF_BENCHMARK = _SHARED | {"sheet"} | eval_temporal.OPTIONS
+_OTHERS = eval_temporal.OPTIONS | eval_suite.OWN
+_NOT_OF_BENCHMARK = _SHARED | {"sheet"} | _OTHERS
 _TELL_EVERY_S = 20
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the verb's options; apart from the output's they are the fields of `Benchmark`."""
     add = parser.add_argument
-    add("benchmark", metavar="SUITE", choices=("toybox", "temporal"),
+    add("benchmark", metavar="SUITE",
         help="toybox: prompts of the procedural world, scored by its judge; "
-             "temporal: clips of --videos, how steady they are in time")
+             "temporal: clips of --videos, how steady they are in time; "
+             "a file of prompts, .txt or .json: clips of them are made, then measured as temporal; "
+             "leaderboard: --results on one page")
     add("-o", "--output", metavar="FILE", required=True,
         help="results as JSON; the scores of single clips go to FILE.jsonl as they come")
     add("--overwrite", action="store_true", help="replace existing results")
@@ -34,13 +37,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--model", default="toybox", metavar="NAME|FOLDER", help="default %(default)s")
     add("--split", choices=("dev", "test"), default="dev",
         help="dev for choosing, test to be run once for a release")
-    add("--suite", choices=("all", "text", "image", "vae", "judge"), default="all",
-        help="which part; default all")
+    add("--suite", choices=("all", "text", "image", "vae", "judge", "triples", "extend", "sound",
+                            "full"), default="all",
+        help="which part; all: text, image and vae; full: every part; default all")
     for name, default, what in (
         ("prompts", 300, "prompts of text to video"),
         ("held-out", 100, "prompts whose sprite, motion and place never came together in training"),
         ("images", 200, "first frames of image to video"),
         ("reserved", 60, "clips of reserved sprites for the VAE"),
+        ("two", 60, "prompts of two sprites"),
+        ("pairs", 1000, "of prompts alike but for a sprite, one triple trained on, one not"),
+        ("extensions", 20, "clips of several windows"),
+        ("windows", 4, "of each of these"),
+        ("sounds", 100, "bouncing clips with sound"),
         ("seed", 0, "of the first clip, the others follow"),
         ("batch", 8, "clips made at once"),
     ):
@@ -53,18 +62,25 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--size", metavar="WxH", help="width and height in pixels")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
     add("--judge", metavar="FOLDER", help="another judge than the embedded one")
+    add("--sound-judge", metavar="FOLDER", help="judge of sound; default the embedded one")
     eval_temporal.add_arguments(parser)
+    eval_suite.add_arguments(parser)
 
 
 def run(args: Namespace, report: Report) -> int:
     """Check the output, score, write the results, show a table."""
     from vidgen.core.runtime import atomic_write, check_output
 
-    _refuse_others(args)
+    kind = _kind(args.benchmark)
+    _refuse_others(args, kind)
+    if kind == "leaderboard":
+        return eval_suite.run_leaderboard(args, report)
     if Path(args.output).suffix != ".json":
         raise OutputError(f"results are JSON; {args.output} should end in .json")
-    if args.benchmark == "temporal":
+    if kind == "temporal":
         return eval_temporal.run(args, report)
+    if kind == "prompts":
+        return eval_suite.run(args, report)
     from vidgen.evaluation.toybox import Benchmark
 
     for path in (args.output, args.sheet):
@@ -75,8 +91,8 @@ def run(args: Namespace, report: Report) -> int:
 
     from rich.console import Console
 
-    from vidgen.evaluation.summary import table
     from vidgen.evaluation.toybox import run_toybox
+    from vidgen.evaluation.toybox_table import table
 
     result = run_toybox(bench, args.output, _told(report), args.sheet)
     atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
@@ -86,12 +102,25 @@ def run(args: Namespace, report: Report) -> int:
     return 0
 
 
-def _refuse_others(args: Namespace) -> None:
+def _kind(benchmark: str) -> str:
+    """Which suite is meant; a list of prompts is one by its file."""
+    names = ("toybox", "temporal", "leaderboard")
+    if benchmark in names:
+        return benchmark
+    if Path(benchmark).suffix in eval_suite.SUFFIXES:
+        return "prompts"
+    raise InputError(f"unknown suite {benchmark!r}; {nearest(benchmark, names)} Or give a file of "
+                     "prompts, .txt or .json")
+
+
+def _refuse_others(args: Namespace, kind: str) -> None:
     """Refuse options that another suite would heed."""
     parser = Parser("vidgen eval", DESCRIPTION)
     add_arguments(parser)
-    heeded = eval_temporal.OPTIONS if args.benchmark == "temporal" else (
-        vars(args).keys() - eval_temporal.OPTIONS)  # fmt: skip
+    heeded = {
+        "temporal": eval_temporal.OPTIONS, "prompts": eval_suite.OPTIONS,
+        "leaderboard": {"results"}, "toybox": vars(args).keys() - _OTHERS,
+    }[kind]  # fmt: skip
     for name, value in vars(args).items():
         if name not in heeded | _SHARED and value != parser.get_default(name):
             option = name.replace("_", "-")
@@ -105,6 +134,8 @@ def _told(report: Report) -> Callable[[dict[str, Any]], None]:
     def tell(event: dict[str, Any]) -> None:
         nonlocal last
         report(event)
+        if event["event"] != "progress":
+            return
         now = time.monotonic()
         if sys.stderr.isatty() or (now - last < _TELL_EVERY_S and event["done"] < event["total"]):
             return

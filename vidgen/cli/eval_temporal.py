@@ -1,4 +1,4 @@
-"""The options of `vidgen eval temporal`, and what it does with them."""
+"""The options of `vidgen eval temporal`, what it does, and how its results are written."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
+from vidgen.cli.devices import add_workers
 from vidgen.cli.report import Report
 
 OPTIONS = {
-    "videos", "network", "first_images", "prompt_suite", "augmentation", "workers", "report",
+    "videos", "network", "first_images", "prompt_suite", "augmentation", "workers", "ray",
+    "report",
 }  # fmt: skip
 
 
@@ -20,41 +23,55 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--videos", action="append", metavar="FOLDER",
         help="temporal: clips to be measured; given again, the folders are compared")
     add("--network", action="append", default=[], metavar="NAME=PATH",
-        help="temporal: a network of VBench's: dino, clip, dreamsim, raft, amt or cotracker")
+        help="temporal, prompts: a network of VBench's: dino, clip, dreamsim, raft, amt or "
+        "cotracker")
     add("--first-images", metavar="FOLDER",
-        help="temporal: pictures with which the clips were to begin, named like their prompts")
+        help="temporal, prompts: pictures with which the clips begin, named like their prompts")
     add("--prompt-suite", metavar="FILE",
         help="temporal: the prompts, one a line or VBench's JSON; other clips are left out")
     add("--augmentation", default="none", metavar="TEXT",
-        help="temporal: how the prompts were reworded; recorded; default %(default)s")
-    add("--workers", type=int, default=1, metavar="N",
-        help="temporal: processes that measure beside each other; default %(default)s")
-    add("--report", metavar="HTML", help="temporal: also write a page with charts")
+        help="temporal, prompts: how the prompts were reworded; recorded; default %(default)s")
+    add("--report", metavar="HTML", help="temporal, prompts: also write a page with charts")
+    add_workers(parser, "temporal, prompts: clips")
 
 
 def run(args: Namespace, report: Report) -> int:
     """Measure, write the results, show tables; 1 if a clip couldn't be measured."""
-    from vidgen.core.errors import OutputError
-    from vidgen.core.runtime import atomic_write, check_output
     from vidgen.evaluation.temporal import TemporalRun, run_temporal
 
     run_of = TemporalRun(
         tuple(args.videos or ()), tuple(args.network), args.first_images, args.prompt_suite,
-        args.augmentation, args.workers,
+        args.augmentation, args.workers, args.ray,
     )  # fmt: skip
-    layouts = _layout_paths(Path(args.output), len(run_of.videos))
-    for path in (args.output, args.report, *layouts):
+    check_outputs(args, len(run_of.videos))
+    return write_results(run_temporal(run_of, args.output, report), args, report)
+
+
+def check_outputs(args: Namespace, num_folders: int) -> None:
+    """Find out beforehand whether results can be written.
+
+    Raises:
+        OutputError: a file in the way, or of another kind.
+    """
+    from vidgen.core.errors import OutputError
+    from vidgen.core.runtime import check_output
+
+    for path in (args.output, args.report, *_layout_paths(Path(args.output), num_folders)):
         if path is not None:
             check_output(path, overwrite=args.overwrite)
     if args.report is not None and Path(args.report).suffix != ".html":
         raise OutputError(f"the report is HTML; {args.report} should end in .html")
 
+
+def write_results(result: dict[str, Any], args: Namespace, report: Report) -> int:
+    """Write results, VBench's layout and the page; show tables; 1 if a clip has no scores."""
     from rich.console import Console
 
+    from vidgen.core.runtime import atomic_write
     from vidgen.evaluation.temporal_report import page
     from vidgen.evaluation.temporal_summary import tables
 
-    result = run_temporal(run_of, args.output, report)
+    layouts = _layout_paths(Path(args.output), len(result["folders"]))
     for path, folder in zip(layouts, result["folders"], strict=True):
         atomic_write(path, (json.dumps(folder["dimensions"], indent=4) + "\n").encode())
         report({"event": "written", "path": str(path)})

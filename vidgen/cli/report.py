@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from vidgen.media.clip import Clip
     from vidgen.pipeline.estimate import Estimate
-    from vidgen.pipeline.eta import Clock
+    from vidgen.pipeline.eta import Clock, ManyClock
 
 
 class Report:
@@ -45,7 +45,7 @@ class Report:
         self._events: TextIO | None = None
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._clock: Clock | None = None
+        self._clock: Clock | ManyClock | None = None
 
     def __enter__(self) -> Report:
         if self._events_path == "-":
@@ -76,6 +76,8 @@ class Report:
             print(json.dumps({"time": time.time(), **event}), file=self._events, flush=True)
         if event["event"] == "note":
             self._print(f"note: {event['text']}")
+        elif event["event"] == "progress" and "worker" in event and sys.stderr.isatty():
+            self._advance_worker(event)
         elif event["event"] == "progress" and event["total"] > 1 and sys.stderr.isatty():
             many = event.get("num_clips", 1) > 1
             many = many and not event["stage"].startswith("write ")  # which names the clip
@@ -84,13 +86,17 @@ class Report:
 
     def expect(
         self, made: Estimate | Sequence[Estimate], *, num_clips: int = 1,
-        done: Collection[int] = (), one_by_one: bool = False,
+        done: Collection[int] = (), one_by_one: bool = False, beside: bool = False,
     ) -> None:
-        """Tell from here on what share is done and how long the rest takes; see `Clock`."""
-        from vidgen.pipeline.eta import Clock
+        """Tell from here on what share is done and how long the rest takes.
 
-        self._clock = Clock(made, num_clips, done=done, one_by_one=one_by_one)
+        See `Clock`, and `ManyClock` for clips that are made `beside` each other.
+        """
+        from vidgen.pipeline.eta import Clock, ManyClock
+
         each = made if isinstance(made, Sequence) else [made]
+        self._clock = ManyClock(each) if beside else Clock(
+            made, num_clips, done=done, one_by_one=one_by_one)
         for choice in dict.fromkeys(one.choice for one in each if one.choice):
             self({"event": "note", "text": choice})
 
@@ -118,6 +124,18 @@ class Report:
             self._bars.console.print(line, markup=False, highlight=False)
         else:
             print(line, file=sys.stderr)
+
+    def _advance_worker(self, event: dict[str, Any]) -> None:
+        """A bar for all, and one for each worker, which says what it is at."""
+        if "fraction" in event:
+            self._advance("all, %", round(100 * event["fraction"]), 100, event["eta_s"])
+        from rich.markup import escape
+
+        key = f"worker {event['worker']}"
+        self._advance(key, event["done"], event["total"], None)
+        what = " ".join(str(event[name]) for name in ("shot", "name", "stage") if name in event)
+        assert self._bars is not None
+        self._bars.update(self._tasks[key], description=escape(f"{key}: {what}"))
 
     def _advance(self, stage: str, done: int, total: int, eta_s: float | None) -> None:
         if self._bars is None:

@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 _SHIFTS = 4  # looks at each frame, `CELL` / 4 pixels apart
 _DEPTH = 0.08  # of the frame's height that a sprite must fall before a landing, and rise after it
-_SQUASH_S = 0.05  # around a landing sprites are squashed, and off the arc
+SQUASH_S = 0.05  # around a landing sprites are squashed, and off the arc
 _SHORTEST = 3  # frames that an arc needs on either side
 _STEPS = np.arange(-0.5, 0.5, 0.02)  # frames around the lowest one at which a landing is tried
 
@@ -74,7 +74,7 @@ def landings(height: Array, fps: float) -> Array:
     marks = [0, *lows, len(height) - 1]
     found = []
     for index, low in enumerate(lows, start=1):
-        at = _meet(height, marks[index - 1], low, marks[index + 1], _SQUASH_S * fps)
+        at = _meet(height, marks[index - 1], low, marks[index + 1], SQUASH_S * fps)
         if at is not None:
             found.append(at / fps)
     return np.array(found)

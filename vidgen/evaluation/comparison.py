@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from vidgen.evaluation.metrics.distances import frechet_distance, kernel_distance
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
-from vidgen.evaluation.metrics.tracks import frechet_distance
 from vidgen.evaluation.statistics import CONFIDENCE, paired_interval
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -33,7 +33,7 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
     Returns:
         `folders`, `pairs`, `both_dynamic`, `unlike` (pairs of two sizes or rates), `measures`
         with `difference` (first less second), `low`, `high`, `pairs`, `verdict` each,
-        `motion_distance` and the `verdict` of all.
+        `motion_distance`, `fvd` and `kvd` with `fvd_segments`, and the `verdict` of all.
     """
     shared = [clip for clip in rows if clip in others]
     moving = [c for c in shared if rows[c]["dynamic"] and others[c]["dynamic"]]
@@ -50,7 +50,10 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
     unlike = sum(
         any(rows[c].get(key) != others[c].get(key) for key in ("fps", "size")) for c in shared
     )
-    histograms = [[h for c in shared for h in side[c]["histograms"]] for side in (rows, others)]
+    histograms, features = (
+        [[row for c in shared for row in side[c][kind]] for side in (rows, others)]
+        for kind in ("histograms", "features")
+    )
     return {
         "folders": [name, other_name],
         "pairs": len(shared),
@@ -59,6 +62,9 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
         "confidence": CONFIDENCE,
         "measures": measures,
         "motion_distance": frechet_distance(*histograms),
+        "fvd": frechet_distance(*features, least=2),
+        "kvd": kernel_distance(*features),
+        "fvd_segments": [len(side) for side in features],
         "verdict": _headline(measures.get(HEADLINE), len(shared), len(moving), unlike),
     }
 

@@ -1,7 +1,7 @@
 """Many prompts at once: the pipeline's verbs on a batch.
 
-Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, T H W frames, pixel
-rows and columns.
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K sound latents,
+T H W frames, pixel rows and columns, N samples.
 """
 
 from __future__ import annotations
@@ -12,8 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vidgen.core.errors import InputError
+from vidgen.core.shapes import LatentShape
 from vidgen.diffusion import condition
+from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.sound import new_sound, sound_span
+from vidgen.models.audio import AudioVAEConfig
+from vidgen.pipeline.own_sound import TASK
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.video import Engine
 
@@ -38,14 +44,42 @@ def generate_batch(
     Returns:
         Video [B, 3, T, H, W] in [-1, 1], float32, on the CPU.
     """
-    contexts = [engine.encode_texts(prompts)]
-    if not plan.guidance.is_off:
-        contexts.append(engine.encode_texts([plan.negative] * len(prompts)))
-    noise = draw_noise(seeds, replace(plan.latents, batch=len(prompts)))
-    state = condition.new_state(noise.to(engine.device))
+    state = _new_state(engine, plan, seeds)
     if first_frames is not None:
         state = condition.first_frame(state, engine.encode_video(first_frames))
-    return _pixels(engine, engine.sample(plan, state, contexts))
+    return _pixels(engine, engine.sample(plan, state, _contexts(engine, plan, prompts)))
+
+
+@torch.no_grad()
+def generate_with_sound(
+    engine: Engine, plan: Plan, prompts: Sequence[str], seeds: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Make a clip of each prompt with the sound that the model makes along.
+
+    Returns:
+        Video as `generate_batch` gives it, and sound [B, N] in [-1, 1], float32, on the CPU, as
+        long as its frames are shown, at the rate of the model's sound VAE.
+
+    Raises:
+        InputError: the model makes no sound.
+    """
+    if TASK not in engine.folder.tasks:
+        raise InputError(f"{engine.folder.name} makes no sound along with its pictures; score it "
+                         "with another --suite")
+    config: AudioVAEConfig = engine.folder.components["sound_vae"].config
+    stride_t = engine.vae_config.strides.t
+    first, end, start_s = sound_span(
+        0, plan.latents.num_frames, stride_t, plan.fps, config.tokens_per_s
+    )
+    shape = LatentShape(config.latent_channels, end - first, 1, 1, batch=len(prompts))
+    noise = draw_noise(seeds, shape, stream="audio")[..., 0, 0].to(engine.device)
+    state = replace(_new_state(engine, plan, seeds), sound=new_sound(noise, start_s))
+    picture, heard = state.apart(engine.sample(plan, state, _contexts(engine, plan, prompts)))
+    assert heard is not None
+    num_samples = round(plan.num_frames / plan.fps * config.sample_rate)
+    with engine.parts.use("sound_vae") as vae:
+        sound = vae.decode(heard.float(), num_samples)
+    return _pixels(engine, picture), sound.float().clamp(-1, 1).cpu()
 
 
 @torch.no_grad()
@@ -57,3 +91,23 @@ def round_trip(engine: Engine, video: Tensor) -> Tensor:
 def _pixels(engine: Engine, latents: Tensor) -> Tensor:
     parts = engine.decode_video(latents)
     return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts], dim=2)
+
+
+@torch.no_grad()
+def sound_round_trip(engine: Engine, sound: Tensor) -> Tensor:
+    """Sound [B, N] at the sound VAE's rate encoded and decoded, clamped, on the CPU."""
+    with engine.parts.use("sound_vae") as vae:
+        decoded: Tensor = vae.decode(vae.encode(sound.to(engine.device)), sound.shape[1])
+    return decoded.float().clamp(-1, 1).cpu()
+
+
+def _new_state(engine: Engine, plan: Plan, seeds: Sequence[int]) -> LatentState:
+    noise = draw_noise(seeds, replace(plan.latents, batch=len(seeds)))
+    return condition.new_state(noise.to(engine.device))
+
+
+def _contexts(engine: Engine, plan: Plan, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """(context, lengths) of the prompts and, under guidance, of the plan's negative."""
+    texts = [list(prompts)] if plan.guidance.is_off else [
+        list(prompts), [plan.negative] * len(prompts)]  # fmt: skip
+    return [engine.encode_texts(part) for part in texts]

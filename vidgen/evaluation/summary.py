@@ -1,31 +1,70 @@
-"""Scores of single clips to the figures and the table of `vidgen eval toybox`."""
+"""Scores of single clips to the figures of `vidgen eval toybox`; `toybox_table` shows them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from vidgen.evaluation.judging import TASKS, answer_counts
-from vidgen.evaluation.statistics import Rate, guess_rate, mean_interval
+import numpy as np
+
+from vidgen.evaluation.drift import LOOKS
+from vidgen.evaluation.identity import DISTANCES, stranger_overlap
+from vidgen.evaluation.judging import answer_counts
+from vidgen.evaluation.paths import path_of
+from vidgen.evaluation.statistics import Rate, guess_rate, mean_interval, paired_interval
+from vidgen.evaluation.sync import score_sync, sync_intervals
+from vidgen.evaluation.toybox_items import CEILINGS
+from vidgen.toybox.ambience import ambience_of
 from vidgen.toybox.scenes import Scene
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
+Row = Mapping[str, Any]
+Figure = dict[str, Any]
 Scores = Mapping[str, Sequence[dict[str, Any]]]
 
-#: What the embedded model is held to; rates, decibels, and the jump's ratio, which is a ceiling.
+
+@dataclass(frozen=True)
+class Number:
+    """A measure that is no rate.
+
+    Attributes:
+        unit: "dB", "%", "x" (a ratio), "ms" or "" (none); values of "%" are shares.
+        centre: of the clips' values.
+        better: which way.
+    """
+
+    unit: Literal["dB", "%", "x", "ms", ""]
+    centre: Literal["mean", "median"] = "mean"
+    better: Literal["more", "less"] = "more"
+
+
+NUMBERS: dict[str, Number] = {
+    "psnr": Number("dB"), "mask_psnr": Number("dB"), "first_psnr": Number("dB"),
+    "first_ssim": Number(""),
+    "jump": Number("x", "median", "less"),
+    "path_off": Number("%", "mean", "less"),
+    "fall_off": Number("%", "mean", "less"), "gravity_spread": Number("%", "median", "less"),
+    **{f"identity_{d}": Number("%") for d in DISTANCES},
+    **{f"{name}_drift": Number("%", "mean", "less") for name in LOOKS},
+    "joins": Number("x", "mean", "less"),
+}  # fmt: skip
+#: Measures of all clips together.
+SYNC: dict[str, Number] = {
+    "sync_median": Number("ms", "median", "less"), "sync_bias": Number("ms", "median", "less"),
+    "sync_f1": Number("%"),
+}  # fmt: skip
+UNITS = NUMBERS | SYNC
+#: What the embedded model is held to; of what is better small it is a ceiling.
 FLOORS = {
     ("text", "place"): 0.97, ("text", "motion"): 0.90, ("text", "sprite"): 0.88,
     ("image", "motion"): 0.80, ("image", "last_sprite"): 0.88, ("image", "jump"): 1.3,
     ("vae", "psnr"): 30.0, ("vae", "mask_psnr"): 24.0, ("reserved", "psnr"): 27.0,
+    ("sound", "sync_median"): 40.0, ("sound", "sync_f1"): 0.8,
+    ("sound", "voice"): 0.8, ("sound", "ambience"): 0.8,
 }  # fmt: skip
-#: Which sources say how high a score can be: the judge on renders, and behind the VAE.
-CEILINGS = {
-    "text": ("render", "vae"), "held_out": ("render", "vae"), "image": ("render_end", None),
-}  # fmt: skip
+_TRIPLES = ("seen_triples", "held_triples")
 
 
 def summarise(
@@ -34,65 +73,91 @@ def summarise(
     """Put scores together.
 
     Args:
-        scores: by source; each clip's "right" answers, "answers", and "jump", "psnr", "mask_psnr".
+        scores: by source, a row for each clip; see `toybox_scoring`.
         scenes: the same clips' scenes.
         trust: the judge's own accuracy.
 
     Returns:
-        {"scores": {source: {measure: figure}}, "confusions": ...}; a figure has "value", "low",
-        "high", "total" and, where known, "chance", "ceiling_render", "ceiling_vae", "floor".
+        {"scores": {source: {measure: figure}}, "confusions": ...}; a figure has "value", "low" and
+        "high" (None of one clip), "total" and, where known, "chance", "ceiling_render",
+        "ceiling_vae", "floor".
+        "triples" has what is lost on held-out ones: the difference of "seen" and "held_out".
     """
-    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    figures: dict[str, dict[str, Figure]] = {}
     for source, rows in scores.items():
         figures[source] = _figures(rows, scenes[source]) if rows else {}
+    if all(scores.get(source) for source in _TRIPLES):
+        figures["triples"] = _differences(*(scores[source] for source in _TRIPLES))
     if trust is not None:
         figures["judge"] = {name: _rate(rate) for name, rate in trust.items() if rate.total}
     for source, sources in CEILINGS.items():
         for measure, figure in figures.get(source, {}).items():
             for name, other in zip(("render", "vae"), sources, strict=True):
-                ceiling = figures.get(other or "", {}).get(measure)
+                ceiling = figures.get(other, {}).get(measure)
                 if ceiling is not None:
                     figure[f"ceiling_{name}"] = ceiling["value"]
     for (source, measure), floor in FLOORS.items():
         if measure in figures.get(source, {}):
             figures[source][measure]["floor"] = floor
-    confusions = {
-        source: {task: answer_counts(_pairs(rows, scenes[source], task)) for task in TASKS}
-        for source, rows in scores.items()
-    }
-    return {"scores": figures, "confusions": confusions}
+    return {"scores": figures, "confusions": {
+        source: _confusions(rows, scenes[source]) for source, rows in scores.items()
+    }}  # fmt: skip
 
 
-def truth(scene: Scene, measure: str) -> str:
-    """What the scene's first actor, place or camera really is."""
-    first = scene.actors[0]
-    named = {"sprite": first.sprite, "last_sprite": first.sprite, "motion": first.motion,
-             "place": scene.place, "camera": scene.camera}  # fmt: skip
-    return named[measure]
+def truth(scene: Scene, measure: str) -> str | None:
+    """What the scene really shows; of two actors both names. None of what is no class."""
+    sprites = " + ".join(sorted({actor.sprite for actor in scene.actors}))
+    named = {
+        **dict.fromkeys(("sprite", "first_sprite", "last_sprite", "voice"), sprites),
+        "motion": " + ".join(sorted({actor.motion for actor in scene.actors})),
+        "path": path_of(scene.actors[0].motion), "place": scene.place, "camera": scene.camera,
+        "ambience": ambience_of(scene.place),
+    }  # fmt: skip
+    return named.get(measure)
 
 
-def _figures(
-    rows: Sequence[dict[str, Any]], scenes: Sequence[Scene]
-) -> dict[str, dict[str, Any]]:
-    figures = {}
-    for measure in rows[0]["right"]:
-        figures[measure] = _rate(Rate.of(row["right"][measure] for row in rows))
-        figures[measure]["chance"] = guess_rate(truth(scene, measure) for scene in scenes)
-    for measure in ("psnr", "mask_psnr"):
-        values = [row[measure] for row in rows if math.isfinite(row.get(measure, math.nan))]
+def reached(measure: str, figure: Mapping[str, Any]) -> bool | None:
+    """Whether a figure is as good as its floor; None without one."""
+    if "floor" not in figure:
+        return None
+    less = measure in UNITS and UNITS[measure].better == "less"
+    better = figure["value"] <= figure["floor"] if less else figure["value"] >= figure["floor"]
+    return bool(better)
+
+
+def _figures(rows: Sequence[Row], scenes: Sequence[Scene]) -> dict[str, Figure]:
+    found: dict[str, Figure] = {}
+    for measure in dict.fromkeys(name for row in rows for name in row["right"]):
+        known = [(row["right"][measure], truth(scene, measure))
+                 for row, scene in zip(rows, scenes, strict=True) if measure in row["right"]]
+        found[measure] = _rate(Rate.of(right for right, _ in known))
+        if known[0][1] is not None:
+            found[measure]["chance"] = guess_rate(label for _, label in known)
+    for measure, number in NUMBERS.items():
+        values = [row[measure] for row in rows if row.get(measure) is not None]
+        values = [value for value in values if math.isfinite(value)]
         if values:
-            low, high = mean_interval(values)
-            figures[measure] = {
-                "value": fmean(values), "low": low, "high": high, "total": len(values)
-            }
-    if "jump" in rows[0]:
-        jumps = sorted(row["jump"] for row in rows)
-        low, high = _median_interval(jumps)
-        figures["jump"] = {"value": median(jumps), "low": low, "high": high, "total": len(jumps)}
-    return figures
+            found[measure] = _spread(values, number.centre)
+    answers = [row["shows"] for row in rows if row.get("shows")]
+    if len(answers) > 1:
+        chance = stranger_overlap(answers)
+        for figure in (found[f"identity_{d}"] for d in DISTANCES if f"identity_{d}" in found):
+            figure["chance"] = chance
+    if "seen_s" in rows[0]:
+        found |= _sync(rows)
+    return found
 
 
-def _rate(rate: Rate) -> dict[str, Any]:
+def _spread(values: Sequence[float], centre: str) -> Figure:
+    if centre == "mean":
+        value, within = fmean(values), mean_interval(values)
+    else:
+        value, within = median(values), _median_interval(sorted(values))
+    low, high = (edge if math.isfinite(edge) else None for edge in within)  # JSON knows no infinity
+    return {"value": value, "low": low, "high": high, "total": len(values)}
+
+
+def _rate(rate: Rate) -> Figure:
     low, high = rate.interval
     return {"value": rate.rate, "low": low, "high": high, "total": rate.total}
 
@@ -105,54 +170,47 @@ def _median_interval(ranked: Sequence[float]) -> tuple[float, float]:
     return ranked[max(0, low)], ranked[min(count - 1, high)]
 
 
-def _pairs(
-    rows: Sequence[dict[str, Any]], scenes: Sequence[Scene], task: str
-) -> list[tuple[str, str]]:
-    return [(truth(s, task), row["answers"][task]) for s, row in zip(scenes, rows, strict=True)]
+def _differences(seen: Sequence[Row], held: Sequence[Row]) -> dict[str, Figure]:
+    """By how much seen triples are better than held-out ones, pair by pair."""
+    found = {}
+    for measure in seen[0]["right"]:
+        ones, others = ([float(row["right"][measure]) for row in rows] for rows in (seen, held))
+        low, high = paired_interval(ones, others)
+        found[measure] = {
+            "value": fmean(ones) - fmean(others), "low": low, "high": high, "total": len(ones),
+            "seen": fmean(ones), "held_out": fmean(others),
+        }  # fmt: skip
+    return found
 
 
-def reached(measure: str, figure: Mapping[str, Any]) -> bool | None:
-    """Whether a figure is as good as its floor; None without one."""
-    if "floor" not in figure:
-        return None
-    better = figure["value"] <= figure["floor"] if measure == "jump" else (
-        figure["value"] >= figure["floor"])  # fmt: skip
-    return bool(better)
+def _sync(rows: Sequence[Row]) -> dict[str, Figure]:
+    """Sound against picture over all clips, in ms; chance is the score of shuffled clips."""
+    seen, heard = ([np.array(row[key]) for row in rows] for key in ("seen_s", "heard_s"))
+    duration = rows[0]["duration_s"]
+    score, within = score_sync(seen, heard, duration), sync_intervals(seen, heard, duration)
+    found = {}
+    for name, value, floor, scale in (
+        ("median_s", score.median_s, score.floor_median_s, 1e3),
+        ("bias_s", score.bias_s, None, 1e3), ("f1", score.f1, score.floor_f1, 1.0),
+    ):  # fmt: skip
+        if math.isnan(value):
+            continue
+        low, high = (None if math.isnan(edge) else scale * edge for edge in within[name])
+        figure = {"value": scale * value, "low": low, "high": high, "total": score.pairs}
+        if floor is not None and not math.isnan(floor):
+            figure["chance"] = scale * floor
+        found[f"sync_{name.removesuffix('_s')}"] = figure
+    return found
 
 
-def table(result: Mapping[str, Any]) -> Table:
-    """The figures as a table for people."""
-    from rich.table import Table
-
-    columns = ("clips", "measure", "score", "95% interval", "n", "chance", "judge on renders",
-               "behind the VAE", "floor")  # fmt: skip
-    drawn = Table(title=f"Toybox, {result['model']['name']}, split {result['split']}")
-    for column in columns:
-        drawn.add_column(column, justify="left" if column in columns[:2] else "right")
-    for source, figures in result["scores"].items():
-        for measure, figure in figures.items():
-            met = reached(measure, figure)
-            style = None if met is None else ("green" if met else "red")
-            show = _show(measure)
-            drawn.add_row(
-                source, measure, show(figure["value"]),
-                f"{show(figure['low'])} .. {show(figure['high'])}", str(figure["total"]),
-                *(show(figure.get(name)) for name in
-                  ("chance", "ceiling_render", "ceiling_vae", "floor")),
-                style=style,
-            )  # fmt: skip
-        drawn.add_section()
-    return drawn
-
-
-def _show(measure: str) -> Any:
-    decibels, ratio = "psnr" in measure, measure == "jump"
-
-    def show(value: float | None) -> str:
-        if value is None:
-            return ""
-        if decibels:
-            return f"{value:.1f} dB"
-        return f"{value:.2f}" if ratio else f"{100 * value:.1f}%"
-
-    return show
+def _confusions(
+    rows: Sequence[Row], scenes: Sequence[Scene]
+) -> dict[str, dict[str, dict[str, int]]]:
+    """By task which truth got which wrong answer, in clips of one actor."""
+    alone = [(s, r["answers"]) for s, r in zip(scenes, rows, strict=True) if len(s.actors) == 1]
+    tasks = dict.fromkeys(task for _, answers in alone for task in answers)
+    return {
+        task: answer_counts([(str(truth(scene, task)), answers[task])
+                             for scene, answers in alone if task in answers])
+        for task in tasks
+    }  # fmt: skip

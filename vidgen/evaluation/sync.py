@@ -16,6 +16,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.evaluation.bounces import bounce_times
 from vidgen.evaluation.onsets import Times, find_onsets
+from vidgen.evaluation.statistics import CONFIDENCE
 from vidgen.toybox.captions import CLASSES
 from vidgen.toybox.cues import SAMPLE_RATE, sound_cues
 from vidgen.toybox.judge import Judge
@@ -136,7 +137,30 @@ class _Count:
         return cls(offsets, sum(part.seen for part in parts), sum(part.heard for part in parts))
 
 
+def sync_intervals(
+    seen: Sequence[Times], heard: Sequence[Times], duration_s: float, *,
+    draws: int = 500, seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """95% intervals of `SyncScore`'s median_s, bias_s and f1, clips drawn anew (Efron 1979)."""
+    parts = _counts(seen, heard, duration_s)
+    rng, rows = np.random.default_rng(seed), []
+    for _ in range(draws):
+        drawn = _Count.sum([parts[i] for i in rng.integers(len(parts), size=len(parts))])
+        rows.append((_median(np.abs(drawn.offsets)), _median(drawn.offsets), drawn.f1))
+    edges = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    low, high = np.nanquantile(np.array(rows), edges, axis=0) if parts else np.full((2, 3), np.nan)
+    names = ("median_s", "bias_s", "f1")
+    return {name: (float(a), float(b)) for name, a, b in zip(names, low, high, strict=True)}
+
+
 def _count(seen: Sequence[Times], heard: Sequence[Times], duration_s: float) -> _Count:
+    return _Count.sum(_counts(seen, heard, duration_s))
+
+
+def _counts(
+    seen: Sequence[Times], heard: Sequence[Times], duration_s: float
+) -> list[_Count]:
+    """Of each clip alone."""
     def inside(times: Times, paired: Sequence[int]) -> int:
         there = (times > EDGE_S) & (times < duration_s - EDGE_S)
         there[list(paired)] = True
@@ -147,7 +171,7 @@ def _count(seen: Sequence[Times], heard: Sequence[Times], duration_s: float) -> 
         pairs = match_times(bounces, onsets)
         i, j = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         parts.append(_Count(onsets[j] - bounces[i], inside(bounces, i), inside(onsets, j)))
-    return _Count.sum(parts)
+    return parts
 
 
 def _median(values: Times) -> float:
@@ -228,11 +252,8 @@ def _against(
     truth: Sequence[Times], found: Sequence[Times], duration_s: float
 ) -> tuple[float, float, float]:
     """Median and 95th percentile of |error|, and recall, of what is found near the truth."""
-    counted = [
-        _Count.sum([_count([t], [f], duration_s)]) for t, f in zip(truth, found, strict=True)
-    ]
-    offsets = np.abs(np.concatenate([part.offsets for part in counted]))
-    known = sum(part.seen for part in counted)
+    counted = _count(truth, found, duration_s)
+    offsets, known = np.abs(counted.offsets), counted.seen
     return (
         _median(offsets), float(np.percentile(offsets, 95)) if len(offsets) else math.nan,
         len(offsets) / known if known else math.nan,

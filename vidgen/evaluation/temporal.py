@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vidgen.core.errors import InputError, VidgenError
+from vidgen.core.errors import InputError
 from vidgen.core.runtime import fingerprint, sha256_file
 from vidgen.evaluation.comparison import compare
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
@@ -31,6 +28,7 @@ from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.suite import Item, PromptSuite, find_images, find_items
 from vidgen.evaluation.temporal_summary import dimensions, figures
 from vidgen.media.read import VideoReader, load_image
+from vidgen.pipeline.workers import Job, Patience, Staff, run_jobs
 
 if TYPE_CHECKING:
     from vidgen.evaluation.metrics.networks import Networks
@@ -48,7 +46,11 @@ class TemporalRun:
         images: folder of the pictures with which the clips were to begin, or None.
         prompt_suite: file of the prompts, or None for whatever the folder holds.
         augmentation: how the prompts were reworded before generation; recorded, nothing more.
-        workers: processes that measure beside each other.
+        workers: processes that measure beside each other; None: this one.
+        ray: address of a Ray cluster that measures, as `Staff` takes it.
+
+    Raises:
+        InputError: no folder, one given twice, or no such number of workers.
     """
 
     videos: Sequence[str]
@@ -56,16 +58,22 @@ class TemporalRun:
     images: str | None = None
     prompt_suite: str | None = None
     augmentation: str = "none"
-    workers: int = 1
+    workers: int | None = None
+    ray: str | None = None
 
     def __post_init__(self) -> None:
         if not self.videos:
             raise InputError("no folder of clips; give --videos FOLDER")
-        if self.workers < 1:
-            raise InputError(f"workers is {self.workers}; give 1 or more")
+        _ = self.staff
         names = [str(Path(folder).resolve()) for folder in self.videos]
         if len(set(names)) < len(names):
             raise InputError("a folder is given twice to --videos; name each once")
+
+    @property
+    def staff(self) -> Staff:
+        """Who measures: each clip on one thread, so that all get the same numbers."""
+        patience = Patience(stall=math.inf)  # of a clip's measures no progress is told
+        return Staff(self.workers, self.ray, threads=1, patience=patience)
 
 
 @dataclass
@@ -116,7 +124,7 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     if paths:
         identity.append(versions["torch"])
     given = tuple((name, str(path)) for name, path in paths.items())
-    _measure(folders, given, identity, log, run.workers, on_event)
+    _measure(folders, given, identity, log, run.staff, on_event)
     for folder in folders:
         _note_mixture(folder, on_event)
     results = [_result(folder) for folder in folders]
@@ -165,12 +173,13 @@ def _note_skipped(paths: dict[str, Path], has_images: bool, tell: OnEvent) -> No
         wanted = [kind for kind in kinds if has_images or not kind.startswith("i2v")]
         if name not in paths and wanted:
             text = f"without --network {name}=PATH there is no {' and no '.join(wanted)}"
-            tell({"event": "note", "text": f"{text}; their stand-ins are proxy_*"})
+            stand_in = "motion_distance" if name == "i3d" else "proxy_*"
+            tell({"event": "note", "text": f"{text}; their stand-ins are {stand_in}"})
 
 
 def _measure(
     folders: Sequence[Folder], networks: tuple[tuple[str, str], ...], identity: list[Any],
-    log: ScoreLog, workers: int, tell: OnEvent,
+    log: ScoreLog, staff: Staff, tell: OnEvent,
 ) -> None:  # fmt: skip
     """Fill in the folders' scores; from the log what is there, the others by the workers."""
     wanted: dict[str, tuple[_Job, list[tuple[Folder, Item]]]] = {}
@@ -186,7 +195,9 @@ def _measure(
     total = sum(len(folder.items) for folder in folders)
     done = total - sum(len(users) for _, users in wanted.values())
     tell({"event": "progress", "stage": "measure", "done": done, "total": total})
-    for key, scores in _worked({key: job for key, (job, _) in wanted.items()}, workers):
+    jobs = (Job(key, job, name=job.path) for key, (job, _) in wanted.items())
+    for outcome in run_jobs(jobs, measure, staff, tell):
+        key, scores = outcome.job.key, str(outcome.error) if outcome.error else outcome.result
         for folder, item in wanted[key][1]:
             if isinstance(scores, str):
                 folder.failed[item.path.name] = scores
@@ -209,67 +220,27 @@ def _key(job: _Job, identity: list[Any]) -> str:
     return hashlib.sha256(address.encode()).hexdigest()
 
 
-def _worked(
-    jobs: dict[str, _Job], workers: int
-) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Scores of each job, or why it failed, as they come."""
-    if workers == 1 or len(jobs) < 2:
-        for key, job in jobs.items():
-            yield key, _score(job)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        running: dict[Future[Any], str] = {pool.submit(_score, j): k for k, j in jobs.items()}
-        try:
-            for future in as_completed(running):
-                yield running[future], future.result()
-        except BrokenProcessPool:
-            raise VidgenError(
-                "a worker was killed, perhaps for want of memory; call again with fewer --workers, "
-                "what is measured stays"
-            ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 _networks: dict[tuple[tuple[str, str], ...], Networks] = {}
 
 
-def _score(job: _Job) -> dict[str, Any] | str:
-    """The scores of one clip, or why it has none."""
-    try:
-        image = None if job.image is None else load_image(job.image)[0]
-        with VideoReader(job.path) as video, _one_thread(bool(job.networks)):
-            if job.networks and job.networks not in _networks:
-                from vidgen.evaluation.metrics.networks import Networks
+def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
+    """The scores of one clip.
 
-                _networks[job.networks] = Networks({n: Path(p) for n, p in job.networks})
-            found = measure_clip(
-                video, video.fps, image=image, prompt=job.prompt,
-                networks=_networks.get(job.networks),
-            )  # fmt: skip
-            if found.num_frames < 2:
-                return "it has a single frame; measures in time need two"
-            return {**asdict(found), "fps": str(video.fps), "size": list(video.size)}
-    except InputError as error:
-        return str(error)
+    Raises:
+        InputError: it is damaged, or too short.
+    """
+    image = None if job.image is None else load_image(job.image)[0]
+    with VideoReader(job.path) as video:
+        if job.networks and job.networks not in _networks:
+            from vidgen.evaluation.metrics.networks import Networks
 
-
-@contextmanager
-def _one_thread(with_networks: bool) -> Iterator[None]:
-    """Torch on one thread, where it takes part, so that its sums are the same in every process."""
-    if not with_networks:
-        yield
-        return
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+            _networks[job.networks] = Networks({n: Path(p) for n, p in job.networks})
+        found = measure_clip(
+            video, video.fps, image=image, prompt=job.prompt, networks=_networks.get(job.networks),
+        )  # fmt: skip
+        if found.num_frames < 2:
+            raise InputError("it has a single frame; measures in time need two")
+        return {**asdict(found), "fps": str(video.fps), "size": list(video.size)}
 
 
 def _note_mixture(folder: Folder, tell: OnEvent) -> None:

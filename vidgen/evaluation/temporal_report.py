@@ -11,7 +11,7 @@ from vidgen.evaluation.metrics.appearance import DISTANCES
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 
 _COLORS = ("#2471a3", "#c0392b", "#1e8449", "#b7950b", "#7d3c98", "#566573")
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 68em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; } caption { text-align: left; font-weight: 600; }
 td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: right; }
@@ -36,34 +36,41 @@ def page(result: Mapping[str, Any]) -> str:
         "<h2>What shaped this</h2>",
         f"<pre>{escape(json.dumps(shaped, indent=1))}</pre>",
     ]  # fmt: skip
+    return document("Clips in time", parts, STYLE)
+
+
+def document(title: str, parts: Sequence[str], style: str) -> str:
+    """A page of HTML that stands alone."""
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Clips in time</title>'
-        f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{style}</style><body>{''.join(parts)}</body></html>\n"
     )
 
 
-def _row(cells: Sequence[str], tag: str = "td") -> str:
+def table_row(cells: Sequence[str], tag: str = "td") -> str:
+    """A row of a table; cells are HTML."""
     return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _overview(folders: Sequence[Mapping[str, Any]]) -> str:
     names = [escape(folder["name"]) for folder in folders]
-    rows = [_row(["measure", "better", *names], "th")]
-    rows.append(_row(["clips that move", "",
+    rows = [table_row(["measure", "better", *names], "th")]
+    rows.append(table_row(["clips that move", "",
                       *(f"{f['dynamic']} of {len(f['clips'])}" for f in folders)]))  # fmt: skip
     for measure, kind in MEASURES.items():
         found = [folder["figures"].get(measure) for folder in folders]
         if any(found):
             label = f'<span title="{escape(kind.about)}">{measure}</span> {escape(kind.unit)}'
-            rows.append(_row([label, kind.better, *map(_figure, found)]))
+            rows.append(table_row([label, kind.better, *map(figure_cell, found)]))
     for name in ("temporal_subtotal", PROXY + "temporal_subtotal"):
         if any(folder[name] is not None for folder in folders):
             cells = ["" if f[name] is None else f"{f[name]:.4f}" for f in folders]
-            rows.append(_row([name, "more", *cells]))
+            rows.append(table_row([name, "more", *cells]))
     return f"<table><caption>All clips</caption>{''.join(rows)}</table>"
 
 
-def _figure(figure: Mapping[str, Any] | None) -> str:
+def figure_cell(figure: Mapping[str, Any] | None) -> str:
+    """A measure's value with half its interval, and normalised where VBench has a range."""
     if figure is None:
         return ""
     half = "" if figure["low"] is None else f" &plusmn; {figure['value'] - figure['low']:.2g}"
@@ -93,13 +100,16 @@ def _charts(folders: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _comparison(compared: Mapping[str, Any]) -> str:
-    rows = [_row(["measure", "difference", "95% interval", "pairs", "verdict"], "th")]
+    rows = [table_row(["measure", "difference", "95% interval", "pairs", "verdict"], "th")]
     for measure, row in compared["measures"].items():
         interval = f"{row['low']:.4g} .. {row['high']:.4g}"
-        rows.append(_row([measure, f"{row['difference']:+.4g}", interval, str(row["pairs"]),
+        rows.append(table_row([measure, f"{row['difference']:+.4g}", interval, str(row["pairs"]),
                           escape(row["verdict"])]))  # fmt: skip
     distance = compared["motion_distance"]
     told = "too few segments" if distance is None else f"{distance:.4g}"
+    if compared["fvd"] is not None:
+        counts = " and ".join(map(str, compared["fvd_segments"]))
+        told += f"; FVD {compared['fvd']:.4g}, KVD {compared['kvd']:.4g} of {counts} segments"
     names = " less ".join(compared["folders"])
     return (
         f"<h2>{escape(names)}</h2><p>{compared['pairs']} pairs, of {compared['both_dynamic']} both "
@@ -110,13 +120,13 @@ def _comparison(compared: Mapping[str, Any]) -> str:
 
 def _clips(folder: Mapping[str, Any]) -> str:
     shown = [m for m in MEASURES if m in folder["figures"]]
-    rows = [_row(["clip", *shown], "th")]
+    rows = [table_row(["clip", *shown], "th")]
     for clip in folder["clips"]:
         name = escape(clip["name"])
         if not clip["dynamic"]:
             name += ' <span class="still">not dynamic</span>'
         values = (clip["figures"].get(measure) for measure in shown)
-        rows.append(_row([name, *("" if v is None else f"{v:.4g}" for v in values)]))
+        rows.append(table_row([name, *("" if v is None else f"{v:.4g}" for v in values)]))
     failed = "".join(
         f"<li>{escape(name)}: {escape(why)}</li>" for name, why in folder["failed"].items()
     )

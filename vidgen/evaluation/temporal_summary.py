@@ -95,9 +95,11 @@ def _cell(figure: Mapping[str, Any] | None) -> str:
 def _comparison(compared: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
+    caption = f"{compared['pairs']} pairs, of {compared['both_dynamic']} both clips move"
+    if compared["fvd"] is not None:
+        caption += f"; FVD {compared['fvd']:.4g}, KVD {compared['kvd']:.4g}"
     drawn = Table(
-        title=f"{' less '.join(compared['folders'])}: {compared['verdict']}",
-        caption=f"{compared['pairs']} pairs, of {compared['both_dynamic']} both clips move",
+        title=f"{' less '.join(compared['folders'])}: {compared['verdict']}", caption=caption
     )
     for column in ("measure", "difference", "95% interval", "pairs", "verdict"):
         drawn.add_column(column, justify="left" if column in ("measure", "verdict") else "right")

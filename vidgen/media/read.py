@@ -139,7 +139,7 @@ def _as_rgb(image: Image.Image, is_deep: bool) -> tuple[Frames, list[str]]:
 
 def fit(
     picture: Frames, height: int, width: int, mode: Literal["crop", "pad"] = "crop",
-    border: int = 0,
+    border: int = 0, centring: tuple[float, float] = (0.5, 0.5),
 ) -> Frames:
     """Bring a picture to a size without stretching it.
 
@@ -149,6 +149,7 @@ def fit(
         width: columns wanted.
         mode: "crop" fills the size and cuts what sticks out; "pad" keeps all.
         border: grey value, 0 to 255, around what "pad" keeps.
+        centring: which part "crop" keeps, from 0 (left, top) to 1 (right, bottom).
 
     Returns:
         uint8 [height, width, 3], Lanczos resampled; the picture itself if it fits already.
@@ -157,7 +158,7 @@ def fit(
         return picture
     image, size = Image.fromarray(picture), (width, height)
     if mode == "crop":
-        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=centring)
     else:
         image = ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=(border,) * 3)
     return np.array(image)
@@ -226,7 +227,7 @@ class VideoReader:
         reformatter = VideoReformatter()
         self._container.seek(0)
         for frame in self._container.decode(video=0):
-            yield _rgb(frame, reformatter)
+            yield to_rgb(frame, reformatter)
 
 
 def _animation_fps(image: Image.Image) -> Fraction:
@@ -238,17 +239,34 @@ def _animation_fps(image: Image.Image) -> Fraction:
     return len(durations) * 1000 / total if total else Fraction(25)
 
 
-def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> Frames:
-    scaling = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+def to_rgb(
+    frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None = None
+) -> Frames:
+    """A decoded frame as people see it: uint8 [H, W, 3], turned as its rotation says.
+
+    Args:
+        frame: of any pixel format.
+        reformatter: kept between frames.
+        size: (width, height) before rotation to shrink it to, by means over areas; None: its own.
+    """
+    exact = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     is_yuv = frame.format.name.startswith("yuv")
     # Untagged video of more than 576 lines is BT.709 by convention, smaller BT.601.
     untagged = Colorspace.ITU709 if frame.height > 576 else Colorspace.ITU601
     source = untagged if frame.colorspace in (0, 2) else None
+    scaling = None
+    if size is not None:
+        scaling = Interpolation.AREA | exact
+    elif is_yuv:
+        scaling = Interpolation.BICUBIC | exact
+    width, height = size or (None, None)
     rgb = reformatter.reformat(
         frame,
+        width=width,
+        height=height,
         format="rgb24",
         src_colorspace=source if is_yuv else None,
-        interpolation=scaling if is_yuv else None,
+        interpolation=scaling,
     ).to_ndarray()
     return np.ascontiguousarray(np.rot90(cast("Frames", rgb), frame.rotation // 90))
 

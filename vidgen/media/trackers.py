@@ -271,7 +271,7 @@ class Drifts:
             return
         saturation = color.max(axis=-1) - color.min(axis=-1)
         channels = np.concatenate([color.transpose(2, 0, 1), saturation[None]])
-        if self._start is None or _likeness(self._last, channels) < _SAME_SHOT:
+        if self._start is None or likeness(self._last, channels) < _SAME_SHOT:
             self.finish()
             self._start, self._first, self._sum = channels, index, np.zeros(4)
         else:
@@ -284,7 +284,7 @@ class Drifts:
             return
         offsets, gain = self._sum, None
         slack = max(1.0, (self._index - self._first) / self._fps / 4) ** 0.5
-        if _likeness(self._start, self._last) >= IN_PLACE:
+        if likeness(self._start, self._last) >= IN_PLACE:
             offsets, gains = _change(self._start, self._last)
             gain, slack = float(gains[:3].mean() * self._start[:3].std() / 255), 1.0
         shares: Array = (offsets / 255).astype(np.float32)
@@ -293,8 +293,8 @@ class Drifts:
             self.worst = found
 
 
-def _likeness(one: Array, other: Array) -> float:
-    """Correlation of the colours of two pictures' cells [k, y, x]; 1 where both are flat."""
+def likeness(one: Array, other: Array) -> float:
+    """Correlation of the first 3 channels of pictures [k, y, x]; 1 where both are flat."""
     a, b = ((x[:3] - x[:3].mean(axis=(1, 2), keepdims=True)).ravel() for x in (one, other))
     noise = float(a.size)  # a level or so
     powers = (float(np.dot(a, a)) + noise) * (float(np.dot(b, b)) + noise)

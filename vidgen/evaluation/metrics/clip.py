@@ -8,7 +8,7 @@ Axes: T frames, H W rows and columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 from statistics import fmean
@@ -32,6 +32,7 @@ from vidgen.evaluation.metrics.motion import (
     interpolate,
 )
 from vidgen.evaluation.metrics.registry import PROXY
+from vidgen.evaluation.metrics.tracks import SEGMENT
 from vidgen.evaluation.metrics.vbench import (
     DYNAMIC_TOP,
     STATIC_TOP,
@@ -51,7 +52,10 @@ from vidgen.media.trackers import STILL, Drifts
 if TYPE_CHECKING:
     from vidgen.evaluation.metrics.networks import Networks
 
-MEASURES_VERSION = 1
+MEASURES_VERSION = 2
+#: dimension -> the network's feature; those of an image also take a picture that is given
+_FEATURES = {"subject_consistency": "dino", "background_consistency": "clip"}
+_IMAGE_FEATURES = {"i2v_subject": ("dino", "dino_i2v"), "i2v_background": ("dreamsim", "dreamsim")}
 _STEADY = ("subject_consistency", "background_consistency", "motion_smoothness")
 
 
@@ -65,6 +69,7 @@ class Measured:
         num_frames: how many frames it has.
         dynamic: whether it passes the motion gate.
         camera: what the camera did, by the stand-in.
+        features: of `i3d` [K, D] of its segments of 16 frames, where that is there.
     """
 
     figures: Figures
@@ -72,6 +77,7 @@ class Measured:
     num_frames: int
     dynamic: bool
     camera: list[str]
+    features: list[list[float]] = field(default_factory=list)
 
 
 class _Plain:
@@ -113,11 +119,14 @@ class _Originals:
         self, networks: Networks, fps: float, image: Frames | None, target: str | None
     ) -> None:
         self._networks, self._target = networks, target
-        self._features = {
-            name: Consistency(None if image is None else feature(image))
-            for name in ("dino", "clip", "dreamsim")
-            if name in networks and (feature := getattr(networks, name))
-        }
+        self._consistencies = {
+            dimension: (getattr(networks, feature), Consistency())
+            for dimension, feature in _FEATURES.items() if feature in networks
+        }  # fmt: skip
+        self._likenesses = {} if image is None else {
+            dimension: (feature := getattr(networks, name), Consistency(feature(image, given=True)))
+            for dimension, (network, name) in _IMAGE_FEATURES.items() if network in networks
+        }  # fmt: skip
         self._moves = SampledMotion(
             lambda a, b: top_speed(networks.raft(a, b), DYNAMIC_TOP), fps
         ) if "raft" in networks else None  # fmt: skip
@@ -126,11 +135,13 @@ class _Originals:
         self._first: Frames | None = None
         self._before: Frames | None = None
         self._all: list[Frames] = []
+        self._segment: list[Frames] = []
+        self.features: list[list[float]] = []
         self._keeps = "cotracker" in networks and target is not None
 
     def feed(self, frame: Frames) -> None:
-        for name, consistency in self._features.items():
-            consistency.feed(getattr(self._networks, name)(frame))
+        for feature, meter in (*self._consistencies.values(), *self._likenesses.values()):
+            meter.feed(feature(frame))
         if self._moves:
             self._moves.feed(frame)
             if self._before is not None:
@@ -139,6 +150,11 @@ class _Originals:
             self._smooth.feed(frame)
         if self._keeps:
             self._all.append(frame)
+        if "i3d" in self._networks:
+            self._segment.append(frame)
+            if len(self._segment) == SEGMENT:
+                self.features.append(self._networks.i3d(self._segment).tolist())
+                self._segment.clear()
         self._first = frame if self._first is None else self._first
         self._before = frame
 
@@ -147,14 +163,8 @@ class _Originals:
 
     def figures(self, changes: list[float]) -> Figures:
         found: Figures = {"camera_motion": None} if "cotracker" in self._networks else {}
-        kinds = {"dino": "subject", "clip": "background"}
-        for name, consistency in self._features.items():
-            if name in kinds:
-                found[f"{kinds[name]}_consistency"] = consistency.score
-            if name in ("dino", "dreamsim"):
-                found["i2v_subject" if name == "dino" else "i2v_background"] = (
-                    consistency.image_score
-                )
+        found |= {name: meter.score for name, (_, meter) in self._consistencies.items()}
+        found |= {name: meter.image_score for name, (_, meter) in self._likenesses.items()}
         if self._moves and self._first is not None and self._before is not None:
             found["dynamic_degree"] = self._moves.score
             pair = (self._first, self._before)
@@ -277,5 +287,6 @@ class _Parts:
             "first_frame_error": self._mismatch,
         }  # fmt: skip
         return Measured(
-            figures, self._motion.tracks.histograms, self.num_frames, dynamic, camera
-        )
+            figures, self._motion.tracks.histograms, self.num_frames, dynamic, camera,
+            self._originals.features if self._originals else [],
+        )  # fmt: skip

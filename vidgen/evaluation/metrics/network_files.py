@@ -9,6 +9,7 @@ amt        TorchScript: two pictures [1, 3, H, W] in [0, 1], sides divisible by 
 picture between them, the same shape
 cotracker  TorchScript: video [1, T, 3, H, W], 0 to 255 -> tracks [1, T, 100, 2] in pixels
 (x, y) of a 10x10 grid on the first frame, row by row
+i3d        TorchScript: video [1, 3, 16, 224, 224] in [-1, 1] -> features [1, D]
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ NETWORKS: dict[str, tuple[str, ...]] = {
     "raft": ("temporal_flickering", "dynamic_degree"),
     "amt": ("motion_smoothness",),
     "cotracker": ("camera_motion",),
+    "i3d": ("fvd", "kvd"),
 }
 FOLDERS = ("dino", "clip")
 

@@ -5,7 +5,9 @@ Axes: T frames, H W rows and columns, D width of a feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from vidgen.core.errors import ModelError
 from vidgen.evaluation.metrics.network_files import FOLDERS
 from vidgen.media.encode import Frames
 
-_SIDE = 224
+_SIDE, _I2V_SIDE = 224, 256
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -45,32 +47,38 @@ class Networks:
 
     def dino(self, frame: Frames) -> NDArray[np.float32]:
         """Class token [D] of a frame [H, W, 3]: short side 224, no crop, ImageNet's scale."""
-        picture = normalised(resized(frame, _SIDE, "bilinear"), *_IMAGENET)
-        return self._feature("dino", lambda net: net(
-            pixel_values=picture, interpolate_pos_encoding=True
-        ).last_hidden_state[:, 0])  # fmt: skip
+        return self._class_token(normalised(resized(frame, _SIDE, "bilinear"), *_IMAGENET))
+
+    def dino_i2v(self, frame: Frames, *, given: bool = False) -> NDArray[np.float32]:
+        """The same as VBench-I2V takes it: short side 256, smoothed, and a centre crop of 224.
+
+        Args:
+            frame: [H, W, 3].
+            given: it is the picture that the clip was to begin with, which is resized in bytes.
+        """
+        picture = centre(smoothed(frame, _short_side(frame, _I2V_SIDE), given), _SIDE)
+        return self._class_token(normalised(picture, *_IMAGENET))
 
     def clip(self, frame: Frames) -> NDArray[np.float32]:
         """Projected feature [D] of a frame [H, W, 3]: short side and centre crop of 224."""
         picture = normalised(centre(resized(frame, _SIDE, "bicubic"), _SIDE), *_CLIP)
         return self._feature("clip", lambda net: net(pixel_values=picture).image_embeds)
 
-    def dreamsim(self, frame: Frames) -> NDArray[np.float32]:
-        """Feature [D] of a frame [H, W, 3], brought to 224x224."""
-        picture = F.interpolate(
-            tensor(frame), (_SIDE, _SIDE), mode="bicubic", align_corners=False
-        ) / 255  # fmt: skip
+    def dreamsim(self, frame: Frames, *, given: bool = False) -> NDArray[np.float32]:
+        """Feature [D] of a frame [H, W, 3], brought to 224x224; `given` as in `dino_i2v`."""
+        picture = smoothed(frame, (_SIDE, _SIDE), given) / 255
         return self._feature("dreamsim", lambda net: net(picture))
 
     def raft(self, one: Frames, other: Frames) -> NDArray[np.float32]:
-        """Flow [H, W, 2] from one frame [H, W, 3] to another, at their size."""
-        found = self._between("raft", one, other, 8, 1.0, channels=2)
+        """Flow [H, W, 2] from one frame to another, with the edges that fill up sides to 8."""
+        found, _ = self._between("raft", one, other, 8, 1.0, channels=2)
         return np.ascontiguousarray(found[0].permute(1, 2, 0).numpy())
 
     def amt(self, one: Frames, other: Frames) -> Frames:
         """The frame [H, W, 3] between two; fractions are cut off, as there."""
-        found = self._between("amt", one, other, 16, 1 / 255, channels=3)
-        return (found[0] * 255).permute(1, 2, 0).clamp(0, 255).to(torch.uint8).numpy()
+        found, inside = self._between("amt", one, other, 16, 1 / 255, channels=3)
+        levels = (found[0].permute(1, 2, 0)[inside] * 255).clamp(0, 255)
+        return levels.to(torch.uint8).numpy()
 
     def cotracker(self, frames: Frames) -> NDArray[np.float32]:
         """Tracks [T, 10, 10, 2] of a 10x10 grid on the first of frames [T, H, W, 3]."""
@@ -80,10 +88,23 @@ class Networks:
             raise ModelError(f"cotracker gave {list(tracks.shape)}, not [1, {len(frames)}, 100, 2]")
         return tracks[0].reshape(-1, 10, 10, 2).numpy()
 
+    def i3d(self, frames: Sequence[Frames]) -> NDArray[np.float32]:
+        """Feature [D] of frames [H, W, 3], brought to 224x224."""
+        small = [
+            F.interpolate(tensor(frame), (_SIDE, _SIDE), mode="bilinear", align_corners=False)
+            for frame in frames
+        ]
+        video = torch.stack(small, dim=2) / 127.5 - 1
+        return self._feature("i3d", lambda net: net(video))
+
     def _between(
         self, name: str, one: Frames, other: Frames, divisor: int, scale: float, *, channels: int
-    ) -> Tensor:
-        """A network on two pictures, padded evenly by their edges to a divisor of the sides."""
+    ) -> tuple[Tensor, tuple[slice, slice]]:
+        """A network on two pictures, padded evenly by their edges to a divisor of the sides.
+
+        Returns:
+            What it gives for the padded pictures, and where in it the pictures themselves are.
+        """
         height, width = one.shape[:2]
         down, across = -height % divisor, -width % divisor
         top, left = down // 2, across // 2
@@ -93,7 +114,12 @@ class Networks:
         wanted = (1, channels, *pair[0].shape[2:])
         if found.shape != wanted:
             raise ModelError(f"{name} gave {list(found.shape)}, not {list(wanted)}")
-        return found[..., top : top + height, left : left + width]
+        return found, (slice(top, top + height), slice(left, left + width))
+
+    def _class_token(self, picture: Tensor) -> NDArray[np.float32]:
+        return self._feature("dino", lambda net: net(
+            pixel_values=picture, interpolate_pos_encoding=True
+        ).last_hidden_state[:, 0])  # fmt: skip
 
     def _feature(self, name: str, call: Callable[[Any], Tensor]) -> NDArray[np.float32]:
         return self._called(name, call)[0].flatten().numpy()
@@ -115,12 +141,36 @@ def _load(name: str, path: Path) -> Any:
     if name == "dino":
         from transformers import ViTModel
 
-        return ViTModel.from_pretrained(
-            path, local_files_only=True, add_pooling_layer=False
-        ).float().eval()  # fmt: skip
+        network = ViTModel.from_pretrained(path, local_files_only=True, add_pooling_layer=False)
+        network.embeddings.interpolate_pos_encoding = partial(_positions, network.embeddings)
+        return network.float().eval()
     from transformers import CLIPVisionModelWithProjection
 
     return CLIPVisionModelWithProjection.from_pretrained(path, local_files_only=True).float().eval()
+
+
+def _positions(embeddings: Any, _tokens: Tensor, height: int, width: int) -> Tensor:
+    """Position embeddings [1, 1 + h w, D] as DINO's own code stretches them to other sizes.
+
+    It asks for a tenth of a patch more than there is, against rounding, and samples so;
+    transformers does not.
+
+    Args:
+        embeddings: of transformers' ViT.
+        _tokens: what they are added to, not needed.
+        height: of the picture, in pixels.
+        width: likewise.
+    """
+    known: Tensor = embeddings.position_embeddings
+    side = math.isqrt(known.shape[1] - 1)
+    patch = embeddings.patch_embeddings.patch_size
+    size = height // patch[0], width // patch[1]
+    if size == (side, side) and height == width:
+        return known
+    grid = known[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    scale = [(count + 0.1) / side for count in size]
+    stretched = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+    return torch.cat([known[:, :1], stretched.flatten(2).transpose(1, 2)], dim=1)
 
 
 def tensor(frame: Frames) -> Tensor:
@@ -130,10 +180,27 @@ def tensor(frame: Frames) -> Tensor:
 
 def resized(frame: Frames, side: int, mode: str) -> Tensor:
     """A frame [H, W, 3] as [1, 3, h, w] whose short side is `side`, without smoothing."""
+    size = _short_side(frame, side)
+    return F.interpolate(tensor(frame), size, mode=mode, align_corners=False)
+
+
+def smoothed(frame: Frames, size: tuple[int, int], given: bool) -> Tensor:
+    """A frame [H, W, 3] as [1, 3, *size], bicubic with smoothing; `given` ones rounded to bytes."""
+    if given:
+        from PIL import Image
+
+        picture = Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC)
+        return tensor(np.array(picture))
+    return F.interpolate(
+        tensor(frame), size, mode="bicubic", align_corners=False, antialias=True
+    )  # fmt: skip
+
+
+def _short_side(frame: Frames, side: int) -> tuple[int, int]:
+    """Height and width of a frame whose short side is brought to `side`."""
     height, width = frame.shape[:2]
     short = min(height, width)
-    size = int(side * height / short), int(side * width / short)
-    return F.interpolate(tensor(frame), size, mode=mode, align_corners=False)
+    return int(side * height / short), int(side * width / short)
 
 
 def centre(picture: Tensor, side: int) -> Tensor:

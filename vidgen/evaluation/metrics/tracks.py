@@ -6,7 +6,6 @@ Axes: N points, A angles, K segments.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,33 +92,3 @@ def _vote(histogram: NDArray[np.float64], vectors: Points, short_side: int) -> N
     turns = np.arctan2(vectors[:, 1], vectors[:, 0]) / (2 * np.pi) * ANGLES
     bins = np.rint(turns).astype(int) % ANGLES
     histogram += np.bincount(bins, lengths, ANGLES) / len(vectors)
-
-
-def frechet_distance(
-    ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]
-) -> float | None:
-    """Distance of two sets of motion histograms as of Gaussians (Dowson and Landau 1982).
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^.5 C2 C1^.5)^.5)
-
-    Args:
-        ones: [K, 16], one row a segment.
-        others: [K', 16].
-
-    Returns:
-        The distance, or None where a set has no more rows than a row has values.
-    """
-    a, b = np.asarray(ones, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    if min(len(a), len(b)) <= HISTOGRAM_WIDTH:
-        return None
-    one, other = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = _square_root(one)
-    cross = np.trace(_square_root(root @ other @ root))
-    between = float(np.square(a.mean(0) - b.mean(0)).sum())
-    return max(0.0, between + float(np.trace(one) + np.trace(other) - 2 * cross))
-
-
-def _square_root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    root: NDArray[np.float64] = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    return root

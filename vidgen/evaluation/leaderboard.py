@@ -1,0 +1,179 @@
+"""Results of many models as one page, of which only those are ranked together that share it all.
+
+Scores depend on prompts, their rewording, frame rate, size, networks and the measures' version. So
+results are put into tables of those that are alike in these, and within a table every model is
+compared with the first one, clip by clip.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from vidgen.core.errors import InputError
+from vidgen.evaluation.comparison import HEADLINE, compare
+from vidgen.evaluation.metrics.registry import MEASURES, PROXY
+from vidgen.evaluation.temporal_report import STYLE, document, figure_cell, table_row
+
+_SHOWN = (
+    HEADLINE, "subject_consistency", PROXY + "subject_consistency", "background_consistency",
+    PROXY + "background_consistency", "motion_smoothness", PROXY + "motion_smoothness",
+    "warp_error", "flicker", "identity_drift_16", "motion_speed",
+)
+_SUBTOTALS = ("temporal_subtotal", PROXY + "temporal_subtotal")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model's results on one suite.
+
+    Attributes:
+        file: where they stand.
+        folder: of the results' `folders`.
+        result: the whole file.
+    """
+
+    file: str
+    folder: Mapping[str, Any]
+    result: Mapping[str, Any]
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """Scores by the clip's name."""
+        return {clip["name"]: clip for clip in self.folder["clips"]}
+
+    @property
+    def headline(self) -> float:
+        """By which entries are ordered."""
+        return float(self.folder["figures"].get(HEADLINE, {}).get("value", 0.0))
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What two entries must share to be ranked together."""
+        suite, result = self.result["prompt_suite"], self.result
+        return {
+            "prompts": suite and f"{suite['name']} ({suite['sha256'][:12]})",
+            "reworded": result["augmentation"], "fps": self.folder["fps"],
+            "sizes": [f"{width}x{height}" for width, height in self.folder["sizes"]],
+            "clips a prompt": len(result.get("generation", {}).get("seeds", ())) or None,
+            "networks": result["networks"], "measures version": result["measures_version"],
+        }
+
+    @property
+    def model(self) -> str:
+        """What made the clips, with the beginning of its hash, as far as that is known."""
+        known = [(each["model"], each["model_sha256"]) for each in self.folder["models"]]
+        texts = dict.fromkeys(f"{name} {(sha or '')[:12]}".strip() for name, sha in known)
+        return ", ".join(texts) or "unknown"
+
+
+def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
+    """Entries of results files.
+
+    Raises:
+        InputError: no files, or one that holds no such results.
+    """
+    if not paths:
+        raise InputError("no results; give --results FILE, as vidgen eval wrote it")
+    return [entry for path in paths for entry in _read(path)]
+
+
+def _read(path: str | Path) -> list[Entry]:
+    try:
+        result = json.loads(Path(path).read_text("utf-8"))
+        entries = [Entry(str(path), folder, result) for folder in result["folders"]]
+        for entry in entries:
+            _ = entry.rows, entry.headline, entry.conditions, entry.model
+        return entries
+    except OSError as error:
+        raise InputError(f"results {path} can't be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} holds no results of vidgen eval SUITE or temporal "
+                         f"({type(error).__name__}: {error}); make it anew") from None
+
+
+def tables(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Entries that may be ranked together, the steadiest first.
+
+    Returns:
+        Of each table its `conditions` and `rows`: `name`, `model`, `file`, `clips`, `dynamic`,
+        `figures`, the subtotals, `failed`, and in `verdict` how the entry compares with the first.
+    """
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        key = json.dumps(entry.conditions, sort_keys=True)
+        groups.setdefault(key, []).append(entry)
+    return [_table(sorted(group, key=lambda e: -e.headline)) for group in groups.values()]
+
+
+def _table(group: Sequence[Entry]) -> dict[str, Any]:
+    first = group[0]
+    rows = []
+    for entry in group:
+        name, leader = entry.folder["name"], first.folder["name"]
+        if name == leader:  # two runs of one model
+            name, leader = f"{name} ({entry.file})", f"{leader} ({first.file})"
+        verdict = "the first" if entry is first else compare(
+            leader, first.rows, name, entry.rows)["verdict"]
+        rows.append({
+            "name": entry.folder["name"], "model": entry.model, "file": entry.file,
+            "clips": len(entry.folder["clips"]), "dynamic": entry.folder["dynamic"],
+            "figures": entry.folder["figures"], "failed": len(entry.folder["failed"]),
+            **{name: entry.folder[name] for name in _SUBTOTALS}, "verdict": verdict,
+            "machine": entry.result["machine"],
+        })  # fmt: skip
+    return {"conditions": first.conditions, "rows": rows}
+
+
+def page(entries: Sequence[Entry]) -> str:
+    """HTML of all tables; it loads nothing from elsewhere."""
+    found = tables(entries)
+    parts = [
+        "<h1>Leaderboard</h1>",
+        "<p>Ordered by steadiness, which is 0 for clips that don't move. An order means something "
+        "only where the verdict names a winner: each model is compared with the first of its "
+        "table, clip by clip. Figures are means with half their 95% interval.</p>",
+        *(_section(number, table) for number, table in enumerate(found, 1)),
+    ]
+    return document("Leaderboard", parts, STYLE)
+
+
+def _section(number: int, table: Mapping[str, Any]) -> str:
+    rows = table["rows"]
+    shown = [m for m in _SHOWN if any(m in each["figures"] for each in rows)]
+    totals = [name for name in _SUBTOTALS if any(each[name] is not None for each in rows)]
+    head = [f'<span title="{escape(MEASURES[m].about)}">{m}</span><br><small>'
+            f"{MEASURES[m].better} is better</small>" if MEASURES[m].better != "neither" else m
+            for m in shown]
+    drawn = [table_row(["model", "against the first", "clips that move", *totals, *head], "th")]
+    drawn += [_row(each, totals, shown) for each in rows]
+    told = "; ".join(f"{name}: {_words(value)}" for name, value in table["conditions"].items())
+    machines = sorted({json.dumps(each["machine"], sort_keys=True) for each in rows})
+    return (
+        f"<h2>Table {number}</h2><p>{escape(told)}</p>"
+        f'<div style="overflow-x:auto"><table>{"".join(drawn)}</table></div>'
+        f"<details><summary>Machines and versions</summary><pre>{escape(chr(10).join(machines))}"
+        "</pre></details>"
+    )
+
+
+def _row(entry: Mapping[str, Any], totals: Sequence[str], shown: Sequence[str]) -> str:
+    failed = f", {entry['failed']} failed" if entry["failed"] else ""
+    return table_row([
+        f"<b>{escape(entry['name'])}</b><br><small>{escape(entry['model'])}</small>",
+        escape(entry["verdict"]), f"{entry['dynamic']} of {entry['clips']}{failed}",
+        *("" if entry[name] is None else f"{entry[name]:.4f}" for name in totals),
+        *(figure_cell(entry["figures"].get(measure)) for measure in shown),
+    ])  # fmt: skip
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {str(v)[:12]}" for k, v in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "not told" if value is None else str(value)

@@ -1,0 +1,220 @@
+"""`vidgen eval SUITE`: clips of a list of prompts made by a model, then measured in time.
+
+    RESULTS.clips/
+        made/ADDRESS.mp4          a clip, addressed by all that shapes it
+        made/threads.json         by processor, how many threads clips are computed on
+        named/a cat runs-0.mp4    the same file by the name that VBench gives it: prompt and number
+
+A clip that is there is never made twice; one that was stopped goes on. `named` holds the clips of
+the last run alone, and may be handed to VBench's own programs as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+from vidgen.core.runtime import atomic_path, choose_device
+from vidgen.evaluation.suite import PICTURE_SUFFIXES, PromptSuite
+from vidgen.evaluation.temporal import OnEvent, TemporalRun, run_temporal
+from vidgen.pipeline.clip_work import ClipWork
+from vidgen.pipeline.parts import best_dtype
+from vidgen.pipeline.recipe import identity
+from vidgen.pipeline.video import load
+from vidgen.pipeline.workers import Job, Staff, run_jobs, settle_threads
+from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
+
+MAX_SEEDS = 1000
+_LONGEST_NAME = 180
+"""Bytes of a prompt in a file's name; the whole one stands in the recipe."""
+
+
+@dataclass(frozen=True)
+class SuiteRun:
+    """What to make and measure.
+
+    Args:
+        suite: file of the prompts.
+        model: name, folder or hub id.
+        seeds: clips a prompt, of seeds `seed`, `seed` + 1, ...
+        seed: the first.
+        settings: fields of `Request` that all clips share.
+        dtype: of the computation; None: the device's best.
+        networks: as in `TemporalRun`.
+        images: folder of first frames, named like their prompts.
+        augmentation: how the prompts were reworded; recorded, nothing more.
+        staff: who works.
+
+    Raises:
+        InputError: a number out of its range.
+    """
+
+    suite: str
+    model: str = "toybox"
+    seeds: int = 1
+    seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
+    networks: Sequence[str] = ()
+    images: str | None = None
+    augmentation: str = "none"
+    staff: Staff = field(default_factory=Staff)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.seeds <= MAX_SEEDS:
+            raise InputError(f"seeds is {self.seeds}; give a whole number from 1 to {MAX_SEEDS}")
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """One clip to be made: its request, its address and its name."""
+
+    request: Request
+    address: str
+    name: str
+
+
+def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str, Any]:
+    """Make a suite's clips and measure them.
+
+    Args:
+        run: what to make.
+        output: results' file; the clips lie beside it.
+        on_event: told of progress, and in notes of what is left out.
+
+    Returns:
+        What `run_temporal` returns, with `generation`: model, seeds, settings, threads; a clip
+        that could not be made is among the folder's `failed`.
+
+    Raises:
+        InputError: no prompts, or what the model can't do.
+    """
+    suite = PromptSuite.read(run.suite)
+    folder = open_model(run.model)
+    dtype = run.dtype or best_dtype(choose_device())
+    place = Path(output).with_suffix(".clips")
+    _check_place(place)
+    clips = list(_clips(run, suite, folder, dtype))
+    made = place / "made"
+    made.mkdir(parents=True, exist_ok=True)
+    staff = settle_threads(made, run.staff, on_event)
+    failed = _make(run, folder, dtype, clips, made, staff, on_event)
+    there = {clip.name: made / f"{clip.address}.mp4" for clip in clips if clip.name not in failed}
+    if not there:
+        raise InputError(f"no clip could be made: {next(iter(failed.values()))}")
+    _lay_out(place / "named", there)
+    result = run_temporal(
+        TemporalRun(
+            (str(place / "named"),), run.networks, run.images, run.suite, run.augmentation,
+            staff.workers, staff.ray,
+        ),
+        output, on_event,
+    )  # fmt: skip
+    (measured,) = result["folders"]
+    measured["name"] = folder.name
+    measured["failed"] |= {f"{name}.mp4": why for name, why in failed.items()}
+    result["generation"] = {
+        "model": {"name": folder.name, "sha256": folder.content_hash,
+                  "world_version": getattr(folder, "world_version", None)},
+        "seeds": list(range(run.seed, run.seed + run.seeds)), "dtype": dtype,
+        "settings": {k: v if isinstance(v, int | float) else str(v)
+                     for k, v in run.settings.items()},
+        "threads": staff.threads, "clips": len(clips),
+    }  # fmt: skip
+    return result
+
+
+def _check_place(place: Path) -> None:
+    if place.exists() and not (place / "made").is_dir():
+        raise InputError(f"{place} is there and holds no clips of an evaluation; move it away, or "
+                         "give -o another name")
+
+
+def _clips(
+    run: SuiteRun, suite: PromptSuite, folder: ModelFolder | ForeignFolder, dtype: str
+) -> Iterator[_Clip]:
+    """Every clip of the suite; prompts in their order, seeds within."""
+    pictures = _pictures(run.images)
+    stems = dict[str, int]()
+    for prompt in suite.prompts:
+        stem = _stem(prompt, stems)
+        for number in range(run.seeds):
+            request = Request.of(prompt, {
+                "audio": "none", "seed": run.seed + number, **run.settings,
+                **({"image": str(pictures[prompt])} if prompt in pictures else {}),
+            })
+            address = identity(request, model=folder.content_hash, dtype=dtype)
+            yield _Clip(request, address, f"{stem}-{number}")
+
+
+def _pictures(images: str | None) -> dict[str, Path]:
+    """First frames by prompt."""
+    if images is None:
+        return {}
+    place = Path(images)
+    if not place.is_dir():
+        raise InputError(f"{place} is no folder; give one of first pictures named like the prompts")
+    return {p.stem: p for p in sorted(place.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES}
+
+
+def _stem(prompt: str, taken: dict[str, int]) -> str:
+    """A prompt as a file's name: whole where that can be, and no two alike."""
+    text = prompt.replace("/", "_").replace("\0", "_")
+    text = text.encode()[:_LONGEST_NAME].decode(errors="ignore").strip()
+    taken[text] = taken.get(text, 0) + 1
+    return text if taken[text] == 1 else f"{text}~{taken[text]}"
+
+
+def _make(
+    run: SuiteRun, folder: ModelFolder | ForeignFolder, dtype: str, clips: Sequence[_Clip],
+    made: Path, staff: Staff, tell: OnEvent,
+) -> dict[str, str]:
+    """Make what isn't there; the clips that could not be made, with the reason."""
+    names: dict[str, list[str]] = {}
+    for clip in clips:
+        names.setdefault(clip.address, []).append(clip.name)
+    total, failed = len(names), dict[str, str]()
+    missing = {clip.address: clip.request for clip in clips
+               if not (made / f"{clip.address}.mp4").is_file()}
+    done = total - len(missing)
+    tell({"event": "progress", "stage": "clips", "done": done, "total": total})
+    jobs = (
+        Job(address, (request, made / f"{address}.mp4", {"name": names[address][0]}),
+            name=names[address][0])
+        for address, request in missing.items()
+    )
+    work = ClipWork(partial(load, run.model, dtype=dtype), folder.content_hash)
+    try:
+        for outcome in run_jobs(jobs, work, staff, tell):
+            if outcome.error is not None:
+                failed |= dict.fromkeys(names[outcome.job.key], str(outcome.error))
+                tell({"event": "note", "text": f"{outcome.job.name}: {outcome.error}"})
+            done += 1
+            tell({"event": "progress", "stage": "clips", "done": done, "total": total})
+    finally:
+        work.close()
+    return failed
+
+
+def _lay_out(place: Path, files: dict[str, Path]) -> None:
+    """Give each clip its name, and take away the names of other runs."""
+    place.mkdir(exist_ok=True)
+    for path in place.glob("*.mp4"):
+        if path.stem not in files:
+            path.unlink()
+    for name, file in files.items():
+        path = place / f"{name}.mp4"
+        if path.exists() and path.samefile(file):
+            continue
+        with atomic_path(path) as temporary:
+            try:
+                os.link(file, temporary)
+            except OSError:  # a file system without links
+                shutil.copy2(file, temporary)

@@ -1,0 +1,56 @@
+"""The figures of `vidgen eval toybox` as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vidgen.evaluation.summary import UNITS, reached
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_COLUMNS = ("clips", "measure", "score", "95% interval", "n", "chance", "rendered",
+            "behind the VAE", "floor")  # fmt: skip
+_REST = ("chance", "ceiling_render", "ceiling_vae", "floor")
+
+
+def table(result: Mapping[str, Any]) -> Table:
+    """All figures, by source; green and red where there is a floor."""
+    from rich.table import Table
+
+    drawn = Table(title=f"Toybox, {result['model']['name']}, split {result['split']}")
+    for column in _COLUMNS:
+        drawn.add_column(column, justify="left" if column in _COLUMNS[:2] else "right")
+    for source, figures in result["scores"].items():
+        for measure, figure in figures.items():
+            met = reached(measure, figure)
+            style = None if met is None else ("green" if met else "red")
+            show = _points if source == "triples" else _show(measure)
+            drawn.add_row(
+                "seen less held out" if source == "triples" else source, measure,
+                show(figure["value"]), _within(figure, show),
+                str(figure["total"]), *(show(figure.get(name)) for name in _REST), style=style,
+            )  # fmt: skip
+        drawn.add_section()
+    return drawn
+
+
+def _show(measure: str) -> Callable[[float | None], str]:
+    unit = UNITS[measure].unit if measure in UNITS else "%"
+    formats: dict[str, Callable[[float], str]] = {
+        "dB": "{:.1f} dB".format, "x": "{:.2f}".format, "": "{:.3f}".format,
+        "ms": "{:.1f} ms".format, "%": lambda value: f"{100 * value:.1f}%",
+    }  # fmt: skip
+    return lambda value: "" if value is None else formats[unit](value)
+
+
+def _within(figure: Mapping[str, Any], show: Callable[[float | None], str]) -> str:
+    if figure["low"] is None:
+        return ""
+    return f"{show(figure['low'])} .. {show(figure['high'])}"
+
+
+def _points(value: float | None) -> str:
+    """A difference of rates, in percentage points."""
+    return "" if value is None else f"{100 * value:+.1f}"
