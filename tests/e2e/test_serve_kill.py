@@ -1,0 +1,102 @@
+"""The service killed, stopped and starved: no job is lost, none is made twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from tests.services import Served, is_alive, wait_for
+from tests.soaking import soak
+from vidgen.media.clip import Clip
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+LONG = {"num_inference_steps": 200, "num_frames": 17, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model, tmp_path_factory):
+    data = tmp_path_factory.mktemp("serve") / "data"
+    with Served(tiny_model, data, "--drain-seconds", "0.2") as served:
+        yield served
+
+
+def is_at_step(served, job, step):
+    def is_there():
+        kept = served.data / "videos" / job["id"] / "video.mp4.vidgen-job" / "state.safetensors"
+        return (served.video(job["id"])["step"] or 0) >= step and kept.is_file()
+
+    return is_there
+
+
+def first_step(served, job):
+    """The first step that is told of a job."""
+    for name, data in served.events(f"/v1/videos/{job['id']}/events"):
+        if name == "progress" and data["step"]:
+            return data["step"]
+    raise AssertionError("no step was told")
+
+
+def frames(served, job, path):
+    path.write_bytes(served.http.get(f"/v1/videos/{job['id']}/content").content)
+    return Clip.from_file(path).frames
+
+
+def test_killed_while_it_denoises_it_goes_on_there(served, tmp_path):
+    job, waiting = served.create(**LONG), served.create("a cat", seed=1)
+    wait_for(is_at_step(served, job, 60))
+    children = served.children()
+    assert set(children) == {"vidgen.server.runner", "vidgen.server.checker"}
+    served.kill()
+    wait_for(lambda: not any(map(is_alive, children.values())))
+    served.start()
+    assert served.video(waiting["id"])["status"] == "queued"
+    assert first_step(served, job) > 5
+    done = served.finished(job["id"])
+    assert (done["status"], done["resumed"], done["seed"]) == ("completed", 1, 3)
+    assert served.finished(waiting["id"])["status"] == "completed"
+    straight = served.http.post(f"/v1/videos/{job['id']}/replay").json()
+    assert served.finished(straight["id"])["resumed"] == 0
+    assert np.array_equal(frames(served, job, tmp_path / "a.mp4"),
+                          frames(served, straight, tmp_path / "b.mp4"))
+    actions = [line["action"] for line in served.http.get("/v1/audit").json()["data"]
+               if line["job"] == job["id"]]
+    assert actions == ["completed", "resumed", "started", "created"]
+
+
+def test_told_to_stop_it_puts_the_job_by(served):
+    job = served.create(**LONG)
+    wait_for(is_at_step(served, job, 20))
+    assert served.stop() == 0
+    served.start()
+    assert first_step(served, job) >= 20
+    done = served.finished(job["id"])
+    assert (done["status"], done["resumed"]) == ("completed", 1)
+
+
+def test_the_process_at_work_killed(served):
+    job = served.create(**LONG)
+    wait_for(is_at_step(served, job, 20))
+    os.kill(served.children()["vidgen.server.runner"], signal.SIGKILL)
+    assert served.http.get("/health").status_code == 200
+    wait_for(lambda: served.video(job["id"])["status"] == "queued")
+    wait_for(lambda: served.video(job["id"])["resumed"] == 1)
+    os.kill(served.children()["vidgen.server.checker"], signal.SIGKILL)
+    assert served.finished(job["id"])["status"] == "completed"
+    wait_for(lambda: "vidgen.server.checker" in served.children())
+    assert served.finished(served.create("a cat")["id"])["status"] == "completed"
+
+
+def test_a_soak_with_kills(tiny_model, tmp_path):
+    outcome = soak(tiny_model, tmp_path / "data", 16, 2)
+    assert outcome.is_clean, outcome
+    assert outcome.growth_mb < 50, outcome
+
+
+@pytest.mark.long
+def test_a_thousand_jobs_and_a_hundred_kills(tiny_model, tmp_path):
+    outcome = soak(tiny_model, tmp_path / "data", 1000, 100)
+    assert outcome.is_clean, outcome
+    assert outcome.growth_mb < 50, outcome

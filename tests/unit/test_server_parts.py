@@ -1,0 +1,168 @@
+"""Parts of the service that need no server: keys, paces, addresses, kinds of files, errors."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+
+from vidgen.core.errors import InputError
+from vidgen.server.asks import parse
+from vidgen.server.errors import ApiError, from_vidgen, param_of
+from vidgen.server.fetch import fetch, is_public
+from vidgen.server.keys import Keys, Pace
+from vidgen.server.logs import JsonFormatter
+from vidgen.server.schema import VideoAsk
+from vidgen.server.service import fingerprint
+from vidgen.server.settings import Settings
+from vidgen.server.sniff import sniff
+
+
+def test_keys_are_kept_as_hashes(tmp_path):
+    keys = Keys(tmp_path / "keys.json")
+    assert keys.all() == []
+    key = keys.draw("ann")
+    assert key.startswith("vg-")
+    assert key not in keys.path.read_text()
+    assert keys.path.stat().st_mode & 0o077 == 0
+    assert keys.owner(key) == "ann"
+    assert keys.owner(key + "x") is None
+    with pytest.raises(InputError, match="already"):
+        keys.draw("ann")
+    other = Keys(keys.path)  # another process changes them
+    second = other.draw("bob")
+    assert keys.owner(second) == "bob"
+    other.revoke("ann")
+    assert keys.owner(key) is None
+    with pytest.raises(InputError, match="known: bob"):
+        keys.revoke("ann")
+    for name in ("", "a b", "local", "x" * 65):
+        with pytest.raises(InputError, match="no name"):
+            keys.draw(name)
+    keys.path.write_text("{}")
+    with pytest.raises(InputError, match="damaged"):
+        keys.all()
+
+
+def test_a_pace_lets_bursts_through_and_fills_up_again():
+    now = [0.0]
+    pace = Pace(3, now=lambda: now[0])
+    assert [pace.take("ann") for _ in range(3)] == [0, 0, 0]
+    assert pace.take("ann") == pytest.approx(20)
+    assert pace.take("bob") == 0
+    now[0] = 20.0
+    assert pace.take("ann") == 0
+    assert pace.take("ann") > 0
+
+
+@pytest.mark.parametrize("address", [
+    "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
+    "0.0.0.0", "224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1", "ff02::1",
+    "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "2001::1",
+])
+def test_addresses_inside_a_network(address):
+    assert not is_public(address)
+
+
+def test_addresses_outside():
+    assert is_public("93.184.216.34")
+    assert is_public("2606:2800:220:1::1")
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "http://localhost:1/inside")
+        elif self.path == "/round":
+            self.send_response(302)
+            self.send_header("Location", "/round")
+        else:
+            self.send_response(200 if self.path == "/a.png" else 404)
+        self.end_headers()
+        if self.path == "/a.png":
+            self.wfile.write(b"x" * 1000)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_what_is_fetched_and_what_is_not(site):
+    def here(address: str) -> bool:
+        return address == "127.0.0.1"
+
+    assert fetch(f"{site}/a.png", 1000, allowed=here) == b"x" * 1000
+    for path, told in (("/a.png", "larger than 999"), ("/none", "404"), ("/round", "leads on"),
+                       ("/moved", "doesn't answer|doesn't look in")):
+        with pytest.raises(InputError, match=told):
+            fetch(site + path, 999, allowed=here)
+    with pytest.raises(InputError, match="doesn't look in"):
+        fetch(f"{site}/a.png", 1000)
+    for url in ("file:///etc/passwd", "ftp://example.org/", "http://", "http://[", "gopher://x",
+                "http://user:key@example.org/", "http://127.1:80/a", "http://0x7f000001/",
+                "http://localhost/", "http://[::1]/"):
+        with pytest.raises(InputError):
+            fetch(url, 1000)
+
+
+@pytest.mark.parametrize(("head", "found"), [
+    (b"\x89PNG\r\n\x1a\n", ("picture", ".png")), (b"\xff\xd8\xff\xe0", ("picture", ".jpg")),
+    (b"RIFF\0\0\0\0WEBPVP8 ", ("picture", ".webp")), (b"GIF89a", ("picture", ".gif")),
+    (b"\0\0\0\x20ftypisom", ("video", ".mp4")), (b"\x1a\x45\xdf\xa3..webm", ("video", ".webm")),
+])
+def test_files_are_known_by_their_first_bytes(tmp_path, head, found):
+    path = tmp_path / "x.exe"
+    path.write_bytes(head)
+    assert sniff(path, "image", "picture", "video") == found
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"#EXTM3U\n", b"ffconcat version 1.0", b"<svg/>", b"%PDF-1.4", b"\x7fELF", b"RIFF",
+])
+def test_files_that_are_let_in_nowhere(tmp_path, content):
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="image is"):
+        sniff(path, "image", "picture", "video", "sound")
+
+
+def test_values_may_be_strings_and_errors_name_the_field():
+    ask = parse(VideoAsk, {"prompt": "x", "seconds": "4", "seed": "7", "generate_sound": "true",
+                           "lora": '["a:0.5"]', "extra_params": '{"fit": "pad"}'})
+    assert (ask.seconds, ask.seed, ask.generate_sound, ask.lora) == (4.0, 7, True, ["a:0.5"])
+    assert ask.extra_params.fit == "pad"
+    with pytest.raises(ApiError, match="did you mean 'seconds'") as error:
+        parse(VideoAsk, {"prompt": "x", "secnods": 1})
+    assert error.value.body()["error"]["param"] == "secnods"
+    assert param_of("steps is 0; give a whole number") == "num_inference_steps"
+    assert from_vidgen(InputError("seconds is 0, less than a frame")).param == "seconds"
+
+
+def test_requests_are_equal_by_their_content():
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_logs_are_json_lines_without_secrets():
+    record = logging.LogRecord("vidgen", logging.INFO, "x.py", 1, "made %s", ("it",), None)
+    record.job = "video_1"
+    line = json.loads(JsonFormatter().format(record))
+    assert (line["text"], line["job"], line["level"]) == ("made it", "video_1", "info")
+
+
+def test_settings_out_of_range(tmp_path):
+    for wrong in ({"port": 70_000}, {"keep_s": 0.0}, {"loras": Path("nowhere")}):
+        with pytest.raises(InputError):
+            Settings(tmp_path, **wrong)

@@ -1,0 +1,113 @@
+"""Who asks, and whether they may: what routes depend on."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Request
+
+from vidgen.server.body import read_body
+from vidgen.server.errors import ApiError
+from vidgen.server.job import Job, Kind
+from vidgen.server.keys import LOCAL
+from vidgen.server.service import Call, Service
+
+COOKIE = "vidgen_key"
+MAX_KEY = 200
+RETRY_COUNT = "x-stainless-retry-count"
+"""By which OpenAI's clients say how often they have tried already."""
+
+
+def service_of(request: Request) -> Service:
+    """The one service of the application."""
+    service: Service = request.app.state.service
+    return service
+
+
+def owner_of(request: Request) -> str | None:
+    """Whose the request is; None where it has no key that is known."""
+    service = service_of(request)
+    if not key_required(service):
+        return LOCAL
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() != "bearer":
+        key = request.cookies.get(COOKIE, "")
+    return service.keys.owner(key.strip()) if 0 < len(key) <= MAX_KEY else None
+
+
+def key_required(service: Service) -> bool:
+    """Whether nobody may ask without a key."""
+    return not service.settings.is_loopback or bool(service.keys.all())
+
+
+def authenticate(request: Request) -> str:
+    """The owner.
+
+    Raises:
+        ApiError: without a key.
+    """
+    owner = owner_of(request)
+    if owner is None:
+        service_of(request).metrics.refused.labels("invalid_api_key").inc()
+        raise ApiError(401, "invalid_api_key", "no key was given, or one that isn't known; send "
+                       "Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
+    request.state.owner = owner
+    return owner
+
+
+Owner = Annotated[str, Depends(authenticate)]
+
+
+def begin(
+    request: Request, owner: Owner,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> Call:
+    """A request that may make a job.
+
+    Raises:
+        ApiError: the service stops, or the owner asks too often.
+    """
+    service = service_of(request)
+    if service.scheduler.state in ("draining", "stopped"):
+        raise ApiError(503, "stopping", "the service stops; ask again in a moment",
+                       headers={"Retry-After": "5"})
+    early_s = service.pace.take(owner)
+    if early_s > 0:
+        service.metrics.refused.labels("rate_limit_exceeded").inc()
+        text = (f"{service.settings.limits.per_minute} requests a minute may begin jobs; ask again "
+                f"in {early_s:.1f} s")
+        raise ApiError(429, "rate_limit_exceeded", text,
+                       headers={"Retry-After": str(math.ceil(early_s))})
+    tries = request.headers.get(RETRY_COUNT, "0")
+    return Call(owner, idempotency_key, tries.isdigit() and int(tries) > 0, service.jobs.clock())
+
+
+Caller = Annotated[Call, Depends(begin)]
+
+
+async def read_fields(request: Request, call: Caller) -> AsyncIterator[dict[str, Any]]:  # noqa: ARG001
+    """The body's fields; the rate was counted before. Files that nobody took go again."""
+    uploads = service_of(request).settings.uploads / request.state.request_id
+    try:
+        uploads.mkdir()
+        yield await read_body(request, uploads)
+    finally:
+        shutil.rmtree(uploads, ignore_errors=True)
+
+
+Fields = Annotated[dict[str, Any], Depends(read_fields)]
+
+
+def job_of(request: Request, kind: Kind, job_id: str, owner: str) -> Job:
+    """A job of the owner's.
+
+    Raises:
+        ApiError: there is none.
+    """
+    job = service_of(request).jobs.get(job_id, owner)
+    if job is None or job.kind != kind:
+        raise ApiError(404, "not_found", f"there is no {kind} {job_id[:80]!r}", f"{kind}_id")
+    return job

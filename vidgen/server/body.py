@@ -1,0 +1,252 @@
+"""Bodies of requests: multipart and JSON, read in a stream, files straight to the disk.
+
+What is cut off, too large, no UTF-8 or says a thing twice is refused; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect, Request
+
+from vidgen.core.runtime import write_error
+from vidgen.server.errors import ApiError
+
+MAX_FIELDS, MAX_FIELD_BYTES = 100, 1 << 20
+MAX_DEPTH = 100
+PATIENCE_S = 60.0
+"""For the next bytes of a body."""
+_BRACKETS = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that came in.
+
+    Attributes:
+        path: where it lies.
+        name: what the client calls it; to be shown, never to be used as a path.
+        sha256: of its bytes.
+        size: in bytes.
+    """
+
+    path: Path
+    name: str
+    sha256: str
+    size: int
+
+
+async def read_body(request: Request, uploads: Path) -> dict[str, Any]:
+    """Fields of a request by name; files are `Upload`s in a folder that the caller removes.
+
+    Raises:
+        ApiError: what can't be read.
+        OutputError: the disk is full.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind == b"multipart/form-data":
+        boundary = options.get(b"boundary")
+        if not boundary or len(boundary) > 200:
+            raise ApiError(400, "malformed_body", "the multipart body has no boundary")
+        form = _Form(boundary, uploads)
+        try:
+            async for chunk in _chunks(request):
+                form.feed(chunk)
+            return form.finish()
+        finally:
+            form.close()
+    if kind in (b"application/json", b""):
+        return await _read_json(request)
+    raise ApiError(415, "unsupported_media_type",
+                   f"the body is {kind.decode('latin-1')[:80]!r}; send multipart/form-data or "
+                   "application/json")
+
+
+async def _chunks(request: Request) -> AsyncIterator[bytes]:
+    stream = request.stream()
+    while True:
+        try:
+            chunk = await asyncio.wait_for(anext(stream, None), PATIENCE_S)
+        except TimeoutError:
+            raise ApiError(408, "timeout", f"nothing came for {PATIENCE_S:g} s; send the body "
+                                           "without pauses") from None
+        except ClientDisconnect:
+            raise ApiError(400, "client_gone", "the client left before the body's end") from None
+        if chunk is None:
+            return
+        yield chunk
+
+
+async def _read_json(request: Request) -> dict[str, Any]:
+    content = b"".join([chunk async for chunk in _chunks(request)])
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key stands there twice")
+        return found
+
+    def number(text: str) -> float:
+        raise ValueError(f"{text} is no number of JSON")
+
+    try:
+        value = json.loads(content.decode("utf-8") or "{}", object_pairs_hook=once,
+                           parse_constant=number)
+        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are no text
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "malformed_body", f"the body is no JSON: {error or 'nested too deep'}"
+                       ) from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "malformed_body", "the body must be a JSON object")
+    return value
+
+
+@dataclass
+class _Part:
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+    name: str = ""
+    content: bytearray = field(default_factory=bytearray)
+    upload: Path | None = None
+    filename: str = ""
+    file: BinaryIO | None = None
+    digest: Any = None
+    size: int = 0
+
+
+class _Form:
+    """Takes in a multipart body piece by piece."""
+
+    def __init__(self, boundary: bytes, uploads: Path) -> None:
+        self._uploads, self._is_whole = uploads, False
+        self._fields: list[tuple[str, Any]] = []
+        self._part = _Part()
+        self._header = [bytearray(), bytearray()]
+        self._parser = MultipartParser(boundary, {
+            "on_part_begin": self._begin, "on_part_data": self._data, "on_part_end": self._end,
+            "on_header_field": self._header_name, "on_header_value": self._header_value,
+            "on_header_end": self._header_end, "on_headers_finished": self._headers_finished,
+            "on_end": self._whole,
+        })
+
+    def feed(self, chunk: bytes) -> None:
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise ApiError(400, "malformed_body", f"the multipart body is malformed: {error}"
+                           ) from None
+        except OSError as error:
+            raise write_error(self._uploads / "upload", error) from error
+
+    def finish(self) -> dict[str, Any]:
+        if not self._is_whole:
+            raise ApiError(400, "malformed_body", "the multipart body ends before its last "
+                                                  "boundary; send all of it")
+        return _nested(self._fields)
+
+    def close(self) -> None:
+        if self._part.file is not None:
+            self._part.file.close()
+
+    def _begin(self) -> None:
+        if len(self._fields) >= MAX_FIELDS:
+            raise ApiError(400, "malformed_body", f"the body has more than {MAX_FIELDS} parts")
+        self._part = _Part()
+
+    def _header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header[0] += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header[1] += data[start:end]
+
+    def _header_end(self) -> None:
+        name, value = map(bytes, self._header)
+        self._part.headers[name.lower()] = value
+        self._header = [bytearray(), bytearray()]
+
+    def _headers_finished(self) -> None:
+        kind, options = parse_options_header(self._part.headers.get(b"content-disposition", b""))
+        if kind != b"form-data" or b"name" not in options:
+            raise ApiError(400, "malformed_body", "a part of the body has no name")
+        self._part.name = _text(options[b"name"], "a field's name")
+        if b"filename" in options:
+            self._part.filename = _text(options[b"filename"], "a file's name")
+            self._part.upload = self._uploads / secrets.token_hex(8)
+            self._part.file = self._part.upload.open("wb")
+            self._part.digest = hashlib.sha256()
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        piece, part = data[start:end], self._part
+        part.size += len(piece)
+        if part.file is not None:
+            part.file.write(piece)
+            part.digest.update(piece)
+            return
+        if part.size > MAX_FIELD_BYTES:
+            raise ApiError(413, "too_large", f"the field {part.name!r} is larger than "
+                                             f"{MAX_FIELD_BYTES} bytes", part.name)
+        part.content += piece
+
+    def _end(self) -> None:
+        part = self._part
+        if part.file is not None and part.upload is not None:
+            part.file.close()
+            part.file = None
+            made = Upload(part.upload, part.filename, part.digest.hexdigest(), part.size)
+            self._fields.append((part.name, made))
+        else:
+            self._fields.append((part.name, _text(bytes(part.content), f"the field {part.name!r}")))
+
+    def _whole(self) -> None:
+        self._is_whole = True
+
+
+def _text(content: bytes, what: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ApiError(400, "malformed_body", f"{what} is no UTF-8 text") from None
+
+
+def _nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Fields whose names say where they belong: `video[id]` and `lora[]`."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        match = _BRACKETS.fullmatch(name)
+        if match is None:
+            raise ApiError(400, "malformed_body", f"{name[:80]!r} is no field's name", name[:80])
+        top, inner = match[1], match[2]
+        if inner is None and top not in fields:
+            fields[top] = value
+        elif inner and isinstance(fields.setdefault(top, {}), dict) and inner not in fields[top]:
+            fields[top][inner] = value
+        elif inner == "" and isinstance(fields.setdefault(top, []), list):
+            fields[top].append(value)
+        elif inner is None and top == "files":  # the one that may be given several times
+            before = fields[top]
+            fields[top] = [*before, value] if isinstance(before, list) else [before, value]
+        else:
+            raise ApiError(400, "malformed_body", f"the field {name!r} stands there twice", name)
+    return fields
+
+
+def write_upload(content: bytes, name: str, uploads: Path) -> Upload:
+    """Content that came in another way as an upload."""
+    path = uploads / secrets.token_hex(8)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+    return Upload(path, name, hashlib.sha256(content).hexdigest(), len(content))

@@ -1,0 +1,210 @@
+"""The process that judges requests before they are queued: decodes what came in, settles plans.
+
+It holds no weights. Questions, each with an `id`, and what is answered to them:
+    {"ask": "model"}                    what the model can do
+    {"ask": "clip", "folder", "spec"}   the clip's plan
+    {"ask": "film", "path", "draft"}    the film's plan
+An answer is {"event": "answer", "id", "result"}, or {"event": "answer", "id", "code", "text"}.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.core.errors import InputError, VidgenError
+from vidgen.server.link import Message, Parent, TellingHandler
+from vidgen.server.settings import Limits
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.pipeline.plan import Plan
+
+POLICY = "content_policy_violation"
+log = logging.getLogger(__name__)
+
+
+class Checker:
+    """Answers questions about one model.
+
+    Args:
+        model: its name or folder.
+        limits: what may be asked.
+
+    Raises:
+        ModelError: it can't be opened, or is another family's.
+    """
+
+    def __init__(self, model: str, limits: Limits) -> None:
+        from vidgen.core.runtime import choose_device
+        from vidgen.pipeline.parts import best_dtype
+        from vidgen.pipeline.policy import policy_from_environment
+        from vidgen.pipeline.preflight import require_own_model
+        from vidgen.weights.folder import ModelFolder, open_model
+
+        folder = open_model(model)
+        require_own_model(folder)
+        assert isinstance(folder, ModelFolder)
+        self.folder, self.limits, self.policy = folder, limits, policy_from_environment()
+        self.device, self.offload = choose_device(), "none"
+        self.dtype = best_dtype(self.device)
+
+    def model(self) -> dict[str, Any]:
+        """What the model can do."""
+        from vidgen.pipeline.own_sound import TASK
+
+        known = self.folder.defaults
+        return {
+            "name": self.folder.name, "tasks": list(self.folder.tasks),
+            "license": self.folder.license,
+            "defaults": {
+                "seconds": known.num_frames / known.fps, "size": f"{known.width}x{known.height}",
+                "fps": known.fps, "num_frames": known.num_frames,
+                "num_inference_steps": known.num_steps, "guidance_scale": known.guidance_scale,
+                "negative_prompt": known.negative_prompt, "max_frames": known.max_frames,
+                "sizes": [f"{width}x{height}" for width, height in known.sizes],
+            },
+            "makes_sound": TASK in self.folder.tasks,
+        }
+
+    def clip(self, folder: str, spec: dict[str, Any]) -> dict[str, Any]:
+        """A clip's plan: width, height, num_frames, fps, num_steps, seconds, expected_s.
+
+        Raises:
+            InputError: what can't be made or read, or is more than may be asked.
+        """
+        from vidgen.pipeline.own_sound import TASK
+        from vidgen.pipeline.preflight import choose, settle
+        from vidgen.pipeline.soundtrack import make_soundtrack
+        from vidgen.server.making import request_of
+
+        self._check_files(Path(folder), spec["options"])
+        request = request_of(Path(folder), spec, self.folder)
+        self._enforce(request)
+        plan = settle(self.folder, request)
+        self._check_plan(plan)
+        has_sound = TASK in self.folder.tasks
+        make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=has_sound)
+        made = choose(self.folder, plan, request, self.device, None, dtype=self.dtype)
+        expected_s = sum(stage.seconds for stage in made.stages if stage.name != "load")
+        return {
+            "width": plan.width, "height": plan.height, "num_frames": plan.kept_frames,
+            "fps": str(plan.fps), "num_steps": plan.num_steps, "seed": plan.seed,
+            "guidance": plan.guidance.scale, "negative": plan.negative, "prompt": plan.prompt,
+            "seconds": float(plan.kept_frames / plan.fps), "expected_s": expected_s,
+        }
+
+    def film(self, path: str, draft: bool) -> dict[str, Any]:
+        """A film's plan: shots, width, height, fps, seconds, expected_s, script, notes.
+
+        Raises:
+            InputError: what can't be made or read, or is more than may be asked.
+        """
+        from vidgen.server.film_making import plan_confined, planned_shots, script_data
+        from vidgen.server.layout import FILM
+        from vidgen.story.edit import make_edit
+        from vidgen.story.plan import estimates, unknown_words
+
+        film = plan_confined(Path(path), self.folder, draft=draft, dtype=self.dtype)
+        takes = sum(len(plan.takes) for plan in film.shots.values())
+        self._at_most("shots, takes counted,", takes, self.limits.shots)
+        self._at_most("pixels", film.size[0] * film.size[1], self.limits.pixels)
+        parts = [(plan, take, index) for plan in film.shots.values() for take in plan.takes
+                 for index in range(len(take.parts))]
+        for plan, take, index in parts:
+            num_frames = take.parts[index].num_frames
+            self._at_most(f"frames of shot {plan.shot.id}", plan.num_frames, self.limits.frames)
+            self._enforce(film.request(plan.shot, take.seed, index, num_frames))
+        made = estimates(film, parts, self.device, None, self.dtype)
+        edit = make_edit(film, film.in_film, Path(path).with_name(FILM))
+        words = unknown_words(film, list(film.shots.values()))
+        return {
+            "shots": planned_shots(film), "width": film.size[0], "height": film.size[1],
+            "fps": str(film.fps), "seconds": edit.facts()["duration_s"],
+            "title": film.script.project.title, "script": script_data(film.script),
+            "notes": [f"the model doesn't know the word {word!r}" for word, _ in words],
+            "expected_s": sum(stage.seconds for one in made for stage in one.stages
+                              if stage.name != "load"),
+        }
+
+    def _check_files(self, folder: Path, options: dict[str, Any]) -> None:
+        """Judge what came in by its head alone, before anything of it is decoded."""
+        from PIL import Image
+
+        from vidgen.core.request import NO_AUDIO, OWN_AUDIO
+        from vidgen.media.read import decoding, probe
+
+        limits = self.limits
+        for name in ("image", "last_image", "mask"):
+            if options.get(name) is not None:
+                with decoding(name, "save it again"), Image.open(folder / options[name]) as image:
+                    self._at_most(f"pixels of {name}", image.width * image.height,
+                                  limits.input_pixels)
+        for name in ("video", "prefix", "audio"):
+            if options.get(name) not in (None, NO_AUDIO, OWN_AUDIO):
+                facts = probe(folder / options[name])
+                for stream in facts["streams"]:
+                    area = stream.get("width", 0) * stream.get("height", 0)
+                    self._at_most(f"pixels of {name}", area, limits.input_pixels)
+                self._at_most(f"seconds of {name}", facts.get("duration_s") or 0.0,
+                              limits.input_seconds)
+
+    def _check_plan(self, plan: Plan) -> None:
+        self._at_most("pixels", plan.width * plan.height, self.limits.pixels)
+        self._at_most("frames", plan.kept_frames, self.limits.frames)
+        self._at_most("steps", plan.num_steps, self.limits.steps)
+
+    def _enforce(self, request: Request) -> None:
+        from vidgen.pipeline.policy import enforce
+
+        try:
+            enforce(self.policy, request)
+        except InputError as error:
+            raise Refused(str(error)) from None
+
+    @staticmethod
+    def _at_most(what: str, value: float, limit: float) -> None:
+        if value > limit:
+            raise InputError(f"{value:g} {what} are asked for; this service takes {limit:g}")
+
+
+class Refused(InputError):
+    """The policy refuses a prompt."""
+
+
+def main() -> None:
+    """Run as a process: MODEL, and the limits' values in order."""
+    questions: queue.Queue[Message] = queue.Queue()
+    parent = Parent(questions.put)
+    root = logging.getLogger()
+    root.handlers = [TellingHandler(parent, lambda: None)]
+    root.setLevel(logging.WARNING)
+    values = zip(fields(Limits), sys.argv[2:], strict=True)
+    limits = Limits(**{each.name: type(each.default)(float(value)) for each, value in values})
+    try:
+        checker = Checker(sys.argv[1], limits)
+    except VidgenError as error:
+        parent.tell({"event": "broken", "text": str(error)})
+        return
+    parent.tell({"event": "ready", "model": checker.model()})
+    while True:
+        question = questions.get()
+        arguments = {k: v for k, v in question.items() if k not in ("id", "ask")}
+        try:
+            answer = {"result": getattr(checker, question["ask"])(**arguments)}
+        except Refused as error:
+            answer = {"code": POLICY, "text": str(error)}
+        except VidgenError as error:
+            answer = {"code": "invalid_request", "text": str(error)}
+        except Exception:
+            log.exception("a question could not be answered")
+            answer = {"code": "invalid_request", "text": "the request can't be understood"}
+        parent.tell({"event": "answer", "id": question["id"], **answer})
+
+
+if __name__ == "__main__":
+    main()

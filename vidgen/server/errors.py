@@ -1,0 +1,99 @@
+"""Errors as clients read them: OpenAI's envelope with the right status.
+
+    {"error": {"message": "...", "type": "...", "param": "seconds", "code": "invalid_request"}}
+
+No trace of ours ever goes out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from vidgen.core.errors import InputError, OutputError, VidgenError, nearest
+from vidgen.server.job import Conflict, Full
+from vidgen.server.judging import Refusal
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_NAMES = {"steps": "num_inference_steps", "frames": "num_frames", "negative": "negative_prompt",
+          "guidance": "guidance_scale", "shift": "flow_shift", "image": "image_reference",
+          "video": "video_reference", "audio": "audio_reference"}
+"""Options of `Request` under the names that clients give them by."""
+_PARAM = re.compile(r"(?:the )?(\w+)(?: [\w./-]+)? (?:is|has|must|needs|holds)\b")
+
+
+class ApiError(Exception):
+    """An answer that is no success.
+
+    Args:
+        status: of HTTP.
+        code: one word for programs.
+        message: for people.
+        param: the field that is meant, or None.
+        headers: of the answer.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.param = status, code, message, param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The envelope."""
+        kind = _TYPES.get(self.status) or (
+            "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param,
+                          "code": self.code}}
+
+
+def from_vidgen(error: VidgenError) -> ApiError:
+    """An error of ours as an answer."""
+    text = str(error)
+    match error:
+        case Conflict():
+            return ApiError(422, "idempotency_conflict", text)
+        case Full():
+            return ApiError(429, "queue_full", text, headers={"Retry-After": "10"})
+        case Refusal():
+            return ApiError(400, error.code, text, param_of(text))
+        case InputError():
+            return ApiError(400, "invalid_request", text, param_of(text))
+        case OutputError():
+            return ApiError(507, "insufficient_storage", text)
+    return ApiError(500, "server_error", "the service failed for a reason of its own")
+
+
+def from_validation(error: ValidationError, known: list[str]) -> ApiError:
+    """The first field that doesn't fit, as an answer.
+
+    Args:
+        error: of pydantic.
+        known: fields that there are.
+    """
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = [str(part) for part in first["loc"]]
+    name = place[0] if place else None
+    if first["type"] == "extra_forbidden":
+        inner = place[-1]
+        hint = nearest(inner, known) if len(place) == 1 else "see the documentation"
+        return ApiError(400, "unknown_parameter", f"unknown field {inner!r}; {hint}", inner)
+    if first["type"] == "missing":
+        return ApiError(400, "missing_parameter", f"the field {name!r} is missing", name)
+    text = first["msg"].removeprefix("Value error, ")
+    given = repr(first.get("input"))
+    told = f"{'.'.join(place)} is {given if len(given) <= 60 else given[:57] + '...'}: {text}"
+    return ApiError(400, "invalid_value", told, name)
+
+
+def param_of(text: str) -> str | None:
+    """The field that a message begins with, if it is one."""
+    if text.startswith("audio is 'generate'"):
+        return "generate_sound"
+    match = _PARAM.match(text)
+    return None if match is None else _NAMES.get(match[1], match[1])

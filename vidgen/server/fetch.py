@@ -1,0 +1,109 @@
+"""Inputs from addresses: only where the service is told to, and never from inside the network.
+
+A name is resolved once, every address that it has is judged, and the connection goes to one that
+was judged; so is each redirect.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from urllib.parse import urljoin, urlsplit
+
+from vidgen.core.errors import InputError
+
+MAX_REDIRECTS = 3
+PATIENCE_S, WHOLE_S = 10.0, 60.0
+_CHUNK = 1 << 16
+Allowed = Callable[[str], bool]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the open internet."""
+    found = ipaddress.ip_address(address)
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = found.ipv4_mapped or found.sixtofour
+        if inner is not None:
+            return is_public(str(inner))
+        if found.teredo is not None or found in ipaddress.ip_network("64:ff9b::/96"):
+            return False
+    return found.is_global and not found.is_multicast and not found.is_reserved
+
+
+def fetch(url: str, max_bytes: int, *, allowed: Allowed = is_public) -> bytes:
+    """What lies at an address.
+
+    Args:
+        url: http or https.
+        max_bytes: of it.
+        allowed: judges IP addresses.
+
+    Raises:
+        InputError: it can't be had, is too large, or lies where the service doesn't look.
+    """
+    until = time.monotonic() + WHOLE_S
+    for _ in range(MAX_REDIRECTS + 1):
+        found, target = _get(url, max_bytes, allowed, until)
+        if target is None:
+            return found
+        url = urljoin(url, target)
+    raise InputError(f"the address leads on more than {MAX_REDIRECTS} times; give the last one")
+
+
+def _get(url: str, max_bytes: int, allowed: Allowed, until: float) -> tuple[bytes, str | None]:
+    """The content, or where it leads on to."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise InputError("the address can't be read; give one such as https://host/name.png"
+                         ) from None
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None:
+        raise InputError("the address must be http or https, without a user; give such a one")
+    connection = _connect(parts.scheme, host, port or (443 if parts.scheme == "https" else 80),
+                          allowed)
+    try:
+        path = parts.path or "/"
+        connection.request("GET", path + (f"?{parts.query}" if parts.query else ""),
+                           headers={"Accept": "*/*", "Accept-Encoding": "identity"})
+        answer = connection.getresponse()
+        if answer.status in (301, 302, 303, 307, 308) and answer.headers["Location"]:
+            return b"", answer.headers["Location"]
+        if answer.status != 200:
+            raise InputError(f"the address answers with {answer.status}; give one that can be read")
+        content = bytearray()
+        while piece := answer.read(_CHUNK):
+            content += piece
+            if len(content) > max_bytes:
+                raise InputError(f"what lies at the address is larger than {max_bytes} bytes")
+            if time.monotonic() > until:
+                raise InputError(f"the address took more than {WHOLE_S:g} s")
+        return bytes(content), None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise InputError(f"the address can't be read: {type(error).__name__}") from None
+    finally:
+        connection.close()
+
+
+def _connect(scheme: str, host: str, port: int, allowed: Allowed) -> http.client.HTTPConnection:
+    """A connection to an address that was judged, under the host's own name."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        raise InputError(f"the host {host!r} is unknown") from None
+    addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
+    if not addresses or not all(allowed(each) for each in addresses):
+        raise InputError(f"the host {host!r} lies in a network that this service doesn't look in")
+    try:
+        raw = socket.create_connection((addresses[0], port), PATIENCE_S)
+        if scheme == "https":
+            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+    except OSError as error:
+        raise InputError(f"the host {host!r} doesn't answer: {type(error).__name__}") from None
+    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
+    connection.sock = raw
+    return connection

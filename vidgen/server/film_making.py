@@ -1,0 +1,224 @@
+"""One film of the queue: its script read and confined, its shots rendered, put together.
+
+What a script names lies beside it, and nowhere else. Where files lie is told in `layout.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.core.config import build, dump, load_yaml
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import available_memory
+from vidgen.media.read import read_recipe
+from vidgen.pipeline.eta import Clock
+from vidgen.server.layout import FILM, FILM_SHOTS, SHOTS, STORYBOARD, THUMBNAIL, link
+from vidgen.server.making import Stopwatch, Tell, peak_memory, reset_peak_memory
+from vidgen.server.stills import write_stills
+from vidgen.story.assemble import assemble
+from vidgen.story.edit import make_edit
+from vidgen.story.plan import estimates, plan_film
+from vidgen.story.render import RenderedShot, Renderer, Store
+from vidgen.story.script import Script
+from vidgen.story.storyboard import write_storyboard
+from vidgen.weights.lora import parse_option
+
+if TYPE_CHECKING:
+    from vidgen.story.film import FilmPlan
+    from vidgen.weights.folder import ModelFolder
+
+LISTS = (".txt",)
+_BEGINS = re.compile(r"shot [\w-]+, \d+ of \d+")
+"""A note that tells what progress tells, too."""
+
+
+def read_confined(path: Path, model: str) -> Script:
+    """Read a script that names no file outside its own folder, and no other model.
+
+    Raises:
+        InputError: it does, or is no script.
+    """
+    if path.suffix not in LISTS:  # before the files are looked for: whether they exist is told
+        raw = load_yaml(path, "script")
+        project = raw.get("project")
+        asked = project.get("model") if isinstance(project, dict) else None
+        if asked not in (None, model):
+            raise InputError(f"project: model is {asked!r}; this service has {model!r}: leave it "
+                             "out")
+        for file in _named_files(build(Script, raw, "script")):
+            _require_inside(path.parent, file)
+    return Script.read(path)
+
+
+def _named_files(value: Any) -> Iterator[Path]:
+    """Every file that a script may name, wherever it stands."""
+    if isinstance(value, Path):
+        yield value
+    elif is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            inner = getattr(value, each.name)
+            if each.name == "lora":
+                yield from (parse_option(text).path for text in inner)
+            elif each.name == "voice" and isinstance(inner, str) and _is_path(inner):
+                yield Path(inner)
+            elif each.name == "text" and isinstance(inner, str) and inner.startswith("@"):
+                yield Path(inner[1:])
+            else:
+                yield from _named_files(inner)
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _named_files(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _named_files(inner)
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text or "\\" in text or text.endswith(".pt")
+
+
+def _require_inside(folder: Path, file: Path) -> None:
+    inside = (folder / file).resolve().is_relative_to(folder.resolve())
+    if file.is_absolute() or not inside or str(file) in ("", "."):
+        raise InputError(f"the script names the file {str(file)!r}; send it along and give its "
+                         "name alone")
+
+
+def plan_confined(path: Path, folder: ModelFolder, *, draft: bool, dtype: str | None) -> FilmPlan:
+    """A film's plan by its confined script.
+
+    Raises:
+        InputError: what can't be made, with line and shot.
+    """
+    film = plan_film(read_confined(path, folder.name), folder, draft=draft, dtype=dtype)
+    if not film.in_film:
+        raise InputError("every shot has in_film: false; a film needs one")
+    make_edit(film, film.in_film, path.with_name(FILM))
+    return film
+
+
+def script_data(script: Script) -> dict[str, Any]:
+    """A script as it was written, as JSON data that makes the same film."""
+    if script.path.suffix in LISTS:
+        return {"shots": [{"id": shot.id, "prompt": shot.prompt[0].prompt}
+                          for shot in script.shots]}
+    data: dict[str, Any] = json.loads(json.dumps(load_yaml(script.path, "script")),
+                                      parse_constant=str)
+    return data
+
+
+class FilmMaker:
+    """Makes the films of one engine.
+
+    Args:
+        engine: opened.
+        tell: as of `Maker`; told besides of each shot that is there.
+    """
+
+    def __init__(self, engine: Any, tell: Tell) -> None:
+        self.engine, self._tell = engine, tell
+        self._watch, self._clock = Stopwatch(), list[Clock]()
+
+    def make(self, folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
+        """Make a film, or go on with it, and tell its facts.
+
+        Args:
+            folder: of the job.
+            spec: `script`, its path from there, and `draft`.
+
+        Raises:
+            InputError: what can't be made.
+            Cancelled: by `tell`.
+        """
+        self._watch, start = Stopwatch(), time.monotonic()
+        reset_peak_memory()
+        film = plan_confined(folder / spec["script"], self.engine.folder, draft=spec["draft"],
+                             dtype=self.engine.dtype)
+        output = folder / FILM
+        store = Store(folder / FILM_SHOTS, film)
+        self._expect(store)
+        shots = list(self._shots(store, folder / SHOTS))
+        edit = make_edit(film, film.in_film, output)
+        by_id = {each.shot.id: each for each in shots}
+        shown = [by_id[placed.shot.id] for placed in edit.timeline.shots]
+        made = assemble(edit, shown, lambda done, total: self._report("assemble", done, total))
+        write_storyboard(edit, shown, folder / STORYBOARD)
+        facts = edit.facts()
+        write_stills(output, folder / THUMBNAIL, None, facts["num_frames"])
+        content = json.dumps(read_recipe(output) or {}, sort_keys=True).encode()
+        return {
+            "width": film.size[0], "height": film.size[1], "num_frames": facts["num_frames"],
+            "fps": facts["fps"], "seconds": facts["duration_s"], "timeline": facts["shots"],
+            "shots": [shot_facts(each) for each in shots], "notes": list(made.notes),
+            "files": [path.name for path in made.beside],
+            "recipe_sha256": hashlib.sha256(content).hexdigest(),
+            "stage_durations": self._watch.facts(),
+            "inference_time_s": round(time.monotonic() - start, 3),
+            "peak_memory_mb": round(peak_memory() / 1e6, 1),
+        }
+
+    def _shots(self, store: Store, shown: Path) -> Iterator[RenderedShot]:
+        """Render what isn't there, and have each shot under its id with a thumbnail."""
+        renderer = Renderer(store, lambda: self.engine, self._on_event)
+        shown.mkdir(exist_ok=True)
+        for each in renderer.render(list(store.film.shots.values())):
+            name, plan = each.shot.id, store.film.shots[each.shot.id]
+            self._show(each.path, shown / f"{name}.mp4", each)
+            for take in plan.takes if len(plan.takes) > 1 else ():
+                self._show(store.path(take.key), shown / f"{name}-{take.seed}.mp4", each)
+            self._tell({"event": "shot", "shot": shot_facts(each)})
+            yield each
+
+    @staticmethod
+    def _show(path: Path, shown: Path, shot: RenderedShot) -> None:
+        """Have a shot, or a take of it, under a name that clients know, with a thumbnail."""
+        thumbnail = shown.with_suffix(".webp")
+        if shot.made or not thumbnail.is_file():
+            link(path, shown)
+            write_stills(path, thumbnail, None, shot.num_frames)
+
+    def _expect(self, store: Store) -> None:
+        film, device = store.film, self.engine.device
+        parts = [(plan, *part) for plan in film.shots.values() for part in store.missing(plan)]
+        made = list(estimates(film, parts, device, available_memory(device), self.engine.dtype,
+                              self.engine.offload))
+        self._clock = [Clock(made, len(parts), one_by_one=True)] if made else []
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            self._report(event["stage"], event["done"], event["total"], event["clip"],
+                         event["shot"])
+        elif event["event"] == "note" and not _BEGINS.fullmatch(event["text"]):
+            self._tell(event)
+
+    def _report(
+        self, stage: str, done: int, total: int, clip: int = 1, shot: str | None = None
+    ) -> None:
+        self._watch(stage)
+        told = self._clock[-1](stage, done, total, clip) if self._clock and shot else {}
+        self._tell({"event": "progress", "stage": stage, "done": done, "total": total,
+                    "shot": shot, **told})
+
+
+def shot_facts(each: RenderedShot) -> dict[str, Any]:
+    """What is told of a shot that is there."""
+    data = each.as_data()
+    kept = ("id", "num_frames", "duration_s", "seed", "made", "checks", "choice")
+    return {name: data[name] for name in kept}
+
+
+def planned_shots(film: FilmPlan) -> list[dict[str, Any]]:
+    """What is told of a film's shots before they are made."""
+    return [
+        {"id": plan.shot.id, "prompt": [dump(each) for each in plan.shot.prompt],
+         "num_frames": plan.num_frames, "seconds": float(plan.num_frames / film.fps),
+         "takes": len(plan.takes), "seed": plan.takes[0].seed, "in_film": plan.shot.in_film}
+        for plan in film.shots.values()
+    ]

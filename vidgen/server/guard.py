@@ -1,0 +1,165 @@
+"""What every request passes on its way in and out: where it comes from, how large it is, headers.
+
+An ASGI layer around the whole application, so nothing gets past it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.responses import JSONResponse
+
+from vidgen.server.errors import ApiError
+from vidgen.server.service import Service
+from vidgen.server.settings import LOOPBACK
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_HEADERS = {
+    b"x-content-type-options": b"nosniff",
+    b"referrer-policy": b"no-referrer",
+    b"x-frame-options": b"DENY",
+    b"cross-origin-resource-policy": b"same-origin",
+    b"content-security-policy": (
+        b"default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+        b"media-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
+        b"frame-ancestors 'none'"),
+}
+_METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
+_SAFE = ("GET", "HEAD", "OPTIONS")
+log = logging.getLogger(__name__)
+
+
+class Guard:
+    """Wraps an application.
+
+    Args:
+        app: what is wrapped.
+        service: whose settings count.
+    """
+
+    def __init__(self, app: App, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        passage = _Passage(self._service, scope, receive, send)
+        try:
+            passage.check()
+            await self._app(scope, passage.receive, passage.send)
+        except ApiError as error:
+            await passage.answer(error)
+        except Exception:
+            log.exception("a request could not be answered", extra={"request": passage.id})
+            await passage.answer(ApiError(500, "server_error",
+                                          "the service failed for a reason of its own"))
+        finally:
+            passage.count()
+
+
+class _Passage:
+    """One request on its way through."""
+
+    def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+        self._service, self._scope, self._receive, self._send = service, scope, receive, send
+        self.id = secrets.token_hex(8)
+        self._limit, self._taken = service.settings.limits.upload_bytes, 0
+        self._status, self._start = 0, time.monotonic()
+        scope.setdefault("state", {})["request_id"] = self.id
+        self._headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            self._headers.setdefault(name, value)
+
+    def check(self) -> None:
+        """Refuse what other pages or other names lead here, and what is too large from the start.
+
+        Raises:
+            ApiError: it is refused.
+        """
+        host = self._headers.get(b"host", b"").decode("latin-1")
+        name = _name_of(host)
+        if self._service.settings.is_loopback and name not in LOOPBACK:
+            raise ApiError(403, "wrong_host", "this service answers to localhost alone")
+        if self._scope["method"] not in _SAFE:
+            origin = self._headers.get(b"origin", b"").decode("latin-1")
+            site = self._headers.get(b"sec-fetch-site", b"same-origin")
+            foreign = bool(origin) and urlsplit(origin).netloc != host
+            if foreign or site not in (b"same-origin", b"none"):
+                raise ApiError(403, "wrong_origin", "another site's page may not ask this")
+        try:
+            announced = int(self._headers.get(b"content-length", b"0"))
+        except ValueError:
+            raise ApiError(400, "malformed_body", "the content length is no number") from None
+        self._check_size(announced)
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        """Hand the body's next piece on, as long as it isn't too large."""
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._taken += len(message.get("body", b""))
+            self._check_size(self._taken)
+        return message
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        """Hand the answer on, with the headers that all answers have."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            names = {name.lower() for name, _ in message["headers"]}
+            own = {**_HEADERS, b"x-request-id": self.id.encode()}
+            if self._scope["path"].startswith("/v1/"):
+                own[b"cache-control"] = b"no-store"
+            elif self._scope["path"].startswith("/studio/"):
+                own[b"cache-control"] = b"no-cache"  # kept, but asked for whether it changed
+            message["headers"] = [*message["headers"],
+                                  *((k, v) for k, v in own.items() if k not in names)]
+            self._service.metrics.latency.labels(self._route()).observe(self._elapsed_s)
+        await self._send(message)
+
+    async def answer(self, error: ApiError) -> None:
+        """Answer with an error, where no answer was begun."""
+        if self._status == 0:
+            response = JSONResponse(error.body(), error.status, headers=error.headers)
+            await response(self._scope, self.receive, self.send)
+
+    def count(self) -> None:
+        """Count and log the request."""
+        method = self._scope["method"]
+        self._service.metrics.requests.labels(
+            method if method in _METHODS else "other", self._route(), str(self._status)).inc()
+        if self._route() not in ("/health", "/ready", "/metrics"):
+            log.info("answered", extra={
+                "request": self.id, "method": method, "path": self._scope["path"],
+                "status": self._status, "seconds": round(self._elapsed_s, 4),
+                "owner": self._scope["state"].get("owner")})
+
+    def _check_size(self, size: int) -> None:
+        if size > self._limit:
+            raise ApiError(413, "too_large", f"the request has more than {self._limit} bytes; send "
+                                             "a smaller one", headers={"Connection": "close"})
+
+    def _route(self) -> str:
+        """The pattern that the path follows, so that ids don't make a series each."""
+        route = self._scope.get("route")
+        return getattr(route, "path", "none")
+
+    @property
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self._start
+
+
+def _name_of(host: str) -> str:
+    """A Host header without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0].lower()

@@ -1,0 +1,124 @@
+"""A job of the queue as a value: what was asked, and how it stands."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from vidgen.core.errors import InputError
+
+Kind = Literal["video", "film"]
+Status = Literal["queued", "in_progress", "completed", "failed"]
+UNFINISHED = ("queued", "in_progress")
+_JSON = ("ask", "spec", "result")
+
+
+class Conflict(InputError):
+    """An idempotency key that was used for another request."""
+
+
+class Full(InputError):
+    """As many jobs wait as may."""
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """A job that was asked for.
+
+    Attributes:
+        kind: of it.
+        owner: the name of the key that asks.
+        ask: what was asked, as it is told back.
+        spec: what the process that makes it is told.
+        fingerprint: a hash of the request; of equal requests it is equal.
+        expected_s: seconds it is thought to take.
+        idempotency_key: the client's own.
+        is_retry: whether the client says that it asks once more.
+        arrived_at: when the request began to come in, by the queue's clock.
+        id: None draws one.
+    """
+
+    kind: Kind
+    owner: str
+    ask: Mapping[str, Any]
+    spec: Mapping[str, Any]
+    fingerprint: str
+    expected_s: float = 0.0
+    idempotency_key: str | None = None
+    is_retry: bool = False
+    arrived_at: float = 0.0
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it stands in the queue; times are Unix seconds. See `NewJob` for the rest.
+
+    Attributes:
+        number: its place in the queue; never used twice.
+        result: what became of it: facts of the clip, or of what was made of it so far.
+        attempt: how often it was begun; above 1 it went on after a stop.
+        deaths: how many processes went down with it.
+        num_bytes: that it takes on disk, once it is finished.
+    """
+
+    number: int
+    id: str
+    kind: Kind
+    owner: str
+    status: Status
+    created_at: float
+    ask: dict[str, Any]
+    spec: dict[str, Any]
+    result: dict[str, Any]
+    started_at: float | None = None
+    completed_at: float | None = None
+    expires_at: float | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    attempt: int = 0
+    deaths: int = 0
+    expected_s: float = 0.0
+    num_bytes: int = 0
+    idempotency_key: str | None = None
+    fingerprint: str = field(default="", repr=False)
+    is_retry: int = 0
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self.status not in UNFINISHED
+
+
+class ServiceClock:
+    """Unix seconds that neither jump nor run backwards while the service runs.
+
+    Args:
+        not_before: the last time that an earlier run wrote down.
+    """
+
+    def __init__(self, not_before: float = 0.0) -> None:
+        self._start_s, self._began = max(time.time(), not_before), time.monotonic()
+
+    def __call__(self) -> float:
+        """The time now."""
+        return self._start_s + time.monotonic() - self._began
+
+
+def new_id(kind: Kind) -> str:
+    """An identifier that can't be guessed."""
+    return f"{kind}_{secrets.token_hex(12)}"
+
+
+_COLUMNS = [each.name for each in fields(Job)]
+
+
+def job_of_row(row: sqlite3.Row) -> Job:
+    """A job from its row in the queue's table."""
+    values = {name: row[name] for name in _COLUMNS}
+    return Job(**values | {name: json.loads(values[name]) for name in _JSON})

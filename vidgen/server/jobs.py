@@ -1,0 +1,340 @@
+"""The queue: every job from its acceptance to its removal, on disk before anybody is told of it.
+
+A job is `queued` until a process works on it, then `in_progress`, then `completed` or `failed`.
+Each change is one transaction of SQLite in WAL mode with full syncs, together with its line in the
+audit log, so a kill at any moment leaves the state before or after it. A start that finds a job
+`in_progress` puts it back to `queued`: it goes on from its journal. What is finished can't be
+finished again, as a result counts for the attempt that it belongs to alone.
+
+The file knows nothing of HTTP, models or processes.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vidgen.core.errors import InputError, OutputError
+from vidgen.server.job import Conflict, Full, Job, Kind, NewJob, ServiceClock, job_of_row, new_id
+
+SCHEMA_VERSION = 1
+RETRY_WINDOW_S = 3600.0
+"""How long a client's retry is known as one."""
+_DELETED = "deleted"
+_FULL = "full"
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    kind TEXT NOT NULL,
+    owner TEXT NOT NULL,
+    status TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    started_at REAL,
+    completed_at REAL,
+    expires_at REAL,
+    ask TEXT NOT NULL,
+    spec TEXT NOT NULL,
+    result TEXT NOT NULL DEFAULT '{}',
+    error_code TEXT,
+    error_message TEXT,
+    attempt INTEGER NOT NULL DEFAULT 0,
+    deaths INTEGER NOT NULL DEFAULT 0,
+    expected_s REAL NOT NULL DEFAULT 0,
+    num_bytes INTEGER NOT NULL DEFAULT 0,
+    idempotency_key TEXT,
+    fingerprint TEXT NOT NULL,
+    is_retry INTEGER NOT NULL DEFAULT 0
+);
+CREATE UNIQUE INDEX IF NOT EXISTS job_keys ON jobs (owner, idempotency_key)
+    WHERE idempotency_key IS NOT NULL;
+CREATE INDEX IF NOT EXISTS job_status ON jobs (status, number);
+CREATE INDEX IF NOT EXISTS job_fingerprints ON jobs (owner, fingerprint, number);
+CREATE TABLE IF NOT EXISTS audit (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    time REAL NOT NULL,
+    owner TEXT NOT NULL,
+    action TEXT NOT NULL,
+    job TEXT NOT NULL,
+    detail TEXT NOT NULL
+);
+"""
+
+
+class Jobs:
+    """The queue in its file; may be used by several threads.
+
+    Args:
+        path: of the file, which is made if it isn't there.
+
+    Raises:
+        InputError: it is no queue of this version.
+        OutputError: it can't be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.RLock()
+        try:
+            self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._database.row_factory = sqlite3.Row
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+                self._database.execute(f"PRAGMA {pragma}")
+            version = self._database.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, SCHEMA_VERSION):
+                raise InputError(f"{path} has format {version}, this vidgen reads "
+                                 f"{SCHEMA_VERSION}; give another folder with --data")
+            self._database.executescript(_SCHEMA)
+            self._database.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        except sqlite3.Error as error:
+            raise InputError(f"{path} can't be used as a queue: {error}; move it away, or give "
+                             "another folder with --data") from error
+        last = self._one("SELECT MAX(MAX(created_at), MAX(IFNULL(completed_at, 0))) FROM jobs")[0]
+        self.clock = ServiceClock(last or 0.0)
+
+    def close(self) -> None:
+        """Let the file go."""
+        with self._lock:
+            self._database.close()
+
+    def add(self, new: NewJob, *, most: int | None = None, most_of_owner: int | None = None) -> (
+        tuple[Job, bool]
+    ):
+        """Queue a job, unless it is one that the client asked for before.
+
+        Args:
+            new: what was asked.
+            most: unfinished jobs that may be there.
+            most_of_owner: of them, those of one key.
+
+        Returns:
+            The job, and whether it is new.
+
+        Raises:
+            Conflict: the idempotency key belongs to another request.
+            Full: too many wait.
+        """
+        with self._transaction():
+            known = self._known(new)
+            if known is not None:
+                return known, False
+            for limit, where, args in ((most, "", ()), (most_of_owner, "AND owner = ?",
+                                                        (new.owner,))):
+                count = self._one("SELECT COUNT(*) FROM jobs WHERE status IN "
+                                  f"('queued', 'in_progress') {where}", *args)[0]
+                if limit is not None and count >= limit:
+                    raise Full(f"{count} jobs are not finished yet, {limit} may be at once; wait "
+                               "for one, or cancel one")
+            job_id, now = new.id or new_id(new.kind), self.clock()
+            self._run(
+                "INSERT INTO jobs (id, kind, owner, status, created_at, ask, spec, expected_s, "
+                "idempotency_key, fingerprint, is_retry) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?, ?, "
+                "?, ?)", job_id, new.kind, new.owner, now, json.dumps(new.ask),
+                json.dumps(new.spec), new.expected_s, new.idempotency_key, new.fingerprint,
+                new.is_retry,
+            )
+            self._note(new.owner, "created", job_id, {"kind": new.kind, **new.ask})
+            return self._get(job_id), True
+
+    def get(self, job_id: str, owner: str | None = None) -> Job | None:
+        """A job by its id; None where there is none, or it is another key's."""
+        with self._lock:
+            row = self._one("SELECT * FROM jobs WHERE id = ? AND status != ?", job_id, _DELETED)
+        job = None if row is None else job_of_row(row)
+        return None if job is None or owner not in (None, job.owner) else job
+
+    def page(
+        self, kind: Kind, owner: str, *, after: str | None = None, limit: int = 20,
+        newest_first: bool = True,
+    ) -> tuple[list[Job], bool]:
+        """Some of a key's jobs in order, and whether more follow.
+
+        Raises:
+            InputError: `after` is none of them.
+        """
+        sign, order = ("<", "DESC") if newest_first else (">", "ASC")
+        with self._lock:
+            begin = None
+            if after is not None:
+                row = self._one("SELECT number FROM jobs WHERE id = ? AND owner = ? AND kind = ?",
+                                after, owner, kind)
+                if row is None:
+                    raise InputError(f"after is {after!r}, no {kind} of yours; give the last id of "
+                                     "the page before")
+                begin = row[0]
+            where = "" if begin is None else f"AND number {sign} {int(begin)}"
+            rows = self._run(
+                f"SELECT * FROM jobs WHERE kind = ? AND owner = ? AND status != ? {where} "
+                f"ORDER BY number {order} LIMIT ?", kind, owner, _DELETED, limit + 1,
+            ).fetchall()
+        return [job_of_row(row) for row in rows[:limit]], len(rows) > limit
+
+    def waiting(self) -> list[Job]:
+        """Unfinished jobs in the order in which they are made."""
+        with self._lock:
+            rows = self._run("SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') "
+                             "ORDER BY number").fetchall()
+        return [job_of_row(row) for row in rows]
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs there are of each status."""
+        with self._lock:
+            rows = self._run("SELECT status, COUNT(*) FROM jobs GROUP BY status").fetchall()
+        return {status: count for status, count in rows if status != _DELETED}
+
+    def claim(self) -> Job | None:
+        """Begin the job that waits longest; None where none does."""
+        with self._transaction():
+            row = self._one("SELECT id, owner, attempt FROM jobs WHERE status = 'queued' "
+                            "ORDER BY number LIMIT 1")
+            if row is None:
+                return None
+            self._run("UPDATE jobs SET status = 'in_progress', attempt = attempt + 1, "
+                      "started_at = IFNULL(started_at, ?) WHERE id = ?", self.clock(), row["id"])
+            self._note(row["owner"], "resumed" if row["attempt"] else "started", row["id"], {})
+            return self._get(row["id"])
+
+    def put_back(self, job: Job, *, died: bool = False) -> None:
+        """Let a job that was begun wait again, in its old place.
+
+        Args:
+            job: as `claim` gave it.
+            died: whether the process went down with it.
+        """
+        with self._transaction():
+            self._run("UPDATE jobs SET status = 'queued', deaths = deaths + ? WHERE id = ? AND "
+                      "attempt = ? AND status = 'in_progress'", int(died), job.id, job.attempt)
+
+    def recover(self) -> list[str]:
+        """At a start: jobs that an earlier process worked on wait again.
+
+        Returns:
+            Ids of jobs that are deleted, of which files may be left.
+        """
+        with self._transaction():
+            self._run("UPDATE jobs SET status = 'queued' WHERE status = 'in_progress'")
+            rows = self._run("SELECT id FROM jobs WHERE status = ?", _DELETED).fetchall()
+            return [row["id"] for row in rows]
+
+    def finish(
+        self, job: Job, *, result: Mapping[str, Any], num_bytes: int, keep_s: float,
+        error: tuple[str, str] | None = None,
+    ) -> bool:
+        """A job's end.
+
+        Args:
+            job: as `claim` or `get` gave it.
+            result: facts.
+            num_bytes: that it takes on disk.
+            keep_s: how long it is kept.
+            error: (code, message) where it failed.
+
+        Returns:
+            Whether it counts: False where the job was finished, deleted or begun anew meanwhile.
+        """
+        now = self.clock()
+        code, message = error or (None, None)
+        with self._transaction():
+            done = self._run(
+                "UPDATE jobs SET status = ?, completed_at = ?, expires_at = ?, result = ?, "
+                "error_code = ?, error_message = ?, num_bytes = ? WHERE id = ? AND attempt = ? "
+                "AND status IN ('queued', 'in_progress')",
+                "failed" if error else "completed", now, now + keep_s, json.dumps(result), code,
+                message, num_bytes, job.id, job.attempt,
+            ).rowcount == 1
+            if done:
+                detail = {"error": code} if code else {
+                    "recipe_sha256": result.get("recipe_sha256"), "bytes": num_bytes}
+                self._note(job.owner, "failed" if error else "completed", job.id, detail)
+            return done
+
+    def delete(self, job: Job, reason: str = "deleted") -> bool:
+        """Take a job out of sight; `purge` follows once its files are gone."""
+        with self._transaction():
+            done = self._run("UPDATE jobs SET status = ?, idempotency_key = NULL WHERE id = ? AND "
+                             "status != ?", _DELETED, job.id, _DELETED).rowcount == 1
+            if done:
+                self._note(job.owner, reason, job.id, {})
+            return done
+
+    def purge(self, job_id: str) -> None:
+        """Forget a deleted job."""
+        with self._transaction():
+            self._run("DELETE FROM jobs WHERE id = ? AND status = ?", job_id, _DELETED)
+
+    def outdated(self, quota_bytes: int) -> list[str]:
+        """Ids of finished jobs that are to go: past their time, or the oldest above the quota."""
+        with self._lock:
+            rows = self._run("SELECT id, expires_at, num_bytes FROM jobs WHERE status IN "
+                             "('completed', 'failed') ORDER BY number DESC").fetchall()
+        kept, gone, now = 0, [], self.clock()
+        for job_id, expires_at, num_bytes in rows:
+            if expires_at < now or kept + num_bytes > quota_bytes:
+                gone.append(job_id)
+            else:
+                kept += num_bytes
+        return gone
+
+    def audit(self, owner: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+        """Lines of the audit log, the newest first: time, owner, action, job, detail."""
+        where, args = ("", ()) if owner is None else ("WHERE owner = ?", (owner,))
+        with self._lock:
+            rows = self._run(f"SELECT time, owner, action, job, detail FROM audit {where} "
+                             "ORDER BY number DESC LIMIT ?", *args, limit or -1).fetchall()
+        return [{**dict(row), "detail": json.loads(row["detail"])} for row in rows]
+
+    def _known(self, new: NewJob) -> Job | None:
+        """The job that a request asks for once more, if it does."""
+        if new.idempotency_key is not None:
+            row = self._one("SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?",
+                            new.owner, new.idempotency_key)
+            if row is not None and row["fingerprint"] != new.fingerprint:
+                raise Conflict(f"the idempotency key {new.idempotency_key!r} belongs to another "
+                               "request; draw a new key for each")
+            return None if row is None else job_of_row(row)
+        # A retry asks for what its first try may have begun, or the first try comes in behind it.
+        row = self._one(
+            "SELECT * FROM jobs WHERE owner = ? AND fingerprint = ? AND status != ? AND "
+            "created_at > ? AND (? OR (is_retry AND created_at > ?)) ORDER BY number DESC LIMIT 1",
+            new.owner, new.fingerprint, _DELETED, self.clock() - RETRY_WINDOW_S, new.is_retry,
+            new.arrived_at or self.clock(),
+        )
+        return None if row is None else job_of_row(row)
+
+    def _note(self, owner: str, action: str, job_id: str, detail: Mapping[str, Any]) -> None:
+        self._run("INSERT INTO audit (time, owner, action, job, detail) VALUES (?, ?, ?, ?, ?)",
+                  self.clock(), owner, action, job_id, json.dumps(detail))
+
+    def _get(self, job_id: str) -> Job:
+        return job_of_row(self._one("SELECT * FROM jobs WHERE id = ?", job_id))
+
+    def _one(self, text: str, *values: Any) -> Any:
+        return self._run(text, *values).fetchone()
+
+    def _run(self, text: str, *values: Any) -> sqlite3.Cursor:
+        return self._database.execute(text, values)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, one at a time.
+
+        Raises:
+            OutputError: the disk is full, or the file can't be written.
+        """
+        with self._lock:
+            try:
+                self._run("BEGIN IMMEDIATE")
+                yield
+                self._run("COMMIT")
+            except sqlite3.Error as error:
+                what = "no space is left" if _FULL in str(error) else str(error)
+                raise OutputError(f"the queue can't be written: {what}; make room on its "
+                                  "disk") from error
+            finally:
+                if self._database.in_transaction:
+                    self._run("ROLLBACK")

@@ -1,0 +1,121 @@
+"""Questions to the process that judges requests, asked from any thread; see `checker.py`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from concurrent.futures import Future
+from dataclasses import astuple
+from typing import Any
+
+from vidgen.core.errors import InputError, ModelError, VidgenError
+from vidgen.server.link import Child, Message
+from vidgen.server.settings import Settings
+
+PATIENCE_S = 120.0
+"""For an answer; opening the model is a part of the first."""
+log = logging.getLogger(__name__)
+
+
+class Refusal(InputError):
+    """A request that was judged and refused.
+
+    Attributes:
+        code: for the client.
+    """
+
+    def __init__(self, text: str, code: str = "invalid_request") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Judge:
+    """Asks the checker, and starts it anew where it goes down.
+
+    Args:
+        settings: of the service.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._open: dict[int, Future[Message]] = {}
+        self._model: Future[dict[str, Any]] = Future()
+        self._is_closed = False
+        self._child = self._start()
+
+    def model(self) -> dict[str, Any]:
+        """What the model can do.
+
+        Raises:
+            ModelError: it can't be opened.
+        """
+        return self._model.result(PATIENCE_S)
+
+    def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
+        """An answer of the checker.
+
+        Raises:
+            Refusal: the request can't be made, or what came in brings the checker down.
+        """
+        future: Future[Message] = Future()
+        with self._lock:
+            number = next(self._numbers)
+            self._open[number] = future
+            child = self._child
+        child.send({"ask": question, "id": number, **arguments})
+        try:
+            answer = future.result(PATIENCE_S)
+        except TimeoutError:
+            child.kill()
+            raise Refusal("what was sent can't be read in time; send it in a usual "
+                          "format") from None
+        finally:
+            with self._lock:
+                self._open.pop(number, None)
+        if "result" not in answer:
+            raise Refusal(answer["text"], answer["code"])
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def close(self) -> None:
+        """Have the process gone."""
+        self._is_closed = True
+        self._child.leave(1.0)
+
+    def _start(self) -> Child:
+        limits = [str(value) for value in astuple(self._settings.limits)]
+        return Child("vidgen.server.checker", [self._settings.model, *limits], self._hear,
+                     self._gone)
+
+    def _hear(self, message: Message) -> None:
+        match message["event"]:
+            case "ready":
+                if not self._model.done():
+                    self._model.set_result(message["model"])
+            case "broken":
+                if not self._model.done():
+                    self._model.set_exception(ModelError(message["text"]))
+            case "answer":
+                with self._lock:
+                    future = self._open.pop(message["id"], None)
+                if future is not None:
+                    future.set_result(message)
+            case "log":
+                log.warning("%s", message["text"])
+
+    def _gone(self, fate: str) -> None:
+        """Refuse what was being judged, and start anew."""
+        if not self._model.done():
+            self._model.set_exception(VidgenError(f"the checks can't start: {fate}"))
+        if self._is_closed or self._model.exception() is not None:
+            return
+        log.error("the checker %s", fate)
+        with self._lock:
+            left, self._open = self._open, {}
+            self._child = self._start()
+        for future in left.values():
+            future.set_result({"code": "invalid_request", "text": (
+                "what was sent brings the reader of such files down; send it in another format")})

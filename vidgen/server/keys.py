@@ -1,0 +1,134 @@
+"""API keys: drawn here, kept as hashes, and how often each may ask.
+
+A key is 256 random bits, so one round of SHA-256 keeps it as safe as any slow hash would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import atomic_write
+
+PREFIX = "vg-"
+LOCAL = "local"
+"""The owner of everything where no keys exist."""
+_NAME = re.compile(r"[\w-]{1,64}")
+
+
+class Keys:
+    """The keys in their file, which may be changed while the service runs.
+
+    Args:
+        path: of the file; without one there are no keys.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._read_at: float | None = None
+        self._known: list[dict[str, Any]] = []
+
+    def all(self) -> list[dict[str, Any]]:
+        """Each key's name, hash and time.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        with self._lock:
+            try:
+                changed_at = self.path.stat().st_mtime_ns
+            except FileNotFoundError:
+                self._known, self._read_at = [], None
+                return []
+            if changed_at != self._read_at:
+                try:
+                    known = json.loads(self.path.read_text("utf-8"))["keys"]
+                    self._known = [{name: key[name] for name in ("name", "sha256", "created")}
+                                   for key in known]
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    raise InputError(f"{self.path} is damaged ({error}); restore it, or remove it "
+                                     "and draw new keys with --new-key") from None
+                self._read_at = changed_at
+            return list(self._known)
+
+    def draw(self, name: str) -> str:
+        """A new key under a name; nobody can read it again.
+
+        Raises:
+            InputError: the name is taken, or none.
+        """
+        if not _NAME.fullmatch(name) or name == LOCAL:
+            raise InputError(f"{name!r} is no name for a key; give up to 64 letters, digits, _ and "
+                             f"-, and not {LOCAL}")
+        known = self.all()
+        if any(key["name"] == name for key in known):
+            raise InputError(f"there is a key {name!r} already; choose another name, or revoke it")
+        key = PREFIX + secrets.token_urlsafe(32)
+        self._write([*known, {"name": name, "sha256": _hash(key), "created": int(time.time())}])
+        return key
+
+    def revoke(self, name: str) -> None:
+        """Let a key be worth nothing from now on.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        known = self.all()
+        left = [key for key in known if key["name"] != name]
+        if len(left) == len(known):
+            raise InputError(f"there is no key {name!r}; known: "
+                             f"{', '.join(key['name'] for key in known) or 'none'}")
+        self._write(left)
+
+    def owner(self, key: str) -> str | None:
+        """The name of a key; None where it is none."""
+        digest, found = _hash(key), None
+        for known in self.all():  # all of them, so that the time tells nothing
+            if hmac.compare_digest(known["sha256"], digest):
+                found = known["name"]
+        return found
+
+    def _write(self, keys: list[dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.path, json.dumps({"keys": keys}, indent=1).encode())
+        self.path.chmod(0o600)
+
+
+class Pace:
+    """How often each owner may ask: a bucket that fills up steadily.
+
+    Args:
+        per_minute: requests in a minute, and at once.
+        now: a clock in seconds.
+    """
+
+    def __init__(self, per_minute: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute, self._now = per_minute, now
+        self._lock = threading.Lock()
+        self._left: dict[str, tuple[float, float]] = {}
+
+    def take(self, owner: str) -> float:
+        """Count a request; how many seconds it comes too early, 0 where it may pass."""
+        with self._lock:
+            now = self._now()
+            left, since = self._left.get(owner, (float(self._per_minute), now))
+            left = min(self._per_minute, left + (now - since) * self._per_minute / 60)
+            if left < 1:
+                self._left[owner] = left, now
+                return (1 - left) * 60 / self._per_minute
+            self._left[owner] = left - 1, now
+            return 0.0
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()

@@ -1,0 +1,205 @@
+"""One clip of the queue: from what was asked to its files, with an engine at hand.
+
+A job that is begun once more finds what is there and goes on. Where files lie is told in
+`layout.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import NO_AUDIO, OWN_AUDIO, Request
+from vidgen.core.runtime import atomic_write
+from vidgen.media.checks import as_data
+from vidgen.media.clip import Clip
+from vidgen.media.read import VideoReader, read_recipe
+from vidgen.pipeline.continuation import at_own_size, lengthened, own_options
+from vidgen.pipeline.eta import Clock
+from vidgen.pipeline.job import job_folder, remove_job
+from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.video import Engine
+from vidgen.server.layout import RECIPE, SPRITESHEET, THUMBNAIL, VIDEO
+from vidgen.server.stills import write_stills
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.preview import Preview
+    from vidgen.weights.folder import ModelFolder
+
+FILE_OPTIONS = ("image", "last_image", "video", "prefix", "audio", "mask")
+"""Options of a spec that name files below the job's folder."""
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Stopwatch:
+    """Seconds that each stage took, by the events between which it lay.
+
+    Args:
+        now: a clock in seconds.
+    """
+
+    now: Callable[[], float] = time.monotonic
+    durations: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _stage: str | None = None
+    _since: float = 0.0
+
+    def __call__(self, stage: str | None) -> None:
+        """A stage goes on, or nothing does any more."""
+        if stage != self._stage:
+            if self._stage is not None:
+                self.durations[self._stage] += self.now() - self._since
+            self._stage, self._since = stage, self.now()
+
+    def facts(self) -> dict[str, float]:
+        """Rounded seconds by stage."""
+        self(None)
+        return {stage: round(seconds, 3) for stage, seconds in self.durations.items()}
+
+
+class Maker:
+    """Makes the clips of one engine.
+
+    Args:
+        engine: opened.
+        tell: told of progress, previews and notes as events; raises `Cancelled` to stop the work
+            between two steps.
+    """
+
+    def __init__(self, engine: Any, tell: Tell) -> None:
+        self.engine, self.tell = engine, tell
+        self._threads = torch.get_num_threads()
+
+    def make(self, folder: Path, spec: dict[str, Any], on_preview: Callable[[Preview], None]) -> (
+        dict[str, Any]
+    ):
+        """Make a clip, or go on with it, and tell its facts.
+
+        Args:
+            folder: of the job.
+            spec: `options`, fields of `Request` with paths from the folder; `added_s` where the
+                clip in `prefix` is to go on.
+            on_preview: as in `Engine.generate`.
+
+        Raises:
+            InputError: what can't be made.
+            Cancelled: by `tell`.
+        """
+        torch.set_num_threads(self._threads)  # a job that went on may have brought others
+        watch, start = Stopwatch(), time.monotonic()
+        reset_peak_memory()
+        output = folder / VIDEO
+        request = request_of(folder, spec, self.engine.folder)
+        clip = self._clip(request, output, watch, on_preview)
+        watch("finish")
+        self.tell({"event": "progress", "stage": "finish", "done": 0, "total": 1})
+        write_stills(output, folder / THUMBNAIL, folder / SPRITESHEET, clip.num_frames)
+        recipe = read_recipe(output) or {}
+        content = json.dumps(recipe, sort_keys=True).encode()
+        atomic_write(folder / RECIPE, content)
+        (width, height), plan = clip.size, recipe.get("plan", {})
+        return {
+            "width": width, "height": height, "num_frames": clip.num_frames, "fps": str(clip.fps),
+            "seconds": float(clip.num_frames / clip.fps), "seed": plan.get("seed"),
+            "sound": clip.sound is not None, "captions": clip.captions,
+            "checks": as_data(clip.findings or []), "hand_over": recipe.get("hand_over"),
+            "recipe_sha256": hashlib.sha256(content).hexdigest(),
+            "stage_durations": watch.facts(),
+            "inference_time_s": round(time.monotonic() - start, 3),
+            "peak_memory_mb": round(peak_memory() / 1e6, 1),
+        }
+
+    def _clip(
+        self, request: Request, output: Path, watch: Stopwatch,
+        on_preview: Callable[[Preview], None],
+    ) -> Clip:
+        """Generate and write; a journal that another version began is given up."""
+        journal = Journal(output, resume=True)
+        went_on = journal.unfinished
+        try:
+            return self._written(request, journal, watch, on_preview)
+        except InputError as error:
+            if not went_on:
+                raise
+            self.tell({"event": "note", "text": f"it starts anew: {error}"})
+            remove_job(job_folder(output))
+            return self._written(request, Journal(output, overwrite=True), watch, on_preview)
+
+    def _written(
+        self, request: Request, journal: Journal, watch: Stopwatch,
+        on_preview: Callable[[Preview], None],
+    ) -> Clip:
+        clock: list[Clock] = []
+        own: dict[str, Any] = {}
+        if isinstance(self.engine, Engine):
+            own = {"on_preview": on_preview, "on_estimate": lambda made: clock.append(Clock(made))}
+
+        def report(stage: str, done: int, total: int) -> None:
+            watch(stage)
+            told = clock[-1](stage, done, total) if clock else {}
+            self.tell({"event": "progress", "stage": stage, "done": done, "total": total, **told})
+
+        done = journal.finished
+        clip = self.engine.generate(
+            request, journal=journal, on_event=lambda p: report(p.stage, p.done, p.total), **own
+        )
+        if not done:
+            assert journal.output is not None
+            clip.save(journal.output, overwrite=True,
+                      on_frames=lambda count: report("write", count, clip.num_frames))
+        return clip
+
+
+def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Request:
+    """What a spec asks of a model, its files found in the job's folder.
+
+    Raises:
+        InputError: values that don't suit, or a clip that can't go on.
+    """
+    options = dict(spec["options"])
+    for name in FILE_OPTIONS:
+        if options.get(name) not in (None, NO_AUDIO, OWN_AUDIO):
+            options[name] = str(folder / options[name])
+    added_s = spec.get("added_s")
+    if added_s is None:
+        return Request.of(options.pop("prompt"), options)
+    clip = options.pop("prefix")
+    with VideoReader(clip) as reader:
+        fps, size, num_frames = reader.fps, reader.size, sum(1 for _ in reader)
+    recipe = read_recipe(clip)
+    own = {} if recipe is None else own_options(recipe, model.name)
+    own.pop("lora", None)  # a recipe that came from outside names no files of ours
+    options = own | options | lengthened(clip, num_frames, fps, added_s)
+    return at_own_size(Request.of(options.pop("prompt"), options), size, model)
+
+
+def reset_peak_memory() -> None:
+    """Forget how full the memory was, where the system lets us."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """The most bytes in use since `reset_peak_memory`, or since the process began."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError, TypeError):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,361 @@
+"""The one who gives the queue's jobs to the process that makes them, and keeps both in order.
+
+One thread looks after it all: starts the process, claims the next job, notices a process that
+died or no longer answers, removes what is outdated. What the process tells comes in on another.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vidgen.core.errors import OutputError
+from vidgen.server.hub import Event, Hub
+from vidgen.server.job import Job
+from vidgen.server.jobs import Jobs
+from vidgen.server.link import HEARTBEAT_S, Child, Message
+from vidgen.server.metrics import Metrics
+from vidgen.server.runner import CANCELLED, PAUSED
+from vidgen.server.settings import Settings
+from vidgen.server.views import Live, Place, view
+
+LOOK_S, SWEEP_S = 1.0, 10.0
+SILENCE_S = 60 * HEARTBEAT_S
+"""Without a heartbeat for so long a process hangs."""
+PAUSES_S = (0.1, 1.0, 5.0, 15.0, 30.0)
+"""Before a process that died is started anew, by how often it did so in a row."""
+log = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Runs the queue.
+
+    Args:
+        settings: of the service.
+        jobs: the queue.
+        hub: told of what happens.
+        metrics: count it.
+    """
+
+    def __init__(self, settings: Settings, jobs: Jobs, hub: Hub, metrics: Metrics) -> None:
+        self.settings, self.jobs, self.hub, self.metrics = settings, jobs, hub, metrics
+        self._lock = threading.RLock()
+        self._wake = threading.Event()
+        self._child: Child | None = None
+        self._is_ready = self._is_draining = self._is_over = False
+        self._broken: str | None = None
+        self._running: Job | None = None
+        self._live = Live()
+        self._unwritten: Callable[[], None] | None = None
+        self._heard_s = self._start_s = self._sweep_s = self._step_s = 0.0
+        self._deaths = 0
+        self._pace = 1.0
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    def start(self) -> None:
+        """Take up what an earlier run left, and begin."""
+        for job_id in self.jobs.recover():
+            self._remove(job_id)
+        self._thread.start()
+
+    @property
+    def state(self) -> str:
+        """Of the process: starting, ready, busy, broken (and why), draining or stopped."""
+        with self._lock:
+            if self._is_draining:
+                return "stopped" if self._is_over else "draining"
+            if self._broken is not None:
+                return f"broken: {self._broken}"
+            return "busy" if self._running else "ready" if self._is_ready else "starting"
+
+    def wake(self) -> None:
+        """A job was queued."""
+        self._wake.set()
+
+    def view(self, job: Job) -> dict[str, Any]:
+        """A job as clients see it."""
+        return self.views([job])[0]
+
+    def views(self, jobs: list[Job]) -> list[dict[str, Any]]:
+        """Jobs as clients see them."""
+        places = self._places() if any(not job.is_finished for job in jobs) else {}
+        return [view(job, self._live_of(job), places.get(job.id, Place())) for job in jobs]
+
+    def preview(self, job: Job) -> str | None:
+        """The latest preview of a running job, as a data URL."""
+        live = self._live_of(job)
+        return live.preview["image"] if live and live.preview else None
+
+    def cancel(self, job: Job) -> Job:
+        """End an unfinished job; the process lets go of it before its next step."""
+        live = self._live_of(job)
+        now: Job | None = job
+        while now is not None and not now.is_finished:  # it may be begun just now
+            if self.jobs.finish(
+                now, result={"warnings": live.warnings if live else []},
+                num_bytes=_size(self.settings.job_folder(job.id)), keep_s=self.settings.keep_s,
+                error=(CANCELLED, "it was cancelled"),
+            ):
+                self.metrics.failures.labels(CANCELLED).inc()
+            now = self.jobs.get(job.id)
+        self._stop(job, CANCELLED)
+        if now is None:
+            return job
+        self._tell_status(now)
+        return now
+
+    def delete(self, job: Job, reason: str = "deleted") -> None:
+        """Take a job out of the world, whatever its state."""
+        if self.jobs.delete(job, reason):
+            data = {"id": job.id, "object": job.kind}
+            self.hub.publish(Event("deleted", job.id, job.owner, data, is_last=True))
+        if not self._stop(job, CANCELLED):
+            self._remove(job.id)
+
+    def drain(self, patience_s: float) -> None:
+        """Take nothing new; wait for the running job, then put it by, and end the process."""
+        with self._lock:
+            self._is_draining = True
+        until = time.monotonic() + patience_s
+        while self._running is not None and time.monotonic() < until and self._is_ready:
+            time.sleep(0.05)
+        with self._lock:
+            running = self._running
+        if running is not None and self._stop(running, PAUSED):
+            until = time.monotonic() + max(patience_s, 5.0)
+            while self._running is not None and time.monotonic() < until:
+                time.sleep(0.05)
+        with self._lock:
+            self._is_over = True
+            child = self._child
+        self._wake.set()
+        if child is not None:
+            child.leave(2.0)
+        if self._thread.is_alive():
+            self._thread.join(10.0)
+
+    def _run(self) -> None:
+        while not self._is_over:
+            try:
+                self._look_after_child()
+                self._begin_next()
+                self._sweep()
+            except OutputError as error:  # a full disk; what waits is tried again
+                log.error("%s", error)
+                time.sleep(LOOK_S)
+            except Exception:
+                log.exception("the scheduler stumbled")
+                time.sleep(LOOK_S)
+            self._wake.wait(LOOK_S)
+            self._wake.clear()
+
+    def _look_after_child(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if self._child is None and now >= self._start_s and not self._is_draining:
+                self._heard_s = now
+                self._child = Child("vidgen.server.runner", [self.settings.model], self._hear,
+                                    self._gone)
+            child, silent = self._child, now - self._heard_s > SILENCE_S
+        if child is not None and silent:
+            log.error("the runner doesn't answer any more; it is started anew")
+            self._heard_s = now
+            child.kill()
+
+    def _begin_next(self) -> None:
+        with self._lock:
+            if self._unwritten is not None:
+                self._unwritten()
+                self._unwritten = None
+            if self._running or not self._is_ready or self._is_draining or self._child is None:
+                return
+            job = self.jobs.claim()
+            if job is None:
+                return
+            self._running, self._live = job, Live()
+            self._step_s = time.monotonic()
+            self.metrics.wait.observe(max(0.0, (job.started_at or 0.0) - job.created_at))
+            self._child.send({"do": "make", "job": job.id, "kind": job.kind, "spec": job.spec,
+                              "folder": str(self.settings.job_folder(job.id))})
+        log.info("started", extra={"job": job.id, "attempt": job.attempt})
+        self._tell_status(job)
+
+    def _hear(self, message: Message) -> None:
+        self._heard_s = time.monotonic()
+        event = message["event"]
+        if event == "ready":
+            with self._lock:
+                self._is_ready, self._broken, self._deaths = True, None, 0
+            self._wake.set()
+        elif event == "broken":
+            self._broken = message["text"]
+            log.error("the model can't be opened: %s", message["text"])
+        elif event == "log":
+            self._hear_log(message)
+        elif "job" in message:
+            with self._lock:
+                if self._running is None or self._running.id != message["job"]:
+                    return
+                job = self._running
+            getattr(self, f"_on_{event}")(job, message)
+
+    def _hear_log(self, message: Message) -> None:
+        level = logging.getLevelName(message["level"])
+        log.log(level, "%s", message["text"], extra={"job": message["job"]})
+        if level >= logging.WARNING and self._running and self._running.id == message["job"]:
+            self._live.warn(self._without_paths(message["text"]))
+
+    def _on_progress(self, job: Job, message: Message) -> None:
+        now = time.monotonic()
+        if message["stage"] == "sample" and self._live.stage == "sample" and message["done"] > 1:
+            self.metrics.step.observe(now - self._step_s)
+        self._step_s = now
+        self._live.hear(message)
+        told = {"id": job.id, "object": job.kind, "status": "in_progress", **self._live.facts(),
+                "queue_position": None, "shot": self._live.shot}
+        self.hub.publish(Event("progress", job.id, job.owner, told))
+
+    def _on_preview(self, job: Job, message: Message) -> None:
+        self._live.preview = message
+        told = {name: message[name] for name in ("step", "fps", "image")}
+        self.hub.publish(Event("preview", job.id, job.owner,
+                               {"id": job.id, "object": job.kind, **told}))
+
+    def _on_shot(self, job: Job, message: Message) -> None:
+        self._live.shots[message["shot"]["id"]] = message["shot"]
+        self._tell_status(job)
+
+    def _on_note(self, job: Job, message: Message) -> None:  # noqa: ARG002
+        self._live.warn(self._without_paths(message["text"]))
+
+    def _on_done(self, job: Job, message: Message) -> None:
+        result = {**message["result"], "warnings": self._live.warnings}
+        self._learn_pace(job, result["inference_time_s"])
+        for stage, seconds in result["stage_durations"].items():
+            self.metrics.stage.labels(stage).observe(seconds)
+        self.metrics.memory.set(result["peak_memory_mb"] * 1e6)
+        self._end(job, result, None)
+
+    def _on_failed(self, job: Job, message: Message) -> None:
+        code, text = message["code"], self._without_paths(message["text"])
+        self._end(job, {"warnings": self._live.warnings}, (code, text))
+
+    def _on_stopped(self, job: Job, message: Message) -> None:
+        if message["why"] == PAUSED:
+            self.jobs.put_back(job)
+        self._let_go(job)
+
+    def _end(self, job: Job, result: dict[str, Any], error: tuple[str, str] | None) -> None:
+        """Write a job's end down; where the disk is full, as soon as it isn't."""
+        def write() -> None:
+            size = _size(self.settings.job_folder(job.id))
+            done = self.jobs.finish(job, result=result, num_bytes=size, error=error,
+                                    keep_s=self.settings.keep_s)
+            if done:
+                self.metrics.count_end(job, error, self.jobs.clock())
+                log.info("failed" if error else "completed", extra={
+                    "job": job.id, "error": error and error[0],
+                    "seconds": result.get("inference_time_s")})
+            self._let_go(job)
+
+        try:
+            write()
+        except OutputError as problem:
+            log.error("%s", problem, extra={"job": job.id})
+            with self._lock:
+                self._unwritten = write
+
+    def _let_go(self, job: Job) -> None:
+        """Nobody works on a job any more."""
+        with self._lock:
+            self._running, self._live = None, Live()
+        now = self.jobs.get(job.id)
+        if now is None:
+            self._remove(job.id)
+        else:
+            self._tell_status(now)
+        self._wake.set()
+
+    def _gone(self, fate: str) -> None:
+        """The process left; its job goes on in the next one, unless it takes each with it."""
+        with self._lock:
+            self._child, self._is_ready = None, False
+            self._start_s = time.monotonic() + PAUSES_S[min(self._deaths, len(PAUSES_S) - 1)]
+            self._deaths += 1
+            job = self._running
+        if self._is_over:
+            return
+        log.error("the runner %s", fate, extra={"job": job and job.id})
+        self.metrics.restarts.inc()
+        if job is None or self._unwritten is not None:
+            return
+        if job.deaths + 1 >= self.settings.limits.deaths:
+            text = f"{job.deaths + 1} processes in a row went down with it, the last {fate}"
+            self._end(job, {"warnings": self._live.warnings}, ("runner_died", text))
+        else:
+            self.jobs.put_back(job, died=True)
+            self._let_go(job)
+
+    def _stop(self, job: Job, why: str) -> bool:
+        """Tell the process to let go of a job; whether it works on it."""
+        with self._lock:
+            is_running = self._running is not None and self._running.id == job.id
+            if is_running and self._child is not None:
+                self._child.send({"do": "stop", "job": job.id, "why": why})
+            return is_running
+
+    def _sweep(self) -> None:
+        """Remove what is kept long enough, or is more than may lie there."""
+        now = time.monotonic()
+        if now < self._sweep_s:
+            return
+        self._sweep_s = now + SWEEP_S
+        for job_id in self.jobs.outdated(self.settings.quota_bytes):
+            if (job := self.jobs.get(job_id)) is not None:
+                self.delete(job, "expired")
+
+    def _remove(self, job_id: str) -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.settings.job_folder(job_id))
+        self.jobs.purge(job_id)
+
+    def _live_of(self, job: Job) -> Live | None:
+        with self._lock:
+            return self._live if self._running and self._running.id == job.id else None
+
+    def _places(self) -> dict[str, Place]:
+        """Where each unfinished job stands, and how long it takes until it is done."""
+        places, ahead_s, position = {}, 0.0, 0
+        for job in self.jobs.waiting():
+            live = self._live_of(job)
+            if live is not None:
+                ahead_s += job.expected_s * self._pace if live.eta_s is None else live.eta_s
+                places[job.id] = Place(None, round(ahead_s, 1))
+            else:
+                position, ahead_s = position + 1, ahead_s + job.expected_s * self._pace
+                places[job.id] = Place(position, round(ahead_s, 1))
+        return places
+
+    def _learn_pace(self, job: Job, seconds: float) -> None:
+        """How much longer than estimated jobs take, the last ones counting most."""
+        if job.expected_s > 0 and job.attempt == 1:
+            self._pace += 0.3 * (seconds / job.expected_s - self._pace)
+
+    def _tell_status(self, job: Job) -> None:
+        data = self.view(job)
+        self.hub.publish(Event("status", job.id, job.owner, data, is_last=job.is_finished))
+
+    def _without_paths(self, text: str) -> str:
+        """A message for clients, who need not know where things lie."""
+        return text.replace(f"{self.settings.data}/", "")
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+

@@ -1,0 +1,61 @@
+"""Server-sent events out of the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+
+from vidgen.server.hub import Event
+from vidgen.server.job import Job
+from vidgen.server.service import Service
+
+PING_S = 15.0
+RETRY_MS = 1000
+"""How long a browser waits before it connects once more."""
+
+
+def event_stream(service: Service, owner: str, job: Job | None) -> StreamingResponse:
+    """An owner's events, or those of one job, beginning with how all that isn't done stands."""
+    return StreamingResponse(_lines(service, owner, job), media_type="text/event-stream",
+                             headers={"X-Accel-Buffering": "no"})
+
+
+async def _lines(service: Service, owner: str, job: Job | None) -> AsyncIterator[str]:
+    listener = service.hub.listen(owner, job and job.id)  # before it is looked at: nothing is lost
+    try:
+        yield f"retry: {RETRY_MS}\n\n"
+        if job is None:
+            for event in await run_in_threadpool(_unfinished, service, owner):
+                yield _line(event)
+        else:
+            first = await run_in_threadpool(_now, service, owner, job)
+            yield _line(first)
+            if first.is_last:
+                return
+        async for event in service.hub.stream(listener, PING_S):
+            yield ": ping\n\n" if event is None else _line(event)
+    finally:
+        service.hub.leave(listener)
+
+
+def _now(service: Service, owner: str, job: Job) -> Event:
+    """How a job stands."""
+    now = service.jobs.get(job.id)
+    if now is None:
+        data = {"id": job.id, "object": job.kind}
+        return Event("deleted", job.id, owner, data, is_last=True)
+    return Event("status", job.id, owner, service.scheduler.view(now), is_last=now.is_finished)
+
+
+def _unfinished(service: Service, owner: str) -> list[Event]:
+    """How each of an owner's unfinished jobs stands."""
+    jobs = [job for job in service.jobs.waiting() if job.owner == owner]
+    return [Event("status", job.id, owner, data)
+            for job, data in zip(jobs, service.scheduler.views(jobs), strict=True)]
+
+
+def _line(event: Event) -> str:
+    return f"event: {event.name}\ndata: {json.dumps(event.data)}\n\n"

@@ -1,0 +1,68 @@
+// A place for a file: clicked, dropped on or pasted into.
+import { button, h, icon, newId } from "./dom.js";
+import { announce } from "./tell.js";
+
+/**
+ * @param {object} options `name` of the field, `label`, `accept` as of an input, `hint`.
+ */
+export class DropZone {
+  constructor({ name, label, accept, hint, onchange = () => {} }) {
+    this.file = null;
+    this.label = label;
+    this.onchange = onchange;
+    this.isPicture = accept.startsWith("image/");
+    const id = newId("drop");
+    this.input = h("input.unseen", {
+      type: "file", id, name, accept, onchange: () => this.take(this.input.files[0] ?? null),
+    });
+    this.shown = h("span.shown");
+    this.clear = button({
+      symbol: "cancel", label: `Remove ${label.toLowerCase()}`, class: "quiet clear",
+      onclick: () => { this.take(null); this.input.focus(); },
+    });
+    this.element = h("div.drop", {},
+      this.input,
+      h("label", { for: id }, this.shown, h("span.name", {}, label), hint && h("small", {}, hint)),
+      this.clear);
+    this.listen(accept);
+    this.draw();
+  }
+
+  listen(accept) {
+    const suits = (file) => accept.split(",").some((kind) => file.type.startsWith(kind.replace("*", "")));
+    const over = (event) => {
+      event.preventDefault();
+      this.element.classList.toggle("over", event.type === "dragover");
+    };
+    this.element.addEventListener("dragover", over);
+    this.element.addEventListener("dragleave", over);
+    this.element.addEventListener("drop", (event) => {
+      over(event);
+      const file = [...event.dataTransfer.files].find(suits);
+      if (file) this.take(file);
+    });
+    this.element.addEventListener("paste", (event) => {
+      const file = [...event.clipboardData.files].find(suits);
+      if (file) this.take(file);
+    });
+  }
+
+  /** Take a file, or with null the one that is there away. */
+  take(file) {
+    if (this.file && !file) announce(`${this.label} removed`);
+    this.file = file;
+    if (!file) this.input.value = "";
+    this.draw();
+    this.onchange(file);
+  }
+
+  draw() {
+    const { file } = this;
+    this.clear.hidden = !file;
+    this.element.classList.toggle("full", Boolean(file));
+    if (this.url) URL.revokeObjectURL(this.url);
+    this.url = file && this.isPicture ? URL.createObjectURL(file) : null;
+    const picture = this.url ? h("img", { src: this.url, alt: "" }) : icon(this.isPicture ? "image" : "open");
+    this.shown.replaceChildren(picture, file ? h("span.filename", {}, file.name) : "");
+  }
+}

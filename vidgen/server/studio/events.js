@@ -1,0 +1,51 @@
+// What happens on the server, as it happens: one stream of events for all jobs.
+import { get } from "./api.js";
+import { drop, jobOf, jobsOf, put, refresh, setPreview, update } from "./store.js";
+
+const PAUSE_MS = 3000;
+
+/**
+ * Follow the server's events from now on, also across its restarts.
+ * @param {(isThere: boolean) => void} onconnection
+ */
+export function follow(onconnection) {
+  const source = new EventSource("/v1/events");
+  const on = (name, take) => source.addEventListener(name, (event) => take(JSON.parse(event.data)));
+  source.addEventListener("open", async () => {
+    await Promise.allSettled([refresh("video"), refresh("film")]);
+    onconnection(true);
+  });
+  source.addEventListener("error", () => {
+    onconnection(false);
+    if (source.readyState === EventSource.CLOSED) { // an answer that is no stream ends it for good
+      setTimeout(() => follow(onconnection), PAUSE_MS);
+    }
+  });
+  on("status", (job) => {
+    put(job, { isEvent: true });
+    if (job.status !== "queued") moveUp();
+  });
+  on("progress", (facts) => {
+    const before = jobOf(facts.id);
+    update(facts);
+    if (facts.object === "film" && before?.shot !== facts.shot) lookAgain(facts.id);
+  });
+  on("preview", ({ id, image }) => setPreview(id, image));
+  on("deleted", ({ id }) => drop(id));
+}
+
+/** A job began or ended, so those behind it moved up, of which no event tells. */
+function moveUp() {
+  for (const kind of ["video", "film"]) {
+    if (jobsOf(kind).some((job) => job.status === "queued")) refresh(kind).catch(() => {});
+  }
+}
+
+/** A film's next shot began, so the one before is there. */
+async function lookAgain(id) {
+  try {
+    put(await get(`/v1/films/${id}`));
+  } catch {
+    // gone meanwhile; its own event tells
+  }
+}
