@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LAUNCHERS = ("torchrun", "deepspeed")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -106,18 +107,34 @@ def test_command_lines_parse(page):
                 check_request(args)
             elif words[1] == "eval":
                 check_evaluation(args)
+            elif words[1] == "train":
+                check_finetuning(args)
+        elif words[0] in LAUNCHERS:
+            start = words.index("train/finetune.py")
+            check_finetuning(vars(verb_parser("train")[1].parse(words[start + 1 :])))
         elif words[:1] == ["python"]:
             check_program(words[1:])
         elif words[:1] == ["bash"]:
             assert (ROOT / words[1]).is_file(), words
 
 
+def check_finetuning(args):
+    from vidgen.training.finetune import read_config
+
+    if not args["config"].startswith("runs/"):
+        read_config(str(ROOT / args["config"]), args["set"])
+
+
 def check_evaluation(args):
+    from vidgen.cli.eval_suite import SUFFIXES
+    from vidgen.evaluation.scale import SuiteRun
     from vidgen.evaluation.temporal import TemporalRun
     from vidgen.evaluation.toybox import Benchmark
 
     if args["benchmark"] == "temporal":
         TemporalRun(args["videos"], args["network"], workers=args["workers"])
+    elif args["benchmark"].endswith(SUFFIXES):
+        SuiteRun(args["benchmark"], args["model"], args["seeds"], args["seed"])
     else:
         Benchmark(**{k: v for k, v in args.items() if k not in _NOT_OF_BENCHMARK})
 
@@ -158,7 +175,8 @@ def test_python_blocks_use_what_exists(page):
     ("verb", "page"),
     [("generate", "generate"), ("jobs", "journal"), ("eval", "evaluation"), ("convert", "model"),
      ("replay", "replay"), ("extend", "extend"), ("plan", "plan"), ("check", "check"),
-     ("script", "script")],
+     ("script", "script"), ("data", "data"), ("serve", "serve"),
+     ("train", "finetune")],
 )
 def test_every_option_stands_on_the_verbs_page(verb, page):
     pages = {page, "generate"} if verb == "plan" else {page}  # which takes generate's options
@@ -221,7 +239,12 @@ def test_a_run_file_says_what_it_is_and_builds(config):
         assert any(f"vidgen script {name(config)}" in line for line in header)
         return
     programs = re.findall(r"python train/(\w+)\.py +-c (\S+)", "\n".join(header))
-    assert programs, "no command names its program"
+    doors = r"(?:vidgen train|(?:torchrun|deepspeed) .*train/finetune\.py) +-c (\S+)"
+    runs = re.findall(doors, "\n".join(header))
+    assert programs or runs, "no command names its program"
     for program, path in programs:
         assert path == name(config)
         build(run_type(program), load_yaml(config), name(config))
+    for path in runs:
+        assert path == name(config)
+        check_finetuning({"config": path, "set": []})

@@ -32,10 +32,13 @@ VERBS = {
     "check": "flashes, freezes, drift and other faults of a clip",
     "jobs": "clips whose making was stopped, and how to be rid of them",
     "models": "the models that are ready to use",
+    "data": "check and cache videos and pictures for fine-tuning",
     "eval": "score a model on a suite",
+    "train": "fine-tune a model on clips of your own: LoRA or all weights",
     "convert": "a model folder in another layout",
+    "serve": "clips and films over HTTP, from a queue that forgets nothing",
 }
-LONG = ("generate", "extend", "script", "replay", "sweep", "eval")
+LONG = ("generate", "extend", "script", "replay", "sweep", "data", "eval", "train", "serve")
 INTERRUPTED = 130
 
 
@@ -99,7 +102,10 @@ def _run(verb: str, *arguments: str) -> int:
         return 0
     from vidgen.cli.report import Report
 
-    with Report(as_json=args.json, events=getattr(args, "events", None)) as report:
+    events = getattr(args, "events", None)
+    if verb == "train" and (given_rank() or (0,))[0]:
+        events = None  # the main rank's alone
+    with Report(as_json=args.json, events=events) as report:
         code: int = module.run(args, report)
         return code
 
