@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from tests.ranks import Launch
 from tests.tiny.test_training import TINY_VAE
 from tests.velocity import join_and_follow, make_run
 from vidgen.core.errors import OutputError
+from vidgen.training import loop
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 
 pytest.importorskip("deepspeed")
@@ -30,13 +34,29 @@ def learn(folder: Path, kill_at: int | None = None, engine: str | None = None) -
     join_and_follow(run, resume=(folder / "latest").exists(), kill_at=kill_at, dropout=0.3)
 
 
-def learn_on_a_full_disk(folder: Path, engine: str | None) -> None:
-    """Rank 1 can write no file of more than a few bytes from the second checkpoint on."""
+def learn_on_a_full_disk(folder: Path, full: int, late: int, engine: str | None) -> None:
+    """One rank can write no large file; the other comes late, when the first has given up."""
     run = make_run(folder, deepspeed=engine, checkpoint_minutes=0.0)
-    if os.environ.get("RANK", "0") == os.environ.get("FULL", "0"):
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limit))
-    join_and_follow(run, resume=True)
+    rank = int(os.environ["RANK"])
+    if rank == late:
+        write = loop.save_rng
+        loop.save_rng = lambda *args: (time.sleep(1.0), write(*args))
+    if rank != full:
+        join_and_follow(run, resume=True)
+        return
+    with small_files():
+        join_and_follow(run, resume=True)
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Inside, no file can be written beyond 3,000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def same(a: Path, b: Path) -> bool:
@@ -77,18 +97,37 @@ def test_killed_while_it_saves_a_run_goes_on_bit_for_bit(tmp_path):
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("engine", [None, "zero1"])
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, engine):
-    launch = Launch(2, tmp_path, learn, tmp_path / "run", 2, engine)
-    launch.codes(LIMIT_S)
-    before = latest_checkpoint(tmp_path / "run")
-    assert before.name == "step-00000002"
-    monkeypatch.setenv("FULL", "0" if engine is None else "1")
-    launch = Launch(2, tmp_path, learn_on_a_full_disk, tmp_path / "run", engine)
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Path]:
+    """A run that ended with its second checkpoint, by its engine."""
+    made: dict[str | None, Path] = {}
+
+    def of(engine: str | None) -> Path:
+        if engine not in made:
+            made[engine] = folder = tmp_path_factory.mktemp("halfway")
+            Launch(2, folder, learn, folder / "run", 2, engine).codes(LIMIT_S)
+            assert latest_checkpoint(folder / "run").name == "step-00000002"
+        return made[engine] / "run"
+
+    return of
+
+
+@pytest.mark.parametrize(("engine", "full", "late"), [
+    (None, 0, 1), (None, 1, 0), ("zero1", 1, 0),
+])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, halfway, engine, full, late):
+    run = tmp_path / "run"
+    shutil.copytree(halfway(engine), run)
+    launch = Launch(2, tmp_path, learn_on_a_full_disk, run, full, late, engine)
     codes = launch.codes(LIMIT_S)
-    assert sorted(codes) == [1, 2], [log.read_text()[-1500:] for log in launch.logs]
-    assert all("written" in log.read_text() or "no space" in log.read_text() for log in launch.logs)
-    assert latest_checkpoint(tmp_path / "run") == before
+    told = [log.read_text() for log in launch.logs]
+    assert (codes[full], codes[1 - full]) == (2, 1), told
+    ours, theirs = told[full], told[1 - full]
+    assert "error: " in ours, told
+    assert "no space left" in ours or "the disk may be full" in ours, told
+    assert f"error: rank {full} of 2 failed: " in theirs, told
+    assert "no space left" in theirs or "the disk may be full" in theirs, told
+    assert latest_checkpoint(run).name == "step-00000002"
 
 
 def test_torchrun_starts_a_program_on_two_ranks(tmp_path):
@@ -109,11 +148,6 @@ def test_torchrun_starts_a_program_on_two_ranks(tmp_path):
 
 def test_one_process_on_a_full_disk_says_so(tmp_path):
     run = make_run(tmp_path / "run", checkpoint_minutes=0.0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
-    try:
-        with pytest.raises(OutputError, match="no space left"):
-            join_and_follow(run)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with small_files(), pytest.raises(OutputError, match="no space left"):
+        join_and_follow(run)
     assert latest_checkpoint(tmp_path / "run") is None

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.core.errors import ModelError
-from vidgen.core.runtime import atomic_path, atomic_write, sha256_file, sync
-from vidgen.training.distributed import Place
+from vidgen.core.errors import ModelError, OutputError
+from vidgen.core.runtime import atomic_path, atomic_write, sha256_file, sync, write_error
+from vidgen.training.distributed import LostRankError, Place
 from vidgen.weights.load import read_tensors
 from vidgen.weights.write import Lazy, write_safetensors
 
@@ -61,6 +61,7 @@ def written_together(target: Path, place: Place) -> Iterator[Path]:
 
     Raises:
         OutputError: the place can't be written or the disk is full; what was there stays.
+        LostRankError: the main rank failed and took the folder away.
     """
     with ExitStack() as stack:
         name = ""
@@ -69,7 +70,8 @@ def written_together(target: Path, place: Place) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             name = temporary.name
         temporary = target.with_name(place.said(name))
-        yield temporary
+        with _told_apart(target, temporary):
+            yield temporary
         place.barrier()
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         mine = files[place.rank :: place.size]
@@ -84,6 +86,19 @@ def written_together(target: Path, place: Place) -> Iterator[Path]:
                 if path.is_dir():
                     sync(path)
     place.barrier()
+
+
+@contextmanager
+def _told_apart(target: Path, temporary: Path) -> Iterator[None]:
+    """A rank's failed write: its own, or the main rank's, which took the folder away."""
+    try:
+        yield
+    except (OSError, OutputError) as error:
+        if not temporary.is_dir():
+            raise LostRankError(f"{temporary} is gone: the main rank can't go on") from error
+        if isinstance(error, OutputError):
+            raise
+        raise write_error(target, error) from error
 
 
 def check_manifest(folder: Path) -> None:

@@ -26,6 +26,12 @@ from vidgen.training.lifeline import Lifeline
 
 TIMEOUT = timedelta(minutes=30)
 """After which a rank that lives but answers no more ends the others; dead ones do so at once."""
+REASON_S = 30.0
+"""How long a rank waits for the reason of one that it has lost: that one may be clearing up."""
+
+
+class LostRankError(DeviceError):
+    """Another rank can't go on; its reason is on the way."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +175,8 @@ def _told_to(lifeline: Lifeline | None) -> Iterator[None]:
     except BaseException as error:
         if lifeline is None:
             raise
-        if is_loss(error):
-            reason = lifeline.reason(wait_s=10.0)
+        if is_loss(error) or isinstance(error, LostRankError):
+            reason = lifeline.reason(wait_s=REASON_S)
             if reason is not None:
                 raise DeviceError(reason) from error
         text = str(error) if isinstance(error, VidgenError) else f"{type(error).__name__}: {error}"
