@@ -263,6 +263,20 @@ def test_references_and_pictures_shape_the_address(tmp_path, tiny_model):
     assert (red[0] != blue[0], red[1] == blue[1]) == (True, True)
 
 
+def test_characters_bring_their_adapters_into_their_shots(tmp_path, tiny_model):
+    (tmp_path / "film.yaml").write_text(
+        "project: {defaults: {lora: style.st}}\n"
+        "characters: {cat: {description: a cat, lora: [cat.st:0.5, style.st]}, dog: a dog}\n"
+        "shots: [{id: a, prompt: '{cat}'}, {id: b, prompt: '{dog}'},\n"
+        "  {id: c, prompt: x, characters: cat, lora: own.st}]\n")
+    for name in ("style", "cat", "own"):
+        (tmp_path / f"{name}.st").write_text(name)
+    film = plan_film(Script.read(tmp_path / "film.yaml"), open_model(str(tiny_model)))
+    asked = [[Path(each).name for each in film.request(shot, 1, 0, 9).lora]
+             for shot in film.script.shots]
+    assert asked == [["cat.st:0.5", "style.st"], ["style.st"], ["cat.st:0.5", "style.st", "own.st"]]
+
+
 @pytest.mark.parametrize("suffix", [".mkv", ".webm"])
 def test_other_formats_have_shots_of_their_own(tmp_path, tiny_model, suffix):
     (tmp_path / "list.txt").write_text("a red car\na cat\n")

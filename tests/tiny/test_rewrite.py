@@ -16,6 +16,7 @@ from vidgen.pipeline import rewrite
 from vidgen.pipeline.rewrite import LanguageModel, fault_of, one_paragraph, rewrite_prompt
 from vidgen.story import draft
 from vidgen.story.draft import parse_draft, write_draft
+from vidgen.story.expand import expand_prompts
 from vidgen.story.script import Script
 
 PROMPT = "a red car bounces"
@@ -129,6 +130,80 @@ def test_an_answer_becomes_one_paragraph() -> None:
     assert one_paragraph("A red car without an end") == "A red car without an end"
 
 
+FILM = """\
+version: 1
+project: {style: by day, defaults: {duration: 0.5, steps: 1, camera: pan-left}}
+characters: {car: {description: a red car}}
+shots:
+  - {id: one, prompt: "{car} bounces"}
+  - {id: two, prompt: ["{car} bounces", {at: 0.25, prompt: a tiny dog}]}
+"""
+
+
+def test_a_films_prompts_are_rewritten_and_recipe_and_storyboard_tell_both(
+    tmp_path: Path, tiny_model: Path, taught: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, output = tmp_path / "film.yaml", tmp_path / "film.mp4"
+    script.write_text(FILM)
+    model = Path(shutil.copytree(taught, tmp_path / "lm"))
+    command = ["script", str(script), "-o", str(output), "--model", str(tiny_model), "--expand",
+               str(model), "--json"]
+    assert main([*command, "--storyboard"]) == 0
+    said = capsys.readouterr()
+    first, second = json.loads(said.out)["shots"]
+    told = f"{LONGER.rstrip('.')}, the camera pans left, by day"
+    assert read_recipe(first["path"])["plan"]["prompt"] == told
+    assert read_recipe(second["path"])["plan"]["prompt"] == (
+        "a tiny dog, the camera pans left, by day")
+    assert "the prompt 'a tiny dog' stays as it is" in said.err
+    facts = read_recipe(output)["film"]["rewritten"]
+    assert facts["prompts"] == [{"prompt": PROMPT, "text": LONGER}]
+    assert facts["by"]["sha256"] == LanguageModel(model).sha256
+    page = output.with_suffix(".html").read_text()
+    assert page.count(told) == page.count(
+        f"rewritten from: {PROMPT}, the camera pans left, by day") == 2
+    assert script.read_text() == FILM
+    assert main(command) == 0  # nothing is written anew, and nobody is asked again
+    assert not any(shot["made"] for shot in json.loads(capsys.readouterr().out)["shots"])
+    assert main([*command[:6], "--check", "--json"]) == 0  # off by default
+    assert not any(s["rendered"] for s in json.loads(capsys.readouterr().out)["shots"])
+
+
+def test_a_prompt_is_rewritten_once_and_kept_though_it_was_killed(
+    tmp_path: Path, taught: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "film.yaml").write_text(FILM)
+    script, shots = Script.read(tmp_path / "film.yaml"), tmp_path / "film.shots"
+    asked, answer = list[str](), LanguageModel.answer
+
+    def interrupted(self: LanguageModel, instruction: str, turns: list[str], most: int) -> str:
+        asked.extend(turns)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(self, instruction, turns, most)
+
+    monkeypatch.setattr(LanguageModel, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        expand_prompts(script, taught, shots, lambda _event: None)
+    made = expand_prompts(script, taught, shots, lambda _event: None)
+    assert made.texts == {PROMPT: LONGER}
+    assert asked == [PROMPT, "a tiny dog", "a tiny dog"]
+    assert expand_prompts(script, taught, shots, lambda _event: None) == made
+    assert len(asked) == 3
+    (shots / "prompts.json").write_text('{"x": 3}')
+    assert expand_prompts(script, taught, shots, lambda _event: None) == made
+
+
+def test_a_film_of_which_nothing_can_be_rewritten_is_refused(
+    tmp_path: Path, tiny_model: Path, random_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "film.yaml").write_text(FILM)
+    assert main(["script", str(tmp_path / "film.yaml"), "-o", str(tmp_path / "film.mp4"),
+                 "--model", str(tiny_model), "--expand", str(random_model)]) == 2
+    assert "made of the film's prompts is of no use: " in capsys.readouterr().err
+    assert not (tmp_path / "film.mp4").exists()
+
+
 def test_a_script_is_drafted_at_the_second_try(
     tmp_path: Path, tiny_model: Path, taught: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,8 +253,8 @@ def test_a_draft_names_what_is_seen_and_said_alone(text: str, message: str) -> N
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["film.yaml", "--draft-from", "x"], "--draft-from IDEA and --expand FOLDER go together"),
-    (["film.yaml", "--expand", "x"], "go together"),
+    (["film.yaml", "--draft-from", "x"], "--draft-from IDEA needs --expand FOLDER"),
+    (["film.yaml", "--expand", "x"], "film.yaml does not exist"),
     (["film.txt", "--draft-from", "x", "--expand", "y"], "call it film.yaml"),
     (["film.yaml", "--draft-from", " ", "--expand", "y"], "the idea is empty"),
 ])

@@ -44,7 +44,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--init", action="store_true", help="write a commented example to FILM")
     add("--draft-from", metavar="IDEA",
         help="have the language model of --expand draft a script from an idea, to FILM")
-    add("--expand", metavar="FOLDER", help="language model, as transformers saved it")
+    add("--expand", metavar="FOLDER",
+        help="language model, as transformers saved it, that rewrites every prompt")
     add("--schema", action="store_true", help="print the JSON Schema of scripts")
     add("--only", action="append", default=[], metavar="SHOT",
         help="render this shot and what it needs, and no film; may be repeated")
@@ -71,9 +72,9 @@ def run(args: Namespace, report: Report) -> int:
         return _print_schema(report)
     if args.script is None:
         raise InputError("no script was named; give one, or make one with --init FILM.yaml")
-    if (args.draft_from is None) != (args.expand is None):
-        raise InputError("--draft-from IDEA and --expand FOLDER go together; give both")
     if args.draft_from is not None:
+        if args.expand is None:
+            raise InputError("--draft-from IDEA needs --expand FOLDER, a language model; give both")
         return _write_draft(args, report)
     if args.init:
         return _write_example(Path(args.script), report, overwrite=args.overwrite)
@@ -81,6 +82,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.media.write import CONTAINERS, check_format
     from vidgen.pipeline.workers import Staff
     from vidgen.story.edit import make_edit
+    from vidgen.story.expand import expand_prompts
     from vidgen.story.plan import plan_film
     from vidgen.story.render import Store
     from vidgen.weights.folder import open_model
@@ -91,9 +93,12 @@ def run(args: Namespace, report: Report) -> int:
     if check_format(output) not in CONTAINERS:
         raise InputError(f"output {output} must be a film: {', '.join(CONTAINERS)}")
     folder = open_model(_model(args.model, script))
+    place = output.with_suffix(".shots")
+    expansion = None if args.expand is None else expand_prompts(script, args.expand, place, report)
     film = plan_film(script, folder, suffix=output.suffix.lower(), draft=args.draft,
-                     dtype=args.dtype, quantize=args.quantize, tiles=args.tiles)
-    store = Store(output.with_suffix(".shots"), film)
+                     dtype=args.dtype, quantize=args.quantize, tiles=args.tiles,
+                     expansion=expansion)
+    store = Store(place, film)
     plans = film.needed(args.only)
     if args.check:
         edit = None if args.only or not film.in_film else make_edit(film, film.in_film, output)

@@ -192,16 +192,26 @@ def rewrite_prompt(folder: str | Path, prompt: str) -> Rewriting:
     """
     model = LanguageModel(folder)
     try:
-        text = one_paragraph(model.answer(INSTRUCTION, [prompt], _LONGEST_TOKENS))
+        text, why = try_rewriting(model, prompt)
     finally:
         model.close()
-    why = fault_of(text, prompt)
     if why is not None:
-        shown = text if len(text) <= 80 else f"{text[:77]}..."
-        raise InputError(f"what {folder} made of the prompt is of no use: {why} ({shown!r}); leave "
-                         "--expand out to use your own words, or give a model that was taught to "
-                         "follow instructions")
+        raise InputError(f"what {folder} made of the prompt is of no use: {why}; leave --expand "
+                         "out to use your own words, or give a model that was taught to follow "
+                         "instructions")
     return Rewriting(text, {"prompt": prompt, "by": model.facts()})
+
+
+def try_rewriting(model: LanguageModel, prompt: str) -> tuple[str, str | None]:
+    """What a model makes of a prompt, and why that can't take its place; None where it can.
+
+    Raises:
+        InputError: a prompt that is longer than the model reads.
+    """
+    text = one_paragraph(model.answer(INSTRUCTION, [prompt], _LONGEST_TOKENS))
+    why = fault_of(text, prompt)
+    shown = text if len(text) <= 80 else f"{text[:77]}..."
+    return text, None if why is None else f"{why} ({shown!r})"
 
 
 def one_paragraph(text: str) -> str:

@@ -202,6 +202,7 @@ class Character:
         description: what `{name}` in a prompt stands for.
         reference: pictures, given to models that take references.
         seed: of the shots in which it is the first character, unless they have their own.
+        lora: adapters that know it, each PATH[:WEIGHT], used in the shots in which it appears.
         voice: in which it speaks.
     """
 
@@ -210,6 +211,7 @@ class Character:
     description: str
     reference: tuple[Path, ...] = field(default=(), metadata=ONE)
     seed: int | None = None
+    lora: tuple[str, ...] = field(default=(), metadata=ONE)
     voice: str | None = None
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import Request
+from vidgen.story.expand import Expansion
 from vidgen.story.script import Script, Shot
 from vidgen.weights.lora import parse_option
 
@@ -71,6 +72,7 @@ class FilmPlan:
         loading: how the model runs: dtype and quantize.
         tiles: as in a request.
         draft: whether to make them small and fast.
+        expansion: prompts that a language model wrote anew, or None.
         shots: by id, each behind those that it needs.
     """
 
@@ -82,6 +84,7 @@ class FilmPlan:
     loading: Mapping[str, Any] = field(default_factory=dict)
     tiles: str = "auto"
     draft: bool = False
+    expansion: Expansion | None = None
     shots: dict[str, ShotPlan] = field(default_factory=dict)
 
     @property
@@ -104,6 +107,11 @@ class FilmPlan:
                 wanted.add(name)
                 ahead += self.shots[name].shot.needs
         return [plan for name, plan in self.shots.items() if not names or name in wanted]
+
+    def words(self, shot: Shot, index: int) -> str:
+        """What the model is told of one of a shot's prompts."""
+        texts = None if self.expansion is None else self.expansion.texts
+        return self.script.words(shot, shot.prompt[index].prompt, texts)
 
     def request(self, shot: Shot, seed: int, index: int, num_frames: int) -> Request:
         """What makes a part of a shot, but for files of other shots, which `render` adds.
@@ -130,9 +138,9 @@ class FilmPlan:
         if "reference" in tasks:
             option["reference"] = tuple(str(script.file(f)) for f in references(script, shot))
         return Request(
-            prompt=script.words(shot, shot.prompt[index].prompt), seed=seed, size=self.size,
-            fps=self.fps, seconds=float(num_frames / self.fps), audio="none", tiles=self.tiles,
-            lora=tuple(_lora(script, each) for each in script.option(shot, "lora")), **option,
+            prompt=self.words(shot, index), seed=seed, size=self.size, fps=self.fps,
+            seconds=float(num_frames / self.fps), audio="none", tiles=self.tiles,
+            lora=tuple(_lora(script, each) for each in loras(script, shot)), **option,
         )
 
 
@@ -140,6 +148,13 @@ def references(script: Script, shot: Shot) -> list[Path]:
     """Pictures of those who appear in a shot, each once."""
     known = script.characters | script.places
     return list(dict.fromkeys(file for name in script.cast(shot) for file in known[name].reference))
+
+
+def loras(script: Script, shot: Shot) -> list[str]:
+    """Adapters of those who appear in a shot, then its own or the film's, each once."""
+    known = script.characters
+    own = [each for name in script.cast(shot) if name in known for each in known[name].lora]
+    return list(dict.fromkeys([*own, *script.option(shot, "lora")]))
 
 
 def _lora(script: Script, text: str) -> str:

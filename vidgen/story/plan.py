@@ -29,6 +29,7 @@ from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.preflight import choose, require_own_model
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
+from vidgen.story.expand import Expansion
 from vidgen.story.film import FilmPlan, Part, ShotPlan, Take
 from vidgen.story.script import Script, Shot
 from vidgen.story.takes import judge_for
@@ -56,7 +57,7 @@ _DEFAULTS = {each.name: each.default for each in fields(Request) if each.name no
 def plan_film(
     script: Script, folder: ModelFolder | ForeignFolder, *, suffix: str = ".mp4",
     draft: bool = False, dtype: str | None = None, quantize: str | None = None,
-    tiles: str = "auto",
+    tiles: str = "auto", expansion: Expansion | None = None,
 ) -> FilmPlan:
     """Settle every shot of a checked script.
 
@@ -68,6 +69,7 @@ def plan_film(
         dtype: instead of the script's own; None leaves it to the machine.
         quantize: as in `load`.
         tiles: as in a request.
+        expansion: prompts written anew, or None.
 
     Raises:
         InputError: what can't be made, with line, shot and the nearest that can.
@@ -85,6 +87,7 @@ def plan_film(
     film = FilmPlan(
         script, folder, fps, _draft_size(folder, size) if draft else size, suffix,
         {"dtype": dtype or project.dtype, "quantize": quantize}, tiles, draft,
+        expansion,
     )
     planner = _Planner(film)
     for shot in script.order():

@@ -194,27 +194,41 @@ class Script:
             if found[1] is not None:
                 yield found[1]
 
-    def words(self, shot: Shot, text: str) -> str:
-        """A prompt with descriptions in place of names, camera and styles behind it."""
-        scene = self.scenes.get(shot.scene or "", Scene())
-        place = shot.place or scene.place
+    def described(self, shot: Shot, text: str) -> str:
+        """A prompt with descriptions in place of names."""
+        place = shot.place or self._scene(shot).place
         known = {name: each.description for name, each in (self.characters | self.places).items()}
         if place is not None:
             known["place"] = self.places[place].description
 
-        def described(found: re.Match[str]) -> str:
+        def meant(found: re.Match[str]) -> str:
             return found[0][0] if found[1] is None else known[found[1]]
 
+        return _BRACES.sub(meant, text)
+
+    def words(self, shot: Shot, text: str, rewritten: Mapping[str, str] | None = None) -> str:
+        """What a model is told of a prompt: what it describes, then camera and styles.
+
+        Args:
+            shot: that the prompt belongs to.
+            text: of the prompt.
+            rewritten: texts that take the place of what prompts describe.
+        """
+        seen = self.described(shot, text)
+        seen = (rewritten or {}).get(seen, seen)
         camera: Camera | None = self.option(shot, "camera")
-        parts = [_BRACES.sub(described, text), camera and camera.words, scene.style,
-                 self.project.style]
-        return ", ".join(part for part in parts if part)
+        behind = [part for part in (camera and camera.words, self._scene(shot).style,
+                                    self.project.style) if part]
+        return ", ".join([seen.rstrip(".") if behind else seen, *behind])
 
     def cast(self, shot: Shot) -> list[str]:
         """Names of the characters and places in a shot, each once, in order."""
         names = [*shot.characters, *(n for each in shot.prompt for n in self.names_in(each.prompt))]
-        place = shot.place or self.scenes.get(shot.scene or "", Scene()).place
+        place = shot.place or self._scene(shot).place
         return list(dict.fromkeys(place if name == "place" and place else name for name in names))
+
+    def _scene(self, shot: Shot) -> Scene:
+        return self.scenes.get(shot.scene or "", Scene())
 
     def order(self) -> list[Shot]:
         """The shots as they stand, but each behind those that it needs.

@@ -100,9 +100,13 @@ def _shot(edit: Edit, placed: Placed, shot: RenderedShot) -> Iterator[str]:
     for label, frame in _thumbnails(shot):
         yield f'<img src="{_data_uri(frame)}" alt="{name}, {label}">'
     yield f"</div><div><h3>{name}</h3>"
-    for each in placed.shot.prompt:
+    for index, each in enumerate(placed.shot.prompt):
         when = f'<span class="soft">{each.at:g} s</span> ' if len(placed.shot.prompt) > 1 else ""
-        yield f"<p>{when}{escape(edit.film.script.words(placed.shot, each.prompt))}</p>"
+        told = edit.film.words(placed.shot, index)
+        yield f"<p>{when}{escape(told)}</p>"
+        own = edit.film.script.words(placed.shot, each.prompt)
+        if told != own:
+            yield f'<p class="soft">rewritten from: {escape(own)}</p>'
     yield "<dl>"
     for term, text in _facts(edit, placed, shot):
         yield f"<dt>{term}</dt><dd>{escape(text)}</dd>"
