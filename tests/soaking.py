@@ -3,8 +3,9 @@
     python -m tests.soaking --jobs 1000 --kills 100
 
 Clients ask for clips by the official client, whose own retries bridge the time that the service is
-down. At random moments the service, or a process of its own, is killed with -9 and started anew.
-At the end every clip must be there, made once, and readable.
+down. During the first half the service, or a process of its own, is killed with -9 at random
+moments and started anew; during the second the processes' memory is watched. At the end every clip
+must be there, made once, and readable.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import socket
 import tempfile
@@ -20,7 +22,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -30,8 +32,8 @@ from tests.services import Served, is_alive, wait_for
 from vidgen.core.errors import VidgenError
 from vidgen.media.read import VideoReader
 
-CLIENTS = 3
-SETTLED = 10
+CLIENTS, AHEAD = 3, 20
+SETTLED = 4
 """Jobs after which a process has all that it keeps."""
 
 
@@ -47,7 +49,8 @@ class Outcome:
         completed_twice: by the audit log.
         unreadable: clips that don't decode, or have another length.
         resumed: jobs that went on after a kill.
-        growth_mb: the most that one process grew behind its first ten jobs.
+        growth_mb: the most that one process grew behind its first few jobs.
+        watched: jobs during which it was watched.
         seconds: of it all.
     """
 
@@ -59,6 +62,7 @@ class Outcome:
     unreadable: int = 0
     resumed: int = 0
     growth_mb: float = 0.0
+    watched: int = 0
     seconds: float = 0.0
 
     @property
@@ -82,24 +86,21 @@ def soak(model: Path, data: Path, num_jobs: int, num_kills: int, seed: int = 0) 
     port = _free_port()
     with Served(model, data, "--port", str(port), "--pending", str(num_jobs + 1),
                 "--per-minute", "100000") as served:
-        seeds = iter(range(num_jobs))
-        lock, sent = threading.Lock(), list[str]()
-        clients = [threading.Thread(target=_ask, args=(served, seeds, lock, sent, num_jobs))
-                   for _ in range(CLIENTS)]
+        load = _Load(served, num_jobs)
+        clients = [threading.Thread(target=load.ask, daemon=True) for _ in range(CLIENTS)]
         for client in clients:
             client.start()
-        memory = _Memory()
+        memory = _Memory(served)
         for kill in range(1, num_kills + 1):
-            _wait(served, memory, kill * num_jobs // (num_kills + 1))
+            load.wait(kill * num_jobs // (2 * (num_kills + 1)))
             time.sleep(draw.uniform(0.0, 0.5))
             victim = draw.choice(["service", "service", "service", "runner", "checker"])
             outcome.kills[victim] += 1
             _kill(served, victim)
-            memory.forget()
+        load.wait(num_jobs, memory.look)
         for client in clients:
             client.join()
-        _wait(served, memory, num_jobs)
-        outcome.growth_mb = round(memory.growth_mb, 1)
+        outcome.growth_mb, outcome.watched = round(memory.growth_mb, 1), memory.watched
         ended = served.stop()
         assert ended == 0, ended
     _count(data, outcome)
@@ -107,46 +108,67 @@ def soak(model: Path, data: Path, num_jobs: int, num_kills: int, seed: int = 0) 
     return outcome
 
 
-def _ask(
-    served: Served, seeds: Iterator[int], lock: threading.Lock, sent: list[str], num_jobs: int
-) -> None:
-    """A client that asks for one clip after the other."""
-    client = served.client(max_retries=100)
-    while True:
-        with lock:
-            seed = next(seeds, None)
-        if seed is None:
-            return
+class _Load:
+    """Clients that ask for clips, and how many of these are there.
+
+    Args:
+        served: whom they ask.
+        num_jobs: that they ask for, each with a seed of its own.
+    """
+
+    def __init__(self, served: Served, num_jobs: int) -> None:
+        self._served, self._num_jobs = served, num_jobs
+        self._seeds = iter(range(num_jobs))
+        self._lock, self._num_sent = threading.Lock(), 0
+        self._refused: list[Exception] = []
+
+    def ask(self) -> None:
+        """A client that asks for one clip after the other, until none is left or one is refused."""
+        client = self._served.client(max_retries=100)
+        try:
+            while (seed := self._next_seed()) is not None:
+                self._ask_for(client, seed)
+                while self._num_sent - self.num_finished() > AHEAD and (
+                    self._num_sent < self._num_jobs
+                ):
+                    time.sleep(0.2)
+        except Exception as error:
+            self._refused.append(error)
+
+    def wait(self, target: int, look: Callable[[int], None] = lambda _count: None) -> None:
+        """Wait until so many clips are there, and look at how many are meanwhile."""
+        def is_there() -> bool:
+            assert not self._refused, self._refused
+            count = self.num_finished()
+            look(count)
+            time.sleep(0.1)
+            return count >= target
+
+        wait_for(is_there, 3600)
+
+    def num_finished(self) -> int:
+        """Clips that are there; 0 while the service is down."""
+        try:
+            text = self._served.http.get("/metrics", timeout=5).text
+        except Exception:
+            return 0
+        return sum(int(float(line.split()[-1])) for line in text.splitlines()
+                   if line.startswith('vidgen_jobs{status="completed"}'))
+
+    def _next_seed(self) -> int | None:
+        with self._lock:
+            return next(self._seeds, None)
+
+    def _ask_for(self, client: openai.OpenAI, seed: int) -> None:
         while True:
             try:
-                made = client.videos.create(prompt="a red car", extra_body={
+                client.videos.create(prompt="a red car", extra_body={
                     "seed": seed, "num_frames": 5, "num_inference_steps": 2 + seed % 20})
                 break
             except openai.APIConnectionError:  # its retries were too few
                 time.sleep(0.5)
-        sent.append(made.id)
-        while len(sent) - _finished_roughly(served) > 20 and len(sent) < num_jobs:
-            time.sleep(0.2)
-
-
-def _finished_roughly(served: Served) -> int:
-    try:
-        text = served.http.get("/metrics", timeout=5).text
-    except Exception:
-        return 0
-    return sum(int(float(line.split()[-1])) for line in text.splitlines()
-               if line.startswith('vidgen_jobs{status="completed"}'))
-
-
-def _wait(served: Served, memory: _Memory, target: int) -> None:
-    """Wait until so many clips are there, and look at the processes' memory meanwhile."""
-    def is_there() -> bool:
-        count = _finished_roughly(served)
-        memory.look(served, count)
-        time.sleep(0.1)
-        return count >= target
-
-    wait_for(is_there, 3600)
+        with self._lock:
+            self._num_sent += 1
 
 
 def _kill(served: Served, victim: str) -> None:
@@ -162,32 +184,29 @@ def _kill(served: Served, victim: str) -> None:
 
 
 class _Memory:
-    """How much the processes grew since they had made a few jobs."""
+    """How much the processes grow once they have made a few jobs.
 
-    def __init__(self) -> None:
-        self.growth_mb = 0.0
-        self.forget()
+    Args:
+        served: whose processes they are; none of them ends any more.
+    """
 
-    def forget(self) -> None:
-        """Other processes begin."""
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self.growth_mb, self.watched = 0.0, 0
         self._first: int | None = None
         self._settled: dict[int, float] = {}
 
-    def look(self, served: Served, count: int) -> None:
+    def look(self, count: int) -> None:
         """Measure them, once they have made a few of `count` jobs."""
         self._first = count if self._first is None else self._first
         if count - self._first < SETTLED:
             return
-        for pid in (served.process.pid, *served.children().values()):
-            try:
-                status = Path(f"/proc/{pid}/status").read_text()
-            except OSError:
-                continue
-            sizes = [line for line in status.splitlines() if line.startswith("VmRSS")]
-            if sizes:
-                size_mb = int(sizes[0].split()[1]) / 1000
-                grown = size_mb - self._settled.setdefault(pid, size_mb)
-                self.growth_mb = max(self.growth_mb, grown)
+        self.watched = count - self._first - SETTLED
+        for pid in (self._served.process.pid, *self._served.children().values()):
+            status = Path(f"/proc/{pid}/status").read_text()
+            size_mb = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1000
+            grown = size_mb - self._settled.setdefault(pid, size_mb)
+            self.growth_mb = max(self.growth_mb, grown)
 
 
 def _count(data: Path, outcome: Outcome) -> None:

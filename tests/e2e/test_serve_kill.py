@@ -92,6 +92,7 @@ def test_the_process_at_work_killed(served):
 def test_a_soak_with_kills(tiny_model, tmp_path):
     outcome = soak(tiny_model, tmp_path / "data", 16, 2)
     assert outcome.is_clean, outcome
+    assert outcome.watched >= 3, outcome
     assert outcome.growth_mb < 50, outcome
 
 
@@ -99,4 +100,5 @@ def test_a_soak_with_kills(tiny_model, tmp_path):
 def test_a_thousand_jobs_and_a_hundred_kills(tiny_model, tmp_path):
     outcome = soak(tiny_model, tmp_path / "data", 1000, 100)
     assert outcome.is_clean, outcome
+    assert outcome.watched >= 400, outcome
     assert outcome.growth_mb < 50, outcome

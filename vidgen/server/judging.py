@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 from concurrent.futures import Future
-from dataclasses import astuple
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from vidgen.core.errors import InputError, ModelError, VidgenError
@@ -15,6 +15,8 @@ from vidgen.server.settings import Settings
 
 PATIENCE_S = 120.0
 """For an answer; opening the model is a part of the first."""
+MAX_DEATHS = 2
+"""Processes that go down over a question before it is refused; one may have other reasons."""
 log = logging.getLogger(__name__)
 
 
@@ -30,6 +32,15 @@ class Refusal(InputError):
         self.code = code
 
 
+@dataclass
+class _Question:
+    """What was asked and isn't answered yet."""
+
+    message: Message
+    answer: Future[Message] = field(default_factory=Future)
+    deaths: int = 0
+
+
 class Judge:
     """Asks the checker, and starts it anew where it goes down.
 
@@ -41,7 +52,7 @@ class Judge:
         self._settings = settings
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._open: dict[int, Future[Message]] = {}
+        self._open: dict[int, _Question] = {}
         self._model: Future[dict[str, Any]] = Future()
         self._is_closed = False
         self._child = self._start()
@@ -60,21 +71,20 @@ class Judge:
         Raises:
             Refusal: the request can't be made, or what came in brings the checker down.
         """
-        future: Future[Message] = Future()
         with self._lock:
             number = next(self._numbers)
-            self._open[number] = future
-            child = self._child
-        child.send({"ask": question, "id": number, **arguments})
+            asked = _Question({"ask": question, "id": number, **arguments})
+            self._open[number], child = asked, self._child
+        child.send(asked.message)
         try:
-            answer = future.result(PATIENCE_S)
+            answer = asked.answer.result(PATIENCE_S)
         except TimeoutError:
+            with self._lock:
+                self._open.pop(number, None)
+                child = self._child
             child.kill()
             raise Refusal("what was sent can't be read in time; send it in a usual "
                           "format") from None
-        finally:
-            with self._lock:
-                self._open.pop(number, None)
         if "result" not in answer:
             raise Refusal(answer["text"], answer["code"])
         result: dict[str, Any] = answer["result"]
@@ -100,22 +110,33 @@ class Judge:
                     self._model.set_exception(ModelError(message["text"]))
             case "answer":
                 with self._lock:
-                    future = self._open.pop(message["id"], None)
-                if future is not None:
-                    future.set_result(message)
+                    asked = self._open.pop(message["id"], None)
+                if asked is not None:
+                    asked.answer.set_result(message)
             case "log":
                 log.warning("%s", message["text"])
 
     def _gone(self, fate: str) -> None:
-        """Refuse what was being judged, and start anew."""
+        """Start anew and ask once more; what seems to bring each process down is refused."""
         if not self._model.done():
             self._model.set_exception(VidgenError(f"the checks can't start: {fate}"))
         if self._is_closed or self._model.exception() is not None:
             return
         log.error("the checker %s", fate)
         with self._lock:
-            left, self._open = self._open, {}
-            self._child = self._start()
-        for future in left.values():
-            future.set_result({"code": "invalid_request", "text": (
+            self._refuse_deadly()
+            child = self._child = self._start()
+            left = list(self._open.values())
+        for asked in left:
+            child.send(asked.message)
+
+    def _refuse_deadly(self) -> None:
+        """Blame the question at work, which is the first: they are answered in order."""
+        if not self._open:
+            return
+        number, first = next(iter(self._open.items()))
+        first.deaths += 1
+        if first.deaths >= MAX_DEATHS:
+            del self._open[number]
+            first.answer.set_result({"code": "invalid_request", "text": (
                 "what was sent brings the reader of such files down; send it in another format")})
