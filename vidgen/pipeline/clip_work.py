@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
     from vidgen.pipeline.foreign import ForeignEngine
+    from vidgen.pipeline.preview import OnPreview
     from vidgen.pipeline.video import Engine
     from vidgen.pipeline.workers import Tell
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def write_request(
     engine: Engine | ForeignEngine, request: Request, path: Path, tell: Tell,
     told: Mapping[str, Any], cut: Callable[[Clip], Clip] | None = None,
+    on_preview: OnPreview | None = None,
 ) -> None:
     """Make a request's clip and write it; one that was stopped goes on.
 
@@ -32,13 +34,15 @@ def write_request(
         tell: told of progress, and of the file when it is written.
         told: what each event says besides.
         cut: what of the clip is to be written; None: all.
+        on_preview: as in `Engine.generate`; other families' engines show none.
     """
     journal = Journal(path, resume=True)
     if journal.finished:  # a kill came after the file, before anybody was told of it
         journal.clip()
         return
+    own: dict[str, Any] = {} if on_preview is None else {"on_preview": on_preview}
     clip = engine.generate(
-        request, journal=journal,
+        request, journal=journal, **own,
         on_event=lambda p: tell({"event": "progress", "stage": p.stage, "done": p.done,
                                  "total": p.total, **told}),
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
     from vidgen.media.encode import Frames
+    from vidgen.pipeline.preview import OnPreview
     from vidgen.pipeline.video import Engine
     from vidgen.pipeline.workers import Tell
     from vidgen.story.film import ShotPlan, Take
@@ -59,13 +60,15 @@ class ShotWork(ClipWork):
         open_engine: makes the model ready, once in each worker.
         model_sha256: of the model's files.
         store: where the shots lie.
+        on_preview: shown each part while it forms; not where work is pickled.
     """
 
     def __init__(
-        self, open_engine: Callable[[], Engine], model_sha256: str, store: Store
+        self, open_engine: Callable[[], Engine], model_sha256: str, store: Store,
+        on_preview: OnPreview | None = None,
     ) -> None:
         super().__init__(open_engine, model_sha256)
-        self.store, self.film = store, store.film
+        self.store, self.film, self.on_preview = store, store.film, on_preview
 
     @cached_property
     def judge(self) -> Judge | None:
@@ -90,7 +93,7 @@ class ShotWork(ClipWork):
         told = {"clip": payload.clip, "shot": payload.shot, "seed": take.seed}
         cut = partial(_without_head, head=head) if head and not payload.index else None
         path = self.store.path(take.parts[payload.index].key)
-        write_request(self.engine, request, path, tell, told, cut)
+        write_request(self.engine, request, path, tell, told, cut, self.on_preview)
 
     def _request(self, plan: ShotPlan, take: Take, index: int) -> tuple[Request, int]:
         """What makes a part, and how many frames of its beginning are another file's."""

@@ -31,6 +31,7 @@ from vidgen.story.film import FilmPlan, ShotPlan, Take
 from vidgen.story.making import ChoiceJob, PartJob, ShotWork, findings_of
 
 if TYPE_CHECKING:
+    from vidgen.pipeline.preview import OnPreview
     from vidgen.pipeline.video import Engine
     from vidgen.story.script import Shot
 
@@ -154,15 +155,16 @@ class Renderer:
         tell: told of progress, notes and files, as events; `clip` counts the parts to be rendered.
         overwrite: start those that were stopped anew, instead of going on.
         staff: who works; a single worker is this process.
+        on_preview: shown each part while it forms, where a single worker makes them.
     """
 
     def __init__(
         self, store: Store, engine: Callable[[], Engine], tell: Tell, *, overwrite: bool = False,
-        staff: Staff | None = None,
+        staff: Staff | None = None, on_preview: OnPreview | None = None,
     ) -> None:
         self.store, self.film, self.tell = store, store.film, tell
         self.overwrite, self.staff = overwrite, staff or Staff()
-        self.work = ShotWork(engine, self.film.folder.content_hash, store)
+        self.work = ShotWork(engine, self.film.folder.content_hash, store, on_preview)
 
     def close(self) -> None:
         """Let the engine go, if this process opened one."""
