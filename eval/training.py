@@ -3,10 +3,11 @@
     bash scripts/quiet python eval/training.py -o training.json [--rounds 5] [--steps 12]
                                                                  about 30 minutes on two cores
 
-The same architecture, batch, optimiser, clipping and bf16 autocast on both sides; ours also keeps
-averages. `plain` and `ours` have all threads; `one` and `two` are ours on one rank and on two, a
-core each, the batch of a rank the same. Each measurement is a process of its own, and times the
-second half of its steps; the table holds medians. The run goes on where it was stopped.
+The same architecture, batch, optimiser and clipping on both sides, and bf16 autocast where the
+processor has bf16, else float32; ours also keeps averages. `plain` and `ours` have all threads;
+`one` and `two` are ours on one rank and on two, a core each, the batch of a rank the same. Each
+measurement is a process of its own, and times the second half of its steps; the table holds
+medians. The run goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vidgen.core.runtime import atomic_write, fingerprint
+from vidgen.core.runtime import atomic_write, best_dtype, fingerprint
 from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
@@ -45,6 +46,7 @@ SIZES: dict[str, tuple[DiTConfig, tuple[int, int, int]]] = {
     "tiny": (replace(DIT_PRESETS["tiny"], text_dim=16), (2, 4, 4)),
 }
 OPTIM = OptimConfig(lr=1e-4, warmup_steps=1, weight_decay=0.01, betas=(0.9, 0.99))
+DTYPE = best_dtype(torch.device("cpu"))
 console = Console(stderr=True)
 
 
@@ -94,7 +96,7 @@ def ours(config: DiTConfig, shape: tuple[int, int, int], steps: int) -> float:
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         run = RunConfig(
-            folder=folder, phases=(Phase(steps, 1, 1),), optim=OPTIM, device="cpu", dtype="bf16",
+            folder=folder, phases=(Phase(steps, 1, 1),), optim=OPTIM, device="cpu", dtype=DTYPE,
             log_every=steps // 2, validate_every=10 * steps,
         )
         with join_ranks(run) as place:
@@ -117,7 +119,7 @@ def plain(config: DiTConfig, shape: tuple[int, int, int], steps: int) -> float:
         in_channels=config.in_channels, out_channels=config.out_channels,
         text_dim=config.text_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
     )
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if DTYPE == "bf16" else "no")
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, weight_decay=OPTIM.weight_decay
     )
@@ -175,7 +177,7 @@ def table(found: dict[str, list[float]]) -> dict[str, Any]:
     middle = {side: statistics.median(values) for side, values in found.items()}
     return {
         "samples_per_s": middle, "rounds": found, "fingerprint": fingerprint(),
-        "ours_against_plain": middle["ours"] / middle["plain"],
+        "dtype": DTYPE, "ours_against_plain": middle["ours"] / middle["plain"],
         "two_ranks_against_one": middle["two"] / middle["one"],
     }
 

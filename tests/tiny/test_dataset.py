@@ -18,12 +18,13 @@ from tests.clips import film, moving
 from tests.wan_models import build_diffusers
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError
+from vidgen.core.runtime import best_dtype
 from vidgen.media.clip import Clip
 from vidgen.models.image import prepare_image
 from vidgen.models.text import PromptTokenizer
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.networks import encode_pixels
-from vidgen.pipeline.parts import DTYPES, Parts, best_dtype
+from vidgen.pipeline.parts import DTYPES, Parts
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.training.data import cache as caching
 from vidgen.training.data.cache import make_cache

@@ -32,8 +32,8 @@ def run(args: Namespace, report: Report) -> int:
     from dataclasses import fields
 
     from vidgen.core.request import Request
-    from vidgen.core.runtime import available_memory, choose_device
-    from vidgen.pipeline.parts import DTYPES, Parts, best_dtype
+    from vidgen.core.runtime import available_memory, best_dtype, choose_device
+    from vidgen.pipeline.parts import DTYPES, Parts
     from vidgen.pipeline.preflight import choose, require_own_model, settle
     from vidgen.weights.folder import open_model
 

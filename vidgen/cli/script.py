@@ -208,8 +208,7 @@ def _estimates(
     film: FilmPlan, parts: Sequence[tuple[ShotPlan, Take, int]], args: Namespace, staff: Staff
 ) -> tuple[list[Estimate], int | None]:
     """What each part takes on this machine, and the bytes that are free for each worker."""
-    from vidgen.core.runtime import available_memory, choose_device, num_devices
-    from vidgen.pipeline.parts import best_dtype
+    from vidgen.core.runtime import available_memory, best_dtype, choose_device, num_devices
     from vidgen.story.plan import estimates
 
     device = choose_device()

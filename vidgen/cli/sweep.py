@@ -239,8 +239,7 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
 
 def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     """What each clip takes; nothing of a model of which nothing is known."""
-    from vidgen.core.runtime import available_memory, choose_device
-    from vidgen.pipeline.parts import best_dtype
+    from vidgen.core.runtime import available_memory, best_dtype, choose_device
     from vidgen.pipeline.preflight import choose, settle
     from vidgen.weights.folder import ModelFolder, open_model
 

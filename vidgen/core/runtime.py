@@ -159,6 +159,15 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def best_dtype(device: torch.device) -> str:
+    """The dtype that a device computes fastest in without losing range: bf16 or fp32."""
+    import torch
+
+    if device.type == "cuda":
+        return "bf16"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
 def num_devices(device: torch.device) -> int:
     """How many devices of a kind there are; the processor is one."""
     import torch

@@ -21,11 +21,10 @@ from typing import Any
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.core.runtime import atomic_path, choose_device
+from vidgen.core.runtime import atomic_path, best_dtype, choose_device
 from vidgen.evaluation.suite import PICTURE_SUFFIXES, PromptSuite
 from vidgen.evaluation.temporal import OnEvent, TemporalRun, run_temporal
 from vidgen.pipeline.clip_work import ClipWork
-from vidgen.pipeline.parts import best_dtype
 from vidgen.pipeline.recipe import identity
 from vidgen.pipeline.video import load
 from vidgen.pipeline.workers import Job, Staff, run_jobs, settle_threads

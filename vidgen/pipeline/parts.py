@@ -297,10 +297,3 @@ def _empty(module: nn.Module) -> None:
         for name, value in part._buffers.items():
             if value is not None:
                 part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")
-
-
-def best_dtype(device: torch.device) -> str:
-    """The dtype that a device computes fastest in without losing range."""
-    if device.type == "cuda":
-        return "bf16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"

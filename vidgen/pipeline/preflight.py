@@ -15,12 +15,12 @@ import torch
 
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
-from vidgen.core.runtime import available_memory
+from vidgen.core.runtime import available_memory, best_dtype
 from vidgen.core.shapes import Tiles, VideoShape
 from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.estimate import Estimate, Rates, Setup, estimate, size_text
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.parts import Offload, best_dtype
+from vidgen.pipeline.parts import Offload
 from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.tasks import check_tasks
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnStep, SamplerState, StepInfo
 from vidgen.core.request import Request
-from vidgen.core.runtime import choose_device
+from vidgen.core.runtime import best_dtype, choose_device
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise
@@ -44,7 +44,7 @@ from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.networks import denoising
 from vidgen.pipeline.opened import OpenedModel
 from vidgen.pipeline.own_sound import TASK, OwnSound, open_sound
-from vidgen.pipeline.parts import DTYPES, Offload, best_dtype
+from vidgen.pipeline.parts import DTYPES, Offload
 from vidgen.pipeline.plan import Plan, draw_seed
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
 from vidgen.pipeline.preflight import Asked, preflight

@@ -40,8 +40,7 @@ class Checker:
     """
 
     def __init__(self, model: str, limits: Limits) -> None:
-        from vidgen.core.runtime import choose_device
-        from vidgen.pipeline.parts import best_dtype
+        from vidgen.core.runtime import best_dtype, choose_device
         from vidgen.pipeline.policy import policy_from_environment
         from vidgen.pipeline.preflight import require_own_model
         from vidgen.weights.folder import ModelFolder, open_model

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from vidgen.core.runtime import best_dtype
 from vidgen.training.config import OptimConfig
 from vidgen.training.ema import named_parameters
 
@@ -70,10 +71,11 @@ def orthogonalized(matrices: Tensor, num_steps: int = 5) -> Tensor:
         num_steps: iterations; 5 leave singular values in about 0.7 to 1.2.
 
     Returns:
-        The same shape, float32.
+        The same shape, float32; computed in bfloat16 where the device is fast in it.
     """
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = (matrices if wide else matrices.mT).bfloat16()
+    dtype = torch.bfloat16 if best_dtype(matrices.device) == "bf16" else torch.float32
+    x = (matrices if wide else matrices.mT).to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(num_steps):
         square = x @ x.mT

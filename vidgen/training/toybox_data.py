@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vidgen.core.runtime import best_dtype
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition_mix import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
@@ -162,8 +163,9 @@ def as_reference(scene: Scene) -> Scene:
 
 
 def encode(vae: CausalVAE, video: Tensor) -> Tensor:
-    """Normalised latents, under bf16 autocast as training sees them."""
-    with torch.autocast(video.device.type, torch.bfloat16):
+    """Normalised latents, under bf16 autocast where the device is fast in it."""
+    bf16 = best_dtype(video.device) == "bf16"
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=bf16):
         return vae.encode(video).float()
 
 

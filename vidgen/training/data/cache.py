@@ -18,8 +18,8 @@ import torch
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
 from vidgen.core.pool import worked
-from vidgen.core.runtime import atomic_write, check_output
-from vidgen.pipeline.parts import DTYPES, best_dtype
+from vidgen.core.runtime import atomic_write, best_dtype, check_output
+from vidgen.pipeline.parts import DTYPES
 from vidgen.training.data.encode import Cursor, Extras, ItemEncoder
 from vidgen.training.data.files import MediaFile, Scan, scan
 from vidgen.training.data.records import OnEvent

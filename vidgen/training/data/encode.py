@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
+from vidgen.core.runtime import best_dtype
 from vidgen.media.encode import Frames
 from vidgen.media.read import fit, load_image
 from vidgen.media.timed import TimedFrame, TimedReader
 from vidgen.models.image import prepare_image
 from vidgen.models.text import PromptTokenizer, TextEncoder
 from vidgen.pipeline.inputs import pixels_of
-from vidgen.pipeline.parts import DTYPES, Parts, best_dtype
+from vidgen.pipeline.parts import DTYPES, Parts
 from vidgen.training.data.probe import is_still
 from vidgen.training.data.select import Item
 from vidgen.training.data_config import Bucket
