@@ -23,6 +23,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import sha256_file
 from vidgen.models.lora import linear_paths
 from vidgen.pipeline.video import load
+from vidgen.training.checkpoint import load_averages
 from vidgen.training.finetune import finetune
 from vidgen.training.finetune_output import NoEffect
 from vidgen.weights.folder import open_model
@@ -160,6 +161,43 @@ def test_a_killed_or_stopped_run_goes_on_to_the_same_bits(tiny_model, clips, tmp
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_comes_out_is_of_the_best_step(tiny_model, clips, tmp_path, method):
+    """A rate that ruins the model: the first validations are better than the last."""
+    run = {"steps": 6, "validate_every": 1, "best": "velocity_0.95", "keep": 1,
+           "optim": {"lr": 0.3, "warmup_steps": 1}, "ema_decay": 0.1}  # fmt: skip
+    notes: list[dict] = []
+    config = make_config(tiny_model, clips, tmp_path / "run", run=run, method=method,
+                         output={"dtype": "fp32"})
+    summary = finetune(config, tell=notes.append)
+    found = {line["step"]: line["validation"]["velocity_0.95"]
+             for line in curve(tmp_path / "run") if "validation" in line}
+    best = min(found, key=found.__getitem__)
+    assert best < 6, found
+    assert (summary["step"], summary["exported_step"]) == (6, best)
+    told = f"of step {best}: where velocity_0.95 was lowest"
+    assert any(told in note.get("text", "") for note in notes)
+    assert f"weights of step: {best}" in (tmp_path / "run/output/README.md").read_text()
+    averages = load_averages(tmp_path / "run", "transformer", tmp_path / f"run/step-{best:08d}")
+    if method == "full":
+        part = open_model(summary["use"][0]).components["transformer"]
+        written = {ours: part.store.get(stored) for stored, ours in part.names.items()}
+        name = "blocks.0.ffn.up.weight"
+        torch.testing.assert_close(written[name], averages[name].to(written[name].dtype))
+    else:
+        made = load_file(summary["use"][0])
+        first = next(name for name in made if name.endswith("lora_A.weight"))
+        assert torch.equal(made[first], averages[first.replace("_A.", "_A.default.")])
+
+
+def test_the_last_step_is_validated_once(tiny_model, clips, tmp_path):
+    config = make_config(tiny_model, clips, tmp_path / "run", run={"steps": 2, "validate_every": 2})
+    first = finetune(config)
+    again = finetune(config, resume=True)
+    assert len(scores(tmp_path / "run")) == 1
+    assert again["validation"] == first["validation"]
 
 
 def test_a_changed_run_is_refused_by_name_unless_that_is_accepted(tiny_model, clips, tmp_path):

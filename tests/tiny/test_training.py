@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.core.errors import InputError, ModelError
+from vidgen.training import loop
 from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig, Phase, RunConfig
@@ -152,6 +153,14 @@ def test_an_unusable_loss_skips_the_step_and_then_stops(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not usable for 10 steps"):
         train(Regression(run, poison=frozenset(range(4, 30))), run)
     assert latest_checkpoint(tmp_path / "stop").name == "step-00000004"
+
+
+def test_an_imitated_dtype_is_warned_of_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    for best, dtype, times in (("fp32", "bf16", 1), ("fp32", "fp32", 0), ("bf16", "bf16", 0)):
+        monkeypatch.setattr(loop, "best_dtype", lambda _device, best=best: best)
+        run = make_run(tmp_path / f"{best}-{dtype}", dtype=dtype, phases=(Phase(2, 1, 4),))
+        train(Regression(run), run)
+        assert capsys.readouterr().err.count("--set run.dtype=fp32") == times
 
 
 def test_a_run_is_neither_overwritten_nor_made_up(tmp_path: Path) -> None:

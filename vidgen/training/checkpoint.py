@@ -181,7 +181,16 @@ def drop_partial(folder: Path) -> None:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run folder, or None."""
-    pointer = folder / "latest"
+    return _pointed_to(folder / "latest")
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that the run's `best` score was lowest at, or None."""
+    return _pointed_to(folder / "best")
+
+
+def _pointed_to(pointer: Path) -> Path | None:
+    folder = pointer.parent
     if not pointer.exists():
         return None
     target = folder / pointer.read_text().strip()
@@ -224,13 +233,18 @@ def restore_averages(
         value.copy_(tensors[f"ema/{name}"])
 
 
-def load_averages(folder: Path, key: str) -> dict[str, Tensor]:
-    """State dict of module `key` with averaged weights, from a run folder's newest checkpoint.
+def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[str, Tensor]:
+    """State dict of module `key` with averaged weights, from a checkpoint of a run folder.
 
     Buffers and frozen parameters, which are not averaged, come from the live weights, as far as
     the checkpoint holds them: DeepSpeed's has no frozen ones, nor have those of tasks that say so.
+
+    Args:
+        folder: the run's.
+        key: of the module.
+        target: the checkpoint; None: the newest.
     """
-    target = latest_checkpoint(folder)
+    target = target or latest_checkpoint(folder)
     if target is None:
         raise ModelError(f"{folder} has no checkpoint; train there first")
     tensors = read_state(target)

@@ -88,7 +88,8 @@ class RunConfig:
         branch_from: another run's folder whose newest checkpoint this one starts from, in full.
         minutes: wall-clock limit of one sitting; the run ends cleanly with a checkpoint.
         keep: newest checkpoints that are kept.
-        best: a validation score; the checkpoint where it was lowest is kept besides.
+        best: a validation score; the checkpoint where it was lowest is kept besides, and is what
+            fine-tuning exports.
         spike_factor: a loss beyond this multiple of its running mean is as unusable as NaN.
         on_bad: what an unusable step leads to: it is skipped; the newest checkpoint is loaded again
             and the step left out; or the run stops.

@@ -157,6 +157,8 @@ def _finish(
 ) -> dict[str, Any]:
     """Export, compare with and without, write card and summary."""
     made = export(config, folder)
+    tell({"event": "note",
+          "text": f"what comes out is of step {made.chosen.step}: {made.chosen.reason}"})
     target = Path(config.run.folder) / FOLDER
     effect = None
     if config.output.ab_clips:
@@ -171,6 +173,7 @@ def _finish(
     summary |= {
         "files": [str(path) for path in made.files], "use": made.use, "delta_norm": made.delta,
         "relative_delta": made.relative, "ab_difference": effect,
+        "exported_step": made.chosen.step,
     }
     atomic_write(target / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     for path in (*made.files, target / "README.md"):

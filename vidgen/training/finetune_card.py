@@ -81,7 +81,8 @@ def _card(
         "## What it may be used for",
         _list(stated | {"Licence of the base model": base.license}),
         "## Data", _list(facts["data"]),
-        "## Training", _list(facts["training"]),
+        "## Training",
+        _list(facts["training"] | {"weights of step": f"{made.chosen.step}, {made.chosen.reason}"}),
         _scores(scores),
         "What it changes, as a share of the weights that it changes: "
         + ", ".join(f"{role} {share:.3%}" for role, share in made.relative.items()) + ".",

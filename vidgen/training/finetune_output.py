@@ -16,7 +16,13 @@ from vidgen.core.errors import InputError, ModelError, VidgenError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter, LowRank
 from vidgen.pipeline.parts import DTYPES, EXPERTS
-from vidgen.training.checkpoint import load_averages
+from vidgen.training.checkpoint import (
+    best_checkpoint,
+    latest_checkpoint,
+    load_averages,
+    read_meta,
+)
+from vidgen.training.config import RunConfig
 from vidgen.training.finetune_config import FinetuneConfig
 from vidgen.training.finetune_lora import adapter_of, delta_norm, target_paths
 from vidgen.training.finetune_model import trained_roles
@@ -42,25 +48,61 @@ class Made:
         use: what follows `--lora` or `--model` on the command line.
         delta: norm of what changed, by transformer.
         relative: the same over the norm of the weights changed.
+        chosen: which checkpoint it is of.
     """
 
     files: list[Path]
     use: list[str]
     delta: dict[str, float]
     relative: dict[str, float]
+    chosen: Chosen
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The checkpoint that is exported.
+
+    Attributes:
+        path: its folder.
+        step: its step.
+        reason: why this one, for people.
+    """
+
+    path: Path
+    step: int
+    reason: str
+
+
+def choose_checkpoint(run: RunConfig) -> Chosen:
+    """The checkpoint where `run.best` was lowest, or the newest where the run names no score.
+
+    Raises:
+        ModelError: there is none.
+    """
+    folder = Path(run.folder)
+    newest = latest_checkpoint(folder)
+    best = best_checkpoint(folder) if run.best else None
+    if newest is None:
+        raise ModelError(f"{folder} has no checkpoint; train there first")
+    if best is None:
+        why = f"; {run.best} never was a number" if run.best else ""
+        return Chosen(newest, read_meta(newest)["step"], f"the newest one{why}")
+    meta = read_meta(best)
+    return Chosen(best, meta["step"], f"where {run.best} was lowest, {meta['best']:.4g}")
 
 
 def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
-    """Write what a run's newest checkpoint has learned, averaged.
+    """Write what a checkpoint of a run has learned, averaged; see `choose_checkpoint`.
 
     Raises:
         NoEffect: the weights as written differ in nothing from the base model's.
         ModelError: there is no checkpoint.
     """
+    chosen = choose_checkpoint(config.run)
     target = Path(config.run.folder) / FOLDER
     target.mkdir(exist_ok=True)
     made = _export_lora if config.method == "lora" else _export_model
-    result = made(config, folder, target)
+    result = made(config, folder, target, chosen)
     if not any(result.delta.values()):
         raise NoEffect(
             f"the run in {config.run.folder} has no effect: what it learned changes no weight; "
@@ -93,19 +135,21 @@ def rehearse(config: FinetuneConfig, folder: ModelFolder) -> None:
                 raise InputError(f"output.dialects: {error}") from None
 
 
-def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path) -> Made:
+def _export_lora(
+    config: FinetuneConfig, folder: ModelFolder, target: Path, chosen: Chosen
+) -> Made:
     """One file, or one for each of two experts, in our dialect and all that are asked for."""
     run, roles = Path(config.run.folder), trained_roles(config, folder)
     dtype = DTYPES[config.output.dtype]
-    result = Made([], [], {}, {})
+    result = Made([], [], {}, {}, chosen)
     for role in roles:
         two = EXPERTS[1] in folder.components
         name = f"{config.output.name}-{_SIDE[role]}" if two else config.output.name
         tokens = {}
         if config.subject is not None:
-            tokens = {config.subject.token: load_averages(run, "token")["row"]}
+            tokens = {config.subject.token: load_averages(run, "token", chosen.path)["row"]}
         adapter = _rounded(
-            adapter_of(load_averages(run, role), config.lora, name, tokens), dtype
+            adapter_of(load_averages(run, role, chosen.path), config.lora, name, tokens), dtype
         )
         result.delta[role] = delta_norm(adapter)
         result.relative[role] = result.delta[role] / _norm(folder, role, adapter)
@@ -121,13 +165,15 @@ def _export_lora(config: FinetuneConfig, folder: ModelFolder, target: Path) -> M
     return result
 
 
-def _export_model(config: FinetuneConfig, folder: ModelFolder, target: Path) -> Made:
+def _export_model(
+    config: FinetuneConfig, folder: ModelFolder, target: Path, chosen: Chosen
+) -> Made:
     """A whole model folder of our layout; what wasn't trained is as the base model has it."""
     run, place = Path(config.run.folder), target / config.output.name
-    result = Made([place], [str(place)], {}, {})
+    result = Made([place], [str(place)], {}, {}, chosen)
     changed: dict[str, Mapping[str, Tensor]] = {}
     for role in trained_roles(config, folder):
-        changed[role] = load_averages(run, role)
+        changed[role] = load_averages(run, role, chosen.path)
         result.delta[role], whole = _change(folder, role, changed[role])
         result.relative[role] = result.delta[role] / whole
     if place.exists():

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_write, choose_device
+from vidgen.core.runtime import atomic_write, best_dtype, choose_device
 from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import (
     drop_old,
@@ -97,10 +97,19 @@ def train(
             drop_partial(folder)
             pid = write_pid(folder)
             stack.callback(pid.unlink, missing_ok=True)
+            _warn_of_slow_dtype(run)
         place.barrier()
         engine = stack.enter_context(open_engine(task, run, place, source))
         loop = _Loop(task, run, place, engine, on_record)
         return loop.run_from(loop.restore(source))
+
+
+def _warn_of_slow_dtype(run: RunConfig) -> None:
+    """What a device can only imitate takes many times longer than what it computes itself."""
+    if run.dtype == "bf16" and best_dtype(choose_device(run.device)) == "fp32":
+        print("warning: this processor has no bf16 of its own, so run.dtype bf16 takes many times "
+              "as long as fp32; stop with Ctrl-C and begin anew with --set run.dtype=fp32",
+              file=sys.stderr)
 
 
 @dataclass
@@ -111,6 +120,7 @@ class _State:
     mean_loss: float = math.nan
     left_out: set[int] = field(default_factory=set)
     best: float = math.inf
+    validated: int = -1
 
 
 class _Loop:
@@ -121,7 +131,7 @@ class _Loop:
         self.device = choose_device(run.device)
         self.batches = Batches(task, run, place, ahead=self.device.type != "cpu")
         self.state = _State()
-        self.bad_in_a_row, self.saved, self.validated = 0, -1, -1
+        self.bad_in_a_row, self.saved = 0, -1
 
     def restore(self, source: Path | None) -> int:
         """Take a checkpoint's state, or begin; returns the step to go on from."""
@@ -138,8 +148,11 @@ class _Loop:
                       "begins anew")
         meta = read_meta(source)
         metrics = meta["metrics"]
-        self.state = _State(metrics, float(metrics.pop("loss_mean", math.nan)),
-                            set(meta.get("left_out", ())), meta.get("best", math.inf))
+        same_score = source.parent == self.folder and meta.get("best_of") == self.run.best
+        self.state = _State(
+            metrics, float(metrics.pop("loss_mean", math.nan)), set(meta.get("left_out", ())),
+            meta.get("best", math.inf) if same_score else math.inf, meta.get("validated", -1),
+        )
         return int(meta["step"])
 
     def run_from(self, step: int) -> TrainResult:
@@ -177,7 +190,7 @@ class _Loop:
                     self._save(step)
                     last_save = now
         finished = step >= run.num_steps
-        if finished and self.validated != step:
+        if finished and self.state.validated != step:
             self._validate(step)
         self._save(step)
         return TrainResult(step, finished, self.state.metrics)
@@ -270,7 +283,7 @@ class _Loop:
         self._record({"step": step, "validation": self.state.metrics})
         shown = ", ".join(f"{name} {value:.3f}" for name, value in self.state.metrics.items())
         self._say(f"step {step}: {shown}")
-        self.validated = step
+        self.state.validated = step
         self._keep_if_best(step)
 
     def _keep_if_best(self, step: int) -> None:
@@ -310,6 +323,7 @@ class _Loop:
             if self.place.main:
                 write_meta(temporary, {
                     "step": step, "ranks": self.place.size, "best": self.state.best,
+                    "best_of": self.run.best, "validated": self.state.validated,
                     "left_out": sorted(self.state.left_out),
                     "metrics": {**self.state.metrics, "loss_mean": self.state.mean_loss},
                 })
