@@ -20,7 +20,8 @@ from vidgen.weights.load import save_module
 
 COUNTS = [
     "--prompts", "3", "--held-out", "1", "--images", "2", "--reserved", "1", "--two", "2",
-    "--pairs", "2", "--extensions", "1", "--windows", "2", "--sounds", "2", "--batch", "2",
+    "--pairs", "2", "--phrasings", "3", "--extensions", "1", "--windows", "2",
+    "--sounds", "2", "--batch", "2",
 ]  # fmt: skip
 
 
@@ -90,14 +91,14 @@ def test_every_figure_has_its_neighbours(results: Path) -> None:
 def sounding(
     judge: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], str]:
-    """A model with sound, and what the three other suites say of it."""
+    """A model with sound, and what the four other suites say of it."""
     folder = tmp_path_factory.mktemp("sounding")
     model = build_tiny_model(folder / "model", sound=True)
     torch.manual_seed(0)
     config = SoundJudgeConfig(bands=16, dims=(4, 4, 8), hidden_dim=8)
     save_module(SoundJudge(config).state_dict(), config, folder / "ear", torch.float32)
     found: dict[str, Any] = {}
-    for suite in ("triples", "extend", "sound"):
+    for suite in ("triples", "phrasings", "extend", "sound"):
         output = folder / f"{suite}.json"
         ear = ("--sound-judge", str(folder / "ear")) if suite == "sound" else ()
         assert evaluate(model, judge, output, "--suite", suite, *ear) == 0
@@ -111,6 +112,19 @@ def test_triples_are_compared_pair_by_pair(sounding: tuple[Path, dict[str, Any],
     assert figure["total"] == 2
     assert figure["value"] == pytest.approx(figure["seen"] - figure["held_out"])
     assert scores["seen_triples"]["place"]["value"] == figure["seen"]
+
+
+def test_phrasings_are_compared_with_the_grammar_kind_by_kind(
+    sounding: tuple[Path, dict[str, Any], str]
+) -> None:
+    _, scores, _ = sounding
+    assert scores["grammar"]["sprite"]["total"] == scores["phrased"]["sprite"]["total"] == 3
+    figure = scores["phrasings"]["place"]
+    assert figure["phrased"] == scores["phrased"]["place"]["value"]
+    assert figure["value"] == pytest.approx(figure["grammar"] - figure["phrased"])
+    kinds = {name: part["place"]["total"] for name, part in scores.items() if "," in name}
+    assert len(kinds) == sum(kinds.values()) == 3
+    assert "phrasings, typos" in kinds
 
 
 def test_long_clips_tell_their_drift(sounding: tuple[Path, dict[str, Any], str]) -> None:

@@ -84,6 +84,24 @@ def test_the_table_shows_every_figure(result):
     assert drawn.row_count == sum(len(figures) for figures in result["scores"].values())
 
 
+def test_pairs_are_subtracted_in_all_and_by_kind():
+    scores = {
+        "grammar": [row("cat", right=True) for _ in range(3)],
+        "phrased": [row("cat", right=r) for r in (True, False, False)],
+    }
+    told = summarise(
+        scores, dict.fromkeys(scores, SCENES), None, ("typos", "order", "typos")
+    )["scores"]
+    figure = told["phrasings"]["sprite"]
+    assert (figure["grammar"], figure["phrased"]) == (1, pytest.approx(1 / 3))
+    assert figure["value"] == pytest.approx(2 / 3)
+    assert figure["low"] < 2 / 3 < figure["high"]
+    assert told["phrasings, typos"]["sprite"]["value"] == 0.5
+    assert told["phrasings, order"]["sprite"]["total"] == 1
+    drawn = table({"scores": told, "model": {"name": "m"}, "split": "dev"})
+    assert "grammar less phrased, typos" in list(drawn.columns[0].cells)
+
+
 def test_a_prompt_is_spread_over_its_rows_labels():
     text = "a small red car bounces to the left across the desert at night in the rain"
     lines = _split(text, SHEET_FRAMES)

@@ -37,8 +37,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--model", default="toybox", metavar="NAME|FOLDER", help="default %(default)s")
     add("--split", choices=("dev", "test"), default="dev",
         help="dev for choosing, test to be run once for a release")
-    add("--suite", choices=("all", "text", "image", "vae", "judge", "triples", "extend", "sound",
-                            "full"), default="all",
+    add("--suite", choices=("all", "text", "image", "vae", "judge", "triples", "phrasings",
+                            "extend", "sound", "full"), default="all",
         help="which part; all: text, image and vae; full: every part; default all")
     for name, default, what in (
         ("prompts", 300, "prompts of text to video"),
@@ -47,6 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("reserved", 60, "clips of reserved sprites for the VAE"),
         ("two", 60, "prompts of two sprites"),
         ("pairs", 1000, "of prompts alike but for a sprite, one triple trained on, one not"),
+        ("phrasings", 200, "prompts as people type them, beside the grammar's of the same scenes"),
         ("extensions", 20, "clips of several windows"),
         ("windows", 4, "of each of these"),
         ("sounds", 100, "bouncing clips with sound"),

@@ -64,11 +64,16 @@ FLOORS = {
     ("sound", "sync_median"): 40.0, ("sound", "sync_f1"): 0.8,
     ("sound", "voice"): 0.8, ("sound", "ambience"): 0.8,
 }  # fmt: skip
-_TRIPLES = ("seen_triples", "held_triples")
+#: Figures that are differences of two sources of pairs, and what the two are called in them.
+DIFFERENCES = {
+    "triples": {"seen": "seen_triples", "held_out": "held_triples"},
+    "phrasings": {"grammar": "grammar", "phrased": "phrased"},
+}
 
 
 def summarise(
-    scores: Scores, scenes: Mapping[str, Sequence[Scene]], trust: Mapping[str, Rate] | None
+    scores: Scores, scenes: Mapping[str, Sequence[Scene]], trust: Mapping[str, Rate] | None,
+    kinds: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Put scores together.
 
@@ -76,18 +81,23 @@ def summarise(
         scores: by source, a row for each clip; see `toybox_scoring`.
         scenes: the same clips' scenes.
         trust: the judge's own accuracy.
+        kinds: of phrasings, clip by clip.
 
     Returns:
         {"scores": {source: {measure: figure}}, "confusions": ...}; a figure has "value", "low" and
         "high" (None of one clip), "total" and, where known, "chance", "ceiling_render",
         "ceiling_vae", "floor".
-        "triples" has what is lost on held-out ones: the difference of "seen" and "held_out".
+        "triples" has what is lost on held-out ones: the difference of "seen" and "held_out";
+        "phrasings" likewise what the "grammar" has over the "phrased", and "phrasings, typos" and
+        so on the same kind by kind.
     """
     figures: dict[str, dict[str, Figure]] = {}
     for source, rows in scores.items():
         figures[source] = _figures(rows, scenes[source]) if rows else {}
-    if all(scores.get(source) for source in _TRIPLES):
-        figures["triples"] = _differences(*(scores[source] for source in _TRIPLES))
+    for name, sides in DIFFERENCES.items():
+        if all(scores.get(source) for source in sides.values()):
+            rows = {side: scores[source] for side, source in sides.items()}
+            figures |= _differences(name, rows, kinds if name == "phrasings" else ())
     if trust is not None:
         figures["judge"] = {name: _rate(rate) for name, rate in trust.items() if rate.total}
     for source, sources in CEILINGS.items():
@@ -170,15 +180,28 @@ def _median_interval(ranked: Sequence[float]) -> tuple[float, float]:
     return ranked[max(0, low)], ranked[min(count - 1, high)]
 
 
-def _differences(seen: Sequence[Row], held: Sequence[Row]) -> dict[str, Figure]:
-    """By how much seen triples are better than held-out ones, pair by pair."""
+def _differences(
+    name: str, sides: Mapping[str, Sequence[Row]], kinds: Sequence[str]
+) -> dict[str, dict[str, Figure]]:
+    """By how much the first side is better than the second, pair by pair; then kind by kind."""
+    parts = {name: range(len(next(iter(sides.values()))))}
+    for kind in dict.fromkeys(kinds):
+        parts[f"{name}, {kind}"] = [i for i, each in enumerate(kinds) if each == kind]
+    return {
+        part: _difference({side: [rows[i] for i in chosen] for side, rows in sides.items()})
+        for part, chosen in parts.items()
+    }
+
+
+def _difference(sides: Mapping[str, Sequence[Row]]) -> dict[str, Figure]:
+    (first, ones), (second, others) = sides.items()
     found = {}
-    for measure in seen[0]["right"]:
-        ones, others = ([float(row["right"][measure]) for row in rows] for rows in (seen, held))
-        low, high = paired_interval(ones, others)
+    for measure in ones[0]["right"]:
+        a, b = ([float(row["right"][measure]) for row in rows] for rows in (ones, others))
+        low, high = paired_interval(a, b)
         found[measure] = {
-            "value": fmean(ones) - fmean(others), "low": low, "high": high, "total": len(ones),
-            "seen": fmean(ones), "held_out": fmean(others),
+            "value": fmean(a) - fmean(b), "low": low, "high": high, "total": len(a),
+            first: fmean(a), second: fmean(b),
         }  # fmt: skip
     return found
 

@@ -25,6 +25,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import fingerprint
 from vidgen.evaluation.judging import judge_renders
+from vidgen.evaluation.phrasings import read_phrasings
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.toybox_clips import Maker
 from vidgen.evaluation.toybox_items import SOURCES, SUITES, Item, Suite, items_of
@@ -58,6 +59,7 @@ class Benchmark:
         reserved: clips of reserved sprites.
         two: prompts of two actors.
         pairs: of matched triples, one seen in training and one held out.
+        phrasings: prompts as people type them, each beside the grammar's caption of its scene.
         extensions: clips of several windows.
         windows: of each of them.
         sounds: bouncing clips with their sound.
@@ -77,6 +79,7 @@ class Benchmark:
     reserved: int = 60
     two: int = 60
     pairs: int = 1000
+    phrasings: int = 200
     extensions: int = 20
     windows: int = 4
     sounds: int = 100
@@ -94,7 +97,8 @@ class Benchmark:
     sound_judge: str | None = None
 
     def __post_init__(self) -> None:
-        counts = ("held_out", "images", "reserved", "two", "pairs", "extensions", "sounds")
+        counts = ("held_out", "images", "reserved", "two", "pairs", "phrasings", "extensions",
+                  "sounds")
         least = dict.fromkeys(counts, 0) | {"prompts": 1, "batch": 1, "windows": 2}
         for name, value in least.items():
             if getattr(self, name) < value:
@@ -119,7 +123,7 @@ class ToyboxRun:
         self.identity = self._identity()
         self.log = ScoreLog(output.with_name(output.name + ".jsonl"))
         self.sheet: dict[int, list[Any]] = {}
-        drawn = [name for name in self.sources if name in ("text", "image")]
+        drawn = [name for name in self.sources if name in ("text", "image", "phrased")]
         self.sheet_source = drawn[0] if drawn else None
 
     def _sources(self) -> tuple[str, ...]:
@@ -261,5 +265,9 @@ def run_toybox(
         "sound_judge": None if run.ear_folder is None else run.ear_folder.sha256,
         "seeds": [bench.seed, bench.seed + max(map(len, items.values())) - 1],
         "machine": fingerprint(),
-        **summarise(scores, {name: [i.scene for i in part] for name, part in items.items()}, trust),
+        **summarise(
+            scores, {name: [i.scene for i in part] for name, part in items.items()}, trust,
+            [p.kind for p in read_phrasings(bench.phrasings, bench.split)]
+            if "phrased" in items else (),
+        ),
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from vidgen.evaluation.phrasings import read_phrasings
 from vidgen.evaluation.sync import bouncing_scenes
 from vidgen.toybox.captions import caption, prompts
 from vidgen.toybox.scenes import (
@@ -33,7 +34,9 @@ from vidgen.toybox.scenes import (
 if TYPE_CHECKING:
     from vidgen.evaluation.toybox import Benchmark
 
-Suite = Literal["all", "text", "image", "vae", "judge", "triples", "extend", "sound", "full"]
+Suite = Literal[
+    "all", "text", "image", "vae", "judge", "triples", "phrasings", "extend", "sound", "full"
+]
 Way = Literal["generate", "render", "vae"]
 Pair = tuple[Scene, str]
 
@@ -63,10 +66,13 @@ SOURCES: dict[str, Source] = {
     "vae_end": Source("image", "vae"),
     "seen_triples": Source("seen_triples", "generate"),
     "held_triples": Source("held_triples", "generate"),
+    "grammar": Source("grammar", "generate"),
+    "phrased": Source("phrased", "generate"),
 }  # fmt: skip
 _TEXT = ("render", "vae", "text", "held_out", "two_render", "two_vae", "two")
 _IMAGE = ("render_end", "vae_end", "image")
 _TRIPLE = ("seen_triples", "held_triples")
+_PHRASED = ("grammar", "phrased")
 _EXTEND = ("extend_render", "extend_vae", "extend")
 _HEARD = ("sound_render", "sound_vae", "sound")
 SUITES: dict[Suite, tuple[str, ...]] = {
@@ -75,10 +81,11 @@ SUITES: dict[Suite, tuple[str, ...]] = {
     "vae": ("vae", "reserved"),
     "judge": ("render",),
     "triples": _TRIPLE,
+    "phrasings": _PHRASED,
     "extend": _EXTEND,
     "sound": _HEARD,
     "all": (*_TEXT, "reserved", *_IMAGE),
-    "full": (*_TEXT, "reserved", *_IMAGE, *_TRIPLE, *_EXTEND, *_HEARD),
+    "full": (*_TEXT, "reserved", *_IMAGE, *_TRIPLE, *_PHRASED, *_EXTEND, *_HEARD),
 }
 #: Which sources say how high a generated one's scores can be: rendered, and behind the VAE.
 CEILINGS = {
@@ -100,7 +107,7 @@ class Item:
 
 
 def items_of(bench: Benchmark, source: str) -> list[Item]:
-    """The clips of a source; a pair of matched triples shares scene seed and noise."""
+    """The clips of a source; those of a pair (triples, phrasings) share scene seed and noise."""
     pairs = _pairs(bench, SOURCES[source].material)
     return [Item(source, i, *pair, bench.seed + i) for i, pair in enumerate(pairs)]
 
@@ -117,6 +124,10 @@ def _pairs(bench: Benchmark, material: str) -> list[Pair]:
     if material in ("seen_triples", "held_triples"):
         which = int(material == "held_triples")
         return _told([pair[which] for pair in matched_triples(split, bench.pairs)])
+    if material in ("grammar", "phrased"):
+        written = read_phrasings(bench.phrasings, split)
+        own = material == "phrased"
+        return [(p.scene, p.text if own else _told_of(p.scene)) for p in written]
     if material == "extend":
         return endless_prompts("endless", bench.extensions, split)
     first = SEED_RANGES[split][0]
@@ -129,7 +140,11 @@ def _pairs(bench: Benchmark, material: str) -> list[Pair]:
 
 
 def _told(scenes: list[Scene]) -> list[Pair]:
-    return [(scene, caption(scene, seed=0, detail="full")) for scene in scenes]
+    return [(scene, _told_of(scene)) for scene in scenes]
+
+
+def _told_of(scene: Scene) -> str:
+    return caption(scene, seed=0, detail="full")
 
 
 def reserved_scenes(split: str, count: int) -> list[Scene]:

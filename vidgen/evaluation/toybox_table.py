@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vidgen.evaluation.summary import UNITS, reached
+from vidgen.evaluation.summary import DIFFERENCES, UNITS, reached
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,14 +26,22 @@ def table(result: Mapping[str, Any]) -> Table:
         for measure, figure in figures.items():
             met = reached(measure, figure)
             style = None if met is None else ("green" if met else "red")
-            show = _points if source == "triples" else _show(measure)
+            sides = DIFFERENCES.get(source.partition(",")[0])
+            show = _show(measure) if sides is None else _points
             drawn.add_row(
-                "seen less held out" if source == "triples" else source, measure,
+                source if sides is None else _difference(source, sides), measure,
                 show(figure["value"]), _within(figure, show),
                 str(figure["total"]), *(show(figure.get(name)) for name in _REST), style=style,
             )  # fmt: skip
         drawn.add_section()
     return drawn
+
+
+def _difference(source: str, sides: Mapping[str, str]) -> str:
+    """What is subtracted from what."""
+    which = source.partition(", ")[2]
+    words = " less ".join(side.replace("_", " ") for side in sides)
+    return f"{words}, {which}" if which else words
 
 
 def _show(measure: str) -> Callable[[float | None], str]:
