@@ -22,6 +22,8 @@ def packing(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_packed_layers_give_the_same_and_keep_their_weights(dtype):
+    if not linear._can_pack(dtype):
+        pytest.skip(f"oneDNN packs no {dtype} on this processor")
     torch.manual_seed(0)
     ffn, x = FeedForward(32, 64).to(dtype), torch.randn(2, 70, 32).to(dtype)
     expected, weight = ffn(x), ffn.up.weight.clone()
@@ -61,6 +63,17 @@ def test_adapters_attach_to_packed_layers():
     with attached(ffn, [(adapter, 0.5)]):
         torch.testing.assert_close(ffn(x), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ffn(x), plainly, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_this_processor_cannot_pack_stays_plain(monkeypatch, dtype):
+    monkeypatch.setattr(linear, "is_faster", lambda *_: True)
+    linear.packs.cache_clear()
+    try:
+        can = dtype in linear._DTYPES and linear._can_pack(dtype)
+        assert pack(nn.Linear(32, 32, dtype=dtype)) == int(can)
+    finally:
+        linear.packs.cache_clear()
 
 
 def test_what_gains_nothing_stays_plain(monkeypatch):
