@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 import time
 
@@ -77,9 +78,13 @@ def test_the_official_client_makes_a_clip(made, client, tmp_path):
 
 
 def test_lists_pages_and_unknown_ids(made, served, client):
+    second = client.videos.create(prompt="a cat", extra_body={"num_frames": 5})
+    served.finished(second.id)
     ids = [each.id for each in client.videos.list()]
-    assert made.id in ids
-    assert ids == sorted(ids, key=ids.index)
+    assert ids.index(second.id) < ids.index(made.id), "the newest comes first"
+    assert [each.id for each in client.videos.list(limit=1)] == ids, "pages follow each other"
+    assert client.videos.delete(second.id).deleted
+    assert second.id not in [each.id for each in client.videos.list()]
     first = client.videos.list(limit=1, order="asc")
     assert (len(first.data), first.first_id) == (1, first.data[0].id)
     with pytest.raises(openai.NotFoundError) as missing:
@@ -98,7 +103,9 @@ def test_ranges_stills_and_names(made, served):
     part = served.http.get(path, headers={"Range": "bytes=4-7"})
     assert (part.status_code, part.content) == (206, b"ftyp")
     assert part.headers["content-range"] == f"bytes 4-7/{len(whole.content)}"
-    assert served.http.get(path, headers={"Range": "bytes=99999999-"}).status_code == 416
+    beyond = served.http.get(path, headers={"Range": "bytes=99999999-"})
+    assert (beyond.status_code, beyond.json()["error"]["code"]) == (416, "range_not_satisfiable")
+    assert served.http.get(path, headers={"Range": "bytes=x"}).json()["error"]["param"] == "Range"
     thumbnail = served.http.get(path, params={"variant": "thumbnail"})
     assert thumbnail.content[8:12] == b"WEBP"
     assert served.http.get(path, params={"variant": "spritesheet"}).content[:2] == b"\xff\xd8"
@@ -207,6 +214,31 @@ def test_bad_values_are_named(served, status, code, param, body):
     refused(served, status, code, param, json=body)
 
 
+def test_unknown_fields_are_named_wherever_they_stand(made, served):
+    for path, body in (
+        ("/v1/videos/edits", {"prompt": "x", "video": {"id": made.id}}),
+        ("/v1/videos/extensions", {"prompt": "x", "seconds": 1, "video": {"id": made.id}}),
+        (f"/v1/videos/{made.id}/remix", {"prompt": "x"}),
+        ("/v1/films", {"script": SCRIPT}), ("/v1/films/check", {"script": SCRIPT}),
+    ):
+        told = refused(served, 400, "unknown_parameter", "modle", path=path,
+                       json={**body, "modle": "tiny"})
+        assert "did you mean 'model'" in told
+    told = refused(served, 400, "unknown_parameter", "modle", data={"prompt": "x", "modle": "tiny"},
+                   files={"input_reference": ("a.png", png(32, 32))})
+    assert "did you mean 'model'" in told
+    assert not any((served.data / "uploads").iterdir())
+
+
+def test_addresses_that_are_no_utf_8(served):
+    assert served.http.get("/v1/videos/%ff").json()["error"]["code"] == "not_found"
+    assert served.http.get("/v1/videos?after=%ff").json()["error"]["param"] == "after"
+    key = served.http.post("/v1/videos", json={}, headers={"Idempotency-Key": b"\xff"})
+    assert key.json()["error"]["code"] == "missing_parameter"
+    file = {"script": ("film.yaml", b"shots: [{prompt: \xff}]")}
+    assert "UTF-8" in refused(served, 400, "invalid_request", path="/v1/films", files=file)
+
+
 def test_bad_bodies(served):
     kind = {"content-type": "multipart/form-data; boundary=b"}
     part = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n'
@@ -216,14 +248,19 @@ def test_bad_bodies(served):
                               content=part + b"a \xff car\r\n--b--\r\n")
     assert "twice" in refused(served, 400, "malformed_body", headers=kind,
                               content=2 * (part + b"a\r\n") + b"--b--\r\n")
+    assert "more than 100 parts" in refused(
+        served, 400, "malformed_body", headers=kind, content=101 * (part + b"a\r\n") + b"--b--\r\n")
+    for head in (b'name="\xff"', b'name="video"; filename="\xff"', b'name="a]b"', b"", b"nam"):
+        named = part.replace(b'name="prompt"', head)
+        refused(served, 400, "malformed_body", headers=kind, content=named + b"a\r\n--b--\r\n")
     refused(served, 400, "malformed_body", headers=kind, content=b"nothing of the kind")
     refused(served, 400, "malformed_body", headers={"content-type": "multipart/form-data"},
             content=b"x")
     refused(served, 413, "too_large", json={"prompt": "x" * 1_100_000})
     refused(served, 415, "unsupported_media_type", data={"prompt": "x"})
-    for text in ('{"prompt": "x", "prompt": "y"}', '{"prompt": NaN}', "[" * 100_000, '["x"]',
-                 '{"prompt": "\\ud800"}', '{"prompt": "x"'):
-        refused(served, 400, "malformed_body", content=text.encode(),
+    for text in (b'{"prompt": "x", "prompt": "y"}', b'{"prompt": NaN}', b"[" * 100_000, b'["x"]',
+                 b'{"prompt": "\\ud800"}', b'{"prompt": "x"', b'{"prompt": "\xff"}'):
+        refused(served, 400, "malformed_body", content=text,
                 headers={"content-type": "application/json"})
     file = b'--b\r\nContent-Disposition: form-data; name="video"; filename="x"\r\n\r\n'
     chunks = iter([file, *[b"x" * 100_000] * 20])  # a body that doesn't tell its size
@@ -242,17 +279,41 @@ def test_files_of_another_kind(served):
     assert not any((served.data / "uploads").iterdir())
 
 
+def raw_request(served, head):
+    host, port = served.url.removeprefix("http://").split(":")
+    raw = socket.create_connection((host, int(port)))
+    raw.sendall(f"{head}\r\nHost: {host}:{port}\r\n".encode())
+    return raw
+
+
 def test_a_client_that_leaves_while_it_sends(served):
     before = len(served.http.get("/v1/videos", params={"limit": 100}).json()["data"])
-    host, port = served.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as raw:
-        raw.sendall(f"POST /v1/videos HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 999\r\n"
-                    "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n".encode())
-    wait_for(lambda: not any((served.data / "uploads").iterdir()))
+    uploads = served.data / "uploads"
+    with raw_request(served, "POST /v1/videos HTTP/1.1") as raw:
+        raw.sendall(
+            b"Content-Length: 999\r\nContent-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+            b'Content-Disposition: form-data; name="video"; filename="x"\r\n\r\nhalf of it')
+        wait_for(lambda: any(uploads.glob("*/*")))
+    wait_for(lambda: not any(uploads.iterdir()))
     after = served.http.get("/v1/videos", params={"limit": 100}).json()["data"]
     assert len(after) == before
     with served.http.stream("GET", "/v1/events"):  # and one that stops listening
         pass
+    assert served.http.get("/health").json() == {"status": "ok"}
+
+
+def test_a_client_that_leaves_while_it_receives(served):
+    job = served.finished(served.create("a red car", num_frames=5)["id"])
+    file = served.data / "videos" / job["id"] / "video.mp4"
+    os.truncate(file, 100 << 20)  # more than lies in the buffers between
+    log = served.data.with_suffix(".log")
+    before = len(log.read_text())
+    with raw_request(served, f"GET /v1/videos/{job['id']}/content HTTP/1.1") as raw:
+        raw.sendall(b"\r\n")
+        assert b"200 OK" in raw.recv(1000)
+    assert served.http.delete(f"/v1/videos/{job['id']}").json()["deleted"]
+    wait_for(lambda: f"{job['id']}/content" in log.read_text()[before:])
+    assert '"level": "error"' not in log.read_text()[before:]
     assert served.http.get("/health").json() == {"status": "ok"}
 
 
@@ -348,6 +409,9 @@ def test_a_film_and_one_of_its_shots_again(served):
     assert served.http.get(f"{path}/content").content[4:8] == b"ftyp"
     assert served.http.get(f"{path}/shots/one/content").content[4:8] == b"ftyp"
     assert served.http.get(f"{path}/shots/none/content").status_code == 404
+    for take, status in ((done["shots"][0]["seed"], 200), (7, 404)):
+        answer = served.http.get(f"{path}/shots/one/content", params={"take": take})
+        assert answer.status_code == status
     board = served.http.get(f"{path}/content", params={"variant": "storyboard"})
     assert "sandbox" in board.headers["content-security-policy"]
 
@@ -383,11 +447,17 @@ def test_takes_of_a_shot_and_all_my_events(served):
 def test_a_film_cancelled_and_taken_over(served):
     shots = [{"id": f"s{n}", "prompt": "a red car", "frames": 17, "steps": 60} for n in range(3)]
     film = served.http.post("/v1/films", json={"script": {"shots": shots}}).json()
-    for name, data in served.events(f"/v1/films/{film['id']}/events"):
+    path, shown = f"/v1/films/{film['id']}", []
+    for name, data in served.events(f"{path}/events"):
+        if name == "preview":
+            shown.append(data["shot"])
+            assert served.http.get(f"{path}/preview").content[8:12] == b"WEBP"
         if name == "progress" and data["shot"] == "s1" and data["step"]:
             break
-    cancelled = served.http.post(f"/v1/films/{film['id']}/cancel").json()
+    assert "s0" in shown
+    cancelled = served.http.post(f"{path}/cancel").json()
     assert (cancelled["status"], cancelled["error"]["code"]) == ("failed", "cancelled")
+    assert [shot["status"] for shot in cancelled["shots"]] == ["completed", "failed", "failed"]
     shots = [{**shot, "steps": 60 if shot["id"] == "s0" else 2} for shot in shots]
     again = served.http.post("/v1/films", json={
         "script": {"shots": shots}, "previous_film_id": film["id"]}).json()
@@ -422,6 +492,14 @@ def test_a_script_is_checked_without_a_film(served):
     assert sent.status_code == 200, sent.text
     folders = list((served.data / "films").iterdir())
     assert len(folders) == len(served.http.get("/v1/films").json()["data"])
+
+
+def test_the_page_is_asked_for_anew_so_that_an_upgrade_shows(served):
+    for path in ("/", "/studio/main.js"):
+        page = served.http.get(path)
+        assert page.headers["cache-control"] == "no-cache"
+    known = {"If-None-Match": page.headers["etag"]}
+    assert served.http.get(path, headers=known).status_code == 304
 
 
 def test_models_metrics_and_readiness(made, served, client):

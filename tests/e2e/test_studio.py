@@ -296,8 +296,12 @@ def test_a_film_is_written_made_and_one_shot_of_it_made_anew(page, served):
     page.keyboard.press("Control+Enter")
     expect(page.locator(".result video")).to_be_visible()
     expect(page.locator(".badge")).to_have_text(["made", "made"])
-    expect(page.locator(".cover img")).to_have_count(2)
+    expect(page.locator(".side .cover img")).to_have_count(2)
     expect(page.locator("legend")).to_have_text("Best of 2 takes")
+    page.locator(".takes .cover").last.click()
+    take = page.locator(".shot").nth(1).locator(".side video")
+    expect(take).to_have_js_property("readyState", 4)
+    assert "&take=" in take.get_attribute("src")
     kept = served.http.get("/v1/films?limit=1").json()["data"][0]["shots"][1]["seed"]
 
     page.get_by_role("button", name="Keep this one").click()

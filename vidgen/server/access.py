@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
 
+from vidgen.core.runtime import write_error
 from vidgen.server.body import read_body
 from vidgen.server.errors import ApiError
 from vidgen.server.job import Job, Kind
@@ -93,6 +94,9 @@ async def read_fields(request: Request, call: Caller) -> AsyncIterator[dict[str,
     uploads = service_of(request).settings.uploads / request.state.request_id
     try:
         uploads.mkdir()
+    except OSError as error:
+        raise write_error(uploads, error) from error
+    try:
         yield await read_body(request, uploads)
     finally:
         shutil.rmtree(uploads, ignore_errors=True)
@@ -101,7 +105,21 @@ async def read_fields(request: Request, call: Caller) -> AsyncIterator[dict[str,
 Fields = Annotated[dict[str, Any], Depends(read_fields)]
 
 
-def job_of(request: Request, kind: Kind, job_id: str, owner: str) -> Job:
+def video_of(request: Request, video_id: str, owner: Owner) -> Job:
+    """The clip that a path names."""
+    return _job_of(request, "video", video_id, owner)
+
+
+def film_of(request: Request, film_id: str, owner: Owner) -> Job:
+    """The film that a path names."""
+    return _job_of(request, "film", film_id, owner)
+
+
+VideoJob = Annotated[Job, Depends(video_of)]
+FilmJob = Annotated[Job, Depends(film_of)]
+
+
+def _job_of(request: Request, kind: Kind, job_id: str, owner: str) -> Job:
     """A job of the owner's.
 
     Raises:

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from vidgen import __version__
 from vidgen.core.errors import VidgenError
-from vidgen.server import film_routes, rest, videos
+from vidgen.server import films, rest, videos
 from vidgen.server.access import service_of
 from vidgen.server.errors import ApiError, from_vidgen
 from vidgen.server.guard import App, Guard
@@ -33,7 +33,7 @@ def make_app(service: Service) -> App:
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.include_router(videos.router)
-    app.include_router(film_routes.router)
+    app.include_router(films.router)
     app.include_router(rest.router)
     _add_page(app)
     _complete_document(app)

@@ -19,7 +19,15 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import available_memory
 from vidgen.media.read import read_recipe
 from vidgen.pipeline.eta import Clock
-from vidgen.server.layout import FILM, FILM_SHOTS, SHOTS, STORYBOARD, THUMBNAIL, link
+from vidgen.server.layout import (
+    FILM,
+    FILM_SHOTS,
+    SHOTS,
+    STORYBOARD,
+    THUMBNAIL,
+    link,
+    shot_file,
+)
 from vidgen.server.making import Stopwatch, Tell, peak_memory, reset_peak_memory
 from vidgen.server.stills import write_stills
 from vidgen.story.assemble import assemble
@@ -31,6 +39,7 @@ from vidgen.story.storyboard import write_storyboard
 from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
+    from vidgen.pipeline.preview import OnPreview
     from vidgen.story.film import FilmPlan
     from vidgen.weights.folder import ModelFolder
 
@@ -126,12 +135,15 @@ class FilmMaker:
         self.engine, self._tell = engine, tell
         self._watch, self._clock = Stopwatch(), list[Clock]()
 
-    def make(self, folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    def make(
+        self, folder: Path, spec: dict[str, Any], on_preview: OnPreview
+    ) -> dict[str, Any]:
         """Make a film, or go on with it, and tell its facts.
 
         Args:
             folder: of the job.
             spec: `script`, its path from there, and `draft`.
+            on_preview: as in `Engine.generate`, of the shot at work.
 
         Raises:
             InputError: what can't be made.
@@ -144,7 +156,7 @@ class FilmMaker:
         output = folder / FILM
         store = Store(folder / FILM_SHOTS, film)
         self._expect(store)
-        shots = list(self._shots(store, folder / SHOTS))
+        shots = list(self._shots(store, folder, on_preview))
         edit = make_edit(film, film.in_film, output)
         by_id = {each.shot.id: each for each in shots}
         shown = [by_id[placed.shot.id] for placed in edit.timeline.shots]
@@ -164,15 +176,17 @@ class FilmMaker:
             "peak_memory_mb": round(peak_memory() / 1e6, 1),
         }
 
-    def _shots(self, store: Store, shown: Path) -> Iterator[RenderedShot]:
+    def _shots(
+        self, store: Store, folder: Path, on_preview: OnPreview
+    ) -> Iterator[RenderedShot]:
         """Render what isn't there, and have each shot under its id with a thumbnail."""
-        renderer = Renderer(store, lambda: self.engine, self._on_event)
-        shown.mkdir(exist_ok=True)
+        renderer = Renderer(store, lambda: self.engine, self._on_event, on_preview=on_preview)
+        (folder / SHOTS).mkdir(exist_ok=True)
         for each in renderer.render(list(store.film.shots.values())):
             name, plan = each.shot.id, store.film.shots[each.shot.id]
-            self._show(each.path, shown / f"{name}.mp4", each)
+            self._show(each.path, shot_file(folder, name), each)
             for take in plan.takes if len(plan.takes) > 1 else ():
-                self._show(store.path(take.key), shown / f"{name}-{take.seed}.mp4", each)
+                self._show(store.path(take.key), shot_file(folder, name, take.seed), each)
             self._tell({"event": "shot", "shot": shot_facts(each)})
             yield each
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_WAITING = 200
-"""Events that a slow listener may lie behind; then progress and previews are left out for it."""
+"""Events that a slow listener may lie behind; then those that pass are left out for it."""
+PASSING = ("queue", "progress", "preview")
+"""Events that the next one of their kind makes up for."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Event:
     """Something that happened to a job.
 
     Attributes:
-        name: status, progress, preview or deleted.
+        name: status, queue, progress, preview or deleted.
         job: its id.
         owner: whose it is.
         data: JSON data.
@@ -43,9 +45,8 @@ class Listener:
 
     def offer(self, event: Event | None) -> None:
         """Take an event in; None ends the stream."""
-        if event is not None and event.name in ("progress", "preview") and (
-            self.events.qsize() > MAX_WAITING
-        ):
+        is_passing = event is not None and event.name in PASSING
+        if is_passing and self.events.qsize() > MAX_WAITING:
             return
         self.events.put_nowait(event)
 
@@ -57,6 +58,11 @@ class Hub:
         self._lock = threading.Lock()
         self._listeners: set[Listener] = set()
         self._is_closed = False
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody listens."""
+        return bool(self._listeners)
 
     def publish(self, event: Event) -> None:
         """Tell an event to its listeners, from any thread."""

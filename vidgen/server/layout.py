@@ -5,7 +5,7 @@
         video.mp4, film.mp4 what was made; it appears when it is whole
         thumbnail.webp, spritesheet.jpg, recipe.json
         film.html, film.srt, film.vtt, film.shots/
-        shots/ID.mp4, shots/ID.webp, shots/ID-SEED.mp4 of each take where there are several
+        shots/ID.mp4, shots/ID.webp, shots/ID.SEED.mp4 of each take where there are several
 
 Imported by all processes of the service, so it needs neither torch nor libav.
 """
@@ -92,6 +92,11 @@ def _check_file(upload: Upload) -> None:
         is_font = file.read(4) in _FONTS
     if not is_font:
         sniff(upload.path, f"file {name!r}", "picture", "video", "sound")
+
+
+def shot_file(folder: Path, shot: str, seed: int | None = None) -> Path:
+    """Where a film's shot lies, or the take of a seed where it has several."""
+    return folder / SHOTS / (f"{shot}.mp4" if seed is None else f"{shot}.{seed}.mp4")
 
 
 def content_of(folder: Path, kind: str, variant: str) -> tuple[Path, str] | None:

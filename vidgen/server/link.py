@@ -76,24 +76,31 @@ class Child:
         self.process.wait()
 
     def _hear(self) -> None:
-        for line in _pipe(self.process.stdout):
-            try:
-                message = json.loads(line)
-            except ValueError:
-                continue  # the end of a line that a kill cut off
-            try:
-                self._on_message(message)
-            except Exception:
-                log.exception("a message could not be taken in")
+        with _pipe(self.process.stdout) as lines:
+            for line in lines:
+                self._take_in(line)
         self.process.wait()
         self._stderr.join(1.0)
+        with self._lock, suppress(OSError):  # what was never sent on can't be any more
+            _pipe(self.process.stdin).close()
         self._on_exit(self._fate())
 
+    def _take_in(self, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+        except ValueError:
+            return  # the end of a line that a kill cut off
+        try:
+            self._on_message(message)
+        except Exception:
+            log.exception("a message could not be taken in")
+
     def _hear_stderr(self) -> None:
-        for line in _pipe(self.process.stderr):
-            text = line.decode(errors="replace").rstrip()
-            self._last_words.append(text)
-            log.info("%s", text)
+        with _pipe(self.process.stderr) as lines:
+            for line in lines:
+                text = line.decode(errors="replace").rstrip()
+                self._last_words.append(text)
+                log.info("%s", text)
 
     def _fate(self) -> str:
         code = self.process.returncode

@@ -36,7 +36,7 @@ from vidgen.server.layout import RECIPE, SPRITESHEET, THUMBNAIL, VIDEO
 from vidgen.server.stills import write_stills
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.preview import Preview
+    from vidgen.pipeline.preview import OnPreview
     from vidgen.weights.folder import ModelFolder
 
 FILE_OPTIONS = ("image", "last_image", "video", "prefix", "audio", "mask")
@@ -83,9 +83,9 @@ class Maker:
         self.engine, self.tell = engine, tell
         self._threads = torch.get_num_threads()
 
-    def make(self, folder: Path, spec: dict[str, Any], on_preview: Callable[[Preview], None]) -> (
-        dict[str, Any]
-    ):
+    def make(
+        self, folder: Path, spec: dict[str, Any], on_preview: OnPreview
+    ) -> dict[str, Any]:
         """Make a clip, or go on with it, and tell its facts.
 
         Args:
@@ -123,8 +123,7 @@ class Maker:
         }
 
     def _clip(
-        self, request: Request, output: Path, watch: Stopwatch,
-        on_preview: Callable[[Preview], None],
+        self, request: Request, output: Path, watch: Stopwatch, on_preview: OnPreview
     ) -> Clip:
         """Generate and write; a journal that another version began is given up."""
         journal = Journal(output, resume=True)
@@ -139,8 +138,7 @@ class Maker:
             return self._written(request, Journal(output, overwrite=True), watch, on_preview)
 
     def _written(
-        self, request: Request, journal: Journal, watch: Stopwatch,
-        on_preview: Callable[[Preview], None],
+        self, request: Request, journal: Journal, watch: Stopwatch, on_preview: OnPreview
     ) -> Clip:
         clock: list[Clock] = []
         own: dict[str, Any] = {}

@@ -37,6 +37,7 @@ class _Job(_Answer):
     error: JobError | None
     eta_s: float | None
     queue_position: int | None
+    preview: bool
     resumed: int
     checks: dict[str, Any] | None
     stage_durations: dict[str, float] | None
@@ -58,7 +59,6 @@ class Video(_Job):
     num_inference_steps: int
     negative_prompt: str
     guidance_scale: float
-    preview: bool
     sound: bool | None
     captions: list[dict[str, Any]]
 

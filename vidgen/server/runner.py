@@ -77,17 +77,14 @@ class Runner:
         from vidgen.server.film_making import FilmMaker
         from vidgen.server.making import Maker
 
-        video, film = Maker(engine, self._tell), FilmMaker(engine, self._tell)
+        makers: dict[str, Maker | FilmMaker] = {
+            "video": Maker(engine, self._tell), "film": FilmMaker(engine, self._tell)}
         self.parent.tell({"event": "ready"})
         while True:
             job = self._jobs.get()
             self._now = job["job"]
-            folder = Path(job["folder"])
-            if job["kind"] == "video":
-                make = partial(video.make, folder, job["spec"], self._preview)
-            else:
-                make = partial(film.make, folder, job["spec"])
-            self._finish(make, folder)
+            folder, make = Path(job["folder"]), makers[job["kind"]].make
+            self._finish(partial(make, folder, job["spec"], self._preview), folder)
             self._now = None
 
     def _finish(self, make: Callable[[], dict[str, Any]], folder: Path) -> None:

@@ -10,7 +10,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,9 @@ class Scheduler:
 
     def views(self, jobs: list[Job]) -> list[dict[str, Any]]:
         """Jobs as clients see them."""
-        places = self._places() if any(not job.is_finished for job in jobs) else {}
+        places: dict[str, Place] = {}
+        if not all(job.is_finished for job in jobs):
+            places = {job.id: place for job, place in self._places()}
         return [view(job, self._live_of(job), places.get(job.id, Place())) for job in jobs]
 
     def preview(self, job: Job) -> str | None:
@@ -98,7 +100,7 @@ class Scheduler:
         now: Job | None = job
         while now is not None and not now.is_finished:  # it may be begun just now
             if self.jobs.finish(
-                now, result={"warnings": live.warnings if live else []},
+                now, result=live.kept() if live else {},
                 num_bytes=_size(self.settings.job_folder(job.id)), keep_s=self.settings.keep_s,
                 error=(CANCELLED, "it was cancelled"),
             ):
@@ -115,6 +117,7 @@ class Scheduler:
         if self.jobs.delete(job, reason):
             data = {"id": job.id, "object": job.kind}
             self.hub.publish(Event("deleted", job.id, job.owner, data, is_last=True))
+            self._tell_places()
         if not self._stop(job, CANCELLED):
             self._remove(job.id)
 
@@ -223,9 +226,9 @@ class Scheduler:
 
     def _on_preview(self, job: Job, message: Message) -> None:
         self._live.preview = message
-        told = {name: message[name] for name in ("step", "fps", "image")}
-        self.hub.publish(Event("preview", job.id, job.owner,
-                               {"id": job.id, "object": job.kind, **told}))
+        told = {"id": job.id, "object": job.kind, "shot": self._live.shot,
+                **{name: message[name] for name in ("step", "fps", "image")}}
+        self.hub.publish(Event("preview", job.id, job.owner, told))
 
     def _on_shot(self, job: Job, message: Message) -> None:
         self._live.shots[message["shot"]["id"]] = message["shot"]
@@ -244,15 +247,16 @@ class Scheduler:
 
     def _on_failed(self, job: Job, message: Message) -> None:
         code, text = message["code"], self._without_paths(message["text"])
-        self._end(job, {"warnings": self._live.warnings}, (code, text))
+        self._end(job, self._live.kept(), (code, text))
 
     def _on_stopped(self, job: Job, message: Message) -> None:
         if message["why"] == PAUSED:
-            self.jobs.put_back(job)
-        self._let_go(job)
+            self._write_down(job, lambda: self.jobs.put_back(job))
+        else:
+            self._let_go(job)
 
     def _end(self, job: Job, result: dict[str, Any], error: tuple[str, str] | None) -> None:
-        """Write a job's end down; where the disk is full, as soon as it isn't."""
+        """Finish a job."""
         def write() -> None:
             size = _size(self.settings.job_folder(job.id))
             done = self.jobs.finish(job, result=result, num_bytes=size, error=error,
@@ -262,14 +266,21 @@ class Scheduler:
                 log.info("failed" if error else "completed", extra={
                     "job": job.id, "error": error and error[0],
                     "seconds": result.get("inference_time_s")})
+
+        self._write_down(job, write)
+
+    def _write_down(self, job: Job, write: Callable[[], object]) -> None:
+        """Have a job's new state in the queue; where the disk is full, as soon as it isn't."""
+        def write_and_let_go() -> None:
+            write()
             self._let_go(job)
 
         try:
-            write()
+            write_and_let_go()
         except OutputError as problem:
             log.error("%s", problem, extra={"job": job.id})
             with self._lock:
-                self._unwritten = write
+                self._unwritten = write_and_let_go
 
     def _let_go(self, job: Job) -> None:
         """Nobody works on a job any more."""
@@ -297,10 +308,9 @@ class Scheduler:
             return
         if job.deaths + 1 >= self.settings.limits.deaths:
             text = f"{job.deaths + 1} processes in a row went down with it, the last {fate}"
-            self._end(job, {"warnings": self._live.warnings}, ("runner_died", text))
+            self._end(job, self._live.kept(), ("runner_died", text))
         else:
-            self.jobs.put_back(job, died=True)
-            self._let_go(job)
+            self._write_down(job, lambda: self.jobs.put_back(job, died=True))
 
     def _stop(self, job: Job, why: str) -> bool:
         """Tell the process to let go of a job; whether it works on it."""
@@ -329,18 +339,17 @@ class Scheduler:
         with self._lock:
             return self._live if self._running and self._running.id == job.id else None
 
-    def _places(self) -> dict[str, Place]:
+    def _places(self) -> Iterator[tuple[Job, Place]]:
         """Where each unfinished job stands, and how long it takes until it is done."""
-        places, ahead_s, position = {}, 0.0, 0
+        ahead_s, position = 0.0, 0
         for job in self.jobs.waiting():
             live = self._live_of(job)
             if live is not None:
                 ahead_s += job.expected_s * self._pace if live.eta_s is None else live.eta_s
-                places[job.id] = Place(None, round(ahead_s, 1))
+                yield job, Place(None, round(ahead_s, 1))
             else:
                 position, ahead_s = position + 1, ahead_s + job.expected_s * self._pace
-                places[job.id] = Place(position, round(ahead_s, 1))
-        return places
+                yield job, Place(position, round(ahead_s, 1))
 
     def _learn_pace(self, job: Job, seconds: float) -> None:
         """How much longer than estimated jobs take, the last ones counting most."""
@@ -350,6 +359,17 @@ class Scheduler:
     def _tell_status(self, job: Job) -> None:
         data = self.view(job)
         self.hub.publish(Event("status", job.id, job.owner, data, is_last=job.is_finished))
+        self._tell_places()
+
+    def _tell_places(self) -> None:
+        """The queue may have moved: tell all that wait, of whatever owner, where they stand."""
+        if not self.hub.is_heard:
+            return
+        for job, place in self._places():
+            if place.position is not None:
+                told = {"id": job.id, "object": job.kind, "queue_position": place.position,
+                        "eta_s": place.eta_s}
+                self.hub.publish(Event("queue", job.id, job.owner, told))
 
     def _without_paths(self, text: str) -> str:
         """A message for clients, who need not know where things lie."""

@@ -40,12 +40,18 @@ class Live:
         """Take a progress event in."""
         self.stage, self.done, self.total = event["stage"], event["done"], event["total"]
         self.fraction, self.eta_s = event.get("fraction", self.fraction), event.get("eta_s")
-        self.shot = event.get("shot")
+        if self.shot != event.get("shot"):  # what is shown is of another one
+            self.shot, self.preview = event.get("shot"), None
 
     def warn(self, text: str) -> None:
         """Keep a note, once."""
         if text not in self.warnings and len(self.warnings) < MAX_WARNINGS:
             self.warnings.append(text)
+
+    def kept(self) -> dict[str, Any]:
+        """What is written down of a job that isn't completed."""
+        shots = {"shots": list(self.shots.values())} if self.shots else {}
+        return {"warnings": self.warnings, **shots}
 
     @property
     def percent(self) -> int:
@@ -92,7 +98,7 @@ def video_view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
         "fps": result.get("fps", ask["fps"]),
         "num_frames": result.get("num_frames", ask["num_frames"]),
         "num_inference_steps": ask["num_steps"], "negative_prompt": ask["negative"],
-        "guidance_scale": ask["guidance"], "preview": bool(live and live.preview),
+        "guidance_scale": ask["guidance"],
         "sound": result.get("sound"), "captions": result.get("captions", []),
     }
 
@@ -105,7 +111,8 @@ def film_view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
     for planned in ask["shots"]:
         made = there.get(planned["id"])
         at_work = live is not None and live.shot == planned["id"]
-        status = "completed" if made else "in_progress" if at_work else "queued"
+        waits = "failed" if job.is_finished else "queued"
+        status = "completed" if made else "in_progress" if at_work else waits
         facts = {name: (made or {}).get(name) for name in ("made", "checks", "choice")}
         seed = (made or planned)["seed"]
         shots.append({**planned, **facts, "status": status, "seed": seed})
@@ -131,6 +138,7 @@ def _common(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
         "completed_at": _whole(job.completed_at), "expires_at": _whole(job.expires_at),
         "size": f"{result.get('width', ask['width'])}x{result.get('height', ask['height'])}",
         "error": error, "eta_s": live.eta_s if live else place.eta_s,
+        "preview": bool(live and live.preview),
         "queue_position": place.position, "resumed": max(0, job.attempt - 1),
         "checks": result.get("checks"), "stage_durations": result.get("stage_durations"),
         "inference_time_s": result.get("inference_time_s"),

@@ -26,9 +26,10 @@ export function contentOf(job, variant = "video", { download = false } = {}) {
   return `/v1/${job.object}s/${job.id}/content?variant=${variant}${tail}`;
 }
 
-/** Where a file of a film's shot lies; `made` keeps the browser from showing an older one. */
-export function contentOfShot(film, shot, variant = "video") {
-  return `/v1/films/${film.id}/shots/${encodeURIComponent(shot.id)}/content?variant=${variant}`;
+/** Where a file of a film's shot lies, or of the take of a seed where it has several. */
+export function contentOfShot(film, shot, variant = "video", take = null) {
+  const tail = take === null ? "" : `&take=${take}`;
+  return `/v1/films/${film.id}/shots/${encodeURIComponent(shot.id)}/content?variant=${variant}${tail}`;
 }
 
 async function request(method, path, fields) {

@@ -1,6 +1,6 @@
 // What happens on the server, as it happens: one stream of events for all jobs.
 import { get } from "./api.js";
-import { drop, jobOf, jobsOf, put, refresh, setPreview, update } from "./store.js";
+import { drop, jobOf, put, refresh, setPreview, update } from "./store.js";
 
 const PAUSE_MS = 3000;
 
@@ -21,10 +21,8 @@ export function follow(onconnection) {
       setTimeout(() => follow(onconnection), PAUSE_MS);
     }
   });
-  on("status", (job) => {
-    put(job, { isEvent: true });
-    if (job.status !== "queued") moveUp();
-  });
+  on("status", (job) => put(job, { isEvent: true }));
+  on("queue", (facts) => jobOf(facts.id)?.status === "queued" && update(facts));
   on("progress", (facts) => {
     const before = jobOf(facts.id);
     update(facts);
@@ -32,13 +30,6 @@ export function follow(onconnection) {
   });
   on("preview", ({ id, image }) => setPreview(id, image));
   on("deleted", ({ id }) => drop(id));
-}
-
-/** A job began or ended, so those behind it moved up, of which no event tells. */
-function moveUp() {
-  for (const kind of ["video", "film"]) {
-    if (jobsOf(kind).some((job) => job.status === "queued")) refresh(kind).catch(() => {});
-  }
 }
 
 /** A film's next shot began, so the one before is there. */

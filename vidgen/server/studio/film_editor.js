@@ -4,7 +4,7 @@ import { confirmDialog } from "./dialog.js";
 import { button, field, h, icon } from "./dom.js";
 import { changedShots, closed, newScript, newShot, opened, withoutShot } from "./script.js";
 import { ShotCard } from "./shot.js";
-import { put } from "./store.js";
+import { isFinished, put } from "./store.js";
 import { announce, attempt, clearFormError, showFormError } from "./tell.js";
 import { seconds } from "./words.js";
 
@@ -117,10 +117,12 @@ export class FilmEditor {
       const isNew = !this.before?.shots.some((each) => each.id === shot.id);
       this.cards.get(shot.id).show(index, this.film, isNew ? null : made.get(shot.id) ?? null, changed.has(shot.id));
     });
-    const count = changed.size;
+    const isEnded = film && isFinished(film);
+    const count = this.script.shots.filter(({ id }) => changed.has(id)
+      || (isEnded && made.get(id)?.status !== "completed")).length;
     const isWhole = !film || film.draft || count === this.script.shots.length;
     this.makeWords.textContent = isWhole ? "Make film"
-      : count === 0 ? "Join anew" : `Make ${count} changed ${count === 1 ? "shot" : "shots"}`;
+      : count === 0 ? "Join anew" : `Make ${count} ${changed.size ? "changed " : ""}${count === 1 ? "shot" : "shots"}`;
     localStorage.setItem(STORE, JSON.stringify({ script: this.script, film: this.filmId }));
   }
 

@@ -38,7 +38,7 @@ export class MediaBox {
 
   draw(job, state, image) {
     if (state === "video") return this.drawVideo(job);
-    if (state === "preview") return h("img", { src: image, alt: "The clip as it forms" });
+    if (state === "preview") return h("img", { src: image, alt: "How it looks so far" });
     if (state === "failed") {
       return h("p.fate", {}, stateOf(job) === "cancelled" ? "Cancelled" : "This one failed");
     }

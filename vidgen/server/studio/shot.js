@@ -3,9 +3,11 @@ import { contentOfShot } from "./api.js";
 import { button, field, h, icon, reducedMotion } from "./dom.js";
 import { DropZone } from "./drop.js";
 import { CAMERA_MOVES, TRANSITIONS, newSeed } from "./script.js";
+import { previewOf } from "./store.js";
 
 const STATES = {
-  new: "new", changed: "changed", completed: "made", draft: "draft", in_progress: "being made", queued: "waits",
+  new: "new", changed: "changed", completed: "made", draft: "draft", in_progress: "being made",
+  queued: "waits", failed: "not made",
 };
 
 export class ShotCard {
@@ -185,39 +187,47 @@ export class ShotCard {
     this.state.dataset.state = state;
     this.again.hidden = made?.status !== "completed";
     const isThere = made?.status === "completed";
-    const now = isThere ? `${film.id} ${made.id}` : state;
+    const image = state === "in_progress" && previewOf(film.id);
+    const now = isThere ? `${film.id} ${made.id}` : `${state} ${Boolean(image)}`;
     if (now !== this.shown) {
       this.shown = now;
       if (film) this.picture.style.aspectRatio = film.size.replace("x", " / ");
-      this.picture.replaceChildren(isThere ? this.drawPicture(film, made) : h("p.fate", {}, this.state.textContent));
-      this.takes.replaceChildren(...(isThere ? this.drawTakes(made) : []));
+      this.picture.replaceChildren(isThere ? this.drawCover(film, made)
+        : image ? h("img", { alt: "How it looks so far" }) : h("p.fate", {}, this.state.textContent));
+      this.takes.replaceChildren(...(isThere ? this.drawTakes(film, made) : []));
     }
+    if (image) this.picture.querySelector("img").src = image;
   }
 
-  drawPicture(film, made) {
+  /** The picture of a shot, or of one of its takes, which plays when it is pressed. */
+  drawCover(film, made, take = null) {
+    const name = take === null ? `shot ${made.id}` : `take ${take} of shot ${made.id}`;
     const cover = button({
-      label: `Play shot ${made.id}`, class: "cover",
+      label: `Play ${name}`, class: "cover",
       onclick: () => {
         const video = h("video", {
-          src: contentOfShot(film, made), controls: true, loop: true, playsinline: true,
-          "aria-label": `Shot ${made.id}`,
+          src: contentOfShot(film, made, "video", take), controls: true, loop: true,
+          playsinline: true, "aria-label": name,
         });
         this.picture.replaceChildren(video);
         video.focus();
         if (!reducedMotion()) video.play().catch(() => {});
       },
     });
-    cover.append(h("img", { src: contentOfShot(film, made, "thumbnail"), alt: "" }), icon("play"));
+    cover.append(
+      h("img", { src: contentOfShot(film, made, "thumbnail", take), alt: "", loading: "lazy" }),
+      icon("play"));
     return cover;
   }
 
-  drawTakes(made) {
+  drawTakes(film, made) {
     const findings = (made.checks?.findings ?? []).map((each) => h("p.warning", {}, each.text));
     const takes = made.choice?.takes ?? [];
     if (takes.length < 2) return findings;
     return [...findings, h("fieldset", {},
       h("legend", {}, `Best of ${takes.length} takes`),
       h("ul", {}, takes.map((take) => h("li", {},
+        this.drawCover(film, made, take.seed),
         h("span", {}, h("b", {}, `Seed ${take.seed}`), take.seed === made.seed ? " (kept)" : "", `: ${take.reasons.join("; ")}`),
         take.seed !== made.seed && button({
           words: "Keep this one", class: "small", onclick: () => this.keepTake(take.seed),

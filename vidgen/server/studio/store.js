@@ -40,10 +40,11 @@ export function put(job, { isEvent = false } = {}) {
   tell("status", job.id);
 }
 
-/** Take in how far a job is. */
+/** Take in how far a job is, or where it stands in the queue. */
 export function update(facts) {
   const job = jobs.get(facts.id);
   if (!job || isFinished(job)) return;
+  if (facts.shot && facts.shot !== job.shot) previews.delete(job.id); // it is of another one
   jobs.set(job.id, { ...job, ...facts });
   tell("progress", job.id);
 }

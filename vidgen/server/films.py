@@ -9,13 +9,24 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, StreamingResponse
 
-from vidgen.server.access import Caller, Fields, Owner, job_of, service_of
+from vidgen.server.access import Caller, Fields, FilmJob, Owner, service_of
+from vidgen.server.answers import (
+    FILE_ANSWERS,
+    MAX_PAGE,
+    JobFile,
+    cancelled,
+    content,
+    deleted,
+    page,
+    preview,
+    queued,
+    shown,
+)
 from vidgen.server.errors import ApiError
-from vidgen.server.layout import SHOTS
+from vidgen.server.layout import shot_file
 from vidgen.server.responses import ERRORS, Deleted, Film, FilmCheck, FilmPage
 from vidgen.server.schema import FilmAsk, body_schema
 from vidgen.server.streams import event_stream
-from vidgen.server.videos import MAX_PAGE, cancel, content, delete, page, queued, shown
 
 router = APIRouter(prefix="/v1/films", tags=["films"], responses=ERRORS)
 Variant = Literal["video", "thumbnail", "storyboard", "srt", "vtt"]
@@ -44,34 +55,31 @@ def list_films(
 
 
 @router.get("/{film_id}", response_model=Film)
-def retrieve_film(request: Request, response: Response, film_id: str, owner: Owner) -> Any:
+def retrieve_film(request: Request, response: Response, film: FilmJob) -> Any:
     """A film as it stands."""
-    return shown(request, response, job_of(request, "film", film_id, owner))
+    return shown(request, response, film)
 
 
 @router.delete("/{film_id}", response_model=Deleted)
-def delete_film(request: Request, film_id: str, owner: Owner) -> Any:
+def delete_film(request: Request, film: FilmJob) -> Any:
     """Take a film out of the world; one that is being made stops within a step."""
-    return delete(request, job_of(request, "film", film_id, owner))
+    return deleted(request, film)
 
 
 @router.post("/{film_id}/cancel", response_model=Film)
-def cancel_film(request: Request, film_id: str, owner: Owner) -> Any:
+def cancel_film(request: Request, film: FilmJob) -> Any:
     """End a film that isn't finished; shots that are there can be taken over by the next."""
-    return cancel(request, job_of(request, "film", film_id, owner))
+    return cancelled(request, film)
 
 
 @router.get("/{film_id}/content", response_class=FileResponse, responses={
     200: {"content": {"video/mp4": {}, "image/webp": {}, "text/html": {}, "text/vtt": {},
-                      "application/x-subrip": {}}},
-    206: {"description": "a range of it"}, 416: {"description": "no such range"}})
+                      "application/x-subrip": {}}}, **FILE_ANSWERS})
 def download_film(
-    request: Request, film_id: str, owner: Owner, variant: Variant = "video",
-    download: bool = False,
+    request: Request, film: FilmJob, variant: Variant = "video", download: bool = False,
 ) -> Response:
     """A film's file, or one that was written beside it."""
-    job = job_of(request, "film", film_id, owner)
-    found = content(request, job, variant, download=download)
+    found = content(request, film, variant, download=download)
     if variant == "storyboard":  # a page of its own, with its style in it
         found.headers["content-security-policy"] = (
             "default-src 'none'; img-src data:; media-src 'self'; style-src 'unsafe-inline'; "
@@ -80,33 +88,38 @@ def download_film(
 
 
 @router.get("/{film_id}/shots/{shot_id}/content", response_class=FileResponse, responses={
-    200: {"content": {"video/mp4": {}, "image/webp": {}}},
-    206: {"description": "a range of it"}, 416: {"description": "no such range"}})
+    200: {"content": {"video/mp4": {}, "image/webp": {}}}, **FILE_ANSWERS})
 def download_shot(
-    request: Request, film_id: str, shot_id: str, owner: Owner,
+    request: Request, film: FilmJob, shot_id: str,
     variant: Literal["video", "thumbnail"] = "video",
-    take: int | None = Query(None, ge=0, lt=2**63, description="seed of a take of several"),
+    take: int | None = Query(None, ge=0, lt=2**63, description="seed of one of several takes"),
 ) -> Response:
-    """One shot of a film, or a take of it, as soon as it is there."""
-    job = job_of(request, "film", film_id, owner)
-    suffix, media = _SHOT[variant]
-    if shot_id not in {each["id"] for each in job.ask["shots"]}:
+    """One shot of a film, or a take of it, as soon as the shot is there."""
+    planned = {each["id"]: each for each in film.ask["shots"]}.get(shot_id)
+    if planned is None:
         raise ApiError(404, "not_found", f"there is no shot {shot_id[:80]!r}", "shot_id")
-    path = service_of(request).settings.job_folder(job.id) / SHOTS
-    name = shot_id if take is None else f"{shot_id}-{take}"
-    path = path / f"{name}{suffix}"
-    if not path.is_file() and take is None:
+    folder = service_of(request).settings.job_folder(film.id)
+    shot = shot_file(folder, shot_id)
+    if not shot.is_file():
         raise ApiError(409, "not_completed", f"the shot {shot_id!r} isn't there yet")
+    is_only = planned["takes"] == 1 and take == planned["seed"]
+    path = shot if take is None or is_only else shot_file(folder, shot_id, take)
     if not path.is_file():
-        raise ApiError(404, "not_found", f"the shot has no take of seed {take} to choose from",
-                       "take")
-    return FileResponse(path, media_type=media, filename=path.name,
-                        content_disposition_type="inline")
+        raise ApiError(404, "not_found", f"the shot has no take of the seed {take}", "take")
+    suffix, media = _SHOT[variant]
+    return JobFile(path.with_suffix(suffix), media_type=media, content_disposition_type="inline",
+                   filename=path.with_suffix(suffix).name)
+
+
+@router.get("/{film_id}/preview", response_class=Response, responses={
+    200: {"content": {"image/webp": {}}}})
+def preview_film(request: Request, film: FilmJob) -> Response:
+    """How the shot at work looks while it forms."""
+    return preview(request, film)
 
 
 @router.get("/{film_id}/events", response_class=StreamingResponse, responses={
     200: {"content": {"text/event-stream": {}}}})
-async def events_of_film(request: Request, film_id: str, owner: Owner) -> Response:
+async def events_of_film(request: Request, owner: Owner, film: FilmJob) -> Response:
     """What happens to a film, as it happens."""
-    job = await run_in_threadpool(job_of, request, "film", film_id, owner)
-    return event_stream(service_of(request), owner, job)
+    return event_stream(service_of(request), owner, film)
