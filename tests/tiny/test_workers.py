@@ -19,9 +19,11 @@ from vidgen.pipeline.workers import (
     Outcome,
     Patience,
     Staff,
+    results_of,
     run_jobs,
     settle_threads,
 )
+from vidgen.story.script import Script
 
 ROOT = Path(__file__).parents[2]
 
@@ -163,6 +165,16 @@ def test_workers_leave_when_their_scheduler_is_killed(tmp_path):
     assert gone(pids)
     assert {path.name for path in tmp_path.iterdir()} == {"x", "y"}
     run.stdout.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_functions_results_come_by_their_keys(workers):
+    words = {1: "a.mp4", (2, "b"): "b.tar.gz"}
+    assert dict(results_of(os.path.splitext, words, workers, print)) == {
+        1: ("a", ".mp4"), (2, "b"): ("b.tar", ".gz")}
+    assert list(results_of(os.path.splitext, {}, workers, print)) == []
+    with pytest.raises(InputError, match="does not exist"):
+        list(results_of(Script.read, {"x": "none.yaml", "y": "none.yml"}, workers, print))
 
 
 def test_work_that_cannot_be_sent_or_opened_is_told():

@@ -1,6 +1,7 @@
 """The one scheduler: jobs that need each other, worked on by one or many workers.
 
     for outcome in run_jobs(jobs, work, Staff(workers=4), tell): ...
+    for key, result in results_of(function, payloads, 4, tell): ...   # that need no other
 
 Jobs come from an iterator, each behind those that it needs, and only a window of them is held, so
 a film of ten thousand shots takes no more memory than one of ten. A single worker is this process;
@@ -17,10 +18,10 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vidgen.core.errors import InputError, VidgenError
 from vidgen.core.runtime import atomic_write, fingerprint
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Tell = Callable[[dict[str, Any]], None]
+Key = TypeVar("Key", bound=Hashable)
 MAX_WORKERS = MAX_THREADS = 1024
 THREADS = "threads.json"
 MAX_DEATHS = 3
@@ -153,6 +155,41 @@ def run_jobs(
     with open_crew(work, staff) as crew:
         queue = _Queue(iter(jobs), WINDOW * len(crew.seats))
         yield from _Foreman(queue, crew, staff.patience, tell).outcomes()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Work that is a function of a module, which tells nothing on its way."""
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, payload: Any, _tell: Tell) -> Any:
+        """What the function gives for one payload."""
+        return self.function(payload)
+
+
+def results_of(
+    function: Callable[[Any], Any], payloads: Mapping[Key, Any], workers: int, tell: Tell
+) -> Iterator[tuple[Key, Any]]:
+    """What a function gives for payloads that need nothing of each other, as they get ready.
+
+    Args:
+        function: of a module; called in this process where one worker is enough.
+        payloads: by what their results are to be known by; picklable.
+        workers: processes at most.
+        tell: told of workers that are gone.
+
+    Raises:
+        VidgenError: as the function raises it; or a payload that ended several workers.
+    """
+    if not payloads:
+        return
+    keys = list(payloads)
+    jobs = (Job(str(number), payloads[key], name=str(key)) for number, key in enumerate(keys))
+    for outcome in run_jobs(jobs, Call(function), Staff(min(workers, len(keys))), tell):
+        if outcome.error is not None:
+            raise outcome.error
+        yield keys[int(outcome.job.key)], outcome.result
 
 
 def settle_threads(folder: Path, staff: Staff, tell: Tell) -> Staff:

@@ -17,9 +17,9 @@ import torch
 
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
-from vidgen.core.pool import worked
 from vidgen.core.runtime import atomic_write, best_dtype, check_output
 from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.workers import results_of
 from vidgen.training.data.encode import Cursor, Extras, ItemEncoder
 from vidgen.training.data.files import MediaFile, Scan, scan
 from vidgen.training.data.records import OnEvent
@@ -43,7 +43,6 @@ class _Job:
     store: Store
     model: str
     device: str
-    threads: int
     items: tuple[tuple[Item, tuple[int, ...]], ...]
 
 
@@ -76,7 +75,7 @@ def make_cache(
     if not items:
         raise InputError("no item is left of the data; vidgen data check says why")
     Path(config.cache).parent.mkdir(parents=True, exist_ok=True)
-    jobs = _jobs(config, model, known, store, workers, device)
+    jobs = _jobs(config, model, known, store, device)
     todo = [item for job in jobs.values() for item, _ in job.items]
     check_output(store.folder / "index.json" if store.folder.is_dir() else store.folder,
                  overwrite=True, num_bytes=_room(todo, folder, config))
@@ -85,7 +84,7 @@ def make_cache(
     done, failed = 0, dict[str, str]()
     on_event({"event": "progress", "stage": "encode", "done": 0, "total": len(todo)})
     try:
-        for (name, part), problem in worked(_encode_file, jobs, workers):
+        for (name, part), problem in results_of(_encode_file, jobs, workers, on_event):
             done += len(jobs[name, part].items)
             if problem is not None:
                 failed[name] = problem
@@ -105,7 +104,7 @@ def make_cache(
 
 
 def _jobs(
-    config: DataConfig, model: str, known: Survey, store: Store, workers: int, device: str
+    config: DataConfig, model: str, known: Survey, store: Store, device: str
 ) -> dict[tuple[str, int], _Job]:
     """What is left to encode, by file, and by part of a file that gives many items."""
     by_file: dict[tuple[str, int], list[tuple[Item, tuple[int, ...]]]] = {}
@@ -116,12 +115,7 @@ def _jobs(
             name = item.path.as_posix()
             by_file.setdefault((name, seen[name] // _PER_JOB), []).append((item, tuple(shown)))
             seen[name] += 1
-    count = torch.cuda.device_count() if device == "cuda" else 0
-    threads = max(1, torch.get_num_threads() // max(1, min(workers, len(by_file))))
-    return {
-        name: _Job(store, model, f"cuda:{number % count}" if count else device, threads, tuple(own))
-        for number, (name, own) in enumerate(by_file.items())
-    }
+    return {name: _Job(store, model, device, tuple(own)) for name, own in by_file.items()}
 
 
 _encoders: dict[tuple[str, str], ItemEncoder] = {}
@@ -138,14 +132,10 @@ def encoder_of(model: str, device: str) -> ItemEncoder:
 
 def _encode_file(job: _Job) -> str | None:
     """Encode a file's items; what is wrong with it, if it can't be read any more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(job.threads)
     try:
         _encode_items(job, encoder_of(job.model, job.device))
     except InputError as error:
         return str(error)
-    finally:
-        torch.set_num_threads(before)
     return None
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from vidgen.core.config import build, dump
 from vidgen.core.errors import OutputError
-from vidgen.core.pool import worked
 from vidgen.core.runtime import cache_folder, sha256_file
+from vidgen.pipeline.workers import results_of
 from vidgen.training.data.files import MediaFile
 from vidgen.training.data.probe import PROBE_VERSION, FileFacts, probe_file
 
@@ -127,9 +127,9 @@ def look_at(
 def _told(
     on_event: OnEvent, stage: str, jobs: dict[Any, Path], call: Callable[[Path], Any], workers: int
 ) -> Any:
-    """`worked`, told of as it goes."""
+    """`results_of`, told of as it goes."""
     on_event({"event": "progress", "stage": stage, "done": 0, "total": len(jobs)})
-    for done, each in enumerate(worked(call, jobs, workers), 1):
+    for done, each in enumerate(results_of(call, jobs, workers, on_event), 1):
         yield each
         on_event({"event": "progress", "stage": stage, "done": done, "total": len(jobs)})
 
