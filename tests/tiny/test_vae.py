@@ -10,6 +10,7 @@ from vidgen.core.errors import InputError
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.models.vae_blocks import Downsample, Upsample
+from vidgen.ops import conv
 from vidgen.ops.conv import CausalConv3d, StreamCache
 from vidgen.ops.norm import ChannelRMSNorm
 from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
@@ -273,3 +274,13 @@ def test_patches_return_to_their_pixels():
 def test_impossible_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(VAE_PRESETS["tiny"], **change)
+
+
+def test_bfloat16_works_on_processors_without_instructions_for_it(monkeypatch):
+    monkeypatch.setattr(conv, "_dtypes", lambda: (torch.float32,))
+    torch.manual_seed(0)
+    layer, x = CausalConv3d(8, 8, (3, 3, 3)), torch.randn(1, 8, 3, 6, 6)
+    with torch.no_grad():
+        exact = layer(x)
+        near = layer.bfloat16()(x.bfloat16())
+    torch.testing.assert_close(near.float(), exact, atol=0.05, rtol=0.05)

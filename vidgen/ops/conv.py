@@ -6,6 +6,7 @@ Axes: B batch, C channels, T frames, H rows, W columns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +68,19 @@ def channels_last(x: Tensor) -> Tensor:
     return x.as_strided(x.shape, strides).movedim(-1, 1)
 
 
+@lru_cache(maxsize=1)
+def _dtypes() -> tuple[torch.dtype, ...]:
+    """What oneDNN convolves here; it refuses bfloat16 on processors without instructions for it."""
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32, torch.bfloat16
+    return (torch.float32,)
+
+
 def plain_inference(x: Tensor) -> bool:
     """Whether x is in a pass on the CPU whose layout in memory is ours to choose."""
     return (
         x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and x.dtype in _dtypes()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
