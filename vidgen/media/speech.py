@@ -35,6 +35,8 @@ OWN_FILE = "@"
 DEFAULT_VOICE = "en-us"
 _SILENCE = 10 ** (-50 / 20)
 _KOKORO_RATE = 24_000
+_KOKORO_ENGLISH = ("a", "b")  # first letters of its voices' names
+_ENGLISH = "en_core_web_sm"
 _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|$)", re.DOTALL)
 
 
@@ -155,15 +157,20 @@ class KokoroVoice:
             raise InputError(f"voice {path} needs {what}, which is not there; give FOLDER/voices/"
                              "NAME.pt of a whole Kokoro folder")
         try:
+            import torch
             from kokoro import KModel, KPipeline
         except ImportError as error:
             raise InputError(f"voice {path} needs Kokoro's package ({error}); pip install kokoro, "
                              "or choose one of espeak-ng's voices such as en-gb") from None
+        if path.stem[:1] in _KOKORO_ENGLISH:
+            _require_english(path)
         self._path, self._weights = path, weights[0]
         name = "hexgrad/Kokoro-82M"  # only told, since both files are given
         try:
-            model = KModel(repo_id=name, config=str(folder / "config.json"), model=str(weights[0]))
+            with torch.random.fork_rng():  # which it draws its first weights from
+                model = KModel(name, str(folder / "config.json"), str(weights[0]))
             self._pipeline = KPipeline(lang_code=path.stem[0], repo_id=name, model=model.eval())
+            self._pipeline.load_voice(str(path))
         except Exception as error:  # whatever its files or languages lead the package to
             raise InputError(f"voice {path} can't be loaded by Kokoro's package: {error}; copy its "
                              "folder again") from error
@@ -184,6 +191,16 @@ class KokoroVoice:
         waves = [np.asarray(part.audio, np.float32) for part in made if part.audio is not None]
         wave = np.concatenate(waves)[:, None] if waves else np.zeros((0, 1), np.float32)
         return at_length(wave, _KOKORO_RATE, round(len(wave) * RATE / _KOKORO_RATE))
+
+
+def _require_english(path: Path) -> None:
+    """Refuse a voice whose package would fetch what it reads English with."""
+    import spacy
+
+    if not spacy.util.is_package(_ENGLISH):
+        raise InputError(f"voice {path} speaks English, for which Kokoro's package needs spaCy's "
+                         f"{_ENGLISH}, which is not here; python -m spacy download {_ENGLISH}, or "
+                         "choose one of espeak-ng's voices such as en-gb")
 
 
 def open_voice(name: str | None) -> Voice:
