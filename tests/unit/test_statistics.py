@@ -58,6 +58,18 @@ def test_mean_interval_of_a_known_sample():
     assert mean_interval([1.0]) == (-math.inf, math.inf)
 
 
+def test_what_is_of_one_group_counts_once():
+    values = [1.0, 2.0, 3.0, 4.0]
+    thrice = [v for v in values for _ in range(3)]
+    groups = [i for i in range(4) for _ in range(3)]
+    assert mean_interval(thrice, groups=groups) == pytest.approx(mean_interval(values))
+    assert mean_interval(thrice, groups=[0] * 12) == (-math.inf, math.inf)
+    zeros = [0.0] * 12
+    assert paired_interval(thrice, zeros, groups=groups) == paired_interval(values, zeros[:4])
+    uneven = mean_interval([1.0, 1.0, 5.0], groups=["a", "a", "b"])
+    assert uneven[1] - uneven[0] == pytest.approx(2 * 1.959963984540054 * 16 / 9)
+
+
 def test_a_paired_interval_knows_what_pairs_have_in_common():
     rng = np.random.default_rng(1)
     hardness = rng.normal(0, 10, 400)

@@ -318,8 +318,9 @@ def test_spearman():
     assert spearman([1, 2, 3], [5, 5, 5]) is None
 
 
-def rows(values, dynamic=True, **more):
-    return {f"clip {i}": {"figures": {"steadiness": v if dynamic else 0.0, "warp_error": 10 - v},
+def rows(values, dynamic=True, seeds=1, **more):
+    return {f"clip {i}": {"name": f"clip {i}", "prompt": f"prompt {i // seeds}",
+                          "figures": {"steadiness": v if dynamic else 0.0, "warp_error": 10 - v},
                           "dynamic": dynamic, "histograms": [], "features": [], **more}
             for i, v in enumerate(values)}  # fmt: skip
 
@@ -335,6 +336,23 @@ def test_a_clear_difference_has_a_winner_and_noise_has_none():
     assert unclear["verdict"] == "no significant difference"
     few = compare("a", rows(base[:3] + 0.1), "b", rows(base[:3]))
     assert few["verdict"] == "too few pairs (3 of 6)"
+
+
+def test_clips_of_a_prompt_dont_count_as_many_prompts():
+    base, luck = np.linspace(0.5, 0.9, 40), np.random.default_rng(3).normal(0.02, 0.06, 8)
+    better = base + np.repeat(luck, 5)  # five seeds each, all as good or bad as their prompt
+    alone, together = (
+        compare("a", rows(better, seeds=n), "b", rows(base, seeds=n))["measures"]["steadiness"]
+        for n in (1, 5)
+    )
+    assert (alone["pairs"], alone["prompts"]) == (40, 40)
+    assert (together["pairs"], together["prompts"]) == (40, 8)
+    assert together["difference"] == alone["difference"]
+    assert together["high"] - together["low"] > 1.8 * (alone["high"] - alone["low"])
+    few = compare("a", rows(base + 1, seeds=10), "b", rows(base, seeds=10))
+    assert few["verdict"] == "too few prompts (4 of 6)"
+    one = compare("a", rows(base + 1, seeds=40), "b", rows(base, seeds=40))
+    assert one["verdict"] == "a is steadier", "of a single prompt clips are what is drawn"
 
 
 def test_still_clips_cannot_win():

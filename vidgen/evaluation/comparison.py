@@ -1,4 +1,7 @@
-"""Folders of clips side by side: paired intervals, and a verdict that owns up to doubt."""
+"""Folders of clips side by side: paired intervals, and a verdict that owns up to doubt.
+
+Clips of one prompt are alike; so intervals are taken over prompts, not over clips.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from typing import Any
 from vidgen.evaluation.metrics.distances import frechet_distance, kernel_distance
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 from vidgen.evaluation.statistics import CONFIDENCE, paired_interval
+from vidgen.evaluation.temporal_summary import prompts_of
 
 Rows = Mapping[str, Mapping[str, Any]]
 FEWEST_PAIRS = 6
+"""Of clips, or of prompts where several clips are of one."""
 HEADLINE = "steadiness"
 #: Whose values a still clip is allowed to bring into a comparison.
 _UNGATED = (HEADLINE, "temporal_flickering", PROXY + "temporal_flickering", "motion_speed",
@@ -32,7 +37,7 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
 
     Returns:
         `folders`, `pairs`, `both_dynamic`, `unlike` (pairs of two sizes or rates), `measures`
-        with `difference` (first less second), `low`, `high`, `pairs`, `verdict` each,
+        with `difference` (first less second), `low`, `high`, `pairs`, `prompts`, `verdict` each,
         `motion_distance`, `fvd` and `kvd` with `fvd_segments`, and the `verdict` of all.
     """
     shared = [clip for clip in rows if clip in others]
@@ -40,13 +45,11 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
     measures = {}
     for measure in MEASURES:
         clips = shared if measure in _UNGATED else moving
-        pairs = [
-            (a, b) for c in clips
-            if (a := rows[c]["figures"].get(measure)) is not None
-            and (b := others[c]["figures"].get(measure)) is not None
-        ]  # fmt: skip
-        if pairs:
-            measures[measure] = _compared(measure, pairs, name, other_name)
+        known = [c for c in clips if None not in (
+            rows[c]["figures"].get(measure), others[c]["figures"].get(measure))]  # fmt: skip
+        if known:
+            sides = [[side[c] for c in known] for side in (rows, others)]
+            measures[measure] = _compared(measure, *sides, (name, other_name))
     unlike = sum(
         any(rows[c].get(key) != others[c].get(key) for key in ("fps", "size")) for c in shared
     )
@@ -70,13 +73,16 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
 
 
 def _compared(
-    measure: str, pairs: Sequence[tuple[float, float]], name: str, other: str
+    measure: str, rows: Sequence[Mapping[str, Any]], other_rows: Sequence[Mapping[str, Any]],
+    names: tuple[str, str],
 ) -> dict[str, Any]:
-    ones, others = [a for a, _ in pairs], [b for _, b in pairs]
-    low, high = paired_interval(ones, others)
-    better = MEASURES[measure].better
-    if len(pairs) < FEWEST_PAIRS:
-        verdict = f"too few pairs ({len(pairs)} of {FEWEST_PAIRS})"
+    ones, others = ([row["figures"][measure] for row in side] for side in (rows, other_rows))
+    prompts, better, (name, other) = prompts_of(rows), MEASURES[measure].better, names
+    low, high = paired_interval(ones, others, groups=prompts)
+    apart = len(set(prompts))
+    if apart < FEWEST_PAIRS:
+        what = "pairs" if apart == len(ones) else "prompts"
+        verdict = f"too few {what} ({apart} of {FEWEST_PAIRS})"
     elif low <= 0 <= high:
         verdict = "no significant difference"
     elif better == "neither":
@@ -84,7 +90,7 @@ def _compared(
     else:
         verdict = f"{name if (low > 0) == (better == 'more') else other} is better"
     return {"difference": fmean(ones) - fmean(others), "low": low, "high": high,
-            "pairs": len(pairs), "verdict": verdict}  # fmt: skip
+            "pairs": len(ones), "prompts": apart, "verdict": verdict}  # fmt: skip
 
 
 def _headline(

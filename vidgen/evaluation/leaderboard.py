@@ -18,6 +18,7 @@ from vidgen.core.errors import InputError
 from vidgen.evaluation.comparison import HEADLINE, compare
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 from vidgen.evaluation.temporal_report import STYLE, document, figure_cell, table_row
+from vidgen.evaluation.temporal_summary import by_name
 
 _SHOWN = (
     HEADLINE, "subject_consistency", PROXY + "subject_consistency", "background_consistency",
@@ -42,9 +43,9 @@ class Entry:
     result: Mapping[str, Any]
 
     @property
-    def rows(self) -> dict[str, Any]:
+    def rows(self) -> dict[str, Mapping[str, Any]]:
         """Scores by the clip's name."""
-        return {clip["name"]: clip for clip in self.folder["clips"]}
+        return by_name(self.folder)
 
     @property
     def headline(self) -> float:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,33 +62,54 @@ def wilson_interval(
     return low, high
 
 
-def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Interval of a mean, mean +- z s / sqrt(n), good for the dozens of values and more it gets."""
+def mean_interval(
+    values: Sequence[float], confidence: float = CONFIDENCE, *,
+    groups: Sequence[Hashable] | None = None,
+) -> tuple[float, float]:
+    """Interval of a mean, mean +- z s / sqrt(n), good for the dozens of values and more it gets.
+
+    Args:
+        values: n of them.
+        confidence: coverage, two-sided.
+        groups: of each value; what is of one group, such as the clips of a prompt, is alike, and
+            the deviation is then that of the groups' sums (Liang and Zeger 1986, eq. 2.3, for a
+            mean), times G / (G - 1). None: each value is one of its own.
+    """
     mean = fmean(values)
-    if len(values) < 2:
+    sums: dict[Hashable, float] = {}
+    for value, group in zip(values, groups or range(len(values)), strict=True):
+        sums[group] = sums.get(group, 0.0) + value - mean
+    if len(sums) < 2:
         return -math.inf, math.inf
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * stdev(values) / math.sqrt(len(values))
+    spread = math.sqrt(sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1))
+    half = NormalDist().inv_cdf(0.5 + confidence / 2) * spread / len(values)
     return mean - half, mean + half
 
 
 def paired_interval(
     values: Sequence[float], others: Sequence[float], confidence: float = CONFIDENCE, *,
-    draws: int = 2000, seed: int = 0,
+    groups: Sequence[Hashable] | None = None, draws: int = 2000, seed: int = 0,
 ) -> tuple[float, float]:
     """Interval of mean(values) - mean(others) by a paired bootstrap (Efron 1979, percentiles).
 
-    Pairs are drawn together, so what makes a prompt hard for both cancels out.
+    Pairs are drawn together, so what makes a prompt hard for both cancels out; and groups as a
+    whole, so that many clips of one prompt don't count as many prompts.
 
     Args:
         values: one of each prompt.
         others: of the same prompts, in the same order.
         confidence: coverage, two-sided.
-        draws: resamples, each as long as the lists.
+        groups: of each pair; None: each is one of its own.
+        draws: resamples, each of as many groups as there are.
         seed: of the draws.
     """
     changes = np.subtract(values, others)
-    picks = np.random.default_rng(seed).integers(len(changes), size=(draws, len(changes)))
-    low, high = np.quantile(changes[picks].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    names = {name: i for i, name in enumerate(dict.fromkeys(groups or range(len(changes))))}
+    of = np.array([names[name] for name in groups or range(len(changes))])
+    sums, sizes = np.bincount(of, changes), np.bincount(of)
+    picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    means = sums[picks].sum(1) / sizes[picks].sum(1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

@@ -26,7 +26,7 @@ from vidgen.evaluation.metrics.flow import opencv
 from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, parse_networks
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.suite import Item, PromptSuite, find_images, find_items
-from vidgen.evaluation.temporal_summary import dimensions, figures
+from vidgen.evaluation.temporal_summary import by_name, dimensions, figures
 from vidgen.media.read import VideoReader, load_image
 from vidgen.pipeline.workers import Job, Patience, Staff, run_jobs
 
@@ -136,7 +136,8 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
         "networks": hashes,
         "folders": results,
         "comparisons": [
-            compare(a.name, a.scores, b.name, b.scores) for a, b in combinations(folders, 2)
+            compare(a["name"], by_name(a), b["name"], by_name(b))
+            for a, b in combinations(results, 2)
         ],
         "machine": versions,
     }
@@ -269,7 +270,7 @@ def _result(folder: Folder) -> dict[str, Any]:
         "sizes": sorted({tuple(row["size"]) for row in rows.values()}),
         "models": _distinct(items[name].origin for name in rows),
         "dynamic": sum(row["dynamic"] for row in rows.values()),
-        **figures(rows),
+        **figures(clips),
         "dimensions": dimensions(clips),
     }
 

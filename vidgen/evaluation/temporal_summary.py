@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 _BY_FRAMES = ("subject_consistency", "background_consistency")
 
 
-def figures(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def figures(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Put the scores of a folder together.
+
+    Args:
+        clips: scores with `name` and `prompt`.
 
     Returns:
         `figures`: {measure: value, low, high, total, normalised where VBench has a range}, and
@@ -26,14 +29,14 @@ def figures(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     found: dict[str, dict[str, Any]] = {}
     for measure in MEASURES:
-        known = [row for row in rows.values() if row["figures"].get(measure) is not None]
+        known = [row for row in clips if row["figures"].get(measure) is not None]
         if not known:
             continue
         values = [row["figures"][measure] for row in known]
         dimension = measure.removeprefix(PROXY)
         weights = [row["num_frames"] - 1 if dimension in _BY_FRAMES else 1 for row in known]
         value = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
-        low, high = mean_interval(values)
+        low, high = mean_interval(values, groups=prompts_of(known))
         found[measure] = {
             "value": value, "low": low if math.isfinite(low) else None,
             "high": high if math.isfinite(high) else None, "total": len(values),
@@ -50,9 +53,20 @@ def figures(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def by_name(folder: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """{clip's name: its scores} of a folder's results."""
+    return {clip["name"]: clip for clip in folder["clips"]}
+
+
+def prompts_of(clips: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each clip the prompt, by which clips are alike; where all are of one, the clip's name."""
+    prompts = [clip["prompt"] for clip in clips]
+    return prompts if len(set(prompts)) > 1 else [clip["name"] for clip in clips]
+
+
 def dimensions(clips: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """VBench's layout, {dimension: [average, [{video_path, video_results}, ...]]}."""
-    averages = figures({clip["name"]: clip for clip in clips})["figures"]
+    averages = figures(clips)["figures"]
     found = {}
     for measure in (name for name in averages if name.removeprefix(PROXY) in RANGES):
         results = [

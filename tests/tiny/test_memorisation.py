@@ -1,0 +1,72 @@
+"""What is copied is found, what isn't is not: on a tiny model, whose clips copy nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vidgen.core.errors import InputError
+from vidgen.evaluation.score_log import ScoreLog
+from vidgen.toybox.render import render
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("memorisation", ROOT / "eval/memorisation.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["memorisation"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_training_clip_is_nearest_to_itself_and_a_fresh_one_to_none(program: ModuleType) -> None:
+    bank = program.training_bank(60, 9, 12.0)
+    own = render(program.training_scenes(2), 9, 128, 128)
+    for index, found in enumerate(program.nearest(program.features(own.video), bank)):
+        assert found["index"] == index
+        assert found["distance"] < 6, "only the size of the render is another"
+        assert found["ratio"] < 0.2
+    fresh = render(program.sample_scenes(program.FRESH, 2), 9, 128, 128)
+    for found in program.nearest(program.features(fresh.video), bank):
+        assert found["distance"] > 15
+        assert found["ratio"] > 0.4
+
+
+def test_copies_are_counted(program: ModuleType) -> None:
+    def rows(*distances: float) -> list[dict[str, float]]:
+        return [{"distance": d, "ratio": d / 40, "index": i} for i, d in enumerate(distances)]
+
+    told = program.summary({
+        "copies": rows(1, 2, 3), "renders": rows(20, 24, 28), "generated": rows(2.5, 20, 20),
+        "prompted": rows(30, 1, 2),
+    })  # fmt: skip
+    assert told["copy_limit"] == 3
+    assert told["groups"]["generated"]["as_near_as_copies"]["value"] == pytest.approx(1 / 3)
+    assert told["groups"]["generated"]["distance"]["least"] == 2.5
+    assert told["groups"]["renders"]["as_near_as_copies"]["value"] == 0
+    assert told["groups"]["prompted"]["own_clip_nearest"]["total"] == 3
+    difference = told["generated_less_renders"]["distance"]
+    assert difference["value"] == pytest.approx(42.5 / 3 - 24)
+    assert difference["low"] < difference["value"] < difference["high"]
+
+
+def test_a_run_goes_on_where_it_was(
+    program: ModuleType, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "r.jsonl"
+    first = program.measure(str(tiny_model), 2, 51, ScoreLog(log))
+    assert first["model"]["name"] == "tiny"
+    assert set(first["groups"]) == {"copies", "renders", "generated", "prompted"}
+    made = []
+    monkeypatch.setattr(program, "generate_batch", lambda *_: made.append(1))
+    again = program.measure(str(tiny_model), 2, 51, ScoreLog(log))
+    assert again["groups"] == first["groups"]
+    assert not made
+    with pytest.raises(InputError, match="training 50"):
+        program.measure(str(tiny_model), 2, 50, ScoreLog(log))
