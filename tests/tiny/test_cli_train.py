@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,11 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, cwd=ROOT,
     )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def test_killed_with_9_and_resumed_equals_straight(run_file, tmp_path):
@@ -100,17 +106,31 @@ def test_no_effect_is_exit_code_1_and_a_mistake_is_2(run_file, tmp_path, capsys)
     assert "--accept-changes goes with --resume" in capsys.readouterr().err
 
 
-def test_two_ranks_by_zero_3_learn_what_one_process_learns(run_file, tmp_path):
-    """Through torchrun: two ranks of one micro-batch are one rank of two; one speaks for both."""
+LAUNCHERS = {
+    "torchrun": (["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], "zero3.json"),
+    "deepspeed": (["deepspeed.launcher.runner", "--num_gpus", "2"], "zero2_offload"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_ranks_by_a_launcher_learn_what_one_process_learns(
+    launcher, run_file, tmp_path, monkeypatch
+):
+    """Two ranks of one micro-batch are one rank of two; one of them speaks for both."""
+    words, zero = LAUNCHERS[launcher]
+    if launcher == "deepspeed":
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        words = [*words, "--master_port", str(free_port())]
     sheet = {"validation": {"sheet_every": 4}}
     alone = run_file("alone", run={"accumulate": 2}, **sheet)
-    shared = run_file("shared", **sheet, run={"engine": {"deepspeed": "zero3.json"}})
+    shared = run_file("shared", **sheet, run={"engine": {"deepspeed": zero}})
     assert main(["train", "-c", str(alone)]) == 0
-    process = start("-m", "torch.distributed.run", "--nproc-per-node", "2", "train/finetune.py",
-                    "-c", str(shared), "--json", "--events", str(tmp_path / "events"))  # fmt: skip
+    process = start("-m", *words, "train/finetune.py", "-c", str(shared), "--json", "--events",
+                    str(tmp_path / "events"))  # fmt: skip
     out, log = process.communicate(timeout=400)
     assert process.returncode == 0, log
-    assert json.loads(out.splitlines()[-1])["finished"]
+    [result] = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert result["finished"]
     events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
     assert [e["done"] for e in events if e.get("stage") == "train"] == [1, 2, 3, 4]
     names = ("alone", "shared")

@@ -1,4 +1,4 @@
-"""Two ranks by DDP and by ZeRO 1, 2 and 3 learn what one process learns; all from one launch."""
+"""Two ranks by DDP and ZeRO, offloaded or not, learn what one process does; all from one launch."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed (extra: train)", allow_module_level=True)
 
 ENGINES = {"ddp": None, "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
+OFFLOADED = {"zero2-offload": "zero2_offload", "zero3-offload": "zero3_offload"}
 SHORT = (Phase(3, 5, 2),)
 KINDS = {"full": {}, "lora": {"lora": True}}
 
@@ -45,7 +46,7 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
 
 def scenarios(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, engine in ENGINES.items():
+    for name, engine in {**ENGINES, **OFFLOADED}.items():
         run = make_run(folder / "x", deepspeed=engine)
         for kind, task in KINDS.items():
             here = replace(run, folder=str(folder / f"{name}-{kind}"))
@@ -53,7 +54,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
         if name == "zero2":
             here = replace(run, folder=str(folder / f"{name}-poison"))
             found[f"{name}-poison"] = losses(follow(here, poison=frozenset({2}))[1])
-        else:
+        elif name in ENGINES:
             found[f"{name}-back"] = rolled_back(replace(run, folder=str(folder / f"{name}-back")))
         straight = replace(run, folder=str(folder / f"{name}-straight"))
         found[f"{name}-straight"] = losses(follow(straight, dropout=0.3)[1])
@@ -153,7 +154,7 @@ def double(folder: Path) -> dict[str, Any]:
     return run_ranks(2, on_two_ranks, folder, launched=True, timeout_s=900)[0]
 
 
-each_engine = pytest.mark.parametrize("engine", ENGINES)
+each_engine = pytest.mark.parametrize("engine", [*ENGINES, *OFFLOADED])
 
 
 @each_engine

@@ -253,6 +253,9 @@ def test_a_spike_rolls_back_and_names_its_files(tiny_model, clips, tmp_path):
 
 
 REFUSED = {
+    "two experts by DeepSpeed": (
+        {"model": "t2v-a14b", "run": {"engine": {"deepspeed": "zero2"}}},
+        "two experts, which take turns.*--set experts=low with another run.folder"),
     "an expert that isn't there": ({"experts": "low"}, "has one transformer"),
     "a layer that isn't there": ({"lora": {"targets": ["slf_attn.q"]}}, "self_attn.q"),
     "a condition that can't be": (
@@ -267,11 +270,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cant_be_is_refused_before_it_begins(case, tiny_model, clips, tmp_path):
+def test_what_cant_be_is_refused_before_it_begins(case, tiny_model, wan, clips, tmp_path):
     changes, told = REFUSED[case]
     model = tiny_model
     if changes.get("model") == "sound":
         model = build_tiny_model(tmp_path / "sound", sound=True)
+    elif "model" in changes:
+        model = wan(changes["model"])
     config = make_config(model, clips, tmp_path / "run", **{**changes, "model": str(model)})
     with pytest.raises(InputError, match=told):
         finetune(config)

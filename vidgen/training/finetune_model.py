@@ -68,15 +68,30 @@ def trained_roles(config: FinetuneConfig, folder: ModelFolder) -> tuple[str, ...
     """The transformers that learn, by their role.
 
     Raises:
-        InputError: an expert of a model that has only one transformer.
+        InputError: see `choose_roles`.
     """
-    if EXPERTS[1] in folder.components:
-        return CHOSEN[config.experts]
-    if config.experts != "both":
+    return choose_roles(config, folder.name, 1 + (EXPERTS[1] in folder.components))
+
+
+def choose_roles(config: FinetuneConfig, model: str, num_experts: int) -> tuple[str, ...]:
+    """The transformers that learn, of a model with so many, by their role.
+
+    Raises:
+        InputError: an expert of a model that has only one transformer, or two at once by DeepSpeed.
+    """
+    if num_experts == 1:
+        if config.experts != "both":
+            raise InputError(
+                f"experts is {config.experts!r}, but {model} has one transformer; leave it out"
+            )
+        return EXPERTS[:1]
+    if config.experts == "both" and config.run.engine.deepspeed:
         raise InputError(
-            f"experts is {config.experts!r}, but {folder.name} has one transformer; leave it out"
+            f"{model} has two experts, which take turns; DeepSpeed would change the one that rests."
+            " Train one after the other: --set experts=high, then --set experts=low with another "
+            "run.folder; or leave run.engine.deepspeed out"
         )
-    return EXPERTS[:1]
+    return CHOSEN[config.experts]
 
 
 def open_transformers(

@@ -17,7 +17,7 @@ from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.parts import DTYPES, EXPERTS
 from vidgen.training.distributed import current_place
 from vidgen.training.finetune_config import FinetuneConfig
-from vidgen.training.finetune_model import CHOSEN, open_trainable, prepare_module
+from vidgen.training.finetune_model import choose_roles, open_trainable, prepare_module
 from vidgen.training.plan import Sample, TrainingPlan, plan_training
 from vidgen.weights.family import VARIANTS, ModelDefaults
 from vidgen.weights.folder import list_embedded
@@ -50,10 +50,11 @@ def plan(config: FinetuneConfig, ranks: int | None = None) -> TrainingPlan:
         ranks: processes; None: those that a launcher started, else 1.
 
     Raises:
-        InputError: a model that is neither here nor a published one of the Wan family.
+        InputError: a model that is neither here nor a published one of the Wan family, or experts
+            that can't be trained so.
     """
     known = architecture(config.model)
-    roles = CHOSEN[config.experts] if known.num_experts == 2 else EXPERTS[:1]
+    roles = choose_roles(config, config.model, known.num_experts)
     modules: dict[str, nn.Module] = {}
     for role in roles:
         with torch.device("meta"):
