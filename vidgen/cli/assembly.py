@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
 
 if TYPE_CHECKING:
-    from vidgen.story.edit import Edit
+    from vidgen.story.edit import Describe, Edit
     from vidgen.story.film import FilmPlan
     from vidgen.story.render import RenderedShot, Store
 
@@ -23,6 +24,8 @@ def add_exports(parser: ArgumentParser) -> None:
                         help="write a page of all shots beside the film, FILM.html")
     parser.add_argument("--otio", action="store_true",
                         help="write the edit for editing programs beside the film, FILM.otio")
+    parser.add_argument("--audio-model", metavar="FOLDER",
+                        help="a text-to-audio model makes sound and music that stand in words")
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,30 @@ class Making:
     otio: Path | None
 
 
+def describing(args: Namespace, store: Store) -> Describe | None:
+    """What tells the edit which sounds are to be made of words, if any are."""
+    if args.audio_model is None:
+        return None
+    from vidgen.story.sounds import describe_sounds
+
+    offload = "none" if args.offload == "auto" else args.offload
+    return partial(describe_sounds, store.film, model=args.audio_model, folder=store.folder,
+                   offload=offload)
+
+
 def settle(film: FilmPlan, store: Store, output: Path, args: Namespace) -> Making:
     """Settle a film before its shots are rendered; nothing is written.
 
     Raises:
         InputError: shots, sounds or texts that don't go together.
+        ModelError: an audio model that is none.
         OutputError: a file in the way.
     """
     from vidgen.core.runtime import check_output
     from vidgen.story.assemble import text_files
     from vidgen.story.edit import make_edit
 
-    edit = make_edit(film, film.in_film, output)
+    edit = make_edit(film, film.in_film, output, describe=describing(args, store))
     is_done = _is_there(edit, store)
     making = Making(edit, is_done, output.with_suffix(".html") if args.storyboard else None,
                     output.with_suffix(".otio") if args.otio else None)
@@ -81,6 +96,10 @@ def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> 
         report({"event": "note", "text": f"{edit.output} is done already"})
         written = list(write_texts(edit))
     else:
+        if edit.described:
+            from vidgen.story.sounds import make_sounds
+
+            make_sounds(edit.described, report)
         made = assemble(edit, shown, on_frames)
         for text in made.notes:
             report({"event": "note", "text": text})
@@ -98,7 +117,9 @@ def _is_there(edit: Edit, store: Store) -> bool:
     from vidgen.media.read import read_recipe
 
     plans = edit.film.in_film
-    if not edit.output.is_file() or not all(store.is_done(plan) for plan in plans):
+    there = all(store.is_done(plan) for plan in plans)
+    there = there and all(each.path.is_file() for each in edit.described)
+    if not edit.output.is_file() or not there:
         return False
     try:
         made: Any = (read_recipe(edit.output) or {})["film"]["key"]

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.assembly import add_exports, make_film, settle
+from vidgen.cli.assembly import add_exports, describing, make_film, settle
 from vidgen.cli.devices import add_tiles, add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, VidgenError
@@ -101,7 +101,8 @@ def run(args: Namespace, report: Report) -> int:
     store = Store(place, film)
     plans = film.needed(args.only)
     if args.check:
-        edit = None if args.only or not film.in_film else make_edit(film, film.in_film, output)
+        edit = None if args.only or not film.in_film else make_edit(
+            film, film.in_film, output, describe=describing(args, store))
         return _tell_plan(film, plans, store, staff, args, report, edit)
     if not (args.only or film.in_film):
         raise InputError(f"{script.path}: every shot has in_film: false; a film needs one")

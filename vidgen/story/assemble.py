@@ -267,6 +267,7 @@ def _recipe(
                       for each in shots],
             "timeline": edit.facts(), "copied_frames": copied, "colours": colours,
             "sounds": file_facts(film.script, edit.timeline),
+            **({"described": [each.facts() for each in edit.described]} if edit.described else {}),
         },
         "encoder": encoder,
     }

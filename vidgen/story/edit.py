@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
 from vidgen.core.config import dump
@@ -25,8 +25,12 @@ from vidgen.story.film import FilmPlan
 from vidgen.story.mixdown import Narrated, file_facts, narrate
 from vidgen.story.timeline import Measured, Timeline, lay_out
 
+if TYPE_CHECKING:
+    from vidgen.story.sounds import DescribedSound
+
 EDIT_VERSION = 1
 """Of how films are put together; another one makes every film anew."""
+Describe = Callable[[Timeline], "tuple[list[DescribedSound], Timeline]"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Edit:
         cues: what is to be read: captions and what is said, in order.
         tracked: those of them that the file's track of texts holds.
         burner: burns texts into the picture.
+        described: sounds that are made of words, to be there before the film is put together.
     """
 
     film: FilmPlan
@@ -52,6 +57,7 @@ class Edit:
     cues: tuple[Cue, ...]
     tracked: tuple[Cue, ...]
     burner: Burner
+    described: tuple[DescribedSound, ...] = ()
 
     @property
     def chapters(self) -> list[Chapter]:
@@ -103,7 +109,7 @@ class Edit:
 
 def make_edit(
     film: FilmPlan, shots: Sequence[Measured], output: str | Path,
-    rates: Sequence[Fraction] | None = None,
+    rates: Sequence[Fraction] | None = None, describe: Describe | None = None,
 ) -> Edit:
     """Settle how shots become a film.
 
@@ -112,6 +118,7 @@ def make_edit(
         shots: those that are shown, in order, planned or rendered.
         output: the film's file, of a known suffix.
         rates: each shot's own frame rate; None: all have the film's.
+        describe: tells what sounds in words will become; None: nothing is made of them.
 
     Raises:
         InputError: transitions, captions or texts that don't fit, a codec or font that can't be
@@ -119,7 +126,9 @@ def make_edit(
     """
     script, finish, target = film.script, film.script.project.finish, Path(output)
     picture = picture_settings(finish.codec, target)
-    timeline = lay_out(script, shots, rates or [film.fps] * len(shots), film.fps)
+    timeline, described = lay_out(script, shots, rates or [film.fps] * len(shots), film.fps), []
+    if describe is not None:
+        described, timeline = describe(timeline)
     captions = captions_of(script, timeline)
     narrated = narrate(script, timeline)
     said = narrated.cues if narrated else []
@@ -129,7 +138,7 @@ def make_edit(
         burnt += as_frames(captions, timeline)
     font = None if finish.font is None else script.file(finish.font)
     return Edit(film, target, timeline, picture, narrated, _ordered([*captions, *said]),
-                _ordered(tracked), Burner(burnt, film.size, font))
+                _ordered(tracked), Burner(burnt, film.size, font), tuple(described))
 
 
 def _ordered(cues: Sequence[Cue]) -> tuple[Cue, ...]:

@@ -130,7 +130,10 @@ class FilmPlan:
                   for name in ("negative", "guidance", "sampler", "shift", "steps")}
         if self.draft:
             steps = self.folder.defaults.num_steps if option["steps"] is None else option["steps"]
-            option["steps"] = min(steps, DRAFT_STEPS)
+            few, student = DRAFT_STEPS, self.folder.student
+            if student is not None and all(v is None for k, v in option.items() if k != "steps"):
+                few = student.num_steps
+            option["steps"] = min(steps, few)
         for name, key, part in (("image", "first_frame", 0),
                                 ("last_image", "last_frame", len(shot.prompt) - 1)):
             if index == part and isinstance(file := getattr(shot, key), Path):

@@ -103,7 +103,7 @@ def sound_files(script: Script, timeline: Timeline) -> list[Path]:
 
 
 def not_made(timeline: Timeline) -> list[str]:
-    """Notes on sound that is described in words, which no model makes yet."""
+    """Notes on sound that is described in words, where no model makes it."""
     told = []
     for key, words in (("sound", "effects"), ("music", "prompt")):
         names = [each.shot.id for each in timeline.shots
@@ -111,7 +111,7 @@ def not_made(timeline: Timeline) -> list[str]:
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             told.append(f"the {key} of {', '.join(names[:3])}{more} is described in words, which "
-                        "make no sound yet; give files")
+                        "make no sound; give files, or --audio-model FOLDER")
     return told
 
 

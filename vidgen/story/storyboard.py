@@ -125,7 +125,7 @@ def _facts(edit: Edit, placed: Placed, shot: RenderedShot) -> Iterator[tuple[str
                               f"{edit.timeline.seconds(placed.overlap):.2f} s")
     if shot.choice is not None:
         yield "take", f"{len(shot.choice['takes'])} made; {shot.choice['why']}"
-    yield from _texts(placed.shot)
+    yield from _texts(shot.shot)
     yield "file", shot.path.name
 
 

@@ -1,0 +1,150 @@
+"""Sound and music that a script describes in words, made by a text-to-audio model, each once.
+
+They lie beside the shots as WAV, each under an address of the model's files, the words, the length
+and the seed, and are heard like files that the script names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+
+from vidgen.core.runtime import atomic_path, best_dtype, choose_device
+from vidgen.media.sound import sound_frame
+from vidgen.pipeline.audio_model import AudioModel, open_audio_model
+from vidgen.story.mixdown import MUSIC_FADE_S
+from vidgen.story.timeline import Placed, Timeline
+
+if TYPE_CHECKING:
+    from vidgen.media.encode import Samples
+    from vidgen.pipeline.workers import Tell
+    from vidgen.story.film import FilmPlan
+
+SOUNDS_VERSION = 1
+"""Of how sounds are made and kept; another one makes all anew."""
+_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class DescribedSound:
+    """A sound that a shot describes in words.
+
+    Attributes:
+        shot: its id.
+        key: "sound" or "music".
+        model: that makes it, with the words and the length.
+        seed: of its noise.
+        path: where it lies once it is made.
+    """
+
+    shot: str
+    key: str
+    model: AudioModel
+    seed: int
+    path: Path
+
+    def facts(self) -> dict[str, Any]:
+        """What it is, for the recipe."""
+        return {"shot": self.shot, "key": self.key, "seed": self.seed, "address": self.path.stem,
+                "model": self.model.facts()}
+
+
+def describe_sounds(
+    film: FilmPlan, timeline: Timeline, model: str, folder: Path, offload: str = "none"
+) -> tuple[list[DescribedSound], Timeline]:
+    """What a film's words for sound and music will become; nothing is made yet.
+
+    Args:
+        film: whose shots they belong to; a sound has its shot's seed.
+        timeline: where the shots lie, from which lengths follow.
+        model: folder of a text-to-audio model of diffusers.
+        folder: of the film's shots.
+        offload: as in `load`.
+
+    Returns:
+        (the sounds, the timeline with their files in place of the words).
+
+    Raises:
+        ModelError: no such model.
+    """
+    device = choose_device()
+    opened = open_audio_model(model, "", 0.0, device=device, dtype=best_dtype(device),
+                              offload=offload)
+    found = [
+        _described(film, placed, key, replace(opened, prompt=words, seconds=round(seconds, 6)),
+                   folder)
+        for placed, key, words, seconds in _words(timeline)
+    ]
+    paths = {(each.shot, each.key): each.path for each in found}
+    shots = tuple(_with_files(placed, paths) for placed in timeline.shots)
+    return found, replace(timeline, shots=shots)
+
+
+def make_sounds(sounds: Sequence[DescribedSound], tell: Tell) -> None:
+    """Make those that aren't there.
+
+    Raises:
+        InputError: words that the model refuses.
+        ModelError: it can't be loaded, or is out of memory.
+        OutputError: no room for them.
+    """
+    missing = {each.path: each for each in sounds if not each.path.is_file()}
+    for path, each in missing.items():
+        event = {"event": "progress", "stage": f"{each.key} of {each.shot}"}
+        samples, rate = each.model.make(
+            each.seed, lambda done, total, told=event: tell({**told, "done": done, "total": total})
+        )
+        _write(path, samples, rate)
+
+
+def _words(timeline: Timeline) -> Iterator[tuple[Placed, str, str, float]]:
+    """(shot, key, words, seconds) of what is described, in the film's order."""
+    changes = [placed for placed in timeline.shots if placed.shot.music is not None]
+    ends = {placed.shot.id: timeline.num_frames if behind is None else behind.start
+            for placed, behind in zip_longest(changes, changes[1:])}
+    for placed in timeline.shots:
+        sound, music = placed.shot.sound, placed.shot.music
+        if sound is not None and sound.effects is not None:
+            yield placed, "sound", sound.effects, timeline.seconds(placed.num_frames)
+        if music is not None and music.prompt is not None:
+            length = timeline.seconds(ends[placed.shot.id] - placed.start)
+            yield placed, "music", music.prompt, length + MUSIC_FADE_S
+
+
+def _described(
+    film: FilmPlan, placed: Placed, key: str, model: AudioModel, folder: Path
+) -> DescribedSound:
+    seed = film.shots[placed.shot.id].takes[0].seed
+    shaping = {name: value for name, value in model.facts().items() if name != "path"}
+    facts = json.dumps({"version": SOUNDS_VERSION, "seed": seed, **shaping}, sort_keys=True)
+    address = hashlib.sha256(facts.encode()).hexdigest()[:32]
+    return DescribedSound(placed.shot.id, key, model, seed, (folder / f"{address}.wav").resolve())
+
+
+def _with_files(placed: Placed, paths: dict[tuple[str, str], Path]) -> Placed:
+    """A shot with the files of its sounds in place of the words."""
+    shot = placed.shot
+    sound, music = (paths.get((shot.id, key)) for key in ("sound", "music"))
+    if shot.sound is not None and sound is not None:
+        shot = replace(shot, sound=replace(shot.sound, effects=None, file=sound))
+    if shot.music is not None and music is not None:
+        shot = replace(shot, music=replace(shot.music, prompt=None, file=music))
+    return replace(placed, shot=shot)
+
+
+def _write(path: Path, samples: Samples, rate: int) -> None:
+    """Write samples [N, c] as WAV of 32-bit floats."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layout = "mono" if samples.shape[1] == 1 else "stereo"
+    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="wav") as container:
+        stream = container.add_stream("pcm_f32le", rate=rate, layout=layout)
+        for start in range(0, len(samples), _BLOCK):
+            container.mux(stream.encode(sound_frame(samples[start : start + _BLOCK], rate, start)))
+        container.mux(stream.encode(None))
