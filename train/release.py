@@ -4,22 +4,27 @@
     python train/release.py tokenizer --out vidgen/assets/toybox
     python train/release.py dit       --run runs/dit --out vidgen/assets/toybox
     python train/release.py sound     --run runs/sound --out vidgen/assets/toybox
+    python train/release.py student   --run runs/student --out vidgen/assets/toybox
 
 `vae` and `sound` measure the latents' mean and deviation on fresh clips, unless the VAE was trained
-from a folder that already has them (`part: decoder`). Each call writes `model.json` anew.
+from a folder that already has them (`part: decoder`). `dit` removes the student, which was of the
+old weights. Each call writes `model.json` anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vidgen.core.config import build
 from vidgen.core.errors import ModelError
+from vidgen.core.runtime import sha256_file
 from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE, VAEConfig
@@ -29,11 +34,14 @@ from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
 from vidgen.toybox.sound import synthesize
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
+from vidgen.training.distil import adapter_of
+from vidgen.training.distil_data import TrajectoryConfig
 from vidgen.training.program import exit_code
 from vidgen.training.tokenizer import train_tokenizer
-from vidgen.weights.folder import ModelDefaults, config_of, write_model_info
+from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_model_info
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE
+from vidgen.weights.student import STUDENT, StudentConfig, write_student
 
 DEFAULTS = ModelDefaults(
     num_steps=25, shift=3.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
@@ -103,12 +111,33 @@ def release_tokenizer(out: Path) -> None:
 
 
 def release_dit(run: Path, out: Path) -> None:
-    """The transformer and the text encoder of a run."""
+    """The transformer and the text encoder of a run; a student of older ones goes."""
+    shutil.rmtree(out / STUDENT, ignore_errors=True)
     settings = _run_settings(run)
     dit = DIT_PRESETS[settings["preset"]]
     save_module(load_averages(run, "transformer"), dit, out / "transformer", torch.bfloat16)
     text = TEXT_PRESETS[settings["text_preset"]].to_transformers()
     save_module(load_averages(run, "text_encoder"), text, out / "text_encoder", torch.bfloat16)
+
+
+def release_student(run: Path, out: Path) -> None:
+    """The few-step delta of a run, in bf16.
+
+    Raises:
+        ModelError: the model it was taught on is another one than `out`'s.
+    """
+    settings = _run_settings(run)
+    weights = Path("transformer", "model.safetensors")
+    taught, given = (sha256_file(folder / weights)
+                     for folder in (open_model(settings["teacher"]).path, out))
+    if taught != given:
+        raise ModelError(f"{run} taught a student of {settings['teacher']}, whose transformer is "
+                         f"not that of {out}; name the model it was taught on")
+    trajectories = build(TrajectoryConfig, settings["trajectories"], str(run))
+    factors = {name: value.bfloat16() for name, value in load_averages(run, "student").items()}
+    sigmas = tuple(trajectories.sigmas.tolist())
+    student = StudentConfig(sigmas, trajectories.guidance_scale)
+    write_student(adapter_of(factors), student, out)
 
 
 def _run_settings(run: Path) -> dict[str, Any]:
@@ -124,7 +153,7 @@ def _rounded(values: torch.Tensor) -> list[float]:
 def main() -> int:
     """Release one part, then describe the folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("vae", "tokenizer", "dit", "sound"))
+    parser.add_argument("part", choices=("vae", "tokenizer", "dit", "sound", "student"))
     parser.add_argument("--run", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, required=True, help="model folder")
     options = parser.parse_args()
@@ -138,6 +167,8 @@ def main() -> int:
             release_dit(options.run, options.out)
         elif options.part == "sound":
             release_sound(options.run, options.out)
+        elif options.part == "student":
+            release_student(options.run, options.out)
         else:
             release_tokenizer(options.out)
         if all((options.out / part).exists() for part in PARTS):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion.samplers import SAMPLERS
+from vidgen.pipeline.few_steps import SAMPLING
 
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
@@ -51,6 +52,8 @@ def _own_options(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]
     }
     if plan["sampler"] not in SAMPLERS:  # one of diffusers', which a command line can't give
         own |= {"sampler": None, "shift": None}
+    if plan.get("student") is not None:  # which is taken by its steps, when these are silent
+        own |= dict.fromkeys(SAMPLING)
     return {name: value for name, value in own.items() if value not in (None, [])}
 
 

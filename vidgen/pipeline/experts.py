@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,11 @@ class Loras:
         """Embeddings that prompts have for tokens; their adapters' weights don't count."""
         each = (adapter.tokens for own in self.adapters.values() for adapter, _ in own)
         return {token: row for tokens in each for token, row in tokens.items()}
+
+    def beside(self, student: Adapter) -> Loras:
+        """These and the delta of the model's own student, which add up."""
+        own = self.adapters.get("transformer", ())
+        return replace(self, adapters={**self.adapters, "transformer": [(student, 1.0), *own]})
 
 
 NO_LORAS = Loras({})

@@ -23,6 +23,7 @@ from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread
 from vidgen.pipeline.experts import Experts, Loras, experts
 from vidgen.pipeline.stretches import rooms_for
+from vidgen.weights.student import read_student
 
 if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise, StepCache
@@ -68,6 +69,9 @@ def denoisers(
 
     With `ranks` each call is made on all of them together, and gives all of them the same.
     """
+    if plan.student is not None:
+        dit = parts.folder.components["transformer"].config
+        loras = loras.beside(read_student(parts.folder.path, dit))
     with experts(parts, parts.folder.defaults.boundary, loras, level) as given:
         yield [
             _denoiser(parts, plan, state, context, given, ranks,

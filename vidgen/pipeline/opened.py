@@ -21,6 +21,7 @@ from vidgen.models.image import prepare_image
 from vidgen.models.text import NOTHING, PromptTokenizer
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.crew import Crew, devices_of
+from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.networks import decode_latents, encode_pixels
 from vidgen.pipeline.parts import DTYPES, Parts
@@ -110,6 +111,7 @@ class OpenedModel:
             picture_size=inputs.picture_size, video_seconds=inputs.video_seconds,
         )
         plan = replace(plan, cache=settle_cache(request, self.folder))
+        plan = with_student(plan, request, self.folder)
         for name, text in (("prompt", plan.prompt), ("negative", plan.negative)):
             self._check_words(name, text)
         return plan

@@ -28,6 +28,7 @@ from vidgen.diffusion.samplers import SAMPLERS
 if TYPE_CHECKING:
     from vidgen.pipeline.step_caches import CacheChoice
     from vidgen.weights.folder import ModelDefaults
+    from vidgen.weights.student import StudentConfig
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Plan:
         cache: what spares steps, or None.
         tiles: that the VAE takes a picture in; None: the whole.
         num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
+        student: what denoises instead of the model itself, or None.
     """
 
     prompt: str
@@ -63,6 +65,7 @@ class Plan:
     latents: LatentShape
     cache: CacheChoice | None = None
     tiles: Tiles | None = None
+    student: StudentConfig | None = None
 
 
 def make_plan(

@@ -19,6 +19,7 @@ from vidgen.core.runtime import available_memory, best_dtype
 from vidgen.core.shapes import Tiles, VideoShape
 from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.estimate import Estimate, Rates, Setup, estimate, size_text
+from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import Offload
 from vidgen.pipeline.plan import Plan, make_plan
@@ -90,10 +91,11 @@ def settle(folder: ModelFolder, request: Request) -> Plan:
     vae, dit = folder.components["vae"].config, folder.components["transformer"].config
     check_tasks(request, folder.name, folder.tasks, both=dit.image_positions is not None)
     inputs = Inputs() if request.first_frame_model else read_inputs(request)
-    return make_plan(
+    plan = make_plan(
         request, folder.defaults, vae.strides, vae.latent_channels, patch=dit.patch_size,
         picture_size=inputs.picture_size, video_seconds=inputs.video_seconds,
     )
+    return with_student(plan, request, folder)
 
 
 def choose(

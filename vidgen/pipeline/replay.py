@@ -180,16 +180,20 @@ def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan of our own families as options."""
+    """The plan of our own families as options; a student's sampling is settled by its steps."""
     guidance, kept = plan["guidance"], plan["kept_frames"]
     options = {
         "size": (plan["width"], plan["height"]), "fps": plan["fps"], "steps": plan["num_steps"],
-        "shift": plan["shift"], "guidance": guidance["scale"],
-        "guidance_interval": tuple(guidance["interval"]), "guidance_rescale": guidance["rescale"],
-        "guidance_low": guidance["low_scale"], "tiles": recorded_tiles(plan),
+        "tiles": recorded_tiles(plan),
     }
-    if plan["sampler"] in SAMPLERS:
-        options["sampler"] = plan["sampler"]
+    if plan.get("student") is None:
+        options |= {
+            "shift": plan["shift"], "guidance": guidance["scale"],
+            "guidance_interval": tuple(guidance["interval"]),
+            "guidance_rescale": guidance["rescale"], "guidance_low": guidance["low_scale"],
+        }
+        if plan["sampler"] in SAMPLERS:
+            options["sampler"] = plan["sampler"]
     if kept == plan["num_frames"]:
         return options | {"frames": kept}
     return options | {"frames": None, "seconds": float(kept / Fraction(plan["fps"]))}  # trimmed

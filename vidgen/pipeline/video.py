@@ -278,6 +278,8 @@ class Engine(OpenedModel):
         """The noise levels of a plan, those of diffusers' scheduler of the same name."""
         if scheduler is not None:
             return scheduler_sigmas(scheduler, plan.num_steps, strength=plan.strength)
+        if plan.student is not None:
+            return torch.tensor(plan.student.sigmas)
         lowest = 1e-3
         if plan.sampler == "euler":
             lowest = plan.shift * lowest / (1 + (plan.shift - 1) * lowest)

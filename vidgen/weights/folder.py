@@ -26,6 +26,7 @@ from vidgen.weights.hashes import hash_files
 if TYPE_CHECKING:
     from vidgen.weights.component import Component, Role
     from vidgen.weights.keymap import Spelling
+    from vidgen.weights.student import StudentConfig
 
 __all__ = [
     "FORMAT_VERSION", "ForeignFolder", "ModelDefaults", "ModelFolder", "config_of",
@@ -84,6 +85,7 @@ class ModelFolder(Files):
         image_processor: the folder of the image encoder's processor, where there is one.
         variant: which of the family it is, as `family.VARIANTS` names them.
         given: what else the model may be called by: what `open_model` was given.
+        student: how the delta beside the weights makes clips in few steps, where there is one.
     """
 
     name: str
@@ -98,6 +100,7 @@ class ModelFolder(Files):
     image_processor: Path | None = None
     variant: str | None = None
     given: str | None = None
+    student: StudentConfig | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to another process, a folder is opened there anew: its files stay where they are."""

@@ -1,0 +1,316 @@
+"""The few-step student at tiny size: its teacher's trajectories, its training, its clips."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.lora_models import make_adapter
+from tests.models import DEFAULTS, TASKS
+from vidgen.cli.main import main
+from vidgen.core.config import build, dump
+from vidgen.core.errors import InputError, ModelError
+from vidgen.core.request import Request
+from vidgen.diffusion.samplers import sample_euler
+from vidgen.media.read import read_recipe
+from vidgen.models.lora import attached
+from vidgen.models.text import encode_tokens
+from vidgen.pipeline import journal
+from vidgen.pipeline.continuation import own_options
+from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.video import Engine, load
+from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
+from vidgen.training.distil import DistilRun, DistilTask, adapter_of, open_shards
+from vidgen.training.distil_data import HELD_OUT, Teacher, draw_steps, take_steps, velocity
+from vidgen.training.loop import train
+from vidgen.training.toybox_data import ToyboxCache, load_vae
+from vidgen.weights.folder import open_model, write_model_info
+from vidgen.weights.lora import write_lora
+from vidgen.weights.student import STUDENT, WEIGHTS, StudentConfig, read_student
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "a red car bounces across the desert"
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run's YAML, its clips and trajectories made."""
+    folder = tmp_path_factory.mktemp("distil")
+    settings = {
+        "teacher": str(tiny_model),
+        "caches": [{"folder": str(folder / "latents"), "vae": str(tiny_model / "vae"), "shards": 1,
+                    "shard_size": 6, "height": 32, "width": 32}],
+        "trajectories": {"folder": str(folder / "trajectories"), "shards": 2, "shard_size": 4,
+                         "held_out": 2, "num_frames": 9, "teacher_steps": 4, "num_steps": 2,
+                         "guidance_scale": 3.0},
+        "delta": {"rank": 4, "targets": ["self_attn", "cross_attn", "ffn", "head.proj"]},
+        "run": {
+            "folder": str(folder / "run"), "device": "cpu", "dtype": "fp32", "log_every": 1,
+            "validate_every": 100, "checkpoint_minutes": 9, "ema_decay": 0.5,
+            "optim": {"lr": 1e-2, "warmup_steps": 1, "weight_decay": 0.0},
+            "phases": [{"steps": 24, "num_frames": 9, "batch_size": 4}],
+        },
+    }  # fmt: skip
+    config = build(DistilRun, settings, "run")
+    cache = ToyboxCache(config.caches[0])
+    cache.make(0, load_vae(config.caches[0].vae, torch.device("cpu")), torch.device("cpu"))
+    shards = open_shards(config)
+    assert shards.missing() == [0, 1, 2]
+    with pytest.raises(InputError, match=r"train/trajectories\.py"):
+        shards.load(1)
+    teacher = Teacher(shards.folder, shards.device)
+    for index in shards.missing():
+        shards.make(index, teacher)
+    assert shards.missing() == []
+    return settings
+
+
+@pytest.fixture(scope="module")
+def run(settings: dict[str, Any]) -> DistilRun:
+    """A run that has come to its end."""
+    config = build(DistilRun, settings, "run")
+    assert train(DistilTask(config), config.run, record=dump(config)).finished
+    return config
+
+
+@pytest.fixture(scope="module")
+def release() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_release", ROOT / "train/release.py")
+    program = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    return program
+
+
+@pytest.fixture(scope="module")
+def model(
+    run: DistilRun, release: ModuleType, tiny_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The teacher's folder with the student in it, and its own defaults again."""
+    folder = tmp_path_factory.mktemp("released") / "tiny"
+    shutil.copytree(tiny_model, folder)
+    arguments = ["release.py", "student", "--run", run.run.folder, "--out", str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        assert release.main() == 0
+    write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0", tasks=TASKS,
+                     defaults=DEFAULTS, world_version=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Engine:
+    return load(str(model), device="cpu", dtype="fp32")
+
+
+def with_run(settings: dict[str, Any], folder: Path, **changes: Any) -> DistilRun:
+    return build(DistilRun, {**settings, "run": {**settings["run"], "folder": str(folder),
+                                                 **changes}}, "run")
+
+
+def test_the_teacher_makes_what_the_pipeline_makes(settings: dict[str, Any]) -> None:
+    config = build(DistilRun, settings, "run")
+    engine = load(config.teacher, device="cpu", dtype="fp32")
+    given, teacher = open_shards(config).load(HELD_OUT), Teacher(engine.folder, engine.device)
+    request = Request(prompt=PROMPT, steps=4, shift=5.0, guidance=3.0, seed=0)
+    contexts = [(encode_tokens(teacher.text, ids, mask), mask.sum(1))
+                for ids, mask in ((given.ids, given.mask), teacher.negative)]
+    contexts[1] = tuple(part.expand(len(given.ids), *part.shape[1:]) for part in contexts[1])
+    made = engine.sample(engine.plan(request, Inputs()), given.state, contexts)
+    torch.testing.assert_close(made, given.points[:, -1], atol=4e-3, rtol=2e-3)  # kept as float16
+    assert given.points.shape[1] == 3
+    assert torch.equal(given.points[:, 0], given.state.latents)
+
+
+def test_conditions_come_as_the_transformers_own_training_draws_them(
+    settings: dict[str, Any],
+) -> None:
+    shards = open_shards(build(DistilRun, settings, "run"))
+    each = [shards.load(index) for index in (1, 2)]
+    assert any(not one.state.denoise_mask.all() for one in each)
+    for one in each:
+        known = (~one.state.denoise_mask).expand_as(one.state.clean)
+        assert torch.equal(one.points[:, -1][known], one.state.clean[known])
+    rows = torch.tensor([2, 0])
+    batch = take_steps(each[0], torch.tensor([1.0, 0.5, 0.0]), rows, torch.tensor([0, 1]))
+    assert torch.equal(batch.state.denoise_mask, each[0].state.denoise_mask[rows])
+    assert torch.equal(batch.ids, each[0].ids[rows])
+
+
+def test_a_step_of_the_target_lands_on_the_teachers_next_point(settings: dict[str, Any]) -> None:
+    config = build(DistilRun, settings, "run")
+    given, sigmas = open_shards(config).load(1), config.trajectories.sigmas
+    assert sigmas.tolist() == config.trajectories.teacher_sigmas.tolist()[::2]
+    for at in (0, 1):
+        batch = take_steps(given, sigmas, torch.arange(4), torch.full((4,), at))
+        landed = batch.state.latents + (sigmas[at + 1] - sigmas[at]) * batch.target
+        torch.testing.assert_close(landed, given.points[:, at + 1])
+    drawn = draw_steps(given, sigmas, 4, 0, 1, 2)
+    assert sorted(drawn.sigma.tolist()) == sorted([*sigmas[:2].tolist()] * 2)
+    assert torch.equal(drawn.target, draw_steps(given, sigmas, 4, 0, 1, 2).target)
+    assert not torch.equal(drawn.target, draw_steps(given, sigmas, 4, 0, 2, 2).target)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
+    short = [{**settings["run"]["phases"][0], "steps": 2}]
+    straight = with_run(settings, tmp_path / "straight", phases=short, checkpoint_minutes=9)
+    assert train(DistilTask(straight), straight.run).finished
+    cut = with_run(settings, tmp_path / "cut", phases=short, checkpoint_minutes=0)
+    train(DistilTask(cut), replace(cut.run, minutes=0))
+    assert latest_checkpoint(tmp_path / "cut").name == "step-00000001"
+    train(DistilTask(cut), cut.run, resume=True)
+    one, two = (load_file(latest_checkpoint(tmp_path / name) / "state.safetensors")
+                for name in ("straight", "cut"))
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert {name.split(".")[1] for name in one if name.startswith("model/")} == {"down", "up"}
+
+
+def test_it_learns_to_step_and_to_end_where_the_teacher_does(run: DistilRun) -> None:
+    fresh = DistilTask(run).validate(0, Path())
+    taught = read_meta(latest_checkpoint(Path(run.run.folder)))["metrics"]
+    assert taught["velocity_mean"] < 0.9 * fresh["velocity_mean"]
+    assert taught["end"] < 0.9 * fresh["end"]
+    assert fresh.keys() == {"velocity_1.00", "velocity_0.83", "velocity_mean", "end"}
+
+
+def test_the_released_delta_is_what_was_learned(run: DistilRun, model: Path) -> None:
+    folder = open_model(str(model))
+    sigmas = run.trajectories.sigmas
+    assert folder.student == StudentConfig(tuple(sigmas.tolist()), 3.0)
+    assert torch.equal(torch.tensor(folder.student.sigmas), sigmas)
+    assert f"{STUDENT}/{WEIGHTS}" in folder.files
+    adapter = read_student(model, folder.components["transformer"].config)
+    learned = adapter_of(load_averages(Path(run.run.folder), "student"))
+    assert adapter.low_rank.keys() == learned.low_rank.keys()
+    for path, part in adapter.low_rank.items():
+        assert torch.equal(part.down, learned.low_rank[path].down.bfloat16())
+        assert torch.equal(part.up, learned.low_rank[path].up.bfloat16())
+        assert part.scale == 1
+    numbers = sum(part.down.numel() + part.up.numel() for part in adapter.low_rank.values())
+    assert (model / STUDENT / WEIGHTS).stat().st_size < 2 * numbers + 400 * len(adapter.low_rank)
+
+
+def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model: Path) -> None:
+    clip = engine.generate(PROMPT, seed=3, steps=2)
+    student = engine.folder.student
+    plan = clip.info.recipe["plan"]
+    assert plan["student"] == {"sigmas": student.sigmas, "guidance_scale": 3.0}
+    assert (plan["sampler"], plan["guidance"]["scale"]) == ("euler", 1.0)
+    plain = engine.generate(PROMPT, seed=3, steps=2, sampler="unipc")
+    assert plain.info.recipe["plan"]["student"] is None
+    assert not torch.equal(plain.latents, clip.latents)
+    adapter = read_student(model, engine.dit_config)
+    made = engine.plan(Request(prompt=PROMPT, seed=3, steps=2), Inputs())
+    (context, lengths), = engine.encode_prompt(made)
+    state = engine.prepare(made, Request(prompt=PROMPT, seed=3), Inputs())
+    with engine.parts.use("transformer") as dit, attached(dit, [(adapter, 1.0)]), torch.no_grad():
+        by_hand = sample_euler(
+            lambda noisy, sigma: velocity(dit, state, noisy, sigma, context, lengths),
+            state.latents, torch.tensor(student.sigmas),
+        )
+    assert torch.equal(by_hand, clip.latents)
+
+
+@pytest.mark.parametrize("asked", [
+    {"steps": 3}, {"steps": None}, {"sampler": "euler"}, {"shift": 5.0}, {"guidance": 3.0},
+    {"guidance_interval": (0.2, 1.0)}, {"guidance_rescale": 0.5}, {"negative": "a cat"},
+    {"cache": "forecast"}, {"video": "clip.mp4", "strength": 0.5},
+], ids=lambda asked: next(iter(asked)))  # fmt: skip
+def test_what_a_student_does_not_know_is_left_to_the_model(
+    engine: Engine, asked: dict[str, Any]
+) -> None:
+    plan = engine.plan(Request(prompt=PROMPT, seed=1, **({"steps": 2} | asked)), Inputs())
+    assert plan.student is None
+    assert plan.sampler == asked.get("sampler", engine.folder.defaults.sampler)
+    assert not plan.guidance.is_off
+
+
+def test_a_first_frame_stands_and_adapters_add_up(engine: Engine, tmp_path: Path) -> None:
+    picture = torch.randint(0, 255, (32, 32, 3), dtype=torch.uint8).numpy()
+    clip = engine.generate(PROMPT, seed=3, steps=2, image=picture)
+    assert clip.info.recipe["plan"]["student"] is not None
+    shown = engine.encode_video(
+        torch.from_numpy(picture).permute(2, 0, 1)[None, :, None] / 127.5 - 1)
+    torch.testing.assert_close(clip.latents[:, :, :1], shown)
+    with engine.parts.use("transformer") as dit:
+        write_lora(make_adapter(dit), tmp_path / "own.safetensors", "vidgen")
+    plain = engine.generate(PROMPT, seed=3, steps=2)
+    both = engine.generate(PROMPT, seed=3, steps=2, lora=[str(tmp_path / "own.safetensors")])
+    none = engine.generate(PROMPT, seed=3, steps=2, lora=[f"{tmp_path / 'own.safetensors'}:0"])
+    assert not torch.equal(both.latents, plain.latents)
+    assert torch.equal(none.latents, plain.latents)
+    assert both.info.recipe["plan"]["student"] is not None
+    assert len(both.info.recipe["loras"]) == 1
+
+
+def test_a_replay_and_a_resumed_clip_are_the_same(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    path = tmp_path / "clip.mkv"
+
+    class Stopped(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        if progress.stage == "sample" and progress.done == 1:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        engine.generate(PROMPT, seed=3, steps=2, journal=Journal(path), on_event=stop)
+    clip = engine.generate(PROMPT, seed=3, steps=2, journal=Journal(path, resume=True))
+    assert torch.equal(clip.latents, engine.generate(PROMPT, seed=3, steps=2).latents)
+    clip.save(path)
+    recipe = read_recipe(path)
+    assert recipe["plan"]["student"]["guidance_scale"] == 3
+    assert own_options(recipe).keys().isdisjoint({"sampler", "shift", "guidance"})
+    code = main(["replay", str(path), "-o", str(tmp_path / "again.mkv"), "--json"])
+    assert code == 0
+    assert json.loads(capsys.readouterr().out)["identical"]
+    assert main(["inspect", str(path)]) == 0
+    assert "student" in capsys.readouterr().out
+
+
+def test_a_student_of_other_weights_is_not_released(
+    run: DistilRun, release: ModuleType, model: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    file = other / "transformer" / "model.safetensors"
+    release.save_module(
+        {name: value + 1 for name, value in load_file(file).items()},
+        json.loads((file.parent / "config.json").read_text()), file.parent, torch.float32,
+    )
+    with pytest.raises(ModelError, match="name the model it was taught on"):
+        release.release_student(Path(run.run.folder), other)
+
+
+def test_bad_settings_and_files_are_refused(
+    settings: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="teacher_steps is 5, no multiple"):
+        build(DistilRun, {**settings, "trajectories": {**settings["trajectories"],
+                                                       "teacher_steps": 5}}, "run")
+    with pytest.raises(InputError, match="clips of 17 frames, the trajectories 9"):
+        with_run(settings, tmp_path, phases=[{"steps": 1, "num_frames": 17, "batch_size": 1}])
+    with pytest.raises(InputError, match="were made otherwise"):
+        open_shards(build(DistilRun, {**settings, "trajectories": {
+            **settings["trajectories"], "guidance_scale": 2.0}}, "run"))
+    shutil.copytree(model, tmp_path / "model")
+    config = tmp_path / "model" / STUDENT / "config.json"
+    config.write_text(json.dumps({"sigmas": [1.0, 0.5, 0.6, 0.0], "guidance_scale": 3.0}))
+    with pytest.raises(ModelError, match="must fall from 1 to 0"):
+        open_model(str(tmp_path / "model"))

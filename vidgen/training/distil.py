@@ -1,0 +1,239 @@
+"""Few steps instead of many: a low-rank delta whose steps land where a guided teacher's several do.
+
+Progressive distillation (Salimans & Ho 2022) of the probability-flow ODE in one round, with
+guidance folded in (Meng et al. 2023): the student learns, on a fixed grid of noise levels, the mean
+velocity from each of the teacher's points to the next, so its Euler steps follow the trajectory.
+
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import choose_device
+from vidgen.diffusion.samplers import sample_euler
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.lora import Adapter, LowRank, attached
+from vidgen.models.text import UMT5Encoder, encode_tokens
+from vidgen.training.config import Phase, RunConfig
+from vidgen.training.distil_data import (
+    HELD_OUT,
+    StepBatch,
+    Trajectories,
+    TrajectoryConfig,
+    TrajectoryShards,
+    draw_steps,
+    shard_for,
+    take_steps,
+    velocity,
+)
+from vidgen.training.finetune_lora import target_paths
+from vidgen.training.finetune_model import open_trainable
+from vidgen.training.optim import build_optimizers
+from vidgen.training.toybox_data import CacheConfig
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """Which layers the student changes, and by how much at most.
+
+    Args:
+        rank: of each layer's change.
+        targets: parts of layers' names, such as "self_attn.q" or "ffn".
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"delta.rank is {self.rank}; it must be at least 1")
+        if not self.targets:
+            raise InputError("delta.targets is empty; name parts of layers' names")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilRun:
+    """The whole YAML file: who teaches, what of, and how the student learns.
+
+    Args:
+        teacher: the model, whose weights the student shares; a name or a folder.
+        caches: clips that lend captions and conditions; see `train/cache.py`.
+        trajectories: the teacher's, made by `train/trajectories.py`.
+        delta: of the student. Rank 28 of all layers of the embedded model is 2.7 MB in bf16.
+        run: its phases have the trajectories' frames, and `batch_size` steps of one shard each.
+
+    Raises:
+        InputError: a phase of other clips than the trajectories'.
+    """
+
+    run: RunConfig
+    teacher: str
+    caches: tuple[CacheConfig, ...]
+    trajectories: TrajectoryConfig
+    delta: DeltaConfig
+
+    def __post_init__(self) -> None:
+        for phase in self.run.phases:
+            if phase.num_frames != self.trajectories.num_frames:
+                raise InputError(
+                    f"a phase has clips of {phase.num_frames} frames, the trajectories "
+                    f"{self.trajectories.num_frames}; give both the same"
+                )
+
+
+def open_shards(config: DistilRun) -> TrajectoryShards:
+    """The trajectories of a run.
+
+    Raises:
+        InputError: the teacher has two transformers, or the folder holds others.
+    """
+    folder = open_trainable(config.teacher)
+    if "transformer_2" in folder.components:
+        raise InputError(f"{folder.name} has two transformers; the student is a delta of one")
+    device = choose_device(config.run.device)
+    return TrajectoryShards(config.trajectories, config.caches, folder, device)
+
+
+class Delta(nn.Module):
+    """The student's change of some layers, of low rank and nothing at first (Hu et al. 2021).
+
+    Args:
+        dit: whose layers they are.
+        config: which layers, and the rank. First factors come from torch's global generator.
+
+    Raises:
+        InputError: a part of a name that no linear layer has; names the nearest.
+    """
+
+    def __init__(self, dit: SpacetimeDiT, config: DeltaConfig) -> None:
+        super().__init__()
+        self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
+        for path in target_paths(dit, config.targets):
+            weight = dit.get_submodule(path).weight
+            assert isinstance(weight, Tensor)
+            bound = 1 / math.sqrt(weight.shape[1])
+            first = torch.empty(config.rank, weight.shape[1]).uniform_(-bound, bound)
+            self.down[_key(path)] = nn.Parameter(first.to(weight.device))
+            self.up[_key(path)] = nn.Parameter(weight.new_zeros(weight.shape[0], config.rank))
+
+    def adapter(self) -> Adapter:
+        """What `attached` takes; gradients reach the factors."""
+        return adapter_of(dict(self.named_parameters()))
+
+
+def adapter_of(factors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter of a `Delta`'s parameters by name."""
+    keys = [name.removeprefix("down.") for name in factors if name.startswith("down.")]
+    return Adapter("student", {
+        key.replace("/", "."): LowRank(factors[f"down.{key}"], factors[f"up.{key}"])
+        for key in keys
+    })
+
+
+def _key(path: str) -> str:
+    """A layer's path as a parameter's name, which can't hold dots."""
+    return path.replace(".", "/")
+
+
+class DistilTask:
+    """The student's steps on the teacher's trajectories."""
+
+    def __init__(self, config: DistilRun) -> None:
+        self.config = config
+        self.shards = open_shards(config)
+        self.device = self.shards.device
+        torch.manual_seed(config.run.seed)
+        components = self.shards.folder.components
+        dit = components["transformer"].load(torch.float32, self.device)
+        text = components["text_encoder"].load(torch.float32, self.device)
+        assert isinstance(dit, SpacetimeDiT)
+        assert isinstance(text, UMT5Encoder)
+        self.dit, self.text, self.delta = dit, text, Delta(dit, config.delta)
+        self.modules: dict[str, nn.Module] = {"student": self.delta}
+        self.sigmas = config.trajectories.sigmas
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW over the delta's factors."""
+        return build_optimizers(self.modules, self.config.run.optim)
+
+    def start_phase(self, index: int, phase: Phase) -> bool:
+        """Nothing is changed by hand."""
+        del index, phase
+        return False
+
+    def batch(self, phase: Phase, step: int, micro: int) -> StepBatch:
+        """Steps at all levels of the student, of the trajectories of one shard."""
+        seed = self.config.run.seed
+        index = shard_for(
+            self.config.trajectories.shards, step * phase.accumulate + micro, seed
+        )
+        return draw_steps(
+            self.shards.load(index), self.sigmas, phase.batch_size, seed, step, micro
+        )
+
+    def loss(self, batch: StepBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the mean velocity, where it is to be generated."""
+        del step
+        error = self._errors(batch)
+        return error.mean(), {"velocity": error.detach().mean()}
+
+    def _errors(self, batch: StepBatch) -> Tensor:
+        """Mean squared error of each clip, [B]."""
+        with torch.no_grad():  # the text encoder stays as it is
+            context = encode_tokens(self.text, batch.ids, batch.mask)
+        with attached(self.dit, [(self.delta.adapter(), 1.0)]):
+            made = velocity(
+                self.dit, batch.state, batch.state.latents, batch.sigma, context, batch.mask.sum(1)
+            )
+        weight = batch.state.denoise_mask.expand_as(made).float()
+        squared = (made.float() - batch.target).square() * weight
+        return squared.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """On trajectories of clips kept aside: each step's error, and where all of them end.
+
+        `velocity_mean` is that of single steps from the teacher's points; `end` the squared error
+        of clean latents after the student's own steps from noise, which is what is watched.
+        """
+        del step, folder
+        bf16 = self.config.run.dtype == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            scores = self._step_errors()
+            scores["end"] = self._end_error()
+        return scores
+
+    def _step_errors(self) -> dict[str, float]:
+        given, count = self.held_out, len(self.sigmas) - 1
+        rows = torch.arange(len(given.points))
+        scores = {}
+        for at in range(count):
+            batch = take_steps(given, self.sigmas, rows, torch.full_like(rows, at))
+            scores[f"velocity_{float(self.sigmas[at]):.2f}"] = float(self._errors(batch).mean())
+        return scores | {"velocity_mean": sum(scores.values()) / count}
+
+    def _end_error(self) -> float:
+        given = self.held_out
+        context = encode_tokens(self.text, given.ids, given.mask)
+
+        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+            return velocity(self.dit, given.state, latents, sigma, context, given.mask.sum(1))
+
+        with attached(self.dit, [(self.delta.adapter(), 1.0)]):
+            made = sample_euler(denoise, given.state.latents, self.sigmas)
+        return float((made - given.points[:, -1]).square().mean())
+
+    @cached_property
+    def held_out(self) -> Trajectories:
+        """The trajectories that validation follows."""
+        return self.shards.load(HELD_OUT)

@@ -1,0 +1,332 @@
+"""What a few-step student learns from: the teacher's guided trajectories, made once and kept.
+
+A trajectory is a deterministic function of prompt, conditions and noise, so the teacher, which
+takes most of the time, runs once for each; the student can see its points as often as it likes.
+
+Axes: B clips, P points, C latent channels, F latent frames, K stills, h w latent rows and columns,
+S text tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import Denoise, KeyTokens, StepInfo
+from vidgen.core.runtime import sha256_file
+from vidgen.diffusion.condition import LatentState, denoise_inputs
+from vidgen.diffusion.flow import to_timestep
+from vidgen.diffusion.guidance import Guidance, guided
+from vidgen.diffusion.samplers import sample_unipc
+from vidgen.diffusion.schedule import make_sigmas
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.text import PromptTokenizer, UMT5Encoder, encode_tokens
+from vidgen.training.config import Phase, RunConfig
+from vidgen.training.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.draws import seed_of
+from vidgen.training.latents import LatentShards
+from vidgen.training.toybox_data import CacheConfig
+from vidgen.weights.folder import ModelFolder
+from vidgen.weights.load import read_tensors
+
+HELD_OUT = 0
+"""The shard of clips kept aside, under text alone; those to learn from follow."""
+SIGMA_MIN = 1e-3  # what the pipeline's UniPC aims at
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryConfig:
+    """The teacher's way from noise to clips, and which of its points the student learns.
+
+    Args:
+        folder: where the shards lie.
+        shards: of `shard_size` trajectories to learn from, each of one geometry.
+        shard_size: trajectories a shard.
+        held_out: trajectories that validation follows, of clips that none is learned from.
+        num_frames: pixel frames of each clip.
+        teacher_steps: UniPC steps of the teacher, each of two passes.
+        num_steps: of the student; each lands where so many of the teacher's do together.
+        shift: of the teacher's noise levels, and so of the student's.
+        guidance_scale: that the student has folded in (Meng et al. 2023, sec. 3.1).
+        seed: of what is drawn.
+
+    Raises:
+        InputError: steps of the student that don't divide the teacher's.
+    """
+
+    folder: str
+    shards: int
+    shard_size: int = 8
+    held_out: int = 16
+    num_frames: int = 33
+    teacher_steps: int = 8
+    num_steps: int = 4
+    shift: float = 5.0
+    guidance_scale: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("shards", "shard_size", "held_out", "num_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"trajectories.{name} is {getattr(self, name)}; "
+                                 "it must be at least 1")
+        if self.teacher_steps % self.num_steps:
+            raise InputError(
+                f"trajectories.teacher_steps is {self.teacher_steps}, no multiple of num_steps "
+                f"{self.num_steps}; a student's step must end where one of the teacher's does"
+            )
+
+    @property
+    def teacher_sigmas(self) -> Tensor:
+        """The teacher's noise levels, [teacher_steps + 1]."""
+        return make_sigmas(self.teacher_steps, self.shift, sigma_min=SIGMA_MIN)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The student's noise levels, [num_steps + 1]: each of them one of the teacher's."""
+        return self.teacher_sigmas[:: self.teacher_steps // self.num_steps]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Points of guided trajectories, on one device.
+
+    Attributes:
+        state: the conditions of each clip; its `latents` are the starting noise.
+        points: [B, P, C, F, h, w] at the student's levels, the first pure noise, the last clean.
+        ids: of the captions' tokens, [B, S].
+        mask: [B, S], 1 where there is a token.
+    """
+
+    state: LatentState
+    points: Tensor
+    ids: Tensor
+    mask: Tensor
+
+
+class Teacher:
+    """A released model under guidance, many clips at a time.
+
+    Args:
+        folder: the model.
+        device: where it computes, in float32.
+    """
+
+    def __init__(self, folder: ModelFolder, device: torch.device) -> None:
+        dit, text = (
+            folder.components[role].load(torch.float32, device)
+            for role in ("transformer", "text_encoder")
+        )
+        assert isinstance(dit, SpacetimeDiT)
+        assert isinstance(text, UMT5Encoder)
+        self.dit, self.text, self.device = dit, text, device
+        self.negative = PromptTokenizer(folder.tokenizer).encode([folder.defaults.negative_prompt])
+
+    @torch.no_grad()
+    def follow(self, batch: Batch, config: TrajectoryConfig) -> Tensor:
+        """The points [B, P, C, F, h, w] of a batch's trajectories at the student's levels.
+
+        Points between the ends are those that UniPC's corrector gives, which is nearer to the
+        exact trajectory than its prediction.
+        """
+        state = replace(batch.state, latents=batch.noise)
+        every = config.teacher_steps // config.num_steps
+        points: list[Tensor] = []
+
+        def keep(info: StepInfo) -> None:
+            if (info.step - 1) % every == 0:
+                points.append(state.project(info.state.history[0]))
+
+        ids, mask = (part.to(self.device) for part in self.negative)
+        rows = (len(batch.noise), -1)
+        denoise = guided(
+            self._denoise(state, batch.ids, batch.mask),
+            self._denoise(state, ids.expand(rows), mask.expand(rows)),
+            Guidance(config.guidance_scale),
+        )
+        clean = sample_unipc(
+            denoise, state.begin(), config.teacher_sigmas, on_step=keep, project=state.project
+        )
+        return torch.stack([*points, clean], dim=1)
+
+    def _denoise(self, state: LatentState, ids: Tensor, mask: Tensor) -> Denoise:
+        context = encode_tokens(self.text, ids, mask)
+
+        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+            return velocity(self.dit, state, latents, sigma, context, mask.sum(1), whole=True)
+
+        return denoise
+
+
+def velocity(
+    dit: SpacetimeDiT, state: LatentState, latents: Tensor, sigma: Tensor, context: Tensor,
+    lengths: Tensor, *, whole: bool = False,
+) -> Tensor:
+    """A transformer's velocity [B, C, F, h, w] under a state's conditions.
+
+    Args:
+        dit: the network.
+        state: the conditions.
+        latents: noisy ones, [B, C, F, h, w].
+        sigma: their noise levels, [B].
+        context: text features, [B, S, D].
+        lengths: of the texts, [B].
+        whole: see `to_timestep`.
+    """
+    patch = dit.config.patch_size
+    seen, levels = denoise_inputs(state, sigma, latents, patch=patch)
+    made: Tensor = dit(
+        seen, to_timestep(levels, whole=whole), context, context_lengths=lengths, extra=state.keys
+    )
+    return made
+
+
+class TrajectoryShards:
+    """Trajectories of a teacher on disk.
+
+    Args:
+        config: what they are.
+        caches: clips that lend them captions and conditions.
+        folder: the teacher.
+        device: where batches go.
+
+    Raises:
+        InputError: the folder holds trajectories of another kind.
+    """
+
+    def __init__(
+        self, config: TrajectoryConfig, caches: tuple[CacheConfig, ...], folder: ModelFolder,
+        device: torch.device,
+    ) -> None:
+        self.config, self.caches, self.folder, self.device = config, caches, folder, device
+        kept = {name: value for name, value in asdict(config).items()
+                if name not in ("folder", "shards")}
+        weights = [folder.path / role / "model.safetensors"
+                   for role in ("transformer", "text_encoder")]
+        self.shards = LatentShards(config.folder, kept | {
+            "teacher": [sha256_file(path) for path in weights],
+            "clips": [[each.first_scene, each.num_frames, each.height, each.width]
+                      for each in caches],
+        })
+
+    def missing(self) -> list[int]:
+        """Shards still to be made, the one kept aside first."""
+        return [index for index in range(self.config.shards + 1)
+                if not self.shards.path(index).exists()]
+
+    def make(self, index: int, teacher: Teacher) -> None:
+        """Have the teacher make shard `index`."""
+        config = self.config
+        if index == HELD_OUT:
+            batch = self._draws.held_aside(config.num_frames, 1.0)
+        else:
+            batch = self._draws.batch(self._phase, index, 0)
+        state, keys = batch.state, batch.state.keys
+        tensors = {"points": teacher.follow(batch, config).half(), "clean": state.clean.half(),
+                   "denoise_mask": state.denoise_mask, "ids": batch.ids, "mask": batch.mask}
+        if keys is not None:
+            assert keys.valid is not None, "drawn conditions say which stills are there"
+            tensors |= {"keys": keys.latents.half(), "positions": keys.positions,
+                        "valid": keys.valid}
+        self.shards.write(index, {name: value.cpu() for name, value in tensors.items()})
+
+    def load(self, index: int) -> Trajectories:
+        """The trajectories of shard `index`.
+
+        Raises:
+            InputError: it wasn't made yet.
+        """
+        path = self.shards.path(index)
+        if not path.exists():
+            raise InputError(f"{path} is missing; make it first (train/trajectories.py)")
+        return unpack(read_tensors(path), self.device)
+
+    @property
+    def _phase(self) -> Phase:
+        return Phase(self.config.shards + 1, self.config.num_frames, self.config.shard_size)
+
+    @cached_property
+    def _draws(self) -> ClipDraws:
+        """Draws captions, conditions and noise as the transformer's own training does."""
+        run = RunConfig(self.config.folder, (self._phase,), seed=self.config.seed)
+        data = DiTData(
+            run=run, caches=self.caches, tokenizer=str(self.folder.tokenizer), shifts=(1.0,),
+            caption_dropout=0.0, validation_clips=self.config.held_out,
+        )
+        patch = self.folder.components["transformer"].config.patch_size
+        return ClipDraws(data, self.device, patch)
+
+
+def unpack(tensors: dict[str, Tensor], device: torch.device) -> Trajectories:
+    """A shard's tensors as trajectories."""
+    here = {name: value.to(device) for name, value in tensors.items()}
+    keys = None
+    if "keys" in here:
+        keys = KeyTokens(here["keys"].float(), here["positions"], here["valid"])
+    points = here["points"].float()
+    state = LatentState(points[:, 0], here["clean"].float(), here["denoise_mask"], keys)
+    return Trajectories(state, points, here["ids"], here["mask"])
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Single steps of the student, each from one point of a trajectory towards the next.
+
+    Attributes:
+        state: the conditions; its `latents` are the points that the steps start from.
+        sigma: [B], their noise levels.
+        target: [B, C, F, h, w], the mean velocity to the next point.
+        ids: of the captions' tokens, [B, S].
+        mask: [B, S].
+    """
+
+    state: LatentState
+    sigma: Tensor
+    target: Tensor
+    ids: Tensor
+    mask: Tensor
+
+
+def draw_steps(given: Trajectories, sigmas: Tensor, count: int, *seed: int) -> StepBatch:
+    """Steps of a batch, spread evenly over the student's levels.
+
+    Args:
+        given: trajectories, at least one.
+        sigmas: [P], the student's levels.
+        count: steps to draw.
+        seed: what the draw depends on.
+    """
+    draw = torch.Generator().manual_seed(seed_of(*seed))
+    size, num_steps = len(given.points), len(sigmas) - 1
+    first = int(torch.randint(num_steps, (), generator=draw))
+    at = (torch.arange(count) + first) % num_steps
+    rows = torch.cat([torch.randperm(size, generator=draw) for _ in range(-(-count // size))])
+    return take_steps(given, sigmas, rows[:count], at)
+
+
+def take_steps(given: Trajectories, sigmas: Tensor, rows: Tensor, at: Tensor) -> StepBatch:
+    """The steps number `at` [B] of the trajectories `rows` [B] (Salimans & Ho 2022, Alg. 2).
+
+    A student's Euler step of the target velocity lands on the teacher's next point, exactly.
+    """
+    device = given.points.device
+    levels, rows, at = sigmas.to(device), rows.to(device), at.to(device)
+    start, end = given.points[rows, at], given.points[rows, at + 1]
+    lengths = (levels[at + 1] - levels[at]).view(-1, 1, 1, 1, 1)
+    state, keys = given.state, given.state.keys
+    if keys is not None:
+        valid = None if keys.valid is None else keys.valid[rows]
+        keys = KeyTokens(keys.latents[rows], keys.positions[rows], valid)
+    chosen = LatentState(start, state.clean[rows], state.denoise_mask[rows], keys)
+    return StepBatch(chosen, levels[at], (end - start) / lengths, given.ids[rows], given.mask[rows])
+
+
+def shard_for(shards: int, step: int, seed: int) -> int:
+    """The shard that a step learns from: all of them come, then all again in another order."""
+    turn, place = divmod(step, shards)
+    order = torch.randperm(shards, generator=torch.Generator().manual_seed(seed_of(seed, turn)))
+    return 1 + int(order[place])
