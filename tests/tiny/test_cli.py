@@ -104,6 +104,21 @@ def test_inspect_takes_pictures_folders_and_files_without_recipe(cli):
     assert "no recipe" in cli("inspect", "plain.png")[1]
 
 
+def test_a_folder_of_pictures_is_inspected_and_checked_any_other_is_refused(cli):
+    cli("generate", "a cat", "--seed", 5, "-o", "shots/")
+    assert json.loads(cli("inspect", "shots", "--json")[1])["num_pictures"] == 9
+    assert "shots: " in cli("check", "shots")[1]
+    max(Path("shots").glob("*.png")).unlink()
+    code, out, _ = cli("check", "shots")
+    assert code == 1
+    assert "8 frames are there where 9 were asked for" in out
+    Path("empty").mkdir()
+    for verb in ("inspect", "check"):
+        code, _, err = cli(verb, "empty")
+        assert code == 2
+        assert "holds no PNGs" in err
+
+
 def test_models_lists_what_is_shipped(cli):
     code, out, _ = cli("models", "--json")
     assert code == 0
@@ -132,6 +147,9 @@ BAD = {
     "suffix": (["generate", "a", "-o", "x.mp5"], "unknown suffix '.mp5'; did you mean '.mp4'"),
     "still": (["generate", "a", "-o", "x.png"], "add --frames 1"),
     "folder": (["generate", "a", "-o", "none/x.mp4"], "the folder none does not exist"),
+    "file as folder": (["generate", "a", "-o", "/dev/null/x.mp4"], "/dev/null is no folder"),
+    "dash": (["generate", "a", "--negative", "-rain"], "begins with - as --negative=TEXT"),
+    "full events": (["generate", "a", "--events", "/dev/full"], "/dev/full can't be written: No sp"),
     "unwritable": (["generate", "a", "-o", "/proc/x.mp4"], "can't be written"),
     "events": (["generate", "a", "--events", "none/e"], "none/e can't be written"),
     "inspect": (["inspect", "none.mp4"], "none.mp4 does not exist"),
@@ -148,6 +166,36 @@ def test_bad_input_is_refused_with_one_line_and_no_file(cli, arguments, message)
     assert message in line
     assert "Traceback" not in err
     assert files() == []
+
+
+@pytest.mark.parametrize("verb", ["generate", "plan"])
+def test_a_known_frame_behind_the_end_is_refused_by_its_time(cli, tiny_model, verb):
+    Image.new("RGB", (32, 32)).save("x.png")
+    code, _, err = cli(verb, "a", "--model", tiny_model, "--frame", "9=x.png")
+    assert code == 2
+    assert "frame is at 9 s, behind the clip's last one at 0.667 s" in err
+    for words in (["--frame", "0=x.png", "--image", "x.png"],
+                  ["--frame", "0.5=x.png", "--frame", "0.52=x.png"]):
+        code, _, err = cli(verb, "a", "--model", tiny_model, *words)
+        assert code == 2
+        assert "two pictures are given for frame" in err
+
+
+def test_json_gives_one_object_where_a_verb_fails_too(cli):
+    code, out, err = cli("inspect", "none.mp4", "--json")
+    told = json.loads(out)
+    assert (code, told["exit_code"]) == (2, 2)
+    assert err == f"error: {told['error']}\n"
+    assert "none.mp4 does not exist" in told["error"]
+
+
+def test_a_full_device_for_the_result_is_told(cli, monkeypatch):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        code, _, err = cli("models")
+        monkeypatch.undo()
+    assert code == 2
+    assert "error: stdout can't be written: No space left on device" in err
 
 
 def test_an_existing_output_is_kept_unless_told(cli):

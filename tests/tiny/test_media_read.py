@@ -68,6 +68,12 @@ def test_a_transparent_palette_lies_over_white(tmp_path):
     assert "white" in notes[0]
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg", "webp", "bmp"])
+def test_a_side_of_160_pixels_is_no_depth_of_16_bits(tmp_path, suffix):
+    Image.new("RGB", (160, 116)).save(tmp_path / f"a.{suffix}")
+    assert load_image(tmp_path / f"a.{suffix}")[1] == []
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bit_greys_keep_their_range(tmp_path, suffix):
     values = np.linspace(0, 65535, 32 * 48).reshape(32, 48).astype(np.uint16)

@@ -193,6 +193,18 @@ def test_a_large_input_is_named_by_hash_and_option_when_it_is_gone(
     assert not replay("made.mkv", "-o", "z.mkv", "--set", "image=b.jpg")[1]["identical"]
 
 
+def test_an_input_given_for_one_in_the_recipe_must_be_that_one(
+    engine: Engine, replay: Replay
+) -> None:
+    engine.generate(PROMPT, seed=5, image="a.png").save("made.mkv")
+    code, _, err = replay("made.mkv", "-o", "x.mkv", "--input", "image=b.jpg")
+    assert code == 2
+    assert "b.jpg is another one" in err
+    assert "--set image=PATH" in err
+    shutil.copy("a.png", "same.png")
+    assert replay("made.mkv", "-o", "x.mkv", "--input", "image=same.png")[1]["identical"]
+
+
 def test_noise_too_large_for_the_recipe_comes_from_a_file(
     engine: Engine, replay: Replay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +303,19 @@ def test_what_differs_is_told_where_frames_do(
     out = capsys.readouterr().out
     assert "PSNR" in out
     assert f"machine.torch: {torch.__version__}, recorded 1.0" in out
+
+
+def test_a_change_that_no_recorded_fact_shows_is_named(
+    engine: Engine, replay: Replay, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.generate(PROMPT, seed=5, size="64x64").save("made.mkv")
+    assert main(["replay", "made.mkv", "-o", "more.mkv", "--set", "label=visible"]) == 0
+    out = capsys.readouterr().out
+    assert "changed by --set: label" in out
+    assert "may have been changed" not in out
+    code, _, err = replay("made.mkv", "-o", "x.jpg")
+    assert code == 2
+    assert "holds one picture" in err
 
 
 def test_recorded_threads_dtype_and_device_are_used(engine: Engine) -> None:

@@ -117,7 +117,7 @@ def test_devices_vary_too_and_leave_again(sweep: Sweep) -> None:
 def test_what_cant_be_swept_is_refused_before_anything_is_made(sweep: Sweep) -> None:
     for over, reason in (
         ("prompt:dog=cat,cow", "no 'dog' to replace"), ("step=1,2", "did you mean 'steps'?"),
-        ("steps=1,no", "invalid int value"), ("seed=0..400", "invalid int value"),
+        ("steps=1,no", "invalid int value"), ("seed=0..400", "a rising span of 100 numbers"),
         ("seed=0..99|0", "invalid int value"), ("image=none.png", "does not exist"),
     ):
         code, _, err = sweep("a cat", "--over", over, "-o", "s.png")
@@ -128,6 +128,16 @@ def test_what_cant_be_swept_is_refused_before_anything_is_made(sweep: Sweep) -> 
     many = sweep("a cat", "--over", "seed=1..50", "--over", "steps=1,2,3", "-o", "s.png")
     assert "150 clips is too large" in many[2]
     assert list(Path().glob("*.png")) + list(Path().rglob("*.mp4")) == []
+
+
+def test_what_the_checks_found_is_told_and_strict_fails(sweep: Sweep) -> None:
+    words = ("a cat", "--seed", 5, "--over", "steps=1,2", "--image", "a.png", "-o", "s.png")
+    Image.new("RGB", (32, 32)).save("a.png")  # a tiny model of random weights can't draw black
+    code, result, err = sweep(*words)
+    assert code == 0
+    assert [cell["verdict"] for cell in result["cells"]] == ["fault", "fault"]
+    assert "steps 1: the first frame is unlike the picture given" in err
+    assert sweep(*words, "--overwrite", "--strict")[0] == 1
 
 
 def test_axes_are_read() -> None:

@@ -11,7 +11,7 @@ DESCRIPTION = "Look for what may be wrong with a clip. Exit code 1 where there i
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("file", metavar="FILE", help="video or animation")
+    parser.add_argument("file", metavar="FILE", help="video, animation or folder of pictures")
     parser.add_argument("--image", metavar="FIRST", help="the picture with which it is to begin")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from argparse import ArgumentParser, Namespace
@@ -69,12 +70,12 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.media.write import check_format, require_sound
     from vidgen.pipeline.continuation import lengthened, own_options
 
-    if args.seconds <= 0:
+    if not 0 < args.seconds < math.inf:
         raise InputError(f"seconds is {args.seconds}; give how much longer, above 0")
     with VideoReader(args.clip) as reader:
         fps, size, num_frames = reader.fps, reader.size, sum(1 for _ in reader)
     output = args.output or _longer(args.clip)
-    suffix = check_format(output)
+    suffix = check_format(output, num_frames + max(1, round(args.seconds * fps)))
     if args.audio not in (None, "none") or args.say:
         require_sound(output, suffix)
     if Path(output).resolve() == Path(args.clip).resolve():

@@ -23,10 +23,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Print the file's facts; embedded inputs, which are long, only as JSON."""
     from vidgen.media.provenance import read_marks
-    from vidgen.media.read import probe, read_recipe
+    from vidgen.media.read import pictures_in, probe, read_recipe
 
     recipe = read_recipe(args.file)
-    facts = {"path": args.file} if Path(args.file).is_dir() else probe(args.file)
+    if Path(args.file).is_dir():
+        facts = {"path": args.file, "num_pictures": len(pictures_in(args.file))}
+    else:
+        facts = probe(args.file)
     data = {**facts, "marks": read_marks(args.file).facts(), "recipe": recipe}
     report.result(data, "\n".join(_lines(data)))
     return 0

@@ -6,6 +6,7 @@ report)`. Nothing but the verb that is called is imported, so that help is there
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -59,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(*arguments)
     except VidgenError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(arguments, str(error), error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; nothing was half-written", file=sys.stderr)
-        return INTERRUPTED
+        return _failed(arguments, "interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 1
     except SystemExit as leave:  # argparse's --help
         return int(leave.code or 0)
@@ -108,6 +109,22 @@ def _run(verb: str, *arguments: str) -> int:
     with Report(as_json=args.json, events=events) as report:
         code: int = module.run(args, report)
         return code
+
+
+def _failed(arguments: Sequence[str], reason: str, code: int) -> int:
+    """The exit code; under --json stdout gets one object all the same, from one process alone."""
+    try:
+        if "--json" in arguments and not (given_rank() or (0,))[0]:
+            print(json.dumps({"error": reason, "exit_code": code}))
+        print(end="", flush=True)
+    except OSError:  # it can't be written, as the reason may have told
+        _drop_stdout()
+    return code
+
+
+def _drop_stdout() -> None:
+    """Let what stdout still holds go, at which Python would fail when it leaves."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_warning(

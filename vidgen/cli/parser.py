@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import NoReturn
 
 from vidgen.core.errors import InputError, nearest
+
+_LACKING = re.compile(r"argument (?:-\w/)?(--[\w-]+): expected one argument")
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse a command line."""
+        if lacking := _LACKING.fullmatch(message):
+            message += f"; give text that begins with - as {lacking[1]}=TEXT"
         raise InputError(f"{message}; see {self.prog} --help")
 
     def parse(self, args: Sequence[str]) -> argparse.Namespace:

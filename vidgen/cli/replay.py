@@ -52,7 +52,10 @@ def run(args: Namespace, report: Report) -> int:
     output = args.output or _again(args.file)
     if Path(output).resolve() == Path(args.file).resolve():
         raise InputError(f"output {output} is the file to replay; choose another name")
-    check_format(output)
+    plan = recipe.get("plan")
+    kept = plan.get("kept_frames") if isinstance(plan, dict) else None
+    is_length_kept = not {"frames", "seconds", "fps", "prefix"} & changes.keys()
+    check_format(output, kept if is_length_kept and isinstance(kept, int) else None)
     check_output(output, overwrite=args.overwrite or args.resume)
     (journal,) = journals_of_outputs([output], args, report)
     with told_how_to_go_on([journal], report):
@@ -154,6 +157,8 @@ def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) ->
     }
     lines = [f"{output}: {made.text}"]
     lines += [f"  {name}: {new}, recorded {old}" for name, (old, new) in differing.items()]
-    if not (made.identical or differing):
+    if changes:
+        lines.append(f"  changed by --set: {', '.join(sorted(changes))}")
+    elif not (made.identical or differing):
         lines.append(f"  no recorded fact differs; {file} may have been changed since it was made")
     report.result(data, "\n".join(lines))

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -65,7 +65,8 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.close()
+        with suppress(OSError):  # of events that couldn't be written, as was told
+            self._stack.close()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show an event and write it down."""
@@ -73,7 +74,9 @@ class Report:
             stage, done, total = event["stage"], event["done"], event["total"]
             event = {**event, **self._clock(stage, done, total, event.get("clip", 1))}
         if self._events:
-            print(json.dumps({"time": time.time(), **event}), file=self._events, flush=True)
+            line = json.dumps({"time": time.time(), **event})
+            _print_line(line, self._events, "stdout" if self._events_path == "-" else
+                        str(self._events_path))
         if event["event"] == "note":
             self._print(f"note: {event['text']}")
         elif event["event"] == "progress" and "worker" in event and sys.stderr.isatty():
@@ -117,7 +120,7 @@ class Report:
         """Print the result: `data` for programs or `text` for people."""
         if self._bars:
             self._bars.stop()
-        print(json.dumps(data) if self.as_json else text)
+        _print_line(json.dumps(data) if self.as_json else text, sys.stdout, "stdout")
 
     def _print(self, line: str) -> None:
         if self._bars:
@@ -152,6 +155,21 @@ class Report:
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         ends = None if eta_s is None else time.monotonic() + eta_s
         self._bars.update(self._tasks[stage], completed=done, total=total, ends=ends)
+
+
+def _print_line(line: str, file: TextIO, name: str) -> None:
+    """Print at once.
+
+    Raises:
+        BrokenPipeError: nobody reads any more.
+        OutputError: there is no room for it.
+    """
+    try:
+        print(line, file=file, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{name} can't be written: {error.strerror}") from None
 
 
 def _left_column() -> ProgressColumn:

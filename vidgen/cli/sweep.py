@@ -65,6 +65,8 @@ def run(args: Namespace, report: Report) -> int:
     if args.count != 1 or args.retry:
         raise InputError("a sweep makes one clip of each setting; leave --count and --retry out, "
                          "or vary the seed with --over seed=1..4")
+    if args.preview:
+        raise InputError("a sweep shows no previews; leave --preview out")
     if given_rank() is not None:
         raise InputError("a sweep starts its devices itself; leave torchrun out, and give "
                          "--devices N")
@@ -80,10 +82,10 @@ def run(args: Namespace, report: Report) -> int:
     data = {
         "sheet": f"{stem}.png", "video": f"{stem}.mp4", "columns": columns,
         "cells": [{"label": cell.label, "path": str(cell.path), "seed": cell.request.seed,
-                   "made": cell in todo} for cell in cells],
+                   "made": cell in todo, "verdict": _verdict(cell, report)} for cell in cells],
     }
     report.result(data, f"{stem}.png, {stem}.mp4: {len(cells)} clips, {len(todo)} of them made now")
-    return 0
+    return int(args.strict and any(cell["verdict"] == "fault" for cell in data["cells"]))
 
 
 def read_axis(text: str) -> Axis:
@@ -94,6 +96,9 @@ def read_axis(text: str) -> Axis:
     span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", listed)
     if span and int(span[1]) <= int(span[2]) < int(span[1]) + MAX_CELLS:
         values = tuple(map(str, range(int(span[1]), int(span[2]) + 1)))
+    elif span:
+        raise ArgumentTypeError(f"{text!r} counts from {span[1]} to {span[2]}; give a rising span "
+                                f"of {MAX_CELLS} numbers at most")
     if not key or not listed or (word and key != "prompt"):
         raise ArgumentTypeError(f"{text!r} is no KEY=A,B,C, such as guidance=1,3,6, seed=1..4 or "
                                 "prompt:red=red,blue")
@@ -253,6 +258,17 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
                dtype=cell.loading["dtype"] or best_dtype(device))
         for folder, cell in zip(known, cells, strict=True)
     ]
+
+
+def _verdict(cell: Cell, report: Report) -> str | None:
+    """What a clip's checks came to, told by its label; None where its file doesn't say."""
+    from vidgen.media.checks import recorded, verdict
+    from vidgen.media.read import read_recipe
+
+    found = recorded(read_recipe(cell.path))
+    for finding in found or ():
+        report({"event": "note", "text": f"{cell.label}: {finding.text}"})
+    return None if found is None else verdict(found)
 
 
 def _columns(axes: Sequence[Axis]) -> int:

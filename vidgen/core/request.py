@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_PROMPT = 20_000
 MAX_DEVICES = 1024
+MAX_SECONDS = 3600
 _WHOLE = {
     "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
     "retry": (0, 100), "overlap": (1, 1000), "devices": (1, MAX_DEVICES),
@@ -32,7 +33,7 @@ _NUMBER = {
     "guidance": (0, 100), "guidance_low": (0, 100), "guidance_rescale": (0, 1), "strength": (0, 1),
     "control_scale": (0, 10), "colour_hold": (0, 1),
 }
-_ABOVE_ZERO = {"seconds": 3600, "fps": 240, "shift": 100}
+_ABOVE_ZERO = {"seconds": MAX_SECONDS, "fps": 240, "shift": 100}
 _CHOICE = {
     "fit": ("crop", "pad"), "dtype": ("fp32", "bf16", "fp16"),
     "offload": ("none", "stage", "block"), "quantize": ("int8",), "label": ("none", "visible"),

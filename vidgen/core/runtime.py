@@ -108,7 +108,8 @@ def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 
         if target.is_dir() and any(p.suffix not in (".png", ".json") for p in target.iterdir()):
             raise OutputError(f"{target} is a folder with other files in it; choose another name")
         if not folder.is_dir():
-            raise OutputError(f"{target} can't be written: the folder {folder} does not exist")
+            why = "is no folder" if folder.exists() else "does not exist"
+            raise OutputError(f"{target} can't be written: the folder {folder} {why}")
         probe = folder / f".{target.name}.{secrets.token_hex(4)}.tmp"
         probe.touch()
         probe.unlink()

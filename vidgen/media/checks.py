@@ -28,6 +28,7 @@ from vidgen.media.read import (
     VideoReader,
     fit,
     load_image,
+    read_frames,
     read_recipe,
 )
 from vidgen.media.snapshot import pack, unpack
@@ -309,7 +310,7 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     """Check a file, against its recipe where it has one.
 
     Args:
-        path: a video or animation.
+        path: a video, an animation or a folder of PNGs.
         image: the picture with which it is to begin, fitted as the recipe says, or else the way
             that comes nearest.
 
@@ -320,24 +321,28 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     recipe = read_recipe(path) or {}
     plan = recipe["plan"] if isinstance(recipe.get("plan"), dict) else {}
     wanted, count = _rate(plan.get("fps")), plan.get("kept_frames")
-    sound = None if Path(path).suffix.lower() in PICTURE_SUFFIXES else read_sound(path)
-    with VideoReader(path) as reader:
-        samples, rate = sound or (None, 48_000)
-        left_out = recipe.get("head_frames", 0)
-        is_count = isinstance(count, int) and isinstance(left_out, int)
-        count = max(count - left_out, 0) if is_count else 0
-        info = ClipInfo(reader.fps, reader.size, count, samples, rate)
-        frames = iter(reader)
-        first = next(frames)
-        if given is not None:
-            width, height = reader.size
-            ways = [fit(given, height, width, mode) for mode in _ways(plan.get("fit"))]
-            given = max(ways, key=lambda fitted: psnr(first, fitted))
-        checker = ClipChecker(info, given)
-        for frame in chain([first], frames):
-            checker.feed(frame[None])
+    is_film = not (Path(path).is_dir() or Path(path).suffix.lower() in PICTURE_SUFFIXES)
+    sound = read_sound(path) if is_film else None
+    if Path(path).is_dir():  # which tells no rate itself
+        fps = wanted or Fraction(25)
+    else:
+        with VideoReader(path) as reader:
+            fps = reader.fps
+    frames = read_frames(path)
+    first = next(frames)
+    height, width, _ = first.shape
+    samples, rate = sound or (None, 48_000)
+    left_out = recipe.get("head_frames", 0)
+    is_count = isinstance(count, int) and isinstance(left_out, int)
+    count = max(count - left_out, 0) if is_count else 0
+    if given is not None:
+        ways = [fit(given, height, width, mode) for mode in _ways(plan.get("fit"))]
+        given = max(ways, key=lambda fitted: psnr(first, fitted))
+    checker = ClipChecker(ClipInfo(fps, (width, height), count, samples, rate), given)
+    for frame in chain([first], frames):
+        checker.feed(frame[None])
     count = checker.num_frames
-    return [*checker.finish(), *check_length(count, reader.fps, count, wanted)]
+    return [*checker.finish(), *check_length(count, fps, count, wanted)]
 
 
 def _rate(told: Any) -> Fraction | None:

@@ -109,8 +109,9 @@ def why_not_joined(paths: Sequence[str | os.PathLike[str]]) -> str | None:
     for field in fields(_Picture):
         values = [getattr(picture, field.name) for picture in pictures]
         if any(value != values[0] for value in values):
-            shown = "" if field.name == "parameters" else f": {', '.join(map(str, values))}"
-            return f"the encoders' {field.name} differ{shown}"
+            if field.name == "parameters":
+                return "the encoders' parameters differ"
+            return f"the {field.name.replace('_', ' ')} differs: {', '.join(map(str, values))}"
     return None
 
 
@@ -332,7 +333,7 @@ class ContinuedClip(Clip):
         if self._label:
             return "a label is burnt into the opening"
         if suffix not in CONTAINERS:
-            return f"{suffix} holds no packets"
+            return f"{'a folder' if suffix == '/' else suffix} holds no packets of films"
         width, height = self.info.size
         probe = replace(self.info, num_frames=1, sound=None, recipe=None)
         with TemporaryDirectory() as folder:

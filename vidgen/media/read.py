@@ -77,9 +77,15 @@ def load_image(picture: Picture) -> tuple[Frames, list[str]]:
     path = existing_file(picture, "image")
     with decoding(f"image {path}", "save it again"), Image.open(path) as image:
         _check_size(f"image {path}", image.size)  # by the header, before anything is decoded
-        is_deep = any("16" in str(tile) for tile in image.tile)
+        is_deep = any("16" in _raw_mode(tile) for tile in image.tile)
         image.load()
         return _as_rgb(image, is_deep)
+
+
+def _raw_mode(tile: Any) -> str:
+    """How samples lie in a part of a file, such as "RGB;16B"; its sizes say nothing of that."""
+    arguments = tile[3]
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
 def existing_file(path: str | os.PathLike[str], what: str) -> Path:
@@ -269,6 +275,32 @@ def to_rgb(
         interpolation=scaling,
     ).to_ndarray()
     return np.ascontiguousarray(np.rot90(cast("Frames", rgb), frame.rotation // 90))
+
+
+def read_frames(path: str | os.PathLike[str]) -> Iterator[Frames]:
+    """Frames uint8 [H, W, 3] of a film, an animation, a picture, or a folder of PNGs by name.
+
+    Raises:
+        InputError: missing, damaged, or a folder without pictures.
+    """
+    if Path(path).is_dir():
+        for file in pictures_in(path):
+            yield load_image(file)[0]
+        return
+    with VideoReader(path) as reader:
+        yield from reader
+
+
+def pictures_in(folder: str | os.PathLike[str]) -> list[Path]:
+    """The PNGs of a folder, sorted by name.
+
+    Raises:
+        InputError: there are none.
+    """
+    found = sorted(Path(folder).glob("*.png"))
+    if not found:
+        raise InputError(f"folder {folder} holds no PNGs; give a file, or a folder of pictures")
+    return found
 
 
 def probe(path: str | os.PathLike[str]) -> dict[str, Any]:

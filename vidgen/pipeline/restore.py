@@ -90,6 +90,11 @@ def _check_given(given: Given, records: Sequence[Record]) -> None:
             raise InputError(f"the recipe needs no input {key!r}; {nearest(key, known)}")
         if not Path(path).exists():
             raise InputError(f"input {path} does not exist")
+        embedded = [record for record in wanted if "content" in record]
+        if embedded and len(embedded) == len(wanted) and not any(
+            _find([Path(path)], record["sha256"], _hash_of(record)) for record in embedded
+        ):
+            raise InputError(_describe(embedded[0], given))
 
 
 def _is_meant(key: str, record: Record) -> bool:
@@ -111,9 +116,15 @@ def _restore(record: Record, place: Path, given: Given) -> Any:
         path = _find(places, digest, hashes_of)
         expert = f"@{record['expert']}" if record["expert"] else ""
         return path and f"{path}:{record['weight']}{expert}"
-    hash_of = _noise_hash if option == "latents" else sha256_file
-    path = _find(places, digest, _pixel_hash if "shape" in record else hash_of)
+    path = _find(places, digest, _hash_of(record))
     return path and (load(path.read_bytes())["latents"] if option == "latents" else str(path))
+
+
+def _hash_of(record: Record) -> Callable[[Path], Any]:
+    """What a recipe knows an input by."""
+    if "shape" in record:
+        return _pixel_hash
+    return _noise_hash if record["option"] == "latents" else sha256_file
 
 
 def _find(places: Sequence[Path], digest: Any, hash_of: Callable[[Path], Any]) -> Path | None:
