@@ -149,7 +149,7 @@ BAD = {
     "folder": (["generate", "a", "-o", "none/x.mp4"], "the folder none does not exist"),
     "file as folder": (["generate", "a", "-o", "/dev/null/x.mp4"], "/dev/null is no folder"),
     "dash": (["generate", "a", "--negative", "-rain"], "begins with - as --negative=TEXT"),
-    "full events": (["generate", "a", "--events", "/dev/full"], "/dev/full can't be written: No sp"),
+    "full events": (["generate", "a", "--events", "/dev/full"], "/dev/full can't be written"),
     "unwritable": (["generate", "a", "-o", "/proc/x.mp4"], "can't be written"),
     "events": (["generate", "a", "--events", "none/e"], "none/e can't be written"),
     "inspect": (["inspect", "none.mp4"], "none.mp4 does not exist"),

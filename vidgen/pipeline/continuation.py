@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import Request
+from vidgen.core.request import MAX_SECONDS, Request
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.pipeline.few_steps import SAMPLING
 
@@ -61,12 +61,16 @@ def lengthened(clip: str | Path, num_frames: int, fps: Fraction, added_s: float)
     """The options that make a clip longer by some seconds: prefix, fps and seconds of the whole.
 
     Raises:
-        InputError: that is less than a frame.
+        InputError: that is less than a frame, or the whole would be longer than a request may be.
     """
     added = round(added_s * fps)
     if added < 1:
         raise InputError(f"seconds is {added_s}, less than a frame at {fps} fps")
-    return {"prefix": str(clip), "fps": fps, "seconds": float((num_frames + added) / fps)}
+    seconds = float((num_frames + added) / fps)
+    if seconds > MAX_SECONDS:
+        raise InputError(f"seconds is {added_s}, which makes the clip {seconds:g} s long; give so "
+                         f"many that it has {MAX_SECONDS} at most")
+    return {"prefix": str(clip), "fps": fps, "seconds": seconds}
 
 
 def at_own_size(request: Request, size: tuple[int, int], folder: ModelFolder) -> Request:

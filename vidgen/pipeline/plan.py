@@ -104,6 +104,7 @@ def make_plan(
     num_frames, kept = _length(request, defaults, fps, strides, video_seconds)
     width, height = _size(request, defaults, strides.hw * patch, picture_size)
     shape = VideoShape(num_frames, height, width).latent(strides, channels, patch=patch)
+    _check_stills(request, fps, num_frames, kept)
     _warn_unseen(defaults, width, height)
     guidance = _guidance(request, defaults)
     if request.video is not None and request.strength is None and request.mask is None:
@@ -171,6 +172,22 @@ def _length(
     if video_seconds is not None:
         return num_frames_for_seconds(video_seconds, float(fps), strides)
     return defaults.num_frames, defaults.num_frames
+
+
+def _check_stills(request: Request, fps: Fraction, num_frames: int, kept: int) -> None:
+    """Refuse a known frame that the clip doesn't have, and two pictures for one frame."""
+    is_first = request.image is not None and (request.mask is None or request.video is not None)
+    known = [0] * is_first + [kept - 1] * (request.last_image is not None)
+    for seconds, _ in request.frame:
+        known.append(round(seconds * fps))
+        if known[-1] >= num_frames:
+            raise InputError(f"frame is at {seconds:g} s, behind the clip's last one at "
+                             f"{float((num_frames - 1) / fps):.3g} s; give an earlier time or a "
+                             "longer clip")
+    twice = {index for index in known if known.count(index) > 1}
+    if twice:
+        raise InputError(f"two pictures are given for frame {min(twice)}; give one of them, by "
+                         "image, last_image or frame")
 
 
 def _size(
