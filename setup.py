@@ -18,7 +18,9 @@ class BuildWithConfigs(build_py):
         super().run()
         if not self.editable_mode:
             target = Path(self.build_lib, "vidgen", "configs")
-            for source, kind in (("configs", "*.yaml"), ("train", "deepspeed/*.json")):
+            kinds = (("configs", "*.yaml"), ("configs", "scripts/sounds/*.opus"),
+                     ("train", "deepspeed/*.json"))
+            for source, kind in kinds:
                 for path in sorted(Path(source).rglob(kind)):
                     copy = target / path.relative_to(source)
                     copy.parent.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,8 @@ def test_the_wheel_holds_the_package_and_the_configs_and_nothing_else(wheel):
         assert "License-Expression: Apache-2.0" in archive.read(metadata).decode()
     sources = source_files()
     package = {n for n in sources if n.startswith("vidgen/")}
-    configs = {f"vidgen/{n}" for n in sources if n.startswith("configs/") and n.endswith(".yaml")}
+    configs = {f"vidgen/{n}" for n in sources
+               if n.startswith("configs/") and n.endswith((".yaml", ".opus"))}
     assert names == package | configs
 
 
