@@ -33,6 +33,8 @@ from vidgen.core.errors import VidgenError
 from vidgen.media.read import VideoReader
 
 CLIENTS, AHEAD = 3, 20
+VICTIMS = {"service": 3, "runner": 1, "checker": 1}
+"""Who is killed, and how often of five times."""
 SETTLED = 4
 """Jobs after which a process has all that it keeps."""
 
@@ -55,7 +57,7 @@ class Outcome:
     """
 
     jobs: int
-    kills: Counter[str] = field(default_factory=Counter)
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(VICTIMS, 0))
     asked: int = 0
     completed: int = 0
     completed_twice: int = 0
@@ -94,7 +96,7 @@ def soak(model: Path, data: Path, num_jobs: int, num_kills: int, seed: int = 0) 
         for kill in range(1, num_kills + 1):
             load.wait(kill * num_jobs // (2 * (num_kills + 1)))
             time.sleep(draw.uniform(0.0, 0.5))
-            victim = draw.choice(["service", "service", "service", "runner", "checker"])
+            victim = draw.choices(list(VICTIMS), list(VICTIMS.values()))[0]
             outcome.kills[victim] += 1
             _kill(served, victim)
         load.wait(num_jobs, memory.look)

@@ -502,6 +502,13 @@ def test_the_page_is_asked_for_anew_so_that_an_upgrade_shows(served):
     assert served.http.get(path, headers=known).status_code == 304
 
 
+def test_paths_lead_nowhere_else(made, served):
+    for path in ("/studio/%2e%2e/service.py", "/studio/..%2fservice.py", "/studio//etc/passwd",
+                 "/v1/videos/..%2f..%2fkeys.json/content", "/v1/videos/%2e%2e/content",
+                 f"/v1/videos/{made.id}%2f..%2f{made.id}/content", "/v1/models/../../etc/passwd"):
+        assert served.http.get(path).status_code == 404, path
+
+
 def test_models_metrics_and_readiness(made, served, client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert "defaults" in client.models.retrieve("tiny").model_extra
@@ -510,6 +517,7 @@ def test_models_metrics_and_readiness(made, served, client):
     assert 'vidgen_jobs{status="completed"}' in text
     assert 'vidgen_stage_seconds_count{stage="sample"}' in text
     assert "vidgen_step_seconds_bucket" in text
+    assert "process_resident_memory_bytes" in text
     assert 'route="/v1/videos/{video_id}"' in text
     assert made.id not in text
     document = served.http.get("/openapi.json").json()

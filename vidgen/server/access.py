@@ -70,6 +70,7 @@ def begin(
 
     Raises:
         ApiError: the service stops, or the owner asks too often.
+        OutputError: the disk is nearly full, which is found out before the body comes in.
     """
     service = service_of(request)
     if service.scheduler.state in ("draining", "stopped"):
@@ -82,6 +83,7 @@ def begin(
                 f"in {early_s:.1f} s")
         raise ApiError(429, "rate_limit_exceeded", text,
                        headers={"Retry-After": str(math.ceil(early_s))})
+    service.check_room()
     tries = request.headers.get(RETRY_COUNT, "0")
     return Call(owner, idempotency_key, tries.isdigit() and int(tries) > 0, service.jobs.clock())
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.pipeline.plan import Plan
 
-POLICY = "content_policy_violation"
+POLICY, FAILED = "content_policy_violation", "server_error"
 log = logging.getLogger(__name__)
 
 
@@ -201,7 +201,7 @@ def main() -> None:
             answer = {"code": "invalid_request", "text": str(error)}
         except Exception:
             log.exception("a question could not be answered")
-            answer = {"code": "invalid_request", "text": "the request can't be understood"}
+            answer = {"code": FAILED, "text": "the checks failed"}
         parent.tell({"event": "answer", "id": question["id"], **answer})
 
 

@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from vidgen.core.errors import InputError, ModelError, VidgenError
+from vidgen.server.checker import FAILED
 from vidgen.server.link import Child, Message
 from vidgen.server.settings import Settings
 
@@ -70,6 +71,7 @@ class Judge:
 
         Raises:
             Refusal: the request can't be made, or what came in brings the checker down.
+            VidgenError: the checker failed for a reason of its own.
         """
         with self._lock:
             number = next(self._numbers)
@@ -85,6 +87,8 @@ class Judge:
             child.kill()
             raise Refusal("what was sent can't be read in time; send it in a usual "
                           "format") from None
+        if answer.get("code") == FAILED:
+            raise VidgenError(answer["text"])
         if "result" not in answer:
             raise Refusal(answer["text"], answer["code"])
         result: dict[str, Any] = answer["result"]
@@ -114,7 +118,7 @@ class Judge:
                 if asked is not None:
                     asked.answer.set_result(message)
             case "log":
-                log.warning("%s", message["text"])
+                log.warning("%s", message["text"], extra={"trace": message["trace"]})
 
     def _gone(self, fate: str) -> None:
         """Start anew and ask once more; what seems to bring each process down is refused."""

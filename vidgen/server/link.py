@@ -160,8 +160,9 @@ class TellingHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one."""
+        trace = record.exc_info and logging.Formatter().formatException(record.exc_info)
         self._parent.tell({"event": "log", "level": record.levelname, "job": self._job(),
-                           "logger": record.name, "text": record.getMessage()})
+                           "logger": record.name, "text": record.getMessage(), "trace": trace})
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:

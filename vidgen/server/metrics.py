@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from vidgen.server.job import Job
@@ -37,6 +44,7 @@ class Metrics:
                                **kept)
         self.restarts = Counter("runner_exits", "Processes at work that went down", **kept)
         self.memory = Gauge("job_peak_memory_bytes", "Of the last completed job", **kept)
+        ProcessCollector(registry=self.registry)  # of the one that answers
 
     def count_end(self, job: Job, error: tuple[str, str] | None, now: float) -> None:
         """A job ended at `now`."""

@@ -210,7 +210,8 @@ class Scheduler:
 
     def _hear_log(self, message: Message) -> None:
         level = logging.getLevelName(message["level"])
-        log.log(level, "%s", message["text"], extra={"job": message["job"]})
+        log.log(level, "%s", message["text"],
+                extra={"job": message["job"], "trace": message["trace"]})
         if level >= logging.WARNING and self._running and self._running.id == message["job"]:
             self._live.warn(self._without_paths(message["text"]))
 

@@ -252,7 +252,6 @@ class Service:
     @contextmanager
     def _new(self, kind: Kind) -> Iterator[Place]:
         """A folder for a job to be; it goes again unless the job is queued."""
-        self.check_room()
         job_id = new_id(kind)
         place = Place(job_id, self.settings.job_folder(job_id))
         try:
