@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from vidgen.core.errors import InputError, ModelError
+from vidgen.evaluation.phrasings import read_phrasings
 from vidgen.models.presets import TEXT_PRESETS
 from vidgen.models.text import (
     PromptTokenizer,
@@ -16,9 +18,13 @@ from vidgen.models.text import (
     TextEncoder,
     UMT5Encoder,
     encode_tokens,
+    near_words,
+    slip_count,
     split_words,
 )
+from vidgen.toybox.captions import nouns
 from vidgen.training.tokenizer import NUM_SUBJECTS, subject_token, train_tokenizer
+from vidgen.weights.folder import embedded_folder
 
 CAPTIONS = [
     f"A {colour} {thing} {move} in the desert."
@@ -94,6 +100,34 @@ def test_unknown_words_come_with_the_nearest_known(text):
     assert nearest["pengiun"] == ["penguin"]
     assert nearest["rise"][0] == "rises"
     assert nearest["xylophone"] == []
+
+
+def test_slips_are_letters_missing_added_changed_and_swapped():
+    for word, other, slips in (
+        ("cat", "cat", 0), ("crabb", "crab", 1), ("ctiy", "city", 1), ("rockit", "rocket", 1),
+        ("umbrlea", "umbrella", 2), ("cat", "dog", 3), ("", "dog", 3),
+    ):  # fmt: skip
+        assert slip_count(word, other) == slip_count(other, word) == slips
+
+
+def test_only_slips_are_near():
+    known = {"its", "city", "tiny", "rotates", "lion", "on", "beach", "weather", "water"}
+    assert near_words("ctiy", known) == ["city"], "two swapped letters are one slip"
+    assert near_words("watre", known) == ["water"]
+    assert near_words("is", known) == [], "short words are near too many"
+    assert near_words("pirouettes", known) == [], "another word is no slip"
+
+
+def test_slips_people_make_are_near_what_they_meant():
+    tokenizer = PromptTokenizer(embedded_folder("toybox") / "tokenizer")
+    written = [p for p in read_phrasings(200) if p.kind == "typos"]
+    named = 0
+    for scene, text, _ in written:
+        meant = text
+        for word, near in tokenizer.unknown_words(text):
+            meant = re.sub(rf"\b{word}\b", near[0] if near else word, meant)
+        named += any(noun in meant for noun in nouns(scene.actors[0].sprite))
+    assert named >= 0.95 * len(written)
 
 
 def test_without_a_word_list_no_word_is_unknown(folder, tmp_path):

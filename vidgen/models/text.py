@@ -15,7 +15,7 @@ import html
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -272,6 +272,33 @@ def split_words(text: str) -> list[str]:
     return WORD.findall(SPECIAL.sub(" ", text).lower())
 
 
+def near_words(word: str, known: Collection[str]) -> list[str]:
+    """Known words of which `word` may be a slip of the fingers, at most three, the likeliest first.
+
+    A slip is a letter that is missing, too much or another one, or two that changed places: one in
+    words of four or five letters, two in longer ones. What is further off is another word.
+    """
+    slips = 0 if len(word) < 4 else 1 if len(word) < 6 else 2
+    near = [
+        (distance, -difflib.SequenceMatcher(None, word, other).ratio(), other) for other in known
+        if abs(len(other) - len(word)) <= slips and (distance := slip_count(word, other)) <= slips
+    ]
+    return [other for _, _, other in sorted(near)[:3]]
+
+
+def slip_count(word: str, other: str) -> int:
+    """Slips between two words: optimal string alignment, after Damerau 1964."""
+    before, row = list[int](), list(range(len(other) + 1))
+    for i, letter in enumerate(word, 1):
+        older, before, row = before, row, [i]
+        for j, its in enumerate(other, 1):
+            best = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != its))
+            if i > 1 and j > 1 and letter == other[j - 2] and its == word[i - 2]:
+                best = min(best, older[j - 2] + 1)
+            row.append(best)
+    return row[-1]
+
+
 class PromptTokenizer:
     """Prompts to token ids, as transformers' AutoTokenizer of the same folder does it.
 
@@ -345,15 +372,14 @@ class PromptTokenizer:
         return ids, torch.arange(longest) < lengths[:, None]
 
     def unknown_words(self, prompt: str) -> list[tuple[str, list[str]]]:
-        """Words the model was never taught, each with the nearest it knows, best first.
+        """Words the model was never taught, each with what it may be a slip of, best first.
 
         Empty when the folder has no word list: then the model knows language at large.
         """
         if not self.words:
             return []
         unknown = dict.fromkeys(w for w in split_words(clean_prompt(prompt)) if w not in self.words)
-        known = sorted(self.words)
-        return [(word, difflib.get_close_matches(word, known)) for word in unknown]
+        return [(word, near_words(word, self.words)) for word in unknown]
 
 
 class TextEncoder:
