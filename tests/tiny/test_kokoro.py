@@ -90,6 +90,6 @@ def test_english_is_refused_unless_what_it_needs_is_here(
 ) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "kokoro"))
     path = shutil.copy(copy / "voices/ef_dora.pt", copy / "voices/af_heart.pt")
-    monkeypatch.setattr("spacy.util.is_package", lambda _name: False)
+    monkeypatch.setattr("vidgen.media.speech.find_spec", lambda _name: None)
     with pytest.raises(InputError, match="python -m spacy download en_core_web_sm"):
         open_voice(str(path))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -195,9 +196,7 @@ class KokoroVoice:
 
 def _require_english(path: Path) -> None:
     """Refuse a voice whose package would fetch what it reads English with."""
-    import spacy
-
-    if not spacy.util.is_package(_ENGLISH):
+    if find_spec(_ENGLISH) is None:
         raise InputError(f"voice {path} speaks English, for which Kokoro's package needs spaCy's "
                          f"{_ENGLISH}, which is not here; python -m spacy download {_ENGLISH}, or "
                          "choose one of espeak-ng's voices such as en-gb")
