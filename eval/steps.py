@@ -6,11 +6,11 @@
 
 `caches`: each method at some thresholds, a clip with it right after the same clip without: seconds
 of denoising, PSNR and SSIM against that, and whether the judge finds in both what the prompt says.
-`few`: solvers, step counts, noise schedules and guidance intervals by what the judge finds, each
-against the default on the same prompts and seeds; intervals are paired bootstraps. `wide`: the
-schedule that `caches` found nearest to 30 dB, timed at the width of Wan 1.3B. Run it under
-`scripts/quiet` where seconds matter. A run that was stopped goes on: each clip's figures are a line
-of OUTPUT.jsonl.
+`few`: solvers, step counts, noise schedules, guidance intervals and the model's student, if it has
+one, by what the judge finds, each against the default on the same prompts and seeds; intervals are
+paired bootstraps. `wide`: the schedule that `caches` found nearest to 30 dB, timed at the width of
+Wan 1.3B. Run it under `scripts/quiet` where seconds matter. A run that was stopped goes on: each
+clip's figures are a line of OUTPUT.jsonl.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ LEVELS = {
 }
 GOAL_DB = 30.0
 DEFAULT = "default"
+STUDENT = "student"
 FEW: dict[str, dict[str, Any]] = {DEFAULT: {}} | {
     f"{sampler} {steps} shift {shift:g}": {"sampler": sampler, "steps": steps, "shift": shift}
     for sampler, shifts in (("unipc", (3.0, 5.0, 7.0, 9.0)), ("euler", (3.0, 5.0)))
@@ -205,7 +206,9 @@ def _share(right: dict[str, bool], task: str) -> float:
 def run_few(args: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
     """Accuracy of every way to take few steps, against the default."""
     bench = Bench.open(args)
-    ways = {name: FEW[name] for name in FEW if name == DEFAULT or _is_asked(name, args.only)}
+    student = bench.engine.folder.student
+    known = FEW | ({} if student is None else {STUDENT: {"steps": student.num_steps}})
+    ways = {name: known[name] for name in known if name == DEFAULT or _is_asked(name, args.only)}
     rights = {}
     for name, options in ways.items():
         rights[name] = list(judge_way(bench, name, options))
