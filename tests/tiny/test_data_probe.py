@@ -122,6 +122,9 @@ def test_eight_k_is_taken_at_flat_memory(tmp_path):
     Image.fromarray(large).save(tmp_path / "a.jpg")
     facts = probe_file(tmp_path / "a.jpg")
     assert (facts.problem, facts.size) == (None, (7680, 4320))
+    shot = film(tmp_path / "c.avi", [large] * 2, codec="mjpeg", pix_fmt="yuvj420p")
+    facts = probe_file(shot)
+    assert (facts.problem, facts.size, facts.num_frames) == (None, (7680, 4320), 2)
     with (tmp_path / "b.png").open("wb") as file:  # 36 GB, if it were decoded
         from tests.tiny.test_media_read import bomb
 
