@@ -85,6 +85,7 @@ def make(page, prompt, **fields):
     page.keyboard.press("Control+Enter")
     video = page.get_by_label(f"Clip: {prompt}", exact=True)
     expect(video).to_be_visible()
+    expect(page.locator("#stage [aria-keyshortcuts=e]")).to_be_visible()  # drawn after the video
     return video
 
 
