@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -62,6 +63,10 @@ def test_results_say_what_was_measured_and_how(results: Path) -> None:
     assert told["settings"]["num_frames"] == 9
     assert told["settings"]["fps"] == "12"
     assert told["machine"]["torch"] == torch.__version__
+    assert told["machine"]["numpy"] == np.__version__
+    assert told["augmentation"] == "none"
+    assert told["prompt_suite"]["name"] == "toybox, dev"
+    assert len(told["prompt_suite"]["sha256"]) == 64
 
 
 def test_every_figure_has_its_neighbours(results: Path) -> None:

@@ -148,11 +148,15 @@ def test_bad_files_are_named_and_the_others_go_on(
     save(clips / "other-0.mp4", pan(1, size=48), fps=Fraction(24))
     save(clips / "one-0.mp4", pan(0, count=1))
     (clips / "broken-0.mp4").write_bytes((clips / "fine-0.mp4").read_bytes()[:300])
+    long = tmp_path / "long.webm"
+    write_clip(long, [pan(2, count=60)], ClipInfo(FPS, (SIZE, SIZE), 60))
+    (clips / "cut-0.webm").write_bytes(long.read_bytes()[: long.stat().st_size // 2])
     output = tmp_path / "r.json"
     assert main(["eval", "temporal", "--videos", str(clips), "-o", str(output)]) == 1
     (folder,) = json.loads(output.read_text())["folders"]
     assert {clip["name"] for clip in folder["clips"]} == {"fine-0", "other-0"}
-    assert set(folder["failed"]) == {"one-0.mp4", "broken-0.mp4"}
+    assert set(folder["failed"]) == {"one-0.mp4", "broken-0.mp4", "cut-0.webm"}
+    assert "of 60 frames; save it again" in folder["failed"]["cut-0.webm"]
     said = capsys.readouterr().err
     assert "broken-0.mp4" in said
     assert "single frame" in said

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from vidgen.evaluation.metrics.networks import Networks
 
 OnEvent = Callable[[dict[str, Any]], None]
+WHOLE = 0.9
+"""Share of the frames that a file says it has, below which it was cut off; rates may be rounded."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
     """The scores of one clip.
 
     Raises:
-        InputError: it is damaged, or too short.
+        InputError: it is damaged, cut off, or too short.
     """
     image = None if job.image is None else load_image(job.image)[0]
     with VideoReader(job.path) as video:
@@ -241,6 +243,9 @@ def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
         )  # fmt: skip
         if found.num_frames < 2:
             raise InputError("it has a single frame; measures in time need two")
+        if found.num_frames < WHOLE * (video.stated_frames or 0):
+            raise InputError(f"it ends after {found.num_frames} of {video.stated_frames} frames; "
+                             "save it again")
         return {**asdict(found), "fps": str(video.fps), "size": list(video.size)}
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -237,6 +238,12 @@ def _split(text: str, parts: int) -> list[str]:
     return lines
 
 
+def _prompts_hash(items: Mapping[str, Sequence[Item]]) -> str:
+    """SHA-256 over the prompts of all sources, in their order."""
+    told = {source: [item.prompt for item in part] for source, part in items.items()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 def run_toybox(
     bench: Benchmark, output: str | Path, on_event: OnEvent, sheet: str | Path | None = None
 ) -> dict[str, Any]:
@@ -264,7 +271,9 @@ def run_toybox(
         "suite": "toybox", "part": bench.suite, **run.identity,
         "sound_judge": None if run.ear_folder is None else run.ear_folder.sha256,
         "seeds": [bench.seed, bench.seed + max(map(len, items.values())) - 1],
-        "machine": fingerprint(),
+        "prompt_suite": {"name": f"toybox, {bench.split}", "sha256": _prompts_hash(items)},
+        "augmentation": "none",
+        "machine": {"numpy": np.__version__, **fingerprint()},
         **summarise(
             scores, {name: [i.scene for i in part] for name, part in items.items()}, trust,
             [p.kind for p in read_phrasings(bench.phrasings, bench.split)]

@@ -176,6 +176,8 @@ class VideoReader:
     Attributes:
         fps: exact average rate; 25 for a single picture.
         size: (width, height) as shown, after any rotation.
+        stated_frames: as many as the file says that it has, or None; one that was cut off has
+            fewer, and libav needn't mind.
 
     Raises:
         InputError: missing, no video, or damaged.
@@ -210,7 +212,7 @@ class VideoReader:
         if self.path.suffix.lower() in PICTURE_SUFFIXES:
             self._image = self._stack.enter_context(Image.open(self.path))
             _check_area(self._what, self._image.size)
-            self.fps = _animation_fps(self._image)
+            self.fps, self.stated_frames = _animation_fps(self._image), None
             return
         self._container = self._stack.enter_context(
             av.open(str(self.path), metadata_errors="replace")
@@ -224,6 +226,7 @@ class VideoReader:
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for sizes told later
         stream.thread_type = "AUTO"
         self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
+        self.stated_frames = _stated_frames(self._container, stream, self.fps)
 
     def _decode(self) -> Iterator[Frames]:
         if self._image is not None:
@@ -234,6 +237,17 @@ class VideoReader:
         self._container.seek(0)
         for frame in self._container.decode(video=0):
             yield to_rgb(frame, reformatter)
+
+
+def _stated_frames(
+    container: av.container.InputContainer, stream: Any, fps: Fraction
+) -> int | None:
+    """How many frames a file says it has: by its own count, or by how long it is."""
+    if stream.frames:
+        return int(stream.frames)
+    if container.duration is None or len(container.streams) > 1:  # sound may be longer
+        return None
+    return round(container.duration * fps / av.time_base)
 
 
 def _animation_fps(image: Image.Image) -> Fraction:
