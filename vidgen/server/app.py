@@ -17,6 +17,7 @@ from vidgen.server import films, rest, videos
 from vidgen.server.access import service_of
 from vidgen.server.errors import ApiError, from_vidgen
 from vidgen.server.guard import App, Guard
+from vidgen.server.layout import without_folders
 from vidgen.server.schema import shared_schemas
 from vidgen.server.service import Service
 
@@ -75,7 +76,7 @@ def _answer_api_error(request: Request, error: Exception) -> Response:
 def _answer_vidgen_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, VidgenError)
     found = from_vidgen(error)
-    found.message = found.message.replace(f"{service_of(request).settings.data}/", "")
+    found.message = without_folders(found.message, service_of(request).settings.data)
     return _answer_api_error(request, found)
 
 

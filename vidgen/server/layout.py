@@ -115,6 +115,11 @@ def content_of(folder: Path, kind: str, variant: str) -> tuple[Path, str] | None
     return folder / name, media
 
 
+def without_folders(text: str, data: Path) -> str:
+    """A message for clients, who need not know in which folders of the service things lie."""
+    return re.sub(rf"{re.escape(str(data))}/(?:(?:videos|films)/\w+/(?:{INPUTS}/)?)?", "", text)
+
+
 def read_recipe(folder: Path) -> Any:
     """The recipe of a finished clip; None where there is none."""
     with suppress(OSError, ValueError):

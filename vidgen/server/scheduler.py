@@ -19,6 +19,7 @@ from vidgen.core.errors import OutputError
 from vidgen.server.hub import Event, Hub
 from vidgen.server.job import Job
 from vidgen.server.jobs import Jobs
+from vidgen.server.layout import without_folders
 from vidgen.server.link import HEARTBEAT_S, Child, Message
 from vidgen.server.metrics import Metrics
 from vidgen.server.runner import CANCELLED, PAUSED
@@ -213,7 +214,7 @@ class Scheduler:
         log.log(level, "%s", message["text"],
                 extra={"job": message["job"], "trace": message["trace"]})
         if level >= logging.WARNING and self._running and self._running.id == message["job"]:
-            self._live.warn(self._without_paths(message["text"]))
+            self._live.warn(without_folders(message["text"], self.settings.data))
 
     def _on_progress(self, job: Job, message: Message) -> None:
         now = time.monotonic()
@@ -236,7 +237,7 @@ class Scheduler:
         self._tell_status(job)
 
     def _on_note(self, job: Job, message: Message) -> None:  # noqa: ARG002
-        self._live.warn(self._without_paths(message["text"]))
+        self._live.warn(without_folders(message["text"], self.settings.data))
 
     def _on_done(self, job: Job, message: Message) -> None:
         result = {**message["result"], "warnings": self._live.warnings}
@@ -247,7 +248,7 @@ class Scheduler:
         self._end(job, result, None)
 
     def _on_failed(self, job: Job, message: Message) -> None:
-        code, text = message["code"], self._without_paths(message["text"])
+        code, text = message["code"], without_folders(message["text"], self.settings.data)
         self._end(job, self._live.kept(), (code, text))
 
     def _on_stopped(self, job: Job, message: Message) -> None:
@@ -371,10 +372,6 @@ class Scheduler:
                 told = {"id": job.id, "object": job.kind, "queue_position": place.position,
                         "eta_s": place.eta_s}
                 self.hub.publish(Event("queue", job.id, job.owner, told))
-
-    def _without_paths(self, text: str) -> str:
-        """A message for clients, who need not know where things lie."""
-        return text.replace(f"{self.settings.data}/", "")
 
 
 def _size(folder: Path) -> int:
