@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models import build_tiny_model
 from tests.sounds import RATE, save, tone
 from tests.tiny.audio_models import stable_audio_3
 from vidgen.cli.main import main
@@ -103,6 +104,31 @@ def test_what_makes_no_sound_is_refused_before_the_first_shot(
         assert main(command(script, tiny_model, tiny_model, *words)) == 2
         assert "makes no sound from a text" in capsys.readouterr().err
     assert not script.with_suffix(".shots").exists()
+
+
+def test_a_model_that_makes_sound_is_heard_in_its_shots(tmp_path: Path) -> None:
+    model = build_tiny_model(tmp_path / "heard", sound=True)
+    save(tmp_path / "said.wav", tone(1.0, 2000), codec="pcm_s16le")
+    script = tmp_path / "film.yaml"
+    script.write_text(
+        "project: {dtype: fp32, defaults: {duration: 0.75, steps: 1}}\n"
+        "shots:\n"
+        "  - {id: one, prompt: a red car, sound: thuds}\n"
+        "  - {id: two, prompt: a cat, continue_from: one}\n"
+        "  - {id: three, prompt: a dog, sound: {file: said.wav}}\n")
+    assert main(command(script, model, None)) == 0
+    index = json.loads((tmp_path / "film.shots/shots.json").read_text())
+    one, two, three = (Path(each["path"]) for each in index["shots"])
+    assert read_recipe(one)["plan"]["prompt"] == "a red car, with the sound of thuds"
+    assert read_sound(three) is None
+    film, _ = read_sound(script.with_suffix(".mp4"))
+    assert len(film) == round(2.25 * RATE)
+    for path in (one, two):  # the second file holds its own sound alone
+        samples, rate = read_sound(path)
+        assert len(samples) / rate == pytest.approx(0.75, abs=0.065)
+        assert np.abs(samples).max() > 1e-3
+    spectrum = np.abs(np.fft.rfft(film[round(1.6 * RATE) : round(2.1 * RATE), 0]))
+    assert spectrum.argmax() == pytest.approx(1000, abs=2)  # 2 kHz in half a second
 
 
 def test_a_check_makes_nothing(

@@ -281,8 +281,9 @@ class ContinuedClip(Clip):
     def added(self) -> Clip:
         """What follows the file, as a clip of its own; its recipe tells how much was left out."""
         recipe = None if self.recipe is None else {**self.recipe, "head_frames": self.head_frames}
-        info = replace(self.info, num_frames=self.num_frames - self.head_frames, sound=None,
-                       recipe=recipe)
+        begin = round(self.head_frames / self.info.fps * self.sound_rate)
+        info = replace(self.info, num_frames=self.num_frames - self.head_frames, recipe=recipe,
+                       sound=None if self.sound is None else self.sound[begin:])
 
         def source(start: int = 0) -> Iterator[Frames]:
             return self._added(start)

@@ -73,7 +73,7 @@ def assemble(
         OutputError: it can't be written or the disk is full.
     """
     check_shots(shots)
-    output, notes = edit.output, not_made(edit.timeline)
+    output, notes = edit.output, not_made(edit.film, edit.timeline)
     check_output(output, overwrite=True, num_bytes=sum(each.path.stat().st_size for each in shots))
     sources = [_source(edit, index, shot) for index, shot in enumerate(shots)]
     with _workplace(output) as folder:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.request import Request
+from vidgen.core.request import NO_AUDIO, OWN_AUDIO, Request
+from vidgen.pipeline.own_sound import TASK
 from vidgen.story.expand import Expansion
 from vidgen.story.script import Script, Shot
 from vidgen.weights.lora import parse_option
@@ -108,10 +109,16 @@ class FilmPlan:
                 ahead += self.shots[name].shot.needs
         return [plan for name, plan in self.shots.items() if not names or name in wanted]
 
+    def is_heard(self, shot: Shot) -> bool:
+        """Whether the model makes a shot's sound along with its picture."""
+        return TASK in self.folder.tasks and (shot.sound is None or shot.sound.file is None)
+
     def words(self, shot: Shot, index: int) -> str:
-        """What the model is told of one of a shot's prompts."""
+        """What the model is told of one of a shot's prompts, and of its sound if it makes that."""
         texts = None if self.expansion is None else self.expansion.texts
-        return self.script.words(shot, shot.prompt[index].prompt, texts)
+        text = self.script.words(shot, shot.prompt[index].prompt, texts)
+        heard = shot.sound.effects if shot.sound is not None and self.is_heard(shot) else None
+        return text if heard is None else f"{text}, with the sound of {heard}"
 
     def request(self, shot: Shot, seed: int, index: int, num_frames: int) -> Request:
         """What makes a part of a shot, but for files of other shots, which `render` adds.
@@ -142,7 +149,8 @@ class FilmPlan:
             option["reference"] = tuple(str(script.file(f)) for f in references(script, shot))
         return Request(
             prompt=self.words(shot, index), seed=seed, size=self.size, fps=self.fps,
-            seconds=float(num_frames / self.fps), audio="none", tiles=self.tiles,
+            seconds=float(num_frames / self.fps), tiles=self.tiles,
+            audio=OWN_AUDIO if self.is_heard(shot) else NO_AUDIO,
             lora=tuple(_lora(script, each) for each in loras(script, shot)), **option,
         )
 

@@ -36,6 +36,7 @@ from vidgen.media.sound import RATE, read_sound, room
 from vidgen.media.speech import OWN_FILE, PAUSE_S, Sentence, Voice, open_voice, spoken
 from vidgen.media.subtitles import Cue
 from vidgen.story.elements import Music, Narration
+from vidgen.story.film import FilmPlan
 from vidgen.story.script import Script, Shot
 from vidgen.story.timeline import Placed, Timeline
 
@@ -102,12 +103,13 @@ def sound_files(script: Script, timeline: Timeline) -> list[Path]:
     return [*files]
 
 
-def not_made(timeline: Timeline) -> list[str]:
+def not_made(film: FilmPlan, timeline: Timeline) -> list[str]:
     """Notes on sound that is described in words, where no model makes it."""
     told = []
     for key, words in (("sound", "effects"), ("music", "prompt")):
         names = [each.shot.id for each in timeline.shots
-                 if getattr(getattr(each.shot, key), words, None) is not None]
+                 if getattr(getattr(each.shot, key), words, None) is not None
+                 and not (key == "sound" and film.is_heard(each.shot))]
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             told.append(f"the {key} of {', '.join(names[:3])}{more} is described in words, which "
@@ -230,7 +232,11 @@ def _of_shot(
     asked = placed.shot.sound
     if asked is None or asked.file is None:
         own = read_sound(path)
-        return (None if own is None else at_length(*own, count)), []
+        if own is None:
+            return None, []
+        sound = at_length(*own, count)
+        _amplify(sound, 0.0 if asked is None else asked.gain_db)
+        return sound, []
     sound, notes = fit_sound(script.file(asked.file), count, loop=asked.loop,
                              repeating="loop: true")
     _amplify(sound, asked.gain_db)

@@ -46,7 +46,7 @@ class RenderedShot:
     Attributes:
         shot: as it is written, with the film's transition where it has none of its own, and with
             all that the picture doesn't show yet.
-        path: its file, without sound.
+        path: its file, with sound where the model makes it along.
         num_frames: of it.
         fps: its rate.
         size: (width, height).
