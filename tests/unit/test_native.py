@@ -29,16 +29,18 @@ def test_switched_off_by_wish(monkeypatch):
     torch.testing.assert_close(attention(q, q, q), attention(q, q, q, backend="reference"))
 
 
-def test_without_a_compiler_there_is_a_remedy(monkeypatch, tmp_path):
+@pytest.mark.parametrize("flags", [["avx512f"], ["avx2", "fma"]])
+def test_without_a_compiler_there_is_a_remedy(monkeypatch, tmp_path, flags):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "_cpu_flags", lambda: ["avx512f"])
+    monkeypatch.setattr(native, "_cpu_flags", lambda: flags)
     monkeypatch.setattr(native.shutil, "which", lambda _: None)
     assert "install g++" in native.why_not()
 
 
-def test_other_processors_are_told_of(monkeypatch):
-    monkeypatch.setattr(native, "_cpu_flags", lambda: ["avx2"])
-    assert "AVX512" in native.why_not()
+@pytest.mark.parametrize("flags", [["sse4_2"], ["avx2"], ["fma"]])
+def test_other_processors_are_told_of(monkeypatch, flags):
+    monkeypatch.setattr(native, "_cpu_flags", lambda: flags)
+    assert "neither AVX512 nor AVX2 with FMA" in native.why_not()
 
 
 @pytest.mark.parametrize("body", ["exit 1", "echo 'x.cpp: error: no such flag' >&2; exit 1"])

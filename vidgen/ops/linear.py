@@ -108,7 +108,7 @@ def _gelu(x: Tensor, grad: Tensor | None) -> Tensor:
     """GELU of dense x, or its gradient."""
     kernels, out = native.kernels(x), torch.empty_like(x)
     assert kernels is not None
-    native.call(kernels, "gelu", x.dtype, x, grad, out, x.numel() // native.WIDTHS)
+    native.call(kernels, "gelu", x.dtype, x, grad, out, x.numel())
     return out
 
 

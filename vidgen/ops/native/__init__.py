@@ -1,8 +1,7 @@
-"""Kernels in C++ for CPUs with AVX512, compiled on first use and kept per machine.
+"""Kernels in C++ for CPUs with AVX512, or AVX2 and FMA, compiled on first use, kept per machine.
 
 Where there is no compiler or no such CPU, `kernels` gives None and everything runs on PyTorch's own
-operators: the same results within rounding, two to four times as slow. `VIDGEN_NATIVE=0` does the
-same by wish.
+operators: the same results within rounding, but slower. `VIDGEN_NATIVE=0` does the same by wish.
 """
 
 from __future__ import annotations
@@ -115,8 +114,8 @@ def _library() -> Path:
     if os.environ.get("VIDGEN_NATIVE") == "0":
         raise Unavailable("switched off by VIDGEN_NATIVE=0")
     flags = _cpu_flags()
-    if "avx512f" not in flags:
-        raise Unavailable("the CPU has no AVX512")
+    if "avx512f" not in flags and not {"avx2", "fma"} <= set(flags):
+        raise Unavailable("the CPU has neither AVX512 nor AVX2 with FMA")
     names = (os.environ.get("CXX", ""), "g++", "c++", "clang++")
     compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:

@@ -1,4 +1,4 @@
-// Attention in bfloat16 or float32, with float32 scores, for CPUs with AVX512.
+// Attention in bfloat16 or float32, with float32 scores.
 //
 // A flash attention (Dao et al. 2022, alg. 1): blocks of queries walk over tiles of keys, keep each
 // row's maximum and sum, and never hold more scores than a tile. All sums are float32. In bfloat16
@@ -29,35 +29,34 @@ struct Scratch {
 // was summed before shrinks. `bias` holds a tile's keys, in powers of 2; -inf hides a key.
 template <class T>
 void soften(Scratch& s, int rows, int columns, float scale, const float* bias) {
-    const __m512 by = _mm512_set1_ps(scale);
+    const Floats by = all(scale);
     for (int r = 0; r < rows; r++) {
         float* scores = s.scores + r * kKeys;
         typename T::Value* weights = (typename T::Value*)(s.weights + r * kKeys);
-        __m512 top = _mm512_set1_ps(-INFINITY);
-        for (int c = 0; c < columns; c += 16) {
-            const __m512 x =
-                _mm512_fmadd_ps(_mm512_load_ps(scores + c), by, _mm512_loadu_ps(bias + c));
-            _mm512_store_ps(scores + c, x);
-            top = _mm512_max_ps(top, x);
+        Floats top = all(-INFINITY);
+        for (int c = 0; c < columns; c += kLanes) {
+            const Floats x = fmadd(load(scores + c), by, load_unaligned(bias + c));
+            store(scores + c, x);
+            top = greater(top, x);
         }
         const float before = s.row_max[r];
-        const float now = std::max(before, _mm512_reduce_max_ps(top));
+        const float now = std::max(before, greatest_lane(top));
         if (now == -INFINITY) {  // nothing to see so far
             memset(weights, 0, sizeof(*weights) * columns);
             s.shrink[r] = 1.0f;
             continue;
         }
-        const __m512 origin = _mm512_set1_ps(now);
-        __m512 sum = _mm512_setzero_ps();
-        for (int c = 0; c < columns; c += 16) {
-            const __m512 x = _mm512_load_ps(scores + c);
-            const __m512 w = exp2_of(_mm512_sub_ps(x, origin));
-            sum = _mm512_add_ps(sum, w);
+        const Floats origin = all(now);
+        Floats sum{};
+        for (int c = 0; c < columns; c += kLanes) {
+            const Floats x = load(scores + c);
+            const Floats w = exp2_of(x - origin);
+            sum += w;
             T::store(weights + c, w);
         }
         const float shrink = before == -INFINITY ? 0.0f : exp2f(before - now);
         s.shrink[r] = shrink;
-        s.row_sum[r] = s.row_sum[r] * shrink + _mm512_reduce_add_ps(sum);
+        s.row_sum[r] = s.row_sum[r] * shrink + sum_lanes(sum);
         s.row_max[r] = now;
     }
 }
@@ -94,10 +93,9 @@ void attend_block(
                     s.out + g * kRows * d + column, d, s.shrink + g * kRows);
     }
     for (int r = 0; r < rows; r++) {
-        const __m512 by = _mm512_set1_ps(1.0f / s.row_sum[r]);
-        for (int c = 0; c < d; c += 16)
-            T::store(out + r * out_stride + c,
-                     _mm512_mul_ps(_mm512_load_ps(s.out + r * d + c), by));
+        const Floats by = all(1.0f / s.row_sum[r]);
+        for (int c = 0; c < d; c += kLanes)
+            T::store(out + r * out_stride + c, load(s.out + r * d + c) * by);
         if (lse) lse[r] = (s.row_max[r] + log2f(s.row_sum[r])) / kLog2e;
     }
 }

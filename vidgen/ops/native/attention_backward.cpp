@@ -54,11 +54,12 @@ void take_queries(Queries& s, const Value<T>* q, int64_t q_stride, const Value<T
     }
     for (int64_t i = 0; i < s.padded; i++) {
         s.lse[i] = i < s.count ? lse[i] * kLog2e : INFINITY;
-        __m512 sum = _mm512_setzero_ps();
-        for (int c = 0; c < d && i < s.count; c += 16)
-            sum = _mm512_fmadd_ps(T::load(out + i * out_stride + c),
+        if (i + 1 < s.count) fetch_ahead(out + (i + 1) * out_stride, sizeof(Value<T>) * d);
+        Floats sum{};
+        for (int c = 0; c < d && i < s.count; c += kLanes)
+            sum = fmadd(T::load(out + i * out_stride + c),
                                   T::load(grad + i * grad_stride + c), sum);
-        s.delta[i] = _mm512_reduce_add_ps(sum);
+        s.delta[i] = sum_lanes(sum);
     }
     memset(s.turned, 0, sizeof(float) * (d + kMostRows) * s.padded);
 }
@@ -92,26 +93,23 @@ void take_keys(Scratch& s, const Value<T>* k, int64_t k_stride, const Value<T>* 
 // p * (product - delta) * scale.
 template <class T>
 void slope(Scratch& s, const Queries& queries, int64_t first, int rows, int columns, float scale) {
-    const __m512 by = _mm512_set1_ps(scale * kLog2e), times = _mm512_set1_ps(scale);
+    const Floats by = all(scale * kLog2e), times = all(scale);
     const int words = rows / T::kPerWord;
     for (int w = 0; w < words; w++)
-        for (int c = 0; c < columns; c += 16) {
-            const __m512 lse = _mm512_loadu_ps(queries.lse + first + c);
-            const __m512 delta = _mm512_loadu_ps(queries.delta + first + c);
-            __m512 pair[T::kPerWord];
+        for (int c = 0; c < columns; c += kLanes) {
+            const Floats lse = load_unaligned(queries.lse + first + c);
+            const Floats delta = load_unaligned(queries.delta + first + c);
+            Floats pair[T::kPerWord];
             for (int i = 0; i < T::kPerWord; i++) {
                 const int r = w * T::kPerWord + i, at = r * kQueryTile + c;
-                const __m512 origin = _mm512_sub_ps(_mm512_set1_ps(s.bias[r]), lse);
-                const __m512 p =
-                    exp2_of(_mm512_fmadd_ps(_mm512_load_ps(s.scores + at), by, origin));
-                pair[i] = _mm512_mul_ps(_mm512_mul_ps(p, times),
-                                        _mm512_sub_ps(_mm512_load_ps(s.products + at), delta));
+                const Floats origin = all(s.bias[r]) - lse;
+                const Floats p = exp2_of(fmadd(load(s.scores + at), by, origin));
+                pair[i] = p * times * (load(s.products + at) - delta);
                 T::store((Value<T>*)(s.weights + r * kQueryTile) + c, p);
                 T::store((Value<T>*)(s.slopes + r * kQueryTile) + c, pair[i]);
             }
             const int panel = c / kPanel;
-            _mm512_store_si512(s.crossed + (panel * words + w) * kPanel + c % kPanel,
-                               T::words(pair));
+            store_words(s.crossed + (panel * words + w) * kPanel + c % kPanel, T::words(pair));
         }
 }
 
@@ -155,8 +153,8 @@ void walk_queries(Scratch& s, const Queries& queries, int rows, int d, float sca
 template <class T>
 void store_rows(const float* from, Value<T>* to, int64_t stride, int rows, int d) {
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < d; c += 16)
-            T::store(to + r * stride + c, _mm512_load_ps(from + r * d + c));
+        for (int c = 0; c < d; c += kLanes)
+            T::store(to + r * stride + c, load(from + r * d + c));
 }
 
 // The gradient of the queries, turned back 16 rows at a time.

@@ -18,28 +18,26 @@ void add_and_norm(
     for (int64_t i = 0; i < rows; i++) {
         alignas(64) float row[kMaxWidth];
         const float* by = gate.values ? gate.row(i) : nullptr;
-        for (int c = 0; c < width; c += 16) {
-            __m512 value = X::load(x + i * width + c);
+        for (int c = 0; c < width; c += kLanes) {
+            Floats value = X::load(x + i * width + c);
             if (update) {
-                const __m512 more = U::load(update + i * width + c);
-                value = by ? _mm512_fmadd_ps(more, _mm512_loadu_ps(by + c), value)
-                           : _mm512_add_ps(value, more);
+                const Floats more = U::load(update + i * width + c);
+                value = by ? fmadd(more, load_unaligned(by + c), value) : value + more;
                 X::store(sum + i * width + c, value);
                 value = X::load(sum + i * width + c);  // the norm sees what is kept
             }
-            _mm512_store_ps(row + c, value);
+            store(row + c, value);
         }
         if (!out) continue;
         const float mean = sum_of(row, width) / width;
         const float factor = 1.0f / sqrtf(spread_of(row, width, mean) / width + eps);
         if (stats) stats[2 * i] = mean, stats[2 * i + 1] = factor;
         const float *gain = scale.row(i), *offset = shift.row(i);
-        for (int c = 0; c < width; c += 16) {
-            const __m512 centred = _mm512_sub_ps(_mm512_load_ps(row + c), _mm512_set1_ps(mean));
-            const __m512 normed = _mm512_mul_ps(centred, _mm512_set1_ps(factor));
-            const __m512 times = _mm512_add_ps(_mm512_loadu_ps(gain + c), _mm512_set1_ps(base));
-            U::store(out + i * width + c,
-                     _mm512_fmadd_ps(normed, times, _mm512_loadu_ps(offset + c)));
+        for (int c = 0; c < width; c += kLanes) {
+            const Floats centred = load(row + c) - all(mean);
+            const Floats normed = centred * all(factor);
+            const Floats times = load_unaligned(gain + c) + all(base);
+            U::store(out + i * width + c, fmadd(normed, times, load_unaligned(offset + c)));
         }
     }
 }
@@ -53,18 +51,17 @@ void norm_and_turn(
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         alignas(64) float row[kMaxWidth];
-        for (int c = 0; c < width; c += 16) _mm512_store_ps(row + c, T::load(x + i * width + c));
+        for (int c = 0; c < width; c += kLanes) store(row + c, T::load(x + i * width + c));
         const float factor = 1.0f / sqrtf(spread_of(row, width, 0.0f) / width + eps);
         const float* turns = table ? table + i % table_rows * d : nullptr;
-        for (int c = 0; c < width; c += 16) {
-            const __m512 scaled =
-                _mm512_mul_ps(_mm512_load_ps(row + c), _mm512_set1_ps(factor));
-            __m512 value = _mm512_mul_ps(scaled, _mm512_loadu_ps(weight + c));
+        for (int c = 0; c < width; c += kLanes) {
+            const Floats scaled = load(row + c) * all(factor);
+            Floats value = scaled * load_unaligned(weight + c);
             if (turns) {  // (a + bi)(cos + i sin)
-                const __m512 turn = _mm512_loadu_ps(turns + c % d);
-                const __m512 swapped = _mm512_permute_ps(value, 0xB1);
-                const __m512 crossed = _mm512_mul_ps(swapped, _mm512_movehdup_ps(turn));
-                value = _mm512_fmaddsub_ps(value, _mm512_moveldup_ps(turn), crossed);
+                const Floats turn = load_unaligned(turns + c % d);
+                const Floats swapped = swap_pairs(value);
+                const Floats crossed = swapped * second_of_pairs(turn);
+                value = fmaddsub(value, first_of_pairs(turn), crossed);
             }
             T::store(out + i * width + c, value);
         }
@@ -79,42 +76,40 @@ void norm_and_silu(
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         alignas(64) float row[kMaxWidth];
-        for (int c = 0; c < width; c += 16)
-            _mm512_store_ps(row + c, T::load(x + i * width + c, live_from(c, width)));
+        for (int c = 0; c < width; c += kLanes)
+            store(row + c, T::load(x + i * width + c, live_from(c, width)));
         const float length = std::max(sqrtf(spread_of(row, width, 0.0f)), 1e-12f);
-        const __m512 factor = _mm512_set1_ps(sqrtf((float)width) / length);
-        for (int c = 0; c < width; c += 16) {
-            const __mmask16 live = live_from(c, width);
-            __m512 value = _mm512_mul_ps(_mm512_load_ps(row + c), factor);
-            value = _mm512_mul_ps(value, Float32::load(weight + c, live));
-            if (with_silu) value = _mm512_mul_ps(value, sigmoid_of(value));
+        const Floats factor = all(sqrtf((float)width) / length);
+        for (int c = 0; c < width; c += kLanes) {
+            const Mask live = live_from(c, width);
+            Floats value = load(row + c) * factor * Float32::load(weight + c, live);
+            if (with_silu) value *= sigmoid_of(value);
             T::store(out + i * width + c, value, live);
         }
     }
 }
 
 // x * sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): GELU by tanh (Hendrycks & Gimpel 2016).
-// With `grad` instead its gradient.
+// With `grad` instead its gradient. `count` is a multiple of 16.
 template <class T>
 void gelu(const typename T::Value* x, const typename T::Value* grad, typename T::Value* out,
-          int64_t blocks, int threads) {
-    const __m512 one = _mm512_set1_ps(1.0f), cube = _mm512_set1_ps(0.044715f);
-    const __m512 root = _mm512_set1_ps(1.5957691216057308f);  // 2 sqrt(2 / pi)
+          int64_t count, int threads) {
+    const Floats one = all(1.0f), cube = all(0.044715f);
+    const Floats root = all(1.5957691216057308f);  // 2 sqrt(2 / pi)
 #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < blocks; i++) {
-        const __m512 value = T::load(x + 16 * i), square = _mm512_mul_ps(value, value);
-        const __m512 inner = _mm512_fmadd_ps(square, cube, one);
-        const __m512 twice = _mm512_mul_ps(_mm512_mul_ps(value, root), inner);
-        const __m512 e = exp2_of(_mm512_mul_ps(twice, _mm512_set1_ps(-1.44269504f)));
-        const __m512 share = _mm512_div_ps(one, _mm512_add_ps(one, e));
-        __m512 result = _mm512_mul_ps(value, share);
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Floats value = T::load(x + i), square = value * value;
+        const Floats inner = fmadd(square, cube, one);
+        const Floats twice = value * root * inner;
+        const Floats e = exp2_of(twice * all(-1.44269504f));
+        const Floats share = one / (one + e);
+        Floats result = value * share;
         if (grad) {  // share + x share (1 - share) (2 u)'
-            const __m512 slope = _mm512_mul_ps(
-                root, _mm512_fmadd_ps(square, _mm512_set1_ps(3 * 0.044715f), one));
-            const __m512 rest = _mm512_mul_ps(result, _mm512_sub_ps(one, share));
-            result = _mm512_mul_ps(T::load(grad + 16 * i), _mm512_fmadd_ps(rest, slope, share));
+            const Floats slope = root * fmadd(square, all(3 * 0.044715f), one);
+            const Floats rest = result * (one - share);
+            result = T::load(grad + i) * fmadd(rest, slope, share);
         }
-        T::store(out + 16 * i, result);
+        T::store(out + i, result);
     }
 }
 
@@ -146,9 +141,9 @@ void gelu(const typename T::Value* x, const typename T::Value* grad, typename T:
         norm_and_silu<Kind>(x, weight, out, rows, width, with_silu, threads);                      \
     }                                                                                              \
     extern "C" void gelu_##suffix(                                                                 \
-        const Kind::Value* x, const Kind::Value* grad, Kind::Value* out, int64_t blocks,           \
+        const Kind::Value* x, const Kind::Value* grad, Kind::Value* out, int64_t count,            \
         int64_t threads) {                                                                         \
-        gelu<Kind>(x, grad, out, blocks, threads);                                                 \
+        gelu<Kind>(x, grad, out, count, threads);                                                  \
     }
 
 #ifdef __AVX512BF16__

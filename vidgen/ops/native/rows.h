@@ -18,19 +18,19 @@ struct Table {
 };
 
 inline float sum_of(const float* row, int width) {
-    __m512 total = _mm512_setzero_ps();
-    for (int c = 0; c < width; c += 16) total = _mm512_add_ps(total, _mm512_load_ps(row + c));
-    return _mm512_reduce_add_ps(total);
+    Floats total{};
+    for (int c = 0; c < width; c += kLanes) total += load(row + c);
+    return sum_lanes(total);
 }
 
 // Sum of (row - origin)^2.
 inline float spread_of(const float* row, int width, float origin) {
-    __m512 total = _mm512_setzero_ps();
-    for (int c = 0; c < width; c += 16) {
-        const __m512 x = _mm512_sub_ps(_mm512_load_ps(row + c), _mm512_set1_ps(origin));
-        total = _mm512_fmadd_ps(x, x, total);
+    Floats total{};
+    for (int c = 0; c < width; c += kLanes) {
+        const Floats x = load(row + c) - all(origin);
+        total = fmadd(x, x, total);
     }
-    return _mm512_reduce_add_ps(total);
+    return sum_lanes(total);
 }
 
 }  // namespace

@@ -16,8 +16,8 @@ struct Sums {
     }
 };
 
-inline void add_to(float* sum, __m512 value) {
-    _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), value));
+inline void add_to(float* sum, Floats value) {
+    store_unaligned(sum, load_unaligned(sum) + value);
 }
 
 // Of sum = x + gate * update and out = LayerNorm(sum) * (base + scale) + shift, from the gradients
@@ -35,41 +35,38 @@ void add_and_norm_backward(
         const int64_t at = i * width;
         float mean = 0, along = 0, factor = 0;
         if (grad_out) {
-            const __m512 origin = _mm512_set1_ps(stats[2 * i]);
+            const Floats origin = all(stats[2 * i]);
             factor = stats[2 * i + 1];
             const float* gain = scale.row(i);
             float *scales = to_scale.row(i), *shifts = to_shift.row(i);
-            __m512 means = _mm512_setzero_ps(), alongs = means;
-            for (int c = 0; c < width; c += 16) {
-                const __m512 grad = U::load(grad_out + at + c);
-                const __m512 n = _mm512_mul_ps(_mm512_sub_ps(X::load(sum + at + c), origin),
-                                               _mm512_set1_ps(factor));
-                const __m512 h = _mm512_mul_ps(
-                    grad, _mm512_add_ps(_mm512_loadu_ps(gain + c), _mm512_set1_ps(base)));
-                add_to(scales + c, _mm512_mul_ps(grad, n));
+            Floats means{}, alongs{};
+            for (int c = 0; c < width; c += kLanes) {
+                const Floats grad = U::load(grad_out + at + c);
+                const Floats n = (X::load(sum + at + c) - origin) * all(factor);
+                const Floats h = grad * (load_unaligned(gain + c) + all(base));
+                add_to(scales + c, grad * n);
                 add_to(shifts + c, grad);
-                means = _mm512_add_ps(means, h);
-                alongs = _mm512_fmadd_ps(h, n, alongs);
-                _mm512_store_ps(row + c, h);
-                _mm512_store_ps(normed + c, n);
+                means += h;
+                alongs = fmadd(h, n, alongs);
+                store(row + c, h);
+                store(normed + c, n);
             }
-            mean = _mm512_reduce_add_ps(means) / width;
-            along = _mm512_reduce_add_ps(alongs) / width;
+            mean = sum_lanes(means) / width;
+            along = sum_lanes(alongs) / width;
         }
         const float* by = gate.values ? gate.row(i) : nullptr;
         float* gates = by ? to_gate.row(i) : nullptr;
-        for (int c = 0; c < width; c += 16) {
-            __m512 grad = grad_sum ? X::load(grad_sum + at + c) : _mm512_setzero_ps();
+        for (int c = 0; c < width; c += kLanes) {
+            Floats grad = grad_sum ? X::load(grad_sum + at + c) : Floats{};
             if (grad_out) {
-                __m512 h = _mm512_sub_ps(_mm512_load_ps(row + c), _mm512_set1_ps(mean));
-                h = _mm512_fnmadd_ps(_mm512_load_ps(normed + c), _mm512_set1_ps(along), h);
-                grad = _mm512_fmadd_ps(h, _mm512_set1_ps(factor), grad);
+                Floats h = load(row + c) - all(mean);
+                h = fnmadd(load(normed + c), all(along), h);
+                grad = fmadd(h, all(factor), grad);
             }
             X::store(grad_x + at + c, grad);
             if (!update) continue;
-            if (by) add_to(gates + c, _mm512_mul_ps(grad, U::load(update + at + c)));
-            U::store(grad_update + at + c,
-                     by ? _mm512_mul_ps(grad, _mm512_loadu_ps(by + c)) : grad);
+            if (by) add_to(gates + c, grad * U::load(update + at + c));
+            U::store(grad_update + at + c, by ? grad * load_unaligned(by + c) : grad);
         }
     }
 }
@@ -85,29 +82,28 @@ void norm_and_turn_backward(
         alignas(64) float row[kMaxWidth], turned[kMaxWidth];
         float* weights = to_weight + omp_get_thread_num() * (int64_t)width;
         const float* turns = table ? table + i % table_rows * d : nullptr;
-        for (int c = 0; c < width; c += 16) _mm512_store_ps(row + c, T::load(x + i * width + c));
+        for (int c = 0; c < width; c += kLanes) store(row + c, T::load(x + i * width + c));
         const float factor = 1.0f / sqrtf(spread_of(row, width, 0.0f) / width + eps);
-        __m512 alongs = _mm512_setzero_ps();
-        for (int c = 0; c < width; c += 16) {
-            __m512 value = T::load(grad + i * width + c);
+        Floats alongs{};
+        for (int c = 0; c < width; c += kLanes) {
+            Floats value = T::load(grad + i * width + c);
             if (turns) {  // (a + bi)(cos - i sin)
-                const __m512 turn = _mm512_loadu_ps(turns + c % d);
-                const __m512 swapped = _mm512_permute_ps(value, 0xB1);
-                const __m512 crossed = _mm512_mul_ps(swapped, _mm512_movehdup_ps(turn));
-                value = _mm512_fmsubadd_ps(value, _mm512_moveldup_ps(turn), crossed);
+                const Floats turn = load_unaligned(turns + c % d);
+                const Floats swapped = swap_pairs(value);
+                const Floats crossed = swapped * second_of_pairs(turn);
+                value = fmsubadd(value, first_of_pairs(turn), crossed);
             }
-            const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(row + c), _mm512_set1_ps(factor));
-            add_to(weights + c, _mm512_mul_ps(value, scaled));
-            value = _mm512_mul_ps(value, _mm512_loadu_ps(weight + c));
-            alongs = _mm512_fmadd_ps(value, scaled, alongs);
-            _mm512_store_ps(turned + c, value);
+            const Floats scaled = load(row + c) * all(factor);
+            add_to(weights + c, value * scaled);
+            value = value * load_unaligned(weight + c);
+            alongs = fmadd(value, scaled, alongs);
+            store(turned + c, value);
         }
         // 1 / rms depends on x, too: its derivative is -x / (rms^3 width)
-        const __m512 inner = _mm512_set1_ps(_mm512_reduce_add_ps(alongs) / width * factor);
-        for (int c = 0; c < width; c += 16) {
-            const __m512 value = _mm512_fnmadd_ps(_mm512_load_ps(row + c), inner,
-                                                  _mm512_load_ps(turned + c));
-            T::store(grad_x + i * width + c, _mm512_mul_ps(value, _mm512_set1_ps(factor)));
+        const Floats inner = all(sum_lanes(alongs) / width * factor);
+        for (int c = 0; c < width; c += kLanes) {
+            const Floats value = fnmadd(load(row + c), inner, load(turned + c));
+            T::store(grad_x + i * width + c, value * all(factor));
         }
     }
 }
@@ -117,36 +113,35 @@ template <class T>
 void norm_and_silu_backward(
     const typename T::Value* x, const float* weight, const typename T::Value* grad,
     typename T::Value* grad_x, float* to_weight, int64_t rows, int width, int threads) {
-    const __m512 one = _mm512_set1_ps(1.0f);
+    const Floats one = all(1.0f);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < rows; i++) {
         alignas(64) float row[kMaxWidth], scaled[kMaxWidth];
         float* weights = to_weight + omp_get_thread_num() * (int64_t)width;
-        for (int c = 0; c < width; c += 16)
-            _mm512_store_ps(row + c, T::load(x + i * width + c, live_from(c, width)));
+        for (int c = 0; c < width; c += kLanes)
+            store(row + c, T::load(x + i * width + c, live_from(c, width)));
         const float length = std::max(sqrtf(spread_of(row, width, 0.0f)), 1e-12f);
-        const __m512 factor = _mm512_set1_ps(sqrtf((float)width) / length);
-        __m512 alongs = _mm512_setzero_ps();
-        for (int c = 0; c < width; c += 16) {
-            const __mmask16 live = live_from(c, width);
-            const __m512 normed = _mm512_mul_ps(_mm512_load_ps(row + c), factor);
-            const __m512 gain = Float32::load(weight + c, live), value = _mm512_mul_ps(normed, gain);
-            const __m512 share = sigmoid_of(value);
-            const __m512 rest = _mm512_mul_ps(value, _mm512_sub_ps(one, share));
-            const __m512 slope = _mm512_fmadd_ps(share, rest, share);  // of x sigmoid(x)
-            const __m512 inner = _mm512_mul_ps(T::load(grad + i * width + c, live), slope);
-            const __m512 h = _mm512_mul_ps(inner, gain);
-            const __m512 sum = Float32::load(weights + c, live);
-            Float32::store(weights + c, _mm512_fmadd_ps(inner, normed, sum), live);
-            alongs = _mm512_fmadd_ps(h, normed, alongs);
-            _mm512_store_ps(row + c, normed);
-            _mm512_store_ps(scaled + c, h);
+        const Floats factor = all(sqrtf((float)width) / length);
+        Floats alongs{};
+        for (int c = 0; c < width; c += kLanes) {
+            const Mask live = live_from(c, width);
+            const Floats normed = load(row + c) * factor;
+            const Floats gain = Float32::load(weight + c, live), value = normed * gain;
+            const Floats share = sigmoid_of(value);
+            const Floats rest = value * (one - share);
+            const Floats slope = fmadd(share, rest, share);  // of x sigmoid(x)
+            const Floats inner = T::load(grad + i * width + c, live) * slope;
+            const Floats h = inner * gain;
+            const Floats sum = Float32::load(weights + c, live);
+            Float32::store(weights + c, fmadd(inner, normed, sum), live);
+            alongs = fmadd(h, normed, alongs);
+            store(row + c, normed);
+            store(scaled + c, h);
         }
-        const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(alongs) / width);
-        for (int c = 0; c < width; c += 16) {
-            const __m512 h = _mm512_fnmadd_ps(_mm512_load_ps(row + c), along,
-                                              _mm512_load_ps(scaled + c));
-            T::store(grad_x + i * width + c, _mm512_mul_ps(h, factor), live_from(c, width));
+        const Floats along = all(sum_lanes(alongs) / width);
+        for (int c = 0; c < width; c += kLanes) {
+            const Floats h = fnmadd(load(row + c), along, load(scaled + c));
+            T::store(grad_x + i * width + c, h * factor, live_from(c, width));
         }
     }
 }
