@@ -181,6 +181,17 @@ def test_a_known_frame_behind_the_end_is_refused_by_its_time(cli, tiny_model, ve
         assert "two pictures are given for frame" in err
 
 
+@pytest.mark.parametrize("words", [
+    ["--lora", "none.safetensors"], ["--expand", "none"], ["--first-frame-model", "none"],
+    ["--audio-model", "none"], ["--say", "hi", "--voice", "none.pt"],
+])
+def test_a_plan_refuses_what_the_generation_would(cli, tiny_model, words):
+    code, _, err = cli("plan", "a", "--model", tiny_model, *words)
+    assert code == 2
+    assert "error: " in err
+    assert "none" in err
+
+
 def test_json_gives_one_object_where_a_verb_fails_too(cli):
     code, out, err = cli("inspect", "none.mp4", "--json")
     told = json.loads(out)

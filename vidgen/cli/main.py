@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from vidgen import __version__
 from vidgen.cli.parser import Parser
+from vidgen.cli.report import Report, print_line
 from vidgen.core.errors import InputError, VidgenError, nearest
 from vidgen.core.runtime import given_rank
 
@@ -52,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(overview())
+            print_line(overview(), sys.stdout, "stdout")
             return 0 if arguments else 2
         if arguments[0] in ("-V", "--version"):
-            print(f"vidgen {__version__}")
+            print_line(f"vidgen {__version__}", sys.stdout, "stdout")
             return 0
         return _run(*arguments)
     except VidgenError as error:
@@ -101,8 +102,6 @@ def _run(verb: str, *arguments: str) -> int:
 
         join_torchrun()  # the process of rank 0 does all the rest
         return 0
-    from vidgen.cli.report import Report
-
     events = getattr(args, "events", None)
     if verb == "train" and (given_rank() or (0,))[0]:
         events = None  # the main rank's alone

@@ -34,7 +34,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.request import Request
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
     from vidgen.pipeline.parts import DTYPES, Parts
-    from vidgen.pipeline.preflight import choose, require_own_model, settle
+    from vidgen.pipeline.preflight import choose, require_models, require_own_model, settle
     from vidgen.weights.folder import open_model
 
     known = {f.name for f in fields(Request)}
@@ -43,6 +43,7 @@ def run(args: Namespace, report: Report) -> int:
     request = Request.of(options.pop("prompt"), options)
     folder, device = open_model(args.model), choose_device()
     require_own_model(folder)
+    require_models(request, folder)
     plan, dtype = settle(folder, request), args.dtype or best_dtype(device)
     kind = DTYPES[dtype]
     used = {kind, Parts(folder, device, kind).dtype_of("vae")}

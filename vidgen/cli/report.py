@@ -75,7 +75,7 @@ class Report:
             event = {**event, **self._clock(stage, done, total, event.get("clip", 1))}
         if self._events:
             line = json.dumps({"time": time.time(), **event})
-            _print_line(line, self._events, "stdout" if self._events_path == "-" else
+            print_line(line, self._events, "stdout" if self._events_path == "-" else
                         str(self._events_path))
         if event["event"] == "note":
             self._print(f"note: {event['text']}")
@@ -120,7 +120,7 @@ class Report:
         """Print the result: `data` for programs or `text` for people."""
         if self._bars:
             self._bars.stop()
-        _print_line(json.dumps(data) if self.as_json else text, sys.stdout, "stdout")
+        print_line(json.dumps(data) if self.as_json else text, sys.stdout, "stdout")
 
     def _print(self, line: str) -> None:
         if self._bars:
@@ -157,7 +157,7 @@ class Report:
         self._bars.update(self._tasks[stage], completed=done, total=total, ends=ends)
 
 
-def _print_line(line: str, file: TextIO, name: str) -> None:
+def print_line(line: str, file: TextIO, name: str) -> None:
     """Print at once.
 
     Raises:

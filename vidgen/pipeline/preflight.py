@@ -17,13 +17,17 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.runtime import available_memory, best_dtype
 from vidgen.core.shapes import Tiles, VideoShape
+from vidgen.media.speech import open_voice
 from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.estimate import Estimate, Rates, Setup, estimate, size_text
+from vidgen.pipeline.experts import read_loras
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import Offload
 from vidgen.pipeline.plan import Plan, make_plan
+from vidgen.pipeline.rewrite import LanguageModel
 from vidgen.pipeline.tasks import check_tasks
+from vidgen.weights.folder import open_model
 
 if TYPE_CHECKING:
     from vidgen.pipeline.video import Engine
@@ -249,6 +253,23 @@ def _most(limit: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def require_models(request: Request, folder: ModelFolder) -> None:
+    """Refuse adapters and models beside the main one that aren't there or don't fit it.
+
+    Raises:
+        InputError: an adapter's file is missing.
+        ModelError: a folder that holds no such model, or an adapter of another one.
+    """
+    read_loras(request.lora, folder)
+    if request.expand is not None:
+        LanguageModel(request.expand)
+    for name in (request.first_frame_model, request.audio_model):
+        if name is not None:
+            open_model(name)
+    if request.say:
+        open_voice(request.voice)
 
 
 def require_own_model(folder: Any) -> None:
