@@ -397,3 +397,10 @@ def test_only_own_models_are_planned():
 
     with pytest.raises(InputError, match="LTXPipeline"):
         require_own_model(Foreign())
+
+
+def test_what_takes_long_is_measured_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(calibration, "_LONG_S", 0.0)
+    assert calibration._seconds(lambda: calls.append(sum(range(10_000))), CPU) > 0
+    assert len(calls) == 1
