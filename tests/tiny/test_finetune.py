@@ -21,7 +21,9 @@ from tests.tiny.foreign_models import build_foreign_model
 from tests.wan_models import build_diffusers
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import sha256_file
+from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import linear_paths
+from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.video import load
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.finetune import finetune
@@ -263,9 +265,8 @@ REFUSED = {
     "no condition": ({"conditions": {"text": 0}}, "must have a weight over 0"),
     "a token that isn't there": (
         {"subject": {"token": "<subject_99>", "like": "a car"}}, "is no token of"),
-    "a dialect without names": (
-        {"model": "sound", "lora": {"targets": "all"}, "output": {"dialects": ["kohya"]}},
-        "output.dialects: the dialect 'kohya' has no names for"),
+    "a layer that makes sound": (
+        {"model": "sound", "lora": {"targets": ["audio_ffn"]}}, "no linear layer is called"),
 }  # fmt: skip
 
 
@@ -323,5 +324,8 @@ def test_targets_cover_what_they_say(tiny_model):
     attention, every = target_paths(dit, "attention"), target_paths(dit, "all")
     assert len(attention) == 2 * 8
     assert set(attention) < set(every) < set(linear_paths(dit))
+    with torch.device("meta"):
+        heard = SpacetimeDiT(DIT_PRESETS["tiny-sound"])
+    assert not any("audio" in path for path in target_paths(heard, "all"))
     assert target_paths(dit, ("cross_attn.k",)) == (
         "blocks.0.cross_attn.k", "blocks.1.cross_attn.k")

@@ -48,7 +48,8 @@ class LoraSettings:
         alpha: scale times rank; None: the rank, so that the scale is 1.
         dropout: of what enters the first factor.
         targets: "attention": the projections of self- and cross-attention; "all": all linear
-            layers of blocks; or parts of layers' names, such as "self_attn.q" or "ffn".
+            layers of blocks; or parts of layers' names, such as "self_attn.q" or "ffn". Layers
+            that make sound aren't among them.
     """
 
     rank: int = 16

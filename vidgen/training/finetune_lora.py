@@ -23,12 +23,12 @@ from vidgen.training.finetune_config import LoraSettings
 _ADAPTER = "default"  # PEFT's name of a first adapter
 _GROUPS = {
     "attention": (".self_attn.", ".cross_attn."),
-    "all": (".self_attn.", ".cross_attn.", ".ffn.", ".audio_ffn."),
+    "all": (".self_attn.", ".cross_attn.", ".ffn."),
 }
 
 
 def target_paths(dit: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Paths of the linear layers that get a delta.
+    """Paths of the linear layers that get a delta; none that makes sound, as clips bring none.
 
     Args:
         dit: a `SpacetimeDiT`, on any device.
@@ -37,7 +37,8 @@ def target_paths(dit: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, .
     Raises:
         InputError: a part of a name that no linear layer has; names the nearest.
     """
-    linear = [path for path, layer in dit.named_modules() if isinstance(layer, nn.Linear)]
+    linear = [path for path, layer in dit.named_modules()
+              if isinstance(layer, nn.Linear) and "audio" not in path]
     blocks = [path for path in linear if path.startswith(("blocks.", "control_blocks."))]
     if isinstance(targets, str):
         return tuple(path for path in blocks if any(part in path for part in _GROUPS[targets]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vidgen.core.errors import InputError, ModelError, VidgenError
+from vidgen.core.errors import ModelError, VidgenError
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.models.lora import Adapter, LowRank
+from vidgen.models.lora import Adapter
 from vidgen.pipeline.parts import DTYPES, EXPERTS
 from vidgen.training.checkpoint import (
     best_checkpoint,
@@ -112,27 +111,16 @@ def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
 
 
 def rehearse(config: FinetuneConfig, folder: ModelFolder) -> None:
-    """Find out before the training whether what is to be learned can be written.
+    """Find out before anything is loaded whether what is to be learned is there.
 
     Raises:
-        InputError: an expert or layers that the model doesn't have, or a dialect without names
-            for a layer that is trained.
+        InputError: an expert or layers that the model doesn't have.
     """
     trained_roles(config, folder)
-    if config.method == "full":
-        return
-    with torch.device("meta"):
-        dit = SpacetimeDiT(folder.components["transformer"].config)
-    parts = {}
-    for path in target_paths(dit, config.lora.targets):
-        out, width = dit.get_parameter(f"{path}.weight").shape
-        parts[path] = LowRank(torch.zeros(1, width), torch.zeros(out, 1))
-    with tempfile.TemporaryDirectory(prefix="vidgen-") as scratch:
-        for dialect in config.output.dialects:
-            try:
-                write_lora(Adapter(config.output.name, parts), Path(scratch) / dialect, dialect)
-            except ModelError as error:
-                raise InputError(f"output.dialects: {error}") from None
+    if config.method == "lora":
+        with torch.device("meta"):
+            dit = SpacetimeDiT(folder.components["transformer"].config)
+        target_paths(dit, config.lora.targets)
 
 
 def _export_lora(

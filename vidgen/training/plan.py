@@ -98,7 +98,8 @@ class TrainingPlan:
     def lines(self) -> list[str]:
         """For the terminal."""
         counts = f"{self.trained:,} trained parameters, {self.frozen:,} frozen"
-        rows = [f"{self.ranks} ranks of {self.engine}; {counts}", "memory on each rank's device:"]
+        ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        rows = [f"{ranks} of {self.engine}; {counts}", "memory on each rank's device:"]
         rows += [f"  {name:<24}{size / 1e9:8.2f} GB" for name, size in self.device.items() if size]
         rows.append(f"  {'together':<24}{self.peak / 1e9:8.2f} GB")
         if any(self.host.values()):
