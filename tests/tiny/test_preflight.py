@@ -32,9 +32,10 @@ from vidgen.models.vae import CausalVAE
 from vidgen.ops import native
 from vidgen.pipeline import calibration
 from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
-from vidgen.pipeline.estimate import KERNELS_BYTES, Setup, estimate
+from vidgen.pipeline.estimate import KERNELS_BYTES, estimate
 from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.preflight import choose, preflight, settle
+from vidgen.pipeline.stages import Setup
 from vidgen.pipeline.video import load
 from vidgen.pipeline.workload import (
     decoder_layers,

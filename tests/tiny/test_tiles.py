@@ -20,10 +20,11 @@ from vidgen.media.clip import Clip
 from vidgen.models.vae_tiles import grids
 from vidgen.pipeline import preflight, stretches
 from vidgen.pipeline.crew import start_crew
-from vidgen.pipeline.estimate import Setup, estimate
+from vidgen.pipeline.estimate import estimate
 from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.preflight import choose, settle
 from vidgen.pipeline.replay import request_from_recipe
+from vidgen.pipeline.stages import Setup
 from vidgen.pipeline.video import Engine, load
 from vidgen.weights.folder import open_model
 

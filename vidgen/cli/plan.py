@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from vidgen.pipeline.calibration import Calibration
-    from vidgen.pipeline.estimate import Estimate
+    from vidgen.pipeline.stages import Estimate
 
 DESCRIPTION = (
     "Tell the time and memory that `vidgen generate` with the same options will take. The first "
@@ -72,7 +72,7 @@ def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Calibrat
 
 
 def _table(made: Estimate, have: int | None) -> str:
-    from vidgen.pipeline.estimate import size_text
+    from vidgen.pipeline.stages import size_text
 
     rows: list[tuple[str, float, Any]] = [(s.name, s.seconds, s.bytes) for s in made.stages]
     rows.append(("whole", made.total_s, made.peak_bytes))

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, Task, TaskID
 
     from vidgen.media.clip import Clip
-    from vidgen.pipeline.estimate import Estimate
     from vidgen.pipeline.eta import Clock, ManyClock
+    from vidgen.pipeline.stages import Estimate
 
 
 class Report:

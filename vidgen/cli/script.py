@@ -16,7 +16,7 @@ from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, VidgenError
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.estimate import Estimate
+    from vidgen.pipeline.stages import Estimate
     from vidgen.pipeline.workers import Staff
     from vidgen.story.edit import Edit
     from vidgen.story.film import FilmPlan, ShotPlan, Take
@@ -227,7 +227,7 @@ def _tell_plan(
     report: Report, edit: Edit | None,
 ) -> int:
     """What each shot takes, which are there, and how long the film is, if there is to be one."""
-    from vidgen.pipeline.estimate import size_text
+    from vidgen.pipeline.stages import size_text
     from vidgen.story.plan import unknown_words
 
     missing = [store.missing(plan) for plan in plans]

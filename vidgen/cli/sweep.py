@@ -23,7 +23,7 @@ from vidgen.core.runtime import given_rank, slug
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.pipeline.estimate import Estimate
+    from vidgen.pipeline.stages import Estimate
 
 DESCRIPTION = "Make a clip under several settings, the seed locked: one labelled sheet, one video."
 MAX_CELLS = 100

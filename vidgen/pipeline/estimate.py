@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from vidgen.core.request import NO_AUDIO
-from vidgen.core.runtime import megabytes
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.diffusion.sound import sound_span
 from vidgen.ops import native
@@ -22,9 +20,10 @@ from vidgen.ops.linear import packs
 from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
 from vidgen.pipeline.own_sound import AT_ONCE as SOUND_AT_ONCE
 from vidgen.pipeline.own_sound import TASK as SOUND_TASK
-from vidgen.pipeline.parts import DTYPES, EXPERTS, Offload, Parts
+from vidgen.pipeline.parts import DTYPES, EXPERTS, Parts
 from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.plan import Plan
+from vidgen.pipeline.stages import Estimate, Setup, Stage
 from vidgen.pipeline.step_caches import TENSORS_HELD
 from vidgen.pipeline.workload import (
     Op,
@@ -42,10 +41,8 @@ from vidgen.weights.load import Weights
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.core.shapes import Tiles
     from vidgen.weights.component import Role
     from vidgen.weights.folder import ModelFolder
-    from vidgen.weights.quantize import Quantization
 
 KERNELS_BYTES = 52_000_000
 """What torch's kernels, thread pools and allocator take on a CPU once they have been used."""
@@ -59,82 +56,6 @@ _HOLES, _MOST_HOLES = 0.5, 220_000_000
 32 MB on back at once, so that holes stop growing."""
 Rates = Mapping[torch.dtype, Calibration]
 """By the dtype that they were measured in."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Where and how a model runs; `tiles` of the VAE's pictures, None for the whole."""
-
-    device: torch.device
-    dtype: str
-    offload: Offload = "none"
-    quantize: Quantization | None = None
-    tiles: Tiles | None = None
-
-    @property
-    def words(self) -> str:
-        """The command line's options that give it."""
-        words = [f"--dtype {self.dtype}", f"--offload {self.offload}"]
-        words += [f"--quantize {self.quantize}"] if self.quantize else []
-        return " ".join(words + ([f"--tiles {self.tiles}"] if self.tiles else []))
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage of a generation: its time, of all clips, and what it holds at its fullest."""
-
-    name: str
-    seconds: float
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a generation will take.
-
-    Attributes:
-        stages: "load", "text", "prepare", "denoise", "sound" if the model makes any, "decode",
-            "mux", in order. Decoding and muxing overlap: "mux" is the time that it adds.
-        setup: that it holds for.
-        encoder_s: what encoding the video takes in all, most of it beside decoding.
-        measured: False where this machine was never calibrated: then the seconds are only weights.
-        notes: what is not counted.
-        choice: what was chosen to make it fit, in words; empty where nothing had to be.
-    """
-
-    stages: tuple[Stage, ...]
-    setup: Setup
-    encoder_s: float
-    measured: bool
-    notes: tuple[str, ...] = ()
-    choice: str = ""
-
-    @property
-    def total_s(self) -> float:
-        """Seconds of all stages."""
-        return sum(stage.seconds for stage in self.stages)
-
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes above what the program has after its imports, at the fullest moment."""
-        return max(stage.bytes for stage in self.stages)
-
-    def as_data(self) -> dict[str, Any]:
-        """JSON data."""
-        return {
-            "stages": [vars(stage) for stage in self.stages], "total_s": self.total_s,
-            "encoder_s": self.encoder_s, "peak_bytes": self.peak_bytes, "measured": self.measured,
-            "dtype": self.setup.dtype, "offload": self.setup.offload,
-            "quantize": self.setup.quantize, "device": str(self.setup.device),
-            "tiles": None if self.setup.tiles is None else str(self.setup.tiles),
-            "threads": torch.get_num_threads(),
-            "notes": list(self.notes), "choice": self.choice,
-        }
-
-
-def size_text(num_bytes: int) -> str:
-    """A size for people."""
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else megabytes(num_bytes)
 
 
 def estimate(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.estimate import Estimate
+    from vidgen.pipeline.stages import Estimate
 
 _STAGES = {"prompt": ("text",), "prepare": ("prepare",), "sample": ("denoise",)}
 _WRITING = ("sound", "decode", "mux")

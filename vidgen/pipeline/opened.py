@@ -34,7 +34,7 @@ from vidgen.weights.folder import ModelFolder
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
-    from vidgen.pipeline.estimate import Setup
+    from vidgen.pipeline.stages import Setup
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)

@@ -19,13 +19,14 @@ from vidgen.core.runtime import available_memory, best_dtype
 from vidgen.core.shapes import Tiles, VideoShape
 from vidgen.media.speech import open_voice
 from vidgen.models.vae_tiles import grids
-from vidgen.pipeline.estimate import Estimate, Rates, Setup, estimate, size_text
+from vidgen.pipeline.estimate import Rates, estimate
 from vidgen.pipeline.experts import read_loras
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import Offload
 from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.rewrite import LanguageModel
+from vidgen.pipeline.stages import Estimate, Setup, size_text
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import open_model
 

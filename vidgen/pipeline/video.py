@@ -60,8 +60,8 @@ from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import ForeignFolder, open_model
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.estimate import Estimate
     from vidgen.pipeline.foreign import ForeignEngine
+    from vidgen.pipeline.stages import Estimate
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)

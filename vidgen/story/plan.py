@@ -39,7 +39,7 @@ from vidgen.weights.lora import parse_option
 if TYPE_CHECKING:
     import torch
 
-    from vidgen.pipeline.estimate import Estimate
+    from vidgen.pipeline.stages import Estimate
     from vidgen.weights.folder import ForeignFolder, ModelFolder
 
 log = logging.getLogger(__name__)
