@@ -324,6 +324,24 @@ def test_a_film_is_written_made_and_one_shot_of_it_made_anew(page, served):
     expect(page.locator(".badge")).to_have_text(["made", "changed"])
 
 
+def test_a_film_is_seen_while_it_forms_and_can_be_cancelled(page):
+    press(page, "2")
+    page.get_by_label("What is seen").fill("a red car bounces")
+    page.get_by_label("Size", exact=True).last.fill("192x192")
+    shot = page.locator(".shot")
+    shot.get_by_label("Seconds").fill("2.75")
+    shot.locator("summary").click()
+    shot.get_by_label("Steps").fill("200")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".result .media[data-state=preview] img")).to_be_visible()
+    expect(page.locator(".result .progress .state")).to_contain_text("shot shot-1: denoising")
+    expect(shot.locator(".side .media img")).to_be_visible()
+    page.locator(".result").get_by_role("button", name="Cancel").click()
+    expect(page.locator(".result .media")).to_contain_text("Cancelled")
+    expect(page.locator(".badge")).to_have_text("not made")
+    expect(page.get_by_role("button", name="Make film")).to_be_visible()
+
+
 def test_a_script_is_ordered_saved_and_opened(page, tmp_path):
     page.goto(page.url.split("#")[0] + "#/films")
     page.get_by_role("button", name="New film").click()

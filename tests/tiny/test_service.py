@@ -78,6 +78,7 @@ def test_a_process_that_hangs_is_ended_and_the_job_that_took_it_fails(service, m
 
 def test_a_question_outlives_one_process_that_judges_and_no_more(service, asking):
     def killed_while_asked(answer):
+        wait_for(lambda: service.judge._is_ready)
         child = service.judge._child
         os.kill(child.process.pid, signal.SIGSTOP)
         answer = answer or asking.submit(service.video, LONG, BOB)

@@ -117,7 +117,8 @@ def preview(request: Request, job: Job) -> Response:
     Raises:
         ApiError: nothing of it can be seen.
     """
-    image = service_of(request).scheduler.preview(job)
-    if image is None:
+    found = service_of(request).scheduler.preview(job)
+    if found is None:
         raise ApiError(404, "no_preview", f"there is no preview; the {job.kind} is {job.status}")
-    return Response(base64.b64decode(image.partition(",")[2]), media_type="image/webp")
+    content = base64.b64decode(found["image"].partition(",")[2])
+    return Response(content, media_type="image/webp")

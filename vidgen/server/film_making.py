@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
 LISTS = (".txt",)
-_BEGINS = re.compile(r"shot [\w-]+, \d+ of \d+")
-"""A note that tells what progress tells, too."""
+_TOLD = re.compile(r"shot [\w-]+(?:, \d+ of \d+|: of \d+ takes .*)")
+"""Notes of what progress and the shots tell, too."""
 
 
 def read_confined(path: Path, model: str) -> Script:
@@ -209,7 +209,7 @@ class FilmMaker:
         if event["event"] == "progress":
             self._report(event["stage"], event["done"], event["total"], event["clip"],
                          event["shot"])
-        elif event["event"] == "note" and not _BEGINS.fullmatch(event["text"]):
+        elif event["event"] == "note" and not _TOLD.fullmatch(event["text"]):
             self._tell(event)
 
     def _report(

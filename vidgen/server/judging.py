@@ -55,7 +55,7 @@ class Judge:
         self._numbers = itertools.count()
         self._open: dict[int, _Question] = {}
         self._model: Future[dict[str, Any]] = Future()
-        self._is_closed = False
+        self._is_closed = self._is_ready = False
         self._child = self._start()
 
     def model(self) -> dict[str, Any]:
@@ -107,6 +107,7 @@ class Judge:
     def _hear(self, message: Message) -> None:
         match message["event"]:
             case "ready":
+                self._is_ready = True
                 if not self._model.done():
                     self._model.set_result(message["model"])
             case "broken":
@@ -128,7 +129,9 @@ class Judge:
             return
         log.error("the checker %s", fate)
         with self._lock:
-            self._refuse_deadly()
+            if self._is_ready:  # else it can't have been for what was asked
+                self._refuse_deadly()
+            self._is_ready = False
             child = self._child = self._start()
             left = list(self._open.values())
         for asked in left:

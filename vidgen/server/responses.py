@@ -69,6 +69,7 @@ class Film(_Job):
     object: Literal["film"]
     title: str | None
     draft: bool
+    shot: str | None
     shots: list[dict[str, Any]]
     timeline: list[dict[str, Any]] | None
     files: list[str]

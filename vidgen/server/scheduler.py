@@ -90,10 +90,10 @@ class Scheduler:
             places = {job.id: place for job, place in self._places()}
         return [view(job, self._live_of(job), places.get(job.id, Place())) for job in jobs]
 
-    def preview(self, job: Job) -> str | None:
-        """The latest preview of a running job, as a data URL."""
+    def preview(self, job: Job) -> dict[str, Any] | None:
+        """The latest preview of a running job, as its event tells it."""
         live = self._live_of(job)
-        return live.preview["image"] if live and live.preview else None
+        return live and live.preview
 
     def cancel(self, job: Job) -> Job:
         """End an unfinished job; the process lets go of it before its next step."""
@@ -227,10 +227,9 @@ class Scheduler:
         self.hub.publish(Event("progress", job.id, job.owner, told))
 
     def _on_preview(self, job: Job, message: Message) -> None:
-        self._live.preview = message
-        told = {"id": job.id, "object": job.kind, "shot": self._live.shot,
-                **{name: message[name] for name in ("step", "fps", "image")}}
-        self.hub.publish(Event("preview", job.id, job.owner, told))
+        self._live.preview = {"id": job.id, "object": job.kind, "shot": self._live.shot, **{
+            name: message[name] for name in ("step", "fps", "image")}}
+        self.hub.publish(Event("preview", job.id, job.owner, self._live.preview))
 
     def _on_shot(self, job: Job, message: Message) -> None:
         self._live.shots[message["shot"]["id"]] = message["shot"]

@@ -27,13 +27,9 @@ async def _lines(service: Service, owner: str, job: Job | None) -> AsyncIterator
     listener = service.hub.listen(owner, job and job.id)  # before it is looked at: nothing is lost
     try:
         yield f"retry: {RETRY_MS}\n\n"
-        if job is None:
-            for event in await run_in_threadpool(_unfinished, service, owner):
-                yield _line(event)
-        else:
-            first = await run_in_threadpool(_now, service, owner, job)
-            yield _line(first)
-            if first.is_last:
+        for event in await run_in_threadpool(_now, service, owner, job):
+            yield _line(event)
+            if event.is_last:
                 return
         async for event in service.hub.stream(listener, PING_S):
             yield ": ping\n\n" if event is None else _line(event)
@@ -41,20 +37,22 @@ async def _lines(service: Service, owner: str, job: Job | None) -> AsyncIterator
         service.hub.leave(listener)
 
 
-def _now(service: Service, owner: str, job: Job) -> Event:
-    """How a job stands."""
-    now = service.jobs.get(job.id)
-    if now is None:
+def _now(service: Service, owner: str, job: Job | None) -> list[Event]:
+    """How a job stands, or each of an owner's that isn't finished."""
+    if job is None:
+        jobs = [each for each in service.jobs.waiting() if each.owner == owner]
+    elif (now := service.jobs.get(job.id)) is not None:
+        jobs = [now]
+    else:
         data = {"id": job.id, "object": job.kind}
-        return Event("deleted", job.id, owner, data, is_last=True)
-    return Event("status", job.id, owner, service.scheduler.view(now), is_last=now.is_finished)
-
-
-def _unfinished(service: Service, owner: str) -> list[Event]:
-    """How each of an owner's unfinished jobs stands."""
-    jobs = [job for job in service.jobs.waiting() if job.owner == owner]
-    return [Event("status", job.id, owner, data)
-            for job, data in zip(jobs, service.scheduler.views(jobs), strict=True)]
+        return [Event("deleted", job.id, owner, data, is_last=True)]
+    events = []
+    for each, data in zip(jobs, service.scheduler.views(jobs), strict=True):
+        is_last = job is not None and each.is_finished
+        events.append(Event("status", each.id, owner, data, is_last))
+        if (preview := service.scheduler.preview(each)) is not None:
+            events.append(Event("preview", each.id, owner, preview))
+    return events
 
 
 def _line(event: Event) -> str:

@@ -21,7 +21,7 @@ class Live:
         fraction: of the whole, 0 to 1; None where no estimate was made.
         eta_s: seconds left; None where unknown.
         shot: of a film, the one at work.
-        preview: the latest message that shows the clip.
+        preview: the latest event that shows the clip.
         shots: of a film, those that are there, by id.
         warnings: notes of the engine.
     """
@@ -119,7 +119,8 @@ def film_view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
     return {
         **_common(job, live, place), "object": "film", "title": ask.get("title"),
         "seconds": f"{result.get('seconds', ask['seconds']):g}", "fps": ask["fps"],
-        "num_frames": result.get("num_frames"), "draft": ask["draft"], "shots": shots,
+        "num_frames": result.get("num_frames"), "draft": ask["draft"],
+        "shot": live.shot if live else None, "shots": shots,
         "timeline": result.get("timeline"), "files": result.get("files", []),
         "previous_film_id": ask.get("previous"), "script": ask["script"],
     }

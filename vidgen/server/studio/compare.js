@@ -3,7 +3,7 @@ import { button, h, icon, reducedMotion } from "./dom.js";
 import { MediaBox } from "./media.js";
 import { progressRow } from "./progress.js";
 import { markedPrompt } from "./prompt.js";
-import { diffWords, rate } from "./words.js";
+import { diffWords, lengthOf, rate } from "./words.js";
 
 const DRIFT_S = 0.04;
 
@@ -51,7 +51,7 @@ export class Compare {
       const earlier = side.media.video;
       side.media.show(job);
       side.progress.show(job);
-      side.link.textContent = `Seed ${job.seed}, ${job.seconds} s: open`;
+      side.link.textContent = `Seed ${job.seed}, ${lengthOf(job)}: open`;
       if (side.media.video && side.media.video !== earlier) this.take(side.media.video);
     });
     this.verdict.textContent = this.judge(before, after);

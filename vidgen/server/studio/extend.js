@@ -4,6 +4,7 @@ import { openDialog } from "./dialog.js";
 import { field, h } from "./dom.js";
 import { put } from "./store.js";
 import { clearFormError, showFormError } from "./tell.js";
+import { lengthOf } from "./words.js";
 
 /** Ask how a clip is to go on; the longer one, queued, or null. */
 export async function askToExtend(job) {
@@ -17,7 +18,7 @@ export async function askToExtend(job) {
   });
   let made = null;
   await openDialog("Let it go on", [
-    field("Seconds more", length, `It has ${job.seconds} s now; the new clip holds both.`),
+    field("Seconds more", length, `It has ${lengthOf(job)} now; the new clip holds both.`),
     field("What happens then", prompt),
     field("Steps", steps),
   ], {

@@ -120,7 +120,7 @@ export class FilmEditor {
     const isEnded = film && isFinished(film);
     const count = this.script.shots.filter(({ id }) => changed.has(id)
       || (isEnded && made.get(id)?.status !== "completed")).length;
-    const isWhole = !film || film.draft || count === this.script.shots.length;
+    const isWhole = !isEnded || film.draft || count === this.script.shots.length;
     this.makeWords.textContent = isWhole ? "Make film"
       : count === 0 ? "Join anew" : `Make ${count} ${changed.size ? "changed " : ""}${count === 1 ? "shot" : "shots"}`;
     localStorage.setItem(STORE, JSON.stringify({ script: this.script, film: this.filmId }));

@@ -7,7 +7,7 @@ import { deleteJob, progressRow } from "./progress.js";
 import { go, goQuietly } from "./router.js";
 import { fetchJob, hasMore, isFinished, jobOf, jobsOf, listen, readMore } from "./store.js";
 import { attempt, toast } from "./tell.js";
-import { stateOf } from "./words.js";
+import { lengthOf, stateOf } from "./words.js";
 
 export class Films {
   constructor(model) {
@@ -143,7 +143,7 @@ export class Films {
     const link = h("a", { href: `#/films/${film.id}`, onclick: () => this.film?.id === film.id && go("films", film.id) }, picture.element, words, state);
     const show = (now) => {
       picture.show(now);
-      state.textContent = now.status === "completed" ? `${Number(now.seconds).toFixed(1)} s${now.draft ? ", draft" : ""}` : stateOf(now);
+      state.textContent = now.status === "completed" ? `${lengthOf(now)}${now.draft ? ", draft" : ""}` : stateOf(now);
     };
     const mark = (isCurrent) => (isCurrent ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current"));
     const card = { element: h("li", {}, link), show, mark };

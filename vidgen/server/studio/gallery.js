@@ -3,7 +3,7 @@ import { button, h } from "./dom.js";
 import { thumbnail } from "./media.js";
 import { hasMore, isFinished, jobsOf, readMore } from "./store.js";
 import { attempt } from "./tell.js";
-import { stateOf } from "./words.js";
+import { lengthOf, stateOf } from "./words.js";
 
 export class Gallery {
   constructor() {
@@ -66,7 +66,7 @@ export class Gallery {
       picture.show(now);
       bar.hidden = isFinished(now);
       bar.value = now.progress;
-      state.textContent = now.status === "completed" ? `${now.seconds} s · seed ${now.seed}` : stateOf(now);
+      state.textContent = now.status === "completed" ? `${lengthOf(now)} · seed ${now.seed}` : stateOf(now);
     };
     const card = { element, show };
     this.cards.set(job.id, card);

@@ -9,7 +9,7 @@ import { showRecipe } from "./recipe.js";
 import { go } from "./router.js";
 import { isFinished, put } from "./store.js";
 import { attempt } from "./tell.js";
-import { rate, seconds } from "./words.js";
+import { lengthOf, rate, seconds } from "./words.js";
 
 const KINDS = {
   remix: "Changed from", extension: "Goes on from", edit: "Re-imagines", replay: "Replay of",
@@ -86,7 +86,7 @@ export class Stage {
   drawFacts(job) {
     const made = job.inference_time_s && `made in ${seconds(job.inference_time_s)}`;
     const facts = [
-      job.seed != null && `seed ${job.seed}`, job.size, `${job.seconds} s`, `${rate(job.fps)} fps`,
+      job.seed != null && `seed ${job.seed}`, job.size, lengthOf(job), `${rate(job.fps)} fps`,
       `${job.num_inference_steps} steps`, job.model, job.status === "completed" && made,
       job.resumed > 0 && `went on ${job.resumed === 1 ? "once" : `${job.resumed} times`} after a stop`,
     ];

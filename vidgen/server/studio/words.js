@@ -15,6 +15,9 @@ export function seconds(value) {
   return `${(value / 3600).toFixed(1)} h`;
 }
 
+/** How long a clip or film is, in seconds with two digits at most. */
+export const lengthOf = (job) => `${Number(Number(job.seconds).toFixed(2))} s`;
+
 /** Frames per second out of a fraction such as "24000/1001". */
 export function rate(text) {
   const [over, under = 1] = String(text).split("/").map(Number);
