@@ -138,6 +138,8 @@ def test_models_stand_on_one_page_by_what_they_share(
     page = (root / "board.html").read_text()
     assert page.count("<h2>Table") == 2
     assert together["rows"][0]["model"].split()[1] in page
+    assert "dtype fp32" in together["rows"][0]["settings"]
+    assert together["rows"][0]["settings"] in page
     assert "src=" not in page
     assert "href=" not in page
 

@@ -65,6 +65,13 @@ class Entry:
         }
 
     @property
+    def settings(self) -> str:
+        """How the clips were made, as far as that is known: one model's runs may differ in it."""
+        made = self.result.get("generation", {})
+        told = {**made.get("settings", {}), **({"dtype": made["dtype"]} if made else {})}
+        return ", ".join(f"{name} {value}" for name, value in told.items())
+
+    @property
     def model(self) -> str:
         """What made the clips, with the beginning of its hash, as far as that is known."""
         known = [(each["model"], each["model_sha256"]) for each in self.folder["models"]]
@@ -101,8 +108,8 @@ def tables(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Entries that may be ranked together, the steadiest first.
 
     Returns:
-        Of each table its `conditions` and `rows`: `name`, `model`, `file`, `clips`, `dynamic`,
-        `figures`, the subtotals, `failed`, and in `verdict` how the entry compares with the first.
+        Of each table its `conditions` and `rows`: `name`, `model`, `settings`, `file`, `clips`,
+        `dynamic`, `figures`, the subtotals, `failed`, and in `verdict` how the entry compares with the first.
     """
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -122,6 +129,7 @@ def _table(group: Sequence[Entry]) -> dict[str, Any]:
             leader, first.rows, name, entry.rows)["verdict"]
         rows.append({
             "name": entry.folder["name"], "model": entry.model, "file": entry.file,
+            "settings": entry.settings,
             "clips": len(entry.folder["clips"]), "dynamic": entry.folder["dynamic"],
             "figures": entry.folder["figures"], "failed": len(entry.folder["failed"]),
             **{name: entry.folder[name] for name in _SUBTOTALS}, "verdict": verdict,
@@ -165,7 +173,8 @@ def _section(number: int, table: Mapping[str, Any]) -> str:
 def _row(entry: Mapping[str, Any], totals: Sequence[str], shown: Sequence[str]) -> str:
     failed = f", {entry['failed']} failed" if entry["failed"] else ""
     return table_row([
-        f"<b>{escape(entry['name'])}</b><br><small>{escape(entry['model'])}</small>",
+        f"<b>{escape(entry['name'])}</b><br><small>{escape(entry['model'])}<br>"
+        f"{escape(entry['settings'])}</small>",
         escape(entry["verdict"]), f"{entry['dynamic']} of {entry['clips']}{failed}",
         *("" if entry[name] is None else f"{entry[name]:.4f}" for name in totals),
         *(figure_cell(entry["figures"].get(measure)) for measure in shown),
