@@ -109,7 +109,8 @@ def tables(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
     Returns:
         Of each table its `conditions` and `rows`: `name`, `model`, `settings`, `file`, `clips`,
-        `dynamic`, `figures`, the subtotals, `failed`, and in `verdict` how the entry compares with the first.
+        `dynamic`, `figures`, the subtotals, `failed`, and in `verdict` how the entry compares with
+        the first.
     """
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
