@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
-from vidgen.media.checks import ClipChecker, Finding
+from vidgen.media.checks import ClipChecker
 from vidgen.media.clip import Clip
+from vidgen.media.findings import Finding
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.toybox.captions import canonical_prompt
 from vidgen.toybox.render import render

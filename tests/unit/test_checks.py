@@ -13,16 +13,8 @@ import pytest
 
 from tests import textures
 from vidgen.core.errors import InputError
-from vidgen.media.checks import (
-    ClipChecker,
-    as_data,
-    check_file,
-    check_length,
-    check_sound,
-    recorded,
-    set_aside,
-    verdict,
-)
+from vidgen.media.checks import ClipChecker, check_file, check_length, check_sound
+from vidgen.media.findings import as_data, recorded, set_aside, verdict
 from vidgen.media.likeness import psnr, ssim
 from vidgen.media.write import ClipInfo, write_clip
 

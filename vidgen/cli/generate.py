@@ -277,7 +277,7 @@ def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> No
 
 
 def _is_faulty(clip: Clip) -> bool:
-    from vidgen.media.checks import verdict
+    from vidgen.media.findings import verdict
 
     return verdict(clip.findings or ()) == "fault"
 
@@ -295,7 +295,7 @@ def judged(
     facts: dict[str, Any], clip: Clip, report: Report, *, strict: bool
 ) -> dict[str, Any]:
     """A clip's facts with what its checks found; under `strict` a faulty one is set aside."""
-    from vidgen.media.checks import as_data, set_aside
+    from vidgen.media.findings import as_data, set_aside
 
     if clip.findings is None:
         return facts

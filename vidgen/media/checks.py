@@ -9,19 +9,18 @@ Axes: t frames, H W rows and columns, N samples of sound.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from vidgen.media.cells import Array, Look, Looker
 from vidgen.media.encode import Frames, Samples, Snapshot
+from vidgen.media.findings import Finding, as_data
 from vidgen.media.likeness import psnr, ssim
 from vidgen.media.read import (
     PICTURE_SUFFIXES,
@@ -38,9 +37,6 @@ from vidgen.media.write import ClipInfo
 
 if TYPE_CHECKING:
     from vidgen.core.request import Picture
-
-Severity: TypeAlias = Literal["warning", "fault"]
-Verdict: TypeAlias = Literal["clean", "warning", "fault"]
 
 FLASHES = 3.0
 """Flashes in any second; more can bring on seizures (ITU-R BT.1702-3; WCAG 2.2, 2.3.1)."""
@@ -78,64 +74,6 @@ CLIPPING, CLIPPING_FAULT = 0.001, 0.01
 
 _STATE = ("num_frames", "_flat", "_flashes", "_spikes", "_freezes", "_drifts", "_likeness",
           "_began", "_left")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is wrong, or may be.
-
-    Attributes:
-        kind: one word, such as "flash"; docs/check.md lists them.
-        severity: "fault" fails `--strict`; a "warning" may be meant.
-        time_s: (start, end) in seconds, or None where it's the whole clip.
-        value: what was measured, in the unit of the limit.
-        limit: what it must not exceed, or fall below.
-        text: a sentence for people, with what to do.
-    """
-
-    kind: str
-    severity: Severity
-    time_s: tuple[float, float] | None
-    value: float
-    limit: float
-    text: str
-
-
-def verdict(findings: Iterable[Finding]) -> Verdict:
-    """The worst severity, or "clean"."""
-    severities = {finding.severity for finding in findings}
-    return "fault" if "fault" in severities else "warning" if severities else "clean"
-
-
-def set_aside(path: str | os.PathLike[str]) -> Path:
-    """Move a faulty output to "name.faulty.mp4", so that none takes it for a good one.
-
-    Returns:
-        Where it lies now; what lay there before is replaced.
-    """
-    source = Path(path)
-    target = source.with_name(f"{source.stem}.faulty{source.suffix}")
-    if target.is_dir():
-        shutil.rmtree(target)
-    return source.replace(target)
-
-
-def as_data(findings: Iterable[Finding]) -> dict[str, Any]:
-    """Findings as JSON data, for a recipe or a result."""
-    kept = list(findings)
-    return {"verdict": verdict(kept), "findings": [asdict(finding) for finding in kept]}
-
-
-def recorded(recipe: Mapping[str, Any] | None) -> list[Finding] | None:
-    """The findings that a recipe tells of; None where it tells none, or something else."""
-    try:
-        told = (recipe or {})["checks"]["findings"]
-        found = [Finding(**{**each, "time_s": each["time_s"] and tuple(each["time_s"])})
-                 for each in told]
-        verdict(found)
-    except (KeyError, TypeError):
-        return None
-    return found
 
 
 class ClipChecker:

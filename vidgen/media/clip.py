@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from vidgen.core.errors import InputError
-from vidgen.media.checks import ClipChecker, Finding, recorded
+from vidgen.media.checks import ClipChecker
 from vidgen.media.encode import Frames, Samples, SegmentStore
+from vidgen.media.findings import Finding, recorded
 from vidgen.media.read import VideoReader, load_image, read_recipe
 from vidgen.media.sound import read_sound
 from vidgen.media.write import ClipInfo, write_clip

@@ -24,8 +24,8 @@ import torch
 from vidgen.core.errors import InputError
 from vidgen.core.request import NO_AUDIO, OWN_AUDIO, Request
 from vidgen.core.runtime import atomic_write
-from vidgen.media.checks import as_data
 from vidgen.media.clip import Clip
+from vidgen.media.findings import as_data
 from vidgen.media.read import VideoReader, read_recipe
 from vidgen.pipeline.continuation import at_own_size, lengthened, own_options
 from vidgen.pipeline.eta import Clock
@@ -79,7 +79,7 @@ class Maker:
             between two steps.
     """
 
-    def __init__(self, engine: Any, tell: Tell) -> None:
+    def __init__(self, engine: Engine, tell: Tell) -> None:
         self.engine, self.tell = engine, tell
         self._threads = torch.get_num_threads()
 
@@ -141,9 +141,6 @@ class Maker:
         self, request: Request, journal: Journal, watch: Stopwatch, on_preview: OnPreview
     ) -> Clip:
         clock: list[Clock] = []
-        own: dict[str, Any] = {}
-        if isinstance(self.engine, Engine):
-            own = {"on_preview": on_preview, "on_estimate": lambda made: clock.append(Clock(made))}
 
         def report(stage: str, done: int, total: int) -> None:
             watch(stage)
@@ -152,8 +149,10 @@ class Maker:
 
         done = journal.finished
         clip = self.engine.generate(
-            request, journal=journal, on_event=lambda p: report(p.stage, p.done, p.total), **own
+            request, journal=journal, on_event=lambda p: report(p.stage, p.done, p.total),
+            on_preview=on_preview, on_estimate=lambda made: clock.append(Clock(made)),
         )
+        assert isinstance(clip, Clip), "a request is for one clip"
         if not done:
             assert journal.output is not None
             clip.save(journal.output, overwrite=True,

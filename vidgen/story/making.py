@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.media.checks import Finding, recorded
+from vidgen.media.findings import Finding, recorded
 from vidgen.media.join import ContinuedClip
 from vidgen.media.read import VideoReader, read_recipe
 from vidgen.pipeline.clip_work import ClipWork, write_request

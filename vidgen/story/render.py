@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.config import dump
 from vidgen.core.errors import OutputError, VidgenError
 from vidgen.core.runtime import atomic_write
-from vidgen.media.checks import Finding, as_data
+from vidgen.media.findings import Finding, as_data
 from vidgen.pipeline.job import job_folder, remove_job
 from vidgen.pipeline.workers import Job, Staff, Tell, run_jobs
 from vidgen.story.film import FilmPlan, ShotPlan, Take
