@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from tests.lora_models import make_adapter
 from tests.models import DEFAULTS, TASKS
 from vidgen.cli.main import main
-from vidgen.core.config import build, dump
+from vidgen.core.config import build, dump, load_yaml
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.diffusion.samplers import sample_euler
 from vidgen.media.read import read_recipe
+from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
+from vidgen.models.presets import DIT_PRESETS
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline import journal
 from vidgen.pipeline.continuation import own_options
@@ -31,7 +33,7 @@ from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
-from vidgen.training.distil import DistilRun, DistilTask, adapter_of, open_shards
+from vidgen.training.distil import Delta, DistilRun, DistilTask, adapter_of, open_shards
 from vidgen.training.distil_data import HELD_OUT, Teacher, draw_steps, take_steps, velocity
 from vidgen.training.loop import train
 from vidgen.training.toybox_data import ToyboxCache, load_vae
@@ -296,6 +298,15 @@ def test_a_student_of_other_weights_is_not_released(
     )
     with pytest.raises(ModelError, match="name the model it was taught on"):
         release.release_student(Path(run.run.folder), other)
+
+
+def test_the_recipes_delta_is_small_enough() -> None:
+    run = build(DistilRun, load_yaml(ROOT / "configs/train/toybox_student.yaml"), "run")
+    with torch.device("meta"):
+        delta = Delta(SpacetimeDiT(DIT_PRESETS["toybox"]), run.delta)
+    assert 2 * sum(part.numel() for part in delta.parameters()) < 3e6 * 0.98  # and its names
+    with pytest.raises(InputError, match=r"no linear layer is called 'ffm'; .*ffn"):
+        Delta(SpacetimeDiT(DIT_PRESETS["tiny"]), replace(run.delta, targets=("ffm",)))
 
 
 def test_bad_settings_and_files_are_refused(

@@ -41,4 +41,4 @@ def _makes_sound(request: Request, folder: ModelFolder) -> bool:
     if TASK not in folder.tasks:
         return False
     other = request.audio == NO_AUDIO or request.audio_file or request.audio_model
-    return not other or request.follow_audio
+    return not other or bool(request.follow_audio)

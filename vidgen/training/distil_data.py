@@ -23,7 +23,7 @@ from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.guidance import Guidance, guided
 from vidgen.diffusion.samplers import sample_unipc
 from vidgen.diffusion.schedule import make_sigmas
-from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.text import PromptTokenizer, UMT5Encoder, encode_tokens
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.dit_data import Batch, ClipDraws, DiTData
@@ -209,8 +209,8 @@ class TrajectoryShards:
                    for role in ("transformer", "text_encoder")]
         self.shards = LatentShards(config.folder, kept | {
             "teacher": [sha256_file(path) for path in weights],
-            "clips": [[each.first_scene, each.num_frames, each.height, each.width]
-                      for each in caches],
+            "clips": [[each.first_scene, each.shards * each.shard_size, each.num_frames,
+                       each.height, each.width] for each in caches],
         })
 
     def missing(self) -> list[int]:
@@ -257,8 +257,9 @@ class TrajectoryShards:
             run=run, caches=self.caches, tokenizer=str(self.folder.tokenizer), shifts=(1.0,),
             caption_dropout=0.0, validation_clips=self.config.held_out,
         )
-        patch = self.folder.components["transformer"].config.patch_size
-        return ClipDraws(data, self.device, patch)
+        dit = self.folder.components["transformer"].config
+        assert isinstance(dit, DiTConfig)
+        return ClipDraws(data, self.device, dit.patch_size)
 
 
 def unpack(tensors: dict[str, Tensor], device: torch.device) -> Trajectories:
