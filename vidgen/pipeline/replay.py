@@ -22,8 +22,7 @@ import torch
 from vidgen.core.errors import InputError, ModelError, VidgenError
 from vidgen.core.request import MAX_DEVICES, Request
 from vidgen.diffusion.samplers import SAMPLERS
-from vidgen.media.encode import Frames
-from vidgen.media.read import PICTURE_SUFFIXES, VideoReader, load_image
+from vidgen.media.read import PICTURE_SUFFIXES, read_frames
 from vidgen.media.sound import read_sound
 from vidgen.pipeline.plan import recorded_tiles
 from vidgen.pipeline.recipe import RECIPE_VERSION
@@ -227,7 +226,7 @@ def compare(path: str | Path, other: str | Path) -> Comparison:
         InputError: no video or picture.
     """
     error, pixels, count = 0.0, 0, 0
-    for frame, its_pair in zip_longest(_frames(path), _frames(other)):
+    for frame, its_pair in zip_longest(read_frames(path), read_frames(other)):
         if frame is None or its_pair is None:
             return Comparison(False, None, "another number of frames")
         if frame.shape != its_pair.shape:
@@ -241,16 +240,6 @@ def compare(path: str | Path, other: str | Path) -> Comparison:
     if not _same_sound(path, other):
         return Comparison(False, None, "the same frames with another sound")
     return Comparison(True, None, f"identical, {count} frames")
-
-
-def _frames(path: str | Path) -> Iterator[Frames]:
-    """Frames uint8 [H, W, 3] of a film, picture or folder of pictures."""
-    if Path(path).is_dir():
-        for file in sorted(Path(path).glob("*.png")):
-            yield load_image(file)[0]
-        return
-    with VideoReader(path) as reader:
-        yield from reader
 
 
 def _same_sound(path: str | Path, other: str | Path) -> bool:
