@@ -5,11 +5,12 @@
 Clips are compared by five frames, spread over the clip, of 32x32 RGB: `distance` is the root mean
 square difference in levels of 255. `ratio` is the distance of the nearest training clip by the mean
 of the 50 next ones (after Carlini et al. 2023), which doesn't hang on how sharp a clip is: a copy
-has a small one. Four groups of clips, each against the same training clips:
+has a small one. Five groups of clips, each against the same training clips:
 
     generated   from captions of scenes that nobody trained on
     renders     the same scenes, rendered and passed through the VAE: what never saw training clips
     prompted    generated from the training clips' own captions, where a copy is likeliest
+    retold      the training clips' scenes drawn anew, behind the VAE: how near the same words come
     copies      training clips themselves, passed through the VAE: what a copy looks like
 
 Training clips are rendered anew from their seeds, the first ones of configs/train/toybox_dit.yaml.
@@ -23,7 +24,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def nearest(rows: Tensor, bank: Tensor) -> list[dict[str, float]]:
 
 
 class Groups:
-    """The four groups of clips, made by index.
+    """The five groups of clips, made by index.
 
     Args:
         engine: the model.
@@ -100,10 +101,12 @@ class Groups:
         self.engine = engine
         self.fresh = sample_scenes(FRESH, clips, split="train")
         self.trained = training_scenes(clips)
+        self.retold = [replace(scene, seed=FRESH + i) for i, scene in enumerate(self.trained)]
         self.plan = engine.plan(Request.of("a cat bounces", {"seed": 0, **options}), Inputs())
         self.makers: dict[str, Make] = {
             "copies": lambda picks: self._shown(self.trained, picks),
             "renders": lambda picks: self._shown(self.fresh, picks),
+            "retold": lambda picks: self._shown(self.retold, picks),
             "generated": lambda picks: self._generated(self.fresh, picks),
             "prompted": lambda picks: self._generated(self.trained, picks),
         }
@@ -181,7 +184,7 @@ def summary(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             what: _figure(values) | {"least": min(values)} for what, values in figures.items()
         }
         groups[name]["as_near_as_copies"] = _rate(d <= limit for d in figures["distance"])
-        if name in ("copies", "prompted"):
+        if name in ("copies", "prompted", "retold"):
             own = (row["index"] == i for i, row in enumerate(found))
             groups[name]["own_clip_nearest"] = _rate(own)
     differences = {}

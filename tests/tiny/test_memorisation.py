@@ -44,7 +44,7 @@ def test_copies_are_counted(program: ModuleType) -> None:
 
     told = program.summary({
         "copies": rows(1, 2, 3), "renders": rows(20, 24, 28), "generated": rows(2.5, 20, 20),
-        "prompted": rows(30, 1, 2),
+        "prompted": rows(30, 1, 2), "retold": rows(20, 30, 40),
     })  # fmt: skip
     assert told["copy_limit"] == 3
     assert told["groups"]["generated"]["as_near_as_copies"]["value"] == pytest.approx(1 / 3)
@@ -62,7 +62,7 @@ def test_a_run_goes_on_where_it_was(
     log = tmp_path / "r.jsonl"
     first = program.measure(str(tiny_model), 2, 51, ScoreLog(log))
     assert first["model"]["name"] == "tiny"
-    assert set(first["groups"]) == {"copies", "renders", "generated", "prompted"}
+    assert set(first["groups"]) == {"copies", "renders", "retold", "generated", "prompted"}
     made = []
     monkeypatch.setattr(program, "generate_batch", lambda *_: made.append(1))
     again = program.measure(str(tiny_model), 2, 51, ScoreLog(log))
