@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import queue
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +86,8 @@ class Checker:
         plan = settle(self.folder, request)
         self._check_plan(plan)
         has_sound = TASK in self.folder.tasks
-        make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=has_sound)
+        make_soundtrack(request, plan.kept_frames, plan.fps, self,  # type: ignore[arg-type]
+                        has_sound=has_sound)  # of an engine it needs no more than stands here
         made = choose(self.folder, plan, request, self.device, None, dtype=self.dtype)
         expected_s = sum(stage.seconds for stage in made.stages if stage.name != "load")
         return {
@@ -182,8 +182,7 @@ def main() -> None:
     root = logging.getLogger()
     root.handlers = [TellingHandler(parent, lambda: None)]
     root.setLevel(logging.WARNING)
-    values = zip(fields(Limits), sys.argv[2:], strict=True)
-    limits = Limits(**{each.name: type(each.default)(float(value)) for each, value in values})
+    limits = Limits.of(sys.argv[2:])
     try:
         checker = Checker(sys.argv[1], limits)
     except VidgenError as error:

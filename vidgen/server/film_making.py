@@ -40,6 +40,7 @@ from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
     from vidgen.pipeline.preview import OnPreview
+    from vidgen.pipeline.video import Engine
     from vidgen.story.film import FilmPlan
     from vidgen.weights.folder import ModelFolder
 
@@ -131,7 +132,7 @@ class FilmMaker:
         tell: as of `Maker`; told besides of each shot that is there.
     """
 
-    def __init__(self, engine: Any, tell: Tell) -> None:
+    def __init__(self, engine: Engine, tell: Tell) -> None:
         self.engine, self._tell = engine, tell
         self._watch, self._clock = Stopwatch(), list[Clock]()
 

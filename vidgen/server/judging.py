@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from vidgen.core.errors import InputError, ModelError, VidgenError
@@ -100,9 +100,8 @@ class Judge:
         self._child.leave(1.0)
 
     def _start(self) -> Child:
-        limits = [str(value) for value in astuple(self._settings.limits)]
-        return Child("vidgen.server.checker", [self._settings.model, *limits], self._hear,
-                     self._gone)
+        words = [self._settings.model, *self._settings.limits.as_words()]
+        return Child("vidgen.server.checker", words, self._hear, self._gone)
 
     def _hear(self, message: Message) -> None:
         match message["event"]:

@@ -58,7 +58,8 @@ def lay_down(ask: FilmAsk, folder: Path) -> Path:
             raise InputError("files must be files, in multipart/form-data")
         _check_file(upload)
         upload.path.replace(inputs / upload.name)
-    kind, text = ask.format, ask.script
+    kind: str = ask.format
+    text = ask.script
     if isinstance(text, Upload):
         kind = _FORMATS.get(Path(text.name).suffix.lower(), kind)
         text.path.replace(inputs / f"script.{kind}")

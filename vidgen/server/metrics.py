@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,7 +26,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        kept = {"namespace": "vidgen", "registry": self.registry}
+        kept: dict[str, Any] = {"namespace": "vidgen", "registry": self.registry}
         self.requests = Counter("http_requests", "Requests answered", ["method", "route", "status"],
                                 **kept)
         self.latency = Histogram("http_request_seconds", "Until the head of the answer was sent",

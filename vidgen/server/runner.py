@@ -66,7 +66,7 @@ class Runner:
         root.handlers = [TellingHandler(self.parent, lambda: self._now)]
         root.setLevel(logging.INFO)
         from vidgen.core.runtime import reuse_freed_memory
-        from vidgen.pipeline.video import load
+        from vidgen.pipeline.video import Engine, load
 
         reuse_freed_memory()
         try:
@@ -74,6 +74,7 @@ class Runner:
         except VidgenError as error:
             self.parent.tell({"event": "broken", "text": str(error)})
             return
+        assert isinstance(engine, Engine), "other families are refused at the service's start"
         from vidgen.server.film_making import FilmMaker
         from vidgen.server.making import Maker
 

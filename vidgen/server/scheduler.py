@@ -93,7 +93,7 @@ class Scheduler:
     def preview(self, job: Job) -> dict[str, Any] | None:
         """The latest preview of a running job, as its event tells it."""
         live = self._live_of(job)
-        return live and live.preview
+        return live.preview if live else None
 
     def cancel(self, job: Job) -> Job:
         """End an unfinished job; the process lets go of it before its next step."""
@@ -210,7 +210,7 @@ class Scheduler:
             getattr(self, f"_on_{event}")(job, message)
 
     def _hear_log(self, message: Message) -> None:
-        level = logging.getLevelName(message["level"])
+        level: int = getattr(logging, message["level"])
         log.log(level, "%s", message["text"],
                 extra={"job": message["job"], "trace": message["trace"]})
         if level >= logging.WARNING and self._running and self._running.id == message["job"]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from vidgen.core.errors import InputError
@@ -40,6 +42,15 @@ class Limits:
     queued: int = 1000
     per_minute: int = 120
     deaths: int = 3
+
+    def as_words(self) -> list[str]:
+        """The values in order, for a command line."""
+        return [str(value) for value in astuple(self)]
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> Limits:
+        """What `as_words` gave."""
+        return cls(*(json.loads(word) for word in words))
 
 
 @dataclass(frozen=True)

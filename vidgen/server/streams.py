@@ -24,12 +24,12 @@ def event_stream(service: Service, owner: str, job: Job | None) -> StreamingResp
 
 
 async def _lines(service: Service, owner: str, job: Job | None) -> AsyncIterator[str]:
-    listener = service.hub.listen(owner, job and job.id)  # before it is looked at: nothing is lost
+    listener = service.hub.listen(owner, job.id if job else None)  # first: nothing is lost
     try:
         yield f"retry: {RETRY_MS}\n\n"
-        for event in await run_in_threadpool(_now, service, owner, job):
-            yield _line(event)
-            if event.is_last:
+        for now in await run_in_threadpool(_now, service, owner, job):
+            yield _line(now)
+            if now.is_last:
                 return
         async for event in service.hub.stream(listener, PING_S):
             yield ": ping\n\n" if event is None else _line(event)
