@@ -33,7 +33,7 @@ from vidgen.evaluation.metrics.registry import MEASURES
 from vidgen.evaluation.onsets import find_onsets
 from vidgen.evaluation.statistics import spearman
 from vidgen.evaluation.sync import SyncScore, bouncing_scenes, score_sync
-from vidgen.evaluation.temporal_report import line_chart
+from vidgen.evaluation.temporal_report import STYLE, document, line_chart
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.toybox.cues import SAMPLE_RATE
@@ -271,10 +271,7 @@ def page(result: dict[str, Any]) -> str:
                     line = [(told, list(zip(grades, row["mean"], strict=True)))]
                     chart = line_chart(f"{name} against grade: {rho}", line)
                     parts.append(chart if ranks else f'<span style="opacity:.4">{chart}</span>')
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Planted faults</title>'
-        f'<body style="font-family:sans-serif">{"".join(parts)}</body></html>\n'
-    )
+    return document("Planted faults", parts, STYLE)
 
 
 def main() -> None:
