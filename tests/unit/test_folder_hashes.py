@@ -113,6 +113,15 @@ def test_a_content_hash_tells_names_and_contents_apart(tmp_path) -> None:
     assert both != Files(tmp_path, {"a": "", "b": ""}).content_hash
 
 
+def test_a_card_is_no_part_of_the_model(tmp_path) -> None:
+    (tmp_path / "weights").write_text("1")
+    (tmp_path / "README.md").write_text("a card")
+    files = {"weights": "", "README.md": "0" * 64}
+    before = Files(tmp_path, files).content_hash
+    (tmp_path / "README.md").write_text("a better card")
+    assert Files(tmp_path, files).content_hash == before
+
+
 def test_a_wrong_hash_names_the_file_and_the_remedy(tmp_path) -> None:
     folder = build_tiny_model(tmp_path / "model")
     assert len(open_model(str(folder)).content_hash) == 64

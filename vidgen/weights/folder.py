@@ -52,14 +52,17 @@ class Files:
     def content_hash(self) -> str:
         """One SHA-256 over the names and hashes of all the model's files, as they are now.
 
+        A card (`.md`) tells of the model and isn't part of it.
+
         Raises:
             ModelError: a file is not the one that was recorded.
         """
-        hashes = hash_files(self.path / name for name in self.files)
+        names = sorted(name for name in self.files if not name.endswith(".md"))
+        hashes = hash_files(self.path / name for name in names)
         digest = hashlib.sha256()
-        for name in sorted(self.files):
+        for name in names:
             now = hashes[self.path / name]
-            if self.files[name] not in ("", now) and not name.endswith(".md"):
+            if self.files[name] not in ("", now):
                 raise ModelError(
                     f"{self.path / name} is damaged or was changed: its SHA-256 is {now[:12]}..., "
                     f"recorded is {self.files[name][:12]}...; copy it again"
