@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.video import load
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.finetune import finetune
-from vidgen.training.finetune_output import NoEffect
+from vidgen.training.finetune_output import NoEffect, choose_checkpoint
 from vidgen.weights.folder import open_model
 from vidgen.weights.lora import read_lora
 
@@ -183,6 +184,8 @@ def test_what_comes_out_is_of_the_best_step(tiny_model, clips, tmp_path, method)
     assert any(told in note.get("text", "") for note in notes)
     assert f"weights of step: {best}" in (tmp_path / "run/output/README.md").read_text()
     averages = load_averages(tmp_path / "run", "transformer", tmp_path / f"run/step-{best:08d}")
+    other = replace(config.run, best="velocity_mean")
+    assert choose_checkpoint(other).path.name == "step-00000006", "the best is of another score"
     if method == "full":
         part = open_model(summary["use"][0]).components["transformer"]
         written = {ours: part.store.get(stored) for stored, ours in part.names.items()}

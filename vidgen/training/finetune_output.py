@@ -83,10 +83,10 @@ def choose_checkpoint(run: RunConfig) -> Chosen:
     best = best_checkpoint(folder) if run.best else None
     if newest is None:
         raise ModelError(f"{folder} has no checkpoint; train there first")
-    if best is None:
-        why = f"; {run.best} never was a number" if run.best else ""
+    meta = read_meta(best) if best else {}
+    if best is None or meta["best_of"] != run.best:  # of another score before the run went on
+        why = f", as none was kept for its {run.best}" if run.best else ""
         return Chosen(newest, read_meta(newest)["step"], f"the newest one{why}")
-    meta = read_meta(best)
     return Chosen(best, meta["step"], f"where {run.best} was lowest, {meta['best']:.4g}")
 
 
