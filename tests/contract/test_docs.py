@@ -62,17 +62,18 @@ def anchors(page: Path) -> set[str]:
 
 
 @lru_cache
-def run_type(program: str) -> type:
-    """The dataclass that train/PROGRAM.py reads its YAML as; the cache reads the DiT's."""
-    program = {"cache": "dit"}.get(program, program)
+def run_type(program: str, *, teaches: bool) -> type:
+    """What train/PROGRAM.py reads its YAML as; what makes data reads the YAML of what learns."""
+    if program in ("cache", "trajectories"):
+        program = "distil" if teaches else "dit"
     spec = importlib.util.spec_from_file_location(f"train_{program}", ROOT / f"train/{program}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    (found,) = (
+    kinds = [
         kind for kind in vars(module).values()
-        if is_dataclass(kind) and kind.__module__ == spec.name
-        and "run" in {field.name for field in fields(kind)}
-    )  # fmt: skip
+        if is_dataclass(kind) and "run" in {field.name for field in fields(kind)}
+    ]
+    (found,) = [kind for kind in kinds if kind.__module__ == spec.name] or kinds
     return found
 
 
@@ -154,7 +155,8 @@ def check_program(words):
         path = ROOT / words[words.index("-c") + 1]
         overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
         settings = apply_overrides(load_yaml(path), overrides)
-        build(run_type(Path(words[0]).stem), settings, str(path))
+        program = run_type(Path(words[0]).stem, teaches="teacher" in settings)
+        build(program, settings, str(path))
 
 
 @each_page
@@ -244,7 +246,8 @@ def test_a_run_file_says_what_it_is_and_builds(config):
     assert programs or runs, "no command names its program"
     for program, path in programs:
         assert path == name(config)
-        build(run_type(program), load_yaml(config), name(config))
+        settings = load_yaml(config)
+        build(run_type(program, teaches="teacher" in settings), settings, name(config))
     for path in runs:
         assert path == name(config)
         check_finetuning({"config": path, "set": []})
