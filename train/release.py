@@ -44,7 +44,7 @@ from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.student import STUDENT, StudentConfig, write_student
 
 DEFAULTS = ModelDefaults(
-    num_steps=25, shift=3.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
+    num_steps=8, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
     sampler="unipc", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
