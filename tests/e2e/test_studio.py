@@ -82,8 +82,10 @@ def make(page, prompt, **fields):
         page.locator(".composer summary").click()
     for name, value in fields.items():
         page.locator(f".composer [name={name}]").fill(str(value))
+    before = page.url
     page.keyboard.press("Control+Enter")
-    video = page.get_by_label(f"Clip: {prompt}", exact=True)
+    page.wait_for_url(lambda url: "#/clip/" in url and url != before, timeout=PATIENCE_MS)
+    video = page.get_by_label(f"Clip: {prompt}", exact=True)  # not one of before
     expect(video).to_be_visible()
     expect(page.locator("#stage [aria-keyshortcuts=e]")).to_be_visible()  # drawn after the video
     return video

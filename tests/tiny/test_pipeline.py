@@ -175,7 +175,7 @@ def test_raising_cancelled_stops(engine: Engine) -> None:
         ({"frames": 10}, "nearest are 9 and 13"),
         ({"size": "40x32"}, "nearest are 32 and 48"),
         ({"sampler": "eulr"}, "euler"),
-        ({"frame": ((9.0, np.zeros((32, 32, 3), np.uint8)),)}, "not in the clip"),
+        ({"frame": ((9.0, np.zeros((32, 32, 3), np.uint8)),)}, "behind the clip's last one"),
         ({"video": "nowhere.mp4", "strength": 0.5}, "does not exist"),
     ],
 )
