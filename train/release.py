@@ -24,12 +24,14 @@ import torch
 
 from vidgen.core.config import build
 from vidgen.core.errors import ModelError
-from vidgen.core.runtime import sha256_file
+from vidgen.core.runtime import atomic_write, sha256_file
 from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
+from vidgen.models.text import split_words
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.pipeline.own_sound import TASK as SOUND_TASK
 from vidgen.toybox.captions import caption
+from vidgen.toybox.paraphrase import loose_vocabulary
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
 from vidgen.toybox.sound import synthesize
@@ -111,13 +113,21 @@ def release_tokenizer(out: Path) -> None:
 
 
 def release_dit(run: Path, out: Path) -> None:
-    """The transformer and the text encoder of a run; a student of older ones goes."""
+    """The transformer, the text encoder and the words of a run; a student of older ones goes."""
     shutil.rmtree(out / STUDENT, ignore_errors=True)
     settings = _run_settings(run)
     dit = DIT_PRESETS[settings["preset"]]
     save_module(load_averages(run, "transformer"), dit, out / "transformer", torch.bfloat16)
     text = TEXT_PRESETS[settings["text_preset"]].to_transformers()
     save_module(load_averages(run, "text_encoder"), text, out / "text_encoder", torch.bfloat16)
+    if settings.get("loose_share"):
+        add_words(out / "tokenizer" / "words.txt", loose_vocabulary())
+
+
+def add_words(path: Path, words: list[str]) -> None:
+    """Add the words of loose captions to the list of those that the model was taught."""
+    known = set(path.read_text("utf-8").split()).union(*map(split_words, words))
+    atomic_write(path, "".join(f"{word}\n" for word in sorted(known)).encode())
 
 
 def release_student(run: Path, out: Path) -> None:

@@ -121,6 +121,14 @@ def training_conditions(
     return LatentState(latents, latents, ~known.to(latents.device), keys)
 
 
+def has_reference(keys: KeyTokens | None, batch: int) -> Tensor:
+    """Tell which samples of a batch were given a reference image, [B] bool."""
+    if keys is None:
+        return torch.zeros(batch, dtype=torch.bool)
+    given = keys.positions <= reference_position(0)
+    return (given if keys.valid is None else given & keys.valid).any(1).cpu()
+
+
 def _draw_kinds(
     mix: ConditionMix, possible: dict[str, bool], batch: int, generator: torch.Generator
 ) -> list[str]:

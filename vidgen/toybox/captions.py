@@ -100,18 +100,23 @@ def nouns(sprite: str) -> tuple[str, ...]:
 @lru_cache(maxsize=1)
 def vocabulary() -> list[str]:
     """Return every lower-case word a caption can contain, sorted."""
-    texts = [json.dumps(list(_strings(phrases()))), "a an the"]
+    texts = [*texts_in(phrases()), "a an the"]
     texts += [" ".join((*nouns(s.name), s.color or "")) for s in SPRITES.values()]
     texts += [*TINTS, *DIRECTIONS]
-    found = re.findall(r"[a-z]+(?:[-'][a-z]+)*", re.sub(r"\{\w+\}", " ", " ".join(texts)))
-    return sorted(set(found))
+    return sorted(words_in(texts))
 
 
-def _strings(node: Any) -> list[str]:
+def words_in(texts: Sequence[str]) -> set[str]:
+    """Return the lower-case words of phrases, without what stands in braces."""
+    return set(re.findall(r"[a-z]+(?:[-'][a-z]+)*", re.sub(r"\{\w*\}", " ", " ".join(texts))))
+
+
+def texts_in(node: Any) -> list[str]:
+    """Return the texts of a JSON value's lists and objects, without keys."""
     if isinstance(node, str):
         return [node]
     children = node.values() if isinstance(node, dict) else node
-    return [text for child in children for text in _strings(child)]
+    return [text for child in children for text in texts_in(child)]
 
 
 def caption(scene: Scene, seed: int, detail: Detail | None = None) -> str:

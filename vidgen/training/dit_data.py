@@ -12,10 +12,17 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.diffusion.condition import LatentState
-from vidgen.diffusion.condition_mix import ConditionMix, Stills, training_conditions
+from vidgen.diffusion.condition_mix import (
+    ConditionMix,
+    Stills,
+    has_reference,
+    training_conditions,
+)
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.models.text import PromptTokenizer
 from vidgen.toybox.captions import CLASSES, attributes, caption
+from vidgen.toybox.paraphrase import loose_caption
+from vidgen.toybox.scenes import Draws, Scene
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import seed_of
 from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
@@ -28,6 +35,7 @@ WITH_STILLS = ConditionMix(
 WINDOW = ConditionMix(text=0, first=0, last=0, both=0, frames=0, prefix=1, mask=0, reference=0)
 TEXT_ONLY = ConditionMix(text=1, first=0, last=0, both=0, frames=0, prefix=0, mask=0, reference=0)
 HEARD_TOO = SoundMix("", picture_known=0, sound_known=0)
+SHOWN_BY_REFERENCE = ("sprite", "tint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,10 @@ class DiTData:
         still_conditions: of the share of batches that get last frames, keyframes, references.
         still_share: that share.
         caption_dropout: share of samples that see an empty prompt, for guidance.
+        loose_share: share of captions that `loose_caption` writes, as people do, in the warm-up
+            of words, too; nearly half of those are plain again. Validation has none.
+        anonymous_share: of the samples that are given a reference, the share whose caption doesn't
+            name what it shows ("it"); `loose_caption` writes them all.
         image_shares: share of each phase's batches that are single frames, `image_batch` of them:
             cheap samples of what things look like, without which clips make the model forget
             stills. None without.
@@ -69,6 +81,8 @@ class DiTData:
     still_conditions: ConditionMix = WITH_STILLS
     still_share: float = 0.25
     caption_dropout: float = 0.1
+    loose_share: float = 0.0
+    anonymous_share: float = 0.0
     image_shares: tuple[float, ...] = ()
     image_batch: int = 64
     image_shift: float = 1.0
@@ -84,6 +98,9 @@ class DiTData:
         if self.image_shares and len(self.image_shares) != len(phases):
             raise InputError(f"image_shares has {len(self.image_shares)} entries for {len(phases)} "
                              "phases; give one a phase, or none")
+        for name in ("loose_share", "anonymous_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
         longest = min((cache.num_frames for cache in self.caches), default=0)
         asked = max(phase.num_frames for phase in phases)
         if asked > longest:
@@ -160,7 +177,10 @@ class ClipDraws:
         """Token ids, mask and labels of captions `start` to `start + count` of the first cache."""
         numbers = range(start, start + count)
         scenes = [self.caches[0].scene(number % self.num_kept) for number in numbers]
-        texts = [caption(scene, number) for scene, number in zip(scenes, numbers, strict=True)]
+        share = self.config.loose_share
+        texts = [
+            _wording(scene, number, share) for scene, number in zip(scenes, numbers, strict=True)
+        ]
         ids, mask = self.tokenizer.encode(texts)
         labels = _labels([attributes(scene) for scene in scenes], torch.zeros(count) > 0)
         return (ids.to(self.device), mask.to(self.device),
@@ -199,11 +219,18 @@ class ClipDraws:
         )
         seeds = torch.randint(2**31, (len(rows),), generator=draw).tolist()
         scenes = [self.caches[which].scene(row) for row in rows.tolist()]
-        texts = [caption(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)]
+        share = 0.0 if conditions is TEXT_ONLY else self.config.loose_share
+        unnamed = self._unnamed(seeds) & has_reference(state.keys, len(rows))
+        texts = [
+            loose_caption(scene, seed, anonymous=True) if hidden else _wording(scene, seed, share)
+            for scene, seed, hidden in zip(scenes, seeds, unnamed.tolist(), strict=True)
+        ]
         rate = self.config.caption_dropout if dropout is None else dropout
         dropped = torch.rand(len(rows), generator=draw) < rate
         texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
         labels = _labels([attributes(scene) for scene in scenes], dropped)
+        for name in SHOWN_BY_REFERENCE:
+            labels[name] = labels[name].masked_fill(unnamed, -1)
         ids, mask = self.tokenizer.encode(texts)
         noise = torch.randn(latents.shape, generator=draw)
         sound_noise = None
@@ -223,6 +250,11 @@ class ClipDraws:
             {name: value.to(self.device) for name, value in labels.items()}, sound_noise,
         )
 
+    def _unnamed(self, seeds: list[int]) -> Tensor:
+        """Whether a sample's reference, if it has one, is to speak for itself, [B] bool."""
+        share = self.config.anonymous_share
+        return torch.tensor([Draws(seed, stream=41).chance(share) for seed in seeds])
+
     def _draws_sound(self, draw: torch.Generator) -> bool:
         if self.config.sound is None:
             return False
@@ -238,6 +270,13 @@ class ClipDraws:
         length = min(length, total - 2)
         first = int(torch.randint(1, total - length + 1, (), generator=draw))
         return slice(first, first + length)
+
+
+def _wording(scene: Scene, seed: int, loose_share: float) -> str:
+    """A caption, plain or loose; which of them depends on the seed alone."""
+    if Draws(seed, stream=40).chance(loose_share):
+        return loose_caption(scene, seed)
+    return caption(scene, seed)
 
 
 def _single(clips: Tensor, stills: Tensor, rows: Tensor, pick: Tensor) -> Tensor:
