@@ -14,6 +14,7 @@ import pytest
 from vidgen.cli.main import main
 from vidgen.media.checks import ClipChecker
 from vidgen.media.clip import Clip
+from vidgen.media.provenance import read_marks
 from vidgen.media.read import VideoReader, read_recipe
 from vidgen.media.sound import read_sound
 from vidgen.pipeline.video import load
@@ -145,6 +146,16 @@ def test_a_label_is_burnt_into_the_opening_once(short, extend, tmp_path, caplog)
     assert "once more" not in caplog.text
     assert read_recipe(three)["request"]["label"] == "visible"
     assert all(map(np.array_equal, labelled, frames_of(three)))
+
+
+def test_the_field_of_who_made_it_is_written_on_request_and_stays(short, extend, tmp_path):
+    one, two, three = (tmp_path / f"{number}.mp4" for number in (1, 2, 3))
+    extend(short, "--seconds", 0.5, "-o", one, "--aigc", "ACME")
+    extend(one, "--seconds", 0.5, "-o", two)
+    extend(two, "--seconds", 0.5, "-o", three, "--aigc", "Other")
+    producers = [(read_marks(path).aigc or {}).get("ContentProducer")
+                 for path in (short, one, two, three)]
+    assert producers == [None, "ACME", "ACME", "Other"]
 
 
 def test_sound_stays_where_frames_are_encoded_once_more(short, extend, tmp_path):

@@ -1,7 +1,9 @@
 """Resuming from the command line, and `vidgen jobs`, on a tiny model."""
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -159,11 +161,31 @@ def test_jobs_lists_what_is_unfinished(cli, stopped):
     assert x["bytes"] == sum(p.stat().st_size for p in Path("x.mp4.vidgen-job").rglob("*.*"))
     assert 0 <= x["age_s"] < 60
     assert "x.mp4  sample, step 2 of 3" in cli("jobs")[1]
+    assert cli("jobs", ".", "x.mp4", "./x.mp4.vidgen-job", "--json")[1] == cli("jobs", "--json")[1]
     Path("x.mp4.vidgen-job/job.json").write_text("{")
     code, out, _ = cli("jobs", "x.mp4")
     assert code == 0
     assert "x.mp4  damaged" in out
     assert "job.json is damaged" in out
+
+
+def test_a_job_that_ends_while_it_is_looked_at_is_not_listed(cli, stopped, monkeypatch):
+    stopped("on_step", 2, *COMMAND, "-o", "x.mp4")
+    facts, walk = job.job_facts, os.walk
+
+    def ends(folder):
+        found = facts(folder)
+        shutil.rmtree(folder)
+        return found
+
+    def outdated(folder):
+        for place, inner, names in walk(folder):
+            yield place, inner, [*names, ".gone.0123abcd.tmp"]
+
+    monkeypatch.setattr(os, "walk", outdated)
+    assert "x.mp4  sample, step 2 of 3" in cli("jobs")[1]
+    monkeypatch.setattr(job, "job_facts", ends)
+    assert cli("jobs")[:2] == (0, "nothing is unfinished\n")
 
 
 def test_an_extension_is_counted_by_what_it_adds(cli, stopped):

@@ -130,6 +130,38 @@ def test_a_long_clip_goes_on_in_its_window(tiny_model, out, step):
     assert torch.equal(clip.latents, expected)
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_window_that_is_missing_is_made_again(tiny_model, out, missing):
+    """Those behind it are never taken for it, although they lie there whole."""
+    engine = load(str(tiny_model), device="cpu", dtype="fp32")
+    expected = engine.generate(PROMPT, **LONG).latents
+    with pytest.raises(Cancelled):
+        go(engine, out, False, stop_at(7))
+    windows = sorted((job_folder(out) / "windows").iterdir())
+    assert len(windows) == 2
+    windows[missing].unlink()
+    seen: list[int] = []
+    clip = go(engine, out, on_event=lambda p: seen.append(p.done))
+    assert seen[2] == 3 * missing + 1
+    assert torch.equal(clip.latents, expected)
+
+
+def test_a_damaged_window_is_refused_by_file(tiny_model, out):
+    engine = load(str(tiny_model), device="cpu", dtype="fp32")
+    with pytest.raises(Cancelled):
+        go(engine, out, False, stop_at(7))
+    for name in ("00000", "00001"):
+        path = job_folder(out) / f"windows/{name}.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        with pytest.raises(InputError, match=rf"{name}\.safetensors is damaged"):
+            go(engine, out)
+        path.write_bytes(content)
+    shutil.copy(job_folder(out) / "windows/00000.safetensors", path)
+    with pytest.raises(InputError, match=r"00001\..* is damaged \(it is 00000\."):
+        go(engine, out)
+
+
 def test_conditions_are_the_same_after_a_stop(engine, out):
     picture = np.tile(np.linspace(0, 255, 32, dtype=np.uint8)[:, None, None], (1, 32, 3))
     options = {"image": picture, "reference": [picture], "strength": None}
@@ -333,8 +365,9 @@ def test_a_clip_that_two_processes_make_is_refused(engine, out):
         go(engine, out, False, stop_at(2))
     with job.lock_job(job_folder(out)):
         assert job_facts(job_folder(out))["running"]
-        with pytest.raises(OutputError, match="being made by another process"):
-            go(engine, out)
+        for resume in (True, False):
+            with pytest.raises(OutputError, match="being made by another process"):
+                go(engine, out, resume)
     go(engine, out).save(out)
 
 

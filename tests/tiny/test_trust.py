@@ -10,6 +10,7 @@ import pytest
 
 from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
 from tests.tiny.test_provenance import plain_environment  # noqa: F401 - a fixture
+from vidgen.cli.main import main
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
@@ -103,6 +104,32 @@ def test_a_policy_comes_with_the_engine_or_from_the_environment(tiny_model, tmp_
     monkeypatch.setenv("VIDGEN_POLICY", str(tmp_path / "none.txt"))
     with pytest.raises(InputError, match=r"none\.txt can't be read"):
         load(str(tiny_model))
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (["sweep", "a cat", "--over", "prompt:cat=dog,gun", "-o", "s.png"], "the prompt is refused"),
+    (["plan", "a gun"], "the prompt is refused"),
+    (["script", "film.yaml"], "line 3: shot 'b': the prompt is refused"),
+    (["script", "said.yaml"], "line 3: shot 'b': the speech is refused"),
+    (["script", "played.yaml", "--check"], "line 2: shot 'a': the music is refused"),
+])
+def test_all_of_a_command_is_judged_before_any_of_it_is_made(
+    tiny_model, tmp_path, monkeypatch, capsys, command, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words.txt").write_text("gun\n")
+    for name, first, second in (
+        ("film", "prompt: a cat", "prompt: a gun"),
+        ("said", "prompt: a cat", "prompt: a dog, narration: he has a gun"),
+        ("played", "prompt: a cat, music: {prompt: gun shots}", "prompt: a dog"),
+    ):
+        text = f"shots:\n  - {{id: a, {first}}}\n  - {{id: b, {second}}}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setenv("VIDGEN_POLICY", "words.txt")
+    assert main([*command, "--model", str(tiny_model)]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_certificate_that_cannot_sign_is_told_of_before_the_work(tiny_model, monkeypatch):

@@ -180,3 +180,11 @@ def test_nearest_names_one_or_all():
     assert nearest("sede", ["seed", "steps"]) == "did you mean 'seed'?"
     assert nearest("xyz", ["b", "a"]) == "known: a, b"
     assert nearest("xyz", []) == "known: none"
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_json_that_python_gives_up_on_is_refused(tmp_path, text):
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"config .*run\.json can't be read as JSON"):
+        load_yaml(path)

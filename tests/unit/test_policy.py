@@ -51,6 +51,20 @@ def test_a_negative_prompt_may_say_what_is_not_to_be_seen():
     enforce(None, Request(prompt="gun"))
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    ({"audio_model": "m", "audio_prompt": "shots of a gun"}, "the audio prompt is refused"),
+    ({"say": ["all is well", (2.0, "he has a gun")]}, "the speech is refused"),
+    ({"say": "@gun.wav"}, None),
+])
+def test_what_is_to_be_heard_is_judged_as_well(options, message):
+    request = Request.of("a cat", options)
+    if message is None:
+        enforce(LIST, request)
+    else:
+        with pytest.raises(InputError, match=message):
+            enforce(LIST, request)
+
+
 def test_any_callable_is_a_policy_and_sees_the_request():
     def only_short(_prompt: str, request: Request) -> str | None:
         return "too long a clip" if (request.seconds or 0) > 3 else None

@@ -61,6 +61,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_devices(parser)
     add("--label", choices=("none", "visible"),
         help="visible burns a label into the first 2 seconds; default as the clip has it")
+    add("--aigc", metavar="PRODUCER",
+        help="write the AIGC field of GB 45438-2025 for PRODUCER; default as the clip has it")
 
 
 def run(args: Namespace, report: Report) -> int:

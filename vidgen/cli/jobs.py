@@ -32,9 +32,11 @@ def run(args: Namespace, report: Report) -> int:
     if args.yes and not args.prune:
         raise InputError("--yes needs --prune; add it or leave this out")
     folders = [folder for path in args.paths for folder in _folders(Path(path))]
-    jobs = [job_facts(folder) for folder in folders]
+    found = {folder: job_facts(folder) for folder in folders}
+    found = {folder: facts for folder, facts in found.items() if folder.is_dir()}  # not done since
     if args.prune and args.yes:
-        jobs = [facts | _removed(path, facts) for path, facts in zip(folders, jobs, strict=True)]
+        found = {folder: facts | _removed(folder, facts) for folder, facts in found.items()}
+    jobs = list(found.values())
     text = "\n".join(map(_line, jobs)) or "nothing is unfinished"
     if args.prune and not args.yes and jobs:
         text += "\nnothing was removed; --prune --yes removes these jobs"

@@ -34,6 +34,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.request import Request
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
     from vidgen.pipeline.parts import DTYPES, Parts
+    from vidgen.pipeline.policy import enforce, policy_from_environment
     from vidgen.pipeline.preflight import choose, require_models, require_own_model, settle
     from vidgen.weights.folder import open_model
 
@@ -41,6 +42,7 @@ def run(args: Namespace, report: Report) -> int:
     options = {k: v for k, v in vars(args).items() if k in known and k not in _NOT_OF_REQUEST}
     options["offload"] = None if args.offload == "auto" else args.offload
     request = Request.of(options.pop("prompt"), options)
+    enforce(policy_from_environment(), request)
     folder, device = open_model(args.model), choose_device()
     require_own_model(folder)
     require_models(request, folder)

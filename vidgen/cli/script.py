@@ -80,10 +80,11 @@ def run(args: Namespace, report: Report) -> int:
         return _write_example(Path(args.script), report, overwrite=args.overwrite)
 
     from vidgen.media.write import CONTAINERS, check_format
+    from vidgen.pipeline.policy import policy_from_environment
     from vidgen.pipeline.workers import Staff
     from vidgen.story.edit import make_edit
     from vidgen.story.expand import expand_prompts
-    from vidgen.story.plan import plan_film
+    from vidgen.story.plan import enforce_film, plan_film
     from vidgen.story.render import Store
     from vidgen.weights.folder import open_model
 
@@ -98,6 +99,7 @@ def run(args: Namespace, report: Report) -> int:
     film = plan_film(script, folder, suffix=output.suffix.lower(), draft=args.draft,
                      dtype=args.dtype, quantize=args.quantize, tiles=args.tiles,
                      expansion=expansion)
+    enforce_film(policy_from_environment(), film)
     store = Store(place, film)
     plans = film.needed(args.only)
     if args.check:

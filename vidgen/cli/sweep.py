@@ -70,8 +70,9 @@ def run(args: Namespace, report: Report) -> int:
     if given_rank() is not None:
         raise InputError("a sweep starts its devices itself; leave torchrun out, and give "
                          "--devices N")
-    stem = _stem_and_seed(args, report)
+    stem, is_drawn = _stem_and_seed(args)
     cells = _cells(args, stem)
+    _begin(stem, args, report, is_drawn=is_drawn)
     columns = _columns(args.over)
     recipe = _recipe(cells, columns, args)
     there = [path for path in (f"{stem}.png", f"{stem}.mp4") if _is_there(path, recipe, args)]
@@ -105,15 +106,14 @@ def read_axis(text: str) -> Axis:
     return Axis(key.replace("-", "_"), word or None, values)
 
 
-def _stem_and_seed(args: Namespace, report: Report) -> str:
-    """The outputs' name without suffix; one seed for all settings, settled in `args`.
+def _stem_and_seed(args: Namespace) -> tuple[str, bool]:
+    """The outputs' name without suffix, and whether a seed was drawn.
 
-    A seed that was drawn is kept beside the clips, so that the same command finds them again.
+    One seed for all settings is settled in `args`; one that an earlier run drew is kept beside its
+    clips, so that the same command finds them again.
     """
     from vidgen.core.request import Request
-    from vidgen.core.runtime import atomic_write, check_output
-    from vidgen.pipeline.job import job_folder
-    from vidgen.pipeline.job import sweep as sweep_up
+    from vidgen.core.runtime import check_output
     from vidgen.pipeline.plan import draw_seed
 
     drawn = args.seed
@@ -126,17 +126,32 @@ def _stem_and_seed(args: Namespace, report: Report) -> str:
         raise InputError(f"output {output} must end in .png or .mp4; a sweep writes both")
     for suffix in (".png", ".mp4"):
         check_output(stem + suffix, overwrite=args.overwrite or args.resume)
-    folder = Path(f"{stem}.cells")
-    folder.mkdir(exist_ok=True)
-    for name in (f"{stem}.png", f"{stem}.mp4", folder / "seed") if args.resume else ():
+    if args.seed is not None:
+        return stem, False
+    note = _note(stem)
+    kept = note.read_text() if note.is_file() else ""
+    args.seed = int(kept) if kept.isdecimal() else drawn
+    return stem, True
+
+
+def _note(stem: str) -> Path:
+    """Where a seed that was drawn is kept."""
+    return Path(f"{stem}.cells", "seed")
+
+
+def _begin(stem: str, args: Namespace, report: Report, *, is_drawn: bool) -> None:
+    """Make the clips' folder, now that all settings are known to be possible."""
+    from vidgen.core.runtime import atomic_write
+    from vidgen.pipeline.job import job_folder
+    from vidgen.pipeline.job import sweep as sweep_up
+
+    note = _note(stem)
+    note.parent.mkdir(exist_ok=True)
+    for name in (f"{stem}.png", f"{stem}.mp4", note) if args.resume else ():
         sweep_up(job_folder(name))
-    if args.seed is None:
-        note = folder / "seed"
-        kept = note.read_text() if note.is_file() else ""
-        args.seed = int(kept) if kept.isdecimal() else drawn
+    if is_drawn:
         atomic_write(note, str(args.seed).encode())
         report({"event": "note", "text": f"seed {args.seed}"})
-    return stem
 
 
 def _earlier_seed(args: Namespace) -> int | None:
@@ -154,16 +169,21 @@ def _earlier_seed(args: Namespace) -> int | None:
 def _cells(args: Namespace, stem: str) -> list[Cell]:
     """Every setting, checked, in the order of the sheet: row by row."""
     from vidgen.core.request import Request
+    from vidgen.pipeline.policy import enforce, policy_from_environment
 
     count = math.prod(len(axis.values) for axis in args.over)
     if count > MAX_CELLS:
         raise InputError(f"a sheet of {count} clips is too large; give {MAX_CELLS} values at most")
     names = {each.name for each in fields(Request)}
     base = {name: value for name, value in vars(args).items() if name in names}
-    return [
+    cells = [
         _cell(base, list(zip(args.over, values, strict=True)), stem)
         for values in product(*(axis.values for axis in args.over))
     ]
+    policy = policy_from_environment()
+    for cell in cells:
+        enforce(policy, cell.request)
+    return cells
 
 
 def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], stem: str) -> Cell:

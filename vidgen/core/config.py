@@ -93,6 +93,8 @@ def load_yaml(path: str | Path, what: str = "config") -> Located:
         raise InputError(f"{what} {path} is not YAML: {_why(error, text)}") from None
     except InputError as error:
         raise InputError(f"{what} {path}, {error}") from None
+    except (ValueError, RecursionError) as error:  # numbers and nesting that json gives up on
+        raise InputError(f"{what} {path} can't be read as JSON: {error}") from None
     if value is None:
         value = Located({}, {})
     if not isinstance(value, Located):

@@ -99,7 +99,7 @@ def _read(path: str | Path) -> list[Entry]:
         return entries
     except OSError as error:
         raise InputError(f"results {path} can't be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} holds no results of vidgen eval SUITE or temporal "
                          f"({type(error).__name__}: {error}); make it anew") from None
 

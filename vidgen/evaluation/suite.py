@@ -66,7 +66,7 @@ class PromptSuite:
                 prompts = [e if isinstance(e, str) else e["prompt_en"] for e in entries]
             else:
                 prompts = [line.strip() for line in text.splitlines() if line.strip()]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise InputError(
                 f"prompt suite {file} can't be read ({error}); give a prompt a line, or a JSON "
                 "list of prompts or of objects with prompt_en"

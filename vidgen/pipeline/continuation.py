@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def own_options(recipe: Mapping[str, Any], model: str | None = None) -> dict[str, Any]:
-    """What a clip's recipe says of how to go on; with another model the prompt and label alone.
+    """What a clip's recipe says of how to go on; with another model the prompt and marks alone.
 
     Args:
         recipe: as `read_recipe` gives it.
@@ -34,17 +34,18 @@ def own_options(recipe: Mapping[str, Any], model: str | None = None) -> dict[str
 
 
 def _own_options(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]:
-    plan, label = recipe["plan"], recipe.get("request", {}).get("label", "none")
+    plan, asked = recipe["plan"], recipe.get("request", {})
+    marks = {"label": asked.get("label", "none")}
+    marks |= {"aigc": asked["aigc"]} if "aigc" in asked else {}
     if model not in (None, recipe["model"]["name"], recipe["model"].get("source")):
-        return {"prompt": plan["prompt"], "label": label}
+        return {"prompt": plan["prompt"], **marks}
     guidance = plan["guidance"]
     own = {
-        "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"],
-        "label": label,
+        "prompt": plan["prompt"], "negative": plan["negative"], "seed": plan["seed"], **marks,
         "steps": plan["num_steps"], "shift": plan["shift"], "sampler": plan["sampler"],
         "guidance": guidance["scale"], "guidance_interval": guidance["interval"],
         "guidance_rescale": guidance["rescale"], "guidance_low": guidance.get("low_scale"),
-        "control_scale": None, "cache": recipe.get("request", {}).get("cache"),
+        "control_scale": None, "cache": asked.get("cache"),
         "lora": [
             f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
             for lora in recipe.get("loras", ())

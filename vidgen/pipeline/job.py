@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -98,7 +98,7 @@ def remove_job(folder: Path) -> None:
 
 def job_facts(folder: Path) -> dict[str, Any]:
     """How far a job is: output, stage, done, total, age_s, bytes, running; or its `problem`."""
-    sizes = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    sizes = list(_stats(folder))
     facts: dict[str, Any] = {
         "output": str(folder).removesuffix(SUFFIX), "bytes": sum(s.st_size for s in sizes),
         "age_s": round(time.time() - max((s.st_mtime for s in sizes), default=time.time())),
@@ -115,6 +115,14 @@ def job_facts(folder: Path) -> dict[str, Any]:
     return facts | {"stage": stage, "done": done, "total": total, **told}
 
 
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    """Of a job's files, of which some may go while a process is at work."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                yield Path(place, name).stat()
+
+
 def progress_text(facts: Mapping[str, Any]) -> str:
     """How far a job is, for people: "sample, step 3 of 25"."""
     if "problem" in facts:
@@ -126,13 +134,11 @@ def progress_text(facts: Mapping[str, Any]) -> str:
 
 
 def _is_locked(folder: Path) -> bool:
-    with suppress(FileNotFoundError), (folder / LOCK).open() as file:
+    with suppress(OSError), (folder / LOCK).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:
-            pass
     return False
 
 
@@ -144,8 +150,7 @@ def _stage(folder: Path, plan: Mapping[str, Any]) -> tuple[str, int, int]:
     if not facts.get("finished"):
         return "sample", facts["step"], facts["num_steps"]
     total = plan["kept_frames"] or facts["num_frames"]  # another family's length may be unsettled
-    paths = folder.glob(f"{SEGMENTS}/*.safetensors")
-    written = sum(_read_facts(path)["num_frames"] for path in paths)
+    written = sum(_read_facts(path)["num_frames"] for path in kept_paths(folder, segment_path))
     return "write", written, total - facts.get("num_shown", 0)
 
 
@@ -223,10 +228,15 @@ def segment_path(folder: Path, index: int) -> Path:
     return folder / SEGMENTS / f"{index:05d}.safetensors"
 
 
-def segment_paths(folder: Path) -> list[Path]:
-    """Where the segments lie, up to the first that is missing."""
+def window_path(folder: Path, index: int) -> Path:
+    """Where a window's latents lie."""
+    return folder / WINDOWS / f"{index:05d}.safetensors"
+
+
+def kept_paths(folder: Path, path_of: Callable[[Path, int], Path]) -> list[Path]:
+    """A job's segments or windows up to the first that is missing, behind which none counts."""
     paths: list[Path] = []
-    while (path := segment_path(folder, len(paths))).is_file():
+    while (path := path_of(folder, len(paths))).is_file():
         paths.append(path)
     return paths
 

@@ -5,12 +5,12 @@ Axes: B batch, C latent channels, n latent frames, h w latent rows and columns, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.protocols import SamplerState
-from vidgen.pipeline.job import WINDOWS, read_arrays
+from vidgen.pipeline.job import read_arrays
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,17 +40,16 @@ def state_of(step: int, tensors: Mapping[str, Tensor]) -> SamplerState:
     return SamplerState(step, tensors["latents"], history, cache)
 
 
-def read_windows(folder: Path) -> tuple[int, dict[str, Tensor]]:
-    """How many windows a job has finished; joined: `latents` [B, C, n, h, w], `heard` [B, C, k].
+def read_windows(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """A job's finished windows, joined: `latents` [B, C, n, h, w] and `heard` [B, C, k], if any.
 
     Raises:
         InputError: one is damaged.
     """
     import torch
 
-    found = [read_arrays(path, "latents")[0]
-             for path in sorted((folder / WINDOWS).glob("*.safetensors"))]
+    found = [read_arrays(path, "latents")[0] for path in paths]
     names = found[0] if found else ()
-    return len(found), {
+    return {
         name: torch.cat([torch.from_numpy(each[name]) for each in found], dim=2) for name in names
     }

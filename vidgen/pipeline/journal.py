@@ -19,8 +19,8 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -40,14 +40,15 @@ from vidgen.pipeline.job import (
     differences,
     job_facts,
     job_folder,
+    kept_paths,
     lock_job,
     progress_text,
     read_arrays,
     read_job,
     read_segment,
     segment_path,
-    segment_paths,
     sweep,
+    window_path,
     write_arrays,
     write_job,
     write_segment,
@@ -85,7 +86,7 @@ class Journal:
         num_frames: frames of the finished segments.
 
     Raises:
-        OutputError: an unfinished job lies there, and neither was said.
+        OutputError: an unfinished job lies there, and neither was said; or a process is at it.
     """
     def __init__(
         self,
@@ -110,9 +111,12 @@ class Journal:
         self._is_worth_keeping = False
         self._lock: TextIO | None = None
         if self.unfinished and not (resume or overwrite):
+            facts = job_facts(self.folder)
+            if facts["running"]:
+                raise self._taken()
             raise OutputError(
-                f"{self.output} is not finished ({progress_text(job_facts(self.folder))}, kept in "
-                f"{self.folder}); --resume goes on, --overwrite starts anew"
+                f"{self.output} is not finished ({progress_text(facts)}, kept in {self.folder}); "
+                "--resume goes on, --overwrite starts anew"
             )
 
     @property
@@ -201,7 +205,7 @@ class Journal:
         """
         self._latest = self.state = None
         if self._on:
-            path = self.folder / WINDOWS / f"{self.num_windows:05d}.safetensors"
+            path = window_path(self.folder, self.num_windows)
             tensors = {"latents": done[:, :, self._num_done :]}
             if heard is not None:
                 tensors["heard"] = heard[:, :, self._num_heard :]
@@ -243,7 +247,7 @@ class Journal:
 
     def segments(self) -> Iterator[Segment]:
         """The finished segments, from the clip's start."""
-        return map(read_segment, segment_paths(self.folder) if self.num_frames else ())
+        return map(read_segment, kept_paths(self.folder, segment_path) if self.num_frames else ())
 
     def keep(self, segment: Segment) -> None:
         """Keep the next finished segment."""
@@ -314,14 +318,17 @@ class Journal:
                 weakref.finalize(self, self._lock.close)
             sweep(self.folder)
         except BlockingIOError:
-            raise OutputError(f"{self.output} is being made by another process; wait for it, or "
-                              "choose another name") from None
+            raise self._taken() from None
         except OSError as error:
             self.give_up(error)
         if resumes:
             self._load(device)
         elif self._on:
             self._start(recipe)
+
+    def _taken(self) -> OutputError:
+        return OutputError(f"{self.output} is being made by another process; wait for it, or "
+                           "choose another name")
 
     def _start(self, recipe: dict[str, Any]) -> None:
         with self._saving():
@@ -345,7 +352,8 @@ class Journal:
         import torch
 
         self.state = self.latents = self.done = self.heard = None
-        self.num_windows, kept = read_windows(self.folder)
+        windows = self._counted(window_path)
+        self.num_windows, kept = len(windows), read_windows(windows)
         if kept:
             self.done, self.heard = kept["latents"], kept.get("heard")
             self._num_done = self.done.shape[2]
@@ -359,11 +367,17 @@ class Journal:
                 self.state = state_of(facts["step"], tensors)
         self._count_segments()
 
+    def _counted(self, path_of: Callable[[Path, int], Path]) -> list[Path]:
+        """The segments or windows up to the first that is missing; later ones go."""
+        kept = kept_paths(self.folder, path_of)
+        place = path_of(self.folder, 0).parent
+        for path in sorted(place.glob("*.safetensors"))[len(kept):]:
+            with suppress(PermissionError):  # one that stays is written over
+                path.unlink()
+        return kept
+
     def _count_segments(self) -> None:
-        """Take the segments up to the first that is missing for finished; later ones go."""
-        kept = segment_paths(self.folder)
-        for path in sorted((self.folder / SEGMENTS).glob("*.safetensors"))[len(kept):]:
-            path.unlink()
+        kept = self._counted(segment_path)
         self._num_segments = len(kept)
         self.num_frames = sum(read_segment(path).num_frames for path in kept)
 

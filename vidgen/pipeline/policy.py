@@ -14,16 +14,17 @@ from typing import Protocol
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
+from vidgen.media.speech import OWN_FILE
 
 # Scripts that write words without spaces between them, or with particles joined to them.
 _JOINED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 
 class Policy(Protocol):
-    """Judges a prompt."""
+    """Judges a text: a prompt, one for sound, or words that are to be spoken."""
 
     def __call__(self, prompt: str, request: Request) -> str | None:
-        """The reason why a prompt is refused, or None if it is fine."""
+        """The reason why a text is refused, or None if it is fine."""
         ...
 
 
@@ -75,14 +76,37 @@ def policy_from_environment() -> Policy | None:
 
 
 def enforce(policy: Policy | None, request: Request) -> None:
-    """Refuse a request whose prompt a policy refuses; what is *not* to be seen may say anything.
+    """Refuse a request of which a policy refuses what is to be seen or heard.
+
+    What is *not* to be seen may say anything.
 
     Raises:
         InputError: with the policy's reason.
     """
-    reason = policy(request.prompt, request) if policy else None
-    if reason:
-        raise InputError(f"the prompt is refused by the policy: {reason}; ask for something else")
+    if policy is None:
+        return
+    require_allowed(policy, "prompt", request.prompt, request)
+    require_allowed(policy, "audio prompt", request.audio_prompt, request)
+    for _, text in request.say:
+        require_allowed(policy, "speech", text, request)
+
+
+def require_allowed(policy: Policy, what: str, text: str | None, request: Request) -> None:
+    """Refuse a text that a policy refuses; one that names a file of speech says nothing.
+
+    Args:
+        policy: that judges.
+        what: the text is, for the message.
+        text: of a request, or of what goes with it; None: there is none.
+        request: that it belongs to.
+
+    Raises:
+        InputError: with the policy's reason.
+    """
+    if text is None or (what == "speech" and text.startswith(OWN_FILE)):
+        return
+    if reason := policy(text, request):
+        raise InputError(f"the {what} is refused by the policy: {reason}; ask for something else")
 
 
 def _key(word: str) -> str:

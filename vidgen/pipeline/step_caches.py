@@ -172,7 +172,8 @@ def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
     if path.is_file():
         try:
             return _parse(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError,
+                RecursionError) as error:
             raise ModelError(f"{path} is damaged ({error}); copy it again") from None
     try:
         return _parse(json.loads((cache_folder() / FILE).read_text("utf-8"))[folder.content_hash])

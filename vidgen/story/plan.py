@@ -26,6 +26,7 @@ from vidgen.models.text import PromptTokenizer, split_words
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.extend import OVERLAP
 from vidgen.pipeline.plan import Plan, make_plan
+from vidgen.pipeline.policy import Policy, enforce, require_allowed
 from vidgen.pipeline.preflight import choose, require_own_model
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
@@ -98,6 +99,25 @@ def plan_film(
     for warning in planner.warnings:
         log.warning("%s", warning)
     return film
+
+
+def enforce_film(policy: Policy | None, film: FilmPlan) -> None:
+    """Refuse a film of which a policy refuses what is to be seen or heard, before a shot is made.
+
+    Raises:
+        InputError: with the shot's line and the policy's reason.
+    """
+    for plan in film.shots.values() if policy else ():
+        shot, take = plan.shot, plan.takes[0]
+        try:
+            for index, part in enumerate(take.parts):
+                request = film.request(shot, take.seed, index, part.num_frames)
+                enforce(policy, request)
+            require_allowed(policy, "music", shot.music and shot.music.prompt, request)
+            for said in shot.narration:
+                require_allowed(policy, "speech", said.text, request)
+        except InputError as error:
+            raise InputError(f"{film.script.where(shot)}: {error}") from None
 
 
 def estimates(

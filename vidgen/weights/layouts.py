@@ -89,7 +89,8 @@ def open_folder(path: Path, given: str | None = None) -> ModelFolder | ForeignFo
             return _open_diffusers(path, given)
         if layout == "wan":
             return _open_wan(path, given)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError,
+            RecursionError) as error:
         raise ModelError(  # JSON that is whole, but of another shape
             f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}); copy the whole "
             "folder again"
