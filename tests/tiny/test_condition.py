@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import LatentShape, Strides
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import (
@@ -135,6 +136,26 @@ def test_stills_join_at_their_own_times():
     assert torch.equal(state.keys.latents[:, :, :1], STILL)
     assert torch.equal(state.keys.latents[1, :, 1], CLIP[0, :, 0])
     assert not state.any_known
+
+
+def test_references_can_be_taken_away_from_the_stills_of_a_clip():
+    assert condition.without_references(None) is None
+    alone = condition.reference(new_state(NOISE), STILL)
+    assert condition.without_references(alone.keys) is None
+    timed = condition.keyframe(new_state(NOISE), STILL, 6, STRIDES)
+    both = condition.without_references(condition.reference(timed, CLIP[:, :, :1]).keys)
+    assert torch.equal(both.latents, timed.keys.latents)
+    assert torch.equal(both.positions, timed.keys.positions)
+    assert both.valid is None
+
+
+def test_references_are_taken_away_from_each_row_of_a_batch():
+    keys = KeyTokens(
+        CLIP[:, :, :2], torch.tensor([[1.5, -4.0], [-4.0, 2.5]]), torch.tensor([[True] * 2] * 2)
+    )
+    left = condition.without_references(keys)
+    assert left.num_keys == 2
+    assert left.valid.tolist() == [[True, False], [False, True]]
 
 
 @pytest.mark.parametrize("frame", [-1, 17, 100])

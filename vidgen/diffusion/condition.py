@@ -217,6 +217,21 @@ def reference_position(index: int) -> float:
     return FIRST_REFERENCE_POSITION - REFERENCE_SPACING * index
 
 
+def without_references(keys: KeyTokens | None) -> KeyTokens | None:
+    """The stills that stand for moments of the clip, without reference images; None if none do."""
+    if keys is None:
+        return None
+    timed = keys.positions > FIRST_REFERENCE_POSITION
+    columns = timed.any(0).nonzero().flatten()
+    if not len(columns):
+        return None
+    valid = timed if keys.valid is None else timed & keys.valid
+    return KeyTokens(
+        keys.latents[:, :, columns], keys.positions[:, columns],
+        None if valid[:, columns].all() else valid[:, columns],
+    )
+
+
 def denoise_inputs(
     state: LatentState, sigma: Tensor, latents: Tensor | None = None, *, patch: int = 1
 ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 
-BRANCHES = ("prompt", "negative")
+NEGATIVE = "negative"
+BRANCHES = ("prompt", NEGATIVE)
 """What a model is asked under, the conditional one first."""
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vidgen.diffusion.condition import LatentState, denoise_inputs
+from vidgen.diffusion.condition import LatentState, denoise_inputs, without_references
 from vidgen.diffusion.flow import to_timestep
-from vidgen.diffusion.guidance import BRANCHES, guided
+from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, guided
 from vidgen.diffusion.token_part import TokenPart
 from vidgen.models.dit_inputs import AudioTokens
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
@@ -74,10 +75,17 @@ def denoisers(
         loras = loras.beside(read_student(parts.folder.path, dit))
     with experts(parts, parts.folder.defaults.boundary, loras, level) as given:
         yield [
-            _denoiser(parts, plan, state, context, given, ranks,
+            _denoiser(parts, plan, _seen_by(branch, state), context, given, ranks,
                       None if caches is None else partial(caches.at, branch))
             for branch, context in zip(branches, contexts, strict=False)
         ]
+
+
+def _seen_by(branch: str, state: LatentState) -> LatentState:
+    """What a pass is shown: guidance pulls towards a reference image as it does to the prompt."""
+    if branch != NEGATIVE:
+        return state
+    return replace(state, keys=without_references(state.keys))
 
 
 def _denoiser(
