@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,10 @@ from vidgen.models.text import split_words
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.pipeline.own_sound import TASK as SOUND_TASK
 from vidgen.toybox.captions import caption
-from vidgen.toybox.paraphrase import loose_vocabulary
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
 from vidgen.toybox.sound import synthesize
+from vidgen.toybox.thesaurus import loose_vocabulary
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.distil import adapter_of
 from vidgen.training.distil_data import TrajectoryConfig
@@ -124,9 +125,10 @@ def release_dit(run: Path, out: Path) -> None:
         add_words(out / "tokenizer" / "words.txt", loose_vocabulary())
 
 
-def add_words(path: Path, words: list[str]) -> None:
-    """Add the words of loose captions to the list of those that the model was taught."""
-    known = set(path.read_text("utf-8").split()).union(*map(split_words, words))
+def add_words(path: Path, words: Iterable[str]) -> None:
+    """Add words to the list of those that the model was taught."""
+    known = set(path.read_text("utf-8").split()) if path.exists() else set[str]()
+    known.update(*map(split_words, words))
     atomic_write(path, "".join(f"{word}\n" for word in sorted(known)).encode())
 
 

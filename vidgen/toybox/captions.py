@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any, Literal, TypeVar
 
 from vidgen.core.errors import InputError
+from vidgen.toybox.grammar import directions, inflect, with_article
 from vidgen.toybox.motion import ASSETS
 from vidgen.toybox.scenes import (
     CAMERAS,
@@ -195,14 +196,14 @@ class _Speech:
         second = scene.actors[1]
         template = self._word("relations", scene.relation)
         slots = {
-            **self._directions(first),
+            **directions(first),
             "go": self._word("go", SPRITES[first.sprite].kind),
-            "go2": _form(self._word("go", SPRITES[second.sprite].kind), ing=False),
+            "go2": inflect(self._word("go", SPRITES[second.sprite].kind), "does"),
             "other": self._noun_phrase(second, detailed),
             "verb": "{verb}",
             "verb2": self._verb(second, detailed, ing=False),
         }
-        predicate = _form(template.format(**slots), self.ing)
+        predicate = inflect(template.format(**slots), "doing" if self.ing else "does")
         if "{verb}" in predicate:
             predicate = predicate.format(verb=self._verb(first, detailed, self.ing))
         elif detailed:
@@ -218,16 +219,13 @@ class _Speech:
             words.append(color)
         words.append(self._pick(nouns(actor.sprite)))
         text = " ".join(words)
-        if self._maybe(0.12):
-            return f"the {text}"
-        vowel = text[0] in "aeio" or text.startswith("um")
-        return f"{'an' if vowel else 'a'} {text}"
+        return with_article(text, definite=self._maybe(0.12))
 
     def _verb(self, actor: Actor, detailed: bool, ing: bool) -> str:
         along = actor.motion == "bounces" and actor.direction
         phrase = self._word("motions", "bounces along" if along else actor.motion)
         go = self._word("go", SPRITES[actor.sprite].kind)
-        text = _form(phrase.format(go=go, **self._directions(actor)), ing)
+        text = inflect(phrase.format(go=go, **directions(actor)), "doing" if ing else "does")
         return text + (self._manner(actor) if detailed else "")
 
     def _manner(self, actor: Actor) -> str:
@@ -239,19 +237,10 @@ class _Speech:
             text += f" {self._word('speeds', actor.speed)}"
         return text
 
-    def _directions(self, actor: Actor) -> dict[str, str]:
-        heading = actor.motion.split()[-1] if "moves" in actor.motion else actor.direction
-        return {"direction": heading or "", "opposite": "left" if heading == "right" else "right"}
-
     def _place(self) -> str:
         first = self.scene.actors[0]
         goes = first.motion.startswith(("moves", "drives")) or first.direction in ("left", "right")
         return self._word("across" if goes and self._maybe(0.4) else "places", self.scene.place)
-
-
-def _form(phrase: str, ing: bool) -> str:
-    """Choose one side of each "drives/driving"."""
-    return re.sub(r"([a-z]+)/([a-z]+)", r"\2" if ing else r"\1", phrase)
 
 
 def prompts(

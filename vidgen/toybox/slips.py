@@ -42,9 +42,12 @@ def misspell(text: str, draws: Draws, rate: float, known: AbstractSet[str]) -> s
     parts = re.split(r"([a-z']+)", text)
     for i in range(1, len(parts), 2):
         word = parts[i]
-        if draws.chance(rate * (1.0 if len(word) >= 4 else 0.15 if len(word) == 3 else 0.0)):
-            slip = _slip(word, draws)
-            parts[i] = slip if slip not in known else word
+        if not draws.chance(rate * (1.0 if len(word) >= 4 else 0.15 if len(word) == 3 else 0.0)):
+            continue
+        if "'" in word:
+            parts[i] = word.replace("'", "")
+        elif (slip := _slip(word, draws)) not in known:
+            parts[i] = slip
     for i in range(2, len(parts) - 2, 2):
         if parts[i] == " " and draws.chance(0.15 * rate):
             joined = parts[i - 1] + parts[i + 1]
@@ -53,9 +56,7 @@ def misspell(text: str, draws: Draws, rate: float, known: AbstractSet[str]) -> s
 
 
 def _slip(word: str, draws: Draws) -> str:
-    """One slip: a letter replaced, dropped, doubled or swapped with the next; or no apostrophe."""
-    if "'" in word:
-        return word.replace("'", "")
+    """One slip: a letter replaced, dropped, doubled or swapped with the next."""
     at = int(draws.uniform() * (len(word) - 1)) + (draws.chance(0.2) and len(word) > 3)
     kind = draws.choice(("replace", "drop", "double", "swap"))
     if kind == "swap":

@@ -1,0 +1,111 @@
+"""What a step of the embedded model's training draws: captions, their labels, references."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import KeyTokens
+from vidgen.core.shapes import Strides
+from vidgen.diffusion.condition import keyframe_position, reference_position
+from vidgen.diffusion.condition_mix import ConditionMix, has_reference
+from vidgen.training.config import Phase, RunConfig
+from vidgen.training.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.toybox_data import CacheConfig, ToyboxCache, load_vae
+
+PHASE = Phase(steps=40, num_frames=33, batch_size=8)
+REFERENCES = ConditionMix(text=1, first=0, last=1, both=0, frames=0, prefix=0, mask=0)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> DiTData:
+    folder = tmp_path_factory.mktemp("draws")
+    cache = CacheConfig(
+        str(folder / "latents"), str(tiny_model / "vae"), 1, shard_size=12, height=32, width=32
+    )
+    ToyboxCache(cache).make(0, load_vae(cache.vae, torch.device("cpu")), torch.device("cpu"))
+    return DiTData(
+        run=RunConfig(str(folder / "run"), (PHASE,)), caches=(cache,),
+        tokenizer=str(tiny_model / "tokenizer"), shifts=(1.0,), still_share=1.0,
+        still_conditions=REFERENCES, caption_dropout=0.0, validation_clips=2,
+    )
+
+
+def draws(config: DiTData) -> list[Batch]:
+    source = ClipDraws(config, torch.device("cpu"), patch=2)
+    return [source.batch(PHASE, step, 0) for step in range(6)]
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def test_loose_captions_change_nothing_else_that_is_drawn(plain: DiTData) -> None:
+    pairs = list(zip(draws(plain), draws(replace(plain, loose_share=1.0)), strict=True))
+    assert not any(same(a.ids, b.ids) for a, b in pairs)
+    for a, b in pairs:
+        assert same(a.noise, b.noise)
+        assert same(a.sigma, b.sigma)
+        assert same(a.state.denoise_mask, b.state.denoise_mask)
+        assert all(same(a.labels[name], b.labels[name]) for name in a.labels)
+
+
+def test_half_loose_is_half_of_the_captions(plain: DiTData) -> None:
+    def first_tokens(share: float) -> list[torch.Tensor]:
+        source = ClipDraws(replace(plain, loose_share=share), torch.device("cpu"), patch=2)
+        ids, mask, _ = source.captions(0, 200)
+        return [row[kept] for row, kept in zip(ids, mask, strict=True)]
+
+    none, half, every = (first_tokens(share) for share in (0.0, 0.5, 1.0))
+    loose = [not same(a, b) for a, b in zip(none, every, strict=True)]
+    mixed = [not same(a, b) for a, b in zip(none, half, strict=True)]
+    assert 90 < sum(loose) < 130
+    assert 0.35 * sum(loose) < sum(mixed) < 0.65 * sum(loose)
+    for a, b, c in zip(none, half, every, strict=True):
+        assert same(b, a) or same(b, c)
+
+
+def test_only_what_a_reference_shows_goes_unnamed(plain: DiTData) -> None:
+    nameless = replace(plain, anonymous_share=1.0)
+    shown = hidden = 0
+    for a, b in zip(draws(plain), draws(nameless), strict=True):
+        given = has_reference(b.state.keys, len(b.ids))
+        shown, hidden = shown + int((~given).sum()), hidden + int(given.sum())
+        assert (a.labels["sprite"] >= 0).all()
+        for name in b.labels:
+            left_out = given if name in ("sprite", "tint") else torch.zeros_like(given)
+            assert same(b.labels[name], a.labels[name].masked_fill(left_out, -1))
+        for row in range(len(given)):
+            kept, its = a.ids[row][a.mask[row]], b.ids[row][b.mask[row]]
+            assert same(kept, its) != bool(given[row])
+    assert min(shown, hidden) > 10
+
+
+def test_validation_stays_plain(plain: DiTData) -> None:
+    loose = replace(plain, loose_share=1.0, anonymous_share=1.0)
+    a, b = (ClipDraws(c, torch.device("cpu"), patch=2).held_aside(33, 0.5) for c in (plain, loose))
+    assert same(a.ids, b.ids)
+    assert all(same(a.labels[name], b.labels[name]) for name in a.labels)
+
+
+@pytest.mark.parametrize("name", ["loose_share", "anonymous_share"])
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_shares_lie_between_none_and_all(plain: DiTData, name: str, share: float) -> None:
+    with pytest.raises(InputError, match=rf"{name} is {share}.*0\.\.1"):
+        replace(plain, **{name: share})
+
+
+def test_a_keyframe_is_no_reference_nor_is_an_empty_place() -> None:
+    frame, reference = keyframe_position(16, Strides(t=4, hw=8)), reference_position(1)
+    keys = KeyTokens(
+        torch.zeros(4, 1, 2, 2, 2),
+        torch.tensor([[frame, reference]] * 2 + [[frame, frame]] + [[reference, frame]]),
+        torch.tensor([[True, True], [True, False], [True, True], [True, False]]),
+    )
+    assert has_reference(keys, 4).tolist() == [True, False, False, True]
+    assert has_reference(replace(keys, valid=None), 4).tolist() == [True, True, False, True]
+    assert has_reference(None, 2).tolist() == [False, False]
