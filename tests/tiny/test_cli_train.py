@@ -77,6 +77,25 @@ def test_killed_with_9_and_resumed_equals_straight(run_file, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_an_interrupt_is_told_from_an_end_of_minutes(run_file, tmp_path):
+    path = run_file("run", run={"steps": 1_000_000, "checkpoint_minutes": 0, "minutes": 60,
+                                "validate_every": 1_000_000})
+    process = start("-m", "vidgen", "train", "-c", str(path), "--json")
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "latest").exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, log = process.communicate(timeout=100)
+    assert process.returncode == 130, log
+    step = json.loads(out)["step"]
+    assert latest_checkpoint(tmp_path / "run").name == f"step-{step:08d}"
+    words = ["train", "-c", str(path), "--resume", "--set", "run.minutes=1e-9"]
+    assert main(words) == 1
+    assert latest_checkpoint(tmp_path / "run").name == f"step-{step + 1:08d}"
+
+
 def test_results_and_events_are_for_programs(run_file, tmp_path, capsys):
     path, events = run_file("run", run={"steps": 2}), tmp_path / "events.jsonl"
     assert main(["train", "-c", str(path), "--set", "output.name=mine", "--json", "--events",

@@ -219,6 +219,14 @@ def test_a_changed_run_is_refused_by_name_unless_that_is_accepted(tiny_model, cl
     assert finetune(changed, resume=True, accept_changes=True)["step"] == 2
 
 
+def test_what_fills_a_batch_up_is_told(tiny_model, clips, tmp_path):
+    notes: list[dict] = []
+    config = make_config(tiny_model, clips, tmp_path / "run", run={"steps": 1, "batch_size": 3})
+    finetune(config, tell=notes.append)
+    told = [note["text"] for note in notes if note["event"] == "note"]
+    assert any("bucket 32x32x9: 2 items are learned twice in each epoch" in text for text in told)
+
+
 def test_no_effect_fails_the_run(tiny_model, clips, tmp_path):
     config = make_config(
         tiny_model, clips, tmp_path / "run", run={"steps": 2, "optim": {"lr": 0.0}}
@@ -268,6 +276,14 @@ REFUSED = {
     "no condition": ({"conditions": {"text": 0}}, "must have a weight over 0"),
     "a token that isn't there": (
         {"subject": {"token": "<subject_99>", "like": "a car"}}, "is no token of"),
+    "a sheet's size": ({"validation": {"size": "33x32"}}, "validation: .*33"),
+    "a sheet's prompt": ({"validation": {"prompts": [" "]}}, "validation: the prompt is empty"),
+    "a sheet's steps": ({"validation": {"steps": 0}}, "validation: steps is 0"),
+    "a score that isn't there": (
+        {"run": {"best": "velocity_men"}}, "doesn't score; did you mean 'velocity_mean'"),
+    "no level of an expert": (
+        {"model": "t2v-a14b", "experts": "low", "validation": {"sigmas": [0.97]}},
+        "none that the low-noise expert denoises at; give some below 0.875"),
     "a layer that makes sound": (
         {"model": "sound", "lora": {"targets": ["audio_ffn"]}}, "no linear layer is called"),
 }  # fmt: skip
@@ -303,6 +319,10 @@ def test_configs_that_contradict_themselves_are_refused(tiny_model, clips, tmp_p
     refused("unknown LoRA dialect 'kohia'; did you mean 'kohya'", output={"dialects": "kohia"})
     refused("unknown key 'phases'", run={"phases": []})
     refused("a file's name", output={"name": "a/b"})
+    refused("mean is nan", noise={"mean": math.nan})
+    refused("subject.lr is -1.0", subject={"token": "<subject_0>", "like": "car", "lr": -1.0})
+    refused("ab_clips is -1", output={"ab_clips": -1})
+    refused("validate_every is 0", run={"validate_every": 0})
 
 
 def test_pictures_cant_teach_a_model_that_begins_with_them(wan, tmp_path):

@@ -11,17 +11,20 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError
 from vidgen.training import loop
 from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig, Phase, RunConfig
 from vidgen.training.distributed import Place
+from vidgen.training.finetune_card import read_curve
 from vidgen.training.latents import LatentShards
 from vidgen.training.loop import train
 from vidgen.training.optim import build_optimizers, lr_scale, orthogonalized
@@ -84,12 +87,60 @@ def test_interrupted_and_resumed_equals_straight(tmp_path: Path, stop_at: int) -
     straight, broken = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     train(Regression(straight), straight)
     first = train(Regression(broken, stop_at), broken)
-    assert (first.step, first.finished) == (stop_at + 1, False)
+    assert (first.step, first.finished, first.interrupted) == (stop_at + 1, False, True)
     second = train(Regression(broken), broken, resume=True)
-    assert second.finished
+    assert (second.finished, second.interrupted) == (True, False)
     a, b = everything(tmp_path / "a"), everything(tmp_path / "b")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert learned(tmp_path / "a") == learned(tmp_path / "b")
+
+
+def learned(folder: Path) -> list[dict[str, Any]]:
+    """A run's curve without what depends on the machine."""
+    measured = {"samples_per_s", "seconds_per_step", "memory_mb"}
+    return [{name: value for name, value in line.items() if name not in measured}
+            for line in read_curve(folder / "curve.jsonl")]
+
+
+def test_a_short_run_has_a_curve_and_a_torn_line_is_mended(tmp_path: Path) -> None:
+    short = make_run(tmp_path, log_every=50, phases=(Phase(3, 1, 8),))
+    train(Regression(short), short)
+    assert [line["step"] for line in learned(tmp_path) if "loss" in line] == [3]
+    with (tmp_path / "curve.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    longer = make_run(tmp_path, log_every=2, phases=(Phase(6, 1, 8),))
+    train(Regression(longer), longer, resume=True)
+    assert [line["step"] for line in learned(tmp_path) if "loss" in line] == [3, 4, 6]
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    run = make_run(tmp_path / "run")
+    with pytest.raises(InputError, match="is a file; name another folder"):
+        train(Regression(run), run)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"log_every": 0}, "log_every is 0; it must be at least 1"),
+    ({"validate_every": 0}, "validate_every is 0"),
+    ({"minutes": 0.0}, "minutes is 0.0; give a number above 0"),
+    ({"checkpoint_minutes": -1.0}, "checkpoint_minutes is -1.0; give a number of at least 0"),
+    ({"ema_decay": 1.0}, "ema_decay is 1.0; give a share below 1"),
+    ({"spike_factor": math.nan}, "spike_factor is nan; give a number above 1"),
+    ({"seed": 2**32}, "seed is 4294967296; give a number from 0 to 4294967295"),
+    ({"optim": {"lr": math.nan}}, "optim.lr is nan; give a number from 0 to 100"),
+    ({"optim": {"lr": 1e-3, "weight_decay": -0.1}}, "optim.weight_decay is -0.1"),
+    ({"optim": {"betas": [0.9, 1.0]}}, r"optim.betas is \[0.9, 1.0\]; give two shares below 1"),
+    ({"optim": {"grad_clip": -1.0}}, "optim.grad_clip is -1.0"),
+    ({"phases": [{"steps": 1, "num_frames": 1, "batch_size": 1, "lr_scale": math.inf}]},
+     "phase.lr_scale is inf"),
+])
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    phases = [{"steps": 1, "num_frames": 1, "batch_size": 1}]
+    with pytest.raises(InputError, match=message):
+        build(RunConfig, {"folder": "unused", "phases": phases, **settings}, "run.yaml")
 
 
 def test_batches_made_ahead_are_the_same_in_the_same_order(tmp_path: Path) -> None:
@@ -149,6 +200,9 @@ def test_an_unusable_loss_skips_the_step_and_then_stops(tmp_path: Path) -> None:
     run = make_run(tmp_path / "skip")
     train(Regression(run, poison=frozenset({3})), run)
     assert all(t.isfinite().all() for n, t in everything(tmp_path / "skip").items() if "model" in n)
+    means = [line["loss"] for line in learned(tmp_path / "skip") if "lr_scale" in line]
+    assert len(means) == 6
+    assert all(math.isfinite(loss) for loss in means)
     run = make_run(tmp_path / "stop", phases=(Phase(30, 1, 8),), checkpoint_minutes=0)
     with pytest.raises(InputError, match="not usable for 10 steps"):
         train(Regression(run, poison=frozenset(range(4, 30))), run)

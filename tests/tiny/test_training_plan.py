@@ -36,6 +36,13 @@ def test_shipped_configs_fit_their_gpus(name):
     assert planned.as_data()["peak"] == planned.peak
 
 
+def test_ranks_that_cannot_share_samples_as_asked_are_refused():
+    config = read_config(str(ROOT / "configs/train/wan14b_full_8gpu_zero3.yaml"), [])
+    with pytest.raises(InputError, match=r"engine\.sequence is 4 on 1 rank; .* by --ranks"):
+        plan(config)
+    assert plan(config, ranks=4).ranks == 4
+
+
 def test_two_experts_are_planned_one_after_the_other_as_they_are_trained():
     path = str(ROOT / "configs/train/wan22_a14b_lora_8gpu.yaml")
     high = plan(read_config(path, []), ranks=8)

@@ -48,4 +48,4 @@ def run(args: Namespace, report: Report) -> int:
     report.result(summary, use)
     if summary["finished"]:
         return 0
-    return 130 if config.run.minutes is None else 1
+    return 130 if summary["interrupted"] else 1

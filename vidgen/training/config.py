@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from vidgen.core.errors import InputError
+
+MAX_RATE = 100
+"""Of learning rates, their factors and weight decay: far beyond what any run survives."""
+MAX_SEED = 2**32 - 1
+
+
+def check_number(
+    name: str, value: float | None, *, least: float = 0, most: float = math.inf
+) -> None:
+    """Raise InputError for a number outside of its range, or for NaN."""
+    if value is not None and not least <= value <= most:
+        limit = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+        raise InputError(f"{name} is {value}; give a number {limit}")
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,8 @@ class Phase:
         for name in ("steps", "num_frames", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"phase.{name} is {getattr(self, name)}; it must be at least 1")
+        check_number("phase.warmup_steps", self.warmup_steps)
+        check_number("phase.lr_scale", self.lr_scale, most=MAX_RATE)
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,14 @@ class OptimConfig:
     decay_from: int | None = None
     decay_steps: int = 0
     grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "muon_lr", "weight_decay"):
+            check_number(f"optim.{name}", getattr(self, name), most=MAX_RATE)
+        for name in ("warmup_steps", "decay_from", "decay_steps", "grad_clip"):
+            check_number(f"optim.{name}", getattr(self, name))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"optim.betas is {list(self.betas)}; give two shares below 1")
 
 
 @dataclass(frozen=True)
@@ -116,8 +140,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.phases:
             raise InputError("phases is empty; a run needs at least one phase")
-        if self.keep < 1:
-            raise InputError(f"keep is {self.keep}; it must be at least 1")
+        for name in ("keep", "log_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_number("seed", self.seed, most=MAX_SEED)
+        check_number("checkpoint_minutes", self.checkpoint_minutes)
+        for name, least in (("minutes", 0), ("spike_factor", 1)):
+            value = getattr(self, name)
+            if value is not None and not value > least:
+                raise InputError(f"{name} is {value}; give a number above {least}")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay is {self.ema_decay}; give a share below 1")
 
     @property
     def num_steps(self) -> int:
@@ -157,7 +190,12 @@ def refuse_changes(path: Path, record: dict[str, Any]) -> None:
     Raises:
         InputError: names the keys that differ, with both values.
     """
-    before, now = (_flat(each) for each in (json.loads(path.read_text()), record))
+    try:
+        began = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}, the config that the run began with, can't be read: {error}; put "
+                         "it back, or confirm with --accept-changes") from None
+    before, now = _flat(began), _flat(record)
     free = (*_FREE, f"run.phases.{len(record['run'].get('phases', ())) - 1}.steps")
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"

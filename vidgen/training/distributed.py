@@ -122,12 +122,7 @@ def join_ranks(run: RunConfig) -> Iterator[Place]:
     """
     given = given_rank()
     rank, size = given or (0, 1)
-    sequence = run.engine.sequence
-    if size % sequence:
-        raise InputError(
-            f"engine.sequence is {sequence} on {size} rank{'s' * (size > 1)}; it must divide their "
-            "number: start another number by torchrun --nproc-per-node, or set engine.sequence"
-        )
+    sequence = check_sharing(run, size)
     if given is None and run.engine.deepspeed is None:
         yield _ALONE
         return
@@ -147,6 +142,22 @@ def join_ranks(run: RunConfig) -> Iterator[Place]:
         if lifeline is not None:
             lifeline.close()
         dist.destroy_process_group()
+
+
+def check_sharing(run: RunConfig, size: int) -> int:
+    """How many ranks hold a sample together, of `size` in all.
+
+    Raises:
+        InputError: it doesn't divide their number.
+    """
+    sequence = run.engine.sequence
+    if size % sequence:
+        raise InputError(
+            f"engine.sequence is {sequence} on {size} rank{'s' * (size > 1)}; it must divide their "
+            "number: start another number by torchrun --nproc-per-node, plan for another one by "
+            "--ranks, or set engine.sequence"
+        )
+    return sequence
 
 
 def _own_device(name: str) -> torch.device:

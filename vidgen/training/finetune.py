@@ -22,7 +22,7 @@ from vidgen.training.finetune_config import FinetuneConfig
 from vidgen.training.finetune_model import open_trainable
 from vidgen.training.finetune_monitor import Monitor
 from vidgen.training.finetune_output import FOLDER, NoEffect, export, rehearse
-from vidgen.training.finetune_sheet import Sheets
+from vidgen.training.finetune_sheet import Sheets, check_sheets
 from vidgen.training.finetune_task import FinetuneTask
 from vidgen.training.loop import TrainResult, train
 from vidgen.weights.folder import ModelFolder
@@ -64,13 +64,14 @@ def finetune(
             folder = open_trainable(config.model)
             settle_conditions(config.conditions, folder)  # before the clips are looked at
             rehearse(config, folder)
+            check_sheets(config, folder)
             dataset = held.enter_context(closing(_open_data(config, folder, place, tell)))
             result, facts = _train(config, folder, dataset, place, resume, accept_changes, tell)
         if not place.main:
             return None
         summary: dict[str, Any] = {
             "folder": config.run.folder, "step": result.step, "finished": result.finished,
-            "validation": result.metrics,
+            "interrupted": result.interrupted, "validation": result.metrics,
         }
         if not result.finished:
             tell({"event": "note", "text": f"stopped at step {result.step}; go on with --resume"})
@@ -88,7 +89,7 @@ def _open_data(
         with_context=config.subject is None, device=choose_device(config.run.device),
         on_event=hear,
     )
-    notes = list(dataset.notes)
+    notes = [*dataset.notes, *dataset.ends(place.data_size)]
     if dataset.held_out is None:
         notes.append("no clips are held out: validation measures clips that are learned from; "
                      "set data.held_out or data.validation")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from vidgen.core.config import ONE
 from vidgen.core.errors import InputError, nearest
-from vidgen.training.config import Phase, RunConfig
+from vidgen.training.config import MAX_RATE, Phase, RunConfig, check_number
 from vidgen.training.data_config import DataConfig
 
 DIALECTS = ("diffusers", "peft", "wan", "kohya")
@@ -85,6 +85,8 @@ class NoiseSettings:
     shift: float | None = None
 
     def __post_init__(self) -> None:
+        if not abs(self.mean) < float("inf"):
+            raise InputError(f"noise.mean is {self.mean}; it must be finite")
         for name, value in (("std", self.std), ("shift", self.shift)):
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"noise.{name} is {value}; it must be positive")
@@ -107,6 +109,7 @@ class SubjectSettings:
     def __post_init__(self) -> None:
         if not self.like.strip():
             raise InputError("subject.like is empty; say what the subject is like, such as 'horse'")
+        check_number("subject.lr", self.lr, most=MAX_RATE)
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,7 @@ class ValidationSettings:
             raise InputError(f"validation.sigmas {list(self.sigmas)} must lie between 0 and 1")
         if self.clips < 1:
             raise InputError(f"validation.clips is {self.clips}; it must be at least 1")
+        check_number("validation.sheet_every", self.sheet_every)
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,7 @@ class OutputSettings:
         for dialect in self.dialects:
             if dialect not in DIALECTS:
                 raise InputError(f"unknown LoRA dialect {dialect!r}; {nearest(dialect, DIALECTS)}")
+        check_number("output.ab_clips", self.ab_clips)
         if not self.name or any(sign in self.name for sign in '/\\:@"'):
             raise InputError(f"output.name is {self.name!r}; give a file's name, without / : @")
 

@@ -15,7 +15,7 @@ from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.parts import DTYPES, EXPERTS
-from vidgen.training.distributed import current_place
+from vidgen.training.distributed import check_sharing, current_place
 from vidgen.training.finetune_config import FinetuneConfig
 from vidgen.training.finetune_model import choose_roles, open_trainable, prepare_module
 from vidgen.training.plan import Sample, TrainingPlan, plan_training
@@ -50,9 +50,11 @@ def plan(config: FinetuneConfig, ranks: int | None = None) -> TrainingPlan:
         ranks: processes; None: those that a launcher started, else 1.
 
     Raises:
-        InputError: a model that is neither here nor a published one of the Wan family, or experts
-            that can't be trained so.
+        InputError: a model that is neither here nor a published one of the Wan family, experts
+            that can't be trained so, or ranks that can't share samples as the run asks.
     """
+    ranks = ranks or current_place().size
+    check_sharing(config.run, ranks)
     known = architecture(config.model)
     roles = choose_roles(config, config.model, known.num_experts)
     modules: dict[str, nn.Module] = {}
@@ -61,9 +63,7 @@ def plan(config: FinetuneConfig, ranks: int | None = None) -> TrainingPlan:
             module = SpacetimeDiT(known.dit)
             dtype = torch.float32 if config.method == "full" else DTYPES[config.run.dtype]
             modules[role] = prepare_module(config, module.to(dtype))
-    return plan_training(
-        modules, config.run, largest_sample(config, known), ranks=ranks or current_place().size
-    )
+    return plan_training(modules, config.run, largest_sample(config, known), ranks=ranks)
 
 
 def architecture(model: str) -> Architecture:

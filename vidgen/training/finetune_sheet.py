@@ -18,13 +18,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
 from vidgen.media.encode import Frames
 from vidgen.media.sheet import contact_sheet
 from vidgen.models.lora import Adapter
+from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.video import Engine, load, to_frames
 from vidgen.training.dataset import Dataset
 from vidgen.training.finetune_config import FinetuneConfig
 from vidgen.training.finetune_model import LearnedToken
+from vidgen.weights.folder import ModelFolder
 from vidgen.weights.lora import write_lora
 
 SHOWN = 4
@@ -43,6 +47,23 @@ class Example:
 
     prompt: str
     latents: torch.Tensor | None
+
+
+def check_sheets(config: FinetuneConfig, folder: ModelFolder) -> None:
+    """Find out before anything is learned whether the sheets' clips can be made.
+
+    Raises:
+        InputError: a prompt, size, length or setting of `validation` that can't be.
+    """
+    settings, vae = config.validation, folder.components["vae"].config
+    asked = {name: getattr(settings, name)
+             for name in ("seed", "steps", "size", "frames", "guidance")}
+    try:
+        requests = [Request(prompt=each, **asked) for each in settings.prompts or ("a clip",)]
+        make_plan(requests[0], folder.defaults, vae.strides, vae.latent_channels,
+                  patch=folder.components["transformer"].config.patch_size)
+    except InputError as error:
+        raise InputError(f"validation: {error}") from None
 
 
 class Sheets:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import choose_device
 from vidgen.diffusion.condition import LatentState, denoise_inputs
 from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
@@ -35,6 +35,9 @@ from vidgen.weights.folder import ModelFolder
 
 Sheet = Callable[[int, Path, Mapping[str, nn.Module]], None]
 """Writes a sheet of clips: (step, folder, modules)."""
+
+_MEAN = "velocity_mean"
+"""Name of the validation's mean score."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class FinetuneTask:
         if self.subject is not None:
             self.modules["token"] = self.subject.token.to(self.device)
         self.alternates = len(self.transformers) > 1
+        self._sigmas = self._settle_sigmas()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW, of full fine-tuning also Muon for the blocks' matrices where a rate is given."""
@@ -147,26 +151,39 @@ class FinetuneTask:
         settings, bf16 = self.config.validation, self.config.run.dtype == "bf16"
         scores = {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            for sigma in settings.sigmas:
+            for sigma in self._sigmas:
                 role = self._role_at(sigma)
-                if role not in self.transformers:
-                    continue
                 errors = [
                     (float(self._error(self._held_out(index, sigma, role))), len(files))
                     for index, (_, files) in enumerate(self._validation)
                 ]
                 total = sum(count for _, count in errors)
-                scores[f"velocity_{sigma:g}"] = sum(e * count for e, count in errors) / total
-        if not scores:
-            raise InputError(
-                f"validation.sigmas {list(settings.sigmas)} has none that the "
-                f"{self.config.experts}-noise expert denoises at"
-            )
-        scores["velocity_mean"] = sum(scores.values()) / len(scores)
+                scores[_score(sigma)] = sum(e * count for e, count in errors) / total
+        scores[_MEAN] = sum(scores.values()) / len(scores)
         every = settings.sheet_every
         if self.sheet is not None and every and step % every == 0:
             self.sheet(step, folder, self.modules)
         return scores
+
+    def _settle_sigmas(self) -> list[float]:
+        """The noise levels of the validation that what learns denoises at.
+
+        Raises:
+            InputError: there is none, or the run's best checkpoint is to be one of another score.
+        """
+        config, asked = self.config, self.config.validation.sigmas
+        sigmas = [sigma for sigma in asked if self._role_at(sigma) in self.transformers]
+        if not sigmas:
+            side = "from" if config.experts == "high" else "below"
+            raise InputError(
+                f"validation.sigmas {list(asked)} has none that the {config.experts}-noise expert "
+                f"denoises at; give some {side} {self._boundary:g}"
+            )
+        scores = [_MEAN, *map(_score, sigmas)]
+        if config.run.best not in (None, *scores):
+            raise InputError(f"run.best is {config.run.best!r}, which validation doesn't score; "
+                             f"{nearest(str(config.run.best), scores)}")
+        return sigmas
 
     @cached_property
     def _validation(self) -> list[tuple[dict[str, Any], list[str]]]:
@@ -291,3 +308,8 @@ class FinetuneTask:
         attention = scores * config.head_dim / (config.head_dim + 64)  # the softmax is no product
         gemms = 3 if self.config.method == "full" else 2
         return count * frames * per_frame, float(count * (gemms * forward + 3 * attention))
+
+
+def _score(sigma: float) -> str:
+    """Name of the validation's score at a noise level."""
+    return f"velocity_{sigma:g}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_write, best_dtype, choose_device
+from vidgen.core.runtime import atomic_write, best_dtype, choose_device, write_error
 from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import (
     drop_old,
@@ -44,6 +45,7 @@ from vidgen.training.optim import lr_scale
 from vidgen.training.task import Task
 
 OnRecord = Callable[[dict[str, Any]], None]
+_CURVE = "curve.jsonl"
 MAX_BAD = 10
 """Unusable steps in a row that are skipped before a run stops."""
 MAX_ROLLBACKS = 3
@@ -52,11 +54,19 @@ MAX_ROLLBACKS = 3
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands when the loop returns."""
+    """Where a run stands when the loop returns.
+
+    Attributes:
+        step: that comes next.
+        finished: whether that was the last one.
+        metrics: of the last validation.
+        interrupted: whether a signal ended it, and not its minutes.
+    """
 
     step: int
     finished: bool
     metrics: dict[str, float]
+    interrupted: bool = False
 
 
 def train(
@@ -91,7 +101,7 @@ def train(
     place.barrier()  # all have looked before anything is written
     with ExitStack() as stack:
         if place.main:
-            folder.mkdir(parents=True, exist_ok=True)
+            _make_folder(folder)
             if record is not None:
                 atomic_write(folder / "task.json", json.dumps(record, indent=1).encode())
             drop_partial(folder)
@@ -102,6 +112,20 @@ def train(
         engine = stack.enter_context(open_engine(task, run, place, source))
         loop = _Loop(task, run, place, engine, on_record)
         return loop.run_from(loop.restore(source))
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a run's folder; a line of its curve that was cut short goes."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"run.folder {folder} is a file; name another folder")
+    curve = folder / _CURVE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if curve.exists():
+            text = curve.read_bytes()
+            os.truncate(curve, text.rfind(b"\n") + 1)
+    except OSError as error:
+        raise write_error(curve, error) from None
 
 
 def _warn_of_slow_dtype(run: RunConfig) -> None:
@@ -121,6 +145,7 @@ class _State:
     left_out: set[int] = field(default_factory=set)
     best: float = math.inf
     validated: int = -1
+    window: Window = field(default_factory=Window)
 
 
 class _Loop:
@@ -152,14 +177,16 @@ class _Loop:
         self.state = _State(
             metrics, float(metrics.pop("loss_mean", math.nan)), set(meta.get("left_out", ())),
             meta.get("best", math.inf) if same_score else math.inf, meta.get("validated", -1),
+            Window(**meta.get("window", {})) if source.parent == self.folder else Window(),
         )
         return int(meta["step"])
 
     def run_from(self, step: int) -> TrainResult:
         """Train from a step on to the end, a limit or a signal."""
         run, start = self.run, time.monotonic()
-        last_save, window, phase_index = start, Window(), None
+        last_save, phase_index = start, None
         limit = math.inf if run.minutes is None else run.minutes * 60
+        interrupted = False
         with _stop_signals() as stopped:
             while step < run.num_steps:
                 index, phase = run.phase_at(step)
@@ -170,30 +197,34 @@ class _Loop:
                     phase_index = index
                 if step not in self.state.left_out:
                     numbers, usable = self._step(phase, step)
-                    if not usable and run.on_bad == "rollback":
-                        step, window = self._roll_back(step), Window()
+                    if usable:
+                        self.state.window.add(
+                            numbers, phase.batch_size * phase.accumulate * self.place.data_size)
+                    elif run.on_bad == "rollback":
+                        step = self._roll_back(step)
                         continue
-                    window.add(numbers, phase.batch_size * phase.accumulate * self.place.data_size)
                 step += 1
-                if step % run.log_every == 0 and window.count:
-                    self._log(step, index, window)
+                if step % run.log_every == 0 and self.state.window.count:
+                    self._log(step, index)
                 if step % run.validate_every == 0:
                     self._validate(step)
                 now = time.monotonic()
-                stop, due = self.place.any(
-                    bool(stopped) or now - start > limit,
+                interrupted, late, due = self.place.any(
+                    bool(stopped), now - start > limit,
                     now - last_save > run.checkpoint_minutes * 60 and not self.bad_in_a_row,
                 )
-                if stop:
+                if interrupted or late:
                     break
                 if due:
                     self._save(step)
                     last_save = now
         finished = step >= run.num_steps
+        if finished and self.state.window.count:
+            self._log(step, run.phase_at(step - 1)[0])
         if finished and self.state.validated != step:
             self._validate(step)
         self._save(step)
-        return TrainResult(step, finished, self.state.metrics)
+        return TrainResult(step, finished, self.state.metrics, interrupted and not finished)
 
     def _step(self, phase: Phase, step: int) -> tuple[dict[str, float], bool]:
         """One optimiser step: the numbers of the curve, and whether it was usable."""
@@ -265,9 +296,10 @@ class _Loop:
         self.state.left_out, self.bad_in_a_row = left_out, bad_in_a_row
         return step
 
-    def _log(self, step: int, phase: int, window: Window) -> None:
-        record = {"step": step, "phase": phase, **window.means(),
+    def _log(self, step: int, phase: int) -> None:
+        record = {"step": step, "phase": phase, **self.state.window.means(),
                   "memory_mb": memory_mb(self.device)}
+        self.state.window = Window()
         self._record(record)
         left = (self.run.num_steps - step) * record["seconds_per_step"] / 60
         self._say(f"step {step}/{self.run.num_steps} loss {record['loss']:.4f} "
@@ -310,8 +342,11 @@ class _Loop:
             return
         if self.on_record is not None:
             self.on_record(record)
-        with (self.folder / "curve.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with (self.folder / _CURVE).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise write_error(self.folder / _CURVE, error) from error
 
     def _save(self, step: int) -> None:
         if step == self.saved:
@@ -325,6 +360,7 @@ class _Loop:
                     "step": step, "ranks": self.place.size, "best": self.state.best,
                     "best_of": self.run.best, "validated": self.state.validated,
                     "left_out": sorted(self.state.left_out),
+                    "window": {"sums": self.state.window.sums, "count": self.state.window.count},
                     "metrics": {**self.state.metrics, "loss_mean": self.state.mean_loss},
                 })
         if self.place.main:

@@ -5,34 +5,40 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Mapping
 
 import torch
 
 
 class Window:
-    """Means between two log lines."""
+    """Means between two log lines.
 
-    def __init__(self) -> None:
-        self._clear()
+    A checkpoint keeps sums and count, so that a curve goes on as if nothing had happened; speed is
+    that of this process alone.
 
-    def _clear(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.count, self.samples, self.since = 0, 0, time.monotonic()
+    Args:
+        sums: of each number, of the steps so far.
+        count: how many those are.
+    """
 
-    def add(self, values: dict[str, float], samples: int) -> None:
+    def __init__(self, sums: Mapping[str, float] | None = None, count: int = 0) -> None:
+        self.sums, self.count = dict(sums or {}), count
+        self._steps, self._samples, self._since = 0, 0, time.monotonic()
+
+    def add(self, values: Mapping[str, float], samples: int) -> None:
         """Take in a step's numbers, and how many samples it saw."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.count += 1
-        self.samples += samples
+        self._steps += 1
+        self._samples += samples
 
     def means(self) -> dict[str, float]:
-        """The means since the last call, with samples and seconds; begins anew."""
-        elapsed = time.monotonic() - self.since
+        """The means so far, with samples and seconds."""
+        elapsed = time.monotonic() - self._since
         result = {name: value / self.count for name, value in self.sums.items()}
-        result["samples_per_s"] = self.samples / elapsed
-        result["seconds_per_step"] = elapsed / self.count
-        self._clear()
+        result["samples_per_s"] = self._samples / elapsed
+        result["seconds_per_step"] = elapsed / max(self._steps, 1)
         return result
 
 
