@@ -393,7 +393,7 @@ def test_the_edit_opens_in_opentimelineio(make, tmp_path):
     save(tmp_path / "m.wav", tone(1.0), codec="pcm_s16le")
     text = "project: {title: Film, finish: {ending: fade-black}}\n" + shots_text(
         "caption: hello", "transition: {type: dissolve, duration: 0.4}, music: m.wav",
-        "transition: wipe-left", "")
+        "transition: wipe-left, sound: {file: m.wav, loop: true}", "")
     made = make(text, [24, 30, 24, 12])
     path = write_otio(made.edit, made.shots, tmp_path / "film.otio")
     timeline = otio.adapters.read_from_file(str(path))
@@ -410,7 +410,13 @@ def test_the_edit_opens_in_opentimelineio(make, tmp_path):
     dissolve = video[1]
     assert dissolve.transition_type == "SMPTE_Dissolve"
     assert (dissolve.in_offset + dissolve.out_offset).to_frames() == 5
-    (music,) = timeline.audio_tracks()
+    sounds, music = timeline.audio_tracks()
+    _, heard = sounds
+    shown = video.range_of_child(video.find_clips()[2])
+    assert sounds.range_of_child(heard).start_time.to_seconds() == pytest.approx(
+        shown.start_time.to_seconds())
+    assert heard.duration().to_seconds() == pytest.approx(shown.duration.to_seconds())
+    assert heard.media_reference.target_url == "m.wav"
     assert music.duration().to_seconds() == pytest.approx(len(made.frames) / 12)
     assert timeline.tracks.markers[0].name == "hello"
     assert json.loads(timeline.to_json_string())["OTIO_SCHEMA"] == "Timeline.1"

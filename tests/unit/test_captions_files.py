@@ -93,6 +93,19 @@ def test_tables(tmp_path):
     assert table(sheet, KEYS, "auto") is None
 
 
+def test_only_ends_of_lines_part_rows(tmp_path):
+    """Other signs that Python would part lines at stand within captions at times."""
+    lines, sheet = tmp_path / "a.jsonl", tmp_path / "a.csv"
+    lines.write_bytes('{"file": "a.mp4", "text": "one\u2028two"}\r\n'
+                      '{"file": "b.mp4", "text": "three\x85"}\n'.encode())
+    sheet.write_bytes("file,text\r\na.mp4,one\u2028two\r\nb.mp4,three\x85\r\n".encode())
+    for path in (lines, sheet):
+        found, notes = table(path, KEYS, "auto")
+        assert {name: told.captions for name, told in found.items()} == {
+            "a.mp4": ("one two",), "b.mp4": ("three",)}
+        assert not notes
+
+
 def test_a_folder_is_searched_and_what_is_odd_is_told(tmp_path):
     root = tmp_path / "data"
     (root / "sub" / ".hidden").mkdir(parents=True)

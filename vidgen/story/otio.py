@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +21,7 @@ from vidgen.media.sound import RATE
 from vidgen.story.edit import Edit
 from vidgen.story.mixdown import playings
 from vidgen.story.render import RenderedShot
+from vidgen.story.timeline import Placed, Timeline
 
 Item = dict[str, Any]
 
@@ -40,7 +42,8 @@ def write_otio(edit: Edit, shots: Sequence[RenderedShot], path: str | Path) -> P
     script = edit.film.script
     tracks = [_video(edit, shots, target.parent)]
     tracks += [_track(kind, "Audio", items) for kind, items in (
-        ("music", _music(edit, target.parent)), ("narration", _narration(edit)),
+        ("sounds", _sounds(edit, target.parent)), ("music", _music(edit, target.parent)),
+        ("narration", _narration(edit)),
     ) if items]
     data: Item = {
         "OTIO_SCHEMA": "Timeline.1", "name": script.project.title or script.path.stem,
@@ -63,12 +66,8 @@ def write_otio(edit: Edit, shots: Sequence[RenderedShot], path: str | Path) -> P
 def _video(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> Item:
     """Clips and transitions; each clip ends where the next one's begins."""
     timeline, fps, items = edit.timeline, edit.timeline.fps, list[Item]()
-    for index, (placed, shot) in enumerate(zip(timeline.shots, shots, strict=True)):
-        cut = placed.start + placed.overlap // 2
-        is_last = index == len(shots) - 1
-        following = None if is_last else timeline.shots[index + 1]
-        end = placed.end if following is None else following.start + following.overlap // 2
-        fade = timeline.opening if index == 0 else 0
+    for (placed, cut, end), shot in zip(_cuts(timeline), shots, strict=True):
+        fade = timeline.opening if not items else 0
         if placed.overlap or fade:
             items.append(_transition(placed.transition.type, placed.overlap // 2,
                                      fade or placed.overlap - placed.overlap // 2, fps))
@@ -82,6 +81,31 @@ def _video(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> Item:
     if timeline.ending:
         items.append(_transition(timeline.ending_kind, timeline.ending, 0, fps))
     return _track("shots", "Video", items)
+
+
+def _cuts(timeline: Timeline) -> Iterator[tuple[Placed, int, int]]:
+    """Each shot with the frames of the film from which and up to which it is a clip."""
+    for placed, following in zip_longest(timeline.shots, timeline.shots[1:]):
+        end = placed.end if following is None else following.start + following.overlap // 2
+        yield placed, placed.start + placed.overlap // 2, end
+
+
+def _sounds(edit: Edit, folder: Path) -> list[Item]:
+    """Files that shots name; cut where the shots are."""
+    items, at = list[Item](), 0
+    for placed, *ends in _cuts(edit.timeline):
+        sound = placed.shot.sound
+        if sound is None or sound.file is None:
+            continue
+        path = edit.film.script.file(sound.file)
+        begin, first, last = (round(frame / edit.timeline.fps * RATE)
+                              for frame in (placed.start, *ends))
+        items += [_gap(first - at)] if first > at else []
+        items.append(_clip(path.stem, _range(first - begin, last - first, Fraction(RATE)),
+                           _file(path, folder, None),
+                           {"gain_db": sound.gain_db, "loop": sound.loop}))
+        at = last
+    return items
 
 
 def _music(edit: Edit, folder: Path) -> list[Item]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from vidgen.core.config import Located, build, load_text, load_yaml
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import slug
 from vidgen.story.elements import Narration
-from vidgen.story.script import VERSION, Script, Shot
+from vidgen.story.script import NAME, VERSION, Script, Shot
 
 _LISTS = frozenset({".txt", ".csv"})
 _SUFFIXES = (".yaml", ".yml", ".json", *sorted(_LISTS))
@@ -51,21 +51,28 @@ def read_script(path: str | Path) -> Script:
     return _finished(script, path, mapping)
 
 
-def check_script(script: Script) -> None:
+def check_script(script: Script, written: Located) -> None:
     """Judge what needs the whole script: names, ids, needs, files.
+
+    Args:
+        script: to be judged.
+        written: what it was made of, which knows the lines.
 
     Raises:
         InputError: what is wrong, with line, key and remedy.
     """
+    _check_own_names(script, written)
     if len(script.shots) > MAX_SHOTS:
         raise InputError(f"{script.path} has {len(script.shots)} shots; give {MAX_SHOTS} at most")
     for name, scene in script.scenes.items():
         if scene.place is not None and scene.place not in script.places:
-            raise InputError(f"{script.path}: scene {name!r} plays in the unknown place "
+            line = _line(written, "scenes", name, "place")
+            raise InputError(f"{script.path}{line}: scene {name!r} plays in the unknown place "
                              f"{scene.place!r}; {nearest(scene.place, script.places)}")
     font = script.project.finish.font
     if font is not None and not script.file(font).is_file():
-        raise InputError(f"{script.path}: font {str(font)!r} does not exist in "
+        line = _line(written, "project", "finish", "font")
+        raise InputError(f"{script.path}{line}: font {str(font)!r} does not exist in "
                          f"{script.path.parent.resolve()}; correct the name")
     files: set[Path] = set()
     for shot in script.shots:
@@ -161,8 +168,29 @@ def _finished(script: Script, path: Path, mapping: Located) -> Script:
     script = replace(script, shots=tuple(shots))
     object.__setattr__(script, "path", path)
     object.__setattr__(script, "lines", lines)
-    check_script(script)
+    check_script(script, mapping)
     return script
+
+
+def _line(written: Any, *keys: str) -> str:
+    """Where a key stands, for messages; nothing where that isn't known."""
+    for key in keys[:-1]:
+        written = written.get(key) if isinstance(written, Mapping) else None
+    line = getattr(written, "lines", {}).get(keys[-1])
+    return "" if line is None else f", line {line}"
+
+
+def _check_own_names(script: Script, written: Located) -> None:
+    """What characters, places and scenes are called."""
+    for key in ("characters", "places", "scenes"):
+        for name in getattr(script, key):
+            where = f"{script.path}{_line(written, key, name)}"
+            if not NAME.fullmatch(name) or (key == "places" and name == "place"):
+                raise InputError(f"{where}: {name!r} can't be a name; give up to 64 letters, "
+                                 "digits, _ and -, and not place")
+            if key == "places" and name in script.characters:
+                raise InputError(f"{where}: {name!r} is a character and a place; {{{name}}} must "
+                                 "mean one of them: rename the other")
 
 
 def _check_names(script: Script, shot: Shot) -> None:

@@ -33,7 +33,8 @@ from vidgen.story.elements import (
 
 VERSION = 1
 MAX_TAKES = 100
-_NAME = re.compile(r"\w[\w-]{0,63}")
+NAME = re.compile(r"\w[\w-]{0,63}")
+"""Of shots, characters, places and scenes."""
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -98,7 +99,7 @@ class Shot:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise InputError("the list of prompts is empty; say what is to be seen")
-        if self.id and not _NAME.fullmatch(self.id):
+        if self.id and not NAME.fullmatch(self.id):
             raise InputError(f"id {self.id!r} is no name; give up to 64 letters, digits, _ and -")
         times = [each.at for each in self.prompt]
         if times[0] != 0 or any(a >= b for a, b in pairwise(times)):
@@ -146,15 +147,6 @@ class Script:
     def __post_init__(self) -> None:
         if not self.shots:
             raise InputError("there are no shots; add one, such as {prompt: a cat walks}")
-        for kind in (self.characters, self.places, self.scenes):
-            for name in kind:
-                if not _NAME.fullmatch(name) or (kind is self.places and name == "place"):
-                    raise InputError(f"{name!r} can't be a name; give up to 64 letters, digits, _ "
-                                     "and -, and not place")
-        both = self.characters.keys() & self.places.keys()
-        if both:
-            raise InputError(f"{min(both)!r} is a character and a place; {{{min(both)}}} must mean "
-                             "one of them: rename the other")
 
     @classmethod
     def read(cls, path: str | Path) -> Script:

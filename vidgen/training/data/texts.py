@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -185,7 +186,7 @@ def _csv_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
         dialect: Any = csv.Sniffer().sniff(text[:4096], ",;\t")
     except csv.Error:
         dialect = csv.excel
-    reader = csv.DictReader(text.splitlines(keepends=True), dialect=dialect)
+    reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect)
     try:
         for row in reader:
             yield reader.line_num, {(k or "").strip().lower(): v for k, v in row.items()}
@@ -194,7 +195,7 @@ def _csv_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def _json_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # U+2028 may stand within a text
         if not line.strip():
             continue
         try:
