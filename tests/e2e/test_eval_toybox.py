@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,7 @@ from PIL import Image
 
 from tests.models import build_tiny_model
 from vidgen.cli.main import main
-from vidgen.evaluation import toybox
+from vidgen.evaluation import toybox_work
 from vidgen.toybox.judge import Judge, JudgeConfig
 from vidgen.toybox.scenes import WORLD_VERSION
 from vidgen.toybox.sound_judge import SoundJudge, SoundJudgeConfig
@@ -164,7 +169,7 @@ def test_a_model_without_sound_isnt_asked_for_it(
 
 def test_the_sheet_shows_the_clips(results: Path) -> None:
     with Image.open(results.with_name("s.png")) as sheet:
-        assert sheet.width > toybox.SHEET_FRAMES * 32
+        assert sheet.width > toybox_work.SHEET_FRAMES * 32
         assert sheet.height > 3 * 32
 
 
@@ -176,13 +181,13 @@ def test_a_killed_run_goes_on_and_ends_alike(
     lines = results.with_name("r.json.jsonl").read_text().splitlines(keepends=True)
     log.write_text("".join(lines[:11]) + lines[11][:40])  # killed while writing the twelfth line
     made: list[int] = []
-    score = toybox.ToyboxRun._score_batch
+    score = toybox_work.Studio.score
 
-    def counted(self, source, items, *, keep=False):
-        made.append(len(items))
-        return score(self, source, items, keep=keep)
+    def counted(self, batch):
+        made.append(len(batch.items))
+        return score(self, batch)
 
-    monkeypatch.setattr(toybox.ToyboxRun, "_score_batch", counted)
+    monkeypatch.setattr(toybox_work.Studio, "score", counted)
     assert evaluate(tiny_model, judge, output) == 0
     ours, theirs = (json.loads(path.read_text()) for path in (output, results))
     assert 0 < sum(made) < len(lines)
@@ -219,3 +224,75 @@ def test_results_are_not_overwritten_and_need_json(
     assert "prompts" in capsys.readouterr().err
     assert evaluate(tiny_model, judge, results.with_name("n.json"), "--windows", "1") == 2
     assert "windows is 1; give 2 or more" in capsys.readouterr().err
+
+
+SEEDS = ("--suite", "text", "--two", "0", "--seeds", "2", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def seeded(tiny_model: Path, judge: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("seeded") / "r.json"
+    assert evaluate(tiny_model, judge, output, *SEEDS) == 0
+    return output
+
+
+def test_more_seeds_make_more_clips_of_each_prompt(
+    seeded: Path, tiny_model: Path, judge: Path, tmp_path: Path
+) -> None:
+    told = json.loads(seeded.read_text())
+    assert told["scores"]["text"]["sprite"]["total"] == 6
+    assert told["scores"]["render"]["sprite"]["total"] == 3, "a render is the same with any seed"
+    assert (told["clips_a_prompt"], told["seeds"], told["threads"]) == (2, [0, 5], 1)
+    assert len(told["outcomes"]["text"]["motion"]) == 6
+    output = tmp_path / "r.json"
+    log = output.with_name("r.json.jsonl")
+    log.write_text(seeded.with_name("r.json.jsonl").read_text())
+    before = log.read_text()
+    assert evaluate(tiny_model, judge, output, *SEEDS, "--seeds", "1") == 0
+    assert log.read_text() == before, "the first seed's clips are there already"
+    one = json.loads(output.read_text())
+    assert one["prompt_suite"] == told["prompt_suite"]
+    assert one["scores"]["text"]["sprite"]["total"] == 3
+
+
+def test_two_workers_killed_and_called_again_give_the_same_numbers(
+    seeded: Path, tiny_model: Path, judge: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "r.json"
+    log = output.with_name("r.json.jsonl")
+    words = ["eval", "toybox", "-o", str(output), "--model", str(tiny_model), "--judge", str(judge),
+             "--dtype", "fp32", *COUNTS, *SEEDS, "--workers", "2"]  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-m", "vidgen", *words], start_new_session=True,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    until = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < until:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 0 < len(log.read_text().splitlines()) < len(
+        seeded.with_name("r.json.jsonl").read_text().splitlines())
+    assert main(words) == 0
+    ours, theirs = (json.loads(path.read_text()) for path in (output, seeded))
+    assert ours == theirs
+
+
+def test_toybox_results_stand_on_a_leaderboard(
+    seeded: Path, tiny_model: Path, judge: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    other = tmp_path / "other.json"
+    assert evaluate(tiny_model, judge, other, *SEEDS, "--steps", "1") == 0
+    capsys.readouterr()
+    board = tmp_path / "board.html"
+    assert main(["eval", "leaderboard", "--results", str(seeded), "--results", str(other),
+                 "-o", str(board), "--json"]) == 0  # fmt: skip
+    (table,) = json.loads(capsys.readouterr().out)["tables"]
+    first, second = table["rows"]
+    assert first["settings"] != second["settings"]
+    assert first["figures"]["following"]["value"] >= second["figures"]["following"]["value"]
+    assert (first["verdict"], second["verdict"]) == ("the first", "too few prompts (3 of 6)")
+    assert table["conditions"]["clips a prompt"] == 2
+    page = board.read_text()
+    assert "text<br>sprite" in page
+    assert first["model"].split()[1] in page

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vidgen.cli.main import main
@@ -93,6 +94,26 @@ def test_two_workers_give_the_same_numbers(
     assert many["generation"] == results["generation"]
 
 
+def test_clips_begin_with_the_pictures_that_are_there(
+    root: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = root / "pictures"
+    pictures.mkdir()
+    words = ("--first-images", str(pictures))
+    evaluate(root, "begun", tiny_model, *words, code=2)
+    assert "no picture of" in capsys.readouterr().err
+    for name in ("a cat_dog moves left", "a cat"):  # the latter also before ", camera pans left"
+        Image.new("RGB", (32, 32), "red").save(pictures / f"{name}.png")
+    told = evaluate(root, "begun", tiny_model, *words)
+    errors = {clip["prompt"]: clip["figures"]["first_frame_error"]
+              for clip in told["folders"][0]["clips"]}  # fmt: skip
+    assert errors[PROMPTS[0]] is None
+    assert None not in (errors[PROMPTS[1]], errors[PROMPTS[2]])
+    assert "1 of 3 prompts of prompts.txt have no picture" in capsys.readouterr().err
+    begun = read_recipe(root / "begun.clips/named/a cat, camera pans left-0.mp4")
+    assert "a cat.png" in json.dumps(begun)
+
+
 @pytest.mark.usefixtures("results")
 def test_what_is_there_is_not_made_again(root: Path, tiny_model: Path) -> None:
     made = sorted((root / "one.clips/made").glob("*.mp4"))
@@ -152,7 +173,10 @@ def test_models_stand_on_one_page_by_what_they_share(
     (["prompts.txt", "-o", "r.json", "--videos", "x"], "--videos has no meaning for suite"),
     (["prompts.txt", "-o", "r.txt"], "results are JSON"),
     (["prompts.txt", "-o", "taken.json"], "holds no clips of an evaluation"),
-    (["toybox", "-o", "r.json", "--seeds", "3"], "--seeds has no meaning for suite toybox"),
+    (["toybox", "-o", "r.json", "--seeds", "0"], "seeds is 0; give 1 or more"),
+    (["toybox", "-o", "r.json", "--seeds", "2000"], "seeds is 2000; give 1000 or fewer"),
+    (["toybox", "-o", "r.json", "--workers", "0"], "workers is 0; give a whole number"),
+    (["temporal", "-o", "r.json", "--seeds", "3"], "--seeds has no meaning for suite temporal"),
     (["leaderboard", "-o", "r.json"], "a leaderboard is HTML"),
     (["leaderboard", "-o", "r.html"], "no results"),
     (["leaderboard", "-o", "r.html", "--results", "prompts.txt"], "holds no results"),

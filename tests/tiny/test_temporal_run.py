@@ -161,7 +161,20 @@ def test_bad_files_are_named_and_the_others_go_on(
     assert "broken-0.mp4" in said
     assert "single frame" in said
     assert "mixes fps 12, 24" in said
-    assert "without --network dino=PATH there is no subject_consistency" in said
+    assert "without --network dino=PATH, the folder of facebook/dino-vitb16" in said
+    assert "there is no subject_consistency; in their place: proxy_*" in said
+
+
+def test_a_folder_of_damaged_files_has_its_results_and_page(tmp_path: Path) -> None:
+    clips, output = tmp_path / "clips", tmp_path / "r.json"
+    clips.mkdir()
+    for name in ("a-0", "b-0"):
+        (clips / f"{name}.mp4").write_bytes(b"no clip")
+    assert main(["eval", "temporal", "--videos", str(clips), "-o", str(output),
+                 "--report", str(tmp_path / "r.html")]) == 1  # fmt: skip
+    (folder,) = json.loads(output.read_text())["folders"]
+    assert (folder["clips"], set(folder["failed"])) == ([], {"a-0.mp4", "b-0.mp4"})
+    assert "No clip could be measured" in (tmp_path / "r.html").read_text()
 
 
 def test_still_clips_are_told(tmp_path: Path) -> None:
@@ -179,16 +192,34 @@ def test_still_clips_are_told(tmp_path: Path) -> None:
 def test_a_prompt_suite_chooses_the_clips(folders: tuple[Path, Path], tmp_path: Path) -> None:
     suite = tmp_path / "p.txt"
     suite.write_text("prompt 1\nprompt 2\na heron\n")
-    run = TemporalRun([str(folders[1])], prompt_suite=str(suite))
-    told = run_temporal(run, tmp_path / "r.json", quiet)
+    run, notes = TemporalRun([str(folders[1])], prompt_suite=str(suite)), list[str]()
+    told = run_temporal(run, tmp_path / "r.json", lambda e: notes.append(e.get("text", "")))
     (folder,) = told["folders"]
     assert [clip["prompt"] for clip in folder["clips"]] == ["prompt 1", "prompt 2"]
     assert folder["missing_prompts"] == ["a heron"]
     assert len(folder["failed"]) == 4
     assert told["prompt_suite"]["name"] == "p.txt"
+    assert any("no clip of 1 prompts: 'a heron'" in text for text in notes)
     suite.write_text("a heron\n")
     with pytest.raises(InputError, match="no clip of"):
         run_temporal(run, tmp_path / "r.json", quiet)
+
+
+def test_vbenchs_prompts_count_in_their_own_dimensions(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    suite = tmp_path / "VBench_full_info.json"
+    kinds = {"prompt 1": ["subject_consistency"], "prompt 2": ["motion_smoothness"],
+             "prompt 3": ["motion_smoothness", "dynamic_degree"]}  # fmt: skip
+    suite.write_text(json.dumps([{"prompt_en": p, "dimension": d} for p, d in kinds.items()]))
+    run = TemporalRun([str(folder) for folder in folders], prompt_suite=str(suite))
+    told = run_temporal(run, tmp_path / "r.json", quiet)
+    counts = {name: figure["total"] for name, figure in told["folders"][0]["figures"].items()}
+    assert counts["proxy_subject_consistency"] == counts["proxy_dynamic_degree"] == 1
+    assert (counts["proxy_motion_smoothness"], counts["steadiness"]) == (2, 3)
+    assert "proxy_background_consistency" not in counts
+    assert len(told["folders"][0]["dimensions"]["proxy_motion_smoothness"][1]) == 2
+    assert told["comparisons"][0]["measures"]["proxy_motion_smoothness"]["pairs"] == 2
 
 
 def test_first_pictures_are_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -196,12 +227,14 @@ def test_first_pictures_are_compared(folders: tuple[Path, Path], tmp_path: Path)
     pictures.mkdir()
     Image.fromarray(pan(1)[0]).save(pictures / "prompt 1.png")
     Image.fromarray(255 - pan(2)[0]).save(pictures / "prompt 2.png")
-    run = TemporalRun([str(folders[0])], images=str(pictures))
-    clips = run_temporal(run, tmp_path / "r.json", quiet)["folders"][0]["clips"]
+    run, notes = TemporalRun([str(folders[0])], images=str(pictures)), list[str]()
+    told = run_temporal(run, tmp_path / "r.json", lambda e: notes.append(e.get("text", "")))
+    clips = told["folders"][0]["clips"]
     right, wrong = (clips[i]["figures"] for i in (1, 2))
     assert right["first_frame_error"] < 5 < wrong["first_frame_error"]
     assert right["proxy_i2v_background"] > wrong["proxy_i2v_background"]
     assert clips[3]["figures"]["first_frame_error"] is None
+    assert any("4 of 6 clips of good have no picture" in text for text in notes)
 
 
 @pytest.mark.parametrize(
@@ -229,8 +262,8 @@ def test_wrong_use_is_refused(
 def test_toybox_refuses_what_only_temporal_heeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["eval", "toybox", "-o", str(tmp_path / "r.json"), "--workers", "2"]) == 2
-    assert "--workers has no meaning for suite toybox" in capsys.readouterr().err
+    assert main(["eval", "toybox", "-o", str(tmp_path / "r.json"), "--videos", "clips"]) == 2
+    assert "--videos has no meaning for suite toybox" in capsys.readouterr().err
 
 
 class Embed(torch.nn.Module):
@@ -328,13 +361,30 @@ def test_sets_of_clips_have_a_distance_by_an_extractor(tmp_path: Path) -> None:
             lit = np.clip(clip.astype(int) + shade, 0, 255).astype(np.uint8)
             save(tmp_path / name / f"p{seed}-0.mp4", lit)
     run = TemporalRun([str(tmp_path / name) for name in ("one", "alike", "bright")],
-                      [f"i3d={tmp_path / 'i3d.pt'}"])  # fmt: skip
+                      [f"i3d={tmp_path}"])  # fmt: skip
     told = run_temporal(run, tmp_path / "r.json", quiet)
     alike, bright, _ = told["comparisons"]
     assert alike["fvd"] == pytest.approx(0, abs=1e-6)
     assert bright["fvd"] > 0.1
     assert bright["kvd"] > alike["kvd"]
     assert bright["fvd_segments"] == [3, 3]
+
+
+def test_sets_without_pairs_have_a_distance_only_by_an_extractor(tmp_path: Path) -> None:
+    real, made, scripts = (tmp_path / name for name in ("real", "made", "i3d"))
+    for folder in (real, made, scripts):
+        folder.mkdir()
+    torch.jit.script(Summarise()).save(str(scripts / "i3d.pt"))
+    for seed in range(3):
+        save(real / f"film {seed}.mp4", pan(seed, count=16))
+        save(made / f"prompt {seed}-0.mp4", pan(seed, count=16))
+    paths = [str(real), str(made)]
+    with pytest.raises(InputError, match=r"no clip of the same name in common.*i3d=PATH"):
+        run_temporal(TemporalRun(paths), tmp_path / "r.json", quiet)
+    run = TemporalRun(paths, [f"i3d={scripts}"])
+    (found,) = run_temporal(run, tmp_path / "r.json", quiet)["comparisons"]
+    assert (found["pairs"], found["unpaired"], found["fvd_segments"]) == (0, [3, 3], [3, 3])
+    assert found["fvd"] == pytest.approx(0, abs=1e-6)
 
 
 def test_frames_are_prepared_as_vbench_does() -> None:

@@ -9,7 +9,9 @@ from vidgen.evaluation.statistics import (
     Rate,
     guess_rate,
     mean_interval,
+    median_interval,
     paired_interval,
+    rate_interval,
     wilson_interval,
 )
 
@@ -68,6 +70,28 @@ def test_what_is_of_one_group_counts_once():
     assert paired_interval(thrice, zeros, groups=groups) == paired_interval(values, zeros[:4])
     uneven = mean_interval([1.0, 1.0, 5.0], groups=["a", "a", "b"])
     assert uneven[1] - uneven[0] == pytest.approx(2 * 1.959963984540054 * 16 / 9)
+
+
+def test_a_rate_of_groups_is_worth_as_many_as_it_varies_by():
+    outcomes = [True, True, False, True, False, True]
+    alone = rate_interval(outcomes, range(6))
+    assert alone == wilson_interval(4, 6)
+    thrice, prompts = [o for o in outcomes for _ in range(3)], [i for i in range(6) for _ in "abc"]
+    low, high = rate_interval(thrice, prompts)  # clips of a prompt all alike: 6 * 5 / 6 are drawn
+    assert (low, high) == pytest.approx(wilson_interval(10 / 3, 5))
+    assert rate_interval([True] * 18, prompts) == wilson_interval(6, 6)
+    apart = rate_interval([True, False] * 6, [i for i in range(6) for _ in "ab"])
+    assert apart == pytest.approx(wilson_interval(6, 12)), "no more than there are"
+    assert rate_interval(outcomes, [0] * 6) == wilson_interval(4, 6), "of one prompt clips count"
+
+
+def test_a_median_of_groups_has_the_interval_of_their_number():
+    values = [float(v) for v in range(100)]
+    low, high = median_interval(values)
+    assert (low, high) == (40.0, 60.0)
+    wide = median_interval(values, [v // 4 for v in range(100)])
+    assert wide == (30.0, 70.0)
+    assert median_interval([3.0]) == (3.0, 3.0)
 
 
 def test_a_paired_interval_knows_what_pairs_have_in_common():

@@ -17,8 +17,9 @@ from vidgen.core.errors import InputError, OutputError, nearest
 
 DESCRIPTION = "Score a model or clips. A killed run goes on where it stopped when called again."
 _SHARED = {"benchmark", "output", "overwrite", "json", "events"}
-_OTHERS = eval_temporal.OPTIONS | eval_suite.OWN
-_NOT_OF_BENCHMARK = _SHARED | {"sheet"} | _OTHERS
+_STAFF = {"workers", "ray", "threads"}
+_OTHERS = (eval_temporal.OPTIONS | eval_suite.OWN) - _STAFF - {"seeds"}
+_NOT_OF_BENCHMARK = _SHARED | {"sheet"} | _STAFF | _OTHERS
 _TELL_EVERY_S = 20
 
 
@@ -94,8 +95,10 @@ def run(args: Namespace, report: Report) -> int:
 
     from vidgen.evaluation.toybox import run_toybox
     from vidgen.evaluation.toybox_table import table
+    from vidgen.pipeline.workers import Staff
 
-    result = run_toybox(bench, args.output, _told(report), args.sheet)
+    staff = Staff(args.workers, args.ray, args.threads)
+    result = run_toybox(bench, args.output, _told(report), args.sheet, staff)
     atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
     report({"event": "written", "path": args.output})
     report.result(result, args.output)

@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare what only these heed."""
     add = parser.add_argument
     add("--seeds", type=int, default=1, metavar="N",
-        help="prompts: clips of each, of seeds --seed and on; default %(default)s")
+        help="toybox, prompts: clips of each prompt, of seeds --seed and on; default %(default)s")
     add("--results", action="append", default=[], metavar="FILE",
         help="leaderboard: results of temporal or of prompts; may be repeated")
 

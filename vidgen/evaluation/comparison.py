@@ -36,9 +36,10 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
         others: likewise; clips of the same name are pairs.
 
     Returns:
-        `folders`, `pairs`, `both_dynamic`, `unlike` (pairs of two sizes or rates), `measures`
-        with `difference` (first less second), `low`, `high`, `pairs`, `prompts`, `verdict` each,
-        `motion_distance`, `fvd` and `kvd` with `fvd_segments`, and the `verdict` of all.
+        `folders`, `pairs`, `unpaired` (clips of either without one of their name in the other),
+        `both_dynamic`, `unlike` (pairs of two sizes or rates), `measures` with `difference` (first
+        less second), `low`, `high`, `pairs`, `prompts`, `verdict` each; of all clips, paired or
+        not, `motion_distance`, `fvd` and `kvd` with `fvd_segments`; and the `verdict`.
     """
     shared = [clip for clip in rows if clip in others]
     moving = [c for c in shared if rows[c]["dynamic"] and others[c]["dynamic"]]
@@ -54,12 +55,13 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
         any(rows[c].get(key) != others[c].get(key) for key in ("fps", "size")) for c in shared
     )
     histograms, features = (
-        [[row for c in shared for row in side[c][kind]] for side in (rows, others)]
+        [[row for clip in side.values() for row in clip[kind]] for side in (rows, others)]
         for kind in ("histograms", "features")
     )
     return {
         "folders": [name, other_name],
         "pairs": len(shared),
+        "unpaired": [len(rows) - len(shared), len(others) - len(shared)],
         "both_dynamic": len(moving),
         "unlike": unlike,
         "confidence": CONFIDENCE,
@@ -97,7 +99,7 @@ def _headline(
     steadiness: Mapping[str, Any] | None, shared: int, moving: int, unlike: int
 ) -> str:
     if not shared or steadiness is None:
-        return "no clip in common, nothing to compare"
+        return "no pair of clips; only the two sets have distances"
     still = f"; {shared - moving} of {shared} pairs have a clip that doesn't move"
     verdict = str(steadiness["verdict"])
     if verdict.endswith("is better"):

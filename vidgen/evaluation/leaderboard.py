@@ -2,7 +2,8 @@
 
 Scores depend on prompts, their rewording, frame rate, size, networks and the measures' version. So
 results are put into tables of those that are alike in these, and within a table every model is
-compared with the first one, clip by clip.
+compared with the first one, clip by clip. Results of the Toybox suite (`leaderboard_toybox`) have
+tables of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from vidgen.core.errors import InputError
 from vidgen.evaluation.comparison import HEADLINE, compare
+from vidgen.evaluation.leaderboard_toybox import ToyboxEntry, toybox_columns, toybox_rows
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 from vidgen.evaluation.temporal_report import STYLE, document, figure_cell, table_row
 from vidgen.evaluation.temporal_summary import by_name
@@ -79,7 +81,7 @@ class Entry:
         return ", ".join(texts) or "unknown"
 
 
-def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
+def read_entries(paths: Sequence[str | Path]) -> list[Entry | ToyboxEntry]:
     """Entries of results files.
 
     Raises:
@@ -90,9 +92,11 @@ def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
     return [entry for path in paths for entry in _read(path)]
 
 
-def _read(path: str | Path) -> list[Entry]:
+def _read(path: str | Path) -> list[Entry] | list[ToyboxEntry]:
     try:
         result = json.loads(Path(path).read_text("utf-8"))
+        if result["suite"] == "toybox":
+            return [ToyboxEntry.of(str(path), result)]
         entries = [Entry(str(path), folder, result) for folder in result["folders"]]
         for entry in entries:
             _ = entry.rows, entry.headline, entry.conditions, entry.model
@@ -104,19 +108,26 @@ def _read(path: str | Path) -> list[Entry]:
                          f"({type(error).__name__}: {error}); make it anew") from None
 
 
-def tables(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Entries that may be ranked together, the steadiest first.
+def tables(entries: Sequence[Entry | ToyboxEntry]) -> list[dict[str, Any]]:
+    """Entries that may be ranked together, the best first.
 
     Returns:
-        Of each table its `conditions` and `rows`: `name`, `model`, `settings`, `file`, `clips`,
-        `dynamic`, `figures`, the subtotals, `failed`, and in `verdict` how the entry compares with
-        the first.
+        Of each table its `conditions`, its `columns` where it is of the Toybox suite, and `rows`:
+        `name`, `model`, `settings`, `file`, `clips`, `figures`, `machine`, and in `verdict` how the
+        entry compares with the first; of clips in time also `dynamic`, the subtotals, `failed`.
     """
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, list[Any]] = {}
     for entry in entries:
-        key = json.dumps(entry.conditions, sort_keys=True)
+        key = json.dumps([type(entry).__name__, entry.conditions], sort_keys=True)
         groups.setdefault(key, []).append(entry)
-    return [_table(sorted(group, key=lambda e: -e.headline)) for group in groups.values()]
+    ranked = (sorted(group, key=lambda entry: -entry.headline) for group in groups.values())
+    return [_toybox(group) if isinstance(group[0], ToyboxEntry) else _table(group)
+            for group in ranked]  # fmt: skip
+
+
+def _toybox(group: Sequence[ToyboxEntry]) -> dict[str, Any]:
+    return {"conditions": group[0].conditions, "columns": toybox_columns(group),
+            "rows": toybox_rows(group)}  # fmt: skip
 
 
 def _table(group: Sequence[Entry]) -> dict[str, Any]:
@@ -139,47 +150,65 @@ def _table(group: Sequence[Entry]) -> dict[str, Any]:
     return {"conditions": first.conditions, "rows": rows}
 
 
-def page(entries: Sequence[Entry]) -> str:
+def page(entries: Sequence[Entry | ToyboxEntry]) -> str:
     """HTML of all tables; it loads nothing from elsewhere."""
     found = tables(entries)
     parts = [
         "<h1>Leaderboard</h1>",
-        "<p>Ordered by steadiness, which is 0 for clips that don't move. An order means something "
-        "only where the verdict names a winner: each model is compared with the first of its "
-        "table, clip by clip. Figures are means with half their 95% interval.</p>",
+        "<p>Ordered by steadiness, which is 0 for clips that don't move, and in tables of the "
+        "Toybox suite by how well prompts are followed. An order means something only where the "
+        "verdict names a winner: each model is compared with the first of its table, clip by clip. "
+        "Figures are means with half their 95% interval.</p>",
         *(_section(number, table) for number, table in enumerate(found, 1)),
     ]
     return document("Leaderboard", parts, STYLE)
 
 
 def _section(number: int, table: Mapping[str, Any]) -> str:
-    rows = table["rows"]
-    shown = [m for m in _SHOWN if any(m in each["figures"] for each in rows)]
-    totals = [name for name in _SUBTOTALS if any(each[name] is not None for each in rows)]
-    head = [f'<span title="{escape(MEASURES[m].about)}">{m}</span><br><small>'
-            f"{MEASURES[m].better} is better</small>" if MEASURES[m].better != "neither" else m
-            for m in shown]
-    drawn = [table_row(["model", "against the first", "clips that move", *totals, *head], "th")]
-    drawn += [_row(each, totals, shown) for each in rows]
+    lines = _toybox_lines(table) if "columns" in table else _lines(table["rows"])
     told = "; ".join(f"{name}: {_words(value)}" for name, value in table["conditions"].items())
-    machines = sorted({json.dumps(each["machine"], sort_keys=True) for each in rows})
+    machines = sorted({json.dumps(each["machine"], sort_keys=True) for each in table["rows"]})
     return (
         f"<h2>Table {number}</h2><p>{escape(told)}</p>"
-        f'<div style="overflow-x:auto"><table>{"".join(drawn)}</table></div>'
+        f'<div class="wide"><table>{"".join(lines)}</table></div>'
         f"<details><summary>Machines and versions</summary><pre>{escape(chr(10).join(machines))}"
         "</pre></details>"
     )
 
 
-def _row(entry: Mapping[str, Any], totals: Sequence[str], shown: Sequence[str]) -> str:
-    failed = f", {entry['failed']} failed" if entry["failed"] else ""
-    return table_row([
-        f"<b>{escape(entry['name'])}</b><br><small>{escape(entry['model'])}<br>"
-        f"{escape(entry['settings'])}</small>",
-        escape(entry["verdict"]), f"{entry['dynamic']} of {entry['clips']}{failed}",
-        *("" if entry[name] is None else f"{entry[name]:.4f}" for name in totals),
-        *(figure_cell(entry["figures"].get(measure)) for measure in shown),
-    ])  # fmt: skip
+def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    shown = [m for m in _SHOWN if any(m in each["figures"] for each in rows)]
+    totals = [name for name in _SUBTOTALS if any(each[name] is not None for each in rows)]
+    head = [f'<span title="{escape(MEASURES[m].about)}">{m}</span><br><small>'
+            f"{MEASURES[m].better} is better</small>" if MEASURES[m].better != "neither" else m
+            for m in shown]
+    lines = [table_row(["model", "against the first", "clips that move", *totals, *head], "th")]
+    for entry in rows:
+        failed = f", {entry['failed']} failed" if entry["failed"] else ""
+        lines.append(table_row([
+            _name(entry), escape(entry["verdict"]),
+            f"{entry['dynamic']} of {entry['clips']}{failed}",
+            *("" if entry[name] is None else f"{entry[name]:.4f}" for name in totals),
+            *(figure_cell(entry["figures"].get(measure)) for measure in shown),
+        ]))  # fmt: skip
+    return lines
+
+
+def _toybox_lines(table: Mapping[str, Any]) -> list[str]:
+    head = [escape(column).replace(", ", "<br>") for column in table["columns"]]
+    lines = [table_row(["model", "against the first", "clips", *head], "th")]
+    for entry in table["rows"]:
+        shown = (entry["figures"].get(column) for column in table["columns"])
+        lines.append(table_row([
+            _name(entry), escape(entry["verdict"]), str(entry["clips"]), *map(figure_cell, shown),
+        ]))  # fmt: skip
+    return lines
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    """A model with what tells it from others."""
+    return (f"<b>{escape(entry['name'])}</b><br><small>{escape(entry['model'])}<br>"
+            f"{escape(entry['settings'])}</small>")  # fmt: skip
 
 
 def _words(value: Any) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, best_dtype, choose_device
-from vidgen.evaluation.suite import PICTURE_SUFFIXES, PromptSuite
+from vidgen.evaluation.suite import PromptSuite, file_stem, picture_of, pictures_in
 from vidgen.evaluation.temporal import OnEvent, TemporalRun, run_temporal
 from vidgen.pipeline.clip_work import ClipWork
 from vidgen.pipeline.recipe import identity
@@ -31,8 +31,6 @@ from vidgen.pipeline.workers import Job, Staff, run_jobs, settle_threads
 from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
 
 MAX_SEEDS = 1000
-_LONGEST_NAME = 180
-"""Bytes of a prompt in a file's name; the whole one stands in the recipe."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,8 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
     dtype = run.dtype or best_dtype(choose_device())
     place = Path(output).with_suffix(".clips")
     _check_place(place)
-    clips = list(_clips(run, suite, folder, dtype))
+    pictures = _first_pictures(run.images, suite, on_event)
+    clips = list(_clips(run, suite, folder, dtype, pictures))
     made = place / "made"
     made.mkdir(parents=True, exist_ok=True)
     staff = settle_threads(made, run.staff, on_event)
@@ -137,10 +136,10 @@ def _check_place(place: Path) -> None:
 
 
 def _clips(
-    run: SuiteRun, suite: PromptSuite, folder: ModelFolder | ForeignFolder, dtype: str
-) -> Iterator[_Clip]:
+    run: SuiteRun, suite: PromptSuite, folder: ModelFolder | ForeignFolder, dtype: str,
+    pictures: Mapping[str, Path],
+) -> Iterator[_Clip]:  # fmt: skip
     """Every clip of the suite; prompts in their order, seeds within."""
-    pictures = _pictures(run.images)
     stems = dict[str, int]()
     for prompt in suite.prompts:
         stem = _stem(prompt, stems)
@@ -153,20 +152,28 @@ def _clips(
             yield _Clip(request, address, f"{stem}-{number}")
 
 
-def _pictures(images: str | None) -> dict[str, Path]:
-    """First frames by prompt."""
+def _first_pictures(images: str | None, suite: PromptSuite, tell: OnEvent) -> dict[str, Path]:
+    """First frames by prompt; tells how many prompts have none.
+
+    Raises:
+        InputError: no such folder, or no picture for any prompt.
+    """
     if images is None:
         return {}
-    place = Path(images)
-    if not place.is_dir():
-        raise InputError(f"{place} is no folder; give one of first pictures named like the prompts")
-    return {p.stem: p for p in sorted(place.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES}
+    there = pictures_in(images)
+    found = {p: path for p in suite.prompts if (path := picture_of(p, there, suite)) is not None}
+    if not found:
+        raise InputError(f"no picture of {images} is named like a prompt of {suite.name}; name "
+                         "them 'PROMPT.png'")
+    if bare := len(suite.prompts) - len(found):
+        tell({"event": "note", "text": f"{bare} of {len(suite.prompts)} prompts of {suite.name} "
+              f"have no picture in {images}; their clips begin without one"})
+    return found
 
 
 def _stem(prompt: str, taken: dict[str, int]) -> str:
     """A prompt as a file's name: whole where that can be, and no two alike."""
-    text = prompt.replace("/", "_").replace("\0", "_")
-    text = text.encode()[:_LONGEST_NAME].decode(errors="ignore").strip()
+    text = file_stem(prompt)
     taken[text] = taken.get(text, 0) + 1
     return text if taken[text] == 1 else f"{text}~{taken[text]}"
 

@@ -39,7 +39,7 @@ class Rate:
 
 
 def wilson_interval(
-    correct: int, total: int, confidence: float = CONFIDENCE
+    correct: float, total: float, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
     """Score interval of a proportion (Wilson 1927, eq. on p. 212; Brown et al. 2001, eq. 4).
 
@@ -47,7 +47,7 @@ def wilson_interval(
 
     Args:
         correct: successes.
-        total: trials; of none the interval is all of [0, 1].
+        total: trials, or as many as they are worth; of none the interval is all of [0, 1].
         confidence: coverage, two-sided.
     """
     if total == 0:
@@ -60,6 +60,29 @@ def wilson_interval(
     low = 0.0 if correct == 0 else centre - half
     high = 1.0 if correct == total else centre + half
     return low, high
+
+
+def rate_interval(
+    outcomes: Sequence[bool], groups: Sequence[Hashable], confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Wilson's interval of a share whose outcomes come in groups that are alike.
+
+    Outcomes are worth as many independent ones as have their deviation, p (1 - p) / s^2, but no
+    more than there are (Korn and Graubard 1998); where all agree, as many as there are groups.
+
+    Args:
+        outcomes: n of them.
+        groups: of each; clips of one prompt, for example. Of a single group each is its own.
+        confidence: coverage, two-sided.
+    """
+    total, known = len(outcomes), len(set(groups))
+    share = sum(outcomes) / total
+    worth = float(total)
+    if 1 < known < total:
+        error = _mean_error(outcomes, groups)
+        agree = share in (0.0, 1.0)
+        worth = known if agree else min(worth, share * (1 - share) / max(error**2, 1e-12))
+    return wilson_interval(share * worth, worth, confidence)
 
 
 def mean_interval(
@@ -75,15 +98,34 @@ def mean_interval(
             the deviation is then that of the groups' sums (Liang and Zeger 1986, eq. 2.3, for a
             mean), times G / (G - 1). None: each value is one of its own.
     """
-    mean = fmean(values)
-    sums: dict[Hashable, float] = {}
-    for value, group in zip(values, groups or range(len(values)), strict=True):
+    mean, half = fmean(values), NormalDist().inv_cdf(0.5 + confidence / 2)
+    half *= _mean_error(values, groups or range(len(values)))
+    return mean - half, mean + half
+
+
+def _mean_error(values: Sequence[float], groups: Sequence[Hashable]) -> float:
+    """Standard error of a mean by the sums of its groups; infinite of a single one."""
+    mean, sums = fmean(values), dict[Hashable, float]()
+    for value, group in zip(values, groups, strict=True):
         sums[group] = sums.get(group, 0.0) + value - mean
     if len(sums) < 2:
-        return -math.inf, math.inf
-    spread = math.sqrt(sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1))
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * spread / len(values)
-    return mean - half, mean + half
+        return math.inf
+    return math.sqrt(sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / len(values)
+
+
+def median_interval(
+    values: Sequence[float], groups: Sequence[Hashable] | None = None
+) -> tuple[float, float]:
+    """95% interval of a median by order statistics, the quantiles 1 / 2 +- 1.96 / (2 sqrt(n)).
+
+    Args:
+        values: of which the median is taken.
+        groups: of each, as in `mean_interval`; n is then how many there are.
+    """
+    ranked, count = sorted(values), len(values)
+    half = 1.96 / (2 * math.sqrt(len(set(groups)) if groups else count))
+    low, high = math.floor(count * (0.5 - half)), math.ceil(count * (0.5 + half))
+    return ranked[max(0, low)], ranked[min(count - 1, high)]
 
 
 def paired_interval(

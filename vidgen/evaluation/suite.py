@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from vidgen.media.read import existing_file, read_recipe
 CLIP_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".webp", ".apng")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _NUMBERED = re.compile(r"^(?P<prompt>.+)-(?P<index>\d+)$")
+_LONGEST_NAME = 180
+"""Bytes of a prompt in a file's name; the whole one stands in the recipe."""
+_CAMERA = re.compile(r", camera [a-z ]+$")
 
 
 @dataclass(frozen=True)
@@ -43,37 +46,47 @@ class PromptSuite:
         name: of its file.
         sha256: of its content.
         prompts: in its order.
+        dimensions: of VBench's, for which a prompt was written; {} where the list names none, and
+            every prompt then counts for all.
+        pictures: {prompt: name of its first picture} where the list says so.
     """
 
     name: str
     sha256: str
     prompts: tuple[str, ...]
+    dimensions: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    pictures: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> PromptSuite:
-        """Read a text file of a prompt a line, or VBench's JSON list of `prompt_en`.
+        """Read a text file of a prompt a line, or VBench's JSON list.
+
+        Its objects have `prompt_en` and, where VBench has them, `dimension` and `image_name`.
 
         Raises:
             InputError: missing, damaged, or without prompts.
         """
         file = existing_file(path, "prompt suite")
         try:
-            text = file.read_text("utf-8")
-            if file.suffix == ".json":
-                entries = json.loads(text)
-                if not isinstance(entries, list):
-                    raise TypeError("it is no list")
-                prompts = [e if isinstance(e, str) else e["prompt_en"] for e in entries]
-            else:
-                prompts = [line.strip() for line in text.splitlines() if line.strip()]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            entries = _entries(file)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"prompt suite {file} can't be read ({error}); give a prompt a line, or a JSON "
-                "list of prompts or of objects with prompt_en"
+                f"prompt suite {file} can't be read ({type(error).__name__}: {error}); give a "
+                "prompt a line, or a JSON list of prompts or of objects with prompt_en"
             ) from None
-        if not prompts:
-            raise InputError(f"prompt suite {file} holds no prompt")
-        return cls(file.name, sha256_file(file), tuple(dict.fromkeys(prompts)))
+        if not entries:
+            raise InputError(f"prompt suite {file} holds no prompt; give one a line")
+        dimensions, pictures = dict[str, frozenset[str]](), dict[str, str]()
+        for prompt, own, picture in entries:
+            dimensions[prompt] = dimensions.get(prompt, frozenset()) | own
+            if picture is not None:
+                pictures[prompt] = picture
+        named = dimensions if any(dimensions.values()) else {}
+        return cls(file.name, sha256_file(file), tuple(dimensions), named, pictures)
+
+    def counts(self, prompt: str, dimension: str) -> bool:
+        """Whether a prompt's clips have a part in one of VBench's dimensions."""
+        return not self.dimensions or dimension in self.dimensions[prompt]
 
     def split(self, items: Sequence[Item]) -> tuple[list[Item], list[Item], list[str]]:
         """Clips of the suite, clips of no prompt of it, and prompts without a clip.
@@ -81,16 +94,37 @@ class PromptSuite:
         Raises:
             InputError: no clip belongs to it.
         """
-        known = set(self.prompts)
-        inside = [item for item in items if item.prompt in known]
+        known = {file_stem(prompt): prompt for prompt in self.prompts}
+        known |= {prompt: prompt for prompt in self.prompts}
+        # a reworded prompt stands in the recipe, that of the suite in the name
+        told = [(item, known.get(item.prompt) or known.get(prompt_of(item.name))) for item in items]
+        inside = [replace(item, prompt=prompt) for item, prompt in told if prompt is not None]
         if not inside:
             raise InputError(
                 f"no clip of {items[0].path.parent} belongs to a prompt of {self.name}; name them "
                 f"'{self.prompts[0][:60]}-0.mp4', or leave out --prompt-suite"
             )
-        outside = [item for item in items if item.prompt not in known]
+        outside = [item for item, prompt in told if prompt is None]
         shown = {item.prompt for item in inside}
         return inside, outside, [prompt for prompt in self.prompts if prompt not in shown]
+
+
+def _entries(file: Path) -> list[tuple[str, frozenset[str], str | None]]:
+    """Of each prompt itself, its dimensions and its picture's name."""
+    text = file.read_text("utf-8-sig")
+    if file.suffix != ".json":
+        return [(line.strip(), frozenset(), None) for line in text.splitlines() if line.strip()]
+    rows = json.loads(text)
+    if not isinstance(rows, list):
+        raise TypeError("it is no list")
+    entries = []
+    for row in rows:
+        entry = {"prompt_en": row} if isinstance(row, str) else row
+        prompt, own = entry["prompt_en"], entry.get("dimension", [])
+        if not isinstance(prompt, str) or not isinstance(own, list):
+            raise TypeError(f"of {entry} prompt_en should be text and dimension a list")
+        entries.append((prompt, frozenset(map(str, own)), entry.get("image_name")))
+    return entries
 
 
 def prompt_of(name: str) -> str:
@@ -133,22 +167,51 @@ def _item(path: Path) -> Item:
     return Item(path, path.stem, str(plan.get("prompt") or prompt_of(path.stem)), origin)
 
 
-def find_images(folder: str | Path, items: Iterable[Item]) -> dict[str, Path]:
-    """{clip's name: first picture}, where the folder has one named like the clip or its prompt.
+def file_stem(prompt: str) -> str:
+    """A prompt as it stands in a file's name, before the number."""
+    text = prompt.replace("/", "_").replace("\0", "_")
+    return text.encode()[:_LONGEST_NAME].decode(errors="ignore").strip()
+
+
+def pictures_in(folder: str | Path) -> dict[str, Path]:
+    """The pictures of a folder by their names without suffix.
 
     Raises:
-        InputError: no folder, or no picture for any clip.
+        InputError: no such folder.
     """
     place = Path(folder)
     if not place.is_dir():
         raise InputError(f"{place} is no folder; give one of first pictures named like the prompts")
-    pictures = {p.stem: p for p in sorted(place.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES}
-    found = {}
+    return {p.stem: p for p in sorted(place.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES}
+
+
+def picture_of(prompt: str, pictures: Mapping[str, Path], suite: PromptSuite | None) -> Path | None:
+    """A prompt's first picture, or None.
+
+    It is the one that the suite names, else that of the prompt's name, else that of the prompt
+    before ", camera pans left" and the like, of which VBench-I2V has one for all.
+    """
+    said = None if suite is None else suite.pictures.get(prompt)
+    names = [] if said is None else [Path(said).stem]
+    names += [prompt, file_stem(prompt), file_stem(_CAMERA.sub("", prompt))]
+    return next((pictures[name] for name in names if name in pictures), None)
+
+
+def find_images(
+    folder: str | Path, items: Iterable[Item], suite: PromptSuite | None = None
+) -> dict[str, Path]:
+    """{clip's name: first picture}, where the folder has one for the clip or its prompt.
+
+    Raises:
+        InputError: no folder, or no picture for any clip.
+    """
+    pictures, found = pictures_in(folder), dict[str, Path]()
     for item in items:
-        path = pictures.get(item.name) or pictures.get(item.prompt) or (
+        path = pictures.get(item.name) or picture_of(item.prompt, pictures, suite) or (
             pictures.get(prompt_of(item.name)))  # fmt: skip
         if path is not None:
             found[item.name] = path
     if not found:
-        raise InputError(f"no picture of {place} is named like a clip or its prompt")
+        raise InputError(f"no picture of {folder} is named like a clip or its prompt; name "
+                         "them 'PROMPT.png'")
     return found

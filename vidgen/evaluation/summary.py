@@ -14,7 +14,14 @@ from vidgen.evaluation.drift import LOOKS
 from vidgen.evaluation.identity import DISTANCES, stranger_overlap
 from vidgen.evaluation.judging import answer_counts
 from vidgen.evaluation.paths import path_of
-from vidgen.evaluation.statistics import Rate, guess_rate, mean_interval, paired_interval
+from vidgen.evaluation.statistics import (
+    Rate,
+    guess_rate,
+    mean_interval,
+    median_interval,
+    paired_interval,
+    rate_interval,
+)
 from vidgen.evaluation.sync import score_sync, sync_intervals
 from vidgen.evaluation.toybox_items import CEILINGS
 from vidgen.toybox.ambience import ambience_of
@@ -79,14 +86,16 @@ def summarise(
 
     Args:
         scores: by source, a row for each clip; see `toybox_scoring`.
-        scenes: the same clips' scenes.
+        scenes: the same clips' scenes; clips of one scene are alike, and intervals take them so.
         trust: the judge's own accuracy.
         kinds: of phrasings, clip by clip.
 
     Returns:
-        {"scores": {source: {measure: figure}}, "confusions": ...}; a figure has "value", "low" and
-        "high" (None of one clip), "total" and, where known, "chance", "ceiling_render",
+        {"scores": {source: {measure: figure}}, "confusions", "outcomes"}; a figure has "value",
+        "low" and "high" (None of one clip), "total" and, where known, "chance", "ceiling_render",
         "ceiling_vae", "floor".
+        "outcomes" has of each source and rate a character a clip, in their order: 1 right, 0 wrong,
+        - where the rate has no meaning.
         "triples" has what is lost on held-out ones: the difference of "seen" and "held_out";
         "phrasings" likewise what the "grammar" has over the "phrased", and "phrasings, typos" and
         so on the same kind by kind.
@@ -97,7 +106,8 @@ def summarise(
     for name, sides in DIFFERENCES.items():
         if all(scores.get(source) for source in sides.values()):
             rows = {side: scores[source] for side, source in sides.items()}
-            figures |= _differences(name, rows, kinds if name == "phrasings" else ())
+            pairs = scenes[next(iter(sides.values()))]
+            figures |= _differences(name, rows, pairs, kinds if name == "phrasings" else ())
     if trust is not None:
         figures["judge"] = {name: _rate(rate) for name, rate in trust.items() if rate.total}
     for source, sources in CEILINGS.items():
@@ -109,9 +119,11 @@ def summarise(
     for (source, measure), floor in FLOORS.items():
         if measure in figures.get(source, {}):
             figures[source][measure]["floor"] = floor
-    return {"scores": figures, "confusions": {
-        source: _confusions(rows, scenes[source]) for source, rows in scores.items()
-    }}  # fmt: skip
+    return {
+        "scores": figures,
+        "confusions": {name: _confusions(rows, scenes[name]) for name, rows in scores.items()},
+        "outcomes": {name: _outcomes(rows) for name, rows in scores.items()},
+    }
 
 
 def truth(scene: Scene, measure: str) -> str | None:
@@ -138,31 +150,35 @@ def reached(measure: str, figure: Mapping[str, Any]) -> bool | None:
 def _figures(rows: Sequence[Row], scenes: Sequence[Scene]) -> dict[str, Figure]:
     found: dict[str, Figure] = {}
     for measure in dict.fromkeys(name for row in rows for name in row["right"]):
-        known = [(row["right"][measure], truth(scene, measure))
-                 for row, scene in zip(rows, scenes, strict=True) if measure in row["right"]]
-        found[measure] = _rate(Rate.of(right for right, _ in known))
-        if known[0][1] is not None:
-            found[measure]["chance"] = guess_rate(label for _, label in known)
+        right, shown = zip(*((bool(row["right"][measure]), scene) for row, scene
+                             in zip(rows, scenes, strict=True) if measure in row["right"]),
+                           strict=True)  # fmt: skip
+        low, high = rate_interval(right, shown)
+        found[measure] = {"value": fmean(right), "low": low, "high": high, "total": len(right)}
+        labels = [truth(scene, measure) for scene in shown]
+        if labels[0] is not None:
+            found[measure]["chance"] = guess_rate(labels)
     for measure, number in NUMBERS.items():
-        values = [row[measure] for row in rows if row.get(measure) is not None]
-        values = [value for value in values if math.isfinite(value)]
-        if values:
-            found[measure] = _spread(values, number.centre)
+        known = [(row[measure], scene) for row, scene in zip(rows, scenes, strict=True)
+                 if row.get(measure) is not None and math.isfinite(row[measure])]
+        if known:
+            found[measure] = _spread(*zip(*known, strict=True), number.centre)
     answers = [row["shows"] for row in rows if row.get("shows")]
     if len(answers) > 1:
         chance = stranger_overlap(answers)
         for figure in (found[f"identity_{d}"] for d in DISTANCES if f"identity_{d}" in found):
             figure["chance"] = chance
     if "seen_s" in rows[0]:
-        found |= _sync(rows)
+        found |= _sync(rows, scenes)
     return found
 
 
-def _spread(values: Sequence[float], centre: str) -> Figure:
+def _spread(values: Sequence[float], scenes: Sequence[Scene], centre: str) -> Figure:
+    groups = scenes if len(set(scenes)) > 1 else None  # of a single one clips are what is drawn
     if centre == "mean":
-        value, within = fmean(values), mean_interval(values)
+        value, within = fmean(values), mean_interval(values, groups=groups)
     else:
-        value, within = median(values), _median_interval(sorted(values))
+        value, within = median(values), median_interval(values, groups)
     low, high = (edge if math.isfinite(edge) else None for edge in within)  # JSON knows no infinity
     return {"value": value, "low": low, "high": high, "total": len(values)}
 
@@ -172,33 +188,28 @@ def _rate(rate: Rate) -> Figure:
     return {"value": rate.rate, "low": low, "high": high, "total": rate.total}
 
 
-def _median_interval(ranked: Sequence[float]) -> tuple[float, float]:
-    """95% interval of a median by order statistics, ranks n / 2 +- 1.96 sqrt(n) / 2."""
-    count = len(ranked)
-    half = 1.96 * math.sqrt(count) / 2
-    low, high = math.floor(count / 2 - half), math.ceil(count / 2 + half)
-    return ranked[max(0, low)], ranked[min(count - 1, high)]
-
-
 def _differences(
-    name: str, sides: Mapping[str, Sequence[Row]], kinds: Sequence[str]
+    name: str, sides: Mapping[str, Sequence[Row]], scenes: Sequence[Scene], kinds: Sequence[str]
 ) -> dict[str, dict[str, Figure]]:
     """By how much the first side is better than the second, pair by pair; then kind by kind."""
     parts = {name: range(len(next(iter(sides.values()))))}
     for kind in dict.fromkeys(kinds):
         parts[f"{name}, {kind}"] = [i for i, each in enumerate(kinds) if each == kind]
     return {
-        part: _difference({side: [rows[i] for i in chosen] for side, rows in sides.items()})
+        part: _difference({side: [rows[i] for i in chosen] for side, rows in sides.items()},
+                          [scenes[i] for i in chosen])
         for part, chosen in parts.items()
-    }
+    }  # fmt: skip
 
 
-def _difference(sides: Mapping[str, Sequence[Row]]) -> dict[str, Figure]:
+def _difference(
+    sides: Mapping[str, Sequence[Row]], scenes: Sequence[Scene]
+) -> dict[str, Figure]:
     (first, ones), (second, others) = sides.items()
     found = {}
     for measure in ones[0]["right"]:
         a, b = ([float(row["right"][measure]) for row in rows] for rows in (ones, others))
-        low, high = paired_interval(a, b)
+        low, high = paired_interval(a, b, groups=scenes)
         found[measure] = {
             "value": fmean(a) - fmean(b), "low": low, "high": high, "total": len(a),
             first: fmean(a), second: fmean(b),
@@ -206,11 +217,12 @@ def _difference(sides: Mapping[str, Sequence[Row]]) -> dict[str, Figure]:
     return found
 
 
-def _sync(rows: Sequence[Row]) -> dict[str, Figure]:
+def _sync(rows: Sequence[Row], scenes: Sequence[Scene]) -> dict[str, Figure]:
     """Sound against picture over all clips, in ms; chance is the score of shuffled clips."""
     seen, heard = ([np.array(row[key]) for row in rows] for key in ("seen_s", "heard_s"))
     duration = rows[0]["duration_s"]
-    score, within = score_sync(seen, heard, duration), sync_intervals(seen, heard, duration)
+    score = score_sync(seen, heard, duration)
+    within = sync_intervals(seen, heard, duration, groups=scenes)
     found = {}
     for name, value, floor, scale in (
         ("median_s", score.median_s, score.floor_median_s, 1e3),
@@ -224,6 +236,12 @@ def _sync(rows: Sequence[Row]) -> dict[str, Figure]:
             figure["chance"] = scale * floor
         found[f"sync_{name.removesuffix('_s')}"] = figure
     return found
+
+
+def _outcomes(rows: Sequence[Row]) -> dict[str, str]:
+    signs = {True: "1", False: "0", None: "-"}
+    measures = dict.fromkeys(name for row in rows for name in row["right"])
+    return {name: "".join(signs[row["right"].get(name)] for row in rows) for name in measures}
 
 
 def _confusions(

@@ -7,7 +7,7 @@ all measured alike; `measure_ruler` tells how far the ruler itself can be truste
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,10 +139,17 @@ class _Count:
 
 def sync_intervals(
     seen: Sequence[Times], heard: Sequence[Times], duration_s: float, *,
-    draws: int = 500, seed: int = 0,
+    groups: Sequence[Hashable] | None = None, draws: int = 500, seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """95% intervals of `SyncScore`'s median_s, bias_s and f1, clips drawn anew (Efron 1979)."""
+    """95% intervals of `SyncScore`'s median_s, bias_s and f1, clips drawn anew (Efron 1979).
+
+    Clips of one of `groups`, such as those of a prompt, are drawn together.
+    """
     parts = _counts(seen, heard, duration_s)
+    if groups is not None:
+        kinds = dict.fromkeys(groups)
+        parts = [_Count.sum([part for part, own in zip(parts, groups, strict=True) if own == kind])
+                 for kind in kinds]  # fmt: skip
     rng, rows = np.random.default_rng(seed), []
     for _ in range(draws):
         drawn = _Count.sum([parts[i] for i in rng.integers(len(parts), size=len(parts))])

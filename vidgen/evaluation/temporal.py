@@ -23,9 +23,12 @@ from vidgen.core.runtime import fingerprint, sha256_file
 from vidgen.evaluation.comparison import compare
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import opencv
-from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, parse_networks
+from vidgen.evaluation.metrics.network_files import network_hash, parse_networks
+from vidgen.evaluation.metrics.registry import PROXY
+from vidgen.evaluation.metrics.vbench import RANGES
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.suite import Item, PromptSuite, find_images, find_items
+from vidgen.evaluation.temporal_notes import note_mixture, note_skipped, note_unmatched
 from vidgen.evaluation.temporal_summary import by_name, dimensions, figures
 from vidgen.media.read import VideoReader, load_image
 from vidgen.pipeline.workers import Job, Patience, Staff, run_jobs
@@ -86,9 +89,15 @@ class Folder:
     path: str
     items: list[Item]
     missing_prompts: list[str] = field(default_factory=list)
+    suite: PromptSuite | None = None
     images: dict[str, Path] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> set[str]:
+        """Of its clips."""
+        return {item.name for item in self.items}
 
 
 @dataclass(frozen=True)
@@ -119,8 +128,10 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     hashes = {name: network_hash(path) for name, path in paths.items()}
     versions = {"opencv": opencv().__version__, "numpy": np.__version__, **fingerprint()}
     folders = [_open(path, suite, run.images) for path in run.videos]
-    _tell_names_apart(folders)
-    _note_skipped(paths, bool(run.images), on_event)
+    _tell_names_apart(folders, has_extractor="i3d" in paths)
+    note_skipped(paths, bool(run.images), len(folders) > 1, on_event)
+    for folder in folders:
+        note_unmatched(folder, bool(run.images), on_event)
     log = ScoreLog(Path(output).with_name(Path(output).name + ".jsonl"))
     identity = [MEASURES_VERSION, hashes, {k: versions[k] for k in ("opencv", "av", "numpy")}]
     if paths:
@@ -128,7 +139,7 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     given = tuple((name, str(path)) for name, path in paths.items())
     _measure(folders, given, identity, log, run.staff, on_event)
     for folder in folders:
-        _note_mixture(folder, on_event)
+        note_mixture(folder, on_event)
     results = [_result(folder) for folder in folders]
     return {
         "suite": "temporal",
@@ -149,35 +160,29 @@ def _open(path: str, suite: PromptSuite | None, images: str | None) -> Folder:
     folder = Folder(Path(path).resolve().name, path, find_items(path))
     if suite is not None:
         inside, outside, folder.missing_prompts = suite.split(folder.items)
-        folder.items = inside
+        folder.items, folder.suite = inside, suite
         folder.failed = {i.path.name: f"its prompt isn't in {suite.name}" for i in outside}
     if images is not None:
-        folder.images = find_images(images, folder.items)
+        folder.images = find_images(images, folder.items, suite)
     return folder
 
 
-def _tell_names_apart(folders: Sequence[Folder]) -> None:
-    """Two folders of one name are told apart by their paths."""
+def _tell_names_apart(folders: Sequence[Folder], *, has_extractor: bool) -> None:
+    """Two folders of one name are told apart by their paths; two without a pair are refused.
+
+    Distances of whole sets, by an extractor, need no pairs.
+    """
     names = [folder.name for folder in folders]
     for folder in folders:
         if names.count(folder.name) > 1:
             folder.name = folder.path
-    shared = set.intersection(*({item.name for item in folder.items} for folder in folders))
-    if len(folders) > 1 and not shared:
-        raise InputError(
-            "the folders have no clip of the same name in common, so nothing can be compared; "
-            "name each pair of clips alike"
-        )
-
-
-def _note_skipped(paths: dict[str, Path], has_images: bool, tell: OnEvent) -> None:
-    """Say which of VBench's dimensions can't be taken, and what they need."""
-    for name, kinds in NETWORKS.items():
-        wanted = [kind for kind in kinds if has_images or not kind.startswith("i2v")]
-        if name not in paths and wanted:
-            text = f"without --network {name}=PATH there is no {' and no '.join(wanted)}"
-            stand_in = "motion_distance" if name == "i3d" else "proxy_*"
-            tell({"event": "note", "text": f"{text}; their stand-ins are {stand_in}"})
+    for one, other in combinations(folders, 2):
+        if not has_extractor and not one.names & other.names:
+            raise InputError(
+                f"{one.name} and {other.name} have no clip of the same name in common, so they "
+                "can't be compared clip by clip; name each pair of clips alike, or give an "
+                "extractor of features, --network i3d=PATH, for the distance of the two sets"
+            )
 
 
 def _measure(
@@ -211,9 +216,21 @@ def _measure(
             log.add([(key, scores)])
         tell({"event": "progress", "stage": "measure", "done": done, "total": total})
     for folder in folders:  # in the order of names, whoever was ready first
-        order = [item.name for item in folder.items]
-        folder.scores = {name: folder.scores[name] for name in order if name in folder.scores}
+        folder.scores = {item.name: _asked(folder.scores[item.name], item, folder.suite)
+                         for item in folder.items if item.name in folder.scores}  # fmt: skip
         folder.failed = dict(sorted(folder.failed.items()))
+
+
+def _asked(row: dict[str, Any], item: Item, suite: PromptSuite | None) -> dict[str, Any]:
+    """A clip's scores without those of VBench's dimensions that its prompt isn't for."""
+    if suite is None:
+        return row
+    figures = {
+        name: value if (kind := name.removeprefix(PROXY)) not in RANGES
+        or suite.counts(item.prompt, kind) else None
+        for name, value in row["figures"].items()
+    }  # fmt: skip
+    return {**row, "figures": figures}
 
 
 def _key(job: _Job, identity: list[Any]) -> str:
@@ -247,14 +264,6 @@ def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
             raise InputError(f"it ends after {found.num_frames} of {video.stated_frames} frames; "
                              "save it again")
         return {**asdict(found), "fps": str(video.fps), "size": list(video.size)}
-
-
-def _note_mixture(folder: Folder, tell: OnEvent) -> None:
-    for name, remedy in (("fps", "speeds and jerks"), ("size", "flows")):
-        kinds = sorted({str(row[name]) for row in folder.scores.values()})
-        if len(kinds) > 1:
-            text = f"{folder.name} mixes {name} {', '.join(kinds)}; {remedy} are less comparable"
-            tell({"event": "note", "text": text})
 
 
 def _result(folder: Folder) -> dict[str, Any]:

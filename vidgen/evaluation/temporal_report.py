@@ -9,6 +9,7 @@ from typing import Any
 
 from vidgen.evaluation.metrics.appearance import DISTANCES
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
+from vidgen.evaluation.temporal_summary import pairs_text
 
 _COLORS = ("#2471a3", "#c0392b", "#1e8449", "#b7950b", "#7d3c98", "#566573")
 STYLE = """
@@ -16,7 +17,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 68em; 
 table { border-collapse: collapse; margin: 1em 0; } caption { text-align: left; font-weight: 600; }
 td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: right; }
 td:first-child, th:first-child, td.text { text-align: left; }
-.still { color: #c0392b; } figure { display: inline-block; margin: .6em 1em .6em 0; }
+.still { color: #c0392b; } .wide { overflow-x: auto; }
+figure { display: inline-block; margin: .6em 1em .6em 0; }
 figcaption { max-width: 320px; font-size: 13px; } pre { background: #f5f5f5; padding: 1em; }
 """
 Line = tuple[str, Sequence[tuple[float, float]]]
@@ -112,8 +114,8 @@ def _comparison(compared: Mapping[str, Any]) -> str:
         told += f"; FVD {compared['fvd']:.4g}, KVD {compared['kvd']:.4g} of {counts} segments"
     names = " less ".join(compared["folders"])
     return (
-        f"<h2>{escape(names)}</h2><p>{compared['pairs']} pairs, of {compared['both_dynamic']} both "
-        f"clips move; Fr&eacute;chet distance of motion histograms: {told}.</p>"
+        f"<h2>{escape(names)}</h2><p>{escape(pairs_text(compared))}; Fr&eacute;chet distance of "
+        f"motion histograms: {told}.</p>"
         f"<table>{''.join(rows)}</table>"
     )
 
@@ -130,11 +132,23 @@ def _clips(folder: Mapping[str, Any]) -> str:
     failed = "".join(
         f"<li>{escape(name)}: {escape(why)}</li>" for name, why in folder["failed"].items()
     )
+    missing = "".join(f"<li>{escape(prompt)}</li>" for prompt in folder["missing_prompts"])
     return (
         f"<h2>{escape(folder['name'])}, clip by clip</h2>"
+        + f"<p>{escape(_facts(folder))}.</p>"
         + (f"<p>Not measured:</p><ul>{failed}</ul>" if failed else "")
-        + f'<div style="overflow-x:auto"><table>{"".join(rows)}</table></div>'
+        + (f"<p>Prompts without a clip:</p><ul>{missing}</ul>" if missing else "")
+        + f'<div class="wide"><table>{"".join(rows)}</table></div>'
     )
+
+
+def _facts(folder: Mapping[str, Any]) -> str:
+    """What kind of clips a folder holds."""
+    if not folder["clips"]:
+        return "No clip could be measured"
+    sizes = ", ".join(f"{width}x{height}" for width, height in folder["sizes"])
+    rates = ", ".join(folder["fps"])
+    return f"{len(folder['clips'])} clips of {sizes} pixels at {rates} frames a second"
 
 
 def line_chart(title: str, lines: Sequence[Line], width: int = 320, height: int = 180) -> str:

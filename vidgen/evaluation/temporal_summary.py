@@ -106,10 +106,18 @@ def _cell(figure: Mapping[str, Any] | None) -> str:
     return f"{figure['value']:.4g} ({figure['low']:.4g} .. {figure['high']:.4g})"
 
 
+def pairs_text(compared: Mapping[str, Any]) -> str:
+    """How many pairs a comparison has, and how many clips have no part in one."""
+    text = f"{compared['pairs']} pairs, of {compared['both_dynamic']} both clips move"
+    unpaired = dict(zip(compared["folders"], compared["unpaired"], strict=True))
+    told = [f"{count} of {name}" for name, count in unpaired.items() if count]
+    return text + (f"; without a pair: {', '.join(told)}" if told else "")
+
+
 def _comparison(compared: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
-    caption = f"{compared['pairs']} pairs, of {compared['both_dynamic']} both clips move"
+    caption = pairs_text(compared)
     if compared["fvd"] is not None:
         caption += f"; FVD {compared['fvd']:.4g}, KVD {compared['kvd']:.4g}"
     drawn = Table(

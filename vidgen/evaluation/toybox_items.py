@@ -107,9 +107,18 @@ class Item:
 
 
 def items_of(bench: Benchmark, source: str) -> list[Item]:
-    """The clips of a source; those of a pair (triples, phrasings) share scene seed and noise."""
-    pairs = _pairs(bench, SOURCES[source].material)
-    return [Item(source, i, *pair, bench.seed + i) for i, pair in enumerate(pairs)]
+    """The clips of a source; those of a pair (triples, phrasings) share scene seed and noise.
+
+    What is generated comes `bench.seeds` times, all prompts with one seed each and then again;
+    `index` is the prompt's.
+    """
+    material, way = SOURCES[source]
+    pairs = _pairs(bench, material)
+    return [
+        Item(source, i, *pair, bench.seed + turn * len(pairs) + i)
+        for turn in range(bench.seeds if way == "generate" else 1)
+        for i, pair in enumerate(pairs)
+    ]
 
 
 def _pairs(bench: Benchmark, material: str) -> list[Pair]:

@@ -192,7 +192,7 @@ def results_of(
         yield keys[int(outcome.job.key)], outcome.result
 
 
-def settle_threads(folder: Path, staff: Staff, tell: Tell) -> Staff:
+def settle_threads(folder: Path, staff: Staff, tell: Tell, name: str = THREADS) -> Staff:
     """Staff with the threads that a folder's clips were begun with on this kind of machine.
 
     A clip's last bits may depend on their number, so what belongs together keeps to one: it is
@@ -202,8 +202,9 @@ def settle_threads(folder: Path, staff: Staff, tell: Tell) -> Staff:
         folder: of the clips; made if it isn't there.
         staff: that is to make them.
         tell: told where another number is taken than would be else.
+        name: of the file in it.
     """
-    path, place = folder / THREADS, "ray" if staff.ray else fingerprint()["cpu"]
+    path, place = folder / name, "ray" if staff.ray else fingerprint()["cpu"]
     try:
         kept = dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
@@ -211,8 +212,8 @@ def settle_threads(folder: Path, staff: Staff, tell: Tell) -> Staff:
     begun = kept.get(place)
     if staff.threads is None and isinstance(begun, int) and 1 <= begun <= MAX_THREADS:
         if begun != staff.num_threads:
-            tell({"event": "note", "text": f"each clip takes {begun} threads, as {folder} was "
-                  "begun; --threads N changes that"})
+            tell({"event": "note", "text": f"each clip takes {begun} threads, as {path} has it "
+                  "from before; --threads N changes that"})
         return replace(staff, threads=begun)
     if staff.ray and staff.threads is None:
         return staff  # the cluster's machines tell

@@ -16,28 +16,37 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import NamedTuple
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import sha256_file
 
-#: network -> what it is good for
-NETWORKS: dict[str, tuple[str, ...]] = {
-    "dino": ("subject_consistency", "i2v_subject"),
-    "clip": ("background_consistency",),
-    "dreamsim": ("i2v_background",),
-    "raft": ("temporal_flickering", "dynamic_degree"),
-    "amt": ("motion_smoothness",),
-    "cotracker": ("camera_motion",),
-    "i3d": ("fvd", "kvd"),
+
+class Network(NamedTuple):
+    """What a network is good for, and what is to be given."""
+
+    measures: tuple[str, ...]
+    given: str = "a TorchScript file"
+
+
+NETWORKS: dict[str, Network] = {
+    "dino": Network(("subject_consistency", "i2v_subject"), "the folder of facebook/dino-vitb16"),
+    "clip": Network(("background_consistency",), "the folder of openai/clip-vit-base-patch32"),
+    "dreamsim": Network(("i2v_background",)),
+    "raft": Network(("temporal_flickering", "dynamic_degree")),
+    "amt": Network(("motion_smoothness",)),
+    "cotracker": Network(("camera_motion",)),
+    "i3d": Network(("fvd", "kvd")),
 }
 FOLDERS = ("dino", "clip")
+SCRIPT_SUFFIXES = (".pt", ".pth", ".jit", ".ts", ".torchscript")
 
 
 def parse_networks(given: list[str]) -> dict[str, Path]:
-    """NAME=PATH as on the command line.
+    """NAME=PATH as on the command line; the path of a TorchScript may be its folder's.
 
     Raises:
-        InputError: no such network, or nothing at its path.
+        InputError: no such network, one given twice, or nothing at its path.
     """
     found = {}
     for text in given:
@@ -45,14 +54,27 @@ def parse_networks(given: list[str]) -> dict[str, Path]:
         path = Path(place)
         if not mark or name not in NETWORKS:
             raise InputError(f"network {text!r} isn't NAME=PATH; {nearest(name, NETWORKS)}")
+        if name in found:
+            raise InputError(f"network {name} is given twice; give one path")
         if name in FOLDERS and not (path / "config.json").is_file():
             raise InputError(
                 f"{name} is to be a folder of transformers; {path}/config.json is missing"
             )
-        if name not in FOLDERS and not path.is_file():
-            raise InputError(f"{name} is to be a TorchScript file; {path} is none")
-        found[name] = path
+        found[name] = path if name in FOLDERS else _script(name, path)
     return found
+
+
+def _script(name: str, path: Path) -> Path:
+    """The TorchScript file at a path: itself, or the only one in that folder."""
+    if path.is_file():
+        return path
+    scripts = sorted(p for p in path.glob("*") if p.suffix in SCRIPT_SUFFIXES and p.is_file())
+    if len(scripts) != 1:
+        raise InputError(
+            f"{name} is to be a TorchScript file, or a folder that holds one; {path} "
+            + (f"holds {len(scripts)}: name one" if scripts else "is none and holds none")
+        )
+    return scripts[0]
 
 
 def network_hash(path: Path) -> str:

@@ -1,0 +1,146 @@
+"""Results of `vidgen eval toybox` on the leaderboard: ordered by how well prompts are followed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from vidgen.evaluation.comparison import FEWEST_PAIRS
+from vidgen.evaluation.judging import TASKS
+from vidgen.evaluation.statistics import paired_interval
+
+#: By the first of these that a result has, models are compared.
+_HEADLINES = ("text", "phrased", "held_triples", "image")
+FOLLOWING = "following"
+_SHOWN = {
+    "text": (*TASKS, "path"), "held_out": TASKS, "two": ("sprite", "motion"),
+    "image": ("last_sprite", "motion", "first_psnr", "jump"), "triples": ("sprite",),
+    "phrased": TASKS, "extend": ("last_sprite", "brightness_drift", "joins"),
+    "sound": ("sync_median", "sync_f1", "voice", "ambience"), "vae": ("psnr", "mask_psnr"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ToyboxEntry:
+    """One model's results on the Toybox suite.
+
+    Attributes:
+        file: where they stand.
+        result: what is in it.
+        following: of each prompt by which models are compared, in their order, the share that its
+            clips get right of sprite, motion, place and camera; empty where none was asked.
+    """
+
+    file: str
+    result: Mapping[str, Any]
+    following: tuple[float, ...]
+
+    @classmethod
+    def of(cls, file: str, result: Mapping[str, Any]) -> ToyboxEntry:
+        """Take results apart.
+
+        Raises:
+            KeyError: they lack something; so do those of before "outcomes" were kept.
+        """
+        entry = cls(file, result, tuple(_following(result)))
+        _ = entry.conditions, entry.name, entry.model, entry.settings, entry.result["machine"]
+        return entry
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return str(self.result["model"]["name"])
+
+    @property
+    def model(self) -> str:
+        """Its name and the beginning of its hash."""
+        return f"{self.name} {self.result['model']['sha256'][:12]}"
+
+    @property
+    def settings(self) -> str:
+        """How the clips were made: one model's runs may differ in it."""
+        made = self.result["settings"]
+        names = ("num_steps", "guidance", "shift", "sampler")
+        told = ", ".join(f"{name} {_plain(made[name])}" for name in names)
+        return f"{told}, dtype {self.result['dtype']}"
+
+    @property
+    def headline(self) -> float:
+        """By which entries are ordered."""
+        return fmean(self.following) if self.following else 0.0
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What two entries must share to be ranked together."""
+        result, made = self.result, self.result["settings"]
+        suite = result["prompt_suite"]
+        return {
+            "suite": f"toybox, {result['part']}",
+            "prompts": f"{suite['name']} ({suite['sha256'][:12]})",
+            "clips a prompt": result["clips_a_prompt"], "fps": made["fps"],
+            "size": f"{made['width']}x{made['height']}", "frames": made["num_frames"],
+            "judge": result["judge"][:12],
+            "sound judge": result["sound_judge"] and result["sound_judge"][:12],
+            "world version": result["world_version"],
+            "measures version": result["measures_version"],
+        }  # fmt: skip
+
+
+def _plain(value: Any) -> str:
+    """A setting as a person would write it."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{k} {v}" for k, v in value.items() if v is not None)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _following(result: Mapping[str, Any]) -> list[float]:
+    source = next((name for name in _HEADLINES if result["outcomes"].get(name)), None)
+    if source is None:
+        return []
+    tasks = [result["outcomes"][source][task] for task in TASKS]
+    shares = [fmean(sign == "1" for sign in signs) for signs in zip(*tasks, strict=True)]
+    count = len(shares) // result["clips_a_prompt"]  # every prompt once, and then again
+    return [fmean(shares[prompt::count]) for prompt in range(count)]
+
+
+def toybox_columns(group: Sequence[ToyboxEntry]) -> list[str]:
+    """The figures that a table shows, of those that its entries have."""
+    known = {
+        f"{source}, {measure}" for entry in group
+        for source, figures in entry.result["scores"].items() for measure in figures
+    }  # fmt: skip
+    wanted = [f"{source}, {name}" for source, names in _SHOWN.items() for name in names]
+    return [FOLLOWING] * any(e.following for e in group) + [c for c in wanted if c in known]
+
+
+def toybox_rows(group: Sequence[ToyboxEntry]) -> list[dict[str, Any]]:
+    """A row for each entry, the first of which the others are compared with."""
+    return [_row(entry, group[0]) for entry in group]
+
+
+def _row(entry: ToyboxEntry, first: ToyboxEntry) -> dict[str, Any]:
+    scores = entry.result["scores"]
+    figures = {f"{source}, {name}": figure
+               for source, part in scores.items() for name, figure in part.items()}  # fmt: skip
+    if entry.following:
+        figures[FOLLOWING] = {"value": entry.headline, "low": None}
+    rates = entry.result["outcomes"].values()
+    return {
+        "name": entry.name, "model": entry.model, "settings": entry.settings, "file": entry.file,
+        "clips": sum(len(next(iter(part.values()), "")) for part in rates),
+        "figures": figures, "machine": entry.result["machine"],
+        "verdict": "the first" if entry is first else _verdict(entry, first),
+    }  # fmt: skip
+
+
+def _verdict(entry: ToyboxEntry, first: ToyboxEntry) -> str:
+    """Whether an entry follows its prompts worse than the first one, in percentage points."""
+    count = len(entry.following)
+    if count < FEWEST_PAIRS:
+        return f"too few prompts ({count} of {FEWEST_PAIRS})"
+    low, high = paired_interval(entry.following, first.following)
+    points = 100 * (entry.headline - first.headline)
+    told = f"{points:+.1f} points ({100 * low:+.1f} .. {100 * high:+.1f})"
+    return f"no significant difference: {told}" if low <= 0 <= high else f"follows less: {told}"

@@ -1,0 +1,49 @@
+"""What `vidgen eval temporal` tells of what is left out, missing or less comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.evaluation.metrics.network_files import NETWORKS
+
+if TYPE_CHECKING:
+    from vidgen.evaluation.temporal import Folder
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def note_skipped(
+    paths: Mapping[str, Path], has_images: bool, compares: bool, tell: OnEvent
+) -> None:
+    """Say which of VBench's measures can't be taken, and what they need."""
+    for name, network in NETWORKS.items():
+        wanted = [kind for kind in network.measures if has_images or not kind.startswith("i2v")]
+        if name not in paths and wanted and (compares or name != "i3d"):
+            stand_in = "motion_distance" if name == "i3d" else "proxy_*"
+            text = (f"without --network {name}=PATH, {network.given} (docs/temporal.md), there is "
+                    f"no {' and no '.join(wanted)}; in their place: {stand_in}")
+            tell({"event": "note", "text": text})
+
+
+def note_unmatched(folder: Folder, has_images: bool, tell: OnEvent) -> None:
+    """Say which prompts have no clip, and how many clips no picture."""
+    missing = folder.missing_prompts
+    if missing:
+        shown = ", ".join(map(repr, missing[:3])) + (" and others" if len(missing) > 3 else "")
+        tell({"event": "note", "text": f"{folder.name} has no clip of {len(missing)} prompts: "
+              f"{shown}; clips are named 'PROMPT-0.mp4'"})
+    bare = len(folder.items) - len(folder.images)
+    if has_images and bare:
+        tell({"event": "note", "text": f"{bare} of {len(folder.items)} clips of {folder.name} have "
+              "no picture named like them or their prompt; i2v measures leave them out"})
+
+
+def note_mixture(folder: Folder, tell: OnEvent) -> None:
+    """Say which rates or sizes a folder mixes, if it does."""
+    for name, remedy in (("fps", "speeds and jerks"), ("size", "flows")):
+        kinds = sorted({str(row[name]) for row in folder.scores.values()})
+        if len(kinds) > 1:
+            text = f"{folder.name} mixes {name} {', '.join(kinds)}; {remedy} are less comparable"
+            tell({"event": "note", "text": text})
