@@ -9,7 +9,7 @@ crash, 5 s of processor time, `MEMORY` beyond what the process is born with, a f
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import logging
 import shutil
 import sys
@@ -19,39 +19,36 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from fractions import Fraction
 from io import StringIO
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import av
-import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import save_file
 
 from tests.faults import ForkServer, Job, Outcome
-from tests.lora_models import I2V, make_adapter, make_dit
-from tests.models import build_tiny_model
+from tests.fuzz_samples import CAPTIONS, NOISE, PICTURES, SCRIPTS, SOUNDS, VIDEOS
+from tests.lora_models import I2V
 from tests.mutations import mutate
 from vidgen.cli.main import main
 from vidgen.core.config import build, load_yaml
 from vidgen.core.errors import InputError, VidgenError
+from vidgen.evaluation.suite import PromptSuite
 from vidgen.media.clip import Clip
-from vidgen.media.encode import Segment
 from vidgen.media.read import VideoReader, load_image, probe, read_recipe
 from vidgen.media.sound import read_sound
-from vidgen.media.write import ClipInfo, write_clip
 from vidgen.models.text import PromptTokenizer
-from vidgen.pipeline.inputs import read_mask
+from vidgen.pipeline.inputs import noise_file, read_mask
 from vidgen.pipeline.job import job_facts, read_arrays, read_job, read_segment, segment_path
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.policy import WordList
+from vidgen.pipeline.restore import restore_inputs
 from vidgen.pipeline.video import load
-from vidgen.toybox.judge import Judge, JudgeConfig, JudgeFolder
+from vidgen.toybox.judge import JudgeFolder
 from vidgen.training.config import RunConfig
-from vidgen.weights.load import read_tensors, save_module
-from vidgen.weights.lora import DIALECTS, read_lora, write_lora
+from vidgen.training.data import texts
+from vidgen.training.data.probe import probe_file
+from vidgen.weights.load import read_tensors
+from vidgen.weights.lora import DIALECTS, read_lora
 from vidgen.weights.store import TensorStore, find_files
 
 CPU_S = 5
@@ -60,109 +57,11 @@ MEMORY = 1 << 30
 SPACE = 3 << 30
 """Address space: of mapped files and unused stacks, more than memory."""
 MESSAGE = 2000
-VIDEOS = ("a.mp4", "b.mov", "c.webm", "d.mkv", "e.avi", "f.ts", "g.flv")
-SOUNDS = ("s.wav", "t.mp3", "u.flac", "v.ogg", "w.m4a")
-PICTURES = ("a.png", "b.png", "c.png", "d.apng", "e.gif", "f.webp", "g.webp", "h.jpg", "i.jpg",
-            "j.bmp", "k.tif", "l.tif")  # fmt: skip
 OTHERS = (*PICTURES, *VIDEOS, "tensors.pth", "old.pth", "run.yaml", "lora-peft/adapter_config.json")
 FILE_VERBS = {
     "check": (), "replay": ("-o", "out.mp4"), "extend": ("--seconds", "1", "-o", "out.mp4"),
 }
 JOB = "x.mp4.vidgen-job"
-RECIPE = {"vidgen": "0", "plan": {"prompt": "a cat", "seed": 1}, "inputs": []}
-
-
-def make_samples(folder: Path) -> None:
-    """Write a file or folder for each reader."""
-    torch.manual_seed(0)
-    _media(folder)
-    _pictures(folder)
-    for name in (f"{kind}.safetensors" for kind in DIALECTS if kind != "peft"):
-        write_lora(make_adapter(make_dit(I2V)), folder / f"lora-{name}", name.split(".")[0])
-    write_lora(make_adapter(make_dit(I2V)), folder / "lora-peft", "peft")
-    model = build_tiny_model(folder / "model")
-    tensors = {"a": torch.randn(4, 5), "b.half": torch.randn(7).half(), "n": torch.tensor(3)}
-    (folder / "shards").mkdir()
-    save_file({"a": tensors["a"]}, folder / "shards" / "x-1.safetensors")
-    save_file({"n": tensors["n"]}, folder / "shards" / "x-2.safetensors")
-    index = {"metadata": {}, "weight_map": {"a": "x-1.safetensors", "n": "x-2.safetensors"}}
-    (folder / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file(tensors, folder / "tensors.safetensors", metadata={"format": "pt"})
-    torch.save(tensors, folder / "tensors.pth")
-    torch.save(tensors, folder / "old.pth", _use_new_zipfile_serialization=False)
-    judge = JudgeConfig(
-        frame_dims=(8, 8, 16), motion_dims=(8, 8, 16), look_dim=4, mixed_dim=8, temporal_dim=16
-    )
-    save_module(Judge(judge).state_dict(), judge, folder / "judge", torch.bfloat16)
-    shutil.copytree(model / "tokenizer", folder / "tokenizer")
-    _job(folder / "job", load(str(model), device="cpu", dtype="fp32"))
-    (folder / "run.yaml").write_text(
-        "# a run\nfolder: runs/x\nphases:\n  - {steps: 10, num_frames: 1, batch_size: 4}\n"
-        "optim: {lr: 1.0e-3, betas: [0.9, 0.98]}\ndtype: bf16\nminutes: null\n"
-    )
-
-
-def _job(folder: Path, engine: Any) -> None:
-    """A clip that was stopped when all of it was encoded."""
-    folder.mkdir()
-    journal = Journal(folder / "x.mp4")
-    clip = engine.generate("a red car", seed=1, frames=9, journal=journal)
-    clip.save(folder / "x.mp4")
-    with journal.running(clip.recipe):
-        journal.keep_latents(clip.latents)
-        journal.keep(Segment(9, ((b"packet", 0, 0, True),)))
-        journal.pause()
-
-
-def _media(folder: Path) -> None:
-    """Videos of 6 frames of 64x48 with sound, ours and those of other programs; sounds alone."""
-    y, x = np.mgrid[0:48, 0:64]
-    frames = np.stack([np.stack([x * 3 + t, y * 4, x + y], -1) for t in range(6)]).astype(np.uint8)
-    sound = np.sin(np.arange(24_000)[:, None] / 20).astype(np.float32) / 2
-    info = ClipInfo(Fraction(12), (64, 48), 6, sound, 48_000, RECIPE)
-    for name in VIDEOS[:4]:
-        write_clip(folder / name, iter([frames]), info)
-    for name, codec, tone in (
-        ("e.avi", "mpeg4", "pcm_s16le"), ("f.ts", "mpeg2video", "mp2"), ("g.flv", "flv1", "aac"),
-        ("s.wav", None, "pcm_s16le"), ("t.mp3", None, "libmp3lame"), ("u.flac", None, "flac"),
-        ("v.ogg", None, "libopus"), ("w.m4a", None, "aac"),
-    ):  # fmt: skip
-        with av.open(str(folder / name), "w") as container:
-            picture = codec and container.add_stream(
-                codec, rate=25, width=64, height=48, pix_fmt="yuv420p"
-            )
-            track: Any = container.add_stream(tone, rate=48_000, layout="mono")
-            for frame in frames if picture else ():
-                container.mux(picture.encode(av.VideoFrame.from_ndarray(frame)))
-            heard = av.AudioFrame.from_ndarray((sound.T * 32767).astype(np.int16), "s16", "mono")
-            heard.sample_rate = 48_000
-            container.mux(track.encode(heard))
-            for stream in filter(None, (picture, track)):
-                container.mux(stream.encode(None))
-
-
-def _pictures(folder: Path) -> None:
-    """Pictures of 48x32 in the modes and formats people have."""
-    y, x = np.mgrid[0:32, 0:48]
-    plain = Image.fromarray(np.stack([x * 5, y * 7, x + y], -1).astype(np.uint8))
-    others = [plain.rotate(180), plain.convert("L").convert("RGB")]
-    deep = Image.fromarray((x * y * 40).astype(np.uint16))
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E] = 6, json.dumps(RECIPE)
-    animated: dict[str, Any] = {"save_all": True, "append_images": others, "duration": 80}
-    info = ClipInfo(Fraction(12), plain.size, 1, recipe=RECIPE)
-    write_clip(folder / "a.png", iter([np.asarray(plain)[None]]), info)
-    write_clip(folder / "h.jpg", iter([np.asarray(plain)[None]]), info)
-    deep.save(folder / "b.png")
-    plain.quantize(16).save(folder / "c.png", transparency=3)
-    plain.save(folder / "d.apng", format="PNG", **animated)
-    plain.save(folder / "e.gif", comment=json.dumps(RECIPE), **animated)
-    plain.save(folder / "f.webp", exif=exif)
-    plain.convert("RGBA").save(folder / "g.webp", **animated)
-    plain.convert("CMYK").save(folder / "i.jpg", exif=exif)
-    plain.save(folder / "j.bmp")
-    plain.save(folder / "k.tif", compression="tiff_lzw")
-    deep.save(folder / "l.tif")
 
 
 def _walk(path: Path) -> None:
@@ -193,6 +92,30 @@ def _words(folder: Path) -> None:
 def _model(folder: Path) -> None:
     engine = load(str(folder), device="cpu", dtype="fp32")
     engine.folder.content_hash  # noqa: B018 - reads every file
+
+
+def _script(path: Path) -> None:
+    _command("script", str(path), "--check")
+
+
+def _noise(path: Path) -> None:
+    digest = hashlib.sha256(noise_file(NOISE)).hexdigest()
+    recipe = {"inputs": [], "custom_noise": digest}
+    restore_inputs(recipe, Path(), [("latents", str(path))])
+
+
+def _captions(path: Path) -> None:
+    read = texts.table if path.suffix in texts.TABLES else texts.sidecar
+    try:
+        read(path, ("caption", "text"), "auto")
+    except texts.Unreadable as error:
+        raise InputError(str(error)) from None
+
+
+def _probe(path: Path) -> None:
+    problem = probe_file(path).problem
+    if problem:
+        raise InputError(problem)
 
 
 def _command(*argv: str) -> None:
@@ -255,11 +178,21 @@ def targets() -> Iterator[Target]:
     yield Target("model folder", _model, configs, "model")
     weights = (*(f"{part}/model.safetensors" for part in parts), "tokenizer/tokenizer.json")
     yield Target("model folder", _model, weights, "model")
+    yield Target("diffusers folder", _model,
+                 ("model_index.json", *configs[1:], "scheduler/scheduler_config.json"), "diffusers")
+    yield Target("Wan folder", _model, ("config.json", "Wan2.1_VAE.pth"), "wan")
     yield Target("tokenizer", _words, ("tokenizer.json", "words.txt"), "tokenizer")
     judge = ("config.json", "model.safetensors")
     yield Target("judge", lambda p: JudgeFolder(p).load(), judge, "judge")
     yield Target("load_yaml", lambda p: build(RunConfig, load_yaml(p), str(p)), ("run.yaml",))
     yield Target("load_yaml", lambda p: build(RunConfig, load_yaml(p), str(p)), ("run.yaml",))
+    yield Target("vidgen script", _script, SCRIPTS)
+    yield Target("vidgen script", _script, SCRIPTS)
+    yield Target("noise", _noise, ("noise.safetensors",))
+    yield Target("WordList", WordList, ("words.txt",))
+    yield Target("PromptSuite", PromptSuite.read, ("suite.txt", "suite.json"))
+    yield Target("captions", _captions, CAPTIONS)
+    yield Target("probe_file", _probe, (*VIDEOS, *PICTURES))
 
 
 TARGETS = tuple(targets())
@@ -355,7 +288,7 @@ def samples_in(folder: Path) -> Iterator[tuple[ForkServer, Path]]:
     samples = folder / "samples"
     samples.mkdir()
     with ForkServer() as server:
-        made = server.run(Job("tests.fuzzing:make_samples", (samples,), timeout_s=120))
+        made = server.run(Job("tests.fuzz_samples:make_samples", (samples,), timeout_s=120))
         assert not made.failure, made.failure
         yield server, samples
 
