@@ -25,7 +25,7 @@ import torch
 
 from vidgen.core.config import build
 from vidgen.core.errors import ModelError
-from vidgen.core.runtime import atomic_write, sha256_file
+from vidgen.core.runtime import atomic_write, best_dtype, sha256_file
 from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.text import split_words
@@ -75,10 +75,10 @@ def release_vae(run: Path, out: Path) -> None:
 @torch.no_grad()
 def measure_latents(vae: CausalVAE) -> tuple[list[float], list[float]]:
     """Mean and deviation of each latent channel over fresh clips of the world."""
-    parts = []
+    parts, fast = [], best_dtype(torch.device("cpu")) == "bf16"
     for start in range(0, NUM_STATISTICS_CLIPS, 8):
         scenes = sample_scenes(SEED_RANGES["train"][0] + 10**11 + start, 8, split="any")
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
             mean, _ = vae.encode_moments(render(scenes, num_frames=33).video)
         parts.append(mean.float().transpose(0, 1).flatten(1))
     values = torch.cat(parts, dim=1)

@@ -147,6 +147,18 @@ def test_fast_back_ends_keep_to_the_error_of_sdpa(backend, dtype, Lq, Lk):
         assert error_of(backend, q, k, v, given) < limit
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_native_kernels_hide_nothing_that_is_no_number(dtype):
+    if dtype not in native.known_dtypes():
+        pytest.skip(f"no kernels here: {native.why_not()}")
+    q, k, v = far_qkv(dtype, 20, 40)
+    q[0, 0, 3, 0] = torch.nan
+    wrong = attention(q, k, v, backend="native").isnan()
+    assert wrong[0, 0, 3].all()
+    assert wrong.sum() == wrong.shape[-1]
+
+
 @torch.no_grad()
 def test_native_kernels_do_not_depend_on_the_number_of_threads():
     q, k, v = far_qkv(torch.float32, 300, 300)

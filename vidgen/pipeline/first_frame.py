@@ -66,11 +66,11 @@ def draw_first_frame(
         ModelError: no such folder, or no text-to-image model.
         InputError: what the model itself refuses.
     """
-    import diffusers
-
     opened = open_model(str(folder))
     if not isinstance(opened, ForeignFolder):
         raise ModelError(f"{folder} is no text-to-image model; {_WANTED}")
+    import diffusers  # seconds, which a wrong name needn't cost
+
     names = {value: name for name, value in DTYPES.items()}
     engine = ForeignEngine(
         opened, torch.device(device), dtype if isinstance(dtype, str) else names[dtype],

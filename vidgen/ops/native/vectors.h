@@ -60,8 +60,9 @@ inline Floats times_below_0(Floats x, Floats factor, Floats sign) {
 inline Mask live_from(int c, int width) {
     return width - c < 16 ? (Mask)((1u << (width - c)) - 1) : (Mask)0xFFFF;
 }
-// Exponents that `times_power_of_2` takes: 2^-150 is 0.
-inline Floats in_range(Floats x) { return _mm512_max_ps(x, _mm512_set1_ps(-150.0f)); }
+// Exponents that `times_power_of_2` takes: 2^-150 is 0. Of two operands max gives the second where
+// one is no number, so that NaN stays to be seen.
+inline Floats in_range(Floats x) { return _mm512_max_ps(_mm512_set1_ps(-150.0f), x); }
 // x * 2^whole.
 inline Floats times_power_of_2(Floats x, Floats whole) { return _mm512_scalef_ps(x, whole); }
 #else
