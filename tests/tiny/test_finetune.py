@@ -313,6 +313,7 @@ def test_configs_that_contradict_themselves_are_refused(tiny_model, clips, tmp_p
     refused("method lora", method="full", subject={"token": "<subject_0>", "like": "car"})
     refused("steps is 0", run={"steps": 0})
     refused("rank is 0", lora={"rank": 0})
+    refused("rank is 5000; give a whole number from 1 to 1024", lora={"rank": 5000})
     refused("alpha is -1", lora={"alpha": -1.0})
     refused("like is empty", subject={"token": "<subject_0>", "like": " "})
     refused("between 0 and 1", validation={"sigmas": [1.5]})

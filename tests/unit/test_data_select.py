@@ -201,6 +201,7 @@ def test_pictures_are_items_of_one_frame():
         ({"fps": 0}, "fps is 0"), ({"windows": 0}, "windows must be a whole number"),
         ({"sizes": "64x48", "area": 9}, "give one"), ({"foldrs": "x"}, "unknown key 'foldrs'"),
         ({"avoid": ["cuts"]}, "did you mean 'cut'"), ({"max_enlarge": 0.5}, "give 1"),
+        ({"max_enlarge": float("nan")}, "give 1"),
         ({"held_out": 0.1, "validation": "x"}, "give one"),
     ],
 )
@@ -224,5 +225,6 @@ def test_shapes_are_the_models_own_or_checked_against_it(tiny_model):
         Geometry.of(replace(CONFIG, frames=(9, 11)), folder)
     with pytest.raises(InputError, match="a width of 60 pixels"):
         Geometry.of(replace(CONFIG, sizes=("60x48",)), folder)
-    with pytest.raises(InputError, match="ratios of width and height"):
-        Geometry.of(replace(CONFIG, area=999, aspects=("wide",)), folder)
+    for aspect in ("wide", "0:1", "-1:1", "30:1", "nan"):
+        with pytest.raises(InputError, match="ratios of width and height"):
+            Geometry.of(replace(CONFIG, area=999, aspects=(aspect,)), folder)

@@ -132,6 +132,8 @@ def test_the_order_follows_the_script_but_for_what_shots_need(tmp_path):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("version: 2\nshots: [{prompt: x}]", "line 1: version is 2; this vidgen reads version 1"),
+    ("version: '1'\nshots: [{prompt: x}]", "line 1: version is '1'; this vidgen reads version 1: "
+     "write it without quotes"),
     ("version: true\nshots: [{prompt: x}]", "line 1: version is True"),
     ("version: 1", "the key 'shots' is missing"),
     ("shots: []", "there are no shots"),
@@ -142,11 +144,12 @@ def test_the_order_follows_the_script_but_for_what_shots_need(tmp_path):
     (shots("  - {prompt: x, duration: soon}"), "duration must be a number, not str 'soon'"),
     (shots("  - {prompt: x, duration: 0}"), "line 3: duration is 0; give seconds above 0"),
     (shots("  - {prompt: x, duration: .nan}"), "duration is nan"),
+    (shots(f"  - {{prompt: x, duration: {'9' * 400}}}"), "duration has 400 digits"),
     (shots("  - {prompt: x, takes: 0}"), "takes is 0; give a whole number from 1 to 100"),
     (shots("  - {prompt: x, takes: 1.5}"), "takes must be a whole number"),
     (shots("  - {prompt: ''}"), "the prompt is empty"),
     (shots("  - {prompt: []}"), "the list of prompts is empty"),
-    (shots("  - {prompt: 3}"), "prompt must be text, not int 3"),
+    (shots("  - {prompt: 3}"), "prompt must be text, not int 3; write it in quotes"),
     (shots("  - {prompt: [{prompt: x, at: 1}]}"), "the first must begin at 0"),
     (shots("  - {prompt: [x, {prompt: y, at: 2}, {prompt: z, at: 1}]}"), "each later than"),
     (shots("  - {prompt: x, duration: 2, frames: 9}"), "duration and frames are both given"),
@@ -234,7 +237,7 @@ def test_a_missing_or_binary_script_is_told(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         Script.read(tmp_path / "none.yaml")
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(InputError, match="can't be read as text"):
+    with pytest.raises(InputError, match=r"can't be read as text.*save it as UTF-8"):
         Script.read(tmp_path / "x.txt")
 
 

@@ -117,8 +117,11 @@ def load_text(path: str | Path, what: str = "config") -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{what} {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} {path} does not exist; correct the name") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} {path} can't be read as text: {error.reason} at byte "
+                         f"{error.start}; save it as UTF-8") from None
+    except OSError as error:
         raise InputError(f"{what} {path} can't be read as text: {error}") from None
 
 
@@ -336,9 +339,14 @@ def _is_nested(hint: Any) -> bool:
 
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (hint is float and is_number) or (hint is Path and isinstance(value, str | Path)):
-        return hint(value)
-    if hint is int and is_number and float(value).is_integer():
+    if hint is float and is_number:
+        try:
+            return float(value)
+        except OverflowError:
+            raise InputError(f"{where} has {len(str(value))} digits, which is too many") from None
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    if hint is int and is_number and (isinstance(value, int) or value.is_integer()):
         return int(value)
     if hint in (bool, str, dict, list) and isinstance(value, hint):
         return value
@@ -347,7 +355,8 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
             return Fraction(value)
         except (ValueError, OverflowError, ZeroDivisionError):
             pass
-    raise InputError(f"{where} must be {_describe(hint)}, not {_kind(value)}")
+    quotes = "; write it in quotes" if hint is str and isinstance(value, int | float) else ""
+    raise InputError(f"{where} must be {_describe(hint)}, not {_kind(value)}{quotes}")
 
 
 def _describe(hint: Any) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import av
 import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
-from PIL import ExifTags, Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, ImageSequence, UnidentifiedImageError
 
 from vidgen.core.errors import InputError
 from vidgen.media.encode import Frames
@@ -74,12 +74,25 @@ def load_image(picture: Picture) -> tuple[Frames, list[str]]:
             )
         _check_size("picture", (picture.shape[1], picture.shape[0]))
         return picture, []
-    path = existing_file(picture, "image")
-    with decoding(f"image {path}", "save it again"), Image.open(path) as image:
-        _check_size(f"image {path}", image.size)  # by the header, before anything is decoded
+    with _opened(picture) as image:
         is_deep = any("16" in _raw_mode(tile) for tile in image.tile)
         image.load()
         return _as_rgb(image, is_deep)
+
+
+def check_image(path: str | os.PathLike[str]) -> None:
+    """Raise InputError for what by its header can't be a picture to begin with; decodes nothing."""
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(picture: str | os.PathLike[str]) -> Iterator[ImageFile.ImageFile]:
+    """A picture's file, whose size is judged by its header before anything is decoded."""
+    path = existing_file(picture, "image")
+    with decoding(f"image {path}", "save it again"), Image.open(path) as image:
+        _check_size(f"image {path}", image.size)
+        yield image
 
 
 def _raw_mode(tile: Any) -> str:

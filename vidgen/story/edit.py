@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
 from vidgen.core.config import dump
+from vidgen.core.errors import InputError
 from vidgen.core.runtime import sha256_file
 from vidgen.media.codecs import picture_settings
 from vidgen.media.encode import PictureSettings
@@ -22,7 +24,7 @@ from vidgen.media.join import Chapter
 from vidgen.media.subtitles import Cue
 from vidgen.story.captions import Burner, as_frames, captions_of, titles_of
 from vidgen.story.film import FilmPlan
-from vidgen.story.mixdown import Narrated, file_facts, narrate
+from vidgen.story.mixdown import Narrated, check_sounds, file_facts, narrate
 from vidgen.story.timeline import Measured, Timeline, lay_out
 
 if TYPE_CHECKING:
@@ -121,15 +123,17 @@ def make_edit(
         describe: tells what sounds in words will become; None: nothing is made of them.
 
     Raises:
-        InputError: transitions, captions or texts that don't fit, a codec or font that can't be
-            used.
+        InputError: transitions, captions or texts that don't fit, a codec, font or sound that
+            can't be used.
     """
     script, finish, target = film.script, film.script.project.finish, Path(output)
-    picture = picture_settings(finish.codec, target)
+    with _told_with(f"{script.path}: project.finish.codec"):
+        picture = picture_settings(finish.codec, target)
     timeline, described = lay_out(script, shots, rates or [film.fps] * len(shots), film.fps), []
     if describe is not None:
         described, timeline = describe(timeline)
     captions = captions_of(script, timeline)
+    check_sounds(script, timeline)
     narrated = narrate(script, timeline)
     said = narrated.cues if narrated else []
     burnt = titles_of(script, timeline)
@@ -137,8 +141,19 @@ def make_edit(
     if finish.captions == "burn":
         burnt += as_frames(captions, timeline)
     font = None if finish.font is None else script.file(finish.font)
+    with _told_with(f"{script.path}: texts"):
+        burner = Burner(burnt, film.size, font)
     return Edit(film, target, timeline, picture, narrated, _ordered([*captions, *said]),
-                _ordered(tracked), Burner(burnt, film.size, font), tuple(described))
+                _ordered(tracked), burner, tuple(described))
+
+
+@contextmanager
+def _told_with(where: str) -> Iterator[None]:
+    """Name the place in the script that an error comes of."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _ordered(cues: Sequence[Cue]) -> tuple[Cue, ...]:

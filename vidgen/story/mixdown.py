@@ -32,7 +32,7 @@ from vidgen.media.mix import (
     lay_over,
     rise,
 )
-from vidgen.media.sound import RATE, read_sound, room
+from vidgen.media.sound import RATE, SoundReader, read_sound, room
 from vidgen.media.speech import OWN_FILE, PAUSE_S, Sentence, Voice, open_voice, spoken
 from vidgen.media.subtitles import Cue
 from vidgen.story.elements import Music, Narration
@@ -93,14 +93,33 @@ def num_samples(timeline: Timeline) -> int:
 
 def sound_files(script: Script, timeline: Timeline) -> list[Path]:
     """Every file that is heard, each once."""
-    files: dict[Path, None] = {}
+    return list(dict.fromkeys(file for placed in timeline.shots
+                              for file in _files_of(script, placed.shot)))
+
+
+def _files_of(script: Script, shot: Shot) -> list[Path]:
+    heard = [each.file for each in (shot.sound, shot.music) if each is not None]
+    heard += [Path(each.text.removeprefix(OWN_FILE)) for each in shot.narration
+              if each.text.startswith(OWN_FILE)]
+    return [script.file(file) for file in heard if file not in (None, _SILENCE)]
+
+
+def check_sounds(script: Script, timeline: Timeline) -> None:
+    """Open every file that is heard, once, so that what has no sound costs no rendering.
+
+    Raises:
+        InputError: the first that can't be heard; names its shot.
+    """
+    opened = set[Path]()
     for placed in timeline.shots:
-        shot = placed.shot
-        heard = [each.file for each in (shot.sound, shot.music) if each is not None]
-        heard += [Path(each.text.removeprefix(OWN_FILE)) for each in shot.narration
-                  if each.text.startswith(OWN_FILE)]
-        files |= {script.file(file): None for file in heard if file not in (None, _SILENCE)}
-    return [*files]
+        for path in _files_of(script, placed.shot):
+            if path in opened:
+                continue
+            try:
+                SoundReader(path)
+            except InputError as error:
+                raise InputError(f"{script.where(placed.shot)}: {error}") from error
+            opened.add(path)
 
 
 def not_made(film: FilmPlan, timeline: Timeline) -> list[str]:
@@ -132,8 +151,8 @@ def narrate(script: Script, timeline: Timeline) -> Narrated | None:
     sentences, speakers, free = list[Sentence](), list[str | None](), 0.0
     for placed, each in said:
         begin = _begin(script, timeline, placed, each, free if sentences else None)
-        text, voice = _voiced(script, each, voices)
         try:
+            text, voice = _voiced(script, each, voices)
             for words, wave in spoken(text, voice):
                 first = round(begin * RATE)
                 samples[first : first + len(wave)] += wave[: max(0, len(samples) - first)]

@@ -22,6 +22,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
+from vidgen.media.read import check_image
 from vidgen.models.text import PromptTokenizer, split_words
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.extend import OVERLAP
@@ -302,7 +303,7 @@ class _Planner:
     def _inputs(self, request: Request) -> list[list[str]]:
         named = [("image", request.image), ("last_image", request.last_image)]
         named += [("reference", picture) for picture in request.reference]
-        return [[option, self._hash(str(file), lambda f=file: sha256_file(f))]
+        return [[option, self._hash(str(file), lambda f=file: _picture_hash(f))]
                 for option, file in named if file is not None]
 
     def _shown(self, shot: Shot, index: int) -> list[list[str]]:
@@ -324,6 +325,12 @@ def _asked(request: Request) -> dict[str, Any]:
     given = {name: getattr(request, name) for name in _DEFAULTS}
     return {n: str(v) if isinstance(v, Fraction) else v for n, v in given.items()
             if v != _DEFAULTS[n]}
+
+
+def _picture_hash(file: str) -> str:
+    """SHA-256 of a picture; what is none is refused before anything is rendered."""
+    check_image(file)
+    return sha256_file(file)
 
 
 def _address(facts: Mapping[str, Any]) -> str:

@@ -89,8 +89,10 @@ def check_script(script: Script, written: Located) -> None:
 def _check_version(mapping: Located, path: Path) -> None:
     version = mapping.get("version", VERSION)
     if version != VERSION or isinstance(version, bool):
+        is_text = version == str(VERSION)
+        remedy = "write it without quotes" if is_text else "install one that reads it"
         raise InputError(f"{path}, line {mapping.lines['version']}: version is {version!r}; this "
-                         f"vidgen reads version {VERSION}: install one that reads it")
+                         f"vidgen reads version {VERSION}: {remedy}")
 
 
 def _prompts(text: str) -> Iterator[Located]:

@@ -36,10 +36,10 @@ h3 { font-size: 16px; margin: 0 } p { margin: 4px 0 } .soft { color: var(--soft)
 .frames img { border-radius: 3px; height: auto; min-width: 0; width: 33.3% }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 1px 12px; margin: 6px 0 }
 dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
-.bar { display: flex; gap: 1px; height: 22px; margin: 14px 0 4px } .bar a { background: #4f7cac;
+.bar { display: flex; gap: 1px; height: 22px; margin: 14px 0 4px } .bar a { background: #2f5d8c;
   min-width: 1px; overflow: hidden; color: #fff; font-size: 11px; line-height: 22px;
   padding: 0 3px; text-decoration: none; white-space: nowrap }
-.bar a:nth-child(even) { background: #7a9cc6 } .warning { color: var(--warn) }
+.bar a:nth-child(even) { background: #4a739c } .warning { color: var(--warn) }
 .fault { color: var(--fault); font-weight: 600 }
 @media (max-width: 640px) { .shot { grid-template-columns: 1fr } }
 """

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Flaw = Literal["cut", "black", "white", "blank", "frozen"]
 NO_CACHE = "none"
+MAX_ASPECT = 10
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise InputError(f"data.{name} is {value}; give a share from 0 to 1")
-        if self.max_enlarge < 1:
+        if not self.max_enlarge >= 1:
             raise InputError(f"data.max_enlarge is {self.max_enlarge}; give 1 (never) or more")
         if self.windows != "all":
             check_count("data.windows", self.windows)
@@ -191,11 +192,13 @@ class Geometry:
 def _aspect(text: str) -> float:
     first, colon, second = text.partition(":")
     try:
-        return float(first) / float(second if colon else "1")
+        ratio = float(first) / float(second if colon else "1")
     except (ValueError, ZeroDivisionError):
-        raise InputError(
-            f"data.aspects holds {text!r}; give ratios of width and height such as 16:9"
-        ) from None
+        ratio = 0.0
+    if not 1 / MAX_ASPECT <= ratio <= MAX_ASPECT:
+        raise InputError(f"data.aspects holds {text!r}; give ratios of width and height such as "
+                         f"16:9, {MAX_ASPECT}:1 at most")
+    return ratio
 
 
 def _check_encoding(name: str) -> None:

@@ -129,7 +129,7 @@ def open_dataset(
     source, items, notes = _open_source(config, geometry, folder, torch.device(device), tell)
     parts = _split(config, items)
     if not parts[split]:
-        raise InputError(_why_empty(config, split, notes))
+        raise InputError(_why_empty(config, split, len(items), notes))
 
     def dataset(part: Split, held_out: Dataset | None) -> Dataset:
         own = config
@@ -170,10 +170,15 @@ def _split(config: DataConfig, items: Sequence[Item]) -> dict[Split, list[Item]]
     return parts
 
 
-def _why_empty(config: DataConfig, split: Split, notes: Sequence[str]) -> str:
+def _why_empty(
+    config: DataConfig, split: Split, num_items: int, notes: Sequence[str]
+) -> str:
     if split == "validation":
         return ("no file is kept for validation; set data.held_out to a larger share, or "
                 "data.validation to a folder")
+    if num_items and config.validation is None:
+        return (f"all {num_items} items are held out for validation, as data.held_out is "
+                f"{config.held_out:g}; give a smaller share")
     told = "; ".join(notes[:5])
     return f"nothing is left to learn from in {', '.join(f.path for f in config.folders)}: {told}"
 

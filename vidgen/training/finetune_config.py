@@ -12,6 +12,8 @@ from vidgen.training.data_config import DataConfig
 
 DIALECTS = ("diffusers", "peft", "wan", "kohya")
 """What LoRA files can be written in besides our own dialect."""
+MAX_RANK = 1024
+"""Of a LoRA: beyond it all weights are fewer."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class LoraSettings:
     targets: Literal["attention", "all"] | tuple[str, ...] = "attention"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"lora.rank is {self.rank}; it must be at least 1")
+        if not 1 <= self.rank <= MAX_RANK:
+            raise InputError(f"lora.rank is {self.rank}; give a whole number from 1 to {MAX_RANK}")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise InputError(f"lora.alpha is {self.alpha}; it must be positive")
         if not 0 <= self.dropout < 1:

@@ -12,14 +12,20 @@ from vidgen.training.data.select import Fate
 _MOST = 2_000
 """Files shown with thumbnails; what was dropped or noted comes first."""
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 80em; color: #222; }
-table { border-collapse: collapse; } td, th { padding: .2em 1em; text-align: left; }
-th, td { border-bottom: 1px solid #ddd; } .files { display: grid; gap: 1em;
-grid-template-columns: repeat(auto-fill, minmax(24em, 1fr)); }
-article { border: 1px solid #ddd; border-radius: 6px; padding: .8em; overflow-wrap: anywhere; }
-article.dropped { border-color: #c0392b; } .why { color: #c0392b; } .note { color: #8a6d00; }
-img { width: 31%; margin-right: 4px; } h3 { font-size: 15px; margin: 0; } p { margin: .3em 0; }
-small { color: #666; }
+:root { color-scheme: light dark; --line: #8884; --soft: #777; --note: #8a6d00; --why: #c0392b }
+@media (prefers-color-scheme: dark) { :root { --note: #d9b94a; --why: #ff8a7a; --soft: #999 } }
+* { box-sizing: border-box }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 80em; padding: 24px }
+h1 { font-size: 26px; margin: 0 } h2 { font-size: 19px; margin: 28px 0 8px }
+h3 { font-size: 15px; margin: 0 0 6px } p { margin: .3em 0 } table { border-collapse: collapse }
+th, td { border-bottom: 1px solid var(--line); padding: .2em 2em .2em 0; text-align: left }
+td + td, th + th { text-align: right; font-variant-numeric: tabular-nums }
+.files { align-items: start; display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fill, minmax(min(22em, 100%), 1fr)) }
+article { border: 1px solid var(--line); border-radius: 6px; overflow-wrap: anywhere;
+  padding: 12px; break-inside: avoid } article.dropped { border-color: var(--why) }
+.shown { align-items: flex-start; display: flex; gap: 4px } img { border-radius: 3px; width: 32% }
+.why { color: var(--why) } .note { color: var(--note) } small { color: var(--soft) }
 """
 
 
@@ -44,6 +50,7 @@ def page(told: Mapping[str, Any], fates: Sequence[Fate]) -> str:
     ]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Fine-tuning data</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
     )
 
@@ -51,11 +58,13 @@ def page(told: Mapping[str, Any], fates: Sequence[Fate]) -> str:
 def _article(row: Mapping[str, Any], fate: Fate) -> str:
     pictures = fate.facts.thumbnails if fate.facts is not None else ()
     shown = "".join(f'<img alt="" src="data:image/jpeg;base64,{each}">' for each in pictures)
+    shown = f'<div class="shown">{shown}</div>' if shown else ""
     name = row["name"].encode("utf-8", "replace").decode()
     buckets = ", ".join(dict.fromkeys(item["bucket"] for item in row["items"]))
     caption = escape(" | ".join(row["captions"])[:300]) or "<i>no caption</i>"
     why = f'<p class="why">dropped: {escape(row["dropped"])}</p>' if row["dropped"] else ""
-    items = f"{len(row['items'])} items in {buckets}" if row["items"] else ""
+    count = len(row["items"])
+    items = f"{count} {'item' if count == 1 else 'items'} in {buckets}" if count else ""
     what = "; ".join(part for part in (describe(row), items) if part)
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in row["notes"])
     kind = ' class="dropped"' if row["dropped"] else ""
