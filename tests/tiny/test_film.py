@@ -213,6 +213,8 @@ def test_a_draft_is_fast_and_apart(film, tiny_model, monkeypatch):
     film_plan = plan_film(Script.read("film.yaml"), open_model(str(tiny_model)), draft=True)
     (shot,) = [each for each in film_plan.script.shots if each.id == "one"]
     assert film_plan.request(shot, 1, 0, 12).steps == 8
+    (few,) = [each for each in film_plan.script.shots if each.id == "two"]
+    assert film_plan.request(few, 1, 0, 12).steps == 2  # of three
     whole = plan_film(Script.read("film.yaml"), open_model(str(tiny_model)))
     assert {plan.key for plan in whole.shots.values()}.isdisjoint(
         plan.key for plan in film_plan.shots.values())

@@ -79,8 +79,8 @@ def settle(film: FilmPlan, store: Store, output: Path, args: Namespace) -> Makin
     return making
 
 
-def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> None:
-    """Put a film together, and write what is wanted beside it."""
+def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> list[Path]:
+    """Put a film together, and write what is wanted beside it; the latter files."""
     from vidgen.story.assemble import assemble, write_texts
     from vidgen.story.otio import write_otio
     from vidgen.story.storyboard import write_storyboard
@@ -94,7 +94,7 @@ def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> 
 
     if making.is_done:
         report({"event": "note", "text": f"{edit.output} is done already"})
-        written = list(write_texts(edit))
+        beside = list(write_texts(edit))
     else:
         if edit.described:
             from vidgen.story.sounds import make_sounds
@@ -103,13 +103,15 @@ def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> 
         made = assemble(edit, shown, on_frames)
         for text in made.notes:
             report({"event": "note", "text": text})
-        written = [made.path, *made.beside]
+        beside = list(made.beside)
+        report({"event": "written", "path": str(made.path)})
     if making.otio is not None:
-        written.append(write_otio(edit, shown, making.otio))
+        beside.append(write_otio(edit, shown, making.otio))
     if making.storyboard is not None:
-        written.append(write_storyboard(edit, shown, making.storyboard))
-    for path in written:
+        beside.append(write_storyboard(edit, shown, making.storyboard))
+    for path in beside:
         report({"event": "written", "path": str(path)})
+    return beside
 
 
 def _is_there(edit: Edit, store: Store) -> bool:

@@ -111,16 +111,16 @@ def run(args: Namespace, report: Report) -> int:
     making = None if args.only else settle(film, store, output, args)
     start = time.monotonic()
     shots = _render(store, plans, staff, args, report)
+    made = list[str]()
     if making is not None:
         report.expect_nothing()
-        make_film(making, shots, report)
+        made = [str(output), *map(str, make_film(making, shots, report))]
     elapsed = round(time.monotonic() - start, 3)
     data = {
-        "film": None if args.only else str(output), "shots": [each.as_data() for each in shots],
-        "elapsed_s": elapsed,
+        "film": made[0] if made else None, "beside": made[1:],
+        "shots": [each.as_data() for each in shots], "elapsed_s": elapsed,
     }
-    report.result(data, "\n".join([*_lines(shots), *([] if args.only else [str(output)]),
-                                   f"{elapsed:.1f} s"]))
+    report.result(data, "\n".join([*_lines(shots), *made, f"{elapsed:.1f} s"]))
     return 0
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
 DRAFT_STEPS = 8
+"""Of a draft at most; half as many as the film has, where that is less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ class FilmPlan:
                   for name in ("negative", "guidance", "sampler", "shift", "steps")}
         if self.draft:
             steps = self.folder.defaults.num_steps if option["steps"] is None else option["steps"]
-            few, student = DRAFT_STEPS, self.folder.student
+            few, student = min(DRAFT_STEPS, -(-steps // 2)), self.folder.student
             if student is not None and all(v is None for k, v in option.items() if k != "steps"):
                 few = student.num_steps
             option["steps"] = min(steps, few)

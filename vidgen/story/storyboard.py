@@ -19,6 +19,7 @@ from vidgen.core.runtime import atomic_write
 from vidgen.media.encode import Frames
 from vidgen.media.read import VideoReader
 from vidgen.story.edit import Edit
+from vidgen.story.elements import ShotFrame
 from vidgen.story.render import RenderedShot
 from vidgen.story.script import Shot
 from vidgen.story.timeline import Placed
@@ -135,6 +136,10 @@ def _texts(shot: Shot) -> Iterator[tuple[str, str]]:
         yield "without", shot.negative
     if shot.continue_from:
         yield "goes on from", shot.continue_from
+    for term, frame in (("begins with", shot.first_frame), ("ends with", shot.last_frame)):
+        if frame is not None:
+            is_shot = isinstance(frame, ShotFrame)
+            yield term, f"the {frame.frame} frame of {frame.shot}" if is_shot else str(frame)
     if shot.sound is not None:
         yield "sound", shot.sound.effects or str(shot.sound.file)
     if shot.music is not None:
