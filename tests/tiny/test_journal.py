@@ -21,7 +21,14 @@ from vidgen.media import write
 from vidgen.media.clip import Clip
 from vidgen.media.read import read_recipe
 from vidgen.pipeline import job, journal
-from vidgen.pipeline.job import job_facts, job_folder, read_job, read_segment, segment_path
+from vidgen.pipeline.job import (
+    job_facts,
+    job_folder,
+    progress_text,
+    read_job,
+    read_segment,
+    segment_path,
+)
 from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.video import Engine, Progress, load
 
@@ -118,12 +125,15 @@ def test_stopped_between_steps(engine, out, sampler, step):
     assert torch.equal(clip.latents, expected)
 
 
-@pytest.mark.parametrize("step", [2, 3, 5])
-def test_a_long_clip_goes_on_in_its_window(tiny_model, out, step):
+@pytest.mark.parametrize(("step", "told"), [
+    (2, "sample, step 2 of 3"), (3, "sample, step 3 of 3"), (5, "sample, window 2, step 2 of 3"),
+])
+def test_a_long_clip_goes_on_in_its_window(tiny_model, out, step, told):
     engine = load(str(tiny_model), device="cpu", dtype="fp32")
     expected = engine.generate(PROMPT, **LONG).latents
     with pytest.raises(Cancelled):
         go(engine, out, False, stop_at(step))
+    assert progress_text(job_facts(job_folder(out))) == told
     seen: list[int] = []
     clip = go(engine, out, on_event=lambda p: seen.append(p.done))
     assert seen[:3] == [0, 0, step + 1]
@@ -140,6 +150,8 @@ def test_a_window_that_is_missing_is_made_again(tiny_model, out, missing):
     windows = sorted((job_folder(out) / "windows").iterdir())
     assert len(windows) == 2
     windows[missing].unlink()
+    told = ("sample, from the start", "sample, window 2, step 0 of 3")[missing]
+    assert progress_text(job_facts(job_folder(out))) == told
     seen: list[int] = []
     clip = go(engine, out, on_event=lambda p: seen.append(p.done))
     assert seen[2] == 3 * missing + 1

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ATTENTION_VARIABLE = "VIDGEN_ATTENTION"
+"""The environment variable with the attention back end that `auto` is to be."""
 
 
 def sync(path: str | Path) -> None:
@@ -86,7 +88,8 @@ def write_error(target: Path, error: OSError, partial: Path | None = None) -> Ou
             f"no space left for {target}: {megabytes(written)} written, {megabytes(free)} free; "
             "make room or choose another disk"
         )
-    return OutputError(f"{target} can't be written: {error.strerror or error}")
+    return OutputError(f"{target} can't be written: {error.strerror or error}; choose another place, "
+                       "or let this one be written")
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 0) -> None:
@@ -109,7 +112,8 @@ def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 
             raise OutputError(f"{target} is a folder with other files in it; choose another name")
         if not folder.is_dir():
             why = "is no folder" if folder.exists() else "does not exist"
-            raise OutputError(f"{target} can't be written: the folder {folder} {why}")
+            raise OutputError(f"{target} can't be written: the folder {folder} {why}; make it, or "
+                              "choose another place")
         probe = folder / f".{target.name}.{secrets.token_hex(4)}.tmp"
         probe.touch()
         probe.unlink()
@@ -167,6 +171,20 @@ def best_dtype(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+@contextmanager
+def attention_by(backend: str) -> Iterator[None]:
+    """Have attention's `auto` mean this back end, here and in processes that are begun inside."""
+    before = os.environ.get(ATTENTION_VARIABLE)
+    if backend != "auto":
+        os.environ[ATTENTION_VARIABLE] = backend
+    try:
+        yield
+    finally:
+        os.environ.pop(ATTENTION_VARIABLE, None)
+        if before is not None:
+            os.environ[ATTENTION_VARIABLE] = before
 
 
 def num_devices(device: torch.device) -> int:

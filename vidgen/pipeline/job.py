@@ -97,7 +97,10 @@ def remove_job(folder: Path) -> None:
 
 
 def job_facts(folder: Path) -> dict[str, Any]:
-    """How far a job is: output, stage, done, total, age_s, bytes, running; or its `problem`."""
+    """How far a job is: output, stage, done, total, age_s, bytes, running; or its `problem`.
+
+    Of a clip in windows, `window` is the number of the one that `done` of `total` steps are of.
+    """
     sizes = list(_stats(folder))
     facts: dict[str, Any] = {
         "output": str(folder).removesuffix(SUFFIX), "bytes": sum(s.st_size for s in sizes),
@@ -106,13 +109,13 @@ def job_facts(folder: Path) -> dict[str, Any]:
     }
     try:
         plan = read_job(folder)["recipe"]["plan"]
-        stage, done, total = _stage(folder, plan)
+        stage = _stage(folder, plan)
         told = {"prompt": plan["prompt"], "seed": plan["seed"]}
     except InputError as error:
         return facts | {"problem": str(error)}
     except (KeyError, TypeError) as error:
         return facts | {"problem": f"{folder} is damaged ({type(error).__name__}: {error})"}
-    return facts | {"stage": stage, "done": done, "total": total, **told}
+    return facts | stage | told
 
 
 def _stats(folder: Path) -> Iterator[os.stat_result]:
@@ -127,10 +130,11 @@ def progress_text(facts: Mapping[str, Any]) -> str:
     """How far a job is, for people: "sample, step 3 of 25"."""
     if "problem" in facts:
         return "damaged"
-    if facts["stage"] == "sample" and not facts["done"]:
+    if facts["stage"] == "sample" and not facts["done"] and "window" not in facts:
         return "sample, from the start"
     unit = "step" if facts["stage"] == "sample" else "frame"
-    return f"{facts['stage']}, {unit} {facts['done']} of {facts['total']}"
+    window = f" window {facts['window']}," if "window" in facts else ""
+    return f"{facts['stage']},{window} {unit} {facts['done']} of {facts['total']}"
 
 
 def _is_locked(folder: Path) -> bool:
@@ -142,16 +146,19 @@ def _is_locked(folder: Path) -> bool:
     return False
 
 
-def _stage(folder: Path, plan: Mapping[str, Any]) -> tuple[str, int, int]:
+def _stage(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     state = next((folder / name for name in (MADE, STATE) if (folder / name).is_file()), None)
-    if state is None:
-        return "sample", 0, plan["num_steps"]
-    facts = _read_facts(state)
+    facts = {} if state is None else _read_facts(state)
     if not facts.get("finished"):
-        return "sample", facts["step"], facts["num_steps"]
+        windows = kept_paths(folder, window_path)
+        until = _read_facts(windows[-1])["until"] if windows else 0
+        done = facts["step"] if facts.get("behind") == until else 0  # else of an earlier window
+        told = {"stage": "sample", "done": done,
+                "total": facts.get("num_steps", plan["num_steps"])}
+        return told | {"window": len(windows) + 1} if windows else told
     total = plan["kept_frames"] or facts["num_frames"]  # another family's length may be unsettled
     written = sum(_read_facts(path)["num_frames"] for path in kept_paths(folder, segment_path))
-    return "write", written, total - facts.get("num_shown", 0)
+    return {"stage": "write", "done": written, "total": total - facts.get("num_shown", 0)}
 
 
 def write_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:

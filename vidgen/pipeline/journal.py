@@ -210,7 +210,7 @@ class Journal:
             if heard is not None:
                 tensors["heard"] = heard[:, :, self._num_heard :]
                 self._num_heard = heard.shape[2]
-            self._save_state(tensors, {}, path)
+            self._save_state(tensors, {"until": done.shape[2]}, path)
             self.num_windows, self._num_done = self.num_windows + 1, done.shape[2]
 
     def keep_sound(self, samples: Samples, rate: int) -> None:
