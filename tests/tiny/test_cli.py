@@ -1,13 +1,19 @@
 """The command line on a tiny model, in this process; what needs processes of its own is in e2e."""
 
 import json
+import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
 
+from vidgen.cli.generate import BACKENDS
 from vidgen.cli.main import main
+from vidgen.core.runtime import ATTENTION_VARIABLE
 from vidgen.media.clip import Clip
+from vidgen.media.read import read_recipe
+from vidgen.ops import attention
 
 
 @pytest.fixture
@@ -228,3 +234,38 @@ def test_help_goes_to_stdout(cli, arguments):
 def test_no_verb_prints_help_and_fails(capsys):
     assert main([]) == 2
     assert "generate" in capsys.readouterr().out
+
+
+def test_an_attention_back_end_by_wish_is_in_the_recipe(cli, monkeypatch):
+    monkeypatch.delenv(ATTENTION_VARIABLE, raising=False)
+    assert get_args(attention.Backend) == BACKENDS
+    options = ("generate", "a cat", "--seed", 1, "--steps", 2)
+    for name, wanted in (("a.mp4", "sdpa"), ("b.mp4", "reference")):
+        assert cli(*options, "-o", name, "--attention", wanted)[0] == 0
+        assert read_recipe(name)["attention"] == wanted
+    assert ATTENTION_VARIABLE not in os.environ
+    assert cli(*options, "-o", "c.mp4")[0] == 0
+    assert read_recipe("c.mp4")["attention"] not in ("sdpa", "reference")
+
+
+@pytest.mark.filterwarnings("always:attention back end")
+def test_an_attention_back_end_that_cannot_be_used_is_replaced_or_refused(cli, monkeypatch):
+    attention._unusable.cache_clear()
+    monkeypatch.setattr(attention, "_xformers", _broken)
+    try:
+        attention._warn_once.cache_clear()
+        options = ("generate", "a cat", "--seed", 1, "--steps", 2, "--attention", "xformers")
+        code, _, err = cli(*options, "-o", "a.mp4")
+        assert code == 0
+        assert err.count("attention back end 'xformers' replaced: RuntimeError: no kernel") == 1
+        assert read_recipe("a.mp4")["attention"] != "xformers"
+        code, _, err = cli(*options, "-o", "b.mp4", "--strict")
+        assert code == 2
+        assert "attention back end 'xformers' can't be used: RuntimeError: no kernel" in err
+        assert not Path("b.mp4").exists()
+    finally:
+        attention._unusable.cache_clear()
+
+
+def _broken(*_tensors):
+    raise RuntimeError("no kernel")

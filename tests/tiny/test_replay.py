@@ -115,6 +115,17 @@ def test_every_kind_of_file_can_be_replayed(engine: Engine, replay: Replay, name
     assert result["path"] == name.replace("x", "x-again")
 
 
+def test_attention_is_computed_by_the_same_again(
+    engine: Engine, replay: Replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDGEN_ATTENTION", "reference")
+    engine.generate(PROMPT, seed=5).save("x.mp4")
+    monkeypatch.delenv("VIDGEN_ATTENTION")
+    code, result, err = replay("x.mp4", "-o", "again.mp4")
+    assert (code, err, result["differences"]) == (0, "", {})
+    assert result["identical"]
+
+
 def test_extended_clips_are_replayed_with_all_they_go_on_from(
     engine: Engine, replay: Replay
 ) -> None:

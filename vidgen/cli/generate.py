@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from vidgen.pipeline.journal import Journal
 
 DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
+BACKENDS = ("auto", "reference", "native", "blocked", "sdpa", "matmul", "xformers")
 _LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
-_NOT_OF_REQUEST = {"output", "overwrite", "resume", "preview", "json", "events", *_LOADING}
+_NOT_OF_REQUEST = {
+    "output", "overwrite", "resume", "preview", "attention", "json", "events", *_LOADING
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -80,10 +83,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--quantize", choices=("int8",), help="weights in 8 bits, for half the memory")
     add_tiles(parser)
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")
+    add("--attention", choices=BACKENDS, default="auto", help=(
+        "who computes attention; one that can't run here is replaced with a warning, or refused "
+        "with --strict; default %(default)s, the fastest at PyTorch's own error"))
     add_devices(parser)
     add("--preview", action="store_true",
         help="show the clip while it forms, as OUTPUT.preview.webp; it goes when the clip is done")
-    add("--strict", action="store_true", help="fail where a clip's checks find it faulty")
+    add("--strict", action="store_true",
+        help="fail where a clip's checks find it faulty, or --attention can't be had")
     add("--retry", type=int, default=0, metavar="N",
         help="while checks find faults, try up to N further seeds")
     add("--label", choices=("none", "visible"), default="none",

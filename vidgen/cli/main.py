@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
@@ -21,7 +22,7 @@ from vidgen import __version__
 from vidgen.cli.parser import Parser
 from vidgen.cli.report import Report, print_line
 from vidgen.core.errors import InputError, VidgenError, nearest
-from vidgen.core.runtime import given_rank
+from vidgen.core.runtime import attention_by, given_rank
 
 VERBS = {
     "generate": "a clip from a sentence, with pictures or a clip as conditions if you like",
@@ -97,6 +98,11 @@ def _run(verb: str, *arguments: str) -> int:
         raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
     module, parser = verb_parser(verb)
     args = parser.parse(arguments)
+    with attention_by(getattr(args, "attention", "auto")):
+        return _call(module, verb, args)
+
+
+def _call(module: ModuleType, verb: str, args: Namespace) -> int:
     if verb in ("generate", "extend") and (given_rank() or (0,))[0]:
         from vidgen.pipeline.crew_member import join_torchrun
 

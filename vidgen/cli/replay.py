@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Restore, check, generate, write, compare."""
-    from vidgen.core.runtime import check_output
+    from vidgen.core.runtime import attention_by, check_output
     from vidgen.media.read import read_recipe
     from vidgen.media.write import check_format
 
@@ -58,7 +58,8 @@ def run(args: Namespace, report: Report) -> int:
     check_format(output, kept if is_length_kept and isinstance(kept, int) else None)
     check_output(output, overwrite=args.overwrite or args.resume)
     (journal,) = journals_of_outputs([output], args, report)
-    with told_how_to_go_on([journal], report):
+    attention = recipe.get("attention")
+    with told_how_to_go_on([journal], report), attention_by(str(attention or "auto")):
         _make(recipe, output, journal, changes, args, report)
     _tell(output, args.file, changes, report)
     return 0

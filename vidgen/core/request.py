@@ -98,7 +98,8 @@ class Request:
         say: (seconds, text) pairs that are spoken, or texts that follow each other; `@FILE` is
             speech in a file.
         voice: one of espeak-ng's, such as "en-gb", or the file of a Kokoro voice.
-        strict: refuse a clip that its checks find faulty.
+        strict: refuse a clip that its checks find faulty, and an attention back end that was
+            asked for but can't be used.
         retry: how many further seeds to try while the checks find faults.
         label: "visible" burns a label into the first 2 seconds; "none" only marks the file.
         aigc: names the content's producer in the metadata field of GB 45438-2025.

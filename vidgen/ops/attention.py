@@ -16,12 +16,13 @@ than that; elsewhere it has to be asked for.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from vidgen.core.errors import InputError
+from vidgen.core.runtime import ATTENTION_VARIABLE
 from vidgen.ops import native
 
 Backend = Literal["auto", "reference", "native", "blocked", "sdpa", "matmul", "xformers"]
@@ -71,6 +73,7 @@ def attention(
 
 def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
     """Who computes attention where nothing is compiled; warns where it isn't the one asked for."""
+    backend = asked_backend() if backend == "auto" else backend
     if backend != "auto":
         reason = _unusable(backend, device, dtype)
         if reason is None:
@@ -81,6 +84,11 @@ def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> 
     if device.type == "cpu" and dtype in native.known_dtypes():
         return "native"
     return _without_kernels(device, dtype)
+
+
+def asked_backend() -> Backend:
+    """The back end that the environment names for the whole process, or `auto`."""
+    return cast(Backend, os.environ.get(ATTENTION_VARIABLE) or "auto")
 
 
 def _without_kernels(device: torch.device, dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen import __version__
 from vidgen.core.request import Request
 from vidgen.core.runtime import fingerprint
-from vidgen.ops.attention import used_backend
+from vidgen.ops.attention import asked_backend, used_backend
 from vidgen.pipeline.experts import NO_LORAS, Loras, hashes_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import DTYPES
@@ -100,6 +100,8 @@ def identity(request: Request, **loading: Any) -> str:
         "loras": [[hashes_of(choice.path), choice.weight, choice.expert]
                   for choice in map(parse_option, request.lora)],
     }
+    if asked_backend() != "auto":
+        facts["attention"] = asked_backend()
     if request.expand is not None:
         facts["expand"] = LanguageModel(request.expand).sha256
     for option in ("first_frame_model", "audio_model"):

@@ -36,6 +36,7 @@ from vidgen.media.manifest import Signing
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
 from vidgen.media.write import ClipInfo
+from vidgen.ops.attention import asked_backend, require_backend
 from vidgen.pipeline.crew import start_crew
 from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
 from vidgen.pipeline.extend import Sample, long_clip
@@ -166,6 +167,8 @@ class Engine(OpenedModel):
         track = make_soundtrack(request, first.kept_frames, first.fps, self,
                                 has_sound=TASK in self.folder.tasks)
         made = preflight(self, first, request)
+        if request.strict:
+            require_backend(asked_backend(), self.device, DTYPES[self.dtype])
         if on_estimate is not None:
             on_estimate(made)
         first = replace(first, tiles=made.setup.tiles)
