@@ -88,8 +88,9 @@ def write_error(target: Path, error: OSError, partial: Path | None = None) -> Ou
             f"no space left for {target}: {megabytes(written)} written, {megabytes(free)} free; "
             "make room or choose another disk"
         )
-    return OutputError(f"{target} can't be written: {error.strerror or error}; choose another place, "
-                       "or let this one be written")
+    reason = error.strerror or error
+    return OutputError(f"{target} can't be written: {reason}; choose another place, or let this "
+                       "one be written")
 
 
 def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 0) -> None:
