@@ -159,17 +159,20 @@ def test_a_first_frame_by_file_and_by_data_url(served, client):
         assert recipe["inputs"][0]["option"] == "image"
 
 
-def test_an_adapter_is_for_its_own_request_alone(served, tmp_path):
+def test_an_adapter_is_for_its_own_request_alone(served, client, tmp_path):
     assert served.http.get("/v1/models/tiny").json()["loras"] == ["style"]
-    frames = []
-    for fields in ({}, {"lora": [{"name": "style", "scale": 2}]}, {}):
-        made = served.finished(served.create("a red car", seed=4, **fields)["id"])
+    style, frames = {"lora": [{"name": "style", "scale": 2}]}, []
+    ids = [served.create("a red car", seed=4, **fields)["id"] for fields in ({}, style, {})]
+    ids.append(client.videos.create(prompt="a red car", extra_body={"seed": 4, **style}).id)
+    for video_id, count in zip(ids, (0, 1, 0, 1), strict=True):
+        made = served.finished(video_id)
         assert made["status"] == "completed", made
-        path = f"/v1/videos/{made['id']}"
+        path = f"/v1/videos/{video_id}"
         (tmp_path / "x.mp4").write_bytes(served.http.get(f"{path}/content").content)
         frames.append(Clip.from_file(tmp_path / "x.mp4").frames)
-        assert len(served.http.get(f"{path}/recipe").json()["loras"]) == len(fields)
+        assert len(served.http.get(f"{path}/recipe").json()["loras"]) == count
     assert np.array_equal(frames[0], frames[2])
+    assert np.array_equal(frames[1], frames[3]), "as the client sends it in multipart"
     assert not np.array_equal(frames[0], frames[1])
 
 
@@ -237,7 +240,7 @@ def test_addresses_that_are_no_utf_8(served):
     assert key.json()["error"]["code"] == "missing_parameter"
     file = {"script": ("film.yaml", b"shots: [{prompt: \xff}]")}
     told = refused(served, 400, "invalid_request", path="/v1/films", files=file)
-    assert told.startswith("script script.yaml can't be read as text: 'utf-8'")
+    assert told.startswith("script script.yaml can't be read as text")
 
 
 def test_bad_bodies(served):
@@ -346,13 +349,14 @@ def test_idempotency_and_the_clients_own_retries(served):
 
 def test_progress_previews_and_the_end_as_events(served):
     job = served.create("a red car", num_inference_steps=20, num_frames=9)
-    names, steps, last = [], [], {}
+    names, steps, left, last = [], [], [], {}
     for name, data in served.events(f"/v1/videos/{job['id']}/events"):
         names.append(name)
         last = data
         assert data["id"] == job["id"]
         if name == "progress" and data["step"]:
             steps.append(data["step"])
+            left += [data["eta_s"]] * (data["eta_s"] is not None)
         if name == "preview":
             assert base64.b64decode(data["image"].partition(",")[2])[8:12] == b"WEBP"
     assert names[0] == "status"
@@ -360,6 +364,8 @@ def test_progress_previews_and_the_end_as_events(served):
     assert "preview" in names
     assert steps == sorted(steps)
     assert len(steps) >= 15
+    assert len(left) >= 10
+    assert left[0] >= left[-1] >= 0
     assert last["status"] == "completed"
     again = list(served.events(f"/v1/videos/{job['id']}/events"))
     assert [name for name, _ in again] == ["status"]
@@ -483,6 +489,19 @@ def test_scripts_that_reach_too_far(served, script, told):
     message = refused(served, 400, "invalid_request", json={"script": script}, path="/v1/films")
     assert told in message
     assert str(served.data) not in message
+
+
+def test_films_keep_to_the_limits_of_clips(served):
+    def told(script, *files):
+        sent = [("script", ("film.yaml", script.encode())), *(("files", each) for each in files)]
+        return refused(served, 400, "invalid_request", path="/v1/films/check", files=sent)
+
+    assert "steps of shot one" in told("shots: [{id: one, prompt: x, frames: 9, steps: 201}]")
+    assert "frames of shot one" in told("shots: [{id: one, prompt: x, frames: 1009}]")
+    assert "pixels of file a.png" in told(
+        "shots: [{prompt: x, frames: 9, first_frame: a.png}]", ("a.png", png(30_000, 1_000)))
+    assert "shots, takes counted" in told(
+        "shots: [{prompt: x, takes: 100}, {prompt: y, takes: 100}, {prompt: z}]")
 
 
 def test_a_script_is_checked_without_a_film(served):

@@ -66,6 +66,36 @@ def test_killed_while_it_denoises_it_goes_on_there(served, tmp_path):
     assert actions == ["completed", "resumed", "started", "created"]
 
 
+def test_a_film_killed_goes_on_in_the_shot_at_work(served, tmp_path):
+    shots = [{"id": "one", "prompt": "a cat", "frames": 9, "steps": 2},
+             {"id": "two", "prompt": "a red car", "frames": 17, "steps": 200}]
+    film = served.http.post("/v1/films", json={"script": {"shots": shots}}).json()
+    kept = served.data / "films" / film["id"]
+    for name, data in served.events(f"/v1/films/{film['id']}/events"):
+        if name == "progress" and data["shot"] == "two" and (data["step"] or 0) >= 60 and (
+            any(kept.rglob("state.safetensors"))
+        ):
+            break
+    children = served.children()
+    served.kill()
+    wait_for(lambda: not any(map(is_alive, children.values())))
+    served.start()
+    again = next(data for name, data in served.events(f"/v1/films/{film['id']}/events")
+                 if name == "progress" and data["step"])
+    assert again["shot"] == "two", "the first is there"
+    assert again["step"] > 5
+    done = served.finished(film["id"])
+    assert (done["status"], done["resumed"]) == ("completed", 1), done
+    straight = served.http.post("/v1/films", json={"script": {"shots": shots}}).json()
+    assert served.finished(straight["id"])["resumed"] == 0
+    made = []
+    for each in (film, straight):
+        (tmp_path / "x.mp4").write_bytes(
+            served.http.get(f"/v1/films/{each['id']}/content").content)
+        made.append(Clip.from_file(tmp_path / "x.mp4").frames)
+    assert np.array_equal(*made)
+
+
 def test_told_to_stop_it_puts_the_job_by(served):
     job = served.create(**LONG)
     wait_for(is_at_step(served, job, 20))

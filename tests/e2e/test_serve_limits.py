@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def test_keys_paces_quotas_and_policies(tiny_model, tmp_path, capsys, monkeypatc
         for path in ("/metrics", "/v1/models", "/v1/audit", f"/v1/videos/{first['id']}/content"):
             assert served.http.get(path, headers={"Authorization": ""}).status_code == 401
         assert served.http.get("/health", headers={"Authorization": ""}).status_code == 200
+        counted = 'vidgen_requests_refused_total{code="invalid_api_key"} 9.0'
+        assert counted in served.http.get("/metrics").text
 
         pending = served.http.post("/v1/videos", json={"prompt": "x"})
         if pending.status_code == 200:  # the first was done already
@@ -90,6 +93,31 @@ def test_old_clips_go_and_addresses_are_judged(tiny_model, tmp_path):
         assert served.http.get(f"/v1/videos/{job['id']}").status_code == 404
 
 
+def test_a_key_has_so_many_requests_under_way(tiny_model, tmp_path, capsys):
+    data = tmp_path / "data"
+    ann, bob = drawn(data, "ann", capsys), drawn(data, "bob", capsys)
+    with Served(tiny_model, data, "--at-once", "3", key=ann) as served, ExitStack() as streams:
+        heard = []  # kept, as a stream that nobody reads from is closed
+        for _ in range(3):
+            opened = streams.enter_context(served.http.stream("GET", "/v1/events"))
+            heard.append(opened.iter_lines())
+            assert next(heard[-1]).startswith("retry")
+        more = served.http.get("/v1/videos")
+        assert (more.status_code, more.json()["error"]["code"]) == (429, "too_many_requests")
+        assert more.headers["retry-after"] == "1"
+        other = {"Authorization": f"Bearer {bob}"}
+        assert served.http.get("/v1/videos", headers=other).status_code == 200
+        streams.close()
+        wait_for(lambda: served.http.get("/v1/videos").status_code == 200)
+
+
+def test_the_embedded_model_is_served_with_its_page(tmp_path):
+    with Served(Path("toybox"), tmp_path / "data") as served:
+        assert "<title>vidgen studio</title>" in served.http.get("/").text
+        made = served.finished(served.create(num_frames=5, num_inference_steps=2)["id"])
+        assert (made["status"], made["model"], made["size"]) == ("completed", "toybox", "128x128")
+
+
 @pytest.mark.skipif(not faults.can_mount(), reason="needs a mount of its own")
 def test_a_full_disk_is_told_and_gets_over(tiny_model, tmp_path):
     data = tmp_path / "data"
@@ -122,6 +150,9 @@ def test_a_full_disk_is_told_and_gets_over(tiny_model, tmp_path):
     (["--port", "99999"], "65535"),
     (["--model", "nowhere"], "nowhere"),
     (["--keep-hours", "-1"], "above 0"),
+    (["--quota-gb", "inf"], "quota-gb is inf"),
+    (["--upload-mb", "nan"], "upload-mb is nan"),
+    (["--drain-seconds", "-1"], "from 0"),
     (["--loras", "nowhere"], "no folder"),
 ])
 def test_wrong_usage_leaves_with_2(tmp_path, options, told):

@@ -7,12 +7,14 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from tests.services import wait_for
-from vidgen.server import scheduler
+from vidgen.server import guard, scheduler
+from vidgen.server.app import make_app
 from vidgen.server.judging import Refusal
-from vidgen.server.service import Call, Service
+from vidgen.server.service import JUDGED_AT_ONCE, Call, Service
 from vidgen.server.settings import Limits, Settings
 
 LONG = {"prompt": "a red car", "num_inference_steps": 200, "num_frames": 33}
@@ -58,6 +60,55 @@ def test_who_waits_hears_that_others_leave_the_queue(service):
     assert place["eta_s"] > 0
     for job in (waiting, running):
         service.scheduler.cancel(job)
+
+
+@pytest.mark.parametrize("how", ["cancel", "delete"])
+def test_no_step_follows_the_one_that_a_job_is_ended_in(service, monkeypatch, how):
+    job = service.video({**LONG, "size": "192x192"}, ANN)
+    wait_for(lambda: (seen(service, job)["step"] or 0) > 1)
+    told = []
+    monkeypatch.setattr(service.scheduler, "_on_progress",
+                        lambda _, message: told.append(message["done"]))
+    getattr(service.scheduler, how)(service.jobs.get(job.id))
+    wait_for(lambda: service.scheduler.state == "ready")
+    assert len(told) <= 1, "the one that was told while the word was on its way"
+
+
+def test_while_many_are_judged_others_are_answered(service):
+    async def ask():
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost",
+                                     timeout=60) as client:
+            wrong = {"prompt": "x", "num_frames": 8}
+            asked = [asyncio.create_task(client.post("/v1/videos", json=wrong)) for _ in range(60)]
+            while len(service.judge._open) < JUDGED_AT_ONCE:
+                await asyncio.sleep(0.05)
+            listed = await client.get("/v1/videos")
+            assert not any(task.done() for task in asked)
+            os.kill(child.pid, signal.SIGCONT)
+            return listed, await asyncio.gather(*asked)
+
+    wait_for(lambda: service.judge._is_ready)
+    child = service.judge._child.process
+    os.kill(child.pid, signal.SIGSTOP)
+    listed, answers = asyncio.run(asyncio.wait_for(ask(), 100))
+    assert listed.status_code == 200
+    assert {answer.status_code for answer in answers} == {400}
+
+
+def test_more_requests_than_can_be_answered_are_told_so(service, monkeypatch):
+    async def answers(*paths):
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return [await client.get(path) for path in paths]
+
+    monkeypatch.setattr(guard, "MAX_REQUESTS", 0)
+    refused, probe = asyncio.run(answers("/v1/models", "/health"))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+    assert refused.headers["retry-after"] == "1"
+    assert probe.status_code == 200
+    monkeypatch.undo()
+    assert asyncio.run(answers("/v1/models"))[0].status_code == 200
 
 
 def test_a_process_that_hangs_is_ended_and_the_job_that_took_it_fails(service, monkeypatch):

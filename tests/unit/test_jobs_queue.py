@@ -151,6 +151,16 @@ def test_what_is_old_or_too_much_goes(jobs):
     assert jobs.outdated(1000) == [made[0].id]
 
 
+def test_a_key_that_takes_much_drives_out_its_own_alone(jobs):
+    made = []
+    for owner in ("bob", "ann", "ann", "ann"):
+        add(jobs, owner=owner)
+        made.append(jobs.claim())
+        finish(jobs, made[-1])
+    assert jobs.outdated(1000, 25) == [made[1].id]
+    assert jobs.outdated(1000) == []
+
+
 def test_the_clock_neither_jumps_nor_runs_backwards(monkeypatch):
     clock = ServiceClock(not_before=time.time() + 1000)
     began = clock()

@@ -6,15 +6,18 @@ import http.server
 import json
 import logging
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from vidgen.core.errors import InputError
 from vidgen.server.asks import parse
+from vidgen.server.body import _nested
 from vidgen.server.errors import ApiError, from_vidgen, param_of
 from vidgen.server.fetch import fetch, is_public
-from vidgen.server.keys import Keys, Pace
+from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.logs import JsonFormatter
 from vidgen.server.schema import VideoAsk
 from vidgen.server.service import fingerprint
@@ -40,6 +43,9 @@ def test_keys_are_kept_as_hashes(tmp_path):
     assert keys.owner(key) is None
     with pytest.raises(InputError, match="known: bob"):
         keys.revoke("ann")
+    assert keys.are_used
+    keys.revoke("bob")
+    assert keys.are_used, "the last key gone, nobody is let in"
     for name in ("", "a b", "local", "x" * 65):
         with pytest.raises(InputError, match="no name"):
             keys.draw(name)
@@ -57,6 +63,15 @@ def test_a_pace_lets_bursts_through_and_fills_up_again():
     now[0] = 20.0
     assert pace.take("ann") == 0
     assert pace.take("ann") > 0
+
+
+def test_a_crowd_is_of_each_owner():
+    crowd = Crowd(2)
+    assert [crowd.enter("ann") for _ in range(3)] == [True, True, False]
+    assert crowd.enter("bob")
+    crowd.leave("ann")
+    assert crowd.enter("ann")
+    assert not crowd.enter("ann")
 
 
 @pytest.mark.parametrize("address", [
@@ -82,8 +97,17 @@ class _Answers(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "/round")
         else:
-            self.send_response(200 if self.path == "/a.png" else 404)
+            self.send_response(200 if self.path in ("/a.png", "/cut", "/slow") else 404)
+        if self.path == "/cut":
+            self.send_header("Content-Length", "1000")
         self.end_headers()
+        if self.path == "/cut":
+            self.wfile.write(b"x" * 999)
+        if self.path == "/slow":
+            with suppress(OSError):
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
         if self.path == "/a.png":
             self.wfile.write(b"x" * 1000)
 
@@ -99,7 +123,7 @@ def site():
     server.shutdown()
 
 
-def test_what_is_fetched_and_what_is_not(site):
+def test_what_is_fetched_and_what_is_not(site, monkeypatch):
     def here(address: str) -> bool:
         return address == "127.0.0.1"
 
@@ -108,6 +132,11 @@ def test_what_is_fetched_and_what_is_not(site):
                        ("/moved", "doesn't answer|doesn't look in")):
         with pytest.raises(InputError, match=told):
             fetch(site + path, 999, allowed=here)
+    with pytest.raises(InputError, match="can't be read"):
+        fetch(f"{site}/cut", 1000, allowed=here)
+    monkeypatch.setattr("vidgen.server.fetch.WHOLE_S", 0.5)
+    with pytest.raises(InputError, match=r"more than 0\.5 s"):
+        fetch(f"{site}/slow", 1000, allowed=here)
     with pytest.raises(InputError, match="doesn't look in"):
         fetch(f"{site}/a.png", 1000)
     for url in ("file:///etc/passwd", "ftp://example.org/", "http://", "http://[", "gopher://x",
@@ -146,8 +175,30 @@ def test_values_may_be_strings_and_errors_name_the_field():
     with pytest.raises(ApiError, match="did you mean 'seconds'") as error:
         parse(VideoAsk, {"prompt": "x", "secnods": 1})
     assert error.value.body()["error"]["param"] == "secnods"
+    with pytest.raises(ApiError, match="such as 832x480"):
+        parse(VideoAsk, {"prompt": "x", "size": "wide"})
     assert param_of("steps is 0; give a whole number") == "num_inference_steps"
     assert from_vidgen(InputError("seconds is 0, less than a frame")).param == "seconds"
+
+
+def test_names_in_brackets_say_where_fields_belong():
+    pairs = [("video[id]", "v"), ("lora[][name]", "a"), ("lora[][name]", "b"),
+             ("lora[][scale]", "1"), ("lora[][scale]", "2"), ("say[]", "one"), ("say[]", "two"),
+             ("files", "x"), ("files", "y"), ("prompt", "z")]
+    assert _nested(pairs) == {
+        "video": {"id": "v"}, "say": ["one", "two"], "files": ["x", "y"], "prompt": "z",
+        "lora": [{"name": "a", "scale": "1"}, {"name": "b", "scale": "2"}]}
+    one_by_one = [pairs[index] for index in (1, 3, 2, 4)]
+    assert _nested(one_by_one) == {"lora": _nested(pairs)["lora"]}
+    for wrong, told in (
+        ([("lora[][name]", "a"), ("lora[][name]", "b"), ("lora[][scale]", "2")], "the same"),
+        ([("say[][]", "0"), ("say[][]", "hello")], "as JSON"),
+        ([("a", "1"), ("a", "2")], "twice"), ([("a", "1"), ("a[]", "2")], "twice"),
+        ([("a[b]", "1"), ("a[b]", "2")], "twice"), ([("a[]", "1"), ("a[b]", "2")], "twice"),
+        ([("a[]", "1"), ("a", "2")], "twice"), ([("[]", "1")], "no field's name"),
+    ):
+        with pytest.raises(ApiError, match=told):
+            _nested(wrong)
 
 
 def test_requests_are_equal_by_their_content():
@@ -163,6 +214,7 @@ def test_logs_are_json_lines_without_secrets():
 
 
 def test_settings_out_of_range(tmp_path):
-    for wrong in ({"port": 70_000}, {"keep_s": 0.0}, {"loras": Path("nowhere")}):
+    for wrong in ({"port": 70_000}, {"keep_s": 0.0}, {"key_quota_bytes": 0},
+                  {"loras": Path("nowhere")}):
         with pytest.raises(InputError):
             Settings(tmp_path, **wrong)

@@ -19,6 +19,9 @@ DESCRIPTION = (
     "job finish, or puts it by."
 )
 _MB, _GB, _HOUR_S = 1 << 20, 1 << 30, 3600.0
+_AMOUNTS = ("keep_hours", "quota_gb", "key_quota_gb", "reserve_mb", "upload_mb", "per_minute",
+            "at_once", "pending", "drain_seconds")
+_MOST = 1e9
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -38,12 +41,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="how long finished clips are kept; default %(default)s")
     add("--quota-gb", type=float, default=20.0, metavar="GB",
         help="that they may take together; the oldest go first; default %(default)s")
+    add("--key-quota-gb", type=float, metavar="GB",
+        help="that the clips of one key may take; default no less than all")
     add("--reserve-mb", type=float, default=200.0, metavar="MB",
         help="free space on the disk below which nothing new is taken; default %(default)s")
     add("--upload-mb", type=float, default=64.0, metavar="MB",
         help="the largest request; default %(default)s")
     add("--per-minute", type=int, default=120, metavar="N",
         help="requests of one key that may begin jobs; default %(default)s")
+    add("--at-once", type=int, default=100, metavar="N",
+        help="requests of one key under way at a time, streams of events among them; default "
+        "%(default)s")
     add("--pending", type=int, default=100, metavar="N",
         help="unfinished jobs of one key; default %(default)s")
     add("--drain-seconds", type=float, default=20.0, metavar="S",
@@ -72,17 +80,22 @@ def run(args: Namespace, report: Report) -> int:
 def _settings(args: Namespace) -> Settings:
     from vidgen.server.settings import Limits, Settings, default_data
 
-    for name in ("upload_mb", "per_minute", "pending"):
+    for name in _AMOUNTS:
         value = getattr(args, name)
-        if not value > 0:
-            raise InputError(f"{name.replace('_', '-')} is {value}; give a number above 0")
+        may_be_0 = name in ("reserve_mb", "drain_seconds")
+        if value is not None and not (0 < value <= _MOST or (may_be_0 and value == 0)):
+            least = "from 0" if may_be_0 else "above 0"
+            raise InputError(f"{name.replace('_', '-')} is {value:g}; give a number {least} and up "
+                             f"to {_MOST:g}")
     limits = replace(Limits(), upload_bytes=int(args.upload_mb * _MB), pending=args.pending,
-                     per_minute=args.per_minute)
+                     per_minute=args.per_minute, at_once=args.at_once)
     return Settings(
         data=(Path(args.data) if args.data else default_data()).resolve(), model=args.model,
         host=args.host, port=args.port, loras=Path(args.loras) if args.loras else None,
         fetch=args.fetch, keep_s=args.keep_hours * _HOUR_S,
-        quota_bytes=int(args.quota_gb * _GB), reserve_bytes=int(args.reserve_mb * _MB),
+        quota_bytes=int(args.quota_gb * _GB),
+        key_quota_bytes=None if args.key_quota_gb is None else int(args.key_quota_gb * _GB),
+        reserve_bytes=int(args.reserve_mb * _MB),
         drain_s=args.drain_seconds, limits=limits,
     )
 

@@ -41,20 +41,23 @@ def owner_of(request: Request) -> str | None:
 
 def key_required(service: Service) -> bool:
     """Whether nobody may ask without a key."""
-    return not service.settings.is_loopback or bool(service.keys.all())
+    return not service.settings.is_loopback or service.keys.are_used
 
 
 def authenticate(request: Request) -> str:
-    """The owner.
+    """The owner, who is in the service's crowd until the guard has seen the request's end.
 
     Raises:
-        ApiError: without a key.
+        ApiError: without a key, or while too many requests of the owner's are under way.
     """
     owner = owner_of(request)
     if owner is None:
-        service_of(request).metrics.refused.labels("invalid_api_key").inc()
         raise ApiError(401, "invalid_api_key", "no key was given, or one that isn't known; send "
                        "Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"})
+    if not service_of(request).crowd.enter(owner):
+        most = service_of(request).settings.limits.at_once
+        raise ApiError(429, "too_many_requests", f"{most} requests of this key are under way; end "
+                       "one, such as a stream of events, or wait", headers={"Retry-After": "1"})
     request.state.owner = owner
     return owner
 
@@ -78,7 +81,6 @@ def begin(
                        headers={"Retry-After": "5"})
     early_s = service.pace.take(owner)
     if early_s > 0:
-        service.metrics.refused.labels("rate_limit_exceeded").inc()
         text = (f"{service.settings.limits.per_minute} requests a minute may begin jobs; ask again "
                 f"in {early_s:.1f} s")
         raise ApiError(429, "rate_limit_exceeded", text,

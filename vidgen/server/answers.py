@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio.to_thread
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
@@ -16,6 +17,7 @@ from vidgen.server.errors import ApiError
 from vidgen.server.job import Job, Kind
 from vidgen.server.layout import content_of
 
+Answer = TypeVar("Answer")
 MAX_PAGE = 100
 POLL_MS = 1000
 FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -41,9 +43,14 @@ class JobFile(FileResponse):
         await super().__call__(scope, receive, send_unless_refused)
 
 
+async def judged(request: Request, work: Callable[[], Answer]) -> Answer:
+    """Do what waits for the process that judges, in threads of its own: others go on meanwhile."""
+    return await anyio.to_thread.run_sync(work, limiter=service_of(request).judged_at_once)
+
+
 async def queued(request: Request, make: Callable[[], Job]) -> dict[str, Any]:
     """Have a job queued, and show it."""
-    job = await run_in_threadpool(make)
+    job = await judged(request, make)
     return await run_in_threadpool(service_of(request).scheduler.view, job)
 
 

@@ -27,7 +27,7 @@ MAX_FIELDS, MAX_FIELD_BYTES = 100, 1 << 20
 MAX_DEPTH = 100
 PATIENCE_S = 60.0
 """For the next bytes of a body."""
-_BRACKETS = re.compile(r"([^\[\]]+)(?:\[([^\[\]]*)\])?")
+_BRACKETS = re.compile(r"([^\[\]]+)(\[\])?(?:\[([^\[\]]+)\])?")
 
 
 @dataclass(frozen=True)
@@ -219,25 +219,56 @@ def _text(content: bytes, what: str) -> str:
 
 
 def _nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Fields whose names say where they belong: `video[id]` and `lora[]`."""
+    """Fields whose names say where they belong: `video[id]`, `lora[]` and `lora[][name]`."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         match = _BRACKETS.fullmatch(name)
         if match is None:
-            raise ApiError(400, "malformed_body", f"{name[:80]!r} is no field's name", name[:80])
-        top, inner = match[1], match[2]
-        if inner is None and top not in fields:
-            fields[top] = value
-        elif inner and isinstance(fields.setdefault(top, {}), dict) and inner not in fields[top]:
-            fields[top][inner] = value
-        elif inner == "" and isinstance(fields.setdefault(top, []), list):
-            fields[top].append(value)
-        elif inner is None and top == "files":  # the one that may be given several times
-            before = fields[top]
-            fields[top] = [*before, value] if isinstance(before, list) else [before, value]
-        else:
+            raise ApiError(400, "malformed_body", f"{name[:80]!r} is no field's name; send what is "
+                           "nested deeper as JSON in the text of one field", name[:80])
+        if not _place(fields, match[1], bool(match[2]), match[3], value):
             raise ApiError(400, "malformed_body", f"the field {name!r} stands there twice", name)
+    for name, rows in fields.items():
+        kinds = {frozenset(each) for each in rows if isinstance(each, dict)} if isinstance(
+            rows, list) else ()
+        if len(kinds) > 1:  # so it isn't known which belongs to which
+            raise ApiError(400, "malformed_body", f"{name} lists objects with different fields; "
+                           "give all of them the same, or send JSON in the field's text", name)
     return fields
+
+
+def _place(fields: dict[str, Any], name: str, is_list: bool, key: str | None, value: Any) -> bool:
+    """Put a value where it belongs; False where something else stands there.
+
+    A list's objects come field by field, of all of them at a time or one by one: `lora[][name]`
+    belongs to the first that has no name yet.
+    """
+    if is_list:
+        rows = fields.setdefault(name, [])
+        if not isinstance(rows, list):
+            return False
+        row = next((each for each in rows if isinstance(each, dict) and key not in each), None)
+        if key is None:
+            rows.append(value)
+        elif row is None:
+            rows.append({key: value})
+        else:
+            row[key] = value
+        return True
+    if key is not None:
+        inner = fields.setdefault(name, {})
+        if not isinstance(inner, dict) or key in inner:
+            return False
+        inner[key] = value
+        return True
+    if name not in fields:
+        fields[name] = value
+        return True
+    if name != "files":  # the one that may be given several times
+        return False
+    before = fields[name]
+    fields[name] = [*(before if isinstance(before, list) else [before]), value]
+    return True
 
 
 def write_upload(content: bytes, name: str, uploads: Path) -> Upload:

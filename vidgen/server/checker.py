@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.errors import InputError, VidgenError
 from vidgen.server.link import Message, Parent, TellingHandler
 from vidgen.server.settings import Limits
+from vidgen.server.sniff import is_font, sniff
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -108,6 +109,7 @@ class Checker:
         from vidgen.story.edit import make_edit
         from vidgen.story.plan import estimates, unknown_words
 
+        self._check_beside(Path(path))
         film = plan_confined(Path(path), self.folder, draft=draft, dtype=self.dtype)
         takes = sum(len(plan.takes) for plan in film.shots.values())
         self._at_most("shots, takes counted,", takes, self.limits.shots)
@@ -115,9 +117,11 @@ class Checker:
         parts = [(plan, take, index) for plan in film.shots.values() for take in plan.takes
                  for index in range(len(take.parts))]
         for plan, take, index in parts:
-            num_frames = take.parts[index].num_frames
-            self._at_most(f"frames of shot {plan.shot.id}", plan.num_frames, self.limits.frames)
-            self._enforce(film.request(plan.shot, take.seed, index, num_frames))
+            name, num_frames = plan.shot.id, take.parts[index].num_frames
+            request = film.request(plan.shot, take.seed, index, num_frames)
+            self._at_most(f"frames of shot {name}", plan.num_frames, self.limits.frames)
+            self._at_most(f"steps of shot {name}", request.steps or 0, self.limits.steps)
+            self._enforce(request)
         made = estimates(film, parts, self.device, None, self.dtype)
         edit = make_edit(film, film.in_film, Path(path).with_name(FILM))
         words = unknown_words(film, list(film.shots.values()))
@@ -132,25 +136,43 @@ class Checker:
 
     def _check_files(self, folder: Path, options: dict[str, Any]) -> None:
         """Judge what came in by its head alone, before anything of it is decoded."""
-        from PIL import Image
-
         from vidgen.core.request import NO_AUDIO, OWN_AUDIO
-        from vidgen.media.read import decoding, probe
 
-        limits = self.limits
         for name in ("image", "last_image", "mask"):
             if options.get(name) is not None:
-                with decoding(name, "save it again"), Image.open(folder / options[name]) as image:
-                    self._at_most(f"pixels of {name}", image.width * image.height,
-                                  limits.input_pixels)
+                self._check_picture(name, folder / options[name])
         for name in ("video", "prefix", "audio"):
             if options.get(name) not in (None, NO_AUDIO, OWN_AUDIO):
-                facts = probe(folder / options[name])
-                for stream in facts["streams"]:
-                    area = stream.get("width", 0) * stream.get("height", 0)
-                    self._at_most(f"pixels of {name}", area, limits.input_pixels)
-                self._at_most(f"seconds of {name}", facts.get("duration_s") or 0.0,
-                              limits.input_seconds)
+                self._check_streams(name, folder / options[name])
+
+    def _check_beside(self, script: Path) -> None:
+        """Judge what came with a script in the same way."""
+        for path in sorted(script.parent.iterdir()):
+            if path.stem == script.stem or is_font(path):
+                continue
+            name = f"file {path.name}"
+            medium, _ = sniff(path, name, "picture", "video", "sound")
+            check = self._check_picture if medium == "picture" else self._check_streams
+            check(name, path)
+
+    def _check_picture(self, name: str, path: Path) -> None:
+        from PIL import Image
+
+        from vidgen.media.read import decoding
+
+        with decoding(name, "save it again"), Image.open(path) as image:
+            self._at_most(f"pixels of {name}", image.width * image.height,
+                          self.limits.input_pixels)
+
+    def _check_streams(self, name: str, path: Path) -> None:
+        from vidgen.media.read import probe
+
+        facts = probe(path)
+        for stream in facts["streams"]:
+            area = stream.get("width", 0) * stream.get("height", 0)
+            self._at_most(f"pixels of {name}", area, self.limits.input_pixels)
+        self._at_most(f"seconds of {name}", facts.get("duration_s") or 0.0,
+                      self.limits.input_seconds)
 
     def _check_plan(self, plan: Plan) -> None:
         self._at_most("pixels", plan.width * plan.height, self.limits.pixels)
@@ -168,7 +190,7 @@ class Checker:
     @staticmethod
     def _at_most(what: str, value: float, limit: float) -> None:
         if value > limit:
-            raise InputError(f"{value:g} {what} are asked for; this service takes {limit:g}")
+            raise InputError(f"{value:,.9g} {what} are asked for; this service takes {limit:,.9g}")
 
 
 class Refused(InputError):

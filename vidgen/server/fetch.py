@@ -10,8 +10,10 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from urllib.parse import urljoin, urlsplit
 
 from vidgen.core.errors import InputError
@@ -66,6 +68,8 @@ def _get(url: str, max_bytes: int, allowed: Allowed, until: float) -> tuple[byte
         raise InputError("the address must be http or https, without a user; give such a one")
     connection = _connect(parts.scheme, host, port or (443 if parts.scheme == "https" else 80),
                           allowed)
+    watchdog = threading.Timer(until - time.monotonic(), _cut, [connection.sock])
+    watchdog.start()
     try:
         path = parts.path or "/"
         connection.request("GET", path + (f"?{parts.query}" if parts.query else ""),
@@ -76,17 +80,26 @@ def _get(url: str, max_bytes: int, allowed: Allowed, until: float) -> tuple[byte
         if answer.status != 200:
             raise InputError(f"the address answers with {answer.status}; give one that can be read")
         content = bytearray()
-        while piece := answer.read(_CHUNK):
+        while piece := answer.read1(_CHUNK):
             content += piece
             if len(content) > max_bytes:
                 raise InputError(f"what lies at the address is larger than {max_bytes} bytes")
-            if time.monotonic() > until:
-                raise InputError(f"the address took more than {WHOLE_S:g} s")
+        if answer.length or time.monotonic() > until:
+            raise ConnectionError
         return bytes(content), None
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if time.monotonic() > until:
+            raise InputError(f"the address took more than {WHOLE_S:g} s; send the file") from None
         raise InputError(f"the address can't be read: {type(error).__name__}") from None
     finally:
+        watchdog.cancel()
         connection.close()
+
+
+def _cut(raw: socket.socket) -> None:
+    """End a connection whose other end keeps sending a little."""
+    with suppress(OSError):
+        raw.shutdown(socket.SHUT_RDWR)
 
 
 def _connect(scheme: str, host: str, port: int, allowed: Allowed) -> http.client.HTTPConnection:

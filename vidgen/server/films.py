@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, StreamingResponse
 
 from vidgen.server.access import Caller, Fields, FilmJob, Owner, service_of
@@ -17,6 +16,7 @@ from vidgen.server.answers import (
     cancelled,
     content,
     deleted,
+    judged,
     page,
     preview,
     queued,
@@ -42,7 +42,7 @@ async def create_film(request: Request, call: Caller, fields: Fields) -> Any:
 @router.post("/check", response_model=FilmCheck, openapi_extra=body_schema(FilmAsk))
 async def check_film(request: Request, call: Caller, fields: Fields) -> Any:
     """Hear what a script would make, or what is wrong with it; nothing is made."""
-    return await run_in_threadpool(service_of(request).check_film, fields, call)
+    return await judged(request, partial(service_of(request).check_film, fields, call))
 
 
 @router.get("", response_model=FilmPage)

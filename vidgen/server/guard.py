@@ -27,7 +27,9 @@ _HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"referrer-policy": b"no-referrer",
     b"x-frame-options": b"DENY",
+    b"cross-origin-opener-policy": b"same-origin",
     b"cross-origin-resource-policy": b"same-origin",
+    b"permissions-policy": b"camera=(), geolocation=(), microphone=()",
     b"content-security-policy": (
         b"default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
         b"media-src 'self' blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
@@ -35,6 +37,9 @@ _HEADERS = {
 }
 _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_PROBES = ("/health", "/ready", "/metrics")
+MAX_REQUESTS = 500
+"""Under way at a time; more are told to come again. Probes are always answered."""
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +53,7 @@ class Guard:
 
     def __init__(self, app: App, service: Service) -> None:
         self._app, self._service = app, service
+        self._num_inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -55,7 +61,11 @@ class Guard:
             await self._app(scope, receive, send)
             return
         passage = _Passage(self._service, scope, receive, send)
+        self._num_inside += 1
         try:
+            if self._num_inside > MAX_REQUESTS and scope["path"] not in _PROBES:
+                raise ApiError(503, "overloaded", f"{MAX_REQUESTS} requests are under way; ask "
+                               "again in a moment", headers={"Retry-After": "1"})
             passage.check()
             await self._app(scope, passage.receive, passage.send)
         except ApiError as error:
@@ -65,7 +75,8 @@ class Guard:
             await passage.answer(ApiError(500, "server_error",
                                           "the service failed for a reason of its own"))
         finally:
-            passage.count()
+            self._num_inside -= 1
+            passage.end()
 
 
 class _Passage:
@@ -128,20 +139,23 @@ class _Passage:
 
     async def answer(self, error: ApiError) -> None:
         """Answer with an error, where no answer was begun."""
+        self._service.metrics.refused.labels(error.code).inc()
         if self._status == 0:
             response = JSONResponse(error.body(), error.status, headers=error.headers)
             await response(self._scope, self.receive, self.send)
 
-    def count(self) -> None:
-        """Count and log the request."""
-        method = self._scope["method"]
+    def end(self) -> None:
+        """Let its owner's next one in, count and log it."""
+        method, owner = self._scope["method"], self._scope["state"].get("owner")
+        if owner is not None:
+            self._service.crowd.leave(owner)
         self._service.metrics.requests.labels(
             method if method in _METHODS else "other", self._route(), str(self._status)).inc()
-        if self._route() not in ("/health", "/ready", "/metrics"):
+        if self._route() not in _PROBES:
             log.info("answered", extra={
                 "request": self.id, "method": method, "path": self._scope["path"],
                 "status": self._status, "seconds": round(self._elapsed_s, 4),
-                "owner": self._scope["state"].get("owner")})
+                "owner": owner})
 
     def _check_size(self, size: int) -> None:
         if size > self._limit:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -267,17 +268,25 @@ class Jobs:
         with self._transaction():
             self._run("DELETE FROM jobs WHERE id = ? AND status = ?", job_id, _DELETED)
 
-    def outdated(self, quota_bytes: int) -> list[str]:
-        """Ids of finished jobs that are to go: past their time, or the oldest above the quota."""
+    def outdated(self, quota_bytes: int, key_quota_bytes: int | None = None) -> list[str]:
+        """Ids of finished jobs that are to go: past their time, or the oldest above a quota.
+
+        Args:
+            quota_bytes: that all may take.
+            key_quota_bytes: that those of one key may take; None: no less than all.
+        """
         with self._lock:
-            rows = self._run("SELECT id, expires_at, num_bytes FROM jobs WHERE status IN "
+            rows = self._run("SELECT id, owner, expires_at, num_bytes FROM jobs WHERE status IN "
                              "('completed', 'failed') ORDER BY number DESC").fetchall()
-        kept, gone, now = 0, [], self.clock()
-        for job_id, expires_at, num_bytes in rows:
-            if expires_at < now or kept + num_bytes > quota_bytes:
+        most_of_key = quota_bytes if key_quota_bytes is None else key_quota_bytes
+        kept, of_key, gone, now = 0, Counter[str](), [], self.clock()
+        for job_id, owner, expires_at, num_bytes in rows:
+            if (expires_at < now or kept + num_bytes > quota_bytes
+                    or of_key[owner] + num_bytes > most_of_key):
                 gone.append(job_id)
             else:
                 kept += num_bytes
+                of_key[owner] += num_bytes
         return gone
 
     def audit(self, owner: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import re
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ class Keys:
         self._lock = threading.Lock()
         self._read_at: float | None = None
         self._known: list[dict[str, Any]] = []
+
+    @property
+    def are_used(self) -> bool:
+        """Whether keys were ever drawn here: revoking the last one must not let everybody in."""
+        return self.path.exists()
 
     def all(self) -> list[dict[str, Any]]:
         """Each key's name, hash and time.
@@ -128,6 +134,32 @@ class Pace:
                 return (1 - left) * 60 / self._per_minute
             self._left[owner] = left - 1, now
             return 0.0
+
+
+class Crowd:
+    """How many requests of each owner are under way at a time.
+
+    Args:
+        most: of one owner.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._inside: Counter[str] = Counter()
+
+    def enter(self, owner: str) -> bool:
+        """Let a request in, if there is room for it; whoever is let in must `leave`."""
+        with self._lock:
+            has_room = self._inside[owner] < self._most
+            self._inside[owner] += has_room
+            return has_room
+
+    def leave(self, owner: str) -> None:
+        """A request is over."""
+        with self._lock:
+            self._inside[owner] -= 1
+            if not self._inside[owner]:
+                del self._inside[owner]
 
 
 def _hash(key: str) -> str:

@@ -23,14 +23,13 @@ from typing import Any
 from vidgen.core.errors import InputError
 from vidgen.server.body import Upload
 from vidgen.server.schema import FilmAsk
-from vidgen.server.sniff import sniff
+from vidgen.server.sniff import is_font, sniff
 
 INPUTS, SHOTS, FILM_SHOTS = "inputs", "shots", "film.shots"
 VIDEO, FILM = "video.mp4", "film.mp4"
 THUMBNAIL, SPRITESHEET, RECIPE = "thumbnail.webp", "spritesheet.jpg", "recipe.json"
 STORYBOARD = "film.html"
 _FILE = re.compile(r"\w[\w .-]{0,99}")
-_FONTS = {b"\0\1\0\0": ".ttf", b"OTTO": ".otf", b"true": ".ttf"}
 _FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".txt": "txt"}
 
 
@@ -89,9 +88,7 @@ def _check_file(upload: Upload) -> None:
     if not _FILE.fullmatch(name) or Path(name).stem == "script":
         raise InputError(f"a file is called {name[:100]!r}; give letters, digits, spaces, . _ and "
                          "-, and not script")
-    with upload.path.open("rb") as file:
-        is_font = file.read(4) in _FONTS
-    if not is_font:
+    if not is_font(upload.path):
         sniff(upload.path, f"file {name!r}", "picture", "video", "sound")
 
 

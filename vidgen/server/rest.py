@@ -89,8 +89,8 @@ def close_session(request: Request, response: Response) -> Any:
 
 
 @router.get("/health", response_model=Health)
-def health() -> Any:
-    """Whether the process answers."""
+async def health() -> Any:
+    """Whether the process answers; without a thread, of which there may be none left."""
     return {}
 
 

@@ -327,7 +327,8 @@ class Scheduler:
         if now < self._sweep_s:
             return
         self._sweep_s = now + SWEEP_S
-        for job_id in self.jobs.outdated(self.settings.quota_bytes):
+        settings = self.settings
+        for job_id in self.jobs.outdated(settings.quota_bytes, settings.key_quota_bytes):
             if (job := self.jobs.get(job_id)) is not None:
                 self.delete(job, "expired")
 

@@ -11,6 +11,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,6 +31,7 @@ _FILE_OR_URL = {
             "type": "string", "description": "of a finished video"}}},
     ]
 }
+_SIZE = r"^[1-9]\d{1,3}x[1-9]\d{1,3}$"
 _VOICE = re.compile(r"[a-z]{2,3}(?:-[a-z0-9]+)*(?:\+[a-z0-9]+)?", re.IGNORECASE)
 
 
@@ -73,6 +75,13 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
 
 
+def _size(value: str) -> str:
+    if not re.fullmatch(_SIZE, value):
+        raise ValueError("give WIDTHxHEIGHT in pixels, such as 832x480")
+    return value
+
+
+Size = Annotated[str, AfterValidator(_size), WithJsonSchema({"type": "string", "pattern": _SIZE})]
 Reference = Annotated[Any, PlainValidator(_reference), WithJsonSchema(_FILE_OR_URL)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
@@ -110,7 +119,7 @@ class Shape(Strict):
 
     model: str | None = Field(None, max_length=200)
     num_frames: Whole | None = Field(None, ge=1, le=100_000)
-    size: str | None = Field(None, pattern=r"^[1-9]\d{1,3}x[1-9]\d{1,3}$")
+    size: Size | None = None
     width: Whole | None = Field(None, ge=16, le=8192)
     height: Whole | None = Field(None, ge=16, le=8192)
     fps: Number | None = Field(None, gt=0, le=240)

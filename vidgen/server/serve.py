@@ -17,12 +17,14 @@ import uvicorn
 
 from vidgen.core.errors import InputError, OutputError
 from vidgen.server.app import make_app
+from vidgen.server.guard import MAX_REQUESTS
 from vidgen.server.keys import Keys
 from vidgen.server.logs import log_as_json
 from vidgen.server.service import Service
 from vidgen.server.settings import Settings
 
-MAX_CONNECTIONS = 500
+SPARE_CONNECTIONS = 100
+"""Beyond those of requests that are answered: idle ones, and those that are told to come again."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 log = logging.getLogger(__name__)
 
@@ -35,14 +37,13 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
         on_ready: told the address when requests are answered.
 
     Raises:
-        InputError: the address can't be had, or is open to others while there are no keys.
+        InputError: the address can't be had, or is open to others while there are no keys; or all
+            keys are revoked.
         ModelError: the model can't be opened.
         OutputError: another service works in the folder, or it can't be written.
     """
     log_as_json()
-    if not settings.is_loopback and not Keys(settings.keys).all():
-        raise InputError(f"host {settings.host} can be reached by others, and there are no keys; "
-                         "draw one with --new-key NAME, or leave --host out")
+    _require_keys(settings)
     with _hold(settings.data), _bound(settings) as listener:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         service = Service(settings)
@@ -54,14 +55,26 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
             service.stop(0.0 if server.is_hurried else settings.drain_s)
 
 
+def _require_keys(settings: Settings) -> None:
+    keys = Keys(settings.keys)
+    if keys.all():
+        return
+    if not settings.is_loopback:
+        raise InputError(f"host {settings.host} can be reached by others, and there are no keys; "
+                         "draw one with --new-key NAME, or leave --host out")
+    if keys.are_used:
+        raise InputError(f"all keys in {keys.path} are revoked; draw one with --new-key NAME, or "
+                         "remove the file to let everybody on this machine in")
+
+
 class _Server(uvicorn.Server):
     """Uvicorn whose first signal lets the running job finish or be put by before it closes."""
 
     def __init__(self, service: Service, url: str, on_ready: Callable[[str], None]) -> None:
         super().__init__(uvicorn.Config(
             make_app(service), log_config=None, access_log=False, lifespan="off",
-            limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=5, server_header=False,
-            timeout_keep_alive=30,
+            limit_concurrency=MAX_REQUESTS + SPARE_CONNECTIONS, server_header=False,
+            timeout_graceful_shutdown=5, timeout_keep_alive=30,
         ))
         self._service, self._url, self._on_ready = service, url, on_ready
         self.is_draining = self.is_hurried = False

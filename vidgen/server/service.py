@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anyio
+
 from vidgen.core.errors import OutputError
 from vidgen.server.asks import Place, Translator, parse
 from vidgen.server.body import Upload
@@ -19,7 +21,7 @@ from vidgen.server.hub import Hub
 from vidgen.server.job import Job, Kind, NewJob, new_id
 from vidgen.server.jobs import Jobs
 from vidgen.server.judging import Judge
-from vidgen.server.keys import Keys, Pace
+from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.layout import INPUTS, lay_down, link, take_over
 from vidgen.server.metrics import Metrics
 from vidgen.server.scheduler import Scheduler
@@ -33,6 +35,8 @@ from vidgen.server.schema import (
 from vidgen.server.settings import Settings
 
 EDIT_STRENGTH = 0.7
+JUDGED_AT_ONCE = 16
+"""Requests in threads that wait for the process that judges, or for an address; the others wait."""
 _RIVALS = (("seconds", "frames"), ("image", "video"))
 
 
@@ -67,9 +71,9 @@ class Service:
         self.jobs, self.keys = Jobs(settings.database), Keys(settings.keys)
         self.hub, self.metrics = Hub(), Metrics()
         self.metrics.watch_queue(self.jobs.counts)
-        self.pace = Pace(settings.limits.per_minute)
+        self.pace, self.crowd = Pace(settings.limits.per_minute), Crowd(settings.limits.at_once)
         self.scheduler = Scheduler(settings, self.jobs, self.hub, self.metrics)
-        self.judge = Judge(settings)
+        self.judge, self.judged_at_once = Judge(settings), anyio.CapacityLimiter(JUDGED_AT_ONCE)
         self.model: dict[str, Any] = {}
         self.asks = Translator(settings, self.jobs, "")
 

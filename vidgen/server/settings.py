@@ -28,6 +28,7 @@ class Limits:
         pending: unfinished jobs of one key.
         queued: unfinished jobs of all.
         per_minute: jobs that one key may begin in a minute.
+        at_once: requests of one key under way at a time, streams of events among them.
         deaths: how often a job may take the process with it that works on it.
     """
 
@@ -41,6 +42,7 @@ class Limits:
     pending: int = 100
     queued: int = 1000
     per_minute: int = 120
+    at_once: int = 100
     deaths: int = 3
 
     def as_words(self) -> list[str]:
@@ -66,6 +68,7 @@ class Settings:
         fetch: whether inputs may be given as http and https addresses.
         keep_s: how long finished work is kept.
         quota_bytes: that finished work may take; above it the oldest goes.
+        key_quota_bytes: that of one key; None: no less than all.
         reserve_bytes: free space below which nothing new is taken.
         drain_s: how long the running job may take to finish when the service is told to stop;
             then it is put by and goes on when the service starts again.
@@ -83,6 +86,7 @@ class Settings:
     fetch: bool = False
     keep_s: float = 7 * 86_400.0
     quota_bytes: int = 20 << 30
+    key_quota_bytes: int | None = None
     reserve_bytes: int = 200 << 20
     drain_s: float = 20.0
     limits: Limits = field(default_factory=Limits)
@@ -90,9 +94,9 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise InputError(f"port is {self.port}; give one from 1 to 65535, or 0 for any")
-        for name in ("keep_s", "quota_bytes", "drain_s"):
+        for name in ("keep_s", "quota_bytes", "key_quota_bytes", "drain_s"):
             value = getattr(self, name)
-            if value < 0 or (name != "drain_s" and value == 0):
+            if value is not None and (value < 0 or (name != "drain_s" and value == 0)):
                 raise InputError(f"{name} is {value}; give a number above 0")
         if self.loras is not None and not self.loras.is_dir():
             raise InputError(f"loras {self.loras} is no folder; give the one that adapters lie in")

@@ -23,6 +23,7 @@ _STARTS: dict[bytes, tuple[Medium, str]] = {
     b"GIF87a": ("picture", ".gif"), b"GIF89a": ("picture", ".gif"), b"fLaC": ("sound", ".flac"),
     b"OggS": ("sound", ".ogg"), b"ID3": ("sound", ".mp3"),
 }
+_FONTS = (b"\0\1\0\0", b"OTTO", b"true")
 
 
 def sniff(path: Path, option: str, *media: Medium) -> tuple[Medium, str]:
@@ -47,6 +48,12 @@ def sniff(path: Path, option: str, *media: Medium) -> tuple[Medium, str]:
         what = kind if head else "empty"
         raise InputError(f"{option} is {what}; give {taken}")
     return found
+
+
+def is_font(path: Path) -> bool:
+    """Whether a file is TrueType or OpenType."""
+    with path.open("rb") as file:
+        return file.read(4) in _FONTS
 
 
 def _kind(head: bytes) -> tuple[Medium, str] | None:
