@@ -289,6 +289,7 @@ def test_toybox_results_stand_on_a_leaderboard(
                  "-o", str(board), "--json"]) == 0  # fmt: skip
     (table,) = json.loads(capsys.readouterr().out)["tables"]
     first, second = table["rows"]
+    assert {row["settings"].partition(" ")[0] for row in table["rows"]} == {"1", "2"}
     assert first["settings"] != second["settings"]
     assert first["figures"]["following"]["value"] >= second["figures"]["following"]["value"]
     assert (first["verdict"], second["verdict"]) == ("the first", "too few prompts (3 of 6)")

@@ -372,6 +372,19 @@ def test_still_clips_cannot_win():
     assert "warp_error" not in found["measures"], "only pairs that move both count"
 
 
+@pytest.mark.parametrize(("steps", "moves"), [
+    ([t // 12 for t in range(25)], False),  # a pixel of 96 a second
+    ([t % 2 for t in range(25)], False),  # trembling gets nowhere
+    (list(range(25)), True),
+])
+def test_the_gate_is_shut_for_what_hardly_moves(steps, moves):
+    wide = texture(96, 130)
+    frames = [np.ascontiguousarray(wide[:, step : step + 96]) for step in steps]
+    measured = measure_clip(frames, Fraction(12))
+    assert measured.dynamic is moves
+    assert (measured.figures["steadiness"] > 0) is moves
+
+
 def test_pairs_of_two_sizes_are_told():
     base = np.linspace(0.5, 0.9, 8)
     found = compare("a", rows(base, size=[64, 64]), "b", rows(base, size=[32, 32]))

@@ -17,9 +17,20 @@ from typing import Any
 
 from vidgen.core.errors import InputError
 from vidgen.evaluation.comparison import HEADLINE, compare
-from vidgen.evaluation.leaderboard_toybox import ToyboxEntry, toybox_columns, toybox_rows
+from vidgen.evaluation.leaderboard_toybox import (
+    ToyboxEntry,
+    toybox_cell,
+    toybox_columns,
+    toybox_rows,
+)
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
-from vidgen.evaluation.temporal_report import STYLE, document, figure_cell, table_row
+from vidgen.evaluation.temporal_report import (
+    STYLE,
+    document,
+    figure_cell,
+    table_row,
+    wide_table,
+)
 from vidgen.evaluation.temporal_summary import by_name
 
 _SHOWN = (
@@ -158,7 +169,7 @@ def page(entries: Sequence[Entry | ToyboxEntry]) -> str:
         "<p>Ordered by steadiness, which is 0 for clips that don't move, and in tables of the "
         "Toybox suite by how well prompts are followed. An order means something only where the "
         "verdict names a winner: each model is compared with the first of its table, clip by clip. "
-        "Figures are means with half their 95% interval.</p>",
+        "Figures have their 95% interval, or half of it.</p>",
         *(_section(number, table) for number, table in enumerate(found, 1)),
     ]
     return document("Leaderboard", parts, STYLE)
@@ -170,7 +181,7 @@ def _section(number: int, table: Mapping[str, Any]) -> str:
     machines = sorted({json.dumps(each["machine"], sort_keys=True) for each in table["rows"]})
     return (
         f"<h2>Table {number}</h2><p>{escape(told)}</p>"
-        f'<div class="wide"><table>{"".join(lines)}</table></div>'
+        f"{wide_table(lines)}"
         f"<details><summary>Machines and versions</summary><pre>{escape(chr(10).join(machines))}"
         "</pre></details>"
     )
@@ -182,32 +193,35 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     head = [f'<span title="{escape(MEASURES[m].about)}">{m}</span><br><small>'
             f"{MEASURES[m].better} is better</small>" if MEASURES[m].better != "neither" else m
             for m in shown]
-    lines = [table_row(["model", "against the first", "clips that move", *totals, *head], "th")]
+    heads = ["model", "against the first", "clips that move", *head, *totals]
+    lines = [table_row(heads, "th", text=[1])]
     for entry in rows:
         failed = f", {entry['failed']} failed" if entry["failed"] else ""
         lines.append(table_row([
             _name(entry), escape(entry["verdict"]),
             f"{entry['dynamic']} of {entry['clips']}{failed}",
-            *("" if entry[name] is None else f"{entry[name]:.4f}" for name in totals),
             *(figure_cell(entry["figures"].get(measure)) for measure in shown),
-        ]))  # fmt: skip
+            *("" if entry[name] is None else f"{entry[name]:.4f}" for name in totals),
+        ], text=[1]))  # fmt: skip
     return lines
 
 
 def _toybox_lines(table: Mapping[str, Any]) -> list[str]:
     head = [escape(column).replace(", ", "<br>") for column in table["columns"]]
-    lines = [table_row(["model", "against the first", "clips", *head], "th")]
+    lines = [table_row(["model", "against the first", "clips", *head], "th", text=[1])]
     for entry in table["rows"]:
-        shown = (entry["figures"].get(column) for column in table["columns"])
+        figures = entry["figures"]
         lines.append(table_row([
-            _name(entry), escape(entry["verdict"]), str(entry["clips"]), *map(figure_cell, shown),
-        ]))  # fmt: skip
+            _name(entry), escape(entry["verdict"]), str(entry["clips"]),
+            *(toybox_cell(column, figures.get(column)) for column in table["columns"]),
+        ], text=[1]))  # fmt: skip
     return lines
 
 
 def _name(entry: Mapping[str, Any]) -> str:
     """A model with what tells it from others."""
-    return (f"<b>{escape(entry['name'])}</b><br><small>{escape(entry['model'])}<br>"
+    return (f'<b title="{escape(entry["file"])}">{escape(entry["name"])}</b><br>'
+            f"<small>{escape(entry['model'])}<br>"
             f"{escape(entry['settings'])}</small>")  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from vidgen.evaluation.comparison import FEWEST_PAIRS
 from vidgen.evaluation.judging import TASKS
-from vidgen.evaluation.statistics import paired_interval
+from vidgen.evaluation.statistics import mean_interval, paired_interval
+from vidgen.evaluation.toybox_table import within, writer
 
 #: By the first of these that a result has, models are compared.
 _HEADLINES = ("text", "phrased", "held_triples", "image")
@@ -62,9 +63,11 @@ class ToyboxEntry:
     def settings(self) -> str:
         """How the clips were made: one model's runs may differ in it."""
         made = self.result["settings"]
-        names = ("num_steps", "guidance", "shift", "sampler")
-        told = ", ".join(f"{name} {_plain(made[name])}" for name in names)
-        return f"{told}, dtype {self.result['dtype']}"
+        pull = made["guidance"]
+        told = f"{made['num_steps']} steps, guidance {pull['scale']:g}"
+        if pull["interval"] != [0, 1]:
+            told += " in {:g} .. {:g}".format(*pull["interval"])
+        return f"{told}, shift {made['shift']:g}, {made['sampler']}, {self.result['dtype']}"
 
     @property
     def headline(self) -> float:
@@ -88,13 +91,6 @@ class ToyboxEntry:
         }  # fmt: skip
 
 
-def _plain(value: Any) -> str:
-    """A setting as a person would write it."""
-    if isinstance(value, Mapping):
-        return " ".join(f"{k} {v}" for k, v in value.items() if v is not None)
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _following(result: Mapping[str, Any]) -> list[float]:
     source = next((name for name in _HEADLINES if result["outcomes"].get(name)), None)
     if source is None:
@@ -115,6 +111,15 @@ def toybox_columns(group: Sequence[ToyboxEntry]) -> list[str]:
     return [FOLLOWING] * any(e.following for e in group) + [c for c in wanted if c in known]
 
 
+def toybox_cell(column: str, figure: Mapping[str, Any] | None) -> str:
+    """A figure with its interval, as HTML."""
+    if figure is None:
+        return ""
+    source, _, measure = column.rpartition(", ")
+    show = writer(measure, source)
+    return f"{show(figure['value'])}<br><small>{within(figure, show)}</small>"
+
+
 def toybox_rows(group: Sequence[ToyboxEntry]) -> list[dict[str, Any]]:
     """A row for each entry, the first of which the others are compared with."""
     return [_row(entry, group[0]) for entry in group]
@@ -125,7 +130,10 @@ def _row(entry: ToyboxEntry, first: ToyboxEntry) -> dict[str, Any]:
     figures = {f"{source}, {name}": figure
                for source, part in scores.items() for name, figure in part.items()}  # fmt: skip
     if entry.following:
-        figures[FOLLOWING] = {"value": entry.headline, "low": None}
+        low, high = mean_interval(entry.following)
+        known = len(entry.following) > 1
+        figures[FOLLOWING] = {"value": entry.headline, "low": low if known else None,
+                              "high": high if known else None}  # fmt: skip
     rates = entry.result["outcomes"].values()
     return {
         "name": entry.name, "model": entry.model, "settings": entry.settings, "file": entry.file,

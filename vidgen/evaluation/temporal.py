@@ -259,7 +259,8 @@ def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
             video, video.fps, image=image, prompt=job.prompt, networks=_networks.get(job.networks),
         )  # fmt: skip
         if found.num_frames < 2:
-            raise InputError("it has a single frame; measures in time need two")
+            raise InputError("it has a single frame, and measures in time need two; give a longer "
+                             "clip")
         if found.num_frames < WHOLE * (video.stated_frames or 0):
             raise InputError(f"it ends after {found.num_frames} of {video.stated_frames} frames; "
                              "save it again")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,12 +13,14 @@ from vidgen.evaluation.temporal_summary import pairs_text
 
 _COLORS = ("#2471a3", "#c0392b", "#1e8449", "#b7950b", "#7d3c98", "#566573")
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 68em; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 68em; padding: 0 1em;
+ color: #222; }
 table { border-collapse: collapse; margin: 1em 0; } caption { text-align: left; font-weight: 600; }
 td, th { padding: .2em .8em; border-bottom: 1px solid #ddd; text-align: right; }
-td:first-child, th:first-child, td.text { text-align: left; }
+td:first-child, th:first-child, td.text, th.text { text-align: left; }
+td { white-space: nowrap; } td:first-child, td.text { white-space: normal; min-width: 12em; }
 .still { color: #c0392b; } .wide { overflow-x: auto; }
-figure { display: inline-block; margin: .6em 1em .6em 0; }
+figure { display: inline-block; vertical-align: top; margin: .6em 1em .6em 0; }
 figcaption { max-width: 320px; font-size: 13px; } pre { background: #f5f5f5; padding: 1em; }
 """
 Line = tuple[str, Sequence[tuple[float, float]]]
@@ -49,9 +51,17 @@ def document(title: str, parts: Sequence[str], style: str) -> str:
     )
 
 
-def table_row(cells: Sequence[str], tag: str = "td") -> str:
-    """A row of a table; cells are HTML."""
-    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+def table_row(cells: Sequence[str], tag: str = "td", text: Collection[int] = ()) -> str:
+    """A row of a table; cells are HTML, and words, no numbers, in the columns `text`."""
+    kinds = [' class="text"' if column in text else "" for column in range(len(cells))]
+    drawn = (f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
+    return f"<tr>{''.join(drawn)}</tr>"
+
+
+def wide_table(rows: Sequence[str], caption: str = "") -> str:
+    """A table of rows of HTML that scrolls by itself where the page is narrow."""
+    head = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 
 def _overview(folders: Sequence[Mapping[str, Any]]) -> str:
@@ -68,7 +78,7 @@ def _overview(folders: Sequence[Mapping[str, Any]]) -> str:
         if any(folder[name] is not None for folder in folders):
             cells = ["" if f[name] is None else f"{f[name]:.4f}" for f in folders]
             rows.append(table_row([name, "more", *cells]))
-    return f"<table><caption>All clips</caption>{''.join(rows)}</table>"
+    return wide_table(rows, "All clips")
 
 
 def figure_cell(figure: Mapping[str, Any] | None) -> str:
@@ -96,17 +106,19 @@ def _charts(folders: Sequence[Mapping[str, Any]]) -> str:
             steps = [(100 * (i + 0.5) / len(values), value) for i, value in enumerate(values)]
             lines.append((folder["name"], steps))
         if any(len(points) > 1 for _, points in lines) and not measure.startswith("identity"):
-            title = f"{measure} {kind.unit}".strip()
-            charts.append(line_chart(f"{title}: clips in order, % of them", lines))
-    return "<h2>Charts</h2>" + "".join(charts)
+            charts.append(line_chart(f"{measure} {kind.unit}".strip(), lines))
+    about = ("<p>But for the first, each chart has the values of all clips from the least to the "
+             "most; across is the share of the clips, in %.</p>")
+    return f"<h2>Charts</h2>{about}{''.join(charts)}"
 
 
 def _comparison(compared: Mapping[str, Any]) -> str:
-    rows = [table_row(["measure", "difference", "95% interval", "pairs", "verdict"], "th")]
+    heads = ["measure", "difference", "95% interval", "pairs", "verdict"]
+    rows = [table_row(heads, "th", text=[4])]
     for measure, row in compared["measures"].items():
         interval = f"{row['low']:.4g} .. {row['high']:.4g}"
         rows.append(table_row([measure, f"{row['difference']:+.4g}", interval, str(row["pairs"]),
-                          escape(row["verdict"])]))  # fmt: skip
+                               escape(row["verdict"])], text=[4]))  # fmt: skip
     distance = compared["motion_distance"]
     told = "too few segments" if distance is None else f"{distance:.4g}"
     if compared["fvd"] is not None:
@@ -116,7 +128,7 @@ def _comparison(compared: Mapping[str, Any]) -> str:
     return (
         f"<h2>{escape(names)}</h2><p>{escape(pairs_text(compared))}; Fr&eacute;chet distance of "
         f"motion histograms: {told}.</p>"
-        f"<table>{''.join(rows)}</table>"
+        + wide_table(rows)
     )
 
 
@@ -138,7 +150,7 @@ def _clips(folder: Mapping[str, Any]) -> str:
         + f"<p>{escape(_facts(folder))}.</p>"
         + (f"<p>Not measured:</p><ul>{failed}</ul>" if failed else "")
         + (f"<p>Prompts without a clip:</p><ul>{missing}</ul>" if missing else "")
-        + f'<div class="wide"><table>{"".join(rows)}</table></div>'
+        + wide_table(rows)
     )
 
 
@@ -161,15 +173,15 @@ def line_chart(title: str, lines: Sequence[Line], width: int = 320, height: int 
     wide, tall = (right - left) or 1.0, (high - low) or 1.0
 
     def place(point: tuple[float, float]) -> str:
-        x = 46 + (width - 56) * (point[0] - left) / wide
+        x = 52 + (width - 62) * (point[0] - left) / wide
         y = height - 24 - (height - 36) * (point[1] - low) / tall
         return f"{x:.1f},{y:.1f}"
 
     drawn = [
-        f'<text x="2" y="16">{high:.3g}</text><text x="2" y="{height - 24}">{low:.3g}</text>',
-        f'<text x="46" y="{height - 6}">{left:.3g}</text>',
+        f'<text x="2" y="16">{high:.4g}</text><text x="2" y="{height - 24}">{low:.4g}</text>',
+        f'<text x="52" y="{height - 6}">{left:.3g}</text>',
         f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{right:.3g}</text>',
-        f'<path d="M46,8V{height - 22}H{width - 8}" fill="none" stroke="#999"/>',
+        f'<path d="M52,8V{height - 22}H{width - 8}" fill="none" stroke="#999"/>',
     ]
     legend = []
     for index, (name, line) in enumerate(lines):

@@ -27,10 +27,10 @@ def table(result: Mapping[str, Any]) -> Table:
             met = reached(measure, figure)
             style = None if met is None else ("green" if met else "red")
             sides = DIFFERENCES.get(source.partition(",")[0])
-            show = _show(measure) if sides is None else _points
+            show = writer(measure, source)
             drawn.add_row(
                 source if sides is None else _difference(source, sides), measure,
-                show(figure["value"]), _within(figure, show),
+                show(figure["value"]), within(figure, show),
                 str(figure["total"]), *(show(figure.get(name)) for name in _REST), style=style,
             )  # fmt: skip
         drawn.add_section()
@@ -44,7 +44,10 @@ def _difference(source: str, sides: Mapping[str, str]) -> str:
     return f"{words}, {which}" if which else words
 
 
-def _show(measure: str) -> Callable[[float | None], str]:
+def writer(measure: str, source: str) -> Callable[[float | None], str]:
+    """What writes values of a measure with their unit; None is nothing."""
+    if source.partition(",")[0] in DIFFERENCES:
+        return _points
     unit = UNITS[measure].unit if measure in UNITS else "%"
     formats: dict[str, Callable[[float], str]] = {
         "dB": "{:.1f} dB".format, "x": "{:.2f}".format, "": "{:.3f}".format,
@@ -53,7 +56,8 @@ def _show(measure: str) -> Callable[[float | None], str]:
     return lambda value: "" if value is None else formats[unit](value)
 
 
-def _within(figure: Mapping[str, Any], show: Callable[[float | None], str]) -> str:
+def within(figure: Mapping[str, Any], show: Callable[[float | None], str]) -> str:
+    """A figure's interval, or nothing."""
     if figure["low"] is None:
         return ""
     return f"{show(figure['low'])} .. {show(figure['high'])}"

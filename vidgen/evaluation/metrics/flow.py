@@ -91,7 +91,8 @@ def check_flow_size(height: int, width: int) -> None:
     """
     if min(height, width) < _SMALLEST_SIDE:
         raise InputError(
-            f"frames are {width}x{height}; optical flow needs {_SMALLEST_SIDE} pixels a side"
+            f"frames are {width}x{height}, and optical flow needs {_SMALLEST_SIDE} pixels a side; "
+            "give larger ones"
         )
 
 
