@@ -12,6 +12,7 @@ from PIL import Image
 from vidgen.cli.main import main
 from vidgen.media import write
 from vidgen.media.clip import Clip
+from vidgen.ops import native
 from vidgen.pipeline import job, journal
 
 
@@ -85,6 +86,31 @@ def test_an_interrupted_clip_goes_on_by_the_same_command(cli, stopped, method, c
     assert (code, Path("x.mkv").stat().st_mtime_ns) == (0, before)
     assert "x.mkv is done already" in err
     assert json.loads(again)["clips"] == json.loads(out)["clips"]
+
+
+def test_a_clip_goes_on_with_the_attention_that_it_began_with(cli, stopped):
+    other = ("--attention", "reference")
+    assert cli(*COMMAND, *other, "-o", "straight.mkv")[0] == 0
+    assert stopped("on_step", 2, *COMMAND, *other, "-o", "x.mkv")[0] == 130
+    assert cli(*COMMAND, "-o", "x.mkv", "--resume")[0] == 0
+    resumed, straight = Clip.from_file("x.mkv"), Clip.from_file("straight.mkv")
+    assert resumed.recipe["attention"] == straight.recipe["attention"] == "reference"
+    assert (resumed.frames == straight.frames).all()
+    stopped("on_step", 2, *COMMAND, *other, "-o", "y.mkv")
+    code, _, err = cli(*COMMAND, "--attention", "sdpa", "-o", "y.mkv", "--resume")
+    assert code == 2
+    assert 'attention was "reference", is "sdpa"' in err
+
+
+def test_a_clip_that_began_without_kernels_goes_on_without(cli, stopped, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "why_not", lambda: "no compiler was found")
+        stopped("on_step", 2, *COMMAND, "-o", "x.mkv")
+    monkeypatch.setattr(native, "why_not", lambda: None)
+    code, _, err = cli(*COMMAND, "-o", "x.mkv", "--resume")
+    assert code == 2
+    assert 'kernels was "none", is "compiled"' in err
+    assert "VIDGEN_NATIVE=0" in err
 
 
 def test_resume_without_anything_there_starts(cli):

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from vidgen.cli.devices import add_devices, add_tiles, choose_devices, share_threads
 from vidgen.cli.generate import add_sound, judged
 from vidgen.cli.report import Report
-from vidgen.cli.resume import add_resume, journals_of_outputs, seed_of, told_how_to_go_on
+from vidgen.cli.resume import (
+    add_resume,
+    as_it_began,
+    journals_of_outputs,
+    seed_of,
+    told_how_to_go_on,
+)
 from vidgen.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -105,7 +111,7 @@ def run(args: Namespace, report: Report) -> int:
         given["seed"] = secrets.randbelow(2**31) if earlier is None else earlier
         report({"event": "note", "text": f"seed {given['seed']}"})
     length = lengthened(args.clip, num_frames, fps, args.seconds)
-    with told_how_to_go_on([journal], report):
+    with told_how_to_go_on([journal], report), as_it_began([journal]):
         return _make(given | length, size, loading, output, journal, report)
 
 

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.devices import add_devices, add_tiles, choose_devices, share_threads
 from vidgen.cli.report import Report
-from vidgen.cli.resume import add_resume, journals_of_outputs, seed_of, told_how_to_go_on
+from vidgen.cli.resume import (
+    add_resume,
+    as_it_began,
+    journals_of_outputs,
+    seed_of,
+    told_how_to_go_on,
+)
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import slug
 
@@ -143,7 +149,7 @@ def run(args: Namespace, report: Report) -> int:
     share_threads(loading["devices"], torch.get_num_threads())
     if all(done):
         loading["offload"] = "stage"  # nothing is left that would need a network
-    with told_how_to_go_on(journals, report):
+    with told_how_to_go_on(journals, report), as_it_began(journals):
         engine = load(**loading)
         is_own = isinstance(engine, Engine)
         if args.preview and not is_own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,17 @@ def told_how_to_go_on(journals: Sequence[Journal], report: Report) -> Iterator[N
                 text = f"{journal.output} is not finished; the same command with --resume goes on"
                 report({"event": "note", "text": text})
         raise
+
+
+@contextmanager
+def as_it_began(journals: Sequence[Journal]) -> Iterator[None]:
+    """Where the command names no attention back end, take the one that an unfinished clip has."""
+    from vidgen.core.runtime import ATTENTION_VARIABLE, attention_by
+
+    recipes = [journal.recipe or {} for journal in journals if journal.unfinished]
+    began = next((recipe["attention"] for recipe in recipes if "attention" in recipe), "auto")
+    with attention_by("auto" if os.environ.get(ATTENTION_VARIABLE) else str(began)):
+        yield
 
 
 def seed_of(journal: Journal) -> int | None:

@@ -17,7 +17,7 @@ from vidgen.cli import generate
 from vidgen.cli.devices import choose_devices, share_threads
 from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
-from vidgen.cli.resume import told_how_to_go_on
+from vidgen.cli.resume import as_it_began, told_how_to_go_on
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import given_rank, slug
 
@@ -253,7 +253,7 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
         journal = Journal(cell.path, resume=args.resume or not args.overwrite,
                           overwrite=args.overwrite)
         done = journal.finished
-        with told_how_to_go_on([journal], report):
+        with told_how_to_go_on([journal], report), as_it_began([journal]):
             clip = engine.generate(cell.request, on_event=on_event, journal=journal)
             assert not isinstance(clip, list)
             if not done:

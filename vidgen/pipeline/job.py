@@ -43,7 +43,7 @@ WINDOWS, SEGMENTS = "windows", "segments"
 # What decides a clip's bits; `offload` doesn't, so a job that ran out of memory may go on with it.
 _DECISIVE = (
     "vidgen", "plan", "scheduler", "frame_times_s", "custom_noise", "dtype", "quantize",
-    "attention", "device", "devices", "sound", "diffusers", "transformers",
+    "attention", "kernels", "device", "devices", "sound", "diffusers", "transformers",
 )
 _DECISIVE_PARTS = {"inputs": ("option", "sha256"), "loras": ("sha256", "weight", "expert")}
 

@@ -295,9 +295,11 @@ class Journal:
                              "name or give --overwrite")
         differ = differences(old, recipe)
         if differ:
+            without = old.get("kernels") == "none" and recipe.get("kernels") != "none"
+            how = " (VIDGEN_NATIVE=0 leaves the compiled kernels out)" if without else ""
             raise InputError(
                 f"{there} is another clip's: {'; '.join(differ)}; go on with what it was made "
-                "with, choose another name, or start anew with --overwrite"
+                f"with{how}, choose another name, or start anew with --overwrite"
             )
 
     @property

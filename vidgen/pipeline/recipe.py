@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen import __version__
 from vidgen.core.request import Request
 from vidgen.core.runtime import fingerprint
+from vidgen.ops import native
 from vidgen.ops.attention import asked_backend, used_backend
 from vidgen.pipeline.experts import NO_LORAS, Loras, hashes_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 RECIPE_VERSION = 1
 FACTS = (
     "vidgen", "model", "plan", "scheduler", "frame_times_s", "inputs", "loras", "custom_noise",
-    "dtype", "offload", "quantize", "attention", "device", "devices", "machine", "diffusers",
-    "transformers", "torchao", "encoder", "hand_over", "sound",
+    "dtype", "offload", "quantize", "attention", "kernels", "device", "devices", "machine",
+    "diffusers", "transformers", "torchao", "encoder", "hand_over", "sound",
 )
 """Entries that frames or sound depend on; others differ from run to run or say the same again."""
 _ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix",
@@ -78,6 +79,8 @@ def make_recipe(
         return recipe | {name: version(name) for name in ("diffusers", "transformers")}
     recipe["model"]["world_version"] = folder.world_version
     recipe["attention"] = used_backend("auto", engine.device, DTYPES[engine.dtype])
+    if engine.device.type == "cpu":
+        recipe["kernels"] = "compiled" if native.why_not() is None else "none"
     recipe["quantize"] = getattr(engine, "quantize", None)
     crew = getattr(engine, "crew", None)
     if crew is not None:
