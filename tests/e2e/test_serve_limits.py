@@ -53,7 +53,7 @@ def test_keys_paces_quotas_and_policies(tiny_model, tmp_path, capsys, monkeypatc
         assert (banned.status_code, banned.json()["error"]["code"]) == (
             400, "content_policy_violation")
         film = served.http.post("/v1/films", json={"script": {"shots": [
-            {"prompt": "a car"}, {"prompt": "the dragon"}]}})
+            {"prompt": "a car", "duration": 3, "narration": "A dragon!"}]}})
         assert film.json()["error"]["code"] == "content_policy_violation"
         answers = (served.http.post("/v1/videos", json={}) for _ in range(20))
         early = next(answer for answer in answers if answer.status_code == 429)

@@ -107,7 +107,7 @@ class Checker:
         from vidgen.server.film_making import plan_confined, planned_shots, script_data
         from vidgen.server.layout import FILM
         from vidgen.story.edit import make_edit
-        from vidgen.story.plan import estimates, unknown_words
+        from vidgen.story.plan import enforce_film, estimates, unknown_words
 
         self._check_beside(Path(path))
         film = plan_confined(Path(path), self.folder, draft=draft, dtype=self.dtype)
@@ -121,7 +121,10 @@ class Checker:
             request = film.request(plan.shot, take.seed, index, num_frames)
             self._at_most(f"frames of shot {name}", plan.num_frames, self.limits.frames)
             self._at_most(f"steps of shot {name}", request.steps or 0, self.limits.steps)
-            self._enforce(request)
+        try:
+            enforce_film(self.policy, film)
+        except InputError as error:
+            raise Refused(str(error)) from None
         made = estimates(film, parts, self.device, None, self.dtype)
         edit = make_edit(film, film.in_film, Path(path).with_name(FILM))
         words = unknown_words(film, list(film.shots.values()))
