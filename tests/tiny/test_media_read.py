@@ -279,3 +279,15 @@ def test_a_contact_sheet_shows_every_picture_with_its_label(tmp_path):
     for colour in colours:
         assert (sheet == colour).all(-1).sum() == 40 * 60
     assert (sheet < 60).all(-1).sum() > 20
+
+
+def test_a_label_goes_on_over_empty_ones_in_its_row(tmp_path):
+    grey = [np.full((40, 60, 3), 200, np.uint8)] * 4
+    written = {}
+    for behind in ("", "x"):
+        labels = ["a long label " * 9, behind, "", ""]
+        path = contact_sheet(grey, tmp_path / "s.png", columns=2, labels=labels)
+        written[behind] = np.flatnonzero((np.array(Image.open(path))[:60] < 60).all(-1).any(0))
+    assert 110 < written[""].max() < 128
+    assert len(written[""]) > 1.5 * len(written["x"])
+    assert not (np.array(Image.open(path))[62:] < 60).all(-1).any()

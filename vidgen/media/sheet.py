@@ -24,7 +24,8 @@ def contact_sheet(
         frames: uint8 [H, W, 3] each, of any size.
         path: the PNG, replaced if it exists.
         columns: pictures in a row.
-        labels: a line under each picture; fewer than pictures, or none, is fine.
+        labels: a line under each picture; fewer than pictures, or none, is fine. Over empty ones
+            behind it in its row a label goes on.
 
     Returns:
         The path written.
@@ -39,8 +40,9 @@ def contact_sheet(
         x, y = _GAP + index % columns * step_x, _GAP + index // columns * step_y
         sheet.paste(Image.fromarray(frame), (x, y))
         if index < len(labels):
-            text = labels[index]
-            while text and draw.textlength(text, font) > width:
+            text, behind = labels[index], labels[index + 1 : (index // columns + 1) * columns]
+            empty = next((n for n, each in enumerate(behind) if each), len(behind))
+            while text and draw.textlength(text, font) > width + empty * step_x:
                 text = text[:-1]
             draw.text((x, y + height), text, "black", font)
     buffer = io.BytesIO()

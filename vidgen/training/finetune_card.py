@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,11 @@ def _curves(title: str, curve: Sequence[Mapping[str, Any]]) -> str:
     loss = [(line["step"], line["loss"]) for line in curve if "seconds_per_step" in line]
     scores = [(line["step"], line["validation"]["velocity_mean"])
               for line in curve if "validation" in line]
-    charts = [line_chart(f"{title}: {name} by step", [(name, points)], 640, 240)
+    charts = [line_chart(f"{name} by step", [(name, points)], 640, 240)
               for name, points in (("loss", loss), ("validation", scores))]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Curves</title>'
-        f"<body>{''.join(charts)}</body></html>\n"
+        "<style>body { font: 15px/1.5 system-ui, sans-serif; margin: 24px } "
+        "figure { margin: 16px 0 }"
+        f"</style><body><h1>{escape(title)}</h1>{''.join(charts)}</body></html>\n"
     )
