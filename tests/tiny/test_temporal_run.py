@@ -382,8 +382,11 @@ def test_sets_without_pairs_have_a_distance_only_by_an_extractor(tmp_path: Path)
     with pytest.raises(InputError, match=r"no clip of the same name in common.*i3d=PATH"):
         run_temporal(TemporalRun(paths), tmp_path / "r.json", quiet)
     run = TemporalRun(paths, [f"i3d={scripts}"])
-    (found,) = run_temporal(run, tmp_path / "r.json", quiet)["comparisons"]
+    notes = list[str]()
+    told = run_temporal(run, tmp_path / "r.json", lambda e: notes.append(e.get("text", "")))
+    (found,) = told["comparisons"]
     assert (found["pairs"], found["unpaired"], found["fvd_segments"]) == (0, [3, 3], [3, 3])
+    assert any("only 3 segments of 16 frames" in text and "6 values" in text for text in notes)
     assert found["fvd"] == pytest.approx(0, abs=1e-6)
 
 

@@ -39,7 +39,8 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
         `folders`, `pairs`, `unpaired` (clips of either without one of their name in the other),
         `both_dynamic`, `unlike` (pairs of two sizes or rates), `measures` with `difference` (first
         less second), `low`, `high`, `pairs`, `prompts`, `verdict` each; of all clips, paired or
-        not, `motion_distance`, `fvd` and `kvd` with `fvd_segments`; and the `verdict`.
+        not, `motion_distance`, `fvd` and `kvd` with `fvd_segments` and `fvd_width`, the values of a
+        segment's feature; and the `verdict`.
     """
     shared = [clip for clip in rows if clip in others]
     moving = [c for c in shared if rows[c]["dynamic"] and others[c]["dynamic"]]
@@ -70,6 +71,7 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
         "fvd": frechet_distance(*features, least=2),
         "kvd": kernel_distance(*features),
         "fvd_segments": [len(side) for side in features],
+        "fvd_width": max((len(row) for side in features for row in side), default=0),
         "verdict": _headline(measures.get(HEADLINE), len(shared), len(moving), unlike),
     }
 

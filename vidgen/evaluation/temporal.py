@@ -28,7 +28,12 @@ from vidgen.evaluation.metrics.registry import PROXY
 from vidgen.evaluation.metrics.vbench import RANGES
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.suite import Item, PromptSuite, find_images, find_items
-from vidgen.evaluation.temporal_notes import note_mixture, note_skipped, note_unmatched
+from vidgen.evaluation.temporal_notes import (
+    note_few_segments,
+    note_mixture,
+    note_skipped,
+    note_unmatched,
+)
 from vidgen.evaluation.temporal_summary import by_name, dimensions, figures
 from vidgen.media.read import VideoReader, load_image
 from vidgen.pipeline.workers import Job, Patience, Staff, run_jobs
@@ -141,6 +146,11 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     for folder in folders:
         note_mixture(folder, on_event)
     results = [_result(folder) for folder in folders]
+    comparisons = [
+        compare(a["name"], by_name(a), b["name"], by_name(b)) for a, b in combinations(results, 2)
+    ]
+    for compared in comparisons:
+        note_few_segments(compared, on_event)
     return {
         "suite": "temporal",
         "prompt_suite": None if suite is None else {"name": suite.name, "sha256": suite.sha256},
@@ -148,10 +158,7 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
         "measures_version": MEASURES_VERSION,
         "networks": hashes,
         "folders": results,
-        "comparisons": [
-            compare(a["name"], by_name(a), b["name"], by_name(b))
-            for a, b in combinations(results, 2)
-        ],
+        "comparisons": comparisons,
         "machine": versions,
     }
 

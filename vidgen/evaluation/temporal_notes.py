@@ -40,6 +40,15 @@ def note_unmatched(folder: Folder, has_images: bool, tell: OnEvent) -> None:
               "no picture named like them or their prompt; i2v measures leave them out"})
 
 
+def note_few_segments(compared: Mapping[str, Any], tell: OnEvent) -> None:
+    """Say where FVD is of too few segments to be compared with what is published."""
+    few, width = min(compared["fvd_segments"]), compared["fvd_width"]
+    if compared["fvd"] is not None and few <= width:
+        tell({"event": "note", "text": f"of {' and '.join(compared['folders'])} one has only {few} "
+              f"segments of 16 frames, and a feature has {width} values; so few make FVD too low: "
+              "compare it only with FVD of as many, or give more clips"})
+
+
 def note_mixture(folder: Folder, tell: OnEvent) -> None:
     """Say which rates or sizes a folder mixes, if it does."""
     for name, remedy in (("fps", "speeds and jerks"), ("size", "flows")):
