@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 import time
+import wave
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -227,6 +230,22 @@ def test_pictures_are_chosen_and_dropped(page, served):
     assert_focused(page, "last_image_reference")
 
 
+def test_a_clip_has_the_sound_of_a_file(page, served):
+    sound = io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", "not compressed"))
+        file.writeframes(bytes(range(256)) * 125)
+    page.get_by_label("Sound", exact=True).select_option("A sound file")
+    page.locator("[name=audio_reference]").set_input_files(
+        {"name": "hum.wav", "mimeType": "audio/wav", "buffer": sound.getvalue()})
+    video = make(page, "a red car hums")
+    video.evaluate("v => v.play()")
+    heard = "v => new Promise(done => { const told = () => v.webkitAudioDecodedByteCount > 0 "
+    heard += "? done(true) : setTimeout(told, 50); told(); })"
+    assert video.evaluate(heard)
+    assert newest(served)["sound"] is True
+
+
 def test_what_is_wrong_stands_at_its_field(page):
     page.get_by_label("Prompt", exact=True).fill("a red car")
     size = page.locator(".composer [name=size]")
@@ -313,10 +332,11 @@ def test_a_film_is_written_made_and_one_shot_of_it_made_anew(page, served):
     film = served.finished(served.http.get("/v1/films?limit=1").json()["data"][0]["id"])
     assert film["shots"][1]["seed"] != kept
 
+    before = page.url
     page.locator(".shot").first.get_by_role("button", name="New take").click()
-    expect(page.locator(".result .progress")).to_be_visible()
+    page.wait_for_url(lambda url: url != before, timeout=PATIENCE_MS)
     expect(page.locator(".result video")).to_be_visible()
-    again = served.http.get("/v1/films?limit=1").json()["data"][0]
+    again = served.finished(page.url.rpartition("/")[2])
     assert [shot["made"] for shot in again["shots"]] == [True, False]
     assert again["previous_film_id"] == film["id"]
 
@@ -336,8 +356,17 @@ def test_a_film_is_seen_while_it_forms_and_can_be_cancelled(page):
     shot.get_by_label("Steps").fill("200")
     page.keyboard.press("Control+Enter")
     expect(page.locator(".result .media[data-state=preview] img")).to_be_visible()
-    expect(page.locator(".result .progress .state")).to_contain_text("shot shot-1: denoising")
+    expect(page.locator(".result .progress .state")).to_have_text(re.compile("^shot-1: denoising"))
     expect(shot.locator(".side .media img")).to_be_visible()
+    page.get_by_label("Size", exact=True).last.fill("wide")
+    page.get_by_role("button", name="Check").click()
+    wrong = page.locator(".film-editor .wrong")
+    expect(wrong).to_be_visible()
+    told = page.locator(".result .progress .state").text_content()
+    expect(page.locator(".result .progress .state")).not_to_have_text(told)
+    expect(wrong).to_be_visible()  # it goes when something is edited, not when a step is made
+    page.get_by_label("Size", exact=True).last.fill("192x192")
+    expect(wrong).to_have_count(0)
     page.locator(".result").get_by_role("button", name="Cancel").click()
     expect(page.locator(".result .media")).to_contain_text("Cancelled")
     expect(page.locator(".badge")).to_have_text("not made")
@@ -354,6 +383,19 @@ def test_a_script_is_ordered_saved_and_opened(page, tmp_path):
     page.get_by_role("button", name="Move up shot shot-3").click()
     assert page.evaluate("document.activeElement.title") == "Move up shot shot-3"
     page.locator(".shot").nth(2).get_by_label("Goes on from").select_option("shot-3")
+    page.locator("summary", has_text="As text").click()
+    first = page.locator(".shot").first
+    first.locator("summary").click()
+    first.locator("[name=first_frame]").set_input_files(
+        {"name": "a.png", "mimeType": "image/png", "buffer": png(32, 32)})
+    source = page.get_by_label("The script as JSON")
+    expect(source).to_have_value(re.compile('"first_frame": "a.png"'))
+    page.reload()
+    first.locator("summary").click()
+    expect(first.locator(".filename")).to_have_text("a.png")
+    first.get_by_role("button", name="Remove first frame").click()
+    page.locator("summary", has_text="As text").click()
+    expect(source).not_to_have_value(re.compile("first_frame"))
     with page.expect_download() as told:
         page.get_by_role("button", name="Save script").click()
     told.value.save_as(tmp_path / "script.json")
@@ -381,6 +423,15 @@ def test_a_phone_shows_all_of_it(browser, served):
                 && !each.textContent.trim() && !each.labels?.length
                 && !each.getAttribute("aria-label")).map(each => each.outerHTML)""")
             assert unnamed == []
+        page.goto(f"{served.url}/#/films")
+        for _ in range(40):  # the bars that stay hide nothing that has the focus
+            page.keyboard.press("Tab")
+            assert page.evaluate("""() => {
+                const each = document.activeElement.labels?.[0] ?? document.activeElement;
+                const { x, y, width, height } = each.getBoundingClientRect();
+                const top = document.elementFromPoint(x + width / 2, y + height / 2);
+                return document.activeElement === document.body || each.contains(top);
+            }"""), page.evaluate("document.activeElement.outerHTML")
 
 
 def test_colours_and_motion_are_as_people_want_them(browser, served):

@@ -3,11 +3,13 @@ import { button, h, icon, newId } from "./dom.js";
 import { announce } from "./tell.js";
 
 /**
- * @param {object} options `name` of the field, `label`, `accept` as of an input, `hint`.
+ * @param {object} options `name` of the field, `label`, `accept` as of an input, `hint`; `given`,
+ *     the name of a file that is known already.
  */
 export class DropZone {
-  constructor({ name, label, accept, hint, onchange = () => {} }) {
+  constructor({ name, label, accept, hint, given = null, onchange = () => {} }) {
     this.file = null;
+    this.given = given;
     this.label = label;
     this.onchange = onchange;
     this.isPicture = accept.startsWith("image/");
@@ -49,8 +51,9 @@ export class DropZone {
 
   /** Take a file, or with null the one that is there away. */
   take(file) {
-    if (this.file && !file) announce(`${this.label} removed`);
+    if ((this.file || this.given) && !file) announce(`${this.label} removed`);
     this.file = file;
+    this.given = null;
     if (!file) this.input.value = "";
     this.draw();
     this.onchange(file);
@@ -58,11 +61,12 @@ export class DropZone {
 
   draw() {
     const { file } = this;
-    this.clear.hidden = !file;
-    this.element.classList.toggle("full", Boolean(file));
+    const name = file?.name ?? this.given;
+    this.clear.hidden = !name;
+    this.element.classList.toggle("full", Boolean(name));
     if (this.url) URL.revokeObjectURL(this.url);
     this.url = file && this.isPicture ? URL.createObjectURL(file) : null;
     const picture = this.url ? h("img", { src: this.url, alt: "" }) : icon(this.isPicture ? "image" : "open");
-    this.shown.replaceChildren(picture, file ? h("span.filename", {}, file.name) : "");
+    this.shown.replaceChildren(picture, name ? h("span.filename", {}, name) : "");
   }
 }

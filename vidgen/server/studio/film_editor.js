@@ -85,7 +85,6 @@ export class FilmEditor {
     this.list.replaceChildren();
     for (const shot of this.script.shots) this.list.append(this.cardOf(shot).element);
     this.changed();
-    this.writeText();
   }
 
   cardOf(shot) {
@@ -110,6 +109,14 @@ export class FilmEditor {
   /** Something was edited: say what is to be made, and keep it over a reload. */
   changed() {
     clearFormError(this.form);
+    this.told.replaceChildren(); // of the script as it was checked
+    this.mark();
+    this.writeText();
+    localStorage.setItem(STORE, JSON.stringify({ script: this.script, film: this.filmId }));
+  }
+
+  /** Show what there is of each shot, and what the main button makes. */
+  mark() {
     const { film } = this;
     const changed = changedShots(this.script, this.before);
     const made = new Map((this.film?.shots ?? []).map((shot) => [shot.id, shot]));
@@ -123,7 +130,6 @@ export class FilmEditor {
     const isWhole = !isEnded || film.draft || count === this.script.shots.length;
     this.makeWords.textContent = isWhole ? "Make film"
       : count === 0 ? "Join anew" : `Make ${count} ${changed.size ? "changed " : ""}${count === 1 ? "shot" : "shots"}`;
-    localStorage.setItem(STORE, JSON.stringify({ script: this.script, film: this.filmId }));
   }
 
   get isDirty() {
@@ -267,7 +273,7 @@ export class FilmEditor {
   /** The film that is worked on went on. */
   show(film) {
     this.film = film;
-    this.changed();
+    this.mark();
   }
 
   /** The film was deleted; its script stays. */

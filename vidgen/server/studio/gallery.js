@@ -41,7 +41,8 @@ export class Gallery {
       if (this.list.children[index] !== card.element) this.list.insertBefore(card.element, this.list.children[index] ?? null);
     });
     this.empty.hidden = jobs.length > 0;
-    this.empty.textContent = wanted ? "No clip has these words." : "Clips that you make appear here.";
+    this.empty.textContent = !wanted ? "Clips that you make appear here."
+      : hasMore("video") ? "None of the latest clips has these words; there are older ones." : "No clip has these words.";
     this.more.hidden = !hasMore("video");
     this.mark(this.current);
   }

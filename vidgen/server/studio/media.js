@@ -4,6 +4,13 @@ import { h, icon, reducedMotion } from "./dom.js";
 import { previewOf } from "./store.js";
 import { stateOf } from "./words.js";
 
+/** Give a box the shape of a job's picture. */
+export function shapeLike(box, job) {
+  const [width, height] = (job.size ?? "1x1").split("x").map(Number);
+  box.style.aspectRatio = `${width} / ${height}`;
+  box.style.setProperty("--ratio", width / height);
+}
+
 /** A box in the shape of the clip that shows what there is of it. */
 export class MediaBox {
   /** @param {object} options `controls`: whether the video has its own. */
@@ -20,9 +27,7 @@ export class MediaBox {
 
   /** Show a job as it stands; what is shown already stays untouched. */
   show(job) {
-    const [width, height] = (job.size ?? "1x1").split("x").map(Number);
-    this.element.style.aspectRatio = `${width} / ${height}`;
-    this.element.style.setProperty("--ratio", width / height);
+    shapeLike(this.element, job);
     const image = previewOf(job.id);
     const state = job.status === "completed" ? "video"
       : job.status === "in_progress" && image ? "preview" : job.status;

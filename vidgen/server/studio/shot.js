@@ -2,6 +2,7 @@
 import { contentOfShot } from "./api.js";
 import { button, field, h, icon, reducedMotion } from "./dom.js";
 import { DropZone } from "./drop.js";
+import { shapeLike } from "./media.js";
 import { CAMERA_MOVES, TRANSITIONS, newSeed } from "./script.js";
 import { previewOf } from "./store.js";
 
@@ -140,7 +141,8 @@ export class ShotCard {
     const one = (value, key) => (typeof value === "object" ? value?.[key] : value);
     const picture = new DropZone({
       name: "first_frame", label: "First frame", accept: "image/*",
-      onchange: (file) => file && this.set("first_frame", this.editor.attach(file)),
+      given: typeof this.shot.first_frame === "string" ? this.shot.first_frame : null,
+      onchange: (file) => this.set("first_frame", file && this.editor.attach(file)),
     });
     return h("details", {}, h("summary", {}, "Camera, sound, texts"), h("div.stack", {},
       h("div.pair", {},
@@ -191,7 +193,7 @@ export class ShotCard {
     const now = isThere ? `${film.id} ${made.id}` : `${state} ${Boolean(image)}`;
     if (now !== this.shown) {
       this.shown = now;
-      if (film) this.picture.style.aspectRatio = film.size.replace("x", " / ");
+      if (film) shapeLike(this.picture, film);
       this.picture.replaceChildren(isThere ? this.drawCover(film, made)
         : image ? h("img", { alt: "How it looks so far" }) : h("p.fate", {}, this.state.textContent));
       this.takes.replaceChildren(...(isThere ? this.drawTakes(film, made) : []));

@@ -34,7 +34,7 @@ export function stateOf(job) {
     case "in_progress": {
       const stage = STAGES[job.stage] ?? job.stage ?? "starting";
       const step = job.num_steps ? `, step ${job.step} of ${job.num_steps}` : "";
-      const shot = job.shot ? `shot ${job.shot}: ` : "";
+      const shot = job.shot ? `${job.shot.replace(/^(?!shot\b)/, "shot ")}: ` : "";
       return `${shot}${stage}${step}`;
     }
     case "failed":
