@@ -136,7 +136,8 @@ class Studio:
 
     def key(self, item: Item) -> str:
         """SHA-256 of all that shapes an item's scores."""
-        material, own = SOURCES[item.source].material, None
+        material = SOURCES[item.source].material
+        own: int | str | None = None
         if material == "extend":
             own = self.bench.windows
         elif material == "sound":
