@@ -371,6 +371,7 @@ def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
         (["check"], "no folder was named"), (["check", "nowhere"], "nowhere is no folder"),
         (["chek", "x"], "invalid choice"), (["check", ".", "--fps", "fast"], "fps must be"),
         (["check", ".", "--output", "x"], "--output has no meaning for data check"),
+        (["check", ".", "--device", "cpu"], "--device has no meaning for data check"),
         (["cache", ".", "--html", "x"], "--html has no meaning"),
         (["check", ".", "--set", "avoid=[cuts]"], "did you mean 'cut'"),
         (["check", ".", "--workers", "0"], "give 1 or more"),

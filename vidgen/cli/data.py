@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="processes beside each other; default one a core for check, one for cache")
     add("--html", metavar="FILE", help="check: also write a page with thumbnails")
     add("-o", "--output", metavar="FOLDER", help="cache: default the run's, else FOLDER.cache")
-    add("--device", default="auto", metavar="D", help="cache: cpu, cuda or auto")
+    add("--device", metavar="D", help="cache: cpu, cuda or auto; default auto")
     add("--overwrite", action="store_true", help="replace an existing page")
 
 
@@ -71,7 +71,7 @@ def run(args: Namespace, report: Report) -> int:
 def _refuse_others(args: Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers is {args.workers}; give 1 or more")
-    foreign = {"check": ("output",), "cache": ("html", "overwrite")}[args.action]
+    foreign = {"check": ("output", "device"), "cache": ("html", "overwrite")}[args.action]
     for name in foreign:
         if getattr(args, name):
             raise InputError(f"--{name} has no meaning for data {args.action}; leave it out")
@@ -130,7 +130,7 @@ def _cache(
     for fate in known.selection.fates:
         if fate.dropped is not None:
             report({"event": "note", "text": f"{fate.file.name} is left out: {fate.dropped}"})
-    device = choose_device(args.device)
+    device = choose_device(args.device or "auto")
     made = make_cache(config, folder, model, known, report, workers=args.workers or 1,
                       device=device.type)
     lines = [f"{name}: {why}" for name, why in made["failed"].items()]

@@ -271,7 +271,9 @@ class _Loop:
         self.bad_in_a_row += 1
         name_files = getattr(self.task, "files", lambda _batch: [])
         files = self.place.told([file for batch in made for file in name_files(batch)])
-        what = f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}"
+        what = f"step {step}: loss {loss:.4g}"
+        if self._is_usable(loss):  # only then were gradients computed
+            what += f", gradient norm {norm:.4g}"
         if files:
             what += f", of {', '.join(files)}"
         limits = {"skip": MAX_BAD, "rollback": MAX_ROLLBACKS + 1, "stop": 1}
