@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.mutations import mutate
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError
-from vidgen.evaluation.leaderboard import read_entries
+from vidgen.evaluation.leaderboard import page, read_entries
 from vidgen.evaluation.scale import SuiteRun
 from vidgen.media.read import read_recipe
 
@@ -207,3 +209,17 @@ def test_names_are_files_names_and_no_two_alike() -> None:
         read_entries([])
     with pytest.raises(InputError, match="seeds is 2000"):
         SuiteRun("x.txt", seeds=2000)
+
+
+@pytest.mark.usefixtures("results")
+def test_damaged_results_are_shown_or_refused_by_name(root: Path, tmp_path: Path) -> None:
+    rng, path, told = Random(0), tmp_path / "damaged.json", []
+    content = (root / "one.json").read_bytes()
+    for _ in range(150):
+        path.write_bytes(mutate(content, path.name, b"{}", rng))
+        try:
+            page(read_entries([path]))
+        except InputError as error:
+            told.append(str(error))
+    assert 20 < len(told) < 150
+    assert all("damaged.json holds no results" in each for each in told)

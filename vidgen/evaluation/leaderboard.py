@@ -103,20 +103,23 @@ def read_entries(paths: Sequence[str | Path]) -> list[Entry | ToyboxEntry]:
     return [entry for path in paths for entry in _read(path)]
 
 
-def _read(path: str | Path) -> list[Entry] | list[ToyboxEntry]:
+def _read(path: str | Path) -> Sequence[Entry | ToyboxEntry]:
     try:
         result = json.loads(Path(path).read_text("utf-8"))
-        if result["suite"] == "toybox":
-            return [ToyboxEntry.of(str(path), result)]
-        entries = [Entry(str(path), folder, result) for folder in result["folders"]]
-        for entry in entries:
-            _ = entry.rows, entry.headline, entry.conditions, entry.model
-        return entries
+        page([*_entries(path, result), *_entries(path, result)])  # all that will be asked of them
+        return _entries(path, result)
     except OSError as error:
         raise InputError(f"results {path} can't be read: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError) as error:
         raise InputError(f"{path} holds no results of vidgen eval SUITE or temporal "
                          f"({type(error).__name__}: {error}); make it anew") from None
+
+
+def _entries(path: str | Path, result: Mapping[str, Any]) -> Sequence[Entry | ToyboxEntry]:
+    if result["suite"] == "toybox":
+        return [ToyboxEntry.of(str(path), result)]
+    return [Entry(str(path), folder, result) for folder in result["folders"]]
 
 
 def tables(entries: Sequence[Entry | ToyboxEntry]) -> list[dict[str, Any]]:
