@@ -4,8 +4,9 @@
         [--readme README.md]                                     about 40 minutes on two cores
 
 Each side has a process of its own; they take turns, and the table holds medians. Diffusers is taken
-at its best: the faster of eager and compiled. Errors are those against diffusers in float64 on the
-same weights, at attention scores of deviation 1 and 3. The run goes on where it was stopped.
+at its best: the faster of eager and compiled. `of peak` is the share of what matrix products, or
+convolutions, reach here by themselves. Errors are those against diffusers in float64 on the same
+weights, at attention scores of deviation 1 and 3. The run goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import speed_cases as cases
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from vidgen.core.runtime import atomic_write, fingerprint
 from vidgen.ops import native
@@ -34,6 +37,7 @@ ERRORS = ("dit-1.5k", "dit-fp32", "decode-bf16", "decode-fp32", "encode-bf16", "
 NO_COMPILE = ("decode-bf16", "decode-fp32", "encode-bf16", "encode-fp32")
 """Diffusers' VAE keeps caches in lists of changing length, which compile anew at every chunk."""
 MARKS = ("<!-- speed -->", "<!-- /speed -->")
+PEAKS = {f"{kind}{dtype}" for kind in ("", "conv ") for dtype in cases.DTYPES}
 console = Console(stderr=True)
 
 
@@ -91,7 +95,7 @@ def measure(name: str, case: cases.Case, repeats: int) -> dict[str, Any]:
     return {
         "title": case.title, "dtype": case.dtype, "wanted": case.wanted, "seconds": seconds,
         "median_s": medians, "peer": peer, "ratio": medians[peer] / medians["ours"],
-        "flops": case.flops,
+        "flops": cases.count_flops(case),
     }
 
 
@@ -134,29 +138,58 @@ def memory() -> dict[str, Any]:
 
 
 def peaks() -> dict[str, float]:
-    """GFLOP/s of large matrix products here, by dtype: what a transformer could reach at most."""
+    """GFLOP/s of large products and convolutions here, by dtype: what networks reach at most."""
     found = {}
     for name, dtype in cases.DTYPES.items():
         x, weight = torch.randn(1536, 1536).to(dtype), torch.randn(8960, 1536).to(dtype)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1536)
-        times = []
-        for _ in range(9):
-            start = time.perf_counter()
+
+        def multiply(x: Tensor = x, packed: Tensor = packed) -> None:
             torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-            times.append(time.perf_counter() - start)
-        found[name] = 2 * 1536 * 1536 * 8960 / statistics.median(times) / 1e9
+
+        found[name] = 2 * 1536 * 1536 * 8960 / _median_s(multiply) / 1e9
+        last = torch.channels_last_3d
+        video = torch.randn(1, 192, 6, 66, 66).to(dtype).to(memory_format=last)
+        kernel = torch.randn(192, 192, 3, 3, 3).to(dtype).to(memory_format=last)
+
+        def convolve(video: Tensor = video, kernel: Tensor = kernel) -> None:
+            torch.nn.functional.conv3d(video, kernel)
+
+        found[f"conv {name}"] = 2 * 4 * 64 * 64 * 27 * 192 * 192 / _median_s(convolve) / 1e9
     return found
+
+
+@torch.no_grad()
+def _median_s(run: Callable[[], None]) -> float:
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def of_peak(results: dict[str, Any], name: str) -> dict[str, float]:
+    """By side the share of the machine's peak that a case reaches; nothing where none is known."""
+    one, kind = results["cases"][name], cases.CASES[name].kind
+    peak = f"conv {one['dtype']}" if kind in ("decode", "encode") else one["dtype"]
+    if not one["flops"] or peak not in results["peak_gflops"]:
+        return {}
+    rate = one["flops"] / results["peak_gflops"][peak] / 1e9
+    return {side: rate / one["median_s"][side] for side in ("ours", one["peer"])}
 
 
 def table(results: dict[str, Any]) -> list[str]:
     """The results as lines of Markdown."""
-    lines = ["| | dtype | diffusers | vidgen | ratio |", "|---|---|---|---|---|"]
+    lines = ["| | dtype | diffusers | vidgen | ratio | of peak |", "|---|---|---|---|---|---|"]
     for name in cases.CASES:
         if name in results["cases"]:
             one = results["cases"][name]
             ours, theirs = one["median_s"]["ours"], one["median_s"][one["peer"]]
+            share = of_peak(results, name)
+            shown = f"{share[one['peer']]:.0%}, {share['ours']:.0%}" if share else ""
             lines.append(f"| {one['title']} | {one['dtype']} | {theirs:.2f} s ({one['peer']}) | "
-                         f"{ours:.2f} s | {one['ratio']:.2f} |")
+                         f"{ours:.2f} s | {one['ratio']:.2f} | {shown} |")
     if "memory" in results:
         cells = [
             f"{values['321']:.0f} MB ({values['321'] / values['17']:.2f}x its 17)"
@@ -164,7 +197,7 @@ def table(results: dict[str, Any]) -> list[str]:
         ]
         ratio = results["memory"]["eager"]["321"] / results["memory"]["ours"]["321"]
         title = "decode 321 frames, 128x128, peak memory"
-        lines.append(f"| {title} | bf16 | {cells[0]} | {cells[1]} | {ratio:.2f} |")
+        lines.append(f"| {title} | bf16 | {cells[0]} | {cells[1]} | {ratio:.2f} | |")
     return lines
 
 
@@ -223,7 +256,8 @@ def main() -> int:
     if options.output.is_file():
         results |= json.loads(options.output.read_text())
     wanted = options.only or [*cases.CASES, "memory", "errors"]
-    results.setdefault("peak_gflops", peaks())
+    if set(results.get("peak_gflops", ())) != PEAKS:
+        results["peak_gflops"] = peaks()
 
     def keep() -> None:
         atomic_write(options.output, json.dumps(results, indent=1).encode())
@@ -234,10 +268,10 @@ def main() -> int:
             results["cases"][name] = one = measure(
                 name, case, options.repeats or case.repeats
             )
-            if case.flops:
-                rate = case.flops / one["median_s"]["ours"] / 1e9
-                one["of_peak"] = rate / results["peak_gflops"][case.dtype]
-            console.print(f"  {one['ratio']:.2f} times {one['peer']}, wanted {case.wanted}")
+            one["of_peak"] = of_peak(results, name)
+            shares = ", ".join(f"{side} {share:.0%}" for side, share in one["of_peak"].items())
+            console.print(f"  {one['ratio']:.2f} times {one['peer']}, wanted {case.wanted}"
+                          f"; of the peak: {shares or 'not counted'}")
             keep()
     if "memory" in wanted and (options.again or "memory" not in results):
         results["memory"] = memory()

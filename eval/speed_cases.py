@@ -25,6 +25,7 @@ from vidgen.core.runtime import reuse_freed_memory
 SIDES = ("ours", "eager", "compiled")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NUM_LAYERS = 4
+VAE_SIDE = 256
 Run = Callable[[], Any]
 
 
@@ -38,7 +39,7 @@ class Case:
         dtype: of weights and activations.
         wanted: the ratio that it has to reach, and the one to hope for.
         options: the builder's.
-        flops: floating-point operations of a run, where they are easily counted.
+        flops: floating-point operations of a run, where a formula tells; see `count_flops`.
         repeats: rounds of the two sides, after one to warm up.
     """
 
@@ -82,9 +83,30 @@ CASES = {
                   "whole", "bf16", (1.5, 1.8), {}, repeats=3),
     "embedded": Case("the embedded model's clip in 25 steps", "embedded", "bf16", (1.5, 2.5), {}),
     "training": Case("training step, 1.3B width, 4 layers, 4,356 tokens, autocast", "training",
-                     "bf16", (1.3,), {"frames": 9, "plane": (44, 44)}, repeats=3),
+                     "bf16", (1.3,), {"frames": 9, "plane": (44, 44)},
+                     3 * _dit_flops(4356, 1536, 8960), repeats=3),  # each product has two gradients
 }
 MEMORY = Case("decode memory, 128x128", "decode", "bf16", (), {"size": 128})
+
+
+def count_flops(case: Case) -> float | None:
+    """Floating-point operations of a run in diffusers; None for whole clips, which mix all kinds.
+
+    Ours does fewer in a VAE: no zero taps, and upsampling folded into smaller kernels.
+    """
+    if case.kind not in ("decode", "encode"):
+        return case.flops
+    from diffusers import AutoencoderKLWan
+    from torch.utils.flop_counter import FlopCounterMode
+
+    frames, side = case.options["frames"], VAE_SIDE
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae = AutoencoderKLWan()
+        if case.kind == "decode":
+            vae.decode(torch.empty(1, 16, 1 + (frames - 1) // 4, side // 8, side // 8))
+        else:
+            vae.encode(torch.empty(1, 3, frames, side, side))
+    return float(counter.get_total_flops())
 
 
 def build(case: Case, side: str, **changes: Any) -> Run:
@@ -230,7 +252,7 @@ def _build_training(case: Case, side: str, frames: int, plane: tuple[int, int]) 
 # --- VAEs
 
 
-def _build_vae(case: Case, side: str, frames: int, size: int = 256) -> Run:
+def _build_vae(case: Case, side: str, frames: int, size: int = VAE_SIDE) -> Run:
     from diffusers import AutoencoderKLWan
 
     from vidgen.models.presets import VAE_PRESETS

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_blocks import FeedForward
 from vidgen.models.lora import Adapter, LowRank, attached
+from vidgen.models.presets import DIT_PRESETS
 from vidgen.ops import linear, probe
 from vidgen.ops.linear import PackedLinear, pack, plain
 
@@ -80,6 +82,14 @@ def test_what_gains_nothing_stays_plain(monkeypatch):
     monkeypatch.setattr(linear, "packs", lambda dtype: dtype == torch.bfloat16)
     layers = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16, device="meta"))
     assert pack(layers) == 0
+
+
+@pytest.mark.usefixtures("packing")
+def test_a_last_layer_stays_plain_for_its_rounding():
+    model = SpacetimeDiT(DIT_PRESETS["tiny"])
+    assert pack(model) > 10
+    assert type(model.blocks[0].ffn.up) is PackedLinear
+    assert not model.head.proj.weight.is_mkldnn
 
 
 def test_a_probe_is_measured_once_and_kept(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from vidgen.models.dit_inputs import Context, KVCache, Layout, Stream
 from vidgen.ops.attention import Backend, attention
-from vidgen.ops.linear import feed_forward
+from vidgen.ops.linear import LastLinear, feed_forward
 from vidgen.ops.norm import (
     add_and_modulated_norm,
     add_gated,
@@ -260,9 +260,9 @@ class Head(nn.Module):
         super().__init__()
         self.eps = eps
         self.modulation = nn.Parameter(torch.zeros(1, 2, width))
-        self.proj = nn.Linear(width, patch_dim)
+        self.proj = LastLinear(width, patch_dim)
         if audio_channels is not None:
-            self.audio_proj = nn.Linear(width, audio_channels)
+            self.audio_proj = LastLinear(width, audio_channels)
 
     def forward(self, stream: Stream, proj: nn.Linear) -> Tensor:
         """Map a stream's tokens [B, L, D] to [B, L, channels] in the weights' dtype."""

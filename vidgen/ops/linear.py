@@ -27,6 +27,13 @@ _HIDDEN_BYTES = 16_000_000
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
+class LastLinear(nn.Linear):
+    """A network's last layer, which is never packed.
+
+    oneDNN's float32 sums round twice as coarsely as MKL's, and nothing behind it evens that out.
+    """
+
+
 class PackedLinear(nn.Linear):
     """A linear layer with its weight packed; `pack` makes one of an `nn.Linear`."""
 
@@ -50,8 +57,8 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None, then: str, how: str
 def pack(module: nn.Module) -> int:
     """Pack the linear layers of a module in place, each weight freed before the next is packed.
 
-    Layers stay as they are that are quantised, not on a CPU, or of a dtype that packing makes no
-    faster here. Gradients are not to be had after.
+    Layers stay as they are that are a network's last, quantised, not on a CPU, or of a dtype that
+    packing makes no faster here. Gradients are not to be had after.
 
     Returns:
         How many were packed.
