@@ -130,10 +130,10 @@ def make_edit(
     with _told_with(f"{script.path}: project.finish.codec"):
         picture = picture_settings(finish.codec, target)
     timeline, described = lay_out(script, shots, rates or [film.fps] * len(shots), film.fps), []
+    check_sounds(script, timeline)  # those that stand in words aren't made yet
     if describe is not None:
         described, timeline = describe(timeline)
     captions = captions_of(script, timeline)
-    check_sounds(script, timeline)
     narrated = narrate(script, timeline)
     said = narrated.cues if narrated else []
     burnt = titles_of(script, timeline)
