@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -260,3 +262,16 @@ def test_available_memory_heeds_the_limit_of_a_container(tmp_path):
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+@pytest.mark.parametrize(("part", "key"), [
+    ("text_encoder", "d_ff"), ("transformer", "ffn_dim"), ("vae", "decoder_dim"),
+])
+def test_a_size_that_no_network_of_the_files_has_is_refused(tmp_path, tiny_model, part, key):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / part / "config.json"
+    config = json.loads(path.read_text())
+    assert key in config
+    path.write_text(json.dumps(config | {key: 10**30}))
+    with pytest.raises(ModelError, match=rf"the {part}'s config has \w+ 1000.*but its files hold"):
+        open_model(str(tmp_path / "model"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -38,6 +39,8 @@ CLASSES: dict[Role, type[nn.Module]] = {
     "vae": CausalVAE, "transformer": SpacetimeDiT, "transformer_2": SpacetimeDiT,
     "text_encoder": UMT5Encoder, "image_encoder": ImageEncoder, "sound_vae": AudioVAE,
 }
+_ANY_SIZE = 1 << 20
+"""A number in a config that is no cause for doubt, however small the files."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,22 @@ class Component:
                 raise ModelError(
                     f"the {self.role}'s config has {name} {getattr(self.config, name)}, but its "
                     f"files hold {count} tensors; the two must come from the same model"
+                )
+
+    def check_sizes(self) -> None:
+        """Refuse a config with a size that no network of these files can have.
+
+        Raises:
+            ModelError: names it.
+        """
+        held = sum(math.prod(self.store.shape(name)) for name in self.store.names)
+        for name, value in vars(self.config).items():
+            sizes = value if isinstance(value, tuple) else (value,)
+            largest = max((size for size in sizes if isinstance(size, int)), default=0)
+            if largest > max(held, _ANY_SIZE):
+                raise ModelError(
+                    f"the {self.role}'s config has {name} {str(largest)[:40]}, but its files hold "
+                    f"{held} numbers; the two must come from the same model"
                 )
 
     def require_complete(self) -> None:
@@ -145,4 +164,6 @@ def assemble(
                 rest[name] = source
             else:
                 taken[name], names[name] = source, ours or name
-    return Component(role, config, View(taken), names, View(rest), spellings)
+    component = Component(role, config, View(taken), names, View(rest), spellings)
+    component.check_sizes()
+    return component
