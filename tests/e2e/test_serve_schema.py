@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from urllib.request import urlopen
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -47,6 +50,13 @@ def ask_each(operations, mode, max_examples):
             case.call_and_validate(checks=CHECKS, timeout=60)
 
         ask()
+
+
+def test_files_stand_in_forms_alone(served):
+    paths = json.loads(urlopen(f"{served.url}/openapi.json").read())["paths"]
+    content = paths["/v1/videos"]["post"]["requestBody"]["content"]
+    assert "binary" not in json.dumps(content["application/json"])
+    assert "binary" in json.dumps(content["multipart/form-data"])
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)

@@ -227,9 +227,18 @@ def body_schema(ask: type[Strict]) -> dict[str, Any]:
     """A body's part of the OpenAPI document."""
     schema = ask.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
-    content = {"schema": schema}
     return {"requestBody": {"required": True, "content": {
-        "application/json": content, "multipart/form-data": content}}}
+        "application/json": {"schema": _as_text(schema)},
+        "multipart/form-data": {"schema": schema},
+    }}}
+
+
+def _as_text(schema: Any) -> Any:
+    """A schema whose strings are no files, which JSON can't hold."""
+    if isinstance(schema, dict):
+        return {key: _as_text(value) for key, value in schema.items()
+                if (key, value) != ("format", "binary")}
+    return [_as_text(each) for each in schema] if isinstance(schema, list) else schema
 
 
 def shared_schemas() -> dict[str, Any]:
