@@ -43,11 +43,14 @@ def operations(served):
 def ask_each(operations, mode, max_examples):
     """Every operation with data that its schema allows, or doesn't."""
     for operation in operations:
+        # 503 is readiness's own answer while a runner comes back
+        checks = CHECKS[1:] if operation.path == "/ready" else CHECKS
+
         @settings(max_examples=max_examples, deadline=None, derandomize=True, database=None,
                   suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
-        def ask(case):
-            case.call_and_validate(checks=CHECKS, timeout=60)
+        def ask(case, checks=checks):
+            case.call_and_validate(checks=checks, timeout=60)
 
         ask()
 

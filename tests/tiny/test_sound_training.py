@@ -68,7 +68,7 @@ def test_a_resumed_run_ends_with_the_same_bits(sound: ModuleType, tmp_path: Path
     assert {"onset_ms", "onset_p95_ms", "onset_recall", "mel"} == result.metrics.keys()
     assert list((tmp_path / "straight").glob("sheet-*.png"))
     cut = build(sound.SoundRun, run_settings(tmp_path / "cut"), "run")
-    train(sound.SoundTask(cut), replace(cut.run, minutes=0))
+    train(sound.SoundTask(cut), replace(cut.run, minutes=1e-6))
     assert latest_checkpoint(tmp_path / "cut").name == "step-00000001"
     train(sound.SoundTask(cut), cut.run, resume=True)
     one, two = state_of(tmp_path / "straight"), state_of(tmp_path / "cut")
