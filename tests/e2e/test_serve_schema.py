@@ -44,15 +44,17 @@ def ask_each(operations, mode, max_examples):
     """Every operation with data that its schema allows, or doesn't."""
     for operation in operations:
         # 503 is readiness's own answer while a runner comes back
-        checks = CHECKS[1:] if operation.path == "/ready" else CHECKS
+        ask_one(operation, mode, max_examples, CHECKS[1:] if operation.path == "/ready" else CHECKS)
 
-        @settings(max_examples=max_examples, deadline=None, derandomize=True, database=None,
-                  suppress_health_check=list(HealthCheck))
-        @given(case=operation.as_strategy(generation_mode=mode))
-        def ask(case, checks=checks):
-            case.call_and_validate(checks=checks, timeout=60)
 
-        ask()
+def ask_one(operation, mode, max_examples, checks):
+    @settings(max_examples=max_examples, deadline=None, derandomize=True, database=None,
+              suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def ask(case):
+        case.call_and_validate(checks=checks, timeout=60)
+
+    ask()
 
 
 def test_files_stand_in_forms_alone(served):
