@@ -217,11 +217,16 @@ def reference_position(index: int) -> float:
     return FIRST_REFERENCE_POSITION - REFERENCE_SPACING * index
 
 
+def are_references(keys: KeyTokens) -> Tensor:
+    """Tell which stills are reference images, by their time positions, [B, K] bool."""
+    return keys.positions <= FIRST_REFERENCE_POSITION
+
+
 def without_references(keys: KeyTokens | None) -> KeyTokens | None:
     """The stills that stand for moments of the clip, without reference images; None if none do."""
     if keys is None:
         return None
-    timed = keys.positions > FIRST_REFERENCE_POSITION
+    timed = ~are_references(keys)
     columns = timed.any(0).nonzero().flatten()
     if not len(columns):
         return None

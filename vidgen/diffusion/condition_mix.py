@@ -13,7 +13,12 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import Strides
-from vidgen.diffusion.condition import LatentState, keyframe_position, reference_position
+from vidgen.diffusion.condition import (
+    LatentState,
+    are_references,
+    keyframe_position,
+    reference_position,
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def has_reference(keys: KeyTokens | None, batch: int) -> Tensor:
     """Tell which samples of a batch were given a reference image, [B] bool."""
     if keys is None:
         return torch.zeros(batch, dtype=torch.bool)
-    given = keys.positions <= reference_position(0)
+    given = are_references(keys)
     return (given if keys.valid is None else given & keys.valid).any(1).cpu()
 
 
