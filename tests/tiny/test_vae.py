@@ -284,3 +284,20 @@ def test_bfloat16_works_on_processors_without_instructions_for_it(monkeypatch):
         exact = layer(x)
         near = layer.bfloat16()(x.bfloat16())
     torch.testing.assert_close(near.float(), exact, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("channels", [16, 256])
+@torch.no_grad()
+def test_long_sums_in_float32_err_no_more_than_in_blocks(channels):
+    torch.manual_seed(0)
+    layer = CausalConv3d(channels, 32, (3, 3, 3))
+    x = torch.randn(1, channels, 6, 16, 16)
+    exact = torch.nn.functional.conv3d(
+        x.double(), layer.weight.double(), layer.bias.double(), padding=layer.padding
+    )
+    blocks = torch.mkldnn_convolution(
+        x, layer.weight, layer.bias, layer.padding, layer.stride, (1, 1, 1), 1
+    )
+    ours = conv.convolve(layer, conv.channels_last(x))
+    assert ours.is_contiguous(memory_format=torch.channels_last_3d)
+    assert (ours - exact).norm() <= 1.2 * (blocks - exact).norm()

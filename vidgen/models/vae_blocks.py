@@ -17,6 +17,7 @@ from vidgen.ops.conv import (
     StreamCache,
     clip_of,
     convolve,
+    convolve_frames,
     frames_of,
     split_first,
 )
@@ -93,7 +94,8 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T', H / 2, W / 2]."""
-        x = clip_of(self.conv(F.pad(frames_of(x), (0, 1, 0, 1))), x.shape[0])
+        padded = F.pad(frames_of(x), (0, 1, 0, 1))
+        x = clip_of(convolve_frames(padded, self.conv.weight, self.conv.bias, stride=2), x.shape[0])
         if self.time_conv is None:
             return x
         before = None if cache is None else cache.tensors.get(self.cache_key)
@@ -154,7 +156,7 @@ class Upsample(nn.Module):
         """
         weight = _fold(_fold(self.conv.weight, 3), 3)  # [row phase, column phase, O, C, 2, 2]
         bias = None if self.conv.bias is None else self.conv.bias.repeat(4)
-        y = F.conv2d(x, weight.flatten(0, 2), bias, padding=1).permute(0, 2, 3, 1)
+        y = convolve_frames(x, weight.flatten(0, 2), bias, padding=1).permute(0, 2, 3, 1)
         a, b, c, d = y.chunk(4, dim=-1)
         even = torch.stack([a[:, :-1, :-1], b[:, :-1, 1:]], dim=3)
         odd = torch.stack([c[:, 1:, :-1], d[:, 1:, 1:]], dim=3)

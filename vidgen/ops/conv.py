@@ -5,6 +5,7 @@ Axes: B batch, C channels, T frames, H rows, W columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -13,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidgen.ops.norm import ChannelRMSNorm
+
+LONG_SUM = 256
+"""Products whose sum in float32 is worth two more copies of what is convolved."""
 
 
 @dataclass
@@ -92,15 +96,39 @@ def convolve(layer: nn.Conv3d, x: Tensor) -> Tensor:
 
     `F.conv3d` passes it by for one small clip in float32, and takes four to ten times as long.
     """
+    if plain_inference(x):
+        return infer(x, layer.weight, layer.bias, layer.stride, layer.padding)
+    if layer.kernel_size[0] == 1:  # oneDNN's gradient of one frame alone breaks memory with AMX
+        weight, padding = layer.weight[:, :, 0], layer.padding[1:]
+        y = F.conv2d(frames_of(x), weight, layer.bias, layer.stride[1:], padding)
+        return clip_of(y, x.shape[0])
+    return F.conv3d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+
+
+def convolve_frames(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int = 0
+) -> Tensor:
+    """`F.conv2d` of frames [N, C, H, W], by the same means as clips."""
     if not plain_inference(x):
-        if layer.kernel_size[0] == 1:  # oneDNN's gradient of one frame alone breaks memory with AMX
-            weight, padding = layer.weight[:, :, 0], layer.padding[1:]
-            y = F.conv2d(frames_of(x), weight, layer.bias, layer.stride[1:], padding)
-            return clip_of(y, x.shape[0])
-        return F.conv3d(x, layer.weight, layer.bias, layer.stride, layer.padding)
-    return torch.mkldnn_convolution(
-        channels_last(x), layer.weight, layer.bias, layer.padding, layer.stride, (1, 1, 1), 1
-    )
+        return F.conv2d(x, weight, bias, stride, padding)
+    return infer(x, weight, bias, (stride, stride), (padding, padding))
+
+
+def infer(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """A convolution by oneDNN, channels-last, where `plain_inference` holds.
+
+    With channels last oneDNN adds up all products of an output in one chain, which errs 2.7 times
+    as much in float32 as its other layout, in blocks of 16 channels; so long sums take that one.
+    (bfloat16 rounds its inputs by far more than either.)
+    """
+    if x.dtype == torch.float32 and weight[0].numel() > LONG_SUM:
+        x, weight = x.contiguous(), weight.contiguous()
+    else:
+        x = channels_last(x)
+    ones = (1,) * len(stride)
+    return channels_last(torch.mkldnn_convolution(x, weight, bias, padding, stride, ones, 1))
 
 
 class CausalConv3d(nn.Conv3d):
@@ -162,7 +190,7 @@ class CausalConv3d(nn.Conv3d):
     def _single(self, x: Tensor) -> Tensor:
         """One frame after nothing: all but the last temporal tap would multiply zeros."""
         taps = self.weight[:, :, -1]
-        y = F.conv2d(frames_of(x), taps, self.bias, padding=self.padding[1:])
+        y = convolve_frames(frames_of(x), taps, self.bias, padding=self.padding[1])
         return clip_of(y, y.shape[0])
 
     def _history(self, x: Tensor, before: Tensor | None) -> Tensor:
