@@ -4,8 +4,9 @@
 
 Writes `preview/model.safetensors`, the linear map behind `--preview`, fitted by least squares to
 what the folder's VAE encodes, and `magnitudes.json`, how its transformer's steps differ, behind
-`--cache magnitude`. Without them both are made on first use or asked for, and kept for the user.
-To be called anew when the weights change; a minute on two cores for the embedded model.
+`--cache magnitude`, and records both in the folder's `model.json`, where it has one. Without them
+both are made on first use or asked for, and kept for the user. To be called anew when the weights
+change; a minute on two cores for the embedded model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from vidgen.pipeline.video import Engine, load
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
 from vidgen.training.program import exit_code
+from vidgen.weights.folder import record_files
 
 NUM_CHECKED = 8
 
@@ -53,10 +55,13 @@ def main() -> int:
         if not isinstance(engine, Engine):
             raise ModelError(f"{options.model} is run by diffusers; it takes neither")
         decoder = fit_preview(engine)
-        write_decoder(decoder, engine.folder.path / FILE)
+        folder = engine.folder.path
+        write_decoder(decoder, folder / FILE)
         print(f"previews: {quality(engine, decoder):.1f} dB")
-        path = write_magnitudes(measure_magnitudes(engine), engine.folder, engine.folder.path)
-        print(f"magnitudes: {path}")
+        found = write_magnitudes(measure_magnitudes(engine), engine.folder, folder)
+        print(f"magnitudes: {found}")
+        if engine.folder.layout == "vidgen":
+            record_files(folder, (FILE, found.name))
 
     return exit_code(work)
 

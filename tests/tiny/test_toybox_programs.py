@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 
+from vidgen.core.errors import ModelError
 from vidgen.pipeline.video import load
 from vidgen.toybox.scenes import is_held_out, sample_scenes
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache, as_reference, encoder_hash
+from vidgen.weights.folder import open_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +75,27 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
     assert {"hound", "dollies", "please", "travel"} <= known - before
     clip = load(str(out)).generate("a red car bounces", seed=1, frames=5, size="32x32", steps=2)
     assert clip.frames.shape == (5, 32, 32, 3)
+
+
+def test_what_is_added_to_a_folder_is_recorded_there_and_nothing_else(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(tiny_model, out)
+    damaged = out / "tokenizer" / "words.txt"
+    damaged.write_text(damaged.read_text() + "intruder\n")
+    with pytest.raises(ModelError, match=r"words\.txt is damaged"):
+        assert open_model(str(out)).content_hash
+    made = program("preview", "--model", str(out))
+    assert made.returncode == 0, made.stderr
+    assert {"magnitudes.json", "preview/model.safetensors"} <= open_model(str(out)).files.keys()
+    with pytest.raises(ModelError, match=r"words\.txt is damaged"):
+        assert open_model(str(out)).content_hash
+    shutil.copyfile(tiny_model / "tokenizer" / "words.txt", damaged)
+    first = open_model(str(out)).content_hash
+    (out / "magnitudes.json").write_text("{}")
+    assert program("preview", "--model", str(out)).returncode == 0
+    assert open_model(str(out)).content_hash == first != open_model(str(tiny_model)).content_hash
 
 
 def test_shards_are_made_again_just_the_same(tiny_model: Path, tmp_path: Path) -> None:

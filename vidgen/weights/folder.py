@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.resources import files
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMAT_VERSION", "ForeignFolder", "ModelDefaults", "ModelFolder", "config_of",
-    "embedded_folder", "list_embedded", "open_model", "read_config", "read_json",
+    "embedded_folder", "list_embedded", "open_model", "read_config", "read_json", "record_files",
     "write_model_info",
 ]
 
@@ -248,9 +248,26 @@ def write_model_info(
         "format": "vidgen", "format_version": FORMAT_VERSION, "name": name, "family": family,
         "variant": variant, "license": license_name, "tasks": list(tasks),
         "world_version": world_version, "defaults": asdict(defaults),
-        "files": {file: sha256_file(path / file) for file in names},
     }
-    atomic_write(path / "model.json", (json.dumps(info, indent=1) + "\n").encode())
+    _write_info(path, info, names)
+
+
+def record_files(path: Path, names: Iterable[str]) -> None:
+    """Have `model.json` in `path` tell what these files hold now, as after they were written.
+
+    What it tells of the others stays, so that damage to one of them still shows.
+
+    Raises:
+        ModelError: there is no `model.json`, or it can't be read.
+    """
+    _write_info(path, read_json(path / "model.json"), names)
+
+
+def _write_info(path: Path, info: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Write `model.json` with hashes of these files beside those that `info` has."""
+    files = {**info.get("files", {}), **{name: sha256_file(path / name) for name in names}}
+    told = {**info, "files": dict(sorted(files.items()))}
+    atomic_write(path / "model.json", (json.dumps(told, indent=1) + "\n").encode())
 
 
 def config_of(config_type: type[Any], folder: Path) -> Any:
