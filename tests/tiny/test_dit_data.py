@@ -85,6 +85,23 @@ def test_only_what_a_reference_shows_goes_unnamed(plain: DiTData) -> None:
     assert min(shown, hidden) > 10
 
 
+def test_windows_of_a_clip_are_shown_its_first_frame(plain: DiTData) -> None:
+    windows = replace(plain, window_share=1.0)
+    assert all(batch.state.keys is None for batch in draws(windows))
+    source = ClipDraws(replace(windows, anchor_share=1.0), torch.device("cpu"), patch=2)
+    firsts = source.data[0].clips[:, :, :1].float()
+    for step in range(6):
+        state = source.batch(PHASE, step, 0).state
+        keys = state.keys
+        assert keys is not None
+        assert (keys.positions == reference_position(0)).all()
+        assert not state.denoise_mask[:, :, 0].any()  # goes on from what is known
+        for row in range(PHASE.batch_size):
+            mine = (firsts == keys.latents[row]).flatten(1).all(1)
+            assert mine.sum() == 1
+            assert not same(state.clean[row, :, :1], firsts[mine][0])  # from inside the clip
+
+
 def test_validation_stays_plain(plain: DiTData) -> None:
     loose = replace(plain, loose_share=1.0, anonymous_share=1.0)
     a, b = (ClipDraws(c, torch.device("cpu"), patch=2).held_aside(33, 0.5) for c in (plain, loose))
@@ -92,7 +109,7 @@ def test_validation_stays_plain(plain: DiTData) -> None:
     assert all(same(a.labels[name], b.labels[name]) for name in a.labels)
 
 
-@pytest.mark.parametrize("name", ["loose_share", "anonymous_share"])
+@pytest.mark.parametrize("name", ["loose_share", "anonymous_share", "anchor_share"])
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_shares_lie_between_none_and_all(plain: DiTData, name: str, share: float) -> None:
     with pytest.raises(InputError, match=rf"{name} is {share}.*0\.\.1"):

@@ -5,7 +5,7 @@ Axes: B clips, C latent channels, F latent frames, h w latent rows and columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ class DiTData:
         image_shift: of such a batch's training times.
         window_share: share of clip batches cut from the inside of clips, all under a prefix:
             what a window of a long clip is, whose first latent is no single frame.
+        anchor_share: of their samples, the share that is given the clip's first frame as a
+            reference: what keeps a long clip to the looks it began with.
         validation_clips: taken off the end of the first cache, never trained on.
         sound: what is learned of sound, or None; clips' sound is cached beside their latents.
 
@@ -87,6 +89,7 @@ class DiTData:
     image_batch: int = 64
     image_shift: float = 1.0
     window_share: float = 0.0
+    anchor_share: float = 0.0
     validation_clips: int = 64
     sound: SoundMix | None = None
 
@@ -98,7 +101,7 @@ class DiTData:
         if self.image_shares and len(self.image_shares) != len(phases):
             raise InputError(f"image_shares has {len(self.image_shares)} entries for {len(phases)} "
                              "phases; give one a phase, or none")
-        for name in ("loose_share", "anonymous_share"):
+        for name in ("loose_share", "anonymous_share", "anchor_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
         longest = min((cache.num_frames for cache in self.caches), default=0)
@@ -209,8 +212,10 @@ class ClipDraws:
             first, shown = window.start, chosen.frame_index[0] < num_frames
             chosen = Stills(chosen.latents[:, :, shown], chosen.frame_index[:, shown])
         if inside_clip:
-            conditions = WINDOW
-        if conditions is None and torch.rand((), generator=draw) < self.config.still_share:
+            conditions = replace(WINDOW, reference=self.config.anchor_share)
+            anchors = torch.full((len(rows), 1), -1)
+            stills: Stills | None = Stills(data.clips[rows, :, :1].float(), anchors)
+        elif conditions is None and torch.rand((), generator=draw) < self.config.still_share:
             conditions, stills = self.config.still_conditions, chosen
         else:
             conditions, stills = conditions or self.config.conditions, None
