@@ -361,6 +361,14 @@ def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
     config = DataConfig(folders=(FolderConfig(str(folder)),), sizes=("48x32",), frames=(9, 17),
                         cache=made["folder"])
     assert open_dataset(config, tiny_model).num_items == 8
+    run.write_text(run.read_text().replace(str(tiny_model), "nowhere") + "run:\n  folder: x\n")
+    argv = ["data", "cache", "-c", str(run), "--json", "--set", f"model={tiny_model}"]
+    assert main([*argv, "--set", "frames=[9, 17]", "--set", "run.steps=3"]) == 0
+    assert json.loads(capsys.readouterr().out)["encoded"] == 0, "the same cache by the same model"
+    assert main([*argv, "--set", "data.windows=all", "--set", "run.stepps=3"]) == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+    assert main([*argv, "--set", "modle=x"]) == 2
+    assert "did you mean 'model'" in capsys.readouterr().err
     after = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     assert after == {path: kept for path, kept in before.items() if path.name != "broken.mp4"}
 
@@ -374,6 +382,7 @@ def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
         (["check", ".", "--device", "cpu"], "--device has no meaning for data check"),
         (["cache", ".", "--html", "x"], "--html has no meaning"),
         (["check", ".", "--set", "avoid=[cuts]"], "did you mean 'cut'"),
+        (["check", ".", "--set", "data=x"], "data is 'x'; give a mapping"),
         (["check", ".", "--workers", "0"], "give 1 or more"),
         (["check", ".", "--model", "nothing"], "neither an embedded model"),
     ],

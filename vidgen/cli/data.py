@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from argparse import ArgumentParser, Namespace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.report import Report
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from vidgen.training.data.survey import Survey
@@ -30,7 +32,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("-c", "--config", metavar="RUN.yaml",
         help="take settings, folders and model from a training run, or from its data part alone")
     add("--set", action="append", default=[], metavar="KEY=VALUE",
-        help="another setting of the data part, such as windows=all; may be repeated")
+        help="a key of the run, such as model=FOLDER or data.windows=all, whose data. may be left "
+        "out; may be repeated")
     add("--model", metavar="NAME|FOLDER", help="to be fine-tuned; default the run's, else toybox")
     add("--size", action="append", default=[], metavar="WxH",
         help="of a bucket; may be repeated; default the model's own sizes")
@@ -83,12 +86,13 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
     Raises:
         InputError: neither names a folder, or a setting can't be.
     """
-    from vidgen.core.config import apply_overrides, build, load_yaml
+    from vidgen.core.config import build, load_yaml
     from vidgen.training.data_config import NO_CACHE, DataConfig
 
-    run: dict[str, Any] = {} if args.config is None else load_yaml(args.config)
-    model = args.model or str(run.get("model") or "toybox")
-    told = apply_overrides(run["data"] if isinstance(run.get("data"), dict) else run, args.set)
+    given: dict[str, Any] = {} if args.config is None else load_yaml(args.config)
+    given = given if isinstance(given.get("data"), dict) else {"data": given}
+    run = _overridden(given, args.set, args.config or "data")
+    model, told = args.model or str(run.get("model") or "toybox"), run["data"]
     options = {"folders": args.folder, "sizes": args.size, "frames": args.frames}
     told |= {name: value for name, value in options.items() if value}
     if args.fps is not None:
@@ -104,6 +108,31 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
             place = f"{str(first).rstrip('/')}.cache"
         told["cache"] = place
     return build(DataConfig, told, args.config or "data"), model
+
+
+def _overridden(given: dict[str, Any], overrides: list[str], where: str) -> dict[str, Any]:
+    """A run with keys written over, as `vidgen train` does; one of `data` may be named alone.
+
+    Raises:
+        InputError: an unknown key, or a value that the run can't have.
+    """
+    from vidgen.core.config import apply_overrides, build
+    from vidgen.training.data_config import DataConfig
+    from vidgen.training.finetune_config import FinetuneConfig
+
+    own, data = ({each.name for each in fields(kind)} for kind in (FinetuneConfig, DataConfig))
+    keys = [re.split("[.=]", override)[0] for override in overrides]
+    for key, override in zip(keys, overrides, strict=True):
+        if key not in own | data:
+            raise InputError(f"override {override!r}: unknown key {key!r}; "
+                             f"{nearest(key, own | data)}")
+    run = apply_overrides(given, [override if key in own else f"data.{override}"
+                                  for key, override in zip(keys, overrides, strict=True)])
+    if not isinstance(run["data"], dict):
+        raise InputError(f"data is {run['data']!r}; give a mapping, such as data.folders=clips")
+    if own.intersection(keys) - {"data", "model"}:  # without effect here, yet checked
+        build(FinetuneConfig, run, where)
+    return run
 
 
 def _tell(known: Survey, config: DataConfig, args: Namespace, report: Report) -> int:
