@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tests.models import build_tiny_model
 from vidgen.cli.main import main
+from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
@@ -35,7 +36,7 @@ from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
 from vidgen.pipeline.estimate import KERNELS_BYTES, estimate
 from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.preflight import choose, preflight, settle
-from vidgen.pipeline.stages import Setup
+from vidgen.pipeline.stages import Setup, duration_text, long_text, size_text
 from vidgen.pipeline.video import load
 from vidgen.pipeline.workload import (
     decoder_layers,
@@ -385,9 +386,37 @@ def test_the_command_prints_all(tiny_model, tmp_path, monkeypatch, capsys):
     assert "measuring" not in err
     assert "denoise" in out
     assert "whole" in out
+    assert f"9 frames, up to {size_text(told['disk_bytes'])} on the disk" in out
     assert main([*words, "--size", "8192x8192"]) == 2
     assert "what would fit" in capsys.readouterr().err
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".mp4"]
+
+
+def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys):
+    def told(**options):
+        made = [estimate(*planned(tiny_model, **options), FP32)]
+        with Report(as_json=True, events=None) as report:
+            report.expect(made[0], num_clips=options.get("count", 1))
+            report.expect(made, done=[1])
+        return made[0], capsys.readouterr().err
+
+    short, err = told()
+    assert (short.kept_frames, err) == (9, "")
+    latents = 4 * 3 * 4 * 4
+    assert short.disk_bytes == 2 * (9 * 32 * 32 // 4 + 4 * latents)
+    assert told(count=3)[0].disk_bytes == 3 * short.disk_bytes
+    long, err = told(seconds=3600, fps=240)
+    (line,) = err.splitlines()  # and none where all is done
+    assert "for 864000 frames" in line
+    assert f"up to {size_text(long.disk_bytes)} on the disk, by an ordinary core's rates" in line
+    assert f"about {duration_text(long.total_s)} for" in line
+    measured = replace(long, measured=True)
+    assert long_text([measured, measured], beside=True) == (
+        f"this takes about {duration_text(2 * long.total_s)} of work, shared by the workers, for "
+        f"1728000 frames, and up to {size_text(2 * long.disk_bytes)} on the disk"
+    )
+    assert [*map(duration_text, (601, 7199, 7200, 1e6))] == [
+        "10 minutes", "120 minutes", "2.0 hours", "11.6 days"]
 
 
 def test_only_own_models_are_planned():

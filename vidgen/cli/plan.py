@@ -80,5 +80,6 @@ def _table(made: Estimate, have: int | None) -> str:
     rows.append(("whole", made.total_s, made.peak_bytes))
     lines = [f"{name:<8} {seconds:>9.1f} s {size_text(size):>10}" for name, seconds, size in rows]
     free = "" if have is None else f", {size_text(have)} are free"
-    told = [made.choice] if made.choice else []
+    told = [f"{made.kept_frames} frames, up to {size_text(made.disk_bytes)} on the disk"]
+    told += [made.choice] if made.choice else []
     return "\n".join([*lines, f"with {made.setup.words}{free}", *told, *made.notes])

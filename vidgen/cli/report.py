@@ -91,17 +91,20 @@ class Report:
         self, made: Estimate | Sequence[Estimate], *, num_clips: int = 1,
         done: Collection[int] = (), one_by_one: bool = False, beside: bool = False,
     ) -> None:
-        """Tell from here on what share is done and how long the rest takes.
+        """Tell from here on what share is done and how long the rest takes; a long run, at once.
 
         See `Clock`, and `ManyClock` for clips that are made `beside` each other.
         """
         from vidgen.pipeline.eta import Clock, ManyClock
+        from vidgen.pipeline.stages import long_text
 
         each = made if isinstance(made, Sequence) else [made]
         self._clock = ManyClock(each) if beside else Clock(
             made, num_clips, done=done, one_by_one=one_by_one)
         for choice in dict.fromkeys(one.choice for one in each if one.choice):
             self({"event": "note", "text": choice})
+        if len(done) < num_clips and (text := long_text(each, beside=beside)):
+            self({"event": "note", "text": text})
 
     def expect_nothing(self) -> None:
         """Tell from here on no share and no time: of what comes now there is no estimate."""

@@ -80,6 +80,9 @@ CONTAINERS = {
     ),
 }
 
+PIXELS_PER_BYTE = 4
+"""Of a written picture, by H.264 at its worst, about."""
+
 
 @dataclass(frozen=True)
 class ClipInfo:
@@ -181,7 +184,7 @@ def write_clip(
     """
     suffix = check_format(path, info.num_frames)
     pixels = info.size[0] * info.size[1] * info.num_frames
-    check_output(path, overwrite=overwrite, num_bytes=pixels // 4)  # H.264's worst, about
+    check_output(path, overwrite=overwrite, num_bytes=pixels // PIXELS_PER_BYTE)
     if info.recipe is not None:  # a clip that a model made is marked
         info = replace(info, recipe=stamped(info.recipe))
         signing = signing or Signing.from_environment()

@@ -5,6 +5,7 @@ See `workload` for the counts and `calibration` for the machine's rates.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import torch
 from vidgen.core.request import NO_AUDIO
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.diffusion.sound import sound_span
+from vidgen.media.write import PIXELS_PER_BYTE
 from vidgen.ops import native
 from vidgen.ops.attention import used_backend
 from vidgen.ops.linear import packs
@@ -121,8 +123,11 @@ class _Job:
             Stage("denoise", count * denoise_s, denoise_b), *self._sound(count),
             Stage("decode", count * decode_s, decode_b), Stage("mux", count * mux_s, decode_b),
         )
-        encoder_s = count * self._encoder_s()
-        return Estimate(stages, self.setup, encoder_s, self._measured, self._notes())
+        return Estimate(
+            stages, self.setup, encoder_s=count * self._encoder_s(),
+            kept_frames=count * self.passes.kept, disk_bytes=count * self._disk_bytes(),
+            measured=self._measured, notes=self._notes(),
+        )
 
     def _sound(self, count: int) -> tuple[Stage, ...]:
         """The stage of the model's own sound, where it makes any."""
@@ -236,6 +241,11 @@ class _Job:
         kind, pixels = f"write{self.suffix}", self.plan.width * self.plan.height
         kind = kind if kind in self.rates.rates else "write.mp4"
         return self.passes.kept * pixels / self.rates.rate(kind, pixels)
+
+    def _disk_bytes(self) -> int:
+        """At most, of the file and its journal: segments, latents by windows and as a whole."""
+        film = self.plan.width * self.plan.height * self.passes.kept // PIXELS_PER_BYTE
+        return 2 * (film + 4 * math.prod(self.plan.latents.dims))
 
     def _mux_s(self, decode_s: float) -> float:
         """What writing adds to decoding, which it runs beside."""

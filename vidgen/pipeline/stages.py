@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from vidgen.pipeline.parts import Offload
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
     from vidgen.weights.quantize import Quantization
+
+LONG_S = 600.0
+"""Runs that take longer are told of before they begin."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Estimate:
             "mux", in order. Decoding and muxing overlap: "mux" is the time that it adds.
         setup: that it holds for.
         encoder_s: what encoding the video takes in all, most of it beside decoding.
+        kept_frames: that are written, of all clips.
+        disk_bytes: at most, of all clips as .mp4 and of their journals.
         measured: False where this machine was never calibrated: then the seconds are only weights.
         notes: what is not counted.
         choice: what was chosen to make it fit, in words; empty where nothing had to be.
@@ -59,6 +65,8 @@ class Estimate:
     stages: tuple[Stage, ...]
     setup: Setup
     encoder_s: float
+    kept_frames: int
+    disk_bytes: int
     measured: bool
     notes: tuple[str, ...] = ()
     choice: str = ""
@@ -77,13 +85,41 @@ class Estimate:
         """JSON data."""
         return {
             "stages": [vars(stage) for stage in self.stages], "total_s": self.total_s,
-            "encoder_s": self.encoder_s, "peak_bytes": self.peak_bytes, "measured": self.measured,
+            "encoder_s": self.encoder_s, "peak_bytes": self.peak_bytes,
+            "disk_bytes": self.disk_bytes, "measured": self.measured,
             "dtype": self.setup.dtype, "offload": self.setup.offload,
             "quantize": self.setup.quantize, "device": str(self.setup.device),
             "tiles": None if self.setup.tiles is None else str(self.setup.tiles),
             "threads": torch.get_num_threads(),
             "notes": list(self.notes), "choice": self.choice,
         }
+
+
+def long_text(made: Sequence[Estimate], *, beside: bool = False) -> str | None:
+    """What a run takes in time, frames and room on the disk, in a line; None for a short one.
+
+    Args:
+        made: what its clips take.
+        beside: whether several are made at a time, so that all is over sooner.
+    """
+    seconds = sum(each.total_s for each in made)
+    if seconds <= LONG_S:
+        return None
+    frames, disk = (sum(getattr(each, name) for each in made)
+                    for name in ("kept_frames", "disk_bytes"))
+    guess = "" if all(each.measured for each in made) else (
+        ", by an ordinary core's rates: `vidgen plan` measures this machine's")
+    work = " of work, shared by the workers," if beside else ""
+    return (f"this takes about {duration_text(seconds)}{work} for {frames} frames, and up to "
+            f"{size_text(disk)} on the disk{guess}")
+
+
+def duration_text(seconds: float) -> str:
+    """A time for people, from minutes on."""
+    for unit, length in (("days", 86400), ("hours", 3600)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.0f} minutes"
 
 
 def size_text(num_bytes: int) -> str:
