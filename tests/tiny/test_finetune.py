@@ -26,9 +26,10 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import linear_paths
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.video import load
+from vidgen.training import finetune_output
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.finetune import finetune
-from vidgen.training.finetune_output import NoEffect, choose_checkpoint
+from vidgen.training.finetune_output import NoEffect, choose_checkpoint, export
 from vidgen.weights.folder import open_model
 from vidgen.weights.lora import read_lora
 
@@ -166,8 +167,37 @@ def test_a_killed_or_stopped_run_goes_on_to_the_same_bits(tiny_model, clips, tmp
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def check_replacing(config, made: str, monkeypatch) -> None:
+    """A model folder that is exported anew is whole all the while, and nothing else is left."""
+    place, real = Path(made), finetune_output.convert
+    before, content = names(place.parent), open_model(made).content_hash
+    killed = place.with_name(".tiny.01234567.tmp")
+    killed.mkdir()
+
+    def watched(*arguments, **options) -> None:
+        assert not killed.exists()
+        real(*arguments, **options)
+        assert open_model(made).content_hash == content
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_output, "convert", watched)
+        with pytest.raises(KeyboardInterrupt):
+            export(config, open_model(config.model))
+    assert names(place.parent) == before
+    (place / "old.txt").touch()
+    export(config, open_model(config.model))
+    assert names(place.parent) == before
+    assert not (place / "old.txt").exists()
+    assert open_model(made).content_hash == content
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_what_comes_out_is_of_the_best_step(tiny_model, clips, tmp_path, method):
+def test_what_comes_out_is_of_the_best_step(tiny_model, clips, tmp_path, method, monkeypatch):
     """A rate that ruins the model: the first validations are better than the last."""
     run = {"steps": 6, "validate_every": 1, "best": "velocity_0.95", "keep": 1,
            "optim": {"lr": 0.3, "warmup_steps": 1}, "ema_decay": 0.1}  # fmt: skip
@@ -191,6 +221,7 @@ def test_what_comes_out_is_of_the_best_step(tiny_model, clips, tmp_path, method)
         written = {ours: part.store.get(stored) for stored, ours in part.names.items()}
         name = "blocks.0.ffn.up.weight"
         torch.testing.assert_close(written[name], averages[name].to(written[name].dtype))
+        check_replacing(config, summary["use"][0], monkeypatch)
     else:
         made = load_file(summary["use"][0])
         first = next(name for name in made if name.endswith("lora_A.weight"))

@@ -61,6 +61,65 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert names(tmp_path / "out") == ["x"]
 
 
+KILLED = """
+import ctypes, os, signal, sys
+from pathlib import Path
+from vidgen.core.runtime import atomic_path
+
+class Old:
+    pass
+
+left, folder, exchanges = [0], Path(sys.argv[1]), sys.argv[2] == "True"
+
+def hear(event, _arguments):
+    if event.startswith(("os.", "shutil.", "open", "ctypes.dlsym")):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def write():
+    if not exchanges:
+        ctypes.CDLL = lambda _name: Old()
+    with atomic_path(folder / "out") as new:
+        (new / "sub").mkdir(parents=True)
+        for name in ("a", "sub/b"):
+            (new / name).write_text("new")
+
+for moment in range(1, 1000):
+    place = folder / "out"
+    (place / "sub").mkdir(parents=True)
+    for name in ("a", "sub/b"):
+        (place / name).write_text("old")
+    if not (child := os.fork()):
+        left[0] = moment
+        sys.addaudithook(hear)
+        write()
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    wholes = {p.name: [(p / n).read_text() for n in ("a", "sub/b") if (p / n).is_file()]
+              for p in folder.iterdir()}
+    assert any(set(w) in ({"old"}, {"new"}) and len(w) == 2 for w in wholes.values()), wholes
+    if exchanges or not status:
+        assert wholes["out"] in (["old"] * 2, ["new"] * 2), wholes
+    if not status:
+        assert wholes == {"out": ["new"] * 2}
+        break
+    for path in folder.iterdir():
+        path.rename(folder.with_name(f"{moment}{path.name}"))
+print(moment)
+"""
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_that_is_replaced_is_whole_at_any_moment(tmp_path, exchanges):
+    folder = tmp_path / "place"
+    folder.mkdir()
+    told = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(exchanges)],
+                          capture_output=True, text=True, timeout=60, check=False)
+    assert told.returncode == 0, told.stderr
+    assert int(told.stdout) > 10
+
+
 def test_an_existing_output_is_refused_unless_told(tmp_path):
     path = tmp_path / "a.mp4"
     check_output(path)

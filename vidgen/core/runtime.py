@@ -40,7 +40,8 @@ def sync(path: str | Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; what was written there takes its name on leaving.
 
-    On an exception nothing is left: neither the temporary file or folder nor a changed target.
+    On an exception nothing is left: neither the temporary file or folder nor a changed target. A
+    folder that has the name already is there, whole, until the new one is.
 
     Raises:
         OutputError: the place can't be written or the disk is full.
@@ -49,21 +50,40 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
-        if temporary.is_dir():
-            for entry in temporary.iterdir():
-                sync(entry)
+        for entry in temporary.rglob("*"):
+            sync(entry)
         sync(temporary)
         if target.is_dir():
-            shutil.rmtree(target)
-        temporary.replace(target)
+            _exchange(temporary, target)
+        else:
+            temporary.replace(target)
         sync(target.parent)
     except OSError as error:
         raise write_error(target, error, temporary) from error
     finally:
-        if temporary.is_dir():
+        if temporary.is_dir() and not temporary.is_symlink():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Give two paths each other's content, in one step where the system can."""
+    if sys.platform == "linux":
+        import ctypes
+
+        here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE, which not all file systems know
+        rename = getattr(ctypes.CDLL(None), "renameat2", None)
+        if rename and not rename(here, os.fsencode(new), here, os.fsencode(old), exchange):
+            return
+    aside = old.with_name(f".{old.name}.{secrets.token_hex(4)}.old")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+    aside.rename(new)
 
 
 def atomic_write(path: str | Path, content: bytes | Callable[[BinaryIO], None]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +11,13 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import ModelError, VidgenError
+from vidgen.core.runtime import atomic_path
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter
 from vidgen.pipeline.parts import DTYPES, EXPERTS
 from vidgen.training.checkpoint import (
     best_checkpoint,
+    drop_partial,
     latest_checkpoint,
     load_averages,
     read_meta,
@@ -156,7 +157,10 @@ def _export_lora(
 def _export_model(
     config: FinetuneConfig, folder: ModelFolder, target: Path, chosen: Chosen
 ) -> Made:
-    """A whole model folder of our layout; what wasn't trained is as the base model has it."""
+    """A whole model folder of our layout; what wasn't trained is as the base model has it.
+
+    One that lies there from before stays until the new one is whole.
+    """
     run, place = Path(config.run.folder), target / config.output.name
     result = Made([place], [str(place)], {}, {}, chosen)
     changed: dict[str, Mapping[str, Tensor]] = {}
@@ -166,8 +170,9 @@ def _export_model(
         result.relative[role] = result.delta[role] / whole
     if place.exists():
         open_model(str(place))  # one that isn't a model is not ours to replace
-        shutil.rmtree(place)
-    convert(replace(folder, name=config.output.name), place, "vidgen", changed=changed)
+    drop_partial(target)
+    with atomic_path(place) as fresh:
+        convert(replace(folder, name=config.output.name), fresh, "vidgen", changed=changed)
     return result
 
 
