@@ -264,6 +264,53 @@ def test_a_clip_of_one_window_is_not_long(engine):
     assert long_clip(engine, engine.plan(request, inputs), request, inputs) is None
 
 
+@pytest.fixture
+def anchored(tiny_model: Path) -> Engine:
+    """A model that was taught to keep to a clip's first frame."""
+    taught = load(str(tiny_model), device="cpu", dtype="fp32")
+    taught.folder = replace(taught.folder, tasks=(*taught.folder.tasks, "anchor"))
+    return taught
+
+
+def references(state) -> Tensor:
+    return torch.zeros(1, 4, 0, 4, 4) if state.keys is None else state.keys.latents
+
+
+def test_later_windows_are_shown_the_first_frame(anchored, engine):
+    long = begin(anchored, frames=41, overlap=2)
+    latents, seen = denoise(anchored, long)
+    first, *later = [w["state"] for w in seen]
+    assert first.keys is None
+    for state in later:
+        assert state.keys.positions.tolist() == [[-4.0]]
+        assert torch.equal(state.keys.latents, latents[:, :, :1])
+    still = np.full((32, 32, 3), 90, np.uint8)
+    for options in ({"anchor": False}, {"reference": [still]}):
+        _, seen = denoise(anchored, begin(anchored, frames=41, overlap=2, **options))
+        shown = [references(w["state"]).shape[2] for w in seen]
+        assert shown == [len(options.get("reference", []))] * 3
+    _, seen = denoise(engine, begin(engine, frames=41, overlap=2))  # not taught to
+    assert all(w["state"].keys is None for w in seen)
+
+
+def test_a_file_carries_its_first_frame_along(anchored, tmp_path):
+    first = make(anchored, frames=29)
+    path = first.save(tmp_path / "one.mp4")
+    anchor = first.latents[:, :, :1].half().float()
+    for number, seconds in enumerate((4, 5.5)):
+        long = begin(anchored, prefix=str(path), seconds=seconds)
+        assert torch.equal(long.begun.anchor, anchor)
+        latents, seen = denoise(anchored, long)
+        assert all(torch.equal(w["state"].keys.latents, anchor) for w in seen)
+        recipe = make_recipe(anchored, long.plan, long.request, long.inputs)
+        path = long.clip(latents, recipe).save(tmp_path / f"more{number}.mp4")
+    video = Clip.from_file(path)
+    Clip(video.chunks, replace(video.info, recipe=None)).save(tmp_path / "bare.mkv")
+    bare = begin(anchored, prefix=str(tmp_path / "bare.mkv"), seconds=7).begun
+    assert bare.hand_over == "pixels"
+    assert torch.equal(bare.anchor, bare.latents[:, :, :1])
+
+
 def wan(folder: Path, variant: str) -> Engine:
     """A tiny model of Wan's family that learned clips of 9 frames."""
     engine = load(str(build_diffusers(folder / variant, variant)), device="cpu", dtype="fp32")

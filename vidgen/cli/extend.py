@@ -55,6 +55,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--overlap", type=int, metavar="N", help="latent frames that windows share; default 3")
     add("--colour-hold", type=float, metavar="X",
         help="0 to 1, how far colours are brought back to the clip's; default 0.5")
+    add("--no-anchor", dest="anchor", action="store_const", const=False,
+        help="don't show later windows the clip's first frame")
     add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
         help="an adapter; default the clip's; may be repeated")
     add_sound(add, goes_on=True)

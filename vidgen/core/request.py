@@ -83,6 +83,8 @@ class Request:
         prefix: a clip to go on from: it begins the new clip, whose length counts it in.
         overlap: latent frames that the windows of a long clip share; see docs/extend.md.
         colour_hold: 0 to 1, how far a window's colours are brought back to the clip's.
+        anchor: whether the windows of a long clip are shown its first frame as a reference, in
+            models that were taught to keep to it; None: yes, unless `reference` is given.
         control: a clip whose depth, pose or edges to follow, for models that can (Wan VACE).
         control_scale: how strongly conditions act in such a model, 1 as trained.
         first_frame_model: folder of a text-to-image model that draws the first frame.
@@ -145,6 +147,7 @@ class Request:
     prefix: Picture | None = None
     overlap: int | None = None
     colour_hold: float | None = None
+    anchor: bool | None = None
     control: Picture | None = None
     control_scale: float | None = None
     first_frame_model: str | None = None

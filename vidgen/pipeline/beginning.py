@@ -70,7 +70,7 @@ def _encode_end(engine: Engine, plan: Plan, request: Request, inputs: Inputs) ->
     return Beginning(
         latents=latents, num_frames=total, frames_ahead=0,
         num_latents=1 + math.ceil((total - 1) / t), colours=colours_of(latents),
-        hand_over="pixels",
+        hand_over="pixels", anchor=latents[:, :, :1],
     )
 
 

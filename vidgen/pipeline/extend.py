@@ -36,7 +36,7 @@ from vidgen.media.write import ClipInfo
 from vidgen.pipeline.beginning import earlier_frames, read_beginning
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.stretches import room_for
-from vidgen.pipeline.tail import TAIL_FRAMES, Beginning, colours_of, make_tail
+from vidgen.pipeline.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colours_of, make_tail
 from vidgen.weights.family import models_with
 
 if TYPE_CHECKING:
@@ -76,6 +76,11 @@ def long_clip(engine: Engine, plan: Plan, request: Request, inputs: Inputs) -> L
                          f"frames, give {size - 1} or fewer")
     begun = None if request.prefix is None else read_beginning(engine, plan, request, inputs)
     return LongClip(engine, plan, request, inputs, begun)
+
+
+def keeps_to_start(folder: ModelFolder, request: Request) -> bool:
+    """Whether windows behind a clip's first one are shown its first frame as a reference."""
+    return ANCHOR_TASK in folder.tasks and request.anchor is not False and not request.reference
 
 
 def window_size(folder: ModelFolder, strides: Strides) -> int:
@@ -189,6 +194,8 @@ class LongClip:
             if count > start:
                 state = self._show(state, latents[:, :, max(0, count - TAIL_FRAMES) : count],
                                    count - start)
+                if (anchor := self._anchor(latents)) is not None:
+                    state = condition.reference(state, anchor.to(state.latents))
             first = start + self.num_gone
             if sound is not None:
                 state = sound.beside(state, first)
@@ -218,12 +225,13 @@ class LongClip:
         )
         if begun is None:
             ahead = plan.num_frames - plan.kept_frames
-            recipe["tail"] = make_tail(latents, made, ahead, colours)
+            recipe["tail"] = make_tail(latents, made, ahead, colours, self._anchor(latents))
             return self.engine.decode(plan, latents, recipe, journal)
         total = begun.num_frames + begun.frames_ahead + made * t
         recipe["hand_over"] = begun.hand_over
         recipe["tail"] = make_tail(
-            latents, begun.num_latents + made, total - plan.kept_frames, colours
+            latents, begun.num_latents + made, total - plan.kept_frames, colours,
+            self._anchor(latents),
         )
         skipped = 1 + (self._num_given - 1) * t - begun.frames_ahead
 
@@ -268,6 +276,12 @@ class LongClip:
         if self.begun is not None:
             return self.begun.colours
         return colours_of(latents[:, :, : self.windows[0][1]])
+
+    def _anchor(self, latents: Tensor) -> Tensor | None:
+        """The first latent frame, [1, C, 1, h, w], where later windows are shown it."""
+        if not keeps_to_start(self.engine.folder, self.request):
+            return None
+        return latents[:, :, :1] if self.begun is None else self.begun.anchor
 
     def _prepare(self, start: int, stop: int, num_known: int) -> tuple[Plan, LatentState]:
         """A window's plan and state, with its share of the clip's noise and of the stills."""

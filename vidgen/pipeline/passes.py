@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.media.read import probe, read_recipe
-from vidgen.pipeline.extend import OVERLAP, split_windows, window_size
+from vidgen.pipeline.extend import OVERLAP, keeps_to_start, split_windows, window_size
 from vidgen.pipeline.tail import TAIL_FRAMES, read_tail
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
             folder, plan, request, frames, begins=not known, ends=stop == total,
             new=range(first + new_from, first + frames),
         )
-        read.append(stop - start + stills)
+        anchored = known > 0 and keeps_to_start(folder, request)
+        read.append(stop - start + stills + anchored)
         encoded += own
         made = stop
     later = len(windows) - (not given.num_latents)

@@ -23,6 +23,8 @@ TAIL_FRAMES = 8
 """Latent frames kept. The embedded decoder, started from 3, errs by 8 of 255 at worst in the frames
 that follow; from 6 by 2, from 8 by no more than bf16 does."""
 TAIL_BYTES = 2_000_000
+ANCHOR_TASK = "anchor"
+"""In `model.json`: the model was taught to keep long clips to their first frame."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Beginning:
         num_latents: latent frames up to here, counted from the clip's start.
         frames_ahead: frames that the latents stand for beyond those that exist.
         colours: mean and deviation of each channel that the clip keeps to, [2, C].
+        anchor: the clip's first latent frame, [1, C, 1, h, w], or None where it isn't known.
         hand_over: "latents" of a recipe, or "pixels" that were encoded.
     """
 
@@ -44,10 +47,12 @@ class Beginning:
     frames_ahead: int
     colours: Tensor
     hand_over: Literal["latents", "pixels"]
+    anchor: Tensor | None = None
 
 
 def make_tail(
-    latents: Tensor, num_latents: int, frames_ahead: int, colours: Tensor | None = None
+    latents: Tensor, num_latents: int, frames_ahead: int, colours: Tensor | None = None,
+    anchor: Tensor | None = None,
 ) -> dict[str, Any] | None:
     """What a recipe keeps of a clip, so that it can go on without being encoded.
 
@@ -56,6 +61,7 @@ def make_tail(
         num_latents: latent frames of the whole clip.
         frames_ahead: frames at the end that were generated but not kept.
         colours: [2, C] that its windows kept to; None: those of `latents`.
+        anchor: [1, C, 1, h, w] of the clip's start, for models that keep to it.
 
     Returns:
         JSON data with float16 in base64; None where not one latent frame fits into `TAIL_BYTES`.
@@ -64,7 +70,8 @@ def make_tail(
     count = min(TAIL_FRAMES, latents.shape[2], TAIL_BYTES // frame_bytes)
     if count == 0:
         return None
-    return {
+    kept = {} if anchor is None else {"anchor": _text(anchor[0])}
+    return kept | {
         "shape": [*latents[0, :, -count:].shape], "num_latents": num_latents,
         "frames_ahead": frames_ahead,
         "colours": _text(colours_of(latents) if colours is None else colours),
@@ -85,11 +92,13 @@ def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginnin
             return None
         tail = recipe["tail"]
         latents = _tensor(tail["data"], tail["shape"])[None]
+        anchor, (C, _, h, w) = tail.get("anchor"), tail["shape"]
         own_frames = int(recipe["plan"]["kept_frames"]) - int(recipe.get("head_frames", 0))
         return Beginning(
             latents=latents, num_frames=own_frames,
             num_latents=int(tail["num_latents"]), frames_ahead=int(tail["frames_ahead"]),
-            colours=_tensor(tail["colours"], [2, latents.shape[1]]), hand_over="latents",
+            colours=_tensor(tail["colours"], [2, C]), hand_over="latents",
+            anchor=None if anchor is None else _tensor(anchor, [C, 1, h, w])[None],
         )
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise InputError(

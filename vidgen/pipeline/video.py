@@ -56,7 +56,7 @@ from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.rewrite import settle_prompt
 from vidgen.pipeline.soundtrack import make_soundtrack
 from vidgen.pipeline.step_caches import carrying, make_caches
-from vidgen.pipeline.tail import make_tail
+from vidgen.pipeline.tail import ANCHOR_TASK, make_tail
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import ForeignFolder, open_model
 
@@ -367,7 +367,9 @@ class Engine(OpenedModel):
                     yield frames.numpy()
 
         unseen = plan.num_frames - plan.kept_frames
-        recipe.setdefault("tail", make_tail(latents, plan.latents.num_frames, unseen))
+        anchor = latents[:, :, :1] if ANCHOR_TASK in self.folder.tasks else None
+        tail = make_tail(latents, plan.latents.num_frames, unseen, anchor=anchor)
+        recipe.setdefault("tail", tail)
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
             recipe=recipe, stride_t=self.vae_config.strides.t,

@@ -111,6 +111,7 @@ class ExtraParams(Strict):
     guidance_rescale: Number | None = Field(None, ge=0, le=1)
     overlap: Whole | None = Field(None, ge=1, le=1000)
     colour_hold: Number | None = Field(None, ge=0, le=1)
+    anchor: bool | None = None
     label: Literal["none", "visible"] | None = None
 
 
