@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.tiny.audio_models import stable_audio_3
 from vidgen.cli.main import main
 from vidgen.media.read import read_recipe
 from vidgen.media.sound import read_sound
+from vidgen.pipeline.audio_model import AudioModel
+from vidgen.pipeline.foreign_pipe import ForeignPipe
 
 FILM = """\
 version: 1
@@ -53,9 +56,19 @@ def made(script: Path) -> dict[Path, int]:
 
 
 def test_words_become_sound_once_and_are_heard_in_their_places(
-    script: Path, tiny_model: Path, audio_model: Path, capsys: pytest.CaptureFixture[str]
+    script: Path, tiny_model: Path, audio_model: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(model: AudioModel) -> ForeignPipe:
+        place = ForeignPipe(model.folder, model.device, torch.float32, model.offload)
+        loaded.append(weakref.ref(place.own.transformer))
+        return place
+
+    monkeypatch.setattr(AudioModel, "load", load)
     assert main(command(script, tiny_model, audio_model, "--storyboard")) == 0
+    assert [each() for each in loaded] == [None]  # once for both, and gone
     assert "described in words" not in capsys.readouterr().err
     film = script.with_suffix(".mp4")
     recipe: dict[str, Any] = read_recipe(film)["film"]
@@ -85,6 +98,7 @@ def test_words_become_sound_once_and_are_heard_in_their_places(
     assert first.items() < second.items()
     capsys.readouterr()
     assert main(command(script, tiny_model, audio_model)) == 0
+    assert len(loaded) == 2
     assert "film.mp4 is done already" in capsys.readouterr().err
     assert made(script) == second
 

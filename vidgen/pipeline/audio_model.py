@@ -63,7 +63,17 @@ class AudioModel:
             "diffusers": version("diffusers"), "transformers": version("transformers"),
         }
 
-    def make(self, seed: int, tell: Callable[[int, int], None]) -> tuple[Samples, int]:
+    def load(self) -> ForeignPipe:
+        """The model in memory, for as many sounds as it is kept for.
+
+        Raises:
+            ModelError: files that are missing or damaged.
+        """
+        return ForeignPipe(self.folder, self.device, DTYPES[self.dtype], self.offload)
+
+    def make(
+        self, seed: int, tell: Callable[[int, int], None], place: ForeignPipe | None = None
+    ) -> tuple[Samples, int]:
         """The sound of a seed, float32 [N, c] of one or two channels, and its rate.
 
         It is as long as the clip, or as the model can make it.
@@ -71,13 +81,13 @@ class AudioModel:
         Args:
             seed: of the noise, which comes from the CPU.
             tell: told of steps done and in all; raising stops between two of them.
+            place: what `load` gave; None: the model is in memory for this sound alone.
 
         Raises:
             ModelError: files that are missing or damaged, or out of memory.
             InputError: what the pipeline refuses.
         """
-        place = ForeignPipe(self.folder, self.device, DTYPES[self.dtype], self.offload)
-        pipe, name = place.taking(None), self.folder.class_name
+        pipe, name = (place or self.load()).taking(None), self.folder.class_name
         arguments = {
             "prompt": self.prompt, LENGTHS[name]: min(self.seconds, _longest(pipe, name)),
             "generator": torch.Generator("cpu").manual_seed(seed),

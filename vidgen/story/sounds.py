@@ -6,6 +6,7 @@ and the seed, and are heard like files that the script names.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from vidgen.media.sound import sound_frame
 from vidgen.pipeline.audio_model import AudioModel, open_audio_model
 from vidgen.story.mixdown import MUSIC_FADE_S
 from vidgen.story.timeline import Placed, Timeline
+from vidgen.weights.load import trim_memory
 
 if TYPE_CHECKING:
     from vidgen.media.encode import Samples
@@ -88,7 +90,7 @@ def describe_sounds(
 
 
 def make_sounds(sounds: Sequence[DescribedSound], tell: Tell) -> None:
-    """Make those that aren't there.
+    """Make those that aren't there, all by one model, which is in memory until the last is made.
 
     Raises:
         InputError: words that the model refuses.
@@ -96,12 +98,17 @@ def make_sounds(sounds: Sequence[DescribedSound], tell: Tell) -> None:
         OutputError: no room for them.
     """
     missing = {each.path: each for each in sounds if not each.path.is_file()}
+    place = next(iter(missing.values())).model.load() if missing else None
     for path, each in missing.items():
         event = {"event": "progress", "stage": f"{each.key} of {each.shot}"}
         samples, rate = each.model.make(
-            each.seed, lambda done, total, told=event: tell({**told, "done": done, "total": total})
+            each.seed, lambda done, total, told=event: tell({**told, "done": done, "total": total}),
+            place,
         )
         _write(path, samples, rate)
+    del place
+    gc.collect()  # with offloading, hooks and networks hold each other
+    trim_memory()
 
 
 def _words(timeline: Timeline) -> Iterator[tuple[Placed, str, str, float]]:
