@@ -26,6 +26,7 @@ from vidgen.evaluation.metrics.networks import (
     smoothed,
 )
 from vidgen.evaluation.temporal import TemporalRun, run_temporal
+from vidgen.evaluation.temporal_report import page
 from vidgen.media.write import ClipInfo, write_clip
 
 ROOT = Path(__file__).parents[2]
@@ -220,6 +221,26 @@ def test_vbenchs_prompts_count_in_their_own_dimensions(
     assert "proxy_background_consistency" not in counts
     assert len(told["folders"][0]["dimensions"]["proxy_motion_smoothness"][1]) == 2
     assert told["comparisons"][0]["measures"]["proxy_motion_smoothness"]["pairs"] == 2
+
+
+def test_a_clip_of_a_single_colour_has_no_subject_to_be_measured(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    (shown / "one.mp4").hardlink_to(folders[0] / "prompt 1-0.mp4")
+    save(shown / "red.mp4", np.full((9, SIZE, SIZE, 3), (200, 30, 77), np.uint8))
+    notes = list[str]()
+    told = run_temporal(TemporalRun([str(shown)]), tmp_path / "r.json",
+                        lambda e: notes.append(e.get("text", "")))  # fmt: skip
+    (folder,) = told["folders"]
+    one, red = folder["clips"]
+    assert (one["flat"], red["flat"]) == (False, True)
+    assert red["figures"]["proxy_subject_consistency"] is None
+    assert red["figures"]["proxy_background_consistency"] == pytest.approx(1)
+    assert folder["figures"]["proxy_subject_consistency"]["total"] == 1
+    assert [text for text in notes if text.startswith("1 of 2 clips of shown are of a single")]
+    assert page(told).count("of a single colour</span>") == 1
 
 
 def test_first_pictures_are_compared(folders: tuple[Path, Path], tmp_path: Path) -> None:

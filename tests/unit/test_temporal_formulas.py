@@ -72,6 +72,31 @@ def test_consistency_is_the_mean_cosine_to_the_one_before_and_to_the_first():
     assert consistency([0]).score is None
 
 
+def test_blank_frames_have_nothing_that_is_consistent():
+    blank = np.zeros(2)
+    meter = Consistency(at_angle(0))
+    for feature in (blank, blank):
+        meter.feed(feature)
+    assert meter.is_blank
+    assert meter.score is None
+    assert meter.image_score == 0  # nothing of it is kept
+    for feature in (at_angle(0), at_angle(0)):
+        meter.feed(feature)
+    assert meter.score == pytest.approx((0 + 0 + (1 + 0) / 2) / 3)
+    meter.image = blank
+    assert meter.image_score is None
+
+
+@pytest.mark.parametrize("size", [(96, 176), (100, 150), (128, 128), (480, 832)])
+def test_pictures_of_a_single_colour_have_no_shape(size):
+    flows = FlowEstimator()
+    for color in ((0, 0, 0), (200, 30, 77), (255, 255, 255)):
+        picture = np.full((*size, 3), color, np.uint8)
+        assert not gradient_feature(flows.working(picture)).any()
+        picture[40:44, 60:64] ^= 4
+        assert gradient_feature(flows.working(picture)).any()
+
+
 def test_the_image_score_weighs_the_nearest_the_mean_and_the_least():
     meter = consistency([0, 60, 60], image=30)
     nearest = math.cos(math.radians(30))

@@ -30,6 +30,7 @@ from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.suite import Item, PromptSuite, find_images, find_items
 from vidgen.evaluation.temporal_notes import (
     note_few_segments,
+    note_flat,
     note_mixture,
     note_skipped,
     note_unmatched,
@@ -145,6 +146,7 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     _measure(folders, given, identity, log, run.staff, on_event)
     for folder in folders:
         note_mixture(folder, on_event)
+        note_flat(folder, on_event)
     results = [_result(folder) for folder in folders]
     comparisons = [
         compare(a["name"], by_name(a), b["name"], by_name(b)) for a, b in combinations(results, 2)

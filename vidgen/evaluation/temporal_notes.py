@@ -49,6 +49,15 @@ def note_few_segments(compared: Mapping[str, Any], tell: OnEvent) -> None:
               "compare it only with FVD of as many, or give more clips"})
 
 
+def note_flat(folder: Folder, tell: OnEvent) -> None:
+    """Say how many clips show nothing that a subject could be told by."""
+    flat = sum(row["flat"] for row in folder.scores.values())
+    if flat:
+        tell({"event": "note", "text": f"{flat} of {len(folder.scores)} clips of {folder.name} are "
+              "of a single colour in each frame: without an edge proxy_subject_consistency isn't "
+              "measurable, and leaves them out"})
+
+
 def note_mixture(folder: Folder, tell: OnEvent) -> None:
     """Say which rates or sizes a folder mixes, if it does."""
     for name, remedy in (("fps", "speeds and jerks"), ("size", "flows")):

@@ -139,6 +139,8 @@ def _clips(folder: Mapping[str, Any]) -> str:
         name = escape(clip["name"])
         if not clip["dynamic"]:
             name += ' <span class="still">not dynamic</span>'
+        if clip["flat"]:
+            name += ' <span class="still">of a single colour</span>'
         values = (clip["figures"].get(measure) for measure in shown)
         rows.append(table_row([name, *("" if v is None else f"{v:.4g}" for v in values)]))
     failed = "".join(

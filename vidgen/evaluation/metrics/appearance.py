@@ -16,6 +16,7 @@ from vidgen.media.encode import Frames
 
 _CELLS, _ANGLES = 8, 8
 _LEVELS = 6
+_FLAT = 0.01  # levels a pixel, below what a step of one level leaves when it is made smaller
 DISTANCES = (1, 2, 4, 8, 16)
 
 
@@ -23,13 +24,16 @@ def gradient_feature(frame: Frames) -> NDArray[np.float64]:
     """Histograms of gradient angles in 8x8 cells (Dalal and Triggs 2005), [512].
 
     The stand-in for DINO. Each cell's histogram is weighted by the lengths of the gradients; roots
-    are taken, so that one strong edge doesn't hide all the rest.
+    are taken, so that one strong edge doesn't hide all the rest. All zeros of a picture of a single
+    colour, in which only rounding makes gradients.
     """
     cv2 = opencv()
     luma = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32)
     luma = cv2.resize(luma, (_CELLS * 16, _CELLS * 16), interpolation=cv2.INTER_AREA)
     down, across = np.gradient(luma)
     lengths = np.hypot(down, across)
+    if lengths.max() < _FLAT:
+        return np.zeros(_CELLS * _CELLS * _ANGLES)
     bins = np.floor(np.arctan2(down, across) / (2 * np.pi) * _ANGLES).astype(int) % _ANGLES
     cells = np.arange(_CELLS * 16) // 16
     index = (cells[:, None] * _CELLS + cells) * _ANGLES + bins

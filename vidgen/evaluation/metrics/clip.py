@@ -52,7 +52,7 @@ from vidgen.media.trackers import STILL, Drifts
 if TYPE_CHECKING:
     from vidgen.evaluation.metrics.networks import Networks
 
-MEASURES_VERSION = 2
+MEASURES_VERSION = 3
 #: dimension -> the network's feature; those of an image also take a picture that is given
 _FEATURES = {"subject_consistency": "dino", "background_consistency": "clip"}
 _IMAGE_FEATURES = {"i2v_subject": ("dino", "dino_i2v"), "i2v_background": ("dreamsim", "dreamsim")}
@@ -70,6 +70,7 @@ class Measured:
         dynamic: whether it passes the motion gate.
         camera: what the camera did, by the stand-in.
         features: of `i3d` [K, D] of its segments of 16 frames, where that is there.
+        flat: whether each frame is of a single colour, with nothing in it to tell a subject by.
     """
 
     figures: Figures
@@ -78,6 +79,7 @@ class Measured:
     dynamic: bool
     camera: list[str]
     features: list[list[float]] = field(default_factory=list)
+    flat: bool = False
 
 
 class _Plain:
@@ -289,4 +291,5 @@ class _Parts:
         return Measured(
             figures, self._motion.tracks.histograms, self.num_frames, dynamic, camera,
             self._originals.features if self._originals else [],
+            flat=any(kind == "subject" and meter.is_blank for kind, _, meter in self._features),
         )  # fmt: skip

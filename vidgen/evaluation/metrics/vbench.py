@@ -71,9 +71,12 @@ class Consistency:
     _sums: list[float] = field(default_factory=list)
     _neighbours: list[float] = field(default_factory=list)
     _nearest: float = 0.0
+    is_blank: bool = field(default=True, init=False)
+    """Whether every frame's feature was all zeros, so that there was nothing to compare."""
 
     def feed(self, feature: Feature) -> None:
         """Go on with a frame's feature [D]."""
+        self.is_blank &= not feature.any()
         if self.image is not None:
             self._nearest = max(self._nearest, likeness(self.image, feature))
         if self._first is None or self._before is None:
@@ -86,13 +89,19 @@ class Consistency:
 
     @property
     def score(self) -> float | None:
-        """Mean over frames of (cos to the one before + cos to the first) / 2; None of one frame."""
-        return float(np.mean(self._sums)) if self._sums else None
+        """Mean over frames of (cos to the one before + cos to the first) / 2.
+
+        None of one frame, and of blank ones.
+        """
+        return float(np.mean(self._sums)) if self._sums and not self.is_blank else None
 
     @property
     def image_score(self) -> float | None:
-        """0.4 best likeness to the image + 0.3 mean + 0.3 least of neighbours (VBench-I2V)."""
-        if self.image is None or not self._neighbours:
+        """0.4 best likeness to the image + 0.3 mean + 0.3 least of neighbours (VBench-I2V).
+
+        None of one frame, and where the image is blank.
+        """
+        if self.image is None or not self.image.any() or not self._neighbours:
             return None
         least, mean = min(self._neighbours), float(np.mean(self._neighbours))
         return 0.4 * self._nearest + 0.3 * mean + 0.3 * least
