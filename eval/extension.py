@@ -4,10 +4,12 @@
 
 Each seed is a benchmark prompt of the Toybox world whose motion and camera can go on for ever (what
 moves left is gone after one window; `--scenes any` takes all), made as one clip of K windows in
-three ways:
+four ways:
     pixels   each window begins with the last frames of the one before, decoded and encoded again
-    latents  windows hand over latents (`vidgen extend` with --colour-hold 0)
-    held     the same, colours held to the first window's (as by default)
+    latents  windows hand over latents (`vidgen extend` with --colour-hold 0 --no-anchor)
+    held     the same, colours held to the first window's (--no-anchor)
+    anchored the same, and each window is shown the clip's first frame (as by default, in models
+             that were taught to keep to it)
 All ways share the first window: made from the prompt, or rendered (`--start render`) so that what
 follows shows how a true picture is kept. `truth` is a render as long as the clips: what moving
 sprites and cameras do to the same figures by themselves.
@@ -24,7 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,15 +45,16 @@ from vidgen.evaluation.toybox_items import endless_prompts
 from vidgen.media.sheet import contact_sheet
 from vidgen.pipeline.extend import COLOUR_HOLD, OVERLAP, LongClip, window_size
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.tail import TAIL_FRAMES, Beginning, colours_of
+from vidgen.pipeline.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colours_of
 from vidgen.pipeline.video import Engine, load, to_frames
 from vidgen.toybox.judge import Judge, embedded_judge
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import Scene
 from vidgen.training.program import exit_code
 
-WAYS = ("pixels", "latents", "held")
-COLOURS = {"truth": "#888888", "pixels": "#d62728", "latents": "#1f77b4", "held": "#2ca02c"}
+WAYS = ("pixels", "latents", "held", "anchored")
+COLOURS = {"truth": "#888888", "pixels": "#d62728", "latents": "#1f77b4", "held": "#2ca02c",
+           "anchored": "#9467bd"}
 SHEET_SEEDS = 6
 
 
@@ -104,15 +107,15 @@ class Chain:
             return self.truth(self.plan.num_frames)
         if way == "pixels":
             return self.by_pixels()
-        hold = self.settings.hold if way == "held" else 0.0
-        request = replace(self.request, colour_hold=hold)
+        hold = 0.0 if way == "latents" else self.settings.hold
+        request = replace(self.request, colour_hold=hold, anchor=way == "anchored")
         long = LongClip(self.engine, self.plan, request, Inputs())
         return self.decode(long.sample(self.sample, done=self.first))
 
     def by_pixels(self) -> Tensor:
         """Chain as most programs do: the last frames, as a file holds them, are encoded again."""
         video = self.decode(self.first)
-        request = replace(self.request, colour_hold=0.0)
+        request = replace(self.request, colour_hold=0.0, anchor=False)
         while video.shape[2] < self.plan.num_frames:
             count = 1 + (min(TAIL_FRAMES, self.size) - 1) * self.t
             ending = (((video[:, :, -count:] + 1) * 127.5).round() / 127.5) - 1
@@ -207,7 +210,8 @@ def _mean(rows: list[list[float]]) -> list[float]:
 
 
 def measure(
-    settings: Settings, output: Path, sheet: Path | None, tell: Callable[[str], None]
+    settings: Settings, ways: Sequence[str], output: Path, sheet: Path | None,
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Make and score all clips; the result as JSON data."""
     engine, folder = load(settings.model, dtype=settings.dtype), embedded_judge()
@@ -217,7 +221,9 @@ def measure(
         **asdict(settings), "seeds": None, "sha256": engine.folder.content_hash,
         "judge": folder.sha256,
     }
-    scores: dict[str, list[dict[str, Any]]] = {way: [] for way in ("truth", *WAYS)}
+    if ANCHOR_TASK not in engine.folder.tasks:
+        ways = [way for way in ways if way != "anchored"]
+    scores: dict[str, list[dict[str, Any]]] = {way: [] for way in ("truth", *ways)}
     pictures, labels, joins = [], list[str](), list[int]()
     for seed, (scene, text) in enumerate(endless_prompts(settings.scenes, settings.seeds)):
         chain = Chain(engine, settings, seed, scene, text)
@@ -252,6 +258,7 @@ def main() -> None:
     add("--model", default="toybox", help="name or folder; default %(default)s")
     add("--seeds", type=int, default=50, help="clips of each way; default %(default)s")
     add("--windows", type=int, default=8, help="windows of a clip; default %(default)s")
+    add("--way", action="append", choices=WAYS, help="may be repeated; default all")
     add("--start", choices=("text", "render"), default="text", help="how the first window is made")
     add("--scenes", choices=("endless", "any"), default="endless", help="default %(default)s")
     add("--steps", type=int, help="denoising steps; default the model's")
@@ -261,8 +268,8 @@ def main() -> None:
     add("-o", "--output", type=Path, required=True, help="JSON")
     add("--sheet", type=Path, help="PNG of the first seeds at the joins, with NAME-chart.png")
     args = vars(parser.parse_args())
-    output, sheet = args.pop("output"), args.pop("sheet")
-    result = measure(Settings(**args), output, sheet, lambda line: print(line, flush=True))
+    output, sheet, ways = args.pop("output"), args.pop("sheet"), args.pop("way") or WAYS
+    result = measure(Settings(**args), ways, output, sheet, lambda line: print(line, flush=True))
     atomic_write(output, (json.dumps(result, indent=1) + "\n").encode())
     print(table(result["results"]))
 
