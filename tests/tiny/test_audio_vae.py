@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.models.audio import AudioVAE, Controls
+from vidgen.models.audio import AudioVAE
+from vidgen.models.audio_spectra import Controls
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS
 from vidgen.ops.conv import StreamCache
 from vidgen.toybox.cues import SAMPLE_RATE

@@ -14,7 +14,8 @@ from itertools import chain
 from typing import Literal, NamedTuple
 
 from vidgen.core.shapes import Tiles
-from vidgen.models.audio import NOISE_FRAMES, AudioVAEConfig
+from vidgen.models.audio import AudioVAEConfig
+from vidgen.models.audio_spectra import NOISE_FRAMES
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig

@@ -1,0 +1,118 @@
+"""Sound to spectra and back: what the audio VAE's encoder sees, how what its decoder says sounds.
+
+Phases aren't told but followed: the encoder sees how far each frequency's phase went since the last
+frame, the decoder says how far it goes, and sums; so a steady tone is a constant. What is no tone
+is noise of its own (harmonics plus noise, Engel et al. 2020, sec. 3), from a fixed table, so that
+decoding is a function.
+
+Axes: B batch, N samples (mono), T frames.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidgen.ops.conv import StreamCache
+
+if TYPE_CHECKING:
+    from vidgen.models.audio import AudioVAEConfig
+
+NOISE_FRAMES = 4096
+"""After which the noise repeats, 16 s; a table of them is kept."""
+_FRAMES, _PHASES = "frames", "phases"  # what a stream keeps besides the networks' history
+_ONSET = 0.1  # share of the full overlap that the first samples are divided by at least
+
+
+class Controls(NamedTuple):
+    """What a decoder says of each frame, [B, T, bins].
+
+    advance: by which a frequency's phase leads its bin's own since the last frame, in (-pi, pi).
+    tone: magnitude of the oscillator.
+    noise: deviation of the noise.
+    """
+
+    advance: Tensor
+    tone: Tensor
+    noise: Tensor
+
+
+def to_spectra(config: AudioVAEConfig, sound: Tensor) -> tuple[Tensor, Tensor]:
+    """Spectra of sound [B, hop + T * hop + lookahead], which begins with what came before it.
+
+    Returns:
+        Magnitudes [B, T, bins], and the phases' advance since the last frame, less their bin's
+        own, as complex numbers of length 1.
+    """
+    frames = sound.float().unfold(1, config.window, config.hop) * _window(config, sound.device)
+    spectra = torch.fft.rfft(frames)
+    own = math.tau * config.hop / config.window * torch.arange(config.num_bins)
+    turn = torch.polar(torch.ones(config.num_bins), -own).to(sound.device)
+    moved = spectra[:, 1:] * spectra[:, :-1].conj() * turn
+    return spectra[:, 1:].abs(), moved / (moved.abs() + 1e-9)
+
+
+def to_sound(
+    config: AudioVAEConfig, controls: Controls, cache: StreamCache | None = None,
+    first_noise: int = 0,
+) -> Tensor:
+    """Sound [B, T * hop] of a decoder's frames.
+
+    Args:
+        config: of the VAE.
+        controls: see there.
+        cache: of a stream, whose position tells the noise's place.
+        first_noise: frame of the noise to begin with, where there is none.
+    """
+    bins, count = config.num_bins, controls.tone.shape[1]
+    own = math.tau * config.hop / config.window * torch.arange(bins)
+    steps = controls.advance.double() + own.to(controls.advance.device)
+    phases = steps.cumsum(1)
+    if cache is not None:
+        first_noise = cache.position * config.frames_per_token
+        phases = phases + cache.tensors.get(_PHASES, 0.0)
+        cache.tensors[_PHASES] = phases[:, -1:].remainder(math.tau)
+    turned = torch.polar(controls.tone, phases.remainder(math.tau).float())
+    at = (first_noise + torch.arange(count)) % NOISE_FRAMES
+    noise = _noise_frames(bins)[at].to(turned.device)
+    frames = torch.fft.irfft(turned + controls.noise * noise, config.window)
+    return _overlap(config, frames * _window(config, frames.device), cache)
+
+
+def _overlap(config: AudioVAEConfig, frames: Tensor, cache: StreamCache | None) -> Tensor:
+    """Add frames [B, T, window] where they overlap, [B, T * hop].
+
+    Full overlap has an even sum of squared windows; the first samples have less of it.
+    """
+    parts = config.window // config.hop
+    before = None if cache is None else cache.tensors.get(_FRAMES)
+    first = before is None
+    if before is None:
+        before = frames.new_zeros(frames.shape[0], parts - 1, frames.shape[2])
+    count, frames = frames.shape[1], torch.cat([before, frames], 1)
+    if cache is not None:
+        cache.tensors[_FRAMES] = frames[:, frames.shape[1] - parts + 1 :].clone()
+    pieces = frames.unflatten(2, (parts, -1))
+    added = sum(pieces[:, parts - 1 - j : parts - 1 - j + count, j] for j in range(parts))
+    squares = _window(config, frames.device).square().view(parts, -1)
+    full = squares.sum(0)
+    scale = full.expand(count, -1)
+    if first:
+        risen = squares.cumsum(0)[: min(parts, count)].clamp(min=_ONSET * float(full[0]))
+        scale = torch.cat([risen, scale[len(risen) :]])
+    return (added / scale).flatten(1)
+
+
+def _window(config: AudioVAEConfig, device: torch.device) -> Tensor:
+    return torch.hann_window(config.window, device=device)
+
+
+@lru_cache(maxsize=4)
+def _noise_frames(bins: int) -> Tensor:
+    """Complex normal numbers [`NOISE_FRAMES`, bins], always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(NOISE_FRAMES, bins, dtype=torch.complex64, generator=generator)
