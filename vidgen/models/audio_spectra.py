@@ -80,10 +80,12 @@ def to_sound(
     at = (first_noise + torch.arange(count)) % NOISE_FRAMES
     noise = _noise_frames(bins)[at].to(turned.device)
     frames = torch.fft.irfft(turned + controls.noise * noise, config.window)
-    return _overlap(config, frames * _window(config, frames.device), cache)
+    return overlap_add(config, frames * _window(config, frames.device), cache)
 
 
-def _overlap(config: AudioVAEConfig, frames: Tensor, cache: StreamCache | None) -> Tensor:
+def overlap_add(
+    config: AudioVAEConfig, frames: Tensor, cache: StreamCache | None = None
+) -> Tensor:
     """Add frames [B, T, window] where they overlap, [B, T * hop].
 
     Full overlap has an even sum of squared windows; the first samples have less of it.
