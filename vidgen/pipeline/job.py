@@ -173,6 +173,21 @@ def write_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> No
     atomic_write(folder / JOB, f'{{"sha256": "{digest}",\n"job": {text}}}'.encode())
 
 
+def begin_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Have a folder hold a fresh job and nothing of an earlier one, but for its lock.
+
+    Raises:
+        OSError: it can't be cleared.
+        OutputError: no space, or the place can't be written.
+    """
+    for entry in folder.iterdir():
+        if entry.name != LOCK:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    for name in (SEGMENTS, WINDOWS):
+        (folder / name).mkdir()
+    write_job(folder, recipe, overwrite=overwrite)
+
+
 def read_job(folder: Path) -> dict[str, Any]:
     """What `write_job` wrote.
 
@@ -201,6 +216,25 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}"
         for name in names if before.get(name) != after.get(name)
     ]
+
+
+def require_same(there: Path, old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> None:
+    """Refuse to go on with what lies `there`, by the recipe `old`, as if `new` had made it.
+
+    Raises:
+        InputError: names what differs.
+    """
+    if old is None:
+        raise InputError(f"{there} tells no recipe, so it may be any clip; choose another "
+                         "name or give --overwrite")
+    differ = differences(old, new)
+    if differ:
+        without = old.get("kernels") == "none" and new.get("kernels") != "none"
+        how = " (VIDGEN_NATIVE=0 leaves the compiled kernels out)" if without else ""
+        raise InputError(
+            f"{there} is another clip's: {'; '.join(differ)}; go on with what it was made "
+            f"with{how}, choose another name, or start anew with --overwrite"
+        )
 
 
 def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,6 +280,16 @@ def kept_paths(folder: Path, path_of: Callable[[Path, int], Path]) -> list[Path]
     while (path := path_of(folder, len(paths))).is_file():
         paths.append(path)
     return paths
+
+
+def counted_paths(folder: Path, path_of: Callable[[Path, int], Path]) -> list[Path]:
+    """What `kept_paths` finds; what lies behind a missing one goes."""
+    kept = kept_paths(folder, path_of)
+    place = path_of(folder, 0).parent
+    for path in sorted(place.glob("*.safetensors"))[len(kept):]:
+        with suppress(PermissionError):  # one that stays is written over
+            path.unlink()
+    return kept
 
 
 def write_segment(path: Path, segment: Segment) -> None:

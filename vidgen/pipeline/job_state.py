@@ -6,16 +6,68 @@ Axes: B batch, C latent channels, n latent frames, h w latent rows and columns, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.protocols import SamplerState
-from vidgen.pipeline.job import read_arrays
+from vidgen.pipeline.job import STATE, counted_paths, read_arrays, window_path
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _HISTORY, _CACHE = "history.", "cache."
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How far an earlier process came with the latents of a job.
+
+    Attributes:
+        num_windows: finished windows of a long clip.
+        done: [1, C, n, h, w] float32 of them, on the CPU; or None.
+        heard: [1, C, k] float32, the sound's latents of them; or None.
+        state: where the sampler goes on from behind them, or None.
+        latents: [1, C, F, h, w] float32 of a finished sampler, or None.
+    """
+
+    num_windows: int
+    done: Tensor | None
+    heard: Tensor | None
+    state: SamplerState | None = None
+    latents: Tensor | None = None
+
+    @property
+    def num_done(self) -> int:
+        """Latent frames of `done`."""
+        return 0 if self.done is None else self.done.shape[2]
+
+    @property
+    def num_heard(self) -> int:
+        """Latents of `heard`."""
+        return 0 if self.heard is None else self.heard.shape[2]
+
+
+def read_kept(folder: Path, device: torch.device | str) -> Kept:
+    """What a job keeps of latents, `state` and `latents` on a device.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    import torch
+
+    windows = counted_paths(folder, window_path)
+    joined = read_windows(windows)
+    kept = Kept(len(windows), joined.get("latents"), joined.get("heard"))
+    if (path := folder / STATE).is_file():
+        arrays, facts = read_arrays(path, "latents")
+        tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
+        if facts.get("finished"):
+            return replace(kept, latents=tensors["latents"])
+        if facts["behind"] == kept.num_done:  # else of a window that was finished since
+            return replace(kept, state=state_of(facts["step"], tensors))
+    return kept
 
 
 def as_array(tensor: Tensor) -> Any:

@@ -19,24 +19,23 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from vidgen.core.errors import InputError, OutputError
+from vidgen.core.errors import OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media.clip import Clip
 from vidgen.media.encode import Segment
 from vidgen.media.read import read_recipe
 from vidgen.pipeline.job import (
     JOB,
-    LOCK,
     MADE,
-    SEGMENTS,
     SOUND,
     STATE,
-    WINDOWS,
+    begin_job,
+    counted_paths,
     differences,
     job_facts,
     job_folder,
@@ -46,6 +45,7 @@ from vidgen.pipeline.job import (
     read_arrays,
     read_job,
     read_segment,
+    require_same,
     segment_path,
     sweep,
     window_path,
@@ -53,7 +53,7 @@ from vidgen.pipeline.job import (
     write_job,
     write_segment,
 )
-from vidgen.pipeline.job_state import as_array, read_windows, state_of, state_tensors
+from vidgen.pipeline.job_state import as_array, read_kept, state_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -89,10 +89,7 @@ class Journal:
         OutputError: an unfinished job lies there, and neither was said; or a process is at it.
     """
     def __init__(
-        self,
-        output: str | os.PathLike[str] | None,
-        *,
-        resume: bool = False,
+        self, output: str | os.PathLike[str] | None, *, resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.output = None if output is None else Path(output)
@@ -290,17 +287,8 @@ class Journal:
         if old is None and not self.finished:
             return
         there = self.folder if self.unfinished else self.output
-        if old is None:
-            raise InputError(f"{there} tells no recipe, so it may be any clip; choose another "
-                             "name or give --overwrite")
-        differ = differences(old, recipe)
-        if differ:
-            without = old.get("kernels") == "none" and recipe.get("kernels") != "none"
-            how = " (VIDGEN_NATIVE=0 leaves the compiled kernels out)" if without else ""
-            raise InputError(
-                f"{there} is another clip's: {'; '.join(differ)}; go on with what it was made "
-                f"with{how}, choose another name, or start anew with --overwrite"
-            )
+        assert there is not None
+        require_same(there, old, recipe)
 
     @property
     def _has_result(self) -> bool:
@@ -334,12 +322,7 @@ class Journal:
 
     def _start(self, recipe: dict[str, Any]) -> None:
         with self._saving():
-            for entry in self.folder.iterdir():
-                if entry.name != LOCK:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            for name in (SEGMENTS, WINDOWS):
-                (self.folder / name).mkdir()
-            write_job(self.folder, recipe, overwrite=self.overwrite)
+            begin_job(self.folder, recipe, overwrite=self.overwrite)
         self._due_s += PATIENCE * self._cost_s  # put by for the finished latents, which won't wait
 
     def _check_output(self) -> None:
@@ -351,35 +334,14 @@ class Journal:
 
     def _load(self, device: torch.device | str) -> None:
         """Read the state and check the segments."""
-        import torch
-
-        self.state = self.latents = self.done = self.heard = None
-        windows = self._counted(window_path)
-        self.num_windows, kept = len(windows), read_windows(windows)
-        if kept:
-            self.done, self.heard = kept["latents"], kept.get("heard")
-            self._num_done = self.done.shape[2]
-            self._num_heard = 0 if self.heard is None else self.heard.shape[2]
-        if (path := self.folder / STATE).is_file():
-            arrays, facts = read_arrays(path, "latents")
-            tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
-            if facts.get("finished"):
-                self.latents = tensors["latents"]
-            elif facts["behind"] == self._num_done:  # else of a window that was finished since
-                self.state = state_of(facts["step"], tensors)
+        kept = read_kept(self.folder, device)
+        self.state, self.latents = kept.state, kept.latents
+        self.done, self.heard, self.num_windows = kept.done, kept.heard, kept.num_windows
+        self._num_done, self._num_heard = kept.num_done, kept.num_heard
         self._count_segments()
 
-    def _counted(self, path_of: Callable[[Path, int], Path]) -> list[Path]:
-        """The segments or windows up to the first that is missing; later ones go."""
-        kept = kept_paths(self.folder, path_of)
-        place = path_of(self.folder, 0).parent
-        for path in sorted(place.glob("*.safetensors"))[len(kept):]:
-            with suppress(PermissionError):  # one that stays is written over
-                path.unlink()
-        return kept
-
     def _count_segments(self) -> None:
-        kept = self._counted(segment_path)
+        kept = counted_paths(self.folder, segment_path)
         self._num_segments = len(kept)
         self.num_frames = sum(read_segment(path).num_frames for path in kept)
 
@@ -399,9 +361,7 @@ class Journal:
                     write_segment(segment_path(self.folder, index), segment)
             self._num_segments += len(pending)
 
-    def _save_state(
-        self, tensors: Mapping[str, Tensor], facts: dict[str, Any], path: Path
-    ) -> None:
+    def _save_state(self, tensors: Mapping[str, Tensor], facts: dict[str, Any], path: Path) -> None:
         latents = tensors["latents"]
         if latents.is_cuda:  # the steps that the device still computes aren't the save's cost
             import torch
