@@ -403,7 +403,8 @@ def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys)
     short, err = told()
     assert (short.kept_frames, err) == (9, "")
     latents = 4 * 3 * 4 * 4
-    assert short.disk_bytes == 2 * (9 * 32 * 32 // 4 + 4 * latents)
+    assert short.disk_bytes == 2 * (9 * 32 * 32 // 4 + 4 * (1 + 4) * latents)
+    assert told(cache="forecast")[0].disk_bytes > short.disk_bytes
     assert told(count=3)[0].disk_bytes == 3 * short.disk_bytes
     long, err = told(seconds=3600, fps=240)
     (line,) = err.splitlines()  # and none where all is done

@@ -53,6 +53,8 @@ BUILDING_S = 0.06
 ENCODER_BYTES = 6_000_000
 ENCODER_BYTES_PER_PIXEL = 200
 """Of a video encoder: x264 holds some dozens of planes."""
+STATE_TENSORS = 4
+"""Of a window's latents that a sampler goes on from, at most."""
 _HOLES, _MOST_HOLES = 0.5, 220_000_000
 """Share of live memory that stays in holes between blocks, as measured; glibc gives those from
 32 MB on back at once, so that holes stop growing."""
@@ -243,9 +245,15 @@ class _Job:
         return self.passes.kept * pixels / self.rates.rate(kind, pixels)
 
     def _disk_bytes(self) -> int:
-        """At most, of the file and its journal: segments, latents by windows and as a whole."""
+        """At most, of the file and its journal, all but sound.
+
+        That keeps the film in segments, float32 latents by windows and as a whole, and the
+        sampler's state, of which a new one lies beside the old until it is whole.
+        """
         film = self.plan.width * self.plan.height * self.passes.kept // PIXELS_PER_BYTE
-        return 2 * (film + 4 * math.prod(self.plan.latents.dims))
+        whole = math.prod(self.plan.latents.dims)
+        window = whole * max(self.passes.windows, default=0) // self.plan.latents.num_frames
+        return 2 * (film + 4 * (whole + STATE_TENSORS * window + self._remembered()))
 
     def _mux_s(self, decode_s: float) -> float:
         """What writing adds to decoding, which it runs beside."""
@@ -334,14 +342,22 @@ class _Job:
         # the clip as floats, twice while it is scaled, and in the VAE's dtype
         return self._resident(live) + 3 * longest * pixels * (9 + itemsize)
 
-    def _denoise_bytes(self) -> int:
+    @property
+    def _tokens(self) -> int:
+        """Tokens of the largest window."""
         frames = max(self.passes.windows, default=0)
-        tokens = frames * self._frame_tokens + (self._sound_latents(frames) if frames else 0)
-        backend = used_backend("auto", self.setup.device, self.dtype)
+        return frames * self._frame_tokens + (self._sound_latents(frames) if frames else 0)
+
+    def _remembered(self) -> int:
+        """Values that a step cache holds."""
         branches = 1 if self.plan.guidance.is_off else 2
-        held = branches * TENSORS_HELD[self.request.cache.partition(":")[0]] * tokens
-        return held * self.dit.hidden_dim * self.dtype.itemsize + transformer_bytes(
-            self.dit, tokens, self.dtype.itemsize, blocked=backend == "blocked",
+        held = branches * TENSORS_HELD[self.request.cache.partition(":")[0]] * self._tokens
+        return held * self.dit.hidden_dim
+
+    def _denoise_bytes(self) -> int:
+        backend = used_backend("auto", self.setup.device, self.dtype)
+        return self._remembered() * self.dtype.itemsize + transformer_bytes(
+            self.dit, self._tokens, self.dtype.itemsize, blocked=backend == "blocked",
             timed_tokens=self.request.mask is not None and self.folder.conditioning == "tokens",
         )
 
