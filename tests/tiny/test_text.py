@@ -18,10 +18,8 @@ from vidgen.models.text import (
     TextEncoder,
     UMT5Encoder,
     encode_tokens,
-    near_words,
-    slip_count,
-    split_words,
 )
+from vidgen.models.words import near_words, slip_count, split_words
 from vidgen.toybox.captions import nouns
 from vidgen.training.tokenizer import NUM_SUBJECTS, subject_token, train_tokenizer
 from vidgen.weights.folder import embedded_folder
@@ -127,7 +125,7 @@ def test_slips_people_make_are_near_what_they_meant():
         for word, near in tokenizer.unknown_words(text):
             meant = re.sub(rf"\b{word}\b", near[0] if near else word, meant)
         named += any(noun in meant for noun in nouns(scene.actors[0].sprite))
-    assert named >= 0.9 * len(written)
+    assert named >= 0.95 * len(written)
 
 
 def test_without_a_word_list_no_word_is_unknown(folder, tmp_path):

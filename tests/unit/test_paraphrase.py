@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import vidgen
-from vidgen.models.text import PromptTokenizer, split_words
+from vidgen.models.text import PromptTokenizer
+from vidgen.models.words import split_words
 from vidgen.toybox.captions import (
     canonical_prompt,
     caption,

@@ -80,6 +80,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--first-frame-model", metavar="FOLDER", help="a text-to-image model draws the first frame")
     add("--expand", metavar="FOLDER",
         help="a language model rewrites the prompt; the recipe keeps both texts")
+    add("--readings", default="auto", metavar="auto|none|WORD=KNOWN,...", help=(
+        "how words are read that the model wasn't taught; auto, the default: as the known ones "
+        "that are meant; none: as they are written"))
     add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]",
         help="an adapter; may be repeated; @high or @low behind it: for one expert alone")
     add_sound(add)

@@ -230,7 +230,7 @@ def _tell_plan(
 ) -> int:
     """What each shot takes, which are there, and how long the film is, if there is to be one."""
     from vidgen.pipeline.stages import size_text
-    from vidgen.story.plan import unknown_words
+    from vidgen.story.plan import word_remarks
 
     missing = [store.missing(plan) for plan in plans]
     # what is there already is counted as if it weren't, for the memory that it took
@@ -242,9 +242,7 @@ def _tell_plan(
         own = [next(told) for _ in range(max(len(left), 1))]
         rows.append(_row(plan, own, store, len(left)))
     notes = dict.fromkeys(one.choice for one in made if one.choice)
-    for word, near in unknown_words(film, plans):
-        known = f"; near it: {', '.join(near)}" if near else ""
-        notes[f"the model doesn't know the word {word!r}{known}"] = None
+    notes |= dict.fromkeys(word_remarks(film, plans))
     undone = [row for row in rows if not row["rendered"]]
     whole: dict[str, Any] = {
         "shots": len(rows), "rendered": len(rows) - len(undone),

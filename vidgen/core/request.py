@@ -57,6 +57,8 @@ class Request:
     Args:
         prompt: what is to be seen, 1 to 20,000 characters; models read fewer.
         negative: what is not to be seen.
+        readings: how words are read that the model wasn't taught, of prompt and negative: "auto" as
+            the known ones that are meant, "none" as written, or WORD=KNOWN, parted by commas.
         seed: 0 to 2**63 - 1; None draws one, which the recipe records.
         seconds: length; the nearest reachable count is generated and trimmed. Excludes `frames`.
         frames: exact number of frames, 1 modulo the model's temporal stride.
@@ -123,6 +125,7 @@ class Request:
 
     prompt: str
     negative: str | None = None
+    readings: str = "auto"
     seed: int | None = None
     seconds: float | None = None
     frames: int | None = None
@@ -241,6 +244,7 @@ class Request:
             _check_number("frame", seconds, 0, 3600)
         _check_cache(self.cache)
         _check_tiles(self.tiles)
+        parse_readings(self.readings)
         for name, known in _CHOICE.items():
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -302,6 +306,21 @@ def _check_cache(value: Any) -> None:
         if method == "none" or not 0 <= number <= 100:
             raise InputError(f"cache is {value!r}; behind the colon comes a threshold from 0 to "
                              "100, such as forecast:0.1")
+
+
+def parse_readings(value: Any) -> dict[str, str] | None:
+    """What "bicylce=bicycle,taxi=car" reads words as, in lower case; None is "auto".
+
+    Raises:
+        InputError: neither auto, none nor such pairs.
+    """
+    if value in ("auto", "none"):
+        return None if value == "auto" else {}
+    pairs = [[side.strip().lower() for side in pair.split("=")] for pair in str(value).split(",")]
+    if not all(len(pair) == 2 and all(pair) and " " not in pair[0] for pair in pairs):
+        raise InputError(f"readings is {value!r}; give auto, none, or words and what they are read "
+                         "as, such as bicylce=bicycle,taxi=car")
+    return dict(pairs)
 
 
 def parse_fps(value: Any) -> Fraction:

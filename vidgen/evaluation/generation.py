@@ -19,6 +19,7 @@ from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.sound import new_sound, sound_span
 from vidgen.models.audio import AudioVAEConfig
+from vidgen.models.text import read_as
 from vidgen.pipeline.own_sound import TASK
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.video import Engine
@@ -107,7 +108,8 @@ def _new_state(engine: Engine, plan: Plan, seeds: Sequence[int]) -> LatentState:
 
 
 def _contexts(engine: Engine, plan: Plan, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """(context, lengths) of the prompts and, under guidance, of the plan's negative."""
-    texts = [list(prompts)] if plan.guidance.is_off else [
-        list(prompts), [plan.negative] * len(prompts)]  # fmt: skip
+    """(context, lengths) of the prompts, read as people's are, and of the plan's negative."""
+    read = [read_as(prompt, engine.tokenizer.readings(prompt)) for prompt in prompts]
+    negative = read_as(plan.negative, dict(plan.readings))
+    texts = [read] if plan.guidance.is_off else [read, [negative] * len(prompts)]
     return [engine.encode_texts(part) for part in texts]

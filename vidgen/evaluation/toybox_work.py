@@ -142,7 +142,8 @@ class Studio:
             own = self.bench.windows
         elif material == "sound":
             own = self.ear_sha256
-        address = json.dumps([self.identity, asdict(item), own], sort_keys=True)
+        read = self.engine.tokenizer.readings(item.prompt)
+        address = json.dumps([self.identity, asdict(item), own, *read.items()], sort_keys=True)
         return hashlib.sha256(address.encode()).hexdigest()
 
     def score(self, batch: Batch) -> Scored:

@@ -10,13 +10,13 @@ Axes: B batch, S text tokens, D width, H heads.
 
 from __future__ import annotations
 
-import difflib
 import html
 import logging
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,12 +27,11 @@ from torch.nn import functional as F
 
 from vidgen.core.config import build
 from vidgen.core.errors import ModelError
+from vidgen.models.words import WordReader, replace_words, split_words
 
 logger = logging.getLogger(__name__)
 
 EOS, PAD = "</s>", "<pad>"
-WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
-SPECIAL = re.compile(r"<[^<>\s]*>")
 NOTHING: Mapping[Any, Tensor] = MappingProxyType({})
 _SIZES = ("vocab_size", "hidden_dim", "head_dim", "ffn_dim", "num_layers", "num_heads")
 
@@ -267,38 +266,6 @@ def clean_prompt(prompt: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def split_words(text: str) -> list[str]:
-    """The words of a prompt or caption, lowercase, without numbers and `<tokens>`."""
-    return WORD.findall(SPECIAL.sub(" ", text).lower())
-
-
-def near_words(word: str, known: Collection[str]) -> list[str]:
-    """Known words of which `word` may be a slip of the fingers, at most three, the likeliest first.
-
-    A slip is a letter that is missing, too much or another one, or two that changed places: one in
-    words of four or five letters, two in longer ones. What is further off is another word.
-    """
-    slips = 0 if len(word) < 4 else 1 if len(word) < 6 else 2
-    near = [
-        (distance, -difflib.SequenceMatcher(None, word, other).ratio(), other) for other in known
-        if abs(len(other) - len(word)) <= slips and (distance := slip_count(word, other)) <= slips
-    ]
-    return [other for _, _, other in sorted(near)[:3]]
-
-
-def slip_count(word: str, other: str) -> int:
-    """Slips between two words: optimal string alignment, after Damerau 1964."""
-    before, row = list[int](), list(range(len(other) + 1))
-    for i, letter in enumerate(word, 1):
-        older, before, row = before, row, [i]
-        for j, its in enumerate(other, 1):
-            best = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != its))
-            if i > 1 and j > 1 and letter == other[j - 2] and its == word[i - 2]:
-                best = min(best, older[j - 2] + 1)
-            row.append(best)
-    return row[-1]
-
-
 class PromptTokenizer:
     """Prompts to token ids, as transformers' AutoTokenizer of the same folder does it.
 
@@ -376,10 +343,52 @@ class PromptTokenizer:
 
         Empty when the folder has no word list: then the model knows language at large.
         """
+        return [(word, self._reader.near(word)) for word in self._unknown(prompt)]
+
+    def readings(self, prompt: str, asked: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Words of a prompt, each with what the model is to be given instead.
+
+        Args:
+            prompt: as it is written.
+            asked: readings to take, of which those of other words are left out; None: of each word
+                that the model was never taught, the known one that is meant, if it is clear; see
+                `words.WordReader`.
+        """
+        if asked is not None:
+            words = split_words(clean_prompt(prompt))
+            return {word: asked[word] for word in words if word in asked}
+        read = {word: self._reader.read(word) for word in self._unknown(prompt)}
+        return {word: known for word, known in read.items() if known is not None}
+
+    def remarks(self, prompt: str, readings: Mapping[str, str]) -> list[str]:
+        """What to tell of a prompt's unknown words, given what some of them are read as."""
+        told = [f"reads {word!r} as {readings[word]!r}" if word in readings
+                else f"doesn't know the word {word!r}{_near(self._reader.near(word))}"
+                for word in self._unknown(prompt)]  # fmt: skip
+        return [f"the model {remark}" for remark in told]
+
+    def _unknown(self, prompt: str) -> list[str]:
         if not self.words:
             return []
-        unknown = dict.fromkeys(w for w in split_words(clean_prompt(prompt)) if w not in self.words)
-        return [(word, near_words(word, self.words)) for word in unknown]
+        found = dict.fromkeys(split_words(clean_prompt(prompt)))
+        return [word for word in found if word not in self.words]
+
+    @cached_property
+    def _reader(self) -> WordReader:
+        return WordReader(self.words, self._rarity)
+
+    def _rarity(self, word: str) -> float:
+        """How rare a word was in the captions: what is common became one token."""
+        return min(1, (len(self._tokenizer.encode(word, add_special_tokens=False)) - 1) / 2)
+
+
+def read_as(prompt: str, readings: Mapping[str, str]) -> str:
+    """The prompt that a model is given: as it is written, but for the words that are read."""
+    return replace_words(clean_prompt(prompt), readings) if readings else prompt
+
+
+def _near(words: Sequence[str]) -> str:
+    return f"; near it: {', '.join(words)}" if words else ""
 
 
 class TextEncoder:

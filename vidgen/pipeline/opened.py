@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import Request
+from vidgen.core.request import Request, parse_readings
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import prepare_image
-from vidgen.models.text import NOTHING, PromptTokenizer
+from vidgen.models.text import NOTHING, PromptTokenizer, read_as
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.crew import Crew, devices_of
 from vidgen.pipeline.few_steps import with_student
@@ -112,18 +112,23 @@ class OpenedModel:
         )
         plan = replace(plan, cache=settle_cache(request, self.folder))
         plan = with_student(plan, request, self.folder)
-        for name, text in (("prompt", plan.prompt), ("negative", plan.negative)):
-            self._check_words(name, text)
-        return plan
+        texts = {"prompt": plan.prompt, "negative": plan.negative}
+        asked = parse_readings(request.readings)
+        if asked is None and request.lora:
+            asked = {}  # a word that only an adapter knows is no slip
+        readings = {word: known for text in texts.values()
+                    for word, known in self.tokenizer.readings(text, asked).items()}
+        for name, text in texts.items():
+            self._check_words(name, text, readings)
+        return replace(plan, readings=tuple(readings.items()))
 
-    def _check_words(self, name: str, text: str) -> None:
+    def _check_words(self, name: str, text: str, readings: dict[str, str]) -> None:
         """A model of few words refuses a text it can't read; one of all language cuts it."""
-        count, limit = self.tokenizer.count(text), self.tokenizer.max_length
+        count, limit = self.tokenizer.count(read_as(text, readings)), self.tokenizer.max_length
         if count > limit and self.tokenizer.words:
             raise InputError(f"the {name} has {count} tokens; this model reads {limit}: shorten it")
-        for word, near in self.tokenizer.unknown_words(text):
-            hint = f"; near it: {', '.join(near)}" if near else ""
-            log.warning("the model doesn't know the word %r%s", word, hint)
+        for remark in self.tokenizer.remarks(text, readings):
+            log.warning("%s", remark)
 
     def encode_texts(
         self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING

@@ -41,6 +41,7 @@ class Plan:
         sampler: its name; a scheduler object's class.
         num_frames: frames to generate, 1 mod the temporal stride.
         kept_frames: frames of the clip, the first of those generated.
+        readings: words of prompt and negative, each with what the model is given instead.
         cache: what spares steps, or None.
         tiles: that the VAE takes a picture in; None: the whole.
         num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
@@ -63,6 +64,7 @@ class Plan:
     control_scale: float
     fit: str
     latents: LatentShape
+    readings: tuple[tuple[str, str], ...] = ()
     cache: CacheChoice | None = None
     tiles: Tiles | None = None
     student: StudentConfig | None = None
@@ -132,6 +134,11 @@ def recorded_tiles(plan: Mapping[str, Any]) -> str:
     """The option that gives the tiles of a recipe's plan."""
     tiles = plan.get("tiles")
     return "none" if tiles is None else str(Tiles(tiles["rows"], tiles["columns"]))
+
+
+def recorded_readings(plan: Mapping[str, Any]) -> str:
+    """The option that gives the readings of a recipe's plan; those before had none."""
+    return ",".join(f"{word}={known}" for word, known in plan.get("readings", ())) or "none"
 
 
 def _tiles(request: Request, latents: LatentShape) -> Tiles | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vidgen.core.errors import InputError
 from vidgen.pipeline.journal import Journal
-from vidgen.pipeline.plan import recorded_tiles
+from vidgen.pipeline.plan import recorded_readings, recorded_tiles
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 
 def recall(request: Request, journals: Sequence[Journal]) -> Request:
-    """Bring back what jobs began with: the seed that was drawn, tiles, the thread count.
+    """Bring back what jobs began with: the seed that was drawn, tiles, readings of words, the
+    thread count.
 
     Raises:
         InputError: a journal is damaged, or its thread count can't be had.
@@ -29,6 +30,8 @@ def recall(request: Request, journals: Sequence[Journal]) -> Request:
             request = replace(request, seed=recipe["plan"]["seed"] - index)
         if request.tiles == "auto" and "tiles" in recipe.get("plan", ()):
             request = replace(request, tiles=recorded_tiles(recipe["plan"]))
+        if request.readings == "auto" and "readings" in recipe.get("plan", ()):
+            request = replace(request, readings=recorded_readings(recipe["plan"]))
         threads = recipe.get("machine", {}).get("threads")
         if threads and journal.unfinished:
             _use_threads(threads, journal)

@@ -24,7 +24,7 @@ from vidgen.core.request import MAX_DEVICES, Request
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.read import PICTURE_SUFFIXES, read_frames
 from vidgen.media.sound import read_sound
-from vidgen.pipeline.plan import recorded_tiles
+from vidgen.pipeline.plan import recorded_readings, recorded_tiles
 from vidgen.pipeline.recipe import RECIPE_VERSION
 from vidgen.pipeline.restore import Given, restore_inputs
 from vidgen.weights.folder import open_model
@@ -55,6 +55,8 @@ def request_from_recipe(
     """
     changes = {name: v for name, v in (changes or {}).items() if name not in LOADING}
     replaced = set(changes)
+    if replaced & {"prompt", "negative"}:
+        replaced.add("readings")  # of the words that were there
     for pair in _RIVALS:
         if replaced.intersection(pair):
             replaced.update(pair)
@@ -183,7 +185,7 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
     guidance, kept = plan["guidance"], plan["kept_frames"]
     options = {
         "size": (plan["width"], plan["height"]), "fps": plan["fps"], "steps": plan["num_steps"],
-        "tiles": recorded_tiles(plan),
+        "tiles": recorded_tiles(plan), "readings": recorded_readings(plan),
     }
     if plan.get("student") is None:
         options |= {

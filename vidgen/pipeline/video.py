@@ -36,6 +36,7 @@ from vidgen.media.manifest import Signing
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
 from vidgen.media.write import ClipInfo
+from vidgen.models.text import read_as
 from vidgen.ops.attention import asked_backend, require_backend
 from vidgen.pipeline.crew import start_crew
 from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
@@ -259,7 +260,8 @@ class Engine(OpenedModel):
     def encode_prompt(self, plan: Plan, loras: Loras = NO_LORAS) -> list[tuple[Tensor, Tensor]]:
         """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
         prompts = [plan.prompt] if plan.guidance.is_off else [plan.prompt, plan.negative]
-        return [self.encode_texts([prompt], loras.tokens) for prompt in prompts]
+        texts = [read_as(prompt, dict(plan.readings)) for prompt in prompts]
+        return [self.encode_texts([text], loras.tokens) for text in texts]
 
     @torch.no_grad()
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:

@@ -107,7 +107,7 @@ class Checker:
         from vidgen.server.film_making import plan_confined, planned_shots, script_data
         from vidgen.server.layout import FILM
         from vidgen.story.edit import make_edit
-        from vidgen.story.plan import enforce_film, estimates, unknown_words
+        from vidgen.story.plan import enforce_film, estimates, word_remarks
 
         self._check_beside(Path(path))
         film = plan_confined(Path(path), self.folder, draft=draft, dtype=self.dtype)
@@ -127,12 +127,11 @@ class Checker:
             raise Refused(str(error)) from None
         made = estimates(film, parts, self.device, None, self.dtype)
         edit = make_edit(film, film.in_film, Path(path).with_name(FILM))
-        words = unknown_words(film, list(film.shots.values()))
         return {
             "shots": planned_shots(film), "width": film.size[0], "height": film.size[1],
             "fps": str(film.fps), "seconds": edit.facts()["duration_s"],
             "title": film.script.project.title, "script": script_data(film.script),
-            "notes": [f"the model doesn't know the word {word!r}" for word, _ in words],
+            "notes": word_remarks(film, list(film.shots.values())),
             "expected_s": sum(stage.seconds for one in made for stage in one.stages
                               if stage.name != "load"),
         }

@@ -23,7 +23,7 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
 from vidgen.media.read import check_image
-from vidgen.models.text import PromptTokenizer, split_words
+from vidgen.models.text import PromptTokenizer
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.extend import OVERLAP
 from vidgen.pipeline.plan import Plan, make_plan
@@ -156,12 +156,13 @@ def estimates(
         yield known[shape]
 
 
-def unknown_words(film: FilmPlan, plans: Sequence[ShotPlan]) -> list[tuple[str, list[str]]]:
-    """Words of the prompts that the model never learned, each with near ones that it knows."""
+def word_remarks(film: FilmPlan, plans: Sequence[ShotPlan]) -> list[str]:
+    """What to tell of words of the prompts that the model never learned, each once."""
     tokenizer = PromptTokenizer(film.folder.tokenizer, _configs(film.folder)[1].text_len)
-    words = dict.fromkeys(word for plan in plans for part in plan.takes[0].parts
-                          for word in split_words(part.prompt))
-    return tokenizer.unknown_words(" ".join(words))
+    prompts = dict.fromkeys(part.prompt for plan in plans for part in plan.takes[0].parts)
+    remarks = dict.fromkeys(remark for prompt in prompts
+                            for remark in tokenizer.remarks(prompt, tokenizer.readings(prompt)))
+    return [*remarks]
 
 
 def settle(folder: ModelFolder, request: Request) -> Plan:

@@ -5,28 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Set as AbstractSet
 
+from vidgen.core.keyboard import NEIGHBOURS
 from vidgen.toybox.scenes import Draws
 
-_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _ONSETS = ("b", "br", "d", "dr", "f", "fl", "g", "gl", "k", "kr", "l", "m", "n", "p", "pl", "qu",
            "r", "s", "sk", "st", "t", "tr", "v", "w", "x", "y", "z", "zw")  # fmt: skip
 _VOWELS = ("a", "e", "i", "o", "u", "ee", "oo", "ai")
 _CODAS = ("", "", "", "b", "k", "l", "m", "n", "nk", "p", "r", "s", "sh", "t", "x")
-
-
-def _neighbours() -> dict[str, str]:
-    """Letters that lie beside, above or below each other on a keyboard."""
-    near = {letter: "" for row in _ROWS for letter in row}
-    for r, row in enumerate(_ROWS):
-        for c, letter in enumerate(row):
-            beside = row[max(0, c - 1) : c] + row[c + 1 : c + 2]
-            above = _ROWS[r - 1][c : c + 2] if r else ""
-            below = _ROWS[r + 1][max(0, c - 1) : c + 1] if r < len(_ROWS) - 1 else ""
-            near[letter] = beside + above + below
-    return near
-
-
-NEIGHBOURS = _neighbours()
 
 
 def misspell(text: str, draws: Draws, rate: float, known: AbstractSet[str]) -> str:

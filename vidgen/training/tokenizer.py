@@ -13,7 +13,8 @@ from tokenizers.trainers import BpeTrainer
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_write
-from vidgen.models.text import EOS, PAD, split_words
+from vidgen.models.text import EOS, PAD
+from vidgen.models.words import split_words
 
 NUM_SUBJECTS = 64
 BYTES = [f"<0x{value:02X}>" for value in range(256)]

@@ -1,0 +1,164 @@
+"""Words that a model wasn't taught: what they are read as, what is left alone, who is told."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request, parse_readings
+from vidgen.evaluation.phrasings import read_phrasings
+from vidgen.media.read import read_recipe
+from vidgen.models.text import PromptTokenizer, read_as
+from vidgen.models.words import WordReader, english_words, replace_words, synonyms
+from vidgen.pipeline.replay import request_from_recipe
+from vidgen.pipeline.video import Engine, load
+from vidgen.weights.folder import embedded_folder
+
+PROMPT = "a red car bounces across the desert"
+SLIPPED = "a redd car bouncse across the dezert"
+READ = (("redd", "red"), ("bouncse", "bounces"), ("dezert", "desert"))
+
+#: Slips of the phrasings, and what was meant; of some the slip is a word of English itself.
+MEANT = """
+tracter=tractor drivng=driving volcanoe=volcano rihgt=right paning=panning airplne=airplane
+spcae=space camra=camera crabb=crab biger=bigger snwo=snow bouncng=bouncing rigth=right
+undewater=underwater driveing=driving raod=road lfet=left spining=spinning clokwise=clockwise
+forrest=forest socer=soccer bouncign=bouncing beech=beach goign=going circels=circles
+spase=space growwing=growing moutains=mountains trian=train fourth=forth undr=under dwon=down
+mushrom=mushroom satys=stays zoomms=zooms umbrela=umbrella swining=swinging ocaen=ocean
+bananna=banana hoping=hopping outter=outer inn=in roket=rocket leftt=left mountians=mountains
+thik=thick fihs=fish cricle=circle anticlokwise=anticlockwise volcanno=volcano hourse=horse
+frow=fro upp=up lyon=lion watre=water nihgt=night slowely=slowly waking=walking medow=meadow
+rabit=rabbit spinnning=spinning sunsett=sunset tracktor=tractor thruogh=through donw=down
+riseing=rising fram=farm aple=apple underwatr=underwater alram=alarm rigt=right
+mountins=mountains standding=standing stil=still botom=bottom baloon=balloon dessert=desert
+fogg=fog bunnny=bunny dunnes=dunes doun=down goast=ghost gras=grass nite=night tedy=teddy
+forst=forest snwos=snows girafe=giraffe vulcano=volcano bleu=blue clockwize=clockwise
+dezert=desert faling=falling cactuss=cactus highwy=highway carot=carrot smaler=smaller loin=lion
+cirlce=circle ctiy=city camrea=camera baer=bear buterfly=butterfly montains=mountains zooom=zoom
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PromptTokenizer:
+    return PromptTokenizer(embedded_folder("toybox") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Engine:
+    return load(str(tiny_model), device="cpu", dtype="fp32")
+
+
+def test_slips_are_read_as_what_was_meant(tokenizer: PromptTokenizer) -> None:
+    meant = dict(pair.split("=") for pair in MEANT.split())
+    texts = [p.text for p in read_phrasings(200) if p.kind == "typos"]
+    unknown = {word for text in texts for word, _ in tokenizer.unknown_words(text)}
+    assert meant.keys() == unknown
+    right = sum(tokenizer.readings(word).get(word) == known for word, known in meant.items())
+    assert right >= 0.9 * len(meant)
+
+
+def test_known_words_numbers_and_tokens_are_never_touched(tokenizer: PromptTokenizer) -> None:
+    text = "A <subject_0> and THE king's 3 cars, 4k: <carr> it's in r2d2"
+    assert tokenizer.readings(" ".join([text, *tokenizer.words])) == {"cars": "car"}
+    assert read_as("a <carr> carr", {"carr": "car"}) == "a <carr> car"
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["platypus", "zebra", "goat", "mouse", "sheep", "fox", "hen", "cart", "lamp", "moose", "newt",
+     "she", "him", "zu", "кот"],
+)
+def test_what_is_unknown_but_no_slip_is_left_alone_and_told(
+    tokenizer: PromptTokenizer, word: str
+) -> None:
+    assert tokenizer.readings(f"a {word} bounces") == {}
+    (remark,) = tokenizer.remarks(f"a {word} bounces", {})
+    assert remark.startswith(f"the model doesn't know the word {word!r}")
+
+
+@pytest.mark.parametrize(
+    ("word", "known"),
+    [("taxi", "car"), ("taxis", "car"), ("boats", "boat"), ("jumped", "jumps"), ("fell", "falls"),
+     ("galloping", "running"), ("goat's", None), ("inthe", "in the"), ("penguin's", "penguin"),
+     ("jungle", "forest"), ("stared", None), ("fishing", None), ("puppies", "puppy")],
+)  # fmt: skip
+def test_synonyms_and_other_forms_are_read(
+    tokenizer: PromptTokenizer, word: str, known: str | None
+) -> None:
+    assert tokenizer.readings(word).get(word) == known
+
+
+def test_synonyms_lead_to_known_words_and_each_to_one(tokenizer: PromptTokenizer) -> None:
+    for word, known in synonyms().items():
+        assert set(known.split()) <= tokenizer.words, (word, known)
+        assert word not in tokenizer.words, word
+        assert re.fullmatch("[a-z]+", word), word
+
+
+def test_a_synonym_that_the_model_lacks_is_not_read() -> None:
+    reader = WordReader({"cat", "falls"}, lambda _: 0.0)
+    assert reader.read("taxi") is None
+    assert reader.read("kat") == "cat"
+    assert reader.read("catt") == "cat"
+    assert "goat" in english_words()
+
+
+def test_words_are_replaced_whatever_their_case() -> None:
+    read = replace_words("A Redd, REDD <redd> redder", {"redd": "red"})
+    assert read == "A red, red <redd> redder"
+
+
+def test_a_clip_of_slips_is_that_of_the_words_meant(
+    engine: Engine, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        slipped = engine.generate(SLIPPED, seed=1)
+    assert "the model reads 'dezert' as 'desert'" in caplog.text
+    assert torch.equal(slipped.latents, engine.generate(PROMPT, seed=1).latents)
+    slipped.save(tmp_path / "slipped.mp4")
+    recipe = read_recipe(tmp_path / "slipped.mp4")
+    assert recipe["plan"]["prompt"] == SLIPPED
+    assert recipe["plan"]["readings"] == [list(pair) for pair in READ]
+    request = request_from_recipe(recipe, tmp_path)
+    assert parse_readings(request.readings) == dict(READ)
+    assert torch.equal(engine.generate(request).latents, slipped.latents)
+    other = request_from_recipe(recipe, tmp_path, changes={"prompt": "a carr"})
+    assert (other.prompt, other.readings) == ("a carr", "auto")
+
+
+def test_a_recipe_from_before_readings_is_replayed_as_written(
+    engine: Engine, tmp_path: Path
+) -> None:
+    written = engine.generate(SLIPPED, seed=1, readings="none")
+    assert not torch.equal(written.latents, engine.generate(PROMPT, seed=1).latents)
+    written.save(tmp_path / "written.mp4")
+    recipe = read_recipe(tmp_path / "written.mp4")
+    del recipe["plan"]["readings"], recipe["request"]["readings"]
+    assert request_from_recipe(recipe, tmp_path).readings == "none"
+
+
+def test_readings_can_be_given(engine: Engine) -> None:
+    given = engine.generate("a rde zorb bounces", seed=1, readings="zorb=car, rde=red")
+    plain = engine.generate("a red car bounces", seed=1, readings="none")
+    assert torch.equal(given.latents, plain.latents)
+
+
+@pytest.mark.parametrize("value", ["", "car", "a=b=c", "red car=bus", "=car", "car=", 3])
+def test_readings_that_are_none_are_refused(value: object) -> None:
+    with pytest.raises(InputError, match="give auto, none, or words"):
+        Request(prompt=PROMPT, readings=value)  # type: ignore[arg-type]
+
+
+def test_a_model_of_all_language_gets_prompts_as_written(
+    tokenizer: PromptTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "words", frozenset())
+    assert tokenizer.readings(SLIPPED) == {}
+    assert tokenizer.remarks(SLIPPED, {}) == []
+    assert read_as("a&amp;b  c", {}) == "a&amp;b  c"

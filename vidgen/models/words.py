@@ -1,0 +1,189 @@
+"""Words that a model wasn't taught, and the words it knows that are meant by them.
+
+A synonym, another form of a known word, or a slip of the fingers. English words and synonyms stand
+in `assets/english`; they are the language's, not a model's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from vidgen.core.keyboard import NEIGHBOURS
+
+ENGLISH = Path(__file__).parent.parent / "assets" / "english"
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+SPECIAL = re.compile(r"<[^<>\s]*>")
+_SPECIAL_OR_WORD = re.compile(f"{SPECIAL.pattern}|{WORD.pattern}")
+_LINKS = frozenset(["a", "an", "and", "at", "by", "from", "in", "into", "is", "it", "of", "on",
+                    "over", "the", "through", "to", "under", "up", "with"])  # fmt: skip
+_SHORT_STEM = re.compile(r"[^aeiou]+[aeiou][^aeiouwxy]")  # doubles its last letter: hop, hopping
+_VOWELS = frozenset("aeiou")
+_FIRST = 0.01  # a word's first letter is seldom a wrong one
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a prompt or caption, lowercase, without numbers and `<tokens>`."""
+    return WORD.findall(SPECIAL.sub(" ", text).lower())
+
+
+def replace_words(text: str, readings: Mapping[str, str]) -> str:
+    """A text with other words for some of its own, whatever their case; `<tokens>` stay."""
+    return _SPECIAL_OR_WORD.sub(lambda found: readings.get(found[0].lower(), found[0]), text)
+
+
+def near_words(
+    word: str, known: Collection[str], rank: Callable[[str], float] | None = None
+) -> list[str]:
+    """Known words of which `word` may be a slip of the fingers, at most three, the likeliest first.
+
+    A slip is a letter that is missing, too much or another one, or two that changed places: one in
+    words of three to five letters, two in longer ones. What is further off is another word.
+
+    Args:
+        word: in lower case.
+        known: words to choose from, in lower case.
+        rank: how rare a known word is, from 0 to 1; None: all are alike.
+    """
+    most = 0 if len(word) < 3 else 1 if len(word) < 6 else 2
+    near = []
+    for other in known:
+        if len(other) > 1 and abs(len(other) - len(word)) <= most:
+            cost = _slips(word, other)
+            if cost < most + 1:
+                cost += (0.03 * rank(other) if rank else 0) + 0.008 * (other in _LINKS)
+                near.append((cost, other))
+    return [other for _, other in sorted(near)[:3]]
+
+
+def slip_count(word: str, other: str) -> int:
+    """Slips between two words: optimal string alignment, after Damerau 1964."""
+    return int(_slips(word, other))
+
+
+def _slips(typed: str, meant: str) -> float:
+    """Slips as a whole number; its fraction grows where they are unlike those of fingers."""
+    before, row = list[float](), [sum(_missing(meant, k) for k in range(j))
+                                  for j in range(len(meant) + 1)]  # fmt: skip
+    for i, letter in enumerate(typed):
+        older, before, row = before, row, [row[0] + _surplus(typed, i)]
+        for j, its in enumerate(meant):
+            best = min(
+                before[j + 1] + _surplus(typed, i),
+                row[j] + _missing(meant, j),
+                before[j] + (0 if letter == its else _other(letter, its, is_first=not i or not j)),
+            )
+            if i and j and letter == meant[j - 1] and its == typed[i - 1]:
+                best = min(best, older[j - 1] + (1 if i > 1 and j > 1 else 1 + _FIRST))
+            row.append(best)
+    return row[-1]
+
+
+def _surplus(typed: str, at: int) -> float:
+    return 1 if at and typed[at] == typed[at - 1] else 1.016
+
+
+def _missing(meant: str, at: int) -> float:
+    if at and meant[at] == meant[at - 1]:
+        return 1
+    return 1.008 + _FIRST * (not at)
+
+
+def _other(letter: str, its: str, *, is_first: bool) -> float:
+    if letter in NEIGHBOURS.get(its, ""):
+        unlike = 0.002
+    else:
+        unlike = 0.006 if letter in _VOWELS and its in _VOWELS else 0.02
+    return 1 + unlike + _FIRST * is_first
+
+
+class WordReader:
+    """Reads words that a model wasn't taught as words that it knows.
+
+    Args:
+        known: the model's words, in lower case.
+        rank: how rare each of them is, from 0 to 1, for slips that may be of several.
+    """
+
+    def __init__(self, known: Collection[str], rank: Callable[[str], float]) -> None:
+        self.known, self._rank = known, rank
+
+    def read(self, word: str) -> str | None:
+        """The known word, or words, that are meant by an unknown one in lower case; None: unclear.
+
+        A word of English may be a synonym or a more special word, or another form of a known one;
+        it is no slip, so that "goat" isn't read as "boat". Any other word may be a slip.
+        """
+        if (meant := self._synonym(word)) is not None:
+            return meant
+        if word.removesuffix("'s") in english_words():
+            forms = (form for form in _other_forms(word) if form in self.known)
+            of_one = filter(None, map(self._synonym, _singulars(word)))
+            return next(forms, None) or next(of_one, None)
+        near = next(iter(self.near(word)), None)
+        if near is not None and slip_count(word, near) == 1:
+            return near
+        return self._joined(word) or near
+
+    def near(self, word: str) -> list[str]:
+        """Known words of which `word` may be a slip, at most three, the likeliest first."""
+        return near_words(word, self.known, self._rank)
+
+    def _synonym(self, word: str) -> str | None:
+        meant = synonyms().get(word)
+        return meant if meant and all(part in self.known for part in meant.split()) else None
+
+    def _joined(self, word: str) -> str | None:
+        """Two known words without the space between them, one of which links others."""
+        for at in range(1, len(word)):
+            parts = word[:at], word[at:]
+            if all(part in self.known for part in parts) and not _LINKS.isdisjoint(parts) and (
+                len(max(parts, key=len)) > 2
+            ):
+                return " ".join(parts)
+        return None
+
+
+def _singulars(word: str) -> Iterator[str]:
+    """What a word may be the plural or the genitive of."""
+    if word.endswith("'s"):
+        yield word[:-2]
+    elif word.endswith("s") and not word.endswith("ss") and len(word) > 3:
+        if word.endswith("ies"):
+            yield f"{word[:-3]}y"
+        yield word[:-1]
+        if word.endswith("es"):
+            yield word[:-2]
+
+
+def _other_forms(word: str) -> Iterator[str]:
+    """Forms of the same noun or verb: the other number, and what "does" for "did" and "doing"."""
+    yield from _singulars(word)
+    yield f"{word}s"
+    if word.endswith("ied"):
+        yield f"{word[:-3]}ies"
+    for ending in ("ed", "ing"):
+        stem = word.removesuffix(ending)
+        if stem == word or len(stem) < 3:
+            continue
+        if not _SHORT_STEM.fullmatch(stem):
+            yield f"{stem}s"
+        if stem[-1] == stem[-2]:
+            yield f"{stem[:-1]}s"
+        yield f"{stem}es"
+
+
+@lru_cache(maxsize=1)
+def synonyms() -> dict[str, str]:
+    """What may stand for an English word that a model doesn't know: the same, or more general."""
+    table: dict[str, list[str]] = json.loads((ENGLISH / "synonyms.json").read_text("utf-8"))
+    return {word: meant for meant, words in table.items() for word in words}
+
+
+@lru_cache(maxsize=1)
+def english_words() -> frozenset[str]:
+    """Common words of English, in lower case, of three letters or more."""
+    return frozenset((ENGLISH / "words.txt").read_text("utf-8").split())
