@@ -153,7 +153,7 @@ class Sheets:
             "seed": settings.seed + index, "steps": settings.steps, "guidance": settings.guidance,
             "size": settings.size or (largest.width, largest.height),
             "frames": settings.frames or largest.num_frames, "fps": self._dataset.fps,
-            "lora": list(loras), "audio": "none",
+            "lora": list(loras), "audio": "none", "readings": "none",
         }
         if example.latents is not None:
             options |= self._pictures(engine, example.latents)
