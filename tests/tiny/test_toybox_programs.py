@@ -36,6 +36,7 @@ def run_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     config = {
         "preset": "tiny", "text_preset": "tiny", "tokenizer": str(tiny_model / "tokenizer"),
         "shifts": [1.0, 2.0], "validation_clips": 2, "loose_share": 0.5, "anonymous_share": 0.5,
+        "window_share": 0.5, "anchor_share": 1.0,
         "caches": [{
             "folder": str(folder / "latents"), "vae": str(tiny_model / "vae"), "shards": 2,
             "shard_size": 4, "height": 32, "width": 32, "num_frames": 33,
@@ -73,6 +74,7 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
                      for folder in (out, tiny_model))
     assert known > before
     assert {"hound", "dollies", "please", "travel"} <= known - before
+    assert "anchor" in open_model(str(out)).tasks
     clip = load(str(out)).generate("a red car bounces", seed=1, frames=5, size="32x32", steps=2)
     assert clip.frames.shape == (5, 32, 32, 3)
 
