@@ -28,9 +28,10 @@ from vidgen.core.errors import ModelError
 from vidgen.core.runtime import atomic_write, best_dtype, sha256_file
 from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
-from vidgen.models.text import split_words
 from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.models.words import split_words
 from vidgen.pipeline.own_sound import TASK as SOUND_TASK
+from vidgen.pipeline.tail import ANCHOR_TASK
 from vidgen.toybox.captions import caption
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
@@ -152,6 +153,22 @@ def release_student(run: Path, out: Path) -> None:
     write_student(adapter_of(factors), student, out)
 
 
+def tasks_of(out: Path, run: Path | None) -> tuple[str, ...]:
+    """What clips of a folder can be made from.
+
+    Args:
+        out: the folder.
+        run: that its transformer was just taken from; None: the folder tells what that was taught.
+    """
+    if run is None:
+        info = out / "model.json"
+        anchored = info.exists() and ANCHOR_TASK in json.loads(info.read_text())["tasks"]
+    else:
+        anchored = _run_settings(run).get("anchor_share", 0) > 0
+    sounds = (out / SOUND_VAE).exists()
+    return (*TASKS, *[ANCHOR_TASK] * anchored, *[SOUND_TASK] * sounds)
+
+
 def _run_settings(run: Path) -> dict[str, Any]:
     if latest_checkpoint(run) is None:
         raise ModelError(f"{run} has no checkpoint; train there first")
@@ -184,10 +201,10 @@ def main() -> int:
         else:
             release_tokenizer(options.out)
         if all((options.out / part).exists() for part in PARTS):
-            tasks = (*TASKS, SOUND_TASK) if (options.out / SOUND_VAE).exists() else TASKS
             write_model_info(
                 options.out, name=options.out.name, family="toybox", license_name="Apache-2.0",
-                tasks=tasks, defaults=DEFAULTS, world_version=WORLD_VERSION,
+                tasks=tasks_of(options.out, options.run if options.part == "dit" else None),
+                defaults=DEFAULTS, world_version=WORLD_VERSION,
             )
 
     return exit_code(work)
