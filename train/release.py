@@ -36,6 +36,7 @@ from vidgen.toybox.captions import caption
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
 from vidgen.toybox.sound import synthesize
+from vidgen.toybox.synonyms import grammar_synonyms
 from vidgen.toybox.thesaurus import loose_vocabulary
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.distil import adapter_of
@@ -124,6 +125,7 @@ def release_dit(run: Path, out: Path) -> None:
     save_module(load_averages(run, "text_encoder"), text, out / "text_encoder", torch.bfloat16)
     if settings.get("loose_share"):
         add_words(out / "tokenizer" / "words.txt", loose_vocabulary())
+        write_synonyms(out / "tokenizer" / "synonyms.json")
 
 
 def add_words(path: Path, words: Iterable[str]) -> None:
@@ -131,6 +133,13 @@ def add_words(path: Path, words: Iterable[str]) -> None:
     known = set(path.read_text("utf-8").split()) if path.exists() else set[str]()
     known.update(*map(split_words, words))
     atomic_write(path, "".join(f"{word}\n" for word in sorted(known)).encode())
+
+
+def write_synonyms(path: Path) -> None:
+    """Write which of the words that loose captions add are to be read as the grammar's own."""
+    rows = (f" {json.dumps(known)}: {json.dumps(words)}"
+            for known, words in grammar_synonyms().items())  # fmt: skip
+    atomic_write(path, ("{\n" + ",\n".join(rows) + "\n}\n").encode())
 
 
 def release_student(run: Path, out: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request, parse_readings
 from vidgen.evaluation.phrasings import read_phrasings
 from vidgen.media.read import read_recipe
@@ -17,6 +19,8 @@ from vidgen.models.text import PromptTokenizer, read_as
 from vidgen.models.words import WordReader, english_words, replace_words, synonyms
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.video import Engine, load
+from vidgen.toybox.captions import vocabulary
+from vidgen.toybox.synonyms import grammar_synonyms
 from vidgen.weights.folder import embedded_folder
 
 PROMPT = "a red car bounces across the desert"
@@ -50,6 +54,15 @@ def tokenizer() -> PromptTokenizer:
 
 
 @pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's tokenizer as `train/release.py` leaves it after loose captions."""
+    folder = tmp_path_factory.mktemp("taught") / "tokenizer"
+    shutil.copytree(embedded_folder("toybox") / "tokenizer", folder)
+    (folder / "synonyms.json").write_text(json.dumps(grammar_synonyms()))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> Engine:
     return load(str(tiny_model), device="cpu", dtype="fp32")
 
@@ -65,7 +78,8 @@ def test_slips_are_read_as_what_was_meant(tokenizer: PromptTokenizer) -> None:
 
 def test_known_words_numbers_and_tokens_are_never_touched(tokenizer: PromptTokenizer) -> None:
     text = "A <subject_0> and THE king's 3 cars, 4k: <carr> it's in r2d2"
-    assert tokenizer.readings(" ".join([text, *tokenizer.words])) == {"cars": "car"}
+    known = tokenizer.words - tokenizer.rare_words.keys()
+    assert tokenizer.readings(" ".join([text, *known])) == {"cars": "car"}
     assert read_as("a <carr> carr", {"carr": "car"}) == "a <carr> car"
 
 
@@ -102,11 +116,50 @@ def test_synonyms_lead_to_known_words_and_each_to_one(tokenizer: PromptTokenizer
 
 
 def test_a_synonym_that_the_model_lacks_is_not_read() -> None:
-    reader = WordReader({"cat", "falls"}, lambda _: 0.0)
+    reader = WordReader({"cat", "falls"}, lambda _: 0.0, {})
     assert reader.read("taxi") is None
     assert reader.read("kat") == "cat"
     assert reader.read("catt") == "cat"
     assert "goat" in english_words()
+
+
+@pytest.mark.parametrize(
+    ("word", "known"),
+    [("stallion", "horse"), ("Terrapin", "turtle"), ("sahara", "desert"), ("stalion", "horse"),
+     ("stallions", "horse"), ("cruises", "moves"), ("trotting", "walking"), ("grey", "gray"),
+     ("midnight", "night"), ("icecream", "ice cream"), ("poses", "stays still"), ("horse", None),
+     ("revolves", None), ("downtown", None), ("seabed", None), ("hound's", "dog")],
+)  # fmt: skip
+def test_words_met_too_seldom_are_read_as_the_grammars(
+    taught: Path, word: str, known: str | None
+) -> None:
+    assert PromptTokenizer(taught).readings(word).get(word.lower()) == known
+
+
+def test_synonyms_of_the_grammar_are_the_models_words_and_each_leads_to_one(
+    tokenizer: PromptTokenizer,
+) -> None:
+    table = grammar_synonyms()
+    words = [word for rare in table.values() for word in rare]
+    assert len(words) == len(set(words)) > 250
+    assert set(words) <= tokenizer.words - set(vocabulary())
+    assert {part for known in table for part in known.split()} <= set(vocabulary())
+
+
+def test_a_word_met_too_seldom_is_told_when_read_and_known_when_not(taught: Path) -> None:
+    tokenizer = PromptTokenizer(taught)
+    (told,) = tokenizer.remarks("a stallion", tokenizer.readings("a stallion"))
+    assert told == "the model reads 'stallion' as 'horse'"
+    assert tokenizer.remarks("a stallion", {}) == []
+    assert tokenizer.unknown_words("a stallion") == []
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"horse": 3}', '{"horse": [["colt"]]}'])
+def test_a_damaged_table_of_synonyms_is_refused(taught: Path, tmp_path: Path, text: str) -> None:
+    folder = shutil.copytree(taught, tmp_path / "tokenizer")
+    (folder / "synonyms.json").write_text(text)
+    with pytest.raises(ModelError, match="is no table of synonyms"):
+        PromptTokenizer(folder)
 
 
 def test_words_are_replaced_whatever_their_case() -> None:

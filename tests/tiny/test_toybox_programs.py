@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from vidgen.core.errors import ModelError
+from vidgen.models.words import read_synonyms
 from vidgen.pipeline.video import load
 from vidgen.toybox.scenes import is_held_out, sample_scenes
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache, as_reference, encoder_hash
@@ -74,6 +75,8 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
                      for folder in (out, tiny_model))
     assert known > before
     assert {"hound", "dollies", "please", "travel"} <= known - before
+    assert read_synonyms(out / "tokenizer" / "synonyms.json")["hound"] == "dog"
+    assert "tokenizer/synonyms.json" in open_model(str(out)).files
     assert "anchor" in open_model(str(out)).tasks
     clip = load(str(out)).generate("a red car bounces", seed=1, frames=5, size="32x32", steps=2)
     assert clip.frames.shape == (5, 32, 32, 3)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from vidgen.core.config import build
 from vidgen.core.errors import ModelError
-from vidgen.models.words import WordReader, replace_words, split_words
+from vidgen.models.words import WordReader, read_synonyms, replace_words, split_words
 
 logger = logging.getLogger(__name__)
 
@@ -270,11 +270,12 @@ class PromptTokenizer:
     """Prompts to token ids, as transformers' AutoTokenizer of the same folder does it.
 
     Args:
-        folder: with `tokenizer.json` and perhaps `words.txt`, the words a model was taught.
+        folder: with `tokenizer.json` and perhaps `words.txt`, the words a model was taught, and
+            `synonyms.json`, which of them it met too seldom.
         max_length: most tokens of a prompt, the end mark included.
 
     Raises:
-        ModelError: no usable `tokenizer.json`.
+        ModelError: no usable `tokenizer.json`, or another file is damaged.
     """
 
     def __init__(self, folder: Path | str, max_length: int = 512) -> None:
@@ -300,6 +301,8 @@ class PromptTokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"{words} can't be read as text: {error}; copy it again") from error
         self.words = frozenset(known.split())
+        rare = Path(folder) / "synonyms.json"
+        self.rare_words = read_synonyms(rare) if rare.is_file() else {}
 
     def token_id(self, token: str) -> int:
         """The id of a token as it is written in prompts.
@@ -351,31 +354,36 @@ class PromptTokenizer:
         Args:
             prompt: as it is written.
             asked: readings to take, of which those of other words are left out; None: of each word
-                that the model was never taught, the known one that is meant, if it is clear; see
-                `words.WordReader`.
+                that the model was never taught, or too seldom, the known one that is meant, if it
+                is clear; see `words.WordReader`.
         """
         if asked is not None:
             words = split_words(clean_prompt(prompt))
             return {word: asked[word] for word in words if word in asked}
-        read = {word: self._reader.read(word) for word in self._unknown(prompt)}
+        read = {word: self._reader.read(word) for word in self._ill_known(prompt)}
         return {word: known for word, known in read.items() if known is not None}
 
     def remarks(self, prompt: str, readings: Mapping[str, str]) -> list[str]:
-        """What to tell of a prompt's unknown words, given what some of them are read as."""
+        """What to tell of a prompt's unknown and rare words, given what some are read as."""
         told = [f"reads {word!r} as {readings[word]!r}" if word in readings
                 else f"doesn't know the word {word!r}{_near(self._reader.near(word))}"
-                for word in self._unknown(prompt)]  # fmt: skip
+                for word in self._ill_known(prompt)
+                if word in readings or word not in self.words]  # fmt: skip
         return [f"the model {remark}" for remark in told]
 
     def _unknown(self, prompt: str) -> list[str]:
+        return [word for word in self._ill_known(prompt) if word not in self.words]
+
+    def _ill_known(self, prompt: str) -> list[str]:
+        """Words that the model was never taught, or too seldom."""
         if not self.words:
             return []
         found = dict.fromkeys(split_words(clean_prompt(prompt)))
-        return [word for word in found if word not in self.words]
+        return [word for word in found if word not in self.words or word in self.rare_words]
 
     @cached_property
     def _reader(self) -> WordReader:
-        return WordReader(self.words, self._rarity)
+        return WordReader(self.words, self._rarity, self.rare_words)
 
     def _rarity(self, word: str) -> float:
         """How rare a word was in the captions: what is common became one token."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from vidgen.core.errors import ModelError
 from vidgen.core.keyboard import NEIGHBOURS
 
 ENGLISH = Path(__file__).parent.parent / "assets" / "english"
@@ -101,22 +102,30 @@ def _other(letter: str, its: str, *, is_first: bool) -> float:
 
 
 class WordReader:
-    """Reads words that a model wasn't taught as words that it knows.
+    """Reads words that a model wasn't taught, or too seldom, as words that it knows.
 
     Args:
         known: the model's words, in lower case.
         rank: how rare each of them is, from 0 to 1, for slips that may be of several.
+        rare: known words that it met too seldom, each with the commoner one that is meant.
     """
 
-    def __init__(self, known: Collection[str], rank: Callable[[str], float]) -> None:
-        self.known, self._rank = known, rank
+    def __init__(
+        self, known: Collection[str], rank: Callable[[str], float], rare: Mapping[str, str]
+    ) -> None:
+        self.known, self._rank, self._rare = known, rank, rare
 
     def read(self, word: str) -> str | None:
-        """The known word, or words, that are meant by an unknown one in lower case; None: unclear.
+        """The known word, or words, that are meant by another in lower case; None: unclear.
 
         A word of English may be a synonym or a more special word, or another form of a known one;
-        it is no slip, so that "goat" isn't read as "boat". Any other word may be a slip.
+        it is no slip, so that "goat" isn't read as "boat". Any other word may be a slip. What is
+        meant by a word that was met too seldom is told by the model.
         """
+        meant = word if word in self._rare else self._unknown(word)
+        return meant and replace_words(meant, self._rare)
+
+    def _unknown(self, word: str) -> str | None:
         if (meant := self._synonym(word)) is not None:
             return meant
         if word.removesuffix("'s") in english_words():
@@ -179,8 +188,21 @@ def _other_forms(word: str) -> Iterator[str]:
 @lru_cache(maxsize=1)
 def synonyms() -> dict[str, str]:
     """What may stand for an English word that a model doesn't know: the same, or more general."""
-    table: dict[str, list[str]] = json.loads((ENGLISH / "synonyms.json").read_text("utf-8"))
-    return {word: meant for meant, words in table.items() for word in words}
+    return read_synonyms(ENGLISH / "synonyms.json")
+
+
+def read_synonyms(path: Path) -> dict[str, str]:
+    """Words, each with the one that is meant, of a table of `{meant: [words]}`.
+
+    Raises:
+        ModelError: no such table.
+    """
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        meant = {word: known for known, words in table.items() for word in words}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} is no table of synonyms: {error}; copy it again") from error
+    return meant
 
 
 @lru_cache(maxsize=1)
