@@ -69,6 +69,7 @@ def make_samples(folder: Path) -> None:
     )
     save_module(Judge(judge).state_dict(), judge, folder / "judge", torch.bfloat16)
     shutil.copytree(model / "tokenizer", folder / "tokenizer")
+    (folder / "tokenizer" / "synonyms.json").write_text('{"car": ["sedan", "jalopy"]}')
     _job(folder / "job", load(str(model), device="cpu", dtype="fp32"))
     build_diffusers(folder / "diffusers", "t2v")
     build_original(folder / "wan", "t2v")

@@ -181,7 +181,8 @@ def targets() -> Iterator[Target]:
     yield Target("diffusers folder", _model,
                  ("model_index.json", *configs[1:], "scheduler/scheduler_config.json"), "diffusers")
     yield Target("Wan folder", _model, ("config.json", "Wan2.1_VAE.pth"), "wan")
-    yield Target("tokenizer", _words, ("tokenizer.json", "words.txt"), "tokenizer")
+    yield Target("tokenizer", _words, ("tokenizer.json", "words.txt", "synonyms.json"),
+                 "tokenizer")
     judge = ("config.json", "model.safetensors")
     yield Target("judge", lambda p: JudgeFolder(p).load(), judge, "judge")
     yield Target("load_yaml", lambda p: build(RunConfig, load_yaml(p), str(p)), ("run.yaml",))
