@@ -368,10 +368,10 @@ class Engine(OpenedModel):
                 if len(frames):
                     yield frames.numpy()
 
-        unseen = plan.num_frames - plan.kept_frames
-        anchor = latents[:, :, :1] if ANCHOR_TASK in self.folder.tasks else None
-        tail = make_tail(latents, plan.latents.num_frames, unseen, anchor=anchor)
-        recipe.setdefault("tail", tail)
+        if "tail" not in recipe:  # a long clip has its own
+            unseen = plan.num_frames - plan.kept_frames
+            anchor = latents[:, :, :1] if ANCHOR_TASK in self.folder.tasks else None
+            recipe["tail"] = make_tail(latents, plan.latents.num_frames, unseen, anchor=anchor)
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
             recipe=recipe, stride_t=self.vae_config.strides.t,
