@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidgen.ops import native
 from vidgen.ops.norm import ChannelRMSNorm
 
 LONG_SUM = 256
-"""Products whose sum in float32 is worth two more copies of what is convolved."""
+"""Products whose sum in float32 errs too much as one chain."""
 
 
 @dataclass
@@ -117,18 +118,45 @@ def convolve_frames(
 def infer(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """A convolution by oneDNN, channels-last, where `plain_inference` holds.
+    """A convolution channels-last, where `plain_inference` holds.
 
-    With channels last oneDNN adds up all products of an output in one chain, which errs 2.7 times
-    as much in float32 as its other layout, in blocks of 16 channels; so long sums take that one.
-    (bfloat16 rounds its inputs by far more than either.)
+    With channels last oneDNN adds up all products of an output in one chain, which in float32 errs
+    2.7 times as much as sums of short chains, as our kernel has them, and as oneDNN has them in its
+    other layout. (bfloat16 rounds its inputs by far more than either.)
     """
     if x.dtype == torch.float32 and weight[0].numel() > LONG_SUM:
+        if (made := _by_kernel(x, weight, bias, stride, padding)) is not None:
+            return made
         x, weight = x.contiguous(), weight.contiguous()
     else:
         x = channels_last(x)
     ones = (1,) * len(stride)
     return channels_last(torch.mkldnn_convolution(x, weight, bias, padding, stride, ones, 1))
+
+
+def _by_kernel(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor | None:
+    """Convolve x [B, C, T, H, W] or [B, C, H, W] by our own kernel, where there is one."""
+    kernels, num_taps = native.kernels(x), weight[0, 0].numel()
+    frames = x.dim() == 4
+    if kernels is None or num_taps > native.MAX_TAPS or not (frames or padding[0] == 0):
+        return None
+    sizes = [
+        (size + 2 * pad - taps) // step + 1
+        for size, taps, step, pad in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, strict=True
+        )
+    ]
+    x, weight, once = channels_last(x), weight.contiguous(), (1,) * frames
+    out = x.new_empty(len(x), *sizes, len(weight)).movedim(-1, 1)
+    scratch = x.new_empty(num_taps * (x.shape[1] + 1) * -(-len(weight) // 64) * 64)
+    shape = (
+        len(x), *once, *x.shape[2:], x.shape[1], *once, *sizes, len(weight),
+        *once, *weight.shape[2:], *once, *stride, *padding[-2:],
+    )
+    native.call(kernels, "convolve", x.dtype, x, weight, bias, out, scratch, shape)
+    return channels_last(out)
 
 
 class CausalConv3d(nn.Conv3d):

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from vidgen.core.runtime import cache_folder
 
-_SOURCES = ("attention.cpp", "attention_backward.cpp", "rows.cpp", "rows_backward.cpp")
+_SOURCES = (
+    "attention.cpp", "attention_backward.cpp", "conv.cpp", "rows.cpp", "rows_backward.cpp",
+)
 _HEADERS = ("vectors.h", "tiles.h", "rows.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _TIMEOUT_S = 120
@@ -30,6 +32,8 @@ WIDTHS = 16
 """Kernels on rows take widths that are multiples of this."""
 MAX_WIDTH = 8192
 """The widest row they take."""
+MAX_TAPS = 27
+"""The most taps a convolution has."""
 
 _SUFFIXES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _MIXED = "mixed"
