@@ -37,7 +37,7 @@ from vidgen.evaluation.suite import PromptSuite
 from vidgen.media.clip import Clip
 from vidgen.media.read import VideoReader, load_image, probe, read_recipe
 from vidgen.media.sound import read_sound
-from vidgen.models.text import PromptTokenizer
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.inputs import noise_file, read_mask
 from vidgen.pipeline.job import job_facts, read_arrays, read_job, read_segment, segment_path
 from vidgen.pipeline.policy import WordList

@@ -12,14 +12,8 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from vidgen.models.presets import TEXT_PRESETS
-from vidgen.models.text import (
-    PromptTokenizer,
-    TextConfig,
-    TextEncoder,
-    UMT5Encoder,
-    clean_prompt,
-    position_buckets,
-)
+from vidgen.models.text import TextConfig, TextEncoder, UMT5Encoder, position_buckets
+from vidgen.models.tokenizer import PromptTokenizer, clean_prompt
 from vidgen.training.tokenizer import train_tokenizer
 from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import load_module

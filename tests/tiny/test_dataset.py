@@ -21,7 +21,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import best_dtype
 from vidgen.media.clip import Clip
 from vidgen.models.image import prepare_image
-from vidgen.models.text import PromptTokenizer
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.networks import encode_pixels
 from vidgen.pipeline.parts import DTYPES, Parts

@@ -12,7 +12,8 @@ from tests.lora_models import TINY, make_adapter, make_dit
 from vidgen.core.errors import ModelError
 from vidgen.models.lora import Adapter
 from vidgen.models.presets import TEXT_PRESETS
-from vidgen.models.text import PromptTokenizer, TextEncoder, UMT5Encoder
+from vidgen.models.text import TextEncoder, UMT5Encoder
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.video import load
 from vidgen.weights.lora import read_lora, write_lora
 from vidgen.weights.lora_dialects import DIALECTS

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.models import build_tiny_model
-from vidgen.models.text import PromptTokenizer, TextConfig, TextEncoder, UMT5Encoder
+from vidgen.models.text import TextConfig, TextEncoder, UMT5Encoder
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline import prompts
 from vidgen.pipeline.parts import Parts
 from vidgen.pipeline.prompts import PromptCache, PromptEncoder

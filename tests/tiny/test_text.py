@@ -12,13 +12,8 @@ import torch
 from vidgen.core.errors import InputError, ModelError
 from vidgen.evaluation.phrasings import read_phrasings
 from vidgen.models.presets import TEXT_PRESETS
-from vidgen.models.text import (
-    PromptTokenizer,
-    TextConfig,
-    TextEncoder,
-    UMT5Encoder,
-    encode_tokens,
-)
+from vidgen.models.text import TextConfig, TextEncoder, UMT5Encoder, encode_tokens
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.words import near_words, slip_count, split_words
 from vidgen.toybox.captions import nouns
 from vidgen.training.tokenizer import NUM_SUBJECTS, subject_token, train_tokenizer
@@ -191,7 +186,7 @@ def test_vocabulary_stays_within_its_size_and_too_small_a_one_is_refused(tmp_pat
 
 def test_reading_prompts_imports_neither_transformers_nor_diffusers(folder):
     program = (
-        "import sys; from vidgen.models.text import PromptTokenizer;"
+        "import sys; from vidgen.models.tokenizer import PromptTokenizer;"
         "import vidgen.diffusion.condition, vidgen.diffusion.samplers;"
         f"PromptTokenizer({str(folder)!r}).encode(['a red car']);"
         "print([m for m in ('transformers', 'diffusers') if m in sys.modules])"

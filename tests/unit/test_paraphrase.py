@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import vidgen
-from vidgen.models.text import PromptTokenizer
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.words import split_words
 from vidgen.toybox.captions import (
     canonical_prompt,

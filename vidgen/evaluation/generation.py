@@ -19,7 +19,7 @@ from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.sound import new_sound, sound_span
 from vidgen.models.audio import AudioVAEConfig
-from vidgen.models.text import read_as
+from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.own_sound import TASK
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.video import Engine

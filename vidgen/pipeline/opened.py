@@ -18,7 +18,8 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request, parse_readings
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import prepare_image
-from vidgen.models.text import NOTHING, PromptTokenizer, read_as
+from vidgen.models.text import NOTHING
+from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.crew import Crew, devices_of
 from vidgen.pipeline.few_steps import with_student

@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vidgen.core.errors import OutputError
 from vidgen.core.runtime import atomic_path, cache_folder, fingerprint
-from vidgen.models.text import NOTHING, PromptTokenizer, TextEncoder, clean_prompt
+from vidgen.models.text import NOTHING, TextEncoder
+from vidgen.models.tokenizer import PromptTokenizer, clean_prompt
 from vidgen.pipeline.parts import Parts
 from vidgen.weights.hashes import hash_files
 

@@ -36,7 +36,7 @@ from vidgen.media.manifest import Signing
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
 from vidgen.media.write import ClipInfo
-from vidgen.models.text import read_as
+from vidgen.models.tokenizer import read_as
 from vidgen.ops.attention import asked_backend, require_backend
 from vidgen.pipeline.crew import start_crew
 from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras

@@ -23,7 +23,7 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
 from vidgen.media.read import check_image
-from vidgen.models.text import PromptTokenizer
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.extend import OVERLAP
 from vidgen.pipeline.plan import Plan, make_plan

@@ -24,7 +24,8 @@ from vidgen.diffusion.guidance import Guidance, guided
 from vidgen.diffusion.samplers import sample_unipc
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
-from vidgen.models.text import PromptTokenizer, UMT5Encoder, encode_tokens
+from vidgen.models.text import UMT5Encoder, encode_tokens
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.dit_data import Batch, ClipDraws, DiTData
 from vidgen.training.draws import seed_of

@@ -19,7 +19,7 @@ from vidgen.diffusion.condition_mix import (
     training_conditions,
 )
 from vidgen.diffusion.schedule import draw_sigmas
-from vidgen.models.text import PromptTokenizer
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.toybox.captions import CLASSES, attributes, caption
 from vidgen.toybox.paraphrase import loose_caption
 from vidgen.toybox.scenes import Draws, Scene

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.models.text import PromptTokenizer, UMT5Encoder
+from vidgen.models.text import UMT5Encoder
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.parts import DTYPES, EXPERTS
 from vidgen.training.finetune_config import FinetuneConfig, SubjectSettings
 from vidgen.training.finetune_lora import inject

@@ -13,7 +13,7 @@ from tokenizers.trainers import BpeTrainer
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_write
-from vidgen.models.text import EOS, PAD
+from vidgen.models.tokenizer import EOS, PAD
 from vidgen.models.words import split_words
 
 NUM_SUBJECTS = 64

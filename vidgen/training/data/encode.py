@@ -22,7 +22,8 @@ from vidgen.media.encode import Frames
 from vidgen.media.read import fit, load_image
 from vidgen.media.timed import TimedFrame, TimedReader
 from vidgen.models.image import prepare_image
-from vidgen.models.text import PromptTokenizer, TextEncoder
+from vidgen.models.text import TextEncoder
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.parts import DTYPES, Parts
 from vidgen.training.data.probe import is_still

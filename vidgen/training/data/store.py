@@ -25,7 +25,7 @@ from torch import Tensor
 from vidgen.core.config import dump
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path
-from vidgen.models.text import clean_prompt
+from vidgen.models.tokenizer import clean_prompt
 from vidgen.pipeline.parts import DTYPES
 from vidgen.training.data.encode import Extras, component_hash
 from vidgen.training.data_config import Bucket, DataConfig, Geometry

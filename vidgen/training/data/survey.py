@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vidgen.models.text import PromptTokenizer
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.training.data.files import Scan, scan
 from vidgen.training.data.probe import FileFacts
 from vidgen.training.data.records import OnEvent, look_at
