@@ -8,7 +8,7 @@
 
 `vae` and `sound` measure the latents' mean and deviation on fresh clips, unless the VAE was trained
 from a folder that already has them (`part: decoder`). `dit` removes the student, which was of the
-old weights. Each call writes `model.json` anew.
+old weights; clips come with sound once its run had `sound`. Each call writes `model.json` anew.
 """
 
 from __future__ import annotations
@@ -162,19 +162,24 @@ def release_student(run: Path, out: Path) -> None:
     write_student(adapter_of(factors), student, out)
 
 
-def tasks_of(out: Path, run: Path | None) -> tuple[str, ...]:
-    """What clips of a folder can be made from.
+def tasks_of(out: Path, part: str, run: Path | None) -> tuple[str, ...]:
+    """What clips of a folder can be made from, and along with.
 
     Args:
         out: the folder.
-        run: that its transformer was just taken from; None: the folder tells what that was taught.
+        part: that was just released: a transformer's run says what it was taught; after any other
+            the folder does, but for the sound, which nothing makes by a new sound VAE.
+        run: that it came from.
     """
-    if run is None:
-        info = out / "model.json"
-        anchored = info.exists() and ANCHOR_TASK in json.loads(info.read_text())["tasks"]
+    if part == "dit":
+        assert run is not None
+        settings = _run_settings(run)
+        anchored, sounds = settings.get("anchor_share", 0) > 0, bool(settings.get("sound"))
     else:
-        anchored = _run_settings(run).get("anchor_share", 0) > 0
-    sounds = (out / SOUND_VAE).exists()
+        info = out / "model.json"
+        before = json.loads(info.read_text())["tasks"] if info.exists() else []
+        anchored, sounds = ANCHOR_TASK in before, SOUND_TASK in before and part != "sound"
+    sounds = sounds and (out / SOUND_VAE).exists()
     return (*TASKS, *[ANCHOR_TASK] * anchored, *[SOUND_TASK] * sounds)
 
 
@@ -212,7 +217,7 @@ def main() -> int:
         if all((options.out / part).exists() for part in PARTS):
             write_model_info(
                 options.out, name=options.out.name, family="toybox", license_name="Apache-2.0",
-                tasks=tasks_of(options.out, options.run if options.part == "dit" else None),
+                tasks=tasks_of(options.out, options.part, options.run),
                 defaults=DEFAULTS, world_version=WORLD_VERSION,
             )
 

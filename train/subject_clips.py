@@ -1,6 +1,6 @@
 """Render clips of a reserved sprite, and of others beside it, to fine-tune a model on.
 
-    python train/subject_clips.py --sprite unicorn --out runs/subject [--clips 12] [--others 36]
+    python train/subject_clips.py --sprite unicorn --out runs/subject [--clips 12] [--others 288]
 
 Writes `clips/` of the sprite, whose captions call it `<subject_0>`, and `others/` of sprites that
 the model knows, which keep it from forgetting them (Ruiz et al. 2023, prior preservation). Each
@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--token", default="<subject_0>")
     parser.add_argument("--clips", type=int, default=12, help="of the sprite")
-    parser.add_argument("--others", type=int, default=36, help="clips of other sprites")
+    parser.add_argument("--others", type=int, default=288, help="clips of other sprites")
     parser.add_argument("--frames", type=int, default=33)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)

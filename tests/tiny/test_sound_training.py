@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,23 @@ def test_a_run_is_released_with_its_statistics(
     latents = vae.encode(synthesize(sample_scenes(12345, 8)))
     assert latents.mean((0, 2)).abs().max() < 1.5
     assert latents.std((0, 2)).max() < 3
+
+
+def test_clips_come_with_sound_once_the_transformer_was_taught_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, settings = load_program("release"), {"sound": {"share": 1.0}, "anchor_share": 0.5}
+    monkeypatch.setattr(release, "_run_settings", lambda _: settings)
+    assert "sound" not in release.tasks_of(tmp_path, "dit", tmp_path)  # nothing decodes it
+    (tmp_path / SOUND_VAE).mkdir()
+    taught = release.tasks_of(tmp_path, "dit", tmp_path)
+    assert {"sound", "anchor"} <= set(taught)
+    (tmp_path / "model.json").write_text(json.dumps({"tasks": taught}))
+    assert release.tasks_of(tmp_path, "tokenizer", None) == taught
+    assert set(taught) - set(release.tasks_of(tmp_path, "sound", tmp_path)) == {"sound"}
+    settings.clear()
+    left_out = set(taught) - set(release.tasks_of(tmp_path, "dit", tmp_path))
+    assert left_out == {"sound", "anchor"}
 
 
 def test_fidelity_tells_a_delay_from_a_loss() -> None:
