@@ -6,9 +6,9 @@
     python train/release.py sound     --run runs/sound --out vidgen/assets/toybox
     python train/release.py student   --run runs/student --out vidgen/assets/toybox
 
-`vae` and `sound` measure the latents' mean and deviation on fresh clips, unless the VAE was trained
-from a folder that already has them (`part: decoder`). `dit` removes the student, which was of the
-old weights; clips come with sound once its run had `sound`. Each call writes `model.json` anew.
+`vae` and `sound` measure the latents' mean and deviation on fresh clips, unless the run began with
+a folder that has them (`init`). `dit` removes the student, which was of the old weights; clips come
+with sound once its run had `sound`. Each call writes `model.json` anew.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from vidgen.core.config import build
 from vidgen.core.errors import ModelError
 from vidgen.core.runtime import atomic_write, best_dtype, sha256_file
-from vidgen.models.audio import AudioVAE
+from vidgen.models.audio import AudioVAE, AudioVAEConfig
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.models.words import split_words
@@ -89,11 +89,15 @@ def measure_latents(vae: CausalVAE) -> tuple[list[float], list[float]]:
 
 def release_sound(run: Path, out: Path) -> None:
     """The sound VAE of a run, its config carrying the latents' statistics."""
-    config = AUDIO_VAE_PRESETS[_run_settings(run)["preset"]]
+    settings = _run_settings(run)
+    config = AUDIO_VAE_PRESETS[settings["preset"]]
+    if settings.get("init"):
+        config = config_of(AudioVAEConfig, Path(settings["init"]))
     vae = AudioVAE(config)
     vae.load_state_dict(load_averages(run, "vae"))
-    mean, std = measure_sound_latents(vae)
-    config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
+    if config.latents_std is None:
+        mean, std = measure_sound_latents(vae)
+        config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
     save_module(vae.state_dict(), config, out / SOUND_VAE, torch.bfloat16)
 
 
@@ -168,17 +172,17 @@ def tasks_of(out: Path, part: str, run: Path | None) -> tuple[str, ...]:
     Args:
         out: the folder.
         part: that was just released: a transformer's run says what it was taught; after any other
-            the folder does, but for the sound, which nothing makes by a new sound VAE.
+            the folder does, but for the sound, which nothing makes in other latents.
         run: that it came from.
     """
+    settings = {} if run is None else _run_settings(run)
     if part == "dit":
-        assert run is not None
-        settings = _run_settings(run)
         anchored, sounds = settings.get("anchor_share", 0) > 0, bool(settings.get("sound"))
     else:
         info = out / "model.json"
         before = json.loads(info.read_text())["tasks"] if info.exists() else []
-        anchored, sounds = ANCHOR_TASK in before, SOUND_TASK in before and part != "sound"
+        anchored, sounds = ANCHOR_TASK in before, SOUND_TASK in before
+        sounds = sounds and (part != "sound" or settings.get("part") == "decoder")
     sounds = sounds and (out / SOUND_VAE).exists()
     return (*TASKS, *[ANCHOR_TASK] * anchored, *[SOUND_TASK] * sounds)
 

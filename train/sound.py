@@ -4,13 +4,15 @@
 
 Windows are cut from clips at any sample, so that onsets lie anywhere in a latent. The losses look
 at magnitudes, in windows from 4 to 128 ms (short ones keep onsets where they are, long ones keep
-pitches), and at how far phases go from frame to frame.
+pitches), and at how far phases go from frame to frame. `part: decoder` freezes the encoder, so that
+what a transformer learned of the latents stays true while they come to sound better.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from vidgen.toybox.sound import synthesize
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
+from vidgen.weights.sound_vae import load_sound_vae
 
 _FLOOR = 1e-4  # of magnitudes before their logarithm; a full-scale sine is about 1
 _CLIPS_A_STEP = 128  # scene seeds set aside for each batch
@@ -64,10 +67,14 @@ class SoundRun:
         windows_per_clip: windows cut from each clip; a batch holds `batch_size` windows.
         gain_db: range of the random gain.
         validation_clips: of held-out scenes.
+        part: "decoder" keeps the encoder, and with it all latents, as it is.
+        init: component folder of a released sound VAE to start from; its latents' statistics stay.
     """
 
     run: RunConfig
     preset: str = "toybox"
+    part: Literal["all", "decoder"] = "all"
+    init: str | None = None
     window_tokens: int = 64
     windows_per_clip: int = 2
     gain_db: tuple[float, float] = (-9.0, 3.0)
@@ -75,7 +82,9 @@ class SoundRun:
     validation_clips: int = 48
 
     def __post_init__(self) -> None:
-        """Check the values against the preset and the phases."""
+        """Check the values against the preset, the phases and each other."""
+        if self.part == "decoder" and not self.init:
+            raise InputError("part: decoder needs init: the folder of the released sound VAE")
         if self.preset not in AUDIO_VAE_PRESETS:
             known = ", ".join(AUDIO_VAE_PRESETS)
             raise InputError(f"preset {self.preset!r} is unknown; there are {known}")
@@ -105,7 +114,13 @@ class SoundTask:
         self.config = config
         self.device = choose_device(config.run.device)
         torch.manual_seed(config.run.seed)
-        self.vae = AudioVAE(AUDIO_VAE_PRESETS[config.preset]).to(self.device)
+        if config.init:
+            self.vae = load_sound_vae(Path(config.init), device=self.device)
+            self.vae.requires_grad_(requires_grad=True)
+        else:
+            self.vae = AudioVAE(AUDIO_VAE_PRESETS[config.preset]).to(self.device)
+        if config.part == "decoder":
+            self.vae.encoder.requires_grad_(requires_grad=False)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:

@@ -133,6 +133,19 @@ def test_a_run_is_released_with_its_statistics(
     assert latents.mean((0, 2)).abs().max() < 1.5
     assert latents.std((0, 2)).max() < 3
 
+    first = tmp_path / "model" / SOUND_VAE
+    again = run_settings(tmp_path / "again", steps=2) | {"part": "decoder", "init": str(first)}
+    config = build(sound.SoundRun, again, "run")
+    train(sound.SoundTask(config), config.run, record=dump(config))
+    release.release_sound(tmp_path / "again", tmp_path / "better")
+    better = load_sound_vae(tmp_path / "better" / SOUND_VAE)
+    assert better.config == vae.config
+    heard = synthesize(sample_scenes(12345, 1))
+    assert torch.equal(better.encode(heard), vae.encode(heard))
+    assert not torch.equal(better.decode_raw(latents[:1]), vae.decode_raw(latents[:1]))
+    with pytest.raises(InputError, match="part: decoder needs init"):
+        build(sound.SoundRun, again | {"init": None}, "run")
+
 
 def test_clips_come_with_sound_once_the_transformer_was_taught_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -146,6 +159,8 @@ def test_clips_come_with_sound_once_the_transformer_was_taught_it(
     (tmp_path / "model.json").write_text(json.dumps({"tasks": taught}))
     assert release.tasks_of(tmp_path, "tokenizer", None) == taught
     assert set(taught) - set(release.tasks_of(tmp_path, "sound", tmp_path)) == {"sound"}
+    settings["part"] = "decoder"
+    assert release.tasks_of(tmp_path, "sound", tmp_path) == taught
     settings.clear()
     left_out = set(taught) - set(release.tasks_of(tmp_path, "dit", tmp_path))
     assert left_out == {"sound", "anchor"}
