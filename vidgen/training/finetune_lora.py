@@ -89,6 +89,20 @@ def inject(dit: nn.Module, settings: LoraSettings) -> int:
     return len(paths)
 
 
+@contextmanager
+def without_delta(dit: nn.Module) -> Iterator[None]:
+    """Within the block a transformer that `inject` was called for is as it was before."""
+    layers = [layer for layer in dit.modules() if hasattr(layer, "lora_A")]
+    scales = [layer.scaling[_ADAPTER] for layer in layers]
+    for layer in layers:
+        layer.scaling[_ADAPTER] = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[_ADAPTER] = scale
+
+
 def adapter_of(
     weights: Mapping[str, Tensor], settings: LoraSettings, name: str,
     tokens: Mapping[str, Tensor] | None = None,

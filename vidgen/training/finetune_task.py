@@ -29,6 +29,7 @@ from vidgen.training.distributed import current_place
 from vidgen.training.draws import seed_of
 from vidgen.training.finetune_conditions import Conditions, settle_conditions
 from vidgen.training.finetune_config import FinetuneConfig
+from vidgen.training.finetune_lora import without_delta
 from vidgen.training.finetune_model import open_subject, open_transformers
 from vidgen.training.optim import build_optimizers
 from vidgen.weights.folder import ModelFolder
@@ -139,7 +140,7 @@ class FinetuneTask:
         del step
         tokens, flops = self._work(batch)
         told = {"tokens": torch.tensor(float(tokens)), "flops": torch.tensor(flops)}
-        return self._error(batch), told
+        return self._error(batch, keep=self._keeps_others), told
 
     def files(self, batch: Batch) -> list[str]:
         """Files that a batch was made of."""
@@ -226,17 +227,38 @@ class FinetuneTask:
             list(data["files"]),
         )
 
-    def _error(self, batch: Batch) -> Tensor:
-        state = batch.state
-        noisy = add_noise(state.clean, batch.noise, batch.sigma)
+    def _error(self, batch: Batch, *, keep: bool = False) -> Tensor:
+        """Squared error of the velocity; with `keep` others than the subject are to stay."""
+        state, noise = batch.state, batch.noise
+        noisy = add_noise(state.clean, noise, batch.sigma)
         patch = self._dit_config.patch_size
         latents, sigma = denoise_inputs(state, batch.sigma, noisy, patch=patch)
-        velocity = self.transformers[batch.role](
-            latents, to_timestep(sigma), self._context(batch), context_lengths=batch.lengths,
-            image_context=state.image_context, extra=state.keys, control=state.control,
-            ranks=current_place().ranks,
-        )
-        return velocity_loss(velocity, state.clean, batch.noise, state.denoise_mask).mean()
+        context, dit = self._context(batch), self.transformers[batch.role]
+
+        def predict() -> Tensor:
+            velocity: Tensor = dit(
+                latents, to_timestep(sigma), context, context_lengths=batch.lengths,
+                image_context=state.image_context, extra=state.keys, control=state.control,
+                ranks=current_place().ranks,
+            )
+            return velocity
+
+        if keep:  # on every rank alike, as sharded weights are gathered for it
+            with torch.no_grad(), without_delta(dit):
+                before = predict()
+            others = ~self._shows_subject(batch).view(-1, 1, 1, 1, 1)
+            noise = torch.where(others, state.clean + before, noise)
+        return velocity_loss(predict(), state.clean, noise, state.denoise_mask).mean()
+
+    @property
+    def _keeps_others(self) -> bool:
+        return self.config.subject is not None and self.config.subject.keep_others
+
+    def _shows_subject(self, batch: Batch) -> Tensor:
+        """Whether a caption has the token that is learned, [B]."""
+        assert self.subject is not None
+        assert batch.ids is not None
+        return (batch.ids == self.subject.token.index).any(1)
 
     def _context(self, batch: Batch) -> Tensor:
         """Text features; of captions with a token that is learned they are made anew."""
