@@ -177,6 +177,32 @@ def test_each_expert_learns_its_noise_levels_as_often_as_they_come(wan, clips, t
         assert all((g is not None) == (role == batch.role) for g in grads)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_others_than_the_subject_stay_as_they_are(tiny_model, clips, tmp_path, keep):
+    config = make_config(
+        tiny_model, clips, tmp_path,
+        subject={"token": "<subject_2>", "like": "a cat", "keep_others": keep},
+    )
+    folder = open_model(str(tiny_model))
+    dataset = open_dataset(config.data, folder, device="cpu", batch_size=2, with_context=False)
+    task = FinetuneTask(config, folder, dataset)
+    others = task.batch(config.run.phases[0], 0, 0)
+    assert not (others.ids == task.subject.token.index).any()
+    assert (task.loss(others, 0)[0].item() < 1e-9) == keep  # nothing differs yet
+    [dit] = task.transformers.values()
+    with torch.no_grad():
+        for name, factor in dit.named_parameters():
+            if "lora_B" in name:
+                factor.add_(0.1)
+    loss, _ = task.loss(others, 0)
+    assert loss.item() > 1e-6
+    loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in dit.parameters())
+    shown = replace(others, ids=torch.full_like(others.ids, task.subject.token.index))
+    assert task.loss(shown, 0)[0].item() == pytest.approx(task._error(shown).item())
+    assert (loss.item() == pytest.approx(task._error(others).item())) != keep
+
+
 def test_a_token_learns_through_the_text_encoder_alone(tiny_model, clips, tmp_path):
     config = make_config(
         tiny_model, clips, tmp_path, subject={"token": "<subject_2>", "like": "a cat"},
