@@ -177,7 +177,7 @@ def test_each_expert_learns_its_noise_levels_as_often_as_they_come(wan, clips, t
         assert all((g is not None) == (role == batch.role) for g in grads)
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("keep", [2.0, 0.0])
 def test_others_than_the_subject_stay_as_they_are(tiny_model, clips, tmp_path, keep):
     config = make_config(
         tiny_model, clips, tmp_path,
@@ -188,7 +188,7 @@ def test_others_than_the_subject_stay_as_they_are(tiny_model, clips, tmp_path, k
     task = FinetuneTask(config, folder, dataset)
     others = task.batch(config.run.phases[0], 0, 0)
     assert not (others.ids == task.subject.token.index).any()
-    assert (task.loss(others, 0)[0].item() < 1e-9) == keep  # nothing differs yet
+    assert (task.loss(others, 0)[0].item() < 1e-9) == bool(keep)  # nothing differs yet
     [dit] = task.transformers.values()
     with torch.no_grad():
         for name, factor in dit.named_parameters():
@@ -200,7 +200,8 @@ def test_others_than_the_subject_stay_as_they_are(tiny_model, clips, tmp_path, k
     assert any(p.grad is not None and p.grad.any() for p in dit.parameters())
     shown = replace(others, ids=torch.full_like(others.ids, task.subject.token.index))
     assert task.loss(shown, 0)[0].item() == pytest.approx(task._error(shown).item())
-    assert (loss.item() == pytest.approx(task._error(others).item())) != keep
+    assert (loss.item() == pytest.approx(task._error(others).item())) != bool(keep)
+    assert loss.item() == pytest.approx((keep or 1) * task._error(others, bool(keep)).item())
 
 
 def test_a_token_learns_through_the_text_encoder_alone(tiny_model, clips, tmp_path):

@@ -104,18 +104,20 @@ class SubjectSettings:
         lr: peak rate of the embedding, whose entries are about 1.
         keep_others: clips whose caption lacks the token teach nothing new: on them the model's own
             answer without the LoRA is learned, so that all else stays as it is (prior preservation,
-            Ruiz et al. 2023, with the targets of Li & Hoiem 2016). Costs a forward pass a step.
+            Ruiz et al. 2023, with the targets of Li & Hoiem 2016), and errors count so many times.
+            Costs a forward pass a step; 0: they teach what they show.
     """
 
     token: str
     like: str
     lr: float = 0.02
-    keep_others: bool = True
+    keep_others: float = 5.0
 
     def __post_init__(self) -> None:
         if not self.like.strip():
             raise InputError("subject.like is empty; say what the subject is like, such as 'horse'")
         check_number("subject.lr", self.lr, most=MAX_RATE)
+        check_number("subject.keep_others", self.keep_others, most=MAX_RATE)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ class FinetuneTask:
         del step
         tokens, flops = self._work(batch)
         told = {"tokens": torch.tensor(float(tokens)), "flops": torch.tensor(flops)}
-        return self._error(batch, keep=self._keeps_others), told
+        subject = self.config.subject
+        return self._error(batch, 0.0 if subject is None else subject.keep_others), told
 
     def files(self, batch: Batch) -> list[str]:
         """Files that a batch was made of."""
@@ -227,8 +228,8 @@ class FinetuneTask:
             list(data["files"]),
         )
 
-    def _error(self, batch: Batch, *, keep: bool = False) -> Tensor:
-        """Squared error of the velocity; with `keep` others than the subject are to stay."""
+    def _error(self, batch: Batch, keep: float = 0.0) -> Tensor:
+        """Squared error of the velocity; how much it counts that others than the subject stay."""
         state, noise = batch.state, batch.noise
         noisy = add_noise(state.clean, noise, batch.sigma)
         patch = self._dit_config.patch_size
@@ -246,13 +247,11 @@ class FinetuneTask:
         if keep:  # on every rank alike, as sharded weights are gathered for it
             with torch.no_grad(), without_delta(dit):
                 before = predict()
-            others = ~self._shows_subject(batch).view(-1, 1, 1, 1, 1)
-            noise = torch.where(others, state.clean + before, noise)
-        return velocity_loss(predict(), state.clean, noise, state.denoise_mask).mean()
-
-    @property
-    def _keeps_others(self) -> bool:
-        return self.config.subject is not None and self.config.subject.keep_others
+            others = ~self._shows_subject(batch)
+            own = (state.clean + before).to(noise.dtype)
+            noise = torch.where(others.view(-1, 1, 1, 1, 1), own, noise)
+        errors = velocity_loss(predict(), state.clean, noise, state.denoise_mask)
+        return (errors * torch.where(others, keep, 1.0) if keep else errors).mean()
 
     def _shows_subject(self, batch: Batch) -> Tensor:
         """Whether a caption has the token that is learned, [B]."""
