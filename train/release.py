@@ -2,13 +2,14 @@
 
     python train/release.py vae       --run runs/vae --out vidgen/assets/toybox
     python train/release.py tokenizer --out vidgen/assets/toybox
-    python train/release.py dit       --run runs/dit --out vidgen/assets/toybox
+    python train/release.py dit       --run runs/dit --out vidgen/assets/toybox [--mix FOLDER=SHARE]
     python train/release.py sound     --run runs/sound --out vidgen/assets/toybox
     python train/release.py student   --run runs/student --out vidgen/assets/toybox
 
 `vae` and `sound` measure the latents' mean and deviation on fresh clips, unless the run began with
 a folder that has them (`init`). `dit` removes the student, which was of the old weights; clips come
-with sound once its run had `sound`. Each call writes `model.json` anew.
+with sound once its run had `sound`; `--mix` averages its weights with those of releases it began
+with (Wortsman et al. 2022). Each call writes `model.json` anew.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from vidgen.core.config import build
-from vidgen.core.errors import ModelError
+from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_write, best_dtype, sha256_file
 from vidgen.models.audio import AudioVAE, AudioVAEConfig
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
@@ -119,17 +121,46 @@ def release_tokenizer(out: Path) -> None:
     train_tokenizer(captions, out / "tokenizer", vocab_size)
 
 
-def release_dit(run: Path, out: Path) -> None:
-    """The transformer, the text encoder and the words of a run; a student of older ones goes."""
-    shutil.rmtree(out / STUDENT, ignore_errors=True)
+def release_dit(run: Path, out: Path, mix: Mapping[Path, float]) -> None:
+    """The transformer, the text encoder and the words of a run; a student of older ones goes.
+
+    Args:
+        run: its folder.
+        out: the model's.
+        mix: releases and the shares that their weights have in the average; the rest is the run's.
+    """
     settings = _run_settings(run)
-    dit = DIT_PRESETS[settings["preset"]]
-    save_module(load_averages(run, "transformer"), dit, out / "transformer", torch.bfloat16)
-    text = TEXT_PRESETS[settings["text_preset"]].to_transformers()
-    save_module(load_averages(run, "text_encoder"), text, out / "text_encoder", torch.bfloat16)
+    configs = {"transformer": DIT_PRESETS[settings["preset"]],
+               "text_encoder": TEXT_PRESETS[settings["text_preset"]].to_transformers()}
+    made = {part: mixed(load_averages(run, part), part, mix) for part in configs}
+    shutil.rmtree(out / STUDENT, ignore_errors=True)
+    for part, config in configs.items():
+        save_module(made[part], config, out / part, torch.bfloat16)
     if settings.get("loose_share"):
         add_words(out / "tokenizer" / "words.txt", loose_vocabulary())
         write_synonyms(out / "tokenizer" / "synonyms.json")
+
+
+def mixed(
+    state: dict[str, torch.Tensor], part: str, mix: Mapping[Path, float]
+) -> dict[str, torch.Tensor]:
+    """Weights averaged with those of the same part of other folders, by these folders' shares.
+
+    Raises:
+        ModelError: a folder has no such part, or one of other shapes.
+    """
+    own = 1 - sum(mix.values())
+    total = {name: own * value.float() for name, value in state.items()}
+    for folder, share in mix.items():
+        path = folder / part / "model.safetensors"
+        others = load_file(path) if path.is_file() else {}
+        shapes = {name: value.shape for name, value in others.items()}
+        if shapes != {name: value.shape for name, value in total.items()}:
+            raise ModelError(f"{path} isn't there, or holds other weights than the run; give --mix "
+                             "releases of the same architecture")
+        for name, value in others.items():
+            total[name] += share * value.float()
+    return total
 
 
 def add_words(path: Path, words: Iterable[str]) -> None:
@@ -164,6 +195,24 @@ def release_student(run: Path, out: Path) -> None:
     sigmas = tuple(trajectories.sigmas.tolist())
     student = StudentConfig(sigmas, trajectories.guidance_scale)
     write_student(adapter_of(factors), student, out)
+
+
+def read_mix(entries: Sequence[str]) -> dict[Path, float]:
+    """Folders and shares of FOLDER=SHARE.
+
+    Raises:
+        InputError: not a share, or more than all together.
+    """
+    mix = {}
+    for entry in entries:
+        folder, equals, share = entry.rpartition("=")
+        try:
+            mix[Path(folder)] = float(share if equals else "")
+        except ValueError:
+            raise InputError(f"--mix {entry}: give FOLDER=SHARE, such as old/toybox=0.4") from None
+    if not all(share > 0 for share in mix.values()) or not sum(mix.values()) < 1:
+        raise InputError(f"--mix {' '.join(entries)}: give shares over 0, less than 1 together")
+    return mix
 
 
 def tasks_of(out: Path, part: str, run: Path | None) -> tuple[str, ...]:
@@ -203,6 +252,8 @@ def main() -> int:
     parser.add_argument("part", choices=("vae", "tokenizer", "dit", "sound", "student"))
     parser.add_argument("--run", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, required=True, help="model folder")
+    parser.add_argument("--mix", action="append", default=[], metavar="FOLDER=SHARE",
+                        help="dit: average with an earlier release")
     options = parser.parse_args()
     if options.part != "tokenizer" and options.run is None:
         parser.error(f"{options.part} needs --run")
@@ -211,7 +262,7 @@ def main() -> int:
         if options.part == "vae":
             release_vae(options.run, options.out)
         elif options.part == "dit":
-            release_dit(options.run, options.out)
+            release_dit(options.run, options.out, read_mix(options.mix))
         elif options.part == "sound":
             release_sound(options.run, options.out)
         elif options.part == "student":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from vidgen.core.errors import ModelError
 from vidgen.models.words import read_synonyms
@@ -78,6 +79,19 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
     assert read_synonyms(out / "tokenizer" / "synonyms.json")["hound"] == "dog"
     assert "tokenizer/synonyms.json" in open_model(str(out)).files
     assert "anchor" in open_model(str(out)).tasks
+    mixed = tmp_path / "mixed"
+    shutil.copytree(out, mixed)
+    release = ("release", "dit", "--run", str(run_file.parent / "run"), "--out", str(mixed))
+    assert program(*release, "--mix", f"{tiny_model}=0.25").returncode == 0
+    weights = (load_file(folder / "transformer" / "model.safetensors")
+               for folder in (mixed, out, tiny_model))
+    for made, new, old in zip(*(each.values() for each in weights), strict=True):
+        wanted = 0.75 * new.float() + 0.25 * old.float()
+        torch.testing.assert_close(made.float(), wanted, rtol=0.02, atol=1e-3)
+    for mix, reason in (("0.5", "FOLDER=SHARE"), (f"{tiny_model}=1", "less than 1"),
+                        (f"{tmp_path}=0.5", "same architecture")):
+        refused = program(*release, "--mix", mix)
+        assert (refused.returncode, reason in refused.stderr) == (2, True), refused.stderr
     clip = load(str(out)).generate("a red car bounces", seed=1, frames=5, size="32x32", steps=2)
     assert clip.frames.shape == (5, 32, 32, 3)
 
@@ -126,8 +140,6 @@ def test_shards_are_made_again_just_the_same(tiny_model: Path, tmp_path: Path) -
 
 
 def test_a_new_decoder_leaves_cached_latents_valid(tiny_model: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(tiny_model / "vae", tmp_path / "vae")
     path = tmp_path / "vae" / "model.safetensors"
     before = encoder_hash(tmp_path / "vae")
