@@ -257,6 +257,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.part != "tokenizer" and options.run is None:
         parser.error(f"{options.part} needs --run")
+    if options.mix and options.part != "dit":
+        parser.error(f"--mix goes with dit, not with {options.part}; leave it out")
 
     def work() -> None:
         if options.part == "vae":

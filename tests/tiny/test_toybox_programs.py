@@ -92,6 +92,8 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
                         (f"{tmp_path}=0.5", "same architecture")):
         refused = program(*release, "--mix", mix)
         assert (refused.returncode, reason in refused.stderr) == (2, True), refused.stderr
+    refused = program("release", "tokenizer", "--out", str(mixed), "--mix", f"{tiny_model}=0.5")
+    assert (refused.returncode, "goes with dit" in refused.stderr) == (2, True), refused.stderr
     clip = load(str(out)).generate("a red car bounces", seed=1, frames=5, size="32x32", steps=2)
     assert clip.frames.shape == (5, 32, 32, 3)
 

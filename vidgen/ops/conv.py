@@ -156,7 +156,7 @@ def _by_kernel(
         *once, *weight.shape[2:], *once, *stride, *padding[-2:],
     )
     native.call(kernels, "convolve", x.dtype, x, weight, bias, out, scratch, shape)
-    return channels_last(out)
+    return out
 
 
 class CausalConv3d(nn.Conv3d):
