@@ -255,11 +255,14 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int | None
     return max(free, 0)
 
 
-def reuse_freed_memory() -> None:
-    """Let glibc keep freed memory up to 32 MB a piece instead of giving it back each time.
+def reuse_freed_memory(largest: int = 32 << 20) -> None:
+    """Let glibc keep freed memory instead of giving it back each time.
 
     The system hands memory back zeroed page by page, which takes up to a third of the time of a
     network's pointwise work. `trim_memory` still gives back what a dropped network had.
+
+    Args:
+        largest: piece that is kept, in bytes; before version 2.35 glibc takes no more than 32 MB.
     """
     if sys.platform != "linux":
         return
@@ -268,7 +271,8 @@ def reuse_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 32 << 20)  # the most it takes
+        if not mallopt(mmap_threshold, largest):
+            mallopt(mmap_threshold, 32 << 20)
         mallopt(trim_threshold, 1 << 30)
 
 

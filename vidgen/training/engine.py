@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +22,7 @@ from vidgen.training.config import RunConfig
 from vidgen.training.distributed import Place
 from vidgen.training.ema import EMA, named_parameters
 from vidgen.training.optim import load_optimizer, set_lr
+from vidgen.training.shared_mean import open_shared_mean
 from vidgen.training.task import Losses, Task
 
 
@@ -105,7 +107,9 @@ def live_weights(task: Task, *, frozen: bool | None = None) -> dict[str, Tensor]
 
 
 class TorchEngine:
-    """Whole weights on every rank; where there are several, DDP takes the mean of gradients.
+    """Whole weights on every rank.
+
+    Where there are several, DDP takes the mean of gradients; among CPU ranks of one machine, ours.
 
     Args:
         task: what is trained.
@@ -119,8 +123,13 @@ class TorchEngine:
         self.ema = EMA(self._parameters, run.ema_decay)
         self.optimizers = task.optimizers()
         self._max_norm = run.optim.grad_clip or math.inf
-        model: nn.Module = Losses(task, choose_device(run.device), bf16=run.dtype == "bf16")
-        if place.size > 1:
+        device = choose_device(run.device)
+        model: nn.Module = Losses(task, device, bf16=run.dtype == "bf16")
+        self._mean = open_shared_mean(place) if place.size > 1 and device.type == "cpu" else None
+        if self._mean is not None:
+            for value in live_weights(task, frozen=True).values():
+                dist.broadcast(value, src=0)
+        elif place.size > 1:
             model = DistributedDataParallel(
                 model, gradient_as_bucket_view=True,
                 find_unused_parameters=getattr(task, "alternates", False),
@@ -146,7 +155,9 @@ class TorchEngine:
     def update(self, scale: float) -> float:
         """See `Engine`."""
         set_lr(self.optimizers, scale)
-        norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), self._max_norm))
+        if self._mean is not None:
+            self._mean.take_gradients(self._parameters.values())
+        norm = self._clip()
         if math.isfinite(norm):
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -176,6 +187,14 @@ class TorchEngine:
         restore_averages(folder, self.ema.shadow, tensors)
         for index, optimizer in enumerate(self.optimizers):
             load_optimizer(optimizer, tensors, f"optim/{index}/")
+
+    def _clip(self) -> float:
+        """Bring the gradients' norm below its limit; returns what it was."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if norm > self._max_norm:  # else they would all be written again, times 1
+            nn.utils.clip_grads_with_norm_(self._parameters.values(), self._max_norm, norm)
+        return float(norm)
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters.values():

@@ -23,7 +23,13 @@ from typing import Any
 import torch
 
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_write, best_dtype, choose_device, write_error
+from vidgen.core.runtime import (
+    atomic_write,
+    best_dtype,
+    choose_device,
+    reuse_freed_memory,
+    write_error,
+)
 from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import (
     drop_old,
@@ -99,6 +105,7 @@ def train(
         if source is None:
             raise InputError(f"branch_from {run.branch_from} holds no checkpoint")
     place.barrier()  # all have looked before anything is written
+    reuse_freed_memory(1 << 30)  # each step makes and frees gradients as large as the weights
     with ExitStack() as stack:
         if place.main:
             _make_folder(folder)
