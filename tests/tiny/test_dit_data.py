@@ -102,6 +102,22 @@ def test_windows_of_a_clip_are_shown_its_first_frame(plain: DiTData) -> None:
             assert not same(state.clean[row, :, :1], firsts[mine][0])  # from inside the clip
 
 
+def test_micro_batches_of_a_step_are_of_one_kind(plain: DiTData) -> None:
+    mixed = replace(
+        plain, image_shares=(0.5,), image_batch=4, window_share=0.5, still_share=0.5,
+        still_conditions=replace(REFERENCES, text=0),
+    )
+    source = ClipDraws(mixed, torch.device("cpu"), patch=2)
+    kinds = set()
+    for step in range(24):
+        pair = [source.batch(PHASE, step, micro) for micro in (0, 1)]
+        a, b = ((part.noise.shape, part.state.keys is None) for part in pair)
+        assert a == b
+        assert not same(pair[0].noise, pair[1].noise)
+        kinds.add(a)
+    assert len(kinds) >= 4  # stills, whole clips, their insides, with stills beside them or not
+
+
 def test_validation_stays_plain(plain: DiTData) -> None:
     loose = replace(plain, loose_share=1.0, anonymous_share=1.0)
     a, b = (ClipDraws(c, torch.device("cpu"), patch=2).held_aside(33, 0.5) for c in (plain, loose))

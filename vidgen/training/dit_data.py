@@ -149,23 +149,27 @@ class ClipDraws:
         self.num_kept = self.caches[0].num_clips - config.validation_clips
 
     def batch(self, phase: Phase, step: int, micro: int) -> Batch:
-        """Clips of one geometry, each with a caption and a condition of its own."""
+        """Clips of one geometry, each with a caption and a condition of its own.
+
+        All micro-batches of a step are of one kind, so that no rank waits for another one's.
+        """
         run = self.config.run
+        kind = torch.Generator().manual_seed(seed_of(run.seed, step))
         draw = torch.Generator().manual_seed(seed_of(run.seed, step, micro))
         counts = [cache.num_clips for cache in self.caches]
         counts[0] = self.num_kept
-        which = int(torch.multinomial(torch.tensor(counts).float(), 1, generator=draw))
+        which = int(torch.multinomial(torch.tensor(counts).float(), 1, generator=kind))
         index = run.phase_at(step)[0]
         num_frames, size, shift = phase.num_frames, phase.batch_size, self.config.shifts[index]
         shares = self.config.image_shares
-        if shares and torch.rand((), generator=draw) < shares[index]:
+        if shares and torch.rand((), generator=kind) < shares[index]:
             num_frames, size, shift = 1, self.config.image_batch, self.config.image_shift
         rows = torch.randint(counts[which], (size,), generator=draw)
         sigma = draw_sigmas(size, draw, shift=shift)
         if num_frames > 1:
             even = torch.rand(size, generator=draw) < self.config.uniform_share
             sigma = torch.where(even, draw_sigmas(size, draw, mean=None), sigma)
-        return self._assemble(which, rows, num_frames, sigma, draw)
+        return self._assemble(which, rows, num_frames, sigma, draw, kind)
 
     def held_aside(self, num_frames: int, level: float, *, sound: bool = False) -> Batch:
         """The validation clips under text alone, at one noise level, the same each time."""
@@ -173,7 +177,7 @@ class ClipDraws:
         draw = torch.Generator().manual_seed(round(level * 1000))
         sigma = torch.full((len(rows),), level)
         return self._assemble(
-            0, rows, num_frames, sigma, draw, conditions=TEXT_ONLY, dropout=0.0, sound=sound
+            0, rows, num_frames, sigma, draw, draw, conditions=TEXT_ONLY, dropout=0.0, sound=sound
         )
 
     def captions(self, start: int, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -191,13 +195,13 @@ class ClipDraws:
 
     def _assemble(
         self, which: int, rows: Tensor, num_frames: int, sigma: Tensor, draw: torch.Generator,
-        *, conditions: ConditionMix | None = None, dropout: float | None = None,
-        sound: bool | None = None,
+        kind: torch.Generator, *, conditions: ConditionMix | None = None,
+        dropout: float | None = None, sound: bool | None = None,
     ) -> Batch:
         data = self.data[which]
         inside_clip = (
             num_frames > 1 and conditions is None
-            and torch.rand((), generator=draw) < self.config.window_share
+            and torch.rand((), generator=kind) < self.config.window_share
         )
         chosen = Stills(data.stills.latents[rows].float(), data.stills.frame_index[rows])
         first = 0
@@ -215,7 +219,7 @@ class ClipDraws:
             conditions = replace(WINDOW, reference=self.config.anchor_share)
             anchors = torch.full((len(rows), 1), -1)
             stills: Stills | None = Stills(data.clips[rows, :, :1].float(), anchors)
-        elif conditions is None and torch.rand((), generator=draw) < self.config.still_share:
+        elif conditions is None and torch.rand((), generator=kind) < self.config.still_share:
             conditions, stills = self.config.still_conditions, chosen
         else:
             conditions, stills = conditions or self.config.conditions, None
@@ -240,7 +244,7 @@ class ClipDraws:
         noise = torch.randn(latents.shape, generator=draw)
         sound_noise = None
         if sound is None:
-            sound = num_frames > 1 and self._draws_sound(draw)
+            sound = num_frames > 1 and self._draws_sound(kind)
         if sound:
             assert self.config.sound is not None
             cache, heard = self.sounds[which]
