@@ -91,7 +91,7 @@ class EngineConfig:
 
     Args:
         deepspeed: a DeepSpeed JSON that says ZeRO's stage, offload and buckets, by its path or by
-            its name below `configs/deepspeed`; None: plain torch, with DDP on several ranks.
+            its name below `train/deepspeed`; None: plain torch.
         sequence: ranks that share each sample's tokens (DeepSpeed-Ulysses); divides the ranks.
     """
 

@@ -1,4 +1,4 @@
-"""What computes the steps of a run: plain torch on one rank, DDP on several, or DeepSpeed.
+"""What computes the steps of a run: plain torch on one rank or several, or DeepSpeed.
 
 The loop knows only the protocol here. All ranks call the same methods in the same order.
 """
