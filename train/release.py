@@ -17,20 +17,21 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_write, best_dtype, sha256_file
-from vidgen.models.audio import AudioVAE, AudioVAEConfig
+from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
-from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.models.vae import CausalVAE
 from vidgen.models.words import split_words
 from vidgen.pipeline.own_sound import TASK as SOUND_TASK
 from vidgen.pipeline.tail import ANCHOR_TASK
@@ -62,18 +63,30 @@ NUM_CAPTIONS = 60_000
 
 
 def release_vae(run: Path, out: Path) -> None:
-    """The VAE of a run, its config carrying the latents' statistics."""
+    """The VAE of a run."""
+    _release_autoencoder(run, out / "vae", CausalVAE, VAE_PRESETS, measure_latents)
+
+
+def release_sound(run: Path, out: Path) -> None:
+    """The sound VAE of a run."""
+    _release_autoencoder(run, out / SOUND_VAE, AudioVAE, AUDIO_VAE_PRESETS, measure_sound_latents)
+
+
+def _release_autoencoder(
+    run: Path, folder: Path, network: type[nn.Module], presets: Mapping[str, Any],
+    measure: Callable[[Any], tuple[list[float], list[float]]],
+) -> None:
+    """Averaged weights; the config carries the latents' statistics."""
     settings = _run_settings(run)
-    state = load_averages(run, "vae")
-    config = VAE_PRESETS[settings["preset"]]
+    config = presets[settings["preset"]]
     if settings.get("init"):
-        config = config_of(VAEConfig, Path(settings["init"]))
+        config = config_of(type(config), Path(settings["init"]))
+    vae = network(config)
+    vae.load_state_dict(load_averages(run, "vae"))
     if config.latents_std is None:
-        vae = CausalVAE(config)
-        vae.load_state_dict(state)
-        mean, std = measure_latents(vae)
+        mean, std = measure(vae)
         config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
-    save_module(state, config, out / "vae", torch.bfloat16)
+    save_module(vae.state_dict(), config, folder, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -87,20 +100,6 @@ def measure_latents(vae: CausalVAE) -> tuple[list[float], list[float]]:
         parts.append(mean.float().transpose(0, 1).flatten(1))
     values = torch.cat(parts, dim=1)
     return _rounded(values.mean(1)), _rounded(values.std(1))
-
-
-def release_sound(run: Path, out: Path) -> None:
-    """The sound VAE of a run, its config carrying the latents' statistics."""
-    settings = _run_settings(run)
-    config = AUDIO_VAE_PRESETS[settings["preset"]]
-    if settings.get("init"):
-        config = config_of(AudioVAEConfig, Path(settings["init"]))
-    vae = AudioVAE(config)
-    vae.load_state_dict(load_averages(run, "vae"))
-    if config.latents_std is None:
-        mean, std = measure_sound_latents(vae)
-        config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
-    save_module(vae.state_dict(), config, out / SOUND_VAE, torch.bfloat16)
 
 
 @torch.no_grad()
@@ -146,21 +145,33 @@ def mixed(
 ) -> dict[str, torch.Tensor]:
     """Weights averaged with those of the same part of other folders, by these folders' shares.
 
+    Parts for sound are averaged among the releases that make sound: others' were never trained.
+
     Raises:
         ModelError: a folder has no such part, or one of other shapes.
     """
-    own = 1 - sum(mix.values())
-    total = {name: own * value.float() for name, value in state.items()}
-    for folder, share in mix.items():
-        path = folder / part / "model.safetensors"
-        others = load_file(path) if path.is_file() else {}
-        shapes = {name: value.shape for name, value in others.items()}
-        if shapes != {name: value.shape for name, value in total.items()}:
-            raise ModelError(f"{path} isn't there, or holds other weights than the run; give --mix "
-                             "releases of the same architecture")
-        for name, value in others.items():
-            total[name] += share * value.float()
-    return total
+    total = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in state.items()}
+    shares = dict.fromkeys(state, 0.0)
+    for folder, share in {None: 1 - sum(mix.values()), **mix}.items():
+        weights = state if folder is None else _weights_like(state, folder / part)
+        silent = folder is not None and SOUND_TASK not in open_model(str(folder)).tasks
+        for name, value in weights.items():
+            if not (silent and "audio" in name):
+                total[name] += share * value.float()
+                shares[name] += share
+    return {name: value / shares[name] for name, value in total.items()}
+
+
+def _weights_like(state: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a component's folder, which have to be of the same shapes."""
+    path = folder / "model.safetensors"
+    weights = load_file(path) if path.is_file() else {}
+    shapes, wanted = ({name: value.shape for name, value in each.items()}
+                      for each in (weights, state))
+    if shapes != wanted:
+        raise ModelError(f"{path} isn't there, or holds other weights than the run; give --mix "
+                         "releases of the same architecture")
+    return weights
 
 
 def add_words(path: Path, words: Iterable[str]) -> None:

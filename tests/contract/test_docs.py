@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.programs import load_program
 from vidgen.cli.eval import _NOT_OF_BENCHMARK
 from vidgen.cli.generate import _NOT_OF_REQUEST, _outputs
 from vidgen.cli.main import VERBS, verb_parser
@@ -66,14 +65,12 @@ def run_type(program: str, *, teaches: bool) -> type:
     """What train/PROGRAM.py reads its YAML as; what makes data reads the YAML of what learns."""
     if program in ("cache", "trajectories"):
         program = "distil" if teaches else "dit"
-    spec = importlib.util.spec_from_file_location(f"train_{program}", ROOT / f"train/{program}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_program(f"train/{program}.py")
     kinds = [
         kind for kind in vars(module).values()
         if is_dataclass(kind) and "run" in {field.name for field in fields(kind)}
     ]
-    (found,) = [kind for kind in kinds if kind.__module__ == spec.name] or kinds
+    (found,) = [kind for kind in kinds if kind.__module__ == module.__name__] or kinds
     return found
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.programs import load_program
 from vidgen.story.script import Script
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def cast() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("eval_cast", ROOT / "eval/cast.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program("eval/cast.py")
 
 
 def test_each_character_has_six_shots_in_three_ways(cast: ModuleType, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.lora_models import make_adapter
 from tests.models import DEFAULTS, TASKS
+from tests.programs import load_program
 from vidgen.cli.main import main
 from vidgen.core.config import build, dump, load_yaml
 from vidgen.core.errors import InputError, ModelError
@@ -88,10 +88,7 @@ def run(settings: dict[str, Any]) -> DistilRun:
 
 @pytest.fixture(scope="module")
 def release() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_release", ROOT / "train/release.py")
-    program = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    return program
+    return load_program("train/release.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.programs import load_program
 from vidgen.media.read import read_recipe
 from vidgen.toybox.captions import prompts
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_first_prompts_and_seeds_stand_on_a_page(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = importlib.util.spec_from_file_location("gallery", ROOT / "eval/gallery.py")
-    program = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gallery", program)
-    spec.loader.exec_module(program)
+    program = load_program("eval/gallery.py")
     words = ["gallery.py", "-o", str(tmp_path / "shown"), "--model", str(tiny_model),
              "--prompts", "2", "--seeds", "2"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", words)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool3d, max_pool2d
 
+from tests.programs import load_program
 from vidgen.core.config import build, dump
 from vidgen.core.errors import ModelError
 from vidgen.evaluation.judging import gibberish, grade, judge_renders
@@ -45,7 +44,6 @@ from vidgen.training.judge_data import (
 from vidgen.training.loop import train
 from vidgen.weights.load import save_module
 
-ROOT = Path(__file__).parents[2]
 TINY = JudgeConfig(
     frame_dims=(8, 8, 16), motion_dims=(8, 8, 16), look_dim=4, mixed_dim=8, temporal_dim=16
 )
@@ -237,10 +235,7 @@ def test_a_judge_of_another_world_is_refused(judge: Judge, tmp_path: Path) -> No
 
 def make_task(folder: Path) -> tuple[object, RunConfig]:
     """The program's task, from settings as YAML would give them."""
-    spec = importlib.util.spec_from_file_location("judge_program", ROOT / "train" / "judge.py")
-    program = importlib.util.module_from_spec(spec)
-    sys.modules["judge_program"] = program  # where dataclasses look their types up
-    spec.loader.exec_module(program)
+    program = load_program("train/judge.py")
     pool = {"num_frames": 9, "height": 64, "width": 64, "clips": 12, "first": 8, "fresh": 0.5}
     run = {
         "folder": str(folder), "phases": [{"steps": 12, "num_frames": 9, "batch_size": 4}],

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.programs import load_program
 from vidgen.core.errors import InputError
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.toybox.render import render
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("memorisation", ROOT / "eval/memorisation.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["memorisation"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_program("eval/memorisation.py")
 
 
 def test_a_training_clip_is_nearest_to_itself_and_a_fresh_one_to_none(program: ModuleType) -> None:

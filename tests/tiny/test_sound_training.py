@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from tests.programs import load_program
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError, ModelError
 from vidgen.evaluation.fidelity import measure_fidelity
@@ -28,20 +28,12 @@ from vidgen.training.sound_data import damage_sound, hollow_out, label_sounds
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE, load_sound_vae
 
-ROOT = Path(__file__).parents[2]
 TINY_JUDGE = SoundJudgeConfig(bands=32, dims=(4, 8, 16), hidden_dim=16)
-
-
-def load_program(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"train_{name}", ROOT / f"train/{name}.py")
-    program = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    return program
 
 
 @pytest.fixture(scope="module")
 def sound() -> ModuleType:
-    return load_program("sound")
+    return load_program("train/sound.py")
 
 
 def run_settings(folder: Path, steps: int = 4) -> dict:
@@ -125,7 +117,7 @@ def test_a_run_is_released_with_its_statistics(
 ) -> None:
     config = build(sound.SoundRun, run_settings(tmp_path / "run", steps=2), "run")
     train(sound.SoundTask(config), config.run, record=dump(config))
-    release = load_program("release")
+    release = load_program("train/release.py")
     monkeypatch.setattr(release, "NUM_STATISTICS_CLIPS", 8)
     release.release_sound(tmp_path / "run", tmp_path / "model")
     vae = load_sound_vae(tmp_path / "model" / SOUND_VAE)
@@ -150,7 +142,8 @@ def test_a_run_is_released_with_its_statistics(
 def test_clips_come_with_sound_once_the_transformer_was_taught_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release, settings = load_program("release"), {"sound": {"share": 1.0}, "anchor_share": 0.5}
+    release = load_program("train/release.py")
+    settings = {"sound": {"share": 1.0}, "anchor_share": 0.5}
     monkeypatch.setattr(release, "_run_settings", lambda _: settings)
     assert "sound" not in release.tasks_of(tmp_path, "dit", tmp_path)  # nothing decodes it
     (tmp_path / SOUND_VAE).mkdir()
@@ -237,7 +230,7 @@ def test_verdicts_are_shares_and_graded_in_any_order() -> None:
 
 
 def test_the_sound_judge_learns_and_is_kept(tmp_path: Path) -> None:
-    program = load_program("sound_judge")
+    program = load_program("train/sound_judge.py")
     settings = {
         "model": dump(TINY_JUDGE), "validation_clips": 4, "clip_frames": [9],
         "run": {
@@ -261,3 +254,19 @@ def test_the_sound_judge_learns_and_is_kept(tmp_path: Path) -> None:
                 torch.float32)  # fmt: skip
     with pytest.raises(ModelError, match="world 99"):
         SoundJudgeFolder(tmp_path / "old").load()
+
+
+@pytest.mark.parametrize(("tasks", "sound"), [(("text",), 1.0), (("text", "sound"), 0.75)])
+def test_a_mix_takes_sound_from_releases_that_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: tuple[str, ...], sound: float
+) -> None:
+    release = load_program("train/release.py")
+    monkeypatch.setattr(release, "open_model", lambda _: SimpleNamespace(tasks=tasks))
+    (tmp_path / "transformer").mkdir()
+    names = ("blocks.0.ffn.up.weight", "blocks.0.audio_ffn.up.weight")
+    path = tmp_path / "transformer" / "model.safetensors"
+    save_file({name: torch.zeros(2, 2) for name in names}, path)
+    mine = {name: torch.ones(2, 2) for name in names}
+    picture, heard = release.mixed(mine, "transformer", {tmp_path: 0.25}).values()
+    torch.testing.assert_close(picture, torch.full((2, 2), 0.75))
+    torch.testing.assert_close(heard, torch.full((2, 2), sound))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.programs import load_program
 from vidgen.core.errors import InputError
 from vidgen.evaluation.bounces import bounce_times, landings
 from vidgen.evaluation.onsets import find_onsets
@@ -27,7 +27,6 @@ from vidgen.toybox.judge import embedded_judge
 from vidgen.toybox.scenes import SEED_RANGES, Actor, Scene
 from vidgen.toybox.sound import synthesize
 
-ROOT = Path(__file__).parents[2]
 DEV = SEED_RANGES["dev"][0]
 
 
@@ -147,9 +146,7 @@ def test_the_program_writes_its_figures(
     from vidgen.models.presets import AUDIO_VAE_PRESETS
     from vidgen.weights.load import save_module
 
-    spec = importlib.util.spec_from_file_location("eval_sync", ROOT / "eval/sync.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    program = load_program("eval/sync.py")
     torch.manual_seed(0)
     tiny = AUDIO_VAE_PRESETS["tiny"]
     save_module(AudioVAE(tiny).state_dict(), tiny, tmp_path / "sound_vae", torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.programs import load_program
 from tests.textures import texture
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError, ModelError
@@ -29,7 +29,6 @@ from vidgen.evaluation.temporal import TemporalRun, run_temporal
 from vidgen.evaluation.temporal_report import page
 from vidgen.media.write import ClipInfo, write_clip
 
-ROOT = Path(__file__).parents[2]
 FPS = Fraction(12)
 SIZE = 64
 
@@ -464,15 +463,8 @@ def test_padding_stays_on_flows_and_is_taken_off_pictures(networks: dict[str, Pa
     assert np.abs(middle - wanted).max() <= 1
 
 
-def load_faults():
-    spec = importlib.util.spec_from_file_location("eval_faults", ROOT / "eval/faults.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_each_planted_fault_is_ranked_by_its_measure() -> None:
-    faults = load_faults()
+    faults = load_program("eval/faults.py")
     result = faults.measure(clips=2, num_frames=25, side=64, decode=False)
     ranked = {
         fault: {name for name, row in rows.items() if row["ranks"]}
@@ -493,7 +485,7 @@ def test_each_planted_fault_is_ranked_by_its_measure() -> None:
 
 
 def test_late_sound_is_ranked_by_its_bias() -> None:
-    found = load_faults().sound_offset(2)
+    found = load_program("eval/faults.py").sound_offset(2)
     assert found["sync_bias"]["ranks"]
     first, *_, last = found["sync_bias"]["mean"]
     assert last - first == pytest.approx(0.1, abs=0.01)

@@ -1,24 +1,22 @@
 """Every check on plain pictures: found above its limit, silent below, and on what is meant."""
 
-import importlib.util
 import json
 import tracemalloc
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests import textures
+from tests.programs import load_program
 from vidgen.core.errors import InputError
 from vidgen.media.checks import ClipChecker, check_file, check_length, check_sound
 from vidgen.media.findings import as_data, recorded, set_aside, verdict
 from vidgen.media.likeness import psnr, ssim
 from vidgen.media.write import ClipInfo, write_clip
 
-ROOT = Path(__file__).parents[2]
 FPS = Fraction(12)
 
 @cache
@@ -26,14 +24,7 @@ def texture(height=72, width=96, seed=0):
     return textures.texture(height, width, seed, waves=12, steepest=0.3, contrast=35)
 
 
-def load_program():
-    spec = importlib.util.spec_from_file_location("eval_checks", ROOT / "eval/checks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-planted = load_program()
+planted = load_program("eval/checks.py")
 
 
 def clip(kind, count=30, size=(72, 96)):

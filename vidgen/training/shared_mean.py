@@ -99,7 +99,8 @@ def open_shared_mean(place: Place) -> SharedMean | None:
     memory = None
     try:
         made = not place.main or _reserve(path, size)
-        if not any(place.any(not made, not _KEEPS_ORDER)) and path.exists():
+        fits = place.size <= _COUNTS_BYTES // 8
+        if not any(place.any(not made, not _KEEPS_ORDER or not fits)) and path.exists():
             memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
         [missed] = place.any(memory is None)
     finally:
