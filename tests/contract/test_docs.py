@@ -108,8 +108,11 @@ def test_command_lines_parse(page):
             elif words[1] == "train":
                 check_finetuning(args)
         elif words[0] in LAUNCHERS:
-            start = words.index("train/finetune.py")
-            check_finetuning(vars(verb_parser("train")[1].parse(words[start + 1 :])))
+            start = next(i for i, word in enumerate(words) if word.startswith("train/"))
+            if words[start] == "train/finetune.py":
+                check_finetuning(vars(verb_parser("train")[1].parse(words[start + 1 :])))
+            else:
+                check_program(words[start:])
         elif words[:1] == ["python"]:
             check_program(words[1:])
         elif words[:1] == ["bash"]:
