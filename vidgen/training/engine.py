@@ -120,7 +120,6 @@ class TorchEngine:
     def __init__(self, task: Task, run: RunConfig, place: Place) -> None:
         self._task, self._place = task, place
         self._parameters = named_parameters(task.modules)
-        self.ema = EMA(self._parameters, run.ema_decay)
         self.optimizers = task.optimizers()
         self._max_norm = run.optim.grad_clip or math.inf
         device = choose_device(run.device)
@@ -135,6 +134,7 @@ class TorchEngine:
                 find_unused_parameters=getattr(task, "alternates", False),
             )
         self._model = model
+        self.ema = EMA(self._parameters, run.ema_decay)  # of what all ranks have begun with
 
     def loss(self, batch: Any, step: int, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Engine`."""
