@@ -373,7 +373,7 @@ def _pipeline_run(
         def run() -> Any:
             return engine.generate(
                 prompt, seed=0, frames=num_frames, size=size, steps=steps, guidance=guidance,
-                shift=3.0,
+                shift=3.0, audio="none",  # diffusers' pipeline makes none
             ).frames
 
         return run
