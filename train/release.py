@@ -152,11 +152,13 @@ def mixed(
     """
     total = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in state.items()}
     shares = dict.fromkeys(state, 0.0)
-    for folder, share in {None: 1 - sum(mix.values()), **mix}.items():
-        weights = state if folder is None else _weights_like(state, folder / part)
-        silent = folder is not None and SOUND_TASK not in open_model(str(folder)).tasks
+    releases = [(state, 1 - sum(mix.values()), True)]
+    for folder, share in mix.items():
+        weights = _weights_like(state, folder / part)
+        releases.append((weights, share, SOUND_TASK in open_model(str(folder)).tasks))
+    for weights, share, makes_sound in releases:
         for name, value in weights.items():
-            if not (silent and "audio" in name):
+            if makes_sound or "audio" not in name:
                 total[name] += share * value.float()
                 shares[name] += share
     return {name: value / shares[name] for name, value in total.items()}

@@ -40,7 +40,7 @@ class SharedMean:
     """
 
     def __init__(self, place: Place, memory: Tensor) -> None:
-        self._place, self._rank, self._size = place, place.rank, place.size
+        self._place = place
         self._counts = memory[:_COUNTS_BYTES].view(torch.int64)[: place.size]
         self._rows = memory[_COUNTS_BYTES:].view(place.size + 1, -1)
         self._met = 0
@@ -61,7 +61,7 @@ class SharedMean:
 
     def take(self, values: Tensor) -> None:
         """Put the ranks' mean in the place of `values` [N], which all ranks give at once."""
-        rank, size, rows = self._rank, self._size, self._rows.view(values.dtype)
+        rank, size, rows = self._place.rank, self._place.size, self._rows.view(values.dtype)
         for piece in values.split(rows.shape[1]):
             pieces, mean = rows[:size, : len(piece)], rows[size, : len(piece)]
             own = slice(rank * len(piece) // size, (rank + 1) * len(piece) // size)
@@ -76,7 +76,7 @@ class SharedMean:
     def _meet(self) -> None:
         """Wait for all ranks: mostly a moment, so without a word to the system at first."""
         self._met += 1
-        self._counts[self._rank] = self._met
+        self._counts[self._place.rank] = self._met
         patience = time.perf_counter() + _SPIN_S
         while int(self._counts.min()) < self._met:
             if time.perf_counter() > patience:
@@ -94,14 +94,14 @@ def open_shared_mean(place: Place) -> SharedMean | None:
     All ranks call it at once. The memory has no name any more on return, so that nothing is left
     behind however the ranks end.
     """
-    size = bytes_for(place.size)
-    path = Path(place.said(str(SHARED_FOLDER / f"vidgen-{secrets.token_hex(8)}")))
+    path, size = SHARED_FOLDER / f"vidgen-{secrets.token_hex(8)}", bytes_for(place.size)
     memory = None
+    fits = _KEEPS_ORDER and place.size <= _COUNTS_BYTES // 8
     try:
-        made = not place.main or _reserve(path, size)
-        fits = place.size <= _COUNTS_BYTES // 8
-        if not any(place.any(not made, not _KEEPS_ORDER or not fits)) and path.exists():
-            memory = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+        made = place.main and fits and _reserve(path, size)
+        told = place.said(str(path) if made else "")
+        if told and Path(told).exists():
+            memory = torch.from_file(told, shared=True, size=size, dtype=torch.uint8)
         [missed] = place.any(memory is None)
     finally:
         if place.main:
