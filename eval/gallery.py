@@ -94,7 +94,8 @@ def page(clips: Sequence[Shown], model: str, command: str) -> str:
     for text in dict.fromkeys(clip.text for clip in clips):
         mine = [clip for clip in clips if clip.text == text]
         lines += [f"**{text}**", "", "```bash"]
-        lines += [f'vidgen generate "{c.text}" --seed {c.seed} -o {c.name}' for c in mine]
+        lines += [f'vidgen generate "{c.text}" --seed {c.seed} --audio none -o {c.name}'
+                  for c in mine]
         lines += ["```", ""]
         rows = [f"seed {c.seed}" for c in mine], ["---"] * len(mine), [
             f"![seed {c.seed}]({c.name})" for c in mine], map(_verdict, mine)  # fmt: skip
