@@ -62,7 +62,7 @@ def make(engine: Engine, folder: Path, number: int, text: str, seed: int) -> Pat
         if (plan.get("prompt"), plan.get("seed"), model.get("sha256")) == asked:
             return path
         path.unlink()
-    clip = engine.generate(text, seed=seed, audio="none")
+    clip = engine.generate(text, seed=seed)
     assert not isinstance(clip, list)
     frames = clip.frames
     recipe = {k: v for k, v in (clip.info.recipe or {}).items() if k != "tail"}  # half of the file
@@ -94,8 +94,7 @@ def page(clips: Sequence[Shown], model: str, command: str) -> str:
     for text in dict.fromkeys(clip.text for clip in clips):
         mine = [clip for clip in clips if clip.text == text]
         lines += [f"**{text}**", "", "```bash"]
-        lines += [f'vidgen generate "{c.text}" --seed {c.seed} --audio none -o {c.name}'
-                  for c in mine]
+        lines += [f'vidgen generate "{c.text}" --seed {c.seed} -o {c.name}' for c in mine]
         lines += ["```", ""]
         rows = [f"seed {c.seed}" for c in mine], ["---"] * len(mine), [
             f"![seed {c.seed}]({c.name})" for c in mine], map(_verdict, mine)  # fmt: skip
