@@ -111,12 +111,12 @@ class TruthHeads(nn.Module):
     def _keep(self, _block: nn.Module, _inputs: Any, streams: list[Stream]) -> None:
         self.tokens = streams[0].tokens
 
-    def losses(self, cover: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def losses(self, cover: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropies of the clip that went through last.
 
         Args:
             cover: [B, 1, F, h, w], how much of a latent is sprite.
-            labels: the scenes'; of two actors it isn't told which token shows which.
+            shown: [B], which sprite; -1 where nothing tells, or tells which token shows which.
 
         Returns:
             (of the cover, of the names of tokens that are half sprite or more).
@@ -124,10 +124,9 @@ class TruthHeads(nn.Module):
         target = patchify_latents(cover, self.patch)
         tokens = self.tokens[:, : target.shape[1]]
         covered = F.binary_cross_entropy_with_logits(self.cover(tokens).float(), target.clamp(0, 1))
-        alone = (labels["sprite"] >= 0) & (labels["sprite_2"] == 0)
-        shown = (target.mean(2) >= SHOWN) & alone[:, None]
-        names = labels["sprite"][:, None].expand_as(shown)[shown]
-        wrong = F.cross_entropy(self.names(tokens[shown]).float(), names, reduction="sum")
+        named = (target.mean(2) >= SHOWN) & (shown >= 0)[:, None]
+        names = shown[:, None].expand_as(named)[named]
+        wrong = F.cross_entropy(self.names(tokens[named]).float(), names, reduction="sum")
         return covered, wrong / max(1, len(names))
 
 
@@ -211,7 +210,7 @@ class DiTTask:
         context = encode_tokens(self.text, batch.ids, batch.mask)
         error, sound = self._errors(batch, context, self.config.sprite_weight)
         told = self.heads.loss(context, batch.mask, batch.labels)
-        cover, names = self.truth.losses(batch.cover, batch.labels)
+        cover, names = self.truth.losses(batch.cover, batch.shown)
         total = error + self.config.attribute_weight * told
         total = total + self.config.cover_weight * cover + self.config.name_weight * names
         values = {"velocity": error, "attributes": told, "cover": cover, "names": names}

@@ -119,8 +119,9 @@ class DiTData:
 class Batch:
     """One micro-batch: latents with conditions, noise levels and noise, and described.
 
-    `cover` [B, 1, F, h, w] says how much of a latent is sprite; `sound_noise` [B, C, K] goes with
-    the state's sound.
+    `cover` [B, 1, F, h, w] says how much of a latent is sprite, `labels` what the caption says,
+    `shown` [B] which sprite caption or reference tell of, -1 for none or two; `sound_noise`
+    [B, C, K] goes with the state's sound.
     """
 
     state: LatentState
@@ -130,6 +131,7 @@ class Batch:
     ids: Tensor
     mask: Tensor
     labels: dict[str, Tensor]
+    shown: Tensor
     sound_noise: Tensor | None = None
 
 
@@ -229,7 +231,8 @@ class ClipDraws:
         seeds = torch.randint(2**31, (len(rows),), generator=draw).tolist()
         scenes = [self.caches[which].scene(row) for row in rows.tolist()]
         share = 0.0 if conditions is TEXT_ONLY else self.config.loose_share
-        unnamed = self._unnamed(seeds) & has_reference(state.keys, len(rows))
+        given = has_reference(state.keys, len(rows))
+        unnamed = self._unnamed(seeds) & given
         texts = [
             loose_caption(scene, seed, anonymous=True) if hidden else _wording(scene, seed, share)
             for scene, seed, hidden in zip(scenes, seeds, unnamed.tolist(), strict=True)
@@ -237,7 +240,10 @@ class ClipDraws:
         rate = self.config.caption_dropout if dropout is None else dropout
         dropped = torch.rand(len(rows), generator=draw) < rate
         texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
-        labels = _labels([attributes(scene) for scene in scenes], dropped)
+        described = [attributes(scene) for scene in scenes]
+        labels = _labels(described, dropped)
+        alone = torch.tensor([len(scene.actors) == 1 for scene in scenes])
+        shown = _labels(described, dropped & ~given)["sprite"].masked_fill(~alone, -1)
         for name in SHOWN_BY_REFERENCE:
             labels[name] = labels[name].masked_fill(unnamed, -1)
         ids, mask = self.tokenizer.encode(texts)
@@ -256,7 +262,8 @@ class ClipDraws:
             state.to(self.device), cover.to(self.device), noise.to(self.device),
             sigma.to(self.device),
             ids.to(self.device), mask.to(self.device),
-            {name: value.to(self.device) for name, value in labels.items()}, sound_noise,
+            {name: value.to(self.device) for name, value in labels.items()},
+            shown.to(self.device), sound_noise,
         )
 
     def _unnamed(self, seeds: list[int]) -> Tensor:
