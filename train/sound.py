@@ -165,9 +165,9 @@ class SoundTask:
         controls = self.vae.controls(latents)
         start = int(torch.randint(4096, ()))  # noise is never the same, so nothing relies on it
         decoded = self.vae.render(controls, first_noise=start)
-        magnitudes, moved = self.vae.spectra(batch)
+        magnitudes, tones = self.vae.spectra(batch)
         share = magnitudes / magnitudes.sum((1, 2), keepdim=True).clamp(min=1e-6)
-        apart = 1 - (controls.advance - moved.angle()).cos()
+        apart = 1 - (controls.advance - tones.angle()).cos()
         advance = (share * apart).sum((1, 2)).mean()
         stft = torch.stack([stft_distance(decoded, batch, w) for w in weights.windows]).mean()
         mel = mel_distance(decoded, batch)

@@ -28,6 +28,7 @@ from vidgen.models.latents import NormalizedLatents
 from vidgen.ops.conv import StreamCache
 
 _SAMPLES = "samples"  # what a stream of sound keeps until it fills a latent
+_FAINT, _TINY = 1e-4, 1e-9  # magnitudes below which there is no sound, and no number
 _LOUDEST = 6.0  # log of a spectrum's largest magnitude
 
 
@@ -46,6 +47,9 @@ class AudioVAEConfig:
         sample_rate: samples a second.
         hop: samples from a frame to the next.
         window: samples of a frame, three whole hops at least.
+        pitch_window: samples, whole windows, that end with a frame and over which the encoder
+            follows phases: tones nearer to each other than a window tells apart beat in it, and
+            have no pitch there. 0: the window.
         frames_per_token: frames that make a latent.
         compression: power that the encoder raises magnitudes to.
         latents_mean: [C], what normalised latents have subtracted; None: zeros.
@@ -65,6 +69,7 @@ class AudioVAEConfig:
     sample_rate: int = 16_000
     hop: int = 64
     window: int = 256
+    pitch_window: int = 0
     frames_per_token: int = 8
     compression: float = 0.3
     latents_mean: tuple[float, ...] | None = None
@@ -83,6 +88,12 @@ class AudioVAEConfig:
             raise ValueError(
                 f"window {self.window} must be even and at least three whole hops of {self.hop}, "
                 "or frames don't add up evenly"
+            )
+        object.__setattr__(self, "pitch_window", self.pitch_window or self.window)
+        if self.pitch_window < self.window or self.pitch_window % self.window:
+            raise ValueError(
+                f"pitch_window {self.pitch_window} must be one or more whole windows of "
+                f"{self.window}, so that both have the same frequencies"
             )
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
@@ -105,6 +116,11 @@ class AudioVAEConfig:
     def lookahead(self) -> int:
         """Samples behind its own that a latent depends on."""
         return self.window - self.hop
+
+    @property
+    def history(self) -> int:
+        """Samples before a sound's first that its spectra depend on."""
+        return self.hop + self.pitch_window - self.window
 
     @property
     def num_bins(self) -> int:
@@ -143,7 +159,7 @@ class AudioVAE(NormalizedLatents, nn.Module):
             InputError: for sound that is not [B, N] or is empty.
         """
         _check_sound(sound)
-        return self._encode(self._fill(F.pad(sound, (self.config.hop, 0))), None)
+        return self._encode(self._fill(F.pad(sound, (self.config.history, 0))), None)
 
     def decode_raw(self, latents: Tensor, num_samples: int | None = None) -> Tensor:
         """Sound [B, N] of latents [B, C, K] as encoded, cut to `num_samples` where given."""
@@ -173,11 +189,10 @@ class AudioVAE(NormalizedLatents, nn.Module):
         """What the encoder sees of sound [B, N].
 
         Returns:
-            Magnitudes [B, T, bins], and the phases' advance since the last frame, less their bin's
-            own, as complex numbers of length 1; T = K * frames_per_token.
+            Magnitudes [B, T, bins], and tones, complex; see `to_spectra`; T = K * frames_per_token.
         """
         _check_sound(sound)
-        return to_spectra(self.config, self._fill(F.pad(sound, (self.config.hop, 0))))
+        return to_spectra(self.config, self._fill(F.pad(sound, (self.config.history, 0))))
 
     def encode(self, sound: Tensor) -> Tensor:
         """The posterior's mode, normalised, [B, C, K]; see `encode_moments`."""
@@ -204,18 +219,18 @@ class AudioVAE(NormalizedLatents, nn.Module):
         """
         cache = StreamCache() if cache is None else cache
         size, ahead = self.config.samples_per_token, self.config.lookahead
-        hop = self.config.hop  # of what came before, for the first frame's advance
+        before = self.config.history
         for chunk in sound:
             _check_sound(chunk)
-            held = cache.tensors.pop(_SAMPLES, chunk.new_zeros(chunk.shape[0], hop))
+            held = cache.tensors.pop(_SAMPLES, chunk.new_zeros(chunk.shape[0], before))
             held = torch.cat([held, chunk], 1)
-            if (ready := (held.shape[1] - hop - ahead) // size) > 0:
-                yield self._next_tokens(held[:, : hop + ready * size + ahead], ready, cache)
+            if (ready := (held.shape[1] - before - ahead) // size) > 0:
+                yield self._next_tokens(held[:, : before + ready * size + ahead], ready, cache)
                 held = held[:, ready * size :]
             cache.tensors[_SAMPLES] = held.clone()
         held = cache.tensors.pop(_SAMPLES, None) if ends else None
-        if held is not None and held.shape[1] > hop:
-            count = self.config.num_tokens(held.shape[1] - hop)
+        if held is not None and held.shape[1] > before:
+            count = self.config.num_tokens(held.shape[1] - before)
             yield self._next_tokens(self._fill(held), count, cache)
 
     @torch.no_grad()
@@ -245,17 +260,18 @@ class AudioVAE(NormalizedLatents, nn.Module):
     def _fill(self, sound: Tensor) -> Tensor:
         """Let silence follow until the last latent and what it looks ahead to are full.
 
-        `sound` [B, hop + N] begins with what came before it.
+        `sound` [B, history + N] begins with what came before it.
         """
-        tokens = self.config.num_tokens(sound.shape[1] - self.config.hop)
-        whole = self.config.hop + tokens * self.config.samples_per_token + self.config.lookahead
-        return F.pad(sound, (0, whole - sound.shape[1]))
+        config = self.config
+        size = config.num_tokens(sound.shape[1] - config.history) * config.samples_per_token
+        return F.pad(sound, (0, config.history + size + config.lookahead - sound.shape[1]))
 
     def _encode(self, sound: Tensor, cache: StreamCache | None) -> tuple[Tensor, Tensor]:
-        """Moments of sound [B, hop + K * samples_per_token + lookahead]."""
-        magnitudes, advance = to_spectra(self.config, sound)
-        levels = (magnitudes + 1e-4) ** self.config.compression
-        x = torch.cat([levels, levels * advance.real, levels * advance.imag], 2)
+        """Moments of sound [B, history + K * samples_per_token + lookahead]."""
+        magnitudes, tones = to_spectra(self.config, sound)
+        sizes = tones.abs()
+        ways = tones * ((sizes + _FAINT) ** self.config.compression / (sizes + _TINY))
+        x = torch.cat([(magnitudes + _FAINT) ** self.config.compression, ways.real, ways.imag], 2)
         x = x.to(self.encoder.embed.weight.dtype)
         moments = self.encoder(x, self.config.frames_per_token, cache).transpose(1, 2)
         mean, logvar = moments.chunk(2, dim=1)

@@ -42,18 +42,29 @@ class Controls(NamedTuple):
 
 
 def to_spectra(config: AudioVAEConfig, sound: Tensor) -> tuple[Tensor, Tensor]:
-    """Spectra of sound [B, hop + T * hop + lookahead], which begins with what came before it.
+    """Spectra of sound [B, history + T * hop + lookahead], which begins with what came before it.
 
     Returns:
-        Magnitudes [B, T, bins], and the phases' advance since the last frame, less their bin's
-        own, as complex numbers of length 1.
+        Magnitudes [B, T, bins], and tones: complex numbers [B, T, bins] of the magnitude over
+        `pitch_window` and the phase's advance since the last frame, less the bin's own.
     """
-    frames = sound.float().unfold(1, config.window, config.hop) * _window(config, sound.device)
-    spectra = torch.fft.rfft(frames)
+    sound = sound.float()
+    magnitudes = _spectra(config, sound[:, config.history :], config.window).abs()
+    longer = _spectra(config, sound, config.pitch_window)
     own = math.tau * config.hop / config.window * torch.arange(config.num_bins)
     turn = torch.polar(torch.ones(config.num_bins), -own).to(sound.device)
-    moved = spectra[:, 1:] * spectra[:, :-1].conj() * turn
-    return spectra[:, 1:].abs(), moved / (moved.abs() + 1e-9)
+    moved = longer[:, 1:] * longer[:, :-1].conj() * turn
+    size = longer[:, 1:].abs() * (config.window / config.pitch_window)
+    return magnitudes, moved * (size / (moved.abs() + 1e-9))
+
+
+def _spectra(config: AudioVAEConfig, sound: Tensor, length: int) -> Tensor:
+    """Spectra of frames of `length`, several windows, at the window's bins, [B, T, bins].
+
+    A frame folded to a window's length has the same spectrum at these bins.
+    """
+    frames = sound.unfold(1, length, config.hop) * torch.hann_window(length, device=sound.device)
+    return torch.fft.rfft(frames.unflatten(2, (-1, config.window)).sum(2))
 
 
 def to_sound(
