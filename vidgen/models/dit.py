@@ -49,7 +49,7 @@ from vidgen.models.dit_inputs import (
 from vidgen.ops.attention import Backend, require_backend
 from vidgen.ops.parallel import Ranks
 from vidgen.ops.patchify import patchify_latents, unpatchify_latents
-from vidgen.ops.rope import rope_table
+from vidgen.ops.rope import rope_table, sound_rope_table
 
 Pattern = Literal["full", "factorised", "causal"]
 
@@ -361,8 +361,9 @@ class SpacetimeDiT(nn.Module):
         times = audio.timestep.float().reshape(batch, -1)
         streams.append(Stream(tokens, embed_times(self.time_embed, times, tokens.shape[1])))
         centres = torch.arange(tokens.shape[1], device=latents.device).double() + 0.5
-        seconds = audio.start_s + centres / self.config.audio.tokens_per_s
-        clock = rope_table(seconds[None] * audio.frames_per_s, 1, 1, self.config.head_dim)
+        rate = self.config.audio.tokens_per_s
+        frames_at = (audio.start_s + centres / rate) * audio.frames_per_s
+        clock = sound_rope_table(frames_at, centres, self.config.head_dim)
         rope = torch.cat([rope, clock.expand(rope.shape[0], -1, -1)], dim=1)
         return streams, rope
 

@@ -1,6 +1,7 @@
 """Rotary positions over time, rows and columns (Su et al. 2021, eq. 34), Wan's split and pairs.
 
-Axes: B batch, F latent frames, h w patch rows and columns, L tokens, H heads, d head width.
+Axes: B batch, F latent frames, h w patch rows and columns, N sound tokens, L tokens, H heads,
+d head width.
 Pairs are neighbours (2i, 2i + 1); of d/2 angles the last 2 * (d // 6) belong to rows and columns in
 equal parts, the rest to time. Positions are real numbers; tables are computed in float64.
 """
@@ -31,19 +32,43 @@ def rope_table(time: Tensor, rows: int, columns: int, head_dim: int, theta: floa
     """
     spatial = head_dim // 6
     where = time.device
-
-    def rotation(positions: Tensor, num_angles: int) -> Tensor:
-        exponents = torch.arange(num_angles, device=where, dtype=torch.float64) / num_angles
-        angles = positions.double()[..., None] * theta**-exponents
-        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
-
     batch, frames = time.shape
     shape = (batch, frames, rows, columns)
-    by_time = rotation(time, head_dim // 2 - 2 * spatial)[:, :, None, None]
-    by_row = rotation(torch.arange(rows, device=where), spatial)[:, None]
-    by_column = rotation(torch.arange(columns, device=where), spatial)
+    by_time = _rotation(time, head_dim // 2 - 2 * spatial, theta)[:, :, None, None]
+    by_row = _rotation(torch.arange(rows, device=where), spatial, theta)[:, None]
+    by_column = _rotation(torch.arange(columns, device=where), spatial, theta)
     parts = [part.expand(*shape, -1) for part in (by_time, by_row, by_column)]
     return torch.cat(parts, dim=-1).flatten(1, 3)
+
+
+def sound_rope_table(
+    time: Tensor, steps: Tensor, head_dim: int, theta: float = 1e4
+) -> Tensor:
+    """Rotations of sound tokens, many of which go with one latent frame.
+
+    Angles of time hardly turn from one to the next; so those of rows, which sound has none of,
+    turn by `steps`, and neighbours can be told apart.
+
+    Args:
+        time: [N] in latent frames, as the picture's.
+        steps: [N] in tokens.
+        head_dim: d, even.
+        theta: wavelength base.
+
+    Returns:
+        [1, N, d/2] complex64.
+    """
+    spatial = head_dim // 6
+    coarse = _rotation(time, head_dim // 2 - 2 * spatial, theta)
+    fine = _rotation(steps, spatial, theta)
+    return torch.cat([coarse, fine, torch.ones_like(fine)], dim=-1)[None]
+
+
+def _rotation(positions: Tensor, num_angles: int, theta: float) -> Tensor:
+    """[...] -> [..., num_angles], from one radian a position on downwards."""
+    exponents = torch.arange(num_angles, device=positions.device, dtype=torch.float64) / num_angles
+    angles = positions.double()[..., None] * theta**-exponents
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
 def normed_heads(
