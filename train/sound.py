@@ -45,8 +45,9 @@ class SoundLoss:
         stft: spectral convergence and log-magnitude error (Yamamoto et al. 2020, eq. 6, 7), mean
             over `windows`.
         mel: absolute error of log mel magnitudes.
-        advance: 1 - cos of the error of the phases' advance, weighted by magnitude: it brings
-            oscillators to their pitch, where spectra alone have many false minima.
+        advance: 1 - cos of the error of the phases' advance, weighted by magnitude, where an
+            oscillator can follow: it brings them to their pitch, where spectra alone have many
+            false minima.
         windows: lengths of the spectra in samples, with hops of a quarter.
         kl: of the posterior against a standard normal.
     """
@@ -166,8 +167,10 @@ class SoundTask:
         start = int(torch.randint(4096, ()))  # noise is never the same, so nothing relies on it
         decoded = self.vae.render(controls, first_noise=start)
         magnitudes, tones = self.vae.spectra(batch)
-        share = magnitudes / magnitudes.sum((1, 2), keepdim=True).clamp(min=1e-6)
-        apart = 1 - (controls.advance - tones.angle()).cos()
+        theirs = tones.angle()  # of a tone's bins one or two have an oscillator that reaches it
+        near = magnitudes * (theirs.abs() <= self.vae.config.reach)
+        share = near / near.sum((1, 2), keepdim=True).clamp(min=1e-6)
+        apart = 1 - (controls.advance - theirs).cos()
         advance = (share * apart).sum((1, 2)).mean()
         stft = torch.stack([stft_distance(decoded, batch, w) for w in weights.windows]).mean()
         mel = mel_distance(decoded, batch)

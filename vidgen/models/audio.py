@@ -123,6 +123,14 @@ class AudioVAEConfig:
         return self.hop + self.pitch_window - self.window
 
     @property
+    def reach(self) -> float:
+        """Largest advance of an oscillator, in radians a frame: little more than to the next one's.
+
+        Several that could follow one tone would beat with each other.
+        """
+        return 1.1 * math.pi * self.hop / self.window
+
+    @property
     def num_bins(self) -> int:
         """Frequencies of a frame's spectrum."""
         return self.window // 2 + 1
@@ -171,7 +179,7 @@ class AudioVAE(NormalizedLatents, nn.Module):
         said = self.decoder(x, self.config.frames_per_token, cache)
         advance, tone, noise = said.chunk(3, dim=2)
         tone, noise = (logs.clamp(max=_LOUDEST).exp() for logs in (tone, noise))
-        return Controls(math.pi * advance.tanh(), tone, noise)
+        return Controls(self.config.reach * advance.tanh(), tone, noise)
 
     def render(
         self, controls: Controls, cache: StreamCache | None = None, first_noise: int = 0

@@ -31,7 +31,7 @@ _ONSET = 0.1  # share of the full overlap that the first samples are divided by 
 class Controls(NamedTuple):
     """What a decoder says of each frame, [B, T, bins].
 
-    advance: by which a frequency's phase leads its bin's own since the last frame, in (-pi, pi).
+    advance: by which a frequency's phase leads its bin's own since the last frame, in radians.
     tone: magnitude of the oscillator.
     noise: deviation of the noise.
     """
