@@ -7,7 +7,7 @@ from vidgen.core.errors import InputError
 from vidgen.ops import attention as module
 from vidgen.ops import native
 from vidgen.ops.attention import attention, require_backend
-from vidgen.ops.rope import normed_heads, rope_table
+from vidgen.ops.rope import normed_heads, rope_table, sound_rope_table
 
 
 def make_qkv(dtype: torch.dtype = torch.float32, Lq: int = 5, Lk: int = 7):
@@ -114,6 +114,16 @@ def test_scores_depend_on_distance_alone_even_at_fractions():
 
     torch.testing.assert_close(score(0.25, 3.0), score(10.25, 13.0), atol=1e-5, rtol=1e-5)
     assert abs(score(0.25, 3.0) - score(0.25, 3.5)) > 1e-3
+
+
+def test_sound_tokens_tell_their_neighbours_apart():
+    at = torch.arange(4.0)
+    table = sound_rope_table(at / 20, at, 64)[0]  # twenty to a latent frame
+    coarse = rope_table(at[None] / 20, 1, 1, 64)[0]
+    turned = (table[1:] / table[:-1]).angle().abs()
+    assert float((coarse[1:] / coarse[:-1]).angle().abs().max()) < 0.06
+    torch.testing.assert_close(turned.amax(1), torch.ones(3))
+    torch.testing.assert_close(table[:, :12], coarse[:, :12])  # on the picture's clock, too
 
 
 def far_qkv(dtype: torch.dtype, Lq: int, Lk: int, d: int = 64, scale: float = 3.0):

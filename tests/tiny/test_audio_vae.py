@@ -144,6 +144,26 @@ def test_the_encoder_sees_what_the_oscillators_need(vae: AudioVAE) -> None:
     assert int(spectrum.argmax()) / 10 == pytest.approx(hertz, abs=1)
 
 
+def test_near_tones_have_a_pitch_over_the_longer_window_alone() -> None:
+    time = torch.arange(16_000) / TINY.sample_rate
+    pair = [0.2 * torch.sin(2 * torch.pi * hertz * time) for hertz in (1000.0, 1090.0)]
+    at = round(1000.0 / TINY.sample_rate * TINY.window)
+
+    def wavering(pitch_window: int) -> float:
+        tones = AudioVAE(replace(TINY, pitch_window=pitch_window)).spectra(sum(pair)[None])[1]
+        return float(tones[0, 20:200, at].angle().std())
+
+    assert wavering(0) > 0.2
+    assert wavering(512) < 0.05
+
+
+def test_an_oscillator_reaches_little_farther_than_half_way_to_the_next(vae: AudioVAE) -> None:
+    between = torch.pi * TINY.hop / TINY.window  # radians a frame
+    advance = vae.controls(20 * torch.randn(2, TINY.latent_channels, 20)).advance
+    assert float(advance.abs().max()) < 1.11 * between
+    assert vae.config.reach > between
+
+
 def test_noise_is_noise_and_always_the_same(vae: AudioVAE) -> None:
     noise = torch.ones(1, 250, TINY.num_bins)
     silent = torch.zeros_like(noise)
@@ -204,6 +224,8 @@ def test_what_is_no_mono_sound_is_refused(vae: AudioVAE) -> None:
 def test_bad_architectures_are_refused() -> None:
     with pytest.raises(ValueError, match="hop"):
         replace(TINY, hop=100)
+    with pytest.raises(ValueError, match="pitch_window 300"):
+        replace(TINY, pitch_window=300)
     with pytest.raises(ValueError, match="latents_mean"):
         replace(TINY, latents_mean=(0.0,))
     with pytest.raises(ValueError, match="kernel_size"):

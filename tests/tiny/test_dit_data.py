@@ -85,6 +85,20 @@ def test_only_what_a_reference_shows_goes_unnamed(plain: DiTData) -> None:
     assert min(shown, hidden) > 10
 
 
+def test_tokens_name_what_caption_or_reference_tell_of(plain: DiTData) -> None:
+    named = replace(plain, anonymous_share=1.0)
+    silent = replace(plain, caption_dropout=1.0)
+    found = 0
+    for a, b, c in zip(draws(plain), draws(named), draws(silent), strict=True):
+        alone = a.labels["sprite_2"] == 0
+        assert same(a.shown, a.labels["sprite"].masked_fill(~alone, -1))
+        assert same(b.shown, a.shown)  # the reference tells
+        given = has_reference(c.state.keys, len(c.ids))
+        assert same(c.shown, a.shown.masked_fill(~given, -1))  # nothing else does
+        found += int((c.shown >= 0).sum())
+    assert found > 10
+
+
 def test_windows_of_a_clip_are_shown_its_first_frame(plain: DiTData) -> None:
     windows = replace(plain, window_share=1.0)
     assert all(batch.state.keys is None for batch in draws(windows))
