@@ -59,7 +59,10 @@ class DiTRun(DiTData):
             is sprite: what a sentence says of motion is lost in the velocity's error, where noise
             is high and sprites are few, but not here (after Yu et al. 2024, who align such tokens
             with another network's; here there is the truth). Its head is dropped on export.
-        name_weight: of the loss that has those that are half sprite or more name it; likewise.
+        name_weight: of the loss that has those that are half sprite or more name it, and all of
+            sound name who is heard; likewise.
+        cue_weight: of the loss that has tokens of sound say whether a sound begins there: what the
+            picture settles, but few tokens of a clip's velocity; likewise.
         part: "sound" trains the transformer's own parts for sound alone, first of all.
         init: folder of a released model whose transformer and text encoder to start from.
         compile: torch.compile the blocks, on devices that our own kernels don't serve; pays in runs
@@ -73,6 +76,7 @@ class DiTRun(DiTData):
     sprite_weight: float = 0.0
     cover_weight: float = 0.0
     name_weight: float = 0.0
+    cue_weight: float = 0.0
     part: Literal["all", "sound"] = "all"
     init: str | None = None
     compile: bool = False
@@ -99,35 +103,51 @@ class AttributeHeads(nn.Module):
 
 
 class TruthHeads(nn.Module):
-    """Linear heads from a transformer's tokens, half-way: how much of each is sprite, and which."""
+    """Linear heads from a transformer's tokens, half-way: what each of them shows, or sounds of."""
 
     def __init__(self, dit: SpacetimeDiT) -> None:
         super().__init__()
-        self.cover = nn.Linear(dit.config.hidden_dim, dit.config.patch_size**2)
-        self.names = nn.Linear(dit.config.hidden_dim, len(CLASSES["sprite"]))
+        width, sprites = dit.config.hidden_dim, len(CLASSES["sprite"])
+        self.cover = nn.Linear(width, dit.config.patch_size**2)
+        self.names = nn.Linear(width, sprites)
+        self.cues = nn.Linear(width, 1)
+        self.voices = nn.Linear(width, sprites)
         self.patch = dit.config.patch_size
         dit.blocks[(len(dit.blocks) - 1) // 2].register_forward_hook(self._keep)
 
     def _keep(self, _block: nn.Module, _inputs: Any, streams: list[Stream]) -> None:
-        self.tokens = streams[0].tokens
+        self.tokens = [stream.tokens for stream in streams]
 
-    def losses(self, cover: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropies of the clip that went through last.
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropies of the batch that went through last.
 
-        Args:
-            cover: [B, 1, F, h, w], how much of a latent is sprite.
-            shown: [B], which sprite; -1 where nothing tells, or tells which token shows which.
-
-        Returns:
-            (of the cover, of the names of tokens that are half sprite or more).
+        `cover` says how much of a token is sprite and `names` which, where half of it or more is;
+        of sound `cues` whether one begins there and `voices` whose it is.
         """
-        target = patchify_latents(cover, self.patch)
-        tokens = self.tokens[:, : target.shape[1]]
-        covered = F.binary_cross_entropy_with_logits(self.cover(tokens).float(), target.clamp(0, 1))
-        named = (target.mean(2) >= SHOWN) & (shown >= 0)[:, None]
-        names = shown[:, None].expand_as(named)[named]
-        wrong = F.cross_entropy(self.names(tokens[named]).float(), names, reduction="sum")
-        return covered, wrong / max(1, len(names))
+        target = patchify_latents(batch.cover, self.patch)
+        tokens = self.tokens[0][:, : target.shape[1]]
+        is_sprite = target.mean(2) >= SHOWN
+        found = {
+            "cover": _binary(self.cover(tokens), target.clamp(0, 1)),
+            "names": _naming(self.names, tokens, batch.shown, is_sprite),
+        }
+        if batch.cues is not None:
+            heard, anywhere = self.tokens[1], torch.ones_like(batch.cues, dtype=torch.bool)
+            found["cues"] = _binary(self.cues(heard)[..., 0], batch.cues)
+            found["voices"] = _naming(self.voices, heard, batch.shown, anywhere)
+        return found
+
+
+def _binary(logits: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits.float(), target)
+
+
+def _naming(head: nn.Linear, tokens: Tensor, names: Tensor, there: Tensor) -> Tensor:
+    """Cross-entropy of tokens [B, L, D] where they are there [B, L], of names [B], -1 for none."""
+    there = there & (names >= 0)[:, None]
+    wanted = names[:, None].expand_as(there)[there]
+    wrong = F.cross_entropy(head(tokens[there]).float(), wanted, reduction="sum")
+    return wrong / max(1, len(wanted))
 
 
 class DiTTask:
@@ -153,7 +173,7 @@ class DiTTask:
         }
         if config.part == "sound":
             for name, parameter in named_parameters(self.modules).items():
-                parameter.requires_grad_("audio" in name)
+                parameter.requires_grad_("audio" in name or name.startswith("truth."))
         self.draws = ClipDraws(config, self.device, self.dit.config.patch_size)
         first = self.draws.caches[0]
         self.frames_per_s = first.config.fps / first.strides.t
@@ -210,10 +230,12 @@ class DiTTask:
         context = encode_tokens(self.text, batch.ids, batch.mask)
         error, sound = self._errors(batch, context, self.config.sprite_weight)
         told = self.heads.loss(context, batch.mask, batch.labels)
-        cover, names = self.truth.losses(batch.cover, batch.shown)
-        total = error + self.config.attribute_weight * told
-        total = total + self.config.cover_weight * cover + self.config.name_weight * names
-        values = {"velocity": error, "attributes": told, "cover": cover, "names": names}
+        truth, config = self.truth.losses(batch), self.config
+        weights = {"cover": config.cover_weight, "names": config.name_weight,
+                   "cues": config.cue_weight, "voices": config.name_weight}
+        total = error + config.attribute_weight * told
+        total = total + sum(weights[name] * value for name, value in truth.items())
+        values = {"velocity": error, "attributes": told, **truth}
         if sound is not None:
             total, values["sound"] = total + sound, sound
         return total, {name: value.detach() for name, value in values.items()}

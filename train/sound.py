@@ -4,8 +4,9 @@
 
 Windows are cut from clips at any sample, so that onsets lie anywhere in a latent. The losses look
 at magnitudes, in windows from 4 to 128 ms (short ones keep onsets where they are, long ones keep
-pitches), and at how far phases go from frame to frame. `part: decoder` freezes the encoder, so that
-what a transformer learned of the latents stays true while they come to sound better.
+pitches), and at what the decoder says of tones and noise, against what the sound is made of.
+`part: decoder` freezes the encoder, so that what a transformer learned of the latents stays true
+while they come to sound better.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from vidgen.toybox.sound import synthesize
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
+from vidgen.training.sound_parts import controls_distance, take_apart
 from vidgen.weights.sound_vae import load_sound_vae
 
 _FLOOR = 1e-4  # of magnitudes before their logarithm; a full-scale sine is about 1
@@ -45,16 +47,17 @@ class SoundLoss:
         stft: spectral convergence and log-magnitude error (Yamamoto et al. 2020, eq. 6, 7), mean
             over `windows`.
         mel: absolute error of log mel magnitudes.
-        advance: 1 - cos of the error of the phases' advance, weighted by magnitude, where an
-            oscillator can follow: it brings them to their pitch, where spectra alone have many
-            false minima.
+        parts: error of the logs of tones' and noise's magnitudes against those that the sound is
+            made of; see `take_apart`.
+        advance: 1 - cos of the error of the tones' advance.
         windows: lengths of the spectra in samples, with hops of a quarter.
         kl: of the posterior against a standard normal.
     """
 
     stft: float = 1.0
     mel: float = 1.0
-    advance: float = 1.0
+    parts: float = 1.0
+    advance: float = 4.0
     windows: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     kl: float = 1e-3
 
@@ -156,7 +159,7 @@ class SoundTask:
         return (clips[rows, where] * gains).to(self.device)
 
     def loss(self, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Magnitudes at several resolutions, mel magnitudes, advance of phases, KL."""
+        """Magnitudes at several resolutions, mel magnitudes, tones and noise, KL."""
         del step
         weights = self.config.loss
         mean, logvar = (part.float() for part in self.vae.encode_moments(batch))
@@ -166,17 +169,13 @@ class SoundTask:
         controls = self.vae.controls(latents)
         start = int(torch.randint(4096, ()))  # noise is never the same, so nothing relies on it
         decoded = self.vae.render(controls, first_noise=start)
-        magnitudes, tones = self.vae.spectra(batch)
-        theirs = tones.angle()  # of a tone's bins one or two have an oscillator that reaches it
-        near = magnitudes * (theirs.abs() <= self.vae.config.reach)
-        share = near / near.sum((1, 2), keepdim=True).clamp(min=1e-6)
-        apart = 1 - (controls.advance - theirs).cos()
-        advance = (share * apart).sum((1, 2)).mean()
+        wanted = take_apart(self.vae.config, *self.vae.spectra(batch))
+        parts, advance = controls_distance(controls, wanted)
         stft = torch.stack([stft_distance(decoded, batch, w) for w in weights.windows]).mean()
         mel = mel_distance(decoded, batch)
         total = weights.stft * stft + weights.mel * mel + weights.kl * kl
-        total = total + weights.advance * advance
-        terms = {"stft": stft, "mel": mel, "advance": advance, "kl": kl}
+        total = total + weights.parts * parts + weights.advance * advance
+        terms = {"stft": stft, "mel": mel, "parts": parts, "advance": advance, "kl": kl}
         return total, {name: value.detach() for name, value in terms.items()}
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:

@@ -120,8 +120,8 @@ class Batch:
     """One micro-batch: latents with conditions, noise levels and noise, and described.
 
     `cover` [B, 1, F, h, w] says how much of a latent is sprite, `labels` what the caption says,
-    `shown` [B] which sprite caption or reference tell of, -1 for none or two; `sound_noise`
-    [B, C, K] goes with the state's sound.
+    `shown` [B] which sprite caption or reference tell of, -1 for none or two. `sound_noise`
+    [B, C, K] goes with the state's sound, and `cues` [B, K], whether one begins there.
     """
 
     state: LatentState
@@ -133,6 +133,7 @@ class Batch:
     labels: dict[str, Tensor]
     shown: Tensor
     sound_noise: Tensor | None = None
+    cues: Tensor | None = None
 
 
 class ClipDraws:
@@ -248,7 +249,7 @@ class ClipDraws:
             labels[name] = labels[name].masked_fill(unnamed, -1)
         ids, mask = self.tokenizer.encode(texts)
         noise = torch.randn(latents.shape, generator=draw)
-        sound_noise = None
+        sound_noise = cues = None
         if sound is None:
             sound = num_frames > 1 and self._draws_sound(kind)
         if sound:
@@ -258,12 +259,13 @@ class ClipDraws:
             state = with_sound(state, heard[rows], first, mix, cache, draw)
             assert state.sound is not None
             sound_noise = torch.randn(state.sound.clean.shape, generator=draw).to(self.device)
+            cues = cache.cues(scenes, first, latents.shape[2]).to(self.device)
         return Batch(
             state.to(self.device), cover.to(self.device), noise.to(self.device),
             sigma.to(self.device),
             ids.to(self.device), mask.to(self.device),
             {name: value.to(self.device) for name, value in labels.items()},
-            shown.to(self.device), sound_noise,
+            shown.to(self.device), sound_noise, cues,
         )
 
     def _unnamed(self, seeds: list[int]) -> Tensor:

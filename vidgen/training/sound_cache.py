@@ -5,6 +5,7 @@ Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from vidgen.core.errors import InputError
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.sound import SoundState, sound_span
 from vidgen.models.audio import AudioVAE, AudioVAEConfig
+from vidgen.toybox.cues import sound_cues
+from vidgen.toybox.scenes import Scene
 from vidgen.toybox.sound import synthesize
 from vidgen.training.latents import LatentShards
 from vidgen.training.toybox_data import ToyboxCache, encoder_hash
@@ -76,6 +79,28 @@ class SoundCache:
             parts.append(vae.encode(sound.to(device)).cpu())
         self.shards.write(index, {"sound": torch.cat(parts).half()})
 
+    def cues(self, scenes: Sequence[Scene], first: int, count: int) -> Tensor:
+        """Where in a stretch of the scenes' clips a sound begins, [B, K] float 0 or 1.
+
+        Args:
+            scenes: B scenes of the cache's.
+            first: latent frame of the clips that the stretch begins with.
+            count: its latent frames.
+        """
+        config = self.clips.config
+        begin, end, _ = self.span(first, count)
+        found = torch.zeros(len(scenes), end - begin + 2)  # what begins is seen by its neighbours
+        for row, scene in enumerate(scenes):
+            cues = sound_cues(scene, config.num_frames, config.height, config.width, config.fps)
+            for at in (int(cue.seconds * self.config.tokens_per_s) - begin + 1 for cue in cues):
+                found[row, max(0, at - 1) : max(0, at + 2)] = 1
+        return found[:, 1:-1]
+
+    def span(self, first: int, count: int) -> tuple[int, int, float]:
+        """`sound_span` of a stretch of the clips."""
+        return sound_span(first, count, self.clips.strides.t, self.clips.config.fps,
+                          self.config.tokens_per_s)
+
     def load(self) -> Tensor:
         """All sound that the clips' config asks for, [N, C, K] float16."""
         return self.shards.load(self.clips.config.shards)["sound"]
@@ -98,9 +123,7 @@ def with_sound(
         draw: a CPU generator.
     """
     batch, _, count = state.latents.shape[:3]
-    t, fps = cache.clips.strides.t, cache.clips.config.fps
-    rate = cache.config.tokens_per_s
-    begin, end, start_s = sound_span(first, count, t, fps, rate)
+    begin, end, start_s = cache.span(first, count)
     clean = sound[:, :, begin:end].float()
     generated = torch.ones(batch, 1, clean.shape[2], dtype=torch.bool)
     lot = torch.rand(batch, generator=draw)
@@ -111,7 +134,7 @@ def with_sound(
         whole = state.denoise_mask[row].flatten(2).any(2)[0]  # [F], whether any is generated
         known = count if not whole.any() else int(whole.int().argmax())
         if not picture[row] and (known > 1 or (known and first)):
-            until = sound_span(first, known, t, fps, rate)[1] - 1  # the last one goes on behind
+            until = cache.span(first, known)[1] - 1  # the last one goes on behind
             generated[row, :, : max(0, until - begin)] = False
     mask = state.denoise_mask.clone()
     mask[picture] = False
