@@ -76,14 +76,14 @@ def _release_autoencoder(
     run: Path, folder: Path, network: type[nn.Module], presets: Mapping[str, Any],
     measure: Callable[[Any], tuple[list[float], list[float]]],
 ) -> None:
-    """Averaged weights; the config carries the latents' statistics."""
+    """Averaged weights; the config carries the latents' statistics, which an encoder settles."""
     settings = _run_settings(run)
     config = presets[settings["preset"]]
     if settings.get("init"):
         config = config_of(type(config), Path(settings["init"]))
     vae = network(config)
     vae.load_state_dict(load_averages(run, "vae"))
-    if config.latents_std is None:
+    if settings["part"] != "decoder":
         mean, std = measure(vae)
         config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
     save_module(vae.state_dict(), config, folder, torch.bfloat16)

@@ -47,16 +47,16 @@ class SoundLoss:
         stft: spectral convergence and log-magnitude error (Yamamoto et al. 2020, eq. 6, 7), mean
             over `windows`.
         mel: absolute error of log mel magnitudes.
-        parts: error of the logs of tones' and noise's magnitudes against those that the sound is
-            made of; see `take_apart`.
+        parts: squared error of the magnitudes of tones and noise, compressed, against those that
+            the sound is made of; see `take_apart`.
         advance: 1 - cos of the error of the tones' advance.
         windows: lengths of the spectra in samples, with hops of a quarter.
         kl: of the posterior against a standard normal.
     """
 
-    stft: float = 1.0
+    stft: float = 0.25
     mel: float = 1.0
-    parts: float = 1.0
+    parts: float = 10.0
     advance: float = 4.0
     windows: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     kl: float = 1e-3
@@ -72,7 +72,7 @@ class SoundRun:
         gain_db: range of the random gain.
         validation_clips: of held-out scenes.
         part: "decoder" keeps the encoder, and with it all latents, as it is.
-        init: component folder of a released sound VAE to start from; its latents' statistics stay.
+        init: component folder of a released sound VAE to start from, and to take the config of.
     """
 
     run: RunConfig

@@ -58,7 +58,7 @@ class VAERun:
         part: "decoder" keeps the encoder, and with it every cached latent, as it is.
         clip_frames: lengths of the clips, in turns, that windows of a phase's frames are cut from;
             a motion spans its clip, so shorter clips move faster.
-        init: component folder of a released VAE to start from; its latents' statistics stay.
+        init: component folder of a released VAE to start from, and to take the config of.
     """
 
     run: RunConfig
