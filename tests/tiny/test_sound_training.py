@@ -17,6 +17,9 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.evaluation.fidelity import measure_fidelity
 from vidgen.evaluation.listening import grade_sound, hollow_sound, judge_sounds
 from vidgen.media.mel import log_mel, mel_bank, spectrogram
+from vidgen.models.audio import AudioVAE
+from vidgen.models.audio_spectra import Controls
+from vidgen.models.presets import AUDIO_VAE_PRESETS
 from vidgen.toybox.cues import SAMPLE_RATE, sound_cues
 from vidgen.toybox.judge import NOTHING
 from vidgen.toybox.scenes import Actor, Scene, sample_scenes
@@ -25,6 +28,7 @@ from vidgen.toybox.sound_judge import Heard, SoundJudge, SoundJudgeConfig, Sound
 from vidgen.training.checkpoint import latest_checkpoint
 from vidgen.training.loop import train
 from vidgen.training.sound_data import damage_sound, hollow_out, label_sounds
+from vidgen.training.sound_parts import COMPRESSION, controls_distance, take_apart
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE, load_sound_vae
 
@@ -67,6 +71,28 @@ def test_a_resumed_run_ends_with_the_same_bits(sound: ModuleType, tmp_path: Path
     one, two = state_of(tmp_path / "straight"), state_of(tmp_path / "cut")
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def test_a_tone_is_taken_for_its_nearest_oscillators_and_noise_for_noise() -> None:
+    vae = AudioVAE(AUDIO_VAE_PRESETS["tiny"])
+    tone = 0.3 * torch.sin(torch.arange(16_000) * 2 * torch.pi * 1010 / SAMPLE_RATE)[None]
+    noise = 0.1 * torch.randn(1, 16_000, generator=torch.Generator().manual_seed(0))
+    inside = slice(20, -20)
+
+    of_tone = take_apart(vae.config, *vae.spectra(tone))
+    playing = (of_tone.tone[0, inside] > 0.1).any(0).nonzero().flatten().tolist()
+    assert playing == [16]  # bins of 62.5 Hz
+    assert float(of_tone.noise[0, inside, 10:22].max()) < 1e-3
+    heard = vae.render(of_tone)[:, : tone.shape[1]]
+    assert float(heard[:, 2000:-2000].std()) == pytest.approx(float(tone.std()), rel=0.05)
+
+    of_noise = take_apart(vae.config, *vae.spectra(noise))
+    assert float((of_noise.tone > 0).float().mean()) < 0.2
+    mean = (of_noise.noise[:, inside] ** COMPRESSION).mean((1, 2), keepdim=True)
+    level = (mean ** (1 / COMPRESSION)).expand_as(of_noise.noise)
+    steady = vae.render(Controls(torch.zeros_like(level), torch.zeros_like(level), level))
+    assert 0.6 < float(steady.std() / noise.std()) < 1.1  # what was taken for tones is missing
+    assert controls_distance(of_noise, of_noise) == (0, 0)
 
 
 def test_the_loss_falls_and_silence_is_finite(sound: ModuleType, tmp_path: Path) -> None:
