@@ -124,7 +124,7 @@ class AudioVAEConfig:
 
     @property
     def reach(self) -> float:
-        """Largest advance of an oscillator, in radians a frame: little more than to the next one's.
+        """Largest advance of an oscillator, in radians a frame: a little over half-way to the next.
 
         Several that could follow one tone would beat with each other.
         """
