@@ -424,6 +424,7 @@ def test_a_phone_shows_all_of_it(browser, served):
                 && !each.getAttribute("aria-label")).map(each => each.outerHTML)""")
             assert unnamed == []
         page.goto(f"{served.url}/#/films")
+        expect(page.locator("#films-title")).to_be_focused()
         for _ in range(40):  # the bars that stay hide nothing that has the focus
             page.keyboard.press("Tab")
             assert page.evaluate("""() => {
