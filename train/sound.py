@@ -170,7 +170,7 @@ class SoundTask:
         start = int(torch.randint(4096, ()))  # noise is never the same, so nothing relies on it
         decoded = self.vae.render(controls, first_noise=start)
         wanted = take_apart(self.vae.config, *self.vae.spectra(batch))
-        parts, advance = controls_distance(controls, wanted)
+        parts, advance = controls_distance(self.vae.config, controls, wanted)
         stft = torch.stack([stft_distance(decoded, batch, w) for w in weights.windows]).mean()
         mel = mel_distance(decoded, batch)
         total = weights.stft * stft + weights.mel * mel + weights.kl * kl

@@ -28,7 +28,7 @@ from vidgen.toybox.sound_judge import Heard, SoundJudge, SoundJudgeConfig, Sound
 from vidgen.training.checkpoint import latest_checkpoint
 from vidgen.training.loop import train
 from vidgen.training.sound_data import damage_sound, hollow_out, label_sounds
-from vidgen.training.sound_parts import COMPRESSION, controls_distance, take_apart
+from vidgen.training.sound_parts import controls_distance, take_apart
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE, load_sound_vae
 
@@ -88,11 +88,12 @@ def test_a_tone_is_taken_for_its_nearest_oscillators_and_noise_for_noise() -> No
 
     of_noise = take_apart(vae.config, *vae.spectra(noise))
     assert float(of_noise.tone.mean()) < 0.2 * float(of_noise.noise.mean())
-    mean = (of_noise.noise[:, inside] ** COMPRESSION).mean((1, 2), keepdim=True)
-    level = (mean ** (1 / COMPRESSION)).expand_as(of_noise.noise)
+    power = vae.config.compression
+    mean = (of_noise.noise[:, inside] ** power).mean((1, 2), keepdim=True)
+    level = (mean ** (1 / power)).expand_as(of_noise.noise)
     steady = vae.render(Controls(torch.zeros_like(level), torch.zeros_like(level), level))
     assert 0.6 < float(steady.std() / noise.std()) < 1.1  # what was taken for tones is missing
-    assert controls_distance(of_noise, of_noise) == (0, 0)
+    assert controls_distance(vae.config, of_noise, of_noise) == (0, 0)
 
 
 def test_the_loss_falls_and_silence_is_finite(sound: ModuleType, tmp_path: Path) -> None:

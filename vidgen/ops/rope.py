@@ -41,9 +41,7 @@ def rope_table(time: Tensor, rows: int, columns: int, head_dim: int, theta: floa
     return torch.cat(parts, dim=-1).flatten(1, 3)
 
 
-def sound_rope_table(
-    time: Tensor, steps: Tensor, head_dim: int, theta: float = 1e4
-) -> Tensor:
+def sound_rope_table(time: Tensor, steps: Tensor, head_dim: int, theta: float = 1e4) -> Tensor:
     """Rotations of sound tokens, many of which go with one latent frame.
 
     Angles of time hardly turn from one to the next; so those of rows, which sound has none of,

@@ -192,7 +192,7 @@ class ClipDraws:
             _wording(scene, number, share) for scene, number in zip(scenes, numbers, strict=True)
         ]
         ids, mask = self.tokenizer.encode(texts)
-        labels = _labels([attributes(scene) for scene in scenes], torch.zeros(count) > 0)
+        labels = _labels([attributes(scene) for scene in scenes])
         return (ids.to(self.device), mask.to(self.device),
                 {name: value.to(self.device) for name, value in labels.items()})
 
@@ -241,10 +241,10 @@ class ClipDraws:
         rate = self.config.caption_dropout if dropout is None else dropout
         dropped = torch.rand(len(rows), generator=draw) < rate
         texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
-        described = [attributes(scene) for scene in scenes]
-        labels = _labels(described, dropped)
-        alone = torch.tensor([len(scene.actors) == 1 for scene in scenes])
-        shown = _labels(described, dropped & ~given)["sprite"].masked_fill(~alone, -1)
+        truth = _labels([attributes(scene) for scene in scenes])
+        labels = {name: value.masked_fill(dropped, -1) for name, value in truth.items()}
+        several = torch.tensor([len(scene.actors) > 1 for scene in scenes])
+        shown = truth["sprite"].masked_fill((dropped & ~given) | several, -1)
         for name in SHOWN_BY_REFERENCE:
             labels[name] = labels[name].masked_fill(unnamed, -1)
         ids, mask = self.tokenizer.encode(texts)
@@ -303,11 +303,10 @@ def _single(clips: Tensor, stills: Tensor, rows: Tensor, pick: Tensor) -> Tensor
     return frames[torch.arange(len(rows)), :, pick][:, :, None]
 
 
-def _labels(described: list[dict[str, str | None]], dropped: Tensor) -> dict[str, Tensor]:
+def _labels(described: list[dict[str, str | None]]) -> dict[str, Tensor]:
     """Class indices by attribute, [B]; -1 where there is nothing to name."""
     table = {}
     for name, classes in CLASSES.items():
         index = {value: i for i, value in enumerate(classes)}
-        values = torch.tensor([index.get(entry[name], -1) for entry in described])
-        table[name] = values.masked_fill(dropped, -1)
+        table[name] = torch.tensor([index.get(entry[name], -1) for entry in described])
     return table

@@ -24,8 +24,7 @@ NOISY, STEADY = 0.90, 0.98  # evenness of what is all noise, and all tone
 TONE = 1.5
 """A steady oscillator's magnitude over its spectrum's, of Hann windows at any overlap."""
 FAINT = 1e-3  # magnitude that can't be heard; a full-scale sine has a quarter of the window's
-COMPRESSION = 0.3
-_MEAN = 0.79  # of noise's magnitudes, so raised and raised back, in root mean squares
+_MEAN = 0.79  # of noise's magnitudes, compressed and raised back, in root mean squares
 
 
 def take_apart(config: AudioVAEConfig, magnitudes: Tensor, tones: Tensor) -> Controls:
@@ -44,15 +43,18 @@ def take_apart(config: AudioVAEConfig, magnitudes: Tensor, tones: Tensor) -> Con
     )
 
 
-def controls_distance(said: Controls, wanted: Controls) -> tuple[Tensor, Tensor]:
+def controls_distance(
+    config: AudioVAEConfig, said: Controls, wanted: Controls
+) -> tuple[Tensor, Tensor]:
     """How far controls are from those wanted, two scalars.
 
     Returns:
-        (mean squared error of both magnitudes raised to `COMPRESSION`, mean of 1 - cos of the error
-        of the advance, weighted by the root of the tone that is wanted).
+        (mean squared error of both magnitudes, compressed as the encoder's are, mean of 1 - cos of
+        the error of the advance, weighted by the root of the tone that is wanted).
     """
+    power = config.compression
     errors = [
-        ((ours + FAINT) ** COMPRESSION - (theirs + FAINT) ** COMPRESSION).square().mean()
+        ((ours + FAINT) ** power - (theirs + FAINT) ** power).square().mean()
         for ours, theirs in ((said.tone, wanted.tone), (said.noise, wanted.noise))
     ]
     weight = wanted.tone.sqrt()
@@ -63,7 +65,5 @@ def controls_distance(said: Controls, wanted: Controls) -> tuple[Tensor, Tensor]
 def _mean_over_time(x: Tensor) -> Tensor:
     """Mean of complex [B, T, bins] over `STEADY_FRAMES` around each frame."""
     parts = torch.view_as_real(x).flatten(2).transpose(1, 2)
-    mean = F.avg_pool1d(
-        parts, STEADY_FRAMES, 1, STEADY_FRAMES // 2, count_include_pad=False
-    )
+    mean = F.avg_pool1d(parts, STEADY_FRAMES, 1, STEADY_FRAMES // 2, count_include_pad=False)
     return torch.view_as_complex(mean.transpose(1, 2).unflatten(2, (-1, 2)).contiguous())
