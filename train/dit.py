@@ -35,6 +35,7 @@ from vidgen.training.dit_data import Batch, ClipDraws, DiTData
 from vidgen.training.ema import named_parameters
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
+from vidgen.training.toybox_data import MARK_BINS
 from vidgen.weights.load import load_module
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -63,6 +64,9 @@ class DiTRun(DiTData):
             sound name who is heard; likewise.
         cue_weight: of the loss that has tokens of sound say whether a sound begins there: what the
             picture settles, but few tokens of a clip's velocity; likewise.
+        mark_weight: of the loss that has tokens that are half sprite or more say when within their
+            latent frame it comes to a mark, such as the floor: what tokens of sound can then be
+            told; likewise.
         part: "sound" trains the transformer's own parts for sound alone, first of all.
         init: folder of a released model whose transformer and text encoder to start from.
         compile: torch.compile the blocks, on devices that our own kernels don't serve; pays in runs
@@ -77,6 +81,7 @@ class DiTRun(DiTData):
     cover_weight: float = 0.0
     name_weight: float = 0.0
     cue_weight: float = 0.0
+    mark_weight: float = 0.0
     part: Literal["all", "sound"] = "all"
     init: str | None = None
     compile: bool = False
@@ -110,6 +115,7 @@ class TruthHeads(nn.Module):
         width, sprites = dit.config.hidden_dim, len(CLASSES["sprite"])
         self.cover = nn.Linear(width, dit.config.patch_size**2)
         self.names = nn.Linear(width, sprites)
+        self.marks = nn.Linear(width, MARK_BINS)
         self.cues = nn.Linear(width, 1)
         self.voices = nn.Linear(width, sprites)
         self.patch = dit.config.patch_size
@@ -121,7 +127,8 @@ class TruthHeads(nn.Module):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropies of the batch that went through last.
 
-        `cover` says how much of a token is sprite and `names` which, where half of it or more is;
+        `cover` says how much of a token is sprite; where half of it or more is, `names` says which
+        and `marks` when it comes to one;
         of sound `cues` whether one begins there and `voices` whose it is.
         """
         target = patchify_latents(batch.cover, self.patch)
@@ -131,6 +138,10 @@ class TruthHeads(nn.Module):
             "cover": _binary(self.cover(tokens), target.clamp(0, 1)),
             "names": _naming(self.names, tokens, batch.shown, is_sprite),
         }
+        if batch.marks is not None:
+            wanted = batch.marks.repeat_interleave(is_sprite.shape[1] // batch.marks.shape[1], 1)
+            told = _binary(self.marks(tokens), wanted, reduction="none").mean(2)
+            found["marks"] = (told * is_sprite).sum() / is_sprite.sum().clamp(min=1)
         if batch.cues is not None:
             heard, anywhere = self.tokens[1], torch.ones_like(batch.cues, dtype=torch.bool)
             found["cues"] = _binary(self.cues(heard)[..., 0], batch.cues)
@@ -138,8 +149,8 @@ class TruthHeads(nn.Module):
         return found
 
 
-def _binary(logits: Tensor, target: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits.float(), target)
+def _binary(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits.float(), target, reduction=reduction)
 
 
 def _naming(head: nn.Linear, tokens: Tensor, names: Tensor, there: Tensor) -> Tensor:
@@ -232,7 +243,8 @@ class DiTTask:
         told = self.heads.loss(context, batch.mask, batch.labels)
         truth, config = self.truth.losses(batch), self.config
         weights = {"cover": config.cover_weight, "names": config.name_weight,
-                   "cues": config.cue_weight, "voices": config.name_weight}
+                   "marks": config.mark_weight, "cues": config.cue_weight,
+                   "voices": config.name_weight}
         total = error + config.attribute_weight * told
         total = total + sum(weights[name] * value for name, value in truth.items())
         values = {"velocity": error, "attributes": told, **truth}

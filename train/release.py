@@ -6,10 +6,10 @@
     python train/release.py sound     --run runs/sound --out vidgen/assets/toybox
     python train/release.py student   --run runs/student --out vidgen/assets/toybox
 
-`vae` and `sound` measure the latents' mean and deviation on fresh clips, unless the run began with
-a folder that has them (`init`). `dit` removes the student, which was of the old weights; clips come
-with sound once its run had `sound`; `--mix` averages its weights with those of releases it began
-with (Wortsman et al. 2022). Each call writes `model.json` anew.
+`vae` and `sound` measure the latents' mean and deviation on fresh clips, unless their encoder
+stayed as it was (`part: decoder`). `dit` removes the student, which was of the old weights; clips
+come with sound once its run had `sound`; `--mix` averages its weights with those of releases it
+began with (Wortsman et al. 2022). Each call writes `model.json` anew.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import nn
 from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_write, best_dtype, sha256_file
-from vidgen.models.audio import AudioVAE
+from vidgen.models.audio import AudioVAE, AudioVAEConfig
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.models.words import split_words
@@ -46,6 +46,7 @@ from vidgen.training.distil import adapter_of
 from vidgen.training.distil_data import TrajectoryConfig
 from vidgen.training.program import exit_code
 from vidgen.training.tokenizer import train_tokenizer
+from vidgen.training.toybox_data import encoder_hash
 from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_model_info
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE
@@ -56,6 +57,7 @@ DEFAULTS = ModelDefaults(
     sampler="unipc", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
+HISTORY_NOISE = 0.2  # of those tried the one that keeps sprites best (docs/experiments.md)
 PARTS = ("vae/model.safetensors", "transformer/model.safetensors",
          "text_encoder/model.safetensors", "tokenizer/tokenizer.json")
 NUM_STATISTICS_CLIPS = 128
@@ -131,7 +133,7 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float]) -> None:
     settings = _run_settings(run)
     configs = {"transformer": DIT_PRESETS[settings["preset"]],
                "text_encoder": TEXT_PRESETS[settings["text_preset"]].to_transformers()}
-    made = {part: mixed(load_averages(run, part), part, mix) for part in configs}
+    made = {part: mixed(load_averages(run, part), part, mix, out) for part in configs}
     shutil.rmtree(out / STUDENT, ignore_errors=True)
     for part, config in configs.items():
         save_module(made[part], config, out / part, torch.bfloat16)
@@ -141,11 +143,12 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float]) -> None:
 
 
 def mixed(
-    state: dict[str, torch.Tensor], part: str, mix: Mapping[Path, float]
+    state: dict[str, torch.Tensor], part: str, mix: Mapping[Path, float], out: Path
 ) -> dict[str, torch.Tensor]:
     """Weights averaged with those of the same part of other folders, by these folders' shares.
 
-    Parts for sound are averaged among the releases that make sound: others' were never trained.
+    Parts for sound are averaged among the releases that make sound of the same latents as `out`:
+    others' were never trained, or on other ones.
 
     Raises:
         ModelError: a folder has no such part, or one of other shapes.
@@ -155,13 +158,20 @@ def mixed(
     releases = [(state, 1 - sum(mix.values()), True)]
     for folder, share in mix.items():
         weights = _weights_like(state, folder / part)
-        releases.append((weights, share, SOUND_TASK in open_model(str(folder)).tasks))
-    for weights, share, makes_sound in releases:
+        releases.append((weights, share, _makes_same_sound(folder, out)))
+    for weights, share, same_sound in releases:
         for name, value in weights.items():
-            if makes_sound or "audio" not in name:
+            if same_sound or "audio" not in name:
                 total[name] += share * value.float()
                 shares[name] += share
     return {name: value / shares[name] for name, value in total.items()}
+
+
+def _makes_same_sound(folder: Path, out: Path) -> bool:
+    if SOUND_TASK not in open_model(str(folder)).tasks or not (out / SOUND_VAE).exists():
+        return False
+    theirs, ours = (encoder_hash(path / SOUND_VAE, AudioVAEConfig) for path in (folder, out))
+    return theirs == ours
 
 
 def _weights_like(state: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
@@ -249,6 +259,15 @@ def tasks_of(out: Path, part: str, run: Path | None) -> tuple[str, ...]:
     return (*TASKS, *[ANCHOR_TASK] * anchored, *[SOUND_TASK] * sounds)
 
 
+def history_noise_of(out: Path, part: str, run: Path | None) -> float:
+    """What later windows see of those before; arguments as in `tasks_of`."""
+    if part == "dit" and run is not None:
+        return HISTORY_NOISE if _run_settings(run).get("history_noise") else 0.0
+    info = out / "model.json"
+    before = json.loads(info.read_text())["defaults"] if info.exists() else {}
+    return float(before.get("history_noise", 0.0))
+
+
 def _run_settings(run: Path) -> dict[str, Any]:
     if latest_checkpoint(run) is None:
         raise ModelError(f"{run} has no checkpoint; train there first")
@@ -285,10 +304,12 @@ def main() -> int:
         else:
             release_tokenizer(options.out)
         if all((options.out / part).exists() for part in PARTS):
+            told = options.out, options.part, options.run
             write_model_info(
                 options.out, name=options.out.name, family="toybox", license_name="Apache-2.0",
-                tasks=tasks_of(options.out, options.part, options.run),
-                defaults=DEFAULTS, world_version=WORLD_VERSION,
+                tasks=tasks_of(*told),
+                defaults=replace(DEFAULTS, history_noise=history_noise_of(*told)),
+                world_version=WORLD_VERSION,
             )
 
     return exit_code(work)

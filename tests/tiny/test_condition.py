@@ -83,6 +83,27 @@ def test_prefix_is_kept_and_must_leave_something_to_generate():
         condition.prefix(new_state(NOISE), CLIP)
 
 
+def test_what_is_known_may_be_shown_through_noise():
+    level, other = torch.tensor([0.25, 0.5]), draw(30)
+    state = condition.noise_known(
+        condition.prefix(new_state(NOISE), CLIP[:, :, :2]), level, other
+    )
+    latents, sigma = denoise_inputs(state, SIGMA)
+    assert torch.equal(latents[:, :, :2], add_noise(CLIP, other, level)[:, :, :2])
+    assert torch.equal(latents[:, :, 2:], NOISE[:, :, 2:])
+    assert sigma.tolist() == [
+        [known, known, made, made, made]
+        for known, made in zip(level.tolist(), SIGMA.tolist(), strict=True)
+    ]
+    assert torch.equal(state.to(torch.device("cpu")).known_sigma, level)
+    region = torch.zeros(1, 1, 5, 4, 6)
+    region[..., 2:] = 1
+    parts = condition.noise_known(condition.mask(new_state(NOISE), CLIP, region), level, other)
+    _, sigma = denoise_inputs(parts, SIGMA, patch=2)
+    assert torch.equal(sigma[..., 0], level.view(2, 1, 1).expand(2, 5, 2))
+    assert torch.equal(sigma[..., 1:], SIGMA.view(2, 1, 1, 1).expand(2, 5, 2, 2))
+
+
 def test_mask_keeps_the_clip_outside_and_gives_each_token_its_sigma():
     region = torch.zeros(1, 1, 5, 4, 6)
     region[..., 2:] = 1

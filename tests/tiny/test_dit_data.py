@@ -13,9 +13,17 @@ from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition import keyframe_position, reference_position
 from vidgen.diffusion.condition_mix import ConditionMix, has_reference
+from vidgen.diffusion.flow import add_noise
+from vidgen.toybox.cues import scene_marks
+from vidgen.toybox.scenes import Actor, Scene
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.dit_data import Batch, ClipDraws, DiTData
-from vidgen.training.toybox_data import CacheConfig, ToyboxCache, load_vae
+from vidgen.training.toybox_data import (
+    MARK_BINS,
+    CacheConfig,
+    ToyboxCache,
+    load_vae,
+)
 
 PHASE = Phase(steps=40, num_frames=33, batch_size=8)
 REFERENCES = ConditionMix(text=1, first=0, last=1, both=0, frames=0, prefix=0, mask=0)
@@ -116,6 +124,44 @@ def test_windows_of_a_clip_are_shown_its_first_frame(plain: DiTData) -> None:
             assert not same(state.clean[row, :, :1], firsts[mine][0])  # from inside the clip
 
 
+def test_what_windows_go_on_from_may_be_noisy(plain: DiTData) -> None:
+    windows = replace(plain, window_share=1.0)
+    levels = []
+    for clear, noisy in zip(
+        draws(windows), draws(replace(windows, history_noise=0.5)), strict=True
+    ):
+        assert clear.state.known_sigma is None
+        level, unknown = noisy.state.known_sigma, noisy.state.denoise_mask
+        assert level is not None
+        assert same(unknown, clear.state.denoise_mask)
+        shown = torch.where(
+            unknown, clear.state.clean, add_noise(clear.state.clean, noisy.noise, level)
+        )
+        assert same(noisy.state.clean, shown)
+        levels.append(level)
+    found = torch.cat(levels)
+    assert 0 <= float(found.min()) < 0.1
+    assert 0.4 < float(found.max()) <= 0.5
+    whole = draws(replace(plain, history_noise=0.5))
+    assert all(batch.state.known_sigma is None for batch in whole)
+
+
+def test_marks_lie_where_the_scene_has_them(plain: DiTData) -> None:
+    (batch, *_), cache = draws(replace(plain, still_share=0.0)), ToyboxCache(plain.caches[0])
+    assert batch.marks is not None
+    assert batch.marks.shape == (PHASE.batch_size, 9, MARK_BINS)
+    bouncing = Scene(5, (Actor("car", "bounces"),), "room")
+    marks = cache.marks([bouncing], 0, 9)[0]
+    times = scene_marks(bouncing, 33, 32, 32, 12)
+    assert len(times) >= 2
+    assert int(marks.sum()) == len(times)
+    for frame, part in marks.nonzero().tolist():  # latent frame f is shown from frame 4 f - 3 on
+        begins = (4 * frame - 3 + 4 * part / MARK_BINS) / 12
+        assert any(begins <= at < begins + 4 / MARK_BINS / 12 for at in times)
+    assert same(cache.marks([bouncing], 2, 5)[0], marks[2:7])
+    assert not cache.marks([Scene(5, (Actor("car", "stays"),), "room")], 0, 9).any()
+
+
 def test_micro_batches_of_a_step_are_of_one_kind(plain: DiTData) -> None:
     mixed = replace(
         plain, image_shares=(0.5,), image_batch=4, window_share=0.5, still_share=0.5,
@@ -139,7 +185,8 @@ def test_validation_stays_plain(plain: DiTData) -> None:
     assert all(same(a.labels[name], b.labels[name]) for name in a.labels)
 
 
-@pytest.mark.parametrize("name", ["loose_share", "anonymous_share", "anchor_share"])
+@pytest.mark.parametrize("name", ["loose_share", "anonymous_share", "anchor_share",
+                                  "history_noise"])
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_shares_lie_between_none_and_all(plain: DiTData, name: str, share: float) -> None:
     with pytest.raises(InputError, match=rf"{name} is {share}.*0\.\.1"):

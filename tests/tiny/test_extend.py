@@ -293,6 +293,27 @@ def test_later_windows_are_shown_the_first_frame(anchored, engine):
     assert all(w["state"].keys is None for w in seen)
 
 
+def test_later_windows_look_through_noise_where_the_model_was_taught_to(engine, tiny_model):
+    taught = load(str(tiny_model), device="cpu", dtype="fp32")
+    defaults = replace(taught.folder.defaults, history_noise=0.25)
+    taught.folder = replace(taught.folder, defaults=defaults)
+    latents, seen = denoise(taught, begin(taught, frames=41, overlap=2))
+    (first, *later), stop = [w["state"] for w in seen], FIRST
+    assert first.known_sigma is None
+    shape = replace(begin(taught, frames=41, overlap=2).plan.latents, num_frames=2)
+    for state in later:
+        assert state.known_sigma.tolist() == [0.25]
+        noise = draw_noise(1, shape, stream="history", first_frame=stop - 2)
+        known = latents[:, :, stop - 2 : stop]
+        assert torch.equal(state.clean[:, :, :2], 0.75 * known + 0.25 * noise)
+        stop += state.latents.shape[2] - 2
+    assert stop == latents.shape[2]
+    plain, seen = denoise(engine, begin(engine, frames=41, overlap=2))
+    assert all(w["state"].known_sigma is None for w in seen)
+    assert torch.equal(plain[:, :, :FIRST], latents[:, :, :FIRST])
+    assert not torch.equal(plain, latents)
+
+
 def test_a_file_carries_its_first_frame_along(anchored, tmp_path):
     first = make(anchored, frames=29)
     path = first.save(tmp_path / "one.mp4")

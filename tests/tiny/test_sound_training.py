@@ -186,6 +186,21 @@ def test_clips_come_with_sound_once_the_transformer_was_taught_it(
     assert left_out == {"sound", "anchor"}
 
 
+def test_windows_look_through_noise_once_the_transformer_was_taught_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = load_program("train/release.py")
+    settings = {"history_noise": 0.6}
+    monkeypatch.setattr(release, "_run_settings", lambda _: settings)
+    level = release.history_noise_of(tmp_path, "dit", tmp_path)
+    assert level == release.HISTORY_NOISE > 0
+    assert release.history_noise_of(tmp_path, "vae", tmp_path) == 0
+    (tmp_path / "model.json").write_text(json.dumps({"defaults": {"history_noise": 0.1}}))
+    assert release.history_noise_of(tmp_path, "vae", tmp_path) == 0.1
+    settings.clear()
+    assert release.history_noise_of(tmp_path, "dit", tmp_path) == 0
+
+
 def test_fidelity_tells_a_delay_from_a_loss() -> None:
     scenes = sample_scenes(700, 8)
     original = synthesize(scenes)
@@ -283,17 +298,24 @@ def test_the_sound_judge_learns_and_is_kept(tmp_path: Path) -> None:
         SoundJudgeFolder(tmp_path / "old").load()
 
 
-@pytest.mark.parametrize(("tasks", "sound"), [(("text",), 1.0), (("text", "sound"), 0.75)])
-def test_a_mix_takes_sound_from_releases_that_make_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: tuple[str, ...], sound: float
+@pytest.mark.parametrize(
+    ("tasks", "encoders", "sound"),
+    [(("text",), "aa", 1.0), (("text", "sound"), "aa", 0.75), (("text", "sound"), "ab", 1.0)],
+)
+def test_a_mix_takes_sound_from_releases_that_make_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: tuple[str, ...], encoders: str,
+    sound: float,
 ) -> None:
-    release = load_program("train/release.py")
+    release, out = load_program("train/release.py"), tmp_path / "out"
+    (out / SOUND_VAE).mkdir(parents=True)
+    hashes = dict(zip((tmp_path / SOUND_VAE, out / SOUND_VAE), encoders, strict=True))
     monkeypatch.setattr(release, "open_model", lambda _: SimpleNamespace(tasks=tasks))
+    monkeypatch.setattr(release, "encoder_hash", lambda folder, _: hashes[folder])
     (tmp_path / "transformer").mkdir()
     names = ("blocks.0.ffn.up.weight", "blocks.0.audio_ffn.up.weight")
     path = tmp_path / "transformer" / "model.safetensors"
     save_file({name: torch.zeros(2, 2) for name in names}, path)
     mine = {name: torch.ones(2, 2) for name in names}
-    picture, heard = release.mixed(mine, "transformer", {tmp_path: 0.25}).values()
+    picture, heard = release.mixed(mine, "transformer", {tmp_path: 0.25}, out).values()
     torch.testing.assert_close(picture, torch.full((2, 2), 0.75))
     torch.testing.assert_close(heard, torch.full((2, 2), sound))

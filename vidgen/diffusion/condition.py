@@ -42,6 +42,7 @@ class LatentState:
         image_context: [B, _, D] CLIP features of known pictures, or None.
         num_references: leading latent frames that are references, not the clip.
         sound: the clip's sound on its way, or None.
+        known_sigma: [B], how much of what is known in place is noise; None: nothing.
     """
 
     latents: Tensor
@@ -53,6 +54,7 @@ class LatentState:
     image_context: Tensor | None = None
     num_references: int = 0
     sound: SoundState | None = None
+    known_sigma: Tensor | None = None
 
     @cached_property
     def any_known(self) -> bool:
@@ -80,13 +82,13 @@ class LatentState:
                 sound.latents.to(device), sound.clean.to(device), sound.denoise_mask.to(device),
                 sound.start_s,
             )
-        stacked, control, image_context = (
+        stacked, control, image_context, known_sigma = (
             None if part is None else part.to(device)
-            for part in (self.stacked, self.control, self.image_context)
+            for part in (self.stacked, self.control, self.image_context, self.known_sigma)
         )
         return LatentState(
             self.latents.to(device), self.clean.to(device), self.denoise_mask.to(device), keys,
-            stacked, control, image_context, self.num_references, sound,
+            stacked, control, image_context, self.num_references, sound, known_sigma,
         )
 
     @cached_property
@@ -150,6 +152,22 @@ def first_frame(state: LatentState, latent: Tensor) -> LatentState:
     """The clip begins with a still, encoded alone: [B or 1, C, 1, h, w]."""
     assert latent.shape[2] == 1
     return prefix(state, latent)
+
+
+def noise_known(state: LatentState, sigma: Tensor, noise: Tensor) -> LatentState:
+    """Show what is known in place through noise, and say so.
+
+    What is made from it then goes on from what it means and not from its faults, which would grow
+    from window to window (noise conditioning augmentation, Ho et al. 2022, section 3.2; Chen et
+    al. 2024, "stabilisation"). The noise stays in the result.
+
+    Args:
+        state: conditions, not yet on a device.
+        sigma: [B], how much of what is seen is noise.
+        noise: [B, C, F, h, w].
+    """
+    shown = torch.where(state.denoise_mask, state.clean, add_noise(state.clean, noise, sigma))
+    return replace(state, clean=shown, known_sigma=sigma)
 
 
 def mask(state: LatentState, latents: Tensor, denoise_mask: Tensor) -> LatentState:
@@ -250,17 +268,21 @@ def denoise_inputs(
 
     Returns:
         (latents, sigma). With nothing known both are as they came. Else the known values are
-        written into the latents, and sigma is 0 where known: [B, F] when frames are known as a
-        whole, [B, F, h / patch, w / patch] when a token is. Stacked channels come last.
+        written into the latents, and sigma is 0, or `known_sigma`, where known: [B, F] when frames
+        are known as a whole, [B, F, h / patch, w / patch] when a token is. Stacked channels come
+        last.
     """
     latents = state.latents if latents is None else latents
     if state.any_known:
         latents = state.impose(latents)
         unknown = state.denoise_mask[:, 0].to(sigma.dtype)
         if state.whole_frames:
-            sigma = sigma[:, None] * unknown[:, :, 0, 0]
+            unknown = unknown[:, :, 0, 0]
         else:
-            sigma = sigma.view(-1, 1, 1, 1) * F.max_pool2d(unknown, patch)
+            unknown = F.max_pool2d(unknown, patch)
+        level, exact = (each.view(-1, *[1] * (unknown.ndim - 1)) for each in (
+            sigma, torch.zeros_like(sigma) if state.known_sigma is None else state.known_sigma))
+        sigma = torch.where(unknown > 0, level, exact.to(sigma))
     if state.stacked is not None:
         latents = torch.cat([latents, state.stacked.to(latents)], dim=1)
     return latents, sigma

@@ -191,12 +191,12 @@ class LongClip:
             if stop <= count:
                 continue
             own, state = self._prepare(start, stop, num_known=count - start)
+            first = start + self.num_gone
             if count > start:
                 state = self._show(state, latents[:, :, max(0, count - TAIL_FRAMES) : count],
-                                   count - start)
+                                   count - start, first)
                 if (anchor := self._anchor(latents)) is not None:
                     state = condition.reference(state, anchor.to(state.latents))
-            first = start + self.num_gone
             if sound is not None:
                 state = sound.beside(state, first)
             picture, made = state.apart(sample(own, state))
@@ -315,15 +315,26 @@ class LongClip:
         asked = replace(request, latents=noise, prefix=None, frame=tuple(stills))
         return own, self.engine.prepare(own, asked, Inputs(images=mine))
 
-    def _show(self, state: LatentState, past: Tensor, num_known: int) -> LatentState:
+    def _show(
+        self, state: LatentState, past: Tensor, num_known: int, first: int
+    ) -> LatentState:
         """Write the last `num_known` of the clip's latents into a window's state.
 
+        Windows begin with the clip's latent frame `first`, and see what they go on from through
+        noise where the model was taught to, so that its faults don't grow from window to window.
         VACE reads known frames as a clip of their own whose first frame is encoded alone; all that
         follow are the latents themselves.
         """
         known = past[:, :, -num_known:].to(state.latents)
         if self.engine.folder.conditioning != "control":
-            return condition.prefix(state, known)
+            state = condition.prefix(state, known)
+            if not (level := self.engine.folder.defaults.history_noise):
+                return state
+            shape = replace(self.plan.latents, num_frames=state.latents.shape[2])
+            noise = draw_noise(self.plan.seed, shape, stream="history", first_frame=first)
+            return condition.noise_known(
+                state, torch.tensor([level]).to(state.latents), noise.to(state.latents)
+            )
         t = self._stride_t
         tiles = self.plan.tiles
         parts = self.engine.decode_video(past, tiles=tiles)

@@ -50,11 +50,20 @@ def sound_cues(
     return cues_of(scene, tracks, clock)
 
 
+def scene_marks(
+    scene: Scene, num_frames: int = 33, height: int = 128, width: int = 128, fps: float = 12.0
+) -> list[float]:
+    """Return when, in seconds, any of a scene's actors comes to a mark, heard or not."""
+    clock = Clock(num_frames, fps)
+    tracks = actor_tracks(scene, frame_sides(height, width), clock, np.zeros(1))
+    return [at for track in tracks for at in _marks(track, clock)]
+
+
 def cues_of(scene: Scene, tracks: list[Track], clock: Clock) -> tuple[Cue, ...]:
     """Return a scene's cues; `tracks` are its actors', at any clip times."""
     end, found = num_samples(clock), []
     for index, (actor, track) in enumerate(zip(scene.actors, tracks, strict=True)):
-        marks = [at * clock.duration_s for at in (*track.contacts, *track.turns)]
+        marks = _marks(track, clock)
         times = [("impact", at * clock.duration_s) for at in track.contacts]
         voice = VOICES[actor.sprite]
         if isinstance(voice, Call) and marks:
@@ -66,6 +75,10 @@ def cues_of(scene: Scene, tracks: list[Track], clock: Clock) -> tuple[Cue, ...]:
                 times += [("call", at), *(("note", note) for note in notes)]
         found += [Cue(kind, round(at * SAMPLE_RATE), index) for kind, at in times]
     return tuple(sorted((cue for cue in found if cue.sample < end), key=lambda cue: cue.sample))
+
+
+def _marks(track: Track, clock: Clock) -> list[float]:
+    return [at * clock.duration_s for at in (*track.contacts, *track.turns)]
 
 
 def _now_and_then(draws: Draws, lasts_s: float, seconds: float) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.diffusion.condition import LatentState
+from vidgen.diffusion.condition import LatentState, noise_known
 from vidgen.diffusion.condition_mix import (
     ConditionMix,
     Stills,
@@ -67,6 +67,8 @@ class DiTData:
             what a window of a long clip is, whose first latent is no single frame.
         anchor_share: of their samples, the share that is given the clip's first frame as a
             reference: what keeps a long clip to the looks it began with.
+        history_noise: of their samples, the highest level of noise in what they go on from, drawn
+            evenly from 0 on: so that the faults of a window aren't taken for the picture.
         validation_clips: taken off the end of the first cache, never trained on.
         sound: what is learned of sound, or None; clips' sound is cached beside their latents.
 
@@ -90,6 +92,7 @@ class DiTData:
     image_shift: float = 1.0
     window_share: float = 0.0
     anchor_share: float = 0.0
+    history_noise: float = 0.0
     validation_clips: int = 64
     sound: SoundMix | None = None
 
@@ -101,7 +104,7 @@ class DiTData:
         if self.image_shares and len(self.image_shares) != len(phases):
             raise InputError(f"image_shares has {len(self.image_shares)} entries for {len(phases)} "
                              "phases; give one a phase, or none")
-        for name in ("loose_share", "anonymous_share", "anchor_share"):
+        for name in ("loose_share", "anonymous_share", "anchor_share", "history_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
         longest = min((cache.num_frames for cache in self.caches), default=0)
@@ -121,7 +124,8 @@ class Batch:
 
     `cover` [B, 1, F, h, w] says how much of a latent is sprite, `labels` what the caption says,
     `shown` [B] which sprite caption or reference tell of, -1 for none or two. `sound_noise`
-    [B, C, K] goes with the state's sound, and `cues` [B, K], whether one begins there.
+    [B, C, K] goes with the state's sound, and `cues` [B, K], whether one begins there. `marks`
+    [B, F, n] says where within a clip's latent frame something comes to a mark.
     """
 
     state: LatentState
@@ -132,6 +136,7 @@ class Batch:
     mask: Tensor
     labels: dict[str, Tensor]
     shown: Tensor
+    marks: Tensor | None = None
     sound_noise: Tensor | None = None
     cues: Tensor | None = None
 
@@ -249,7 +254,9 @@ class ClipDraws:
             labels[name] = labels[name].masked_fill(unnamed, -1)
         ids, mask = self.tokenizer.encode(texts)
         noise = torch.randn(latents.shape, generator=draw)
-        sound_noise = cues = None
+        marks = sound_noise = cues = None
+        if num_frames > 1:
+            marks = self.caches[which].marks(scenes, first, latents.shape[2]).to(self.device)
         if sound is None:
             sound = num_frames > 1 and self._draws_sound(kind)
         if sound:
@@ -260,12 +267,16 @@ class ClipDraws:
             assert state.sound is not None
             sound_noise = torch.randn(state.sound.clean.shape, generator=draw).to(self.device)
             cues = cache.cues(scenes, first, latents.shape[2]).to(self.device)
+        if inside_clip and self.config.history_noise:
+            level = self.config.history_noise * torch.rand(len(rows), generator=draw)
+            some = state.denoise_mask.flatten(1).any(1)  # else a picture, given to be heard
+            state = noise_known(state, level * some, noise)
         return Batch(
             state.to(self.device), cover.to(self.device), noise.to(self.device),
             sigma.to(self.device),
             ids.to(self.device), mask.to(self.device),
             {name: value.to(self.device) for name, value in labels.items()},
-            shown.to(self.device), sound_noise, cues,
+            shown.to(self.device), marks, sound_noise, cues,
         )
 
     def _unnamed(self, seeds: list[int]) -> Tensor:

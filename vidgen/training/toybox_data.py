@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from vidgen.core.runtime import best_dtype
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition_mix import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.toybox.cues import scene_marks
 from vidgen.toybox.render import Rendered, render
 from vidgen.toybox.scenes import (
     PLACES,
@@ -30,6 +32,8 @@ from vidgen.weights.folder import config_of
 from vidgen.weights.load import load_module, read_tensors
 
 MID_FRAME = 16
+MARK_BINS = 8
+"""Parts of a latent frame that marks are told apart by: 42 ms each where it stands for 4 frames."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,25 @@ class ToyboxCache:
             seed = SEED_RANGES["train"][0] + self.config.first_scene + index
             self._scenes[index] = sample_scenes(seed, 1, split="train")[0]
         return self._scenes[index]
+
+    def marks(self, scenes: Sequence[Scene], first: int, count: int) -> Tensor:
+        """When something comes to a mark, [B, F, MARK_BINS] float 0 or 1.
+
+        Args:
+            scenes: B scenes of the cache's.
+            first: latent frame of the clips that the stretch begins with.
+            count: its latent frames, F.
+        """
+        config, t = self.config, self.strides.t
+        found = torch.zeros(len(scenes), count, MARK_BINS)
+        for row, scene in enumerate(scenes):
+            size = config.num_frames, config.height, config.width
+            for seconds in scene_marks(scene, *size, config.fps):
+                frame, part = divmod((seconds * config.fps - 1) / t, 1)  # of the first one's end
+                index = int(frame) + 1 - first
+                if 0 <= index < count:
+                    found[row, index, int(part * MARK_BINS)] = 1
+        return found
 
     def load(self) -> CachedClips:
         """All clips that the config asks for."""

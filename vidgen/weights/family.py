@@ -42,6 +42,8 @@ class ModelDefaults:
         boundary: sigma at and above which `transformer` runs, below it `transformer_2`.
         sizes: (width, height) the model was trained on; others are warned about.
         max_frames: longest clip it was trained on.
+        history_noise: how much of what later windows of a long clip see of those before them is
+            noise, in models that were taught to look through it.
     """
 
     num_steps: int
@@ -57,6 +59,7 @@ class ModelDefaults:
     max_frames: int = 1_000_000
     guidance_scale_2: float | None = None
     boundary: float | None = None
+    history_noise: float = 0.0
 
 
 @dataclass(frozen=True)
