@@ -127,9 +127,9 @@ class TruthHeads(nn.Module):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropies of the batch that went through last.
 
-        `cover` says how much of a token is sprite; where half of it or more is, `names` says which
-        and `marks` when it comes to one;
-        of sound `cues` whether one begins there and `voices` whose it is.
+        `cover` says how much of a token is sprite; where half of it or more is, `names` which, and
+        `marks` when it comes to one. Of sound `cues` says whether one begins there, `voices` whose
+        it is.
         """
         target = patchify_latents(batch.cover, self.patch)
         tokens = self.tokens[0][:, : target.shape[1]]

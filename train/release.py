@@ -57,7 +57,7 @@ DEFAULTS = ModelDefaults(
     sampler="unipc", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
-HISTORY_NOISE = 0.25  # what sprites survive best of none, 0.1 and 0.25 (docs/experiments.md)
+HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/experiments.md)
 PARTS = ("vae/model.safetensors", "transformer/model.safetensors",
          "text_encoder/model.safetensors", "tokenizer/tokenizer.json")
 NUM_STATISTICS_CLIPS = 128

@@ -159,10 +159,10 @@ def noise_known(state: LatentState, sigma: Tensor, noise: Tensor) -> LatentState
 
     What is made from it then goes on from what it means and not from its faults, which would grow
     from window to window (noise conditioning augmentation, Ho et al. 2022, section 3.2; Chen et
-    al. 2024, "stabilisation"). The noise stays in the result.
+    al. 2024, "stabilisation"). The noise stays in what sampling gives for known places.
 
     Args:
-        state: conditions, not yet on a device.
+        state: the conditions.
         sigma: [B], how much of what is seen is noise.
         noise: [B, C, F, h, w].
     """

@@ -315,9 +315,7 @@ class LongClip:
         asked = replace(request, latents=noise, prefix=None, frame=tuple(stills))
         return own, self.engine.prepare(own, asked, Inputs(images=mine))
 
-    def _show(
-        self, state: LatentState, past: Tensor, num_known: int, first: int
-    ) -> LatentState:
+    def _show(self, state: LatentState, past: Tensor, num_known: int, first: int) -> LatentState:
         """Write the last `num_known` of the clip's latents into a window's state.
 
         Windows begin with the clip's latent frame `first`, and see what they go on from through

@@ -46,8 +46,7 @@ def sound_cues(
 ) -> tuple[Cue, ...]:
     """Return the onsets of the sound that goes with the clip of these arguments, in order."""
     clock = Clock(num_frames, fps)
-    tracks = actor_tracks(scene, frame_sides(height, width), clock, np.zeros(1))
-    return cues_of(scene, tracks, clock)
+    return cues_of(scene, _tracks(scene, clock, height, width), clock)
 
 
 def scene_marks(
@@ -55,8 +54,7 @@ def scene_marks(
 ) -> list[float]:
     """Return when, in seconds, any of a scene's actors comes to a mark, heard or not."""
     clock = Clock(num_frames, fps)
-    tracks = actor_tracks(scene, frame_sides(height, width), clock, np.zeros(1))
-    return [at for track in tracks for at in _marks(track, clock)]
+    return [at for track in _tracks(scene, clock, height, width) for at in _marks(track, clock)]
 
 
 def cues_of(scene: Scene, tracks: list[Track], clock: Clock) -> tuple[Cue, ...]:
@@ -75,6 +73,10 @@ def cues_of(scene: Scene, tracks: list[Track], clock: Clock) -> tuple[Cue, ...]:
                 times += [("call", at), *(("note", note) for note in notes)]
         found += [Cue(kind, round(at * SAMPLE_RATE), index) for kind, at in times]
     return tuple(sorted((cue for cue in found if cue.sample < end), key=lambda cue: cue.sample))
+
+
+def _tracks(scene: Scene, clock: Clock, height: int, width: int) -> list[Track]:
+    return actor_tracks(scene, frame_sides(height, width), clock, np.zeros(1))
 
 
 def _marks(track: Track, clock: Clock) -> list[float]:
