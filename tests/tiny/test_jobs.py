@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from vidgen.cli.main import main
 from vidgen.media import write
@@ -188,6 +189,11 @@ def test_jobs_lists_what_is_unfinished(cli, stopped):
     assert 0 <= x["age_s"] < 60
     assert "x.mp4  sample, step 2 of 3" in cli("jobs")[1]
     assert cli("jobs", ".", "x.mp4", "./x.mp4.vidgen-job", "--json")[1] == cli("jobs", "--json")[1]
+    state = Path("x.mp4.vidgen-job/state.safetensors")
+    save_file({}, state, {"facts": "1.5"})
+    code, out, _ = cli("jobs", "x.mp4")
+    assert code == 0
+    assert "state.safetensors is damaged (its facts are a float)" in out
     Path("x.mp4.vidgen-job/job.json").write_text("{")
     code, out, _ = cli("jobs", "x.mp4")
     assert code == 0

@@ -121,6 +121,17 @@ def test_a_wrong_value_says_where_it_stands_and_what_is_expected(tmp_path, text,
         build(Outer, read(tmp_path, text), "run.yaml")
 
 
+@pytest.mark.parametrize("given", [
+    {"name": "x", "count": "y" * 9000}, {"name": "x", "y" * 9000: 1},
+    {"name": "x", "inner": {"kind": "y" * 9000}}, {"name": "x", "pair": ["y" * 9000, 1]},
+    {"name": "x", "fps": "y" * 9000}, {"name": "x", "table": {"y" * 9000: "no"}},
+])  # fmt: skip
+def test_messages_quote_long_values_shortly(given):
+    with pytest.raises(InputError) as caught:
+        build(Outer, given, "run.yaml")
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

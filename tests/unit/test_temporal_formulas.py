@@ -475,6 +475,13 @@ def test_vbenchs_lists_say_dimensions_and_pictures(tmp_path):
     suite.write_text('[{"prompt_en": "a lake", "dimension": "camera_motion"}]')
     with pytest.raises(InputError, match="dimension a list"):
         PromptSuite.read(suite)
+    suite.write_text('[{"prompt_en": "a lake", "image_name": ["lake.jpg"]}]')
+    with pytest.raises(InputError, match="image_name should be text"):
+        PromptSuite.read(suite)
+    suite.write_text(json.dumps([{"prompt_en": ["x"] * 5000}]))
+    with pytest.raises(InputError, match="prompt_en and image_name should be text") as caught:
+        PromptSuite.read(suite)
+    assert len(str(caught.value)) < 500
 
 
 def test_clips_are_known_by_the_suites_name_for_them(tmp_path):

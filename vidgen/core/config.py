@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -30,6 +31,8 @@ ONE = {"one": True}
 """Metadata of a field that holds several values, of which a single one needs no list."""
 MAX_NODES = 2_000_000
 """Values that a config may hold, those behind aliases counted wherever they are repeated."""
+_SHORT = reprlib.Repr()  # how messages quote a value, which may be a whole file's worth of text
+_SHORT.maxstring = _SHORT.maxother = 120
 
 
 class Located(dict[str, Any]):
@@ -169,7 +172,9 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     for key in mapping:
         if key not in known:
             line = f", line {lines[key]}" if key in lines else ""
-            raise InputError(f"{where}{line}: unknown key {key!r}; {nearest(str(key), known)}")
+            raise InputError(
+                f"{where}{line}: unknown key {_SHORT.repr(key)}; {nearest(str(key), known)}"
+            )
     start = f"{where}, line {min(lines.values())}" if lines else where
     for name, field in known.items():
         if name not in mapping and field.default is MISSING and field.default_factory is MISSING:
@@ -286,7 +291,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {len(value)}"
     names = {type(None): "nothing", dict: "a mapping", Located: "a mapping"}
-    return names.get(type(value), f"{type(value).__name__} {value!r}")
+    return names.get(type(value), f"{type(value).__name__} {_SHORT.repr(value)}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -299,7 +304,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if any(value == arg and type(value) is type(arg) for arg in args):
             return value
-        raise InputError(f"{where} is {value!r}; {nearest(str(value), map(str, args))}")
+        raise InputError(
+            f"{where} is {_SHORT.repr(value)}; {nearest(str(value), map(str, args))}"
+        )
     short = getattr(hint, "SHORT", None)
     if short is not None and not isinstance(value, Mapping):
         return build(hint, {short: value}, where)
@@ -307,7 +314,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if is_dataclass(hint) and isinstance(hint, type):
             return build(hint, value, where)
         if origin in (dict, Mapping):
-            return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+            return {
+                key: _convert(args[1], item, f"{where}.{str(key)[:120]}")
+                for key, item in value.items()
+            }
     if isinstance(value, list | tuple) and origin in (tuple, list):
         hints = args if origin is tuple and args[-1] is not Ellipsis else args[:1] * len(value)
         if len(hints) != len(value):

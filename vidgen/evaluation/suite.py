@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -121,9 +122,12 @@ def _entries(file: Path) -> list[tuple[str, frozenset[str], str | None]]:
     for row in rows:
         entry = {"prompt_en": row} if isinstance(row, str) else row
         prompt, own = entry["prompt_en"], entry.get("dimension", [])
-        if not isinstance(prompt, str) or not isinstance(own, list):
-            raise TypeError(f"of {entry} prompt_en should be text and dimension a list")
-        entries.append((prompt, frozenset(map(str, own)), entry.get("image_name")))
+        picture = entry.get("image_name")
+        if not (isinstance(prompt, str) and isinstance(own, list)
+                and isinstance(picture, str | None)):
+            raise TypeError(f"of {reprlib.repr(entry)} prompt_en and image_name should be text, "
+                            "dimension a list")
+        entries.append((prompt, frozenset(map(str, own)), picture))
     return entries
 
 

@@ -363,8 +363,10 @@ def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, Any]
 def _read_facts(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="np") as file:
-            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-            return facts
+            facts = json.loads(file.metadata()["facts"])
+        if not isinstance(facts, dict):
+            raise ValueError(f"its facts are a {type(facts).__name__}")
+        return facts
     except _UNREADABLE as error:
         raise InputError(f"{path} is damaged ({error})") from None
 
