@@ -251,8 +251,7 @@ def tasks_of(out: Path, part: str, run: Path | None) -> tuple[str, ...]:
     if part == "dit":
         anchored, sounds = settings.get("anchor_share", 0) > 0, bool(settings.get("sound"))
     else:
-        info = out / "model.json"
-        before = json.loads(info.read_text())["tasks"] if info.exists() else []
+        before = _described(out).get("tasks", ())
         anchored, sounds = ANCHOR_TASK in before, SOUND_TASK in before
         sounds = sounds and (part != "sound" or settings.get("part") == "decoder")
     sounds = sounds and (out / SOUND_VAE).exists()
@@ -263,9 +262,13 @@ def history_noise_of(out: Path, part: str, run: Path | None) -> float:
     """What later windows see of those before; arguments as in `tasks_of`."""
     if part == "dit" and run is not None:
         return HISTORY_NOISE if _run_settings(run).get("history_noise") else 0.0
+    return float(_described(out).get("defaults", {}).get("history_noise", 0.0))
+
+
+def _described(out: Path) -> dict[str, Any]:
+    """The folder's `model.json` so far; empty before the first."""
     info = out / "model.json"
-    before = json.loads(info.read_text())["defaults"] if info.exists() else {}
-    return float(before.get("history_noise", 0.0))
+    return dict(json.loads(info.read_text())) if info.exists() else {}
 
 
 def _run_settings(run: Path) -> dict[str, Any]:

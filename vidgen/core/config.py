@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -23,7 +22,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from vidgen.core.errors import InputError, nearest
+from vidgen.core.errors import InputError, nearest, quoted
 
 T = TypeVar("T")
 
@@ -31,8 +30,6 @@ ONE = {"one": True}
 """Metadata of a field that holds several values, of which a single one needs no list."""
 MAX_NODES = 2_000_000
 """Values that a config may hold, those behind aliases counted wherever they are repeated."""
-_SHORT = reprlib.Repr()  # how messages quote a value, which may be a whole file's worth of text
-_SHORT.maxstring = _SHORT.maxother = 120
 
 
 class Located(dict[str, Any]):
@@ -173,7 +170,7 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         if key not in known:
             line = f", line {lines[key]}" if key in lines else ""
             raise InputError(
-                f"{where}{line}: unknown key {_SHORT.repr(key)}; {nearest(str(key), known)}"
+                f"{where}{line}: unknown key {quoted(key)}; {nearest(str(key), known)}"
             )
     start = f"{where}, line {min(lines.values())}" if lines else where
     for name, field in known.items():
@@ -291,7 +288,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {len(value)}"
     names = {type(None): "nothing", dict: "a mapping", Located: "a mapping"}
-    return names.get(type(value), f"{type(value).__name__} {_SHORT.repr(value)}")
+    return names.get(type(value), f"{type(value).__name__} {quoted(value)}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -304,9 +301,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if any(value == arg and type(value) is type(arg) for arg in args):
             return value
-        raise InputError(
-            f"{where} is {_SHORT.repr(value)}; {nearest(str(value), map(str, args))}"
-        )
+        raise InputError(f"{where} is {quoted(value)}; {nearest(str(value), map(str, args))}")
     short = getattr(hint, "SHORT", None)
     if short is not None and not isinstance(value, Mapping):
         return build(hint, {short: value}, where)

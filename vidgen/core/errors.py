@@ -4,8 +4,12 @@ The command line prints the message after `error: ` and leaves with `exit_code`;
 catches `VidgenError`. Broken invariants of our own are assertions, never these.
 """
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
 
 
 class VidgenError(Exception):
@@ -40,6 +44,11 @@ class Cancelled(VidgenError):
     """The work was stopped from outside, by Ctrl-C or by a callback."""
 
     exit_code = 130
+
+
+def quoted(value: object) -> str:
+    """A value as a message shows it: shortly, though it may be a whole file's worth of text."""
+    return _SHORT.repr(value)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -280,9 +280,9 @@ def denoise_inputs(
             unknown = unknown[:, :, 0, 0]
         else:
             unknown = F.max_pool2d(unknown, patch)
-        level, exact = (each.view(-1, *[1] * (unknown.ndim - 1)) for each in (
-            sigma, torch.zeros_like(sigma) if state.known_sigma is None else state.known_sigma))
-        sigma = torch.where(unknown > 0, level, exact.to(sigma))
+        known = torch.zeros_like(sigma) if state.known_sigma is None else state.known_sigma
+        rows = (-1, *[1] * (unknown.ndim - 1))
+        sigma = torch.where(unknown > 0, sigma.view(rows), known.to(sigma).view(rows))
     if state.stacked is not None:
         latents = torch.cat([latents, state.stacked.to(latents)], dim=1)
     return latents, sigma

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, quoted
 from vidgen.core.runtime import sha256_file
 from vidgen.media.read import existing_file, read_recipe
 
@@ -125,7 +124,7 @@ def _entries(file: Path) -> list[tuple[str, frozenset[str], str | None]]:
         picture = entry.get("image_name")
         if not (isinstance(prompt, str) and isinstance(own, list)
                 and isinstance(picture, str | None)):
-            raise TypeError(f"of {reprlib.repr(entry)} prompt_en and image_name should be text, "
+            raise TypeError(f"of {quoted(entry)} prompt_en and image_name should be text, "
                             "dimension a list")
         entries.append((prompt, frozenset(map(str, own)), picture))
     return entries

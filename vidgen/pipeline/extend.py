@@ -318,21 +318,12 @@ class LongClip:
     def _show(self, state: LatentState, past: Tensor, num_known: int, first: int) -> LatentState:
         """Write the last `num_known` of the clip's latents into a window's state.
 
-        Windows begin with the clip's latent frame `first`, and see what they go on from through
-        noise where the model was taught to, so that its faults don't grow from window to window.
         VACE reads known frames as a clip of their own whose first frame is encoded alone; all that
         follow are the latents themselves.
         """
         known = past[:, :, -num_known:].to(state.latents)
         if self.engine.folder.conditioning != "control":
-            state = condition.prefix(state, known)
-            if not (level := self.engine.folder.defaults.history_noise):
-                return state
-            shape = replace(self.plan.latents, num_frames=state.latents.shape[2])
-            noise = draw_noise(self.plan.seed, shape, stream="history", first_frame=first)
-            return condition.noise_known(
-                state, torch.tensor([level]).to(state.latents), noise.to(state.latents)
-            )
+            return self._through_noise(condition.prefix(state, known), first)
         t = self._stride_t
         tiles = self.plan.tiles
         parts = self.engine.decode_video(past, tiles=tiles)
@@ -343,6 +334,20 @@ class LongClip:
         kept = self.engine.encode_video(torch.cat([video, grey], dim=2), tiles)
         kept[:, :, 1:num_known] = known[:, :, 1:]
         return stacked.keep_beginning(state, kept, num_known)
+
+    def _through_noise(self, state: LatentState, first: int) -> LatentState:
+        """Blur what a window goes on from, where the model was taught to look through noise.
+
+        So its faults don't grow from window to window. The noise is that of the clip's latent
+        frames from `first`, the window's first one, on.
+        """
+        level = self.engine.folder.defaults.history_noise
+        if level == 0:
+            return state
+        shape = replace(self.plan.latents, num_frames=state.latents.shape[2])
+        noise = draw_noise(self.plan.seed, shape, stream="history", first_frame=first)
+        sigma = torch.tensor([level]).to(state.latents)
+        return condition.noise_known(state, sigma, noise.to(state.latents))
 
 
 def _check(plan: Plan, request: Request, folder: ModelFolder) -> None:

@@ -354,7 +354,7 @@ def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, Any]
             raise ValueError(f"it is {metadata['name']}, in another one's place")
         if not set(names) <= arrays.keys():
             raise ValueError(f"it holds {', '.join(arrays)}, not {', '.join(names)}")
-        return arrays, json.loads(metadata["facts"])
+        return arrays, _facts_of(metadata)
     except _UNREADABLE as error:
         raise InputError(f"{path} is damaged ({error}); remove it and what it held is made again, "
                          "or start anew with --overwrite") from None
@@ -363,12 +363,16 @@ def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, Any]
 def _read_facts(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="np") as file:
-            facts = json.loads(file.metadata()["facts"])
-        if not isinstance(facts, dict):
-            raise ValueError(f"its facts are a {type(facts).__name__}")
-        return facts
+            return _facts_of(file.metadata())
     except _UNREADABLE as error:
         raise InputError(f"{path} is damaged ({error})") from None
+
+
+def _facts_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    facts = json.loads(metadata["facts"])
+    if not isinstance(facts, dict):
+        raise ValueError(f"its facts are a {type(facts).__name__}")
+    return facts
 
 
 def _digest(arrays: Mapping[str, Any], text: str) -> str:
