@@ -256,16 +256,18 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int | None
 
 
 def reuse_freed_memory(largest: int = 32 << 20) -> None:
-    """Let glibc keep freed memory instead of giving it back each time.
+    """Let glibc keep freed memory instead of giving it back each time, and take it in large pages.
 
     The system hands memory back zeroed page by page, which takes up to a third of the time of a
-    network's pointwise work. `trim_memory` still gives back what a dropped network had.
+    network's pointwise work; of 2 MB a page it does so several times as fast. `trim_memory` still
+    gives back what a dropped network had.
 
     Args:
         largest: piece that is kept, in bytes; before version 2.35 glibc takes no more than 32 MB.
     """
     if sys.platform != "linux":
         return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # which torch reads when it first allocates
     import ctypes
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone

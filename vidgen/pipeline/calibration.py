@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from vidgen.core.errors import OutputError
 from vidgen.core.runtime import (
     atomic_write,
+    available_memory,
     cache_folder,
     fingerprint,
     reuse_freed_memory,
@@ -46,7 +47,7 @@ from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last
 from vidgen.ops.linear import pack
 from vidgen.pipeline.workload import Op, attention_op, block_ops, transformer_ops, vae_ops
 
-FORMAT = 9
+FORMAT = 10
 _KEPT = 24  # machines, versions and settings whose rates stay
 _BUDGET_S = 0.12
 _LONG_S = 1.0
@@ -57,6 +58,7 @@ _GEMMS = (128, 256, 512, 1536, 3072)
 _ATTENTIONS = ((4, 256), (4, 576), (4, 1900))  # the last one's scores stay below glibc's 32 MB
 _CONVS = ((32, 64, 4), (96, 64, 4), (192, 48, 4), (384, 32, 2))
 _RESIDUALS = ((32, 32), (96, 64), (96, 112))
+_FRESH = 1 << 30  # bytes, more than other programs have just left behind
 _SIDE = 16  # of the latents that whole networks are run on
 _BLOCKS = ((256, 4, 896, 576), (256, 4, 896, 2304), (1536, 12, 8960, 432))
 
@@ -96,7 +98,7 @@ NOMINAL = Calibration(
     {
         "gemm": ((1, 60e9),), "attention": ((1, 40e9),), "conv": ((1, 60e9),),
         "tokens": ((1, 4e8),), "pixels": ((1, 3e8),), "block": ((1, 2e3),), "layer": ((1, 2e4),),
-        "weights": ((1, 1e9),), "load": ((1, 1e9),),
+        "weights": ((1, 1e9),), "load": ((1, 1e9),), "fresh": ((1, 2e9),),
         **{f"write{suffix}": ((1, 1e7),) for suffix in CONTAINERS},
     },
     measured=False,
@@ -219,6 +221,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[f
     ]
     _fit_networks(rates, device, dtype)
     rates["load"] = [(1, _load_rate())]
+    rates["fresh"] = [(1, _fresh_rate())]
     for suffix in CONTAINERS:
         rates[f"write{suffix}"] = [_write_rate(suffix, side) for side in (128, 320)]
     return rates
@@ -338,6 +341,19 @@ def _load_rate() -> float:
         path, value = Path(folder) / "x.safetensors", torch.ones(24_000_000)
         save_file({"x": value}, path)
         return value.nbytes / _seconds(run, torch.device("cpu"))
+
+
+def _fresh_rate() -> float:
+    """Bytes a second of memory that the system hands out.
+
+    Of little it hands out what another process has just left; the host of a virtual machine takes
+    back what lies idle, and to have that again takes up to thirty times as long.
+    """
+    free = available_memory(torch.device("cpu"))
+    size = _FRESH if free is None else min(_FRESH, max(free // 8, 1 << 20))
+    start = time.perf_counter()
+    torch.empty(size, dtype=torch.uint8).fill_(1)
+    return size / (time.perf_counter() - start)
 
 
 def _write_rate(suffix: str, side: int) -> tuple[float, float]:

@@ -55,7 +55,7 @@ ENCODER_BYTES_PER_PIXEL = 200
 """Of a video encoder: x264 holds some dozens of planes."""
 STATE_TENSORS = 4
 """Of a window's latents that a sampler goes on from, at most."""
-_HOLES, _MOST_HOLES = 0.5, 220_000_000
+_HOLES, _MOST_HOLES = 0.5, 150_000_000
 """Share of live memory that stays in holes between blocks, as measured; glibc gives those from
 32 MB on back at once, so that holes stop growing."""
 Rates = Mapping[torch.dtype, Calibration]
@@ -120,16 +120,21 @@ class _Job:
         denoise_b = self._held(("transformer", "transformer_2"), self._denoise_bytes())
         decode_b = self._held(("vae",), self._decode_bytes())
         stages = (
-            Stage("load", load, self._held((), 0)), Stage("text", text_s, text_b),
-            Stage("prepare", count * prepare_s, prepare_b),
+            Stage("text", text_s, text_b), Stage("prepare", count * prepare_s, prepare_b),
             Stage("denoise", count * denoise_s, denoise_b), *self._sound(count),
             Stage("decode", count * decode_s, decode_b), Stage("mux", count * mux_s, decode_b),
         )
+        load_b = self._held((), 0)
+        load += self._fresh_s(max(load_b, *(stage.bytes for stage in stages)))  # once, for all
         return Estimate(
-            stages, self.setup, encoder_s=count * self._encoder_s(),
+            (Stage("load", load, load_b), *stages), self.setup, encoder_s=count * self._encoder_s(),
             kept_frames=count * self.passes.kept, disk_bytes=count * self._disk_bytes(),
             measured=self._measured, notes=self._notes(),
         )
+
+    def _fresh_s(self, num_bytes: int) -> float:
+        """To be given so much memory."""
+        return self.rates.seconds([Op("fresh", 1, num_bytes)]) if self.on_cpu else 0.0
 
     def _sound(self, count: int) -> tuple[Stage, ...]:
         """The stage of the model's own sound, where it makes any."""
@@ -223,8 +228,9 @@ class _Job:
             controlled=bool(self.dit.control_layers), image_tokens=image_tokens,
             sound_tokens=self._sound_latents(frames),
         ))
-        if self.setup.offload == "block":  # blocks come while others compute
-            one = max(one, self._read_s("transformer"))
+        if self.setup.offload == "block":  # blocks come while others compute, of a CPU's own time
+            read_s = self._read_s("transformer")
+            one = one + read_s if self.on_cpu else max(one, read_s)
         elif self.setup.quantize:  # each weight is widened when it is used
             one += self.rates.seconds([Op("load", 1, 3 * self._size("transformer"))])
         return one

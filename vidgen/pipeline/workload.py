@@ -24,7 +24,7 @@ from vidgen.models.vae_tiles import AT_ONCE, tile_areas
 from vidgen.ops.attention import _BLOCK, _MAX_SCORES
 
 Kind = Literal[
-    "gemm", "attention", "tokens", "block", "conv", "pixels", "layer", "weights", "load"
+    "gemm", "attention", "tokens", "block", "conv", "pixels", "layer", "weights", "load", "fresh"
 ]
 
 
@@ -34,7 +34,8 @@ class Op(NamedTuple):
     Attributes:
         kind: "gemm", "attention" and "conv" in FLOPs; "tokens" and "pixels" in elements of norms,
             gates and activations; "block" and "layer" in calls; "weights" in those of a
-            convolution that a call puts into its kernel's order; "load" in bytes from files.
+            convolution that a call puts into its kernel's order; "load" in bytes from files;
+            "fresh" in bytes that the system is asked for.
         size: what the rate depends on: the width, channels, or scores or elements at once.
         amount: how much.
     """
