@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -108,7 +109,11 @@ class AttributeHeads(nn.Module):
 
 
 class TruthHeads(nn.Module):
-    """Linear heads from a transformer's tokens, half-way: what each of them shows, or sounds of."""
+    """Linear heads from a transformer's tokens: what each of them shows, or sounds of.
+
+    They read what leaves the block half-way; `cues` what leaves the last one, since sound can be
+    told of a mark only once the picture's tokens know of it.
+    """
 
     def __init__(self, dit: SpacetimeDiT) -> None:
         super().__init__()
@@ -119,10 +124,14 @@ class TruthHeads(nn.Module):
         self.cues = nn.Linear(width, 1)
         self.voices = nn.Linear(width, sprites)
         self.patch = dit.config.patch_size
-        dit.blocks[(len(dit.blocks) - 1) // 2].register_forward_hook(self._keep)
+        dit.blocks[(len(dit.blocks) - 1) // 2].register_forward_hook(partial(self._keep, "half"))
+        dit.blocks[-1].register_forward_hook(partial(self._keep, "last"))
+        self.tokens: dict[str, list[Tensor]] = {}
 
-    def _keep(self, _block: nn.Module, _inputs: Any, streams: list[Stream]) -> None:
-        self.tokens = [stream.tokens for stream in streams]
+    def _keep(
+        self, place: str, _block: nn.Module, _inputs: Any, streams: list[Stream]
+    ) -> None:
+        self.tokens[place] = [stream.tokens for stream in streams]
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropies of the batch that went through last.
@@ -132,7 +141,7 @@ class TruthHeads(nn.Module):
         it is.
         """
         target = patchify_latents(batch.cover, self.patch)
-        tokens = self.tokens[0][:, : target.shape[1]]
+        tokens = self.tokens["half"][0][:, : target.shape[1]]
         is_sprite = target.mean(2) >= SHOWN
         found = {
             "cover": _binary(self.cover(tokens), target.clamp(0, 1)),
@@ -143,9 +152,11 @@ class TruthHeads(nn.Module):
             told = _binary(self.marks(tokens), wanted, reduction="none").mean(2)
             found["marks"] = (told * is_sprite).sum() / is_sprite.sum().clamp(min=1)
         if batch.cues is not None:
-            heard, anywhere = self.tokens[1], torch.ones_like(batch.cues, dtype=torch.bool)
-            found["cues"] = _binary(self.cues(heard)[..., 0], batch.cues)
-            found["voices"] = _naming(self.voices, heard, batch.shown, anywhere)
+            anywhere = torch.ones_like(batch.cues, dtype=torch.bool)
+            found["cues"] = _binary(self.cues(self.tokens["last"][1])[..., 0], batch.cues)
+            found["voices"] = _naming(
+                self.voices, self.tokens["half"][1], batch.shown, anywhere
+            )
         return found
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
@@ -58,6 +58,9 @@ class VAERun:
         part: "decoder" keeps the encoder, and with it every cached latent, as it is.
         clip_frames: lengths of the clips, in turns, that windows of a phase's frames are cut from;
             a motion spans its clip, so shorter clips move faster.
+        crop: side in pixels of squares around sprites that two in three of the clip steps show, as
+            many as make the frames' area: what moves is a small part of a frame, and most of its
+            error.
         init: component folder of a released VAE to start from, and to take the config of.
     """
 
@@ -65,10 +68,30 @@ class VAERun:
     preset: str = "toybox"
     part: Literal["all", "decoder"] = "all"
     clip_frames: tuple[int, ...] = (33, 33, 33, 17)
+    crop: int | None = None
     height: int = 128
     width: int = 128
     loss: VAELoss = VAELoss()
     init: str | None = None
+
+
+def cut_around(video: Tensor, mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Cut of each clip [B, 3, T, H, W] the square around what its mask [B, 1, T, H, W] shows."""
+    rows, columns = mask.amax((1, 2, 4)), mask.amax((1, 2, 3))
+    videos, masks = [], []
+    for clip, shown, row, column in zip(video, mask, rows, columns, strict=True):
+        top, left = _start_around(row, side), _start_around(column, side)
+        square = (..., slice(top, top + side), slice(left, left + side))
+        videos.append(clip[square])
+        masks.append(shown[square])
+    return torch.stack(videos), torch.stack(masks)
+
+
+def _start_around(shown: Tensor, side: int) -> int:
+    """Where a span of `side` begins whose middle is that of what is shown [L]; in the frame."""
+    places = torch.arange(len(shown), device=shown.device, dtype=shown.dtype)
+    middle = (shown * places).sum() / shown.sum().clamp(min=1e-6)
+    return int((middle - side / 2).round().clamp(0, len(shown) - side))
 
 
 class VAETask:
@@ -103,13 +126,16 @@ class VAETask:
             return True
         return False
 
-    def batch(self, phase: Phase, step: int, micro: int) -> dict[str, torch.Tensor]:
+    def batch(self, phase: Phase, step: int, micro: int) -> dict[str, Tensor]:
         """Windows of rendered clips; a quarter of the clip steps still show single frames."""
-        count, num_frames = phase.batch_size, phase.num_frames
+        count, num_frames, crop = phase.batch_size, phase.num_frames, None
         index = (step * phase.accumulate + micro) * 128
         base = SEED_RANGES["train"][0] + index + self.config.run.seed * 10**9
         if num_frames > 1 and step % 4 == 3:
             count, num_frames = count * num_frames // 3, 1
+        elif num_frames > 1 and step % 4 != 0 and self.config.crop:
+            crop = self.config.crop
+            count = count * self.config.height * self.config.width // crop**2
         scenes = sample_scenes(base, count, split="any")
         turn = self.config.clip_frames[step // 4 % len(self.config.clip_frames)]
         length = max(turn, num_frames)
@@ -119,11 +145,14 @@ class VAETask:
             scenes, num_frames=length, frames=(starts + torch.arange(num_frames)).tolist(),
             height=self.config.height, width=self.config.width, device=self.device,
         )
-        return {"video": shown.video, "mask": shown.masks.amax(1, keepdim=True)}
+        video, mask = shown.video, shown.masks.amax(1, keepdim=True)
+        if crop:
+            video, mask = cut_around(video, mask, crop)
+        return {"video": video, "mask": mask}
 
     def loss(
-        self, batch: dict[str, torch.Tensor], step: int
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self, batch: dict[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """L1, squared and gradient errors, KL, and scale equivariance on some steps."""
         weights, video = self.config.loss, batch["video"]
         video = video.contiguous(memory_format=torch.channels_last_3d)
@@ -142,8 +171,8 @@ class VAETask:
         return total + weights.kl * kl, {"kl": kl.detach(), "psnr": psnr}
 
     def _distance(
-        self, decoded: torch.Tensor, video: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, decoded: Tensor, video: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         weights, error = self.config.loss, decoded - video
         emphasis = 1 + weights.mask * mask
         emphasis = emphasis / emphasis.mean()
@@ -175,7 +204,7 @@ class VAETask:
         contact_sheet(list(pixels), folder / f"sheet-{step:07d}.png", columns=8)
         return scores
 
-    def _reconstruct(self, video: torch.Tensor) -> torch.Tensor:
+    def _reconstruct(self, video: Tensor) -> Tensor:
         parts = []
         bf16 = self.config.run.dtype == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):

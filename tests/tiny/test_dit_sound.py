@@ -18,9 +18,12 @@ from vidgen.diffusion import condition
 from vidgen.diffusion.sound import sound_span
 from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS
+from vidgen.training.config import Phase, RunConfig
+from vidgen.training.dit_data import ClipDraws, DiTData
 from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
-from vidgen.training.toybox_data import CacheConfig, ToyboxCache
+from vidgen.training.toybox_data import CacheConfig, ToyboxCache, load_vae
 from vidgen.weights.load import save_module
+from vidgen.weights.sound_vae import load_sound_vae
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,6 +100,54 @@ def test_the_picture_or_the_sound_is_given(cache):
     assert not given.sound.denoise_mask.any()
     with pytest.raises(InputError, match="more than 1 together"):
         SoundMix("", picture_known=0.6, sound_known=0.6)
+
+
+def test_clips_of_one_motion_follow_each_other_in_the_world(cache, tmp_path):
+    config = replace(cache.clips.config, folder=str(tmp_path), shard_size=6, motion="bounces")
+    bouncing = ToyboxCache(config)
+    scenes = [bouncing.scene(index) for index in (5, 0, 1, 2, 3, 4)]
+    assert all("bounces" in [actor.motion for actor in scene.actors] for scene in scenes)
+    first = ToyboxCache(replace(config, motion=None, folder=str(tmp_path / "all")))
+    world = [first.scene(index) for index in range(scenes[0].seed - first.scene(0).seed + 1)]
+    found = [s for s in world if "bounces" in [actor.motion for actor in s.actors]]
+    assert [*scenes[1:], scenes[0]] == found, "none left out, in order"
+    assert bouncing.manifest == first.manifest | {"motion": "bounces"}
+    with pytest.raises(InputError, match="motion is 'hops'; give one of"):
+        replace(config, motion="hops")
+
+
+def test_clips_in_which_something_is_hit_are_drawn_more_often(
+    tiny_model: Path, sound_vae: Path, tmp_path: Path
+) -> None:
+    config = CacheConfig(str(tmp_path / "latents"), str(tiny_model / "vae"), 1, shard_size=24,
+                         height=32, width=32)  # fmt: skip
+    clips = ToyboxCache(config)
+    clips.make(0, load_vae(config.vae, torch.device("cpu")), torch.device("cpu"))
+    mix = SoundMix(str(sound_vae), share=1.0)
+    sound = SoundCache(mix, clips)
+    sound.make(0, load_sound_vae(sound_vae), torch.device("cpu"))
+    struck = sound.struck.tolist()
+    motions = [{actor.motion for actor in clips.scene(index).actors} for index in range(24)]
+    assert 0 < len(struck) < 12
+    assert all("bounces" in motions[index] for index in struck)
+    phase = Phase(steps=4, num_frames=33, batch_size=16)
+
+    def shown(share: float) -> list[torch.Tensor]:
+        data = DiTData(
+            run=RunConfig(str(tmp_path / "run"), (phase,)), caches=(config,), shifts=(1.0,),
+            tokenizer=str(tiny_model / "tokenizer"), validation_clips=2,
+            sound=replace(mix, struck=share),
+        )  # fmt: skip
+        source = ClipDraws(data, torch.device("cpu"), patch=2)
+        return [source.batch(phase, step, 0).state.sound.clean for step in range(4)]
+
+    hit = sound.load()[[index for index in struck if index < 22]].float()
+
+    def count(batches: list[torch.Tensor]) -> int:
+        return sum(any(torch.equal(row, one) for one in hit) for part in batches for row in part)
+
+    assert count(shown(1.0)) == 4 * 16
+    assert count(shown(0.0)) < 4 * 8
 
 
 def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:

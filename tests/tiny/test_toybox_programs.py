@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.programs import load_program
 from vidgen.core.errors import ModelError
 from vidgen.models.words import read_synonyms
 from vidgen.pipeline.video import load
@@ -159,3 +160,16 @@ def test_references_show_the_sprite_elsewhere_and_no_held_out_triple() -> None:
         assert actor.sprite == scene.actors[0].sprite
         assert posed.place != scene.place
         assert not is_held_out(actor.sprite, actor.motion, posed.place)
+
+
+def test_squares_are_cut_around_what_moves() -> None:
+    cut_around = load_program("train/vae.py").cut_around
+    video, mask = torch.randn(3, 3, 5, 32, 48), torch.zeros(3, 1, 5, 32, 48)
+    mask[0, :, 1, 20:24, 30:34] = 1
+    mask[1, :, :, :2, 46:] = 1
+    cut, shown = cut_around(video, mask, 16)
+    assert cut.shape == (3, 3, 5, 16, 16)
+    assert torch.equal(cut[0], video[0, :, :, 14:30, 24:40]), "in the middle"
+    assert torch.equal(cut[1], video[1, :, :, :16, 32:]), "within the frame"
+    assert shown.sum() == mask.sum()
+    assert torch.equal(cut[2], video[2, :, :, :16, :16]), "nobody is there"

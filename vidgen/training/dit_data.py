@@ -173,11 +173,14 @@ class ClipDraws:
         if shares and torch.rand((), generator=kind) < shares[index]:
             num_frames, size, shift = 1, self.config.image_batch, self.config.image_shift
         rows = torch.randint(counts[which], (size,), generator=draw)
+        sound = num_frames > 1 and self._draws_sound(kind)
+        if sound:
+            rows = self._with_struck(which, rows, counts[which], draw)
         sigma = draw_sigmas(size, draw, shift=shift)
         if num_frames > 1:
             even = torch.rand(size, generator=draw) < self.config.uniform_share
             sigma = torch.where(even, draw_sigmas(size, draw, mean=None), sigma)
-        return self._assemble(which, rows, num_frames, sigma, draw, kind)
+        return self._assemble(which, rows, num_frames, sigma, draw, kind, sound=sound)
 
     def held_aside(self, num_frames: int, level: float, *, sound: bool = False) -> Batch:
         """The validation clips under text alone, at one noise level, the same each time."""
@@ -204,7 +207,7 @@ class ClipDraws:
     def _assemble(
         self, which: int, rows: Tensor, num_frames: int, sigma: Tensor, draw: torch.Generator,
         kind: torch.Generator, *, conditions: ConditionMix | None = None,
-        dropout: float | None = None, sound: bool | None = None,
+        dropout: float | None = None, sound: bool,
     ) -> Batch:
         data = self.data[which]
         inside_clip = (
@@ -257,8 +260,6 @@ class ClipDraws:
         marks = sound_noise = cues = None
         if num_frames > 1:
             marks = self.caches[which].marks(scenes, first, latents.shape[2]).to(self.device)
-        if sound is None:
-            sound = num_frames > 1 and self._draws_sound(kind)
         if sound:
             assert self.config.sound is not None
             cache, heard = self.sounds[which]
@@ -288,6 +289,17 @@ class ClipDraws:
         if self.config.sound is None:
             return False
         return float(torch.rand((), generator=draw)) < self.config.sound.share
+
+    def _with_struck(self, which: int, rows: Tensor, stop: int, draw: torch.Generator) -> Tensor:
+        """Rows [B] of a batch with sound, a share of them drawn anew among the struck ones."""
+        assert self.config.sound is not None
+        if not self.config.sound.struck:
+            return rows
+        struck = self.sounds[which][0].struck
+        struck = struck[struck < stop]
+        chosen = torch.rand(rows.shape, generator=draw) < self.config.sound.struck
+        others = struck[torch.randint(len(struck), rows.shape, generator=draw)]
+        return torch.where(chosen, others, rows)
 
     def _window(
         self, total: int, num_frames: int, draw: torch.Generator, *, inside: bool

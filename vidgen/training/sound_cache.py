@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -36,15 +37,18 @@ class SoundMix:
         share: of the clip batches that carry sound.
         picture_known: share of those samples that get sound for a given picture.
         sound_known: share that gets a picture for given sound.
+        struck: share that is drawn among clips in which something is hit: what the picture tells
+            of a sound's moment is rare otherwise.
     """
 
     vae: str
     share: float = 0.5
     picture_known: float = 0.1
     sound_known: float = 0.1
+    struck: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("share", "picture_known", "sound_known"):
+        for name in ("share", "picture_known", "sound_known", "struck"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
         if self.picture_known + self.sound_known > 1:
@@ -95,6 +99,16 @@ class SoundCache:
             for at in (int(cue.seconds * self.config.tokens_per_s) - begin + 1 for cue in cues):
                 found[row, max(0, at - 1) : max(0, at + 2)] = 1
         return found[:, 1:-1]
+
+    @cached_property
+    def struck(self) -> Tensor:
+        """Clips in which something is hit, by index in rising order, [n]."""
+        config = self.clips.config
+        size = config.num_frames, config.height, config.width, config.fps
+        return torch.tensor([
+            index for index in range(self.clips.num_clips)
+            if any(cue.kind == "impact" for cue in sound_cues(self.clips.scene(index), *size))
+        ])
 
     def span(self, first: int, count: int) -> tuple[int, int, float]:
         """`sound_span` of a stretch of the clips."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vidgen.core.errors import InputError
 from vidgen.core.runtime import best_dtype
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition_mix import Stills
@@ -18,6 +19,7 @@ from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.toybox.cues import scene_marks
 from vidgen.toybox.render import Rendered, render
 from vidgen.toybox.scenes import (
+    MOTIONS,
     PLACES,
     SEED_RANGES,
     WORLD_VERSION,
@@ -45,6 +47,7 @@ class CacheConfig:
         vae: component folder of the VAE whose encoder made them.
         shards: how many shards of `shard_size` clips.
         first_scene: offset into the training range of scene seeds; geometries don't share scenes.
+        motion: of an actor in all of its scenes, one after the other as they come; None: any.
     """
 
     folder: str
@@ -56,6 +59,13 @@ class CacheConfig:
     fps: int = 12
     height: int = 128
     width: int = 128
+    motion: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.motion is not None and self.motion not in MOTIONS:
+            raise InputError(
+                f"motion is {self.motion!r}; give one of {', '.join(MOTIONS)}, or none"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,11 @@ class ToyboxCache:
                 for name in ("shard_size", "first_scene", "num_frames", "fps", "height", "width")
             },
         }
+        if config.motion is not None:
+            self.manifest["motion"] = config.motion
         self.shards = LatentShards(config.folder, self.manifest)
         self._scenes: dict[int, Scene] = {}
+        self._moving: list[int] = []
 
     @property
     def strides(self) -> Strides:
@@ -105,9 +118,24 @@ class ToyboxCache:
     def scene(self, index: int) -> Scene:
         """The scene of clip `index`; never one of the held-out triples."""
         if index not in self._scenes:
-            seed = SEED_RANGES["train"][0] + self.config.first_scene + index
-            self._scenes[index] = sample_scenes(seed, 1, split="train")[0]
+            self._scenes[index] = self._drawn(self._number(index))
         return self._scenes[index]
+
+    def _drawn(self, number: int) -> Scene:
+        seed = SEED_RANGES["train"][0] + self.config.first_scene + number
+        return sample_scenes(seed, 1, split="train")[0]
+
+    def _number(self, index: int) -> int:
+        """Which of the world's scenes clip `index` shows."""
+        motion = self.config.motion
+        if motion is None:
+            return index
+        while len(self._moving) <= index:
+            number = self._moving[-1] + 1 if self._moving else 0
+            while motion not in [actor.motion for actor in self._drawn(number).actors]:
+                number += 1
+            self._moving.append(number)
+        return self._moving[index]
 
     def marks(self, scenes: Sequence[Scene], first: int, count: int) -> Tensor:
         """When something comes to a mark, [B, F, MARK_BINS] float 0 or 1.
