@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from vidgen.core.config import apply_overrides, build, load_yaml
+from vidgen.core.config import build, load_run
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.training.program import exit_code
@@ -28,7 +28,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def work() -> None:
-        settings = apply_overrides(load_yaml(options.config), options.set)
+        settings = load_run(options.config, options.set)
         device = choose_device(options.device)
         if not settings.get("caches"):
             raise InputError(f"{options.config} has no caches; a run of train/dit.py names them")

@@ -12,7 +12,7 @@ import argparse
 
 from rich.progress import track
 
-from vidgen.core.config import apply_overrides, build, load_yaml
+from vidgen.core.config import build, load_run
 from vidgen.training.distil import DistilRun, open_shards
 from vidgen.training.distil_data import Teacher
 from vidgen.training.program import exit_code
@@ -26,7 +26,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def work() -> None:
-        settings = apply_overrides(load_yaml(options.config), options.set)
+        settings = load_run(options.config, options.set)
         config = build(DistilRun, settings, options.config)
         shards = open_shards(config)
         missing = shards.missing()

@@ -17,7 +17,7 @@ from tests.programs import load_program
 from vidgen.cli.eval import _NOT_OF_BENCHMARK
 from vidgen.cli.generate import _NOT_OF_REQUEST, _outputs
 from vidgen.cli.main import VERBS, verb_parser
-from vidgen.core.config import apply_overrides, build, load_yaml
+from vidgen.core.config import build, load_run
 from vidgen.core.request import Request
 from vidgen.story.script import Script
 
@@ -154,7 +154,7 @@ def check_program(words):
     if "-c" in words:
         path = ROOT / words[words.index("-c") + 1]
         overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-        settings = apply_overrides(load_yaml(path), overrides)
+        settings = load_run(path, overrides)
         program = run_type(Path(words[0]).stem, teaches="teacher" in settings)
         build(program, settings, str(path))
 
@@ -246,7 +246,7 @@ def test_a_run_file_says_what_it_is_and_builds(config):
     assert programs or runs, "no command names its program"
     for program, path in programs:
         assert path == name(config)
-        settings = load_yaml(config)
+        settings = load_run(config)
         build(run_type(program, teaches="teacher" in settings), settings, name(config))
     for path in runs:
         assert path == name(config)

@@ -86,10 +86,10 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
     Raises:
         InputError: neither names a folder, or a setting can't be.
     """
-    from vidgen.core.config import build, load_yaml
+    from vidgen.core.config import build, load_run
     from vidgen.training.data_config import NO_CACHE, DataConfig
 
-    given: dict[str, Any] = {} if args.config is None else load_yaml(args.config)
+    given: dict[str, Any] = {} if args.config is None else load_run(args.config)
     given = given if isinstance(given.get("data"), dict) else {"data": given}
     run = _overridden(given, args.set, args.config or "data")
     model, told = args.model or str(run.get("model") or "toybox"), run["data"]

@@ -102,6 +102,43 @@ def load_yaml(path: str | Path, what: str = "config") -> Located:
     return value
 
 
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Located:
+    """Read a run's file, fill in from `base: OTHER.yaml` what it leaves out, write overrides in.
+
+    Mappings are joined key by key, lists and values replaced whole.
+
+    Args:
+        path: the file; its base's name counts from its folder, and a base may have one itself.
+        overrides: see `apply_overrides`.
+
+    Raises:
+        InputError: as `load_yaml` and `apply_overrides`; a base that is no name, or leads back.
+    """
+    layers, places, place = [load_yaml(path)], [Path(path).resolve()], Path(path)
+    while (base := layers[-1].pop("base", None)) is not None:
+        if not isinstance(base, str):
+            raise InputError(f"config {place}: base must be a file's name, not {_kind(base)}")
+        place = place.parent / base
+        if place.resolve() in places:
+            raise InputError(f"config {path}: its base {place} leads back to it; leave one out")
+        places.append(place.resolve())
+        layers.append(load_yaml(place))
+    whole: Any = layers[-1]
+    for layer in layers[-2::-1]:
+        whole = _joined(whole, layer)
+    return apply_overrides(whole, overrides)
+
+
+def _joined(below: Any, above: Any) -> Any:
+    """`above` over `below`, whose lines would be told of another file."""
+    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+        return above
+    items = {key: _copy(value, placed=False) for key, value in below.items()}
+    for key, value in above.items():
+        items[key] = _joined(items[key], value) if key in items else value
+    return Located(items, getattr(above, "lines", {}))
+
+
 def packaged_config(name: str) -> Path:
     """A run's file by its name below `configs`: the package's own, else the checkout's."""
     packaged = Path(str(files("vidgen"))) / "configs" / name
@@ -266,12 +303,12 @@ def _parse(text: str) -> Any:
         raise yaml.YAMLError(f"a value can't be read: {error}") from error
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: Any, *, placed: bool = True) -> Any:
     if isinstance(value, Mapping):
-        items = {key: _copy(item) for key, item in value.items()}
-        return Located(items, getattr(value, "lines", {}))
+        items = {key: _copy(item, placed=placed) for key, item in value.items()}
+        return Located(items, getattr(value, "lines", {}) if placed else {})
     if isinstance(value, list | tuple):
-        return [_copy(item) for item in value]
+        return [_copy(item, placed=placed) for item in value]
     return value
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from vidgen.core.config import apply_overrides, build, dump, load_yaml
+from vidgen.core.config import build, dump, load_run
 from vidgen.core.runtime import atomic_write, choose_device, fingerprint
 from vidgen.training.dataset import Dataset, open_dataset
 from vidgen.training.distributed import Place, join_ranks
@@ -36,7 +36,7 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
     Raises:
         InputError: unknown keys, values of the wrong type, settings that don't go together.
     """
-    return build(FinetuneConfig, apply_overrides(load_yaml(path), overrides), path)
+    return build(FinetuneConfig, load_run(path, overrides), path)
 
 
 def finetune(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from vidgen.core.config import apply_overrides, build, dump, load_yaml
+from vidgen.core.config import build, dump, load_run
 from vidgen.core.errors import VidgenError
 from vidgen.training.distributed import join_ranks
 from vidgen.training.loop import train
@@ -31,7 +31,7 @@ def run_program(doc: str, run_type: type[Run], make_task: Callable[[Run], Task])
     options = parser.parse_args()
 
     def work() -> None:
-        settings = apply_overrides(load_yaml(options.config), options.set)
+        settings = load_run(options.config, options.set)
         config = build(run_type, settings, options.config)
         with join_ranks(config.run) as place:
             task = make_task(config)
