@@ -62,6 +62,9 @@ class VAERun:
             many as make the frames' area: what moves is a small part of a frame, and most of its
             error.
         init: component folder of a released VAE to start from, and to take the config of.
+
+    Raises:
+        InputError: a crop that the VAE or the frame can't have.
     """
 
     run: RunConfig
@@ -73,6 +76,12 @@ class VAERun:
     width: int = 128
     loss: VAELoss = VAELoss()
     init: str | None = None
+
+    def __post_init__(self) -> None:
+        side, limit = VAE_PRESETS[self.preset].strides.hw, min(self.height, self.width)
+        if self.crop is not None and (self.crop % side or not 0 < self.crop <= limit):
+            raise InputError(f"crop is {self.crop}; give a multiple of {side} up to {limit}, or "
+                             "none")
 
 
 def cut_around(video: Tensor, mask: Tensor, side: int) -> tuple[Tensor, Tensor]:

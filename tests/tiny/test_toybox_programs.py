@@ -15,10 +15,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.programs import load_program
-from vidgen.core.errors import ModelError
+from vidgen.core.errors import InputError, ModelError
 from vidgen.models.words import read_synonyms
 from vidgen.pipeline.video import load
 from vidgen.toybox.scenes import is_held_out, sample_scenes
+from vidgen.training.config import Phase, RunConfig
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache, as_reference, encoder_hash
 from vidgen.weights.folder import open_model
 
@@ -173,3 +174,11 @@ def test_squares_are_cut_around_what_moves() -> None:
     assert torch.equal(cut[1], video[1, :, :, :16, 32:]), "within the frame"
     assert shown.sum() == mask.sum()
     assert torch.equal(cut[2], video[2, :, :, :16, :16]), "nobody is there"
+
+
+@pytest.mark.parametrize("crop", [-8, 0, 60, 136])
+def test_a_crop_that_cannot_be_is_refused(crop: int) -> None:
+    program, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 9, 1),))
+    with pytest.raises(InputError, match=f"crop is {crop}; give a multiple of 8 up to 128"):
+        program.VAERun(run, crop=crop)
+    assert program.VAERun(run, crop=64).crop == 64

@@ -297,6 +297,8 @@ class ClipDraws:
             return rows
         struck = self.sounds[which][0].struck
         struck = struck[struck < stop]
+        if not len(struck):
+            return rows
         chosen = torch.rand(rows.shape, generator=draw) < self.config.sound.struck
         others = struck[torch.randint(len(struck), rows.shape, generator=draw)]
         return torch.where(chosen, others, rows)
