@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,10 @@ class ToyboxCache:
             self.manifest["motion"] = config.motion
         self.shards = LatentShards(config.folder, self.manifest)
         self._scenes: dict[int, Scene] = {}
-        self._moving: list[int] = []
+        self._moving = (
+            scene for scene in map(self._drawn, itertools.count())
+            if config.motion in [actor.motion for actor in scene.actors]
+        )
 
     @property
     def strides(self) -> Strides:
@@ -117,25 +121,15 @@ class ToyboxCache:
 
     def scene(self, index: int) -> Scene:
         """The scene of clip `index`; never one of the held-out triples."""
-        if index not in self._scenes:
-            self._scenes[index] = self._drawn(self._number(index))
+        if self.config.motion is None and index not in self._scenes:
+            self._scenes[index] = self._drawn(index)
+        while index not in self._scenes:
+            self._scenes[len(self._scenes)] = next(self._moving)
         return self._scenes[index]
 
     def _drawn(self, number: int) -> Scene:
         seed = SEED_RANGES["train"][0] + self.config.first_scene + number
         return sample_scenes(seed, 1, split="train")[0]
-
-    def _number(self, index: int) -> int:
-        """Which of the world's scenes clip `index` shows."""
-        motion = self.config.motion
-        if motion is None:
-            return index
-        while len(self._moving) <= index:
-            number = self._moving[-1] + 1 if self._moving else 0
-            while motion not in [actor.motion for actor in self._drawn(number).actors]:
-                number += 1
-            self._moving.append(number)
-        return self._moving[index]
 
     def marks(self, scenes: Sequence[Scene], first: int, count: int) -> Tensor:
         """When something comes to a mark, [B, F, MARK_BINS] float 0 or 1.
