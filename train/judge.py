@@ -22,6 +22,7 @@ from vidgen.media.sheet import contact_sheet
 from vidgen.toybox.judge import FrameLogits, Judge, JudgeConfig, to_motion_size
 from vidgen.toybox.scenes import SEED_RANGES
 from vidgen.training.config import Phase, RunConfig
+from vidgen.training.draws import seed_of
 from vidgen.training.judge_data import IGNORE, Batch, PoolConfig, RenderPool, Transforms, to_bytes
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
@@ -83,15 +84,14 @@ class JudgeTask:
 
     def batch(self, phase: Phase, step: int, micro: int) -> Batch:
         """Clips of one pool, turned, spoilt and damaged; a sheet of them at the first step."""
-        count = step * phase.accumulate + micro
-        generator = torch.Generator().manual_seed(self.config.run.seed * 10**9 + count)
+        generator = torch.Generator().manual_seed(seed_of(self.config.run.seed, step, micro))
         shares = torch.tensor([pool.pool.share for pool in self.pools])
         pool = self.pools[int(shares.multinomial(1, generator=generator))]
         pool.advance(step, _tell if len(pool.scenes) == 0 else None)
         batch = pool.draw(step, phase.batch_size, generator)
         change = Transforms(self.config.model, generator)
         batch = change.apply(batch, nothing=self.config.nothing, frozen=self.config.frozen)
-        if count == 0:
+        if step == micro == 0:
             _sheet(batch, Path(self.config.run.folder) / "batch.png")
         return batch
 

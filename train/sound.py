@@ -33,10 +33,10 @@ from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
 from vidgen.training.sound_parts import controls_distance, take_apart
+from vidgen.training.toybox_data import fresh_seed
 from vidgen.weights.sound_vae import load_sound_vae
 
 _FLOOR = 1e-4  # of magnitudes before their logarithm; a full-scale sine is about 1
-_CLIPS_A_STEP = 128  # scene seeds set aside for each batch
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ class SoundTask:
     def batch(self, phase: Phase, step: int, micro: int) -> Tensor:
         """Windows [B, N] of fresh scenes' sound, each with a gain of its own."""
         config, count = self.config, phase.batch_size
-        index = (step * phase.accumulate + micro) * _CLIPS_A_STEP
-        base = SEED_RANGES["train"][0] + index + config.run.seed * 10**9
+        base = fresh_seed(config.run.seed, step, micro)
         num_clips = -(-count // config.windows_per_clip)
         clips = synthesize(sample_scenes(base, num_clips, split="any"), phase.num_frames)
         draw = torch.Generator().manual_seed(base)

@@ -28,7 +28,7 @@ from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
-from vidgen.training.toybox_data import load_vae
+from vidgen.training.toybox_data import fresh_seed, load_vae
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,7 @@ class VAETask:
     def batch(self, phase: Phase, step: int, micro: int) -> dict[str, Tensor]:
         """Windows of rendered clips; a quarter of the clip steps still show single frames."""
         count, num_frames, crop = phase.batch_size, phase.num_frames, None
-        index = (step * phase.accumulate + micro) * 128
-        base = SEED_RANGES["train"][0] + index + self.config.run.seed * 10**9
+        base = fresh_seed(self.config.run.seed, step, micro)
         if num_frames > 1 and step % 4 == 3:
             count, num_frames = count * num_frames // 3, 1
         elif num_frames > 1 and step % 4 != 0 and self.config.crop:

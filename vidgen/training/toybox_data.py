@@ -30,6 +30,7 @@ from vidgen.toybox.scenes import (
     sample_scenes,
     times_in,
 )
+from vidgen.training.draws import seed_of
 from vidgen.training.latents import LatentShards
 from vidgen.weights.folder import config_of
 from vidgen.weights.load import load_module, read_tensors
@@ -37,6 +38,7 @@ from vidgen.weights.load import load_module, read_tensors
 MID_FRAME = 16
 MARK_BINS = 8
 """Parts of a latent frame that marks are told apart by: 42 ms each where it stands for 4 frames."""
+_MOST_CLIPS = 1 << 12  # of a batch
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,15 @@ class ToyboxCache:
             "cover": torch.cat(covers), "still_cover": torch.cat(still_covers),
         }
         self.shards.write(index, {name: value.half().cpu() for name, value in tensors.items()})
+
+
+def fresh_seed(*values: int) -> int:
+    """Seed of a batch's first scene in the training range, which depends on all of the values.
+
+    Drawn, not counted: ranks share no scenes, however many there are.
+    """
+    low, high = SEED_RANGES["train"]
+    return low + seed_of(*values) % (high - low - _MOST_CLIPS)
 
 
 def as_reference(scene: Scene) -> Scene:
