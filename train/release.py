@@ -55,6 +55,7 @@ from vidgen.weights.student import STUDENT, StudentConfig, write_student
 DEFAULTS = ModelDefaults(
     num_steps=8, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
     sampler="unipc", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
+    image_guidance_scale=3.0,
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
 HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/experiments.md)

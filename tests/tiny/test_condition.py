@@ -104,6 +104,22 @@ def test_what_is_known_may_be_shown_through_noise():
     assert torch.equal(sigma[..., 1:], SIGMA.view(2, 1, 1, 1).expand(2, 5, 2, 2))
 
 
+def test_what_is_known_may_be_hidden_by_the_noise_that_all_else_has():
+    state = condition.first_frame(new_state(NOISE), STILL)
+    assert state.has_given
+    hidden = replace(state, hides_known=True).to(torch.device("cpu"))
+    begun = draw(31)
+    latents, sigma = denoise_inputs(hidden, SIGMA, begun)
+    assert torch.equal(latents[:, :, :1], add_noise(STILL, NOISE[:, :, :1], SIGMA))
+    assert torch.equal(latents[:, :, 1:], begun[:, :, 1:])
+    assert torch.equal(sigma, SIGMA)
+    region = torch.zeros(1, 1, 5, 4, 6)
+    region[..., 2:] = 1
+    assert not condition.mask(new_state(NOISE), CLIP, region).has_given
+    assert not condition.noise_known(state, SIGMA, NOISE).has_given
+    assert not new_state(NOISE).has_given
+
+
 def test_mask_keeps_the_clip_outside_and_gives_each_token_its_sigma():
     region = torch.zeros(1, 1, 5, 4, 6)
     region[..., 2:] = 1

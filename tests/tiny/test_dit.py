@@ -238,6 +238,22 @@ def test_video_and_audio_see_each_other():
     assert_equal(hidden.audio, sound)
 
 
+def test_audio_can_be_kept_from_seeing_the_video():
+    model, inputs = make_model(WITH_AUDIO), make_inputs()
+    stills = make_stills([[5.0], [5.0]], torch.tensor([[True], [False]]))
+
+    def run(latents, sound, **options):
+        alone = replace(sound, sees_video=False)
+        return model(latents, *inputs[1:], audio=alone, **options)
+
+    video, sound = run(inputs[0], make_sound())
+    assert (sound - model(*inputs, audio=make_sound()).audio).abs().max() > 1e-4
+    assert_equal(run(inputs[0] + 1, make_sound()).audio, sound)
+    assert_equal(run(inputs[0], make_sound(), extra=stills).audio, sound)
+    louder = replace(make_sound(), latents=make_sound().latents + 1)
+    assert (run(inputs[0], louder).video - video).abs().max() > 1e-4
+
+
 def test_sound_lies_on_the_videos_clock():
     model = make_model(WITH_AUDIO)
     latents, timestep, context = make_inputs()

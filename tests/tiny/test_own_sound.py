@@ -11,6 +11,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
 from vidgen.media.sound import read_sound
+from vidgen.models.dit import SpacetimeDiT
 from vidgen.pipeline import journal as journals
 from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.video import load
@@ -41,6 +42,22 @@ def test_the_same_seed_sounds_the_same_and_another_one_otherwise(engine):
     assert np.array_equal(first.frames, again.frames)
     other = engine.generate("a cat", **WORDS | {"seed": 4})
     assert not np.array_equal(first.sound, other.sound)
+
+
+def test_guidance_pulls_the_sound_towards_the_picture_too(engine, monkeypatch):
+    seen, forward = [], SpacetimeDiT.forward
+
+    def spy(self, *args, audio=None, **options):
+        seen.append(audio.sees_video)
+        return forward(self, *args, audio=audio, **options)
+
+    monkeypatch.setattr(SpacetimeDiT, "forward", spy)
+    engine.generate("a cat", **WORDS, guidance=3.0)
+    assert seen == [True, False] * (len(seen) // 2)
+    seen.clear()
+    engine.generate("a cat", **WORDS, guidance=1.0)
+    assert seen
+    assert all(seen)
 
 
 def test_a_longer_clip_begins_with_the_noise_of_the_shorter_one(engine):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,29 @@ def test_guidance_one_is_the_conditional_pass(engine: Engine) -> None:
     plain = engine.generate(PROMPT, seed=1, guidance=1.0)
     with_negative = engine.generate(PROMPT, seed=1, guidance=1.0, negative="a cat")
     assert torch.equal(plain.latents, with_negative.latents)
+
+
+def test_guidance_pulls_towards_given_frames_where_a_model_can_do_without(
+    engine: Engine, tiny_model: Path, picture: np.ndarray
+) -> None:
+    taught = load(str(tiny_model), device="cpu", dtype="fp32")
+    defaults = replace(taught.folder.defaults, image_guidance_scale=3.0)
+    taught.folder = replace(taught.folder, defaults=defaults)
+
+    def latents(made: Engine, **options: object) -> torch.Tensor:
+        return made.generate(PROMPT, seed=1, **options).latents
+
+    plain, pulled = (latents(made, image=picture) for made in (engine, taught))
+    assert torch.equal(plain[:, :, :1], pulled[:, :, :1])
+    assert not torch.equal(plain, pulled)
+    assert torch.equal(latents(taught, image=picture, image_guidance=3.0), pulled)
+    assert not torch.equal(latents(taught, image=picture, guidance=5.0), pulled)
+    assert torch.equal(latents(taught, image=picture, image_guidance=1.0),
+                       latents(engine, image=picture, guidance=1.0))
+    assert torch.equal(latents(taught), latents(engine))
+    assert torch.equal(latents(taught, image_guidance=9.0), latents(engine))
+    with pytest.raises(InputError, match=r"image_guidance is 2\.0, but this model sees given"):
+        latents(engine, image=picture, image_guidance=2.0)
 
 
 def test_the_prompt_matters(engine: Engine) -> None:

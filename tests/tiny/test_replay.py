@@ -274,6 +274,17 @@ def test_a_length_or_picture_that_is_set_takes_the_place_of_its_rival(
         request_from_recipe(recipe, tmp_path, changes={"frames": 9, "seconds": 1.0})
 
 
+def test_other_scales_follow_a_guidance_that_is_set(engine: Engine, tmp_path: Path) -> None:
+    recipe = json.loads(json.dumps(engine.generate(PROMPT, seed=5, image=PICTURE).recipe))
+    recipe["plan"]["guidance"] |= {"known_scale": 3.0, "low_scale": 2.0}
+    kept = request_from_recipe(recipe, tmp_path, changes={"steps": 3})
+    assert (kept.image_guidance, kept.guidance_low) == (3.0, 2.0)
+    other = request_from_recipe(recipe, tmp_path, changes={"guidance": 6.0})
+    assert (other.guidance, other.image_guidance, other.guidance_low) == (6.0, None, None)
+    both = request_from_recipe(recipe, tmp_path, changes={"guidance": 6.0, "image_guidance": 2.0})
+    assert (both.image_guidance, both.guidance_low) == (2.0, None)
+
+
 def test_another_model_is_refused_unless_it_will_do(
     engine: Engine, replay: Replay, tiny_model: Path
 ) -> None:

@@ -30,7 +30,8 @@ _WHOLE = {
     "retry": (0, 100), "overlap": (1, 1000), "devices": (1, MAX_DEVICES),
 }
 _NUMBER = {
-    "guidance": (0, 100), "guidance_low": (0, 100), "guidance_rescale": (0, 1), "strength": (0, 1),
+    "guidance": (0, 100), "guidance_low": (0, 100), "image_guidance": (0, 100),
+    "guidance_rescale": (0, 1), "strength": (0, 1),
     "control_scale": (0, 10), "colour_hold": (0, 1),
 }
 _ABOVE_ZERO = {"seconds": MAX_SECONDS, "fps": 240, "shift": 100}
@@ -68,6 +69,8 @@ class Request:
         steps: number of denoising steps.
         guidance: classifier-free guidance scale; 1 is the conditional pass alone.
         guidance_low: guidance of the low-noise expert, for models that have two (Wan 2.2 A14B).
+        image_guidance: guidance where a first frame is given, which it then pulls towards, for
+            models that were taught to do without (toybox).
         guidance_interval: (low, high) in sigma within which guidance acts.
         cache: "none", "first-block", "magnitude" or "forecast", each with a `:THRESHOLD` behind it
             or without: leaves most of the transformer out at steps that change little.
@@ -135,6 +138,7 @@ class Request:
     steps: int | None = None
     guidance: float | None = None
     guidance_low: float | None = None
+    image_guidance: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
     cache: str = "none"

@@ -43,6 +43,7 @@ class LatentState:
         num_references: leading latent frames that are references, not the clip.
         sound: the clip's sound on its way, or None.
         known_sigma: [B], how much of what is known in place is noise; None: nothing.
+        hides_known: what is known in place is shown as noisy as all else; see `Guidance`.
     """
 
     latents: Tensor
@@ -55,11 +56,17 @@ class LatentState:
     num_references: int = 0
     sound: SoundState | None = None
     known_sigma: Tensor | None = None
+    hides_known: bool = False
 
     @cached_property
     def any_known(self) -> bool:
         """Whether any latent in place is known."""
         return not bool(self.denoise_mask.all())
+
+    @property
+    def has_given(self) -> bool:
+        """Whether whole frames are known in place, shown as they are; so are those of an image."""
+        return self.any_known and self.whole_frames and self.known_sigma is None
 
     @cached_property
     def whole_frames(self) -> bool:
@@ -78,9 +85,9 @@ class LatentState:
             valid = None if keys.valid is None else keys.valid.to(device)
             keys = KeyTokens(keys.latents.to(device), keys.positions.to(device), valid)
         if sound is not None:
-            sound = SoundState(
-                sound.latents.to(device), sound.clean.to(device), sound.denoise_mask.to(device),
-                sound.start_s,
+            sound = replace(
+                sound, latents=sound.latents.to(device), clean=sound.clean.to(device),
+                denoise_mask=sound.denoise_mask.to(device),
             )
         stacked, control, image_context, known_sigma = (
             None if part is None else part.to(device)
@@ -89,6 +96,7 @@ class LatentState:
         return LatentState(
             self.latents.to(device), self.clean.to(device), self.denoise_mask.to(device), keys,
             stacked, control, image_context, self.num_references, sound, known_sigma,
+            self.hides_known,
         )
 
     @cached_property
@@ -267,13 +275,17 @@ def denoise_inputs(
         patch: latents a side of one token.
 
     Returns:
-        (latents, sigma). With nothing known both are as they came. Else the known values are
+        (latents, sigma). With nothing known both are as they came, and sigma is where it is hidden,
+        whose values get the noise of the state's own latents. Else the known values are
         written into the latents, and sigma is 0, or `known_sigma`, where known: [B, F] when frames
         are known as a whole, [B, F, h / patch, w / patch] when a token is. Stacked channels come
         last.
     """
     latents = state.latents if latents is None else latents
-    if state.any_known:
+    if state.hides_known:
+        noisy = add_noise(state.clean.to(latents), state.latents.to(latents), sigma)
+        latents = torch.where(state.denoise_mask, latents, noisy)
+    elif state.any_known:
         latents = state.impose(latents)
         unknown = state.denoise_mask[:, 0].to(sigma.dtype)
         if state.whole_frames:

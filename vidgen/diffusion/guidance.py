@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class Guidance:
         low_scale: the scale below `boundary`, where another expert denoises (Wan 2.2 A14B); None
             is `scale` throughout.
         boundary: sigma.
+        known_scale: the scale where given frames stand in place; the unconditional pass is shown
+            noise instead of them, so that guidance pulls towards them, too (image guidance: Brooks
+            et al. 2023; Blattmann et al. 2023, "Stable Video Diffusion"). None: `scale`, and both
+            passes see them.
     """
 
     scale: float = 1.0
@@ -35,9 +39,10 @@ class Guidance:
     rescale: float = 0.0
     low_scale: float | None = None
     boundary: float = 0.0
+    known_scale: float | None = None
 
     def __post_init__(self) -> None:
-        for scale in (self.scale, self.low_scale):
+        for scale in (self.scale, self.low_scale, self.known_scale):
             if scale is not None and not 0 <= scale < float("inf"):
                 raise InputError(f"guidance must be a number of at least 0, not {scale}")
         low, high = self.interval
@@ -45,6 +50,12 @@ class Guidance:
             raise InputError(f"a guidance interval must lie in 0..1 and rise, not {low}..{high}")
         if not 0 <= self.rescale <= 1:
             raise InputError(f"guidance rescale must lie in 0..1, not {self.rescale}")
+
+    def of_clip(self, *, has_known: bool) -> Guidance:
+        """That of one clip, which has given frames in place or has none: its scale is settled."""
+        if not has_known or self.known_scale is None:
+            return replace(self, known_scale=None)
+        return replace(self, scale=self.known_scale)
 
     def scale_at(self, sigma: float) -> float:
         """The scale of a step at `sigma`; 1 needs no unconditional velocity."""
@@ -61,7 +72,7 @@ class Guidance:
     @property
     def is_off(self) -> bool:
         """Whether no step needs the unconditional velocity."""
-        return self.scale == 1 and self.low_scale in (None, 1)
+        return self.scale == 1 and {self.low_scale, self.known_scale} <= {None, 1}
 
 
 def guide(

@@ -31,12 +31,14 @@ class SoundState:
         clean: [B, C, N], the known values; anything where not known.
         denoise_mask: [B, 1, N] bool, True where sound is to be generated.
         start_s: when the first latent begins, in seconds after the picture's first latent frame.
+        sees_picture: whether it is denoised in view of the picture.
     """
 
     latents: Tensor
     clean: Tensor
     denoise_mask: Tensor
     start_s: float = 0.0
+    sees_picture: bool = True
 
     @cached_property
     def any_known(self) -> bool:

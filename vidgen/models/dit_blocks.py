@@ -154,7 +154,12 @@ class SelfAttention(nn.Module):
                 k, v = cache.extend(layer, k, v)
             q, k, v = (_split(part, layout, axis) for part in (q, k, v))
             bias = None if axis == "space" else layout.bias
-            return _join(attention(q, k, v, bias=bias, backend=self.backend), layout, axis)
+            rest = q.shape[2] - layout.num_alone
+            mixed = attention(q[:, :, :rest], k, v, bias=bias, backend=self.backend)
+            if layout.num_alone:
+                q, k, v = (part[:, :, rest:] for part in (q, k, v))
+                mixed = torch.cat([mixed, attention(q, k, v, backend=self.backend)], dim=2)
+            return _join(mixed, layout, axis)
 
         if layout.spread is None:
             mixed = attend(q, k, v)

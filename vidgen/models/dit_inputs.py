@@ -34,12 +34,14 @@ class AudioTokens:
         frames_per_s: latent frames of the video a second (fps / stride_t): the clock that places
             audio tokens on the video's time axis.
         start_s: when the first audio token starts, in seconds after the video's first frame.
+        sees_video: whether its tokens attend to those of the video, which see it either way.
     """
 
     latents: Tensor
     timestep: Tensor
     frames_per_s: float
     start_s: float = 0.0
+    sees_video: bool = True
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,15 @@ class Context(NamedTuple):
 class Layout(NamedTuple):
     """Where self-attention's tokens lie: F * N of frames come first; and the bias to add.
 
-    With `spread` they lie over several ranks, which meet in self-attention alone.
+    With `spread` they lie over several ranks, which meet in self-attention alone. The last
+    `num_alone` tokens see only each other.
     """
 
     num_frames: int
     frame_tokens: int
     bias: Tensor | None
     spread: Spread | None = None
+    num_alone: int = 0
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's stretch [B, l, ...] of a run of tokens [B, L, ...]."""
@@ -271,8 +275,10 @@ def lay_out(
         causal_frames=config.causal_frames if config.pattern == "causal" else None,
         device=device,
     )
+    sound = 0 if audio is None else audio.latents.shape[2]
+    alone = 0 if audio is None or audio.sees_video else sound
     if visible is None:
-        return Layout(num_frames + stills, frame_tokens, None)
+        return Layout(num_frames + stills, frame_tokens, None, num_alone=alone)
     bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, -math.inf)
     if config.pattern == "factorised":
         bias = bias.repeat_interleave(frame_tokens, dim=0)
@@ -280,8 +286,8 @@ def lay_out(
         bias = bias.repeat_interleave(frame_tokens, dim=2)
         if bias.shape[1] > 1:
             bias = bias.repeat_interleave(frame_tokens, dim=1)
-    sound = 0 if audio is None else audio.latents.shape[2]
-    return Layout(num_frames + stills, frame_tokens, F.pad(bias, (0, sound))[:, None])
+    bias = F.pad(bias, (0, sound))[:, None]
+    return Layout(num_frames + stills, frame_tokens, bias, num_alone=alone)
 
 
 def visible_frames(

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from vidgen.pipeline.plan import Plan
     from vidgen.weights.folder import ModelFolder
 
-SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "guidance_interval", "guidance_rescale")
+SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "image_guidance", "guidance_interval",
+            "guidance_rescale")
 """Options that say how to sample, which a student knows one answer to."""
 
 

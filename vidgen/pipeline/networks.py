@@ -75,17 +75,25 @@ def denoisers(
         loras = loras.beside(read_student(parts.folder.path, dit))
     with experts(parts, parts.folder.defaults.boundary, loras, level) as given:
         yield [
-            _denoiser(parts, plan, _seen_by(branch, state), context, given, ranks,
+            _denoiser(parts, plan, _seen_by(branch, state, plan), context, given, ranks,
                       None if caches is None else partial(caches.at, branch))
             for branch, context in zip(branches, contexts, strict=False)
         ]
 
 
-def _seen_by(branch: str, state: LatentState) -> LatentState:
-    """What a pass is shown: guidance pulls towards a reference image as it does to the prompt."""
+def _seen_by(branch: str, state: LatentState, plan: Plan) -> LatentState:
+    """What a pass is shown: guidance pulls towards all that the negative pass goes without.
+
+    That is the prompt, reference images, under image guidance frames in place, and for sound the
+    picture: what a prompt says of sound would else drown what the picture does.
+    """
     if branch != NEGATIVE:
         return state
-    return replace(state, keys=without_references(state.keys))
+    return replace(
+        state, keys=without_references(state.keys),
+        hides_known=plan.guidance.known_scale is not None,
+        sound=None if state.sound is None else replace(state.sound, sees_picture=False),
+    )
 
 
 def _denoiser(
@@ -113,7 +121,8 @@ def _denoiser(
         if state.sound is not None and sound is not None:
             times = to_timestep(state.sound.levels(sigma), whole=whole)
             audio = AudioTokens(
-                state.sound.impose(sound), times, frames_per_s, state.sound.start_s
+                state.sound.impose(sound), times, frames_per_s, state.sound.start_s,
+                state.sound.sees_picture,
             )
         level = float(sigma[0])
         part = None if ranks is None else TokenPart(Spread(ranks, num_tokens(seen, audio)))

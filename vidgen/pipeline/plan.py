@@ -153,18 +153,25 @@ def _tiles(request: Request, latents: LatentShape) -> Tiles | None:
 
 
 def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:
-    """Guidance of a request; the low-noise expert follows --guidance where it alone is given."""
+    """Guidance of a request; --guidance, given alone, holds for other experts and images, too."""
     low = defaults.guidance_scale_2 if request.guidance is None else None
     if request.guidance_low is not None:
         if defaults.boundary is None:
             raise InputError(f"guidance_low is {request.guidance_low}, but this model has no "
                              "low-noise expert; leave it out")
         low = float(request.guidance_low)
+    known = defaults.image_guidance_scale
+    if known is None and request.image_guidance is not None:
+        raise InputError(f"image_guidance is {request.image_guidance}, but this model sees given "
+                         "frames with and without the prompt; leave it out")
+    if known is not None:
+        asked = (request.image_guidance, request.guidance, known)
+        known = float(next(scale for scale in asked if scale is not None))
     return Guidance(
         scale=defaults.guidance_scale if request.guidance is None else float(request.guidance),
         interval=request.guidance_interval or (0.0, 1.0),
         rescale=float(request.guidance_rescale or 0.0),
-        low_scale=low, boundary=defaults.boundary or 0.0,
+        low_scale=low, boundary=defaults.boundary or 0.0, known_scale=known,
     )
 
 

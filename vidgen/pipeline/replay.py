@@ -57,6 +57,8 @@ def request_from_recipe(
     replaced = set(changes)
     if replaced & {"prompt", "negative"}:
         replaced.add("readings")  # of the words that were there
+    if "guidance" in replaced:
+        replaced.update(("guidance_low", "image_guidance"))  # which follow it
     for pair in _RIVALS:
         if replaced.intersection(pair):
             replaced.update(pair)
@@ -192,6 +194,7 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
             "shift": plan["shift"], "guidance": guidance["scale"],
             "guidance_interval": tuple(guidance["interval"]),
             "guidance_rescale": guidance["rescale"], "guidance_low": guidance["low_scale"],
+            "image_guidance": guidance.get("known_scale"),
         }
         if plan["sampler"] in SAMPLERS:
             options["sampler"] = plan["sampler"]

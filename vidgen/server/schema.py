@@ -108,6 +108,7 @@ class ExtraParams(Strict):
     cache: str | None = Field(None, max_length=40)
     fit: Literal["crop", "pad"] | None = None
     guidance_low: Number | None = Field(None, ge=0, le=20)
+    image_guidance: Number | None = Field(None, ge=0, le=20)
     guidance_rescale: Number | None = Field(None, ge=0, le=1)
     overlap: Whole | None = Field(None, ge=1, le=1000)
     colour_hold: Number | None = Field(None, ge=0, le=1)

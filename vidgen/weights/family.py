@@ -39,6 +39,7 @@ class ModelDefaults:
     Args:
         guidance_scale: of a model with two experts, the high-noise one's.
         guidance_scale_2: the low-noise expert's; None: the same.
+        image_guidance_scale: where frames are given; see `Guidance.known_scale`.
         boundary: sigma at and above which `transformer` runs, below it `transformer_2`.
         sizes: (width, height) the model was trained on; others are warned about.
         max_frames: longest clip it was trained on.
@@ -60,6 +61,7 @@ class ModelDefaults:
     guidance_scale_2: float | None = None
     boundary: float | None = None
     history_noise: float = 0.0
+    image_guidance_scale: float | None = None
 
 
 @dataclass(frozen=True)
