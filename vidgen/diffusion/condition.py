@@ -275,11 +275,11 @@ def denoise_inputs(
         patch: latents a side of one token.
 
     Returns:
-        (latents, sigma). With nothing known both are as they came, and sigma is where it is hidden,
-        whose values get the noise of the state's own latents. Else the known values are
+        (latents, sigma). With nothing known both are as they came. Else the known values are
         written into the latents, and sigma is 0, or `known_sigma`, where known: [B, F] when frames
-        are known as a whole, [B, F, h / patch, w / patch] when a token is. Stacked channels come
-        last.
+        are known as a whole, [B, F, h / patch, w / patch] when a token is. Those that the state
+        hides are written with the noise that its own latents begin with, and sigma stays. Stacked
+        channels come last.
     """
     latents = state.latents if latents is None else latents
     if state.hides_known:

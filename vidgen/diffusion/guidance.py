@@ -52,7 +52,7 @@ class Guidance:
             raise InputError(f"guidance rescale must lie in 0..1, not {self.rescale}")
 
     def of_clip(self, *, has_known: bool) -> Guidance:
-        """That of one clip, which has given frames in place or has none: its scale is settled."""
+        """That of one clip; `known_scale` is left where it has given frames in place to hide."""
         if not has_known or self.known_scale is None:
             return replace(self, known_scale=None)
         return replace(self, scale=self.known_scale)
