@@ -118,6 +118,11 @@ def test_what_is_known_may_be_hidden_by_the_noise_that_all_else_has():
     assert not condition.mask(new_state(NOISE), CLIP, region).has_given
     assert not condition.noise_known(state, SIGMA, NOISE).has_given
     assert not new_state(NOISE).has_given
+    assert not condition.reference(new_state(NOISE), STILL).has_given
+    ends = condition.last_frame(new_state(NOISE), STILL, STRIDES)
+    assert ends.has_given
+    later = condition.noise_known(condition.first_frame(ends, STILL), SIGMA, NOISE)
+    assert not later.has_given
 
 
 def test_mask_keeps_the_clip_outside_and_gives_each_token_its_sigma():

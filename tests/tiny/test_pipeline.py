@@ -68,6 +68,10 @@ def test_guidance_pulls_towards_given_frames_where_a_model_can_do_without(
     assert not torch.equal(latents(taught, image=picture, guidance=5.0), pulled)
     assert torch.equal(latents(taught, image=picture, image_guidance=1.0),
                        latents(engine, image=picture, guidance=1.0))
+    ends = {"last_image": picture}
+    assert not torch.equal(latents(taught, **ends), latents(engine, **ends, guidance=3.0))
+    assert torch.equal(latents(taught, **ends, image_guidance=1.0),
+                       latents(engine, **ends, guidance=1.0))
     assert torch.equal(latents(taught), latents(engine))
     assert torch.equal(latents(taught, image_guidance=9.0), latents(engine))
     with pytest.raises(InputError, match=r"image_guidance is 2\.0, but this model sees given"):

@@ -58,7 +58,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed; 1 is off")
     add("--guidance-low", type=float, metavar="G", help="for the low-noise expert of Wan 2.2 A14B")
     add("--image-guidance", type=float, metavar="G",
-        help="how strongly a given first frame is followed")
+        help="how strongly given frames are followed")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="noise levels between which guidance acts, from 0 to 1")
     add("--guidance-rescale", type=float, metavar="X", help="0 to 1, against over-saturation")

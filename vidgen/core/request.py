@@ -69,8 +69,8 @@ class Request:
         steps: number of denoising steps.
         guidance: classifier-free guidance scale; 1 is the conditional pass alone.
         guidance_low: guidance of the low-noise expert, for models that have two (Wan 2.2 A14B).
-        image_guidance: guidance where a first frame is given, which it then pulls towards, for
-            models that were taught to do without (toybox).
+        image_guidance: guidance where frames are given, which it then pulls towards, for models
+            that were taught to do without (toybox).
         guidance_interval: (low, high) in sigma within which guidance acts.
         cache: "none", "first-block", "magnitude" or "forecast", each with a `:THRESHOLD` behind it
             or without: leaves most of the transformer out at steps that change little.

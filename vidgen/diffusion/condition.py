@@ -65,8 +65,13 @@ class LatentState:
 
     @property
     def has_given(self) -> bool:
-        """Whether whole frames are known in place, shown as they are; so are those of an image."""
-        return self.any_known and self.whole_frames and self.known_sigma is None
+        """Whether whole frames of the clip are given, in place or as stills, and shown as they are.
+
+        So not what later windows go on from through noise, nor the parts that a mask keeps.
+        """
+        if self.known_sigma is not None or not self.whole_frames:
+            return False
+        return self.any_known or without_references(self.keys) is not None
 
     @cached_property
     def whole_frames(self) -> bool:

@@ -28,10 +28,9 @@ class Guidance:
         low_scale: the scale below `boundary`, where another expert denoises (Wan 2.2 A14B); None
             is `scale` throughout.
         boundary: sigma.
-        known_scale: the scale where given frames stand in place; the unconditional pass is shown
-            noise instead of them, so that guidance pulls towards them, too (image guidance: Brooks
-            et al. 2023; Blattmann et al. 2023, "Stable Video Diffusion"). None: `scale`, and both
-            passes see them.
+        known_scale: the scale where frames are given, which the unconditional pass isn't shown, so
+            that guidance pulls towards them, too (image guidance: Brooks et al. 2023; Blattmann et
+            al. 2023, "Stable Video Diffusion"). None: `scale`, and both passes see them.
     """
 
     scale: float = 1.0
@@ -51,9 +50,9 @@ class Guidance:
         if not 0 <= self.rescale <= 1:
             raise InputError(f"guidance rescale must lie in 0..1, not {self.rescale}")
 
-    def of_clip(self, *, has_known: bool) -> Guidance:
-        """That of one clip; `known_scale` is left where it has given frames in place to hide."""
-        if not has_known or self.known_scale is None:
+    def of_clip(self, *, has_given: bool) -> Guidance:
+        """That of one clip; `known_scale` is left where frames are given, to be hidden."""
+        if not has_given or self.known_scale is None:
             return replace(self, known_scale=None)
         return replace(self, scale=self.known_scale)
 

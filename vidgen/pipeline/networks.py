@@ -84,14 +84,15 @@ def denoisers(
 def _seen_by(branch: str, state: LatentState, plan: Plan) -> LatentState:
     """What a pass is shown: guidance pulls towards all that the negative pass goes without.
 
-    That is the prompt, reference images, under image guidance frames in place, and for sound the
+    That is the prompt, reference images, under image guidance given frames, and for sound the
     picture: what a prompt says of sound would else drown what the picture does.
     """
     if branch != NEGATIVE:
         return state
+    hides_given = plan.guidance.known_scale is not None
     return replace(
-        state, keys=without_references(state.keys),
-        hides_known=plan.guidance.known_scale is not None,
+        state, keys=None if hides_given else without_references(state.keys),
+        hides_known=hides_given,
         sound=None if state.sound is None else replace(state.sound, sees_picture=False),
     )
 
