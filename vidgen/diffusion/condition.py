@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import Strides
+from vidgen.core.tensors import moved
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.sound import Packing, SoundState
 
@@ -85,24 +86,8 @@ class LatentState:
 
     def to(self, device: torch.device) -> LatentState:
         """The same state on another device."""
-        keys, sound = self.keys, self.sound
-        if keys is not None:
-            valid = None if keys.valid is None else keys.valid.to(device)
-            keys = KeyTokens(keys.latents.to(device), keys.positions.to(device), valid)
-        if sound is not None:
-            sound = replace(
-                sound, latents=sound.latents.to(device), clean=sound.clean.to(device),
-                denoise_mask=sound.denoise_mask.to(device),
-            )
-        stacked, control, image_context, known_sigma = (
-            None if part is None else part.to(device)
-            for part in (self.stacked, self.control, self.image_context, self.known_sigma)
-        )
-        return LatentState(
-            self.latents.to(device), self.clean.to(device), self.denoise_mask.to(device), keys,
-            stacked, control, image_context, self.num_references, sound, known_sigma,
-            self.hides_known,
-        )
+        there: LatentState = moved(self, device)
+        return there
 
     @cached_property
     def packing(self) -> Packing | None:

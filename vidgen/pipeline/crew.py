@@ -26,6 +26,7 @@ from torch import Tensor
 from vidgen.core.errors import DeviceError, InputError
 from vidgen.core.request import MAX_DEVICES
 from vidgen.core.runtime import given_rank
+from vidgen.core.tensors import moved
 from vidgen.diffusion.guidance import guided
 from vidgen.pipeline.crew_caches import collect, tie
 from vidgen.pipeline.crew_link import (
@@ -34,7 +35,6 @@ from vidgen.pipeline.crew_link import (
     Share,
     divide,
     is_loss,
-    moved,
     torchrun_place,
 )
 from vidgen.pipeline.crew_process import Child, end_all, find_failure

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -215,22 +215,6 @@ def _on_loopback() -> Iterator[None]:
 @contextmanager
 def _unchanged() -> Iterator[None]:
     yield
-
-
-def moved(value: Any, device: torch.device | str) -> Any:
-    """Plain data with its tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        items = [moved(item, device) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(
-            value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)}
-        )
-    return value
 
 
 def torchrun_place() -> tuple[dist.Store, int, int]:

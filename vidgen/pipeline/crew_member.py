@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vidgen.core.tensors import moved
 from vidgen.pipeline.crew_caches import collect, tie
 from vidgen.pipeline.crew_link import (
     FAILURE,
@@ -27,7 +28,6 @@ from vidgen.pipeline.crew_link import (
     Link,
     Share,
     is_loss,
-    moved,
     torchrun_place,
 )
 from vidgen.pipeline.networks import decode_latents, denoisers
