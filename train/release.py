@@ -217,7 +217,8 @@ def release_student(run: Path, out: Path) -> None:
     trajectories = build(TrajectoryConfig, settings["trajectories"], str(run))
     factors = {name: value.bfloat16() for name, value in load_averages(run, "student").items()}
     sigmas = tuple(trajectories.sigmas.tolist())
-    student = StudentConfig(sigmas, trajectories.guidance_scale)
+    hears = settings.get("sound") is not None
+    student = StudentConfig(sigmas, trajectories.guidance_scale, hears)
     write_student(adapter_of(factors), student, out)
 
 

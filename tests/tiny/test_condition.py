@@ -106,7 +106,7 @@ def test_what_is_known_may_be_shown_through_noise():
 
 def test_what_is_known_may_be_hidden_by_the_noise_that_all_else_has():
     state = condition.first_frame(new_state(NOISE), STILL)
-    assert state.has_given
+    assert state.has_given.tolist() == [True, True]
     hidden = replace(state, hides_known=True).to(torch.device("cpu"))
     begun = draw(31)
     latents, sigma = denoise_inputs(hidden, SIGMA, begun)
@@ -115,14 +115,14 @@ def test_what_is_known_may_be_hidden_by_the_noise_that_all_else_has():
     assert torch.equal(sigma, SIGMA)
     region = torch.zeros(1, 1, 5, 4, 6)
     region[..., 2:] = 1
-    assert not condition.mask(new_state(NOISE), CLIP, region).has_given
-    assert not condition.noise_known(state, SIGMA, NOISE).has_given
-    assert not new_state(NOISE).has_given
-    assert not condition.reference(new_state(NOISE), STILL).has_given
+    assert not condition.mask(new_state(NOISE), CLIP, region).has_given.any()
+    assert not condition.noise_known(state, SIGMA, NOISE).has_given.any()
+    assert not new_state(NOISE).has_given.any()
+    assert not condition.reference(new_state(NOISE), STILL).has_given.any()
     ends = condition.last_frame(new_state(NOISE), STILL, STRIDES)
-    assert ends.has_given
+    assert ends.has_given.all()
     later = condition.noise_known(condition.first_frame(ends, STILL), SIGMA, NOISE)
-    assert not later.has_given
+    assert not later.has_given.any()
 
 
 def test_mask_keeps_the_clip_outside_and_gives_each_token_its_sigma():

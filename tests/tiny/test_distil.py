@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.lora_models import make_adapter
-from tests.models import DEFAULTS, TASKS
+from tests.models import DEFAULTS, TASKS, build_tiny_model
 from tests.programs import load_program
 from vidgen.cli.main import main
 from vidgen.core.config import build, dump, load_yaml
@@ -31,18 +31,27 @@ from vidgen.pipeline import journal
 from vidgen.pipeline.continuation import own_options
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.networks import velocity
 from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.training.distil import Delta, DistilRun, DistilTask, adapter_of, open_shards
-from vidgen.training.distil_data import HELD_OUT, Teacher, draw_steps, take_steps, velocity
+from vidgen.training.distil_data import HELD_OUT, Teacher, draw_steps, take_steps
 from vidgen.training.loop import train
+from vidgen.training.sound_cache import SoundCache
 from vidgen.training.toybox_data import ToyboxCache, load_vae
 from vidgen.weights.folder import open_model, write_model_info
 from vidgen.weights.lora import write_lora
+from vidgen.weights.sound_vae import load_sound_vae
 from vidgen.weights.student import STUDENT, WEIGHTS, StudentConfig, read_student
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red car bounces across the desert"
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that makes sound, too."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny", sound=True)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +62,10 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "teacher": str(tiny_model),
         "caches": [{"folder": str(folder / "latents"), "vae": str(tiny_model / "vae"), "shards": 1,
                     "shard_size": 6, "height": 32, "width": 32}],
+        "sound": {"vae": str(tiny_model / "sound_vae"), "share": 0.5},
         "trajectories": {"folder": str(folder / "trajectories"), "shards": 2, "shard_size": 4,
                          "held_out": 2, "num_frames": 9, "teacher_steps": 4, "num_steps": 2,
-                         "guidance_scale": 3.0},
+                         "guidance_scale": 3.0, "image_guidance_scale": 2.0, "seed": 3},
         "delta": {"rank": 4, "targets": ["self_attn", "cross_attn", "ffn", "head.proj"]},
         "run": {
             "folder": str(folder / "run"), "device": "cpu", "dtype": "fp32", "log_every": 1,
@@ -67,6 +77,10 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     config = build(DistilRun, settings, "run")
     cache = ToyboxCache(config.caches[0])
     cache.make(0, load_vae(config.caches[0].vae, torch.device("cpu")), torch.device("cpu"))
+    assert config.sound is not None
+    SoundCache(config.sound, cache).make(
+        0, load_sound_vae(tiny_model / "sound_vae"), torch.device("cpu")
+    )
     shards = open_shards(config)
     assert shards.missing() == [0, 1, 2]
     with pytest.raises(InputError, match=r"train/trajectories\.py"):
@@ -103,8 +117,8 @@ def model(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
         assert release.main() == 0
-    write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0", tasks=TASKS,
-                     defaults=DEFAULTS, world_version=1)
+    write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
+                     tasks=(*TASKS, "sound"), defaults=DEFAULTS, world_version=1)
     return folder
 
 
@@ -121,15 +135,25 @@ def with_run(settings: dict[str, Any], folder: Path, **changes: Any) -> DistilRu
 def test_the_teacher_makes_what_the_pipeline_makes(settings: dict[str, Any]) -> None:
     config = build(DistilRun, settings, "run")
     engine = load(config.teacher, device="cpu", dtype="fp32")
-    given, teacher = open_shards(config).load(HELD_OUT), Teacher(engine.folder, engine.device)
-    request = Request(prompt=PROMPT, steps=4, shift=5.0, guidance=3.0, seed=0)
-    contexts = [(encode_tokens(teacher.text, ids, mask), mask.sum(1))
-                for ids, mask in ((given.ids, given.mask), teacher.negative)]
-    contexts[1] = tuple(part.expand(len(given.ids), *part.shape[1:]) for part in contexts[1])
-    made = engine.sample(engine.plan(request, Inputs()), given.state, contexts)
-    torch.testing.assert_close(made, given.points[:, -1], atol=4e-3, rtol=2e-3)  # kept as float16
-    assert given.points.shape[1] == 3
-    assert torch.equal(given.points[:, 0], given.state.latents)
+    shards, teacher = open_shards(config), Teacher(engine.folder, engine.device)
+    plan = engine.plan(Request(prompt=PROMPT, steps=4, shift=5.0, seed=0), Inputs())
+    plan = replace(plan, guidance=config.trajectories.guidance)
+    kinds = set()
+    for index in (HELD_OUT, 1, 2):
+        given = shards.load(index)
+        assert torch.equal(given.points[:, 0], given.state.noise)
+        assert given.points.shape[1] == 3
+        for row in torch.arange(len(given.ids)):
+            state = given.state.rows(row[None])
+            contexts = [
+                (encode_tokens(teacher.text, ids, mask), mask.sum(1))
+                for ids, mask in ((given.ids[row, None], given.mask[row, None]), teacher.negative)
+            ]
+            made = engine.sample(plan, state, contexts)
+            expected = given.points[row, None, -1]  # kept as float16
+            torch.testing.assert_close(made, expected, atol=4e-3, rtol=4e-3)
+            kinds.add((bool(state.has_given), state.sound is not None))
+    assert len(kinds) == 4
 
 
 def test_conditions_come_as_the_transformers_own_training_draws_them(
@@ -138,9 +162,11 @@ def test_conditions_come_as_the_transformers_own_training_draws_them(
     shards = open_shards(build(DistilRun, settings, "run"))
     each = [shards.load(index) for index in (1, 2)]
     assert any(not one.state.denoise_mask.all() for one in each)
+    assert {one.state.sound is None for one in each} == {True, False}
     for one in each:
         known = (~one.state.denoise_mask).expand_as(one.state.clean)
-        assert torch.equal(one.points[:, -1][known], one.state.clean[known])
+        picture, _ = one.state.apart(one.points[:, -1])
+        assert torch.equal(picture[known], one.state.clean[known])
     rows = torch.tensor([2, 0])
     batch = take_steps(each[0], torch.tensor([1.0, 0.5, 0.0]), rows, torch.tensor([0, 1]))
     assert torch.equal(batch.state.denoise_mask, each[0].state.denoise_mask[rows])
@@ -153,7 +179,7 @@ def test_a_step_of_the_target_lands_on_the_teachers_next_point(settings: dict[st
     assert sigmas.tolist() == config.trajectories.teacher_sigmas.tolist()[::2]
     for at in (0, 1):
         batch = take_steps(given, sigmas, torch.arange(4), torch.full((4,), at))
-        landed = batch.state.latents + (sigmas[at + 1] - sigmas[at]) * batch.target
+        landed = batch.state.noise + (sigmas[at + 1] - sigmas[at]) * batch.target
         torch.testing.assert_close(landed, given.points[:, at + 1])
     drawn = draw_steps(given, sigmas, 4, 0, 1, 2)
     assert sorted(drawn.sigma.tolist()) == sorted([*sigmas[:2].tolist()] * 2)
@@ -181,13 +207,17 @@ def test_it_learns_to_step_and_to_end_where_the_teacher_does(run: DistilRun) -> 
     taught = read_meta(latest_checkpoint(Path(run.run.folder)))["metrics"]
     assert taught["velocity_mean"] < 0.9 * fresh["velocity_mean"]
     assert taught["end"] < 0.9 * fresh["end"]
-    assert fresh.keys() == {"velocity_1.00", "velocity_0.83", "velocity_mean", "end"}
+    assert taught["sound_mean"] < 0.9 * fresh["sound_mean"]
+    assert fresh.keys() == {
+        *(f"{name}_{part}" for name in ("velocity", "sound") for part in ("1.00", "0.83", "mean")),
+        "end",
+    }
 
 
 def test_the_released_delta_is_what_was_learned(run: DistilRun, model: Path) -> None:
     folder = open_model(str(model))
     sigmas = run.trajectories.sigmas
-    assert folder.student == StudentConfig(tuple(sigmas.tolist()), 3.0)
+    assert folder.student == StudentConfig(tuple(sigmas.tolist()), 3.0, hears=True)
     assert torch.equal(torch.tensor(folder.student.sigmas), sigmas)
     assert f"{STUDENT}/{WEIGHTS}" in folder.files
     adapter = read_student(model, folder.components["transformer"].config)
@@ -202,10 +232,13 @@ def test_the_released_delta_is_what_was_learned(run: DistilRun, model: Path) -> 
 
 
 def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model: Path) -> None:
-    clip = engine.generate(PROMPT, seed=3, steps=2)
+    heard = engine.generate(PROMPT, seed=3, steps=2)
+    assert heard.info.recipe["plan"]["student"] is not None
+    assert heard.info.sound is not None
+    clip = engine.generate(PROMPT, seed=3, steps=2, audio="none")
     student = engine.folder.student
     plan = clip.info.recipe["plan"]
-    assert plan["student"] == {"sigmas": student.sigmas, "guidance_scale": 3.0}
+    assert plan["student"] == {"sigmas": student.sigmas, "guidance_scale": 3.0, "hears": True}
     assert (plan["sampler"], plan["guidance"]["scale"]) == ("euler", 1.0)
     plain = engine.generate(PROMPT, seed=3, steps=2, sampler="unipc")
     assert plain.info.recipe["plan"]["student"] is None
@@ -216,10 +249,13 @@ def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model
     state = engine.prepare(made, Request(prompt=PROMPT, seed=3), Inputs())
     with engine.parts.use("transformer") as dit, attached(dit, [(adapter, 1.0)]), torch.no_grad():
         by_hand = sample_euler(
-            lambda noisy, sigma: velocity(dit, state, noisy, sigma, context, lengths),
-            state.latents, torch.tensor(student.sigmas),
+            lambda noisy, sigma: velocity(
+                dit, state, noisy, sigma, (context, lengths), patch=dit.config.patch_size,
+                frames_per_s=float(made.fps) / engine.vae_config.strides.t,
+            ),
+            state.begin(), torch.tensor(student.sigmas),
         )
-    assert torch.equal(by_hand, clip.latents)
+    assert torch.equal(state.apart(by_hand)[0], clip.latents)
 
 
 @pytest.mark.parametrize("asked", [
@@ -234,6 +270,16 @@ def test_what_a_student_does_not_know_is_left_to_the_model(
     assert plan.student is None
     assert plan.sampler == asked.get("sampler", engine.folder.defaults.sampler)
     assert not plan.guidance.is_off
+
+
+def test_sound_is_left_to_the_model_by_a_student_that_was_not_taught_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaf = replace(engine.folder, student=replace(engine.folder.student, hears=False))
+    monkeypatch.setattr(engine, "folder", deaf)
+    for options, taken in (({}, False), ({"audio": "none"}, True)):
+        plan = engine.plan(Request(prompt=PROMPT, seed=1, steps=2, **options), Inputs())
+        assert (plan.student is not None) == taken
 
 
 def test_a_first_frame_stands_and_adapters_add_up(engine: Engine, tmp_path: Path) -> None:

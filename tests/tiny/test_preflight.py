@@ -23,6 +23,7 @@ from vidgen.cli.main import main
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
+from vidgen.diffusion.guidance import Guidance
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo
 from vidgen.models import audio_spectra
@@ -220,7 +221,7 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
     bare = tmp_path / "bare.mkv"  # without latents
     Clip(lambda: iter([np.zeros((30, 32, 32, 3), np.uint8)]), ClipInfo(Fraction(12), (32, 32), 30)
          ).save(bare)
-    encoded, seen = [], []
+    encoded, seen, has_given = [], [], []
     encode, sample = engine.encode_video, engine.sample
 
     def count_encoded(video, tiles=None):
@@ -230,6 +231,7 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
     def count_seen(plan, state, *rest, **told):
         tokens = 0 if state.keys is None else state.keys.latents.shape[2]
         seen.append(state.latents.shape[2] + tokens)
+        has_given.append(bool(state.has_given.all()))
         return sample(plan, state, *rest, **told)
 
     monkeypatch.setattr(engine, "encode_video", count_encoded)
@@ -241,11 +243,13 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
     ):
         encoded.clear()
         seen.clear()
+        has_given.clear()
         request, inputs = engine.read(Request.of("a cat", {"seed": 1, "steps": 1, **options}))
         counted = count_passes(engine.folder, engine.plan(request, inputs), request)
         clip = engine.generate(request)
         made = sum(len(chunk) for chunk in clip.chunks())
         assert list(counted.windows) == seen
+        assert list(counted.has_given) == has_given
         assert sorted(counted.encoded) == sorted(encoded)
         assert counted.kept == made - (inputs.prefix_frames if "prefix" in options else 0)
 
@@ -259,6 +263,14 @@ def test_conditions_cost_encoding_and_tokens(tiny_model, tmp_path):
     )
     assert plain["prepare"].seconds == 0 < image["prepare"].seconds == last["prepare"].seconds
     assert image["denoise"].seconds == plain["denoise"].seconds < last["denoise"].seconds
+    towards = Guidance(1.0, known_scale=3.0)  # what is given, where something is
+    guided, alone = (
+        {stage.name: stage for stage in estimate(
+            folder, replace(plan, guidance=towards), request, FP32).stages}
+        for folder, plan, request in (
+            planned(tiny_model, **options) for options in ({"image": picture}, {}))
+    )
+    assert guided["denoise"].seconds == image["denoise"].seconds == 2 * alone["denoise"].seconds
 
 
 def test_an_engine_is_told_quickly_and_measures_nothing(tiny_model, monkeypatch):

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import Strides
-from vidgen.core.tensors import moved
+from vidgen.core.tensors import mapped, moved
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.sound import Packing, SoundState
 
@@ -65,20 +65,29 @@ class LatentState:
         return not bool(self.denoise_mask.all())
 
     @property
-    def has_given(self) -> bool:
-        """Whether whole frames of the clip are given, in place or as stills, and shown as they are.
+    def has_given(self) -> Tensor:
+        """Whether whole frames of a clip are given, in place or as stills, and shown as they are.
 
-        So not what later windows go on from through noise, nor the parts that a mask keeps.
+        So not what later windows go on from through noise, nor the parts that a mask keeps. [B].
         """
-        if self.known_sigma is not None or not self.whole_frames:
-            return False
-        return self.any_known or without_references(self.keys) is not None
+        frames = self.denoise_mask.flatten(3)
+        whole = (frames == frames[..., :1]).flatten(1).all(1)
+        given = ~frames.flatten(1).all(1)
+        if self.keys is not None:
+            timed = ~are_references(self.keys)
+            given = given | (timed if self.keys.valid is None else timed & self.keys.valid).any(1)
+        return given & whole & (self.known_sigma is None)
 
     @cached_property
     def whole_frames(self) -> bool:
         """Whether each latent frame is known or generated as a whole."""
         pixels = self.denoise_mask.flatten(3)
         return bool((pixels == pixels[..., :1]).all())
+
+    def rows(self, index: Tensor) -> LatentState:
+        """Some clips of the batch, by their numbers or by a mask [B]."""
+        chosen: LatentState = mapped(self, lambda tensor: tensor[index])
+        return chosen
 
     def impose(self, latents: Tensor) -> Tensor:
         """Write the known values into the picture's latents, exactly."""
@@ -94,10 +103,21 @@ class LatentState:
         """How picture and sound lie in the one tensor that samplers see; None without sound."""
         return None if self.sound is None else Packing.of(self.latents, self.sound.latents)
 
+    @property
+    def noise(self) -> Tensor:
+        """The starting noise of picture and sound, where they are known, too."""
+        return self.together(self.latents, None if self.sound is None else self.sound.latents)
+
     def begin(self) -> Tensor:
         """What a sampler starts from: [B, C, F, h, w], with sound [B, n]."""
-        sound = None if self.sound is None else self.sound.latents
-        return self.project(self.together(self.latents, sound))
+        return self.project(self.noise)
+
+    def starting(self, latents: Tensor) -> LatentState:
+        """The same conditions, and latents as a sampler has them to begin with."""
+        picture, sound = self.apart(latents)
+        if self.sound is None or sound is None:
+            return replace(self, latents=picture)
+        return replace(self, latents=picture, sound=replace(self.sound, latents=sound))
 
     def project(self, latents: Tensor) -> Tensor:
         """Write all that is known into what a sampler has; its `project`."""
@@ -250,6 +270,19 @@ def without_references(keys: KeyTokens | None) -> KeyTokens | None:
     return KeyTokens(
         keys.latents[:, :, columns], keys.positions[:, columns],
         None if valid[:, columns].all() else valid[:, columns],
+    )
+
+
+def as_negative(state: LatentState, *, hides_given: bool) -> LatentState:
+    """What the negative pass is shown; guidance pulls towards all that it goes without.
+
+    That is the prompt, reference images, for sound the picture, since what a prompt says of sound
+    would else drown what the picture does, and with `hides_given` given frames.
+    """
+    return replace(
+        state, keys=None if hides_given else without_references(state.keys),
+        hides_known=hides_given,
+        sound=None if state.sound is None else replace(state.sound, sees_picture=False),
     )
 
 

@@ -189,11 +189,12 @@ class _Job:
     def _frame_tokens(self) -> int:
         return self.rows * self.columns // self.dit.patch_size**2
 
-    def _num_passes(self) -> int:
+    def _num_passes(self, *, has_given: bool) -> int:
         """Forward passes of all steps of a window."""
         plan = self.plan
+        guidance = plan.guidance.of_clip(has_given=has_given and plan.strength == 1)
         sigmas = make_sigmas(plan.num_steps, plan.shift, strength=plan.strength).tolist()[:-1]
-        return sum(1 + (plan.guidance.scale_at(sigma) != 1) for sigma in sigmas)
+        return sum(len(guidance.branches_at(sigma)) for sigma in sigmas)
 
     def _text_s(self) -> float:
         ops = text_ops(self.folder.components["text_encoder"].config, self._text_tokens)
@@ -217,8 +218,9 @@ class _Job:
     def _denoise_s(self) -> float:
         encoder = self.folder.components.get("image_encoder")
         image_tokens = 0 if encoder is None else encoder.config.num_tokens
-        return sum(self._pass_s(frames, image_tokens) for frames in self.passes.windows) * (
-            self._num_passes()
+        return sum(
+            self._pass_s(frames, image_tokens) * self._num_passes(has_given=has_given)
+            for frames, has_given in zip(self.passes.windows, self.passes.has_given, strict=True)
         )
 
     def _pass_s(self, frames: int, image_tokens: int) -> float:

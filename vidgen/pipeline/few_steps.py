@@ -24,7 +24,7 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
 
     A student is taken for the step count that it was taught, when nothing else is asked of
     sampling: no option of `SAMPLING`, no negative prompt, no step cache, no `strength`, which
-    begins between its noise levels, and no sound made along, of which it knows nothing.
+    begins between its noise levels, and no sound made along, where it knows nothing of it.
     """
     student = folder.student
     if student is None or request.steps != student.num_steps:
@@ -32,7 +32,7 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     asked = any(getattr(request, option) is not None for option in SAMPLING)
     if asked or plan.negative != folder.defaults.negative_prompt or request.cache != "none":
         return plan
-    if plan.strength < 1 or _makes_sound(request, folder):
+    if plan.strength < 1 or (_makes_sound(request, folder) and not student.hears):
         return plan
     return replace(plan, sampler="euler", guidance=Guidance(), student=student)
 

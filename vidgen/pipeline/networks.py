@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vidgen.diffusion.condition import LatentState, denoise_inputs, without_references
+from vidgen.diffusion.condition import LatentState, as_negative, denoise_inputs
 from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, guided
 from vidgen.diffusion.token_part import TokenPart
@@ -73,28 +72,13 @@ def denoisers(
     if plan.student is not None:
         dit = parts.folder.components["transformer"].config
         loras = loras.beside(read_student(parts.folder.path, dit))
+    negative = as_negative(state, hides_given=plan.guidance.known_scale is not None)
     with experts(parts, parts.folder.defaults.boundary, loras, level) as given:
         yield [
-            _denoiser(parts, plan, _seen_by(branch, state, plan), context, given, ranks,
+            _denoiser(parts, plan, negative if branch == NEGATIVE else state, context, given, ranks,
                       None if caches is None else partial(caches.at, branch))
             for branch, context in zip(branches, contexts, strict=False)
         ]
-
-
-def _seen_by(branch: str, state: LatentState, plan: Plan) -> LatentState:
-    """What a pass is shown: guidance pulls towards all that the negative pass goes without.
-
-    That is the prompt, reference images, under image guidance given frames, and for sound the
-    picture: what a prompt says of sound would else drown what the picture does.
-    """
-    if branch != NEGATIVE:
-        return state
-    hides_given = plan.guidance.known_scale is not None
-    return replace(
-        state, keys=None if hides_given else without_references(state.keys),
-        hides_known=hides_given,
-        sound=None if state.sound is None else replace(state.sound, sees_picture=False),
-    )
 
 
 def _denoiser(
@@ -105,35 +89,62 @@ def _denoiser(
     whole = plan.sampler in ("unipc", "UniPCMultistepScheduler")  # as diffusers has it
     patch = parts.folder.components["transformer"].config.patch_size
     frames_per_s = float(plan.fps) / parts.folder.components["vae"].config.strides.t
-    features, lengths = context
-    options = {"extra": state.keys, "image_context": state.image_context, "ranks": ranks}
+    options: dict[str, Any] = {"image_context": state.image_context, "ranks": ranks}
     if state.control is not None:
         options |= {"control": state.control, "control_scale": plan.control_scale}
 
-    def num_tokens(seen: Tensor, audio: AudioTokens | None) -> list[int]:
+    def num_tokens(latents: Tensor) -> list[int]:
+        picture, sound = state.apart(latents)
         num_stills = 0 if state.keys is None else state.keys.num_keys
-        tokens = (seen.shape[2] + num_stills) * (seen.shape[3] // patch) * (seen.shape[4] // patch)
-        return [tokens] if audio is None else [tokens, audio.latents.shape[2]]
+        frames, (rows, columns) = picture.shape[2] + num_stills, picture.shape[3:]
+        tokens = frames * (rows // patch) * (columns // patch)
+        return [tokens] if sound is None else [tokens, sound.shape[2]]
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        picture, sound = state.apart(latents)
-        seen, levels = denoise_inputs(state, sigma, picture, patch=patch)
-        audio = None
-        if state.sound is not None and sound is not None:
-            times = to_timestep(state.sound.levels(sigma), whole=whole)
-            audio = AudioTokens(
-                state.sound.impose(sound), times, frames_per_s, state.sound.start_s,
-                state.sound.sees_picture,
-            )
         level = float(sigma[0])
-        part = None if ranks is None else TokenPart(Spread(ranks, num_tokens(seen, audio)))
-        velocity = given.at(level)(
-            seen, to_timestep(levels, whole=whole), features, context_lengths=lengths,
-            step_cache=cache_at(level, part) if cache_at else None, audio=audio, **options,
+        part = None if ranks is None else TokenPart(Spread(ranks, num_tokens(latents)))
+        return velocity(
+            given.at(level), state, latents, sigma, context, patch=patch, whole=whole,
+            frames_per_s=frames_per_s, step_cache=cache_at(level, part) if cache_at else None,
+            **options,
         )
-        return velocity if isinstance(velocity, Tensor) else state.together(*velocity)
 
     return denoise
+
+
+def velocity(
+    dit: Callable[..., Any], state: LatentState, latents: Tensor, sigma: Tensor,
+    context: tuple[Tensor, Tensor], *, patch: int, frames_per_s: float, whole: bool = False,
+    **options: Any,
+) -> Tensor:
+    """A transformer's velocity under a state's conditions, as samplers have latents.
+
+    Args:
+        dit: the network.
+        state: the conditions.
+        latents: noisy ones, packed with the sound's if the state has sound.
+        sigma: their noise levels, [B].
+        context: text features [B, S, D] and their lengths [B].
+        patch: latents a side of one token.
+        frames_per_s: latent frames a second, sound's clock.
+        whole: see `to_timestep`.
+        options: what else the network takes.
+    """
+    picture, sound = state.apart(latents)
+    seen, levels = denoise_inputs(state, sigma, picture, patch=patch)
+    audio = None
+    if state.sound is not None and sound is not None:
+        times = to_timestep(state.sound.levels(sigma), whole=whole)
+        audio = AudioTokens(
+            state.sound.impose(sound), times, frames_per_s, state.sound.start_s,
+            state.sound.sees_picture,
+        )
+    features, lengths = context
+    made = dit(
+        seen, to_timestep(levels, whole=whole), features, context_lengths=lengths,
+        extra=state.keys, audio=audio, **options,
+    )
+    return made if isinstance(made, Tensor) else state.together(*made)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ class Passes:
 
     Attributes:
         windows: latent frames that the transformer reads for each window, stills included.
+        has_given: whether frames of each window are given, as guidance counts them.
         encoded: frames of each video or still that the VAE's encoder reads, for all windows.
         decoded: latent frames that are decoded, but for `shown`.
         shown: latent frames that windows of VACE decode, to be shown what came before.
@@ -36,6 +37,7 @@ class Passes:
     """
 
     windows: tuple[int, ...]
+    has_given: tuple[bool, ...]
     encoded: tuple[int, ...]
     decoded: int
     shown: int
@@ -79,16 +81,19 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         overlap, at_hand = min(request.overlap or OVERLAP, size - 1), given.num_latents
         windows = split_windows(at_hand, total, size, min(overlap, at_hand or overlap))
     read, encoded = [], [1 + (given.num_latents - 1) * t] if given.is_encoded else []
+    has_given, through_noise = [], folder.defaults.history_noise > 0
     made = given.num_latents
     for start, stop in windows:
         frames, known = 1 + (stop - start - 1) * t, made - start
         first, new_from = (given.behind + start) * t, 1 + (known - 1) * t if known else 0
-        stills, own = _conditions(
-            folder, plan, request, frames, begins=not known, ends=stop == total,
-            new=range(first + new_from, first + frames),
-        )
+        new = range(first + new_from, first + frames)
+        pictures = _pictures(plan, request, begins=not known, ends=stop == total, new=new)
+        stills, own = _conditions(folder, request, frames, *pictures)
         anchored = known > 0 and keeps_to_start(folder, request)
         read.append(stop - start + stills + anchored)
+        has_given.append(
+            not through_noise if known else sum(pictures) > 0 and request.mask is None
+        )
         encoded += own
         made = stop
     later = len(windows) - (not given.num_latents)
@@ -96,25 +101,31 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
     if folder.conditioning == "control":  # and encode what they were shown
         encoded += [1 + (stop - start - 1) * t for start, stop in windows[len(windows) - later :]]
     kept = max(plan.kept_frames - given.num_frames, 1)
-    return Passes(tuple(read), tuple(encoded), total, shown, kept)
+    return Passes(tuple(read), tuple(has_given), tuple(encoded), total, shown, kept)
+
+
+def _pictures(
+    plan: Plan, request: Request, *, begins: bool, ends: bool, new: range
+) -> tuple[int, int]:
+    """Given frames of a window: those in place, at its beginning, and those of later moments."""
+    moments = [round(seconds * plan.fps) for seconds, _ in request.frame]
+    inside = [moment for moment in moments if moment in new]
+    first = begins and (request.image is not None or bool(request.first_frame_model))
+    last = ends and request.last_image is not None
+    in_place = first + inside.count(0)
+    return in_place, last + len(inside) - inside.count(0)
 
 
 def _conditions(
-    folder: ModelFolder, plan: Plan, request: Request, frames: int, *, begins: bool, ends: bool,
-    new: range,
+    folder: ModelFolder, request: Request, frames: int, in_place: int, stills: int
 ) -> tuple[int, list[int]]:
     """Latent frames that join a window as stills, and the frames of each video encoded for it."""
-    first = begins and (request.image is not None or bool(request.first_frame_model))
-    moments = [round(seconds * plan.fps) for seconds, _ in request.frame]
-    inside = [moment for moment in moments if moment in new]
-    stills = sum((first, ends and request.last_image is not None, len(inside)))
     references = len(request.reference)
     whole = [frames] * (request.strength is not None)
     match folder.conditioning:
         case "tokens":
             whole += [frames] * (request.mask is not None)
-            in_place = int(first) + inside.count(0)
-            return stills + references - in_place, whole + [1] * (stills + references)
+            return stills + references, whole + [1] * (in_place + stills + references)
         case "channels":
             return 0, [*whole, frames]
         case "control":

@@ -312,7 +312,8 @@ class Engine(OpenedModel):
         With `remember` the states that `on_step` is told hold what a step cache remembers.
         """
         start = state.begin()
-        guidance = plan.guidance.of_clip(has_given=plan.strength == 1 and state.has_given)
+        has_given = plan.strength == 1 and bool(state.has_given.all())
+        guidance = plan.guidance.of_clip(has_given=has_given)
         plan = replace(plan, guidance=guidance)
         sigmas = self.sigmas(plan, scheduler)
         caches = make_caches(plan.cache, sigmas, plan.guidance)

@@ -4,7 +4,7 @@ Progressive distillation (Salimans & Ho 2022) of the probability-flow ODE in one
 guidance folded in (Meng et al. 2023): the student learns, on a fixed grid of noise levels, the mean
 velocity from each of the teacher's points to the next, so its Euler steps follow the trajectory.
 
-Axes: B clips, C latent channels, F latent frames, h w latent rows and columns.
+Axes: B clips, S text tokens.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import Denoise
 from vidgen.core.runtime import choose_device
+from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.samplers import sample_euler
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.models.text import UMT5Encoder, encode_tokens
+from vidgen.pipeline.networks import velocity
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.distil_data import (
     HELD_OUT,
@@ -34,11 +37,11 @@ from vidgen.training.distil_data import (
     draw_steps,
     shard_for,
     take_steps,
-    velocity,
 )
 from vidgen.training.finetune_lora import target_paths
 from vidgen.training.finetune_model import open_trainable
 from vidgen.training.optim import build_optimizers
+from vidgen.training.sound_cache import SoundMix
 from vidgen.training.toybox_data import CacheConfig
 
 
@@ -68,6 +71,7 @@ class DistilRun:
     Args:
         teacher: the model, whose weights the student shares; a name or a folder.
         caches: clips that lend captions and conditions; see `train/cache.py`.
+        sound: what of their sound is learned, or None; cached beside them.
         trajectories: the teacher's, made by `train/trajectories.py`.
         delta: of the student. Rank 28 of all layers of the embedded model is 2.7 MB in bf16.
         run: its phases have the trajectories' frames, and `batch_size` steps of one shard each.
@@ -81,6 +85,7 @@ class DistilRun:
     caches: tuple[CacheConfig, ...]
     trajectories: TrajectoryConfig
     delta: DeltaConfig
+    sound: SoundMix | None = None
 
     def __post_init__(self) -> None:
         for phase in self.run.phases:
@@ -101,7 +106,7 @@ def open_shards(config: DistilRun) -> TrajectoryShards:
     if "transformer_2" in folder.components:
         raise InputError(f"{folder.name} has two transformers; the student is a delta of one")
     device = choose_device(config.run.device)
-    return TrajectoryShards(config.trajectories, config.caches, folder, device)
+    return TrajectoryShards(config.trajectories, config.caches, config.sound, folder, device)
 
 
 class Delta(nn.Module):
@@ -173,31 +178,46 @@ class DistilTask:
 
     def batch(self, phase: Phase, step: int, micro: int) -> StepBatch:
         """Steps at all levels of the student, of the trajectories of one shard."""
-        seed = self.config.run.seed
-        index = shard_for(
-            self.config.trajectories.shards, step * phase.accumulate + micro, seed
-        )
+        seed, shards = self.config.run.seed, self.config.trajectories.shards
         return draw_steps(
-            self.shards.load(index), self.sigmas, phase.batch_size, seed, step, micro
+            self.shards.load(shard_for(shards, step, micro, seed)), self.sigmas, phase.batch_size,
+            seed, step, micro,
         )
 
     def loss(self, batch: StepBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the mean velocity, where it is to be generated."""
         del step
-        error = self._errors(batch)
-        return error.mean(), {"velocity": error.detach().mean()}
+        errors = self._errors(batch)
+        values = {name: error.mean() for name, error in errors.items()}
+        return sum(values.values(), torch.zeros(())), {
+            name: value.detach() for name, value in values.items()
+        }
 
-    def _errors(self, batch: StepBatch) -> Tensor:
-        """Mean squared error of each clip, [B]."""
+    def _errors(self, batch: StepBatch) -> dict[str, Tensor]:
+        """Mean squared error of each clip's picture, and of its sound if it has any, [B]."""
+        made = self._student(batch.state, batch.ids, batch.mask)(batch.state.begin(), batch.sigma)
+        squared, generated = (made.float() - batch.target).square(), batch.state.generated.float()
+        squared, generated = torch.broadcast_tensors(squared, generated)
+        parts = zip(("velocity", "sound"), batch.state.apart(squared),
+                    batch.state.apart(generated), strict=True)
+        return {
+            name: (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
+            for name, error, weight in parts if error is not None
+        }
+
+    def _student(self, state: LatentState, ids: Tensor, mask: Tensor) -> Denoise:
+        """The teacher with the delta, under a state's conditions."""
         with torch.no_grad():  # the text encoder stays as it is
-            context = encode_tokens(self.text, batch.ids, batch.mask)
-        with attached(self.dit, [(self.delta.adapter(), 1.0)]):
-            made = velocity(
-                self.dit, batch.state, batch.state.latents, batch.sigma, context, batch.mask.sum(1)
-            )
-        weight = batch.state.denoise_mask.expand_as(made).float()
-        squared = (made.float() - batch.target).square() * weight
-        return squared.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
+            context = encode_tokens(self.text, ids, mask), mask.sum(1)
+
+        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+            with attached(self.dit, [(self.delta.adapter(), 1.0)]):
+                return velocity(
+                    self.dit, state, latents, sigma, context,
+                    patch=self.dit.config.patch_size, frames_per_s=self.shards.frames_per_s,
+                )
+
+        return denoise
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
@@ -216,21 +236,19 @@ class DistilTask:
     def _step_errors(self) -> dict[str, float]:
         given, count = self.held_out, len(self.sigmas) - 1
         rows = torch.arange(len(given.points))
-        scores = {}
+        scores: dict[str, float] = {}
         for at in range(count):
             batch = take_steps(given, self.sigmas, rows, torch.full_like(rows, at))
-            scores[f"velocity_{float(self.sigmas[at]):.2f}"] = float(self._errors(batch).mean())
-        return scores | {"velocity_mean": sum(scores.values()) / count}
+            for name, errors in self._errors(batch).items():
+                error = float(errors.mean())
+                scores[f"{name}_{float(self.sigmas[at]):.2f}"] = error
+                scores[f"{name}_mean"] = scores.get(f"{name}_mean", 0.0) + error / count
+        return scores
 
     def _end_error(self) -> float:
         given = self.held_out
-        context = encode_tokens(self.text, given.ids, given.mask)
-
-        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-            return velocity(self.dit, given.state, latents, sigma, context, given.mask.sum(1))
-
-        with attached(self.dit, [(self.delta.adapter(), 1.0)]):
-            made = sample_euler(denoise, given.state.latents, self.sigmas)
+        denoise = self._student(given.state, given.ids, given.mask)
+        made = sample_euler(denoise, given.state.begin(), self.sigmas)
         return float((made - given.points[:, -1]).square().mean())
 
     @cached_property

@@ -3,14 +3,15 @@
 A trajectory is a deterministic function of prompt, conditions and noise, so the teacher, which
 takes most of the time, runs once for each; the student can see its points as often as it likes.
 
-Axes: B clips, P points, C latent channels, F latent frames, K stills, h w latent rows and columns,
-S text tokens.
+Axes: B clips, P points, C latent channels, F latent frames, h w latent rows and columns, S text
+tokens, n numbers of a clip's picture and sound together.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,19 +19,22 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise, KeyTokens, StepInfo
 from vidgen.core.runtime import sha256_file
-from vidgen.diffusion.condition import LatentState, denoise_inputs
-from vidgen.diffusion.flow import to_timestep
+from vidgen.diffusion.condition import LatentState, as_negative
 from vidgen.diffusion.guidance import Guidance, guided
 from vidgen.diffusion.samplers import sample_unipc
 from vidgen.diffusion.schedule import make_sigmas
+from vidgen.diffusion.sound import SoundState
+from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.models.tokenizer import PromptTokenizer
+from vidgen.pipeline.networks import velocity
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.dit_data import ClipDraws, DiTData
 from vidgen.training.draws import seed_of
 from vidgen.training.latents import LatentShards
-from vidgen.training.toybox_data import CacheConfig
+from vidgen.training.sound_cache import SoundMix
+from vidgen.training.toybox_data import CacheConfig, encoder_hash
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.load import read_tensors
 
@@ -53,6 +57,7 @@ class TrajectoryConfig:
         num_steps: of the student; each lands where so many of the teacher's do together.
         shift: of the teacher's noise levels, and so of the student's.
         guidance_scale: that the student has folded in (Meng et al. 2023, sec. 3.1).
+        image_guidance_scale: the same of clips of which frames are given; see `Guidance`.
         seed: of what is drawn.
 
     Raises:
@@ -68,6 +73,7 @@ class TrajectoryConfig:
     num_steps: int = 4
     shift: float = 5.0
     guidance_scale: float = 4.0
+    image_guidance_scale: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,6 +86,11 @@ class TrajectoryConfig:
                 f"trajectories.teacher_steps is {self.teacher_steps}, no multiple of num_steps "
                 f"{self.num_steps}; a student's step must end where one of the teacher's does"
             )
+
+    @property
+    def guidance(self) -> Guidance:
+        """The teacher's."""
+        return Guidance(self.guidance_scale, known_scale=self.image_guidance_scale)
 
     @property
     def teacher_sigmas(self) -> Tensor:
@@ -97,8 +108,9 @@ class Trajectories:
     """Points of guided trajectories, on one device.
 
     Attributes:
-        state: the conditions of each clip; its `latents` are the starting noise.
-        points: [B, P, C, F, h, w] at the student's levels, the first pure noise, the last clean.
+        state: the conditions of each clip; its latents, and its sound's, are the starting noise.
+        points: [B, P, C, F, h, w] at the student's levels, the first pure noise, the last clean;
+            with sound [B, P, n], packed as samplers have it.
         ids: of the captions' tokens, [B, S].
         mask: [B, S], 1 where there is a token.
     """
@@ -128,13 +140,37 @@ class Teacher:
         self.negative = PromptTokenizer(folder.tokenizer).encode([folder.defaults.negative_prompt])
 
     @torch.no_grad()
-    def follow(self, batch: Batch, config: TrajectoryConfig) -> Tensor:
-        """The points [B, P, C, F, h, w] of a batch's trajectories at the student's levels.
+    def follow(
+        self, state: LatentState, ids: Tensor, mask: Tensor, config: TrajectoryConfig,
+        frames_per_s: float,
+    ) -> Tensor:
+        """The points of trajectories at the student's levels, as `Trajectories` has them.
 
         Points between the ends are those that UniPC's corrector gives, which is nearer to the
         exact trajectory than its prediction.
+
+        Args:
+            state: where they begin, and their conditions.
+            ids: of the captions' tokens, [B, S].
+            mask: [B, S].
+            config: of the trajectories.
+            frames_per_s: latent frames a second.
         """
-        state = replace(batch.state, latents=batch.noise)
+        noise, has_given = state.noise, state.has_given
+        points = noise.new_empty(len(noise), config.num_steps + 1, *noise.shape[1:])
+        for rows in (has_given, ~has_given):  # guidance treats them in different ways
+            if rows.any():
+                guidance = config.guidance.of_clip(has_given=bool(has_given[rows].all()))
+                points[rows] = self._follow(
+                    state.rows(rows), ids[rows], mask[rows], config, guidance, frames_per_s
+                )
+        points[:, 0] = noise  # also where something is known, for who hides it
+        return points
+
+    def _follow(
+        self, state: LatentState, ids: Tensor, mask: Tensor, config: TrajectoryConfig,
+        guidance: Guidance, frames_per_s: float,
+    ) -> Tensor:
         every = config.teacher_steps // config.num_steps
         points: list[Tensor] = []
 
@@ -142,48 +178,24 @@ class Teacher:
             if (info.step - 1) % every == 0:
                 points.append(state.project(info.state.history[0]))
 
-        ids, mask = (part.to(self.device) for part in self.negative)
-        rows = (len(batch.noise), -1)
-        denoise = guided(
-            self._denoise(state, batch.ids, batch.mask),
-            self._denoise(state, ids.expand(rows), mask.expand(rows)),
-            Guidance(config.guidance_scale),
-        )
+        def model(shown: LatentState, ids: Tensor, mask: Tensor) -> Denoise:
+            context = encode_tokens(self.text, ids, mask), mask.sum(1)
+
+            def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+                return velocity(
+                    self.dit, shown, latents, sigma, context, frames_per_s=frames_per_s,
+                    patch=self.dit.config.patch_size, whole=True,
+                )
+
+            return denoise
+
+        other = (part.to(self.device).expand(len(ids), -1) for part in self.negative)
+        hidden = as_negative(state, hides_given=guidance.known_scale is not None)
+        denoise = guided(model(state, ids, mask), model(hidden, *other), guidance)
         clean = sample_unipc(
             denoise, state.begin(), config.teacher_sigmas, on_step=keep, project=state.project
         )
         return torch.stack([*points, clean], dim=1)
-
-    def _denoise(self, state: LatentState, ids: Tensor, mask: Tensor) -> Denoise:
-        context = encode_tokens(self.text, ids, mask)
-
-        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-            return velocity(self.dit, state, latents, sigma, context, mask.sum(1), whole=True)
-
-        return denoise
-
-
-def velocity(
-    dit: SpacetimeDiT, state: LatentState, latents: Tensor, sigma: Tensor, context: Tensor,
-    lengths: Tensor, *, whole: bool = False,
-) -> Tensor:
-    """A transformer's velocity [B, C, F, h, w] under a state's conditions.
-
-    Args:
-        dit: the network.
-        state: the conditions.
-        latents: noisy ones, [B, C, F, h, w].
-        sigma: their noise levels, [B].
-        context: text features, [B, S, D].
-        lengths: of the texts, [B].
-        whole: see `to_timestep`.
-    """
-    patch = dit.config.patch_size
-    seen, levels = denoise_inputs(state, sigma, latents, patch=patch)
-    made: Tensor = dit(
-        seen, to_timestep(levels, whole=whole), context, context_lengths=lengths, extra=state.keys
-    )
-    return made
 
 
 class TrajectoryShards:
@@ -192,6 +204,7 @@ class TrajectoryShards:
     Args:
         config: what they are.
         caches: clips that lend them captions and conditions.
+        sound: what of those clips' sound they have, or None.
         folder: the teacher.
         device: where batches go.
 
@@ -200,10 +213,11 @@ class TrajectoryShards:
     """
 
     def __init__(
-        self, config: TrajectoryConfig, caches: tuple[CacheConfig, ...], folder: ModelFolder,
-        device: torch.device,
+        self, config: TrajectoryConfig, caches: tuple[CacheConfig, ...], sound: SoundMix | None,
+        folder: ModelFolder, device: torch.device,
     ) -> None:
-        self.config, self.caches, self.folder, self.device = config, caches, folder, device
+        self.config, self.caches, self.sound = config, caches, sound
+        self.folder, self.device = folder, device
         kept = {name: value for name, value in asdict(config).items()
                 if name not in ("folder", "shards")}
         weights = [folder.path / role / "model.safetensors"
@@ -212,6 +226,9 @@ class TrajectoryShards:
             "teacher": [sha256_file(path) for path in weights],
             "clips": [[each.first_scene, each.shards * each.shard_size, each.num_frames,
                        each.height, each.width] for each in caches],
+            "sound": None if sound is None else asdict(sound) | {
+                "encoder": encoder_hash(Path(sound.vae), AudioVAEConfig)
+            },
         })
 
     def missing(self) -> list[int]:
@@ -223,16 +240,23 @@ class TrajectoryShards:
         """Have the teacher make shard `index`."""
         config = self.config
         if index == HELD_OUT:
-            batch = self._draws.held_aside(config.num_frames, 1.0)
+            heard = self.sound is not None
+            batch = self._draws.held_aside(config.num_frames, 1.0, sound=heard)
         else:
             batch = self._draws.batch(self._phase, index, 0)
-        state, keys = batch.state, batch.state.keys
-        tensors = {"points": teacher.follow(batch, config).half(), "clean": state.clean.half(),
-                   "denoise_mask": state.denoise_mask, "ids": batch.ids, "mask": batch.mask}
-        if keys is not None:
-            assert keys.valid is not None, "drawn conditions say which stills are there"
-            tensors |= {"keys": keys.latents.half(), "positions": keys.positions,
-                        "valid": keys.valid}
+        state = replace(batch.state, latents=batch.noise)
+        if state.sound is not None and batch.sound_noise is not None:
+            state = replace(state, sound=replace(state.sound, latents=batch.sound_noise))
+        points = teacher.follow(state, batch.ids, batch.mask, config, self.frames_per_s)
+        tensors = {"points": points.half(), "ids": batch.ids, "mask": batch.mask,
+                   "clean": state.clean.half(), "denoise_mask": state.denoise_mask}
+        if state.keys is not None:
+            assert state.keys.valid is not None, "drawn conditions say which stills are there"
+            tensors |= {"keys": state.keys.latents.half(), "positions": state.keys.positions,
+                        "valid": state.keys.valid}
+        if state.sound is not None:
+            tensors |= {"sound": state.sound.clean.half(),
+                        "sound_denoise_mask": state.sound.denoise_mask}
         self.shards.write(index, {name: value.cpu() for name, value in tensors.items()})
 
     def load(self, index: int) -> Trajectories:
@@ -247,6 +271,11 @@ class TrajectoryShards:
         return unpack(read_tensors(path), self.device)
 
     @property
+    def frames_per_s(self) -> float:
+        """Latent frames of the clips a second."""
+        return self.caches[0].fps / self.folder.components["vae"].config.strides.t
+
+    @property
     def _phase(self) -> Phase:
         return Phase(self.config.shards + 1, self.config.num_frames, self.config.shard_size)
 
@@ -256,7 +285,7 @@ class TrajectoryShards:
         run = RunConfig(self.config.folder, (self._phase,), seed=self.config.seed)
         data = DiTData(
             run=run, caches=self.caches, tokenizer=str(self.folder.tokenizer), shifts=(1.0,),
-            caption_dropout=0.0, validation_clips=self.config.held_out,
+            caption_dropout=0.0, validation_clips=self.config.held_out, sound=self.sound,
         )
         dit = self.folder.components["transformer"].config
         assert isinstance(dit, DiTConfig)
@@ -266,12 +295,15 @@ class TrajectoryShards:
 def unpack(tensors: dict[str, Tensor], device: torch.device) -> Trajectories:
     """A shard's tensors as trajectories."""
     here = {name: value.to(device) for name, value in tensors.items()}
-    keys = None
+    keys = sound = None
     if "keys" in here:
         keys = KeyTokens(here["keys"].float(), here["positions"], here["valid"])
-    points = here["points"].float()
-    state = LatentState(points[:, 0], here["clean"].float(), here["denoise_mask"], keys)
-    return Trajectories(state, points, here["ids"], here["mask"])
+    if "sound" in here:  # of clips from their beginning: it starts with the picture
+        clean = here["sound"].float()
+        sound = SoundState(torch.zeros_like(clean), clean, here["sound_denoise_mask"])
+    points, clean = here["points"].float(), here["clean"].float()
+    state = LatentState(torch.zeros_like(clean), clean, here["denoise_mask"], keys, sound=sound)
+    return Trajectories(state.starting(points[:, 0]), points, here["ids"], here["mask"])
 
 
 @dataclass(frozen=True)
@@ -279,9 +311,9 @@ class StepBatch:
     """Single steps of the student, each from one point of a trajectory towards the next.
 
     Attributes:
-        state: the conditions; its `latents` are the points that the steps start from.
+        state: the conditions; its latents are the points that the steps start from.
         sigma: [B], their noise levels.
-        target: [B, C, F, h, w], the mean velocity to the next point.
+        target: the mean velocity to the next point, [B, C, F, h, w], with sound [B, n].
         ids: of the captions' tokens, [B, S].
         mask: [B, S].
     """
@@ -318,17 +350,17 @@ def take_steps(given: Trajectories, sigmas: Tensor, rows: Tensor, at: Tensor) ->
     device = given.points.device
     levels, rows, at = sigmas.to(device), rows.to(device), at.to(device)
     start, end = given.points[rows, at], given.points[rows, at + 1]
-    lengths = (levels[at + 1] - levels[at]).view(-1, 1, 1, 1, 1)
-    state, keys = given.state, given.state.keys
-    if keys is not None:
-        valid = None if keys.valid is None else keys.valid[rows]
-        keys = KeyTokens(keys.latents[rows], keys.positions[rows], valid)
-    chosen = LatentState(start, state.clean[rows], state.denoise_mask[rows], keys)
-    return StepBatch(chosen, levels[at], (end - start) / lengths, given.ids[rows], given.mask[rows])
+    lengths = (levels[at + 1] - levels[at]).view(-1, *[1] * (start.ndim - 1))
+    state = given.state.rows(rows).starting(start)
+    return StepBatch(state, levels[at], (end - start) / lengths, given.ids[rows], given.mask[rows])
 
 
-def shard_for(shards: int, step: int, seed: int) -> int:
-    """The shard that a step learns from: all of them come, then all again in another order."""
+def shard_for(shards: int, step: int, micro: int, seed: int) -> int:
+    """The shard that a micro-batch of a step learns from.
+
+    All of them come, then all again in another order; those of one step, which may be of several
+    ranks, walk through orders of their own.
+    """
     turn, place = divmod(step, shards)
-    order = torch.randperm(shards, generator=torch.Generator().manual_seed(seed_of(seed, turn)))
-    return 1 + int(order[place])
+    draw = torch.Generator().manual_seed(seed_of(seed, turn, micro))
+    return 1 + int(torch.randperm(shards, generator=draw)[place])

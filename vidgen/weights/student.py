@@ -30,6 +30,7 @@ class StudentConfig:
     Args:
         sigmas: the noise levels it was taught on, from 1 down to 0.
         guidance_scale: of its teacher, which it has folded in.
+        hears: whether it was taught the sound that is made along, too.
 
     Raises:
         ValueError: levels that don't fall from 1 to 0.
@@ -37,6 +38,7 @@ class StudentConfig:
 
     sigmas: tuple[float, ...]
     guidance_scale: float
+    hears: bool = False
 
     def __post_init__(self) -> None:
         falls = all(low < high for high, low in zip(self.sigmas, self.sigmas[1:], strict=False))
