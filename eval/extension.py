@@ -4,7 +4,7 @@
 
 Each seed is a benchmark prompt of the Toybox world whose motion and camera can go on for ever (what
 moves left is gone after one window; `--scenes any` takes all), made as one clip of K windows in
-four ways:
+five ways:
     pixels   each window begins with the last frames of the one before, decoded and encoded again
     latents  windows hand over latents (`vidgen extend` with --colour-hold 0 --no-anchor)
     held     the same, colours held to the first window's (--no-anchor)
@@ -43,8 +43,10 @@ from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, mean_interval
 from vidgen.evaluation.toybox_items import endless_prompts
 from vidgen.media.sheet import contact_sheet
+from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.extend import COLOUR_HOLD, OVERLAP, LongClip, window_size
 from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.rolling import RolledClip
 from vidgen.pipeline.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colours_of
 from vidgen.pipeline.video import Engine, load, to_frames
 from vidgen.toybox.judge import Judge, embedded_judge
@@ -52,9 +54,9 @@ from vidgen.toybox.render import render
 from vidgen.toybox.scenes import Scene
 from vidgen.training.program import exit_code
 
-WAYS = ("pixels", "latents", "held", "anchored")
+WAYS = ("pixels", "latents", "held", "anchored", "rolled")
 COLOURS = {"truth": "#888888", "pixels": "#d62728", "latents": "#1f77b4", "held": "#2ca02c",
-           "anchored": "#9467bd"}
+           "anchored": "#9467bd", "rolled": "#ff7f0e"}
 SHEET_SEEDS = 6
 
 
@@ -107,6 +109,8 @@ class Chain:
             return self.truth(self.plan.num_frames)
         if way == "pixels":
             return self.by_pixels()
+        if way == "rolled":
+            return self.rolled()
         hold = 0.0 if way == "latents" else self.settings.hold
         request = replace(self.request, colour_hold=hold, anchor=way == "anchored")
         long = LongClip(self.engine, self.plan, request, Inputs())
@@ -130,6 +134,14 @@ class Chain:
             )
             video = torch.cat([video, self.decode(long.sample(self.sample))[:, :, count:]], dim=2)
         return video
+
+    def rolled(self) -> Tensor:
+        """Have the model's roller make a clip as long."""
+        request = replace(self.request, roll=True, overlap=None, steps=None)
+        plan = self.engine.plan(request, Inputs())
+        clip = RolledClip(self.engine, plan, request, Inputs(), NO_LORAS, self.contexts[0])
+        frames = torch.cat([torch.from_numpy(part) for part in clip.frames(0, plan.kept_frames)])
+        return (frames.float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Video [1, 3, T, H, W] in [-1, 1] on the CPU."""
@@ -223,6 +235,8 @@ def measure(
     }
     if ANCHOR_TASK not in engine.folder.tasks:
         ways = [way for way in ways if way != "anchored"]
+    if engine.folder.roller is None:
+        ways = [way for way in ways if way != "rolled"]
     scores: dict[str, list[dict[str, Any]]] = {way: [] for way in ("truth", *ways)}
     pictures, labels, joins = [], list[str](), list[int]()
     for seed, (scene, text) in enumerate(endless_prompts(settings.scenes, settings.seeds)):

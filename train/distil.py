@@ -1,16 +1,24 @@
-"""Teach a low-rank delta of a model to make clips in few steps, without guidance.
+"""Teach a low-rank delta of a model to make clips in few steps, or turn by turn without end.
 
     python train/cache.py        -c configs/train/toybox_student.yaml    first: render and encode
     python train/trajectories.py -c configs/train/toybox_student.yaml    then: what is to be learned
     python train/distil.py       -c configs/train/toybox_student.yaml [--set a.b=c]... [--resume]
 
-The loss is a plain regression on what the teacher made before; see `vidgen.training.distil`.
+toybox_roller.yaml teaches the delta that rolls clips out, on the same trajectories. The loss is a
+plain regression on what the teacher made before; see `vidgen.training.distil` and `distil_roll`.
 """
 
 from __future__ import annotations
 
 from vidgen.training.distil import DistilRun, DistilTask
+from vidgen.training.distil_roll import RollTask
 from vidgen.training.program import run_program
 
+
+def task_of(config: DistilRun) -> DistilTask:
+    """What a run's student learns: whole clips, or their turns."""
+    return DistilTask(config) if config.roll is None else RollTask(config)
+
+
 if __name__ == "__main__":
-    raise SystemExit(run_program(__doc__, DistilRun, DistilTask))
+    raise SystemExit(run_program(__doc__, DistilRun, task_of))

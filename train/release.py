@@ -7,7 +7,7 @@
     python train/release.py student   --run runs/student --out vidgen/assets/toybox
 
 `vae` and `sound` measure the latents' mean and deviation on fresh clips, unless their encoder
-stayed as it was (`part: decoder`). `dit` removes the student, which was of the old weights; clips
+stayed as it was (`part: decoder`). `dit` removes the students, which were of the old weights; clips
 come with sound once its run had `sound`; `--mix` averages its weights with those of releases it
 began with (Wortsman et al. 2022). Each call writes `model.json` anew.
 """
@@ -50,7 +50,13 @@ from vidgen.training.toybox_data import encoder_hash
 from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_model_info
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE
-from vidgen.weights.student import STUDENT, StudentConfig, write_student
+from vidgen.weights.student import (
+    ROLLER,
+    STUDENT,
+    RollConfig,
+    StudentConfig,
+    write_student,
+)
 
 DEFAULTS = ModelDefaults(
     num_steps=8, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
@@ -124,7 +130,7 @@ def release_tokenizer(out: Path) -> None:
 
 
 def release_dit(run: Path, out: Path, mix: Mapping[Path, float]) -> None:
-    """The transformer, the text encoder and the words of a run; a student of older ones goes.
+    """The transformer, the text encoder and the words of a run; students of older ones go.
 
     Args:
         run: its folder.
@@ -135,7 +141,8 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float]) -> None:
     configs = {"transformer": DIT_PRESETS[settings["preset"]],
                "text_encoder": TEXT_PRESETS[settings["text_preset"]].to_transformers()}
     made = {part: mixed(load_averages(run, part), part, mix, out) for part in configs}
-    shutil.rmtree(out / STUDENT, ignore_errors=True)
+    for name in (STUDENT, ROLLER):
+        shutil.rmtree(out / name, ignore_errors=True)
     for part, config in configs.items():
         save_module(made[part], config, out / part, torch.bfloat16)
     if settings.get("loose_share"):
@@ -202,7 +209,7 @@ def write_synonyms(path: Path) -> None:
 
 
 def release_student(run: Path, out: Path) -> None:
-    """The few-step delta of a run, in bf16.
+    """The delta of a run that taught a student, in bf16.
 
     Raises:
         ModelError: the model it was taught on is another one than `out`'s.
@@ -218,7 +225,10 @@ def release_student(run: Path, out: Path) -> None:
     factors = {name: value.bfloat16() for name, value in load_averages(run, "student").items()}
     sigmas = tuple(trajectories.sigmas.tolist())
     hears = settings.get("sound") is not None
-    student = StudentConfig(sigmas, trajectories.guidance_scale, hears)
+    roll = build(RollConfig, settings["roll"], str(run)) if settings.get("roll") else None
+    student = StudentConfig(
+        sigmas, trajectories.guidance_scale, hears=hears and roll is None, roll=roll
+    )
     write_student(adapter_of(factors), student, out)
 
 

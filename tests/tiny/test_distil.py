@@ -21,6 +21,7 @@ from vidgen.cli.main import main
 from vidgen.core.config import build, dump, load_yaml
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
+from vidgen.diffusion import condition
 from vidgen.diffusion.samplers import sample_euler
 from vidgen.media.read import read_recipe
 from vidgen.models.dit import SpacetimeDiT
@@ -36,13 +37,14 @@ from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.training.distil import Delta, DistilRun, DistilTask, adapter_of, open_shards
 from vidgen.training.distil_data import HELD_OUT, Teacher, draw_steps, take_steps
+from vidgen.training.distil_roll import RollTask, rollable
 from vidgen.training.loop import train
 from vidgen.training.sound_cache import SoundCache
 from vidgen.training.toybox_data import ToyboxCache, load_vae
 from vidgen.weights.folder import open_model, write_model_info
 from vidgen.weights.lora import write_lora
 from vidgen.weights.sound_vae import load_sound_vae
-from vidgen.weights.student import STUDENT, WEIGHTS, StudentConfig, read_student
+from vidgen.weights.student import STUDENT, WEIGHTS, RollConfig, StudentConfig, read_student
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red car bounces across the desert"
@@ -238,7 +240,9 @@ def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model
     clip = engine.generate(PROMPT, seed=3, steps=2, audio="none")
     student = engine.folder.student
     plan = clip.info.recipe["plan"]
-    assert plan["student"] == {"sigmas": student.sigmas, "guidance_scale": 3.0, "hears": True}
+    assert plan["student"] == {
+        "sigmas": student.sigmas, "guidance_scale": 3.0, "hears": True, "roll": None
+    }
     assert (plan["sampler"], plan["guidance"]["scale"]) == ("euler", 1.0)
     plain = engine.generate(PROMPT, seed=3, steps=2, sampler="unipc")
     assert plain.info.recipe["plan"]["student"] is None
@@ -368,3 +372,50 @@ def test_bad_settings_and_files_are_refused(
     config.write_text(json.dumps({"sigmas": [1.0, 0.5, 0.6, 0.0], "guidance_scale": 3.0}))
     with pytest.raises(ModelError, match="must fall from 1 to 0"):
         open_model(str(tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def rolled(
+    settings: dict[str, Any], release: ModuleType, model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[DistilRun, Path]:
+    """A roller's run at its end, and the model's folder with its delta in it."""
+    config = with_run(
+        settings | {"roll": {"turn_frames": 1, "window_frames": 2, "history_noise": 0.1}},
+        tmp_path_factory.mktemp("roller"),
+    )
+    assert train(RollTask(config), config.run, record=dump(config)).finished
+    folder = tmp_path_factory.mktemp("rolled") / "tiny"
+    shutil.copytree(model, folder)
+    release.release_student(Path(config.run.folder), folder)
+    info = json.loads((folder / "model.json").read_text())
+    write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
+                     tasks=tuple(info["tasks"]), defaults=DEFAULTS, world_version=1)
+    return config, folder
+
+
+def test_a_roller_learns_turns_and_whole_clips(rolled: tuple[DistilRun, Path]) -> None:
+    config, folder = rolled
+    fresh = RollTask(config).validate(0, Path())
+    taught = read_meta(latest_checkpoint(Path(config.run.folder)))["metrics"]
+    assert taught["velocity_mean"] < 0.9 * fresh["velocity_mean"]
+    assert taught["end"] < fresh["end"]
+    assert {"velocity_turn_0", "velocity_turn_1", "velocity_turn_2"} <= fresh.keys()
+    opened = open_model(str(folder))
+    assert opened.roller.roll == RollConfig(1, 2, 0.1)
+    assert opened.student.roll is None  # both lie beside each other
+
+
+def test_clips_under_text_or_a_first_frame_can_be_rolled_out(settings: dict[str, Any]) -> None:
+    shards = open_shards(build(DistilRun, settings, "run"))
+    assert rollable(shards.load(HELD_OUT).state).all()
+    state = condition.new_state(torch.randn(1, 4, 3, 4, 4))
+    still = torch.randn(1, 4, 1, 4, 4)
+    region = torch.ones(1, 1, 3, 4, 4)
+    region[..., 2:] = 0
+    assert rollable(condition.first_frame(state, still)).all()
+    for other in (
+        condition.prefix(state, torch.cat([still, still], dim=2)),
+        condition.mask(state, state.latents, region), condition.reference(state, still),
+    ):
+        assert not rollable(other).any()

@@ -173,6 +173,23 @@ def test_a_cached_roll_out_equals_the_whole_pass(causal_frames, stills):
     assert (cache.num_frames, cache.num_stills) == (6, int(stills))
 
 
+def test_a_roll_out_that_forgets_sees_the_newest_frames_at_their_places():
+    model = make_model(replace(TINY, num_layers=1)).eval()
+    latents, times, context = make_inputs(frames=6)
+    with model.causal(2):
+        cache, short = KVCache(), KVCache()
+        model(latents[:, :, :4], times, context, cache=cache)
+        cache.forget(2)
+        cache.recording = False
+        made = model(latents[:, :, 4:], times, context, cache=cache)
+        model(latents[:, :, 2:4], times, context, cache=short)
+        short.recording = False
+        again = model(latents[:, :, 4:], times, context, cache=short)
+    assert (cache.num_frames, cache.num_held) == (4, 2)
+    assert_equal(made, again)  # one layer deep, frames that are gone have left nothing behind
+    assert model.config.pattern == "full"
+
+
 def test_other_patterns_than_the_trained_one_are_refused():
     model = make_model()
     latents, timestep, context = make_inputs()
@@ -201,8 +218,9 @@ def test_shapes_and_options_that_do_not_fit_are_refused():
     two_images = make_model(replace(TINY, image_dim=6, image_positions=10))
     with pytest.raises(InputError, match="has 5 rows; this model takes 10"):
         two_images(latents, timestep, context, image_context=torch.zeros(2, 5, 6))
-    with pytest.raises(ValueError, match="audio needs"):
-        replace(WITH_AUDIO, pattern="causal")
+    heard = make_model(replace(WITH_AUDIO, pattern="causal"))
+    with pytest.raises(InputError, match="audio needs"):
+        heard(latents, timestep, context, audio=make_sound())
     with pytest.raises(ValueError, match="head_dim must be even"):
         replace(TINY, head_dim=13)
 

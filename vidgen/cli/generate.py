@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
 BACKENDS = ("auto", "reference", "native", "blocked", "sdpa", "matmul", "xformers")
+PIPE = "-"
+ENDLESS = 99_997
+"""Frames of a clip into a pipe where nobody says: hours."""
 _LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
 _NOT_OF_REQUEST = {
     "output", "overwrite", "resume", "preview", "attention", "json", "events", *_LOADING
@@ -43,7 +47,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("prompt", metavar="PROMPT", help="what is to be seen")
     add("-o", "--output", metavar="FILE", help=(
         ".mp4 .mov .webm .mkv .gif .webp .apng, .png or .jpg with --frames 1, or a folder/; "
-        "default prompt-slug-seed.mp4"))
+        "default prompt-slug-seed.mp4; - with --roll: stdout, for a player"))
     add_resume(parser)
     add("--model", default="toybox", metavar="NAME|FOLDER|HUB_ID", help="default %(default)s")
     add("--negative", metavar="TEXT", help="what is not to be seen")
@@ -74,6 +78,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="a known frame at any time; may be repeated")
     add("--reference", action="append", default=[], metavar="IMAGE",
         help="a picture of a subject that is to appear; may be repeated")
+    add("--roll", action="store_true", default=None,
+        help="make the clip turn by turn while it is written, by a model with a roller")
     add("--video", metavar="CLIP", help="a clip to start from")
     add("--strength", type=float, metavar="X", help="0 keeps --video as it is, 1 ignores it")
     add("--mask", metavar="IMAGE|CLIP", help="white where --video or --image is to change")
@@ -135,6 +141,8 @@ def run(args: Namespace, report: Report) -> int:
 
     options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
     request = Request.of(options.pop("prompt"), options)
+    if args.output == PIPE:
+        return _into_pipe(request, args, report)
     if request.seed is None:
         request = replace(request, seed=_seed(args, request, report))
     paths = _outputs(args.output, request)
@@ -191,6 +199,35 @@ def run(args: Namespace, report: Report) -> int:
     text = "\n".join(_line(facts) for facts in results) + f"\n{elapsed:.1f} s"
     report.result({"clips": results, "elapsed_s": elapsed}, text)
     return int(any(facts["path"] != path for facts, path in zip(results, paths, strict=True)))
+
+
+def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
+    """Roll a clip out into stdout, for as long as somebody reads."""
+    from vidgen.media.live import write_live
+    from vidgen.pipeline.video import Engine, load
+
+    if not request.roll or request.count > 1 or args.resume or args.preview:
+        raise InputError("output - is for one clip that is made while it is shown: give --roll, "
+                         "without --count, --resume and --preview, or a file's name")
+    if request.audio_file or request.audio_model or request.say:
+        raise InputError("output - holds pictures alone; leave the sound out, or give a file's "
+                         "name")
+    if args.json or args.events == PIPE:
+        raise InputError("output -, --json and --events - all claim stdout; give one of them a "
+                         "file")
+    if request.seconds is None and request.frames is None:
+        request = replace(request, frames=ENDLESS)
+    if request.seed is None:
+        request = replace(request, seed=_seed(args, request, report))
+    engine = load(**{name: getattr(args, name) for name in _LOADING})
+    if not isinstance(engine, Engine):
+        raise InputError(f"{args.model} has no roller; leave --roll out")
+    clip = engine.generate(request)
+    assert not isinstance(clip, list)
+    told = {"event": "progress", "stage": "roll", "total": clip.num_frames}
+    write_live(sys.stdout.buffer, clip.chunks(), clip.info,
+               on_frames=lambda done: report({**told, "done": done}))
+    return 0
 
 
 def _made(

@@ -86,6 +86,8 @@ class Request:
         video: a clip to start from; with `strength`, to re-imagine.
         strength: 0 keeps `video`, 1 ignores it.
         prefix: a clip to go on from: it begins the new clip, whose length counts it in.
+        roll: whether the clip is rolled out turn by turn while it is written, by a model with a
+            roller; see docs/stream.md.
         overlap: latent frames that the windows of a long clip share; see docs/extend.md.
         colour_hold: 0 to 1, how far a window's colours are brought back to the clip's.
         anchor: whether the windows of a long clip are shown its first frame as a reference, in
@@ -152,6 +154,7 @@ class Request:
     video: Picture | None = None
     strength: float | None = None
     prefix: Picture | None = None
+    roll: bool | None = None
     overlap: int | None = None
     colour_hold: float | None = None
     anchor: bool | None = None

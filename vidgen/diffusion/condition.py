@@ -89,6 +89,12 @@ class LatentState:
         chosen: LatentState = mapped(self, lambda tensor: tensor[index])
         return chosen
 
+    def stretch(self, frames: slice) -> LatentState:
+        """Some latent frames of the picture alone, without stills and sound."""
+        return LatentState(
+            self.latents[:, :, frames], self.clean[:, :, frames], self.denoise_mask[:, :, frames]
+        )
+
     def impose(self, latents: Tensor) -> Tensor:
         """Write the known values into the picture's latents, exactly."""
         return torch.where(self.denoise_mask, latents, self.clean.to(latents))

@@ -11,7 +11,8 @@ N audio tokens, L tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -132,8 +133,6 @@ class DiTConfig:
             raise ValueError(f"freq_dim must be even and at least 2, not {self.freq_dim}")
         if self.pattern not in get_args(Pattern):
             raise ValueError(f"pattern must be one of {get_args(Pattern)}, not {self.pattern!r}")
-        if self.audio is not None and self.pattern != "full":
-            raise ValueError(f"audio needs the pattern 'full', not {self.pattern!r}")
         layers = self.control_layers
         if bool(layers) != bool(self.control_channels):
             raise ValueError(
@@ -238,6 +237,20 @@ class SpacetimeDiT(nn.Module):
                 f"attention pattern {pattern!r} was asked for, but these weights were trained "
                 f"with {self.config.pattern!r}; use that, or weights trained with {pattern!r}"
             )
+
+    @contextmanager
+    def causal(self, turn_frames: int) -> Iterator[None]:
+        """Be causal inside the `with` block, by weights of which a delta was trained to be.
+
+        Args:
+            turn_frames: latent frames that see each other.
+        """
+        trained = self.config
+        self.config = replace(trained, pattern="causal", causal_frames=turn_frames)
+        try:
+            yield
+        finally:
+            self.config = trained
 
     def forward(  # noqa: PLR0913
         self,

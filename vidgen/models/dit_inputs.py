@@ -115,16 +115,18 @@ class Layout(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of earlier frames, for rolling out a causal model frame by frame.
+    """Keys and values of earlier frames, for rolling out a causal model turn by turn.
 
     A forward pass sees the frames in the cache before its own. While `recording` it adds its own:
-    denoise a frame with `recording = False`, then pass the finished one once with True.
+    denoise frames with `recording = False`, then pass the finished ones once with True. In
+    training gradients reach what was recorded.
     """
 
     def __init__(self) -> None:
         self.recording = True
         self.num_frames = 0
         self.num_stills = 0
+        self.num_held = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def advance(self, num_frames: int, num_stills: int) -> None:
@@ -132,6 +134,7 @@ class KVCache:
         if self.recording:
             self.num_frames += num_frames
             self.num_stills += num_stills
+            self.num_held += num_frames + num_stills
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put a layer's cached tokens before k, v [B, H, L, d]; keep the result if recording."""
@@ -139,8 +142,17 @@ class KVCache:
             old_k, old_v = self._layers[layer]
             k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
         if self.recording:
-            self._layers[layer] = (k.detach(), v.detach())
+            self._layers[layer] = (k, v)
         return k, v
+
+    def forget(self, num_frames: int) -> None:
+        """Hold the newest frames alone, `num_frames` at most; later ones keep their places."""
+        if self.num_held <= num_frames:
+            return
+        for layer, (k, v) in self._layers.items():
+            count = k.shape[2] // self.num_held * num_frames
+            self._layers[layer] = k[:, :, -count:], v[:, :, -count:]
+        self.num_held = num_frames
 
 
 class CachedStack:
@@ -210,6 +222,8 @@ def check_inputs(
         )
     if audio is not None and config.audio is None:
         raise InputError("audio was given to a model without the audio modality")
+    if audio is not None and config.pattern != "full":
+        raise InputError(f"audio needs the attention pattern 'full', not {config.pattern!r}")
     if cache is None:
         return
     if step_cache is not None:
@@ -271,7 +285,7 @@ def lay_out(
     stills, valid = (0, None) if extra is None else (extra.num_keys, extra.valid)
     visible = visible_frames(
         num_frames, stills, valid,
-        num_cached=0 if cache is None else cache.num_frames + cache.num_stills,
+        num_cached=0 if cache is None else cache.num_held,
         causal_frames=config.causal_frames if config.pattern == "causal" else None,
         device=device,
     )

@@ -152,7 +152,8 @@ class _Job:
 
     def _sound_latents(self, frames: int) -> int:
         """Sound latents beside so many latent frames of the picture."""
-        request, made = self.request, SOUND_TASK in self.folder.tasks
+        request = self.request
+        made = SOUND_TASK in self.folder.tasks and self.plan.roll is None
         asked = request.audio != NO_AUDIO and not request.audio_file and not request.audio_model
         if not (made and (asked or request.follow_audio)):
             return 0
@@ -194,7 +195,8 @@ class _Job:
         plan = self.plan
         guidance = plan.guidance.of_clip(has_given=has_given and plan.strength == 1)
         sigmas = make_sigmas(plan.num_steps, plan.shift, strength=plan.strength).tolist()[:-1]
-        return sum(len(guidance.branches_at(sigma)) for sigma in sigmas)
+        remembered = plan.roll is not None  # a turn is read once more
+        return sum(len(guidance.branches_at(sigma)) for sigma in sigmas) + remembered
 
     def _text_s(self) -> float:
         ops = text_ops(self.folder.components["text_encoder"].config, self._text_tokens)

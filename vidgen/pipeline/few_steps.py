@@ -1,11 +1,12 @@
-"""Few steps: when a model's student denoises instead of the model itself."""
+"""Few steps: when one of a model's students denoises instead of the model itself."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vidgen.core.request import NO_AUDIO
+from vidgen.core.errors import InputError
+from vidgen.core.request import NO_AUDIO, OWN_AUDIO
 from vidgen.diffusion.guidance import Guidance
 from vidgen.pipeline.own_sound import TASK
 
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "image_guidance", "guidance_interval",
             "guidance_rescale")
 """Options that say how to sample, which a student knows one answer to."""
+NOT_ROLLED = (
+    *SAMPLING, "strength", "video", "mask", "last_image", "frame", "reference",
+    "prefix", "control", "follow_audio", "latents", "overlap", "colour_hold", "anchor",
+)
+"""Options that a clip can't have that is rolled out."""
 
 
 def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
@@ -24,8 +30,14 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
 
     A student is taken for the step count that it was taught, when nothing else is asked of
     sampling: no option of `SAMPLING`, no negative prompt, no step cache, no `strength`, which
-    begins between its noise levels, and no sound made along, where it knows nothing of it.
+    begins between its noise levels, and no sound made along, where it knows nothing of it. The
+    roller is taken where the request asks for it.
+
+    Raises:
+        InputError: a roller that isn't there, or what it can't do.
     """
+    if request.roll:
+        return _rolled(plan, request, folder)
     student = folder.student
     if student is None or request.steps != student.num_steps:
         return plan
@@ -35,6 +47,30 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     if plan.strength < 1 or (_makes_sound(request, folder) and not student.hears):
         return plan
     return replace(plan, sampler="euler", guidance=Guidance(), student=student)
+
+
+def _rolled(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
+    roller = folder.roller
+    if roller is None:
+        raise InputError(f"model {folder.name!r} has no roller, which roll needs; leave it out, or "
+                         "teach it one (docs/training.md)")
+    negative = ("negative",) * (plan.negative != folder.defaults.negative_prompt)
+    for option in (*negative, *NOT_ROLLED):
+        if request.has(option):
+            raise InputError(f"{option} doesn't go with roll, by which a clip follows from its "
+                             "prompt and first frame; leave one of them out")
+    if request.cache != "none":
+        raise InputError(f"cache is {request.cache!r}; a roller has no steps to spare, leave it "
+                         "out")
+    if request.audio == OWN_AUDIO:
+        raise InputError("audio is 'generate', but a roller makes no sound; give --audio FILE or "
+                         "leave it out")
+    if request.steps not in (None, roller.num_steps):
+        raise InputError(f"steps is {request.steps}; the roller of {folder.name!r} takes "
+                         f"{roller.num_steps}, leave it out")
+    return replace(
+        plan, sampler="euler", guidance=Guidance(), student=roller, num_steps=roller.num_steps
+    )
 
 
 def _makes_sound(request: Request, folder: ModelFolder) -> bool:

@@ -6,9 +6,10 @@ columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,8 +115,8 @@ def _denoiser(
 
 def velocity(
     dit: Callable[..., Any], state: LatentState, latents: Tensor, sigma: Tensor,
-    context: tuple[Tensor, Tensor], *, patch: int, frames_per_s: float, whole: bool = False,
-    **options: Any,
+    context: tuple[Tensor, Tensor], *, patch: int, frames_per_s: float | None = None,
+    whole: bool = False, **options: Any,
 ) -> Tensor:
     """A transformer's velocity under a state's conditions, as samplers have latents.
 
@@ -126,14 +127,14 @@ def velocity(
         sigma: their noise levels, [B].
         context: text features [B, S, D] and their lengths [B].
         patch: latents a side of one token.
-        frames_per_s: latent frames a second, sound's clock.
+        frames_per_s: latent frames a second, sound's clock; None goes where there is no sound.
         whole: see `to_timestep`.
         options: what else the network takes.
     """
     picture, sound = state.apart(latents)
     seen, levels = denoise_inputs(state, sigma, picture, patch=patch)
     audio = None
-    if state.sound is not None and sound is not None:
+    if state.sound is not None and sound is not None and frames_per_s is not None:
         times = to_timestep(state.sound.levels(sigma), whole=whole)
         audio = AudioTokens(
             state.sound.impose(sound), times, frames_per_s, state.sound.start_s,
@@ -159,12 +160,19 @@ def encode_pixels(parts: Parts, video: Tensor, tiles: Tiles | None = None) -> Te
         return torch.cat(list(frames), dim=2).float()
 
 
-@torch.no_grad()
 def decode_latents(
     parts: Parts, latents: Tensor, begin: int = 0, end: int | None = None,
     tiles: Tiles | None = None,
 ) -> Iterator[Tensor]:
-    """Video [B, 3, n, H, W] of each of the latent frames `begin` to `end` of [B, C, F, h, w].
+    """Video [B, 3, n, H, W] of each of the latent frames `begin` to `end` of [B, C, F, h, w]."""
+    return decode_frames(parts, latents[:, :, :end].split(1, dim=2), begin, tiles)
+
+
+@torch.no_grad()
+def decode_frames(
+    parts: Parts, frames: Iterable[Tensor], begin: int = 0, tiles: Tiles | None = None
+) -> Iterator[Tensor]:
+    """Video [B, 3, n, H, W] of each of a clip's latent frames [B, C, 1, h, w] from `begin` on.
 
     Decoding begins as many latent frames earlier as the decoder looks back, so that its caches
     hold the same and the frames are bit-equal.
@@ -172,7 +180,7 @@ def decode_latents(
     with parts.use("vae") as vae:
         dtype = next(vae.parameters()).dtype
         first = max(0, begin - vae.receptive_frames + 1)
-        pieces = (part.to(parts.device, dtype) for part in latents[:, :, first:end].split(1, dim=2))
+        pieces = (frame.to(parts.device, dtype) for frame in islice(frames, first, None))
         if tiles is None:
             videos = vae.stream_decode(pieces)
         else:
@@ -180,3 +188,15 @@ def decode_latents(
         for index, video in enumerate(videos, first):
             if index >= begin:
                 yield video
+
+
+def from_frame(videos: Iterable[Tensor], start: int, stride_t: int) -> Iterator[Tensor]:
+    """Videos [B, 3, n, H, W] of latent frames, the first holding frame `start`, from that on."""
+    for index, video in enumerate(videos, latent_of(start, stride_t)):
+        before = 1 + (index - 1) * stride_t if index else 0
+        yield video[:, :, max(0, start - before) :]
+
+
+def latent_of(frame: int, stride_t: int) -> int:
+    """The latent frame that holds a frame."""
+    return -(-frame // stride_t)

@@ -24,7 +24,7 @@ from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.crew import Crew, devices_of
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.networks import decode_latents, encode_pixels
+from vidgen.pipeline.networks import decode_latents, encode_pixels, from_frame, latent_of
 from vidgen.pipeline.parts import DTYPES, Parts
 from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.policy import Policy
@@ -150,12 +150,9 @@ class OpenedModel:
         Frames don't depend on where decoding begins, nor on how many devices decode.
         """
         t = self.vae_config.strides.t
-        wanted = -(-start // t)  # the latent frame that holds frame `start`
         decode = decode_latents if self.crew is None else self.crew.decode
-        made = decode(self.parts, latents, wanted, tiles=tiles)
-        for index, video in enumerate(made, wanted):
-            before = 1 + (index - 1) * t if index else 0
-            yield video[:, :, max(0, start - before) :]
+        made = decode(self.parts, latents, latent_of(start, t), tiles=tiles)
+        return from_frame(made, start, t)
 
     @torch.no_grad()
     def describe(self, pictures: Sequence[Any]) -> Tensor:

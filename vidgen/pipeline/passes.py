@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.pipeline.plan import Plan
     from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.student import RollConfig
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
     Raises:
         InputError: that clip is missing or no video.
     """
+    if plan.roll is not None:
+        return _rolled(plan, plan.roll, request)
     strides = folder.components["vae"].config.strides
     size, t, total = window_size(folder, strides), strides.t, plan.latents.num_frames
     given = _Given()
@@ -102,6 +105,16 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         encoded += [1 + (stop - start - 1) * t for start, stop in windows[len(windows) - later :]]
     kept = max(plan.kept_frames - given.num_frames, 1)
     return Passes(tuple(read), tuple(has_given), tuple(encoded), total, shown, kept)
+
+
+def _rolled(plan: Plan, roll: RollConfig, request: Request) -> Passes:
+    """Turns, each in view of its window; finished ones are read once more, to be remembered."""
+    turns = math.ceil(plan.latents.num_frames / roll.turn_frames)
+    read = [roll.turn_frames + min(turn * roll.turn_frames, roll.window_frames)
+            for turn in range(turns)]
+    encoded = (1,) if request.has("image") or request.has("first_frame_model") else ()
+    return Passes(tuple(read), (False,) * turns, encoded, turns * roll.turn_frames, 0,
+                  plan.kept_frames)
 
 
 def _pictures(

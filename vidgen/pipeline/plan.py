@@ -28,7 +28,7 @@ from vidgen.diffusion.samplers import SAMPLERS
 if TYPE_CHECKING:
     from vidgen.pipeline.step_caches import CacheChoice
     from vidgen.weights.folder import ModelDefaults
-    from vidgen.weights.student import StudentConfig
+    from vidgen.weights.student import RollConfig, StudentConfig
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,11 @@ class Plan:
     cache: CacheChoice | None = None
     tiles: Tiles | None = None
     student: StudentConfig | None = None
+
+    @property
+    def roll(self) -> RollConfig | None:
+        """How the clip is rolled out, or None where it is made in windows."""
+        return None if self.student is None else self.student.roll
 
 
 def make_plan(

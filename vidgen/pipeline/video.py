@@ -55,7 +55,8 @@ from vidgen.pipeline.preview import Glimpses, OnPreview
 from vidgen.pipeline.recall import journals_of, recall
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.rewrite import settle_prompt
-from vidgen.pipeline.soundtrack import make_soundtrack
+from vidgen.pipeline.rolling import RolledClip
+from vidgen.pipeline.soundtrack import Soundtrack, make_soundtrack
 from vidgen.pipeline.step_caches import carrying, make_caches
 from vidgen.pipeline.tail import ANCHOR_TASK, make_tail
 from vidgen.pipeline.tasks import check_tasks
@@ -67,6 +68,10 @@ if TYPE_CHECKING:
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
+
+
+Contexts = Callable[[], list[tuple[Tensor, Tensor]]]
+"""Gives the encoded prompts, see `encode_prompt`."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +170,14 @@ class Engine(OpenedModel):
         enforce(self.policy, request)
         request, inputs = self.read(request)
         first = self.plan(request, inputs)
-        track = make_soundtrack(request, first.kept_frames, first.fps, self,
-                                has_sound=TASK in self.folder.tasks)
+        if first.roll and (on_preview is not None or self.crew is not None):
+            option = "preview" if on_preview is not None else "devices"
+            raise InputError(f"{option} doesn't go with roll, which makes a clip while it is "
+                             "written, on one device; leave one of them out")
+        makes_sound = TASK in self.folder.tasks and first.roll is None
+        track = make_soundtrack(
+            request, first.kept_frames, first.fps, self, has_sound=makes_sound
+        )
         made = preflight(self, first, request)
         if request.strict:
             require_backend(asked_backend(), self.device, DTYPES[self.dtype])
@@ -198,32 +209,46 @@ class Engine(OpenedModel):
                 tell(Progress(*progress, clip=clip, num_clips=request.count))
 
             with kept.running(recipe, self.device):
-                long = long_clip(self, plan, request, inputs)
-                num_windows = len(long.windows) if long else 1
-                glimpses = Glimpses(self, on_preview, plan.fps, index)
-                sample = self._sampling(
-                    request, loras, contexts, kept, glimpses, num_windows, report
-                )
-                latents = kept.latents
-                heard = kept.kept_sound() if track.is_made_along else None
-                if latents is None:
-                    contexts()
-                    report("prepare", 0, 1)
-                    own = open_sound(self.parts, plan, request, long, track)
-                    if long:
-                        latents = long.sample(sample, kept.done, kept.keep_window, own, kept.heard)
-                    else:
-                        latents = self._one_window(plan, request, inputs, sample, own)
-                    if own and track.is_made_along:
-                        kept.keep_sound(*(heard := own.decode()))
-                    kept.keep_latents(latents, long.num_shown if long else 0)
-                clip = (long.clip if long else partial(self.decode, plan))(latents, recipe, kept)
-                if heard:
-                    clip.info = replace(clip.info, sound=heard[0], sound_rate=heard[1])
+                if plan.roll:
+                    rolled = RolledClip(self, plan, request, inputs, loras, contexts()[0])
+                    clip = rolled.lazy(recipe, kept)
+                else:
+                    if kept.latents is None:
+                        contexts()  # before pictures are encoded
+                    glimpses = Glimpses(self, on_preview, plan.fps, index)
+                    sample = partial(self._sampling, request, loras, contexts, kept, glimpses)
+                    clip = self._denoised(
+                        plan, request, inputs, recipe, sample, track, kept, report
+                    )
                 clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))
                 for picture in inputs.images.get("image", ()):
                     clips[-1].first_frame = fit(picture, plan.height, plan.width, plan.fit)
         return clips if request.count > 1 else clips[0]
+
+    def _denoised(
+        self, plan: Plan, request: Request, inputs: Inputs, recipe: dict[str, Any],
+        sampling: Callable[..., Sample], track: Soundtrack, kept: Journal,
+        report: Callable[..., None],
+    ) -> Clip:
+        """A clip whose latents are made before it is decoded, in one window or several."""
+        long = long_clip(self, plan, request, inputs)
+        sample = sampling(len(long.windows) if long else 1, report)
+        latents = kept.latents
+        heard = kept.kept_sound() if track.is_made_along else None
+        if latents is None:
+            report("prepare", 0, 1)
+            own = open_sound(self.parts, plan, request, long, track)
+            if long:
+                latents = long.sample(sample, kept.done, kept.keep_window, own, kept.heard)
+            else:
+                latents = self._one_window(plan, request, inputs, sample, own)
+            if own and track.is_made_along:
+                kept.keep_sound(*(heard := own.decode()))
+            kept.keep_latents(latents, long.num_shown if long else 0)
+        clip = (long.clip if long else partial(self.decode, plan))(latents, recipe, kept)
+        if heard:
+            clip.info = replace(clip.info, sound=heard[0], sound_rate=heard[1])
+        return clip
 
     def _one_window(
         self, plan: Plan, request: Request, inputs: Inputs, sample: Sample, own: OwnSound | None
@@ -335,7 +360,7 @@ class Engine(OpenedModel):
         return latents if state.sound is not None else latents[:, :, state.num_references :]
 
     def _sampling(
-        self, request: Request, loras: Loras, contexts: Callable[[], list[tuple[Tensor, Tensor]]],
+        self, request: Request, loras: Loras, contexts: Contexts,
         journal: Journal, glimpses: Glimpses, num_windows: int,
         report: Callable[[str, int, int], None],
     ) -> Callable[[Plan, LatentState], Tensor]:

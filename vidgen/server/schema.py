@@ -113,6 +113,7 @@ class ExtraParams(Strict):
     overlap: Whole | None = Field(None, ge=1, le=1000)
     colour_hold: Number | None = Field(None, ge=0, le=1)
     anchor: bool | None = None
+    roll: bool | None = None
     label: Literal["none", "visible"] | None = None
     readings: str | None = Field(None, max_length=2000)
 

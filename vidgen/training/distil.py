@@ -43,6 +43,7 @@ from vidgen.training.finetune_model import open_trainable
 from vidgen.training.optim import build_optimizers
 from vidgen.training.sound_cache import SoundMix
 from vidgen.training.toybox_data import CacheConfig
+from vidgen.weights.student import RollConfig
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class DistilRun:
         caches: clips that lend captions and conditions; see `train/cache.py`.
         sound: what of their sound is learned, or None; cached beside them.
         trajectories: the teacher's, made by `train/trajectories.py`.
+        roll: how the student rolls clips out, turn by turn; None: it makes them as a whole.
         delta: of the student. Rank 28 of all layers of the embedded model is 2.7 MB in bf16.
         run: its phases have the trajectories' frames, and `batch_size` steps of one shard each.
 
@@ -86,6 +88,7 @@ class DistilRun:
     trajectories: TrajectoryConfig
     delta: DeltaConfig
     sound: SoundMix | None = None
+    roll: RollConfig | None = None
 
     def __post_init__(self) -> None:
         for phase in self.run.phases:

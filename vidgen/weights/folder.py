@@ -89,6 +89,7 @@ class ModelFolder(Files):
         variant: which of the family it is, as `family.VARIANTS` names them.
         given: what else the model may be called by: what `open_model` was given.
         student: how the delta beside the weights makes clips in few steps, where there is one.
+        roller: the same of one that makes them turn by turn.
     """
 
     name: str
@@ -104,6 +105,7 @@ class ModelFolder(Files):
     variant: str | None = None
     given: str | None = None
     student: StudentConfig | None = None
+    roller: StudentConfig | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Sent to another process, a folder is opened there anew: its files stay where they are."""

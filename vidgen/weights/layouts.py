@@ -36,7 +36,7 @@ from vidgen.weights.infer import infer_dit, infer_image, infer_text, infer_vae
 from vidgen.weights.keymap import DIT_KEYS, Names, Spelling, renamed
 from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.store import TensorStore, find_files
-from vidgen.weights.student import open_student
+from vidgen.weights.student import ROLLER, open_student
 from vidgen.weights.view import split_clip
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -131,8 +131,8 @@ def _open_vidgen(path: Path) -> ModelFolder:
     try:
         return ModelFolder(
             path=path, files=info["files"], layout="vidgen", components=components,
-            tokenizer=path / "tokenizer", image_processor=processor, student=open_student(path),
-            **facts,
+            tokenizer=path / "tokenizer", image_processor=processor,
+            student=open_student(path), roller=open_student(path, ROLLER), **facts,
         )
     except KeyError as error:
         raise ModelError(f"{path / 'model.json'} lacks the field {error}") from None

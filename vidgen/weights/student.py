@@ -1,6 +1,7 @@
-"""A model's few-step student: a low-rank delta beside its weights, in a folder `student`.
+"""A model's few-step students: low-rank deltas beside its weights, each in a folder of its own.
 
-The delta has guidance folded in (Meng et al. 2023) and knows one grid of noise levels, which
+`student` makes whole clips; `roller` is causal in time and makes a clip turn by turn, without end.
+A delta has guidance folded in (Meng et al. 2023) and knows one grid of noise levels, which
 `config.json` names; `model.safetensors` is a LoRA of our own dialect.
 """
 
@@ -20,7 +21,36 @@ if TYPE_CHECKING:
     from vidgen.models.lora import Adapter
 
 STUDENT = "student"
+ROLLER = "roller"
 WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class RollConfig:
+    """How a clip is rolled out: in turns of latent frames, each in view of those before it.
+
+    Args:
+        turn_frames: latent frames of a turn, which see each other.
+        window_frames: latent frames before a turn that it sees, at most.
+        history_noise: how much of what it sees of them is noise, so that the faults of a turn
+            aren't taken for the picture; from 0 to below 1.
+
+    Raises:
+        ValueError: turns of no frame, a window shorter than a turn, or nothing but noise.
+    """
+
+    turn_frames: int = 3
+    window_frames: int = 6
+    history_noise: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.turn_frames < 1:
+            raise ValueError(f"turn_frames is {self.turn_frames}; a turn has a frame at least")
+        if self.window_frames < self.turn_frames:
+            raise ValueError(f"window_frames is {self.window_frames}, less than the "
+                             f"{self.turn_frames} of a turn")
+        if not 0 <= self.history_noise < 1:
+            raise ValueError(f"history_noise is {self.history_noise}; it lies in 0..1, below 1")
 
 
 @dataclass(frozen=True)
@@ -31,6 +61,7 @@ class StudentConfig:
         sigmas: the noise levels it was taught on, from 1 down to 0.
         guidance_scale: of its teacher, which it has folded in.
         hears: whether it was taught the sound that is made along, too.
+        roll: how it makes a clip turn by turn, or None where it makes clips as a whole.
 
     Raises:
         ValueError: levels that don't fall from 1 to 0.
@@ -39,6 +70,7 @@ class StudentConfig:
     sigmas: tuple[float, ...]
     guidance_scale: float
     hears: bool = False
+    roll: RollConfig | None = None
 
     def __post_init__(self) -> None:
         falls = all(low < high for high, low in zip(self.sigmas, self.sigmas[1:], strict=False))
@@ -51,30 +83,31 @@ class StudentConfig:
         return len(self.sigmas) - 1
 
 
-def open_student(model: Path) -> StudentConfig | None:
-    """How the student in a model's folder is sampled; None where there is none.
+def open_student(model: Path, name: str = STUDENT) -> StudentConfig | None:
+    """How a student in a model's folder is sampled; None where there is none.
 
     Raises:
         ModelError: its config is damaged.
     """
-    folder = model / STUDENT
+    folder = model / name
     if not (folder / "config.json").is_file():
         return None
     config: StudentConfig = config_of(StudentConfig, folder)
     return config
 
 
-def read_student(model: Path, config: DiTConfig) -> Adapter:
-    """The delta in a model's folder.
+def read_student(model: Path, config: DiTConfig, name: str = STUDENT) -> Adapter:
+    """A student's delta in a model's folder.
 
     Args:
         model: the model's folder.
         config: of its transformer.
+        name: which student.
 
     Raises:
         ModelError: missing, damaged, or of another transformer.
     """
-    return read_lora(model / STUDENT / WEIGHTS, config)
+    return read_lora(model / name / WEIGHTS, config)
 
 
 def write_student(adapter: Adapter, config: StudentConfig, model: Path) -> None:
@@ -83,7 +116,7 @@ def write_student(adapter: Adapter, config: StudentConfig, model: Path) -> None:
     Raises:
         OutputError: it can't be written.
     """
-    folder = model / STUDENT
+    folder = model / (ROLLER if config.roll else STUDENT)
     folder.mkdir(parents=True, exist_ok=True)
     write_lora(adapter, folder / WEIGHTS, "vidgen")
     (folder / WEIGHTS).chmod(0o644)

@@ -1,0 +1,169 @@
+"""Rolling a clip out: turns of latent frames, each made in view of those before it.
+
+A causal transformer keeps the keys and values of what it has made, so that a turn costs the same
+wherever it lies, and a clip needs no end. Training takes the same steps.
+
+Axes: B clips, C latent channels, n frames, h w latent rows and columns, H W pixel rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vidgen.diffusion.condition import LatentState, new_state
+from vidgen.diffusion.flow import add_noise
+from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.samplers import sample_euler
+from vidgen.media.clip import Clip
+from vidgen.media.label import with_label
+from vidgen.media.write import ClipInfo
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_inputs import KVCache
+from vidgen.pipeline.experts import Loras, experts
+from vidgen.pipeline.networks import decode_frames, from_frame, latent_of, velocity
+from vidgen.weights.student import ROLLER, RollConfig, StudentConfig, read_student
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.media.clip import Keeper
+    from vidgen.media.encode import Frames
+    from vidgen.pipeline.inputs import Inputs
+    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.video import Engine
+
+
+class Rollout:
+    """What a causal transformer remembers of clips, and the next turn of each.
+
+    The network is told with each call, causal in turns (`SpacetimeDiT.causal`) and with its delta.
+
+    Args:
+        context: features [B, S, D] and lengths [B] of the prompts.
+        config: of the roll-out.
+    """
+
+    def __init__(self, context: tuple[Tensor, Tensor], config: RollConfig) -> None:
+        self.context, self.config = context, config
+        self.cache = KVCache()
+
+    def velocity(
+        self, dit: SpacetimeDiT, state: LatentState, latents: Tensor, sigma: Tensor
+    ) -> Tensor:
+        """Of the next turn's noisy latents [B, C, n, h, w] at sigma [B], under its conditions."""
+        self.cache.recording = False
+        return self._see(dit, state, latents, sigma)
+
+    def turn(self, dit: SpacetimeDiT, state: LatentState, sigmas: Tensor) -> Tensor:
+        """Make the next turn [B, C, n, h, w] of a state, by Euler steps along sigmas [P]."""
+        denoise = partial(self.velocity, dit, state)
+        return sample_euler(denoise, state.begin(), sigmas, project=state.project)
+
+    def remember(self, dit: SpacetimeDiT, latents: Tensor, noise: Tensor) -> None:
+        """Take in finished frames [B, C, n, h, w], seen through noise; forget the oldest."""
+        self.cache.recording = True
+        level = latents.new_full((len(latents),), self.config.history_noise)
+        self._see(dit, new_state(noise), add_noise(latents, noise, level), level)
+        self.cache.forget(self.config.window_frames)
+
+    def _see(
+        self, dit: SpacetimeDiT, state: LatentState, latents: Tensor, sigma: Tensor
+    ) -> Tensor:
+        patch = dit.config.patch_size
+        return velocity(dit, state, latents, sigma, self.context, patch=patch, cache=self.cache)
+
+
+@dataclass(frozen=True)
+class RolledClip:
+    """A clip that a model's roller makes while it is read, for as long as it is read.
+
+    Attributes:
+        engine: the model.
+        plan: of the clip; its student is the model's roller.
+        request: that the plan settles.
+        inputs: its pictures.
+        loras: its adapters.
+        context: features [1, S, D] and lengths [1] of its prompt.
+    """
+
+    engine: Engine
+    plan: Plan
+    request: Request
+    inputs: Inputs
+    loras: Loras
+    context: tuple[Tensor, Tensor]
+
+    @torch.no_grad()
+    def latents(self) -> Iterator[Tensor]:
+        """Latent frames [1, C, 1, h, w] float32, without end; the same ones each time."""
+        roll, first = self._roll, 0
+        rollout = Rollout(self.context, roll)
+        parts, dit_config = self.engine.parts, self.engine.dit_config
+        loras = self.loras.beside(read_student(self.engine.folder.path, dit_config, ROLLER))
+        sigmas = torch.tensor(self._roller.sigmas).to(self.engine.device)
+        while True:
+            with experts(parts, None, loras, 1.0) as given:
+                dit = given.at(1.0)
+                with dit.causal(roll.turn_frames):
+                    made = rollout.turn(dit, self._begin(first), sigmas)
+                    rollout.remember(dit, made, self._noise(first, "history"))
+            yield from made.split(1, dim=2)
+            first += roll.turn_frames
+
+    def frames(self, start: int = 0, count: int | None = None) -> Iterator[Frames]:
+        """Frames uint8 [n, H, W, 3] from `start` on, `count` of them or without end."""
+        from vidgen.pipeline.video import to_frames
+
+        t, parts = self.engine.vae_config.strides.t, self.engine.parts
+        videos = decode_frames(parts, self.latents(), latent_of(start, t), self.plan.tiles)
+        for video in from_frame(videos, start, t):
+            made = to_frames(video[0])[:count].numpy()
+            yield made
+            if count is not None:
+                count -= len(made)
+                if not count:
+                    return
+
+    def lazy(self, recipe: dict[str, Any], journal: Keeper | None = None) -> Clip:
+        """The lazy clip of the plan's length."""
+        plan = self.plan
+        info = ClipInfo(
+            fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
+            recipe=recipe, stride_t=self.engine.vae_config.strides.t,
+        )
+
+        def chunks(start: int = 0) -> Iterator[Frames]:
+            return self.frames(start, plan.kept_frames - start)
+
+        labelled = self.request.label == "visible"
+        source = with_label(chunks, info.size, info.fps) if labelled else chunks
+        return Clip(source, info, journal=journal)
+
+    @property
+    def _roller(self) -> StudentConfig:
+        assert self.plan.student is not None
+        return self.plan.student
+
+    @property
+    def _roll(self) -> RollConfig:
+        assert self.plan.roll is not None
+        return self.plan.roll
+
+    def _begin(self, first: int) -> LatentState:
+        """The turn from latent frame `first` on, before it is made."""
+        turn = self._roll.turn_frames
+        if first:
+            return new_state(self._noise(first))
+        shape = replace(self.plan.latents, num_frames=turn + 1)  # one to make behind what is given
+        plan = replace(self.plan, latents=shape)
+        return self.engine.prepare(plan, self.request, self.inputs).stretch(slice(turn))
+
+    def _noise(self, first: int, stream: str = "video") -> Tensor:
+        shape = replace(self.plan.latents, num_frames=self._roll.turn_frames)
+        noise = draw_noise(self.plan.seed, shape, stream=stream, first_frame=first)
+        return noise.to(self.engine.device)
