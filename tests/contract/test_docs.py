@@ -15,7 +15,7 @@ import pytest
 
 from tests.programs import load_program
 from vidgen.cli.eval import _NOT_OF_BENCHMARK
-from vidgen.cli.generate import _NOT_OF_REQUEST, _outputs
+from vidgen.cli.generate import PIPE, _NOT_OF_REQUEST, _outputs
 from vidgen.cli.main import VERBS, verb_parser
 from vidgen.core.config import build, load_run
 from vidgen.core.request import Request
@@ -145,6 +145,9 @@ def check_request(args):
 
     options = {k: v for k, v in args.items() if k not in _NOT_OF_REQUEST}
     request = Request.of(options.pop("prompt"), options)
+    if args["output"] == PIPE:
+        assert request.roll
+        return
     for path in _outputs(args["output"], request):
         check_format(path, request.frames)
 
