@@ -15,7 +15,7 @@ import pytest
 
 from tests.programs import load_program
 from vidgen.cli.eval import _NOT_OF_BENCHMARK
-from vidgen.cli.generate import PIPE, _NOT_OF_REQUEST, _outputs
+from vidgen.cli.generate import _NOT_OF_REQUEST, PIPE, _outputs
 from vidgen.cli.main import VERBS, verb_parser
 from vidgen.core.config import build, load_run
 from vidgen.core.request import Request
