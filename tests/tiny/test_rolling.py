@@ -25,6 +25,8 @@ from vidgen.pipeline import journal
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.passes import count_passes
+from vidgen.pipeline.preflight import preflight
 from vidgen.pipeline.rolling import Rollout
 from vidgen.pipeline.video import Engine, load
 from vidgen.weights.folder import write_model_info
@@ -151,6 +153,16 @@ def test_a_clip_that_was_cut_while_it_was_written_goes_on(
     }
     assert main(["replay", str(path), "-o", str(tmp_path / "again.mkv"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["identical"]
+
+
+def test_the_pre_flight_counts_turns(engine: Engine) -> None:
+    request = Request(prompt=PROMPT, seed=3, roll=True, frames=41)
+    plan = engine.plan(request, Inputs())
+    counted = count_passes(engine.folder, plan, request)
+    assert counted.windows == (2, 4, *[6] * (len(counted.windows) - 2))
+    assert counted.decoded == 2 * len(counted.windows) >= plan.latents.num_frames
+    made = preflight(engine, plan, request)
+    assert "sound" not in [stage.name for stage in made.stages]
 
 
 def test_it_is_piped_while_it_is_made(engine: Engine) -> None:
