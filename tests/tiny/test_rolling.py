@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -34,7 +36,7 @@ from vidgen.weights.lora import write_lora
 from vidgen.weights.student import RollConfig, StudentConfig, write_student
 
 PROMPT = "a red car bounces across the desert"
-SIGMAS = (1.0, 0.5, 0.0)
+SIGMAS = (1.0, 0.7, 0.4, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +157,21 @@ def test_a_clip_that_was_cut_while_it_was_written_goes_on(
     assert json.loads(capsys.readouterr().out)["identical"]
 
 
+def test_windows_go_on_from_the_last_frames_of_a_rolled_clip(
+    engine: Engine, tmp_path: Path
+) -> None:
+    path, longer = tmp_path / "clip.mkv", tmp_path / "longer.mkv"
+    engine.generate(PROMPT, seed=3, roll=True, frames=21).save(path)
+    assert main(["extend", str(path), "--seconds", "0.5", "-o", str(longer), "--model",
+                 str(engine.folder.path)]) == 0
+    plan = read_recipe(longer)["plan"]
+    assert plan["num_steps"] == engine.folder.defaults.num_steps
+    assert plan["student"] is None
+    frames = Clip.from_file(longer).frames
+    assert (frames[:21] == Clip.from_file(path).frames).all()
+    assert len(frames) == 27
+
+
 def test_the_pre_flight_counts_turns(engine: Engine) -> None:
     request = Request(prompt=PROMPT, seed=3, roll=True, frames=41)
     plan = engine.plan(request, Inputs())
@@ -185,8 +202,20 @@ def test_it_is_piped_while_it_is_made(engine: Engine) -> None:
     assert write_live(Closed(), clip.chunks(), clip.info) < 41
 
 
+def test_a_player_may_leave(folder: Path) -> None:
+    command = [sys.executable, "-m", "vidgen", "generate", PROMPT, "--roll", "--seed", "3", "-o",
+               "-", "--model", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert len(process.stdout.read(20_000)) == 20_000
+        process.stdout.close()
+        told = process.stderr.read().decode()
+        assert (process.wait(timeout=60), told) == (0, "")
+
+
 @pytest.mark.parametrize(("asked", "message"), [
-    ({"steps": 8}, "the roller of 'tiny' takes 2"),
+    ({"steps": 8}, "the roller of 'tiny' takes 3"),
     ({"guidance": 3.0}, "guidance doesn't go with roll"),
     ({"negative": "a cat"}, "negative doesn't go with roll"),
     ({"last_image": "a.png"}, "last_image doesn't go with roll"),

@@ -55,6 +55,8 @@ def _own_options(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]
         own |= {"sampler": None, "shift": None}
     if plan.get("student") is not None:  # which is taken by its steps, when these are silent
         own |= dict.fromkeys(SAMPLING)
+        if plan["student"].get("roll"):  # its steps are of no other
+            own["steps"] = None
     return {name: value for name, value in own.items() if value not in (None, [])}
 
 
