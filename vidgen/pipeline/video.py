@@ -43,7 +43,7 @@ from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
 from vidgen.pipeline.extend import Sample, long_clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal import Journal
-from vidgen.pipeline.networks import denoising
+from vidgen.pipeline.networks import Contexts, denoising
 from vidgen.pipeline.opened import OpenedModel
 from vidgen.pipeline.own_sound import TASK, OwnSound, open_sound
 from vidgen.pipeline.parts import DTYPES, Offload
@@ -68,10 +68,6 @@ if TYPE_CHECKING:
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
-
-
-Contexts = Callable[[], list[tuple[Tensor, Tensor]]]
-"""Gives the encoded prompts, see `encode_prompt`."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +191,7 @@ class Engine(OpenedModel):
             kept.check(recipe)
 
         @cache  # once for all clips, and not where all are sampled already
-        def contexts() -> list[tuple[Tensor, Tensor]]:
+        def contexts() -> Contexts:
             tell(Progress("prompt", 0, 1, num_clips=request.count))
             return self.encode_prompt(first, loras)
 
@@ -323,7 +319,7 @@ class Engine(OpenedModel):
         self,
         plan: Plan,
         state: LatentState,
-        contexts: list[tuple[Tensor, Tensor]],
+        contexts: Contexts,
         on_step: OnStep | None = None,
         scheduler: Any = None,
         loras: Loras = NO_LORAS,
@@ -360,7 +356,7 @@ class Engine(OpenedModel):
         return latents if state.sound is not None else latents[:, :, state.num_references :]
 
     def _sampling(
-        self, request: Request, loras: Loras, contexts: Contexts,
+        self, request: Request, loras: Loras, contexts: Callable[[], Contexts],
         journal: Journal, glimpses: Glimpses, num_windows: int,
         report: Callable[[str, int, int], None],
     ) -> Callable[[Plan, LatentState], Tensor]:
