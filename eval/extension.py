@@ -42,11 +42,10 @@ from vidgen.evaluation.drift import LOOKS, Windows, looks, measure_drift
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, mean_interval
 from vidgen.evaluation.toybox_items import endless_prompts
+from vidgen.media.clip import Clip
 from vidgen.media.sheet import contact_sheet
-from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.extend import COLOUR_HOLD, OVERLAP, LongClip, window_size
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.rolling import RolledClip
 from vidgen.pipeline.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colours_of
 from vidgen.pipeline.video import Engine, load, to_frames
 from vidgen.toybox.judge import Judge, embedded_judge
@@ -138,9 +137,9 @@ class Chain:
     def rolled(self) -> Tensor:
         """Have the model's roller make a clip as long."""
         request = replace(self.request, roll=True, overlap=None, steps=None)
-        plan = self.engine.plan(request, Inputs())
-        clip = RolledClip(self.engine, plan, request, Inputs(), NO_LORAS, self.contexts[0])
-        frames = torch.cat([torch.from_numpy(part) for part in clip.frames(0, plan.kept_frames)])
+        clip = self.engine.generate(request)
+        assert isinstance(clip, Clip)
+        frames = torch.from_numpy(clip.frames)
         return (frames.float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from vidgen.diffusion.condition import LatentState, new_state
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_euler
-from vidgen.media.clip import Clip
-from vidgen.media.label import with_label
-from vidgen.media.write import ClipInfo
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_inputs import KVCache
 from vidgen.pipeline.experts import Loras, experts
@@ -31,8 +28,6 @@ from vidgen.weights.student import ROLLER, RollConfig, StudentConfig, read_stude
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.media.clip import Keeper
-    from vidgen.media.encode import Frames
     from vidgen.pipeline.inputs import Inputs
     from vidgen.pipeline.plan import Plan
     from vidgen.pipeline.video import Engine
@@ -115,34 +110,11 @@ class RolledClip:
             yield from made.split(1, dim=2)
             first += roll.turn_frames
 
-    def frames(self, start: int = 0, count: int | None = None) -> Iterator[Frames]:
-        """Frames uint8 [n, H, W, 3] from `start` on, `count` of them or without end."""
-        from vidgen.pipeline.video import to_frames
-
+    def videos(self, start: int = 0) -> Iterator[Tensor]:
+        """Video [1, 3, n, H, W] of latent frame after latent frame, from frame `start` on."""
         t, parts = self.engine.vae_config.strides.t, self.engine.parts
-        videos = decode_frames(parts, self.latents(), latent_of(start, t), self.plan.tiles)
-        for video in from_frame(videos, start, t):
-            made = to_frames(video[0])[:count].numpy()
-            yield made
-            if count is not None:
-                count -= len(made)
-                if not count:
-                    return
-
-    def lazy(self, recipe: dict[str, Any], journal: Keeper | None = None) -> Clip:
-        """The lazy clip of the plan's length."""
-        plan = self.plan
-        info = ClipInfo(
-            fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
-            recipe=recipe, stride_t=self.engine.vae_config.strides.t,
-        )
-
-        def chunks(start: int = 0) -> Iterator[Frames]:
-            return self.frames(start, plan.kept_frames - start)
-
-        labelled = self.request.label == "visible"
-        source = with_label(chunks, info.size, info.fps) if labelled else chunks
-        return Clip(source, info, journal=journal)
+        made = decode_frames(parts, self.latents(), latent_of(start, t), self.plan.tiles)
+        return from_frame(made, start, t)
 
     @property
     def _roller(self) -> StudentConfig:

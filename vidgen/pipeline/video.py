@@ -207,7 +207,7 @@ class Engine(OpenedModel):
             with kept.running(recipe, self.device):
                 if plan.roll:
                     rolled = RolledClip(self, plan, request, inputs, loras, contexts()[0])
-                    clip = rolled.lazy(recipe, kept)
+                    clip = self.lazy(plan, rolled.videos, recipe, journal=kept)
                 else:
                     if kept.latents is None:
                         contexts()  # before pictures are encoded
@@ -384,18 +384,29 @@ class Engine(OpenedModel):
         self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Journal | None = None
     ) -> Clip:
         """A lazy clip whose chunks come out of the VAE while it is written."""
-        def chunks(start: int = 0) -> Iterator[Any]:
-            left = plan.kept_frames - start
-            for video in self.decode_video(latents, start, plan.tiles):
-                frames = to_frames(video[0])[:left]
-                left -= len(frames)
-                if len(frames):
-                    yield frames.numpy()
-
         if "tail" not in recipe:  # a long clip has its own
             unseen = plan.num_frames - plan.kept_frames
             anchor = latents[:, :, :1] if ANCHOR_TASK in self.folder.tasks else None
             recipe["tail"] = make_tail(latents, plan.latents.num_frames, unseen, anchor=anchor)
+        videos = partial(self.decode_video, latents, tiles=plan.tiles)
+        return self.lazy(plan, videos, recipe, latents, journal)
+
+    def lazy(
+        self, plan: Plan, videos: Callable[[int], Iterator[Tensor]], recipe: dict[str, Any],
+        latents: Tensor | None = None, journal: Journal | None = None,
+    ) -> Clip:
+        """A lazy clip of a plan's length out of `videos`, [1, 3, n, H, W] each, from a frame on."""
+
+        def chunks(start: int = 0) -> Iterator[Any]:
+            left = plan.kept_frames - start
+            for video in videos(start):
+                frames = to_frames(video[0])[:left]
+                left -= len(frames)
+                if len(frames):
+                    yield frames.numpy()
+                if not left:
+                    return
+
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
             recipe=recipe, stride_t=self.vae_config.strides.t,

@@ -158,9 +158,9 @@ class Teacher:
         """
         noise, has_given = state.noise, state.has_given
         points = noise.new_empty(len(noise), config.num_steps + 1, *noise.shape[1:])
-        for rows in (has_given, ~has_given):  # guidance treats them in different ways
+        for given in (True, False):  # guidance treats them in different ways
+            rows, guidance = has_given == given, config.guidance.of_clip(has_given=given)
             if rows.any():
-                guidance = config.guidance.of_clip(has_given=bool(has_given[rows].all()))
                 points[rows] = self._follow(
                     state.rows(rows), ids[rows], mask[rows], config, guidance, frames_per_s
                 )
