@@ -272,6 +272,26 @@ def test_audio_can_be_kept_from_seeing_the_video():
     assert (run(inputs[0], louder).video - video).abs().max() > 1e-4
 
 
+def test_the_video_can_be_kept_from_seeing_audio_which_is_then_made_behind_it():
+    model, (latents, timestep, context) = make_model(WITH_AUDIO), make_inputs()
+    behind = replace(make_sound(), is_seen=False)
+    stills = make_stills([[5.0], [5.0]])
+    told = {"context_lengths": [5, 2]}
+    both = model(latents, timestep, context, audio=behind, extra=stills, **told)
+    cache = KVCache()
+    alone = model(latents, timestep, context, extra=stills, cache=cache, **told)
+    assert_equal(both.video, alone)
+    for _ in range(2):  # it doesn't grow by what has listened
+        assert_equal(model.listen(behind, context, cache=cache, **told), both.audio)
+    deaf = model(latents, timestep, context, audio=replace(behind, sees_video=False), **told)
+    assert_equal(model.listen(behind, context, **told), deaf.audio)
+    assert (deaf.audio - both.audio).abs().max() > 1e-4
+    with pytest.raises(InputError, match="without the audio modality"):
+        make_model().listen(behind, context)
+    with pytest.raises(InputError, match="causal"):
+        model(latents, timestep, context, cache=cache)
+
+
 def test_sound_lies_on_the_videos_clock():
     model = make_model(WITH_AUDIO)
     latents, timestep, context = make_inputs()

@@ -19,6 +19,7 @@ from vidgen.ops.parallel import Ranks, Spread, ulysses_attention
 
 CONFIGS = {
     "full": TINY, "control": WITH_CONTROL, "audio": WITH_AUDIO, "audio-alone": WITH_AUDIO,
+    "audio-behind": WITH_AUDIO,
     "causal": replace(TINY, pattern="causal"), "factorised": replace(TINY, pattern="factorised"),
 }
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -64,8 +65,10 @@ def transformer(ranks: Ranks, name: str) -> float:
     latents, timestep, context = make_inputs()
     options: dict[str, Any] = {"context_lengths": [5, 2]}
     if config.audio:
-        sees_video = name != "audio-alone"
-        options["audio"] = AudioTokens(drawn(2, 3, 7), timestep, 3.0, sees_video=sees_video)
+        options["audio"] = AudioTokens(
+            drawn(2, 3, 7), timestep, 3.0, sees_video=name != "audio-alone",
+            is_seen=name != "audio-behind",
+        )
     if config.control_layers:
         options |= {"control": drawn(2, 5, 3, 4, 6), "control_scale": 0.7}
     else:

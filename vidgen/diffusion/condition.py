@@ -64,6 +64,11 @@ class LatentState:
         """Whether any latent in place is known."""
         return not bool(self.denoise_mask.all())
 
+    @cached_property
+    def is_known(self) -> bool:
+        """Whether all of the picture is, so that only sound is to be made, which it doesn't see."""
+        return not bool(self.denoise_mask.any())
+
     @property
     def has_given(self) -> Tensor:
         """Whether whole frames of a clip are given, in place or as stills, and shown as they are.

@@ -283,7 +283,7 @@ class SpacetimeDiT(nn.Module):
             positions: [F] or [B, F] time positions of the frames; None: 0, 1, ... after the
                 cache's.
             audio: sound to denoise along, for models with the modality.
-            cache: earlier frames, for causal models.
+            cache: earlier frames, for causal models; an empty one records for `listen`.
             control: [B, control_channels, F, h, w] that steers a model with `control_layers`;
                 None: it runs without their blocks.
             control_scale: strength of the control, one for all control layers or one for each.
@@ -297,7 +297,7 @@ class SpacetimeDiT(nn.Module):
         Raises:
             InputError: for shapes and options that this model can't take.
         """
-        if cache is not None:
+        if cache is not None and (cache.num_frames or self.config.audio is None):
             self.require_pattern("causal")
         check_inputs(
             self.config, latents, timestep, image_context, extra, audio, cache, step_cache
@@ -315,8 +315,9 @@ class SpacetimeDiT(nn.Module):
                 break
             streams = self._run(block, streams, rope, layout, text, cache, i)
             if i in scales:
-                [(x, time)] = streams
-                streams = [Stream(x.add(next(hints).to(x.dtype), alpha=scales[i]), time)]
+                [video] = streams
+                hint = next(hints).to(video.tokens.dtype)
+                streams = [video._replace(tokens=video.tokens.add(hint, alpha=scales[i]))]
         streams = stack.leave(streams)
         if cache is not None:
             cache.advance(F_, 0 if extra is None else extra.num_keys)
@@ -327,6 +328,40 @@ class SpacetimeDiT(nn.Module):
                 return video
             sound = layout.whole(self.head(streams[1], self.head.audio_proj), 1).transpose(1, 2)
         return AudioVideo(video, sound.to(audio.latents.dtype))
+
+    def listen(
+        self, audio: AudioTokens, context: Tensor, *,
+        context_lengths: Sequence[int] | Tensor | None = None, cache: KVCache | None = None,
+    ) -> Tensor:
+        """Predict the velocity of sound behind a picture that doesn't see it, or of sound alone.
+
+        As `forward` gives it for the same picture with `is_seen` off, at the cost of the sound's
+        tokens: what the picture's are doesn't depend on them, so it passes once.
+
+        Args:
+            audio: the sound.
+            context: text features [B, S, text_dim].
+            context_lengths: as in `forward`.
+            cache: what the picture's pass recorded; None: the sound sees only itself.
+
+        Returns:
+            Velocity [B, C, N] in the latents' dtype.
+
+        Raises:
+            InputError: a model without the audio modality.
+        """
+        if self.config.audio is None:
+            raise InputError("audio was given to a model without the audio modality")
+        stream, rope = self._embed_sound(audio, self.config.audio)
+        streams, layout = [stream], Layout(0, 0, None)
+        text = self._context(context, context_lengths, None)
+        if cache is not None:
+            cache.recording = False
+        for i, block in enumerate(self.blocks):
+            streams = self._run(block, streams, rope, layout, text, cache, i)
+        with torch.autocast(context.device.type, enabled=False):
+            sound = self.head(streams[0], self.head.audio_proj).transpose(1, 2)
+        return sound.to(audio.latents.dtype)
 
     def _hints(
         self, control: Tensor | None, video: Stream, rope: Tensor, layout: Layout, text: Context
@@ -367,18 +402,22 @@ class SpacetimeDiT(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             tokens = self.patch_embed(patchify_latents(latents, self.config.patch_size))
             streams = [Stream(tokens, embed_times(self.time_embed, times, frames + stills))]
-            if audio is None or self.config.audio is None:
-                return streams, rope
-            sound = audio.latents.transpose(1, 2)
-            tokens = self.audio_embed(sound.to(self.audio_embed.weight.dtype))
-        times = audio.timestep.float().reshape(batch, -1)
-        streams.append(Stream(tokens, embed_times(self.time_embed, times, tokens.shape[1])))
-        centres = torch.arange(tokens.shape[1], device=latents.device).double() + 0.5
-        rate = self.config.audio.tokens_per_s
-        frames_at = (audio.start_s + centres / rate) * audio.frames_per_s
-        clock = sound_rope_table(frames_at, centres, self.config.head_dim)
+        if audio is None or self.config.audio is None:
+            return streams, rope
+        sound, clock = self._embed_sound(audio, self.config.audio)
         rope = torch.cat([rope, clock.expand(rope.shape[0], -1, -1)], dim=1)
-        return streams, rope
+        return [*streams, sound], rope
+
+    def _embed_sound(self, audio: AudioTokens, config: AudioConfig) -> tuple[Stream, Tensor]:
+        """The sound's tokens and time vectors, and their rotations [1, N, d/2]."""
+        latents = audio.latents.transpose(1, 2)
+        with torch.autocast(latents.device.type, enabled=False):
+            tokens = self.audio_embed(latents.to(self.audio_embed.weight.dtype))
+        times = audio.timestep.float().reshape(len(latents), -1)
+        stream = Stream(tokens, embed_times(self.time_embed, times, tokens.shape[1]), is_sound=True)
+        centres = torch.arange(tokens.shape[1], device=latents.device).double() + 0.5
+        frames_at = (audio.start_s + centres / config.tokens_per_s) * audio.frames_per_s
+        return stream, sound_rope_table(frames_at, centres, self.config.head_dim)
 
     def _context(
         self, context: Tensor, lengths: Sequence[int] | Tensor | None, image: Tensor | None

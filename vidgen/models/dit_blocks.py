@@ -154,12 +154,21 @@ class SelfAttention(nn.Module):
                 k, v = cache.extend(layer, k, v)
             q, k, v = (_split(part, layout, axis) for part in (q, k, v))
             bias = None if axis == "space" else layout.bias
-            rest = q.shape[2] - layout.num_alone
-            mixed = attention(q[:, :, :rest], k, v, bias=bias, backend=self.backend)
-            if layout.num_alone:
-                q, k, v = (part[:, :, rest:] for part in (q, k, v))
-                mixed = torch.cat([mixed, attention(q, k, v, backend=self.backend)], dim=2)
-            return _join(mixed, layout, axis)
+            apart = max(layout.num_alone, layout.num_unseen)
+            if not apart:
+                return _join(attention(q, k, v, bias=bias, backend=self.backend), layout, axis)
+            rest = q.shape[2] - apart
+
+            def among(looking: slice, seen: slice) -> Tensor:
+                hidden = None if bias is None else bias[..., seen]
+                return attention(
+                    q[:, :, looking], k[:, :, seen], v[:, :, seen], bias=hidden,
+                    backend=self.backend,
+                )
+
+            others = among(slice(rest), slice(rest if layout.num_unseen else None))
+            alone = slice(rest if layout.num_alone else 0, None)
+            return torch.cat([others, among(slice(rest, None), alone)], dim=2)
 
         if layout.spread is None:
             mixed = attend(q, k, v)
@@ -233,7 +242,7 @@ class Block(nn.Module):
         self, streams: Sequence[Stream], rope: Tensor, layout: Layout, context: Context,
         cache: KVCache | None, layer: int,
     ) -> list[Stream]:
-        """Update the video stream and, if there is one, the audio stream behind it."""
+        """Update the streams: video, audio behind it, or one of them alone."""
         dtype = compute_dtype(self.ffn.up.weight)
         tables = [s.time.modulate(self.modulation, s.time.block) for s in streams]
         normed = [
@@ -243,9 +252,9 @@ class Block(nn.Module):
         lengths = [s.tokens.shape[1] for s in streams]
         joined = normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)
         mixed = self.self_attn(joined, rope, layout, self.axis, cache, layer).split(lengths, dim=1)
-        ffns = (self.ffn, self.audio_ffn) if len(streams) > 1 else (self.ffn,)
         out = []
-        for stream, part, table, ffn in zip(streams, mixed, tables, ffns, strict=True):
+        for stream, part, table in zip(streams, mixed, tables, strict=True):
+            ffn = self.audio_ffn if stream.is_sound else self.ffn
             _, _, gate, ffn_shift, ffn_scale, ffn_gate = table
             x, cross = add_gated_and_norm(
                 stream.tokens, part, gate, self.norm_cross.weight, self.norm_cross.bias, self.eps,
@@ -254,7 +263,7 @@ class Block(nn.Module):
             x, hidden = add_and_modulated_norm(
                 x, self.cross_attn(cross, context), ffn_shift, ffn_scale, self.eps, dtype
             )
-            out.append(Stream(add_gated(x, ffn(hidden), ffn_gate), stream.time))
+            out.append(stream._replace(tokens=add_gated(x, ffn(hidden), ffn_gate)))
         return out
 
 

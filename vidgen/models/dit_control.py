@@ -45,9 +45,8 @@ class ControlBlock(Block):
         """
         if self.proj_in is not None:
             control = video.tokens + self.proj_in(control).to(video.tokens.dtype)
-        stream = Stream(control, video.time)
-        [(control, _)] = super().forward([stream], rope, layout, context, None, 0)
-        return self.proj_out(control.to(compute_dtype(self.proj_out.weight))), control
+        [out] = super().forward([Stream(control, video.time)], rope, layout, context, None, 0)
+        return self.proj_out(out.tokens.to(compute_dtype(self.proj_out.weight))), out.tokens
 
 
 def control_scales(

@@ -34,7 +34,8 @@ class AudioTokens:
         frames_per_s: latent frames of the video a second (fps / stride_t): the clock that places
             audio tokens on the video's time axis.
         start_s: when the first audio token starts, in seconds after the video's first frame.
-        sees_video: whether its tokens attend to those of the video, which see it either way.
+        sees_video: whether its tokens attend to those of the video.
+        is_seen: whether those of the video attend to them.
     """
 
     latents: Tensor
@@ -42,6 +43,7 @@ class AudioTokens:
     frames_per_s: float
     start_s: float = 0.0
     sees_video: bool = True
+    is_seen: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Stream(NamedTuple):
 
     tokens: Tensor
     time: TimeVectors
+    is_sound: bool = False
 
 
 class Context(NamedTuple):
@@ -96,7 +99,7 @@ class Layout(NamedTuple):
     """Where self-attention's tokens lie: F * N of frames come first; and the bias to add.
 
     With `spread` they lie over several ranks, which meet in self-attention alone. The last
-    `num_alone` tokens see only each other.
+    `num_alone` tokens see only each other; the last `num_unseen` are seen by no others.
     """
 
     num_frames: int
@@ -104,6 +107,7 @@ class Layout(NamedTuple):
     bias: Tensor | None
     spread: Spread | None = None
     num_alone: int = 0
+    num_unseen: int = 0
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's stretch [B, l, ...] of a run of tokens [B, L, ...]."""
@@ -119,7 +123,8 @@ class KVCache:
 
     A forward pass sees the frames in the cache before its own. While `recording` it adds its own:
     denoise frames with `recording = False`, then pass the finished ones once with True. In
-    training gradients reach what was recorded.
+    training gradients reach what was recorded. A first pass can also be recorded for sound
+    that is to see its frames: see `SpacetimeDiT.listen`.
     """
 
     def __init__(self) -> None:
@@ -179,7 +184,9 @@ class CachedStack:
             self._cache.keep(_joined(streams))
             return streams
         parts = self._known.split([stream.tokens.shape[1] for stream in streams], dim=1)
-        return [Stream(part, stream.time) for part, stream in zip(parts, streams, strict=True)]
+        return [
+            stream._replace(tokens=part) for part, stream in zip(parts, streams, strict=True)
+        ]
 
 
 def _joined(streams: Sequence[Stream]) -> Tensor:
@@ -291,8 +298,12 @@ def lay_out(
     )
     sound = 0 if audio is None else audio.latents.shape[2]
     alone = 0 if audio is None or audio.sees_video else sound
+    unseen = 0 if audio is None or audio.is_seen else sound
+    layout = Layout(
+        num_frames + stills, frame_tokens, None, num_alone=alone, num_unseen=unseen
+    )
     if visible is None:
-        return Layout(num_frames + stills, frame_tokens, None, num_alone=alone)
+        return layout
     bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, -math.inf)
     if config.pattern == "factorised":
         bias = bias.repeat_interleave(frame_tokens, dim=0)
@@ -300,8 +311,7 @@ def lay_out(
         bias = bias.repeat_interleave(frame_tokens, dim=2)
         if bias.shape[1] > 1:
             bias = bias.repeat_interleave(frame_tokens, dim=1)
-    bias = F.pad(bias, (0, sound))[:, None]
-    return Layout(num_frames + stills, frame_tokens, bias, num_alone=alone)
+    return layout._replace(bias=F.pad(bias, (0, sound))[:, None])
 
 
 def visible_frames(
@@ -342,8 +352,10 @@ def spread_tokens(
         return [*streams], rope, layout
     spread = Spread(ranks, [stream.tokens.shape[1] for stream in streams])
     own = [
-        Stream(spread.split(tokens), time.of_rank(spread, run))
-        for run, (tokens, time) in enumerate(streams)
+        stream._replace(
+            tokens=spread.split(stream.tokens), time=stream.time.of_rank(spread, run)
+        )
+        for run, stream in enumerate(streams)
     ]
     turns = [spread.split(part) for part in rope.split(spread.lengths, dim=1)]
     return own, torch.cat(turns, dim=1), layout._replace(spread=spread)

@@ -138,7 +138,7 @@ def velocity(
         times = to_timestep(state.sound.levels(sigma), whole=whole)
         audio = AudioTokens(
             state.sound.impose(sound), times, frames_per_s, state.sound.start_s,
-            state.sound.sees_picture,
+            state.sound.sees_picture, not state.is_known,
         )
     features, lengths = context
     made = dit(

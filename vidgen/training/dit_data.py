@@ -34,7 +34,7 @@ WITH_STILLS = ConditionMix(
 )
 WINDOW = ConditionMix(text=0, first=0, last=0, both=0, frames=0, prefix=1, mask=0, reference=0)
 TEXT_ONLY = ConditionMix(text=1, first=0, last=0, both=0, frames=0, prefix=0, mask=0, reference=0)
-HEARD_TOO = SoundMix("", picture_known=0, sound_known=0)
+FOLLOWED = SoundMix("", picture_known=1)
 SHOWN_BY_REFERENCE = ("sprite", "tint")
 
 
@@ -263,7 +263,7 @@ class ClipDraws:
         if sound:
             assert self.config.sound is not None
             cache, heard = self.sounds[which]
-            mix = self.config.sound if conditions is not TEXT_ONLY else HEARD_TOO
+            mix = self.config.sound if conditions is not TEXT_ONLY else FOLLOWED
             state = with_sound(state, heard[rows], first, mix, cache, draw)
             assert state.sound is not None
             sound_noise = torch.randn(state.sound.clean.shape, generator=draw).to(self.device)

@@ -35,25 +35,22 @@ class SoundMix:
     Args:
         vae: component folder of the sound VAE.
         share: of the clip batches that carry sound.
-        picture_known: share of those samples that get sound for a given picture.
-        sound_known: share that gets a picture for given sound.
+        picture_known: share of those batches that get sound for given pictures, as clips are made.
+        sound_known: share of the other batches' samples that get a picture for given sound.
         struck: share that is drawn among clips in which something is hit: what the picture tells
             of a sound's moment is rare otherwise.
     """
 
     vae: str
     share: float = 0.5
-    picture_known: float = 0.1
-    sound_known: float = 0.1
+    picture_known: float = 0.9
+    sound_known: float = 0.5
     struck: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("share", "picture_known", "sound_known", "struck"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
-        if self.picture_known + self.sound_known > 1:
-            raise InputError(f"picture_known {self.picture_known} and sound_known "
-                             f"{self.sound_known} are more than 1 together; lower one")
 
 
 class SoundCache:
@@ -124,9 +121,10 @@ def with_sound(
     state: LatentState, sound: Tensor, first: int, mix: SoundMix, cache: SoundCache,
     draw: torch.Generator,
 ) -> LatentState:
-    """A training state with the sound of its clips, or with the picture or the sound known.
+    """A training state with the sound of its clips, for all of their pictures or beside them.
 
-    A picture that goes on from known frames goes on from their sound, too.
+    A picture that goes on from known frames goes on from their sound, too, and so does sound for
+    a picture of which a beginning was known.
 
     Args:
         state: of clips cut out from latent frame `first` on.
@@ -140,17 +138,15 @@ def with_sound(
     begin, end, start_s = cache.span(first, count)
     clean = sound[:, :, begin:end].float()
     generated = torch.ones(batch, 1, clean.shape[2], dtype=torch.bool)
-    lot = torch.rand(batch, generator=draw)
-    picture = lot < mix.picture_known
-    heard = (lot >= mix.picture_known) & (lot < mix.picture_known + mix.sound_known)
-    generated[heard] = False
+    follows = float(torch.rand((), generator=draw)) < mix.picture_known
+    if not follows:
+        generated[torch.rand(batch, generator=draw) < mix.sound_known] = False
     for row in range(batch):
         whole = state.denoise_mask[row].flatten(2).any(2)[0]  # [F], whether any is generated
         known = count if not whole.any() else int(whole.int().argmax())
-        if not picture[row] and (known > 1 or (known and first)):
+        if known > 1 or (known and first):
             until = cache.span(first, known)[1] - 1  # the last one goes on behind
             generated[row, :, : max(0, until - begin)] = False
-    mask = state.denoise_mask.clone()
-    mask[picture] = False
+    mask = torch.zeros_like(state.denoise_mask) if follows else state.denoise_mask
     made = SoundState(torch.zeros_like(clean), clean, generated, start_s)
     return replace(state, denoise_mask=mask, sound=made)
