@@ -224,11 +224,8 @@ def release_student(run: Path, out: Path) -> None:
     trajectories = build(TrajectoryConfig, settings["trajectories"], str(run))
     factors = {name: value.bfloat16() for name, value in load_averages(run, "student").items()}
     sigmas = tuple(trajectories.sigmas.tolist())
-    hears = settings.get("sound") is not None
     roll = build(RollConfig, settings["roll"], str(run)) if settings.get("roll") else None
-    student = StudentConfig(
-        sigmas, trajectories.guidance_scale, hears=hears and roll is None, roll=roll
-    )
+    student = StudentConfig(sigmas, trajectories.guidance_scale, roll)
     write_student(adapter_of(factors), student, out)
 
 

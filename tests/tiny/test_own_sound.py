@@ -1,4 +1,4 @@
-"""A model that makes sound along with the picture, from the request to the file."""
+"""A model that makes sound for its pictures, from the request to the file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vidgen.media.clip import Clip
 from vidgen.media.sound import read_sound
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.pipeline import journal as journals
+from vidgen.pipeline import networks
 from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.video import load
 
@@ -44,20 +45,37 @@ def test_the_same_seed_sounds_the_same_and_another_one_otherwise(engine):
     assert not np.array_equal(first.sound, other.sound)
 
 
-def test_guidance_pulls_the_sound_towards_the_picture_too(engine, monkeypatch):
-    seen, forward = [], SpacetimeDiT.forward
+def test_the_picture_passes_once_and_its_sound_is_guided_towards_it(engine, monkeypatch):
+    pictures, heard = [], []
+    forward, listen = SpacetimeDiT.forward, SpacetimeDiT.listen
 
-    def spy(self, *args, audio=None, **options):
-        seen.append(audio.sees_video)
-        return forward(self, *args, audio=audio, **options)
+    def see(self, *args, cache=None, **options):
+        pictures.append(cache is not None)
+        return forward(self, *args, cache=cache, **options)
 
-    monkeypatch.setattr(SpacetimeDiT, "forward", spy)
+    def hear(self, *args, cache=None, **options):
+        heard.append(cache is not None)
+        return listen(self, *args, cache=cache, **options)
+
+    monkeypatch.setattr(SpacetimeDiT, "forward", see)
+    monkeypatch.setattr(SpacetimeDiT, "listen", hear)
     engine.generate("a cat", **WORDS, guidance=3.0)
-    assert seen == [True, False] * (len(seen) // 2)
-    seen.clear()
+    assert pictures == [False, False] * WORDS["steps"] + [True]
+    assert heard == [True, False] * WORDS["steps"]
+    pictures.clear(), heard.clear()
     engine.generate("a cat", **WORDS, guidance=1.0)
-    assert seen
-    assert all(seen)
+    assert pictures == [False] * WORDS["steps"] + [True]
+    assert heard == [True] * WORDS["steps"]
+
+
+def test_listening_to_a_picture_gives_what_passing_both_gives(engine, monkeypatch):
+    listened = engine.generate("a cat", **WORDS, guidance=3.0).sound
+    monkeypatch.setattr(
+        networks, "_listener", lambda *given: networks._denoiser(*given, None, None)
+    )
+    both = engine.generate("a cat", **WORDS, guidance=3.0).sound
+    assert np.abs(listened).max() > 0.01
+    assert np.abs(listened - both).max() < 1e-4 * np.abs(both).max()
 
 
 def test_a_longer_clip_begins_with_the_noise_of_the_shorter_one(engine):
@@ -75,24 +93,26 @@ def test_a_longer_clip_begins_with_the_noise_of_the_shorter_one(engine):
     assert torch.equal(short.latents, long.latents[:, :, :count])
 
 
-def test_without_sound_the_picture_is_another_and_no_track_is_written(engine, tmp_path):
+def test_the_picture_is_the_same_without_sound_and_no_track_is_written(engine, tmp_path):
     clip = engine.generate("a cat", **WORDS, audio="none")
+    assert np.array_equal(clip.frames, engine.generate("a cat", **WORDS).frames)
     assert clip.sound is None
     clip.save(tmp_path / "a.mp4")
     assert read_sound(tmp_path / "a.mp4") is None
 
 
-def test_a_clip_that_is_kept_is_only_heard_anew(engine, tmp_path):
-    shown = engine.generate("a cat", **WORDS, audio="none")
-    shown.save(tmp_path / "seen.mp4")
-    heard = engine.generate("a cat", **WORDS, video=tmp_path / "seen.mp4", strength=0)
-    kept = engine.generate(
-        "a cat", **WORDS, video=tmp_path / "seen.mp4", strength=0, audio="none"
-    )
-    assert np.array_equal(heard.frames, kept.frames)
-    assert np.abs(heard.sound).max() > 0
-    with pytest.raises(InputError, match=r"strength is 0\.5"):
-        engine.generate("a cat", **WORDS, video=tmp_path / "seen.mp4", strength=0.5)
+def test_a_clip_that_is_kept_or_re_imagined_is_heard_anew(engine, tmp_path):
+    engine.generate("a cat", **WORDS, audio="none").save(tmp_path / "seen.mp4")
+    sounds = []
+    for strength in (0, 0.5):
+        given = {**WORDS, "video": tmp_path / "seen.mp4", "strength": strength}
+        heard = engine.generate("a cat", **given)
+        assert np.array_equal(
+            heard.frames, engine.generate("a cat", **given, audio="none").frames
+        )
+        sounds.append(heard.sound)
+    assert not np.array_equal(*sounds)
+    assert all(np.abs(sound).max() > 0 for sound in sounds)
 
 
 def test_sound_goes_on_through_windows_and_through_kills(engine, tmp_path, monkeypatch):
@@ -105,12 +125,12 @@ def test_sound_goes_on_through_windows_and_through_kills(engine, tmp_path, monke
         pass
 
     output = tmp_path / "a.mp4"
-    for stop_after in range(1, 7):
+    for stop_after in range(1, 11):
         told = []
 
         def stop(progress, told=told, stop_after=stop_after):
             told.append(progress)
-            if sum(each.stage == "sample" for each in told) == stop_after:
+            if sum(each.stage in ("sample", "sound") for each in told) == stop_after:
                 raise Stopped
 
         try:

@@ -114,21 +114,10 @@ class LatentState:
         """How picture and sound lie in the one tensor that samplers see; None without sound."""
         return None if self.sound is None else Packing.of(self.latents, self.sound.latents)
 
-    @property
-    def noise(self) -> Tensor:
-        """The starting noise of picture and sound, where they are known, too."""
-        return self.together(self.latents, None if self.sound is None else self.sound.latents)
-
     def begin(self) -> Tensor:
         """What a sampler starts from: [B, C, F, h, w], with sound [B, n]."""
-        return self.project(self.noise)
-
-    def starting(self, latents: Tensor) -> LatentState:
-        """The same conditions, and latents as a sampler has them to begin with."""
-        picture, sound = self.apart(latents)
-        if self.sound is None or sound is None:
-            return replace(self, latents=picture)
-        return replace(self, latents=picture, sound=replace(self.sound, latents=sound))
+        sound = None if self.sound is None else self.sound.latents
+        return self.project(self.together(self.latents, sound))
 
     def project(self, latents: Tensor) -> Tensor:
         """Write all that is known into what a sampler has; its `project`."""
@@ -158,6 +147,12 @@ def new_state(noise: Tensor) -> LatentState:
     """A state with nothing known: text-to-video."""
     mask = torch.ones_like(noise[:, :1], dtype=torch.bool)
     return LatentState(latents=noise, clean=torch.zeros_like(noise), denoise_mask=mask)
+
+
+def finished(latents: Tensor) -> LatentState:
+    """A picture [B, C, F, h, w] of which nothing is left to make: what it sounds like may be."""
+    unmade = torch.zeros_like(latents[:, :1], dtype=torch.bool)
+    return LatentState(latents=latents, clean=latents, denoise_mask=unmade)
 
 
 def prefix(state: LatentState, latents: Tensor) -> LatentState:

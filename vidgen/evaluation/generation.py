@@ -20,7 +20,7 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.sound import new_sound, sound_span
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.tokenizer import read_as
-from vidgen.pipeline.own_sound import TASK
+from vidgen.pipeline.own_sound import TASK, sound_plan
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.video import Engine
 
@@ -55,7 +55,7 @@ def generate_batch(
 def generate_with_sound(
     engine: Engine, plan: Plan, prompts: Sequence[str], seeds: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Make a clip of each prompt with the sound that the model makes along.
+    """Make a clip of each prompt, and the sound that the model makes for it.
 
     Returns:
         Video as `generate_batch` gives it, and sound [B, N] in [-1, 1], float32, on the CPU, as
@@ -65,8 +65,10 @@ def generate_with_sound(
         InputError: the model makes no sound.
     """
     if TASK not in engine.folder.tasks:
-        raise InputError(f"{engine.folder.name} makes no sound along with its pictures; score it "
-                         "with another --suite")
+        raise InputError(f"{engine.folder.name} makes no sound for its pictures; score it with "
+                         "another --suite")
+    contexts, sound = _contexts(engine, plan, prompts), sound_plan(plan, engine.folder.defaults)
+    picture = engine.sample(plan, _new_state(engine, plan, seeds), contexts)
     config: AudioVAEConfig = engine.folder.components["sound_vae"].config
     stride_t = engine.vae_config.strides.t
     first, end, start_s = sound_span(
@@ -74,8 +76,8 @@ def generate_with_sound(
     )
     shape = LatentShape(config.latent_channels, end - first, 1, 1, batch=len(prompts))
     noise = draw_noise(seeds, shape, stream="audio")[..., 0, 0].to(engine.device)
-    state = replace(_new_state(engine, plan, seeds), sound=new_sound(noise, start_s))
-    picture, heard = state.apart(engine.sample(plan, state, _contexts(engine, plan, prompts)))
+    state = replace(condition.finished(picture), sound=new_sound(noise, start_s))
+    _, heard = state.apart(engine.sample(sound, state, contexts))
     assert heard is not None
     num_samples = round(plan.num_frames / plan.fps * config.sample_rate)
     with engine.parts.use("sound_vae") as vae:
@@ -111,5 +113,6 @@ def _contexts(engine: Engine, plan: Plan, prompts: Sequence[str]) -> list[tuple[
     """(context, lengths) of the prompts, read as people's are, and of the plan's negative."""
     read = [read_as(prompt, engine.tokenizer.readings(prompt)) for prompt in prompts]
     negative = read_as(plan.negative, dict(plan.readings))
-    texts = [read] if plan.guidance.is_off else [read, [negative] * len(prompts)]
+    fullest = sound_plan(plan, engine.folder.defaults) if TASK in engine.folder.tasks else plan
+    texts = [read] if fullest.guidance.is_off else [read, [negative] * len(prompts)]
     return [engine.encode_texts(part) for part in texts]

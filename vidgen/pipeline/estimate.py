@@ -22,6 +22,7 @@ from vidgen.ops.linear import packs
 from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
 from vidgen.pipeline.own_sound import AT_ONCE as SOUND_AT_ONCE
 from vidgen.pipeline.own_sound import TASK as SOUND_TASK
+from vidgen.pipeline.own_sound import sound_plan
 from vidgen.pipeline.parts import DTYPES, EXPERTS, Parts
 from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.plan import Plan
@@ -30,6 +31,7 @@ from vidgen.pipeline.step_caches import TENSORS_HELD
 from vidgen.pipeline.workload import (
     Op,
     image_ops,
+    listening_ops,
     sound_bytes,
     sound_ops,
     text_ops,
@@ -138,28 +140,59 @@ class _Job:
 
     def _sound(self, count: int) -> tuple[Stage, ...]:
         """The stage of the model's own sound, where it makes any."""
-        latents = self._sound_latents(self.passes.decoded)
-        if not latents:
+        if not self._makes_sound:
             return ()
+        latents = self._sound_latents(self.passes.decoded)
         config = self.folder.components["sound_vae"].config
         dtype = self.parts.dtype_of("sound_vae")
-        seconds = self.rates.seconds(sound_ops(config, latents))
+        seconds = self.rates.seconds(sound_ops(config, latents)) + self._listening_s()
         if self.setup.offload != "none":
             seconds += self._load_s("sound_vae")
+            seconds += self._load_s("transformer") * len(self.passes.windows)
         active = sound_bytes(config, min(latents, SOUND_AT_ONCE), dtype.itemsize)
-        held = self._held(("sound_vae",), self._resident(active))
+        held = max(
+            self._held(("transformer",), self._listening_bytes()),
+            self._held(("sound_vae",), self._resident(active)),
+        )
         return (Stage("sound", count * seconds, held),)
+
+    def _listening_s(self) -> float:
+        """To denoise the sound: each window's picture passes once, its sound at every step."""
+        audio, plan = self.dit.audio, sound_plan(self.plan, self.folder.defaults)
+        assert audio is not None
+        sigmas = make_sigmas(plan.num_steps, plan.shift).tolist()[:-1]
+        seconds = 0.0
+        for frames in self.passes.windows:
+            tokens, seen = self._sound_latents(frames), frames * self._frame_tokens
+            takes = [
+                self.rates.seconds(
+                    listening_ops(self.dit, audio, tokens, tokens + keys, self._text_tokens + 1)
+                )
+                for keys in (seen, 0)  # the negative pass hears itself alone
+            ]
+            seconds += self._pass_s(frames, 0)
+            seconds += sum(sum(takes[: len(plan.guidance.branches_at(s))]) for s in sigmas)
+        return seconds
+
+    def _listening_bytes(self) -> int:
+        """Keys and values of the picture's tokens, and what its pass holds."""
+        tokens, itemsize = self._tokens, self.dtype.itemsize
+        kept = 2 * self.dit.num_layers * tokens * self.dit.hidden_dim * itemsize
+        return kept + self._passing_bytes(tokens)
 
     def _sound_latents(self, frames: int) -> int:
         """Sound latents beside so many latent frames of the picture."""
-        request = self.request
-        made = SOUND_TASK in self.folder.tasks and self.plan.roll is None
-        asked = request.audio != NO_AUDIO and not request.audio_file and not request.audio_model
-        if not (made and (asked or request.follow_audio)):
-            return 0
         rate = self.folder.components["sound_vae"].config.tokens_per_s
         begin, end, _ = sound_span(0, frames, self.vae.strides.t, self.plan.fps, rate)
         return end - begin
+
+    @property
+    def _makes_sound(self) -> bool:
+        """Whether the model's own sound follows the picture."""
+        request = self.request
+        able = SOUND_TASK in self.folder.tasks and self.plan.roll is None
+        other = request.audio == NO_AUDIO or request.audio_file or request.audio_model
+        return able and not other
 
     @property
     def _measured(self) -> bool:
@@ -200,7 +233,10 @@ class _Job:
 
     def _text_s(self) -> float:
         ops = text_ops(self.folder.components["text_encoder"].config, self._text_tokens)
-        return self.rates.seconds(ops) * (1 if self.plan.guidance.is_off else 2)
+        asked = self.plan
+        if self._makes_sound:
+            asked = sound_plan(self.plan, self.folder.defaults)
+        return self.rates.seconds(ops) * (1 if asked.guidance.is_off else 2)
 
     def _prepare_s(self) -> float:
         seconds = 0.0
@@ -230,7 +266,7 @@ class _Job:
         one = self.rates.seconds(transformer_ops(
             self.dit, frames, self._frame_tokens, self._text_tokens,
             controlled=bool(self.dit.control_layers), image_tokens=image_tokens,
-            sound_tokens=self._sound_latents(frames),
+            sound_tokens=self._sound_latents(frames) if self.request.follow_audio else 0,
         ))
         if self.setup.offload == "block":  # blocks come while others compute, of a CPU's own time
             read_s = self._read_s("transformer")
@@ -356,7 +392,8 @@ class _Job:
     def _tokens(self) -> int:
         """Tokens of the largest window."""
         frames = max(self.passes.windows, default=0)
-        return frames * self._frame_tokens + (self._sound_latents(frames) if frames else 0)
+        followed = self._sound_latents(frames) if frames and self.request.follow_audio else 0
+        return frames * self._frame_tokens + followed
 
     def _remembered(self) -> int:
         """Values that a step cache holds."""
@@ -365,10 +402,16 @@ class _Job:
         return held * self.dit.hidden_dim
 
     def _denoise_bytes(self) -> int:
+        timed = self.request.mask is not None and self.folder.conditioning == "tokens"
+        passing = self._passing_bytes(self._tokens, timed_tokens=timed)
+        return self._remembered() * self.dtype.itemsize + passing
+
+    def _passing_bytes(self, tokens: int, *, timed_tokens: bool = False) -> int:
+        """What one pass of the transformer holds beside its weights."""
         backend = used_backend("auto", self.setup.device, self.dtype)
-        return self._remembered() * self.dtype.itemsize + transformer_bytes(
-            self.dit, self._tokens, self.dtype.itemsize, blocked=backend == "blocked",
-            timed_tokens=self.request.mask is not None and self.folder.conditioning == "tokens",
+        return transformer_bytes(
+            self.dit, tokens, self.dtype.itemsize, blocked=backend == "blocked",
+            timed_tokens=timed_tokens,
         )
 
     def _decode_bytes(self) -> int:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vidgen.pipeline.stages import Estimate
 
-_STAGES = {"prompt": ("text",), "prepare": ("prepare",), "sample": ("denoise",)}
-_WRITING = ("sound", "decode", "mux")
+_STAGES = {
+    "prompt": ("text",), "prepare": ("prepare",), "sample": ("denoise",), "sound": ("sound",),
+}
+_WRITING = ("decode", "mux")
 
 
 class ManyClock:
@@ -81,9 +83,11 @@ class Clock:
             return one if stage == "prompt" else one / share
 
         if one_by_one:
-            order = [(s, n) for n in clips for s in ("prompt", "prepare", "sample", "write")]
+            stages = ("prompt", "prepare", "sample", "sound", "write")
+            order = [(s, n) for n in clips for s in stages]
         else:
-            order = [("prompt", 1), *((s, n) for n in clips for s in ("prepare", "sample"))]
+            stages = ("prepare", "sample", "sound")
+            order = [("prompt", 1), *((s, n) for n in clips for s in stages)]
             order += [("write", n) for n in clips]
         self._one_by_one = one_by_one
         self._expected = {place: seconds(*place) for place in order}
@@ -96,8 +100,8 @@ class Clock:
         """What an event is to say besides.
 
         Args:
-            stage: "prompt", "prepare", "sample", "sound", of which nothing is known beforehand, or
-                anything else for the writing of clips.
+            stage: "prompt", "prepare", "sample", "sound", of which nothing is known beforehand
+                where another model makes it, or anything else for the writing of clips.
             done: of `total` in this stage.
             total: how much there is to do in it.
             clip: which one it is about, from 1.
@@ -105,8 +109,6 @@ class Clock:
         Returns:
             "fraction", 0 to 1, and "eta_s", None as long as nothing is known of this machine.
         """
-        if stage == "sound":
-            stage, done, total = "sample", 1, 1  # which is behind it
         name = stage if stage in _STAGES else "write"
         common = name == "prompt" and not self._one_by_one
         place = name, 1 if common else min(clip, self._num_clips)

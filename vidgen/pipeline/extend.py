@@ -158,9 +158,8 @@ class LongClip:
         self,
         sample: Sample,
         done: Tensor | None = None,
-        keep: Callable[[Tensor, Tensor | None], None] | None = None,
+        keep: Callable[[Tensor], None] | None = None,
         sound: OwnSound | None = None,
-        heard: Tensor | None = None,
     ) -> Tensor:
         """All windows' latents, one after the other, behind those of the beginning.
 
@@ -170,9 +169,8 @@ class LongClip:
         Args:
             sample: denoises one window.
             done: what `keep` was last told by an earlier run, to go on behind it.
-            keep: told of all latents so far after each window, and of the sound's.
-            sound: takes in what is made along.
-            heard: the sound's latents that `keep` was last told.
+            keep: told of all latents so far after each window.
+            sound: what the picture is to follow.
 
         Returns:
             [1, C, F, h, w] float32 on the CPU.
@@ -185,8 +183,6 @@ class LongClip:
         count = given if done is None else done.shape[2]
         if done is not None:
             latents[:, :, :count] = done
-        if sound is not None and heard is not None:
-            sound.latents = heard
         for start, stop in self.windows:
             if stop <= count:
                 continue
@@ -199,9 +195,7 @@ class LongClip:
                     state = condition.reference(state, anchor.to(state.latents))
             if sound is not None:
                 state = sound.beside(state, first)
-            picture, made = state.apart(sample(own, state))
-            if sound is not None:
-                sound.keep(made, first, stop - start)
+            picture, _ = state.apart(sample(own, state))
             new = picture[:, :, count - start :]
             if count:
                 hold = self.request.colour_hold
@@ -211,7 +205,7 @@ class LongClip:
             latents[:, :, count:stop] = new.cpu()
             count = stop
             if keep is not None:
-                keep(latents[:, :, :count], None if sound is None else sound.latents)
+                keep(latents[:, :, :count])
         return latents
 
     def clip(self, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None) -> Clip:

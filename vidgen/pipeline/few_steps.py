@@ -6,9 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import NO_AUDIO, OWN_AUDIO
+from vidgen.core.request import OWN_AUDIO
 from vidgen.diffusion.guidance import Guidance
-from vidgen.pipeline.own_sound import TASK
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -30,8 +29,8 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
 
     A student is taken for the step count that it was taught, when nothing else is asked of
     sampling: no option of `SAMPLING`, no negative prompt, no step cache, no `strength`, which
-    begins between its noise levels, and no sound made along, where it knows nothing of it. The
-    roller is taken where the request asks for it.
+    begins between its noise levels, and no sound to follow. The roller is taken where the request
+    asks for it.
 
     Raises:
         InputError: a roller that isn't there, or what it can't do.
@@ -44,7 +43,7 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     asked = any(getattr(request, option) is not None for option in SAMPLING)
     if asked or plan.negative != folder.defaults.negative_prompt or request.cache != "none":
         return plan
-    if plan.strength < 1 or (_makes_sound(request, folder) and not student.hears):
+    if plan.strength < 1 or request.follow_audio:
         return plan
     return replace(plan, sampler="euler", guidance=Guidance(), student=student)
 
@@ -71,11 +70,3 @@ def _rolled(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     return replace(
         plan, sampler="euler", guidance=Guidance(), student=roller, num_steps=roller.num_steps
     )
-
-
-def _makes_sound(request: Request, folder: ModelFolder) -> bool:
-    """Whether sound is denoised beside the picture."""
-    if TASK not in folder.tasks:
-        return False
-    other = request.audio == NO_AUDIO or request.audio_file or request.audio_model
-    return not other or bool(request.follow_audio)

@@ -5,7 +5,8 @@
         state.safetensors    the sampler between two steps, or its finished latents
         windows/00000 ...    latents of the finished windows of a long clip
         made.safetensors     what another family's pipeline gave: its decodings, or its frames
-        sound.safetensors    what a text-to-audio model made for the clip
+        heard.safetensors    the sound's latents of the windows that have theirs
+        sound.safetensors    what the model, or a text-to-audio model, made for the clip
         segments/00000 ...   encoded segments of the picture, and what its checks had seen by then
         lock                 held by the process that works on the clip
 
@@ -35,10 +36,10 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_write
 from vidgen.media.encode import Segment
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SUFFIX = ".vidgen-job"
 JOB, STATE, LOCK = "job.json", "state.safetensors", "lock"
-MADE, SOUND = "made.safetensors", "sound.safetensors"
+MADE, SOUND, HEARD = "made.safetensors", "sound.safetensors", "heard.safetensors"
 WINDOWS, SEGMENTS = "windows", "segments"
 # What decides a clip's bits; `offload` doesn't, so a job that ran out of memory may go on with it.
 _DECISIVE = (

@@ -1,6 +1,6 @@
 """Tensors in a job's files: a sampler between two steps, and the finished windows of a long clip.
 
-Axes: B batch, C latent channels, n latent frames, h w latent rows and columns, k sound latents.
+Axes: B batch, C latent channels, n latent frames, h w latent rows and columns.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ class Kept:
     Attributes:
         num_windows: finished windows of a long clip.
         done: [1, C, n, h, w] float32 of them, on the CPU; or None.
-        heard: [1, C, k] float32, the sound's latents of them; or None.
         state: where the sampler goes on from behind them, or None.
         latents: [1, C, F, h, w] float32 of a finished sampler, or None.
     """
 
     num_windows: int
     done: Tensor | None
-    heard: Tensor | None
     state: SamplerState | None = None
     latents: Tensor | None = None
 
@@ -42,11 +40,6 @@ class Kept:
     def num_done(self) -> int:
         """Latent frames of `done`."""
         return 0 if self.done is None else self.done.shape[2]
-
-    @property
-    def num_heard(self) -> int:
-        """Latents of `heard`."""
-        return 0 if self.heard is None else self.heard.shape[2]
 
 
 def read_kept(folder: Path, device: torch.device | str) -> Kept:
@@ -58,8 +51,7 @@ def read_kept(folder: Path, device: torch.device | str) -> Kept:
     import torch
 
     windows = counted_paths(folder, window_path)
-    joined = read_windows(windows)
-    kept = Kept(len(windows), joined.get("latents"), joined.get("heard"))
+    kept = Kept(len(windows), read_windows(windows))
     if (path := folder / STATE).is_file():
         arrays, facts = read_arrays(path, "latents")
         tensors = {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
@@ -92,16 +84,13 @@ def state_of(step: int, tensors: Mapping[str, Tensor]) -> SamplerState:
     return SamplerState(step, tensors["latents"], history, cache)
 
 
-def read_windows(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """A job's finished windows, joined: `latents` [B, C, n, h, w] and `heard` [B, C, k], if any.
+def read_windows(paths: Sequence[Path]) -> Tensor | None:
+    """A job's finished windows, joined: latents [B, C, n, h, w], or None without any.
 
     Raises:
         InputError: one is damaged.
     """
     import torch
 
-    found = [read_arrays(path, "latents")[0] for path in paths]
-    names = found[0] if found else ()
-    return {
-        name: torch.cat([torch.from_numpy(each[name]) for each in found], dim=2) for name in names
-    }
+    found = [torch.from_numpy(read_arrays(path, "latents")[0]["latents"]) for path in paths]
+    return torch.cat(found, dim=2) if found else None

@@ -81,7 +81,6 @@ class Journal:
         state: where the sampler goes on from, on the device given to `running`; or None.
         latents: [1, C, F, h, w] float32 of a finished sampler, on the same device; or None.
         done: [1, C, n, h, w] float32 of the finished windows of a long clip, on the CPU; or None.
-        heard: [1, C, k] float32, the sound's latents of those windows; or None.
         num_windows: how many of those windows there are.
         num_frames: frames of the finished segments.
 
@@ -98,8 +97,7 @@ class Journal:
         self.state: SamplerState | None = None
         self.latents: Tensor | None = None
         self.done: Tensor | None = None
-        self.heard: Tensor | None = None
-        self.num_windows = self._num_done = self._num_heard = 0
+        self.num_windows = self._num_done = 0
         self.num_frames = 0
         self._num_segments = 0
         self._latest: StepInfo | None = None
@@ -193,21 +191,13 @@ class Journal:
             with self._saving():
                 write_job(self.folder, recipe, overwrite=self.overwrite)
 
-    def keep_window(self, done: Tensor, heard: Tensor | None = None) -> None:
-        """Keep all so far when a window of a long clip is finished.
-
-        Args:
-            done: latents [1, C, n, h, w].
-            heard: the sound's [1, C, k], or None.
-        """
+    def keep_window(self, done: Tensor) -> None:
+        """Keep all so far, latents [1, C, n, h, w], when a window of a long clip is finished."""
         self._latest = self.state = None
         if self._on:
             path = window_path(self.folder, self.num_windows)
-            tensors = {"latents": done[:, :, self._num_done :]}
-            if heard is not None:
-                tensors["heard"] = heard[:, :, self._num_heard :]
-                self._num_heard = heard.shape[2]
-            self._save_state(tensors, {"until": done.shape[2]}, path)
+            new = done[:, :, self._num_done :]
+            self._save_state({"latents": new}, {"until": done.shape[2]}, path)
             self.num_windows, self._num_done = self.num_windows + 1, done.shape[2]
 
     def keep_sound(self, samples: Samples, rate: int) -> None:
@@ -336,8 +326,7 @@ class Journal:
         """Read the state and check the segments."""
         kept = read_kept(self.folder, device)
         self.state, self.latents = kept.state, kept.latents
-        self.done, self.heard, self.num_windows = kept.done, kept.heard, kept.num_windows
-        self._num_done, self._num_heard = kept.num_done, kept.num_heard
+        self.done, self.num_windows, self._num_done = kept.done, kept.num_windows, kept.num_done
         self._count_segments()
 
     def _count_segments(self) -> None:

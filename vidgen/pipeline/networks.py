@@ -19,7 +19,7 @@ from vidgen.diffusion.condition import LatentState, as_negative, denoise_inputs
 from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, guided
 from vidgen.diffusion.token_part import TokenPart
-from vidgen.models.dit_inputs import AudioTokens
+from vidgen.models.dit_inputs import AudioTokens, KVCache
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread
 from vidgen.pipeline.experts import Experts, Loras, experts
@@ -74,12 +74,17 @@ def denoisers(
         dit = parts.folder.components["transformer"].config
         loras = loras.beside(read_student(parts.folder.path, dit))
     negative = as_negative(state, hides_given=plan.guidance.known_scale is not None)
+    listens = state.is_known and state.sound is not None and ranks is None
     with experts(parts, parts.folder.defaults.boundary, loras, level) as given:
-        yield [
-            _denoiser(parts, plan, negative if branch == NEGATIVE else state, context, given, ranks,
-                      None if caches is None else partial(caches.at, branch))
-            for branch, context in zip(branches, contexts, strict=False)
-        ]
+        made = []
+        for branch, context in zip(branches, contexts, strict=False):
+            shown = negative if branch == NEGATIVE else state
+            if listens:
+                made.append(_listener(parts, plan, shown, context, given))
+                continue
+            cache_at = None if caches is None else partial(caches.at, branch)
+            made.append(_denoiser(parts, plan, shown, context, given, ranks, cache_at))
+        yield made
 
 
 def _denoiser(
@@ -87,9 +92,7 @@ def _denoiser(
     ranks: Ranks | None, cache_at: Callable[[float, TokenPart | None], StepCache] | None,
 ) -> Denoise:
     """The model under one prompt and all conditions."""
-    whole = plan.sampler in ("unipc", "UniPCMultistepScheduler")  # as diffusers has it
     patch = parts.folder.components["transformer"].config.patch_size
-    frames_per_s = float(plan.fps) / parts.folder.components["vae"].config.strides.t
     options: dict[str, Any] = {"image_context": state.image_context, "ranks": ranks}
     if state.control is not None:
         options |= {"control": state.control, "control_scale": plan.control_scale}
@@ -105,12 +108,64 @@ def _denoiser(
         level = float(sigma[0])
         part = None if ranks is None else TokenPart(Spread(ranks, num_tokens(latents)))
         return velocity(
-            given.at(level), state, latents, sigma, context, patch=patch, whole=whole,
-            frames_per_s=frames_per_s, step_cache=cache_at(level, part) if cache_at else None,
-            **options,
+            given.at(level), state, latents, sigma, context, patch=patch, whole=_whole(plan),
+            frames_per_s=_frames_per_s(parts, plan),
+            step_cache=cache_at(level, part) if cache_at else None, **options,
         )
 
     return denoise
+
+
+def _listener(
+    parts: Parts, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts
+) -> Denoise:
+    """The model under one prompt, of sound for a known picture, which passes once for all steps.
+
+    It gives what `_denoiser` gives, but for the picture's velocity, which nobody needs.
+    """
+    assert state.sound is not None
+    passed: dict[int, KVCache] = {}  # by network
+    features, lengths = context
+
+    def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+        assert state.sound is not None
+        dit = given.at(float(sigma[0]))
+        cache = passed.get(id(dit))
+        if cache is None and state.sound.sees_picture:
+            cache = passed[id(dit)] = KVCache()
+            dit(state.clean, torch.zeros_like(sigma), features, context_lengths=lengths,
+                extra=state.keys, cache=cache)
+        _, sound = state.apart(latents)
+        assert sound is not None
+        tokens = _audio_tokens(
+            state, sound, sigma, _frames_per_s(parts, plan), whole=_whole(plan)
+        )
+        heard = dit.listen(tokens, features, context_lengths=lengths, cache=cache)
+        return state.together(torch.zeros_like(state.clean), heard)
+
+    return denoise
+
+
+def _whole(plan: Plan) -> bool:
+    """Whether timesteps are whole numbers, as diffusers has them."""
+    return plan.sampler in ("unipc", "UniPCMultistepScheduler")
+
+
+def _frames_per_s(parts: Parts, plan: Plan) -> float:
+    """Latent frames a second."""
+    return float(plan.fps) / parts.folder.components["vae"].config.strides.t
+
+
+def _audio_tokens(
+    state: LatentState, sound: Tensor, sigma: Tensor, frames_per_s: float, *, whole: bool
+) -> AudioTokens:
+    """A state's sound as a transformer takes it."""
+    assert state.sound is not None
+    times = to_timestep(state.sound.levels(sigma), whole=whole)
+    return AudioTokens(
+        state.sound.impose(sound), times, frames_per_s, state.sound.start_s,
+        sees_video=state.sound.sees_picture, is_seen=not state.is_known,
+    )
 
 
 def velocity(
@@ -134,12 +189,8 @@ def velocity(
     picture, sound = state.apart(latents)
     seen, levels = denoise_inputs(state, sigma, picture, patch=patch)
     audio = None
-    if state.sound is not None and sound is not None and frames_per_s is not None:
-        times = to_timestep(state.sound.levels(sigma), whole=whole)
-        audio = AudioTokens(
-            state.sound.impose(sound), times, frames_per_s, state.sound.start_s,
-            state.sound.sees_picture, not state.is_known,
-        )
+    if sound is not None and frames_per_s is not None:
+        audio = _audio_tokens(state, sound, sigma, frames_per_s, whole=whole)
     features, lengths = context
     made = dit(
         seen, to_timestep(levels, whole=whole), features, context_lengths=lengths,

@@ -1,7 +1,9 @@
-"""The sound that a model makes along with the picture, from its noise to samples.
+"""The sound that a model makes for its pictures, from its noise to samples.
 
-Its latents lie on the clip's clock whatever the windows are: each window denoises those that are
-heard while it is shown, and knows those that an earlier one has made.
+The picture comes first and is the same without sound; then its sound follows it, denoised by the
+same transformer in view of what the picture became. Its latents lie on the clip's clock whatever
+the windows are: each window makes those that are heard while it is shown, and knows those that an
+earlier one has made.
 
 Axes: C latent channels, F latent frames, K sound latents, N samples.
 """
@@ -9,7 +11,7 @@ Axes: C latent channels, F latent frames, K sound latents, N samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -19,11 +21,13 @@ import torch
 from torch import Tensor
 
 from vidgen.core.shapes import LatentShape
-from vidgen.diffusion.condition import mask
+from vidgen.diffusion.condition import finished
+from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
 from vidgen.media.mix import SEAM_S, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
+from vidgen.pipeline.job import HEARD
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -31,12 +35,13 @@ if TYPE_CHECKING:
     from vidgen.media.encode import Samples
     from vidgen.models.audio import AudioVAEConfig
     from vidgen.pipeline.extend import LongClip
+    from vidgen.pipeline.journal import Journal
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
-    from vidgen.pipeline.soundtrack import Soundtrack
+    from vidgen.weights.folder import ModelDefaults
 
 TASK = "sound"
-"""Among a model's tasks: it makes sound along with the picture."""
+"""Among a model's tasks: it makes sound for its pictures."""
 AT_ONCE = 256
 """Latents that are decoded at a time."""
 
@@ -61,15 +66,32 @@ class OwnSound:
     earlier: tuple[Samples, int] | None = None
     starts_s: Fraction = Fraction(0)
 
-    def join(self, plan: Plan, state: LatentState) -> tuple[Plan, LatentState]:
-        """The plan and state of a clip of one window, with its sound.
+    def follow(
+        self, picture: Tensor, windows: Sequence[tuple[int, int]], first: int,
+        sample: Callable[[LatentState, int], Tensor], journal: Journal,
+    ) -> None:
+        """Make the sound of a finished picture, window by window.
 
-        A clip that is kept as it is (`strength` 0) is known, and only heard anew.
+        Args:
+            picture: latents [1, C, F, h, w].
+            windows: [start, stop) of them that are taken at once.
+            first: latent frame of the clip that they begin with.
+            sample: denoises a window, told its number from 0.
+            journal: keeps what is made before the last window.
         """
-        if plan.strength == 0:
-            keep = torch.zeros_like(state.denoise_mask)
-            plan, state = replace(plan, strength=1.0), mask(state, state.latents, keep)
-        return plan, self.beside(state)
+        kept = journal.kept_arrays(HEARD, "latents")
+        if kept is not None:
+            self.latents, self.begins = torch.from_numpy(kept[0]["latents"]), kept[1]["begins"]
+        for number, (start, stop) in enumerate(windows):
+            _, end, _ = self._span(first + start, stop - start)
+            if self.latents.shape[2] and self.begins + self.latents.shape[2] >= end:
+                continue  # made before a kill
+            shown = picture[:, :, start:stop].to(self.parts.device)
+            state = self.beside(finished(shown), first + start)
+            self._take(state.apart(sample(state, number))[1], first + start, stop - start)
+            if number + 1 < len(windows):
+                arrays = {"latents": self.latents.numpy()}
+                journal.keep_arrays(HEARD, arrays, {"begins": self.begins})
 
     def beside(self, state: LatentState, first: int = 0) -> LatentState:
         """The state of a stretch of the clip that begins with latent frame `first`, with its sound.
@@ -85,7 +107,7 @@ class OwnSound:
             sound = sound_begins(sound, known[:, :, : end - begin])
         return replace(state, sound=sound)
 
-    def keep(self, made: Tensor | None, first: int, count: int) -> None:
+    def _take(self, made: Tensor | None, first: int, count: int) -> None:
         """Take in what a stretch's sound [1, C, k] became, behind what is there."""
         assert made is not None
         begin, end, _ = self._span(first, count)
@@ -136,24 +158,20 @@ class OwnSound:
         return sound_span(first, count, stride_t, self.plan.fps, _config(self.parts).tokens_per_s)
 
 
-def open_sound(
-    parts: Parts, plan: Plan, request: Request, long: LongClip | None, track: Soundtrack
-) -> OwnSound | None:
-    """The sound that is denoised beside a clip's picture, or that the picture follows; or None.
+def followed_sound(parts: Parts, plan: Plan, bed: Samples) -> OwnSound:
+    """The sound that a clip's picture is to follow: known from start to end."""
+    return OwnSound(parts, plan, _encode(parts, bed, RATE))
 
-    What is to be followed is known from start to end; of a clip that goes on, its last sound is.
+
+def own_sound(parts: Parts, plan: Plan, request: Request, long: LongClip | None) -> OwnSound:
+    """The sound that is to be made for a clip; of one that goes on, its last sound is known.
 
     Args:
         parts: the networks.
         plan: of the whole clip.
-        request: that may name a clip to go on from, or a sound to follow.
+        request: that may name a clip to go on from.
         long: the windows, or None for one.
-        track: what the clip is to sound like.
     """
-    if request.follow_audio and track.bed is not None:
-        return OwnSound(parts, plan, _encode(parts, track.bed, RATE))
-    if not track.is_made_along:
-        return None
     own = OwnSound(parts, plan, torch.zeros(1, _config(parts).latent_channels, 0))
     if long is None or long.begun is None:
         return own
@@ -168,6 +186,20 @@ def open_sound(
         if known > 0 and len(heard):
             own.latents = _encode(parts, heard, rate)[:, :, :known]
     return own
+
+
+def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
+    """How the sound of a plan's clip is denoised: from noise alone, by the model itself.
+
+    A student knows pictures only; its clips' sound is made as the model's own are.
+    """
+    if plan.student is not None:
+        plan = replace(
+            plan, student=None, sampler=defaults.sampler, num_steps=defaults.num_steps,
+            shift=defaults.shift, guidance=Guidance(defaults.guidance_scale),
+        )
+    guidance = replace(plan.guidance, known_scale=None)  # as the picture is known throughout
+    return replace(plan, strength=1.0, cache=None, guidance=guidance)
 
 
 @torch.no_grad()

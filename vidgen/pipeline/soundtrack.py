@@ -47,7 +47,7 @@ class Soundtrack:
         loop: whether sound that is shorter than the clip is repeated.
         speech: what is said.
         model: makes the sound of each clip.
-        is_made_along: whether the clip's model makes it together with the picture.
+        is_own: whether the clip's model makes it, behind the picture.
     """
 
     source: Source
@@ -56,7 +56,7 @@ class Soundtrack:
     loop: bool = False
     speech: Speech | None = None
     model: AudioModel | None = None
-    is_made_along: bool = False
+    is_own: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -161,13 +161,8 @@ def make_soundtrack(
     if request.follow_audio and source != "file":
         raise InputError(f"audio is {request.audio!r}; follow_audio needs --audio FILE, a sound to "
                          "follow")
-    if source == "own" and has_sound and 0 < (request.strength or 0) < 1:
-        raise InputError(
-            f"strength is {request.strength}: a clip that is half re-imagined has no sound of its "
-            "own; give --audio none or a file, or strength 0 to let the clip as it is be heard"
-        )
     speech = speak(request.say, request.voice, num_samples) if request.say else None
     return Soundtrack(
         source, num_samples, bed, bool(request.audio_loop), speech, model,
-        is_made_along=has_sound and source == "own",
+        is_own=has_sound and source == "own",
     )

@@ -2,6 +2,8 @@
 
     encode the prompt -> prepare the latent state -> sample -> decode -> write
 
+Sound, where the model makes it, is sampled behind the picture: a state of which that is known.
+
 A task (a first frame, a mask, a clip to re-imagine) is a condition written into the state by
 `prepare`; nothing else knows of it.
 
@@ -15,14 +17,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.core.protocols import OnStep, SamplerState, StepInfo
+from vidgen.core.protocols import OnStep, SamplerState
 from vidgen.core.request import Request
 from vidgen.core.runtime import best_dtype, choose_device
 from vidgen.diffusion import condition
@@ -39,13 +40,13 @@ from vidgen.media.write import ClipInfo
 from vidgen.models.tokenizer import read_as
 from vidgen.ops.attention import asked_backend, require_backend
 from vidgen.pipeline.crew import start_crew
+from vidgen.pipeline.denoised import DenoisedClip
 from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
-from vidgen.pipeline.extend import Sample, long_clip
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.networks import Contexts, denoising
 from vidgen.pipeline.opened import OpenedModel
-from vidgen.pipeline.own_sound import TASK, OwnSound, open_sound
+from vidgen.pipeline.own_sound import TASK, sound_plan
 from vidgen.pipeline.parts import DTYPES, Offload
 from vidgen.pipeline.plan import Plan, draw_seed
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
@@ -56,7 +57,7 @@ from vidgen.pipeline.recall import journals_of, recall
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.rewrite import settle_prompt
 from vidgen.pipeline.rolling import RolledClip
-from vidgen.pipeline.soundtrack import Soundtrack, make_soundtrack
+from vidgen.pipeline.soundtrack import make_soundtrack
 from vidgen.pipeline.step_caches import carrying, make_caches
 from vidgen.pipeline.tail import ANCHOR_TASK, make_tail
 from vidgen.pipeline.tasks import check_tasks
@@ -174,12 +175,12 @@ class Engine(OpenedModel):
         track = make_soundtrack(
             request, first.kept_frames, first.fps, self, has_sound=makes_sound
         )
-        made = preflight(self, first, request)
+        estimate = preflight(self, first, request)
         if request.strict:
             require_backend(asked_backend(), self.device, DTYPES[self.dtype])
         if on_estimate is not None:
-            on_estimate(made)
-        first = replace(first, tiles=made.setup.tiles)
+            on_estimate(estimate)
+        first = replace(first, tiles=estimate.setup.tiles)
         loras = read_loras(request.lora, self.folder)
         plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
         recipes = [
@@ -193,7 +194,8 @@ class Engine(OpenedModel):
         @cache  # once for all clips, and not where all are sampled already
         def contexts() -> Contexts:
             tell(Progress("prompt", 0, 1, num_clips=request.count))
-            return self.encode_prompt(first, loras)
+            fullest = sound_plan(first, self.folder.defaults) if track.is_own else first
+            return self.encode_prompt(fullest, loras)
 
         clips = []
         for index, (plan, recipe, kept) in enumerate(zip(plans, recipes, journals, strict=True), 1):
@@ -212,51 +214,14 @@ class Engine(OpenedModel):
                     if kept.latents is None:
                         contexts()  # before pictures are encoded
                     glimpses = Glimpses(self, on_preview, plan.fps, index)
-                    sample = partial(self._sampling, request, loras, contexts, kept, glimpses)
-                    clip = self._denoised(
-                        plan, request, inputs, recipe, sample, track, kept, report
+                    made = DenoisedClip(
+                        self, plan, request, inputs, loras, contexts, track, kept, report
                     )
+                    clip = made.clip(recipe, glimpses)
                 clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))
                 for picture in inputs.images.get("image", ()):
                     clips[-1].first_frame = fit(picture, plan.height, plan.width, plan.fit)
         return clips if request.count > 1 else clips[0]
-
-    def _denoised(
-        self, plan: Plan, request: Request, inputs: Inputs, recipe: dict[str, Any],
-        sampling: Callable[..., Sample], track: Soundtrack, kept: Journal,
-        report: Callable[..., None],
-    ) -> Clip:
-        """A clip whose latents are made before it is decoded, in one window or several."""
-        long = long_clip(self, plan, request, inputs)
-        sample = sampling(len(long.windows) if long else 1, report)
-        latents = kept.latents
-        heard = kept.kept_sound() if track.is_made_along else None
-        if latents is None:
-            report("prepare", 0, 1)
-            own = open_sound(self.parts, plan, request, long, track)
-            if long:
-                latents = long.sample(sample, kept.done, kept.keep_window, own, kept.heard)
-            else:
-                latents = self._one_window(plan, request, inputs, sample, own)
-            if own and track.is_made_along:
-                kept.keep_sound(*(heard := own.decode()))
-            kept.keep_latents(latents, long.num_shown if long else 0)
-        clip = (long.clip if long else partial(self.decode, plan))(latents, recipe, kept)
-        if heard:
-            clip.info = replace(clip.info, sound=heard[0], sound_rate=heard[1])
-        return clip
-
-    def _one_window(
-        self, plan: Plan, request: Request, inputs: Inputs, sample: Sample, own: OwnSound | None
-    ) -> Tensor:
-        """The latents of a clip that one window holds; its own sound takes in what it became."""
-        state = self.prepare(plan, request, inputs)
-        if own is None:
-            return sample(plan, state)
-        plan, state = own.join(plan, state)
-        latents, heard = state.apart(sample(plan, state))
-        own.keep(heard, 0, latents.shape[2])
-        return latents
 
     def read(self, request: Request) -> tuple[Request, Inputs]:
         """The request's pictures and clips; a first frame that a model is to draw is drawn here."""
@@ -333,6 +298,7 @@ class Engine(OpenedModel):
         With `remember` the states that `on_step` is told hold what a step cache remembers.
         """
         start = state.begin()
+        contexts = contexts[:1] if plan.guidance.is_off else contexts
         has_given = plan.strength == 1 and bool(state.has_given.all())
         guidance = plan.guidance.of_clip(has_given=has_given)
         plan = replace(plan, guidance=guidance)
@@ -354,31 +320,6 @@ class Engine(OpenedModel):
             else:
                 latents = SAMPLERS[plan.sampler](denoise, start, sigmas, **told)
         return latents if state.sound is not None else latents[:, :, state.num_references :]
-
-    def _sampling(
-        self, request: Request, loras: Loras, contexts: Callable[[], Contexts],
-        journal: Journal, glimpses: Glimpses, num_windows: int,
-        report: Callable[[str, int, int], None],
-    ) -> Callable[[Plan, LatentState], Tensor]:
-        """What samples one plan after the other: the windows of a long clip, or a whole clip."""
-        numbers = count(journal.num_windows)
-
-        def sample(plan: Plan, state: LatentState) -> Tensor:
-            number = next(numbers)
-
-            def on_step(info: StepInfo) -> None:
-                journal.on_step(info)
-                shown = replace(info, denoised=state.apart(info.denoised)[0])
-                glimpses.on_step(shown, state.num_references)
-                report("sample", number * info.num_steps + info.step, num_windows * info.num_steps)
-
-            resume = journal.take_state()
-            return self.sample(
-                plan, state, contexts(), on_step, request.scheduler, loras, resume,
-                remember=journal.keeps,
-            )
-
-        return sample
 
     def decode(
         self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Journal | None = None

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from vidgen.core.shapes import Tiles
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.audio_spectra import NOISE_FRAMES
-from vidgen.models.dit import DiTConfig
+from vidgen.models.dit import AudioConfig, DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
@@ -95,11 +95,7 @@ def transformer_ops(
     block = block_ops(width, config.head_dim, config.ffn_dim, tokens, keys, context)
     ops = [Op(op.kind, op.size, op.amount * config.num_layers) for op in block]
     if sound_tokens and config.audio is not None:
-        beside = block_ops(
-            width, config.head_dim, config.audio.ffn_dim, sound_tokens, keys, 0
-        )
-        ops += [Op(op.kind, op.size, op.amount * config.num_layers) for op in beside]
-        ops.append(Op("gemm", width, 4 * width * sound_tokens * config.audio.channels))
+        ops += listening_ops(config, config.audio, sound_tokens, keys, 0)
     if controlled:
         count = len(config.control_layers)
         ops += [Op(op.kind, op.size, op.amount * count) for op in block]
@@ -109,6 +105,16 @@ def transformer_ops(
     times = config.freq_dim + 7 * width
     ops.append(Op("gemm", width, 2 * width * (ends + texts + times)))
     return [*ops, Op("block", 1, 1)]
+
+
+def listening_ops(
+    config: DiTConfig, audio: AudioConfig, tokens: int, keys: float, context: int
+) -> list[Op]:
+    """One pass of so many tokens of sound, each of which attends to `keys` tokens."""
+    width = config.hidden_dim
+    block = block_ops(width, config.head_dim, audio.ffn_dim, tokens, keys, context)
+    ops = [Op(op.kind, op.size, op.amount * config.num_layers) for op in block]
+    return [*ops, Op("gemm", width, 4 * width * tokens * audio.channels)]
 
 
 def transformer_bytes(

@@ -41,7 +41,6 @@ from vidgen.training.distil_data import (
 from vidgen.training.finetune_lora import target_paths
 from vidgen.training.finetune_model import open_trainable
 from vidgen.training.optim import build_optimizers
-from vidgen.training.sound_cache import SoundMix
 from vidgen.training.toybox_data import CacheConfig
 from vidgen.weights.student import RollConfig
 
@@ -72,7 +71,6 @@ class DistilRun:
     Args:
         teacher: the model, whose weights the student shares; a name or a folder.
         caches: clips that lend captions and conditions; see `train/cache.py`.
-        sound: what of their sound is learned, or None; cached beside them.
         trajectories: the teacher's, made by `train/trajectories.py`.
         roll: how the student rolls clips out, turn by turn; None: it makes them as a whole.
         delta: of the student. Rank 28 of all layers of the embedded model is 2.7 MB in bf16.
@@ -87,7 +85,6 @@ class DistilRun:
     caches: tuple[CacheConfig, ...]
     trajectories: TrajectoryConfig
     delta: DeltaConfig
-    sound: SoundMix | None = None
     roll: RollConfig | None = None
 
     def __post_init__(self) -> None:
@@ -109,7 +106,7 @@ def open_shards(config: DistilRun) -> TrajectoryShards:
     if "transformer_2" in folder.components:
         raise InputError(f"{folder.name} has two transformers; the student is a delta of one")
     device = choose_device(config.run.device)
-    return TrajectoryShards(config.trajectories, config.caches, config.sound, folder, device)
+    return TrajectoryShards(config.trajectories, config.caches, folder, device)
 
 
 class Delta(nn.Module):
@@ -190,23 +187,15 @@ class DistilTask:
     def loss(self, batch: StepBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the mean velocity, where it is to be generated."""
         del step
-        errors = self._errors(batch)
-        values = {name: error.mean() for name, error in errors.items()}
-        return sum(values.values(), torch.zeros(())), {
-            name: value.detach() for name, value in values.items()
-        }
+        error = self._errors(batch).mean()
+        return error, {"velocity": error.detach()}
 
-    def _errors(self, batch: StepBatch) -> dict[str, Tensor]:
-        """Mean squared error of each clip's picture, and of its sound if it has any, [B]."""
+    def _errors(self, batch: StepBatch) -> Tensor:
+        """Mean squared error of each clip where it is to be generated, [B]."""
         made = self._student(batch.state, batch.ids, batch.mask)(batch.state.begin(), batch.sigma)
-        squared, generated = (made.float() - batch.target).square(), batch.state.generated.float()
-        squared, generated = torch.broadcast_tensors(squared, generated)
-        parts = zip(("velocity", "sound"), batch.state.apart(squared),
-                    batch.state.apart(generated), strict=True)
-        return {
-            name: (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
-            for name, error, weight in parts if error is not None
-        }
+        error = (made.float() - batch.target).square()
+        weight = batch.state.denoise_mask.to(error.dtype).expand_as(error)
+        return (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
 
     def _student(self, state: LatentState, ids: Tensor, mask: Tensor) -> Denoise:
         """The teacher with the delta, under a state's conditions."""
@@ -217,7 +206,7 @@ class DistilTask:
             with attached(self.dit, [(self.delta.adapter(), 1.0)]):
                 return velocity(
                     self.dit, state, latents, sigma, context,
-                    patch=self.dit.config.patch_size, frames_per_s=self.shards.frames_per_s,
+                    patch=self.dit.config.patch_size,
                 )
 
         return denoise
@@ -242,10 +231,9 @@ class DistilTask:
         scores: dict[str, float] = {}
         for at in range(count):
             batch = take_steps(given, self.sigmas, rows, torch.full_like(rows, at))
-            for name, errors in self._errors(batch).items():
-                error = float(errors.mean())
-                scores[f"{name}_{float(self.sigmas[at]):.2f}"] = error
-                scores[f"{name}_mean"] = scores.get(f"{name}_mean", 0.0) + error / count
+            error = float(self._errors(batch).mean())
+            scores[f"velocity_{float(self.sigmas[at]):.2f}"] = error
+            scores["velocity_mean"] = scores.get("velocity_mean", 0.0) + error / count
         return scores
 
     def _end_error(self) -> float:

@@ -4,14 +4,13 @@ A trajectory is a deterministic function of prompt, conditions and noise, so the
 takes most of the time, runs once for each; the student can see its points as often as it likes.
 
 Axes: B clips, P points, C latent channels, F latent frames, h w latent rows and columns, S text
-tokens, n numbers of a clip's picture and sound together.
+tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,8 +22,6 @@ from vidgen.diffusion.condition import LatentState, as_negative
 from vidgen.diffusion.guidance import Guidance, guided
 from vidgen.diffusion.samplers import sample_unipc
 from vidgen.diffusion.schedule import make_sigmas
-from vidgen.diffusion.sound import SoundState
-from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.models.tokenizer import PromptTokenizer
@@ -33,8 +30,7 @@ from vidgen.training.config import Phase, RunConfig
 from vidgen.training.dit_data import ClipDraws, DiTData
 from vidgen.training.draws import seed_of
 from vidgen.training.latents import LatentShards
-from vidgen.training.sound_cache import SoundMix
-from vidgen.training.toybox_data import CacheConfig, encoder_hash
+from vidgen.training.toybox_data import CacheConfig
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.load import read_tensors
 
@@ -108,9 +104,8 @@ class Trajectories:
     """Points of guided trajectories, on one device.
 
     Attributes:
-        state: the conditions of each clip; its latents, and its sound's, are the starting noise.
-        points: [B, P, C, F, h, w] at the student's levels, the first pure noise, the last clean;
-            with sound [B, P, n], packed as samplers have it.
+        state: the conditions of each clip; its latents are the starting noise.
+        points: [B, P, C, F, h, w] at the student's levels, the first pure noise, the last clean.
         ids: of the captions' tokens, [B, S].
         mask: [B, S], 1 where there is a token.
     """
@@ -141,8 +136,7 @@ class Teacher:
 
     @torch.no_grad()
     def follow(
-        self, state: LatentState, ids: Tensor, mask: Tensor, config: TrajectoryConfig,
-        frames_per_s: float,
+        self, state: LatentState, ids: Tensor, mask: Tensor, config: TrajectoryConfig
     ) -> Tensor:
         """The points of trajectories at the student's levels, as `Trajectories` has them.
 
@@ -154,22 +148,21 @@ class Teacher:
             ids: of the captions' tokens, [B, S].
             mask: [B, S].
             config: of the trajectories.
-            frames_per_s: latent frames a second.
         """
-        noise, has_given = state.noise, state.has_given
+        noise, has_given = state.latents, state.has_given
         points = noise.new_empty(len(noise), config.num_steps + 1, *noise.shape[1:])
         for given in (True, False):  # guidance treats them in different ways
             rows, guidance = has_given == given, config.guidance.of_clip(has_given=given)
             if rows.any():
                 points[rows] = self._follow(
-                    state.rows(rows), ids[rows], mask[rows], config, guidance, frames_per_s
+                    state.rows(rows), ids[rows], mask[rows], config, guidance
                 )
         points[:, 0] = noise  # also where something is known, for who hides it
         return points
 
     def _follow(
         self, state: LatentState, ids: Tensor, mask: Tensor, config: TrajectoryConfig,
-        guidance: Guidance, frames_per_s: float,
+        guidance: Guidance,
     ) -> Tensor:
         every = config.teacher_steps // config.num_steps
         points: list[Tensor] = []
@@ -183,7 +176,7 @@ class Teacher:
 
             def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
                 return velocity(
-                    self.dit, shown, latents, sigma, context, frames_per_s=frames_per_s,
+                    self.dit, shown, latents, sigma, context,
                     patch=self.dit.config.patch_size, whole=True,
                 )
 
@@ -204,7 +197,6 @@ class TrajectoryShards:
     Args:
         config: what they are.
         caches: clips that lend them captions and conditions.
-        sound: what of those clips' sound they have, or None.
         folder: the teacher.
         device: where batches go.
 
@@ -213,11 +205,10 @@ class TrajectoryShards:
     """
 
     def __init__(
-        self, config: TrajectoryConfig, caches: tuple[CacheConfig, ...], sound: SoundMix | None,
-        folder: ModelFolder, device: torch.device,
+        self, config: TrajectoryConfig, caches: tuple[CacheConfig, ...], folder: ModelFolder,
+        device: torch.device,
     ) -> None:
-        self.config, self.caches, self.sound = config, caches, sound
-        self.folder, self.device = folder, device
+        self.config, self.caches, self.folder, self.device = config, caches, folder, device
         kept = {name: value for name, value in asdict(config).items()
                 if name not in ("folder", "shards")}
         weights = [folder.path / role / "model.safetensors"
@@ -226,9 +217,6 @@ class TrajectoryShards:
             "teacher": [sha256_file(path) for path in weights],
             "clips": [[each.first_scene, each.shards * each.shard_size, each.num_frames,
                        each.height, each.width] for each in caches],
-            "sound": None if sound is None else asdict(sound) | {
-                "encoder": encoder_hash(Path(sound.vae), AudioVAEConfig)
-            },
         })
 
     def missing(self) -> list[int]:
@@ -240,23 +228,17 @@ class TrajectoryShards:
         """Have the teacher make shard `index`."""
         config = self.config
         if index == HELD_OUT:
-            heard = self.sound is not None
-            batch = self._draws.held_aside(config.num_frames, 1.0, sound=heard)
+            batch = self._draws.held_aside(config.num_frames, 1.0)
         else:
             batch = self._draws.batch(self._phase, index, 0)
         state = replace(batch.state, latents=batch.noise)
-        if state.sound is not None and batch.sound_noise is not None:
-            state = replace(state, sound=replace(state.sound, latents=batch.sound_noise))
-        points = teacher.follow(state, batch.ids, batch.mask, config, self.frames_per_s)
+        points = teacher.follow(state, batch.ids, batch.mask, config)
         tensors = {"points": points.half(), "ids": batch.ids, "mask": batch.mask,
                    "clean": state.clean.half(), "denoise_mask": state.denoise_mask}
         if state.keys is not None:
             assert state.keys.valid is not None, "drawn conditions say which stills are there"
             tensors |= {"keys": state.keys.latents.half(), "positions": state.keys.positions,
                         "valid": state.keys.valid}
-        if state.sound is not None:
-            tensors |= {"sound": state.sound.clean.half(),
-                        "sound_denoise_mask": state.sound.denoise_mask}
         self.shards.write(index, {name: value.cpu() for name, value in tensors.items()})
 
     def load(self, index: int) -> Trajectories:
@@ -271,11 +253,6 @@ class TrajectoryShards:
         return unpack(read_tensors(path), self.device)
 
     @property
-    def frames_per_s(self) -> float:
-        """Latent frames of the clips a second."""
-        return self.caches[0].fps / self.folder.components["vae"].config.strides.t
-
-    @property
     def _phase(self) -> Phase:
         return Phase(self.config.shards + 1, self.config.num_frames, self.config.shard_size)
 
@@ -285,7 +262,7 @@ class TrajectoryShards:
         run = RunConfig(self.config.folder, (self._phase,), seed=self.config.seed)
         data = DiTData(
             run=run, caches=self.caches, tokenizer=str(self.folder.tokenizer), shifts=(1.0,),
-            caption_dropout=0.0, validation_clips=self.config.held_out, sound=self.sound,
+            caption_dropout=0.0, validation_clips=self.config.held_out,
         )
         dit = self.folder.components["transformer"].config
         assert isinstance(dit, DiTConfig)
@@ -295,15 +272,12 @@ class TrajectoryShards:
 def unpack(tensors: dict[str, Tensor], device: torch.device) -> Trajectories:
     """A shard's tensors as trajectories."""
     here = {name: value.to(device) for name, value in tensors.items()}
-    keys = sound = None
+    keys = None
     if "keys" in here:
         keys = KeyTokens(here["keys"].float(), here["positions"], here["valid"])
-    if "sound" in here:  # of clips from their beginning: it starts with the picture
-        clean = here["sound"].float()
-        sound = SoundState(torch.zeros_like(clean), clean, here["sound_denoise_mask"])
-    points, clean = here["points"].float(), here["clean"].float()
-    state = LatentState(torch.zeros_like(clean), clean, here["denoise_mask"], keys, sound=sound)
-    return Trajectories(state.starting(points[:, 0]), points, here["ids"], here["mask"])
+    points = here["points"].float()
+    state = LatentState(points[:, 0], here["clean"].float(), here["denoise_mask"], keys)
+    return Trajectories(state, points, here["ids"], here["mask"])
 
 
 @dataclass(frozen=True)
@@ -313,7 +287,7 @@ class StepBatch:
     Attributes:
         state: the conditions; its latents are the points that the steps start from.
         sigma: [B], their noise levels.
-        target: the mean velocity to the next point, [B, C, F, h, w], with sound [B, n].
+        target: the mean velocity to the next point, [B, C, F, h, w].
         ids: of the captions' tokens, [B, S].
         mask: [B, S].
     """
@@ -351,7 +325,7 @@ def take_steps(given: Trajectories, sigmas: Tensor, rows: Tensor, at: Tensor) ->
     levels, rows, at = sigmas.to(device), rows.to(device), at.to(device)
     start, end = given.points[rows, at], given.points[rows, at + 1]
     lengths = (levels[at + 1] - levels[at]).view(-1, *[1] * (start.ndim - 1))
-    state = given.state.rows(rows).starting(start)
+    state = replace(given.state.rows(rows), latents=start)
     return StepBatch(state, levels[at], (end - start) / lengths, given.ids[rows], given.mask[rows])
 
 

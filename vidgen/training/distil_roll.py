@@ -92,13 +92,12 @@ class RollTask(DistilTask):
         """Steps number `at` [B] of the turn number `turn` of trajectories `rows` [B]."""
         step, first = take_steps(given, self.sigmas, rows, at), turn * self.roll.turn_frames
         own = slice(first, first + self.roll.turn_frames)
-        target = step.state.apart(step.target)[0][:, :, own]
-        before = given.state.apart(given.points[:, -1])[0][rows, :, :first]
+        before, target = given.points[rows, -1, :, :first], step.target[:, :, own]
         noise = torch.randn(before.shape, generator=draw).to(before)
         step = replace(step, state=step.state.stretch(own), target=target)
         return TurnBatch(before, noise, forgets, step)
 
-    def _errors(self, batch: TurnBatch) -> dict[str, Tensor]:  # type: ignore[override]
+    def _errors(self, batch: TurnBatch) -> Tensor:  # type: ignore[override]
         """Mean squared error of each clip's turn, [B]."""
         step = batch.step
         rollout = self._rollout(step.ids, step.mask)
@@ -110,7 +109,7 @@ class RollTask(DistilTask):
             made = rollout.velocity(self.dit, step.state, step.state.latents, step.sigma)
         weight = step.state.denoise_mask.expand_as(made).float()
         squared = (made.float() - step.target).square() * weight
-        return {"velocity": squared.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)}
+        return squared.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
 
     def _rollout(self, ids: Tensor, mask: Tensor) -> Rollout:
         with torch.no_grad():  # the text encoder stays as it is
@@ -133,14 +132,13 @@ class RollTask(DistilTask):
                 self._errors(self._turn(given, rows, torch.full_like(rows, at), turn, draw))
                 for at in range(count)
             ]
-            mean = torch.stack([each["velocity"] for each in errors]).mean()
-            scores[f"velocity_turn_{turn}"] = float(mean)
+            scores[f"velocity_turn_{turn}"] = float(torch.stack(errors).mean())
         return scores | {"velocity_mean": sum(scores.values()) / len(scores)}
 
     def _end_error(self) -> float:
         """Of whole clips, rolled out from the teacher's noise."""
         given, draw = self.held_out, torch.Generator().manual_seed(0)
-        noise, end = (given.state.apart(given.points[:, at])[0] for at in (0, -1))
+        noise, end = given.points[:, 0], given.points[:, -1]
         made: list[Tensor] = []
         rollout = self._rollout(given.ids, given.mask)
         with self._rolling():
@@ -158,6 +156,4 @@ def rollable(state: LatentState) -> Tensor:
     if state.keys is not None:
         valid = torch.ones_like(state.keys.positions, dtype=torch.bool)
         alone &= ~(valid if state.keys.valid is None else state.keys.valid).any(1)
-    if state.sound is not None:  # a picture that follows given sound is another one
-        alone &= state.sound.denoise_mask.flatten(1).any(1)
     return alone

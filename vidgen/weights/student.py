@@ -60,7 +60,6 @@ class StudentConfig:
     Args:
         sigmas: the noise levels it was taught on, from 1 down to 0.
         guidance_scale: of its teacher, which it has folded in.
-        hears: whether it was taught the sound that is made along, too.
         roll: how it makes a clip turn by turn, or None where it makes clips as a whole.
 
     Raises:
@@ -69,7 +68,6 @@ class StudentConfig:
 
     sigmas: tuple[float, ...]
     guidance_scale: float
-    hears: bool = False
     roll: RollConfig | None = None
 
     def __post_init__(self) -> None:

@@ -1,0 +1,130 @@
+"""A clip whose latents are all made before it is decoded: its picture, and then its sound.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from vidgen.pipeline.extend import LongClip, long_clip
+from vidgen.pipeline.own_sound import followed_sound, own_sound, sound_plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vidgen.core.protocols import StepInfo
+    from vidgen.core.request import Request
+    from vidgen.diffusion.condition import LatentState
+    from vidgen.media.clip import Clip
+    from vidgen.media.encode import Samples
+    from vidgen.pipeline.experts import Loras
+    from vidgen.pipeline.inputs import Inputs
+    from vidgen.pipeline.journal import Journal
+    from vidgen.pipeline.networks import Contexts
+    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.preview import Glimpses
+    from vidgen.pipeline.soundtrack import Soundtrack
+    from vidgen.pipeline.video import Engine
+
+
+@dataclass(frozen=True)
+class DenoisedClip:
+    """A clip on its way, in one window or several.
+
+    Attributes:
+        engine: the model.
+        plan: of the clip.
+        request: whose conditions it meets.
+        inputs: its pictures and clips.
+        loras: adapters of the model.
+        contexts: of the prompts, asked for when they are needed.
+        track: what it is to sound like.
+        kept: its journal.
+        report: told of a stage, and how much of it is done of how much.
+    """
+
+    engine: Engine
+    plan: Plan
+    request: Request
+    inputs: Inputs
+    loras: Loras
+    contexts: Callable[[], Contexts]
+    track: Soundtrack
+    kept: Journal
+    report: Callable[[str, int, int], None]
+
+    def clip(self, recipe: dict[str, Any], glimpses: Glimpses) -> Clip:
+        """The lazy clip, of which pixels are left to decode; its own sound is made already."""
+        latents, kept, long = self.kept.latents, self.kept, self._long
+        if latents is None:
+            self.report("prepare", 0, 1)
+            latents = self._picture(glimpses)
+            kept.keep_latents(latents, long.num_shown if long else 0)
+        decode = long.clip if long else partial(self.engine.decode, self.plan)
+        clip = decode(latents, recipe, kept)
+        if self.track.is_own:
+            samples, rate = kept.kept_sound() or self._sound(latents)
+            clip.info = replace(clip.info, sound=samples, sound_rate=rate)
+        return clip
+
+    @cached_property
+    def _long(self) -> LongClip | None:
+        return long_clip(self.engine, self.plan, self.request, self.inputs)
+
+    def _picture(self, glimpses: Glimpses) -> Tensor:
+        """Its latents [1, C, F, h, w]."""
+        plan, request, long, followed = self.plan, self.request, self._long, None
+        if request.follow_audio and self.track.bed is not None:
+            followed = followed_sound(self.engine.parts, plan, self.track.bed)
+        sample = self._sampling(glimpses)
+        if long:
+            return long.sample(sample, self.kept.done, self.kept.keep_window, followed)
+        state = self.engine.prepare(plan, request, self.inputs)
+        state = followed.beside(state) if followed else state
+        return state.apart(sample(plan, state))[0]
+
+    def _sampling(self, glimpses: Glimpses) -> Callable[[Plan, LatentState], Tensor]:
+        """What samples one plan after the other: the windows of a long clip, or a whole clip."""
+        num_windows = len(self._long.windows) if self._long else 1
+        numbers = count(self.kept.num_windows)
+
+        def sample(plan: Plan, state: LatentState) -> Tensor:
+            number = next(numbers)
+
+            def on_step(info: StepInfo) -> None:
+                self.kept.on_step(info)
+                shown = replace(info, denoised=state.apart(info.denoised)[0])
+                glimpses.on_step(shown, state.num_references)
+                done = number * info.num_steps + info.step
+                self.report("sample", done, num_windows * info.num_steps)
+
+            return self.engine.sample(
+                plan, state, self.contexts(), on_step, self.request.scheduler, self.loras,
+                self.kept.take_state(), remember=self.kept.keeps,
+            )
+
+        return sample
+
+    def _sound(self, latents: Tensor) -> tuple[Samples, int]:
+        """What the model makes to be heard with finished latents: samples [N, c] and their rate."""
+        long, plan = self._long, sound_plan(self.plan, self.engine.folder.defaults)
+        own = own_sound(self.engine.parts, self.plan, self.request, long)
+        windows = long.windows if long else [(0, latents.shape[2])]
+
+        def sample(state: LatentState, number: int) -> Tensor:
+            def on_step(info: StepInfo) -> None:
+                done = number * info.num_steps + info.step
+                self.report("sound", done, len(windows) * info.num_steps)
+
+            return self.engine.sample(
+                plan, state, self.contexts(), on_step, self.request.scheduler, self.loras
+            )
+
+        own.follow(latents, windows, long.num_gone if long else 0, sample, self.kept)
+        self.kept.keep_sound(*(made := own.decode()))
+        return made
