@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,17 +34,16 @@ from vidgen.pipeline.continuation import own_options
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.networks import velocity
+from vidgen.pipeline.own_sound import own_sound, sound_plan
 from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.training.distil import Delta, DistilRun, DistilTask, adapter_of, open_shards
 from vidgen.training.distil_data import HELD_OUT, Teacher, draw_steps, take_steps
 from vidgen.training.distil_roll import RollTask, rollable
 from vidgen.training.loop import train
-from vidgen.training.sound_cache import SoundCache
 from vidgen.training.toybox_data import ToyboxCache, load_vae
 from vidgen.weights.folder import open_model, write_model_info
 from vidgen.weights.lora import write_lora
-from vidgen.weights.sound_vae import load_sound_vae
 from vidgen.weights.student import STUDENT, WEIGHTS, RollConfig, StudentConfig, read_student
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,6 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "teacher": str(tiny_model),
         "caches": [{"folder": str(folder / "latents"), "vae": str(tiny_model / "vae"), "shards": 1,
                     "shard_size": 6, "height": 32, "width": 32}],
-        "sound": {"vae": str(tiny_model / "sound_vae"), "share": 0.5},
         "trajectories": {"folder": str(folder / "trajectories"), "shards": 2, "shard_size": 4,
                          "held_out": 2, "num_frames": 9, "teacher_steps": 4, "num_steps": 2,
                          "guidance_scale": 3.0, "image_guidance_scale": 2.0, "seed": 3},
@@ -79,10 +78,6 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     config = build(DistilRun, settings, "run")
     cache = ToyboxCache(config.caches[0])
     cache.make(0, load_vae(config.caches[0].vae, torch.device("cpu")), torch.device("cpu"))
-    assert config.sound is not None
-    SoundCache(config.sound, cache).make(
-        0, load_sound_vae(tiny_model / "sound_vae"), torch.device("cpu")
-    )
     shards = open_shards(config)
     assert shards.missing() == [0, 1, 2]
     with pytest.raises(InputError, match=r"train/trajectories\.py"):
@@ -143,7 +138,7 @@ def test_the_teacher_makes_what_the_pipeline_makes(settings: dict[str, Any]) -> 
     kinds = set()
     for index in (HELD_OUT, 1, 2):
         given = shards.load(index)
-        assert torch.equal(given.points[:, 0], given.state.noise)
+        assert torch.equal(given.points[:, 0], given.state.latents)
         assert given.points.shape[1] == 3
         for row in torch.arange(len(given.ids)):
             state = given.state.rows(row[None])
@@ -154,8 +149,8 @@ def test_the_teacher_makes_what_the_pipeline_makes(settings: dict[str, Any]) -> 
             made = engine.sample(plan, state, contexts)
             expected = given.points[row, None, -1]  # kept as float16
             torch.testing.assert_close(made, expected, atol=4e-3, rtol=4e-3)
-            kinds.add((bool(state.has_given), state.sound is not None))
-    assert len(kinds) == 4
+            kinds.add(bool(state.has_given))
+    assert len(kinds) == 2
 
 
 def test_conditions_come_as_the_transformers_own_training_draws_them(
@@ -164,11 +159,9 @@ def test_conditions_come_as_the_transformers_own_training_draws_them(
     shards = open_shards(build(DistilRun, settings, "run"))
     each = [shards.load(index) for index in (1, 2)]
     assert any(not one.state.denoise_mask.all() for one in each)
-    assert {one.state.sound is None for one in each} == {True, False}
     for one in each:
         known = (~one.state.denoise_mask).expand_as(one.state.clean)
-        picture, _ = one.state.apart(one.points[:, -1])
-        assert torch.equal(picture[known], one.state.clean[known])
+        assert torch.equal(one.points[:, -1][known], one.state.clean[known])
     rows = torch.tensor([2, 0])
     batch = take_steps(each[0], torch.tensor([1.0, 0.5, 0.0]), rows, torch.tensor([0, 1]))
     assert torch.equal(batch.state.denoise_mask, each[0].state.denoise_mask[rows])
@@ -181,7 +174,7 @@ def test_a_step_of_the_target_lands_on_the_teachers_next_point(settings: dict[st
     assert sigmas.tolist() == config.trajectories.teacher_sigmas.tolist()[::2]
     for at in (0, 1):
         batch = take_steps(given, sigmas, torch.arange(4), torch.full((4,), at))
-        landed = batch.state.noise + (sigmas[at + 1] - sigmas[at]) * batch.target
+        landed = batch.state.latents + (sigmas[at + 1] - sigmas[at]) * batch.target
         torch.testing.assert_close(landed, given.points[:, at + 1])
     drawn = draw_steps(given, sigmas, 4, 0, 1, 2)
     assert sorted(drawn.sigma.tolist()) == sorted([*sigmas[:2].tolist()] * 2)
@@ -209,17 +202,13 @@ def test_it_learns_to_step_and_to_end_where_the_teacher_does(run: DistilRun) -> 
     taught = read_meta(latest_checkpoint(Path(run.run.folder)))["metrics"]
     assert taught["velocity_mean"] < 0.9 * fresh["velocity_mean"]
     assert taught["end"] < 0.9 * fresh["end"]
-    assert taught["sound_mean"] < 0.9 * fresh["sound_mean"]
-    assert fresh.keys() == {
-        *(f"{name}_{part}" for name in ("velocity", "sound") for part in ("1.00", "0.83", "mean")),
-        "end",
-    }
+    assert fresh.keys() == {"velocity_1.00", "velocity_0.83", "velocity_mean", "end"}
 
 
 def test_the_released_delta_is_what_was_learned(run: DistilRun, model: Path) -> None:
     folder = open_model(str(model))
     sigmas = run.trajectories.sigmas
-    assert folder.student == StudentConfig(tuple(sigmas.tolist()), 3.0, hears=True)
+    assert folder.student == StudentConfig(tuple(sigmas.tolist()), 3.0)
     assert torch.equal(torch.tensor(folder.student.sigmas), sigmas)
     assert f"{STUDENT}/{WEIGHTS}" in folder.files
     adapter = read_student(model, folder.components["transformer"].config)
@@ -234,15 +223,10 @@ def test_the_released_delta_is_what_was_learned(run: DistilRun, model: Path) -> 
 
 
 def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model: Path) -> None:
-    heard = engine.generate(PROMPT, seed=3, steps=2)
-    assert heard.info.recipe["plan"]["student"] is not None
-    assert heard.info.sound is not None
-    clip = engine.generate(PROMPT, seed=3, steps=2, audio="none")
+    clip = engine.generate(PROMPT, seed=3, steps=2)
     student = engine.folder.student
     plan = clip.info.recipe["plan"]
-    assert plan["student"] == {
-        "sigmas": student.sigmas, "guidance_scale": 3.0, "hears": True, "roll": None
-    }
+    assert plan["student"] == {"sigmas": student.sigmas, "guidance_scale": 3.0, "roll": None}
     assert (plan["sampler"], plan["guidance"]["scale"]) == ("euler", 1.0)
     plain = engine.generate(PROMPT, seed=3, steps=2, sampler="unipc")
     assert plain.info.recipe["plan"]["student"] is None
@@ -254,18 +238,18 @@ def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model
     with engine.parts.use("transformer") as dit, attached(dit, [(adapter, 1.0)]), torch.no_grad():
         by_hand = sample_euler(
             lambda noisy, sigma: velocity(
-                dit, state, noisy, sigma, (context, lengths), patch=dit.config.patch_size,
-                frames_per_s=float(made.fps) / engine.vae_config.strides.t,
+                dit, state, noisy, sigma, (context, lengths), patch=dit.config.patch_size
             ),
             state.begin(), torch.tensor(student.sigmas),
         )
-    assert torch.equal(state.apart(by_hand)[0], clip.latents)
+    assert torch.equal(by_hand, clip.latents)
 
 
 @pytest.mark.parametrize("asked", [
     {"steps": 3}, {"steps": None}, {"sampler": "euler"}, {"shift": 5.0}, {"guidance": 3.0},
     {"guidance_interval": (0.2, 1.0)}, {"guidance_rescale": 0.5}, {"negative": "a cat"},
     {"cache": "forecast"}, {"video": "clip.mp4", "strength": 0.5},
+    {"audio": "tune.wav", "follow_audio": True},
 ], ids=lambda asked: next(iter(asked)))  # fmt: skip
 def test_what_a_student_does_not_know_is_left_to_the_model(
     engine: Engine, asked: dict[str, Any]
@@ -276,14 +260,16 @@ def test_what_a_student_does_not_know_is_left_to_the_model(
     assert not plan.guidance.is_off
 
 
-def test_sound_is_left_to_the_model_by_a_student_that_was_not_taught_it(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    deaf = replace(engine.folder, student=replace(engine.folder.student, hears=False))
-    monkeypatch.setattr(engine, "folder", deaf)
-    for options, taken in (({}, False), ({"audio": "none"}, True)):
-        plan = engine.plan(Request(prompt=PROMPT, seed=1, steps=2, **options), Inputs())
-        assert (plan.student is not None) == taken
+def test_its_clips_are_heard_by_the_model_itself(engine: Engine) -> None:
+    made = engine.generate(PROMPT, seed=3, steps=2)
+    plan = sound_plan(engine.plan(Request(prompt=PROMPT, seed=3, steps=2), Inputs()),
+                      engine.folder.defaults)
+    own = own_sound(engine.parts, plan, Request(prompt=PROMPT, seed=3), None)
+    contexts = engine.encode_prompt(plan)
+    assert len(contexts) == 2, "it is guided"
+    own.follow(made.latents, [(0, made.latents.shape[2])], 0,
+               lambda state, _: engine.sample(plan, state, contexts), Journal(None))
+    assert np.array_equal(own.decode()[0], made.sound)
 
 
 def test_a_first_frame_stands_and_adapters_add_up(engine: Engine, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_longer_clip_begins_as_the_shorter_one(engine):
 
 def test_a_run_goes_on_behind_the_windows_that_are_done(engine):
     long, kept = begin(engine, frames=37, overlap=1), []
-    whole, _ = denoise(engine, long, keep=lambda latents, _heard: kept.append(latents.clone()))
+    whole, _ = denoise(engine, long, keep=lambda latents: kept.append(latents.clone()))
     assert torch.equal(kept[-1], whole)
     again, seen = denoise(engine, long, done=kept[0])
     assert len(seen) == len(long.windows) - 1

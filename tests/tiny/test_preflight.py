@@ -176,10 +176,15 @@ def test_sound_is_a_stage_where_the_model_makes_it(tmp_path):
 
     own, silent = stages(), stages(audio="none")
     assert [*own] == ["load", "text", "prepare", "denoise", "sound", "decode", "mux"]
-    assert own["sound"].seconds > 0
     assert "sound" not in silent
-    assert own["denoise"].seconds > silent["denoise"].seconds, "its tokens take part"
-    assert own["denoise"].bytes > silent["denoise"].bytes
+    assert own["denoise"] == silent["denoise"], "the picture knows nothing of it"
+    assert own["sound"].seconds > stages(steps=1)["sound"].seconds > 0
+    assert own["sound"].seconds > stages(guidance=1.0)["sound"].seconds
+    (tmp_path / "tune.wav").touch()
+    followed = stages(audio=tmp_path / "tune.wav", follow_audio=True)
+    assert "sound" not in followed
+    assert followed["denoise"].seconds > own["denoise"].seconds, "its tokens take part"
+    assert followed["denoise"].bytes > own["denoise"].bytes
     assert stages(seconds=5)["sound"].seconds > 2 * own["sound"].seconds
 
 

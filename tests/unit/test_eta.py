@@ -59,6 +59,17 @@ def test_what_is_left_is_as_estimated_until_it_is_measured():
     assert clock("write x.mp4", 10, 10) == {"fraction": 1, "eta_s": 0}
 
 
+def test_sound_lies_between_the_picture_and_the_writing():
+    hand = Hand()
+    heard = estimated()
+    heard.stages.insert(4, SimpleNamespace(name="sound", seconds=40.0))
+    clock = Clock(heard, now=hand)
+    assert clock("sample", 8, 8)["eta_s"] == 40 + 30
+    assert clock("sound", 4, 8)["eta_s"] == 20 + 30
+    unknown = Clock(estimated(), now=hand)  # another model's
+    assert unknown("sound", 4, 8) == unknown("sample", 8, 8)
+
+
 def test_an_unknown_machine_tells_nothing_before_it_was_measured():
     hand = Hand()
     clock = Clock(estimated(measured=False), now=hand)
