@@ -60,20 +60,25 @@ def cache(tiny_model: Path, sound_vae: Path, tmp_path_factory: pytest.TempPathFa
     return SoundCache(SoundMix(str(sound_vae)), clips)
 
 
-def heard(cache: SoundCache, state, first: int = 0, **shares: float):
+def heard(cache: SoundCache, state, first: int = 0, picture_known: float = 1.0):
     sound = torch.arange(86.0).expand(len(state.latents), 4, 86)
-    mix = replace(cache.mix, **{"picture_known": 0.0, "sound_known": 0.0} | shares)
+    mix = replace(cache.mix, picture_known=picture_known)
     return with_sound(state, sound, first, mix, cache, torch.Generator().manual_seed(0))
 
 
-def test_nothing_is_known_of_a_clip_from_text(cache):
-    state = heard(cache, condition.new_state(torch.randn(2, 4, 9, 4, 4)))
-    assert state.sound.clean.shape == (2, 4, 86)
-    assert state.sound.denoise_mask.all()
-    assert state.denoise_mask.all()
-    one = condition.first_frame(condition.new_state(torch.randn(2, 4, 9, 4, 4)),
-                                torch.randn(2, 4, 1, 4, 4))  # fmt: skip
-    assert heard(cache, one).sound.denoise_mask.all()
+def test_sound_is_made_for_a_given_picture_or_a_picture_for_given_sound(cache):
+    first = condition.first_frame(condition.new_state(torch.randn(2, 4, 9, 4, 4)),
+                                  torch.randn(2, 4, 1, 4, 4))  # fmt: skip
+    for state in (condition.new_state(torch.randn(2, 4, 9, 4, 4)), first):
+        given = heard(cache, state)
+        assert given.is_known
+        assert given.sound.clean.shape == (2, 4, 86)
+        assert given.sound.denoise_mask.all()
+        given = heard(cache, state, picture_known=0.0)
+        assert torch.equal(given.denoise_mask, state.denoise_mask)
+        assert not given.sound.denoise_mask.any()
+    with pytest.raises(InputError, match=r"picture_known is 1\.2"):
+        SoundMix("", picture_known=1.2)
 
 
 def test_a_beginning_is_known_with_its_sound(cache):
@@ -83,26 +88,11 @@ def test_a_beginning_is_known_with_its_sound(cache):
     known = int((~sound.denoise_mask[0, 0]).sum())
     assert known == int(9 / 12 * 31.25)
     assert not sound.denoise_mask[:, :, :known].any()
-    followed = heard(cache, state, picture_known=1.0)
-    assert followed.is_known
-    assert torch.equal(followed.sound.denoise_mask, sound.denoise_mask)
     inside = condition.prefix(condition.new_state(torch.randn(2, 4, 5, 4, 4)),
                               torch.randn(2, 4, 1, 4, 4))  # fmt: skip
     sound = heard(cache, inside, first=4).sound
     assert sound.clean[0, 0, 0] == int(13 / 12 * 31.25)
     assert 0 < int((~sound.denoise_mask[0, 0]).sum()) < 12
-
-
-def test_the_picture_or_the_sound_is_given(cache):
-    state = condition.new_state(torch.randn(3, 4, 9, 4, 4))
-    given = heard(cache, state, picture_known=1.0)
-    assert given.is_known
-    assert given.sound.denoise_mask.all()
-    given = heard(cache, state, sound_known=1.0)
-    assert given.denoise_mask.all()
-    assert not given.sound.denoise_mask.any()
-    with pytest.raises(InputError, match=r"picture_known is 1\.2"):
-        SoundMix("", picture_known=1.2)
 
 
 def test_clips_of_one_motion_follow_each_other_in_the_world(cache, tmp_path):
@@ -168,7 +158,7 @@ def test_the_program_learns_both_or_sound_alone(
     config = {
         "preset": "tiny-sound", "text_preset": "tiny", "tokenizer": str(tiny_model / "tokenizer"),
         "shifts": [2.0], "validation_clips": 2,
-        "sound": {"vae": str(sound_vae), "share": 1.0, "picture_known": 0.3, "sound_known": 0.3},
+        "sound": {"vae": str(sound_vae), "share": 1.0, "picture_known": 0.5},
         "caches": [{
             "folder": str(tmp_path / "latents"), "vae": str(tiny_model / "vae"), "shards": 2,
             "shard_size": 4, "height": 32, "width": 32,

@@ -1,7 +1,7 @@
 """Sound beside the picture: latents of its own in one state, and one tensor of both for samplers.
 
-A clip's sound is one more run of tokens with its own noise, known values and times: text to both,
-sound for a known picture and a picture for known sound differ in nothing but what is known.
+A clip's sound is one more run of tokens with its own noise, known values and times: sound for a
+known picture and a picture for known sound differ in nothing but what is known.
 Samplers work element by element, so they are given both packed into one tensor and see no
 difference.
 

@@ -111,7 +111,7 @@ class FilmPlan:
         return [plan for name, plan in self.shots.items() if not names or name in wanted]
 
     def is_heard(self, shot: Shot) -> bool:
-        """Whether the model makes a shot's sound along with its picture."""
+        """Whether the model makes a shot's sound for its picture."""
         return TASK in self.folder.tasks and (shot.sound is None or shot.sound.file is None)
 
     def words(self, shot: Shot, index: int) -> str:

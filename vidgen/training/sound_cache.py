@@ -35,8 +35,8 @@ class SoundMix:
     Args:
         vae: component folder of the sound VAE.
         share: of the clip batches that carry sound.
-        picture_known: share of those batches that get sound for given pictures, as clips are made.
-        sound_known: share of the other batches' samples that get a picture for given sound.
+        picture_known: share of those batches that get sound for given pictures; the others get
+            pictures for given sound.
         struck: share that is drawn among clips in which something is hit: what the picture tells
             of a sound's moment is rare otherwise.
     """
@@ -44,11 +44,10 @@ class SoundMix:
     vae: str
     share: float = 0.5
     picture_known: float = 0.9
-    sound_known: float = 0.5
     struck: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("share", "picture_known", "sound_known", "struck"):
+        for name in ("share", "picture_known", "struck"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
 
@@ -121,10 +120,9 @@ def with_sound(
     state: LatentState, sound: Tensor, first: int, mix: SoundMix, cache: SoundCache,
     draw: torch.Generator,
 ) -> LatentState:
-    """A training state with the sound of its clips, for all of their pictures or beside them.
+    """A training state with the sound of its clips: to be made for all of their pictures, or known.
 
-    A picture that goes on from known frames goes on from their sound, too, and so does sound for
-    a picture of which a beginning was known.
+    Sound for a picture of which a beginning was known goes on from that beginning's.
 
     Args:
         state: of clips cut out from latent frame `first` on.
@@ -138,15 +136,14 @@ def with_sound(
     begin, end, start_s = cache.span(first, count)
     clean = sound[:, :, begin:end].float()
     generated = torch.ones(batch, 1, clean.shape[2], dtype=torch.bool)
-    follows = float(torch.rand((), generator=draw)) < mix.picture_known
-    if not follows:
-        generated[torch.rand(batch, generator=draw) < mix.sound_known] = False
+    if float(torch.rand((), generator=draw)) >= mix.picture_known:
+        known_sound = SoundState(torch.zeros_like(clean), clean, ~generated, start_s)
+        return replace(state, sound=known_sound)
     for row in range(batch):
         whole = state.denoise_mask[row].flatten(2).any(2)[0]  # [F], whether any is generated
         known = count if not whole.any() else int(whole.int().argmax())
         if known > 1 or (known and first):
             until = cache.span(first, known)[1] - 1  # the last one goes on behind
             generated[row, :, : max(0, until - begin)] = False
-    mask = torch.zeros_like(state.denoise_mask) if follows else state.denoise_mask
     made = SoundState(torch.zeros_like(clean), clean, generated, start_s)
-    return replace(state, denoise_mask=mask, sound=made)
+    return replace(state, denoise_mask=torch.zeros_like(state.denoise_mask), sound=made)
