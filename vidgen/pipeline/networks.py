@@ -123,25 +123,22 @@ def _listener(
 
     It gives what `_denoiser` gives, but for the picture's velocity, which nobody needs.
     """
-    assert state.sound is not None
     passed: dict[int, KVCache] = {}  # by network
     features, lengths = context
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        assert state.sound is not None
-        dit = given.at(float(sigma[0]))
-        cache = passed.get(id(dit))
-        if cache is None and state.sound.sees_picture:
-            cache = passed[id(dit)] = KVCache()
-            dit(state.clean, torch.zeros_like(sigma), features, context_lengths=lengths,
-                extra=state.keys, cache=cache)
-        _, sound = state.apart(latents)
+        dit, (picture, sound) = given.at(float(sigma[0])), state.apart(latents)
         assert sound is not None
         tokens = _audio_tokens(
             state, sound, sigma, _frames_per_s(parts, plan), whole=_whole(plan)
         )
+        cache = passed.get(id(dit))
+        if cache is None and tokens.sees_video:
+            cache = passed[id(dit)] = KVCache()
+            dit(state.clean, torch.zeros_like(sigma), features, context_lengths=lengths,
+                extra=state.keys, cache=cache)
         heard = dit.listen(tokens, features, context_lengths=lengths, cache=cache)
-        return state.together(torch.zeros_like(state.clean), heard)
+        return state.together(torch.zeros_like(picture), heard)
 
     return denoise
 
