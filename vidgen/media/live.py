@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import BinaryIO, cast
+from dataclasses import replace
+from typing import BinaryIO
 
 import av
 from av.video.reformatter import VideoReformatter
-from av.video.stream import VideoStream
 
 from vidgen.media.encode import Frames, PictureSettings
-from vidgen.media.provenance import marks_of, stamped, tags
-from vidgen.media.stills import RECIPE_KEY
-from vidgen.media.write import ClipInfo, recipe_text
+from vidgen.media.provenance import stamped
+from vidgen.media.write import ClipInfo, begin_stream
 
 _PICTURE = PictureSettings(
     "libx264", "yuv420p", {"crf": "16", "preset": "veryfast", "tune": "zerolatency"}, threads=1
@@ -38,12 +37,8 @@ def write_live(
     picture, count, pipe = _PICTURE.fitting(info.size), 0, _Pipe(out)
     reformatter = VideoReformatter()
     with av.open(pipe, "w", format="matroska", options=dict(_MUXER)) as container:
-        if info.recipe is not None:
-            recipe = stamped(info.recipe)
-            container.metadata.update(tags(marks_of(recipe)))
-            container.metadata[RECIPE_KEY] = recipe_text(recipe)
-        stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
-        picture.configure(stream.codec_context, info.size, info.fps)
+        recipe = None if info.recipe is None else stamped(info.recipe)
+        stream = begin_stream(container, picture, replace(info, recipe=recipe))
         for chunk in chunks:
             for frame in chunk:
                 image = picture.picture(frame, reformatter)

@@ -34,6 +34,7 @@ from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.stills import RECIPE_KEY, STILL_SUFFIXES, still_encoder, write_stills
 
 if TYPE_CHECKING:
+    from av.container import OutputContainer
     from av.video.stream import VideoStream
     from torch import Tensor
 
@@ -316,17 +317,25 @@ def _write_container(
             raise write_error(path, OSError(error.errno, error.strerror), temporary) from error
 
 
+def begin_stream(
+    container: OutputContainer, picture: PictureSettings, info: ClipInfo
+) -> VideoStream:
+    """A stream for a clip's pictures in a new container, with the clip's marks and recipe."""
+    if info.recipe is not None:
+        container.metadata.update(tags(marks_of(info.recipe)))
+        container.metadata[RECIPE_KEY] = recipe_text(info.recipe)
+    stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
+    picture.configure(stream.codec_context, info.size, info.fps)
+    return stream
+
+
 def _mux(
     path: Path, kind: Container, picture: PictureSettings, info: ClipInfo, spool: Spool,
     sound: SoundTrack | None,
 ) -> None:
     with av.open(str(path), "w", format=kind.muxer, options=dict(kind.options)) as container:
-        if info.recipe is not None:
-            container.metadata.update(tags(marks_of(info.recipe)))
-            container.metadata[RECIPE_KEY] = recipe_text(info.recipe)
         # The stream's own encoder never sees a frame: it gives the header, segments the packets.
-        stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
-        picture.configure(stream.codec_context, info.size, info.fps)
+        stream = begin_stream(container, picture, info)
         stream.time_base = 1 / info.fps
         if sound:
             sound.begin(container)
