@@ -191,15 +191,17 @@ def own_sound(parts: Parts, plan: Plan, request: Request, long: LongClip | None)
 def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
     """How the sound of a plan's clip is denoised: from noise alone, by the model itself.
 
-    A student knows pictures only; its clips' sound is made as the model's own are.
+    The finished picture counts as given frames do, by the guidance, too. A student knows pictures
+    only; its clips' sound is made as the model's own are.
     """
     if plan.student is not None:
         plan = replace(
             plan, student=None, sampler=defaults.sampler, num_steps=defaults.num_steps,
-            shift=defaults.shift, guidance=Guidance(defaults.guidance_scale),
+            shift=defaults.shift, guidance=Guidance(
+                defaults.guidance_scale, known_scale=defaults.image_guidance_scale
+            ),
         )
-    guidance = replace(plan.guidance, known_scale=None)  # as the picture is known throughout
-    return replace(plan, strength=1.0, cache=None, guidance=guidance)
+    return replace(plan, strength=1.0, cache=None)
 
 
 @torch.no_grad()
