@@ -64,7 +64,12 @@ def velocity_loss(
     Returns:
         [B] float32, the weighted mean over each sample's elements.
     """
-    error = (velocity.float() - velocity_of(clean, noise).float()).square()
+    return squared_error(velocity, velocity_of(clean, noise), weight)
+
+
+def squared_error(made: Tensor, wanted: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample, [B] float32; weights as in `velocity_loss`."""
+    error = (made.float() - wanted.float()).square()
     if weight is None:
         return error.flatten(1).mean(1)
     weight = weight.to(error.dtype).expand_as(error)

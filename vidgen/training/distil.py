@@ -22,6 +22,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 from vidgen.core.runtime import choose_device
 from vidgen.diffusion.condition import LatentState
+from vidgen.diffusion.flow import squared_error
 from vidgen.diffusion.samplers import sample_euler
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter, LowRank, attached
@@ -193,9 +194,7 @@ class DistilTask:
     def _errors(self, batch: StepBatch) -> Tensor:
         """Mean squared error of each clip where it is to be generated, [B]."""
         made = self._student(batch.state, batch.ids, batch.mask)(batch.state.begin(), batch.sigma)
-        error = (made.float() - batch.target).square()
-        weight = batch.state.denoise_mask.to(error.dtype).expand_as(error)
-        return (error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
+        return squared_error(made, batch.target, batch.state.denoise_mask)
 
     def _student(self, state: LatentState, ids: Tensor, mask: Tensor) -> Denoise:
         """The teacher with the delta, under a state's conditions."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.diffusion.condition import LatentState, new_state
+from vidgen.diffusion.flow import squared_error
 from vidgen.models.lora import attached
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.rolling import Rollout
@@ -107,9 +108,7 @@ class RollTask(DistilTask):
             if batch.forgets:
                 rollout.cache.forget(batch.before.shape[2] - self.roll.turn_frames)
             made = rollout.velocity(self.dit, step.state, step.state.latents, step.sigma)
-        weight = step.state.denoise_mask.expand_as(made).float()
-        squared = (made.float() - step.target).square() * weight
-        return squared.flatten(1).sum(1) / weight.flatten(1).sum(1).clamp(min=1)
+        return squared_error(made, step.target, step.state.denoise_mask)
 
     def _rollout(self, ids: Tensor, mask: Tensor) -> Rollout:
         with torch.no_grad():  # the text encoder stays as it is
