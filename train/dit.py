@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
-from vidgen.diffusion.condition import denoise_inputs
-from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
+from vidgen.diffusion.flow import add_noise, velocity_loss
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import AudioConfig, SpacetimeDiT
-from vidgen.models.dit_inputs import AudioTokens, Stream
+from vidgen.models.dit_inputs import Stream
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.ops.patchify import patchify_latents
+from vidgen.pipeline.networks import velocity
 from vidgen.toybox.captions import CLASSES
 from vidgen.training.config import Phase
 from vidgen.training.dit_data import Batch, ClipDraws, DiTData
@@ -267,30 +267,21 @@ class DiTTask:
         self, batch: Batch, context: Tensor, sprite_weight: float = 0.0
     ) -> tuple[Tensor, Tensor | None]:
         """Of the picture's velocity, and of the sound's where there is sound."""
-        clean, heard = batch.state.clean, batch.state.sound
-        noisy = add_noise(clean, batch.noise, batch.sigma)
-        patch = self.dit.config.patch_size
-        latents, sigma = denoise_inputs(batch.state, batch.sigma, noisy, patch=patch)
-        audio, sound_error = None, None
+        state, clean, heard = batch.state, batch.state.clean, batch.state.sound
+        noisy, sound_error = add_noise(clean, batch.noise, batch.sigma), None
         if heard is not None and batch.sound_noise is not None:
-            noisy = add_noise(heard.clean, batch.sound_noise, batch.sigma)
-            times = to_timestep(heard.levels(batch.sigma))
-            audio = AudioTokens(
-                heard.impose(noisy), times, self.frames_per_s, heard.start_s,
-                is_seen=not batch.state.is_known,
-            )
-        velocity = self.dit(
-            latents, to_timestep(sigma), context,
-            context_lengths=batch.mask.sum(1), extra=batch.state.keys, audio=audio,
-        )
-        if heard is not None and batch.sound_noise is not None:
-            velocity, sound = velocity
+            noisy = state.together(noisy, add_noise(heard.clean, batch.sound_noise, batch.sigma))
+        made, sound = state.apart(velocity(
+            self.dit, state, noisy, batch.sigma, (context, batch.mask.sum(1)),
+            patch=self.dit.config.patch_size, frames_per_s=self.frames_per_s,
+        ))
+        if heard is not None and batch.sound_noise is not None and sound is not None:
             sound_error = velocity_loss(
                 sound, heard.clean, batch.sound_noise, heard.denoise_mask
             ).mean()
         clear = (1 - batch.sigma).view(-1, 1, 1, 1, 1)
-        weight = batch.state.denoise_mask * (1 + sprite_weight * clear * batch.cover)
-        return velocity_loss(velocity, clean, batch.noise, weight).mean(), sound_error
+        weight = state.denoise_mask * (1 + sprite_weight * clear * batch.cover)
+        return velocity_loss(made, clean, batch.noise, weight).mean(), sound_error
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Velocity error on clips kept aside, text alone, at fixed noise levels and noise.
