@@ -30,6 +30,7 @@ from vidgen.ops.conv import StreamCache
 _SAMPLES = "samples"  # what a stream of sound keeps until it fills a latent
 _FAINT, _TINY = 1e-4, 1e-9  # magnitudes below which there is no sound, and no number
 _LOUDEST = 6.0  # log of a spectrum's largest magnitude
+_STEEPEST = 3.0  # log of the largest gain, and less the least one's
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class AudioVAEConfig:
             follows phases: tones nearer to each other than a window tells apart beat in it, and
             have no pitch there. 0: the window.
         frames_per_token: frames that make a latent.
+        gains_per_frame: gains that the decoder says of each frame for its tones, and as many for
+            its noise: attacks are then as sharp as `hop / gains_per_frame` samples, where windows
+            alone would blur them. 0: none.
         compression: power that the encoder raises magnitudes to.
         latents_mean: [C], what normalised latents have subtracted; None: zeros.
         latents_std: [C], what normalised latents are divided by; None: ones.
@@ -71,6 +75,7 @@ class AudioVAEConfig:
     window: int = 256
     pitch_window: int = 0
     frames_per_token: int = 8
+    gains_per_frame: int = 0
     compression: float = 0.3
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
@@ -94,6 +99,10 @@ class AudioVAEConfig:
             raise ValueError(
                 f"pitch_window {self.pitch_window} must be one or more whole windows of "
                 f"{self.window}, so that both have the same frequencies"
+            )
+        if self.gains_per_frame < 0 or (self.gains_per_frame and self.hop % self.gains_per_frame):
+            raise ValueError(
+                f"gains_per_frame {self.gains_per_frame} must be 0 or divide the hop of {self.hop}"
             )
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
@@ -177,9 +186,11 @@ class AudioVAE(NormalizedLatents, nn.Module):
         """What the decoder says of latents [B, C, K] as encoded, T = K * frames_per_token."""
         x = latents.transpose(1, 2).to(self.decoder.head.weight.dtype)
         said = self.decoder(x, self.config.frames_per_token, cache)
-        advance, tone, noise = said.chunk(3, dim=2)
+        bins, gains = self.config.num_bins, self.config.gains_per_frame
+        advance, tone, noise, attack = said.split([bins, bins, bins, 2 * gains], dim=2)
         tone, noise = (logs.clamp(max=_LOUDEST).exp() for logs in (tone, noise))
-        return Controls(self.config.reach * advance.tanh(), tone, noise)
+        attack = _STEEPEST * (attack / _STEEPEST).tanh().unflatten(2, (2, gains)) if gains else None
+        return Controls(self.config.reach * advance.tanh(), tone, noise, attack)
 
     def render(
         self, controls: Controls, cache: StreamCache | None = None, first_noise: int = 0

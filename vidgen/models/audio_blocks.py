@@ -103,13 +103,16 @@ class AudioDecoder(nn.Module):
         self.spread = nn.Linear(dim, per_token * dim)
         self.frames = _Stack(dim, config.decoder_layers[1], config)
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 3 * config.num_bins)
+        bins = config.num_bins
+        self.head = nn.Linear(dim, 3 * bins + 2 * config.gains_per_frame)
         with torch.no_grad():
-            self.head.bias.fill_(_QUIET)
-            self.head.bias[: config.num_bins] = 0
+            self.head.bias.zero_()
+            self.head.bias[bins : 3 * bins] = _QUIET
 
     def forward(self, x: Tensor, per_token: int, cache: StreamCache | None = None) -> Tensor:
-        """[B, K, C] -> [B, T, 3 * bins]: advance of the phase, logs of tone and noise, float32.
+        """[B, K, C] -> [B, T, 3 * bins + 2 * gains], float32.
+
+        The advance of the phase, and the logs of tone, noise and of the gains of both.
 
         The head computes in float32, for what it says of phases adds up.
         """

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 NOISE_FRAMES = 4096
 """After which the noise repeats, 16 s; a table of them is kept."""
-_FRAMES, _PHASES = "frames", "phases"  # what a stream keeps besides the networks' history
+#: What a stream keeps besides the networks' history.
+_FRAMES, _PHASES, _GAINS = "frames", "phases", "gains"
 _ONSET = 0.1  # share of the full overlap that the first samples are divided by at least
 
 
@@ -34,11 +35,14 @@ class Controls(NamedTuple):
     advance: by which a frequency's phase leads its bin's own since the last frame, in radians.
     tone: magnitude of the oscillator.
     noise: deviation of the noise.
+    attack: logs of the gains of tones and noise, [B, T, 2, gains], or None: at the end of each of a
+        frame's equal parts; between them gains go straight.
     """
 
     advance: Tensor
     tone: Tensor
     noise: Tensor
+    attack: Tensor | None = None
 
 
 def to_spectra(config: AudioVAEConfig, sound: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,8 +94,31 @@ def to_sound(
     turned = torch.polar(controls.tone, phases.remainder(math.tau).float())
     at = (first_noise + torch.arange(count)) % NOISE_FRAMES
     noise = _noise_frames(bins)[at].to(turned.device)
-    frames = torch.fft.irfft(turned + controls.noise * noise, config.window)
+    if controls.attack is None:
+        return _play(config, turned + controls.noise * noise, cache)
+    parts = torch.stack([turned, controls.noise * noise], 1)
+    played = _play(config, parts.flatten(0, 1), cache).unflatten(0, (-1, 2))
+    return (played * _gains(config, controls.attack, cache)).sum(1)
+
+
+def _play(config: AudioVAEConfig, spectra: Tensor, cache: StreamCache | None) -> Tensor:
+    """Sound [B, T * hop] of the spectra of frames, [B, T, bins]."""
+    frames = torch.fft.irfft(spectra, config.window)
     return overlap_add(config, frames * _window(config, frames.device), cache)
+
+
+def _gains(config: AudioVAEConfig, attack: Tensor, cache: StreamCache | None) -> Tensor:
+    """Gains of each sample, [B, 2, T * hop], of their logs at a few, [B, T, 2, gains]."""
+    points = attack.transpose(1, 2).flatten(2).exp()
+    before = None if cache is None else cache.tensors.get(_GAINS)
+    if before is None:
+        before = torch.ones_like(points[..., :1])
+    if cache is not None:
+        cache.tensors[_GAINS] = points[..., -1:].clone()
+    points = torch.cat([before, points], 2)
+    step = config.hop // config.gains_per_frame
+    rise = torch.arange(1, step + 1, device=points.device) / step
+    return (points[..., :-1, None] + points.diff(dim=2)[..., None] * rise).flatten(2)
 
 
 def overlap_add(

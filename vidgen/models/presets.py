@@ -145,10 +145,10 @@ IMAGE_PRESETS: dict[str, ImageConfig] = {
 AUDIO_VAE_PRESETS: dict[str, AudioVAEConfig] = {
     "toybox": AudioVAEConfig(
         latent_channels=24, encoder_dim=128, decoder_dim=176, pitch_window=512,
-        frames_per_token=4,
+        frames_per_token=4, gains_per_frame=4,
     ),
     "tiny": AudioVAEConfig(
         latent_channels=4, encoder_dim=16, decoder_dim=16, encoder_layers=(1, 1),
-        decoder_layers=(1, 1), kernel_size=3, pitch_window=512,
+        decoder_layers=(1, 1), kernel_size=3, pitch_window=512, gains_per_frame=4,
     ),
 }
