@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -12,6 +13,7 @@ from vidgen.core.errors import InputError
 from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.samplers import (
     UNIPC_SIGMA_MAX,
+    sample_ancestral,
     sample_euler,
     sample_unipc,
     sample_with_scheduler,
@@ -62,6 +64,25 @@ def test_euler_equals_diffusers(num_steps, shift):
     smallest = float(shifted(torch.tensor(0.001), shift))
     sigmas = make_sigmas(num_steps, shift, sigma_min=smallest, reach_min=True)
     ours = sample_euler(denoise, NOISY, sigmas)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 9, 30])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_ancestral_equals_diffusers(num_steps, shift):
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++", solver_order=1, prediction_type="flow_prediction",
+        use_flow_sigmas=True, flow_shift=shift, final_sigmas_type="zero",
+    )
+    scheduler.set_timesteps(num_steps)
+    noise = torch.randn(num_steps, *NOISY.shape, generator=torch.Generator().manual_seed(8))
+    expected = NOISY.clone()
+    for i, timestep in enumerate(scheduler.timesteps):
+        velocity = denoise(expected, scheduler.sigmas[i].expand(2))
+        expected = scheduler.step(
+            velocity, timestep, expected, variance_noise=noise[i], return_dict=False
+        )[0]
+    ours = sample_ancestral(denoise, NOISY, scheduler.sigmas, fresh=lambda step: noise[step])
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 

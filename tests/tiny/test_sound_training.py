@@ -110,7 +110,7 @@ def test_the_loss_falls_and_silence_is_finite(sound: ModuleType, tmp_path: Path)
             group["lr"] = 5e-3
     for step in range(30):
         loss, named = task.loss(batch, step)
-        assert {"stft", "mel", "parts", "advance", "kl"} == named.keys()
+        assert {"stft", "mel", "parts", "advance", "attack", "kl"} == named.keys()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

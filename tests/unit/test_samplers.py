@@ -1,6 +1,7 @@
 """Samplers on velocity fields with known solutions, guidance, schedules and noise."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from vidgen.diffusion.flow import (
     velocity_of,
 )
 from vidgen.diffusion.guidance import Guidance, guide, guided
-from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.samplers import SAMPLERS, sample_euler, sample_unipc
+from vidgen.diffusion.noise import draw_noise, shuffled
+from vidgen.diffusion.samplers import SAMPLERS, sample_ancestral, sample_euler, sample_unipc
 from vidgen.diffusion.schedule import draw_sigmas, make_sigmas, shifted
 
 MEAN, DEVIATION = 0.8, 0.5
@@ -78,6 +79,34 @@ def test_resuming_after_any_step_equals_running_straight(sampler):
         )
         assert torch.equal(again, straight)
         assert len(later) == 7 - info.step
+
+
+def test_ancestral_steps_draw_from_the_distribution_and_not_along_a_path():
+    noise = draw_noise(6, replace(SHAPE, num_frames=400))
+    clean = sample_ancestral(gaussian_velocity, noise, make_sigmas(600, 3.0))
+    assert float(clean.mean()) == pytest.approx(MEAN, abs=0.03)
+    assert float(clean.std()) == pytest.approx(DEVIATION, abs=0.03)
+    by_path = sample_euler(gaussian_velocity, noise, make_sigmas(600, 3.0))
+    pairs = [torch.stack([noise.flatten(), made.flatten()]) for made in (by_path, clean)]
+    along, apart = (float(torch.corrcoef(pair)[0, 1]) for pair in pairs)
+    assert along > 0.99
+    assert abs(apart) < 0.1
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 3, 12, 10), (2, 24, 70)])
+def test_shuffled_noise_is_noise_of_its_own_in_each_latent_frame(shape):
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mixed = [shuffled(noise, step) for step in range(3)]
+    assert torch.equal(mixed[0], shuffled(noise, 0))
+    assert torch.equal(mixed[0][:, :, :2], shuffled(noise[:, :, :2], 0))  # as a shorter clip's
+    assert torch.equal(mixed[0][1:], shuffled(noise[1:], 0))
+    flat = torch.stack([part.flatten() for part in (noise, *mixed)])
+    apart = torch.corrcoef(flat) - torch.eye(4)
+    assert apart.abs().max() < 4 / flat.shape[1] ** 0.5
+    for one in mixed:
+        torch.testing.assert_close(
+            one[0, :, 0].abs().flatten().sort().values, noise[0, :, 0].abs().flatten().sort().values
+        )
 
 
 def test_steps_report_where_they_are_and_what_the_model_believes():

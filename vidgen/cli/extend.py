@@ -45,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", help="default the clip's own, whose noise goes on")
     add("--steps", type=int, metavar="N", help="denoising steps")
     add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed; 1 is off")
-    add("--sampler", metavar="NAME", help="euler or unipc")
+    add("--sampler", metavar="NAME", help="euler, unipc or ancestral")
     add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
     add("--cache", metavar="METHOD[:THRESHOLD]", help="as in generate; default the clip's")
     add("--last-image", metavar="IMAGE", help="the last frame")

@@ -70,7 +70,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "leave most of the transformer out at steps that change little: none, first-block, "
         "magnitude or forecast; a lower threshold is nearer to the clip without; default "
         "%(default)s"))
-    add("--sampler", metavar="NAME", help="euler or unipc")
+    add("--sampler", metavar="NAME", help="euler, unipc or ancestral")
     add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
     add("--image", metavar="IMAGE", help="the first frame")
     add("--last-image", metavar="IMAGE", help="the last frame")

@@ -23,6 +23,7 @@ from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import Strides
 from vidgen.core.tensors import mapped, moved
 from vidgen.diffusion.flow import add_noise
+from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.sound import Packing, SoundState
 
 FIRST_REFERENCE_POSITION = -4.0
@@ -45,6 +46,7 @@ class LatentState:
         sound: the clip's sound on its way, or None.
         known_sigma: [B], how much of what is known in place is noise; None: nothing.
         hides_known: what is known in place is shown as noisy as all else; see `Guidance`.
+        noise: [B, C, F, h, w], the starting noise where `latents` are more than that; None there.
     """
 
     latents: Tensor
@@ -58,6 +60,7 @@ class LatentState:
     sound: SoundState | None = None
     known_sigma: Tensor | None = None
     hides_known: bool = False
+    noise: Tensor | None = None
 
     @cached_property
     def any_known(self) -> bool:
@@ -118,6 +121,13 @@ class LatentState:
         """What a sampler starts from: [B, C, F, h, w], with sound [B, n]."""
         sound = None if self.sound is None else self.sound.latents
         return self.project(self.together(self.latents, sound))
+
+    def fresh(self, step: int) -> Tensor:
+        """Noise for a step of sampling, as a sampler has it; see `shuffled`."""
+        picture = shuffled(self.latents if self.noise is None else self.noise, step)
+        return self.together(
+            picture, None if self.sound is None else shuffled(self.sound.latents, step)
+        )
 
     def project(self, latents: Tensor) -> Tensor:
         """Write all that is known into what a sampler has; its `project`."""
@@ -213,7 +223,10 @@ def video_at_strength(state: LatentState, latents: Tensor, start_sigma: float) -
         start_sigma: sigmas[0] of `make_sigmas(..., strength=X)`. At strength 0 sampling takes no
             step and gives the clip back; at 1 the noise stays untouched, bit for bit.
     """
-    return replace(state, latents=add_noise(latents.to(state.latents), state.latents, start_sigma))
+    noise = state.latents
+    return replace(
+        state, latents=add_noise(latents.to(noise), noise, start_sigma), noise=noise
+    )
 
 
 def keyframe(state: LatentState, latent: Tensor, frame_index: int, strides: Strides) -> LatentState:

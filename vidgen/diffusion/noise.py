@@ -53,3 +53,24 @@ def draw_noise(
             normal = torch.special.ndtri(uniform.clamp_(min=SMALLEST_UNIFORM))
             noise[clip, :, frame] = normal.float()
     return noise
+
+
+def shuffled(noise: Tensor, step: int) -> Tensor:
+    """Noise as good as fresh: another order within each latent frame, and other signs.
+
+    It depends on `noise` and `step` alone, so whoever has a clip's starting noise has all of it,
+    and that of a longer clip begins with the shorter one's.
+
+    Args:
+        noise: [B, C, F, h, w], or of sound [B, C, K]; standard normal.
+        step: of sampling; each has orders and signs of its own.
+    """
+    mixed, generator = torch.empty_like(noise), torch.Generator("cpu")
+    for frame in range(noise.shape[2]):
+        before = noise[:, :, frame].flatten(1)
+        generator.manual_seed(frame_seed(step, "shuffled", frame))
+        draws = torch.rand(2, before.shape[1], generator=generator, dtype=torch.float64)
+        order, signs = draws[0].argsort(), torch.where(draws[1] < 0.5, -1.0, 1.0)
+        after = before[:, order.to(noise.device)] * signs.to(noise)
+        mixed[:, :, frame] = after.view_as(mixed[:, :, frame])
+    return mixed

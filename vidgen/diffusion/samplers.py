@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,10 +20,13 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise, OnStep, SamplerState, StepInfo
-from vidgen.diffusion.flow import denoised_of
+from vidgen.diffusion.flow import add_noise, denoised_of
+from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.schedule import steps_for_strength
 
 Project = Callable[[Tensor], Tensor]
+Fresh = Callable[[int], Tensor]
+"""Gives standard normal noise like the latents for the step of that number."""
 Step = Callable[[list[float], int, Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 UNIPC_SIGMA_MAX = 1 - 1e-6
@@ -73,7 +77,40 @@ def sample_unipc(
     return _integrate(_unipc_step, denoise, noisy, levels, on_step, project, resume)
 
 
-SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc}
+def sample_ancestral(
+    denoise: Denoise,
+    noisy: Tensor,
+    sigmas: Tensor,
+    *,
+    fresh: Fresh | None = None,
+    on_step: OnStep | None = None,
+    project: Project | None = None,
+    resume: SamplerState | None = None,
+) -> Tensor:
+    """Steps that replace a share of the noise with fresh noise (Ho et al. 2020, Alg. 2).
+
+    Of first order, as DDIM with eta = 1 (Song et al. 2021, eq. 16) and SDE-DPM-Solver++(1) (Lu et
+    al. 2022, appendix). A fault of the model at one level isn't carried to the clip in full: fresh
+    noise covers some of it, and later steps mend it.
+
+    Args:
+        denoise: as in `sample_euler`, and so is all else.
+        noisy: starting latents [B, C, F, h, w].
+        sigmas: [num_steps + 1].
+        fresh: the noise of each step but the last; None: `shuffled` from `noisy`, which is nothing
+            but noise then.
+        on_step: called after each step.
+        project: applied after each step.
+        resume: where an earlier run had come to.
+
+    Returns:
+        Clean latents [B, C, F, h, w], float32.
+    """
+    step = partial(_ancestral_step, fresh or partial(shuffled, noisy.float()))
+    return _integrate(step, denoise, noisy, _levels(sigmas), on_step, project, resume)
+
+
+SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc, "ancestral": sample_ancestral}
 
 
 def _integrate(
@@ -107,6 +144,18 @@ def _euler_step(
     levels: list[float], i: int, latents: Tensor, velocity: Tensor, _: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     return (latents + (levels[i + 1] - levels[i]) * velocity,)
+
+
+def _ancestral_step(
+    fresh: Fresh, levels: list[float], i: int, latents: Tensor, velocity: Tensor,
+    _: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    clean = denoised_of(latents, velocity, levels[i])
+    if levels[i + 1] == 0:
+        return (clean,)
+    left = levels[i + 1] * (1 - levels[i]) / (levels[i] * (1 - levels[i + 1]))  # e^-h
+    noise = left * (clean + velocity) + math.sqrt(1 - left**2) * fresh(i)
+    return (add_noise(clean, noise, levels[i + 1]),)
 
 
 def _unipc_step(

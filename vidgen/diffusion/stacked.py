@@ -70,9 +70,11 @@ def control(
         empty = torch.zeros_like(rows[:, reference.shape[1] :, :1])
         rows = torch.cat([torch.cat([reference, empty], dim=1), rows], dim=2)
     before = (0, 0, 0, 0, len(references), 0)
+    noise = noise.to(state.latents)
     return replace(
         state, control=rows, num_references=len(references),
-        latents=torch.cat([noise.to(state.latents), state.latents], dim=2),
+        latents=torch.cat([noise, state.latents], dim=2),
+        noise=None if state.noise is None else torch.cat([noise, state.noise], dim=2),
         clean=F.pad(state.clean, before),
         denoise_mask=F.pad(state.denoise_mask, before, value=True),
     )

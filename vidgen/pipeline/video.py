@@ -318,6 +318,8 @@ class Engine(OpenedModel):
                     denoise, start, scheduler, plan.num_steps, strength=plan.strength, **told
                 )
             else:
+                if plan.sampler == "ancestral":
+                    told["fresh"] = state.fresh
                 latents = SAMPLERS[plan.sampler](denoise, start, sigmas, **told)
         return latents if state.sound is not None else latents[:, :, state.num_references :]
 
