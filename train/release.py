@@ -59,8 +59,8 @@ from vidgen.weights.student import (
 )
 
 DEFAULTS = ModelDefaults(
-    num_steps=8, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
-    sampler="unipc", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
+    num_steps=12, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
+    sampler="ancestral", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
     image_guidance_scale=3.0,
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
