@@ -61,8 +61,8 @@ LEVELS = {
 }
 GOAL_DB = 30.0
 REFERENCE = "25 steps, shift 3"
-MANY: dict[str, Any] = {"steps": 25, "shift": 3.0}
-"""What fewer steps are measured against: the embedded model gains nothing by more."""
+MANY: dict[str, Any] = {"sampler": "unipc", "steps": 25, "shift": 3.0}
+"""What fewer steps are measured against: by one path the embedded model gains nothing by more."""
 STUDENT = "student"
 FEW: dict[str, dict[str, Any]] = {REFERENCE: MANY} | {
     f"{sampler} {steps} shift {shift:g}": {"sampler": sampler, "steps": steps, "shift": shift}
@@ -70,9 +70,12 @@ FEW: dict[str, dict[str, Any]] = {REFERENCE: MANY} | {
     for steps in (4, 6, 8, 12) for shift in shifts
 } | {
     f"unipc 8 shift {shift:g} guided {low:g}..{high:g}": {
-        "steps": 8, "shift": shift, "guidance_interval": (low, high)
+        "sampler": "unipc", "steps": 8, "shift": shift, "guidance_interval": (low, high)
     }
     for shift in (5.0, 7.0) for low, high in ((0.0, 0.95), (0.3, 1.0), (0.5, 1.0))
+} | {
+    f"ancestral {steps} shift 5": {"sampler": "ancestral", "steps": steps, "shift": 5.0}
+    for steps in (4, 8, 10, 12, 14, 24)
 }
 BATCH = 8
 RUNS, WARM_UP = 5, 1

@@ -32,12 +32,11 @@ from vidgen.toybox.sound import synthesize
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
-from vidgen.training.sound_parts import controls_distance, take_apart
+from vidgen.training.sound_parts import attacks, controls_distance, take_apart
 from vidgen.training.toybox_data import fresh_seed
 from vidgen.weights.sound_vae import load_sound_vae
 
 _FLOOR = 1e-4  # of magnitudes before their logarithm; a full-scale sine is about 1
-_AUDIBLE = 3e-3  # the same of levels whose rise is heard
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class SoundLoss:
         parts: squared error of the magnitudes of tones and noise, compressed, against those that
             the sound is made of; see `take_apart`.
         advance: 1 - cos of the error of the tones' advance.
-        attack: absolute error of how much the log energy of a few bands rises within 4 ms.
+        attack: squared error of the gains' logs against those that attacks need; see `attacks`.
         windows: lengths of the spectra in samples, with hops of a quarter.
         kl: of the posterior against a standard normal.
     """
@@ -60,7 +59,7 @@ class SoundLoss:
     mel: float = 1.0
     parts: float = 10.0
     advance: float = 4.0
-    attack: float = 0.5
+    attack: float = 2.0
     windows: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     kl: float = 1e-3
 
@@ -173,9 +172,12 @@ class SoundTask:
         decoded = self.vae.render(controls, first_noise=start)
         wanted = take_apart(self.vae.config, *self.vae.spectra(batch))
         parts, advance = controls_distance(self.vae.config, controls, wanted)
+        attack = parts.new_zeros(())
+        if controls.attack is not None:
+            gains = attacks(self.vae.config, batch, self.vae.render(wanted, first_noise=start))
+            attack = (controls.attack - gains[:, :, None]).square().mean()
         stft = torch.stack([stft_distance(decoded, batch, w) for w in weights.windows]).mean()
         mel = mel_distance(decoded, batch)
-        attack = attack_distance(decoded, batch)
         total = weights.stft * stft + weights.mel * mel + weights.kl * kl
         total = total + weights.parts * parts + weights.advance * advance
         total = total + weights.attack * attack
@@ -221,21 +223,6 @@ def mel_distance(decoded: Tensor, sound: Tensor) -> Tensor:
         for window, bands in ((1024, 80), (256, 32))
     ]  # fmt: skip
     return torch.stack(errors).mean()
-
-
-def attack_distance(decoded: Tensor, sound: Tensor) -> Tensor:
-    """Mean absolute error of how log energies of [B, N] rise within 4 ms, a scalar.
-
-    In spectra of 4 ms, a millisecond apart, and bands of a kilohertz: a bin of noise is chance.
-    """
-    ours, true = (_band_levels(x) for x in (decoded, sound))
-    return ((ours[..., 4:] - ours[..., :-4]) - (true[..., 4:] - true[..., :-4])).abs().mean()
-
-
-def _band_levels(sound: Tensor) -> Tensor:
-    """Logs of root mean squares in eight bands, [B, 8, T], a frame each millisecond."""
-    power = spectrogram(sound, 64, 16)[:, 1:].square().unflatten(1, (8, 4)).mean(2)
-    return 0.5 * (power + _AUDIBLE**2).log()
 
 
 def picture(sound: Tensor) -> Frames:

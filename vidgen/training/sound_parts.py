@@ -24,6 +24,10 @@ NOISY, STEADY = 0.90, 0.98  # evenness of what is all noise, and all tone
 TONE = 1.5
 """A steady oscillator's magnitude over its spectrum's, of Hann windows at any overlap."""
 FAINT = 1e-3  # magnitude that can't be heard; a full-scale sine has a quarter of the window's
+_LOOK = 128  # samples over which levels are compared, to find attacks
+_HUSHED = 3e-4  # level below which nothing is heard
+#: Logs of levels that count as right, of the most that is mended, and its share.
+_RIGHT, _MOST, _MENDED = 0.4, 2.0, 1.3
 _MEAN = 0.79  # of noise's magnitudes, compressed and raised back, in root mean squares
 
 
@@ -41,6 +45,27 @@ def take_apart(config: AudioVAEConfig, magnitudes: Tensor, tones: Tensor) -> Con
     return Controls(
         advance, TONE * magnitudes * share.sqrt() * mine, level * magnitudes * (1 - share)
     )
+
+
+def attacks(config: AudioVAEConfig, sound: Tensor, played: Tensor) -> Tensor:
+    """Logs of the gains that sharpen what windows blur, [B, T, gains]; see `Controls.attack`.
+
+    Mostly 0: noise is chance, so levels that are nearly right stay.
+
+    Args:
+        config: with gains.
+        sound: [B, N].
+        played: its parts, played without gains, [B, T * hop].
+    """
+    step = config.hop // config.gains_per_frame
+    padded = F.pad(sound, (0, played.shape[1] - sound.shape[1]))
+    wanted, there = (
+        F.avg_pool1d(x.square()[:, None], _LOOK, step, _LOOK // 2)[:, 0, 1:] + _HUSHED**2
+        for x in (padded, played)
+    )
+    off = 0.5 * (wanted / there).log()
+    gains = _MENDED * F.softshrink(off, _RIGHT).clamp(-_MOST, _MOST)
+    return gains.unflatten(1, (-1, config.gains_per_frame))
 
 
 def controls_distance(
