@@ -28,7 +28,7 @@ from vidgen.toybox.sound_judge import Heard, SoundJudge, SoundJudgeConfig, Sound
 from vidgen.training.checkpoint import latest_checkpoint
 from vidgen.training.loop import train
 from vidgen.training.sound_data import damage_sound, hollow_out, label_sounds
-from vidgen.training.sound_parts import controls_distance, take_apart
+from vidgen.training.sound_parts import attacks, controls_distance, take_apart
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE, load_sound_vae
 
@@ -94,6 +94,25 @@ def test_a_tone_is_taken_for_its_nearest_oscillators_and_noise_for_noise() -> No
     steady = vae.render(Controls(torch.zeros_like(level), torch.zeros_like(level), level))
     assert 0.6 < float(steady.std() / noise.std()) < 1.1  # what was taken for tones is missing
     assert controls_distance(vae.config, of_noise, of_noise) == (0, 0)
+
+
+def test_gains_sharpen_what_windows_blur_and_leave_the_rest() -> None:
+    vae, begins = AudioVAE(AUDIO_VAE_PRESETS["tiny"]), 8000
+    draw = torch.Generator().manual_seed(0)
+    sound = 0.2 * torch.randn(1, 16_000, generator=draw)
+    sound[:, :begins] *= 0.01
+    parts = take_apart(vae.config, *vae.spectra(sound))
+    plain = vae.render(parts)
+    gains = attacks(vae.config, sound, plain)
+    assert gains.shape == (1, parts.tone.shape[1], vae.config.gains_per_frame)
+    points = gains.flatten()
+    at = begins // 16
+    assert float(points[at - 9 : at - 4].max()) < -1  # what the window smears ahead
+    away = torch.cat([points[20 : at - 30], points[at + 30 : -40]])
+    assert float((away == 0).float().mean()) > 0.9
+    sharp = vae.render(parts._replace(attack=gains[:, :, None].expand(-1, -1, 2, -1)))
+    smeared, left = (float(x[:, begins - 128 : begins - 32].std()) for x in (plain, sharp))
+    assert left < 0.4 * smeared
 
 
 def test_the_loss_falls_and_silence_is_finite(sound: ModuleType, tmp_path: Path) -> None:
