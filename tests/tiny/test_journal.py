@@ -112,7 +112,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, engine: Engine, name: str) -> list[
     return calls
 
 
-@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+@pytest.mark.parametrize("sampler", ["euler", "unipc", "ancestral"])
 @pytest.mark.parametrize("step", [1, 2])
 def test_stopped_between_steps(engine, out, sampler, step):
     expected = engine.generate(PROMPT, **LONG, sampler=sampler).latents

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ import torch
 import vidgen
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
+from vidgen.evaluation.generation import generate_batch
 from vidgen.media.clip import Clip
-from vidgen.pipeline.inputs import read_inputs
+from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car bounces across the desert"
@@ -164,6 +166,36 @@ def test_a_mask_keeps_the_rest(engine: Engine, tmp_path: Path) -> None:
     assert not mask[..., :2].any()
     clip = engine.generate(PROMPT, seed=1, video=str(source), mask=white_left)
     assert torch.equal(clip.latents[..., 2:], state.clean[..., 2:])
+
+
+def test_noise_that_is_drawn_anew_follows_from_the_seed_alone(
+    engine: Engine, tmp_path: Path
+) -> None:
+    def made(**options: Any) -> torch.Tensor:
+        clip = engine.generate(PROMPT, **{"seed": 1, "steps": 4, "sampler": "ancestral"} | options)
+        assert clip.latents is not None
+        return clip.latents
+
+    first = made()
+    assert torch.equal(first, made())
+    assert not torch.equal(first, made(seed=2))
+    assert not torch.allclose(first, made(sampler="euler"), atol=0.1)
+    batch = generate_batch(
+        engine, engine.plan(Request(prompt=PROMPT, seed=0, steps=4, sampler="ancestral"), Inputs()),
+        [PROMPT] * 2, [5, 1],
+    )
+    alone = torch.cat(list(engine.decode_video(first)), dim=2)[0]
+    torch.testing.assert_close(batch[1], alone.clamp(-1, 1), atol=1e-3, rtol=0)
+    source = tmp_path / "source.mkv"
+    engine.generate(PROMPT, seed=9).save(source)
+    assert torch.equal(first, made(video=str(source), strength=1.0))
+    half = made(video=str(source), strength=0.5)
+    assert torch.equal(half, made(video=str(source), strength=0.5))
+    left = np.zeros((32, 32, 3), np.uint8)
+    left[:, :16] = 255
+    kept = made(video=str(source), mask=left)
+    whole = made(video=str(source), strength=0.0)
+    torch.testing.assert_close(kept[..., 2:], whole[..., 2:], atol=1e-4, rtol=0)
 
 
 def test_given_noise_replaces_the_seeds(engine: Engine) -> None:

@@ -112,7 +112,7 @@ def test_gains_sharpen_what_windows_blur_and_leave_the_rest() -> None:
     assert float((away == 0).float().mean()) > 0.9
     sharp = vae.render(parts._replace(attack=gains[:, :, None].expand(-1, -1, 2, -1)))
     smeared, left = (float(x[:, begins - 128 : begins - 32].std()) for x in (plain, sharp))
-    assert left < 0.4 * smeared
+    assert left < 0.7 * smeared
 
 
 def test_the_loss_falls_and_silence_is_finite(sound: ModuleType, tmp_path: Path) -> None:
