@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.models import build_tiny_model
+from vidgen.cli.main import main
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
@@ -15,6 +16,7 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.pipeline import journal as journals
 from vidgen.pipeline import networks
 from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.own_sound import OwnSound
 from vidgen.pipeline.video import load
 
 WORDS = {"seed": 3, "frames": 9, "steps": 2, "dtype": "fp32"}
@@ -99,6 +101,16 @@ def test_the_picture_is_the_same_without_sound_and_no_track_is_written(engine, t
     assert clip.sound is None
     clip.save(tmp_path / "a.mp4")
     assert read_sound(tmp_path / "a.mp4") is None
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.mp4"])
+def test_no_sound_is_made_that_a_file_cant_hold(engine, tmp_path, monkeypatch, name):
+    made = []
+    monkeypatch.setattr(OwnSound, "follow", lambda *_: made.append(1))
+    monkeypatch.setattr(OwnSound, "decode", lambda _: (np.zeros((12_000, 1), np.float32), 16_000))
+    words = ["generate", "a cat", "--model", str(engine.folder.path), "--frames", "9"]
+    assert main([*words, "--steps", "1", "-o", str(tmp_path / name)]) == 0
+    assert bool(made) == name.endswith(".mp4")
 
 
 def test_a_clip_that_is_kept_or_re_imagined_is_heard_anew(engine, tmp_path):

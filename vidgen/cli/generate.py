@@ -137,7 +137,7 @@ def add_sound(add: Callable[..., Any], *, goes_on: bool = False) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
-    from vidgen.core.request import Request
+    from vidgen.core.request import NO_AUDIO, Request
 
     options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
     request = Request.of(options.pop("prompt"), options)
@@ -146,7 +146,8 @@ def run(args: Namespace, report: Report) -> int:
     if request.seed is None:
         request = replace(request, seed=_seed(args, request, report))
     paths = _outputs(args.output, request)
-    _check_outputs(paths, request, overwrite=args.overwrite or args.resume)
+    if not _check_outputs(paths, request, overwrite=args.overwrite or args.resume):
+        request = replace(request, audio=NO_AUDIO)  # none is made for nobody to hear
     journals = journals_of_outputs(paths, args, report)
 
     import torch
@@ -318,10 +319,12 @@ def _outputs(output: str | None, request: Request) -> list[str]:
     return [f"{stem}-{number}{tail}" for number in range(1, request.count + 1)]
 
 
-def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> None:
+def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> bool:
+    """Refuse outputs that can't be written; tell whether they can hold sound."""
     from vidgen.core.runtime import check_output
-    from vidgen.media.write import check_format, require_sound
+    from vidgen.media.write import check_format, holds_sound, require_sound
 
+    suffix = ""
     for path in paths:
         suffix = check_format(path, request.frames)
         if request.wants_sound:
@@ -329,6 +332,7 @@ def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> No
         if suffix in (".png", ".jpg", ".jpeg") and request.frames is None:
             raise InputError(f"output {path} holds one picture; add --frames 1 or use .mp4")
         check_output(path, overwrite=overwrite)
+    return holds_sound(suffix)
 
 
 def _is_faulty(clip: Clip) -> bool:

@@ -140,13 +140,18 @@ def check_format(path: str | Path, num_frames: int | None = None) -> str:
     return suffix
 
 
+def holds_sound(suffix: str) -> bool:
+    """Whether an output of a suffix, as `check_format` gives it, can hold sound."""
+    return suffix in CONTAINERS
+
+
 def require_sound(path: str | Path, suffix: str) -> None:
     """Refuse an output of a suffix that holds no sound.
 
     Raises:
         InputError: names those that do.
     """
-    if suffix not in CONTAINERS:
+    if not holds_sound(suffix):
         raise InputError(f"output {path} holds no sound; give one of {', '.join(CONTAINERS)}, or "
                          "leave the sound out")
 
