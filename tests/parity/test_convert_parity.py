@@ -25,7 +25,8 @@ def both(model: str, target: Path, frames: int, steps: int) -> tuple[torch.Tenso
     convert(folder, target, "diffusers")
     engine = load(model, device="cpu", dtype="fp32")
     # without sound, which WanPipeline has no place for, and which the picture would listen to
-    clip = engine.generate(PROMPT, seed=3, frames=frames, steps=steps, audio="none")
+    given = {"seed": 3, "frames": frames, "steps": steps, "sampler": "unipc"}
+    clip = engine.generate(PROMPT, **given, audio="none")
     noise = draw_noise(3, LatentShape(*clip.latents.shape[1:]))
     pipe = WanPipeline.from_pretrained(target, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

@@ -1,12 +1,14 @@
 """Picture and sound in one state, and in the one tensor that samplers see."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from vidgen.core.errors import InputError
 from vidgen.diffusion import condition
+from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.diffusion.sound import Packing, new_sound, sound_begins
@@ -54,14 +56,20 @@ def test_a_sampler_goes_to_the_same_ends_as_with_each_alone(sampler):
         parts = zip(state.apart(latents), aims, strict=True)
         return state.together(*(towards(aim)(part, sigma) for part, aim in parts))
 
-    made = SAMPLERS[sampler](both, state.begin(), sigmas, project=state.project)
+    def drawing(fresh):
+        return {"fresh": fresh} if sampler == "ancestral" else {}
+
+    made = SAMPLERS[sampler](
+        both, state.begin(), sigmas, project=state.project, **drawing(state.fresh)
+    )
     picture, sound = state.apart(made)
     alone = SAMPLERS[sampler](
-        towards(aims[0]), state.impose(state.latents), sigmas, project=state.impose
+        towards(aims[0]), state.impose(state.latents), sigmas, project=state.impose,
+        **drawing(partial(shuffled, state.latents)),
     )
     heard = SAMPLERS[sampler](
         towards(aims[1]), state.sound.impose(state.sound.latents), sigmas,
-        project=state.sound.impose,
+        project=state.sound.impose, **drawing(partial(shuffled, state.sound.latents)),
     )
     torch.testing.assert_close(picture, alone)
     torch.testing.assert_close(sound, heard)

@@ -148,9 +148,11 @@ def sound_ops(config: AudioVAEConfig, latents: int) -> list[Op]:
     width, frames = config.decoder_dim, latents * config.frames_per_token
     at_latents, at_frames = config.decoder_layers
     blocks = latents * at_latents + frames * at_frames
-    ends = latents * config.latent_channels + frames * (width + 3 * config.num_bins)
+    said = 3 * config.num_bins + 2 * config.gains_per_frame
+    ends = latents * config.latent_channels + frames * (width + said)
     passing = blocks * (config.expansion + config.kernel_size) * width
-    spectra = frames * config.window * (8 + math.log2(config.window))
+    played = 1 + bool(config.gains_per_frame)  # tones and noise apart, where each has its gains
+    spectra = played * frames * config.window * (8 + math.log2(config.window))
     return [
         Op("gemm", width, 2 * width * (2 * blocks * config.expansion * width + ends)),
         Op("tokens", frames * width, passing + spectra),
@@ -162,8 +164,10 @@ def sound_bytes(config: AudioVAEConfig, latents: int, itemsize: int) -> int:
     """The most that the sound's decoder holds of so many latents that it takes at a time."""
     frames = latents * config.frames_per_token
     block = (3 + 2 * config.expansion) * config.decoder_dim * itemsize
-    # what it says, in float32; phases in float64, complex spectra twice, windows of samples twice
-    render = config.num_bins * (3 * 4 + 2 * 8 + 2 * 8) + 2 * 4 * config.window
+    # what it says, in float32; phases in float64, complex spectra twice, windows of samples twice;
+    # with gains spectra of tones and of noise, and three of their windows
+    spectra, windows = (4, 6) if config.gains_per_frame else (2, 2)
+    render = config.num_bins * (3 * 4 + 2 * 8 + spectra * 8) + windows * 4 * config.window
     return frames * max(block, render) + 8 * NOISE_FRAMES * config.num_bins
 
 
