@@ -31,7 +31,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
-from vidgen.diffusion.samplers import SAMPLERS
+from vidgen.diffusion.samplers import sample_state
 from vidgen.evaluation.generation import generate_batch
 from vidgen.evaluation.judging import TASKS, grade
 from vidgen.evaluation.score_log import ScoreLog
@@ -123,7 +123,7 @@ def timed_clip(
     caches = make_caches(plan.cache, sigmas, plan.guidance)
     with denoising(engine.parts, plan, state, contexts, NO_LORAS, 1.0, caches) as denoise:
         start = time.perf_counter()
-        latents = SAMPLERS[plan.sampler](denoise, state.latents, sigmas)
+        latents = sample_state(plan.sampler, denoise, state, sigmas)
         seconds = time.perf_counter() - start
     video = torch.cat([part.float().clamp(-1, 1) for part in engine.decode_video(latents)], dim=2)
     taken = [computed for _, computed in caches.taken] if caches else []

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from vidgen.core.protocols import Denoise, OnStep, SamplerState, StepInfo
 from vidgen.diffusion.flow import add_noise, denoised_of
 from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.schedule import steps_for_strength
+
+if TYPE_CHECKING:
+    from vidgen.diffusion.condition import LatentState
 
 Project = Callable[[Tensor], Tensor]
 Fresh = Callable[[int], Tensor]
@@ -111,6 +114,26 @@ def sample_ancestral(
 
 
 SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc, "ancestral": sample_ancestral}
+
+
+def sample_state(
+    name: str,
+    denoise: Denoise,
+    state: LatentState,
+    sigmas: Tensor,
+    *,
+    on_step: OnStep | None = None,
+    resume: SamplerState | None = None,
+) -> Tensor:
+    """Sample a state by one of `SAMPLERS`: from its noise, with what is known of it written back.
+
+    Arguments and result as in `sample_euler`; with sound both come packed.
+    """
+    drawn: dict[str, Any] = {"fresh": state.fresh} if name == "ancestral" else {}
+    return SAMPLERS[name](
+        denoise, state.begin(), sigmas, on_step=on_step, project=state.project, resume=resume,
+        **drawn,
+    )
 
 
 def _integrate(

@@ -126,7 +126,7 @@ def measure_magnitudes(engine: Engine, prompt: str = "a red car drives to the ri
 
     One clip is enough: they hardly depend on what it shows (Ma et al. 2025, fig. 2).
     """
-    from vidgen.diffusion.samplers import SAMPLERS
+    from vidgen.diffusion.samplers import sample_state
     from vidgen.pipeline.networks import denoising
 
     options: dict[str, Any] = {"seed": 0}
@@ -141,7 +141,7 @@ def measure_magnitudes(engine: Engine, prompt: str = "a red car drives to the ri
         caches = StepCaches(lambda _: Probe())
         level = float(sigmas[0])
         with denoising(engine.parts, plan, state, contexts, NO_LORAS, level, caches) as denoise:
-            SAMPLERS[plan.sampler](denoise, state.begin(), sigmas, project=state.project)
+            sample_state(plan.sampler, denoise, state, sigmas)
     return magnitudes_of(caches)
 
 

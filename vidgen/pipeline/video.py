@@ -29,7 +29,7 @@ from vidgen.core.runtime import best_dtype, choose_device
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.samplers import SAMPLERS, sample_with_scheduler, scheduler_sigmas
+from vidgen.diffusion.samplers import sample_state, sample_with_scheduler, scheduler_sigmas
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.media.clip import Clip
 from vidgen.media.label import with_label
@@ -297,7 +297,6 @@ class Engine(OpenedModel):
         With sound in the state both come packed; see `LatentState.apart`.
         With `remember` the states that `on_step` is told hold what a step cache remembers.
         """
-        start = state.begin()
         contexts = contexts[:1] if plan.guidance.is_off else contexts
         has_given = plan.strength == 1 and bool(state.has_given.all())
         guidance = plan.guidance.of_clip(has_given=has_given)
@@ -309,18 +308,18 @@ class Engine(OpenedModel):
         if caches is not None and on_step is not None and remember:
             crew = self.crew
             on_step = carrying(caches.state if crew is None else crew.remembered, on_step)
-        told = {"on_step": on_step, "project": state.project, "resume": resume}
         level = float(sigmas[resume.step if resume else 0])
         model = self.crew.denoising if self.crew else denoising
         with model(self.parts, plan, state, contexts, loras, level, caches) as denoise:
             if scheduler is not None:
                 latents = sample_with_scheduler(
-                    denoise, start, scheduler, plan.num_steps, strength=plan.strength, **told
+                    denoise, state.begin(), scheduler, plan.num_steps, strength=plan.strength,
+                    on_step=on_step, project=state.project, resume=resume,
                 )
             else:
-                if plan.sampler == "ancestral":
-                    told["fresh"] = state.fresh
-                latents = SAMPLERS[plan.sampler](denoise, start, sigmas, **told)
+                latents = sample_state(
+                    plan.sampler, denoise, state, sigmas, on_step=on_step, resume=resume
+                )
         return latents if state.sound is not None else latents[:, :, state.num_references :]
 
     def decode(
