@@ -306,6 +306,21 @@ def test_jobs_wait_in_order_and_end_by_a_click(page, served):
     assert served.video(first["id"])["error"]["code"] == "cancelled"
 
 
+def test_a_link_followed_while_the_page_begins_takes_the_focus_along(page):
+    held = []
+
+    def hold(asked):
+        held.append(asked)
+
+    page.route("**/v1/models*", hold)
+    page.reload()
+    page.get_by_role("link", name="Jobs").click()
+    while not held:
+        page.wait_for_timeout(20)
+    held[0].continue_()
+    assert_focused(page, "Jobs")
+
+
 def test_a_film_is_written_made_and_one_shot_of_it_made_anew(page, served):
     press(page, "2")
     page.get_by_label("Title").fill("A red car")

@@ -1,7 +1,7 @@
 // Addresses behind the #: which view is shown, and where the focus goes.
 
+const openedAt = location.hash;
 let onroute = null;
-let isFirst = true;
 
 /** The view and its arguments: "#/clip/ID" is ["clip", "ID"]. */
 export function route() {
@@ -9,15 +9,14 @@ export function route() {
   return parts.length ? parts.map(decodeURIComponent) : ["clips"];
 }
 
-/** Call back now and whenever the address changes. */
+/** Call back now, quietly unless a link was followed while the page began, and whenever the address changes. */
 export function startRouter(callback) {
   onroute = callback;
   addEventListener("hashchange", () => {
     if (location.hash === "#main") return; // the skip link's
     onroute(route(), false);
   });
-  onroute(route(), isFirst);
-  isFirst = false;
+  onroute(route(), location.hash === openedAt);
 }
 
 /** Go to an address. */
