@@ -111,6 +111,11 @@ def test_no_sound_is_made_that_a_file_cant_hold(engine, tmp_path, monkeypatch, n
     words = ["generate", "a cat", "--model", str(engine.folder.path), "--frames", "9"]
     assert main([*words, "--steps", "1", "-o", str(tmp_path / name)]) == 0
     assert bool(made) == name.endswith(".mp4")
+    engine.generate("a cat", **WORDS, audio="none").save(tmp_path / "short.mp4")
+    made.clear()
+    words = ["extend", str(tmp_path / "short.mp4"), "--seconds", "0.5"]
+    assert main([*words, "-o", str(tmp_path / f"longer-{name}")]) == 0
+    assert bool(made) == name.endswith(".mp4")
 
 
 def test_a_clip_that_is_kept_or_re_imagined_is_heard_anew(engine, tmp_path):
