@@ -95,18 +95,27 @@ def test_a_beginning_is_known_with_its_sound(cache):
     assert 0 < int((~sound.denoise_mask[0, 0]).sum()) < 12
 
 
-def test_clips_of_one_motion_follow_each_other_in_the_world(cache, tmp_path):
-    config = replace(cache.clips.config, folder=str(tmp_path), shard_size=6, motion="bounces")
-    bouncing = ToyboxCache(config)
-    scenes = [bouncing.scene(index) for index in (5, 0, 1, 2, 3, 4)]
-    assert all("bounces" in [actor.motion for actor in scene.actors] for scene in scenes)
-    first = ToyboxCache(replace(config, motion=None, folder=str(tmp_path / "all")))
+@pytest.mark.parametrize("wanted", [{"motion": "bounces"}, {"sprites": ("cow", "frog", "owl")}])
+def test_clips_of_one_motion_or_some_sprites_follow_each_other_in_the_world(
+    cache, tmp_path, wanted
+):
+    def shows(scene):
+        (name, values), = wanted.items()
+        return any(getattr(each, name.removesuffix("s")) in values for each in scene.actors)
+
+    config = replace(cache.clips.config, folder=str(tmp_path), shard_size=6, **wanted)
+    some = ToyboxCache(config)
+    scenes = [some.scene(index) for index in (5, 0, 1, 2, 3, 4)]
+    assert all(map(shows, scenes))
+    plain = replace(config, motion=None, sprites=(), folder=str(tmp_path / "all"))
+    first = ToyboxCache(plain)
     world = [first.scene(index) for index in range(scenes[0].seed - first.scene(0).seed + 1)]
-    found = [s for s in world if "bounces" in [actor.motion for actor in s.actors]]
-    assert [*scenes[1:], scenes[0]] == found, "none left out, in order"
-    assert bouncing.manifest == first.manifest | {"motion": "bounces"}
+    assert [*scenes[1:], scenes[0]] == [*filter(shows, world)], "none left out, in order"
+    assert json.dumps(some.manifest) == json.dumps(first.manifest | wanted)
     with pytest.raises(InputError, match="motion is 'hops'; give one of"):
         replace(config, motion="hops")
+    with pytest.raises(InputError, match="sprites has 'gnu'; give some of"):
+        replace(config, sprites=("cow", "gnu"))
 
 
 def test_clips_in_which_something_is_hit_are_drawn_more_often(

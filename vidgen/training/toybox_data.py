@@ -23,6 +23,7 @@ from vidgen.toybox.scenes import (
     MOTIONS,
     PLACES,
     SEED_RANGES,
+    SPRITE_NAMES,
     WORLD_VERSION,
     Actor,
     Scene,
@@ -51,6 +52,8 @@ class CacheConfig:
         shards: how many shards of `shard_size` clips.
         first_scene: offset into the training range of scene seeds; geometries don't share scenes.
         motion: of an actor in all of its scenes, one after the other as they come; None: any.
+        sprites: of which one is an actor in all of its scenes, likewise: those that are learned
+            last; empty: any.
     """
 
     folder: str
@@ -63,12 +66,29 @@ class CacheConfig:
     height: int = 128
     width: int = 128
     motion: str | None = None
+    sprites: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.motion is not None and self.motion not in MOTIONS:
             raise InputError(
                 f"motion is {self.motion!r}; give one of {', '.join(MOTIONS)}, or none"
             )
+        unknown = [name for name in self.sprites if name not in SPRITE_NAMES]
+        if unknown:
+            raise InputError(
+                f"sprites has {unknown[0]!r}; give some of {', '.join(SPRITE_NAMES)}, or none"
+            )
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether every scene that comes is taken."""
+        return self.motion is None and not self.sprites
+
+    def takes(self, scene: Scene) -> bool:
+        """Whether a scene is one of the cache's."""
+        return (self.motion is None or self.motion in [each.motion for each in scene.actors]) and (
+            not self.sprites or any(each.sprite in self.sprites for each in scene.actors)
+        )
 
 
 @dataclass(frozen=True)
@@ -104,12 +124,11 @@ class ToyboxCache:
         }
         if config.motion is not None:
             self.manifest["motion"] = config.motion
+        if config.sprites:
+            self.manifest["sprites"] = list(config.sprites)
         self.shards = LatentShards(config.folder, self.manifest)
         self._scenes: dict[int, Scene] = {}
-        self._moving = (
-            scene for scene in map(self._drawn, itertools.count())
-            if config.motion in [actor.motion for actor in scene.actors]
-        )
+        self._taken = filter(config.takes, map(self._drawn, itertools.count()))
 
     @property
     def strides(self) -> Strides:
@@ -123,10 +142,10 @@ class ToyboxCache:
 
     def scene(self, index: int) -> Scene:
         """The scene of clip `index`; never one of the held-out triples."""
-        if self.config.motion is None and index not in self._scenes:
+        if self.config.takes_all and index not in self._scenes:
             self._scenes[index] = self._drawn(index)
         while index not in self._scenes:
-            self._scenes[len(self._scenes)] = next(self._moving)
+            self._scenes[len(self._scenes)] = next(self._taken)
         return self._scenes[index]
 
     def _drawn(self, number: int) -> Scene:
