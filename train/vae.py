@@ -56,9 +56,7 @@ class VAERun:
     """The whole YAML file.
 
     Args:
-        part: "decoder" keeps the encoder, and with it every cached latent, as it is, and learns
-            from what is cached, the mean: in channels that the KL loss drowns in noise there is
-            still something to be read.
+        part: "decoder" keeps the encoder, and with it every cached latent, as it is.
         clip_frames: lengths of the clips, in turns, that windows of a phase's frames are cut from;
             a motion spans its clip, so shorter clips move faster.
         crop: side in pixels of squares around sprites that two in three of the clip steps show, as
@@ -169,9 +167,7 @@ class VAETask:
         video = video.contiguous(memory_format=torch.channels_last_3d)
         mean, logvar = self.vae.encode_moments(video)
         mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
-        latents = mean
-        if self.config.part == "all":
-            latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+        latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         total, error = self._distance(self.vae.decode_raw(latents).float(), video, batch["mask"])
         if step % max(1, round(1 / max(weights.equivariance_share, 1e-6))) == 0:
