@@ -166,7 +166,7 @@ def test_the_program_learns_both_or_sound_alone(
     run = tmp_path / "run"
     config = {
         "preset": "tiny-sound", "text_preset": "tiny", "tokenizer": str(tiny_model / "tokenizer"),
-        "shifts": [2.0], "validation_clips": 2,
+        "shifts": [2.0], "validation_clips": 2, "pixel_weights": True,
         "sound": {"vae": str(sound_vae), "share": 1.0, "picture_known": 0.5},
         "caches": [{
             "folder": str(tmp_path / "latents"), "vae": str(tiny_model / "vae"), "shards": 2,

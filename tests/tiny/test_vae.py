@@ -14,6 +14,7 @@ from vidgen.ops import conv
 from vidgen.ops.conv import CausalConv3d, StreamCache
 from vidgen.ops.norm import ChannelRMSNorm
 from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
+from vidgen.training.channel_weights import channel_weights
 
 STATISTICS = {"latents_mean": (0.5, -0.2, 0.1, 0.0), "latents_std": (2.0, 0.7, 1.0, 1.3)}
 CONFIGS = {
@@ -301,3 +302,16 @@ def test_long_sums_in_float32_err_no_more_than_in_blocks(channels):
     ours = conv.convolve(layer, conv.channels_last(x))
     assert ours.is_contiguous(memory_format=torch.channels_last_3d)
     assert (ours - exact).norm() <= 1.2 * (blocks - exact).norm()
+
+
+def test_a_channel_counts_as_much_as_the_decoder_makes_of_it(vae, monkeypatch):
+    latents = torch.randn(2, 4, 3, 4, 4)
+    with torch.no_grad():
+        vae.decoder.from_latents.weight[:, 1] = 0
+    weights = channel_weights(vae, latents)
+    assert weights.mean().item() == pytest.approx(1)
+    assert weights.argmin() == 1
+    assert 0 < weights[1] < 0.1, "it is denoised along"
+    scales = torch.tensor([1.0, 2.0, 3.0, 2.0]).view(-1, 1, 1, 1)
+    monkeypatch.setattr(vae, "decode", lambda given: (given * scales).sum(1))
+    assert channel_weights(vae, latents).tolist() == pytest.approx([4 / 18, 16 / 18, 2, 16 / 18])
