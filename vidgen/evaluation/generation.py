@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.core.shapes import LatentShape
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import LatentState
-from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.noise import draw_noise, draw_sound_noise
 from vidgen.diffusion.sound import new_sound, sound_span
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.tokenizer import read_as
@@ -74,9 +73,9 @@ def generate_with_sound(
     first, end, start_s = sound_span(
         0, plan.latents.num_frames, stride_t, plan.fps, config.tokens_per_s
     )
-    shape = LatentShape(config.latent_channels, end - first, 1, 1, batch=len(prompts))
-    noise = draw_noise(seeds, shape, stream="audio")[..., 0, 0].to(engine.device)
-    state = replace(condition.finished(picture), sound=new_sound(noise, start_s))
+    noise = draw_sound_noise(seeds, config.latent_channels, first, end)
+    sounding = new_sound(noise.to(engine.device), start_s)
+    state = replace(condition.finished(picture), sound=sounding)
     _, heard = state.apart(engine.sample(sound, state, contexts))
     assert heard is not None
     num_samples = round(plan.num_frames / plan.fps * config.sample_rate)

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidgen.core.shapes import LatentShape
 from vidgen.diffusion.condition import finished
 from vidgen.diffusion.guidance import Guidance
-from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.noise import draw_sound_noise
 from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
 from vidgen.media.mix import SEAM_S, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
@@ -99,9 +98,9 @@ class OwnSound:
         Sound that is made already is known.
         """
         begin, end, start_s = self._span(first, state.latents.shape[2])
-        shape = LatentShape(_config(self.parts).latent_channels, end - begin, 1, 1)
-        noise = draw_noise(self.plan.seed, shape, stream="audio", first_frame=begin)
-        sound = new_sound(noise[..., 0, 0].to(state.latents.device), start_s)
+        channels = _config(self.parts).latent_channels
+        noise = draw_sound_noise(self.plan.seed, channels, begin, end)
+        sound = new_sound(noise.to(state.latents.device), start_s)
         known = self.latents[:, :, max(0, begin - self.begins) :]
         if begin >= self.begins and known.shape[2]:
             sound = sound_begins(sound, known[:, :, : end - begin])
