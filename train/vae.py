@@ -28,7 +28,7 @@ from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
-from vidgen.training.toybox_data import fresh_seed, load_vae
+from vidgen.training.toybox_data import cut_around, fresh_seed, load_vae
 
 
 @dataclass(frozen=True)
@@ -83,25 +83,6 @@ class VAERun:
         if self.crop is not None and (self.crop % side or not 0 < self.crop <= limit):
             raise InputError(f"crop is {self.crop}; give a multiple of {side} up to {limit}, or "
                              "none")
-
-
-def cut_around(video: Tensor, mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Cut of each clip [B, 3, T, H, W] the square around what its mask [B, 1, T, H, W] shows."""
-    rows, columns = mask.amax((1, 2, 4)), mask.amax((1, 2, 3))
-    videos, masks = [], []
-    for clip, shown, row, column in zip(video, mask, rows, columns, strict=True):
-        top, left = _start_around(row, side), _start_around(column, side)
-        square = (..., slice(top, top + side), slice(left, left + side))
-        videos.append(clip[square])
-        masks.append(shown[square])
-    return torch.stack(videos), torch.stack(masks)
-
-
-def _start_around(shown: Tensor, side: int) -> int:
-    """Where a span of `side` begins whose middle is that of what is shown [L]; in the frame."""
-    places = torch.arange(len(shown), device=shown.device, dtype=shown.dtype)
-    middle = (shown * places).sum() / shown.sum().clamp(min=1e-6)
-    return int((middle - side / 2).round().clamp(0, len(shown) - side))
 
 
 class VAETask:

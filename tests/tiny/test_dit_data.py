@@ -198,3 +198,23 @@ def test_a_keyframe_is_no_reference_nor_is_an_empty_place() -> None:
     assert has_reference(keys, 4).tolist() == [True, False, False, True]
     assert has_reference(replace(keys, valid=None), 4).tolist() == [True, True, False, True]
     assert has_reference(None, 2).tolist() == [False, False]
+
+
+def test_squares_show_sprites_for_the_same_number_of_tokens(plain: DiTData) -> None:
+    image = {"image_shares": (0.5,), "image_batch": 6}
+    whole = draws(replace(plain, **image))
+    squares = draws(replace(plain, **image, crop_share=1.0, crop=2, crop_level=0.5))
+    assert {batch.cover.shape[2] for batch in squares} == {1, 9}
+    for batch in squares:
+        latents = batch.state.clean
+        size = 6 if latents.shape[2] == 1 else 8
+        assert latents.shape[0] == size * 4
+        assert latents.shape[3:] == batch.cover.shape[3:] == (2, 2)
+        assert batch.sigma.max() <= 0.5 < whole[0].sigma.max()
+        assert batch.state.keys is None
+    stills = [[b.cover.flatten() for b in part if b.cover.shape[2] == 1]
+              for part in (whole, squares)]
+    share = [float(torch.cat(part).mean()) for part in stills]
+    assert share[1] > 1.2 * share[0]
+    with pytest.raises(InputError, match="crop is 6; give a multiple of 2 up to 4"):
+        draws(replace(plain, crop_share=0.5, crop=6))

@@ -20,7 +20,13 @@ from vidgen.models.words import read_synonyms
 from vidgen.pipeline.video import load
 from vidgen.toybox.scenes import is_held_out, sample_scenes
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.toybox_data import CacheConfig, ToyboxCache, as_reference, encoder_hash
+from vidgen.training.toybox_data import (
+    CacheConfig,
+    ToyboxCache,
+    as_reference,
+    cut_around,
+    encoder_hash,
+)
 from vidgen.weights.folder import open_model
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +170,6 @@ def test_references_show_the_sprite_elsewhere_and_no_held_out_triple() -> None:
 
 
 def test_squares_are_cut_around_what_moves() -> None:
-    cut_around = load_program("train/vae.py").cut_around
     video, mask = torch.randn(3, 3, 5, 32, 48), torch.zeros(3, 1, 5, 32, 48)
     mask[0, :, 1, 20:24, 30:34] = 1
     mask[1, :, :, :2, 46:] = 1
@@ -174,6 +179,9 @@ def test_squares_are_cut_around_what_moves() -> None:
     assert torch.equal(cut[1], video[1, :, :, :16, 32:]), "within the frame"
     assert shown.sum() == mask.sum()
     assert torch.equal(cut[2], video[2, :, :, :16, :16]), "nobody is there"
+    cut, _ = cut_around(video, mask, 12, step=4)
+    assert torch.equal(cut[0], video[0, :, :, 16:28, 24:36]), "at multiples of the step"
+    assert torch.equal(cut[1], video[1, :, :, :12, 36:])
 
 
 @pytest.mark.parametrize("crop", [-8, 0, 60, 136])

@@ -26,7 +26,7 @@ from vidgen.toybox.scenes import Draws, Scene
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import seed_of
 from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
-from vidgen.training.toybox_data import CacheConfig, ToyboxCache
+from vidgen.training.toybox_data import CacheConfig, ToyboxCache, cut_around
 
 PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
 WITH_STILLS = ConditionMix(
@@ -63,6 +63,12 @@ class DiTData:
             stills. None without.
         image_batch: samples of such a batch.
         image_shift: of such a batch's training times.
+        crop_share: share of batches, of clips and of single frames, that are squares around
+            sprites, as many as make the frames' area: most of a frame is background, which is
+            learned long before.
+        crop: their side in latents.
+        crop_level: the highest of their noise levels, evenly drawn from 0 on: above it a caption
+            doesn't tell what a square is cut from.
         window_share: share of clip batches cut from the inside of clips, all under a prefix:
             what a window of a long clip is, whose first latent is no single frame.
         anchor_share: of their samples, the share that is given the clip's first frame as a
@@ -90,6 +96,9 @@ class DiTData:
     image_shares: tuple[float, ...] = ()
     image_batch: int = 64
     image_shift: float = 1.0
+    crop_share: float = 0.0
+    crop: int = 8
+    crop_level: float = 0.7
     window_share: float = 0.0
     anchor_share: float = 0.0
     history_noise: float = 0.0
@@ -104,7 +113,8 @@ class DiTData:
         if self.image_shares and len(self.image_shares) != len(phases):
             raise InputError(f"image_shares has {len(self.image_shares)} entries for {len(phases)} "
                              "phases; give one a phase, or none")
-        for name in ("loose_share", "anonymous_share", "anchor_share", "history_noise"):
+        for name in ("loose_share", "anonymous_share", "anchor_share", "history_noise",
+                     "crop_share", "crop_level"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
         longest = min((cache.num_frames for cache in self.caches), default=0)
@@ -154,6 +164,9 @@ class ClipDraws:
             caches = [SoundCache(config.sound, cache) for cache in self.caches]
             self.sounds = [(cache, cache.load()) for cache in caches]
         self.strides = self.caches[0].strides
+        shortest = min(min(data.clips.shape[3:]) for data in self.data)
+        if config.crop_share and (config.crop % patch or not 0 < config.crop <= shortest):
+            raise InputError(f"crop is {config.crop}; give a multiple of {patch} up to {shortest}")
         self.num_kept = self.caches[0].num_clips - config.validation_clips
 
     def batch(self, phase: Phase, step: int, micro: int) -> Batch:
@@ -172,6 +185,13 @@ class ClipDraws:
         shares = self.config.image_shares
         if shares and torch.rand((), generator=kind) < shares[index]:
             num_frames, size, shift = 1, self.config.image_batch, self.config.image_shift
+        if self.config.crop_share and torch.rand((), generator=kind) < self.config.crop_share:
+            height, width = self.data[which].clips.shape[3:]
+            size = size * height * width // self.config.crop**2
+            rows = torch.randint(counts[which], (size,), generator=draw)
+            sigma = self.config.crop_level * draw_sigmas(size, draw, mean=None)
+            return self._assemble(which, rows, num_frames, sigma, draw, kind, sound=False,
+                                  conditions=self.config.conditions, crop=self.config.crop)
         rows = torch.randint(counts[which], (size,), generator=draw)
         sound = num_frames > 1 and self._draws_sound(kind)
         if sound:
@@ -207,7 +227,7 @@ class ClipDraws:
     def _assemble(
         self, which: int, rows: Tensor, num_frames: int, sigma: Tensor, draw: torch.Generator,
         kind: torch.Generator, *, conditions: ConditionMix | None = None,
-        dropout: float | None = None, sound: bool,
+        dropout: float | None = None, sound: bool, crop: int | None = None,
     ) -> Batch:
         data = self.data[which]
         inside_clip = (
@@ -226,6 +246,8 @@ class ClipDraws:
             latents, cover = (part[rows, :, window].float() for part in (data.clips, data.cover))
             first, shown = window.start, chosen.frame_index[0] < num_frames
             chosen = Stills(chosen.latents[:, :, shown], chosen.frame_index[:, shown])
+        if crop is not None:
+            latents, cover = cut_around(latents, cover, crop, self.patch)
         if inside_clip:
             conditions = replace(WINDOW, reference=self.config.anchor_share)
             anchors = torch.full((len(rows), 1), -1)

@@ -213,6 +213,34 @@ class ToyboxCache:
         self.shards.write(index, {name: value.half().cpu() for name, value in tensors.items()})
 
 
+def cut_around(
+    video: Tensor, mask: Tensor, side: int, step: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Cut of each clip [B, C, T, H, W] the square around what its mask [B, 1, T, H, W] shows.
+
+    Args:
+        video: pixels or latents.
+        mask: where something is to be seen, 0 to 1.
+        side: of the squares.
+        step: they begin at multiples of it.
+    """
+    rows, columns = mask.amax((1, 2, 4)), mask.amax((1, 2, 3))
+    videos, masks = [], []
+    for clip, shown, row, column in zip(video, mask, rows, columns, strict=True):
+        top, left = _start_around(row, side, step), _start_around(column, side, step)
+        square = (..., slice(top, top + side), slice(left, left + side))
+        videos.append(clip[square])
+        masks.append(shown[square])
+    return torch.stack(videos), torch.stack(masks)
+
+
+def _start_around(shown: Tensor, side: int, step: int) -> int:
+    """Where a span of `side` begins whose middle is that of what is shown [L]; in the frame."""
+    places = torch.arange(len(shown), device=shown.device, dtype=shown.dtype)
+    middle = (shown * places).sum() / shown.sum().clamp(min=1e-6)
+    return int(((middle - side / 2) / step).round().clamp(0, (len(shown) - side) // step)) * step
+
+
 def fresh_seed(*values: int) -> int:
     """Seed of a batch's first scene in the training range, which depends on all of the values.
 
