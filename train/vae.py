@@ -37,7 +37,7 @@ class VAELoss:
 
     Args:
         mask: extra weight of pixels on a sprite, which are few and matter most.
-        kl: at 1e-3 a quarter of the latent channels were lost to it.
+        kl: a quarter of the latent channels are lost to it, at 1e-3 as at 1e-4.
         equivariance: scale-equivariance (Skorokhodov et al. 2025, eq. 4): latents pooled by 2
             must decode to the clip pooled by 2; drawn on a share of the steps.
     """

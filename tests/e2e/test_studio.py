@@ -313,10 +313,9 @@ def test_a_link_followed_while_the_page_begins_takes_the_focus_along(page):
         held.append(asked)
 
     page.route("**/v1/models*", hold)
-    page.reload()
+    with page.expect_request("**/v1/models*"):  # in time, or the test fails
+        page.reload()
     page.get_by_role("link", name="Jobs").click()
-    while not held:
-        page.wait_for_timeout(20)
     held[0].continue_()
     assert_focused(page, "Jobs")
 

@@ -55,11 +55,8 @@ def draw_noise(
     return noise
 
 
-def draw_sound_noise(
-    seed: int | Sequence[int], channels: int, begin: int, end: int
-) -> Tensor:
-    """Noise of a clip's sound latents `begin` to `end`, [B, channels, end - begin] float32."""
-    seeds = [seed] if isinstance(seed, int) else list(seed)
+def draw_sound_noise(seeds: Sequence[int], channels: int, begin: int, end: int) -> Tensor:
+    """Noise of each clip's sound latents `begin` to `end`, [B, channels, end - begin] float32."""
     shape = LatentShape(channels, end - begin, 1, 1, batch=len(seeds))
     return draw_noise(seeds, shape, stream="audio", first_frame=begin)[..., 0, 0]
 

@@ -99,7 +99,7 @@ class OwnSound:
         """
         begin, end, start_s = self._span(first, state.latents.shape[2])
         channels = _config(self.parts).latent_channels
-        noise = draw_sound_noise(self.plan.seed, channels, begin, end)
+        noise = draw_sound_noise([self.plan.seed], channels, begin, end)
         sound = new_sound(noise.to(state.latents.device), start_s)
         known = self.latents[:, :, max(0, begin - self.begins) :]
         if begin >= self.begins and known.shape[2]:

@@ -9,7 +9,7 @@ export function route() {
   return parts.length ? parts.map(decodeURIComponent) : ["clips"];
 }
 
-/** Call back now, quietly unless a link was followed while the page began, and whenever the address changes. */
+/** Call back now, quietly unless a link was followed while the page began, and at each change. */
 export function startRouter(callback) {
   onroute = callback;
   addEventListener("hashchange", () => {
