@@ -24,7 +24,7 @@ from vidgen.media.sheet import contact_sheet
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.toybox.render import render
-from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
+from vidgen.toybox.scenes import SEED_RANGES, SceneMix, sample_scenes
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
@@ -62,6 +62,7 @@ class VAERun:
         crop: side in pixels of squares around sprites that two in three of the clip steps show, as
             many as make the frames' area: what moves is a small part of a frame, and most of its
             error.
+        mix: how often scenes are rich; tinted sprites are the hardest.
         init: component folder of a released VAE to start from, and to take the config of.
 
     Raises:
@@ -76,6 +77,7 @@ class VAERun:
     height: int = 128
     width: int = 128
     loss: VAELoss = VAELoss()
+    mix: SceneMix = SceneMix()
     init: str | None = None
 
     def __post_init__(self) -> None:
@@ -126,7 +128,7 @@ class VAETask:
         elif num_frames > 1 and step % 4 != 0 and self.config.crop:
             crop = self.config.crop
             count = count * self.config.height * self.config.width // crop**2
-        scenes = sample_scenes(base, count, split="any")
+        scenes = sample_scenes(base, count, self.config.mix, split="any")
         turn = self.config.clip_frames[step // 4 % len(self.config.clip_frames)]
         length = max(turn, num_frames)
         draw = torch.Generator().manual_seed(base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from vidgen.toybox.scenes import (
     WORLD_VERSION,
     Actor,
     Scene,
+    SceneMix,
     is_held_out,
     sample_scenes,
     times_in,
@@ -54,6 +55,7 @@ class CacheConfig:
         motion: of an actor in all of its scenes, one after the other as they come; None: any.
         sprites: of which one is an actor in all of its scenes, likewise: those that are learned
             last; empty: any.
+        mix: how often its scenes are rich, as in what is rarely seen otherwise: tinted sprites.
     """
 
     folder: str
@@ -67,6 +69,7 @@ class CacheConfig:
     width: int = 128
     motion: str | None = None
     sprites: tuple[str, ...] = ()
+    mix: SceneMix = SceneMix()
 
     def __post_init__(self) -> None:
         if self.motion is not None and self.motion not in MOTIONS:
@@ -126,6 +129,8 @@ class ToyboxCache:
             self.manifest["motion"] = config.motion
         if config.sprites:
             self.manifest["sprites"] = list(config.sprites)
+        if config.mix != SceneMix():
+            self.manifest["mix"] = asdict(config.mix)
         self.shards = LatentShards(config.folder, self.manifest)
         self._scenes: dict[int, Scene] = {}
         self._taken = filter(config.takes, map(self._drawn, itertools.count()))
@@ -150,7 +155,7 @@ class ToyboxCache:
 
     def _drawn(self, number: int) -> Scene:
         seed = SEED_RANGES["train"][0] + self.config.first_scene + number
-        return sample_scenes(seed, 1, split="train")[0]
+        return sample_scenes(seed, 1, self.config.mix, split="train")[0]
 
     def marks(self, scenes: Sequence[Scene], first: int, count: int) -> Tensor:
         """When something comes to a mark, [B, F, MARK_BINS] float 0 or 1.
