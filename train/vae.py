@@ -10,7 +10,7 @@ the clip phase starts from "every frame repeats its neighbour" instead of from n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -77,7 +77,7 @@ class VAERun:
     height: int = 128
     width: int = 128
     loss: VAELoss = VAELoss()
-    mix: SceneMix = SceneMix()
+    mix: SceneMix = field(default_factory=SceneMix)
     init: str | None = None
 
     def __post_init__(self) -> None:

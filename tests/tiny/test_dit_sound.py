@@ -18,6 +18,7 @@ from vidgen.diffusion import condition
 from vidgen.diffusion.sound import sound_span
 from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS
+from vidgen.toybox.scenes import SceneMix
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.dit_data import ClipDraws, DiTData
 from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
@@ -116,6 +117,15 @@ def test_clips_of_one_motion_or_some_sprites_follow_each_other_in_the_world(
         replace(config, motion="hops")
     with pytest.raises(InputError, match="sprites has 'gnu'; give some of"):
         replace(config, sprites=("cow", "gnu"))
+
+
+def test_clips_of_another_mix_of_scenes_lie_in_a_cache_of_their_own(cache, tmp_path):
+    usual = replace(cache.clips.config, folder=str(tmp_path))
+    tinted = ToyboxCache(replace(usual, mix=SceneMix(tint=1.0, two_actors=0.0)))
+    scenes = [tinted.scene(index) for index in range(20)]
+    assert all(actor.tint for scene in scenes for actor in scene.actors)
+    with pytest.raises(InputError, match="mix is .*'tint': 1.0.* there, None here"):
+        ToyboxCache(usual)
 
 
 def test_clips_in_which_something_is_hit_are_drawn_more_often(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -69,7 +69,7 @@ class CacheConfig:
     width: int = 128
     motion: str | None = None
     sprites: tuple[str, ...] = ()
-    mix: SceneMix = SceneMix()
+    mix: SceneMix = field(default_factory=SceneMix)
 
     def __post_init__(self) -> None:
         if self.motion is not None and self.motion not in MOTIONS:
