@@ -124,7 +124,7 @@ def test_clips_of_another_mix_of_scenes_lie_in_a_cache_of_their_own(cache, tmp_p
     tinted = ToyboxCache(replace(usual, mix=SceneMix(tint=1.0, two_actors=0.0)))
     scenes = [tinted.scene(index) for index in range(20)]
     assert all(actor.tint for scene in scenes for actor in scene.actors)
-    with pytest.raises(InputError, match="mix is .*'tint': 1.0.* there, None here"):
+    with pytest.raises(InputError, match=r"mix is .*'tint': 1\.0.* there, None here"):
         ToyboxCache(usual)
 
 

@@ -94,7 +94,7 @@ def run(args: Namespace, report: Report) -> int:
     from rich.console import Console
 
     from vidgen.evaluation.toybox import run_toybox
-    from vidgen.evaluation.toybox_table import table
+    from vidgen.evaluation.toybox_table import table, weak_spots_table
     from vidgen.pipeline.workers import Staff
 
     staff = Staff(args.workers, args.ray, args.threads)
@@ -102,7 +102,9 @@ def run(args: Namespace, report: Report) -> int:
     atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
     report({"event": "written", "path": args.output})
     report.result(result, args.output)
-    Console(stderr=True, width=None if sys.stderr.isatty() else 132).print(table(result))
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 132)
+    for drawn in filter(None, (table(result), weak_spots_table(result))):
+        console.print(drawn)
     return 0
 
 

@@ -24,6 +24,7 @@ from vidgen.evaluation.statistics import (
 )
 from vidgen.evaluation.sync import score_sync, sync_intervals
 from vidgen.evaluation.toybox_items import CEILINGS
+from vidgen.evaluation.weak_spots import weak_spots
 from vidgen.toybox.ambience import ambience_of
 from vidgen.toybox.scenes import Scene
 
@@ -91,11 +92,11 @@ def summarise(
         kinds: of phrasings, clip by clip.
 
     Returns:
-        {"scores": {source: {measure: figure}}, "confusions", "outcomes"}; a figure has "value",
-        "low" and "high" (None of one clip), "total" and, where known, "chance", "ceiling_render",
-        "ceiling_vae", "floor".
+        {"scores": {source: {measure: figure}}, "confusions", "outcomes", "weak_spots"}; a figure
+        has "value", "low" and "high" (None of one clip), "total" and, where known, "chance",
+        "ceiling_render", "ceiling_vae", "floor".
         "outcomes" has of each source and rate a character a clip, in their order: 1 right, 0 wrong,
-        - where the rate has no meaning.
+        - where the rate has no meaning. "weak_spots" is what `weak_spots` gives.
         "triples" has what is lost on held-out ones: the difference of "seen" and "held_out";
         "phrasings" likewise what the "grammar" has over the "phrased", and "phrasings, typos" and
         so on the same kind by kind.
@@ -123,6 +124,7 @@ def summarise(
         "scores": figures,
         "confusions": {name: _confusions(rows, scenes[name]) for name, rows in scores.items()},
         "outcomes": {name: _outcomes(rows) for name, rows in scores.items()},
+        "weak_spots": weak_spots(scores, scenes),
     }
 
 

@@ -1,4 +1,4 @@
-"""The figures of `vidgen eval toybox` as a table for people."""
+"""The figures of `vidgen eval toybox` as tables for people."""
 
 from __future__ import annotations
 
@@ -34,6 +34,22 @@ def table(result: Mapping[str, Any]) -> Table:
                 str(figure["total"]), *(show(figure.get(name)) for name in _REST), style=style,
             )  # fmt: skip
         drawn.add_section()
+    return drawn
+
+
+def weak_spots_table(result: Mapping[str, Any]) -> Table | None:
+    """Kinds of scenes of which more goes wrong than of others; None where there are none."""
+    from rich.table import Table
+
+    if not result["weak_spots"]:
+        return None
+    drawn = Table(title="Where more goes wrong than elsewhere, by more than chance")
+    for column in ("clips", "measure", "scenes", "score", "others", "n"):
+        drawn.add_column(column, justify="right" if column in ("score", "others", "n") else "left")
+    for spot in result["weak_spots"]:
+        rates = (f"{100 * spot[name]:.1f}%" for name in ("value", "others"))
+        kind = f"{spot['trait']}: {spot['name']}"
+        drawn.add_row(spot["source"], spot["measure"], kind, *rates, str(spot["total"]))
     return drawn
 
 
