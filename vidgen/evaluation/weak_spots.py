@@ -87,7 +87,7 @@ def _of_measure(
     drawn = draws.cumsum(axis=1)
     for (trait, name), members in kinds.items():
         here = np.isin(np.arange(len(rates)), members)
-        least = drawn[:, len(members) - 1] <= rates[here].sum() + 1e-9
+        least = drawn[:, len(members) - 1] <= rates[here].sum() + 1e-4
         p = (1 + int(least.sum())) / (1 + PERMUTATIONS) * len(kinds)
         if p <= SIGNIFICANCE:
             total = sum(counts[index] for index in members)
