@@ -124,6 +124,12 @@ def test_the_mix_is_kept():
         assert scene.sound == ()
 
 
+@pytest.mark.parametrize(("name", "value"), [("tint", 1.5), ("sound", -0.1)])
+def test_a_mix_of_more_than_all_is_refused(name, value):
+    with pytest.raises(InputError, match=f"{name} is {value}; a probability lies in 0..1"):
+        SceneMix(**{name: value})
+
+
 def test_named_sounds_belong_to_the_scene():
     scenes = sample_scenes(0, 300, SceneMix(sound=1.0))
     assert all(set(scene.sound) <= set(sounds_for(scene)) for scene in scenes)

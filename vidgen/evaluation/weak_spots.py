@@ -1,6 +1,6 @@
 """Where a model fails: what clips that went wrong have in common, in their scenes.
 
-A rate of all clips hides that one in seven is tinted, and half of these go wrong.
+A rate of all clips hides a kind of which there are few and most go wrong.
 """
 
 from __future__ import annotations

@@ -145,7 +145,11 @@ def _check(what: str, value: object, allowed: Sequence[object]) -> None:
 
 @dataclass(frozen=True)
 class SceneMix:
-    """Probabilities with which `sample_scenes` departs from one untinted actor on a clear day."""
+    """Probabilities with which `sample_scenes` departs from one untinted actor on a clear day.
+
+    Raises:
+        InputError: one that lies outside of 0..1.
+    """
 
     two_actors: float = 0.15
     tint: float = 0.15
@@ -159,6 +163,11 @@ class SceneMix:
     speeds: Mapping[str, float] = field(
         default_factory=lambda: {"slow": 0.2, "normal": 0.6, "fast": 0.2}
     )
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, Mapping) and not 0 <= value <= 1:
+                raise InputError(f"{name} is {value}; a probability lies in 0..1")
 
 
 class Draws:
