@@ -5,13 +5,14 @@ A rate of all clips hides a kind of which there are few and most go wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from vidgen.toybox.captions import attributes
 from vidgen.toybox.scenes import Scene
 
 PERMUTATIONS = 10_000
@@ -31,7 +32,7 @@ class WeakSpot:
         others: that of all other clips.
         total: its clips.
         p: how often as little is right of as many scenes drawn at random, times the number of
-            kinds that were looked at (Bonferroni), at most 1.
+            kinds that were looked at (Bonferroni); `SIGNIFICANCE` at most.
     """
 
     source: str
@@ -86,32 +87,30 @@ def _of_measure(
     draws = np.random.default_rng(0).permuted(np.tile(rates, (PERMUTATIONS, 1)), axis=1)
     drawn = draws.cumsum(axis=1)
     for (trait, name), members in kinds.items():
-        here = np.isin(np.arange(len(rates)), members)
-        least = drawn[:, len(members) - 1] <= rates[here].sum() + 1e-4
+        mine, others = rates[members], np.delete(rates, members)
+        least = drawn[:, len(members) - 1] <= mine.sum() + 1e-4  # sums are float32
         p = (1 + int(least.sum())) / (1 + PERMUTATIONS) * len(kinds)
         if p <= SIGNIFICANCE:
             total = sum(counts[index] for index in members)
-            value, others = float(rates[here].mean()), float(rates[~here].mean())
-            yield WeakSpot(source, measure, trait, name, value, others, total, p)
+            means = float(mine.mean()), float(others.mean())
+            yield WeakSpot(source, measure, trait, name, *means, total, p)
 
 
 def _kinds(scenes: Sequence[Scene]) -> dict[tuple[str, str], list[int]]:
     """Scenes by trait and kind; not what all or none of them are."""
     found: dict[tuple[str, str], list[int]] = {}
     for index, scene in enumerate(scenes):
-        for trait, kind_of in _TRAITS.items():
-            found.setdefault((trait, kind_of(scene)), []).append(index)
+        for kind in _traits(scene).items():
+            found.setdefault(kind, []).append(index)
     return {kind: members for kind, members in found.items() if len(members) < len(scenes)}
 
 
-_TRAITS: dict[str, Callable[[Scene], str]] = {
-    "tint": lambda scene: "tinted" if any(a.tint for a in scene.actors) else "as it is",
-    "size": lambda scene: scene.actors[0].size,
-    "motion": lambda scene: scene.actors[0].motion,
-    "speed": lambda scene: scene.actors[0].speed,
-    "place": lambda scene: scene.place,
-    "time of day": lambda scene: scene.time_of_day,
-    "weather": lambda scene: scene.weather,
-    "camera": lambda scene: scene.camera,
-    "relation": lambda scene: scene.relation or "alone",
-}
+def _traits(scene: Scene) -> dict[str, str]:
+    """What kind of scene it is, by trait; what is told of an actor is the first one's."""
+    told = attributes(scene)
+    names = ("size", "motion", "speed", "place", "time_of_day", "weather", "camera")
+    return {
+        "tint": "tinted" if any(actor.tint for actor in scene.actors) else "as it is",
+        **{name.replace("_", " "): told[name] for name in names},
+        "relation": scene.relation or "alone",
+    }
