@@ -1,6 +1,9 @@
 """Render and encode the Toybox clips that `train/dit.py` learns from; goes on where it stopped.
 
-python train/cache.py -c configs/train/toybox_dit.yaml [--set caches.0.shards=64]...
+    python train/cache.py -c configs/train/toybox_dit.yaml [--set caches.0.shards=64]...
+    torchrun --nproc-per-node 2 train/cache.py -c ...        each process makes its share of them
+
+A folder holds clips of one kind, numbered shards of them; `vidgen.training.toybox_data` tells more.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from rich.progress import track
 
 from vidgen.core.config import build, load_run
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import choose_device
+from vidgen.training.distributed import own_device
 from vidgen.training.program import exit_code
 from vidgen.training.sound_cache import SoundCache, SoundMix
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache, load_vae
@@ -29,7 +32,7 @@ def main() -> int:
 
     def work() -> None:
         settings = load_run(options.config, options.set)
-        device = choose_device(options.device)
+        device = own_device(options.device)
         if not settings.get("caches"):
             raise InputError(f"{options.config} has no caches; a run of train/dit.py names them")
         for entry in settings["caches"]:

@@ -10,12 +10,14 @@ plain regression on what the teacher made before; see `vidgen.training.distil` a
 
 from __future__ import annotations
 
-from vidgen.training.distil import DistilRun, DistilTask
+from typing import Any
+
+from vidgen.training.distil import DeltaTask, DistilRun, DistilTask
 from vidgen.training.distil_roll import RollTask
 from vidgen.training.program import run_program
 
 
-def task_of(config: DistilRun) -> DistilTask:
+def task_of(config: DistilRun) -> DeltaTask[Any]:
     """What a run's student learns: whole clips, or their turns."""
     return DistilTask(config) if config.roll is None else RollTask(config)
 

@@ -1,6 +1,7 @@
 """Have the teacher make the trajectories that `train/distil.py` learns from.
 
-python train/trajectories.py -c configs/train/toybox_student.yaml [--set trajectories.shards=64]...
+    python train/trajectories.py -c configs/train/toybox_student.yaml
+    torchrun --nproc-per-node 2 train/trajectories.py -c ...    each process makes its share of them
 
 Captions and conditions come from cached clips (`train/cache.py` with the same YAML, first). Goes on
 where it stopped; a run that found more shards than it needs leaves them alone.
@@ -13,6 +14,7 @@ import argparse
 from rich.progress import track
 
 from vidgen.core.config import build, load_run
+from vidgen.pipeline.parts import DTYPES
 from vidgen.training.distil import DistilRun, open_shards
 from vidgen.training.distil_data import Teacher
 from vidgen.training.program import exit_code
@@ -31,7 +33,7 @@ def main() -> int:
         shards = open_shards(config)
         missing = shards.missing()
         if missing:
-            teacher = Teacher(shards.folder, shards.device)
+            teacher = Teacher(shards.folder, shards.device, DTYPES[config.run.dtype])
             for index in track(missing, config.trajectories.folder):
                 shards.make(index, teacher)
 

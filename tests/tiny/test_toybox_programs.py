@@ -20,6 +20,7 @@ from vidgen.models.words import read_synonyms
 from vidgen.pipeline.video import load
 from vidgen.toybox.scenes import is_held_out, sample_scenes
 from vidgen.training.config import Phase, RunConfig
+from vidgen.training.latents import LatentShards
 from vidgen.training.toybox_data import (
     CacheConfig,
     ToyboxCache,
@@ -32,9 +33,14 @@ from vidgen.weights.folder import open_model
 ROOT = Path(__file__).parents[2]
 
 
-def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def program(
+    name: str, *arguments: str, launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "train" / f"{name}.py"), *arguments]
+    command = [sys.executable, *launcher, str(ROOT / "train" / f"{name}.py"), *arguments]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -71,7 +77,7 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
     early = program("dit", "-c", str(run_file))
     assert early.returncode == 2
     assert "train/cache.py" in early.stderr
-    made = program("cache", "-c", str(run_file))
+    made = program("cache", "-c", str(run_file), launcher=(*TORCHRUN, "2"))
     assert made.returncode == 0, made.stderr
     trained = program("dit", "-c", str(run_file))
     assert trained.returncode == 0, trained.stderr
@@ -125,6 +131,24 @@ def test_what_is_added_to_a_folder_is_recorded_there_and_nothing_else(
     (out / "magnitudes.json").write_text("{}")
     assert program("preview", "--model", str(out)).returncode == 0
     assert open_model(str(out)).content_hash == first != open_model(str(tiny_model)).content_hash
+
+
+def test_processes_that_torchrun_started_share_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = LatentShards(tmp_path, {})
+    shards.write(3, {"clips": torch.zeros(1)})
+    assert shards.missing(6) == [0, 1, 2, 4, 5]
+    made_by = []
+    for rank in range(3):
+        for name in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(name, str(rank))
+        for name, value in (("WORLD_SIZE", "3"), ("MASTER_ADDR", "::1"), ("MASTER_PORT", "1")):
+            monkeypatch.setenv(name, value)
+        made_by.append(shards.missing(6))
+    assert made_by == [[0], [1, 4], [2, 5]]
+    shards.write(0, {"clips": torch.zeros(1)})
+    assert shards.missing(6) == [2, 5]  # what others have finished moves nothing
 
 
 def test_shards_are_made_again_just_the_same(tiny_model: Path, tmp_path: Path) -> None:

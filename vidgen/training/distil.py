@@ -10,17 +10,18 @@ Axes: B clips, S text tokens.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
-from vidgen.core.runtime import choose_device
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.flow import squared_error
 from vidgen.diffusion.samplers import sample_euler
@@ -39,6 +40,7 @@ from vidgen.training.distil_data import (
     shard_for,
     take_steps,
 )
+from vidgen.training.distributed import own_device
 from vidgen.training.finetune_lora import target_paths
 from vidgen.training.finetune_model import open_trainable
 from vidgen.training.optim import build_optimizers
@@ -106,7 +108,7 @@ def open_shards(config: DistilRun) -> TrajectoryShards:
     folder = open_trainable(config.teacher)
     if "transformer_2" in folder.components:
         raise InputError(f"{folder.name} has two transformers; the student is a delta of one")
-    device = choose_device(config.run.device)
+    device = own_device(config.run.device)
     return TrajectoryShards(config.trajectories, config.caches, folder, device)
 
 
@@ -151,8 +153,11 @@ def _key(path: str) -> str:
     return path.replace(".", "/")
 
 
-class DistilTask:
-    """The student's steps on the teacher's trajectories."""
+BatchT = TypeVar("BatchT")
+
+
+class DeltaTask(ABC, Generic[BatchT]):
+    """A delta that learns from a teacher's trajectories; subclasses say what a batch of them is."""
 
     def __init__(self, config: DistilRun) -> None:
         self.config = config
@@ -177,6 +182,51 @@ class DistilTask:
         del index, phase
         return False
 
+    @abstractmethod
+    def batch(self, phase: Phase, step: int, micro: int) -> BatchT:
+        """What a step learns from, at all levels of the student, of the trajectories of a shard."""
+
+    def loss(self, batch: BatchT, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the mean velocity, where it is to be generated."""
+        del step
+        error = self.errors(batch).mean()
+        return error, {"velocity": error.detach()}
+
+    @abstractmethod
+    def errors(self, batch: BatchT) -> Tensor:
+        """Mean squared error of each clip's velocity where it is to be generated, [B]."""
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """On trajectories of clips kept aside: each step's error, and where all of them end.
+
+        `velocity_mean` is that of single steps from the teacher's points; `end` the squared error
+        of clean latents after the student's own steps from noise, which is what is watched.
+        """
+        del step, folder
+        bf16 = self.config.run.dtype == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            scores = self.step_errors()
+            scores["end"] = self.end_error()
+        return scores
+
+    @abstractmethod
+    def step_errors(self) -> dict[str, float]:
+        """Errors of single steps on the clips kept aside, and `velocity_mean` of all."""
+
+    @abstractmethod
+    def end_error(self) -> float:
+        """Squared error of those clips' clean latents after the student's own steps from noise."""
+
+    @cached_property
+    def held_out(self) -> Trajectories:
+        """The trajectories that validation follows."""
+        return self.shards.load(HELD_OUT)
+
+
+class DistilTask(DeltaTask[StepBatch]):
+    """The student's steps on the teacher's trajectories."""
+
     def batch(self, phase: Phase, step: int, micro: int) -> StepBatch:
         """Steps at all levels of the student, of the trajectories of one shard."""
         seed, shards = self.config.run.seed, self.config.trajectories.shards
@@ -185,14 +235,8 @@ class DistilTask:
             seed, step, micro,
         )
 
-    def loss(self, batch: StepBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the mean velocity, where it is to be generated."""
-        del step
-        error = self._errors(batch).mean()
-        return error, {"velocity": error.detach()}
-
-    def _errors(self, batch: StepBatch) -> Tensor:
-        """Mean squared error of each clip where it is to be generated, [B]."""
+    def errors(self, batch: StepBatch) -> Tensor:
+        """Of one step each, [B]."""
         made = self._student(batch.state, batch.ids, batch.mask)(batch.state.begin(), batch.sigma)
         return squared_error(made, batch.target, batch.state.denoise_mask)
 
@@ -210,38 +254,21 @@ class DistilTask:
 
         return denoise
 
-    @torch.no_grad()
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """On trajectories of clips kept aside: each step's error, and where all of them end.
-
-        `velocity_mean` is that of single steps from the teacher's points; `end` the squared error
-        of clean latents after the student's own steps from noise, which is what is watched.
-        """
-        del step, folder
-        bf16 = self.config.run.dtype == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            scores = self._step_errors()
-            scores["end"] = self._end_error()
-        return scores
-
-    def _step_errors(self) -> dict[str, float]:
+    def step_errors(self) -> dict[str, float]:
+        """Of each level of the student."""
         given, count = self.held_out, len(self.sigmas) - 1
         rows = torch.arange(len(given.points))
         scores: dict[str, float] = {}
         for at in range(count):
             batch = take_steps(given, self.sigmas, rows, torch.full_like(rows, at))
-            error = float(self._errors(batch).mean())
+            error = float(self.errors(batch).mean())
             scores[f"velocity_{float(self.sigmas[at]):.2f}"] = error
             scores["velocity_mean"] = scores.get("velocity_mean", 0.0) + error / count
         return scores
 
-    def _end_error(self) -> float:
+    def end_error(self) -> float:
+        """Of whole clips."""
         given = self.held_out
         denoise = self._student(given.state, given.ids, given.mask)
         made = sample_euler(denoise, given.state.begin(), self.sigmas)
         return float((made - given.points[:, -1]).square().mean())
-
-    @cached_property
-    def held_out(self) -> Trajectories:
-        """The trajectories that validation follows."""
-        return self.shards.load(HELD_OUT)

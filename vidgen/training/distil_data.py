@@ -121,12 +121,15 @@ class Teacher:
 
     Args:
         folder: the model.
-        device: where it computes, in float32.
+        device: where it computes.
+        dtype: what it computes in; the latents stay float32.
     """
 
-    def __init__(self, folder: ModelFolder, device: torch.device) -> None:
+    def __init__(
+        self, folder: ModelFolder, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         dit, text = (
-            folder.components[role].load(torch.float32, device)
+            folder.components[role].load(dtype, device)
             for role in ("transformer", "text_encoder")
         )
         assert isinstance(dit, SpacetimeDiT)
@@ -220,9 +223,8 @@ class TrajectoryShards:
         })
 
     def missing(self) -> list[int]:
-        """Shards still to be made, the one kept aside first."""
-        return [index for index in range(self.config.shards + 1)
-                if not self.shards.path(index).exists()]
+        """Shards that this process has still to make, the one kept aside among them."""
+        return self.shards.missing(self.config.shards + 1)
 
     def make(self, index: int, teacher: Teacher) -> None:
         """Have the teacher make shard `index`."""

@@ -24,7 +24,7 @@ from vidgen.models.lora import attached
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.rolling import Rollout
 from vidgen.training.config import Phase
-from vidgen.training.distil import DistilRun, DistilTask
+from vidgen.training.distil import DeltaTask, DistilRun
 from vidgen.training.distil_data import StepBatch, Trajectories, shard_for, take_steps
 from vidgen.training.draws import seed_of
 from vidgen.weights.student import RollConfig
@@ -50,7 +50,7 @@ class TurnBatch:
     step: StepBatch
 
 
-class RollTask(DistilTask):
+class RollTask(DeltaTask[TurnBatch]):
     """The student's turns on the teacher's trajectories.
 
     Raises:
@@ -98,8 +98,8 @@ class RollTask(DistilTask):
         step = replace(step, state=step.state.stretch(own), target=target)
         return TurnBatch(before, noise, forgets, step)
 
-    def _errors(self, batch: TurnBatch) -> Tensor:  # type: ignore[override]
-        """Mean squared error of each clip's turn, [B]."""
+    def errors(self, batch: TurnBatch) -> Tensor:
+        """Of one turn each, [B]."""
         step = batch.step
         rollout = self._rollout(step.ids, step.mask)
         with self._rolling():
@@ -122,19 +122,20 @@ class RollTask(DistilTask):
         ):
             yield
 
-    def _step_errors(self) -> dict[str, float]:
+    def step_errors(self) -> dict[str, float]:
+        """Of each turn, over all levels."""
         given, count = self.held_out, len(self.sigmas) - 1
         rows, scores = torch.arange(len(given.ids)), {}
         for turn in range(self.num_turns):
             draw = torch.Generator().manual_seed(turn)
             errors = [
-                self._errors(self._turn(given, rows, torch.full_like(rows, at), turn, draw))
+                self.errors(self._turn(given, rows, torch.full_like(rows, at), turn, draw))
                 for at in range(count)
             ]
             scores[f"velocity_turn_{turn}"] = float(torch.stack(errors).mean())
         return scores | {"velocity_mean": sum(scores.values()) / len(scores)}
 
-    def _end_error(self) -> float:
+    def end_error(self) -> float:
         """Of whole clips, rolled out from the teacher's noise."""
         given, draw = self.held_out, torch.Generator().manual_seed(0)
         noise, end = given.points[:, 0], given.points[:, -1]

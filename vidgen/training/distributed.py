@@ -126,7 +126,7 @@ def join_ranks(run: RunConfig) -> Iterator[Place]:
     if given is None and run.engine.deepspeed is None:
         yield _ALONE
         return
-    device = _own_device(run.device)
+    device = own_device(run.device)
     store: dist.Store = dist.HashStore() if given is None else torchrun_place()[0]
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
@@ -160,8 +160,12 @@ def check_sharing(run: RunConfig, size: int) -> int:
     return sequence
 
 
-def _own_device(name: str) -> torch.device:
-    """The run's device for this rank: of several GPUs the one of its local rank."""
+def own_device(name: str) -> torch.device:
+    """The device called `name` for this rank: of several GPUs the one of its local rank.
+
+    Raises:
+        InputError: no such device, or one that would be every rank's.
+    """
     device = choose_device(name)
     if device.type == "cuda" and given_rank() is not None:
         if device.index is not None:

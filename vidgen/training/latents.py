@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_path, atomic_write
+from vidgen.core.runtime import atomic_path, atomic_write, given_rank
 
 
 def require_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -53,6 +53,14 @@ class LatentShards:
     def path(self, index: int) -> Path:
         """File of shard `index`."""
         return self.folder / f"shard-{index:05d}.safetensors"
+
+    def missing(self, count: int) -> list[int]:
+        """Which of the first `count` shards this process has still to make.
+
+        Of the processes that torchrun started, each makes every so-manyth.
+        """
+        rank, size = given_rank() or (0, 1)
+        return [index for index in range(rank, count, size) if not self.path(index).exists()]
 
     def write(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write a shard atomically."""

@@ -63,9 +63,8 @@ class SoundCache:
         self.shards = LatentShards(Path(clips.config.folder) / FOLDER, manifest)
 
     def missing(self) -> list[int]:
-        """Shards still to be made."""
-        count = self.clips.config.shards
-        return [i for i in range(count) if not self.shards.path(i).exists()]
+        """Shards that this process has still to make."""
+        return self.shards.missing(self.clips.config.shards)
 
     @torch.no_grad()
     def make(self, index: int, vae: AudioVAE, device: torch.device, batch: int = 32) -> None:

@@ -184,8 +184,8 @@ class ToyboxCache:
         return CachedClips(tensors["clips"], stills, tensors["cover"], tensors["still_cover"])
 
     def missing(self) -> list[int]:
-        """Shards still to be made."""
-        return [i for i in range(self.config.shards) if not self.shards.path(i).exists()]
+        """Shards that this process has still to make."""
+        return self.shards.missing(self.config.shards)
 
     @torch.no_grad()
     def make(self, index: int, vae: CausalVAE, device: torch.device, batch: int = 16) -> None:
