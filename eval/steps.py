@@ -7,10 +7,10 @@
 `caches`: each method at some thresholds, a clip with it right after the same clip without: seconds
 of denoising, PSNR and SSIM against that, and whether the judge finds in both what the prompt says.
 `few`: solvers, step counts, noise schedules, guidance intervals and the model's student, if it has
-one, by what the judge finds, each against 25 steps on the same prompts and seeds; intervals are
-paired bootstraps. `wide`: the schedule that `caches` found nearest to 30 dB, timed at the width of
-Wan 1.3B. Run it under `scripts/quiet` where seconds matter. A run that was stopped goes on: each
-clip's figures are a line of OUTPUT.jsonl.
+one, by what the judge finds, each against the model's own settings on the same prompts and seeds;
+intervals are paired bootstraps. `wide`: the schedule that `caches` found nearest to 30 dB, timed
+at the width of Wan 1.3B. Run it under `scripts/quiet` where seconds matter. A run that was stopped
+goes on: each clip's figures are a line of OUTPUT.jsonl.
 """
 
 from __future__ import annotations
@@ -60,11 +60,10 @@ LEVELS = {
     "forecast": (0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
 }
 GOAL_DB = 30.0
-REFERENCE = "25 steps, shift 3"
 MANY: dict[str, Any] = {"sampler": "unipc", "steps": 25, "shift": 3.0}
-"""What fewer steps are measured against: by one path the embedded model gains nothing by more."""
-STUDENT = "student"
-FEW: dict[str, dict[str, Any]] = {REFERENCE: MANY} | {
+"""What step caches are measured against: by one path the embedded model gains nothing by more."""
+REFERENCE, STUDENT = "default", "student"
+FEW: dict[str, dict[str, Any]] = {REFERENCE: {}, "unipc 25 shift 3": MANY} | {
     f"{sampler} {steps} shift {shift:g}": {"sampler": sampler, "steps": steps, "shift": shift}
     for sampler, shifts in (("unipc", (3.0, 5.0, 7.0, 9.0)), ("euler", (3.0, 5.0)))
     for steps in (4, 6, 8, 12) for shift in shifts

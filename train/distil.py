@@ -13,12 +13,15 @@ from __future__ import annotations
 from typing import Any
 
 from vidgen.training.distil import DeltaTask, DistilRun, DistilTask
+from vidgen.training.distil_match import MatchTask
 from vidgen.training.distil_roll import RollTask
 from vidgen.training.program import run_program
 
 
 def task_of(config: DistilRun) -> DeltaTask[Any]:
-    """What a run's student learns: whole clips, or their turns."""
+    """What a run's student learns: the teacher's answers, of turns too, or what its clips lack."""
+    if config.match is not None:
+        return MatchTask(config)
     return DistilTask(config) if config.roll is None else RollTask(config)
 
 

@@ -223,9 +223,10 @@ def release_student(run: Path, out: Path) -> None:
                          f"not that of {out}; name the model it was taught on")
     trajectories = build(TrajectoryConfig, settings["trajectories"], str(run))
     factors = {name: value.bfloat16() for name, value in load_averages(run, "student").items()}
-    sigmas = tuple(trajectories.sigmas.tolist())
     roll = build(RollConfig, settings["roll"], str(run)) if settings.get("roll") else None
-    student = StudentConfig(sigmas, trajectories.guidance_scale, roll)
+    student = StudentConfig(
+        trajectories.sampler, tuple(trajectories.sigmas.tolist()), trajectories.guidance_scale, roll
+    )
     write_student(adapter_of(factors), student, out)
 
 

@@ -23,7 +23,7 @@ from vidgen.core.config import build, dump, load_yaml
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.diffusion import condition
-from vidgen.diffusion.samplers import sample_euler
+from vidgen.diffusion.samplers import sample_unipc
 from vidgen.media.read import read_recipe
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
@@ -39,9 +39,11 @@ from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.training.distil import Delta, DistilRun, DistilTask, adapter_of, open_shards
 from vidgen.training.distil_data import HELD_OUT, Teacher, draw_steps, take_steps
+from vidgen.training.distil_match import MatchTask
 from vidgen.training.distil_roll import RollTask, rollable
 from vidgen.training.loop import train
 from vidgen.training.toybox_data import ToyboxCache, load_vae
+from vidgen.weights.convert import convert
 from vidgen.weights.folder import open_model, write_model_info
 from vidgen.weights.lora import write_lora
 from vidgen.weights.student import STUDENT, WEIGHTS, RollConfig, StudentConfig, read_student
@@ -65,7 +67,7 @@ def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         "caches": [{"folder": str(folder / "latents"), "vae": str(tiny_model / "vae"), "shards": 1,
                     "shard_size": 6, "height": 32, "width": 32}],
         "trajectories": {"folder": str(folder / "trajectories"), "shards": 2, "shard_size": 4,
-                         "held_out": 2, "num_frames": 9, "teacher_steps": 4, "num_steps": 2,
+                         "held_out": 2, "num_frames": 9, "num_steps": 2, "shift": 5.0,
                          "guidance_scale": 3.0, "image_guidance_scale": 2.0, "seed": 3},
         "delta": {"rank": 4, "targets": ["self_attn", "cross_attn", "ffn", "head.proj"]},
         "run": {
@@ -133,13 +135,14 @@ def test_the_teacher_makes_what_the_pipeline_makes(settings: dict[str, Any]) -> 
     config = build(DistilRun, settings, "run")
     engine = load(config.teacher, device="cpu", dtype="fp32")
     shards, teacher = open_shards(config), Teacher(engine.folder, engine.device)
-    plan = engine.plan(Request(prompt=PROMPT, steps=4, shift=5.0, seed=0), Inputs())
-    plan = replace(plan, guidance=config.trajectories.guidance)
+    asked = Request(prompt=PROMPT, sampler="unipc", steps=2, shift=5.0, seed=0)
+    plan = replace(engine.plan(asked, Inputs()), guidance=config.trajectories.guidance)
     kinds = set()
     for index in (HELD_OUT, 1, 2):
         given = shards.load(index)
-        assert torch.equal(given.points[:, 0], given.state.latents)
-        assert given.points.shape[1] == 3
+        begun = given.state.begin().half()
+        torch.testing.assert_close(given.points[:, 0], begun.float(), rtol=1e-3, atol=1e-3)
+        assert given.points.shape[1] == given.velocities.shape[1] == 2
         for row in torch.arange(len(given.ids)):
             state = given.state.rows(row[None])
             contexts = [
@@ -147,7 +150,7 @@ def test_the_teacher_makes_what_the_pipeline_makes(settings: dict[str, Any]) -> 
                 for ids, mask in ((given.ids[row, None], given.mask[row, None]), teacher.negative)
             ]
             made = engine.sample(plan, state, contexts)
-            expected = given.points[row, None, -1]  # kept as float16
+            expected = given.end[row, None]  # kept as float16
             torch.testing.assert_close(made, expected, atol=4e-3, rtol=4e-3)
             kinds.add(bool(state.has_given))
     assert len(kinds) == 2
@@ -161,21 +164,22 @@ def test_conditions_come_as_the_transformers_own_training_draws_them(
     assert any(not one.state.denoise_mask.all() for one in each)
     for one in each:
         known = (~one.state.denoise_mask).expand_as(one.state.clean)
-        assert torch.equal(one.points[:, -1][known], one.state.clean[known])
+        assert torch.equal(one.end[known], one.state.clean[known])
     rows = torch.tensor([2, 0])
     batch = take_steps(each[0], torch.tensor([1.0, 0.5, 0.0]), rows, torch.tensor([0, 1]))
     assert torch.equal(batch.state.denoise_mask, each[0].state.denoise_mask[rows])
     assert torch.equal(batch.ids, each[0].ids[rows])
 
 
-def test_a_step_of_the_target_lands_on_the_teachers_next_point(settings: dict[str, Any]) -> None:
+def test_steps_of_the_targets_lead_where_the_teacher_does(settings: dict[str, Any]) -> None:
     config = build(DistilRun, settings, "run")
     given, sigmas = open_shards(config).load(1), config.trajectories.sigmas
-    assert sigmas.tolist() == config.trajectories.teacher_sigmas.tolist()[::2]
-    for at in (0, 1):
-        batch = take_steps(given, sigmas, torch.arange(4), torch.full((4,), at))
-        landed = batch.state.latents + (sigmas[at + 1] - sigmas[at]) * batch.target
-        torch.testing.assert_close(landed, given.points[:, at + 1])
+    targets = iter(
+        take_steps(given, sigmas, torch.arange(4), torch.full((4,), at)).target for at in (0, 1)
+    )
+    made = sample_unipc(lambda *_: next(targets), given.state.begin(), sigmas,
+                        project=given.state.project)
+    torch.testing.assert_close(made, given.end, atol=4e-3, rtol=4e-3)
     drawn = draw_steps(given, sigmas, 4, 0, 1, 2)
     assert sorted(drawn.sigma.tolist()) == sorted([*sigmas[:2].tolist()] * 2)
     assert torch.equal(drawn.target, draw_steps(given, sigmas, 4, 0, 1, 2).target)
@@ -208,7 +212,7 @@ def test_it_learns_to_step_and_to_end_where_the_teacher_does(run: DistilRun) -> 
 def test_the_released_delta_is_what_was_learned(run: DistilRun, model: Path) -> None:
     folder = open_model(str(model))
     sigmas = run.trajectories.sigmas
-    assert folder.student == StudentConfig(tuple(sigmas.tolist()), 3.0)
+    assert folder.student == StudentConfig("unipc", tuple(sigmas.tolist()), 3.0)
     assert torch.equal(torch.tensor(folder.student.sigmas), sigmas)
     assert f"{STUDENT}/{WEIGHTS}" in folder.files
     adapter = read_student(model, folder.components["transformer"].config)
@@ -226,8 +230,10 @@ def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model
     clip = engine.generate(PROMPT, seed=3, steps=2)
     student = engine.folder.student
     plan = clip.info.recipe["plan"]
-    assert plan["student"] == {"sigmas": student.sigmas, "guidance_scale": 3.0, "roll": None}
-    assert (plan["sampler"], plan["guidance"]["scale"]) == ("euler", 1.0)
+    assert plan["student"] == {
+        "sampler": "unipc", "sigmas": student.sigmas, "guidance_scale": 3.0, "roll": None,
+    }
+    assert (plan["sampler"], plan["guidance"]["scale"]) == ("unipc", 1.0)
     plain = engine.generate(PROMPT, seed=3, steps=2, sampler="unipc")
     assert plain.info.recipe["plan"]["student"] is None
     assert not torch.equal(plain.latents, clip.latents)
@@ -236,9 +242,10 @@ def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model
     (context, lengths), = engine.encode_prompt(made)
     state = engine.prepare(made, Request(prompt=PROMPT, seed=3), Inputs())
     with engine.parts.use("transformer") as dit, attached(dit, [(adapter, 1.0)]), torch.no_grad():
-        by_hand = sample_euler(
+        by_hand = sample_unipc(
             lambda noisy, sigma: velocity(
-                dit, state, noisy, sigma, (context, lengths), patch=dit.config.patch_size
+                dit, state, noisy, sigma, (context, lengths), patch=dit.config.patch_size,
+                whole=True,
             ),
             state.begin(), torch.tensor(student.sigmas),
         )
@@ -319,6 +326,43 @@ def test_a_replay_and_a_resumed_clip_are_the_same(
     assert "student" in capsys.readouterr().out
 
 
+def test_its_clips_are_judged_beside_the_models_own(model: Path, tmp_path: Path) -> None:
+    program = load_program("eval/steps.py")
+    output = tmp_path / "few.json"
+    arguments = ["steps.py", "few", "-o", str(output), "--model", str(model), "--prompts", "2",
+                 "--only", "student", "--dtype", "fp32"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        program.main()
+    found = json.loads(output.read_text())
+    assert found["options"] == {"default": {}, "student": {"steps": 2}}
+    assert found["few"]["default"]["all"]["change"] == 0
+    assert set(found["few"]["student"]) == {"sprite", "motion", "place", "camera", "all"}
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "wan"])
+def test_a_converted_model_takes_its_student_along(
+    engine: Engine, layout: str, tmp_path: Path
+) -> None:
+    there, back = tmp_path / "there", tmp_path / "back"
+    convert(engine.folder, there, layout)
+    convert(open_model(str(there)), back, "vidgen")
+    clip = engine.generate(PROMPT, seed=3, steps=2, audio="none")
+    for folder in (there, back):
+        other = load(str(folder), device="cpu", dtype="fp32")
+        assert other.folder.student == engine.folder.student
+        made = other.generate(PROMPT, seed=3, steps=2, audio="none")
+        assert torch.equal(made.latents, clip.latents)
+    assert other.folder.files[f"{STUDENT}/{WEIGHTS}"] == engine.folder.files[f"{STUDENT}/{WEIGHTS}"]
+
+
+def test_a_student_stays_behind_where_weights_change(engine: Engine, tmp_path: Path) -> None:
+    view = engine.folder.components["transformer"].load(torch.float32, torch.device("cpu"))
+    name, value = next(iter(view.state_dict().items()))
+    convert(engine.folder, tmp_path / "tuned", "vidgen", changed={"transformer": {name: value + 1}})
+    assert open_model(str(tmp_path / "tuned")).student is None
+
+
 def test_a_student_of_other_weights_is_not_released(
     run: DistilRun, release: ModuleType, model: Path, tmp_path: Path
 ) -> None:
@@ -345,9 +389,17 @@ def test_the_recipes_delta_is_small_enough() -> None:
 def test_bad_settings_and_files_are_refused(
     settings: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="teacher_steps is 5, no multiple"):
+    with pytest.raises(InputError, match=r"sampler is 'heun'; it is one of euler, unipc"):
         build(DistilRun, {**settings, "trajectories": {**settings["trajectories"],
-                                                       "teacher_steps": 5}}, "run")
+                                                       "sampler": "heun"}}, "run")
+    for changes, message in (
+        ({"match": {"start": "runs/x", "first_step": 2}}, "first_step is 2; .* end with number 1"),
+        ({"match": {"start": "runs/x"}, "roll": {"turn_frames": 1}}, "both given; .* match out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            build(DistilRun, settings | changes, "run")
+    with pytest.raises(InputError, match=r"between is \[0.9, 0.2\]; give two rising levels"):
+        build(DistilRun, settings | {"match": {"start": "runs/x", "between": [0.9, 0.2]}}, "run")
     with pytest.raises(InputError, match="clips of 17 frames, the trajectories 9"):
         with_run(settings, tmp_path, phases=[{"steps": 1, "num_frames": 17, "batch_size": 1}])
     with pytest.raises(InputError, match="were made otherwise"):
@@ -355,7 +407,8 @@ def test_bad_settings_and_files_are_refused(
             **settings["trajectories"], "guidance_scale": 2.0}}, "run"))
     shutil.copytree(model, tmp_path / "model")
     config = tmp_path / "model" / STUDENT / "config.json"
-    config.write_text(json.dumps({"sigmas": [1.0, 0.5, 0.6, 0.0], "guidance_scale": 3.0}))
+    config.write_text(json.dumps(
+        {"sampler": "unipc", "sigmas": [1.0, 0.5, 0.6, 0.0], "guidance_scale": 3.0}))
     with pytest.raises(ModelError, match="must fall from 1 to 0"):
         open_model(str(tmp_path / "model"))
 
@@ -390,6 +443,78 @@ def test_a_roller_learns_turns_and_whole_clips(rolled: tuple[DistilRun, Path]) -
     opened = open_model(str(folder))
     assert opened.roller.roll == RollConfig(1, 2, 0.1)
     assert opened.student.roll is None  # both lie beside each other
+
+
+def matching(
+    settings: dict[str, Any], run: DistilRun, folder: Path, steps: int = 24, **changes: Any
+) -> DistilRun:
+    """A run that goes on from a student."""
+    match = {"start": run.run.folder, "follower_lr": 5e-3}
+    phases = [{**settings["run"]["phases"][0], "steps": steps}]
+    optim = {**settings["run"]["optim"], "lr": 1e-4}
+    return with_run(settings | {"match": match}, folder, phases=phases, optim=optim, **changes)
+
+
+def test_a_student_is_matched_with_its_teacher(
+    settings: dict[str, Any], run: DistilRun, release: ModuleType, model: Path, tmp_path: Path
+) -> None:
+    config = matching(settings, run, tmp_path / "matched")
+    fresh = MatchTask(config)
+    start = load_averages(Path(run.run.folder), "student")
+    for delta in (fresh.delta, fresh.follower):
+        assert all(torch.equal(value, start[name]) for name, value in delta.state_dict().items())
+    before = fresh.validate(0, Path())
+    assert before.keys() == {"gap", "following"}
+    assert train(MatchTask(config), config.run, record=dump(config)).finished
+    after = read_meta(latest_checkpoint(Path(config.run.folder)))["metrics"]
+    assert after["following"] < before["following"], "it learns what the student's clips are like"
+    folder = tmp_path / "tiny"
+    shutil.copytree(model, folder)
+    release.release_student(Path(config.run.folder), folder)
+    learned = load_averages(Path(config.run.folder), "student")
+    adapter = read_student(folder, DIT_PRESETS["tiny"])
+    for path, part in adapter_of(learned).low_rank.items():
+        assert torch.equal(adapter.low_rank[path].up, part.up.bfloat16())
+    assert not all(torch.equal(value, start[name]) for name, value in learned.items())
+
+
+def test_the_students_gradient_is_where_the_two_networks_differ(
+    settings: dict[str, Any], run: DistilRun, tmp_path: Path
+) -> None:
+    config = matching(settings, run, tmp_path)
+    task, phase = MatchTask(config), config.run.phases[0]
+    batches = [task.batch(phase, step, 0) for step in range(8)]
+    assert {batch.last for batch in batches} == {0, 1}
+    batch = next(each for each in batches if each.last == 1)
+    twice = task.batch(phase, batches.index(batch), 1)
+    assert twice.last == batch.last, "ranks teach the same step, so that none waits"
+    assert not torch.equal(twice.noise, batch.noise)
+    loss, numbers = task.loss(batch, 0)
+    loss.backward()
+    gap, following = (float(numbers[name]) for name in ("gap", "following"))
+    assert float(loss.detach()) == pytest.approx(gap**2 + following)
+    assert all(p.grad.abs().sum() > 0 for name, p in task.delta.named_parameters() if "up" in name)
+    assert all(p.grad.abs().sum() > 0
+               for name, p in task.follower.named_parameters() if "up" in name)
+    task.config = replace(config, trajectories=replace(
+        config.trajectories, guidance_scale=1.0, image_guidance_scale=None))
+    for value in task.follower.up.values():
+        value.data.zero_()
+    assert float(task.loss(batch, 0)[1]["gap"]) < 1e-3, "without guidance and delta they are one"
+
+
+def test_a_matched_run_resumes_with_the_same_bits(
+    settings: dict[str, Any], run: DistilRun, tmp_path: Path
+) -> None:
+    straight, cut = (matching(settings, run, tmp_path / name, 2, checkpoint_minutes=minutes)
+                     for name, minutes in (("straight", 9), ("cut", 0)))
+    assert train(MatchTask(straight), straight.run).finished
+    train(MatchTask(cut), replace(cut.run, minutes=1e-6))
+    assert latest_checkpoint(tmp_path / "cut").name == "step-00000001"
+    train(MatchTask(cut), cut.run, resume=True)
+    one, two = (load_file(latest_checkpoint(tmp_path / name) / "state.safetensors")
+                for name in ("straight", "cut"))
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
 def test_clips_under_text_or_a_first_frame_can_be_rolled_out(settings: dict[str, Any]) -> None:

@@ -116,6 +116,11 @@ def sample_ancestral(
 SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc, "ancestral": sample_ancestral}
 
 
+def whole_timesteps(name: str) -> bool:
+    """Whether models are told whole timesteps by a sampler, as diffusers' scheduler does."""
+    return name in ("unipc", "UniPCMultistepScheduler")
+
+
 def sample_state(
     name: str,
     denoise: Denoise,

@@ -45,7 +45,7 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
         return plan
     if plan.strength < 1 or request.follow_audio:
         return plan
-    return replace(plan, sampler="euler", guidance=Guidance(), student=student)
+    return replace(plan, sampler=student.sampler, guidance=Guidance(), student=student)
 
 
 def _rolled(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
@@ -68,5 +68,6 @@ def _rolled(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
         raise InputError(f"steps is {request.steps}; the roller of {folder.name!r} takes "
                          f"{roller.num_steps}, leave it out")
     return replace(
-        plan, sampler="euler", guidance=Guidance(), student=roller, num_steps=roller.num_steps
+        plan, sampler=roller.sampler, guidance=Guidance(), student=roller,
+        num_steps=roller.num_steps,
     )

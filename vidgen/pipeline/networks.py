@@ -18,6 +18,7 @@ from torch import Tensor
 from vidgen.diffusion.condition import LatentState, as_negative, denoise_inputs
 from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, guided
+from vidgen.diffusion.samplers import whole_timesteps
 from vidgen.diffusion.token_part import TokenPart
 from vidgen.models.dit_inputs import AudioTokens, KVCache
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
@@ -108,8 +109,8 @@ def _denoiser(
         level = float(sigma[0])
         part = None if ranks is None else TokenPart(Spread(ranks, num_tokens(latents)))
         return velocity(
-            given.at(level), state, latents, sigma, context, patch=patch, whole=_whole(plan),
-            frames_per_s=_frames_per_s(parts, plan),
+            given.at(level), state, latents, sigma, context, patch=patch,
+            whole=whole_timesteps(plan.sampler), frames_per_s=_frames_per_s(parts, plan),
             step_cache=cache_at(level, part) if cache_at else None, **options,
         )
 
@@ -130,7 +131,8 @@ def _listener(
         dit, (picture, sound) = given.at(float(sigma[0])), state.apart(latents)
         assert sound is not None
         tokens = _audio_tokens(
-            state, sound, sigma, _frames_per_s(parts, plan), whole=_whole(plan)
+            state, sound, sigma, _frames_per_s(parts, plan),
+            whole=whole_timesteps(plan.sampler),
         )
         cache = passed.get(id(dit))
         if cache is None and tokens.sees_video:
@@ -141,11 +143,6 @@ def _listener(
         return state.together(torch.zeros_like(picture), heard)
 
     return denoise
-
-
-def _whole(plan: Plan) -> bool:
-    """Whether timesteps are whole numbers, as diffusers has them."""
-    return plan.sampler in ("unipc", "UniPCMultistepScheduler")
 
 
 def _frames_per_s(parts: Parts, plan: Plan) -> float:

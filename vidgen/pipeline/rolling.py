@@ -19,7 +19,7 @@ from torch import Tensor
 from vidgen.diffusion.condition import LatentState, new_state
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.samplers import sample_euler
+from vidgen.diffusion.samplers import sample_state
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_inputs import KVCache
 from vidgen.pipeline.experts import Loras, experts
@@ -54,10 +54,11 @@ class Rollout:
         self.cache.recording = False
         return self._see(dit, state, latents, sigma)
 
-    def turn(self, dit: SpacetimeDiT, state: LatentState, sigmas: Tensor) -> Tensor:
-        """Make the next turn [B, C, n, h, w] of a state, by Euler steps along sigmas [P]."""
-        denoise = partial(self.velocity, dit, state)
-        return sample_euler(denoise, state.begin(), sigmas, project=state.project)
+    def turn(
+        self, dit: SpacetimeDiT, state: LatentState, sampler: str, sigmas: Tensor
+    ) -> Tensor:
+        """Make the next turn [B, C, n, h, w] of a state, by a sampler along sigmas [P]."""
+        return sample_state(sampler, partial(self.velocity, dit, state), state, sigmas)
 
     def remember(self, dit: SpacetimeDiT, latents: Tensor, noise: Tensor) -> None:
         """Take in finished frames [B, C, n, h, w], seen through noise; forget the oldest."""
@@ -105,7 +106,7 @@ class RolledClip:
             with experts(parts, None, loras, 1.0) as given:
                 dit = given.at(1.0)
                 with dit.causal(roll.turn_frames):
-                    made = rollout.turn(dit, self._begin(first), sigmas)
+                    made = rollout.turn(dit, self._begin(first), self.plan.sampler, sigmas)
                     rollout.remember(dit, made, self._noise(first, "history"))
             yield from made.split(1, dim=2)
             first += roll.turn_frames

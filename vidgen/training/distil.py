@@ -1,8 +1,7 @@
-"""Few steps instead of many: a low-rank delta whose steps land where a guided teacher's several do.
+"""Few steps of one pass each: a low-rank delta that answers as a teacher under guidance does.
 
-Progressive distillation (Salimans & Ho 2022) of the probability-flow ODE in one round, with
-guidance folded in (Meng et al. 2023): the student learns, on a fixed grid of noise levels, the mean
-velocity from each of the teacher's points to the next, so its Euler steps follow the trajectory.
+Guidance is folded in (Meng et al. 2023, sec. 3.1), on one fixed grid of few noise levels: that of
+the best plain way to take so few steps, which the student goes at half its price.
 
 Axes: B clips, S text tokens.
 """
@@ -24,7 +23,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.flow import squared_error
-from vidgen.diffusion.samplers import sample_euler
+from vidgen.diffusion.samplers import sample_state, whole_timesteps
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.models.text import UMT5Encoder, encode_tokens
@@ -67,6 +66,34 @@ class DeltaConfig:
             raise InputError("delta.targets is empty; name parts of layers' names")
 
 
+@dataclass(frozen=True)
+class MatchConfig:
+    """How a student's own clips are compared with the teacher's; see `distil_match`.
+
+    Args:
+        start: run folder of a student, which this one goes on from.
+        first_step: the first of the student's steps, from 0, that is taught so; earlier ones stay
+            much as they were.
+        shift: of the noise levels at which clips are compared, and followed.
+        between: the lowest and the highest of them.
+        follower_lr: peak rate of what follows the student; it has to be faster than the student.
+    """
+
+    start: str
+    first_step: int = 0
+    shift: float = 5.0
+    between: tuple[float, float] = (0.02, 0.98)
+    follower_lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        low, high = self.between
+        if not 0 <= low < high <= 1:
+            raise InputError(f"match.between is {list(self.between)}; give two rising levels in "
+                             "0..1")
+        if self.first_step < 0:
+            raise InputError(f"match.first_step is {self.first_step}; the first is 0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistilRun:
     """The whole YAML file: who teaches, what of, and how the student learns.
@@ -76,11 +103,12 @@ class DistilRun:
         caches: clips that lend captions and conditions; see `train/cache.py`.
         trajectories: the teacher's, made by `train/trajectories.py`.
         roll: how the student rolls clips out, turn by turn; None: it makes them as a whole.
+        match: how its own clips are compared with the teacher's; None: it repeats answers.
         delta: of the student. Rank 16 of all layers of the embedded model is 1.6 MB in bf16.
         run: its phases have the trajectories' frames, and `batch_size` steps of one shard each.
 
     Raises:
-        InputError: a phase of other clips than the trajectories'.
+        InputError: a phase of other clips than the trajectories', turns to match, or no step to.
     """
 
     run: RunConfig
@@ -89,8 +117,16 @@ class DistilRun:
     trajectories: TrajectoryConfig
     delta: DeltaConfig
     roll: RollConfig | None = None
+    match: MatchConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.match is not None and self.roll is not None:
+            raise InputError("match and roll are both given; turns are taught by answers alone, "
+                             "leave match out")
+        if self.match is not None and self.match.first_step >= self.trajectories.num_steps:
+            raise InputError(f"match.first_step is {self.match.first_step}; the student's "
+                             f"{self.trajectories.num_steps} steps end with number "
+                             f"{self.trajectories.num_steps - 1}")
         for phase in self.run.phases:
             if phase.num_frames != self.trajectories.num_frames:
                 raise InputError(
@@ -157,7 +193,7 @@ BatchT = TypeVar("BatchT")
 
 
 class DeltaTask(ABC, Generic[BatchT]):
-    """A delta that learns from a teacher's trajectories; subclasses say what a batch of them is."""
+    """A delta that learns from a teacher; subclasses say how."""
 
     def __init__(self, config: DistilRun) -> None:
         self.config = config
@@ -184,10 +220,55 @@ class DeltaTask(ABC, Generic[BatchT]):
 
     @abstractmethod
     def batch(self, phase: Phase, step: int, micro: int) -> BatchT:
-        """What a step learns from, at all levels of the student, of the trajectories of a shard."""
+        """What a step learns from."""
+
+    @abstractmethod
+    def loss(self, batch: BatchT, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Task`."""
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """The scores of the averaged delta on clips kept aside."""
+        del step, folder
+        bf16 = self.config.run.dtype == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            return self.scores()
+
+    @abstractmethod
+    def scores(self) -> dict[str, float]:
+        """By name, of the trajectories kept aside."""
+
+    @cached_property
+    def held_out(self) -> Trajectories:
+        """The trajectories that validation follows."""
+        return self.shards.load(HELD_OUT)
+
+    def context(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, S, D] and lengths [B] of captions; the text encoder stays as it is."""
+        with torch.no_grad():
+            return encode_tokens(self.text, ids, mask), mask.sum(1)
+
+    def with_delta(
+        self, delta: Delta, state: LatentState, context: tuple[Tensor, Tensor]
+    ) -> Denoise:
+        """The teacher's network with a delta, under a state's conditions and without guidance."""
+        whole = whole_timesteps(self.config.trajectories.sampler)
+
+        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+            with attached(self.dit, [(delta.adapter(), 1.0)]):
+                return velocity(
+                    self.dit, state, latents, sigma, context, patch=self.dit.config.patch_size,
+                    whole=whole,
+                )
+
+        return denoise
+
+
+class AnswersTask(DeltaTask[BatchT]):
+    """A delta that learns the teacher's answers along its trajectories, by plain regression."""
 
     def loss(self, batch: BatchT, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the mean velocity, where it is to be generated."""
+        """Squared error of the guided velocity, where it is to be generated."""
         del step
         error = self.errors(batch).mean()
         return error, {"velocity": error.detach()}
@@ -196,19 +277,13 @@ class DeltaTask(ABC, Generic[BatchT]):
     def errors(self, batch: BatchT) -> Tensor:
         """Mean squared error of each clip's velocity where it is to be generated, [B]."""
 
-    @torch.no_grad()
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """On trajectories of clips kept aside: each step's error, and where all of them end.
+    def scores(self) -> dict[str, float]:
+        """Each step's error, and where all of them end.
 
-        `velocity_mean` is that of single steps from the teacher's points; `end` the squared error
-        of clean latents after the student's own steps from noise, which is what is watched.
+        `velocity_mean` is that of single steps at the teacher's points; `end` the squared error
+        of clean latents after the student's own steps from noise.
         """
-        del step, folder
-        bf16 = self.config.run.dtype == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            scores = self.step_errors()
-            scores["end"] = self.end_error()
-        return scores
+        return self.step_errors() | {"end": self.end_error()}
 
     @abstractmethod
     def step_errors(self) -> dict[str, float]:
@@ -218,13 +293,8 @@ class DeltaTask(ABC, Generic[BatchT]):
     def end_error(self) -> float:
         """Squared error of those clips' clean latents after the student's own steps from noise."""
 
-    @cached_property
-    def held_out(self) -> Trajectories:
-        """The trajectories that validation follows."""
-        return self.shards.load(HELD_OUT)
 
-
-class DistilTask(DeltaTask[StepBatch]):
+class DistilTask(AnswersTask[StepBatch]):
     """The student's steps on the teacher's trajectories."""
 
     def batch(self, phase: Phase, step: int, micro: int) -> StepBatch:
@@ -237,22 +307,9 @@ class DistilTask(DeltaTask[StepBatch]):
 
     def errors(self, batch: StepBatch) -> Tensor:
         """Of one step each, [B]."""
-        made = self._student(batch.state, batch.ids, batch.mask)(batch.state.begin(), batch.sigma)
+        student = self.with_delta(self.delta, batch.state, self.context(batch.ids, batch.mask))
+        made = student(batch.state.begin(), batch.sigma)
         return squared_error(made, batch.target, batch.state.denoise_mask)
-
-    def _student(self, state: LatentState, ids: Tensor, mask: Tensor) -> Denoise:
-        """The teacher with the delta, under a state's conditions."""
-        with torch.no_grad():  # the text encoder stays as it is
-            context = encode_tokens(self.text, ids, mask), mask.sum(1)
-
-        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-            with attached(self.dit, [(self.delta.adapter(), 1.0)]):
-                return velocity(
-                    self.dit, state, latents, sigma, context,
-                    patch=self.dit.config.patch_size,
-                )
-
-        return denoise
 
     def step_errors(self) -> dict[str, float]:
         """Of each level of the student."""
@@ -269,6 +326,6 @@ class DistilTask(DeltaTask[StepBatch]):
     def end_error(self) -> float:
         """Of whole clips."""
         given = self.held_out
-        denoise = self._student(given.state, given.ids, given.mask)
-        made = sample_euler(denoise, given.state.begin(), self.sigmas)
-        return float((made - given.points[:, -1]).square().mean())
+        student = self.with_delta(self.delta, given.state, self.context(given.ids, given.mask))
+        made = sample_state(self.config.trajectories.sampler, student, given.state, self.sigmas)
+        return float((made - given.end).square().mean())

@@ -1,7 +1,7 @@
 """What a few-step student learns from: the teacher's guided trajectories, made once and kept.
 
-A trajectory is a deterministic function of prompt, conditions and noise, so the teacher, which
-takes most of the time, runs once for each; the student can see its points as often as it likes.
+The teacher takes the student's own steps, so the points at which it was asked are those that the
+student will come to. It runs once for each; the student can see its answers as often as it likes.
 
 Axes: B clips, P points, C latent channels, F latent frames, h w latent rows and columns, S text
 tokens.
@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.core.protocols import Denoise, KeyTokens, StepInfo
+from vidgen.core.protocols import Denoise, KeyTokens
 from vidgen.core.runtime import sha256_file
 from vidgen.diffusion.condition import LatentState, as_negative
 from vidgen.diffusion.guidance import Guidance, guided
-from vidgen.diffusion.samplers import sample_unipc
+from vidgen.diffusion.samplers import SAMPLERS, sample_state, whole_timesteps
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.networks import velocity
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.dit_data import ClipDraws, DiTData
+from vidgen.training.dit_data import Batch, ClipDraws, DiTData
 from vidgen.training.draws import seed_of
 from vidgen.training.latents import LatentShards
 from vidgen.training.toybox_data import CacheConfig
@@ -41,7 +41,7 @@ SIGMA_MIN = 1e-3  # what the pipeline's UniPC aims at
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryConfig:
-    """The teacher's way from noise to clips, and which of its points the student learns.
+    """The way from noise to clips that the teacher shows and the student goes.
 
     Args:
         folder: where the shards lie.
@@ -49,15 +49,15 @@ class TrajectoryConfig:
         shard_size: trajectories a shard.
         held_out: trajectories that validation follows, of clips that none is learned from.
         num_frames: pixel frames of each clip.
-        teacher_steps: UniPC steps of the teacher, each of two passes.
-        num_steps: of the student; each lands where so many of the teacher's do together.
-        shift: of the teacher's noise levels, and so of the student's.
+        sampler: of both, one of `SAMPLERS`.
+        num_steps: of both; one of the teacher's is two passes, one of the student's one.
+        shift: of their noise levels.
         guidance_scale: that the student has folded in (Meng et al. 2023, sec. 3.1).
         image_guidance_scale: the same of clips of which frames are given; see `Guidance`.
         seed: of what is drawn.
 
     Raises:
-        InputError: steps of the student that don't divide the teacher's.
+        InputError: nothing to make, or an unknown sampler.
     """
 
     folder: str
@@ -65,9 +65,9 @@ class TrajectoryConfig:
     shard_size: int = 8
     held_out: int = 16
     num_frames: int = 33
-    teacher_steps: int = 8
+    sampler: str = "unipc"
     num_steps: int = 4
-    shift: float = 5.0
+    shift: float = 7.0
     guidance_scale: float = 4.0
     image_guidance_scale: float | None = None
     seed: int = 0
@@ -77,11 +77,9 @@ class TrajectoryConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"trajectories.{name} is {getattr(self, name)}; "
                                  "it must be at least 1")
-        if self.teacher_steps % self.num_steps:
-            raise InputError(
-                f"trajectories.teacher_steps is {self.teacher_steps}, no multiple of num_steps "
-                f"{self.num_steps}; a student's step must end where one of the teacher's does"
-            )
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"trajectories.sampler is {self.sampler!r}; it is one of "
+                             + ", ".join(SAMPLERS))
 
     @property
     def guidance(self) -> Guidance:
@@ -89,29 +87,28 @@ class TrajectoryConfig:
         return Guidance(self.guidance_scale, known_scale=self.image_guidance_scale)
 
     @property
-    def teacher_sigmas(self) -> Tensor:
-        """The teacher's noise levels, [teacher_steps + 1]."""
-        return make_sigmas(self.teacher_steps, self.shift, sigma_min=SIGMA_MIN)
-
-    @property
     def sigmas(self) -> Tensor:
-        """The student's noise levels, [num_steps + 1]: each of them one of the teacher's."""
-        return self.teacher_sigmas[:: self.teacher_steps // self.num_steps]
+        """Their noise levels, [num_steps + 1]."""
+        return make_sigmas(self.num_steps, self.shift, sigma_min=SIGMA_MIN)
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Points of guided trajectories, on one device.
+    """Guided trajectories, on one device.
 
     Attributes:
         state: the conditions of each clip; its latents are the starting noise.
-        points: [B, P, C, F, h, w] at the student's levels, the first pure noise, the last clean.
+        points: [B, P, C, F, h, w], the latents that the teacher was asked at, level by level.
+        velocities: [B, P, C, F, h, w], its guided answers.
+        end: [B, C, F, h, w], where they led.
         ids: of the captions' tokens, [B, S].
         mask: [B, S], 1 where there is a token.
     """
 
     state: LatentState
     points: Tensor
+    velocities: Tensor
+    end: Tensor
     ids: Tensor
     mask: Tensor
 
@@ -140,11 +137,8 @@ class Teacher:
     @torch.no_grad()
     def follow(
         self, state: LatentState, ids: Tensor, mask: Tensor, config: TrajectoryConfig
-    ) -> Tensor:
-        """The points of trajectories at the student's levels, as `Trajectories` has them.
-
-        Points between the ends are those that UniPC's corrector gives, which is nearer to the
-        exact trajectory than its prediction.
+    ) -> Trajectories:
+        """Trajectories of clips.
 
         Args:
             state: where they begin, and their conditions.
@@ -152,46 +146,55 @@ class Teacher:
             mask: [B, S].
             config: of the trajectories.
         """
-        noise, has_given = state.latents, state.has_given
-        points = noise.new_empty(len(noise), config.num_steps + 1, *noise.shape[1:])
-        for given in (True, False):  # guidance treats them in different ways
-            rows, guidance = has_given == given, config.guidance.of_clip(has_given=given)
-            if rows.any():
-                points[rows] = self._follow(
-                    state.rows(rows), ids[rows], mask[rows], config, guidance
-                )
-        points[:, 0] = noise  # also where something is known, for who hides it
-        return points
-
-    def _follow(
-        self, state: LatentState, ids: Tensor, mask: Tensor, config: TrajectoryConfig,
-        guidance: Guidance,
-    ) -> Tensor:
-        every = config.teacher_steps // config.num_steps
+        answer = self.answers(state, ids, mask, config)
         points: list[Tensor] = []
+        velocities: list[Tensor] = []
 
-        def keep(info: StepInfo) -> None:
-            if (info.step - 1) % every == 0:
-                points.append(state.project(info.state.history[0]))
+        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+            points.append(latents)
+            velocities.append(answer(latents, sigma))
+            return velocities[-1]
 
+        end = sample_state(config.sampler, denoise, state, config.sigmas)
+        asked = torch.stack(points, dim=1), torch.stack(velocities, dim=1)
+        return Trajectories(state, *asked, end, ids, mask)
+
+    def answers(
+        self, state: LatentState, ids: Tensor, mask: Tensor, config: TrajectoryConfig
+    ) -> Denoise:
+        """Its guided velocities, float32; arguments as in `follow`."""
+        groups = []
+        for given in (True, False):  # guidance treats them in different ways
+            rows = state.has_given == given
+            if rows.any():
+                guidance = config.guidance.of_clip(has_given=given)
+                answer = self._guided(state.rows(rows), ids[rows], mask[rows], guidance,
+                                      whole=whole_timesteps(config.sampler))
+                groups.append((rows, answer))
+
+        @torch.no_grad()
+        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+            made = torch.empty_like(latents, dtype=torch.float32)
+            for rows, answer in groups:
+                made[rows] = answer(latents[rows], sigma[rows]).float()
+            return made
+
+        return denoise
+
+    @torch.no_grad()
+    def _guided(
+        self, state: LatentState, ids: Tensor, mask: Tensor, guidance: Guidance, *, whole: bool
+    ) -> Denoise:
         def model(shown: LatentState, ids: Tensor, mask: Tensor) -> Denoise:
             context = encode_tokens(self.text, ids, mask), mask.sum(1)
-
-            def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-                return velocity(
-                    self.dit, shown, latents, sigma, context,
-                    patch=self.dit.config.patch_size, whole=True,
-                )
-
-            return denoise
+            patch = self.dit.config.patch_size
+            return lambda latents, sigma: velocity(
+                self.dit, shown, latents, sigma, context, patch=patch, whole=whole
+            )
 
         other = (part.to(self.device).expand(len(ids), -1) for part in self.negative)
         hidden = as_negative(state, hides_given=guidance.known_scale is not None)
-        denoise = guided(model(state, ids, mask), model(hidden, *other), guidance)
-        clean = sample_unipc(
-            denoise, state.begin(), config.teacher_sigmas, on_step=keep, project=state.project
-        )
-        return torch.stack([*points, clean], dim=1)
+        return guided(model(state, ids, mask), model(hidden, *other), guidance)
 
 
 class TrajectoryShards:
@@ -230,18 +233,27 @@ class TrajectoryShards:
         """Have the teacher make shard `index`."""
         config = self.config
         if index == HELD_OUT:
-            batch = self._draws.held_aside(config.num_frames, 1.0)
+            begun = _begun(self._draws.held_aside(config.num_frames, 1.0))
         else:
-            batch = self._draws.batch(self._phase, index, 0)
-        state = replace(batch.state, latents=batch.noise)
-        points = teacher.follow(state, batch.ids, batch.mask, config)
-        tensors = {"points": points.half(), "ids": batch.ids, "mask": batch.mask,
-                   "clean": state.clean.half(), "denoise_mask": state.denoise_mask}
+            begun = self.draw(self._phase, index, 0)
+        made = teacher.follow(*begun, config)
+        state = made.state
+        tensors = {"noise": state.latents, "points": made.points.half(),
+                   "velocities": made.velocities.half(), "end": made.end.half(),
+                   "clean": state.clean.half(), "denoise_mask": state.denoise_mask,
+                   "ids": made.ids, "mask": made.mask}
         if state.keys is not None:
             assert state.keys.valid is not None, "drawn conditions say which stills are there"
             tensors |= {"keys": state.keys.latents.half(), "positions": state.keys.positions,
                         "valid": state.keys.valid}
         self.shards.write(index, {name: value.cpu() for name, value in tensors.items()})
+
+    def draw(self, phase: Phase, step: int, micro: int) -> tuple[LatentState, Tensor, Tensor]:
+        """Where trajectories of clips begin: noise under conditions, and captions' ids and mask.
+
+        Arguments as in `Task.batch`.
+        """
+        return _begun(self._draws.batch(phase, step, micro))
 
     def load(self, index: int) -> Trajectories:
         """The trajectories of shard `index`.
@@ -271,25 +283,29 @@ class TrajectoryShards:
         return ClipDraws(data, self.device, dit.patch_size)
 
 
+def _begun(batch: Batch) -> tuple[LatentState, Tensor, Tensor]:
+    return replace(batch.state, latents=batch.noise), batch.ids, batch.mask
+
+
 def unpack(tensors: dict[str, Tensor], device: torch.device) -> Trajectories:
     """A shard's tensors as trajectories."""
     here = {name: value.to(device) for name, value in tensors.items()}
     keys = None
     if "keys" in here:
         keys = KeyTokens(here["keys"].float(), here["positions"], here["valid"])
-    points = here["points"].float()
-    state = LatentState(points[:, 0], here["clean"].float(), here["denoise_mask"], keys)
-    return Trajectories(state, points, here["ids"], here["mask"])
+    points, velocities, end = (here[name].float() for name in ("points", "velocities", "end"))
+    state = LatentState(here["noise"], here["clean"].float(), here["denoise_mask"], keys)
+    return Trajectories(state, points, velocities, end, here["ids"], here["mask"])
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """Single steps of the student, each from one point of a trajectory towards the next.
+    """What single steps of the student are to be.
 
     Attributes:
         state: the conditions; its latents are the points that the steps start from.
         sigma: [B], their noise levels.
-        target: the mean velocity to the next point, [B, C, F, h, w].
+        target: the guided velocity there, [B, C, F, h, w].
         ids: of the captions' tokens, [B, S].
         mask: [B, S].
     """
@@ -306,7 +322,7 @@ def draw_steps(given: Trajectories, sigmas: Tensor, count: int, *seed: int) -> S
 
     Args:
         given: trajectories, at least one.
-        sigmas: [P], the student's levels.
+        sigmas: [P + 1], the student's levels.
         count: steps to draw.
         seed: what the draw depends on.
     """
@@ -319,16 +335,12 @@ def draw_steps(given: Trajectories, sigmas: Tensor, count: int, *seed: int) -> S
 
 
 def take_steps(given: Trajectories, sigmas: Tensor, rows: Tensor, at: Tensor) -> StepBatch:
-    """The steps number `at` [B] of the trajectories `rows` [B] (Salimans & Ho 2022, Alg. 2).
-
-    A student's Euler step of the target velocity lands on the teacher's next point, exactly.
-    """
+    """The steps number `at` [B] of the trajectories `rows` [B]."""
     device = given.points.device
-    levels, rows, at = sigmas.to(device), rows.to(device), at.to(device)
-    start, end = given.points[rows, at], given.points[rows, at + 1]
-    lengths = (levels[at + 1] - levels[at]).view(-1, *[1] * (start.ndim - 1))
-    state = replace(given.state.rows(rows), latents=start)
-    return StepBatch(state, levels[at], (end - start) / lengths, given.ids[rows], given.mask[rows])
+    rows, at = rows.to(device), at.to(device)
+    state = replace(given.state.rows(rows), latents=given.points[rows, at])
+    return StepBatch(state, sigmas.to(device)[at], given.velocities[rows, at], given.ids[rows],
+                     given.mask[rows])
 
 
 def shard_for(shards: int, step: int, micro: int, seed: int) -> int:

@@ -21,10 +21,9 @@ from vidgen.core.errors import InputError
 from vidgen.diffusion.condition import LatentState, new_state
 from vidgen.diffusion.flow import squared_error
 from vidgen.models.lora import attached
-from vidgen.models.text import encode_tokens
 from vidgen.pipeline.rolling import Rollout
 from vidgen.training.config import Phase
-from vidgen.training.distil import DeltaTask, DistilRun
+from vidgen.training.distil import AnswersTask, DistilRun
 from vidgen.training.distil_data import StepBatch, Trajectories, shard_for, take_steps
 from vidgen.training.draws import seed_of
 from vidgen.weights.student import RollConfig
@@ -50,7 +49,7 @@ class TurnBatch:
     step: StepBatch
 
 
-class RollTask(DeltaTask[TurnBatch]):
+class RollTask(AnswersTask[TurnBatch]):
     """The student's turns on the teacher's trajectories.
 
     Raises:
@@ -93,7 +92,7 @@ class RollTask(DeltaTask[TurnBatch]):
         """Steps number `at` [B] of the turn number `turn` of trajectories `rows` [B]."""
         step, first = take_steps(given, self.sigmas, rows, at), turn * self.roll.turn_frames
         own = slice(first, first + self.roll.turn_frames)
-        before, target = given.points[rows, -1, :, :first], step.target[:, :, own]
+        before, target = given.end[rows, :, :first], step.target[:, :, own]
         noise = torch.randn(before.shape, generator=draw).to(before)
         step = replace(step, state=step.state.stretch(own), target=target)
         return TurnBatch(before, noise, forgets, step)
@@ -111,8 +110,7 @@ class RollTask(DeltaTask[TurnBatch]):
         return squared_error(made, step.target, step.state.denoise_mask)
 
     def _rollout(self, ids: Tensor, mask: Tensor) -> Rollout:
-        with torch.no_grad():  # the text encoder stays as it is
-            return Rollout((encode_tokens(self.text, ids, mask), mask.sum(1)), self.roll)
+        return Rollout(self.context(ids, mask), self.roll)
 
     @contextmanager
     def _rolling(self) -> Iterator[None]:
@@ -138,15 +136,14 @@ class RollTask(DeltaTask[TurnBatch]):
     def end_error(self) -> float:
         """Of whole clips, rolled out from the teacher's noise."""
         given, draw = self.held_out, torch.Generator().manual_seed(0)
-        noise, end = given.points[:, 0], given.points[:, -1]
-        made: list[Tensor] = []
+        sampler, made = self.config.trajectories.sampler, list[Tensor]()
         rollout = self._rollout(given.ids, given.mask)
         with self._rolling():
-            for turn in noise.split(self.roll.turn_frames, dim=2):
+            for turn in given.state.latents.split(self.roll.turn_frames, dim=2):
                 seen_through = torch.randn(turn.shape, generator=draw).to(turn)
-                made.append(rollout.turn(self.dit, new_state(turn), self.sigmas))
+                made.append(rollout.turn(self.dit, new_state(turn), sampler, self.sigmas))
                 rollout.remember(self.dit, made[-1], seen_through)
-        return float((torch.cat(made, dim=2) - end).square().mean())
+        return float((torch.cat(made, dim=2) - given.end).square().mean())
 
 
 def rollable(state: LatentState) -> Tensor:

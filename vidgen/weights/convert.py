@@ -39,6 +39,7 @@ from vidgen.weights.layouts import (
     WAN_TOKENIZER,
 )
 from vidgen.weights.sound_vae import SOUND_VAE
+from vidgen.weights.student import ROLLER, STUDENT
 from vidgen.weights.view import Source, fuse_clip
 from vidgen.weights.write import (
     MAX_SHARD_BYTES,
@@ -67,7 +68,7 @@ def convert(
             Wan's own programs load. "vidgen": ours, with hashes.
         max_shard_bytes: most bytes of a weight file.
         changed: by role and our names, tensors that take the place of the files', in their dtype;
-            with `to` "vidgen".
+            with `to` "vidgen". The model's students, which aren't of these, stay behind.
 
     Returns:
         Names of the tensors set aside, for which the layout has no place.
@@ -106,6 +107,9 @@ def convert(
                 write_safetensors(folder / REST / f"{role}.{spelling}.safetensors", tensors)
                 set_aside += tensors
             component.store.release()
+        for name in (STUDENT, ROLLER):  # deltas of these very weights
+            if (source.path / name).is_dir() and not changed:
+                shutil.copytree(source.path / name, folder / name)
         for card in (*source.path.glob("*.md"), *source.path.glob("LICENSE*")):
             shutil.copyfile(card, folder / card.name)
         _keep_clip_tokenizer(source, folder, to)

@@ -36,7 +36,7 @@ from vidgen.weights.infer import infer_dit, infer_image, infer_text, infer_vae
 from vidgen.weights.keymap import DIT_KEYS, Names, Spelling, renamed
 from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.store import TensorStore, find_files
-from vidgen.weights.student import ROLLER, open_student
+from vidgen.weights.student import ROLLER, STUDENT, StudentConfig, open_student
 from vidgen.weights.view import split_clip
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -132,7 +132,7 @@ def _open_vidgen(path: Path) -> ModelFolder:
         return ModelFolder(
             path=path, files=info["files"], layout="vidgen", components=components,
             tokenizer=path / "tokenizer", image_processor=processor,
-            student=open_student(path), roller=open_student(path, ROLLER), **facts,
+            **_students(path), **facts,
         )
     except KeyError as error:
         raise ModelError(f"{path / 'model.json'} lacks the field {error}") from None
@@ -177,7 +177,9 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | ForeignFolde
     return ModelFolder(
         path=path, layout="diffusers", components=components, tokenizer=tokenizer,
         image_processor=processor, given=given, **facts,
-        files=_unhashed(path, [path / "model_index.json", *small], components),
+        files=_unhashed(path, [path / "model_index.json", *small, *_student_files(path)],
+                        components),
+        **_students(path),
     )
 
 
@@ -221,10 +223,10 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
     _require(path, components)
     tokenizer = _tokenizer(path / WAN_TOKENIZER)
     facts = _facts(note, path / NOTE) if note else _recognised(path, given, components)
-    small += list(tokenizer.iterdir())
+    small += [*tokenizer.iterdir(), *_student_files(path)]
     return ModelFolder(
         path=path, layout="wan", components=components, tokenizer=tokenizer, given=given,
-        files=_unhashed(path, small, components), **facts,
+        files=_unhashed(path, small, components), **_students(path), **facts,
     )
 
 
@@ -235,6 +237,15 @@ def _sound_vae(path: Path) -> dict[Role, Component]:
         return {}
     config = config_of(AudioVAEConfig, folder)
     return {"sound_vae": assemble("sound_vae", config, [("vidgen", _shards(folder))])}
+
+
+def _students(path: Path) -> dict[str, StudentConfig | None]:
+    """How a model's students are sampled, by `ModelFolder`'s fields; they lie alike everywhere."""
+    return {name: open_student(path, name) for name in (STUDENT, ROLLER)}
+
+
+def _student_files(path: Path) -> list[Path]:
+    return [file for name in (STUDENT, ROLLER) for file in sorted((path / name).glob("*"))]
 
 
 def _shards(folder: Path) -> TensorStore:

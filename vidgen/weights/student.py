@@ -55,9 +55,10 @@ class RollConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """How a student is sampled: by Euler steps without guidance.
+    """How a student is sampled: without guidance.
 
     Args:
+        sampler: whose steps it was taught, one of `SAMPLERS`.
         sigmas: the noise levels it was taught on, from 1 down to 0.
         guidance_scale: of its teacher, which it has folded in.
         roll: how it makes a clip turn by turn, or None where it makes clips as a whole.
@@ -66,6 +67,7 @@ class StudentConfig:
         ValueError: levels that don't fall from 1 to 0.
     """
 
+    sampler: str
     sigmas: tuple[float, ...]
     guidance_scale: float
     roll: RollConfig | None = None
