@@ -2,10 +2,12 @@
 
     python train/cache.py        -c configs/train/toybox_student.yaml    first: render and encode
     python train/trajectories.py -c configs/train/toybox_student.yaml    then: what is to be learned
-    python train/distil.py       -c configs/train/toybox_student.yaml [--set a.b=c]... [--resume]
+    python train/distil.py -c configs/train/toybox_student.yaml [--set a.b=c]... [--resume]
+    python train/distil.py -c configs/train/toybox_student_match.yaml    then: what its clips lack
 
-toybox_roller.yaml teaches the delta that rolls clips out, on the same trajectories. The loss is a
-plain regression on what the teacher made before; see `vidgen.training.distil` and `distil_roll`.
+The first run is a plain regression on what the teacher answered, the second compares the student's
+own clips with the teacher's. toybox_roller.yaml teaches the delta that rolls clips out, on the same
+trajectories. See `vidgen.training.distil`, `distil_match` and `distil_roll`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Few steps of one pass each: a low-rank delta that answers as a teacher under guidance does.
 
 Guidance is folded in (Meng et al. 2023, sec. 3.1), on one fixed grid of few noise levels: that of
-the best plain way to take so few steps, which the student goes at half its price.
+the best plain way to take so few steps, which the student goes at half its price. What it still
+lacks then is the matter of `distil_match`.
 
 Axes: B clips, S text tokens.
 """
@@ -105,7 +106,8 @@ class DistilRun:
         roll: how the student rolls clips out, turn by turn; None: it makes them as a whole.
         match: how its own clips are compared with the teacher's; None: it repeats answers.
         delta: of the student. Rank 16 of all layers of the embedded model is 1.6 MB in bf16.
-        run: its phases have the trajectories' frames, and `batch_size` steps of one shard each.
+        run: its phases have the trajectories' frames, and `batch_size` steps of one shard each, or
+            clips that are matched.
 
     Raises:
         InputError: a phase of other clips than the trajectories', turns to match, or no step to.
