@@ -407,10 +407,12 @@ def test_bad_settings_and_files_are_refused(
             **settings["trajectories"], "guidance_scale": 2.0}}, "run"))
     shutil.copytree(model, tmp_path / "model")
     config = tmp_path / "model" / STUDENT / "config.json"
-    config.write_text(json.dumps(
-        {"sampler": "unipc", "sigmas": [1.0, 0.5, 0.6, 0.0], "guidance_scale": 3.0}))
-    with pytest.raises(ModelError, match="must fall from 1 to 0"):
-        open_model(str(tmp_path / "model"))
+    for changes, message in (({"sigmas": [1.0, 0.5, 0.6, 0.0]}, "must fall from 1 to 0"),
+                             ({"sampler": "heun"}, "sampler is 'heun'; it is one of euler")):
+        known = {"sampler": "unipc", "sigmas": [1.0, 0.5, 0.0], "guidance_scale": 3.0}
+        config.write_text(json.dumps(known | changes))
+        with pytest.raises(ModelError, match=message):
+            open_model(str(tmp_path / "model"))
 
 
 @pytest.fixture(scope="module")

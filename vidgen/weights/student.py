@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vidgen.core.runtime import atomic_write
+from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.weights.folder import config_of
 from vidgen.weights.lora import read_lora, write_lora
 
@@ -64,7 +65,7 @@ class StudentConfig:
         roll: how it makes a clip turn by turn, or None where it makes clips as a whole.
 
     Raises:
-        ValueError: levels that don't fall from 1 to 0.
+        ValueError: an unknown sampler, or levels that don't fall from 1 to 0.
     """
 
     sampler: str
@@ -73,6 +74,8 @@ class StudentConfig:
     roll: RollConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {self.sampler!r}; it is one of {', '.join(SAMPLERS)}")
         falls = all(low < high for high, low in zip(self.sigmas, self.sigmas[1:], strict=False))
         if len(self.sigmas) < 2 or not falls or self.sigmas[0] != 1 or self.sigmas[-1] != 0:
             raise ValueError(f"sigmas are {list(self.sigmas)}; they must fall from 1 to 0")
