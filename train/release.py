@@ -51,8 +51,7 @@ from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_mo
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.student import (
-    ROLLER,
-    STUDENT,
+    STUDENTS,
     RollConfig,
     StudentConfig,
     write_student,
@@ -141,7 +140,7 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float]) -> None:
     configs = {"transformer": DIT_PRESETS[settings["preset"]],
                "text_encoder": TEXT_PRESETS[settings["text_preset"]].to_transformers()}
     made = {part: mixed(load_averages(run, part), part, mix, out) for part in configs}
-    for name in (STUDENT, ROLLER):
+    for name in STUDENTS:
         shutil.rmtree(out / name, ignore_errors=True)
     for part, config in configs.items():
         save_module(made[part], config, out / part, torch.bfloat16)

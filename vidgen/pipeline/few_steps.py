@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.pipeline.plan import Plan
     from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.student import StudentConfig
 
 SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "image_guidance", "guidance_interval",
             "guidance_rescale")
@@ -45,7 +46,7 @@ def with_student(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
         return plan
     if plan.strength < 1 or request.follow_audio:
         return plan
-    return replace(plan, sampler=student.sampler, guidance=Guidance(), student=student)
+    return _taken(plan, student)
 
 
 def _rolled(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
@@ -67,7 +68,12 @@ def _rolled(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     if request.steps not in (None, roller.num_steps):
         raise InputError(f"steps is {request.steps}; the roller of {folder.name!r} takes "
                          f"{roller.num_steps}, leave it out")
+    return _taken(plan, roller)
+
+
+def _taken(plan: Plan, student: StudentConfig) -> Plan:
+    """The plan with all that a student settles."""
     return replace(
-        plan, sampler=roller.sampler, guidance=Guidance(), student=roller,
-        num_steps=roller.num_steps,
+        plan, sampler=student.sampler, num_steps=student.num_steps, guidance=Guidance(),
+        student=student,
     )

@@ -28,7 +28,7 @@ from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.networks import velocity
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.dit_data import Batch, ClipDraws, DiTData
-from vidgen.training.draws import seed_of
+from vidgen.training.draws import generator_of
 from vidgen.training.latents import LatentShards
 from vidgen.training.toybox_data import CacheConfig
 from vidgen.weights.folder import ModelFolder
@@ -326,7 +326,7 @@ def draw_steps(given: Trajectories, sigmas: Tensor, count: int, *seed: int) -> S
         count: steps to draw.
         seed: what the draw depends on.
     """
-    draw = torch.Generator().manual_seed(seed_of(*seed))
+    draw = generator_of(*seed)
     size, num_steps = len(given.points), len(sigmas) - 1
     first = int(torch.randint(num_steps, (), generator=draw))
     at = (torch.arange(count) + first) % num_steps
@@ -350,5 +350,5 @@ def shard_for(shards: int, step: int, micro: int, seed: int) -> int:
     ranks, walk through orders of their own.
     """
     turn, place = divmod(step, shards)
-    draw = torch.Generator().manual_seed(seed_of(seed, turn, micro))
+    draw = generator_of(seed, turn, micro)
     return 1 + int(torch.randperm(shards, generator=draw)[place])

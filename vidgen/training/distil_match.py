@@ -29,7 +29,7 @@ from vidgen.training.checkpoint import load_averages
 from vidgen.training.config import Phase
 from vidgen.training.distil import Delta, DeltaTask, DistilRun
 from vidgen.training.distil_data import Teacher
-from vidgen.training.draws import seed_of
+from vidgen.training.draws import generator_of
 from vidgen.training.optim import build_optimizers
 
 LEVELS = (0.9, 0.7, 0.5, 0.3)
@@ -81,8 +81,8 @@ class MatchTask(DeltaTask[MatchBatch]):
     def batch(self, phase: Phase, step: int, micro: int) -> MatchBatch:
         """Conditions as the transformer's own training draws them; all ranks teach one step."""
         seed, steps = self.config.run.seed, (self.match.first_step, len(self.sigmas) - 1)
-        last = int(torch.randint(*steps, (), generator=_generator(seed, step)))
-        draw = _generator(seed, step, micro, 1)  # the 1: nothing as the conditions' noise is
+        last = int(torch.randint(*steps, (), generator=generator_of(seed, step)))
+        draw = generator_of(seed, step, micro, 1)  # the 1: nothing as the conditions' noise is
         state, ids, mask = self.shards.draw(phase, step, micro)
         sigma = torch.stack([
             draw_sigmas(len(ids), draw, shift=self.match.shift, mean=None,
@@ -96,14 +96,17 @@ class MatchTask(DeltaTask[MatchBatch]):
         """Of the student, whose gradient is the two networks' difference, and of its follower."""
         del step
         state, context = batch.state, self.context(batch.ids, batch.mask)
+        follower = self.with_delta(self.follower, state, context)
         made = self._made(state, context, batch.last)
-        clean, (compared, followed) = made.detach(), batch.sigma
+        clean = made.detach()
+        compared, followed = (state.project(add_noise(clean, noise, sigma))
+                              for noise, sigma in zip(batch.noise, batch.sigma, strict=True))
         with torch.no_grad():
-            change = self._change(batch.ids, batch.mask, state, context, clean, compared,
-                                  batch.noise[0])
+            teacher = self.teacher.answers(state, batch.ids, batch.mask, self.config.trajectories)
+            answers = (ask(compared, batch.sigma[0]) for ask in (teacher, follower))
+            change = _change(clean, compared, batch.sigma[0], *answers, state.denoise_mask)
         matching = squared_error(made, clean + change, state.denoise_mask).mean()
-        noisy = state.project(add_noise(clean, batch.noise[1], followed))
-        answer = self.with_delta(self.follower, state, context)(noisy, followed)
+        answer = follower(followed, batch.sigma[1])
         following = velocity_loss(answer, clean, batch.noise[1], state.denoise_mask).mean()
         return matching + following, {"gap": matching.detach().sqrt(),
                                       "following": following.detach()}
@@ -123,23 +126,6 @@ class MatchTask(DeltaTask[MatchBatch]):
 
         return sample_state(self.config.trajectories.sampler, denoise, state, sigmas)
 
-    def _change(
-        self, ids: Tensor, mask: Tensor, state: LatentState, context: tuple[Tensor, Tensor],
-        clean: Tensor, sigma: Tensor, noise: Tensor,
-    ) -> Tensor:
-        """Where clips [B, C, F, h, w] would have to go to be the teacher's (ib., eq. 2).
-
-        In units of how far the teacher itself would change them, so that all levels weigh alike.
-        """
-        noisy = state.project(add_noise(clean, noise, sigma))
-        answers = (
-            self.teacher.answers(state, ids, mask, self.config.trajectories)(noisy, sigma),
-            self.with_delta(self.follower, state, context)(noisy, sigma),
-        )
-        real, own = (denoised_of(noisy, answer, sigma) for answer in answers)
-        distance = squared_error(clean, real, state.denoise_mask).sqrt().clamp(min=1e-6)
-        return (real - own) / distance.view(-1, *[1] * (clean.ndim - 1))
-
     def scores(self) -> dict[str, float]:
         """`gap` between teacher and follower on the student's whole clips, and the latter's error.
 
@@ -149,17 +135,35 @@ class MatchTask(DeltaTask[MatchBatch]):
         state, context = given.state, self.context(given.ids, given.mask)
         clean = self._made(state, context, len(self.sigmas) - 2)
         follower = self.with_delta(self.follower, state, context)
+        teacher = self.teacher.answers(state, given.ids, given.mask, self.config.trajectories)
         gaps, errors = [], []
         for index, level in enumerate(LEVELS):
-            draw = _generator(self.config.run.seed, index)
+            draw = generator_of(self.config.run.seed, index)
             noise = torch.randn(clean.shape, generator=draw).to(clean)
             sigma = torch.full((len(clean),), level, device=self.device)
-            change = self._change(given.ids, given.mask, state, context, clean, sigma, noise)
-            gaps.append(float(squared_error(change, torch.zeros_like(change)).mean().sqrt()))
-            answer = follower(state.project(add_noise(clean, noise, sigma)), sigma)
+            noisy = state.project(add_noise(clean, noise, sigma))
+            wanted, answer = teacher(noisy, sigma), follower(noisy, sigma)
+            change = _change(clean, noisy, sigma, wanted, answer, state.denoise_mask)
+            gaps.append(float(change.square().mean().sqrt()))
             errors.append(float(velocity_loss(answer, clean, noise).mean()))
         return {"gap": sum(gaps) / len(gaps), "following": sum(errors) / len(errors)}
 
 
-def _generator(*seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed_of(*seed))
+def _change(
+    clean: Tensor, noisy: Tensor, sigma: Tensor, wanted: Tensor, answer: Tensor, mask: Tensor
+) -> Tensor:
+    """Where clips would have to go to be the teacher's (ib., eq. 2).
+
+    In units of how far the teacher itself would change them, so that all levels weigh alike.
+
+    Args:
+        clean: the student's clips, [B, C, F, h, w].
+        noisy: the same at the noise levels `sigma` [B].
+        sigma: [B].
+        wanted: the teacher's velocities there.
+        answer: the follower's.
+        mask: [B, 1, F, h, w], True where latents were made.
+    """
+    real, own = (denoised_of(noisy, each, sigma) for each in (wanted, answer))
+    distance = squared_error(clean, real, mask).sqrt().clamp(min=1e-6)
+    return (real - own) / distance.view(-1, *[1] * (clean.ndim - 1))

@@ -25,7 +25,7 @@ from vidgen.pipeline.rolling import Rollout
 from vidgen.training.config import Phase
 from vidgen.training.distil import AnswersTask, DistilRun
 from vidgen.training.distil_data import StepBatch, Trajectories, shard_for, take_steps
-from vidgen.training.draws import seed_of
+from vidgen.training.draws import generator_of
 from vidgen.weights.student import RollConfig
 
 FORGETS = 0.5
@@ -64,7 +64,7 @@ class RollTask(AnswersTask[TurnBatch]):
 
     def batch(self, phase: Phase, step: int, micro: int) -> TurnBatch:
         """A turn of clips from one shard, at all levels of the student."""
-        draw = torch.Generator().manual_seed(seed_of(self.config.run.seed, step, micro))
+        draw = generator_of(self.config.run.seed, step, micro)
         turn, first_level = (int(torch.randint(high, (), generator=draw))
                              for high in (self.num_turns, len(self.sigmas) - 1))
         given, rows = self._rollable(step, micro)

@@ -24,7 +24,7 @@ from vidgen.toybox.captions import CLASSES, attributes, caption
 from vidgen.toybox.paraphrase import loose_caption
 from vidgen.toybox.scenes import Draws, Scene
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.draws import seed_of
+from vidgen.training.draws import generator_of
 from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache, cut_around
 
@@ -175,8 +175,8 @@ class ClipDraws:
         All micro-batches of a step are of one kind, so that no rank waits for another one's.
         """
         run = self.config.run
-        kind = torch.Generator().manual_seed(seed_of(run.seed, step))
-        draw = torch.Generator().manual_seed(seed_of(run.seed, step, micro))
+        kind = generator_of(run.seed, step)
+        draw = generator_of(run.seed, step, micro)
         counts = [cache.num_clips for cache in self.caches]
         counts[0] = self.num_kept
         which = int(torch.multinomial(torch.tensor(counts).float(), 1, generator=kind))

@@ -26,7 +26,7 @@ from vidgen.pipeline.workload import transformer_ops
 from vidgen.training.config import Phase
 from vidgen.training.dataset import Dataset
 from vidgen.training.distributed import current_place
-from vidgen.training.draws import seed_of
+from vidgen.training.draws import generator_of, seed_of
 from vidgen.training.finetune_conditions import Conditions, settle_conditions
 from vidgen.training.finetune_config import FinetuneConfig
 from vidgen.training.finetune_lora import without_delta
@@ -128,7 +128,7 @@ class FinetuneTask:
         del phase
         size = current_place().data_size
         data = self.dataset.batch(step, micro // size, micro % size, size)
-        draw = torch.Generator().manual_seed(seed_of(self.config.run.seed, step, micro))
+        draw = generator_of(self.config.run.seed, step, micro)
         role = self._role(step)
         sigma = draw_sigmas(
             len(data["latents"]), draw, between=self._levels(role), **self._density
@@ -205,7 +205,7 @@ class FinetuneTask:
     def _held_out(self, index: int, sigma: float, role: str) -> Batch:
         """A validation batch at a noise level; its noise and conditions are always the same."""
         data, files = self._validation[index]
-        draw = torch.Generator().manual_seed(seed_of(index, round(sigma * 1e6)))
+        draw = generator_of(index, round(sigma * 1e6))
         kinds = self.conditions.weights
         kind = next(name for name in ("text", "first", "both", *kinds) if kinds.get(name))
         conditions = replace(self.conditions, weights={kind: 1.0})

@@ -39,7 +39,7 @@ from vidgen.weights.layouts import (
     WAN_TOKENIZER,
 )
 from vidgen.weights.sound_vae import SOUND_VAE
-from vidgen.weights.student import ROLLER, STUDENT
+from vidgen.weights.student import STUDENTS
 from vidgen.weights.view import Source, fuse_clip
 from vidgen.weights.write import (
     MAX_SHARD_BYTES,
@@ -107,7 +107,7 @@ def convert(
                 write_safetensors(folder / REST / f"{role}.{spelling}.safetensors", tensors)
                 set_aside += tensors
             component.store.release()
-        for name in (STUDENT, ROLLER):  # deltas of these very weights
+        for name in STUDENTS:  # deltas of these very weights
             if (source.path / name).is_dir() and not changed:
                 shutil.copytree(source.path / name, folder / name)
         for card in (*source.path.glob("*.md"), *source.path.glob("LICENSE*")):

@@ -36,7 +36,7 @@ from vidgen.weights.infer import infer_dit, infer_image, infer_text, infer_vae
 from vidgen.weights.keymap import DIT_KEYS, Names, Spelling, renamed
 from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.store import TensorStore, find_files
-from vidgen.weights.student import ROLLER, STUDENT, StudentConfig, open_student
+from vidgen.weights.student import STUDENTS, StudentConfig, open_student
 from vidgen.weights.view import split_clip
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -241,11 +241,11 @@ def _sound_vae(path: Path) -> dict[Role, Component]:
 
 def _students(path: Path) -> dict[str, StudentConfig | None]:
     """How a model's students are sampled, by `ModelFolder`'s fields; they lie alike everywhere."""
-    return {name: open_student(path, name) for name in (STUDENT, ROLLER)}
+    return {name: open_student(path, name) for name in STUDENTS}
 
 
 def _student_files(path: Path) -> list[Path]:
-    return [file for name in (STUDENT, ROLLER) for file in sorted((path / name).glob("*"))]
+    return [file for name in STUDENTS for file in sorted((path / name).glob("*"))]
 
 
 def _shards(folder: Path) -> TensorStore:

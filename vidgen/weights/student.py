@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STUDENT = "student"
 ROLLER = "roller"
+STUDENTS = (STUDENT, ROLLER)
 WEIGHTS = "model.safetensors"
 
 
