@@ -6,8 +6,9 @@
     python train/distil.py -c configs/train/toybox_student_match.yaml    then: what its clips lack
 
 The first run is a plain regression on what the teacher answered, the second compares the student's
-own clips with the teacher's. toybox_roller.yaml teaches the delta that rolls clips out, on the same
-trajectories. See `vidgen.training.distil`, `distil_match` and `distil_roll`.
+own clips with the teacher's. toybox_roller.yaml and toybox_roller_match.yaml teach the delta that
+rolls clips out, which begins as the student, in the same two parts. See `vidgen.training.distil`,
+`distil_match` and `distil_roll`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Any
 
 from vidgen.training.distil import DeltaTask, DistilRun, DistilTask
 from vidgen.training.distil_match import MatchTask
-from vidgen.training.distil_roll import RollTask
+from vidgen.training.distil_roll import RollMatchTask, RollTask
 from vidgen.training.program import run_program
 
 
 def task_of(config: DistilRun) -> DeltaTask[Any]:
     """What a run's student learns: the teacher's answers, of turns too, or what its clips lack."""
     if config.match is not None:
-        return MatchTask(config)
+        return MatchTask(config) if config.roll is None else RollMatchTask(config)
     return DistilTask(config) if config.roll is None else RollTask(config)
 
 

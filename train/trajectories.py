@@ -16,7 +16,6 @@ from rich.progress import track
 from vidgen.core.config import build, load_run
 from vidgen.pipeline.parts import DTYPES
 from vidgen.training.distil import DistilRun, open_shards
-from vidgen.training.distil_data import Teacher
 from vidgen.training.program import exit_code
 
 
@@ -33,7 +32,7 @@ def main() -> int:
         shards = open_shards(config)
         missing = shards.missing()
         if missing:
-            teacher = Teacher(shards.folder, shards.device, DTYPES[config.run.dtype])
+            teacher = shards.teacher(DTYPES[config.run.dtype])
             for index in track(missing, config.trajectories.folder):
                 shards.make(index, teacher)
 

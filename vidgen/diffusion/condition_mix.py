@@ -32,6 +32,7 @@ class ConditionMix:
         both: the first and the last frame.
         frames: a random choice of a sample's stills.
         prefix: a beginning of up to two thirds of the latent frames.
+        prefix_step: the latent frames that a beginning is a multiple of, where so many fit.
         mask: a region kept through the whole clip.
         reference: a probability of its own: how often a sample that has reference stills gets
             them, beside whatever else was drawn.
@@ -45,8 +46,12 @@ class ConditionMix:
     prefix: float = 0.10
     mask: float = 0.05
     reference: float = 0.5
+    prefix_step: int = 1
 
     def __post_init__(self) -> None:
+        if self.prefix_step < 1:
+            raise InputError(f"prefix_step is {self.prefix_step}; a beginning has a latent frame "
+                             "at least")
         for name, weight in asdict(self).items():
             if not 0 <= weight < float("inf"):
                 raise InputError(f"condition {name!r} must have a weight from 0, not {weight}")
@@ -116,7 +121,8 @@ def training_conditions(
             used[row] = _draw_subset(inside, generator)
         if kind == "prefix":
             longest = max(1, 2 * num_frames // 3)
-            known[row, :, : _draw_int(1, longest, generator)] = True
+            whole = mix.prefix_step if mix.prefix_step <= longest else 1
+            known[row, :, : whole * _draw_int(1, longest // whole, generator)] = True
         if kind == "mask":
             region = _draw_region(height // patch, width // patch, generator)
             known[row] = region.repeat_interleave(patch, 0).repeat_interleave(patch, 1)

@@ -45,7 +45,7 @@ from vidgen.training.finetune_lora import target_paths
 from vidgen.training.finetune_model import open_trainable
 from vidgen.training.optim import build_optimizers
 from vidgen.training.toybox_data import CacheConfig
-from vidgen.weights.student import RollConfig
+from vidgen.weights.student import RollConfig, read_student
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,12 @@ class DeltaConfig:
     Args:
         rank: of each layer's change.
         targets: parts of layers' names, such as "self_attn.q" or "ffn".
+        from_student: whether it begins as the model's own student, not as nothing.
     """
 
     rank: int
     targets: tuple[str, ...]
+    from_student: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -110,7 +112,7 @@ class DistilRun:
             clips that are matched.
 
     Raises:
-        InputError: a phase of other clips than the trajectories', turns to match, or no step to.
+        InputError: a phase of other clips than the trajectories', or no step to match.
     """
 
     run: RunConfig
@@ -122,9 +124,9 @@ class DistilRun:
     match: MatchConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.match is not None and self.roll is not None:
-            raise InputError("match and roll are both given; turns are taught by answers alone, "
-                             "leave match out")
+        if self.match is not None and self.trajectories.by_student:
+            raise InputError("match and trajectories.by_student are both given; a student is "
+                             "matched with the guided model, leave by_student out")
         if self.match is not None and self.match.first_step >= self.trajectories.num_steps:
             raise InputError(f"match.first_step is {self.match.first_step}; the student's "
                              f"{self.trajectories.num_steps} steps end with number "
@@ -172,9 +174,31 @@ class Delta(nn.Module):
             self.down[_key(path)] = nn.Parameter(first.to(weight.device))
             self.up[_key(path)] = nn.Parameter(weight.new_zeros(weight.shape[0], config.rank))
 
+    def begin_as(self, adapter: Adapter) -> None:
+        """Take over the factors of another delta.
+
+        Raises:
+            InputError: it has other layers, or another rank.
+        """
+        factors = {_key(path): part for path, part in adapter.low_rank.items()}
+        own, other = ({key: len(down) for key, down in each.items()} for each in (
+            self.down, {key: part.down for key, part in factors.items()}))
+        if own != other:
+            raise InputError(f"delta changes {_told(own)}, the student that it is to begin as "
+                             f"{_told(other)}; give it the same rank and targets")
+        with torch.no_grad():
+            for key, part in factors.items():
+                self.down[key].copy_(part.down.flatten(1))
+                self.up[key].copy_(part.up * part.scale)
+
     def adapter(self) -> Adapter:
         """What `attached` takes; gradients reach the factors."""
         return adapter_of(dict(self.named_parameters()))
+
+
+def _told(ranks: Mapping[str, int]) -> str:
+    each = ", ".join(map(str, sorted(set(ranks.values()))))
+    return f"{len(ranks)} layers by rank {each}"
 
 
 def adapter_of(factors: Mapping[str, Tensor]) -> Adapter:
@@ -208,6 +232,8 @@ class DeltaTask(ABC, Generic[BatchT]):
         assert isinstance(dit, SpacetimeDiT)
         assert isinstance(text, UMT5Encoder)
         self.dit, self.text, self.delta = dit, text, Delta(dit, config.delta)
+        if config.delta.from_student:
+            self.delta.begin_as(read_student(self.shards.folder.path, dit.config))
         self.modules: dict[str, nn.Module] = {"student": self.delta}
         self.sigmas = config.trajectories.sigmas
 

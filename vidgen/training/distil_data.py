@@ -19,20 +19,23 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise, KeyTokens
 from vidgen.core.runtime import sha256_file
 from vidgen.diffusion.condition import LatentState, as_negative
+from vidgen.diffusion.condition_mix import ConditionMix
 from vidgen.diffusion.guidance import Guidance, guided
 from vidgen.diffusion.samplers import SAMPLERS, sample_state, whole_timesteps
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.lora import Adapter, attached
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.networks import velocity
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.dit_data import PLAIN, Batch, ClipDraws, DiTData
 from vidgen.training.draws import generator_of
 from vidgen.training.latents import LatentShards
 from vidgen.training.toybox_data import CacheConfig
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.load import read_tensors
+from vidgen.weights.student import read_student
 
 HELD_OUT = 0
 """The shard of clips kept aside, under text alone; those to learn from follow."""
@@ -54,6 +57,12 @@ class TrajectoryConfig:
         shift: of their noise levels.
         guidance_scale: that the student has folded in (Meng et al. 2023, sec. 3.1).
         image_guidance_scale: the same of clips of which frames are given; see `Guidance`.
+        by_student: whether the model's own student takes the steps, one pass each as it was
+            taught, instead of the guided model: for what starts from that student.
+        conditions: of the clips, but for `still_share` of batches, which have last frames,
+            keyframes, references.
+        still_share: that share.
+        window_share: share of batches from the inside of clips, all under a prefix.
         seed: of what is drawn.
 
     Raises:
@@ -70,6 +79,10 @@ class TrajectoryConfig:
     shift: float = 7.0
     guidance_scale: float = 4.0
     image_guidance_scale: float | None = None
+    by_student: bool = False
+    conditions: ConditionMix = PLAIN
+    still_share: float = 0.25
+    window_share: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -114,16 +127,18 @@ class Trajectories:
 
 
 class Teacher:
-    """A released model under guidance, many clips at a time.
+    """A released model under guidance, or as its student answers, many clips at a time.
 
     Args:
         folder: the model.
         device: where it computes.
         dtype: what it computes in; the latents stay float32.
+        student: the delta to answer with, in one pass; None: the guided model answers.
     """
 
     def __init__(
-        self, folder: ModelFolder, device: torch.device, dtype: torch.dtype = torch.float32
+        self, folder: ModelFolder, device: torch.device, dtype: torch.dtype = torch.float32,
+        student: Adapter | None = None,
     ) -> None:
         dit, text = (
             folder.components[role].load(dtype, device)
@@ -131,7 +146,7 @@ class Teacher:
         )
         assert isinstance(dit, SpacetimeDiT)
         assert isinstance(text, UMT5Encoder)
-        self.dit, self.text, self.device = dit, text, device
+        self.dit, self.text, self.device, self.student = dit, text, device, student
         self.negative = PromptTokenizer(folder.tokenizer).encode([folder.defaults.negative_prompt])
 
     @torch.no_grad()
@@ -162,14 +177,17 @@ class Teacher:
     def answers(
         self, state: LatentState, ids: Tensor, mask: Tensor, config: TrajectoryConfig
     ) -> Denoise:
-        """Its guided velocities, float32; arguments as in `follow`."""
+        """Its velocities, float32; arguments as in `follow`."""
+        whole = whole_timesteps(config.sampler)
+        if self.student is not None:
+            return self._plain(state, ids, mask, whole=whole)
         groups = []
         for given in (True, False):  # guidance treats them in different ways
             rows = state.has_given == given
             if rows.any():
                 guidance = config.guidance.of_clip(has_given=given)
                 answer = self._guided(state.rows(rows), ids[rows], mask[rows], guidance,
-                                      whole=whole_timesteps(config.sampler))
+                                      whole=whole)
                 groups.append((rows, answer))
 
         @torch.no_grad()
@@ -185,16 +203,25 @@ class Teacher:
     def _guided(
         self, state: LatentState, ids: Tensor, mask: Tensor, guidance: Guidance, *, whole: bool
     ) -> Denoise:
-        def model(shown: LatentState, ids: Tensor, mask: Tensor) -> Denoise:
-            context = encode_tokens(self.text, ids, mask), mask.sum(1)
-            patch = self.dit.config.patch_size
-            return lambda latents, sigma: velocity(
-                self.dit, shown, latents, sigma, context, patch=patch, whole=whole
-            )
-
         other = (part.to(self.device).expand(len(ids), -1) for part in self.negative)
         hidden = as_negative(state, hides_given=guidance.known_scale is not None)
-        return guided(model(state, ids, mask), model(hidden, *other), guidance)
+        return guided(self._plain(state, ids, mask, whole=whole),
+                      self._plain(hidden, *other, whole=whole), guidance)
+
+    @torch.no_grad()
+    def _plain(self, state: LatentState, ids: Tensor, mask: Tensor, *, whole: bool) -> Denoise:
+        context = encode_tokens(self.text, ids, mask), mask.sum(1)
+        patch = self.dit.config.patch_size
+        adapters = [] if self.student is None else [(self.student, 1.0)]
+
+        @torch.no_grad()
+        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+            with attached(self.dit, adapters):
+                return velocity(
+                    self.dit, state, latents, sigma, context, patch=patch, whole=whole
+                ).float()
+
+        return denoise
 
 
 class TrajectoryShards:
@@ -224,6 +251,20 @@ class TrajectoryShards:
             "clips": [[each.first_scene, each.shards * each.shard_size, each.num_frames,
                        each.height, each.width] for each in caches],
         })
+
+    def teacher(self, dtype: torch.dtype) -> Teacher:
+        """Who makes them, computing in `dtype`.
+
+        Raises:
+            InputError: the model has no student to make them, or one of other steps.
+        """
+        student = None
+        if self.config.by_student:
+            path, config = self.folder.path, self.folder.components["transformer"].config
+            assert isinstance(config, DiTConfig)
+            _check_steps(self.config, self.folder)
+            student = read_student(path, config)
+        return Teacher(self.folder, self.device, dtype, student)
 
     def missing(self) -> list[int]:
         """Shards that this process has still to make, the one kept aside among them."""
@@ -277,10 +318,27 @@ class TrajectoryShards:
         data = DiTData(
             run=run, caches=self.caches, tokenizer=str(self.folder.tokenizer), shifts=(1.0,),
             caption_dropout=0.0, validation_clips=self.config.held_out,
+            conditions=self.config.conditions, still_share=self.config.still_share,
+            window_share=self.config.window_share,
         )
         dit = self.folder.components["transformer"].config
         assert isinstance(dit, DiTConfig)
         return ClipDraws(data, self.device, dit.patch_size)
+
+
+def _check_steps(config: TrajectoryConfig, folder: ModelFolder) -> None:
+    student = folder.student
+    if student is None:
+        raise InputError(f"trajectories.by_student: {folder.name!r} has no student; release one "
+                         "first, or leave it out")
+    sigmas = tuple(config.sigmas.tolist())
+    if (student.sampler, student.sigmas) != (config.sampler, sigmas):
+        raise InputError(
+            f"trajectories are {config.num_steps} steps of {config.sampler} at shift "
+            f"{config.shift:g}, which aren't those of the student of {folder.name!r}; give "
+            f"{student.num_steps} steps of {student.sampler} along its levels, "
+            + ", ".join(f"{sigma:g}" for sigma in student.sigmas)
+        )
 
 
 def _begun(batch: Batch) -> tuple[LatentState, Tensor, Tensor]:

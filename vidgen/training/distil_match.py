@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vidgen.core.protocols import Denoise
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.flow import add_noise, denoised_of, squared_error, velocity_loss
 from vidgen.diffusion.samplers import sample_state
@@ -28,7 +29,6 @@ from vidgen.pipeline.parts import DTYPES
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.config import Phase
 from vidgen.training.distil import Delta, DeltaTask, DistilRun
-from vidgen.training.distil_data import Teacher
 from vidgen.training.draws import generator_of
 from vidgen.training.optim import build_optimizers
 
@@ -69,7 +69,7 @@ class MatchTask(DeltaTask[MatchBatch]):
         taught = load_averages(Path(self.match.start), "student")
         for delta in (self.delta, self.follower):
             delta.load_state_dict(taught)
-        self.teacher = Teacher(self.shards.folder, self.device, DTYPES[config.run.dtype])
+        self.teacher = self.shards.teacher(DTYPES[config.run.dtype])
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW over the factors of both deltas."""
@@ -97,7 +97,7 @@ class MatchTask(DeltaTask[MatchBatch]):
         del step
         state, context = batch.state, self.context(batch.ids, batch.mask)
         follower = self.with_delta(self.follower, state, context)
-        made = self._made(state, context, batch.last)
+        made = self.made(state, context, batch.last)
         clean = made.detach()
         compared, followed = (state.project(add_noise(clean, noise, sigma))
                               for noise, sigma in zip(batch.noise, batch.sigma, strict=True))
@@ -111,12 +111,15 @@ class MatchTask(DeltaTask[MatchBatch]):
         return matching + following, {"gap": matching.detach().sqrt(),
                                       "following": following.detach()}
 
-    def _made(self, state: LatentState, context: tuple[Tensor, Tensor], last: int) -> Tensor:
+    def made(self, state: LatentState, context: tuple[Tensor, Tensor], last: int) -> Tensor:
         """Clean latents as the student sees them at its step number `last`, by its own steps.
 
         Gradients flow through that step alone.
         """
-        student = self.with_delta(self.delta, state, context)
+        return self.steps_to(last, self.with_delta(self.delta, state, context), state)
+
+    def steps_to(self, last: int, student: Denoise, state: LatentState) -> Tensor:
+        """Clean latents of a state as a student sees them at its step number `last`."""
         sigmas = torch.cat([self.sigmas[: last + 1], self.sigmas[-1:]])
 
         def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ class MatchTask(DeltaTask[MatchBatch]):
         """
         given = self.held_out
         state, context = given.state, self.context(given.ids, given.mask)
-        clean = self._made(state, context, len(self.sigmas) - 2)
+        clean = self.made(state, context, len(self.sigmas) - 2)
         follower = self.with_delta(self.follower, state, context)
         teacher = self.teacher.answers(state, given.ids, given.mask, self.config.trajectories)
         gaps, errors = [], []

@@ -1,8 +1,10 @@
-"""A student that rolls clips out: causal in time, taught on the same trajectories as any student.
+"""A student that rolls clips out: causal in time, taught on trajectories as any student is.
 
-Of each clip one turn is denoised in view of the teacher's finished frames before it, through the
+Of each clip one turn is denoised, that behind what was given of it, in view of this through the
 noise and the cache that the roll-out itself has: teacher forcing of few-step turns, the first stage
-of CausVid (Yin et al. 2025, sec. 4.3).
+of CausVid (Yin et al. 2025, sec. 4.3). The teacher knew what was given, too; were it a clip that it
+made as a whole, its answer at much noise would tell of any clip but the one that began so. Then
+whole clips are rolled out and matched with the teacher's.
 
 Axes: B clips, C latent channels, F latent frames, n those before a turn, h w latent rows and
 columns.
@@ -10,26 +12,30 @@ columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.diffusion.condition import LatentState, new_state
+from vidgen.core.protocols import Denoise
+from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.flow import squared_error
+from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
 from vidgen.pipeline.rolling import Rollout
 from vidgen.training.config import Phase
-from vidgen.training.distil import AnswersTask, DistilRun
+from vidgen.training.distil import AnswersTask, Delta, DistilRun
 from vidgen.training.distil_data import StepBatch, Trajectories, shard_for, take_steps
+from vidgen.training.distil_match import MatchBatch, MatchTask
 from vidgen.training.draws import generator_of
 from vidgen.weights.student import RollConfig
 
-FORGETS = 0.5
-"""Share of later turns that don't see their clip's beginning."""
+HISTORY = 1000
+"""Which noise of a turn, behind those of its steps, it is remembered through."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +45,11 @@ class TurnBatch:
     Attributes:
         before: [B, C, n, h, w], finished frames, n of 0 at a clip's start.
         noise: [B, C, n, h, w] that they are seen through.
-        forgets: whether the turn sees the newest of them alone, as those far into a clip do.
         step: a step of the turn.
     """
 
     before: Tensor
     noise: Tensor
-    forgets: bool
     step: StepBatch
 
 
@@ -63,31 +67,32 @@ class RollTask(AnswersTask[TurnBatch]):
         self.num_turns = -(-self.held_out.state.clean.shape[2] // self.roll.turn_frames)
 
     def batch(self, phase: Phase, step: int, micro: int) -> TurnBatch:
-        """A turn of clips from one shard, at all levels of the student."""
+        """The same turn of clips from one shard, at all levels of the student."""
         draw = generator_of(self.config.run.seed, step, micro)
-        turn, first_level = (int(torch.randint(high, (), generator=draw))
-                             for high in (self.num_turns, len(self.sigmas) - 1))
-        given, rows = self._rollable(step, micro)
+        given, turns = self._rollable(step, micro)
+        any_of = turns[turns >= 0]
+        turn = int(any_of[torch.randint(len(any_of), (), generator=draw)])
+        rows = (turns == turn).nonzero().flatten()
         rows = rows[torch.randint(len(rows), (phase.batch_size,), generator=draw)]
-        at = (torch.arange(phase.batch_size) + first_level) % (len(self.sigmas) - 1)
-        forgets = turn > 1 and bool(torch.rand((), generator=draw) < FORGETS)
-        return self._turn(given, rows, at, turn, draw, forgets=forgets)
+        count = len(self.sigmas) - 1
+        at = (torch.arange(phase.batch_size) + torch.randint(count, (), generator=draw)) % count
+        return self._turn(given, rows, at, turn, draw)
 
     def _rollable(self, step: int, micro: int) -> tuple[Trajectories, Tensor]:
-        """The trajectories of a shard, and the rows of it that can be rolled out."""
+        """The trajectories of a shard, and what turns can be learned of them, -1 for none."""
         shards = self.config.trajectories.shards
         first = shard_for(shards, step, micro, self.config.run.seed)
         for index in range(first, first + shards):
             given = self.shards.load(1 + (index - 1) % shards)
-            rows = rollable(given.state).nonzero().flatten()
-            if len(rows):
-                return given, rows
-        raise InputError(f"{self.config.trajectories.folder} holds no clip under text or a first "
-                         "frame alone; make more shards")
+            turns = next_turn(given.state, self.roll)
+            if (turns >= 0).any():
+                return given, turns
+        raise InputError(f"{self.config.trajectories.folder} holds no clip that goes on after "
+                         f"whole turns of {self.roll.turn_frames} latent frames, or begins; make "
+                         "more shards, with conditions.prefix_step of a turn")
 
     def _turn(
-        self, given: Trajectories, rows: Tensor, at: Tensor, turn: int, draw: torch.Generator, *,
-        forgets: bool = False,
+        self, given: Trajectories, rows: Tensor, at: Tensor, turn: int, draw: torch.Generator
     ) -> TurnBatch:
         """Steps number `at` [B] of the turn number `turn` of trajectories `rows` [B]."""
         step, first = take_steps(given, self.sigmas, rows, at), turn * self.roll.turn_frames
@@ -95,33 +100,20 @@ class RollTask(AnswersTask[TurnBatch]):
         before, target = given.end[rows, :, :first], step.target[:, :, own]
         noise = torch.randn(before.shape, generator=draw).to(before)
         step = replace(step, state=step.state.stretch(own), target=target)
-        return TurnBatch(before, noise, forgets, step)
+        return TurnBatch(before, noise, step)
 
     def errors(self, batch: TurnBatch) -> Tensor:
         """Of one turn each, [B]."""
         step = batch.step
-        rollout = self._rollout(step.ids, step.mask)
-        with self._rolling():
+        rollout = Rollout(self.context(step.ids, step.mask), self.roll)
+        with rolling(self.dit, self.delta, self.roll):
             if batch.before.shape[2]:
                 rollout.remember(self.dit, batch.before, batch.noise)
-            if batch.forgets:
-                rollout.cache.forget(batch.before.shape[2] - self.roll.turn_frames)
             made = rollout.velocity(self.dit, step.state, step.state.latents, step.sigma)
         return squared_error(made, step.target, step.state.denoise_mask)
 
-    def _rollout(self, ids: Tensor, mask: Tensor) -> Rollout:
-        return Rollout(self.context(ids, mask), self.roll)
-
-    @contextmanager
-    def _rolling(self) -> Iterator[None]:
-        with (
-            attached(self.dit, [(self.delta.adapter(), 1.0)]),
-            self.dit.causal(self.roll.turn_frames),
-        ):
-            yield
-
     def step_errors(self) -> dict[str, float]:
-        """Of each turn, over all levels."""
+        """Of each turn of the clips kept aside, over all levels."""
         given, count = self.held_out, len(self.sigmas) - 1
         rows, scores = torch.arange(len(given.ids)), {}
         for turn in range(self.num_turns):
@@ -134,23 +126,81 @@ class RollTask(AnswersTask[TurnBatch]):
         return scores | {"velocity_mean": sum(scores.values()) / len(scores)}
 
     def end_error(self) -> float:
-        """Of whole clips, rolled out from the teacher's noise."""
-        given, draw = self.held_out, torch.Generator().manual_seed(0)
-        sampler, made = self.config.trajectories.sampler, list[Tensor]()
-        rollout = self._rollout(given.ids, given.mask)
-        with self._rolling():
-            for turn in given.state.latents.split(self.roll.turn_frames, dim=2):
-                seen_through = torch.randn(turn.shape, generator=draw).to(turn)
-                made.append(rollout.turn(self.dit, new_state(turn), sampler, self.sigmas))
-                rollout.remember(self.dit, made[-1], seen_through)
-        return float((torch.cat(made, dim=2) - given.end).square().mean())
+        """Of first turns, made from the teacher's noise; later ones draw some of their own."""
+        given, sampler = self.held_out, self.config.trajectories.sampler
+        rollout = Rollout(self.context(given.ids, given.mask), self.roll)
+        with rolling(self.dit, self.delta, self.roll):
+            first = given.state.stretch(slice(self.roll.turn_frames))
+            made = rollout.turn(self.dit, first, sampler, self.sigmas)
+        return float((made - given.end[:, :, : self.roll.turn_frames]).square().mean())
 
 
-def rollable(state: LatentState) -> Tensor:
-    """Which clips are made from text or a first frame alone, [B] bool."""
-    first, later = (frames.flatten(1) for frames in state.denoise_mask.tensor_split([1], dim=2))
-    alone = later.all(1) & (first.all(1) | ~first.any(1))
+class RollMatchTask(MatchTask):
+    """The roller's own clips, rolled out, against its teacher's: each turn in view of its own.
+
+    What teacher forcing doesn't teach, to go on from one's own faults (Huang et al. 2025, "Self
+    Forcing"). Gradients flow through one step of each turn, not through what is remembered of it.
+
+    Raises:
+        InputError: conditions that turns don't have.
+    """
+
+    def __init__(self, config: DistilRun) -> None:
+        super().__init__(config)
+        assert config.roll is not None
+        self.roll: RollConfig = config.roll
+
+    def batch(self, phase: Phase, step: int, micro: int) -> MatchBatch:
+        """See `MatchTask`; of clips under text or a first frame."""
+        batch = super().batch(phase, step, micro)
+        known = next_turn(batch.state, self.roll) * self.roll.turn_frames
+        if ((known < 0) | (known > 1)).any():
+            raise InputError("clips that are rolled out from their beginning know text or a first "
+                             "frame alone; set trajectories.conditions to {text: .., first: .., "
+                             "prefix: 0, mask: 0}, still_share and window_share to 0")
+        return batch
+
+    def made(self, state: LatentState, context: tuple[Tensor, Tensor], last: int) -> Tensor:
+        """See `MatchTask`; all turns end with their step number `last`."""
+        rollout = Rollout(context, self.roll)
+        with rolling(self.dit, self.delta, self.roll):
+            return roll_out(rollout, self.dit, state, partial(self.steps_to, last))
+
+
+@contextmanager
+def rolling(dit: SpacetimeDiT, delta: Delta, roll: RollConfig) -> Iterator[None]:
+    """A network that is a roller inside the `with` block."""
+    with attached(dit, [(delta.adapter(), 1.0)]), dit.causal(roll.turn_frames):
+        yield
+
+
+def roll_out(
+    rollout: Rollout, dit: SpacetimeDiT, state: LatentState,
+    make: Callable[[Denoise, LatentState], Tensor],
+) -> Tensor:
+    """A whole clip [B, C, F, h, w], each turn of which `make`s from its velocity and its state."""
+    made, turn_frames = list[Tensor](), rollout.config.turn_frames
+    for first in range(0, state.latents.shape[2], turn_frames):
+        turn = state.stretch(slice(first, first + turn_frames))
+        made.append(make(partial(rollout.velocity, dit, turn), turn))
+        with torch.no_grad():
+            rollout.remember(dit, made[-1].detach(), turn.fresh(HISTORY))
+    return torch.cat(made, dim=2)
+
+
+def next_turn(state: LatentState, roll: RollConfig) -> Tensor:
+    """The number of the turn that each clip of a state goes on with, [B] int64; -1 for none.
+
+    Under text or a first frame this is turn 0; a later one where whole turns are given, no more
+    than one sees, and nothing else is.
+    """
+    frames = state.denoise_mask.flatten(3)  # [B, 1, F, h w]
+    known = (~frames).all(3)[:, 0].long().cumprod(1).sum(1)
+    untouched = frames.all(3)[:, 0].sum(1)
+    fits = known + untouched == frames.shape[2]
     if state.keys is not None:
         valid = torch.ones_like(state.keys.positions, dtype=torch.bool)
-        alone &= ~(valid if state.keys.valid is None else state.keys.valid).any(1)
-    return alone
+        fits &= ~(valid if state.keys.valid is None else state.keys.valid).any(1)
+    whole = (known % roll.turn_frames == 0) & (known <= roll.window_frames)
+    room = known + roll.turn_frames <= frames.shape[2]
+    return torch.where(fits & room & (whole | (known == 1)), known // roll.turn_frames, -1)

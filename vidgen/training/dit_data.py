@@ -249,7 +249,10 @@ class ClipDraws:
         if crop is not None:
             latents, cover = cut_around(latents, cover, crop, self.patch)
         if inside_clip:
-            conditions = replace(WINDOW, reference=self.config.anchor_share)
+            conditions = replace(
+                WINDOW, reference=self.config.anchor_share,
+                prefix_step=self.config.conditions.prefix_step,
+            )
             anchors = torch.full((len(rows), 1), -1)
             stills: Stills | None = Stills(data.clips[rows, :, :1].float(), anchors)
         elif conditions is None and torch.rand((), generator=kind) < self.config.still_share:

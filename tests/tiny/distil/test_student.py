@@ -7,7 +7,6 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distilling import with_run
 from tests.lora_models import make_adapter
-from tests.models import DEFAULTS, TASKS, build_tiny_model
 from tests.programs import load_program
 from vidgen.cli.main import main
-from vidgen.core.config import build, dump, load_yaml
+from vidgen.core.config import build, load_yaml
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
-from vidgen.diffusion import condition
 from vidgen.diffusion.samplers import sample_unipc
 from vidgen.media.read import read_recipe
 from vidgen.models.dit import SpacetimeDiT
@@ -39,96 +37,19 @@ from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.training.distil import Delta, DistilRun, DistilTask, adapter_of, open_shards
 from vidgen.training.distil_data import HELD_OUT, Teacher, draw_steps, take_steps
-from vidgen.training.distil_match import MatchTask
-from vidgen.training.distil_roll import RollTask, rollable
 from vidgen.training.loop import train
-from vidgen.training.toybox_data import ToyboxCache, load_vae
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import open_model, write_model_info
+from vidgen.weights.folder import open_model
 from vidgen.weights.lora import write_lora
-from vidgen.weights.student import STUDENT, WEIGHTS, RollConfig, StudentConfig, read_student
+from vidgen.weights.student import STUDENT, WEIGHTS, StudentConfig, read_student
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROMPT = "a red car bounces across the desert"
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that makes sound, too."""
-    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny", sound=True)
-
-
-@pytest.fixture(scope="module")
-def settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run's YAML, its clips and trajectories made."""
-    folder = tmp_path_factory.mktemp("distil")
-    settings = {
-        "teacher": str(tiny_model),
-        "caches": [{"folder": str(folder / "latents"), "vae": str(tiny_model / "vae"), "shards": 1,
-                    "shard_size": 6, "height": 32, "width": 32}],
-        "trajectories": {"folder": str(folder / "trajectories"), "shards": 2, "shard_size": 4,
-                         "held_out": 2, "num_frames": 9, "num_steps": 2, "shift": 5.0,
-                         "guidance_scale": 3.0, "image_guidance_scale": 2.0, "seed": 3},
-        "delta": {"rank": 4, "targets": ["self_attn", "cross_attn", "ffn", "head.proj"]},
-        "run": {
-            "folder": str(folder / "run"), "device": "cpu", "dtype": "fp32", "log_every": 1,
-            "validate_every": 100, "checkpoint_minutes": 9, "ema_decay": 0.5,
-            "optim": {"lr": 1e-2, "warmup_steps": 1, "weight_decay": 0.0},
-            "phases": [{"steps": 24, "num_frames": 9, "batch_size": 4}],
-        },
-    }  # fmt: skip
-    config = build(DistilRun, settings, "run")
-    cache = ToyboxCache(config.caches[0])
-    cache.make(0, load_vae(config.caches[0].vae, torch.device("cpu")), torch.device("cpu"))
-    shards = open_shards(config)
-    assert shards.missing() == [0, 1, 2]
-    with pytest.raises(InputError, match=r"train/trajectories\.py"):
-        shards.load(1)
-    teacher = Teacher(shards.folder, shards.device)
-    for index in shards.missing():
-        shards.make(index, teacher)
-    assert shards.missing() == []
-    return settings
-
-
-@pytest.fixture(scope="module")
-def run(settings: dict[str, Any]) -> DistilRun:
-    """A run that has come to its end."""
-    config = build(DistilRun, settings, "run")
-    assert train(DistilTask(config), config.run, record=dump(config)).finished
-    return config
-
-
-@pytest.fixture(scope="module")
-def release() -> ModuleType:
-    return load_program("train/release.py")
-
-
-@pytest.fixture(scope="module")
-def model(
-    run: DistilRun, release: ModuleType, tiny_model: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """The teacher's folder with the student in it, and its own defaults again."""
-    folder = tmp_path_factory.mktemp("released") / "tiny"
-    shutil.copytree(tiny_model, folder)
-    arguments = ["release.py", "student", "--run", run.run.folder, "--out", str(folder)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", arguments)
-        assert release.main() == 0
-    write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
-                     tasks=(*TASKS, "sound"), defaults=DEFAULTS, world_version=1)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Engine:
     return load(str(model), device="cpu", dtype="fp32")
-
-
-def with_run(settings: dict[str, Any], folder: Path, **changes: Any) -> DistilRun:
-    return build(DistilRun, {**settings, "run": {**settings["run"], "folder": str(folder),
-                                                 **changes}}, "run")
 
 
 def test_the_teacher_makes_what_the_pipeline_makes(settings: dict[str, Any]) -> None:
@@ -364,17 +285,18 @@ def test_a_student_stays_behind_where_weights_change(engine: Engine, tmp_path: P
 
 
 def test_a_student_of_other_weights_is_not_released(
-    run: DistilRun, release: ModuleType, model: Path, tmp_path: Path
+    run: DistilRun, model: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(model, other)
     file = other / "transformer" / "model.safetensors"
-    release.save_module(
+    program = load_program("train/release.py")
+    program.save_module(
         {name: value + 1 for name, value in load_file(file).items()},
         json.loads((file.parent / "config.json").read_text()), file.parent, torch.float32,
     )
     with pytest.raises(ModelError, match="name the model it was taught on"):
-        release.release_student(Path(run.run.folder), other)
+        program.release_student(Path(run.run.folder), other)
 
 
 def test_the_recipes_delta_is_small_enough() -> None:
@@ -392,9 +314,11 @@ def test_bad_settings_and_files_are_refused(
     with pytest.raises(InputError, match=r"sampler is 'heun'; it is one of euler, unipc"):
         build(DistilRun, {**settings, "trajectories": {**settings["trajectories"],
                                                        "sampler": "heun"}}, "run")
+    trajectories = settings["trajectories"]
     for changes, message in (
         ({"match": {"start": "runs/x", "first_step": 2}}, "first_step is 2; .* end with number 1"),
-        ({"match": {"start": "runs/x"}, "roll": {"turn_frames": 1}}, "both given; .* match out"),
+        ({"match": {"start": "runs/x"}, "trajectories": trajectories | {"by_student": True}},
+         "both given; .* leave by_student out"),
     ):
         with pytest.raises(InputError, match=message):
             build(DistilRun, settings | changes, "run")
@@ -413,122 +337,3 @@ def test_bad_settings_and_files_are_refused(
         config.write_text(json.dumps(known | changes))
         with pytest.raises(ModelError, match=message):
             open_model(str(tmp_path / "model"))
-
-
-@pytest.fixture(scope="module")
-def rolled(
-    settings: dict[str, Any], release: ModuleType, model: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[DistilRun, Path]:
-    """A roller's run at its end, and the model's folder with its delta in it."""
-    config = with_run(
-        settings | {"roll": {"turn_frames": 1, "window_frames": 2, "history_noise": 0.1}},
-        tmp_path_factory.mktemp("roller"),
-    )
-    assert train(RollTask(config), config.run, record=dump(config)).finished
-    folder = tmp_path_factory.mktemp("rolled") / "tiny"
-    shutil.copytree(model, folder)
-    release.release_student(Path(config.run.folder), folder)
-    info = json.loads((folder / "model.json").read_text())
-    write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
-                     tasks=tuple(info["tasks"]), defaults=DEFAULTS, world_version=1)
-    return config, folder
-
-
-def test_a_roller_learns_turns_and_whole_clips(rolled: tuple[DistilRun, Path]) -> None:
-    config, folder = rolled
-    fresh = RollTask(config).validate(0, Path())
-    taught = read_meta(latest_checkpoint(Path(config.run.folder)))["metrics"]
-    assert taught["velocity_mean"] < 0.9 * fresh["velocity_mean"]
-    assert taught["end"] < fresh["end"]
-    assert {"velocity_turn_0", "velocity_turn_1", "velocity_turn_2"} <= fresh.keys()
-    opened = open_model(str(folder))
-    assert opened.roller.roll == RollConfig(1, 2, 0.1)
-    assert opened.student.roll is None  # both lie beside each other
-
-
-def matching(
-    settings: dict[str, Any], run: DistilRun, folder: Path, steps: int = 24, **changes: Any
-) -> DistilRun:
-    """A run that goes on from a student."""
-    match = {"start": run.run.folder, "follower_lr": 5e-3}
-    phases = [{**settings["run"]["phases"][0], "steps": steps}]
-    optim = {**settings["run"]["optim"], "lr": 1e-4}
-    return with_run(settings | {"match": match}, folder, phases=phases, optim=optim, **changes)
-
-
-def test_a_student_is_matched_with_its_teacher(
-    settings: dict[str, Any], run: DistilRun, release: ModuleType, model: Path, tmp_path: Path
-) -> None:
-    config = matching(settings, run, tmp_path / "matched")
-    fresh = MatchTask(config)
-    start = load_averages(Path(run.run.folder), "student")
-    for delta in (fresh.delta, fresh.follower):
-        assert all(torch.equal(value, start[name]) for name, value in delta.state_dict().items())
-    before = fresh.validate(0, Path())
-    assert before.keys() == {"gap", "following"}
-    assert train(MatchTask(config), config.run, record=dump(config)).finished
-    after = read_meta(latest_checkpoint(Path(config.run.folder)))["metrics"]
-    assert after["following"] < before["following"], "it learns what the student's clips are like"
-    folder = tmp_path / "tiny"
-    shutil.copytree(model, folder)
-    release.release_student(Path(config.run.folder), folder)
-    learned = load_averages(Path(config.run.folder), "student")
-    adapter = read_student(folder, DIT_PRESETS["tiny"])
-    for path, part in adapter_of(learned).low_rank.items():
-        assert torch.equal(adapter.low_rank[path].up, part.up.bfloat16())
-    assert not all(torch.equal(value, start[name]) for name, value in learned.items())
-
-
-def test_the_students_gradient_is_where_the_two_networks_differ(
-    settings: dict[str, Any], run: DistilRun, tmp_path: Path
-) -> None:
-    config = matching(settings, run, tmp_path)
-    task, phase = MatchTask(config), config.run.phases[0]
-    batches = [task.batch(phase, step, 0) for step in range(8)]
-    assert {batch.last for batch in batches} == {0, 1}
-    batch = next(each for each in batches if each.last == 1)
-    twice = task.batch(phase, batches.index(batch), 1)
-    assert twice.last == batch.last, "ranks teach the same step, so that none waits"
-    assert not torch.equal(twice.noise, batch.noise)
-    loss, numbers = task.loss(batch, 0)
-    loss.backward()
-    gap, following = (float(numbers[name]) for name in ("gap", "following"))
-    assert float(loss.detach()) == pytest.approx(gap**2 + following)
-    assert all(p.grad.abs().sum() > 0 for name, p in task.delta.named_parameters() if "up" in name)
-    assert all(p.grad.abs().sum() > 0
-               for name, p in task.follower.named_parameters() if "up" in name)
-    task.config = replace(config, trajectories=replace(
-        config.trajectories, guidance_scale=1.0, image_guidance_scale=None))
-    for value in task.follower.up.values():
-        value.data.zero_()
-    assert float(task.loss(batch, 0)[1]["gap"]) < 1e-3, "without guidance and delta they are one"
-
-
-def test_a_matched_run_resumes_with_the_same_bits(
-    settings: dict[str, Any], run: DistilRun, tmp_path: Path
-) -> None:
-    straight, cut = (matching(settings, run, tmp_path / name, 2, checkpoint_minutes=minutes)
-                     for name, minutes in (("straight", 9), ("cut", 0)))
-    assert train(MatchTask(straight), straight.run).finished
-    train(MatchTask(cut), replace(cut.run, minutes=1e-6))
-    assert latest_checkpoint(tmp_path / "cut").name == "step-00000001"
-    train(MatchTask(cut), cut.run, resume=True)
-    one, two = (load_file(latest_checkpoint(tmp_path / name) / "state.safetensors")
-                for name in ("straight", "cut"))
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
-
-
-def test_clips_under_text_or_a_first_frame_can_be_rolled_out(settings: dict[str, Any]) -> None:
-    shards = open_shards(build(DistilRun, settings, "run"))
-    assert rollable(shards.load(HELD_OUT).state).all()
-    state = condition.new_state(torch.randn(1, 4, 3, 4, 4))
-    still = torch.randn(1, 4, 1, 4, 4)
-    region = torch.ones(1, 1, 3, 4, 4)
-    region[..., 2:] = 0
-    assert rollable(condition.first_frame(state, still)).all()
-    for other in (
-        condition.prefix(state, torch.cat([still, still], dim=2)),
-        condition.mask(state, state.latents, region), condition.reference(state, still),
-    ):
-        assert not rollable(other).any()
