@@ -86,7 +86,7 @@ def test_turns_taken_in_at_once_are_those_taken_in_one_by_one(engine: Engine) ->
     latents, noise = (torch.randn(shape, generator=draw) for _ in range(2))
     context = engine.encode_texts([PROMPT])
     roll = RollConfig(turn_frames=2, window_frames=6, history_noise=0.2)
-    once, turns = Rollout(context, roll), Rollout(context, roll)
+    once, turns = (Rollout(context, roll, "euler") for _ in range(2))
     with torch.no_grad(), engine.parts.use("transformer") as dit, dit.causal(2):
         once.remember(dit, latents[:, :, :4], noise[:, :, :4])
         for part in (slice(0, 2), slice(2, 4)):
@@ -94,7 +94,7 @@ def test_turns_taken_in_at_once_are_those_taken_in_one_by_one(engine: Engine) ->
         sigmas = torch.tensor(SIGMAS)
         state = new_state(noise[:, :, 4:])
         torch.testing.assert_close(
-            *(each.turn(dit, state, "euler", sigmas) for each in (once, turns)),
+            *(each.turn(dit, state, sigmas) for each in (once, turns)),
             atol=1e-5, rtol=1e-4,
         )
 

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
+from vidgen.core.request import Request
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise, draw_sound_noise
 from vidgen.diffusion.sound import new_sound, sound_span
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.tokenizer import read_as
+from vidgen.pipeline.experts import NO_LORAS
+from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.own_sound import TASK, sound_plan
 from vidgen.pipeline.plan import Plan
+from vidgen.pipeline.rolling import RolledClip
 from vidgen.pipeline.video import Engine
 
 
@@ -39,15 +43,30 @@ def generate_batch(
         plan: size, length, steps and guidance of all; its own prompt and seed are not used.
         prompts: B of them.
         seeds: one each.
-        first_frames: [B, 3, 1, H, W] in [-1, 1], with which the clips are to begin, or None.
+        first_frames: [B, 3, 1, H, W] in [-1, 1], with which the clips are to begin, or None; a
+            plan that rolls clips out has none.
 
     Returns:
         Video [B, 3, T, H, W] in [-1, 1], float32, on the CPU.
     """
+    if plan.roll is not None:
+        plans = [replace(plan, prompt=text, seed=seed)
+                 for text, seed in zip(prompts, seeds, strict=True)]
+        return torch.cat([_rolled(engine, each) for each in plans])
     state = _new_state(engine, plan, seeds)
     if first_frames is not None:
         state = condition.first_frame(state, engine.encode_video(first_frames))
     return _pixels(engine, engine.sample(plan, state, _contexts(engine, plan, prompts)))
+
+
+def _rolled(engine: Engine, plan: Plan) -> Tensor:
+    context, made = _contexts(engine, plan, [plan.prompt])[0], list[Tensor]()
+    clip = RolledClip(engine, plan, Request(prompt=plan.prompt), Inputs(), NO_LORAS, context)
+    for frames in clip.videos():
+        made.append(frames.float().clamp(-1, 1).cpu())
+        if sum(part.shape[2] for part in made) >= plan.num_frames:
+            break
+    return torch.cat(made, dim=2)[:, :, : plan.num_frames]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ in `assets/english`; they are the language's, not a model's.
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -208,4 +209,5 @@ def read_synonyms(path: Path) -> dict[str, str]:
 @lru_cache(maxsize=1)
 def english_words() -> frozenset[str]:
     """Common words of English, in lower case, of three letters or more."""
-    return frozenset((ENGLISH / "words.txt").read_text("utf-8").split())
+    packed = (ENGLISH / "words.txt.gz").read_bytes()
+    return frozenset(gzip.decompress(packed).decode().split())

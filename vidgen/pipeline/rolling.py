@@ -19,7 +19,7 @@ from torch import Tensor
 from vidgen.diffusion.condition import LatentState, new_state
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.samplers import sample_state
+from vidgen.diffusion.samplers import sample_state, whole_timesteps
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_inputs import KVCache
 from vidgen.pipeline.experts import Loras, experts
@@ -41,10 +41,13 @@ class Rollout:
     Args:
         context: features [B, S, D] and lengths [B] of the prompts.
         config: of the roll-out.
+        sampler: that turns are made by.
     """
 
-    def __init__(self, context: tuple[Tensor, Tensor], config: RollConfig) -> None:
-        self.context, self.config = context, config
+    def __init__(
+        self, context: tuple[Tensor, Tensor], config: RollConfig, sampler: str
+    ) -> None:
+        self.context, self.config, self.sampler = context, config, sampler
         self.cache = KVCache()
 
     def velocity(
@@ -54,11 +57,9 @@ class Rollout:
         self.cache.recording = False
         return self._see(dit, state, latents, sigma)
 
-    def turn(
-        self, dit: SpacetimeDiT, state: LatentState, sampler: str, sigmas: Tensor
-    ) -> Tensor:
-        """Make the next turn [B, C, n, h, w] of a state, by a sampler along sigmas [P]."""
-        return sample_state(sampler, partial(self.velocity, dit, state), state, sigmas)
+    def turn(self, dit: SpacetimeDiT, state: LatentState, sigmas: Tensor) -> Tensor:
+        """Make the next turn [B, C, n, h, w] of a state, along sigmas [P]."""
+        return sample_state(self.sampler, partial(self.velocity, dit, state), state, sigmas)
 
     def remember(self, dit: SpacetimeDiT, latents: Tensor, noise: Tensor) -> None:
         """Take in finished frames [B, C, n, h, w], seen through noise; forget the oldest."""
@@ -70,8 +71,10 @@ class Rollout:
     def _see(
         self, dit: SpacetimeDiT, state: LatentState, latents: Tensor, sigma: Tensor
     ) -> Tensor:
-        patch = dit.config.patch_size
-        return velocity(dit, state, latents, sigma, self.context, patch=patch, cache=self.cache)
+        return velocity(
+            dit, state, latents, sigma, self.context, patch=dit.config.patch_size,
+            whole=whole_timesteps(self.sampler), cache=self.cache,
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class RolledClip:
     def latents(self) -> Iterator[Tensor]:
         """Latent frames [1, C, 1, h, w] float32, without end; the same ones each time."""
         roll, first = self._roll, 0
-        rollout = Rollout(self.context, roll)
+        rollout = Rollout(self.context, roll, self.plan.sampler)
         parts, dit_config = self.engine.parts, self.engine.dit_config
         loras = self.loras.beside(read_student(self.engine.folder.path, dit_config, ROLLER))
         sigmas = torch.tensor(self._roller.sigmas).to(self.engine.device)
@@ -106,7 +109,7 @@ class RolledClip:
             with experts(parts, None, loras, 1.0) as given:
                 dit = given.at(1.0)
                 with dit.causal(roll.turn_frames):
-                    made = rollout.turn(dit, self._begin(first), self.plan.sampler, sigmas)
+                    made = rollout.turn(dit, self._begin(first), sigmas)
                     rollout.remember(dit, made, self._noise(first, "history"))
             yield from made.split(1, dim=2)
             first += roll.turn_frames

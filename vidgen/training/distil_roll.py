@@ -105,12 +105,15 @@ class RollTask(AnswersTask[TurnBatch]):
     def errors(self, batch: TurnBatch) -> Tensor:
         """Of one turn each, [B]."""
         step = batch.step
-        rollout = Rollout(self.context(step.ids, step.mask), self.roll)
+        rollout = self._rollout(step.ids, step.mask)
         with rolling(self.dit, self.delta, self.roll):
             if batch.before.shape[2]:
                 rollout.remember(self.dit, batch.before, batch.noise)
             made = rollout.velocity(self.dit, step.state, step.state.latents, step.sigma)
         return squared_error(made, step.target, step.state.denoise_mask)
+
+    def _rollout(self, ids: Tensor, mask: Tensor) -> Rollout:
+        return Rollout(self.context(ids, mask), self.roll, self.config.trajectories.sampler)
 
     def step_errors(self) -> dict[str, float]:
         """Of each turn of the clips kept aside, over all levels."""
@@ -127,11 +130,11 @@ class RollTask(AnswersTask[TurnBatch]):
 
     def end_error(self) -> float:
         """Of first turns, made from the teacher's noise; later ones draw some of their own."""
-        given, sampler = self.held_out, self.config.trajectories.sampler
-        rollout = Rollout(self.context(given.ids, given.mask), self.roll)
+        given = self.held_out
+        rollout = self._rollout(given.ids, given.mask)
         with rolling(self.dit, self.delta, self.roll):
             first = given.state.stretch(slice(self.roll.turn_frames))
-            made = rollout.turn(self.dit, first, sampler, self.sigmas)
+            made = rollout.turn(self.dit, first, self.sigmas)
         return float((made - given.end[:, :, : self.roll.turn_frames]).square().mean())
 
 
@@ -162,7 +165,7 @@ class RollMatchTask(MatchTask):
 
     def made(self, state: LatentState, context: tuple[Tensor, Tensor], last: int) -> Tensor:
         """See `MatchTask`; all turns end with their step number `last`."""
-        rollout = Rollout(context, self.roll)
+        rollout = Rollout(context, self.roll, self.config.trajectories.sampler)
         with rolling(self.dit, self.delta, self.roll):
             return roll_out(rollout, self.dit, state, partial(self.steps_to, last))
 
