@@ -80,6 +80,8 @@ class MatchConfig:
         shift: of the noise levels at which clips are compared, and followed.
         between: the lowest and the highest of them.
         follower_lr: peak rate of what follows the student; it has to be faster than the student.
+        far_turns: of rollers, the turns at most that a clip is rolled out for, before those behind
+            them are compared.
     """
 
     start: str
@@ -87,6 +89,7 @@ class MatchConfig:
     shift: float = 5.0
     between: tuple[float, float] = (0.02, 0.98)
     follower_lr: float = 1e-3
+    far_turns: int = 0
 
     def __post_init__(self) -> None:
         low, high = self.between

@@ -95,9 +95,9 @@ class MatchTask(DeltaTask[MatchBatch]):
     def loss(self, batch: MatchBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Of the student, whose gradient is the two networks' difference, and of its follower."""
         del step
-        state, context = batch.state, self.context(batch.ids, batch.mask)
+        context = self.context(batch.ids, batch.mask)
+        state, made = self.play(batch, context)
         follower = self.with_delta(self.follower, state, context)
-        made = self.made(state, context, batch.last)
         clean = made.detach()
         compared, followed = (state.project(add_noise(clean, noise, sigma))
                               for noise, sigma in zip(batch.noise, batch.sigma, strict=True))
@@ -111,11 +111,17 @@ class MatchTask(DeltaTask[MatchBatch]):
         return matching + following, {"gap": matching.detach().sqrt(),
                                       "following": following.detach()}
 
-    def made(self, state: LatentState, context: tuple[Tensor, Tensor], last: int) -> Tensor:
-        """Clean latents as the student sees them at its step number `last`, by its own steps.
+    def play(
+        self, batch: MatchBatch, context: tuple[Tensor, Tensor]
+    ) -> tuple[LatentState, Tensor]:
+        """The clips that the student makes of a batch, and what teacher and follower know of them.
 
-        Gradients flow through that step alone.
+        Gradients flow through its step number `last` alone.
         """
+        return batch.state, self.made(batch.state, context, batch.last)
+
+    def made(self, state: LatentState, context: tuple[Tensor, Tensor], last: int) -> Tensor:
+        """Clean latents as the student sees them at its step number `last`, by its own steps."""
         return self.steps_to(last, self.with_delta(self.delta, state, context), state)
 
     def steps_to(self, last: int, student: Denoise, state: LatentState) -> Tensor:

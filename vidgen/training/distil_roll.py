@@ -22,7 +22,8 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
-from vidgen.diffusion.condition import LatentState
+from vidgen.diffusion import condition
+from vidgen.diffusion.condition import LatentState, new_state
 from vidgen.diffusion.flow import squared_error
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
@@ -138,11 +139,25 @@ class RollTask(AnswersTask[TurnBatch]):
         return float((made - given.end[:, :, : self.roll.turn_frames]).square().mean())
 
 
+@dataclass(frozen=True)
+class RollMatchBatch(MatchBatch):
+    """Clips to roll out and to compare, or what is rolled out far behind their beginnings.
+
+    `ahead` [B, C, n, h, w] is noise of the frames behind those of `state`, whole turns of it: the
+    frames that are compared are the last ones, as many as `state` has, and the first turn of these
+    is given.
+    """
+
+    ahead: Tensor
+
+
 class RollMatchTask(MatchTask):
     """The roller's own clips, rolled out, against its teacher's: each turn in view of its own.
 
     What teacher forcing doesn't teach, to go on from one's own faults (Huang et al. 2025, "Self
-    Forcing"). Gradients flow through one step of each turn, not through what is remembered of it.
+    Forcing"), wherever in a clip (Cui et al. 2025, "Self-Forcing++"): the teacher sees a window of
+    it, that goes on from a turn of the roller's as windows of long clips do. Gradients flow through
+    one step of each turn, not through what is remembered of it.
 
     Raises:
         InputError: conditions that turns don't have.
@@ -152,22 +167,53 @@ class RollMatchTask(MatchTask):
         super().__init__(config)
         assert config.roll is not None
         self.roll: RollConfig = config.roll
+        self.history_noise = self.shards.folder.defaults.history_noise
 
-    def batch(self, phase: Phase, step: int, micro: int) -> MatchBatch:
-        """See `MatchTask`; of clips under text or a first frame."""
-        batch = super().batch(phase, step, micro)
+    def batch(self, phase: Phase, step: int, micro: int) -> RollMatchBatch:
+        """See `MatchTask`; of clips under text or a first frame. All ranks roll out as far."""
+        batch, seed = super().batch(phase, step, micro), self.config.run.seed
         known = next_turn(batch.state, self.roll) * self.roll.turn_frames
         if ((known < 0) | (known > 1)).any():
             raise InputError("clips that are rolled out from their beginning know text or a first "
                              "frame alone; set trajectories.conditions to {text: .., first: .., "
                              "prefix: 0, mask: 0}, still_share and window_share to 0")
-        return batch
+        turns = int(torch.randint(self.match.far_turns + 1, (),
+                                  generator=generator_of(seed, step, 0, 2)))
+        draw, shape = generator_of(seed, step, micro, 3), list(batch.state.latents.shape)
+        shape[2] = turns * self.roll.turn_frames
+        return RollMatchBatch(
+            **vars(batch), ahead=torch.randn(shape, generator=draw).to(self.device)
+        )
+
+    def play(
+        self, batch: MatchBatch, context: tuple[Tensor, Tensor]
+    ) -> tuple[LatentState, Tensor]:
+        """See `MatchTask`."""
+        assert isinstance(batch, RollMatchBatch)
+        if not batch.ahead.shape[2]:
+            return super().play(batch, context)
+        whole, turn = joined(batch.state, new_state(batch.ahead)), self.roll.turn_frames
+        first = batch.ahead.shape[2]  # of the frames that are compared
+        rollout, every = self._rollout(context), len(self.sigmas) - 2
+        with rolling(self.dit, self.delta, self.roll):
+            with torch.no_grad():
+                begun = roll_out(rollout, self.dit, whole.stretch(slice(first + turn)),
+                                 partial(self.steps_to, every))
+            given = begun[:, :, first:]
+            made = roll_out(rollout, self.dit, whole.stretch(slice(first + turn, None)),
+                            partial(self.steps_to, batch.last))
+        window = condition.prefix(new_state(whole.latents[:, :, first:]), given)
+        seen = torch.full((len(given),), self.history_noise, device=self.device)
+        return (condition.noise_known(window, seen, window.latents),
+                torch.cat([given, made], dim=2))
 
     def made(self, state: LatentState, context: tuple[Tensor, Tensor], last: int) -> Tensor:
         """See `MatchTask`; all turns end with their step number `last`."""
-        rollout = Rollout(context, self.roll, self.config.trajectories.sampler)
         with rolling(self.dit, self.delta, self.roll):
-            return roll_out(rollout, self.dit, state, partial(self.steps_to, last))
+            return roll_out(self._rollout(context), self.dit, state, partial(self.steps_to, last))
+
+    def _rollout(self, context: tuple[Tensor, Tensor]) -> Rollout:
+        return Rollout(context, self.roll, self.config.trajectories.sampler)
 
 
 @contextmanager
@@ -189,6 +235,14 @@ def roll_out(
         with torch.no_grad():
             rollout.remember(dit, made[-1].detach(), turn.fresh(HISTORY))
     return torch.cat(made, dim=2)
+
+
+def joined(state: LatentState, later: LatentState) -> LatentState:
+    """A state of more latent frames: those of two states, without stills and sound."""
+    return LatentState(*(
+        torch.cat([getattr(each, name) for each in (state, later)], dim=2)
+        for name in ("latents", "clean", "denoise_mask")
+    ))
 
 
 def next_turn(state: LatentState, roll: RollConfig) -> Tensor:

@@ -91,7 +91,8 @@ def test_rolled_clips_are_matched_with_the_teachers(
         "folder": str(tmp_path / "trajectories"), "shards": 1, "by_student": False,
         "conditions": {"text": 0.7, "first": 0.3, "prefix": 0.0, "mask": 0.0}, "window_share": 0.0,
     }
-    matched = turning | {"match": {"start": str(tmp_path / "run"), "follower_lr": 5e-3},
+    matched = turning | {"match": {"start": str(tmp_path / "run"), "follower_lr": 5e-3,
+                                   "far_turns": 3},
                          "trajectories": trajectories}
     config = with_run(matched, tmp_path / "matched", optim={"lr": 1e-4, "warmup_steps": 1})
     make_trajectories(config)
@@ -107,7 +108,18 @@ def test_rolled_clips_are_matched_with_the_teachers(
     again = task.made(later, context, 1)
     assert torch.equal(again[:, :, :2], made[:, :, :2]), "no turn sees those behind it"
     assert not torch.equal(again[:, :, 2], made[:, :, 2])
-    task.loss(batch, 0)[0].backward()
+    far = next(each for each in map(partial(task.batch, phase, micro=0), range(8))
+               if each.ahead.shape[2] > 1)
+    context = task.context(far.ids, far.mask)
+    task.history_noise = 0.2
+    state, made = task.play(far, context)
+    assert (state.known_sigma == 0.2).all()
+    assert not state.denoise_mask[:, :, 0].any()
+    assert state.denoise_mask[:, :, 1:].all()
+    assert not torch.equal(made[:, :, :1], state.clean[:, :, :1]), "it is seen through noise"
+    assert made.shape == far.state.latents.shape
+    assert made.requires_grad
+    task.loss(far, 0)[0].backward()
     assert all(p.grad.abs().sum() > 0 for name, p in task.delta.named_parameters() if "up" in name)
     before = task.validate(0, Path())
     assert train(RollMatchTask(config), config.run, record=dump(config)).finished
