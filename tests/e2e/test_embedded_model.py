@@ -1,0 +1,33 @@
+"""The shipped weights make what they are asked for: few steps, and clips turn by turn."""
+
+from __future__ import annotations
+
+import pytest
+
+from vidgen.core.request import Request
+from vidgen.evaluation.generation import generate_batch
+from vidgen.evaluation.judging import grade
+from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.video import Engine, load
+from vidgen.toybox.captions import prompts
+from vidgen.toybox.judge import embedded_judge
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    engine = load("toybox", device="cpu")
+    assert isinstance(engine, Engine)
+    return engine
+
+
+@pytest.mark.parametrize("options", [{"steps": 4}, {"roll": True}], ids=["student", "roller"])
+def test_clips_show_what_their_prompts_say(engine: Engine, options: dict[str, object]) -> None:
+    items = list(prompts("dev", 8))
+    plan = engine.plan(Request(prompt="a cat", seed=0, **options), Inputs())
+    video = generate_batch(engine, plan, [text for _, text in items], list(range(len(items))))
+    verdicts = embedded_judge().load(engine.device).verdicts(video)
+    right = [grade(verdict, scene) for verdict, (scene, _) in zip(verdicts, items, strict=True)]
+    # far below the accuracies that are measured (docs/speed.md), far above chance
+    assert sum(each["place"] for each in right) >= 7
+    assert sum(each["motion"] for each in right) >= 5
+    assert sum(each["sprite"] for each in right) >= 4
