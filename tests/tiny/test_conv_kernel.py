@@ -69,7 +69,7 @@ def test_without_the_kernel_sums_are_as_short(monkeypatch):
     monkeypatch.setattr(native, "kernels", lambda *_: None)
     theirs = conv.infer(x, weight, *options)
     assert error(ours, exact) <= 1.2 * error(theirs, exact)
-    assert error(theirs, exact) < 5e-7
+    assert error(theirs, exact) < 2e-6  # 5e-7 with AVX512, whose sums oneDNN cuts shorter
 
 
 @torch.no_grad()

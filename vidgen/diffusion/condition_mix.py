@@ -5,7 +5,7 @@ Axes: B batch, C latent channels, F latent frames, K stills, h w latent rows and
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from vidgen.diffusion.condition import (
     keyframe_position,
     reference_position,
 )
+
+KINDS = ("text", "first", "last", "both", "frames", "prefix", "mask")
+"""Conditions of which a sample has one; it may have references besides."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class ConditionMix:
         if self.prefix_step < 1:
             raise InputError(f"prefix_step is {self.prefix_step}; a beginning has a latent frame "
                              "at least")
-        for name, weight in asdict(self).items():
+        for name in (*KINDS, "reference"):
+            weight = getattr(self, name)
             if not 0 <= weight < float("inf"):
                 raise InputError(f"condition {name!r} must have a weight from 0, not {weight}")
         if self.reference > 1:

@@ -44,9 +44,7 @@ class Rollout:
         sampler: that turns are made by.
     """
 
-    def __init__(
-        self, context: tuple[Tensor, Tensor], config: RollConfig, sampler: str
-    ) -> None:
+    def __init__(self, context: tuple[Tensor, Tensor], config: RollConfig, sampler: str) -> None:
         self.context, self.config, self.sampler = context, config, sampler
         self.cache = KVCache()
 

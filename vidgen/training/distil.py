@@ -98,6 +98,8 @@ class MatchConfig:
                              "0..1")
         if self.first_step < 0:
             raise InputError(f"match.first_step is {self.first_step}; the first is 0")
+        if self.far_turns < 0:
+            raise InputError(f"match.far_turns is {self.far_turns}; give 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,8 @@ class DistilRun:
             clips that are matched.
 
     Raises:
-        InputError: a phase of other clips than the trajectories', or no step to match.
+        InputError: a phase of other clips than the trajectories', no step to match, or turns of a
+            student that makes none.
     """
 
     run: RunConfig
@@ -130,6 +133,9 @@ class DistilRun:
         if self.match is not None and self.trajectories.by_student:
             raise InputError("match and trajectories.by_student are both given; a student is "
                              "matched with the guided model, leave by_student out")
+        if self.match is not None and self.match.far_turns and self.roll is None:
+            raise InputError(f"match.far_turns is {self.match.far_turns}, but only a roller makes "
+                             "turns; give roll, or leave it out")
         if self.match is not None and self.match.first_step >= self.trajectories.num_steps:
             raise InputError(f"match.first_step is {self.match.first_step}; the student's "
                              f"{self.trajectories.num_steps} steps end with number "
@@ -236,6 +242,9 @@ class DeltaTask(ABC, Generic[BatchT]):
         assert isinstance(text, UMT5Encoder)
         self.dit, self.text, self.delta = dit, text, Delta(dit, config.delta)
         if config.delta.from_student:
+            if self.shards.folder.student is None:
+                raise InputError(f"delta.from_student: {self.shards.folder.name!r} has no student; "
+                                 "release one first, or leave it out")
             self.delta.begin_as(read_student(self.shards.folder.path, dit.config))
         self.modules: dict[str, nn.Module] = {"student": self.delta}
         self.sigmas = config.trajectories.sigmas

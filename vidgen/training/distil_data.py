@@ -35,7 +35,7 @@ from vidgen.training.latents import LatentShards
 from vidgen.training.toybox_data import CacheConfig
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.load import read_tensors
-from vidgen.weights.student import read_student
+from vidgen.weights.student import STUDENT, read_student
 
 HELD_OUT = 0
 """The shard of clips kept aside, under text alone; those to learn from follow."""
@@ -234,7 +234,8 @@ class TrajectoryShards:
         device: where batches go.
 
     Raises:
-        InputError: the folder holds trajectories of another kind.
+        InputError: the folder holds trajectories of another kind; the model has no student to make
+            them, or one of other steps.
     """
 
     def __init__(
@@ -242,10 +243,12 @@ class TrajectoryShards:
         device: torch.device,
     ) -> None:
         self.config, self.caches, self.folder, self.device = config, caches, folder, device
+        if config.by_student:
+            _check_steps(config, folder)
         kept = {name: value for name, value in asdict(config).items()
                 if name not in ("folder", "shards")}
-        weights = [folder.path / role / "model.safetensors"
-                   for role in ("transformer", "text_encoder")]
+        roles = ("transformer", "text_encoder", *[STUDENT] * config.by_student)
+        weights = [folder.path / role / "model.safetensors" for role in roles]
         self.shards = LatentShards(config.folder, kept | {
             "teacher": [sha256_file(path) for path in weights],
             "clips": [[each.first_scene, each.shards * each.shard_size, each.num_frames,
@@ -253,17 +256,12 @@ class TrajectoryShards:
         })
 
     def teacher(self, dtype: torch.dtype) -> Teacher:
-        """Who makes them, computing in `dtype`.
-
-        Raises:
-            InputError: the model has no student to make them, or one of other steps.
-        """
+        """Who makes them, computing in `dtype`."""
         student = None
         if self.config.by_student:
-            path, config = self.folder.path, self.folder.components["transformer"].config
+            config = self.folder.components["transformer"].config
             assert isinstance(config, DiTConfig)
-            _check_steps(self.config, self.folder)
-            student = read_student(path, config)
+            student = read_student(self.folder.path, config)
         return Teacher(self.folder, self.device, dtype, student)
 
     def missing(self) -> list[int]:

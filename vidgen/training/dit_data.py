@@ -114,7 +114,7 @@ class DiTData:
             raise InputError(f"image_shares has {len(self.image_shares)} entries for {len(phases)} "
                              "phases; give one a phase, or none")
         for name in ("loose_share", "anonymous_share", "anchor_share", "history_noise",
-                     "crop_share", "crop_level"):
+                     "crop_share", "crop_level", "still_share", "window_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
         longest = min((cache.num_frames for cache in self.caches), default=0)

@@ -10,7 +10,7 @@ frames, pixel rows and columns.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from vidgen.core.errors import InputError, nearest
 from vidgen.core.shapes import Strides
 from vidgen.diffusion import stacked
 from vidgen.diffusion.condition import LatentState, new_state
-from vidgen.diffusion.condition_mix import ConditionMix, Stills, training_conditions
+from vidgen.diffusion.condition_mix import KINDS, ConditionMix, Stills, training_conditions
 from vidgen.weights.folder import ModelFolder
 
 _DEFAULTS = {"text": 0.6, "first": 0.2, "last": 0.05, "both": 0.05, "frames": 0.05, "prefix": 0.1}
@@ -57,7 +57,7 @@ def settle_conditions(asked: Mapping[str, float] | None, folder: ModelFolder) ->
     possible = possible_conditions(folder)
     if asked is None:
         return {kind: _DEFAULTS[kind] for kind in possible if kind in _DEFAULTS}
-    known = {field.name for field in fields(ConditionMix)} - {"reference"}
+    known = set(KINDS)
     for kind, weight in asked.items():
         if kind not in known:
             raise InputError(f"conditions: unknown condition {kind!r}; {nearest(kind, known)}")
@@ -104,7 +104,7 @@ class Conditions:
         return state
 
     def _in_place(self, batch: Mapping[str, Any], draw: torch.Generator) -> LatentState:
-        nothing = {field.name: 0.0 for field in fields(ConditionMix)}
+        nothing = dict.fromkeys((*KINDS, "reference"), 0.0)
         stills = None
         if "stills" in batch:
             stills = Stills(batch["stills"], batch["still_index"])

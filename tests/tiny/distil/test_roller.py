@@ -166,10 +166,8 @@ def test_which_turn_a_clip_goes_on_with() -> None:
 
 
 def begin(settings: dict[str, Any]) -> None:
-    """What the two programs begin with."""
-    config = build(DistilRun, settings, "run")
-    open_shards(config).teacher(torch.float32)
-    RollTask(config)
+    """What the program begins with."""
+    RollTask(build(DistilRun, settings, "run"))
 
 
 @pytest.mark.parametrize(("part", "changes", "message"), [
@@ -189,9 +187,10 @@ def test_what_does_not_fit_the_student_is_refused(
 
 def test_a_model_without_a_student_cannot_lend_it(settings: dict[str, Any], tmp_path: Path) -> None:
     trajectories = settings["trajectories"] | {"by_student": True, "folder": str(tmp_path)}
-    with pytest.raises(InputError, match="'tiny' has no student"):
-        open_shards(build(DistilRun, settings | {"trajectories": trajectories}, "run")).teacher(
-            torch.float32)
+    for part, changed in (("trajectories", trajectories),
+                          ("delta", settings["delta"] | {"from_student": True})):
+        with pytest.raises(InputError, match=f"{part}.*'tiny' has no student; release one first"):
+            begin(settings | {"roll": dump(TURNS), part: changed})
 
 
 def test_trajectories_that_no_turn_fits_are_refused(settings: dict[str, Any]) -> None:
