@@ -69,7 +69,8 @@ def test_without_the_kernel_sums_are_as_short(monkeypatch):
     monkeypatch.setattr(native, "kernels", lambda *_: None)
     theirs = conv.infer(x, weight, *options)
     assert error(ours, exact) <= 1.2 * error(theirs, exact)
-    assert error(theirs, exact) < 2e-6  # 5e-7 with AVX512, whose sums oneDNN cuts shorter
+    cuts_short = "AVX512" in torch.backends.cpu.get_cpu_capability()  # oneDNN's own sums
+    assert error(theirs, exact) < (5e-7 if cuts_short else 2e-6)
 
 
 @torch.no_grad()

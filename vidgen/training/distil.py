@@ -24,11 +24,10 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.flow import squared_error
-from vidgen.diffusion.samplers import sample_state, whole_timesteps
+from vidgen.diffusion.samplers import sample_state
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.models.lora import Adapter, LowRank, attached
+from vidgen.models.lora import Adapter, LowRank
 from vidgen.models.text import UMT5Encoder, encode_tokens
-from vidgen.pipeline.networks import velocity
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.distil_data import (
     HELD_OUT,
@@ -36,6 +35,7 @@ from vidgen.training.distil_data import (
     Trajectories,
     TrajectoryConfig,
     TrajectoryShards,
+    answering,
     draw_steps,
     shard_for,
     take_steps,
@@ -190,8 +190,8 @@ class Delta(nn.Module):
             InputError: it has other layers, or another rank.
         """
         factors = {_key(path): part for path, part in adapter.low_rank.items()}
-        own, other = ({key: len(down) for key, down in each.items()} for each in (
-            self.down, {key: part.down for key, part in factors.items()}))
+        own = {key: len(down) for key, down in self.down.items()}
+        other = {key: len(part.down) for key, part in factors.items()}
         if own != other:
             raise InputError(f"delta changes {_told(own)}, the student that it is to begin as "
                              f"{_told(other)}; give it the same rank and targets")
@@ -292,16 +292,8 @@ class DeltaTask(ABC, Generic[BatchT]):
         self, delta: Delta, state: LatentState, context: tuple[Tensor, Tensor]
     ) -> Denoise:
         """The teacher's network with a delta, under a state's conditions and without guidance."""
-        whole = whole_timesteps(self.config.trajectories.sampler)
-
-        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-            with attached(self.dit, [(delta.adapter(), 1.0)]):
-                return velocity(
-                    self.dit, state, latents, sigma, context, patch=self.dit.config.patch_size,
-                    whole=whole,
-                )
-
-        return denoise
+        sampler = self.config.trajectories.sampler
+        return answering(self.dit, delta.adapter(), state, context, sampler)
 
 
 class AnswersTask(DeltaTask[BatchT]):

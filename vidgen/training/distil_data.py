@@ -178,16 +178,15 @@ class Teacher:
         self, state: LatentState, ids: Tensor, mask: Tensor, config: TrajectoryConfig
     ) -> Denoise:
         """Its velocities, float32; arguments as in `follow`."""
-        whole = whole_timesteps(config.sampler)
         if self.student is not None:
-            return self._plain(state, ids, mask, whole=whole)
+            return self._plain(state, ids, mask, config.sampler)
         groups = []
         for given in (True, False):  # guidance treats them in different ways
             rows = state.has_given == given
             if rows.any():
                 guidance = config.guidance.of_clip(has_given=given)
                 answer = self._guided(state.rows(rows), ids[rows], mask[rows], guidance,
-                                      whole=whole)
+                                      config.sampler)
                 groups.append((rows, answer))
 
         @torch.no_grad()
@@ -201,27 +200,38 @@ class Teacher:
 
     @torch.no_grad()
     def _guided(
-        self, state: LatentState, ids: Tensor, mask: Tensor, guidance: Guidance, *, whole: bool
+        self, state: LatentState, ids: Tensor, mask: Tensor, guidance: Guidance, sampler: str
     ) -> Denoise:
         other = (part.to(self.device).expand(len(ids), -1) for part in self.negative)
         hidden = as_negative(state, hides_given=guidance.known_scale is not None)
-        return guided(self._plain(state, ids, mask, whole=whole),
-                      self._plain(hidden, *other, whole=whole), guidance)
+        return guided(self._plain(state, ids, mask, sampler),
+                      self._plain(hidden, *other, sampler), guidance)
 
     @torch.no_grad()
-    def _plain(self, state: LatentState, ids: Tensor, mask: Tensor, *, whole: bool) -> Denoise:
+    def _plain(self, state: LatentState, ids: Tensor, mask: Tensor, sampler: str) -> Denoise:
         context = encode_tokens(self.text, ids, mask), mask.sum(1)
-        patch = self.dit.config.patch_size
-        adapters = [] if self.student is None else [(self.student, 1.0)]
+        answer = answering(self.dit, self.student, state, context, sampler)
 
         @torch.no_grad()
         def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-            with attached(self.dit, adapters):
-                return velocity(
-                    self.dit, state, latents, sigma, context, patch=patch, whole=whole
-                ).float()
+            return answer(latents, sigma).float()
 
         return denoise
+
+
+def answering(
+    dit: SpacetimeDiT, adapter: Adapter | None, state: LatentState,
+    context: tuple[Tensor, Tensor], sampler: str,
+) -> Denoise:
+    """A network, with an adapter or none, under a state's conditions and without guidance."""
+    adapters = [] if adapter is None else [(adapter, 1.0)]
+
+    def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+        with attached(dit, adapters):
+            return velocity(dit, state, latents, sigma, context, patch=dit.config.patch_size,
+                            whole=whole_timesteps(sampler))
+
+    return denoise
 
 
 class TrajectoryShards:

@@ -106,15 +106,12 @@ class RollTask(AnswersTask[TurnBatch]):
     def errors(self, batch: TurnBatch) -> Tensor:
         """Of one turn each, [B]."""
         step = batch.step
-        rollout = self._rollout(step.ids, step.mask)
+        rollout = rollout_of(self.config, self.context(step.ids, step.mask))
         with rolling(self.dit, self.delta, self.roll):
             if batch.before.shape[2]:
                 rollout.remember(self.dit, batch.before, batch.noise)
             made = rollout.velocity(self.dit, step.state, step.state.latents, step.sigma)
         return squared_error(made, step.target, step.state.denoise_mask)
-
-    def _rollout(self, ids: Tensor, mask: Tensor) -> Rollout:
-        return Rollout(self.context(ids, mask), self.roll, self.config.trajectories.sampler)
 
     def step_errors(self) -> dict[str, float]:
         """Of each turn of the clips kept aside, over all levels."""
@@ -132,7 +129,7 @@ class RollTask(AnswersTask[TurnBatch]):
     def end_error(self) -> float:
         """Of first turns, made from the teacher's noise; later ones draw some of their own."""
         given = self.held_out
-        rollout = self._rollout(given.ids, given.mask)
+        rollout = rollout_of(self.config, self.context(given.ids, given.mask))
         with rolling(self.dit, self.delta, self.roll):
             first = given.state.stretch(slice(self.roll.turn_frames))
             made = rollout.turn(self.dit, first, self.sigmas)
@@ -194,7 +191,7 @@ class RollMatchTask(MatchTask):
             return super().play(batch, context)
         whole, turn = joined(batch.state, new_state(batch.ahead)), self.roll.turn_frames
         first = batch.ahead.shape[2]  # of the frames that are compared
-        rollout, every = self._rollout(context), len(self.sigmas) - 2
+        rollout, every = rollout_of(self.config, context), len(self.sigmas) - 2
         with rolling(self.dit, self.delta, self.roll):
             with torch.no_grad():
                 begun = roll_out(rollout, self.dit, whole.stretch(slice(first + turn)),
@@ -210,10 +207,14 @@ class RollMatchTask(MatchTask):
     def made(self, state: LatentState, context: tuple[Tensor, Tensor], last: int) -> Tensor:
         """See `MatchTask`; all turns end with their step number `last`."""
         with rolling(self.dit, self.delta, self.roll):
-            return roll_out(self._rollout(context), self.dit, state, partial(self.steps_to, last))
+            rollout = rollout_of(self.config, context)
+            return roll_out(rollout, self.dit, state, partial(self.steps_to, last))
 
-    def _rollout(self, context: tuple[Tensor, Tensor]) -> Rollout:
-        return Rollout(context, self.roll, self.config.trajectories.sampler)
+
+def rollout_of(config: DistilRun, context: tuple[Tensor, Tensor]) -> Rollout:
+    """The roll-out of a roller's run, of clips with these features [B, S, D] and lengths [B]."""
+    assert config.roll is not None
+    return Rollout(context, config.roll, config.trajectories.sampler)
 
 
 @contextmanager

@@ -274,6 +274,11 @@ def test_a_converted_model_takes_its_student_along(
         assert other.folder.student == engine.folder.student
         made = other.generate(PROMPT, seed=3, steps=2, audio="none")
         torch.testing.assert_close(made.latents, clip.latents, atol=1e-5, rtol=1e-4)
+        for role in ("transformer", "text_encoder"):
+            one, two = (each.folder.components[role].load(torch.float32, torch.device("cpu"))
+                        .state_dict() for each in (engine, other))
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[name], two[name]) for name in one)
     assert other.folder.files[f"{STUDENT}/{WEIGHTS}"] == engine.folder.files[f"{STUDENT}/{WEIGHTS}"]
 
 
