@@ -186,12 +186,18 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def best_dtype(device: torch.device) -> str:
-    """The dtype that a device computes fastest in without losing range: bf16 or fp32."""
+    """The dtype that a device computes fastest in without losing range: bf16 or fp32.
+
+    oneDNN imitates bf16 on x86 processors with AVX512 alone, at a fifth of float32's speed.
+    """
     import torch
 
     if device.type == "cuda":
         return "bf16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        fast &= torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "fp32"
 
 
 @contextmanager
