@@ -25,10 +25,11 @@ from vidgen.core.protocols import Denoise
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.flow import squared_error
 from vidgen.diffusion.samplers import sample_state
-from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.lora import Adapter, LowRank
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.training.config import Phase, RunConfig
+from vidgen.training.distil_critic import CriticConfig
 from vidgen.training.distil_data import (
     HELD_OUT,
     StepBatch,
@@ -45,7 +46,8 @@ from vidgen.training.finetune_lora import target_paths
 from vidgen.training.finetune_model import open_trainable
 from vidgen.training.optim import build_optimizers
 from vidgen.training.toybox_data import CacheConfig
-from vidgen.weights.student import RollConfig, read_student
+from vidgen.weights.folder import ModelFolder
+from vidgen.weights.student import STUDENTS, RollConfig, open_student, read_student
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,21 @@ class DeltaConfig:
     Args:
         rank: of each layer's change.
         targets: parts of layers' names, such as "self_attn.q" or "ffn".
-        from_student: whether it begins as the model's own student, not as nothing.
+        begin_as: which of the model's own deltas it begins as, one of `STUDENTS`; None: nothing.
     """
 
     rank: int
     targets: tuple[str, ...]
-    from_student: bool = False
+    begin_as: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"delta.rank is {self.rank}; it must be at least 1")
         if not self.targets:
             raise InputError("delta.targets is empty; name parts of layers' names")
+        if self.begin_as not in (None, *STUDENTS):
+            raise InputError(f"delta.begin_as is {self.begin_as!r}; it is one of "
+                             + ", ".join(STUDENTS))
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class MatchConfig:
     """How a student's own clips are compared with the teacher's; see `distil_match`.
 
     Args:
-        start: run folder of a student, which this one goes on from.
+        start: run folder of a student, which this one goes on from; None: it begins as
+            `delta.begin_as` says.
         first_step: the first of the student's steps, from 0, that is taught so; earlier ones stay
             much as they were.
         shift: of the noise levels at which clips are compared, and followed.
@@ -82,14 +88,16 @@ class MatchConfig:
         follower_lr: peak rate of what follows the student; it has to be faster than the student.
         far_turns: of rollers, the turns at most that a clip is rolled out for, before those behind
             them are compared.
+        critic: who draws the student's clips to true ones, or None.
     """
 
-    start: str
+    start: str | None = None
     first_step: int = 0
     shift: float = 5.0
     between: tuple[float, float] = (0.02, 0.98)
     follower_lr: float = 1e-3
     far_turns: int = 0
+    critic: CriticConfig | None = None
 
     def __post_init__(self) -> None:
         low, high = self.between
@@ -100,6 +108,9 @@ class MatchConfig:
             raise InputError(f"match.first_step is {self.first_step}; the first is 0")
         if self.far_turns < 0:
             raise InputError(f"match.far_turns is {self.far_turns}; give 0 or more")
+        if self.critic is not None and self.far_turns:
+            raise InputError(f"match.critic and match.far_turns {self.far_turns} are both given; "
+                             "the caches hold no true clips so far behind, leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +235,13 @@ def _key(path: str) -> str:
     return path.replace(".", "/")
 
 
+def _delta_of(folder: ModelFolder, name: str, config: DiTConfig) -> Adapter:
+    if open_student(folder.path, name) is None:
+        raise InputError(f"delta.begin_as is {name!r}, but {folder.name!r} has no {name}; release "
+                         "one first, or leave it out")
+    return read_student(folder.path, config, name)
+
+
 BatchT = TypeVar("BatchT")
 
 
@@ -241,11 +259,8 @@ class DeltaTask(ABC, Generic[BatchT]):
         assert isinstance(dit, SpacetimeDiT)
         assert isinstance(text, UMT5Encoder)
         self.dit, self.text, self.delta = dit, text, Delta(dit, config.delta)
-        if config.delta.from_student:
-            if self.shards.folder.student is None:
-                raise InputError(f"delta.from_student: {self.shards.folder.name!r} has no student; "
-                                 "release one first, or leave it out")
-            self.delta.begin_as(read_student(self.shards.folder.path, dit.config))
+        if config.delta.begin_as is not None:
+            self.delta.begin_as(_delta_of(self.shards.folder, config.delta.begin_as, dit.config))
         self.modules: dict[str, nn.Module] = {"student": self.delta}
         self.sigmas = config.trajectories.sigmas
 

@@ -19,12 +19,15 @@ from vidgen.training.distil_match import MatchTask
 from vidgen.training.loop import train
 from vidgen.weights.student import read_student
 
+CRITIC = {"share": 0.5, "block": 1, "lr": 1e-2, "warmup_steps": 4}
+
 
 def matching(
-    settings: dict[str, Any], run: DistilRun, folder: Path, steps: int = 24, **changes: Any
+    settings: dict[str, Any], run: DistilRun, folder: Path, steps: int = 24, *,
+    critic: dict[str, Any] | None = None, **changes: Any
 ) -> DistilRun:
     """A run that goes on from a student."""
-    match = {"start": run.run.folder, "follower_lr": 5e-3}
+    match = {"start": run.run.folder, "follower_lr": 5e-3, "critic": critic}
     phases = [{**settings["run"]["phases"][0], "steps": steps}]
     optim = {**settings["run"]["optim"], "lr": 1e-4}
     return with_run(settings | {"match": match}, folder, phases=phases, optim=optim, **changes)
@@ -79,7 +82,8 @@ def test_the_students_gradient_is_where_the_two_networks_differ(
 def test_a_matched_run_resumes_with_the_same_bits(
     settings: dict[str, Any], run: DistilRun, tmp_path: Path
 ) -> None:
-    straight, cut = (matching(settings, run, tmp_path / name, 2, checkpoint_minutes=minutes)
+    straight, cut = (matching(settings, run, tmp_path / name, 2, critic=CRITIC,
+                              checkpoint_minutes=minutes)
                      for name, minutes in (("straight", 9), ("cut", 0)))
     assert train(MatchTask(straight), straight.run).finished
     train(MatchTask(cut), replace(cut.run, minutes=1e-6))

@@ -41,7 +41,7 @@ def turning(
     }
     changed = settings | {
         "teacher": str(model), "trajectories": trajectories, "roll": dump(TURNS),
-        "delta": settings["delta"] | {"from_student": True},
+        "delta": settings["delta"] | {"begin_as": "student"},
     }
     make_trajectories(build(DistilRun, changed, "run"))
     return changed
@@ -188,7 +188,7 @@ def test_what_does_not_fit_the_student_is_refused(
 def test_a_model_without_a_student_cannot_lend_it(settings: dict[str, Any], tmp_path: Path) -> None:
     trajectories = settings["trajectories"] | {"by_student": True, "folder": str(tmp_path)}
     for part, changed in (("trajectories", trajectories),
-                          ("delta", settings["delta"] | {"from_student": True})):
+                          ("delta", settings["delta"] | {"begin_as": "student"})):
         with pytest.raises(InputError, match=f"{part}.*'tiny' has no student; release one first"):
             begin(settings | {"roll": dump(TURNS), part: changed})
 
