@@ -29,7 +29,6 @@ from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.lora import Adapter, LowRank
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.distil_critic import CriticConfig
 from vidgen.training.distil_data import (
     HELD_OUT,
     StepBatch,
@@ -88,7 +87,6 @@ class MatchConfig:
         follower_lr: peak rate of what follows the student; it has to be faster than the student.
         far_turns: of rollers, the turns at most that a clip is rolled out for, before those behind
             them are compared.
-        critic: who draws the student's clips to true ones, or None.
     """
 
     start: str | None = None
@@ -97,7 +95,6 @@ class MatchConfig:
     between: tuple[float, float] = (0.02, 0.98)
     follower_lr: float = 1e-3
     far_turns: int = 0
-    critic: CriticConfig | None = None
 
     def __post_init__(self) -> None:
         low, high = self.between
@@ -108,9 +105,6 @@ class MatchConfig:
             raise InputError(f"match.first_step is {self.first_step}; the first is 0")
         if self.far_turns < 0:
             raise InputError(f"match.far_turns is {self.far_turns}; give 0 or more")
-        if self.critic is not None and self.far_turns:
-            raise InputError(f"match.critic and match.far_turns {self.far_turns} are both given; "
-                             "the caches hold no true clips so far behind, leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)

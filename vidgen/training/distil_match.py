@@ -3,9 +3,8 @@
 The student makes clips by its own few steps. They are noised, and two networks say what they take
 them for: the teacher under guidance, and a *follower*, a second delta that learns all the while
 what the student's clips are like. Where the two differ lies what the student does too much or too
-little of, and that is its gradient (Yin et al. 2024, "Improved distribution matching
-distillation"). The mean of many answers, which a regression learns, is blurred; this isn't. Where
-there is a critic, it sees true clips, too, and the student is drawn to these (`distil_critic`).
+little of, and that is its gradient (Yin et al. 2024, "Improved distribution matching distillation",
+without its GAN). The mean of many answers, which a regression learns, is blurred; this isn't.
 
 All three are the teacher's network, twice with a delta, so its weights are in memory once, and once
 more in the dtype of the run.
@@ -30,7 +29,6 @@ from vidgen.pipeline.parts import DTYPES
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.config import Phase
 from vidgen.training.distil import Delta, DeltaTask, DistilRun
-from vidgen.training.distil_critic import Critic, surprise
 from vidgen.training.draws import generator_of
 from vidgen.training.optim import build_optimizers
 
@@ -71,22 +69,14 @@ class MatchTask(DeltaTask[MatchBatch]):
         if self.match.start is not None:
             self.delta.load_state_dict(load_averages(Path(self.match.start), "student"))
         self.follower.load_state_dict(self.delta.state_dict())
-        self.critic: Critic | None = None
-        if self.match.critic is not None:
-            self.critic = self.modules["critic"] = Critic(self.dit, self.match.critic.block)
         self.teacher = self.shards.teacher(DTYPES[config.run.dtype])
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """AdamW over the factors of both deltas, and over the critic."""
-        rates = {"student": self.config.run.optim.lr, "follower": self.match.follower_lr}
-        if self.match.critic is not None:
-            rates["critic"] = self.match.critic.lr
-        return [
-            optimizer for name, lr in rates.items()
-            for optimizer in build_optimizers(
-                {name: self.modules[name]}, replace(self.config.run.optim, lr=lr)
-            )
-        ]
+        """AdamW over the factors of both deltas."""
+        own = self.config.run.optim
+        faster = replace(own, lr=self.match.follower_lr)
+        return [*build_optimizers({"student": self.delta}, own),
+                *build_optimizers({"follower": self.follower}, faster)]
 
     def batch(self, phase: Phase, step: int, micro: int) -> MatchBatch:
         """Conditions as the transformer's own training draws them; all ranks teach one step."""
@@ -103,43 +93,23 @@ class MatchTask(DeltaTask[MatchBatch]):
         return MatchBatch(state, ids, mask, last, sigma.to(self.device), noise.to(self.device))
 
     def loss(self, batch: MatchBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of the student, whose gradient is where its clips are to go, and of its follower."""
+        """Of the student, whose gradient is the two networks' difference, and of its follower."""
+        del step
         context = self.context(batch.ids, batch.mask)
         state, made = self.play(batch, context)
-        clean, generated = made.detach(), state.denoise_mask
         follower = self.with_delta(self.follower, state, context)
-        change, gap = self.change(batch, state, clean, follower, step)
-        matching = squared_error(made, clean + change, generated).mean()
-        level, noise = batch.sigma[1], batch.noise[1]
-        answer = follower(state.project(add_noise(clean, noise, level)), level)
-        following = velocity_loss(answer, clean, noise, generated).mean()
-        loss, numbers = matching + following, {"gap": gap, "following": following.detach()}
-        if self.critic is not None and self.match.critic is not None:
-            score = self.critic.score(generated)
-            follower(state.project(add_noise(state.clean, noise, level)), level)
-            told = surprise(score, self.critic.score(generated))
-            loss = loss + self.match.critic.weight * told
-            numbers["critic"] = told.detach()
-        return loss, numbers
-
-    def change(
-        self, batch: MatchBatch, state: LatentState, clean: Tensor, follower: Denoise, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Where clips are to go, [B, C, F, h, w], and how far teacher and follower differ."""
-        critic, config = self.critic, self.match.critic
-        sigma, generated = batch.sigma[0], state.denoise_mask
-        with torch.set_grad_enabled(critic is not None):
-            clean = clean.clone().requires_grad_(critic is not None)
-            noisy = state.project(add_noise(clean, batch.noise[0], sigma))
-            answer = follower(noisy, sigma)
-            way = None if critic is None else critic.way_to_truth(clean, generated)
+        clean = made.detach()
+        compared, followed = (state.project(add_noise(clean, noise, sigma))
+                              for noise, sigma in zip(batch.noise, batch.sigma, strict=True))
         with torch.no_grad():
             teacher = self.teacher.answers(state, batch.ids, batch.mask, self.config.trajectories)
-            change = _change(clean, noisy, sigma, teacher(noisy, sigma), answer, generated)
-            gap = squared_error(change, torch.zeros_like(change), generated).mean().sqrt()
-            if way is not None and config is not None:
-                change = change + config.share_at(step) * gap * way
-        return change, gap
+            answers = (ask(compared, batch.sigma[0]) for ask in (teacher, follower))
+            change = _change(clean, compared, batch.sigma[0], *answers, state.denoise_mask)
+        matching = squared_error(made, clean + change, state.denoise_mask).mean()
+        answer = follower(followed, batch.sigma[1])
+        following = velocity_loss(answer, clean, batch.noise[1], state.denoise_mask).mean()
+        return matching + following, {"gap": matching.detach().sqrt(),
+                                      "following": following.detach()}
 
     def play(
         self, batch: MatchBatch, context: tuple[Tensor, Tensor]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.distilling import released, with_run
 from vidgen.core.config import dump
+from vidgen.core.errors import InputError
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.training.distil import DistilRun, adapter_of
@@ -19,15 +20,12 @@ from vidgen.training.distil_match import MatchTask
 from vidgen.training.loop import train
 from vidgen.weights.student import read_student
 
-CRITIC = {"share": 0.5, "block": 1, "lr": 1e-2, "warmup_steps": 4}
-
 
 def matching(
-    settings: dict[str, Any], run: DistilRun, folder: Path, steps: int = 24, *,
-    critic: dict[str, Any] | None = None, **changes: Any
+    settings: dict[str, Any], run: DistilRun, folder: Path, steps: int = 24, **changes: Any
 ) -> DistilRun:
     """A run that goes on from a student."""
-    match = {"start": run.run.folder, "follower_lr": 5e-3, "critic": critic}
+    match = {"start": run.run.folder, "follower_lr": 5e-3}
     phases = [{**settings["run"]["phases"][0], "steps": steps}]
     optim = {**settings["run"]["optim"], "lr": 1e-4}
     return with_run(settings | {"match": match}, folder, phases=phases, optim=optim, **changes)
@@ -82,8 +80,7 @@ def test_the_students_gradient_is_where_the_two_networks_differ(
 def test_a_matched_run_resumes_with_the_same_bits(
     settings: dict[str, Any], run: DistilRun, tmp_path: Path
 ) -> None:
-    straight, cut = (matching(settings, run, tmp_path / name, 2, critic=CRITIC,
-                              checkpoint_minutes=minutes)
+    straight, cut = (matching(settings, run, tmp_path / name, 2, checkpoint_minutes=minutes)
                      for name, minutes in (("straight", 9), ("cut", 0)))
     assert train(MatchTask(straight), straight.run).finished
     train(MatchTask(cut), replace(cut.run, minutes=1e-6))
@@ -92,3 +89,21 @@ def test_a_matched_run_resumes_with_the_same_bits(
     one, two = (load_file(latest_checkpoint(tmp_path / name) / "state.safetensors")
                 for name in ("straight", "cut"))
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("roller", "'roller', but .* has no roller; release one first"),
+    ("teacher", "delta.begin_as is 'teacher'; it is one of student, roller"),
+])  # fmt: skip
+def test_a_run_begins_as_what_the_model_has(
+    settings: dict[str, Any], model: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    changed = settings | {"teacher": str(model), "match": {"follower_lr": 5e-3}}
+    begun = MatchTask(with_run(changed | {"delta": settings["delta"] | {"begin_as": "student"}},
+                               tmp_path))
+    for (key, own), other in zip(begun.delta.state_dict().items(),
+                                 begun.follower.state_dict().values(), strict=True):
+        assert torch.equal(own, other), key
+    assert any(value.abs().sum() > 0 for value in begun.delta.up.values())
+    with pytest.raises(InputError, match=message):
+        MatchTask(with_run(changed | {"delta": settings["delta"] | {"begin_as": name}}, tmp_path))
