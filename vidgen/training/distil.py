@@ -138,6 +138,9 @@ class DistilRun:
         if self.match is not None and self.trajectories.by_student:
             raise InputError("match and trajectories.by_student are both given; a student is "
                              "matched with the guided model, leave by_student out")
+        if self.match is not None and self.match.start is None and self.delta.begin_as is None:
+            raise InputError("match.start and delta.begin_as are both missing; matching goes on "
+                             "from a student, give its run folder or the name of a model's own")
         if self.match is not None and self.match.far_turns and self.roll is None:
             raise InputError(f"match.far_turns is {self.match.far_turns}, but only a roller makes "
                              "turns; give roll, or leave it out")

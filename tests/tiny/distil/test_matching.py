@@ -107,3 +107,5 @@ def test_a_run_begins_as_what_the_model_has(
     assert any(value.abs().sum() > 0 for value in begun.delta.up.values())
     with pytest.raises(InputError, match=message):
         MatchTask(with_run(changed | {"delta": settings["delta"] | {"begin_as": name}}, tmp_path))
+    with pytest.raises(InputError, match=r"match\.start and delta\.begin_as are both missing"):
+        with_run(changed, tmp_path)
