@@ -3,13 +3,15 @@
     python train/release.py vae       --run runs/vae --out vidgen/assets/toybox
     python train/release.py tokenizer --out vidgen/assets/toybox
     python train/release.py dit       --run runs/dit --out vidgen/assets/toybox [--mix FOLDER=SHARE]
+                                      [--keep-students]
     python train/release.py sound     --run runs/sound --out vidgen/assets/toybox
     python train/release.py student   --run runs/student --out vidgen/assets/toybox
 
 `vae` and `sound` measure the latents' mean and deviation on fresh clips, unless their encoder
-stayed as it was (`part: decoder`). `dit` removes the students, which were of the old weights; clips
-come with sound once its run had `sound`; `--mix` averages its weights with those of releases it
-began with (Wortsman et al. 2022). Each call writes `model.json` anew.
+stayed as it was (`part: decoder`). `dit` removes the students, which were of the old weights, but
+for `--keep-students`: near the old weights they may serve on, score them. Clips come with sound
+once its run had `sound`; `--mix` averages its weights with those of releases that it began with
+(Wortsman et al. 2022). Each call writes `model.json` anew.
 """
 
 from __future__ import annotations
@@ -128,19 +130,20 @@ def release_tokenizer(out: Path) -> None:
     train_tokenizer(captions, out / "tokenizer", vocab_size)
 
 
-def release_dit(run: Path, out: Path, mix: Mapping[Path, float]) -> None:
-    """The transformer, the text encoder and the words of a run; students of older ones go.
+def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_students: bool) -> None:
+    """The transformer, the text encoder and the words of a run.
 
     Args:
         run: its folder.
         out: the model's.
         mix: releases and the shares that their weights have in the average; the rest is the run's.
+        keep_students: whether those of the old weights stay.
     """
     settings = _run_settings(run)
     configs = {"transformer": DIT_PRESETS[settings["preset"]],
                "text_encoder": TEXT_PRESETS[settings["text_preset"]].to_transformers()}
     made = {part: mixed(load_averages(run, part), part, mix, out) for part in configs}
-    for name in STUDENTS:
+    for name in () if keep_students else STUDENTS:
         shutil.rmtree(out / name, ignore_errors=True)
     for part, config in configs.items():
         save_module(made[part], config, out / part, torch.bfloat16)
@@ -298,17 +301,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="model folder")
     parser.add_argument("--mix", action="append", default=[], metavar="FOLDER=SHARE",
                         help="dit: average with an earlier release")
+    parser.add_argument("--keep-students", action="store_true",
+                        help="dit: leave the students of the old weights there")
     options = parser.parse_args()
     if options.part != "tokenizer" and options.run is None:
         parser.error(f"{options.part} needs --run")
-    if options.mix and options.part != "dit":
-        parser.error(f"--mix goes with dit, not with {options.part}; leave it out")
+    for name, given in (("--mix", options.mix), ("--keep-students", options.keep_students)):
+        if given and options.part != "dit":
+            parser.error(f"{name} goes with dit, not with {options.part}; leave it out")
 
     def work() -> None:
         if options.part == "vae":
             release_vae(options.run, options.out)
         elif options.part == "dit":
-            release_dit(options.run, options.out, read_mix(options.mix))
+            release_dit(options.run, options.out, read_mix(options.mix),
+                        keep_students=options.keep_students)
         elif options.part == "sound":
             release_sound(options.run, options.out)
         elif options.part == "student":

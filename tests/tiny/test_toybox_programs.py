@@ -96,7 +96,13 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
     mixed = tmp_path / "mixed"
     shutil.copytree(out, mixed)
     release = ("release", "dit", "--run", str(run_file.parent / "run"), "--out", str(mixed))
+    student = mixed / "student" / "config.json"
+    student.parent.mkdir()
+    student.write_text("{}")
+    kept = program(*release, "--mix", f"{tiny_model}=0.25", "--keep-students")
+    assert (kept.returncode, student.exists()) == (0, True), kept.stderr
     assert program(*release, "--mix", f"{tiny_model}=0.25").returncode == 0
+    assert not student.parent.exists()
     weights = (load_file(folder / "transformer" / "model.safetensors")
                for folder in (mixed, out, tiny_model))
     for made, new, old in zip(*(each.values() for each in weights), strict=True):
@@ -106,8 +112,10 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
                         (f"{tmp_path}=0.5", "same architecture")):
         refused = program(*release, "--mix", mix)
         assert (refused.returncode, reason in refused.stderr) == (2, True), refused.stderr
-    refused = program("release", "tokenizer", "--out", str(mixed), "--mix", f"{tiny_model}=0.5")
-    assert (refused.returncode, "goes with dit" in refused.stderr) == (2, True), refused.stderr
+    for option in (["--mix", f"{tiny_model}=0.5"], ["--keep-students"]):
+        refused = program("release", "tokenizer", "--out", str(mixed), *option)
+        reason = f"{option[0]} goes with dit"
+        assert (refused.returncode, reason in refused.stderr) == (2, True), refused.stderr
     clip = load(str(out)).generate("a red car bounces", seed=1, frames=5, size="32x32", steps=2)
     assert clip.frames.shape == (5, 32, 32, 3)
 
