@@ -143,8 +143,9 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_student
     configs = {"transformer": DIT_PRESETS[settings["preset"]],
                "text_encoder": TEXT_PRESETS[settings["text_preset"]].to_transformers()}
     made = {part: mixed(load_averages(run, part), part, mix, out) for part in configs}
-    for name in () if keep_students else STUDENTS:
-        shutil.rmtree(out / name, ignore_errors=True)
+    if not keep_students:
+        for name in STUDENTS:
+            shutil.rmtree(out / name, ignore_errors=True)
     for part, config in configs.items():
         save_module(made[part], config, out / part, torch.bfloat16)
     if settings.get("loose_share"):
