@@ -31,17 +31,19 @@ from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.ops.patchify import patchify_latents
 from vidgen.pipeline.networks import velocity
 from vidgen.toybox.captions import CLASSES
+from vidgen.training.channel_weights import channel_weights
 from vidgen.training.config import Phase
 from vidgen.training.dit_data import Batch, ClipDraws, DiTData
 from vidgen.training.ema import named_parameters
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
-from vidgen.training.toybox_data import MARK_BINS
+from vidgen.training.toybox_data import MARK_BINS, load_vae
 from vidgen.weights.load import load_module
 
 Module = TypeVar("Module", bound=nn.Module)
 
 VALIDATION_SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
+WEIGHED = 8  # clips on which the channels are weighed
 SHOWN = 0.5  # share of a token's cover from which it is to name its sprite
 
 
@@ -69,8 +71,7 @@ class DiTRun(DiTData):
             latent frame it comes to a mark, such as the floor: what tokens of sound can then be
             told; likewise.
         pixel_weights: whether errors in the latents' channels count by what the VAE makes of them
-            in pixels (`ClipDraws.channel_weights`) instead of all alike; in the validation's
-            figures, too.
+            in pixels (`channel_weights`) instead of all alike; in the validation's figures, too.
         part: "sound" trains the transformer's own parts for sound alone, first of all.
         init: folder of a released model whose transformer and text encoder to start from.
         compile: torch.compile the blocks, on devices that our own kernels don't serve; pays in runs
@@ -203,7 +204,7 @@ class DiTTask:
         self.draws = ClipDraws(config, self.device, self.dit.config.patch_size)
         first = self.draws.caches[0]
         self.frames_per_s = first.config.fps / first.strides.t
-        self.channels = self.draws.channel_weights() if config.pixel_weights else None
+        self.channels = self._channels() if config.pixel_weights else None
         for cache, _ in self.draws.sounds:
             _check_sound(self.dit.config.audio, cache.config)
 
@@ -214,6 +215,12 @@ class DiTTask:
         folder = Path(self.config.init) / part
         module = load_module(lambda: kind(architecture), folder, torch.float32, self.device)
         return module.requires_grad_(requires_grad=True)
+
+    def _channels(self) -> Tensor:
+        """What each channel counts, [C, 1, 1, 1], measured on some clips kept aside."""
+        vae = load_vae(self.draws.caches[0].config.vae, self.device)
+        some = self.draws.data[0].clips[-WEIGHED:, :, :3].float().to(self.device)
+        return channel_weights(vae, some).to(self.device).view(-1, 1, 1, 1)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for the blocks' matrices, AdamW for all else."""

@@ -85,8 +85,6 @@ class MatchConfig:
         shift: of the noise levels at which clips are compared, and followed.
         between: the lowest and the highest of them.
         follower_lr: peak rate of what follows the student; it has to be faster than the student.
-        pixel_weights: whether differences in the latents' channels count by what the VAE makes of
-            them in pixels (`ClipDraws.channel_weights`) instead of all alike.
         far_turns: of rollers, the turns at most that a clip is rolled out for, before those behind
             them are compared.
     """
@@ -96,7 +94,6 @@ class MatchConfig:
     shift: float = 5.0
     between: tuple[float, float] = (0.02, 0.98)
     follower_lr: float = 1e-3
-    pixel_weights: bool = False
     far_turns: int = 0
 
     def __post_init__(self) -> None:

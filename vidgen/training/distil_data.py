@@ -63,8 +63,6 @@ class TrajectoryConfig:
             keyframes, references.
         still_share: that share.
         window_share: share of batches from the inside of clips, all under a prefix.
-        anchor_share: of their clips, the share that is given the first frame as a reference.
-        history_noise: of their clips, the highest level of noise in what they go on from.
         seed: of what is drawn.
 
     Raises:
@@ -85,8 +83,6 @@ class TrajectoryConfig:
     conditions: ConditionMix = PLAIN
     still_share: float = 0.25
     window_share: float = 0.0
-    anchor_share: float = 0.0
-    history_noise: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -308,10 +304,6 @@ class TrajectoryShards:
         """
         return _begun(self._draws.batch(phase, step, micro))
 
-    def channel_weights(self) -> Tensor:
-        """What an error in each of the latents' channels counts in pixels, [C, 1, 1, 1]."""
-        return self._draws.channel_weights()
-
     def load(self, index: int) -> Trajectories:
         """The trajectories of shard `index`.
 
@@ -335,8 +327,7 @@ class TrajectoryShards:
             run=run, caches=self.caches, tokenizer=str(self.folder.tokenizer), shifts=(1.0,),
             caption_dropout=0.0, validation_clips=self.config.held_out,
             conditions=self.config.conditions, still_share=self.config.still_share,
-            window_share=self.config.window_share, anchor_share=self.config.anchor_share,
-            history_noise=self.config.history_noise,
+            window_share=self.config.window_share,
         )
         dit = self.folder.components["transformer"].config
         assert isinstance(dit, DiTConfig)

@@ -70,7 +70,6 @@ class MatchTask(DeltaTask[MatchBatch]):
             self.delta.load_state_dict(load_averages(Path(self.match.start), "student"))
         self.follower.load_state_dict(self.delta.state_dict())
         self.teacher = self.shards.teacher(DTYPES[config.run.dtype])
-        self.channels = self.shards.channel_weights() if self.match.pixel_weights else None
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW over the factors of both deltas."""
@@ -98,24 +97,19 @@ class MatchTask(DeltaTask[MatchBatch]):
         del step
         context = self.context(batch.ids, batch.mask)
         state, made = self.play(batch, context)
-        follower, weight = self.with_delta(self.follower, state, context), self.weight(state)
+        follower = self.with_delta(self.follower, state, context)
         clean = made.detach()
         compared, followed = (state.project(add_noise(clean, noise, sigma))
                               for noise, sigma in zip(batch.noise, batch.sigma, strict=True))
         with torch.no_grad():
             teacher = self.teacher.answers(state, batch.ids, batch.mask, self.config.trajectories)
             answers = (ask(compared, batch.sigma[0]) for ask in (teacher, follower))
-            change = _change(clean, compared, batch.sigma[0], *answers, weight)
-        matching = squared_error(made, clean + change, weight).mean()
+            change = _change(clean, compared, batch.sigma[0], *answers, state.denoise_mask)
+        matching = squared_error(made, clean + change, state.denoise_mask).mean()
         answer = follower(followed, batch.sigma[1])
-        following = velocity_loss(answer, clean, batch.noise[1], weight).mean()
+        following = velocity_loss(answer, clean, batch.noise[1], state.denoise_mask).mean()
         return matching + following, {"gap": matching.detach().sqrt(),
                                       "following": following.detach()}
-
-    def weight(self, state: LatentState) -> Tensor:
-        """How much each latent counts, [B, 1 or C, F, h, w]; 0 where latents are known."""
-        mask = state.denoise_mask
-        return mask if self.channels is None else mask * self.channels
 
     def play(
         self, batch: MatchBatch, context: tuple[Tensor, Tensor]
@@ -149,7 +143,7 @@ class MatchTask(DeltaTask[MatchBatch]):
         given = self.held_out
         state, context = given.state, self.context(given.ids, given.mask)
         clean = self.made(state, context, len(self.sigmas) - 2)
-        follower, weight = self.with_delta(self.follower, state, context), self.weight(state)
+        follower = self.with_delta(self.follower, state, context)
         teacher = self.teacher.answers(state, given.ids, given.mask, self.config.trajectories)
         gaps, errors = [], []
         for index, level in enumerate(LEVELS):
@@ -158,14 +152,14 @@ class MatchTask(DeltaTask[MatchBatch]):
             sigma = torch.full((len(clean),), level, device=self.device)
             noisy = state.project(add_noise(clean, noise, sigma))
             wanted, answer = teacher(noisy, sigma), follower(noisy, sigma)
-            change = _change(clean, noisy, sigma, wanted, answer, weight)
-            gaps.append(float(squared_error(clean + change, clean, weight).mean().sqrt()))
-            errors.append(float(velocity_loss(answer, clean, noise, weight).mean()))
+            change = _change(clean, noisy, sigma, wanted, answer, state.denoise_mask)
+            gaps.append(float(change.square().mean().sqrt()))
+            errors.append(float(velocity_loss(answer, clean, noise).mean()))
         return {"gap": sum(gaps) / len(gaps), "following": sum(errors) / len(errors)}
 
 
 def _change(
-    clean: Tensor, noisy: Tensor, sigma: Tensor, wanted: Tensor, answer: Tensor, weight: Tensor
+    clean: Tensor, noisy: Tensor, sigma: Tensor, wanted: Tensor, answer: Tensor, mask: Tensor
 ) -> Tensor:
     """Where clips would have to go to be the teacher's (ib., eq. 2).
 
@@ -177,8 +171,8 @@ def _change(
         sigma: [B].
         wanted: the teacher's velocities there.
         answer: the follower's.
-        weight: [B, 1 or C, F, h, w], how much each latent counts.
+        mask: [B, 1, F, h, w], True where latents were made.
     """
     real, own = (denoised_of(noisy, each, sigma) for each in (wanted, answer))
-    distance = squared_error(clean, real, weight).sqrt().clamp(min=1e-6)
+    distance = squared_error(clean, real, mask).sqrt().clamp(min=1e-6)
     return (real - own) / distance.view(-1, *[1] * (clean.ndim - 1))

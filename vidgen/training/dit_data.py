@@ -23,11 +23,10 @@ from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.toybox.captions import CLASSES, attributes, caption
 from vidgen.toybox.paraphrase import loose_caption
 from vidgen.toybox.scenes import Draws, Scene
-from vidgen.training.channel_weights import channel_weights
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import generator_of
 from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
-from vidgen.training.toybox_data import CacheConfig, ToyboxCache, cut_around, load_vae
+from vidgen.training.toybox_data import CacheConfig, ToyboxCache, cut_around
 
 PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
 WITH_STILLS = ConditionMix(
@@ -37,7 +36,6 @@ WINDOW = ConditionMix(text=0, first=0, last=0, both=0, frames=0, prefix=1, mask=
 TEXT_ONLY = ConditionMix(text=1, first=0, last=0, both=0, frames=0, prefix=0, mask=0, reference=0)
 FOLLOWED = SoundMix("", picture_known=1)
 SHOWN_BY_REFERENCE = ("sprite", "tint")
-WEIGHED = 8  # clips on which the channels are weighed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,12 +223,6 @@ class ClipDraws:
         labels = _labels([attributes(scene) for scene in scenes])
         return (ids.to(self.device), mask.to(self.device),
                 {name: value.to(self.device) for name, value in labels.items()})
-
-    def channel_weights(self) -> Tensor:
-        """What an error in each channel counts in pixels, [C, 1, 1, 1]; see `channel_weights`."""
-        vae = load_vae(self.caches[0].config.vae, self.device)
-        some = self.data[0].clips[-WEIGHED:, :, :3].float().to(self.device)
-        return channel_weights(vae, some).to(self.device).view(-1, 1, 1, 1)
 
     def _assemble(
         self, which: int, rows: Tensor, num_frames: int, sigma: Tensor, draw: torch.Generator,

@@ -77,28 +77,6 @@ def test_the_students_gradient_is_where_the_two_networks_differ(
     assert float(task.loss(batch, 0)[1]["gap"]) < 1e-3, "without guidance and delta they are one"
 
 
-def test_differences_count_by_what_is_seen_of_them(
-    settings: dict[str, Any], run: DistilRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = matching(settings, run, tmp_path)
-    config = replace(config, match=replace(config.match, pixel_weights=True))
-    task = MatchTask(config)
-    assert task.channels.flatten().tolist() == pytest.approx(
-        task.shards.channel_weights().flatten().tolist())
-    assert task.channels.mean().item() == pytest.approx(1)
-    assert task.channels.std() > 0
-    batch = task.batch(config.run.phases[0], 0, 0)
-    made = task.play(batch, task.context(batch.ids, batch.mask))[1].detach().requires_grad_()
-    monkeypatch.setattr(task, "play", lambda *_: (batch.state, made))
-    task.channels[0], task.channels[1] = 0, 2
-    weights = task.weight(batch.state)
-    assert weights.shape == made.shape
-    assert not weights[~batch.state.denoise_mask.expand_as(made)].any(), "what is known is known"
-    task.loss(batch, 0)[0].backward()
-    assert not made.grad[:, 0].any()
-    assert made.grad[:, 1].any()
-
-
 def test_a_matched_run_resumes_with_the_same_bits(
     settings: dict[str, Any], run: DistilRun, tmp_path: Path
 ) -> None:
