@@ -37,7 +37,7 @@ from vidgen.training.dit_data import Batch, ClipDraws, DiTData
 from vidgen.training.ema import named_parameters
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
-from vidgen.training.toybox_data import MARK_BINS, load_vae
+from vidgen.training.toybox_data import MARK_BINS, PART_BINS, load_vae
 from vidgen.weights.load import load_module
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -65,6 +65,7 @@ class DiTRun(DiTData):
             with another network's; here there is the truth). Its head is dropped on export.
         name_weight: of the loss that has those that are half sprite or more name it, and all of
             sound name who is heard; likewise.
+        part_weight: of the loss that has them say which part of it they show; likewise.
         cue_weight: of the loss that has tokens of sound say whether a sound begins there: what the
             picture settles, but few tokens of a clip's velocity; likewise.
         mark_weight: of the loss that has tokens that are half sprite or more say when within their
@@ -85,6 +86,7 @@ class DiTRun(DiTData):
     sprite_weight: float = 0.0
     cover_weight: float = 0.0
     name_weight: float = 0.0
+    part_weight: float = 0.0
     cue_weight: float = 0.0
     mark_weight: float = 0.0
     pixel_weights: bool = False
@@ -125,6 +127,7 @@ class TruthHeads(nn.Module):
         width, sprites = dit.config.hidden_dim, len(CLASSES["sprite"])
         self.cover = nn.Linear(width, dit.config.patch_size**2)
         self.names = nn.Linear(width, sprites)
+        self.parts = nn.Linear(width, PART_BINS**2)
         self.marks = nn.Linear(width, MARK_BINS)
         self.cues = nn.Linear(width, 1)
         self.voices = nn.Linear(width, sprites)
@@ -141,16 +144,17 @@ class TruthHeads(nn.Module):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropies of the batch that went through last.
 
-        `cover` says how much of a token is sprite; where half of it or more is, `names` which, and
-        `marks` when it comes to one. Of sound `cues` says whether one begins there, `voices` whose
-        it is.
+        `cover` says how much of a token is sprite; where half of it or more is, `names` which,
+        `parts` what of it, and `marks` when it comes to one. Of sound `cues` says whether one
+        begins there, `voices` whose it is.
         """
         target = patchify_latents(batch.cover, self.patch)
         tokens = self.tokens["half"][0][:, : target.shape[1]]
         is_sprite = target.mean(2) >= SHOWN
         found = {
             "cover": _binary(self.cover(tokens), target.clamp(0, 1)),
-            "names": _naming(self.names, tokens, batch.shown, is_sprite),
+            "names": _naming(self.names, tokens, batch.shown[:, None], is_sprite),
+            "parts": _naming(self.parts, tokens, batch.parts.flatten(1), is_sprite),
         }
         if batch.marks is not None:
             wanted = batch.marks.repeat_interleave(is_sprite.shape[1] // batch.marks.shape[1], 1)
@@ -160,7 +164,7 @@ class TruthHeads(nn.Module):
             anywhere = torch.ones_like(batch.cues, dtype=torch.bool)
             found["cues"] = _binary(self.cues(self.tokens["last"][1])[..., 0], batch.cues)
             found["voices"] = _naming(
-                self.voices, self.tokens["half"][1], batch.shown, anywhere
+                self.voices, self.tokens["half"][1], batch.shown[:, None], anywhere
             )
         return found
 
@@ -170,9 +174,12 @@ def _binary(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
 
 
 def _naming(head: nn.Linear, tokens: Tensor, names: Tensor, there: Tensor) -> Tensor:
-    """Cross-entropy of tokens [B, L, D] where they are there [B, L], of names [B], -1 for none."""
-    there = there & (names >= 0)[:, None]
-    wanted = names[:, None].expand_as(there)[there]
+    """Cross-entropy of tokens [B, L, D] where they are `there` [B, L].
+
+    `names` are [B, L], or [B, 1] for all of a clip's tokens; -1 for none.
+    """
+    there = there & (names >= 0)
+    wanted = names.expand_as(there)[there]
     wrong = F.cross_entropy(head(tokens[there]).float(), wanted, reduction="sum")
     return wrong / max(1, len(wanted))
 
@@ -266,6 +273,7 @@ class DiTTask:
         told = self.heads.loss(context, batch.mask, batch.labels)
         truth, config = self.truth.losses(batch), self.config
         weights = {"cover": config.cover_weight, "names": config.name_weight,
+                   "parts": config.part_weight,
                    "marks": config.mark_weight, "cues": config.cue_weight,
                    "voices": config.name_weight}
         total = error + config.attribute_weight * told
