@@ -131,6 +131,8 @@ class TruthHeads(nn.Module):
         self.marks = nn.Linear(width, MARK_BINS)
         self.cues = nn.Linear(width, 1)
         self.voices = nn.Linear(width, sprites)
+        for parameter in self.parameters():  # so that they pull at no token before they know some
+            nn.init.zeros_(parameter)
         self.patch = dit.config.patch_size
         dit.blocks[(len(dit.blocks) - 1) // 2].register_forward_hook(partial(self._keep, "half"))
         dit.blocks[-1].register_forward_hook(partial(self._keep, "last"))
