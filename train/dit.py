@@ -119,7 +119,8 @@ class TruthHeads(nn.Module):
     """Linear heads from a transformer's tokens: what each of them shows, or sounds of.
 
     They read what leaves the block half-way; `cues` what leaves the last one, since sound can be
-    told of a mark only once the picture's tokens know of it.
+    told of a mark only once the picture's tokens know of it. But for `parts` they are drawn alike
+    in each run, first of all in this order: released weights have learned with these very heads.
     """
 
     def __init__(self, dit: SpacetimeDiT) -> None:
@@ -127,11 +128,13 @@ class TruthHeads(nn.Module):
         width, sprites = dit.config.hidden_dim, len(CLASSES["sprite"])
         self.cover = nn.Linear(width, dit.config.patch_size**2)
         self.names = nn.Linear(width, sprites)
-        self.parts = nn.Linear(width, PART_BINS**2)
         self.marks = nn.Linear(width, MARK_BINS)
         self.cues = nn.Linear(width, 1)
         self.voices = nn.Linear(width, sprites)
-        for parameter in self.parameters():  # so that they pull at no token before they know some
+        self.parts = nn.Sequential(
+            nn.RMSNorm(width, elementwise_affine=False), nn.Linear(width, PART_BINS**2)
+        )
+        for parameter in self.parts.parameters():  # it pulls at no token before it knows some
             nn.init.zeros_(parameter)
         self.patch = dit.config.patch_size
         dit.blocks[(len(dit.blocks) - 1) // 2].register_forward_hook(partial(self._keep, "half"))
@@ -175,7 +178,7 @@ def _binary(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), target, reduction=reduction)
 
 
-def _naming(head: nn.Linear, tokens: Tensor, names: Tensor, there: Tensor) -> Tensor:
+def _naming(head: nn.Module, tokens: Tensor, names: Tensor, there: Tensor) -> Tensor:
     """Cross-entropy of tokens [B, L, D] where they are `there` [B, L].
 
     `names` are [B, L], or [B, 1] for all of a clip's tokens; -1 for none.
