@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
@@ -25,26 +23,23 @@ from vidgen.core.runtime import choose_device
 from vidgen.diffusion.flow import add_noise, velocity_loss
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import AudioConfig, SpacetimeDiT
-from vidgen.models.dit_inputs import Stream
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder, encode_tokens
-from vidgen.ops.patchify import patchify_latents
 from vidgen.pipeline.networks import velocity
-from vidgen.toybox.captions import CLASSES
 from vidgen.training.channel_weights import channel_weights
 from vidgen.training.config import Phase
 from vidgen.training.dit_data import Batch, ClipDraws, DiTData
 from vidgen.training.ema import named_parameters
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
-from vidgen.training.toybox_data import MARK_BINS, PART_BINS, load_vae
+from vidgen.training.toybox_data import load_vae
+from vidgen.training.truth_heads import AttributeHeads, TruthHeads
 from vidgen.weights.load import load_module
 
 Module = TypeVar("Module", bound=nn.Module)
 
 VALIDATION_SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
 WEIGHED = 8  # clips on which the channels are weighed
-SHOWN = 0.5  # share of a token's cover from which it is to name its sprite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,100 +88,6 @@ class DiTRun(DiTData):
     part: Literal["all", "sound"] = "all"
     init: str | None = None
     compile: bool = False
-
-
-class AttributeHeads(nn.Module):
-    """Linear heads from the mean text embedding to every attribute's classes."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(dim, len(classes)) for name, classes in CLASSES.items()}
-        )
-
-    def loss(self, context: Tensor, mask: Tensor, labels: dict[str, Tensor]) -> Tensor:
-        """Mean cross-entropy over attributes; label -1 is left out. context [B, S, D]."""
-        pooled = context.sum(1) / mask.sum(1, keepdim=True)
-        losses = [
-            F.cross_entropy(head(pooled), labels[name], ignore_index=-1)
-            for name, head in self.heads.items()
-            if (labels[name] >= 0).any()
-        ]
-        return torch.stack(losses).mean()
-
-
-class TruthHeads(nn.Module):
-    """Linear heads from a transformer's tokens: what each of them shows, or sounds of.
-
-    They read what leaves the block half-way; `cues` what leaves the last one, since sound can be
-    told of a mark only once the picture's tokens know of it. But for `parts` they are drawn alike
-    in each run, first of all in this order: released weights have learned with these very heads.
-    """
-
-    def __init__(self, dit: SpacetimeDiT) -> None:
-        super().__init__()
-        width, sprites = dit.config.hidden_dim, len(CLASSES["sprite"])
-        self.cover = nn.Linear(width, dit.config.patch_size**2)
-        self.names = nn.Linear(width, sprites)
-        self.marks = nn.Linear(width, MARK_BINS)
-        self.cues = nn.Linear(width, 1)
-        self.voices = nn.Linear(width, sprites)
-        self.parts = nn.Sequential(
-            nn.RMSNorm(width, elementwise_affine=False), nn.Linear(width, PART_BINS**2)
-        )
-        for parameter in self.parts.parameters():  # it pulls at no token before it knows some
-            nn.init.zeros_(parameter)
-        self.patch = dit.config.patch_size
-        dit.blocks[(len(dit.blocks) - 1) // 2].register_forward_hook(partial(self._keep, "half"))
-        dit.blocks[-1].register_forward_hook(partial(self._keep, "last"))
-        self.tokens: dict[str, list[Tensor]] = {}
-
-    def _keep(
-        self, place: str, _block: nn.Module, _inputs: Any, streams: list[Stream]
-    ) -> None:
-        self.tokens[place] = [stream.tokens for stream in streams]
-
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropies of the batch that went through last.
-
-        `cover` says how much of a token is sprite; where half of it or more is, `names` which,
-        `parts` what of it, and `marks` when it comes to one. Of sound `cues` says whether one
-        begins there, `voices` whose it is.
-        """
-        target = patchify_latents(batch.cover, self.patch)
-        tokens = self.tokens["half"][0][:, : target.shape[1]]
-        is_sprite = target.mean(2) >= SHOWN
-        found = {
-            "cover": _binary(self.cover(tokens), target.clamp(0, 1)),
-            "names": _naming(self.names, tokens, batch.shown[:, None], is_sprite),
-            "parts": _naming(self.parts, tokens, batch.parts.flatten(1), is_sprite),
-        }
-        if batch.marks is not None:
-            wanted = batch.marks.repeat_interleave(is_sprite.shape[1] // batch.marks.shape[1], 1)
-            told = _binary(self.marks(tokens), wanted, reduction="none").mean(2)
-            found["marks"] = (told * is_sprite).sum() / is_sprite.sum().clamp(min=1)
-        if batch.cues is not None:
-            anywhere = torch.ones_like(batch.cues, dtype=torch.bool)
-            found["cues"] = _binary(self.cues(self.tokens["last"][1])[..., 0], batch.cues)
-            found["voices"] = _naming(
-                self.voices, self.tokens["half"][1], batch.shown[:, None], anywhere
-            )
-        return found
-
-
-def _binary(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits.float(), target, reduction=reduction)
-
-
-def _naming(head: nn.Module, tokens: Tensor, names: Tensor, there: Tensor) -> Tensor:
-    """Cross-entropy of tokens [B, L, D] where they are `there` [B, L].
-
-    `names` are [B, L], or [B, 1] for all of a clip's tokens; -1 for none.
-    """
-    there = there & (names >= 0)
-    wanted = names.expand_as(there)[there]
-    wrong = F.cross_entropy(head(tokens[there]).float(), wanted, reduction="sum")
-    return wrong / max(1, len(wanted))
 
 
 class DiTTask:

@@ -1,0 +1,66 @@
+"""What half-way tokens are asked beside the velocity."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.presets import DIT_PRESETS
+from vidgen.training.config import Phase, RunConfig
+from vidgen.training.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.toybox_data import PART_BINS, CacheConfig, ToyboxCache, load_vae
+from vidgen.training.truth_heads import TruthHeads
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    folder = tmp_path_factory.mktemp("heads")
+    phase = Phase(steps=1, num_frames=9, batch_size=6)
+    cache = CacheConfig(str(folder / "latents"), str(tiny_model / "vae"), 1, shard_size=8,
+                        height=64, width=64)
+    ToyboxCache(cache).make(0, load_vae(cache.vae, torch.device("cpu")), torch.device("cpu"))
+    data = DiTData(run=RunConfig(str(folder / "run"), (phase,)), caches=(cache,), shifts=(1.0,),
+                   tokenizer=str(tiny_model / "tokenizer"), validation_clips=2)
+    return ClipDraws(data, torch.device("cpu"), patch=2).batch(phase, 0, 0)
+
+
+@pytest.fixture
+def dit() -> SpacetimeDiT:
+    torch.manual_seed(0)
+    return SpacetimeDiT(DIT_PRESETS["tiny"])
+
+
+def test_tokens_of_a_sprite_learn_which_part_they_show(dit: SpacetimeDiT, batch: Batch) -> None:
+    heads, parts = TruthHeads(dit), batch.parts.flatten(1)
+    tokens = torch.randn(*parts.shape, dit.config.hidden_dim, requires_grad=True)
+    heads.tokens["half"] = [tokens]
+    before = heads.losses(batch)["parts"]
+    before.backward()
+    assert float(before.detach()) == pytest.approx(math.log(PART_BINS**2), rel=1e-5)
+    assert not tokens.grad.any(), "it knows nothing, so it pulls at nothing"
+    optimizer = torch.optim.Adam([*heads.parameters(), tokens], lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = heads.losses(batch)["parts"]
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.1
+    moved = tokens.grad.abs().amax(2) > 0
+    covered = torch.nn.functional.avg_pool3d(batch.cover, (1, 2, 2))[:, 0].flatten(1) >= 0.5
+    assert torch.equal(moved, covered & (parts >= 0)), "none but those that show a sprite"
+
+
+def test_a_new_head_leaves_the_others_draws(dit: SpacetimeDiT) -> None:
+    torch.manual_seed(5)
+    heads = TruthHeads(dit)
+    torch.manual_seed(5)
+    width = dit.config.hidden_dim
+    for name in ("cover", "names", "marks", "cues", "voices"):
+        own = getattr(heads, name)
+        drawn = torch.nn.Linear(width, own.out_features)
+        assert torch.equal(own.weight, drawn.weight), name
+        assert torch.equal(own.bias, drawn.bias), name
