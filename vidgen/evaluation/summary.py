@@ -55,6 +55,7 @@ NUMBERS: dict[str, Number] = {
     "path_off": Number("%", "mean", "less"),
     "fall_off": Number("%", "mean", "less"), "gravity_spread": Number("%", "median", "less"),
     **{f"identity_{d}": Number("%") for d in DISTANCES},
+    "shape": Number(""),
     **{f"{name}_drift": Number("%", "mean", "less") for name in LOOKS},
     "joins": Number("x", "mean", "less"),
 }  # fmt: skip
@@ -170,6 +171,9 @@ def _figures(rows: Sequence[Row], scenes: Sequence[Scene]) -> dict[str, Figure]:
         chance = stranger_overlap(answers)
         for figure in (found[f"identity_{d}"] for d in DISTANCES if f"identity_{d}" in found):
             figure["chance"] = chance
+    strangers = [row["stranger_shape"] for row in rows if row.get("stranger_shape") is not None]
+    if "shape" in found and strangers:
+        found["shape"]["chance"] = fmean(strangers)
     if "seen_s" in rows[0]:
         found |= _sync(rows, scenes)
     return found

@@ -22,6 +22,7 @@ from vidgen.evaluation.listening import grade_sound
 from vidgen.evaluation.onsets import find_onsets
 from vidgen.evaluation.paths import fit_path, path_of
 from vidgen.evaluation.physics import measure_fall
+from vidgen.evaluation.shape import drawings_of, shape_fit, stranger
 from vidgen.evaluation.toybox_items import SOURCES, Item
 from vidgen.evaluation.tracking import sightings
 from vidgen.media.likeness import psnr as frame_psnr
@@ -83,7 +84,7 @@ class Scorer:
                 for scene, verdict in zip(scenes, verdicts, strict=True)]  # fmt: skip
 
     def _track(self, rows: Sequence[Row], video: Tensor, scenes: Sequence[Scene]) -> None:
-        """Add the sprite's path, its identity over time, and of a bounce its fall."""
+        """Add the sprite's path, its identity over time, its shape, and of a bounce its fall."""
         seen = sightings(self.judge, video.to(self.device))
         size = (video.shape[3], video.shape[4], self.fps)
         sprites = self.judge.config.sprites
@@ -94,6 +95,8 @@ class Scorer:
             row["answers"]["path"] = fit.path or "unseen"
             row.update(identity_over_time(sighting))
             row.update(path_off=fit.off, shows=mean_answer(sighting, sprites))
+            for name, drawn in (("shape", scene), ("stranger_shape", stranger(scene))):
+                row[name] = shape_fit(clip.cpu(), drawings_of(drawn, *clip.shape[1:]))
             if actor.motion == "bounces":
                 fall = measure_fall(self.judge, clip.to(self.device), scene, self.fps)
                 row["right"]["lands"] = fall.arcs > 0
