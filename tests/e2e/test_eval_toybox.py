@@ -94,7 +94,9 @@ def test_every_figure_has_its_neighbours(results: Path) -> None:
     assert 0 < scores["image"]["first_ssim"]["ceiling_vae"] < 1
     assert scores["text"]["path"]["chance"] == pytest.approx(1 / 3)
     assert scores["text"]["path_off"]["ceiling_render"] > 0
-    assert {"chance", "ceiling_render", "ceiling_vae"} <= scores["text"]["identity_1"].keys()
+    for measure in ("identity_1", "shape"):
+        assert {"chance", "ceiling_render", "ceiling_vae"} <= scores["text"][measure].keys()
+    assert scores["render"]["shape"]["value"] > scores["render"]["shape"]["chance"]
 
 
 @pytest.fixture(scope="module")

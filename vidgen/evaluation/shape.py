@@ -28,7 +28,7 @@ ANGLES = 4
 """Drawings of what turns, evenly apart in time."""
 TURNING = ("spins", "swings")
 _RING = 2  # pixels around a drawing that count, too: without them a patch has any outline
-_LEAST = 60  # pixels of a drawing
+_LEAST = 16  # pixels of a drawing
 _FLAT = 1e-3  # squared deviation of what shows nothing
 _STRANGER = 23  # places further down the list of sprites
 
