@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
@@ -50,7 +51,7 @@ def test_tokens_of_a_sprite_learn_which_part_they_show(dit: SpacetimeDiT, batch:
         optimizer.step()
     assert float(loss.detach()) < 0.1
     moved = tokens.grad.abs().amax(2) > 0
-    covered = torch.nn.functional.avg_pool3d(batch.cover, (1, 2, 2))[:, 0].flatten(1) >= 0.5
+    covered = F.avg_pool3d(batch.cover, (1, 2, 2))[:, 0].flatten(1) >= 0.5
     assert torch.equal(moved, covered & (parts >= 0)), "none but those that show a sprite"
 
 
