@@ -61,9 +61,7 @@ class TruthHeads(nn.Module):
         self.marks = nn.Linear(width, MARK_BINS)
         self.cues = nn.Linear(width, 1)
         self.voices = nn.Linear(width, sprites)
-        self.parts = nn.Sequential(
-            nn.RMSNorm(width, elementwise_affine=False), nn.Linear(width, PART_BINS**2)
-        )
+        self.parts = nn.Linear(width, PART_BINS**2)
         for parameter in self.parts.parameters():  # it pulls at no token before it knows some
             nn.init.zeros_(parameter)
         self.patch = dit.config.patch_size
@@ -108,7 +106,7 @@ def _binary(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), target, reduction=reduction)
 
 
-def _naming(head: nn.Module, tokens: Tensor, names: Tensor, there: Tensor) -> Tensor:
+def _naming(head: nn.Linear, tokens: Tensor, names: Tensor, there: Tensor) -> Tensor:
     """Cross-entropy of tokens [B, L, D] where they are `there` [B, L].
 
     `names` are [B, L], or [B, 1] for all of a clip's tokens; -1 for none.
