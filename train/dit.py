@@ -60,7 +60,6 @@ class DiTRun(DiTData):
             with another network's; here there is the truth). Its head is dropped on export.
         name_weight: of the loss that has those that are half sprite or more name it, and all of
             sound name who is heard; likewise.
-        part_weight: of the loss that has them say which part of it they show; likewise.
         cue_weight: of the loss that has tokens of sound say whether a sound begins there: what the
             picture settles, but few tokens of a clip's velocity; likewise.
         mark_weight: of the loss that has tokens that are half sprite or more say when within their
@@ -81,7 +80,6 @@ class DiTRun(DiTData):
     sprite_weight: float = 0.0
     cover_weight: float = 0.0
     name_weight: float = 0.0
-    part_weight: float = 0.0
     cue_weight: float = 0.0
     mark_weight: float = 0.0
     pixel_weights: bool = False
@@ -179,7 +177,6 @@ class DiTTask:
         told = self.heads.loss(context, batch.mask, batch.labels)
         truth, config = self.truth.losses(batch), self.config
         weights = {"cover": config.cover_weight, "names": config.name_weight,
-                   "parts": config.part_weight,
                    "marks": config.mark_weight, "cues": config.cue_weight,
                    "voices": config.name_weight}
         total = error + config.attribute_weight * told

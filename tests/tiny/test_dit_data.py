@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
@@ -18,8 +17,8 @@ from vidgen.diffusion.flow import add_noise
 from vidgen.toybox.cues import scene_marks
 from vidgen.toybox.scenes import Actor, Scene
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.dit_data import Batch, ClipDraws, DiTData, _numbered
-from vidgen.training.toybox_data import MARK_BINS, PART_BINS, CacheConfig, ToyboxCache, load_vae
+from vidgen.training.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.toybox_data import MARK_BINS, CacheConfig, ToyboxCache, load_vae
 
 PHASE = Phase(steps=40, num_frames=33, batch_size=8)
 REFERENCES = ConditionMix(text=1, first=0, last=1, both=0, frames=0, prefix=0, mask=0)
@@ -156,44 +155,6 @@ def test_marks_lie_where_the_scene_has_them(plain: DiTData) -> None:
         assert any(begins <= at < begins + 4 / MARK_BINS / 12 for at in times)
     assert same(cache.marks([bouncing], 2, 5)[0], marks[2:7])
     assert not cache.marks([Scene(5, (Actor("car", "stays"),), "room")], 0, 9).any()
-
-
-def test_parts_lie_where_the_sprite_is(plain: DiTData) -> None:
-    image = {"image_shares": (0.5,), "image_batch": 6, "crop": 2}
-    for crop_share in (0.0, 1.0):
-        config = replace(plain, **image, crop_share=crop_share)
-        source = ClipDraws(config, torch.device("cpu"), patch=1)
-        batches = [source.batch(PHASE, step, 0) for step in range(8)]
-        assert {batch.cover.shape[2] for batch in batches} == {1, 9}
-        assert all(batch.parts.shape == batch.cover[:, 0].shape for batch in batches)
-        parts = torch.cat([batch.parts.flatten() for batch in batches])
-        cover = torch.cat([batch.cover.flatten() for batch in batches])
-        assert (parts[cover > 0.6] >= 0).float().mean() > 0.97, "what it covers lies in its box"
-        assert (cover[parts < 0] < 0.3).float().mean() > 0.97
-        assert parts.min() == -1
-        assert parts.max() < PART_BINS**2
-        assert len(parts.unique()) > 40
-
-
-def test_the_sprite_in_front_says_which_part(plain: DiTData) -> None:
-    cache = ToyboxCache(plain.caches[0])
-    cache._scenes[0] = Scene(5, (Actor("car", "stays"), Actor("apple", "stays")), "room",
-                             relation="next to")
-    alone = Scene(5, (Actor("car", "stays"),), "room")
-    cache._scenes[1] = alone
-    both, one = cache.parts([0, 1], torch.tensor([[0, 9], [8, 10]]))
-    assert both.shape == one.shape == (4, 2, 4, 4)
-    assert (one[2:] == 1).all(), "out of the box of who isn't there"
-    assert torch.equal(one[:, 0], one[:, 1]), "it stays where it is"
-    u, v = both[:2, 0]
-    assert (u.diff(dim=1) > 0).all() or (u.diff(dim=1) < 0).all()
-    assert (v.diff(dim=0) > 0).all()
-    numbers = _numbered(both[None], 2)
-    places = F.avg_pool2d(both[:2], 2)
-    there = (places.abs() < 0.5).all(0)
-    column, row = ((places + 0.5) * PART_BINS).long()
-    assert there.any()
-    assert torch.equal(numbers[0][there], (row * PART_BINS + column)[there])
 
 
 def test_micro_batches_of_a_step_are_of_one_kind(plain: DiTData) -> None:

@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from vidgen.toybox.motion import ASSETS, sheet_description
 from vidgen.toybox.render import render
-from vidgen.toybox.scenes import SPRITES, Actor, Scene, SceneMix, sample_scenes
-from vidgen.toybox.truth import events, ground_truth, sprite_axes
+from vidgen.toybox.scenes import Actor, Scene, SceneMix, sample_scenes
+from vidgen.toybox.truth import events, ground_truth
 
 CLEAR = SceneMix(two_actors=0.3, other_weather=0.0)
 
@@ -51,39 +49,6 @@ def test_masks_sit_where_the_actor_is():
                 reach = 0.25 * actor.scale[t].max()
                 assert abs(float(middle[0]) + 0.5 - actor.position[t, 0]) < reach
                 assert abs(float(middle[1]) + 0.5 - actor.position[t, 1]) < reach
-
-
-def drawn(sprite):
-    """A sprite's alpha as the sheet has it, without the margin around it, [1, 1, side, side]."""
-    described = sheet_description()
-    tile, margin = described["tile"], described["margin"]
-    row, column = divmod(list(SPRITES).index(sprite), described["columns"])
-    box = [column * tile, row * tile, (column + 1) * tile, (row + 1) * tile]
-    alpha = Image.open(ASSETS / "sprites.webp").convert("RGBA").crop(box).getchannel("A")
-    inside = np.asarray(alpha, np.float32)[margin:-margin, margin:-margin] / 255
-    return torch.from_numpy(inside.copy())[None, None]
-
-
-@pytest.mark.parametrize("actor", [
-    Actor("duck", "moves left"), Actor("duck", "moves right"), Actor("car", "swings"),
-    Actor("fish", "shrinks"),
-])
-@pytest.mark.parametrize("camera", ["zoom in", "pan left"])
-def test_axes_find_each_part_of_a_sprite(actor, camera):
-    scene, moments = Scene(6, (actor,), camera=camera), [0, 3, 8]
-    masks = ground_truth(scene, 9, 96, 128).masks[0]
-    axes = sprite_axes(scene, moments, 9, 96, 128)
-    assert axes.shape == (1, 3, 2, 3)
-    rows, columns = np.mgrid[:96, :128] + 0.5
-    for moment, found in zip(moments, axes[0], strict=True):
-        places = found @ np.stack([columns.ravel(), rows.ravel(), np.ones(96 * 128)])
-        grid = torch.from_numpy(2 * places.T).float().view(1, 96, 128, 2)
-        expected = F.grid_sample(drawn(actor.sprite), grid, align_corners=False)[0, 0]
-        mask = masks[moment]
-        assert mask.sum() > 100
-        assert (expected - mask).abs().sum() < 0.12 * mask.sum()
-    between = sprite_axes(scene, [0.5], 9, 96, 128)
-    assert not np.allclose(between[0, 0], axes[0, 0], atol=1e-4)
 
 
 def test_the_outline_has_the_size_of_the_mask():

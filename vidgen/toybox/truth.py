@@ -7,7 +7,7 @@ centre of the first pixel is (0.5, 0.5).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -205,34 +205,6 @@ def _actor_map(view: _View, camera: Camera, track: Track) -> Callable[[int], NDA
         return place(t) @ to_world
 
     return affine
-
-
-def sprite_axes(
-    scene: Scene, moments: Sequence[float], num_frames: int = 33, height: int = 128,
-    width: int = 128, fps: float = 12.0,
-) -> NDArray[np.float64]:
-    """Return which part of each actor a place in the picture shows, whether it is seen or not.
-
-    Args:
-        scene: the scene.
-        moments: frame indices, whole or not, [T].
-        num_frames: of the clip.
-        height: in pixels.
-        width: in pixels.
-        fps: frames a second.
-
-    Returns:
-        [A, T, 2, 3], maps from (x, y, 1) in pixels to (u, v) on the sprite as it is drawn in the
-        sheet, whose box reaches from -0.5 to 0.5 both ways.
-    """
-    view = _View(scene, Clock(num_frames, fps), height, width)
-    camera, tracks = view.at(view.clock.progress(np.asarray(moments, dtype=np.float64)))
-    found = []
-    for track in tracks:
-        affine = _actor_map(view, camera, track)
-        maps = np.linalg.inv(np.stack([affine(t) for t in range(len(moments))]))[:, :2]
-        found.append(maps * [[-1.0 if track.flipped else 1.0], [1.0]])
-    return np.stack(found)
 
 
 def events(

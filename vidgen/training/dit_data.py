@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vidgen.core.errors import InputError
@@ -27,7 +26,7 @@ from vidgen.toybox.scenes import Draws, Scene
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import generator_of
 from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
-from vidgen.training.toybox_data import PART_BINS, CacheConfig, ToyboxCache, cut_around
+from vidgen.training.toybox_data import CacheConfig, ToyboxCache, cut_around
 
 PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
 WITH_STILLS = ConditionMix(
@@ -136,8 +135,7 @@ class Batch:
     `cover` [B, 1, F, h, w] says how much of a latent is sprite, `labels` what the caption says,
     `shown` [B] which sprite caption or reference tell of, -1 for none or two. `sound_noise`
     [B, C, K] goes with the state's sound, and `cues` [B, K], whether one begins there. `marks`
-    [B, F, n] says where within a clip's latent frame something comes to a mark, `parts`
-    [B, F, h, w] which part of a sprite a token shows, -1 for none.
+    [B, F, n] says where within a clip's latent frame something comes to a mark.
     """
 
     state: LatentState
@@ -148,7 +146,6 @@ class Batch:
     mask: Tensor
     labels: dict[str, Tensor]
     shown: Tensor
-    parts: Tensor
     marks: Tensor | None = None
     sound_noise: Tensor | None = None
     cues: Tensor | None = None
@@ -241,20 +238,16 @@ class ClipDraws:
         first = 0
         if num_frames == 1:
             pick = torch.randint(3, (len(rows),), generator=draw)
-            frames = torch.where(pick == 0, 0, data.clips.shape[2] - 1 + pick)[:, None]
             latents = _single(data.clips, data.stills.latents, rows, pick)
             cover = _single(data.cover, data.still_cover, rows, pick)
             chosen = Stills(chosen.latents[:, :, 2:], chosen.frame_index[:, 2:])
         else:
             window = self._window(data.clips.shape[2], num_frames, draw, inside=inside_clip)
             latents, cover = (part[rows, :, window].float() for part in (data.clips, data.cover))
-            frames = torch.arange(window.start, window.stop).expand(len(rows), -1)
             first, shown = window.start, chosen.frame_index[0] < num_frames
             chosen = Stills(chosen.latents[:, :, shown], chosen.frame_index[:, shown])
-        parts = self.caches[which].parts(rows.tolist(), frames)
         if crop is not None:
-            both, cover = cut_around(torch.cat([latents, parts], dim=1), cover, crop, self.patch)
-            latents, parts = both.tensor_split([latents.shape[1]], dim=1)
+            latents, cover = cut_around(latents, cover, crop, self.patch)
         if inside_clip:
             conditions = replace(
                 WINDOW, reference=self.config.anchor_share,
@@ -309,8 +302,7 @@ class ClipDraws:
             sigma.to(self.device),
             ids.to(self.device), mask.to(self.device),
             {name: value.to(self.device) for name, value in labels.items()},
-            shown.to(self.device), _numbered(parts, self.patch).to(self.device), marks,
-            sound_noise, cues,
+            shown.to(self.device), marks, sound_noise, cues,
         )
 
     def _unnamed(self, seeds: list[int]) -> Tensor:
@@ -359,22 +351,6 @@ def _single(clips: Tensor, stills: Tensor, rows: Tensor, pick: Tensor) -> Tensor
     """One frame a clip, [B, _, 1, h, w]: its first (pick 0), middle (1) or last (2)."""
     frames = torch.cat([clips[rows, :, :1], stills[rows, :, :2]], dim=2).float()
     return frames[torch.arange(len(rows)), :, pick][:, :, None]
-
-
-def _numbered(parts: Tensor, patch: int) -> Tensor:
-    """The part of a sprite that each token shows, [B, F, h, w] of its tokens; -1 for none.
-
-    Of the first actor, who is in front, if both are there.
-
-    Args:
-        parts: u and v of each latent on each actor, [B, 2 A, F, h, w].
-        patch: latents a token, along either side.
-    """
-    places = F.avg_pool3d(parts, (1, patch, patch)).unflatten(1, (-1, 2))  # [B, A, 2, F, h, w]
-    bins = ((places + 0.5) * PART_BINS).floor().long()
-    there = ((bins >= 0) & (bins < PART_BINS)).all(2)
-    numbers = torch.where(there, bins[:, :, 1] * PART_BINS + bins[:, :, 0], -1)
-    return torch.where(there[:, 0], numbers[:, 0], numbers.amax(1))
 
 
 def _labels(described: list[dict[str, str | None]]) -> dict[str, Tensor]:

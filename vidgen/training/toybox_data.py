@@ -18,7 +18,7 @@ from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition_mix import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.toybox.cues import scene_marks
-from vidgen.toybox.render import MAX_ACTORS, Rendered, render
+from vidgen.toybox.render import Rendered, render
 from vidgen.toybox.scenes import (
     MOTIONS,
     PLACES,
@@ -32,15 +32,12 @@ from vidgen.toybox.scenes import (
     sample_scenes,
     times_in,
 )
-from vidgen.toybox.truth import sprite_axes
 from vidgen.training.draws import seed_of
 from vidgen.training.latents import LatentShards
 from vidgen.weights.folder import config_of
 from vidgen.weights.load import load_module, read_tensors
 
 MID_FRAME = 16
-PART_BINS = 8
-"""Parts of a sprite's box that are told apart, along each of its sides."""
 MARK_BINS = 8
 """Parts of a latent frame that marks are told apart by: 42 ms each where it stands for 4 frames."""
 _MOST_CLIPS = 1 << 12  # of a batch
@@ -136,7 +133,6 @@ class ToyboxCache:
             self.manifest["mix"] = asdict(config.mix)
         self.shards = LatentShards(config.folder, self.manifest)
         self._scenes: dict[int, Scene] = {}
-        self._axes: dict[int, Tensor] = {}
         self._taken = filter(config.takes, map(self._drawn, itertools.count()))
 
     @property
@@ -179,37 +175,6 @@ class ToyboxCache:
                 if 0 <= index < count:
                     found[row, index, int(part * MARK_BINS)] = 1
         return found
-
-    def parts(self, rows: Sequence[int], frames: Tensor) -> Tensor:
-        """Where on its sprites each latent lies, [B, 2 A, F, h, w]: u and v of each actor.
-
-        Args:
-            rows: B clips' numbers.
-            frames: [B, F], their latent frames, or those behind them: frame `MID_FRAME` and the
-                last one, as stills.
-        """
-        config, size = self.config, self.strides.hw
-        maps = torch.stack([self._axes_of(row)[:, some] for row, some in zip(rows, frames,
-                                                                             strict=True)])
-        y, x = (size * (torch.arange(side // size) + 0.5) for side in (config.height, config.width))
-        across, down = (maps[..., axis, None, None] for axis in (0, 1))
-        found = across * x + down * y[:, None] + maps[..., 2, None, None]  # [B, A, F, 2, h, w]
-        return found.transpose(2, 3).flatten(1, 2)
-
-    def _axes_of(self, row: int) -> Tensor:
-        """`sprite_axes` of a clip [A, F + 2, 2, 3]; of an absent actor all is out of its box."""
-        if row not in self._axes:
-            config, t = self.config, self.strides.t
-            starts = range(1, config.num_frames, t)
-            moments = [0, *(first + (t - 1) / 2 for first in starts), MID_FRAME,
-                       config.num_frames - 1]
-            maps = torch.zeros(MAX_ACTORS, len(moments), 2, 3)
-            maps[..., 2] = 1.0
-            own = sprite_axes(self.scene(row), moments, config.num_frames, config.height,
-                              config.width, config.fps)
-            maps[: len(own)] = torch.from_numpy(own)
-            self._axes[row] = maps
-        return self._axes[row]
 
     def load(self) -> CachedClips:
         """All clips that the config asks for."""

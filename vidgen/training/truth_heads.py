@@ -20,7 +20,7 @@ from vidgen.models.dit_inputs import Stream
 from vidgen.ops.patchify import patchify_latents
 from vidgen.toybox.captions import CLASSES
 from vidgen.training.dit_data import Batch
-from vidgen.training.toybox_data import MARK_BINS, PART_BINS
+from vidgen.training.toybox_data import MARK_BINS
 
 SHOWN = 0.5  # share of a token's cover from which it is to name its sprite
 
@@ -49,8 +49,8 @@ class TruthHeads(nn.Module):
     """Linear heads from a transformer's tokens: what each of them shows, or sounds of.
 
     They read what leaves the block half-way; `cues` what leaves the last one, since sound can be
-    told of a mark only once the picture's tokens know of it. But for `parts` they are drawn alike
-    in each run, first of all in this order: released weights have learned with these very heads.
+    told of a mark only once the picture's tokens know of it. All runs of a seed draw the same ones,
+    in this order, and released weights have learned with these very heads: a new one comes last.
     """
 
     def __init__(self, dit: SpacetimeDiT) -> None:
@@ -61,9 +61,6 @@ class TruthHeads(nn.Module):
         self.marks = nn.Linear(width, MARK_BINS)
         self.cues = nn.Linear(width, 1)
         self.voices = nn.Linear(width, sprites)
-        self.parts = nn.Linear(width, PART_BINS**2)
-        for parameter in self.parts.parameters():  # it pulls at no token before it knows some
-            nn.init.zeros_(parameter)
         self.patch = dit.config.patch_size
         dit.blocks[(len(dit.blocks) - 1) // 2].register_forward_hook(partial(self._keep, "half"))
         dit.blocks[-1].register_forward_hook(partial(self._keep, "last"))
@@ -77,17 +74,16 @@ class TruthHeads(nn.Module):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropies of the batch that went through last.
 
-        `cover` says how much of a token is sprite; where half of it or more is, `names` which,
-        `parts` what of it, and `marks` when it comes to one. Of sound `cues` says whether one
-        begins there, `voices` whose it is.
+        `cover` says how much of a token is sprite; where half of it or more is, `names` which, and
+        `marks` when it comes to one. Of sound `cues` says whether one begins there, `voices` whose
+        it is.
         """
         target = patchify_latents(batch.cover, self.patch)
         tokens = self.tokens["half"][0][:, : target.shape[1]]
         is_sprite = target.mean(2) >= SHOWN
         found = {
             "cover": _binary(self.cover(tokens), target.clamp(0, 1)),
-            "names": _naming(self.names, tokens, batch.shown[:, None], is_sprite),
-            "parts": _naming(self.parts, tokens, batch.parts.flatten(1), is_sprite),
+            "names": _naming(self.names, tokens, batch.shown, is_sprite),
         }
         if batch.marks is not None:
             wanted = batch.marks.repeat_interleave(is_sprite.shape[1] // batch.marks.shape[1], 1)
@@ -97,7 +93,7 @@ class TruthHeads(nn.Module):
             anywhere = torch.ones_like(batch.cues, dtype=torch.bool)
             found["cues"] = _binary(self.cues(self.tokens["last"][1])[..., 0], batch.cues)
             found["voices"] = _naming(
-                self.voices, self.tokens["half"][1], batch.shown[:, None], anywhere
+                self.voices, self.tokens["half"][1], batch.shown, anywhere
             )
         return found
 
@@ -107,11 +103,8 @@ def _binary(logits: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
 
 
 def _naming(head: nn.Linear, tokens: Tensor, names: Tensor, there: Tensor) -> Tensor:
-    """Cross-entropy of tokens [B, L, D] where they are `there` [B, L].
-
-    `names` are [B, L], or [B, 1] for all of a clip's tokens; -1 for none.
-    """
-    there = there & (names >= 0)
-    wanted = names.expand_as(there)[there]
+    """Cross-entropy of tokens [B, L, D] where they are there [B, L], of names [B], -1 for none."""
+    there = there & (names >= 0)[:, None]
+    wanted = names[:, None].expand_as(there)[there]
     wrong = F.cross_entropy(head(tokens[there]).float(), wanted, reduction="sum")
     return wrong / max(1, len(wanted))
