@@ -16,7 +16,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from html import escape
 from pathlib import Path
@@ -60,13 +59,13 @@ class Shown:
     """
 
     def __init__(self, scene: Scene, num_frames: int, side: int) -> None:
-        first, *rest = scene.actors
+        first = scene.actors[0]
         sprite = next(
             name for name in STAND_INS if name != first.sprite and is_valid(name, first.motion)
         )
-        other = replace(scene, actors=(replace(first, sprite=sprite), *rest), sound=())
         self.frames, self.other = (
-            as_frames(render([s], num_frames, side, side, float(FPS)).video) for s in (scene, other)
+            as_frames(render([shot], num_frames, side, side, float(FPS)).video)
+            for shot in (scene, scene.recast(sprite))
         )
 
 

@@ -10,14 +10,12 @@ Axes: T looks, H W pixel rows and columns, h w those of a drawing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidgen.core.errors import InputError
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SPRITE_NAMES, Scene
 
@@ -68,15 +66,7 @@ def stranger(scene: Scene) -> Scene:
     """The same scene of another sprite: what chance makes of the ruler."""
     (actor,) = scene.actors
     first = SPRITE_NAMES.index(actor.sprite) if actor.sprite in SPRITE_NAMES else 0
-    for step in range(len(SPRITE_NAMES)):
-        other = SPRITE_NAMES[(first + _STRANGER + step) % len(SPRITE_NAMES)]
-        if other == actor.sprite:
-            continue
-        try:
-            return replace(scene, actors=(replace(actor, sprite=other),), sound=())
-        except InputError:  # it can't move so
-            continue
-    raise AssertionError("no other sprite moves so")
+    return scene.recast(SPRITE_NAMES[(first + _STRANGER) % len(SPRITE_NAMES)])
 
 
 def shape_fit(video: Tensor, drawings: Sequence[Drawing]) -> float | None:
@@ -99,7 +89,7 @@ def shape_fit(video: Tensor, drawings: Sequence[Drawing]) -> float | None:
         if max(drawing.alpha.shape[0] / video.shape[2],
                drawing.alpha.shape[1] / video.shape[3]) * scale <= 1
     ]).amax(0)
-    return float(best.sort(descending=True).values[: max(1, len(best) // 2)].mean())
+    return float(best.topk(LOOKS // 2).values.mean())
 
 
 def _resized(drawing: Drawing, scale: float) -> Drawing:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from vidgen.core.errors import InputError, nearest
@@ -135,6 +135,11 @@ class Scene:
         _check("camera", self.camera, CAMERAS)
         for name in self.sound:
             _check("sound", name, sounds_for(self))
+
+    def recast(self, sprite: str) -> Scene:
+        """The same scene with another sprite for its first actor; the caption names no sound."""
+        first, *others = self.actors
+        return replace(self, actors=(replace(first, sprite=sprite), *others), sound=())
 
 
 def _check(what: str, value: object, allowed: Sequence[object]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -98,9 +98,8 @@ def judge_scene(seed: int, empty: float) -> Scene:
         kept = ("place", "time_of_day", "weather", "camera")
         return Backdrop(seed, (), **{name: getattr(scene, name) for name in kept})
     if draws.chance(len(RESERVED_SPRITES) / len(SPRITES)):
-        first, *others = scene.actors
-        sprite = draws.choice([s for s in RESERVED_SPRITES if is_valid(s, first.motion)])
-        return replace(scene, actors=(replace(first, sprite=sprite), *others), sound=())
+        motion = scene.actors[0].motion
+        return scene.recast(draws.choice([s for s in RESERVED_SPRITES if is_valid(s, motion)]))
     return scene
 
 
