@@ -1,6 +1,6 @@
 """Whether the model copies clips that it learned from: how near its clips come to them.
 
-    python eval/memorisation.py -o memorisation.json [--clips 200] [--training 6144]
+    python eval/memorisation.py -o memorisation.json [--clips 200] [--run RUN.yaml]
 
 Clips are compared by five frames, spread over the clip, of 32x32 RGB: `distance` is the root mean
 square difference in levels of 255. `ratio` is the distance of the nearest training clip by the mean
@@ -13,8 +13,9 @@ has a small one. Five groups of clips, each against the same training clips:
     retold      the training clips' scenes drawn anew, behind the VAE: how near the same words come
     copies      training clips themselves, passed through the VAE: what a copy looks like
 
-Training clips are rendered anew from their seeds, the first ones of configs/train/toybox_dit.yaml.
-What is measured stands in FILE.jsonl; a run that was killed goes on.
+Training clips are rendered anew from their seeds: those of the first cache of a run of
+train/dit.py, by default the one that the released transformer learned from last. What is measured
+stands in FILE.jsonl; a run that was killed goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidgen.core.config import build, load_run
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
@@ -44,12 +46,14 @@ from vidgen.toybox.captions import caption
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, Scene, sample_scenes
 from vidgen.training.program import exit_code
+from vidgen.training.toybox_data import CacheConfig
 
 FRAMES, SIDE = 5, 32
 NEXT = 50
 BATCH = 8
 FRESH = SEED_RANGES["dev"][0] + (1 << 34)
 """Scene seed from which on `generated` and `renders` are drawn."""
+RUN = "configs/train/toybox_dit_more.yaml"
 Make = Callable[[Sequence[int]], Tensor]
 
 
@@ -62,20 +66,32 @@ def features(video: Tensor) -> Tensor:
     return small * (127.5 / small.shape[1] ** 0.5)
 
 
-def training_scenes(count: int) -> list[Scene]:
-    """The first scenes that the transformer learned from."""
-    return sample_scenes(SEED_RANGES["train"][0], count, split="train")
+def training_scenes(run: str) -> list[Scene]:
+    """The scenes of the first cache that a run names.
+
+    Raises:
+        InputError: there is none, or it holds some of the world's scenes alone.
+    """
+    entries = load_run(run).get("caches")
+    if not entries:
+        raise InputError(f"{run} has no caches; give a run of train/dit.py")
+    cache = build(CacheConfig, entries[0], run)
+    if not cache.takes_all:
+        raise InputError(f"the first cache of {run} holds chosen scenes; give a run whose first "
+                         "one takes all that come")
+    first = SEED_RANGES["train"][0] + cache.first_scene
+    return sample_scenes(first, cache.shards * cache.shard_size, cache.mix, split="train")
 
 
-def training_bank(count: int, num_frames: int, fps: float) -> Tensor:
-    """Features [count, D] of training clips, rendered at twice the features' size."""
+def training_bank(scenes: Sequence[Scene], num_frames: int, fps: float) -> Tensor:
+    """Features [N, D] of training clips, rendered at twice the features' size."""
     moments = torch.linspace(0, num_frames - 1, FRAMES).round().long().tolist()
-    parts, scenes = [], training_scenes(count)
-    for start in range(0, count, 4 * BATCH):
+    parts = []
+    for start in range(0, len(scenes), 4 * BATCH):
         part = scenes[start : start + 4 * BATCH]
         shown = render(part, num_frames, 2 * SIDE, 2 * SIDE, fps, frames=moments)
         parts.append(features(shown.video))
-        tell("training clips", start + len(part), count)
+        tell("training clips", start + len(part), len(scenes))
     return torch.cat(parts)
 
 
@@ -93,14 +109,15 @@ class Groups:
 
     Args:
         engine: the model.
-        clips: how many scenes nobody trained on.
+        trained: scenes that it was trained on, as many as nobody trained on are drawn.
         options: steps and shift, None: the model's own.
     """
 
-    def __init__(self, engine: Engine, clips: int, options: dict[str, Any]) -> None:
-        self.engine = engine
-        self.fresh = sample_scenes(FRESH, clips, split="train")
-        self.trained = training_scenes(clips)
+    def __init__(
+        self, engine: Engine, trained: Sequence[Scene], options: dict[str, Any]
+    ) -> None:
+        self.engine, self.trained = engine, trained
+        self.fresh = sample_scenes(FRESH, len(trained), split="train")
         self.retold = [replace(scene, seed=FRESH + i) for i, scene in enumerate(self.trained)]
         self.plan = engine.plan(Request.of("a cat bounces", {"seed": 0, **options}), Inputs())
         self.makers: dict[str, Make] = {
@@ -122,30 +139,32 @@ class Groups:
 
 
 def measure(
-    model: str, clips: int, training: int, log: ScoreLog, **options: Any
+    model: str, clips: int, run: str, log: ScoreLog, **options: Any
 ) -> dict[str, Any]:
     """All groups against the training clips.
 
     Args:
         model: name or folder.
         clips: of each group.
-        training: clips to compare with.
+        run: YAML file of a run, whose clips to compare with.
         log: what is known.
         options: steps and shift of what is generated; None is the model's own.
 
     Raises:
         InputError: too few clips, or fewer training clips than are prompted with.
     """
-    if clips < 2 or training < max(clips, NEXT + 1):
-        raise InputError(f"clips is {clips} and training {training}; give 2 clips or more, and "
-                         f"at least as many training clips, {NEXT + 1} or more")
+    scenes = training_scenes(run)
+    if clips < 2 or len(scenes) < max(clips, NEXT + 1):
+        raise InputError(f"clips is {clips}, and {run} has {len(scenes)} to compare with; give 2 "
+                         f"clips or more, and a run with at least as many, {NEXT + 1} or more")
     engine = load(model)
-    groups = Groups(engine, clips, options)
+    groups = Groups(engine, scenes[:clips], options)
     plan = groups.plan
-    bank = training_bank(training, plan.num_frames, float(plan.fps))
+    bank = training_bank(scenes, plan.num_frames, float(plan.fps))
     settings = {
         "model": {"name": engine.folder.name, "sha256": engine.folder.content_hash},
-        "dtype": engine.dtype, "training_clips": training, "clips": clips,
+        "dtype": engine.dtype, "first_trained": scenes[0].seed, "training_clips": len(scenes),
+        "clips": clips,
         "frames": FRAMES, "side": SIDE, "next": NEXT, "first_fresh": FRESH,
         "world_version": WORLD_VERSION,
         "num_frames": plan.num_frames, "size": [plan.width, plan.height],
@@ -220,8 +239,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", required=True, metavar="JSON")
     parser.add_argument("--model", default="toybox", metavar="NAME|FOLDER")
     parser.add_argument("--clips", type=int, default=200, metavar="N", help="of each group")
-    parser.add_argument("--training", type=int, default=6144, metavar="N",
-                        help="training clips; the released transformer learned from so many")
+    parser.add_argument("--run", default=RUN, metavar="YAML", help="of the training clips")
     parser.add_argument("--steps", type=int, metavar="N", help="default the model's, as shift")
     parser.add_argument("--shift", type=float, metavar="X")
     parser.add_argument("--overwrite", action="store_true")
@@ -231,7 +249,7 @@ def main() -> int:
         check_output(args.output, overwrite=args.overwrite)
         log = ScoreLog(Path(f"{args.output}.jsonl"))
         result = measure(
-            args.model, args.clips, args.training, log, steps=args.steps, shift=args.shift
+            args.model, args.clips, args.run, log, steps=args.steps, shift=args.shift
         )
         atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
         for name, group in result["groups"].items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from tests.programs import load_program
+from tests.programs import ROOT, load_program
 from vidgen.core.errors import InputError
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.toybox.render import render
@@ -19,8 +21,9 @@ def program() -> ModuleType:
 
 
 def test_a_training_clip_is_nearest_to_itself_and_a_fresh_one_to_none(program: ModuleType) -> None:
-    bank = program.training_bank(60, 9, 12.0)
-    own = render(program.training_scenes(2), 9, 128, 128)
+    scenes = program.training_scenes(str(ROOT / program.RUN))[:60]
+    bank = program.training_bank(scenes, 9, 12.0)
+    own = render(scenes[:2], 9, 128, 128)
     for index, found in enumerate(program.nearest(program.features(own.video), bank)):
         assert found["index"] == index
         assert found["distance"] < 6, "only the size of the render is another"
@@ -49,17 +52,39 @@ def test_copies_are_counted(program: ModuleType) -> None:
     assert difference["low"] < difference["value"] < difference["high"]
 
 
+def run_file(folder: Path, **cache: Any) -> str:
+    """A run of one cache of so many clips."""
+    path = folder / "run.yaml"
+    entry = {"folder": "c", "vae": "v", "shards": 1, **cache}
+    path.write_text(json.dumps({"caches": [entry]}))
+    return str(path)
+
+
 def test_a_run_goes_on_where_it_was(
     program: ModuleType, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = tmp_path / "r.jsonl"
-    first = program.measure(str(tiny_model), 2, 51, ScoreLog(log))
+    log, run = tmp_path / "r.jsonl", run_file(tmp_path, shard_size=51)
+    first = program.measure(str(tiny_model), 2, run, ScoreLog(log))
     assert first["model"]["name"] == "tiny"
     assert set(first["groups"]) == {"copies", "renders", "retold", "generated", "prompted"}
     made = []
     monkeypatch.setattr(program, "generate_batch", lambda *_: made.append(1))
-    again = program.measure(str(tiny_model), 2, 51, ScoreLog(log))
+    again = program.measure(str(tiny_model), 2, run, ScoreLog(log))
     assert again["groups"] == first["groups"]
     assert not made
-    with pytest.raises(InputError, match="training 50"):
-        program.measure(str(tiny_model), 2, 50, ScoreLog(log))
+    with pytest.raises(InputError, match=r"run\.yaml has 50 to compare with"):
+        program.measure(
+            str(tiny_model), 2, run_file(tmp_path, shard_size=50), ScoreLog(log)
+        )
+
+
+def test_training_clips_are_those_of_a_runs_first_cache(
+    program: ModuleType, tmp_path: Path
+) -> None:
+    scenes = program.training_scenes(run_file(tmp_path, shard_size=3, first_scene=70))
+    assert scenes == program.sample_scenes(70, 3, split="train")
+    with pytest.raises(InputError, match="chosen scenes"):
+        program.training_scenes(run_file(tmp_path, motion="bounces"))
+    (tmp_path / "none.yaml").write_text("preset: toybox\n")
+    with pytest.raises(InputError, match="no caches"):
+        program.training_scenes(str(tmp_path / "none.yaml"))
