@@ -40,7 +40,7 @@ def main() -> int:
             vae = load_vae(cache.config.vae, device)
             for index in track(cache.missing(), cache.config.folder):
                 cache.make(index, vae, device)
-            if settings.get("sound"):
+            if settings.get("sound") and not cache.config.stills_only:
                 mix = build(SoundMix, settings["sound"], options.config)
                 sound = SoundCache(mix, cache)
                 heard_by = load_sound_vae(Path(mix.vae), device=device)

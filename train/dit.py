@@ -116,7 +116,7 @@ class DiTTask:
         first = self.draws.caches[0]
         self.frames_per_s = first.config.fps / first.strides.t
         self.channels = self._channels() if config.pixel_weights else None
-        for cache, _ in self.draws.sounds:
+        for cache, _ in self.draws.sounds.values():
             _check_sound(self.dit.config.audio, cache.config)
 
     def _network(self, part: str, kind: type[Module], architecture: Any) -> Module:

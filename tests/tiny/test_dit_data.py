@@ -15,10 +15,11 @@ from vidgen.diffusion.condition import keyframe_position, reference_position
 from vidgen.diffusion.condition_mix import ConditionMix, has_reference
 from vidgen.diffusion.flow import add_noise
 from vidgen.toybox.cues import scene_marks
+from vidgen.toybox.render import render
 from vidgen.toybox.scenes import Actor, Scene
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.dit_data import Batch, ClipDraws, DiTData
-from vidgen.training.toybox_data import MARK_BINS, CacheConfig, ToyboxCache, load_vae
+from vidgen.training.toybox_data import MARK_BINS, CacheConfig, ToyboxCache, encode, load_vae
 
 PHASE = Phase(steps=40, num_frames=33, batch_size=8)
 REFERENCES = ConditionMix(text=1, first=0, last=1, both=0, frames=0, prefix=0, mask=0)
@@ -218,3 +219,49 @@ def test_squares_show_sprites_for_the_same_number_of_tokens(plain: DiTData) -> N
     assert share[1] > 1.2 * share[0]
     with pytest.raises(InputError, match="crop is 6; give a multiple of 2 up to 4"):
         draws(replace(plain, crop_share=0.5, crop=6))
+
+
+def with_stills(plain: DiTData, folder: Path) -> DiTData:
+    """The same, with 120 stills beside its twelve clips; all scenes of them are others."""
+    cache = replace(plain.caches[0], folder=str(folder), shard_size=30, first_scene=500,
+                    stills_only=True)
+    ToyboxCache(cache).make(0, load_vae(cache.vae, torch.device("cpu")), torch.device("cpu"))
+    return replace(plain, caches=(*plain.caches, cache), image_batch=16)
+
+
+def test_stills_alone_are_for_batches_of_single_frames(plain: DiTData, tmp_path: Path) -> None:
+    both = with_stills(plain, tmp_path)
+    for a, b in zip(draws(plain), draws(both), strict=True):
+        assert same(a.state.clean, b.state.clean)  # clips are drawn as without them
+    source = ClipDraws(replace(both, image_shares=(1.0,)), torch.device("cpu"), patch=2)
+    alone = source.data[1]
+    kept = torch.cat([alone.clips, alone.stills.latents[:, :, :2]], dim=2).float()
+    kept = kept.transpose(1, 2).flatten(0, 1)
+    mine = []
+    for step in range(6):
+        latents = source.batch(PHASE, step, 0).state.clean
+        assert latents.shape[:3] == (16, kept.shape[1], 1)
+        found = (latents.transpose(1, 2) == kept).flatten(2).all(2).any(1)
+        mine.append(bool(found.all()))
+        assert mine[-1] or not found.any()  # a batch has stills of one cache
+    assert sum(mine) >= 3  # thirty of them to ten clips
+
+
+def test_stills_are_taken_where_a_clip_is_under_way(plain: DiTData, tmp_path: Path) -> None:
+    both = with_stills(plain, tmp_path)
+    cache = ToyboxCache(both.caches[1])
+    kept = cache.load()
+    vae = load_vae(cache.config.vae, torch.device("cpu"))
+    size = {"height": 32, "width": 32, "num_frames": 33, "fps": 12}
+    shown = render([cache.scene(3)], frames=[8, 16, 24], **size).video
+    with torch.no_grad():
+        each = torch.cat([encode(vae, frame) for frame in shown.split(1, dim=2)], dim=2)
+    latents = torch.cat([kept.clips[3:4], kept.stills.latents[3:4, :, :2]], dim=2).float()
+    assert (latents - each).abs().max() < 0.05 * each.abs().max()  # another batch, float16
+    assert kept.stills.frame_index[3].tolist() == [16, 24, -1]
+
+
+def test_validation_needs_clips(plain: DiTData) -> None:
+    alone = replace(plain.caches[0], stills_only=True)
+    with pytest.raises(InputError, match="first of the caches is stills_only"):
+        replace(plain, caches=(alone,))

@@ -117,7 +117,11 @@ class DiTData:
                      "crop_share", "crop_level", "still_share", "window_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
-        longest = min((cache.num_frames for cache in self.caches), default=0)
+        if self.caches and self.caches[0].stills_only:
+            raise InputError("the first of the caches is stills_only; validation takes clips from "
+                             "it, so name one of clips before it")
+        clips = [cache for cache in self.caches if not cache.stills_only]
+        longest = min((cache.num_frames for cache in clips), default=0)
         asked = max(phase.num_frames for phase in phases)
         if asked > longest:
             raise InputError(f"a phase has clips of {asked} frames, the caches hold {longest}; "
@@ -159,10 +163,12 @@ class ClipDraws:
         self.tokenizer = PromptTokenizer(config.tokenizer)
         self.caches = [ToyboxCache(entry) for entry in config.caches]
         self.data = [cache.load() for cache in self.caches]
-        self.sounds: list[tuple[SoundCache, Tensor]] = []
+        self.sounds: dict[int, tuple[SoundCache, Tensor]] = {}
         if config.sound is not None:
-            caches = [SoundCache(config.sound, cache) for cache in self.caches]
-            self.sounds = [(cache, cache.load()) for cache in caches]
+            for which, clips in enumerate(self.caches):
+                if not clips.config.stills_only:
+                    cache = SoundCache(config.sound, clips)
+                    self.sounds[which] = cache, cache.load()
         self.strides = self.caches[0].strides
         shortest = min(min(data.clips.shape[3:]) for data in self.data)
         if config.crop_share and (config.crop % patch or not 0 < config.crop <= shortest):
@@ -179,12 +185,18 @@ class ClipDraws:
         draw = generator_of(run.seed, step, micro)
         counts = [cache.num_clips for cache in self.caches]
         counts[0] = self.num_kept
-        which = int(torch.multinomial(torch.tensor(counts).float(), 1, generator=kind))
+        moving = [
+            0 if cache.config.stills_only else count
+            for cache, count in zip(self.caches, counts, strict=True)
+        ]
+        which = _drawn(moving, kind)
         index = run.phase_at(step)[0]
         num_frames, size, shift = phase.num_frames, phase.batch_size, self.config.shifts[index]
         shares = self.config.image_shares
         if shares and torch.rand((), generator=kind) < shares[index]:
             num_frames, size, shift = 1, self.config.image_batch, self.config.image_shift
+            if moving != counts:
+                which = _drawn(counts, kind)
         if self.config.crop_share and torch.rand((), generator=kind) < self.config.crop_share:
             height, width = self.data[which].clips.shape[3:]
             size = size * height * width // self.config.crop**2
@@ -338,6 +350,11 @@ class ClipDraws:
         length = min(length, total - 2)
         first = int(torch.randint(1, total - length + 1, (), generator=draw))
         return slice(first, first + length)
+
+
+def _drawn(counts: list[int], draw: torch.Generator) -> int:
+    """One of several kinds, as often as it counts."""
+    return int(torch.multinomial(torch.tensor(counts).float(), 1, generator=draw))
 
 
 def _wording(scene: Scene, seed: int, loose_share: float) -> str:

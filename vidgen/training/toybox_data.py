@@ -38,6 +38,8 @@ from vidgen.weights.folder import config_of
 from vidgen.weights.load import load_module, read_tensors
 
 MID_FRAME = 16
+_QUARTERS = 0.25, 0.5, 0.75
+"""Of a clip's length: where a cache of stills alone looks at it."""
 MARK_BINS = 8
 """Parts of a latent frame that marks are told apart by: 42 ms each where it stands for 4 frames."""
 _MOST_CLIPS = 1 << 12  # of a batch
@@ -56,6 +58,7 @@ class CacheConfig:
         sprites: of which one is an actor in all of its scenes, likewise: those that are learned
             last; empty: any.
         mix: how often its scenes are rich, as in what is rarely seen otherwise: tinted sprites.
+        stills_only: for batches of single frames alone, at a sixth of the price of a clip.
     """
 
     folder: str
@@ -70,6 +73,7 @@ class CacheConfig:
     motion: str | None = None
     sprites: tuple[str, ...] = ()
     mix: SceneMix = field(default_factory=SceneMix)
+    stills_only: bool = False
 
     def __post_init__(self) -> None:
         if self.motion is not None and self.motion not in MOTIONS:
@@ -99,9 +103,10 @@ class CachedClips:
     """Latents of N clips, float16, normalised.
 
     Attributes:
-        clips: [N, C, F, h, w].
-        stills: three a clip, each encoded alone: frame 16, the last frame, and the clip's first
-            sprite shown in another place (the reference, index -1).
+        clips: [N, C, F, h, w]; of a cache of stills alone one frame of each clip, F = 1.
+        stills: three a clip, each encoded alone: frame 16, the last frame (or two others of a cache
+            of stills alone), and the clip's first sprite shown in another place (the reference,
+            index -1).
         cover: [N, 1, F, h, w] in [0, 1], how much of a latent's pixels is sprite.
         still_cover: [N, 1, 3, h, w].
     """
@@ -131,6 +136,8 @@ class ToyboxCache:
             self.manifest["sprites"] = list(config.sprites)
         if config.mix != SceneMix():
             self.manifest["mix"] = asdict(config.mix)
+        if config.stills_only:
+            self.manifest["stills_only"] = True
         self.shards = LatentShards(config.folder, self.manifest)
         self._scenes: dict[int, Scene] = {}
         self._taken = filter(config.takes, map(self._drawn, itertools.count()))
@@ -179,7 +186,7 @@ class ToyboxCache:
     def load(self) -> CachedClips:
         """All clips that the config asks for."""
         tensors = self.shards.load(self.config.shards)
-        frames = torch.tensor([MID_FRAME, self.config.num_frames - 1, -1])
+        frames = torch.tensor([*self._moments()[1:], -1])
         stills = Stills(tensors["stills"], frames.expand(self.num_clips, 3))
         return CachedClips(tensors["clips"], stills, tensors["cover"], tensors["still_cover"])
 
@@ -187,10 +194,19 @@ class ToyboxCache:
         """Shards that this process has still to make."""
         return self.shards.missing(self.config.shards)
 
+    def _moments(self) -> tuple[int, int, int]:
+        """Three frames of a clip, each a still of its own; the first one begins a whole clip."""
+        count = self.config.num_frames
+        if self.config.stills_only:
+            first, middle, last = (int(part * count) for part in _QUARTERS)
+            return first, middle, last
+        return 0, MID_FRAME, count - 1
+
     @torch.no_grad()
     def make(self, index: int, vae: CausalVAE, device: torch.device, batch: int = 16) -> None:
         """Render, encode and write shard `index`."""
-        config = self.config
+        config, moments = self.config, self._moments()
+        seen = moments if config.stills_only else range(config.num_frames)
         size = {"height": config.height, "width": config.width}
         first = index * config.shard_size
         scenes = [self.scene(first + i) for i in range(config.shard_size)]
@@ -198,15 +214,17 @@ class ToyboxCache:
         for start in range(0, len(scenes), batch):
             part = scenes[start : start + batch]
             shown = render(
-                part, num_frames=config.num_frames, fps=config.fps, device=device, **size
+                part, num_frames=config.num_frames, fps=config.fps, device=device, frames=seen,
+                **size,
             )
             posed = render(
                 [as_reference(scene) for scene in part], num_frames=1, fps=config.fps,
                 device=device, **size,
             )
-            clips.append(encode(vae, shown.video))
-            covers.append(latent_cover(shown.masks, vae.strides))
-            singles = (_frame(shown, MID_FRAME), _frame(shown, config.num_frames - 1), posed)
+            whole = _frame(shown, 0) if config.stills_only else shown
+            clips.append(encode(vae, whole.video))
+            covers.append(latent_cover(whole.masks, vae.strides))
+            singles = (*(_frame(shown, seen.index(moment)) for moment in moments[1:]), posed)
             stills.append(torch.cat([encode(vae, still.video) for still in singles], dim=2))
             still_covers.append(
                 torch.cat([latent_cover(still.masks, vae.strides) for still in singles], dim=2)
