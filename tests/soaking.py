@@ -4,8 +4,8 @@
 
 Clients ask for clips by the official client, whose own retries bridge the time that the service is
 down. During the first half the service, or a process of its own, is killed with -9 at random
-moments and started anew; during the second the processes' memory is watched. At the end every clip
-must be there, made once, and readable.
+moments and started anew; the second is asked for when that is over, and the processes' memory is
+watched. At the end every clip must be there, made once, and readable.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def soak(model: Path, data: Path, num_jobs: int, num_kills: int, seed: int = 0) 
             victim = draw.choices(list(VICTIMS), list(VICTIMS.values()))[0]
             outcome.kills[victim] += 1
             _kill(served, victim)
+        load.second_half.set()
         load.wait(num_jobs, memory.look)
         for client in clients:
             client.join()
@@ -116,11 +117,14 @@ class _Load:
     Args:
         served: whom they ask.
         num_jobs: that they ask for, each with a seed of its own.
+
+    Attributes:
+        second_half: to be set when the second half may be asked for.
     """
 
     def __init__(self, served: Served, num_jobs: int) -> None:
         self._served, self._num_jobs = served, num_jobs
-        self._seeds = iter(range(num_jobs))
+        self._seeds, self.second_half = iter(range(num_jobs)), threading.Event()
         self._lock, self._num_sent = threading.Lock(), 0
         self._refused: list[Exception] = []
 
@@ -159,7 +163,10 @@ class _Load:
 
     def _next_seed(self) -> int | None:
         with self._lock:
-            return next(self._seeds, None)
+            seed = next(self._seeds, None)
+        if seed is not None and seed >= self._num_jobs // 2:
+            self.second_half.wait()
+        return seed
 
     def _ask_for(self, client: openai.OpenAI, seed: int) -> None:
         while True:
