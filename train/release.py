@@ -7,10 +7,10 @@
     python train/release.py sound     --run runs/sound --out vidgen/assets/toybox
     python train/release.py student   --run runs/student --out vidgen/assets/toybox
 
-`vae` and `sound` measure the latents' mean and deviation on fresh clips, unless their encoder
-stayed as it was (`part: decoder`). `dit` removes the students, which were of the old weights, but
-for `--keep-students`: near the old weights they may serve on, score them. Clips come with sound
-once its run had `sound`; `--mix` averages its weights with those of releases that it began with
+`vae` and `sound` measure the latents' mean and deviation on fresh clips, unless encoder or decoder
+stayed as it was (`part`). `dit` removes the students, which were of the old weights, but for
+`--keep-students`: near the old weights they may serve on, score them. Clips come with sound once
+its run had `sound`; `--mix` averages its weights with those of releases that it began with
 (Wortsman et al. 2022). Each call writes `model.json` anew.
 """
 
@@ -62,7 +62,7 @@ from vidgen.weights.student import (
 DEFAULTS = ModelDefaults(
     num_steps=12, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
     sampler="ancestral", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
-    image_guidance_scale=3.0,
+    image_guidance_scale=3.0, refine_steps=12,
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
 HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/experiments.md)
@@ -93,7 +93,7 @@ def _release_autoencoder(
         config = config_of(type(config), Path(settings["init"]))
     vae = network(config)
     vae.load_state_dict(load_averages(run, "vae"))
-    if settings["part"] != "decoder":
+    if settings["part"] == "all":
         mean, std = measure(vae)
         config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
     save_module(vae.state_dict(), config, folder, torch.bfloat16)

@@ -5,7 +5,9 @@
 Single frames first: the frames of a clip resemble each other, so a still teaches several times
 more a second, and the temporal taps are free. Then clips, with temporal weights inflated so that
 the clip phase starts from "every frame repeats its neighbour" instead of from noise.
-`part: decoder` freezes the encoder, so that cached latents stay true while pictures get better.
+`part: decoder` freezes the encoder, so that cached latents stay true while pictures get better;
+`part: encoder` freezes the decoder, and with it what latents mean: a transformer that was taught on
+the old encoder's still serves.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ class VAELoss:
     Args:
         mask: extra weight of pixels on a sprite, which are few and matter most.
         kl: a quarter of the latent channels are lost to it, at 1e-3 as at 1e-4.
+        keep: squared distance, in deviations, from the latents of the encoder that `part: encoder`
+            began with: channels that the decoder ignores would drift from what a transformer knows.
         equivariance: scale-equivariance (Skorokhodov et al. 2025, eq. 4): latents pooled by 2
             must decode to the clip pooled by 2; drawn on a share of the steps.
     """
@@ -46,6 +50,7 @@ class VAELoss:
     mse: float = 2.0
     gradient: float = 1.0
     kl: float = 1e-4
+    keep: float = 0.0
     mask: float = 2.0
     equivariance: float = 0.25
     equivariance_share: float = 0.25
@@ -56,7 +61,8 @@ class VAERun:
     """The whole YAML file.
 
     Args:
-        part: "decoder" keeps the encoder, and with it every cached latent, as it is.
+        part: "decoder" keeps the encoder, and with it every cached latent, as it is; "encoder"
+            keeps the decoder, and with it what every latent shows.
         clip_frames: lengths of the clips, in turns, that windows of a phase's frames are cut from;
             a motion spans its clip, so shorter clips move faster.
         crop: side in pixels of squares around sprites that two in three of the clip steps show, as
@@ -66,12 +72,12 @@ class VAERun:
         init: component folder of a released VAE to start from, and to take the config of.
 
     Raises:
-        InputError: a crop that the VAE or the frame can't have.
+        InputError: a crop that the VAE or the frame can't have, or nothing released to go on from.
     """
 
     run: RunConfig
     preset: str = "toybox"
-    part: Literal["all", "decoder"] = "all"
+    part: Literal["all", "decoder", "encoder"] = "all"
     clip_frames: tuple[int, ...] = (33, 33, 33, 17)
     crop: int | None = None
     height: int = 128
@@ -82,6 +88,9 @@ class VAERun:
 
     def __post_init__(self) -> None:
         side, limit = VAE_PRESETS[self.preset].strides.hw, min(self.height, self.width)
+        if not self.init and (self.part != "all" or self.loss.keep):
+            what = "loss.keep" if self.part == "all" else f"part: {self.part}"
+            raise InputError(f"{what} needs init: the folder of the released VAE")
         if self.crop is not None and (self.crop % side or not 0 < self.crop <= limit):
             raise InputError(f"crop is {self.crop}; give a multiple of {side} up to {limit}, or "
                              "none")
@@ -98,10 +107,12 @@ class VAETask:
             self.vae = load_vae(config.init, self.device).requires_grad_(requires_grad=True)
         else:
             self.vae = CausalVAE(VAE_PRESETS[config.preset]).to(self.device)
-        if config.part == "decoder":
-            if not config.init:
-                raise InputError("part: decoder needs init: the folder of the released VAE")
-            self.vae.encoder.requires_grad_(requires_grad=False)
+        if config.part != "all":
+            frozen = self.vae.encoder if config.part == "decoder" else self.vae.decoder
+            frozen.requires_grad_(requires_grad=False)
+        self.before = None
+        if config.loss.keep and config.init:
+            self.before = load_vae(config.init, self.device)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -159,8 +170,14 @@ class VAETask:
             mask = F.avg_pool3d(batch["mask"], (1, 2, 2))
             pooled, _ = self._distance(self.vae.decode_raw(small).float(), target, mask)
             total = total + weights.equivariance * pooled
+        total = total + weights.kl * kl
+        if self.before is not None:
+            with torch.no_grad():
+                before = self.before.encode(video).float()
+            drift = self.vae.normalize(mean) - before
+            total = total + weights.keep * drift.square().mean()
         psnr = -10 * (error.detach().square().mean() / 4).log10()
-        return total + weights.kl * kl, {"kl": kl.detach(), "psnr": psnr}
+        return total, {"kl": kl.detach(), "psnr": psnr}
 
     def _distance(
         self, decoded: Tensor, video: Tensor, mask: Tensor

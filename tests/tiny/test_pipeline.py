@@ -80,6 +80,47 @@ def test_guidance_pulls_towards_given_frames_where_a_model_can_do_without(
         latents(engine, image=picture, image_guidance=2.0)
 
 
+def test_a_first_frame_comes_nearer_to_its_picture_by_steps_of_its_own(
+    engine: Engine, tiny_model: Path, picture: np.ndarray
+) -> None:
+    taught = load(str(tiny_model), device="cpu", dtype="fp32")
+    defaults = replace(taught.folder.defaults, refine_steps=8)
+    taught.folder = replace(taught.folder, defaults=defaults)
+
+    def latents(made: Engine, **options: object) -> torch.Tensor:
+        return made.generate(PROMPT, seed=1, **options).latents
+
+    plain, nearer = (latents(made, image=picture) for made in (engine, taught))
+    assert not torch.equal(plain[:, :, :1], nearer[:, :, :1])
+    assert torch.equal(latents(taught, image=picture, refine=0), plain)
+    assert torch.equal(latents(taught, frame=[(0, picture)]), nearer)
+    ends = {"last_image": picture, "reference": [picture]}
+    assert torch.equal(latents(taught, **ends), latents(engine, **ends)), "no first frame"
+    assert torch.equal(latents(taught, image=picture, tiles="2x2"),
+                       latents(engine, image=picture, tiles="2x2"))
+    with pytest.raises(InputError, match="refine is 3, but this model takes first frames as they"):
+        latents(engine, image=picture, refine=3)
+
+
+def test_each_picture_of_a_batch_comes_nearer_by_itself(engine: Engine) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.rand((3, 3, 1, 32, 32), generator=generator) * 2 - 1
+    given = engine.encode_video(pictures)
+
+    def errors(latents: torch.Tensor) -> torch.Tensor:
+        shown = torch.cat(list(engine.decode_video(latents)), dim=2)
+        return (shown - pictures).square().mean((1, 2, 3, 4))
+
+    assert torch.equal(engine.encode_first(pictures, 0), given)
+    before, some, more = (errors(engine.encode_first(pictures, n)) for n in (0, 4, 16))
+    assert (some < before).all()
+    assert (more < some).all()
+    together = engine.encode_first(pictures, 4)
+    alone = torch.cat([engine.encode_first(each, 4) for each in pictures.split(1)])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert not together.requires_grad
+
+
 def test_the_prompt_matters(engine: Engine) -> None:
     a, b = (engine.generate(text, seed=1) for text in (PROMPT, "a cat over the meadow"))
     assert not torch.equal(a.latents, b.latents)

@@ -285,6 +285,15 @@ def test_other_scales_follow_a_guidance_that_is_set(engine: Engine, tmp_path: Pa
     assert (both.image_guidance, both.guidance_low) == (2.0, None)
 
 
+def test_a_first_frame_is_taken_as_it_was(engine: Engine, tmp_path: Path) -> None:
+    recipe = json.loads(json.dumps(engine.generate(PROMPT, seed=5, image=PICTURE).recipe))
+    assert request_from_recipe(recipe, tmp_path).refine == 0
+    recipe["plan"]["refine_steps"] = 9
+    assert request_from_recipe(recipe, tmp_path).refine == 9
+    del recipe["plan"]["refine_steps"]  # as recipes were before there was a choice
+    assert request_from_recipe(recipe, tmp_path).refine == 0
+
+
 def test_another_model_is_refused_unless_it_will_do(
     engine: Engine, replay: Replay, tiny_model: Path
 ) -> None:

@@ -192,6 +192,60 @@ def test_a_new_decoder_leaves_cached_latents_valid(tiny_model: Path, tmp_path: P
     assert encoder_hash(tmp_path / "vae") != before
 
 
+def test_an_encoder_learns_for_a_decoder_that_stays_as_it_is(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = {
+        "preset": "tiny", "init": str(tiny_model / "vae"), "part": "encoder", "crop": 16,
+        "height": 32, "width": 32, "loss": {"kl": 0.0, "keep": 0.3},
+        "run": {
+            "folder": str(tmp_path / "run"), "device": "cpu", "dtype": "fp32",
+            "phases": [{"steps": 3, "num_frames": 5, "batch_size": 1}],
+            "validate_every": 100, "optim": {"warmup_steps": 0, "muon_lr": 1e-2},
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    done = program("vae", "-c", str(tmp_path / "run.yaml"))
+    assert done.returncode == 0, done.stderr
+    done = program("release", "vae", "--run", str(tmp_path / "run"), "--out", str(model))
+    assert done.returncode == 0, done.stderr
+    before, after = (
+        load_file(folder / "vae" / "model.safetensors") for folder in (tiny_model, model)
+    )
+    moved = {n for n, t in before.items() if not torch.equal(t.bfloat16(), after[n].bfloat16())}
+    assert {name.partition(".")[0] for name in moved} == {"encoder"}
+    configs = [(folder / "vae" / "config.json").read_text() for folder in (tiny_model, model)]
+    assert json.loads(configs[0]) == json.loads(configs[1]), "what a transformer reads by"
+
+
+def test_latents_that_are_kept_hold_an_encoder_back(tiny_model: Path) -> None:
+    program, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 5, 1),), device="cpu")
+
+    def drift_loss(keep: float, by: float) -> float:
+        loss = program.VAELoss(kl=0.0, keep=keep, equivariance_share=0.0)
+        settings = program.VAERun(run, "tiny", "encoder", loss=loss, init=str(tiny_model / "vae"))
+        task = program.VAETask(settings)
+        C = task.vae.config.latent_channels
+        task.vae.encoder.to_moments.bias.data[:C] += by
+        generator = torch.Generator().manual_seed(0)
+        video = torch.rand((1, 3, 5, 32, 32), generator=generator) * 2 - 1
+        torch.manual_seed(0)
+        batch = {"video": video, "mask": torch.zeros(1, 1, 5, 32, 32)}
+        return float(task.loss(batch, 1)[0])
+
+    assert drift_loss(4.0, 0.0) == pytest.approx(drift_loss(0.0, 0.0), abs=1e-5)
+    assert drift_loss(4.0, 0.5) - drift_loss(0.0, 0.5) == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"part": "encoder"}, {"part": "decoder"}, {"keep": 0.1}])
+def test_a_part_that_goes_on_needs_what_was_released(settings: dict[str, object]) -> None:
+    program, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 9, 1),))
+    loss = program.VAELoss(keep=settings.pop("keep", 0.0))
+    with pytest.raises(InputError, match="needs init: the folder of the released VAE"):
+        program.VAERun(run, loss=loss, **settings)
+
+
 def test_references_show_the_sprite_elsewhere_and_no_held_out_triple() -> None:
     for scene in sample_scenes(0, 200, split="train"):
         posed = as_reference(scene)

@@ -73,6 +73,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--sampler", metavar="NAME", help="euler, unipc or ancestral")
     add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
     add("--image", metavar="IMAGE", help="the first frame")
+    add("--refine", type=int, metavar="N",
+        help="gradient steps that bring its latents nearer to it; 0 is off")
     add("--last-image", metavar="IMAGE", help="the last frame")
     add("--frame", type=_frame, action="append", default=[], metavar="SECONDS=IMAGE",
         help="a known frame at any time; may be repeated")

@@ -27,7 +27,7 @@ MAX_DEVICES = 1024
 MAX_SECONDS = 3600
 _WHOLE = {
     "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
-    "retry": (0, 100), "overlap": (1, 1000), "devices": (1, MAX_DEVICES),
+    "retry": (0, 100), "refine": (0, 1000), "overlap": (1, 1000), "devices": (1, MAX_DEVICES),
 }
 _NUMBER = {
     "guidance": (0, 100), "guidance_low": (0, 100), "image_guidance": (0, 100),
@@ -80,6 +80,9 @@ class Request:
         shift: of the noise schedule towards high noise, above 0.
         image: the first frame, a path or uint8 [H, W, 3].
         last_image: the last frame.
+        refine: gradient steps that bring a given first frame's latents nearer to it, through the
+            VAE's decoder; 0 takes them as they are encoded. For models that have a number of their
+            own (toybox).
         frame: (seconds, picture) pairs, known frames at any time.
         reference: pictures of subjects that are to appear.
         mask: picture or video, white where new content is wanted; needs `video` or `image`.
@@ -147,6 +150,7 @@ class Request:
     sampler: Any = None
     shift: float | None = None
     image: Picture | None = None
+    refine: int | None = None
     last_image: Picture | None = None
     frame: tuple[tuple[float, Picture], ...] = ()
     reference: tuple[Picture, ...] = ()

@@ -55,7 +55,8 @@ def generate_batch(
         return torch.cat([_rolled(engine, each) for each in plans])
     state = _new_state(engine, plan, seeds)
     if first_frames is not None:
-        state = condition.first_frame(state, engine.encode_video(first_frames))
+        first = engine.encode_first(first_frames, plan.refine_steps)
+        state = condition.first_frame(state, first)
     return _pixels(engine, engine.sample(plan, state, _contexts(engine, plan, prompts)))
 
 

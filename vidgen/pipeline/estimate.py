@@ -32,6 +32,7 @@ from vidgen.pipeline.workload import (
     Op,
     image_ops,
     listening_ops,
+    refine_bytes,
     sound_bytes,
     sound_ops,
     text_ops,
@@ -55,6 +56,8 @@ BUILDING_S = 0.06
 ENCODER_BYTES = 6_000_000
 ENCODER_BYTES_PER_PIXEL = 200
 """Of a video encoder: x264 holds some dozens of planes."""
+REFINE_PASSES = 2.5
+"""Of the decoder, that a step of `refine_first` takes the time of."""
 STATE_TENSORS = 4
 """Of a window's latents that a sampler goes on from, at most."""
 _HOLES, _MOST_HOLES = 0.5, 150_000_000
@@ -246,12 +249,21 @@ class _Job:
                 vae_ops(self.vae, latent, self.rows, self.columns, decode=False,
                         tiles=self.setup.tiles)
             )
+        if self._num_refined:
+            passes = self._num_refined * (1 + REFINE_PASSES * self.plan.refine_steps)
+            seconds += passes * self._decoding_s(1)
         if self.passes.shown:
             seconds += self._decoding_s(self.passes.shown)
         encoder = self.folder.components.get("image_encoder")
         if encoder is not None:
             seconds += self.rates.seconds(image_ops(encoder.config))
         return seconds
+
+    @property
+    def _num_refined(self) -> int:
+        """First frames that gradients go back to; none in tiles."""
+        taken = self.plan.refine_steps and self.setup.tiles is None
+        return self.passes.refined if taken else 0
 
     def _denoise_s(self) -> float:
         encoder = self.folder.components.get("image_encoder")
@@ -385,6 +397,9 @@ class _Job:
             self.vae, self.rows, self.columns, itemsize, decode=False, whole=longest > 1,
             fused=self._fused, tiles=self.setup.tiles,
         )
+        if self._num_refined:
+            kept = refine_bytes(self.vae, self.rows, self.columns, itemsize)
+            live = max(live, kept)
         # the clip as floats, twice while it is scaled, and in the VAE's dtype
         return self._resident(live) + 3 * longest * pixels * (9 + itemsize)
 

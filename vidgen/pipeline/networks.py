@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
 
+REFINE_RATE = 0.02
+"""Of `refine_first`'s first step, in deviations of the latents."""
+REFINE_BETAS = (0.9, 0.95)
 Contexts = Sequence[tuple[Tensor, Tensor]]
 """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
 
@@ -203,6 +206,47 @@ def encode_pixels(parts: Parts, video: Tensor, tiles: Tiles | None = None) -> Te
         else:
             frames = encode_in_tiles(vae, pixels, tiles, rooms_for(tiles))
         return torch.cat(list(frames), dim=2).float()
+
+
+def refine_first(parts: Parts, picture: Tensor, latents: Tensor, num_steps: int) -> Tensor:
+    """Bring a first frame's latents nearer to it, through the decoder (Abdal et al. 2019, Alg. 1).
+
+    A first latent frame is decoded by itself, so what it shows here it shows in every clip. An
+    encoder gives what is best for pictures on average; a few of Adam's steps give what is best for
+    this one.
+
+    Args:
+        parts: the networks.
+        picture: [B, 3, 1, H, W] in [-1, 1].
+        latents: normalised, [B, C, 1, h, w], as encoded.
+        num_steps: at a rate that falls to zero.
+
+    Returns:
+        Latents like those given, each never further from its picture than they were.
+    """
+    with parts.use("vae") as vae, torch.enable_grad():
+        dtype, target = next(vae.parameters()).dtype, picture.to(latents)
+        refined, best = latents.clone().requires_grad_(), latents
+        least = torch.full((len(latents),), torch.inf, device=latents.device)
+        mean, square = torch.zeros_like(latents), torch.zeros_like(latents)
+        for step in range(num_steps + 1):
+            errors = (vae.decode(refined.to(dtype)).float() - target).square().sum((1, 2, 3, 4))
+            nearer = errors < least
+            with torch.no_grad():
+                least = torch.where(nearer, errors, least)
+                best = torch.where(nearer.view(-1, 1, 1, 1, 1), refined, best)
+            if step == num_steps:
+                break
+            (gradient,) = torch.autograd.grad(errors.sum(), [refined])
+            # Kingma & Ba 2015, Alg. 1; torch.optim takes two seconds to be imported
+            mean.lerp_(gradient, 1 - REFINE_BETAS[0])
+            square.lerp_(gradient.square(), 1 - REFINE_BETAS[1])
+            first, second = (kept / (1 - beta ** (step + 1))
+                             for kept, beta in zip((mean, square), REFINE_BETAS, strict=True))
+            with torch.no_grad():
+                rate = REFINE_RATE * (1 - step / num_steps)
+                refined -= rate * first / (second.sqrt() + 1e-8)
+        return best
 
 
 def decode_latents(

@@ -24,7 +24,13 @@ from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.crew import Crew, devices_of
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.networks import decode_latents, encode_pixels, from_frame, latent_of
+from vidgen.pipeline.networks import (
+    decode_latents,
+    encode_pixels,
+    from_frame,
+    latent_of,
+    refine_first,
+)
 from vidgen.pipeline.parts import DTYPES, Parts
 from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.policy import Policy
@@ -140,6 +146,19 @@ class OpenedModel:
     def encode_video(self, video: Tensor, tiles: Tiles | None = None) -> Tensor:
         """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32."""
         return encode_pixels(self.parts, video, tiles)
+
+    def encode_first(
+        self, picture: Tensor, num_steps: int, tiles: Tiles | None = None
+    ) -> Tensor:
+        """A first frame [B, 3, 1, H, W] in [-1, 1] as normalised latents [B, C, 1, h, w], float32.
+
+        In `num_steps` steps they come nearer to it than the encoder alone brings them, unless the
+        picture is taken in tiles, since it doesn't fit the memory.
+        """
+        latents = self.encode_video(picture, tiles)
+        if tiles is not None or not num_steps:
+            return latents
+        return refine_first(self.parts, picture, latents, num_steps)
 
     @torch.no_grad()
     def decode_video(

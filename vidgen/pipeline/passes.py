@@ -32,6 +32,7 @@ class Passes:
         windows: latent frames that the transformer reads for each window, stills included.
         has_given: whether frames of each window are given, as guidance counts them.
         encoded: frames of each video or still that the VAE's encoder reads, for all windows.
+        refined: first frames whose latents are brought nearer to them.
         decoded: latent frames that are decoded, but for `shown`.
         shown: latent frames that windows of VACE decode, to be shown what came before.
         kept: frames that are written.
@@ -40,6 +41,7 @@ class Passes:
     windows: tuple[int, ...]
     has_given: tuple[bool, ...]
     encoded: tuple[int, ...]
+    refined: int
     decoded: int
     shown: int
     kept: int
@@ -84,7 +86,7 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         overlap, at_hand = min(request.overlap or OVERLAP, size - 1), given.num_latents
         windows = split_windows(at_hand, total, size, min(overlap, at_hand or overlap))
     read, encoded = [], [1 + (given.num_latents - 1) * t] if given.is_encoded else []
-    has_given, through_noise = [], folder.defaults.history_noise > 0
+    has_given, through_noise, refined = [], folder.defaults.history_noise > 0, 0
     made = given.num_latents
     for start, stop in windows:
         frames, known = 1 + (stop - start - 1) * t, made - start
@@ -98,13 +100,14 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
             not through_noise if known else sum(pictures) > 0 and request.mask is None
         )
         encoded += own
+        refined += pictures[0] if folder.conditioning == "tokens" else 0
         made = stop
     later = len(windows) - (not given.num_latents)
     shown = TAIL_FRAMES * later if folder.conditioning == "control" else 0
     if folder.conditioning == "control":  # and encode what they were shown
         encoded += [1 + (stop - start - 1) * t for start, stop in windows[len(windows) - later :]]
     kept = max(plan.kept_frames - given.num_frames, 1)
-    return Passes(tuple(read), tuple(has_given), tuple(encoded), total, shown, kept)
+    return Passes(tuple(read), tuple(has_given), tuple(encoded), refined, total, shown, kept)
 
 
 def _rolled(plan: Plan, roll: RollConfig, request: Request) -> Passes:
@@ -113,8 +116,8 @@ def _rolled(plan: Plan, roll: RollConfig, request: Request) -> Passes:
     read = [roll.turn_frames + min(turn * roll.turn_frames, roll.window_frames)
             for turn in range(turns)]
     encoded = (1,) if request.has("image") or request.has("first_frame_model") else ()
-    return Passes(tuple(read), (False,) * turns, encoded, turns * roll.turn_frames, 0,
-                  plan.kept_frames)
+    return Passes(tuple(read), (False,) * turns, encoded, len(encoded), turns * roll.turn_frames,
+                  0, plan.kept_frames)
 
 
 def _pictures(

@@ -44,6 +44,7 @@ class Plan:
         readings: words of prompt and negative, each with what the model is given instead.
         cache: what spares steps, or None.
         tiles: that the VAE takes a picture in; None: the whole.
+        refine_steps: that bring a given first frame's latents nearer to it.
         num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
         student: what denoises instead of the model itself, or None.
     """
@@ -67,6 +68,7 @@ class Plan:
     readings: tuple[tuple[str, str], ...] = ()
     cache: CacheChoice | None = None
     tiles: Tiles | None = None
+    refine_steps: int = 0
     student: StudentConfig | None = None
 
     @property
@@ -127,6 +129,7 @@ def make_plan(
         strength=1.0 if request.strength is None else float(request.strength),
         control_scale=1.0 if request.control_scale is None else float(request.control_scale),
         fit=request.fit, latents=shape, tiles=_tiles(request, shape),
+        refine_steps=_refine_steps(request, defaults),
     )
 
 
@@ -178,6 +181,13 @@ def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:
         rescale=float(request.guidance_rescale or 0.0),
         low_scale=low, boundary=defaults.boundary or 0.0, known_scale=known,
     )
+
+
+def _refine_steps(request: Request, defaults: ModelDefaults) -> int:
+    if request.refine and defaults.refine_steps is None:
+        raise InputError(f"refine is {request.refine}, but this model takes first frames as they "
+                         "are encoded; leave it out")
+    return (defaults.refine_steps or 0) if request.refine is None else request.refine
 
 
 def _length(

@@ -35,6 +35,7 @@ class Encoder:
 
     Attributes:
         encode: video [1, 3, T, H, W] in [-1, 1] to its normalised latents [1, C, F, h, w].
+        encode_first: the same of a picture that the clip begins with, [1, 3, 1, H, W].
         describe: pictures to the image features [1, S, D] that this model reads; None: it doesn't.
         conditioning: how the model learned conditions.
         strides: the VAE's.
@@ -42,6 +43,7 @@ class Encoder:
     """
 
     encode: Callable[[Tensor], Tensor]
+    encode_first: Callable[[Tensor], Tensor]
     describe: Callable[[Sequence[Frames]], Tensor] | None
     conditioning: str
     strides: Strides
@@ -93,7 +95,8 @@ def _in_place(
     if request.prefix is not None:
         state = condition.prefix(state, model.encode(_beginning(plan, request, inputs, model)))
     for moment, picture in _stills(plan, request, inputs):
-        still = model.encode(_fitted(plan, [picture]))
+        encode = model.encode if moment else model.encode_first
+        still = encode(_fitted(plan, [picture]))
         state = condition.keyframe(state, still, moment, model.strides)
     for index, picture in enumerate(inputs.images.get("reference", ())):
         state = condition.reference(state, model.encode(_fitted(plan, [picture])), index)

@@ -188,6 +188,7 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
     options = {
         "size": (plan["width"], plan["height"]), "fps": plan["fps"], "steps": plan["num_steps"],
         "tiles": recorded_tiles(plan), "readings": recorded_readings(plan),
+        "refine": plan.get("refine_steps", 0),
     }
     if plan.get("student") is None:
         options |= {

@@ -303,6 +303,17 @@ def vae_ops(
     return [*ops, attended._replace(amount=frames * attended.amount)]
 
 
+def refine_bytes(config: VAEConfig, rows: int, columns: int, itemsize: int) -> int:
+    """What gradients through the decoder of one latent frame need kept, in bytes.
+
+    Each convolution's input, and what stands before its norm.
+    """
+    return sum(
+        layer.inputs * layer.pixels * itemsize * (1 + 2 * layer.norm)
+        for layer in decoder_layers(config, rows, columns)
+    )
+
+
 def _calls(
     config: VAEConfig, rows: int, columns: int, tiles: Tiles | None, *, decode: bool
 ) -> Iterator[tuple[Layer, int]]:

@@ -110,6 +110,7 @@ class ExtraParams(Strict):
     guidance_low: Number | None = Field(None, ge=0, le=20)
     image_guidance: Number | None = Field(None, ge=0, le=20)
     guidance_rescale: Number | None = Field(None, ge=0, le=1)
+    refine: Whole | None = Field(None, ge=0, le=100)
     overlap: Whole | None = Field(None, ge=1, le=1000)
     colour_hold: Number | None = Field(None, ge=0, le=1)
     anchor: bool | None = None

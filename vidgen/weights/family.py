@@ -40,6 +40,8 @@ class ModelDefaults:
         guidance_scale: of a model with two experts, the high-noise one's.
         guidance_scale_2: the low-noise expert's; None: the same.
         image_guidance_scale: where frames are given; see `Guidance.known_scale`.
+        refine_steps: gradient steps that bring a given first frame's latents nearer to it; None: of
+            a model that takes them as its VAE encodes them.
         boundary: sigma at and above which `transformer` runs, below it `transformer_2`.
         sizes: (width, height) the model was trained on; others are warned about.
         max_frames: longest clip it was trained on.
@@ -62,6 +64,7 @@ class ModelDefaults:
     boundary: float | None = None
     history_noise: float = 0.0
     image_guidance_scale: float | None = None
+    refine_steps: int | None = None
 
 
 @dataclass(frozen=True)
