@@ -42,6 +42,7 @@ from vidgen.pipeline.video import load
 from vidgen.pipeline.workload import (
     decoder_layers,
     encoder_layers,
+    refine_bytes,
     sound_bytes,
     sound_ops,
     transformer_bytes,
@@ -227,7 +228,8 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
     Clip(lambda: iter([np.zeros((30, 32, 32, 3), np.uint8)]), ClipInfo(Fraction(12), (32, 32), 30)
          ).save(bare)
     encoded, seen, has_given = [], [], []
-    encode, sample = engine.encode_video, engine.sample
+    encode, encode_first, sample = engine.encode_video, engine.encode_first, engine.sample
+    begun = []
 
     def count_encoded(video, tiles=None):
         encoded.append(video.shape[2])
@@ -239,7 +241,12 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
         has_given.append(bool(state.has_given.all()))
         return sample(plan, state, *rest, **told)
 
+    def count_begun(picture, num_steps, tiles=None):
+        begun.append(num_steps)
+        return encode_first(picture, num_steps, tiles)
+
     monkeypatch.setattr(engine, "encode_video", count_encoded)
+    monkeypatch.setattr(engine, "encode_first", count_begun)
     monkeypatch.setattr(engine, "sample", count_seen)
     for options in (
         {"frames": 9}, {"frames": 41, "overlap": 2, "image": picture, "reference": [picture]},
@@ -247,6 +254,7 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
         {"prefix": str(given), "seconds": 5}, {"prefix": str(bare), "seconds": 5},
     ):
         encoded.clear()
+        begun.clear()
         seen.clear()
         has_given.clear()
         request, inputs = engine.read(Request.of("a cat", {"seed": 1, "steps": 1, **options}))
@@ -256,7 +264,29 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
         assert list(counted.windows) == seen
         assert list(counted.has_given) == has_given
         assert sorted(counted.encoded) == sorted(encoded)
+        assert counted.refined == len(begun)
         assert counted.kept == made - (inputs.prefix_frames if "prefix" in options else 0)
+
+
+def test_a_first_frame_that_comes_nearer_costs_time_and_memory(tiny_model, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    folder, plan, request = planned(tiny_model, image=str(tmp_path / "a.png"))
+
+    def prepared(steps, **changes):
+        refined = replace(plan, refine_steps=steps)
+        made = estimate(folder, refined, replace(request, **changes), FP32)
+        return {stage.name: stage for stage in made.stages}["prepare"]
+
+    plain, some, twice = (prepared(steps) for steps in (0, 10, 20))
+    assert plain.seconds < some.seconds < twice.seconds
+    assert plain.bytes <= some.bytes == twice.bytes
+    assert prepared(10, image=None) == prepared(0, image=None)
+    config = VAE_PRESETS["toybox"]
+    vae = CausalVAE(config).requires_grad_(False)
+    latents = torch.randn(1, config.latent_channels, 1, 16, 16, requires_grad=True)
+    with Live() as live:
+        vae.decode(latents).sum().backward()
+    assert refine_bytes(config, 16, 16, 4) == pytest.approx(live.peak, rel=0.35)
 
 
 def test_conditions_cost_encoding_and_tokens(tiny_model, tmp_path):
