@@ -232,7 +232,7 @@ def test_latents_that_are_kept_hold_an_encoder_back(tiny_model: Path) -> None:
         video = torch.rand((1, 3, 5, 32, 32), generator=generator) * 2 - 1
         torch.manual_seed(0)
         batch = {"video": video, "mask": torch.zeros(1, 1, 5, 32, 32)}
-        return float(task.loss(batch, 1)[0])
+        return float(task.loss(batch, 1)[0].detach())
 
     assert drift_loss(4.0, 0.0) == pytest.approx(drift_loss(0.0, 0.0), abs=1e-5)
     assert drift_loss(4.0, 0.5) - drift_loss(0.0, 0.5) == pytest.approx(1.0, rel=1e-3)
