@@ -26,6 +26,7 @@ CLIPS: dict[str, dict[str, Any]] = {
     "embedded": {"model": "toybox", "dtype": "bf16"},
     "embedded, large": {"model": "toybox", "dtype": "bf16", "size": "256x256", "steps": 4},
     "embedded, fp32": {"model": "toybox", "dtype": "fp32", "steps": 8},
+    "embedded, first frame": {"model": "toybox", "dtype": "fp32", "steps": 8, "image": True},
     "embedded, 3 windows": {"model": "toybox", "dtype": "bf16", "seconds": 8, "steps": 4},
     "wide": {"model": "wide", "dtype": "bf16", "frames": 5},
     "wide, first frame": {"model": "wide", "dtype": "bf16", "frames": 5, "image": True},
@@ -182,7 +183,7 @@ def main() -> None:
                 for what in ("bytes", "seconds")
             )
             size = f"{found['bytes']['real'] / 1e6:.0f} MB, {found['seconds']['real']:.1f} s"
-            print(f"{title:<20} {line}  ({size})", flush=True)
+            print(f"{title:<21} {line}  ({size})", flush=True)
     if args.output:
         data = {"spans": SPAN, "wall": bool(args.threads), "clips": results,
                 "machine": fingerprint()}
