@@ -34,6 +34,17 @@ def picture() -> np.ndarray:
                      np.broadcast_to(rows[::-1], (32, 48))], axis=-1)
 
 
+def taught(tiny_model: Path, **defaults: object) -> Engine:
+    """The tiny model as one that has further defaults."""
+    engine = load(str(tiny_model), device="cpu", dtype="fp32")
+    engine.folder = replace(engine.folder, defaults=replace(engine.folder.defaults, **defaults))
+    return engine
+
+
+def latents(engine: Engine, **options: object) -> torch.Tensor:
+    return engine.generate(PROMPT, seed=1, **options).latents
+
+
 def test_the_same_seed_gives_the_same_frames(engine: Engine) -> None:
     first, again = (engine.generate(PROMPT, seed=3) for _ in range(2))
     other = engine.generate(PROMPT, seed=4)
@@ -56,26 +67,20 @@ def test_guidance_one_is_the_conditional_pass(engine: Engine) -> None:
 def test_guidance_pulls_towards_given_frames_where_a_model_can_do_without(
     engine: Engine, tiny_model: Path, picture: np.ndarray
 ) -> None:
-    taught = load(str(tiny_model), device="cpu", dtype="fp32")
-    defaults = replace(taught.folder.defaults, image_guidance_scale=3.0)
-    taught.folder = replace(taught.folder, defaults=defaults)
-
-    def latents(made: Engine, **options: object) -> torch.Tensor:
-        return made.generate(PROMPT, seed=1, **options).latents
-
-    plain, pulled = (latents(made, image=picture) for made in (engine, taught))
+    other = taught(tiny_model, image_guidance_scale=3.0)
+    plain, pulled = (latents(made, image=picture) for made in (engine, other))
     assert torch.equal(plain[:, :, :1], pulled[:, :, :1])
     assert not torch.equal(plain, pulled)
-    assert torch.equal(latents(taught, image=picture, image_guidance=3.0), pulled)
-    assert not torch.equal(latents(taught, image=picture, guidance=5.0), pulled)
-    assert torch.equal(latents(taught, image=picture, image_guidance=1.0),
+    assert torch.equal(latents(other, image=picture, image_guidance=3.0), pulled)
+    assert not torch.equal(latents(other, image=picture, guidance=5.0), pulled)
+    assert torch.equal(latents(other, image=picture, image_guidance=1.0),
                        latents(engine, image=picture, guidance=1.0))
     ends = {"last_image": picture}
-    assert not torch.equal(latents(taught, **ends), latents(engine, **ends, guidance=3.0))
-    assert torch.equal(latents(taught, **ends, image_guidance=1.0),
+    assert not torch.equal(latents(other, **ends), latents(engine, **ends, guidance=3.0))
+    assert torch.equal(latents(other, **ends, image_guidance=1.0),
                        latents(engine, **ends, guidance=1.0))
-    assert torch.equal(latents(taught), latents(engine))
-    assert torch.equal(latents(taught, image_guidance=9.0), latents(engine))
+    assert torch.equal(latents(other), latents(engine))
+    assert torch.equal(latents(other, image_guidance=9.0), latents(engine))
     with pytest.raises(InputError, match=r"image_guidance is 2\.0, but this model sees given"):
         latents(engine, image=picture, image_guidance=2.0)
 
@@ -83,20 +88,14 @@ def test_guidance_pulls_towards_given_frames_where_a_model_can_do_without(
 def test_a_first_frame_comes_nearer_to_its_picture_by_steps_of_its_own(
     engine: Engine, tiny_model: Path, picture: np.ndarray
 ) -> None:
-    taught = load(str(tiny_model), device="cpu", dtype="fp32")
-    defaults = replace(taught.folder.defaults, refine_steps=8)
-    taught.folder = replace(taught.folder, defaults=defaults)
-
-    def latents(made: Engine, **options: object) -> torch.Tensor:
-        return made.generate(PROMPT, seed=1, **options).latents
-
-    plain, nearer = (latents(made, image=picture) for made in (engine, taught))
+    other = taught(tiny_model, refine_steps=8)
+    plain, nearer = (latents(made, image=picture) for made in (engine, other))
     assert not torch.equal(plain[:, :, :1], nearer[:, :, :1])
-    assert torch.equal(latents(taught, image=picture, refine=0), plain)
-    assert torch.equal(latents(taught, frame=[(0, picture)]), nearer)
+    assert torch.equal(latents(other, image=picture, refine=0), plain)
+    assert torch.equal(latents(other, frame=[(0, picture)]), nearer)
     ends = {"last_image": picture, "reference": [picture]}
-    assert torch.equal(latents(taught, **ends), latents(engine, **ends)), "no first frame"
-    assert torch.equal(latents(taught, image=picture, tiles="2x2"),
+    assert torch.equal(latents(other, **ends), latents(engine, **ends)), "no first frame"
+    assert torch.equal(latents(other, image=picture, tiles="2x2"),
                        latents(engine, image=picture, tiles="2x2"))
     with pytest.raises(InputError, match="refine is 3, but this model takes first frames as they"):
         latents(engine, image=picture, refine=3)

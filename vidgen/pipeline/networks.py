@@ -208,6 +208,7 @@ def encode_pixels(parts: Parts, video: Tensor, tiles: Tiles | None = None) -> Te
         return torch.cat(list(frames), dim=2).float()
 
 
+@torch.no_grad()
 def refine_first(parts: Parts, picture: Tensor, latents: Tensor, num_steps: int) -> Tensor:
     """Bring a first frame's latents nearer to it, through the decoder (Abdal et al. 2019, Alg. 1).
 
@@ -224,28 +225,28 @@ def refine_first(parts: Parts, picture: Tensor, latents: Tensor, num_steps: int)
     Returns:
         Latents like those given, each never further from its picture than they were.
     """
-    with parts.use("vae") as vae, torch.enable_grad():
+    with parts.use("vae") as vae:
         dtype, target = next(vae.parameters()).dtype, picture.to(latents)
-        refined, best = latents.clone().requires_grad_(), latents
+        refined = best = latents
         least = torch.full((len(latents),), torch.inf, device=latents.device)
         mean, square = torch.zeros_like(latents), torch.zeros_like(latents)
         for step in range(num_steps + 1):
-            errors = (vae.decode(refined.to(dtype)).float() - target).square().sum((1, 2, 3, 4))
+            tried = refined.detach().requires_grad_()
+            with torch.enable_grad():
+                errors = (vae.decode(tried.to(dtype)).float() - target).square().sum((1, 2, 3, 4))
             nearer = errors < least
-            with torch.no_grad():
-                least = torch.where(nearer, errors, least)
-                best = torch.where(nearer.view(-1, 1, 1, 1, 1), refined, best)
+            least = torch.where(nearer, errors, least)
+            best = torch.where(nearer.view(-1, 1, 1, 1, 1), refined, best)
             if step == num_steps:
                 break
-            (gradient,) = torch.autograd.grad(errors.sum(), [refined])
+            (gradient,) = torch.autograd.grad(errors, [tried], torch.ones_like(errors))
             # Kingma & Ba 2015, Alg. 1; torch.optim takes two seconds to be imported
             mean.lerp_(gradient, 1 - REFINE_BETAS[0])
             square.lerp_(gradient.square(), 1 - REFINE_BETAS[1])
             first, second = (kept / (1 - beta ** (step + 1))
                              for kept, beta in zip((mean, square), REFINE_BETAS, strict=True))
-            with torch.no_grad():
-                rate = REFINE_RATE * (1 - step / num_steps)
-                refined -= rate * first / (second.sqrt() + 1e-8)
+            rate = REFINE_RATE * (1 - step / num_steps)
+            refined = refined - rate * first / (second.sqrt() + 1e-8)
         return best
 
 
