@@ -86,7 +86,7 @@ def test_guidance_pulls_towards_given_frames_where_a_model_can_do_without(
 
 
 def test_a_first_frame_comes_nearer_to_its_picture_by_steps_of_its_own(
-    engine: Engine, tiny_model: Path, picture: np.ndarray
+    engine: Engine, tiny_model: Path, picture: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = taught(tiny_model, refine_steps=8)
     plain, nearer = (latents(made, image=picture) for made in (engine, other))
@@ -97,6 +97,7 @@ def test_a_first_frame_comes_nearer_to_its_picture_by_steps_of_its_own(
     assert torch.equal(latents(other, **ends), latents(engine, **ends)), "no first frame"
     assert torch.equal(latents(other, image=picture, tiles="2x2"),
                        latents(engine, image=picture, tiles="2x2"))
+    assert [r.message for r in caplog.records if "tiles isn't refined" in r.message]
     with pytest.raises(InputError, match="refine is 3, but this model takes first frames as they"):
         latents(engine, image=picture, refine=3)
 

@@ -222,6 +222,8 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
     engine = load(str(tiny_model), dtype="fp32")
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     picture = str(tmp_path / "a.png")
+    half = np.zeros((32, 32, 3), np.uint8)
+    half[:, 16:] = 255
     given = tmp_path / "given.mp4"
     engine.generate("a cat", seed=1, frames=25).save(given)
     bare = tmp_path / "bare.mkv"  # without latents
@@ -252,6 +254,7 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
         {"frames": 9}, {"frames": 41, "overlap": 2, "image": picture, "reference": [picture]},
         {"frames": 41, "last_image": picture, "frame": [(2.0, picture)]},
         {"prefix": str(given), "seconds": 5}, {"prefix": str(bare), "seconds": 5},
+        {"frames": 9, "image": picture, "mask": half},
     ):
         encoded.clear()
         begun.clear()

@@ -218,6 +218,11 @@ class Request:
         return value is not None and not (isinstance(value, tuple) and not value)
 
     @property
+    def begins_with_image(self) -> bool:
+        """Whether `image` is the first frame; under a mask alone it is the whole clip."""
+        return self.image is not None and (self.mask is None or self.video is not None)
+
+    @property
     def audio_file(self) -> str | os.PathLike[str] | None:
         """The file given as `audio`, or None where that is a word or left out."""
         return None if self.audio in (None, NO_AUDIO, OWN_AUDIO) else self.audio

@@ -156,7 +156,10 @@ class OpenedModel:
         picture is taken in tiles, since it doesn't fit the memory.
         """
         latents = self.encode_video(picture, tiles)
-        if tiles is not None or not num_steps:
+        if not num_steps:
+            return latents
+        if tiles is not None:
+            log.warning("a first frame that is taken in tiles isn't refined; refine 0 says so")
             return latents
         return refine_first(self.parts, picture, latents, num_steps)
 

@@ -126,7 +126,7 @@ def _pictures(
     """Given frames of a window: those in place, at its beginning, and those of later moments."""
     moments = [round(seconds * plan.fps) for seconds, _ in request.frame]
     inside = [moment for moment in moments if moment in new]
-    first = begins and (request.image is not None or bool(request.first_frame_model))
+    first = begins and (request.begins_with_image or bool(request.first_frame_model))
     last = ends and request.last_image is not None
     in_place = first + inside.count(0)
     return in_place, last + len(inside) - inside.count(0)

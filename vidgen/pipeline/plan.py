@@ -205,8 +205,7 @@ def _length(
 
 def _check_stills(request: Request, fps: Fraction, num_frames: int, kept: int) -> None:
     """Refuse a known frame that the clip doesn't have, and two pictures for one frame."""
-    is_first = request.image is not None and (request.mask is None or request.video is not None)
-    known = [0] * is_first + [kept - 1] * (request.last_image is not None)
+    known = [0] * request.begins_with_image + [kept - 1] * (request.last_image is not None)
     for seconds, _ in request.frame:
         known.append(round(seconds * fps))
         if known[-1] >= num_frames:

@@ -162,7 +162,7 @@ def _known_pixels(
 def _stills(plan: Plan, request: Request, inputs: Inputs) -> list[tuple[int, Frames]]:
     """Known stills by the index of their frame; under a mask the image is the whole clip."""
     stills = []
-    if request.mask is None or request.video is not None:
+    if request.begins_with_image:
         stills += [(0, picture) for picture in inputs.images.get("image", ())]
     frames = inputs.images.get("frame", ())
     for (seconds, _), picture in zip(request.frame, frames, strict=True):
