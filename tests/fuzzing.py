@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -283,15 +283,13 @@ class Report:
         return "\n".join(lines)
 
 
-@contextmanager
-def samples_in(folder: Path) -> Iterator[tuple[ForkServer, Path]]:
-    """A server, and the samples it made in a folder."""
+def samples_in(folder: Path, server: ForkServer) -> Path:
+    """A new folder of samples."""
     samples = folder / "samples"
     samples.mkdir()
-    with ForkServer() as server:
-        made = server.run(Job("tests.fuzz_samples:make_samples", (samples,), timeout_s=120))
-        assert not made.failure, made.failure
-        yield server, samples
+    made = server.run(Job("tests.fuzz_samples:make_samples", (samples,), timeout_s=120))
+    assert not made.failure, made.failure
+    return samples
 
 
 def run_cases(
@@ -319,8 +317,8 @@ def program() -> int:
     parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
     numbers = range(options.first, options.first + options.count)
-    with tempfile.TemporaryDirectory() as folder, samples_in(Path(folder)) as (server, samples):
-        report = run_cases(server, samples, numbers, options.seed, print)
+    with tempfile.TemporaryDirectory() as folder, ForkServer() as server:
+        report = run_cases(server, samples_in(Path(folder), server), numbers, options.seed, print)
     print(report.text)
     return bool(report.failures)
 

@@ -14,7 +14,7 @@ from vidgen.pipeline.job import job_facts
 
 FILM = """\
 version: 1
-project: {dtype: fp32, defaults: {steps: 60}}
+project: {dtype: fp32, defaults: {steps: 24}}
 shots:
   - {id: one, prompt: a red car bounces, duration: 1, steps: 2}
   - {id: two, prompt: a red car moves left, duration: 11, continue_from: one}

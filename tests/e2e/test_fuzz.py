@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children are wa
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ForkServer, Path]]:
-    with samples_in(tmp_path_factory.mktemp("fuzz")) as bench:
-        yield bench
+def bench(
+    server: ForkServer, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ForkServer, Path]:
+    return server, samples_in(tmp_path_factory.mktemp("fuzz"), server)
 
 
 @pytest.mark.parametrize(

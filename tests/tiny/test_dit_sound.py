@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +10,8 @@ import pytest
 import torch
 import yaml
 
+from tests.faults import ForkServer
+from tests.programs import run_program
 from vidgen.core.errors import InputError
 from vidgen.diffusion import condition
 from vidgen.diffusion.sound import sound_span
@@ -25,8 +24,6 @@ from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
 from vidgen.training.toybox_data import CacheConfig, ToyboxCache, load_vae
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import load_sound_vae
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_sound_of_a_stretch_is_all_that_is_heard_while_it_is_shown():
@@ -162,16 +159,8 @@ def test_clips_in_which_something_is_hit_are_drawn_more_often(
     assert count(shown(0.0)) < 4 * 8
 
 
-def program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "train" / f"{name}.py"), *arguments]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
 def test_the_program_learns_both_or_sound_alone(
-    tiny_model: Path, sound_vae: Path, tmp_path: Path
+    tiny_model: Path, sound_vae: Path, tmp_path: Path, server: ForkServer
 ) -> None:
     run = tmp_path / "run"
     config = {
@@ -190,18 +179,18 @@ def test_the_program_learns_both_or_sound_alone(
     }
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(config))
-    made = program("cache", "-c", str(file))
+    made = run_program(server, "train/cache.py", "-c", str(file))
     assert made.returncode == 0, made.stderr
-    learned = program("dit", "-c", str(file))
+    learned = run_program(server, "train/dit.py", "-c", str(file))
     assert learned.returncode == 0, learned.stderr
     scores = json.loads(learned.stdout)
     assert scores["sound_mean"] > 0
     lines = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
     assert lines[0]["sound"] > 0
-    alone = program("dit", "-c", str(file), "--set", "part=sound", "--set",
-                    f"run.folder={tmp_path / 'alone'}")  # fmt: skip
+    alone = run_program(server, "train/dit.py", "-c", str(file), "--set", "part=sound", "--set",
+                        f"run.folder={tmp_path / 'alone'}")  # fmt: skip
     assert alone.returncode == 0, alone.stderr
-    silent = program("dit", "-c", str(file), "--set", "preset=tiny", "--set",
-                     f"run.folder={tmp_path / 'silent'}")  # fmt: skip
+    silent = run_program(server, "train/dit.py", "-c", str(file), "--set", "preset=tiny", "--set",
+                         f"run.folder={tmp_path / 'silent'}")  # fmt: skip
     assert silent.returncode == 2
     assert "no parts for sound" in silent.stderr

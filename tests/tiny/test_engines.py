@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import shutil
@@ -46,6 +47,7 @@ def on_two_ranks(folder: Path) -> dict[str, Any]:
 
 
 def scenarios(folder: Path) -> dict[str, Any]:
+    gc.freeze()  # DeepSpeed collects often, and what is imported stays anyway
     found: dict[str, Any] = {}
     for name, engine in {**ENGINES, **OFFLOADED}.items():
         if name == "ddp":  # which ranks fall back to that see no memory of each other

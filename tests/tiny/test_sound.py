@@ -171,18 +171,17 @@ def test_a_track_that_starts_later_than_its_picture_is_heard_then(tmp_path):
 
 def test_memory_does_not_grow_with_the_length_of_the_sound(tmp_path):
     peaks = {}
-    for minutes in (1, 3):
-        seconds = minutes * 60
+    for seconds in (20, 80):
         sound = room(seconds * RATE, 2)
         for start in range(0, len(sound), 480_000):
             sound[start : start + 480_000] = 0.9 * np.sin(np.arange(480_000) / 9)[:, None]
         frames = (np.zeros((1, 16, 16, 3), np.uint8) for _ in range(seconds))
         info = ClipInfo(Fraction(1), (16, 16), seconds, sound, loudness=-10.0)
         tracemalloc.start()
-        path = write_clip(tmp_path / f"{minutes}.mp4", frames, info)
+        path = write_clip(tmp_path / f"{seconds}.mp4", frames, info)
         kept = read_sound(path)
-        peaks[minutes] = tracemalloc.get_traced_memory()[1]
+        peaks[seconds] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert len(kept[0]) == seconds * RATE
         assert isinstance(kept[0], np.memmap)
-    assert peaks[3] < peaks[1] + 4_000_000
+    assert peaks[80] < peaks[20] + 4_000_000

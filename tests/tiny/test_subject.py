@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from tests.programs import run_program
 from vidgen.cli.main import main
 from vidgen.core.config import apply_overrides, load_yaml, packaged_config
 from vidgen.core.errors import InputError
@@ -19,16 +16,6 @@ from vidgen.toybox.cast import RESERVED_SPRITES
 from vidgen.toybox.judge import Judge, JudgeConfig
 from vidgen.toybox.subject import Subject
 from vidgen.weights.load import save_module
-
-ROOT = Path(__file__).parents[2]
-
-
-def program(path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, path, *arguments], env=environment, cwd=ROOT, capture_output=True,
-        text=True, timeout=300, check=False,
-    )
 
 
 @pytest.mark.parametrize("sprite", RESERVED_SPRITES)
@@ -57,17 +44,18 @@ def test_only_reserved_sprites_are_subjects():
         Subject("car")
 
 
-def test_a_subject_goes_from_clips_to_a_score(tiny_model, tmp_path):
+def test_a_subject_goes_from_clips_to_a_score(tiny_model, tmp_path, server):
     out = tmp_path / "subject"
-    made = program("train/subject_clips.py", "--sprite", "unicorn", "--out", str(out), "--clips",
-                   "3", "--others", "2", "--frames", "9", "--size", "32")  # fmt: skip
+    made = run_program(server, "train/subject_clips.py", "--sprite", "unicorn", "--out", str(out),
+                       "--clips", "3", "--others", "2", "--frames", "9", "--size",
+                       "32")  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert len(list((out / "clips").glob("*.mkv"))) == 3
     wordings = json.loads((out / "clips" / "000.json").read_text())["caption"]
     assert len(wordings) == 8
     assert all("<subject_0>" in text for text in wordings)
     assert "unicorn" not in json.dumps(wordings)
-    other = program("train/subject_clips.py", "--sprite", "scooter", "--out", str(out))
+    other = run_program(server, "train/subject_clips.py", "--sprite", "scooter", "--out", str(out))
     assert other.returncode == 2
     assert "another subject" in other.stderr
 
@@ -81,7 +69,7 @@ def test_a_subject_goes_from_clips_to_a_score(tiny_model, tmp_path):
     ])  # fmt: skip
     run.write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
     assert main(["data", "cache", "-c", str(run)]) == 0
-    trained = program("train/finetune.py", "-c", str(run), "--json")
+    trained = run_program(server, "train/finetune.py", "-c", str(run), "--json")
     assert trained.returncode == 0, trained.stderr
     [lora] = json.loads(trained.stdout)["use"]
 
@@ -92,7 +80,7 @@ def test_a_subject_goes_from_clips_to_a_score(tiny_model, tmp_path):
     call = ("eval/subject.py", "-o", str(results), "--clips", str(out), "--lora", lora, "--model",
             str(tiny_model), "--count", "2", "--others", "2", "--steps", "1", "--frames", "9",
             "--size", "32x32", "--judge", str(tmp_path / "judge"))  # fmt: skip
-    scored = program(*call)
+    scored = run_program(server, *call)
     assert scored.returncode == 0, scored.stderr
     scores = json.loads(results.read_text())["scores"]
     assert scores["subject"]["sprite"]["with"]["clips"] == 2
@@ -100,5 +88,5 @@ def test_a_subject_goes_from_clips_to_a_score(tiny_model, tmp_path):
     assert -1 <= low <= high <= 1
     first = results.with_name("results.json.jsonl").read_text()
     assert len(first.splitlines()) == 8
-    assert program(*call).returncode == 0
+    assert run_program(server, *call).returncode == 0
     assert results.with_name("results.json.jsonl").read_text() == first

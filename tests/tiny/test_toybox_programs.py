@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.programs import load_program
+from tests.faults import ForkServer
+from tests.programs import ROOT, Ended, load_program, run_program
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.words import read_synonyms
 from vidgen.pipeline.video import load
@@ -30,17 +32,20 @@ from vidgen.training.toybox_data import (
 )
 from vidgen.weights.folder import open_model
 
-ROOT = Path(__file__).parents[2]
+Program = Callable[..., Ended]
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+@pytest.fixture
+def program(server: ForkServer) -> Program:
+    """Runs one of the programs in `train/`, by its name."""
+    return lambda name, *arguments: run_program(server, f"train/{name}.py", *arguments)
 
 
-def program(
-    name: str, *arguments: str, launcher: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
+def on_two_ranks(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", str(ROOT / "train" / f"{name}.py"), *arguments]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, str(ROOT / "train" / f"{name}.py"), *arguments]
     return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -72,12 +77,12 @@ def run_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_training_says_what_is_missing_then_learns_and_is_released(
-    run_file: Path, tiny_model: Path, tmp_path: Path
+    run_file: Path, tiny_model: Path, tmp_path: Path, program: Program
 ) -> None:
     early = program("dit", "-c", str(run_file))
     assert early.returncode == 2
     assert "train/cache.py" in early.stderr
-    made = program("cache", "-c", str(run_file), launcher=(*TORCHRUN, "2"))
+    made = on_two_ranks("cache", "-c", str(run_file))
     assert made.returncode == 0, made.stderr
     trained = program("dit", "-c", str(run_file))
     assert trained.returncode == 0, trained.stderr
@@ -121,7 +126,7 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
 
 
 def test_what_is_added_to_a_folder_is_recorded_there_and_nothing_else(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, program: Program
 ) -> None:
     out = tmp_path / "model"
     shutil.copytree(tiny_model, out)
@@ -193,7 +198,7 @@ def test_a_new_decoder_leaves_cached_latents_valid(tiny_model: Path, tmp_path: P
 
 
 def test_an_encoder_learns_for_a_decoder_that_stays_as_it_is(
-    tiny_model: Path, tmp_path: Path
+    tiny_model: Path, tmp_path: Path, program: Program
 ) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     config = {
@@ -220,12 +225,12 @@ def test_an_encoder_learns_for_a_decoder_that_stays_as_it_is(
 
 
 def test_latents_that_are_kept_hold_an_encoder_back(tiny_model: Path) -> None:
-    program, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 5, 1),), device="cpu")
+    vae, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 5, 1),), device="cpu")
 
     def drift_loss(keep: float, by: float) -> float:
-        loss = program.VAELoss(kl=0.0, keep=keep, equivariance_share=0.0)
-        settings = program.VAERun(run, "tiny", "encoder", loss=loss, init=str(tiny_model / "vae"))
-        task = program.VAETask(settings)
+        loss = vae.VAELoss(kl=0.0, keep=keep, equivariance_share=0.0)
+        settings = vae.VAERun(run, "tiny", "encoder", loss=loss, init=str(tiny_model / "vae"))
+        task = vae.VAETask(settings)
         C = task.vae.config.latent_channels
         task.vae.encoder.to_moments.bias.data[:C] += by
         generator = torch.Generator().manual_seed(0)
@@ -240,10 +245,10 @@ def test_latents_that_are_kept_hold_an_encoder_back(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{"part": "encoder"}, {"part": "decoder"}, {"keep": 0.1}])
 def test_a_part_that_goes_on_needs_what_was_released(settings: dict[str, object]) -> None:
-    program, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 9, 1),))
-    loss = program.VAELoss(keep=settings.pop("keep", 0.0))
+    vae, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 9, 1),))
+    loss = vae.VAELoss(keep=settings.pop("keep", 0.0))
     with pytest.raises(InputError, match="needs init: the folder of the released VAE"):
-        program.VAERun(run, loss=loss, **settings)
+        vae.VAERun(run, loss=loss, **settings)
 
 
 def test_references_show_the_sprite_elsewhere_and_no_held_out_triple() -> None:
@@ -272,7 +277,7 @@ def test_squares_are_cut_around_what_moves() -> None:
 
 @pytest.mark.parametrize("crop", [-8, 0, 60, 136])
 def test_a_crop_that_cannot_be_is_refused(crop: int) -> None:
-    program, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 9, 1),))
+    vae, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 9, 1),))
     with pytest.raises(InputError, match=f"crop is {crop}; give a multiple of 8 up to 128"):
-        program.VAERun(run, crop=crop)
-    assert program.VAERun(run, crop=64).crop == 64
+        vae.VAERun(run, crop=crop)
+    assert vae.VAERun(run, crop=64).crop == 64
