@@ -29,6 +29,7 @@ from vidgen.media.write import ClipInfo, write_clip
 from vidgen.toybox.captions import canonical_prompt
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
+from vidgen.training.program import exit_code
 
 FPS = Fraction(12)
 Plant = Callable[[Any, float], Any]
@@ -207,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -40,6 +40,7 @@ from vidgen.toybox.judge import embedded_judge
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, Scene, is_valid, sample_scenes
 from vidgen.toybox.sound import synthesize
+from vidgen.training.program import exit_code
 
 FPS = Fraction(12)
 RANKED = 0.9
@@ -302,4 +303,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from vidgen.training.program import exit_code
+
 ROOT = Path(__file__).parents[1]
 SPAN = {"bytes": 0.10, "bytes_at_least": 100_000_000, "seconds": 0.30}
 CLIPS: dict[str, dict[str, Any]] = {
@@ -191,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +54,7 @@ from vidgen.pipeline.video import Engine, load, to_frames
 from vidgen.toybox.captions import prompts
 from vidgen.toybox.judge import Judge, embedded_judge
 from vidgen.toybox.scenes import Scene
+from vidgen.training.program import exit_code
 
 LEVELS = {
     "first-block": (0.05, 0.1, 0.15, 0.2, 0.3, 0.45),
@@ -359,4 +361,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -17,6 +17,7 @@ from vidgen.media.clip import Clip
 from vidgen.media.provenance import read_marks
 from vidgen.media.read import VideoReader, read_recipe
 from vidgen.media.sound import read_sound
+from vidgen.pipeline.continuation import own_options
 from vidgen.pipeline.video import load
 
 PROMPT = "a red car bounces across the desert"
@@ -59,6 +60,14 @@ def test_a_clip_goes_on_and_on_by_its_own_recipe(short, extend, tmp_path):
     assert recipe["plan"]["prompt"] == "a cat over the meadow"
     for name in ("num_steps", "shift", "guidance", "sampler"):
         assert recipe["plan"][name] == before["plan"][name]
+
+
+def test_guidance_towards_given_frames_goes_on_too(short):
+    recipe = read_recipe(short)
+    assert "image_guidance" not in own_options(recipe)
+    recipe["plan"]["guidance"] |= {"scale": 4.0, "known_scale": 3.0}
+    options = own_options(recipe)
+    assert (options["guidance"], options["image_guidance"]) == (4.0, 3.0)
 
 
 def test_the_same_command_gives_the_same_file_but_for_its_marks(short, extend, tmp_path):

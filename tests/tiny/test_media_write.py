@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vidgen.core.errors import InputError, OutputError
+from vidgen.media.checks import check_file
 from vidgen.media.clip import Clip
 from vidgen.media.encode import Spool
 from vidgen.media.read import probe, read_recipe
@@ -87,6 +88,16 @@ def test_a_name_with_a_slash_becomes_a_folder_of_pngs(tmp_path):
     assert read_recipe(folder) == RECIPE | {"encoder": still_encoder("/")}
     with pytest.raises(OutputError, match="exists"):
         write(f"{tmp_path}/shots/", frames)
+
+
+@pytest.mark.parametrize("told", ["0", "-1", '"1/0"', '""', "[]", "null", "Infinity", "NaN"])
+def test_a_folder_whose_recipe_tells_no_rate_has_25_frames_a_second(tmp_path, told):
+    write(f"{tmp_path}/shots/", moving_bars(3), recipe=RECIPE)
+    (tmp_path / "shots" / "recipe.json").write_text(f'{{"plan": {{"fps": {told}}}}}')
+    assert Clip.from_file(tmp_path / "shots").fps == 25
+    assert check_file(tmp_path / "shots") is not None
+    (tmp_path / "shots" / "recipe.json").write_text('{"plan": {"fps": "25/2"}}')
+    assert Clip.from_file(tmp_path / "shots").fps == Fraction(25, 2)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".mkv", ".png", ".jpg", ".webp", ".gif"])

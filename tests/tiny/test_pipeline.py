@@ -16,6 +16,7 @@ from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.evaluation.generation import generate_batch
 from vidgen.media.clip import Clip
+from vidgen.media.read import fit
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.video import Engine, load
 
@@ -327,6 +328,9 @@ def test_a_masked_picture_is_repainted_where_white(engine: Engine, picture: np.n
             PROMPT, seed=1, image=picture, mask=white_left, size="32x32", frames=frames
         )
         assert torch.equal(clip.latents[..., 2:], state.clean[..., 2:])
+        assert clip.first_frame is None, "most of it was to become another"
+    clip = engine.generate(PROMPT, seed=1, image=picture, size="32x32", frames=5)
+    assert np.array_equal(clip.first_frame, fit(picture, 32, 32, "crop"))
 
 
 def test_a_clip_goes_on_from_another(engine: Engine, tmp_path: Path) -> None:

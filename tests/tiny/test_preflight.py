@@ -9,6 +9,7 @@ import time
 import weakref
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from vidgen.ops import native
 from vidgen.pipeline import calibration
 from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
 from vidgen.pipeline.estimate import KERNELS_BYTES, estimate
+from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.preflight import choose, preflight, settle
 from vidgen.pipeline.stages import Setup, duration_text, long_text, size_text
@@ -440,6 +442,20 @@ def test_the_command_prints_all(tiny_model, tmp_path, monkeypatch, capsys):
     assert main([*words, "--size", "8192x8192"]) == 2
     assert "what would fit" in capsys.readouterr().err
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".mp4"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"prompt": "a cat " * 300}, "the prompt has 601 tokens; this model reads 512: shorten it"),
+    ({"negative": "a cat " * 300}, "the negative has"),
+    ({"cache": "magnitude"}, "nobody has measured the magnitudes"),
+])
+def test_a_plan_refuses_what_the_engine_does(tiny_model, options, message):
+    request = Request(**{"prompt": "a cat", **options})
+    engine = load(str(tiny_model), device="cpu", dtype="fp32")
+    for plan in (partial(settle, engine.folder, request),
+                 partial(engine.plan, request, Inputs())):
+        with pytest.raises(InputError, match=message):
+            plan()
 
 
 def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys):

@@ -76,6 +76,18 @@ def test_each_clip_has_an_estimate_of_its_own(
     assert seconds[0] < seconds[1] < seconds[2]
 
 
+def test_an_estimate_is_of_the_way_that_its_clip_is_loaded(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(Report, "expect", lambda _self, made, **_: told.append(made))
+    over = ("--over", "offload=stage,block", "--dtype", "fp32")
+    assert sweep("a cat", *over, "--steps", 1, "-o", "s.png")[0] == 0
+    assert {(one.setup.offload, one.setup.dtype) for one in told[0]} == {
+        ("stage", "fp32"), ("block", "fp32")
+    }
+
+
 def test_clips_that_are_there_are_not_made_again(sweep: Sweep) -> None:
     first = sweep("a cat", "--over", "steps=1,2", "-o", "s.mp4")[1]
     assert [cell["made"] for cell in first["cells"]] == [True, True]

@@ -273,11 +273,14 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     if len(known) < len(cells):
         return []
     have = available_memory(device)
-    return [
-        choose(folder, settle(folder, cell.request), cell.request, device, have,
-               dtype=cell.loading["dtype"] or best_dtype(device))
-        for folder, cell in zip(known, cells, strict=True)
-    ]
+    made = []
+    for folder, cell in zip(known, cells, strict=True):
+        dtype, offload = cell.loading["dtype"], cell.loading["offload"]
+        asked = replace(cell.request, offload=None if offload == "auto" else offload, dtype=dtype,
+                        quantize=cell.loading["quantize"])
+        made.append(choose(folder, settle(folder, asked), asked, device, have,
+                           dtype=dtype or best_dtype(device)))
+    return made
 
 
 def _verdict(cell: Cell, report: Report) -> str | None:

@@ -29,6 +29,7 @@ from vidgen.media.read import (
     load_image,
     read_frames,
     read_recipe,
+    told_rate,
 )
 from vidgen.media.snapshot import pack, unpack
 from vidgen.media.sound import read_sound
@@ -258,7 +259,7 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     given = None if image is None else load_image(image)[0]
     recipe = read_recipe(path) or {}
     plan = recipe["plan"] if isinstance(recipe.get("plan"), dict) else {}
-    wanted, count = _rate(plan.get("fps")), plan.get("kept_frames")
+    wanted, count = told_rate(recipe), plan.get("kept_frames")
     is_film = not (Path(path).is_dir() or Path(path).suffix.lower() in PICTURE_SUFFIXES)
     sound = read_sound(path) if is_film else None
     if Path(path).is_dir():  # which tells no rate itself
@@ -281,13 +282,6 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
         checker.feed(frame[None])
     count = checker.num_frames
     return [*checker.finish(), *check_length(count, fps, count, wanted)]
-
-
-def _rate(told: Any) -> Fraction | None:
-    try:
-        return Fraction(told) or None
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
-        return None
 
 
 def _ways(mode: str | None) -> tuple[Literal["crop", "pad"], ...]:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from vidgen.core.errors import InputError
 from vidgen.media.checks import ClipChecker
 from vidgen.media.encode import Frames, Samples, SegmentStore
 from vidgen.media.findings import Finding, recorded
-from vidgen.media.read import VideoReader, load_image, read_recipe
+from vidgen.media.read import VideoReader, load_image, pictures_in, read_recipe, told_rate
 from vidgen.media.sound import read_sound
 from vidgen.media.write import ClipInfo, write_clip
 
@@ -92,13 +91,8 @@ class Clip:
 
     @classmethod
     def _from_folder(cls, folder: Path) -> Clip:
-        files, recipe = sorted(folder.glob("*.png")), read_recipe(folder)
-        if not files:
-            raise InputError(f"{folder} holds no pictures; give one that holds .png files")
-        try:
-            fps = Fraction((recipe or {})["plan"]["fps"])
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            fps = Fraction(25)
+        files, recipe = pictures_in(folder), read_recipe(folder)
+        fps = told_rate(recipe) or Fraction(25)
         height, width, _ = load_image(files[0])[0].shape
         info = ClipInfo(fps, (width, height), len(files), recipe=recipe)
         clip = cls(lambda: (load_image(file)[0][None] for file in files), info)

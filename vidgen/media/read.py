@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -316,6 +316,16 @@ def read_frames(path: str | os.PathLike[str]) -> Iterator[Frames]:
         return
     with VideoReader(path) as reader:
         yield from reader
+
+
+def told_rate(recipe: Mapping[str, Any] | None) -> Fraction | None:
+    """The frame rate that a recipe tells; None where it tells none that a clip can have."""
+    plan = (recipe or {}).get("plan")
+    try:
+        rate = Fraction(plan["fps"])  # type: ignore[index]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
+        return None
+    return rate if rate > 0 else None
 
 
 def pictures_in(folder: str | os.PathLike[str]) -> list[Path]:

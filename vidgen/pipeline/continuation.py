@@ -45,7 +45,8 @@ def _own_options(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]
         "steps": plan["num_steps"], "shift": plan["shift"], "sampler": plan["sampler"],
         "guidance": guidance["scale"], "guidance_interval": guidance["interval"],
         "guidance_rescale": guidance["rescale"], "guidance_low": guidance.get("low_scale"),
-        "control_scale": None, "cache": asked.get("cache"), "readings": asked.get("readings"),
+        "image_guidance": guidance.get("known_scale"), "cache": asked.get("cache"),
+        "readings": asked.get("readings"),
         "lora": [
             f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
             for lora in recipe.get("loras", ())

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import Request, parse_readings
+from vidgen.core.request import Request
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import prepare_image
 from vidgen.models.text import NOTHING
-from vidgen.models.tokenizer import PromptTokenizer, read_as
+from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.crew import Crew, devices_of
-from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.networks import (
     decode_latents,
@@ -32,11 +30,10 @@ from vidgen.pipeline.networks import (
     refine_first,
 )
 from vidgen.pipeline.parts import DTYPES, Parts
-from vidgen.pipeline.plan import Plan, make_plan
+from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.policy import Policy
-from vidgen.pipeline.preflight import Asked, first_setup
+from vidgen.pipeline.preflight import Asked, first_setup, settled
 from vidgen.pipeline.prompts import PromptEncoder
-from vidgen.pipeline.step_caches import settle_cache
 from vidgen.weights.folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -112,30 +109,11 @@ class OpenedModel:
             if asked not in (None, value):
                 raise InputError(f"this engine was loaded with {option} {value!r}, not "
                                  f"{asked!r}; load another one")
-        plan = make_plan(
-            request, self.folder.defaults, self.vae_config.strides,
-            self.vae_config.latent_channels, patch=self.dit_config.patch_size,
-            picture_size=inputs.picture_size, video_seconds=inputs.video_seconds,
-        )
-        plan = replace(plan, cache=settle_cache(request, self.folder))
-        plan = with_student(plan, request, self.folder)
-        texts = {"prompt": plan.prompt, "negative": plan.negative}
-        asked = parse_readings(request.readings)
-        if asked is None and request.lora:
-            asked = {}  # a word that only an adapter knows is no slip
-        readings = {word: known for text in texts.values()
-                    for word, known in self.tokenizer.readings(text, asked).items()}
-        for name, text in texts.items():
-            self._check_words(name, text, readings)
-        return replace(plan, readings=tuple(readings.items()))
-
-    def _check_words(self, name: str, text: str, readings: dict[str, str]) -> None:
-        """A model of few words refuses a text it can't read; one of all language cuts it."""
-        count, limit = self.tokenizer.count(read_as(text, readings)), self.tokenizer.max_length
-        if count > limit and self.tokenizer.words:
-            raise InputError(f"the {name} has {count} tokens; this model reads {limit}: shorten it")
-        for remark in self.tokenizer.remarks(text, readings):
-            log.warning("%s", remark)
+        plan = settled(request, self.folder, inputs, self.tokenizer)
+        for text in (plan.prompt, plan.negative):
+            for remark in self.tokenizer.remarks(text, dict(plan.readings)):
+                log.warning("%s", remark)
+        return plan
 
     def encode_texts(
         self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING

@@ -26,8 +26,9 @@ from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
 
 if TYPE_CHECKING:
+    from vidgen.pipeline.inputs import Inputs
     from vidgen.pipeline.step_caches import CacheChoice
-    from vidgen.weights.folder import ModelDefaults
+    from vidgen.weights.folder import ModelDefaults, ModelFolder
     from vidgen.weights.student import RollConfig, StudentConfig
 
 log = logging.getLogger(__name__)
@@ -77,30 +78,20 @@ class Plan:
         return None if self.student is None else self.student.roll
 
 
-def make_plan(
-    request: Request,
-    defaults: ModelDefaults,
-    strides: Strides,
-    channels: int,
-    *,
-    patch: int = 1,
-    picture_size: tuple[int, int] | None = None,
-    video_seconds: float | None = None,
-) -> Plan:
+def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = None) -> Plan:
     """Settle a request against a model.
 
     Args:
         request: for one clip.
-        defaults: the model's, where the request is silent.
-        strides: the VAE's.
-        channels: of the latents.
-        patch: latents a side of one token.
-        picture_size: (width, height) of the given picture or video whose aspect to keep.
-        video_seconds: length of the given video, which sets the clip's where nothing else does.
+        folder: the model; its defaults hold where the request is silent.
+        inputs: what was read of the request's files, whose aspect and length a clip keeps that has
+            no others; None: it has none, or size and length are given.
 
     Raises:
         InputError: a size, count or sampler that can't be had; names the nearest that can.
     """
+    defaults, vae = folder.defaults, folder.components["vae"].config
+    patch, strides = folder.components["transformer"].config.patch_size, vae.strides
     sampler = request.sampler or defaults.sampler
     if not isinstance(sampler, str):
         if request.shift is not None:
@@ -110,9 +101,13 @@ def make_plan(
     elif sampler not in SAMPLERS:
         raise InputError(f"sampler is {sampler!r}; {nearest(sampler, SAMPLERS)}")
     fps = request.fps or Fraction(defaults.fps).limit_denominator(1001)
-    num_frames, kept = _length(request, defaults, fps, strides, video_seconds)
-    width, height = _size(request, defaults, strides.hw * patch, picture_size)
-    shape = VideoShape(num_frames, height, width).latent(strides, channels, patch=patch)
+    num_frames, kept = _length(
+        request, defaults, fps, strides, inputs.video_seconds if inputs else None
+    )
+    width, height = _size(
+        request, defaults, strides.hw * patch, inputs.picture_size if inputs else None
+    )
+    shape = VideoShape(num_frames, height, width).latent(strides, vae.latent_channels, patch=patch)
     _check_stills(request, fps, num_frames, kept)
     _warn_unseen(defaults, width, height)
     guidance = _guidance(request, defaults)

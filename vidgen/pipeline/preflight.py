@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.core.request import Request
+from vidgen.core.request import Request, parse_readings
 from vidgen.core.runtime import available_memory, best_dtype
 from vidgen.core.shapes import Tiles, VideoShape
 from vidgen.media.speech import open_voice
+from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.estimate import Rates, estimate
 from vidgen.pipeline.experts import read_loras
@@ -27,6 +28,7 @@ from vidgen.pipeline.parts import Offload
 from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.rewrite import LanguageModel
 from vidgen.pipeline.stages import Estimate, Setup, size_text
+from vidgen.pipeline.step_caches import settle_cache
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import open_model
 
@@ -72,12 +74,10 @@ def first_setup(
     Where not even that fits, the most frugal one: a request may be smaller.
     """
     request = Request(prompt="-", offload=asked.offload, dtype=asked.dtype, quantize=quantize)
-    vae, dit = folder.components["vae"].config, folder.components["transformer"].config
     dtype = asked.dtype or best_dtype(device)
     if asked.offload and asked.dtype:
         return Setup(device, dtype, asked.offload, quantize)
-    plan = make_plan(request, folder.defaults, vae.strides, vae.latent_channels,
-                     patch=dit.patch_size)
+    plan = make_plan(request, folder)
     try:
         return choose(
             folder, plan, request, device, available_memory(device), dtype=dtype
@@ -91,16 +91,45 @@ def settle(folder: ModelFolder, request: Request) -> Plan:
     """The plan of a request, made without an engine.
 
     Raises:
-        InputError: what this model can't do, or inputs that can't be read.
+        InputError: what this model can't do, or inputs and texts that can't be read.
     """
-    vae, dit = folder.components["vae"].config, folder.components["transformer"].config
+    dit = folder.components["transformer"].config
     check_tasks(request, folder.name, folder.tasks, both=dit.image_positions is not None)
     inputs = Inputs() if request.first_frame_model else read_inputs(request)
-    plan = make_plan(
-        request, folder.defaults, vae.strides, vae.latent_channels, patch=dit.patch_size,
-        picture_size=inputs.picture_size, video_seconds=inputs.video_seconds,
-    )
-    return with_student(plan, request, folder)
+    return settled(request, folder, inputs, PromptTokenizer(folder.tokenizer, dit.text_len))
+
+
+def settled(
+    request: Request, folder: ModelFolder, inputs: Inputs, tokenizer: PromptTokenizer
+) -> Plan:
+    """The plan of a request whose files were read.
+
+    Raises:
+        InputError: what this model can't do; a text that a model of few words can't read whole (one
+            of all language cuts it).
+    """
+    plan = replace(make_plan(request, folder, inputs), cache=settle_cache(request, folder))
+    plan = with_student(plan, request, folder)
+    texts = {"prompt": plan.prompt, "negative": plan.negative}
+    asked = parse_readings(request.readings)
+    if asked is None and request.lora:
+        asked = {}  # a word that only an adapter knows is no slip
+    readings = {word: known for text in texts.values()
+                for word, known in tokenizer.readings(text, asked).items()}
+    for name, text in texts.items():
+        require_short(name, read_as(text, readings), tokenizer)
+    return replace(plan, readings=tuple(readings.items()))
+
+
+def require_short(name: str, text: str, tokenizer: PromptTokenizer) -> None:
+    """Refuse a text that a model of few words can't read whole.
+
+    Raises:
+        InputError: tells how long it is, and how long it may be.
+    """
+    count, limit = tokenizer.count(text), tokenizer.max_length
+    if count > limit and tokenizer.words:
+        raise InputError(f"the {name} has {count} tokens; this model reads {limit}: shorten it")
 
 
 def choose(

@@ -219,7 +219,8 @@ class Engine(OpenedModel):
                     )
                     clip = made.clip(recipe, glimpses)
                 clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))
-                for picture in inputs.images.get("image", ()):
+                if request.begins_with_image:
+                    (picture,) = inputs.images["image"]
                     clips[-1].first_frame = fit(picture, plan.height, plan.width, plan.fit)
         return clips if request.count > 1 else clips[0]
 

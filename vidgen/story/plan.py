@@ -26,9 +26,9 @@ from vidgen.media.read import check_image
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.extend import OVERLAP
-from vidgen.pipeline.plan import Plan, make_plan
+from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.policy import Policy, enforce, require_allowed
-from vidgen.pipeline.preflight import choose, require_own_model
+from vidgen.pipeline.preflight import choose, require_own_model, require_short
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
 from vidgen.story.expand import Expansion
@@ -149,7 +149,7 @@ def estimates(
         if shape not in known:
             asked = replace(request, offload=offload, **film.loading)
             try:
-                known[shape] = choose(film.folder, settle(film.folder, request), asked, device,
+                known[shape] = choose(film.folder, make_plan(request, film.folder), asked, device,
                                       have, dtype=dtype, suffix=film.suffix)
             except ModelError as error:
                 raise ModelError(f"{film.script.where(plan.shot)}: {error}") from None
@@ -163,13 +163,6 @@ def word_remarks(film: FilmPlan, plans: Sequence[ShotPlan]) -> list[str]:
     remarks = dict.fromkeys(remark for prompt in prompts
                             for remark in tokenizer.remarks(prompt, tokenizer.readings(prompt)))
     return [*remarks]
-
-
-def settle(folder: ModelFolder, request: Request) -> Plan:
-    """The plan of a request whose size and length are given, without a look at its files."""
-    vae, dit = _configs(folder)
-    return make_plan(request, folder.defaults, vae.strides, vae.latent_channels,
-                     patch=dit.patch_size)
 
 
 class _Planner:
@@ -293,13 +286,10 @@ class _Planner:
                     both=self.both)
         shape = (num_frames, request.steps, request.guidance, request.sampler, request.shift)
         if shape not in self._settled:
-            settle(self.folder, request)
+            make_plan(request, self.folder)
             self._settled.add(shape)
         for text in (request.prompt, request.negative or ""):
-            count, limit = self.tokenizer.count(text), self.tokenizer.max_length
-            if count > limit and self.tokenizer.words:
-                raise InputError(f"the prompt has {count} tokens with its descriptions and style; "
-                                 f"this model reads {limit}: shorten {text!r}")
+            require_short(f"text {text!r}, with descriptions and style,", text, self.tokenizer)
 
     def _inputs(self, request: Request) -> list[list[str]]:
         named = [("image", request.image), ("last_image", request.last_image)]

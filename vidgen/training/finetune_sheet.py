@@ -55,13 +55,12 @@ def check_sheets(config: FinetuneConfig, folder: ModelFolder) -> None:
     Raises:
         InputError: a prompt, size, length or setting of `validation` that can't be.
     """
-    settings, vae = config.validation, folder.components["vae"].config
+    settings = config.validation
     asked = {name: getattr(settings, name)
              for name in ("seed", "steps", "size", "frames", "guidance")}
     try:
         requests = [Request(prompt=each, **asked) for each in settings.prompts or ("a clip",)]
-        make_plan(requests[0], folder.defaults, vae.strides, vae.latent_channels,
-                  patch=folder.components["transformer"].config.patch_size)
+        make_plan(requests[0], folder)
     except InputError as error:
         raise InputError(f"validation: {error}") from None
 
