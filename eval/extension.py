@@ -10,6 +10,7 @@ five ways:
     held     the same, colours held to the first window's (--no-anchor)
     anchored the same, and each window is shown the clip's first frame (as by default, in models
              that were taught to keep to it)
+    rolled   the model's roller, turn by turn, beside them
 All ways share the first window: made from the prompt, or rendered (`--start render`) so that what
 follows shows how a true picture is kept. `truth` is a render as long as the clips: what moving
 sprites and cameras do to the same figures by themselves.

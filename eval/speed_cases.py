@@ -402,7 +402,7 @@ def _pipeline_run(
 
 
 def serve(name: str, side: str, threads: int, changes: dict[str, Any]) -> None:
-    """Answer "run" with seconds and peak memory, "error FILE" by writing the result there."""
+    """Answer "run" with seconds and peak memory; "run FILE" also writes the result there."""
     torch.set_num_threads(threads)
     case = MEMORY if name == "memory" else CASES[name]
     if "dtype" in changes:

@@ -23,8 +23,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--videos", action="append", metavar="FOLDER",
         help="temporal: clips to be measured; given again, the folders are compared")
     add("--network", action="append", default=[], metavar="NAME=PATH",
-        help="temporal, prompts: a network of VBench's: dino, clip, dreamsim, raft, amt or "
-        "cotracker")
+        help="temporal, prompts: a network of VBench's: dino, clip, dreamsim, raft, amt, "
+        "cotracker or i3d")
     add("--first-images", metavar="FOLDER",
         help="temporal, prompts: pictures with which the clips begin, named like their prompts")
     add("--prompt-suite", metavar="FILE",

@@ -43,7 +43,7 @@ FLASHES = 3.0
 """Flashes in any second; more can bring on seizures (ITU-R BT.1702-3; WCAG 2.2, 2.3.1)."""
 SPIKE, SPIKE_FAULT = 0.03, 0.1
 """Jump of half the picture and back, of the range. Clean renders stay below 0.003, a decoder's own
-flicker below 0.01; from a tenth on it counts as a flash."""
+flicker below 0.005; from a tenth on it counts as a flash."""
 FLAT = 0.98
 """Share of pixels that are black (below 10% of the range) or white (above 90%)."""
 BLANK = 1.0

@@ -185,7 +185,7 @@ IMAGE_KEYS: tuple[Names, ...] = (
     Names(None, None, "log_scale"),
     Names(None, "visual_projection", None),
 )
-"""`ImageEncoder`; Wan's fused `to_qkv` counts as three, see `weights.clip`."""
+"""`ImageEncoder`; Wan's fused `to_qkv` counts as three, see `weights.view`."""
 
 
 def image_keys(keys: Iterable[str]) -> tuple[Names, ...]:
