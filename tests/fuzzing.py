@@ -19,9 +19,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from fractions import Fraction
 from io import StringIO
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,6 +64,10 @@ FILE_VERBS = {
     "check": (), "replay": ("-o", "out.mp4"), "extend": ("--seconds", "1", "-o", "out.mp4"),
 }
 JOB = "x.mp4.vidgen-job"
+MASKED = SimpleNamespace(
+    num_frames=3, kept_frames=3, fps=Fraction(12), width=32, height=32, fit="crop"
+)
+"""What a mask is brought to."""
 
 
 def _walk(path: Path) -> None:
@@ -156,7 +162,7 @@ def targets() -> Iterator[Target]:
     yield Target("read_sound", read_sound, (*SOUNDS, *VIDEOS))
     yield Target("probe", probe, media)
     yield Target("read_recipe", read_recipe, media)
-    yield Target("read_mask", lambda p: read_mask(p, 3, 32, 32, "crop"), (*PICTURES, *VIDEOS))
+    yield Target("read_mask", lambda p: read_mask(p, MASKED), (*PICTURES, *VIDEOS))
     yield Target("Clip.from_file", Clip.from_file, media)
     yield Target("vidgen inspect", lambda p: _command("inspect", str(p)), media)
     for verb, options in FILE_VERBS.items():

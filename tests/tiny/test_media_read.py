@@ -14,7 +14,9 @@ from vidgen.media.clip import Clip
 from vidgen.media.read import VideoReader, fit, load_image, probe, read_recipe
 from vidgen.media.sheet import contact_sheet
 from vidgen.media.sound import read_sound
+from vidgen.media.timed import TimedReader
 from vidgen.media.write import ClipInfo, write_clip
+from vidgen.pipeline.inputs import video_frames
 
 
 def gradient(height=32, width=48):
@@ -27,6 +29,21 @@ def clip_at(path, num_frames=6, size=(64, 48)):
     frames[:, : size[1] // 2] = (200, 60, 30)
     write_clip(path, iter([frames]), ClipInfo(Fraction(12), size, num_frames))
     return frames
+
+
+def film(path, frames, aspect=None, times=None):
+    """Frames [T, H, W, 3] as a file, with pixels of an aspect or shown at tenths of a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 10)
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for time, frame in zip(times or range(len(frames)), frames, strict=True):
+            shown = av.VideoFrame.from_ndarray(frame, "rgb24")
+            shown.pts, shown.time_base = time, Fraction(1, 10)
+            container.mux(stream.encode(shown))
+        container.mux(stream.encode())
 
 
 def test_ordinary_pictures_are_read_as_they_are(tmp_path):
@@ -81,6 +98,59 @@ def test_sixteen_bit_greys_keep_their_range(tmp_path, suffix):
     read, notes = load_image(tmp_path / f"a.{suffix}")
     assert np.array_equal(read[..., 0], np.round(values * (255 / 65535)).astype(np.uint8))
     assert "16 bits" in notes[0]
+
+
+def test_large_numbers_are_read_by_their_size_or_refused(tmp_path):
+    levels = np.linspace(0, 255, 32 * 32).reshape(32, 32)
+    for name, factor, deep in (("small.tif", 1, False), ("large.tif", 257, True)):
+        Image.fromarray((levels * factor).astype(np.int32)).save(tmp_path / name)
+        pixels, notes = load_image(tmp_path / name)
+        assert abs(pixels[..., 0] - levels).max() < 1.01
+        assert bool(notes) == deep
+    for name, values in (("float.tif", levels.astype(np.float32) / 255),
+                         ("huge.tif", (levels * 1000).astype(np.int32))):  # fmt: skip
+        Image.fromarray(values).save(tmp_path / name)
+        with pytest.raises(InputError, match="of which white can't be told; save it with 8 or 16"):
+            load_image(tmp_path / name)
+
+
+def test_pixels_that_are_not_square_become_square(tmp_path):
+    path = tmp_path / "wide.mkv"
+    film(path, np.full((3, 32, 48, 3), 128, np.uint8), aspect=Fraction(2))
+    with VideoReader(path) as reader:
+        assert (reader.size, reader.is_plain) == ((96, 32), False)
+        assert next(iter(reader)).shape == (32, 96, 3)
+    with TimedReader(path) as reader:
+        assert (reader.size, reader.pixel_aspect) == ((48, 32), 2)
+
+
+def test_frames_at_uneven_times_are_taken_when_they_are_shown(tmp_path):
+    path, levels = tmp_path / "uneven.mkv", (10, 60, 110, 160, 210, 250)
+    frames = np.stack([np.full((32, 48, 3), level, np.uint8) for level in levels])
+    film(path, frames, times=(0, 1, 2, 12, 13, 14))
+    with VideoReader(path) as reader:
+        assert reader.places is not None
+        assert (reader.length(), reader.is_plain) == (reader.places[-1] + 1, False)
+        fps = reader.fps
+    shown = [int(frame.mean()) for frame in video_frames(str(path), 15, Fraction(10), fps)]
+    assert shown[:3] == pytest.approx(levels[:3], abs=4)
+    assert shown[3:11] == pytest.approx([levels[2]] * 8, abs=4), "held until the next one is due"
+    assert shown[-1] == pytest.approx(levels[5], abs=4)
+    film(path, frames, times=range(6))
+    with VideoReader(path) as reader:
+        assert (reader.places, reader.length(), reader.is_plain) == (None, 6, True)
+
+
+def test_a_cover_is_no_film(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "cover.png")
+    path = tmp_path / "song.mp3"
+    subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", "sine=d=1", "-i",
+         tmp_path / "cover.png", "-map", "0", "-map", "1", "-disposition:v", "attached_pic", path],
+        check=True,
+    )
+    with pytest.raises(InputError, match="it has no picture"):
+        VideoReader(path)
 
 
 def test_sixteen_bit_colour_is_read_with_a_word(tmp_path):

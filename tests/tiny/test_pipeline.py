@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vidgen
 from vidgen.core.errors import Cancelled, InputError, ModelError
@@ -17,7 +20,8 @@ from vidgen.core.request import Request
 from vidgen.evaluation.generation import generate_batch
 from vidgen.media.clip import Clip
 from vidgen.media.read import fit
-from vidgen.pipeline.inputs import Inputs, read_inputs
+from vidgen.media.write import ClipInfo, write_clip
+from vidgen.pipeline.inputs import Inputs, read_inputs, read_mask
 from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car bounces across the desert"
@@ -331,6 +335,59 @@ def test_a_masked_picture_is_repainted_where_white(engine: Engine, picture: np.n
         assert clip.first_frame is None, "most of it was to become another"
     clip = engine.generate(PROMPT, seed=1, image=picture, size="32x32", frames=5)
     assert np.array_equal(clip.first_frame, fit(picture, 32, 32, "crop"))
+
+
+def test_a_mask_clip_keeps_step_with_the_clip(engine: Engine, tmp_path: Path) -> None:
+    """White for the first 0.75 s at twice the clip's rate; the last frame holds for what is cut."""
+    video, mask = tmp_path / "v.mkv", tmp_path / "m.mkv"
+    engine.generate(PROMPT, seed=9, frames=9).save(video)
+    frames = np.zeros((36, 32, 32, 3), np.uint8)
+    frames[:18] = 255
+    write_clip(mask, [frames], ClipInfo(Fraction(24), (32, 32), 36))
+    plan = engine.plan(Request(prompt=PROMPT, seconds=1.5), Inputs())
+    assert (plan.kept_frames, plan.num_frames) == (18, 21)
+    shown = read_mask(str(mask), plan)[0, 0, :, 0, 0]
+    assert shown.tolist() == [1.0] * 9 + [0.0] * 12
+    longer = engine.plan(Request(prompt=PROMPT, seconds=2), Inputs())
+    with pytest.raises(InputError, match="lasts 18 frames at 12 a second, the clip 24; give"):
+        read_mask(str(mask), longer)
+
+
+def test_a_mask_that_moves_may_be_an_animation(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stills = [Image.new("RGB", (32, 32), colour) for colour in ("white", "white", "black")]
+    stills[0].save(tmp_path / "m.gif", save_all=True, append_images=stills[1:], duration=80)
+    plan = engine.plan(Request(prompt=PROMPT, frames=5), Inputs())
+    with pytest.raises(InputError, match="lasts 3 frames"):
+        read_mask(str(tmp_path / "m.gif"), plan)
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_mask(str(tmp_path / "clear.png"), plan).min() == 1
+    assert "clear.png: transparent parts laid over white" in caplog.text
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"seconds": 0.5, "frame": 0.6}, "frame is at 0.6 s, behind the clip's last one at 0.417 s"),
+    ({"frames": 1, "image": "x"}, "image leaves nothing to make of a clip of one frame"),
+    ({"frames": 1, "last_image": "x"}, "last_image leaves nothing"),
+    ({"frames": 4001, "fps": 1}, "4001 frames at 1 frames a second last 4001 s; .*3600 at most"),
+    ({"latents": np.zeros((1, 4, 3, 4, 4))}, "latents are of type ndarray; give a torch tensor"),
+    ({"latents": torch.full((1, 4, 3, 4, 4), math.nan)}, "latents hold values that are no numbers"),
+])
+def test_what_a_clip_cannot_have_is_refused(
+    engine: Engine, picture: np.ndarray, options: dict[str, Any], message: str
+) -> None:
+    given = {name: picture if isinstance(value, str) else value for name, value in options.items()}
+    if "frame" in given:
+        given["frame"] = ((given["frame"], picture),)
+    with pytest.raises(InputError, match=message):
+        engine.generate(PROMPT, seed=1, **given)
+
+
+def test_options_change_a_request(engine: Engine) -> None:
+    request = Request(prompt=PROMPT, frames=5, seed=2)
+    clip = engine.generate(request, seed=3)
+    assert (clip.num_frames, clip.recipe["plan"]["seed"]) == (5, 3)
 
 
 def test_a_clip_goes_on_from_another(engine: Engine, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.core.request import Request, parse_readings
+from vidgen.core.request import Request
+from vidgen.core.values import parse_readings
 from vidgen.evaluation.phrasings import read_phrasings
 from vidgen.media.read import read_recipe
 from vidgen.models.tokenizer import PromptTokenizer, read_as

@@ -2,6 +2,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,10 +30,33 @@ from vidgen.core.request import Request
         ({"seconds": math.nan}, "seconds is nan"),
         ({"seconds": math.inf}, "seconds is inf; .* 3600 at most"),
         ({"seconds": 2, "frames": 9}, "seconds and frames are both given"),
-        ({"fps": 0}, "fps is 0; give a number above 0"),
+        ({"fps": 0}, "fps is 0; give a number from 1 to 240"),
         ({"fps": "1/0"}, "fps is '1/0'; give a number or one such as 24000/1001"),
         ({"fps": math.nan}, "fps is nan"),
-        ({"fps": 1000}, "fps is 1000; .*240 at most"),
+        ({"fps": "1/1000"}, "fps is 1/1000; give a number from 1 to 240"),
+        ({"fps": True}, "fps is True"),
+        ({"prompt": "a \ud800 cat"}, "prompt holds .*half of a character"),
+        ({"negative": "\udcff"}, "negative holds"),
+        ({"say": [(0, "\ud800")]}, "say holds"),
+        ({"image": 5}, r"image is of type int; give a file's path, or uint8 \[H, W, 3\]"),
+        ({"video": np.zeros((2, 8, 8, 3))}, "video is of type ndarray; give a file's path"),
+        ({"mask": b"x"}, "mask is of type bytes"),
+        ({"reference": 5}, "reference is 5; give a list of pictures"),
+        ({"reference": ["a.png", 5]}, "reference is of type int"),
+        ({"frame": 5}, "frame is 5; give a list of pairs"),
+        ({"lora": 5}, "lora is 5; give a list of PATH or PATH:WEIGHT"),
+        ({"lora": [5]}, "lora holds 5"),
+        ({"say": 5}, "say is 5; give a list of texts or pairs"),
+        ({"sampler": 5}, "sampler is 5; give a name, or one of diffusers' flow schedulers"),
+        ({"strict": "no"}, "strict is 'no'; give True or False"),
+        ({"roll": "x"}, "roll is 'x'"),
+        ({"anchor": 5}, "anchor is 5"),
+        ({"count": None}, "count is None; leave it out, or give a value"),
+        ({"model": 5}, "model must be text, not 5"),
+        ({"latents": np.zeros(3), "count": 2}, "latents are the noise of one clip, but count is 2"),
+        ({"refine": 9}, "refine needs image or first_frame_model"),
+        ({"audio": "none", "audio_loop": True}, "audio_loop needs a sound, but audio is none"),
+        ({"fps": 1000}, "fps is 1000; give a number from 1 to 240"),
         ({"size": "128"}, "size is '128'; give width and height"),
         ({"size": "0x128"}, "size is 0; give a whole number from 16 to 8192"),
         ({"size": (128, 100000)}, "size is 100000"),
@@ -79,6 +103,26 @@ def test_values_are_brought_to_one_form():
     assert request.guidance_interval == (0.0, 1.0)
 
 
+def test_numbers_of_other_libraries_are_taken_as_pythons_own():
+    request = Request(
+        prompt="a cat", seed=np.int64(5), guidance=np.float32(2), size=np.array([160, 96]),
+        fps=np.float64(23.976), strict=np.bool_(True), frame=[(np.float64(0.5), "a.png")],
+    )
+    kinds = (request.seed, request.guidance, *request.size, request.strict, request.frame[0][0])
+    assert [type(value) for value in kinds] == [int, float, int, int, bool, float]
+    assert request.fps == Fraction(24000, 1001)
+
+
+def test_a_request_may_be_changed_by_options():
+    request = Request(prompt="a cat", frames=5, seed=2)
+    assert Request.of(request, {"seed": 77, "frames": 9}) == Request(
+        prompt="a cat", frames=9, seed=77)
+    with pytest.raises(InputError, match="unknown option 'sead'; did you mean 'seed'"):
+        Request.of(request, {"sead": 1})
+    with pytest.raises(InputError, match=r"overwrite is no option of a clip; clip.save\(PATH, ov"):
+        Request.of("a cat", {"overwrite": True})
+
+
 @pytest.mark.parametrize(
     ("given_fps", "meant"),
     [
@@ -101,7 +145,7 @@ def test_a_request_is_frozen():
     seed=st.integers(0, 2**63 - 1),
     guidance=st.floats(0, 100),
     size=st.tuples(st.integers(16, 8192), st.integers(16, 8192)),
-    fps=st.fractions(Fraction(1, 10), 240, max_denominator=1001),
+    fps=st.fractions(Fraction(1), 240, max_denominator=1001),
 )
 def test_a_dumped_request_makes_the_same_request(prompt, seed, guidance, size, fps):
     request = Request(prompt=prompt, seed=seed, guidance=guidance, size=size, fps=fps)

@@ -84,7 +84,7 @@ def run(args: Namespace, report: Report) -> int:
     if not 0 < args.seconds < math.inf:
         raise InputError(f"seconds is {args.seconds}; give how much longer, above 0")
     with VideoReader(args.clip) as reader:
-        fps, size, num_frames = reader.fps, reader.size, sum(1 for _ in reader)
+        fps, size, num_frames = reader.fps, reader.size, reader.length()
     output = args.output or _longer(args.clip)
     suffix = check_format(output, num_frames + max(1, round(args.seconds * fps)))
     if args.audio not in (None, "none") or args.say:

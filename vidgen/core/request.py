@@ -6,25 +6,47 @@ when the request is made; what needs strides, limits or files is judged where th
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
+from vidgen.core.values import (
+    check_cache,
+    check_flag,
+    check_number,
+    check_picture,
+    check_sampler,
+    check_text,
+    check_tiles,
+    check_whole,
+    parse_fps,
+    parse_frames,
+    parse_interval,
+    parse_loras,
+    parse_pictures,
+    parse_readings,
+    parse_said,
+    parse_size,
+    plain,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
-    Picture: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any]
+    from vidgen.core.values import Picture
 
 MAX_PROMPT = 20_000
 MAX_DEVICES = 1024
 MAX_SECONDS = 3600
+_TEXTS = {
+    "prompt": MAX_PROMPT, "negative": MAX_PROMPT, "aigc": 200, "audio_prompt": MAX_PROMPT,
+    "audio_model": 4096, "voice": 4096, "expand": 4096, "model": 4096, "first_frame_model": 4096,
+}
+"""The most characters of each."""
+_NEVER_LEFT_OUT = ("count", "retry", "strict", "label", "fit", "tiles", "cache")
 _WHOLE = {
     "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
     "retry": (0, 100), "refine": (0, 1000), "overlap": (1, 1000), "devices": (1, MAX_DEVICES),
@@ -32,21 +54,32 @@ _WHOLE = {
 _NUMBER = {
     "guidance": (0, 100), "guidance_low": (0, 100), "image_guidance": (0, 100),
     "guidance_rescale": (0, 1), "strength": (0, 1),
-    "control_scale": (0, 10), "colour_hold": (0, 1),
+    "control_scale": (0, 10), "colour_hold": (0, 1), "fps": (1, 240),
 }
-_ABOVE_ZERO = {"seconds": MAX_SECONDS, "fps": 240, "shift": 100}
+_ABOVE_ZERO = {"seconds": MAX_SECONDS, "shift": 100}
+_FLAGS = ("roll", "anchor", "audio_loop", "follow_audio", "strict", "shard")
+_ARRAYS = {"image": True, "last_image": True, "mask": True, "video": False, "prefix": False,
+           "control": False}
+"""Options that take one picture or clip, and whether pixels will do for it."""
 _CHOICE = {
     "fit": ("crop", "pad"), "dtype": ("fp32", "bf16", "fp16"),
     "offload": ("none", "stage", "block"), "quantize": ("int8",), "label": ("none", "visible"),
 }
-_TILES = re.compile(r"auto|none|[1-9]\d?x[1-9]\d?")
-_CACHES = ("none", "first-block", "magnitude", "forecast")
 _NEEDS = {
     "strength": ("video",), "mask": ("video", "image"),
     "control_scale": ("control", "video", "image", "last_image", "frame", "reference", "prefix"),
     "audio_loop": ("audio", "audio_model"), "follow_audio": ("audio",),
-    "audio_prompt": ("audio_model",), "voice": ("say",),
+    "audio_prompt": ("audio_model",), "voice": ("say",), "refine": ("image", "first_frame_model"),
 }
+_ELSEWHERE = {
+    "output": "save the clip: clip.save(PATH)",
+    "overwrite": "clip.save(PATH, overwrite=True) takes it",
+    "resume": "give a journal: Journal(PATH, resume=True)",
+    "preview": "give on_preview, which is shown small frames",
+    "events": "give on_event, which is told of the progress",
+    "attention": "choose it around the call: with vidgen.core.runtime.attention_by(NAME)",
+}
+"""What the command line takes beside a request's options, and who takes it in Python."""
 NO_AUDIO, OWN_AUDIO = "none", "generate"
 """Values of `audio` that name no file."""
 
@@ -190,8 +223,10 @@ class Request:
 
     def __post_init__(self) -> None:
         convert = {
-            "fps": parse_fps, "size": parse_size, "guidance_interval": _interval,
-            "frame": _pairs, "reference": _pictures, "lora": _pictures, "say": _said,
+            **dict.fromkeys((*_WHOLE, *_NUMBER, *_ABOVE_ZERO, *_FLAGS), plain),
+            "fps": parse_fps, "size": parse_size, "guidance_interval": parse_interval,
+            "frame": parse_frames, "reference": parse_pictures, "lora": parse_loras,
+            "say": parse_said,
         }
         for name, function in convert.items():
             value = getattr(self, name)
@@ -200,16 +235,20 @@ class Request:
         self._validate()
 
     @classmethod
-    def of(cls, prompt: str, options: Mapping[str, Any]) -> Request:
-        """A request from keywords that may be misspelt.
+    def of(cls, prompt: str | Request, options: Mapping[str, Any]) -> Request:
+        """A request from keywords that may be misspelt; a request that is there, so changed.
 
         Raises:
             InputError: an unknown option, with the nearest known one, or a bad value.
         """
         known = {f.name for f in fields(cls)} - {"prompt"}
         for name in options:
+            if name in _ELSEWHERE:
+                raise InputError(f"{name} is no option of a clip; {_ELSEWHERE[name]}")
             if name not in known:
                 raise InputError(f"unknown option {name!r}; {nearest(name, known)}")
+        if isinstance(prompt, Request):
+            return replace(prompt, **options)
         return cls(prompt=prompt, **options)
 
     def has(self, option: str) -> bool:
@@ -238,33 +277,44 @@ class Request:
         return None if isinstance(self.sampler, str) else self.sampler
 
     def _validate(self) -> None:
-        texts = {"prompt": MAX_PROMPT, "negative": MAX_PROMPT, "aigc": 200,
-                 "audio_prompt": MAX_PROMPT, "audio_model": 4096, "voice": 4096, "expand": 4096}
-        for name, limit in texts.items():
-            text = getattr(self, name)
-            if not isinstance(text, str | None) or (name == "prompt" and text is None):
-                raise InputError(f"{name} must be text, not {text!r}")
-            if text and len(text) > limit:
-                raise InputError(f"{name} has {len(text)} characters; shorten it to {limit}")
+        if self.prompt is None:
+            raise InputError("prompt must be text, not None")
+        for name in _NEVER_LEFT_OUT:
+            if getattr(self, name) is None:
+                raise InputError(f"{name} is None; leave it out, or give a value")
+        for name, limit in _TEXTS.items():
+            check_text(name, getattr(self, name), limit)
         if not self.prompt.strip():
             raise InputError("the prompt is empty; say what is to be seen")
-        for name, (low, high) in _WHOLE.items():
-            _check_whole(name, getattr(self, name), low, high)
-        for side in self.size or ():
-            _check_whole("size", side, 16, 8192)
-        for name, span in _NUMBER.items():
-            _check_number(name, getattr(self, name), *span)
-        for name, high in _ABOVE_ZERO.items():
-            _check_number(name, getattr(self, name), 0, high, above=True)
-        for seconds, _ in self.frame:
-            _check_number("frame", seconds, 0, 3600)
-        _check_cache(self.cache)
-        _check_tiles(self.tiles)
+        self._validate_numbers()
+        for name in _FLAGS:
+            check_flag(name, getattr(self, name))
+        for name, array in _ARRAYS.items():
+            check_picture(name, getattr(self, name), array=array)
+        check_sampler(self.sampler)
+        check_cache(self.cache)
+        check_tiles(self.tiles)
         parse_readings(self.readings)
         for name, known in _CHOICE.items():
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise InputError(f"{name} is {value!r}; {nearest(str(value), known)}")
+        self._validate_together()
+        self._validate_sound()
+
+    def _validate_numbers(self) -> None:
+        for name, (low, high) in _WHOLE.items():
+            check_whole(name, getattr(self, name), low, high)
+        for side in self.size or ():
+            check_whole("size", side, 16, 8192)
+        for name, span in _NUMBER.items():
+            check_number(name, getattr(self, name), *span)
+        for name, limit in _ABOVE_ZERO.items():
+            check_number(name, getattr(self, name), 0, limit, above=True)
+        for seconds, _ in self.frame:
+            check_number("frame", seconds, 0, MAX_SECONDS)
+
+    def _validate_together(self) -> None:
         if self.seconds is not None and self.frames is not None:
             raise InputError("seconds and frames are both given; give one of them")
         for name, needs in _NEEDS.items():
@@ -273,134 +323,20 @@ class Request:
         if self.first_frame_model is not None and self.image is not None:
             raise InputError("image and first_frame_model are both given; the first frame is one "
                              "of them")
-        self._validate_sound()
+        if self.latents is not None and self.count > 1:
+            raise InputError(f"latents are the noise of one clip, but count is {self.count}; leave "
+                             "one of them out")
 
     def _validate_sound(self) -> None:
         if not isinstance(self.audio, str | os.PathLike | None):
             raise InputError(f"audio is {type(self.audio).__name__}; give none, generate or a file")
+        if self.audio_loop and self.audio == NO_AUDIO:
+            raise InputError("audio_loop needs a sound, but audio is none; leave one of them out")
         if self.audio_model is not None and self.audio not in (None, OWN_AUDIO):
             raise InputError(f"audio {os.fspath(self.audio)!r} and audio_model are both given; the "
                              "sound is one of them")
         for seconds, text in self.say:
-            _check_number("say", seconds, 0, 3600)
+            check_number("say", seconds, 0, MAX_SECONDS)
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"say holds {text!r}; give the text that is to be spoken")
-            if len(text) > MAX_PROMPT:
-                raise InputError(f"say has {len(text)} characters; shorten it to {MAX_PROMPT}")
-
-
-def _check_whole(name: str, value: Any, low: int, high: int) -> None:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is not None and not (is_whole and low <= value <= high):
-        raise InputError(f"{name} is {value!r}; give a whole number from {low} to {high}")
-
-
-def _check_number(name: str, value: Any, low: float, high: float, above: bool = False) -> None:
-    is_number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
-    if value is None or (is_number and low <= value <= high and not (above and value == low)):
-        return
-    shown = str(value) if isinstance(value, Fraction) else repr(value)
-    span = f"above {low}, {high} at most" if above else f"from {low} to {high}"
-    raise InputError(f"{name} is {shown}; give a number {span}")
-
-
-def _check_tiles(value: Any) -> None:
-    if not _TILES.fullmatch(str(value)):
-        raise InputError(f"tiles is {value!r}; give auto, none, or rows and columns from 1 to 99, "
-                         "such as 2x3")
-
-
-def _check_cache(value: Any) -> None:
-    method, colon, threshold = str(value).partition(":")
-    if method not in _CACHES:
-        raise InputError(f"cache is {value!r}; {nearest(method, _CACHES)}")
-    if colon:
-        try:
-            number = float(threshold)
-        except ValueError:
-            number = math.nan
-        if method == "none" or not 0 <= number <= 100:
-            raise InputError(f"cache is {value!r}; behind the colon comes a threshold from 0 to "
-                             "100, such as forecast:0.1")
-
-
-def parse_readings(value: Any) -> dict[str, str] | None:
-    """What "bicylce=bicycle,taxi=car" reads words as, in lower case; None is "auto".
-
-    Raises:
-        InputError: neither auto, none nor such pairs.
-    """
-    if value in ("auto", "none"):
-        return None if value == "auto" else {}
-    pairs = [[side.strip().lower() for side in pair.split("=")] for pair in str(value).split(",")]
-    if not all(len(pair) == 2 and all(pair) and " " not in pair[0] for pair in pairs):
-        raise InputError(f"readings is {value!r}; give auto, none, or words and what they are read "
-                         "as, such as bicylce=bicycle,taxi=car")
-    return dict(pairs)
-
-
-def parse_fps(value: Any) -> Fraction:
-    """A frame rate, exact: a number, or text such as "24000/1001".
-
-    Raises:
-        InputError: neither.
-    """
-    try:
-        if isinstance(value, float) or (isinstance(value, str) and "." in value):
-            # 23.976 and 29.97 mean the broadcast rates n * 1000 / 1001.
-            number = float(value)
-            broadcast = Fraction(round(number) * 1000, 1001)
-            exact = Fraction(number).limit_denominator(1001)
-            return broadcast if abs(number - broadcast) < 1e-3 else exact
-        return Fraction(value)
-    except (ValueError, TypeError, OverflowError, ZeroDivisionError):
-        raise InputError(f"fps is {value!r}; give a number or one such as 24000/1001") from None
-
-
-def parse_size(value: Any) -> tuple[int, int]:
-    """(width, height) of such a pair, or of text such as "832x480".
-
-    Raises:
-        InputError: neither.
-    """
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d{1,9})[xX×](\d{1,9})", value.strip())
-        if match:
-            return int(match[1]), int(match[2])
-    elif isinstance(value, Iterable):
-        sides = tuple(value)
-        if len(sides) == 2:
-            return sides
-    raise InputError(f"size is {value!r}; give width and height in pixels, such as 128x96")
-
-
-def _interval(value: Any) -> tuple[float, float]:
-    ends = tuple(value) if isinstance(value, Iterable) else (value,)
-    is_pair = len(ends) == 2 and all(isinstance(end, int | float) for end in ends)
-    if not (is_pair and 0 <= ends[0] < ends[1] <= 1):
-        raise InputError(f"guidance_interval is {value!r}; give two rising numbers from 0 to 1")
-    return float(ends[0]), float(ends[1])
-
-
-def _pairs(value: Any) -> tuple[tuple[float, Picture], ...]:
-    for pair in value:
-        if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            raise InputError(f"frame holds {pair!r}; give pairs (seconds, picture)")
-    return tuple((seconds, picture) for seconds, picture in value)
-
-
-def _said(value: Any) -> tuple[tuple[float | None, str], ...]:
-    """Texts to speak, each with its time or without, or one alone."""
-    pairs = []
-    for each in (value,) if isinstance(value, str) else value:
-        if isinstance(each, str):
-            pairs.append((None, each))
-        elif isinstance(each, tuple | list) and len(each) == 2:
-            pairs.append((each[0], each[1]))
-        else:
-            raise InputError(f"say holds {each!r}; give texts or pairs (seconds, text)")
-    return tuple(pairs)
-
-
-def _pictures(value: Any) -> tuple[Picture, ...]:
-    return (value,) if isinstance(value, str | os.PathLike) else tuple(value)
+            check_text("say", text, MAX_PROMPT)

@@ -37,7 +37,7 @@ from vidgen.media.trackers import Drifts, Flashes, Freezes, Runs, Span, Spikes
 from vidgen.media.write import ClipInfo
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Picture
+    from vidgen.core.values import Picture
 
 FLASHES = 3.0
 """Flashes in any second; more can bring on seizures (ITU-R BT.1702-3; WCAG 2.2, 2.3.1)."""

@@ -10,11 +10,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import ExifTags, Image, ImageFile, ImageOps, ImageSequence, UnidentifiedImageError
 
@@ -23,7 +25,7 @@ from vidgen.media.encode import Frames
 from vidgen.media.stills import RECIPE_FILE, RECIPE_KEY
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Picture
+    from vidgen.core.values import Picture
 
 MIN_SIDE = 16
 MAX_PIXELS = 64_000_000
@@ -78,6 +80,14 @@ def load_image(picture: Picture) -> tuple[Frames, list[str]]:
         is_deep = any("16" in _raw_mode(tile) for tile in image.tile)
         image.load()
         return _as_rgb(image, is_deep)
+
+
+def is_clip(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a film, or an animation of several frames; told without decoding it."""
+    if Path(path).suffix.lower() not in PICTURE_SUFFIXES:
+        return True
+    with _opened(path) as image:
+        return getattr(image, "n_frames", 1) > 1
 
 
 def check_image(path: str | os.PathLike[str]) -> None:
@@ -139,11 +149,8 @@ def _as_rgb(image: Image.Image, is_deep: bool) -> tuple[Frames, list[str]]:
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         notes.append("turned as its EXIF orientation says")
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # Pillow would clip at 255 where 16 bits are meant.
-        values = np.asarray(image, dtype=np.float64) * (255 / 65535)
-        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-        is_deep = True
+    if image.mode.startswith(("I", "F")):
+        image, is_deep = _of_eight_bits(image, is_deep)
     if is_deep:
         notes.append("16 bits a channel reduced to 8")
     if image.mode == "CMYK":
@@ -154,6 +161,18 @@ def _as_rgb(image: Image.Image, is_deep: bool) -> tuple[Frames, list[str]]:
             notes.append("transparent parts laid over white")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return np.array(image.convert("RGB")), notes
+
+
+def _of_eight_bits(image: Image.Image, is_deep: bool) -> tuple[Image.Image, bool]:
+    """A picture of large numbers in 8 bits, and whether they were 16; Pillow would clip at 255."""
+    values = np.asarray(image, dtype=np.float64)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F" or not 0 <= low <= high <= 65535:
+        raise InputError(f"its values are from {low:g} to {high:g}, of which white can't be told; "
+                         "save it with 8 or 16 bits a channel")
+    is_deep = is_deep or image.mode != "I" or image.format == "PNG" or high > 255
+    values *= 255 / 65535 if is_deep else 1
+    return Image.fromarray(values.round().astype(np.uint8)), is_deep
 
 
 def fit(
@@ -188,13 +207,15 @@ class VideoReader:
 
     Attributes:
         fps: exact average rate; 25 for a single picture.
-        size: (width, height) as shown, after any rotation.
+        size: (width, height) as shown, after any rotation, in square pixels.
         stated_frames: as many as the file says that it has, or None; one that was cut off has
             fewer, and libav needn't mind.
 
     Raises:
         InputError: missing, no video, or damaged.
     """
+
+    _square = True  # scale pixels that are wider or higher than that
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = existing_file(path, "video")
@@ -222,6 +243,7 @@ class VideoReader:
 
     def _open(self) -> None:
         self._image: Image.Image | None = None
+        self._aspect = Fraction(1)
         if self.path.suffix.lower() in PICTURE_SUFFIXES:
             self._image = self._stack.enter_context(Image.open(self.path))
             _check_area(self._what, self._image.size)
@@ -230,12 +252,16 @@ class VideoReader:
         self._container = self._stack.enter_context(
             av.open(str(self.path), metadata_errors="replace")
         )
-        if not self._container.streams.video:
+        streams = [stream for stream in self._container.streams.video
+                   if not stream.disposition & Disposition.attached_pic]  # a cover is no film
+        if not streams:
             raise ValueError("it has no picture")
         if self._container.format.name == "tty":  # libav would draw any text file as pictures
             raise ValueError("it is text")
-        stream = self._container.streams.video[0]
-        _check_area(self._what, (stream.codec_context.width, stream.codec_context.height))
+        stream = self._stream = streams[0]
+        coded = stream.codec_context.width, stream.codec_context.height
+        self._aspect = Fraction(stream.sample_aspect_ratio or 1)
+        _check_area(self._what, _squared(*coded, self._aspect) or coded)
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for sizes told later
         stream.thread_type = "AUTO"
         self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
@@ -248,8 +274,47 @@ class VideoReader:
             return
         reformatter = VideoReformatter()
         self._container.seek(0)
-        for frame in self._container.decode(video=0):
-            yield to_rgb(frame, reformatter)
+        aspect = self._aspect if self._square else Fraction(1)
+        for frame in self._container.decode(self._stream):
+            yield to_rgb(frame, reformatter, _squared(frame.width, frame.height, aspect))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its frames are evenly shown, in square pixels."""
+        return self._aspect == 1 and self.places is None
+
+    @cached_property
+    def places(self) -> list[int] | None:
+        """Where frames are shown, in steps of `1 / fps`, if not evenly; None if evenly."""
+        with decoding(self._what, "save it again"):
+            at = self._times()
+        places = [round((time - at[0]) * self.fps) for time in at]
+        uneven = any(abs(place - index) > 1 for index, place in enumerate(places))
+        return places if uneven else None
+
+    def length(self) -> int:
+        """How many frames there are, or would be if they were evenly shown; decodes them all."""
+        count = sum(1 for _ in self)
+        return count if self.places is None else self.places[-1] + 1
+
+    def _times(self) -> list[Fraction]:
+        """Seconds at which frames are shown, in order; empty where the file doesn't tell."""
+        if self._image is not None:
+            lengths = [Fraction(round(still.info.get("duration", 0)), 1000)
+                       for still in ImageSequence.Iterator(self._image)]
+            return [sum(lengths[:n], Fraction()) for n in range(len(lengths))]
+        self._container.seek(0)
+        told = [packet.pts for packet in self._container.demux(self._stream) if packet.size]
+        ticks = sorted(pts for pts in told if pts is not None)
+        tick_s = Fraction(self._stream.time_base or 1)
+        return [pts * tick_s for pts in ticks] if len(ticks) == len(told) else []
+
+
+def _squared(width: int, height: int, aspect: Fraction) -> tuple[int, int] | None:
+    """The size in which pixels of an aspect are square, the longer way; None as it is."""
+    if aspect == 1:
+        return None
+    return (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
 
 
 def _stated_frames(
@@ -280,7 +345,8 @@ def to_rgb(
     Args:
         frame: of any pixel format.
         reformatter: kept between frames.
-        size: (width, height) before rotation to shrink it to, by means over areas; None: its own.
+        size: (width, height) before rotation to scale it to, smaller ones by means over areas;
+            None: its own.
     """
     exact = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     is_yuv = frame.format.name.startswith("yuv")
@@ -288,9 +354,9 @@ def to_rgb(
     untagged = Colorspace.ITU709 if frame.height > 576 else Colorspace.ITU601
     source = untagged if frame.colorspace in (0, 2) else None
     scaling = None
-    if size is not None:
+    if size is not None and size[0] <= frame.width and size[1] <= frame.height:
         scaling = Interpolation.AREA | exact
-    elif is_yuv:
+    elif is_yuv or size is not None:
         scaling = Interpolation.BICUBIC | exact
     width, height = size or (None, None)
     rgb = reformatter.reformat(

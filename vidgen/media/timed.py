@@ -65,6 +65,8 @@ class TimedReader(VideoReader):
         InputError: missing, no video, or damaged.
     """
 
+    _square = False
+
     def _open(self) -> None:
         super()._open()
         self.told_frames: int | None = None
@@ -74,12 +76,12 @@ class TimedReader(VideoReader):
         if self._image is not None:
             self.tick_s = Fraction(1, 1000)
             return
-        stream = self._container.streams.video[0]
+        stream = self._stream
         self.tick_s = Fraction(stream.time_base or Fraction(1, 90_000))
         self.told_frames = stream.frames or None
         if stream.duration is not None:
             self.told_s = stream.duration * self.tick_s
-        self.pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+        self.pixel_aspect = self._aspect
 
     @property
     def small_shape(self) -> tuple[int, int]:
@@ -119,7 +121,7 @@ class TimedReader(VideoReader):
         self._container.seek(0)
         usual = max(1, round(1 / (self.fps * self.tick_s)))
         first, before = None, -usual
-        for frame in self._container.decode(video=0):
+        for frame in self._container.decode(self._stream):
             first = frame.pts if first is None else first
             ticks = before + usual
             if frame.pts is not None and first is not None:

@@ -27,6 +27,7 @@ from vidgen.core.errors import DeviceError, InputError
 from vidgen.core.request import MAX_DEVICES
 from vidgen.core.runtime import given_rank
 from vidgen.core.tensors import moved
+from vidgen.core.values import check_whole
 from vidgen.diffusion.guidance import guided
 from vidgen.pipeline.crew_caches import collect, tie
 from vidgen.pipeline.crew_link import (
@@ -242,8 +243,7 @@ def start_crew(
         if shard:
             raise InputError("shard spreads weights over devices; give --devices 2 or more")
         return None
-    if not 1 < devices <= MAX_DEVICES:
-        raise InputError(f"devices is {devices}; give a number from 1 to {MAX_DEVICES}")
+    check_whole("devices", devices, 1, MAX_DEVICES)
     shard = bool(shard)
     if shard and (quantize or offload == "block"):
         raise InputError("weights that are spread over devices can be neither int8 nor read block "

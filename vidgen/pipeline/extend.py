@@ -240,9 +240,10 @@ class LongClip:
 
         path = Path(os.fspath(self.request.prefix))  # type: ignore[arg-type]
         label = self.request.label == "visible" and not bears_label(read_recipe(path))
-        if self.inputs.prefix_fps == plan.fps and self.inputs.video_size == info.size:
+        same = self.inputs.prefix_fps == plan.fps and self.inputs.video_size == info.size
+        if same and self.inputs.prefix_is_plain:
             return ContinuedClip(path, begun.num_frames, added, info, journal, label=label)
-        log.warning("%s: its frames are encoded once more, for another size or rate",
+        log.warning("%s: its frames are encoded once more, for another size, rate or timing",
                     self.request.prefix)
         source = with_label(whole, info.size, info.fps) if label else whole
         return Clip(source, info, journal=journal)
@@ -354,6 +355,9 @@ def _check(plan: Plan, request: Request, folder: ModelFolder) -> None:
             f"toybox, {', '.join(models_with('extend'))}"
         )
     for option in ("video", "mask", "control"):
+        if request.has(option) and request.has("prefix"):
+            raise InputError(f"{option} doesn't go with prefix, from which the clip follows; leave "
+                             "one of them out")
         if request.has(option):
             raise InputError(
                 f"{option} holds for one window of the model, {longest} frames at most; this clip "

@@ -95,7 +95,7 @@ class ForeignEngine:
         Raises:
             InputError: what this family can't honour, with what it can.
         """
-        request = prompt if isinstance(prompt, Request) else Request.of(prompt, options)
+        request = Request.of(prompt, options)
         enforce(self.policy, request)
         tell = on_event or (lambda _progress: None)
         journals = journals_of(journal, request.count)

@@ -22,20 +22,20 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.media.provenance import read_marks
-from vidgen.media.read import VideoReader, existing_file, fit, load_image
+from vidgen.media.read import VideoReader, existing_file, fit, is_clip, load_image
 from vidgen.media.speech import speech_files
 
 if TYPE_CHECKING:
     from fractions import Fraction
 
-    from vidgen.core.request import Picture
+    from vidgen.core.values import Picture
     from vidgen.media.encode import Frames
+    from vidgen.pipeline.plan import Plan
 
 log = logging.getLogger(__name__)
 
 EMBED_LIMIT = 2_000_000
 """Bytes up to which an input travels inside the recipe; larger ones are named by path."""
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Inputs:
         video_seconds: its length.
         prefix_fps: rate of the clip to go on from.
         prefix_frames: its length.
+        prefix_is_plain: whether its packets can stay as they are, evenly shown in square pixels.
         control_fps: rate of the clip to follow.
         records: for the recipe: option, SHA-256, and content or path.
     """
@@ -59,6 +60,7 @@ class Inputs:
     video_seconds: float | None = None
     prefix_fps: Fraction | None = None
     prefix_frames: int = 0
+    prefix_is_plain: bool = True
     control_fps: Fraction | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -85,26 +87,24 @@ def read_inputs(request: Request) -> Inputs:
     named += [("reference", picture) for picture in request.reference]
     for option, picture in named:
         if picture is not None:
-            pixels, notes = load_image(picture)
-            for note in notes:
-                log.warning("%s: %s", _name(picture), note)
-            inputs.images.setdefault(option, []).append(pixels)
+            inputs.images.setdefault(option, []).append(_pixels(option, picture))
             inputs.records.append(record_input(option, picture))
     if request.video is not None:
         with VideoReader(request.video) as reader:
             inputs.video_size, inputs.video_fps = reader.size, reader.fps
-            inputs.video_seconds = sum(1 for _ in reader) / float(reader.fps)
+            inputs.video_seconds = reader.length() / float(reader.fps)
         inputs.records.append(record_input("video", request.video))
     if request.prefix is not None:
         with VideoReader(request.prefix) as reader:
             inputs.video_size = inputs.video_size or reader.size
-            inputs.prefix_fps, inputs.prefix_frames = reader.fps, sum(1 for _ in reader)
+            inputs.prefix_fps, inputs.prefix_frames = reader.fps, reader.length()
+            inputs.prefix_is_plain = reader.is_plain
         inputs.records.append(record_input("prefix", request.prefix))
     if request.control is not None:
         with VideoReader(request.control) as reader:
             inputs.video_size = inputs.video_size or reader.size
             inputs.control_fps = reader.fps
-            seconds = sum(1 for _ in reader) / float(reader.fps)
+            seconds = reader.length() / float(reader.fps)
             inputs.video_seconds = inputs.video_seconds or seconds
         inputs.records.append(record_input("control", request.control))
     if request.mask is not None:
@@ -114,6 +114,7 @@ def read_inputs(request: Request) -> Inputs:
     for file in speech_files(request.say):
         inputs.records.append(record_input("say", existing_file(file, "say")))
     if request.latents is not None:
+        _check_noise(request.latents)
         inputs.records.append(record_input("latents", request.latents))
     return inputs
 
@@ -123,15 +124,19 @@ def video_frames(
 ) -> Iterator[Frames]:
     """The frames shown at `n / fps` for n < num_frames; the last one stays on screen at the end."""
     with VideoReader(path) as reader:
-        wanted, shown, frame = 0, 0, None
-        for shown, frame in enumerate(reader):
-            while wanted < num_frames and round(wanted * source_fps / fps) <= shown:
-                yield frame
+        wanted, places, before = 0, reader.places, None
+        for index, frame in enumerate(reader):
+            at = index if places is None else places[min(index, len(places) - 1)]
+            while before is not None and wanted < num_frames and (
+                round(wanted * source_fps / fps) < at
+            ):
+                yield before
                 wanted += 1
             if wanted == num_frames:
                 return
+            before = frame
     for _ in range(wanted, num_frames):
-        yield frame
+        yield before
 
 
 def pixels_of(
@@ -142,23 +147,45 @@ def pixels_of(
     return torch.from_numpy(fitted).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
-def read_mask(mask: Picture, num_frames: int, width: int, height: int, mode: str) -> Tensor:
-    """A picture or video as [1, 1, T, H, W] in [0, 1], 1 where new content is wanted."""
-    if isinstance(mask, np.ndarray) or Path(mask).suffix.lower() in PICTURE_SUFFIXES:
-        frames = [load_image(mask)[0]] * num_frames
+def read_mask(mask: Picture, plan: Plan) -> Tensor:
+    """A picture or clip as [1, 1, T, H, W] in [0, 1], 1 where new content is wanted.
+
+    A clip is brought to the plan's rate as a video is; its last frame holds for frames that are
+    made but not kept.
+
+    Raises:
+        InputError: it ends before the clip does.
+    """
+    if isinstance(mask, np.ndarray) or not is_clip(mask):
+        frames = [_pixels("mask", mask)] * plan.num_frames
     else:
         with VideoReader(mask) as reader:
-            frames = [frame for _, frame in zip(range(num_frames), reader, strict=False)]
-        if len(frames) < num_frames:
+            shown, rate = round(reader.length() * plan.fps / reader.fps), reader.fps
+        if shown < plan.kept_frames:
             raise InputError(
-                f"mask {mask} has {len(frames)} frames, the clip {num_frames}; "
-                "give a mask as long as the clip, or a picture"
+                f"mask {mask} lasts {shown} frames at {float(plan.fps):g} a second, the clip "
+                f"{plan.kept_frames}; give a mask as long as the clip, or a picture"
             )
-    return (pixels_of(frames, width, height, mode).mean(1, keepdim=True) + 1) / 2
+        frames = list(video_frames(mask, plan.num_frames, plan.fps, rate))
+    pixels = pixels_of(frames, plan.width, plan.height, plan.fit)
+    return (pixels.mean(1, keepdim=True) + 1) / 2
 
 
-def _name(picture: Picture) -> str:
-    return "picture" if isinstance(picture, np.ndarray) else str(picture)
+def _pixels(option: str, picture: Picture) -> Frames:
+    """A picture; what had to be interpreted is told."""
+    pixels, notes = load_image(picture)
+    for note in notes:
+        name = option if isinstance(picture, np.ndarray) else picture
+        log.warning("%s: %s", name, note)
+    return pixels
+
+
+def _check_noise(latents: Any) -> None:
+    if not isinstance(latents, Tensor):
+        raise InputError(f"latents are of type {type(latents).__name__}; give a torch tensor "
+                         "[1, C, F, h, w]")
+    if not latents.isfinite().all():
+        raise InputError("latents hold values that are no numbers; give finite ones")
 
 
 def noise_file(latents: Tensor) -> bytes:

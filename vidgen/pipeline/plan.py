@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.request import Request
+from vidgen.core.request import MAX_SECONDS, Request
 from vidgen.core.shapes import (
     LatentShape,
     Strides,
@@ -108,12 +108,16 @@ def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = Non
         request, defaults, strides.hw * patch, inputs.picture_size if inputs else None
     )
     shape = VideoShape(num_frames, height, width).latent(strides, vae.latent_channels, patch=patch)
-    _check_stills(request, fps, num_frames, kept)
+    _check_stills(request, fps, kept)
+    if kept > MAX_SECONDS * fps and not request.roll:
+        raise InputError(f"{kept} frames at {float(fps):g} frames a second last "
+                         f"{float(kept / fps):g} s; give so few, or such a rate, that they last "
+                         f"{MAX_SECONDS} at most")
     _warn_unseen(defaults, width, height)
     guidance = _guidance(request, defaults)
     if request.video is not None and request.strength is None and request.mask is None:
-        raise InputError("a video was given without strength or mask; add --strength 0..1 to "
-                         "re-imagine it, or --mask to repaint a part")
+        raise InputError("a video was given without strength or mask; give strength from 0 to 1 to "
+                         "re-imagine it, or a mask to repaint a part")
     return Plan(
         prompt=request.prompt,
         negative=defaults.negative_prompt if request.negative is None else request.negative,
@@ -198,15 +202,19 @@ def _length(
     return defaults.num_frames, defaults.num_frames
 
 
-def _check_stills(request: Request, fps: Fraction, num_frames: int, kept: int) -> None:
+def _check_stills(request: Request, fps: Fraction, kept: int) -> None:
     """Refuse a known frame that the clip doesn't have, and two pictures for one frame."""
     known = [0] * request.begins_with_image + [kept - 1] * (request.last_image is not None)
     for seconds, _ in request.frame:
         known.append(round(seconds * fps))
-        if known[-1] >= num_frames:
+        if known[-1] >= kept:
             raise InputError(f"frame is at {seconds:g} s, behind the clip's last one at "
-                             f"{float((num_frames - 1) / fps):.3g} s; give an earlier time or a "
+                             f"{float((kept - 1) / fps):.3g} s; give an earlier time or a "
                              "longer clip")
+    for option in ("image", "last_image", "frame"):
+        if kept == 1 and request.has(option) and request.mask is None:
+            raise InputError(f"{option} leaves nothing to make of a clip of one frame; give a "
+                             "longer one, or the picture as a reference")
     twice = {index for index in known if known.count(index) > 1}
     if twice:
         raise InputError(f"two pictures are given for frame {min(twice)}; give one of them, by "

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.core.request import Request, parse_readings
+from vidgen.core.request import Request
 from vidgen.core.runtime import available_memory, best_dtype
 from vidgen.core.shapes import Tiles, VideoShape
+from vidgen.core.values import parse_readings
 from vidgen.media.speech import open_voice
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae_tiles import grids

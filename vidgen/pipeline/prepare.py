@@ -192,8 +192,7 @@ def _beginning(plan: Plan, request: Request, inputs: Inputs, model: Encoder) -> 
 
 def _wanted(plan: Plan, request: Request) -> Tensor:
     assert request.mask is not None
-    mask = read_mask(request.mask, plan.num_frames, plan.width, plan.height, plan.fit)
-    return (mask > 0.5).float()
+    return (read_mask(request.mask, plan) > 0.5).float()
 
 
 def _fitted(plan: Plan, pictures: Iterable[Frames]) -> Tensor:

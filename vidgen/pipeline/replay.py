@@ -176,6 +176,8 @@ def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
     options |= {name: plan[name] for name in ("prompt", "negative", "seed", "fit")}
     if "class" not in recipe["model"]:  # what another family settles stays with its pipeline
         options = {name: v for name, v in options.items() if name != "seconds"} | _pinned(plan)
+        if all(record["option"] != "image" for record in recipe["inputs"]):
+            options.pop("refine")  # of nothing
     if recipe["scheduler"]:
         options["sampler"] = _scheduler(plan["sampler"], recipe["scheduler"])
         options.pop("shift", None)

@@ -14,6 +14,7 @@ pixel rows and columns.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -26,6 +27,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnStep, SamplerState
 from vidgen.core.request import Request
 from vidgen.core.runtime import best_dtype, choose_device
+from vidgen.core.values import check_picture
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise
@@ -83,7 +85,7 @@ class Progress:
 
 
 def load(
-    model: str = "toybox", *, device: str = "auto", dtype: str | None = None,
+    model: str | os.PathLike[str] = "toybox", *, device: str = "auto", dtype: str | None = None,
     offload: Offload | Literal["auto"] | None = None, quantize: Quantization | None = None,
     policy: Policy | None = None, devices: int | None = None, shard: bool | None = False,
 ) -> Engine | ForeignEngine:
@@ -108,9 +110,10 @@ def load(
         ModelError: no such model, files that are missing, damaged or don't fit together, or more
             than the memory holds.
     """
+    check_picture("model", model, array=False)
     policy = policy or policy_from_environment()
     Signing.from_environment()  # one that can't sign is told of now, not when a clip is made
-    folder, place = open_model(model), choose_device(device)
+    folder, place = open_model(os.fspath(model)), choose_device(device)
     asked = Asked(None if offload == "auto" else offload, dtype)
     if shard and asked.offload is None:
         asked = asked._replace(offload="stage")
@@ -159,7 +162,7 @@ class Engine(OpenedModel):
         Raises:
             InputError: what can't be honoured, with value, limit and remedy.
         """
-        request = prompt if isinstance(prompt, Request) else Request.of(prompt, options)
+        request = Request.of(prompt, options)
         tell = on_event or (lambda _progress: None)
         enforce(self.policy, request)
         journals = journals_of(journal, request.count)

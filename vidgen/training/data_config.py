@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vidgen.core.config import ONE
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.request import parse_size
 from vidgen.core.shapes import check_count, check_num_frames, check_size, size_for_aspect
+from vidgen.core.values import parse_size
 
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder

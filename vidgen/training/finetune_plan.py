@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import parse_size
+from vidgen.core.values import parse_size
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import VAEConfig
