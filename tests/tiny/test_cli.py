@@ -2,6 +2,9 @@
 
 import json
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -55,6 +58,59 @@ def test_the_same_seed_gives_the_same_file_at_the_same_time(cli, monkeypatch):
     cli("generate", "a cat", "--seed", 5, "-o", "a.mkv")
     cli("generate", "a cat", "--seed", 5, "-o", "b.mkv")
     assert Path("a.mkv").read_bytes() == Path("b.mkv").read_bytes()
+
+
+def test_a_link_stays_a_link_and_is_not_replaced_untold(cli):
+    Path("real").mkdir()
+    Path("x.mp4").symlink_to("real/y.mp4")
+    command = ("generate", "a cat", "--frames", "5", "--steps", "1", "-o", "x.mp4")
+    code, _, err = cli(*command)
+    assert (code, "x.mp4 exists; give --overwrite" in err) == (2, True)
+    assert cli(*command, "--overwrite")[0] == 0
+    assert Path("x.mp4").is_symlink()
+    assert Clip.from_file("real/y.mp4").num_frames == 5
+    Path("round.mp4").symlink_to("round.mp4")
+    code, _, err = cli(*command[:-1], "round.mp4", "--overwrite")
+    assert (code, "a link that leads back to itself" in err) == (2, True)
+
+
+def test_what_is_given_is_not_written_over(cli):
+    assert cli("generate", "a cat", "--frames", "5", "--steps", "1", "-o", "v.mp4")[0] == 0
+    before = Path("v.mp4").read_bytes()
+    code, _, err = cli("generate", "a cat", "--steps", "1", "--video", "./v.mp4", "--strength",
+                       "0.5", "-o", "v.mp4", "--overwrite")  # fmt: skip
+    assert (code, "v.mp4 is the video that was given" in err) == (2, True)
+    code, _, err = cli("check", "v.mp4", "--json")
+    assert code == 0
+    code, _, err = cli("replay", "v.mp4", "--events", "v.mp4", "-o", "w.mp4")
+    assert (code, "v.mp4 exists and holds no events" in err) == (2, True)
+    assert Path("v.mp4").read_bytes() == before
+
+
+def test_a_refused_command_leaves_earlier_events(cli):
+    command = ("generate", "a cat", "--steps", "1", "-o", "v.mp4", "--events", "e.jsonl")
+    assert cli(*command, "--frames", "5")[0] == 0
+    before = Path("e.jsonl").read_bytes()
+    assert cli(*command, "--frames", "6", "--overwrite")[0] == 2
+    assert Path("e.jsonl").read_bytes() == before
+
+
+def test_a_still_has_no_rate_to_be_wrong(cli):
+    assert cli("generate", "a cat", "--frames", "1", "--steps", "1", "-o", "x.jpg")[0] == 0
+    assert "fps" not in cli("check", "x.jpg")[1]
+
+
+def test_closed_streams_and_names_that_cannot_be_spelt(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-m", "vidgen", "generate", "a cat", "--model", str(tiny_model),
+               "--frames", "5", "--steps", "1", "-o"]  # fmt: skip
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "☃.mp4"], env=ascii_only, capture_output=True, check=True)
+    assert b"\\u2603.mp4" in done.stdout
+    closed = " ".join(map(shlex.quote, [*command, "x.mp4", "--json"])) + " 2>&-"
+    done = subprocess.run(closed, shell=True, capture_output=True, check=True)
+    assert json.loads(done.stdout)
+    assert Clip.from_file("x.mp4").num_frames == 5
 
 
 def test_several_clips_are_numbered_and_each_is_what_it_would_be_alone(cli):
@@ -159,6 +215,11 @@ BAD = {
     "unwritable": (["generate", "a", "-o", "/proc/x.mp4"], "can't be written"),
     "events": (["generate", "a", "--events", "none/e"], "none/e can't be written"),
     "inspect": (["inspect", "none.mp4"], "none.mp4 does not exist"),
+    "long name": (["generate", "a", "-o", "x" * 240 + ".mp4"], "has 244 bytes; give one of 240"),
+    "path too long": (["inspect", "x" * 300], "File name too long; give another path"),
+    "no path": (["generate", "a", "--image", "x" * 300], "File name too long; give another path"),
+    "no unicode": (["generate", "a \udcff"], "prompt holds '\\udcff', half of a character"),
+    "two in one": (["generate", "a", "-o", "x.mp4", "--events", "x.mp4"], "are both x.mp4"),
 }
 
 

@@ -334,6 +334,10 @@ def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> bo
         if suffix in (".png", ".jpg", ".jpeg") and request.frames is None:
             raise InputError(f"output {path} holds one picture; add --frames 1 or use .mp4")
         check_output(path, overwrite=overwrite)
+        for option, file in request.files:
+            if Path(file).resolve() == Path(path).resolve():
+                raise InputError(f"output {path} is the {option} that was given; choose another "
+                                 "name")
     return holds_sound(suffix)
 
 

@@ -6,6 +6,7 @@ report)`. Nothing but the verb that is called is imported, so that help is there
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from types import ModuleType
 from typing import NoReturn
 
@@ -43,11 +45,15 @@ VERBS = {
 }
 LONG = ("generate", "extend", "script", "replay", "sweep", "data", "eval", "train", "serve")
 INTERRUPTED = 130
+_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR,
+          errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EROFS)
+"""Why the system refuses a path that somebody gave."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1, 2 or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _mend_streams()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     logging.addLevelName(logging.WARNING, "warning")
     warnings.showwarning = _show_warning
@@ -69,6 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as head, has enough
         _drop_stdout()
         return 1
+    except OSError as error:
+        if error.errno not in _PATHS:
+            raise
+        reason = f"{error.filename}: {error.strerror}; give another path"
+        print(f"error: {reason}", file=sys.stderr)
+        return _failed(arguments, reason, InputError.exit_code)
     except SystemExit as leave:  # argparse's --help
         return int(leave.code or 0)
 
@@ -93,6 +105,19 @@ def verb_parser(verb: str) -> tuple[ModuleType, Parser]:
     return module, parser
 
 
+def _mend_streams() -> None:
+    """Let what is printed go nowhere where a stream is closed, and be spelt where it can't be."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # no file may become stderr
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _run(verb: str, *arguments: str) -> int:
     if verb not in VERBS:
         raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
@@ -109,6 +134,8 @@ def _call(module: ModuleType, verb: str, args: Namespace) -> int:
         join_torchrun()  # the process of rank 0 does all the rest
         return 0
     events = getattr(args, "events", None)
+    if events not in (None, "-") and events == getattr(args, "output", None):
+        raise InputError(f"output and events are both {events}; give one of them another name")
     if verb == "train" and (given_rank() or (0,))[0]:
         events = None  # the main rank's alone
     with Report(as_json=args.json, events=events) as report:

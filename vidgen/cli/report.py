@@ -11,6 +11,7 @@ Each line of the events file also has the Unix time at which it was written.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -43,6 +44,7 @@ class Report:
         self.as_json, self._events_path = as_json, events
         self._stack = ExitStack()
         self._events: TextIO | None = None
+        self._noted: list[str] = []  # before work began
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._clock: Clock | ManyClock | None = None
@@ -51,12 +53,7 @@ class Report:
         if self._events_path == "-":
             self._events = sys.stdout
         elif self._events_path:
-            try:
-                file = Path(self._events_path).open("w", buffering=1, encoding="utf-8")
-            except OSError as error:
-                reason = error.strerror
-                raise OutputError(f"{self._events_path} can't be written: {reason}") from None
-            self._events = self._stack.enter_context(file)
+            _check_events(Path(self._events_path))
         return self
 
     def __exit__(
@@ -65,18 +62,22 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with suppress(OSError):  # of events that couldn't be written, as was told
-            self._stack.close()
+        try:
+            if kind is None and self._noted:
+                self._write_events()
+        finally:
+            with suppress(OSError):  # of events that couldn't be written, as was told
+                self._stack.close()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Show an event and write it down."""
         if event["event"] == "progress" and self._clock:
             stage, done, total = event["stage"], event["done"], event["total"]
             event = {**event, **self._clock(stage, done, total, event.get("clip", 1))}
-        if self._events:
-            line = json.dumps({"time": time.time(), **event})
-            print_line(line, self._events, "stdout" if self._events_path == "-" else
-                        str(self._events_path))
+        if self._events_path:
+            self._noted.append(json.dumps({"time": time.time(), **event}))
+            if self._events or event["event"] != "note":  # a refusal leaves the file before
+                self._write_events()
         if event["event"] == "note":
             self._print(f"note: {event['text']}")
         elif event["event"] == "progress" and "worker" in event and sys.stderr.isatty():
@@ -86,6 +87,20 @@ class Report:
             many = many and not event["stage"].startswith("write ")  # which names the clip
             stage = f"{event['stage']} {event['clip']}" if many else event["stage"]
             self._advance(stage, event["done"], event["total"], event.get("eta_s"))
+
+    def _write_events(self) -> None:
+        """What was noted, into the file of events, which begins anew with the first."""
+        name = "stdout" if self._events_path == "-" else str(self._events_path)
+        if self._events is None:
+            try:
+                file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            except OSError as error:
+                raise OutputError(f"{name} can't be written: {error.strerror}") from None
+            self._events = self._stack.enter_context(
+                os.fdopen(file, "w", buffering=1, encoding="utf-8")
+            )
+        while self._noted:
+            print_line(self._noted.pop(0), self._events, name)
 
     def expect(
         self, made: Estimate | Sequence[Estimate], *, num_clips: int = 1,
@@ -158,6 +173,30 @@ class Report:
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         ends = None if eta_s is None else time.monotonic() + eta_s
         self._bars.update(self._tasks[stage], completed=done, total=total, ends=ends)
+
+
+def _check_events(path: Path) -> None:
+    """Refuse a place for events that can't be written, or holds something else.
+
+    Raises:
+        OutputError: says which.
+    """
+    first = ""
+    try:
+        if path.is_file():
+            with path.open("r+", encoding="utf-8", errors="replace") as file:
+                first = file.readline(100_000)
+        elif not path.exists():
+            path.touch()
+            path.unlink()
+    except OSError as error:
+        raise OutputError(f"{path} can't be written: {error.strerror}") from None
+    try:
+        is_event = not first or "event" in json.loads(first)
+    except (ValueError, TypeError):
+        is_event = False
+    if not is_event:
+        raise OutputError(f"{path} exists and holds no events; give --events another name")
 
 
 def print_line(line: str, file: TextIO, name: str) -> None:

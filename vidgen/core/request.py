@@ -228,6 +228,8 @@ class Request:
             "frame": parse_frames, "reference": parse_pictures, "lora": parse_loras,
             "say": parse_said,
         }
+        if self.offload == "auto":  # as the command line says it
+            object.__setattr__(self, "offload", None)
         for name, function in convert.items():
             value = getattr(self, name)
             if value is not None:
@@ -265,6 +267,15 @@ class Request:
     def audio_file(self) -> str | os.PathLike[str] | None:
         """The file given as `audio`, or None where that is a word or left out."""
         return None if self.audio in (None, NO_AUDIO, OWN_AUDIO) else self.audio
+
+    @property
+    def files(self) -> list[tuple[str, str | os.PathLike[str]]]:
+        """Pictures, clips and sound that are given as files, each with its option."""
+        given = [(name, getattr(self, name)) for name in _ARRAYS]
+        given += [("frame", picture) for _, picture in self.frame]
+        given += [("reference", picture) for picture in self.reference]
+        given.append(("audio", self.audio_file))
+        return [(name, file) for name, file in given if isinstance(file, str | os.PathLike)]
 
     @property
     def wants_sound(self) -> bool:

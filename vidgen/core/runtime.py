@@ -22,6 +22,8 @@ from vidgen.core.errors import InputError, OutputError
 if TYPE_CHECKING:
     import torch
 
+LONGEST_NAME = 240
+"""Bytes of an output's name: file systems take 255, of which what is not finished needs some."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ATTENTION_VARIABLE = "VIDGEN_ATTENTION"
 """The environment variable with the attention back end that `auto` is to be."""
@@ -46,7 +48,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises:
         OutputError: the place can't be written or the disk is full.
     """
-    target = Path(path)
+    target = _behind_links(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -65,6 +67,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _behind_links(path: str | Path) -> Path:
+    """What a symbolic link names in the end, so that it stays a link; all else as it is."""
+    target = Path(path)
+    try:
+        return target.resolve() if target.is_symlink() else target
+    except (OSError, RuntimeError):  # Python 3.11 and 3.13 on links in a circle
+        raise OutputError(f"{target} can't be written: it is a link that leads back to itself; "
+                          "choose another name") from None
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -124,10 +136,13 @@ def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 
     Raises:
         OutputError: it exists, its folder doesn't or can't be written, or lacks space.
     """
-    target = Path(path)
-    folder = target.parent
+    target, name = Path(path), os.fsencode(Path(path).name)
+    if len(name) > LONGEST_NAME:
+        raise OutputError(f"the name {target.name[:40]}... has {len(name)} bytes; give one of "
+                          f"{LONGEST_NAME} at most")
+    folder = _behind_links(path).parent
     try:
-        if target.exists() and not overwrite:
+        if os.path.lexists(target) and not overwrite:
             raise OutputError(f"{target} exists; give --overwrite or another name")
         if target.is_dir() and any(p.suffix not in (".png", ".json") for p in target.iterdir()):
             raise OutputError(f"{target} is a folder with other files in it; choose another name")

@@ -281,6 +281,8 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     for frame in chain([first], frames):
         checker.feed(frame[None])
     count = checker.num_frames
+    if count == 1 and not is_film:  # a picture has no rate
+        wanted = None
     return [*checker.finish(), *check_length(count, fps, count, wanted)]
 
 

@@ -220,8 +220,8 @@ def _claimed(module: nn.Module, *, exclusive: bool) -> Iterator[None]:
 def _refuse_others(owner: int | None) -> None:
     if owner not in (None, threading.get_ident()):
         raise InputError(
-            "another thread has its LoRA attached to these weights; generate in turns, or load the "
-            "model a second time"
+            "another thread has its LoRA, or the student of few steps, attached to these weights; "
+            "generate in turns, or load the model a second time"
         )
 
 
