@@ -127,6 +127,35 @@ def test_a_process_that_hangs_is_ended_and_the_job_that_took_it_fails(service, m
     wait_for(lambda: seen(service, behind)["status"] == "completed")
 
 
+@pytest.mark.parametrize("how", ["cancel", "delete"])
+def test_a_process_that_does_not_stop_is_ended_and_others_go_on(service, monkeypatch, how):
+    job = service.video(LONG, ANN)
+    behind = service.video({"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5}, ANN)
+    wait_for(lambda: (seen(service, job)["step"] or 0) > 0)
+    stuck = service.scheduler._child.process
+    os.kill(stuck.pid, signal.SIGSTOP)
+    getattr(service.scheduler, how)(service.jobs.get(job.id))
+    assert stuck.poll() is None
+    monkeypatch.setattr(scheduler, "STOP_PATIENCE_S", 0.0)
+    wait_for(lambda: stuck.poll() is not None)
+    monkeypatch.undo()
+    wait_for(lambda: seen(service, behind)["status"] == "completed")
+    if how == "cancel":
+        assert seen(service, job)["error"]["code"] == "cancelled"
+    else:
+        assert service.jobs.get(job.id) is None
+        assert not service.settings.job_folder(job.id).exists()
+
+
+def test_a_clip_of_few_frames_may_not_last_for_hours(service):
+    wrong = {"prompt": "x", "num_frames": 5, "num_inference_steps": 4, "fps": 0.001}
+    with pytest.raises(Refusal, match=r"5,000 seconds .* takes 600: .* a higher fps"):
+        service.video(wrong, ANN)
+    script = {"project": {"fps": 0.01}, "shots": [{"id": "one", "prompt": "x", "frames": 9}]}
+    with pytest.raises(Refusal, match="900 seconds of shot one"):
+        service.check_film({"script": script}, ANN)
+
+
 def test_a_question_outlives_one_process_that_judges_and_no_more(service, asking):
     def killed_while_asked(answer):
         wait_for(lambda: service.judge._is_ready)

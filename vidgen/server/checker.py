@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.plan import Plan
 
 POLICY, FAILED = "content_policy_violation", "server_error"
+_SHORTER = "ask for fewer frames, or a higher fps"
 log = logging.getLogger(__name__)
 
 
@@ -120,6 +121,8 @@ class Checker:
             name, num_frames = plan.shot.id, take.parts[index].num_frames
             request = film.request(plan.shot, take.seed, index, num_frames)
             self._at_most(f"frames of shot {name}", plan.num_frames, self.limits.frames)
+            self._at_most(f"seconds of shot {name}", float(plan.num_frames / film.fps),
+                          self.limits.seconds, _SHORTER)
             self._at_most(f"steps of shot {name}", request.steps or 0, self.limits.steps)
         try:
             enforce_film(self.policy, film)
@@ -179,6 +182,7 @@ class Checker:
     def _check_plan(self, plan: Plan) -> None:
         self._at_most("pixels", plan.width * plan.height, self.limits.pixels)
         self._at_most("frames", plan.kept_frames, self.limits.frames)
+        self._at_most("seconds", float(plan.kept_frames / plan.fps), self.limits.seconds, _SHORTER)
         self._at_most("steps", plan.num_steps, self.limits.steps)
 
     def _enforce(self, request: Request) -> None:
@@ -190,9 +194,10 @@ class Checker:
             raise Refused(str(error)) from None
 
     @staticmethod
-    def _at_most(what: str, value: float, limit: float) -> None:
+    def _at_most(what: str, value: float, limit: float, remedy: str = "ask for less") -> None:
         if value > limit:
-            raise InputError(f"{value:,.9g} {what} are asked for; this service takes {limit:,.9g}")
+            raise InputError(f"{value:,.9g} {what} are asked for; this service takes {limit:,.9g}: "
+                             f"{remedy}")
 
 
 class Refused(InputError):
