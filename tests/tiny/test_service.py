@@ -10,12 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from tests.lora_models import make_adapter, make_dit
+from tests.models import DEFAULTS, TASKS, build_tiny_model
 from tests.services import wait_for
+from vidgen.models.presets import DIT_PRESETS
+from vidgen.pipeline.video import load
 from vidgen.server import guard, scheduler
 from vidgen.server.app import make_app
+from vidgen.server.checker import Checker
 from vidgen.server.judging import Refusal
+from vidgen.server.making import Maker
 from vidgen.server.service import JUDGED_AT_ONCE, Call, Service
 from vidgen.server.settings import Limits, Settings
+from vidgen.weights.folder import write_model_info
+from vidgen.weights.student import RollConfig, StudentConfig, write_student
 
 LONG = {"prompt": "a red car", "num_inference_steps": 200, "num_frames": 33}
 ANN, BOB = Call("ann"), Call("bob")
@@ -154,6 +162,22 @@ def test_a_clip_of_few_frames_may_not_last_for_hours(service):
     script = {"project": {"fps": 0.01}, "shots": [{"id": "one", "prompt": "x", "frames": 9}]}
     with pytest.raises(Refusal, match="900 seconds of shot one"):
         service.check_film({"script": script}, ANN)
+
+
+def test_a_clip_is_rolled_out_without_previews(tmp_path):
+    model = build_tiny_model(tmp_path / "tiny")
+    roll = RollConfig(turn_frames=2, window_frames=4, history_noise=0.2)
+    student = StudentConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0, roll=roll)
+    write_student(make_adapter(make_dit(DIT_PRESETS["tiny"])), student, model)
+    write_model_info(model, name="tiny", family="toybox", license_name="Apache-2.0", tasks=TASKS,
+                     defaults=DEFAULTS, world_version=1)
+    spec = {"options": {"prompt": "a red car", "roll": True, "frames": 21, "seed": 1}}
+    assert Checker(str(model), Limits()).clip(str(tmp_path), spec)["num_frames"] == 21
+    shown, told = [], []
+    made = Maker(load(str(model), dtype="fp32"), told.append).make(tmp_path, spec, shown.append)
+    assert (made["num_frames"], shown) == (21, [])
+    assert (tmp_path / "thumbnail.webp").is_file()
+    assert {event["stage"] for event in told} >= {"write", "finish"}
 
 
 def test_a_question_outlives_one_process_that_judges_and_no_more(service, asking):
