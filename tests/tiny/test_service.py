@@ -16,8 +16,10 @@ from tests.services import wait_for
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.video import load
 from vidgen.server import guard, scheduler
+from vidgen.server.answers import require_completed
 from vidgen.server.app import make_app
 from vidgen.server.checker import Checker
+from vidgen.server.errors import ApiError
 from vidgen.server.judging import Refusal
 from vidgen.server.making import Maker
 from vidgen.server.service import JUDGED_AT_ONCE, Call, Service
@@ -162,6 +164,34 @@ def test_a_clip_of_few_frames_may_not_last_for_hours(service):
     script = {"project": {"fps": 0.01}, "shots": [{"id": "one", "prompt": "x", "frames": 9}]}
     with pytest.raises(Refusal, match="900 seconds of shot one"):
         service.check_film({"script": script}, ANN)
+
+
+def test_a_remix_needs_a_change_and_no_prompt(service):
+    short = {"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5, "seed": 3}
+    source = service.video(short, ANN)
+    made = service.remix(source, {"num_frames": 9}, ANN)
+    assert (made.ask["prompt"], made.ask["seed"], made.ask["num_frames"]) == ("a cat", 3, 9)
+    assert service.remix(source, {"seed": "4"}, ANN).ask["seed"] == 4
+    for nothing in ({}, {"prompt": None}, {"model": "tiny"}):
+        with pytest.raises(ApiError, match="nothing is changed; .* a replay"):
+            service.remix(source, nothing, ANN)
+    with pytest.raises(ApiError, match="prompt is ''"):
+        service.remix(source, {"prompt": ""}, ANN)
+
+
+def test_what_the_service_refuses_names_its_own_fields(service):
+    fields = {"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5}
+    job = service.video(fields, ANN)
+    wait_for(lambda: seen(service, job)["status"] == "completed")
+    with pytest.raises(ApiError, match="the field strength") as error:
+        service.video({"prompt": "x", "video_reference": {"id": job.id}}, ANN)
+    assert (error.value.code, error.value.param) == ("missing_parameter", "strength")
+    gone = service.video(LONG, ANN)
+    service.scheduler.cancel(gone)
+    with pytest.raises(ApiError, match=r"has failed; ask for another one \(it was cancelled\)"):
+        require_completed(service.jobs.get(gone.id))
+    with pytest.raises(ApiError, match="has failed; give one that is completed"):
+        service.edit({"prompt": "x", "video": {"id": gone.id}}, ANN)
 
 
 def test_a_clip_is_rolled_out_without_previews(tmp_path):

@@ -14,12 +14,12 @@ import pytest
 
 from vidgen.core.errors import InputError
 from vidgen.server.asks import parse
-from vidgen.server.body import _nested
+from vidgen.server.body import Upload, _nested
 from vidgen.server.errors import ApiError, from_vidgen, param_of
 from vidgen.server.fetch import fetch, is_public
 from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.logs import JsonFormatter
-from vidgen.server.schema import VideoAsk
+from vidgen.server.schema import EditAsk, RemixAsk, VideoAsk
 from vidgen.server.service import fingerprint
 from vidgen.server.settings import Settings
 from vidgen.server.sniff import sniff
@@ -179,6 +179,60 @@ def test_values_may_be_strings_and_errors_name_the_field():
         parse(VideoAsk, {"prompt": "x", "size": "wide"})
     assert param_of("steps is 0; give a whole number") == "num_inference_steps"
     assert from_vidgen(InputError("seconds is 0, less than a frame")).param == "seconds"
+
+
+@pytest.mark.parametrize(("fields", "param", "told"), [
+    ({"seconds": 1, "num_frames": 9}, "seconds", "seconds and num_frames are both given"),
+    ({"width": 64}, "width", "width and height go together"),
+    ({"size": "64x64", "width": 64, "height": 64}, "size", "size and width are both given"),
+    ({"voice": "@x"}, "voice", "voice is '@x'"),
+    ({"say": ["@x"]}, "say", "say holds '@x'"),
+    ({"generate_sound": False, "audio_reference": "data:,"}, "audio_reference", "both given"),
+    ({"generate_sound": True, "audio_reference": "data:,"}, "audio_reference", "both given"),
+])
+def test_fields_that_do_not_go_together_are_told_without_the_body(fields, param, told):
+    with pytest.raises(ApiError) as error:
+        parse(VideoAsk, {"prompt": "a secret", **fields})
+    assert (error.value.code, error.value.param) == ("invalid_value", param)
+    assert told in error.value.message
+    assert error.value.message.startswith(param)
+    assert "secret" not in error.value.message
+
+
+def test_unknown_fields_within_others_are_named_with_the_nearest():
+    for fields, told in (({"extra_params": {"smapler": "x"}}, "did you mean 'sampler'"),
+                         ({"extra_params": {"q": 1}}, "known: anchor, cache"),
+                         ({"lora": [{"name": "a", "scael": 1}]}, "did you mean 'scale'")):
+        with pytest.raises(ApiError, match=told) as error:
+            parse(VideoAsk, {"prompt": "x", **fields})
+        assert error.value.code == "unknown_parameter"
+
+
+def test_a_file_in_the_wrong_place_is_told_without_its_path(tmp_path):
+    upload = Upload(tmp_path / "secret", "a.png", "5ec2e7", 7)
+    for fields in ({"image_reference": [upload]}, {"prompt": upload}, {"seed": [upload]}):
+        with pytest.raises(ApiError, match="the file 'a.png'") as error:
+            parse(VideoAsk, {"prompt": "x", **fields})
+        assert not any(word in error.value.message for word in ("secret", "5ec2e7"))
+
+
+@pytest.mark.parametrize(("given", "kept"), [
+    (24, "24"), ("24", "24"), (12.5, "25/2"), ("23.976", "24000/1001"),
+    ("24000/1001", "24000/1001"), ("1/1000", "1/1000"),
+])
+def test_a_rate_is_taken_as_clips_tell_theirs(given, kept):
+    for ask in (VideoAsk, RemixAsk, EditAsk):
+        fields = {"prompt": "x", "fps": given} | ({"video": {"id": "v"}} if ask is EditAsk else {})
+        assert parse(ask, fields).fps == kept
+
+
+@pytest.mark.parametrize("wrong", [
+    True, 0, -1, 241, "0/1", "1/0", "500/2", "1e999999999", "1/2/3", "nan", "fast", [24], "²⁴/1",
+])
+def test_rates_that_are_none(wrong):
+    with pytest.raises(ApiError, match="fps is .*: give a number") as error:
+        parse(VideoAsk, {"prompt": "x", "fps": wrong})
+    assert error.value.param == "fps"
 
 
 def test_names_in_brackets_say_where_fields_belong():

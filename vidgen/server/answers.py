@@ -86,7 +86,7 @@ def cancelled(request: Request, job: Job) -> dict[str, Any]:
         ApiError: it is.
     """
     if job.is_finished:
-        raise ApiError(409, "already_finished", f"the {job.kind} is {job.status} already")
+        raise ApiError(409, "already_finished", f"the {job.kind} {job.stands} already")
     scheduler = service_of(request).scheduler
     return scheduler.view(scheduler.cancel(job))
 
@@ -97,9 +97,12 @@ def require_completed(job: Job) -> None:
     Raises:
         ApiError: it isn't.
     """
-    if job.status != "completed":
-        raise ApiError(409, "not_completed", f"the {job.kind} is {job.status}; wait until it is "
-                                             "completed")
+    if job.status == "completed":
+        return
+    remedy = "wait until it is completed"
+    if job.status == "failed":
+        remedy = f"ask for another one ({job.error_message})"
+    raise ApiError(409, "not_completed", f"the {job.kind} {job.stands}; {remedy}")
 
 
 def content(request: Request, job: Job, variant: str, *, download: bool) -> Response:
@@ -126,6 +129,6 @@ def preview(request: Request, job: Job) -> Response:
     """
     found = service_of(request).scheduler.preview(job)
     if found is None:
-        raise ApiError(404, "no_preview", f"there is no preview; the {job.kind} is {job.status}")
+        raise ApiError(404, "no_preview", f"there is no preview; the {job.kind} {job.stands}")
     content = base64.b64decode(found["image"].partition(",")[2])
     return Response(content, media_type="image/webp")
