@@ -173,7 +173,7 @@ def test_a_remix_needs_a_change_and_no_prompt(service):
     assert (made.ask["prompt"], made.ask["seed"], made.ask["num_frames"]) == ("a cat", 3, 9)
     assert service.remix(source, {"seed": "4"}, ANN).ask["seed"] == 4
     for nothing in ({}, {"prompt": None}, {"model": "tiny"}):
-        with pytest.raises(ApiError, match="nothing is changed; .* a replay"):
+        with pytest.raises(ApiError, match=r"nothing is changed; .* a replay"):
             service.remix(source, nothing, ANN)
     with pytest.raises(ApiError, match="prompt is ''"):
         service.remix(source, {"prompt": ""}, ANN)
