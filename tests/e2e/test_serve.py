@@ -301,8 +301,10 @@ def test_files_of_another_kind(served):
         refused(served, 400, "invalid_request", data={"prompt": "x"},
                 files={"input_reference": (name, content)})
     bomb = png(30_000, 1_000)
-    assert "pixels" in refused(served, 400, "invalid_request", data={"prompt": "x"},
-                               files={"input_reference": ("a.png", bomb)})
+    told = refused(served, 400, "invalid_request", data={"prompt": "x"},
+                   files={"input_reference": ("a.png", bomb)})
+    assert "30,000,000 pixels of image" in told
+    assert "takes 16,777,216: send it smaller" in told
     assert not any((served.data / "uploads").iterdir())
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.plan import Plan
 
 POLICY, FAILED = "content_policy_violation", "server_error"
-_SHORTER = "ask for fewer frames, or a higher fps"
+_SHORTER, _SMALLER = "ask for fewer frames, or a higher fps", "send it smaller"
 log = logging.getLogger(__name__)
 
 
@@ -167,7 +167,7 @@ class Checker:
 
         with decoding(name, "save it again"), Image.open(path) as image:
             self._at_most(f"pixels of {name}", image.width * image.height,
-                          self.limits.input_pixels)
+                          self.limits.input_pixels, _SMALLER)
 
     def _check_streams(self, name: str, path: Path) -> None:
         from vidgen.media.read import probe
@@ -175,9 +175,9 @@ class Checker:
         facts = probe(path)
         for stream in facts["streams"]:
             area = stream.get("width", 0) * stream.get("height", 0)
-            self._at_most(f"pixels of {name}", area, self.limits.input_pixels)
+            self._at_most(f"pixels of {name}", area, self.limits.input_pixels, _SMALLER)
         self._at_most(f"seconds of {name}", facts.get("duration_s") or 0.0,
-                      self.limits.input_seconds)
+                      self.limits.input_seconds, "send less of it")
 
     def _check_plan(self, plan: Plan) -> None:
         self._at_most("pixels", plan.width * plan.height, self.limits.pixels)
