@@ -105,7 +105,12 @@ def test_ranges_stills_and_names(made, served):
     assert part.headers["content-range"] == f"bytes 4-7/{len(whole.content)}"
     beyond = served.http.get(path, headers={"Range": "bytes=99999999-"})
     assert (beyond.status_code, beyond.json()["error"]["code"]) == (416, "range_not_satisfiable")
-    assert served.http.get(path, headers={"Range": "bytes=x"}).json()["error"]["param"] == "Range"
+    assert beyond.headers["content-range"] == f"bytes */{len(whole.content)}"
+    assert served.http.get(path, headers={"Range": "bytes=x"}).content == whole.content
+    known = {"If-None-Match": whole.headers["etag"]}
+    assert served.http.get(path, headers=known).status_code == 304
+    changed = served.http.get(path, headers={"If-Match": '"x"'})
+    assert (changed.status_code, changed.json()["error"]["code"]) == (412, "precondition_failed")
     thumbnail = served.http.get(path, params={"variant": "thumbnail"})
     assert thumbnail.content[8:12] == b"WEBP"
     assert served.http.get(path, params={"variant": "spritesheet"}).content[:2] == b"\xff\xd8"
@@ -114,6 +119,24 @@ def test_ranges_stills_and_names(made, served):
     assert served.http.get(path, params={"variant": "raw"}).status_code == 400
     recipe = served.http.get(f"/v1/videos/{made.id}/recipe").json()
     assert recipe["plan"]["seed"] == 7
+
+
+def test_head_tells_what_get_would(made, served):
+    own = ("date", "x-request-id")
+    path = f"/v1/videos/{made.id}"
+    for place in (f"{path}/content", f"{path}/content?variant=thumbnail", path, f"{path}/recipe",
+                  f"{path}/content?variant=spritesheet&download=1", "/v1/videos", "/v1/models",
+                  "/v1/limits", "/health", "/", "/studio/main.js"):
+        got, head = served.http.get(place), served.http.head(place)
+        assert (head.status_code, head.content) == (200, b""), place
+        kept = [{name: value for name, value in each.headers.items() if name not in own}
+                for each in (got, head)]
+        assert kept[0] == kept[1], place
+    for place, status in ((f"{path}/events", 405), (f"{path}/remix", 405), ("/v1/videos/x", 404)):
+        head = served.http.head(place)
+        assert (head.status_code, head.content) == (status, b""), place
+    paths = served.http.get("/openapi.json").json()["paths"]
+    assert not any("head" in methods for methods in paths.values())
 
 
 def test_remix_changes_a_word_and_replay_nothing(made, served, client, tmp_path):
@@ -278,8 +301,10 @@ def test_files_of_another_kind(served):
         refused(served, 400, "invalid_request", data={"prompt": "x"},
                 files={"input_reference": (name, content)})
     bomb = png(30_000, 1_000)
-    assert "pixels" in refused(served, 400, "invalid_request", data={"prompt": "x"},
-                               files={"input_reference": ("a.png", bomb)})
+    told = refused(served, 400, "invalid_request", data={"prompt": "x"},
+                   files={"input_reference": ("a.png", bomb)})
+    assert "30,000,000 pixels of image" in told
+    assert "takes 16,777,216: send it smaller" in told
     assert not any((served.data / "uploads").iterdir())
 
 

@@ -10,12 +10,22 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from tests.lora_models import make_adapter, make_dit
+from tests.models import DEFAULTS, TASKS, build_tiny_model
 from tests.services import wait_for
+from vidgen.models.presets import DIT_PRESETS
+from vidgen.pipeline.video import load
 from vidgen.server import guard, scheduler
+from vidgen.server.answers import require_completed
 from vidgen.server.app import make_app
+from vidgen.server.checker import Checker
+from vidgen.server.errors import ApiError
 from vidgen.server.judging import Refusal
+from vidgen.server.making import Maker
 from vidgen.server.service import JUDGED_AT_ONCE, Call, Service
 from vidgen.server.settings import Limits, Settings
+from vidgen.weights.folder import write_model_info
+from vidgen.weights.student import RollConfig, StudentConfig, write_student
 
 LONG = {"prompt": "a red car", "num_inference_steps": 200, "num_frames": 33}
 ANN, BOB = Call("ann"), Call("bob")
@@ -125,6 +135,79 @@ def test_a_process_that_hangs_is_ended_and_the_job_that_took_it_fails(service, m
     assert error["code"] == "runner_died"
     assert "SIGKILL" in error["message"]
     wait_for(lambda: seen(service, behind)["status"] == "completed")
+
+
+@pytest.mark.parametrize("how", ["cancel", "delete"])
+def test_a_process_that_does_not_stop_is_ended_and_others_go_on(service, monkeypatch, how):
+    job = service.video(LONG, ANN)
+    behind = service.video({"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5}, ANN)
+    wait_for(lambda: (seen(service, job)["step"] or 0) > 0)
+    stuck = service.scheduler._child.process
+    os.kill(stuck.pid, signal.SIGSTOP)
+    getattr(service.scheduler, how)(service.jobs.get(job.id))
+    assert stuck.poll() is None
+    monkeypatch.setattr(scheduler, "STOP_PATIENCE_S", 0.0)
+    wait_for(lambda: stuck.poll() is not None)
+    monkeypatch.undo()
+    wait_for(lambda: seen(service, behind)["status"] == "completed")
+    if how == "cancel":
+        assert seen(service, job)["error"]["code"] == "cancelled"
+    else:
+        assert service.jobs.get(job.id) is None
+        assert not service.settings.job_folder(job.id).exists()
+
+
+def test_a_clip_of_few_frames_may_not_last_for_hours(service):
+    wrong = {"prompt": "x", "num_frames": 5, "num_inference_steps": 4, "fps": 0.001}
+    with pytest.raises(Refusal, match=r"5,000 seconds .* takes 600: .* a higher fps"):
+        service.video(wrong, ANN)
+    script = {"project": {"fps": 0.01}, "shots": [{"id": "one", "prompt": "x", "frames": 9}]}
+    with pytest.raises(Refusal, match="900 seconds of shot one"):
+        service.check_film({"script": script}, ANN)
+
+
+def test_a_remix_needs_a_change_and_no_prompt(service):
+    short = {"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5, "seed": 3}
+    source = service.video(short, ANN)
+    made = service.remix(source, {"num_frames": 9}, ANN)
+    assert (made.ask["prompt"], made.ask["seed"], made.ask["num_frames"]) == ("a cat", 3, 9)
+    assert service.remix(source, {"seed": "4"}, ANN).ask["seed"] == 4
+    for nothing in ({}, {"prompt": None}, {"model": "tiny"}):
+        with pytest.raises(ApiError, match=r"nothing is changed; .* a replay"):
+            service.remix(source, nothing, ANN)
+    with pytest.raises(ApiError, match="prompt is ''"):
+        service.remix(source, {"prompt": ""}, ANN)
+
+
+def test_what_the_service_refuses_names_its_own_fields(service):
+    fields = {"prompt": "a cat", "num_inference_steps": 2, "num_frames": 5}
+    job = service.video(fields, ANN)
+    wait_for(lambda: seen(service, job)["status"] == "completed")
+    with pytest.raises(ApiError, match="the field strength") as error:
+        service.video({"prompt": "x", "video_reference": {"id": job.id}}, ANN)
+    assert (error.value.code, error.value.param) == ("missing_parameter", "strength")
+    gone = service.video(LONG, ANN)
+    service.scheduler.cancel(gone)
+    with pytest.raises(ApiError, match=r"has failed; ask for another one \(it was cancelled\)"):
+        require_completed(service.jobs.get(gone.id))
+    with pytest.raises(ApiError, match="has failed; give one that is completed"):
+        service.edit({"prompt": "x", "video": {"id": gone.id}}, ANN)
+
+
+def test_a_clip_is_rolled_out_without_previews(tmp_path):
+    model = build_tiny_model(tmp_path / "tiny")
+    roll = RollConfig(turn_frames=2, window_frames=4, history_noise=0.2)
+    student = StudentConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0, roll=roll)
+    write_student(make_adapter(make_dit(DIT_PRESETS["tiny"])), student, model)
+    write_model_info(model, name="tiny", family="toybox", license_name="Apache-2.0", tasks=TASKS,
+                     defaults=DEFAULTS, world_version=1)
+    spec = {"options": {"prompt": "a red car", "roll": True, "frames": 21, "seed": 1}}
+    assert Checker(str(model), Limits()).clip(str(tmp_path), spec)["num_frames"] == 21
+    shown, told = [], []
+    made = Maker(load(str(model), dtype="fp32"), told.append).make(tmp_path, spec, shown.append)
+    assert (made["num_frames"], shown) == (21, [])
+    assert (tmp_path / "thumbnail.webp").is_file()
+    assert {event["stage"] for event in told} >= {"write", "finish"}
 
 
 def test_a_question_outlives_one_process_that_judges_and_no_more(service, asking):

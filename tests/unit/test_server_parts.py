@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import logging
+import os
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pytest
 
 from vidgen.core.errors import InputError
 from vidgen.server.asks import parse
-from vidgen.server.body import _nested
+from vidgen.server.body import Upload, _nested
 from vidgen.server.errors import ApiError, from_vidgen, param_of
 from vidgen.server.fetch import fetch, is_public
+from vidgen.server.files import JobFile
 from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.logs import JsonFormatter
-from vidgen.server.schema import VideoAsk
+from vidgen.server.schema import EditAsk, RemixAsk, VideoAsk
 from vidgen.server.service import fingerprint
 from vidgen.server.settings import Settings
 from vidgen.server.sniff import sniff
@@ -179,6 +183,131 @@ def test_values_may_be_strings_and_errors_name_the_field():
         parse(VideoAsk, {"prompt": "x", "size": "wide"})
     assert param_of("steps is 0; give a whole number") == "num_inference_steps"
     assert from_vidgen(InputError("seconds is 0, less than a frame")).param == "seconds"
+
+
+@pytest.mark.parametrize(("fields", "param", "told"), [
+    ({"seconds": 1, "num_frames": 9}, "seconds", "seconds and num_frames are both given"),
+    ({"width": 64}, "width", "width and height go together"),
+    ({"size": "64x64", "width": 64, "height": 64}, "size", "size and width are both given"),
+    ({"voice": "@x"}, "voice", "voice is '@x'"),
+    ({"say": ["@x"]}, "say", "say holds '@x'"),
+    ({"generate_sound": False, "audio_reference": "data:,"}, "audio_reference", "both given"),
+    ({"generate_sound": True, "audio_reference": "data:,"}, "audio_reference", "both given"),
+])
+def test_fields_that_do_not_go_together_are_told_without_the_body(fields, param, told):
+    with pytest.raises(ApiError) as error:
+        parse(VideoAsk, {"prompt": "a secret", **fields})
+    assert (error.value.code, error.value.param) == ("invalid_value", param)
+    assert told in error.value.message
+    assert error.value.message.startswith(param)
+    assert "secret" not in error.value.message
+
+
+def test_unknown_fields_within_others_are_named_with_the_nearest():
+    for fields, told in (({"extra_params": {"smapler": "x"}}, "did you mean 'sampler'"),
+                         ({"extra_params": {"q": 1}}, "known: anchor, cache"),
+                         ({"lora": [{"name": "a", "scael": 1}]}, "did you mean 'scale'")):
+        with pytest.raises(ApiError, match=told) as error:
+            parse(VideoAsk, {"prompt": "x", **fields})
+        assert error.value.code == "unknown_parameter"
+
+
+def test_a_file_in_the_wrong_place_is_told_without_its_path(tmp_path):
+    upload = Upload(tmp_path / "secret", "a.png", "5ec2e7", 7)
+    for fields in ({"image_reference": [upload]}, {"prompt": upload}, {"seed": [upload]}):
+        with pytest.raises(ApiError, match=r"the file 'a\.png'") as error:
+            parse(VideoAsk, {"prompt": "x", **fields})
+        assert not any(word in error.value.message for word in ("secret", "5ec2e7"))
+
+
+@pytest.mark.parametrize(("given", "kept"), [
+    (24, "24"), ("24", "24"), (12.5, "25/2"), ("23.976", "24000/1001"),
+    ("24000/1001", "24000/1001"), ("1/1000", "1/1000"),
+])
+def test_a_rate_is_taken_as_clips_tell_theirs(given, kept):
+    for ask in (VideoAsk, RemixAsk, EditAsk):
+        fields = {"prompt": "x", "fps": given} | ({"video": {"id": "v"}} if ask is EditAsk else {})
+        assert parse(ask, fields).fps == kept
+
+
+@pytest.mark.parametrize("wrong", [
+    True, 0, -1, 241, "0/1", "1/0", "500/2", "1e999999999", "1/2/3", "nan", "fast", [24], "²⁴/1",
+])
+def test_rates_that_are_none(wrong):
+    with pytest.raises(ApiError, match=r"fps is .*: give a number") as error:
+        parse(VideoAsk, {"prompt": "x", "fps": wrong})
+    assert error.value.param == "fps"
+
+
+@pytest.fixture
+def ask_file(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"0123456789")
+    os.utime(path, (1_000_000_000.7,) * 2)  # within 01:46:40
+
+    def ask(method="GET", **headers):
+        async def answer():
+            transport = httpx.ASGITransport(JobFile(path, "video/mp4", "a.mp4"))
+            async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+                named = {name.replace("_", "-"): value for name, value in headers.items()}
+                return await client.request(method, "/", headers=named)
+
+        return asyncio.run(answer())
+
+    return ask
+
+
+WRITTEN, BEFORE = "Sun, 09 Sep 2001 01:46:40 GMT", "Sun, 09 Sep 2001 01:46:39 GMT"
+
+
+def test_a_file_that_the_client_has_is_not_sent_again(ask_file):
+    whole = ask_file()
+    tag = whole.headers["etag"]
+    assert (whole.content, whole.headers["last-modified"]) == (b"0123456789", WRITTEN)
+    for has in ({"if_none_match": tag}, {"if_none_match": f'"x", W/{tag}'}, {"if_none_match": "*"},
+                {"if_modified_since": WRITTEN}, {"if_none_match": tag, "range": "bytes=0-1"}):
+        for method in ("GET", "HEAD"):
+            answer = ask_file(method, **has)
+            assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", tag)
+    for lacks in ({"if_none_match": '"x"'}, {"if_none_match": "x"}, {"if_modified_since": BEFORE},
+                  {"if_modified_since": "yesterday"}, {"if_modified_since": ""},
+                  {"if_none_match": '"x"', "if_modified_since": WRITTEN}):
+        assert ask_file(**lacks).content == whole.content
+
+
+def test_a_file_that_changed_is_refused_where_the_client_wants_the_old_one(ask_file):
+    tag = ask_file().headers["etag"]
+    for holds in ({"if_match": tag}, {"if_match": f'"x",{tag}'}, {"if_match": "*"},
+                  {"if_unmodified_since": WRITTEN}, {"if_unmodified_since": "tomorrow"},
+                  {"if_match": tag, "if_unmodified_since": BEFORE}):
+        assert ask_file(**holds).status_code == 200
+    for name, value in (("If-Match", '"x"'), ("If-Match", f"W/{tag}"),
+                        ("If-Unmodified-Since", BEFORE)):
+        with pytest.raises(ApiError, match=f"leave the header {name} out") as error:
+            ask_file(**{name: value, "if_none_match": tag})
+        assert (error.value.status, error.value.code, error.value.param) == (
+            412, "precondition_failed", name)
+
+
+def test_ranges_are_of_bytes_and_others_count_for_nothing(ask_file):
+    tag = ask_file().headers["etag"]
+    for given, content in (("bytes=2-4", b"234"), ("Bytes=-3", b"789"), ("bytes=8-", b"89"),
+                           ("bytes=0-999", b"0123456789")):
+        part = ask_file(range=given)
+        assert (part.status_code, part.content) == (206, content)
+    assert ask_file(range="bytes=0-1, 4-5").headers["content-type"].startswith("multipart/byte")
+    for wrong in ("items=0-1", "bytes=abc", "bytes", "bytes=", "bytes=5-2", "bytes=0-1,x", "0-1",
+                  "bytes=-", "bytes=0-1,5-2", "bytes=" + "9" * 5000 + "-"):
+        whole = ask_file(range=wrong)
+        assert (whole.status_code, whole.content) == (200, b"0123456789"), wrong
+    for beyond in ("bytes=10-", "bytes=99-100", "bytes=-0"):
+        with pytest.raises(ApiError) as error:
+            ask_file(range=beyond)
+        assert (error.value.status, error.value.headers) == (416, {"Content-Range": "bytes */10"})
+    for same, status in ((tag, 206), (WRITTEN, 206), ('"x"', 200), (f"W/{tag}", 200)):
+        assert ask_file(range="bytes=0-1", if_range=same).status_code == status
+    head = ask_file("HEAD", range="bytes=0-1")
+    assert (head.status_code, head.headers["content-length"], head.content) == (200, "10", b"")
 
 
 def test_names_in_brackets_say_where_fields_belong():

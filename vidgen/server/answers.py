@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import anyio.to_thread
 from fastapi import Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse
-from starlette.types import Receive, Scope, Send
 
 from vidgen.server.access import service_of
 from vidgen.server.errors import ApiError
+from vidgen.server.files import JobFile
 from vidgen.server.job import Job, Kind
 from vidgen.server.layout import content_of
 
 Answer = TypeVar("Answer")
 MAX_PAGE = 100
 POLL_MS = 1000
-FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
-    206: {"description": "a range of it"}, 416: {"description": "no such range"}}
-
-
-class JobFile(FileResponse):
-    """A file, or ranges of it; a range that there is not is refused in the usual envelope."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it.
-
-        Raises:
-            ApiError: the range can't be had.
-        """
-        async def send_unless_refused(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                code = "range_not_satisfiable" if message["status"] == 416 else "invalid_value"
-                raise ApiError(message["status"], code, "the file has no such range of bytes; "
-                               "leave the header Range out to have all of it", "Range")
-            await send(message)
-
-        await super().__call__(scope, receive, send_unless_refused)
 
 
 async def judged(request: Request, work: Callable[[], Answer]) -> Answer:
@@ -86,7 +64,7 @@ def cancelled(request: Request, job: Job) -> dict[str, Any]:
         ApiError: it is.
     """
     if job.is_finished:
-        raise ApiError(409, "already_finished", f"the {job.kind} is {job.status} already")
+        raise ApiError(409, "already_finished", f"the {job.kind} {job.stands} already")
     scheduler = service_of(request).scheduler
     return scheduler.view(scheduler.cancel(job))
 
@@ -97,9 +75,12 @@ def require_completed(job: Job) -> None:
     Raises:
         ApiError: it isn't.
     """
-    if job.status != "completed":
-        raise ApiError(409, "not_completed", f"the {job.kind} is {job.status}; wait until it is "
-                                             "completed")
+    if job.status == "completed":
+        return
+    remedy = "wait until it is completed"
+    if job.status == "failed":
+        remedy = f"ask for another one ({job.error_message})"
+    raise ApiError(409, "not_completed", f"the {job.kind} {job.stands}; {remedy}")
 
 
 def content(request: Request, job: Job, variant: str, *, download: bool) -> Response:
@@ -114,8 +95,7 @@ def content(request: Request, job: Job, variant: str, *, download: bool) -> Resp
         raise ApiError(404, "not_found", f"the {job.kind} has no {variant}", "variant")
     path, media = found
     name = f"{job.id}{path.suffix}" if variant == "video" else f"{job.id}-{variant}{path.suffix}"
-    return JobFile(path, media_type=media, filename=name,
-                   content_disposition_type="attachment" if download else "inline")
+    return JobFile(path, media, name, download=download)
 
 
 def preview(request: Request, job: Job) -> Response:
@@ -126,6 +106,6 @@ def preview(request: Request, job: Job) -> Response:
     """
     found = service_of(request).scheduler.preview(job)
     if found is None:
-        raise ApiError(404, "no_preview", f"there is no preview; the {job.kind} is {job.status}")
+        raise ApiError(404, "no_preview", f"there is no preview; the {job.kind} {job.stands}")
     content = base64.b64decode(found["image"].partition(",")[2])
     return Response(content, media_type="image/webp")

@@ -46,7 +46,7 @@ def _add_page(app: FastAPI) -> None:
     if (STUDIO / "index.html").is_file():
         app.mount("/studio", StaticFiles(directory=STUDIO))
 
-        @app.get("/", include_in_schema=False)
+        @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
         def page() -> Response:
             """The page."""
             return FileResponse(STUDIO / "index.html", headers={"Cache-Control": "no-cache"})

@@ -16,7 +16,7 @@ from vidgen.server.errors import ApiError, from_validation
 from vidgen.server.fetch import fetch
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import INPUTS, VIDEO, link
-from vidgen.server.schema import LoraAsk, Shape, Strict
+from vidgen.server.schema import ExtraParams, LoraAsk, Shape, Strict
 from vidgen.server.settings import Settings
 from vidgen.server.sniff import Medium, sniff
 
@@ -121,7 +121,7 @@ class Translator:
             if source is None or source.kind != "video":
                 raise ApiError(404, "not_found", f"there is no video {reference['id']!r}", name)
             if source.status != "completed":
-                raise ApiError(409, "not_completed", f"the video {source.id} is {source.status}; "
+                raise ApiError(409, "not_completed", f"the video {source.id} {source.stands}; "
                                "give one that is completed", name)
             if "video" not in media:
                 raise ApiError(400, "invalid_request", f"{name} is a video; give a picture", name)
@@ -189,4 +189,6 @@ def parse(ask: type[Ask], fields: dict[str, Any]) -> Ask:
     try:
         return ask.model_validate(fields)
     except ValidationError as error:
-        raise from_validation(error, list(ask.model_fields)) from None
+        raise from_validation(error, {
+            None: ask.model_fields, "extra_params": ExtraParams.model_fields,
+            "lora": LoraAsk.model_fields}) from None

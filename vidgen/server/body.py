@@ -30,9 +30,9 @@ PATIENCE_S = 60.0
 _BRACKETS = re.compile(r"([^\[\]]+)(\[\])?(?:\[([^\[\]]+)\])?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Upload:
-    """A file that came in.
+    """A file that came in; where it lies isn't told to clients.
 
     Attributes:
         path: where it lies.
@@ -45,6 +45,9 @@ class Upload:
     name: str
     sha256: str
     size: int
+
+    def __repr__(self) -> str:
+        return f"the file {self.name!r}"
 
 
 async def read_body(request: Request, uploads: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.plan import Plan
 
 POLICY, FAILED = "content_policy_violation", "server_error"
+_SHORTER, _SMALLER = "ask for fewer frames, or a higher fps", "send it smaller"
 log = logging.getLogger(__name__)
 
 
@@ -120,6 +121,8 @@ class Checker:
             name, num_frames = plan.shot.id, take.parts[index].num_frames
             request = film.request(plan.shot, take.seed, index, num_frames)
             self._at_most(f"frames of shot {name}", plan.num_frames, self.limits.frames)
+            self._at_most(f"seconds of shot {name}", float(plan.num_frames / film.fps),
+                          self.limits.seconds, _SHORTER)
             self._at_most(f"steps of shot {name}", request.steps or 0, self.limits.steps)
         try:
             enforce_film(self.policy, film)
@@ -164,7 +167,7 @@ class Checker:
 
         with decoding(name, "save it again"), Image.open(path) as image:
             self._at_most(f"pixels of {name}", image.width * image.height,
-                          self.limits.input_pixels)
+                          self.limits.input_pixels, _SMALLER)
 
     def _check_streams(self, name: str, path: Path) -> None:
         from vidgen.media.read import probe
@@ -172,13 +175,14 @@ class Checker:
         facts = probe(path)
         for stream in facts["streams"]:
             area = stream.get("width", 0) * stream.get("height", 0)
-            self._at_most(f"pixels of {name}", area, self.limits.input_pixels)
+            self._at_most(f"pixels of {name}", area, self.limits.input_pixels, _SMALLER)
         self._at_most(f"seconds of {name}", facts.get("duration_s") or 0.0,
-                      self.limits.input_seconds)
+                      self.limits.input_seconds, "send less of it")
 
     def _check_plan(self, plan: Plan) -> None:
         self._at_most("pixels", plan.width * plan.height, self.limits.pixels)
         self._at_most("frames", plan.kept_frames, self.limits.frames)
+        self._at_most("seconds", float(plan.kept_frames / plan.fps), self.limits.seconds, _SHORTER)
         self._at_most("steps", plan.num_steps, self.limits.steps)
 
     def _enforce(self, request: Request) -> None:
@@ -190,9 +194,10 @@ class Checker:
             raise Refused(str(error)) from None
 
     @staticmethod
-    def _at_most(what: str, value: float, limit: float) -> None:
+    def _at_most(what: str, value: float, limit: float, remedy: str = "ask for less") -> None:
         if value > limit:
-            raise InputError(f"{value:,.9g} {what} are asked for; this service takes {limit:,.9g}")
+            raise InputError(f"{value:,.9g} {what} are asked for; this service takes {limit:,.9g}: "
+                             f"{remedy}")
 
 
 class Refused(InputError):

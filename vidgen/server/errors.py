@@ -8,7 +8,7 @@ No trace of ours ever goes out.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -69,23 +69,28 @@ def from_vidgen(error: VidgenError) -> ApiError:
     return ApiError(500, "server_error", "the service failed for a reason of its own")
 
 
-def from_validation(error: ValidationError, known: list[str]) -> ApiError:
+def from_validation(
+    error: ValidationError, known: Mapping[str | None, Iterable[str]]
+) -> ApiError:
     """The first field that doesn't fit, as an answer.
 
     Args:
         error: of pydantic.
-        known: fields that there are.
+        known: fields that there are within each field that has such; under None those of the body.
     """
     first = error.errors(include_url=False, include_context=False)[0]
     place = [str(part) for part in first["loc"]]
     name = place[0] if place else None
     if first["type"] == "extra_forbidden":
         inner = place[-1]
-        hint = nearest(inner, known) if len(place) == 1 else "see the documentation"
+        hint = nearest(inner, known[name if len(place) > 1 else None])
         return ApiError(400, "unknown_parameter", f"unknown field {inner!r}; {hint}", inner)
     if first["type"] == "missing":
         return ApiError(400, "missing_parameter", f"the field {name!r} is missing", name)
     text = first["msg"].removeprefix("Value error, ")
+    if not place:  # of the whole body: the message begins with the field that is meant
+        word = text.split()[0]
+        return ApiError(400, "invalid_value", text, word if word in known[None] else None)
     given = repr(first.get("input"))
     told = f"{'.'.join(place)} is {given if len(given) <= 60 else given[:57] + '...'}: {text}"
     return ApiError(400, "invalid_value", told, name)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from vidgen.server.access import Caller, Fields, FilmJob, Owner, service_of
 from vidgen.server.answers import (
-    FILE_ANSWERS,
     MAX_PAGE,
-    JobFile,
     cancelled,
     content,
     deleted,
@@ -23,12 +21,14 @@ from vidgen.server.answers import (
     shown,
 )
 from vidgen.server.errors import ApiError
+from vidgen.server.files import FILE_ANSWERS, JobFile
 from vidgen.server.layout import shot_file
 from vidgen.server.responses import ERRORS, Deleted, Film, FilmCheck, FilmPage
+from vidgen.server.routing import Router
 from vidgen.server.schema import FilmAsk, body_schema
 from vidgen.server.streams import event_stream
 
-router = APIRouter(prefix="/v1/films", tags=["films"], responses=ERRORS)
+router = Router(prefix="/v1/films", tags=["films"], responses=ERRORS)
 Variant = Literal["video", "thumbnail", "storyboard", "srt", "vtt"]
 _SHOT = {"video": (".mp4", "video/mp4"), "thumbnail": (".webp", "image/webp")}
 
@@ -107,8 +107,8 @@ def download_shot(
     if not path.is_file():
         raise ApiError(404, "not_found", f"the shot has no take of the seed {take}", "take")
     suffix, media = _SHOT[variant]
-    return JobFile(path.with_suffix(suffix), media_type=media, content_disposition_type="inline",
-                   filename=path.with_suffix(suffix).name)
+    file = path.with_suffix(suffix)
+    return JobFile(file, media, file.name)
 
 
 @router.get("/{film_id}/preview", response_class=Response, responses={

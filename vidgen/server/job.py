@@ -94,6 +94,11 @@ class Job:
         """Whether nothing more happens to it."""
         return self.status not in UNFINISHED
 
+    @property
+    def stands(self) -> str:
+        """What to put after its name: how it stands."""
+        return "has failed" if self.status == "failed" else f"is {self.status.replace('_', ' ')}"
+
 
 class ServiceClock:
     """Unix seconds that neither jump nor run backwards while the service runs.

@@ -92,7 +92,7 @@ class Maker:
             folder: of the job.
             spec: `options`, fields of `Request` with paths from the folder; `added_s` where the
                 clip in `prefix` is to go on.
-            on_preview: as in `Engine.generate`.
+            on_preview: as in `Engine.generate`; a clip that is rolled out shows none.
 
         Raises:
             InputError: what can't be made.
@@ -150,7 +150,8 @@ class Maker:
         done = journal.finished
         clip = self.engine.generate(
             request, journal=journal, on_event=lambda p: report(p.stage, p.done, p.total),
-            on_preview=on_preview, on_estimate=lambda made: clock.append(Clock(made)),
+            on_preview=None if request.roll else on_preview,
+            on_estimate=lambda made: clock.append(Clock(made)),
         )
         assert isinstance(clip, Clip), "a request is for one clip"
         if not done:

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from vidgen.server.access import COOKIE, Owner, key_required, owner_of, service_of
@@ -20,10 +20,11 @@ from vidgen.server.responses import (
     Readiness,
     Session,
 )
+from vidgen.server.routing import Router
 from vidgen.server.service import Service
 from vidgen.server.streams import event_stream
 
-router = APIRouter(tags=["service"], responses=ERRORS)
+router = Router(tags=["service"], responses=ERRORS)
 _STARTED = int(time.time())
 
 

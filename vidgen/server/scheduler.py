@@ -29,6 +29,8 @@ from vidgen.server.views import Live, Place, view
 LOOK_S, SWEEP_S = 1.0, 10.0
 SILENCE_S = 60 * HEARTBEAT_S
 """Without a heartbeat for so long a process hangs."""
+STOP_PATIENCE_S = 30.0
+"""For a process to let go of a job that was cancelled or deleted; then it is started anew."""
 PAUSES_S = (0.1, 1.0, 5.0, 15.0, 30.0)
 """Before a process that died is started anew, by how often it did so in a row."""
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class Scheduler:
         self._is_ready = self._is_draining = self._is_over = False
         self._broken: str | None = None
         self._running: Job | None = None
+        self._told_to_stop_s: float | None = None
         self._live = Live()
         self._unwritten: Callable[[], None] | None = None
         self._heard_s = self._start_s = self._sweep_s = self._step_s = 0.0
@@ -167,8 +170,13 @@ class Scheduler:
                 self._child = Child("vidgen.server.runner", [self.settings.model], self._hear,
                                     self._gone)
             child, silent = self._child, now - self._heard_s > SILENCE_S
-        if child is not None and silent:
-            log.error("the runner doesn't answer any more; it is started anew")
+            told_s = self._told_to_stop_s
+            stuck = told_s is not None and now - told_s > STOP_PATIENCE_S
+            if stuck:
+                self._told_to_stop_s = None  # once is enough
+        if child is not None and (silent or stuck):
+            log.error("the runner %s; it is started anew",
+                      "doesn't answer any more" if silent else "doesn't stop when it is told to")
             self._heard_s = now
             child.kill()
 
@@ -286,7 +294,7 @@ class Scheduler:
     def _let_go(self, job: Job) -> None:
         """Nobody works on a job any more."""
         with self._lock:
-            self._running, self._live = None, Live()
+            self._running, self._live, self._told_to_stop_s = None, Live(), None
         now = self.jobs.get(job.id)
         if now is None:
             self._remove(job.id)
@@ -319,6 +327,8 @@ class Scheduler:
             is_running = self._running is not None and self._running.id == job.id
             if is_running and self._child is not None:
                 self._child.send({"do": "stop", "job": job.id, "why": why})
+                if why == CANCELLED and self._told_to_stop_s is None:
+                    self._told_to_stop_s = time.monotonic()
             return is_running
 
     def _sweep(self) -> None:

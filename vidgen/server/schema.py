@@ -21,8 +21,11 @@ from pydantic import (
     model_validator,
 )
 
+from vidgen.core.errors import InputError
+from vidgen.core.request import parse_fps
 from vidgen.server.body import Upload
 
+MAX_FPS = 240
 _FILE_OR_URL = {
     "anyOf": [
         {"type": "string", "format": "binary",
@@ -32,6 +35,7 @@ _FILE_OR_URL = {
     ]
 }
 _SIZE = r"^[1-9]\d{1,3}x[1-9]\d{1,3}$"
+_FRACTION = r"[0-9]{1,9}/[0-9]{1,9}"
 _VOICE = re.compile(r"[a-z]{2,3}(?:-[a-z0-9]+)*(?:\+[a-z0-9]+)?", re.IGNORECASE)
 
 
@@ -81,10 +85,28 @@ def _size(value: str) -> str:
     return value
 
 
+def _rate(value: Any) -> str:
+    """An exact frame rate out of a number, or of text such as 24000/1001, as clips tell theirs."""
+    value = _no_bool(value)
+    try:
+        if isinstance(value, str) and not re.fullmatch(_FRACTION, value):
+            value = float(value)
+        rate = parse_fps(value)
+    except (ValueError, InputError):
+        rate = None
+    if rate is None or not 0 < rate <= MAX_FPS:
+        raise ValueError(f"give a number above 0, {MAX_FPS} at most, or one such as 24000/1001")
+    return str(rate)
+
+
 Size = Annotated[str, AfterValidator(_size), WithJsonSchema({"type": "string", "pattern": _SIZE})]
 Reference = Annotated[Any, PlainValidator(_reference), WithJsonSchema(_FILE_OR_URL)]
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
+Rate = Annotated[str, PlainValidator(_rate), WithJsonSchema({"anyOf": [
+    {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_FPS},
+    {"type": "string", "pattern": f"^{_FRACTION}$"},
+]})]
 Prompt = Annotated[str, Field(min_length=1, max_length=20_000)]
 
 
@@ -127,7 +149,7 @@ class Shape(Strict):
     size: Size | None = None
     width: Whole | None = Field(None, ge=16, le=8192)
     height: Whole | None = Field(None, ge=16, le=8192)
-    fps: Number | None = Field(None, gt=0, le=240)
+    fps: Rate | None = None
     seed: Whole | None = Field(None, ge=0, le=2**63 - 1)
     negative_prompt: str | None = Field(None, max_length=20_000)
     num_inference_steps: Whole | None = Field(None, ge=1, le=200)
@@ -152,6 +174,9 @@ class Shape(Strict):
             raise ValueError("size and width are both given; give one of them")
         if self.voice is not None and not _VOICE.fullmatch(self.voice):
             raise ValueError(f"voice is {self.voice!r}; give a language such as en-gb")
+        if self.audio_reference is not None and self.generate_sound is not None:
+            raise ValueError("audio_reference and generate_sound are both given; the sound is one "
+                             "of them")
         for text in self.spoken():
             if text.startswith("@") or not text.strip():
                 raise ValueError(f"say holds {text!r}; give the text that is to be spoken")
@@ -162,24 +187,31 @@ class Shape(Strict):
         return [each if isinstance(each, str) else each[1] for each in self.say or ()]
 
 
-class VideoAsk(Shape):
-    """POST /v1/videos."""
+class _Start(Shape):
+    """A clip from its beginning."""
 
-    prompt: Prompt
     seconds: Number | None = Field(None, gt=0, le=3600)
     input_reference: Reference | None = None
     image_reference: Reference | None = None
     video_reference: Reference | None = None
 
     @model_validator(mode="after")
-    def _one_length(self) -> VideoAsk:
+    def _one_length(self) -> _Start:
         if self.seconds is not None and self.num_frames is not None:
             raise ValueError("seconds and num_frames are both given; give one of them")
         return self
 
 
-class RemixAsk(VideoAsk):
+class VideoAsk(_Start):
+    """POST /v1/videos."""
+
+    prompt: Prompt
+
+
+class RemixAsk(_Start):
     """POST /v1/videos/{id}/remix: what is given replaces what the source was asked with."""
+
+    prompt: Prompt | None = None
 
 
 class EditAsk(Shape):

@@ -107,7 +107,7 @@ class Service:
             return self._submit(place, call, fields, "create", options)
 
     def remix(self, source: Job, fields: dict[str, Any], call: Call) -> Job:
-        """POST /v1/videos/{id}/remix: the source's own request with another prompt."""
+        """POST /v1/videos/{id}/remix: the source's own request, some of it changed."""
         ask = parse(RemixAsk, fields)
         return self._again(source, fields, call, "remix", ask)
 
@@ -205,6 +205,9 @@ class Service:
                 changes = self.asks.options(ask) | self.asks.inputs(ask, call.owner, place)
                 if ask.seed is None:
                     changes.pop("seed")
+                if not changes:
+                    raise ApiError(400, "missing_parameter", "nothing is changed; give a prompt or "
+                                   "another field, or ask for a replay", "prompt")
                 for pair in _RIVALS:
                     if not changes.keys().isdisjoint(pair):
                         options = {k: v for k, v in options.items() if k not in pair}
@@ -220,6 +223,10 @@ class Service:
         options: dict[str, Any], *, source: str | None = None, added_s: float | None = None,
     ) -> Job:
         """Have a clip judged and queue it."""
+        if "video" in options and "strength" not in options:
+            raise ApiError(400, "missing_parameter", "a clip to start from needs the field "
+                           "strength; give 0, which keeps it, to 1, or leave the clip out",
+                           "strength")
         spec: dict[str, Any] = {"options": options}
         if added_s is not None:
             spec["added_s"] = added_s

@@ -21,6 +21,7 @@ class Limits:
         upload_bytes: of a whole request.
         pixels: width times height of a clip.
         frames: of a clip.
+        seconds: of a clip, by its frames and their rate.
         steps: of its denoising.
         shots: of a film.
         input_pixels: of a picture or clip that comes in.
@@ -35,6 +36,7 @@ class Limits:
     upload_bytes: int = 64 << 20
     pixels: int = 1920 * 1088
     frames: int = 1000
+    seconds: float = 600.0
     steps: int = 200
     shots: int = 200
     input_pixels: int = 4096 * 4096

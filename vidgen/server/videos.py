@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from vidgen.server.access import Caller, Fields, Owner, VideoJob, service_of
 from vidgen.server.answers import (
-    FILE_ANSWERS,
     MAX_PAGE,
     cancelled,
     content,
@@ -22,12 +21,14 @@ from vidgen.server.answers import (
     shown,
 )
 from vidgen.server.errors import ApiError
+from vidgen.server.files import FILE_ANSWERS
 from vidgen.server.layout import read_recipe
 from vidgen.server.responses import ERRORS, Deleted, Video, VideoPage
+from vidgen.server.routing import Router
 from vidgen.server.schema import EditAsk, ExtensionAsk, RemixAsk, VideoAsk, body_schema
 from vidgen.server.streams import event_stream
 
-router = APIRouter(prefix="/v1/videos", tags=["videos"], responses=ERRORS)
+router = Router(prefix="/v1/videos", tags=["videos"], responses=ERRORS)
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
 
