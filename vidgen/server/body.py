@@ -24,7 +24,6 @@ from vidgen.core.runtime import write_error
 from vidgen.server.errors import ApiError
 
 MAX_FIELDS, MAX_FIELD_BYTES = 100, 1 << 20
-MAX_DEPTH = 100
 PATIENCE_S = 60.0
 """For the next bytes of a body."""
 _BRACKETS = re.compile(r"([^\[\]]+)(\[\])?(?:\[([^\[\]]+)\])?")

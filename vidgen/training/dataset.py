@@ -248,10 +248,6 @@ class Dataset:
                  "its last batch" for bucket, count in self._schedule.filled_up(size).items()]
         return told
 
-    def bucket_of(self, step: int, world: int = 1, *, detour: int = 0) -> Bucket:
-        """The bucket of a step, for all its micro-batches and ranks."""
-        return self._schedule.draw(step, self._global_batch(world), detour=detour).bucket
-
     def batch(
         self, step: int, micro: int = 0, rank: int = 0, world: int = 1, *, detour: int = 0
     ) -> dict[str, Any]:
