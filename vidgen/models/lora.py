@@ -133,10 +133,10 @@ def attached(
                     del layer._parts
 
 
-def name_some(items: Sequence[str], limit: int = 5) -> str:
-    """The first of several names, and how many more there are."""
-    more = f", and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+def name_some(items: Sequence[str]) -> str:
+    """The first five of several names, and how many more there are."""
+    more = f", and {len(items) - 5} more" if len(items) > 5 else ""
+    return ", ".join(items[:5]) + more
 
 
 @dataclass(eq=False)

@@ -270,8 +270,8 @@ def _place(fields: dict[str, Any], name: str, is_list: bool, key: str | None, va
     return True
 
 
-def write_upload(content: bytes, name: str, uploads: Path) -> Upload:
-    """Content that came in another way as an upload."""
+def write_upload(content: bytes, uploads: Path) -> Upload:
+    """Content that came in another way as an upload without a name."""
     path = uploads / secrets.token_hex(8)
     try:
         path.write_bytes(content)
@@ -279,4 +279,4 @@ def write_upload(content: bytes, name: str, uploads: Path) -> Upload:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         raise write_error(path, error) from error
-    return Upload(path, name, hashlib.sha256(content).hexdigest(), len(content))
+    return Upload(path, "", hashlib.sha256(content).hexdigest(), len(content))
