@@ -103,11 +103,9 @@ def _norm_and_turn(
     x: Tensor, weight: Tensor, turns: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:
     """The kernel, on dense x; turns [rows, d/2, 2]."""
-    kernels = native.kernels(x)
-    assert kernels is not None
     turned, width = torch.empty_like(x), x.shape[-1]
     native.call(
-        kernels, "norm_and_turn", x.dtype, x, weight, turns, 0 if turns is None else len(turns),
+        "norm_and_turn", x.dtype, x, weight, turns, 0 if turns is None else len(turns),
         width // num_heads, turned, x.numel() // width, width, eps,
     )
     return turned
@@ -128,11 +126,10 @@ class _NativeHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, turns = ctx.saved_tensors
-        kernels, width = native.kernels(x), x.shape[-1]
-        assert kernels is not None
-        grad_x, sums = torch.empty_like(x), torch.zeros(torch.get_num_threads(), width)
+        grad_x, width = torch.empty_like(x), x.shape[-1]
+        sums = torch.zeros(torch.get_num_threads(), width)
         native.call(
-            kernels, "norm_and_turn_backward", x.dtype, x, weight, turns,
+            "norm_and_turn_backward", x.dtype, x, weight, turns,
             0 if turns is None else len(turns), width // ctx.num_heads, grads[0].contiguous(),
             grad_x, sums, x.numel() // width, width, ctx.eps,
         )
