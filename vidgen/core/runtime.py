@@ -290,6 +290,13 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "vidgen"
 
 
+def child_environment(**more: str) -> dict[str, str]:
+    """This process's environment for one of its own, which is to find this package, and more."""
+    here = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
 def exit_text(code: int, errors: BinaryIO) -> str:
     """How a process ended, in words.
 

@@ -11,12 +11,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-import vidgen
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import exit_text
+from vidgen.core.runtime import child_environment, exit_text
 
 if TYPE_CHECKING:
     from vidgen.pipeline.workers import Job, Staff, Work
@@ -173,15 +171,11 @@ class LocalSeat(Seat):
         super().__init__(number)
         self.connection, theirs = Pipe()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        here = str(Path(vidgen.__file__).parents[1])
-        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
+        more = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vidgen.pipeline.worker_process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=self._stderr, env=environment,
+            stderr=self._stderr, env=child_environment(OMP_NUM_THREADS=str(threads), **more),
         )
         theirs.close()
         self.send((work, threads))
