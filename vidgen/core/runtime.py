@@ -153,6 +153,11 @@ def megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes} bytes"
 
 
+def size_text(num_bytes: int) -> str:
+    """A size for people, in gigabytes where it is that large."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else megabytes(num_bytes)
+
+
 def slug(text: str) -> str:
     """The first words of a text as a file's name."""
     words = re.sub(r"[^\w]+", "-", text.lower()).strip("-")
