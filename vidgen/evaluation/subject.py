@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vidgen.core.protocols import OnEvent
 from vidgen.evaluation.judging import grade
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, paired_interval
@@ -26,7 +27,6 @@ from vidgen.toybox.judge import Judge
 from vidgen.toybox.scenes import Scene
 from vidgen.toybox.subject import Subject
 
-OnEvent = Callable[[dict[str, Any]], None]
 TASKS = ("sprite", "motion", "place")
 WITH, WITHOUT = "with", "without"
 

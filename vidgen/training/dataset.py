@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
 from vidgen.training.data.cache import open_cache
 from vidgen.training.data.encode import Cursor, ItemEncoder, still_frames
-from vidgen.training.data.records import OnEvent
 from vidgen.training.data.select import Item, picks
 from vidgen.training.data.store import Store
 from vidgen.training.data.survey import Survey, survey
