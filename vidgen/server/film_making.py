@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.config import build, dump, load_yaml
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
+from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import available_memory
 from vidgen.media.read import read_recipe
 from vidgen.pipeline.eta import Clock
@@ -79,8 +80,8 @@ def _named_files(value: Any) -> Iterator[Path]:
                 yield from (parse_option(text).path for text in inner)
             elif each.name == "voice" and isinstance(inner, str) and _is_path(inner):
                 yield Path(inner)
-            elif each.name == "text" and isinstance(inner, str) and inner.startswith("@"):
-                yield Path(inner[1:])
+            elif each.name == "text" and isinstance(inner, str) and inner.startswith(OWN_FILE):
+                yield Path(inner.removeprefix(OWN_FILE))
             else:
                 yield from _named_files(inner)
     elif isinstance(value, dict):

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from vidgen.core.request import OWN_FILE
 from vidgen.server.body import Upload
 
 _FILE_OR_URL = {
@@ -153,7 +154,7 @@ class Shape(Strict):
         if self.voice is not None and not _VOICE.fullmatch(self.voice):
             raise ValueError(f"voice is {self.voice!r}; give a language such as en-gb")
         for text in self.spoken():
-            if text.startswith("@") or not text.strip():
+            if text.startswith(OWN_FILE) or not text.strip():
                 raise ValueError(f"say holds {text!r}; give the text that is to be spoken")
         return self
 
