@@ -23,12 +23,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
 from vidgen.evaluation.statistics import Rate
 from vidgen.media.clip import Clip
+from vidgen.pipeline.inputs import as_video
 from vidgen.pipeline.video import load, to_frames
 from vidgen.pipeline.workers import Staff, settle_threads
 from vidgen.story.plan import plan_film
@@ -81,9 +81,7 @@ def draw(sprite: str, seed: int, path: Path) -> None:
 
 def sees(judge: Judge, path: Path) -> str:
     """The sprite that the judge sees in a file."""
-    frames = torch.from_numpy(Clip.from_file(path).frames)
-    video = frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    return judge.verdicts(video)[0].sprite
+    return judge.verdicts(as_video(Clip.from_file(path).frames))[0].sprite
 
 
 def summarise(sprites: list[str], seen: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,6 +26,7 @@ from vidgen.media.checks import ClipChecker
 from vidgen.media.clip import Clip
 from vidgen.media.findings import Finding
 from vidgen.media.write import ClipInfo, write_clip
+from vidgen.pipeline.video import to_frames
 from vidgen.toybox.captions import canonical_prompt
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
@@ -139,8 +140,8 @@ def check(frames: Any, first: Any = None, split: int = 5) -> list[Finding]:
 def rendered(count: int, num_frames: int = 33, side: int = 128) -> Iterator[tuple[str, Any]]:
     """(prompt, frames [T, H, W, 3]) of Toybox clips that no model was trained on."""
     for scene in sample_scenes(SEED_RANGES["dev"][0] + 7_000_000, count):
-        video = render([scene], num_frames, side, side).video[0].permute(1, 2, 3, 0).numpy()
-        yield canonical_prompt(scene), ((video.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+        video = render([scene], num_frames, side, side).video
+        yield canonical_prompt(scene), to_frames(video[0]).numpy()
 
 
 def encoded(frames: Any) -> Any:

@@ -46,7 +46,7 @@ from vidgen.evaluation.toybox_items import endless_prompts
 from vidgen.media.clip import Clip
 from vidgen.media.sheet import contact_sheet
 from vidgen.pipeline.extend import COLOUR_HOLD, OVERLAP, LongClip, window_size
-from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.inputs import Inputs, as_video
 from vidgen.pipeline.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colours_of
 from vidgen.pipeline.video import Engine, load, to_frames
 from vidgen.toybox.judge import Judge, embedded_judge
@@ -140,8 +140,7 @@ class Chain:
         request = replace(self.request, roll=True, overlap=None, steps=None)
         clip = self.engine.generate(request)
         assert isinstance(clip, Clip)
-        frames = torch.from_numpy(clip.frames)
-        return (frames.float() / 127.5 - 1).permute(3, 0, 1, 2)[None]
+        return as_video(clip.frames)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Video [1, 3, T, H, W] in [-1, 1] on the CPU."""

@@ -35,6 +35,7 @@ from vidgen.evaluation.sync import SyncScore, bouncing_scenes, score_sync
 from vidgen.evaluation.temporal_report import STYLE, document, line_chart
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo, write_clip
+from vidgen.pipeline.video import to_frames
 from vidgen.toybox.cues import SAMPLE_RATE
 from vidgen.toybox.judge import embedded_judge
 from vidgen.toybox.render import render
@@ -65,14 +66,9 @@ class Shown:
             name for name in STAND_INS if name != first.sprite and is_valid(name, first.motion)
         )
         self.frames, self.other = (
-            as_frames(render([shot], num_frames, side, side, float(FPS)).video)
+            to_frames(render([shot], num_frames, side, side, float(FPS)).video[0]).numpy()
             for shot in (scene, scene.recast(sprite))
         )
-
-
-def as_frames(video: Any) -> Any:
-    """Video [1, 3, T, H, W] in [-1, 1] as uint8 [T, H, W, 3]."""
-    return ((video[0].permute(1, 2, 3, 0).numpy().clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
 
 
 def shifted_levels(frames: Any, levels: Any) -> Any:

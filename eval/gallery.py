@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from vidgen.core.errors import InputError, OutputError
 from vidgen.core.runtime import atomic_write
 from vidgen.evaluation.judging import TASKS, answers, grade
 from vidgen.media.clip import Clip
 from vidgen.media.read import read_recipe
 from vidgen.media.write import write_clip
+from vidgen.pipeline.inputs import as_video
 from vidgen.pipeline.video import Engine, load
 from vidgen.toybox.captions import prompts
 from vidgen.toybox.judge import Judge, embedded_judge
@@ -72,9 +71,7 @@ def make(engine: Engine, folder: Path, number: int, text: str, seed: int) -> Pat
 
 def look(judge: Judge, path: Path, scene: Scene, text: str, seed: int) -> Shown:
     """What the judge sees in a file."""
-    frames = torch.from_numpy(Clip.from_file(path).frames)
-    video = frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    (verdict,) = judge.verdicts(video)
+    (verdict,) = judge.verdicts(as_video(Clip.from_file(path).frames))
     return Shown(path.name, text, seed, grade(verdict, scene), answers(verdict))
 
 

@@ -410,9 +410,7 @@ def serve(name: str, side: str, threads: int, changes: dict[str, Any]) -> None:
     run = build(case, side, **changes)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        command, _, path = line.strip().partition(" ")
-        if command == "end":
-            return
+        _, _, path = line.strip().partition(" ")
         start = time.perf_counter()
         result = run()
         seconds = time.perf_counter() - start

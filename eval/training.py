@@ -72,10 +72,6 @@ class Random:
         """AdamW, as on the other side."""
         return build_optimizers(self.modules, OPTIM)
 
-    def start_phase(self, _index: int, _phase: Phase) -> bool:
-        """Nothing to do."""
-        return False
-
     def batch(self, _phase: Phase, step: int, micro: int) -> tuple[Tensor, ...]:
         """The same numbers on both sides."""
         return batch_of(self.config, self.shape, 2 * step + micro)

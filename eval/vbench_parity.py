@@ -36,6 +36,7 @@ from vidgen.core.runtime import atomic_write, check_output, fingerprint
 from vidgen.evaluation.temporal import TemporalRun, run_temporal
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo, write_clip
+from vidgen.pipeline.video import to_frames
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, compose_scene
 from vidgen.training.program import exit_code
@@ -80,12 +81,13 @@ def write_clips(work: Path) -> None:
     seed = SEED_RANGES["dev"][0] + 77
     for index, (name, (sprite, motion, place, count, fps, still)) in enumerate(CLIPS.items()):
         scene = compose_scene(seed + index, sprite, motion, place)
-        frames = as_frames(render([scene], count, HEIGHT, WIDTH, float(fps)).video)
+        frames = to_frames(render([scene], count, HEIGHT, WIDTH, float(fps)).video[0]).numpy()
         if still:
             dark = frames[:1].clip(0, 255 - FLICKER)
             frames = np.concatenate([dark + FLICKER * np.uint8(t % 2) for t in range(count)])
         large = 3 * HEIGHT // 2, 2 * WIDTH
-        picture = as_frames(render([scene], count, *large, float(fps), frames=[0]).video)[0]
+        drawn = render([scene], count, *large, float(fps), frames=[0]).video[0]
+        picture = to_frames(drawn)[0].numpy()
         for kind, number in ((EXACT, 0), (YUV, 1)):
             stem = f"{name}-{number}"
             if kind == YUV and index >= YUV_TOO:
@@ -96,11 +98,6 @@ def write_clips(work: Path) -> None:
             else:
                 info = ClipInfo(Fraction(fps), (WIDTH, HEIGHT), count)
                 write_clip(clips / f"{stem}.mp4", [frames], info)
-
-
-def as_frames(video: torch.Tensor) -> Any:
-    """Video [1, 3, T, H, W] in [-1, 1] as uint8 [T, H, W, 3]."""
-    return ((video[0].permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
 
 
 def write_rgb(path: Path, frames: Any, fps: int) -> None:

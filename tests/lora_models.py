@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from vidgen.models.dit import AudioConfig, DiTConfig, SpacetimeDiT
-from vidgen.models.lora import Adapter, LowRank, linear_paths
+from vidgen.models.dit_blocks import PatchEmbedding
+from vidgen.models.lora import Adapter, LowRank
 from vidgen.models.presets import DIT_PRESETS
 
 TINY = DIT_PRESETS["tiny"]
@@ -24,6 +26,12 @@ def make_dit(config: DiTConfig = TINY, dtype: torch.dtype = torch.float32) -> Sp
     for parameter in dit.parameters():  # fresh gates are zero: a model that does nothing
         parameter.data += 0.1 * torch.randn_like(parameter)
     return dit.eval().requires_grad_(requires_grad=False).to(dtype)
+
+
+def linear_paths(module: nn.Module) -> tuple[str, ...]:
+    """Paths of all layers that can have a delta of low rank."""
+    return tuple(path for path, layer in module.named_modules()
+                 if isinstance(layer, (nn.Linear, PatchEmbedding)))
 
 
 def make_adapter(

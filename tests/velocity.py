@@ -62,9 +62,6 @@ class Velocity:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return build_optimizers(self.modules, self.run.optim, use_muon=lambda n, _: "ffn" in n)
 
-    def start_phase(self, _index: int, _phase: Phase) -> bool:
-        return False
-
     def batch(self, phase: Phase, step: int, micro: int) -> tuple[Tensor, ...]:
         draw = torch.Generator().manual_seed(1000 * step + micro)
         clean, noise = torch.randn(2, phase.batch_size, 4, 2, 4, 4, generator=draw)

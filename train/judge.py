@@ -77,11 +77,6 @@ class JudgeTask:
         """AdamW over everything."""
         return build_optimizers(self.modules, self.config.run.optim)
 
-    def start_phase(self, index: int, phase: Phase) -> bool:
-        """Phases differ in length and batch size only."""
-        del index, phase
-        return False
-
     def batch(self, phase: Phase, step: int, micro: int) -> Batch:
         """Clips of one pool, turned, spoilt and damaged; a sheet of them at the first step."""
         generator = torch.Generator().manual_seed(seed_of(self.config.run.seed, step, micro))

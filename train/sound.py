@@ -138,11 +138,6 @@ class SoundTask:
             ),
         )
 
-    def start_phase(self, index: int, phase: Phase) -> bool:
-        """Phases differ in clip length and batch size only."""
-        del index, phase
-        return False
-
     def batch(self, phase: Phase, step: int, micro: int) -> Tensor:
         """Windows [B, N] of fresh scenes' sound, each with a gain of its own."""
         config, count = self.config, phase.batch_size

@@ -64,11 +64,6 @@ class SoundJudgeTask:
         """AdamW over everything."""
         return build_optimizers(self.modules, self.config.run.optim)
 
-    def start_phase(self, index: int, phase: Phase) -> bool:
-        """Phases differ in batch size only."""
-        del index, phase
-        return False
-
     def batch(self, phase: Phase, step: int, micro: int) -> SoundBatch:
         """Sounds of scenes never used before, some hollowed out, all damaged by fours."""
         count = step * phase.accumulate + micro

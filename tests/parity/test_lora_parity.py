@@ -18,9 +18,10 @@ from diffusers.loaders.lora_conversion_utils import (
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from tests.lora_models import linear_paths
 from tests.parity.test_dit_parity import make_inputs, make_pair, relative_error
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
-from vidgen.models.lora import Adapter, LowRank, attached, linear_paths
+from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.weights.lora import read_lora, write_lora
 

@@ -119,7 +119,7 @@ def test_what_is_known_may_be_hidden_by_the_noise_that_all_else_has():
     assert not condition.noise_known(state, SIGMA, NOISE).has_given.any()
     assert not new_state(NOISE).has_given.any()
     assert not condition.reference(new_state(NOISE), STILL).has_given.any()
-    ends = condition.last_frame(new_state(NOISE), STILL, STRIDES)
+    ends = condition.keyframe(new_state(NOISE), STILL, 16, STRIDES)
     assert ends.has_given.all()
     later = condition.noise_known(condition.first_frame(ends, STILL), SIGMA, NOISE)
     assert not later.has_given.any()
@@ -169,7 +169,7 @@ def test_a_still_at_frame_zero_stands_in_place():
 
 def test_stills_join_at_their_own_times():
     state = condition.keyframe(new_state(NOISE), STILL, 6, STRIDES)
-    state = condition.last_frame(state, CLIP[:1, :, :1], STRIDES)
+    state = condition.keyframe(state, CLIP[:1, :, :1], 16, STRIDES)
     state = condition.reference(condition.reference(state, STILL), STILL, 1)
     assert state.keys.num_keys == 4
     assert state.keys.valid is None

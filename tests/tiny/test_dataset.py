@@ -136,8 +136,7 @@ def test_ranks_and_micro_batches_share_a_step_out(cache, tiny_model):
         parts = [pairs.batch(step, micro, rank, 2)["indices"]
                  for micro in range(2) for rank in range(2)]
         assert whole == parts
-        assert {alone.items[i].bucket for (i,) in whole} == {alone.bucket_of(step)}
-        assert pairs.bucket_of(step, 2) == alone.bucket_of(step)
+        assert {alone.items[i].bucket for (i,) in whole} == {alone.batch(step)["bucket"]}
     assert "context" not in alone.batch(0)
 
 

@@ -170,7 +170,7 @@ def test_a_cached_roll_out_equals_the_whole_pass(causal_frames, stills):
         cache.recording = True
         parts.append(model(*part, extra=known, cache=cache))
     assert_equal(torch.cat(parts, dim=2), whole)
-    assert (cache.num_frames, cache.num_stills) == (6, int(stills))
+    assert (cache.num_frames, cache.num_held) == (6, 6 + int(stills))
 
 
 def test_a_roll_out_that_forgets_sees_the_newest_frames_at_their_places():

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.finetuning import build_clips, make_config
+from tests.lora_models import linear_paths
 from tests.models import build_tiny_model
 from tests.textures import texture
 from tests.tiny.foreign_models import build_foreign_model
@@ -23,7 +24,6 @@ from tests.wan_models import build_diffusers
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import sha256_file
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.models.lora import linear_paths
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.video import load
 from vidgen.training import finetune_output

@@ -130,8 +130,8 @@ make = lambda: nn.ModuleDict({"blocks": nn.ModuleList(
 dtype = getattr(torch, dtype)
 torch.zeros(10_000).to(torch.bfloat16).sum()
 if quantize:
-    from vidgen.weights.quantize import quantize as first_use
-    first_use(nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(8, 8)])}))
+    from vidgen.weights.quantize import quantize_layer as first_use
+    first_use(nn.Linear(8, 8))
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = status("VmRSS")
 module = load_module(make, Path(sys.argv[1]), dtype, "cpu", quantize=quantize)

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.lora_models import I2V, SOUND, TINY, WHOLE, make_adapter, make_dit
+from tests.lora_models import I2V, SOUND, TINY, WHOLE, linear_paths, make_adapter, make_dit
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
-from vidgen.models.lora import Adapter, LowRank, linear_paths
+from vidgen.models.lora import Adapter, LowRank
 from vidgen.weights.lora import (
     DIALECTS,
     LoraChoice,

@@ -24,6 +24,7 @@ from vidgen.cli.main import main
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
+from vidgen.core.runtime import size_text
 from vidgen.diffusion.guidance import Guidance
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo
@@ -39,7 +40,7 @@ from vidgen.pipeline.estimate import KERNELS_BYTES, estimate
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.preflight import choose, preflight, settle
-from vidgen.pipeline.stages import Setup, duration_text, long_text, size_text
+from vidgen.pipeline.stages import Setup, duration_text, long_text
 from vidgen.pipeline.video import load
 from vidgen.pipeline.workload import (
     decoder_layers,

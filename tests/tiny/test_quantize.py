@@ -15,7 +15,7 @@ from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.models.text import TextConfig, UMT5Encoder
 from vidgen.weights.load import load_module, save_module
-from vidgen.weights.quantize import linears, quantize, require_torchao
+from vidgen.weights.quantize import linears, quantize_layer, require_torchao
 
 needs_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
@@ -70,6 +70,12 @@ def parts_of(value: Tensor) -> list[Tensor]:
     if type(value.data) is Tensor:
         return [value.data]
     return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+
+
+def quantize(module: nn.Module) -> nn.Module:
+    for layer in linears(module).values():
+        quantize_layer(layer)
+    return module
 
 
 @needs_torchao

@@ -29,7 +29,7 @@ from vidgen.evaluation.metrics.flow import (
 )
 from vidgen.evaluation.metrics.motion import MotionMeter, SampledMotion, Smoothness, interpolate
 from vidgen.evaluation.metrics.network_files import network_hash, parse_networks
-from vidgen.evaluation.metrics.tracks import HISTOGRAM_WIDTH, Tracks
+from vidgen.evaluation.metrics.tracks import ANGLES, Tracks
 from vidgen.evaluation.metrics.vbench import (
     Consistency,
     camera_motions,
@@ -219,7 +219,7 @@ def test_steady_motion_has_no_jerk_and_a_zigzag_has():
 
 def test_histograms_say_which_way_points_went():
     (right,) = follow([(0.5, 0.0)] * 15).histograms
-    assert len(right) == HISTOGRAM_WIDTH
+    assert len(right) == 2 * ANGLES
     assert np.argmax(right) == 0
     assert right[0] == pytest.approx(100 * 0.5 / 64)
     (down,) = follow([(0.0, 0.5)] * 15).histograms
@@ -229,15 +229,15 @@ def test_histograms_say_which_way_points_went():
 
 def test_frechet_distance_of_known_gaussians():
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(400, HISTOGRAM_WIDTH))
+    rows = rng.normal(size=(400, 2 * ANGLES))
     assert frechet_distance(rows, rows) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(rows, rows + 0.5) == pytest.approx(0.25 * HISTOGRAM_WIDTH)
+    assert frechet_distance(rows, rows + 0.5) == pytest.approx(0.5 * ANGLES)
     spread = float(np.trace(np.cov(rows, rowvar=False)))  # (2 - 1)^2 tr C, and the means
     means = float(np.square(rows.mean(0)).sum())
     assert frechet_distance(rows, 2 * rows) == pytest.approx(spread + means)
-    assert frechet_distance(rows[:HISTOGRAM_WIDTH], rows) is None
+    assert frechet_distance(rows[: 2 * ANGLES], rows) is None
     few = rows[:6]  # fewer than values: the covariance has gaps, the distance has not
-    assert frechet_distance(few, few + 0.5, least=2) == pytest.approx(0.25 * HISTOGRAM_WIDTH)
+    assert frechet_distance(few, few + 0.5, least=2) == pytest.approx(0.5 * ANGLES)
     assert frechet_distance([], [], least=2) is None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vidgen.cli.devices import add_workers
 from vidgen.cli.report import Report
+from vidgen.core.errors import OutputError
 
 OPTIONS = {
     "videos", "network", "first_images", "prompt_suite", "augmentation", "workers", "ray",
@@ -53,7 +54,6 @@ def check_outputs(args: Namespace, num_folders: int) -> None:
     Raises:
         OutputError: a file in the way, or of another kind.
     """
-    from vidgen.core.errors import OutputError
     from vidgen.core.runtime import check_output
 
     for path in (args.output, args.report, *_layout_paths(Path(args.output), num_folders)):

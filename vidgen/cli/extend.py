@@ -20,16 +20,15 @@ from vidgen.cli.resume import (
     told_how_to_go_on,
 )
 from vidgen.core.errors import InputError
+from vidgen.core.request import LOADING, Request
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Request
     from vidgen.media.clip import Clip
     from vidgen.pipeline.journal import Journal
 
 DESCRIPTION = "Let a clip go on. What is left out is as the clip's recipe has it."
-_LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
 _NOT_OF_REQUEST = {
-    "clip", "output", "overwrite", "resume", "json", "events", "seconds", *_LOADING
+    "clip", "output", "overwrite", "resume", "json", "events", "seconds", *LOADING
 }
 
 
@@ -96,7 +95,7 @@ def run(args: Namespace, report: Report) -> int:
     recipe = read_recipe(args.clip)
     options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
     given = {name: value for name, value in options.items() if value not in (None, [])}
-    loading = {name: getattr(args, name) for name in _LOADING}
+    loading = {name: getattr(args, name) for name in LOADING}
     loading |= choose_devices(args.devices, args.shard, [journal])
     if recipe is not None:
         try:
@@ -126,7 +125,6 @@ def _make(
 ) -> int:
     import torch
 
-    from vidgen.core.request import Request
     from vidgen.pipeline.continuation import at_own_size
     from vidgen.pipeline.video import Engine, load
 

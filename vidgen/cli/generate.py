@@ -23,10 +23,10 @@ from vidgen.cli.resume import (
     told_how_to_go_on,
 )
 from vidgen.core.errors import InputError
+from vidgen.core.request import LOADING, NO_AUDIO, Request
 from vidgen.core.runtime import slug
 
 if TYPE_CHECKING:
-    from vidgen.core.request import Request
     from vidgen.media.clip import Clip
     from vidgen.pipeline.journal import Journal
 
@@ -35,9 +35,8 @@ BACKENDS = ("auto", "reference", "native", "blocked", "sdpa", "matmul", "xformer
 PIPE = "-"
 ENDLESS = 99_997
 """Frames of a clip into a pipe where nobody says: hours."""
-_LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
 _NOT_OF_REQUEST = {
-    "output", "overwrite", "resume", "preview", "attention", "json", "events", *_LOADING
+    "output", "overwrite", "resume", "preview", "attention", "json", "events", *LOADING
 }
 
 
@@ -139,8 +138,6 @@ def add_sound(add: Callable[..., Any], *, goes_on: bool = False) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
-    from vidgen.core.request import NO_AUDIO, Request
-
     options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
     request = Request.of(options.pop("prompt"), options)
     if args.output == PIPE:
@@ -159,7 +156,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.pipeline.video import Engine, load
 
     start = time.monotonic()
-    loading = {name: getattr(args, name) for name in _LOADING}
+    loading = {name: getattr(args, name) for name in LOADING}
     done = [journal.finished for journal in journals]
     loading |= choose_devices(args.devices, args.shard, journals)
     share_threads(loading["devices"], torch.get_num_threads())
@@ -222,7 +219,7 @@ def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
         request = replace(request, frames=ENDLESS)
     if request.seed is None:
         request = replace(request, seed=_seed(args, request, report))
-    engine = load(**{name: getattr(args, name) for name in _LOADING})
+    engine = load(**{name: getattr(args, name) for name in LOADING})
     if not isinstance(engine, Engine):
         raise InputError(f"{args.model} has no roller; leave --roll out")
     clip = engine.generate(request)

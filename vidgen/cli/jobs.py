@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.cli.report import Report
+from vidgen.core.errors import InputError
 
 DESCRIPTION = (
     "List clips whose making was stopped: how far each is, how old, how large. The command that "
@@ -26,7 +27,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Print one line a job; with --prune --yes remove them."""
-    from vidgen.core.errors import InputError
     from vidgen.pipeline.job import job_facts
 
     if args.yes and not args.prune:
@@ -46,7 +46,6 @@ def run(args: Namespace, report: Report) -> int:
 
 def _folders(path: Path) -> list[Path]:
     """The job folders that a path stands for."""
-    from vidgen.core.errors import InputError
     from vidgen.pipeline.job import SUFFIX, job_folder
 
     if path.name.endswith(SUFFIX) and path.is_dir():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.cli.report import Report
+from vidgen.core.errors import InputError, VidgenError
 
 DESCRIPTION = (
     "List the models that are ready to use: the embedded ones, those in the Hugging Face cache, "
@@ -35,7 +36,6 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _measure(model: str, report: Report) -> int:
-    from vidgen.core.errors import InputError
     from vidgen.pipeline.step_caches import measure_magnitudes, write_magnitudes
     from vidgen.pipeline.video import Engine, load
 
@@ -51,7 +51,6 @@ def _measure(model: str, report: Report) -> int:
 
 def _at_hand(folders: list[str]) -> Iterator[tuple[str, Path]]:
     """What each model is called, and where it is."""
-    from vidgen.core.errors import InputError
     from vidgen.weights.folder import embedded_folder, list_embedded
     from vidgen.weights.hub import list_cached
     from vidgen.weights.layouts import layout_of
@@ -72,7 +71,6 @@ def _at_hand(folders: list[str]) -> Iterator[tuple[str, Path]]:
 def _describe(model: str, path: Path) -> dict[str, Any]:
     """A model's facts, or why it can't be used."""
     from vidgen.core.config import dump
-    from vidgen.core.errors import VidgenError
     from vidgen.weights.folder import ForeignFolder
     from vidgen.weights.layouts import card_license, open_folder
 

@@ -229,7 +229,7 @@ def _tell_plan(
     report: Report, edit: Edit | None,
 ) -> int:
     """What each shot takes, which are there, and how long the film is, if there is to be one."""
-    from vidgen.pipeline.stages import size_text
+    from vidgen.core.runtime import size_text
     from vidgen.story.plan import word_remarks
 
     missing = [store.missing(plan) for plan in plans]

@@ -19,6 +19,7 @@ from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
 from vidgen.cli.resume import as_it_began, told_how_to_go_on
 from vidgen.core.errors import InputError
+from vidgen.core.request import LOADING
 from vidgen.core.runtime import given_rank, slug
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Make a clip under several settings, the seed locked: one labelled sheet, one video."
 MAX_CELLS = 100
-_LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _cell(base: Mapping[str, Any], chosen: Sequence[tuple[Axis, str]], stem: str
         else:
             options["prompt"] = _replaced(options["prompt"], axis.word, value)
             label.append(value)
-    loading = {name: options.pop(name) for name in _LOADING}
+    loading = {name: options.pop(name) for name in LOADING}
     loading |= choose_devices(loading["devices"], loading["shard"], ())
     request = Request.of(options.pop("prompt"), options)
     name = _identity(request, loading)

@@ -239,6 +239,16 @@ def dump(value: Any) -> Any:
     return value
 
 
+def flattened(data: Any, name: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings and lists by dotted name."""
+    if isinstance(data, list | tuple):
+        data = dict(enumerate(data))
+    if not isinstance(data, Mapping):
+        return {name: data}
+    parts = (flattened(each, f"{name}.{key}" if name else str(key)) for key, each in data.items())
+    return {leaf: value for part in parts for leaf, value in part.items()}
+
+
 @cache
 def _fields(kind: type) -> dict[str, Field[Any]]:
     return {field.name: field for field in fields(kind) if field.init}

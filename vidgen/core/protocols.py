@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+OnEvent = Callable[[dict[str, Any]], None]
+"""Is told what happens, in fields of which `event` says what they are about."""
 
 
 @dataclass(frozen=True)

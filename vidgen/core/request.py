@@ -82,6 +82,10 @@ _ELSEWHERE = {
 """What the command line takes beside a request's options, and who takes it in Python."""
 NO_AUDIO, OWN_AUDIO = "none", "generate"
 """Values of `audio` that name no file."""
+OWN_FILE = "@"
+"""What a text of `say` begins with that names a sound file."""
+LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
+"""Options that say how a model is loaded, not what it makes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,6 +168,11 @@ def megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes} bytes"
 
 
+def size_text(num_bytes: int) -> str:
+    """A size for people, in gigabytes where it is that large."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else megabytes(num_bytes)
+
+
 def slug(text: str) -> str:
     """The first words of a text as a file's name."""
     words = re.sub(r"[^\w]+", "-", text.lower()).strip("-")
@@ -303,6 +308,13 @@ def cache_folder() -> Path:
     """Where vidgen keeps what it can make anew: `$XDG_CACHE_HOME/vidgen` or `~/.cache/vidgen`."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "vidgen"
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """This process's environment for one of its own, which is to find this package, and more."""
+    here = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **more}
 
 
 def exit_text(code: int, errors: BinaryIO) -> str:

@@ -73,9 +73,13 @@ class Memory(ABC):
     def is_near(self) -> bool:
         """Whether what is remembered will do; asked of the branch that decides, and then done."""
 
-    @abstractmethod
     def reuse(self) -> Tensor:
         """What leaves the last block [B, L, D], out of what is remembered."""
+        return _sum(self._tokens, self._added())
+
+    def _added(self) -> Tensor:
+        """What the blocks behind the first `lead` are taken to add."""
+        return self.tensors[0]
 
     @abstractmethod
     def keep(self, tokens: Tensor) -> None:
@@ -115,9 +119,8 @@ class FirstBlock(Memory):
         added = _difference(self._tokens, self._start)
         return self.change(added, self.tensors[0]) < self.threshold
 
-    def reuse(self) -> Tensor:
-        """See `Memory`."""
-        return _sum(self._tokens, self.tensors[1])
+    def _added(self) -> Tensor:
+        return self.tensors[1]
 
     def keep(self, tokens: Tensor) -> None:
         """See `Memory`."""
@@ -148,10 +151,6 @@ class Magnitude(Memory):
         self.numbers = [computed, error]
         return error < self.threshold
 
-    def reuse(self) -> Tensor:
-        """See `Memory`."""
-        return _sum(self._tokens, self.tensors[0])
-
     def keep(self, tokens: Tensor) -> None:
         """See `Memory`."""
         self.tensors, self.numbers = [_difference(tokens, self._start)], [self.sigma, 0.0]
@@ -178,19 +177,15 @@ class Forecast(Memory):
         """See `Memory`."""
         return self.numbers[-1] * self._node_product() < self.threshold
 
-    def reuse(self) -> Tensor:
-        """See `Memory`."""
-        return _sum(self._tokens, self._extrapolate())
-
     def keep(self, tokens: Tensor) -> None:
         """See `Memory`."""
         added, nodes, factor = _difference(tokens, self._start), self.numbers[:-1], math.inf
         if len(nodes) > self.order:
-            factor = self.change(self._extrapolate(), added) / self._node_product()
+            factor = self.change(self._added(), added) / self._node_product()
         self.tensors = [added, *self.tensors][: self.order + 1]
         self.numbers = [*[self.sigma, *nodes][: self.order + 1], factor]
 
-    def _extrapolate(self) -> Tensor:
+    def _added(self) -> Tensor:
         """Lagrange's polynomial through the nodes, float32."""
         u, nodes = _log_snr(self.sigma), [_log_snr(sigma) for sigma in self.numbers[:-1]]
         total = torch.zeros_like(self.tensors[0], dtype=torch.float32)
@@ -220,10 +215,6 @@ class Probe(Memory):
     def is_near(self) -> bool:
         """See `Memory`."""
         return False
-
-    def reuse(self) -> Tensor:
-        """See `Memory`."""
-        return _sum(self._tokens, self.tensors[0])
 
     def keep(self, tokens: Tensor) -> None:
         """See `Memory`."""

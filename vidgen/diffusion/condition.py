@@ -249,11 +249,6 @@ def require_frame(frame_index: int, num_frames: int) -> None:
         )
 
 
-def last_frame(state: LatentState, latent: Tensor, strides: Strides) -> LatentState:
-    """The clip ends with a still, encoded alone: [B or 1, C, 1, h, w]."""
-    return keyframe(state, latent, (state.latents.shape[2] - 1) * strides.t, strides)
-
-
 def reference(state: LatentState, latent: Tensor, index: int = 0) -> LatentState:
     """Show a still of a subject, [B or 1, C, 1, h, w], outside of the clip's time."""
     return _append_key(state, latent, reference_position(index))

@@ -15,8 +15,6 @@ from vidgen.core.errors import InputError
 from vidgen.toybox.motion import ASSETS
 from vidgen.toybox.scenes import SEED_RANGES, Actor, Scene, times_in
 
-#: What sets a sentence apart from the grammar's.
-KINDS = ("typos", "capitals", "order", "synonyms", "longer", "unknown")
 _FIRST = 1 << 35  # within a split's seeds
 
 

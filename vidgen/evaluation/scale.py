@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, best_dtype, choose_device
 from vidgen.evaluation.suite import PromptSuite, file_stem, picture_of, pictures_in
-from vidgen.evaluation.temporal import OnEvent, TemporalRun, run_temporal
+from vidgen.evaluation.temporal import TemporalRun, run_temporal
 from vidgen.pipeline.clip_work import ClipWork
 from vidgen.pipeline.recipe import identity
 from vidgen.pipeline.video import load

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vidgen.core.protocols import OnEvent
 from vidgen.evaluation.judging import grade
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, paired_interval
 from vidgen.pipeline.experts import hashes_of
+from vidgen.pipeline.inputs import as_video
 from vidgen.pipeline.video import Engine
 from vidgen.toybox.captions import prompts
 from vidgen.toybox.judge import Judge
 from vidgen.toybox.scenes import Scene
 from vidgen.toybox.subject import Subject
 
-OnEvent = Callable[[dict[str, Any]], None]
 TASKS = ("sprite", "motion", "place")
 WITH, WITHOUT = "with", "without"
 
@@ -106,8 +107,7 @@ def _judged(
         lora=[] if lora is None else [str(lora)],
     )
     assert not isinstance(clip, list)
-    video = torch.from_numpy(clip.frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    return judge.verdicts(video.to(engine.device))[0]
+    return judge.verdicts(as_video(clip.frames).to(engine.device))[0]
 
 
 def _summary(rows: dict[str, Sequence[dict[str, bool]]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint, sha256_file
 from vidgen.evaluation.comparison import compare
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
@@ -42,7 +43,6 @@ from vidgen.pipeline.workers import Job, Patience, Staff, run_jobs
 if TYPE_CHECKING:
     from vidgen.evaluation.metrics.networks import Networks
 
-OnEvent = Callable[[dict[str, Any]], None]
 WHOLE = 0.9
 """Share of the frames that a file says it has, below which it was cut off; rates may be rounded."""
 

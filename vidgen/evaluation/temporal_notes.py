@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidgen.core.protocols import OnEvent
 from vidgen.evaluation.metrics.network_files import NETWORKS
 
 if TYPE_CHECKING:
     from vidgen.evaluation.temporal import Folder
-
-OnEvent = Callable[[dict[str, Any]], None]
 
 
 def note_skipped(

@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint
 from vidgen.evaluation.judging import judge_renders
 from vidgen.evaluation.phrasings import read_phrasings
@@ -35,7 +36,6 @@ from vidgen.media.sheet import contact_sheet
 from vidgen.pipeline.workers import Job, Patience, Staff, run_jobs, settle_threads
 from vidgen.toybox.scenes import SEED_RANGES
 
-OnEvent = Callable[[dict[str, Any]], None]
 SHEET_CLIPS = 16
 MAX_SEEDS = 1000
 JUDGE_SEEDS = 1 << 24  # from the end of the judge's range: scenes it never learned from

@@ -25,6 +25,7 @@ from vidgen.evaluation.generation import (
 from vidgen.evaluation.toybox_items import SOURCES, Item
 from vidgen.media.sound import resampled
 from vidgen.pipeline.extend import OVERLAP, window_size
+from vidgen.pipeline.inputs import as_video
 from vidgen.pipeline.own_sound import TASK
 from vidgen.toybox.cues import SAMPLE_RATE
 from vidgen.toybox.render import Rendered, render
@@ -128,7 +129,7 @@ class Maker:
             **{name: getattr(self.bench, name) for name in names},
         }))  # fmt: skip
         assert not isinstance(clip, list)
-        return (torch.from_numpy(clip.frames).permute(3, 0, 1, 2)[None].float() / 127.5) - 1
+        return as_video(clip.frames)
 
     @property
     def _sound_rate(self) -> int:

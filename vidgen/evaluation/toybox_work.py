@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
 from vidgen.core.request import Request
 from vidgen.evaluation.toybox_clips import Maker
 from vidgen.evaluation.toybox_items import SOURCES, SUITES, Item
@@ -21,7 +22,6 @@ from vidgen.media.encode import Frames
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.video import Engine, load, to_frames
-from vidgen.pipeline.workers import Tell
 from vidgen.toybox.captions import prompts
 from vidgen.toybox.judge import JudgeFolder, embedded_judge
 from vidgen.toybox.scenes import WORLD_VERSION
@@ -196,6 +196,6 @@ class ToyboxWork:
         work.studio = studio
         return work
 
-    def __call__(self, batch: Batch, _tell: Tell) -> Scored:
+    def __call__(self, batch: Batch, _tell: OnEvent) -> Scored:
         """Do one batch."""
         return self.studio.score(batch)

@@ -84,18 +84,14 @@ class ClipChecker:
         info: the clip's rate and size, and the length and sound it is to have; 0 frames if that
             isn't known.
         first_frame: uint8 [H, W, 3], with which the clip is to begin; brought to its size.
-        mode: how: "crop" or "pad".
     """
 
-    def __init__(
-        self, info: ClipInfo, first_frame: Frames | None = None,
-        mode: Literal["crop", "pad"] = "crop",
-    ) -> None:
+    def __init__(self, info: ClipInfo, first_frame: Frames | None = None) -> None:
         self.info, self.num_frames = info, 0
         fps, (width, height) = float(info.fps), info.size
         self._fps = fps
         self._looker = Looker(height, width)
-        self._given = None if first_frame is None else fit(first_frame, height, width, mode)
+        self._given = None if first_frame is None else fit(first_frame, height, width, "crop")
         self._meant = set() if self._given is None else set(_flaws(_look_at(self._given)))
         self._flat = {kind: Runs(fps) for kind in ("black", "white", "blank", "noise")}
         self._flashes = Flashes(fps, red=False), Flashes(fps, red=True)
@@ -153,22 +149,17 @@ class ClipChecker:
             if look.moved is not None:
                 self._freezes.feed(index, look.moved)
 
-    def finish(self, sound: Samples | None = None) -> list[Finding]:
-        """Say what was found; call it once, after the last frame.
-
-        Args:
-            sound: float32 [N, channels] at `info.sound_rate`; None: that of `info`.
-        """
+    def finish(self) -> list[Finding]:
+        """Say what was found; call it once, after the last frame."""
         for runs in self._flat.values():
             runs.finish()
         self._freezes.finish()
         self._drifts.finish()
-        sound = self.info.sound if sound is None else sound
         found = [*self._flat_findings(), *self._motion_findings(), *self._picture_findings()]
         if self.info.num_frames:
             found += check_length(self.num_frames, self.info.fps, self.info.num_frames)
-        if sound is not None:
-            found += check_sound(sound, self.info.sound_rate, self.num_frames / self._fps)
+        if self.info.sound is not None:
+            found += check_sound(self.info.sound, self.info.sound_rate, self.num_frames / self._fps)
         return found
 
     def _time(self, span: Span) -> tuple[float, float]:

@@ -423,7 +423,7 @@ def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
                 stream |= {"fps": str(reader.fps), "num_frames": count}
                 facts["duration_s"] = float(count / reader.fps)
         return facts | {"format": kind, "streams": [stream]}
-    with _container(found) as container:
+    with open_container(found) as container:
         if container.duration is not None:
             facts["duration_s"] = container.duration / av.time_base
         if container.bit_rate:
@@ -434,10 +434,13 @@ def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def _container(path: Path) -> Iterator[av.container.InputContainer]:
-    """A media file of libav's; its texts may be anything."""
+def open_container(
+    path: Path, what: str = "", remedy: str = "give a video or sound file",
+    problem: str = "is no media file",
+) -> Iterator[av.container.InputContainer]:
+    """A media file of libav's, whose texts may be anything; the words are those of `decoding`."""
     with (
-        decoding(str(path), "give a video or sound file", "is no media file"),
+        decoding(what or str(path), remedy, problem),
         av.open(str(path), metadata_errors="replace") as container,
     ):
         yield container
@@ -479,7 +482,7 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def _container_recipe(path: Path) -> str | None:
-    with _container(path) as container:
+    with open_container(path) as container:
         # Matroska's tags come back in capitals.
         return {k.lower(): v for k, v in container.metadata.items()}.get(RECIPE_KEY)
 

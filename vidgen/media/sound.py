@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ import numpy as np
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import write_error
 from vidgen.media.encode import Samples
-from vidgen.media.read import decoding, existing_file
+from vidgen.media.read import existing_file, open_container
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame
@@ -133,13 +133,8 @@ class SoundReader:
         lack = (self.seconds or 0.0) - num_samples / self.rate
         return lack if lack > _LACK_S else 0.0
 
-    @contextmanager
-    def _open(self, remedy: str) -> Iterator[InputContainer]:
-        with (
-            decoding(self._what, remedy, "can't be read"),
-            av.open(str(self.path), metadata_errors="replace") as container,
-        ):
-            yield container
+    def _open(self, remedy: str) -> AbstractContextManager[InputContainer]:
+        return open_container(self.path, self._what, remedy, "can't be read")
 
     def _late(self, container: InputContainer, frame: AudioFrame) -> int:
         """Samples of silence before a track that starts later than its picture."""
@@ -158,9 +153,7 @@ def read_sound(path: str | os.PathLike[str]) -> tuple[Samples, int] | None:
         InputError: missing, or no media file.
     """
     found = existing_file(path, "sound")
-    with decoding(f"sound {path}", "save it again", "can't be read"), av.open(
-        str(found), metadata_errors="replace"
-    ) as container:
+    with open_container(found, f"sound {path}", "save it again", "can't be read") as container:
         if not container.streams.audio:
             return None
     reader = SoundReader(path)

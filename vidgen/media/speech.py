@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vidgen.core.errors import InputError
+from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import sha256_file
 from vidgen.media.encode import Samples
 from vidgen.media.mix import at_length
@@ -31,8 +32,6 @@ from vidgen.media.sound import RATE, SoundReader, gather, room
 
 PAUSE_S = 0.25
 """Between two sentences, and between texts of which the second has no time of its own."""
-OWN_FILE = "@"
-"""Begins the name of a file that holds what is said."""
 DEFAULT_VOICE = "en-us"
 _SILENCE = 10 ** (-50 / 20)
 _KOKORO_RATE = 24_000

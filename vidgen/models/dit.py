@@ -203,7 +203,6 @@ class SpacetimeDiT(nn.Module):
             None if audio is None else audio.channels, config.eps,
         )
         self.gradient_checkpointing = False
-        self.set_attention_backend("auto")
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw the weights that training from scratch starts with; see `dit_init`."""
@@ -213,7 +212,6 @@ class SpacetimeDiT(nn.Module):
         """Choose who computes attention, see `ops.attention`; with `strict` refuse a substitute."""
         if strict:
             require_backend(backend, self.head.proj.weight.device, self.head.proj.weight.dtype)
-        self.attention_backend: Backend = backend
         for block in (*self.blocks, *self.control_blocks):
             block.self_attn.backend = block.cross_attn.backend = backend
 

@@ -130,7 +130,6 @@ class KVCache:
     def __init__(self) -> None:
         self.recording = True
         self.num_frames = 0
-        self.num_stills = 0
         self.num_held = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -138,7 +137,6 @@ class KVCache:
         """Count the frames and stills that a recording pass has added."""
         if self.recording:
             self.num_frames += num_frames
-            self.num_stills += num_stills
             self.num_held += num_frames + num_stills
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,11 +64,6 @@ class Adapter:
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def linear_paths(module: nn.Module) -> tuple[str, ...]:
-    """Paths of all layers that can have a delta of low rank."""
-    return tuple(path for path, layer in module.named_modules() if _is_linear(layer))
-
-
 def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
     """What of an adapter has no place in a module, or another shape there; empty if all fits."""
     layers, parameters = dict(module.named_modules()), dict(module.named_parameters())
@@ -138,10 +133,10 @@ def attached(
                     del layer._parts
 
 
-def name_some(items: Sequence[str], limit: int = 5) -> str:
-    """The first of several names, and how many more there are."""
-    more = f", and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+def name_some(items: Sequence[str]) -> str:
+    """The first five of several names, and how many more there are."""
+    more = f", and {len(items) - 5} more" if len(items) > 5 else ""
+    return ", ".join(items[:5]) + more
 
 
 @dataclass(eq=False)

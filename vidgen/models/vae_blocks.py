@@ -154,7 +154,7 @@ class Upsample(nn.Module):
         output phases is a 2x2 convolution of the small image with summed taps: 16 products
         instead of 36, and no repeated image in memory. The four run as one convolution.
         """
-        weight = _fold(_fold(self.conv.weight, 3), 3)  # [row phase, column phase, O, C, 2, 2]
+        weight = _fold(_fold(self.conv.weight))  # [row phase, column phase, O, C, 2, 2]
         bias = None if self.conv.bias is None else self.conv.bias.repeat(4)
         y = convolve_frames(x, weight.flatten(0, 2), bias, padding=1).permute(0, 2, 3, 1)
         a, b, c, d = y.chunk(4, dim=-1)
@@ -173,10 +173,10 @@ class Upsample(nn.Module):
             )
 
 
-def _fold(weight: Tensor, axis: int) -> Tensor:
-    """Three taps on pixels repeated twice as two taps on the pixels, a new first axis: phases."""
-    a, b, c = weight.unbind(axis)
-    return torch.stack([torch.stack([a, b + c], axis), torch.stack([a + b, c], axis)])
+def _fold(weight: Tensor) -> Tensor:
+    """Axis 3's three taps on pixels repeated twice as two on the pixels; a new axis 0: phases."""
+    a, b, c = weight.unbind(3)
+    return torch.stack([torch.stack([a, b + c], 3), torch.stack([a + b, c], 3)])
 
 
 class MeanDown(nn.Module):

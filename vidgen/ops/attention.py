@@ -126,9 +126,9 @@ def _differentiable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
 
 def _native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """By our own kernel where it can: heads of 64, 128, ..., and a bias of keys alone."""
-    kernels, d = native.kernels(q, k, v), q.shape[-1]
+    d = q.shape[-1]
     per_key = bias is None or (bias.ndim == 4 and bias.shape[1:3] == (1, 1))
-    if kernels is None or d % 64 or d > 512 or not per_key or not k.shape[2]:
+    if native.kernels(q, k, v) is None or d % 64 or d > 512 or not per_key or not k.shape[2]:
         if native.needs_gradient(q, k, v):
             return _differentiable(q, k, v, bias)
         return _BACKENDS[_without_kernels(q.device, q.dtype)](q, k, v, bias)
@@ -144,13 +144,11 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, lse: Tensor | None
 ) -> Tensor:
     """The kernel; `lse` [B, H, Lq] float32, if given, gets each row's log-sum-exp."""
-    kernels = native.kernels(q, k, v)
-    assert kernels is not None
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = _heads_aside(q)
     failed = native.call(
-        kernels, "attention", q.dtype, q, k, v, bias, out, lse, *_sizes(q, k),
-        _strides(q, k, v, out), q.shape[-1] ** -0.5,
+        "attention", q.dtype, q, k, v, bias, out, lse, *_sizes(q, k), _strides(q, k, v, out),
+        q.shape[-1] ** -0.5,
     )
     if failed:
         raise MemoryError("no memory for the keys and values of attention")
@@ -185,12 +183,10 @@ class _NativeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
-        kernels = native.kernels(q)
-        assert kernels is not None
         inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, out, grads[0])]
         made = [_heads_aside(x) for x in (q, k, v)]
         failed = native.call(
-            kernels, "attention_backward", q.dtype, *inputs, *made, bias, lse, *_sizes(q, k),
+            "attention_backward", q.dtype, *inputs, *made, bias, lse, *_sizes(q, k),
             _strides(*inputs, *made), q.shape[-1] ** -0.5,
         )
         if failed:

@@ -138,9 +138,8 @@ def _by_kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor | None:
     """Convolve x [B, C, T, H, W] or [B, C, H, W] by our own kernel, where there is one."""
-    kernels, num_taps = native.kernels(x), weight[0, 0].numel()
-    frames = x.dim() == 4
-    if kernels is None or num_taps > native.MAX_TAPS or not (frames or padding[0] == 0):
+    num_taps, frames = weight[0, 0].numel(), x.dim() == 4
+    if num_taps > native.MAX_TAPS or not (frames or padding[0] == 0) or native.kernels(x) is None:
         return None
     sizes = [
         (size + 2 * pad - taps) // step + 1
@@ -155,7 +154,7 @@ def _by_kernel(
         len(x), *once, *x.shape[2:], x.shape[1], *once, *sizes, len(weight),
         *once, *weight.shape[2:], *once, *stride, *padding[-2:],
     )
-    native.call(kernels, "convolve", x.dtype, x, weight, bias, out, scratch, shape)
+    native.call("convolve", x.dtype, x, weight, bias, out, scratch, shape)
     return out
 
 

@@ -48,10 +48,8 @@ class _RowNormSilu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        kernels, gain, out = native.kernels(x), weight.float().contiguous(), torch.empty_like(x)
-        assert kernels is not None
-        width = x.shape[1]
-        native.call(kernels, "norm_and_silu", x.dtype, x, gain, out, x.numel() // width, width, 1)
+        gain, out, width = weight.float().contiguous(), torch.empty_like(x), x.shape[1]
+        native.call("norm_and_silu", x.dtype, x, gain, out, x.numel() // width, width, 1)
         ctx.save_for_backward(x, gain)
         return out
 
@@ -59,13 +57,11 @@ class _RowNormSilu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, gain = ctx.saved_tensors
-        kernels, width, out = native.kernels(x), x.shape[1], torch.empty_like(x)
-        assert kernels is not None
+        width, out = x.shape[1], torch.empty_like(x)
         grad = grads[0].movedim(1, -1).contiguous()
         sums = torch.zeros(torch.get_num_threads(), width)
         native.call(
-            kernels, "norm_and_silu_backward", x.dtype, x, gain, grad, out, sums,
-            x.numel() // width, width,
+            "norm_and_silu_backward", x.dtype, x, gain, grad, out, sums, x.numel() // width, width,
         )
         return out, sums.sum(0).view(gain.shape)
 
@@ -113,14 +109,12 @@ class ChannelRMSNorm(nn.Module):
 
     def write_silu(self, x: Tensor, out: Tensor) -> None:
         """`silu` into `out`, of which each sample has its channels last, too."""
-        kernels = native.kernels(x, self.weight)
-        assert kernels is not None
         weight = self.weight.float().contiguous()
         for sample, target in zip(x, out, strict=True):
             assert target.movedim(0, -1).is_contiguous()
             native.call(
-                kernels, "norm_and_silu", x.dtype, sample, weight, target,
-                sample.numel() // x.shape[1], x.shape[1], 1,
+                "norm_and_silu", x.dtype, sample, weight, target, sample.numel() // x.shape[1],
+                x.shape[1], 1,
             )
 
 
@@ -251,14 +245,13 @@ def _add_and_norm(
     base: float, eps: float, stats: Tensor | None = None, *, mixed: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The kernel, on dense x and update; `tables` are gate, scale and shift."""
-    kernels, width = native.kernels(x), x.shape[-1]
-    assert kernels is not None
+    width = x.shape[-1]
     total = None if update is None else torch.empty_like(x)
     narrow = torch.bfloat16 if mixed else x.dtype
     normed = None if tables[1] is None else torch.empty_like(x, dtype=narrow)
     native.call(
-        kernels, "add_and_norm", x.dtype, x, update, *_with_strides(tables), index, base, total,
-        normed, stats, x.numel() // width, width, eps, mixed=mixed,
+        "add_and_norm", x.dtype, x, update, *_with_strides(tables), index, base, total, normed,
+        stats, x.numel() // width, width, eps, mixed=mixed,
     )
     return total, normed
 
@@ -293,15 +286,14 @@ class _AddAndNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         total, update, gate, scale, index, stats = ctx.saved_tensors
-        kernels, width, threads = native.kernels(total), total.shape[-1], torch.get_num_threads()
-        assert kernels is not None
+        width, threads = total.shape[-1], torch.get_num_threads()
         grad_sum, grad_out = (None if grad is None else grad.contiguous() for grad in grads)
         grad_x = torch.empty_like(total)
         grad_update = None if update is None else torch.empty_like(update)
         sums = [None if rows is None else torch.zeros(threads, *rows.shape)
                 for rows in (gate, scale, scale)]
         native.call(
-            kernels, "add_and_norm_backward", total.dtype, total, update,
+            "add_and_norm_backward", total.dtype, total, update,
             *_with_strides((gate, scale)), index, ctx.base, stats, grad_sum, grad_out, grad_x,
             grad_update,
             *(number for part in sums for number in _sum_strides(part)),

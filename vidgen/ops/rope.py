@@ -16,8 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from vidgen.ops import native
 
+_THETA = 1e4  # base of the wavelengths
 
-def rope_table(time: Tensor, rows: int, columns: int, head_dim: int, theta: float = 1e4) -> Tensor:
+
+def rope_table(time: Tensor, rows: int, columns: int, head_dim: int) -> Tensor:
     """Rotations of the tokens of latent frames at any real time positions.
 
     Args:
@@ -25,7 +27,6 @@ def rope_table(time: Tensor, rows: int, columns: int, head_dim: int, theta: floa
         rows: patches down a frame, at positions 0, 1, ...
         columns: patches across a frame.
         head_dim: d, even.
-        theta: wavelength base.
 
     Returns:
         [B or 1, F * rows * columns, d/2] complex64, tokens in (F, h, w) order.
@@ -34,14 +35,14 @@ def rope_table(time: Tensor, rows: int, columns: int, head_dim: int, theta: floa
     where = time.device
     batch, frames = time.shape
     shape = (batch, frames, rows, columns)
-    by_time = _rotation(time, head_dim // 2 - 2 * spatial, theta)[:, :, None, None]
-    by_row = _rotation(torch.arange(rows, device=where), spatial, theta)[:, None]
-    by_column = _rotation(torch.arange(columns, device=where), spatial, theta)
+    by_time = _rotation(time, head_dim // 2 - 2 * spatial)[:, :, None, None]
+    by_row = _rotation(torch.arange(rows, device=where), spatial)[:, None]
+    by_column = _rotation(torch.arange(columns, device=where), spatial)
     parts = [part.expand(*shape, -1) for part in (by_time, by_row, by_column)]
     return torch.cat(parts, dim=-1).flatten(1, 3)
 
 
-def sound_rope_table(time: Tensor, steps: Tensor, head_dim: int, theta: float = 1e4) -> Tensor:
+def sound_rope_table(time: Tensor, steps: Tensor, head_dim: int) -> Tensor:
     """Rotations of sound tokens, many of which go with one latent frame.
 
     Angles of time hardly turn from one to the next; so those of rows, which sound has none of,
@@ -51,21 +52,20 @@ def sound_rope_table(time: Tensor, steps: Tensor, head_dim: int, theta: float = 
         time: [N] in latent frames, as the picture's.
         steps: [N] in tokens.
         head_dim: d, even.
-        theta: wavelength base.
 
     Returns:
         [1, N, d/2] complex64.
     """
     spatial = head_dim // 6
-    coarse = _rotation(time, head_dim // 2 - 2 * spatial, theta)
-    fine = _rotation(steps, spatial, theta)
+    coarse = _rotation(time, head_dim // 2 - 2 * spatial)
+    fine = _rotation(steps, spatial)
     return torch.cat([coarse, fine, torch.ones_like(fine)], dim=-1)[None]
 
 
-def _rotation(positions: Tensor, num_angles: int, theta: float) -> Tensor:
+def _rotation(positions: Tensor, num_angles: int) -> Tensor:
     """[...] -> [..., num_angles], from one radian a position on downwards."""
     exponents = torch.arange(num_angles, device=positions.device, dtype=torch.float64) / num_angles
-    angles = positions.double()[..., None] * theta**-exponents
+    angles = positions.double()[..., None] * _THETA**-exponents
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
@@ -103,11 +103,9 @@ def _norm_and_turn(
     x: Tensor, weight: Tensor, turns: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:
     """The kernel, on dense x; turns [rows, d/2, 2]."""
-    kernels = native.kernels(x)
-    assert kernels is not None
     turned, width = torch.empty_like(x), x.shape[-1]
     native.call(
-        kernels, "norm_and_turn", x.dtype, x, weight, turns, 0 if turns is None else len(turns),
+        "norm_and_turn", x.dtype, x, weight, turns, 0 if turns is None else len(turns),
         width // num_heads, turned, x.numel() // width, width, eps,
     )
     return turned
@@ -128,11 +126,10 @@ class _NativeHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, turns = ctx.saved_tensors
-        kernels, width = native.kernels(x), x.shape[-1]
-        assert kernels is not None
-        grad_x, sums = torch.empty_like(x), torch.zeros(torch.get_num_threads(), width)
+        grad_x, width = torch.empty_like(x), x.shape[-1]
+        sums = torch.zeros(torch.get_num_threads(), width)
         native.call(
-            kernels, "norm_and_turn_backward", x.dtype, x, weight, turns,
+            "norm_and_turn_backward", x.dtype, x, weight, turns,
             0 if turns is None else len(turns), width // ctx.num_heads, grads[0].contiguous(),
             grad_x, sums, x.numel() // width, width, ctx.eps,
         )

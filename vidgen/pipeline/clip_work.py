@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
 from vidgen.pipeline.journal import Journal
 
 if TYPE_CHECKING:
@@ -17,11 +18,10 @@ if TYPE_CHECKING:
     from vidgen.pipeline.foreign import ForeignEngine
     from vidgen.pipeline.preview import OnPreview
     from vidgen.pipeline.video import Engine
-    from vidgen.pipeline.workers import Tell
 
 
 def write_request(
-    engine: Engine | ForeignEngine, request: Request, path: Path, tell: Tell,
+    engine: Engine | ForeignEngine, request: Request, path: Path, tell: OnEvent,
     told: Mapping[str, Any], cut: Callable[[Clip], Clip] | None = None,
     on_preview: OnPreview | None = None,
 ) -> None:
@@ -90,7 +90,7 @@ class ClipWork:
         if (engine := vars(self).pop("engine", None)) is not None and hasattr(engine, "close"):
             engine.close()
 
-    def __call__(self, payload: tuple[Request, Path, Mapping[str, Any]], tell: Tell) -> None:
+    def __call__(self, payload: tuple[Request, Path, Mapping[str, Any]], tell: OnEvent) -> None:
         """Make one clip."""
         request, path, told = payload
         write_request(self.engine, request, path, tell, told)

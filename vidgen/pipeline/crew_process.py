@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO
 
 import torch.distributed as dist
 
-import vidgen
-from vidgen.core.runtime import exit_text
+from vidgen.core.runtime import child_environment, exit_text
 from vidgen.pipeline.crew_link import FAILURE, LOST
 
 
@@ -25,13 +22,11 @@ class Child:
     def __init__(self, rank: int, port: int, size: int, device: str) -> None:
         self.rank = rank
         self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        here = str(Path(vidgen.__file__).parents[1])
-        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vidgen.pipeline.crew_member", str(port), str(rank), str(size),
              device],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.stderr,
-            env={**os.environ, "PYTHONPATH": path},
+            env=child_environment(),
         )
 
     def wait(self, seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from vidgen.media.encode import Frames
 from vidgen.media.read import fit
 from vidgen.pipeline.foreign import ForeignEngine
 from vidgen.pipeline.foreign_plan import Abilities
+from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.plan import draw_seed
 from vidgen.pipeline.video import Progress
 from vidgen.weights.folder import ForeignFolder, open_model
 
@@ -95,3 +98,26 @@ def draw_first_frame(
     record = {"option": "first_frame_model", "path": str(place)}
     record |= {name: clip.recipe[name] for name in ("model", "plan", "dtype")}
     return fit(clip.frames[0], height, width), record
+
+
+def with_first_frame(
+    request: Request, size: tuple[int, int], device: torch.device, dtype: str
+) -> tuple[Request, Inputs]:
+    """A request whose first frame its model has drawn, under a seed, and its inputs.
+
+    Args:
+        request: with a `first_frame_model`.
+        size: (width, height) of the frame.
+        device: where it is drawn.
+        dtype: of the model's weights.
+    """
+    assert request.first_frame_model is not None
+    seed = draw_seed() if request.seed is None else request.seed
+    picture, record = draw_first_frame(
+        request.first_frame_model, request.prompt, request.negative, seed, *size,
+        device=device, dtype=dtype,
+    )
+    request = replace(request, image=picture, first_frame_model=None, seed=seed)
+    inputs = read_inputs(request)
+    inputs.records.append(record)
+    return request, inputs

@@ -11,7 +11,6 @@ A journal keeps what the pipeline gave, and the segments that were encoded since
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import megabytes
 from vidgen.media.clip import Clip
@@ -42,6 +40,7 @@ from vidgen.pipeline.foreign_plan import (
 )
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
 from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.opened import require_own
 from vidgen.pipeline.parts import DTYPES
 from vidgen.pipeline.policy import Policy, enforce
 from vidgen.pipeline.recall import journals_of, recall
@@ -178,28 +177,15 @@ class ForeignEngine:
     def _read(self, request: Request) -> tuple[Request, Inputs]:
         """The request's pictures; a first frame that a model is to draw is drawn here."""
         own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload}
-        for option, value in own.items():
-            asked = getattr(request, option)
-            is_own = asked in (None, value) or (option == "model" and self.folder.is_called(asked))
-            if not is_own:
-                raise InputError(f"this engine was loaded with {option} {value!r}, not "
-                                 f"{asked!r}; load another one")
+        require_own(request, self.folder, own)
         able = Abilities(self.pipe.own)
         able.refuse(request)
         if request.first_frame_model is None:
             return request, read_inputs(request)
-        from vidgen.pipeline.first_frame import draw_first_frame
+        from vidgen.pipeline.first_frame import with_first_frame
 
-        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        width, height = request.size or able.default_size() or (512, 512)
-        picture, record = draw_first_frame(
-            request.first_frame_model, request.prompt, request.negative, seed, width, height,
-            device=self.device, dtype=self.dtype,
-        )
-        request = replace(request, image=picture, first_frame_model=None, seed=seed)
-        inputs = read_inputs(request)
-        inputs.records.append(record)
-        return request, inputs
+        size = request.size or able.default_size() or (512, 512)
+        return with_first_frame(request, size, self.device, self.dtype)
 
     def _warn_of_peak(self, plan: ForeignPlan) -> None:
         if self.pipe.puts_off and plan.width and plan.height and (plan.num_frames or 1) > 1:

@@ -9,7 +9,6 @@ import inspect
 import logging
 import math
 import re
-import secrets
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any
@@ -24,6 +23,7 @@ from vidgen.core.shapes import (
     size_for_aspect,
 )
 from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.plan import draw_seed
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def make_foreign_plan(
     strength = request.strength if request.strength is not None else own.get("strength")
     return ForeignPlan(
         pipeline=able.name, prompt=request.prompt, negative=request.negative,
-        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        seed=draw_seed() if request.seed is None else request.seed,
         width=width, height=height, num_frames=num_frames, kept_frames=kept, fps=fps,
         num_steps=request.steps or (steps if isinstance(steps, int) else None),
         guidance_scale=able.default_guidance() if request.guidance is None else request.guidance,

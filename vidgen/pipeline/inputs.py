@@ -144,7 +144,12 @@ def pixels_of(
 ) -> Tensor:
     """Pictures uint8 [H, W, 3] as video [1, 3, T, height, width] in [-1, 1], never stretched."""
     fitted = np.stack([fit(picture, height, width, mode, border) for picture in pictures])
-    return torch.from_numpy(fitted).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    return as_video(fitted)
+
+
+def as_video(frames: Frames) -> Tensor:
+    """Frames uint8 [T, H, W, 3] as video [1, 3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 def read_mask(mask: Picture, plan: Plan) -> Tensor:

@@ -34,7 +34,7 @@ from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.policy import Policy
 from vidgen.pipeline.preflight import Asked, first_setup, settled
 from vidgen.pipeline.prompts import PromptEncoder
-from vidgen.weights.folder import ModelFolder
+from vidgen.weights.folder import ForeignFolder, ModelFolder
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
@@ -102,13 +102,7 @@ class OpenedModel:
         """Settle all that the request left open; refuse what this model can't do."""
         own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload,
                "quantize": self.quantize, **devices_of(self.crew)}
-        for option, value in own.items():
-            asked = getattr(request, option)
-            if option == "model" and asked is not None and self.folder.is_called(asked):
-                continue
-            if asked not in (None, value):
-                raise InputError(f"this engine was loaded with {option} {value!r}, not "
-                                 f"{asked!r}; load another one")
+        require_own(request, self.folder, own)
         plan = settled(request, self.folder, inputs, self.tokenizer)
         for text in (plan.prompt, plan.negative):
             for remark in self.tokenizer.remarks(text, dict(plan.readings)):
@@ -166,3 +160,19 @@ class OpenedModel:
 
 def _dtype_of(module: torch.nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
+
+
+def require_own(
+    request: Request, folder: ModelFolder | ForeignFolder, own: Mapping[str, Any]
+) -> None:
+    """Refuse a request that names another model or way of loading than an engine's `own`.
+
+    Raises:
+        InputError: names the option.
+    """
+    for option, value in own.items():
+        asked = getattr(request, option)
+        is_own = asked in (None, value) or (option == "model" and folder.is_called(asked))
+        if not is_own:
+            raise InputError(f"this engine was loaded with {option} {value!r}, not {asked!r}; "
+                             "load another one")

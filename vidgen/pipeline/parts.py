@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vidgen.core.errors import InputError, ModelError, nearest
-from vidgen.core.runtime import available_memory, megabytes, reuse_freed_memory
+from vidgen.core.runtime import available_memory, reuse_freed_memory, size_text
 from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import Weights, trim_memory
 from vidgen.weights.quantize import require_torchao
@@ -190,9 +190,9 @@ class Parts:
             return
         fits = self._what_fits(have + present)
         raise ModelError(
-            f"{self.folder.name}'s weights need {_size_text(need)} on {self.device} "
+            f"{self.folder.name}'s weights need {size_text(need)} on {self.device} "
             f"({_NAMES[self.dtype]}, {self.quantize or 'not quantised'}, "
-            f"offload {self.offload}), {_size_text(have)} are free; "
+            f"offload {self.offload}), {size_text(have)} are free; "
             + (f"what would fit: {', or '.join(fits)}" if fits
                else "nothing that is left to choose would fit: free memory or take a smaller model")
         )
@@ -268,7 +268,7 @@ class Parts:
                 words = [f"--offload {offload}"] if offload != "none" else []
                 words += [f"--dtype {_NAMES[dtype]}"] if dtype != self.dtype else []
                 words += ["--quantize int8"] if quantize != "none" else []
-                found.append(f"{' '.join(words) or 'no --quantize'} ({_size_text(need)})")
+                found.append(f"{' '.join(words) or 'no --quantize'} ({size_text(need)})")
         return found
 
 
@@ -278,10 +278,6 @@ def _saved(weights: Weights, name: str) -> int:
     if len(shape) != 2 or not name.endswith(".weight") or not block_of(name):
         return 0
     return max(shape[0] * (shape[1] * (dtype.itemsize - 1) - 5), 0)
-
-
-def _size_text(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else megabytes(num_bytes)
 
 
 def _empty(module: nn.Module) -> None:

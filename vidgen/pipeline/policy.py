@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import Request
-from vidgen.media.speech import OWN_FILE
+from vidgen.core.request import OWN_FILE, Request
 
 # Scripts that write words without spaces between them, or with particles joined to them.
 _JOINED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
+from vidgen.core.config import flattened
 from vidgen.core.request import Request
 from vidgen.core.runtime import fingerprint
 from vidgen.ops import native
@@ -115,7 +116,7 @@ def identity(request: Request, **loading: Any) -> str:
 
 def differences(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What frames may depend on and two recipes don't have in common: both values, by name."""
-    mine, others = (_flat(_facts(one)) for one in (recipe, other))
+    mine, others = (flattened(_facts(one)) for one in (recipe, other))
     pairs = {name: (mine.get(name), others.get(name)) for name in mine | others}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -158,13 +159,3 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler's settings, of which arrays become lists."""
     settings: dict[str, Any] = json.loads(json.dumps(dict(config), default=lambda v: v.tolist()))
     return settings
-
-
-def _flat(data: Any, name: str = "") -> dict[str, Any]:
-    """A tree's leaves by dotted name."""
-    if isinstance(data, list | tuple):
-        data = dict(enumerate(data))
-    if not isinstance(data, Mapping):
-        return {name: data}
-    parts = (_flat(value, f"{name}.{key}" if name else str(key)) for key, value in data.items())
-    return {leaf: value for part in parts for leaf, value in part.items()}

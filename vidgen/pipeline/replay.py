@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from vidgen.core.errors import InputError, ModelError, VidgenError
-from vidgen.core.request import MAX_DEVICES, Request
+from vidgen.core.request import LOADING, MAX_DEVICES, Request
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.media.read import PICTURE_SUFFIXES, read_frames
 from vidgen.media.sound import read_sound
@@ -31,7 +31,6 @@ from vidgen.weights.folder import open_model
 
 log = logging.getLogger(__name__)
 
-LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
 _DROPPED = ("count", "retry", "strict", "first_frame_model", *LOADING)
 """Options that don't shape the one clip, or that stand elsewhere in the recipe."""
 _RIVALS = (("seconds", "frames"), ("image", "first_frame_model"), ("audio", "audio_model"))

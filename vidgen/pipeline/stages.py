@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vidgen.core.runtime import megabytes
+from vidgen.core.runtime import size_text
 from vidgen.pipeline.parts import Offload
 
 if TYPE_CHECKING:
@@ -120,8 +120,3 @@ def duration_text(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds / 60:.0f} minutes"
-
-
-def size_text(num_bytes: int) -> str:
-    """A size for people."""
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else megabytes(num_bytes)

@@ -121,7 +121,7 @@ def carrying(remember: Callable[[], Mapping[str, Tensor]], on_step: OnStep) -> O
     return tell
 
 
-def measure_magnitudes(engine: Engine, prompt: str = "a red car drives to the right") -> Magnitudes:
+def measure_magnitudes(engine: Engine) -> Magnitudes:
     """Magnitudes of a model in a clip by its own defaults, from a grey picture where it needs one.
 
     One clip is enough: they hardly depend on what it shows (Ma et al. 2025, fig. 2).
@@ -133,7 +133,7 @@ def measure_magnitudes(engine: Engine, prompt: str = "a red car drives to the ri
     if "text" not in engine.folder.tasks:
         defaults = engine.folder.defaults
         options["image"] = np.full((defaults.height, defaults.width, 3), 128, np.uint8)
-    request, inputs = engine.read(Request(prompt=prompt, **options))
+    request, inputs = engine.read(Request(prompt="a red car drives to the right", **options))
     plan = engine.plan(request, inputs)
     contexts, sigmas = engine.encode_prompt(plan), engine.sigmas(plan)
     with torch.no_grad():

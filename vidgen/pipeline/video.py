@@ -50,7 +50,7 @@ from vidgen.pipeline.networks import Contexts, denoising
 from vidgen.pipeline.opened import OpenedModel
 from vidgen.pipeline.own_sound import TASK, sound_plan
 from vidgen.pipeline.parts import DTYPES, Offload
-from vidgen.pipeline.plan import Plan, draw_seed
+from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
 from vidgen.pipeline.preflight import Asked, preflight
 from vidgen.pipeline.prepare import Encoder, write_conditions
@@ -233,19 +233,10 @@ class Engine(OpenedModel):
         check_tasks(request, self.folder.name, self.folder.tasks, both=two)
         if request.first_frame_model is None:
             return request, read_inputs(request)
-        from vidgen.pipeline.first_frame import draw_first_frame
+        from vidgen.pipeline.first_frame import with_first_frame
 
-        if request.seed is None:
-            request = replace(request, seed=draw_seed())
-        width, height = request.size or (self.folder.defaults.width, self.folder.defaults.height)
-        picture, record = draw_first_frame(
-            request.first_frame_model, request.prompt, request.negative, request.seed,
-            width, height, device=self.device, dtype=DTYPES[self.dtype],
-        )
-        request = replace(request, image=picture, first_frame_model=None, size=(width, height))
-        inputs = read_inputs(request)
-        inputs.records.append(record)
-        return request, inputs
+        size = request.size or (self.folder.defaults.width, self.folder.defaults.height)
+        return with_first_frame(replace(request, size=size), size, self.device, self.dtype)
 
     def encode_prompt(self, plan: Plan, loras: Loras = NO_LORAS) -> list[tuple[Tensor, Tensor]]:
         """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen import __version__
 from vidgen.core.errors import Cancelled, InputError, VidgenError
 from vidgen.pipeline.worker_process import answer, check_place, tell_warnings
-from vidgen.pipeline.worker_seats import Message, Seat
+from vidgen.pipeline.worker_seats import Crew, Message, Seat
 
 if TYPE_CHECKING:
     from vidgen.pipeline.workers import Staff
@@ -94,7 +94,7 @@ class Actor:
             self._said.put(answer(self._opened, payload, self._threads, self._say))
 
 
-class RayCrew:
+class RayCrew(Crew):
     """Actors of a cluster.
 
     Args:
@@ -107,7 +107,6 @@ class RayCrew:
 
     def __init__(self, work: bytes, staff: Staff) -> None:
         assert staff.ray is not None
-        self.seats: list[RaySeat] = []
         self._ray = _import_ray()
         self._stdout = redirect_stdout(sys.stderr)  # Ray tells of its troubles on stdout
         self._is_own = not self._ray.is_initialized()
@@ -115,7 +114,7 @@ class RayCrew:
             _connect(self._ray, staff.ray)
         machines = [each["Resources"] for each in self._ray.nodes() if each["Alive"]]
         gpus = int(sum(each.get("GPU", 0) for each in machines))
-        self._count = staff.workers or gpus or len(machines)
+        super().__init__(staff.workers or gpus or len(machines))
         cpus = int(min(each.get("CPU", 1) for each in machines))
         share = len(machines) * cpus // self._count
         self._threads = staff.threads or max(1, min(cpus, share))
@@ -129,8 +128,7 @@ class RayCrew:
         """Ask for all workers; they come as the cluster has room."""
         self._stdout.__enter__()
         self._since = time.monotonic()
-        for number in range(1, self._count + 1):
-            self.seats.append(self._seat(number))
+        super().start()
 
     def _seat(self, number: int) -> RaySeat:
         return RaySeat(number, self._ray, self._actor.remote(*self._arguments))
@@ -162,11 +160,6 @@ class RayCrew:
         if missing and not self._told_room and time.monotonic() - self._since > _ROOM_S:
             self._told_room = True
             log.warning("the cluster has no room yet for %d of %d workers", missing, self._count)
-
-    def replace(self, seat: Seat) -> None:
-        """See `Crew`."""
-        seat.end()
-        self.seats[seat.number - 1] = self._seat(seat.number)
 
     def close(self) -> None:
         """Leave the cluster, if it was joined here."""

@@ -8,15 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
-import vidgen
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import exit_text
+from vidgen.core.runtime import child_environment, exit_text
 
 if TYPE_CHECKING:
     from vidgen.pipeline.workers import Job, Staff, Work
@@ -60,26 +59,41 @@ class Seat:
         raise NotImplementedError
 
 
-class Crew(Protocol):
-    """All workers of one kind."""
+class Crew(ABC):
+    """All workers of one kind.
 
-    seats: Sequence[Seat]
+    Args:
+        count: how many.
+
+    Attributes:
+        seats: one for each, once they are started.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.seats: list[Any] = []
+        self._count = count
 
     def start(self) -> None:
         """Start all workers, or ask for them."""
-        ...
+        for number in range(1, self._count + 1):
+            self.seats.append(self._seat(number))
 
+    @abstractmethod
     def listen(self, seconds: float) -> list[tuple[Seat, Message]]:
         """What workers have said, as soon as one does; ("lost", why) of one that is gone."""
-        ...
 
     def replace(self, seat: Seat) -> None:
         """End a worker and begin another one in its place."""
-        ...
+        seat.end()
+        self.seats[seat.number - 1] = self._seat(seat.number)
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of what is left when all workers are gone."""
-        ...
+
+    @abstractmethod
+    def _seat(self, number: int) -> Seat:
+        """Begin a worker, or ask for it."""
 
 
 @contextmanager
@@ -113,7 +127,7 @@ def open_crew(work: Work, staff: Staff) -> Iterator[Crew]:
         crew.close()
 
 
-class LocalCrew:
+class LocalCrew(Crew):
     """Processes of this machine.
 
     Args:
@@ -123,14 +137,9 @@ class LocalCrew:
     """
 
     def __init__(self, work: bytes, count: int, threads: int) -> None:
-        self.seats: list[LocalSeat] = []
-        self._work, self._count, self._threads = work, count, threads
+        super().__init__(count)
+        self._work, self._threads = work, threads
         self._devices = _devices() if count > 1 else []
-
-    def start(self) -> None:
-        """See `Crew`."""
-        for number in range(1, self._count + 1):
-            self.seats.append(self._seat(number))
 
     def _seat(self, number: int) -> LocalSeat:
         device = self._devices[(number - 1) % len(self._devices)] if self._devices else None
@@ -150,11 +159,6 @@ class LocalCrew:
             heard.append((seat, message))
         return heard
 
-    def replace(self, seat: Seat) -> None:
-        """See `Crew`."""
-        seat.end()
-        self.seats[seat.number - 1] = self._seat(seat.number)
-
     def close(self) -> None:
         """Nothing is left beside the processes."""
 
@@ -173,15 +177,11 @@ class LocalSeat(Seat):
         super().__init__(number)
         self.connection, theirs = Pipe()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        here = str(Path(vidgen.__file__).parents[1])
-        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
+        more = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vidgen.pipeline.worker_process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=self._stderr, env=environment,
+            stderr=self._stderr, env=child_environment(OMP_NUM_THREADS=str(threads), **more),
         )
         theirs.close()
         self.send((work, threads))

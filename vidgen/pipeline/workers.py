@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vidgen.core.errors import InputError, VidgenError
+from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, fingerprint
 
 if TYPE_CHECKING:
     from vidgen.pipeline.worker_seats import Crew, Seat
 
 log = logging.getLogger(__name__)
-Tell = Callable[[dict[str, Any]], None]
 Key = TypeVar("Key", bound=Hashable)
 MAX_WORKERS = MAX_THREADS = 1024
 THREADS = "threads.json"
@@ -43,7 +43,7 @@ WINDOW = 32
 class Work(Protocol):
     """What workers do; it is pickled to each of them, and keeps there what it has opened."""
 
-    def __call__(self, payload: Any, tell: Tell) -> Any:
+    def __call__(self, payload: Any, tell: OnEvent) -> Any:
         """Do one job, telling events; the result must be picklable."""
         ...
 
@@ -131,7 +131,7 @@ class Staff:
 
 
 def run_jobs(
-    jobs: Iterable[Job], work: Work, staff: Staff, tell: Tell
+    jobs: Iterable[Job], work: Work, staff: Staff, tell: OnEvent
 ) -> Iterator[Outcome]:
     """Work on jobs; give each one's outcome as it comes.
 
@@ -163,13 +163,13 @@ class Call:
 
     function: Callable[[Any], Any]
 
-    def __call__(self, payload: Any, _tell: Tell) -> Any:
+    def __call__(self, payload: Any, _tell: OnEvent) -> Any:
         """What the function gives for one payload."""
         return self.function(payload)
 
 
 def results_of(
-    function: Callable[[Any], Any], payloads: Mapping[Key, Any], workers: int, tell: Tell
+    function: Callable[[Any], Any], payloads: Mapping[Key, Any], workers: int, tell: OnEvent
 ) -> Iterator[tuple[Key, Any]]:
     """What a function gives for payloads that need nothing of each other, as they get ready.
 
@@ -192,7 +192,7 @@ def results_of(
         yield keys[int(outcome.job.key)], outcome.result
 
 
-def settle_threads(folder: Path, staff: Staff, tell: Tell, name: str = THREADS) -> Staff:
+def settle_threads(folder: Path, staff: Staff, tell: OnEvent, name: str = THREADS) -> Staff:
     """Staff with the threads that a folder's clips were begun with on this kind of machine.
 
     A clip's last bits may depend on their number, so what belongs together keeps to one: it is
@@ -233,7 +233,7 @@ def pin_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def _alone(queue: _Queue, work: Work, threads: int, tell: Tell) -> Iterator[Outcome]:
+def _alone(queue: _Queue, work: Work, threads: int, tell: OnEvent) -> Iterator[Outcome]:
     import torch
 
     before = torch.get_num_threads()
@@ -321,7 +321,7 @@ class _Queue:
 class _Foreman:
     """Hands jobs to workers, hears them, and looks after those that die or fall silent."""
 
-    def __init__(self, queue: _Queue, crew: Crew, patience: Patience, tell: Tell) -> None:
+    def __init__(self, queue: _Queue, crew: Crew, patience: Patience, tell: OnEvent) -> None:
         self.queue, self.crew, self.patience, self.tell = queue, crew, patience, tell
         self._deaths = Counter[str]()
         self._stillborn = 0

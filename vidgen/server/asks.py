@@ -155,7 +155,7 @@ class Translator:
                 content = fetch(url, self.settings.limits.upload_bytes)
             except InputError as error:
                 raise ApiError(400, "invalid_url", f"{name}: {error}", name) from None
-        return write_upload(content, "", place.folder)
+        return write_upload(content, place.folder)
 
     def _lora(self, asked: LoraAsk | str) -> str:
         """An adapter's option, by its name."""

@@ -24,7 +24,6 @@ from vidgen.core.runtime import write_error
 from vidgen.server.errors import ApiError
 
 MAX_FIELDS, MAX_FIELD_BYTES = 100, 1 << 20
-MAX_DEPTH = 100
 PATIENCE_S = 60.0
 """For the next bytes of a body."""
 _BRACKETS = re.compile(r"([^\[\]]+)(\[\])?(?:\[([^\[\]]+)\])?")
@@ -274,8 +273,8 @@ def _place(fields: dict[str, Any], name: str, is_list: bool, key: str | None, va
     return True
 
 
-def write_upload(content: bytes, name: str, uploads: Path) -> Upload:
-    """Content that came in another way as an upload."""
+def write_upload(content: bytes, uploads: Path) -> Upload:
+    """Content that came in another way as an upload without a name."""
     path = uploads / secrets.token_hex(8)
     try:
         path.write_bytes(content)
@@ -283,4 +282,4 @@ def write_upload(content: bytes, name: str, uploads: Path) -> Upload:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         raise write_error(path, error) from error
-    return Upload(path, name, hashlib.sha256(content).hexdigest(), len(content))
+    return Upload(path, "", hashlib.sha256(content).hexdigest(), len(content))

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core.config import build, dump, load_yaml
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
+from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import available_memory
 from vidgen.media.read import read_recipe
 from vidgen.pipeline.eta import Clock
@@ -28,7 +30,7 @@ from vidgen.server.layout import (
     link,
     shot_file,
 )
-from vidgen.server.making import Stopwatch, Tell, peak_memory, reset_peak_memory
+from vidgen.server.making import Stopwatch, peak_memory, reset_peak_memory
 from vidgen.server.stills import write_stills
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
@@ -78,8 +80,8 @@ def _named_files(value: Any) -> Iterator[Path]:
                 yield from (parse_option(text).path for text in inner)
             elif each.name == "voice" and isinstance(inner, str) and _is_path(inner):
                 yield Path(inner)
-            elif each.name == "text" and isinstance(inner, str) and inner.startswith("@"):
-                yield Path(inner[1:])
+            elif each.name == "text" and isinstance(inner, str) and inner.startswith(OWN_FILE):
+                yield Path(inner.removeprefix(OWN_FILE))
             else:
                 yield from _named_files(inner)
     elif isinstance(value, dict):
@@ -132,7 +134,7 @@ class FilmMaker:
         tell: as of `Maker`; told besides of each shot that is there.
     """
 
-    def __init__(self, engine: Engine, tell: Tell) -> None:
+    def __init__(self, engine: Engine, tell: OnEvent) -> None:
         self.engine, self._tell = engine, tell
         self._watch, self._clock = Stopwatch(), list[Clock]()
 

@@ -16,10 +16,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, Any
 
-import vidgen
+from vidgen.core.runtime import child_environment
 
 Message = dict[str, Any]
 HEARTBEAT_S = 2.0
@@ -40,12 +39,10 @@ class Child:
         self, module: str, arguments: Sequence[str], on_message: Callable[[Message], None],
         on_exit: Callable[[str], None],
     ) -> None:
-        here = str(Path(vidgen.__file__).parents[1])
-        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env=child_environment(),
         )
         self._on_message, self._on_exit = on_message, on_exit
         self._lock = threading.Lock()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
 from vidgen.core.request import NO_AUDIO, OWN_AUDIO, Request
 from vidgen.core.runtime import atomic_write
 from vidgen.media.clip import Clip
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 FILE_OPTIONS = ("image", "last_image", "video", "prefix", "audio", "mask")
 """Options of a spec that name files below the job's folder."""
-Tell = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Maker:
             between two steps.
     """
 
-    def __init__(self, engine: Engine, tell: Tell) -> None:
+    def __init__(self, engine: Engine, tell: OnEvent) -> None:
         self.engine, self.tell = engine, tell
         self._threads = torch.get_num_threads()
 

@@ -22,7 +22,8 @@ from pydantic import (
 )
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import parse_fps
+from vidgen.core.request import OWN_FILE
+from vidgen.core.values import parse_fps
 from vidgen.server.body import Upload
 
 MAX_FPS = 240
@@ -178,7 +179,7 @@ class Shape(Strict):
             raise ValueError("audio_reference and generate_sound are both given; the sound is one "
                              "of them")
         for text in self.spoken():
-            if text.startswith("@") or not text.strip():
+            if text.startswith(OWN_FILE) or not text.strip():
                 raise ValueError(f"say holds {text!r}; give the text that is to be spoken")
         return self
 

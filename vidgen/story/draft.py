@@ -16,6 +16,7 @@ import yaml
 
 from vidgen.core.config import load_yaml
 from vidgen.core.errors import InputError, nearest
+from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import atomic_write
 from vidgen.pipeline.rewrite import LanguageModel
 from vidgen.story.elements import check_text
@@ -120,7 +121,7 @@ def parse_draft(answer: str) -> dict[str, Any]:
             raise InputError(_without_place(str(error), path)) from None
     if len(script.shots) > MAX_DRAFT_SHOTS:
         raise InputError(f"it has {len(script.shots)} shots; give {MAX_DRAFT_SHOTS} at most")
-    if any(said.text.startswith("@") for shot in script.shots for said in shot.narration):
+    if any(said.text.startswith(OWN_FILE) for shot in script.shots for said in shot.narration):
         raise InputError("a narration names a file; give the words that are spoken")
     return {"version": VERSION, **_plain({k: v for k, v in data.items() if k != "version"})}
 

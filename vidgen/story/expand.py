@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write
 
 if TYPE_CHECKING:
     from vidgen.pipeline.rewrite import LanguageModel
-    from vidgen.pipeline.workers import Tell
     from vidgen.story.script import Script
 
 PROMPTS = "prompts.json"
@@ -44,7 +44,7 @@ class Expansion:
                                                  for prompt, text in self.texts.items()]}
 
 
-def expand_prompts(script: Script, model: str | Path, folder: Path, tell: Tell) -> Expansion:
+def expand_prompts(script: Script, model: str | Path, folder: Path, tell: OnEvent) -> Expansion:
     """Have a language model rewrite a film's prompts; it leaves the memory afterwards.
 
     A prompt of which it makes nothing of use stays as it is, and that is told.
@@ -87,7 +87,7 @@ def expand_prompts(script: Script, model: str | Path, folder: Path, tell: Tell) 
 
 def _rewrite(
     writer: LanguageModel, prompts: list[str], known: dict[str, dict[str, str]],
-    keep: Callable[[], None], tell: Tell,
+    keep: Callable[[], None], tell: OnEvent,
 ) -> None:
     """Ask for each prompt, writing down now and then what became of them."""
     from vidgen.pipeline.rewrite import try_rewriting

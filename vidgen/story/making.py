@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidgen.core.protocols import OnEvent
 from vidgen.media.findings import Finding, recorded
 from vidgen.media.join import ContinuedClip
 from vidgen.media.read import VideoReader, read_recipe
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from vidgen.media.encode import Frames
     from vidgen.pipeline.preview import OnPreview
     from vidgen.pipeline.video import Engine
-    from vidgen.pipeline.workers import Tell
     from vidgen.story.film import ShotPlan, Take
     from vidgen.story.render import Store
     from vidgen.toybox.judge import Judge
@@ -76,7 +76,7 @@ class ShotWork(ClipWork):
         folder = judge_for(self.film.folder)
         return None if folder is None else folder.load()
 
-    def __call__(self, payload: PartJob | ChoiceJob, tell: Tell) -> None:
+    def __call__(self, payload: PartJob | ChoiceJob, tell: OnEvent) -> None:
         """Do one job.
 
         Raises:
@@ -118,7 +118,7 @@ class ShotWork(ClipWork):
             request = replace(request, prefix=str(before), seconds=seconds)
         return replace(request, **pictures), head
 
-    def _choose(self, plan: ShotPlan, tell: Tell) -> None:
+    def _choose(self, plan: ShotPlan, tell: OnEvent) -> None:
         prompts = [part.prompt for part in plan.takes[0].parts]
         scores = []
         for take in plan.takes:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from vidgen.core.errors import InputError
+from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import sha256_file
 from vidgen.media.encode import Samples
 from vidgen.media.mix import (
@@ -33,7 +34,7 @@ from vidgen.media.mix import (
     rise,
 )
 from vidgen.media.sound import RATE, SoundReader, read_sound, room
-from vidgen.media.speech import OWN_FILE, PAUSE_S, Sentence, Voice, open_voice, spoken
+from vidgen.media.speech import PAUSE_S, Sentence, Voice, open_voice, spoken
 from vidgen.media.subtitles import Cue
 from vidgen.story.elements import Music, Narration
 from vidgen.story.film import FilmPlan

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen import __version__
 from vidgen.core.errors import InputError, ModelError
-from vidgen.core.request import Request
+from vidgen.core.request import LOADING, Request
 from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
 from vidgen.media.read import check_image
@@ -51,8 +51,7 @@ ADDRESS_VERSION = 1
 """Of how addresses and files are made; another one makes every shot anew."""
 DRAFT_ASPECT = 0.1
 """How far the aspect of a draft may be from the film's, as a logarithm."""
-_LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
-_HASHED = frozenset({"image", "last_image", "reference", "lora", "prefix", *_LOADING})
+_HASHED = frozenset({"image", "last_image", "reference", "lora", "prefix", *LOADING})
 _DEFAULTS = {each.name: each.default for each in fields(Request) if each.name not in _HASHED}
 
 

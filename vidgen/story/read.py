@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from vidgen.core.config import Located, build, load_text, load_yaml
 from vidgen.core.errors import InputError, nearest
+from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import slug
 from vidgen.story.elements import Narration
 from vidgen.story.script import NAME, VERSION, Script, Shot
@@ -234,8 +235,9 @@ def _files(script: Script, shot: Shot) -> Iterator[tuple[str, Path]]:
         yield "sound", shot.sound.file
     if shot.music is not None and shot.music.file not in (None, Path("none")):
         yield "music", shot.music.file
-    yield from (("narration", Path(n.text[1:])) for n in shot.narration if _is_file(n))
+    yield from (("narration", Path(n.text.removeprefix(OWN_FILE))) for n in shot.narration
+                if _is_file(n))
 
 
 def _is_file(narration: Narration) -> bool:
-    return narration.text.startswith("@")
+    return narration.text.startswith(OWN_FILE)

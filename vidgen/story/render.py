@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core.config import dump
 from vidgen.core.errors import OutputError, VidgenError
+from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write
 from vidgen.media.findings import Finding, as_data
 from vidgen.pipeline.job import job_folder, remove_job
-from vidgen.pipeline.workers import Job, Staff, Tell, run_jobs
+from vidgen.pipeline.workers import Job, Staff, run_jobs
 from vidgen.story.film import FilmPlan, ShotPlan, Take
 from vidgen.story.making import ChoiceJob, PartJob, ShotWork, findings_of
 
@@ -159,7 +160,7 @@ class Renderer:
     """
 
     def __init__(
-        self, store: Store, engine: Callable[[], Engine], tell: Tell, *, overwrite: bool = False,
+        self, store: Store, engine: Callable[[], Engine], tell: OnEvent, *, overwrite: bool = False,
         staff: Staff | None = None, on_preview: OnPreview | None = None,
     ) -> None:
         self.store, self.film, self.tell = store, store.film, tell

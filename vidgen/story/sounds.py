@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import av
 
+from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_path, best_dtype, choose_device
 from vidgen.media.sound import sound_frame
 from vidgen.pipeline.audio_model import AudioModel, open_audio_model
@@ -26,7 +27,6 @@ from vidgen.weights.load import trim_memory
 
 if TYPE_CHECKING:
     from vidgen.media.encode import Samples
-    from vidgen.pipeline.workers import Tell
     from vidgen.story.film import FilmPlan
 
 SOUNDS_VERSION = 1
@@ -89,7 +89,7 @@ def describe_sounds(
     return found, replace(timeline, shots=shots)
 
 
-def make_sounds(sounds: Sequence[DescribedSound], tell: Tell) -> None:
+def make_sounds(sounds: Sequence[DescribedSound], tell: OnEvent) -> None:
     """Make those that aren't there, all by one model, which is in memory until the last is made.
 
     Raises:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from vidgen.media.findings import Finding
 from vidgen.media.read import VideoReader
+from vidgen.pipeline.inputs import as_video
 from vidgen.toybox.captions import nouns, phrases
 from vidgen.toybox.cast import SPRITE_NAMES
 from vidgen.toybox.judge import JudgeFolder, embedded_judge, sample_frames
@@ -172,8 +172,7 @@ def _verdict(judge: Judge, path: Path) -> tuple[Verdict, int]:
         for index, frame in enumerate(reader):
             if index in wanted:
                 kept[index] = frame
-    pixels = torch.from_numpy(np.stack([kept[index] for index in places]))
-    video = pixels.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    video = as_video(np.stack([kept[index] for index in places]))
     return judge.verdicts_of_samples(video)[0], num_frames
 
 

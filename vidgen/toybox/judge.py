@@ -78,7 +78,7 @@ class ClipLogits(NamedTuple):
     actors: Tensor
 
 
-def _conv(dim: int, out: int, stride: int = 1) -> nn.Sequential:
+def conv_block(dim: int, out: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution, batch norm, ReLU."""
     layers = nn.Conv2d(dim, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
     return nn.Sequential(*layers)
@@ -89,7 +89,7 @@ class _Residual(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.first = _conv(dim, dim)
+        self.first = conv_block(dim, dim)
         self.second = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(dim)
 
@@ -104,8 +104,8 @@ class FrameNet(nn.Module):
         super().__init__()
         a, b, c = config.frame_dims
         self.trunk = nn.Sequential(
-            nn.PixelUnshuffle(4), _conv(48, a), _conv(a, b, stride=2), _Residual(b),
-            _conv(b, c, stride=2), _Residual(c),
+            nn.PixelUnshuffle(4), conv_block(48, a), conv_block(a, b, stride=2), _Residual(b),
+            conv_block(b, c, stride=2), _Residual(c),
         )  # fmt: skip
         self.cells = nn.Conv2d(c, len(config.sprites) + 1, 1)
         self.places = nn.Linear(c, len(config.places) + 1)
@@ -129,7 +129,8 @@ class MotionNet(nn.Module):
         a, b, c = config.motion_dims
         width, seen = config.temporal_dim, 1 + FLOW_CHANNELS
         self.trunk = nn.Sequential(
-            nn.PixelUnshuffle(2), _conv(12, a), _conv(a, b, stride=2), _conv(b, c, stride=2)
+            nn.PixelUnshuffle(2), conv_block(12, a), conv_block(a, b, stride=2),
+            conv_block(b, c, stride=2),
         )
         self.actors = nn.Conv2d(c, 1, 1)
         self.look = nn.Conv2d(c, config.look_dim, 1)
@@ -226,37 +227,38 @@ class Verdict:
     @property
     def sprite(self) -> str:
         """The sprite seen best, or `NOTHING`."""
-        best = _ranked(self.sprites)[0]
+        best = ranked(self.sprites)[0]
         return best if self.sprites[best] >= SEEN else NOTHING
 
     @property
     def motion(self) -> str:
         """The surest motion, or `NOTHING`."""
-        return _ranked(self.motions)[0]
+        return ranked(self.motions)[0]
 
     @property
     def place(self) -> str:
         """The place, or `NOTHING`."""
-        return _ranked(self.places)[0]
+        return ranked(self.places)[0]
 
     @property
     def camera(self) -> str:
         """The camera, or `NOTHING`."""
-        return _ranked(self.cameras)[0]
+        return ranked(self.cameras)[0]
 
     def shows(self, sprites: Sequence[str]) -> bool:
         """Whether these, one or two, are the sprites seen best, and all of them are seen."""
         wanted = set(sprites)
-        best = set(_ranked(self.sprites)[: len(wanted)])
+        best = set(ranked(self.sprites)[: len(wanted)])
         return best == wanted and all(self.sprites[name] >= SEEN for name in wanted)
 
     def moves(self, motions: Sequence[str]) -> bool:
         """Whether these are the surest motions; one that two actors share counts once."""
         wanted = set(motions)
-        return set(_ranked(self.motions)[: len(wanted)]) == wanted
+        return set(ranked(self.motions)[: len(wanted)]) == wanted
 
 
-def _ranked(scores: Mapping[str, float]) -> list[str]:
+def ranked(scores: Mapping[str, float]) -> list[str]:
+    """Names, the surest first."""
     return sorted(scores, key=scores.__getitem__, reverse=True)
 
 

@@ -8,7 +8,7 @@ Axes: B clips, N samples, M mel bands, T frames, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from vidgen.core.errors import InputError
 from vidgen.media.mel import log_mel
 from vidgen.toybox.ambience import LAYERS
 from vidgen.toybox.cues import SAMPLE_RATE
-from vidgen.toybox.judge import NOTHING, JudgeFiles, config_of_this_world
+from vidgen.toybox.judge import NOTHING, JudgeFiles, config_of_this_world, conv_block, ranked
 from vidgen.toybox.scenes import SPRITES, WORLD_VERSION
 from vidgen.weights.folder import embedded_folder
 from vidgen.weights.load import load_module
@@ -73,16 +73,8 @@ class Heard:
 
     def hears(self, sprites: Sequence[str]) -> bool:
         """Whether these, one or two, are the voices heard best."""
-        return set(_best(self.voices, len(set(sprites)))) == set(sprites)
-
-
-def _best(shares: Mapping[str, float], count: int) -> list[str]:
-    return sorted(shares, key=shares.__getitem__, reverse=True)[:count]
-
-
-def _conv(dim: int, out: int, stride: int) -> nn.Sequential:
-    layers = nn.Conv2d(dim, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
-    return nn.Sequential(*layers)
+        wanted = set(sprites)
+        return set(ranked(self.voices)[: len(wanted)]) == wanted
 
 
 class SoundJudge(nn.Module):
@@ -93,9 +85,10 @@ class SoundJudge(nn.Module):
         self.config = config
         a, b, c = config.dims
         self.trunk = nn.Sequential(
-            _conv(1, a, 1), _conv(a, b, 2), _conv(b, b, 1), _conv(b, c, 2), _conv(c, c, 1)
+            conv_block(1, a), conv_block(a, b, 2), conv_block(b, b), conv_block(b, c, 2),
+            conv_block(c, c),
         )
-        self.narrow = _conv(c, c // 2, 1)
+        self.narrow = conv_block(c, c // 2)
         heard = 2 * (c // 2) * -(-config.bands // 4)
         self.mix = nn.Sequential(nn.Linear(heard, config.hidden_dim), nn.ReLU())
         self.voices = nn.Linear(config.hidden_dim, len(config.voices) + 1)

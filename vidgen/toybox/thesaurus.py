@@ -8,13 +8,18 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from vidgen.toybox.captions import nouns, phrases, texts_in, vocabulary, words_in
+from vidgen.toybox.captions import (
+    FULL_SHARE,
+    nouns,
+    phrases,
+    texts_in,
+    vocabulary,
+    words_in,
+)
 from vidgen.toybox.grammar import directions, inflect, with_article
 from vidgen.toybox.motion import ASSETS
 from vidgen.toybox.scenes import PACED_MOTIONS, SPRITES, Actor, Draws, Scene
 from vidgen.toybox.slips import strange_word
-
-FULL_SHARE = 0.85
 
 
 @lru_cache(maxsize=1)

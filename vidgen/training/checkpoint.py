@@ -130,15 +130,9 @@ def save_rng(folder: Path, place: Place) -> None:
 def load_rng(folder: Path, place: Place) -> bool:
     """Put this rank's random generators back; False if the checkpoint has none for it."""
     path = folder / f"rng-{place.rank:05d}.safetensors"
-    if path.exists():
-        tensors = read_tensors(path)
-    else:  # a checkpoint of before there were ranks
-        tensors = {
-            name.removeprefix("rng/"): value for name, value in read_state(folder).items()
-            if name.startswith("rng/") and place.main
-        }
-    if not tensors:
+    if not path.exists():
         return False
+    tensors = read_tensors(path)
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vidgen.core.config import flattened
 from vidgen.core.errors import InputError
 
 MAX_RATE = 100
@@ -195,7 +196,7 @@ def refuse_changes(path: Path, record: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}, the config that the run began with, can't be read: {error}; put "
                          "it back, or confirm with --accept-changes") from None
-    before, now = _flat(began), _flat(record)
+    before, now = flattened(began), flattened(record)
     free = (*_FREE, f"run.phases.{len(record['run'].get('phases', ())) - 1}.steps")
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
@@ -208,15 +209,3 @@ def refuse_changes(path: Path, record: dict[str, Any]) -> None:
             f"{'; ...' if len(changed) > 8 else ''}; put that back, name another folder, or "
             "confirm with --accept-changes"
         )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings and lists by dotted keys."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        return {prefix: value}
-    return {k: v for key, each in items
-            for k, v in _flat(each, f"{prefix}.{key}" if prefix else str(key)).items()}

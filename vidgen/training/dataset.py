@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
 from vidgen.training.data.cache import open_cache
 from vidgen.training.data.encode import Cursor, ItemEncoder, still_frames
-from vidgen.training.data.records import OnEvent
 from vidgen.training.data.select import Item, picks
 from vidgen.training.data.store import Store
 from vidgen.training.data.survey import Survey, survey
@@ -247,10 +247,6 @@ class Dataset:
         told += [f"bucket {bucket.label}: {count} items are learned twice in each epoch, to fill "
                  "its last batch" for bucket, count in self._schedule.filled_up(size).items()]
         return told
-
-    def bucket_of(self, step: int, world: int = 1, *, detour: int = 0) -> Bucket:
-        """The bucket of a step, for all its micro-batches and ranks."""
-        return self._schedule.draw(step, self._global_batch(world), detour=detour).bucket
 
     def batch(
         self, step: int, micro: int = 0, rank: int = 0, world: int = 1, *, detour: int = 0

@@ -265,11 +265,6 @@ class DeltaTask(ABC, Generic[BatchT]):
         """AdamW over the delta's factors."""
         return build_optimizers(self.modules, self.config.run.optim)
 
-    def start_phase(self, index: int, phase: Phase) -> bool:
-        """Nothing is changed by hand."""
-        del index, phase
-        return False
-
     @abstractmethod
     def batch(self, phase: Phase, step: int, micro: int) -> BatchT:
         """What a step learns from."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from vidgen.core.config import build, dump, load_run
+from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, choose_device, fingerprint
 from vidgen.training.dataset import Dataset, open_dataset
 from vidgen.training.distributed import Place, join_ranks
@@ -27,8 +28,6 @@ from vidgen.training.finetune_task import FinetuneTask
 from vidgen.training.loop import TrainResult, train
 from vidgen.weights.folder import ModelFolder
 
-Tell = Callable[[dict[str, Any]], None]
-
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
     """Read a run's YAML strictly, with `a.b=c` written over it.
@@ -41,7 +40,7 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
 
 def finetune(
     config: FinetuneConfig, *, resume: bool = False, accept_changes: bool = False,
-    tell: Tell = lambda _event: None,
+    tell: OnEvent = lambda _event: None,
 ) -> dict[str, Any] | None:
     """Train, export, prove the effect, write the card.
 
@@ -81,7 +80,7 @@ def finetune(
 
 
 def _open_data(
-    config: FinetuneConfig, folder: ModelFolder, place: Place, tell: Tell
+    config: FinetuneConfig, folder: ModelFolder, place: Place, tell: OnEvent
 ) -> Dataset:
     hear = tell if place.main else None
     dataset = open_dataset(
@@ -104,7 +103,7 @@ def _open_data(
 
 def _train(
     config: FinetuneConfig, folder: ModelFolder, dataset: Dataset, place: Place, resume: bool,
-    accept_changes: bool, tell: Tell,
+    accept_changes: bool, tell: OnEvent,
 ) -> tuple[TrainResult, dict[str, Any]]:
     """Run the loop; what it holds in memory is free again when this returns."""
     task = FinetuneTask(config, folder, dataset, Sheets(config, dataset))
@@ -154,7 +153,7 @@ def facts_of(
 
 def _finish(
     config: FinetuneConfig, folder: ModelFolder, dataset: Dataset, summary: dict[str, Any],
-    facts: dict[str, Any], tell: Tell,
+    facts: dict[str, Any], tell: OnEvent,
 ) -> dict[str, Any]:
     """Export, compare with and without, write card and summary."""
     made = export(config, folder)

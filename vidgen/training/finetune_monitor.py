@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
 from vidgen.training.distributed import Place
 from vidgen.training.finetune_config import FinetuneRun
 
 _SIDE = {"cpu": 1024, "cuda": 8192}
-Tell = Callable[[dict[str, Any]], None]
 
 
 class Monitor:
@@ -33,7 +32,7 @@ class Monitor:
     """
 
     def __init__(
-        self, run: FinetuneRun, place: Place, device: torch.device, tell: Tell, *,
+        self, run: FinetuneRun, place: Place, device: torch.device, tell: OnEvent, *,
         tensorboard: bool,
     ) -> None:
         self._run, self._place, self._tell = run, place, tell

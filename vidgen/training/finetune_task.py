@@ -118,11 +118,6 @@ class FinetuneTask:
             })  # fmt: skip
         return made
 
-    def start_phase(self, index: int, phase: Phase) -> bool:
-        """There is one phase, in which nothing is changed by hand."""
-        del index, phase
-        return False
-
     def batch(self, phase: Phase, step: int, micro: int) -> Batch:
         """Clips of the step's bucket, each conditioned and noised anew."""
         del phase

@@ -203,8 +203,8 @@ class Transforms:
             batch.video[start : start + 4] = damage(part, self.generator)
         return batch
 
-    def _uniform(self, low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=self.generator))
+    def _uniform(self, high: float) -> float:
+        return high * float(torch.rand((), generator=self.generator))
 
     def _chances(self, count: int, probability: float) -> list[int]:
         drawn = torch.rand(count, generator=self.generator) < probability
@@ -218,7 +218,7 @@ class Transforms:
 
     def _freeze(self, batch: Batch, row: int) -> None:
         """Show one frame all the time: whatever was to move now stays."""
-        frame = int(self._uniform(0, batch.video.shape[2]))
+        frame = int(self._uniform(batch.video.shape[2]))
         batch.video[row] = batch.video[row, :, frame : frame + 1].clone()
         batch.coverage[row] = batch.coverage[row, :, frame : frame + 1].clone()
         there = batch.coverage[row].sum() > 0.5
@@ -228,7 +228,7 @@ class Transforms:
 
     def _spoil(self, batch: Batch, row: int) -> None:
         """Leave nothing that could be recognised, in one of four ways."""
-        clip, kind = batch.video[row], self._uniform(0, 1)
+        clip, kind = batch.video[row], self._uniform(1)
         if kind < 0.25:
             clip.copy_(noise_clip(clip.shape, self.generator))
         elif kind < 0.5:

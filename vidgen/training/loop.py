@@ -199,7 +199,8 @@ class _Loop:
                 index, phase = run.phase_at(step)
                 if index != phase_index:
                     entered = step == sum(p.steps for p in run.phases[:index])
-                    if entered and self.task.start_phase(index, phase):
+                    change = getattr(self.task, "start_phase", None)
+                    if entered and change is not None and change(index, phase):
                         self.engine.ema.restart()
                     phase_index = index
                 if step not in self.state.left_out:

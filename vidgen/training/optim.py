@@ -63,12 +63,13 @@ class Muon(torch.optim.Optimizer):
                     parameter.sub_(update.view(parameter.shape), alpha=group["lr"] * scale)
 
 
-def orthogonalized(matrices: Tensor, num_steps: int = 5) -> Tensor:
-    """Bring singular values near 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024).
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Bring singular values to about 0.7 to 1.2 by a quintic Newton-Schulz iteration.
+
+    Five steps of it (Jordan et al. 2024).
 
     Args:
         matrices: [N, rows, columns].
-        num_steps: iterations; 5 leave singular values in about 0.7 to 1.2.
 
     Returns:
         The same shape, float32; computed in bfloat16 where the device is fast in it.
@@ -77,7 +78,7 @@ def orthogonalized(matrices: Tensor, num_steps: int = 5) -> Tensor:
     dtype = torch.bfloat16 if best_dtype(matrices.device) == "bf16" else torch.float32
     x = (matrices if wide else matrices.mT).to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(num_steps):
+    for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     return (x if wide else x.mT).float()

@@ -14,18 +14,17 @@ from vidgen.training.config import Phase
 class Task(Protocol):
     """What is trained. Modules are on the run's device when the loop begins.
 
-    Three more are optional: `files(batch)` names what a batch was made of, for messages;
-    `saves_frozen`, if False, keeps frozen weights out of checkpoints; `alternates`, if True, tells
-    that some parameters have no part in some steps, such as an expert or what makes sound.
+    Four more are optional: `start_phase(index, phase)` is called before a phase's first step, once,
+    and gives True if it changed weights by hand; `files(batch)` names what a batch was made of, for
+    messages; `saves_frozen`, if False, keeps frozen weights out of checkpoints; `alternates`, if
+    True, tells that some parameters have no part in some steps, such as an expert or what makes
+    sound.
     """
 
     modules: dict[str, nn.Module]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Optimisers over the modules' parameters, each group with its `peak_lr`."""
-
-    def start_phase(self, index: int, phase: Phase) -> bool:
-        """Called before a phase's first step, once; True if it changed weights by hand."""
 
     def batch(self, phase: Phase, step: int, micro: int) -> Any:
         """A micro-batch of a step: a pure function of its arguments and the run's seed.

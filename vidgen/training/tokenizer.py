@@ -74,11 +74,6 @@ def train_tokenizer(captions: Iterable[str], folder: Path | str, vocab_size: int
     return len(vocab)
 
 
-def subject_token(index: int) -> str:
-    """The spare token of the n-th subject learned later, as it is written in a prompt."""
-    return SUBJECTS[index]
-
-
 def _pipeline(model: BPE) -> Tokenizer:
     """Normaliser, splitting and decoder; words carry the space before them, marks stand alone."""
     tokenizer = Tokenizer(model)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from vidgen.core.config import build
 from vidgen.core.errors import ModelError
@@ -17,7 +18,6 @@ from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
-Config = TypeVar("Config")
 HEAD_DIM = 128
 """Of all published Wan transformers."""
 CLIP_HEADS = 16
@@ -35,8 +35,7 @@ def infer_dit(shapes: Shapes, **known: Any) -> DiTConfig:
     Raises:
         ModelError: tensors that no transformer of ours has.
     """
-
-    def read() -> DiTConfig:
+    with _reading("transformer"):
         width, channels, _, patch, _ = shapes["patch_embed.weight"]
         layers = _count(shapes, r"blocks\.(\d+)\.")
         controls = _count(shapes, r"control_blocks\.(\d+)\.")
@@ -64,13 +63,10 @@ def infer_dit(shapes: Shapes, **known: Any) -> DiTConfig:
             )
         return build(DiTConfig, fields, "the transformer's config.json")
 
-    return _reading("transformer", read)
-
 
 def infer_text(shapes: Shapes) -> TextConfig:
     """The architecture of a UMT5 encoder, from the shapes by our names."""
-
-    def read() -> TextConfig:
+    with _reading("text encoder"):
         attention = "encoder.block.0.layer.0.SelfAttention"
         buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
         vocab, width = shapes["shared.weight"]
@@ -81,13 +77,10 @@ def infer_text(shapes: Shapes) -> TextConfig:
             num_layers=_count(shapes, r"encoder\.block\.(\d+)\."),
         )
 
-    return _reading("text encoder", read)
-
 
 def infer_image(shapes: Shapes) -> ImageConfig:
     """The architecture of CLIP's vision tower, from the shapes by our names."""
-
-    def read() -> ImageConfig:
+    with _reading("image encoder"):
         width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
         tokens = shapes["embeddings.position_embedding.weight"][0]
         return ImageConfig(
@@ -96,8 +89,6 @@ def infer_image(shapes: Shapes) -> ImageConfig:
             num_layers=_count(shapes, r"encoder\.layers\.(\d+)\."),
         )
 
-    return _reading("image encoder", read)
-
 
 def infer_vae(shapes: Shapes) -> VAEConfig:
     """The architecture of a VAE, from the shapes by Wan's own names.
@@ -105,8 +96,7 @@ def infer_vae(shapes: Shapes) -> VAEConfig:
     The statistics of its latents are in no file; they are those of the published VAE with as many
     channels, and none for other numbers.
     """
-
-    def read() -> VAEConfig:
+    with _reading("VAE"):
         stages = _vae_stages(shapes)
         width, inputs = shapes["encoder.conv1.weight"][:2]
         channels = shapes["conv2.weight"][0]
@@ -124,8 +114,6 @@ def infer_vae(shapes: Shapes) -> VAEConfig:
         return replace(
             config, latents_mean=published.latents_mean, latents_std=published.latents_std
         )
-
-    return _reading("VAE", read)
 
 
 def _is_nested(shapes: Shapes) -> bool:
@@ -160,9 +148,11 @@ def _count(keys: Iterable[str], pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-def _reading(what: str, read: Callable[[], Config]) -> Config:
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Tell what tensors that are missing, or of other shapes, are of."""
     try:
-        return read()
+        yield
     except KeyError as error:
         raise ModelError(
             f"the {what} lacks the tensor {error}, so its architecture can't be told; "

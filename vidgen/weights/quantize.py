@@ -22,17 +22,6 @@ from vidgen.weights.stream import block_of
 Quantization = Literal["int8"]
 
 
-def quantize(module: nn.Module, kind: Quantization = "int8") -> nn.Module:
-    """Quantise the linear layers of a module's blocks in place, one after another.
-
-    Raises:
-        InputError: torchao is missing or doesn't work here, or the weights are float16.
-    """
-    for layer in linears(module).values():
-        quantize_layer(layer, kind)
-    return module
-
-
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
     """The layers that are quantised, by path: those inside blocks."""
     found = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
@@ -43,7 +32,7 @@ def quantize_layer(layer: nn.Linear, kind: Quantization = "int8") -> None:
     """Quantise one layer's weight in place.
 
     Raises:
-        InputError: see `quantize`.
+        InputError: torchao is missing or doesn't work here, or the weights are float16.
     """
     if kind != "int8":
         raise InputError(f"quantize is {kind!r}; the only kind is 'int8'")

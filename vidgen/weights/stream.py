@@ -111,7 +111,7 @@ class BlockStream:
     """
 
     def __init__(self, module: nn.Module, weights: Weights, device: torch.device) -> None:
-        self._module, self._weights, self._device = module, weights, device
+        self._module, self._weights = module, weights
         blocks = blocks_of(weights.names)
         self._places = [self._lay_out(names) for names in blocks.values()]
         meta = module.state_dict(keep_vars=True)

@@ -15,7 +15,6 @@ from vidgen.evaluation.metrics.flow import Flow, Mask, Points, sample_flow
 GRID = 20
 SEGMENT = 16
 ANGLES = 8
-HISTOGRAM_WIDTH = 2 * ANGLES
 
 
 class Tracks:

@@ -75,14 +75,14 @@ def known_dtypes() -> frozenset[torch.dtype]:
     )
 
 
-def call(
-    library: ctypes.CDLL, name: str, dtype: torch.dtype, *arguments: object, mixed: bool = False
-) -> int:
+def call(name: str, dtype: torch.dtype, *arguments: object, mixed: bool = False) -> int:
     """Call a kernel: tensors by address, None as null, whole numbers of 64 bits, floats of 32.
 
     The number of threads, PyTorch's own, comes last. `mixed`: the rows are float32, the rest is
-    bfloat16, for kernels that have this.
+    bfloat16, for kernels that have this. Ask `kernels` first whether there are any.
     """
+    library = _loaded()[0]
+    assert library is not None
     passed = [_as_c(argument) for argument in arguments]
     function = getattr(library, f"{name}_{_MIXED if mixed else _SUFFIXES[dtype]}")
     return int(function(*passed, ctypes.c_int64(torch.get_num_threads())))

@@ -17,12 +17,12 @@ import torch
 
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, best_dtype, check_output
 from vidgen.pipeline.parts import DTYPES
 from vidgen.pipeline.workers import results_of
 from vidgen.training.data.encode import Cursor, Extras, ItemEncoder
 from vidgen.training.data.files import MediaFile, Scan, scan
-from vidgen.training.data.records import OnEvent
 from vidgen.training.data.select import Item, picks
 from vidgen.training.data.store import Identity, Store
 from vidgen.training.data.survey import Survey

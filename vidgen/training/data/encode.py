@@ -33,7 +33,6 @@ from vidgen.weights.component import Role
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.hashes import hash_files
 
-_CHUNK = 8
 _KEPT = 4  # frames that the next item may begin before
 
 

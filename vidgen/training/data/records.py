@@ -16,12 +16,12 @@ from typing import Any
 
 from vidgen.core.config import build, dump
 from vidgen.core.errors import OutputError
+from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import cache_folder, sha256_file
 from vidgen.pipeline.workers import results_of
 from vidgen.training.data.files import MediaFile
 from vidgen.training.data.probe import PROBE_VERSION, FileFacts, probe_file
 
-OnEvent = Callable[[dict[str, Any]], None]
 _SETTLED_S = 2.0  # a file changed this recently may change again within its time stamp's grain
 _TABLES = """
 create table if not exists stamps (path text primary key, bytes int, mtime_ns int, sha256 text);

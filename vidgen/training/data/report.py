@@ -71,12 +71,12 @@ def _file(fate: Fate, config: DataConfig) -> dict[str, Any]:
     }
 
 
-def as_text(told: Mapping[str, Any], width: int = 110) -> str:
+def as_text(told: Mapping[str, Any]) -> str:
     """Tables of the buckets, of files that were dropped and of those with something to note."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
+    console = Console(file=io.StringIO(), width=110, markup=False, highlight=False)
     buckets = Table("bucket", "items", "files", title="Buckets", title_justify="left")
     for label, row in told["buckets"].items():
         buckets.add_row(label, str(row["items"]), str(row["files"]))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vidgen.core.protocols import OnEvent
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.training.data.files import Scan, scan
 from vidgen.training.data.probe import FileFacts
-from vidgen.training.data.records import OnEvent, look_at
+from vidgen.training.data.records import look_at
 from vidgen.training.data.select import Selection, select
 from vidgen.training.data_config import DataConfig, Geometry
 
