@@ -158,11 +158,11 @@ def test_a_process_that_does_not_stop_is_ended_and_others_go_on(service, monkeyp
 
 
 def test_a_clip_of_few_frames_may_not_last_for_hours(service):
-    wrong = {"prompt": "x", "num_frames": 5, "num_inference_steps": 4, "fps": 0.001}
-    with pytest.raises(Refusal, match=r"5,000 seconds .* takes 600: .* a higher fps"):
+    wrong = {"prompt": "x", "num_frames": 605, "num_inference_steps": 4, "fps": 1}
+    with pytest.raises(Refusal, match=r"605 seconds .* takes 600: .* a higher fps"):
         service.video(wrong, ANN)
-    script = {"project": {"fps": 0.01}, "shots": [{"id": "one", "prompt": "x", "frames": 9}]}
-    with pytest.raises(Refusal, match="900 seconds of shot one"):
+    script = {"project": {"fps": 1}, "shots": [{"id": "one", "prompt": "x", "frames": 605}]}
+    with pytest.raises(Refusal, match="605 seconds of shot one"):
         service.check_film({"script": script}, ANN)
 
 

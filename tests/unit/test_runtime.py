@@ -8,6 +8,7 @@ import torch
 
 from vidgen.core.errors import InputError, OutputError
 from vidgen.core.runtime import (
+    LONGEST_NAME,
     atomic_path,
     atomic_write,
     best_dtype,
@@ -132,11 +133,20 @@ def test_an_existing_output_is_refused_unless_told(tmp_path):
     assert names(tmp_path) == ["a.mp4"]
 
 
-@pytest.mark.parametrize("place", ["none/a.mp4", "/proc/a.mp4", f"{'n' * 300}.mp4"])
+@pytest.mark.parametrize("place", ["none/a.mp4", "/proc/a.mp4"])
 def test_a_place_that_cannot_be_written_is_refused(tmp_path, place):
     with pytest.raises(OutputError, match="can't be written"):
         check_output(tmp_path / place)
     assert names(tmp_path) == []
+
+
+def test_a_name_leaves_room_for_what_is_not_finished(tmp_path):
+    longest = f"{'n' * (LONGEST_NAME - 4)}.mp4"
+    check_output(tmp_path / longest)
+    with atomic_path(tmp_path / longest) as place:
+        place.touch()
+    with pytest.raises(OutputError, match="has 241 bytes; give one of 240 at most"):
+        check_output(tmp_path / f"n{longest}")
 
 
 def test_a_folder_with_other_things_is_never_replaced(tmp_path):

@@ -95,8 +95,8 @@ def _rate(value: Any) -> str:
         rate = parse_fps(value)
     except (ValueError, InputError):
         rate = None
-    if rate is None or not 0 < rate <= MAX_FPS:
-        raise ValueError(f"give a number above 0, {MAX_FPS} at most, or one such as 24000/1001")
+    if rate is None or not 1 <= rate <= MAX_FPS:
+        raise ValueError(f"give a number from 1 to {MAX_FPS}, or one such as 24000/1001")
     return str(rate)
 
 
@@ -105,7 +105,7 @@ Reference = Annotated[Any, PlainValidator(_reference), WithJsonSchema(_FILE_OR_U
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Rate = Annotated[str, PlainValidator(_rate), WithJsonSchema({"anyOf": [
-    {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_FPS},
+    {"type": "number", "minimum": 1, "maximum": MAX_FPS},
     {"type": "string", "pattern": f"^{_FRACTION}$"},
 ]})]
 Prompt = Annotated[str, Field(min_length=1, max_length=20_000)]
