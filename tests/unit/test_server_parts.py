@@ -231,7 +231,8 @@ def test_a_rate_is_taken_as_clips_tell_theirs(given, kept):
 
 
 @pytest.mark.parametrize("wrong", [
-    True, 0, -1, 241, 0.9, "1/1000", "0/1", "1/0", "500/2", "1e999999999", "1/2/3", "nan", "fast", [24], "²⁴/1",
+    True, 0, -1, 241, 0.9, "1/1000", "0/1", "1/0", "500/2", "1e999999999", "1/2/3", "nan", "fast",
+    [24], "²⁴/1",
 ])
 def test_rates_that_are_none(wrong):
     with pytest.raises(ApiError, match=r"fps is .*: give a number") as error:

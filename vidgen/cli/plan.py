@@ -74,7 +74,7 @@ def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Calibrat
 
 
 def _table(made: Estimate, have: int | None) -> str:
-    from vidgen.pipeline.stages import size_text
+    from vidgen.core.runtime import size_text
 
     rows: list[tuple[str, float, Any]] = [(s.name, s.seconds, s.bytes) for s in made.stages]
     rows.append(("whole", made.total_s, made.peak_bytes))

@@ -15,7 +15,7 @@ import torch
 
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
-from vidgen.core.runtime import available_memory, best_dtype
+from vidgen.core.runtime import available_memory, best_dtype, size_text
 from vidgen.core.shapes import Tiles, VideoShape
 from vidgen.core.values import parse_readings
 from vidgen.media.speech import open_voice
@@ -28,7 +28,7 @@ from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import Offload
 from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.rewrite import LanguageModel
-from vidgen.pipeline.stages import Estimate, Setup, size_text
+from vidgen.pipeline.stages import Estimate, Setup
 from vidgen.pipeline.step_caches import settle_cache
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import open_model
