@@ -38,11 +38,17 @@ def write_otio(edit: Edit, shots: Sequence[RenderedShot], path: str | Path) -> P
         OutputError: it can't be written.
     """
     target = Path(path)
+    atomic_write(target, otio_text(edit, shots, target.parent).encode())
+    return target
+
+
+def otio_text(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> str:
+    """What `write_otio` writes into a folder."""
     timeline = edit.timeline
     script = edit.film.script
-    tracks = [_video(edit, shots, target.parent)]
+    tracks = [_video(edit, shots, folder)]
     tracks += [_track(kind, "Audio", items) for kind, items in (
-        ("sounds", _sounds(edit, target.parent)), ("music", _music(edit, target.parent)),
+        ("sounds", _sounds(edit, folder)), ("music", _music(edit, folder)),
         ("narration", _narration(edit)),
     ) if items]
     data: Item = {
@@ -59,8 +65,7 @@ def write_otio(edit: Edit, shots: Sequence[RenderedShot], path: str | Path) -> P
             ],
         },
     }
-    atomic_write(target, json.dumps(data, indent=1).encode())
-    return target
+    return json.dumps(data, indent=1)
 
 
 def _video(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> Item:
