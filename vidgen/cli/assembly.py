@@ -129,14 +129,19 @@ def _lay_beside(path: Path, parts: Iterable[str], making: Making, report: Report
     """Write a file beside the film; one beside a film that was done stays if it differs."""
     from vidgen.core.runtime import atomic_write
 
-    content = "".join(parts).encode()
+    encoded = (part.encode() for part in parts)
     if making.is_done and not making.overwrite and path.exists():
-        if path.read_bytes() != content:
+        if not _holds(path, encoded):
             report({"event": "note", "text": f"{path} is there, differs from the film's own and "
                     "stays; --overwrite replaces it"})
         return
-    atomic_write(path, content)
+    atomic_write(path, lambda file: file.writelines(encoded))
     report({"event": "written", "path": str(path)})
+
+
+def _holds(path: Path, parts: Iterable[bytes]) -> bool:
+    with path.open("rb") as file:
+        return all(file.read(len(part)) == part for part in parts) and not file.read(1)
 
 
 def _had_texts(output: Path) -> bool:

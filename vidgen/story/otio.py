@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from vidgen.core.runtime import atomic_write
 from vidgen.media.sound import RATE
 from vidgen.story.edit import Edit
 from vidgen.story.mixdown import playings
@@ -26,24 +25,14 @@ from vidgen.story.timeline import Placed, Timeline
 Item = dict[str, Any]
 
 
-def write_otio(edit: Edit, shots: Sequence[RenderedShot], path: str | Path) -> Path:
-    """Write a film's edit; paths of its files are relative to it where they can be.
+def otio_text(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> str:
+    """A film's edit as the text of an `.otio` file.
 
     Args:
         edit: of the film.
         shots: rendered, in order.
-        path: `.otio`; replaced if it exists.
-
-    Raises:
-        OutputError: it can't be written.
+        folder: where the file is to lie; paths are relative to it where they can be.
     """
-    target = Path(path)
-    atomic_write(target, otio_text(edit, shots, target.parent).encode())
-    return target
-
-
-def otio_text(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> str:
-    """What `write_otio` writes into a folder."""
     timeline = edit.timeline
     script = edit.film.script
     tracks = [_video(edit, shots, folder)]
