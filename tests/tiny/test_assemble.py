@@ -26,7 +26,7 @@ from vidgen.media.sound import read_sound
 from vidgen.pipeline.job import lock_job
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
-from vidgen.story.otio import write_otio
+from vidgen.story.otio import otio_text
 from vidgen.story.storyboard import write_storyboard
 from vidgen.story.sums import remember
 from vidgen.story.transitions import blended
@@ -395,7 +395,8 @@ def test_the_edit_opens_in_opentimelineio(make, tmp_path):
         "caption: hello", "transition: {type: dissolve, duration: 0.4}, music: m.wav",
         "transition: wipe-left, sound: {file: m.wav, loop: true}", "")
     made = make(text, [24, 30, 24, 12])
-    path = write_otio(made.edit, made.shots, tmp_path / "film.otio")
+    path = tmp_path / "film.otio"
+    path.write_text(otio_text(made.edit, made.shots, tmp_path))
     timeline = otio.adapters.read_from_file(str(path))
     assert timeline.name == "Film"
     assert timeline.duration() == otio.opentime.RationalTime(len(made.frames), 12)

@@ -129,6 +129,13 @@ def test_mistakes_are_told(short, capsys, tmp_path, monkeypatch, words, message)
     assert not any(tmp_path.iterdir())
 
 
+def test_a_folder_of_pictures_cannot_go_on(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("frames").mkdir()
+    assert main(["extend", "frames/", "--seconds", "1"]) == 2
+    assert "vidgen replay frames/ -o frames.mp4 makes one" in capsys.readouterr().err
+
+
 def test_the_result_and_the_file_tell_what_the_checks_found(short, extend, tmp_path):
     """Over the whole clip, the frames that were there before too."""
     facts = extend(short, "--seconds", 1, "-o", tmp_path / "longer.mp4")

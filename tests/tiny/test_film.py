@@ -19,6 +19,7 @@ from PIL import Image
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
 from vidgen.media.read import read_recipe
+from vidgen.pipeline.journal import Journal
 from vidgen.pipeline.video import load
 from vidgen.story.plan import plan_film
 from vidgen.story.script import Script
@@ -358,15 +359,24 @@ def test_a_model_without_references_says_how_characters_are_kept(tmp_path, tiny_
     (["film.txt", "--init"], "call it film.yaml"),
     (["none.yaml"], "does not exist"),
     (["hidden.yaml"], "every shot has in_film: false"),
+    (["hidden.yaml", "--check"], "every shot has in_film: false"),
+    (["film.yaml", "--only", "one", "--storyboard"], "with --only no film is made"),
+    (["film.yaml", "--check", "--otio"], "with --check no film is made"),
+    (["film.yaml", "--only", "one", "-o", "sub/film.mp4"], "the folder sub does not exist"),
+    (["long.yaml", "--check"], "line 2: shot 'a': the caption"),
+    (["long.yaml"], "lines, but a picture of 32x32 has room for 2"),
 ])
 def test_wrong_commands_are_told(tmp_path, tiny_model, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     Path("film.yaml").write_text(FILM)
     Path("hidden.yaml").write_text("shots: [{prompt: x, in_film: false}]")
+    Path("long.yaml").write_text("project: {finish: {captions: burn}}\nshots: [{id: a, prompt: x, "
+                                 "caption: one two three four five six}]")
     model = [] if "--model" in words else ["--model", str(tiny_model)]
     assert main(["script", *words, *model]) == 2
     assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.yaml", "hidden.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.yaml", "hidden.yaml",
+                                                                "long.yaml"]
 
 
 def test_a_check_tells_time_memory_and_strange_words(tmp_path, tiny_model):
@@ -451,3 +461,69 @@ def test_a_bad_shot_in_the_middle_names_itself(film, tiny_model, capsys):
                  "--model", str(tiny_model)]) == 2
     assert "line 15: shot 'six': image " in capsys.readouterr().err
     assert not (film / "more.mp4").exists()
+
+
+def test_files_beside_a_film_that_is_done_stay_as_they_are(film, tiny_model, capsys):
+    command = ["script", film / "film.yaml", "-o", film / "film.mp4", "--model", tiny_model,
+               "--storyboard", "--otio"]
+    written = [film / f"film{suffix}" for suffix in (".srt", ".vtt", ".html", ".otio")]
+    assert vidgen(*command)["beside"] == [str(written[n]) for n in (0, 1, 3, 2)]
+    before = [path.read_bytes() for path in written]
+    for path in written[::2]:
+        path.write_text("by hand")
+    written[1].unlink()
+    vidgen(*command)
+    told = capsys.readouterr().err
+    assert [f"{path} is there, differs" in told for path in written] == [True, False, True, False]
+    assert [path.read_text() for path in written[::2]] == ["by hand"] * 2
+    assert [path.read_bytes() for path in written[1::2]] == before[1::2]
+    vidgen(*command, "--overwrite")
+    assert [path.read_bytes() for path in written] == before
+    (film / "film.otio").unlink()
+    (film / "film.otio").mkdir()
+    (film / "film.otio/x.txt").touch()
+    vidgen(*command, code=2)
+
+
+def test_texts_of_an_earlier_version_go_with_it(film, tiny_model, capsys):
+    command = ["script", film / "film.yaml", "-o", film / "film.mp4", "--model", tiny_model,
+               "--overwrite"]
+    (film / "film.yaml").write_text(FILM.replace(", caption: hello", ""))
+    vidgen(*command)
+    assert "film.srt is removed; the film has no texts any more" in capsys.readouterr().err
+    assert not [*film.glob("film.srt"), *film.glob("film.vtt")]
+    (film / "film.srt").write_text("somebody's own")
+    (film / "film.yaml").write_text(FILM.replace(", caption: hello", ", transition: dissolve"))
+    vidgen(*command)
+    assert (film / "film.srt").read_text() == "somebody's own"
+
+
+def test_shots_that_are_there_are_counted_when_one_is_interrupted(
+    tmp_path, tiny_model, capsys, monkeypatch
+):
+    script = tmp_path / "film.yaml"
+    script.write_text("shots: [{id: a, prompt: a cat, frames: 5}, {id: b, prompt: a car, "
+                      "frames: 9}]")
+    command = ["script", str(script), "-o", str(tmp_path / "film.mp4"), "--model", str(tiny_model)]
+    vidgen(*command, "--only", "a")
+    (tmp_path / "film.shots/shots.json").unlink()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "on_step", interrupted)
+        assert main(command) == 130
+    assert "1 of 2 shots are there; the same command goes on" in capsys.readouterr().err
+
+
+def test_a_film_goes_on_as_any_clip_does_and_its_script_makes_it_again(film, tiny_model, capsys):
+    whole = film / "film.mp4"
+    assert main(["extend", str(whole), "--seconds", "0.25"]) == 2
+    assert "film.mp4 doesn't tell its prompt; give --prompt" in capsys.readouterr().err
+    told = vidgen("extend", whole, "--seconds", "0.25", "--prompt", "a cat", "--model", tiny_model,
+                  "--steps", 2)
+    assert (told["hand_over"], told["num_frames"]) == ("pixels", 63)
+    assert main(["replay", str(whole)]) == 2
+    assert "is a film, made of several clips; vidgen script makes it again" in (
+        capsys.readouterr().err)

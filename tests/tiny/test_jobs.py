@@ -126,6 +126,57 @@ def test_an_output_of_another_request_is_not_done(cli):
     assert "x.mkv is another clip's: plan.num_steps was 3, is 2" in err
 
 
+def test_under_overwrite_another_clip_is_replaced_and_the_same_one_stays(cli, stopped):
+    cli(*COMMAND, "-o", "x.mkv")
+    other = [*COMMAND, "-o", "x.mkv", "--steps", 2]
+    code, _, err = cli(*other, "--resume")
+    assert (code, "is done already" in err) == (2, False)
+    code, _, err = cli(*other, "--resume", "--overwrite")
+    assert (code, "is done already" in err) == (0, False)
+    assert Clip.from_file("x.mkv").recipe["plan"]["num_steps"] == 2
+    before = Path("x.mkv").stat().st_mtime_ns
+    code, _, err = cli(*other, "--resume", "--overwrite")
+    assert (code, "x.mkv is done already" in err) == (0, True)
+    assert Path("x.mkv").stat().st_mtime_ns == before
+    stopped("on_step", 2, *COMMAND, "-o", "x.mkv", "--overwrite")
+    code, _, err = cli(*COMMAND, "-o", "x.mkv", "--overwrite", "--resume")
+    assert (code, "x.mkv goes on: sample, step 2 of 3" in err) == (0, True)
+    assert Clip.from_file("x.mkv").recipe["plan"]["num_steps"] == 3
+    stopped("on_step", 1, *COMMAND, "-o", "x.mkv", "--overwrite")
+    code, _, err = cli(*other, "--overwrite", "--resume")
+    assert (code, "goes on" in err, files()) == (0, False, ["x.mkv"])
+    assert Clip.from_file("x.mkv").recipe["plan"]["num_steps"] == 2
+    stopped("on_step", 1, *COMMAND, "-o", "x.mkv", "--overwrite")
+    Path("x.mkv.vidgen-job/job.json").write_text("{")
+    assert cli(*COMMAND, "-o", "x.mkv", "--overwrite", "--resume")[0] == 0
+
+
+def test_what_another_process_is_at_is_not_said_to_be_resumed(cli, stopped):
+    stopped("on_step", 1, *COMMAND, "-o", "x.mkv")
+    with job.lock_job(Path("x.mkv.vidgen-job")):
+        code, _, err = cli(*COMMAND, "-o", "x.mkv", "--resume")
+    assert code == 2
+    assert "x.mkv is being made by another process" in err
+    assert "--resume goes on" not in err
+    assert "x.mkv goes on" not in err
+
+
+def test_a_finished_clip_is_found_again_by_the_whole_command(cli):
+    Image.new("RGB", (32, 32)).save("a.png")
+    short = ["generate", "a cat", "--frames", 5, "--steps", 2]
+    for command in (short, [*short, "--image", "a.png"], [*short, "--count", 2]):
+        assert cli(*command)[0] == 0
+        there = files()
+        code, _, err = cli(*command, "--resume")
+        assert (code, "is done already" in err, files()) == (0, True, there)
+    assert "clips of this prompt" not in err
+    assert cli(*short, "--resume", "--guidance", 2)[0] == 0
+    assert len(files()) == len(there) + 1
+    cli(*short)
+    code, _, err = cli(*short, "--resume")
+    assert (code, "clips of this prompt have the seeds" in err) == (2, True)
+
+
 def test_a_drawn_seed_is_found_again_by_the_prompt(cli, stopped):
     code, _, err = stopped("on_step", 1, "generate", "a cat")
     seed = err.split("seed ")[1].split()[0]
@@ -199,6 +250,13 @@ def test_jobs_lists_what_is_unfinished(cli, stopped):
     assert code == 0
     assert "x.mp4  damaged" in out
     assert "job.json is damaged" in out
+
+
+def test_jobs_of_a_films_shots_are_listed(cli, stopped, tiny_model):
+    Path("film.yaml").write_text("shots: [{prompt: a cat, frames: 5}]")
+    stopped("on_step", 1, "script", "film.yaml", "--model", tiny_model)
+    (facts,) = json.loads(cli("jobs", "--json")[1])
+    assert (facts["prompt"], Path(facts["output"]).parent) == ("a cat", Path("film.shots"))
 
 
 def test_a_job_that_ends_while_it_is_looked_at_is_not_listed(cli, stopped, monkeypatch):

@@ -42,7 +42,9 @@ def sweep(
     return run
 
 
-def test_a_sheet_and_a_video_hold_one_clip_of_each_setting(sweep: Sweep, tiny_model: Path) -> None:
+def test_a_sheet_and_a_video_hold_one_clip_of_each_setting(
+    sweep: Sweep, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     over = ("--over", "prompt:car=car,cat", "--over", "guidance=1,3")
     code, result, _ = sweep("a red car", "--seed", 7, *over, "-o", "s.png")
     assert code == 0
@@ -59,7 +61,11 @@ def test_a_sheet_and_a_video_hold_one_clip_of_each_setting(sweep: Sweep, tiny_mo
     assert film.num_frames == 5
     assert sheet.shape[1::-1] == film.size
     assert main(["replay", result["cells"][0]["path"], "-o", "again.mp4"]) == 0
-    assert main(["replay", "s.mp4", "-o", "more.mp4"]) == 2  # it is no clip
+    for name in ("s.mp4", "s.png"):
+        assert main(["replay", name, "-o", "more.mp4"]) == 2
+        assert f"{name} is a sweep's, made of several clips" in capsys.readouterr().err
+    assert main(["extend", "s.mp4", "--seconds", "1"]) == 2
+    assert "s.mp4 doesn't tell its prompt; give --prompt" in capsys.readouterr().err
     assert read_recipe("s.mp4")["sweep"]["over"] == {
         "prompt:car": ["car", "cat"], "guidance": ["1", "3"]
     }
@@ -131,12 +137,16 @@ def test_what_cant_be_swept_is_refused_before_anything_is_made(sweep: Sweep) -> 
         ("prompt:dog=cat,cow", "no 'dog' to replace"), ("step=1,2", "did you mean 'steps'?"),
         ("steps=1,no", "invalid int value"), ("seed=0..400", "a rising span of 100 numbers"),
         ("seed=0..99|0", "invalid int value"), ("image=none.png", "does not exist"),
+        ("size=33x33", "33"),
     ):
         code, _, err = sweep("a cat", "--over", over, "-o", "s.png")
         assert code == 2
         assert reason in err
     assert "must end in" in sweep("a cat", "--over", "steps=1,2", "-o", "s.gif")[2]
     assert "--count" in sweep("a cat", "--over", "steps=1,2", "--count", 2)[2]
+    twice = ("--over", "steps=1,2", "--over", "prompt:cat=cow", "--over")
+    assert "--over steps is given 2 times" in sweep("a cat", *twice, "steps=3,4")[2]
+    assert "--over prompt:cat is given 2 times" in sweep("a cat", *twice, "prompt:cat=dog")[2]
     many = sweep("a cat", "--over", "seed=1..50", "--over", "steps=1,2,3", "-o", "s.png")
     assert "150 clips is too large" in many[2]
     assert list(Path().iterdir()) == []

@@ -126,6 +126,17 @@ def test_a_transition_longer_than_its_shots_is_refused(shots, lengths, message):
         placed(shots, lengths)
 
 
+def test_a_transition_as_long_as_the_shot_before_fits_wherever_that_is_rounded():
+    half = ("dissolve", 0.52)
+    _, timeline = placed([shot("a"), shot("b"), shot("c", half)], [24, 13, 25],
+                         [Fraction(25)] * 3)
+    before, last = timeline.shots[1:]
+    assert last.overlap == before.num_frames == 6
+    with pytest.raises(InputError, match=r"0\.53 s is longer than .* which lasts 0\.52 s"):
+        placed([shot("a"), shot("b"), shot("c", ("dissolve", 0.53))], [24, 13, 25],
+               [Fraction(25)] * 3)
+
+
 def test_a_shot_shorter_than_a_frame_of_the_film_is_refused():
     with pytest.raises(InputError, match="shown for no frame at 12 fps"):
         placed([shot("a")], [1], [Fraction(60)])
@@ -267,11 +278,35 @@ def test_texts_are_burnt_into_their_frames_alone_and_can_be_seen_on_any_ground()
 
 
 def test_long_texts_are_wrapped_within_the_picture():
-    burner = Burner([Burnt("word " * 12 + "x" * 60, 0, 1)], (96, 64), None)
+    burner = Burner([Burnt("word " * 5 + "x" * 20, 0, 1)], (96, 64), None)
     made = burner.burn(np.zeros((64, 96, 3), np.uint8), 0)
     assert made.any()
     assert not made[:, :2].any()
     assert not made[:, -2:].any()
+
+
+@pytest.mark.parametrize(("first", "second", "message"), [
+    ("word " * 30, "", r"shot 'a': the caption 'word .*' takes \d+ lines, but a picture of 96x64 "
+     r"has room for 5; shorten it, make the picture larger, or give captions: track"),
+    ("one two three four five " * 2 + "six", "one two three four five " * 2 + "seven",
+     r"shot 'b': the caption 'one .* six' and 'one .* seven' takes \d lines"),
+])
+def test_texts_that_do_not_fit_together_are_refused(first, second, message):
+    texts = Caption(first, duration=3), Caption(second or "x")
+    shots = [shot("a", caption=texts[:1]), shot("b", caption=texts[1:])]
+    script, timeline = placed(shots, [24, 24])
+    burnt = as_frames(captions_of(script, timeline), timeline)
+    with pytest.raises(InputError, match=message):
+        Burner(burnt, (96, 64), None).check_room(script, timeline)
+    Burner(burnt, (1280, 720), None).check_room(script, timeline)
+
+
+def test_a_title_that_does_not_fit_is_refused():
+    script, timeline = placed([shot("a")], [24], title="A long title " * 9,
+                              finish=Finish(titles=True))
+    burner = Burner(titles_of(script, timeline), (96, 64), None)
+    with pytest.raises(InputError, match=r"shot 'a': the title .* or leave titles out"):
+        burner.check_room(script, timeline)
 
 
 def test_a_font_without_a_sign_is_told(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,16 @@ class Making:
     Attributes:
         edit: how.
         is_done: whether this very film lies there already.
+        overwrite: whether files beside it that are there and differ are replaced.
+        outdated: files of texts that an earlier version of the film left, and this one has not.
         storyboard: where its page is wanted, or None.
         otio: where its edit is wanted, or None.
     """
 
     edit: Edit
     is_done: bool
+    overwrite: bool
+    outdated: tuple[Path, ...]
     storyboard: Path | None
     otio: Path | None
 
@@ -65,25 +69,28 @@ def settle(film: FilmPlan, store: Store, output: Path, args: Namespace) -> Makin
         OutputError: a file in the way.
     """
     from vidgen.core.runtime import check_output
-    from vidgen.story.assemble import text_files
+    from vidgen.story.assemble import TEXT_SUFFIXES, texts_beside
     from vidgen.story.edit import make_edit
 
     edit = make_edit(film, film.in_film, output, describe=describing(args, store))
-    is_done = _is_there(edit, store)
-    making = Making(edit, is_done, output.with_suffix(".html") if args.storyboard else None,
+    is_done, texts = _is_there(edit, store), texts_beside(edit)
+    outdated = [path for suffix in TEXT_SUFFIXES if (path := output.with_suffix(suffix)).is_file()]
+    if is_done or texts or not _had_texts(output):
+        outdated = []
+    making = Making(edit, is_done, args.overwrite, tuple(outdated),
+                    output.with_suffix(".html") if args.storyboard else None,
                     output.with_suffix(".otio") if args.otio else None)
-    if not is_done:
-        beside = [each for each in (making.storyboard, making.otio) if each is not None]
-        for path in (output, *text_files(edit), *beside):
-            check_output(path, overwrite=args.overwrite)
+    beside = [each for each in (making.storyboard, making.otio) if each is not None]
+    for path in (output, *texts, *beside):
+        check_output(path, overwrite=args.overwrite or is_done)
     return making
 
 
 def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> list[Path]:
     """Put a film together, and write what is wanted beside it; the latter files."""
-    from vidgen.story.assemble import assemble, write_texts
-    from vidgen.story.otio import write_otio
-    from vidgen.story.storyboard import write_storyboard
+    from vidgen.story.assemble import assemble, texts_beside
+    from vidgen.story.otio import otio_text
+    from vidgen.story.storyboard import page_parts
 
     by_id = {each.shot.id: each for each in shots}
     edit = making.edit
@@ -92,9 +99,10 @@ def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> 
     def on_frames(done: int, total: int) -> None:
         report({"event": "progress", "stage": "assemble", "done": done, "total": total})
 
+    files: dict[Path, Iterable[str]] = {}
     if making.is_done:
         report({"event": "note", "text": f"{edit.output} is done already"})
-        beside = list(write_texts(edit))
+        files |= {path: [text] for path, text in texts_beside(edit).items()}
     else:
         if edit.described:
             from vidgen.story.sounds import make_sounds
@@ -103,15 +111,49 @@ def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> 
         made = assemble(edit, shown, on_frames)
         for text in made.notes:
             report({"event": "note", "text": text})
-        beside = list(made.beside)
-        report({"event": "written", "path": str(made.path)})
+        for path in (made.path, *made.beside):
+            report({"event": "written", "path": str(path)})
+        for path in making.outdated:
+            path.unlink(missing_ok=True)
+            report({"event": "note", "text": f"{path} is removed; the film has no texts any more"})
     if making.otio is not None:
-        beside.append(write_otio(edit, shown, making.otio))
+        files[making.otio] = [otio_text(edit, shown, making.otio.parent)]
     if making.storyboard is not None:
-        beside.append(write_storyboard(edit, shown, making.storyboard))
-    for path in beside:
-        report({"event": "written", "path": str(path)})
-    return beside
+        files[making.storyboard] = page_parts(edit, shown)
+    for path, parts in files.items():
+        _lay_beside(path, parts, making, report)
+    return [*dict.fromkeys((*texts_beside(edit), *files))]
+
+
+def _lay_beside(path: Path, parts: Iterable[str], making: Making, report: Report) -> None:
+    """Write a file beside the film; one beside a film that was done stays if it differs."""
+    from vidgen.core.runtime import atomic_write
+
+    encoded = (part.encode() for part in parts)
+    if making.is_done and not making.overwrite and path.exists():
+        if not _holds(path, encoded):
+            report({"event": "note", "text": f"{path} is there, differs from the film's own and "
+                    "stays; --overwrite replaces it"})
+        return
+    atomic_write(path, lambda file: file.writelines(encoded))
+    report({"event": "written", "path": str(path)})
+
+
+def _holds(path: Path, parts: Iterable[bytes]) -> bool:
+    with path.open("rb") as file:
+        return all(file.read(len(part)) == part for part in parts) and not file.read(1)
+
+
+def _had_texts(output: Path) -> bool:
+    """Whether a film that lies there wrote files of texts beside it."""
+    from vidgen.media.read import read_recipe
+
+    try:
+        recipe: Any = read_recipe(output) if output.is_file() else None
+        shots = recipe["film"]["script"]["shots"]
+        return any(shot["caption"] or shot["narration"] for shot in shots)
+    except (InputError, KeyError, TypeError):
+        return False
 
 
 def _is_there(edit: Edit, store: Store) -> bool:

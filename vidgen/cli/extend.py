@@ -23,8 +23,8 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import LOADING, Request
 
 if TYPE_CHECKING:
+    from vidgen.cli.journals import OutputJournal
     from vidgen.media.clip import Clip
-    from vidgen.pipeline.journal import Journal
 
 DESCRIPTION = "Let a clip go on. What is left out is as the clip's recipe has it."
 _NOT_OF_REQUEST = {
@@ -78,10 +78,14 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import check_output
     from vidgen.media.read import VideoReader, read_recipe
     from vidgen.media.write import check_format, holds_sound, require_sound
-    from vidgen.pipeline.continuation import lengthened, own_options
+    from vidgen.pipeline.continuation import lengthened, made_of_clips, own_options
 
     if not 0 < args.seconds < math.inf:
         raise InputError(f"seconds is {args.seconds}; give how much longer, above 0")
+    if Path(args.clip).is_dir():
+        film = Path(args.clip).with_suffix(".mp4")
+        raise InputError(f"{args.clip} is a folder of pictures, which can't go on; give a film: "
+                         f"vidgen replay {args.clip} -o {film} makes one of what vidgen wrote")
     with VideoReader(args.clip) as reader:
         fps, size, num_frames = reader.fps, reader.size, reader.length()
     output = args.output or _longer(args.clip)
@@ -93,6 +97,8 @@ def run(args: Namespace, report: Report) -> int:
     check_output(output, overwrite=args.overwrite or args.resume)
     (journal,) = journals_of_outputs([output], args, report)
     recipe = read_recipe(args.clip)
+    if recipe is not None and made_of_clips(recipe) is not None:
+        recipe = None  # it goes on as any other clip does
     options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}
     given = {name: value for name, value in options.items() if value not in (None, [])}
     loading = {name: getattr(args, name) for name in LOADING}
@@ -121,7 +127,7 @@ def run(args: Namespace, report: Report) -> int:
 
 def _make(
     options: dict[str, Any], size: tuple[int, int], loading: dict[str, Any], output: str,
-    journal: Journal, report: Report,
+    journal: OutputJournal, report: Report,
 ) -> int:
     import torch
 
@@ -138,11 +144,11 @@ def _make(
 
         raise InputError(f"{loading['model']} can't go on from a clip; models that can: toybox, "
                          f"{', '.join(models_with('extend'))}")
-    request, done = at_own_size(request, size, engine.folder), journal.finished
+    request = at_own_size(request, size, engine.folder)
     clip = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}),
                            on_estimate=report.expect, journal=journal)
     assert not isinstance(clip, list)
-    if not done:
+    if not journal.is_done:
         report.save(clip, output, overwrite=journal.overwrite)
     _tell(clip, output, request, round(time.monotonic() - start, 3), report)
     return 0
@@ -163,4 +169,4 @@ def _tell(clip: Clip, output: str, request: Request, elapsed: float, report: Rep
 
 def _longer(clip: str) -> str:
     path = Path(clip)
-    return str(path.with_name(f"{path.stem}-longer")) + ("/" if path.is_dir() else path.suffix)
+    return str(path.with_name(f"{path.stem}-longer{path.suffix}"))

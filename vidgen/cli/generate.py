@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from vidgen.core.request import LOADING, NO_AUDIO, Request
 from vidgen.core.runtime import slug
 
 if TYPE_CHECKING:
+    from vidgen.cli.journals import OutputJournal
     from vidgen.media.clip import Clip
     from vidgen.pipeline.journal import Journal
 
@@ -38,6 +40,11 @@ ENDLESS = 99_997
 _NOT_OF_REQUEST = {
     "output", "overwrite", "resume", "preview", "attention", "json", "events", *LOADING
 }
+_APART = frozenset({
+    "prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix", "control",
+    "latents", "lora", "tiles", "seed", "count", "retry", "strict", "expand",
+})
+"""What a recipe holds elsewhere than with the other options, or what no single clip depends on."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -147,20 +154,19 @@ def run(args: Namespace, report: Report) -> int:
     paths = _outputs(args.output, request)
     if not _check_outputs(paths, request, overwrite=args.overwrite or args.resume):
         request = replace(request, audio=NO_AUDIO)  # none is made for nobody to hear
-    journals = journals_of_outputs(paths, args, report)
+    journals = journals_of_outputs(paths, args, report, request.prompt)
 
     import torch
 
-    from vidgen.pipeline.journal import Journal
+    from vidgen.cli.journals import OutputJournal
     from vidgen.pipeline.preview import preview_path, write_preview
     from vidgen.pipeline.video import Engine, load
 
     start = time.monotonic()
     loading = {name: getattr(args, name) for name in LOADING}
-    done = [journal.finished for journal in journals]
     loading |= choose_devices(args.devices, args.shard, journals)
     share_threads(loading["devices"], torch.get_num_threads())
-    if all(done):
+    if all(journal.finished for journal in journals) and not args.overwrite:
         loading["offload"] = "stage"  # nothing is left that would need a network
     with told_how_to_go_on(journals, report), as_it_began(journals):
         engine = load(**loading)
@@ -168,7 +174,7 @@ def run(args: Namespace, report: Report) -> int:
         if args.preview and not is_own:
             raise InputError(f"{args.model} shows no previews; leave --preview out")
 
-        def make(wanted: Request, kept: list[Journal]) -> list[Clip]:
+        def make(wanted: Request, kept: list[OutputJournal]) -> list[Clip]:
             finished = [n for n, journal in enumerate(kept, 1) if journal.finished]
             on_estimate = partial(report.expect, num_clips=wanted.count, done=finished)
             own: dict[str, Any] = {"on_estimate": on_estimate} if is_own else {}
@@ -185,11 +191,12 @@ def run(args: Namespace, report: Report) -> int:
         results, further = [], iter(spare)
         for index, path in enumerate(paths):
             clip, number = clips[index], (index + 1, len(paths))
-            if not done[index]:
+            if not journals[index].is_done:
                 report.save(clip, path, number, overwrite=journals[index].overwrite)
             while _is_faulty(clip) and (seed := next(further, None)) is not None:
                 report({"event": "note", "text": f"{path} has a fault; trying seed {seed}"})
-                seeds[index], journals[index] = seed, Journal(path, overwrite=True)
+                seeds[index] = seed
+                journals[index] = OutputJournal(path, report, overwrite=True)
                 clip = make(replace(request, seed=seed, count=1), journals[index : index + 1])[0]
                 report.save(clip, path, number, overwrite=True)
             preview_path(path).unlink(missing_ok=True)
@@ -231,8 +238,8 @@ def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
 
 
 def _made(
-    make: Callable[[Request, list[Journal]], list[Clip]], request: Request, seeds: list[int],
-    journals: list[Journal],
+    make: Callable[[Request, list[OutputJournal]], list[Clip]], request: Request, seeds: list[int],
+    journals: list[OutputJournal],
 ) -> list[Clip]:
     """All clips at once, or one by one where some came to another seed by --retry."""
     if seeds == [(request.seed or 0) + index for index in range(len(seeds))]:
@@ -264,12 +271,12 @@ def _said(text: str) -> tuple[float | None, str]:
 def _seed(args: Namespace, request: Request, report: Report) -> int:
     """The seed that an earlier run of the same command drew, or a fresh one."""
     if args.resume:
-        seeds = _seeds_of(args.output, request)
+        seeds = _seeds_of(args.output, request) or _seeds_of_finished(args, request)
         if args.output is not None and request.retry:  # further ones are higher
             seeds = {min(seeds)} if seeds else seeds
         if len(seeds) > 1:
-            raise InputError(f"unfinished clips of this prompt have the seeds {sorted(seeds)}; say "
-                             "with --seed which one is to go on")
+            raise InputError(f"clips of this prompt have the seeds {sorted(seeds)}; say with "
+                             "--seed which one is meant")
         if seeds:
             return seeds.pop()
     seed = secrets.randbelow(2**31)
@@ -278,7 +285,7 @@ def _seed(args: Namespace, request: Request, report: Report) -> int:
 
 
 def _seeds_of(output: str | None, request: Request) -> set[int]:
-    """Seeds of the first clip, as the journals and clips of this command record them."""
+    """Seeds of the first clip, as the journals of this command, and a named output, record them."""
     from vidgen.pipeline.job import SUFFIX
     from vidgen.pipeline.journal import Journal
 
@@ -297,7 +304,53 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
     return seeds
 
 
-def _seeds(request: Request, journals: list[Journal]) -> tuple[list[int], range]:
+def _seeds_of_finished(args: Namespace, request: Request) -> set[int]:
+    """Seeds of the first clip, by the names of finished clips that this command made."""
+    from vidgen.media.read import read_recipe
+
+    if args.output is not None:
+        return set()
+    name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(-\d+)?\.mp4")
+    found = (match for path in Path().iterdir() if (match := name.fullmatch(path.name)))
+    return {int(match[1]) for match in found if (match[2] is None) == (request.count == 1)
+            and _is_made_by(read_recipe(match[0]) or {}, request, args)}
+
+
+def _is_made_by(recipe: Mapping[str, Any], request: Request, args: Namespace) -> bool:
+    """Whether a clip's recipe is of this very command, but for its seed."""
+    from vidgen.pipeline.experts import hashes_of
+    from vidgen.pipeline.inputs import read_inputs
+    from vidgen.weights.folder import open_model
+    from vidgen.weights.lora import parse_option
+
+    plan = recipe.get("plan")
+    if not plan or recipe.get("rewritten", plan)["prompt"] != request.prompt:
+        return False
+    asked = {name: value for name, value in recipe["request"].items() if name not in _APART}
+    inputs = [[each["option"], each["sha256"]] for each in read_inputs(request).records]
+    loras = [[hashes_of(one.path), one.weight, one.expert]
+             for one in map(parse_option, request.lora)]
+    return (
+        asked == _asked(request)
+        and ("rewritten" in recipe) == (request.expand is not None)
+        and recipe["frame_times_s"] == [float(seconds) for seconds, _ in request.frame]
+        and [[each["option"], each["sha256"]] for each in recipe["inputs"]] == inputs
+        and [[each["sha256"], each["weight"], each["expert"]] for each in recipe["loras"]] == loras
+        and args.dtype in (None, recipe["dtype"]) and args.quantize == recipe.get("quantize")
+        and recipe["model"]["sha256"] == open_model(args.model).content_hash
+    )
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    """The options that were given, apart from files, as a recipe holds them."""
+    given = {each.name: (getattr(request, each.name), each.default) for each in fields(request)
+             if each.name not in _APART}
+    told = {name: value for name, (value, default) in given.items() if value != default}
+    plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
+    return plain
+
+
+def _seeds(request: Request, journals: Sequence[Journal]) -> tuple[list[int], range]:
     """Each clip's seed, its own or the one that --retry came to, and those still to be tried."""
     first = request.seed or 0
     spare = range(first + len(journals), first + len(journals) + request.retry)

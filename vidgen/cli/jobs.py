@@ -53,7 +53,8 @@ def _folders(path: Path) -> list[Path]:
     if path.name and job_folder(path).is_dir():
         return [job_folder(path)]
     if path.is_dir():
-        found = (*path.glob(f"*{SUFFIX}"), *path.glob(f"*.cells/*{SUFFIX}"))  # of a sweep
+        places = (path, *path.glob("*.cells"), *path.glob("*.shots"))  # of sweeps and films
+        found = (inside for place in places for inside in place.glob(f"*{SUFFIX}"))
         return sorted(inside for inside in found if inside.is_dir())
     raise InputError(f"{path} is no folder, and no job of that output is there; see vidgen jobs")
 

@@ -16,7 +16,7 @@ from vidgen.cli.resume import add_resume, journals_of_outputs, told_how_to_go_on
 from vidgen.core.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.journal import Journal
+    from vidgen.cli.journals import OutputJournal
 
 DESCRIPTION = "Make a clip again from the recipe in its file, and compare the two."
 _NOT_SET = ("count", "retry", "strict")
@@ -43,11 +43,14 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import attention_by, check_output
     from vidgen.media.read import read_recipe
     from vidgen.media.write import check_format
+    from vidgen.pipeline.continuation import made_of_clips
 
     recipe = read_recipe(args.file)
-    if recipe is None or "sweep" in recipe:
-        raise InputError(f"{args.file} holds no recipe of a clip; give one that vidgen wrote, for "
-                         "a sweep's sheet one out of its .cells folder")
+    if recipe is not None and (made := made_of_clips(recipe)) is not None:
+        raise InputError(f"{args.file} is {made.name}, made of several clips; {made.again}, or "
+                         f"replay a clip in {Path(args.file).with_suffix(made.folder)}")
+    if recipe is None:
+        raise InputError(f"{args.file} holds no recipe; give a clip that vidgen wrote")
     changes = typed_options(args.changes)
     output = args.output or _again(args.file)
     if Path(output).resolve() == Path(args.file).resolve():
@@ -115,7 +118,7 @@ def _again(file: str) -> str:
 
 
 def _make(
-    recipe: Mapping[str, Any], output: str, journal: Journal, changes: Mapping[str, Any],
+    recipe: Mapping[str, Any], output: str, journal: OutputJournal, changes: Mapping[str, Any],
     args: Namespace, report: Report,
 ) -> None:
     """Restore, check, generate and write, all on the recorded threads."""
@@ -133,10 +136,9 @@ def _make(
         own: dict[str, Any] = {}
         if isinstance(engine, Engine):
             own["on_estimate"] = report.expect
-        done = journal.finished
         clip = engine.generate(request, on_event=on_event, journal=journal, **own)
         assert not isinstance(clip, list)
-        if not done:
+        if not journal.is_done:
             if "head_frames" in recipe and isinstance(clip, ContinuedClip):
                 clip = clip.added()
             replay.keep_origin(clip.recipe, recipe)

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vidgen.cli.report import Report
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, OutputError
 
 if TYPE_CHECKING:
+    from vidgen.cli.journals import OutputJournal
     from vidgen.pipeline.journal import Journal
 
 
@@ -23,31 +24,37 @@ def add_resume(parser: ArgumentParser) -> None:
         help="go on with what an earlier run of the same command left; what is done stays")
 
 
-def journals_of_outputs(paths: Sequence[str], args: Namespace, report: Report) -> list[Journal]:
-    """A journal for each output; tells what is done and what goes on."""
-    from vidgen.pipeline.job import job_facts, progress_text
-    from vidgen.pipeline.journal import Journal
+def journals_of_outputs(
+    paths: Sequence[str], args: Namespace, report: Report, prompt: str | None = None
+) -> list[OutputJournal]:
+    """A journal for each output; it tells what is done and what goes on.
 
-    journals = []
-    for path in paths:
-        journal = Journal(path, resume=args.resume, overwrite=args.overwrite)
-        if journal.finished:
-            report({"event": "note", "text": f"{path} is done already"})
-        elif args.resume and journal.unfinished:
-            where = progress_text(job_facts(journal.folder))
-            report({"event": "note", "text": f"{path} goes on: {where}"})
-        journals.append(journal)
+    Under --overwrite nothing is taken over from a clip of another `prompt`.
+    """
+    from vidgen.cli.journals import OutputJournal
+
+    journals = [OutputJournal(path, report, resume=args.resume, overwrite=args.overwrite)
+                for path in paths]
+    for journal in journals if args.overwrite and prompt is not None else ():
+        recipe = journal.recipe or {}
+        plan = recipe.get("plan", {"prompt": prompt})
+        if recipe.get("rewritten", plan)["prompt"] != prompt:
+            journal.resume = False
     return journals
 
 
 @contextmanager
 def told_how_to_go_on(journals: Sequence[Journal], report: Report) -> Iterator[None]:
-    """Where work stops halfway, say what to do."""
+    """Where work stops halfway, say what to do; not of what another process is at."""
+    from vidgen.pipeline.job import job_facts
+
     try:
         yield
     except BaseException as error:
         for journal in journals:
             journal.pause()
+            if isinstance(error, OutputError) and job_facts(journal.folder)["running"]:
+                continue
             if journal.unfinished and not isinstance(error, InputError):
                 text = f"{journal.output} is not finished; the same command with --resume goes on"
                 report({"event": "note", "text": text})

@@ -79,6 +79,7 @@ def run(args: Namespace, report: Report) -> int:
     if args.init:
         return _write_example(Path(args.script), report, overwrite=args.overwrite)
 
+    from vidgen.core.runtime import check_output
     from vidgen.media.write import CONTAINERS, check_format
     from vidgen.pipeline.policy import policy_from_environment
     from vidgen.pipeline.workers import Staff
@@ -88,6 +89,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.story.render import Store
     from vidgen.weights.folder import open_model
 
+    _check_exports(args)
     staff = Staff(args.workers, args.ray, args.threads)
     script = Script.read(args.script)
     output = Path(args.output or f"{Path(args.script).stem}{'-draft' if args.draft else ''}.mp4")
@@ -102,12 +104,14 @@ def run(args: Namespace, report: Report) -> int:
     enforce_film(policy_from_environment(), film)
     store = Store(place, film)
     plans = film.needed(args.only)
-    if args.check:
-        edit = None if args.only or not film.in_film else make_edit(
-            film, film.in_film, output, describe=describing(args, store))
-        return _tell_plan(film, plans, store, staff, args, report, edit)
     if not (args.only or film.in_film):
         raise InputError(f"{script.path}: every shot has in_film: false; a film needs one")
+    if args.check:
+        edit = None if args.only else make_edit(
+            film, film.in_film, output, describe=describing(args, store))
+        return _tell_plan(film, plans, store, staff, args, report, edit)
+    if args.only:
+        check_output(output, overwrite=True)  # its folder: the shots lie there, too
     making = None if args.only else settle(film, store, output, args)
     start = time.monotonic()
     shots = _render(store, plans, staff, args, report)
@@ -122,6 +126,15 @@ def run(args: Namespace, report: Report) -> int:
     }
     report.result(data, "\n".join([*_lines(shots), *made, f"{elapsed:.1f} s"]))
     return 0
+
+
+def _check_exports(args: Namespace) -> None:
+    """Refuse files beside a film where none is made."""
+    named = [option for option in ("storyboard", "otio") if getattr(args, option)]
+    without = [option for option in ("check", "only") if getattr(args, option)]
+    if named and without:
+        raise InputError(f"--{named[0]} is of a film's shots once they are there, and with "
+                         f"--{without[0]} no film is made; leave one of them out")
 
 
 def _model(asked: str | None, script: Script) -> str:
@@ -197,7 +210,8 @@ def _render(
         shots.extend(renderer.render(plans))
     except BaseException as error:
         if not isinstance(error, VidgenError) or error.exit_code != 2:
-            report({"event": "note", "text": f"{len(shots)} of {len(plans)} shots are there; the "
+            there = sum(store.is_done(plan) for plan in plans)
+            report({"event": "note", "text": f"{there} of {len(plans)} shots are there; the "
                     "same command goes on"})
         raise
     finally:

@@ -6,7 +6,8 @@ import json
 import math
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
@@ -70,15 +71,17 @@ def run(args: Namespace, report: Report) -> int:
     if given_rank() is not None:
         raise InputError("a sweep starts its devices itself; leave torchrun out, and give "
                          "--devices N")
+    _check_axes(args.over)
     stem, is_drawn = _stem_and_seed(args)
     cells = _cells(args, stem)
-    _begin(stem, args, report, is_drawn=is_drawn)
     columns = _columns(args.over)
     recipe = _recipe(cells, columns, args)
     there = [path for path in (f"{stem}.png", f"{stem}.mp4") if _is_there(path, recipe, args)]
     todo = [cell for cell in cells
             if job_folder(cell.path).is_dir() or not cell.path.is_file()]
-    _make(todo, args, report)
+    with _folder_of_clips(stem):
+        _begin(stem, args, report, is_drawn=is_drawn)
+        _make(todo, args, report)
     _lay_out(cells, columns, recipe, stem, there, args, report)
     data = {
         "sheet": f"{stem}.png", "video": f"{stem}.mp4", "columns": columns,
@@ -104,6 +107,15 @@ def read_axis(text: str) -> Axis:
         raise ArgumentTypeError(f"{text!r} is no KEY=A,B,C, such as guidance=1,3,6, seed=1..4 or "
                                 "prompt:red=red,blue")
     return Axis(key.replace("-", "_"), word or None, values)
+
+
+def _check_axes(axes: Sequence[Axis]) -> None:
+    """Refuse two axes of one thing, of which the later would take the earlier one's place."""
+    keys = [f"{axis.key}:{axis.word}" if axis.word else axis.key for axis in axes]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise InputError(f"--over {twice} is given {keys.count(twice)} times; give its values in "
+                         "one")
 
 
 def _stem_and_seed(args: Namespace) -> tuple[str, bool]:
@@ -139,14 +151,27 @@ def _note(stem: str) -> Path:
     return Path(f"{stem}.cells", "seed")
 
 
+@contextmanager
+def _folder_of_clips(stem: str) -> Iterator[None]:
+    """The folder that clips are made in; one that is made for nothing goes again."""
+    note = _note(stem)
+    is_new = not note.parent.exists()
+    note.parent.mkdir(exist_ok=True)
+    try:
+        yield
+    finally:
+        if is_new and {*note.parent.iterdir()} <= {note}:
+            note.unlink(missing_ok=True)
+            note.parent.rmdir()
+
+
 def _begin(stem: str, args: Namespace, report: Report, *, is_drawn: bool) -> None:
-    """Make the clips' folder, now that all settings are known to be possible."""
+    """Sweep up what a kill left, and keep a seed that was drawn."""
     from vidgen.core.runtime import atomic_write
     from vidgen.pipeline.job import job_folder
     from vidgen.pipeline.job import sweep as sweep_up
 
     note = _note(stem)
-    note.parent.mkdir(exist_ok=True)
     for name in (f"{stem}.png", f"{stem}.mp4", note) if args.resume else ():
         sweep_up(job_folder(name))
     if is_drawn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,37 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
 
 
+@dataclass(frozen=True)
+class MadeOfClips:
+    """A kind of files that several clips make up, and that no plan of one clip stands in.
+
+    Attributes:
+        name: in a sentence.
+        again: what makes one again.
+        folder: suffix of the folder beside it in which its clips lie.
+    """
+
+    name: str
+    again: str
+    folder: str
+
+
+_MADE_OF_CLIPS = {
+    "film": MadeOfClips("a film", "vidgen script makes it again from its script", ".shots"),
+    "sweep": MadeOfClips("a sweep's", "the same vidgen sweep makes it again", ".cells"),
+}
+
+
+def made_of_clips(recipe: Mapping[str, Any]) -> MadeOfClips | None:
+    """What a recipe is of that isn't one clip's; None for a clip's own."""
+    kinds = [kind for key, kind in _MADE_OF_CLIPS.items() if key in recipe]
+    return kinds[0] if kinds and "plan" not in recipe else None
+
+
 def own_options(recipe: Mapping[str, Any], model: str | None = None) -> dict[str, Any]:
     """What a clip's recipe says of how to go on; with another model the prompt and marks alone.
+
+    That of a film, or of a sweep, says nothing of it.
 
     Args:
         recipe: as `read_recipe` gives it.
@@ -27,6 +56,8 @@ def own_options(recipe: Mapping[str, Any], model: str | None = None) -> dict[str
     Raises:
         InputError: the recipe is damaged.
     """
+    if made_of_clips(recipe) is not None:
+        return {}
     try:
         return _own_options(recipe, model)
     except (KeyError, TypeError, AttributeError) as error:

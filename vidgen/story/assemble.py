@@ -37,6 +37,7 @@ from vidgen.story.pieces import Piece, Reels, pieces_of
 from vidgen.story.render import RenderedShot
 from vidgen.story.sums import check_shots
 
+TEXT_SUFFIXES = (".srt", ".vtt")
 Tell = Callable[[int, int], None]
 """Told of frames done and in all, of those that are encoded."""
 
@@ -117,15 +118,18 @@ def _workplace(output: Path) -> Iterator[Path]:
         rmtree(folder, ignore_errors=True)
 
 
-def text_files(edit: Edit) -> list[Path]:
-    """Files with a film's texts, which lie beside it; none for a film without texts."""
-    return [edit.output.with_suffix(suffix) for suffix in (".srt", ".vtt") if edit.cues]
+def texts_beside(edit: Edit) -> dict[Path, str]:
+    """Files beside a film and what they hold of its texts; none for a film without texts."""
+    if not edit.cues:
+        return {}
+    srt, vtt = (edit.output.with_suffix(suffix) for suffix in TEXT_SUFFIXES)
+    return {srt: as_srt(edit.cues), vtt: as_webvtt(edit.cues)}
 
 
 def write_texts(edit: Edit) -> tuple[Path, ...]:
     """Write a film's texts beside it, as SubRip and WebVTT."""
-    made = text_files(edit)
-    for path, text in zip(made, (as_srt(edit.cues), as_webvtt(edit.cues)), strict=False):
+    made = texts_beside(edit)
+    for path, text in made.items():
         atomic_write(path, text.encode())
     return tuple(made)
 

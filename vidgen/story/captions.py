@@ -14,17 +14,17 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, quoted
 from vidgen.media.encode import Frames
 from vidgen.media.subtitles import Cue
-from vidgen.story.script import Script
+from vidgen.story.script import Script, Shot
 from vidgen.story.timeline import Timeline
 
 TITLE_S = 3.0
@@ -32,6 +32,7 @@ TITLE_S = 3.0
 _SHARE = {"caption": 1 / 14, "title": 1 / 9}  # of the picture's height, for a line
 _LEAST = 12  # pixels of a line; smaller letters can't be read
 _WIDTH = 0.9  # of the picture, for a line
+_REMEDIES = {"caption": "give captions: track", "title": "leave titles out"}
 _OUTLINE = 1 / 10  # of a line's height
 _SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf",
                  "Arial.ttf")
@@ -127,6 +128,7 @@ class Burner:
     def __init__(self, texts: Sequence[Burnt], size: tuple[int, int], font: Path | None) -> None:
         self.texts, self.size, self.font = sorted(texts, key=lambda each: each.first), size, font
         self._find_font()
+        self._font = lru_cache(self._open)
         self._drawn = lru_cache(maxsize=8)(self._draw)
         self.ranges: list[tuple[int, int]] = []
         self._groups: list[list[Burnt]] = []
@@ -149,6 +151,26 @@ class Burner:
                 frame = self._laid(frame, *self._drawn(text, kind))
         return frame
 
+    def check_room(self, script: Script, timeline: Timeline) -> None:
+        """Refuse texts that are there together and have more lines than the picture.
+
+        Raises:
+            InputError: names the shot, the texts, the lines that they take and those there are.
+        """
+        seen = list[Burnt]()
+        for first, fresh in groupby(self.texts, key=lambda each: each.first):
+            seen = [*(each for each in seen if each.last > first), *fresh]
+            for kind, remedy in _REMEDIES.items():
+                texts = [each.text for each in seen if each.kind == kind] or [""]
+                lines, room = self._lines("\n".join(texts), kind), self._room(kind)
+                if len(lines) > room:
+                    told = " and ".join(map(quoted, texts))
+                    raise InputError(
+                        f"{script.where(_shot_at(first, texts[-1], timeline))}: the {kind} {told} "
+                        f"takes {len(lines)} lines, but a picture of {self.size[0]}x{self.size[1]} "
+                        f"has room for {room}; shorten it, make the picture larger, or {remedy}"
+                    )
+
     def _laid(self, frame: Frames, top: int, cover: Mask, light: Mask) -> Frames:
         made = np.array(frame)
         rows = made[top : top + len(cover)]
@@ -157,12 +179,9 @@ class Burner:
 
     def _draw(self, text: str, kind: str) -> tuple[int, Mask, Mask]:
         """First row, how much a text hides there, and the light that it adds, [h, W] each."""
-        width, height = self.size
-        line = max(_LEAST, round(_SHARE[kind] * height))
-        font, outline = _opened(self.font, round(0.85 * line)), max(1, round(_OUTLINE * line))
-        lines = [part for each in text.splitlines()
-                 for part in _wrapped(each, font, _WIDTH * width)]
-        lines = lines[: max(1, (height - 2 * outline) // line)]
+        (width, height), lines = self.size, self._lines(text, kind)
+        line, outline = self._heights(kind)
+        font = self._font(kind)
         rows = len(lines) * line + 2 * outline
         ink, dark = (Image.new("L", (width, rows)) for _ in range(2))
         for number, words in enumerate(lines):
@@ -175,6 +194,23 @@ class Burner:
         top = (height - rows) // 2 if kind == "title" else height - rows - margin
         cover = np.maximum(light, 0.85 * shade, dtype=np.float32)
         return max(0, top), cover, np.asarray(255 * light, np.float32)
+
+    def _heights(self, kind: str) -> tuple[int, int]:
+        """Of a line and of its outline."""
+        line = max(_LEAST, round(_SHARE[kind] * self.size[1]))
+        return line, max(1, round(_OUTLINE * line))
+
+    def _room(self, kind: str) -> int:
+        """How many lines the picture has."""
+        line, outline = self._heights(kind)
+        return max(1, (self.size[1] - 2 * outline) // line)
+
+    def _open(self, kind: str) -> ImageFont.FreeTypeFont:
+        return _opened(self.font, round(0.85 * self._heights(kind)[0]))
+
+    def _lines(self, text: str, kind: str) -> list[str]:
+        font, width = self._font(kind), _WIDTH * self.size[0]
+        return [part for each in text.splitlines() for part in _wrapped(each, font, width)]
 
     def _find_font(self) -> None:
         """Take a font that has all signs of the texts.
@@ -203,6 +239,13 @@ class Burner:
         signs = {sign: each.text for each in self.texts for sign in each.text}
         return next(((sign, text) for sign, text in signs.items()
                      if not sign.isspace() and _mask(font, sign) == missing), None)
+
+
+def _shot_at(first: int, text: str, timeline: Timeline) -> Shot:
+    """The shot whose text begins at a frame of the film; in a transition two are there."""
+    there = [each.shot for each in timeline.shots if each.start <= first <= each.end]
+    own = (shot for shot in there if text in [each.text for each in shot.caption])
+    return next(own, there[-1])
 
 
 def _opened(font: Path | None, points: int) -> ImageFont.FreeTypeFont:

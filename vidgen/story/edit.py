@@ -143,6 +143,7 @@ def make_edit(
     font = None if finish.font is None else script.file(finish.font)
     with _told_with(f"{script.path}: texts"):
         burner = Burner(burnt, film.size, font)
+    burner.check_room(script, timeline)
     return Edit(film, target, timeline, picture, narrated, _ordered([*captions, *said]),
                 _ordered(tracked), burner, tuple(described))
 

@@ -22,6 +22,7 @@ CAMERA_MOVES = {
     "orbit-right": "orbits to the right", "handheld": "is handheld",
 }
 """What a prompt says that the camera does."""
+MAX_TAKES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +284,10 @@ class Defaults:
     transition: Transition | None = None
     lora: tuple[str, ...] = field(default=(), metadata=ONE)
 
+    def __post_init__(self) -> None:
+        check_takes(self.takes)
+        check_above_zero("duration", self.duration, 3600)
+
 
 @dataclass(frozen=True, slots=True)
 class Finish:
@@ -378,6 +383,12 @@ def check_within(name: str, value: float | None, low: float, high: float) -> Non
     """Raise InputError for a number outside of its range."""
     if value is not None and not low <= value <= high:
         raise InputError(f"{name} is {value:g}; give a number from {low} to {high}")
+
+
+def check_takes(takes: int | None) -> None:
+    """Raise InputError for a number of takes that nobody can choose among."""
+    if takes is not None and not 1 <= takes <= MAX_TAKES:
+        raise InputError(f"takes is {takes}; give a whole number from 1 to {MAX_TAKES}")
 
 
 def check_above_zero(name: str, value: float | None, high: float) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from vidgen.core.runtime import atomic_write
 from vidgen.media.sound import RATE
 from vidgen.story.edit import Edit
 from vidgen.story.mixdown import playings
@@ -26,23 +25,19 @@ from vidgen.story.timeline import Placed, Timeline
 Item = dict[str, Any]
 
 
-def write_otio(edit: Edit, shots: Sequence[RenderedShot], path: str | Path) -> Path:
-    """Write a film's edit; paths of its files are relative to it where they can be.
+def otio_text(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> str:
+    """A film's edit as the text of an `.otio` file.
 
     Args:
         edit: of the film.
         shots: rendered, in order.
-        path: `.otio`; replaced if it exists.
-
-    Raises:
-        OutputError: it can't be written.
+        folder: where the file is to lie; paths are relative to it where they can be.
     """
-    target = Path(path)
     timeline = edit.timeline
     script = edit.film.script
-    tracks = [_video(edit, shots, target.parent)]
+    tracks = [_video(edit, shots, folder)]
     tracks += [_track(kind, "Audio", items) for kind, items in (
-        ("sounds", _sounds(edit, target.parent)), ("music", _music(edit, target.parent)),
+        ("sounds", _sounds(edit, folder)), ("music", _music(edit, folder)),
         ("narration", _narration(edit)),
     ) if items]
     data: Item = {
@@ -59,8 +54,7 @@ def write_otio(edit: Edit, shots: Sequence[RenderedShot], path: str | Path) -> P
             ],
         },
     }
-    atomic_write(target, json.dumps(data, indent=1).encode())
-    return target
+    return json.dumps(data, indent=1)
 
 
 def _video(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> Item:

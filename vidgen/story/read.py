@@ -113,6 +113,10 @@ def _table(text: str, path: Path) -> Iterator[Located]:
         if "prompt" not in names:
             raise InputError(f"script {path}, line 1: no column is called prompt; the first line "
                              "must name the columns by a shot's keys")
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise InputError(f"script {path}, line 1: {names.count(repeated)} columns are called "
+                             f"{repeated!r}; keep one of them")
         for row in reader:
             line = reader.line_num
             extra = row.pop(None, None)

@@ -29,10 +29,10 @@ from vidgen.story.elements import (
     TimedPrompt,
     Transition,
     check_above_zero,
+    check_takes,
 )
 
 VERSION = 1
-MAX_TAKES = 100
 NAME = re.compile(r"\w[\w-]{0,63}")
 """Of shots, characters, places and scenes."""
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -110,8 +110,7 @@ class Shot:
         if self.continue_from is not None and self.first_frame is not None:
             raise InputError("continue_from and first_frame are both given; the shot begins with "
                              "one of them")
-        if self.takes is not None and not 1 <= self.takes <= MAX_TAKES:
-            raise InputError(f"takes is {self.takes}; give a whole number from 1 to {MAX_TAKES}")
+        check_takes(self.takes)
         check_above_zero("duration", self.duration, 3600)
 
     @property

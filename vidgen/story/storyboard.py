@@ -59,14 +59,15 @@ def write_storyboard(edit: Edit, shots: Sequence[RenderedShot], path: str | Path
         OutputError: it can't be written.
     """
     def write(file: BinaryIO) -> None:
-        for part in _page(edit, shots):
+        for part in page_parts(edit, shots):
             file.write(part.encode())
 
     atomic_write(path, write)
     return Path(path)
 
 
-def _page(edit: Edit, shots: Sequence[RenderedShot]) -> Iterator[str]:
+def page_parts(edit: Edit, shots: Sequence[RenderedShot]) -> Iterator[str]:
+    """What `write_storyboard` writes, from its beginning to its end."""
     script, timeline, film = edit.film.script, edit.timeline, edit.film
     title = escape(script.project.title or script.path.stem)
     seconds = timeline.seconds(timeline.num_frames)

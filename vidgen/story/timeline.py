@@ -137,20 +137,20 @@ def lay_out(script: Script, shots: Sequence[Measured], rates: Sequence[Fraction]
             than a frame of the film.
     """
     placed: list[Placed] = []
-    end = Fraction(0)  # ideal, of the shots so far, in frames of the film
+    begin = end = Fraction(0)  # ideal, of the shot before, in frames of the film
     for each, rate in zip(shots, rates, strict=True):
         how = _transition(script, each.shot, is_first=not placed)
         length = each.num_frames / rate * fps
         start = end - (_seconds(how) * fps if placed else 0)
-        if placed and start < placed[-1].start:
-            raise _too_long(script, each.shot, how, placed[-1].num_frames / fps)
+        if placed and start < begin:
+            raise _too_long(script, each.shot, how, (end - begin) / fps)
         first, behind = _nearest(start), _nearest(start + length)
         if first == behind:
             raise InputError(f"{script.where(each.shot)} is shown for no frame at {fps} fps: it "
                              f"lasts {float(length / fps):g} s; make it longer")
         overlap = placed[-1].end - first if placed else 0
         placed.append(Placed(each.shot, first, behind - first, overlap, how))
-        end = start + length
+        begin, end = start, start + length
     ending = script.project.finish.ending
     made = Timeline(
         fps, tuple(placed), _nearest(_seconds(placed[0].transition) * fps),
