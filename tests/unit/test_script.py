@@ -93,6 +93,12 @@ def test_json_keeps_signs_beyond_the_basic_plane_and_backslashes(tmp_path):
     assert [shot.prompt[0].prompt for shot in script.shots] == prompts
 
 
+@pytest.mark.parametrize("keys", [{"prompt": "a \ud800"}, {"prompt": "x", "caption": "\udc00"}])
+def test_half_a_character_is_refused_before_anything_is_rendered(tmp_path, keys):
+    with pytest.raises(InputError, match="holds .*, half of a character; leave it out"):
+        read(tmp_path, json.dumps({"shots": [{"id": "a", **keys}]}), "film.json")
+
+
 def test_a_plain_list_is_a_prompt_a_line_and_its_ids_last(tmp_path):
     text = "# two cats\n\na cat {walks}\na dog, sleeping\na cat {walks}\n"
     script = read(tmp_path, text, "list.txt")

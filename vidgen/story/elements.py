@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from vidgen.core import values
 from vidgen.core.config import ONE
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import MAX_PROMPT
@@ -367,11 +368,10 @@ class Project:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise InputError unless there are words, and no more than a prompt may have."""
+    """Raise InputError unless there are words that can be written, no more than a prompt has."""
     if not text.strip():
         raise InputError(f"the {name} is empty; give some words or leave it out")
-    if len(text) > MAX_PROMPT:
-        raise InputError(f"the {name} has {len(text)} characters; shorten it to {MAX_PROMPT}")
+    values.check_text(f"the {name}", text, MAX_PROMPT)
 
 
 def _one_of(name: str, **given: object) -> None:
