@@ -386,7 +386,7 @@ def test_what_a_clip_cannot_have_is_refused(
 
 def test_options_change_a_request(engine: Engine) -> None:
     request = Request(prompt=PROMPT, frames=5, seed=2)
-    clip = engine.generate(request, seed=3)
+    clip = engine.generate(prompt=request, seed=3)
     assert (clip.num_frames, clip.recipe["plan"]["seed"]) == (5, 3)
 
 

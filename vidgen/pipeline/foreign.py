@@ -80,7 +80,6 @@ class ForeignEngine:
     def generate(
         self,
         prompt: str | Request,
-        /,
         *,
         on_event: Callable[[Progress], None] | None = None,
         journal: Journal | Sequence[Journal] | None = None,

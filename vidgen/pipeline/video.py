@@ -136,7 +136,6 @@ class Engine(OpenedModel):
     def generate(
         self,
         prompt: str | Request,
-        /,
         *,
         on_event: Callable[[Progress], None] | None = None,
         on_estimate: Callable[[Estimate], None] | None = None,
@@ -154,7 +153,8 @@ class Engine(OpenedModel):
                 the time.
             journal: keeps the state beside the output, one for each clip, so that a run that was
                 stopped or killed goes on; see docs/journal.md.
-            options: fields of `Request`, which are the command line's long options.
+            options: fields of `Request`, which are the command line's long options; of a request
+                that is given they are changed.
 
         Returns:
             A lazy clip, or a list of them: pixels are decoded while they are saved or asked for.
