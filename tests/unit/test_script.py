@@ -95,7 +95,7 @@ def test_json_keeps_signs_beyond_the_basic_plane_and_backslashes(tmp_path):
 
 @pytest.mark.parametrize("keys", [{"prompt": "a \ud800"}, {"prompt": "x", "caption": "\udc00"}])
 def test_half_a_character_is_refused_before_anything_is_rendered(tmp_path, keys):
-    with pytest.raises(InputError, match="holds .*, half of a character; leave it out"):
+    with pytest.raises(InputError, match=r"holds .*, half of a character; leave it out"):
         read(tmp_path, json.dumps({"shots": [{"id": "a", **keys}]}), "film.json")
 
 
