@@ -68,7 +68,8 @@ def test_json_beside_a_file(tmp_path, content, captions):
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "is no JSON"), ('{"title": "x"}', "none of the keys caption, text"),
-     ('{"text": 3}', "a caption that is no text"), (r'{"text": "a \ud83d"}', "half of a character"), ("[" * 100_000, "is no JSON")],
+     ('{"text": 3}', "a caption that is no text"), (r'{"text": "\ud83d"}', "half of a character"),
+     ("[" * 100_000, "is no JSON")],
 )
 def test_json_without_a_caption_is_told(tmp_path, content, message):
     path = tmp_path / "clip.json"
