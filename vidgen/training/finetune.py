@@ -24,7 +24,7 @@ from vidgen.training.finetune_monitor import Monitor
 from vidgen.training.finetune_output import FOLDER, NoEffect, export, rehearse
 from vidgen.training.finetune_sheet import Sheets, check_sheets
 from vidgen.training.finetune_task import FinetuneTask
-from vidgen.training.loop import TrainResult, train
+from vidgen.training.loop import TrainResult, find_source, train
 from vidgen.weights.folder import ModelFolder
 
 Tell = Callable[[dict[str, Any]], None]
@@ -65,6 +65,7 @@ def finetune(
             settle_conditions(config.conditions, folder)  # before the clips are looked at
             rehearse(config, folder)
             check_sheets(config, folder)
+            find_source(Path(config.run.folder), resume=resume)
             dataset = held.enter_context(closing(_open_data(config, folder, place, tell)))
             result, facts = _train(config, folder, dataset, place, resume, accept_changes, tell)
         if not place.main:
