@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.core.config import build
-from vidgen.core.errors import InputError, ModelError
+from vidgen.core.errors import InputError, ModelError, OutputError
 from vidgen.training import loop
 from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import alone_in, latest_checkpoint, load_averages
@@ -277,6 +277,8 @@ def test_cached_latents_of_another_kind_are_refused(tmp_path: Path) -> None:
         shards.load(3)
     with pytest.raises(InputError, match="encoder is 'a' there, 'b' here"):
         LatentShards(tmp_path, {"encoder": "b"})
+    with pytest.raises(OutputError, match="can't be written"):
+        LatentShards(shards.path(0), {"encoder": "a"})
 
 
 TINY_VAE = """
