@@ -92,8 +92,11 @@ def _open_data(
     )
     notes = [*dataset.notes, *dataset.ends(place.data_size)]
     if dataset.held_out is None:
-        notes.append("no clips are held out: validation measures clips that are learned from; "
-                     "set data.held_out or data.validation")
+        share = config.data.held_out
+        why = (f"no clips are held out, as data.held_out {share:g} of so few keeps none" if share
+               else "no clips are held out")
+        notes.append(f"{why}: validation measures clips that are learned from; set data.held_out "
+                     f"{'to a larger share ' * bool(share)}or data.validation")
     missing = unstated(config)
     if missing:
         notes.append("the model card will say 'not stated' for "
