@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 
 from tests.models import build_tiny_model
 from tests.wan_models import VARIANTS, build_diffusers, build_original
@@ -19,7 +20,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import AudioConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import open_model
+from vidgen.weights.folder import open_model, record_files
 from vidgen.weights.load import save_module
 from vidgen.weights.store import TensorStore
 from vidgen.weights.view import Joined, Source
@@ -94,6 +95,12 @@ def test_a_diffusers_folder_comes_back_from_a_round(variant: str, tmp_path: Path
 @pytest.mark.parametrize(("first", "second"), list(permutations(LAYOUTS, 2)))
 def test_facts_come_back_through_any_layout(first: str, second: str, tmp_path: Path) -> None:
     source = build_tiny_model(tmp_path / "tiny")
+    measured = {"preview/model.safetensors": to_bytes({"map": torch.ones(2)}),
+                "magnitudes.json": b"{}"}
+    (source / "preview").mkdir()
+    for name, content in measured.items():
+        (source / name).write_bytes(content)
+    record_files(source, measured)
     ours = open_model(str(source))
     steps = [layout for layout in (first, second) if layout != "vidgen"]
     back = open_model(str(through(source, tmp_path, *steps, "vidgen")))
@@ -101,7 +108,22 @@ def test_facts_come_back_through_any_layout(first: str, second: str, tmp_path: P
     assert [getattr(back, f) for f in facts] == [getattr(ours, f) for f in facts]
     for role, part in ours.components.items():
         assert back.components[role].config == part.config
+    assert {name: (back.path / name).read_bytes() for name in measured} == measured
+    assert back.content_hash
     assert_same(tensors(back.path), tensors(source))
+
+
+def test_measures_of_other_weights_stay_behind(tmp_path: Path, caplog) -> None:
+    source = build_tiny_model(tmp_path / "tiny")
+    (source / "magnitudes.json").write_text("{}")
+    record_files(source, ["magnitudes.json"])
+    ours = open_model(str(source))
+    part = ours.components["transformer"]
+    stored, name = next(iter(part.names.items()))
+    changed = {"transformer": {name: part.store.get(stored) + 1}}
+    convert(ours, tmp_path / "new", "vidgen", changed=changed)
+    assert not (tmp_path / "new" / "magnitudes.json").exists()
+    assert "magnitudes.json of tiny is of other weights" in caplog.text
 
 
 def test_sound_is_set_aside_and_comes_back(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from tests.clips import film, moving
 from tests.wan_models import build_diffusers
 from vidgen.cli.main import main
-from vidgen.core.errors import InputError
+from vidgen.core.errors import InputError, OutputError
 from vidgen.core.runtime import best_dtype
 from vidgen.media.clip import Clip
 from vidgen.models.image import prepare_image
@@ -274,6 +274,30 @@ def test_damaged_and_missing_entries_are_told(cache, tiny_model, tmp_path):
         dataset.batch(0)
 
 
+def test_a_cache_that_is_none_is_refused(cache, tiny_model, tmp_path):
+    shutil.copytree(cache.cache, tmp_path / "copy")
+    config = replace(cache, cache=str(tmp_path / "copy"))
+    index = json.loads((tmp_path / "copy" / "index.json").read_text())
+    for damaged in ([], {}, {**index, "items": 3}, {**index, "items": [{"x": 1}]},
+                    {**index, "settings": 1}, {**index, "files": [[0, "a"]]},
+                    {**index, "dropped": [1]}):
+        (tmp_path / "copy" / "index.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match=r"copy can't be read: .*; run vidgen data cache"):
+            open_dataset(config, tiny_model)
+    for content in ("{", "[]"):
+        (tmp_path / "copy" / "manifest.json").write_text(content)
+        with pytest.raises(InputError, match=r"manifest.json, .* is damaged .*delete this one"):
+            cached(config, tiny_model)
+    (tmp_path / "copy" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="holds other files and no cache; name an empty folder"):
+        cached(config, tiny_model)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file is a file; name another folder"):
+        cached(replace(cache, cache=str(tmp_path / "file")), tiny_model)
+    with pytest.raises(OutputError, match="can't be written"):
+        cached(replace(cache, cache=str(tmp_path / "file" / "below")), tiny_model)
+
+
 def test_two_processes_make_the_same_cache(cache, tiny_model, tmp_path):
     config = replace(cache, cache=str(tmp_path / "cache"))
     cached(config, tiny_model, workers=2)
@@ -383,6 +407,8 @@ def test_the_command_line_checks_and_caches(data, tiny_model, tmp_path, capsys):
         (["check", ".", "--set", "avoid=[cuts]"], "did you mean 'cut'"),
         (["check", ".", "--set", "data=x"], "data is 'x'; give a mapping"),
         (["check", ".", "--workers", "0"], "give 1 or more"),
+        (["check", ".", "--set", "folders=x"], "both name the data; give one of them"),
+        (["check", ".", "--set", "data.folders=x"], "both name the data"),
         (["check", ".", "--model", "nothing"], "neither an embedded model"),
     ],
 )

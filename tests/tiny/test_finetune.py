@@ -29,7 +29,7 @@ from vidgen.pipeline.video import load
 from vidgen.training import finetune_output
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.finetune import finetune
-from vidgen.training.finetune_output import NoEffect, choose_checkpoint, export
+from vidgen.training.finetune_output import Made, NoEffect, choose_checkpoint, export
 from vidgen.weights.folder import open_model
 from vidgen.weights.lora import read_lora
 
@@ -315,6 +315,9 @@ REFUSED = {
     "no level of an expert": (
         {"model": "t2v-a14b", "experts": "low", "validation": {"sigmas": [0.97]}},
         "none that the low-noise expert denoises at; give some below 0.875"),
+    "a group that isn't there": (
+        {"lora": {"targets": "foo"}}, "no linear layer is called 'foo'; give attention, all, or"),
+    "resuming nothing": ({}, "no run to go on with"),
     "a layer that makes sound": (
         {"model": "sound", "lora": {"targets": ["audio_ffn"]}}, "no linear layer is called"),
 }  # fmt: skip
@@ -330,8 +333,39 @@ def test_what_cant_be_is_refused_before_it_begins(case, tiny_model, wan, clips, 
         model = wan(changes["model"])
     config = make_config(model, clips, tmp_path / "run", **{**changes, "model": str(model)})
     with pytest.raises(InputError, match=told):
+        finetune(config, resume=case == "resuming nothing")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_lies_where_results_go_is_found_before_anything_is_learned(
+    tiny_model, clips, tmp_path
+):
+    (tmp_path / "run" / "output" / "tiny").mkdir(parents=True)
+    config = make_config(tiny_model, clips, tmp_path / "run", method="full")
+    with pytest.raises(ModelError, match="tiny"):
         finetune(config)
-    assert not (tmp_path / "run" / "latest").exists()
+    shutil.rmtree(tmp_path / "run" / "output")
+    (tmp_path / "run" / "output").write_text("x")
+    with pytest.raises(InputError, match="output, where the results are to lie, is a file"):
+        finetune(config)
+
+
+def test_an_expert_that_learned_nothing_fails_the_run_by_name(wan, clips, tmp_path, monkeypatch):
+    config = make_config(wan("t2v-a14b"), clips, tmp_path / "run", run={"steps": 2})
+    folder = open_model(config.model)
+    made = Made([], [], {"transformer": 0.5, "transformer_2": 0.0}, {}, None)
+    monkeypatch.setattr(finetune_output, "choose_checkpoint", lambda _: None)
+    monkeypatch.setattr(finetune_output, "_export_lora", lambda *_: made)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(NoEffect, match=r"the low-noise expert learned nothing.*experts: high"):
+        export(config, folder)
+
+
+def test_a_share_that_keeps_no_clip_is_told(tiny_model, clips, tmp_path):
+    notes: list[dict] = []
+    config = make_config(tiny_model, clips, tmp_path / "run", run={"steps": 1})
+    finetune(replace(config, data=replace(config.data, held_out=1e-9)), tell=notes.append)
+    assert any("data.held_out 1e-09 of so few keeps none" in each.get("text", "") for each in notes)
 
 
 def test_configs_that_contradict_themselves_are_refused(tiny_model, clips, tmp_path):
@@ -350,7 +384,10 @@ def test_configs_that_contradict_themselves_are_refused(tiny_model, clips, tmp_p
     refused("between 0 and 1", validation={"sigmas": [1.5]})
     refused("unknown LoRA dialect 'kohia'; did you mean 'kohya'", output={"dialects": "kohia"})
     refused("unknown key 'phases'", run={"phases": []})
-    refused("a file's name", output={"name": "a/b"})
+    for name in ("a/b", ".", "..", ".hidden", "a\0b"):
+        refused("a file's name", output={"name": name})
+    refused("decay_from is 5 and optim.decay_steps 0; give both", run={"optim": {"decay_from": 5}})
+    refused("decay_from is None and optim.decay", run={"optim": {"decay_steps": 5}})
     refused("mean is nan", noise={"mean": math.nan})
     refused("subject.lr is -1.0", subject={"token": "<subject_0>", "like": "car", "lr": -1.0})
     refused("ab_clips is -1", output={"ab_clips": -1})

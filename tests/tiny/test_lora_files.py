@@ -237,6 +237,9 @@ def test_another_size_is_refused_with_numbers(tmp_path):
 def test_files_that_cannot_be_read_say_so(tmp_path):
     with pytest.raises(InputError, match=r"doesn't exist; --lora takes PATH"):
         read_lora(tmp_path / "no.safetensors", TINY)
+    (tmp_path / "film.yaml").write_text("a: 1")
+    with pytest.raises(InputError, match=r"no LoRA but a text; --lora takes PATH.*safetensors"):
+        read_lora(tmp_path / "film.yaml", TINY)
     (tmp_path / "half.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     with pytest.raises(ModelError, match="copy it again"):
         read_lora(tmp_path / "half.safetensors", TINY)
@@ -322,6 +325,12 @@ def test_pefts_other_methods_are_refused(config, message, tmp_path):
 )
 def test_an_option_is_path_weight_expert(text, path, weight, expert):
     assert parse_option(text) == LoraChoice(Path(path), weight, expert)
+
+
+@pytest.mark.parametrize("weight", ["1e999", "-101", "1e3"])
+def test_a_weight_out_of_bounds_is_refused(weight):
+    with pytest.raises(InputError, match=r"weight of LoRA a.safetensors is .* from -100 to 100"):
+        parse_option(f"a.safetensors:{weight}")
 
 
 def test_an_option_without_a_path_is_refused():

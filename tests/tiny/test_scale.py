@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.mutations import mutate
 from vidgen.cli.main import main
-from vidgen.core.errors import InputError
-from vidgen.evaluation.leaderboard import page, read_entries
+from vidgen.core.errors import InputError, OutputError
+from vidgen.evaluation.leaderboard import Entry, page, read_entries
 from vidgen.evaluation.scale import SuiteRun
+from vidgen.evaluation.score_log import ScoreLog
 from vidgen.media.read import read_recipe
 
 PROMPTS = ("a red car bounces", "a cat/dog moves left", "a cat, camera pans left")
@@ -172,6 +173,7 @@ def test_models_stand_on_one_page_by_what_they_share(
     (["none.txt", "-o", "r.json"], "does not exist"),
     (["prompts.txt", "-o", "r.json", "--seeds", "0"], "seeds is 0; give a whole number"),
     (["prompts.txt", "-o", "r.json", "--workers", "0"], "workers is 0"),
+    (["prompts.txt", "-o", "r.json", "--frames", "10"], "frames"),
     (["prompts.txt", "-o", "r.json", "--videos", "x"], "--videos has no meaning for suite"),
     (["prompts.txt", "-o", "r.txt"], "results are JSON"),
     (["prompts.txt", "-o", "taken.json"], "holds no clips of an evaluation"),
@@ -195,6 +197,33 @@ def test_wrong_commands_are_told(
     assert main(["eval", *words, *model]) == 2
     assert message in capsys.readouterr().err
     assert not list(Path().glob("r.*"))
+
+
+def test_folders_of_other_prompts_stand_in_tables_of_their_own() -> None:
+    def entry(*prompts: str, failed: str | None = None) -> Entry:
+        folder = {"clips": [{"prompt": prompt} for prompt in prompts], "fps": ["12"], "sizes": [],
+                  "failed": {failed: "damaged"} if failed else {}}
+        return Entry("r.json", folder, {"prompt_suite": None, "augmentation": "none",
+                                        "networks": {}, "measures_version": 1})
+
+    one = entry("a cat", "a car").conditions
+    assert one == entry("a car", "a cat", "a cat").conditions
+    assert one == entry("a car", failed="a cat-0.mp4").conditions
+    assert one != entry("a cat", "a dog").conditions
+
+
+def test_a_log_of_scores_leaves_out_what_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"key": "a", "scores": {"x": 1}}\n[]\n{"key": "b"}\n'
+                     b'{"key": [], "scores": {}}\n\xff\n3\n{"key": "c", "sco')
+    log = ScoreLog(path)
+    assert log.scores == {"a": {"x": 1}}
+    log.add([("d", {"x": 2})])
+    assert ScoreLog(path).scores == {"a": {"x": 1}, "d": {"x": 2}}
+    with pytest.raises(InputError, match="can't be read"):
+        ScoreLog(tmp_path)
+    with pytest.raises(OutputError, match="can't be written"):
+        ScoreLog(tmp_path / "gone" / "r.jsonl").add([("d", {})])
 
 
 def test_names_are_files_names_and_no_two_alike() -> None:

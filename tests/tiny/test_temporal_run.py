@@ -151,16 +151,27 @@ def test_bad_files_are_named_and_the_others_go_on(
     long = tmp_path / "long.webm"
     write_clip(long, [pan(2, count=60)], ClipInfo(FPS, (SIZE, SIZE), 60))
     (clips / "cut-0.webm").write_bytes(long.read_bytes()[: long.stat().st_size // 2])
+    whole = tmp_path / "whole.mp4"
+    save(whole, pan(3, count=24))
+    content = bytearray(whole.read_bytes())
+    start = content.index(b"mdat") + 2600
+    content[start : start + 4] = bytes(byte ^ 0x55 for byte in content[start : start + 4])
+    (clips / "hurt-0.mp4").write_bytes(content)
+    (clips / "deeper").mkdir()
+    (clips / "deeper" / "fine-0.mp4").write_bytes((clips / "fine-0.mp4").read_bytes())
+    (clips / "deeper" / "notes.txt").write_text("x")
     output = tmp_path / "r.json"
     assert main(["eval", "temporal", "--videos", str(clips), "-o", str(output)]) == 1
     (folder,) = json.loads(output.read_text())["folders"]
     assert {clip["name"] for clip in folder["clips"]} == {"fine-0", "other-0"}
-    assert set(folder["failed"]) == {"one-0.mp4", "broken-0.mp4", "cut-0.webm"}
+    assert set(folder["failed"]) == {"one-0.mp4", "broken-0.mp4", "cut-0.webm", "hurt-0.mp4"}
+    assert "1 of its 24 frames are damaged; save it again" in folder["failed"]["hurt-0.mp4"]
     assert "of 60 frames; save it again" in folder["failed"]["cut-0.webm"]
     said = capsys.readouterr().err
     assert "broken-0.mp4" in said
     assert "single frame" in said
     assert "mixes fps 12, 24" in said
+    assert "left alone: 1 clips in subfolders, 1 .txt; give --videos a subfolder" in said
     assert "without --network dino=PATH, the folder of facebook/dino-vitb16" in said
     assert "there is no subject_consistency; in their place: proxy_*" in said
 

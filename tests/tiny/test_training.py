@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.core.config import build
-from vidgen.core.errors import InputError, ModelError
+from vidgen.core.errors import InputError, ModelError, OutputError
 from vidgen.training import loop
 from vidgen.training.batches import Batches
-from vidgen.training.checkpoint import latest_checkpoint, load_averages
+from vidgen.training.checkpoint import alone_in, latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig, Phase, RunConfig
 from vidgen.training.distributed import Place
 from vidgen.training.finetune_card import read_curve
@@ -229,6 +229,45 @@ def test_a_run_is_neither_overwritten_nor_made_up(tmp_path: Path) -> None:
     assert load_averages(tmp_path / "run", "net").keys() == Regression(run).net.state_dict().keys()
 
 
+def test_one_run_is_at_work_in_a_folder_at_a_time(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with alone_in(tmp_path / "run"), pytest.raises(InputError, match=rf"\(pid {os.getpid()}\)"):
+        train(Regression(run), run, record={})
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lock"}
+    train(Regression(run), run)
+
+
+def test_checkpoints_that_latest_doesnt_name_are_not_begun_over(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    train(Regression(run), run)
+    target = latest_checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "latest").unlink()
+    for resume in (False, True):
+        with pytest.raises(ModelError, match=rf"no file latest.*echo {target.name} > "):
+            train(Regression(run), run, resume=resume)
+    for content in (b"\xff\xfe", b"\0", b"", b"step-99999999", b".."):
+        (tmp_path / "run" / "latest").write_bytes(content)
+        with pytest.raises(ModelError, match=rf"missing or incomplete; .*echo {target.name} > "):
+            latest_checkpoint(tmp_path / "run")
+    (tmp_path / "run" / "latest").write_text(target.name)
+    for content in ("", "[]", "{}", '{"step": "x", "metrics": {}}', "[" * 100_000):
+        (target / "state.json").write_text(content)
+        with pytest.raises(ModelError, match=r"state.json is damaged .*step-"):
+            train(Regression(run), run, resume=True)
+
+
+def test_resuming_what_never_began_is_refused(tmp_path: Path, capsys) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(InputError, match="no run to go on with; leave out --resume"):
+        train(Regression(run), run, resume=True)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "task.json").write_text("{}")  # killed before its first checkpoint
+    train(Regression(run), run, resume=True)
+    assert "no checkpoint yet" in capsys.readouterr().err
+
+
 def test_cached_latents_of_another_kind_are_refused(tmp_path: Path) -> None:
     shards = LatentShards(tmp_path, {"encoder": "a"})
     for index in range(2):
@@ -238,6 +277,8 @@ def test_cached_latents_of_another_kind_are_refused(tmp_path: Path) -> None:
         shards.load(3)
     with pytest.raises(InputError, match="encoder is 'a' there, 'b' here"):
         LatentShards(tmp_path, {"encoder": "b"})
+    with pytest.raises(OutputError, match="can't be written"):
+        LatentShards(shards.path(0), {"encoder": "a"})
 
 
 TINY_VAE = """

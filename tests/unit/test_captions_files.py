@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -67,7 +68,8 @@ def test_json_beside_a_file(tmp_path, content, captions):
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "is no JSON"), ('{"title": "x"}', "none of the keys caption, text"),
-     ('{"text": 3}', "a caption that is no text"), ("[" * 100_000, "is no JSON")],
+     ('{"text": 3}', "a caption that is no text"), (r'{"text": "\ud83d"}', "half of a character"),
+     ("[" * 100_000, "is no JSON")],
 )
 def test_json_without_a_caption_is_told(tmp_path, content, message):
     path = tmp_path / "clip.json"
@@ -91,6 +93,36 @@ def test_tables(tmp_path):
     assert "guess" in notes[0]
     sheet.write_text("day,sales\n1,2\n")
     assert table(sheet, KEYS, "auto") is None
+
+
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_a_csv_keeps_every_caption_whole(tmp_path, sign):
+    captions = ["it's a car, 'red'; fast", 'a "big" cat', "a\tb, c; d", "don't, can't", '"', "x"]
+    sheet = tmp_path / "list.csv"
+    with sheet.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=sign)
+        writer.writerow(["File", "Caption"])
+        writer.writerows([f"{n}.mp4", text] for n, text in enumerate(captions))
+    found, notes = table(sheet, KEYS, "auto")
+    assert [told.captions for told in found.values()] == [
+        (" ".join(text.split()),) for text in captions]
+    assert not notes
+
+
+def test_what_a_csv_has_no_column_for_is_told(tmp_path):
+    sheet = tmp_path / "list.csv"
+    sheet.write_text("file,caption\na.mp4,a car,\nb.mp4,a cat, red\n")
+    with pytest.raises(Unreadable, match=r"line 3 has more values than .* double quotes"):
+        table(sheet, KEYS, "auto")
+    sheet.write_text('file,caption\na.mp4,"a car\nb.mp4,a cat\n')
+    with pytest.raises(Unreadable, match="is no CSV"):
+        table(sheet, KEYS, "auto")
+    sheet.write_text("day,sales\n1,2,3\n")
+    assert table(sheet, KEYS, "auto") is None
+    sheet.write_text("file,title,rating\na.mp4,a car,5\n,a cat,4\n")
+    _, notes = table(sheet, KEYS, "auto")
+    assert notes[0] == "list.csv, line 3, has an empty file"
+    assert "its columns are file, title, rating; read are caption, text" in notes[1]
 
 
 def test_only_ends_of_lines_part_rows(tmp_path):
@@ -135,6 +167,9 @@ def test_folders_without_media_and_damaged_tables_are_refused(tmp_path):
     with pytest.raises(InputError, match="neither videos nor pictures"):
         scan(config)
     (tmp_path / "a.mp4").write_bytes(b"x")
+    (tmp_path / "meta.jsonl").write_text(
+        r'{"file": "\u0000.mp4", "text": "x"}' + "\n" + r'{"file": "\ud800.mp4", "text": "x"}')
+    assert sum("no file can be called" in note for note in scan(config).notes) == 2
     (tmp_path / "meta.jsonl").write_text('{"file": "a.mp4"}\n{')
     with pytest.raises(InputError, match=r"meta.jsonl line 2 is no JSON.*mend it"):
         scan(config)

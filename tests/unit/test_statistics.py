@@ -85,6 +85,19 @@ def test_a_rate_of_groups_is_worth_as_many_as_it_varies_by():
     assert rate_interval(outcomes, [0] * 6) == wilson_interval(4, 6), "of one prompt clips count"
 
 
+def test_a_weighted_mean_has_the_interval_of_its_weights():
+    values, weights = [1.0, 2.0, 4.0], [1, 1, 2]
+    mean = 11 / 4
+    error = math.sqrt(sum((w * (v - mean)) ** 2 for v, w in zip(values, weights, strict=True))
+                      * 3 / 2) / 4
+    low, high = mean_interval(values, weights=weights)
+    assert ((low + high) / 2, (high - low) / 2 / 1.959964) == pytest.approx((mean, error))
+    assert mean_interval(values, weights=[3, 3, 3]) == pytest.approx(mean_interval(values))
+    ones, others = [1.0, 2.0, 3.0] * 4, [0.0, 1.0, 1.0] * 4
+    plain = paired_interval(ones, others)
+    assert paired_interval(ones, others, weights=([2] * 12, [5] * 12)) == pytest.approx(plain)
+
+
 def test_a_median_of_groups_has_the_interval_of_their_number():
     values = [float(v) for v in range(100)]
     low, high = median_interval(values)

@@ -42,7 +42,7 @@ from vidgen.evaluation.metrics.vbench import (
     temporal_subtotal,
     top_speed,
 )
-from vidgen.evaluation.statistics import spearman
+from vidgen.evaluation.statistics import spearman, wilson_interval
 from vidgen.evaluation.suite import (
     Item,
     PromptSuite,
@@ -51,7 +51,7 @@ from vidgen.evaluation.suite import (
     picture_of,
     prompt_of,
 )
-from vidgen.evaluation.temporal_summary import pairs_text
+from vidgen.evaluation.temporal_summary import figures, pairs_text
 
 
 def at_angle(degrees):
@@ -353,7 +353,7 @@ def test_spearman():
 
 
 def rows(values, dynamic=True, seeds=1, **more):
-    return {f"clip {i}": {"name": f"clip {i}", "prompt": f"prompt {i // seeds}",
+    return {f"clip {i}": {"name": f"clip {i}", "prompt": f"prompt {i // seeds}", "num_frames": 9,
                           "figures": {"steadiness": v if dynamic else 0.0, "warp_error": 10 - v},
                           "dynamic": dynamic, "histograms": [], "features": [], **more}
             for i, v in enumerate(values)}  # fmt: skip
@@ -408,6 +408,30 @@ def test_the_gate_is_shut_for_what_hardly_moves(steps, moves):
     measured = measure_clip(frames, Fraction(12))
     assert measured.dynamic is moves
     assert (measured.figures["steadiness"] > 0) is moves
+
+
+def test_a_value_and_a_difference_lie_in_their_intervals_whatever_clips_weigh():
+    name, moves = "proxy_subject_consistency", "proxy_dynamic_degree"
+    sides = [
+        [{"name": f"clip {i}", "prompt": f"prompt {i}", "dynamic": True, "histograms": [],
+          "features": [], "num_frames": 2 + i**3 * scale, "figures": {
+              name: 1 - (7 - i) * spread, moves: float(i > 0),
+              "warp_error": 0.1 if i else 9.0}} for i in range(8)]
+        for scale, spread in ((2, 0.02), (5, 0.03))
+    ]  # fmt: skip
+    shown = [figures(side)["figures"] for side in sides]
+    for found in shown:
+        for figure in found.values():
+            assert figure["low"] <= figure["value"] <= figure["high"]
+        assert found[name]["high"] <= 1
+        assert found["warp_error"]["low"] == 0
+        moving = found[moves]
+        assert (moving["low"], moving["high"]) == pytest.approx(wilson_interval(7, 8))
+    one, other = ({clip["name"]: clip for clip in side} for side in sides)
+    compared = compare("a", one, "b", other)["measures"][name]
+    values = [found[name]["value"] for found in shown]
+    assert compared["difference"] == pytest.approx(values[0] - values[1])
+    assert compared["low"] <= compared["difference"] <= compared["high"]
 
 
 def test_pairs_of_two_sizes_are_told():

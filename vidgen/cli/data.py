@@ -93,6 +93,9 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
     given = given if isinstance(given.get("data"), dict) else {"data": given}
     run = _overridden(given, args.set, args.config or "data")
     model, told = args.model or str(run.get("model") or "toybox"), run["data"]
+    if args.folder and any(re.match(r"(data\.)?folders\b", override) for override in args.set):
+        raise InputError(f"FOLDER {args.folder[0]} and --set data.folders both name the data; give "
+                         "one of them")
     options = {"folders": args.folder, "sizes": args.size, "frames": args.frames}
     told |= {name: value for name, value in options.items() if value}
     if args.fps is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from vidgen.evaluation.metrics.distances import frechet_distance, kernel_distance
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 from vidgen.evaluation.statistics import CONFIDENCE, paired_interval
-from vidgen.evaluation.temporal_summary import prompts_of
+from vidgen.evaluation.temporal_summary import prompts_of, weights_of
 
 Rows = Mapping[str, Mapping[str, Any]]
 FEWEST_PAIRS = 6
@@ -82,7 +82,9 @@ def _compared(
 ) -> dict[str, Any]:
     ones, others = ([row["figures"][measure] for row in side] for side in (rows, other_rows))
     prompts, better, (name, other) = prompts_of(rows), MEASURES[measure].better, names
-    low, high = paired_interval(ones, others, groups=prompts)
+    mine, theirs = (weights_of(measure, side) for side in (rows, other_rows))
+    weights = None if mine is None or theirs is None else (mine, theirs)
+    low, high = paired_interval(ones, others, groups=prompts, weights=weights)
     apart = len(set(prompts))
     if apart < FEWEST_PAIRS:
         what = "pairs" if apart == len(ones) else "prompts"
@@ -93,7 +95,7 @@ def _compared(
         verdict = "different"
     else:
         verdict = f"{name if (low > 0) == (better == 'more') else other} is better"
-    return {"difference": fmean(ones) - fmean(others), "low": low, "high": high,
+    return {"difference": fmean(ones, mine) - fmean(others, theirs), "low": low, "high": high,
             "pairs": len(ones), "prompts": apart, "verdict": verdict}  # fmt: skip
 
 

@@ -8,6 +8,7 @@ tables of their own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from vidgen.evaluation.leaderboard_toybox import (
     toybox_rows,
 )
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
+from vidgen.evaluation.suite import prompt_of
 from vidgen.evaluation.temporal_report import (
     STYLE,
     document,
@@ -70,12 +72,20 @@ class Entry:
         """What two entries must share to be ranked together."""
         suite, result = self.result["prompt_suite"], self.result
         return {
-            "prompts": suite and f"{suite['name']} ({suite['sha256'][:12]})",
+            "prompts": f"{suite['name']} ({suite['sha256'][:12]})" if suite else self._prompts,
             "reworded": result["augmentation"], "fps": self.folder["fps"],
             "sizes": [f"{width}x{height}" for width, height in self.folder["sizes"]],
             "clips a prompt": len(result.get("generation", {}).get("seeds", ())) or None,
             "networks": result["networks"], "measures version": result["measures_version"],
         }
+
+    @property
+    def _prompts(self) -> str:
+        """What tells a folder's prompts from another's where no suite does."""
+        known = {clip["prompt"] for clip in self.folder["clips"]}
+        known |= {prompt_of(Path(name).stem) for name in self.folder["failed"]}
+        digest = hashlib.sha256(json.dumps(sorted(known)).encode()).hexdigest()
+        return f"{len(known)} of no suite ({digest[:12]})"
 
     @property
     def settings(self) -> str:

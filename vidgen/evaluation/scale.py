@@ -26,6 +26,7 @@ from vidgen.core.runtime import atomic_path, best_dtype, choose_device
 from vidgen.evaluation.suite import PromptSuite, file_stem, picture_of, pictures_in
 from vidgen.evaluation.temporal import TemporalRun, run_temporal
 from vidgen.pipeline.clip_work import ClipWork
+from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.recipe import identity
 from vidgen.pipeline.video import load
 from vidgen.pipeline.workers import Job, Staff, run_jobs, settle_threads
@@ -101,6 +102,7 @@ def run_suite(run: SuiteRun, output: str | Path, on_event: OnEvent) -> dict[str,
     _check_place(place)
     pictures = _first_pictures(run.images, suite, on_event)
     clips = list(_clips(run, suite, folder, dtype, pictures))
+    _check_settings(run, folder, pictures)
     made = place / "made"
     made.mkdir(parents=True, exist_ok=True)
     staff = settle_threads(made, run.staff, on_event)
@@ -134,6 +136,16 @@ def _check_place(place: Path) -> None:
     if place.exists() and not (place / "made").is_dir():
         raise InputError(f"{place} is there and holds no clips of an evaluation; move it away, or "
                          "give -o another name")
+
+
+def _check_settings(
+    run: SuiteRun, folder: ModelFolder | ForeignFolder, pictures: Mapping[str, Path]
+) -> None:
+    """Refuse settings that no clip of the model can have; prompts are judged each by itself."""
+    if isinstance(folder, ModelFolder):
+        image = next(iter(pictures.values()), None)
+        given = {} if image is None else {"image": str(image)}
+        make_plan(Request.of("a clip", {"audio": "none", **run.settings, **given}), folder)
 
 
 def _clips(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +88,7 @@ def rate_interval(
 
 def mean_interval(
     values: Sequence[float], confidence: float = CONFIDENCE, *,
-    groups: Sequence[Hashable] | None = None,
+    groups: Sequence[Hashable] | None = None, weights: Sequence[float] | None = None,
 ) -> tuple[float, float]:
     """Interval of a mean, mean +- z s / sqrt(n), good for the dozens of values and more it gets.
 
@@ -97,20 +98,25 @@ def mean_interval(
         groups: of each value; what is of one group, such as the clips of a prompt, is alike, and
             the deviation is then that of the groups' sums (Liang and Zeger 1986, eq. 2.3, for a
             mean), times G / (G - 1). None: each value is one of its own.
+        weights: of each value in the mean; None: all alike.
     """
-    mean, half = fmean(values), NormalDist().inv_cdf(0.5 + confidence / 2)
-    half *= _mean_error(values, groups or range(len(values)))
+    mean, half = fmean(values, weights), NormalDist().inv_cdf(0.5 + confidence / 2)
+    half *= _mean_error(values, groups or range(len(values)), weights)
     return mean - half, mean + half
 
 
-def _mean_error(values: Sequence[float], groups: Sequence[Hashable]) -> float:
+def _mean_error(
+    values: Sequence[float], groups: Sequence[Hashable], weights: Sequence[float] | None = None
+) -> float:
     """Standard error of a mean by the sums of its groups; infinite of a single one."""
-    mean, sums = fmean(values), dict[Hashable, float]()
-    for value, group in zip(values, groups, strict=True):
-        sums[group] = sums.get(group, 0.0) + value - mean
+    mean, sums = fmean(values, weights), dict[Hashable, float]()
+    weights = weights or [1] * len(values)
+    for value, group, weight in zip(values, groups, weights, strict=True):
+        sums[group] = sums.get(group, 0.0) + weight * (value - mean)
     if len(sums) < 2:
         return math.inf
-    return math.sqrt(sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)) / len(values)
+    squares = sum(s * s for s in sums.values()) * len(sums) / (len(sums) - 1)
+    return math.sqrt(squares) / sum(weights)
 
 
 def median_interval(
@@ -131,6 +137,7 @@ def median_interval(
 def paired_interval(
     values: Sequence[float], others: Sequence[float], confidence: float = CONFIDENCE, *,
     groups: Sequence[Hashable] | None = None, draws: int = 2000, seed: int = 0,
+    weights: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> tuple[float, float]:
     """Interval of mean(values) - mean(others) by a paired bootstrap (Efron 1979, percentiles).
 
@@ -144,13 +151,21 @@ def paired_interval(
         groups: of each pair; None: each is one of its own.
         draws: resamples, each of as many groups as there are.
         seed: of the draws.
+        weights: of each value and of each other in the two means; None: all alike.
     """
     changes = np.subtract(values, others)
     names = {name: i for i, name in enumerate(dict.fromkeys(groups or range(len(changes))))}
     of = np.array([names[name] for name in groups or range(len(changes))])
-    sums, sizes = np.bincount(of, changes), np.bincount(of)
     picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
-    means = sums[picks].sum(1) / sizes[picks].sum(1)
+
+    def drawn(side: Sequence[float] | NDArray[Any], counts: Sequence[float] | None) -> NDArray[Any]:
+        sums = np.bincount(of, side if counts is None else np.multiply(side, counts))
+        return np.asarray(sums[picks].sum(1) / np.bincount(of, counts)[picks].sum(1))
+
+    if weights is None:
+        means = drawn(changes, None)
+    else:
+        means = drawn(values, weights[0]) - drawn(others, weights[1])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

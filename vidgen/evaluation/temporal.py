@@ -32,12 +32,14 @@ from vidgen.evaluation.suite import Item, PromptSuite, find_images, find_items
 from vidgen.evaluation.temporal_notes import (
     note_few_segments,
     note_flat,
+    note_left_alone,
     note_mixture,
     note_skipped,
     note_unmatched,
 )
 from vidgen.evaluation.temporal_summary import by_name, dimensions, figures
 from vidgen.media.read import VideoReader, load_image
+from vidgen.media.timed import TimedReader
 from vidgen.pipeline.workers import Job, Patience, Staff, run_jobs
 
 if TYPE_CHECKING:
@@ -138,6 +140,7 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     note_skipped(paths, bool(run.images), len(folders) > 1, on_event)
     for folder in folders:
         note_unmatched(folder, bool(run.images), on_event)
+        note_left_alone(folder, on_event)
     log = ScoreLog(Path(output).with_name(Path(output).name + ".jsonl"))
     identity = [MEASURES_VERSION, hashes, {k: versions[k] for k in ("opencv", "av", "numpy")}]
     if paths:
@@ -259,6 +262,10 @@ def measure(job: _Job, _tell: OnEvent) -> dict[str, Any]:
         InputError: it is damaged, cut off, or too short.
     """
     image = None if job.image is None else load_image(job.image)[0]
+    with TimedReader(job.path) as video:
+        damages = [frame.is_damaged for frame in video.timed()]
+    if any(damages):
+        raise InputError(f"{sum(damages)} of its {len(damages)} frames are damaged; save it again")
     with VideoReader(job.path) as video:
         if job.networks and job.networks not in _networks:
             from vidgen.evaluation.metrics.networks import Networks

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.protocols import OnEvent
 from vidgen.evaluation.metrics.network_files import NETWORKS
+from vidgen.evaluation.suite import CLIP_SUFFIXES
 
 if TYPE_CHECKING:
     from vidgen.evaluation.temporal import Folder
@@ -37,6 +39,19 @@ def note_unmatched(folder: Folder, has_images: bool, tell: OnEvent) -> None:
     if has_images and bare:
         tell({"event": "note", "text": f"{bare} of {len(folder.items)} clips of {folder.name} have "
               "no picture named like them or their prompt; i2v measures leave them out"})
+
+
+def note_left_alone(folder: Folder, tell: OnEvent) -> None:
+    """Say how many files of a folder are no clips that are measured."""
+    kinds: Counter[str] = Counter()
+    for path in Path(folder.path).rglob("*"):
+        is_clip = path.suffix.lower() in CLIP_SUFFIXES
+        if path.is_file() and not (is_clip and path.parent == Path(folder.path)):
+            kinds["clips in subfolders" if is_clip else path.suffix or path.name] += 1
+    if kinds:
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
+        remedy = "; give --videos a subfolder to measure it" * ("clips in subfolders" in kinds)
+        tell({"event": "note", "text": f"files of {folder.name} were left alone: {told}{remedy}"})
 
 
 def note_few_segments(compared: Mapping[str, Any], tell: OnEvent) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 from vidgen.evaluation.metrics.vbench import RANGES, WEIGHTS, normalise, temporal_subtotal
-from vidgen.evaluation.statistics import mean_interval
+from vidgen.evaluation.statistics import mean_interval, rate_interval
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,10 +34,9 @@ def figures(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not known:
             continue
         values = [row["figures"][measure] for row in known]
-        dimension = measure.removeprefix(PROXY)
-        weights = [row["num_frames"] - 1 if dimension in _BY_FRAMES else 1 for row in known]
-        value = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
-        low, high = mean_interval(values, groups=prompts_of(known))
+        dimension, weights = measure.removeprefix(PROXY), weights_of(measure, known)
+        value = fmean(values, weights)
+        low, high = _interval(measure, values, value, prompts_of(known), weights)
         found[measure] = {
             "value": value, "low": low if math.isfinite(low) else None,
             "high": high if math.isfinite(high) else None, "total": len(values),
@@ -51,6 +51,28 @@ def figures(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             {name: scores.get(PROXY + name) for name in WEIGHTS}
         ),
     }
+
+
+def _interval(
+    measure: str, values: Sequence[float], value: float, prompts: Sequence[str],
+    weights: Sequence[int] | None,
+) -> tuple[float, float]:
+    """95% interval of a folder's value, within what is possible."""
+    kind = MEASURES[measure]
+    if kind.yes_no:
+        return rate_interval([bool(each) for each in values], prompts)
+    low, high = mean_interval(values, groups=prompts, weights=weights)
+    if not math.isfinite(low):
+        return low, high
+    least, most = kind.possible
+    return max(low, min(least, value)), min(high, max(most, value))  # values are rounded
+
+
+def weights_of(measure: str, clips: Sequence[Mapping[str, Any]]) -> list[int] | None:
+    """How much each clip counts in a folder's value; None: all alike."""
+    if measure.removeprefix(PROXY) not in _BY_FRAMES:
+        return None
+    return [clip["num_frames"] - 1 for clip in clips]
 
 
 def by_name(folder: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -8,10 +8,12 @@ written under a temporary name, synced and renamed; only then does the file `lat
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.core.errors import ModelError, OutputError
+from vidgen.core.errors import InputError, ModelError, OutputError
 from vidgen.core.runtime import atomic_path, atomic_write, sha256_file, sync, write_error
 from vidgen.training.distributed import LostRankError, Place
 from vidgen.weights.load import read_tensors
@@ -145,9 +147,21 @@ def write_meta(folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """A checkpoint's position and metrics."""
-    meta: dict[str, Any] = json.loads((folder / _META).read_text())
-    return meta
+    """A checkpoint's position and metrics.
+
+    Raises:
+        ModelError: they are damaged.
+    """
+    try:
+        meta = json.loads((folder / _META).read_text())
+        if not isinstance(meta["step"], int) or not isinstance(meta["metrics"], dict):
+            raise TypeError("step is no number, or metrics no object")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        others = [name for name in _complete(folder.parent) if name != folder.name]
+        raise ModelError(f"{folder / _META} is damaged ({type(error).__name__}: {error}); "
+                         f"{_advice(folder.parent, others)}") from None
+    found: dict[str, Any] = meta
+    return found
 
 
 def point_to(folder: Path, name: str, target: Path) -> None:
@@ -157,8 +171,7 @@ def point_to(folder: Path, name: str, target: Path) -> None:
 
 def drop_old(folder: Path, keep: int) -> None:
     """Remove all checkpoints but the newest ones and those that are pointed to."""
-    kept = {(folder / name).read_text().strip() for name in ("latest", "best")
-            if (folder / name).exists()}
+    kept = {_named(folder / name) for name in ("latest", "best") if (folder / name).exists()}
     for old in sorted(folder.glob("step-*"))[:-keep]:
         if old.name not in kept:
             shutil.rmtree(old)
@@ -174,8 +187,16 @@ def drop_partial(folder: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run folder, or None."""
-    return _pointed_to(folder / "latest")
+    """The newest complete checkpoint of a run folder, or None.
+
+    Raises:
+        ModelError: there are some, but the file `latest` is missing or names none of them.
+    """
+    found = _pointed_to(folder / "latest")
+    if found is None and any(path.is_dir() for path in folder.glob("step-*")):
+        raise ModelError(f"{folder} holds checkpoints, but no file latest that names one; "
+                         f"{_advice(folder, _complete(folder))}, or name another folder")
+    return found
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -184,16 +205,30 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def _pointed_to(pointer: Path) -> Path | None:
-    folder = pointer.parent
     if not pointer.exists():
         return None
-    target = folder / pointer.read_text().strip()
-    if not (target / _META).exists():
-        raise ModelError(
-            f"{pointer} names {target.name}, which is missing or incomplete; "
-            f"write the name of another step-* folder into it"
-        )
-    return target
+    name, complete = _named(pointer), _complete(pointer.parent)
+    if name not in complete:
+        raise ModelError(f"{pointer} names {name[:40]!r}, which is missing or incomplete; "
+                         f"{_advice(pointer.parent, complete, pointer.name)}")
+    return pointer.parent / name
+
+
+def _named(pointer: Path) -> str:
+    return pointer.read_bytes().decode(errors="replace").strip()
+
+
+def _complete(folder: Path) -> list[str]:
+    """Names of a run folder's complete checkpoints, the newest last."""
+    return sorted(path.name for path in folder.glob("step-*") if (path / _META).exists())
+
+
+def _advice(folder: Path, complete: Sequence[str], pointer: str = "latest") -> str:
+    """What to do where the checkpoint that is pointed to can't be read."""
+    if not complete:
+        return "no other step-* folder is complete, so it can't go on"
+    return (f"to go on from the newest complete one: "
+            f"echo {complete[-1]} > {shlex.quote(str(folder / pointer))}")
 
 
 def restore(target: Path, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
@@ -246,6 +281,31 @@ def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[st
     for prefix in (f"model/{key}.", f"ema/{key}."):
         state |= {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     return state
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within the block this process is the only one that writes into a run's folder.
+
+    Where the file system has no locks, nobody is kept out.
+
+    Raises:
+        InputError: another one is at work there.
+    """
+    path = folder / "lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(f"a run (pid {file.read(20).strip() or 'unknown'}) is at work in "
+                             f"{folder}; wait until it ends, or name another folder") from None
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 def write_pid(folder: Path) -> Path:

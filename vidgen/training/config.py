@@ -84,6 +84,11 @@ class OptimConfig:
             check_number(f"optim.{name}", getattr(self, name))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"optim.betas is {list(self.betas)}; give two shares below 1")
+        if (self.decay_from is None) != (self.decay_steps == 0):
+            raise InputError(
+                f"optim.decay_from is {self.decay_from} and optim.decay_steps {self.decay_steps}; "
+                "give both, the step at which the decay begins and its length, or neither"
+            )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from vidgen.training.finetune_monitor import Monitor
 from vidgen.training.finetune_output import FOLDER, NoEffect, export, rehearse
 from vidgen.training.finetune_sheet import Sheets, check_sheets
 from vidgen.training.finetune_task import FinetuneTask
-from vidgen.training.loop import TrainResult, train
+from vidgen.training.loop import TrainResult, find_source, train
 from vidgen.weights.folder import ModelFolder
 
 
@@ -64,6 +64,7 @@ def finetune(
             settle_conditions(config.conditions, folder)  # before the clips are looked at
             rehearse(config, folder)
             check_sheets(config, folder)
+            find_source(Path(config.run.folder), resume=resume)
             dataset = held.enter_context(closing(_open_data(config, folder, place, tell)))
             result, facts = _train(config, folder, dataset, place, resume, accept_changes, tell)
         if not place.main:
@@ -90,8 +91,11 @@ def _open_data(
     )
     notes = [*dataset.notes, *dataset.ends(place.data_size)]
     if dataset.held_out is None:
-        notes.append("no clips are held out: validation measures clips that are learned from; "
-                     "set data.held_out or data.validation")
+        share = config.data.held_out
+        why = (f"no clips are held out, as data.held_out {share:g} of so few keeps none" if share
+               else "no clips are held out")
+        notes.append(f"{why}: validation measures clips that are learned from; set data.held_out "
+                     f"{'to a larger share ' * bool(share)}or data.validation")
     missing = unstated(config)
     if missing:
         notes.append("the model card will say 'not stated' for "

@@ -57,7 +57,8 @@ class LoraSettings:
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
-    targets: Literal["attention", "all"] | tuple[str, ...] = "attention"
+    targets: Literal["attention", "all"] | tuple[str, ...] = field(
+        default="attention", metadata=ONE)
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= MAX_RANK:
@@ -66,6 +67,8 @@ class LoraSettings:
             raise InputError(f"lora.alpha is {self.alpha}; it must be positive")
         if not 0 <= self.dropout < 1:
             raise InputError(f"lora.dropout is {self.dropout}; it must lie in 0..1")
+        if self.targets in (("attention",), ("all",)):
+            object.__setattr__(self, "targets", self.targets[0])
         if not self.targets:
             raise InputError("lora.targets is empty; give attention, all, or parts of names")
 
@@ -186,8 +189,10 @@ class OutputSettings:
             if dialect not in DIALECTS:
                 raise InputError(f"unknown LoRA dialect {dialect!r}; {nearest(dialect, DIALECTS)}")
         check_number("output.ab_clips", self.ab_clips)
-        if not self.name or any(sign in self.name for sign in '/\\:@"'):
-            raise InputError(f"output.name is {self.name!r}; give a file's name, without / : @")
+        if (not self.name or self.name.startswith(".") or not self.name.isprintable()
+                or any(sign in self.name for sign in '/\\:@"')):
+            raise InputError(f"output.name is {self.name!r}; give a file's name, without / : @, "
+                             "that doesn't begin with a dot")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,8 +47,8 @@ def target_paths(dit: nn.Module, targets: str | tuple[str, ...]) -> tuple[str, .
         found = {path for path in linear if f".{part}." in f".{path}."}
         if not found:
             ends = {path.partition(".")[2].partition(".")[2] or path for path in linear}
-            raise InputError(f"lora.targets: no linear layer is called {part!r}; "
-                             f"{nearest(part, ends)}")
+            raise InputError(f"lora.targets: no linear layer is called {part!r}; give attention, "
+                             f"all, or parts of layers' names: {nearest(part, ends)}")
         chosen |= found
     return tuple(path for path in linear if path in chosen)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vidgen.core.errors import ModelError, VidgenError
+from vidgen.core.errors import InputError, ModelError, VidgenError
 from vidgen.core.runtime import atomic_path
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter
@@ -95,7 +95,7 @@ def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
     """Write what a checkpoint of a run has learned, averaged; see `choose_checkpoint`.
 
     Raises:
-        NoEffect: the weights as written differ in nothing from the base model's.
+        NoEffect: the weights of an expert, as written, differ in nothing from the base model's.
         ModelError: there is no checkpoint.
     """
     chosen = choose_checkpoint(config.run)
@@ -103,20 +103,34 @@ def export(config: FinetuneConfig, folder: ModelFolder) -> Made:
     target.mkdir(exist_ok=True)
     made = _export_lora if config.method == "lora" else _export_model
     result = made(config, folder, target, chosen)
-    if not any(result.delta.values()):
+    idle = [_SIDE[role] for role, change in result.delta.items() if not change]
+    if len(idle) == len(result.delta):
         raise NoEffect(
             f"the run in {config.run.folder} has no effect: what it learned changes no weight; "
             "raise run.optim.lr or run.steps, and look at curve.jsonl"
+        )
+    if idle:
+        raise NoEffect(
+            f"the {idle[0]}-noise expert learned nothing in {config.run.folder}: none of its "
+            "weights changes; raise run.optim.lr or run.steps, or train the other one alone by "
+            f"experts: {'low' if idle[0] == 'high' else 'high'}"
         )
     return result
 
 
 def rehearse(config: FinetuneConfig, folder: ModelFolder) -> None:
-    """Find out before anything is loaded whether what is to be learned is there.
+    """Find out before anything is loaded whether what is to be learned and its place are there.
 
     Raises:
-        InputError: an expert or layers that the model doesn't have.
+        InputError: an expert or layers that the model doesn't have, or a file in the way.
+        ModelError: a whole model is to be written where something else lies.
     """
+    target = Path(config.run.folder) / FOLDER
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}, where the results are to lie, is a file; move it away")
+    place = target / config.output.name
+    if config.method == "full" and place.exists():
+        open_model(str(place))  # one that isn't a model is not ours to replace
     trained_roles(config, folder)
     if config.method == "lora":
         with torch.device("meta"):
@@ -169,7 +183,7 @@ def _export_model(
         result.delta[role], whole = _change(folder, role, changed[role])
         result.relative[role] = result.delta[role] / whole
     if place.exists():
-        open_model(str(place))  # one that isn't a model is not ours to replace
+        open_model(str(place))  # that it still is one
     drop_partial(target)
     with atomic_path(place) as fresh:
         convert(replace(folder, name=config.output.name), fresh, "vidgen", changed=changed)

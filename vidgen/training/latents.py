@@ -10,21 +10,32 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_path, atomic_write, given_rank
+from vidgen.core.runtime import atomic_path, atomic_write, given_rank, write_error
 
 
 def require_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write what shapes a folder's latents, or make sure that it was the same before.
 
     Raises:
-        InputError: latents there were made otherwise; tells in what.
+        InputError: latents there were made otherwise, which tells in what; or their manifest is
+            damaged.
+        OutputError: the folder can't be made.
     """
     path = folder / "manifest.json"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(folder, error) from None
         atomic_write(path, json.dumps(manifest, indent=1).encode())
         return
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("it is no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}, which says what made the latents there, is damaged ({error}); "
+                         "name another folder or delete this one") from None
     differing = sorted(k for k in manifest | found if manifest.get(k) != found.get(k))
     if differing:
         told = "; ".join(

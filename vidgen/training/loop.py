@@ -32,6 +32,7 @@ from vidgen.core.runtime import (
 )
 from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import (
+    alone_in,
     drop_old,
     drop_partial,
     latest_checkpoint,
@@ -91,13 +92,12 @@ def train(
             add to it.
 
     Raises:
-        InputError: the folder holds a run already and `resume` is not set, its config differs and
-            changes aren't accepted, or the loss is not usable for too long.
+        InputError: the folder holds a run already and `resume` is not set, or none and it is;
+            another process runs there; its config differs and changes aren't accepted; or the loss
+            is not usable for too long.
     """
     folder, place = Path(run.folder), current_place()
-    source = latest_checkpoint(folder)
-    if source is not None and not resume:
-        raise InputError(f"{folder} holds a run already; add --resume, or name another folder")
+    source = find_source(folder, resume=resume)
     if source is not None and record is not None and not accept_changes:
         refuse_changes(folder / "task.json", record)
     if source is None and run.branch_from:
@@ -109,6 +109,10 @@ def train(
     with ExitStack() as stack:
         if place.main:
             _make_folder(folder)
+            stack.enter_context(alone_in(folder))
+            _mend_curve(folder / _CURVE)
+            if resume and source is None:
+                print(f"{folder} has no checkpoint yet, so the run begins anew", file=sys.stderr)
             if record is not None:
                 atomic_write(folder / "task.json", json.dumps(record, indent=1).encode())
             drop_partial(folder)
@@ -121,13 +125,35 @@ def train(
         return loop.run_from(loop.restore(source))
 
 
+def find_source(folder: Path, *, resume: bool) -> Path | None:
+    """The checkpoint that a run in a folder goes on from; None: it begins.
+
+    Raises:
+        InputError: there is a run already and `resume` is not set, or none and it is.
+        ModelError: its checkpoints are damaged.
+    """
+    source = latest_checkpoint(folder)
+    if source is not None and not resume:
+        raise InputError(f"{folder} holds a run already; add --resume, or name another folder")
+    if resume and source is None and not (folder / "task.json").exists():
+        raise InputError(f"{folder} holds no run to go on with; leave out --resume to begin one, "
+                         "or name its folder in run.folder")
+    return source
+
+
 def _make_folder(folder: Path) -> None:
-    """Make a run's folder; a line of its curve that was cut short goes."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"run.folder {folder} is a file; name another folder")
-    curve = folder / _CURVE
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "lock").touch()
+    except OSError as error:
+        raise write_error(folder, error) from None
+
+
+def _mend_curve(curve: Path) -> None:
+    """Take away a line that was cut short."""
+    try:
         if curve.exists():
             text = curve.read_bytes()
             os.truncate(curve, text.rfind(b"\n") + 1)

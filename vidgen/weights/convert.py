@@ -52,6 +52,7 @@ from vidgen.weights.write import (
 
 log = logging.getLogger(__name__)
 
+_PREVIEW, _MAGNITUDES = "preview/model.safetensors", "magnitudes.json"
 _AS_IS: Mapping[str, Mapping[str, Tensor]] = {}
 
 
@@ -68,7 +69,8 @@ def convert(
             Wan's own programs load. "vidgen": ours, with hashes.
         max_shard_bytes: most bytes of a weight file.
         changed: by role and our names, tensors that take the place of the files', in their dtype;
-            with `to` "vidgen". The model's students, which aren't of these, stay behind.
+            with `to` "vidgen". The model's students and magnitudes, which aren't of these, stay
+            behind.
 
     Returns:
         Names of the tensors set aside, for which the layout has no place.
@@ -110,6 +112,7 @@ def convert(
         for name in STUDENTS:  # deltas of these very weights
             if (source.path / name).is_dir() and not changed:
                 shutil.copytree(source.path / name, folder / name)
+        _keep_measured(source, folder, changed=bool(changed))
         for card in (*source.path.glob("*.md"), *source.path.glob("LICENSE*")):
             shutil.copyfile(card, folder / card.name)
         _keep_clip_tokenizer(source, folder, to)
@@ -260,6 +263,19 @@ def _finish_diffusers(folder: Path, source: ModelFolder) -> None:
         index |= {"image_encoder": [None, None], "image_processor": [None, None]}
     write_json(folder / "model_index.json", index)
     _write_note(folder, source)
+
+
+def _keep_measured(source: ModelFolder, folder: Path, *, changed: bool) -> None:
+    """Carry along what `train/preview.py` measured of a model, as far as it is still true."""
+    preview, magnitudes = source.path / _PREVIEW, source.path / _MAGNITUDES
+    if preview.is_file():
+        (folder / _PREVIEW).parent.mkdir()
+        shutil.copyfile(preview, folder / _PREVIEW)
+    if magnitudes.is_file() and changed:
+        log.warning("%s of %s is of other weights and stays behind; vidgen models --measure "
+                    "measures those of the new ones", _MAGNITUDES, source.name)
+    elif magnitudes.is_file():
+        shutil.copyfile(magnitudes, folder / _MAGNITUDES)
 
 
 def _keep_clip_tokenizer(source: ModelFolder, folder: Path, to: Spelling) -> None:

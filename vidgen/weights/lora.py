@@ -44,6 +44,9 @@ _OPTION = re.compile(
     r"(?P<path>.+?)(?::(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))?(?:@(?P<expert>high|low))?",
     re.IGNORECASE | re.DOTALL,
 )
+_TEXTS = (".yaml", ".yml", ".json", ".txt", ".md")
+MAX_WEIGHT = 100
+"""Of a LoRA, in size; beyond it nothing but noise is left."""
 _GRAMMAR = "--lora takes PATH[:WEIGHT][@high|@low]"
 
 
@@ -55,11 +58,19 @@ class LoraChoice:
         path: file, or folder with `adapter_config.json`.
         weight: factor of all it changes, of any sign.
         expert: which of two experts it is for; None: both, or the only transformer.
+
+    Raises:
+        InputError: a weight beyond `MAX_WEIGHT`.
     """
 
     path: Path
     weight: float = 1.0
     expert: Expert | None = None
+
+    def __post_init__(self) -> None:
+        if not abs(self.weight) <= MAX_WEIGHT:
+            raise InputError(f"the weight of LoRA {self.path} is {self.weight:g}; give one from "
+                             f"-{MAX_WEIGHT} to {MAX_WEIGHT}")
 
 
 def parse_option(text: str) -> LoraChoice:
@@ -161,6 +172,9 @@ def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
     """The file of tensors, and PEFT's config beside it."""
     if not source.exists():
         raise InputError(f"LoRA {source} doesn't exist; {_GRAMMAR}")
+    if source.suffix.lower() in _TEXTS:
+        raise InputError(f"{source} is no LoRA but a text; {_GRAMMAR}, where PATH is a safetensors "
+                         "file or a folder with one")
     if not source.is_dir():
         return source, {}
     files = sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,13 +21,18 @@ class Measure:
         better: which way; of "neither" no verdict is given.
         unit: of its values.
         about: what it says, for people.
+        possible: least and most that a clip can have.
+        yes_no: whether a clip has 0 or 1, and a folder the share of ones.
     """
 
     better: Better
     unit: str
     about: str
+    possible: tuple[float, float] = (-math.inf, math.inf)
+    yes_no: bool = False
 
 
+_SHARE, _PERCENT, _SIZE = (0.0, 1.0), (0.0, 100.0), (0.0, math.inf)
 _VBENCH = {
     "subject_consistency": "the subject stays what it is",
     "background_consistency": "the background stays what it is",
@@ -39,24 +45,36 @@ _VBENCH = {
 }
 assert _VBENCH.keys() == RANGES.keys()
 
+
+
+def _vbench(name: str, about: str) -> Measure:
+    better: Better = "neither" if name == "dynamic_degree" else "more"
+    return Measure(better, "", about, _SHARE, name in ("dynamic_degree", "camera_motion"))
+
+
 MEASURES: dict[str, Measure] = {
-    **{n: Measure("neither" if n == "dynamic_degree" else "more", "", about)
-       for n, about in _VBENCH.items()},
-    **{PROXY + n: Measure("neither" if n == "dynamic_degree" else "more", "", f"stand-in: {about}")
-       for n, about in _VBENCH.items()},
+    **{name: _vbench(name, about) for name, about in _VBENCH.items()},
+    **{PROXY + name: _vbench(name, f"stand-in: {about}") for name, about in _VBENCH.items()},
     "steadiness": Measure(
         "more", "", "mean of the normalised consistencies and smoothness; 0 where nothing moves"),
-    "motion_speed": Measure("neither", "sides/s", "what moves fastest, in short sides a second"),
-    "warp_error": Measure("less", "x1e-4", "mean squared error of what the flow carries along"),
-    "flicker": Measure("less", "levels", "second difference in time of pixels that don't move"),
-    "track_jerk": Measure("less", "%", "third difference of tracked points, of the short side"),
-    **{f"identity_drift_{d}": Measure("less", "%", f"the picture's colours change over {d} frames")
+    "motion_speed": Measure(
+        "neither", "sides/s", "what moves fastest, in short sides a second", _SIZE),
+    "warp_error": Measure(
+        "less", "x1e-4", "mean squared error of what the flow carries along", _SIZE),
+    "flicker": Measure(
+        "less", "levels", "second difference in time of pixels that don't move", _SIZE),
+    "track_jerk": Measure(
+        "less", "%", "third difference of tracked points, of the short side", _SIZE),
+    **{f"identity_drift_{d}": Measure(
+        "less", "%", f"the picture's colours change over {d} frames", _PERCENT)
        for d in DISTANCES},
-    "sharpness_drift": Measure("less", "octaves", "sharpness of the last fifth against the first"),
-    "color_drift": Measure("less", "%", "colours change while the picture stays"),
-    "frozen_share": Measure("less", "%", "frames that repeat the one before"),
-    "pops": Measure("less", "%", "most that appears or vanishes at once, over the usual"),
-    "seam": Measure("less", "levels", "largest jump between frames, over the usual"),
-    "first_step": Measure("less", "x", "first step between frames by the usual step"),
-    "first_frame_error": Measure("less", "levels", "first frame against the image given"),
+    "sharpness_drift": Measure(
+        "less", "octaves", "sharpness of the last fifth against the first", _SIZE),
+    "color_drift": Measure("less", "%", "colours change while the picture stays", _SIZE),
+    "frozen_share": Measure("less", "%", "frames that repeat the one before", _PERCENT),
+    "pops": Measure("less", "%", "most that appears or vanishes at once, over the usual", _SIZE),
+    "seam": Measure("less", "levels", "largest jump between frames, over the usual", _SIZE),
+    "first_step": Measure("less", "x", "first step between frames by the usual step", _SIZE),
+    "first_frame_error": Measure(
+        "less", "levels", "first frame against the image given", (0.0, 255.0)),
 }  # fmt: skip

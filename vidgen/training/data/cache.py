@@ -18,7 +18,7 @@ import torch
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.runtime import atomic_write, best_dtype, check_output
+from vidgen.core.runtime import atomic_write, best_dtype, check_output, write_error
 from vidgen.pipeline.parts import DTYPES
 from vidgen.pipeline.workers import results_of
 from vidgen.training.data.encode import Cursor, Extras, ItemEncoder
@@ -74,7 +74,7 @@ def make_cache(
     store, items = identity.store, known.selection.items
     if not items:
         raise InputError("no item is left of the data; vidgen data check says why")
-    Path(config.cache).parent.mkdir(parents=True, exist_ok=True)
+    _require_place(store.folder)
     jobs = _jobs(config, model, known, store, device)
     todo = [item for job in jobs.values() for item, _ in job.items]
     check_output(store.folder / "index.json" if store.folder.is_dir() else store.folder,
@@ -101,6 +101,25 @@ def make_cache(
         "captions": len({text for item in kept for text in item.captions}),
         "texts_encoded": texts_done, "bytes": _size(store.folder), "failed": failed,
     }
+
+
+def _require_place(place: Path) -> None:
+    """Make the folder around a cache, and refuse one in which something else lies.
+
+    Raises:
+        InputError: it is a file, or a folder of something else.
+        OutputError: the folder around it can't be made.
+    """
+    if place.exists() and not place.is_dir():
+        raise InputError(f"{place} is a file; name another folder for the cache")
+    if place.is_dir() and not (place / "manifest.json").exists() and any(
+            not path.name.startswith(".") for path in place.iterdir()):
+        raise InputError(f"{place} holds other files and no cache; name an empty folder, or a new "
+                         "one")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(place.parent, error) from None
 
 
 def _jobs(
@@ -203,8 +222,32 @@ def _settings(config: DataConfig) -> dict[str, Any]:
     return {**told, "folders": len(config.folders), "validation": config.validation is not None}
 
 
+_STAMP = 5  # values of a file in the index
+
+
 def _stamp(file: MediaFile) -> list[Any]:
     return [file.folder, file.name, file.num_bytes, file.mtime_ns, list(file.captions)]
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What `index.json` and `manifest.json` say."""
+
+    settings: dict[str, Any]
+    items: list[Item]
+    files: list[list[Any]]
+    dropped: list[list[str]]
+    text_dtype: str | None
+
+    @classmethod
+    def of(cls, index: dict[str, Any], manifest: dict[str, Any]) -> _Index:
+        """Of what the files hold, which may be anything."""
+        settings, items = dict(index["settings"]), [build(Item, item) for item in index["items"]]
+        files = [[folder, name, *facts] for folder, name, *facts in index["files"]]
+        dropped = [[name, why] for name, why in index["dropped"]]
+        if any(len(row) != _STAMP for row in files):
+            raise ValueError("index.json has a file without its facts")
+        return cls(settings, items, files, dropped, manifest.get("text_dtype"))
 
 
 def open_cache(
@@ -223,29 +266,30 @@ def open_cache(
     place = Path(config.cache)
     again = "run vidgen data cache with the same settings, which adds what is missing"
     try:
-        index, manifest = (json.loads((place / name).read_text("utf-8"))
-                           for name in ("index.json", "manifest.json"))
+        index = _Index.of(*(json.loads((place / name).read_text("utf-8"))
+                            for name in ("index.json", "manifest.json")))
     except FileNotFoundError:
         raise InputError(f"{place} holds no finished cache; {again}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"the cache {place} can't be read: {error}; {again}") from None
-    identity = Identity.of(config, geometry, folder, manifest.get("text_dtype"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+            InputError) as error:
+        raise InputError(f"the cache {place} can't be read: {type(error).__name__}: {error}; "
+                         f"{again}") from None
+    identity = Identity.of(config, geometry, folder, index.text_dtype)
     require_manifest(place, identity.manifest)
     differing = [
-        f"{name} is {index['settings'].get(name)!r} there, {value!r} here"
-        for name, value in _settings(config).items() if index["settings"].get(name) != value
+        f"{name} is {index.settings.get(name)!r} there, {value!r} here"
+        for name, value in _settings(config).items() if index.settings.get(name) != value
     ]
     if differing:
         raise InputError(f"the cache {place} was made with other settings ({'; '.join(differing)});"
                          f" {again}")
-    items = [build(Item, item) for item in index["items"]]
     folders = [config.folders[item.folder].path if item.folder >= 0 else config.validation
-               for item in items]
+               for item in index.items]
     items = [replace(item, path=Path(root or "", item.name))
-             for item, root in zip(items, folders, strict=True)]
-    notes = [f"{name} is left out: {why}" for name, why in index["dropped"]]
+             for item, root in zip(index.items, folders, strict=True)]
+    notes = [f"{name} is left out: {why}" for name, why in index.dropped]
     if all(Path(each.path).is_dir() for each in config.folders):
-        _require_same_files(place, index["files"], scan(config).files, again)
+        _require_same_files(place, index.files, scan(config).files, again)
     else:
         notes.insert(0, "the data's folders aren't here; the cache's word is taken")
     return identity.store, items, notes

@@ -135,7 +135,12 @@ def _read_tables(
             continue
         notes += made[1]
         for name, told in made[0].items():
-            place = str((path.parent / name).resolve())
+            try:
+                place = str((path.parent / name).resolve())
+            except (OSError, ValueError):  # a zero byte, half a character, too long
+                notes.append(f"{path.name} names {name[:80]!r}, as which no file can be called; "
+                             "its captions don't count")
+                continue
             if place in rows and rows[place] != told:
                 notes.append(f"{name} stands in several tables; {path.name} doesn't count")
             rows.setdefault(place, told)

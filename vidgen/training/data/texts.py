@@ -22,6 +22,10 @@ MAX_BYTES = 10_000_000
 LIKELY = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp1258",
           "koi8_r", "cp932", "euc_jp", "gb18030", "big5", "cp949", "cp874")
 """Encodings that are guessed among."""
+_DELIMITERS = (",", ";", "\t")
+_SURPLUS = "\0"
+"""Stands for the columns of values that are beyond a CSV's header."""
+_HALF = re.compile("[\ud800-\udfff]")
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
@@ -143,7 +147,10 @@ def _of_value(value: Any, keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def _clean(texts: Iterable[str]) -> tuple[str, ...]:
-    squeezed = (re.sub(r"\s+", " ", text).strip() for text in texts)
+    squeezed = [re.sub(r"\s+", " ", text).strip() for text in texts]
+    if any(_HALF.search(text) for text in squeezed):
+        raise Unreadable("holds half of a character (a surrogate alone), which is "
+                         "no text; write the whole character, or take it out")
     return tuple(dict.fromkeys(text for text in squeezed if text))
 
 
@@ -160,13 +167,22 @@ def table(
     text, note = read(path, encoding)
     rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
     found: dict[str, Texts] = {}
+    columns: dict[str, None] = {}
     notes = [] if note is None else [f"{path.name} {note}"]
     for line, row in rows:
-        name = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str)), None)
-        if name is None:
+        column = next((key for key in FILE_KEYS if isinstance(row.get(key), str)), None)
+        if column is None:
             if not found and line <= 2:  # another kind of table
                 return None
             notes.append(f"{path.name}, line {line}, names no file ({', '.join(FILE_KEYS)})")
+            continue
+        if any(row.get(_SURPLUS) or ()):
+            raise Unreadable(f"line {line} has more values than the header has columns; put "
+                             "captions that hold the sign between columns in double quotes")
+        columns |= dict.fromkeys(row)
+        name = row[column].strip()
+        if not name:
+            notes.append(f"{path.name}, line {line}, has an empty {column}")
             continue
         given = {key: row[key] for key in keys if row.get(key)}
         try:
@@ -178,20 +194,29 @@ def table(
             notes.append(f"{path.name}, line {line}, names {name} again; both captions count")
             captions = tuple(dict.fromkeys((*found[name].captions, *captions)))
         found[name] = Texts(captions)
+    if found and columns.keys().isdisjoint(keys):
+        have = ", ".join(key for key in columns if key and key != _SURPLUS)
+        notes.append(f"{path.name} has no captions: its columns are {have}; read are "
+                     f"{', '.join(keys)} (data.caption_keys)")
     return found, notes
 
 
 def _csv_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
-    try:
-        dialect: Any = csv.Sniffer().sniff(text[:4096], ",;\t")
-    except csv.Error:
-        dialect = csv.excel
-    reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect)
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_SURPLUS,
+                            delimiter=_delimiter(text), strict=True)
     try:
         for row in reader:
             yield reader.line_num, {(k or "").strip().lower(): v for k, v in row.items()}
     except csv.Error as error:
         raise Unreadable(f"line {reader.line_num} is no CSV: {error}") from None
+
+
+def _delimiter(text: str) -> str:
+    """What stands between the header's columns; captions, which may hold any sign, have no say."""
+    header = text.lstrip("\r\n").partition("\n")[0].lower()
+    parted = {sign: [name.strip(' \r"') for name in header.split(sign)] for sign in _DELIMITERS}
+    return max(parted, key=lambda sign: (not {*FILE_KEYS}.isdisjoint(parted[sign]),
+                                         len(parted[sign])))
 
 
 def _json_rows(text: str) -> Iterable[tuple[int, dict[str, Any]]]:
