@@ -243,9 +243,13 @@ def test_checkpoints_that_latest_doesnt_name_are_not_begun_over(tmp_path: Path) 
     train(Regression(run), run)
     target = latest_checkpoint(tmp_path / "run")
     (tmp_path / "run" / "latest").unlink()
-    for resume in (False, True):
-        with pytest.raises(ModelError, match=rf"no file latest.*echo {target.name} > "):
-            train(Regression(run), run, resume=resume)
+    (tmp_path / "run" / "step-99999998").mkdir()  # without its position
+    assert latest_checkpoint(tmp_path / "run") == target
+    with pytest.raises(InputError, match="holds a run already; add --resume"):
+        train(Regression(run), run)
+    longer = make_run(tmp_path / "run", phases=(*run.phases, Phase(1, 9, 4)))
+    assert train(Regression(longer), longer, resume=True).step == run.num_steps + 1
+    target = latest_checkpoint(tmp_path / "run")
     for content in (b"\xff\xfe", b"\0", b"", b"step-99999999", b".."):
         (tmp_path / "run" / "latest").write_bytes(content)
         with pytest.raises(ModelError, match=rf"missing or incomplete; .*echo {target.name} > "):
@@ -257,15 +261,10 @@ def test_checkpoints_that_latest_doesnt_name_are_not_begun_over(tmp_path: Path) 
             train(Regression(run), run, resume=True)
 
 
-def test_resuming_what_never_began_is_refused(tmp_path: Path, capsys) -> None:
+def test_resuming_what_never_began_begins_and_says_so(tmp_path: Path, capsys) -> None:
     run = make_run(tmp_path / "run")
-    with pytest.raises(InputError, match="no run to go on with; leave out --resume"):
-        train(Regression(run), run, resume=True)
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "task.json").write_text("{}")  # killed before its first checkpoint
-    train(Regression(run), run, resume=True)
-    assert "no checkpoint yet" in capsys.readouterr().err
+    assert train(Regression(run), run, resume=True).finished
+    assert "run has no checkpoint to go on from: the run begins" in capsys.readouterr().err
 
 
 def test_cached_latents_of_another_kind_are_refused(tmp_path: Path) -> None:

@@ -189,14 +189,13 @@ def drop_partial(folder: Path) -> None:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run folder, or None.
 
+    A kill between a first save and its name in `latest` leaves one without the other.
+
     Raises:
-        ModelError: there are some, but the file `latest` is missing or names none of them.
+        ModelError: the file `latest` names none that is complete.
     """
-    found = _pointed_to(folder / "latest")
-    if found is None and any(path.is_dir() for path in folder.glob("step-*")):
-        raise ModelError(f"{folder} holds checkpoints, but no file latest that names one; "
-                         f"{_advice(folder, _complete(folder))}, or name another folder")
-    return found
+    found, complete = _pointed_to(folder / "latest"), _complete(folder)
+    return folder / complete[-1] if found is None and complete else found
 
 
 def best_checkpoint(folder: Path) -> Path | None:

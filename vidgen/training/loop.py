@@ -92,9 +92,9 @@ def train(
             add to it.
 
     Raises:
-        InputError: the folder holds a run already and `resume` is not set, or none and it is;
-            another process runs there; its config differs and changes aren't accepted; or the loss
-            is not usable for too long.
+        InputError: the folder holds a run already and `resume` is not set; another process runs
+            there; its config differs and changes aren't accepted; or the loss is not usable for too
+            long.
     """
     folder, place = Path(run.folder), current_place()
     source = find_source(folder, resume=resume)
@@ -112,7 +112,7 @@ def train(
             stack.enter_context(alone_in(folder))
             _mend_curve(folder / _CURVE)
             if resume and source is None:
-                print(f"{folder} has no checkpoint yet, so the run begins anew", file=sys.stderr)
+                print(f"{folder} has no checkpoint to go on from: the run begins", file=sys.stderr)
             if record is not None:
                 atomic_write(folder / "task.json", json.dumps(record, indent=1).encode())
             drop_partial(folder)
@@ -129,15 +129,12 @@ def find_source(folder: Path, *, resume: bool) -> Path | None:
     """The checkpoint that a run in a folder goes on from; None: it begins.
 
     Raises:
-        InputError: there is a run already and `resume` is not set, or none and it is.
+        InputError: there is a run already and `resume` is not set.
         ModelError: its checkpoints are damaged.
     """
     source = latest_checkpoint(folder)
     if source is not None and not resume:
         raise InputError(f"{folder} holds a run already; add --resume, or name another folder")
-    if resume and source is None and not (folder / "task.json").exists():
-        raise InputError(f"{folder} holds no run to go on with; leave out --resume to begin one, "
-                         "or name its folder in run.folder")
     return source
 
 
