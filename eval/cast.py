@@ -30,7 +30,7 @@ from vidgen.evaluation.statistics import Rate
 from vidgen.media.clip import Clip
 from vidgen.pipeline.inputs import as_video
 from vidgen.pipeline.video import load, to_frames
-from vidgen.pipeline.workers import Staff, settle_threads
+from vidgen.pipeline.workers.scheduler import Staff, settle_threads
 from vidgen.story.plan import plan_film
 from vidgen.story.render import Renderer, Store
 from vidgen.story.script import Script

@@ -39,15 +39,15 @@ from torch import Tensor
 
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
-from vidgen.evaluation.drift import LOOKS, Windows, looks, measure_drift
+from vidgen.evaluation.rulers.drift import LOOKS, Windows, looks, measure_drift
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, mean_interval
-from vidgen.evaluation.toybox_items import endless_prompts
+from vidgen.evaluation.toybox.items import endless_prompts
 from vidgen.media.clip import Clip
 from vidgen.media.sheet import contact_sheet
-from vidgen.pipeline.extend import COLOUR_HOLD, OVERLAP, LongClip, window_size
 from vidgen.pipeline.inputs import Inputs, as_video
-from vidgen.pipeline.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colours_of
+from vidgen.pipeline.long.extend import COLOUR_HOLD, OVERLAP, LongClip, window_size
+from vidgen.pipeline.long.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colours_of
 from vidgen.pipeline.video import Engine, load, to_frames
 from vidgen.toybox.judge import Judge, embedded_judge
 from vidgen.toybox.render import render

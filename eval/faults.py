@@ -4,7 +4,7 @@
 
 Renders Toybox clips, plants faults of five grades in each, takes all measures of
 `vidgen eval temporal` and correlates mean measure and grade (Spearman); of late sound those of
-`evaluation.sync`, on clips of bouncing sprites. From 0.9 on, the right way
+`evaluation.rulers.sync`, on clips of bouncing sprites. From 0.9 on, the right way
 round, a measure ranks the fault; all others are shown as not ranking it. With --decoded the clips
 go through H.264 first. About 15 s a clip of 33 frames of 128x128 on one core.
 """
@@ -25,14 +25,14 @@ import numpy as np
 import torch.nn.functional as F
 
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
-from vidgen.evaluation.bounces import bounce_times
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import FlowEstimator
 from vidgen.evaluation.metrics.registry import MEASURES
-from vidgen.evaluation.onsets import find_onsets
+from vidgen.evaluation.rulers.bounces import bounce_times
+from vidgen.evaluation.rulers.onsets import find_onsets
+from vidgen.evaluation.rulers.sync import SyncScore, bouncing_scenes, score_sync
 from vidgen.evaluation.statistics import spearman
-from vidgen.evaluation.sync import SyncScore, bouncing_scenes, score_sync
-from vidgen.evaluation.temporal_report import STYLE, document, line_chart
+from vidgen.evaluation.temporal.report import STYLE, document, line_chart
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.pipeline.video import to_frames
@@ -154,7 +154,7 @@ PLANTS: dict[str, tuple[Plant, tuple[float, ...]]] = {
 
 
 SOUND_OFFSET, OFFSETS = "sound offset", (0, 0.02, 0.04, 0.06, 0.08, 0.1)
-"""Seconds by which sound is late, within what is still paired (see `evaluation.sync.LATE_S`)."""
+"""Seconds by which sound is late, within what is still paired (`evaluation.rulers.sync.LATE_S`)."""
 
 
 def encoded(frames: Any) -> Any:

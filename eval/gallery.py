@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vidgen.core.errors import InputError, OutputError
 from vidgen.core.runtime import atomic_write
-from vidgen.evaluation.judging import TASKS, answers, grade
+from vidgen.evaluation.toybox.judging import TASKS, answers, grade
 from vidgen.media.clip import Clip
 from vidgen.media.read import read_recipe
 from vidgen.media.write import write_clip

@@ -45,8 +45,8 @@ from vidgen.pipeline.video import Engine, load
 from vidgen.toybox.captions import caption
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, Scene, sample_scenes
+from vidgen.training.embedded.toybox_data import CacheConfig
 from vidgen.training.program import exit_code
-from vidgen.training.toybox_data import CacheConfig
 
 FRAMES, SIDE = 5, 32
 NEXT = 50

@@ -37,9 +37,10 @@ CLIPS: dict[str, dict[str, Any]] = {
 PROMPT = "a red car drives through the desert"
 CHILD = """
 import json, os, sys, time
-import vidgen.media.write, vidgen.pipeline.preflight as preflight, vidgen.weights.layouts
+import vidgen.media.write, vidgen.pipeline.budget.preflight as preflight, vidgen.weights.layouts
 from vidgen.core.request import Request
-from vidgen.pipeline import extend, video
+from vidgen.pipeline import video
+from vidgen.pipeline.long import extend
 
 def status(key):
     with open("/proc/self/status") as file:
@@ -88,7 +89,7 @@ def build_wide(folder: Path) -> Path:
     from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
     from vidgen.models.text import TextConfig, UMT5Encoder
     from vidgen.models.vae import CausalVAE
-    from vidgen.training.tokenizer import train_tokenizer
+    from vidgen.training.embedded.tokenizer import train_tokenizer
     from vidgen.weights.folder import ModelDefaults, write_model_info
     from vidgen.weights.load import save_module
 
@@ -160,7 +161,7 @@ def main() -> None:
     from PIL import Image
 
     from vidgen.core.runtime import atomic_write, fingerprint
-    from vidgen.pipeline.calibration import cached_calibration, calibrate
+    from vidgen.pipeline.budget.calibration import cached_calibration, calibrate
 
     torch.set_num_threads(args.threads or 1)
     device = torch.device("cpu")

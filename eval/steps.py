@@ -34,9 +34,9 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
 from vidgen.diffusion.samplers import sample_state
 from vidgen.evaluation.generation import generate_batch
-from vidgen.evaluation.judging import TASKS, grade
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import paired_interval
+from vidgen.evaluation.toybox.judging import TASKS, grade
 from vidgen.media.likeness import psnr, ssim
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS

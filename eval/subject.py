@@ -21,7 +21,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_write, fingerprint
 from vidgen.core.shapes import check_count
 from vidgen.evaluation.score_log import ScoreLog
-from vidgen.evaluation.subject import SubjectTest, measure
+from vidgen.evaluation.toybox.subject import SubjectTest, measure
 from vidgen.pipeline.video import Engine, load
 from vidgen.toybox.judge import JudgeFolder, embedded_judge
 from vidgen.toybox.subject import Subject

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_write, fingerprint
-from vidgen.evaluation.sync import measure_ruler
+from vidgen.evaluation.rulers.sync import measure_ruler
 from vidgen.models.audio import AudioVAE
 from vidgen.toybox.judge import JudgeFolder, embedded_judge
 from vidgen.toybox.scenes import SEED_RANGES

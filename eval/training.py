@@ -35,7 +35,7 @@ from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.training.config import OptimConfig, Phase, RunConfig
-from vidgen.training.distributed import join_ranks
+from vidgen.training.engines.distributed import join_ranks
 from vidgen.training.loop import train
 from vidgen.training.optim import build_optimizers
 

@@ -33,7 +33,7 @@ from PIL import Image
 
 from vidgen.core.errors import VidgenError
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
-from vidgen.evaluation.temporal import TemporalRun, run_temporal
+from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.pipeline.video import to_frames

@@ -85,9 +85,9 @@ def encode(model: str, path: Path, num_frames: int) -> list[int]:
     """Encode the first frames of a film as an item of 256x192; the shape of its latents."""
     import torch
 
+    from vidgen.training.data.config import Bucket
     from vidgen.training.data.encode import Cursor, ItemEncoder
     from vidgen.training.data.select import Item
-    from vidgen.training.data_config import Bucket
     from vidgen.weights.folder import open_model
 
     bucket = Bucket(256, 192, num_frames)

@@ -119,7 +119,7 @@ def command(argv: list[str]) -> int:
     """
     from vidgen.cli.main import main
     from vidgen.media import write
-    from vidgen.pipeline import journal
+    from vidgen.pipeline.journal import journal
 
     journal.PATIENCE, write.SEGMENT = 0, 16
     return main(argv)

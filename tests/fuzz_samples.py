@@ -19,7 +19,7 @@ from tests.models import build_tiny_model
 from tests.wan_models import build_diffusers, build_original
 from vidgen.media.encode import Segment
 from vidgen.media.write import ClipInfo, write_clip
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.video import load
 from vidgen.toybox.judge import Judge, JudgeConfig
 from vidgen.weights.load import save_module

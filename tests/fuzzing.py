@@ -41,7 +41,7 @@ from vidgen.media.read import VideoReader, load_image, probe, read_recipe
 from vidgen.media.sound import read_sound
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.inputs import noise_file, read_mask
-from vidgen.pipeline.job import job_facts, read_arrays, read_job, read_segment, segment_path
+from vidgen.pipeline.journal.job import job_facts, read_arrays, read_job, read_segment, segment_path
 from vidgen.pipeline.policy import WordList
 from vidgen.pipeline.restore import restore_inputs
 from vidgen.pipeline.video import load

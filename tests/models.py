@@ -11,7 +11,7 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.vae import CausalVAE
-from vidgen.training.tokenizer import train_tokenizer
+from vidgen.training.embedded.tokenizer import train_tokenizer
 from vidgen.weights.folder import ModelDefaults, write_model_info
 from vidgen.weights.load import save_module
 

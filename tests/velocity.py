@@ -17,7 +17,7 @@ from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.training.config import EngineConfig, OptimConfig, Phase, RunConfig
-from vidgen.training.distributed import current_place, join_ranks
+from vidgen.training.engines.distributed import current_place, join_ranks
 from vidgen.training.loop import TrainResult, train
 from vidgen.training.optim import build_optimizers
 

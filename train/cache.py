@@ -3,7 +3,8 @@
     python train/cache.py -c configs/train/toybox_dit.yaml [--set caches.0.shards=64]...
     torchrun --nproc-per-node 2 train/cache.py -c ...        each process makes its share of them
 
-A folder holds clips of one kind, numbered shards of them; `vidgen.training.toybox_data` tells more.
+A folder holds clips of one kind, numbered shards of them; see
+`vidgen.training.embedded.toybox_data`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from rich.progress import track
 
 from vidgen.core.config import build, load_run
 from vidgen.core.errors import InputError
-from vidgen.training.distributed import own_device
+from vidgen.training.embedded.sound_cache import SoundCache, SoundMix
+from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache, load_vae
+from vidgen.training.engines.distributed import own_device
 from vidgen.training.program import exit_code
-from vidgen.training.sound_cache import SoundCache, SoundMix
-from vidgen.training.toybox_data import CacheConfig, ToyboxCache, load_vae
 from vidgen.weights.sound_vae import load_sound_vae
 
 

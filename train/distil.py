@@ -7,17 +7,16 @@
 
 The first run is a plain regression on what the teacher answered, the second compares the student's
 own clips with the teacher's. toybox_roller.yaml and toybox_roller_match.yaml teach the delta that
-rolls clips out, which begins as the student, in the same two parts. See `vidgen.training.distil`,
-`distil_match` and `distil_roll`.
+rolls clips out, which begins as the student, in the same two parts. See `vidgen.training.distil`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from vidgen.training.distil import DeltaTask, DistilRun, DistilTask
-from vidgen.training.distil_match import MatchTask
-from vidgen.training.distil_roll import RollMatchTask, RollTask
+from vidgen.training.distil.match import MatchTask
+from vidgen.training.distil.roll import RollMatchTask, RollTask
+from vidgen.training.distil.student import DeltaTask, DistilRun, DistilTask
 from vidgen.training.program import run_program
 
 

@@ -26,14 +26,14 @@ from vidgen.models.dit import AudioConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.pipeline.networks import velocity
-from vidgen.training.channel_weights import channel_weights
 from vidgen.training.config import Phase
-from vidgen.training.dit_data import Batch, ClipDraws, DiTData
 from vidgen.training.ema import named_parameters
+from vidgen.training.embedded.channel_weights import channel_weights
+from vidgen.training.embedded.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.embedded.toybox_data import load_vae
+from vidgen.training.embedded.truth_heads import AttributeHeads, TruthHeads
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
-from vidgen.training.toybox_data import load_vae
-from vidgen.training.truth_heads import AttributeHeads, TruthHeads
 from vidgen.weights.load import load_module
 
 Module = TypeVar("Module", bound=nn.Module)

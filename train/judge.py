@@ -17,13 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidgen.core.runtime import choose_device
-from vidgen.evaluation.judging import judge_renders
+from vidgen.evaluation.toybox.judging import judge_renders
 from vidgen.media.sheet import contact_sheet
 from vidgen.toybox.judge import FrameLogits, Judge, JudgeConfig, to_motion_size
 from vidgen.toybox.scenes import SEED_RANGES
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import seed_of
-from vidgen.training.judge_data import IGNORE, Batch, PoolConfig, RenderPool, Transforms, to_bytes
+from vidgen.training.embedded.judge_data import (
+    IGNORE,
+    Batch,
+    PoolConfig,
+    RenderPool,
+    Transforms,
+    to_bytes,
+)
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
 from vidgen.weights.load import save_module

@@ -35,8 +35,8 @@ from vidgen.models.audio import AudioVAE, AudioVAEConfig
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.models.words import split_words
-from vidgen.pipeline.own_sound import TASK as SOUND_TASK
-from vidgen.pipeline.tail import ANCHOR_TASK
+from vidgen.pipeline.long.tail import ANCHOR_TASK
+from vidgen.pipeline.sound.own_sound import TASK as SOUND_TASK
 from vidgen.toybox.captions import caption
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
@@ -44,11 +44,11 @@ from vidgen.toybox.sound import synthesize
 from vidgen.toybox.synonyms import grammar_synonyms
 from vidgen.toybox.thesaurus import loose_vocabulary
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
-from vidgen.training.distil import adapter_of
-from vidgen.training.distil_data import TrajectoryConfig
+from vidgen.training.distil.data import TrajectoryConfig
+from vidgen.training.distil.student import adapter_of
+from vidgen.training.embedded.tokenizer import train_tokenizer
+from vidgen.training.embedded.toybox_data import encoder_hash
 from vidgen.training.program import exit_code
-from vidgen.training.tokenizer import train_tokenizer
-from vidgen.training.toybox_data import encoder_hash
 from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_model_info
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE

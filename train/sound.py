@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
-from vidgen.evaluation.fidelity import measure_fidelity
+from vidgen.evaluation.rulers.fidelity import measure_fidelity
 from vidgen.media.encode import Frames
 from vidgen.media.mel import log_mel, spectrogram
 from vidgen.media.sheet import contact_sheet
@@ -30,10 +30,10 @@ from vidgen.toybox.cues import SAMPLE_RATE, sound_cues
 from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
 from vidgen.toybox.sound import synthesize
 from vidgen.training.config import Phase, RunConfig
+from vidgen.training.embedded.sound_parts import attacks, controls_distance, take_apart
+from vidgen.training.embedded.toybox_data import fresh_seed
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
-from vidgen.training.sound_parts import attacks, controls_distance, take_apart
-from vidgen.training.toybox_data import fresh_seed
 from vidgen.weights.sound_vae import load_sound_vae
 
 _FLOOR = 1e-4  # of magnitudes before their logarithm; a full-scale sine is about 1

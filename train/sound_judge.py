@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidgen.core.runtime import choose_device
-from vidgen.evaluation.listening import judge_sounds
+from vidgen.evaluation.toybox.listening import judge_sounds
 from vidgen.toybox.scenes import SEED_RANGES
 from vidgen.toybox.sound import synthesize
 from vidgen.toybox.sound_judge import SoundJudge, SoundJudgeConfig
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.judge_data import judge_scene
+from vidgen.training.embedded.judge_data import judge_scene
+from vidgen.training.embedded.sound_data import SoundBatch, damage_sound, hollow_out, label_sounds
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
-from vidgen.training.sound_data import SoundBatch, damage_sound, hollow_out, label_sounds
 from vidgen.weights.load import save_module
 
 VALIDATION_SEEDS = 1 << 24  # the last ones of the judge's range

@@ -28,9 +28,9 @@ from vidgen.models.vae import CausalVAE
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, SceneMix, sample_scenes
 from vidgen.training.config import Phase, RunConfig
+from vidgen.training.embedded.toybox_data import cut_around, fresh_seed, load_vae
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
-from vidgen.training.toybox_data import cut_around, fresh_seed, load_vae
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
+    from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.video import load
     from vidgen.story.script import Script
 
 __version__ = "0.1.0"
-__all__ = ["Clip", "Request", "Script", "__version__", "load"]
+__all__ = ["Clip", "Journal", "Request", "Script", "__version__", "load"]
 
 _HOMES = {
     "Clip": "vidgen.media.clip",
+    "Journal": "vidgen.pipeline.journal.journal",
     "Request": "vidgen.core.request",
     "Script": "vidgen.story.script",
     "load": "vidgen.pipeline.video",

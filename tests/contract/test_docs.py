@@ -120,7 +120,7 @@ def test_command_lines_parse(page):
 
 
 def check_finetuning(args):
-    from vidgen.training.finetune import read_config
+    from vidgen.training.finetune.run import read_config
 
     if not args["config"].startswith("runs/"):
         read_config(str(ROOT / args["config"]), args["set"])
@@ -129,8 +129,8 @@ def check_finetuning(args):
 def check_evaluation(args):
     from vidgen.cli.eval_suite import SUFFIXES
     from vidgen.evaluation.scale import SuiteRun
-    from vidgen.evaluation.temporal import TemporalRun
-    from vidgen.evaluation.toybox import Benchmark
+    from vidgen.evaluation.temporal.run import TemporalRun
+    from vidgen.evaluation.toybox.run import Benchmark
 
     if args["benchmark"] == "temporal":
         TemporalRun(args["videos"], args["network"], workers=args["workers"])

@@ -6,7 +6,7 @@ import pytest
 
 from vidgen.core.request import Request
 from vidgen.evaluation.generation import generate_batch
-from vidgen.evaluation.judging import grade
+from vidgen.evaluation.toybox.judging import grade
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.video import Engine, load
 from vidgen.toybox.captions import prompts

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.models import build_tiny_model
 from vidgen.cli.main import main
-from vidgen.evaluation import toybox_work
+from vidgen.evaluation.toybox import work as toybox_work
 from vidgen.toybox.judge import Judge, JudgeConfig
 from vidgen.toybox.scenes import WORLD_VERSION
 from vidgen.toybox.sound_judge import SoundJudge, SoundJudgeConfig

@@ -10,7 +10,7 @@ import pytest
 
 from vidgen.media.clip import Clip
 from vidgen.media.read import read_recipe
-from vidgen.pipeline.job import job_facts
+from vidgen.pipeline.journal.job import job_facts
 
 FILM = """\
 version: 1

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from vidgen.pipeline.job import job_facts
+from vidgen.pipeline.journal.job import job_facts
 
 
 def start(folder, tiny_model, *options, **settings):

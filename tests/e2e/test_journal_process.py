@@ -13,7 +13,7 @@ from tests.sounds import save, tone
 from tests.tiny.foreign_models import build_foreign_model
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
-from vidgen.pipeline.job import JOB, MADE, job_facts, progress_text
+from vidgen.pipeline.journal.job import JOB, MADE, job_facts, progress_text
 
 
 @pytest.fixture(autouse=True)

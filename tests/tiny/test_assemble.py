@@ -23,7 +23,7 @@ from vidgen.media.mastering import measure
 from vidgen.media.provenance import GENERATED
 from vidgen.media.read import probe, read_recipe
 from vidgen.media.sound import read_sound
-from vidgen.pipeline.job import lock_job
+from vidgen.pipeline.journal.job import lock_job
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
 from vidgen.story.otio import otio_text

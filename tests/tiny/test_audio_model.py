@@ -15,9 +15,9 @@ from tests.sounds import RATE, save, tone
 from tests.tiny.audio_models import BUILDERS
 from vidgen.cli.main import main
 from vidgen.core.errors import Cancelled, InputError, ModelError
-from vidgen.pipeline import journal
-from vidgen.pipeline.audio_model import LENGTHS, AudioModel, open_audio_model
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.journal import journal
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.sound.audio_model import LENGTHS, AudioModel, open_audio_model
 from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car"

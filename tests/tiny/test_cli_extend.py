@@ -17,7 +17,7 @@ from vidgen.media.clip import Clip
 from vidgen.media.provenance import read_marks
 from vidgen.media.read import VideoReader, read_recipe
 from vidgen.media.sound import read_sound
-from vidgen.pipeline.continuation import own_options
+from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.video import load
 
 PROMPT = "a red car bounces across the desert"

@@ -28,9 +28,9 @@ from vidgen.pipeline.parts import DTYPES, Parts
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.training.data import cache as caching
 from vidgen.training.data.cache import make_cache
+from vidgen.training.data.config import Bucket, DataConfig, FolderConfig
+from vidgen.training.data.dataset import open_dataset
 from vidgen.training.data.survey import survey
-from vidgen.training.data_config import Bucket, DataConfig, FolderConfig
-from vidgen.training.dataset import open_dataset
 from vidgen.weights.folder import open_model
 
 SIZE = (48, 32)

@@ -17,10 +17,11 @@ from vidgen.diffusion.cache import StepCaches
 from vidgen.diffusion.magnitudes import Magnitudes
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.pipeline import journal, video
-from vidgen.pipeline.crew import Crew, start_crew
-from vidgen.pipeline.journal import Journal
-from vidgen.pipeline.preflight import Asked
+from vidgen.pipeline import video
+from vidgen.pipeline.budget.preflight import Asked
+from vidgen.pipeline.devices.crew import Crew, start_crew
+from vidgen.pipeline.journal import journal
+from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.replay import loading_from_recipe
 from vidgen.pipeline.step_caches import make_caches, write_magnitudes
 from vidgen.pipeline.video import Engine, load

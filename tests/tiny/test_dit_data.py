@@ -18,8 +18,14 @@ from vidgen.toybox.cues import scene_marks
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import Actor, Scene
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.dit_data import Batch, ClipDraws, DiTData
-from vidgen.training.toybox_data import MARK_BINS, CacheConfig, ToyboxCache, encode, load_vae
+from vidgen.training.embedded.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.embedded.toybox_data import (
+    MARK_BINS,
+    CacheConfig,
+    ToyboxCache,
+    encode,
+    load_vae,
+)
 
 PHASE = Phase(steps=40, num_frames=33, batch_size=8)
 REFERENCES = ConditionMix(text=1, first=0, last=1, both=0, frames=0, prefix=0, mask=0)

@@ -19,9 +19,9 @@ from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS
 from vidgen.toybox.scenes import SceneMix
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.dit_data import ClipDraws, DiTData
-from vidgen.training.sound_cache import SoundCache, SoundMix, with_sound
-from vidgen.training.toybox_data import CacheConfig, ToyboxCache, load_vae
+from vidgen.training.embedded.dit_data import ClipDraws, DiTData
+from vidgen.training.embedded.sound_cache import SoundCache, SoundMix, with_sound
+from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache, load_vae
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import load_sound_vae
 

@@ -17,11 +17,11 @@ from tests.ranks import run_ranks
 from tests.velocity import Velocity, follow, make_run
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.training import shared_mean
 from vidgen.training.checkpoint import check_manifest, latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig, Phase
-from vidgen.training.distributed import current_place, join_ranks
-from vidgen.training.zero import share_out
+from vidgen.training.engines import shared_mean
+from vidgen.training.engines.distributed import current_place, join_ranks
+from vidgen.training.engines.zero import share_out
 from vidgen.weights.load import load_module, save_module
 
 if importlib.util.find_spec("deepspeed") is None:

@@ -18,10 +18,11 @@ from vidgen.core.request import Request
 from vidgen.diffusion.noise import draw_noise
 from vidgen.media.clip import Clip
 from vidgen.media.read import VideoReader, read_recipe
-from vidgen.pipeline import extend, stretches
-from vidgen.pipeline.extend import LongClip, hold_colours, long_clip, split_windows
+from vidgen.pipeline.devices import stretches
+from vidgen.pipeline.long import extend
+from vidgen.pipeline.long.extend import LongClip, hold_colours, long_clip, split_windows
+from vidgen.pipeline.long.tail import colours_of, make_tail, read_tail
 from vidgen.pipeline.recipe import make_recipe
-from vidgen.pipeline.tail import colours_of, make_tail, read_tail
 from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car bounces across the desert"

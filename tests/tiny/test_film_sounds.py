@@ -17,8 +17,8 @@ from tests.tiny.audio_models import stable_audio_3
 from vidgen.cli.main import main
 from vidgen.media.read import read_recipe
 from vidgen.media.sound import read_sound
-from vidgen.pipeline.audio_model import AudioModel
-from vidgen.pipeline.foreign_pipe import ForeignPipe
+from vidgen.pipeline.foreign.pipe import ForeignPipe
+from vidgen.pipeline.sound.audio_model import AudioModel
 
 FILM = """\
 version: 1

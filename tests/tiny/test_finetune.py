@@ -26,10 +26,10 @@ from vidgen.core.runtime import sha256_file
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.video import load
-from vidgen.training import finetune_output
 from vidgen.training.checkpoint import load_averages
-from vidgen.training.finetune import finetune
-from vidgen.training.finetune_output import Made, NoEffect, choose_checkpoint, export
+from vidgen.training.finetune import output as finetune_output
+from vidgen.training.finetune.output import Made, NoEffect, choose_checkpoint, export
+from vidgen.training.finetune.run import finetune
 from vidgen.weights.folder import open_model
 from vidgen.weights.lora import read_lora
 
@@ -410,7 +410,7 @@ def test_other_families_are_refused(tmp_path, clips):
 
 
 def test_targets_cover_what_they_say(tiny_model):
-    from vidgen.training.finetune_lora import target_paths
+    from vidgen.training.finetune.lora import target_paths
 
     dit = open_model(str(tiny_model)).components["transformer"].build()
     attention, every = target_paths(dit, "attention"), target_paths(dit, "all")

@@ -17,12 +17,12 @@ from vidgen.media.clip import Clip
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.pipeline.parts import EXPERTS
 from vidgen.pipeline.video import load
-from vidgen.training.dataset import open_dataset
-from vidgen.training.finetune_conditions import Conditions, possible_conditions, settle_conditions
-from vidgen.training.finetune_config import LoraSettings
-from vidgen.training.finetune_lora import adapter_of, delta_norm, inject
-from vidgen.training.finetune_plan import plan
-from vidgen.training.finetune_task import FinetuneTask
+from vidgen.training.data.dataset import open_dataset
+from vidgen.training.finetune.conditions import Conditions, possible_conditions, settle_conditions
+from vidgen.training.finetune.config import LoraSettings
+from vidgen.training.finetune.lora import adapter_of, delta_norm, inject
+from vidgen.training.finetune.plan import plan
+from vidgen.training.finetune.task import FinetuneTask
 from vidgen.weights.folder import open_model
 
 

@@ -60,7 +60,7 @@ def test_it_is_drawn_at_the_models_own_area(models: Models) -> None:
 def test_flux_draws_without_a_negative(
     models: Models, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vidgen.pipeline.foreign_plan.Abilities.default_size", lambda _: (64, 64))
+    monkeypatch.setattr("vidgen.pipeline.foreign.plan.Abilities.default_size", lambda _: (64, 64))
     with caplog.at_level(logging.WARNING):
         picture, record = draw(models("flux"), negative="a cat", dtype=torch.bfloat16)
     assert picture.shape == (32, 48, 3)

@@ -14,7 +14,7 @@ from vidgen.cli.main import main
 from vidgen.media import write
 from vidgen.media.clip import Clip
 from vidgen.ops import native
-from vidgen.pipeline import job, journal
+from vidgen.pipeline.journal import job, journal
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from tests.tiny.foreign_models import build_foreign_model
 from vidgen.cli.main import main
 from vidgen.media import write
 from vidgen.media.clip import Clip
-from vidgen.pipeline import job, journal
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.journal import job, journal
+from vidgen.pipeline.journal.journal import Journal
 
 
 @pytest.fixture(scope="module")

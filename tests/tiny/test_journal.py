@@ -20,8 +20,8 @@ from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media import write
 from vidgen.media.clip import Clip
 from vidgen.media.read import read_recipe
-from vidgen.pipeline import job, journal
-from vidgen.pipeline.job import (
+from vidgen.pipeline.journal import job, journal
+from vidgen.pipeline.journal.job import (
     job_facts,
     job_folder,
     progress_text,
@@ -29,7 +29,7 @@ from vidgen.pipeline.job import (
     read_segment,
     segment_path,
 )
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.video import Engine, Progress, load
 
 PROMPT = "a red car bounces across the desert"

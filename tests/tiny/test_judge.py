@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool3d, max_pool2d
 from tests.programs import load_program
 from vidgen.core.config import build, dump
 from vidgen.core.errors import ModelError
-from vidgen.evaluation.judging import gibberish, grade, judge_renders
+from vidgen.evaluation.toybox.judging import gibberish, grade, judge_renders
 from vidgen.media.quality import psnr
 from vidgen.toybox.judge import (
     NOTHING,
@@ -29,7 +29,7 @@ from vidgen.toybox.judge import (
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import RESERVED_SPRITES, Actor, Scene
 from vidgen.training.config import RunConfig
-from vidgen.training.judge_data import (
+from vidgen.training.embedded.judge_data import (
     Batch,
     PoolConfig,
     RenderPool,

@@ -13,10 +13,10 @@ from vidgen.core.request import Request
 from vidgen.media.clip import Clip
 from vidgen.media.sound import read_sound
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.pipeline import journal as journals
 from vidgen.pipeline import networks
-from vidgen.pipeline.journal import Journal
-from vidgen.pipeline.own_sound import OwnSound
+from vidgen.pipeline.journal import journal as journals
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.sound.own_sound import OwnSound
 from vidgen.pipeline.video import load
 
 WORDS = {"seed": 3, "frames": 9, "steps": 2, "dtype": "fp32"}
@@ -82,7 +82,7 @@ def test_listening_to_a_picture_gives_what_passing_both_gives(engine, monkeypatc
 
 def test_a_longer_clip_begins_with_the_noise_of_the_shorter_one(engine):
     from vidgen.pipeline.inputs import Inputs
-    from vidgen.pipeline.own_sound import OwnSound
+    from vidgen.pipeline.sound.own_sound import OwnSound
 
     def state(frames):
         request = Request.of("a cat", WORDS | {"frames": frames})

@@ -34,15 +34,13 @@ from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.ops import native
-from vidgen.pipeline import calibration
-from vidgen.pipeline.calibration import NOMINAL, Calibration, cached_calibration
-from vidgen.pipeline.estimate import KERNELS_BYTES, estimate
-from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.passes import count_passes
-from vidgen.pipeline.preflight import choose, preflight, settle
-from vidgen.pipeline.stages import Setup, duration_text, long_text
-from vidgen.pipeline.video import load
-from vidgen.pipeline.workload import (
+from vidgen.pipeline.budget import calibration
+from vidgen.pipeline.budget.calibration import NOMINAL, Calibration, cached_calibration
+from vidgen.pipeline.budget.estimate import KERNELS_BYTES, estimate
+from vidgen.pipeline.budget.passes import count_passes
+from vidgen.pipeline.budget.preflight import choose, preflight, settle
+from vidgen.pipeline.budget.stages import Setup, duration_text, long_text
+from vidgen.pipeline.budget.workload import (
     decoder_layers,
     encoder_layers,
     refine_bytes,
@@ -53,6 +51,8 @@ from vidgen.pipeline.workload import (
     vae_bytes,
     vae_ops,
 )
+from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.video import load
 from vidgen.weights.folder import open_model
 
 CPU = torch.device("cpu")
@@ -333,7 +333,7 @@ def test_what_cannot_fit_is_refused_naming_what_would(tiny_model, monkeypatch):
     request = Request.of("a cat", {"seed": 1, "size": "512x512", "frames": 33, "tiles": "none"})
     plan = engine.plan(*engine.read(request))
     have = estimate(*planned(tiny_model, size="128x128", frames=33), FP32).peak_bytes
-    monkeypatch.setattr("vidgen.pipeline.preflight.available_memory", lambda _: have)
+    monkeypatch.setattr("vidgen.pipeline.budget.preflight.available_memory", lambda _: have)
     with pytest.raises(ModelError, match=r"33 frames of 512x512 needs .* are free; what would fit"
                                          r".*--size 1\d\dx1\d\d") as refused:
         preflight(engine, plan, request)
@@ -363,19 +363,19 @@ def test_an_engine_left_to_choose_takes_what_fits_each_clip(tiny_model, monkeypa
     need = estimate(*planned(tiny_model, size="96x96", steps=1), FP32).peak_bytes
     loaded = load(str(tiny_model), dtype="fp32")
     held = sum(loaded.parts.needed_bytes(role, offload="stage") for role in loaded.parts.resident)
-    monkeypatch.setattr("vidgen.pipeline.preflight.available_memory",
+    monkeypatch.setattr("vidgen.pipeline.budget.preflight.available_memory",
                         lambda _: need - 1 - held)
     told = []
     clip = loaded.generate("a cat", seed=1, size="96x96", steps=1, on_estimate=told.append)
     assert loaded.offload == told[0].setup.offload == clip.recipe["offload"] == "stage"
     assert "--offload stage was chosen: --dtype fp32 --offload none needs" in told[0].choice
     assert len(clip.frames) == clip.num_frames
-    monkeypatch.setattr("vidgen.pipeline.preflight.available_memory", lambda _: 1 << 40)
+    monkeypatch.setattr("vidgen.pipeline.budget.preflight.available_memory", lambda _: 1 << 40)
     loaded.generate("a cat", seed=1, steps=1, on_estimate=told.append)
     assert loaded.offload == "none"
     assert not told[1].choice
     fixed = load(str(tiny_model), dtype="fp32", offload="none")
-    monkeypatch.setattr("vidgen.pipeline.preflight.available_memory",
+    monkeypatch.setattr("vidgen.pipeline.budget.preflight.available_memory",
                         lambda _: need - 1 - held)
     with pytest.raises(ModelError, match="what would fit: --dtype fp32 --offload stage"):
         fixed.generate("a cat", seed=1, size="96x96", steps=1)
@@ -488,7 +488,7 @@ def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys)
 
 
 def test_only_own_models_are_planned():
-    from vidgen.pipeline.preflight import require_own_model
+    from vidgen.pipeline.budget.preflight import require_own_model
 
     class Foreign:
         class_name = "LTXPipeline"

@@ -23,13 +23,13 @@ from vidgen.diffusion.condition import new_state
 from vidgen.media.clip import Clip
 from vidgen.media.live import write_live
 from vidgen.media.read import read_recipe
-from vidgen.pipeline import journal
+from vidgen.pipeline.budget.passes import count_passes
+from vidgen.pipeline.budget.preflight import preflight
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.journal import Journal
-from vidgen.pipeline.passes import count_passes
-from vidgen.pipeline.preflight import preflight
-from vidgen.pipeline.rolling import Rollout
+from vidgen.pipeline.journal import journal
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.long.rolling import Rollout
 from vidgen.pipeline.video import Engine, load
 from vidgen.weights.folder import write_model_info
 from vidgen.weights.lora import write_lora

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from vidgen.evaluation.drift import Windows, looks, measure_drift
-from vidgen.evaluation.identity import identity_over_time, mean_answer, stranger_overlap
-from vidgen.evaluation.paths import fit_path, path_of
-from vidgen.evaluation.physics import fit_arcs, measure_fall
-from vidgen.evaluation.sync import sync_intervals
-from vidgen.evaluation.toybox_items import matched_triples
-from vidgen.evaluation.tracking import Sighting, sightings
+from vidgen.evaluation.rulers.drift import Windows, looks, measure_drift
+from vidgen.evaluation.rulers.identity import identity_over_time, mean_answer, stranger_overlap
+from vidgen.evaluation.rulers.paths import fit_path, path_of
+from vidgen.evaluation.rulers.physics import fit_arcs, measure_fall
+from vidgen.evaluation.rulers.sync import sync_intervals
+from vidgen.evaluation.rulers.tracking import Sighting, sightings
+from vidgen.evaluation.toybox.items import matched_triples
 from vidgen.toybox.judge import Judge, embedded_judge
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, SPRITES, Scene, compose_scene, is_held_out

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from tests.programs import load_program
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError, ModelError
-from vidgen.evaluation.fidelity import measure_fidelity
-from vidgen.evaluation.listening import grade_sound, hollow_sound, judge_sounds
+from vidgen.evaluation.rulers.fidelity import measure_fidelity
+from vidgen.evaluation.toybox.listening import grade_sound, hollow_sound, judge_sounds
 from vidgen.media.mel import log_mel, mel_bank, spectrogram
 from vidgen.models.audio import AudioVAE
 from vidgen.models.audio_spectra import Controls
@@ -26,9 +26,9 @@ from vidgen.toybox.scenes import Actor, Scene, sample_scenes
 from vidgen.toybox.sound import synthesize
 from vidgen.toybox.sound_judge import Heard, SoundJudge, SoundJudgeConfig, SoundJudgeFolder
 from vidgen.training.checkpoint import latest_checkpoint
+from vidgen.training.embedded.sound_data import damage_sound, hollow_out, label_sounds
+from vidgen.training.embedded.sound_parts import attacks, controls_distance, take_apart
 from vidgen.training.loop import train
-from vidgen.training.sound_data import damage_sound, hollow_out, label_sounds
-from vidgen.training.sound_parts import attacks, controls_distance, take_apart
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE, load_sound_vae
 

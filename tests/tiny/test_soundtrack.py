@@ -20,8 +20,8 @@ from vidgen.media.clip import Clip
 from vidgen.media.mastering import measure
 from vidgen.media.read import probe, read_recipe
 from vidgen.media.sound import read_sound
-from vidgen.pipeline import journal
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.journal import journal
+from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car bounces across the desert"

@@ -17,8 +17,9 @@ from vidgen.diffusion.magnitudes import Magnitudes
 from vidgen.models.dit import AudioConfig, DiTConfig, SpacetimeDiT
 from vidgen.models.dit_inputs import AudioTokens, KVCache
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.pipeline import journal, step_caches
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline import step_caches
+from vidgen.pipeline.journal import journal
+from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.step_caches import (
     FILE,
     CacheChoice,

@@ -12,9 +12,9 @@ import torch
 
 from tests.programs import load_program
 from vidgen.core.errors import InputError
-from vidgen.evaluation.bounces import bounce_times, landings
-from vidgen.evaluation.onsets import find_onsets
-from vidgen.evaluation.sync import (
+from vidgen.evaluation.rulers.bounces import bounce_times, landings
+from vidgen.evaluation.rulers.onsets import find_onsets
+from vidgen.evaluation.rulers.sync import (
     EARLY_S,
     LATE_S,
     bouncing_scenes,

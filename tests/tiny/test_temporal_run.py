@@ -16,7 +16,6 @@ from tests.programs import load_program
 from tests.textures import texture
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError, ModelError
-from vidgen.evaluation import temporal
 from vidgen.evaluation.metrics.networks import (
     Networks,
     _positions,
@@ -25,8 +24,9 @@ from vidgen.evaluation.metrics.networks import (
     resized,
     smoothed,
 )
-from vidgen.evaluation.temporal import TemporalRun, run_temporal
-from vidgen.evaluation.temporal_report import page
+from vidgen.evaluation.temporal import run as temporal
+from vidgen.evaluation.temporal.report import page
+from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
 from vidgen.media.write import ClipInfo, write_clip
 
 FPS = Fraction(12)

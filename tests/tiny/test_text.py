@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.evaluation.phrasings import read_phrasings
+from vidgen.evaluation.toybox.phrasings import read_phrasings
 from vidgen.models.presets import TEXT_PRESETS
 from vidgen.models.text import TextConfig, TextEncoder, UMT5Encoder, encode_tokens
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.words import near_words, slip_count, split_words
 from vidgen.toybox.captions import nouns
-from vidgen.training.tokenizer import NUM_SUBJECTS, train_tokenizer
+from vidgen.training.embedded.tokenizer import NUM_SUBJECTS, train_tokenizer
 from vidgen.weights.folder import embedded_folder
 
 CAPTIONS = [

@@ -22,8 +22,8 @@ from vidgen.models.words import read_synonyms
 from vidgen.pipeline.video import load
 from vidgen.toybox.scenes import is_held_out, sample_scenes
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.latents import LatentShards
-from vidgen.training.toybox_data import (
+from vidgen.training.embedded.latents import LatentShards
+from vidgen.training.embedded.toybox_data import (
     CacheConfig,
     ToyboxCache,
     as_reference,
@@ -165,7 +165,7 @@ def test_processes_that_torchrun_started_share_what_is_missing(
 
 
 def test_shards_are_made_again_just_the_same(tiny_model: Path, tmp_path: Path) -> None:
-    from vidgen.training.toybox_data import load_vae
+    from vidgen.training.embedded.toybox_data import load_vae
 
     caches = [
         ToyboxCache(CacheConfig(str(tmp_path / name), str(tiny_model / "vae"), 1, shard_size=2,

@@ -23,9 +23,9 @@ from vidgen.training import loop
 from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import alone_in, latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig, Phase, RunConfig
-from vidgen.training.distributed import Place
-from vidgen.training.finetune_card import read_curve
-from vidgen.training.latents import LatentShards
+from vidgen.training.embedded.latents import LatentShards
+from vidgen.training.engines.distributed import Place
+from vidgen.training.finetune.card import read_curve
 from vidgen.training.loop import train
 from vidgen.training.optim import build_optimizers, lr_scale, orthogonalized
 

@@ -14,10 +14,10 @@ from vidgen.core.errors import InputError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.ops import native
-from vidgen.training.finetune import read_config
-from vidgen.training.finetune_plan import plan
+from vidgen.training.engines.zero import read_settings
+from vidgen.training.finetune.plan import plan
+from vidgen.training.finetune.run import read_config
 from vidgen.training.plan import FULL_BYTES, LORA_BYTES, Sample, plan_training
-from vidgen.training.zero import read_settings
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {  # GPUs, and the bytes they are planned to need at least and at most

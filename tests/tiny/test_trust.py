@@ -15,8 +15,8 @@ from vidgen.core.errors import Cancelled, InputError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
 from vidgen.media.provenance import GENERATED, read_marks
-from vidgen.pipeline import journal
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.journal import journal
+from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.policy import WordList
 from vidgen.pipeline.video import Engine, Progress, load
 

@@ -14,7 +14,7 @@ from vidgen.ops import conv
 from vidgen.ops.conv import CausalConv3d, StreamCache
 from vidgen.ops.norm import ChannelRMSNorm
 from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
-from vidgen.training.channel_weights import channel_weights
+from vidgen.training.embedded.channel_weights import channel_weights
 
 STATISTICS = {"latents_mean": (0.5, -0.2, 0.1, 0.0), "latents_std": (2.0, 0.7, 1.0, 1.3)}
 CONFIGS = {

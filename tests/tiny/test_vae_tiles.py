@@ -17,7 +17,7 @@ from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.models.vae_tiles import decode_in_tiles, decoder_tiles, encode_in_tiles, encoder_tiles
 from vidgen.ops import native
-from vidgen.pipeline.workload import vae_bytes, vae_ops
+from vidgen.pipeline.budget.workload import vae_bytes, vae_ops
 
 WAN = {
     "wan21": replace(VAE_PRESETS["wan21"], encoder_dim=8, decoder_dim=8),

@@ -13,7 +13,7 @@ import pytest
 
 from tests.labour import Labour, Unloadable
 from vidgen.core.errors import InputError, VidgenError
-from vidgen.pipeline.workers import (
+from vidgen.pipeline.workers.scheduler import (
     WINDOW,
     Job,
     Outcome,
@@ -153,7 +153,7 @@ def test_an_interrupt_stops_all_and_lets_them_keep_what_they_have(tmp_path):
 def test_workers_leave_when_their_scheduler_is_killed(tmp_path):
     program = (
         "import sys\nfrom pathlib import Path\nfrom tests.labour import Labour\n"
-        "from vidgen.pipeline.workers import Job, Staff, run_jobs\n"
+        "from vidgen.pipeline.workers.scheduler import Job, Staff, run_jobs\n"
         "jobs = [Job('x', ('wait', 'x')), Job('y', ('wait', 'y'))]\n"
         "tell = lambda event: print(event['pid'], flush=True)\n"
         f"list(run_jobs(jobs, Labour(Path({str(tmp_path)!r})), Staff(2, threads=1), tell))\n"

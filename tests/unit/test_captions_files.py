@@ -8,9 +8,9 @@ import json
 import pytest
 
 from vidgen.core.errors import InputError
+from vidgen.training.data.config import DataConfig, FolderConfig
 from vidgen.training.data.files import scan
 from vidgen.training.data.texts import Unreadable, decode, sidecar, table
-from vidgen.training.data_config import DataConfig, FolderConfig
 
 KEYS = ("caption", "text")
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from vidgen.core.config import build
 from vidgen.core.errors import InputError
+from vidgen.training.data.config import Bucket, DataConfig, FolderConfig, Geometry
 from vidgen.training.data.files import MediaFile, Scan
 from vidgen.training.data.probe import SIGNATURE, FileFacts, Flawed, _packed
 from vidgen.training.data.select import picks, select
-from vidgen.training.data_config import Bucket, DataConfig, FolderConfig, Geometry
 from vidgen.weights.folder import open_model
 
 GEOMETRY = Geometry(((64, 48), (48, 64), (48, 48)), (9, 17), Fraction(12), 16, 4)

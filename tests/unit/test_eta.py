@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vidgen.pipeline.eta import Clock, ManyClock
+from vidgen.pipeline.budget.eta import Clock, ManyClock
 
 STAGES = {"load": 5.0, "text": 10.0, "prepare": 0.0, "denoise": 80.0, "decode": 20.0, "mux": 10.0}
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from vidgen.core.errors import InputError
-from vidgen.evaluation.phrasings import read_phrasings
+from vidgen.evaluation.toybox.phrasings import read_phrasings
 from vidgen.toybox.captions import caption, nouns, vocabulary
 from vidgen.toybox.scenes import (
     CAMERAS,

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidgen.core.errors import InputError
-from vidgen.training.data_config import Bucket
-from vidgen.training.schedule import Schedule, drawn, permuted
+from vidgen.training.data.config import Bucket
+from vidgen.training.data.schedule import Schedule, drawn, permuted
 
 CLIP, LONG, PICTURE = Bucket(64, 48, 9), Bucket(48, 64, 17), Bucket(64, 48, 1)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vidgen.evaluation.shape import ANGLES, drawings_of, shape_fit, stranger
+from vidgen.evaluation.rulers.shape import ANGLES, drawings_of, shape_fit, stranger
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import (
     DIRECTIONS_FOR,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.ranks import run_ranks
-from vidgen.training import shared_mean
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.distributed import current_place, join_ranks
-from vidgen.training.shared_mean import open_shared_mean
+from vidgen.training.engines import shared_mean
+from vidgen.training.engines.distributed import current_place, join_ranks
+from vidgen.training.engines.shared_mean import open_shared_mean
 
 PIECE = shared_mean.PIECE_BYTES // 4
 LENGTHS = (1, 2, 1000, PIECE, 2 * PIECE + 7)

@@ -3,9 +3,9 @@
 import pytest
 
 from vidgen.evaluation.statistics import Rate
-from vidgen.evaluation.summary import reached, summarise, truth
-from vidgen.evaluation.toybox import SHEET_FRAMES, _split
-from vidgen.evaluation.toybox_table import table
+from vidgen.evaluation.toybox.run import SHEET_FRAMES, _split
+from vidgen.evaluation.toybox.summary import reached, summarise, truth
+from vidgen.evaluation.toybox.table import table
 from vidgen.toybox.scenes import Actor, Scene
 
 SCENES = [

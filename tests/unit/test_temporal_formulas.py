@@ -11,7 +11,6 @@ import pytest
 
 from tests.textures import texture
 from vidgen.core.errors import InputError
-from vidgen.evaluation.comparison import compare
 from vidgen.evaluation.metrics.appearance import (
     IdentityDrift,
     color_feature,
@@ -51,7 +50,8 @@ from vidgen.evaluation.suite import (
     picture_of,
     prompt_of,
 )
-from vidgen.evaluation.temporal_summary import figures, pairs_text
+from vidgen.evaluation.temporal.comparison import compare
+from vidgen.evaluation.temporal.summary import figures, pairs_text
 
 
 def at_angle(degrees):

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from vidgen.evaluation.toybox_table import weak_spots_table
-from vidgen.evaluation.weak_spots import weak_spots
+from vidgen.evaluation.toybox.table import weak_spots_table
+from vidgen.evaluation.toybox.weak_spots import weak_spots
 from vidgen.toybox.scenes import SEED_RANGES, SceneMix, sample_scenes
 
 SCENES = sample_scenes(SEED_RANGES["dev"][0], 200, SceneMix(tint=0.3, two_actors=0.0))

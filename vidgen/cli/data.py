@@ -12,8 +12,8 @@ from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, nearest
 
 if TYPE_CHECKING:
+    from vidgen.training.data.config import DataConfig
     from vidgen.training.data.survey import Survey
-    from vidgen.training.data_config import DataConfig
     from vidgen.weights.folder import ModelFolder
 
 DESCRIPTION = (
@@ -87,7 +87,7 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
         InputError: neither names a folder, or a setting can't be.
     """
     from vidgen.core.config import build, load_run
-    from vidgen.training.data_config import NO_CACHE, DataConfig
+    from vidgen.training.data.config import NO_CACHE, DataConfig
 
     given: dict[str, Any] = {} if args.config is None else load_run(args.config)
     given = given if isinstance(given.get("data"), dict) else {"data": given}
@@ -120,8 +120,8 @@ def _overridden(given: dict[str, Any], overrides: list[str], where: str) -> dict
         InputError: an unknown key, or a value that the run can't have.
     """
     from vidgen.core.config import apply_overrides, build
-    from vidgen.training.data_config import DataConfig
-    from vidgen.training.finetune_config import FinetuneConfig
+    from vidgen.training.data.config import DataConfig
+    from vidgen.training.finetune.config import FinetuneConfig
 
     own, data = ({each.name for each in fields(kind)} for kind in (FinetuneConfig, DataConfig))
     keys = [re.split("[.=]", override)[0] for override in overrides]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.runtime import given_rank
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.journal import Journal
+    from vidgen.pipeline.journal.journal import Journal
 
 
 def add_devices(parser: ArgumentParser) -> None:

@@ -83,7 +83,7 @@ def run(args: Namespace, report: Report) -> int:
         return eval_temporal.run(args, report)
     if kind == "prompts":
         return eval_suite.run(args, report)
-    from vidgen.evaluation.toybox import Benchmark
+    from vidgen.evaluation.toybox.run import Benchmark
 
     for path in (args.output, args.sheet):
         if path is not None:
@@ -93,9 +93,9 @@ def run(args: Namespace, report: Report) -> int:
 
     from rich.console import Console
 
-    from vidgen.evaluation.toybox import run_toybox
-    from vidgen.evaluation.toybox_table import table, weak_spots_table
-    from vidgen.pipeline.workers import Staff
+    from vidgen.evaluation.toybox.run import run_toybox
+    from vidgen.evaluation.toybox.table import table, weak_spots_table
+    from vidgen.pipeline.workers.scheduler import Staff
 
     staff = Staff(args.workers, args.ray, args.threads)
     result = run_toybox(bench, args.output, _told(report), args.sheet, staff)

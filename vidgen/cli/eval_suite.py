@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Make a suite's clips, measure them, write the results; 1 if a clip failed."""
     from vidgen.evaluation.scale import SuiteRun, run_suite
-    from vidgen.pipeline.workers import Staff
+    from vidgen.pipeline.workers.scheduler import Staff
 
     settings = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
     run_of = SuiteRun(

@@ -38,7 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Measure, write the results, show tables; 1 if a clip couldn't be measured."""
-    from vidgen.evaluation.temporal import TemporalRun, run_temporal
+    from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
 
     run_of = TemporalRun(
         tuple(args.videos or ()), tuple(args.network), args.first_images, args.prompt_suite,
@@ -68,8 +68,8 @@ def write_results(result: dict[str, Any], args: Namespace, report: Report) -> in
     from rich.console import Console
 
     from vidgen.core.runtime import atomic_write
-    from vidgen.evaluation.temporal_report import page
-    from vidgen.evaluation.temporal_summary import tables
+    from vidgen.evaluation.temporal.report import page
+    from vidgen.evaluation.temporal.summary import tables
 
     layouts = _layout_paths(Path(args.output), len(result["folders"]))
     for path, folder in zip(layouts, result["folders"], strict=True):

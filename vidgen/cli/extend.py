@@ -78,7 +78,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import check_output
     from vidgen.media.read import VideoReader, read_recipe
     from vidgen.media.write import check_format, holds_sound, require_sound
-    from vidgen.pipeline.continuation import lengthened, made_of_clips, own_options
+    from vidgen.pipeline.long.continuation import lengthened, made_of_clips, own_options
 
     if not 0 < args.seconds < math.inf:
         raise InputError(f"seconds is {args.seconds}; give how much longer, above 0")
@@ -131,7 +131,7 @@ def _make(
 ) -> int:
     import torch
 
-    from vidgen.pipeline.continuation import at_own_size
+    from vidgen.pipeline.long.continuation import at_own_size
     from vidgen.pipeline.video import Engine, load
 
     request = Request.of(options.pop("prompt"), options)

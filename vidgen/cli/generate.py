@@ -30,7 +30,7 @@ from vidgen.core.runtime import slug
 if TYPE_CHECKING:
     from vidgen.cli.journals import OutputJournal
     from vidgen.media.clip import Clip
-    from vidgen.pipeline.journal import Journal
+    from vidgen.pipeline.journal.journal import Journal
 
 DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
 BACKENDS = ("auto", "reference", "native", "blocked", "sdpa", "matmul", "xformers")
@@ -286,8 +286,8 @@ def _seed(args: Namespace, request: Request, report: Report) -> int:
 
 def _seeds_of(output: str | None, request: Request) -> set[int]:
     """Seeds of the first clip, as the journals of this command, and a named output, record them."""
-    from vidgen.pipeline.job import SUFFIX
-    from vidgen.pipeline.journal import Journal
+    from vidgen.pipeline.journal.job import SUFFIX
+    from vidgen.pipeline.journal.journal import Journal
 
     if output is not None:
         names = [(path, i, None) for i, path in enumerate(_outputs(output, request))]

@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Print one line a job; with --prune --yes remove them."""
-    from vidgen.pipeline.job import job_facts
+    from vidgen.pipeline.journal.job import job_facts
 
     if args.yes and not args.prune:
         raise InputError("--yes needs --prune; add it or leave this out")
@@ -46,7 +46,7 @@ def run(args: Namespace, report: Report) -> int:
 
 def _folders(path: Path) -> list[Path]:
     """The job folders that a path stands for."""
-    from vidgen.pipeline.job import SUFFIX, job_folder
+    from vidgen.pipeline.journal.job import SUFFIX, job_folder
 
     if path.name.endswith(SUFFIX) and path.is_dir():
         return [path]
@@ -61,7 +61,7 @@ def _folders(path: Path) -> list[Path]:
 
 def _removed(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Remove a job; what became of it."""
-    from vidgen.pipeline.job import remove_job
+    from vidgen.pipeline.journal.job import remove_job
 
     if facts["running"]:
         return {"kept": "it is being made"}
@@ -74,7 +74,7 @@ def _removed(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _line(facts: Mapping[str, Any]) -> str:
     from vidgen.core.runtime import megabytes
-    from vidgen.pipeline.job import progress_text
+    from vidgen.pipeline.journal.job import progress_text
 
     head = "removed " if "removed" in facts else ""
     parts = [progress_text(facts), f"{_age(facts['age_s'])} old", megabytes(facts["bytes"])]

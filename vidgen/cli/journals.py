@@ -6,8 +6,8 @@ from typing import Any
 
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
-from vidgen.pipeline.job import job_facts, progress_text
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.journal.job import job_facts, progress_text
+from vidgen.pipeline.journal.journal import Journal
 
 
 class OutputJournal(Journal):

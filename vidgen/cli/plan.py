@@ -12,8 +12,8 @@ from vidgen.cli.report import Report
 if TYPE_CHECKING:
     import torch
 
-    from vidgen.pipeline.calibration import Calibration
-    from vidgen.pipeline.stages import Estimate
+    from vidgen.pipeline.budget.calibration import Calibration
+    from vidgen.pipeline.budget.stages import Estimate
 
 DESCRIPTION = (
     "Tell the time and memory that `vidgen generate` with the same options will take. The first "
@@ -33,9 +33,9 @@ def run(args: Namespace, report: Report) -> int:
 
     from vidgen.core.request import Request
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
+    from vidgen.pipeline.budget.preflight import choose, require_models, require_own_model, settle
     from vidgen.pipeline.parts import DTYPES, Parts
     from vidgen.pipeline.policy import enforce, policy_from_environment
-    from vidgen.pipeline.preflight import choose, require_models, require_own_model, settle
     from vidgen.weights.folder import open_model
 
     known = {f.name for f in fields(Request)}
@@ -63,7 +63,7 @@ def run(args: Namespace, report: Report) -> int:
 
 def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Calibration:
     """The machine's rates, measured if they never were."""
-    from vidgen.pipeline.calibration import cached_calibration, calibrate
+    from vidgen.pipeline.budget.calibration import cached_calibration, calibrate
 
     found = cached_calibration(device, dtype)
     if found is None:

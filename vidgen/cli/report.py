@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, Task, TaskID
 
     from vidgen.media.clip import Clip
-    from vidgen.pipeline.eta import Clock, ManyClock
-    from vidgen.pipeline.stages import Estimate
+    from vidgen.pipeline.budget.eta import Clock, ManyClock
+    from vidgen.pipeline.budget.stages import Estimate
 
 
 class Report:
@@ -110,8 +110,8 @@ class Report:
 
         See `Clock`, and `ManyClock` for clips that are made `beside` each other.
         """
-        from vidgen.pipeline.eta import Clock, ManyClock
-        from vidgen.pipeline.stages import long_text
+        from vidgen.pipeline.budget.eta import Clock, ManyClock
+        from vidgen.pipeline.budget.stages import long_text
 
         each = made if isinstance(made, Sequence) else [made]
         self._clock = ManyClock(each) if beside else Clock(

@@ -13,7 +13,7 @@ from vidgen.core.errors import InputError, OutputError
 
 if TYPE_CHECKING:
     from vidgen.cli.journals import OutputJournal
-    from vidgen.pipeline.journal import Journal
+    from vidgen.pipeline.journal.journal import Journal
 
 
 def add_resume(parser: ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def journals_of_outputs(
 @contextmanager
 def told_how_to_go_on(journals: Sequence[Journal], report: Report) -> Iterator[None]:
     """Where work stops halfway, say what to do; not of what another process is at."""
-    from vidgen.pipeline.job import job_facts
+    from vidgen.pipeline.journal.job import job_facts
 
     try:
         yield

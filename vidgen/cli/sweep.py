@@ -25,7 +25,7 @@ from vidgen.core.runtime import given_rank, slug
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.pipeline.stages import Estimate
+    from vidgen.pipeline.budget.stages import Estimate
 
 DESCRIPTION = "Make a clip under several settings, the seed locked: one labelled sheet, one video."
 MAX_CELLS = 100
@@ -61,7 +61,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check every setting, make the clips that aren't there yet, lay them out."""
-    from vidgen.pipeline.job import job_folder
+    from vidgen.pipeline.journal.job import job_folder
 
     if args.count != 1 or args.retry:
         raise InputError("a sweep makes one clip of each setting; leave --count and --retry out, "
@@ -168,8 +168,8 @@ def _folder_of_clips(stem: str) -> Iterator[None]:
 def _begin(stem: str, args: Namespace, report: Report, *, is_drawn: bool) -> None:
     """Sweep up what a kill left, and keep a seed that was drawn."""
     from vidgen.core.runtime import atomic_write
-    from vidgen.pipeline.job import job_folder
-    from vidgen.pipeline.job import sweep as sweep_up
+    from vidgen.pipeline.journal.job import job_folder
+    from vidgen.pipeline.journal.job import sweep as sweep_up
 
     note = _note(stem)
     for name in (f"{stem}.png", f"{stem}.mp4", note) if args.resume else ():
@@ -254,7 +254,7 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
     """Make clips, those of one way of loading after each other; one that was begun goes on."""
     import torch
 
-    from vidgen.pipeline.journal import Journal
+    from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.video import Engine, load
 
     engine, loaded, threads = None, None, torch.get_num_threads()
@@ -290,7 +290,7 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
 def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     """What each clip takes; nothing of a model of which nothing is known."""
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
-    from vidgen.pipeline.preflight import choose, settle
+    from vidgen.pipeline.budget.preflight import choose, settle
     from vidgen.weights.folder import ModelFolder, open_model
 
     device, folders = choose_device(), [open_model(cell.loading["model"]) for cell in cells]

@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Train, or plan it; 1 if the run has no effect or its minutes ended, 130 if interrupted."""
     from vidgen.core.errors import InputError
-    from vidgen.training.finetune import finetune, read_config
+    from vidgen.training.finetune.run import finetune, read_config
 
     if args.accept_changes and not args.resume:
         raise InputError("--accept-changes goes with --resume")
@@ -34,7 +34,7 @@ def run(args: Namespace, report: Report) -> int:
         raise InputError(f"--ranks {args.ranks} goes with --plan, from 1; launchers start ranks")
     config = read_config(args.config, args.set)
     if args.plan:
-        from vidgen.training.finetune_plan import plan
+        from vidgen.training.finetune.plan import plan
 
         planned = plan(config, args.ranks)
         report.result(planned.as_data(), "\n".join(planned.lines()))

@@ -74,7 +74,7 @@ _NEEDS = {
 _ELSEWHERE = {
     "output": "save the clip: clip.save(PATH)",
     "overwrite": "clip.save(PATH, overwrite=True) takes it",
-    "resume": "give a journal: Journal(PATH, resume=True)",
+    "resume": "give a journal: vidgen.Journal(PATH, resume=True)",
     "preview": "give on_preview, which is shown small frames",
     "events": "give on_event, which is told of the progress",
     "attention": "choose it around the call: with vidgen.core.runtime.attention_by(NAME)",

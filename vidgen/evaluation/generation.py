@@ -22,9 +22,9 @@ from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.own_sound import TASK, sound_plan
+from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.plan import Plan
-from vidgen.pipeline.rolling import RolledClip
+from vidgen.pipeline.sound.own_sound import TASK, sound_plan
 from vidgen.pipeline.video import Engine
 
 

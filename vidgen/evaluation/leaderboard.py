@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import InputError
-from vidgen.evaluation.comparison import HEADLINE, compare
 from vidgen.evaluation.leaderboard_toybox import (
     ToyboxEntry,
     toybox_cell,
@@ -26,14 +25,15 @@ from vidgen.evaluation.leaderboard_toybox import (
 )
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 from vidgen.evaluation.suite import prompt_of
-from vidgen.evaluation.temporal_report import (
+from vidgen.evaluation.temporal.comparison import HEADLINE, compare
+from vidgen.evaluation.temporal.report import (
     STYLE,
     document,
     figure_cell,
     table_row,
     wide_table,
 )
-from vidgen.evaluation.temporal_summary import by_name
+from vidgen.evaluation.temporal.summary import by_name
 
 _SHOWN = (
     HEADLINE, "subject_consistency", PROXY + "subject_consistency", "background_consistency",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from vidgen.evaluation.comparison import FEWEST_PAIRS
-from vidgen.evaluation.judging import TASKS
 from vidgen.evaluation.statistics import mean_interval, paired_interval
-from vidgen.evaluation.toybox_table import within, writer
+from vidgen.evaluation.temporal.comparison import FEWEST_PAIRS
+from vidgen.evaluation.toybox.judging import TASKS
+from vidgen.evaluation.toybox.table import within, writer
 
 #: By the first of these that a result has, models are compared.
 _HEADLINES = ("text", "phrased", "held_triples", "image")

@@ -24,12 +24,12 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, best_dtype, choose_device
 from vidgen.evaluation.suite import PromptSuite, file_stem, picture_of, pictures_in
-from vidgen.evaluation.temporal import TemporalRun, run_temporal
-from vidgen.pipeline.clip_work import ClipWork
+from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
 from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.recipe import identity
 from vidgen.pipeline.video import load
-from vidgen.pipeline.workers import Job, Staff, run_jobs, settle_threads
+from vidgen.pipeline.workers.clip_work import ClipWork
+from vidgen.pipeline.workers.scheduler import Job, Staff, run_jobs, settle_threads
 from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
 
 MAX_SEEDS = 1000

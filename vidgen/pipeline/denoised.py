@@ -11,8 +11,8 @@ from functools import cached_property, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from vidgen.pipeline.extend import LongClip, long_clip
-from vidgen.pipeline.own_sound import followed_sound, own_sound, sound_plan
+from vidgen.pipeline.long.extend import LongClip, long_clip
+from vidgen.pipeline.sound.own_sound import followed_sound, own_sound, sound_plan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from vidgen.media.encode import Samples
     from vidgen.pipeline.experts import Loras
     from vidgen.pipeline.inputs import Inputs
-    from vidgen.pipeline.journal import Journal
+    from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.networks import Contexts
     from vidgen.pipeline.plan import Plan
     from vidgen.pipeline.preview import Glimpses
-    from vidgen.pipeline.soundtrack import Soundtrack
+    from vidgen.pipeline.sound.soundtrack import Soundtrack
     from vidgen.pipeline.video import Engine
 
 

@@ -17,8 +17,8 @@ from vidgen.core.shapes import size_for_aspect
 from vidgen.media.clip import Clip
 from vidgen.media.encode import Frames
 from vidgen.media.read import fit
-from vidgen.pipeline.foreign import ForeignEngine
-from vidgen.pipeline.foreign_plan import Abilities
+from vidgen.pipeline.foreign.engine import ForeignEngine
+from vidgen.pipeline.foreign.plan import Abilities
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import DTYPES
 from vidgen.pipeline.plan import draw_seed

@@ -23,8 +23,8 @@ from vidgen.diffusion.token_part import TokenPart
 from vidgen.models.dit_inputs import AudioTokens, KVCache
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread
+from vidgen.pipeline.devices.stretches import rooms_for
 from vidgen.pipeline.experts import Experts, Loras, experts
-from vidgen.pipeline.stretches import rooms_for
 from vidgen.weights.student import read_student
 
 if TYPE_CHECKING:

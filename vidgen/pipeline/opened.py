@@ -20,7 +20,8 @@ from vidgen.models.image import prepare_image
 from vidgen.models.text import NOTHING
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.vae import VAEConfig
-from vidgen.pipeline.crew import Crew, devices_of
+from vidgen.pipeline.budget.preflight import Asked, first_setup, settled
+from vidgen.pipeline.devices.crew import Crew, devices_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.networks import (
     decode_latents,
@@ -32,13 +33,12 @@ from vidgen.pipeline.networks import (
 from vidgen.pipeline.parts import DTYPES, Parts
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.policy import Policy
-from vidgen.pipeline.preflight import Asked, first_setup, settled
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.weights.folder import ForeignFolder, ModelFolder
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
-    from vidgen.pipeline.stages import Setup
+    from vidgen.pipeline.budget.stages import Setup
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from vidgen.weights.folder import ForeignFolder, ModelFolder, embedded_folder, o
 from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.foreign import ForeignEngine
-    from vidgen.pipeline.foreign_plan import ForeignPlan
+    from vidgen.pipeline.foreign.engine import ForeignEngine
+    from vidgen.pipeline.foreign.plan import ForeignPlan
     from vidgen.pipeline.plan import Plan
     from vidgen.pipeline.video import Engine
 

@@ -24,7 +24,7 @@ from vidgen.weights.hashes import hash_files
 from vidgen.weights.load import trim_memory
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.journal import Journal
+    from vidgen.pipeline.journal.journal import Journal
 
 INSTRUCTION = (
     "You write prompts for a model that makes short video clips. Rewrite the user's prompt as one "

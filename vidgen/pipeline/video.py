@@ -41,33 +41,33 @@ from vidgen.media.read import fit
 from vidgen.media.write import ClipInfo
 from vidgen.models.tokenizer import read_as
 from vidgen.ops.attention import asked_backend, require_backend
-from vidgen.pipeline.crew import start_crew
+from vidgen.pipeline.budget.preflight import Asked, preflight
 from vidgen.pipeline.denoised import DenoisedClip
+from vidgen.pipeline.devices.crew import start_crew
 from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.journal.recall import journals_of, recall
+from vidgen.pipeline.long.rolling import RolledClip
+from vidgen.pipeline.long.tail import ANCHOR_TASK, make_tail
 from vidgen.pipeline.networks import Contexts, denoising
 from vidgen.pipeline.opened import OpenedModel
-from vidgen.pipeline.own_sound import TASK, sound_plan
 from vidgen.pipeline.parts import DTYPES, Offload
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.policy import Policy, enforce, policy_from_environment
-from vidgen.pipeline.preflight import Asked, preflight
 from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.pipeline.preview import Glimpses, OnPreview
-from vidgen.pipeline.recall import journals_of, recall
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.rewrite import settle_prompt
-from vidgen.pipeline.rolling import RolledClip
-from vidgen.pipeline.soundtrack import make_soundtrack
+from vidgen.pipeline.sound.own_sound import TASK, sound_plan
+from vidgen.pipeline.sound.soundtrack import make_soundtrack
 from vidgen.pipeline.step_caches import carrying, make_caches
-from vidgen.pipeline.tail import ANCHOR_TASK, make_tail
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import ForeignFolder, open_model
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.foreign import ForeignEngine
-    from vidgen.pipeline.stages import Estimate
+    from vidgen.pipeline.budget.stages import Estimate
+    from vidgen.pipeline.foreign.engine import ForeignEngine
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def load(
     if shard and asked.offload is None:
         asked = asked._replace(offload="stage")
     if isinstance(folder, ForeignFolder):
-        from vidgen.pipeline.foreign import ForeignEngine
+        from vidgen.pipeline.foreign.engine import ForeignEngine
 
         if quantize or (devices or 1) > 1:
             option = f"quantize {quantize!r}" if quantize else f"devices {devices}"

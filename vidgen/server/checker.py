@@ -42,8 +42,8 @@ class Checker:
 
     def __init__(self, model: str, limits: Limits) -> None:
         from vidgen.core.runtime import best_dtype, choose_device
+        from vidgen.pipeline.budget.preflight import require_own_model
         from vidgen.pipeline.policy import policy_from_environment
-        from vidgen.pipeline.preflight import require_own_model
         from vidgen.weights.folder import ModelFolder, open_model
 
         folder = open_model(model)
@@ -55,7 +55,7 @@ class Checker:
 
     def model(self) -> dict[str, Any]:
         """What the model can do."""
-        from vidgen.pipeline.own_sound import TASK
+        from vidgen.pipeline.sound.own_sound import TASK
 
         known = self.folder.defaults
         return {
@@ -77,9 +77,9 @@ class Checker:
         Raises:
             InputError: what can't be made or read, or is more than may be asked.
         """
-        from vidgen.pipeline.own_sound import TASK
-        from vidgen.pipeline.preflight import choose, settle
-        from vidgen.pipeline.soundtrack import make_soundtrack
+        from vidgen.pipeline.budget.preflight import choose, settle
+        from vidgen.pipeline.sound.own_sound import TASK
+        from vidgen.pipeline.sound.soundtrack import make_soundtrack
         from vidgen.server.making import request_of
 
         self._check_files(Path(folder), spec["options"])

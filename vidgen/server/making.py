@@ -28,10 +28,10 @@ from vidgen.core.runtime import atomic_write
 from vidgen.media.clip import Clip
 from vidgen.media.findings import as_data
 from vidgen.media.read import VideoReader, read_recipe
-from vidgen.pipeline.continuation import at_own_size, lengthened, own_options
-from vidgen.pipeline.eta import Clock
-from vidgen.pipeline.job import job_folder, remove_job
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.budget.eta import Clock
+from vidgen.pipeline.journal.job import job_folder, remove_job
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.long.continuation import at_own_size, lengthened, own_options
 from vidgen.pipeline.video import Engine
 from vidgen.server.layout import RECIPE, SPRITESHEET, THUMBNAIL, VIDEO
 from vidgen.server.stills import write_stills

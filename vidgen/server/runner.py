@@ -151,7 +151,7 @@ class Runner:
 
 def remove_half_made(folder: Path) -> None:
     """Remove what would let a job go on."""
-    from vidgen.pipeline.job import SUFFIX, remove_job
+    from vidgen.pipeline.journal.job import SUFFIX, remove_job
 
     for path in folder.rglob(f"*{SUFFIX}"):
         with suppress(OSError):

@@ -28,7 +28,7 @@ from vidgen.media.sound import RATE
 from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.subtitles import TextTrack, as_srt, as_webvtt, one_at_a_time
 from vidgen.media.write import CONTAINERS, SEGMENT, ClipInfo, write_clip
-from vidgen.pipeline.job import SUFFIX, lock_job, sweep
+from vidgen.pipeline.journal.job import SUFFIX, lock_job, sweep
 from vidgen.story.colour import Colours, matching, measured, spread
 from vidgen.story.conform import Source
 from vidgen.story.edit import Edit

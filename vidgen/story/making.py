@@ -12,7 +12,7 @@ from vidgen.core.protocols import OnEvent
 from vidgen.media.findings import Finding, recorded
 from vidgen.media.join import ContinuedClip
 from vidgen.media.read import VideoReader, read_recipe
-from vidgen.pipeline.clip_work import ClipWork, write_request
+from vidgen.pipeline.workers.clip_work import ClipWork, write_request
 from vidgen.story.elements import ShotFrame
 from vidgen.story.takes import best_take, judge_for, score_take
 

@@ -24,11 +24,11 @@ from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
 from vidgen.media.read import check_image
 from vidgen.models.tokenizer import PromptTokenizer
+from vidgen.pipeline.budget.preflight import choose, require_own_model, require_short
 from vidgen.pipeline.experts import hashes_of
-from vidgen.pipeline.extend import OVERLAP
+from vidgen.pipeline.long.extend import OVERLAP
 from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.policy import Policy, enforce, require_allowed
-from vidgen.pipeline.preflight import choose, require_own_model, require_short
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
 from vidgen.story.expand import Expansion
@@ -41,7 +41,7 @@ from vidgen.weights.lora import parse_option
 if TYPE_CHECKING:
     import torch
 
-    from vidgen.pipeline.stages import Estimate
+    from vidgen.pipeline.budget.stages import Estimate
     from vidgen.weights.folder import ForeignFolder, ModelFolder
 
 log = logging.getLogger(__name__)

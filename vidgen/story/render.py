@@ -26,8 +26,8 @@ from vidgen.core.errors import OutputError, VidgenError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write
 from vidgen.media.findings import Finding, as_data
-from vidgen.pipeline.job import job_folder, remove_job
-from vidgen.pipeline.workers import Job, Staff, run_jobs
+from vidgen.pipeline.journal.job import job_folder, remove_job
+from vidgen.pipeline.workers.scheduler import Job, Staff, run_jobs
 from vidgen.story.film import FilmPlan, ShotPlan, Take
 from vidgen.story.making import ChoiceJob, PartJob, ShotWork, findings_of
 

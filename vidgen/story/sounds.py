@@ -20,7 +20,7 @@ import av
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_path, best_dtype, choose_device
 from vidgen.media.sound import sound_frame
-from vidgen.pipeline.audio_model import AudioModel, open_audio_model
+from vidgen.pipeline.sound.audio_model import AudioModel, open_audio_model
 from vidgen.story.mixdown import MUSIC_FADE_S
 from vidgen.story.timeline import Placed, Timeline
 from vidgen.weights.load import trim_memory

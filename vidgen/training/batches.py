@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.distributed import Place
+from vidgen.training.engines.distributed import Place
 from vidgen.training.task import Task
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError, ModelError, OutputError
 from vidgen.core.runtime import atomic_path, atomic_write, sha256_file, sync, write_error
-from vidgen.training.distributed import LostRankError, Place
+from vidgen.training.engines.distributed import LostRankError, Place
 from vidgen.weights.load import read_tensors
 from vidgen.weights.write import Lazy, write_safetensors
 

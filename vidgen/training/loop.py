@@ -45,8 +45,8 @@ from vidgen.training.checkpoint import (
     written_together,
 )
 from vidgen.training.config import Phase, RunConfig, refuse_changes
-from vidgen.training.distributed import Place, current_place
-from vidgen.training.engine import Engine, open_engine
+from vidgen.training.engines.distributed import Place, current_place
+from vidgen.training.engines.engine import Engine, open_engine
 from vidgen.training.meters import Window, memory_mb
 from vidgen.training.optim import lr_scale
 from vidgen.training.task import Task

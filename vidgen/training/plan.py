@@ -16,9 +16,9 @@ from typing import Any
 from torch import nn
 
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.pipeline.workload import transformer_ops
+from vidgen.pipeline.budget.workload import transformer_ops
 from vidgen.training.config import RunConfig
-from vidgen.training.zero import ZeroSettings, read_settings
+from vidgen.training.engines.zero import ZeroSettings, read_settings
 
 FULL_BYTES = (56.2, 4.0)
 """Kept of a block whose weights are trained, a token: times D and times F."""

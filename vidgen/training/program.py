@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from vidgen.core.config import build, dump, load_run
 from vidgen.core.errors import VidgenError
-from vidgen.training.distributed import join_ranks
+from vidgen.training.engines.distributed import join_ranks
 from vidgen.training.loop import train
 from vidgen.training.task import Task
 

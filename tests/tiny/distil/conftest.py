@@ -9,7 +9,7 @@ import pytest
 
 from tests.distilling import make_settings, released
 from vidgen.core.config import build, dump
-from vidgen.training.distil import DistilRun, DistilTask
+from vidgen.training.distil.student import DistilRun, DistilTask
 from vidgen.training.loop import train
 
 

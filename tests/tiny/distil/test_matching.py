@@ -15,8 +15,8 @@ from vidgen.core.config import dump
 from vidgen.core.errors import InputError
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
-from vidgen.training.distil import DistilRun, adapter_of
-from vidgen.training.distil_match import MatchTask
+from vidgen.training.distil.match import MatchTask
+from vidgen.training.distil.student import DistilRun, adapter_of
 from vidgen.training.loop import train
 from vidgen.weights.student import read_student
 

@@ -27,16 +27,16 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.models.text import encode_tokens
-from vidgen.pipeline import journal
-from vidgen.pipeline.continuation import own_options
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.journal import Journal
+from vidgen.pipeline.journal import journal
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.networks import velocity
-from vidgen.pipeline.own_sound import own_sound, sound_plan
+from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
-from vidgen.training.distil import Delta, DistilRun, DistilTask, adapter_of, open_shards
-from vidgen.training.distil_data import HELD_OUT, Teacher, draw_steps, take_steps
+from vidgen.training.distil.data import HELD_OUT, Teacher, draw_steps, take_steps
+from vidgen.training.distil.student import Delta, DistilRun, DistilTask, adapter_of, open_shards
 from vidgen.training.loop import train
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import open_model

@@ -20,14 +20,14 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, best_dtype, check_output, write_error
 from vidgen.pipeline.parts import DTYPES
-from vidgen.pipeline.workers import results_of
+from vidgen.pipeline.workers.scheduler import results_of
+from vidgen.training.data.config import DataConfig, Geometry
 from vidgen.training.data.encode import Cursor, Extras, ItemEncoder
 from vidgen.training.data.files import MediaFile, Scan, scan
 from vidgen.training.data.select import Item, picks
 from vidgen.training.data.store import Identity, Store
 from vidgen.training.data.survey import Survey
-from vidgen.training.data_config import DataConfig, Geometry
-from vidgen.training.latents import require_manifest
+from vidgen.training.embedded.latents import require_manifest
 from vidgen.weights.folder import ModelFolder, open_model
 
 _PER_JOB = 64

@@ -26,9 +26,9 @@ from vidgen.models.text import TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.parts import DTYPES, Parts
+from vidgen.training.data.config import Bucket
 from vidgen.training.data.probe import is_still
 from vidgen.training.data.select import Item
-from vidgen.training.data_config import Bucket
 from vidgen.weights.component import Role
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.hashes import hash_files

@@ -11,8 +11,8 @@ from pathlib import Path
 from vidgen.core.errors import InputError
 from vidgen.media.read import PICTURE_SUFFIXES
 from vidgen.training.data import texts
+from vidgen.training.data.config import DataConfig
 from vidgen.training.data.texts import Texts, Unreadable
-from vidgen.training.data_config import DataConfig
 
 FILM_SUFFIXES = (
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",

@@ -18,7 +18,7 @@ from vidgen.core.config import build, dump
 from vidgen.core.errors import OutputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import cache_folder, sha256_file
-from vidgen.pipeline.workers import results_of
+from vidgen.pipeline.workers.scheduler import results_of
 from vidgen.training.data.files import MediaFile
 from vidgen.training.data.probe import PROBE_VERSION, FileFacts, probe_file
 

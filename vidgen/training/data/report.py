@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vidgen.core.config import dump
+from vidgen.training.data.config import DataConfig
 from vidgen.training.data.probe import FileFacts
 from vidgen.training.data.select import Fate
 from vidgen.training.data.survey import Survey
-from vidgen.training.data_config import DataConfig
 
 _SHOWN = 40
 """Files of a kind that a terminal lists; --json and --html tell all."""

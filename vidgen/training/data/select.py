@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 
 from vidgen.training.data.alike import find_alike
+from vidgen.training.data.config import Bucket, DataConfig, Geometry
 from vidgen.training.data.files import MediaFile, Scan
 from vidgen.training.data.probe import FileFacts
-from vidgen.training.data_config import Bucket, DataConfig, Geometry
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path
 from vidgen.models.tokenizer import clean_prompt
 from vidgen.pipeline.parts import DTYPES
+from vidgen.training.data.config import Bucket, DataConfig, Geometry
 from vidgen.training.data.encode import Extras, component_hash
-from vidgen.training.data_config import Bucket, DataConfig, Geometry
 from vidgen.weights.folder import ModelFolder
 
 FORMAT_VERSION = 1

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from vidgen.core.protocols import OnEvent
 from vidgen.models.tokenizer import PromptTokenizer
+from vidgen.training.data.config import DataConfig, Geometry
 from vidgen.training.data.files import Scan, scan
 from vidgen.training.data.probe import FileFacts
 from vidgen.training.data.records import look_at
 from vidgen.training.data.select import Selection, select
-from vidgen.training.data_config import DataConfig, Geometry
 
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder

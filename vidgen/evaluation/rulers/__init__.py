@@ -1,0 +1,1 @@
+"""Measures of Toybox clips that need no judge's opinion: paths, bounces, shapes, sync."""

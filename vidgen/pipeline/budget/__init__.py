@@ -1,0 +1,1 @@
+"""What a generation will take, stage by stage, and which setup fits."""

@@ -1,0 +1,181 @@
+"""What goes through a model for a clip: the windows it denoises, and what the VAE reads and makes.
+
+Counted from the request alone, as `extend` and `prepare` go about it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.media.read import probe, read_recipe
+from vidgen.pipeline.long.extend import OVERLAP, keeps_to_start, split_windows, window_size
+from vidgen.pipeline.long.tail import TAIL_FRAMES, read_tail
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.pipeline.plan import Plan
+    from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.student import RollConfig
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The work of one clip.
+
+    Attributes:
+        windows: latent frames that the transformer reads for each window, stills included.
+        has_given: whether frames of each window are given, as guidance counts them.
+        encoded: frames of each video or still that the VAE's encoder reads, for all windows.
+        refined: first frames whose latents are brought nearer to them.
+        decoded: latent frames that are decoded, but for `shown`.
+        shown: latent frames that windows of VACE decode, to be shown what came before.
+        kept: frames that are written.
+    """
+
+    windows: tuple[int, ...]
+    has_given: tuple[bool, ...]
+    encoded: tuple[int, ...]
+    refined: int
+    decoded: int
+    shown: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The clip that a request goes on from.
+
+    Attributes:
+        num_frames: its frames.
+        num_latents: latent frames of it that are at hand.
+        behind: latent frames before those.
+        frames_ahead: frames that the latents stand for beyond its own.
+        is_encoded: whether the latents come from its last frames.
+    """
+
+    num_frames: int = 0
+    num_latents: int = 0
+    behind: int = 0
+    frames_ahead: int = 0
+    is_encoded: bool = False
+
+
+def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
+    """Take a clip apart, without reading more than the header of a clip that it goes on from.
+
+    Raises:
+        InputError: that clip is missing or no video.
+    """
+    if plan.roll is not None:
+        return _rolled(plan, plan.roll, request)
+    strides = folder.components["vae"].config.strides
+    size, t, total = window_size(folder, strides), strides.t, plan.latents.num_frames
+    given = _Given()
+    if request.prefix is not None:
+        given = _given(folder, plan, os.fspath(request.prefix))  # type: ignore[arg-type]
+        missing = plan.kept_frames - given.num_frames - given.frames_ahead
+        total = given.num_latents + max(math.ceil(missing / t), 0)
+    windows = [(0, total)]
+    if given.num_latents or total > size:
+        overlap, at_hand = min(request.overlap or OVERLAP, size - 1), given.num_latents
+        windows = split_windows(at_hand, total, size, min(overlap, at_hand or overlap))
+    read, encoded = [], [1 + (given.num_latents - 1) * t] if given.is_encoded else []
+    has_given, through_noise, refined = [], folder.defaults.history_noise > 0, 0
+    made = given.num_latents
+    for start, stop in windows:
+        frames, known = 1 + (stop - start - 1) * t, made - start
+        first, new_from = (given.behind + start) * t, 1 + (known - 1) * t if known else 0
+        new = range(first + new_from, first + frames)
+        pictures = _pictures(plan, request, begins=not known, ends=stop == total, new=new)
+        stills, own = _conditions(folder, request, frames, *pictures)
+        anchored = known > 0 and keeps_to_start(folder, request)
+        read.append(stop - start + stills + anchored)
+        has_given.append(
+            not through_noise if known else sum(pictures) > 0 and request.mask is None
+        )
+        encoded += own
+        refined += pictures[0] if folder.conditioning == "tokens" else 0
+        made = stop
+    later = len(windows) - (not given.num_latents)
+    shown = TAIL_FRAMES * later if folder.conditioning == "control" else 0
+    if folder.conditioning == "control":  # and encode what they were shown
+        encoded += [1 + (stop - start - 1) * t for start, stop in windows[len(windows) - later :]]
+    kept = max(plan.kept_frames - given.num_frames, 1)
+    return Passes(tuple(read), tuple(has_given), tuple(encoded), refined, total, shown, kept)
+
+
+def _rolled(plan: Plan, roll: RollConfig, request: Request) -> Passes:
+    """Turns, each in view of its window; finished ones are read once more, to be remembered."""
+    turns = math.ceil(plan.latents.num_frames / roll.turn_frames)
+    read = [roll.turn_frames + min(turn * roll.turn_frames, roll.window_frames)
+            for turn in range(turns)]
+    encoded = (1,) if request.has("image") or request.has("first_frame_model") else ()
+    return Passes(tuple(read), (False,) * turns, encoded, len(encoded), turns * roll.turn_frames,
+                  0, plan.kept_frames)
+
+
+def _pictures(
+    plan: Plan, request: Request, *, begins: bool, ends: bool, new: range
+) -> tuple[int, int]:
+    """Given frames of a window: those in place, at its beginning, and those of later moments."""
+    moments = [round(seconds * plan.fps) for seconds, _ in request.frame]
+    inside = [moment for moment in moments if moment in new]
+    first = begins and (request.begins_with_image or bool(request.first_frame_model))
+    last = ends and request.last_image is not None
+    in_place = first + inside.count(0)
+    return in_place, last + len(inside) - inside.count(0)
+
+
+def _conditions(
+    folder: ModelFolder, request: Request, frames: int, in_place: int, stills: int
+) -> tuple[int, list[int]]:
+    """Latent frames that join a window as stills, and the frames of each video encoded for it."""
+    references = len(request.reference)
+    whole = [frames] * (request.strength is not None)
+    match folder.conditioning:
+        case "tokens":
+            whole += [frames] * (request.mask is not None)
+            return stills + references, whole + [1] * (in_place + stills + references)
+        case "channels":
+            return 0, [*whole, frames]
+        case "control":
+            return references, [*whole, frames, frames] + [1] * references
+        case _:
+            return 0, whole
+
+
+def _given(folder: ModelFolder, plan: Plan, path: str) -> _Given:
+    try:
+        stamp = Path(path).stat().st_mtime_ns
+    except OSError:
+        stamp = 0  # what is wrong is told by who opens it
+    recipe, num_frames, fps = _read_given(path, stamp)
+    begun = read_tail(recipe, folder) if fps == plan.fps else None
+    if begun is not None:
+        at_hand = begun.latents.shape[2]
+        return _Given(begun.num_frames, at_hand, begun.num_latents - at_hand, begun.frames_ahead)
+    t, count = folder.components["vae"].config.strides.t, round(num_frames * plan.fps / fps)
+    num_latents = 1 + max(count - 1, 0) // t
+    at_hand = min(TAIL_FRAMES, num_latents)
+    return _Given(max(count, 1), at_hand, num_latents - at_hand, is_encoded=True)
+
+
+@lru_cache(maxsize=8)
+def _read_given(path: str, _stamp: int) -> tuple[dict[str, Any] | None, float, Fraction]:
+    """A file's recipe, frames and rate, from its header; setups are compared by the dozen."""
+    facts = probe(path)
+    stream: dict[str, Any] = next(
+        (s for s in facts["streams"] if s["type"] in ("video", "picture")), {}
+    )
+    try:
+        fps = Fraction(stream.get("fps") or 25)
+    except ValueError:  # a container may not tell
+        fps = Fraction(25)
+    num_frames = stream.get("num_frames") or facts.get("duration_s", 0) * fps
+    return read_recipe(path), max(num_frames, 1), fps

@@ -1,0 +1,1 @@
+"""Several devices for one clip: a crew of processes that denoise and decode together."""

@@ -1,0 +1,376 @@
+"""Several devices for one clip: processes that lend this one a hand in denoising and decoding.
+
+This process, rank 0, runs the pipeline as ever: it reads, plans, samples, keeps the journal and
+writes. The others hold the transformers and the VAE and wait for orders; `member` is what
+they run. So every task, window, sampler and journal works with any number of devices.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vidgen.core.errors import DeviceError, InputError
+from vidgen.core.request import MAX_DEVICES
+from vidgen.core.runtime import given_rank
+from vidgen.core.tensors import moved
+from vidgen.core.values import check_whole
+from vidgen.diffusion.guidance import guided
+from vidgen.pipeline.devices.caches import collect, tie
+from vidgen.pipeline.devices.link import (
+    Division,
+    Link,
+    Share,
+    divide,
+    is_loss,
+    torchrun_place,
+)
+from vidgen.pipeline.devices.process import Child, end_all, find_failure
+from vidgen.pipeline.devices.stretches import room_for, stretches
+from vidgen.pipeline.networks import decode_latents, denoisers
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from vidgen.core.protocols import Denoise
+    from vidgen.core.shapes import Tiles
+    from vidgen.diffusion.cache import StepCaches
+    from vidgen.diffusion.condition import LatentState
+    from vidgen.pipeline.experts import Loras
+    from vidgen.pipeline.networks import Contexts
+    from vidgen.pipeline.parts import Parts
+    from vidgen.pipeline.plan import Plan
+    from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.quantize import Quantization
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 5.0
+"""How long a rank that is to leave, or whose end is suspected, is waited for."""
+
+
+class Crew:
+    """Rank 0's side; `start_crew` makes it.
+
+    Args:
+        link: to the others.
+        children: their processes, where this one started them.
+        shard: spread the transformers' weights over the devices.
+    """
+
+    def __init__(self, link: Link, children: Sequence[Child], *, shard: bool) -> None:
+        self.link, self.size, self.shard = link, link.size, shard
+        self._children, self._num_heads = children, 0
+        self._coming: _Coming | None = None
+        self._sampling: Share | None = None
+        self._remembered: Mapping[str, Tensor] = {}
+        self._end = weakref.finalize(self, _dissolve, link, children)
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """What the transformers' weights are spread over, or None."""
+        return self.link.mesh if self.shard else None
+
+    def open(self, folder: ModelFolder, quantize: Quantization | None) -> None:
+        """Have all open a model."""
+        self._num_heads = folder.components["transformer"].config.num_heads
+        self.order("open", str(folder.path), quantize, self.shard)
+        with self.together():
+            assert (self.mesh is not None) == self.shard  # all make it now
+
+    def facts(self, *, guided: bool) -> dict[str, Any]:
+        """What a recipe tells of the devices.
+
+        Raises:
+            InputError: more devices than can share this model.
+        """
+        division = divide(self.size, self._num_heads, guided=guided)
+        return {"count": self.size, **asdict(division), "shard": self.shard}
+
+    @contextmanager
+    def denoising(
+        self, parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras,
+        level: float, caches: StepCaches | None = None,
+    ) -> Iterator[Denoise]:
+        """The guided model over all devices; arguments as in `networks.denoising`.
+
+        Of `caches` this process keeps its own part.
+
+        Raises:
+            InputError: another clip is being sampled.
+            DeviceError: a device failed; the engine can't be used any more.
+        """
+        self._require_alive()
+        if self._sampling is not None:
+            raise InputError("these devices are at another clip; generate in turns")
+        division = divide(self.size, self._num_heads, guided=len(contexts) > 1)
+        share = Share(plan, state, contexts, loras, level, division, torch.get_num_threads())
+        if caches is not None:
+            self._remembered = {name: each.cpu() for name, each in caches.state().items()}
+            share = replace(share, caches=replace(caches, memories={}, taken=[]),
+                            remembered=self._remembered)
+        ranks = self.link.ranks(division)
+        with denoisers(
+            parts, plan, state, division.contexts(contexts, 0), loras, level, ranks, caches
+        ) as own:
+            self.order("begin", parts.dtype, parts.offload, moved(share, "cpu"))
+            if caches is not None:
+                tie(caches, self.link, division, moved(self._remembered, self.link.device),
+                    shard=self.shard)
+            self._sampling = replace(share, caches=caches)
+            try:
+                yield _guided(_Call(self, own, division), share)
+            finally:
+                self._sampling, self._remembered = None, {}
+                if not self.link.broken:
+                    self.order("end")
+
+    def remembered(self) -> Mapping[str, Tensor]:
+        """What all ranks' step caches remember, on the CPU, inside `denoising` after a step.
+
+        Only a step that was computed leaves them anything new but numbers.
+        """
+        assert self._sampling is not None
+        caches, division = self._sampling.caches, self._sampling.division
+        assert caches is not None
+        if caches.taken[-1][1]:
+            self.order("remember")
+            with self.together():
+                self._remembered = collect(caches, self.link, division)
+        return {**self._remembered, **caches.state(numbers_only=True)}
+
+    def decode(
+        self, parts: Parts, latents: Tensor, begin: int = 0, tiles: Tiles | None = None
+    ) -> Iterator[Tensor]:
+        """What `networks.decode_latents` gives, a stretch decoded by each device.
+
+        Raises:
+            DeviceError: a device failed; the engine can't be used any more.
+        """
+        self._require_alive()
+        strides = parts.folder.components["vae"].config.strides
+        shape = (latents.shape[0], 3, strides.t, *(side * strides.hw for side in latents.shape[3:]))
+        with parts.use("vae") as vae:
+            back = vae.receptive_frames - 1
+            mine, *others = stretches(begin, latents.shape[2], self.size, back)
+            theirs = [(first, end) for first, end in others if end > first]
+            slices = [(latents[:, :, max(0, first - back) : end].cpu(), min(first, back))
+                      for first, end in theirs]
+            coming: Iterable[Tensor] = ()
+            if slices:
+                self.order("decode", parts.dtype, parts.offload, slices, tiles)
+                sizes = [end - first for first, end in theirs]
+                coming = self._coming = _Coming(self, sizes, shape, parts.dtype_of("vae"))
+            yield from decode_latents(parts, latents, *mine, tiles)
+            yield from coming
+
+    def close(self) -> None:
+        """Let the others go; an engine with this crew can't be used any more."""
+        if self._end.alive and self._coming is not None and not self.link.broken:
+            self._coming.take_all()
+        self._end()
+
+    def order(self, *what: Any) -> None:
+        """Have the others do something.
+
+        Raises:
+            DeviceError: they can't any more.
+        """
+        self._require_alive()
+        if self._coming is not None:  # a clip that is half decoded: its frames are taken in first
+            self._coming.take_all()
+            self._coming = None
+        with self.together():
+            self.link.order(*what)
+
+    def _require_alive(self) -> None:
+        if not self._end.alive:
+            raise DeviceError("the other devices are gone; load the model again")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that all ranks do at once; where it breaks off, none of them can go on.
+
+        Raises:
+            DeviceError: names the rank that failed, and why.
+        """
+        try:
+            yield
+        except BaseException as error:
+            reason = None
+            if is_loss(error):
+                reason = find_failure(self._children, self.link.store, GRACE_S)
+                reason = reason or f"the devices lost each other: {error}"
+            self.link.broken = True
+            self._end()
+            if reason is not None:
+                raise DeviceError(reason) from error
+            raise
+
+
+def start_crew(
+    devices: int | None, device: torch.device, *, shard: bool | None = False,
+    offload: str | None = None, quantize: Quantization | None = None,
+) -> Crew | None:
+    """Start the other processes, or join those that torchrun started; None for one device.
+
+    Args:
+        devices: how many there are to be, this one included; None is 1.
+        device: this process's.
+        shard: spread the transformers' weights over the devices.
+        offload: how the networks are to be held.
+        quantize: what their weights are to become.
+
+    Raises:
+        InputError: more devices than there are, or than torchrun started; choices that don't go
+            together.
+        DeviceError: one that failed while it started.
+    """
+    if devices is None or devices == 1:
+        if shard:
+            raise InputError("shard spreads weights over devices; give --devices 2 or more")
+        return None
+    check_whole("devices", devices, 1, MAX_DEVICES)
+    shard = bool(shard)
+    if shard and (quantize or offload == "block"):
+        raise InputError("weights that are spread over devices can be neither int8 nor read block "
+                         "by block; leave --shard out, or the other")
+    given = given_rank()
+    here = devices if given is None else int(os.environ.get("LOCAL_WORLD_SIZE", devices))
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and here > count:
+        raise InputError(f"devices is {devices}, but torch sees {count} here; give {count} or "
+                         "fewer")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"several devices can be CPUs or CUDA devices, not {device.type}")
+    if dist.is_initialized():
+        raise InputError("torch.distributed is in use in this process already; close the other "
+                         "engine, or load with devices=1")
+    if given is None:
+        return _start_local(devices, device, shard=shard)
+    if given[1] != devices:
+        raise InputError(f"torchrun started {given[1]} processes, devices is {devices}; the two "
+                         "must be the same")
+    return Crew(Link(*torchrun_place(), device, local=False), (), shard=shard)
+
+
+def devices_of(crew: Crew | None) -> dict[str, Any]:
+    """How an engine was loaded, as options of a request."""
+    return {"devices": 1, "shard": False} if crew is None else (
+        {"devices": crew.size, "shard": crew.shard})
+
+
+def _start_local(devices: int, device: torch.device, *, shard: bool) -> Crew:
+    if device.type == "cpu":
+        log.warning("%d devices on a CPU are processes that share its cores", devices)
+    store = dist.TCPStore("127.0.0.1", 0, devices, is_master=True, wait_for_workers=False)
+    children = [Child(rank, store.port, devices, device.type) for rank in range(1, devices)]
+    try:
+        while not store.check([f"here/{child.rank}" for child in children]):
+            reason = find_failure(children, store)
+            if reason is not None:
+                raise DeviceError(reason)
+            time.sleep(0.02)
+        return Crew(Link(store, 0, devices, device, local=True), children, shard=shard)
+    except BaseException:
+        end_all(children)
+        raise
+
+
+def _guided(call: _Call, share: Share) -> Denoise:
+    """The model under guidance, if there is any."""
+    def conditional(latents: Tensor, sigma: Tensor) -> Tensor:
+        return call(latents, sigma, 0)[0]
+
+    if len(share.contexts) == 1:
+        return conditional
+    return guided(
+        conditional, lambda latents, sigma: call(latents, sigma, 1)[0], share.plan.guidance,
+        denoise_mask=share.state.generated,
+        both=lambda latents, sigma: call(latents, sigma, 0, 1),
+    )
+
+
+class _Call:
+    """One call of the model on all devices: broadcast, compute, bring together."""
+
+    def __init__(self, crew: Crew, own: list[Denoise], division: Division) -> None:
+        self._crew, self._own, self._division = crew, own, division
+
+    def __call__(self, latents: Tensor, sigma: Tensor, *wanted: int) -> tuple[Tensor, ...]:
+        """Velocities [B, C, F, h, w] under the wanted ones of the contexts."""
+        crew = self._crew
+        crew.order("denoise", latents.shape, latents.dtype, sigma.cpu(), wanted)
+        with crew.together():
+            dist.broadcast(latents.contiguous(), src=0)
+            found = {
+                which: self._own[which](latents, sigma)
+                for which in self._division.turns(wanted, 0, shard=crew.shard)
+            }
+            if self._division.guidance == 2 and 1 in wanted:
+                found[1] = torch.empty_like(latents)
+                dist.recv(found[1], src=self._division.sequence)
+        return tuple(found[which] for which in wanted)
+
+
+class _Coming:
+    """What the other ranks decode meanwhile, in order; of one clip at a time.
+
+    Args:
+        crew: whose ranks send.
+        sizes: chunks that rank 1, 2, ... sends.
+        shape: of each chunk.
+        dtype: of each chunk.
+    """
+
+    def __init__(
+        self, crew: Crew, sizes: list[int], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        self._crew, self._shape, self._dtype = crew, shape, dtype
+        self._senders = deque(rank for rank, size in enumerate(sizes, 1) for _ in range(size))
+        self._taken: deque[Tensor] = deque()
+        crew.link.owed = bool(self._senders)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self._taken or self._senders:
+            yield self._taken.popleft() if self._taken else self._receive(self._room(1)[0])
+
+    def take_all(self) -> None:
+        """Take in what is still to come, so that the ranks are free for something else."""
+        for room in self._room(len(self._senders)):
+            self._taken.append(self._receive(room))
+
+    def _room(self, count: int) -> Sequence[Tensor]:
+        each = torch.Size(self._shape).numel() * self._dtype.itemsize
+        return room_for(count * each).split(each) if count else ()
+
+    def _receive(self, room: Tensor) -> Tensor:
+        with self._crew.together():
+            dist.recv(room, src=self._senders.popleft())
+        self._crew.link.owed = bool(self._senders)
+        return room.view(self._dtype).view(self._shape)
+
+
+def _dissolve(link: Link, children: Sequence[Child]) -> None:
+    """Let the others go, or end them."""
+    if not (link.broken or link.owed):
+        with suppress(RuntimeError):
+            link.order("close")
+            for child in children:
+                child.wait(GRACE_S)
+    end_all(children)
+    with suppress(RuntimeError):
+        link.leave()

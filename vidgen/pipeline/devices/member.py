@@ -1,0 +1,189 @@
+"""What the processes beside rank 0 run: they open the model and do what they are told.
+
+`crew.start_crew` starts them as `python -m vidgen.pipeline.devices.member PORT RANK SIZE cpu|cuda`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vidgen.core.tensors import moved
+from vidgen.pipeline.devices.caches import collect, tie
+from vidgen.pipeline.devices.link import (
+    FAILURE,
+    LOST,
+    TIMEOUT,
+    Link,
+    Share,
+    is_loss,
+    torchrun_place,
+)
+from vidgen.pipeline.devices.stretches import room_for
+from vidgen.pipeline.networks import decode_latents, denoisers
+from vidgen.pipeline.parts import EXPERTS, Offload, Parts
+from vidgen.weights.folder import ModelFolder, open_model
+
+if TYPE_CHECKING:
+    from vidgen.core.shapes import Tiles
+    from vidgen.diffusion.cache import StepCaches
+    from vidgen.weights.quantize import Quantization
+
+
+class Member:
+    """One rank's answers to orders; each order is a method of the same name.
+
+    Args:
+        link: to the others.
+    """
+
+    parts: Parts | None = None
+    _caches: StepCaches | None = None
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._sampling = ExitStack()
+
+    def open(self, model: str, quantize: Quantization | None, shard: bool) -> None:
+        """Open the networks that rank 0 wants help with; they are loaded when they are used."""
+        if self.parts is not None:
+            self.parts.close()
+            self.parts = None
+        folder = open_model(model)
+        assert isinstance(folder, ModelFolder)
+        helping = {role: part for role, part in folder.components.items()
+                   if role in (*EXPERTS, "vae")}
+        self._folder, self._quantize = replace(folder, components=helping), quantize
+        self._mesh = self._link.mesh if shard else None
+
+    def begin(self, dtype: torch.dtype, offload: Offload, share: Share) -> None:
+        """Get ready to denoise a clip."""
+        torch.set_num_threads(share.threads)
+        parts = self._set_up(dtype, offload)
+        own, link = moved(share, self._link.device), self._link
+        division = self._division = own.division
+        self._caches = own.caches
+        if own.caches is not None:
+            tie(own.caches, link, division, own.remembered, shard=self._mesh is not None)
+        self._denoisers = self._sampling.enter_context(denoisers(
+            parts, own.plan, own.state, division.contexts(own.contexts, link.rank), own.loras,
+            own.level, link.ranks(division), own.caches,
+            branches=division.branches(link.rank),
+        ))
+
+    @torch.no_grad()
+    def denoise(
+        self, shape: torch.Size, dtype: torch.dtype, sigma: Tensor, wanted: tuple[int, ...]
+    ) -> None:
+        """Compute this rank's part of a velocity; the first of a group hands it over."""
+        device, rank, division = self._link.device, self._link.rank, self._division
+        latents = torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(latents, src=0)
+        for which in division.turns(wanted, rank, shard=self._mesh is not None):
+            velocity = self._denoisers[which](latents, sigma.to(device))
+            if division.guidance == 2 and 1 in wanted and rank == division.sequence:
+                dist.send(velocity.contiguous(), dst=0)
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Give rank 0 what this rank's step caches remember."""
+        assert self._caches is not None
+        collect(self._caches, self._link, self._division)
+
+    def end(self) -> None:
+        """The clip is denoised."""
+        self._sampling.close()
+        self._caches = None
+
+    def decode(
+        self, dtype: torch.dtype, offload: Offload, slices: list[tuple[Tensor, int]],
+        tiles: Tiles | None,
+    ) -> None:
+        """Decode this rank's slice of latents [B, C, F, h, w] but its first frames, and send it."""
+        if self._link.rank > len(slices):
+            return
+        parts = self._set_up(dtype, offload)
+        latents, skipped = slices[self._link.rank - 1]
+        room, sent = None, []
+        for index, video in enumerate(decode_latents(parts, latents, skipped, tiles=tiles)):
+            made = video.contiguous().view(-1).view(torch.uint8)
+            if room is None:  # rank 0 may be long in coming to it
+                room = room_for((latents.shape[2] - skipped) * made.numel()).split(made.numel())
+            sent.append(dist.isend(room[index].copy_(made), dst=0))
+        for work in sent:
+            work.wait()
+
+    def _set_up(self, dtype: torch.dtype, offload: Offload) -> Parts:
+        """The networks, held as rank 0 holds them."""
+        old = self.parts
+        if old is not None and (old.dtype, old.offload) == (dtype, offload):
+            return old
+        if old is not None:
+            old.close()
+        self.parts = Parts(
+            self._folder, self._link.device, dtype, offload, self._quantize, self._mesh
+        )
+        return self.parts
+
+
+def serve(link: Link) -> None:
+    """Do what rank 0 orders until it says that this is all."""
+    member = Member(link)
+    try:
+        while True:
+            order, *details = link.await_order()
+            if order == "close":
+                break
+            getattr(member, order)(*details)
+    except BaseException as error:  # whatever it is, rank 0 tells of it
+        if is_loss(error):
+            sys.exit(LOST)
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        link.store.set(FAILURE, f"device {link.rank} of {link.size} failed: {text}")
+        raise
+    link.leave()
+
+
+def join_torchrun() -> None:
+    """Be a member of the crew that torchrun started, to its end."""
+    store, rank, size = torchrun_place()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    serve(Link(store, rank, size, device, local=False))
+
+
+def _leave_with_parent() -> None:
+    sys.stdin.buffer.read()  # ends when the parent does
+    os._exit(1)
+
+
+def _main(port: str, rank: str, size: str, kind: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is rank 0's, which ends this process
+    logging.basicConfig(level=logging.ERROR)
+    warnings.simplefilter("ignore")  # rank 0 gives the same
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    store = dist.TCPStore("127.0.0.1", int(port), int(size), is_master=False, timeout=TIMEOUT)
+    store.set(f"here/{rank}", b"")
+    device = torch.device(kind)
+    if kind == "cuda":
+        device = torch.device("cuda", int(rank))
+        torch.cuda.set_device(device)
+    serve(Link(store, int(rank), int(size), device, local=True))
+    os._exit(0)  # without the seconds it takes to take down what was imported
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

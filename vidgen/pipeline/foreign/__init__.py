@@ -1,0 +1,1 @@
+"""Other families through diffusers' pipelines, behind our own request and clip."""

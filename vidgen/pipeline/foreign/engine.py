@@ -1,0 +1,278 @@
+"""Other families (LTX-Video, HunyuanVideo, CogVideoX, ...) behind our own request and clip.
+
+One adapter over the pipelines of diffusers, led by the signature of their call, so that a family
+nobody has heard of mostly works:
+
+    read the pictures -> settle the request -> call the pipeline -> decode when frames are wanted
+
+A journal keeps what the pipeline gave, and the segments that were encoded since.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vidgen.core.request import Request
+from vidgen.core.runtime import megabytes
+from vidgen.media.clip import Clip
+from vidgen.media.encode import Frames
+from vidgen.media.label import with_label
+from vidgen.media.provenance import stamped
+from vidgen.media.read import fit
+from vidgen.media.sound import RATE
+from vidgen.media.write import ClipInfo
+from vidgen.pipeline.foreign.decode import decode_all, peak_bytes
+from vidgen.pipeline.foreign.journal import Made, as_settled, keep_made, kept_made, with_plan
+from vidgen.pipeline.foreign.pipe import ForeignPipe, lent
+from vidgen.pipeline.foreign.plan import (
+    Abilities,
+    ForeignPlan,
+    make_foreign_plan,
+    make_scheduler,
+    settle,
+)
+from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.journal.recall import journals_of, recall
+from vidgen.pipeline.opened import require_own
+from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.policy import Policy, enforce
+from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.rewrite import settle_prompt
+from vidgen.pipeline.sound.soundtrack import Soundtrack, make_soundtrack
+from vidgen.pipeline.video import Progress, to_frames
+from vidgen.weights.folder import ForeignFolder
+
+log = logging.getLogger(__name__)
+
+
+class ForeignEngine:
+    """Another family's model, ready to generate.
+
+    Args:
+        folder: with the name of its pipeline's class.
+        device: where it computes.
+        dtype: "fp32", "bf16" or "fp16".
+        offload: "none" keeps all of it on the device, "stage" one component and "block" one layer
+            at a time; on the CPU all three are the same.
+        loader: class of diffusers that loads the folder, instead of the one the folder names.
+        policy: refuses prompts.
+
+    Raises:
+        ModelError: a class that this diffusers doesn't have, or files missing or damaged.
+    """
+
+    def __init__(
+        self, folder: ForeignFolder, device: torch.device, dtype: str, offload: str = "none",
+        *, loader: Any = None, policy: Policy | None = None,
+    ) -> None:
+        self.folder, self.device, self.dtype, self.offload = folder, device, dtype, offload
+        self.policy = policy
+        self.pipe = ForeignPipe(folder, device, DTYPES[dtype], offload, loader)
+
+    def generate(
+        self,
+        prompt: str | Request,
+        *,
+        on_event: Callable[[Progress], None] | None = None,
+        journal: Journal | Sequence[Journal] | None = None,
+        **options: Any,
+    ) -> Clip | list[Clip]:
+        """Make a clip, or a list of them where `count` is over 1; see `Engine.generate`.
+
+        A clip whose denoising was stopped starts anew from its journal; one whose pipeline was
+        done goes on behind the finished segments.
+
+        Raises:
+            InputError: what this family can't honour, with what it can.
+        """
+        request = Request.of(prompt, options)
+        enforce(self.policy, request)
+        tell = on_event or (lambda _progress: None)
+        journals = journals_of(journal, request.count)
+        request, rewritten = settle_prompt(recall(request, journals), journals)
+        enforce(self.policy, request)
+        request, inputs = self._read(request)
+        shown = (option for option in ("video", "image") if getattr(request, option) is not None)
+        pipe = self.pipe.taking(next(shown, None))
+        able = Abilities(pipe)
+        scheduler = make_scheduler(pipe.scheduler, request)
+        first = make_foreign_plan(request, inputs, able, scheduler)
+        plans = [replace(first, seed=first.seed + index) for index in range(request.count)]
+        recipes, track = self._recipes(plans, request, inputs, able, journals, rewritten)
+        if not all(kept.finished for kept in journals):
+            self._warn_of_peak(first)
+
+        clips = []
+        for index, (plan, recipe, kept) in enumerate(zip(plans, recipes, journals, strict=True), 1):
+            if kept.finished:
+                clips.append(kept.clip())
+                continue
+
+            def report(stage: Any, done: int, total: int, clip: int = index) -> None:
+                tell(Progress(stage, done, total, clip, request.count))
+
+            def on_step(
+                done: int, total: int, kept: Journal = kept, report: Any = report
+            ) -> None:
+                kept.keep_job()
+                report("sample", done, total)
+
+            with kept.running(recipe):
+                made = kept_made(kept)
+                if made is None:
+                    report("prompt", 0, 1)
+                    arguments = self._arguments(plan, request, inputs, able)
+                    with lent(pipe, able, plan, scheduler, on_step):
+                        given = self.pipe.call(pipe, plan, arguments)
+                    made = Made.of(self.pipe.own, *given, is_image=able.is_image)
+                    keep_made(kept, made)
+                settled = self._settled(plan, request, able, made)
+                track = self._soundtrack(request, settled, able, track)
+                whole = with_plan(recipe, settled) | track.facts
+                kept.keep_recipe(whole)
+                clip = self._clip(settled, whole, able, made, kept)
+                clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))
+        return clips if request.count > 1 else clips[0]
+
+    def _recipes(
+        self, plans: Sequence[ForeignPlan], request: Request, inputs: Inputs, able: Abilities,
+        journals: Sequence[Journal], rewritten: dict[str, Any],
+    ) -> tuple[list[dict[str, Any]], Soundtrack | None]:
+        """Each clip's recipe, as far as it is settled, and their sound where that can be.
+
+        Raises:
+            InputError: a journal is another clip's.
+        """
+        recipes, track = [], None
+        for plan, kept in zip(plans, journals, strict=True):
+            made = make_recipe(self, plan, request, inputs) | rewritten
+            recipe = as_settled(made, kept.recipe)
+            if (num_frames := recipe["plan"]["kept_frames"]) is not None:
+                known = replace(plan, kept_frames=num_frames)  # else it shows when it is made
+                track = self._soundtrack(request, known, able, track)
+                recipe |= track.facts
+            recipe = stamped(recipe, kept.recipe)
+            kept.check(recipe)
+            recipes.append(recipe)
+        return recipes, track
+
+    def _soundtrack(
+        self, request: Request, plan: ForeignPlan, able: Abilities, known: Soundtrack | None
+    ) -> Soundtrack:
+        """The sound of a clip, which another one's is where both are of one length."""
+        assert plan.kept_frames is not None
+        if known is not None and known.num_samples == round(plan.kept_frames / plan.fps * RATE):
+            return known
+        return make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=able.has_sound)
+
+    def _read(self, request: Request) -> tuple[Request, Inputs]:
+        """The request's pictures; a first frame that a model is to draw is drawn here."""
+        own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload}
+        require_own(request, self.folder, own)
+        able = Abilities(self.pipe.own)
+        able.refuse(request)
+        if request.first_frame_model is None:
+            return request, read_inputs(request)
+        from vidgen.pipeline.first_frame import with_first_frame
+
+        size = request.size or able.default_size() or (512, 512)
+        return with_first_frame(request, size, self.device, self.dtype)
+
+    def _warn_of_peak(self, plan: ForeignPlan) -> None:
+        if self.pipe.puts_off and plan.width and plan.height and (plan.num_frames or 1) > 1:
+            vae = self.pipe.own.vae
+            peak = peak_bytes(vae, plan.num_frames or 1, plan.height, plan.width)
+            if peak is not None:
+                log.warning(
+                    "%s has no temporal tiles: %d frames of %dx%d are decoded at once, in about "
+                    "%s beside the model", type(vae).__name__, plan.num_frames, plan.width,
+                    plan.height, megabytes(peak),
+                )
+
+    def _arguments(
+        self, plan: ForeignPlan, request: Request, inputs: Inputs, able: Abilities
+    ) -> dict[str, Any]:
+        """Arguments of the pipeline's call; a parameter left out takes its own default."""
+
+        def picture(pixels: Frames) -> Image.Image:
+            if plan.width and plan.height:
+                pixels = fit(pixels, plan.height, plan.width, plan.fit)  # type: ignore[arg-type]
+            return Image.fromarray(pixels)
+
+        wanted: dict[str, Any] = {
+            "prompt": plan.prompt, "negative_prompt": plan.negative,
+            "num_inference_steps": plan.num_steps, "guidance_rescale": plan.guidance_rescale,
+            "width": plan.width, "height": plan.height, "strength": plan.strength,
+            "latents": request.latents, able.guidance: plan.guidance_scale,
+            able.length: plan.num_frames,
+            able.rate: int(plan.fps) if plan.fps.denominator == 1 else float(plan.fps),
+        }
+        for option in ("image", "last_image"):
+            for pixels in inputs.images.get(option, ()):
+                wanted[option] = picture(pixels)
+        if request.video is not None:
+            assert inputs.video_fps is not None
+            assert plan.num_frames is not None
+            frames = video_frames(request.video, plan.num_frames, plan.fps, inputs.video_fps)
+            wanted["video"] = [picture(frame) for frame in frames]
+        given = {
+            name: value for name, value in wanted.items()
+            if name in able.defaults and value is not None
+        }
+        # Noise comes from the CPU, as ours does: the same on every device, alone or in a batch.
+        given["generator"] = torch.Generator("cpu").manual_seed(plan.seed)
+        return given | {"output_type": "np"}
+
+    def _settled(
+        self, plan: ForeignPlan, request: Request, able: Abilities, made: Made
+    ) -> ForeignPlan:
+        """The plan with the size and length of what was made."""
+        if made.frames is not None:
+            size = made.frames.shape[2], made.frames.shape[1]
+        else:
+            latents = made.decodings[0].latents
+            size = latents.shape[-1] * able.strides.hw, latents.shape[-2] * able.strides.hw
+        plan = settle(plan, *size, made.num_frames)
+        if request.frames is not None and (plan.kept_frames or 0) < request.frames:
+            log.warning("%s gave %d frames of the %d asked for", plan.pipeline, plan.kept_frames,
+                        request.frames)
+        return plan
+
+    def _clip(
+        self, plan: ForeignPlan, recipe: dict[str, Any], able: Abilities, made: Made,
+        journal: Journal,
+    ) -> Clip:
+        """A lazy clip over the decodings that were put off, or the frames that there are."""
+        kept = plan.kept_frames
+        assert kept is not None
+        assert plan.width is not None
+        assert plan.height is not None
+
+        def chunks(start: int = 0) -> Iterator[Frames]:
+            if start >= kept:
+                return
+            if made.frames is not None:
+                yield made.frames[start:kept]
+                return
+            places = (made.cut + start, made.cut + kept)
+            for video in decode_all(self.pipe.own.vae, made.decodings, self.device, *places):
+                yield to_frames(video[0]).numpy()
+
+        sound = made.sound
+        if sound is not None:
+            sound = sound[: round(float(kept / plan.fps) * made.sound_rate)]
+        info = ClipInfo(
+            fps=plan.fps, size=(plan.width, plan.height), num_frames=kept, sound=sound,
+            sound_rate=made.sound_rate, recipe=recipe, stride_t=able.strides.t,
+        )
+        is_labelled = recipe["request"].get("label") == "visible"
+        source = with_label(chunks, info.size, plan.fps) if is_labelled else chunks
+        return Clip(source, info, made.latents, journal)

@@ -1,0 +1,213 @@
+"""Pipelines of diffusers: loaded, placed, lent a request's settings, and called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from vidgen.core.errors import InputError, ModelError
+from vidgen.pipeline.foreign.decode import (
+    Decode,
+    decoding_put_off,
+    prepare_vae,
+    shown_frames,
+)
+from vidgen.pipeline.foreign.plan import SIBLINGS, Abilities, ForeignPlan, check_multiple
+from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.quantize import quiet_torchao
+
+Tell = Callable[[int, int], None]
+"""Told of steps done and in all."""
+
+
+class ForeignPipe:
+    """A folder's pipeline, and those over the same weights that take a picture or clip as well.
+
+    Args:
+        folder: with the name of the pipeline's class.
+        device: where it computes.
+        dtype: of the weights.
+        offload: "none", "stage" or "block".
+        loader: what loads the folder; `DiffusionPipeline` takes the class that the folder names.
+
+    Raises:
+        ModelError: a class that this diffusers doesn't have, or files missing or damaged.
+    """
+
+    def __init__(
+        self, folder: ForeignFolder, device: torch.device, dtype: torch.dtype, offload: str,
+        loader: Any = None,
+    ) -> None:
+        self.folder, self.device, self.offload = folder, device, offload
+        self.own = _load(folder, dtype, loader)
+        self._placed: Any = None
+        self.puts_off = hasattr(getattr(self.own, "vae", None), "decode")
+        if self.puts_off:
+            prepare_vae(self.own.vae)
+
+    def taking(self, option: str | None) -> Any:
+        """The pipeline that takes a picture or clip given as `option`, on its device."""
+        import diffusers
+
+        sibling = SIBLINGS.get((type(self.own).__name__, option))
+        pipe = self.own if sibling is None else getattr(diffusers, sibling)(**self.own.components)
+        if pipe is not self._placed:
+            self._place(pipe)
+            self._placed = pipe
+        return pipe
+
+    def _place(self, pipe: Any) -> None:
+        if self.device.type != "cuda" or self.offload == "none":
+            pipe.to(self.device)
+            return
+        try:
+            if self.offload == "stage":
+                pipe.enable_model_cpu_offload(device=self.device)
+            else:
+                pipe.enable_sequential_cpu_offload(device=self.device)
+        except ImportError as error:
+            raise ModelError(f"offload {self.offload!r} needs accelerate: {error}; "
+                             "pip install accelerate") from error
+
+    def call(
+        self, pipe: Any, plan: ForeignPlan, arguments: dict[str, Any]
+    ) -> tuple[Any, list[Decode], int]:
+        """What the pipeline answers, the decodings put off, and how many frames it then cuts.
+
+        Raises:
+            InputError: what the pipeline itself refuses.
+            ModelError: out of memory.
+        """
+        able = Abilities(pipe)
+
+        def length(latents: torch.Tensor) -> int:
+            if plan.num_frames is not None and (plan.num_frames - 1) % able.strides.t:
+                return plan.num_frames  # against the causal rule, but so the pipeline has it
+            return 1 + (latents.shape[2] - 1) * able.strides.t
+
+        try:
+            if not self.puts_off or able.is_image:
+                return pipe(**arguments), [], 0
+            with decoding_put_off(pipe.vae, length) as noted:
+                output = pipe(**arguments)
+            shown = shown_frames(output[0][0]) if noted else None
+            if shown is not None and (len(noted) == 1 or not noted[0].is_video):
+                return output, noted, shown.start
+            # It builds on decoded frames, or changes them afterwards: decoding can't wait.
+            self.puts_off = False
+            arguments["generator"].manual_seed(plan.seed)
+            return pipe(**arguments), [], 0
+        except ValueError as error:
+            rule = re.search(r"divisible by (\d+)", str(error))
+            if rule is not None:
+                check_multiple(plan, int(rule[1]))
+            raise InputError(f"{plan.pipeline} refuses this: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"{plan.pipeline} ran out of memory at {plan.width}x{plan.height}; "
+                             "give --offload stage or block, or a smaller --size") from error
+        except RuntimeError as error:
+            if "latents" not in arguments:
+                raise
+            shape = list(arguments["latents"].shape)
+            raise InputError(f"latents of {shape} don't suit {plan.pipeline}: {error}; give them "
+                             "in the pipeline's own layout") from error
+
+
+class _StepBar:
+    """Stands in for a pipeline's progress bar, so that every family tells its steps."""
+
+    def __init__(self, iterable: Any, total: int | None, tell: Tell) -> None:
+        self._iterable, self._tell = iterable, tell
+        self._done, self._total = 0, len(iterable) if total is None else total
+
+    def __enter__(self) -> _StepBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._iterable:
+            yield item
+            self.update()
+
+    def update(self, count: int = 1) -> None:
+        """A step is done; raising from here stops the pipeline between two of them."""
+        self._done = min(self._done + count, self._total)
+        self._tell(self._done, self._total)
+
+
+@contextmanager
+def stepping(pipe: Any, tell: Tell) -> Iterator[None]:
+    """Have a pipeline tell its steps, and let the device go where one of them is the last."""
+    pipe.progress_bar = lambda iterable=None, total=None: _StepBar(iterable, total, tell)
+    try:
+        yield
+    except BaseException:
+        pipe.maybe_free_model_hooks()  # what was on the device for the step that never came
+        raise
+    finally:
+        del pipe.progress_bar
+
+
+@contextmanager
+def lent(
+    pipe: Any, able: Abilities, plan: ForeignPlan, scheduler: Any, tell: Tell
+) -> Iterator[None]:
+    """Lend a pipeline a request's scheduler, guidance and ear for its steps."""
+    own_scheduler, own_guider = pipe.scheduler, able.guider
+    pipe.scheduler = scheduler
+    if own_guider is not None:
+        pipe.guider = own_guider.new(guidance_scale=plan.guidance_scale)
+    try:
+        with stepping(pipe, tell):
+            yield
+    finally:
+        pipe.scheduler = own_scheduler
+        if own_guider is not None:
+            pipe.guider = own_guider
+
+
+def _load(folder: ForeignFolder, dtype: torch.dtype, loader: Any) -> Any:
+    import diffusers
+
+    version = diffusers.__version__
+    if getattr(diffusers, folder.class_name, None) is None:
+        raise ModelError(f"{folder.path} is a {folder.class_name}, which diffusers {version} "
+                         "doesn't have; install a newer diffusers")
+    damages = (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError)
+    try:
+        with quiet_torchao(), _no_bars():
+            pipe = (loader or diffusers.DiffusionPipeline).from_pretrained(
+                str(folder.path), dtype=dtype, use_safetensors=True, local_files_only=True
+            )
+    except damages as error:
+        raise ModelError(
+            f"{folder.path} can't be loaded as {folder.class_name} by diffusers {version}: "
+            f"{error}; copy it again, or install a newer diffusers"
+        ) from error
+    if not {"prompt", "image", "video"} & Abilities(pipe).defaults.keys():
+        raise ModelError(f"{folder.path} is a {folder.class_name}, which can't be told what to "
+                         "show; give a text-to-video, image-to-video or text-to-image model")
+    return pipe
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep both libraries' loading bars off the terminal, which is our own report's."""
+    from diffusers.utils import logging as diffusers_reports
+    from transformers.utils import logging as transformers_reports
+
+    shown = [r for r in (diffusers_reports, transformers_reports) if r.is_progress_bar_enabled()]
+    for reports in shown:
+        reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for reports in shown:
+            reports.enable_progress_bar()

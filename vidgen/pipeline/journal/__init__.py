@@ -1,0 +1,1 @@
+"""Kill and resume: what a running generation keeps, and how it goes on."""

@@ -1,0 +1,385 @@
+"""The journal of a generation: stopped or killed at any moment, it goes on where it was.
+
+    with journal.running(recipe, device):   # takes the job up, or begins it
+        journal.latents, journal.state      # what an earlier process came to
+        journal.on_step(info)               # after each step
+        journal.keep_latents(latents)       # before they are decoded
+    journal.segments(), journal.keep(...)   # while the clip is written
+    journal.close()                         # written: the job's folder goes
+
+What lies in the folder is told in `job.py`.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from vidgen.core.errors import OutputError
+from vidgen.core.protocols import SamplerState, StepInfo
+from vidgen.media.clip import Clip
+from vidgen.media.encode import Segment
+from vidgen.media.read import read_recipe
+from vidgen.pipeline.journal.job import (
+    JOB,
+    MADE,
+    SOUND,
+    STATE,
+    begin_job,
+    counted_paths,
+    differences,
+    job_facts,
+    job_folder,
+    kept_paths,
+    lock_job,
+    progress_text,
+    read_arrays,
+    read_job,
+    read_segment,
+    require_same,
+    segment_path,
+    sweep,
+    window_path,
+    write_arrays,
+    write_job,
+    write_segment,
+)
+from vidgen.pipeline.journal.state import as_array, read_kept, state_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vidgen.media.encode import Samples
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 50
+"""After a save the next waits 50 times as long as it took, and longer where others couldn't wait:
+2% of the time at most."""
+
+
+class Journal:
+    """Keeps a clip's making beside its output.
+
+    Args:
+        output: the file or folder to be written; None: a journal that keeps nothing.
+        resume: go on from what is there; without anything there, start.
+        overwrite: start anew whatever is there.
+
+    Attributes:
+        overwrite: whether the output may replace a file; a job remembers it.
+        state: where the sampler goes on from, on the device given to `running`; or None.
+        latents: [1, C, F, h, w] float32 of a finished sampler, on the same device; or None.
+        done: [1, C, n, h, w] float32 of the finished windows of a long clip, on the CPU; or None.
+        num_windows: how many of those windows there are.
+        num_frames: frames of the finished segments.
+
+    Raises:
+        OutputError: an unfinished job lies there, and neither was said; or a process is at it.
+    """
+    def __init__(
+        self, output: str | os.PathLike[str] | None, *, resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.output = None if output is None else Path(output)
+        self.folder = Path() if output is None else job_folder(output)
+        self.resume, self.overwrite = resume, overwrite
+        self.state: SamplerState | None = None
+        self.latents: Tensor | None = None
+        self.done: Tensor | None = None
+        self.num_windows = self._num_done = 0
+        self.num_frames = 0
+        self._num_segments = 0
+        self._latest: StepInfo | None = None
+        self._pending: list[Segment] = []
+        self._on, self._due_s, self._cost_s = False, 0.0, 0.0
+        self._is_worth_keeping = False
+        self._lock: TextIO | None = None
+        if self.unfinished and not (resume or overwrite):
+            facts = job_facts(self.folder)
+            if facts["running"]:
+                raise self._taken()
+            raise OutputError(
+                f"{self.output} is not finished ({progress_text(facts)}, kept in {self.folder}); "
+                "--resume goes on, --overwrite starts anew"
+            )
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is something to go on from."""
+        return self.output is not None and (self.folder / JOB).is_file()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what it hears of steps is kept."""
+        return self._on
+
+    @property
+    def finished(self) -> bool:
+        """Whether resuming finds the output there already, so that nothing is left to do."""
+        if self.output is None or not (self.resume and self.output.exists()):
+            return False
+        if not self.unfinished:
+            return True
+        made = read_recipe(self.output)  # a kill may have come after the file, before the end
+        return made is not None and not differences(made, self.recipe or {})
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """The recipe by which the job, or the finished output, is made; None for a fresh one.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        if not self.resume or self.output is None:
+            return None
+        if self.unfinished:
+            recipe: dict[str, Any] = read_job(self.folder)["recipe"]
+            return recipe
+        return read_recipe(self.output) if self.output.exists() else None
+
+    @contextmanager
+    def running(self, recipe: dict[str, Any], device: torch.device | str = "cpu") -> Iterator[None]:
+        """Take the job up, or begin it; on an exception keep what there is.
+
+        Args:
+            recipe: of the clip that is to be made.
+            device: for `state` and `latents`.
+
+        Raises:
+            InputError: the job is of another request, model or version (names what differs), or
+                damaged.
+            OutputError: another process works on it.
+        """
+        if self.output is not None:
+            self._take_up(recipe, device)
+        try:
+            yield
+        except BaseException:
+            self.pause()
+            raise
+
+    def take_state(self) -> SamplerState | None:
+        """`state`, once: of a long clip's windows only the first goes on from it."""
+        state, self.state = self.state, None
+        return state
+
+    def on_step(self, info: StepInfo) -> None:
+        """Hear of a step; its state is saved when that is cheap against the time since the last."""
+        if self._on:
+            self._latest = info
+            if self._is_due():
+                self._flush()
+
+    def keep_job(self) -> None:
+        """Keep the job from now on even with nothing in it but the recipe."""
+        self._is_worth_keeping = True
+
+    def keep_recipe(self, recipe: dict[str, Any]) -> None:
+        """Keep a recipe that settles what the job's own left open."""
+        if self._on:
+            with self._saving():
+                write_job(self.folder, recipe, overwrite=self.overwrite)
+
+    def keep_window(self, done: Tensor) -> None:
+        """Keep all so far, latents [1, C, n, h, w], when a window of a long clip is finished."""
+        self._latest = self.state = None
+        if self._on:
+            path = window_path(self.folder, self.num_windows)
+            new = done[:, :, self._num_done :]
+            self._save_state({"latents": new}, {"until": done.shape[2]}, path)
+            self.num_windows, self._num_done = self.num_windows + 1, done.shape[2]
+
+    def keep_sound(self, samples: Samples, rate: int) -> None:
+        """Keep what a model made for the clip: float32 [N, c], at a rate."""
+        self.keep_arrays(SOUND, {"samples": samples}, {"rate": rate})
+
+    def kept_sound(self) -> tuple[Samples, int] | None:
+        """What `keep_sound` kept, or None."""
+        kept = self.kept_arrays(SOUND, "samples")
+        return None if kept is None else (kept[0]["samples"], kept[1]["rate"])
+
+    def keep_arrays(self, name: str, arrays: Mapping[str, Any], facts: dict[str, Any]) -> None:
+        """Keep a file of arrays, with JSON data beside them."""
+        if self._on:
+            with self._saving():
+                write_arrays(self.folder / name, arrays, facts)
+
+    def kept_arrays(self, name: str, *names: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """What `keep_arrays` kept in a file, these names among it; or None."""
+        path = self.folder / name
+        return read_arrays(path, *names) if self._on and path.is_file() else None
+
+    def keep_latents(self, latents: Tensor, num_shown: int = 0) -> None:
+        """Keep the finished latents [1, C, F, h, w], before they are decoded.
+
+        Args:
+            latents: of the whole clip, or those at hand of one that goes on.
+            num_shown: frames of the clip that exist already, and aren't written again.
+        """
+        self._latest, self.latents = None, latents
+        if self._on:
+            facts = {"finished": True, "num_shown": num_shown}
+            self._save_state({"latents": latents}, facts, self.folder / STATE)
+
+    def segments(self) -> Iterator[Segment]:
+        """The finished segments, from the clip's start."""
+        return map(read_segment, kept_paths(self.folder, segment_path) if self.num_frames else ())
+
+    def keep(self, segment: Segment) -> None:
+        """Keep the next finished segment."""
+        if self._on:
+            self._pending.append(segment)
+            if self._is_due():
+                self._flush()
+
+    def pause(self) -> None:
+        """Save what isn't yet, as when the work stops; a job without anything to keep goes."""
+        self._flush()
+        if self._on and not (self._has_result or self.num_windows or self._is_worth_keeping):
+            self.close()
+        if self._on:
+            self._count_segments()
+        self._release()
+
+    def close(self) -> None:
+        """Remove the job: the clip is written."""
+        self.num_frames = self._num_segments = 0
+        self._pending, self._latest = [], None
+        if self.output is not None and self.folder.is_dir():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._release()
+
+    def clip(self) -> Clip:
+        """The clip of a finished output."""
+        assert self.output is not None
+        sweep(self.folder)  # a kill may have come after the file, before the end
+        self.close()
+        return Clip.from_file(self.output)
+
+    def check(self, recipe: dict[str, Any]) -> None:
+        """Refuse to go on with a job, or to pass an output for done, that another recipe made.
+
+        Raises:
+            InputError: names what differs.
+        """
+        old = self.recipe
+        if old is None and not self.finished:
+            return
+        there = self.folder if self.unfinished else self.output
+        assert there is not None
+        require_same(there, old, recipe)
+
+    @property
+    def _has_result(self) -> bool:
+        """Whether something of the clip itself is kept."""
+        return any((self.folder / name).is_file() for name in (STATE, MADE))
+
+    def _take_up(self, recipe: dict[str, Any], device: torch.device | str) -> None:
+        resumes = self.resume and self.unfinished
+        self.check(recipe)
+        if resumes:
+            self._check_output()
+        self._due_s = time.monotonic()
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._lock, self._on = lock_job(self.folder), True
+            if self._lock is not None:
+                weakref.finalize(self, self._lock.close)
+            sweep(self.folder)
+        except BlockingIOError:
+            raise self._taken() from None
+        except OSError as error:
+            self.give_up(error)
+        if resumes:
+            self._load(device)
+        elif self._on:
+            self._start(recipe)
+
+    def _taken(self) -> OutputError:
+        return OutputError(f"{self.output} is being made by another process; wait for it, or "
+                           "choose another name")
+
+    def _start(self, recipe: dict[str, Any]) -> None:
+        with self._saving():
+            begin_job(self.folder, recipe, overwrite=self.overwrite)
+        self._due_s += PATIENCE * self._cost_s  # put by for the finished latents, which won't wait
+
+    def _check_output(self) -> None:
+        assert self.output is not None
+        self.overwrite |= read_job(self.folder)["overwrite"]
+        if self.output.exists() and not self.overwrite:
+            raise OutputError(f"{self.output} exists and is another clip's than {self.folder}; "
+                              "move it away, or give --overwrite to start anew")
+
+    def _load(self, device: torch.device | str) -> None:
+        """Read the state and check the segments."""
+        kept = read_kept(self.folder, device)
+        self.state, self.latents = kept.state, kept.latents
+        self.done, self.num_windows, self._num_done = kept.done, kept.num_windows, kept.num_done
+        self._count_segments()
+
+    def _count_segments(self) -> None:
+        kept = counted_paths(self.folder, segment_path)
+        self._num_segments = len(kept)
+        self.num_frames = sum(read_segment(path).num_frames for path in kept)
+
+    def _is_due(self) -> bool:
+        return time.monotonic() >= self._due_s
+
+    def _flush(self) -> None:
+        """Write the latest state and the pending segments."""
+        if self._latest is not None:
+            info, self._latest = self._latest, None
+            facts = {"step": info.step, "num_steps": info.num_steps, "behind": self._num_done}
+            self._save_state(state_tensors(info.state), facts, self.folder / STATE)
+        pending, self._pending = self._pending, []
+        if pending:
+            with self._saving():
+                for index, segment in enumerate(pending, self._num_segments):
+                    write_segment(segment_path(self.folder, index), segment)
+            self._num_segments += len(pending)
+
+    def _save_state(self, tensors: Mapping[str, Tensor], facts: dict[str, Any], path: Path) -> None:
+        latents = tensors["latents"]
+        if latents.is_cuda:  # the steps that the device still computes aren't the save's cost
+            import torch
+
+            torch.cuda.synchronize(latents.device)
+        with self._saving():
+            arrays = {name: as_array(each) for name, each in tensors.items()}
+            write_arrays(path, arrays, facts)
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Measure a save, by which the next waits; one that fails is the last."""
+        start = time.monotonic()
+        try:
+            yield
+        except (OSError, OutputError) as error:
+            self.give_up(error)
+        self._cost_s = time.monotonic() - start
+        self._due_s = max(self._due_s, start) + (PATIENCE + 1) * self._cost_s
+
+    def give_up(self, reason: object) -> None:
+        """Go on without a journal, saying why: the output itself may still find room."""
+        self._on, self._latest, self._pending = False, None, []
+        log.warning("the journal of %s can't be kept on, so a kill from now on loses more: %s",
+                    self.output, reason)
+        if not self._has_result:
+            self.close()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+        self._lock, self._on = None, False

@@ -1,0 +1,63 @@
+"""What a request's journals say of it: one for each clip, and how an earlier run began."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vidgen.core.errors import InputError
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.plan import recorded_readings, recorded_tiles
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+
+log = logging.getLogger(__name__)
+
+
+def recall(request: Request, journals: Sequence[Journal]) -> Request:
+    """Bring back what jobs began with: the seed that was drawn, tiles, readings of words, the
+    thread count.
+
+    Raises:
+        InputError: a journal is damaged, or its thread count can't be had.
+    """
+    for index, journal in enumerate(journals):
+        recipe = journal.recipe or {}
+        if request.seed is None and "plan" in recipe:
+            request = replace(request, seed=recipe["plan"]["seed"] - index)
+        if request.tiles == "auto" and "tiles" in recipe.get("plan", ()):
+            request = replace(request, tiles=recorded_tiles(recipe["plan"]))
+        if request.readings == "auto" and "readings" in recipe.get("plan", ()):
+            request = replace(request, readings=recorded_readings(recipe["plan"]))
+        threads = recipe.get("machine", {}).get("threads")
+        if threads and journal.unfinished:
+            _use_threads(threads, journal)
+    return request
+
+
+def journals_of(journal: Journal | Sequence[Journal] | None, count: int) -> Sequence[Journal]:
+    """One journal a clip.
+
+    Raises:
+        InputError: another number of them than clips.
+    """
+    if journal is None:
+        return [Journal(None) for _ in range(count)]
+    journals = [journal] if isinstance(journal, Journal) else journal
+    if len(journals) != count:
+        raise InputError(f"{len(journals)} journals for {count} clips; give one for each")
+    return journals
+
+
+def _use_threads(threads: int, journal: Journal) -> None:
+    import torch
+
+    if torch.get_num_threads() == threads:
+        return
+    torch.set_num_threads(threads)
+    if torch.get_num_threads() != threads:
+        raise InputError(f"{journal.folder} began with {threads} threads, which can't be had here")
+    log.warning("%s goes on with %d threads, as it began", journal.output, threads)

@@ -1,0 +1,386 @@
+"""Clips of any length: windows of the model's trained length, each begun with what came before.
+
+A window is shown the clip's last latent frames as they are, known at sigma 0, and makes the next
+ones; pixels are never encoded where latents are at hand. All windows' latents are decoded in one
+stream. A file goes on from the last latents in its recipe, and its own frames stay untouched.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W pixel
+rows and columns.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+from vidgen.core.shapes import LatentShape, Strides, Tiles
+from vidgen.diffusion import condition, stacked
+from vidgen.diffusion.noise import draw_noise
+from vidgen.media.clip import Clip
+from vidgen.media.join import ContinuedClip
+from vidgen.media.label import bears_label, with_label
+from vidgen.media.read import read_recipe
+from vidgen.media.write import ClipInfo
+from vidgen.pipeline.devices.stretches import room_for
+from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.long.beginning import earlier_frames, read_beginning
+from vidgen.pipeline.long.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colours_of, make_tail
+from vidgen.weights.family import models_with
+
+if TYPE_CHECKING:
+    from vidgen.diffusion.condition import LatentState
+    from vidgen.media.clip import Keeper
+    from vidgen.media.encode import Frames
+    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.sound.own_sound import OwnSound
+    from vidgen.pipeline.video import Engine
+    from vidgen.weights.folder import ModelFolder
+
+log = logging.getLogger(__name__)
+
+OVERLAP = 3
+"""Latent frames that windows share where nobody says."""
+COLOUR_HOLD = 0.5
+MAX_SHIFT, MAX_GAIN = 0.15, 1.1
+"""Bounds of one window's correction, per latent channel: in its deviations, and of them."""
+
+Sample = Callable[["Plan", "LatentState"], Tensor]
+"""Denoise a window to its plan from its state: latents [1, C, F, h, w]."""
+
+
+def long_clip(engine: Engine, plan: Plan, request: Request, inputs: Inputs) -> LongClip | None:
+    """How to make a clip that one window doesn't hold, or that goes on from a file; else None.
+
+    Raises:
+        InputError: the model or an option can't go on beyond one window, an overlap as long as the
+            window, or a beginning that leaves nothing to make.
+    """
+    size = window_size(engine.folder, engine.vae_config.strides)
+    if request.prefix is None and plan.latents.num_frames <= size:
+        return None
+    _check(plan, request, engine.folder)
+    if request.overlap is not None and request.overlap >= size:
+        raise InputError(f"overlap is {request.overlap}; a window of this model has {size} latent "
+                         f"frames, give {size - 1} or fewer")
+    begun = None if request.prefix is None else read_beginning(engine, plan, request, inputs)
+    return LongClip(engine, plan, request, inputs, begun)
+
+
+def keeps_to_start(folder: ModelFolder, request: Request) -> bool:
+    """Whether windows behind a clip's first one are shown its first frame as a reference."""
+    return ANCHOR_TASK in folder.tasks and request.anchor is not False and not request.reference
+
+
+def window_size(folder: ModelFolder, strides: Strides) -> int:
+    """Latent frames of the longest clip that a model was trained on."""
+    return 1 + (folder.defaults.max_frames - 1) // strides.t
+
+
+def split_windows(first: int, total: int, size: int, overlap: int) -> list[tuple[int, int]]:
+    """Latent frames [start, stop) of each window that fill `first` to `total`.
+
+    Windows behind other frames begin `overlap` before what they add; the last is as short as it
+    can be.
+    """
+    windows, done = [], first
+    while done < total:
+        start = max(done - overlap, 0)
+        windows.append((start, min(start + size, total)))
+        done = windows[-1][1]
+    return windows
+
+
+def hold_colours(latents: Tensor, colours: Tensor, strength: float) -> Tensor:
+    """Bring a window's new latents back to the clip's colours, little by little to its end.
+
+    Each channel's mean and deviation are matched as in adaptive instance normalisation (Huang &
+    Belongie 2017, eq. 8), within bounds, and not at all where they join what was there.
+
+    Args:
+        latents: [1, C, F, h, w], the new ones.
+        colours: [2, C], mean and deviation of each channel to keep to.
+        strength: 0 leaves all as it is, 1 goes all the way.
+    """
+    if strength == 0:
+        return latents
+    mean, deviation = colours_of(latents).to(latents.device)
+    wanted_mean, wanted_deviation = colours.to(latents.device)
+    limit = MAX_SHIFT * wanted_deviation
+    shift = torch.clamp(strength * (wanted_mean - mean), -limit, limit)
+    gain = (wanted_deviation / deviation).pow(strength).clamp(1 / MAX_GAIN, MAX_GAIN)
+    mean, shift, gain = (values.view(1, -1, 1, 1, 1) for values in (mean, shift, gain))
+    ramp = torch.linspace(0, 1, latents.shape[2] + 1, device=latents.device)[1:]
+    return torch.lerp(latents, (latents - mean) * gain + mean + shift, ramp.view(1, 1, -1, 1, 1))
+
+
+@dataclass(frozen=True)
+class LongClip:
+    """A clip on its way that is made window by window.
+
+    Attributes:
+        engine: the model.
+        plan: of the whole clip.
+        request: whose conditions are met in the windows they fall into.
+        inputs: its pictures.
+        begun: what it goes on from, or None.
+    """
+
+    engine: Engine
+    plan: Plan
+    request: Request
+    inputs: Inputs
+    begun: Beginning | None = None
+
+    @cached_property
+    def windows(self) -> list[tuple[int, int]]:
+        """[start, stop) of each window, in latent frames from the first that is at hand."""
+        t, given, total = self._stride_t, self._num_given, self.plan.latents.num_frames
+        if self.begun is not None:
+            missing = self.plan.kept_frames - self.begun.num_frames - self.begun.frames_ahead
+            total = given + max(math.ceil(missing / t), 0)
+        size = window_size(self.engine.folder, self.engine.vae_config.strides)
+        overlap = self.request.overlap or min(OVERLAP, size - 1)
+        return split_windows(given, total, size, min(overlap, given or overlap))
+
+    def sample(
+        self,
+        sample: Sample,
+        done: Tensor | None = None,
+        keep: Callable[[Tensor], None] | None = None,
+        sound: OwnSound | None = None,
+    ) -> Tensor:
+        """All windows' latents, one after the other, behind those of the beginning.
+
+        A window depends on the seed, its place and the latents it is shown, never on how many
+        windows follow; so a longer clip begins as the shorter one did, up to its last window.
+
+        Args:
+            sample: denoises one window.
+            done: what `keep` was last told by an earlier run, to go on behind it.
+            keep: told of all latents so far after each window.
+            sound: what the picture is to follow.
+
+        Returns:
+            [1, C, F, h, w] float32 on the CPU.
+        """
+        given = self._num_given
+        end = self.windows[-1][1] if self.windows else given
+        latents = _room_for(replace(self.plan.latents, num_frames=end))
+        if self.begun is not None:
+            latents[:, :, :given] = self.begun.latents
+        count = given if done is None else done.shape[2]
+        if done is not None:
+            latents[:, :, :count] = done
+        for start, stop in self.windows:
+            if stop <= count:
+                continue
+            own, state = self._prepare(start, stop, num_known=count - start)
+            first = start + self.num_gone
+            if count > start:
+                state = self._show(state, latents[:, :, max(0, count - TAIL_FRAMES) : count],
+                                   count - start, first)
+                if (anchor := self._anchor(latents)) is not None:
+                    state = condition.reference(state, anchor.to(state.latents))
+            if sound is not None:
+                state = sound.beside(state, first)
+            picture, _ = state.apart(sample(own, state))
+            new = picture[:, :, count - start :]
+            if count:
+                hold = self.request.colour_hold
+                new = hold_colours(
+                    new, self._colours(latents), COLOUR_HOLD if hold is None else hold
+                )
+            latents[:, :, count:stop] = new.cpu()
+            count = stop
+            if keep is not None:
+                keep(latents[:, :, :count])
+        return latents
+
+    def clip(self, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None) -> Clip:
+        """A lazy clip of what `sample` made; its last latents are added to the recipe."""
+        plan, begun, t = self.plan, self.begun, self._stride_t
+        made = latents.shape[2] - self._num_given
+        colours = self._colours(latents)
+        info = ClipInfo(
+            fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
+            recipe=recipe, stride_t=t,
+        )
+        if begun is None:
+            ahead = plan.num_frames - plan.kept_frames
+            recipe["tail"] = make_tail(latents, made, ahead, colours, self._anchor(latents))
+            return self.engine.decode(plan, latents, recipe, journal)
+        total = begun.num_frames + begun.frames_ahead + made * t
+        recipe["hand_over"] = begun.hand_over
+        recipe["tail"] = make_tail(
+            latents, begun.num_latents + made, total - plan.kept_frames, colours,
+            self._anchor(latents),
+        )
+        skipped = 1 + (self._num_given - 1) * t - begun.frames_ahead
+
+        def added(start: int) -> Iterator[Frames]:
+            end = skipped + plan.kept_frames - begun.num_frames
+            return _frames(self.engine, latents, skipped + start, end, plan.tiles)
+
+        def whole(start: int = 0) -> Iterator[Frames]:
+            earlier = earlier_frames(plan, self.request, self.inputs)
+            yield from islice(earlier, start, None)
+            yield from added(max(0, start - begun.num_frames))
+
+        path = Path(os.fspath(self.request.prefix))  # type: ignore[arg-type]
+        label = self.request.label == "visible" and not bears_label(read_recipe(path))
+        same = self.inputs.prefix_fps == plan.fps and self.inputs.video_size == info.size
+        if same and self.inputs.prefix_is_plain:
+            return ContinuedClip(path, begun.num_frames, added, info, journal, label=label)
+        log.warning("%s: its frames are encoded once more, for another size, rate or timing",
+                    self.request.prefix)
+        source = with_label(whole, info.size, info.fps) if label else whole
+        return Clip(source, info, journal=journal)
+
+    @property
+    def _stride_t(self) -> int:
+        return self.engine.vae_config.strides.t
+
+    @property
+    def num_gone(self) -> int:
+        """Latent frames of the clip before the first that is at hand."""
+        return 0 if self.begun is None else self.begun.num_latents - self._num_given
+
+    @property
+    def num_shown(self) -> int:
+        """Frames of the clip that goes on, which stay as they are."""
+        return 0 if self.begun is None else self.begun.num_frames
+
+    @property
+    def _num_given(self) -> int:
+        return 0 if self.begun is None else self.begun.latents.shape[2]
+
+    def _colours(self, latents: Tensor) -> Tensor:
+        """What windows keep to: the beginning's colours, else those of the first window."""
+        if self.begun is not None:
+            return self.begun.colours
+        return colours_of(latents[:, :, : self.windows[0][1]])
+
+    def _anchor(self, latents: Tensor) -> Tensor | None:
+        """The first latent frame, [1, C, 1, h, w], where later windows are shown it."""
+        if not keeps_to_start(self.engine.folder, self.request):
+            return None
+        return latents[:, :, :1] if self.begun is None else self.begun.anchor
+
+    def _prepare(self, start: int, stop: int, num_known: int) -> tuple[Plan, LatentState]:
+        """A window's plan and state, with its share of the clip's noise and of the stills."""
+        plan, request, t, images = self.plan, self.request, self._stride_t, self.inputs.images
+        first_frame = start * t
+        if self.begun is not None:
+            start, stop = (n + self.num_gone for n in (start, stop))
+            last_known = self.begun.num_frames + self.begun.frames_ahead - 1
+            first_frame = start * t + last_known - (self.begun.num_latents - 1) * t
+        shape = replace(plan.latents, num_frames=stop - start)
+        own = replace(
+            plan, latents=shape, num_frames=1 + (stop - start - 1) * t,
+            kept_frames=plan.kept_frames - first_frame,
+        )
+        noise = request.latents
+        noise = draw_noise(plan.seed, shape, first_frame=start) if noise is None else (
+            noise[:, :, start:stop])
+        new_from = 1 + (num_known - 1) * t if num_known else 0
+        mine: dict[str, list[Any]] = {"reference": images.get("reference", []), "frame": []}
+        if num_known == 0:
+            mine["image"] = images.get("image", [])
+        if new_from < own.kept_frames <= own.num_frames:
+            mine["last_image"] = images.get("last_image", [])
+        stills = []
+        for (seconds, still), picture in zip(request.frame, images.get("frame", ()), strict=True):
+            moment = round(seconds * plan.fps)
+            condition.require_frame(moment, plan.num_frames)
+            if new_from <= moment - first_frame < own.num_frames:
+                stills.append((float((moment - first_frame) / plan.fps), still))
+                mine["frame"].append(picture)
+        asked = replace(request, latents=noise, prefix=None, frame=tuple(stills))
+        return own, self.engine.prepare(own, asked, Inputs(images=mine))
+
+    def _show(self, state: LatentState, past: Tensor, num_known: int, first: int) -> LatentState:
+        """Write the last `num_known` of the clip's latents into a window's state.
+
+        VACE reads known frames as a clip of their own whose first frame is encoded alone; all that
+        follow are the latents themselves.
+        """
+        known = past[:, :, -num_known:].to(state.latents)
+        if self.engine.folder.conditioning != "control":
+            return self._through_noise(condition.prefix(state, known), first)
+        t = self._stride_t
+        tiles = self.plan.tiles
+        parts = self.engine.decode_video(past, tiles=tiles)
+        decoded = torch.cat([part.float().cpu() for part in parts], dim=2)
+        video = decoded[:, :, -(1 + (num_known - 1) * t) :].clamp(-1, 1)
+        num_frames = 1 + (state.latents.shape[2] - state.num_references - 1) * t
+        grey = video.new_zeros(1, 3, num_frames - video.shape[2], *video.shape[3:])
+        kept = self.engine.encode_video(torch.cat([video, grey], dim=2), tiles)
+        kept[:, :, 1:num_known] = known[:, :, 1:]
+        return stacked.keep_beginning(state, kept, num_known)
+
+    def _through_noise(self, state: LatentState, first: int) -> LatentState:
+        """Blur what a window goes on from, where the model was taught to look through noise.
+
+        So its faults don't grow from window to window. The noise is that of the clip's latent
+        frames from `first`, the window's first one, on.
+        """
+        level = self.engine.folder.defaults.history_noise
+        if level == 0:
+            return state
+        shape = replace(self.plan.latents, num_frames=state.latents.shape[2])
+        noise = draw_noise(self.plan.seed, shape, stream="history", first_frame=first)
+        sigma = torch.tensor([level]).to(state.latents)
+        return condition.noise_known(state, sigma, noise.to(state.latents))
+
+
+def _check(plan: Plan, request: Request, folder: ModelFolder) -> None:
+    """Refuse models and options that are bound to one window."""
+    longest = folder.defaults.max_frames
+    if "extend" not in folder.tasks:
+        raise InputError(
+            f"{plan.num_frames} frames are more than {folder.name!r} makes at once; give "
+            f"--frames {longest} or fewer, or a model that goes on from its own latents: "
+            f"toybox, {', '.join(models_with('extend'))}"
+        )
+    for option in ("video", "mask", "control"):
+        if request.has(option) and request.has("prefix"):
+            raise InputError(f"{option} doesn't go with prefix, from which the clip follows; leave "
+                             "one of them out")
+        if request.has(option):
+            raise InputError(
+                f"{option} holds for one window of the model, {longest} frames at most; this clip "
+                f"has {plan.num_frames}: shorten it or leave {option} out"
+            )
+
+
+def _room_for(shape: LatentShape) -> Tensor:
+    """Zeros [1, C, F, h, w] on the CPU; in an unnamed file where they are many."""
+    _, C, F, h, w = shape.dims
+    flat = room_for(4 * F * C * h * w).view(torch.float32)
+    return flat.view(F, C, h, w).transpose(0, 1)[None]
+
+
+def _frames(
+    engine: Engine, latents: Tensor, start: int, end: int, tiles: Tiles | None
+) -> Iterator[Frames]:
+    """Frames uint8 [t, H, W, 3] of latents, numbers `start` to `end` of them."""
+    from vidgen.pipeline.video import to_frames
+
+    for video in engine.decode_video(latents, start, tiles) if start < end else ():
+        frames = to_frames(video[0])[: end - start].numpy()
+        start += len(frames)
+        yield frames
+        if start >= end:
+            return

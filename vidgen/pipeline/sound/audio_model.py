@@ -1,0 +1,132 @@
+"""Sound by another model: diffusers' text-to-audio pipelines, in memory only while they work.
+
+Axes: N samples, c channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vidgen.core.errors import InputError, ModelError
+from vidgen.pipeline.foreign.pipe import ForeignPipe, stepping
+from vidgen.pipeline.foreign.plan import defaults_of
+from vidgen.pipeline.parts import DTYPES
+from vidgen.weights.folder import ForeignFolder, open_model
+
+if TYPE_CHECKING:
+    from vidgen.media.encode import Samples
+
+LENGTHS = {
+    "StableAudioPipeline": "audio_end_in_s", "StableAudio3Pipeline": "duration",
+    "AudioLDM2Pipeline": "audio_length_in_s",
+}
+"""Pipelines, with the parameter of their call that is a length in seconds."""
+_MAX_S = {"StableAudio3Pipeline": 384.0, "AudioLDM2Pipeline": 600.0}
+_SETTINGS = ("num_inference_steps", "guidance_scale")
+
+
+@dataclass(frozen=True)
+class AudioModel:
+    """A text-to-audio model that is to make the sound of clips.
+
+    Attributes:
+        folder: as diffusers saves it.
+        prompt: what is to be heard.
+        seconds: of the clip.
+        device: where it computes.
+        dtype: of its weights: "fp32" on the CPU, where some of its parts know no other.
+        offload: "none", "stage" or "block".
+    """
+
+    folder: ForeignFolder
+    prompt: str
+    seconds: float
+    device: torch.device
+    dtype: str
+    offload: str
+
+    def facts(self) -> dict[str, Any]:
+        """What shapes the sound beside the clip's seed, for the recipe."""
+        import diffusers
+
+        own = defaults_of(getattr(diffusers, self.folder.class_name))
+        return {
+            "path": str(self.folder.path.resolve()), "class": self.folder.class_name,
+            "sha256": self.folder.content_hash, "prompt": self.prompt, "seconds": self.seconds,
+            "dtype": self.dtype, **{name: own.get(name) for name in _SETTINGS},
+            "diffusers": version("diffusers"), "transformers": version("transformers"),
+        }
+
+    def load(self) -> ForeignPipe:
+        """The model in memory, for as many sounds as it is kept for.
+
+        Raises:
+            ModelError: files that are missing or damaged.
+        """
+        return ForeignPipe(self.folder, self.device, DTYPES[self.dtype], self.offload)
+
+    def make(
+        self, seed: int, tell: Callable[[int, int], None], place: ForeignPipe | None = None
+    ) -> tuple[Samples, int]:
+        """The sound of a seed, float32 [N, c] of one or two channels, and its rate.
+
+        It is as long as the clip, or as the model can make it.
+
+        Args:
+            seed: of the noise, which comes from the CPU.
+            tell: told of steps done and in all; raising stops between two of them.
+            place: what `load` gave; None: the model is in memory for this sound alone.
+
+        Raises:
+            ModelError: files that are missing or damaged, or out of memory.
+            InputError: what the pipeline refuses.
+        """
+        pipe, name = (place or self.load()).taking(None), self.folder.class_name
+        arguments = {
+            "prompt": self.prompt, LENGTHS[name]: min(self.seconds, _longest(pipe, name)),
+            "generator": torch.Generator("cpu").manual_seed(seed),
+        }
+        try:
+            with stepping(pipe, tell):
+                waves = pipe(**arguments).audios[0]
+        except ValueError as error:
+            raise InputError(f"{name} refuses this: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"{name} ran out of memory; give --offload stage or block") from error
+        wave = torch.as_tensor(np.asarray(waves) if not torch.is_tensor(waves) else waves)
+        wave = wave.detach().float().cpu()
+        wave = wave[None] if wave.ndim == 1 else wave[:2]
+        part = pipe.vocoder if name == "AudioLDM2Pipeline" else pipe.vae
+        return wave.T.contiguous().numpy(), int(part.config.sampling_rate)
+
+
+def open_audio_model(
+    model: str, prompt: str, seconds: float, *, device: torch.device, dtype: str, offload: str
+) -> AudioModel:
+    """Open a text-to-audio model; it is loaded when it is to work.
+
+    Raises:
+        ModelError: no such folder, or no text-to-audio model; names the pipelines that are.
+    """
+    opened = open_model(model)
+    kinds = ", ".join(LENGTHS)
+    name = opened.class_name if isinstance(opened, ForeignFolder) else f"{opened.family} model"
+    if not isinstance(opened, ForeignFolder) or name not in LENGTHS:
+        raise ModelError(f"{model} is a {name}, which makes no sound from a text; --audio-model "
+                         f"takes a folder of diffusers with one of {kinds}")
+    dtype = "fp32" if device.type == "cpu" else dtype
+    return AudioModel(opened, prompt, seconds, device, dtype, offload)
+
+
+def _longest(pipe: Any, name: str) -> float:
+    """Seconds that a pipeline makes at most."""
+    if name in _MAX_S:
+        return _MAX_S[name]
+    return float(pipe.transformer.config.sample_size * pipe.vae.hop_length
+                 / pipe.vae.config.sampling_rate)

@@ -1,0 +1,220 @@
+"""The sound that a model makes for its pictures, from its noise to samples.
+
+The picture comes first and is the same without sound; then its sound follows it, denoised by the
+same transformer in view of what the picture became. Its latents lie on the clip's clock whatever
+the windows are: each window makes those that are heard while it is shown, and knows those that an
+earlier one has made.
+
+Axes: C latent channels, F latent frames, K sound latents, N samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidgen.diffusion.condition import finished
+from vidgen.diffusion.guidance import Guidance
+from vidgen.diffusion.noise import draw_sound_noise
+from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
+from vidgen.media.mix import SEAM_S, rise
+from vidgen.media.sound import RATE, read_sound, resampled, room
+from vidgen.pipeline.journal.job import HEARD
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.diffusion.condition import LatentState
+    from vidgen.media.encode import Samples
+    from vidgen.models.audio import AudioVAEConfig
+    from vidgen.pipeline.journal.journal import Journal
+    from vidgen.pipeline.long.extend import LongClip
+    from vidgen.pipeline.parts import Parts
+    from vidgen.pipeline.plan import Plan
+    from vidgen.weights.folder import ModelDefaults
+
+TASK = "sound"
+"""Among a model's tasks: it makes sound for its pictures."""
+AT_ONCE = 256
+"""Latents that are decoded at a time."""
+
+
+@dataclass
+class OwnSound:
+    """A clip's sound on its way.
+
+    Attributes:
+        parts: the networks.
+        plan: of the whole clip.
+        latents: those that are made or known, [1, C, K], on the CPU.
+        begins: the clip's latent that `latents` begins with.
+        earlier: samples [N, c] and rate of the clip that goes on, which are kept; or None.
+        starts_s: where that ends.
+    """
+
+    parts: Parts
+    plan: Plan
+    latents: Tensor
+    begins: int = 0
+    earlier: tuple[Samples, int] | None = None
+    starts_s: Fraction = Fraction(0)
+
+    def follow(
+        self, picture: Tensor, windows: Sequence[tuple[int, int]], first: int,
+        sample: Callable[[LatentState, int], Tensor], journal: Journal,
+    ) -> None:
+        """Make the sound of a finished picture, window by window.
+
+        Args:
+            picture: latents [1, C, F, h, w].
+            windows: [start, stop) of them that are taken at once.
+            first: latent frame of the clip that they begin with.
+            sample: denoises a window, told its number from 0.
+            journal: keeps what is made before the last window.
+        """
+        kept = journal.kept_arrays(HEARD, "latents")
+        if kept is not None:
+            self.latents, self.begins = torch.from_numpy(kept[0]["latents"]), kept[1]["begins"]
+        for number, (start, stop) in enumerate(windows):
+            _, end, _ = self._span(first + start, stop - start)
+            if self.latents.shape[2] and self.begins + self.latents.shape[2] >= end:
+                continue  # made before a kill
+            shown = picture[:, :, start:stop].to(self.parts.device)
+            state = self.beside(finished(shown), first + start)
+            self._take(state.apart(sample(state, number))[1], first + start, stop - start)
+            if number + 1 < len(windows):
+                arrays = {"latents": self.latents.numpy()}
+                journal.keep_arrays(HEARD, arrays, {"begins": self.begins})
+
+    def beside(self, state: LatentState, first: int = 0) -> LatentState:
+        """The state of a stretch of the clip that begins with latent frame `first`, with its sound.
+
+        Sound that is made already is known.
+        """
+        begin, end, start_s = self._span(first, state.latents.shape[2])
+        channels = _config(self.parts).latent_channels
+        noise = draw_sound_noise([self.plan.seed], channels, begin, end)
+        sound = new_sound(noise.to(state.latents.device), start_s)
+        known = self.latents[:, :, max(0, begin - self.begins) :]
+        if begin >= self.begins and known.shape[2]:
+            sound = sound_begins(sound, known[:, :, : end - begin])
+        return replace(state, sound=sound)
+
+    def _take(self, made: Tensor | None, first: int, count: int) -> None:
+        """Take in what a stretch's sound [1, C, k] became, behind what is there."""
+        assert made is not None
+        begin, end, _ = self._span(first, count)
+        if not self.latents.shape[2]:
+            self.begins = begin
+        have = self.begins + self.latents.shape[2]
+        new = made[:, :, max(0, have - begin) : end - begin]
+        self.latents = torch.cat([self.latents, new.float().cpu()], dim=2)
+
+    def decode(self) -> tuple[Samples, int]:
+        """Samples float32 [N, c] of the clip's whole length, and their rate.
+
+        Those of the clip that goes on stay; what is made behind them comes at their rate.
+        """
+        config = _config(self.parts)
+        earlier, rate = self.earlier or (None, config.sample_rate)
+        length = round(self.plan.kept_frames / self.plan.fps * rate)
+        samples = room(length, 1 if earlier is None else earlier.shape[1])
+        begin = position = min(round(self.starts_s * rate), length)
+        if earlier is not None:
+            samples[: min(begin, len(earlier))] = earlier[:begin]
+        for block in resampled(self._blocks(), 1, config.sample_rate, rate):
+            part = block[: length - position]
+            samples[position : position + len(part)] = part
+            position += len(part)
+        if begin:
+            rise(samples, begin, min(begin + round(SEAM_S * rate), length))
+        return samples, rate
+
+    @torch.no_grad()
+    def _blocks(self) -> Iterator[Samples]:
+        """What is made, [n, 1], from `starts_s` on."""
+        config = _config(self.parts)
+        behind = self.starts_s - self.begins / Fraction(config.tokens_per_s)
+        skip = round(behind * config.sample_rate)
+        if skip < 0:
+            yield np.zeros((-skip, 1), np.float32)
+        with self.parts.use("sound_vae") as vae:
+            pieces = (part.to(self.parts.device) for part in self.latents.split(AT_ONCE, dim=2))
+            for sound in vae.stream_decode(pieces):
+                block = sound[0, max(0, skip) :].float().clamp(-1, 1)
+                skip = max(0, skip) - sound.shape[1]
+                if len(block):
+                    yield block.cpu().numpy()[:, None]
+
+    def _span(self, first: int, count: int) -> tuple[int, int, float]:
+        stride_t = self.parts.folder.components["vae"].config.strides.t
+        return sound_span(first, count, stride_t, self.plan.fps, _config(self.parts).tokens_per_s)
+
+
+def followed_sound(parts: Parts, plan: Plan, bed: Samples) -> OwnSound:
+    """The sound that a clip's picture is to follow: known from start to end."""
+    return OwnSound(parts, plan, _encode(parts, bed, RATE))
+
+
+def own_sound(parts: Parts, plan: Plan, request: Request, long: LongClip | None) -> OwnSound:
+    """The sound that is to be made for a clip; of one that goes on, its last sound is known.
+
+    Args:
+        parts: the networks.
+        plan: of the whole clip.
+        request: that may name a clip to go on from.
+        long: the windows, or None for one.
+    """
+    own = OwnSound(parts, plan, torch.zeros(1, _config(parts).latent_channels, 0))
+    if long is None or long.begun is None:
+        return own
+    own.starts_s = long.begun.num_frames / plan.fps
+    own.earlier = read_sound(request.prefix)  # type: ignore[arg-type]
+    if own.earlier is not None:
+        config, (samples, rate) = _config(parts), own.earlier
+        own.begins = own._span(long.num_gone, 1)[0]
+        known = math.floor(own.starts_s * Fraction(config.tokens_per_s)) - own.begins
+        first = round(own.begins * config.samples_per_token / config.sample_rate * rate)
+        heard = samples[first : round(own.starts_s * rate)]
+        if known > 0 and len(heard):
+            own.latents = _encode(parts, heard, rate)[:, :, :known]
+    return own
+
+
+def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
+    """How the sound of a plan's clip is denoised: from noise alone, by the model itself.
+
+    The finished picture counts as given frames do, by the guidance, too. A student knows pictures
+    only; its clips' sound is made as the model's own are.
+    """
+    if plan.student is not None:
+        plan = replace(
+            plan, student=None, sampler=defaults.sampler, num_steps=defaults.num_steps,
+            shift=defaults.shift, guidance=Guidance(
+                defaults.guidance_scale, known_scale=defaults.image_guidance_scale
+            ),
+        )
+    return replace(plan, strength=1.0, cache=None)
+
+
+@torch.no_grad()
+def _encode(parts: Parts, samples: Samples, rate: int) -> Tensor:
+    """Latents [1, C, K] of samples [N, c] at a rate, block by block."""
+    config = _config(parts)
+    blocks = (samples[start : start + rate].mean(1, keepdims=True)
+              for start in range(0, len(samples), rate))
+    with parts.use("sound_vae") as vae:
+        heard = (torch.from_numpy(block[:, 0].copy())[None].to(parts.device)
+                 for block in resampled(blocks, 1, rate, config.sample_rate) if len(block))
+        return torch.cat(list(vae.stream_encode(heard)), dim=2).float().cpu()
+
+
+def _config(parts: Parts) -> AudioVAEConfig:
+    config: AudioVAEConfig = parts.folder.components["sound_vae"].config
+    return config

@@ -1,0 +1,168 @@
+"""A clip's sound: the model's own, a file's, another model's, with speech over it.
+
+All that a request asks for is settled before the clip is made, so that a text that is too long or
+a file that can't be used costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import NO_AUDIO, OWN_AUDIO, Request
+from vidgen.media.mastering import TARGET_LUFS
+from vidgen.media.mix import DUCK_DB, DUCK_DOWN_S, DUCK_UP_S, at_length, fit_sound, lay_over
+from vidgen.media.sound import RATE, read_sound
+from vidgen.media.speech import Speech, speak
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from vidgen.media.clip import Clip
+    from vidgen.media.encode import Samples
+    from vidgen.pipeline.foreign.engine import ForeignEngine
+    from vidgen.pipeline.journal.journal import Journal
+    from vidgen.pipeline.sound.audio_model import AudioModel
+    from vidgen.pipeline.video import Engine
+
+log = logging.getLogger(__name__)
+
+Source = Literal["none", "own", "file", "prefix", "model"]
+Tell = Callable[[int, int], None]
+"""Told of steps done and in all."""
+
+
+@dataclass(frozen=True)
+class Soundtrack:
+    """What a clip is to sound like.
+
+    Attributes:
+        source: of what lies under the speech: nothing, what the clip's model makes, a file, the
+            clip that goes on, or another model.
+        num_samples: of the clip, at `RATE`.
+        bed: a file's sound at `RATE`, as long as the clip.
+        loop: whether sound that is shorter than the clip is repeated.
+        speech: what is said.
+        model: makes the sound of each clip.
+        is_own: whether the clip's model makes it, behind the picture.
+    """
+
+    source: Source
+    num_samples: int
+    bed: Samples | None = None
+    loop: bool = False
+    speech: Speech | None = None
+    model: AudioModel | None = None
+    is_own: bool = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The recipe's entries: `sound`, where there is something to tell."""
+        told: dict[str, Any] = {} if self.source == "own" else {"source": self.source}
+        if self.source in ("file", "model"):
+            told["loop"] = self.loop
+        if self.model is not None:
+            told["model"] = self.model.facts()
+        if self.speech is not None:
+            told["speech"] = {
+                "voice": self.speech.voice,
+                "sentences": [asdict(sentence) for sentence in self.speech.sentences],
+                "duck_db": DUCK_DB, "duck_down_s": DUCK_DOWN_S, "duck_up_s": DUCK_UP_S,
+            }
+        return {"sound": told} if told else {}
+
+    def under(self, clip: Clip, seed: int, tell: Tell, journal: Journal | None = None) -> Clip:
+        """The clip with its sound; one that has none, and is given none, stays silent.
+
+        Args:
+            clip: without sound, or with its model's own.
+            seed: of its noise.
+            tell: of another model's steps.
+            journal: keeps what that model made.
+
+        Raises:
+            InputError: what that model refuses.
+            ModelError: it can't be loaded, or is out of memory.
+        """
+        if self.source == "own" and self.speech is None:  # at its own rate
+            clip.info = replace(clip.info, loudness=TARGET_LUFS)
+            return clip
+        sound = self._bed(clip, seed, tell, journal)
+        loudness = None if self.source == "prefix" else TARGET_LUFS  # which has its level
+        if self.speech is not None:
+            spans = [(each.start_s, each.end_s) for each in self.speech.sentences]
+            sound, loudness = lay_over(sound, self.speech.samples, spans), TARGET_LUFS
+        clip.info = replace(clip.info, sound=sound, sound_rate=RATE, loudness=loudness)
+        return clip
+
+    def _bed(self, clip: Clip, seed: int, tell: Tell, journal: Journal | None) -> Samples | None:
+        """What lies under the speech, at `RATE` and as long as the clip."""
+        if self.model is not None:
+            made = journal.kept_sound() if journal else None
+            if made is None:
+                made = self.model.make(seed, tell)
+                if journal:
+                    journal.keep_sound(*made)
+            return at_length(*made, self.num_samples, loop=self.loop)
+        if self.source == "own" and clip.sound is not None:
+            return at_length(clip.sound, clip.sound_rate, self.num_samples)
+        return self.bed
+
+
+def make_soundtrack(
+    request: Request, num_frames: int, fps: Fraction, engine: Engine | ForeignEngine,
+    *, has_sound: bool,
+) -> Soundtrack:
+    """Settle a request's sound: files are read, texts spoken.
+
+    Args:
+        request: for clips of one length.
+        num_frames: of each clip.
+        fps: exact frame rate.
+        engine: whose device, dtype and offload another model shares.
+        has_sound: whether it makes sound of its own.
+
+    Raises:
+        InputError: sound from a model that makes none, files that can't be used, speech that
+            doesn't fit.
+        ModelError: another model that makes no sound, or isn't there.
+    """
+    num_samples = round(num_frames / fps * RATE)
+    if request.audio == OWN_AUDIO and request.audio_model is None and not has_sound:
+        raise InputError(
+            f"audio is 'generate', but model {engine.folder.name!r} makes no sound; give --audio "
+            "FILE, --audio-model FOLDER (Stable Audio, AudioLDM 2), --say TEXT, or a model that "
+            "makes it, such as LTX-2"
+        )
+    source: Source = "own"
+    bed = model = None
+    if request.audio_model is not None:
+        from vidgen.pipeline.sound.audio_model import open_audio_model
+
+        source = "model"
+        model = open_audio_model(
+            request.audio_model, request.audio_prompt or request.prompt, num_samples / RATE,
+            device=engine.device, dtype=engine.dtype, offload=engine.offload,
+        )
+    elif request.audio == NO_AUDIO:
+        source = "none"
+    elif request.audio_file is not None:
+        source = "file"
+        bed, notes = fit_sound(request.audio_file, num_samples, loop=bool(request.audio_loop))
+        for note in notes:
+            log.warning("%s", note)
+    elif request.prefix is not None and not has_sound and (
+        earlier := read_sound(request.prefix)  # type: ignore[arg-type]
+    ):
+        source, bed = "prefix", at_length(*earlier, num_samples)
+    if request.follow_audio and source != "file":
+        raise InputError(f"audio is {request.audio!r}; follow_audio needs --audio FILE, a sound to "
+                         "follow")
+    speech = speak(request.say, request.voice, num_samples) if request.say else None
+    return Soundtrack(
+        source, num_samples, bed, bool(request.audio_loop), speech, model,
+        is_own=has_sound and source == "own",
+    )

@@ -1,0 +1,96 @@
+"""The one way from a request to a file under a journal, and workers that do nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnEvent
+from vidgen.pipeline.journal.journal import Journal
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.media.clip import Clip
+    from vidgen.pipeline.foreign.engine import ForeignEngine
+    from vidgen.pipeline.preview import OnPreview
+    from vidgen.pipeline.video import Engine
+
+
+def write_request(
+    engine: Engine | ForeignEngine, request: Request, path: Path, tell: OnEvent,
+    told: Mapping[str, Any], cut: Callable[[Clip], Clip] | None = None,
+    on_preview: OnPreview | None = None,
+) -> None:
+    """Make a request's clip and write it; one that was stopped goes on.
+
+    Args:
+        engine: that makes it.
+        request: of one clip.
+        path: of the file, which is replaced if it is there.
+        tell: told of progress, and of the file when it is written.
+        told: what each event says besides.
+        cut: what of the clip is to be written; None: all.
+        on_preview: as in `Engine.generate`; other families' engines show none.
+    """
+    journal = Journal(path, resume=True)
+    if journal.finished:  # a kill came after the file, before anybody was told of it
+        journal.clip()
+        return
+    own: dict[str, Any] = {} if on_preview is None else {"on_preview": on_preview}
+    clip = engine.generate(
+        request, journal=journal, **own,
+        on_event=lambda p: tell({"event": "progress", "stage": p.stage, "done": p.done,
+                                 "total": p.total, **told}),
+    )
+    assert not isinstance(clip, list)
+    clip = clip if cut is None else cut(clip)
+    total = clip.num_frames
+    clip.save(path, overwrite=True, on_frames=lambda done: tell(
+        {"event": "progress", "stage": "write", "done": done, "total": total, **told}))
+    tell({"event": "written", "path": str(path), **told})
+
+
+@dataclass
+class ClipWork:
+    """Makes requests into files.
+
+    Args:
+        open_engine: makes the model ready, once in each worker; picklable for several.
+        model_sha256: that the model's files must have, wherever a worker runs; None: any.
+    """
+
+    open_engine: Callable[[], Engine | ForeignEngine]
+    model_sha256: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but what is opened where it is needed."""
+        return {name: value for name, value in vars(self).items()
+                if not isinstance(getattr(type(self), name, None), cached_property)}
+
+    @cached_property
+    def engine(self) -> Engine | ForeignEngine:
+        """The one engine of all jobs.
+
+        Raises:
+            InputError: its model is another one than the scheduler's.
+        """
+        engine = self.open_engine()
+        found = engine.folder.content_hash
+        if self.model_sha256 not in (None, found):
+            raise InputError(f"the model in {engine.folder.path} has the SHA-256 {found[:12]}..., "
+                             f"the command's {str(self.model_sha256)[:12]}...; copy it again")
+        return engine
+
+    def close(self) -> None:
+        """Let the engine go, if this process opened one."""
+        if (engine := vars(self).pop("engine", None)) is not None and hasattr(engine, "close"):
+            engine.close()
+
+    def __call__(self, payload: tuple[Request, Path, Mapping[str, Any]], tell: OnEvent) -> None:
+        """Make one clip."""
+        request, path, told = payload
+        write_request(self.engine, request, path, tell, told)

@@ -1,0 +1,231 @@
+"""Workers on a Ray cluster: an actor each, which says what happens when it is listened to.
+
+Every machine needs this version of vidgen and sees the same folders, the one that the command is
+given in among them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import queue
+import re
+import socket
+import sys
+import threading
+import time
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen import __version__
+from vidgen.core.errors import Cancelled, InputError, VidgenError
+from vidgen.pipeline.workers.process import answer, check_place, tell_warnings
+from vidgen.pipeline.workers.seats import Crew, Message, Seat
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.workers.scheduler import Staff
+
+log = logging.getLogger(__name__)
+LISTEN_S = 1.0
+"""How long an actor waits for something to say; its answer is its heartbeat."""
+_REACH_S = 20.0
+_ROOM_S = 30.0
+"""After which workers for which the cluster has no room are told of."""
+
+
+class Actor:
+    """The worker's side; Ray makes it on a machine of the cluster.
+
+    Args:
+        work: pickled.
+        threads: that it computes on.
+        folder: where the scheduler runs.
+        version: of the scheduler's vidgen.
+    """
+
+    def __init__(self, work: bytes, threads: int, folder: str, version: str) -> None:
+        self._work, self._threads, self._folder, self._version = work, threads, folder, version
+        self._said: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._opened: Any = None
+        self._is_stopping = False
+        self._at_work: threading.Thread | None = None
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
+        tell_warnings(self._said.put)
+
+    def begin(self, payload: Any) -> None:
+        """Begin a job."""
+        self._at_work = threading.Thread(target=self._do, args=(payload,), daemon=True)
+        self._at_work.start()
+
+    def listen(self) -> list[Message]:
+        """What was said since the last time; waits a little for the first."""
+        messages = []
+        with suppress(queue.Empty):
+            messages.append(self._said.get(timeout=LISTEN_S))
+            while True:
+                messages.append(self._said.get_nowait())
+        return messages
+
+    def stop(self, seconds: float) -> None:
+        """Stop between two steps, keeping what there is."""
+        self._is_stopping = True
+        if self._at_work is not None:
+            self._at_work.join(seconds)
+
+    def _say(self, message: Message) -> None:
+        if self._is_stopping:
+            raise Cancelled("stopped")
+        self._said.put(message)
+
+    def _do(self, payload: Any) -> None:
+        try:
+            if self._opened is None:
+                if self._version != __version__:
+                    raise InputError(f"machine {os.uname().nodename} has vidgen {__version__}, the "
+                                     f"command {self._version}; install the same on all")
+                check_place(self._folder)
+                self._opened = pickle.loads(self._work)
+        except VidgenError as error:
+            self._said.put(("failed", error))
+            return
+        with suppress(Cancelled):
+            self._said.put(answer(self._opened, payload, self._threads, self._say))
+
+
+class RayCrew(Crew):
+    """Actors of a cluster.
+
+    Args:
+        work: pickled.
+        staff: where the cluster is, and how many are wanted.
+
+    Raises:
+        InputError: no Ray, or no such cluster.
+    """
+
+    def __init__(self, work: bytes, staff: Staff) -> None:
+        assert staff.ray is not None
+        self._ray = _import_ray()
+        self._stdout = redirect_stdout(sys.stderr)  # Ray tells of its troubles on stdout
+        self._is_own = not self._ray.is_initialized()
+        if self._is_own:
+            _connect(self._ray, staff.ray)
+        machines = [each["Resources"] for each in self._ray.nodes() if each["Alive"]]
+        gpus = int(sum(each.get("GPU", 0) for each in machines))
+        super().__init__(staff.workers or gpus or len(machines))
+        cpus = int(min(each.get("CPU", 1) for each in machines))
+        share = len(machines) * cpus // self._count
+        self._threads = staff.threads or max(1, min(cpus, share))
+        options = {"num_cpus": min(self._threads, max(cpus, 1)), "num_gpus": int(gpus > 0),
+                   "max_restarts": 0, "max_concurrency": 4}
+        self._actor = self._ray.remote(**options)(Actor)
+        self._arguments = (work, self._threads, str(Path.cwd()), __version__)
+        self._told_room = False
+
+    def start(self) -> None:
+        """Ask for all workers; they come as the cluster has room."""
+        self._stdout.__enter__()
+        self._since = time.monotonic()
+        super().start()
+
+    def _seat(self, number: int) -> RaySeat:
+        return RaySeat(number, self._ray, self._actor.remote(*self._arguments))
+
+    def listen(self, seconds: float) -> list[tuple[Seat, Message]]:
+        """See `Crew`."""
+        asked = {seat.answer: seat for seat in self.seats}
+        ready, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=0)
+        if not ready:
+            ready, _ = self._ray.wait(list(asked), timeout=seconds)
+        heard: list[tuple[Seat, Message]] = []
+        for answered in ready:
+            heard += self._said_by(asked[answered])
+        self._tell_room()
+        return heard
+
+    def _said_by(self, seat: RaySeat) -> list[tuple[Seat, Message]]:
+        try:
+            messages = self._ray.get(seat.answer)
+        except self._ray.exceptions.RayError as error:
+            return [(seat, ("lost", str(error).strip().splitlines()[0]))]
+        seat.ask()
+        if not seat.is_ready:
+            messages.insert(0, ("ready",))
+        return [(seat, message) for message in messages or [("beat",)]]
+
+    def _tell_room(self) -> None:
+        missing = sum(not seat.is_ready for seat in self.seats)
+        if missing and not self._told_room and time.monotonic() - self._since > _ROOM_S:
+            self._told_room = True
+            log.warning("the cluster has no room yet for %d of %d workers", missing, self._count)
+
+    def close(self) -> None:
+        """Leave the cluster, if it was joined here."""
+        if self._is_own:
+            self._ray.shutdown()
+        self._stdout.__exit__(None, None, None)
+
+
+class RaySeat(Seat):
+    """An actor of the cluster.
+
+    Args:
+        number: of the worker.
+        ray: the module.
+        actor: its handle.
+    """
+
+    def __init__(self, number: int, ray: Any, actor: Any) -> None:
+        super().__init__(number)
+        self._ray, self._actor = ray, actor
+        self._stopped: Any = None
+        self.ask()
+
+    def ask(self) -> None:
+        """Ask what there is to say; `answer` is where that comes."""
+        self.answer = self._actor.listen.remote()
+
+    def send(self, payload: Any) -> None:
+        """See `Seat`."""
+        self._actor.begin.remote(payload)
+
+    def stop(self) -> None:
+        """See `Seat`."""
+        if self.job is not None:
+            self._stopped = self._actor.stop.remote(60.0)
+
+    def end(self, grace_s: float = 0.0) -> None:
+        """See `Seat`."""
+        if self._stopped is not None and grace_s:
+            self._ray.wait([self._stopped], timeout=grace_s)
+        self._ray.kill(self._actor)
+        self._ray.wait([self.answer], timeout=5)  # till its process is gone, and its locks
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError:
+        raise InputError("--ray needs Ray; pip install 'vidgen[ray]'") from None
+    return ray
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Join a cluster, or start one on this machine.
+
+    Raises:
+        InputError: it can't be reached.
+    """
+    own = {"include_dashboard": False} if address == "local" else {}
+    try:
+        if (place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address)) is not None:
+            # Ray itself would try for minutes
+            socket.create_connection((place[1], int(place[2])), timeout=_REACH_S).close()
+        ray.init(address=address, namespace="vidgen", log_to_driver=False,
+                 logging_level=logging.ERROR, configure_logging=False, **own)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"the Ray cluster {address!r} can't be joined: {error}; give auto, "
+                         "host:port, ray://host:port, or local for one on this machine") from None

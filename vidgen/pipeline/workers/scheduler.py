@@ -1,0 +1,395 @@
+"""The one scheduler: jobs that need each other, worked on by one or many workers.
+
+    for outcome in run_jobs(jobs, work, Staff(workers=4), tell): ...
+    for key, result in results_of(function, payloads, 4, tell): ...   # that need no other
+
+Jobs come from an iterator, each behind those that it needs, and only a window of them is held, so
+a film of ten thousand shots takes no more memory than one of ten. A single worker is this process;
+several are processes of this machine or actors of a Ray cluster (`seats`, `ray`).
+One that dies or falls silent is replaced, and its job goes on elsewhere from its journal.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from vidgen.core.errors import InputError, VidgenError
+from vidgen.core.protocols import OnEvent
+from vidgen.core.runtime import atomic_write, fingerprint
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.workers.seats import Crew, Seat
+
+log = logging.getLogger(__name__)
+Key = TypeVar("Key", bound=Hashable)
+MAX_WORKERS = MAX_THREADS = 1024
+THREADS = "threads.json"
+MAX_DEATHS = 3
+"""Workers that one job may take with it before it is given up."""
+WINDOW = 32
+"""Jobs a worker that are held at once, so that those that wait don't leave any idle."""
+
+
+class Work(Protocol):
+    """What workers do; it is pickled to each of them, and keeps there what it has opened."""
+
+    def __call__(self, payload: Any, tell: OnEvent) -> Any:
+        """Do one job, telling events; the result must be picklable."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A piece of work.
+
+    Attributes:
+        key: by which others need it; no two jobs have the same.
+        payload: picklable, what `Work` is called with.
+        needs: keys of jobs that come before it; one that was never given counts as done.
+        name: for people.
+    """
+
+    key: str
+    payload: Any
+    needs: tuple[str, ...] = ()
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a job: its result, or the error that ended it."""
+
+    job: Job
+    result: Any = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long is waited, in seconds.
+
+    Attributes:
+        silence: for a worker's heartbeat, which comes every second.
+        stall: for progress in a job, whatever the heartbeat says.
+        grace: for workers that are to stop, before they are killed.
+    """
+
+    silence: float = 60.0
+    stall: float = 3600.0
+    grace: float = 5.0
+
+
+@dataclass(frozen=True)
+class Staff:
+    """Who works.
+
+    Args:
+        workers: how many; None: one, or as many as a Ray cluster has GPUs or else machines.
+        ray: address of a Ray cluster: "auto", "host:port", "ray://host:port", or "local" for one
+            that is started here.
+        threads: that each job computes on; None: this process's share.
+
+    Raises:
+        InputError: a number out of its range.
+    """
+
+    workers: int | None = None
+    ray: str | None = None
+    threads: int | None = None
+    patience: Patience = field(default_factory=Patience)
+
+    def __post_init__(self) -> None:
+        for name, high in (("workers", MAX_WORKERS), ("threads", MAX_THREADS)):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= high:
+                raise InputError(f"{name} is {value}; give a whole number from 1 to {high}")
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process itself works."""
+        return self.ray is None and self.workers in (None, 1)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a job: as given, as OMP_NUM_THREADS says, or a worker's share of torch's."""
+        if self.threads is not None:
+            return self.threads
+        import torch
+
+        count = torch.get_num_threads()
+        return count if "OMP_NUM_THREADS" in os.environ else max(1, count // (self.workers or 1))
+
+
+def run_jobs(
+    jobs: Iterable[Job], work: Work, staff: Staff, tell: OnEvent
+) -> Iterator[Outcome]:
+    """Work on jobs; give each one's outcome as it comes.
+
+    A caller that leaves the loop, or is interrupted, stops all workers within seconds; what they
+    were at can be gone on with.
+
+    Args:
+        jobs: each behind those that it needs; read as they are needed.
+        work: what does them.
+        staff: who does them.
+        tell: told of what workers tell, with `worker` added where there are several.
+
+    Raises:
+        VidgenError: workers that don't start.
+    """
+    if staff.is_here:
+        yield from _alone(_Queue(iter(jobs), WINDOW), work, staff.num_threads, tell)
+        return
+    from vidgen.pipeline.workers.seats import open_crew
+
+    with open_crew(work, staff) as crew:
+        queue = _Queue(iter(jobs), WINDOW * len(crew.seats))
+        yield from _Foreman(queue, crew, staff.patience, tell).outcomes()
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Work that is a function of a module, which tells nothing on its way."""
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, payload: Any, _tell: OnEvent) -> Any:
+        """What the function gives for one payload."""
+        return self.function(payload)
+
+
+def results_of(
+    function: Callable[[Any], Any], payloads: Mapping[Key, Any], workers: int, tell: OnEvent
+) -> Iterator[tuple[Key, Any]]:
+    """What a function gives for payloads that need nothing of each other, as they get ready.
+
+    Args:
+        function: of a module; called in this process where one worker is enough.
+        payloads: by what their results are to be known by; picklable.
+        workers: processes at most.
+        tell: told of workers that are gone.
+
+    Raises:
+        VidgenError: as the function raises it; or a payload that ended several workers.
+    """
+    if not payloads:
+        return
+    keys = list(payloads)
+    jobs = (Job(str(number), payloads[key], name=str(key)) for number, key in enumerate(keys))
+    for outcome in run_jobs(jobs, Call(function), Staff(min(workers, len(keys))), tell):
+        if outcome.error is not None:
+            raise outcome.error
+        yield keys[int(outcome.job.key)], outcome.result
+
+
+def settle_threads(folder: Path, staff: Staff, tell: OnEvent, name: str = THREADS) -> Staff:
+    """Staff with the threads that a folder's clips were begun with on this kind of machine.
+
+    A clip's last bits may depend on their number, so what belongs together keeps to one: it is
+    written down, and taken again whoever makes the rest. A number that is asked for replaces it.
+
+    Args:
+        folder: of the clips; made if it isn't there.
+        staff: that is to make them.
+        tell: told where another number is taken than would be else.
+        name: of the file in it.
+    """
+    path, place = folder / name, "ray" if staff.ray else fingerprint()["cpu"]
+    try:
+        kept = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        kept = {}
+    begun = kept.get(place)
+    if staff.threads is None and isinstance(begun, int) and 1 <= begun <= MAX_THREADS:
+        if begun != staff.num_threads:
+            tell({"event": "note", "text": f"each clip takes {begun} threads, as {path} has it "
+                  "from before; --threads N changes that"})
+        return replace(staff, threads=begun)
+    if staff.ray and staff.threads is None:
+        return staff  # the cluster's machines tell
+    settled = replace(staff, threads=staff.num_threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(kept | {place: settled.threads}).encode())
+    return settled
+
+
+def pin_threads(count: int) -> None:
+    """Have torch compute on so many threads, whatever a resumed journal set before.
+
+    A process in which it isn't loaded yet is to be born with OMP_NUM_THREADS.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
+def _alone(queue: _Queue, work: Work, threads: int, tell: OnEvent) -> Iterator[Outcome]:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        while (job := queue.take()) is not None:
+            pin_threads(threads)
+            try:
+                outcome = Outcome(job, work(job.payload, tell))
+            except VidgenError as error:
+                outcome = Outcome(job, error=error)
+            queue.finish(outcome)
+            yield outcome
+            yield from queue.undone()
+    finally:
+        pin_threads(before)
+
+
+class _Queue:
+    """Jobs in their order, each given out when those that it needs are done."""
+
+    def __init__(self, jobs: Iterator[Job], window: int) -> None:
+        self._jobs, self._window = jobs, window
+        self._ready: list[tuple[int, Job]] = []
+        self._numbers: dict[str, int] = {}  # of jobs that are held
+        self._waiting: dict[str, tuple[Job, set[str]]] = {}
+        self._failed: dict[str, str] = {}
+        self._count = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left, neither to give out nor at work."""
+        self._fill()
+        return not self._numbers
+
+    def take(self) -> Job | None:
+        """The first job that can be done now."""
+        self._fill()
+        return heapq.heappop(self._ready)[1] if self._ready else None
+
+    def again(self, job: Job) -> None:
+        """Put back a job that wasn't done."""
+        heapq.heappush(self._ready, (self._numbers[job.key], job))
+
+    def finish(self, outcome: Outcome) -> None:
+        """Hear what became of a job, and let those go that it held up."""
+        job = outcome.job
+        del self._numbers[job.key]
+        if outcome.error is not None:
+            self._failed[job.key] = job.name or job.key
+        for key, (other, missing) in list(self._waiting.items()):
+            missing.discard(job.key)
+            if outcome.error is None and not missing:
+                del self._waiting[key]
+                self.again(other)
+
+    def undone(self) -> Iterator[Outcome]:
+        """Outcomes of jobs that can't be done, because one that they need failed."""
+        while True:
+            self._fill()
+            found = ((job, name) for job, _ in self._waiting.values()
+                     if (name := self._failed_need(job)) is not None)
+            job, name = next(found, (None, ""))
+            if job is None:
+                return
+            del self._waiting[job.key]
+            outcome = Outcome(job, error=VidgenError(f"it needs {name}, which could not be made"))
+            self.finish(outcome)
+            yield outcome
+
+    def _failed_need(self, job: Job) -> str | None:
+        return next((self._failed[key] for key in job.needs if key in self._failed), None)
+
+    def _fill(self) -> None:
+        while len(self._numbers) < self._window and (job := next(self._jobs, None)) is not None:
+            assert job.key not in self._numbers, job.key
+            self._count += 1
+            self._numbers[job.key] = self._count
+            missing = {key for key in job.needs if key in self._numbers or key in self._failed}
+            if missing:
+                self._waiting[job.key] = (job, missing)
+            else:
+                self.again(job)
+
+
+class _Foreman:
+    """Hands jobs to workers, hears them, and looks after those that die or fall silent."""
+
+    def __init__(self, queue: _Queue, crew: Crew, patience: Patience, tell: OnEvent) -> None:
+        self.queue, self.crew, self.patience, self.tell = queue, crew, patience, tell
+        self._deaths = Counter[str]()
+        self._stillborn = 0
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Every job's, until none is left."""
+        while not self.queue.is_over:
+            self._hand_out()
+            heard = [self._heard(*said) for said in self.crew.listen(0.5)]
+            for outcome in filter(None, (*heard, *self._missed())):
+                self.queue.finish(outcome)
+                yield outcome
+            yield from self.queue.undone()
+
+    def _hand_out(self) -> None:
+        for seat in self.crew.seats:
+            if seat.is_ready and seat.job is None:
+                job = self.queue.take()
+                if job is None:
+                    return
+                seat.begin(job)
+
+    def _heard(self, seat: Seat, message: tuple[Any, ...]) -> Outcome | None:
+        seat.heard_s = now = time.monotonic()
+        kind, job = message[0], seat.job
+        if kind == "ready":
+            seat.is_ready, self._stillborn = True, 0
+        elif kind == "lost":
+            return self._lost(seat, message[1])
+        elif kind == "tell" and job is not None:
+            seat.moved_s = now
+            self.tell({**message[1], "worker": seat.number})
+        elif kind == "log":
+            log.log(message[1], "%s", message[2])
+        elif kind in ("done", "failed"):
+            assert job is not None, message
+            seat.job = None
+            self._deaths.pop(job.key, None)
+            return Outcome(job, message[1]) if kind == "done" else Outcome(job, error=message[1])
+        return None
+
+    def _missed(self) -> Iterator[Outcome | None]:
+        """Workers that fell silent, or whose job doesn't move, are replaced."""
+        for seat in list(self.crew.seats):
+            why, now = "", time.monotonic()
+            if seat.heard_s is not None and now - seat.heard_s > self.patience.silence:
+                why = f"it said nothing for {self.patience.silence:g} s"
+            elif seat.job is not None and now - seat.moved_s > self.patience.stall:
+                why = f"its job didn't move for {self.patience.stall:g} s"
+            if why:
+                yield self._lost(seat, why)
+
+    def _lost(self, seat: Seat, why: str) -> Outcome | None:
+        job, was_ready = seat.job, seat.is_ready
+        self._stillborn += not was_ready
+        if self._stillborn >= MAX_DEATHS:
+            raise VidgenError(f"workers can't be started: {why}")
+        self.crew.replace(seat)
+        name = "" if job is None else job.name or job.key
+        self.tell({"event": "note", "worker": seat.number,
+                   "text": f"worker {seat.number} is gone ({why})"
+                   + (f"; its job, {name}, is taken from it" if name else "")})
+        if job is None:
+            return None
+        self._deaths[job.key] += 1
+        if self._deaths[job.key] >= MAX_DEATHS:
+            return Outcome(job, error=VidgenError(
+                f"{name} ended {MAX_DEATHS} workers one after the other; the last: {why}"
+            ))
+        self.queue.again(job)
+        return None

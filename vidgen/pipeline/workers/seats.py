@@ -1,0 +1,222 @@
+"""Workers as the scheduler sees them: a seat each, and here those of this machine's processes."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import IO, TYPE_CHECKING, Any
+
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import child_environment, exit_text
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.workers.scheduler import Job, Staff, Work
+
+Message = tuple[Any, ...]
+
+
+class Seat:
+    """One worker.
+
+    Attributes:
+        number: from 1 on; one that replaces another has its number.
+        job: that it is at, or None.
+        is_ready: whether it has said that it can work.
+        heard_s: when it was heard last; None: never yet.
+        moved_s: when its job was begun, or told of progress last.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.job: Job | None = None
+        self.is_ready = False
+        self.heard_s: float | None = None
+        self.moved_s = 0.0
+
+    def begin(self, job: Job) -> None:
+        """Give it a job."""
+        self.job, self.moved_s = job, time.monotonic()
+        self.send(job.payload)
+
+    def send(self, payload: Any) -> None:
+        """Hand a job's payload over; that a worker is gone is found out by listening."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Ask it to leave, keeping what it is at."""
+        raise NotImplementedError
+
+    def end(self, grace_s: float = 0.0) -> None:
+        """Have it gone, after some time to leave by itself."""
+        raise NotImplementedError
+
+
+class Crew(ABC):
+    """All workers of one kind.
+
+    Args:
+        count: how many.
+
+    Attributes:
+        seats: one for each, once they are started.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.seats: list[Any] = []
+        self._count = count
+
+    def start(self) -> None:
+        """Start all workers, or ask for them."""
+        for number in range(1, self._count + 1):
+            self.seats.append(self._seat(number))
+
+    @abstractmethod
+    def listen(self, seconds: float) -> list[tuple[Seat, Message]]:
+        """What workers have said, as soon as one does; ("lost", why) of one that is gone."""
+
+    def replace(self, seat: Seat) -> None:
+        """End a worker and begin another one in its place."""
+        seat.end()
+        self.seats[seat.number - 1] = self._seat(seat.number)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what is left when all workers are gone."""
+
+    @abstractmethod
+    def _seat(self, number: int) -> Seat:
+        """Begin a worker, or ask for it."""
+
+
+@contextmanager
+def open_crew(work: Work, staff: Staff) -> Iterator[Crew]:
+    """Start workers; on leaving, all stop within seconds.
+
+    Raises:
+        InputError: work that can't be sent, or a cluster that can't be had.
+    """
+    try:
+        content = pickle.dumps(work)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise InputError(f"the work can't be sent to other processes ({error}); give functions of "
+                         "modules, or functools.partial of them") from None
+    crew: Crew
+    if staff.ray is None:
+        crew = LocalCrew(content, staff.workers or 1, staff.num_threads)
+    else:
+        from vidgen.pipeline.workers.ray import RayCrew
+
+        crew = RayCrew(content, staff)
+    try:
+        crew.start()
+        yield crew
+    finally:
+        for seat in crew.seats:
+            seat.stop()
+        until = time.monotonic() + staff.patience.grace
+        for seat in crew.seats:
+            seat.end(max(0.0, until - time.monotonic()))
+        crew.close()
+
+
+class LocalCrew(Crew):
+    """Processes of this machine.
+
+    Args:
+        work: pickled.
+        count: how many.
+        threads: that each computes on.
+    """
+
+    def __init__(self, work: bytes, count: int, threads: int) -> None:
+        super().__init__(count)
+        self._work, self._threads = work, threads
+        self._devices = _devices() if count > 1 else []
+
+    def _seat(self, number: int) -> LocalSeat:
+        device = self._devices[(number - 1) % len(self._devices)] if self._devices else None
+        return LocalSeat(number, self._work, self._threads, device)
+
+    def listen(self, seconds: float) -> list[tuple[Seat, Message]]:
+        """See `Crew`."""
+        waiting = {seat.connection: seat for seat in self.seats}
+        heard: list[tuple[Seat, Message]] = []
+        for connection in wait(list(waiting), seconds):
+            assert isinstance(connection, Connection)
+            seat = waiting[connection]
+            try:
+                message = connection.recv()
+            except (EOFError, OSError, pickle.UnpicklingError):
+                message = ("lost", seat.fate())
+            heard.append((seat, message))
+        return heard
+
+    def close(self) -> None:
+        """Nothing is left beside the processes."""
+
+
+class LocalSeat(Seat):
+    """A process of this machine; it leaves with this one, however that ends.
+
+    Args:
+        number: of the worker.
+        work: pickled.
+        threads: that it computes on.
+        device: index of the GPU that it is to see; None: all there are.
+    """
+
+    def __init__(self, number: int, work: bytes, threads: int, device: str | None) -> None:
+        super().__init__(number)
+        self.connection, theirs = Pipe()
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        more = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vidgen.pipeline.workers.process", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=self._stderr, env=child_environment(OMP_NUM_THREADS=str(threads), **more),
+        )
+        theirs.close()
+        self.send((work, threads))
+
+    def send(self, payload: Any) -> None:
+        """See `Seat`."""
+        with suppress(OSError):
+            self.connection.send(payload)
+
+    def fate(self) -> str:
+        """How it ended."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        code = self.process.poll()
+        return "it closed its connection" if code is None else exit_text(code, self._stderr)
+
+    def stop(self) -> None:
+        """See `Seat`."""
+        self.process.terminate()
+
+    def end(self, grace_s: float = 0.0) -> None:
+        """See `Seat`."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(grace_s)
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+        self._stderr.close()
+
+
+def _devices() -> list[str]:
+    """GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES knows them by."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    names = given.split(",") if given else [str(index) for index in range(count)]
+    return names[:count]

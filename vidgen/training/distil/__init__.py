@@ -1,0 +1,1 @@
+"""Few-step students and rollers, taught by their teacher."""

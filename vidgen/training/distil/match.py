@@ -1,0 +1,178 @@
+"""A student whose own clips can't be told from its guided teacher's: distribution matching.
+
+The student makes clips by its own few steps. They are noised, and two networks say what they take
+them for: the teacher under guidance, and a *follower*, a second delta that learns all the while
+what the student's clips are like. Where the two differ lies what the student does too much or too
+little of, and that is its gradient (Yin et al. 2024, "Improved distribution matching distillation",
+without its GAN). The mean of many answers, which a regression learns, is blurred; this isn't.
+
+All three are the teacher's network, twice with a delta, so its weights are in memory once, and once
+more in the dtype of the run.
+
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidgen.core.protocols import Denoise
+from vidgen.diffusion.condition import LatentState
+from vidgen.diffusion.flow import add_noise, denoised_of, squared_error, velocity_loss
+from vidgen.diffusion.samplers import sample_state
+from vidgen.diffusion.schedule import draw_sigmas
+from vidgen.pipeline.parts import DTYPES
+from vidgen.training.checkpoint import load_averages
+from vidgen.training.config import Phase
+from vidgen.training.distil.student import Delta, DeltaTask, DistilRun
+from vidgen.training.draws import generator_of
+from vidgen.training.optim import build_optimizers
+
+LEVELS = (0.9, 0.7, 0.5, 0.3)
+"""Of noise, at which validation compares clips."""
+
+
+@dataclass(frozen=True)
+class MatchBatch:
+    """Clips that the student is to make, and how they are looked at.
+
+    Attributes:
+        state: noise under conditions.
+        ids: of the captions' tokens, [B, S].
+        mask: [B, S].
+        last: number of the student's step that is taught; those before it lead there.
+        sigma: [2, B], the noise levels at which clips are compared, and followed.
+        noise: [2, B, C, F, h, w], of both.
+    """
+
+    state: LatentState
+    ids: Tensor
+    mask: Tensor
+    last: int
+    sigma: Tensor
+    noise: Tensor
+
+
+class MatchTask(DeltaTask[MatchBatch]):
+    """The student's own clips, the teacher's opinion of them, and what follows the student."""
+
+    def __init__(self, config: DistilRun) -> None:
+        super().__init__(config)
+        assert config.match is not None
+        self.match = config.match
+        self.follower = Delta(self.dit, config.delta)
+        self.modules["follower"] = self.follower
+        if self.match.start is not None:
+            self.delta.load_state_dict(load_averages(Path(self.match.start), "student"))
+        self.follower.load_state_dict(self.delta.state_dict())
+        self.teacher = self.shards.teacher(DTYPES[config.run.dtype])
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW over the factors of both deltas."""
+        own = self.config.run.optim
+        faster = replace(own, lr=self.match.follower_lr)
+        return [*build_optimizers({"student": self.delta}, own),
+                *build_optimizers({"follower": self.follower}, faster)]
+
+    def batch(self, phase: Phase, step: int, micro: int) -> MatchBatch:
+        """Conditions as the transformer's own training draws them; all ranks teach one step."""
+        seed, steps = self.config.run.seed, (self.match.first_step, len(self.sigmas) - 1)
+        last = int(torch.randint(*steps, (), generator=generator_of(seed, step)))
+        draw = generator_of(seed, step, micro, 1)  # the 1: nothing as the conditions' noise is
+        state, ids, mask = self.shards.draw(phase, step, micro)
+        sigma = torch.stack([
+            draw_sigmas(len(ids), draw, shift=self.match.shift, mean=None,
+                        between=self.match.between)
+            for _ in range(2)
+        ])
+        noise = torch.randn(2, *state.latents.shape, generator=draw)
+        return MatchBatch(state, ids, mask, last, sigma.to(self.device), noise.to(self.device))
+
+    def loss(self, batch: MatchBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of the student, whose gradient is the two networks' difference, and of its follower."""
+        del step
+        context = self.context(batch.ids, batch.mask)
+        state, made = self.play(batch, context)
+        follower = self.with_delta(self.follower, state, context)
+        clean = made.detach()
+        compared, followed = (state.project(add_noise(clean, noise, sigma))
+                              for noise, sigma in zip(batch.noise, batch.sigma, strict=True))
+        with torch.no_grad():
+            teacher = self.teacher.answers(state, batch.ids, batch.mask, self.config.trajectories)
+            answers = (ask(compared, batch.sigma[0]) for ask in (teacher, follower))
+            change = _change(clean, compared, batch.sigma[0], *answers, state.denoise_mask)
+        matching = squared_error(made, clean + change, state.denoise_mask).mean()
+        answer = follower(followed, batch.sigma[1])
+        following = velocity_loss(answer, clean, batch.noise[1], state.denoise_mask).mean()
+        return matching + following, {"gap": matching.detach().sqrt(),
+                                      "following": following.detach()}
+
+    def play(
+        self, batch: MatchBatch, context: tuple[Tensor, Tensor]
+    ) -> tuple[LatentState, Tensor]:
+        """The clips that the student makes of a batch, and what teacher and follower know of them.
+
+        Gradients flow through its step number `last` alone.
+        """
+        return batch.state, self.made(batch.state, context, batch.last)
+
+    def made(self, state: LatentState, context: tuple[Tensor, Tensor], last: int) -> Tensor:
+        """Clean latents as the student sees them at its step number `last`, by its own steps."""
+        return self.steps_to(last, self.with_delta(self.delta, state, context), state)
+
+    def steps_to(self, last: int, student: Denoise, state: LatentState) -> Tensor:
+        """Clean latents of a state as a student sees them at its step number `last`."""
+        sigmas = torch.cat([self.sigmas[: last + 1], self.sigmas[-1:]])
+
+        def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+            taught = torch.is_grad_enabled() and float(sigma[0]) <= float(sigmas[-2])
+            with torch.set_grad_enabled(taught):
+                return student(latents, sigma)
+
+        return sample_state(self.config.trajectories.sampler, denoise, state, sigmas)
+
+    def scores(self) -> dict[str, float]:
+        """`gap` between teacher and follower on the student's whole clips, and the latter's error.
+
+        The gap of a student that has nothing left to learn is 0, if its follower keeps up.
+        """
+        given = self.held_out
+        state, context = given.state, self.context(given.ids, given.mask)
+        clean = self.made(state, context, len(self.sigmas) - 2)
+        follower = self.with_delta(self.follower, state, context)
+        teacher = self.teacher.answers(state, given.ids, given.mask, self.config.trajectories)
+        gaps, errors = [], []
+        for index, level in enumerate(LEVELS):
+            draw = generator_of(self.config.run.seed, index)
+            noise = torch.randn(clean.shape, generator=draw).to(clean)
+            sigma = torch.full((len(clean),), level, device=self.device)
+            noisy = state.project(add_noise(clean, noise, sigma))
+            wanted, answer = teacher(noisy, sigma), follower(noisy, sigma)
+            change = _change(clean, noisy, sigma, wanted, answer, state.denoise_mask)
+            gaps.append(float(change.square().mean().sqrt()))
+            errors.append(float(velocity_loss(answer, clean, noise).mean()))
+        return {"gap": sum(gaps) / len(gaps), "following": sum(errors) / len(errors)}
+
+
+def _change(
+    clean: Tensor, noisy: Tensor, sigma: Tensor, wanted: Tensor, answer: Tensor, mask: Tensor
+) -> Tensor:
+    """Where clips would have to go to be the teacher's (ib., eq. 2).
+
+    In units of how far the teacher itself would change them, so that all levels weigh alike.
+
+    Args:
+        clean: the student's clips, [B, C, F, h, w].
+        noisy: the same at the noise levels `sigma` [B].
+        sigma: [B].
+        wanted: the teacher's velocities there.
+        answer: the follower's.
+        mask: [B, 1, F, h, w], True where latents were made.
+    """
+    real, own = (denoised_of(noisy, each, sigma) for each in (wanted, answer))
+    distance = squared_error(clean, real, mask).sqrt().clamp(min=1e-6)
+    return (real - own) / distance.view(-1, *[1] * (clean.ndim - 1))

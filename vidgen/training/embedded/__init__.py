@@ -1,0 +1,1 @@
+"""What the programs in `train/` teach the embedded model from: the Toybox world, cached."""

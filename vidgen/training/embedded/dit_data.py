@@ -1,0 +1,379 @@
+"""What the transformer learns from: cached clips, each time described, conditioned, noised anew.
+
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.diffusion.condition import LatentState, noise_known
+from vidgen.diffusion.condition_mix import (
+    ConditionMix,
+    Stills,
+    has_reference,
+    training_conditions,
+)
+from vidgen.diffusion.schedule import draw_sigmas
+from vidgen.models.tokenizer import PromptTokenizer
+from vidgen.toybox.captions import CLASSES, attributes, caption
+from vidgen.toybox.paraphrase import loose_caption
+from vidgen.toybox.scenes import Draws, Scene
+from vidgen.training.config import Phase, RunConfig
+from vidgen.training.draws import generator_of
+from vidgen.training.embedded.sound_cache import SoundCache, SoundMix, with_sound
+from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache, cut_around
+
+PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
+WITH_STILLS = ConditionMix(
+    text=0.4, first=0.05, last=0.2, both=0.2, frames=0.1, prefix=0.05, mask=0.0, reference=0.4
+)
+WINDOW = ConditionMix(text=0, first=0, last=0, both=0, frames=0, prefix=1, mask=0, reference=0)
+TEXT_ONLY = ConditionMix(text=1, first=0, last=0, both=0, frames=0, prefix=0, mask=0, reference=0)
+FOLLOWED = SoundMix("", picture_known=1)
+SHOWN_BY_REFERENCE = ("sprite", "tint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTData:
+    """The part of a run that says what it learns from.
+
+    Args:
+        run: phases, seed and device.
+        caches: what `train/cache.py` made; one entry an aspect ratio, drawn by clip count.
+        tokenizer: folder with `tokenizer.json`.
+        shifts: of the training times, one a phase: larger clips need more noise. Motion is settled
+            above a noise level of 0.85.
+        uniform_share: share of a clip batch's times drawn evenly instead, so that the low levels,
+            where edges become crisp, aren't forgotten.
+        conditions: of batches without stills, which cost no tokens.
+        still_conditions: of the share of batches that get last frames, keyframes, references.
+        still_share: that share.
+        caption_dropout: share of samples that see an empty prompt, for guidance.
+        loose_share: share of captions that `loose_caption` writes, as people do, in the warm-up
+            of words, too; nearly half of those are plain again. Validation has none.
+        anonymous_share: of the samples that are given a reference, the share whose caption doesn't
+            name what it shows ("it"); `loose_caption` writes them all.
+        image_shares: share of each phase's batches that are single frames, `image_batch` of them:
+            cheap samples of what things look like, without which clips make the model forget
+            stills. None without.
+        image_batch: samples of such a batch.
+        image_shift: of such a batch's training times.
+        crop_share: share of batches, of clips and of single frames, that are squares around
+            sprites, as many as make the frames' area: most of a frame is background, which is
+            learned long before.
+        crop: their side in latents.
+        crop_level: the highest of their noise levels, evenly drawn from 0 on: above it a caption
+            doesn't tell what a square is cut from.
+        window_share: share of clip batches cut from the inside of clips, all under a prefix:
+            what a window of a long clip is, whose first latent is no single frame.
+        anchor_share: of their samples, the share that is given the clip's first frame as a
+            reference: what keeps a long clip to the looks it began with.
+        history_noise: of their samples, the highest level of noise in what they go on from, drawn
+            evenly from 0 on: so that the faults of a window aren't taken for the picture.
+        validation_clips: taken off the end of the first cache, never trained on.
+        sound: what is learned of sound, or None; clips' sound is cached beside their latents.
+
+    Raises:
+        InputError: what would otherwise show hours into the run.
+    """
+
+    run: RunConfig
+    caches: tuple[CacheConfig, ...]
+    tokenizer: str
+    shifts: tuple[float, ...]
+    uniform_share: float = 0.0
+    conditions: ConditionMix = PLAIN
+    still_conditions: ConditionMix = WITH_STILLS
+    still_share: float = 0.25
+    caption_dropout: float = 0.1
+    loose_share: float = 0.0
+    anonymous_share: float = 0.0
+    image_shares: tuple[float, ...] = ()
+    image_batch: int = 64
+    image_shift: float = 1.0
+    crop_share: float = 0.0
+    crop: int = 8
+    crop_level: float = 0.7
+    window_share: float = 0.0
+    anchor_share: float = 0.0
+    history_noise: float = 0.0
+    validation_clips: int = 64
+    sound: SoundMix | None = None
+
+    def __post_init__(self) -> None:
+        phases = self.run.phases
+        if len(self.shifts) != len(phases):
+            raise InputError(f"shifts has {len(self.shifts)} entries for {len(phases)} phases; "
+                             "give one a phase")
+        if self.image_shares and len(self.image_shares) != len(phases):
+            raise InputError(f"image_shares has {len(self.image_shares)} entries for {len(phases)} "
+                             "phases; give one a phase, or none")
+        for name in ("loose_share", "anonymous_share", "anchor_share", "history_noise",
+                     "crop_share", "crop_level", "still_share", "window_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
+        if self.caches and self.caches[0].stills_only:
+            raise InputError("the first of the caches is stills_only; validation takes clips from "
+                             "it, so name one of clips before it")
+        clips = [cache for cache in self.caches if not cache.stills_only]
+        longest = min((cache.num_frames for cache in clips), default=0)
+        asked = max(phase.num_frames for phase in phases)
+        if asked > longest:
+            raise InputError(f"a phase has clips of {asked} frames, the caches hold {longest}; "
+                             "cache longer clips or shorten the phase")
+        kept = self.caches[0].shards * self.caches[0].shard_size
+        if self.validation_clips >= kept:
+            raise InputError(f"validation_clips is {self.validation_clips} of {kept} cached clips; "
+                             "leave some to train on")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: latents with conditions, noise levels and noise, and described.
+
+    `cover` [B, 1, F, h, w] says how much of a latent is sprite, `labels` what the caption says,
+    `shown` [B] which sprite caption or reference tell of, -1 for none or two. `sound_noise`
+    [B, C, K] goes with the state's sound, and `cues` [B, K], whether one begins there. `marks`
+    [B, F, n] says where within a clip's latent frame something comes to a mark.
+    """
+
+    state: LatentState
+    cover: Tensor
+    noise: Tensor
+    sigma: Tensor
+    ids: Tensor
+    mask: Tensor
+    labels: dict[str, Tensor]
+    shown: Tensor
+    marks: Tensor | None = None
+    sound_noise: Tensor | None = None
+    cues: Tensor | None = None
+
+
+class ClipDraws:
+    """Draws batches from the caches of a run; what it draws depends on seed and step alone."""
+
+    def __init__(self, config: DiTData, device: torch.device, patch: int) -> None:
+        self.config, self.device, self.patch = config, device, patch
+        self.tokenizer = PromptTokenizer(config.tokenizer)
+        self.caches = [ToyboxCache(entry) for entry in config.caches]
+        self.data = [cache.load() for cache in self.caches]
+        self.sounds: dict[int, tuple[SoundCache, Tensor]] = {}
+        if config.sound is not None:
+            for which, clips in enumerate(self.caches):
+                if not clips.config.stills_only:
+                    cache = SoundCache(config.sound, clips)
+                    self.sounds[which] = cache, cache.load()
+        self.strides = self.caches[0].strides
+        shortest = min(min(data.clips.shape[3:]) for data in self.data)
+        if config.crop_share and (config.crop % patch or not 0 < config.crop <= shortest):
+            raise InputError(f"crop is {config.crop}; give a multiple of {patch} up to {shortest}")
+        self.num_kept = self.caches[0].num_clips - config.validation_clips
+
+    def batch(self, phase: Phase, step: int, micro: int) -> Batch:
+        """Clips of one geometry, each with a caption and a condition of its own.
+
+        All micro-batches of a step are of one kind, so that no rank waits for another one's.
+        """
+        run = self.config.run
+        kind = generator_of(run.seed, step)
+        draw = generator_of(run.seed, step, micro)
+        counts = [cache.num_clips for cache in self.caches]
+        counts[0] = self.num_kept
+        moving = [
+            0 if cache.config.stills_only else count
+            for cache, count in zip(self.caches, counts, strict=True)
+        ]
+        which = _drawn(moving, kind)
+        index = run.phase_at(step)[0]
+        num_frames, size, shift = phase.num_frames, phase.batch_size, self.config.shifts[index]
+        shares = self.config.image_shares
+        if shares and torch.rand((), generator=kind) < shares[index]:
+            num_frames, size, shift = 1, self.config.image_batch, self.config.image_shift
+            if moving != counts:
+                which = _drawn(counts, kind)
+        if self.config.crop_share and torch.rand((), generator=kind) < self.config.crop_share:
+            height, width = self.data[which].clips.shape[3:]
+            size = size * height * width // self.config.crop**2
+            rows = torch.randint(counts[which], (size,), generator=draw)
+            sigma = self.config.crop_level * draw_sigmas(size, draw, mean=None)
+            return self._assemble(which, rows, num_frames, sigma, draw, kind, sound=False,
+                                  conditions=self.config.conditions, crop=self.config.crop)
+        rows = torch.randint(counts[which], (size,), generator=draw)
+        sound = num_frames > 1 and self._draws_sound(kind)
+        if sound:
+            rows = self._with_struck(which, rows, counts[which], draw)
+        sigma = draw_sigmas(size, draw, shift=shift)
+        if num_frames > 1:
+            even = torch.rand(size, generator=draw) < self.config.uniform_share
+            sigma = torch.where(even, draw_sigmas(size, draw, mean=None), sigma)
+        return self._assemble(which, rows, num_frames, sigma, draw, kind, sound=sound)
+
+    def held_aside(self, num_frames: int, level: float, *, sound: bool = False) -> Batch:
+        """The validation clips under text alone, at one noise level, the same each time."""
+        rows = torch.arange(self.num_kept, self.caches[0].num_clips)
+        draw = torch.Generator().manual_seed(round(level * 1000))
+        sigma = torch.full((len(rows),), level)
+        return self._assemble(
+            0, rows, num_frames, sigma, draw, draw, conditions=TEXT_ONLY, dropout=0.0, sound=sound
+        )
+
+    def captions(self, start: int, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Token ids, mask and labels of captions `start` to `start + count` of the first cache."""
+        numbers = range(start, start + count)
+        scenes = [self.caches[0].scene(number % self.num_kept) for number in numbers]
+        share = self.config.loose_share
+        texts = [
+            _wording(scene, number, share) for scene, number in zip(scenes, numbers, strict=True)
+        ]
+        ids, mask = self.tokenizer.encode(texts)
+        labels = _labels([attributes(scene) for scene in scenes])
+        return (ids.to(self.device), mask.to(self.device),
+                {name: value.to(self.device) for name, value in labels.items()})
+
+    def _assemble(
+        self, which: int, rows: Tensor, num_frames: int, sigma: Tensor, draw: torch.Generator,
+        kind: torch.Generator, *, conditions: ConditionMix | None = None,
+        dropout: float | None = None, sound: bool, crop: int | None = None,
+    ) -> Batch:
+        data = self.data[which]
+        inside_clip = (
+            num_frames > 1 and conditions is None
+            and torch.rand((), generator=kind) < self.config.window_share
+        )
+        chosen = Stills(data.stills.latents[rows].float(), data.stills.frame_index[rows])
+        first = 0
+        if num_frames == 1:
+            pick = torch.randint(3, (len(rows),), generator=draw)
+            latents = _single(data.clips, data.stills.latents, rows, pick)
+            cover = _single(data.cover, data.still_cover, rows, pick)
+            chosen = Stills(chosen.latents[:, :, 2:], chosen.frame_index[:, 2:])
+        else:
+            window = self._window(data.clips.shape[2], num_frames, draw, inside=inside_clip)
+            latents, cover = (part[rows, :, window].float() for part in (data.clips, data.cover))
+            first, shown = window.start, chosen.frame_index[0] < num_frames
+            chosen = Stills(chosen.latents[:, :, shown], chosen.frame_index[:, shown])
+        if crop is not None:
+            latents, cover = cut_around(latents, cover, crop, self.patch)
+        if inside_clip:
+            conditions = replace(
+                WINDOW, reference=self.config.anchor_share,
+                prefix_step=self.config.conditions.prefix_step,
+            )
+            anchors = torch.full((len(rows), 1), -1)
+            stills: Stills | None = Stills(data.clips[rows, :, :1].float(), anchors)
+        elif conditions is None and torch.rand((), generator=kind) < self.config.still_share:
+            conditions, stills = self.config.still_conditions, chosen
+        else:
+            conditions, stills = conditions or self.config.conditions, None
+        state = training_conditions(
+            latents, draw, conditions, self.strides, stills=stills, patch=self.patch
+        )
+        seeds = torch.randint(2**31, (len(rows),), generator=draw).tolist()
+        scenes = [self.caches[which].scene(row) for row in rows.tolist()]
+        share = 0.0 if conditions is TEXT_ONLY else self.config.loose_share
+        given = has_reference(state.keys, len(rows))
+        unnamed = self._unnamed(seeds) & given
+        texts = [
+            loose_caption(scene, seed, anonymous=True) if hidden else _wording(scene, seed, share)
+            for scene, seed, hidden in zip(scenes, seeds, unnamed.tolist(), strict=True)
+        ]
+        rate = self.config.caption_dropout if dropout is None else dropout
+        dropped = torch.rand(len(rows), generator=draw) < rate
+        texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
+        truth = _labels([attributes(scene) for scene in scenes])
+        labels = {name: value.masked_fill(dropped, -1) for name, value in truth.items()}
+        several = torch.tensor([len(scene.actors) > 1 for scene in scenes])
+        shown = truth["sprite"].masked_fill((dropped & ~given) | several, -1)
+        for name in SHOWN_BY_REFERENCE:
+            labels[name] = labels[name].masked_fill(unnamed, -1)
+        ids, mask = self.tokenizer.encode(texts)
+        noise = torch.randn(latents.shape, generator=draw)
+        marks = sound_noise = cues = None
+        if num_frames > 1:
+            marks = self.caches[which].marks(scenes, first, latents.shape[2]).to(self.device)
+        if sound:
+            assert self.config.sound is not None
+            cache, heard = self.sounds[which]
+            mix = self.config.sound if conditions is not TEXT_ONLY else FOLLOWED
+            state = with_sound(state, heard[rows], first, mix, cache, draw)
+            assert state.sound is not None
+            sound_noise = torch.randn(state.sound.clean.shape, generator=draw).to(self.device)
+            cues = cache.cues(scenes, first, latents.shape[2]).to(self.device)
+        if inside_clip and self.config.history_noise:
+            level = self.config.history_noise * torch.rand(len(rows), generator=draw)
+            some = state.denoise_mask.flatten(1).any(1)  # else a picture, given to be heard
+            state = noise_known(state, level * some, noise)
+        return Batch(
+            state.to(self.device), cover.to(self.device), noise.to(self.device),
+            sigma.to(self.device),
+            ids.to(self.device), mask.to(self.device),
+            {name: value.to(self.device) for name, value in labels.items()},
+            shown.to(self.device), marks, sound_noise, cues,
+        )
+
+    def _unnamed(self, seeds: list[int]) -> Tensor:
+        """Whether a sample's reference, if it has one, is to speak for itself, [B] bool."""
+        share = self.config.anonymous_share
+        return torch.tensor([Draws(seed, stream=41).chance(share) for seed in seeds])
+
+    def _draws_sound(self, draw: torch.Generator) -> bool:
+        if self.config.sound is None:
+            return False
+        return float(torch.rand((), generator=draw)) < self.config.sound.share
+
+    def _with_struck(self, which: int, rows: Tensor, stop: int, draw: torch.Generator) -> Tensor:
+        """Rows [B] of a batch with sound, a share of them drawn anew among the struck ones."""
+        assert self.config.sound is not None
+        if not self.config.sound.struck:
+            return rows
+        struck = self.sounds[which][0].struck
+        struck = struck[struck < stop]
+        if not len(struck):
+            return rows
+        chosen = torch.rand(rows.shape, generator=draw) < self.config.sound.struck
+        others = struck[torch.randint(len(struck), rows.shape, generator=draw)]
+        return torch.where(chosen, others, rows)
+
+    def _window(
+        self, total: int, num_frames: int, draw: torch.Generator, *, inside: bool
+    ) -> slice:
+        """The latent frames of a clip's first `num_frames`, or as many as fit of its inside."""
+        length = 1 + (num_frames - 1) // self.strides.t
+        if not inside:
+            return slice(0, length)
+        length = min(length, total - 2)
+        first = int(torch.randint(1, total - length + 1, (), generator=draw))
+        return slice(first, first + length)
+
+
+def _drawn(counts: list[int], draw: torch.Generator) -> int:
+    """One of several kinds, as often as it counts."""
+    return int(torch.multinomial(torch.tensor(counts).float(), 1, generator=draw))
+
+
+def _wording(scene: Scene, seed: int, loose_share: float) -> str:
+    """A caption, plain or loose; which of them depends on the seed alone."""
+    if Draws(seed, stream=40).chance(loose_share):
+        return loose_caption(scene, seed)
+    return caption(scene, seed)
+
+
+def _single(clips: Tensor, stills: Tensor, rows: Tensor, pick: Tensor) -> Tensor:
+    """One frame a clip, [B, _, 1, h, w]: its first (pick 0), middle (1) or last (2)."""
+    frames = torch.cat([clips[rows, :, :1], stills[rows, :, :2]], dim=2).float()
+    return frames[torch.arange(len(rows)), :, pick][:, :, None]
+
+
+def _labels(described: list[dict[str, str | None]]) -> dict[str, Tensor]:
+    """Class indices by attribute, [B]; -1 where there is nothing to name."""
+    table = {}
+    for name, classes in CLASSES.items():
+        index = {value: i for i, value in enumerate(classes)}
+        table[name] = torch.tensor([index.get(entry[name], -1) for entry in described])
+    return table

@@ -1,0 +1,148 @@
+"""Sound latents of the clips that the transformer learns from, and the sound of a batch.
+
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K sound latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.diffusion.condition import LatentState
+from vidgen.diffusion.sound import SoundState, sound_span
+from vidgen.models.audio import AudioVAE, AudioVAEConfig
+from vidgen.toybox.cues import sound_cues
+from vidgen.toybox.scenes import Scene
+from vidgen.toybox.sound import synthesize
+from vidgen.training.embedded.latents import LatentShards
+from vidgen.training.embedded.toybox_data import ToyboxCache, encoder_hash
+from vidgen.weights.folder import config_of
+
+FOLDER = "sound"
+"""Inside the folder of the clips' latents."""
+
+
+@dataclass(frozen=True)
+class SoundMix:
+    """How much sound a transformer learns.
+
+    Args:
+        vae: component folder of the sound VAE.
+        share: of the clip batches that carry sound.
+        picture_known: share of those batches that get sound for given pictures; the others get
+            pictures for given sound.
+        struck: share that is drawn among clips in which something is hit: what the picture tells
+            of a sound's moment is rare otherwise.
+    """
+
+    vae: str
+    share: float = 0.5
+    picture_known: float = 0.9
+    struck: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("share", "picture_known", "struck"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
+
+
+class SoundCache:
+    """The sound of a cache's clips, encoded; one shard for each of its shards."""
+
+    def __init__(self, mix: SoundMix, clips: ToyboxCache) -> None:
+        self.mix, self.clips = mix, clips
+        self.config: AudioVAEConfig = config_of(AudioVAEConfig, Path(mix.vae))
+        told = {"encoder": encoder_hash(Path(mix.vae), AudioVAEConfig)}
+        manifest = clips.manifest | told
+        self.shards = LatentShards(Path(clips.config.folder) / FOLDER, manifest)
+
+    def missing(self) -> list[int]:
+        """Shards that this process has still to make."""
+        return self.shards.missing(self.clips.config.shards)
+
+    @torch.no_grad()
+    def make(self, index: int, vae: AudioVAE, device: torch.device, batch: int = 32) -> None:
+        """Synthesise, encode and write shard `index`."""
+        config = self.clips.config
+        first, parts = index * config.shard_size, []
+        for start in range(first, first + config.shard_size, batch):
+            stop = min(start + batch, first + config.shard_size)
+            scenes = [self.clips.scene(i) for i in range(start, stop)]
+            sound = synthesize(scenes, config.num_frames, config.height, config.width, config.fps)
+            parts.append(vae.encode(sound.to(device)).cpu())
+        self.shards.write(index, {"sound": torch.cat(parts).half()})
+
+    def cues(self, scenes: Sequence[Scene], first: int, count: int) -> Tensor:
+        """Where in a stretch of the scenes' clips a sound begins, [B, K] float 0 or 1.
+
+        Args:
+            scenes: B scenes of the cache's.
+            first: latent frame of the clips that the stretch begins with.
+            count: its latent frames.
+        """
+        config = self.clips.config
+        begin, end, _ = self.span(first, count)
+        found = torch.zeros(len(scenes), end - begin + 2)  # what begins is seen by its neighbours
+        for row, scene in enumerate(scenes):
+            cues = sound_cues(scene, config.num_frames, config.height, config.width, config.fps)
+            for at in (int(cue.seconds * self.config.tokens_per_s) - begin + 1 for cue in cues):
+                found[row, max(0, at - 1) : max(0, at + 2)] = 1
+        return found[:, 1:-1]
+
+    @cached_property
+    def struck(self) -> Tensor:
+        """Clips in which something is hit, by index in rising order, [n]."""
+        config = self.clips.config
+        size = config.num_frames, config.height, config.width, config.fps
+        return torch.tensor([
+            index for index in range(self.clips.num_clips)
+            if any(cue.kind == "impact" for cue in sound_cues(self.clips.scene(index), *size))
+        ])
+
+    def span(self, first: int, count: int) -> tuple[int, int, float]:
+        """`sound_span` of a stretch of the clips."""
+        return sound_span(first, count, self.clips.strides.t, self.clips.config.fps,
+                          self.config.tokens_per_s)
+
+    def load(self) -> Tensor:
+        """All sound that the clips' config asks for, [N, C, K] float16."""
+        return self.shards.load(self.clips.config.shards)["sound"]
+
+
+def with_sound(
+    state: LatentState, sound: Tensor, first: int, mix: SoundMix, cache: SoundCache,
+    draw: torch.Generator,
+) -> LatentState:
+    """A training state with the sound of its clips: to be made for all of their pictures, or known.
+
+    Sound for a picture of which a beginning was known goes on from that beginning's.
+
+    Args:
+        state: of clips cut out from latent frame `first` on.
+        sound: all latents of those clips' sound, [B, C, K].
+        first: latent frame of the clips that the state begins with.
+        mix: how often which is known.
+        cache: of the sound.
+        draw: a CPU generator.
+    """
+    batch, _, count = state.latents.shape[:3]
+    begin, end, start_s = cache.span(first, count)
+    clean = sound[:, :, begin:end].float()
+    generated = torch.ones(batch, 1, clean.shape[2], dtype=torch.bool)
+    if float(torch.rand((), generator=draw)) >= mix.picture_known:
+        known_sound = SoundState(torch.zeros_like(clean), clean, ~generated, start_s)
+        return replace(state, sound=known_sound)
+    for row in range(batch):
+        whole = state.denoise_mask[row].flatten(2).any(2)[0]  # [F], whether any is generated
+        known = count if not whole.any() else int(whole.int().argmax())
+        if known > 1 or (known and first):
+            until = cache.span(first, known)[1] - 1  # the last one goes on behind
+            generated[row, :, : max(0, until - begin)] = False
+    made = SoundState(torch.zeros_like(clean), clean, generated, start_s)
+    return replace(state, denoise_mask=torch.zeros_like(state.denoise_mask), sound=made)

@@ -1,0 +1,324 @@
+"""Toybox clips as cached latents: rendered and encoded once, described anew each time."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import best_dtype
+from vidgen.core.shapes import Strides
+from vidgen.diffusion.condition_mix import Stills
+from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.toybox.cues import scene_marks
+from vidgen.toybox.render import Rendered, render
+from vidgen.toybox.scenes import (
+    MOTIONS,
+    PLACES,
+    SEED_RANGES,
+    SPRITE_NAMES,
+    WORLD_VERSION,
+    Actor,
+    Scene,
+    SceneMix,
+    is_held_out,
+    sample_scenes,
+    times_in,
+)
+from vidgen.training.draws import seed_of
+from vidgen.training.embedded.latents import LatentShards
+from vidgen.weights.folder import config_of
+from vidgen.weights.load import load_module, read_tensors
+
+MID_FRAME = 16
+_QUARTERS = 0.25, 0.5, 0.75
+"""Of a clip's length: where a cache of stills alone looks at it."""
+MARK_BINS = 8
+"""Parts of a latent frame that marks are told apart by: 42 ms each where it stands for 4 frames."""
+_MOST_CLIPS = 1 << 12  # of a batch
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """One geometry of cached clips.
+
+    Args:
+        folder: where the shards lie.
+        vae: component folder of the VAE whose encoder made them.
+        shards: how many shards of `shard_size` clips.
+        first_scene: offset into the training range of scene seeds; geometries don't share scenes.
+        motion: of an actor in all of its scenes, one after the other as they come; None: any.
+        sprites: of which one is an actor in all of its scenes, likewise: those that are learned
+            last; empty: any.
+        mix: how often its scenes are rich, as in what is rarely seen otherwise: tinted sprites.
+        stills_only: for batches of single frames alone, at a sixth of the price of a clip.
+    """
+
+    folder: str
+    vae: str
+    shards: int
+    shard_size: int = 256
+    first_scene: int = 0
+    num_frames: int = 33
+    fps: int = 12
+    height: int = 128
+    width: int = 128
+    motion: str | None = None
+    sprites: tuple[str, ...] = ()
+    mix: SceneMix = field(default_factory=SceneMix)
+    stills_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.motion is not None and self.motion not in MOTIONS:
+            raise InputError(
+                f"motion is {self.motion!r}; give one of {', '.join(MOTIONS)}, or none"
+            )
+        unknown = [name for name in self.sprites if name not in SPRITE_NAMES]
+        if unknown:
+            raise InputError(
+                f"sprites has {unknown[0]!r}; give some of {', '.join(SPRITE_NAMES)}, or none"
+            )
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether every scene that comes is taken."""
+        return self.motion is None and not self.sprites
+
+    def takes(self, scene: Scene) -> bool:
+        """Whether a scene is one of the cache's."""
+        return (self.motion is None or self.motion in [each.motion for each in scene.actors]) and (
+            not self.sprites or any(each.sprite in self.sprites for each in scene.actors)
+        )
+
+
+@dataclass(frozen=True)
+class CachedClips:
+    """Latents of N clips, float16, normalised.
+
+    Attributes:
+        clips: [N, C, F, h, w]; of a cache of stills alone one frame of each clip, F = 1.
+        stills: three a clip, each encoded alone: frame 16, the last frame (or two others of a cache
+            of stills alone), and the clip's first sprite shown in another place (the reference,
+            index -1).
+        cover: [N, 1, F, h, w] in [0, 1], how much of a latent's pixels is sprite.
+        still_cover: [N, 1, 3, h, w].
+    """
+
+    clips: Tensor
+    stills: Stills
+    cover: Tensor
+    still_cover: Tensor
+
+
+class ToyboxCache:
+    """Latents of training scenes, with stills for last-frame, keyframe and reference conditions."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        self.config = config
+        self.manifest = {
+            "encoder": encoder_hash(Path(config.vae)),
+            "world_version": WORLD_VERSION,
+            **{
+                name: getattr(config, name)
+                for name in ("shard_size", "first_scene", "num_frames", "fps", "height", "width")
+            },
+        }
+        if config.motion is not None:
+            self.manifest["motion"] = config.motion
+        if config.sprites:
+            self.manifest["sprites"] = list(config.sprites)
+        if config.mix != SceneMix():
+            self.manifest["mix"] = asdict(config.mix)
+        if config.stills_only:
+            self.manifest["stills_only"] = True
+        self.shards = LatentShards(config.folder, self.manifest)
+        self._scenes: dict[int, Scene] = {}
+        self._taken = filter(config.takes, map(self._drawn, itertools.count()))
+
+    @property
+    def strides(self) -> Strides:
+        """The VAE's."""
+        return config_of(VAEConfig, Path(self.config.vae)).strides
+
+    @property
+    def num_clips(self) -> int:
+        """Clips that the config asks for."""
+        return self.config.shards * self.config.shard_size
+
+    def scene(self, index: int) -> Scene:
+        """The scene of clip `index`; never one of the held-out triples."""
+        if self.config.takes_all and index not in self._scenes:
+            self._scenes[index] = self._drawn(index)
+        while index not in self._scenes:
+            self._scenes[len(self._scenes)] = next(self._taken)
+        return self._scenes[index]
+
+    def _drawn(self, number: int) -> Scene:
+        seed = SEED_RANGES["train"][0] + self.config.first_scene + number
+        return sample_scenes(seed, 1, self.config.mix, split="train")[0]
+
+    def marks(self, scenes: Sequence[Scene], first: int, count: int) -> Tensor:
+        """When something comes to a mark, [B, F, MARK_BINS] float 0 or 1.
+
+        Args:
+            scenes: B scenes of the cache's.
+            first: latent frame of the clips that the stretch begins with.
+            count: its latent frames, F.
+        """
+        config, t = self.config, self.strides.t
+        found = torch.zeros(len(scenes), count, MARK_BINS)
+        for row, scene in enumerate(scenes):
+            size = config.num_frames, config.height, config.width
+            for seconds in scene_marks(scene, *size, config.fps):
+                frame, part = divmod((seconds * config.fps - 1) / t, 1)  # of the first one's end
+                index = int(frame) + 1 - first
+                if 0 <= index < count:
+                    found[row, index, int(part * MARK_BINS)] = 1
+        return found
+
+    def load(self) -> CachedClips:
+        """All clips that the config asks for."""
+        tensors = self.shards.load(self.config.shards)
+        frames = torch.tensor([*self._moments()[1:], -1])
+        stills = Stills(tensors["stills"], frames.expand(self.num_clips, 3))
+        return CachedClips(tensors["clips"], stills, tensors["cover"], tensors["still_cover"])
+
+    def missing(self) -> list[int]:
+        """Shards that this process has still to make."""
+        return self.shards.missing(self.config.shards)
+
+    def _moments(self) -> tuple[int, int, int]:
+        """Three frames of a clip, each a still of its own; the first one begins a whole clip."""
+        count = self.config.num_frames
+        if self.config.stills_only:
+            first, middle, last = (int(part * count) for part in _QUARTERS)
+            return first, middle, last
+        return 0, MID_FRAME, count - 1
+
+    @torch.no_grad()
+    def make(self, index: int, vae: CausalVAE, device: torch.device, batch: int = 16) -> None:
+        """Render, encode and write shard `index`."""
+        config, moments = self.config, self._moments()
+        seen = moments if config.stills_only else range(config.num_frames)
+        size = {"height": config.height, "width": config.width}
+        first = index * config.shard_size
+        scenes = [self.scene(first + i) for i in range(config.shard_size)]
+        clips, stills, covers, still_covers = [], [], [], []
+        for start in range(0, len(scenes), batch):
+            part = scenes[start : start + batch]
+            shown = render(
+                part, num_frames=config.num_frames, fps=config.fps, device=device, frames=seen,
+                **size,
+            )
+            posed = render(
+                [as_reference(scene) for scene in part], num_frames=1, fps=config.fps,
+                device=device, **size,
+            )
+            whole = _frame(shown, 0) if config.stills_only else shown
+            clips.append(encode(vae, whole.video))
+            covers.append(latent_cover(whole.masks, vae.strides))
+            singles = (*(_frame(shown, seen.index(moment)) for moment in moments[1:]), posed)
+            stills.append(torch.cat([encode(vae, still.video) for still in singles], dim=2))
+            still_covers.append(
+                torch.cat([latent_cover(still.masks, vae.strides) for still in singles], dim=2)
+            )
+        tensors = {
+            "clips": torch.cat(clips), "stills": torch.cat(stills),
+            "cover": torch.cat(covers), "still_cover": torch.cat(still_covers),
+        }
+        self.shards.write(index, {name: value.half().cpu() for name, value in tensors.items()})
+
+
+def cut_around(
+    video: Tensor, mask: Tensor, side: int, step: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Cut of each clip [B, C, T, H, W] the square around what its mask [B, 1, T, H, W] shows.
+
+    Args:
+        video: pixels or latents.
+        mask: where something is to be seen, 0 to 1.
+        side: of the squares.
+        step: they begin at multiples of it.
+    """
+    rows, columns = mask.amax((1, 2, 4)), mask.amax((1, 2, 3))
+    videos, masks = [], []
+    for clip, shown, row, column in zip(video, mask, rows, columns, strict=True):
+        top, left = _start_around(row, side, step), _start_around(column, side, step)
+        square = (..., slice(top, top + side), slice(left, left + side))
+        videos.append(clip[square])
+        masks.append(shown[square])
+    return torch.stack(videos), torch.stack(masks)
+
+
+def _start_around(shown: Tensor, side: int, step: int) -> int:
+    """Where a span of `side` begins whose middle is that of what is shown [L]; in the frame."""
+    places = torch.arange(len(shown), device=shown.device, dtype=shown.dtype)
+    middle = (shown * places).sum() / shown.sum().clamp(min=1e-6)
+    return int(((middle - side / 2) / step).round().clamp(0, (len(shown) - side) // step)) * step
+
+
+def fresh_seed(*values: int) -> int:
+    """Seed of a batch's first scene in the training range, which depends on all of the values.
+
+    Drawn, not counted: ranks share no scenes, however many there are.
+    """
+    low, high = SEED_RANGES["train"]
+    return low + seed_of(*values) % (high - low - _MOST_CLIPS)
+
+
+def as_reference(scene: Scene) -> Scene:
+    """The scene's first sprite, alone and at rest in another place, large enough to be learned.
+
+    No place that would show one of the held-out triples is taken.
+    """
+    first = scene.actors[0]
+    places = [
+        place for place in PLACES
+        if place != scene.place and not is_held_out(first.sprite, "stays", place)
+    ]
+    place = places[scene.seed % len(places)]
+    actor = Actor(first.sprite, "stays", first.tint, "large")
+    return Scene(scene.seed, (actor,), place, times_in(place)[0])
+
+
+def encode(vae: CausalVAE, video: Tensor) -> Tensor:
+    """Normalised latents, under bf16 autocast where the device is fast in it."""
+    bf16 = best_dtype(video.device) == "bf16"
+    with torch.autocast(video.device.type, torch.bfloat16, enabled=bf16):
+        return vae.encode(video).float()
+
+
+def latent_cover(masks: Tensor, strides: Strides) -> Tensor:
+    """Masks of actors [B, 2, T, H, W] as the share of each latent's pixels, [B, 1, F, h, w]."""
+    seen = masks.amax(1, keepdim=True)
+    parts = [F.avg_pool3d(seen[:, :, :1], (1, strides.hw, strides.hw))]
+    if seen.shape[2] > 1:
+        parts.append(F.avg_pool3d(seen[:, :, 1:], (strides.t, strides.hw, strides.hw)))
+    return torch.cat(parts, dim=2)
+
+
+def _frame(shown: Rendered, index: int) -> Rendered:
+    return Rendered(*(part[:, :, index : index + 1] for part in shown))
+
+
+def encoder_hash(folder: Path, kind: type = VAEConfig) -> str:
+    """SHA-256 of what shapes latents: the encoder's tensors and the statistics, not the decoder."""
+    config = config_of(kind, folder)
+    digest = hashlib.sha256(repr((config.latents_mean, config.latents_std)).encode())
+    tensors = read_tensors(folder / "model.safetensors")
+    for name in sorted(name for name in tensors if name.startswith("encoder.")):
+        digest.update(name.encode() + tensors[name].view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_vae(folder: str, device: torch.device) -> CausalVAE:
+    """The VAE of a component folder, fp32 weights."""
+    config = config_of(VAEConfig, Path(folder))
+    return load_module(lambda: CausalVAE(config), Path(folder), torch.float32, device)

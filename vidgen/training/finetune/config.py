@@ -1,0 +1,246 @@
+"""What a fine-tuning run is told: read strictly from YAML, dumped beside its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vidgen.core.config import ONE
+from vidgen.core.errors import InputError, nearest
+from vidgen.training.config import MAX_RATE, Phase, RunConfig, check_number
+from vidgen.training.data.config import DataConfig
+
+DIALECTS = ("diffusers", "peft", "wan", "kohya")
+"""What LoRA files can be written in besides our own dialect."""
+MAX_RANK = 1024
+"""Of a LoRA: beyond it all weights are fewer."""
+
+
+@dataclass(frozen=True)
+class FinetuneRun(RunConfig):
+    """How long, how often, where; one stretch of steps, whose shapes are the data's buckets.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: samples a micro-batch, on each rank.
+        accumulate: micro-batches a step.
+    """
+
+    phases: tuple[Phase, ...] = field(init=False, default=())
+    steps: int = 1000
+    batch_size: int = 1
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise InputError(f"run.{name} is {getattr(self, name)}; it must be at least 1")
+        # A phase's length is not asked here: each step's is that of its bucket.
+        phase = Phase(self.steps, 1, self.batch_size, self.accumulate)
+        object.__setattr__(self, "phases", (phase,))
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Which layers get a low-rank delta, and how large it may become (Hu et al. 2021).
+
+    Args:
+        rank: columns of the two factors.
+        alpha: scale times rank; None: the rank, so that the scale is 1.
+        dropout: of what enters the first factor.
+        targets: "attention": the projections of self- and cross-attention; "all": all linear
+            layers of blocks; or parts of layers' names, such as "self_attn.q" or "ffn". Layers
+            that make sound aren't among them.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: Literal["attention", "all"] | tuple[str, ...] = field(
+        default="attention", metadata=ONE)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= MAX_RANK:
+            raise InputError(f"lora.rank is {self.rank}; give a whole number from 1 to {MAX_RANK}")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
+            raise InputError(f"lora.alpha is {self.alpha}; it must be positive")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora.dropout is {self.dropout}; it must lie in 0..1")
+        if self.targets in (("attention",), ("all",)):
+            object.__setattr__(self, "targets", self.targets[0])
+        if not self.targets:
+            raise InputError("lora.targets is empty; give attention, all, or parts of names")
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """How the noise levels of samples are drawn.
+
+    Args:
+        density: "logit-normal" (Esser et al. 2024, eq. 19) or "uniform".
+        mean: of the logit-normal density.
+        std: of the logit-normal density.
+        shift: towards noise, as larger clips need; None: the model's own.
+    """
+
+    density: Literal["logit-normal", "uniform"] = "logit-normal"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float | None = None
+
+    def __post_init__(self) -> None:
+        if not abs(self.mean) < float("inf"):
+            raise InputError(f"noise.mean is {self.mean}; it must be finite")
+        for name, value in (("std", self.std), ("shift", self.shift)):
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"noise.{name} is {value}; it must be positive")
+
+
+@dataclass(frozen=True)
+class SubjectSettings:
+    """A spare token that is to mean a subject; captions and prompts have it in the subject's place.
+
+    Args:
+        token: one of the tokenizer's, `<subject_0>` to `<subject_63>`.
+        like: words that say what the subject is like: where its embedding starts.
+        lr: peak rate of the embedding, whose entries are about 1.
+        keep_others: clips whose caption lacks the token teach nothing new: on them the model's own
+            answer without the LoRA is learned, so that all else stays as it is (prior preservation,
+            Ruiz et al. 2023, with the targets of Li & Hoiem 2016), and errors count so many times.
+            Costs a forward pass a step; 0: they teach what they show.
+    """
+
+    token: str
+    like: str
+    lr: float = 0.02
+    keep_others: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.like.strip():
+            raise InputError("subject.like is empty; say what the subject is like, such as 'horse'")
+        check_number("subject.lr", self.lr, most=MAX_RATE)
+        check_number("subject.keep_others", self.keep_others, most=MAX_RATE)
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """What is looked at every `run.validate_every` steps, always with the same noise.
+
+    Args:
+        sigmas: noise levels at which the velocity's error is measured on held-out clips.
+        clips: at most so many of them.
+        prompts: of the sheet's clips, and of the A/B sheet in the end; none: held-out captions.
+        sheet_every: steps between sheets, a multiple of `run.validate_every`; 0: none.
+        seed: of all of the sheets' clips.
+        steps: sampling steps of the sheets' clips; None: the model's own.
+        size: "WxH" of the sheets' clips; None: of the first bucket.
+        frames: of the sheets' clips; None: of the longest bucket.
+        guidance: of the sheets' clips; None: the model's own.
+    """
+
+    sigmas: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.95)
+    clips: int = 16
+    prompts: tuple[str, ...] = field(default=(), metadata=ONE)
+    sheet_every: int = 0
+    seed: int = 0
+    steps: int | None = None
+    size: str | None = None
+    frames: int | None = None
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.sigmas or not all(0 < sigma < 1 for sigma in self.sigmas):
+            raise InputError(f"validation.sigmas {list(self.sigmas)} must lie between 0 and 1")
+        if self.clips < 1:
+            raise InputError(f"validation.clips is {self.clips}; it must be at least 1")
+        check_number("validation.sheet_every", self.sheet_every)
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What comes out, and what its card says.
+
+    Args:
+        name: of the files and in the card.
+        dialects: of further LoRA files beside vidgen's own: diffusers, peft, wan (which ComfyUI
+            reads), kohya.
+        dtype: of LoRA files; a whole model's weights stay in the dtype that its files had.
+        author: who made it.
+        license: under which it may be used.
+        data_license: under which the clips may be used.
+        consent: of people shown or heard in the clips, in words.
+        description: what it is for.
+        ab_clips: prompts of the sheet with and without it; 0: no sheet.
+    """
+
+    name: str = "finetuned"
+    dialects: tuple[str, ...] = field(default=(), metadata=ONE)
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    author: str = ""
+    license: str = ""
+    data_license: str = ""
+    consent: str = ""
+    description: str = ""
+    ab_clips: int = 4
+
+    def __post_init__(self) -> None:
+        for dialect in self.dialects:
+            if dialect not in DIALECTS:
+                raise InputError(f"unknown LoRA dialect {dialect!r}; {nearest(dialect, DIALECTS)}")
+        check_number("output.ab_clips", self.ab_clips)
+        if (not self.name or self.name.startswith(".") or not self.name.isprintable()
+                or any(sign in self.name for sign in '/\\:@"')):
+            raise InputError(f"output.name is {self.name!r}; give a file's name, without / : @, "
+                             "that doesn't begin with a dot")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """The whole YAML file of a fine-tuning run.
+
+    Args:
+        model: an embedded model's name, a folder of toybox or of the Wan family, or a hub id.
+        data: clips and captions.
+        run: steps, rates, folder.
+        method: "lora", or "full": all weights of the transformer.
+        lora: of the method "lora".
+        experts: which transformers of a model with two are trained, each on its own noise levels.
+        conditions: how often each is drawn: text, first, last, both, frames, prefix, mask; None:
+            what the model can do, text most often.
+        noise: how the noise levels are drawn.
+        subject: a spare token that is learned along; of models whose tokenizer has some.
+        checkpointing: recompute blocks in the backward pass instead of keeping what they hold.
+        validation: what is looked at meanwhile.
+        output: what comes out.
+        tensorboard: also write TensorBoard's event files into the run's folder.
+    """
+
+    model: str
+    data: DataConfig
+    run: FinetuneRun
+    method: Literal["lora", "full"] = "lora"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    experts: Literal["both", "high", "low"] = "both"
+    conditions: dict[str, float] | None = None
+    noise: NoiseSettings = field(default_factory=NoiseSettings)
+    subject: SubjectSettings | None = None
+    checkpointing: bool = False
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method == "lora" and self.run.optim.muon_lr:
+            raise InputError(
+                "run.optim.muon_lr is for the method full: Muon makes whole matrices' updates "
+                "orthogonal, which a LoRA's thin factors aren't; leave it out"
+            )
+        if self.method == "full" and self.subject is not None:
+            raise InputError("subject goes with the method lora, whose file carries the embedding")
+        every = self.validation.sheet_every
+        if every % self.run.validate_every:
+            raise InputError(
+                f"validation.sheet_every is {every}; it must be a multiple of run.validate_every, "
+                f"{self.run.validate_every}"
+            )

@@ -1,0 +1,185 @@
+"""Fine-tuning from a config to files that `vidgen generate` loads: one function behind three doors.
+
+`vidgen train`, `torchrun train/finetune.py` and `deepspeed train/finetune.py` all call `finetune`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from vidgen.core.config import build, dump, load_run
+from vidgen.core.protocols import OnEvent
+from vidgen.core.runtime import atomic_write, choose_device, fingerprint
+from vidgen.training.data.dataset import Dataset, open_dataset
+from vidgen.training.engines.distributed import Place, join_ranks
+from vidgen.training.finetune.card import unstated, write_card
+from vidgen.training.finetune.conditions import settle_conditions
+from vidgen.training.finetune.config import FinetuneConfig
+from vidgen.training.finetune.model import open_trainable
+from vidgen.training.finetune.monitor import Monitor
+from vidgen.training.finetune.output import FOLDER, NoEffect, export, rehearse
+from vidgen.training.finetune.sheet import Sheets, check_sheets
+from vidgen.training.finetune.task import FinetuneTask
+from vidgen.training.loop import TrainResult, find_source, train
+from vidgen.weights.folder import ModelFolder
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> FinetuneConfig:
+    """Read a run's YAML strictly, with `a.b=c` written over it.
+
+    Raises:
+        InputError: unknown keys, values of the wrong type, settings that don't go together.
+    """
+    return build(FinetuneConfig, load_run(path, overrides), path)
+
+
+def finetune(
+    config: FinetuneConfig, *, resume: bool = False, accept_changes: bool = False,
+    tell: OnEvent = lambda _event: None,
+) -> dict[str, Any] | None:
+    """Train, export, prove the effect, write the card.
+
+    Args:
+        config: the run.
+        resume: go on from the run folder's newest checkpoint.
+        accept_changes: go on although the config, model or data changed since.
+        tell: gets events on the main rank: progress, validation, note, written.
+
+    Returns:
+        A summary, also in `output/summary.json`; None on ranks beside the main one. Its "finished"
+        is False where the run was stopped before its last step, and nothing was exported.
+
+    Raises:
+        InputError: what can't be done, with the remedy.
+        NoEffect: what was learned changes nothing.
+    """
+    with ExitStack() as held:
+        with join_ranks(config.run) as place:
+            folder = open_trainable(config.model)
+            settle_conditions(config.conditions, folder)  # before the clips are looked at
+            rehearse(config, folder)
+            check_sheets(config, folder)
+            find_source(Path(config.run.folder), resume=resume)
+            dataset = held.enter_context(closing(_open_data(config, folder, place, tell)))
+            result, facts = _train(config, folder, dataset, place, resume, accept_changes, tell)
+        if not place.main:
+            return None
+        summary: dict[str, Any] = {
+            "folder": config.run.folder, "step": result.step, "finished": result.finished,
+            "interrupted": result.interrupted, "validation": result.metrics,
+        }
+        if not result.finished:
+            tell({"event": "note", "text": f"stopped at step {result.step}; go on with --resume"})
+            return summary
+        gc.collect()  # the trained modules, before the sheet's are loaded
+        return _finish(config, folder, dataset, summary, facts, tell)
+
+
+def _open_data(
+    config: FinetuneConfig, folder: ModelFolder, place: Place, tell: OnEvent
+) -> Dataset:
+    hear = tell if place.main else None
+    dataset = open_dataset(
+        config.data, folder, batch_size=config.run.batch_size, accumulate=config.run.accumulate,
+        with_context=config.subject is None, device=choose_device(config.run.device),
+        on_event=hear,
+    )
+    notes = [*dataset.notes, *dataset.ends(place.data_size)]
+    if dataset.held_out is None:
+        share = config.data.held_out
+        why = (f"no clips are held out, as data.held_out {share:g} of so few keeps none" if share
+               else "no clips are held out")
+        notes.append(f"{why}: validation measures clips that are learned from; set data.held_out "
+                     f"{'to a larger share ' * bool(share)}or data.validation")
+    missing = unstated(config)
+    if missing:
+        notes.append("the model card will say 'not stated' for "
+                     + ", ".join(f"output.{name}" for name in missing))
+    for note in notes if place.main else ():
+        tell({"event": "note", "text": note})
+    return dataset
+
+
+def _train(
+    config: FinetuneConfig, folder: ModelFolder, dataset: Dataset, place: Place, resume: bool,
+    accept_changes: bool, tell: OnEvent,
+) -> tuple[TrainResult, dict[str, Any]]:
+    """Run the loop; what it holds in memory is free again when this returns."""
+    task = FinetuneTask(config, folder, dataset, Sheets(config, dataset))
+    record = dump(config) | {
+        "model_hash": folder.content_hash, "data_fingerprint": dataset.fingerprint,
+    }
+    monitor = Monitor(
+        config.run, place, task.device, tell if place.main else lambda _event: None,
+        tensorboard=config.tensorboard,
+    )
+    parameters = (p for m in task.modules.values() for p in m.parameters() if p.requires_grad)
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3's are empty
+    result = train(
+        task, config.run, resume=resume, record=record, accept_changes=accept_changes,
+        on_record=monitor,
+    )
+    return result, facts_of(config, dataset, place, trainable, result)
+
+
+def facts_of(
+    config: FinetuneConfig, dataset: Dataset, place: Place, trainable: int, result: TrainResult
+) -> dict[str, Any]:
+    """What a card tells of the data and the training, for people."""
+    clips = {bucket.label: count for bucket, count in dataset.buckets.items()}
+    seconds = sum(b.num_frames * n for b, n in dataset.buckets.items()) / float(dataset.fps)
+    captioned = sum(bool(item.captions) for item in dataset.items)
+    held_out = len(dataset.held_out.items) if dataset.held_out else 0
+    run, machine = config.run, fingerprint()
+    per_step = run.batch_size * run.accumulate * place.data_size
+    return {
+        "data": {
+            "clips": f"{dataset.num_items} ({seconds:.1f} s at {float(dataset.fps):g} fps), "
+                     f"{held_out} more held out",
+            "captioned": f"{captioned} of {len(dataset.items)}",
+            "sizes": ", ".join(f"{label}: {count}" for label, count in clips.items()),
+            "fingerprint": dataset.fingerprint,
+        },
+        "training": {
+            "method": config.method, "weights trained": f"{trainable:,}",
+            "steps": f"{result.step} of {per_step} samples, "
+                     f"{result.step * per_step / max(dataset.num_items, 1):.1f} epochs",
+            "ranks": place.size, "dtype": run.dtype, "machine": machine["gpu"] or machine["cpu"],
+            "versions": f"vidgen {machine['vidgen']}, torch {machine['torch']}",
+        },
+    }  # fmt: skip
+
+
+def _finish(
+    config: FinetuneConfig, folder: ModelFolder, dataset: Dataset, summary: dict[str, Any],
+    facts: dict[str, Any], tell: OnEvent,
+) -> dict[str, Any]:
+    """Export, compare with and without, write card and summary."""
+    made = export(config, folder)
+    tell({"event": "note",
+          "text": f"what comes out is of step {made.chosen.step}: {made.chosen.reason}"})
+    target = Path(config.run.folder) / FOLDER
+    effect = None
+    if config.output.ab_clips:
+        effect = Sheets(config, dataset).compare(made.use, target / "ab.png")
+        if effect == 0:
+            raise NoEffect(
+                f"{made.use[0]} has no effect: clips of the same seeds are equal bit for bit with "
+                "and without it; raise run.optim.lr or run.steps, or, where one expert of two was "
+                "trained, give validation.steps that reach it"
+            )
+    write_card(config, folder, facts | {"effect": effect}, made, target)
+    summary |= {
+        "files": [str(path) for path in made.files], "use": made.use, "delta_norm": made.delta,
+        "relative_delta": made.relative, "ab_difference": effect,
+        "exported_step": made.chosen.step,
+    }
+    atomic_write(target / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    for path in (*made.files, target / "README.md"):
+        tell({"event": "written", "path": str(path)})
+    return summary

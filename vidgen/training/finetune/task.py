@@ -1,0 +1,331 @@
+"""What fine-tuning is, to the training loop: batches, conditions, noise, loss, validation.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, S text tokens, D
+width of text features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidgen.core.errors import InputError, nearest
+from vidgen.core.runtime import choose_device
+from vidgen.diffusion.condition import LatentState, denoise_inputs
+from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
+from vidgen.diffusion.schedule import draw_sigmas, share_below
+from vidgen.models.text import encode_tokens
+from vidgen.pipeline.budget.workload import transformer_ops
+from vidgen.pipeline.parts import EXPERTS
+from vidgen.training.config import Phase
+from vidgen.training.data.dataset import Dataset
+from vidgen.training.draws import generator_of, seed_of
+from vidgen.training.engines.distributed import current_place
+from vidgen.training.finetune.conditions import Conditions, settle_conditions
+from vidgen.training.finetune.config import FinetuneConfig
+from vidgen.training.finetune.lora import without_delta
+from vidgen.training.finetune.model import open_subject, open_transformers
+from vidgen.training.optim import build_optimizers
+from vidgen.weights.folder import ModelFolder
+
+Sheet = Callable[[int, Path, Mapping[str, nn.Module]], None]
+"""Writes a sheet of clips: (step, folder, modules)."""
+
+_MEAN = "velocity_mean"
+"""Name of the validation's mean score."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the run's device.
+
+    Attributes:
+        state: clean latents and all that is known of them.
+        noise: [B, C, F, h, w].
+        sigma: [B].
+        role: of the transformer that learns from it.
+        context: text features [B, S, D], or None where captions are encoded in the step.
+        lengths: valid rows of each text, [B].
+        ids: of the captions' tokens [B, S], where they are encoded in the step.
+        files: what it was made of.
+    """
+
+    state: LatentState
+    noise: Tensor
+    sigma: Tensor
+    role: str
+    context: Tensor | None
+    lengths: Tensor
+    ids: Tensor | None
+    files: list[str]
+
+
+class FinetuneTask:
+    """Transformers of an opened model, learning from a dataset.
+
+    Args:
+        config: the run.
+        folder: the model.
+        dataset: its clips, encoded by this model.
+        sheet: writes sheets of clips while it learns, or None.
+
+    Raises:
+        InputError: what this model or these data can't do.
+    """
+
+    saves_frozen = False
+
+    def __init__(
+        self, config: FinetuneConfig, folder: ModelFolder, dataset: Dataset,
+        sheet: Sheet | None = None,
+    ) -> None:
+        self.config, self.folder, self.dataset, self.sheet = config, folder, dataset, sheet
+        self.device = choose_device(config.run.device)
+        if folder.conditioning == "channels" and any(b.num_frames == 1 for b in dataset.buckets):
+            raise InputError(
+                f"{folder.name} makes clips from a first frame, so it can't learn from pictures; "
+                "leave them out of data.folders"
+            )
+        self.conditions = Conditions(folder, settle_conditions(config.conditions, folder))
+        torch.manual_seed(config.run.seed)
+        self.transformers = open_transformers(config, folder, self.device)
+        self.subject = None
+        if config.subject is not None:
+            self.subject = open_subject(config.subject, folder, self.device)
+        self.modules: dict[str, nn.Module] = dict(self.transformers)
+        if self.subject is not None:
+            self.modules["token"] = self.subject.token.to(self.device)
+        self.alternates = len(self.transformers) > 1
+        self._sigmas = self._settle_sigmas()
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW, of full fine-tuning also Muon for the blocks' matrices where a rate is given."""
+        optim = self.config.run.optim
+        made = build_optimizers(
+            self.transformers, optim, use_muon=lambda name, _: ".blocks." in name
+        )
+        if self.config.subject is not None and self.subject is not None:
+            rate = self.config.subject.lr
+            made[0].add_param_group({
+                "params": [self.subject.token.row], "lr": rate, "peak_lr": rate,
+                "weight_decay": 0.0,
+            })  # fmt: skip
+        return made
+
+    def batch(self, phase: Phase, step: int, micro: int) -> Batch:
+        """Clips of the step's bucket, each conditioned and noised anew."""
+        del phase
+        size = current_place().data_size
+        data = self.dataset.batch(step, micro // size, micro % size, size)
+        draw = generator_of(self.config.run.seed, step, micro)
+        role = self._role(step)
+        sigma = draw_sigmas(
+            len(data["latents"]), draw, between=self._levels(role), **self._density
+        )
+        return self._assemble(data, draw, sigma, role, self.conditions)
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the velocity, where latents are to be generated."""
+        del step
+        tokens, flops = self._work(batch)
+        told = {"tokens": torch.tensor(float(tokens)), "flops": torch.tensor(flops)}
+        subject = self.config.subject
+        return self._error(batch, 0.0 if subject is None else subject.keep_others), told
+
+    def files(self, batch: Batch) -> list[str]:
+        """Files that a batch was made of."""
+        return batch.files
+
+    @torch.no_grad()
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Error of the velocity at fixed noise levels and noise; at times a sheet of clips."""
+        settings, bf16 = self.config.validation, self.config.run.dtype == "bf16"
+        scores = {}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            for sigma in self._sigmas:
+                role = self._role_at(sigma)
+                errors = [
+                    (float(self._error(self._held_out(index, sigma, role))), len(files))
+                    for index, (_, files) in enumerate(self._validation)
+                ]
+                total = sum(count for _, count in errors)
+                scores[_score(sigma)] = sum(e * count for e, count in errors) / total
+        scores[_MEAN] = sum(scores.values()) / len(scores)
+        every = settings.sheet_every
+        if self.sheet is not None and every and step % every == 0:
+            self.sheet(step, folder, self.modules)
+        return scores
+
+    def _settle_sigmas(self) -> list[float]:
+        """The noise levels of the validation that what learns denoises at.
+
+        Raises:
+            InputError: there is none, or the run's best checkpoint is to be one of another score.
+        """
+        config, asked = self.config, self.config.validation.sigmas
+        sigmas = [sigma for sigma in asked if self._role_at(sigma) in self.transformers]
+        if not sigmas:
+            side = "from" if config.experts == "high" else "below"
+            raise InputError(
+                f"validation.sigmas {list(asked)} has none that the {config.experts}-noise expert "
+                f"denoises at; give some {side} {self._boundary:g}"
+            )
+        scores = [_MEAN, *map(_score, sigmas)]
+        if config.run.best not in (None, *scores):
+            raise InputError(f"run.best is {config.run.best!r}, which validation doesn't score; "
+                             f"{nearest(str(config.run.best), scores)}")
+        return sigmas
+
+    @cached_property
+    def _validation(self) -> list[tuple[dict[str, Any], list[str]]]:
+        """Batches to validate on, each of one bucket, kept as they are made once."""
+        source = self.dataset.held_out or self.dataset
+        chosen: dict[Any, list[int]] = {}
+        for index in range(min(self.config.validation.clips, len(source.items))):
+            chosen.setdefault(source.items[index].bucket, []).append(index)
+        size = self.config.run.batch_size
+        parts = [
+            indices[start : start + size]
+            for indices in chosen.values() for start in range(0, len(indices), size)
+        ]
+        batches = [source.item_batch(part) for part in parts]
+        return [(batch, batch["files"]) for batch in batches]
+
+    def _held_out(self, index: int, sigma: float, role: str) -> Batch:
+        """A validation batch at a noise level; its noise and conditions are always the same."""
+        data, files = self._validation[index]
+        draw = generator_of(index, round(sigma * 1e6))
+        kinds = self.conditions.weights
+        kind = next(name for name in ("text", "first", "both", *kinds) if kinds.get(name))
+        conditions = replace(self.conditions, weights={kind: 1.0})
+        return self._assemble(data, draw, torch.full((len(files),), sigma), role, conditions)
+
+    def _assemble(
+        self, data: Mapping[str, Any], draw: torch.Generator, sigma: Tensor, role: str,
+        conditions: Conditions,
+    ) -> Batch:
+        state = conditions.write(data, draw).to(self.device)
+        noise = torch.randn(state.clean.shape, generator=draw).to(self.device)
+        if self.subject is None:
+            context, lengths = data["context"].to(self.device), data["context_lengths"]
+            ids = None
+        else:
+            ids, mask = self.subject.tokenizer.encode(data["captions"])
+            context, ids, lengths = None, ids.to(self.device), mask.sum(1)
+        return Batch(
+            state, noise, sigma.to(self.device), role, context, lengths.to(self.device), ids,
+            list(data["files"]),
+        )
+
+    def _error(self, batch: Batch, keep: float = 0.0) -> Tensor:
+        """Squared error of the velocity; how much it counts that others than the subject stay."""
+        state, noise = batch.state, batch.noise
+        noisy = add_noise(state.clean, noise, batch.sigma)
+        patch = self._dit_config.patch_size
+        latents, sigma = denoise_inputs(state, batch.sigma, noisy, patch=patch)
+        context, dit = self._context(batch), self.transformers[batch.role]
+
+        def predict() -> Tensor:
+            velocity: Tensor = dit(
+                latents, to_timestep(sigma), context, context_lengths=batch.lengths,
+                image_context=state.image_context, extra=state.keys, control=state.control,
+                ranks=current_place().ranks,
+            )
+            return velocity
+
+        if keep:  # on every rank alike, as sharded weights are gathered for it
+            with torch.no_grad(), without_delta(dit):
+                before = predict()
+            others = ~self._shows_subject(batch)
+            own = (state.clean + before).to(noise.dtype)
+            noise = torch.where(others.view(-1, 1, 1, 1, 1), own, noise)
+        errors = velocity_loss(predict(), state.clean, noise, state.denoise_mask)
+        return (errors * torch.where(others, keep, 1.0) if keep else errors).mean()
+
+    def _shows_subject(self, batch: Batch) -> Tensor:
+        """Whether a caption has the token that is learned, [B]."""
+        assert self.subject is not None
+        assert batch.ids is not None
+        return (batch.ids == self.subject.token.index).any(1)
+
+    def _context(self, batch: Batch) -> Tensor:
+        """Text features; of captions with a token that is learned they are made anew."""
+        if batch.context is not None:
+            return batch.context
+        assert self.subject is not None
+        assert batch.ids is not None
+        places = torch.arange(batch.ids.shape[1], device=self.device)
+        mask = places < batch.lengths[:, None]
+        # through the very module of `modules`, whose hooks engines rely on
+        learned = self.modules["token"]()
+        return encode_tokens(self.subject.encoder, batch.ids, mask, learned)
+
+    def _role(self, step: int) -> str:
+        """Which transformer learns in a step: of two, each as often as its noise levels come."""
+        if not self.alternates:
+            return next(iter(self.transformers))
+        draw = seed_of(self.config.run.seed, step, -1) / 2**63
+        return EXPERTS[1] if draw < share_below(self._boundary, **self._density) else EXPERTS[0]
+
+    def _role_at(self, sigma: float) -> str:
+        """Which of the model's transformers denoises at a level."""
+        if EXPERTS[1] not in self.folder.components:
+            return EXPERTS[0]
+        return EXPERTS[0] if sigma >= self._boundary else EXPERTS[1]
+
+    def _levels(self, role: str) -> tuple[float, float]:
+        """The noise levels that a transformer learns."""
+        if EXPERTS[1] not in self.folder.components:
+            return 0.0, 1.0
+        return (self._boundary, 1.0) if role == EXPERTS[0] else (0.0, self._boundary)
+
+    @property
+    def _boundary(self) -> float:
+        boundary = self.folder.defaults.boundary
+        assert boundary is not None, "a model with two experts has a boundary"
+        return boundary
+
+    @property
+    def _density(self) -> dict[str, Any]:
+        noise = self.config.noise
+        return {
+            "shift": self.folder.defaults.shift if noise.shift is None else noise.shift,
+            "mean": None if noise.density == "uniform" else noise.mean, "std": noise.std,
+        }
+
+    @property
+    def _dit_config(self) -> Any:
+        return self.folder.components["transformer"].config
+
+    def _work(self, batch: Batch) -> tuple[int, float]:
+        """Tokens of a batch, and the FLOPs of learning from it.
+
+        The forward pass, twice that for the gradients of inputs and weights; of frozen weights
+        there are none. What checkpointing computes again isn't counted (as PaLM's MFU: Chowdhery
+        et al. 2022, appendix B).
+        """
+        config, state = self._dit_config, batch.state
+        count, _, frames, height, width = state.clean.shape
+        frames += 0 if state.keys is None else state.keys.num_keys
+        per_frame = height * width // config.patch_size**2
+        ops = transformer_ops(
+            config, frames, per_frame, int(batch.lengths.max()),
+            image_tokens=0 if state.image_context is None else state.image_context.shape[1],
+            controlled=state.control is not None,
+        )
+        forward = sum(op.amount for op in ops if op.kind == "gemm")
+        scores = sum(op.amount for op in ops if op.kind == "attention")
+        attention = scores * config.head_dim / (config.head_dim + 64)  # the softmax is no product
+        gemms = 3 if self.config.method == "full" else 2
+        return count * frames * per_frame, float(count * (gemms * forward + 3 * attention))
+
+
+def _score(sigma: float) -> str:
+    """Name of the validation's score at a noise level."""
+    return f"velocity_{sigma:g}"
