@@ -55,7 +55,6 @@ from vidgen.core.request import Request
         ({"model": 5}, "model must be text, not 5"),
         ({"latents": np.zeros(3), "count": 2}, "latents are the noise of one clip, but count is 2"),
         ({"refine": 9}, "refine needs image or first_frame_model"),
-        ({"audio": "none", "audio_loop": True}, "audio_loop needs a sound, but audio is none"),
         ({"fps": 1000}, "fps is 1000; give a number from 1 to 240"),
         ({"size": "128"}, "size is '128'; give width and height"),
         ({"size": "0x128"}, "size is 0; give a whole number from 16 to 8192"),

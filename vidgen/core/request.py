@@ -345,8 +345,6 @@ class Request:
     def _validate_sound(self) -> None:
         if not isinstance(self.audio, str | os.PathLike | None):
             raise InputError(f"audio is {type(self.audio).__name__}; give none, generate or a file")
-        if self.audio_loop and self.audio == NO_AUDIO:
-            raise InputError("audio_loop needs a sound, but audio is none; leave one of them out")
         if self.audio_model is not None and self.audio not in (None, OWN_AUDIO):
             raise InputError(f"audio {os.fspath(self.audio)!r} and audio_model are both given; the "
                              "sound is one of them")
