@@ -100,7 +100,7 @@ def test_interrupted_and_robbed_of_a_worker_the_film_is_the_same(
     command = ["--model", tiny_model, "--workers", "2"]
     first = Run(*command)
     assert first.until(stage="sample", done=3)
-    workers = first.workers("worker_process")
+    workers = first.workers("workers.process")
     assert len(workers) == 2
     start = time.monotonic()
     first.process.send_signal(signal.SIGINT)
@@ -113,7 +113,7 @@ def test_interrupted_and_robbed_of_a_worker_the_film_is_the_same(
 
     second = Run(*command)
     at = second.until(stage="sample", done=10)
-    second.workers("worker_process")[at["worker"] - 1].kill()
+    second.workers("workers.process")[at["worker"] - 1].kill()
     events = second.end()
     notes = [each["text"] for each in events if each["event"] == "note"]
     assert any("is gone (killed by SIGKILL" in note and "is taken from it" in note
