@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from vidgen import __version__
 from vidgen.core.errors import InputError, OutputError
@@ -161,6 +161,26 @@ def check_output(path: str | Path, *, overwrite: bool = False, num_bytes: int = 
             f"{target} may need {megabytes(num_bytes)}, but only {megabytes(free)} are free; "
             "make room or choose another disk"
         )
+
+
+def lock_file(path: Path) -> TextIO | None:
+    """Hold a file as long as what is returned is open; None where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    import fcntl
+
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def megabytes(num_bytes: int) -> str:

@@ -8,13 +8,12 @@ written under a temporary name, synced and renamed; only then does the file `lat
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.core.errors import InputError, ModelError, OutputError
-from vidgen.core.runtime import atomic_path, atomic_write, sha256_file, sync, write_error
+from vidgen.core.runtime import (
+    atomic_path,
+    atomic_write,
+    lock_file,
+    sha256_file,
+    sync,
+    write_error,
+)
 from vidgen.training.engines.distributed import LostRankError, Place
 from vidgen.weights.load import read_tensors
 from vidgen.weights.write import Lazy, write_safetensors
@@ -292,18 +298,16 @@ def alone_in(folder: Path) -> Iterator[None]:
         InputError: another one is at work there.
     """
     path = folder / "lock"
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(f"a run (pid {file.read(20).strip() or 'unknown'}) is at work in "
-                             f"{folder}; wait until it ends, or name another folder") from None
-        except OSError:
-            pass
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    try:
+        held = lock_file(path)
+    except BlockingIOError:
+        raise InputError(f"a run (pid {path.read_text()[:20].strip() or 'unknown'}) is at work in "
+                         f"{folder}; wait until it ends, or name another folder") from None
+    with held or nullcontext() as file:
+        if file is not None:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
 
 

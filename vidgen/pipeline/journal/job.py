@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_write
+from vidgen.core.runtime import atomic_write, lock_file
 from vidgen.media.encode import Segment
 
 FORMAT_VERSION = 3
@@ -61,16 +61,7 @@ def lock_job(folder: Path) -> TextIO | None:
     Raises:
         BlockingIOError: another process holds it.
     """
-    file = (folder / LOCK).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise
-    except OSError:
-        file.close()
-        return None
-    return file
+    return lock_file(folder / LOCK)
 
 
 def sweep(folder: Path) -> None:
