@@ -1,11 +1,14 @@
 """How far the ruler for sound and picture can be trusted, and what a sound VAE leaves of sync.
 
     python eval/sync.py -o sync.json [--clips 300] [--sound-vae FOLDER] [--judge FOLDER]
+        [--strength X] [--model toybox]
 
 Bouncing clips are rendered with their sound; bounces are found in the pictures and onsets in the
 sound, without a look at the truth, then set beside it and beside each other. With `--sound-vae` the
-sound goes through that VAE first: the ceiling of any generator behind it. 300 clips take two
-minutes of one core.
+sound goes through that VAE first: the ceiling of any generator behind it. With `--strength` the
+pictures are noised and drawn anew by a model first, which leaves the time of each bounce and draws
+sprites with that model's faults: whether the ruler can be trusted on pictures that aren't rendered.
+300 clips take two minutes of one core, drawn anew some two seconds each beside them.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +25,16 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
+from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_write, fingerprint
+from vidgen.evaluation.generation import redraw
 from vidgen.evaluation.rulers.sync import measure_ruler
 from vidgen.models.audio import AudioVAE
+from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.video import Engine, load
+from vidgen.toybox.captions import caption
 from vidgen.toybox.judge import JudgeFolder, embedded_judge
-from vidgen.toybox.scenes import SEED_RANGES
+from vidgen.toybox.scenes import SEED_RANGES, Scene
 from vidgen.training.program import exit_code
 from vidgen.weights.sound_vae import load_sound_vae
 
@@ -38,6 +47,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1 << 36, help="first scene within `dev`")
     parser.add_argument("--sound-vae", type=Path, metavar="FOLDER")
     parser.add_argument("--judge", type=Path, metavar="FOLDER")
+    parser.add_argument("--strength", type=float, metavar="X", help="above 0, up to 1")
+    parser.add_argument("--model", default="toybox", metavar="FOLDER")
     options = parser.parse_args()
 
     def work() -> None:
@@ -48,10 +59,13 @@ def main() -> int:
         scores = measure_ruler(
             folder.load(), SEED_RANGES["dev"][0] + options.seed, options.clips,
             through=None if vae is None else lambda sound: round_trip(vae, sound),
+            redrawn=None if options.strength is None else drawn_by(options.model, options.strength),
         )
         results = {
             "clips": options.clips, "seed": options.seed, "judge": folder.sha256,
-            "sound_vae": options.sound_vae and str(options.sound_vae), "machine": fingerprint(),
+            "sound_vae": options.sound_vae and str(options.sound_vae),
+            "strength": options.strength, "model": options.model if options.strength else None,
+            "machine": fingerprint(),
             "scores": without_nan(asdict(scores)),
         }
         atomic_write(options.output, (json.dumps(results, indent=1) + "\n").encode())
@@ -67,6 +81,24 @@ def without_nan(scores: dict[str, Any]) -> dict[str, Any]:
         else None if isinstance(value, float) and math.isnan(value) else value
         for name, value in scores.items()
     }  # fmt: skip
+
+
+def drawn_by(model: str, strength: float) -> Callable[[Sequence[Scene], Tensor], Tensor]:
+    """How a model draws clips [B, 3, T, H, W] of some scenes anew, noised as far as `strength`."""
+    engine = load(model)
+    if not isinstance(engine, Engine):
+        raise InputError(f"--model {model} is of a family that can't draw batches anew; give a "
+                         "folder of toybox's kind")
+    empty = Request.of("a clip", {"seed": 0})  # of what is to be seen each scene has its own words
+    plan = replace(engine.plan(empty, Inputs()), strength=strength)
+    if not 0 < strength <= 1:
+        raise InputError(f"--strength {strength}: give more than 0, up to 1")
+
+    def drawn(scenes: Sequence[Scene], video: Tensor) -> Tensor:
+        told = [caption(scene, seed=0, detail="full") for scene in scenes]
+        return redraw(engine, plan, video, told, [scene.seed for scene in scenes])
+
+    return drawn
 
 
 @torch.no_grad()

@@ -208,6 +208,7 @@ BAD = {
     "video": (["generate", "a", "--video", "none.mp4"], "none.mp4 does not exist"),
     "suffix": (["generate", "a", "-o", "x.mp5"], "unknown suffix '.mp5'; did you mean '.mp4'"),
     "still": (["generate", "a", "-o", "x.png"], "add --frames 1"),
+    "quick gif": (["generate", "a", "-o", "x.gif", "--fps", "60"], "50 frames a second at most"),
     "folder": (["generate", "a", "-o", "none/x.mp4"], "the folder none does not exist"),
     "file as folder": (["generate", "a", "-o", "/dev/null/x.mp4"], "/dev/null is no folder"),
     "dash": (["generate", "a", "--negative", "-rain"], "begins with - as --negative=TEXT"),

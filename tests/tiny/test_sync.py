@@ -75,18 +75,31 @@ def test_what_is_no_sound_is_refused() -> None:
         find_onsets(torch.zeros(1, 2, 100), SAMPLE_RATE)
 
 
-def test_landings_are_found_between_frames() -> None:
-    fps, true = 12.0, np.array([0.531, 1.404, 2.217])
-    frames = np.arange(33) / fps
-    edges = np.array([-0.3, *true, 3.1])
+LANDINGS = (0.531, 1.404, 2.217)
+
+
+def falling_course(fps: float = 12.0) -> np.ndarray:
+    """Heights of a sprite in free fall between `LANDINGS`, [33]."""
+    frames, edges = np.arange(33) / fps, np.array([-0.3, *LANDINGS, 3.1])
     k = np.searchsorted(edges, frames, side="right") - 1
     part = (frames - edges[k]) / (edges[k + 1] - edges[k])
-    height = 0.9 - 1.2 * part * (1 - part) * (edges[k + 1] - edges[k]) ** 2
-    found = landings(height, fps)
-    assert found == pytest.approx(true, abs=0.004)
+    return 0.9 - 1.2 * part * (1 - part) * (edges[k + 1] - edges[k]) ** 2
+
+
+def test_landings_are_found_between_frames() -> None:
+    height = falling_course()
+    assert landings(height, 12.0) == pytest.approx(LANDINGS, abs=0.004)
     noisy = height + 0.01 * np.random.default_rng(1).standard_normal(33)
-    assert landings(noisy, fps) == pytest.approx(true, abs=0.025)
-    assert len(landings(np.linspace(0.2, 0.8, 33), fps)) == 0
+    assert landings(noisy, 12.0) == pytest.approx(LANDINGS, abs=0.025)
+    assert len(landings(np.linspace(0.2, 0.8, 33), 12.0)) == 0
+
+
+@pytest.mark.parametrize("frame", range(2, 31))
+def test_a_frame_that_is_off_makes_no_landing_and_hides_none(frame: int) -> None:
+    height = falling_course()
+    for off in (-0.25, 0.25):
+        found = landings(np.where(np.arange(33) == frame, height + off, height), 12.0)
+        assert found == pytest.approx(LANDINGS, abs=0.09)
 
 
 def test_pairs_are_one_to_one_as_many_and_as_close_as_can_be() -> None:

@@ -89,7 +89,7 @@ def run(args: Namespace, report: Report) -> int:
     with VideoReader(args.clip) as reader:
         fps, size, num_frames = reader.fps, reader.size, reader.length()
     output = args.output or _longer(args.clip)
-    suffix = check_format(output, num_frames + max(1, round(args.seconds * fps)))
+    suffix = check_format(output, num_frames + max(1, round(args.seconds * fps)), fps)
     if args.audio not in (None, "none") or args.say:
         require_sound(output, suffix)
     if Path(output).resolve() == Path(args.clip).resolve():

@@ -378,7 +378,7 @@ def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> bo
 
     suffix = ""
     for path in paths:
-        suffix = check_format(path, request.frames)
+        suffix = check_format(path, request.frames, request.fps)
         if request.wants_sound:
             require_sound(path, suffix)
         if suffix in (".png", ".jpg", ".jpeg") and request.frames is None:

@@ -105,6 +105,30 @@ def generate_with_sound(
 
 
 @torch.no_grad()
+def redraw(
+    engine: Engine, plan: Plan, video: Tensor, prompts: Sequence[str], seeds: Sequence[int]
+) -> Tensor:
+    """Video [B, 3, T, H, W] noised as far as the plan's strength says, and drawn from there anew.
+
+    What happens in it stays when it happened, and looks as the model draws it.
+
+    Returns:
+        Video as `generate_batch` gives it.
+    """
+    return _pixels(engine, redraw_latents(engine, plan, engine.encode_video(video), prompts, seeds))
+
+
+@torch.no_grad()
+def redraw_latents(
+    engine: Engine, plan: Plan, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]
+) -> Tensor:
+    """`redraw` of latents [B, C, F, h, w]."""
+    begins = float(engine.sigmas(plan)[0])
+    state = condition.video_at_strength(_new_state(engine, plan, seeds), latents, begins)
+    return engine.sample(plan, state, _contexts(engine, plan, prompts))
+
+
+@torch.no_grad()
 def round_trip(engine: Engine, video: Tensor) -> Tensor:
     """Video [B, 3, T, H, W] encoded and decoded by the model's VAE, clamped, on the CPU."""
     return _pixels(engine, engine.encode_video(video))

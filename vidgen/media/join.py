@@ -295,7 +295,7 @@ class ContinuedClip(Clip):
         store: Keeper | None = None,
     ) -> Path:
         """Encode what is new and put it behind the file's packets."""
-        suffix = check_format(name, self.num_frames)
+        suffix = check_format(name, self.num_frames, self.info.fps)
         reason = self._why_not_copied(suffix)
         if reason is not None:
             log.warning("%s: its frames are encoded once more, since %s", self.head, reason)

@@ -81,6 +81,8 @@ CONTAINERS = {
     ),
 }
 
+GIF_FPS = 50
+"""Of a GIF at most: delays are counted in 1/100 s, and viewers take one below 2 for 10."""
 PIXELS_PER_BYTE = 4
 """Of a written picture, by H.264 at its worst, about."""
 
@@ -117,15 +119,18 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     return json.dumps(recipe, allow_nan=False)
 
 
-def check_format(path: str | Path, num_frames: int | None = None) -> str:
+def check_format(
+    path: str | Path, num_frames: int | None = None, fps: Fraction | float | None = None
+) -> str:
     """The suffix of an output that can be written, "/" for a folder of pictures.
 
     Args:
         path: the output.
         num_frames: frames it must hold, if known.
+        fps: frames a second, if known.
 
     Raises:
-        InputError: an unknown suffix, or one that can't hold so many frames.
+        InputError: an unknown suffix, or one that can't hold so many frames, or so many a second.
     """
     suffix = "/" if str(path).endswith("/") else Path(path).suffix.lower()
     known = [*CONTAINERS, *STILL_SUFFIXES]
@@ -136,6 +141,12 @@ def check_format(path: str | Path, num_frames: int | None = None) -> str:
         raise InputError(
             f"output {path} holds one picture, but the clip has {num_frames} frames; "
             "use .mp4, .apng, a folder (name/), or --frames 1"
+        )
+    if suffix == ".gif" and num_frames != 1 and (fps or 0) > GIF_FPS:
+        raise InputError(
+            f"output {path} shows {GIF_FPS} frames a second at most, since viewers slow a GIF down "
+            f"that is quicker, but the clip has {float(fps or 0):g}; use .webp, .apng or .mp4, or "
+            f"--fps {GIF_FPS}"
         )
     return suffix
 
@@ -188,7 +199,7 @@ def write_clip(
         InputError: unknown suffix, or too many frames for it.
         OutputError: it exists, can't be written, or the disk is full.
     """
-    suffix = check_format(path, info.num_frames)
+    suffix = check_format(path, info.num_frames, info.fps)
     pixels = info.size[0] * info.size[1] * info.num_frames
     check_output(path, overwrite=overwrite, num_bytes=pixels // PIXELS_PER_BYTE)
     if info.recipe is not None:  # a clip that a model made is marked

@@ -1,12 +1,16 @@
 """When a bounce meets the floor, from the pictures alone and between frames.
 
 The judge's FrameNet tells where a sprite is, looking four times, a quarter of a cell apart; arcs of
-free fall on both sides of a landing are fitted together, and where they meet is the landing.
+free fall on both sides of a landing are fitted together, and where they meet is the landing. A
+generated sprite may be seen in two places at once where it lands, so a single frame that is off
+makes no landing and hides none, and the lowest frame only says near which one it is.
 
 Axes: B clips, T frames, H W pixels, R rows of quarter cells, w columns of cells.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -21,8 +25,9 @@ Array = NDArray[np.float64]
 _SHIFTS = 4  # looks at each frame, `CELL` / 4 pixels apart
 _DEPTH = 0.08  # of the frame's height that a sprite must fall before a landing, and rise after it
 SQUASH_S = 0.05  # around a landing sprites are squashed, and off the arc
-_SHORTEST = 3  # frames that an arc needs on either side
-_STEPS = np.arange(-0.5, 0.5, 0.02)  # frames around the lowest one at which a landing is tried
+_ASTRAY = 0.15  # of the frame's height that a frame may be off its neighbours; else it is left out
+_SHORTEST = 2  # frames that an arc needs on either side
+_STEPS = np.arange(-1.5, 1.5, 0.02)  # frames around the lowest one at which a landing is tried
 
 
 @torch.no_grad()
@@ -70,19 +75,31 @@ def _middles(seen: Tensor, rows: Tensor) -> Tensor:
 
 def landings(height: Array, fps: float) -> Array:
     """Times in seconds of the landings in a course of heights [T], as of `heights`."""
-    lows = _lowest(height)
-    marks = [0, *lows, len(height) - 1]
+    steadied = _steadied(height)
+    lows = _lowest(steadied)
+    marks = [0.0, *lows, len(height) - 1.0]
+    trusted = np.where(np.abs(height - steadied) <= _ASTRAY, height, np.nan)
     found = []
     for index, low in enumerate(lows, start=1):
-        at = _meet(height, marks[index - 1], low, marks[index + 1], SQUASH_S * fps)
+        at = _meet(trusted, marks[index - 1], low, marks[index + 1], SQUASH_S * fps)
         if at is not None:
             found.append(at / fps)
     return np.array(found)
 
 
-def _lowest(height: Array) -> list[int]:
-    """Frames where the sprite is lowest between two rises of `_DEPTH` at least."""
-    lows: list[int] = []
+def _steadied(height: Array) -> Array:
+    """The median of each frame's height and its neighbours'."""
+    padded = np.pad(height, 1, mode="edge")
+    steadied: Array = np.median([padded[:-2], height, padded[2:]], axis=0)
+    return steadied
+
+
+def _lowest(height: Array) -> list[float]:
+    """Frames where the sprite is lowest between two rises of `_DEPTH` at least.
+
+    Where it is equally low for some frames, which a median often makes of a low, their middle.
+    """
+    lows: list[float] = []
     top, low = float(height[0]), 0  # highest point since the last low; lowest frame since the top
     falling = False
     for frame, now in enumerate(height):
@@ -93,18 +110,19 @@ def _lowest(height: Array) -> list[int]:
         if falling:
             low = frame if now > height[low] else low
             if height[low] - now >= _DEPTH:
-                lows.append(low)
+                lows.append((low + int(np.argmax(height[low:] < height[low])) - 1 + low) / 2)
                 falling, top = False, float(now)
     return lows
 
 
-def _meet(height: Array, before: int, low: int, after: int, squash: float) -> float | None:
+def _meet(height: Array, before: float, low: float, after: float, squash: float) -> float | None:
     """Frame, not whole, at which the arcs from `before` and to `after` meet near `low`.
 
-    Both arcs share their gravity; height, and the speed before and after, are free. None if either
-    arc is too short to tell.
+    Both arcs share their gravity; height, and the speed before and after, are free. Frames without
+    a height are left out. None if either arc is too short to tell.
     """
-    frames = np.arange(before, after + 1)
+    frames = np.arange(math.ceil(before), math.floor(after) + 1)
+    frames = frames[~np.isnan(height[frames])]
     frames = frames[(np.abs(frames - before) > squash) | (before == 0)]
     frames = frames[(np.abs(frames - after) > squash) | (after == len(height) - 1)]
     best: tuple[float, float] | None = None

@@ -224,7 +224,7 @@ class RulerScore:
 
 def measure_ruler(
     judge: Judge, first_seed: int, count: int, through: Callable[[Tensor], Tensor] | None = None,
-    batch: int = 4,
+    redrawn: Callable[[Sequence[Scene], Tensor], Tensor] | None = None, batch: int = 4,
 ) -> RulerScore:
     """Measure the ruler on bouncing clips of the default length and size.
 
@@ -233,6 +233,8 @@ def measure_ruler(
         first_seed: of the scenes.
         count: of clips; 300 is the full measure.
         through: what sound [B, N] goes through before it is listened to: a codec.
+        redrawn: what the pictures [B, 3, T, H, W] of some scenes go through before they are looked
+            at: a model that draws them anew, and leaves what happens in them when it happens.
         batch: clips rendered at once.
     """
     scenes, fps, num_frames = bouncing_scenes(first_seed, count), 12.0, 33
@@ -241,7 +243,8 @@ def measure_ruler(
     heard: list[Times] = []
     for start in range(0, count, batch):
         part = scenes[start : start + batch]
-        seen += bounce_times(judge, render(part, num_frames, fps=fps).video, fps)
+        video = render(part, num_frames, fps=fps).video
+        seen += bounce_times(judge, redrawn(part, video) if redrawn else video, fps)
         sound = synthesize(part, num_frames, fps=fps)
         heard += find_onsets(through(sound) if through else sound, SAMPLE_RATE)
     contacts = [
