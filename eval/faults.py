@@ -29,11 +29,11 @@ from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import FlowEstimator
 from vidgen.evaluation.metrics.registry import MEASURES
 from vidgen.evaluation.rulers.bounces import bounce_times
-from vidgen.evaluation.rulers.onsets import find_onsets
 from vidgen.evaluation.rulers.sync import SyncScore, bouncing_scenes, score_sync
 from vidgen.evaluation.statistics import spearman
 from vidgen.evaluation.temporal.report import STYLE, document, line_chart
 from vidgen.media.clip import Clip
+from vidgen.media.onsets import find_onsets
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.pipeline.video import to_frames
 from vidgen.toybox.cues import SAMPLE_RATE

@@ -36,7 +36,7 @@ from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, 
 from vidgen.models.vae import CausalVAE
 from vidgen.models.words import split_words
 from vidgen.pipeline.long.tail import ANCHOR_TASK
-from vidgen.pipeline.sound.own_sound import TASK as SOUND_TASK
+from vidgen.pipeline.tasks import SOUND as SOUND_TASK
 from vidgen.toybox.captions import caption
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, sample_scenes
@@ -63,6 +63,7 @@ DEFAULTS = ModelDefaults(
     num_steps=12, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
     sampler="ancestral", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
     image_guidance_scale=3.0, refine_steps=12,
+    sound_steps=6, sound_candidates=6, sound_delay_s=0.02,  # docs/experiments.md, "heard when seen"
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
 HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/experiments.md)

@@ -13,7 +13,6 @@ import torch
 from tests.programs import load_program
 from vidgen.core.errors import InputError
 from vidgen.evaluation.rulers.bounces import bounce_times, landings
-from vidgen.evaluation.rulers.onsets import find_onsets
 from vidgen.evaluation.rulers.sync import (
     EARLY_S,
     LATE_S,
@@ -22,6 +21,7 @@ from vidgen.evaluation.rulers.sync import (
     measure_ruler,
     score_sync,
 )
+from vidgen.media.onsets import find_onsets
 from vidgen.toybox.cues import SAMPLE_RATE, sound_cues
 from vidgen.toybox.judge import embedded_judge
 from vidgen.toybox.scenes import SEED_RANGES, Actor, Scene

@@ -74,7 +74,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
-    from vidgen.core.request import NO_AUDIO
+    from vidgen.core.request import SILENT
     from vidgen.core.runtime import check_output
     from vidgen.media.read import VideoReader, read_recipe
     from vidgen.media.write import check_format, holds_sound, require_sound
@@ -113,7 +113,7 @@ def run(args: Namespace, report: Report) -> int:
         loading["quantize"] = args.quantize or recipe.get("quantize")
         loading["dtype"] = args.dtype or recipe.get("dtype")
     if not holds_sound(suffix):
-        given["audio"] = NO_AUDIO  # none is made for nobody to hear
+        given |= SILENT  # none is made for nobody to hear
     if "prompt" not in given:
         raise InputError(f"{args.clip} doesn't tell its prompt; give --prompt")
     if "seed" not in given:

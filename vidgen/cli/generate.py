@@ -24,7 +24,7 @@ from vidgen.cli.resume import (
     told_how_to_go_on,
 )
 from vidgen.core.errors import InputError
-from vidgen.core.request import LOADING, NO_AUDIO, Request
+from vidgen.core.request import LOADING, SILENT, Request
 from vidgen.core.runtime import slug
 
 if TYPE_CHECKING:
@@ -133,6 +133,11 @@ def add_sound(add: Callable[..., Any], *, goes_on: bool = False) -> None:
             "that of a file; default the model's own if it makes any")
         add("--follow-audio", action="store_true", default=None,
             help="make the picture go with --audio FILE, by a model that makes sound")
+        add("--audio-steps", type=int, metavar="N",
+            help="denoising steps of the sound that the model makes for its picture")
+        add("--audio-candidates", type=int, metavar="N",
+            help="how many such sounds are made, of which one is kept")
+        add("--audio-delay", type=float, metavar="S", help="by which it follows its picture")
         add("--audio-model", metavar="FOLDER", help="a text-to-audio model makes the sound")
         add("--audio-prompt", metavar="TEXT", help="what it is to make; default PROMPT")
     add("--audio-loop", action="store_true", default=None,
@@ -153,7 +158,7 @@ def run(args: Namespace, report: Report) -> int:
         request = replace(request, seed=_seed(args, request, report))
     paths = _outputs(args.output, request)
     if not _check_outputs(paths, request, overwrite=args.overwrite or args.resume):
-        request = replace(request, audio=NO_AUDIO)  # none is made for nobody to hear
+        request = replace(request, **SILENT)  # none is made for nobody to hear
     journals = journals_of_outputs(paths, args, report, request.prompt)
 
     import torch

@@ -50,11 +50,13 @@ _NEVER_LEFT_OUT = ("count", "retry", "strict", "label", "fit", "tiles", "cache")
 _WHOLE = {
     "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
     "retry": (0, 100), "refine": (0, 1000), "overlap": (1, 1000), "devices": (1, MAX_DEVICES),
+    "audio_steps": (1, 1000), "audio_candidates": (1, 16),
 }
 _NUMBER = {
     "guidance": (0, 100), "guidance_low": (0, 100), "image_guidance": (0, 100),
     "guidance_rescale": (0, 1), "strength": (0, 1),
     "control_scale": (0, 10), "colour_hold": (0, 1), "fps": (1, 240),
+    "audio_delay": (0, 1),
 }
 _ABOVE_ZERO = {"seconds": MAX_SECONDS, "shift": 100}
 _FLAGS = ("roll", "anchor", "audio_loop", "follow_audio", "strict", "shard")
@@ -82,6 +84,10 @@ _ELSEWHERE = {
 """What the command line takes beside a request's options, and who takes it in Python."""
 NO_AUDIO, OWN_AUDIO = "none", "generate"
 """Values of `audio` that name no file."""
+OF_OWN_SOUND = ("audio_steps", "audio_candidates", "audio_delay")
+"""Options of the sound that a model makes for its picture."""
+SILENT: dict[str, Any] = {"audio": NO_AUDIO, **dict.fromkeys(OF_OWN_SOUND)}
+"""Options of a clip whose sound nobody would hear."""
 OWN_FILE = "@"
 """What a text of `say` begins with that names a sound file."""
 LOADING = ("model", "dtype", "offload", "quantize", "devices", "shard")
@@ -142,6 +148,10 @@ class Request:
         audio_loop: whether sound that is shorter than the clip starts again.
         follow_audio: whether the picture is made to go with the sound of the file in `audio`, for
             models that make sound.
+        audio_steps: denoising steps of the sound that the model makes for its picture.
+        audio_candidates: how many such sounds are made; the one is kept that the others bear out
+            best.
+        audio_delay: seconds by which that sound follows its picture.
         audio_model: folder of a text-to-audio model of diffusers that makes the sound.
         audio_prompt: what it is to make; None: `prompt`.
         say: (seconds, text) pairs that are spoken, or texts that follow each other; `@FILE` is
@@ -207,6 +217,9 @@ class Request:
     audio: str | os.PathLike[str] | None = None
     audio_loop: bool | None = None
     follow_audio: bool | None = None
+    audio_steps: int | None = None
+    audio_candidates: int | None = None
+    audio_delay: float | None = None
     audio_model: str | None = None
     audio_prompt: str | None = None
     say: tuple[tuple[float | None, str], ...] = ()

@@ -55,10 +55,16 @@ def draw_noise(
     return noise
 
 
-def draw_sound_noise(seeds: Sequence[int], channels: int, begin: int, end: int) -> Tensor:
-    """Noise of each clip's sound latents `begin` to `end`, [B, channels, end - begin] float32."""
+def draw_sound_noise(
+    seeds: Sequence[int], channels: int, begin: int, end: int, candidate: int = 0
+) -> Tensor:
+    """Noise of each clip's sound latents `begin` to `end`, [B, channels, end - begin] float32.
+
+    Every `candidate`, of several sounds for one picture, has noise of its own.
+    """
     shape = LatentShape(channels, end - begin, 1, 1, batch=len(seeds))
-    return draw_noise(seeds, shape, stream="audio", first_frame=begin)[..., 0, 0]
+    stream = f"audio {candidate}" if candidate else "audio"
+    return draw_noise(seeds, shape, stream=stream, first_frame=begin)[..., 0, 0]
 
 
 def shuffled(noise: Tensor, step: int) -> Tensor:

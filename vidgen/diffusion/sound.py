@@ -12,9 +12,10 @@ n numbers of a clip's picture and sound together.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class SoundState:
         denoise_mask: [B, 1, N] bool, True where sound is to be generated.
         start_s: when the first latent begins, in seconds after the picture's first latent frame.
         sees_picture: whether it is denoised in view of the picture.
+        recorded: of a known picture, what each network's pass over it left, by the network's id;
+            several sounds of one picture share it.
     """
 
     latents: Tensor
@@ -39,6 +42,7 @@ class SoundState:
     denoise_mask: Tensor
     start_s: float = 0.0
     sees_picture: bool = True
+    recorded: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def any_known(self) -> bool:
@@ -56,10 +60,13 @@ class SoundState:
         return sigma[:, None] * self.denoise_mask[:, 0].to(sigma.dtype)
 
 
-def new_sound(noise: Tensor, start_s: float = 0.0) -> SoundState:
-    """Sound of which nothing is known, from noise [B, C, N]."""
+def new_sound(
+    noise: Tensor, start_s: float = 0.0, recorded: dict[int, Any] | None = None
+) -> SoundState:
+    """Sound of which nothing is known, from noise [B, C, N]; attributes as in `SoundState`."""
     mask = torch.ones_like(noise[:, :1], dtype=torch.bool)
-    return SoundState(noise, torch.zeros_like(noise), mask, start_s)
+    sound = SoundState(noise, torch.zeros_like(noise), mask, start_s)
+    return sound if recorded is None else replace(sound, recorded=recorded)
 
 
 def sound_begins(sound: SoundState, latents: Tensor) -> SoundState:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.plan import Plan
-from vidgen.pipeline.sound.own_sound import TASK, sound_plan
+from vidgen.pipeline.sound.candidates import most_agreed
+from vidgen.pipeline.sound.own_sound import sound_plan
+from vidgen.pipeline.tasks import SOUND
 from vidgen.pipeline.video import Engine
 
 
@@ -83,7 +86,7 @@ def generate_with_sound(
     Raises:
         InputError: the model makes no sound.
     """
-    if TASK not in engine.folder.tasks:
+    if SOUND not in engine.folder.tasks:
         raise InputError(f"{engine.folder.name} makes no sound for its pictures; score it with "
                          "another --suite")
     contexts, sound = _contexts(engine, plan, prompts), sound_plan(plan, engine.folder.defaults)
@@ -93,15 +96,19 @@ def generate_with_sound(
     first, end, start_s = sound_span(
         0, plan.latents.num_frames, stride_t, plan.fps, config.tokens_per_s
     )
-    noise = draw_sound_noise(seeds, config.latent_channels, first, end)
-    sounding = new_sound(noise.to(engine.device), start_s)
-    state = replace(condition.finished(picture), sound=sounding)
-    _, heard = state.apart(engine.sample(sound, state, contexts))
-    assert heard is not None
-    num_samples = round(plan.num_frames / plan.fps * config.sample_rate)
-    with engine.parts.use("sound_vae") as vae:
-        sound = vae.decode(heard.float(), num_samples)
-    return _pixels(engine, picture), sound.float().clamp(-1, 1).cpu()
+    num_samples, recorded = round(plan.num_frames / plan.fps * config.sample_rate), dict[int, Any]()
+    candidates = []
+    for candidate in range(plan.sound_candidates):
+        noise = draw_sound_noise(seeds, config.latent_channels, first, end, candidate)
+        sounding = new_sound(noise.to(engine.device), start_s - plan.sound_delay_s, recorded)
+        state = replace(condition.finished(picture), sound=sounding)
+        _, heard = state.apart(engine.sample(sound, state, contexts))
+        assert heard is not None
+        with engine.parts.use("sound_vae") as vae:
+            candidates.append(vae.decode(heard.float(), num_samples).float())
+    of_clips = torch.stack(candidates, dim=1)
+    kept = [sounds[most_agreed(sounds, config.sample_rate)] for sounds in of_clips]
+    return _pixels(engine, picture), torch.stack(kept).clamp(-1, 1).cpu()
 
 
 @torch.no_grad()
@@ -156,6 +163,6 @@ def _contexts(engine: Engine, plan: Plan, prompts: Sequence[str]) -> list[tuple[
     """(context, lengths) of the prompts, read as people's are, and of the plan's negative."""
     read = [read_as(prompt, engine.tokenizer.readings(prompt)) for prompt in prompts]
     negative = read_as(plan.negative, dict(plan.readings))
-    fullest = sound_plan(plan, engine.folder.defaults) if TASK in engine.folder.tasks else plan
+    fullest = sound_plan(plan, engine.folder.defaults) if SOUND in engine.folder.tasks else plan
     texts = [read] if fullest.guidance.is_off else [read, [negative] * len(prompts)]
     return [engine.encode_texts(part) for part in texts]

@@ -115,11 +115,12 @@ class DenoisedClip:
         long, plan = self._long, sound_plan(self.plan, self.engine.folder.defaults)
         own = own_sound(self.engine.parts, self.plan, self.request, long)
         windows = long.windows if long else [(0, latents.shape[2])]
+        num_runs = len(windows) * plan.sound_candidates
 
         def sample(state: LatentState, number: int) -> Tensor:
             def on_step(info: StepInfo) -> None:
                 done = number * info.num_steps + info.step
-                self.report("sound", done, len(windows) * info.num_steps)
+                self.report("sound", done, num_runs * info.num_steps)
 
             return self.engine.sample(
                 plan, state, self.contexts(), on_step, self.request.scheduler, self.loras

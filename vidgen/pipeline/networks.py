@@ -127,8 +127,8 @@ def _listener(
 
     It gives what `_denoiser` gives, but for the picture's velocity, which nobody needs.
     """
-    passed: dict[int, KVCache] = {}  # by network
-    features, lengths = context
+    assert state.sound is not None
+    features, lengths, recorded = *context, state.sound.recorded
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         dit, (picture, sound) = given.at(float(sigma[0])), state.apart(latents)
@@ -137,9 +137,9 @@ def _listener(
             state, sound, sigma, _frames_per_s(parts, plan),
             whole=whole_timesteps(plan.sampler),
         )
-        cache = passed.get(id(dit))
+        cache = recorded.get(id(dit)) if tokens.sees_video else None
         if cache is None and tokens.sees_video:
-            cache = passed[id(dit)] = KVCache()
+            cache = recorded[id(dit)] = KVCache()
             dit(state.clean, torch.zeros_like(sigma), features, context_lengths=lengths,
                 extra=state.keys, cache=cache)
         heard = dit.listen(tokens, features, context_lengths=lengths, cache=cache)

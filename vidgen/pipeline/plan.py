@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.core.request import MAX_SECONDS, Request
+from vidgen.core.request import MAX_SECONDS, OF_OWN_SOUND, Request
 from vidgen.core.shapes import (
     LatentShape,
     Strides,
@@ -24,6 +24,7 @@ from vidgen.core.shapes import (
 )
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
+from vidgen.pipeline.tasks import makes_sound
 
 if TYPE_CHECKING:
     from vidgen.pipeline.inputs import Inputs
@@ -46,6 +47,9 @@ class Plan:
         cache: what spares steps, or None.
         tiles: that the VAE takes a picture in; None: the whole.
         refine_steps: that bring a given first frame's latents nearer to it.
+        sound_steps: of the model's own sound; 0: as many as its picture takes.
+        sound_candidates: sounds that the model makes for its picture, of which one is kept.
+        sound_delay_s: by which that sound follows it, in seconds.
         num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
         student: what denoises instead of the model itself, or None.
     """
@@ -70,6 +74,9 @@ class Plan:
     cache: CacheChoice | None = None
     tiles: Tiles | None = None
     refine_steps: int = 0
+    sound_steps: int = 0
+    sound_candidates: int = 1
+    sound_delay_s: float = 0.0
     student: StudentConfig | None = None
 
     @property
@@ -128,7 +135,7 @@ def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = Non
         strength=1.0 if request.strength is None else float(request.strength),
         control_scale=1.0 if request.control_scale is None else float(request.control_scale),
         fit=request.fit, latents=shape, tiles=_tiles(request, shape),
-        refine_steps=_refine_steps(request, defaults),
+        refine_steps=_refine_steps(request, defaults), **_own_sound(request, folder),
     )
 
 
@@ -187,6 +194,22 @@ def _refine_steps(request: Request, defaults: ModelDefaults) -> int:
         raise InputError(f"refine is {request.refine}, but this model takes first frames as they "
                          "are encoded; leave it out")
     return (defaults.refine_steps or 0) if request.refine is None else request.refine
+
+
+def _own_sound(request: Request, folder: ModelFolder) -> dict[str, Any]:
+    """How the model's own sound is made, where it makes any."""
+    if not makes_sound(request, folder.tasks):
+        for name, plain in zip(OF_OWN_SOUND, (request.steps, 1, 0), strict=True):
+            if (value := getattr(request, name)) not in (None, plain):
+                raise InputError(f"{name} is {value}, but it is of the sound that a model makes "
+                                 "for its picture, and none is made here; leave it out")
+        return {}
+    defaults, delay = folder.defaults, request.audio_delay
+    return {
+        "sound_steps": request.audio_steps or defaults.sound_steps or 0,
+        "sound_candidates": request.audio_candidates or defaults.sound_candidates,
+        "sound_delay_s": defaults.sound_delay_s if delay is None else float(delay),
+    }
 
 
 def _length(

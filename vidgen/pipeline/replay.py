@@ -190,7 +190,7 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
         "size": (plan["width"], plan["height"]), "fps": plan["fps"], "steps": plan["num_steps"],
         "tiles": recorded_tiles(plan), "readings": recorded_readings(plan),
         "refine": plan.get("refine_steps", 0),
-    }
+    } | _pinned_sound(plan)
     if plan.get("student") is None:
         options |= {
             "shift": plan["shift"], "guidance": guidance["scale"],
@@ -203,6 +203,17 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
     if kept == plan["num_frames"]:
         return options | {"frames": kept}
     return options | {"frames": None, "seconds": float(kept / Fraction(plan["fps"]))}  # trimmed
+
+
+def _pinned_sound(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """How a model's own sound was made; before recipes told, once and as its picture's noise was.
+
+    The only student of those days sounded by the 12 steps of its model.
+    """
+    steps = 12 if plan.get("student") else plan["num_steps"]
+    return {"audio_steps": plan.get("sound_steps", steps) or None,
+            "audio_candidates": plan.get("sound_candidates", 1),
+            "audio_delay": plan.get("sound_delay_s", 0.0)}
 
 
 def _scheduler(name: str, config: Mapping[str, Any]) -> Any:

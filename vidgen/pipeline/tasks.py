@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import Request
+from vidgen.core.request import OWN_AUDIO, Request
 
+SOUND = "sound"
+"""The task of a model that makes sound for its pictures."""
 OPTIONS = {
     "image": "image", "first_frame_model": "image", "last_image": "last-image", "frame": "frames",
     "prefix": "extend", "mask": "mask", "strength": "video", "reference": "reference",
-    "control": "control", "follow_audio": "sound",
+    "control": "control", "follow_audio": SOUND,
 }
 """The task that each option of a request is."""
 
@@ -42,6 +44,12 @@ def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bo
     if "text" not in tasks and not asked:
         raise InputError(f"model {name!r} starts from what it is shown; give one of "
                          f"{', '.join(f'--{task}' for task in tasks)}")
+
+
+def makes_sound(request: Request, tasks: tuple[str, ...]) -> bool:
+    """Whether a model of such tasks is to follow the picture with a sound of its own."""
+    asked = request.audio in (None, OWN_AUDIO) and request.audio_model is None
+    return SOUND in tasks and asked and not request.roll
 
 
 def _who_can(task: str) -> str:

@@ -59,10 +59,10 @@ from vidgen.pipeline.prepare import Encoder, write_conditions
 from vidgen.pipeline.preview import Glimpses, OnPreview
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.rewrite import settle_prompt
-from vidgen.pipeline.sound.own_sound import TASK, sound_plan
+from vidgen.pipeline.sound.own_sound import sound_plan
 from vidgen.pipeline.sound.soundtrack import make_soundtrack
 from vidgen.pipeline.step_caches import carrying, make_caches
-from vidgen.pipeline.tasks import check_tasks
+from vidgen.pipeline.tasks import SOUND, check_tasks
 from vidgen.weights.folder import ForeignFolder, open_model
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Engine(OpenedModel):
             option = "preview" if on_preview is not None else "devices"
             raise InputError(f"{option} doesn't go with roll, which makes a clip while it is "
                              "written, on one device; leave one of them out")
-        makes_sound = TASK in self.folder.tasks and first.roll is None
+        makes_sound = SOUND in self.folder.tasks and first.roll is None
         track = make_soundtrack(
             request, first.kept_frames, first.fps, self, has_sound=makes_sound
         )

@@ -55,7 +55,7 @@ class Checker:
 
     def model(self) -> dict[str, Any]:
         """What the model can do."""
-        from vidgen.pipeline.sound.own_sound import TASK
+        from vidgen.pipeline.tasks import SOUND
 
         known = self.folder.defaults
         return {
@@ -68,7 +68,7 @@ class Checker:
                 "negative_prompt": known.negative_prompt, "max_frames": known.max_frames,
                 "sizes": [f"{width}x{height}" for width, height in known.sizes],
             },
-            "makes_sound": TASK in self.folder.tasks,
+            "makes_sound": SOUND in self.folder.tasks,
         }
 
     def clip(self, folder: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -78,8 +78,8 @@ class Checker:
             InputError: what can't be made or read, or is more than may be asked.
         """
         from vidgen.pipeline.budget.preflight import choose, settle
-        from vidgen.pipeline.sound.own_sound import TASK
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
+        from vidgen.pipeline.tasks import SOUND
         from vidgen.server.making import request_of
 
         self._check_files(Path(folder), spec["options"])
@@ -87,7 +87,7 @@ class Checker:
         self._enforce(request)
         plan = settle(self.folder, request)
         self._check_plan(plan)
-        has_sound = TASK in self.folder.tasks
+        has_sound = SOUND in self.folder.tasks
         make_soundtrack(request, plan.kept_frames, plan.fps, self,  # type: ignore[arg-type]
                         has_sound=has_sound)  # of an engine it needs no more than stands here
         made = choose(self.folder, plan, request, self.device, None, dtype=self.dtype)

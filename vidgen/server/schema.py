@@ -134,6 +134,9 @@ class ExtraParams(Strict):
     image_guidance: Number | None = Field(None, ge=0, le=20)
     guidance_rescale: Number | None = Field(None, ge=0, le=1)
     refine: Whole | None = Field(None, ge=0, le=100)
+    audio_steps: Whole | None = Field(None, ge=1, le=200)
+    audio_candidates: Whole | None = Field(None, ge=1, le=16)
+    audio_delay: Number | None = Field(None, ge=0, le=1)
     overlap: Whole | None = Field(None, ge=1, le=1000)
     colour_hold: Number | None = Field(None, ge=0, le=1)
     anchor: bool | None = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import NO_AUDIO, OWN_AUDIO, Request
-from vidgen.pipeline.sound.own_sound import TASK
+from vidgen.pipeline.tasks import SOUND
 from vidgen.story.expand import Expansion
 from vidgen.story.script import Script, Shot
 from vidgen.weights.lora import parse_option
@@ -112,7 +112,7 @@ class FilmPlan:
 
     def is_heard(self, shot: Shot) -> bool:
         """Whether the model makes a shot's sound for its picture."""
-        return TASK in self.folder.tasks and (shot.sound is None or shot.sound.file is None)
+        return SOUND in self.folder.tasks and (shot.sound is None or shot.sound.file is None)
 
     def words(self, shot: Shot, index: int) -> str:
         """What the model is told of one of a shot's prompts, and of its sound if it makes that."""

@@ -42,6 +42,9 @@ class ModelDefaults:
         image_guidance_scale: where frames are given; see `Guidance.known_scale`.
         refine_steps: gradient steps that bring a given first frame's latents nearer to it; None: of
             a model that takes them as its VAE encodes them.
+        sound_steps: of a model's own sound; None: as many as its picture takes.
+        sound_candidates: sounds that a model makes for a clip, of which one is kept.
+        sound_delay_s: by which its sound follows its picture, in seconds.
         boundary: sigma at and above which `transformer` runs, below it `transformer_2`.
         sizes: (width, height) the model was trained on; others are warned about.
         max_frames: longest clip it was trained on.
@@ -65,6 +68,9 @@ class ModelDefaults:
     history_noise: float = 0.0
     image_guidance_scale: float | None = None
     refine_steps: int | None = None
+    sound_steps: int | None = None
+    sound_candidates: int = 1
+    sound_delay_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from vidgen.evaluation.rulers.onsets import Times, find_onsets
 from vidgen.evaluation.rulers.sync import match_times
 from vidgen.media.mel import log_mel
+from vidgen.media.onsets import Times, find_onsets
 from vidgen.toybox.cues import SAMPLE_RATE
 
 WITHIN_S = 0.045  # the ITU's window for early sound, on both sides

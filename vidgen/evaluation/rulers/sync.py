@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.evaluation.rulers.bounces import bounce_times
-from vidgen.evaluation.rulers.onsets import Times, find_onsets
 from vidgen.evaluation.statistics import CONFIDENCE
+from vidgen.media.onsets import Times, find_onsets, pair_times
 from vidgen.toybox.captions import CLASSES
 from vidgen.toybox.cues import SAMPLE_RATE, sound_cues
 from vidgen.toybox.judge import Judge
@@ -58,38 +58,8 @@ class SyncScore:
 def match_times(
     seen: Times, heard: Times, early_s: float = EARLY_S, late_s: float = LATE_S
 ) -> list[tuple[int, int]]:
-    """Pair rising times one to one: as many pairs as there can be, and of these the closest.
-
-    Args:
-        seen: [n] seconds.
-        heard: [m] seconds.
-        early_s: by which the second of a pair may come before the first.
-        late_s: by which it may come after.
-
-    Returns:
-        Pairs of indices (seen, heard), rising.
-    """
-    count = len(heard) + 1
-    best = [(0, 0.0)] * count  # of the pairs so far: minus their number, sum of |dt|
-    choices = []
-    for at in seen:
-        row, choice = [best[0]], [0]
-        for j, time in enumerate(heard):
-            options = [best[j + 1], row[j]]
-            if -early_s <= time - at <= late_s:
-                options.append((best[j][0] - 1, best[j][1] + abs(time - at)))
-            pick = min(range(len(options)), key=options.__getitem__)
-            row.append(options[pick])
-            choice.append(pick)
-        best = row
-        choices.append(choice)
-    i, j, pairs = len(seen), len(heard), []
-    while i and j:
-        pick = choices[i - 1][j]
-        if pick == 2:
-            pairs.append((i - 1, j - 1))
-        i, j = (i - (pick != 1)), (j - (pick != 0))
-    return pairs[::-1]
+    """`pair_times` of bounces and onsets, within the ITU's window."""
+    return pair_times(seen, heard, early_s, late_s)
 
 
 def score_sync(

@@ -26,7 +26,7 @@ from vidgen.evaluation.toybox.items import SOURCES, Item
 from vidgen.media.sound import resampled
 from vidgen.pipeline.inputs import as_video
 from vidgen.pipeline.long.extend import OVERLAP, window_size
-from vidgen.pipeline.sound.own_sound import TASK
+from vidgen.pipeline.tasks import SOUND
 from vidgen.toybox.cues import SAMPLE_RATE
 from vidgen.toybox.render import Rendered, render
 from vidgen.toybox.sound import synthesize
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.plan import Plan
     from vidgen.pipeline.video import Engine
 
-_NEEDS = {"extend": "extend", "sound": TASK}  # material -> the model's task that it takes
+_NEEDS = {"extend": "extend", "sound": SOUND}  # material -> the model's task that it takes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch import Tensor
 from vidgen.evaluation.rulers.bounces import bounce_times
 from vidgen.evaluation.rulers.drift import LOOKS, Windows, measure_drift
 from vidgen.evaluation.rulers.identity import identity_over_time, mean_answer
-from vidgen.evaluation.rulers.onsets import find_onsets
 from vidgen.evaluation.rulers.paths import fit_path, path_of
 from vidgen.evaluation.rulers.physics import measure_fall
 from vidgen.evaluation.rulers.shape import drawings_of, shape_fit, stranger
@@ -27,6 +26,7 @@ from vidgen.evaluation.toybox.judging import answers, grade
 from vidgen.evaluation.toybox.listening import grade_sound
 from vidgen.media.likeness import psnr as frame_psnr
 from vidgen.media.likeness import ssim
+from vidgen.media.onsets import find_onsets
 from vidgen.media.quality import psnr
 from vidgen.pipeline.video import to_frames
 from vidgen.toybox.cues import SAMPLE_RATE

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vidgen.core.request import NO_AUDIO
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.diffusion.sound import sound_span
 from vidgen.media.write import PIXELS_PER_BYTE
@@ -38,9 +37,9 @@ from vidgen.pipeline.budget.workload import (
 from vidgen.pipeline.parts import DTYPES, EXPERTS, Parts
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.sound.own_sound import AT_ONCE as SOUND_AT_ONCE
-from vidgen.pipeline.sound.own_sound import TASK as SOUND_TASK
 from vidgen.pipeline.sound.own_sound import sound_plan
 from vidgen.pipeline.step_caches import TENSORS_HELD
+from vidgen.pipeline.tasks import makes_sound
 from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import Weights
 
@@ -148,7 +147,9 @@ class _Job:
         latents = self._sound_latents(self.passes.decoded)
         config = self.folder.components["sound_vae"].config
         dtype = self.parts.dtype_of("sound_vae")
-        seconds = self.rates.seconds(sound_ops(config, latents)) + self._listening_s()
+        candidates = self.plan.sound_candidates
+        decodes = 1 if candidates == 1 else 1 + candidates  # each to be compared, one to be heard
+        seconds = decodes * self.rates.seconds(sound_ops(config, latents)) + self._listening_s()
         if self.setup.offload != "none":
             seconds += self._load_s("sound_vae")
             seconds += self._load_s("transformer") * len(self.passes.windows)
@@ -160,7 +161,7 @@ class _Job:
         return (Stage("sound", count * seconds, held),)
 
     def _listening_s(self) -> float:
-        """To denoise the sound: each window's picture passes once, its sound at every step."""
+        """To denoise the sound: each window's picture passes once, its sounds at every step."""
         audio, plan = self.dit.audio, sound_plan(self.plan, self.folder.defaults)
         assert audio is not None
         sigmas = make_sigmas(plan.num_steps, plan.shift).tolist()[:-1]
@@ -174,7 +175,8 @@ class _Job:
                 for keys in (seen, 0)  # the negative pass hears itself alone
             ]
             seconds += self._pass_s(frames, 0)
-            seconds += sum(sum(takes[: len(plan.guidance.branches_at(s))]) for s in sigmas)
+            heard = sum(sum(takes[: len(plan.guidance.branches_at(s))]) for s in sigmas)
+            seconds += plan.sound_candidates * heard
         return seconds
 
     def _listening_bytes(self) -> int:
@@ -192,10 +194,7 @@ class _Job:
     @property
     def _makes_sound(self) -> bool:
         """Whether the model's own sound follows the picture."""
-        request = self.request
-        able = SOUND_TASK in self.folder.tasks and self.plan.roll is None
-        other = request.audio == NO_AUDIO or request.audio_file or request.audio_model
-        return able and not other
+        return makes_sound(self.request, self.folder.tasks) and self.plan.roll is None
 
     @property
     def _measured(self) -> bool:

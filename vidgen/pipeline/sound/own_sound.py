@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
 from vidgen.media.mix import SEAM_S, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
+from vidgen.pipeline.sound.candidates import most_agreed
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from vidgen.pipeline.plan import Plan
     from vidgen.weights.folder import ModelDefaults
 
-TASK = "sound"
-"""Among a model's tasks: it makes sound for its pictures."""
 AT_ONCE = 256
 """Latents that are decoded at a time."""
 
@@ -69,13 +68,13 @@ class OwnSound:
         self, picture: Tensor, windows: Sequence[tuple[int, int]], first: int,
         sample: Callable[[LatentState, int], Tensor], journal: Journal,
     ) -> None:
-        """Make the sound of a finished picture, window by window.
+        """Make the sound of a finished picture, window by window, as often as the plan says.
 
         Args:
             picture: latents [1, C, F, h, w].
             windows: [start, stop) of them that are taken at once.
             first: latent frame of the clip that they begin with.
-            sample: denoises a window, told its number from 0.
+            sample: denoises a window's sound once, told how many were before it.
             journal: keeps what is made before the last window.
         """
         kept = journal.kept_arrays(HEARD, "latents")
@@ -85,30 +84,52 @@ class OwnSound:
             _, end, _ = self._span(first + start, stop - start)
             if self.latents.shape[2] and self.begins + self.latents.shape[2] >= end:
                 continue  # made before a kill
-            shown = picture[:, :, start:stop].to(self.parts.device)
-            state = self.beside(finished(shown), first + start)
-            self._take(state.apart(sample(state, number))[1], first + start, stop - start)
+            shown = finished(picture[:, :, start:stop].to(self.parts.device))
+            heard, recorded = [], dict[int, Any]()
+            for candidate in range(self.plan.sound_candidates):
+                state = self.beside(shown, first + start, candidate, recorded)
+                made = sample(state, number * self.plan.sound_candidates + candidate)
+                heard.append(_sound_of(state, made))
+            self._take(heard[self._best(heard)], first + start, stop - start)
             if number + 1 < len(windows):
                 arrays = {"latents": self.latents.numpy()}
                 journal.keep_arrays(HEARD, arrays, {"begins": self.begins})
 
-    def beside(self, state: LatentState, first: int = 0) -> LatentState:
-        """The state of a stretch of the clip that begins with latent frame `first`, with its sound.
+    @torch.no_grad()
+    def _best(self, heard: Sequence[Tensor]) -> int:
+        """Which of a stretch's sounds [1, C, k] is kept."""
+        if len(heard) == 1:
+            return 0
+        config = _config(self.parts)
+        with self.parts.use("sound_vae") as vae:
+            sounds = [vae.decode(latents, latents.shape[2] * config.samples_per_token)
+                      for latents in heard]
+        return most_agreed(torch.cat(sounds), config.sample_rate)
 
-        Sound that is made already is known.
+    def beside(
+        self, state: LatentState, first: int = 0, candidate: int = 0,
+        recorded: dict[int, Any] | None = None,
+    ) -> LatentState:
+        """A stretch of the clip with its sound, of which what is made already is known.
+
+        Args:
+            state: of the picture.
+            first: latent frame of the clip that it begins with.
+            candidate: number of the sound; each has noise of its own.
+            recorded: shared by the sounds of one picture; see `SoundState`.
         """
         begin, end, start_s = self._span(first, state.latents.shape[2])
         channels = _config(self.parts).latent_channels
-        noise = draw_sound_noise([self.plan.seed], channels, begin, end)
-        sound = new_sound(noise.to(state.latents.device), start_s)
+        noise = draw_sound_noise([self.plan.seed], channels, begin, end, candidate)
+        start_s -= self.plan.sound_delay_s
+        sound = new_sound(noise.to(state.latents.device), start_s, recorded)
         known = self.latents[:, :, max(0, begin - self.begins) :]
         if begin >= self.begins and known.shape[2]:
             sound = sound_begins(sound, known[:, :, : end - begin])
         return replace(state, sound=sound)
 
-    def _take(self, made: Tensor | None, first: int, count: int) -> None:
+    def _take(self, made: Tensor, first: int, count: int) -> None:
         """Take in what a stretch's sound [1, C, k] became, behind what is there."""
-        assert made is not None
         begin, end, _ = self._span(first, count)
         if not self.latents.shape[2]:
             self.begins = begin
@@ -200,7 +221,7 @@ def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
                 defaults.guidance_scale, known_scale=defaults.image_guidance_scale
             ),
         )
-    return replace(plan, strength=1.0, cache=None)
+    return replace(plan, strength=1.0, cache=None, num_steps=plan.sound_steps or plan.num_steps)
 
 
 @torch.no_grad()
@@ -213,6 +234,13 @@ def _encode(parts: Parts, samples: Samples, rate: int) -> Tensor:
         heard = (torch.from_numpy(block[:, 0].copy())[None].to(parts.device)
                  for block in resampled(blocks, 1, rate, config.sample_rate) if len(block))
         return torch.cat(list(vae.stream_encode(heard)), dim=2).float().cpu()
+
+
+def _sound_of(state: LatentState, packed: Tensor) -> Tensor:
+    """The sound [B, C, k] of what was sampled for a state."""
+    sound = state.apart(packed)[1]
+    assert sound is not None
+    return sound
 
 
 def _config(parts: Parts) -> AudioVAEConfig:

@@ -76,6 +76,43 @@ def find_onsets(sound: Tensor, rate: int, share: float = 0.5) -> list[Times]:
     return [_fit(curve, row) for curve, row in zip(curves.numpy(), peaks.numpy(), strict=True)]
 
 
+def pair_times(
+    times: Times, others: Times, early_s: float, late_s: float
+) -> list[tuple[int, int]]:
+    """Pair rising times one to one: as many pairs as there can be, and of these the closest.
+
+    Args:
+        times: [n] seconds.
+        others: [m] seconds.
+        early_s: by which the second of a pair may come before the first.
+        late_s: by which it may come after.
+
+    Returns:
+        Pairs of indices (of times, of others), rising.
+    """
+    count = len(others) + 1
+    best = [(0, 0.0)] * count  # of the pairs so far: minus their number, sum of |dt|
+    choices = []
+    for at in times:
+        row, choice = [best[0]], [0]
+        for j, time in enumerate(others):
+            options = [best[j + 1], row[j]]
+            if -early_s <= time - at <= late_s:
+                options.append((best[j][0] - 1, best[j][1] + abs(time - at)))
+            pick = min(range(len(options)), key=options.__getitem__)
+            row.append(options[pick])
+            choice.append(pick)
+        best = row
+        choices.append(choice)
+    i, j, pairs = len(times), len(others), []
+    while i and j:
+        pick = choices[i - 1][j]
+        if pick == 2:
+            pairs.append((i - 1, j - 1))
+        i, j = (i - (pick != 1)), (j - (pick != 0))
+    return pairs[::-1]
+
+
 def _fit(curve: NDArray[np.float32], peaks: NDArray[np.bool_]) -> Times:
     """Times of a curve's peaks, each the top of the parabola through three frames."""
     found: list[float] = []
