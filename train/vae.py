@@ -69,10 +69,12 @@ class VAERun:
             many as make the frames' area: what moves is a small part of a frame, and most of its
             error.
         mix: how often scenes are rich; tinted sprites are the hardest.
+        validation_clips: renders to validate on.
         init: component folder of a released VAE to start from, and to take the config of.
 
     Raises:
-        InputError: a crop that the VAE or the frame can't have, or nothing released to go on from.
+        InputError: a crop that the VAE or the frame can't have, no clip to validate on, or nothing
+            released to go on from.
     """
 
     run: RunConfig
@@ -84,6 +86,7 @@ class VAERun:
     width: int = 128
     loss: VAELoss = VAELoss()
     mix: SceneMix = field(default_factory=SceneMix)
+    validation_clips: int = 16
     init: str | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +97,8 @@ class VAERun:
         if self.crop is not None and (self.crop % side or not 0 < self.crop <= limit):
             raise InputError(f"crop is {self.crop}; give a multiple of {side} up to {limit}, or "
                              "none")
+        if self.validation_clips < 1:
+            raise InputError(f"validation_clips is {self.validation_clips}; give 1 or more")
 
 
 class VAETask:
@@ -192,7 +197,8 @@ class VAETask:
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """PSNR in dB on held-out renders: clips and stills, whole frames and inside the sprite."""
-        scenes = sample_scenes(SEED_RANGES["dev"][0], 16, split="any")
+        count = self.config.validation_clips
+        scenes = sample_scenes(SEED_RANGES["dev"][0], count, split="any")
         size = {"height": self.config.height, "width": self.config.width}
         scores: dict[str, float] = {}
         clips = self.config.run.phase_at(step - 1)[1].num_frames > 1

@@ -409,23 +409,24 @@ def test_init_writes_an_example_that_is_a_script(tmp_path):
     assert "# " in path.read_text()
 
 
-def test_ten_thousand_shots_are_planned_in_seconds_and_little_memory(tmp_path, tiny_model):
+@pytest.mark.parametrize("count", [2_000, pytest.param(10_000, marks=pytest.mark.long)])
+def test_thousands_of_shots_are_planned_in_seconds_and_little_memory(tmp_path, tiny_model, count):
     lines = [f"  - {{id: s{n}, prompt: a red car {n}, takes: {1 + n % 2}"
-             + (f", continue_from: s{n - 1}}}" if n else "}") for n in range(10_000)]
+             + (f", continue_from: s{n - 1}}}" if n else "}") for n in range(count)]
     path = tmp_path / "film.yaml"
     path.write_text("\n".join(["shots:", *lines]))
     folder, script = open_model(str(tiny_model)), Script.read(path)
     start = time.process_time()
     film = plan_film(script, folder)
-    assert time.process_time() - start < 60
-    assert len({plan.key for plan in film.shots.values()}) == 10_000
-    path.write_text("\n".join(["shots:", *lines[:2_000]]))  # to trace is to crawl
+    assert time.process_time() - start < count / 150
+    assert len({plan.key for plan in film.shots.values()}) == count
+    path.write_text("\n".join(["shots:", *lines[:1_000]]))  # to trace is to crawl
     script = Script.read(path)
     tracemalloc.start()
     plan_film(script, folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2_000 * 2_000
+    assert peak < 2_000 * 1_000
 
 
 @pytest.mark.parametrize(("keys", "message"), [

@@ -14,8 +14,12 @@ from vidgen.media.clip import Clip
 from vidgen.media.sound import read_sound
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.pipeline import networks
+from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal as journals
 from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.long.continuation import own_options
+from vidgen.pipeline.replay import request_from_recipe
+from vidgen.pipeline.sound import own_sound as own_sounds
 from vidgen.pipeline.sound.own_sound import OwnSound
 from vidgen.pipeline.video import load
 
@@ -81,9 +85,6 @@ def test_listening_to_a_picture_gives_what_passing_both_gives(engine, monkeypatc
 
 
 def test_a_longer_clip_begins_with_the_noise_of_the_shorter_one(engine):
-    from vidgen.pipeline.inputs import Inputs
-    from vidgen.pipeline.sound.own_sound import OwnSound
-
     def state(frames):
         request = Request.of("a cat", WORDS | {"frames": frames})
         plan = engine.plan(request, Inputs())
@@ -93,6 +94,77 @@ def test_a_longer_clip_begins_with_the_noise_of_the_shorter_one(engine):
     short, long = state(9), state(17)
     count = short.latents.shape[2]
     assert torch.equal(short.latents, long.latents[:, :, :count])
+
+
+def test_of_several_sounds_the_one_is_kept_that_the_others_bear_out(engine, monkeypatch):
+    alone = engine.generate("a cat", **WORDS, guidance=3.0)
+    for wanted in range(3):
+        told, passes = [], []
+        forward = SpacetimeDiT.forward
+
+        def see(self, *args, cache=None, forward=forward, passes=passes, **options):
+            passes.append(cache is not None)
+            return forward(self, *args, cache=cache, **options)
+
+        def choose(sounds, rate, told=told, wanted=wanted):
+            told.append((sounds, rate))
+            return wanted
+
+        with monkeypatch.context() as patched:
+            patched.setattr(SpacetimeDiT, "forward", see)
+            patched.setattr(own_sounds, "most_agreed", choose)
+            clip = engine.generate("a cat", **WORDS, guidance=3.0, audio_candidates=3)
+        [(sounds, rate)] = told
+        assert (len(sounds), rate) == (3, 16_000)
+        assert sum(passes) == 1  # the picture's, for all of them
+        count = len(clip.sound)
+        heard = sounds[wanted, :count].clamp(-1, 1).numpy()
+        assert np.abs(clip.sound[:, 0] - heard).max() < 1e-5
+        assert np.array_equal(clip.frames, alone.frames)
+        assert np.array_equal(clip.sound, alone.sound) == (wanted == 0)
+        assert all(not torch.equal(sounds[0], other) for other in sounds[1:])
+
+
+def test_sound_follows_its_picture_by_a_delay_and_takes_steps_of_its_own(engine):
+    steps, states = [], []
+    plan = engine.plan(Request.of("a cat", WORDS | {"audio_delay": 0.02}), Inputs())
+    at_once = engine.plan(Request.of("a cat", WORDS), Inputs())
+    for each in (plan, at_once):
+        prepared = engine.prepare(each, Request.of("a cat", WORDS), Inputs())
+        states.append(OwnSound(engine.parts, each, torch.zeros(1, 4, 0)).beside(prepared).sound)
+    late, sharp = states
+    assert sharp.start_s - late.start_s == pytest.approx(0.02)
+    assert torch.equal(late.latents, sharp.latents)
+    engine.generate("a cat", **WORDS, audio_steps=5, audio_candidates=2, on_event=lambda p:
+                    steps.append((p.done, p.total)) if p.stage == "sound" else None)
+    assert steps == [(i, 10) for i in range(1, 11)]
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("audio_candidates", 3), ("audio_delay", 0.02), ("audio_steps", 5),
+])
+def test_what_is_of_a_sound_that_is_not_made_is_refused(engine, tiny_model, name, value):
+    message = f"{name} is {value}, but it is of the sound that a model makes"
+    with pytest.raises(InputError, match=message):
+        engine.generate("a cat", **WORDS, audio="none", **{name: value})
+    with pytest.raises(InputError, match=message):
+        load(tiny_model).generate("a cat", **WORDS, **{name: value})
+
+
+def test_a_recipe_tells_how_its_sound_was_made(engine, tmp_path):
+    clip = engine.generate("a cat", **WORDS, audio_steps=3, audio_candidates=2, audio_delay=0.02)
+    recipe = clip.recipe
+    again = request_from_recipe(recipe, tmp_path)
+    assert np.array_equal(engine.generate(again).sound, clip.sound)
+    for name in ("sound_steps", "sound_candidates", "sound_delay_s"):
+        del recipe["plan"][name]  # as recipes were before there was a choice
+    early = request_from_recipe(recipe, tmp_path)
+    assert (early.audio_steps, early.audio_candidates, early.audio_delay) == (2, 1, 0)
+    assert np.array_equal(engine.generate(early).sound, engine.generate("a cat", **WORDS).sound)
+    silent = engine.generate("a cat", **WORDS, audio="none")
+    assert engine.generate(request_from_recipe(silent.recipe, tmp_path)).sound is None
+    assert own_options(clip.recipe)["audio_delay"] == 0.02
+    assert "audio_delay" not in own_options(clip.recipe, audio="none")
 
 
 def test_the_picture_is_the_same_without_sound_and_no_track_is_written(engine, tmp_path):

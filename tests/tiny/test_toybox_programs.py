@@ -280,4 +280,6 @@ def test_a_crop_that_cannot_be_is_refused(crop: int) -> None:
     vae, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 9, 1),))
     with pytest.raises(InputError, match=f"crop is {crop}; give a multiple of 8 up to 128"):
         vae.VAERun(run, crop=crop)
+    with pytest.raises(InputError, match="validation_clips is 0"):
+        vae.VAERun(run, validation_clips=0)
     assert vae.VAERun(run, crop=64).crop == 64

@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.faults import ForkServer
+from tests.programs import run_program
 from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError, OutputError
 from vidgen.training import loop
@@ -284,6 +286,7 @@ TINY_VAE = """
 preset: tiny
 height: 32
 width: 32
+validation_clips: 2
 run:
   folder: {folder}
   phases: [{{steps: 3, num_frames: 1, batch_size: 2}}, {{steps: 5, num_frames: 9, batch_size: 1}}]
@@ -294,42 +297,40 @@ run:
 """
 
 
-def start_vae(config: Path, *more: str) -> subprocess.Popen[bytes]:
+def start_vae(config: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "train" / "vae.py"), "-c", str(config), *more]
+    command = [sys.executable, str(ROOT / "train" / "vae.py"), "-c", str(config)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
 
 
-def test_a_killed_program_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_killed_program_goes_on_bit_for_bit(server: ForkServer, tmp_path: Path) -> None:
     configs = []
     for name in ("straight", "killed"):
         configs.append(tmp_path / f"{name}.yaml")
         configs[-1].write_text(TINY_VAE.format(folder=tmp_path / name))
-    straight, killed = start_vae(configs[0]), start_vae(configs[1])
+    killed = start_vae(configs[1])
     deadline = time.monotonic() + 300
     while not (tmp_path / "killed" / "step-00000004").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     killed.kill()
     killed.communicate()
-    resumed = start_vae(configs[1], "--resume")
-    for process in (straight, resumed):
-        _, log = process.communicate(timeout=300)
-        assert process.returncode == 0, log.decode()
+    for words in ([configs[0]], [configs[1], "--resume"]):
+        ended = run_program(server, "train/vae.py", "-c", *map(str, words))
+        assert ended.returncode == 0, ended.stderr
     a, b = everything(tmp_path / "straight"), everything(tmp_path / "killed")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert json.loads((tmp_path / "killed" / "task.json").read_text())["preset"] == "tiny"
 
 
-def test_a_bad_run_file_names_the_key(tmp_path: Path) -> None:
+def test_a_bad_run_file_names_the_key(server: ForkServer, tmp_path: Path) -> None:
     config = tmp_path / "bad.yaml"
     config.write_text(TINY_VAE.format(folder=tmp_path / "run").replace("height", "hieght"))
-    process = start_vae(config)
-    _, log = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert b"height" in log
-    assert b"Traceback" not in log
+    ended = run_program(server, "train/vae.py", "-c", str(config))
+    assert ended.returncode == 2
+    assert "height" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_phase_has_its_own_rate_and_warm_up() -> None:

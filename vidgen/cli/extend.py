@@ -105,7 +105,7 @@ def run(args: Namespace, report: Report) -> int:
     loading |= choose_devices(args.devices, args.shard, [journal])
     if recipe is not None:
         try:
-            given = own_options(recipe, args.model) | given
+            given = own_options(recipe, args.model, args.audio) | given
             model = recipe["model"].get("source") or recipe["model"]["name"]
         except InputError as error:
             raise InputError(f"{args.clip}: {error}") from None

@@ -178,7 +178,7 @@ def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Reques
     with VideoReader(clip) as reader:
         fps, size, num_frames = reader.fps, reader.size, sum(1 for _ in reader)
     recipe = read_recipe(clip)
-    own = {} if recipe is None else own_options(recipe, model.name)
+    own = {} if recipe is None else own_options(recipe, model.name, options.get("audio"))
     own.pop("lora", None)  # a recipe that came from outside names no files of ours
     options = own | options | lengthened(clip, num_frames, fps, added_s)
     return at_own_size(Request.of(options.pop("prompt"), options), size, model)

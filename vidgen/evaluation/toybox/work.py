@@ -30,7 +30,7 @@ from vidgen.toybox.sound_judge import SoundJudgeFolder, embedded_ear
 if TYPE_CHECKING:
     from vidgen.evaluation.toybox.run import Benchmark
 
-MEASURES_VERSION = 3
+MEASURES_VERSION = 4
 SHEET_FRAMES = 6
 SHORTEST_MOTION = 5
 

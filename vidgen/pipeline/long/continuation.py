@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import MAX_SECONDS, Request
+from vidgen.core.request import MAX_SECONDS, OF_OWN_SOUND, Request
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.pipeline.few_steps import SAMPLING
 
@@ -44,7 +44,9 @@ def made_of_clips(recipe: Mapping[str, Any]) -> MadeOfClips | None:
     return kinds[0] if kinds and "plan" not in recipe else None
 
 
-def own_options(recipe: Mapping[str, Any], model: str | None = None) -> dict[str, Any]:
+def own_options(
+    recipe: Mapping[str, Any], model: str | None = None, audio: Any = None
+) -> dict[str, Any]:
     """What a clip's recipe says of how to go on; with another model the prompt and marks alone.
 
     That of a film, or of a sweep, says nothing of it.
@@ -52,6 +54,7 @@ def own_options(recipe: Mapping[str, Any], model: str | None = None) -> dict[str
     Args:
         recipe: as `read_recipe` gives it.
         model: that goes on with it; None: the recipe's own.
+        audio: what is given for its sound; None: the model goes on making it.
 
     Raises:
         InputError: the recipe is damaged.
@@ -59,12 +62,12 @@ def own_options(recipe: Mapping[str, Any], model: str | None = None) -> dict[str
     if made_of_clips(recipe) is not None:
         return {}
     try:
-        return _own_options(recipe, model)
+        return _own_options(recipe, model, audio)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"its recipe is damaged ({error}); extend a copy that is whole") from error
 
 
-def _own_options(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]:
+def _own_options(recipe: Mapping[str, Any], model: str | None, audio: Any) -> dict[str, Any]:
     plan, asked = recipe["plan"], recipe.get("request", {})
     marks = {"label": asked.get("label", "none")}
     marks |= {"aigc": asked["aigc"]} if "aigc" in asked else {}
@@ -83,6 +86,8 @@ def _own_options(recipe: Mapping[str, Any], model: str | None) -> dict[str, Any]
             for lora in recipe.get("loras", ())
         ],
     }
+    if audio is None:
+        own |= {name: asked[name] for name in OF_OWN_SOUND if name in asked}
     if plan["sampler"] not in SAMPLERS:  # one of diffusers', which a command line can't give
         own |= {"sampler": None, "shift": None}
     if plan.get("student") is not None:  # which is taken by its steps, when these are silent
