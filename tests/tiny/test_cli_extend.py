@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vidgen.cli.main import main
 from vidgen.media.checks import ClipChecker
@@ -184,3 +185,16 @@ def test_sound_stays_where_frames_are_encoded_once_more(short, extend, tmp_path)
     assert np.corrcoef(after[1_000:23_000, 0], before)[0, 1] > 0.99
     assert len(after) == round(facts["seconds"] * 48_000)
     assert not {f["kind"] for f in facts["checks"]["findings"]} & {"sound-length", "silence"}
+
+
+def test_a_picture_goes_on_at_its_recipes_rate_or_at_the_models(tiny_model, tmp_path):
+    engine = load(tiny_model, dtype="fp32")
+    engine.generate("a cat", frames=1, steps=1, seed=1, fps=8).save(tmp_path / "a.png")
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "b.png")
+    words = ("--seconds", "1", "--model", str(tiny_model), "--steps", "1", "--prompt", "a cat")
+    for name, fps in (("a", 8), ("b", 12)):
+        longer = tmp_path / f"{name}.mp4"
+        assert main(["extend", str(tmp_path / f"{name}.png"), "-o", str(longer), *words]) == 0
+        with VideoReader(longer) as reader:
+            assert reader.fps == fps
+            assert reader.length() == fps + 1

@@ -78,7 +78,13 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import check_output
     from vidgen.media.read import VideoReader, read_recipe
     from vidgen.media.write import check_format, holds_sound, require_sound
-    from vidgen.pipeline.long.continuation import lengthened, made_of_clips, own_options
+    from vidgen.pipeline.long.continuation import (
+        lengthened,
+        made_of_clips,
+        own_options,
+        rate_of_still,
+    )
+    from vidgen.weights.folder import ModelFolder, open_model
 
     if not 0 < args.seconds < math.inf:
         raise InputError(f"seconds is {args.seconds}; give how much longer, above 0")
@@ -112,6 +118,7 @@ def run(args: Namespace, report: Report) -> int:
         loading["model"] = args.model or model
         loading["quantize"] = args.quantize or recipe.get("quantize")
         loading["dtype"] = args.dtype or recipe.get("dtype")
+    loading["model"] = loading["model"] or "toybox"
     if not holds_sound(suffix):
         given |= SILENT  # none is made for nobody to hear
     if "prompt" not in given:
@@ -120,6 +127,8 @@ def run(args: Namespace, report: Report) -> int:
         earlier = seed_of(journal)
         given["seed"] = secrets.randbelow(2**31) if earlier is None else earlier
         report({"event": "note", "text": f"seed {given['seed']}"})
+    if num_frames == 1 and isinstance(folder := open_model(loading["model"]), ModelFolder):
+        fps = rate_of_still(recipe, folder)
     length = lengthened(args.clip, num_frames, fps, args.seconds)
     with told_how_to_go_on([journal], report), as_it_began([journal]):
         return _make(given | length, size, loading, output, journal, report)
@@ -137,7 +146,6 @@ def _make(
     request = Request.of(options.pop("prompt"), options)
     start = time.monotonic()
     share_threads(loading["devices"], torch.get_num_threads())
-    loading["model"] = loading["model"] or "toybox"
     engine = load(**loading)
     if not isinstance(engine, Engine):
         from vidgen.weights.family import models_with

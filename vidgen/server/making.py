@@ -31,7 +31,7 @@ from vidgen.media.read import VideoReader, read_recipe
 from vidgen.pipeline.budget.eta import Clock
 from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.long.continuation import at_own_size, lengthened, own_options
+from vidgen.pipeline.long.continuation import at_own_size, lengthened, own_options, rate_of_still
 from vidgen.pipeline.video import Engine
 from vidgen.server.layout import RECIPE, SPRITESHEET, THUMBNAIL, VIDEO
 from vidgen.server.stills import write_stills
@@ -178,6 +178,8 @@ def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Reques
     with VideoReader(clip) as reader:
         fps, size, num_frames = reader.fps, reader.size, sum(1 for _ in reader)
     recipe = read_recipe(clip)
+    if num_frames == 1:
+        fps = rate_of_still(recipe, model)
     own = {} if recipe is None else own_options(recipe, model.name, options.get("audio"))
     own.pop("lora", None)  # a recipe that came from outside names no files of ours
     options = own | options | lengthened(clip, num_frames, fps, added_s)

@@ -97,6 +97,13 @@ def _own_options(recipe: Mapping[str, Any], model: str | None, audio: Any) -> di
     return {name: value for name, value in own.items() if value not in (None, [])}
 
 
+def rate_of_still(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Fraction:
+    """Frames a second at which a picture goes on, which has none: its recipe's, else the model's."""
+    if recipe is not None and "fps" in recipe.get("plan", ()):
+        return Fraction(recipe["plan"]["fps"])
+    return Fraction(folder.defaults.fps).limit_denominator(1001)
+
+
 def lengthened(clip: str | Path, num_frames: int, fps: Fraction, added_s: float) -> dict[str, Any]:
     """The options that make a clip longer by some seconds: prefix, fps and seconds of the whole.
 
