@@ -98,7 +98,7 @@ def _own_options(recipe: Mapping[str, Any], model: str | None, audio: Any) -> di
 
 
 def rate_of_still(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Fraction:
-    """Frames a second at which a picture goes on, which has none: its recipe's, else the model's."""
+    """Frames a second at which a picture, which has none, goes on: its recipe's or the model's."""
     if recipe is not None and "fps" in recipe.get("plan", ()):
         return Fraction(recipe["plan"]["fps"])
     return Fraction(folder.defaults.fps).limit_denominator(1001)
