@@ -16,11 +16,14 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
+
+Recorded = WeakKeyDictionary[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class SoundState:
         denoise_mask: [B, 1, N] bool, True where sound is to be generated.
         start_s: when the first latent begins, in seconds after the picture's first latent frame.
         sees_picture: whether it is denoised in view of the picture.
-        recorded: of a known picture, what each network's pass over it left, by the network's id;
-            several sounds of one picture share it.
+        recorded: what each network's pass over a known picture left, by the network; several sounds
+            of one picture share it.
     """
 
     latents: Tensor
@@ -42,7 +45,7 @@ class SoundState:
     denoise_mask: Tensor
     start_s: float = 0.0
     sees_picture: bool = True
-    recorded: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+    recorded: Recorded = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
 
     @cached_property
     def any_known(self) -> bool:
@@ -61,12 +64,12 @@ class SoundState:
 
 
 def new_sound(
-    noise: Tensor, start_s: float = 0.0, recorded: dict[int, Any] | None = None
+    noise: Tensor, start_s: float = 0.0, recorded: Recorded | None = None
 ) -> SoundState:
     """Sound of which nothing is known, from noise [B, C, N]; attributes as in `SoundState`."""
     mask = torch.ones_like(noise[:, :1], dtype=torch.bool)
-    sound = SoundState(noise, torch.zeros_like(noise), mask, start_s)
-    return sound if recorded is None else replace(sound, recorded=recorded)
+    passes = WeakKeyDictionary() if recorded is None else recorded
+    return SoundState(noise, torch.zeros_like(noise), mask, start_s, recorded=passes)
 
 
 def sound_begins(sound: SoundState, latents: Tensor) -> SoundState:

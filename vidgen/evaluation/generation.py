@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from vidgen.core.request import Request
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise, draw_sound_noise
-from vidgen.diffusion.sound import new_sound, sound_span
+from vidgen.diffusion.sound import Recorded, new_sound, sound_span
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.experts import NO_LORAS
@@ -96,8 +95,8 @@ def generate_with_sound(
     first, end, start_s = sound_span(
         0, plan.latents.num_frames, stride_t, plan.fps, config.tokens_per_s
     )
-    num_samples, recorded = round(plan.num_frames / plan.fps * config.sample_rate), dict[int, Any]()
-    candidates = []
+    num_samples = round(plan.num_frames / plan.fps * config.sample_rate)
+    candidates, recorded = [], Recorded()
     for candidate in range(plan.sound_candidates):
         noise = draw_sound_noise(seeds, config.latent_channels, first, end, candidate)
         sounding = new_sound(noise.to(engine.device), start_s - plan.sound_delay_s, recorded)
@@ -122,17 +121,9 @@ def redraw(
     Returns:
         Video as `generate_batch` gives it.
     """
-    return _pixels(engine, redraw_latents(engine, plan, engine.encode_video(video), prompts, seeds))
-
-
-@torch.no_grad()
-def redraw_latents(
-    engine: Engine, plan: Plan, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int]
-) -> Tensor:
-    """`redraw` of latents [B, C, F, h, w]."""
-    begins = float(engine.sigmas(plan)[0])
+    begins, latents = float(engine.sigmas(plan)[0]), engine.encode_video(video)
     state = condition.video_at_strength(_new_state(engine, plan, seeds), latents, begins)
-    return engine.sample(plan, state, _contexts(engine, plan, prompts))
+    return _pixels(engine, engine.sample(plan, state, _contexts(engine, plan, prompts)))
 
 
 @torch.no_grad()

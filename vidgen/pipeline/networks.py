@@ -137,9 +137,9 @@ def _listener(
             state, sound, sigma, _frames_per_s(parts, plan),
             whole=whole_timesteps(plan.sampler),
         )
-        cache = recorded.get(id(dit)) if tokens.sees_video else None
+        cache = recorded.get(dit) if tokens.sees_video else None
         if cache is None and tokens.sees_video:
-            cache = recorded[id(dit)] = KVCache()
+            cache = recorded[dit] = KVCache()
             dit(state.clean, torch.zeros_like(sigma), features, context_lengths=lengths,
                 extra=state.keys, cache=cache)
         heard = dit.listen(tokens, features, context_lengths=lengths, cache=cache)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from vidgen.diffusion.condition import finished
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_sound_noise
-from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
+from vidgen.diffusion.sound import Recorded, new_sound, sound_begins, sound_span
 from vidgen.media.mix import SEAM_S, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
@@ -85,7 +85,7 @@ class OwnSound:
             if self.latents.shape[2] and self.begins + self.latents.shape[2] >= end:
                 continue  # made before a kill
             shown = finished(picture[:, :, start:stop].to(self.parts.device))
-            heard, recorded = [], dict[int, Any]()
+            heard, recorded = [], Recorded()
             for candidate in range(self.plan.sound_candidates):
                 state = self.beside(shown, first + start, candidate, recorded)
                 made = sample(state, number * self.plan.sound_candidates + candidate)
@@ -108,7 +108,7 @@ class OwnSound:
 
     def beside(
         self, state: LatentState, first: int = 0, candidate: int = 0,
-        recorded: dict[int, Any] | None = None,
+        recorded: Recorded | None = None,
     ) -> LatentState:
         """A stretch of the clip with its sound, of which what is made already is known.
 
