@@ -418,7 +418,7 @@ def test_thousands_of_shots_are_planned_in_seconds_and_little_memory(tmp_path, t
     folder, script = open_model(str(tiny_model)), Script.read(path)
     start = time.process_time()
     film = plan_film(script, folder)
-    assert time.process_time() - start < count / 150
+    assert time.process_time() - start < 0.006 * count
     assert len({plan.key for plan in film.shots.values()}) == count
     path.write_text("\n".join(["shots:", *lines[:1_000]]))  # to trace is to crawl
     script = Script.read(path)

@@ -96,11 +96,11 @@ def generate_with_sound(
         0, plan.latents.num_frames, stride_t, plan.fps, config.tokens_per_s
     )
     num_samples = round(plan.num_frames / plan.fps * config.sample_rate)
-    candidates, recorded = [], Recorded()
+    shown, candidates, recorded = condition.finished(picture), [], Recorded()
     for candidate in range(plan.sound_candidates):
         noise = draw_sound_noise(seeds, config.latent_channels, first, end, candidate)
         sounding = new_sound(noise.to(engine.device), start_s - plan.sound_delay_s, recorded)
-        state = replace(condition.finished(picture), sound=sounding)
+        state = replace(shown, sound=sounding)
         _, heard = state.apart(engine.sample(sound, state, contexts))
         assert heard is not None
         with engine.parts.use("sound_vae") as vae:

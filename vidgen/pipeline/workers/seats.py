@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Message = tuple[Any, ...]
 
 
-class Seat:
+class Seat(ABC):
     """One worker.
 
     Attributes:
@@ -46,17 +46,17 @@ class Seat:
         self.job, self.moved_s = job, time.monotonic()
         self.send(job.payload)
 
+    @abstractmethod
     def send(self, payload: Any) -> None:
         """Hand a job's payload over; that a worker is gone is found out by listening."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
         """Ask it to leave, keeping what it is at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, grace_s: float = 0.0) -> None:
         """Have it gone, after some time to leave by itself."""
-        raise NotImplementedError
 
 
 class Crew(ABC):
