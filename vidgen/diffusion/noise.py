@@ -56,15 +56,17 @@ def draw_noise(
 
 
 def draw_sound_noise(
-    seeds: Sequence[int], channels: int, begin: int, end: int, candidate: int = 0
+    seeds: Sequence[int], channels: int, begin: int, end: int, takes: int = 1
 ) -> Tensor:
-    """Noise of each clip's sound latents `begin` to `end`, [B, channels, end - begin] float32.
+    """Noise of each clip's sound latents `begin` to `end`, [B * takes, channels, end - begin].
 
-    Every `candidate`, of several sounds for one picture, has noise of its own.
+    Float32. Each of several sounds for one picture has noise of its own; they lie behind each
+    other.
     """
     shape = LatentShape(channels, end - begin, 1, 1, batch=len(seeds))
-    stream = f"audio {candidate}" if candidate else "audio"
-    return draw_noise(seeds, shape, stream=stream, first_frame=begin)[..., 0, 0]
+    streams = ["audio", *(f"audio {take}" for take in range(1, takes))]
+    noise = [draw_noise(seeds, shape, stream=name, first_frame=begin) for name in streams]
+    return torch.stack(noise, dim=1).flatten(0, 1)[..., 0, 0]
 
 
 def shuffled(noise: Tensor, step: int) -> Tensor:

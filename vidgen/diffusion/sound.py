@@ -12,18 +12,14 @@ n numbers of a clip's picture and sound together.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-
-Recorded = WeakKeyDictionary[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,7 @@ class SoundState:
         denoise_mask: [B, 1, N] bool, True where sound is to be generated.
         start_s: when the first latent begins, in seconds after the picture's first latent frame.
         sees_picture: whether it is denoised in view of the picture.
-        recorded: what each network's pass over a known picture left, by the network; several sounds
-            of one picture share it.
+        takes: sounds of one picture, behind each other in the batch; the picture's rows are alike.
     """
 
     latents: Tensor
@@ -45,7 +40,7 @@ class SoundState:
     denoise_mask: Tensor
     start_s: float = 0.0
     sees_picture: bool = True
-    recorded: Recorded = field(default_factory=WeakKeyDictionary, repr=False, compare=False)
+    takes: int = 1
 
     @cached_property
     def any_known(self) -> bool:
@@ -63,13 +58,10 @@ class SoundState:
         return sigma[:, None] * self.denoise_mask[:, 0].to(sigma.dtype)
 
 
-def new_sound(
-    noise: Tensor, start_s: float = 0.0, recorded: Recorded | None = None
-) -> SoundState:
+def new_sound(noise: Tensor, start_s: float = 0.0, takes: int = 1) -> SoundState:
     """Sound of which nothing is known, from noise [B, C, N]; attributes as in `SoundState`."""
     mask = torch.ones_like(noise[:, :1], dtype=torch.bool)
-    passes = WeakKeyDictionary() if recorded is None else recorded
-    return SoundState(noise, torch.zeros_like(noise), mask, start_s, recorded=passes)
+    return SoundState(noise, torch.zeros_like(noise), mask, start_s, takes=takes)
 
 
 def sound_begins(sound: SoundState, latents: Tensor) -> SoundState:

@@ -17,14 +17,14 @@ from vidgen.core.request import Request
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise, draw_sound_noise
-from vidgen.diffusion.sound import Recorded, new_sound, sound_span
+from vidgen.diffusion.sound import new_sound, sound_span
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.plan import Plan
-from vidgen.pipeline.sound.candidates import most_agreed
+from vidgen.pipeline.sound.candidates import for_takes, most_agreed
 from vidgen.pipeline.sound.own_sound import sound_plan
 from vidgen.pipeline.tasks import SOUND
 from vidgen.pipeline.video import Engine
@@ -96,17 +96,16 @@ def generate_with_sound(
         0, plan.latents.num_frames, stride_t, plan.fps, config.tokens_per_s
     )
     num_samples = round(plan.num_frames / plan.fps * config.sample_rate)
-    shown, candidates, recorded = condition.finished(picture), [], Recorded()
-    for candidate in range(plan.sound_candidates):
-        noise = draw_sound_noise(seeds, config.latent_channels, first, end, candidate)
-        sounding = new_sound(noise.to(engine.device), start_s - plan.sound_delay_s, recorded)
-        state = replace(shown, sound=sounding)
-        _, heard = state.apart(engine.sample(sound, state, contexts))
-        assert heard is not None
-        with engine.parts.use("sound_vae") as vae:
-            candidates.append(vae.decode(heard.float(), num_samples).float())
-    of_clips = torch.stack(candidates, dim=1)
-    kept = [sounds[most_agreed(sounds, config.sample_rate)] for sounds in of_clips]
+    takes = plan.sound_candidates
+    noise = draw_sound_noise(seeds, config.latent_channels, first, end, takes)
+    sounding = new_sound(noise.to(engine.device), start_s - plan.sound_delay_s, takes)
+    shown = condition.finished(picture.repeat_interleave(takes, dim=0))
+    state = replace(shown, sound=sounding)
+    _, heard = state.apart(engine.sample(sound, state, for_takes(contexts, takes)))
+    assert heard is not None
+    with engine.parts.use("sound_vae") as vae:
+        made = vae.decode(heard.float(), num_samples).float()
+    kept = [sounds[most_agreed(sounds, config.sample_rate)] for sounds in made.split(takes)]
     return _pixels(engine, picture), torch.stack(kept).clamp(-1, 1).cpu()
 
 

@@ -337,10 +337,10 @@ class SpacetimeDiT(nn.Module):
         tokens: what the picture's are doesn't depend on them, so it passes once.
 
         Args:
-            audio: the sound.
+            audio: the sound; several of one picture lie behind each other.
             context: text features [B, S, text_dim].
             context_lengths: as in `forward`.
-            cache: what the picture's pass recorded; None: the sound sees only itself.
+            cache: what the pictures' pass recorded; None: the sound sees only itself.
 
         Returns:
             Velocity [B, C, N] in the latents' dtype.

@@ -140,9 +140,14 @@ class KVCache:
             self.num_held += num_frames + num_stills
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a layer's cached tokens before k, v [B, H, L, d]; keep the result if recording."""
+        """Put a layer's cached tokens before k, v [B, H, L, d]; keep the result if recording.
+
+        Where fewer clips are cached than are given, each serves as many of these in turn.
+        """
         if layer in self._layers:
-            old_k, old_v = self._layers[layer]
+            old_k, old_v = (
+                old.repeat_interleave(len(k) // len(old), dim=0) for old in self._layers[layer]
+            )
             k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
         if self.recording:
             self._layers[layer] = (k, v)

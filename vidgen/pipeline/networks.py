@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidgen.diffusion.condition import LatentState, as_negative, denoise_inputs
 from vidgen.diffusion.flow import to_timestep
@@ -123,12 +123,13 @@ def _denoiser(
 def _listener(
     parts: Parts, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts
 ) -> Denoise:
-    """The model under one prompt, of sound for a known picture, which passes once for all steps.
+    """The model under one prompt, of sounds for a known picture, which passes once for all of them.
 
     It gives what `_denoiser` gives, but for the picture's velocity, which nobody needs.
     """
     assert state.sound is not None
-    features, lengths, recorded = *context, state.sound.recorded
+    (features, lengths), takes = context, state.sound.takes
+    recorded: dict[nn.Module, KVCache] = {}
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         dit, (picture, sound) = given.at(float(sigma[0])), state.apart(latents)
@@ -137,12 +138,13 @@ def _listener(
             state, sound, sigma, _frames_per_s(parts, plan),
             whole=whole_timesteps(plan.sampler),
         )
-        cache = recorded.get(dit) if tokens.sees_video else None
-        if cache is None and tokens.sees_video:
-            cache = recorded[dit] = KVCache()
-            dit(state.clean, torch.zeros_like(sigma), features, context_lengths=lengths,
-                extra=state.keys, cache=cache)
-        heard = dit.listen(tokens, features, context_lengths=lengths, cache=cache)
+        if tokens.sees_video and dit not in recorded:
+            pictures, recorded[dit] = state.rows(slice(None, None, takes)), KVCache()
+            dit(pictures.clean, torch.zeros_like(sigma[::takes]), features[::takes],
+                context_lengths=lengths[::takes], extra=pictures.keys, cache=recorded[dit])
+        heard = dit.listen(
+            tokens, features, context_lengths=lengths, cache=recorded.get(dit)
+        )
         return state.together(torch.zeros_like(picture), heard)
 
     return denoise

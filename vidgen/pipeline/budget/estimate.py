@@ -153,7 +153,9 @@ class _Job:
         if self.setup.offload != "none":
             seconds += self._load_s("sound_vae")
             seconds += self._load_s("transformer") * len(self.passes.windows)
-        active = sound_bytes(config, min(latents, SOUND_AT_ONCE), dtype.itemsize)
+        compared = 0 if candidates == 1 else candidates * self._window_sound_latents
+        at_once = max(min(latents, SOUND_AT_ONCE), compared)
+        active = sound_bytes(config, at_once, dtype.itemsize)
         held = max(
             self._held(("transformer",), self._listening_bytes()),
             self._held(("sound_vae",), self._resident(active)),
@@ -168,22 +170,29 @@ class _Job:
         seconds = 0.0
         for frames in self.passes.windows:
             tokens, seen = self._sound_latents(frames), frames * self._frame_tokens
-            takes = [
-                self.rates.seconds(
-                    listening_ops(self.dit, audio, tokens, tokens + keys, self._text_tokens + 1)
-                )
+            branches = [
+                self.rates.seconds(listening_ops(
+                    self.dit, audio, tokens, tokens + keys, self._text_tokens + 1,
+                    plan.sound_candidates,
+                ))
                 for keys in (seen, 0)  # the negative pass hears itself alone
-            ]
+            ]  # fmt: skip
             seconds += self._pass_s(frames, 0)
-            heard = sum(sum(takes[: len(plan.guidance.branches_at(s))]) for s in sigmas)
-            seconds += plan.sound_candidates * heard
+            seconds += sum(sum(branches[: len(plan.guidance.branches_at(s))]) for s in sigmas)
         return seconds
 
     def _listening_bytes(self) -> int:
-        """Keys and values of the picture's tokens, and what its pass holds."""
-        tokens, itemsize = self._tokens, self.dtype.itemsize
-        kept = 2 * self.dit.num_layers * tokens * self.dit.hidden_dim * itemsize
-        return kept + self._passing_bytes(tokens)
+        """Keys and values of the picture, and what its own pass or that of its sounds holds."""
+        tokens, takes = self._tokens, self.plan.sound_candidates
+        one_layer = 2 * tokens * self.dit.hidden_dim * self.dtype.itemsize
+        listening = self._passing_bytes(takes * self._window_sound_latents)
+        listening += takes * one_layer  # each sees a copy
+        return self.dit.num_layers * one_layer + max(self._passing_bytes(tokens), listening)
+
+    @property
+    def _window_sound_latents(self) -> int:
+        """Sound latents beside the longest window."""
+        return self._sound_latents(max(self.passes.windows))
 
     def _sound_latents(self, frames: int) -> int:
         """Sound latents beside so many latent frames of the picture."""

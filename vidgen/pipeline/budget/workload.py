@@ -108,13 +108,19 @@ def transformer_ops(
 
 
 def listening_ops(
-    config: DiTConfig, audio: AudioConfig, tokens: int, keys: float, context: int
+    config: DiTConfig, audio: AudioConfig, tokens: int, keys: float, context: int, takes: int = 1
 ) -> list[Op]:
-    """One pass of so many tokens of sound, each of which attends to `keys` tokens."""
+    """One pass of so many tokens of sound, each of which attends to `keys` tokens.
+
+    All `takes` of one picture pass together.
+    """
     width = config.hidden_dim
     block = block_ops(width, config.head_dim, audio.ffn_dim, tokens, keys, context)
-    ops = [Op(op.kind, op.size, op.amount * config.num_layers) for op in block]
-    return [*ops, Op("gemm", width, 4 * width * tokens * audio.channels)]
+    ops = [
+        Op(op.kind, op.size, op.amount * config.num_layers * (1 if op.kind == "block" else takes))
+        for op in block
+    ]
+    return [*ops, Op("gemm", width, 4 * width * takes * tokens * audio.channels)]
 
 
 def transformer_bytes(

@@ -23,7 +23,7 @@ from torch import Tensor
 from vidgen.diffusion.condition import finished
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_sound_noise
-from vidgen.diffusion.sound import Recorded, new_sound, sound_begins, sound_span
+from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
 from vidgen.media.mix import SEAM_S, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
@@ -74,7 +74,7 @@ class OwnSound:
             picture: latents [1, C, F, h, w].
             windows: [start, stop) of them that are taken at once.
             first: latent frame of the clip that they begin with.
-            sample: denoises a window's sound once, told how many were before it.
+            sample: denoises a window's sounds, told how many windows were before it.
             journal: keeps what is made before the last window.
         """
         kept = journal.kept_arrays(HEARD, "latents")
@@ -84,45 +84,38 @@ class OwnSound:
             _, end, _ = self._span(first + start, stop - start)
             if self.latents.shape[2] and self.begins + self.latents.shape[2] >= end:
                 continue  # made before a kill
-            shown = finished(picture[:, :, start:stop].to(self.parts.device))
-            heard, recorded = [], Recorded()
-            for candidate in range(self.plan.sound_candidates):
-                state = self.beside(shown, first + start, candidate, recorded)
-                made = sample(state, number * self.plan.sound_candidates + candidate)
-                heard.append(_sound_of(state, made))
-            self._take(heard[self._best(heard)], first + start, stop - start)
+            takes = self.plan.sound_candidates
+            shown = picture[:, :, start:stop].to(self.parts.device).expand(takes, *[-1] * 4)
+            state = self.beside(finished(shown), first + start, takes)
+            heard = _sound_of(state, sample(state, number))
+            self._take(heard[self._best(heard)][None], first + start, stop - start)
             if number + 1 < len(windows):
                 arrays = {"latents": self.latents.numpy()}
                 journal.keep_arrays(HEARD, arrays, {"begins": self.begins})
 
     @torch.no_grad()
-    def _best(self, heard: Sequence[Tensor]) -> int:
-        """Which of a stretch's sounds [1, C, k] is kept."""
+    def _best(self, heard: Tensor) -> int:
+        """Which of a stretch's sounds [B, C, k] is kept."""
         if len(heard) == 1:
             return 0
         config = _config(self.parts)
         with self.parts.use("sound_vae") as vae:
-            sounds = [vae.decode(latents, latents.shape[2] * config.samples_per_token)
-                      for latents in heard]
-        return most_agreed(torch.cat(sounds), config.sample_rate)
+            sounds = vae.decode(heard, heard.shape[2] * config.samples_per_token)
+        return most_agreed(sounds, config.sample_rate)
 
-    def beside(
-        self, state: LatentState, first: int = 0, candidate: int = 0,
-        recorded: Recorded | None = None,
-    ) -> LatentState:
+    def beside(self, state: LatentState, first: int = 0, takes: int = 1) -> LatentState:
         """A stretch of the clip with its sound, of which what is made already is known.
 
         Args:
-            state: of the picture.
+            state: of the picture, a row for each of the sounds.
             first: latent frame of the clip that it begins with.
-            candidate: number of the sound; each has noise of its own.
-            recorded: shared by the sounds of one picture; see `SoundState`.
+            takes: sounds, each from noise of its own.
         """
         begin, end, start_s = self._span(first, state.latents.shape[2])
         channels = _config(self.parts).latent_channels
-        noise = draw_sound_noise([self.plan.seed], channels, begin, end, candidate)
+        noise = draw_sound_noise([self.plan.seed], channels, begin, end, takes)
         start_s -= self.plan.sound_delay_s
-        sound = new_sound(noise.to(state.latents.device), start_s, recorded)
+        sound = new_sound(noise.to(state.latents.device), start_s, takes)
         known = self.latents[:, :, max(0, begin - self.begins) :]
         if begin >= self.begins and known.shape[2]:
             sound = sound_begins(sound, known[:, :, : end - begin])
