@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 SPAN = {"bytes": 0.10, "bytes_at_least": 100_000_000, "seconds": 0.30}
 CLIPS: dict[str, dict[str, Any]] = {
     "embedded": {"model": "toybox", "dtype": "bf16"},
-    "embedded, large": {"model": "toybox", "dtype": "bf16", "size": "256x256", "steps": 4},
+    "embedded, large": {"model": "toybox", "dtype": "bf16", "size": "256x256", "steps": 4,
+                        "audio": "none"},
     "embedded, fp32": {"model": "toybox", "dtype": "fp32", "steps": 8},
     "embedded, first frame": {"model": "toybox", "dtype": "fp32", "steps": 8, "image": True},
     "embedded, 3 windows": {"model": "toybox", "dtype": "bf16", "seconds": 8, "steps": 4},
@@ -37,10 +38,15 @@ CLIPS: dict[str, dict[str, Any]] = {
 PROMPT = "a red car drives through the desert"
 CHILD = """
 import json, os, sys, time
+from dataclasses import replace
 import vidgen.media.write, vidgen.pipeline.budget.preflight as preflight, vidgen.weights.layouts
 from vidgen.core.request import Request
 from vidgen.pipeline import video
+from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long import extend
+from vidgen.pipeline.sound.candidates import for_takes
+from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
+from vidgen.pipeline.tasks import makes_sound
 
 def status(key):
     with open("/proc/self/status") as file:
@@ -71,8 +77,22 @@ if long:
 else:
     state = timed("prepare", lambda: engine.prepare(plan, request, inputs))
     latents = timed("denoise", lambda: engine.sample(plan, state, context))
+
+def hear():
+    own = own_sound(engine.parts, plan, request, long)
+    heard = sound_plan(plan, engine.folder.defaults)
+    contexts = for_takes(context, plan.sound_candidates)
+    sample = lambda state, _: engine.sample(heard, state, contexts)
+    windows = long.windows if long else [(0, latents.shape[2])]
+    own.follow(latents, windows, 0, sample, Journal(None))
+    return own.decode()
+
 decode = long.clip if long else lambda *rest: engine.decode(plan, *rest)
-timed("write", lambda: decode(latents, {}).save(out))
+clip = decode(latents, {})
+if makes_sound(request, engine.folder.tasks):
+    samples, rate = timed("sound", hear)
+    clip.info = replace(clip.info, sound=samples, sound_rate=rate)
+timed("write", lambda: clip.save(out))
 peak = status("VmHWM") - base
 print(json.dumps({"made": made.as_data(), "spent": spent, "peak": peak}))
 """

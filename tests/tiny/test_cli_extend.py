@@ -66,9 +66,10 @@ def test_a_clip_goes_on_and_on_by_its_own_recipe(short, extend, tmp_path):
 def test_guidance_towards_given_frames_goes_on_too(short):
     recipe = read_recipe(short)
     assert "image_guidance" not in own_options(recipe)
-    recipe["plan"]["guidance"] |= {"scale": 4.0, "known_scale": 3.0}
+    recipe["plan"]["guidance"] |= {"scale": 4.0, "known_scale": 3.0, "reach": 5}
     options = own_options(recipe)
     assert (options["guidance"], options["image_guidance"]) == (4.0, 3.0)
+    assert options["image_guidance_reach"] == 5
 
 
 def test_the_same_command_gives_the_same_file_but_for_its_marks(short, extend, tmp_path):

@@ -20,6 +20,7 @@ from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_euler, sample_unipc
 from vidgen.diffusion.schedule import make_sigmas
+from vidgen.diffusion.sound import new_sound
 
 STRIDES = Strides(t=4, hw=16)
 SHAPE = LatentShape(channels=3, num_frames=5, height=4, width=6, batch=2)
@@ -198,6 +199,29 @@ def test_references_are_taken_away_from_each_row_of_a_batch():
     left = condition.without_references(keys)
     assert left.num_keys == 2
     assert left.valid.tolist() == [[True, False], [False, True]]
+
+
+def test_guidance_grows_with_the_distance_from_what_is_given():
+    def share(state, reach=2):
+        return condition.guidance_share(state, reach)[0, 0, :, 0, 0].tolist()
+
+    state = new_state(NOISE)
+    first = condition.first_frame(state, STILL)
+    assert condition.guidance_share(first, 0) is None
+    assert share(first) == [0, 0.5, 1, 1, 1]
+    assert share(condition.reference(first, STILL)) == [0, 0.5, 1, 1, 1]
+    assert share(condition.prefix(state, CLIP[:, :, :2]), 4) == [0, 0, 0.25, 0.5, 0.75]
+    last = condition.keyframe(state, STILL, 16, STRIDES)  # half-way behind the last centre
+    assert share(last, 4) == pytest.approx([1, 1, 0.6875, 0.4375, 0.1875], abs=0.2)
+    assert min(share(condition.keyframe(first, STILL, 16, STRIDES), 4)) == 0
+    absent = replace(last, keys=replace(last.keys, valid=torch.zeros(2, 1, dtype=torch.bool)))
+    assert share(absent) == [1] * 5
+    heard = replace(first, sound=new_sound(torch.randn(2, 7, 10)))
+    packed = condition.guidance_share(heard, 2)
+    assert packed.shape == heard.begin().shape
+    picture, sound = heard.apart(packed)
+    assert picture[1, 2, :, 3, 5].tolist() == [0, 0.5, 1, 1, 1]
+    assert bool((sound == 1).all())
 
 
 @pytest.mark.parametrize("frame", [-1, 17, 100])

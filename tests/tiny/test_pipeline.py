@@ -90,6 +90,23 @@ def test_guidance_pulls_towards_given_frames_where_a_model_can_do_without(
         latents(engine, image=picture, image_guidance=2.0)
 
 
+def test_guidance_towards_given_frames_may_grow_with_the_distance_from_them(
+    engine: Engine, tiny_model: Path, picture: np.ndarray
+) -> None:
+    at_once = taught(tiny_model, image_guidance_scale=3.0)
+    grows = taught(tiny_model, image_guidance_scale=3.0, image_guidance_reach=2)
+    full, rising = (latents(made, image=picture) for made in (at_once, grows))
+    assert not torch.equal(full, rising)
+    assert torch.equal(latents(at_once, image=picture, image_guidance_reach=2), rising)
+    assert torch.equal(latents(grows, image=picture, image_guidance_reach=0), full)
+    assert torch.equal(latents(grows), latents(at_once))
+    recipe = grows.generate(PROMPT, seed=1, image=picture).recipe
+    assert recipe["plan"]["guidance"]["reach"] == 2
+    assert latents(engine, image=picture, image_guidance_reach=0) is not None
+    with pytest.raises(InputError, match="image_guidance_reach is 2, but this model"):
+        latents(engine, image=picture, image_guidance_reach=2)
+
+
 def test_a_first_frame_comes_nearer_to_its_picture_by_steps_of_its_own(
     engine: Engine, tiny_model: Path, picture: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:

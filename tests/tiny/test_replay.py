@@ -278,7 +278,11 @@ def test_other_scales_follow_a_guidance_that_is_set(engine: Engine, tmp_path: Pa
     recipe = json.loads(json.dumps(engine.generate(PROMPT, seed=5, image=PICTURE).recipe))
     recipe["plan"]["guidance"] |= {"known_scale": 3.0, "low_scale": 2.0}
     kept = request_from_recipe(recipe, tmp_path, changes={"steps": 3})
-    assert (kept.image_guidance, kept.guidance_low) == (3.0, 2.0)
+    assert (kept.image_guidance, kept.guidance_low, kept.image_guidance_reach) == (3.0, 2.0, 0)
+    recipe["plan"]["guidance"]["reach"] = 5
+    assert request_from_recipe(recipe, tmp_path).image_guidance_reach == 5
+    del recipe["plan"]["guidance"]["reach"]  # as recipes were before there was one
+    assert request_from_recipe(recipe, tmp_path).image_guidance_reach == 0
     other = request_from_recipe(recipe, tmp_path, changes={"guidance": 6.0})
     assert (other.guidance, other.image_guidance, other.guidance_low) == (6.0, None, None)
     both = request_from_recipe(recipe, tmp_path, changes={"guidance": 6.0, "image_guidance": 2.0})

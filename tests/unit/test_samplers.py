@@ -244,6 +244,16 @@ def test_guidance_formula_and_rescale():
     torch.testing.assert_close(half, (tame + doubled) / 2)
 
 
+def test_a_latent_gets_its_share_of_what_guidance_has_above_one():
+    conditional, unconditional = draw_noise(1, SHAPE), draw_noise(2, SHAPE)
+    share = torch.linspace(0, 1, SHAPE.num_frames).view(1, 1, -1, 1, 1)
+    model = guided(lambda *_: conditional, lambda *_: unconditional, Guidance(3.0), share=share)
+    made = model(conditional, torch.tensor([0.5]))
+    for frame, part in enumerate(share.flatten().tolist()):
+        wanted = guide(conditional, unconditional, 1 + 2 * part)[:, :, frame]
+        torch.testing.assert_close(made[:, :, frame], wanted)
+
+
 def test_rescale_ignores_known_latents():
     conditional, unconditional = draw_noise(1, SHAPE), draw_noise(2, SHAPE)
     mask = torch.ones(1, 1, *SHAPE.dims[2:], dtype=torch.bool)

@@ -69,6 +69,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--guidance-low", type=float, metavar="G", help="for the low-noise expert of Wan 2.2 A14B")
     add("--image-guidance", type=float, metavar="G",
         help="how strongly given frames are followed")
+    add("--image-guidance-reach", type=int, metavar="N",
+        help="latent frames from a given one to where that is full; 0: everywhere")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="noise levels between which guidance acts, from 0 to 1")
     add("--guidance-rescale", type=float, metavar="X", help="0 to 1, against over-saturation")

@@ -50,7 +50,7 @@ _NEVER_LEFT_OUT = ("count", "retry", "strict", "label", "fit", "tiles", "cache")
 _WHOLE = {
     "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
     "retry": (0, 100), "refine": (0, 1000), "overlap": (1, 1000), "devices": (1, MAX_DEVICES),
-    "audio_steps": (1, 1000), "audio_candidates": (1, 16),
+    "audio_steps": (1, 1000), "audio_candidates": (1, 16), "image_guidance_reach": (0, 1000),
 }
 _NUMBER = {
     "guidance": (0, 100), "guidance_low": (0, 100), "image_guidance": (0, 100),
@@ -114,6 +114,8 @@ class Request:
         guidance_low: guidance of the low-noise expert, for models that have two (Wan 2.2 A14B).
         image_guidance: guidance where frames are given, which it then pulls towards, for models
             that were taught to do without (toybox).
+        image_guidance_reach: latent frames from a given one on at which that is full; it rises
+            from 1 at the given frame. 0: full everywhere.
         guidance_interval: (low, high) in sigma within which guidance acts.
         cache: "none", "first-block", "magnitude" or "forecast", each with a `:THRESHOLD` behind it
             or without: leaves most of the transformer out at steps that change little.
@@ -191,6 +193,7 @@ class Request:
     guidance: float | None = None
     guidance_low: float | None = None
     image_guidance: float | None = None
+    image_guidance_reach: int | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
     cache: str = "none"

@@ -300,6 +300,27 @@ def as_negative(state: LatentState, *, hides_given: bool) -> LatentState:
     )
 
 
+def guidance_share(state: LatentState, reach: int) -> Tensor | None:
+    """How far each latent is from what is given: from 0 to 1, which is `reach` latent frames off.
+
+    As samplers have latents, or to be spread over them; sound is never near. None without a reach.
+    """
+    if reach == 0:
+        return None
+    frames = state.denoise_mask.flatten(3)[:, 0].any(-1)  # [B, F], whether any is to be made
+    moments = torch.arange(frames.shape[1], device=frames.device, dtype=torch.float32)
+    given = moments.expand(frames.shape).masked_fill(frames, float("inf"))
+    if state.keys is not None:
+        stills = state.keys.positions.float().masked_fill(are_references(state.keys), float("inf"))
+        if state.keys.valid is not None:
+            stills = stills.masked_fill(~state.keys.valid, float("inf"))
+        given = torch.cat([given, stills.expand(len(given), -1)], dim=1)
+    off = (moments[:, None] - given[:, None]).abs().amin(-1)
+    share = (off / reach).clamp(max=1)[:, None, :, None, None]
+    sound = None if state.sound is None else torch.ones_like(state.sound.latents[:, :1])
+    return state.together(share, sound)
+
+
 def denoise_inputs(
     state: LatentState, sigma: Tensor, latents: Tensor | None = None, *, patch: int = 1
 ) -> tuple[Tensor, Tensor]:

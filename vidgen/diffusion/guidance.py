@@ -31,6 +31,9 @@ class Guidance:
         known_scale: the scale where frames are given, which the unconditional pass isn't shown, so
             that guidance pulls towards them, too (image guidance: Brooks et al. 2023; Blattmann et
             al. 2023, "Stable Video Diffusion"). None: `scale`, and both passes see them.
+        reach: latent frames from a given one on at which `known_scale` is full; it rises from 1 at
+            the given frame, past which guidance would else pull its neighbours (Blattmann et al.
+            2023, section 4.3). 0: full everywhere.
     """
 
     scale: float = 1.0
@@ -39,6 +42,7 @@ class Guidance:
     low_scale: float | None = None
     boundary: float = 0.0
     known_scale: float | None = None
+    reach: int = 0
 
     def __post_init__(self) -> None:
         for scale in (self.scale, self.low_scale, self.known_scale):
@@ -53,7 +57,7 @@ class Guidance:
     def of_clip(self, *, has_given: bool) -> Guidance:
         """That of one clip; `known_scale` is left where frames are given, to be hidden."""
         if not has_given or self.known_scale is None:
-            return replace(self, known_scale=None)
+            return replace(self, known_scale=None, reach=0)
         return replace(self, scale=self.known_scale)
 
     def scale_at(self, sigma: float) -> float:
@@ -77,7 +81,7 @@ class Guidance:
 def guide(
     conditional: Tensor,
     unconditional: Tensor,
-    scale: float,
+    scale: float | Tensor,
     *,
     rescale: float = 0.0,
     denoise_mask: Tensor | None = None,
@@ -87,7 +91,7 @@ def guide(
     Args:
         conditional: [B, C, F, h, w].
         unconditional: the same shape.
-        scale: 1 gives `conditional`, 0 gives `unconditional`.
+        scale: 1 gives `conditional`, 0 gives `unconditional`; of all or of each latent.
         rescale: phi of Lin et al. 2023, eq. 15-16: match the standard deviation of `conditional`.
         denoise_mask: [B, 1, F, h, w] bool; only generated latents count in that deviation.
     """
@@ -104,11 +108,13 @@ def guided(
     guidance: Guidance,
     *,
     denoise_mask: Tensor | None = None,
+    share: Tensor | None = None,
     both: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
 ) -> Denoise:
     """A model under guidance, callable like the models it is made of.
 
-    With `both`, the two velocities that a step needs come from one call of it.
+    With `both`, the two velocities that a step needs come from one call of it. `share` is how much
+    of what a scale has above 1 each latent gets.
     """
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
@@ -120,7 +126,8 @@ def guided(
         else:
             velocity = denoise_conditional(latents, sigma)
             other = denoise_unconditional(latents, sigma)
-        return guide(velocity, other, scale, rescale=guidance.rescale, denoise_mask=denoise_mask)
+        scales = scale if share is None else 1 + share * (scale - 1)
+        return guide(velocity, other, scales, rescale=guidance.rescale, denoise_mask=denoise_mask)
 
     return denoise
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.student import StudentConfig
 
-SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "image_guidance", "guidance_interval",
-            "guidance_rescale")
+SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "image_guidance",
+            "image_guidance_reach", "guidance_interval", "guidance_rescale")
 """Options that say how to sample, which a student knows one answer to."""
 NOT_ROLLED = (
     *SAMPLING, "strength", "video", "mask", "last_image", "frame", "reference",

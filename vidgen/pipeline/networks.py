@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.diffusion.condition import LatentState, as_negative, denoise_inputs
+from vidgen.diffusion.condition import (
+    LatentState,
+    as_negative,
+    denoise_inputs,
+    guidance_share,
+)
 from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, guided
 from vidgen.diffusion.samplers import whole_timesteps
@@ -61,7 +66,8 @@ def denoising(
         if len(made) == 1:
             yield made[0]
         else:
-            yield guided(*made, plan.guidance, denoise_mask=state.generated)
+            yield guided(*made, plan.guidance, denoise_mask=state.generated,
+                         share=guidance_share(state, plan.guidance.reach))
 
 
 @contextmanager

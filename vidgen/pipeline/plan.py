@@ -178,6 +178,10 @@ def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:
     if known is None and request.image_guidance is not None:
         raise InputError(f"image_guidance is {request.image_guidance}, but this model sees given "
                          "frames with and without the prompt; leave it out")
+    if known is None and request.image_guidance_reach:
+        raise InputError(f"image_guidance_reach is {request.image_guidance_reach}, but this model "
+                         "has no guidance of its own for given frames; leave it out")
+    reach = request.image_guidance_reach
     if known is not None:
         asked = (request.image_guidance, request.guidance, known)
         known = float(next(scale for scale in asked if scale is not None))
@@ -186,6 +190,7 @@ def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:
         interval=request.guidance_interval or (0.0, 1.0),
         rescale=float(request.guidance_rescale or 0.0),
         low_scale=low, boundary=defaults.boundary or 0.0, known_scale=known,
+        reach=defaults.image_guidance_reach if reach is None else reach,
     )
 
 

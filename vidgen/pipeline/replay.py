@@ -197,6 +197,7 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
             "guidance_interval": tuple(guidance["interval"]),
             "guidance_rescale": guidance["rescale"], "guidance_low": guidance["low_scale"],
             "image_guidance": guidance.get("known_scale"),
+            "image_guidance_reach": guidance.get("reach", 0),
         }
         if plan["sampler"] in SAMPLERS:
             options["sampler"] = plan["sampler"]

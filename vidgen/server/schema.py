@@ -132,6 +132,7 @@ class ExtraParams(Strict):
     fit: Literal["crop", "pad"] | None = None
     guidance_low: Number | None = Field(None, ge=0, le=20)
     image_guidance: Number | None = Field(None, ge=0, le=20)
+    image_guidance_reach: Whole | None = Field(None, ge=0, le=1000)
     guidance_rescale: Number | None = Field(None, ge=0, le=1)
     refine: Whole | None = Field(None, ge=0, le=100)
     audio_steps: Whole | None = Field(None, ge=1, le=200)

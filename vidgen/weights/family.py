@@ -40,6 +40,7 @@ class ModelDefaults:
         guidance_scale: of a model with two experts, the high-noise one's.
         guidance_scale_2: the low-noise expert's; None: the same.
         image_guidance_scale: where frames are given; see `Guidance.known_scale`.
+        image_guidance_reach: see `Guidance.reach`.
         refine_steps: gradient steps that bring a given first frame's latents nearer to it; None: of
             a model that takes them as its VAE encodes them.
         sound_steps: of a model's own sound; None: as many as its picture takes.
@@ -67,6 +68,7 @@ class ModelDefaults:
     boundary: float | None = None
     history_noise: float = 0.0
     image_guidance_scale: float | None = None
+    image_guidance_reach: int = 0
     refine_steps: int | None = None
     sound_steps: int | None = None
     sound_candidates: int = 1

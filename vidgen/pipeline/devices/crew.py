@@ -28,6 +28,7 @@ from vidgen.core.request import MAX_DEVICES
 from vidgen.core.runtime import given_rank
 from vidgen.core.tensors import moved
 from vidgen.core.values import check_whole
+from vidgen.diffusion.condition import guidance_share
 from vidgen.diffusion.guidance import guided
 from vidgen.pipeline.devices.caches import collect, tie
 from vidgen.pipeline.devices.link import (
@@ -300,6 +301,7 @@ def _guided(call: _Call, share: Share) -> Denoise:
     return guided(
         conditional, lambda latents, sigma: call(latents, sigma, 1)[0], share.plan.guidance,
         denoise_mask=share.state.generated,
+        share=guidance_share(share.state, share.plan.guidance.reach),
         both=lambda latents, sigma: call(latents, sigma, 0, 1),
     )
 

@@ -79,8 +79,9 @@ def _own_options(recipe: Mapping[str, Any], model: str | None, audio: Any) -> di
         "steps": plan["num_steps"], "shift": plan["shift"], "sampler": plan["sampler"],
         "guidance": guidance["scale"], "guidance_interval": guidance["interval"],
         "guidance_rescale": guidance["rescale"], "guidance_low": guidance.get("low_scale"),
-        "image_guidance": guidance.get("known_scale"), "cache": asked.get("cache"),
-        "readings": asked.get("readings"),
+        "image_guidance": guidance.get("known_scale"),
+        "image_guidance_reach": guidance.get("reach", 0),
+        "cache": asked.get("cache"), "readings": asked.get("readings"),
         "lora": [
             f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
             for lora in recipe.get("loras", ())
