@@ -70,7 +70,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--image-guidance", type=float, metavar="G",
         help="how strongly given frames are followed")
     add("--image-guidance-reach", type=int, metavar="N",
-        help="latent frames from a given one to where that is full; 0: everywhere")
+        help="latent frames from a first frame to where that is full; 0: everywhere")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="noise levels between which guidance acts, from 0 to 1")
     add("--guidance-rescale", type=float, metavar="X", help="0 to 1, against over-saturation")

@@ -114,8 +114,8 @@ class Request:
         guidance_low: guidance of the low-noise expert, for models that have two (Wan 2.2 A14B).
         image_guidance: guidance where frames are given, which it then pulls towards, for models
             that were taught to do without (toybox).
-        image_guidance_reach: latent frames from a given one on at which that is full; it rises
-            from 1 at the given frame. 0: full everywhere.
+        image_guidance_reach: latent frames from a first frame on at which that is full; it rises
+            from 1 there. 0: full everywhere.
         guidance_interval: (low, high) in sigma within which guidance acts.
         cache: "none", "first-block", "magnitude" or "forecast", each with a `:THRESHOLD` behind it
             or without: leaves most of the transformer out at steps that change little.

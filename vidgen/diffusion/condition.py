@@ -301,20 +301,16 @@ def as_negative(state: LatentState, *, hides_given: bool) -> LatentState:
 
 
 def guidance_share(state: LatentState, reach: int) -> Tensor | None:
-    """How far each latent is from what is given: from 0 to 1, which is `reach` latent frames off.
+    """How far latents are from frames given in place: 0 to 1, which is `reach` latent frames off.
 
-    As samplers have latents, or to be spread over them; sound is never near. None without a reach.
+    As samplers have latents, or to be spread over them. Nothing is near a still, which is reached
+    by guidance alone, and no sound is near anything. None without a reach.
     """
     if reach == 0:
         return None
-    frames = state.denoise_mask.flatten(3)[:, 0].any(-1)  # [B, F], whether any is to be made
-    moments = torch.arange(frames.shape[1], device=frames.device, dtype=torch.float32)
-    given = moments.expand(frames.shape).masked_fill(frames, float("inf"))
-    if state.keys is not None:
-        stills = state.keys.positions.float().masked_fill(are_references(state.keys), float("inf"))
-        if state.keys.valid is not None:
-            stills = stills.masked_fill(~state.keys.valid, float("inf"))
-        given = torch.cat([given, stills.expand(len(given), -1)], dim=1)
+    made = state.denoise_mask.flatten(3)[:, 0].any(-1)  # [B, F], whether any of a frame is
+    moments = torch.arange(made.shape[1], device=made.device, dtype=torch.float32)
+    given = moments.expand(made.shape).masked_fill(made, float("inf"))
     off = (moments[:, None] - given[:, None]).abs().amin(-1)
     share = (off / reach).clamp(max=1)[:, None, :, None, None]
     sound = None if state.sound is None else torch.ones_like(state.sound.latents[:, :1])

@@ -31,8 +31,8 @@ class Guidance:
         known_scale: the scale where frames are given, which the unconditional pass isn't shown, so
             that guidance pulls towards them, too (image guidance: Brooks et al. 2023; Blattmann et
             al. 2023, "Stable Video Diffusion"). None: `scale`, and both passes see them.
-        reach: latent frames from a given one on at which `known_scale` is full; it rises from 1 at
-            the given frame, past which guidance would else pull its neighbours (Blattmann et al.
+        reach: latent frames from one given in place on at which `known_scale` is full; it rises
+            from 1 there, since guidance would else pull its neighbours past it (Blattmann et al.
             2023, section 4.3). 0: full everywhere.
     """
 
