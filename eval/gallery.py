@@ -19,7 +19,7 @@ from vidgen.core.errors import InputError, OutputError
 from vidgen.core.runtime import atomic_write
 from vidgen.evaluation.toybox.judging import TASKS, answers, grade
 from vidgen.media.clip import Clip
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.media.write import write_clip
 from vidgen.pipeline.inputs import as_video
 from vidgen.pipeline.video import Engine, load

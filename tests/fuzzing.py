@@ -37,8 +37,10 @@ from vidgen.core.config import build, load_yaml
 from vidgen.core.errors import InputError, VidgenError
 from vidgen.evaluation.suite import PromptSuite
 from vidgen.media.clip import Clip
-from vidgen.media.read import VideoReader, load_image, probe, read_recipe
+from vidgen.media.probe import probe, read_recipe
+from vidgen.media.read import load_image
 from vidgen.media.sound import read_sound
+from vidgen.media.video_reader import VideoReader
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.inputs import noise_file, read_mask
 from vidgen.pipeline.journal.job import job_facts, read_arrays, read_job, read_segment, segment_path

@@ -30,7 +30,7 @@ import openai
 
 from tests.services import Served, is_alive, wait_for
 from vidgen.core.errors import VidgenError
-from vidgen.media.read import VideoReader
+from vidgen.media.video_reader import VideoReader
 
 CLIENTS, AHEAD = 3, 20
 VICTIMS = {"service": 3, "runner": 1, "checker": 1}

@@ -20,7 +20,7 @@ from tests.films import film, render
 from tests.sounds import save, tone
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
 

@@ -93,7 +93,7 @@ def test_torchrun_starts_the_ranks(tiny_model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["clips"][0]["path"] == "clip.mp4"
 
-    from vidgen.media.read import read_recipe
+    from vidgen.media.probe import read_recipe
 
     assert read_recipe(tmp_path / "clip.mp4")["devices"]["count"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]

@@ -15,7 +15,8 @@ from PIL import Image
 
 from tests.faults import ForkServer, Job
 from vidgen.media.clip import Clip
-from vidgen.media.read import load_image, read_recipe
+from vidgen.media.probe import read_recipe
+from vidgen.media.read import load_image
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="children are watched as on Linux")
 MAKE = ["generate", "a red car bounces across the desert", "--steps", "2", "--frames", "17",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vidgen.media.clip import Clip
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.pipeline.journal.job import job_facts
 
 FILM = """\

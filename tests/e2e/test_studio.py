@@ -15,7 +15,7 @@ import pytest
 
 from tests.services import Served, png
 from vidgen.media.clip import Clip
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.server.keys import Keys
 
 playwright = pytest.importorskip("playwright.sync_api")

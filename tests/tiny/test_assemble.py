@@ -20,8 +20,8 @@ from vidgen.core.errors import InputError, OutputError
 from vidgen.media import quality
 from vidgen.media.clip import Clip
 from vidgen.media.mastering import measure
+from vidgen.media.probe import probe, read_recipe
 from vidgen.media.provenance import GENERATED
-from vidgen.media.read import probe, read_recipe
 from vidgen.media.sound import read_sound
 from vidgen.pipeline.journal.job import lock_job
 from vidgen.story.assemble import assemble

@@ -15,7 +15,7 @@ from vidgen.cli.generate import BACKENDS
 from vidgen.cli.main import main
 from vidgen.core.runtime import ATTENTION_VARIABLE
 from vidgen.media.clip import Clip
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.ops import attention
 
 

@@ -17,7 +17,8 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion.noise import draw_noise
 from vidgen.media.clip import Clip
-from vidgen.media.read import VideoReader, read_recipe
+from vidgen.media.probe import read_recipe
+from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.devices import stretches
 from vidgen.pipeline.long import extend
 from vidgen.pipeline.long.extend import LongClip, hold_colours, long_clip, split_windows

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.video import load
 from vidgen.story.plan import plan_film

@@ -15,7 +15,7 @@ from tests.models import build_tiny_model
 from tests.sounds import RATE, save, tone
 from tests.tiny.audio_models import stable_audio_3
 from vidgen.cli.main import main
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.media.sound import read_sound
 from vidgen.pipeline.foreign.pipe import ForeignPipe
 from vidgen.pipeline.sound.audio_model import AudioModel

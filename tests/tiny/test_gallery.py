@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.programs import load_program
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.toybox.captions import prompts
 
 

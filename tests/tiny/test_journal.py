@@ -19,7 +19,7 @@ from vidgen.core.errors import Cancelled, InputError, OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media import write
 from vidgen.media.clip import Clip
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.pipeline.journal import job, journal
 from vidgen.pipeline.journal.job import (
     job_facts,

@@ -15,7 +15,7 @@ from vidgen.core.errors import InputError, OutputError
 from vidgen.media.checks import check_file
 from vidgen.media.clip import Clip
 from vidgen.media.encode import Spool
-from vidgen.media.read import probe, read_recipe
+from vidgen.media.probe import probe, read_recipe
 from vidgen.media.stills import still_encoder
 from vidgen.media.write import SEGMENT, ClipInfo, check_format, write_clip
 

@@ -15,7 +15,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.values import parse_readings
 from vidgen.evaluation.toybox.phrasings import read_phrasings
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.words import WordReader, english_words, replace_words, synonyms
 from vidgen.pipeline.replay import request_from_recipe

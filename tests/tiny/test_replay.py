@@ -26,7 +26,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.media.clip import Clip
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.pipeline.inputs import read_inputs
 from vidgen.pipeline.recipe import make_recipe

@@ -11,7 +11,7 @@ import pytest
 from tests.language_models import build_language_model
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError, ModelError
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.pipeline import rewrite
 from vidgen.pipeline.rewrite import LanguageModel, fault_of, one_paragraph, rewrite_prompt
 from vidgen.story import draft

@@ -22,7 +22,7 @@ from vidgen.core.request import Request
 from vidgen.diffusion.condition import new_state
 from vidgen.media.clip import Clip
 from vidgen.media.live import write_live
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.pipeline.budget.passes import count_passes
 from vidgen.pipeline.budget.preflight import preflight
 from vidgen.pipeline.few_steps import with_student

@@ -19,7 +19,7 @@ from vidgen.core.errors import InputError, OutputError
 from vidgen.evaluation.leaderboard import Entry, page, read_entries
 from vidgen.evaluation.scale import SuiteRun
 from vidgen.evaluation.score_log import ScoreLog
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 
 PROMPTS = ("a red car bounces", "a cat/dog moves left", "a cat, camera pans left")
 FAST = ("--steps", "1", "--frames", "9", "--dtype", "fp32")

@@ -13,7 +13,7 @@ import pytest
 
 from vidgen.media.clip import Clip
 from vidgen.media.mastering import measure
-from vidgen.media.read import probe
+from vidgen.media.probe import probe
 from vidgen.media.sound import IN_MEMORY, SoundReader, gather, read_sound, resampled, room
 from vidgen.media.write import CONTAINERS, ClipInfo, write_clip
 

@@ -18,7 +18,7 @@ from vidgen.media import write
 from vidgen.media.checks import check_file
 from vidgen.media.clip import Clip
 from vidgen.media.mastering import measure
-from vidgen.media.read import probe, read_recipe
+from vidgen.media.probe import probe, read_recipe
 from vidgen.media.sound import read_sound
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal

@@ -19,7 +19,8 @@ from vidgen.cli.report import Report
 from vidgen.cli.sweep import read_axis
 from vidgen.media.clip import Clip
 from vidgen.media.grid import MAX_SIDE, Grid
-from vidgen.media.read import load_image, read_recipe
+from vidgen.media.probe import read_recipe
+from vidgen.media.read import load_image
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.pipeline.video import load
 

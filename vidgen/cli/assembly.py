@@ -146,7 +146,7 @@ def _holds(path: Path, parts: Iterable[bytes]) -> bool:
 
 def _had_texts(output: Path) -> bool:
     """Whether a film that lies there wrote files of texts beside it."""
-    from vidgen.media.read import read_recipe
+    from vidgen.media.probe import read_recipe
 
     try:
         recipe: Any = read_recipe(output) if output.is_file() else None
@@ -158,7 +158,7 @@ def _had_texts(output: Path) -> bool:
 
 def _is_there(edit: Edit, store: Store) -> bool:
     """Whether this very film lies there already."""
-    from vidgen.media.read import read_recipe
+    from vidgen.media.probe import read_recipe
 
     plans = edit.film.in_film
     there = all(store.is_done(plan) for plan in plans)

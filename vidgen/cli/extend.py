@@ -76,7 +76,8 @@ def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
     from vidgen.core.request import SILENT
     from vidgen.core.runtime import check_output
-    from vidgen.media.read import VideoReader, read_recipe
+    from vidgen.media.probe import read_recipe
+    from vidgen.media.video_reader import VideoReader
     from vidgen.media.write import check_format, holds_sound, require_sound
     from vidgen.pipeline.long.continuation import (
         lengthened,

@@ -313,7 +313,7 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
 
 def _seeds_of_finished(args: Namespace, request: Request) -> set[int]:
     """Seeds of the first clip, by the names of finished clips that this command made."""
-    from vidgen.media.read import read_recipe
+    from vidgen.media.probe import read_recipe
 
     if args.output is not None:
         return set()

@@ -41,7 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Restore, check, generate, write, compare."""
     from vidgen.core.runtime import attention_by, check_output
-    from vidgen.media.read import read_recipe
+    from vidgen.media.probe import read_recipe
     from vidgen.media.write import check_format
     from vidgen.pipeline.long.continuation import made_of_clips
 
@@ -147,7 +147,7 @@ def _make(
 
 def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) -> None:
     """Say whether the two files show the same, else what they don't have in common."""
-    from vidgen.media.read import read_recipe
+    from vidgen.media.probe import read_recipe
     from vidgen.pipeline.recipe import differences
     from vidgen.pipeline.replay import compare
 

@@ -311,7 +311,7 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
 def _verdict(cell: Cell, report: Report) -> str | None:
     """What a clip's checks came to, told by its label; None where its file doesn't say."""
     from vidgen.media.findings import recorded, verdict
-    from vidgen.media.read import read_recipe
+    from vidgen.media.probe import read_recipe
 
     found = recorded(read_recipe(cell.path))
     for finding in found or ():
@@ -340,7 +340,7 @@ def _is_there(path: str, recipe: Mapping[str, Any], args: Namespace) -> bool:
     Raises:
         InputError: another one's is.
     """
-    from vidgen.media.read import read_recipe
+    from vidgen.media.probe import read_recipe
 
     if args.overwrite or not Path(path).exists():
         return False

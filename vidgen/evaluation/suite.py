@@ -11,7 +11,8 @@ from typing import Any
 
 from vidgen.core.errors import InputError, quoted
 from vidgen.core.runtime import sha256_file
-from vidgen.media.read import existing_file, read_recipe
+from vidgen.media.probe import read_recipe
+from vidgen.media.read import existing_file
 
 CLIP_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".gif", ".webp", ".apng")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -22,18 +22,12 @@ from vidgen.media.cells import Array, Look, Looker
 from vidgen.media.encode import Frames, Samples, Snapshot
 from vidgen.media.findings import Finding, as_data
 from vidgen.media.likeness import psnr, ssim
-from vidgen.media.read import (
-    PICTURE_SUFFIXES,
-    VideoReader,
-    fit,
-    load_image,
-    read_frames,
-    read_recipe,
-    told_rate,
-)
+from vidgen.media.probe import read_recipe, told_rate
+from vidgen.media.read import PICTURE_SUFFIXES, fit, load_image
 from vidgen.media.snapshot import pack, unpack
 from vidgen.media.sound import read_sound
 from vidgen.media.trackers import Drifts, Flashes, Freezes, Runs, Span, Spikes
+from vidgen.media.video_reader import VideoReader, read_frames
 from vidgen.media.write import ClipInfo
 
 if TYPE_CHECKING:

@@ -15,8 +15,10 @@ import numpy as np
 from vidgen.media.checks import ClipChecker
 from vidgen.media.encode import Frames, Samples, SegmentStore
 from vidgen.media.findings import Finding, recorded
-from vidgen.media.read import VideoReader, load_image, pictures_in, read_recipe, told_rate
+from vidgen.media.probe import read_recipe, told_rate
+from vidgen.media.read import load_image, pictures_in
 from vidgen.media.sound import read_sound
+from vidgen.media.video_reader import VideoReader
 from vidgen.media.write import ClipInfo, write_clip
 
 if TYPE_CHECKING:

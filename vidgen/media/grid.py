@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vidgen.media.encode import Frames
-from vidgen.media.read import VideoReader, fit
+from vidgen.media.read import fit
+from vidgen.media.video_reader import VideoReader
 from vidgen.media.write import ClipInfo
 
 MAX_SIDE = 3840

@@ -27,11 +27,12 @@ from vidgen.media.clip import Clip, Keeper
 from vidgen.media.encode import Frames
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing, seal
+from vidgen.media.probe import read_recipe
 from vidgen.media.provenance import marks_of, stamped, tags
-from vidgen.media.read import VideoReader, read_recipe
 from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.stills import RECIPE_KEY
 from vidgen.media.subtitles import TextTrack
+from vidgen.media.video_reader import VideoReader
 from vidgen.media.write import CONTAINERS, ClipInfo, check_format, recipe_text, write_clip
 
 if TYPE_CHECKING:

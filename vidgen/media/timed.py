@@ -15,7 +15,8 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageSequence
 
 from vidgen.media.encode import Frames
-from vidgen.media.read import VideoReader, decoding, fit, to_rgb
+from vidgen.media.read import decoding, fit
+from vidgen.media.video_reader import VideoReader, to_rgb
 
 _SMALL_PIXELS = 6_000
 

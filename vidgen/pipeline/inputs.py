@@ -22,8 +22,9 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.media.provenance import read_marks
-from vidgen.media.read import VideoReader, existing_file, fit, is_clip, load_image
+from vidgen.media.read import existing_file, fit, is_clip, load_image
 from vidgen.media.speech import speech_files
+from vidgen.media.video_reader import VideoReader
 
 if TYPE_CHECKING:
     from fractions import Fraction

@@ -22,8 +22,9 @@ import torch
 from vidgen.core.errors import InputError, ModelError, VidgenError
 from vidgen.core.request import LOADING, MAX_DEVICES, Request
 from vidgen.diffusion.samplers import SAMPLERS
-from vidgen.media.read import PICTURE_SUFFIXES, read_frames
+from vidgen.media.read import PICTURE_SUFFIXES
 from vidgen.media.sound import read_sound
+from vidgen.media.video_reader import read_frames
 from vidgen.pipeline.plan import recorded_readings, recorded_tiles
 from vidgen.pipeline.recipe import RECIPE_VERSION
 from vidgen.pipeline.restore import Given, restore_inputs

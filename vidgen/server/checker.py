@@ -170,7 +170,7 @@ class Checker:
                           self.limits.input_pixels, _SMALLER)
 
     def _check_streams(self, name: str, path: Path) -> None:
-        from vidgen.media.read import probe
+        from vidgen.media.probe import probe
 
         facts = probe(path)
         for stream in facts["streams"]:

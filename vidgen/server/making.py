@@ -27,7 +27,8 @@ from vidgen.core.request import NO_AUDIO, OWN_AUDIO, Request
 from vidgen.core.runtime import atomic_write
 from vidgen.media.clip import Clip
 from vidgen.media.findings import as_data
-from vidgen.media.read import VideoReader, read_recipe
+from vidgen.media.probe import read_recipe
+from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.budget.eta import Clock
 from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.journal.journal import Journal

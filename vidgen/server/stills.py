@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from vidgen.core.runtime import atomic_write
-from vidgen.media.read import VideoReader
+from vidgen.media.video_reader import VideoReader
 
 THUMBNAIL_SIDE, SPRITE_SIDE = 512, 160
 SPRITES, COLUMNS = 16, 4

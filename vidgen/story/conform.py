@@ -22,7 +22,8 @@ import numpy as np
 
 from vidgen.core.errors import InputError
 from vidgen.media.encode import Frames
-from vidgen.media.read import VideoReader, fit
+from vidgen.media.read import fit
+from vidgen.media.video_reader import VideoReader
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.protocols import OnEvent
 from vidgen.media.findings import Finding, recorded
 from vidgen.media.join import ContinuedClip
-from vidgen.media.read import VideoReader, read_recipe
+from vidgen.media.probe import read_recipe
+from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.workers.clip_work import ClipWork, write_request
 from vidgen.story.elements import ShotFrame
 from vidgen.story.takes import best_take, judge_for, score_take

@@ -17,7 +17,7 @@ from PIL import Image
 from vidgen import __version__
 from vidgen.core.runtime import atomic_write
 from vidgen.media.encode import Frames
-from vidgen.media.read import VideoReader
+from vidgen.media.video_reader import VideoReader
 from vidgen.story.edit import Edit
 from vidgen.story.elements import ShotFrame
 from vidgen.story.render import RenderedShot

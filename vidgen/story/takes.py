@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidgen.media.findings import Finding
-from vidgen.media.read import VideoReader
+from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.inputs import as_video
 from vidgen.toybox.captions import nouns, phrases
 from vidgen.toybox.cast import SPRITE_NAMES

@@ -22,7 +22,7 @@ from vidgen.core.config import build, load_yaml
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.diffusion.samplers import sample_unipc
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
 from vidgen.models.presets import DIT_PRESETS

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.media.read import probe, read_recipe
+from vidgen.media.probe import probe, read_recipe
 from vidgen.pipeline.long.extend import OVERLAP, keeps_to_start, split_windows, window_size
 from vidgen.pipeline.long.tail import TAIL_FRAMES, read_tail
 

@@ -28,7 +28,7 @@ from vidgen.core.errors import OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media.clip import Clip
 from vidgen.media.encode import Segment
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.pipeline.journal.job import (
     JOB,
     MADE,

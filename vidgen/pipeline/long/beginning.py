@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.media.read import fit, read_recipe
+from vidgen.media.probe import read_recipe
+from vidgen.media.read import fit
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
 from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, read_tail
 

@@ -31,7 +31,7 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
-from vidgen.media.read import read_recipe
+from vidgen.media.probe import read_recipe
 from vidgen.media.write import ClipInfo
 from vidgen.pipeline.devices.stretches import room_for
 from vidgen.pipeline.inputs import Inputs

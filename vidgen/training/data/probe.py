@@ -23,7 +23,8 @@ from vidgen.media.cells import Look, Looker
 from vidgen.media.checks import BLANK, FLAT
 from vidgen.media.cuts import Cuts
 from vidgen.media.encode import Frames
-from vidgen.media.read import PICTURE_SUFFIXES, load_image, probe
+from vidgen.media.probe import probe
+from vidgen.media.read import PICTURE_SUFFIXES, load_image
 from vidgen.media.timed import TimedReader
 from vidgen.media.trackers import STILL, Runs
 

@@ -5,7 +5,9 @@ Axes: B clips, C latent channels, F latent frames, h w latent rows and columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +28,12 @@ from vidgen.toybox.scenes import Draws, Scene
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import generator_of
 from vidgen.training.embedded.sound_cache import SoundCache, SoundMix, with_sound
-from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache, cut_around
+from vidgen.training.embedded.toybox_data import (
+    CacheConfig,
+    CachedClips,
+    ToyboxCache,
+    cut_around,
+)
 
 PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
 WITH_STILLS = ConditionMix(
@@ -155,6 +162,15 @@ class Batch:
     cues: Tensor | None = None
 
 
+class _Told(NamedTuple):
+    """Captions as tokens, and what of them is asked for; as in `Batch`."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: dict[str, Tensor]
+    shown: Tensor
+
+
 class ClipDraws:
     """Draws batches from the caches of a run; what it draws depends on seed and step alone."""
 
@@ -244,20 +260,9 @@ class ClipDraws:
         data = self.data[which]
         inside_clip = (
             num_frames > 1 and conditions is None
-            and torch.rand((), generator=kind) < self.config.window_share
+            and bool(torch.rand((), generator=kind) < self.config.window_share)
         )
-        chosen = Stills(data.stills.latents[rows].float(), data.stills.frame_index[rows])
-        first = 0
-        if num_frames == 1:
-            pick = torch.randint(3, (len(rows),), generator=draw)
-            latents = _single(data.clips, data.stills.latents, rows, pick)
-            cover = _single(data.cover, data.still_cover, rows, pick)
-            chosen = Stills(chosen.latents[:, :, 2:], chosen.frame_index[:, 2:])
-        else:
-            window = self._window(data.clips.shape[2], num_frames, draw, inside=inside_clip)
-            latents, cover = (part[rows, :, window].float() for part in (data.clips, data.cover))
-            first, shown = window.start, chosen.frame_index[0] < num_frames
-            chosen = Stills(chosen.latents[:, :, shown], chosen.frame_index[:, shown])
+        latents, cover, chosen, first = self._cut(data, rows, num_frames, draw, inside=inside_clip)
         if crop is not None:
             latents, cover = cut_around(latents, cover, crop, self.patch)
         if inside_clip:
@@ -274,25 +279,11 @@ class ClipDraws:
         state = training_conditions(
             latents, draw, conditions, self.strides, stills=stills, patch=self.patch
         )
-        seeds = torch.randint(2**31, (len(rows),), generator=draw).tolist()
         scenes = [self.caches[which].scene(row) for row in rows.tolist()]
-        share = 0.0 if conditions is TEXT_ONLY else self.config.loose_share
-        given = has_reference(state.keys, len(rows))
-        unnamed = self._unnamed(seeds) & given
-        texts = [
-            loose_caption(scene, seed, anonymous=True) if hidden else _wording(scene, seed, share)
-            for scene, seed, hidden in zip(scenes, seeds, unnamed.tolist(), strict=True)
-        ]
-        rate = self.config.caption_dropout if dropout is None else dropout
-        dropped = torch.rand(len(rows), generator=draw) < rate
-        texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
-        truth = _labels([attributes(scene) for scene in scenes])
-        labels = {name: value.masked_fill(dropped, -1) for name, value in truth.items()}
-        several = torch.tensor([len(scene.actors) > 1 for scene in scenes])
-        shown = truth["sprite"].masked_fill((dropped & ~given) | several, -1)
-        for name in SHOWN_BY_REFERENCE:
-            labels[name] = labels[name].masked_fill(unnamed, -1)
-        ids, mask = self.tokenizer.encode(texts)
+        told = self._told(
+            scenes, has_reference(state.keys, len(rows)), draw, dropout,
+            loose=conditions is not TEXT_ONLY,
+        )
         noise = torch.randn(latents.shape, generator=draw)
         marks = sound_noise = cues = None
         if num_frames > 1:
@@ -312,10 +303,58 @@ class ClipDraws:
         return Batch(
             state.to(self.device), cover.to(self.device), noise.to(self.device),
             sigma.to(self.device),
-            ids.to(self.device), mask.to(self.device),
-            {name: value.to(self.device) for name, value in labels.items()},
-            shown.to(self.device), marks, sound_noise, cues,
+            told.ids.to(self.device), told.mask.to(self.device),
+            {name: value.to(self.device) for name, value in told.labels.items()},
+            told.shown.to(self.device), marks, sound_noise, cues,
         )
+
+    def _cut(
+        self, data: CachedClips, rows: Tensor, num_frames: int, draw: torch.Generator, *,
+        inside: bool,
+    ) -> tuple[Tensor, Tensor, Stills, int]:
+        """Latents, what sprites cover of them, their stills, and the latent frame they begin at."""
+        stills = Stills(data.stills.latents[rows].float(), data.stills.frame_index[rows])
+        if num_frames == 1:
+            pick = torch.randint(3, (len(rows),), generator=draw)
+            latents = _single(data.clips, data.stills.latents, rows, pick)
+            cover = _single(data.cover, data.still_cover, rows, pick)
+            return latents, cover, Stills(stills.latents[:, :, 2:], stills.frame_index[:, 2:]), 0
+        window = self._window(data.clips.shape[2], num_frames, draw, inside=inside)
+        latents, cover = (part[rows, :, window].float() for part in (data.clips, data.cover))
+        within = stills.frame_index[0] < num_frames
+        within_clip = Stills(stills.latents[:, :, within], stills.frame_index[:, within])
+        return latents, cover, within_clip, window.start
+
+    def _told(
+        self, scenes: Sequence[Scene], given: Tensor, draw: torch.Generator,
+        dropout: float | None, *, loose: bool,
+    ) -> _Told:
+        """Captions of scenes, and the answers that text and picture are asked for.
+
+        Args:
+            scenes: B of them.
+            given: whether a reference is, [B] bool.
+            draw: what is drawn.
+            dropout: share of empty captions; None: the run's.
+            loose: whether some are worded as people do.
+        """
+        seeds = torch.randint(2**31, (len(scenes),), generator=draw).tolist()
+        share = self.config.loose_share if loose else 0.0
+        unnamed = self._unnamed(seeds) & given
+        texts = [
+            loose_caption(scene, seed, anonymous=True) if hidden else _wording(scene, seed, share)
+            for scene, seed, hidden in zip(scenes, seeds, unnamed.tolist(), strict=True)
+        ]
+        rate = self.config.caption_dropout if dropout is None else dropout
+        dropped = torch.rand(len(scenes), generator=draw) < rate
+        texts = ["" if drop else text for text, drop in zip(texts, dropped.tolist(), strict=True)]
+        truth = _labels([attributes(scene) for scene in scenes])
+        labels = {name: value.masked_fill(dropped, -1) for name, value in truth.items()}
+        several = torch.tensor([len(scene.actors) > 1 for scene in scenes])
+        shown = truth["sprite"].masked_fill((dropped & ~given) | several, -1)
+        for name in SHOWN_BY_REFERENCE:
+            labels[name] = labels[name].masked_fill(unnamed, -1)
+        return _Told(*self.tokenizer.encode(texts), labels, shown)
 
     def _unnamed(self, seeds: list[int]) -> Tensor:
         """Whether a sample's reference, if it has one, is to speak for itself, [B] bool."""

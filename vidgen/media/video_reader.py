@@ -1,0 +1,214 @@
+"""Films, animations and pictures out of files, frame by frame.
+
+Axes: H W rows and columns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from PIL import Image, ImageSequence
+
+from vidgen.media.encode import Frames
+from vidgen.media.read import (
+    MAX_PIXELS,
+    PICTURE_SUFFIXES,
+    check_area,
+    decoding,
+    existing_file,
+    fit,
+    load_image,
+    pictures_in,
+)
+
+
+class VideoReader:
+    """A film, animation or picture, frame by frame at constant memory; each iteration starts anew.
+
+    Attributes:
+        fps: exact average rate; 25 for a single picture.
+        size: (width, height) as shown, after any rotation, in square pixels.
+        stated_frames: as many as the file says that it has, or None; one that was cut off has
+            fewer, and libav needn't mind.
+
+    Raises:
+        InputError: missing, no video, or damaged.
+    """
+
+    _square = True  # scale pixels that are wider or higher than that
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = existing_file(path, "video")
+        self._what, self._stack = f"video {self.path}", ExitStack()
+        with self._stack, decoding(self._what, "give a video file", "can't be read"):
+            self._open()
+            first = next(self._decode(), None)
+            if first is None:
+                raise ValueError("no frame in it can be decoded")
+            self.size = first.shape[1], first.shape[0]
+            self._stack = self._stack.pop_all()  # stays open
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[Frames]:
+        """Frames uint8 [H, W, 3] from the first to the last."""
+        width, height = self.size
+        with decoding(self._what, "save it again"):
+            for frame in self._decode():  # where the size changes midway, the first one stays
+                yield fit(frame, height, width, "pad")
+
+    def _open(self) -> None:
+        self._image: Image.Image | None = None
+        self._aspect = Fraction(1)
+        if self.path.suffix.lower() in PICTURE_SUFFIXES:
+            self._image = self._stack.enter_context(Image.open(self.path))
+            check_area(self._what, self._image.size)
+            self.fps, self.stated_frames = _animation_fps(self._image), None
+            return
+        self._container = self._stack.enter_context(
+            av.open(str(self.path), metadata_errors="replace")
+        )
+        streams = [stream for stream in self._container.streams.video
+                   if not stream.disposition & Disposition.attached_pic]  # a cover is no film
+        if not streams:
+            raise ValueError("it has no picture")
+        if self._container.format.name == "tty":  # libav would draw any text file as pictures
+            raise ValueError("it is text")
+        stream = self._stream = streams[0]
+        coded = stream.codec_context.width, stream.codec_context.height
+        self._aspect = Fraction(stream.sample_aspect_ratio or 1)
+        check_area(self._what, _squared(*coded, self._aspect) or coded)
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # for sizes told later
+        stream.thread_type = "AUTO"
+        self.fps = Fraction(stream.average_rate or stream.guessed_rate or 25)
+        self.stated_frames = _stated_frames(self._container, stream, self.fps)
+
+    def _decode(self) -> Iterator[Frames]:
+        if self._image is not None:
+            for still in ImageSequence.Iterator(self._image):
+                yield np.array(still.convert("RGB"))
+            return
+        reformatter = VideoReformatter()
+        self._container.seek(0)
+        aspect = self._aspect if self._square else Fraction(1)
+        for frame in self._container.decode(self._stream):
+            yield to_rgb(frame, reformatter, _squared(frame.width, frame.height, aspect))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its frames are evenly shown, in square pixels."""
+        return self._aspect == 1 and self.places is None
+
+    @cached_property
+    def places(self) -> list[int] | None:
+        """Where frames are shown, in steps of `1 / fps`, if not evenly; None if evenly."""
+        with decoding(self._what, "save it again"):
+            at = self._times()
+        places = [round((time - at[0]) * self.fps) for time in at]
+        uneven = any(abs(place - index) > 1 for index, place in enumerate(places))
+        return places if uneven else None
+
+    def length(self) -> int:
+        """How many frames there are, or would be if they were evenly shown; decodes them all."""
+        count = sum(1 for _ in self)
+        return count if self.places is None else self.places[-1] + 1
+
+    def _times(self) -> list[Fraction]:
+        """Seconds at which frames are shown, in order; empty where the file doesn't tell."""
+        if self._image is not None:
+            lengths = [Fraction(round(still.info.get("duration", 0)), 1000)
+                       for still in ImageSequence.Iterator(self._image)]
+            return [sum(lengths[:n], Fraction()) for n in range(len(lengths))]
+        self._container.seek(0)
+        told = [packet.pts for packet in self._container.demux(self._stream) if packet.size]
+        ticks = sorted(pts for pts in told if pts is not None)
+        tick_s = Fraction(self._stream.time_base or 1)
+        return [pts * tick_s for pts in ticks] if len(ticks) == len(told) else []
+
+
+def _squared(width: int, height: int, aspect: Fraction) -> tuple[int, int] | None:
+    """The size in which pixels of an aspect are square, the longer way; None as it is."""
+    if aspect == 1:
+        return None
+    return (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+
+
+def _stated_frames(
+    container: av.container.InputContainer, stream: Any, fps: Fraction
+) -> int | None:
+    """How many frames a file says it has: by its own count, or by how long it is."""
+    if stream.frames:
+        return int(stream.frames)
+    if container.duration is None or len(container.streams) > 1:  # sound may be longer
+        return None
+    return round(container.duration * fps / av.time_base)
+
+
+def _animation_fps(image: Image.Image) -> Fraction:
+    durations = []
+    for frame in ImageSequence.Iterator(image):
+        frame.load()  # WebP tells a frame's duration only then
+        durations.append(frame.info.get("duration", 0))
+    total = Fraction(sum(durations)).limit_denominator(1000)
+    return len(durations) * 1000 / total if total else Fraction(25)
+
+
+def to_rgb(
+    frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None = None
+) -> Frames:
+    """A decoded frame as people see it: uint8 [H, W, 3], turned as its rotation says.
+
+    Args:
+        frame: of any pixel format.
+        reformatter: kept between frames.
+        size: (width, height) before rotation to scale it to, smaller ones by means over areas;
+            None: its own.
+    """
+    exact = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    is_yuv = frame.format.name.startswith("yuv")
+    # Untagged video of more than 576 lines is BT.709 by convention, smaller BT.601.
+    untagged = Colorspace.ITU709 if frame.height > 576 else Colorspace.ITU601
+    source = untagged if frame.colorspace in (0, 2) else None
+    scaling = None
+    if size is not None and size[0] <= frame.width and size[1] <= frame.height:
+        scaling = Interpolation.AREA | exact
+    elif is_yuv or size is not None:
+        scaling = Interpolation.BICUBIC | exact
+    width, height = size or (None, None)
+    rgb = reformatter.reformat(
+        frame,
+        width=width,
+        height=height,
+        format="rgb24",
+        src_colorspace=source if is_yuv else None,
+        interpolation=scaling,
+    ).to_ndarray()
+    return np.ascontiguousarray(np.rot90(cast("Frames", rgb), frame.rotation // 90))
+
+
+def read_frames(path: str | os.PathLike[str]) -> Iterator[Frames]:
+    """Frames uint8 [H, W, 3] of a film, an animation, a picture, or a folder of PNGs by name.
+
+    Raises:
+        InputError: missing, damaged, or a folder without pictures.
+    """
+    if Path(path).is_dir():
+        for file in pictures_in(path):
+            yield load_image(file)[0]
+        return
+    with VideoReader(path) as reader:
+        yield from reader
