@@ -148,9 +148,7 @@ def _listener(
             pictures, recorded[dit] = state.rows(slice(None, None, takes)), KVCache()
             dit(pictures.clean, torch.zeros_like(sigma[::takes]), features[::takes],
                 context_lengths=lengths[::takes], extra=pictures.keys, cache=recorded[dit])
-        heard = dit.listen(
-            tokens, features, context_lengths=lengths, cache=recorded.get(dit)
-        )
+        heard = dit.listen(tokens, features, context_lengths=lengths, cache=recorded.get(dit))
         return state.together(torch.zeros_like(picture), heard)
 
     return denoise
