@@ -44,7 +44,6 @@ from vidgen.core.request import Request
 from vidgen.pipeline import video
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long import extend
-from vidgen.pipeline.sound.candidates import for_takes
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.pipeline.tasks import makes_sound
 
@@ -81,8 +80,7 @@ else:
 def hear():
     own = own_sound(engine.parts, plan, request, long)
     heard = sound_plan(plan, engine.folder.defaults)
-    contexts = for_takes(context, plan.sound_candidates)
-    sample = lambda state, _: engine.sample(heard, state, contexts)
+    sample = lambda state, _: engine.sample(heard, state, context)
     windows = long.windows if long else [(0, latents.shape[2])]
     own.follow(latents, windows, 0, sample, Journal(None))
     return own.decode()

@@ -24,7 +24,7 @@ from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.plan import Plan
-from vidgen.pipeline.sound.candidates import for_takes, most_agreed
+from vidgen.pipeline.sound.candidates import most_agreed
 from vidgen.pipeline.sound.own_sound import sound_plan
 from vidgen.pipeline.tasks import SOUND
 from vidgen.pipeline.video import Engine
@@ -101,7 +101,7 @@ def generate_with_sound(
     sounding = new_sound(noise.to(engine.device), start_s - plan.sound_delay_s, takes)
     shown = condition.finished(picture.repeat_interleave(takes, dim=0))
     state = replace(shown, sound=sounding)
-    _, heard = state.apart(engine.sample(sound, state, for_takes(contexts, takes)))
+    _, heard = state.apart(engine.sample(sound, state, contexts))
     assert heard is not None
     with engine.parts.use("sound_vae") as vae:
         made = vae.decode(heard.float(), num_samples).float()

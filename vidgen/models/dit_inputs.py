@@ -145,10 +145,7 @@ class KVCache:
         Where fewer clips are cached than are given, each serves as many of these in turn.
         """
         if layer in self._layers:
-            old_k, old_v = (
-                old.repeat_interleave(len(k) // len(old), dim=0) for old in self._layers[layer]
-            )
-            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+            k, v = (_behind(old, new) for old, new in zip(self._layers[layer], (k, v), strict=True))
         if self.recording:
             self._layers[layer] = (k, v)
         return k, v
@@ -161,6 +158,13 @@ class KVCache:
             count = k.shape[2] // self.num_held * num_frames
             self._layers[layer] = k[:, :, -count:], v[:, :, -count:]
         self.num_held = num_frames
+
+
+def _behind(old: Tensor, new: Tensor) -> Tensor:
+    """Tokens [b, H, M, d] of clips, and behind them [B, H, L, d] of as many in turn for each."""
+    turns = new.unflatten(0, (len(old), -1))
+    shared = old[:, None].expand(-1, turns.shape[1], -1, -1, -1)
+    return torch.cat([shared, turns], dim=3).flatten(0, 1)
 
 
 class CachedStack:

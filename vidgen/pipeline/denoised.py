@@ -12,7 +12,6 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from vidgen.pipeline.long.extend import LongClip, long_clip
-from vidgen.pipeline.sound.candidates import for_takes
 from vidgen.pipeline.sound.own_sound import followed_sound, own_sound, sound_plan
 
 if TYPE_CHECKING:
@@ -116,7 +115,6 @@ class DenoisedClip:
         long, plan = self._long, sound_plan(self.plan, self.engine.folder.defaults)
         own = own_sound(self.engine.parts, self.plan, self.request, long)
         windows = long.windows if long else [(0, latents.shape[2])]
-        contexts = for_takes(self.contexts(), plan.sound_candidates)
 
         def sample(state: LatentState, number: int) -> Tensor:
             def on_step(info: StepInfo) -> None:
@@ -124,7 +122,7 @@ class DenoisedClip:
                 self.report("sound", done, len(windows) * info.num_steps)
 
             return self.engine.sample(
-                plan, state, contexts, on_step, self.request.scheduler, self.loras
+                plan, state, self.contexts(), on_step, self.request.scheduler, self.loras
             )
 
         own.follow(latents, windows, long.num_gone if long else 0, sample, self.kept)

@@ -83,6 +83,8 @@ def denoisers(
     if plan.student is not None:
         dit = parts.folder.components["transformer"].config
         loras = loras.beside(read_student(parts.folder.path, dit))
+    if state.sound is not None:
+        contexts = [_for_takes(context, state.sound.takes) for context in contexts]
     negative = as_negative(state, hides_given=plan.guidance.known_scale is not None)
     listens = state.is_known and state.sound is not None and ranks is None
     with experts(parts, parts.folder.defaults.boundary, loras, level) as given:
@@ -95,6 +97,12 @@ def denoisers(
             cache_at = None if caches is None else partial(caches.at, branch)
             made.append(_denoiser(parts, plan, shown, context, given, ranks, cache_at))
         yield made
+
+
+def _for_takes(context: tuple[Tensor, Tensor], takes: int) -> tuple[Tensor, Tensor]:
+    """A context of clips for several sounds of each, which lie behind each other in a batch."""
+    features, lengths = context
+    return features.repeat_interleave(takes, dim=0), lengths.repeat_interleave(takes, dim=0)
 
 
 def _denoiser(

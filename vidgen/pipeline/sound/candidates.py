@@ -9,24 +9,13 @@ Axes: N candidates, n samples.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from torch import Tensor
 
 from vidgen.media.onsets import Times, find_onsets, pair_times
 
-if TYPE_CHECKING:
-    from vidgen.pipeline.networks import Contexts
-
 TOGETHER_S = 0.06
 """Onsets of two sounds so near to each other are the same."""
-
-
-def for_takes(contexts: Contexts, takes: int) -> list[tuple[Tensor, Tensor]]:
-    """Contexts of clips for several sounds of each, which lie behind each other in a batch."""
-    return [(features.repeat_interleave(takes, dim=0), lengths.repeat_interleave(takes, dim=0))
-            for features, lengths in contexts]
 
 
 def most_agreed(sounds: Tensor, rate: int) -> int:
