@@ -16,6 +16,7 @@ from rich.progress import track
 
 from vidgen.core.config import build, load_run
 from vidgen.core.errors import InputError
+from vidgen.core.runtime import reuse_freed_memory
 from vidgen.training.embedded.sound_cache import SoundCache, SoundMix
 from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache, load_vae
 from vidgen.training.engines.distributed import own_device
@@ -32,6 +33,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def work() -> None:
+        reuse_freed_memory(1 << 30)  # rendering makes and frees whole clips of float32
         settings = load_run(options.config, options.set)
         device = own_device(options.device)
         if not settings.get("caches"):
