@@ -96,7 +96,8 @@ def test_a_refused_command_leaves_earlier_events(cli):
 
 
 def test_a_still_has_no_rate_to_be_wrong(cli):
-    assert cli("generate", "a cat", "--frames", "1", "--steps", "1", "-o", "x.jpg")[0] == 0
+    code, out, _ = cli("generate", "a cat", "--frames", "1", "--steps", "1", "-o", "x.jpg")
+    assert (code, out.split(",")[0]) == (0, "x.jpg: a still of 32x32")
     assert "fps" not in cli("check", "x.jpg")[1]
 
 

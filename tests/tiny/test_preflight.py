@@ -36,7 +36,8 @@ from vidgen.models.vae import CausalVAE
 from vidgen.ops import native
 from vidgen.pipeline.budget import calibration
 from vidgen.pipeline.budget.calibration import NOMINAL, Calibration, cached_calibration
-from vidgen.pipeline.budget.estimate import KERNELS_BYTES, estimate
+from vidgen.pipeline.budget.estimate import estimate
+from vidgen.pipeline.budget.memory import KERNELS_BYTES
 from vidgen.pipeline.budget.passes import count_passes
 from vidgen.pipeline.budget.preflight import choose, preflight, settle
 from vidgen.pipeline.budget.stages import Setup, duration_text, long_text

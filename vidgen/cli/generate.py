@@ -432,6 +432,6 @@ def judged(
 
 
 def _line(facts: dict[str, Any]) -> str:
-    return "{path}: {num_frames} frames of {width}x{height} at {fps} fps, seed {seed}".format(
-        **facts
-    )
+    moving = "{num_frames} frames of {width}x{height} at {fps} fps"
+    kind = "a still of {width}x{height}" if facts["num_frames"] == 1 else moving
+    return ("{path}: " + kind + ", seed {seed}").format(**facts)

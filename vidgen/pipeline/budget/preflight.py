@@ -21,7 +21,8 @@ from vidgen.core.values import parse_readings
 from vidgen.media.speech import open_voice
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae_tiles import grids
-from vidgen.pipeline.budget.estimate import Rates, estimate
+from vidgen.pipeline.budget.estimate import estimate
+from vidgen.pipeline.budget.job import Rates
 from vidgen.pipeline.budget.stages import Estimate, Setup
 from vidgen.pipeline.experts import read_loras
 from vidgen.pipeline.few_steps import with_student
