@@ -10,6 +10,7 @@ import weakref
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ from vidgen.pipeline.budget.calibration import NOMINAL, Calibration, cached_cali
 from vidgen.pipeline.budget.estimate import estimate
 from vidgen.pipeline.budget.memory import KERNELS_BYTES
 from vidgen.pipeline.budget.passes import count_passes
-from vidgen.pipeline.budget.preflight import choose, preflight, settle
+from vidgen.pipeline.budget.preflight import choose, preflight, require_own_model, settle
 from vidgen.pipeline.budget.stages import Setup, duration_text, long_text
 from vidgen.pipeline.budget.workload import (
     decoder_layers,
@@ -54,7 +55,7 @@ from vidgen.pipeline.budget.workload import (
 )
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.video import load
-from vidgen.weights.folder import open_model
+from vidgen.weights.folder import ForeignFolder, open_model
 
 CPU = torch.device("cpu")
 FP32 = Setup(CPU, "fp32")
@@ -489,13 +490,8 @@ def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys)
 
 
 def test_only_own_models_are_planned():
-    from vidgen.pipeline.budget.preflight import require_own_model
-
-    class Foreign:
-        class_name = "LTXPipeline"
-
     with pytest.raises(InputError, match="LTXPipeline"):
-        require_own_model(Foreign())
+        require_own_model(ForeignFolder(Path("ltx"), {}, "LTXPipeline"))
 
 
 def test_what_takes_long_is_measured_once(monkeypatch):

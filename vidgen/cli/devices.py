@@ -49,7 +49,8 @@ def choose_devices(
     given = given_rank()
     if journals and not given and all(journal.finished for journal in journals):
         return {"devices": 1, "shard": False}
-    began = next((j.recipe["devices"] for j in journals if (j.recipe or {}).get("devices")), {})
+    kept = ((journal.recipe or {}).get("devices") for journal in journals)
+    began: dict[str, Any] = next(filter(None, kept), {})
     if count is None:
         count = given[1] if given else began.get("count", 1)
     if shard is None:

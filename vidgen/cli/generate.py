@@ -297,7 +297,9 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
     from vidgen.pipeline.journal.journal import Journal
 
     if output is not None:
-        names = [(path, i, None) for i, path in enumerate(_outputs(output, request))]
+        names: list[tuple[str, int, int | None]] = [
+            (path, i, None) for i, path in enumerate(_outputs(output, request))
+        ]
     else:  # the name tells the first clip's seed
         name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(?:-\d+)?\.mp4")
         jobs = (path.name.removesuffix(SUFFIX) for path in Path().glob(f"*{SUFFIX}"))

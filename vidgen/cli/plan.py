@@ -43,8 +43,7 @@ def run(args: Namespace, report: Report) -> int:
     options["offload"] = None if args.offload == "auto" else args.offload
     request = Request.of(options.pop("prompt"), options)
     enforce(policy_from_environment(), request)
-    folder, device = open_model(args.model), choose_device()
-    require_own_model(folder)
+    folder, device = require_own_model(open_model(args.model)), choose_device()
     require_models(request, folder)
     plan, dtype = settle(folder, request), args.dtype or best_dtype(device)
     kind = DTYPES[dtype]

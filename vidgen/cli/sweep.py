@@ -83,7 +83,7 @@ def run(args: Namespace, report: Report) -> int:
         _begin(stem, args, report, is_drawn=is_drawn)
         _make(todo, args, report)
     _lay_out(cells, columns, recipe, stem, there, args, report)
-    data = {
+    data: dict[str, Any] = {
         "sheet": f"{stem}.png", "video": f"{stem}.mp4", "columns": columns,
         "cells": [{"label": cell.label, "path": str(cell.path), "seed": cell.request.seed,
                    "made": cell in todo, "verdict": _verdict(cell, report)} for cell in cells],

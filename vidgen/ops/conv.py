@@ -48,7 +48,8 @@ def frames_of(x: Tensor) -> Tensor:
 
 def clip_of(frames: Tensor, batch: int) -> Tensor:
     """[B * T, C, H, W] -> [B, C, T, H, W], the inverse of `frames_of`; always a view."""
-    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+    clip: Tensor = frames.unflatten(0, (batch, -1))
+    return clip.transpose(1, 2)
 
 
 def split_first(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +98,7 @@ def convolve(layer: nn.Conv3d, x: Tensor) -> Tensor:
 
     `F.conv3d` passes it by for one small clip in float32, and takes four to ten times as long.
     """
+    assert not isinstance(layer.padding, str), layer.padding
     if plain_inference(x):
         return infer(x, layer.weight, layer.bias, layer.stride, layer.padding)
     if layer.kernel_size[0] == 1:  # oneDNN's gradient of one frame alone breaks memory with AMX
@@ -168,6 +170,7 @@ class CausalConv3d(nn.Conv3d):
     """
 
     cache_key: str = ""
+    padding: tuple[int, ...]
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: tuple[int, int, int]
@@ -202,7 +205,8 @@ class CausalConv3d(nn.Conv3d):
         before = None if cache is None else cache.tensors.get(self.cache_key)
         alone = before is None and x.shape[2] == 1
         if alone or not self.num_history or not norm.can_write(x):
-            return self(norm.silu(x), cache)
+            made: Tensor = self(norm.silu(x), cache)
+            return made
         B, C, T, H, W = x.shape
         whole = x.new_empty(B, self.num_history + T, H, W, C).permute(0, 4, 1, 2, 3)
         if before is None:

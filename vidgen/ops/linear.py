@@ -125,7 +125,8 @@ def feed_forward(up: nn.Linear, down: nn.Linear, x: Tensor, approximate: str) ->
     """
     rows = _HIDDEN_BYTES // (up.out_features * x.element_size() * x[..., :1, 0].numel())
     if torch.is_grad_enabled() or x.ndim != 3 or x.shape[1] <= rows or rows < 1:
-        return down(_gelu_linear(up, x, approximate))
+        made: Tensor = down(_gelu_linear(up, x, approximate))
+        return made
     out = x.new_empty(*x.shape[:-1], down.out_features)
     for start in range(0, x.shape[1], rows):
         part = slice(start, start + rows)

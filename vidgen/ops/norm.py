@@ -69,7 +69,7 @@ class _RowNormSilu(torch.autograd.Function):
 def _inverse_rms(x: Tensor) -> Tensor:
     """1 / sqrt(mean over axis 1 of x^2), float32 inside, in x's dtype; finite for x = 0."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
+    length: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
     return length.clamp_min(1e-12).reciprocal().mul(x.shape[1] ** 0.5).to(x.dtype)
 
 

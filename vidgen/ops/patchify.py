@@ -47,6 +47,6 @@ def unpatchify_latents(patches: Tensor, patch_size: int, rows: int, columns: int
     not the order that `patchify_latents` gives.
     """
     p = patch_size
-    x = patches.unflatten(1, (-1, rows, columns)).unflatten(-1, (p, p, -1))
+    x: Tensor = patches.unflatten(1, (-1, rows, columns)).unflatten(-1, (p, p, -1))
     B, F = x.shape[:2]
     return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, F, rows * p, columns * p)

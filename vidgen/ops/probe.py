@@ -38,7 +38,7 @@ def is_faster(name: str, first: Callable[[], Any], second: Callable[[], Any]) ->
         except (OSError, OutputError):
             pass  # measured again next time
     ours, theirs = known[key]
-    return ours < theirs
+    return bool(ours < theirs)
 
 
 def _time_in_turns(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:

@@ -96,7 +96,8 @@ def normed_heads(
         turned: Tensor = _NativeHeads.apply(x.contiguous(), weight.float(), turns, num_heads, eps)
     else:
         turned = _norm_and_turn(x.contiguous(), weight.float().contiguous(), turns, num_heads, eps)
-    return turned.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    heads: Tensor = turned.unflatten(-1, (num_heads, -1))
+    return heads.transpose(1, 2)
 
 
 def _norm_and_turn(
@@ -146,7 +147,7 @@ class _NormedHeads(torch.autograd.Function):
         weight = weight.float()
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (length.square_() / x.shape[-1]).add_(eps).rsqrt_()
-        out = (x.float() * weight).unflatten(-1, (num_heads, -1))
+        out: Tensor = (x.float() * weight).unflatten(-1, (num_heads, -1))
         _turn(out, scale, table)
         ctx.save_for_backward(x, weight, table, scale)
         return out.transpose(1, 2).to(x.dtype, memory_format=torch.contiguous_format)

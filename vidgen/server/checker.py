@@ -44,12 +44,10 @@ class Checker:
         from vidgen.core.runtime import best_dtype, choose_device
         from vidgen.pipeline.budget.preflight import require_own_model
         from vidgen.pipeline.policy import policy_from_environment
-        from vidgen.weights.folder import ModelFolder, open_model
+        from vidgen.weights.folder import open_model
 
-        folder = open_model(model)
-        require_own_model(folder)
-        assert isinstance(folder, ModelFolder)
-        self.folder, self.limits, self.policy = folder, limits, policy_from_environment()
+        self.folder = require_own_model(open_model(model))
+        self.limits, self.policy = limits, policy_from_environment()
         self.device, self.offload = choose_device(), "none"
         self.dtype = best_dtype(self.device)
 

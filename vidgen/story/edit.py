@@ -129,7 +129,8 @@ def make_edit(
     script, finish, target = film.script, film.script.project.finish, Path(output)
     with _told_with(f"{script.path}: project.finish.codec"):
         picture = picture_settings(finish.codec, target)
-    timeline, described = lay_out(script, shots, rates or [film.fps] * len(shots), film.fps), []
+    timeline = lay_out(script, shots, rates or [film.fps] * len(shots), film.fps)
+    described: list[DescribedSound] = []
     check_sounds(script, timeline)  # those that stand in words aren't made yet
     if describe is not None:
         described, timeline = describe(timeline)

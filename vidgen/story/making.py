@@ -13,7 +13,7 @@ from vidgen.media.findings import Finding, recorded
 from vidgen.media.join import ContinuedClip
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
-from vidgen.pipeline.workers.clip_work import ClipWork, write_request
+from vidgen.pipeline.workers.clip_work import EngineWork, write_request
 from vidgen.story.elements import ShotFrame
 from vidgen.story.takes import best_take, judge_for, score_take
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
     from vidgen.media.encode import Frames
+    from vidgen.pipeline.foreign.engine import ForeignEngine
     from vidgen.pipeline.preview import OnPreview
     from vidgen.pipeline.video import Engine
     from vidgen.story.film import ShotPlan, Take
@@ -54,7 +55,7 @@ class ChoiceJob:
     shot: str
 
 
-class ShotWork(ClipWork):
+class ShotWork(EngineWork):
     """Renders parts of a film's shots into its store, and chooses among takes.
 
     Args:
@@ -65,7 +66,7 @@ class ShotWork(ClipWork):
     """
 
     def __init__(
-        self, open_engine: Callable[[], Engine], model_sha256: str, store: Store,
+        self, open_engine: Callable[[], Engine | ForeignEngine], model_sha256: str, store: Store,
         on_preview: OnPreview | None = None,
     ) -> None:
         super().__init__(open_engine, model_sha256)

@@ -75,8 +75,7 @@ def plan_film(
     Raises:
         InputError: what can't be made, with line, shot and the nearest that can.
     """
-    require_own_model(folder)
-    assert not hasattr(folder, "class_name")
+    folder = require_own_model(folder)
     project, defaults = script.project, folder.defaults
     try:
         asked = Request(prompt="-", fps=project.fps, size=project.size or (  # type: ignore[arg-type]
@@ -107,13 +106,15 @@ def enforce_film(policy: Policy | None, film: FilmPlan) -> None:
     Raises:
         InputError: with the shot's line and the policy's reason.
     """
-    for plan in film.shots.values() if policy else ():
+    if policy is None:
+        return
+    for plan in film.shots.values():
         shot, take = plan.shot, plan.takes[0]
         try:
             for index, part in enumerate(take.parts):
                 request = film.request(shot, take.seed, index, part.num_frames)
                 enforce(policy, request)
-            require_allowed(policy, "music", shot.music and shot.music.prompt, request)
+            require_allowed(policy, "music", shot.music.prompt if shot.music else None, request)
             for said in shot.narration:
                 require_allowed(policy, "speech", said.text, request)
         except InputError as error:

@@ -32,6 +32,7 @@ from vidgen.story.film import FilmPlan, ShotPlan, Take
 from vidgen.story.making import ChoiceJob, PartJob, ShotWork, findings_of
 
 if TYPE_CHECKING:
+    from vidgen.pipeline.foreign.engine import ForeignEngine
     from vidgen.pipeline.preview import OnPreview
     from vidgen.pipeline.video import Engine
     from vidgen.story.script import Shot
@@ -160,8 +161,9 @@ class Renderer:
     """
 
     def __init__(
-        self, store: Store, engine: Callable[[], Engine], tell: OnEvent, *, overwrite: bool = False,
-        staff: Staff | None = None, on_preview: OnPreview | None = None,
+        self, store: Store, engine: Callable[[], Engine | ForeignEngine], tell: OnEvent, *,
+        overwrite: bool = False, staff: Staff | None = None,
+        on_preview: OnPreview | None = None,
     ) -> None:
         self.store, self.film, self.tell = store, store.film, tell
         self.overwrite, self.staff = overwrite, staff or Staff()
@@ -200,7 +202,7 @@ class Renderer:
         """
         given, clip = set[str](), 0
         for number, plan in enumerate(plans, 1):
-            jobs = []
+            jobs = list[Job]()
             text = f"shot {plan.shot.id}, {number} of {len(plans)}"
             needs = tuple(self.film.shots[name].key for name in plan.shot.needs)
             for take, index in self.store.missing(plan):

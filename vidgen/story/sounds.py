@@ -101,10 +101,11 @@ def make_sounds(sounds: Sequence[DescribedSound], tell: OnEvent) -> None:
     place = next(iter(missing.values())).model.load() if missing else None
     for path, each in missing.items():
         event = {"event": "progress", "stage": f"{each.key} of {each.shot}"}
-        samples, rate = each.model.make(
-            each.seed, lambda done, total, told=event: tell({**told, "done": done, "total": total}),
-            place,
-        )
+
+        def report(done: int, total: int, told: dict[str, str] = event) -> None:
+            tell({**told, "done": done, "total": total})
+
+        samples, rate = each.model.make(each.seed, report, place)
         _write(path, samples, rate)
     del place
     gc.collect()  # with offloading, hooks and networks hold each other

@@ -139,8 +139,10 @@ def _texts(shot: Shot) -> Iterator[tuple[str, str]]:
         yield "goes on from", shot.continue_from
     for term, frame in (("begins with", shot.first_frame), ("ends with", shot.last_frame)):
         if frame is not None:
-            is_shot = isinstance(frame, ShotFrame)
-            yield term, f"the {frame.frame} frame of {frame.shot}" if is_shot else str(frame)
+            if isinstance(frame, ShotFrame):
+                yield term, f"the {frame.frame} frame of {frame.shot}"
+            else:
+                yield term, str(frame)
     if shot.sound is not None:
         yield "sound", shot.sound.effects or str(shot.sound.file)
     if shot.music is not None:

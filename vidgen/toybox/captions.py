@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any, Literal, TypeVar
 
 from vidgen.core.errors import InputError
+from vidgen.toybox.cast import SPRITE_NAMES, SPRITES
 from vidgen.toybox.grammar import directions, inflect, with_article
 from vidgen.toybox.motion import ASSETS
 from vidgen.toybox.scenes import (
@@ -26,8 +27,6 @@ from vidgen.toybox.scenes import (
     SEED_RANGES,
     SIZES,
     SPEEDS,
-    SPRITE_NAMES,
-    SPRITES,
     TIMES,
     TINTS,
     WEATHERS,
@@ -156,7 +155,8 @@ class _Speech:
         return self.draws is not None and self.draws.chance(probability)
 
     def _word(self, kind: str, name: str) -> str:
-        return self._pick(phrases()[kind][name])
+        word: str = self._pick(phrases()[kind][name])
+        return word
 
     def full(self) -> str:
         """Name everything; what is usual (day, clear, still) only now and then."""
@@ -232,7 +232,7 @@ class _Speech:
         """Return sense of rotation and speed, each with a leading space."""
         text = ""
         if actor.direction in phrases()["turns"] and (self.draws is None or self._maybe(0.8)):
-            text += f" {self._word('turns', actor.direction)}"
+            text += f" {self._word('turns', str(actor.direction))}"
         if actor.speed != "normal" or self._maybe(0.04):
             text += f" {self._word('speeds', actor.speed)}"
         return text

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import ModelError
 from vidgen.core.runtime import sha256_file
-from vidgen.toybox.scenes import CAMERAS, MOTIONS, PLACES, SPRITES, WORLD_VERSION
+from vidgen.toybox.cast import SPRITES
+from vidgen.toybox.scenes import CAMERAS, MOTIONS, PLACES, WORLD_VERSION
 from vidgen.weights.folder import config_of, embedded_folder
 from vidgen.weights.load import load_module
 
@@ -323,7 +324,8 @@ def to_motion_size(video: Tensor) -> Tensor:
     """Bring video [B, 3, T, H, W] to MotionNet's square; ways count as shares of the frame."""
     frames = video.transpose(1, 2).flatten(0, 1)
     small = F.interpolate(frames, (MOTION_SIDE, MOTION_SIDE), mode="bilinear", antialias=True)
-    return small.unflatten(0, (len(video), -1)).transpose(1, 2)
+    clips: Tensor = small.unflatten(0, (len(video), -1))
+    return clips.transpose(1, 2)
 
 
 @dataclass(frozen=True)

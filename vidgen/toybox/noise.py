@@ -24,4 +24,5 @@ def uniform_noise(seeds: Sequence[int], stream: int, count: int) -> NDArray[np.f
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     value = value ^ (value >> np.uint64(31))
-    return ((value >> np.uint64(40)).astype(np.float64) * 2.0**-24).astype(np.float32)
+    shares: NDArray[np.float64] = (value >> np.uint64(40)).astype(np.float64) * 2.0**-24
+    return shares.astype(np.float32)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from vidgen.toybox.captions import caption, phrases
-from vidgen.toybox.grammar import directions, inflect
+from vidgen.toybox.grammar import Form, directions, inflect
 from vidgen.toybox.scenes import Draws, Scene, times_in, weathers_in
 from vidgen.toybox.slips import misspell, recase
 from vidgen.toybox.thesaurus import Wording, bare_words, loose_vocabulary, paraphrases
@@ -125,7 +125,7 @@ class _Caption(Wording):
     def _pair(self, subject: str) -> str:
         """Say of two actors what they do together, beginning with either."""
         first, second = self.scene.actors
-        template = self.draws.choice(paraphrases()["pairs"][self.scene.relation])
+        template: str = self.draws.choice(paraphrases()["pairs"][self.scene.relation])
         return template.format(
             subject=subject, does=inflect(self.verb(first), "does"), other=self.other(),
             does2=inflect(self.verb(second), "does"), **directions(first),
@@ -151,7 +151,7 @@ class _Caption(Wording):
 
     def _unusual(self) -> list[tuple[str, str]]:
         """Time and weather where they are to be said: what is usual only now and then."""
-        scene, said = self.scene, []
+        scene, said = self.scene, list[tuple[str, str]]()
         if not self.full:
             return said
         if scene.time_of_day != times_in(scene.place)[0] or self.draws.chance(0.25):
@@ -164,7 +164,7 @@ class _Caption(Wording):
     def _keywords(self) -> str:
         """List what is to be seen, as one types it into a search."""
         name = self.draws.choice(_HIDDEN) if self.anonymous else self.name
-        form = "do" if self.draws.chance(0.2) else "doing"
+        form: Form = "do" if self.draws.chance(0.2) else "doing"
         parts = [" ".join([*self.attributes, name]), inflect(self.predicate, form)]
         kinds = [("places", self.scene.place), *self._unusual()]
         tail = [bare_words(self.word(*kind)) for kind in kinds]

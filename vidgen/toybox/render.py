@@ -22,6 +22,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.toybox.art import paint_fog, paint_place
 from vidgen.toybox.canvas import NUM_DRAWS, Canvas, wave
+from vidgen.toybox.cast import SPRITES
 from vidgen.toybox.motion import (
     ASSETS,
     Clock,
@@ -31,7 +32,7 @@ from vidgen.toybox.motion import (
     sheet_description,
 )
 from vidgen.toybox.noise import uniform_noise
-from vidgen.toybox.scenes import PLACES, SPRITES, TIMES, TINTS, WEATHERS, Draws, Scene
+from vidgen.toybox.scenes import PLACES, TIMES, TINTS, WEATHERS, Draws, Scene
 
 MAX_ACTORS = 2
 _PIXELS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
@@ -340,7 +341,7 @@ def sprite_area(sprite: str) -> float:
     described = sheet_description()
     content = (described["tile"] - 2 * described["margin"]) / described["tile"]
     alpha = _textures(torch.device("cpu"))[0][_SPRITE_INDEX[sprite], 3]
-    return float(alpha.mean()) / content**2
+    return float(alpha.mean()) / float(content) ** 2
 
 
 def _paint_falling(canvas: Canvas, image: Tensor, weathers: NDArray[np.int64]) -> None:

@@ -204,7 +204,7 @@ class Draws:
             mark -= weight
             if mark < 0:
                 return name
-        return next(reversed(weights))
+        return list(weights)[-1]
 
 
 _MASK = (1 << 64) - 1

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.toybox.ambience import ambient_sound
+from vidgen.toybox.cast import SPRITES
 from vidgen.toybox.cues import SAMPLE_RATE, Cue, cues_of, num_samples
 from vidgen.toybox.motion import Camera, Clock, Track, actor_tracks, camera_track, frame_sides
 from vidgen.toybox.noise import uniform_noise
-from vidgen.toybox.scenes import SIZES, SPRITES, Draws, Scene
+from vidgen.toybox.scenes import SIZES, Draws, Scene
 from vidgen.toybox.voices import (
     VOICES,
     Array,
@@ -147,7 +148,9 @@ def _drone(drone: Drone, factor: float, speed: Array, spectrum: Spectrum) -> Arr
     tone = tone / max(np.abs(tone).max(), 1e-9)
     hiss = shape_noise(spectrum, drone.band, len(speed), SAMPLE_RATE) / 3
     beat = np.cumsum(pitch / drone.pitch) / SAMPLE_RATE
-    return ((1 - drone.noise) * tone + drone.noise * hiss) * tremolo(drone.flutter, beat)
+    mixed: Array = (1 - drone.noise) * tone + drone.noise * hiss
+    mixed *= tremolo(drone.flutter, beat)
+    return mixed
 
 
 def _rush(speed: Array, spectrum: Spectrum) -> Array:
@@ -175,4 +178,5 @@ def impact_sound(size: str, kind: str, seed: int) -> Array:
     grain = uniform_noise([seed], 45, len(seconds))[0] * 2.0 - 1
     click = grain * np.exp(-seconds / 0.006)
     share = _HARD.get(kind, 0.28)
-    return level * ((1 - share) * body + share * click)
+    struck: Array = level * ((1 - share) * body + share * click)
+    return struck

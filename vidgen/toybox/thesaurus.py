@@ -16,9 +16,10 @@ from vidgen.toybox.captions import (
     vocabulary,
     words_in,
 )
+from vidgen.toybox.cast import SPRITES
 from vidgen.toybox.grammar import directions, inflect, with_article
 from vidgen.toybox.motion import ASSETS
-from vidgen.toybox.scenes import PACED_MOTIONS, SPRITES, Actor, Draws, Scene
+from vidgen.toybox.scenes import PACED_MOTIONS, Actor, Draws, Scene
 from vidgen.toybox.slips import strange_word
 
 
@@ -65,18 +66,21 @@ class Wording:
 
     def fill(self, kind: str, **slots: str) -> str:
         """Draw one of a list of sentences and fill its slots."""
-        return self.draws.choice(paraphrases()[kind]).format(**slots)
+        sentence: str = self.draws.choice(paraphrases()[kind])
+        return sentence.format(**slots)
 
     def word(self, kind: str, name: str) -> str:
         """Draw a phrase for a class, of the wider ones as often as "words" is strong."""
-        plain, wide = phrases()[kind][name], paraphrases()[kind][name]
+        plain: list[str] = phrases()[kind][name]
+        wide: list[str] = paraphrases()[kind][name]
         return self.draws.choice(wide if self.draws.chance(0.8 * self._strong("words")) else plain)
 
     def strange(self, kind: str) -> str:
         """Draw a word without meaning: one of a list, or one that nobody knows."""
         if self.draws.chance(0.4):
             return strange_word(self.draws, loose_vocabulary())
-        return self.draws.choice(paraphrases()[kind])
+        words: list[str] = paraphrases()[kind]
+        return self.draws.choice(words)
 
     def noun_phrase(self, attributes: Sequence[str], name: str) -> str:
         """Put attributes, name and an article together, at times with a strange word in front."""
@@ -122,7 +126,7 @@ class Wording:
         What is tinted isn't called golden, nor what is called so already.
         """
         if self._is_hidden(actor):
-            names = paraphrases()["anonymous"]
+            names: Sequence[str] = paraphrases()["anonymous"]
             roomy = [name for name in names if "{}" in name]
             return self.draws.choice(roomy if attributes else names)
         wide = self.draws.chance(self._strong("words"))
@@ -145,7 +149,8 @@ class Wording:
     def _go(self, actor: Actor) -> str:
         """How an actor gets about; a hidden one just moves, as "swims" would half name it."""
         if self._is_hidden(actor):
-            return self.draws.choice(paraphrases()["anonymous go"])
+            moves: list[str] = paraphrases()["anonymous go"]
+            return self.draws.choice(moves)
         return self.word("go", SPRITES[actor.sprite].kind)
 
     def _manner(self, actor: Actor) -> str:
@@ -154,7 +159,7 @@ class Wording:
         if not self.full:
             return text
         if actor.direction in phrases()["turns"] and self.draws.chance(0.8):
-            text += f" {self.word('turns', actor.direction)}"
+            text += f" {self.word('turns', str(actor.direction))}"
         paced = actor.motion in PACED_MOTIONS
         if actor.speed != "normal" or (paced and self.draws.chance(0.04)):
             text += f" {self.word('speeds', actor.speed)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -202,7 +203,8 @@ def _actor_map(view: _View, camera: Camera, track: Track) -> Callable[[int], NDA
         to_world = np.array(
             [[cos * wide, -sin * tall, track.x[t]], [sin * wide, cos * tall, track.y[t]], [0, 0, 1]]
         )
-        return place(t) @ to_world
+        mapped: NDArray[np.float64] = place(t) @ to_world
+        return mapped
 
     return affine
 
@@ -219,10 +221,10 @@ def events(
     found = []
     for index, track in enumerate(tracks):
         found += [Event("contact", float(at * duration), index) for at in track.contacts]
-        for at, rising in _crossings(lambda u, i=index: view.outside(u, i), num_frames):
+        for at, rising in _crossings(partial(view.outside, index=index), num_frames):
             found.append(Event("leave" if rising else "enter", float(at * duration), index))
         if scene.actors[index].motion == "drives past":
-            for at, _ in _crossings(lambda u, i=index: _from_middle(view, u, i), num_frames):
+            for at, _ in _crossings(partial(_from_middle, view, index=index), num_frames):
                 found.append(Event("cross", float(at * duration), index))
     if scene.relation == "passes":
         for at, _ in _crossings(lambda u: _apart(view, u), num_frames):

@@ -212,7 +212,8 @@ def ring_call(call: Call, seed: int, factor: float, rate: int) -> Array:
         start = round(index * call.gap_s * rate)
         part = _syllable(call, factor * note, count, rate, hiss)
         whole[start : start + count] += part[: len(whole) - start]
-    return whole / max(np.abs(whole).max(), 1e-9)
+    loudest = max(float(np.abs(whole).max()), 1e-9)
+    return whole / loudest
 
 
 def _syllable(call: Call, factor: float, count: int, rate: int, hiss: Array | None) -> Array:
@@ -229,7 +230,8 @@ def _syllable(call: Call, factor: float, count: int, rate: int, hiss: Array | No
     if call.decay_s:
         envelope = envelope * np.exp(-seconds / call.decay_s)
     envelope = envelope * np.clip((call.length_s - seconds) / _RELEASE_S, 0, 1)
-    return tone * envelope * tremolo(call.flutter, seconds)
+    swelling: NDArray[np.float64] = tone * envelope
+    return swelling * tremolo(call.flutter, seconds)
 
 
 def partials(

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 
@@ -32,7 +32,7 @@ from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.rewrite import LanguageModel
 from vidgen.pipeline.step_caches import settle_cache
 from vidgen.pipeline.tasks import check_tasks
-from vidgen.weights.folder import open_model
+from vidgen.weights.folder import ForeignFolder, open_model
 
 if TYPE_CHECKING:
     from vidgen.pipeline.video import Engine
@@ -304,12 +304,13 @@ def require_models(request: Request, folder: ModelFolder) -> None:
         open_voice(request.voice)
 
 
-def require_own_model(folder: Any) -> None:
-    """Refuse what another program's pipeline runs: nothing is known of its insides.
+def require_own_model(folder: ModelFolder | ForeignFolder) -> ModelFolder:
+    """The folder, refused if another program's pipeline runs it: its insides aren't known.
 
     Raises:
         InputError: names the pipeline.
     """
-    if not hasattr(folder, "components"):
+    if isinstance(folder, ForeignFolder):
         raise InputError(f"what {folder.class_name} takes can't be told beforehand; plan knows the "
                          "embedded model and the Wan family")
+    return folder

@@ -55,8 +55,8 @@ def write_request(
 
 
 @dataclass
-class ClipWork:
-    """Makes requests into files.
+class EngineWork:
+    """Work that a model does, opened once in each worker.
 
     Args:
         open_engine: makes the model ready, once in each worker; picklable for several.
@@ -89,6 +89,10 @@ class ClipWork:
         """Let the engine go, if this process opened one."""
         if (engine := vars(self).pop("engine", None)) is not None and hasattr(engine, "close"):
             engine.close()
+
+
+class ClipWork(EngineWork):
+    """Makes requests into files."""
 
     def __call__(self, payload: tuple[Request, Path, Mapping[str, Any]], tell: OnEvent) -> None:
         """Make one clip."""
