@@ -15,7 +15,6 @@ from itertools import product
 from typing import Any, Literal, TypeVar
 
 from vidgen.core.errors import InputError
-from vidgen.toybox.cast import SPRITE_NAMES, SPRITES
 from vidgen.toybox.grammar import directions, inflect, with_article
 from vidgen.toybox.motion import ASSETS
 from vidgen.toybox.scenes import (
@@ -27,6 +26,8 @@ from vidgen.toybox.scenes import (
     SEED_RANGES,
     SIZES,
     SPEEDS,
+    SPRITE_NAMES,
+    SPRITES,
     TIMES,
     TINTS,
     WEATHERS,

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import ModelError
 from vidgen.core.runtime import sha256_file
-from vidgen.toybox.cast import SPRITES
-from vidgen.toybox.scenes import CAMERAS, MOTIONS, PLACES, WORLD_VERSION
+from vidgen.toybox.scenes import CAMERAS, MOTIONS, PLACES, SPRITES, WORLD_VERSION
 from vidgen.weights.folder import config_of, embedded_folder
 from vidgen.weights.load import load_module
 

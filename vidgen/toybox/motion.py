@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vidgen.toybox.cast import SPRITES
-from vidgen.toybox.scenes import SIZES, Actor, Draws, Scene
+from vidgen.toybox.scenes import SIZES, SPRITES, Actor, Draws, Scene
 
 Array = NDArray[np.float64]
 ASSETS = Path(__file__).parent.parent / "assets" / "world"

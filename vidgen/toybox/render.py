@@ -22,7 +22,6 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.toybox.art import paint_fog, paint_place
 from vidgen.toybox.canvas import NUM_DRAWS, Canvas, wave
-from vidgen.toybox.cast import SPRITES
 from vidgen.toybox.motion import (
     ASSETS,
     Clock,
@@ -32,7 +31,7 @@ from vidgen.toybox.motion import (
     sheet_description,
 )
 from vidgen.toybox.noise import uniform_noise
-from vidgen.toybox.scenes import PLACES, TIMES, TINTS, WEATHERS, Draws, Scene
+from vidgen.toybox.scenes import PLACES, SPRITES, TIMES, TINTS, WEATHERS, Draws, Scene
 
 MAX_ACTORS = 2
 _PIXELS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.toybox.ambience import ambient_sound
-from vidgen.toybox.cast import SPRITES
 from vidgen.toybox.cues import SAMPLE_RATE, Cue, cues_of, num_samples
 from vidgen.toybox.motion import Camera, Clock, Track, actor_tracks, camera_track, frame_sides
 from vidgen.toybox.noise import uniform_noise
-from vidgen.toybox.scenes import SIZES, Draws, Scene
+from vidgen.toybox.scenes import SIZES, SPRITES, Draws, Scene
 from vidgen.toybox.voices import (
     VOICES,
     Array,

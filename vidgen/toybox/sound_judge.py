@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from vidgen.core.errors import InputError
 from vidgen.media.mel import log_mel
 from vidgen.toybox.ambience import LAYERS
-from vidgen.toybox.cast import SPRITES
 from vidgen.toybox.cues import SAMPLE_RATE
 from vidgen.toybox.judge import NOTHING, JudgeFiles, config_of_this_world, conv_block, ranked
-from vidgen.toybox.scenes import WORLD_VERSION
+from vidgen.toybox.scenes import SPRITES, WORLD_VERSION
 from vidgen.weights.folder import embedded_folder
 from vidgen.weights.load import load_module
 

@@ -16,10 +16,9 @@ from vidgen.toybox.captions import (
     vocabulary,
     words_in,
 )
-from vidgen.toybox.cast import SPRITES
 from vidgen.toybox.grammar import directions, inflect, with_article
 from vidgen.toybox.motion import ASSETS
-from vidgen.toybox.scenes import PACED_MOTIONS, Actor, Draws, Scene
+from vidgen.toybox.scenes import PACED_MOTIONS, SPRITES, Actor, Draws, Scene
 from vidgen.toybox.slips import strange_word
 
 

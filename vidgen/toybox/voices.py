@@ -230,7 +230,7 @@ def _syllable(call: Call, factor: float, count: int, rate: int, hiss: Array | No
     if call.decay_s:
         envelope = envelope * np.exp(-seconds / call.decay_s)
     envelope = envelope * np.clip((call.length_s - seconds) / _RELEASE_S, 0, 1)
-    swelling: NDArray[np.float64] = tone * envelope
+    swelling: Array = tone * envelope
     return swelling * tremolo(call.flutter, seconds)
 
 

@@ -26,7 +26,7 @@ def estimate(
     """What a generation takes, from a model's headers; see `Job` for the arguments."""
     job = Job(folder, plan, request, setup, rates or {}, suffix)
     took, held, count = Seconds(job), Memory(job), request.count
-    load_s = _loading(job, took)
+    load_s, load_b, decode_b = _loading(job, took), held.load(), held.decode()
     sound: tuple[Stage, ...] = ()
     if job.makes_sound:
         sound = (Stage("sound", count * (took.sound() + load_s["sound"]), held.sound()),)
@@ -35,13 +35,13 @@ def estimate(
         Stage("text", took.text() + load_s["text"], held.text()),
         Stage("prepare", count * (took.prepare() + load_s["prepare"]), held.prepare()),
         Stage("denoise", count * (took.denoise() + load_s["denoise"]), held.denoise()), *sound,
-        Stage("decode", count * decode_s, held.decode()),
-        Stage("mux", count * took.mux(decode_s), held.decode()),
+        Stage("decode", count * decode_s, decode_b),
+        Stage("mux", count * took.mux(decode_s), decode_b),
     )
-    peak = max(held.load(), *(stage.bytes for stage in stages))
+    peak = max(load_b, *(stage.bytes for stage in stages))
     load = load_s["load"] + took.fresh(peak)  # once, for all
     return Estimate(
-        (Stage("load", load, held.load()), *stages), setup,
+        (Stage("load", load, load_b), *stages), setup,
         encoder_s=count * took.encode_video(), kept_frames=count * job.passes.kept,
         disk_bytes=count * held.disk(), measured=_is_measured(job), notes=_notes(job),
     )
