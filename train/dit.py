@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
-from vidgen.diffusion.flow import add_noise, velocity_loss
+from vidgen.diffusion.flow import add_noise, squared_error, velocity_of
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import AudioConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
@@ -67,8 +68,14 @@ class DiTRun(DiTData):
             told; likewise.
         pixel_weights: whether errors in the latents' channels count by what the VAE makes of them
             in pixels (`channel_weights`) instead of all alike; in the validation's figures, too.
-        part: "sound" trains the transformer's own parts for sound alone, first of all.
+        part: "sound" trains the transformer's own parts for sound alone, first of all;
+            "transformer" leaves the text encoder as it is: what an expert beside another takes.
         init: folder of a released model whose transformer and text encoder to start from.
+        keep: folder of a released model, what of which the run isn't to forget: above the noise
+            level `keep_above`, and of sound at all levels, it learns what that one's transformer
+            says instead of the clips' velocity (Li & Hoiem 2016, sec. 3). Both read one text, so
+            `part` is "transformer".
+        keep_above: see `keep`.
         compile: torch.compile the blocks, on devices that our own kernels don't serve; pays in runs
             of hours, as every shape compiles anew.
     """
@@ -83,9 +90,19 @@ class DiTRun(DiTData):
     cue_weight: float = 0.0
     mark_weight: float = 0.0
     pixel_weights: bool = False
-    part: Literal["all", "sound"] = "all"
+    part: Literal["all", "sound", "transformer"] = "all"
     init: str | None = None
+    keep: str | None = None
+    keep_above: float = 0.7
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.keep_above <= 1:
+            raise InputError(f"keep_above is {self.keep_above}; a noise level lies in 0..1")
+        if self.keep and self.part != "transformer":
+            raise InputError(f"part is {self.part!r}; keep needs part: transformer, since both "
+                             "networks read one text")
 
 
 class DiTTask:
@@ -101,6 +118,7 @@ class DiTTask:
         self.text = self._network("text_encoder", UMT5Encoder, TEXT_PRESETS[config.text_preset])
         if not config.init:
             self.dit.init_weights()
+        self.former = self._former()
         if config.compile:
             self.dit.compile_blocks()
         self.heads = AttributeHeads(self.text.config.hidden_dim).to(self.device)
@@ -112,6 +130,8 @@ class DiTTask:
         if config.part == "sound":
             for name, parameter in named_parameters(self.modules).items():
                 parameter.requires_grad_("audio" in name or name.startswith("truth."))
+        if config.part == "transformer":
+            self.text.requires_grad_(requires_grad=False)
         self.draws = ClipDraws(config, self.device, self.dit.config.patch_size)
         first = self.draws.caches[0]
         self.frames_per_s = first.config.fps / first.strides.t
@@ -126,6 +146,14 @@ class DiTTask:
         folder = Path(self.config.init) / part
         module = load_module(lambda: kind(architecture), folder, torch.float32, self.device)
         return module.requires_grad_(requires_grad=True)
+
+    def _former(self) -> SpacetimeDiT | None:
+        """The transformer of the model that isn't to be forgotten."""
+        if self.config.keep is None:
+            return None
+        config = DIT_PRESETS[self.config.preset]
+        folder = Path(self.config.keep) / "transformer"
+        return load_module(lambda: SpacetimeDiT(config), folder, torch.float32, self.device)
 
     def _channels(self) -> Tensor:
         """What each channel counts, [C, 1, 1, 1], measured on some clips kept aside."""
@@ -173,7 +201,7 @@ class DiTTask:
         """Squared error of the velocity where it is to be generated, and the attributes' loss."""
         del step
         context = encode_tokens(self.text, batch.ids, batch.mask)
-        error, sound = self._errors(batch, context, self.config.sprite_weight)
+        error, sound = self._errors(batch, context, self.config.sprite_weight, self.former)
         told = self.heads.loss(context, batch.mask, batch.labels)
         truth, config = self.truth.losses(batch), self.config
         weights = {"cover": config.cover_weight, "names": config.name_weight,
@@ -187,25 +215,37 @@ class DiTTask:
         return total, {name: value.detach() for name, value in values.items()}
 
     def _errors(
-        self, batch: Batch, context: Tensor, sprite_weight: float = 0.0
+        self, batch: Batch, context: Tensor, sprite_weight: float = 0.0,
+        former: SpacetimeDiT | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Of the picture's velocity, and of the sound's where there is sound."""
+        """Of the picture's velocity, and of the sound's where there is sound.
+
+        What `former` says is the truth above `keep_above`, and of sound.
+        """
         state, clean, heard = batch.state, batch.state.clean, batch.state.sound
         noisy, sound_error = add_noise(clean, batch.noise, batch.sigma), None
+        wanted, wanted_sound = velocity_of(clean, batch.noise), None
         if heard is not None and batch.sound_noise is not None:
             noisy = state.together(noisy, add_noise(heard.clean, batch.sound_noise, batch.sigma))
-        made, sound = state.apart(velocity(
-            self.dit, state, noisy, batch.sigma, (context, batch.mask.sum(1)),
-            patch=self.dit.config.patch_size, frames_per_s=self.frames_per_s,
-        ))
-        if heard is not None and batch.sound_noise is not None and sound is not None:
-            sound_error = velocity_loss(
-                sound, heard.clean, batch.sound_noise, heard.denoise_mask
-            ).mean()
+            wanted_sound = velocity_of(heard.clean, batch.sound_noise)
+        says = partial(
+            velocity, state=state, latents=noisy, sigma=batch.sigma,
+            context=(context, batch.mask.sum(1)), patch=self.dit.config.patch_size,
+            frames_per_s=self.frames_per_s,
+        )
+        made, sound = state.apart(says(self.dit))
+        if former is not None:
+            keeps = (batch.sigma >= self.config.keep_above).view(-1, 1, 1, 1, 1)
+            if bool(keeps.any()) or wanted_sound is not None:
+                with torch.no_grad():
+                    said, wanted_sound = state.apart(says(former))
+                wanted = torch.where(keeps, said.float(), wanted)
+        if heard is not None and wanted_sound is not None and sound is not None:
+            sound_error = squared_error(sound, wanted_sound, heard.denoise_mask).mean()
         clear = (1 - batch.sigma).view(-1, 1, 1, 1, 1)
         weight = state.denoise_mask * (1 + sprite_weight * clear * batch.cover)
         weight = weight if self.channels is None else weight * self.channels
-        return velocity_loss(made, clean, batch.noise, weight).mean(), sound_error
+        return squared_error(made, wanted, weight).mean(), sound_error
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Velocity error on clips kept aside, text alone, at fixed noise levels and noise.
@@ -223,7 +263,8 @@ class DiTTask:
 
     def _velocity_errors(self, num_frames: int, *, sound: bool = False) -> dict[str, float]:
         scores, heard = {}, []
-        for level in VALIDATION_SIGMAS:
+        low, high = self.config.levels
+        for level in (level for level in VALIDATION_SIGMAS if low <= level <= high):
             batch = self.draws.held_aside(num_frames, level, sound=sound)
             bf16 = self.config.run.dtype == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):

@@ -227,6 +227,18 @@ def test_squares_show_sprites_for_the_same_number_of_tokens(plain: DiTData) -> N
         draws(replace(plain, crop_share=0.5, crop=6))
 
 
+def test_an_expert_learns_the_noise_levels_of_its_own(plain: DiTData) -> None:
+    image = {"image_shares": (0.5,), "image_batch": 6, "uniform_share": 0.5}
+    low = replace(plain, **image, levels=(0.2, 0.6), shifts=(4.0,))
+    for config in (low, replace(low, crop_share=1.0, crop=2, crop_level=0.7)):
+        levels = torch.cat([batch.sigma for batch in draws(config)])
+        assert 0.2 <= levels.min() < 0.3
+        assert 0.5 < levels.max() <= 0.6
+    for wrong in ((0.6, 0.2), (-0.1, 1.0), (0.5, 1.5)):
+        with pytest.raises(InputError, match=r"levels are \[.*the lowest first"):
+            replace(plain, levels=wrong)
+
+
 def with_stills(plain: DiTData, folder: Path) -> DiTData:
     """The same, with 120 stills beside its twelve clips; all scenes of them are others."""
     cache = replace(plain.caches[0], folder=str(folder), shard_size=30, first_scene=500,

@@ -16,7 +16,9 @@ from vidgen.core.errors import InputError
 from vidgen.diffusion import condition
 from vidgen.diffusion.sound import sound_span
 from vidgen.models.audio import AudioVAE
-from vidgen.models.presets import AUDIO_VAE_PRESETS
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS
+from vidgen.models.text import UMT5Encoder
 from vidgen.toybox.scenes import SceneMix
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.embedded.dit_data import ClipDraws, DiTData
@@ -190,7 +192,36 @@ def test_the_program_learns_both_or_sound_alone(
     alone = run_program(server, "train/dit.py", "-c", str(file), "--set", "part=sound", "--set",
                         f"run.folder={tmp_path / 'alone'}")  # fmt: skip
     assert alone.returncode == 0, alone.stderr
+    keeps_all_that_it_was_taught(server, file, tmp_path)
     silent = run_program(server, "train/dit.py", "-c", str(file), "--set", "preset=tiny", "--set",
                          f"run.folder={tmp_path / 'silent'}")  # fmt: skip
     assert silent.returncode == 2
     assert "no parts for sound" in silent.stderr
+
+
+def keeps_all_that_it_was_taught(server: ForkServer, file: Path, folder: Path) -> None:
+    """A run that is to forget nothing at any level has nothing to learn from any clip."""
+    taught = folder / "taught"
+    dit, text = SpacetimeDiT(DIT_PRESETS["tiny-sound"]), UMT5Encoder(TEXT_PRESETS["tiny"])
+    dit.init_weights()
+    torch.nn.init.normal_(dit.head.proj.weight, std=0.1)
+    for name, part in (("transformer", dit), ("text_encoder", text)):
+        save_module(part.state_dict(), part.config, taught / name, torch.float32)
+
+    def errors(*settings: str) -> dict[str, float]:
+        options = [f"init={taught}", "part=transformer", f"keep={taught}", "run.dtype=fp32",
+                   f"run.folder={folder / '-'.join(settings)}", *settings]
+        made = run_program(server, "train/dit.py", "-c", str(file),
+                           *(word for option in options for word in ("--set", option)))
+        assert made.returncode == 0, made.stderr
+        curve = folder / "-".join(settings) / "curve.jsonl"
+        return json.loads(curve.read_text().splitlines()[0])
+
+    for known, of in ((0, "velocity"), (1, "sound")):
+        told = f"sound.picture_known={known}"
+        assert errors("keep_above=0", told)[of] < 1e-8
+        learned = errors("keep_above=1", told)[of]
+        assert learned > 0.1 if of == "velocity" else learned < 1e-8
+    words = run_program(server, "train/dit.py", "-c", str(file), "--set", f"keep={taught}")
+    assert words.returncode == 2
+    assert "keep needs part: transformer" in words.stderr

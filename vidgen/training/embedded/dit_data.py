@@ -55,6 +55,7 @@ class DiTData:
         tokenizer: folder with `tokenizer.json`.
         shifts: of the training times, one a phase: larger clips need more noise. Motion is settled
             above a noise level of 0.85.
+        levels: the lowest and the highest noise level that are learned: those of one expert.
         uniform_share: share of a clip batch's times drawn evenly instead, so that the low levels,
             where edges become crisp, aren't forgotten.
         conditions: of batches without stills, which cost no tokens.
@@ -74,8 +75,8 @@ class DiTData:
             sprites, as many as make the frames' area: most of a frame is background, which is
             learned long before.
         crop: their side in latents.
-        crop_level: the highest of their noise levels, evenly drawn from 0 on: above it a caption
-            doesn't tell what a square is cut from.
+        crop_level: the highest of their noise levels, evenly drawn from the lowest on: above it a
+            caption doesn't tell what a square is cut from.
         window_share: share of clip batches cut from the inside of clips, all under a prefix:
             what a window of a long clip is, whose first latent is no single frame.
         anchor_share: of their samples, the share that is given the clip's first frame as a
@@ -93,6 +94,7 @@ class DiTData:
     caches: tuple[CacheConfig, ...]
     tokenizer: str
     shifts: tuple[float, ...]
+    levels: tuple[float, float] = (0.0, 1.0)
     uniform_share: float = 0.0
     conditions: ConditionMix = PLAIN
     still_conditions: ConditionMix = WITH_STILLS
@@ -124,6 +126,8 @@ class DiTData:
                      "crop_share", "crop_level", "still_share", "window_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
+        if not 0 <= self.levels[0] < self.levels[1] <= 1:
+            raise InputError(f"levels are {list(self.levels)}; they lie in 0..1, the lowest first")
         if self.caches and self.caches[0].stills_only:
             raise InputError("the first of the caches is stills_only; validation takes clips from "
                              "it, so name one of clips before it")
@@ -217,17 +221,20 @@ class ClipDraws:
             height, width = self.data[which].clips.shape[3:]
             size = size * height * width // self.config.crop**2
             rows = torch.randint(counts[which], (size,), generator=draw)
-            sigma = self.config.crop_level * draw_sigmas(size, draw, mean=None)
+            low, high = self.config.levels
+            span = low, max(low, min(high, self.config.crop_level))
+            sigma = draw_sigmas(size, draw, mean=None, between=span)
             return self._assemble(which, rows, num_frames, sigma, draw, kind, sound=False,
                                   conditions=self.config.conditions, crop=self.config.crop)
         rows = torch.randint(counts[which], (size,), generator=draw)
         sound = num_frames > 1 and self._draws_sound(kind)
         if sound:
             rows = self._with_struck(which, rows, counts[which], draw)
-        sigma = draw_sigmas(size, draw, shift=shift)
+        levels = self.config.levels
+        sigma = draw_sigmas(size, draw, shift=shift, between=levels)
         if num_frames > 1:
             even = torch.rand(size, generator=draw) < self.config.uniform_share
-            sigma = torch.where(even, draw_sigmas(size, draw, mean=None), sigma)
+            sigma = torch.where(even, draw_sigmas(size, draw, mean=None, between=levels), sigma)
         return self._assemble(which, rows, num_frames, sigma, draw, kind, sound=sound)
 
     def held_aside(self, num_frames: int, level: float, *, sound: bool = False) -> Batch:
@@ -282,7 +289,7 @@ class ClipDraws:
         scenes = [self.caches[which].scene(row) for row in rows.tolist()]
         told = self._told(
             scenes, has_reference(state.keys, len(rows)), draw, dropout,
-            loose=conditions is not TEXT_ONLY,
+            loose=conditions is not TEXT_ONLY and crop is None,  # a long one pads hundreds
         )
         noise = torch.randn(latents.shape, generator=draw)
         marks = sound_noise = cues = None
