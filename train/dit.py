@@ -30,7 +30,8 @@ from vidgen.pipeline.networks import velocity
 from vidgen.training.config import Phase
 from vidgen.training.ema import named_parameters
 from vidgen.training.embedded.channel_weights import channel_weights
-from vidgen.training.embedded.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.embedded.dit_config import DiTData
+from vidgen.training.embedded.dit_data import Batch, ClipDraws
 from vidgen.training.embedded.toybox_data import load_vae
 from vidgen.training.embedded.truth_heads import AttributeHeads, TruthHeads
 from vidgen.training.optim import build_optimizers

@@ -18,7 +18,8 @@ from vidgen.toybox.cues import scene_marks
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import Actor, Scene
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.embedded.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.embedded.dit_config import DiTData
+from vidgen.training.embedded.dit_data import Batch, ClipDraws
 from vidgen.training.embedded.toybox_data import (
     MARK_BINS,
     CacheConfig,

@@ -21,7 +21,8 @@ from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder
 from vidgen.toybox.scenes import SceneMix
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.embedded.dit_data import ClipDraws, DiTData
+from vidgen.training.embedded.dit_config import DiTData
+from vidgen.training.embedded.dit_data import ClipDraws
 from vidgen.training.embedded.sound_cache import SoundCache, SoundMix, with_sound
 from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache, load_vae
 from vidgen.weights.load import save_module

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.embedded.dit_data import Batch, ClipDraws, DiTData
+from vidgen.training.embedded.dit_config import DiTData
+from vidgen.training.embedded.dit_data import Batch, ClipDraws
 from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache, load_vae
 from vidgen.training.embedded.truth_heads import SHOWN, TruthHeads
 

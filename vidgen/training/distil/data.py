@@ -30,7 +30,8 @@ from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.networks import velocity
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import generator_of
-from vidgen.training.embedded.dit_data import PLAIN, Batch, ClipDraws, DiTData
+from vidgen.training.embedded.dit_config import PLAIN, DiTData
+from vidgen.training.embedded.dit_data import Batch, ClipDraws
 from vidgen.training.embedded.latents import LatentShards
 from vidgen.training.embedded.toybox_data import CacheConfig
 from vidgen.weights.folder import ModelFolder

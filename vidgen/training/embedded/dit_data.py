@@ -25,122 +25,20 @@ from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.toybox.captions import CLASSES, attributes, caption
 from vidgen.toybox.paraphrase import loose_caption
 from vidgen.toybox.scenes import Draws, Scene
-from vidgen.training.config import Phase, RunConfig
+from vidgen.training.config import Phase
 from vidgen.training.draws import generator_of
+from vidgen.training.embedded.dit_config import DiTData
 from vidgen.training.embedded.sound_cache import SoundCache, SoundMix, with_sound
 from vidgen.training.embedded.toybox_data import (
-    CacheConfig,
     CachedClips,
     ToyboxCache,
     cut_around,
 )
 
-PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
-WITH_STILLS = ConditionMix(
-    text=0.4, first=0.05, last=0.2, both=0.2, frames=0.1, prefix=0.05, mask=0.0, reference=0.4
-)
 WINDOW = ConditionMix(text=0, first=0, last=0, both=0, frames=0, prefix=1, mask=0, reference=0)
 TEXT_ONLY = ConditionMix(text=1, first=0, last=0, both=0, frames=0, prefix=0, mask=0, reference=0)
 FOLLOWED = SoundMix("", picture_known=1)
 SHOWN_BY_REFERENCE = ("sprite", "tint")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTData:
-    """The part of a run that says what it learns from.
-
-    Args:
-        run: phases, seed and device.
-        caches: what `train/cache.py` made; one entry an aspect ratio, drawn by clip count.
-        tokenizer: folder with `tokenizer.json`.
-        shifts: of the training times, one a phase: larger clips need more noise. Motion is settled
-            above a noise level of 0.85.
-        levels: the lowest and the highest noise level that are learned: those of one expert.
-        uniform_share: share of a clip batch's times drawn evenly instead, so that the low levels,
-            where edges become crisp, aren't forgotten.
-        conditions: of batches without stills, which cost no tokens.
-        still_conditions: of the share of batches that get last frames, keyframes, references.
-        still_share: that share.
-        caption_dropout: share of samples that see an empty prompt, for guidance.
-        loose_share: share of captions that `loose_caption` writes, as people do, in the warm-up
-            of words, too; nearly half of those are plain again. Validation has none.
-        anonymous_share: of the samples that are given a reference, the share whose caption doesn't
-            name what it shows ("it"); `loose_caption` writes them all.
-        image_shares: share of each phase's batches that are single frames, `image_batch` of them:
-            cheap samples of what things look like, without which clips make the model forget
-            stills. None without.
-        image_batch: samples of such a batch.
-        image_shift: of such a batch's training times.
-        crop_share: share of batches, of clips and of single frames, that are squares around
-            sprites, as many as make the frames' area: most of a frame is background, which is
-            learned long before.
-        crop: their side in latents.
-        crop_level: the highest of their noise levels, evenly drawn from the lowest on: above it a
-            caption doesn't tell what a square is cut from.
-        window_share: share of clip batches cut from the inside of clips, all under a prefix:
-            what a window of a long clip is, whose first latent is no single frame.
-        anchor_share: of their samples, the share that is given the clip's first frame as a
-            reference: what keeps a long clip to the looks it began with.
-        history_noise: of their samples, the highest level of noise in what they go on from, drawn
-            evenly from 0 on: so that the faults of a window aren't taken for the picture.
-        validation_clips: taken off the end of the first cache, never trained on.
-        sound: what is learned of sound, or None; clips' sound is cached beside their latents.
-
-    Raises:
-        InputError: what would otherwise show hours into the run.
-    """
-
-    run: RunConfig
-    caches: tuple[CacheConfig, ...]
-    tokenizer: str
-    shifts: tuple[float, ...]
-    levels: tuple[float, float] = (0.0, 1.0)
-    uniform_share: float = 0.0
-    conditions: ConditionMix = PLAIN
-    still_conditions: ConditionMix = WITH_STILLS
-    still_share: float = 0.25
-    caption_dropout: float = 0.1
-    loose_share: float = 0.0
-    anonymous_share: float = 0.0
-    image_shares: tuple[float, ...] = ()
-    image_batch: int = 64
-    image_shift: float = 1.0
-    crop_share: float = 0.0
-    crop: int = 8
-    crop_level: float = 0.7
-    window_share: float = 0.0
-    anchor_share: float = 0.0
-    history_noise: float = 0.0
-    validation_clips: int = 64
-    sound: SoundMix | None = None
-
-    def __post_init__(self) -> None:
-        phases = self.run.phases
-        if len(self.shifts) != len(phases):
-            raise InputError(f"shifts has {len(self.shifts)} entries for {len(phases)} phases; "
-                             "give one a phase")
-        if self.image_shares and len(self.image_shares) != len(phases):
-            raise InputError(f"image_shares has {len(self.image_shares)} entries for {len(phases)} "
-                             "phases; give one a phase, or none")
-        for name in ("loose_share", "anonymous_share", "anchor_share", "history_noise",
-                     "crop_share", "crop_level", "still_share", "window_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
-        if not 0 <= self.levels[0] < self.levels[1] <= 1:
-            raise InputError(f"levels are {list(self.levels)}; they lie in 0..1, the lowest first")
-        if self.caches and self.caches[0].stills_only:
-            raise InputError("the first of the caches is stills_only; validation takes clips from "
-                             "it, so name one of clips before it")
-        clips = [cache for cache in self.caches if not cache.stills_only]
-        longest = min((cache.num_frames for cache in clips), default=0)
-        asked = max(phase.num_frames for phase in phases)
-        if asked > longest:
-            raise InputError(f"a phase has clips of {asked} frames, the caches hold {longest}; "
-                             "cache longer clips or shorten the phase")
-        kept = self.caches[0].shards * self.caches[0].shard_size
-        if self.validation_clips >= kept:
-            raise InputError(f"validation_clips is {self.validation_clips} of {kept} cached clips; "
-                             "leave some to train on")
 
 
 @dataclass(frozen=True)
