@@ -107,6 +107,15 @@ def test_guidance_towards_given_frames_may_grow_with_the_distance_from_them(
         latents(engine, image=picture, image_guidance_reach=2)
 
 
+def test_a_model_may_have_an_interval_of_guidance_of_its_own(
+    engine: Engine, tiny_model: Path
+) -> None:
+    high = taught(tiny_model, guidance_interval=(0.9, 1.0))
+    assert not torch.equal(latents(high), latents(engine))
+    assert torch.equal(latents(high), latents(engine, guidance_interval=(0.9, 1.0)))
+    assert torch.equal(latents(high, guidance_interval=(0.0, 1.0)), latents(engine))
+
+
 def test_a_first_frame_comes_nearer_to_its_picture_by_steps_of_its_own(
     engine: Engine, tiny_model: Path, picture: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -116,7 +116,7 @@ class Request:
             that were taught to do without (toybox).
         image_guidance_reach: latent frames from a first frame on at which that is full; it rises
             from 1 there. 0: full everywhere.
-        guidance_interval: (low, high) in sigma within which guidance acts.
+        guidance_interval: (low, high) in sigma within which guidance acts; None is the model's own.
         cache: "none", "first-block", "magnitude" or "forecast", each with a `:THRESHOLD` behind it
             or without: leaves most of the transformer out at steps that change little.
         guidance_rescale: 0 to 1, how far the guided velocity's deviation is brought back.

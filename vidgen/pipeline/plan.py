@@ -187,7 +187,7 @@ def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:
         known = float(next(scale for scale in asked if scale is not None))
     return Guidance(
         scale=defaults.guidance_scale if request.guidance is None else float(request.guidance),
-        interval=request.guidance_interval or (0.0, 1.0),
+        interval=request.guidance_interval or defaults.guidance_interval,
         rescale=float(request.guidance_rescale or 0.0),
         low_scale=low, boundary=defaults.boundary or 0.0, known_scale=known,
         reach=defaults.image_guidance_reach if reach is None else reach,

@@ -39,6 +39,7 @@ class ModelDefaults:
     Args:
         guidance_scale: of a model with two experts, the high-noise one's.
         guidance_scale_2: the low-noise expert's; None: the same.
+        guidance_interval: (lowest, highest) sigma at which guidance applies.
         image_guidance_scale: where frames are given; see `Guidance.known_scale`.
         image_guidance_reach: see `Guidance.reach`.
         refine_steps: gradient steps that bring a given first frame's latents nearer to it; None: of
@@ -67,6 +68,7 @@ class ModelDefaults:
     guidance_scale_2: float | None = None
     boundary: float | None = None
     history_noise: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     image_guidance_scale: float | None = None
     image_guidance_reach: int = 0
     refine_steps: int | None = None
