@@ -70,7 +70,7 @@ class DiTRun(DiTData):
         pixel_weights: whether errors in the latents' channels count by what the VAE makes of them
             in pixels (`channel_weights`) instead of all alike; in the validation's figures, too.
         part: "sound" trains the transformer's own parts for sound alone, first of all;
-            "transformer" leaves the text encoder as it is: what an expert beside another takes.
+            "transformer" leaves the text encoder as it is.
         init: folder of a released model whose transformer and text encoder to start from.
         keep: folder of a released model, what of which the run isn't to forget: above the noise
             level `keep_above`, and of sound at all levels, it learns what that one's transformer
@@ -119,7 +119,10 @@ class DiTTask:
         self.text = self._network("text_encoder", UMT5Encoder, TEXT_PRESETS[config.text_preset])
         if not config.init:
             self.dit.init_weights()
-        self.former = self._former()
+        self.former = None
+        if config.keep:
+            preset = DIT_PRESETS[config.preset]
+            self.former = self._released(config.keep, "transformer", SpacetimeDiT, preset)
         if config.compile:
             self.dit.compile_blocks()
         self.heads = AttributeHeads(self.text.config.hidden_dim).to(self.device)
@@ -144,17 +147,13 @@ class DiTTask:
         """Fresh, or with the weights of the released model to start from."""
         if not self.config.init:
             return kind(architecture).to(self.device)
-        folder = Path(self.config.init) / part
-        module = load_module(lambda: kind(architecture), folder, torch.float32, self.device)
+        module = self._released(self.config.init, part, kind, architecture)
         return module.requires_grad_(requires_grad=True)
 
-    def _former(self) -> SpacetimeDiT | None:
-        """The transformer of the model that isn't to be forgotten."""
-        if self.config.keep is None:
-            return None
-        config = DIT_PRESETS[self.config.preset]
-        folder = Path(self.config.keep) / "transformer"
-        return load_module(lambda: SpacetimeDiT(config), folder, torch.float32, self.device)
+    def _released(self, model: str, part: str, kind: type[Module], architecture: Any) -> Module:
+        """A part of a model's folder, frozen."""
+        folder = Path(model) / part
+        return load_module(lambda: kind(architecture), folder, torch.float32, self.device)
 
     def _channels(self) -> Tensor:
         """What each channel counts, [C, 1, 1, 1], measured on some clips kept aside."""

@@ -29,11 +29,7 @@ from vidgen.training.config import Phase
 from vidgen.training.draws import generator_of
 from vidgen.training.embedded.dit_config import DiTData
 from vidgen.training.embedded.sound_cache import SoundCache, SoundMix, with_sound
-from vidgen.training.embedded.toybox_data import (
-    CachedClips,
-    ToyboxCache,
-    cut_around,
-)
+from vidgen.training.embedded.toybox_data import CachedClips, ToyboxCache, cut_around
 
 WINDOW = ConditionMix(text=0, first=0, last=0, both=0, frames=0, prefix=1, mask=0, reference=0)
 TEXT_ONLY = ConditionMix(text=1, first=0, last=0, both=0, frames=0, prefix=0, mask=0, reference=0)
