@@ -99,11 +99,20 @@ class DiTRun(DiTData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.validation_sigmas:
+            raise InputError(f"levels are {list(self.levels)}, between which no clip is validated; "
+                             f"take in one of {', '.join(map(str, VALIDATION_SIGMAS))}")
         if not 0 <= self.keep_above <= 1:
             raise InputError(f"keep_above is {self.keep_above}; a noise level lies in 0..1")
         if self.keep and self.part != "transformer":
             raise InputError(f"part is {self.part!r}; keep needs part: transformer, since both "
                              "networks read one text")
+
+    @property
+    def validation_sigmas(self) -> list[float]:
+        """Noise levels of the validation, those that are learned."""
+        low, high = self.levels
+        return [level for level in VALIDATION_SIGMAS if low <= level <= high]
 
 
 class DiTTask:
@@ -263,8 +272,7 @@ class DiTTask:
 
     def _velocity_errors(self, num_frames: int, *, sound: bool = False) -> dict[str, float]:
         scores, heard = {}, []
-        low, high = self.config.levels
-        for level in (level for level in VALIDATION_SIGMAS if low <= level <= high):
+        for level in self.config.validation_sigmas:
             batch = self.draws.held_aside(num_frames, level, sound=sound)
             bf16 = self.config.run.dtype == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):

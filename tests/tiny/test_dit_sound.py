@@ -226,3 +226,6 @@ def keeps_all_that_it_was_taught(server: ForkServer, file: Path, folder: Path) -
     words = run_program(server, "train/dit.py", "-c", str(file), "--set", f"keep={taught}")
     assert words.returncode == 2
     assert "keep needs part: transformer" in words.stderr
+    unseen = run_program(server, "train/dit.py", "-c", str(file), "--set", "levels=[0.96, 1.0]")
+    assert unseen.returncode == 2
+    assert "between which no clip is validated; take in one of 0.2" in unseen.stderr
