@@ -92,9 +92,10 @@ def live_bytes():
 
 def test_two_blocks_are_in_memory_at_once(saved, live_bytes):
     """What lives while a block runs, against a module that is in memory whole."""
-    most, sizes = {}, {}
+    most, sizes, on_the_way = {}, {}, 0
     for name, value in load(saved, torch.bfloat16, stream=False).state_dict().items():
         sizes[block_of(name)] = sizes.get(block_of(name), 0) + value.nbytes
+        on_the_way = max(on_the_way, 4 * value.numel() + value.nbytes)  # as stored, and as cast
     del value
     for stream in (False, True):
         dit, live = load(saved, torch.bfloat16, stream=stream), []
@@ -111,7 +112,7 @@ def test_two_blocks_are_in_memory_at_once(saved, live_bytes):
     activations = most[False] - resident - sum(sizes.values())
     assert 0 < activations < largest
     assert resident + 2 * max(sizes.values()) <= most[True]
-    assert most[True] <= resident + 2 * largest + activations
+    assert most[True] <= resident + 2 * largest + activations + on_the_way
     assert 4 * largest < sum(sizes.values())
 
 
