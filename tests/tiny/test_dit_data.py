@@ -238,6 +238,9 @@ def test_an_expert_learns_the_noise_levels_of_its_own(plain: DiTData) -> None:
     for wrong in ((0.6, 0.2), (-0.1, 1.0), (0.5, 1.5)):
         with pytest.raises(InputError, match=r"levels are \[.*the lowest first"):
             replace(plain, levels=wrong)
+    with pytest.raises(InputError, match=r"crop_level is 0\.2, levels begin at 0\.2.*crop_share 0"):
+        replace(low, crop_share=0.5, crop_level=0.2)
+    replace(low, crop_level=0.2)  # of no square
 
 
 def with_stills(plain: DiTData, folder: Path) -> DiTData:

@@ -99,6 +99,9 @@ class DiTData:
                 raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
         if not 0 <= self.levels[0] < self.levels[1] <= 1:
             raise InputError(f"levels are {list(self.levels)}; they lie in 0..1, the lowest first")
+        if self.crop_share and self.crop_level <= self.levels[0]:
+            raise InputError(f"crop_level is {self.crop_level}, levels begin at {self.levels[0]}; "
+                             "give a crop_level above that, or crop_share 0")
         if self.caches and self.caches[0].stills_only:
             raise InputError("the first of the caches is stills_only; validation takes clips from "
                              "it, so name one of clips before it")

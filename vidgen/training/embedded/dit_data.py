@@ -116,7 +116,7 @@ class ClipDraws:
             size = size * height * width // self.config.crop**2
             rows = torch.randint(counts[which], (size,), generator=draw)
             low, high = self.config.levels
-            span = low, max(low, min(high, self.config.crop_level))
+            span = low, min(high, self.config.crop_level)
             sigma = draw_sigmas(size, draw, mean=None, between=span)
             return self._assemble(which, rows, num_frames, sigma, draw, kind, sound=False,
                                   conditions=self.config.conditions, crop=self.config.crop)
