@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from vidgen.core.runtime import choose_device
 from vidgen.evaluation.toybox.judging import judge_renders
 from vidgen.media.sheet import contact_sheet
-from vidgen.toybox.judge import FrameLogits, Judge, JudgeConfig, to_motion_size
+from vidgen.toybox.judge import FrameLogits, Judge, JudgeConfig, JudgeFolder, to_motion_size
 from vidgen.toybox.scenes import SEED_RANGES
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import seed_of
@@ -45,7 +46,11 @@ class JudgeRun:
 
     Args:
         pools: geometries to learn from; `num_frames` and sizes of the phases don't matter.
+        part: "frames" leaves MotionNet as it is.
+        init: folder of a judge to start from; its widths are taken instead of `model`.
         pictures: frames of each clip that FrameNet looks at in a step.
+        small: how much likelier a frame is looked at the less of it is sprite: in proportion to
+            (1 / area) ** small.
         nothing: share of clips made unrecognisable.
         frozen: share of clips that show one frame all the time.
         seen_area: share of the picture from which a sprite counts as visible; what is less, but
@@ -57,7 +62,10 @@ class JudgeRun:
     run: RunConfig
     pools: tuple[PoolConfig, ...] = (PoolConfig(),)
     model: JudgeConfig = field(default_factory=JudgeConfig)
+    part: Literal["all", "frames"] = "all"
+    init: str | None = None
     pictures: int = 3
+    small: float = 0.0
     nothing: float = 0.14
     frozen: float = 0.03
     seen_area: float = 0.008
@@ -72,11 +80,16 @@ class JudgeTask:
         self.config = config
         self.device = choose_device(config.run.device)
         torch.manual_seed(config.run.seed)
-        self.judge = Judge(config.model).to(self.device)
+        if config.init:
+            self.judge = JudgeFolder(Path(config.init)).load(self.device).train()
+        else:
+            self.judge = Judge(config.model).to(self.device)
         self.modules: dict[str, nn.Module] = {"judge": self.judge}
+        if config.part == "frames":
+            self.judge.motion.requires_grad_(False)
         base = SEED_RANGES["judge"][0] + config.run.seed * len(config.pools) * POOL_SEEDS
         self.pools = [
-            RenderPool(pool, config.model, base + i * POOL_SEEDS)
+            RenderPool(pool, self.judge.config, base + i * POOL_SEEDS)
             for i, pool in enumerate(config.pools)
         ]
 
@@ -91,7 +104,7 @@ class JudgeTask:
         pool = self.pools[int(shares.multinomial(1, generator=generator))]
         pool.advance(step, _tell if len(pool.scenes) == 0 else None)
         batch = pool.draw(step, phase.batch_size, generator)
-        change = Transforms(self.config.model, generator)
+        change = Transforms(self.judge.config, generator)
         batch = change.apply(batch, nothing=self.config.nothing, frozen=self.config.frozen)
         if step == micro == 0:
             _sheet(batch, Path(self.config.run.folder) / "batch.png")
@@ -99,33 +112,53 @@ class JudgeTask:
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """What the pictures show, in cells and as a whole, and how the clips move."""
-        count, num_frames = batch.video.shape[0], batch.video.shape[2]
-        draw = torch.Generator().manual_seed(step)
-        order = torch.rand((count, num_frames), generator=draw).argsort(1)
-        rows, picks = torch.arange(count)[:, None], order[:, : self.config.pictures]
-        video = batch.video.to(self.device)
-        looked = self.judge.frames(video.transpose(1, 2)[rows, picks].flatten(0, 1))
         coverage = batch.coverage * (batch.sprites >= 0)[..., None, None, None]
+        terms = self._terms_of_frames(batch, coverage, step)
+        if self.config.part == "all":
+            terms |= self._terms_of_motion(batch, coverage)
+        total = sum(terms.values(), torch.zeros((), device=self.device))
+        return total, {name: value.detach() for name, value in terms.items()}
+
+    def _terms_of_frames(self, batch: Batch, coverage: Tensor, step: int) -> dict[str, Tensor]:
+        """Losses of FrameNet at the frames drawn from each clip."""
+        picks = self._picks(coverage, step)
+        rows = torch.arange(len(picks))[:, None]
+        pictures = batch.video.transpose(1, 2)[rows, picks].flatten(0, 1).to(self.device)
+        looked = self.judge.frames(pictures)
         shown = coverage.transpose(1, 2)[rows, picks].flatten(0, 1).to(self.device)
         sprites = batch.sprites.repeat_interleave(picks.shape[1], 0).to(self.device)
         places = batch.places.repeat_interleave(picks.shape[1]).to(self.device)
-        terms = self._frame_terms(looked, shown, sprites)
+        terms = self._losses_of_sprites(looked, shown, sprites)
         terms["places"] = F.cross_entropy(looked.places, places, ignore_index=IGNORE)
-        moved = self.judge.motion(to_motion_size(video))
+        return terms
+
+    def _picks(self, coverage: Tensor, step: int) -> Tensor:
+        """Which frames to look at, [B, pictures]: drawn without replacement by their weights."""
+        chance = torch.rand(
+            (coverage.shape[0], coverage.shape[2]), generator=torch.Generator().manual_seed(step)
+        )
+        area = coverage.sum(1).mean((2, 3)).clamp(min=self.config.seen_area)
+        # The k least of exponential draws at rates w are k draws by w (Efraimidis & Spirakis 2006).
+        late = -chance.clamp(min=1e-9).log() * area**self.config.small
+        return late.argsort(1)[:, : self.config.pictures]
+
+    def _terms_of_motion(self, batch: Batch, coverage: Tensor) -> dict[str, Tensor]:
+        """Losses of MotionNet: motions, cameras, and where actors are."""
+        moved = self.judge.motion(to_motion_size(batch.video.to(self.device)))
         motions, cameras = batch.motions.to(self.device), batch.cameras.to(self.device)
         told = motions.sum(1)
-        terms["motions"] = _mean(F.cross_entropy(moved.motions, motions, reduction="none"), told)
-        terms["cameras"] = F.cross_entropy(moved.cameras, cameras, ignore_index=IGNORE)
         here = F.adaptive_avg_pool2d(coverage.sum(1), moved.actors.shape[-2:]).clamp(max=1)
         weight = torch.tensor(4.0, device=self.device)  # actors fill a tenth of the cells
         wrong = F.binary_cross_entropy_with_logits(
             moved.actors, here.to(self.device), pos_weight=weight, reduction="none"
         )
-        terms["actors"] = _mean(wrong.mean((1, 2, 3)), told)
-        total = sum(terms.values(), torch.zeros((), device=self.device))
-        return total, {name: value.detach() for name, value in terms.items()}
+        return {
+            "motions": _mean(F.cross_entropy(moved.motions, motions, reduction="none"), told),
+            "cameras": F.cross_entropy(moved.cameras, cameras, ignore_index=IGNORE),
+            "actors": _mean(wrong.mean((1, 2, 3)), told),
+        }
 
-    def _frame_terms(
+    def _losses_of_sprites(
         self, looked: FrameLogits, shown: Tensor, sprites: Tensor
     ) -> dict[str, Tensor]:
         """Losses of cells and of whole pictures.
@@ -135,7 +168,7 @@ class JudgeTask:
             shown: [N, A, h, w], the share of each cell that shows each actor.
             sprites: [N, A], the actors' sprites, -1 for none.
         """
-        none = len(self.config.model.sprites)
+        none = len(self.judge.config.sprites)
         most, actor = shown.max(1)
         names = sprites.clamp(min=0)
         named = names[:, :, None, None].expand_as(shown).gather(1, actor[:, None])[:, 0]
@@ -159,7 +192,7 @@ class JudgeTask:
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Accuracy on fresh renders and on noise; writes the averaged judge."""
         del step
-        save_module(self.judge.state_dict(), self.config.model, folder / "judge", torch.bfloat16)
+        save_module(self.judge.state_dict(), self.judge.config, folder / "judge", torch.bfloat16)
         first = SEED_RANGES["judge"][1] - VALIDATION_SEEDS
         scores = judge_renders(self.judge, first, self.config.validation_clips)
         return {name: value.rate for name, value in scores.items() if value.total}

@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidgen.core.errors import InputError
 from vidgen.toybox.judge import CELL, JudgeConfig, sample_frames
 from vidgen.toybox.render import MAX_ACTORS, render
 from vidgen.toybox.scenes import (
+    MOTIONS,
     RESERVED_SPRITES,
     SPRITES,
     Draws,
     Scene,
     SceneMix,
+    compose_scene,
     is_valid,
     sample_scenes,
 )
@@ -46,6 +49,10 @@ class PoolConfig:
         first: how many there are before the first step.
         fresh: how many join at every step, in the mean; old ones leave.
         empty: share of scenes without an actor.
+        motions: of the scenes' one actor; () leaves them, and pairs, as they are drawn.
+
+    Raises:
+        InputError: an unknown motion.
     """
 
     num_frames: int = 33
@@ -56,6 +63,13 @@ class PoolConfig:
     first: int = 256
     fresh: float = 2.0
     empty: float = 0.08
+    motions: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the names."""
+        for name in self.motions:
+            if name not in MOTIONS:
+                raise InputError(f"motion {name!r} is none of {', '.join(MOTIONS)}")
 
 
 @dataclass
@@ -87,10 +101,15 @@ class Backdrop(Scene):
         """Nothing to check: the fields come from a scene."""
 
 
-def judge_scene(seed: int, empty: float) -> Scene:
+def judge_scene(seed: int, empty: float, motions: Sequence[str] = ()) -> Scene:
     """Draw a scene for the judge: of a rich mix, some without actors, some of reserved sprites.
 
     The reserved ones come as often as any, so that what is learned of them later can be scored.
+
+    Args:
+        seed: scene seed.
+        empty: chance of no actor.
+        motions: that its one actor has, where any can be seen of it; () takes all, and pairs.
     """
     scene = sample_scenes(seed, 1, MIX)[0]
     draws = Draws(seed, stream=77)
@@ -99,8 +118,10 @@ def judge_scene(seed: int, empty: float) -> Scene:
         return Backdrop(seed, (), **{name: getattr(scene, name) for name in kept})
     if draws.chance(len(RESERVED_SPRITES) / len(SPRITES)):
         motion = scene.actors[0].motion
-        return scene.recast(draws.choice([s for s in RESERVED_SPRITES if is_valid(s, motion)]))
-    return scene
+        scene = scene.recast(draws.choice([s for s in RESERVED_SPRITES if is_valid(s, motion)]))
+    sprite = scene.actors[0].sprite
+    fitting = [motion for motion in motions if is_valid(sprite, motion)]
+    return compose_scene(seed, sprite, draws.choice(fitting), scene.place, MIX) if fitting else scene
 
 
 class RenderPool:
@@ -133,7 +154,9 @@ class RenderPool:
         missing = [i for i in window if i not in self.scenes]
         for start in range(0, len(missing), 16):
             part = missing[start : start + 16]
-            scenes = [judge_scene(self.first_seed + i, self.pool.empty) for i in part]
+            scenes = [
+                judge_scene(self.first_seed + i, self.pool.empty, self.pool.motions) for i in part
+            ]
             shown = render(
                 scenes, self.pool.num_frames, self.pool.height, self.pool.width, frames=self.looks
             )
