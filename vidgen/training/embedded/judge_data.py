@@ -121,7 +121,9 @@ def judge_scene(seed: int, empty: float, motions: Sequence[str] = ()) -> Scene:
         scene = scene.recast(draws.choice([s for s in RESERVED_SPRITES if is_valid(s, motion)]))
     sprite = scene.actors[0].sprite
     fitting = [motion for motion in motions if is_valid(sprite, motion)]
-    return compose_scene(seed, sprite, draws.choice(fitting), scene.place, MIX) if fitting else scene
+    if fitting:
+        return compose_scene(seed, sprite, draws.choice(fitting), scene.place, MIX)
+    return scene
 
 
 class RenderPool:
