@@ -81,12 +81,12 @@ class JudgeTask:
         self.device = choose_device(config.run.device)
         torch.manual_seed(config.run.seed)
         if config.init:
-            self.judge = JudgeFolder(Path(config.init)).load(self.device).train()
+            self.judge = JudgeFolder(Path(config.init)).load(self.device).requires_grad_()
         else:
             self.judge = Judge(config.model).to(self.device)
         self.modules: dict[str, nn.Module] = {"judge": self.judge}
         if config.part == "frames":
-            self.judge.motion.requires_grad_(False)
+            self.judge.motion.requires_grad_(requires_grad=False)
         base = SEED_RANGES["judge"][0] + config.run.seed * len(config.pools) * POOL_SEEDS
         self.pools = [
             RenderPool(pool, self.judge.config, base + i * POOL_SEEDS)

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import avg_pool3d, max_pool2d
 
 from tests.programs import load_program
 from vidgen.core.config import build, dump
-from vidgen.core.errors import ModelError
+from vidgen.core.errors import InputError, ModelError
 from vidgen.evaluation.toybox.judging import gibberish, grade, judge_renders
 from vidgen.media.quality import psnr
 from vidgen.toybox.judge import (
@@ -121,6 +122,16 @@ def test_some_of_its_scenes_are_empty_and_some_reserved() -> None:
     assert 50 < empty < 110
     assert 4 < reserved < 40
     assert not render([s for s in scenes if not s.actors][:2], 1, 32, 32).masks.any()
+
+
+def test_a_pools_scenes_can_be_of_some_motions_where_they_can_be_seen() -> None:
+    scenes = [judge_scene(i, empty=0.1, motions=("spins", "grows")) for i in range(60)]
+    acting = [scene for scene in scenes if scene.actors]
+    assert len(acting) < 60
+    assert all(len(scene.actors) == 1 for scene in acting)
+    assert {scene.actors[0].motion for scene in acting} == {"spins", "grows"}
+    with pytest.raises(InputError, match=r"'flies' is none of moves left"):
+        PoolConfig(motions=("flies",))
 
 
 def test_a_pool_holds_at_a_step_what_a_straight_run_would() -> None:
@@ -233,7 +244,7 @@ def test_a_judge_of_another_world_is_refused(judge: Judge, tmp_path: Path) -> No
         JudgeFolder(tmp_path).load()
 
 
-def make_task(folder: Path) -> tuple[object, RunConfig]:
+def make_task(folder: Path, **more: object) -> tuple[Any, RunConfig]:
     """The program's task, from settings as YAML would give them."""
     program = load_program("train/judge.py")
     pool = {"num_frames": 9, "height": 64, "width": 64, "clips": 12, "first": 8, "fresh": 0.5}
@@ -241,7 +252,7 @@ def make_task(folder: Path) -> tuple[object, RunConfig]:
         "folder": str(folder), "phases": [{"steps": 12, "num_frames": 9, "batch_size": 4}],
         "optim": {"lr": 1e-2, "warmup_steps": 1}, "dtype": "fp32", "log_every": 1,
     }
-    settings = {"run": run, "pools": [pool], "model": dump(TINY), "validation_clips": 4}
+    settings = {"run": run, "pools": [pool], "model": dump(TINY), "validation_clips": 4, **more}
     config = build(program.JudgeRun, settings, "test")
     return program.JudgeTask(config), config.run
 
@@ -264,3 +275,31 @@ def test_the_program_learns_and_resumes_exactly(tmp_path: Path) -> None:
         JudgeFolder(tmp_path / name / "judge").load().state_dict() for name in ("straight", "cut")
     )
     assert all(torch.equal(straight[name], again[name]) for name in straight)
+
+
+def test_frames_can_go_on_alone_from_a_released_judge(tmp_path: Path, judge: Judge) -> None:
+    save_module(judge.state_dict(), TINY, tmp_path / "released", torch.bfloat16)
+    task, run = make_task(tmp_path / "run", init=str(tmp_path / "released"), part="frames",
+                          model=dump(JudgeConfig()))  # fmt: skip
+    assert train(task, run).finished
+    before, after = (
+        JudgeFolder(tmp_path / name).load().state_dict() for name in ("released", "run/judge")
+    )
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same >= {name for name in before if name.startswith("motion.")}
+    assert not same & {name for name in before if name.startswith("frames.")
+                       and name.endswith("weight") and before[name].ndim > 1}  # fmt: skip
+
+
+def test_frames_with_little_sprite_can_be_looked_at_more_often(tmp_path: Path) -> None:
+    area = torch.tensor([0.2, 0.02, 0.2, 0.0, 0.2, 0.2])
+    coverage = area[None, None, :, None, None].expand(400, 2, 6, 4, 4) / 2
+    seen = {}
+    for small in (0.0, 1.0):
+        task, _ = make_task(tmp_path, pictures=2, small=small)
+        picks = task._picks(coverage, step=3)
+        assert picks.shape == (400, 2)
+        assert (picks[:, 0] != picks[:, 1]).all()
+        seen[small] = picks.flatten().bincount(minlength=6) / 400
+    assert 0.23 < float(seen[0.0].min()) <= float(seen[0.0].max()) < 0.43
+    assert float(seen[1.0][[1, 3]].min()) > 0.7
