@@ -39,13 +39,17 @@ SEEN = 0.5  # probability from which something counts as seen
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Classes in the order of the networks' outputs, each followed by "nothing", and widths."""
+    """Classes in the order of the networks' outputs, each followed by "nothing", and sizes.
+
+    `fine_blocks` look at what is smaller than a cell, at a quarter of the picture's sides.
+    """
 
     sprites: tuple[str, ...] = tuple(SPRITES)
     motions: tuple[str, ...] = MOTIONS
     places: tuple[str, ...] = PLACES
     cameras: tuple[str, ...] = CAMERAS
     frame_dims: tuple[int, int, int] = (64, 128, 160)
+    fine_blocks: int = 0
     motion_dims: tuple[int, int, int] = (48, 96, 128)
     look_dim: int = 24
     mixed_dim: int = 48
@@ -103,6 +107,7 @@ class FrameNet(nn.Module):
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         a, b, c = config.frame_dims
+        self.fine = nn.Sequential(*(_Residual(a) for _ in range(config.fine_blocks)))
         self.trunk = nn.Sequential(
             nn.PixelUnshuffle(4), conv_block(48, a), conv_block(a, b, stride=2), _Residual(b),
             conv_block(b, c, stride=2), _Residual(c),
@@ -115,7 +120,8 @@ class FrameNet(nn.Module):
 
         Of a cell's softmax p, log(p_k / p_none) is the evidence for sprite k; the cells' odds add.
         """
-        features = self.trunk(pictures.contiguous(memory_format=torch.channels_last))
+        fine = self.fine(self.trunk[:2](pictures.contiguous(memory_format=torch.channels_last)))
+        features = self.trunk[2:](fine)
         cells = self.cells(features).float()
         anywhere = (cells[:, :-1] - cells[:, -1:]).flatten(2).logsumexp(2)
         return FrameLogits(cells, anywhere, self.places(features.mean((2, 3))).float())
