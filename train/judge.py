@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.evaluation.toybox.judging import judge_renders
 from vidgen.media.sheet import contact_sheet
@@ -48,8 +47,7 @@ class JudgeRun:
     Args:
         pools: geometries to learn from; `num_frames` and sizes of the phases don't matter.
         part: "frames" leaves MotionNet as it is.
-        init: folder of a judge to start from; fine blocks that it lacks begin as if they weren't
-            there.
+        init: folder of a judge to start from, whose sizes count instead of `model`.
         pictures: frames of each clip that FrameNet looks at in a step.
         small: how much likelier a frame is looked at the less of it is sprite: in proportion to
             (1 / area) ** small.
@@ -82,15 +80,16 @@ class JudgeTask:
         self.config = config
         self.device = choose_device(config.run.device)
         torch.manual_seed(config.run.seed)
-        self.judge = Judge(config.model).to(self.device)
         if config.init:
-            begin_as(self.judge, JudgeFolder(Path(config.init)))
+            self.judge = JudgeFolder(Path(config.init)).load(self.device).requires_grad_()
+        else:
+            self.judge = Judge(config.model).to(self.device)
         self.modules: dict[str, nn.Module] = {"judge": self.judge}
         if config.part == "frames":
             self.judge.motion.requires_grad_(requires_grad=False)
         base = SEED_RANGES["judge"][0] + config.run.seed * len(config.pools) * POOL_SEEDS
         self.pools = [
-            RenderPool(pool, config.model, base + i * POOL_SEEDS)
+            RenderPool(pool, self.judge.config, base + i * POOL_SEEDS)
             for i, pool in enumerate(config.pools)
         ]
 
@@ -105,7 +104,7 @@ class JudgeTask:
         pool = self.pools[int(shares.multinomial(1, generator=generator))]
         pool.advance(step, _tell if len(pool.scenes) == 0 else None)
         batch = pool.draw(step, phase.batch_size, generator)
-        change = Transforms(self.config.model, generator)
+        change = Transforms(self.judge.config, generator)
         batch = change.apply(batch, nothing=self.config.nothing, frozen=self.config.frozen)
         if step == micro == 0:
             _sheet(batch, Path(self.config.run.folder) / "batch.png")
@@ -169,7 +168,7 @@ class JudgeTask:
             shown: [N, A, h, w], the share of each cell that shows each actor.
             sprites: [N, A], the actors' sprites, -1 for none.
         """
-        none = len(self.config.model.sprites)
+        none = len(self.judge.config.sprites)
         most, actor = shown.max(1)
         names = sprites.clamp(min=0)
         named = names[:, :, None, None].expand_as(shown).gather(1, actor[:, None])[:, 0]
@@ -193,30 +192,10 @@ class JudgeTask:
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Accuracy on fresh renders and on noise; writes the averaged judge."""
         del step
-        save_module(self.judge.state_dict(), self.config.model, folder / "judge", torch.bfloat16)
+        save_module(self.judge.state_dict(), self.judge.config, folder / "judge", torch.bfloat16)
         first = SEED_RANGES["judge"][1] - VALIDATION_SEEDS
         scores = judge_renders(self.judge, first, self.config.validation_clips)
         return {name: value.rate for name, value in scores.items() if value.total}
-
-
-def begin_as(judge: Judge, released: JudgeFolder) -> None:
-    """Take over a released judge's weights.
-
-    Raises:
-        InputError: its networks have other widths.
-    """
-    state = released.load().state_dict()
-    mine = judge.state_dict()
-    other = [name for name, value in mine.items()
-             if not name.startswith("frames.fine.")
-             and (name not in state or state[name].shape != value.shape)]  # fmt: skip
-    if other or state.keys() - mine.keys():
-        raise InputError(f"the judge in {released.path} has other widths than model gives; "
-                         "leave model as its config.json has it, but for more fine_blocks")
-    with torch.no_grad():
-        for block in judge.frames.fine:
-            block.norm.weight.zero_()  # a residual that adds nothing (Goyal et al. 2017, sec. 5.1)
-    judge.load_state_dict(state, strict=False)
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

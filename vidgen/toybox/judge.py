@@ -49,7 +49,7 @@ class JudgeConfig:
     places: tuple[str, ...] = PLACES
     cameras: tuple[str, ...] = CAMERAS
     frame_dims: tuple[int, int, int] = (64, 128, 160)
-    fine_blocks: int = 0
+    fine_blocks: int = 1
     motion_dims: tuple[int, int, int] = (48, 96, 128)
     look_dim: int = 24
     mixed_dim: int = 48
