@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.programs import load_program
 from vidgen.media.probe import read_recipe
@@ -28,6 +29,9 @@ def test_first_prompts_and_seeds_stand_on_a_page(
         assert f'vidgen generate "{text}" --seed {seed} -o {clip.name}' in page
         assert f"({clip.name})" in page
         assert read_recipe(clip)["plan"]["seed"] == seed
+        with Image.open(clip) as picture:
+            assert (picture.n_frames, picture.size) == (9, (32, 32))
+            assert b"trainedAlgorithmicMedia" in picture.info["xmp"]
     assert "seen instead: sprite:" in page, "a model of random weights shows no sprite"
     before = [clip.stat().st_mtime_ns for clip in clips]
     assert program.main() == 0
