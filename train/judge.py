@@ -133,14 +133,11 @@ class JudgeTask:
         return terms
 
     def _picks(self, coverage: Tensor, step: int) -> Tensor:
-        """Which frames to look at, [B, pictures]: drawn without replacement by their weights."""
-        chance = torch.rand(
-            (coverage.shape[0], coverage.shape[2]), generator=torch.Generator().manual_seed(step)
-        )
+        """Which frames to look at, [B, pictures]: no frame of a clip twice."""
         area = coverage.sum(1).mean((2, 3)).clamp(min=self.config.seen_area)
-        # The k least of exponential draws at rates w are k draws by w (Efraimidis & Spirakis 2006).
-        late = -chance.clamp(min=1e-9).log() * area**self.config.small
-        return late.argsort(1)[:, : self.config.pictures]
+        count = min(self.config.pictures, area.shape[1])
+        draw = torch.Generator().manual_seed(step)
+        return (area**-self.config.small).multinomial(count, generator=draw)
 
     def _terms_of_motion(self, batch: Batch, coverage: Tensor) -> dict[str, Tensor]:
         """Losses of MotionNet: motions, cameras, and where actors are."""
