@@ -10,13 +10,10 @@ that are there and of the same model are kept. About 10 s a clip on one core wit
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from PIL import Image, ImageSequence
 
 from vidgen.core.errors import InputError, OutputError
 from vidgen.core.runtime import atomic_write
@@ -70,25 +67,8 @@ def make(engine: Engine, folder: Path, number: int, text: str, seed: int) -> Pat
     assert not isinstance(clip, list)
     frames = clip.frames
     recipe = {k: v for k, v in (clip.info.recipe or {}).items() if k != "tail"}  # half of the file
-    write_clip(path, [frames], replace(clip.info, recipe=recipe))
-    _slim(path)
+    write_clip(path, [frames], replace(clip.info, recipe=recipe, quality=QUALITY))
     return path
-
-
-def _slim(path: Path) -> None:
-    """Write a clip again at `QUALITY`, with its recipe and marks."""
-    with Image.open(path) as picture:
-        kept = {key: picture.info[key] for key in ("exif", "xmp")}
-        frames, durations = [], []
-        for frame in ImageSequence.Iterator(picture):
-            frames.append(frame.convert("RGB"))
-            durations.append(frame.info["duration"])
-    buffer = io.BytesIO()
-    frames[0].save(
-        buffer, "WEBP", save_all=True, append_images=frames[1:], duration=durations, loop=0,
-        quality=QUALITY, method=6, **kept,
-    )  # fmt: skip
-    atomic_write(path, buffer.getvalue())
 
 
 def look(judge: Judge, path: Path, scene: Scene, text: str, seed: int) -> Shown:

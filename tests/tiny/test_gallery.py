@@ -29,6 +29,7 @@ def test_first_prompts_and_seeds_stand_on_a_page(
         assert f'vidgen generate "{text}" --seed {seed} -o {clip.name}' in page
         assert f"({clip.name})" in page
         assert read_recipe(clip)["plan"]["seed"] == seed
+        assert read_recipe(clip)["encoder"]["options"]["quality"] == program.QUALITY
         with Image.open(clip) as picture:
             assert (picture.n_frames, picture.size) == (9, (32, 32))
             assert b"trainedAlgorithmicMedia" in picture.info["xmp"]

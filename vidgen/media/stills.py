@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -33,15 +33,17 @@ _CODECS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-def still_encoder(suffix: str) -> dict[str, Any]:
-    """How frames become a file of a suffix, for its recipe."""
+def still_encoder(suffix: str, quality: int | None = None) -> dict[str, Any]:
+    """How frames become a file of a suffix, at a quality of 1 to 100 where it has one."""
     codec, options = _CODECS.get(suffix, ("png", {}))
+    if quality is not None and "quality" in options:
+        options = options | {"quality": quality}
     return {"codec": codec, "options": options, "pillow": PIL.__version__}
 
 
 def write_stills(
     path: Path, suffix: str, fps: Fraction, num_frames: int, frames: Iterator[Frames],
-    recipe: Callable[[], str | None], *, xmp: str = "",
+    recipe: Callable[[], str | None], *, options: Mapping[str, int], xmp: str = "",
     finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an animation, a picture or a folder of pictures, atomically.
@@ -53,6 +55,7 @@ def write_stills(
         num_frames: how many frames will come.
         frames: uint8 [H, W, 3] each.
         recipe: gives text for the metadata, once the last frame has come.
+        options: of `still_encoder`.
         xmp: packet of marks, or "" for none.
         finish: called with a file that is whole but for its name, to sign it.
     """
@@ -69,9 +72,10 @@ def write_stills(
     with atomic_path(path) as temporary:
         if suffix in (".jpg", ".jpeg"):
             picture = next(pictures)
-            temporary.write_bytes(_jpeg(picture, recipe() or "", xmp))
+            temporary.write_bytes(_jpeg(picture, options, recipe() or "", xmp))
         else:
-            temporary.write_bytes(_animation(pictures, suffix, fps, num_frames, recipe, xmp))
+            data = _animation(pictures, suffix, options, fps, num_frames, recipe, xmp)
+            temporary.write_bytes(data)
         if finish:
             finish(temporary)
 
@@ -86,38 +90,38 @@ def _png_text(recipe: str | None, xmp: str) -> PngInfo:
 
 
 def _animation(
-    pictures: Iterator[Image.Image], suffix: str, fps: Fraction, num_frames: int,
-    recipe: Callable[[], str | None], xmp: str,
+    pictures: Iterator[Image.Image], suffix: str, options: Mapping[str, int], fps: Fraction,
+    num_frames: int, recipe: Callable[[], str | None], xmp: str,
 ) -> bytes:
-    options: dict[str, Any] = {}
+    saved: dict[str, Any] = {}
     if suffix == ".gif":
-        pictures = (picture.quantize(_COLORS) for picture in pictures)
+        pictures = (picture.quantize(options["colors"]) for picture in pictures)
     first, *others = pictures  # Pillow goes through them twice
     text = recipe()
     unit = 10 if suffix == ".gif" else 1  # milliseconds a format can count in
     ends = [round(i * 1000 / fps / unit) * unit for i in range(num_frames + 1)]
     if num_frames > 1:
         durations = [late - early for early, late in pairwise(ends)]
-        options = {"save_all": True, "duration": durations, "loop": 0, "append_images": others}
+        saved = {"save_all": True, "duration": durations, "loop": 0, "append_images": others}
     if suffix == ".gif":
-        options |= {"comment": text.encode()} if text else {}
+        saved |= {"comment": text.encode()} if text else {}
     elif suffix == ".webp":
         exif = Image.Exif()
         if text is not None:
             exif[ExifTags.Base.ImageDescription] = text
-        options |= {**_WEBP, "exif": exif, "xmp": xmp.encode()}
+        saved |= {**options, "exif": exif, "xmp": xmp.encode()}
     else:
-        options["pnginfo"] = _png_text(text, xmp)
+        saved["pnginfo"] = _png_text(text, xmp)
     buffer = io.BytesIO()
     kind = {".gif": "GIF", ".webp": "WEBP"}.get(suffix, "PNG")
-    first.save(buffer, kind, **options)
+    first.save(buffer, kind, **saved)
     data = buffer.getvalue()
     return data[:-1] + gif_xmp(xmp) + data[-1:] if suffix == ".gif" and xmp else data
 
 
-def _jpeg(picture: Image.Image, recipe: str, xmp: str) -> bytes:
+def _jpeg(picture: Image.Image, options: Mapping[str, int], recipe: str, xmp: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", **_JPEG)
+    picture.save(buffer, "JPEG", **options)
     data, text = buffer.getvalue(), recipe.encode()
     parts = [(_COM, text[i : i + _SEGMENT_MAX]) for i in range(0, len(text), _SEGMENT_MAX)]
     if xmp:

@@ -101,6 +101,7 @@ class ClipInfo:
         stride_t: frames per latent frame, by which segments are cut.
         loudness: level in LUFS that the written sound is brought to; None leaves it as it is.
         picture: how frames are encoded in a film's file; None: as its suffix has it.
+        quality: of WebP and JPEG, 1 to 100; None: as the suffix has it.
     """
 
     fps: Fraction
@@ -112,6 +113,7 @@ class ClipInfo:
     stride_t: int = 1
     loudness: float | None = None
     picture: PictureSettings | None = None
+    quality: int | None = None
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:
@@ -291,8 +293,10 @@ def _write_stills(
     path: Path, suffix: str, info: ClipInfo, signing: Signing | None, watch: Watch | None,
     chunks: Iterator[Frames],
 ) -> None:
+    encoder = still_encoder(suffix, info.quality)
+
     def recipe() -> str | None:
-        completed = _completed(info, still_encoder(suffix), watch)
+        completed = _completed(info, encoder, watch)
         return None if completed is None else recipe_text(completed)
 
     marks, finish = "", None
@@ -300,7 +304,8 @@ def _write_stills(
         marks = xmp(marks_of(info.recipe))
         finish = partial(seal, suffix=suffix, recipe=info.recipe, signing=signing)
     frames = watched(chunks, watch)
-    write_stills(path, suffix, info.fps, info.num_frames, frames, recipe, xmp=marks, finish=finish)
+    write_stills(path, suffix, info.fps, info.num_frames, frames, recipe,
+                 options=encoder["options"], xmp=marks, finish=finish)  # fmt: skip
 
 
 def _write_container(
