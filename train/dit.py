@@ -36,7 +36,10 @@ from vidgen.training.embedded.toybox_data import load_vae
 from vidgen.training.embedded.truth_heads import AttributeHeads, TruthHeads
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
+from vidgen.weights.component import Role
 from vidgen.weights.load import load_module
+from vidgen.weights.store import TensorStore, find_files
+from vidgen.weights.view import Source, View
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -124,7 +127,7 @@ class DiTTask:
         self.config = config
         self.device = choose_device(config.run.device)
         torch.manual_seed(config.run.seed)
-        self.dit = self._network("transformer", SpacetimeDiT, DIT_PRESETS[config.preset])
+        self.dit = self._network(config.role, SpacetimeDiT, DIT_PRESETS[config.preset])
         self.text = self._network("text_encoder", UMT5Encoder, TEXT_PRESETS[config.text_preset])
         if not config.init:
             self.dit.init_weights()
@@ -152,17 +155,24 @@ class DiTTask:
         for cache, _ in self.draws.sounds.values():
             _check_sound(self.dit.config.audio, cache.config)
 
-    def _network(self, part: str, kind: type[Module], architecture: Any) -> Module:
-        """Fresh, or with the weights of the released model to start from."""
+    def _network(self, part: Role, kind: type[Module], architecture: Any) -> Module:
+        """Fresh, or with the weights of the released model to start from.
+
+        An expert at low noise begins as the other one, where the model has none yet.
+        """
         if not self.config.init:
             return kind(architecture).to(self.device)
-        module = self._released(self.config.init, part, kind, architecture)
+        begun = part if (Path(self.config.init) / part).is_dir() else "transformer"
+        module = self._released(self.config.init, begun, kind, architecture)
         return module.requires_grad_(requires_grad=True)
 
     def _released(self, model: str, part: str, kind: type[Module], architecture: Any) -> Module:
-        """A part of a model's folder, frozen."""
-        folder = Path(model) / part
-        return load_module(lambda: kind(architecture), folder, torch.float32, self.device)
+        """A part of a model's folder, frozen; parts for sound are left there by a deaf network."""
+        store = TensorStore(find_files(Path(model) / part))
+        deaf = kind is SpacetimeDiT and architecture.audio is None
+        taken = {name: Source(store, name) for name in store.names
+                 if not (deaf and "audio" in name)}
+        return load_module(lambda: kind(architecture), View(taken), torch.float32, self.device)
 
     def _channels(self) -> Tensor:
         """What each channel counts, [C, 1, 1, 1], measured on some clips kept aside."""

@@ -1,4 +1,4 @@
-"""Put trained weights into a model folder: averaged, bf16, with the facts they need.
+"""Put trained weights into a model folder: averaged, bf16 or int8, with the facts they need.
 
     python train/release.py vae       --run runs/vae --out vidgen/assets/toybox
     python train/release.py tokenizer --out vidgen/assets/toybox
@@ -8,7 +8,8 @@
     python train/release.py student   --run runs/student --out vidgen/assets/toybox
 
 `vae` and `sound` measure the latents' mean and deviation on fresh clips, unless encoder or decoder
-stayed as it was (`part`). `dit` removes the students, which were of the old weights, but for
+stayed as it was (`part`). `dit` of a run whose `levels` end below 1 is the expert at low noise,
+which takes over there. Any other removes the students, which were of the old weights, but for
 `--keep-students`: near the old weights they may serve on, score them. Clips come with sound once
 its run had `sound`; `--mix` averages its weights with those of releases that it began with
 (Wortsman et al. 2022). Each call writes `model.json` anew.
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from vidgen.core.config import build
@@ -52,6 +52,7 @@ from vidgen.training.program import exit_code
 from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_model_info
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE
+from vidgen.weights.store import TensorStore
 from vidgen.weights.student import (
     STUDENTS,
     RollConfig,
@@ -68,6 +69,8 @@ DEFAULTS = ModelDefaults(
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
 HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/experiments.md)
+LOW = "transformer_2"
+INT8_FROM = 1 << 15  # numbers of a matrix; those that latents come and go through are smaller
 PARTS = ("vae/model.safetensors", "transformer/model.safetensors",
          "text_encoder/model.safetensors", "tokenizer/tokenizer.json")
 NUM_STATISTICS_CLIPS = 128
@@ -133,7 +136,7 @@ def release_tokenizer(out: Path) -> None:
 
 
 def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_students: bool) -> None:
-    """The transformer, the text encoder and the words of a run.
+    """The transformer, the text encoder and the words of a run, or its expert at low noise.
 
     Args:
         run: its folder.
@@ -142,17 +145,29 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_student
         keep_students: whether those of the old weights stay.
     """
     settings = _run_settings(run)
-    configs = {"transformer": DIT_PRESETS[settings["preset"]],
-               "text_encoder": TEXT_PRESETS[settings["text_preset"]].to_transformers()}
-    made = {part: mixed(load_averages(run, part), part, mix, out) for part in configs}
+    dit = DIT_PRESETS[settings["preset"]]
+    if _is_low(settings):
+        made = mixed(load_averages(run, "transformer"), LOW, mix, out)
+        save_module(made, dit, out / LOW, torch.bfloat16, INT8_FROM)
+        return
+    text = TEXT_PRESETS[settings["text_preset"]].to_transformers()
+    made, words = (mixed(load_averages(run, part), part, mix, out)
+                   for part in ("transformer", "text_encoder"))
     if not keep_students:
         for name in STUDENTS:
             shutil.rmtree(out / name, ignore_errors=True)
-    for part, config in configs.items():
-        save_module(made[part], config, out / part, torch.bfloat16)
+    if settings["part"] != "transformer":  # the expert at low noise reads another text
+        shutil.rmtree(out / LOW, ignore_errors=True)
+    save_module(made, dit, out / "transformer", torch.bfloat16, INT8_FROM)
+    save_module(words, text, out / "text_encoder", torch.bfloat16)
     if settings.get("loose_share"):
         add_words(out / "tokenizer" / "words.txt", loose_vocabulary())
         write_synonyms(out / "tokenizer" / "synonyms.json")
+
+
+def _is_low(settings: Mapping[str, Any]) -> bool:
+    """Whether a run taught the expert at low noise."""
+    return bool(settings.get("levels", (0, 1))[1] < 1)
 
 
 def mixed(
@@ -190,7 +205,8 @@ def _makes_same_sound(folder: Path, out: Path) -> bool:
 def _weights_like(state: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a component's folder, which have to be of the same shapes."""
     path = folder / "model.safetensors"
-    weights = load_file(path) if path.is_file() else {}
+    store = TensorStore([path] if path.is_file() else [])
+    weights = {name: store.get(name) for name in store.names}
     shapes, wanted = ({name: value.shape for name, value in each.items()}
                       for each in (weights, state))
     if shapes != wanted:
@@ -263,7 +279,7 @@ def tasks_of(out: Path, part: str, run: Path | None) -> tuple[str, ...]:
         run: that it came from.
     """
     settings = {} if run is None else _run_settings(run)
-    if part == "dit":
+    if part == "dit" and not _is_low(settings):
         anchored, sounds = settings.get("anchor_share", 0) > 0, bool(settings.get("sound"))
     else:
         before = _described(out).get("tasks", ())
@@ -275,9 +291,19 @@ def tasks_of(out: Path, part: str, run: Path | None) -> tuple[str, ...]:
 
 def history_noise_of(out: Path, part: str, run: Path | None) -> float:
     """What later windows see of those before; arguments as in `tasks_of`."""
-    if part == "dit" and run is not None:
-        return HISTORY_NOISE if _run_settings(run).get("history_noise") else 0.0
+    settings = {} if run is None else _run_settings(run)
+    if part == "dit" and not _is_low(settings):
+        return HISTORY_NOISE if settings.get("history_noise") else 0.0
     return float(_described(out).get("defaults", {}).get("history_noise", 0.0))
+
+
+def boundary_of(out: Path, part: str, run: Path | None) -> float | None:
+    """The noise level below which an expert of its own denoises; arguments as in `tasks_of`."""
+    settings = {} if run is None else _run_settings(run)
+    if part == "dit" and _is_low(settings):
+        return float(settings["levels"][1])
+    before: float | None = _described(out).get("defaults", {}).get("boundary")
+    return before if (out / LOW).is_dir() else None
 
 
 def _described(out: Path) -> dict[str, Any]:
@@ -330,7 +356,8 @@ def main() -> int:
             write_model_info(
                 options.out, name=options.out.name, family="toybox", license_name="Apache-2.0",
                 tasks=tasks_of(*told),
-                defaults=replace(DEFAULTS, history_noise=history_noise_of(*told)),
+                defaults=replace(DEFAULTS, history_noise=history_noise_of(*told),
+                                 boundary=boundary_of(*told)),
                 world_version=WORLD_VERSION,
             )
 

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from vidgen.core.errors import ModelError
-from vidgen.weights.store import TensorStore, find_files
+from vidgen.weights.load import Weights
+from vidgen.weights.store import TensorStore, find_files, in_int8
+from vidgen.weights.view import Source, View
 
 TENSORS = {
     "a.weight": torch.arange(12.0).reshape(3, 4).bfloat16(),
@@ -89,6 +91,40 @@ def mapped_bytes(path: Path) -> int:
         elif inside and line.startswith("Rss:"):
             total += 1024 * int(line.split()[1])
     return total
+
+
+def test_a_matrix_in_int8_is_one_of_bfloat16(tmp_path):
+    """Off by half of a 127th of its row's largest number at most; smaller ones lie there as are."""
+    torch.manual_seed(0)
+    rows = torch.tensor([[1e-3], [1.0], [50.0], [0.0]])
+    tensors = {"a.weight": torch.randn(4, 64) * rows, "a.bias": torch.randn(256),
+               "small": torch.randn(4, 8)}  # fmt: skip
+    written = in_int8(tensors, 256)
+    assert written["a.weight"].dtype == torch.int8
+    save_file(written, tmp_path / "model.safetensors")
+    store = TensorStore(find_files(tmp_path))
+    chosen = View({"w": Source(store, "a.weight"), "b": Source(store, "a.bias")})
+    assert set(store.names) == set(tensors)
+    assert store.num_bytes == 256 + 4 * 2 + 4 * (256 + 32)
+    for place, name in ((store, "a.weight"), (chosen, "w")):
+        made = place.get(name)
+        assert place.dtype(name) == made.dtype == torch.bfloat16
+        assert place.shape(name) == tuple(made.shape) == (4, 64)
+        off = (made.float() - tensors["a.weight"]).square().mean(1).sqrt()
+        assert (off <= 0.02 * rows[:, 0]).all()
+        assert not place.is_mapped(name)
+    assert chosen.is_mapped("b")
+    assert torch.equal(store.get("small"), tensors["small"])
+    for dtype in (torch.bfloat16, torch.float32):  # made anew, so the file isn't its memory
+        assert not Weights(View({"w": Source(store, "a.weight")}), dtype).stay_mapped
+
+
+def test_int8_without_scales_for_its_rows_is_left_as_it_is(tmp_path):
+    matrix = torch.ones(3, 4, dtype=torch.int8)
+    save_file({"w": matrix, "w_scale": torch.ones(4, 1)}, tmp_path / "model.safetensors")
+    store = TensorStore(find_files(tmp_path))
+    assert set(store.names) == {"w", "w_scale"}
+    assert torch.equal(store.get("w"), matrix)
 
 
 @pytest.mark.parametrize(

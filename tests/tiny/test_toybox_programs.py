@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,21 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
         assert (refused.returncode, reason in refused.stderr) == (2, True), refused.stderr
     clip = load(str(out)).generate("a red car bounces", seed=1, frames=5, size="32x32", steps=2)
     assert clip.frames.shape == (5, 32, 32, 3)
+    told = open_model(str(out))
+    low = ("--set", f"init={out}", "--set", "levels=[0.0, 0.9]", "--set", "part=transformer",
+           "--set", f"run.folder={tmp_path / 'low'}")
+    trained = program("dit", "-c", str(run_file), *low)
+    assert trained.returncode == 0, trained.stderr
+    released = program("release", "dit", "--run", str(tmp_path / "low"), "--out", str(out))
+    assert released.returncode == 0, released.stderr
+    both = open_model(str(out))
+    assert both.components.keys() - told.components.keys() == {"transformer_2"}
+    assert (both.tasks, both.defaults) == (told.tasks, replace(told.defaults, boundary=0.9))
+    first, second = (load_file(out / part / "model.safetensors")
+                     for part in ("transformer", "transformer_2"))
+    assert any(not torch.equal(first[name], second[name]) for name in second)
+    shared = load(str(out)).generate("a red car bounces", seed=1, frames=5, size="32x32", steps=2)
+    assert (shared.frames != clip.frames).any()
 
 
 def test_what_is_added_to_a_folder_is_recorded_there_and_nothing_else(

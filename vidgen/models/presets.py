@@ -94,6 +94,10 @@ DIT_PRESETS: dict[str, DiTConfig] = {
         text_dim=128, patch_size=2,
         audio=AudioConfig(channels=24, ffn_dim=128, tokens_per_s=62.5),
     ),
+    "toybox-low": DiTConfig(  # the expert at low noise, where no sound is made
+        in_channels=16, out_channels=16, num_heads=4, head_dim=64, num_layers=7, ffn_dim=896,
+        text_dim=128, patch_size=2,
+    ),
     "tiny": DiTConfig(
         in_channels=4, out_channels=4, num_heads=2, head_dim=12, num_layers=2, ffn_dim=32,
         text_dim=16,

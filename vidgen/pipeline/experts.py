@@ -1,4 +1,4 @@
-"""Who denoises at a noise level: a model's only transformer, or one of Wan 2.2's two experts."""
+"""Who denoises at a noise level: a model's only transformer, or one of two experts (Wan 2.2)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from vidgen.weights.hashes import hash_files
 from vidgen.weights.lora import parse_option, read_choices
 
 if TYPE_CHECKING:
+    from vidgen.diffusion.condition import LatentState
     from vidgen.models.dit import DiTConfig, SpacetimeDiT
     from vidgen.pipeline.parts import Parts
+    from vidgen.pipeline.plan import Plan
     from vidgen.weights.folder import ModelFolder, Role
 
 
@@ -113,6 +115,17 @@ class Experts:
         """Detach what is attached."""
         self._attached.close()
         self._role = None
+
+
+def boundary_of(folder: ModelFolder, plan: Plan, state: LatentState) -> float | None:
+    """The level below which the low-noise expert denoises; None: the first one does throughout.
+
+    A student is a delta of the first, which is also the only one to know sound where the other has
+    no parts for it.
+    """
+    low = folder.components.get("transformer_2")
+    deaf = low is not None and state.sound is not None and low.config.audio is None
+    return None if deaf or plan.student is not None else folder.defaults.boundary
 
 
 @contextmanager

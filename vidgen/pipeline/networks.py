@@ -29,7 +29,7 @@ from vidgen.models.dit_inputs import AudioTokens, KVCache
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread
 from vidgen.pipeline.devices.stretches import rooms_for
-from vidgen.pipeline.experts import Experts, Loras, experts
+from vidgen.pipeline.experts import Experts, Loras, boundary_of, experts
 from vidgen.weights.student import read_student
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def denoisers(
         contexts = [_for_takes(context, state.sound.takes) for context in contexts]
     negative = as_negative(state, hides_given=plan.guidance.known_scale is not None)
     listens = state.is_known and state.sound is not None and ranks is None
-    with experts(parts, parts.folder.defaults.boundary, loras, level) as given:
+    with experts(parts, boundary_of(parts.folder, plan, state), loras, level) as given:
         made = []
         for branch, context in zip(branches, contexts, strict=False):
             shown = negative if branch == NEGATIVE else state

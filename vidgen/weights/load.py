@@ -23,7 +23,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_path, atomic_write
 from vidgen.ops.linear import pack, packs
 from vidgen.weights.quantize import Quantization, linears, quantize_layer
-from vidgen.weights.store import TensorStore, find_files
+from vidgen.weights.store import TensorStore, find_files, in_int8
 from vidgen.weights.stream import assign, blocks_of, stream_blocks
 
 if TYPE_CHECKING:
@@ -114,10 +114,13 @@ class Weights:
 
         Otherwise all are copied: one tensor that stays keeps its whole file's pages resident.
         """
-        stored = {name: self.store.dtype(self._stored[name]) for name in self.names}
+        def changes(name: str, stored: str) -> bool:
+            return (self.store.dtype(stored) != self.dtype(name)
+                    or not self.store.is_mapped(stored))
+
         changed = sum(
-            dtype.itemsize * _numel(self.shape(name))
-            for name, dtype in stored.items() if dtype != self.dtype(name)
+            self.store.dtype(stored).itemsize * _numel(self.shape(name))
+            for name, stored in self._stored.items() if changes(name, stored)
         )
         return changed <= 0.05 * self.store.num_bytes
 
@@ -273,9 +276,13 @@ def trim_memory() -> None:
 
 
 def save_module(
-    state: dict[str, torch.Tensor], config: Any, folder: Path, dtype: torch.dtype
+    state: dict[str, torch.Tensor], config: Any, folder: Path, dtype: torch.dtype,
+    int8_from: int | None = None,
 ) -> None:
-    """Write a component folder: `config.json` (dataclass or mapping) and `model.safetensors`."""
+    """Write a component folder: `config.json` (dataclass or mapping) and `model.safetensors`.
+
+    Matrices of `int8_from` numbers or more lie there in int8, half as large.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     settings = config if isinstance(config, dict) else dump(config)
     tensors = {
@@ -283,6 +290,8 @@ def save_module(
         .contiguous()
         for name, value in state.items()
     }
+    if int8_from is not None:
+        tensors = in_int8(tensors, int8_from)
     atomic_write(folder / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary)

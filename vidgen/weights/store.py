@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from vidgen.core.errors import ModelError
 
 WEIGHT_NAMES = ("model", "diffusion_pytorch_model")
 """Stems under which transformers and diffusers save weights."""
+SCALE = "_scale"
+"""Behind the name of an int8 matrix that of its rows' scales, as compressed-tensors has it."""
 
 
 def find_files(folder: Path) -> tuple[Path, ...]:
@@ -67,6 +69,8 @@ def _shards(index: Path) -> tuple[Path, ...]:
 class TensorStore:
     """The tensors of one component by name, mapped from its files.
 
+    A matrix [n, m] that lies there in int8 with scales [n, 1] is one of bfloat16 to all who ask.
+
     Args:
         files: safetensors shards, or `.pth` files of plain state dicts, which are only ever read
             as tensors, never as code. Opened on first use.
@@ -96,18 +100,34 @@ class TensorStore:
                 entries[name] = path, read(name).to("meta")
         return entries
 
+    @cached_property
+    def _scales(self) -> dict[str, str]:
+        """The names of int8 matrices' scales, by those of the matrices."""
+        every, found = self._entries, {}
+        for name, (_, stored) in every.items():
+            _, scales = every.get(name + SCALE, (None, None))
+            rows = (*stored.shape[:1], 1)
+            if stored.dtype == torch.int8 and scales is not None and scales.shape == rows:
+                found[name] = name + SCALE
+        return found
+
     @property
     def names(self) -> tuple[str, ...]:
         """All names, in the files' order."""
-        return tuple(self._entries)
+        hidden = set(self._scales.values())
+        return tuple(name for name in self._entries if name not in hidden)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return tuple(self._entries[name][1].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor, without reading it."""
-        return self._entries[name][1].dtype
+        """Dtype of a tensor, without reading it."""
+        return torch.bfloat16 if name in self._scales else self._entries[name][1].dtype
+
+    def is_mapped(self, name: str) -> bool:
+        """Whether the file is a tensor's memory, as it lies there as `get` gives it."""
+        return name not in self._scales
 
     @property
     def num_bytes(self) -> int:
@@ -115,7 +135,12 @@ class TensorStore:
         return sum(tensor.nbytes for _, tensor in self._entries.values())
 
     def get(self, name: str) -> Tensor:
-        """A tensor on the CPU, mapped: its bytes come from the disk when they are used."""
+        """A tensor on the CPU; mapped, its bytes come from the disk when they are used."""
+        value = self._read(name)
+        scales = self._scales.get(name)
+        return value if scales is None else (value * self._read(scales)).bfloat16()
+
+    def _read(self, name: str) -> Tensor:
         path = self._entries[name][0]
         read = self._readers.get(path)
         if read is None:
@@ -125,6 +150,33 @@ class TensorStore:
     def release(self) -> None:
         """Close the files: pages leave memory unless a tensor still shows them; `get` reopens."""
         self._readers = {}
+
+
+def in_int8(tensors: Mapping[str, Tensor], least: int) -> dict[str, Tensor]:
+    """Tensors as a file has them whose matrices of `least` numbers or more take half the bytes.
+
+    Each row is a scale times -127..127; of some scales it has the one that is off by least.
+    """
+    made = {}
+    for name, value in tensors.items():
+        if value.ndim == 2 and value.numel() >= least:
+            made[name], made[name + SCALE] = _rows_in_int8(value.float())
+        else:
+            made[name] = value
+    return made
+
+
+def _rows_in_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 [n, m] and scales [n, 1] of a matrix."""
+    largest = matrix.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    tried = []
+    for share in torch.linspace(0.7, 1.0, 13):
+        scales = (share * largest / 127).bfloat16()
+        rows = (matrix / scales).round().clamp(-127, 127)
+        tried.append(((rows * scales - matrix).square().sum(1), rows, scales))
+    errors, rows, scales = (torch.stack(each) for each in zip(*tried, strict=True))
+    best = errors.argmin(0)[None, :, None]
+    return (rows.take_along_dim(best, 0)[0].to(torch.int8), scales.take_along_dim(best, 0)[0])
 
 
 def _open(path: Path) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:

@@ -80,6 +80,11 @@ class View(TensorStore):
         """Stored dtype of a tensor, without reading it."""
         return self._likeness(name).dtype
 
+    def is_mapped(self, name: str) -> bool:
+        """Whether the file is a tensor's memory."""
+        source = self._sources[name]
+        return source.store.is_mapped(source.name)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all chosen tensors as stored."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tests.distilling import with_run
 from tests.lora_models import make_adapter
 from tests.programs import load_program
+from tests.wan_models import build_diffusers
 from vidgen.cli.main import main
 from vidgen.core.config import build, load_yaml
 from vidgen.core.errors import InputError, ModelError
@@ -50,6 +51,14 @@ PROMPT = "a red car bounces across the desert"
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Engine:
     return load(str(model), device="cpu", dtype="fp32")
+
+
+def test_a_student_needs_a_transformer_that_knows_all_noise_levels(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    teacher = build_diffusers(tmp_path / "experts", "t2v-a14b")
+    with pytest.raises(InputError, match="experts has two transformers, each for some noise"):
+        open_shards(build(DistilRun, {**settings, "teacher": str(teacher)}, "run"))
 
 
 def test_the_teacher_makes_what_the_pipeline_makes(settings: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from vidgen.diffusion.condition_mix import ConditionMix
 from vidgen.training.config import RunConfig
 from vidgen.training.embedded.sound_cache import SoundMix
 from vidgen.training.embedded.toybox_data import CacheConfig
+from vidgen.weights.component import Role
 
 PLAIN = ConditionMix(text=0.65, first=0.17, prefix=0.12, mask=0.06)
 WITH_STILLS = ConditionMix(
@@ -26,7 +27,8 @@ class DiTData:
         tokenizer: folder with `tokenizer.json`.
         shifts: of the training times, one a phase: larger clips need more noise. Motion is settled
             above a noise level of 0.85.
-        levels: the lowest and the highest noise level that are learned: those of one expert.
+        levels: the lowest and the highest noise level that are learned. Where the highest is below
+            1 it is the expert at low noise that learns, and its boundary.
         uniform_share: share of a clip batch's times drawn evenly instead, so that the low levels,
             where edges become crisp, aren't forgotten.
         conditions: of batches without stills, which cost no tokens.
@@ -84,6 +86,11 @@ class DiTData:
     history_noise: float = 0.0
     validation_clips: int = 64
     sound: SoundMix | None = None
+
+    @property
+    def role(self) -> Role:
+        """Which of a model's two experts learns: the one at low noise, or the first or only one."""
+        return "transformer_2" if self.levels[1] < 1 else "transformer"
 
     def __post_init__(self) -> None:
         phases = self.run.phases

@@ -1,0 +1,77 @@
+"""Which of two experts denoises: clips of a tiny model with and without one for low noise."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.lora_models import make_adapter
+from tests.models import DEFAULTS, TASKS, build_tiny_model
+from vidgen.media.clip import Clip
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.presets import DIT_PRESETS
+from vidgen.pipeline.video import Engine, load
+from vidgen.weights.folder import write_model_info
+from vidgen.weights.load import save_module
+from vidgen.weights.student import StudentConfig, write_student
+
+
+def opened(folder: Path, boundary: float | None) -> Engine:
+    write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
+                     tasks=(*TASKS, "sound"), defaults=replace(DEFAULTS, boundary=boundary),
+                     world_version=1)
+    return load(str(folder), device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
+    """A model that makes sound and has a student; and one that also has a deaf second expert."""
+    alone = build_tiny_model(tmp_path_factory.mktemp("experts") / "alone", sound=True)
+    with load(str(alone), dtype="fp32").parts.use("transformer") as dit:
+        write_student(make_adapter(dit), StudentConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0), alone)
+    both = Path(shutil.copytree(alone, alone.parent / "both"))
+    torch.manual_seed(1)
+    low = SpacetimeDiT(DIT_PRESETS["tiny"])
+    low.init_weights()
+    for parameter in low.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save_module(low.state_dict(), low.config, both / "transformer_2", torch.float32)
+    return opened(alone, None), opened(both, 0.9)
+
+
+def clips_of(engines: tuple[Engine, Engine], **request: Any) -> list[Clip]:
+    return [engine.generate("a red car bounces", seed=1, **request) for engine in engines]
+
+
+def test_the_second_expert_draws_what_the_first_one_began(engines: tuple[Engine, Engine]) -> None:
+    alone, both = clips_of(engines, audio="none")
+    assert (alone.frames != both.frames).any()
+
+
+def test_sound_is_made_by_the_expert_that_knows_sound(engines: tuple[Engine, Engine]) -> None:
+    """It follows the picture, which the other one has a part in."""
+    _, both = clips_of(engines, audio="generate")
+    assert both.sound is not None
+    assert np.abs(both.sound).max() > 0
+    (silent,) = clips_of(engines[1:], audio="none")
+    assert (both.frames == silent.frames).all()
+
+
+def test_a_picture_that_follows_a_given_sound_is_made_by_that_expert(
+    engines: tuple[Engine, Engine], tmp_path: Path
+) -> None:
+    (heard,) = clips_of(engines[:1], audio="generate")
+    heard.save(tmp_path / "heard.mp4")
+    alone, both = clips_of(engines, audio=str(tmp_path / "heard.mp4"), follow_audio=True)
+    assert (alone.frames == both.frames).all()
+
+
+def test_a_student_is_a_delta_of_the_first_expert(engines: tuple[Engine, Engine]) -> None:
+    alone, both = clips_of(engines, audio="none", steps=3)
+    assert (alone.frames == both.frames).all()
