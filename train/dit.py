@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
+from vidgen.core.tensors import moved
 from vidgen.diffusion.flow import add_noise, squared_error, velocity_of
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import AudioConfig, SpacetimeDiT
@@ -122,6 +123,7 @@ class DiTTask:
     """Velocity prediction on cached latents."""
 
     alternates = True  # what makes sound rests in steps without it
+    makes_on_cpu = True
 
     def __init__(self, config: DiTRun) -> None:
         self.config = config
@@ -148,7 +150,7 @@ class DiTTask:
                 parameter.requires_grad_("audio" in name or name.startswith("truth."))
         if config.part == "transformer":
             self.text.requires_grad_(requires_grad=False)
-        self.draws = ClipDraws(config, self.device, self.dit.config.patch_size)
+        self.draws = ClipDraws(config, torch.device("cpu"), self.dit.config.patch_size)
         first = self.draws.caches[0]
         self.frames_per_s = first.config.fps / first.strides.t
         self.channels = self._channels() if config.pixel_weights else None
@@ -202,7 +204,8 @@ class DiTTask:
         optimizer = torch.optim.AdamW(parameters, lr=self.config.run.optim.lr, betas=(0.9, 0.98))
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = self.config.run.optim.lr * (1 - step / steps)
-            ids, mask, labels = self.draws.captions(step * batch_size, batch_size)
+            told = self.draws.captions(step * batch_size, batch_size)
+            ids, mask, labels = moved(told, self.device)
             bf16 = self.config.run.dtype == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 loss = self.heads.loss(encode_tokens(self.text, ids, mask), mask, labels)
@@ -219,6 +222,7 @@ class DiTTask:
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the velocity where it is to be generated, and the attributes' loss."""
         del step
+        batch = moved(batch, self.device)
         context = encode_tokens(self.text, batch.ids, batch.mask)
         error, sound = self._errors(batch, context, self.config.sprite_weight, self.former)
         told = self.heads.loss(context, batch.mask, batch.labels)
@@ -283,7 +287,7 @@ class DiTTask:
     def _velocity_errors(self, num_frames: int, *, sound: bool = False) -> dict[str, float]:
         scores, heard = {}, []
         for level in self.config.validation_sigmas:
-            batch = self.draws.held_aside(num_frames, level, sound=sound)
+            batch = moved(self.draws.held_aside(num_frames, level, sound=sound), self.device)
             bf16 = self.config.run.dtype == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 context = encode_tokens(self.text, batch.ids, batch.mask)

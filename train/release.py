@@ -96,6 +96,8 @@ def _release_autoencoder(
     config = presets[settings["preset"]]
     if settings.get("init"):
         config = config_of(type(config), Path(settings["init"]))
+    if settings.get("encoder_dim"):
+        config = replace(config, encoder_dim=settings["encoder_dim"])
     vae = network(config)
     vae.load_state_dict(load_averages(run, "vae"))
     if settings["part"] == "all":

@@ -29,6 +29,7 @@ from vidgen.toybox.render import render
 from vidgen.toybox.scenes import SEED_RANGES, SceneMix, sample_scenes
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.embedded.toybox_data import cut_around, fresh_seed, load_vae
+from vidgen.training.embedded.wider import with_wider_encoder
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
 
@@ -71,6 +72,8 @@ class VAERun:
         mix: how often scenes are rich; tinted sprites are the hardest.
         validation_clips: renders to validate on.
         init: component folder of a released VAE to start from, and to take the config of.
+        encoder_dim: width of the encoder, a multiple of the released one's, which it begins as;
+            None: as wide.
 
     Raises:
         InputError: a crop that the VAE or the frame can't have, no clip to validate on, or nothing
@@ -88,11 +91,14 @@ class VAERun:
     mix: SceneMix = field(default_factory=SceneMix)
     validation_clips: int = 16
     init: str | None = None
+    encoder_dim: int | None = None
 
     def __post_init__(self) -> None:
         side, limit = VAE_PRESETS[self.preset].strides.hw, min(self.height, self.width)
-        if not self.init and (self.part != "all" or self.loss.keep):
-            what = "loss.keep" if self.part == "all" else f"part: {self.part}"
+        needs = {f"part: {self.part}": self.part != "all", "loss.keep": self.loss.keep,
+                 "encoder_dim": self.encoder_dim}
+        what = next((name for name, needed in needs.items() if needed), None)
+        if what and not self.init:
             raise InputError(f"{what} needs init: the folder of the released VAE")
         if self.crop is not None and (self.crop % side or not 0 < self.crop <= limit):
             raise InputError(f"crop is {self.crop}; give a multiple of {side} up to {limit}, or "
@@ -109,7 +115,10 @@ class VAETask:
         self.device = choose_device(config.run.device)
         torch.manual_seed(config.run.seed)
         if config.init:
-            self.vae = load_vae(config.init, self.device).requires_grad_(requires_grad=True)
+            self.vae = load_vae(config.init, self.device)
+            if config.encoder_dim:
+                self.vae = with_wider_encoder(self.vae, config.encoder_dim)
+            self.vae.requires_grad_(requires_grad=True)
         else:
             self.vae = CausalVAE(VAE_PRESETS[config.preset]).to(self.device)
         if config.part != "all":

@@ -30,7 +30,9 @@ from vidgen.training.embedded.toybox_data import (
     as_reference,
     cut_around,
     encoder_hash,
+    load_vae,
 )
+from vidgen.training.embedded.wider import with_wider_encoder
 from vidgen.weights.folder import open_model
 
 Program = Callable[..., Ended]
@@ -181,8 +183,6 @@ def test_processes_that_torchrun_started_share_what_is_missing(
 
 
 def test_shards_are_made_again_just_the_same(tiny_model: Path, tmp_path: Path) -> None:
-    from vidgen.training.embedded.toybox_data import load_vae
-
     caches = [
         ToyboxCache(CacheConfig(str(tmp_path / name), str(tiny_model / "vae"), 1, shard_size=2,
                                 height=32, width=32))
@@ -240,6 +240,36 @@ def test_an_encoder_learns_for_a_decoder_that_stays_as_it_is(
     assert json.loads(configs[0]) == json.loads(configs[1]), "what a transformer reads by"
 
 
+def test_a_wider_encoder_begins_as_the_one_there_is(
+    tiny_model: Path, tmp_path: Path, program: Program
+) -> None:
+    narrow = load_vae(str(tiny_model / "vae"), torch.device("cpu"))
+    video = torch.rand(2, 3, 9, 32, 32) * 2 - 1
+    wide = with_wider_encoder(narrow, 3 * narrow.config.encoder_dim)
+    torch.testing.assert_close(wide.encode(video), narrow.encode(video), rtol=1e-4, atol=1e-4)
+    twins = wide.encoder.conv_out.weight.unflatten(1, (-1, 3))
+    assert (twins.std(2) > 0).all(), "or copies would learn alike"
+    with pytest.raises(InputError, match=r"encoder_dim is 12; give a multiple of .* 8"):
+        with_wider_encoder(narrow, 12)
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = {
+        "preset": "tiny", "init": str(tiny_model / "vae"), "encoder_dim": 16, "height": 32,
+        "width": 32, "run": {
+            "folder": str(tmp_path / "run"), "device": "cpu", "dtype": "fp32",
+            "phases": [{"steps": 1, "num_frames": 5, "batch_size": 1}], "validate_every": 100,
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    done = program("vae", "-c", str(tmp_path / "run.yaml"))
+    assert done.returncode == 0, done.stderr
+    done = program("release", "vae", "--run", str(tmp_path / "run"), "--out", str(model))
+    assert done.returncode == 0, done.stderr
+    released = load_vae(str(model / "vae"), torch.device("cpu"))
+    assert released.config.encoder_dim == 16
+    assert released.config.decoder_dim == narrow.config.decoder_dim
+
+
 def test_latents_that_are_kept_hold_an_encoder_back(tiny_model: Path) -> None:
     vae, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 5, 1),), device="cpu")
 
@@ -259,7 +289,9 @@ def test_latents_that_are_kept_hold_an_encoder_back(tiny_model: Path) -> None:
     assert drift_loss(4.0, 0.5) - drift_loss(0.0, 0.5) == pytest.approx(1.0, rel=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{"part": "encoder"}, {"part": "decoder"}, {"keep": 0.1}])
+@pytest.mark.parametrize(
+    "settings", [{"part": "encoder"}, {"part": "decoder"}, {"keep": 0.1}, {"encoder_dim": 48}]
+)
 def test_a_part_that_goes_on_needs_what_was_released(settings: dict[str, object]) -> None:
     vae, run = load_program("train/vae.py"), RunConfig("run", (Phase(1, 9, 1),))
     loss = vae.VAELoss(keep=settings.pop("keep", 0.0))

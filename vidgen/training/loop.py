@@ -265,7 +265,7 @@ class _Loop:
         sums: dict[str, torch.Tensor] = {}
         made = []
         for micro in range(phase.accumulate):
-            batch = self.batches.get(phase, step, micro)
+            batch = self.batches.get(step, micro)
             made.append(batch)
             last = micro + 1 == phase.accumulate
             loss, named = self.engine.loss(batch, step, last=last)

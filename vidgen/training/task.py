@@ -14,11 +14,11 @@ from vidgen.training.config import Phase
 class Task(Protocol):
     """What is trained. Modules are on the run's device when the loop begins.
 
-    Four more are optional: `start_phase(index, phase)` is called before a phase's first step, once,
+    Five more are optional: `start_phase(index, phase)` is called before a phase's first step, once,
     and gives True if it changed weights by hand; `files(batch)` names what a batch was made of, for
     messages; `saves_frozen`, if False, keeps frozen weights out of checkpoints; `alternates`, if
     True, tells that some parameters have no part in some steps, such as an expert or what makes
-    sound.
+    sound; `makes_on_cpu`, if True, that `batch` needs no GPU, and `loss` brings it there.
     """
 
     modules: dict[str, nn.Module]

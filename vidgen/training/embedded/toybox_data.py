@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -140,6 +141,7 @@ class ToyboxCache:
             self.manifest["stills_only"] = True
         self.shards = LatentShards(config.folder, self.manifest)
         self._scenes: dict[int, Scene] = {}
+        self._drawing = threading.Lock()  # a batch may be made in a thread
         self._taken = filter(config.takes, map(self._drawn, itertools.count()))
 
     @property
@@ -154,11 +156,14 @@ class ToyboxCache:
 
     def scene(self, index: int) -> Scene:
         """The scene of clip `index`; never one of the held-out triples."""
-        if self.config.takes_all and index not in self._scenes:
-            self._scenes[index] = self._drawn(index)
-        while index not in self._scenes:
-            self._scenes[len(self._scenes)] = next(self._taken)
-        return self._scenes[index]
+        if index in self._scenes:
+            return self._scenes[index]
+        with self._drawing:
+            if self.config.takes_all:
+                self._scenes[index] = self._drawn(index)
+            while index not in self._scenes:
+                self._scenes[len(self._scenes)] = next(self._taken)
+            return self._scenes[index]
 
     def _drawn(self, number: int) -> Scene:
         seed = SEED_RANGES["train"][0] + self.config.first_scene + number
@@ -203,9 +208,10 @@ class ToyboxCache:
         return 0, MID_FRAME, count - 1
 
     @torch.no_grad()
-    def make(self, index: int, vae: CausalVAE, device: torch.device, batch: int = 16) -> None:
+    def make(self, index: int, vae: CausalVAE, device: torch.device) -> None:
         """Render, encode and write shard `index`."""
         config, moments = self.config, self._moments()
+        batch = 64 if device.type == "cuda" else 16
         seen = moments if config.stills_only else range(config.num_frames)
         size = {"height": config.height, "width": config.width}
         first = index * config.shard_size
@@ -247,21 +253,22 @@ def cut_around(
         side: of the squares.
         step: they begin at multiples of it.
     """
-    rows, columns = mask.amax((1, 2, 4)), mask.amax((1, 2, 3))
-    videos, masks = [], []
-    for clip, shown, row, column in zip(video, mask, rows, columns, strict=True):
-        top, left = _start_around(row, side, step), _start_around(column, side, step)
-        square = (..., slice(top, top + side), slice(left, left + side))
-        videos.append(clip[square])
-        masks.append(shown[square])
-    return torch.stack(videos), torch.stack(masks)
+    tops, lefts = (_starts_around(shown, side, step)
+                   for shown in (mask.amax((1, 2, 4)), mask.amax((1, 2, 3))))
+    squares = [(..., slice(top, top + side), slice(left, left + side))
+               for top, left in zip(tops, lefts, strict=True)]
+    cut = (torch.stack([each[square] for each, square in zip(part, squares, strict=True)])
+           for part in (video, mask))
+    return next(cut), next(cut)
 
 
-def _start_around(shown: Tensor, side: int, step: int) -> int:
-    """Where a span of `side` begins whose middle is that of what is shown [L]; in the frame."""
-    places = torch.arange(len(shown), device=shown.device, dtype=shown.dtype)
-    middle = (shown * places).sum() / shown.sum().clamp(min=1e-6)
-    return int(((middle - side / 2) / step).round().clamp(0, (len(shown) - side) // step)) * step
+def _starts_around(shown: Tensor, side: int, step: int) -> list[int]:
+    """Where spans of `side` begin whose middles are those of what is shown [B, L]; in the frame."""
+    places = torch.arange(shown.shape[1], device=shown.device, dtype=shown.dtype)
+    middles = (shown * places).sum(1) / shown.sum(1).clamp(min=1e-6)
+    most = (shown.shape[1] - side) // step
+    starts: list[int] = (((middles - side / 2) / step).round().clamp(0, most) * step).int().tolist()
+    return starts
 
 
 def fresh_seed(*values: int) -> int:
