@@ -348,14 +348,15 @@ def _write_pipeline(folder: Path) -> None:
 
 def _build_embedded(case: Case, side: str) -> Run:
     del case
-    folder = Path(tempfile.gettempdir()) / "vidgen-speed-embedded"
     if side == "ours":
         return _pipeline_run(None, side, "a red car moves left in the desert")
-    if not (folder / "model_index.json").is_file():
-        from vidgen.weights.convert import convert
-        from vidgen.weights.folder import open_model
+    from vidgen.weights.convert import convert
+    from vidgen.weights.folder import open_model
 
-        convert(open_model("toybox"), folder, "diffusers")
+    model = open_model("toybox")
+    folder = Path(tempfile.gettempdir()) / f"vidgen-speed-embedded-{model.content_hash[:12]}"
+    if not (folder / "model_index.json").is_file():
+        convert(model, folder, "diffusers")
     return _pipeline_run(folder, side, "a red car moves left in the desert", 33, 128, 128, 25, 4.0)
 
 
@@ -385,7 +386,8 @@ def _pipeline_run(
     pipe = WanPipeline.from_pretrained(folder, vae=vae, torch_dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     if side == "compiled":
-        pipe.transformer.compile_repeated_blocks()
+        for dit in filter(None, (pipe.transformer, pipe.transformer_2)):
+            dit.compile_repeated_blocks()
 
     def run_theirs() -> Any:
         frames = pipe(

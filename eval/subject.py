@@ -35,7 +35,8 @@ def main() -> int:
     add("-o", "--output", type=Path, required=True, metavar="RESULTS.json")
     add("--clips", type=Path, required=True, metavar="FOLDER",
         help="what train/subject_clips.py made")
-    add("--lora", type=Path, required=True, metavar="FILE")
+    add("--lora", action="append", required=True, metavar="PATH[:WEIGHT][@high|@low]",
+        help="what was learned; may be repeated, as for two experts")
     add("--model", default="toybox")
     add("--count", type=int, default=120, help="prompts of the subject")
     add("--others", type=int, default=240, help="prompts of other sprites")
@@ -56,8 +57,8 @@ def main() -> int:
             raise ModelError(f"{options.model} is run by diffusers; a subject is toybox's")
         folder = JudgeFolder(options.judge) if options.judge else embedded_judge()
         test = SubjectTest(
-            subject, options.lora, options.count, options.others, options.split, options.seed,
-            options.steps, options.frames, options.size,
+            subject, tuple(options.lora), options.count, options.others, options.split,
+            options.seed, options.steps, options.frames, options.size,
         )
         log = ScoreLog(options.output.with_name(options.output.name + ".jsonl"))
         bars = Progress("{task.description}", BarColumn(), MofNCompleteColumn(),
@@ -74,7 +75,7 @@ def main() -> int:
             judge = folder.load(engine.device)
             scores = measure(test, engine, judge, folder.sha256, log, show)
         results = {
-            "subject": subject.sprite, "token": subject.token, "lora": str(options.lora),
+            "subject": subject.sprite, "token": subject.token, "lora": options.lora,
             "model": engine.folder.content_hash, "judge": folder.sha256, "split": options.split,
             "seed": options.seed, "machine": fingerprint(), "scores": scores,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.models import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_experts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a second expert at low noise; tests copy it before they change it."""
+    from tests.models import add_low_expert
+
+    folder = tmp_path_factory.mktemp("models") / "experts"
+    return add_low_expert(Path(shutil.copytree(tiny_model, folder)))
 
 
 @pytest.fixture(scope="session")

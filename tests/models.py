@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, 
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.vae import CausalVAE
 from vidgen.training.embedded.tokenizer import train_tokenizer
-from vidgen.weights.folder import ModelDefaults, write_model_info
+from vidgen.weights.folder import ModelDefaults, open_model, write_model_info
 from vidgen.weights.load import save_module
 
 CAPTIONS = ("a red car bounces across the desert at night", "a cat moves left over the meadow")
@@ -27,10 +28,7 @@ def build_tiny_model(folder: Path, *, sound: bool = False) -> Path:
     """A model of the tiny presets: 9 frames of 32x32 in 2 steps; with `sound` it makes sound."""
     torch.manual_seed(0)
     vae = CausalVAE(VAE_PRESETS["tiny"])
-    dit = SpacetimeDiT(DIT_PRESETS["tiny-sound" if sound else "tiny"])
-    dit.init_weights()
-    for parameter in dit.parameters():  # fresh gates are zero: a model that does nothing
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    dit = _transformer("tiny-sound" if sound else "tiny")
     text = UMT5Encoder(TEXT_PRESETS["tiny"])
     save_module(vae.state_dict(), vae.config, folder / "vae", torch.float32)
     save_module(dit.state_dict(), dit.config, folder / "transformer", torch.float32)
@@ -47,3 +45,24 @@ def build_tiny_model(folder: Path, *, sound: bool = False) -> Path:
         defaults=DEFAULTS, world_version=1,
     )
     return folder
+
+
+def add_low_expert(folder: Path, boundary: float = 0.8) -> Path:
+    """Give a tiny model a second expert, in int8 and deaf, for noise levels below `boundary`."""
+    told = open_model(str(folder))
+    torch.manual_seed(1)
+    dit = _transformer("tiny")
+    save_module(dit.state_dict(), dit.config, folder / "transformer_2", torch.float32, 256)
+    write_model_info(
+        folder, name=told.name, family=told.family, license_name=told.license, tasks=told.tasks,
+        defaults=replace(told.defaults, boundary=boundary), world_version=told.world_version,
+    )
+    return folder
+
+
+def _transformer(preset: str) -> SpacetimeDiT:
+    dit = SpacetimeDiT(DIT_PRESETS[preset])
+    dit.init_weights()
+    for parameter in dit.parameters():  # fresh gates are zero: a model that does nothing
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return dit

@@ -40,8 +40,12 @@ def both(model: str, target: Path, frames: int, steps: int) -> tuple[torch.Tenso
     return ours, made.permute(0, 2, 3, 1).float()
 
 
-def test_a_tiny_model_makes_the_same_clip_in_diffusers(tiny_model: Path, tmp_path: Path) -> None:
-    ours, theirs = both(str(tiny_model), tmp_path / "wan", frames=9, steps=4)
+@pytest.mark.parametrize("kind", ["tiny_model", "tiny_experts"])
+def test_a_tiny_model_makes_the_same_clip_in_diffusers(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(kind)
+    ours, theirs = both(str(model), tmp_path / "wan", frames=9, steps=4)
     assert (ours - theirs).abs().max() < 1e-3 + 0.5 / 255  # ours is rounded to 8 bits
 
 

@@ -189,6 +189,15 @@ def test_models_lists_what_is_shipped(cli):
         assert {"name", "path", "family", "license", "bytes", "defaults"} <= model.keys()
 
 
+def test_models_tells_of_a_second_expert(cli, tiny_model, tiny_experts):
+    code, out, _ = cli("models", str(tiny_model), str(tiny_experts))
+    assert code == 0
+    one, two = out.splitlines()[-2:]
+    assert ("two experts" in one, "two experts" in two) == (False, True)
+    _, out, _ = cli("models", str(tiny_experts), "--json")
+    assert {"transformer", "transformer_2"} <= set(json.loads(out)[-1]["components"])
+
+
 BAD = {
     "no verb like it": (["generat", "a cat"], "unknown verb 'generat'; did you mean 'generate'"),
     "no prompt": (["generate"], "required: PROMPT"),

@@ -81,6 +81,21 @@ def test_what_only_wans_own_programs_load_is_kept_or_told_of(
     assert "has no text tower of CLIP" in caplog.text
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "wan"])
+def test_an_expert_in_int8_comes_back_as_every_reader_has_it(
+    layout: str, tiny_experts: Path, tmp_path: Path
+) -> None:
+    before, there = open_model(str(tiny_experts)), through(tiny_experts, tmp_path, layout)
+    for folder in (there, through(there, tmp_path / "back", "vidgen")):
+        made = open_model(str(folder))
+        assert (made.family, made.defaults) == (before.family, before.defaults)
+        assert made.components.keys() == before.components.keys()
+        for role in ("transformer", "transformer_2"):
+            ours, theirs = before.components[role], made.components[role]
+            assert_same(*({part.names[name]: part.store.get(name) for name in part.store.names}
+                          for part in (theirs, ours)))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_diffusers_folder_comes_back_from_a_round(variant: str, tmp_path: Path) -> None:
     source = build_diffusers(tmp_path / "source", variant)

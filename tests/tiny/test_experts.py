@@ -3,46 +3,31 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.lora_models import make_adapter
-from tests.models import DEFAULTS, TASKS, build_tiny_model
+from tests.models import add_low_expert, build_tiny_model
 from vidgen.media.clip import Clip
-from vidgen.models.dit import SpacetimeDiT
-from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.video import Engine, load
-from vidgen.weights.folder import write_model_info
-from vidgen.weights.load import save_module
+from vidgen.weights.lora import write_lora
 from vidgen.weights.student import StudentConfig, write_student
-
-
-def opened(folder: Path, boundary: float | None) -> Engine:
-    write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
-                     tasks=(*TASKS, "sound"), defaults=replace(DEFAULTS, boundary=boundary),
-                     world_version=1)
-    return load(str(folder), device="cpu", dtype="fp32")
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Engine]:
     """A model that makes sound and has a student; and one that also has a deaf second expert."""
-    alone = build_tiny_model(tmp_path_factory.mktemp("experts") / "alone", sound=True)
+    alone = build_tiny_model(tmp_path_factory.mktemp("models") / "alone", sound=True)
     with load(str(alone), dtype="fp32").parts.use("transformer") as dit:
         write_student(make_adapter(dit), StudentConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0), alone)
-    both = Path(shutil.copytree(alone, alone.parent / "both"))
-    torch.manual_seed(1)
-    low = SpacetimeDiT(DIT_PRESETS["tiny"])
-    low.init_weights()
-    for parameter in low.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    save_module(low.state_dict(), low.config, both / "transformer_2", torch.float32)
-    return opened(alone, None), opened(both, 0.9)
+    both = add_low_expert(Path(shutil.copytree(alone, alone.parent / "both")), 0.9)
+    one, two = (load(str(folder), device="cpu", dtype="fp32") for folder in (alone, both))
+    assert isinstance(one, Engine)
+    assert isinstance(two, Engine)
+    return one, two
 
 
 def clips_of(engines: tuple[Engine, Engine], **request: Any) -> list[Clip]:
@@ -75,3 +60,19 @@ def test_a_picture_that_follows_a_given_sound_is_made_by_that_expert(
 def test_a_student_is_a_delta_of_the_first_expert(engines: tuple[Engine, Engine]) -> None:
     alone, both = clips_of(engines, audio="none", steps=3)
     assert (alone.frames == both.frames).all()
+
+
+def test_an_adapter_of_the_expert_that_rests_is_told_of(
+    engines: tuple[Engine, Engine], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, both = engines
+    with both.parts.use("transformer"):
+        adapter = make_adapter(both.parts.expert("transformer_2"), seed=5)
+    write_lora(adapter, tmp_path / "low.safetensors", "vidgen")
+    asked = {"audio": "none", "lora": [f"{tmp_path / 'low.safetensors'}@low"]}
+    (plain,) = clips_of(engines[1:], audio="none")
+    (changed,) = clips_of(engines[1:], **asked)
+    assert (plain.frames != changed.frames).any()
+    assert not caplog.messages
+    clips_of(engines[1:], **asked, steps=3)
+    assert "low.safetensors@low changes nothing in this clip" in caplog.text

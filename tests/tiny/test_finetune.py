@@ -122,6 +122,23 @@ def test_a_lora_of_toybox_learns_a_spare_token_along(tiny_model, clips, tmp_path
     assert "--lora tiny.safetensors" in card
 
 
+def test_both_experts_of_toybox_learn_a_subject(tiny_experts, clips, tmp_path):
+    config = make_config(
+        tiny_experts, clips, tmp_path / "run", run=LEARN, lora={"targets": "all"},
+        subject={"token": "<subject_7>", "like": "red car"}, data={"prefix": "<subject_7>"},
+    )
+    summary = finetune(config)
+    assert [path.rpartition("@")[2] for path in summary["use"]] == ["high", "low"]
+    assert set(summary["relative_delta"]) == {"transformer", "transformer_2"}
+    card = (tmp_path / "run" / "output" / "README.md").read_text()
+    assert "--lora tiny-high.safetensors@high --lora tiny-low.safetensors@low" in card
+    engine = load(str(tiny_experts), device="cpu", dtype="fp32")
+    made = [engine.generate("<subject_7> in the rain", seed=1, frames=5, lora=lora).frames
+            for lora in (summary["use"], summary["use"][:1], summary["use"][1:])]  # fmt: skip
+    assert not np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[0], made[2])
+
+
 @pytest.mark.parametrize("kind", ["toybox", "t2v-a14b"])
 def test_all_weights_learn_and_a_whole_model_comes_out(kind, tiny_model, wan, clips, tmp_path):
     base = tiny_model if kind == "toybox" else wan(kind)

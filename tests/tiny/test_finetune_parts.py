@@ -9,6 +9,7 @@ import torch
 
 from tests.finetuning import build_clips, make_config
 from tests.lora_models import I2V, TINY, WHOLE, make_dit
+from tests.models import add_low_expert, build_tiny_model
 from tests.wan_models import build_diffusers
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
@@ -268,3 +269,12 @@ def test_a_plan_needs_no_weights_of_a_published_model(tiny_model, clips, tmp_pat
         assert planned(published, **large).flops > 1e14
     with pytest.raises(InputError, match="neither here nor a published one"):
         planned("no/such-model")
+
+
+def test_experts_that_differ_are_planned_as_each_is(clips, tmp_path):
+    model = add_low_expert(build_tiny_model(tmp_path / "model", sound=True))
+    parts = open_model(str(model)).components
+    for experts, roles in (("high", EXPERTS[:1]), ("low", EXPERTS[1:]), ("both", EXPERTS)):
+        planned = plan(make_config(model, clips, tmp_path, experts=experts))
+        whole = sum(p.numel() for role in roles for p in parts[role].build().parameters())
+        assert planned.frozen == whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import time
 import weakref
 from dataclasses import replace
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tests.lora_models import make_adapter
 from tests.models import build_tiny_model
 from vidgen.cli.main import main
 from vidgen.cli.report import Report
@@ -38,6 +40,7 @@ from vidgen.ops import native
 from vidgen.pipeline.budget import calibration
 from vidgen.pipeline.budget.calibration import NOMINAL, Calibration, cached_calibration
 from vidgen.pipeline.budget.estimate import estimate
+from vidgen.pipeline.budget.job import Job
 from vidgen.pipeline.budget.memory import KERNELS_BYTES
 from vidgen.pipeline.budget.passes import count_passes
 from vidgen.pipeline.budget.preflight import choose, preflight, require_own_model, settle
@@ -53,9 +56,13 @@ from vidgen.pipeline.budget.workload import (
     vae_bytes,
     vae_ops,
 )
+from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.parts import EXPERTS
+from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.video import load
 from vidgen.weights.folder import ForeignFolder, open_model
+from vidgen.weights.student import StudentConfig, write_student
 
 CPU = torch.device("cpu")
 FP32 = Setup(CPU, "fp32")
@@ -314,6 +321,22 @@ def test_conditions_cost_encoding_and_tokens(tiny_model, tmp_path):
             planned(tiny_model, **options) for options in ({"image": picture}, {}))
     )
     assert guided["denoise"].seconds == image["denoise"].seconds == 2 * alone["denoise"].seconds
+
+
+@pytest.mark.parametrize(("kind", "options", "experts"), [
+    ("tiny_model", {}, EXPERTS[:1]), ("tiny_experts", {}, EXPERTS),
+    ("tiny_experts", {"steps": 3}, EXPERTS[:1]),
+    ("tiny_experts", {"audio": "a.wav", "follow_audio": True}, EXPERTS[:1]),
+])  # fmt: skip
+def test_an_expert_that_rests_is_not_counted(kind, options, experts, tmp_path, request):
+    folder = open_model(shutil.copytree(request.getfixturevalue(kind), tmp_path / "model"))
+    write_student(make_adapter(folder.components["transformer"].build()),
+                  StudentConfig("euler", (1.0, 0.7, 0.4, 0.0), 3.0), folder.path)
+    asked = Request.of("a cat", {"seed": 1, **options})
+    folder = open_model(str(folder.path))
+    plan = with_student(make_plan(asked, folder), asked, folder)
+    job = Job(folder, plan, asked, Setup(CPU, "fp32", "stage"), {}, ".mp4")
+    assert job.experts == experts
 
 
 def test_an_engine_is_told_quickly_and_measures_nothing(tiny_model, monkeypatch):

@@ -119,6 +119,18 @@ def test_a_matrix_in_int8_is_one_of_bfloat16(tmp_path):
         assert not Weights(View({"w": Source(store, "a.weight")}), dtype).stay_mapped
 
 
+def test_a_kernel_in_int8_is_read_by_its_outputs(tmp_path):
+    torch.manual_seed(0)
+    kernel = torch.randn(6, 4, 3, 3, 3) * torch.logspace(-3, 2, 6).view(-1, 1, 1, 1, 1)
+    tensors = {"weight": kernel, "bias": torch.randn(6)}
+    save_file(in_int8(tensors, 256), tmp_path / "model.safetensors")
+    store = TensorStore(find_files(tmp_path))
+    made = store.get("weight")
+    assert store.shape("weight") == tuple(made.shape) == (6, 4, 3, 3, 3)
+    off, size = ((each.flatten(1).square().mean(1).sqrt()) for each in (made - kernel, kernel))
+    assert (off < 0.02 * size).all()
+
+
 def test_int8_without_scales_for_its_rows_is_left_as_it_is(tmp_path):
     matrix = torch.ones(3, 4, dtype=torch.int8)
     save_file({"w": matrix, "w_scale": torch.ones(4, 1)}, tmp_path / "model.safetensors")

@@ -44,7 +44,9 @@ def test_only_reserved_sprites_are_subjects():
         Subject("car")
 
 
-def test_a_subject_goes_from_clips_to_a_score(tiny_model, tmp_path, server):
+@pytest.mark.parametrize("kind", ["tiny_model", "tiny_experts"])
+def test_a_subject_goes_from_clips_to_a_score(kind, tmp_path, server, request):
+    model = request.getfixturevalue(kind)
     out = tmp_path / "subject"
     made = run_program(server, "train/subject_clips.py", "--sprite", "unicorn", "--out", str(out),
                        "--clips", "3", "--others", "2", "--frames", "9", "--size",
@@ -61,8 +63,8 @@ def test_a_subject_goes_from_clips_to_a_score(tiny_model, tmp_path, server):
 
     run = tmp_path / "run.yaml"
     settings = apply_overrides(load_yaml(packaged_config("train/subject_toybox.yaml")), [
-        f"model={tiny_model}", f"run.folder={tmp_path / 'run'}", "run.steps=3", "run.device=cpu",
-        "run.batch_size=2", "run.validate_every=3", "validation.sheet_every=3",
+        f"model={model}", f"run.folder={tmp_path / 'run'}", "run.steps=6", "run.device=cpu",
+        "run.batch_size=2", "run.validate_every=6", "validation.sheet_every=6",
         "validation.steps=1", f"data.folders.0.path={out / 'clips'}",
         f"data.folders.1={out / 'others'}", f"data.cache={tmp_path / 'cache'}",
         "data.sizes=32x32", "data.frames=9", "lora.targets=attention",
@@ -71,14 +73,16 @@ def test_a_subject_goes_from_clips_to_a_score(tiny_model, tmp_path, server):
     assert main(["data", "cache", "-c", str(run)]) == 0
     trained = run_program(server, "train/finetune.py", "-c", str(run), "--json")
     assert trained.returncode == 0, trained.stderr
-    [lora] = json.loads(trained.stdout)["use"]
+    use = json.loads(trained.stdout)["use"]
+    assert len(use) == (1 if kind == "tiny_model" else 2)
 
     torch.manual_seed(0)
     judge = Judge(JudgeConfig())
     save_module(judge.state_dict(), judge.config, tmp_path / "judge", torch.float32)
     results = tmp_path / "results.json"
-    call = ("eval/subject.py", "-o", str(results), "--clips", str(out), "--lora", lora, "--model",
-            str(tiny_model), "--count", "2", "--others", "2", "--steps", "1", "--frames", "9",
+    loras = [word for path in use for word in ("--lora", path)]
+    call = ("eval/subject.py", "-o", str(results), "--clips", str(out), *loras, "--model",
+            str(model), "--count", "2", "--others", "2", "--steps", "1", "--frames", "9",
             "--size", "32x32", "--judge", str(tmp_path / "judge"))  # fmt: skip
     scored = run_program(server, *call)
     assert scored.returncode == 0, scored.stderr

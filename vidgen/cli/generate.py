@@ -66,7 +66,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--fit", choices=("crop", "pad"), default="crop", help="for pictures of another aspect")
     add("--steps", type=int, metavar="N", help="denoising steps")
     add("--guidance", type=float, metavar="G", help="how strongly the prompt is followed; 1 is off")
-    add("--guidance-low", type=float, metavar="G", help="for the low-noise expert of Wan 2.2 A14B")
+    add("--guidance-low", type=float, metavar="G",
+        help="for the low-noise expert of a model that has two")
     add("--image-guidance", type=float, metavar="G",
         help="how strongly given frames are followed")
     add("--image-guidance-reach", type=int, metavar="N",

@@ -87,6 +87,7 @@ def _describe(model: str, path: Path) -> dict[str, Any]:
     return {
         **facts, "family": folder.family, "variant": folder.variant, "layout": folder.layout,
         "license": folder.license, "tasks": list(folder.tasks), "defaults": dump(folder.defaults),
+        "components": list(folder.components),
     }
 
 
@@ -100,5 +101,7 @@ def _line(facts: dict[str, Any], width: int) -> str:
         license_name = facts["license"] or "no licence named in its card"
         return f"{head}  {facts['pipeline']}, run by diffusers, {license_name}"
     d, kind = facts["defaults"], facts["variant"] or facts["family"]
+    if "transformer_2" in facts["components"]:
+        kind += " of two experts"
     clip = f"{d['width']}x{d['height']}, {d['num_frames']} frames at {d['fps']:g} fps"
     return f"{head}  {kind}, {clip}, {facts['license']}; {', '.join(facts['tasks'])}"

@@ -111,7 +111,7 @@ class Request:
         fit: how pictures of another aspect are brought to the clip's: "crop" or "pad".
         steps: number of denoising steps.
         guidance: classifier-free guidance scale; 1 is the conditional pass alone.
-        guidance_low: guidance of the low-noise expert, for models that have two (Wan 2.2 A14B).
+        guidance_low: guidance of the low-noise expert, for models that have two.
         image_guidance: guidance where frames are given, which it then pulls towards, for models
             that were taught to do without (toybox).
         image_guidance_reach: latent frames from a first frame on at which that is full; it rises

@@ -25,8 +25,8 @@ class Guidance:
         interval: (lowest, highest) sigma at which guidance applies (Kynkaanniemi et al. 2024);
             outside of it the conditional model runs alone.
         rescale: share, 0 to 1, of the result that gets the conditional velocity's contrast back.
-        low_scale: the scale below `boundary`, where another expert denoises (Wan 2.2 A14B); None
-            is `scale` throughout.
+        low_scale: the scale below `boundary`, where another expert denoises; None is `scale`
+            throughout.
         boundary: sigma.
         known_scale: the scale where frames are given, which the unconditional pass isn't shown, so
             that guidance pulls towards them, too (image guidance: Brooks et al. 2023; Blattmann et

@@ -16,7 +16,6 @@ from vidgen.weights.hashes import hash_files
 from vidgen.weights.lora import parse_option, read_choices
 
 if TYPE_CHECKING:
-    from vidgen.diffusion.condition import LatentState
     from vidgen.models.dit import DiTConfig, SpacetimeDiT
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
@@ -117,14 +116,19 @@ class Experts:
         self._role = None
 
 
-def boundary_of(folder: ModelFolder, plan: Plan, state: LatentState) -> float | None:
+def boundary_of(folder: ModelFolder, plan: Plan, *, hears: bool) -> float | None:
     """The level below which the low-noise expert denoises; None: the first one does throughout.
 
     A student is a delta of the first, which is also the only one to know sound where the other has
     no parts for it.
+
+    Args:
+        folder: the model.
+        plan: of the clip.
+        hears: whether sound is in view, made or given.
     """
     low = folder.components.get("transformer_2")
-    deaf = low is not None and state.sound is not None and low.config.audio is None
+    deaf = low is not None and hears and low.config.audio is None
     return None if deaf or plan.student is not None else folder.defaults.boundary
 
 

@@ -87,7 +87,8 @@ def denoisers(
         contexts = [_for_takes(context, state.sound.takes) for context in contexts]
     negative = as_negative(state, hides_given=plan.guidance.known_scale is not None)
     listens = state.is_known and state.sound is not None and ranks is None
-    with experts(parts, boundary_of(parts.folder, plan, state), loras, level) as given:
+    boundary = boundary_of(parts.folder, plan, hears=state.sound is not None)
+    with experts(parts, boundary, loras, level) as given:
         made = []
         for branch, context in zip(branches, contexts, strict=False):
             shown = negative if branch == NEGATIVE else state

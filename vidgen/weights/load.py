@@ -281,7 +281,7 @@ def save_module(
 ) -> None:
     """Write a component folder: `config.json` (dataclass or mapping) and `model.safetensors`.
 
-    Matrices of `int8_from` numbers or more lie there in int8, half as large.
+    Matrices and kernels of `int8_from` numbers or more lie there in int8, half as large.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = config if isinstance(config, dict) else dump(config)

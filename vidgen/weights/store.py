@@ -69,7 +69,8 @@ def _shards(index: Path) -> tuple[Path, ...]:
 class TensorStore:
     """The tensors of one component by name, mapped from its files.
 
-    A matrix [n, m] that lies there in int8 with scales [n, 1] is one of bfloat16 to all who ask.
+    A matrix or kernel [n, ...] that lies there in int8 with scales [n, 1] is one of bfloat16 to all
+    who ask.
 
     Args:
         files: safetensors shards, or `.pth` files of plain state dicts, which are only ever read
@@ -107,7 +108,8 @@ class TensorStore:
         for name, (_, stored) in every.items():
             _, scales = every.get(name + SCALE, (None, None))
             rows = (*stored.shape[:1], 1)
-            if stored.dtype == torch.int8 and scales is not None and scales.shape == rows:
+            packed = stored.dtype == torch.int8 and stored.ndim > 1
+            if packed and scales is not None and scales.shape == rows:
                 found[name] = name + SCALE
         return found
 
@@ -138,7 +140,10 @@ class TensorStore:
         """A tensor on the CPU; mapped, its bytes come from the disk when they are used."""
         value = self._read(name)
         scales = self._scales.get(name)
-        return value if scales is None else (value * self._read(scales)).bfloat16()
+        if scales is None:
+            return value
+        rows = value.flatten(1) * self._read(scales)
+        return rows.bfloat16().view(value.shape)
 
     def _read(self, name: str) -> Tensor:
         path = self._entries[name][0]
@@ -153,14 +158,15 @@ class TensorStore:
 
 
 def in_int8(tensors: Mapping[str, Tensor], least: int) -> dict[str, Tensor]:
-    """Tensors as a file has them whose matrices of `least` numbers or more take half the bytes.
+    """Tensors as a file has them whose matrices and kernels of `least` numbers take half the bytes.
 
     Each row is a scale times -127..127; of some scales it has the one that is off by least.
     """
     made = {}
     for name, value in tensors.items():
-        if value.ndim == 2 and value.numel() >= least:
-            made[name], made[name + SCALE] = _rows_in_int8(value.float())
+        if value.ndim > 1 and value.numel() >= least:
+            rows, made[name + SCALE] = _rows_in_int8(value.flatten(1).float())
+            made[name] = rows.view(value.shape)
         else:
             made[name] = value
     return made

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from vidgen.toybox.captions import prompts
 from vidgen.toybox.judge import Judge
 from vidgen.toybox.scenes import Scene
 from vidgen.toybox.subject import Subject
+from vidgen.weights.lora import parse_option
 
 TASKS = ("sprite", "motion", "place")
 WITH, WITHOUT = "with", "without"
@@ -37,7 +37,7 @@ class SubjectTest:
 
     Args:
         subject: what was learned.
-        lora: the file that holds it.
+        lora: what holds it, as `--lora` takes it.
         count: prompts of the subject.
         others: prompts of sprites that the model knew before.
         split: "dev" for choosing, "test" once for a release.
@@ -46,7 +46,7 @@ class SubjectTest:
     """
 
     subject: Subject
-    lora: Path
+    lora: tuple[str, ...]
     count: int = 120
     others: int = 240
     split: str = "dev"
@@ -77,8 +77,9 @@ def measure(
     result: dict[str, Any] = {}
     for name, pairs in asked.items():
         rows: dict[str, list[dict[str, bool]]] = {}
-        for side, lora in ((WITHOUT, None), (WITH, test.lora)):
-            marks = identity | {"lora": None if lora is None else hashes_of(lora)}
+        for side, lora in ((WITHOUT, ()), (WITH, test.lora)):
+            marks = identity | {"lora": [[hashes_of(choice.path), choice.weight, choice.expert]
+                                         for choice in map(parse_option, lora)]}
             rows[side] = []
             for index, (scene, prompt) in enumerate(pairs):
                 seed = test.seed + index
@@ -100,11 +101,11 @@ def _key(marks: dict[str, Any], prompt: str, seed: int, scene: Scene) -> str:
 
 @torch.no_grad()
 def _judged(
-    test: SubjectTest, engine: Engine, judge: Judge, prompt: str, seed: int, lora: Path | None
+    test: SubjectTest, engine: Engine, judge: Judge, prompt: str, seed: int, lora: Sequence[str]
 ) -> Any:
     clip = engine.generate(
         prompt, seed=seed, steps=test.steps, frames=test.frames, size=test.size, audio="none",
-        lora=[] if lora is None else [str(lora)],
+        lora=list(lora),
     )
     assert not isinstance(clip, list)
     return judge.verdicts(as_video(clip.frames).to(engine.device))[0]

@@ -53,13 +53,12 @@ def _loading(job: Job, took: Seconds) -> dict[str, float]:
     All come at the beginning, or each when it is used, if they are put away after use.
     """
     each = {role: took.load(role) for role in job.folder.components}
-    experts = sum(seconds for role, seconds in each.items() if role.startswith("transformer"))
     added = dict.fromkeys(("text", "prepare", "denoise", "sound", "decode"), 0.0)
     if job.setup.offload == "none":
         return added | {"load": BUILDING_S + sum(each.values())}
     num_windows = len(job.passes.windows)
     added |= {"load": BUILDING_S, "text": each["text_encoder"], "decode": each["vae"],
-              "denoise": experts * num_windows}
+              "denoise": num_windows * sum(each[role] for role in job.experts)}
     if job.passes.encoded:
         added["prepare"] = each["vae"] + each.get("image_encoder", 0.0)
     if job.makes_sound:

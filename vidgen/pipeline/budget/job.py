@@ -12,6 +12,7 @@ from vidgen.ops.linear import packs
 from vidgen.pipeline.budget.calibration import NOMINAL, Calibration, cached_calibration
 from vidgen.pipeline.budget.passes import count_passes
 from vidgen.pipeline.budget.stages import Setup
+from vidgen.pipeline.experts import boundary_of
 from vidgen.pipeline.parts import DTYPES, EXPERTS, Parts
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.tasks import makes_sound
@@ -62,6 +63,13 @@ class Job:
     def makes_sound(self) -> bool:
         """Whether the model's own sound follows the picture."""
         return makes_sound(self.request, self.folder.tasks) and self.plan.roll is None
+
+    @property
+    def experts(self) -> tuple[Role, ...]:
+        """The transformers that denoise the picture."""
+        hears = bool(self.request.follow_audio)
+        alone = boundary_of(self.folder, self.plan, hears=hears) is None
+        return EXPERTS[:1] if alone else EXPERTS
 
     @property
     def num_refined(self) -> int:

@@ -77,7 +77,7 @@ class Memory:
         timed = job.request.mask is not None and job.folder.conditioning == "tokens"
         passing = self._passing(job.tokens, timed_tokens=timed)
         active = self._remembered() * job.dtype.itemsize + passing
-        return self._held(("transformer", "transformer_2"), active)
+        return self._held(job.experts, active)
 
     def sound(self) -> int:
         """While the model's own sound is made: sampled, then decoded."""

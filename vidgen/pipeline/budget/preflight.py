@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.budget.estimate import estimate
 from vidgen.pipeline.budget.job import Rates
 from vidgen.pipeline.budget.stages import Estimate, Setup
-from vidgen.pipeline.experts import read_loras
+from vidgen.pipeline.experts import boundary_of, read_loras
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import Offload
@@ -33,11 +34,15 @@ from vidgen.pipeline.rewrite import LanguageModel
 from vidgen.pipeline.step_caches import settle_cache
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.weights.folder import ForeignFolder, open_model
+from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
     from vidgen.pipeline.video import Engine
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
+
+
+log = logging.getLogger(__name__)
 
 
 class Asked(NamedTuple):
@@ -112,6 +117,7 @@ def settled(
     """
     plan = replace(make_plan(request, folder, inputs), cache=settle_cache(request, folder))
     plan = with_student(plan, request, folder)
+    _warn_of_idle_loras(plan, request, folder)
     texts = {"prompt": plan.prompt, "negative": plan.negative}
     asked = parse_readings(request.readings)
     if asked is None and request.lora:
@@ -121,6 +127,16 @@ def settled(
     for name, text in texts.items():
         require_short(name, read_as(text, readings), tokenizer)
     return replace(plan, readings=tuple(readings.items()))
+
+
+def _warn_of_idle_loras(plan: Plan, request: Request, folder: ModelFolder) -> None:
+    """Tell which adapters are for a low-noise expert that has no part in this clip."""
+    two = "transformer_2" in folder.components
+    if two and boundary_of(folder, plan, hears=bool(request.follow_audio)) is None:
+        for option in request.lora:
+            if parse_option(option).expert == "low":
+                log.warning("%s changes nothing in this clip, which the first expert makes alone: "
+                            "it is a student's, or follows a sound", option)
 
 
 def require_short(name: str, text: str, tokenizer: PromptTokenizer) -> None:

@@ -131,11 +131,11 @@ def rehearse(config: FinetuneConfig, folder: ModelFolder) -> None:
     place = target / config.output.name
     if config.method == "full" and place.exists():
         open_model(str(place))  # one that isn't a model is not ours to replace
-    trained_roles(config, folder)
-    if config.method == "lora":
-        with torch.device("meta"):
-            dit = SpacetimeDiT(folder.components["transformer"].config)
-        target_paths(dit, config.lora.targets)
+    for role in trained_roles(config, folder):
+        if config.method == "lora":
+            with torch.device("meta"):
+                dit = SpacetimeDiT(folder.components[role].config)
+            target_paths(dit, config.lora.targets)
 
 
 def _export_lora(

@@ -34,12 +34,17 @@ _PRESETS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a plan needs to know of a model."""
+    """What a plan needs to know of a model.
 
-    dit: DiTConfig
+    Attributes:
+        dits: of its transformer, or of its two experts.
+        vae: of its VAE.
+        defaults: of its clips.
+    """
+
+    dits: tuple[DiTConfig, ...]
     vae: VAEConfig
     defaults: ModelDefaults
-    num_experts: int
 
 
 def plan(config: FinetuneConfig, ranks: int | None = None) -> TrainingPlan:
@@ -56,11 +61,11 @@ def plan(config: FinetuneConfig, ranks: int | None = None) -> TrainingPlan:
     ranks = ranks or current_place().size
     check_sharing(config.run, ranks)
     known = architecture(config.model)
-    roles = choose_roles(config, config.model, known.num_experts)
+    roles = choose_roles(config, config.model, len(known.dits))
     modules: dict[str, nn.Module] = {}
     for role in roles:
         with torch.device("meta"):
-            module = SpacetimeDiT(known.dit)
+            module = SpacetimeDiT(known.dits[EXPERTS.index(role)])
             dtype = torch.float32 if config.method == "full" else DTYPES[config.run.dtype]
             modules[role] = prepare_module(config, module.to(dtype))
     return plan_training(modules, config.run, largest_sample(config, known), ranks=ranks)
@@ -71,10 +76,8 @@ def architecture(model: str) -> Architecture:
     if model in list_embedded() or Path(model).is_dir():
         folder = open_trainable(model)
         parts = folder.components
-        return Architecture(
-            parts["transformer"].config, parts["vae"].config, folder.defaults,
-            1 + (EXPERTS[1] in parts),
-        )
+        dits = tuple(parts[role].config for role in EXPERTS if role in parts)
+        return Architecture(dits, parts["vae"].config, folder.defaults)
     found = _PUBLISHED.search(model.lower())
     name = f"{found['kind']}-{found['size']}" if found else ""
     if name not in _PRESETS:
@@ -84,17 +87,18 @@ def architecture(model: str) -> Architecture:
         )
     variant = name if name in VARIANTS else f"{name}-{'720p' if '720' in model else '480p'}"
     return Architecture(
-        DIT_PRESETS[_PRESETS[name]], VAE_PRESETS["wan22" if name == "ti2v-5b" else "wan21"],
-        VARIANTS[variant].defaults, 2 if "a14b" in name else 1,
+        (DIT_PRESETS[_PRESETS[name]],) * (2 if "a14b" in name else 1),
+        VAE_PRESETS["wan22" if name == "ti2v-5b" else "wan21"], VARIANTS[variant].defaults,
     )
 
 
 def largest_sample(config: FinetuneConfig, known: Architecture) -> Sample:
     """The sample of most tokens that the data's buckets can hold."""
     data, strides = config.data, known.vae.strides
-    side = strides.hw * known.dit.patch_size
+    dit, *_ = known.dits
+    side = strides.hw * dit.patch_size
     sizes = [parse_size(size) for size in data.sizes] or list(known.defaults.sizes)
     area = data.area or max(width * height for width, height in sizes)
     num_frames = max(data.frames, default=known.defaults.num_frames)
     sample = Sample(1 + (num_frames - 1) // strides.t, -(-area // side**2))
-    return replace(sample, text_tokens=min(sample.text_tokens, known.dit.text_len))
+    return replace(sample, text_tokens=min(sample.text_tokens, dit.text_len))
