@@ -211,7 +211,7 @@ class ToyboxCache:
     def make(self, index: int, vae: CausalVAE, device: torch.device) -> None:
         """Render, encode and write shard `index`."""
         config, moments = self.config, self._moments()
-        batch = 64 if device.type == "cuda" else 16
+        batch = 128 if device.type == "cuda" else 16
         seen = moments if config.stills_only else range(config.num_frames)
         size = {"height": config.height, "width": config.width}
         first = index * config.shard_size
