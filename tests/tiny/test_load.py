@@ -77,6 +77,18 @@ def test_missing_surplus_and_misshapen_tensors_are_named(saved):
         assert part in str(error.value)
 
 
+def test_int8_that_has_lost_its_scales_is_refused(saved):
+    dit, folder = saved
+    save_module(dit.state_dict(), TINY, folder, torch.bfloat16, int8_from=1)
+    assert load(folder).head.proj.weight.is_floating_point()
+    tensors = read_tensors(folder / "model.safetensors")
+    del tensors["head.proj.weight_scale"]
+    save_file(tensors, folder / "model.safetensors")
+    lost = r"1 of whole numbers without a scale for each row \(head\.proj\.weight\)"
+    with pytest.raises(ModelError, match=lost):
+        load(folder)
+
+
 def test_two_tensors_for_one_weight_are_refused(saved):
     _, folder = saved
     with pytest.raises(ModelError, match=r"two tensors for head\.proj\.bias"):

@@ -245,17 +245,24 @@ def _fill(
 
 def _check(module: nn.Module, weights: Weights) -> None:
     """Refuse weights that are not those of the module."""
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    state = module.state_dict()
+    expected = {name: tuple(value.shape) for name, value in state.items()}
     given = {name: weights.shape(name) for name in weights.names}
     shapes = [
         f"{name}: {list(given[name])} for {list(shape)}"
         for name, shape in expected.items() if given.get(name, shape) != shape
+    ]
+    whole = [
+        name for name, value in state.items()
+        if value.is_floating_point() and name in given
+        and not weights.dtype(name).is_floating_point
     ]
     problems = [
         f"{len(found)} {what} ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})"
         for what, found in (
             ("missing", sorted(expected.keys() - given.keys())),
             ("surplus", sorted(given.keys() - expected.keys())), ("of wrong shape", shapes),
+            ("of whole numbers without a scale for each row", whole),
         ) if found
     ]
     if problems:
@@ -263,6 +270,7 @@ def _check(module: nn.Module, weights: Weights) -> None:
             f"{weights.place} doesn't fit its config.json: tensors {'; '.join(problems)}; "
             "the two must come from the same model"
         )
+
 
 def trim_memory() -> None:
     """Give freed memory back to the system.
