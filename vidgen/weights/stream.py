@@ -204,7 +204,8 @@ def stream_blocks(module: nn.Module, weights: Weights, device: torch.device) -> 
         ModelError: later, from the module's forward pass: a file that can't be read any more.
     """
     stream = BlockStream(module, weights, device)
-    module.block_stream = stream
+    # by torch's types a module's attributes are tensors and modules alone
+    object.__setattr__(module, "block_stream", stream)
     return stream
 
 
