@@ -204,8 +204,7 @@ def stream_blocks(module: nn.Module, weights: Weights, device: torch.device) -> 
         ModelError: later, from the module's forward pass: a file that can't be read any more.
     """
     stream = BlockStream(module, weights, device)
-    # by torch's types a module's attributes are tensors and modules alone
-    object.__setattr__(module, "block_stream", stream)
+    module.__dict__["block_stream"] = stream  # it is no part of the module
     return stream
 
 
