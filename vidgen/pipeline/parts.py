@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from vidgen.models.image import ImageEncoder
     from vidgen.models.text import UMT5Encoder
     from vidgen.models.vae import CausalVAE
-    from vidgen.weights.component import Role
+    from vidgen.weights.component import ExpertRole, Role
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
 
 Offload = Literal["none", "stage", "block"]
-EXPERTS: tuple[Role, ...] = ("transformer", "transformer_2")
+EXPERTS: tuple[ExpertRole, ...] = ("transformer", "transformer_2")
 STREAMED: tuple[Role, ...] = (*EXPERTS, "text_encoder")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -90,9 +90,7 @@ class Parts:
     @overload
     def use(self, role: Literal["vae"]) -> AbstractContextManager[CausalVAE]: ...
     @overload
-    def use(
-        self, role: Literal["transformer", "transformer_2"]
-    ) -> AbstractContextManager[SpacetimeDiT]: ...
+    def use(self, role: ExpertRole) -> AbstractContextManager[SpacetimeDiT]: ...
     @overload
     def use(self, role: Literal["text_encoder"]) -> AbstractContextManager[UMT5Encoder]: ...
     @overload

@@ -30,6 +30,8 @@ from vidgen.weights.load import load_module
 from vidgen.weights.store import TensorStore
 from vidgen.weights.view import Source, View
 
+ExpertRole = Literal["transformer", "transformer_2"]
+"""Of the transformers: one alone, or two that share the noise levels."""
 Role = Literal[
     "vae", "transformer", "transformer_2", "text_encoder", "image_encoder", "sound_vae"
 ]
@@ -135,9 +137,7 @@ class Components(dict[Role, Component[Config]]):
     @overload
     def __getitem__(self, role: Literal["vae"], /) -> Component[VAEConfig]: ...
     @overload
-    def __getitem__(
-        self, role: Literal["transformer", "transformer_2"], /
-    ) -> Component[DiTConfig]: ...
+    def __getitem__(self, role: ExpertRole, /) -> Component[DiTConfig]: ...
     @overload
     def __getitem__(self, role: Literal["text_encoder"], /) -> Component[TextConfig]: ...
     @overload
