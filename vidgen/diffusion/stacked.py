@@ -24,7 +24,7 @@ from vidgen.diffusion.condition import LatentState
 def stack_known_frames(
     state: LatentState, latents: Tensor, known: Tensor, strides: Strides
 ) -> LatentState:
-    """Show known frames as Wan's I2V models read them: [mask t | latents C] (Wan 2025, sec. 5.1.1).
+    """Show known frames as Wan's I2V models read them.
 
     Args:
         state: whose `stacked` is to be written.
@@ -32,11 +32,19 @@ def stack_known_frames(
         known: [T] bool, the frames that are known.
         strides: the VAE's.
     """
+    return replace(state, stacked=known_frames(latents, known, strides))
+
+
+def known_frames(latents: Tensor, known: Tensor, strides: Strides) -> Tensor:
+    """A state's `stacked`: [mask t | latents C] (Wan 2025, sec. 5.1.1).
+
+    Arguments as in `stack_known_frames`.
+    """
     flags = known.to(latents)
     flags = torch.cat([flags[:1].expand(strides.t), flags[1:]])  # the first latent is one frame's
     mask = rearrange(flags, "(F t) -> 1 t F 1 1", t=strides.t)
     mask = mask.expand(-1, -1, -1, *latents.shape[3:])
-    return replace(state, stacked=torch.cat([mask, latents], dim=1))
+    return torch.cat([mask, latents], dim=1)
 
 
 def control(
@@ -62,10 +70,7 @@ def control(
         strides: the VAE's.
         noise: the references', [1, C, R, h, w].
     """
-    side = strides.hw
-    mask = rearrange(wanted[:, 0], "b t (h y) (w x) -> b (y x) t h w", y=side, x=side)
-    mask = F.interpolate(mask, size=kept.shape[2:], mode="nearest-exact")
-    rows = torch.cat([kept, changed, mask.to(kept)], dim=1)
+    rows = control_rows(kept, changed, wanted, strides)
     for reference in references:  # the last one comes first, as the reference code has it
         empty = torch.zeros_like(rows[:, reference.shape[1] :, :1])
         rows = torch.cat([torch.cat([reference, empty], dim=1), rows], dim=2)
@@ -78,6 +83,17 @@ def control(
         clean=F.pad(state.clean, before),
         denoise_mask=F.pad(state.denoise_mask, before, value=True),
     )
+
+
+def control_rows(kept: Tensor, changed: Tensor, wanted: Tensor, strides: Strides) -> Tensor:
+    """A state's `control` without references: [kept C | changed C | mask s * s].
+
+    Arguments as in `control`.
+    """
+    side = strides.hw
+    mask = rearrange(wanted[:, 0], "b t (h y) (w x) -> b (y x) t h w", y=side, x=side)
+    mask = F.interpolate(mask, size=kept.shape[2:], mode="nearest-exact")
+    return torch.cat([kept, changed, mask.to(kept)], dim=1)
 
 
 def keep_beginning(state: LatentState, kept: Tensor, num_known: int) -> LatentState:

@@ -18,7 +18,6 @@ from vidgen.diffusion import condition
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise, draw_sound_noise
 from vidgen.diffusion.sound import new_sound, sound_span
-from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.inputs import Inputs
@@ -90,7 +89,7 @@ def generate_with_sound(
                          "another --suite")
     contexts, sound = _contexts(engine, plan, prompts), sound_plan(plan, engine.folder.defaults)
     picture = engine.sample(plan, _new_state(engine, plan, seeds), contexts)
-    config: AudioVAEConfig = engine.folder.components["sound_vae"].config
+    config = engine.folder.components["sound_vae"].config
     stride_t = engine.vae_config.strides.t
     first, end, start_s = sound_span(
         0, plan.latents.num_frames, stride_t, plan.fps, config.tokens_per_s
@@ -140,7 +139,7 @@ def _pixels(engine: Engine, latents: Tensor) -> Tensor:
 def sound_round_trip(engine: Engine, sound: Tensor) -> Tensor:
     """Sound [B, N] at the sound VAE's rate encoded and decoded, clamped, on the CPU."""
     with engine.parts.use("sound_vae") as vae:
-        decoded: Tensor = vae.decode(vae.encode(sound.to(engine.device)), sound.shape[1])
+        decoded = vae.decode(vae.encode(sound.to(engine.device)), sound.shape[1])
     return decoded.float().clamp(-1, 1).cpu()
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import av
 import numpy as np
@@ -58,7 +58,7 @@ class VideoReader:
             self.size = first.shape[1], first.shape[0]
             self._stack = self._stack.pop_all()  # stays open
 
-    def __enter__(self) -> VideoReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

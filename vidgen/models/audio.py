@@ -247,10 +247,10 @@ class AudioVAE(NormalizedLatents, nn.Module):
                 yield self._next_tokens(held[:, : before + ready * size + ahead], ready, cache)
                 held = held[:, ready * size :]
             cache.tensors[_SAMPLES] = held.clone()
-        held = cache.tensors.pop(_SAMPLES, None) if ends else None
-        if held is not None and held.shape[1] > before:
-            count = self.config.num_tokens(held.shape[1] - before)
-            yield self._next_tokens(self._fill(held), count, cache)
+        rest = cache.tensors.pop(_SAMPLES, None) if ends else None
+        if rest is not None and rest.shape[1] > before:
+            count = self.config.num_tokens(rest.shape[1] - before)
+            yield self._next_tokens(self._fill(rest), count, cache)
 
     @torch.no_grad()
     def stream_decode(

@@ -54,7 +54,8 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """[B, T, D] -> the same."""
         y = self.norm(self.conv(x, cache))
-        return x + self.scale * self.contract(F.gelu(self.expand(y)))
+        x = x + self.scale * self.contract(F.gelu(self.expand(y)))
+        return x
 
 
 class _Stack(nn.ModuleList):
@@ -89,7 +90,8 @@ class AudioEncoder(nn.Module):
         """[B, T, 3 * bins] -> [B, K, 2 * C], mean and log-variance."""
         x = self.frames(self.embed(x), cache)
         x = self.gather(x.unflatten(1, (-1, per_token)).flatten(2))
-        return self.to_moments(self.norm(self.tokens(x, cache)))
+        x = self.to_moments(self.norm(self.tokens(x, cache)))
+        return x
 
 
 class AudioDecoder(nn.Module):

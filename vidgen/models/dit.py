@@ -358,7 +358,7 @@ class SpacetimeDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             streams = self._run(block, streams, rope, layout, text, cache, i)
         with torch.autocast(context.device.type, enabled=False):
-            sound = self.head(streams[0], self.head.audio_proj).transpose(1, 2)
+            sound: Tensor = self.head(streams[0], self.head.audio_proj).transpose(1, 2)
         return sound.to(audio.latents.dtype)
 
     def _hints(

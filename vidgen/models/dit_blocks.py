@@ -129,7 +129,8 @@ class HeadsNorm(nn.Module):
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, L, H * d] -> [B, H, L, d]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (num_heads, -1))
+    return heads.transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
@@ -174,7 +175,8 @@ class SelfAttention(nn.Module):
             mixed = attend(q, k, v)
         else:
             mixed = ulysses_attention(attend, q, k, v, layout.spread)
-        return self.out(mixed.transpose(1, 2).flatten(-2))
+        x = self.out(mixed.transpose(1, 2).flatten(-2))
+        return x
 
 
 def _split(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
@@ -190,7 +192,8 @@ def _join(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
     if axis == "all":
         return x
     groups = layout.num_frames if axis == "space" else layout.frame_tokens
-    return x.unflatten(0, (-1, groups)).movedim(1, 2 if axis == "space" else 3).flatten(2, 3)
+    x = x.unflatten(0, (-1, groups))
+    return x.movedim(1, 2 if axis == "space" else 3).flatten(2, 3)
 
 
 class CrossAttention(nn.Module):
@@ -215,13 +218,15 @@ class CrossAttention(nn.Module):
             k = self.norm_k_image(self.k_image(context.image))
             v = _heads(self.v_image(context.image), self.num_heads)
             mixed = mixed + attention(q, k, v, backend=self.backend)
-        return self.out(mixed.transpose(1, 2).flatten(-2))
+        x = self.out(mixed.transpose(1, 2).flatten(-2))
+        return x
 
 
-class Block(nn.Module):
+class BlockLayers(nn.Module):
     """Self-attention, cross-attention and feed-forward, the first and last modulated by time.
 
-    Modalities share all but the feed-forward: `ffn` for video, `audio_ffn` for audio.
+    Modalities share all but the feed-forward: `ffn` for video, `audio_ffn` for audio. Blocks of a
+    control's branch have the same layers, but take and give something else.
     """
 
     def __init__(
@@ -238,7 +243,7 @@ class Block(nn.Module):
         if audio_ffn_dim is not None:
             self.audio_ffn = FeedForward(width, audio_ffn_dim)
 
-    def forward(
+    def update(
         self, streams: Sequence[Stream], rope: Tensor, layout: Layout, context: Context,
         cache: KVCache | None, layer: int,
     ) -> list[Stream]:
@@ -267,6 +272,17 @@ class Block(nn.Module):
         return out
 
 
+class Block(BlockLayers):
+    """A block of the transformer: its layers update the streams."""
+
+    def forward(
+        self, streams: Sequence[Stream], rope: Tensor, layout: Layout, context: Context,
+        cache: KVCache | None, layer: int,
+    ) -> list[Stream]:
+        """Update the streams, as `update` says."""
+        return self.update(streams, rope, layout, context, cache, layer)
+
+
 class Head(nn.Module):
     """Modulated norm and projection of tokens to velocities."""
 
@@ -282,4 +298,5 @@ class Head(nn.Module):
         """Map a stream's tokens [B, L, D] to [B, L, channels] in the weights' dtype."""
         shift, scale = stream.time.modulate(self.modulation, stream.time.head.unsqueeze(-2))
         dtype = proj.weight.dtype
-        return proj(modulated_norm(stream.tokens, shift, scale, self.eps, dtype))
+        velocities: Tensor = proj(modulated_norm(stream.tokens, shift, scale, self.eps, dtype))
+        return velocities

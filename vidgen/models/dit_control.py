@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
-from vidgen.models.dit_blocks import Block, compute_dtype
+from vidgen.models.dit_blocks import BlockLayers, compute_dtype
 from vidgen.models.dit_inputs import Context, Layout, Stream
 
 if TYPE_CHECKING:
     from vidgen.models.dit import DiTConfig
 
 
-class ControlBlock(Block):
+class ControlBlock(BlockLayers):
     """A block of VACE's branch: it refines control tokens and draws from them what a block adds."""
 
     def __init__(
@@ -45,7 +45,7 @@ class ControlBlock(Block):
         """
         if self.proj_in is not None:
             control = video.tokens + self.proj_in(control).to(video.tokens.dtype)
-        [out] = super().forward([Stream(control, video.time)], rope, layout, context, None, 0)
+        [out] = self.update([Stream(control, video.time)], rope, layout, context, None, 0)
         return self.proj_out(out.tokens.to(compute_dtype(self.proj_out.weight))), out.tokens
 
 

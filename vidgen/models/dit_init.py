@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from vidgen.models.dit_blocks import CrossAttention
+from vidgen.models.dit_control import ControlBlock
+
 if TYPE_CHECKING:
     from vidgen.models.dit import SpacetimeDiT
-    from vidgen.models.dit_blocks import CrossAttention
 
 PAD_LOGIT = -6.5
 PAD_KEY_BIAS = -0.03
@@ -32,14 +34,15 @@ def init_dit(model: SpacetimeDiT, generator: torch.Generator | None = None) -> N
         for layer in (model.time_embed.up, model.time_embed.down):
             nn.init.normal_(layer.weight, std=0.02, generator=generator)
         nn.init.zeros_(model.time_embed.proj.weight)
-        for block in (*model.blocks, *model.control_blocks):
-            block.cross_attn.out.weight.mul_(model.config.num_layers**-0.5)
-            _hide_pad_key(block.cross_attn)
+        for module in model.modules():
+            if isinstance(module, CrossAttention):
+                module.out.weight.mul_(model.config.num_layers**-0.5)
+                _hide_pad_key(module)
+            elif isinstance(module, ControlBlock):
+                nn.init.zeros_(module.proj_out.weight)
         if model.config.control_channels is not None:
             nn.init.xavier_uniform_(model.control_embed.weight.flatten(1), generator=generator)
             nn.init.zeros_(model.control_embed.bias)
-        for block in model.control_blocks:
-            nn.init.zeros_(block.proj_out.weight)
         nn.init.zeros_(model.head.proj.weight)
         if model.config.audio is not None:
             nn.init.zeros_(model.head.audio_proj.weight)

@@ -156,15 +156,17 @@ class _Attention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            self.add_module(name, nn.Linear(width, width))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(width, width) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
             layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        x = self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return x
 
 
 class _FeedForward(nn.Module):
@@ -177,7 +179,8 @@ class _FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
         # quick_gelu: x * sigmoid(1.702 x) (Hendrycks & Gimpel 2016, section 2)
-        return self.fc2(F.gelu(x) if self.activation == "gelu" else x * (1.702 * x).sigmoid())
+        x = self.fc2(F.gelu(x) if self.activation == "gelu" else x * (1.702 * x).sigmoid())
+        return x
 
 
 class _Layer(nn.Module):
@@ -190,7 +193,8 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + self.mlp(self.layer_norm2(x))
+        return x
 
 
 class _Stack(nn.Module):
@@ -238,7 +242,8 @@ class ImageEncoder(nn.Module):
                 "use prepare_image"
             )
         pixels = pixels.to(self.embeddings.patch_embedding.weight.dtype)
-        return self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        features: Tensor = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        return features
 
 
 def prepare_image(pixels: Tensor, config: ImageConfig) -> Tensor:

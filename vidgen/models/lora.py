@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.models.dit import PatchEmbedding
+from vidgen.models.dit_blocks import PatchEmbedding
 from vidgen.ops.linear import plain
 
 _OWNERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -73,7 +73,7 @@ def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
         if layer is None or not _is_linear(layer):
             found.append(f"{path}: no linear layer")
             continue
-        out, *rest = layer._parameters["weight"].shape
+        out, *rest = _stored(layer, "weight").shape
         width, down, up = math.prod(rest), part.down, part.up
         if down.ndim < 2 or up.ndim != 2 or not down.shape[0] == up.shape[1] > 0:
             found.append(f"{path}: ranks of {list(down.shape)} and {list(up.shape)} differ")
@@ -121,16 +121,17 @@ def attached(
         before = [(layer, type(layer), layer.__dict__.get("_parts")) for layer in parts]
         try:
             for layer, own in parts.items():
-                layer._parts = own
-                low_rank = _is_linear(layer)
-                layer.__class__ = _adapted(_base(layer), frozenset(own.deltas), low_rank)
+                layer.__dict__["_parts"] = own
+                kind = _Kind(_base(layer), frozenset(own.deltas), _is_linear(layer))
+                layer.__class__ = _adapted(kind)
             yield
         finally:
-            for layer, kind, own in before:
-                layer.__class__ = kind
-                layer._parts = own
-                if own is None:
-                    del layer._parts
+            for layer, earlier, outer in before:
+                layer.__class__ = earlier
+                if outer is None:
+                    layer.__dict__.pop("_parts", None)
+                else:
+                    layer.__dict__["_parts"] = outer
 
 
 def name_some(items: Sequence[str]) -> str:
@@ -148,8 +149,29 @@ class _Parts:
     deltas: dict[str, Tensor]
 
 
+class _Kind(NamedTuple):
+    """What makes one adapted class differ from another."""
+
+    base: type[nn.Module]
+    deltas: frozenset[str]
+    low_rank: bool
+
+
+class _Adapted(Protocol):
+    """A layer with adapters attached, as far as it is used here."""
+
+    adapted_base: type[nn.Module]
+    _parts: _Parts
+    _parameters: Mapping[str, Tensor]
+
+
 def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, PatchEmbedding))
+
+
+def _stored(layer: nn.Module, name: str) -> Tensor:
+    """A parameter as it lies in its layer; to read the attribute would add what is attached."""
+    return dict(layer.named_parameters(recurse=False))[name]
 
 
 def _gather(
@@ -174,13 +196,13 @@ def _gather(
     for adapter, weight in adapters:
         for path, part in adapter.low_rank.items():
             layer = module.get_submodule(path)
-            base = layer._parameters["weight"]
+            base = _stored(layer, "weight")
             down, up = placed(part.down.flatten(1), base), placed(part.up, base)
             parts_of(layer).low_rank.append((down, up, weight * part.scale))
         for name, delta in adapter.deltas.items():
             path, _, last = name.rpartition(".")
             layer = module.get_submodule(path)
-            parameter = layer._parameters[last]
+            parameter = _stored(layer, last)
             if type(parameter) not in (nn.Parameter, Tensor):
                 raise ModelError(
                     f"LoRA {adapter.name!r} has a full delta of {name}, whose weights are "
@@ -220,7 +242,7 @@ def _refuse_others(owner: int | None) -> None:
         )
 
 
-def _own_parts(layer: nn.Module) -> _Parts:
+def _own_parts(layer: _Adapted) -> _Parts:
     # the backward pass recomputes checkpointed blocks in threads of its own
     if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
         _refuse_others(layer._parts.owner)
@@ -232,31 +254,29 @@ def _base(layer: nn.Module) -> type[nn.Module]:
 
 
 @lru_cache(maxsize=64)
-def _adapted(
-    base: type[nn.Module], deltas: frozenset[str], low_rank: bool
-) -> type[nn.Module]:
+def _adapted(kind: _Kind) -> type[nn.Module]:
     """A subclass that reads some parameters with their deltas and adds low-rank products.
 
     A class of its own, shared by all layers alike, is what torch.compile recognises.
     """
-    body: dict[str, Any] = {name: _summed(name) for name in deltas}
-    body["adapted_base"] = base
-    if low_rank:
+    body: dict[str, Any] = {name: _summed(name) for name in kind.deltas}
+    body["adapted_base"] = kind.base
+    if kind.low_rank:
         body["forward"] = _forward
-    return type(base.__name__, (base,), body)
+    return type(kind.base.__name__, (kind.base,), body)
 
 
 def _summed(name: str) -> property:
-    def read(layer: nn.Module) -> Tensor:
+    def read(layer: _Adapted) -> Tensor:
         weight = plain(layer._parameters[name])
         return weight + _own_parts(layer).deltas[name].to(weight)
 
     return property(read)
 
 
-def _forward(layer: nn.Module, x: Tensor) -> Tensor:
+def _forward(layer: _Adapted, x: Tensor) -> Tensor:
     """Map x [..., L, in] to [..., L, out]: the layer's output and each adapter's product."""
-    out = layer.adapted_base.forward(layer, x)
+    out: Tensor = layer.adapted_base.forward(layer, x)
     for down, up, scale in _own_parts(layer).low_rank:
         hidden = F.linear(x.to(out.dtype), down.to(out)) * scale
         out.view(-1, out.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), up.to(out).t())

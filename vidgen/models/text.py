@@ -142,7 +142,8 @@ class _Attention(nn.Module):
         scores = q @ k.transpose(2, 3) + self.relative_attention_bias(buckets).permute(2, 0, 1)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
-        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        mixed: Tensor = self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return mixed
 
 
 class _FeedForward(nn.Module):
@@ -158,7 +159,8 @@ class _FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        return self.wo(hidden.to(self.wo.weight.dtype))
+        out: Tensor = self.wo(hidden.to(self.wo.weight.dtype))
+        return out
 
 
 class _AttentionLayer(nn.Module):
@@ -168,7 +170,8 @@ class _AttentionLayer(nn.Module):
         self.layer_norm = _Norm(config.hidden_dim, config.eps)
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
-        return x + self.SelfAttention(self.layer_norm(x), buckets, mask)
+        x = x + self.SelfAttention(self.layer_norm(x), buckets, mask)
+        return x
 
 
 class _FeedForwardLayer(nn.Module):
@@ -178,7 +181,8 @@ class _FeedForwardLayer(nn.Module):
         self.layer_norm = _Norm(config.hidden_dim, config.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.DenseReluDense(self.layer_norm(x))
+        x = x + self.DenseReluDense(self.layer_norm(x))
+        return x
 
 
 class _Block(nn.Module):
@@ -187,7 +191,9 @@ class _Block(nn.Module):
         self.layer = nn.ModuleList([_AttentionLayer(config), _FeedForwardLayer(config)])
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
-        return self.layer[1](self.layer[0](x, buckets, mask))
+        attention, feed_forward = self.layer
+        x = feed_forward(attention(x, buckets, mask))
+        return x
 
 
 class _Stack(nn.Module):
@@ -199,7 +205,8 @@ class _Stack(nn.Module):
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
         for block in self.block:
             x = block(x, buckets, mask)
-        return self.final_layer_norm(x)
+        x = self.final_layer_norm(x)
+        return x
 
 
 class UMT5Encoder(nn.Module):
@@ -231,7 +238,8 @@ class UMT5Encoder(nn.Module):
         embedded = self.shared(ids)
         for token, row in learned.items():
             embedded = torch.where((ids == token)[..., None], row.to(embedded), embedded)
-        return self.encoder(embedded, buckets, mask)
+        context: Tensor = self.encoder(embedded, buckets, mask)
+        return context
 
 
 def position_buckets(length: int, config: TextConfig, device: torch.device | str) -> Tensor:
@@ -297,4 +305,5 @@ def encode_tokens(
     encoder: UMT5Encoder, ids: Tensor, mask: Tensor, learned: Mapping[int, Tensor] = NOTHING
 ) -> Tensor:
     """Context [B, S, D] of ids and mask [B, S], with zero rows for padding."""
-    return encoder(ids, mask, learned) * mask[..., None]
+    context: Tensor = encoder(ids, mask, learned)
+    return context * mask[..., None]

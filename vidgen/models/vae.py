@@ -145,7 +145,8 @@ class Encoder(nn.Module):
     def leave(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """From what leaves the last stage, [B, D, F, h, w], to moments."""
         x = self.conv_out.after_norm(self.norm_out, self.mid(x, cache), cache)
-        return self.to_moments(x)
+        x = self.to_moments(x)
+        return x
 
 
 class Decoder(nn.Module):
@@ -177,7 +178,8 @@ class Decoder(nn.Module):
 
     def enter(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """From latents to what enters the first stage, [B, D, F, h, w]."""
-        return self.mid(self.conv_in(self.from_latents(x), cache), cache)
+        x = self.mid(self.conv_in(self.from_latents(x), cache), cache)
+        return x
 
 
 class CausalVAE(NormalizedLatents, nn.Module):
@@ -230,7 +232,8 @@ class CausalVAE(NormalizedLatents, nn.Module):
 
     def _encode(self, video: Tensor, cache: StreamCache | None) -> Tensor:
         x = patchify_pixels(video, self.config.patch_size)
-        return self.encoder(channels_last(x), cache)
+        moments: Tensor = self.encoder(channels_last(x), cache)
+        return moments
 
     def _decode(self, latents: Tensor, cache: StreamCache | None) -> Tensor:
         return unpatchify_pixels(

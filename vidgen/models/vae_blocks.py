@@ -41,7 +41,8 @@ class ResidualBlock(nn.Module):
         """[B, C_in, T, H, W] -> [B, C_out, T, H, W]."""
         y = self.conv1.after_norm(self.norm1, x, cache)
         y = self.conv2.after_norm(self.norm2, y, cache)
-        return y + self.shortcut(x)
+        x = y + self.shortcut(x)
+        return x
 
 
 class FrameAttention(nn.Module):
@@ -74,7 +75,8 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """[B, C, T, H, W] -> the same."""
-        return self.block2(self.attention(self.block1(x, cache)), cache)
+        x = self.block2(self.attention(self.block1(x, cache)), cache)
+        return x
 
 
 class Downsample(nn.Module):
@@ -111,8 +113,8 @@ class Downsample(nn.Module):
     def inflate(self) -> None:
         """Start temporal downsampling as the mean of the two frames that a latent frame adds."""
         if self.time_conv is not None:
-            nn.init.zeros_(self.time_conv.weight)
-            nn.init.zeros_(self.time_conv.bias)
+            for parameter in self.time_conv.parameters():
+                nn.init.zeros_(parameter)
             self.time_conv.weight[:, :, 1:, 0, 0] = (
                 0.5 * torch.eye(self.time_conv.in_channels)[..., None]
             )
@@ -166,8 +168,8 @@ class Upsample(nn.Module):
     def inflate(self) -> None:
         """Start temporal upsampling as repetition: both new frames equal their source."""
         if self.time_conv is not None:
-            nn.init.zeros_(self.time_conv.weight)
-            nn.init.zeros_(self.time_conv.bias)
+            for parameter in self.time_conv.parameters():
+                nn.init.zeros_(parameter)
             self.time_conv.weight[:, :, -1, 0, 0] = torch.eye(self.time_conv.in_channels).repeat(
                 2, 1
             )
@@ -296,6 +298,6 @@ class UpStage(nn.Module):
             y = block(y, cache)
         if self.upsample is not None:
             y = self.upsample(y, cache)
-        if self.shortcut is None:
-            return y
-        return y + self.shortcut(x, first=cache is None or cache.position == 0)
+        if self.shortcut is not None:
+            y = y + self.shortcut(x, first=cache is None or cache.position == 0)
+        return y

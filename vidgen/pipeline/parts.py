@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import product
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 from torch import nn
@@ -27,12 +27,17 @@ from vidgen.weights.stream import BlockStream, block_of, blocks_of
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from vidgen.weights.component import Role
+    from vidgen.models.audio import AudioVAE
+    from vidgen.models.dit import SpacetimeDiT
+    from vidgen.models.image import ImageEncoder
+    from vidgen.models.text import UMT5Encoder
+    from vidgen.models.vae import CausalVAE
+    from vidgen.weights.component import ExpertRole, Role
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
 
 Offload = Literal["none", "stage", "block"]
-EXPERTS: tuple[Role, ...] = ("transformer", "transformer_2")
+EXPERTS: tuple[ExpertRole, ...] = ("transformer", "transformer_2")
 STREAMED: tuple[Role, ...] = (*EXPERTS, "text_encoder")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -82,8 +87,21 @@ class Parts:
         self._users: Counter[Role] = Counter()
         self._lock = threading.RLock()
 
+    @overload
+    def use(self, role: Literal["vae"]) -> AbstractContextManager[CausalVAE]: ...
+    @overload
+    def use(self, role: ExpertRole) -> AbstractContextManager[SpacetimeDiT]: ...
+    @overload
+    def use(self, role: Literal["text_encoder"]) -> AbstractContextManager[UMT5Encoder]: ...
+    @overload
+    def use(self, role: Literal["image_encoder"]) -> AbstractContextManager[ImageEncoder]: ...
+    @overload
+    def use(self, role: Literal["sound_vae"]) -> AbstractContextManager[AudioVAE]: ...
+    @overload
+    def use(self, role: Role) -> AbstractContextManager[nn.Module]: ...
+
     @contextmanager
-    def use(self, role: Role) -> Iterator[nn.Module]:
+    def use(self, role: Role) -> Iterator[Any]:
         """Give a network for the time of a `with` block, loaded if it isn't in memory.
 
         Unless `offload` is "none" it leaves with the last block that uses it; a reference kept

@@ -88,7 +88,7 @@ def written_together(target: Path, place: Place) -> Iterator[Path]:
         pickles = [path for path in mine if path.match(_PICKLES)]
         hashes = place.told([f"{sha256_file(p)} {p.relative_to(temporary)}" for p in pickles])
         if place.main and hashes:
-            listing = dict(reversed(line.split(" ", 1)) for line in hashes)
+            listing = {name: sha256 for sha256, name in (line.split(" ", 1) for line in hashes)}
             atomic_write(temporary / _MANIFEST, json.dumps(listing, indent=1).encode())
             for path in temporary.rglob("*"):
                 if path.is_dir():
@@ -282,7 +282,7 @@ def load_averages(folder: Path, key: str, target: Path | None = None) -> dict[st
     if target is None:
         raise ModelError(f"{folder} has no checkpoint; train there first")
     tensors = read_state(target)
-    state = {}
+    state: dict[str, Tensor] = {}
     for prefix in (f"model/{key}.", f"ema/{key}."):
         state |= {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     return state

@@ -300,7 +300,7 @@ class _Loop:
     def _complain(self, step: int, loss: float, norm: float, made: list[Any]) -> None:
         """Say what was wrong with a step, and stop where that is asked for or goes on too long."""
         self.bad_in_a_row += 1
-        name_files = getattr(self.task, "files", lambda _batch: [])
+        name_files: Callable[[Any], list[str]] = getattr(self.task, "files", lambda _batch: [])
         files = self.place.told([file for batch in made for file in name_files(batch)])
         what = f"step {step}: loss {loss:.4g}"
         if self._is_usable(loss):  # only then were gradients computed

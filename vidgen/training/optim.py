@@ -76,7 +76,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     """
     wide = matrices.shape[1] <= matrices.shape[2]
     dtype = torch.bfloat16 if best_dtype(matrices.device) == "bf16" else torch.float32
-    x = (matrices if wide else matrices.mT).to(dtype)
+    x: Tensor = (matrices if wide else matrices.mT).to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
@@ -93,7 +93,7 @@ def build_optimizers(
 
     Weight decay is kept off vectors (biases, gains, modulation tables), as is usual.
     """
-    muon, matrices, vectors = [], [], []
+    muon, matrices, vectors = (list[nn.Parameter]() for _ in range(3))
     for name, parameter in named_parameters(modules).items():
         # Gains [C, 1, 1, 1] and modulation tables [1, 6, D] are vectors in spite of their axes.
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's own is that of a share
@@ -109,7 +109,7 @@ def build_optimizers(
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     ]
-    if muon:
+    if muon and config.muon_lr:
         optimizers.append(
             Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay)
         )

@@ -214,7 +214,7 @@ class _State:
 def _activation_bytes(dit: SpacetimeDiT) -> float:
     """What autograd keeps of the blocks, a token."""
     config = dit.config
-    full = any(p.requires_grad for p in dit.blocks[0].ffn.parameters())
+    full = any(p.requires_grad for p in dit.get_submodule("blocks.0.ffn").parameters())
     by_width, by_hidden = FULL_BYTES if full else LORA_BYTES
     block = by_width * config.hidden_dim + by_hidden * config.ffn_dim
     if dit.gradient_checkpointing:
@@ -245,7 +245,7 @@ def _flops(dit: SpacetimeDiT, sample: Sample) -> float:
             dit.config, sample.frames, sample.frame_tokens, sample.text_tokens)
         if op.kind in ("gemm", "attention")
     )
-    full = any(p.requires_grad for p in dit.blocks[0].ffn.parameters())
+    full = any(p.requires_grad for p in dit.get_submodule("blocks.0.ffn").parameters())
     return forward * (1 + (2 if full else 1) + dit.gradient_checkpointing)
 
 

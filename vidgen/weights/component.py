@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar, overload
 
 import torch
 from torch import nn
@@ -30,10 +30,13 @@ from vidgen.weights.load import load_module
 from vidgen.weights.store import TensorStore
 from vidgen.weights.view import Source, View
 
+ExpertRole = Literal["transformer", "transformer_2"]
+"""Of the transformers: one alone, or two that share the noise levels."""
 Role = Literal[
     "vae", "transformer", "transformer_2", "text_encoder", "image_encoder", "sound_vae"
 ]
 Config = VAEConfig | DiTConfig | TextConfig | ImageConfig | AudioVAEConfig
+Config_co = TypeVar("Config_co", bound=Config, covariant=True)
 
 CLASSES: dict[Role, type[nn.Module]] = {
     "vae": CausalVAE, "transformer": SpacetimeDiT, "transformer_2": SpacetimeDiT,
@@ -44,7 +47,7 @@ _ANY_SIZE = 1 << 20
 
 
 @dataclass(frozen=True)
-class Component:
+class Component(Generic[Config_co]):
     """A part of a model, opened but not loaded.
 
     Attributes:
@@ -58,7 +61,7 @@ class Component:
     """
 
     role: Role
-    config: Config
+    config: Config_co
     store: View
     names: Mapping[str, str]
     rest: View
@@ -128,6 +131,26 @@ class Component:
             )
 
 
+class Components(dict[Role, Component[Config]]):
+    """A model's parts by their roles, each of its role's architecture."""
+
+    @overload
+    def __getitem__(self, role: Literal["vae"], /) -> Component[VAEConfig]: ...
+    @overload
+    def __getitem__(self, role: ExpertRole, /) -> Component[DiTConfig]: ...
+    @overload
+    def __getitem__(self, role: Literal["text_encoder"], /) -> Component[TextConfig]: ...
+    @overload
+    def __getitem__(self, role: Literal["image_encoder"], /) -> Component[ImageConfig]: ...
+    @overload
+    def __getitem__(self, role: Literal["sound_vae"], /) -> Component[AudioVAEConfig]: ...
+    @overload
+    def __getitem__(self, role: Role, /) -> Component[Config]: ...
+
+    def __getitem__(self, role: Role, /) -> Component[Config]:
+        return super().__getitem__(role)
+
+
 def fp32_parts(role: Role, dtype: torch.dtype) -> tuple[str, ...]:
     """Parts of names of a component's weights that stay float32 where the others are `dtype`."""
     always = getattr(CLASSES[role], "fp32_weights", ())
@@ -148,7 +171,7 @@ def table_of(role: Role, config: Config, keys: Sequence[str]) -> tuple[Names, ..
 
 def assemble(
     role: Role, config: Config, sources: Sequence[tuple[Spelling, TensorStore]]
-) -> Component:
+) -> Component[Config]:
     """A component from its files: the main ones and what an earlier conversion set aside."""
     names: dict[str, str] = {}
     taken: dict[str, Source] = {}

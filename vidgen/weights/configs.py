@@ -123,7 +123,7 @@ def vae_from_diffusers(settings: Mapping[str, Any]) -> VAEConfig:
     if settings.get("attn_scales"):
         raise ModelError(f"the VAE has attention at {settings['attn_scales']}; ours has none there")
     try:
-        fields = {
+        fields: dict[str, Any] = {
             ours: tuple(value) if isinstance(value, list) else value
             for ours, theirs in _VAE_NAMES.items()
             if (value := settings.get(theirs)) is not None

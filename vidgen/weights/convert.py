@@ -23,8 +23,9 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_path, check_output
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
+from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
-from vidgen.weights.component import Component, table_of
+from vidgen.weights.component import Component, Config, table_of
 from vidgen.weights.configs import dit_to_diffusers, dit_to_wan, vae_to_diffusers
 from vidgen.weights.folder import ForeignFolder, ModelFolder, write_model_info
 from vidgen.weights.keymap import Spelling, is_known, rename
@@ -102,12 +103,12 @@ def convert(
                 shutil.copytree(source.path / SOUND_VAE, folder / SOUND_VAE)
                 continue
             placed, left = _sort(component, to)
-            placed = {**placed, **_held(changed.get(role, {}), placed)}
-            _WRITERS[to](folder, source, component, placed, max_shard_bytes)
-            for spelling, tensors in left.items():
+            tensors = placed | _held(changed.get(role, {}), placed)
+            _WRITERS[to](folder, source, component, tensors, max_shard_bytes)
+            for spelling, kept in left.items():
                 (folder / REST).mkdir(exist_ok=True)
-                write_safetensors(folder / REST / f"{role}.{spelling}.safetensors", tensors)
-                set_aside += tensors
+                write_safetensors(folder / REST / f"{role}.{spelling}.safetensors", kept)
+                set_aside += kept
             component.store.release()
         for name in STUDENTS:  # deltas of these very weights
             if (source.path / name).is_dir() and not changed:
@@ -121,10 +122,10 @@ def convert(
 
 
 def _sort(
-    component: Component, to: Spelling
-) -> tuple[dict[str, Source], dict[Spelling, dict[str, Source]]]:
+    component: Component[Config], to: Spelling
+) -> tuple[dict[str, Lazy], dict[Spelling, dict[str, Source]]]:
     """A component's tensors under the names of a layout, and those without one by their own."""
-    placed: dict[str, Source] = {}
+    placed: dict[str, Lazy] = {}
     left: dict[Spelling, dict[str, Source]] = {}
     every = {name: view.source(name) for view in (component.store, component.rest)
              for name in view.names}  # fmt: skip
@@ -165,22 +166,25 @@ def _held(tensors: Mapping[str, Tensor], places: Mapping[str, Lazy]) -> dict[str
 
 
 def _write_vidgen(
-    folder: Path, _source: ModelFolder, part: Component, tensors: Mapping[str, Lazy], limit: int
+    folder: Path, _source: ModelFolder, part: Component[Config], tensors: Mapping[str, Lazy],
+    limit: int,
 ) -> None:
     write_shards(folder / part.role, "model", tensors, limit)
-    write_json(folder / part.role / "config.json", _config(part, "vidgen"))
+    write_json(folder / part.role / "config.json", _config(part.config, "vidgen"))
 
 
 def _write_diffusers(
-    folder: Path, _source: ModelFolder, part: Component, tensors: Mapping[str, Lazy], limit: int
+    folder: Path, _source: ModelFolder, part: Component[Config], tensors: Mapping[str, Lazy],
+    limit: int,
 ) -> None:
     stem = "model" if part.role.endswith("encoder") else "diffusion_pytorch_model"
     write_shards(folder / part.role, stem, tensors, limit)
-    write_json(folder / part.role / "config.json", _config(part, "diffusers"))
+    write_json(folder / part.role / "config.json", _config(part.config, "diffusers"))
 
 
 def _write_wan(
-    folder: Path, source: ModelFolder, part: Component, tensors: Mapping[str, Any], limit: int
+    folder: Path, source: ModelFolder, part: Component[Config], tensors: Mapping[str, Lazy],
+    limit: int,
 ) -> None:
     if isinstance(part.config, DiTConfig):
         place = folder / EXPERTS[part.role] if "transformer_2" in source.components else folder
@@ -196,15 +200,16 @@ def _write_wan(
         write_pth(folder / f"{TEXT_FILE}.pth", tensors)
 
 
-def _config(part: Component, to: Spelling) -> dict[str, Any]:
+def _config(config: Config, to: Spelling) -> dict[str, Any]:
     """A component's `config.json`; the encoders' is transformers' in both layouts that have one."""
-    if part.role in ("text_encoder", "image_encoder"):
-        return part.config.to_transformers()
-    if to == "vidgen":
-        return dump(part.config)
-    if isinstance(part.config, VAEConfig):
-        return vae_to_diffusers(part.config)
-    return dit_to_diffusers(part.config)
+    if isinstance(config, TextConfig | ImageConfig):
+        return config.to_transformers()
+    if to == "diffusers" and isinstance(config, VAEConfig):
+        return vae_to_diffusers(config)
+    if to == "diffusers" and isinstance(config, DiTConfig):
+        return dit_to_diffusers(config)
+    own: dict[str, Any] = dump(config)
+    return own
 
 
 def _model_type(dit: DiTConfig) -> str:
@@ -310,14 +315,12 @@ def _write_note(folder: Path, source: ModelFolder) -> None:
 
 def _write_processor(folder: Path, source: ModelFolder) -> bool:
     """Copy the image processor's settings, or write CLIP's own; whether there is one."""
-    part = source.components.get("image_encoder")
-    if part is None:
+    if "image_encoder" not in source.components:
         return False
     if source.image_processor is not None:
         shutil.copytree(source.image_processor, folder / "image_processor")
         return True
-    config = part.config
-    assert isinstance(config, ImageConfig)
+    config = source.components["image_encoder"].config
     side = config.image_size
     write_json(folder / "image_processor" / "preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor", "resample": 3,

@@ -24,7 +24,7 @@ from vidgen.weights.family import Conditioning, ModelDefaults
 from vidgen.weights.hashes import hash_files
 
 if TYPE_CHECKING:
-    from vidgen.weights.component import Component, Role
+    from vidgen.weights.component import Components
     from vidgen.weights.keymap import Spelling
     from vidgen.weights.student import StudentConfig
 
@@ -99,7 +99,7 @@ class ModelFolder(Files):
     defaults: ModelDefaults
     world_version: int | None
     layout: Spelling
-    components: Mapping[Role, Component] = field(repr=False)
+    components: Components = field(repr=False)
     tokenizer: Path
     image_processor: Path | None = None
     variant: str | None = None

@@ -20,7 +20,7 @@ from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
-from vidgen.weights.component import Component, Config, Role, assemble, table_of
+from vidgen.weights.component import Component, Components, Config, Role, assemble, table_of
 from vidgen.weights.configs import dit_from_diffusers, dit_from_wan, vae_from_diffusers
 from vidgen.weights.family import LICENSE, ModelDefaults, Variant, recognise
 from vidgen.weights.folder import (
@@ -36,14 +36,14 @@ from vidgen.weights.infer import infer_dit, infer_image, infer_text, infer_vae
 from vidgen.weights.keymap import DIT_KEYS, Names, Spelling, renamed
 from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.store import TensorStore, find_files
-from vidgen.weights.student import STUDENTS, StudentConfig, open_student
+from vidgen.weights.student import ROLLER, STUDENT, STUDENTS, open_student
 from vidgen.weights.view import split_clip
 
 ROLES: tuple[Role, ...] = get_args(Role)
 WAN_PIPELINES = (
     "WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "WanVideoToVideoPipeline",
 )
-EXPERTS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+EXPERTS: dict[Role, str] = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 VAE_FILES = {16: "Wan2.1_VAE", 48: "Wan2.2_VAE"}
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16"
 CLIP_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
@@ -118,7 +118,7 @@ def _open_vidgen(path: Path) -> ModelFolder:
         )
     facts = _facts(info, path / "model.json")
     processor = _processor(path)
-    components: dict[Role, Component] = {}
+    components = Components()
     for role in ROLES:
         folder = path / role
         if not (folder / "config.json").is_file():
@@ -132,7 +132,7 @@ def _open_vidgen(path: Path) -> ModelFolder:
         return ModelFolder(
             path=path, files=info["files"], layout="vidgen", components=components,
             tokenizer=path / "tokenizer", image_processor=processor,
-            **_students(path), **facts,
+            student=open_student(path, STUDENT), roller=open_student(path, ROLLER), **facts,
         )
     except KeyError as error:
         raise ModelError(f"{path / 'model.json'} lacks the field {error}") from None
@@ -152,7 +152,7 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | ForeignFolde
             f"{'is' if len(gone) == 1 else 'are'} not there; copy the whole folder again"
         )
     note, processor = _note(path), _processor(path)
-    components: dict[Role, Component] = {}
+    components = Components()
     for role in ROLES:
         folder = path / role
         if role not in parts:
@@ -179,19 +179,19 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | ForeignFolde
         image_processor=processor, given=given, **facts,
         files=_unhashed(path, [path / "model_index.json", *small, *_student_files(path)],
                         components),
-        **_students(path),
+        student=open_student(path, STUDENT), roller=open_student(path, ROLLER),
     )
 
 
 def _open_wan(path: Path, given: str | None) -> ModelFolder:
     note = _note(path)
-    folders = {"transformer": path}
+    folders: dict[Role, Path] = {"transformer": path}
     if any((path / name).is_dir() for name in EXPERTS.values()):
         folders = {role: path / name for role, name in EXPERTS.items()}
         gone = [folder.name for folder in folders.values() if not folder.is_dir()]
         if gone:
             raise ModelError(f"{path} is incomplete: {gone[0]} is missing; copy it again")
-    components: dict[Role, Component] = {}
+    components = Components()
 
     def add(role: Role, config: Config, store: TensorStore) -> None:
         components[role] = assemble(role, config, [("wan", store), *_set_aside(path, role)])
@@ -206,7 +206,6 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
         small += [settings, *folder.glob("*.index.json")]
         add(role, config, store)
     dit = components["transformer"].config
-    assert isinstance(dit, DiTConfig)
     store = _published(path, VAE_FILES.get(dit.out_channels, "Wan2.*_VAE"), "the VAE")
     shapes = {name: store.shape(name) for name in store.names}
     add("vae", _noted_config(note, "vae") or infer_vae(shapes), store)
@@ -226,22 +225,18 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
     small += [*tokenizer.iterdir(), *_student_files(path)]
     return ModelFolder(
         path=path, layout="wan", components=components, tokenizer=tokenizer, given=given,
-        files=_unhashed(path, small, components), **_students(path), **facts,
+        files=_unhashed(path, small, components),
+        student=open_student(path, STUDENT), roller=open_student(path, ROLLER), **facts,
     )
 
 
-def _sound_vae(path: Path) -> dict[Role, Component]:
+def _sound_vae(path: Path) -> dict[Role, Component[Config]]:
     """The VAE for sound, which lies in a folder of its own as vidgen has it in every layout."""
     folder = path / SOUND_VAE
     if not (folder / "config.json").is_file():
         return {}
     config = config_of(AudioVAEConfig, folder)
     return {"sound_vae": assemble("sound_vae", config, [("vidgen", _shards(folder))])}
-
-
-def _students(path: Path) -> dict[str, StudentConfig | None]:
-    """How a model's students are sampled, by `ModelFolder`'s fields; they lie alike everywhere."""
-    return {name: open_student(path, name) for name in STUDENTS}
 
 
 def _student_files(path: Path) -> list[Path]:
@@ -328,12 +323,11 @@ def _shapes(
     return {ours: store.shape(name) for name, ours in names.items()}
 
 
-def _require(path: Path, components: Mapping[Role, Component]) -> None:
+def _require(path: Path, components: Components) -> None:
     missing = [r for r in ("vae", "transformer", "text_encoder") if r not in components]
     if missing:
         raise ModelError(f"{path} has no {' and no '.join(missing)}; copy the whole folder again")
     dit = components["transformer"].config
-    assert isinstance(dit, DiTConfig)
     if dit.image_dim is not None and "image_encoder" not in components:
         raise ModelError(f"{path} has no image_encoder, which its transformer needs; copy it again")
 
@@ -352,12 +346,11 @@ def _facts(info: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 
 def _recognised(
-    path: Path, given: str | None, components: Mapping[Role, Component], *,
+    path: Path, given: str | None, components: Components, *,
     expand_timesteps: bool = False, **settled: Any,
 ) -> dict[str, Any]:
     """Fields of a `ModelFolder` from what the transformer is; `settled` are defaults it gives."""
     dit = components["transformer"].config
-    assert isinstance(dit, DiTConfig)
     name = given or path.resolve().name
     experts = 2 if "transformer_2" in components else 1
     variant: Variant = recognise(
@@ -398,7 +391,7 @@ def _hidden(path: Path) -> bool:
 
 
 def _unhashed(
-    path: Path, small: Iterable[Path], components: Mapping[Role, Component] | None = None
+    path: Path, small: Iterable[Path], components: Components | None = None
 ) -> dict[str, str]:
     """A folder's files that nobody recorded hashes of."""
     weights = [

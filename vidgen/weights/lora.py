@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +39,7 @@ from vidgen.weights.store import TensorStore
 log = logging.getLogger(__name__)
 
 Expert = Literal["high", "low"]
+EXPERTS: tuple[Expert, ...] = get_args(Expert)
 
 _OPTION = re.compile(
     r"(?P<path>.+?)(?::(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))?(?:@(?P<expert>high|low))?",
@@ -82,7 +83,8 @@ def parse_option(text: str) -> LoraChoice:
     match = _OPTION.fullmatch(text)
     if match is None:
         raise InputError(f"{text!r} names no file; {_GRAMMAR}")
-    expert = None if match["expert"] is None else match["expert"].lower()
+    named = (match["expert"] or "").lower()
+    expert = next((each for each in EXPERTS if each == named), None)
     return LoraChoice(Path(match["path"]), float(match["weight"] or 1), expert)
 
 
@@ -343,7 +345,7 @@ def _spell(adapter: Adapter, dialect: Dialect, title: str) -> dict[str, Tensor]:
     unnamed: list[str] = []
 
     def put(path: str, what: str, tensor: Tensor) -> None:
-        spelled = path
+        spelled: str | None = path
         if dialect.spelling != "vidgen":
             spelled = rename(path, DIT_KEYS, "vidgen", dialect.spelling)
         if spelled is None:

@@ -31,6 +31,10 @@ _TENSOR = re.compile(
     r"(?P<layer>.+?)\.(?:lora[._](?P<side>A|B|down|up)(?:\.[\w-]+)?\.(?P<of>weight|bias)"
     r"|(?P<other>alpha|diff|diff_b|diff_m))"
 )
+_KINDS: Mapping[str, Kind] = {
+    "A": "down", "down": "down", "B": "up", "up": "up",
+    "alpha": "alpha", "diff": "diff", "diff_b": "diff_b",
+}
 TOKEN = "text_encoder.token."
 """What stands before a token in the name of the embedding that a file has for it."""
 _OTHER_METHODS = {
@@ -90,9 +94,7 @@ def parse_name(name: str) -> TensorName | None:
     layer, side, other = match["layer"], match["side"], match["other"]
     if other == "diff_m":  # lightx2v's differences of a block's modulation
         return TensorName(f"{layer}.modulation", "diff", low_noise)
-    if side is None:
-        return TensorName(layer, other, low_noise)
-    kind: Kind = "down" if side in ("A", "down") else "up"
+    kind = _KINDS[side or other]
     if match["of"] == "bias":
         return TensorName(layer, "up_bias", low_noise) if kind == "up" else None
     return TensorName(layer, kind, low_noise)

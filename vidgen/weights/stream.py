@@ -204,7 +204,7 @@ def stream_blocks(module: nn.Module, weights: Weights, device: torch.device) -> 
         ModelError: later, from the module's forward pass: a file that can't be read any more.
     """
     stream = BlockStream(module, weights, device)
-    module.block_stream = stream
+    module.__dict__["block_stream"] = stream  # it is no part of the module
     return stream
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vidgen.weights.store import TensorStore
+from vidgen.weights.write import Lazy
 
 Change = Callable[[Tensor], Tensor]
 _FUSED = ".attn.to_qkv."
@@ -45,7 +46,7 @@ class Source:
 class Joined:
     """A tensor made of several, or shaped anew."""
 
-    parts: tuple[Source, ...]
+    parts: tuple[Lazy, ...]
     make: Callable[..., Tensor]
 
     @property
@@ -128,9 +129,9 @@ def split_clip(store: TensorStore) -> TensorStore:
     return View(sources)
 
 
-def fuse_clip(tensors: Mapping[str, Source]) -> dict[str, Source | Joined]:
+def fuse_clip(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
     """What `split_clip` took apart, put together again."""
-    made: dict[str, Source | Joined] = {}
+    made: dict[str, Lazy] = {}
     for name, source in tensors.items():
         if name == _CLASS:
             made[name] = Joined((source,), lambda value: value[None, None])

@@ -82,7 +82,7 @@ def write_shards(
     if len(shards) == 1:
         write_safetensors(folder / f"{stem}.safetensors", shards[0])
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, 1):
         name = f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / name, shard)

@@ -44,7 +44,8 @@ class Fall:
 
 def measure_fall(judge: Judge, clip: Tensor, scene: Scene, fps: float) -> Fall:
     """Measure a clip [3, T, H, W] in [-1, 1] of one bouncing actor; its asked zoom is taken out."""
-    camera, sides = asked_camera(scene, *clip.shape[1:], fps)
+    _, num_frames, height, width = clip.shape
+    camera, sides = asked_camera(scene, num_frames, height, width, fps)
     course = (heights(judge, clip) - 0.5) / camera.zoom + camera.y / sides[1] + 0.5
     return fit_arcs(course, fps)
 

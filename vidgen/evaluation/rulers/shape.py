@@ -133,7 +133,7 @@ class _Looks:
     def _slide(self, kernel: Tensor, spectra: Tensor) -> Tensor:
         """Sums of frames times a kernel [h, w] or [3, h, w], wherever it lies within them."""
         spectrum = torch.fft.rfft2(kernel, s=self.size)
-        sums = torch.fft.irfft2(spectra * spectrum.conj(), s=self.size)
+        sums: Tensor = torch.fft.irfft2(spectra * spectrum.conj(), s=self.size)
         rows, columns = (whole - own + 1 for whole, own
                          in zip(self.size, kernel.shape[-2:], strict=True))
         return sums[..., :rows, :columns]

@@ -50,15 +50,13 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
         known = [c for c in clips if None not in (
             rows[c]["figures"].get(measure), others[c]["figures"].get(measure))]  # fmt: skip
         if known:
-            sides = [[side[c] for c in known] for side in (rows, others)]
-            measures[measure] = _compared(measure, *sides, (name, other_name))
+            measures[measure] = _compared(
+                measure, [rows[c] for c in known], [others[c] for c in known], (name, other_name)
+            )
     unlike = sum(
         any(rows[c].get(key) != others[c].get(key) for key in ("fps", "size")) for c in shared
     )
-    histograms, features = (
-        [[row for clip in side.values() for row in clip[kind]] for side in (rows, others)]
-        for kind in ("histograms", "features")
-    )
+    features, other_features = _listed("features", rows), _listed("features", others)
     return {
         "folders": [name, other_name],
         "pairs": len(shared),
@@ -67,13 +65,20 @@ def compare(name: str, rows: Rows, other_name: str, others: Rows) -> dict[str, A
         "unlike": unlike,
         "confidence": CONFIDENCE,
         "measures": measures,
-        "motion_distance": frechet_distance(*histograms),
-        "fvd": frechet_distance(*features, least=2),
-        "kvd": kernel_distance(*features),
-        "fvd_segments": [len(side) for side in features],
-        "fvd_width": max((len(row) for side in features for row in side), default=0),
+        "motion_distance": frechet_distance(
+            _listed("histograms", rows), _listed("histograms", others)
+        ),
+        "fvd": frechet_distance(features, other_features, least=2),
+        "kvd": kernel_distance(features, other_features),
+        "fvd_segments": [len(features), len(other_features)],
+        "fvd_width": max((len(row) for row in (*features, *other_features)), default=0),
         "verdict": _headline(measures.get(HEADLINE), len(shared), len(moving), unlike),
     }
+
+
+def _listed(kind: str, rows: Rows) -> list[list[float]]:
+    """All of a folder's clips' histograms or features, [K, D]."""
+    return [row for clip in rows.values() for row in clip[kind]]
 
 
 def _compared(

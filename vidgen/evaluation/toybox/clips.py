@@ -105,9 +105,9 @@ class Maker:
     def _rendered(
         self, material: str, items: Sequence[Item], frames: Sequence[int] | None = None
     ) -> Rendered:
-        count, *others = self._size
+        count, height, width, fps = self._size
         count = self.windows.num_frames if material == "extend" else count
-        return render([item.scene for item in items], count, *others, frames=frames)
+        return render([item.scene for item in items], count, height, width, fps, frames=frames)
 
     def _generated(self, material: str, items: Sequence[Item]) -> Made:
         texts, seeds = [item.prompt for item in items], [item.seed for item in items]
@@ -133,8 +133,7 @@ class Maker:
 
     @property
     def _sound_rate(self) -> int:
-        rate: int = self.engine.folder.components["sound_vae"].config.sample_rate
-        return rate
+        return self.engine.folder.components["sound_vae"].config.sample_rate
 
     def _through_sound_vae(self, sound: Tensor) -> Tensor:
         there = _resampled(sound, SAMPLE_RATE, self._sound_rate)

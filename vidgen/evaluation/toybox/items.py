@@ -52,6 +52,7 @@ class Source(NamedTuple):
     way: Way
 
 
+_ENDINGS: tuple[tuple[str, Way], ...] = (("", "generate"), ("_render", "render"), ("_vae", "vae"))
 SOURCES: dict[str, Source] = {
     "text": Source("text", "generate"),
     "render": Source("text", "render"),
@@ -60,7 +61,7 @@ SOURCES: dict[str, Source] = {
     "reserved": Source("reserved", "vae"),
     **{f"{name}{end}": Source(name, way)
        for name in ("two", "extend", "sound")
-       for end, way in (("", "generate"), ("_render", "render"), ("_vae", "vae"))},
+       for end, way in _ENDINGS},
     "image": Source("image", "generate"),
     "render_end": Source("image", "render"),
     "vae_end": Source("image", "vae"),

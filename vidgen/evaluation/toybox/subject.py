@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -49,7 +49,7 @@ class SubjectTest:
     lora: tuple[str, ...]
     count: int = 120
     others: int = 240
-    split: str = "dev"
+    split: Literal["dev", "test"] = "dev"
     seed: int = 0
     steps: int | None = None
     frames: int | None = None
@@ -68,7 +68,7 @@ def measure(
     """
     asked = {
         "subject": test.subject.prompts(test.count, test.split),
-        "others": prompts(test.split, test.others),  # type: ignore[arg-type]
+        "others": prompts(test.split, test.others),
     }
     identity = {
         "model": engine.folder.content_hash, "judge": judge_hash, "dtype": engine.dtype,
@@ -111,7 +111,7 @@ def _judged(
     return judge.verdicts(as_video(clip.frames).to(engine.device))[0]
 
 
-def _summary(rows: dict[str, Sequence[dict[str, bool]]]) -> dict[str, Any]:
+def _summary(rows: Mapping[str, Sequence[Mapping[str, bool]]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for task in TASKS:
         outcomes = {side: [row[task] for row in made] for side, made in rows.items()}
@@ -121,6 +121,6 @@ def _summary(rows: dict[str, Sequence[dict[str, bool]]]) -> dict[str, Any]:
             for side, rate in rates.items()
         }
         if outcomes[WITH]:
-            values = [list(map(float, outcomes[side])) for side in (WITH, WITHOUT)]
-            result[task]["difference"] = paired_interval(*values)
+            learned, before = (list(map(float, outcomes[side])) for side in (WITH, WITHOUT))
+            result[task]["difference"] = paired_interval(learned, before)
     return result

@@ -107,9 +107,9 @@ def summarise(
         figures[source] = _figures(rows, scenes[source]) if rows else {}
     for name, sides in DIFFERENCES.items():
         if all(scores.get(source) for source in sides.values()):
-            rows = {side: scores[source] for side, source in sides.items()}
+            both = {side: scores[source] for side, source in sides.items()}
             pairs = scenes[next(iter(sides.values()))]
-            figures |= _differences(name, rows, pairs, kinds if name == "phrasings" else ())
+            figures |= _differences(name, both, pairs, kinds if name == "phrasings" else ())
     if trust is not None:
         figures["judge"] = {name: _rate(rate) for name, rate in trust.items() if rate.total}
     for source, sources in CEILINGS.items():
@@ -165,7 +165,8 @@ def _figures(rows: Sequence[Row], scenes: Sequence[Scene]) -> dict[str, Figure]:
         known = [(row[measure], scene) for row, scene in zip(rows, scenes, strict=True)
                  if row.get(measure) is not None and math.isfinite(row[measure])]
         if known:
-            found[measure] = _spread(*zip(*known, strict=True), number.centre)
+            values, shown = zip(*known, strict=True)
+            found[measure] = _spread(values, shown, number.centre)
     answers = [row["shows"] for row in rows if row.get("shows")]
     if len(answers) > 1:
         chance = stranger_overlap(answers)
@@ -198,7 +199,7 @@ def _differences(
     name: str, sides: Mapping[str, Sequence[Row]], scenes: Sequence[Scene], kinds: Sequence[str]
 ) -> dict[str, dict[str, Figure]]:
     """By how much the first side is better than the second, pair by pair; then kind by kind."""
-    parts = {name: range(len(next(iter(sides.values()))))}
+    parts: dict[str, Sequence[int]] = {name: range(len(next(iter(sides.values()))))}
     for kind in dict.fromkeys(kinds):
         parts[f"{name}, {kind}"] = [i for i, each in enumerate(kinds) if each == kind]
     return {

@@ -33,6 +33,7 @@ from vidgen.pipeline.devices.link import (
 from vidgen.pipeline.devices.stretches import room_for
 from vidgen.pipeline.networks import decode_latents, denoisers
 from vidgen.pipeline.parts import EXPERTS, Offload, Parts
+from vidgen.weights.component import Components
 from vidgen.weights.folder import ModelFolder, open_model
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ class Member:
             self.parts = None
         folder = open_model(model)
         assert isinstance(folder, ModelFolder)
-        helping = {role: part for role, part in folder.components.items()
-                   if role in (*EXPERTS, "vae")}
+        helping = Components({role: part for role, part in folder.components.items()
+                              if role in (*EXPERTS, "vae")})
         self._folder, self._quantize = replace(folder, components=helping), quantize
         self._mesh = self._link.mesh if shard else None
 

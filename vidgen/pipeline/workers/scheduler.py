@@ -43,7 +43,7 @@ WINDOW = 32
 class Work(Protocol):
     """What workers do; it is pickled to each of them, and keeps there what it has opened."""
 
-    def __call__(self, payload: Any, tell: OnEvent) -> Any:
+    def __call__(self, payload: Any, tell: OnEvent, /) -> Any:
         """Do one job, telling events; the result must be picklable."""
         ...
 

@@ -19,6 +19,9 @@ LENGTHS, ASPECTS = 0.03, 0.03
 """Shares by which lengths and aspects of such files may differ."""
 _BLOCK, _AGAINST = 256, 4096
 
+Cells = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+Flags = np.ndarray[tuple[int, int], np.dtype[np.bool_]]
+
 
 def find_alike(facts: Mapping[str, FileFacts]) -> dict[str, str]:
     """{SHA-256: the first, in the order of the hashes, of those that look the same}, two or more.
@@ -55,14 +58,11 @@ def find_alike(facts: Mapping[str, FileFacts]) -> dict[str, str]:
     return {sha: min(group) for group in groups.values() if len(group) > 1 for sha in group}
 
 
-def _near(
-    some: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
-    others: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
-) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+def _near(some: Cells, others: Cells) -> Flags:
     """Whether each of `some` [n, d] looks like each of `others` [m, d]: [n, m]."""
     a, b = some.astype(np.float32), others.astype(np.float32)
     squares = (a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * (a @ b.T)
-    near = squares <= a.shape[1] * ALIKE**2 + 64  # what float32 leaves of sums of squares
+    near: Flags = squares <= a.shape[1] * ALIKE**2 + 64  # what float32 leaves of sums of squares
     for i, j in zip(*np.nonzero(near), strict=True):
         near[i, j] = np.quantile(np.abs(a[i] - b[j]), 0.99) <= WORST
     return near

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ from vidgen.core.runtime import best_dtype
 from vidgen.media.encode import Frames
 from vidgen.media.read import fit, load_image
 from vidgen.media.timed import TimedFrame, TimedReader
-from vidgen.models.image import prepare_image
-from vidgen.models.text import TextEncoder
+from vidgen.models.image import ImageEncoder, prepare_image
+from vidgen.models.text import TextEncoder, UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
+from vidgen.models.vae import CausalVAE
 from vidgen.pipeline.inputs import pixels_of
 from vidgen.pipeline.parts import DTYPES, Parts
 from vidgen.training.data.config import Bucket
@@ -145,6 +147,13 @@ class ItemEncoder:
         self._stack.close()
         self._held.clear()
 
+    @overload
+    def _network(self, role: Literal["vae"]) -> CausalVAE: ...
+    @overload
+    def _network(self, role: Literal["image_encoder"]) -> ImageEncoder: ...
+    @overload
+    def _network(self, role: Literal["text_encoder"]) -> UMT5Encoder: ...
+
     def _network(self, role: Role) -> torch.nn.Module:
         if role not in self._held:
             parts = self._text_parts if role == "text_encoder" else self._pixel_parts
@@ -222,7 +231,8 @@ class ItemEncoder:
     def _describe(self, picture: Frames) -> Tensor:
         encoder = self._network("image_encoder")
         pixels = prepare_image(torch.from_numpy(picture), encoder.config)
-        return encoder(pixels.to(self.device))[0].float().cpu()
+        features: Tensor = encoder(pixels.to(self.device))
+        return features[0].float().cpu()
 
     @torch.no_grad()
     def text(self, caption: str) -> Tensor:

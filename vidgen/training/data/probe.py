@@ -168,7 +168,8 @@ def _probe_picture(path: Path) -> FileFacts:
 
 def _probe_video(path: Path) -> FileFacts:
     with TimedReader(path) as reader:
-        stream = next((s for s in probe(path)["streams"] if s["type"] in ("video", "picture")), {})
+        streams: list[dict[str, Any]] = probe(path)["streams"]
+        stream = next((s for s in streams if s["type"] in ("video", "picture")), {})
         seen = _Watcher(reader)
         try:
             for frame in reader.timed():

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vidgen.core.config import build, dump
 from vidgen.core.errors import OutputError
@@ -21,6 +21,9 @@ from vidgen.core.runtime import cache_folder, sha256_file
 from vidgen.pipeline.workers.scheduler import results_of
 from vidgen.training.data.files import MediaFile
 from vidgen.training.data.probe import PROBE_VERSION, FileFacts, probe_file
+
+Key = TypeVar("Key")
+Found = TypeVar("Found")
 
 _SETTLED_S = 2.0  # a file changed this recently may change again within its time stamp's grain
 _TABLES = """
@@ -112,12 +115,14 @@ def look_at(
             records.keep_hash(by_path[path], sha256)
     facts: dict[str, FileFacts] = {}
     unknown: dict[str, Path] = {}
-    for path, sha256 in hashes.items():
-        known = records.facts_of(sha256) if sha256 and sha256 not in facts else None
+    for path, content in hashes.items():
+        if not content or content in facts:
+            continue
+        known = records.facts_of(content)
         if known is not None:
-            facts[sha256] = known
-        elif sha256 and sha256 not in facts:
-            unknown.setdefault(sha256, path)
+            facts[content] = known
+        else:
+            unknown.setdefault(content, path)
     for sha256, found in _told(on_event, "look", unknown, probe_file, workers):
         facts[sha256] = found
         records.keep_facts(sha256, found)
@@ -125,8 +130,9 @@ def look_at(
 
 
 def _told(
-    on_event: OnEvent, stage: str, jobs: dict[Any, Path], call: Callable[[Path], Any], workers: int
-) -> Any:
+    on_event: OnEvent, stage: str, jobs: dict[Key, Path], call: Callable[[Path], Found],
+    workers: int,
+) -> Iterator[tuple[Key, Found]]:
     """`results_of`, told of as it goes."""
     on_event({"event": "progress", "stage": stage, "done": 0, "total": len(jobs)})
     for done, each in enumerate(results_of(call, jobs, workers, on_event), 1):

@@ -279,7 +279,7 @@ def _moments(facts: FileFacts, config: DataConfig, geometry: Geometry) -> _Momen
     if config.fps_rule == "native":
         return _Moments(np.arange(facts.num_frames + 1, dtype=np.float64), 0.0)
     scale = float(facts.tick_s * geometry.fps)
-    return _Moments(facts.times * scale, min(scale, 0.1) + 1e-6)
+    return _Moments(facts.times.astype(np.float64) * scale, min(scale, 0.1) + 1e-6)
 
 
 def _side_by_side(

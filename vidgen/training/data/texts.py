@@ -69,11 +69,11 @@ def decode(content: bytes, encoding: str = "auto") -> tuple[str, str | None]:
         return content.decode("utf-8"), None
     except UnicodeDecodeError:
         pass
-    encoding = _guess(content)
-    if encoding is None:
+    guess = _guess(content)
+    if guess is None:
         raise Unreadable("is no text in any encoding that is known; save it as UTF-8")
-    told = f"read as {encoding}, which is a guess; save it as UTF-8 or set caption_encoding"
-    return content.decode(encoding), told
+    told = f"read as {guess}, which is a guess; save it as UTF-8 or set caption_encoding"
+    return content.decode(guess), told
 
 
 def _guess(content: bytes) -> str | None:

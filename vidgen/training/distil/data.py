@@ -203,10 +203,12 @@ class Teacher:
     def _guided(
         self, state: LatentState, ids: Tensor, mask: Tensor, guidance: Guidance, sampler: str
     ) -> Denoise:
-        other = (part.to(self.device).expand(len(ids), -1) for part in self.negative)
+        other_ids, other_mask = (
+            part.to(self.device).expand(len(ids), -1) for part in self.negative
+        )
         hidden = as_negative(state, hides_given=guidance.known_scale is not None)
         return guided(self._plain(state, ids, mask, sampler),
-                      self._plain(hidden, *other, sampler), guidance)
+                      self._plain(hidden, other_ids, other_mask, sampler), guidance)
 
     @torch.no_grad()
     def _plain(self, state: LatentState, ids: Tensor, mask: Tensor, sampler: str) -> Denoise:

@@ -240,10 +240,11 @@ def roll_out(
 
 def joined(state: LatentState, later: LatentState) -> LatentState:
     """A state of more latent frames: those of two states, without stills and sound."""
-    return LatentState(*(
-        torch.cat([getattr(each, name) for each in (state, later)], dim=2)
-        for name in ("latents", "clean", "denoise_mask")
-    ))
+    return LatentState(
+        torch.cat([state.latents, later.latents], dim=2),
+        torch.cat([state.clean, later.clean], dim=2),
+        torch.cat([state.denoise_mask, later.denoise_mask], dim=2),
+    )
 
 
 def next_turn(state: LatentState, roll: RollConfig) -> Tensor:

@@ -5,7 +5,7 @@ Axes: B clips, C latent channels, F latent frames, h w latent rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -310,7 +310,7 @@ def _single(clips: Tensor, stills: Tensor, rows: Tensor, pick: Tensor) -> Tensor
     return frames[torch.arange(len(rows)), :, pick][:, :, None]
 
 
-def _labels(described: list[dict[str, str | None]]) -> dict[str, Tensor]:
+def _labels(described: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
     """Class indices by attribute, [B]; -1 where there is nothing to name."""
     table = {}
     for name, classes in CLASSES.items():

@@ -297,7 +297,7 @@ def _swaps(judge: JudgeConfig, pairs: dict[str, str]) -> tuple[Tensor, Tensor]:
 def noise_clip(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """White noise [3, T, H, W], grey or coloured, standing or flickering, at any contrast."""
     channels, frames, height, width = shape
-    luck = torch.rand(4, generator=generator).tolist()
+    luck: list[float] = torch.rand(4, generator=generator).tolist()
     size = (3 if luck[0] < 0.7 else 1, frames if luck[1] < 0.7 else 1, height, width)
     noise = torch.randn(size, generator=generator) * (0.1 + 0.9 * luck[2])
     level = torch.rand(3, 1, 1, 1, generator=generator) * 2 - 1
@@ -384,7 +384,8 @@ def damage(video: Tensor, generator: torch.Generator) -> Tensor:
     if luck[4] < 0.35:
         noise = torch.randn(frames.shape, generator=generator)
         frames = frames + noise * (0.01 + 0.12 * luck[7])
-    return frames.unflatten(0, video.shape[:1] + video.shape[2:3]).transpose(1, 2).clamp(-1, 1)
+    clips: Tensor = frames.unflatten(0, video.shape[:1] + video.shape[2:3])
+    return clips.transpose(1, 2).clamp(-1, 1)
 
 
 def blur(frames: Tensor, sigma: float) -> Tensor:
@@ -415,7 +416,7 @@ def block_code(frames: Tensor, step: float) -> Tensor:
     k = torch.arange(8.0)
     basis = 0.5 * torch.cos((2 * k + 1) * k[:, None] * math.pi / 16)
     basis[0] *= math.sqrt(0.5)
-    blocks = frames.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
+    blocks: Tensor = frames.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)
     steps = step * (1 + 0.6 * (k + k[:, None]))
     coefficients = basis @ blocks @ basis.T
     decoded = basis.T @ ((coefficients / steps).round() * steps) @ basis

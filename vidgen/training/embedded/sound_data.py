@@ -83,7 +83,7 @@ def damage_sound(sound: Tensor, generator: torch.Generator) -> Tensor:
 
     Gain, a tilted or cut spectrum, magnitudes that waver from frame to frame, and hiss.
     """
-    luck = torch.rand(8, generator=generator).tolist()
+    luck: list[float] = torch.rand(8, generator=generator).tolist()
     made = sound * 10 ** ((luck[0] - 0.6) * 0.6)
     if luck[1] < 0.5:
         spectrum = torch.fft.rfft(made)

@@ -64,8 +64,9 @@ def attacks(config: AudioVAEConfig, sound: Tensor, played: Tensor) -> Tensor:
         for x in (padded, played)
     )
     off = 0.5 * (wanted / there).log()
-    gains = _MENDED * F.softshrink(off, _RIGHT).clamp(-_MOST, _MOST)
-    return gains.unflatten(1, (-1, config.gains_per_frame))
+    gains: Tensor = _MENDED * F.softshrink(off, _RIGHT).clamp(-_MOST, _MOST)
+    gains = gains.unflatten(1, (-1, config.gains_per_frame))
+    return gains
 
 
 def controls_distance(

@@ -7,6 +7,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -147,7 +148,8 @@ class ToyboxCache:
     @property
     def strides(self) -> Strides:
         """The VAE's."""
-        return config_of(VAEConfig, Path(self.config.vae)).strides
+        vae: VAEConfig = config_of(VAEConfig, Path(self.config.vae))
+        return vae.strides
 
     @property
     def num_clips(self) -> int:
@@ -213,20 +215,16 @@ class ToyboxCache:
         config, moments = self.config, self._moments()
         batch = 128 if device.type == "cuda" else 16
         seen = moments if config.stills_only else range(config.num_frames)
-        size = {"height": config.height, "width": config.width}
+        show = partial(
+            render, height=config.height, width=config.width, fps=config.fps, device=device
+        )
         first = index * config.shard_size
         scenes = [self.scene(first + i) for i in range(config.shard_size)]
         clips, stills, covers, still_covers = [], [], [], []
         for start in range(0, len(scenes), batch):
             part = scenes[start : start + batch]
-            shown = render(
-                part, num_frames=config.num_frames, fps=config.fps, device=device, frames=seen,
-                **size,
-            )
-            posed = render(
-                [as_reference(scene) for scene in part], num_frames=1, fps=config.fps,
-                device=device, **size,
-            )
+            shown = show(part, num_frames=config.num_frames, frames=seen)
+            posed = show([as_reference(scene) for scene in part], num_frames=1)
             whole = _frame(shown, 0) if config.stills_only else shown
             clips.append(encode(vae, whole.video))
             covers.append(latent_cover(whole.masks, vae.strides))

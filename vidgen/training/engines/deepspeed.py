@@ -174,11 +174,13 @@ class DeepSpeedEngine:
     def shape(self, name: str) -> torch.Size:
         """Of a whole parameter."""
         parameter: Any = self._parameters[name]
-        return parameter.ds_shape if self.settings.stage == 3 else parameter.shape
+        shape: torch.Size = parameter.ds_shape if self.settings.stage == 3 else parameter.shape
+        return shape
 
     def _own(self, parameter: Any) -> Tensor:
         """What this rank holds of a parameter: all, or its share [S]."""
-        return parameter.ds_tensor if self.settings.stage == 3 else parameter
+        own: Tensor = parameter.ds_tensor if self.settings.stage == 3 else parameter
+        return own
 
     def _release(self) -> None:
         """Leave only shares, so that weights are gathered anew from them."""
@@ -223,7 +225,8 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     deepspeed.init_distributed(
         "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )
-    return deepspeed
+    module: ModuleType = deepspeed
+    return module
 
 
 def _only_adamw(task: Task) -> torch.optim.Optimizer:

@@ -168,7 +168,7 @@ def own_device(name: str) -> torch.device:
     """
     device = choose_device(name)
     if device.type == "cuda" and given_rank() is not None:
-        if device.index is not None:
+        if device != torch.device("cuda"):  # one of them, by its number
             raise InputError(f"device {name!r} would be every rank's; give auto, cuda or cpu")
         device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)

@@ -138,8 +138,10 @@ class TorchEngine:
 
     def loss(self, batch: Any, step: int, *, last: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Engine`."""
-        apart = isinstance(self._model, DistributedDataParallel) and not last
-        with self._model.no_sync() if apart else nullcontext():
+        apart: AbstractContextManager[None] = nullcontext()
+        if isinstance(self._model, DistributedDataParallel) and not last:
+            apart = self._model.no_sync()
+        with apart:
             loss, named = self._model(batch, step)
         return loss, named
 

@@ -104,12 +104,12 @@ class Conditions:
         return state
 
     def _in_place(self, batch: Mapping[str, Any], draw: torch.Generator) -> LatentState:
-        nothing = dict.fromkeys((*KINDS, "reference"), 0.0)
+        shares: dict[str, Any] = dict.fromkeys((*KINDS, "reference"), 0.0) | dict(self.weights)
         stills = None
         if "stills" in batch:
             stills = Stills(batch["stills"], batch["still_index"])
         return training_conditions(
-            batch["latents"], draw, ConditionMix(**(nothing | dict(self.weights))), self._strides,
+            batch["latents"], draw, ConditionMix(**shares), self._strides,
             stills=stills, patch=self.folder.components["transformer"].config.patch_size,
         )
 
@@ -117,9 +117,9 @@ class Conditions:
         self, state: LatentState, batch: Mapping[str, Any], kinds: list[str]
     ) -> LatentState:
         rows = [
-            stacked.stack_known_frames(
-                _row(state, i), batch[kind][i : i + 1], self._known(state, kind), self._strides
-            ).stacked
+            stacked.known_frames(
+                batch[kind][i : i + 1], self._known(state, kind), self._strides
+            )
             for i, kind in enumerate(kinds)
         ]
         features: Tensor | None = batch.get("image")
@@ -140,10 +140,7 @@ class Conditions:
             wanted = (~known).float()[None, None, :, None, None].expand(
                 1, 1, -1, state.latents.shape[3] * side, state.latents.shape[4] * side
             )
-            rows.append(stacked.control(
-                _row(state, i), kept, grey, wanted, (), self._strides,
-                state.latents[:1, :, :0],
-            ).control)  # fmt: skip
+            rows.append(stacked.control_rows(kept, grey, wanted, self._strides))
         return replace(state, control=torch.cat(rows))
 
     def _known(self, state: LatentState, kind: str) -> Tensor:
@@ -162,8 +159,3 @@ class Conditions:
     @property
     def _strides(self) -> Strides:
         return self.folder.components["vae"].config.strides
-
-
-def _row(state: LatentState, index: int) -> LatentState:
-    part = slice(index, index + 1)
-    return LatentState(state.latents[part], state.clean[part], state.denoise_mask[part])

@@ -92,7 +92,9 @@ def inject(dit: nn.Module, settings: LoraSettings) -> int:
 @contextmanager
 def without_delta(dit: nn.Module) -> Iterator[None]:
     """Within the block a transformer that `inject` was called for is as it was before."""
-    layers = [layer for layer in dit.modules() if hasattr(layer, "lora_A")]
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in dit.modules() if isinstance(layer, LoraLayer)]
     scales = [layer.scaling[_ADAPTER] for layer in layers]
     for layer in layers:
         layer.scaling[_ADAPTER] = 0.0

@@ -18,6 +18,7 @@ from vidgen.pipeline.parts import DTYPES, EXPERTS
 from vidgen.training.engines.zero import share_out
 from vidgen.training.finetune.config import FinetuneConfig, SubjectSettings
 from vidgen.training.finetune.lora import inject
+from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
 
 CHOSEN = {"high": EXPERTS[:1], "low": EXPERTS[1:], "both": EXPERTS}
@@ -65,7 +66,7 @@ def open_trainable(model: str) -> ModelFolder:
     return folder
 
 
-def trained_roles(config: FinetuneConfig, folder: ModelFolder) -> tuple[str, ...]:
+def trained_roles(config: FinetuneConfig, folder: ModelFolder) -> tuple[ExpertRole, ...]:
     """The transformers that learn, by their role.
 
     Raises:
@@ -74,7 +75,9 @@ def trained_roles(config: FinetuneConfig, folder: ModelFolder) -> tuple[str, ...
     return choose_roles(config, folder.name, 1 + (EXPERTS[1] in folder.components))
 
 
-def choose_roles(config: FinetuneConfig, model: str, num_experts: int) -> tuple[str, ...]:
+def choose_roles(
+    config: FinetuneConfig, model: str, num_experts: int
+) -> tuple[ExpertRole, ...]:
     """The transformers that learn, of a model with so many, by their role.
 
     Raises:

@@ -26,13 +26,14 @@ from vidgen.training.config import RunConfig
 from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.lora import adapter_of, delta_norm, target_paths
 from vidgen.training.finetune.model import trained_roles
+from vidgen.weights.component import ExpertRole
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import ModelFolder, open_model
 from vidgen.weights.lora import write_lora
 
 FOLDER = "output"
 """Where in the run's folder it lies."""
-_SIDE = {EXPERTS[0]: "high", EXPERTS[1]: "low"}
+_SIDE: dict[ExpertRole, str] = {EXPERTS[0]: "high", EXPERTS[1]: "low"}
 
 
 class NoEffect(VidgenError):
@@ -53,8 +54,8 @@ class Made:
 
     files: list[Path]
     use: list[str]
-    delta: dict[str, float]
-    relative: dict[str, float]
+    delta: dict[ExpertRole, float]
+    relative: dict[ExpertRole, float]
     chosen: Chosen
 
 
@@ -199,7 +200,7 @@ def _rounded(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     return replace(adapter, low_rank=low_rank)
 
 
-def _norm(folder: ModelFolder, role: str, adapter: Adapter) -> float:
+def _norm(folder: ModelFolder, role: ExpertRole, adapter: Adapter) -> float:
     """Norm of the base weights that an adapter's low-rank parts change."""
     component = folder.components[role]
     squares = [
@@ -211,7 +212,7 @@ def _norm(folder: ModelFolder, role: str, adapter: Adapter) -> float:
 
 
 def _change(
-    folder: ModelFolder, role: str, tensors: Mapping[str, Tensor]
+    folder: ModelFolder, role: ExpertRole, tensors: Mapping[str, Tensor]
 ) -> tuple[float, float]:
     """Norm of what changes of the files' weights once written in their dtype, and their norm."""
     component, changed, whole = folder.components[role], 0.0, 0.0

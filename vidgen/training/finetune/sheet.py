@@ -79,9 +79,9 @@ class Sheets:
     def __call__(self, step: int, folder: Path, modules: Mapping[str, nn.Module]) -> None:
         """Write `sheet-STEP.png` of the modules as they are now."""
         engine = self._engine
-        for role, module in modules.items():
-            if role in engine.folder.components:
-                engine.parts.lend(role, module)
+        for role in engine.folder.components:
+            if role in modules:
+                engine.parts.lend(role, modules[role])
         with tempfile.TemporaryDirectory(prefix="vidgen-") as scratch:
             token = modules.get("token")
             loras: list[str] = []
