@@ -204,7 +204,7 @@ class ForeignEngine:
 
         def picture(pixels: Frames) -> Image.Image:
             if plan.width and plan.height:
-                pixels = fit(pixels, plan.height, plan.width, plan.fit)  # type: ignore[arg-type]
+                pixels = fit(pixels, plan.height, plan.width, plan.fit)
             return Image.fromarray(pixels)
 
         wanted: dict[str, Any] = {

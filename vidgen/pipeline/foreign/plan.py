@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import Request
@@ -24,6 +24,9 @@ from vidgen.core.shapes import (
 )
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.plan import draw_seed
+
+if TYPE_CHECKING:
+    from vidgen.core.values import Fit
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ class ForeignPlan:
     sampler: str
     shift: float | None
     strength: float | None
-    fit: str
+    fit: Fit
 
 
 def defaults_of(pipeline: type) -> dict[str, Any]:
