@@ -13,7 +13,7 @@ from vidgen.pipeline.budget.calibration import NOMINAL, Calibration, cached_cali
 from vidgen.pipeline.budget.passes import count_passes
 from vidgen.pipeline.budget.stages import Setup
 from vidgen.pipeline.experts import boundary_of
-from vidgen.pipeline.parts import DTYPES, EXPERTS, Parts
+from vidgen.pipeline.parts import DTYPES, EXPERTS, ExpertRole, Parts
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.tasks import makes_sound
 from vidgen.weights.component import fp32_parts
@@ -21,6 +21,7 @@ from vidgen.weights.load import Weights
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
+    from vidgen.models.image import ImageConfig
     from vidgen.weights.component import Role
     from vidgen.weights.folder import ModelFolder
 
@@ -65,7 +66,13 @@ class Job:
         return makes_sound(self.request, self.folder.tasks) and self.plan.roll is None
 
     @property
-    def experts(self) -> tuple[Role, ...]:
+    def image(self) -> ImageConfig | None:
+        """Of the image encoder, where the model has one."""
+        parts = self.folder.components
+        return parts["image_encoder"].config if "image_encoder" in parts else None
+
+    @property
+    def experts(self) -> tuple[ExpertRole, ...]:
         """The transformers that denoise the picture."""
         hears = bool(self.request.follow_audio)
         alone = boundary_of(self.folder, self.plan, hears=hears) is None
