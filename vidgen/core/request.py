@@ -10,10 +10,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.values import (
+    Fit,
     check_cache,
     check_flag,
     check_number,
@@ -64,7 +65,7 @@ _ARRAYS = {"image": True, "last_image": True, "mask": True, "video": False, "pre
            "control": False}
 """Options that take one picture or clip, and whether pixels will do for it."""
 _CHOICE = {
-    "fit": ("crop", "pad"), "dtype": ("fp32", "bf16", "fp16"),
+    "fit": get_args(Fit), "dtype": ("fp32", "bf16", "fp16"),
     "offload": ("none", "stage", "block"), "quantize": ("int8",), "label": ("none", "visible"),
 }
 _NEEDS = {
@@ -188,7 +189,7 @@ class Request:
     frames: int | None = None
     fps: Fraction | None = None
     size: tuple[int, int] | None = None
-    fit: str = "crop"
+    fit: Fit = "crop"
     steps: int | None = None
     guidance: float | None = None
     guidance_low: float | None = None
@@ -205,14 +206,14 @@ class Request:
     frame: tuple[tuple[float, Picture], ...] = ()
     reference: tuple[Picture, ...] = ()
     mask: Picture | None = None
-    video: Picture | None = None
+    video: str | os.PathLike[str] | None = None
     strength: float | None = None
-    prefix: Picture | None = None
+    prefix: str | os.PathLike[str] | None = None
     roll: bool | None = None
     overlap: int | None = None
     colour_hold: float | None = None
     anchor: bool | None = None
-    control: Picture | None = None
+    control: str | os.PathLike[str] | None = None
     control_scale: float | None = None
     first_frame_model: str | None = None
     expand: str | None = None

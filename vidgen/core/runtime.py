@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from vidgen import __version__
 from vidgen.core.errors import InputError, OutputError
@@ -337,7 +337,7 @@ def child_environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **more}
 
 
-def exit_text(code: int, errors: BinaryIO) -> str:
+def exit_text(code: int, errors: IO[bytes]) -> str:
     """How a process ended, in words.
 
     Args:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from vidgen.core.errors import InputError, nearest
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     Picture: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any]
 
+Fit = Literal["crop", "pad"]
+"""What is done to a picture of another aspect: cut what sticks out, or keep all in a frame."""
 _TILES = re.compile(r"auto|none|[1-9]\d?x[1-9]\d?")
 _CACHES = ("none", "first-block", "magnitude", "forecast")
 

@@ -92,8 +92,8 @@ class LatentState:
         pixels = self.denoise_mask.flatten(3)
         return bool((pixels == pixels[..., :1]).all())
 
-    def rows(self, index: Tensor) -> LatentState:
-        """Some clips of the batch, by their numbers or by a mask [B]."""
+    def rows(self, index: Tensor | slice) -> LatentState:
+        """Some clips of the batch, by their numbers, by a mask [B] or by a slice."""
         chosen: LatentState = mapped(self, lambda tensor: tensor[index])
         return chosen
 

@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from vidgen.media.video_reader import VideoReader, read_frames
 from vidgen.media.write import ClipInfo
 
 if TYPE_CHECKING:
-    from vidgen.core.values import Picture
+    from vidgen.core.values import Fit, Picture
 
 FLASHES = 3.0
 """Flashes in any second; more can bring on seizures (ITU-R BT.1702-3; WCAG 2.2, 2.3.1)."""
@@ -271,7 +271,7 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     return [*checker.finish(), *check_length(count, fps, count, wanted)]
 
 
-def _ways(mode: str | None) -> tuple[Literal["crop", "pad"], ...]:
+def _ways(mode: str | None) -> tuple[Fit, ...]:
     return ("crop",) if mode == "crop" else ("pad",) if mode == "pad" else ("crop", "pad")
 
 

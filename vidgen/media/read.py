@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -18,7 +18,7 @@ from vidgen.core.errors import InputError
 from vidgen.media.encode import Frames
 
 if TYPE_CHECKING:
-    from vidgen.core.values import Picture
+    from vidgen.core.values import Fit, Picture
 
 MIN_SIDE = 16
 MAX_PIXELS = 64_000_000
@@ -164,7 +164,7 @@ def _of_eight_bits(image: Image.Image, is_deep: bool) -> tuple[Image.Image, bool
 
 
 def fit(
-    picture: Frames, height: int, width: int, mode: Literal["crop", "pad"] = "crop",
+    picture: Frames, height: int, width: int, mode: Fit = "crop",
     border: int = 0, centring: tuple[float, float] = (0.5, 0.5),
 ) -> Frames:
     """Bring a picture to a size without stretching it.

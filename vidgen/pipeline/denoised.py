@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.plan import Plan
     from vidgen.pipeline.preview import Glimpses
     from vidgen.pipeline.sound.soundtrack import Soundtrack
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.video import Engine, Report
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class DenoisedClip:
     contexts: Callable[[], Contexts]
     track: Soundtrack
     kept: Journal
-    report: Callable[[str, int, int], None]
+    report: Report
 
     def clip(self, recipe: dict[str, Any], glimpses: Glimpses) -> Clip:
         """The lazy clip, of which pixels are left to decode; its own sound is made already."""

@@ -13,13 +13,14 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.models.lora import Adapter, attached
 from vidgen.weights.hashes import hash_files
-from vidgen.weights.lora import parse_option, read_choices
+from vidgen.weights.lora import Expert, parse_option, read_choices
 
 if TYPE_CHECKING:
     from vidgen.models.dit import DiTConfig, SpacetimeDiT
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
-    from vidgen.weights.folder import ModelFolder, Role
+    from vidgen.weights.component import ExpertRole, Role
+    from vidgen.weights.folder import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
         role: folder.components[role].config
         for role in ("transformer", "transformer_2") if role in folder.components
     }
-    names = ("high", "low") if len(configs) == 2 else (None,)
+    names: tuple[Expert | None, ...] = ("high", "low") if len(configs) == 2 else (None,)
     adapters = {
         role: read_choices(choices, config, name)
         for (role, config), name in zip(configs.items(), names, strict=True)
@@ -92,7 +93,7 @@ class Experts:
     def __init__(self, parts: Parts, boundary: float | None, loras: Loras) -> None:
         self._parts, self._boundary, self._loras = parts, boundary, loras
         self._attached = ExitStack()
-        self._role: Role | None = None
+        self._role: ExpertRole | None = None
 
     def at(self, sigma: float) -> SpacetimeDiT:
         """The transformer at `sigma`: the low-noise expert below the boundary."""
@@ -105,7 +106,7 @@ class Experts:
             self._role = role
         return self._module
 
-    def role_at(self, sigma: float) -> Role:
+    def role_at(self, sigma: float) -> ExpertRole:
         """Which of the transformers denoises at `sigma`."""
         low = self._boundary is not None and sigma < self._boundary
         return "transformer_2" if low else "transformer"
@@ -127,8 +128,8 @@ def boundary_of(folder: ModelFolder, plan: Plan, *, hears: bool) -> float | None
         plan: of the clip.
         hears: whether sound is in view, made or given.
     """
-    low = folder.components.get("transformer_2")
-    deaf = low is not None and hears and low.config.audio is None
+    parts = folder.components
+    deaf = hears and "transformer_2" in parts and parts["transformer_2"].config.audio is None
     return None if deaf or plan.student is not None else folder.defaults.boundary
 
 

@@ -29,7 +29,7 @@ from vidgen.media.video_reader import VideoReader
 if TYPE_CHECKING:
     from fractions import Fraction
 
-    from vidgen.core.values import Picture
+    from vidgen.core.values import Fit, Picture
     from vidgen.media.encode import Frames
     from vidgen.pipeline.plan import Plan
 
@@ -121,16 +121,15 @@ def read_inputs(request: Request) -> Inputs:
 
 
 def video_frames(
-    path: Picture, num_frames: int, fps: Fraction, source_fps: Fraction
+    path: str | os.PathLike[str], num_frames: int, fps: Fraction, source_fps: Fraction
 ) -> Iterator[Frames]:
     """The frames shown at `n / fps` for n < num_frames; the last one stays on screen at the end."""
     with VideoReader(path) as reader:
-        wanted, places, before = 0, reader.places, None
-        for index, frame in enumerate(reader):
+        wanted, places, frames = 0, reader.places, iter(reader)
+        before = next(frames)  # a reader has one at least
+        for index, frame in enumerate(frames, 1):
             at = index if places is None else places[min(index, len(places) - 1)]
-            while before is not None and wanted < num_frames and (
-                round(wanted * source_fps / fps) < at
-            ):
+            while wanted < num_frames and round(wanted * source_fps / fps) < at:
                 yield before
                 wanted += 1
             if wanted == num_frames:
@@ -141,7 +140,7 @@ def video_frames(
 
 
 def pixels_of(
-    pictures: Sequence[Frames], width: int, height: int, mode: str, border: int = 0
+    pictures: Sequence[Frames], width: int, height: int, mode: Fit, border: int = 0
 ) -> Tensor:
     """Pictures uint8 [H, W, 3] as video [1, 3, T, height, width] in [-1, 1], never stretched."""
     fitted = np.stack([fit(picture, height, width, mode, border) for picture in pictures])
@@ -213,13 +212,14 @@ def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
         picture's as PNG. `path` is a file's name, absolute where its content is left out; `marks`
         are those of origin that it bears.
     """
+    place: dict[str, Any] = {}
     if isinstance(picture, str | os.PathLike):
         path = Path(picture)
         is_small = path.stat().st_size <= EMBED_LIMIT
         place = {"path": path.name if is_small else str(path.resolve())}
         content, digest = path.read_bytes() if is_small else b"", sha256_file(path)
     elif isinstance(picture, Tensor):
-        content, place = noise_file(picture), {}
+        content = noise_file(picture)
         digest = hashlib.sha256(content).hexdigest()
     else:
         file = io.BytesIO()

@@ -66,8 +66,11 @@ def denoising(
         if len(made) == 1:
             yield made[0]
         else:
-            yield guided(*made, plan.guidance, denoise_mask=state.generated,
-                         share=guidance_share(state, plan.guidance.reach))
+            conditional, unconditional = made
+            yield guided(
+                conditional, unconditional, plan.guidance, denoise_mask=state.generated,
+                share=guidance_share(state, plan.guidance.reach),
+            )
 
 
 @contextmanager

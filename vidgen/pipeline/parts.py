@@ -15,7 +15,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, reuse_freed_memory, size_text
@@ -122,7 +122,7 @@ class Parts:
                 if self.offload != "none" and not self._users[roles[0]]:
                     self._drop(*roles)
 
-    def expert(self, role: Role) -> nn.Module:
+    def expert(self, role: ExpertRole) -> SpacetimeDiT:
         """One of a model's transformers, inside a block of `use("transformer")`.
 
         Unless `offload` is "none", the other one leaves first.
@@ -132,7 +132,8 @@ class Parts:
         """
         assert self._users[EXPERTS[0]], "experts are given inside `with parts.use('transformer')`"
         with self._lock:
-            return self._get(role)
+            dit: SpacetimeDiT = self._get(role)
+            return dit
 
     def lend(self, role: Role, module: nn.Module) -> None:
         """Use a network that is another's, such as one in training; it is never let go here."""
@@ -215,7 +216,8 @@ class Parts:
                else "nothing that is left to choose would fit: free memory or take a smaller model")
         )
 
-    def _get(self, role: Role) -> nn.Module:
+    def _get(self, role: Role) -> Any:
+        """A network of the class that `use` tells for its role."""
         if role not in self.folder.components:
             raise ModelError(
                 f"{self.folder.name} has no {role}; it has {', '.join(self.folder.components)}"
@@ -277,8 +279,9 @@ class Parts:
     def _what_fits(self, have: int) -> list[str]:
         """Options of the command line that would fit, those that change results last."""
         narrow = [self.dtype] if self.dtype.itemsize == 2 else [self.dtype, torch.bfloat16]
+        kinds: tuple[Quantization | Literal["none"], ...] = ("none", "int8")
         found = []
-        for quantize, dtype, offload in product(("none", "int8"), narrow, get_args(Offload)):
+        for quantize, dtype, offload in product(kinds, narrow, get_args(Offload)):
             if quantize == "int8" and (offload == "block" or dtype == torch.float16):
                 continue
             need = self.needed_bytes(offload=offload, dtype=dtype, quantize=quantize)
@@ -304,10 +307,13 @@ def _empty(module: nn.Module) -> None:
     if isinstance(stream, BlockStream):
         stream.close()
     for part in module.modules():
-        for name, value in part._parameters.items():
-            if value is not None:
-                away = torch.empty(value.shape, dtype=value.dtype, device="meta")
-                part._parameters[name] = nn.Parameter(away, requires_grad=False)
-        for name, value in part._buffers.items():
-            if value is not None:
-                part._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                part._parameters[name] = nn.Parameter(_away(weight), requires_grad=False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = _away(buffer)
+
+
+def _away(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -27,6 +27,7 @@ from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.pipeline.tasks import makes_sound
 
 if TYPE_CHECKING:
+    from vidgen.core.values import Fit
     from vidgen.pipeline.inputs import Inputs
     from vidgen.pipeline.step_caches import CacheChoice
     from vidgen.weights.folder import ModelDefaults, ModelFolder
@@ -68,7 +69,7 @@ class Plan:
     guidance: Guidance
     strength: float
     control_scale: float
-    fit: str
+    fit: Fit
     latents: LatentShape
     readings: tuple[tuple[str, str], ...] = ()
     cache: CacheChoice | None = None

@@ -134,11 +134,12 @@ class PromptEncoder:
         """
         if self._cache is None or learned:
             return self._run(prompts, learned)
-        found = {prompt: self._cache.get(prompt) for prompt in prompts}
-        unknown = [prompt for prompt, context in found.items() if context is None]
+        asked = {prompt: self._cache.get(prompt) for prompt in prompts}
+        known = {prompt: context for prompt, context in asked.items() if context is not None}
+        unknown = [prompt for prompt in asked if prompt not in known]
         if unknown:
-            found |= self._learn(self._cache, unknown)
-        rows = [found[prompt].to(self._parts.device) for prompt in prompts]
+            known |= self._learn(self._cache, unknown)
+        rows = [known[prompt].to(self._parts.device) for prompt in prompts]
         return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
     def _learn(self, cache: PromptCache, prompts: Sequence[str]) -> dict[str, Tensor]:

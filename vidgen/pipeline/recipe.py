@@ -43,8 +43,7 @@ _DEFAULTS = {each.name: each.default for each in fields(Request)}
 
 
 def make_recipe(
-    engine: Engine | ForeignEngine, plan: Plan | ForeignPlan, request: Request, inputs: Inputs,
-    loras: Loras = NO_LORAS,
+    engine: Engine, plan: Plan, request: Request, inputs: Inputs, loras: Loras = NO_LORAS
 ) -> dict[str, Any]:
     """The recipe of the clip that an engine makes to a plan.
 
@@ -55,8 +54,32 @@ def make_recipe(
         inputs: the request's pictures and clips.
         loras: its adapters.
     """
+    recipe = _common(engine, plan, request, inputs, loras)
+    recipe["model"]["world_version"] = engine.folder.world_version
+    recipe["attention"] = used_backend("auto", engine.device, DTYPES[engine.dtype])
+    if engine.device.type == "cpu":
+        recipe["kernels"] = "compiled" if native.why_not() is None else "none"
+    recipe["quantize"] = engine.quantize
+    if engine.crew is not None:
+        recipe["devices"] = engine.crew.facts(guided=not plan.guidance.is_off)
+    return recipe | ({"torchao": version("torchao")} if engine.quantize else {})
+
+
+def make_foreign_recipe(
+    engine: ForeignEngine, plan: ForeignPlan, request: Request, inputs: Inputs
+) -> dict[str, Any]:
+    """The same of a clip that another family's pipeline makes."""
+    recipe = _common(engine, plan, request, inputs, NO_LORAS)
+    recipe["model"]["class"] = engine.folder.class_name
+    return recipe | {name: version(name) for name in ("diffusers", "transformers")}
+
+
+def _common(
+    engine: Engine | ForeignEngine, plan: Plan | ForeignPlan, request: Request, inputs: Inputs,
+    loras: Loras,
+) -> dict[str, Any]:
     folder = engine.folder
-    recipe: dict[str, Any] = {
+    return {
         "format_version": RECIPE_VERSION,
         "vidgen": __version__,
         "model": {
@@ -75,18 +98,6 @@ def make_recipe(
         "device": engine.device.type,
         "machine": fingerprint(),
     }
-    if isinstance(folder, ForeignFolder):
-        recipe["model"]["class"] = folder.class_name
-        return recipe | {name: version(name) for name in ("diffusers", "transformers")}
-    recipe["model"]["world_version"] = folder.world_version
-    recipe["attention"] = used_backend("auto", engine.device, DTYPES[engine.dtype])
-    if engine.device.type == "cpu":
-        recipe["kernels"] = "compiled" if native.why_not() is None else "none"
-    recipe["quantize"] = getattr(engine, "quantize", None)
-    crew = getattr(engine, "crew", None)
-    if crew is not None:
-        recipe["devices"] = crew.facts(guided=not plan.guidance.is_off)
-    return recipe | ({"torchao": version("torchao")} if recipe["quantize"] else {})
 
 
 def identity(request: Request, **loading: Any) -> str:

@@ -33,7 +33,7 @@ from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_state, sample_with_scheduler, scheduler_sigmas
 from vidgen.diffusion.schedule import make_sigmas
-from vidgen.media.clip import Clip
+from vidgen.media.clip import Clip, Keeper
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing
 from vidgen.media.provenance import stamped
@@ -72,12 +72,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Stage = Literal["prompt", "prepare", "sample", "sound"]
+Report = Callable[[Stage, int, int], None]
+"""Told of a stage, and how much of it is done of how much."""
+
 
 @dataclass(frozen=True)
 class Progress:
     """What `on_event` is told: `done` of `total` in a stage of clip `clip` of `num_clips`."""
 
-    stage: Literal["prompt", "prepare", "sample", "sound"]
+    stage: Stage
     done: int
     total: int
     clip: int = 1
@@ -206,8 +210,8 @@ class Engine(OpenedModel):
                 clips.append(kept.clip())
                 continue
 
-            def report(*progress: Any, clip: int = index) -> None:
-                tell(Progress(*progress, clip=clip, num_clips=request.count))
+            def report(stage: Stage, done: int, total: int, clip: int = index) -> None:
+                tell(Progress(stage, done, total, clip, request.count))
 
             with kept.running(recipe, self.device):
                 if plan.roll:
@@ -319,7 +323,7 @@ class Engine(OpenedModel):
         return latents if state.sound is not None else latents[:, :, state.num_references :]
 
     def decode(
-        self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Journal | None = None
+        self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None
     ) -> Clip:
         """A lazy clip whose chunks come out of the VAE while it is written."""
         if "tail" not in recipe:  # a long clip has its own
@@ -331,7 +335,7 @@ class Engine(OpenedModel):
 
     def lazy(
         self, plan: Plan, videos: Callable[[int], Iterator[Tensor]], recipe: dict[str, Any],
-        latents: Tensor | None = None, journal: Journal | None = None,
+        latents: Tensor | None = None, journal: Keeper | None = None,
     ) -> Clip:
         """A lazy clip of a plan's length out of `videos`, [1, 3, n, H, W] each, from a frame on."""
 

@@ -20,7 +20,7 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -86,7 +86,8 @@ class Calibration:
         for (low, slow), (high, fast) in pairwise(points):
             if size <= high:
                 share = min(max(math.log(size / low) / math.log(high / low), 0.0), 1.0)
-                return slow * (fast / slow) ** share
+                between: float = slow * (fast / slow) ** share
+                return between
         return points[-1][1]
 
     def seconds(self, ops: Sequence[Op]) -> float:
@@ -162,7 +163,7 @@ def _entries() -> dict[str, Any]:
     return entries if isinstance(entries, dict) else {}
 
 
-def _is_rates(rates: Any) -> bool:
+def _is_rates(rates: Any) -> TypeGuard[Mapping[str, Points]]:
     if not isinstance(rates, dict) or not rates.keys() >= NOMINAL.rates.keys():
         return False
     pairs = [pair for points in rates.values() if isinstance(points, list) for pair in points]
@@ -292,7 +293,8 @@ def _pixels_rate(
     """(elements at once, elements a second) of all but the products in a residual block."""
     block = _packed(ResidualBlock(channels, channels), device, dtype)
     for name, module in block.named_children():
-        module.cache_key = name
+        if isinstance(module, CausalConv3d):
+            module.cache_key = name
     x = torch.randn(1, channels, 4, side, side, device=device, dtype=dtype)
     x, cache = channels_last(x), StreamCache()
     block(x, cache)
@@ -335,7 +337,8 @@ def _load_rate() -> float:
 
     def run() -> Tensor:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor("x").to(torch.bfloat16)
+            read: Tensor = file.get_tensor("x")
+            return read.to(torch.bfloat16)
 
     with tempfile.TemporaryDirectory() as folder:
         path, value = Path(folder) / "x.safetensors", torch.ones(24_000_000)

@@ -82,6 +82,7 @@ class Clock:
             one = sum(took[clip - 1].get(name, 0.0) for name in _STAGES.get(stage, _WRITING))
             return one if stage == "prompt" else one / share
 
+        stages: tuple[str, ...]
         if one_by_one:
             stages = ("prompt", "prepare", "sample", "sound", "write")
             order = [(s, n) for n in clips for s in stages]

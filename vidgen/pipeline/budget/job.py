@@ -21,7 +21,8 @@ from vidgen.weights.load import Weights
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.weights.component import Role
+    from vidgen.models.image import ImageConfig
+    from vidgen.weights.component import ExpertRole, Role
     from vidgen.weights.folder import ModelFolder
 
 Rates = Mapping[torch.dtype, Calibration]
@@ -65,7 +66,13 @@ class Job:
         return makes_sound(self.request, self.folder.tasks) and self.plan.roll is None
 
     @property
-    def experts(self) -> tuple[Role, ...]:
+    def image(self) -> ImageConfig | None:
+        """Of the image encoder, where the model has one."""
+        parts = self.folder.components
+        return parts["image_encoder"].config if "image_encoder" in parts else None
+
+    @property
+    def experts(self) -> tuple[ExpertRole, ...]:
         """The transformers that denoise the picture."""
         hears = bool(self.request.follow_audio)
         alone = boundary_of(self.folder, self.plan, hears=hears) is None

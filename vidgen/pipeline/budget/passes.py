@@ -78,7 +78,7 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
     size, t, total = window_size(folder, strides), strides.t, plan.latents.num_frames
     given = _Given()
     if request.prefix is not None:
-        given = _given(folder, plan, os.fspath(request.prefix))  # type: ignore[arg-type]
+        given = _given(folder, plan, os.fspath(request.prefix))
         missing = plan.kept_frames - given.num_frames - given.frames_ahead
         total = given.num_latents + max(math.ceil(missing / t), 0)
     windows = [(0, total)]

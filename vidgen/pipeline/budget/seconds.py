@@ -57,16 +57,14 @@ class Seconds:
             seconds += passes * self._decoding(1)
         if job.passes.shown:
             seconds += self._decoding(job.passes.shown)
-        encoder = job.folder.components.get("image_encoder")
-        if encoder is not None:
-            seconds += job.rates.seconds(image_ops(encoder.config))
+        if job.image is not None:
+            seconds += job.rates.seconds(image_ops(job.image))
         return seconds
 
     def denoise(self) -> float:
         """To sample all windows."""
         job = self.job
-        encoder = job.folder.components.get("image_encoder")
-        image_tokens = 0 if encoder is None else encoder.config.num_tokens
+        image_tokens = 0 if job.image is None else job.image.num_tokens
         return sum(
             self._pass(frames, image_tokens) * self._num_passes(has_given=has_given)
             for frames, has_given in zip(job.passes.windows, job.passes.has_given, strict=True)

@@ -164,7 +164,7 @@ class Link:
 
     def order(self, *what: Any) -> None:
         """On rank 0: have all others do something."""
-        self.store.set(f"order/{self._count}", b"")
+        self.store.set(f"order/{self._count}", "")
         self.store.delete_key(f"order/{self._count - 2}")  # all have seen that one
         self._count += 1
         dist.broadcast_object_list([what], src=0, device=torch.device("cpu"))

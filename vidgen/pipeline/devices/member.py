@@ -121,7 +121,9 @@ class Member:
             made = video.contiguous().view(-1).view(torch.uint8)
             if room is None:  # rank 0 may be long in coming to it
                 room = room_for((latents.shape[2] - skipped) * made.numel()).split(made.numel())
-            sent.append(dist.isend(room[index].copy_(made), dst=0))
+            work = dist.isend(room[index].copy_(made), dst=0)
+            assert work is not None, "all ranks are of the group"
+            sent.append(work)
         for work in sent:
             work.wait()
 
@@ -177,7 +179,7 @@ def _main(port: str, rank: str, size: str, kind: str) -> None:
     warnings.simplefilter("ignore")  # rank 0 gives the same
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     store = dist.TCPStore("127.0.0.1", int(port), int(size), is_master=False, timeout=TIMEOUT)
-    store.set(f"here/{rank}", b"")
+    store.set(f"here/{rank}", "")
     device = torch.device(kind)
     if kind == "cuda":
         device = torch.device("cuda", int(rank))

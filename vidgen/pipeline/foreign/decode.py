@@ -164,10 +164,10 @@ def peak_bytes(vae: Any, num_frames: int, height: int, width: int) -> int | None
         return None
     config = vae.config
     names = ("decoder_block_out_channels", "block_out_channels", "base_dim")
-    channels = next((config[name] for name in names if config.get(name)), 128)
-    channels = channels if isinstance(channels, int) else min(channels)
-    size = next(vae.parameters()).element_size()
-    patch = config.get("patch_size") or 1
+    told = next((config[name] for name in names if config.get(name)), 128)
+    channels: int = told if isinstance(told, int) else min(told)
+    size: int = next(vae.parameters()).element_size()
+    patch: int = config.get("patch_size") or 1
     return 3 * channels * num_frames * height * width * size // patch**2
 
 

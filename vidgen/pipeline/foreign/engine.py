@@ -44,10 +44,10 @@ from vidgen.pipeline.journal.recall import journals_of, recall
 from vidgen.pipeline.opened import require_own
 from vidgen.pipeline.parts import DTYPES
 from vidgen.pipeline.policy import Policy, enforce
-from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.recipe import make_foreign_recipe
 from vidgen.pipeline.rewrite import settle_prompt
 from vidgen.pipeline.sound.soundtrack import Soundtrack, make_soundtrack
-from vidgen.pipeline.video import Progress, to_frames
+from vidgen.pipeline.video import Progress, Report, Stage, to_frames
 from vidgen.weights.folder import ForeignFolder
 
 log = logging.getLogger(__name__)
@@ -116,11 +116,11 @@ class ForeignEngine:
                 clips.append(kept.clip())
                 continue
 
-            def report(stage: Any, done: int, total: int, clip: int = index) -> None:
+            def report(stage: Stage, done: int, total: int, clip: int = index) -> None:
                 tell(Progress(stage, done, total, clip, request.count))
 
             def on_step(
-                done: int, total: int, kept: Journal = kept, report: Any = report
+                done: int, total: int, kept: Journal = kept, report: Report = report
             ) -> None:
                 kept.keep_job()
                 report("sample", done, total)
@@ -153,7 +153,7 @@ class ForeignEngine:
         """
         recipes, track = [], None
         for plan, kept in zip(plans, journals, strict=True):
-            made = make_recipe(self, plan, request, inputs) | rewritten
+            made = make_foreign_recipe(self, plan, request, inputs) | rewritten
             recipe = as_settled(made, kept.recipe)
             if (num_frames := recipe["plan"]["kept_frames"]) is not None:
                 known = replace(plan, kept_frames=num_frames)  # else it shows when it is made
@@ -204,10 +204,10 @@ class ForeignEngine:
 
         def picture(pixels: Frames) -> Image.Image:
             if plan.width and plan.height:
-                pixels = fit(pixels, plan.height, plan.width, plan.fit)  # type: ignore[arg-type]
+                pixels = fit(pixels, plan.height, plan.width, plan.fit)
             return Image.fromarray(pixels)
 
-        wanted: dict[str, Any] = {
+        wanted: dict[str | None, Any] = {  # None: parameters that this pipeline doesn't have
             "prompt": plan.prompt, "negative_prompt": plan.negative,
             "num_inference_steps": plan.num_steps, "guidance_rescale": plan.guidance_rescale,
             "width": plan.width, "height": plan.height, "strength": plan.strength,

@@ -54,7 +54,8 @@ class ForeignPipe:
         """The pipeline that takes a picture or clip given as `option`, on its device."""
         import diffusers
 
-        sibling = SIBLINGS.get((type(self.own).__name__, option))
+        name = type(self.own).__name__
+        sibling = None if option is None else SIBLINGS.get((name, option))
         pipe = self.own if sibling is None else getattr(diffusers, sibling)(**self.own.components)
         if pipe is not self._placed:
             self._place(pipe)

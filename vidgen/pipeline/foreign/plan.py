@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import Request
@@ -24,6 +24,9 @@ from vidgen.core.shapes import (
 )
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.plan import draw_seed
+
+if TYPE_CHECKING:
+    from vidgen.core.values import Fit
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ class ForeignPlan:
     sampler: str
     shift: float | None
     strength: float | None
-    fit: str
+    fit: Fit
 
 
 def defaults_of(pipeline: type) -> dict[str, Any]:
@@ -207,10 +210,10 @@ class Abilities:
 
     def default_size(self) -> tuple[int, int] | None:
         """(width, height) where nobody asks for another, if the pipeline tells."""
-        pipe, own = self.pipe, (self.defaults.get("width"), self.defaults.get("height"))
-        config = self._config
-        if all(isinstance(side, int) for side in own):
-            return own
+        pipe, config = self.pipe, self._config
+        width, height = self.defaults.get("width"), self.defaults.get("height")
+        if isinstance(width, int) and isinstance(height, int):
+            return width, height
         if hasattr(pipe, "default_width"):
             return pipe.default_width, pipe.default_height
         if config.get("sample_width"):
@@ -310,9 +313,10 @@ def make_scheduler(own: Any, request: Request) -> Any:
                              "it there")
         return sampler
     shift = flow_shift(own) if shift is None else float(shift)
-    kind = {"euler": _FLOW[0], "unipc": _FLOW[1], None: type(own).__name__}.get(sampler)
-    if kind is None:
-        raise InputError(f"sampler is {sampler!r}; {nearest(sampler, ('euler', 'unipc'))}")
+    kinds = {"euler": _FLOW[0], "unipc": _FLOW[1]}
+    if sampler is not None and sampler not in kinds:
+        raise InputError(f"sampler is {sampler!r}; {nearest(sampler, kinds)}")
+    kind = type(own).__name__ if sampler is None else kinds[sampler]
     if kind == type(own).__name__:
         name = "flow_shift" if "flow_shift" in own.config else "shift"
         return type(own).from_config(own.config, **{name: shift})

@@ -81,4 +81,4 @@ def earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Fra
     assert inputs.prefix_fps is not None
     count = max(1, round(inputs.prefix_frames * plan.fps / inputs.prefix_fps))
     for frame in video_frames(request.prefix, count, plan.fps, inputs.prefix_fps):
-        yield fit(frame, plan.height, plan.width, plan.fit)[None]  # type: ignore[arg-type]
+        yield fit(frame, plan.height, plan.width, plan.fit)[None]

@@ -154,9 +154,7 @@ def make_soundtrack(
         bed, notes = fit_sound(request.audio_file, num_samples, loop=bool(request.audio_loop))
         for note in notes:
             log.warning("%s", note)
-    elif request.prefix is not None and not has_sound and (
-        earlier := read_sound(request.prefix)  # type: ignore[arg-type]
-    ):
+    elif request.prefix is not None and not has_sound and (earlier := read_sound(request.prefix)):
         source, bed = "prefix", at_length(*earlier, num_samples)
     if request.follow_audio and source != "file":
         raise InputError(f"audio is {request.audio!r}; follow_audio needs --audio FILE, a sound to "
