@@ -54,8 +54,7 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """[B, T, D] -> the same."""
         y = self.norm(self.conv(x, cache))
-        x = x + self.scale * self.contract(F.gelu(self.expand(y)))
-        return x
+        return x + self.scale * self.contract(F.gelu(self.expand(y)))
 
 
 class _Stack(nn.ModuleList):
@@ -90,8 +89,7 @@ class AudioEncoder(nn.Module):
         """[B, T, 3 * bins] -> [B, K, 2 * C], mean and log-variance."""
         x = self.frames(self.embed(x), cache)
         x = self.gather(x.unflatten(1, (-1, per_token)).flatten(2))
-        x = self.to_moments(self.norm(self.tokens(x, cache)))
-        return x
+        return self.to_moments(self.norm(self.tokens(x, cache)))
 
 
 class AudioDecoder(nn.Module):

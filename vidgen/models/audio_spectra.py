@@ -68,8 +68,7 @@ def _spectra(config: AudioVAEConfig, sound: Tensor, length: int) -> Tensor:
     A frame folded to a window's length has the same spectrum at these bins.
     """
     frames = sound.unfold(1, length, config.hop) * torch.hann_window(length, device=sound.device)
-    spectra: Tensor = torch.fft.rfft(frames.unflatten(2, (-1, config.window)).sum(2))
-    return spectra
+    return torch.fft.rfft(frames.unflatten(2, (-1, config.window)).sum(2))
 
 
 def to_sound(
@@ -98,7 +97,7 @@ def to_sound(
     if controls.attack is None:
         return _play(config, turned + controls.noise * noise, cache)
     parts = torch.stack([turned, controls.noise * noise], 1)
-    played: Tensor = _play(config, parts.flatten(0, 1), cache).unflatten(0, (-1, 2))
+    played = _play(config, parts.flatten(0, 1), cache).unflatten(0, (-1, 2))
     return (played * _gains(config, controls.attack, cache)).sum(1)
 
 
@@ -137,7 +136,7 @@ def overlap_add(
     count, frames = frames.shape[1], torch.cat([before, frames], 1)
     if cache is not None:
         cache.tensors[_FRAMES] = frames[:, frames.shape[1] - parts + 1 :].clone()
-    pieces: Tensor = frames.unflatten(2, (parts, -1))
+    pieces = frames.unflatten(2, (parts, -1))
     added = sum(pieces[:, parts - 1 - j : parts - 1 - j + count, j] for j in range(parts))
     squares = _window(config, frames.device).square().view(parts, -1)
     full = squares.sum(0)

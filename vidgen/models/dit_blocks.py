@@ -129,8 +129,7 @@ class HeadsNorm(nn.Module):
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, L, H * d] -> [B, H, L, d]."""
-    heads: Tensor = x.unflatten(-1, (num_heads, -1))
-    return heads.transpose(1, 2)
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class SelfAttention(nn.Module):
@@ -175,8 +174,7 @@ class SelfAttention(nn.Module):
             mixed = attend(q, k, v)
         else:
             mixed = ulysses_attention(attend, q, k, v, layout.spread)
-        x = self.out(mixed.transpose(1, 2).flatten(-2))
-        return x
+        return self.out(mixed.transpose(1, 2).flatten(-2))
 
 
 def _split(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
@@ -192,8 +190,7 @@ def _join(x: Tensor, layout: Layout, axis: Axis) -> Tensor:
     if axis == "all":
         return x
     groups = layout.num_frames if axis == "space" else layout.frame_tokens
-    x = x.unflatten(0, (-1, groups))
-    return x.movedim(1, 2 if axis == "space" else 3).flatten(2, 3)
+    return x.unflatten(0, (-1, groups)).movedim(1, 2 if axis == "space" else 3).flatten(2, 3)
 
 
 class CrossAttention(nn.Module):
@@ -218,8 +215,7 @@ class CrossAttention(nn.Module):
             k = self.norm_k_image(self.k_image(context.image))
             v = _heads(self.v_image(context.image), self.num_heads)
             mixed = mixed + attention(q, k, v, backend=self.backend)
-        x = self.out(mixed.transpose(1, 2).flatten(-2))
-        return x
+        return self.out(mixed.transpose(1, 2).flatten(-2))
 
 
 class BlockLayers(nn.Module):
@@ -298,5 +294,4 @@ class Head(nn.Module):
         """Map a stream's tokens [B, L, D] to [B, L, channels] in the weights' dtype."""
         shift, scale = stream.time.modulate(self.modulation, stream.time.head.unsqueeze(-2))
         dtype = proj.weight.dtype
-        velocities: Tensor = proj(modulated_norm(stream.tokens, shift, scale, self.eps, dtype))
-        return velocities
+        return proj(modulated_norm(stream.tokens, shift, scale, self.eps, dtype))

@@ -165,8 +165,7 @@ class _Attention(nn.Module):
             layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        x = self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
-        return x
+        return self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class _FeedForward(nn.Module):
@@ -179,8 +178,7 @@ class _FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
         # quick_gelu: x * sigmoid(1.702 x) (Hendrycks & Gimpel 2016, section 2)
-        x = self.fc2(F.gelu(x) if self.activation == "gelu" else x * (1.702 * x).sigmoid())
-        return x
+        return self.fc2(F.gelu(x) if self.activation == "gelu" else x * (1.702 * x).sigmoid())
 
 
 class _Layer(nn.Module):
@@ -193,8 +191,7 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        x = x + self.mlp(self.layer_norm2(x))
-        return x
+        return x + self.mlp(self.layer_norm2(x))
 
 
 class _Stack(nn.Module):
@@ -242,8 +239,7 @@ class ImageEncoder(nn.Module):
                 "use prepare_image"
             )
         pixels = pixels.to(self.embeddings.patch_embedding.weight.dtype)
-        features: Tensor = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
-        return features
+        return self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
 
 
 def prepare_image(pixels: Tensor, config: ImageConfig) -> Tensor:

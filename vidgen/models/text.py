@@ -142,8 +142,7 @@ class _Attention(nn.Module):
         scores = q @ k.transpose(2, 3) + self.relative_attention_bias(buckets).permute(2, 0, 1)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
-        mixed: Tensor = self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-        return mixed
+        return self.o((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
 class _FeedForward(nn.Module):
@@ -159,8 +158,7 @@ class _FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        out: Tensor = self.wo(hidden.to(self.wo.weight.dtype))
-        return out
+        return self.wo(hidden.to(self.wo.weight.dtype))
 
 
 class _AttentionLayer(nn.Module):
@@ -170,8 +168,7 @@ class _AttentionLayer(nn.Module):
         self.layer_norm = _Norm(config.hidden_dim, config.eps)
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.SelfAttention(self.layer_norm(x), buckets, mask)
-        return x
+        return x + self.SelfAttention(self.layer_norm(x), buckets, mask)
 
 
 class _FeedForwardLayer(nn.Module):
@@ -181,8 +178,7 @@ class _FeedForwardLayer(nn.Module):
         self.layer_norm = _Norm(config.hidden_dim, config.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.DenseReluDense(self.layer_norm(x))
-        return x
+        return x + self.DenseReluDense(self.layer_norm(x))
 
 
 class _Block(nn.Module):
@@ -191,9 +187,7 @@ class _Block(nn.Module):
         self.layer = nn.ModuleList([_AttentionLayer(config), _FeedForwardLayer(config)])
 
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
-        attention, feed_forward = self.layer
-        x = feed_forward(attention(x, buckets, mask))
-        return x
+        return self.layer[1](self.layer[0](x, buckets, mask))
 
 
 class _Stack(nn.Module):
@@ -205,8 +199,7 @@ class _Stack(nn.Module):
     def forward(self, x: Tensor, buckets: Tensor, mask: Tensor | None) -> Tensor:
         for block in self.block:
             x = block(x, buckets, mask)
-        x = self.final_layer_norm(x)
-        return x
+        return self.final_layer_norm(x)
 
 
 class UMT5Encoder(nn.Module):
@@ -238,8 +231,7 @@ class UMT5Encoder(nn.Module):
         embedded = self.shared(ids)
         for token, row in learned.items():
             embedded = torch.where((ids == token)[..., None], row.to(embedded), embedded)
-        context: Tensor = self.encoder(embedded, buckets, mask)
-        return context
+        return self.encoder(embedded, buckets, mask)
 
 
 def position_buckets(length: int, config: TextConfig, device: torch.device | str) -> Tensor:
@@ -305,5 +297,4 @@ def encode_tokens(
     encoder: UMT5Encoder, ids: Tensor, mask: Tensor, learned: Mapping[int, Tensor] = NOTHING
 ) -> Tensor:
     """Context [B, S, D] of ids and mask [B, S], with zero rows for padding."""
-    context: Tensor = encoder(ids, mask, learned)
-    return context * mask[..., None]
+    return encoder(ids, mask, learned) * mask[..., None]

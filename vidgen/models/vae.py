@@ -145,8 +145,7 @@ class Encoder(nn.Module):
     def leave(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """From what leaves the last stage, [B, D, F, h, w], to moments."""
         x = self.conv_out.after_norm(self.norm_out, self.mid(x, cache), cache)
-        x = self.to_moments(x)
-        return x
+        return self.to_moments(x)
 
 
 class Decoder(nn.Module):
@@ -178,8 +177,7 @@ class Decoder(nn.Module):
 
     def enter(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """From latents to what enters the first stage, [B, D, F, h, w]."""
-        x = self.mid(self.conv_in(self.from_latents(x), cache), cache)
-        return x
+        return self.mid(self.conv_in(self.from_latents(x), cache), cache)
 
 
 class CausalVAE(NormalizedLatents, nn.Module):
@@ -232,8 +230,7 @@ class CausalVAE(NormalizedLatents, nn.Module):
 
     def _encode(self, video: Tensor, cache: StreamCache | None) -> Tensor:
         x = patchify_pixels(video, self.config.patch_size)
-        moments: Tensor = self.encoder(channels_last(x), cache)
-        return moments
+        return self.encoder(channels_last(x), cache)
 
     def _decode(self, latents: Tensor, cache: StreamCache | None) -> Tensor:
         return unpatchify_pixels(

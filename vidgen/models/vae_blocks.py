@@ -41,8 +41,7 @@ class ResidualBlock(nn.Module):
         """[B, C_in, T, H, W] -> [B, C_out, T, H, W]."""
         y = self.conv1.after_norm(self.norm1, x, cache)
         y = self.conv2.after_norm(self.norm2, y, cache)
-        x = y + self.shortcut(x)
-        return x
+        return y + self.shortcut(x)
 
 
 class FrameAttention(nn.Module):
@@ -75,8 +74,7 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """[B, C, T, H, W] -> the same."""
-        x = self.block2(self.attention(self.block1(x, cache)), cache)
-        return x
+        return self.block2(self.attention(self.block1(x, cache)), cache)
 
 
 class Downsample(nn.Module):
