@@ -67,8 +67,9 @@ def both(tiny_model: Path, two: Crew) -> Engine:
 def test_two_devices_give_the_frames_of_one(one: Engine, both: Engine, options: dict) -> None:
     alone, shared = (engine.generate(PROMPT, seed=3, **options) for engine in (one, both))
     assert (alone.latents - shared.latents).abs().max() < 1e-5
-    assert np.array_equal(alone.frames, shared.frames)
     guided = options.get("guidance") != 1.0
+    off = np.abs(alone.frames.astype(int) - shared.frames).max()
+    assert off == 0 or (off == 1 and not guided)  # tokens that are spread are summed otherwise
     assert shared.recipe["devices"] == {
         "count": 2, "guidance": 1 + guided, "sequence": 2 - guided, "shard": False,
     }
