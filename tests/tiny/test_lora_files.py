@@ -321,6 +321,7 @@ def test_pefts_other_methods_are_refused(config, message, tmp_path):
         ("a:1.5:2", "a:1.5", 2.0, None),
         ("me@home/a:nan", "me@home/a:nan", 1.0, None),
         ("a:0.5@mid", "a:0.5@mid", 1.0, None),
+        ("a@h\u0131gh", "a@h\u0131gh", 1.0, None),  # which ignoring case takes for an i
     ],
 )
 def test_an_option_is_path_weight_expert(text, path, weight, expert):

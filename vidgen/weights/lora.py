@@ -43,7 +43,7 @@ EXPERTS: tuple[Expert, ...] = get_args(Expert)
 
 _OPTION = re.compile(
     r"(?P<path>.+?)(?::(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))?(?:@(?P<expert>high|low))?",
-    re.IGNORECASE | re.DOTALL,
+    re.ASCII | re.IGNORECASE | re.DOTALL,
 )
 _TEXTS = (".yaml", ".yml", ".json", ".txt", ".md")
 MAX_WEIGHT = 100
