@@ -30,6 +30,17 @@ def tiny_experts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return add_low_expert(Path(shutil.copytree(tiny_model, folder)))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, as the whole suite does."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[ForkServer]:
     """Forks processes that have everything imported."""

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.sounds import save, tone
 from tests.tiny.foreign_models import build_foreign_model
@@ -15,13 +14,7 @@ from vidgen.cli.main import main
 from vidgen.media.clip import Clip
 from vidgen.pipeline.journal.job import JOB, MADE, job_facts, progress_text
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def kill_at(stage, command, kept="state.safetensors", done=2):

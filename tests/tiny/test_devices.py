@@ -64,12 +64,12 @@ def both(tiny_model: Path, two: Crew) -> Engine:
     {"sampler": "unipc", "steps": 4, "size": "48x32"}, {"frames": 1, "guidance": 1.0},
     {"last_image": np.full((32, 48, 3), 90, np.uint8), "size": "48x48", "guidance": 1.0},
 ], ids=str)  # fmt: skip
+@pytest.mark.usefixtures("one_thread")  # several share products of other sizes out otherwise
 def test_two_devices_give_the_frames_of_one(one: Engine, both: Engine, options: dict) -> None:
     alone, shared = (engine.generate(PROMPT, seed=3, **options) for engine in (one, both))
     assert (alone.latents - shared.latents).abs().max() < 1e-5
+    assert np.array_equal(alone.frames, shared.frames)
     guided = options.get("guidance") != 1.0
-    off = np.abs(alone.frames.astype(int) - shared.frames).max()
-    assert off == 0 or (off == 1 and not guided)  # tokens that are spread are summed otherwise
     assert shared.recipe["devices"] == {
         "count": 2, "guidance": 1 + guided, "sequence": 2 - guided, "shard": False,
     }
