@@ -13,7 +13,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.models.lora import Adapter, attached
 from vidgen.weights.hashes import hash_files
-from vidgen.weights.lora import Expert, parse_option, read_choices
+from vidgen.weights.lora import EXPERTS, Expert, parse_option, read_choices
 
 if TYPE_CHECKING:
     from vidgen.models.dit import DiTConfig, SpacetimeDiT
@@ -62,7 +62,7 @@ def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
         role: folder.components[role].config
         for role in ("transformer", "transformer_2") if role in folder.components
     }
-    names: tuple[Expert | None, ...] = ("high", "low") if len(configs) == 2 else (None,)
+    names: tuple[Expert | None, ...] = EXPERTS if len(configs) == 2 else (None,)
     adapters = {
         role: read_choices(choices, config, name)
         for (role, config), name in zip(configs.items(), names, strict=True)

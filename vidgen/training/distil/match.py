@@ -103,8 +103,9 @@ class MatchTask(DeltaTask[MatchBatch]):
                               for noise, sigma in zip(batch.noise, batch.sigma, strict=True))
         with torch.no_grad():
             teacher = self.teacher.answers(state, batch.ids, batch.mask, self.config.trajectories)
-            wanted, own = (ask(compared, batch.sigma[0]) for ask in (teacher, follower))
-            change = _change(clean, compared, batch.sigma[0], wanted, own, state.denoise_mask)
+            sigma = batch.sigma[0]
+            change = _change(clean, compared, sigma, teacher(compared, sigma),
+                             follower(compared, sigma), state.denoise_mask)
         matching = squared_error(made, clean + change, state.denoise_mask).mean()
         answer = follower(followed, batch.sigma[1])
         following = velocity_loss(answer, clean, batch.noise[1], state.denoise_mask).mean()
