@@ -27,12 +27,14 @@ from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import AudioConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder, encode_tokens
+from vidgen.ops.fusion import fusing
 from vidgen.pipeline.networks import velocity
 from vidgen.training.config import Phase
 from vidgen.training.ema import named_parameters
 from vidgen.training.embedded.channel_weights import channel_weights
 from vidgen.training.embedded.dit_config import DiTData
 from vidgen.training.embedded.dit_data import Batch, ClipDraws
+from vidgen.training.embedded.dit_draws import Drawn
 from vidgen.training.embedded.toybox_data import load_vae
 from vidgen.training.embedded.truth_heads import AttributeHeads, TruthHeads
 from vidgen.training.optim import build_optimizers
@@ -81,8 +83,8 @@ class DiTRun(DiTData):
             says instead of the clips' velocity (Li & Hoiem 2016, sec. 3). Both read one text, so
             `part` is "transformer".
         keep_above: see `keep`.
-        compile: torch.compile the blocks, on devices that our own kernels don't serve; pays in runs
-            of hours, as every shape compiles anew.
+        fuse: have torch.compile fuse what surrounds matrix products; see `vidgen.ops.fusion`. Not
+            for CPUs, which our own kernels serve.
     """
 
     preset: str = "toybox"
@@ -99,7 +101,7 @@ class DiTRun(DiTData):
     init: str | None = None
     keep: str | None = None
     keep_above: float = 0.7
-    compile: bool = False
+    fuse: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +113,12 @@ class DiTRun(DiTData):
         if self.keep and self.part != "transformer":
             raise InputError(f"part is {self.part!r}; keep needs part: transformer, since both "
                              "networks read one text")
+
+    @property
+    def truth_weights(self) -> dict[str, float]:
+        """Of what `TruthHeads` asks."""
+        return {"cover": self.cover_weight, "names": self.name_weight, "marks": self.mark_weight,
+                "cues": self.cue_weight, "voices": self.name_weight}
 
     @property
     def validation_sigmas(self) -> list[float]:
@@ -137,24 +145,24 @@ class DiTTask:
         if config.keep:
             preset = DIT_PRESETS[config.preset]
             self.former = self._released(config.keep, "transformer", SpacetimeDiT, preset)
-        if config.compile:
-            self.dit.compile_blocks()
         self.heads = AttributeHeads(self.text.config.hidden_dim).to(self.device)
-        self.truth = TruthHeads(self.dit).to(self.device)
         self.modules: dict[str, nn.Module] = {
             "transformer": self.dit, "text_encoder": self.text, "attributes": self.heads,
-            "truth": self.truth,
         }
+        self.truth = None
+        if any(config.truth_weights.values()):
+            self.truth = self.modules["truth"] = TruthHeads(self.dit).to(self.device)
         if config.part == "sound":
             for name, parameter in named_parameters(self.modules).items():
                 parameter.requires_grad_("audio" in name or name.startswith("truth."))
         if config.part == "transformer":
             self.text.requires_grad_(requires_grad=False)
-        self.draws = ClipDraws(config, torch.device("cpu"), self.dit.config.patch_size)
-        first = self.draws.caches[0]
+        self.clips = ClipDraws(config, self.device, self.dit.config.patch_size,
+                               marks=config.mark_weight > 0)
+        first = self.clips.caches[0]
         self.frames_per_s = first.config.fps / first.strides.t
         self.channels = self._channels() if config.pixel_weights else None
-        for cache, _ in self.draws.sounds.values():
+        for cache in self.clips.draws.sounds.values():
             _check_sound(self.dit.config.audio, cache.config)
 
     def _network(self, part: Role, kind: type[Module], architecture: Any) -> Module:
@@ -178,8 +186,8 @@ class DiTTask:
 
     def _channels(self) -> Tensor:
         """What each channel counts, [C, 1, 1, 1], measured on some clips kept aside."""
-        vae = load_vae(self.draws.caches[0].config.vae, self.device)
-        some = self.draws.data[0].clips[-WEIGHED:, :, :3].float().to(self.device)
+        vae = load_vae(self.clips.caches[0].config.vae, self.device)
+        some = self.clips.data[0].clips[-WEIGHED:, :, :3].float().to(self.device)
         return channel_weights(vae, some).to(self.device).view(-1, 1, 1, 1)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -204,7 +212,7 @@ class DiTTask:
         optimizer = torch.optim.AdamW(parameters, lr=self.config.run.optim.lr, betas=(0.9, 0.98))
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = self.config.run.optim.lr * (1 - step / steps)
-            told = self.draws.captions(step * batch_size, batch_size)
+            told = self.clips.draws.captions(step * batch_size, batch_size)
             ids, mask, labels = moved(told, self.device)
             bf16 = self.config.run.dtype == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
@@ -215,24 +223,35 @@ class DiTTask:
             if step % 100 == 99:
                 print(f"words {step + 1}/{steps} loss {loss.item():.4f}", file=sys.stderr)
 
-    def batch(self, phase: Phase, step: int, micro: int) -> Batch:
-        """Clips of one geometry, each with a caption and a condition of its own."""
-        return self.draws.batch(phase, step, micro)
+    def batch(self, phase: Phase, step: int, micro: int) -> Drawn:
+        """What is drawn of clips of one geometry, each with a caption and a condition of its own.
 
-    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the velocity where it is to be generated, and the attributes' loss."""
+        Latents and noise are put in where they lie, within the step.
+        """
+        return self.clips.draws.draw(phase, step, micro)
+
+    def loss(self, batch: Drawn, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the velocity where it is to be generated, and what else is weighed."""
         del step
-        batch = moved(batch, self.device)
-        context = encode_tokens(self.text, batch.ids, batch.mask)
-        error, sound = self._errors(batch, context, self.config.sprite_weight, self.former)
-        told = self.heads.loss(context, batch.mask, batch.labels)
-        truth, config = self.truth.losses(batch), self.config
-        weights = {"cover": config.cover_weight, "names": config.name_weight,
-                   "marks": config.mark_weight, "cues": config.cue_weight,
-                   "voices": config.name_weight}
-        total = error + config.attribute_weight * told
-        total = total + sum(weights[name] * value for name, value in truth.items())
-        values = {"velocity": error, "attributes": told, **truth}
+        config = self.config
+        with torch.autocast(self.device.type, enabled=False):
+            made = self.clips.made(batch)
+        with fusing(on=config.fuse):
+            return self._losses(made)
+
+    def _losses(self, made: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        context = encode_tokens(self.text, made.ids, made.mask)
+        error, sound = self._errors(made, context, config.sprite_weight, self.former)
+        total, values = error, {"velocity": error}
+        if config.attribute_weight:
+            values["attributes"] = self.heads.loss(context, made.mask, made.labels)
+            total = total + config.attribute_weight * values["attributes"]
+        if self.truth is not None:
+            truth = self.truth.losses(made)
+            weights = config.truth_weights
+            total = total + sum(weights[name] * value for name, value in truth.items())
+            values |= truth
         if sound is not None:
             total, values["sound"] = total + sound, sound
         return total, {name: value.detach() for name, value in values.items()}
@@ -287,7 +306,7 @@ class DiTTask:
     def _velocity_errors(self, num_frames: int, *, sound: bool = False) -> dict[str, float]:
         scores, heard = {}, []
         for level in self.config.validation_sigmas:
-            batch = moved(self.draws.held_aside(num_frames, level, sound=sound), self.device)
+            batch = self.clips.held_aside(num_frames, level, sound=sound)
             bf16 = self.config.run.dtype == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 context = encode_tokens(self.text, batch.ids, batch.mask)

@@ -10,9 +10,8 @@ import torch
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
-from vidgen.core.shapes import Strides
-from vidgen.diffusion.condition import keyframe_position, reference_position
-from vidgen.diffusion.condition_mix import ConditionMix, has_reference
+from vidgen.diffusion.condition import are_references, reference_position
+from vidgen.diffusion.condition_mix import ConditionMix
 from vidgen.diffusion.flow import add_noise
 from vidgen.toybox.cues import scene_marks
 from vidgen.toybox.render import render
@@ -51,6 +50,14 @@ def draws(config: DiTData) -> list[Batch]:
     return [source.batch(PHASE, step, 0) for step in range(6)]
 
 
+def has_reference(keys: KeyTokens | None, batch: int) -> torch.Tensor:
+    """Which samples were given a reference image, [B] bool."""
+    if keys is None:
+        return torch.zeros(batch, dtype=torch.bool)
+    given = are_references(keys)
+    return (given if keys.valid is None else given & keys.valid).any(1)
+
+
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
@@ -68,7 +75,7 @@ def test_loose_captions_change_nothing_else_that_is_drawn(plain: DiTData) -> Non
 def test_half_loose_is_half_of_the_captions(plain: DiTData) -> None:
     def first_tokens(share: float) -> list[torch.Tensor]:
         source = ClipDraws(replace(plain, loose_share=share), torch.device("cpu"), patch=2)
-        ids, mask, _ = source.captions(0, 200)
+        ids, mask, _ = source.draws.captions(0, 200)
         return [row[kept] for row, kept in zip(ids, mask, strict=True)]
 
     none, half, every = (first_tokens(share) for share in (0.0, 0.5, 1.0))
@@ -194,18 +201,6 @@ def test_validation_stays_plain(plain: DiTData) -> None:
 def test_shares_lie_between_none_and_all(plain: DiTData, name: str, share: float) -> None:
     with pytest.raises(InputError, match=rf"{name} is {share}.*0\.\.1"):
         replace(plain, **{name: share})
-
-
-def test_a_keyframe_is_no_reference_nor_is_an_empty_place() -> None:
-    frame, reference = keyframe_position(16, Strides(t=4, hw=8)), reference_position(1)
-    keys = KeyTokens(
-        torch.zeros(4, 1, 2, 2, 2),
-        torch.tensor([[frame, reference]] * 2 + [[frame, frame]] + [[reference, frame]]),
-        torch.tensor([[True, True], [True, False], [True, True], [True, False]]),
-    )
-    assert has_reference(keys, 4).tolist() == [True, False, False, True]
-    assert has_reference(replace(keys, valid=None), 4).tolist() == [True, True, False, True]
-    assert has_reference(None, 2).tolist() == [False, False]
 
 
 def test_squares_show_sprites_for_the_same_number_of_tokens(plain: DiTData) -> None:

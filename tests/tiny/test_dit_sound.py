@@ -23,7 +23,7 @@ from vidgen.toybox.scenes import SceneMix
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.embedded.dit_config import DiTData
 from vidgen.training.embedded.dit_data import ClipDraws
-from vidgen.training.embedded.sound_cache import SoundCache, SoundMix, with_sound
+from vidgen.training.embedded.sound_cache import SoundCache, SoundMix, draw_sound, with_sound
 from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache, load_vae
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import load_sound_vae
@@ -64,7 +64,8 @@ def cache(tiny_model: Path, sound_vae: Path, tmp_path_factory: pytest.TempPathFa
 def heard(cache: SoundCache, state, first: int = 0, picture_known: float = 1.0):
     sound = torch.arange(86.0).expand(len(state.latents), 4, 86)
     mix = replace(cache.mix, picture_known=picture_known)
-    return with_sound(state, sound, first, mix, cache, torch.Generator().manual_seed(0))
+    given = draw_sound(~state.denoise_mask, first, mix, cache, torch.Generator().manual_seed(0))
+    return with_sound(state, sound, first, given, cache)
 
 
 def test_sound_is_made_for_a_given_picture_or_a_picture_for_given_sound(cache):

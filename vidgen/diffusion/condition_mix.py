@@ -15,7 +15,6 @@ from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition import (
     LatentState,
-    are_references,
     keyframe_position,
     reference_position,
 )
@@ -77,43 +76,60 @@ class Stills:
     frame_index: Tensor
 
 
-def training_conditions(
-    latents: Tensor,
+@dataclass(frozen=True)
+class Given:
+    """What is known of each sample of a batch, before latents are taken to show it.
+
+    Attributes:
+        known: [B, 1, F, h, w] bool, what is known in place.
+        used: [B, K] bool, which of its stills a sample is given.
+        frame_index: [B, K], those stills'; see `Stills`.
+    """
+
+    known: Tensor
+    used: Tensor
+    frame_index: Tensor
+
+    @property
+    def has_reference(self) -> Tensor:
+        """Which samples are given a reference image, [B] bool."""
+        return (self.used & (self.frame_index < 0)).any(1)
+
+
+def draw_conditions(
+    size: tuple[int, int, int, int],
     generator: torch.Generator,
     mix: ConditionMix,
     strides: Strides,
     *,
-    stills: Stills | None = None,
+    frame_index: Tensor | None = None,
     patch: int = 1,
-) -> LatentState:
+) -> Given:
     """Draw a condition for each sample of a batch.
 
     Args:
-        latents: the clips', clean, [B, C, F, h, w]; becomes the state's `clean`.
+        size: B, F, h and w of the clips' latents.
         generator: a CPU generator.
         mix: how often which; conditions that need stills or several frames, where there are none,
             leave their share to the others.
         strides: the VAE's.
-        stills: what last frames, frames at any time and references are taken from.
+        frame_index: [B, K] of the stills that last frames, frames at any time and references are
+            taken from, on the CPU; None: there are none.
         patch: latents a side of one token.
-
-    Returns:
-        A state for `denoise_inputs`, whose `denoise_mask` says where the loss counts. Its keys hold
-        as many columns as the fullest row needs and are None when no row needs any.
     """
-    batch, _, num_frames, height, width = latents.shape
+    batch, num_frames, height, width = size
     known = torch.zeros(batch, 1, num_frames, height, width, dtype=torch.bool)
-    frame_index = torch.zeros(batch, 0, dtype=torch.long) if stills is None else stills.frame_index
-    frame_index = frame_index.cpu()
-    used = torch.zeros(frame_index.shape, dtype=torch.bool)
     several, last_index = num_frames > 1, (num_frames - 1) * strides.t
     possible = {
         "text": True,
         "first": several,
         "prefix": several,
         "mask": min(height, width) >= 2 * patch,
-        **dict.fromkeys(("last", "both", "frames"), several and stills is not None),
+        **dict.fromkeys(("last", "both", "frames"), several and frame_index is not None),
     }
+    if frame_index is None:
+        frame_index = torch.zeros(batch, 0, dtype=torch.long)
+    used = torch.zeros(frame_index.shape, dtype=torch.bool)
     kinds = _draw_kinds(mix, possible, batch, generator)
     for row, kind in enumerate(kinds):
         if kind in {"first", "both"}:
@@ -132,16 +148,46 @@ def training_conditions(
             known[row] = region.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
     has_reference = torch.rand(batch, 1, generator=generator) < mix.reference
     used |= (frame_index < 0) & has_reference
-    keys = None if stills is None else _gather_keys(stills.latents, frame_index, used, strides)
-    return LatentState(latents, latents, ~known.to(latents.device), keys)
+    return Given(known, used, frame_index)
 
 
-def has_reference(keys: KeyTokens | None, batch: int) -> Tensor:
-    """Tell which samples of a batch were given a reference image, [B] bool."""
-    if keys is None:
-        return torch.zeros(batch, dtype=torch.bool)
-    given = are_references(keys)
-    return (given if keys.valid is None else given & keys.valid).any(1).cpu()
+def with_given(
+    latents: Tensor, given: Given, stills: Tensor | None, strides: Strides
+) -> LatentState:
+    """The state of clips whose conditions are drawn.
+
+    Args:
+        latents: the clips', clean, [B, C, F, h, w]; becomes the state's `clean`.
+        given: the conditions, on the CPU.
+        stills: [B, C, K, h, w], on the latents' device, or None.
+        strides: the VAE's.
+
+    Returns:
+        A state for `denoise_inputs`, whose `denoise_mask` says where the loss counts. Its keys hold
+        as many columns as the fullest row needs and are None when no row needs any.
+    """
+    keys = None
+    if stills is not None:
+        keys = _gather_keys(stills, given.frame_index, given.used, strides)
+    return LatentState(latents, latents, ~given.known.to(latents.device), keys)
+
+
+def training_conditions(
+    latents: Tensor,
+    generator: torch.Generator,
+    mix: ConditionMix,
+    strides: Strides,
+    *,
+    stills: Stills | None = None,
+    patch: int = 1,
+) -> LatentState:
+    """Draw a condition for each clip, and give it: `draw_conditions` and `with_given`."""
+    batch, _, frames, height, width = latents.shape
+    index = None if stills is None else stills.frame_index.cpu()
+    given = draw_conditions(
+        (batch, frames, height, width), generator, mix, strides, frame_index=index, patch=patch
+    )
+    return with_given(latents, given, None if stills is None else stills.latents, strides)
 
 
 def _draw_kinds(

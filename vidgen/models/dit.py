@@ -215,15 +215,6 @@ class SpacetimeDiT(nn.Module):
         for block in (*self.blocks, *self.control_blocks):
             block.self_attn.backend = block.cross_attn.backend = backend
 
-    def compile_blocks(self) -> None:
-        """Let torch.compile fuse what surrounds the matrix products; needs a C++ compiler on a CPU.
-
-        A training step takes 0.81 times as long; the first takes a minute, ten seconds once cached.
-        Not for CPUs that have our own kernels: a compiled block doesn't call them, and is slower.
-        """
-        for block in (*self.blocks, *self.control_blocks):
-            block.compile()
-
     def require_pattern(self, pattern: Pattern) -> None:
         """Refuse a request for another attention pattern than the weights were trained with.
 

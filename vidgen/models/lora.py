@@ -95,8 +95,8 @@ def attached(
     """Attach adapters to a module inside the `with` block; weights are never changed.
 
     Blocks may be nested: inner adapters add to the outer ones. A low-rank part that requires
-    gradients gets them. Blocks compiled by `compile_blocks` are compiled anew for their first
-    adapters, later ones of the same kind reuse that.
+    gradients gets them. Blocks that torch compiles are compiled anew for their first adapters,
+    later ones of the same kind reuse that.
 
     Args:
         module: a `SpacetimeDiT` as a rule.

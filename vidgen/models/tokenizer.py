@@ -25,6 +25,8 @@ EOS, PAD = "</s>", "<pad>"
 
 def clean_prompt(prompt: str) -> str:
     """Repair broken Unicode, resolve HTML entities (twice) and squeeze white space, as Wan does."""
+    if prompt.isascii() and prompt.isprintable() and "&" not in prompt:  # nothing to repair
+        return re.sub(" +", " ", prompt).strip()
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))

@@ -6,10 +6,10 @@ share a vector, U vectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vidgen.ops import native
+from vidgen.ops.fusion import Fusible, fusible
+
+Made = TypeVar("Made")
 
 
 class _ChannelNormSilu(torch.autograd.Function):
@@ -131,9 +134,9 @@ class TokenVectors:
     index: Tensor | None = None
 
     def by_run(self) -> Tensor:
-        """[B, G, 1, D]; with an index every token is a run of its own: G = L."""
+        """[R, D], one for each of R equal runs of the B * L tokens; with an index R = B * L."""
         rows = self.rows if self.index is None else F.embedding(self.index, self.rows)
-        return rows.unsqueeze(2)
+        return rows.flatten(0, 1).contiguous()
 
     def table(self, length: int) -> tuple[Tensor, Tensor | None]:
         """Rows [R, D], and the row [B * L] int32 of each of B * `length` tokens if R > 1."""
@@ -169,22 +172,39 @@ def modulated_norm(
     """
     if (fused := _fused(x, None, None, scale, shift, 1.0, eps, dtype)) is not None:
         return fused[1]
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    shifts, scales = shift.by_run(), scale.by_run()
-    grouped = normed.unflatten(1, (shifts.shape[1], -1))
-    return torch.addcmul(shifts, grouped, 1 + scales).flatten(1, 2).to(dtype)
+    made = _by(_modulated_norm, shift)(x.flatten(0, 1), shift.by_run(), scale.by_run(), eps, dtype)
+    return made.view(x.shape)
+
+
+def _by(function: Fusible[Made], vectors: TokenVectors) -> Callable[..., Made]:
+    """The function; as it stands where each token is a run of its own, as few batches have it."""
+    return function if vectors.index is None else function.plain
+
+
+@fusible
+def _modulated_norm(
+    x: Tensor, shifts: Tensor, scales: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """Of tokens [B * L, D], like what follows."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).unflatten(0, (len(shifts), -1))
+    return torch.addcmul(shifts[:, None], normed, 1 + scales[:, None]).flatten(0, 1).to(dtype)
 
 
 def add_gated(x: Tensor, update: Tensor, gate: TokenVectors) -> Tensor:
     """The sum x + gate * update of tokens [B, L, D], computed in float32, in x's dtype."""
     if (fused := _fused(x, update, gate, None, None, 0.0, 0.0, x.dtype)) is not None:
         return fused[0]
-    gates = gate.by_run()
-    grouped = (gates.shape[1], -1)
-    total = torch.addcmul(
-        x.float().unflatten(1, grouped), update.float().unflatten(1, grouped), gates
+    made = _by(_add_gated, gate)(x.flatten(0, 1), update.flatten(0, 1), gate.by_run())
+    return made.view(x.shape)
+
+
+@fusible
+def _add_gated(x: Tensor, update: Tensor, gates: Tensor) -> Tensor:
+    runs = len(gates), -1
+    added = torch.addcmul(
+        x.float().unflatten(0, runs), update.float().unflatten(0, runs), gates[:, None]
     )
-    return total.flatten(1, 2).to(x.dtype)
+    return added.flatten(0, 1).to(x.dtype)
 
 
 def add_gated_and_norm(
@@ -195,7 +215,18 @@ def add_gated_and_norm(
     gain, offset = (TokenVectors(vector.float()[None, None]) for vector in (weight, bias))
     if (fused := _fused(x, update, gate, gain, offset, 0.0, eps, dtype)) is not None:
         return fused
-    total = add_gated(x, update, gate)
+    total, normed = _by(_add_gated_and_norm, gate)(
+        x.flatten(0, 1), update.flatten(0, 1), gate.by_run(), weight, bias, eps, dtype
+    )
+    return total.view(x.shape), normed.view(x.shape)
+
+
+@fusible
+def _add_gated_and_norm(
+    x: Tensor, update: Tensor, gates: Tensor, weight: Tensor, bias: Tensor, eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    total = _add_gated.plain(x, update, gates)
     return total, layer_norm(total, weight, bias, eps).to(dtype)
 
 
@@ -206,8 +237,18 @@ def add_and_modulated_norm(
     """The sum x + update in x's dtype, and its `modulated_norm`, in one pass over memory."""
     if (fused := _fused(x, update, None, scale, shift, 1.0, eps, dtype)) is not None:
         return fused
+    total, normed = _by(_add_and_modulated_norm, shift)(
+        x.flatten(0, 1), update.flatten(0, 1), shift.by_run(), scale.by_run(), eps, dtype
+    )
+    return total.view(x.shape), normed.view(x.shape)
+
+
+@fusible
+def _add_and_modulated_norm(
+    x: Tensor, update: Tensor, shifts: Tensor, scales: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     total = x + update.to(x.dtype)
-    return total, modulated_norm(total, shift, scale, eps, dtype)
+    return total, _modulated_norm.plain(total, shifts, scales, eps, dtype)
 
 
 def _fused(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vidgen.ops import native
+from vidgen.ops.fusion import fusible, is_fusing
 
 _THETA = 1e4  # base of the wavelengths
 
@@ -89,6 +90,10 @@ def normed_heads(
     width = x.shape[-1]
     whole = width % native.WIDTHS == 0 if table is None else width // num_heads % native.WIDTHS == 0
     if not whole or width > native.MAX_WIDTH or native.kernels(x, weight) is None:
+        if is_fusing():
+            turns = None if table is None else torch.view_as_real(table)
+            fused: Tensor = _fused_heads(x, weight, turns, num_heads, eps)
+            return fused
         out: Tensor = _NormedHeads.apply(x, weight, table, num_heads, eps)
         return out
     turns = None if table is None else torch.view_as_real(table).flatten(0, 1).contiguous()
@@ -98,6 +103,23 @@ def normed_heads(
         turned = _norm_and_turn(x.contiguous(), weight.float().contiguous(), turns, num_heads, eps)
     heads: Tensor = turned.unflatten(-1, (num_heads, -1))
     return heads.transpose(1, 2)
+
+
+@fusible
+def _fused_heads(
+    x: Tensor, weight: Tensor, turns: Tensor | None, num_heads: int, eps: float
+) -> Tensor:
+    """In real numbers and by plain operators, which compilers know; turns [B or 1, L, d/2, 2]."""
+    wide = x.float()
+    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    heads = (wide * scale * weight.float()).unflatten(-1, (num_heads, -1))
+    if turns is not None:
+        first, second = heads.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = turns[:, :, None].unbind(-1)
+        turned = first * cos - second * sin, first * sin + second * cos
+        heads = torch.stack(turned, dim=-1).flatten(-2)
+    out: Tensor = heads.to(x.dtype).transpose(1, 2)
+    return out
 
 
 def _norm_and_turn(

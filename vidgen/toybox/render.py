@@ -34,7 +34,7 @@ from vidgen.toybox.noise import uniform_noise
 from vidgen.toybox.scenes import PLACES, SPRITES, TIMES, TINTS, WEATHERS, Draws, Scene
 
 MAX_ACTORS = 2
-_PIXELS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
+_PIXELS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 25}
 _MIPS = 5  # texture sides fall by sqrt(2) from level to level
 _TINT_COLORS = np.array([
     (0.92, 0.12, 0.12), (1.0, 0.50, 0.05), (1.0, 0.86, 0.10), (0.12, 0.70, 0.20),

@@ -15,8 +15,8 @@ from vidgen.training.config import Phase, RunConfig
 from vidgen.training.engines.distributed import Place
 from vidgen.training.task import Task
 
-WORKERS = 6
-"""Processes that make a small network's batches: one of them takes as long as several steps."""
+WORKERS = 14
+"""Most processes that make a small network's batches: one batch takes as long as several steps."""
 
 _Key = tuple[int, int]
 
@@ -65,9 +65,10 @@ class Batches:
         if self.stream is None or next(self.stream[0], None) != (step, micro):
             keys = self._from(step, micro)
             next(keys)
+            spare = (os.cpu_count() or 1) - 2
             loader = DataLoader(
                 batches, batch_size=None, sampler=self._from(step, micro),
-                num_workers=min(WORKERS, os.cpu_count() or 1), multiprocessing_context="fork",
+                num_workers=max(1, min(WORKERS, spare)), multiprocessing_context="fork",
                 generator=torch.Generator(),  # else it would draw from the run's own
             )
             self.stream = keys, iter(loader)

@@ -115,34 +115,62 @@ class SoundCache:
         return self.shards.load(self.clips.config.shards)["sound"]
 
 
-def with_sound(
-    state: LatentState, sound: Tensor, first: int, mix: SoundMix, cache: SoundCache,
-    draw: torch.Generator,
-) -> LatentState:
-    """A training state with the sound of its clips: to be made for all of their pictures, or known.
+@dataclass(frozen=True)
+class SoundGiven:
+    """What of a batch's sound is made.
+
+    Attributes:
+        generated: [B, 1, K] bool, the tokens that are.
+        picture_known: whether they are made for finished pictures.
+    """
+
+    generated: Tensor
+    picture_known: bool
+
+
+def draw_sound(
+    known: Tensor, first: int, mix: SoundMix, cache: SoundCache, draw: torch.Generator
+) -> SoundGiven:
+    """Draw whether sound is to be made for all of a batch's pictures, or known.
 
     Sound for a picture of which a beginning was known goes on from that beginning's.
 
     Args:
-        state: of clips cut out from latent frame `first` on.
-        sound: all latents of those clips' sound, [B, C, K].
-        first: latent frame of the clips that the state begins with.
+        known: what is of the pictures, [B, 1, F, h, w] bool, on the CPU.
+        first: latent frame of the clips that they begin with.
         mix: how often which is known.
         cache: of the sound.
         draw: a CPU generator.
     """
-    batch, _, count = state.latents.shape[:3]
-    begin, end, start_s = cache.span(first, count)
-    clean = sound[:, :, begin:end].float()
-    generated = torch.ones(batch, 1, clean.shape[2], dtype=torch.bool)
+    batch, _, count = known.shape[:3]
+    begin, end, _ = cache.span(first, count)
     if float(torch.rand((), generator=draw)) >= mix.picture_known:
-        known_sound = SoundState(torch.zeros_like(clean), clean, ~generated, start_s)
-        return replace(state, sound=known_sound)
+        return SoundGiven(torch.zeros(batch, 1, end - begin, dtype=torch.bool), False)
+    generated = torch.ones(batch, 1, end - begin, dtype=torch.bool)
     for row in range(batch):
-        whole = state.denoise_mask[row].flatten(2).any(2)[0]  # [F], whether any is generated
-        known = count if not whole.any() else int(whole.int().argmax())
-        if known > 1 or (known and first):
-            until = cache.span(first, known)[1] - 1  # the last one goes on behind
+        made = (~known[row]).flatten(2).any(2)[0]  # [F], whether any is generated
+        begun = count if not made.any() else int(made.int().argmax())
+        if begun > 1 or (begun and first):
+            until = cache.span(first, begun)[1] - 1  # the last one goes on behind
             generated[row, :, : max(0, until - begin)] = False
-    made = SoundState(torch.zeros_like(clean), clean, generated, start_s)
-    return replace(state, denoise_mask=torch.zeros_like(state.denoise_mask), sound=made)
+    return SoundGiven(generated, True)
+
+
+def with_sound(
+    state: LatentState, sound: Tensor, first: int, given: SoundGiven, cache: SoundCache
+) -> LatentState:
+    """A training state with the sound of its clips.
+
+    Args:
+        state: of clips cut out from latent frame `first` on.
+        sound: all latents of those clips' sound, [B, C, K], on the state's device.
+        first: latent frame of the clips that the state begins with.
+        given: what of it is made.
+        cache: of the sound.
+    """
+    begin, end, start_s = cache.span(first, state.latents.shape[2])
+    clean = sound[:, :, begin:end].float()
+    made = SoundState(torch.zeros_like(clean), clean, given.generated.to(clean.device), start_s)
+    if given.picture_known:
+        state = replace(state, denoise_mask=torch.zeros_like(state.denoise_mask))
+    return replace(state, sound=made)

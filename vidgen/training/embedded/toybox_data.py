@@ -44,6 +44,10 @@ _QUARTERS = 0.25, 0.5, 0.75
 """Of a clip's length: where a cache of stills alone looks at it."""
 MARK_BINS = 8
 """Parts of a latent frame that marks are told apart by: 42 ms each where it stands for 4 frames."""
+_AT_ONCE = {"cpu": (16, 16), "cuda": (1024, 2048)}
+"""Clips, and those of which stills alone are kept: painting them takes a GPU as long as a few."""
+_ENCODED = 256
+"""Clips that are encoded at once: cuDNN counts a tensor's numbers in 32 bits."""
 _MOST_CLIPS = 1 << 12  # of a batch
 
 
@@ -117,6 +121,12 @@ class CachedClips:
     stills: Stills
     cover: Tensor
     still_cover: Tensor
+
+    def to(self, device: torch.device) -> CachedClips:
+        """The same on another device; which frames its stills show stays on the CPU."""
+        stills = Stills(self.stills.latents.to(device), self.stills.frame_index)
+        return CachedClips(self.clips.to(device), stills, self.cover.to(device),
+                           self.still_cover.to(device))
 
 
 class ToyboxCache:
@@ -193,13 +203,18 @@ class ToyboxCache:
     def load(self) -> CachedClips:
         """All clips that the config asks for."""
         tensors = self.shards.load(self.config.shards)
-        frames = torch.tensor([*self._moments()[1:], -1])
+        frames = torch.tensor(self.frames_shown[1:])
         stills = Stills(tensors["stills"], frames.expand(self.num_clips, 3))
         return CachedClips(tensors["clips"], stills, tensors["cover"], tensors["still_cover"])
 
     def missing(self) -> list[int]:
         """Shards that this process has still to make."""
         return self.shards.missing(self.config.shards)
+
+    @property
+    def frames_shown(self) -> tuple[int, int, int, int]:
+        """Frames of a clip that are kept as single ones: its first, and those of its stills."""
+        return (*self._moments(), -1)
 
     def _moments(self) -> tuple[int, int, int]:
         """Three frames of a clip, each a still of its own; the first one begins a whole clip."""
@@ -213,7 +228,7 @@ class ToyboxCache:
     def make(self, index: int, vae: CausalVAE, device: torch.device) -> None:
         """Render, encode and write shard `index`."""
         config, moments = self.config, self._moments()
-        batch = 128 if device.type == "cuda" else 16
+        batch = _AT_ONCE[device.type][config.stills_only]
         seen = moments if config.stills_only else range(config.num_frames)
         show = partial(
             render, height=config.height, width=config.width, fps=config.fps, device=device
@@ -253,20 +268,25 @@ def cut_around(
     """
     tops, lefts = (_starts_around(shown, side, step)
                    for shown in (mask.amax((1, 2, 4)), mask.amax((1, 2, 3))))
-    squares = [(..., slice(top, top + side), slice(left, left + side))
-               for top, left in zip(tops, lefts, strict=True)]
-    cut = (torch.stack([each[square] for each, square in zip(part, squares, strict=True)])
-           for part in (video, mask))
+    beside = torch.arange(side, device=video.device)
+    rows = tops[:, None] + beside[:, None]  # [B, side, 1]
+    columns = lefts[:, None] + beside  # [B, 1, side]
+    clips = torch.arange(len(video), device=video.device)[:, None, None]
+    # indexed axes come first: [B, side, side, C, T]
+    cut = (part[clips, :, :, rows, columns].movedim((1, 2), (3, 4)) for part in (video, mask))
     return next(cut), next(cut)
 
 
-def _starts_around(shown: Tensor, side: int, step: int) -> list[int]:
-    """Where spans of `side` begin whose middles are those of what is shown [B, L]; in the frame."""
+def _starts_around(shown: Tensor, side: int, step: int) -> Tensor:
+    """Where spans of `side` begin whose middles are those of what is shown [B, L]: [B, 1], inside.
+
+    Of nothing shown they begin where the frame does.
+    """
     places = torch.arange(shown.shape[1], device=shown.device, dtype=shown.dtype)
     middles = (shown * places).sum(1) / shown.sum(1).clamp(min=1e-6)
     most = (shown.shape[1] - side) // step
-    starts: list[int] = (((middles - side / 2) / step).round().clamp(0, most) * step).int().tolist()
-    return starts
+    starts = ((middles - side / 2) / step).round().clamp(0, most) * step
+    return starts.long()[:, None]
 
 
 def fresh_seed(*values: int) -> int:
@@ -297,7 +317,7 @@ def encode(vae: CausalVAE, video: Tensor) -> Tensor:
     """Normalised latents, under bf16 autocast where the device is fast in it."""
     bf16 = best_dtype(video.device) == "bf16"
     with torch.autocast(video.device.type, torch.bfloat16, enabled=bf16):
-        return vae.encode(video).float()
+        return torch.cat([vae.encode(part).float() for part in video.split(_ENCODED)])
 
 
 def latent_cover(masks: Tensor, strides: Strides) -> Tensor:
