@@ -120,8 +120,8 @@ class Experts:
 def boundary_of(folder: ModelFolder, plan: Plan, *, hears: bool) -> float | None:
     """The level below which the low-noise expert denoises; None: the first one does throughout.
 
-    A student is a delta of the first, which is also the only one to know sound where the other has
-    no parts for it.
+    A student is a delta of the first and says itself what it leaves to the other, which knows no
+    sound where it has no parts for it.
 
     Args:
         folder: the model.
@@ -130,7 +130,9 @@ def boundary_of(folder: ModelFolder, plan: Plan, *, hears: bool) -> float | None
     """
     parts = folder.components
     deaf = hears and "transformer_2" in parts and parts["transformer_2"].config.audio is None
-    return None if deaf or plan.student is not None else folder.defaults.boundary
+    if deaf or "transformer_2" not in parts:
+        return None
+    return folder.defaults.boundary if plan.student is None else plan.student.boundary
 
 
 @contextmanager

@@ -64,6 +64,7 @@ class StudentConfig:
         sigmas: the noise levels it was taught on, from 1 down to 0.
         guidance_scale: of its teacher, which it has folded in.
         roll: how it makes a clip turn by turn, or None where it makes clips as a whole.
+        boundary: below which the model's expert at low noise denoises, as it is; None: nowhere.
 
     Raises:
         ValueError: an unknown sampler, or levels that don't fall from 1 to 0.
@@ -73,6 +74,7 @@ class StudentConfig:
     sigmas: tuple[float, ...]
     guidance_scale: float
     roll: RollConfig | None = None
+    boundary: float | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:

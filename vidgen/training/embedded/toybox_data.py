@@ -228,7 +228,7 @@ class ToyboxCache:
     def make(self, index: int, vae: CausalVAE, device: torch.device) -> None:
         """Render, encode and write shard `index`."""
         config, moments = self.config, self._moments()
-        batch = _AT_ONCE[device.type][config.stills_only]
+        batch = _AT_ONCE.get(device.type, _AT_ONCE["cpu"])[config.stills_only]
         seen = moments if config.stills_only else range(config.num_frames)
         show = partial(
             render, height=config.height, width=config.width, fps=config.fps, device=device
