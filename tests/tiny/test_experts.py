@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from tests.lora_models import make_adapter
 from tests.models import add_low_expert, build_tiny_model
 from vidgen.media.clip import Clip
 from vidgen.pipeline.video import Engine, load
+from vidgen.weights.folder import record_files
 from vidgen.weights.lora import write_lora
-from vidgen.weights.student import StudentConfig, write_student
+from vidgen.weights.student import STUDENT, StudentConfig, write_student
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,26 @@ def test_a_picture_that_follows_a_given_sound_is_made_by_that_expert(
 def test_a_student_is_a_delta_of_the_first_expert(engines: tuple[Engine, Engine]) -> None:
     alone, both = clips_of(engines, audio="none", steps=3)
     assert (alone.frames == both.frames).all()
+
+
+def test_a_student_may_leave_low_noise_to_the_second_expert(
+    engines: tuple[Engine, Engine], tmp_path: Path
+) -> None:
+    left = []
+    for engine in engines:
+        folder = Path(shutil.copytree(engine.folder.path, tmp_path / engine.folder.path.name))
+        student = engine.folder.student
+        assert student is not None
+        config = replace(student, boundary=0.5)  # its last step of three
+        (folder / STUDENT / "config.json").write_text(json.dumps(asdict(config)))
+        record_files(folder, [f"{STUDENT}/config.json"])
+        again = load(str(folder), device="cpu", dtype="fp32")
+        assert isinstance(again, Engine)
+        left.append(again)
+    plain = clips_of(engines, audio="none", steps=3)
+    alone, both = clips_of((left[0], left[1]), audio="none", steps=3)
+    assert (alone.frames == plain[0].frames).all()  # there is no second one
+    assert (both.frames != plain[1].frames).any()
 
 
 def test_an_adapter_of_the_expert_that_rests_is_told_of(
