@@ -162,6 +162,7 @@ def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model
     plan = clip.info.recipe["plan"]
     assert plan["student"] == {
         "sampler": "unipc", "sigmas": student.sigmas, "guidance_scale": 3.0, "roll": None,
+        "boundary": None,
     }
     assert (plan["sampler"], plan["guidance"]["scale"]) == ("unipc", 1.0)
     plain = engine.generate(PROMPT, seed=3, steps=2, sampler="unipc")
