@@ -70,14 +70,21 @@ class ClipDraws:
 
     def held_aside(self, num_frames: int, level: float, *, sound: bool = False) -> Batch:
         """The validation clips under text alone, at one noise level, the same each time."""
-        return self.made(*self.draws.held_aside(num_frames, level, sound=sound))
+        drawn = self.draws.held_aside(num_frames, level, sound=sound)
+        return self.made(drawn, same_anywhere=True)
 
-    def made(self, drawn: Drawn, draw: torch.Generator | None = None) -> Batch:
-        """A batch of what was drawn; its noise by a generator, or by its own seed on the device."""
+    def made(self, drawn: Drawn, *, same_anywhere: bool = False) -> Batch:
+        """A batch of what was drawn.
+
+        Args:
+            drawn: all of it but latents and noise.
+            same_anywhere: whether the noise is that of a CPU on any device, which takes longer.
+        """
         data = self.data[drawn.which]
         rows = drawn.rows.to(data.clips.device)
-        singles = None
-        if drawn.window is None or drawn.given.used.any():
+        singles, stills = None, None
+        has_stills = bool(drawn.given.used.any())
+        if drawn.window is None or has_stills:
             singles = torch.cat([data.clips[rows, :, :1], data.stills.latents[rows]], dim=2)
         if drawn.window is None:
             assert singles is not None
@@ -90,12 +97,12 @@ class ClipDraws:
         latents, cover = (self._here(part).float() for part in (latents, cover))
         if drawn.crop is not None:
             latents, cover = cut_around(latents, cover, drawn.crop, self.patch)
-        stills = None
-        if singles is not None and drawn.given.used.any():
+        if singles is not None and has_stills:
             stills = self._here(singles[:, :, list(drawn.stills)]).float()
         state = with_given(latents, drawn.given, stills, self.strides)
-        if draw is None:
-            draw = torch.Generator(self.device).manual_seed(drawn.seed)
+        draw = torch.Generator().set_state(drawn.noise)
+        if not (same_anywhere or self.device.type == "cpu"):
+            draw = torch.Generator(self.device).manual_seed(draw.initial_seed())
         noise = self._noise(latents, draw)
         sound_noise = None
         if drawn.sound is not None and drawn.window is not None:

@@ -22,7 +22,7 @@ from vidgen.toybox.captions import CLASSES, attributes, caption
 from vidgen.toybox.paraphrase import loose_caption
 from vidgen.toybox.scenes import Draws, Scene
 from vidgen.training.config import Phase
-from vidgen.training.draws import generator_of, seed_of
+from vidgen.training.draws import generator_of
 from vidgen.training.embedded.dit_config import DiTData
 from vidgen.training.embedded.sound_cache import SoundCache, SoundGiven, SoundMix, draw_sound
 from vidgen.training.embedded.toybox_data import ToyboxCache
@@ -62,7 +62,7 @@ class Drawn:
         marks: see `Batch`.
         cues: see `Batch`.
         sound: what of the clips' sound is made, or None where they have none.
-        seed: of the noise.
+        noise: state of the CPU's generator that noise is to be drawn by.
     """
 
     which: int
@@ -78,7 +78,7 @@ class Drawn:
     marks: Tensor | None
     cues: Tensor | None
     sound: SoundGiven | None
-    seed: int
+    noise: Tensor
 
 
 @dataclass(frozen=True)
@@ -182,17 +182,12 @@ class DiTDraws:
             frames = replace(frames, has_stills=True, conditions=config.still_conditions)
         return self._drawn(frames, rows, sigma, draw)
 
-    def held_aside(
-        self, num_frames: int, level: float, *, sound: bool = False
-    ) -> tuple[Drawn, torch.Generator]:
-        """The validation clips under text alone, at one noise level, the same each time.
-
-        And the generator to go on with: their noise has to be the same on any device.
-        """
+    def held_aside(self, num_frames: int, level: float, *, sound: bool = False) -> Drawn:
+        """The validation clips under text alone, at one noise level, the same each time."""
         rows = torch.arange(self.num_kept, self.caches[0].num_clips)
         draw = torch.Generator().manual_seed(round(level * 1000))
         sigma = torch.full((len(rows),), level)
-        return self._drawn(_Kind(0, num_frames, TEXT_ONLY, sound=sound), rows, sigma, draw), draw
+        return self._drawn(_Kind(0, num_frames, TEXT_ONLY, sound=sound), rows, sigma, draw)
 
     def captions(self, start: int, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Token ids, mask and labels of captions `start` to `start + count` of the first cache."""
@@ -232,7 +227,6 @@ class DiTDraws:
             # a long one pads hundreds
             loose=kind.conditions is not TEXT_ONLY and kind.crop is None,
         )
-        seed = seed_of(draw.initial_seed())
         marks = cues = made = history = None
         if window is not None and self.marks:
             marks = cache.marks(scenes, window.start, count)
@@ -244,7 +238,7 @@ class DiTDraws:
         if kind.inside and self.config.history_noise:
             history = self.config.history_noise * torch.rand(batch, generator=draw)
         return Drawn(kind.which, rows, window, pick, stills, kind.crop, given, history, sigma,
-                     told, marks, cues, made, seed)
+                     told, marks, cues, made, draw.get_state())
 
     def _told(
         self, scenes: Sequence[Scene], given: Tensor, draw: torch.Generator, dropout: float, *,
