@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def with_run(settings: dict[str, Any], folder: Path, **changes: Any) -> DistilRu
                                                  **changes}}, "run")
 
 
-def released(run: Path, model: Path, folder: Path) -> Path:
+def released(run: Path, model: Path, folder: Path, boundary: float | None = None) -> Path:
     """A copy of a model with the delta that a run taught, and its own defaults again."""
     shutil.copytree(model, folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -67,5 +68,6 @@ def released(run: Path, model: Path, folder: Path) -> Path:
         assert load_program("train/release.py").main() == 0
     info = json.loads((folder / "model.json").read_text())
     write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
-                     tasks=tuple(info["tasks"]), defaults=DEFAULTS, world_version=1)
+                     tasks=tuple(info["tasks"]), defaults=replace(DEFAULTS, boundary=boundary),
+                     world_version=1)
     return folder

@@ -48,7 +48,9 @@ from vidgen.training.distil.data import TrajectoryConfig
 from vidgen.training.distil.student import adapter_of
 from vidgen.training.embedded.tokenizer import train_tokenizer
 from vidgen.training.embedded.toybox_data import encoder_hash
+from vidgen.training.finetune.model import open_trainable
 from vidgen.training.program import exit_code
+from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_model_info
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE
@@ -232,25 +234,26 @@ def write_synonyms(path: Path) -> None:
 
 
 def release_student(run: Path, out: Path) -> None:
-    """The delta of a run that taught a student, in bf16.
+    """The delta of a run that taught a student, or its part for the expert at low noise.
 
     Raises:
         ModelError: the model it was taught on is another one than `out`'s.
     """
     settings = _run_settings(run)
-    weights = Path("transformer", "model.safetensors")
-    taught, given = (sha256_file(folder / weights)
-                     for folder in (open_model(settings["teacher"]).path, out))
+    part: ExpertRole = settings["delta"]["part"]
+    weights, teacher = f"{part}/model.safetensors", open_trainable(settings["teacher"])
+    taught, given = (sha256_file(folder / weights) for folder in (teacher.path, out))
     if taught != given:
-        raise ModelError(f"{run} taught a student of {settings['teacher']}, whose transformer is "
-                         f"not that of {out}; name the model it was taught on")
+        raise ModelError(f"{run} taught a student of {settings['teacher']}, whose {part} is not "
+                         f"that of {out}; name the model it was taught on")
     trajectories = build(TrajectoryConfig, settings["trajectories"], str(run))
     factors = {name: value.bfloat16() for name, value in load_averages(run, "student").items()}
     roll = build(RollConfig, settings["roll"], str(run)) if settings.get("roll") else None
     student = StudentConfig(
-        trajectories.sampler, tuple(trajectories.sigmas.tolist()), trajectories.guidance_scale, roll
+        trajectories.sampler, tuple(trajectories.sigmas.tolist()), trajectories.guidance_scale,
+        roll, teacher.defaults.boundary if part == LOW else None,
     )
-    write_student(adapter_of(factors), student, out)
+    write_student(adapter_of(factors), student, out, part)
 
 
 def read_mix(entries: Sequence[str]) -> dict[Path, float]:

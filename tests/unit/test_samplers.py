@@ -232,6 +232,16 @@ def test_guidance_one_is_the_conditional_pass_bit_for_bit_and_costs_no_second():
     assert calls == [0.75, 0.5]
 
 
+def test_each_clip_is_guided_as_its_own_level_asks():
+    conditional, unconditional = (draw_noise([seed, seed + 1], replace(SHAPE, batch=2))
+                                  for seed in (1, 3))
+    model = guided(lambda *_: conditional, lambda *_: unconditional,
+                   Guidance(3.0, interval=(0.3, 0.8)))
+    made = model(conditional, torch.tensor([0.5, 0.2]))
+    torch.testing.assert_close(made[0], guide(conditional, unconditional, 3.0)[0])
+    torch.testing.assert_close(made[1], conditional[1])
+
+
 def test_guidance_formula_and_rescale():
     conditional, unconditional = draw_noise(1, SHAPE), draw_noise(2, SHAPE)
     torch.testing.assert_close(guide(conditional, unconditional, 1.0), conditional)

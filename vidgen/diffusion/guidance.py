@@ -111,16 +111,19 @@ def guided(
     share: Tensor | None = None,
     both: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
 ) -> Denoise:
-    """A model under guidance, callable like the models it is made of.
+    """A model under guidance, callable like the models it is made of; clips may differ in level.
 
     With `both`, the two velocities that a step needs come from one call of it. `share` is how much
     of what a scale has above 1 each latent gets.
     """
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        scale = guidance.scale_at(float(sigma[0]))
-        if scale == 1:
+        levels = [guidance.scale_at(level) for level in sigma.tolist()]
+        if set(levels) == {1.0}:
             return denoise_conditional(latents, sigma)
+        scale: float | Tensor = levels[0]
+        if len(set(levels)) > 1:
+            scale = latents.new_tensor(levels).view(-1, *[1] * (latents.ndim - 1))
         if both is not None:
             velocity, other = both(latents, sigma)
         else:

@@ -34,7 +34,7 @@ from vidgen.weights.lora_dialects import (
     other_method,
     parse_name,
 )
-from vidgen.weights.store import TensorStore
+from vidgen.weights.store import TensorStore, in_int8
 
 log = logging.getLogger(__name__)
 
@@ -305,7 +305,9 @@ def _report_zeros(source: Path, adapter: Adapter) -> None:
                     name_some(zeros))
 
 
-def write_lora(adapter: Adapter, path: str | Path, dialect: str) -> None:
+def write_lora(
+    adapter: Adapter, path: str | Path, dialect: str, int8_from: int | None = None
+) -> None:
     """Write an adapter as a safetensors file, or as PEFT's folder.
 
     Where a dialect has no alpha, scales go into the second factor, as float32 where its own dtype
@@ -315,6 +317,7 @@ def write_lora(adapter: Adapter, path: str | Path, dialect: str) -> None:
         adapter: its tensors keep their dtype.
         path: replaced if it exists.
         dialect: one of `DIALECTS`.
+        int8_from: numbers of a matrix that lies there in int8, as only we read it; None: none do.
 
     Raises:
         InputError: unknown dialect.
@@ -324,6 +327,8 @@ def write_lora(adapter: Adapter, path: str | Path, dialect: str) -> None:
     if dialect not in DIALECTS:
         raise InputError(f"unknown LoRA dialect {dialect!r}; {nearest(dialect, DIALECTS)}")
     tensors = _spell(adapter, DIALECTS[dialect], dialect)
+    if int8_from is not None:
+        tensors = in_int8(tensors, int8_from)
     target = Path(path)
     if dialect != "peft":
         with atomic_path(target) as temporary:

@@ -2,7 +2,8 @@
 
 `student` makes whole clips; `roller` is causal in time and makes a clip turn by turn, without end.
 A delta has guidance folded in (Meng et al. 2023) and knows one grid of noise levels, which
-`config.json` names; `model.safetensors` is a LoRA of our own dialect.
+`config.json` names; `model.safetensors` is a LoRA of our own dialect, and so is
+`model_2.safetensors`, where there is one, for the model's expert at low noise.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from vidgen.core.runtime import atomic_write
 from vidgen.diffusion.samplers import SAMPLERS
+from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import config_of
 from vidgen.weights.lora import read_lora, write_lora
 
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
 STUDENT = "student"
 ROLLER = "roller"
 STUDENTS = (STUDENT, ROLLER)
-WEIGHTS = "model.safetensors"
+WEIGHTS: dict[ExpertRole, str] = {
+    "transformer": "model.safetensors", "transformer_2": "model_2.safetensors",
+}
+"""Which of a model's transformers a file is a delta of."""
+INT8_FROM = 1 << 10
+"""Numbers of a factor that lies there in int8; smaller ones save nothing."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ class StudentConfig:
         sigmas: the noise levels it was taught on, from 1 down to 0.
         guidance_scale: of its teacher, which it has folded in.
         roll: how it makes a clip turn by turn, or None where it makes clips as a whole.
-        boundary: below which the model's expert at low noise denoises, as it is; None: nowhere.
+        boundary: below which the model's expert at low noise denoises, with its delta or, where
+            there is none, as it is; None: nowhere.
 
     Raises:
         ValueError: an unknown sampler, or levels that don't fall from 1 to 0.
@@ -102,28 +110,38 @@ def open_student(model: Path, name: str = STUDENT) -> StudentConfig | None:
     return config
 
 
-def read_student(model: Path, config: DiTConfig, name: str = STUDENT) -> Adapter:
+def student_parts(model: Path, name: str = STUDENT) -> tuple[ExpertRole, ...]:
+    """Which of a model's transformers a student in its folder changes."""
+    return tuple(part for part, file in WEIGHTS.items() if (model / name / file).is_file())
+
+
+def read_student(
+    model: Path, config: DiTConfig, name: str = STUDENT, part: ExpertRole = "transformer"
+) -> Adapter:
     """A student's delta in a model's folder.
 
     Args:
         model: the model's folder.
         config: of its transformer.
         name: which student.
+        part: which transformer's delta.
 
     Raises:
         ModelError: missing, damaged, or of another transformer.
     """
-    return read_lora(model / name / WEIGHTS, config)
+    return read_lora(model / name / WEIGHTS[part], config)
 
 
-def write_student(adapter: Adapter, config: StudentConfig, model: Path) -> None:
-    """Write a delta and how it is sampled into a model's folder, but not `model.json`.
+def write_student(
+    adapter: Adapter, config: StudentConfig, model: Path, part: ExpertRole = "transformer"
+) -> None:
+    """Write a delta, in int8, and how it is sampled into a model's folder, but not `model.json`.
 
     Raises:
         OutputError: it can't be written.
     """
     folder = model / (ROLLER if config.roll else STUDENT)
     folder.mkdir(parents=True, exist_ok=True)
-    write_lora(adapter, folder / WEIGHTS, "vidgen")
-    (folder / WEIGHTS).chmod(0o644)
+    write_lora(adapter, folder / WEIGHTS[part], "vidgen", INT8_FROM)
+    (folder / WEIGHTS[part]).chmod(0o644)
     atomic_write(folder / "config.json", (json.dumps(asdict(config), indent=1) + "\n").encode())

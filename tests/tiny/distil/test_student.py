@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distilling import with_run
-from tests.lora_models import make_adapter
+from tests.lora_models import make_adapter, make_dit
 from tests.programs import load_program
 from tests.wan_models import build_diffusers
 from vidgen.cli.main import main
@@ -42,7 +42,7 @@ from vidgen.training.loop import train
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import open_model
 from vidgen.weights.lora import write_lora
-from vidgen.weights.student import STUDENT, WEIGHTS, StudentConfig, read_student
+from vidgen.weights.student import STUDENT, WEIGHTS, StudentConfig, read_student, write_student
 
 ROOT = Path(__file__).parents[3]
 PROMPT = "a red car bounces across the desert"
@@ -144,16 +144,22 @@ def test_the_released_delta_is_what_was_learned(run: DistilRun, model: Path) -> 
     sigmas = run.trajectories.sigmas
     assert folder.student == StudentConfig("unipc", tuple(sigmas.tolist()), 3.0)
     assert torch.equal(torch.tensor(folder.student.sigmas), sigmas)
-    assert f"{STUDENT}/{WEIGHTS}" in folder.files
+    assert f"{STUDENT}/{WEIGHTS['transformer']}" in folder.files
     adapter = read_student(model, folder.components["transformer"].config)
     learned = adapter_of(load_averages(Path(run.run.folder), "student"))
     assert adapter.low_rank.keys() == learned.low_rank.keys()
-    for path, part in adapter.low_rank.items():
-        assert torch.equal(part.down, learned.low_rank[path].down.bfloat16())
-        assert torch.equal(part.up, learned.low_rank[path].up.bfloat16())
+    for path, part in adapter.low_rank.items():  # int8 where that saves something
+        for kept, taught in ((part.down, learned.low_rank[path].down),
+                             (part.up, learned.low_rank[path].up)):
+            assert (kept - taught).norm() < 0.01 * taught.norm()
         assert part.scale == 1
+
+
+def test_a_delta_lies_in_half_of_its_bytes(tmp_path: Path) -> None:
+    adapter = make_adapter(make_dit(DIT_PRESETS["toybox-low"]), rank=16)
+    write_student(adapter, StudentConfig("euler", (1.0, 0.5, 0.0), 3.0), tmp_path)
     numbers = sum(part.down.numel() + part.up.numel() for part in adapter.low_rank.values())
-    assert (model / STUDENT / WEIGHTS).stat().st_size < 2 * numbers + 400 * len(adapter.low_rank)
+    assert (tmp_path / STUDENT / WEIGHTS["transformer"]).stat().st_size < 1.3 * numbers
 
 
 def test_its_steps_are_the_students_and_the_recipe_says_so(engine: Engine, model: Path) -> None:
@@ -289,7 +295,9 @@ def test_a_converted_model_takes_its_student_along(
                         .state_dict() for each in (engine, other))
             assert one.keys() == two.keys()
             assert all(torch.equal(one[name], two[name]) for name in one)
-    assert other.folder.files[f"{STUDENT}/{WEIGHTS}"] == engine.folder.files[f"{STUDENT}/{WEIGHTS}"]
+    files = [each.folder.files for each in (other, engine)]
+    name = f"{STUDENT}/{WEIGHTS['transformer']}"
+    assert files[0][name] == files[1][name]
 
 
 def test_a_student_stays_behind_where_weights_change(engine: Engine, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_inputs import KVCache
 from vidgen.pipeline.experts import Loras, experts
 from vidgen.pipeline.networks import decode_frames, from_frame, latent_of, velocity
-from vidgen.weights.student import ROLLER, RollConfig, StudentConfig, read_student
+from vidgen.weights.student import ROLLER, RollConfig, StudentConfig
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -100,8 +100,8 @@ class RolledClip:
         """Latent frames [1, C, 1, h, w] float32, without end; the same ones each time."""
         roll, first = self._roll, 0
         rollout = Rollout(self.context, roll, self.plan.sampler)
-        parts, dit_config = self.engine.parts, self.engine.dit_config
-        loras = self.loras.beside(read_student(self.engine.folder.path, dit_config, ROLLER))
+        parts = self.engine.parts
+        loras = self.loras.beside_student(parts.folder, ROLLER)
         sigmas = torch.tensor(self._roller.sigmas).to(self.engine.device)
         while True:
             with experts(parts, None, loras, 1.0) as given:

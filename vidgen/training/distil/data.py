@@ -34,10 +34,12 @@ from vidgen.training.embedded.dit_config import PLAIN, DiTData
 from vidgen.training.embedded.dit_data import Batch, ClipDraws
 from vidgen.training.embedded.latents import LatentShards
 from vidgen.training.embedded.toybox_data import CacheConfig
+from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.load import read_tensors
 from vidgen.weights.student import STUDENT, read_student
 
+LOW: ExpertRole = "transformer_2"
 HELD_OUT = 0
 """The shard of clips kept aside, under text alone; those to learn from follow."""
 SIGMA_MIN = 1e-3  # what the pipeline's UniPC aims at
@@ -58,6 +60,7 @@ class TrajectoryConfig:
         shift: of their noise levels.
         guidance_scale: that the student has folded in (Meng et al. 2023, sec. 3.1).
         image_guidance_scale: the same of clips of which frames are given; see `Guidance`.
+        guidance_interval: levels at which it guides.
         by_student: whether the model's own student takes the steps, one pass each as it was
             taught, instead of the guided model: for what starts from that student.
         conditions: of the clips, but for `still_share` of batches, which have last frames,
@@ -80,6 +83,7 @@ class TrajectoryConfig:
     shift: float = 7.0
     guidance_scale: float = 4.0
     image_guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     by_student: bool = False
     conditions: ConditionMix = PLAIN
     still_share: float = 0.25
@@ -98,7 +102,8 @@ class TrajectoryConfig:
     @property
     def guidance(self) -> Guidance:
         """The teacher's."""
-        return Guidance(self.guidance_scale, known_scale=self.image_guidance_scale)
+        return Guidance(self.guidance_scale, self.guidance_interval,
+                        known_scale=self.image_guidance_scale)
 
     @property
     def sigmas(self) -> Tensor:
@@ -127,6 +132,27 @@ class Trajectories:
     mask: Tensor
 
 
+Side = tuple[SpacetimeDiT, Adapter | None]
+"""A network with its adapter, or without one."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Who answers: one network at all noise levels, or another one below `boundary`."""
+
+    high: Side
+    low: Side | None = None
+    boundary: float = 0.0
+
+    def at(self, sigma: Tensor) -> Side:
+        """Who answers at levels [B], which lie on one side."""
+        below = sigma < self.boundary
+        if self.low is None or not below.any():
+            return self.high
+        assert below.all(), f"{sigma.tolist()} lie on both sides of {self.boundary}"
+        return self.low
+
+
 class Teacher:
     """A released model under guidance, or as its student answers, many clips at a time.
 
@@ -135,19 +161,20 @@ class Teacher:
         device: where it computes.
         dtype: what it computes in; the latents stay float32.
         student: the delta to answer with, in one pass; None: the guided model answers.
+        has_low: whether its expert at low noise answers there, or the first one throughout.
     """
 
     def __init__(
         self, folder: ModelFolder, device: torch.device, dtype: torch.dtype = torch.float32,
-        student: Adapter | None = None,
+        student: Adapter | None = None, *, has_low: bool = False,
     ) -> None:
-        dit, text = (
-            folder.components[role].load(dtype, device)
-            for role in ("transformer", "text_encoder")
-        )
-        assert isinstance(dit, SpacetimeDiT)
+        text = folder.components["text_encoder"].load(dtype, device)
         assert isinstance(text, UMT5Encoder)
-        self.dit, self.text, self.device, self.student = dit, text, device, student
+        self.text, self.device, self.student = text, device, student
+        self.sides = Sides((load_dit(folder, "transformer", dtype, device), student))
+        if has_low:
+            low = load_dit(folder, LOW, dtype, device)
+            self.sides = replace(self.sides, low=(low, None), boundary=boundary_of(folder))
         self.negative = PromptTokenizer(folder.tokenizer).encode([folder.defaults.negative_prompt])
 
     @torch.no_grad()
@@ -213,7 +240,7 @@ class Teacher:
     @torch.no_grad()
     def _plain(self, state: LatentState, ids: Tensor, mask: Tensor, sampler: str) -> Denoise:
         context = encode_tokens(self.text, ids, mask), mask.sum(1)
-        answer = answering(self.dit, self.student, state, context, sampler)
+        answer = answering(self.sides, state, context, sampler)
 
         @torch.no_grad()
         def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
@@ -222,15 +249,30 @@ class Teacher:
         return denoise
 
 
+def boundary_of(folder: ModelFolder) -> float:
+    """The noise level below which a model's expert denoises."""
+    boundary = folder.defaults.boundary
+    assert boundary is not None, "a model with two transformers says where one follows the other"
+    return boundary
+
+
+def load_dit(
+    folder: ModelFolder, role: ExpertRole, dtype: torch.dtype, device: torch.device
+) -> SpacetimeDiT:
+    """One of a model's transformers."""
+    dit = folder.components[role].load(dtype, device)
+    assert isinstance(dit, SpacetimeDiT)
+    return dit
+
+
 def answering(
-    dit: SpacetimeDiT, adapter: Adapter | None, state: LatentState,
-    context: tuple[Tensor, Tensor], sampler: str,
+    sides: Sides, state: LatentState, context: tuple[Tensor, Tensor], sampler: str
 ) -> Denoise:
-    """A network, with an adapter or none, under a state's conditions and without guidance."""
-    adapters = [] if adapter is None else [(adapter, 1.0)]
+    """Networks under a state's conditions and without guidance."""
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        with attached(dit, adapters):
+        dit, adapter = sides.at(sigma)
+        with attached(dit, [] if adapter is None else [(adapter, 1.0)]):
             return velocity(dit, state, latents, sigma, context, patch=dit.config.patch_size,
                             whole=whole_timesteps(sampler))
 
@@ -245,6 +287,7 @@ class TrajectoryShards:
         caches: clips that lend them captions and conditions.
         folder: the teacher.
         device: where batches go.
+        has_low: see `Teacher`.
 
     Raises:
         InputError: the folder holds trajectories of another kind; the model has no student to make
@@ -253,16 +296,18 @@ class TrajectoryShards:
 
     def __init__(
         self, config: TrajectoryConfig, caches: tuple[CacheConfig, ...], folder: ModelFolder,
-        device: torch.device,
+        device: torch.device, *, has_low: bool = False,
     ) -> None:
         self.config, self.caches, self.folder, self.device = config, caches, folder, device
-        if config.by_student:
+        self.has_low = has_low
+        if config.by_student or has_low:
             _check_steps(config, folder)
         kept = {name: value for name, value in asdict(config).items()
                 if name not in ("folder", "shards")}
-        roles = ("transformer", "text_encoder", *[STUDENT] * config.by_student)
+        roles = ("transformer", "text_encoder", *[STUDENT] * config.by_student, *[LOW] * has_low)
         weights = [folder.path / role / "model.safetensors" for role in roles]
         self.shards = LatentShards(config.folder, kept | {
+            "guidance_interval": [*config.guidance_interval],
             "teacher": [sha256_file(path) for path in weights],
             "clips": [[each.first_scene, each.shards * each.shard_size, each.num_frames,
                        each.height, each.width] for each in caches],
@@ -275,7 +320,7 @@ class TrajectoryShards:
             config = self.folder.components["transformer"].config
             assert isinstance(config, DiTConfig)
             student = read_student(self.folder.path, config)
-        return Teacher(self.folder, self.device, dtype, student)
+        return Teacher(self.folder, self.device, dtype, student, has_low=self.has_low)
 
     def missing(self) -> list[int]:
         """Shards that this process has still to make, the one kept aside among them."""
@@ -340,8 +385,9 @@ class TrajectoryShards:
 def _check_steps(config: TrajectoryConfig, folder: ModelFolder) -> None:
     student = folder.student
     if student is None:
-        raise InputError(f"trajectories.by_student: {folder.name!r} has no student; release one "
-                         "first, or leave it out")
+        what = "trajectories.by_student" if config.by_student else f"delta.part {LOW!r}"
+        raise InputError(f"{what}: {folder.name!r} has no student; release one first, or leave it "
+                         "out")
     sigmas = tuple(config.sigmas.tolist())
     if (student.sampler, student.sigmas) != (config.sampler, sigmas):
         raise InputError(
@@ -386,7 +432,9 @@ class StepBatch:
     mask: Tensor
 
 
-def draw_steps(given: Trajectories, sigmas: Tensor, count: int, *seed: int) -> StepBatch:
+def draw_steps(
+    given: Trajectories, sigmas: Tensor, count: int, *seed: int, own: int = 0
+) -> StepBatch:
     """Steps of a batch, spread evenly over the student's levels.
 
     Args:
@@ -394,11 +442,12 @@ def draw_steps(given: Trajectories, sigmas: Tensor, count: int, *seed: int) -> S
         sigmas: [P + 1], the student's levels.
         count: steps to draw.
         seed: what the draw depends on.
+        own: the first of the steps that are drawn.
     """
     draw = generator_of(*seed)
-    size, num_steps = len(given.points), len(sigmas) - 1
+    size, num_steps = len(given.points), len(sigmas) - 1 - own
     first = int(torch.randint(num_steps, (), generator=draw))
-    at = (torch.arange(count) + first) % num_steps
+    at = own + (torch.arange(count) + first) % num_steps
     rows = torch.cat([torch.randperm(size, generator=draw) for _ in range(-(-count // size))])
     return take_steps(given, sigmas, rows[:count], at)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.flow import add_noise, denoised_of, squared_error, velocity_loss
@@ -33,7 +34,7 @@ from vidgen.training.draws import generator_of
 from vidgen.training.optim import build_optimizers
 
 LEVELS = (0.9, 0.7, 0.5, 0.3)
-"""Of noise, at which validation compares clips."""
+"""Of noise, at which validation compares clips, where the run does."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class MatchTask(DeltaTask[MatchBatch]):
         super().__init__(config)
         assert config.match is not None
         self.match = config.match
+        if self.match.first_step < self.first_own or self.match.between[1] > self.boundary:
+            raise InputError(
+                f"match.first_step is {self.match.first_step} and match.between "
+                f"{list(self.match.between)}, but the expert at low noise takes over at step "
+                f"{self.first_own}, below {self.boundary:g}; give that, and no higher level"
+            )
         self.follower = Delta(self.dit, config.delta)
         self.modules["follower"] = self.follower
         if self.match.start is not None:
@@ -147,7 +154,8 @@ class MatchTask(DeltaTask[MatchBatch]):
         follower = self.with_delta(self.follower, state, context)
         teacher = self.teacher.answers(state, given.ids, given.mask, self.config.trajectories)
         gaps, errors = [], []
-        for index, level in enumerate(LEVELS):
+        low, high = self.match.between
+        for index, level in enumerate(each for each in LEVELS if low <= each <= high):
             draw = generator_of(self.config.run.seed, index)
             noise = torch.randn(clean.shape, generator=draw).to(clean)
             sigma = torch.full((len(clean),), level, device=self.device)

@@ -31,12 +31,16 @@ from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.distil.data import (
     HELD_OUT,
+    LOW,
+    Sides,
     StepBatch,
     Trajectories,
     TrajectoryConfig,
     TrajectoryShards,
     answering,
+    boundary_of,
     draw_steps,
+    load_dit,
     shard_for,
     take_steps,
 )
@@ -45,8 +49,15 @@ from vidgen.training.engines.distributed import own_device
 from vidgen.training.finetune.lora import target_paths
 from vidgen.training.finetune.model import open_trainable
 from vidgen.training.optim import build_optimizers
+from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import ModelFolder
-from vidgen.weights.student import STUDENTS, RollConfig, open_student, read_student
+from vidgen.weights.student import (
+    STUDENTS,
+    WEIGHTS,
+    RollConfig,
+    read_student,
+    student_parts,
+)
 
 
 @dataclass(frozen=True)
@@ -57,11 +68,14 @@ class DeltaConfig:
         rank: of each layer's change.
         targets: parts of layers' names, such as "self_attn.q" or "ffn".
         begin_as: which of the model's own deltas it begins as, one of `STUDENTS`; None: nothing.
+        part: which of the model's transformers it changes: the first one, at all noise levels, or
+            its expert at low noise, below the boundary, the model's own student staying above it.
     """
 
     rank: int
     targets: tuple[str, ...]
     begin_as: str | None = None
+    part: ExpertRole = "transformer"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -138,6 +152,9 @@ class DistilRun:
         if self.match is not None and self.trajectories.by_student:
             raise InputError("match and trajectories.by_student are both given; a student is "
                              "matched with the guided model, leave by_student out")
+        if self.delta.part == LOW and (self.roll is not None or self.trajectories.by_student):
+            raise InputError(f"delta.part is {LOW!r}, which neither rolls clips out nor has a "
+                             "student for its teacher; leave roll and trajectories.by_student out")
         if self.match is not None and self.match.start is None and self.delta.begin_as is None:
             raise InputError("match.start and delta.begin_as are both missing; matching goes on "
                              "from a student, give its run folder or the name of a model's own")
@@ -160,14 +177,21 @@ def open_shards(config: DistilRun) -> TrajectoryShards:
     """The trajectories of a run.
 
     Raises:
-        InputError: the teacher's first transformer knows no low noise, or the folder holds others.
+        InputError: the teacher's first transformer knows no low noise, it has no expert there, or
+            the folder holds others.
     """
     folder = open_trainable(config.teacher)
+    has_low = config.delta.part == LOW
+    if has_low and LOW not in folder.components:
+        raise InputError(f"delta.part is {LOW!r}, but {folder.name!r} has one transformer; leave "
+                         "it out")
     if "transformer_2" in folder.components and folder.family != "toybox":
         raise InputError(f"{folder.name} has two transformers, each for some noise levels alone; "
                          "the student is a delta of one that knows all of them")
     device = own_device(config.run.device)
-    return TrajectoryShards(config.trajectories, config.caches, folder, device)
+    return TrajectoryShards(
+        config.trajectories, config.caches, folder, device, has_low=has_low
+    )
 
 
 class Delta(nn.Module):
@@ -233,11 +257,11 @@ def _key(path: str) -> str:
     return path.replace(".", "/")
 
 
-def _delta_of(folder: ModelFolder, name: str, config: DiTConfig) -> Adapter:
-    if open_student(folder.path, name) is None:
-        raise InputError(f"delta.begin_as is {name!r}, but {folder.name!r} has no {name}; release "
-                         "one first, or leave it out")
-    return read_student(folder.path, config, name)
+def _delta_of(folder: ModelFolder, name: str, config: DiTConfig, part: ExpertRole) -> Adapter:
+    if part not in student_parts(folder.path, name):
+        raise InputError(f"delta.begin_as is {name!r}, but {folder.name!r} has no "
+                         f"{name}/{WEIGHTS[part]}; release one first, or leave it out")
+    return read_student(folder.path, config, name, part)
 
 
 BatchT = TypeVar("BatchT")
@@ -251,16 +275,22 @@ class DeltaTask(ABC, Generic[BatchT]):
         self.shards = open_shards(config)
         self.device = self.shards.device
         torch.manual_seed(config.run.seed)
-        components = self.shards.folder.components
-        dit = components["transformer"].load(torch.float32, self.device)
-        text = components["text_encoder"].load(torch.float32, self.device)
-        assert isinstance(dit, SpacetimeDiT)
+        folder, part = self.shards.folder, config.delta.part
+        text = folder.components["text_encoder"].load(torch.float32, self.device)
         assert isinstance(text, UMT5Encoder)
+        dit = load_dit(folder, part, torch.float32, self.device)
         self.dit, self.text, self.delta = dit, text, Delta(dit, config.delta)
         if config.delta.begin_as is not None:
-            self.delta.begin_as(_delta_of(self.shards.folder, config.delta.begin_as, dit.config))
+            own = _delta_of(folder, config.delta.begin_as, dit.config, part)
+            self.delta.begin_as(own)
         self.modules: dict[str, nn.Module] = {"student": self.delta}
         self.sigmas = config.trajectories.sigmas
+        self.boundary, self.above = 1.0, None
+        if part == LOW:
+            first = load_dit(folder, "transformer", torch.float32, self.device)
+            self.above = first, read_student(folder.path, first.config)
+            self.boundary = boundary_of(folder)
+        self.first_own = int((self.sigmas[:-1] > self.boundary).sum())
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW over the delta's factors."""
@@ -299,9 +329,13 @@ class DeltaTask(ABC, Generic[BatchT]):
     def with_delta(
         self, delta: Delta, state: LatentState, context: tuple[Tensor, Tensor]
     ) -> Denoise:
-        """The teacher's network with a delta, under a state's conditions and without guidance."""
-        sampler = self.config.trajectories.sampler
-        return answering(self.dit, delta.adapter(), state, context, sampler)
+        """The teacher's network with a delta, under a state's conditions and without guidance.
+
+        Above what the delta is for the model's own student answers.
+        """
+        own, above = (self.dit, delta.adapter()), self.above
+        sides = Sides(own) if above is None else Sides(above, own, self.boundary)
+        return answering(sides, state, context, self.config.trajectories.sampler)
 
 
 class AnswersTask(DeltaTask[BatchT]):
@@ -338,11 +372,11 @@ class DistilTask(AnswersTask[StepBatch]):
     """The student's steps on the teacher's trajectories."""
 
     def batch(self, phase: Phase, step: int, micro: int) -> StepBatch:
-        """Steps at all levels of the student, of the trajectories of one shard."""
+        """Steps at all levels of the delta, of the trajectories of one shard."""
         seed, shards = self.config.run.seed, self.config.trajectories.shards
         return draw_steps(
             self.shards.load(shard_for(shards, step, micro, seed)), self.sigmas, phase.batch_size,
-            seed, step, micro,
+            seed, step, micro, own=self.first_own,
         )
 
     def errors(self, batch: StepBatch) -> Tensor:
@@ -352,15 +386,15 @@ class DistilTask(AnswersTask[StepBatch]):
         return squared_error(made, batch.target, batch.state.denoise_mask)
 
     def step_errors(self) -> dict[str, float]:
-        """Of each level of the student."""
-        given, count = self.held_out, len(self.sigmas) - 1
+        """Of each level of the delta."""
+        given, steps = self.held_out, range(self.first_own, len(self.sigmas) - 1)
         rows = torch.arange(len(given.points))
         scores: dict[str, float] = {}
-        for at in range(count):
+        for at in steps:
             batch = take_steps(given, self.sigmas, rows, torch.full_like(rows, at))
             error = float(self.errors(batch).mean())
             scores[f"velocity_{float(self.sigmas[at]):.2f}"] = error
-            scores["velocity_mean"] = scores.get("velocity_mean", 0.0) + error / count
+            scores["velocity_mean"] = scores.get("velocity_mean", 0.0) + error / len(steps)
         return scores
 
     def end_error(self) -> float:
