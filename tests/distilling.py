@@ -15,7 +15,8 @@ import torch
 from tests.models import DEFAULTS, build_tiny_model
 from tests.programs import load_program
 from vidgen.core.config import build
-from vidgen.training.distil.student import DistilRun, open_shards
+from vidgen.training.distil.config import DistilRun
+from vidgen.training.distil.data import open_shards
 from vidgen.training.embedded.toybox_data import ToyboxCache, load_vae
 from vidgen.weights.folder import write_model_info
 

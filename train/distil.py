@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from vidgen.training.distil.config import DistilRun
 from vidgen.training.distil.match import MatchTask
 from vidgen.training.distil.roll import RollMatchTask, RollTask
-from vidgen.training.distil.student import DeltaTask, DistilRun, DistilTask
+from vidgen.training.distil.student import DeltaTask, DistilTask
 from vidgen.training.program import run_program
 
 

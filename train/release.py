@@ -44,8 +44,8 @@ from vidgen.toybox.sound import synthesize
 from vidgen.toybox.synonyms import grammar_synonyms
 from vidgen.toybox.thesaurus import loose_vocabulary
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
-from vidgen.training.distil.data import TrajectoryConfig
-from vidgen.training.distil.student import adapter_of
+from vidgen.training.distil.config import TrajectoryConfig
+from vidgen.training.distil.delta import adapter_of
 from vidgen.training.embedded.tokenizer import train_tokenizer
 from vidgen.training.embedded.toybox_data import encoder_hash
 from vidgen.training.finetune.model import open_trainable

@@ -15,7 +15,8 @@ from rich.progress import track
 
 from vidgen.core.config import build, load_run
 from vidgen.pipeline.parts import DTYPES
-from vidgen.training.distil.student import DistilRun, open_shards
+from vidgen.training.distil.config import DistilRun
+from vidgen.training.distil.data import open_shards
 from vidgen.training.program import exit_code
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from tests.distilling import make_settings, released
 from vidgen.core.config import build, dump
-from vidgen.training.distil.student import DistilRun, DistilTask
+from vidgen.training.distil.config import DistilRun
+from vidgen.training.distil.student import DistilTask
 from vidgen.training.loop import train
 
 

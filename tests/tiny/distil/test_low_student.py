@@ -20,8 +20,10 @@ from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.networks import velocity
 from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
+from vidgen.training.distil.config import DistilRun
+from vidgen.training.distil.data import open_shards
 from vidgen.training.distil.match import MatchTask
-from vidgen.training.distil.student import DistilRun, DistilTask, open_shards
+from vidgen.training.distil.student import DistilTask
 from vidgen.training.loop import train
 from vidgen.weights.student import STUDENT, WEIGHTS, read_student, student_parts
 

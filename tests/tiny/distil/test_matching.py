@@ -15,8 +15,9 @@ from vidgen.core.config import dump
 from vidgen.core.errors import InputError
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
+from vidgen.training.distil.config import DistilRun
+from vidgen.training.distil.delta import adapter_of
 from vidgen.training.distil.match import MatchTask
-from vidgen.training.distil.student import DistilRun, adapter_of
 from vidgen.training.loop import train
 from vidgen.weights.student import read_student
 

@@ -20,8 +20,9 @@ from vidgen.models.presets import DIT_PRESETS
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.networks import velocity
 from vidgen.training.checkpoint import latest_checkpoint, read_meta
+from vidgen.training.distil.config import DistilRun
+from vidgen.training.distil.data import open_shards
 from vidgen.training.distil.roll import RollMatchTask, RollTask, next_turn
-from vidgen.training.distil.student import DistilRun, open_shards
 from vidgen.training.loop import train
 from vidgen.weights.folder import open_model
 from vidgen.weights.student import RollConfig, read_student

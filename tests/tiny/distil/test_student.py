@@ -36,8 +36,11 @@ from vidgen.pipeline.networks import velocity
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
-from vidgen.training.distil.data import HELD_OUT, Teacher, draw_steps, take_steps
-from vidgen.training.distil.student import Delta, DistilRun, DistilTask, adapter_of, open_shards
+from vidgen.training.distil.config import DistilRun
+from vidgen.training.distil.data import HELD_OUT, draw_steps, open_shards, take_steps
+from vidgen.training.distil.delta import Delta, adapter_of
+from vidgen.training.distil.student import DistilTask
+from vidgen.training.distil.teacher import Teacher
 from vidgen.training.loop import train
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import open_model

@@ -29,7 +29,9 @@ from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.pipeline.parts import DTYPES
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.config import Phase
-from vidgen.training.distil.student import Delta, DeltaTask, DistilRun
+from vidgen.training.distil.config import DistilRun
+from vidgen.training.distil.delta import Delta
+from vidgen.training.distil.student import DeltaTask
 from vidgen.training.draws import generator_of
 from vidgen.training.optim import build_optimizers
 

@@ -29,9 +29,12 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
 from vidgen.pipeline.long.rolling import Rollout
 from vidgen.training.config import Phase
-from vidgen.training.distil.data import StepBatch, Trajectories, shard_for, take_steps
+from vidgen.training.distil.config import DistilRun
+from vidgen.training.distil.data import StepBatch, shard_for, take_steps
+from vidgen.training.distil.delta import Delta
 from vidgen.training.distil.match import MatchBatch, MatchTask
-from vidgen.training.distil.student import AnswersTask, Delta, DistilRun
+from vidgen.training.distil.student import AnswersTask
+from vidgen.training.distil.teacher import Trajectories
 from vidgen.training.draws import generator_of
 from vidgen.weights.student import RollConfig
 
