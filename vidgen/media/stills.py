@@ -24,11 +24,10 @@ _COM, _APP1 = b"\xff\xfe", b"\xff\xe1"  # JPEG's markers of comments and of XMP
 _SEGMENT_MAX = 65_533
 
 
-_COLORS = 256
 _WEBP = {"quality": 90, "method": 4}
 _JPEG = {"quality": 95, "subsampling": 0}
 _CODECS: dict[str, tuple[str, dict[str, int]]] = {
-    ".gif": ("gif", {"colors": _COLORS}), ".webp": ("webp", _WEBP), ".jpg": ("jpeg", _JPEG),
+    ".gif": ("gif", {"colors": 256}), ".webp": ("webp", _WEBP), ".jpg": ("jpeg", _JPEG),
     ".jpeg": ("jpeg", _JPEG),
 }
 

@@ -36,7 +36,7 @@ from vidgen.weights.infer import infer_dit, infer_image, infer_text, infer_vae
 from vidgen.weights.keymap import DIT_KEYS, Names, Spelling, renamed
 from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.store import TensorStore, find_files
-from vidgen.weights.student import ROLLER, STUDENT, STUDENTS, open_student
+from vidgen.weights.student import STUDENTS, open_students
 from vidgen.weights.view import split_clip
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -132,7 +132,7 @@ def _open_vidgen(path: Path) -> ModelFolder:
         return ModelFolder(
             path=path, files=info["files"], layout="vidgen", components=components,
             tokenizer=path / "tokenizer", image_processor=processor,
-            student=open_student(path, STUDENT), roller=open_student(path, ROLLER), **facts,
+            **open_students(path), **facts,
         )
     except KeyError as error:
         raise ModelError(f"{path / 'model.json'} lacks the field {error}") from None
@@ -179,7 +179,7 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | ForeignFolde
         image_processor=processor, given=given, **facts,
         files=_unhashed(path, [path / "model_index.json", *small, *_student_files(path)],
                         components),
-        student=open_student(path, STUDENT), roller=open_student(path, ROLLER),
+        **open_students(path),
     )
 
 
@@ -226,7 +226,7 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
     return ModelFolder(
         path=path, layout="wan", components=components, tokenizer=tokenizer, given=given,
         files=_unhashed(path, small, components),
-        student=open_student(path, STUDENT), roller=open_student(path, ROLLER), **facts,
+        **open_students(path), **facts,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vidgen.core.runtime import atomic_write
 from vidgen.diffusion.samplers import SAMPLERS
@@ -97,17 +97,17 @@ class StudentConfig:
         return len(self.sigmas) - 1
 
 
-def open_student(model: Path, name: str = STUDENT) -> StudentConfig | None:
-    """How a student in a model's folder is sampled; None where there is none.
+def open_students(model: Path) -> dict[str, Any]:
+    """By name how each student in a model's folder is sampled, or None where it has none.
 
     Raises:
-        ModelError: its config is damaged.
+        ModelError: a config is damaged.
     """
-    folder = model / name
-    if not (folder / "config.json").is_file():
-        return None
-    config: StudentConfig = config_of(StudentConfig, folder)
-    return config
+    folders = {name: model / name for name in STUDENTS}
+    return {
+        name: config_of(StudentConfig, folder) if (folder / "config.json").is_file() else None
+        for name, folder in folders.items()
+    }
 
 
 def student_parts(model: Path, name: str = STUDENT) -> tuple[ExpertRole, ...]:

@@ -58,12 +58,12 @@ class DeltaTask(ABC, Generic[BatchT]):
             self.delta.begin_as(own)
         self.modules: dict[str, nn.Module] = {"student": self.delta}
         self.sigmas = config.trajectories.sigmas
-        self.boundary, self.above = 1.0, None
+        self.boundary, self.above, self.first_own = 1.0, None, 0
         if part == LOW:
             first = load_dit(folder, "transformer", torch.float32, self.device)
             self.above = first, read_student(folder.path, first.config)
             self.boundary = boundary_of(folder)
-        self.first_own = int((self.sigmas[:-1] > self.boundary).sum())
+            self.first_own = int((self.sigmas >= self.boundary).sum())
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW over the delta's factors."""
