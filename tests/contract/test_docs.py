@@ -15,8 +15,9 @@ import pytest
 
 from tests.programs import load_program
 from vidgen.cli.eval import _NOT_OF_BENCHMARK
-from vidgen.cli.generate import _NOT_OF_REQUEST, PIPE, _outputs
+from vidgen.cli.generate import _NOT_OF_REQUEST, PIPE
 from vidgen.cli.main import VERBS, verb_parser
+from vidgen.cli.naming import output_names
 from vidgen.core.config import build, load_run
 from vidgen.core.request import Request
 from vidgen.story.script import Script
@@ -148,7 +149,7 @@ def check_request(args):
     if args["output"] == PIPE:
         assert request.roll
         return
-    for path in _outputs(args["output"], request):
+    for path in output_names(args["output"], request):
         check_format(path, request.frames)
 
 

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import re
-import secrets
 import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.devices import add_devices, add_tiles, choose_devices, share_threads
+from vidgen.cli.naming import choose_seed, clip_seeds, output_names
 from vidgen.cli.report import Report
 from vidgen.cli.resume import (
     add_resume,
     as_it_began,
     journals_of_outputs,
-    seed_of,
     told_how_to_go_on,
 )
 from vidgen.core.errors import InputError
 from vidgen.core.request import LOADING, SILENT, Request
-from vidgen.core.runtime import slug
 
 if TYPE_CHECKING:
     from vidgen.cli.journals import OutputJournal
     from vidgen.media.clip import Clip
-    from vidgen.pipeline.journal.journal import Journal
 
 DESCRIPTION = "Make a clip from a sentence. What is left out takes the model's own default."
 BACKENDS = ("auto", "reference", "native", "blocked", "sdpa", "matmul", "xformers")
@@ -40,13 +35,6 @@ ENDLESS = 99_997
 _NOT_OF_REQUEST = {
     "output", "overwrite", "resume", "preview", "attention", "json", "events", *LOADING
 }
-_APART = frozenset({
-    "prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix", "control",
-    "latents", "lora", "tiles", "seed", "count", "retry", "strict", "expand",
-})
-"""What a recipe holds elsewhere than with the other options, or what no single clip depends on."""
-
-
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the verb's options; apart from the output's they are the fields of `Request`."""
     add = parser.add_argument
@@ -158,8 +146,8 @@ def run(args: Namespace, report: Report) -> int:
     if args.output == PIPE:
         return _into_pipe(request, args, report)
     if request.seed is None:
-        request = replace(request, seed=_seed(args, request, report))
-    paths = _outputs(args.output, request)
+        request = replace(request, seed=choose_seed(args, request, report))
+    paths = output_names(args.output, request)
     if not _check_outputs(paths, request, overwrite=args.overwrite or args.resume):
         request = replace(request, **SILENT)  # none is made for nobody to hear
     journals = journals_of_outputs(paths, args, report, request.prompt)
@@ -194,7 +182,7 @@ def run(args: Namespace, report: Report) -> int:
             )
             return made if isinstance(made, list) else [made]
 
-        seeds, spare = _seeds(request, journals)
+        seeds, spare = clip_seeds(request, journals)
         clips = _made(make, request, seeds, journals)
         results, further = [], iter(spare)
         for index, path in enumerate(paths):
@@ -233,7 +221,7 @@ def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
     if request.seconds is None and request.frames is None:
         request = replace(request, frames=ENDLESS)
     if request.seed is None:
-        request = replace(request, seed=_seed(args, request, report))
+        request = replace(request, seed=choose_seed(args, request, report))
     engine = load(**{name: getattr(args, name) for name in LOADING})
     if not isinstance(engine, Engine):
         raise InputError(f"{args.model} has no roller; leave --roll out")
@@ -274,111 +262,6 @@ def _said(text: str) -> tuple[float | None, str]:
         return (float(before), after) if equals else (None, text)
     except ValueError:
         return None, text
-
-
-def _seed(args: Namespace, request: Request, report: Report) -> int:
-    """The seed that an earlier run of the same command drew, or a fresh one."""
-    if args.resume:
-        seeds = _seeds_of(args.output, request) or _seeds_of_finished(args, request)
-        if args.output is not None and request.retry:  # further ones are higher
-            seeds = {min(seeds)} if seeds else seeds
-        if len(seeds) > 1:
-            raise InputError(f"clips of this prompt have the seeds {sorted(seeds)}; say with "
-                             "--seed which one is meant")
-        if seeds:
-            return seeds.pop()
-    seed = secrets.randbelow(2**31)
-    report({"event": "note", "text": f"seed {seed}"})
-    return seed
-
-
-def _seeds_of(output: str | None, request: Request) -> set[int]:
-    """Seeds of the first clip, as the journals of this command, and a named output, record them."""
-    from vidgen.pipeline.journal.job import SUFFIX
-    from vidgen.pipeline.journal.journal import Journal
-
-    if output is not None:
-        names: list[tuple[str, int, int | None]] = [
-            (path, i, None) for i, path in enumerate(_outputs(output, request))
-        ]
-    else:  # the name tells the first clip's seed
-        name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(?:-\d+)?\.mp4")
-        jobs = (path.name.removesuffix(SUFFIX) for path in Path().glob(f"*{SUFFIX}"))
-        names = [(match[0], 0, int(match[1])) for match in map(name.fullmatch, jobs) if match]
-    seeds = set()
-    for path, index, first in names:
-        recipe = Journal(path, resume=True).recipe or {}
-        plan = recipe.get("plan")
-        if plan and recipe.get("rewritten", plan)["prompt"] == request.prompt:
-            seeds.add(plan["seed"] - index if first is None else first)
-    return seeds
-
-
-def _seeds_of_finished(args: Namespace, request: Request) -> set[int]:
-    """Seeds of the first clip, by the names of finished clips that this command made."""
-    from vidgen.media.probe import read_recipe
-
-    if args.output is not None:
-        return set()
-    name = re.compile(rf"{re.escape(slug(request.prompt))}-(\d+)(-\d+)?\.mp4")
-    found = (match for path in Path().iterdir() if (match := name.fullmatch(path.name)))
-    return {int(match[1]) for match in found if (match[2] is None) == (request.count == 1)
-            and _is_made_by(read_recipe(match[0]) or {}, request, args)}
-
-
-def _is_made_by(recipe: Mapping[str, Any], request: Request, args: Namespace) -> bool:
-    """Whether a clip's recipe is of this very command, but for its seed."""
-    from vidgen.pipeline.experts import hashes_of
-    from vidgen.pipeline.inputs import read_inputs
-    from vidgen.weights.folder import open_model
-    from vidgen.weights.lora import parse_option
-
-    plan = recipe.get("plan")
-    if not plan or recipe.get("rewritten", plan)["prompt"] != request.prompt:
-        return False
-    asked = {name: value for name, value in recipe["request"].items() if name not in _APART}
-    inputs = [[each["option"], each["sha256"]] for each in read_inputs(request).records]
-    loras = [[hashes_of(one.path), one.weight, one.expert]
-             for one in map(parse_option, request.lora)]
-    return (
-        asked == _asked(request)
-        and ("rewritten" in recipe) == (request.expand is not None)
-        and recipe["frame_times_s"] == [float(seconds) for seconds, _ in request.frame]
-        and [[each["option"], each["sha256"]] for each in recipe["inputs"]] == inputs
-        and [[each["sha256"], each["weight"], each["expert"]] for each in recipe["loras"]] == loras
-        and args.dtype in (None, recipe["dtype"]) and args.quantize == recipe.get("quantize")
-        and recipe["model"]["sha256"] == open_model(args.model).content_hash
-    )
-
-
-def _asked(request: Request) -> dict[str, Any]:
-    """The options that were given, apart from files, as a recipe holds them."""
-    given = {each.name: (getattr(request, each.name), each.default) for each in fields(request)
-             if each.name not in _APART}
-    told = {name: value for name, (value, default) in given.items() if value != default}
-    plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
-    return plain
-
-
-def _seeds(request: Request, journals: Sequence[Journal]) -> tuple[list[int], range]:
-    """Each clip's seed, its own or the one that --retry came to, and those still to be tried."""
-    first = request.seed or 0
-    spare = range(first + len(journals), first + len(journals) + request.retry)
-    found = [seed_of(journal) for journal in journals]
-    seeds = [seed if seed is not None and seed in spare else first + index
-             for index, seed in enumerate(found)]
-    return seeds, spare[max(seeds) - spare.start + 1 :] if max(seeds) in spare else spare
-
-
-def _outputs(output: str | None, request: Request) -> list[str]:
-    """The output of each clip: the name itself for one, name-1, name-2, ... for several."""
-    if output is None:
-        output = f"{slug(request.prompt)}-{request.seed}.mp4"
-    if request.count == 1:
-        return [output]
-    tail = "/" if output.endswith("/") else Path(output).suffix
-    stem = output.removesuffix(tail)
-    return [f"{stem}-{number}{tail}" for number in range(1, request.count + 1)]
 
 
 def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> bool:

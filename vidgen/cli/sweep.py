@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import generate
 from vidgen.cli.devices import choose_devices, share_threads
+from vidgen.cli.naming import output_names
 from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
 from vidgen.cli.resume import as_it_began, told_how_to_go_on
@@ -132,7 +133,7 @@ def _stem_and_seed(args: Namespace) -> tuple[str, bool]:
     if drawn is None:
         drawn = _earlier_seed(args) or draw_seed()
     request = Request(prompt=args.prompt, seed=drawn)
-    output = args.output or f"{generate._outputs(None, request)[0].removesuffix('.mp4')}-sweep.png"
+    output = args.output or f"{output_names(None, request)[0].removesuffix('.mp4')}-sweep.png"
     stem = output.removesuffix(suffix := Path(output).suffix)
     if suffix.lower() not in (".png", ".mp4"):
         raise InputError(f"output {output} must end in .png or .mp4; a sweep writes both")
