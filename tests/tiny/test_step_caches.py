@@ -11,7 +11,7 @@ import torch
 
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.protocols import SamplerState, StepInfo
-from vidgen.diffusion.cache import FirstBlock, Forecast, StepCaches, relative_change
+from vidgen.diffusion.cache import FirstBlock, Forecast, Probe, StepCaches, relative_change
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.magnitudes import Magnitudes
 from vidgen.models.dit import AudioConfig, DiTConfig, SpacetimeDiT
@@ -23,6 +23,7 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.step_caches import (
     FILE,
     CacheChoice,
+    magnitudes_of,
     make_caches,
     measure_magnitudes,
     read_magnitudes,
@@ -237,6 +238,21 @@ def test_magnitudes_are_measured_kept_and_read_between_levels(
     (tmp_path / FILE).write_text('{"sigmas": [1], "logs": {}}')
     with pytest.raises(ModelError, match="damaged"):
         read_magnitudes(elsewhere)
+
+
+def test_a_branch_that_was_left_out_changes_as_the_other_one_there() -> None:
+    caches = StepCaches(lambda _: Probe())
+    levels = {"prompt": ((0.9, 0.0), (0.7, 0.3), (0.5, 0.4), (0.2, 0.9)),
+              "negative": ((0.7, 0.0), (0.5, 0.2))}
+    for branch, logs in levels.items():
+        caches.at(branch, 0.9)
+        memory = caches.memories[branch]
+        assert isinstance(memory, Probe)
+        memory.logs = list(logs)
+    found = magnitudes_of(caches)
+    assert found.sigmas == (0.9, 0.7, 0.5, 0.2)
+    assert found.logs["prompt"] == pytest.approx((0.0, 0.3, 0.4, 0.9))
+    assert found.logs["negative"] == pytest.approx((0.0, 0.3, 0.5, 1.0))
 
 
 def test_magnitudes_that_nobody_measured_are_asked_for(

@@ -7,7 +7,7 @@ makes it for one run of a sampler; `carrying` has the states of that run hold wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -148,18 +148,27 @@ def measure_magnitudes(engine: Engine) -> Magnitudes:
 def magnitudes_of(caches: StepCaches) -> Magnitudes:
     """What the probes of a whole run have measured.
 
-    A branch that guidance left out at some levels has those of the branch that was there.
+    A branch that guidance left out at some levels changes there as the one does that was there.
     """
     probes = {b: m for b, m in caches.memories.items() if isinstance(m, Probe)}
     whole = max(probes.values(), key=lambda probe: len(probe.logs)).logs
-    logs = {
-        branch: probe.logs if len(probe.logs) == len(whole) else whole
-        for branch, probe in probes.items()
-    }
+    logs = {branch: _filled(probe.logs, whole) for branch, probe in probes.items()}
     return Magnitudes(
         tuple(round(sigma, 6) for sigma, _ in whole),
-        {branch: tuple(round(log, 5) for _, log in each) for branch, each in logs.items()},
+        {branch: tuple(round(log, 5) for log in each) for branch, each in logs.items()},
     )
+
+
+def _filled(
+    logs: Sequence[tuple[float, float]], whole: Sequence[tuple[float, float]]
+) -> list[float]:
+    """Logarithms at all levels of `whole`, by its changes where there are none of one's own."""
+    begins = dict(whole)[logs[0][0]]
+    own, made = {sigma: begins + log for sigma, log in logs}, list[float]()
+    for index, (sigma, log) in enumerate(whole):
+        ahead = made[-1] - whole[index - 1][1] if made else 0.0
+        made.append(own.get(sigma, log + ahead))
+    return made
 
 
 def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
