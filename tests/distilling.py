@@ -19,6 +19,8 @@ from vidgen.training.distil.config import DistilRun
 from vidgen.training.distil.data import open_shards
 from vidgen.training.embedded.toybox_data import ToyboxCache, load_vae
 from vidgen.weights.folder import write_model_info
+from vidgen.weights.store import in_int8
+from vidgen.weights.student import INT8_FROM
 
 
 def make_settings(folder: Path) -> dict[str, Any]:
@@ -58,6 +60,14 @@ def with_run(settings: dict[str, Any], folder: Path, **changes: Any) -> DistilRu
     """The run of a YAML in another folder, with other settings of `run`."""
     return build(DistilRun, {**settings, "run": {**settings["run"], "folder": str(folder),
                                                  **changes}}, "run")
+
+
+def as_stored(factor: torch.Tensor) -> torch.Tensor:
+    """A factor of a delta as a release holds it: in int8, where it is large enough."""
+    stored = in_int8({"factor": factor.bfloat16()}, INT8_FROM)
+    if "factor_scale" not in stored:
+        return stored["factor"]
+    return (stored["factor"] * stored["factor_scale"]).bfloat16()
 
 
 def released(run: Path, model: Path, folder: Path, boundary: float | None = None) -> Path:

@@ -44,7 +44,7 @@ from vidgen.toybox.sound import synthesize
 from vidgen.toybox.synonyms import grammar_synonyms
 from vidgen.toybox.thesaurus import loose_vocabulary
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
-from vidgen.training.distil.config import TrajectoryConfig
+from vidgen.training.distil.config import LOW, TrajectoryConfig
 from vidgen.training.distil.delta import adapter_of
 from vidgen.training.embedded.tokenizer import train_tokenizer
 from vidgen.training.embedded.toybox_data import encoder_hash
@@ -71,7 +71,6 @@ DEFAULTS = ModelDefaults(
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
 HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/experiments.md)
-LOW = "transformer_2"
 INT8_FROM = 1 << 15  # numbers of a matrix; those that latents come and go through are smaller
 PARTS = ("vae/model.safetensors", "transformer/model.safetensors",
          "text_encoder/model.safetensors", "tokenizer/tokenizer.json")

@@ -14,7 +14,6 @@ from vidgen.core.errors import InputError
 from vidgen.models.lora import Adapter, attached
 from vidgen.weights.hashes import hash_files
 from vidgen.weights.lora import EXPERTS, Expert, parse_option, read_choices
-from vidgen.weights.student import STUDENT, read_student, student_parts
 
 if TYPE_CHECKING:
     from vidgen.models.dit import DiTConfig, SpacetimeDiT
@@ -42,13 +41,10 @@ class Loras:
         each = (adapter.tokens for own in self.adapters.values() for adapter, _ in own)
         return {token: row for tokens in each for token, row in tokens.items()}
 
-    def beside_student(self, folder: ModelFolder, name: str = STUDENT) -> Loras:
+    def beside(self, deltas: Mapping[ExpertRole, Adapter]) -> Loras:
         """These and the deltas of one of the model's own students, which add up."""
         adapters = dict(self.adapters)
-        for role in student_parts(folder.path, name):
-            if role not in folder.components:
-                continue
-            delta = read_student(folder.path, folder.components[role].config, name, role)
+        for role, delta in deltas.items():
             adapters[role] = [(delta, 1.0), *adapters.get(role, ())]
         return replace(self, adapters=adapters)
 

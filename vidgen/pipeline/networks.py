@@ -30,6 +30,7 @@ from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread
 from vidgen.pipeline.devices.stretches import rooms_for
 from vidgen.pipeline.experts import Experts, Loras, boundary_of, experts
+from vidgen.weights.student import STUDENT
 
 if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise, StepCache
@@ -83,7 +84,7 @@ def denoisers(
     With `ranks` each call is made on all of them together, and gives all of them the same.
     """
     if plan.student is not None:
-        loras = loras.beside_student(parts.folder)
+        loras = loras.beside(parts.deltas(STUDENT))
     if state.sound is not None:
         contexts = [_for_takes(context, state.sound.takes) for context in contexts]
     negative = as_negative(state, hides_given=plan.guidance.known_scale is not None)

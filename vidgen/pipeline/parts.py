@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
@@ -23,6 +23,7 @@ from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import Weights, trim_memory
 from vidgen.weights.quantize import require_torchao
 from vidgen.weights.stream import BlockStream, block_of, blocks_of
+from vidgen.weights.student import read_student, student_parts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from vidgen.models.audio import AudioVAE
     from vidgen.models.dit import SpacetimeDiT
     from vidgen.models.image import ImageEncoder
+    from vidgen.models.lora import Adapter
     from vidgen.models.text import UMT5Encoder
     from vidgen.models.vae import CausalVAE
     from vidgen.weights.component import ExpertRole, Role
@@ -84,6 +86,7 @@ class Parts:
         self.offload, self.quantize, self.mesh = offload, quantize, mesh
         self._loaded: dict[Role, nn.Module] = {}
         self._lent: dict[Role, nn.Module] = {}
+        self._deltas: dict[str, dict[ExpertRole, Adapter]] = {}
         self._users: Counter[Role] = Counter()
         self._lock = threading.RLock()
 
@@ -134,6 +137,21 @@ class Parts:
         with self._lock:
             dit: SpacetimeDiT = self._get(role)
             return dit
+
+    def deltas(self, student: str) -> Mapping[ExpertRole, Adapter]:
+        """What one of the model's own students changes, read once.
+
+        Raises:
+            ModelError: a file is damaged, or of another transformer.
+        """
+        with self._lock:
+            if student not in self._deltas:
+                path, networks = self.folder.path, self.folder.components
+                self._deltas[student] = {
+                    part: read_student(path, networks[part].config, student, part)
+                    for part in student_parts(path, student) if part in networks
+                }
+            return self._deltas[student]
 
     def lend(self, role: Role, module: nn.Module) -> None:
         """Use a network that is another's, such as one in training; it is never let go here."""

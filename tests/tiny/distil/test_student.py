@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distilling import with_run
+from tests.distilling import as_stored, with_run
 from tests.lora_models import make_adapter, make_dit
 from tests.programs import load_program
 from tests.wan_models import build_diffusers
@@ -151,9 +151,10 @@ def test_the_released_delta_is_what_was_learned(run: DistilRun, model: Path) -> 
     adapter = read_student(model, folder.components["transformer"].config)
     learned = adapter_of(load_averages(Path(run.run.folder), "student"))
     assert adapter.low_rank.keys() == learned.low_rank.keys()
-    for path, part in adapter.low_rank.items():  # int8 where that saves something
+    for path, part in adapter.low_rank.items():
         for kept, taught in ((part.down, learned.low_rank[path].down),
                              (part.up, learned.low_rank[path].up)):
+            assert torch.equal(kept, as_stored(taught))
             assert (kept - taught).norm() < 0.01 * taught.norm()
         assert part.scale == 1
 

@@ -101,7 +101,7 @@ class RolledClip:
         roll, first = self._roll, 0
         rollout = Rollout(self.context, roll, self.plan.sampler)
         parts = self.engine.parts
-        loras = self.loras.beside_student(parts.folder, ROLLER)
+        loras = self.loras.beside(parts.deltas(ROLLER))
         sigmas = torch.tensor(self._roller.sigmas).to(self.engine.device)
         while True:
             with experts(parts, None, loras, 1.0) as given:

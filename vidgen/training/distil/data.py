@@ -50,7 +50,7 @@ def open_shards(config: DistilRun) -> TrajectoryShards:
     if has_low and LOW not in folder.components:
         raise InputError(f"delta.part is {LOW!r}, but {folder.name!r} has one transformer; leave "
                          "it out")
-    if "transformer_2" in folder.components and folder.family != "toybox":
+    if LOW in folder.components and folder.family != "toybox":
         raise InputError(f"{folder.name} has two transformers, each for some noise levels alone; "
                          "the student is a delta of one that knows all of them")
     device = own_device(config.run.device)

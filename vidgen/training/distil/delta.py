@@ -15,7 +15,7 @@ from vidgen.training.distil.config import DeltaConfig
 from vidgen.training.finetune.lora import target_paths
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import ModelFolder
-from vidgen.weights.student import WEIGHTS, read_student, student_parts
+from vidgen.weights.student import read_student, student_parts
 
 
 class Delta(nn.Module):
@@ -88,6 +88,7 @@ def delta_of(folder: ModelFolder, name: str, config: DiTConfig, part: ExpertRole
         InputError: it has none of that name for that transformer.
     """
     if part not in student_parts(folder.path, name):
-        raise InputError(f"delta.begin_as is {name!r}, but {folder.name!r} has no "
-                         f"{name}/{WEIGHTS[part]}; release one first, or leave it out")
+        whose = "" if part == "transformer" else f" of its {part}"
+        raise InputError(f"delta.begin_as is {name!r}, but {folder.name!r} has no {name}{whose}; "
+                         "release one first, or leave it out")
     return read_student(folder.path, config, name, part)

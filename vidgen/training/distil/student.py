@@ -54,8 +54,7 @@ class DeltaTask(ABC, Generic[BatchT]):
         dit = load_dit(folder, part, torch.float32, self.device)
         self.dit, self.text, self.delta = dit, text, Delta(dit, config.delta)
         if config.delta.begin_as is not None:
-            own = delta_of(folder, config.delta.begin_as, dit.config, part)
-            self.delta.begin_as(own)
+            self.delta.begin_as(delta_of(folder, config.delta.begin_as, dit.config, part))
         self.modules: dict[str, nn.Module] = {"student": self.delta}
         self.sigmas = config.trajectories.sigmas
         self.boundary, self.above, self.first_own = 1.0, None, 0
