@@ -9,10 +9,10 @@
 
 `vae` and `sound` measure the latents' mean and deviation on fresh clips, unless encoder or decoder
 stayed as it was (`part`). `dit` of a run whose `levels` end below 1 is the expert at low noise,
-which takes over there. Any other removes the students, which were of the old weights, but for
-`--keep-students`: near the old weights they may serve on, score them. Clips come with sound once
-its run had `sound`; `--mix` averages its weights with those of releases that it began with
-(Wortsman et al. 2022). Each call writes `model.json` anew.
+which takes over there. Students of the old weights are removed, but for `--keep-students`: near the
+old weights they may serve on, score them. Clips come with sound once its run had `sound`; `--mix`
+averages its weights with those of releases that it began with (Wortsman et al. 2022). Each call
+writes `model.json` anew.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ from vidgen.toybox.sound import synthesize
 from vidgen.toybox.synonyms import grammar_synonyms
 from vidgen.toybox.thesaurus import loose_vocabulary
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
-from vidgen.training.distil.config import LOW, TrajectoryConfig
+from vidgen.training.distil.config import LOW, DeltaConfig, TrajectoryConfig
 from vidgen.training.distil.delta import adapter_of
 from vidgen.training.embedded.tokenizer import train_tokenizer
 from vidgen.training.embedded.toybox_data import encoder_hash
 from vidgen.training.finetune.model import open_trainable
 from vidgen.training.program import exit_code
-from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_model_info
 from vidgen.weights.load import save_module
 from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.store import TensorStore
 from vidgen.weights.student import (
+    STUDENT,
     STUDENTS,
     RollConfig,
     StudentConfig,
+    open_students,
     write_student,
 )
 
@@ -151,6 +152,9 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_student
     dit = DIT_PRESETS[settings["preset"]]
     if _is_low(settings):
         made = mixed(load_averages(run, "transformer"), LOW, mix, out)
+        student = open_students(out)[STUDENT]
+        if student is not None and student.boundary is not None and not keep_students:
+            shutil.rmtree(out / STUDENT)
         save_module(made, dit, out / LOW, torch.bfloat16, INT8_FROM)
         return
     text = TEXT_PRESETS[settings["text_preset"]].to_transformers()
@@ -239,8 +243,9 @@ def release_student(run: Path, out: Path) -> None:
         ModelError: the model it was taught on is another one than `out`'s.
     """
     settings = _run_settings(run)
-    part: ExpertRole = settings["delta"]["part"]
-    weights, teacher = f"{part}/model.safetensors", open_trainable(settings["teacher"])
+    delta = build(DeltaConfig, settings["delta"], str(run))
+    part, teacher = delta.part, open_trainable(settings["teacher"])
+    weights = f"{part}/model.safetensors"
     taught, given = (sha256_file(folder / weights) for folder in (teacher.path, out))
     if taught != given:
         raise ModelError(f"{run} taught a student of {settings['teacher']}, whose {part} is not "
@@ -250,7 +255,7 @@ def release_student(run: Path, out: Path) -> None:
     roll = build(RollConfig, settings["roll"], str(run)) if settings.get("roll") else None
     student = StudentConfig(
         trajectories.sampler, tuple(trajectories.sigmas.tolist()), trajectories.guidance_scale,
-        roll, teacher.defaults.boundary if part == LOW else None,
+        roll, teacher.defaults.boundary if delta.has_other else None,
     )
     write_student(adapter_of(factors), student, out, part)
 

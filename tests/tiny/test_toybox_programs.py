@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,7 @@ from vidgen.training.embedded.toybox_data import (
 )
 from vidgen.training.embedded.wider import with_wider_encoder
 from vidgen.weights.folder import open_model
+from vidgen.weights.student import StudentConfig
 
 Program = Callable[..., Ended]
 
@@ -131,8 +132,14 @@ def test_training_says_what_is_missing_then_learns_and_is_released(
            "--set", f"run.folder={tmp_path / 'low'}")
     trained = program("dit", "-c", str(run_file), *low)
     assert trained.returncode == 0, trained.stderr
-    released = program("release", "dit", "--run", str(tmp_path / "low"), "--out", str(out))
-    assert released.returncode == 0, released.stderr
+    release = ("release", "dit", "--run", str(tmp_path / "low"), "--out", str(out))
+    (out / "student").mkdir()
+    for boundary, options, stays in ((None, (), True), (0.9, ("--keep-students",), True),
+                                     (0.9, (), False)):
+        student = StudentConfig("unipc", (1.0, 0.0), 3.0, boundary=boundary)
+        (out / "student" / "config.json").write_text(json.dumps(asdict(student)))
+        assert program(*release, *options).returncode == 0
+        assert (out / "student").exists() == stays, "a student that has the old expert's steps goes"
     both = open_model(str(out))
     assert both.components.keys() - told.components.keys() == {"transformer_2"}
     assert (both.tasks, both.defaults) == (told.tasks, replace(told.defaults, boundary=0.9))

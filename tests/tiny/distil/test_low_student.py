@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distilling import make_trajectories, released
+from tests.distilling import make_trajectories, released, with_run
 from tests.models import add_low_expert
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
@@ -131,6 +131,58 @@ def test_its_clips_are_matched_below_the_boundary(
             MatchTask(refused)
 
 
+def test_the_other_part_is_taught_above_the_boundary(
+    low: dict[str, Any], low_run: DistilRun, tmp_path: Path
+) -> None:
+    folder = released(Path(low_run.run.folder), Path(low_run.teacher), tmp_path / "tiny", BOUNDARY)
+    above = low | {"teacher": str(folder), "delta": low["delta"] | {
+        "part": "transformer", "above": True, "begin_as": "student"}}
+    match = {"follower_lr": 5e-3, "shift": 1.0, "between": [0.92, 0.99], "phased": True}
+    settings = low["run"] | {"folder": str(tmp_path / "above"),
+                             "phases": [{**low["run"]["phases"][0], "steps": 2}]}
+    config = build(DistilRun, above | {"run": settings}, "run")
+    plain = DistilTask(config)
+    assert plain.validate(0, Path()).keys() == {"velocity_1.00", "velocity_mean", "end"}
+    assert set(plain.batch(config.run.phases[0], 0, 0).sigma.tolist()) == {1.0}
+    config = build(DistilRun, above | {"match": match, "run": settings}, "run")
+    task = MatchTask(config)
+    assert {task.batch(config.run.phases[0], step, 0).last for step in range(8)} == {0}
+    assert task.other is not None
+    stays = {name: part.up.clone() for name, part in task.other[1].low_rank.items()}
+    assert train(task, config.run, record=dump(config)).finished
+    assert all(torch.equal(part.up, stays[name])
+               for name, part in task.other[1].low_rank.items())
+    assert task.validate(0, Path()).keys() == {"gap", "following"}
+    again = released(tmp_path / "above", folder, tmp_path / "again" / "tiny", BOUNDARY)
+    parts = [f"{STUDENT}/{file}" for file in (*WEIGHTS.values(), "config.json")]
+    same = [(again / part).read_bytes() == (folder / part).read_bytes() for part in parts]
+    assert same == [False, True, True]
+    for changes in ({"first_step": 1}, {"between": [0.5, 0.99]}):
+        refused = build(DistilRun, above | {"match": match | changes, "run": settings}, "run")
+        with pytest.raises(InputError, match=r"at step 1, below 0\.9; give an earlier step"):
+            MatchTask(refused)
+    refused = build(DistilRun, above | {"teacher": low["teacher"]}, "run")
+    with pytest.raises(InputError, match="the student of 'tiny' has no part for its expert"):
+        open_shards(refused)
+    with pytest.raises(InputError, match=r"'transformer_2' and delta\.above is true"):
+        build(DistilRun, low | {"delta": low["delta"] | {"above": True}}, "run")
+
+
+def test_clips_of_a_step_are_compared_where_its_noise_is_left(
+    settings: dict[str, Any], run: DistilRun, tmp_path: Path
+) -> None:
+    match = {"start": run.run.folder, "shift": 1.0, "between": [0.1, 0.98]}
+    for phased in (False, True):
+        config = with_run(settings | {"match": match | {"phased": phased}}, tmp_path)
+        task, phase = MatchTask(config), config.run.phases[0]
+        lowest = {0: [1.0], 1: [1.0]}
+        for step in range(40):
+            batch = task.batch(phase, step, 0)
+            lowest[batch.last].append(float(batch.sigma.min()))
+        assert min(lowest[1]) < 0.4, "nothing follows the last step"
+        assert (min(lowest[0]) >= float(task.sigmas[1])) == phased
+
+
 def test_what_has_no_such_part_is_refused(
     low: dict[str, Any], settings: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
@@ -140,7 +192,7 @@ def test_what_has_no_such_part_is_refused(
         with pytest.raises(InputError, match=message):
             open_shards(build(DistilRun, settings | part | {"teacher": teacher}, "run"))
     alone = add_low_expert(Path(shutil.copytree(settings["teacher"], tmp_path / "alone")), BOUNDARY)
-    with pytest.raises(InputError, match="'transformer_2': 'tiny' has no student; release one"):
+    with pytest.raises(InputError, match="student alone: 'tiny' has no student; release one"):
         open_shards(build(DistilRun, low | {"teacher": str(alone)}, "run"))
-    with pytest.raises(InputError, match="which neither rolls clips out nor has a student"):
+    with pytest.raises(InputError, match="such a part neither rolls clips out nor has a student"):
         build(DistilRun, low | {"roll": {"turn_frames": 3, "window_frames": 6}}, "run")

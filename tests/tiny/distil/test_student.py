@@ -113,10 +113,10 @@ def test_steps_of_the_targets_lead_where_the_teacher_does(settings: dict[str, An
     made = sample_unipc(lambda *_: next(targets), given.state.begin(), sigmas,
                         project=given.state.project)
     torch.testing.assert_close(made, given.end, atol=4e-3, rtol=4e-3)
-    drawn = draw_steps(given, sigmas, 4, 0, 1, 2)
+    drawn = draw_steps(given, sigmas, 4, 0, 1, 2, own=range(2))
     assert sorted(drawn.sigma.tolist()) == sorted([*sigmas[:2].tolist()] * 2)
-    assert torch.equal(drawn.target, draw_steps(given, sigmas, 4, 0, 1, 2).target)
-    assert not torch.equal(drawn.target, draw_steps(given, sigmas, 4, 0, 2, 2).target)
+    assert torch.equal(drawn.target, draw_steps(given, sigmas, 4, 0, 1, 2, own=range(2)).target)
+    assert not torch.equal(drawn.target, draw_steps(given, sigmas, 4, 0, 2, 2, own=range(2)).target)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:

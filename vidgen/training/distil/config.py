@@ -97,12 +97,15 @@ class DeltaConfig:
         begin_as: which of the model's own deltas it begins as, one of `STUDENTS`; None: nothing.
         part: which of the model's transformers it changes: the first one, at all noise levels, or
             its expert at low noise, below the boundary, the model's own student staying above it.
+        above: whether the first one's is for levels above that boundary alone, the student's part
+            for the expert staying below it.
     """
 
     rank: int
     targets: tuple[str, ...]
     begin_as: str | None = None
     part: ExpertRole = "transformer"
+    above: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -112,6 +115,14 @@ class DeltaConfig:
         if self.begin_as not in (None, *STUDENTS):
             raise InputError(f"delta.begin_as is {self.begin_as!r}; it is one of "
                              + ", ".join(STUDENTS))
+        if self.above and self.part == LOW:
+            raise InputError(f"delta.part is {LOW!r} and delta.above is true, but the expert "
+                             "denoises below the boundary; leave one of them out")
+
+    @property
+    def has_other(self) -> bool:
+        """Whether the student's other part stays beside it, on the other side of the boundary."""
+        return self.above or self.part == LOW
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,8 @@ class MatchConfig:
             much as they were.
         shift: of the noise levels at which clips are compared, and followed.
         between: the lowest and the highest of them.
+        phased: whether a step's clips are compared no lower than where the next one begins: noise
+            covers there what later steps make anew (Fan et al. 2025, "Phased DMD").
         follower_lr: peak rate of what follows the student; it has to be faster than the student.
         far_turns: of rollers, the turns at most that a clip is rolled out for, before those behind
             them are compared.
@@ -134,6 +147,7 @@ class MatchConfig:
     first_step: int = 0
     shift: float = 5.0
     between: tuple[float, float] = (0.02, 0.98)
+    phased: bool = False
     follower_lr: float = 1e-3
     far_turns: int = 0
 
@@ -179,9 +193,10 @@ class DistilRun:
         if self.match is not None and self.trajectories.by_student:
             raise InputError("match and trajectories.by_student are both given; a student is "
                              "matched with the guided model, leave by_student out")
-        if self.delta.part == LOW and (self.roll is not None or self.trajectories.by_student):
-            raise InputError(f"delta.part is {LOW!r}, which neither rolls clips out nor has a "
-                             "student for its teacher; leave roll and trajectories.by_student out")
+        if self.delta.has_other and (self.roll is not None or self.trajectories.by_student):
+            asked = "delta.above is true" if self.delta.above else f"delta.part is {LOW!r}"
+            raise InputError(f"{asked}; such a part neither rolls clips out nor has a student for "
+                             "its teacher, leave roll and trajectories.by_student out")
         if self.match is not None and self.match.start is None and self.delta.begin_as is None:
             raise InputError("match.start and delta.begin_as are both missing; matching goes on "
                              "from a student, give its run folder or the name of a model's own")

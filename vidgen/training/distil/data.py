@@ -46,13 +46,16 @@ def open_shards(config: DistilRun) -> TrajectoryShards:
             the folder holds others.
     """
     folder = open_trainable(config.teacher)
-    has_low = config.delta.part == LOW
+    has_low = config.delta.has_other
     if has_low and LOW not in folder.components:
-        raise InputError(f"delta.part is {LOW!r}, but {folder.name!r} has one transformer; leave "
-                         "it out")
+        asked = "above is true" if config.delta.above else f"part is {LOW!r}"
+        raise InputError(f"delta.{asked}, but {folder.name!r} has one transformer; leave it out")
     if LOW in folder.components and folder.family != "toybox":
         raise InputError(f"{folder.name} has two transformers, each for some noise levels alone; "
                          "the student is a delta of one that knows all of them")
+    if config.delta.above and folder.student and folder.student.boundary is None:
+        raise InputError(f"delta.above is true, but the student of {folder.name!r} has no part for "
+                         "its expert; leave it out")
     device = own_device(config.run.device)
     return TrajectoryShards(config.trajectories, config.caches, folder, device, has_low=has_low)
 
@@ -163,7 +166,7 @@ class TrajectoryShards:
 def _check_steps(config: TrajectoryConfig, folder: ModelFolder) -> None:
     student = folder.student
     if student is None:
-        what = "trajectories.by_student" if config.by_student else f"delta.part {LOW!r}"
+        what = "trajectories.by_student" if config.by_student else "one part of the student alone"
         raise InputError(f"{what}: {folder.name!r} has no student; release one first, or leave it "
                          "out")
     sigmas = tuple(config.sigmas.tolist())
@@ -211,21 +214,21 @@ class StepBatch:
 
 
 def draw_steps(
-    given: Trajectories, sigmas: Tensor, count: int, *seed: int, own: int = 0
+    given: Trajectories, sigmas: Tensor, count: int, *seed: int, own: range
 ) -> StepBatch:
-    """Steps of a batch, spread evenly over the student's levels.
+    """Steps of a batch, spread evenly over those that are taught.
 
     Args:
         given: trajectories, at least one.
         sigmas: [P + 1], the student's levels.
         count: steps to draw.
         seed: what the draw depends on.
-        own: the first of the steps that are drawn.
+        own: numbers of the steps that are taught.
     """
     draw = generator_of(*seed)
-    size, num_steps = len(given.points), len(sigmas) - 1 - own
-    first = int(torch.randint(num_steps, (), generator=draw))
-    at = own + (torch.arange(count) + first) % num_steps
+    size = len(given.points)
+    first = int(torch.randint(len(own), (), generator=draw))
+    at = own.start + (torch.arange(count) + first) % len(own)
     rows = torch.cat([torch.randperm(size, generator=draw) for _ in range(-(-count // size))])
     return take_steps(given, sigmas, rows[:count], at)
 

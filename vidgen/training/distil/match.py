@@ -36,7 +36,7 @@ from vidgen.training.draws import generator_of
 from vidgen.training.optim import build_optimizers
 
 LEVELS = (0.9, 0.7, 0.5, 0.3)
-"""Of noise, at which validation compares clips, where the run does."""
+"""Of noise, at which validation compares clips: those of the run's, or the middle of these."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,28 @@ class MatchTask(DeltaTask[MatchBatch]):
         super().__init__(config)
         assert config.match is not None
         self.match = config.match
-        if self.match.first_step < self.first_own or self.match.between[1] > self.boundary:
-            raise InputError(
-                f"match.first_step is {self.match.first_step} and match.between "
-                f"{list(self.match.between)}, but the expert at low noise takes over at step "
-                f"{self.first_own}, below {self.boundary:g}; give that, and no higher level"
-            )
+        self._check_levels()
         self.follower = Delta(self.dit, config.delta)
         self.modules["follower"] = self.follower
         if self.match.start is not None:
             self.delta.load_state_dict(load_averages(Path(self.match.start), "student"))
         self.follower.load_state_dict(self.delta.state_dict())
         self.teacher = self.shards.teacher(DTYPES[config.run.dtype])
+
+    def _check_levels(self) -> None:
+        """Refuse steps and levels that aren't those of the part that is taught."""
+        if self.other is None:
+            return
+        first, (low, high) = self.match.first_step, self.match.between
+        asked = f"match.first_step is {first} and match.between {[low, high]}"
+        if self.config.delta.above and (first >= self.own.stop or low < self.boundary):
+            raise InputError(f"{asked}, but the expert at low noise takes over at step "
+                             f"{self.own.stop}, below {self.boundary:g}; give an earlier step, and "
+                             "no lower level")
+        if not self.config.delta.above and (first < self.own.start or high > self.boundary):
+            raise InputError(f"{asked}, but the expert at low noise takes over at step "
+                             f"{self.own.start}, below {self.boundary:g}; give that, and no higher "
+                             "level")
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW over the factors of both deltas."""
@@ -89,17 +99,22 @@ class MatchTask(DeltaTask[MatchBatch]):
 
     def batch(self, phase: Phase, step: int, micro: int) -> MatchBatch:
         """Conditions as the transformer's own training draws them; all ranks teach one step."""
-        seed, steps = self.config.run.seed, (self.match.first_step, len(self.sigmas) - 1)
+        seed, steps = self.config.run.seed, (self.match.first_step, self.own.stop)
         last = int(torch.randint(*steps, (), generator=generator_of(seed, step)))
         draw = generator_of(seed, step, micro, 1)  # the 1: nothing as the conditions' noise is
         state, ids, mask = self.shards.draw(phase, step, micro)
         sigma = torch.stack([
             draw_sigmas(len(ids), draw, shift=self.match.shift, mean=None,
-                        between=self.match.between)
+                        between=self.levels(last))
             for _ in range(2)
         ])
         noise = torch.randn(2, *state.latents.shape, generator=draw)
         return MatchBatch(state, ids, mask, last, sigma.to(self.device), noise.to(self.device))
+
+    def levels(self, last: int) -> tuple[float, float]:
+        """The lowest and the highest noise level at which clips of step `last` are compared."""
+        low, high = self.match.between
+        return (max(low, float(self.sigmas[last + 1])), high) if self.match.phased else (low, high)
 
     def loss(self, batch: MatchBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Of the student, whose gradient is the two networks' difference, and of its follower."""
@@ -157,7 +172,8 @@ class MatchTask(DeltaTask[MatchBatch]):
         teacher = self.teacher.answers(state, given.ids, given.mask, self.config.trajectories)
         gaps, errors = [], []
         low, high = self.match.between
-        for index, level in enumerate(each for each in LEVELS if low <= each <= high):
+        levels = [each for each in LEVELS if low <= each <= high] or [(low + high) / 2]
+        for index, level in enumerate(levels):
             draw = generator_of(self.config.run.seed, index)
             noise = torch.randn(clean.shape, generator=draw).to(clean)
             sigma = torch.full((len(clean),), level, device=self.device)

@@ -33,9 +33,17 @@ from vidgen.training.distil.data import (
     take_steps,
 )
 from vidgen.training.distil.delta import Delta, delta_of
-from vidgen.training.distil.teacher import Sides, Trajectories, answering, boundary_of, load_dit
+from vidgen.training.distil.teacher import (
+    Side,
+    Sides,
+    Trajectories,
+    answering,
+    boundary_of,
+    load_dit,
+)
 from vidgen.training.optim import build_optimizers
-from vidgen.weights.student import read_student
+from vidgen.weights.component import ExpertRole
+from vidgen.weights.student import STUDENT, read_student
 
 BatchT = TypeVar("BatchT")
 
@@ -57,12 +65,15 @@ class DeltaTask(ABC, Generic[BatchT]):
             self.delta.begin_as(delta_of(folder, config.delta.begin_as, dit.config, part))
         self.modules: dict[str, nn.Module] = {"student": self.delta}
         self.sigmas = config.trajectories.sigmas
-        self.boundary, self.above, self.first_own = 1.0, None, 0
-        if part == LOW:
-            first = load_dit(folder, "transformer", torch.float32, self.device)
-            self.above = first, read_student(folder.path, first.config)
+        self.other: Side | None = None
+        self.boundary, self.own = 0.0, range(len(self.sigmas) - 1)
+        if config.delta.has_other:
+            role: ExpertRole = "transformer" if part == LOW else LOW
+            other = load_dit(folder, role, torch.float32, self.device)
+            self.other = other, read_student(folder.path, other.config, STUDENT, role)
             self.boundary = boundary_of(folder)
-            self.first_own = int((self.sigmas >= self.boundary).sum())
+            above = int((self.sigmas >= self.boundary).sum())
+            self.own = self.own[above:] if part == LOW else self.own[:above]
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW over the delta's factors."""
@@ -103,10 +114,15 @@ class DeltaTask(ABC, Generic[BatchT]):
     ) -> Denoise:
         """The teacher's network with a delta, under a state's conditions and without guidance.
 
-        Above what the delta is for the model's own student answers.
+        Where the delta isn't meant for, the other part of the model's own student answers.
         """
-        own, above = (self.dit, delta.adapter()), self.above
-        sides = Sides(own) if above is None else Sides(above, own, self.boundary)
+        own: Side = self.dit, delta.adapter()
+        if self.other is None:
+            sides = Sides(own)
+        elif self.config.delta.part == LOW:
+            sides = Sides(self.other, own, self.boundary)
+        else:
+            sides = Sides(own, self.other, self.boundary)
         return answering(sides, state, context, self.config.trajectories.sampler)
 
 
@@ -148,7 +164,7 @@ class DistilTask(AnswersTask[StepBatch]):
         seed, shards = self.config.run.seed, self.config.trajectories.shards
         return draw_steps(
             self.shards.load(shard_for(shards, step, micro, seed)), self.sigmas, phase.batch_size,
-            seed, step, micro, own=self.first_own,
+            seed, step, micro, own=self.own,
         )
 
     def errors(self, batch: StepBatch) -> Tensor:
@@ -159,7 +175,7 @@ class DistilTask(AnswersTask[StepBatch]):
 
     def step_errors(self) -> dict[str, float]:
         """Of each level of the delta."""
-        given, steps = self.held_out, range(self.first_own, len(self.sigmas) - 1)
+        given, steps = self.held_out, self.own
         rows = torch.arange(len(given.points))
         scores: dict[str, float] = {}
         for at in steps:
