@@ -18,6 +18,12 @@ from openai import OpenAI
 from PIL import Image
 
 PATIENCE_S = 120.0
+SCRIPT = """
+version: 1
+shots:
+  - {id: one, prompt: a red car, frames: 9}
+  - {id: two, prompt: a cat moves left, frames: 9, transition: cut}
+"""
 
 
 class Served:
@@ -153,3 +159,16 @@ def png(width: int = 64, height: int = 64, colour: tuple[int, int, int] = (200, 
     Image.new("RGB", (width, height), colour).save(file, "PNG")
     return file.getvalue()
 
+
+def refused(
+    served: Served, status: int, code: str, param: str | None = None, **request: Any
+) -> str:
+    """The message of a request that has to be refused so; `path` is where it goes."""
+    answer = served.http.post(request.pop("path", "/v1/videos"), **request)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["code"] == code, error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in answer.text
+    assert param is None or error["param"] == param, error
+    return str(error["message"])

@@ -1,6 +1,5 @@
 """Measures in time on features, flows and pictures whose answers are known."""
 
-import json
 import math
 import sys
 import tracemalloc
@@ -27,7 +26,6 @@ from vidgen.evaluation.metrics.flow import (
     warp_error,
 )
 from vidgen.evaluation.metrics.motion import MotionMeter, SampledMotion, Smoothness, interpolate
-from vidgen.evaluation.metrics.network_files import network_hash, parse_networks
 from vidgen.evaluation.metrics.tracks import ANGLES, Tracks
 from vidgen.evaluation.metrics.vbench import (
     Consistency,
@@ -41,17 +39,7 @@ from vidgen.evaluation.metrics.vbench import (
     temporal_subtotal,
     top_speed,
 )
-from vidgen.evaluation.statistics import spearman, wilson_interval
-from vidgen.evaluation.suite import (
-    Item,
-    PromptSuite,
-    file_stem,
-    find_items,
-    picture_of,
-    prompt_of,
-)
-from vidgen.evaluation.temporal.comparison import compare
-from vidgen.evaluation.temporal.summary import figures, pairs_text
+from vidgen.evaluation.statistics import spearman
 
 
 def at_angle(degrees):
@@ -352,51 +340,6 @@ def test_spearman():
     assert spearman([1, 2, 3], [5, 5, 5]) is None
 
 
-def rows(values, dynamic=True, seeds=1, **more):
-    return {f"clip {i}": {"name": f"clip {i}", "prompt": f"prompt {i // seeds}", "num_frames": 9,
-                          "figures": {"steadiness": v if dynamic else 0.0, "warp_error": 10 - v},
-                          "dynamic": dynamic, "histograms": [], "features": [], **more}
-            for i, v in enumerate(values)}  # fmt: skip
-
-
-def test_a_clear_difference_has_a_winner_and_noise_has_none():
-    base = np.linspace(0.5, 0.9, 12)
-    noise = np.random.default_rng(0).normal(0, 0.05, 12)
-    clear = compare("a", rows(base + 0.1), "b", rows(base))
-    assert clear["verdict"] == "a is steadier"
-    assert clear["measures"]["warp_error"]["verdict"] == "a is better"
-    assert clear["measures"]["steadiness"]["difference"] == pytest.approx(0.1)
-    unclear = compare("a", rows(base + noise - noise.mean()), "b", rows(base))
-    assert unclear["verdict"] == "no significant difference"
-    few = compare("a", rows(base[:3] + 0.1), "b", rows(base[:3]))
-    assert few["verdict"] == "too few pairs (3 of 6)"
-
-
-def test_clips_of_a_prompt_dont_count_as_many_prompts():
-    base, luck = np.linspace(0.5, 0.9, 40), np.random.default_rng(3).normal(0.02, 0.06, 8)
-    better = base + np.repeat(luck, 5)  # five seeds each, all as good or bad as their prompt
-    alone, together = (
-        compare("a", rows(better, seeds=n), "b", rows(base, seeds=n))["measures"]["steadiness"]
-        for n in (1, 5)
-    )
-    assert (alone["pairs"], alone["prompts"]) == (40, 40)
-    assert (together["pairs"], together["prompts"]) == (40, 8)
-    assert together["difference"] == alone["difference"]
-    assert together["high"] - together["low"] > 1.8 * (alone["high"] - alone["low"])
-    few = compare("a", rows(base + 1, seeds=10), "b", rows(base, seeds=10))
-    assert few["verdict"] == "too few prompts (4 of 6)"
-    one = compare("a", rows(base + 1, seeds=40), "b", rows(base, seeds=40))
-    assert one["verdict"] == "a is steadier", "of a single prompt clips are what is drawn"
-
-
-def test_still_clips_cannot_win():
-    moving, still = rows(np.linspace(0.5, 0.6, 10)), rows(np.ones(10), dynamic=False)
-    found = compare("still", still, "moving", moving)
-    assert found["verdict"].startswith("moving is steadier")
-    assert "10 of 10 pairs" in found["verdict"]
-    assert "warp_error" not in found["measures"], "only pairs that move both count"
-
-
 @pytest.mark.parametrize(("steps", "moves"), [
     ([t // 12 for t in range(25)], False),  # a pixel of 96 a second
     ([t % 2 for t in range(25)], False),  # trembling gets nowhere
@@ -410,144 +353,7 @@ def test_the_gate_is_shut_for_what_hardly_moves(steps, moves):
     assert (measured.figures["steadiness"] > 0) is moves
 
 
-def test_a_value_and_a_difference_lie_in_their_intervals_whatever_clips_weigh():
-    name, moves = "proxy_subject_consistency", "proxy_dynamic_degree"
-    sides = [
-        [{"name": f"clip {i}", "prompt": f"prompt {i}", "dynamic": True, "histograms": [],
-          "features": [], "num_frames": 2 + i**3 * scale, "figures": {
-              name: 1 - (7 - i) * spread, moves: float(i > 0),
-              "warp_error": 0.1 if i else 9.0}} for i in range(8)]
-        for scale, spread in ((2, 0.02), (5, 0.03))
-    ]  # fmt: skip
-    shown = [figures(side)["figures"] for side in sides]
-    for found in shown:
-        for figure in found.values():
-            assert figure["low"] <= figure["value"] <= figure["high"]
-        assert found[name]["high"] <= 1
-        assert found["warp_error"]["low"] == 0
-        moving = found[moves]
-        assert (moving["low"], moving["high"]) == pytest.approx(wilson_interval(7, 8))
-    one, other = ({clip["name"]: clip for clip in side} for side in sides)
-    compared = compare("a", one, "b", other)["measures"][name]
-    values = [found[name]["value"] for found in shown]
-    assert compared["difference"] == pytest.approx(values[0] - values[1])
-    assert compared["low"] <= compared["difference"] <= compared["high"]
-
-
-def test_pairs_of_two_sizes_are_told():
-    base = np.linspace(0.5, 0.9, 8)
-    found = compare("a", rows(base, size=[64, 64]), "b", rows(base, size=[32, 32]))
-    assert found["unlike"] == 8
-    assert "8 of 8 pairs differ in size or frame rate" in found["verdict"]
-
-
-def test_clips_without_a_pair_are_counted():
-    base = np.linspace(0.5, 0.9, 8)
-    found = compare("a", rows(base), "b", rows(base[:6]))
-    assert (found["pairs"], found["unpaired"]) == (6, [2, 0])
-    assert pairs_text(found).endswith("; without a pair: 2 of a")
-    apart = {f"other {name}": row for name, row in rows(base).items()}
-    assert compare("a", rows(base), "b", apart)["verdict"].startswith("no pair of clips")
-
-
 def test_without_opencv_it_is_told_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(InputError, match=r"vidgen\[eval\]"):
         FlowEstimator()
-
-
-def test_prompts_stand_in_names():
-    assert prompt_of("a cat runs-3") == "a cat runs"
-    assert prompt_of("a cat") == "a cat"
-    assert prompt_of("a half-open door-12") == "a half-open door"
-
-
-def test_prompt_suites_as_lines_and_as_vbench_has_them(tmp_path):
-    lines, full = tmp_path / "p.txt", tmp_path / "p.json"
-    lines.write_text("a cat\n\na dog\n")
-    full.write_text('[{"prompt_en": "a cat", "dimension": ["x"]}, {"prompt_en": "a dog"}]')
-    assert PromptSuite.read(lines).prompts == PromptSuite.read(full).prompts == ("a cat", "a dog")
-    full.write_text('{"a": 1}')
-    with pytest.raises(InputError, match="prompt_en"):
-        PromptSuite.read(full)
-    lines.write_text("\n")
-    with pytest.raises(InputError, match="no prompt"):
-        PromptSuite.read(lines)
-
-
-def test_vbenchs_lists_say_dimensions_and_pictures(tmp_path):
-    suite = tmp_path / "i2v.json"
-    suite.write_text(json.dumps([
-        {"prompt_en": "a lake", "dimension": ["i2v_background"], "image_name": "lake 1.jpg"},
-        {"prompt_en": "a lake", "dimension": ["subject_consistency"]},
-        {"prompt_en": "a fox, camera pans left", "dimension": ["camera_motion"]},
-        "a bare prompt",
-    ]))  # fmt: skip
-    read = PromptSuite.read(suite)
-    assert read.prompts == ("a lake", "a fox, camera pans left", "a bare prompt")
-    assert read.counts("a lake", "i2v_background")
-    assert read.counts("a lake", "subject_consistency")
-    assert not read.counts("a lake", "camera_motion")
-    assert not read.counts("a bare prompt", "camera_motion")
-    pictures = {name: tmp_path / name for name in ("lake 1", "a fox", "a_b")}
-    assert picture_of("a lake", pictures, read) == tmp_path / "lake 1"
-    assert picture_of("a fox, camera pans left", pictures, read) == tmp_path / "a fox"
-    assert picture_of("a/b", pictures, None) == tmp_path / "a_b"
-    assert picture_of("a bare prompt", pictures, read) is None
-    suite.write_text('["a lake"]')
-    assert PromptSuite.read(suite).counts("a lake", "camera_motion"), "no list of dimensions"
-    suite.write_text('[{"prompt_en": "a lake", "dimension": "camera_motion"}]')
-    with pytest.raises(InputError, match="dimension a list"):
-        PromptSuite.read(suite)
-    suite.write_text('[{"prompt_en": "a lake", "image_name": ["lake.jpg"]}]')
-    with pytest.raises(InputError, match="image_name should be text"):
-        PromptSuite.read(suite)
-    suite.write_text(json.dumps([{"prompt_en": ["x"] * 5000}]))
-    with pytest.raises(InputError, match="prompt_en and image_name should be text") as caught:
-        PromptSuite.read(suite)
-    assert len(str(caught.value)) < 500
-
-
-def test_clips_are_known_by_the_suites_name_for_them(tmp_path):
-    (tmp_path / "p.txt").write_text("\ufeffa cat/dog\na fox\n" + "long " * 60, "utf-8")
-    suite = PromptSuite.read(tmp_path / "p.txt")
-    cut = file_stem(suite.prompts[2])
-    assert len(cut) < len(suite.prompts[2])
-    told = {"a cat_dog-0": "a cat_dog", "a fox-1": "a fox, told at length", f"{cut}-0": cut}
-    items = [Item(tmp_path / f"{name}.mp4", name, prompt, None) for name, prompt in told.items()]
-    inside, outside, missing = suite.split([*items, Item(tmp_path / "x.mp4", "x", "x", None)])
-    assert [item.prompt for item in inside] == list(suite.prompts)
-    assert [item.name for item in outside] == ["x"]
-    assert missing == []
-
-
-def test_folders_without_clips_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no folder"):
-        find_items(tmp_path / "none")
-    with pytest.raises(InputError, match="holds no clip"):
-        find_items(tmp_path)
-    (tmp_path / "a.mp4").write_bytes(b"x")
-    (tmp_path / "a.webm").write_bytes(b"x")
-    with pytest.raises(InputError, match="two clips named 'a'"):
-        find_items(tmp_path)
-
-
-def test_networks_are_named_and_hashed(tmp_path):
-    with pytest.raises(InputError, match="did you mean 'dino'"):
-        parse_networks(["dinno=x"])
-    with pytest.raises(InputError, match=r"config\.json is missing"):
-        parse_networks([f"dino={tmp_path}"])
-    with pytest.raises(InputError, match="is none and holds none"):
-        parse_networks([f"raft={tmp_path}"])
-    (tmp_path / "i3d.pt").write_text("1")
-    assert parse_networks([f"i3d={tmp_path}"]) == {"i3d": tmp_path / "i3d.pt"}
-    (tmp_path / "other.pt").write_text("2")
-    with pytest.raises(InputError, match="holds 2: name one"):
-        parse_networks([f"i3d={tmp_path}"])
-    with pytest.raises(InputError, match="amt is given twice"):
-        parse_networks([f"amt={tmp_path / 'i3d.pt'}", f"amt={tmp_path / 'other.pt'}"])
-    (tmp_path / "config.json").write_text("{}")
-    before = network_hash(tmp_path)
-    assert parse_networks([f"clip={tmp_path}"]) == {"clip": tmp_path}
-    (tmp_path / "weights").write_text("1")
-    assert network_hash(tmp_path) != before
