@@ -17,6 +17,7 @@ from PIL import Image
 import vidgen
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
+from vidgen.core.shapes import Tiles
 from vidgen.evaluation.generation import generate_batch
 from vidgen.media.clip import Clip
 from vidgen.media.read import fit
@@ -131,6 +132,31 @@ def test_a_first_frame_comes_nearer_to_its_picture_by_steps_of_its_own(
     assert [r.message for r in caplog.records if "tiles isn't refined" in r.message]
     with pytest.raises(InputError, match="refine is 3, but this model takes first frames as they"):
         latents(engine, image=picture, refine=3)
+
+
+def test_what_is_given_may_be_encoded_in_several_passes(
+    engine: Engine, tiny_model: Path, picture: np.ndarray
+) -> None:
+    video = torch.rand((1, 3, 9, 32, 32), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vae = engine.folder.components["vae"].load(torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        once = wanted = vae.encode(video)
+        for _ in range(2):  # half of what it shows, seen by the encoder, lacks of the clip
+            wanted = wanted + 0.5 * (once - vae.encode(vae.decode(wanted).clamp(-1, 1)))
+    torch.testing.assert_close(engine.encode_video(video), once, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(engine.encode_video(video, passes=3), wanted, atol=1e-4, rtol=1e-4)
+    whole, cut = (engine.encode_video(video, tiles, passes=2) for tiles in (None, Tiles(1, 1)))
+    torch.testing.assert_close(whole, cut, atol=1e-4, rtol=1e-4)
+    other = taught(tiny_model, encode_passes=2)
+    for given in ({"image": picture}, {"last_image": picture}, {"reference": [picture]}):
+        assert not torch.equal(latents(other, **given), latents(engine, **given))
+        assert torch.equal(latents(other, **given), latents(engine, **given, encode_passes=2))
+    assert torch.equal(latents(other), latents(engine))
+    assert torch.equal(latents(other, image=picture, encode_passes=1),
+                       latents(engine, image=picture))
+    assert other.generate(PROMPT, seed=1, image=picture).recipe["plan"]["encode_passes"] == 2
+    with pytest.raises(InputError, match="encode_passes is 0; give a whole number from 1 to 100"):
+        latents(engine, image=picture, encode_passes=0)
 
 
 def test_each_picture_of_a_batch_comes_nearer_by_itself(engine: Engine) -> None:

@@ -245,9 +245,9 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
     encode, encode_first, sample = engine.encode_video, engine.encode_first, engine.sample
     begun = []
 
-    def count_encoded(video, tiles=None):
+    def count_encoded(video, tiles=None, passes=1):
         encoded.append(video.shape[2])
-        return encode(video, tiles)
+        return encode(video, tiles, passes)
 
     def count_seen(plan, state, *rest, **told):
         tokens = 0 if state.keys is None else state.keys.latents.shape[2]
@@ -255,9 +255,9 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
         has_given.append(bool(state.has_given.all()))
         return sample(plan, state, *rest, **told)
 
-    def count_begun(picture, num_steps, tiles=None):
+    def count_begun(picture, num_steps, **options):
         begun.append(num_steps)
-        return encode_first(picture, num_steps, tiles)
+        return encode_first(picture, num_steps, **options)
 
     monkeypatch.setattr(engine, "encode_video", count_encoded)
     monkeypatch.setattr(engine, "encode_first", count_begun)
@@ -302,6 +302,22 @@ def test_a_first_frame_that_comes_nearer_costs_time_and_memory(tiny_model, tmp_p
     with Live() as live:
         vae.decode(latents).sum().backward()
     assert refine_bytes(config, 16, 16, 4) == pytest.approx(live.peak, rel=0.35)
+
+
+def test_more_passes_of_the_encoder_cost_time_and_memory(tiny_model, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    folder, plan, request = planned(tiny_model, image=str(tmp_path / "a.png"))
+    one, two, three = (
+        {stage.name: stage for stage in estimate(
+            folder, replace(plan, encode_passes=passes), request, FP32).stages}["prepare"]
+        for passes in (1, 2, 3)
+    )  # fmt: skip
+    assert one.bytes < two.bytes == three.bytes
+    assert one.seconds < two.seconds
+    assert three.seconds - two.seconds == pytest.approx(two.seconds - one.seconds)
+    bare = replace(request, image=None)
+    again = estimate(folder, replace(plan, encode_passes=3), bare, FP32).stages
+    assert again == estimate(folder, plan, bare, FP32).stages
 
 
 def test_conditions_cost_encoding_and_tokens(tiny_model, tmp_path):

@@ -291,11 +291,12 @@ def test_other_scales_follow_a_guidance_that_is_set(engine: Engine, tmp_path: Pa
 
 def test_a_first_frame_is_taken_as_it_was(engine: Engine, tmp_path: Path) -> None:
     recipe = json.loads(json.dumps(engine.generate(PROMPT, seed=5, image=PICTURE).recipe))
-    assert request_from_recipe(recipe, tmp_path).refine == 0
-    recipe["plan"]["refine_steps"] = 9
-    assert request_from_recipe(recipe, tmp_path).refine == 9
-    del recipe["plan"]["refine_steps"]  # as recipes were before there was a choice
-    assert request_from_recipe(recipe, tmp_path).refine == 0
+    for option, name, plain in (("refine", "refine_steps", 0), ("encode_passes",) * 2 + (1,)):
+        assert getattr(request_from_recipe(recipe, tmp_path), option) == plain
+        recipe["plan"][name] = 9
+        assert getattr(request_from_recipe(recipe, tmp_path), option) == 9
+        del recipe["plan"][name]  # as recipes were before there was a choice
+        assert getattr(request_from_recipe(recipe, tmp_path), option) == plain
 
 
 def test_another_model_is_refused_unless_it_will_do(

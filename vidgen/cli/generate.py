@@ -72,6 +72,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--image", metavar="IMAGE", help="the first frame")
     add("--refine", type=int, metavar="N",
         help="gradient steps that bring its latents nearer to it; 0 is off")
+    add("--encode-passes", type=int, metavar="N",
+        help="how often the VAE encodes what is given, nearer to it each time; 1 is as usual")
     add("--last-image", metavar="IMAGE", help="the last frame")
     add("--frame", type=_frame, action="append", default=[], metavar="SECONDS=IMAGE",
         help="a known frame at any time; may be repeated")

@@ -50,7 +50,8 @@ _TEXTS = {
 _NEVER_LEFT_OUT = ("count", "retry", "strict", "label", "fit", "tiles", "cache")
 _WHOLE = {
     "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
-    "retry": (0, 100), "refine": (0, 1000), "overlap": (1, 1000), "devices": (1, MAX_DEVICES),
+    "retry": (0, 100), "refine": (0, 1000), "encode_passes": (1, 100), "overlap": (1, 1000),
+    "devices": (1, MAX_DEVICES),
     "audio_steps": (1, 1000), "audio_candidates": (1, 16), "image_guidance_reach": (0, 1000),
 }
 _NUMBER = {
@@ -129,6 +130,8 @@ class Request:
         refine: gradient steps that bring a given first frame's latents nearer to it, through the
             VAE's decoder; 0 takes them as they are encoded. For models that have a number of their
             own (toybox).
+        encode_passes: how often the VAE encodes what is given: behind the first pass, what the
+            latents lack of it by the VAE's own decoder is added to them by half.
         frame: (seconds, picture) pairs, known frames at any time.
         reference: pictures of subjects that are to appear.
         mask: picture or video, white where new content is wanted; needs `video` or `image`.
@@ -202,6 +205,7 @@ class Request:
     shift: float | None = None
     image: Picture | None = None
     refine: int | None = None
+    encode_passes: int | None = None
     last_image: Picture | None = None
     frame: tuple[tuple[float, Picture], ...] = ()
     reference: tuple[Picture, ...] = ()

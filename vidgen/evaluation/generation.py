@@ -56,7 +56,7 @@ def generate_batch(
         return torch.cat([_rolled(engine, each) for each in plans])
     state = _new_state(engine, plan, seeds)
     if first_frames is not None:
-        first = engine.encode_first(first_frames, plan.refine_steps)
+        first = engine.encode_first(first_frames, plan.refine_steps, passes=plan.encode_passes)
         state = condition.first_frame(state, first)
     return _pixels(engine, engine.sample(plan, state, _contexts(engine, plan, prompts)))
 
@@ -119,7 +119,8 @@ def redraw(
     Returns:
         Video as `generate_batch` gives it.
     """
-    begins, latents = float(engine.sigmas(plan)[0]), engine.encode_video(video)
+    begins = float(engine.sigmas(plan)[0])
+    latents = engine.encode_video(video, passes=plan.encode_passes)
     state = condition.video_at_strength(_new_state(engine, plan, seeds), latents, begins)
     return _pixels(engine, engine.sample(plan, state, _contexts(engine, plan, prompts)))
 
@@ -127,7 +128,8 @@ def redraw(
 @torch.no_grad()
 def round_trip(engine: Engine, video: Tensor) -> Tensor:
     """Video [B, 3, T, H, W] encoded and decoded by the model's VAE, clamped, on the CPU."""
-    return _pixels(engine, engine.encode_video(video))
+    passes = engine.folder.defaults.encode_passes
+    return _pixels(engine, engine.encode_video(video, passes=passes))
 
 
 def _pixels(engine: Engine, latents: Tensor) -> Tensor:

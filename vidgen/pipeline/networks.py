@@ -26,6 +26,7 @@ from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, guided
 from vidgen.diffusion.samplers import whole_timesteps
 from vidgen.diffusion.token_part import TokenPart
 from vidgen.models.dit_inputs import AudioTokens, KVCache
+from vidgen.models.vae import CausalVAE
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread
 from vidgen.pipeline.devices.stretches import rooms_for
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 REFINE_RATE = 0.02
 """Of `refine_first`'s first step, in deviations of the latents."""
 REFINE_BETAS = (0.9, 0.95)
+BACK_SHARE = 0.5
+"""Of what latents lack, that a pass adds: all of it makes fast motion worse."""
 Contexts = Sequence[tuple[Tensor, Tensor]]
 """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
 
@@ -214,15 +217,37 @@ def velocity(
 
 
 @torch.no_grad()
-def encode_pixels(parts: Parts, video: Tensor, tiles: Tiles | None = None) -> Tensor:
-    """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32."""
+def encode_pixels(
+    parts: Parts, video: Tensor, tiles: Tiles | None = None, passes: int = 1
+) -> Tensor:
+    """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32.
+
+    With more `passes` than one, what the latents show is encoded, too, and half of what they lack
+    there is added to them (back-projection: Irani & Peleg 1991, eq. 3).
+    """
     with parts.use("vae") as vae:
-        pixels = [video.to(parts.device, next(vae.parameters()).dtype)]
-        if tiles is None:
-            frames = vae.stream_encode(pixels)
-        else:
-            frames = encode_in_tiles(vae, pixels, tiles, rooms_for(tiles))
-        return torch.cat(list(frames), dim=2).float()
+        pixels = video.to(parts.device, next(vae.parameters()).dtype)
+        latents = encoded = _encoded(vae, pixels, tiles)
+        for _ in range(1, passes):
+            shown = torch.cat(list(_decoded(vae, latents.to(pixels.dtype).split(1, dim=2), tiles)),
+                              dim=2)
+            lacking = encoded - _encoded(vae, shown.clamp_(-1, 1), tiles)
+            latents = latents + BACK_SHARE * lacking
+        return latents
+
+
+def _encoded(vae: CausalVAE, pixels: Tensor, tiles: Tiles | None) -> Tensor:
+    if tiles is None:
+        frames = vae.stream_encode([pixels])
+    else:
+        frames = encode_in_tiles(vae, [pixels], tiles, rooms_for(tiles))
+    return torch.cat(list(frames), dim=2).float()
+
+
+def _decoded(vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None) -> Iterator[Tensor]:
+    if tiles is None:
+        return vae.stream_decode(frames)
+    return decode_in_tiles(vae, frames, tiles, rooms_for(tiles))
 
 
 @torch.no_grad()
@@ -288,11 +313,7 @@ def decode_frames(
         dtype = next(vae.parameters()).dtype
         first = max(0, begin - vae.receptive_frames + 1)
         pieces = (frame.to(parts.device, dtype) for frame in islice(frames, first, None))
-        if tiles is None:
-            videos = vae.stream_decode(pieces)
-        else:
-            videos = decode_in_tiles(vae, pieces, tiles, rooms_for(tiles))
-        for index, video in enumerate(videos, first):
+        for index, video in enumerate(_decoded(vae, pieces, tiles), first):
             if index >= begin:
                 yield video
 

@@ -115,19 +115,24 @@ class OpenedModel:
         """(context [B, S, D], lengths [B]) of prompts; `learned` are embeddings of tokens."""
         return self.prompts.encode(prompts, learned)
 
-    def encode_video(self, video: Tensor, tiles: Tiles | None = None) -> Tensor:
-        """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32."""
-        return encode_pixels(self.parts, video, tiles)
+    def encode_video(
+        self, video: Tensor, tiles: Tiles | None = None, passes: int = 1
+    ) -> Tensor:
+        """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32.
+
+        They are nearer to it after several `passes`; see `encode_pixels`.
+        """
+        return encode_pixels(self.parts, video, tiles, passes)
 
     def encode_first(
-        self, picture: Tensor, num_steps: int, tiles: Tiles | None = None
+        self, picture: Tensor, num_steps: int, tiles: Tiles | None = None, passes: int = 1
     ) -> Tensor:
         """A first frame [B, 3, 1, H, W] in [-1, 1] as normalised latents [B, C, 1, h, w], float32.
 
         In `num_steps` steps they come nearer to it than the encoder alone brings them, unless the
         picture is taken in tiles, since it doesn't fit the memory.
         """
-        latents = self.encode_video(picture, tiles)
+        latents = self.encode_video(picture, tiles, passes)
         if not num_steps:
             return latents
         if tiles is not None:

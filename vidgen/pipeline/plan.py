@@ -48,6 +48,7 @@ class Plan:
         cache: what spares steps, or None.
         tiles: that the VAE takes a picture in; None: the whole.
         refine_steps: that bring a given first frame's latents nearer to it.
+        encode_passes: by which the VAE encodes what is given; see `encode_pixels`.
         sound_steps: of the model's own sound; 0: as many as its picture takes.
         sound_candidates: sounds that the model makes for its picture, of which one is kept.
         sound_delay_s: by which that sound follows it, in seconds.
@@ -75,6 +76,7 @@ class Plan:
     cache: CacheChoice | None = None
     tiles: Tiles | None = None
     refine_steps: int = 0
+    encode_passes: int = 1
     sound_steps: int = 0
     sound_candidates: int = 1
     sound_delay_s: float = 0.0
@@ -136,7 +138,9 @@ def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = Non
         strength=1.0 if request.strength is None else float(request.strength),
         control_scale=1.0 if request.control_scale is None else float(request.control_scale),
         fit=request.fit, latents=shape, tiles=_tiles(request, shape),
-        refine_steps=_refine_steps(request, defaults), **_own_sound(request, folder),
+        refine_steps=_refine_steps(request, defaults),
+        encode_passes=request.encode_passes or defaults.encode_passes,
+        **_own_sound(request, folder),
     )
 
 

@@ -258,8 +258,9 @@ class Engine(OpenedModel):
         state = condition.new_state(noise.float().to(self.device))
         describe = None if self.dit_config.image_dim is None else self.describe
         model = Encoder(
-            partial(self.encode_video, tiles=plan.tiles),
-            partial(self.encode_first, num_steps=plan.refine_steps, tiles=plan.tiles),
+            partial(self.encode_video, tiles=plan.tiles, passes=plan.encode_passes),
+            partial(self.encode_first, num_steps=plan.refine_steps, tiles=plan.tiles,
+                    passes=plan.encode_passes),
             describe, self.folder.conditioning, self.vae_config.strides, self.dit_config.patch_size,
         )
         start_sigma = float(self.sigmas(plan, request.scheduler)[0])

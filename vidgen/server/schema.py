@@ -135,6 +135,7 @@ class ExtraParams(Strict):
     image_guidance_reach: Whole | None = Field(None, ge=0, le=1000)
     guidance_rescale: Number | None = Field(None, ge=0, le=1)
     refine: Whole | None = Field(None, ge=0, le=100)
+    encode_passes: Whole | None = Field(None, ge=1, le=10)
     audio_steps: Whole | None = Field(None, ge=1, le=200)
     audio_candidates: Whole | None = Field(None, ge=1, le=16)
     audio_delay: Number | None = Field(None, ge=0, le=1)

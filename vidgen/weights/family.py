@@ -44,6 +44,7 @@ class ModelDefaults:
         image_guidance_reach: see `Guidance.reach`.
         refine_steps: gradient steps that bring a given first frame's latents nearer to it; None: of
             a model that takes them as its VAE encodes them.
+        encode_passes: by which its VAE encodes what is given; see `encode_pixels`.
         sound_steps: of a model's own sound; None: as many as its picture takes.
         sound_candidates: sounds that a model makes for a clip, of which one is kept.
         sound_delay_s: by which its sound follows its picture, in seconds.
@@ -72,6 +73,7 @@ class ModelDefaults:
     image_guidance_scale: float | None = None
     image_guidance_reach: int = 0
     refine_steps: int | None = None
+    encode_passes: int = 1
     sound_steps: int | None = None
     sound_candidates: int = 1
     sound_delay_s: float = 0.0

@@ -61,14 +61,16 @@ class Memory:
             return self._held((), 0)
         longest, itemsize = max(job.passes.encoded), job.vae_dtype.itemsize
         pixels = job.plan.width * job.plan.height
-        live = vae_bytes(
-            job.vae, job.rows, job.columns, itemsize, decode=False, whole=longest > 1,
-            fused=self._fused, tiles=job.setup.tiles,
+        again = job.plan.encode_passes > 1  # what the latents show is decoded, and encoded, too
+        live = max(
+            vae_bytes(job.vae, job.rows, job.columns, itemsize, decode=decode, whole=longest > 1,
+                      fused=self._fused, tiles=job.setup.tiles)
+            for decode in (False, True)[: 1 + again]
         )
         if job.num_refined:
             live = max(live, refine_bytes(job.vae, job.rows, job.columns, itemsize))
         # the clip as floats, twice while it is scaled, and in the VAE's dtype
-        active = self._resident(live) + 3 * longest * pixels * (9 + itemsize)
+        active = self._resident(live) + 3 * longest * pixels * (9 + itemsize * (1 + 2 * again))
         return self._held(("vae", "image_encoder"), active)
 
     def denoise(self) -> int:

@@ -48,10 +48,12 @@ class Seconds:
         job, seconds = self.job, 0.0
         for frames in job.passes.encoded:
             latent = 1 + (frames - 1) // job.vae.strides.t
-            seconds += job.vae_rates.seconds(
+            once = job.vae_rates.seconds(
                 vae_ops(job.vae, latent, job.rows, job.columns, decode=False,
                         tiles=job.setup.tiles)
             )
+            again = job.plan.encode_passes - 1
+            seconds += once + again * (once + self._decoding(latent)) if again else once
         if job.num_refined:
             passes = job.num_refined * (1 + REFINE_PASSES * job.plan.refine_steps)
             seconds += passes * self._decoding(1)

@@ -67,7 +67,7 @@ def _encode_end(engine: Engine, plan: Plan, request: Request, inputs: Inputs) ->
         total += 1
     count = 1 + (len(ending) - 1) // t * t
     video = pixels_of(list(ending)[-count:], plan.width, plan.height, plan.fit)
-    latents = engine.encode_video(video, plan.tiles).cpu()
+    latents = engine.encode_video(video, plan.tiles, plan.encode_passes).cpu()
     return Beginning(
         latents=latents, num_frames=total, frames_ahead=0,
         num_latents=1 + math.ceil((total - 1) / t), colours=colours_of(latents),
