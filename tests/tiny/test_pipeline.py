@@ -154,6 +154,9 @@ def test_what_is_given_may_be_encoded_in_several_passes(
     assert torch.equal(latents(other), latents(engine))
     assert torch.equal(latents(other, image=picture, encode_passes=1),
                        latents(engine, image=picture))
+    refined = {"encode_passes": 2, "refine_steps": 4}
+    assert torch.equal(latents(taught(tiny_model, **refined), image=picture),
+                       latents(taught(tiny_model, refine_steps=4), image=picture))
     assert other.generate(PROMPT, seed=1, image=picture).recipe["plan"]["encode_passes"] == 2
     with pytest.raises(InputError, match="encode_passes is 0; give a whole number from 1 to 100"):
         latents(engine, image=picture, encode_passes=0)

@@ -318,6 +318,9 @@ def test_more_passes_of_the_encoder_cost_time_and_memory(tiny_model, tmp_path):
     bare = replace(request, image=None)
     again = estimate(folder, replace(plan, encode_passes=3), bare, FP32).stages
     assert again == estimate(folder, plan, bare, FP32).stages
+    refined = (estimate(folder, replace(plan, encode_passes=passes, refine_steps=2), request, FP32)
+               for passes in (1, 3))
+    assert next(refined).stages == next(refined).stages, "steps behind one pass"
 
 
 def test_conditions_cost_encoding_and_tokens(tiny_model, tmp_path):

@@ -129,16 +129,14 @@ class OpenedModel:
     ) -> Tensor:
         """A first frame [B, 3, 1, H, W] in [-1, 1] as normalised latents [B, C, 1, h, w], float32.
 
-        In `num_steps` steps they come nearer to it than the encoder alone brings them, unless the
-        picture is taken in tiles, since it doesn't fit the memory.
+        In `num_steps` steps they come nearer to it than `passes` of the encoder bring them, unless
+        the picture is taken in tiles, since it doesn't fit the memory.
         """
-        latents = self.encode_video(picture, tiles, passes)
-        if not num_steps:
-            return latents
-        if tiles is not None:
+        if num_steps and tiles is None:
+            return refine_first(self.parts, picture, self.encode_video(picture), num_steps)
+        if num_steps:
             log.warning("a first frame that is taken in tiles isn't refined; refine 0 says so")
-            return latents
-        return refine_first(self.parts, picture, latents, num_steps)
+        return self.encode_video(picture, tiles, passes)
 
     @torch.no_grad()
     def decode_video(

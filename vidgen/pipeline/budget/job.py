@@ -85,6 +85,19 @@ class Job:
         return self.passes.refined if taken else 0
 
     @property
+    def encoded(self) -> list[tuple[int, int]]:
+        """Frames of each video or still that the VAE encodes, and in how many passes.
+
+        Refined first frames take one.
+        """
+        passes, refined, each = self.plan.encode_passes, self.num_refined, list[tuple[int, int]]()
+        for frames in self.passes.encoded:
+            once = frames == 1 and refined > 0
+            refined -= once
+            each.append((frames, 1 if once else passes))
+        return each
+
+    @property
     def text_tokens(self) -> int:
         """About how many tokens a prompt has: four bytes each."""
         longest = max(len(text.encode()) for text in (self.plan.prompt, self.plan.negative))

@@ -61,7 +61,8 @@ class Memory:
             return self._held((), 0)
         longest, itemsize = max(job.passes.encoded), job.vae_dtype.itemsize
         pixels = job.plan.width * job.plan.height
-        again = job.plan.encode_passes > 1  # what the latents show is decoded, and encoded, too
+        # behind a first pass what the latents show is decoded, and encoded, too
+        again = any(passes > 1 for _, passes in job.encoded)
         live = max(
             vae_bytes(job.vae, job.rows, job.columns, itemsize, decode=decode, whole=longest > 1,
                       fused=self._fused, tiles=job.setup.tiles)

@@ -46,14 +46,14 @@ class Seconds:
     def prepare(self) -> float:
         """To encode what is given, and to refine first frames."""
         job, seconds = self.job, 0.0
-        for frames in job.passes.encoded:
+        for frames, times in job.encoded:
             latent = 1 + (frames - 1) // job.vae.strides.t
             once = job.vae_rates.seconds(
                 vae_ops(job.vae, latent, job.rows, job.columns, decode=False,
                         tiles=job.setup.tiles)
             )
-            again = job.plan.encode_passes - 1
-            seconds += once + again * (once + self._decoding(latent)) if again else once
+            shown = self._decoding(latent) if times > 1 else 0.0
+            seconds += times * once + (times - 1) * shown
         if job.num_refined:
             passes = job.num_refined * (1 + REFINE_PASSES * job.plan.refine_steps)
             seconds += passes * self._decoding(1)
