@@ -97,7 +97,7 @@ def test_a_film_killed_goes_on_in_the_shot_at_work(served, tmp_path):
 
 
 def test_told_to_stop_it_puts_the_job_by(served):
-    job = served.create(**{**LONG, "num_frames": 65})  # not done before it is looked at
+    job = served.create(**{**LONG, "num_frames": 49})  # not done before it is looked at
     wait_for(is_at_step(served, job, 20))
     assert served.stop() == 0
     served.start()
