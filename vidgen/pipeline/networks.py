@@ -26,7 +26,6 @@ from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, guided
 from vidgen.diffusion.samplers import whole_timesteps
 from vidgen.diffusion.token_part import TokenPart
 from vidgen.models.dit_inputs import AudioTokens, KVCache
-from vidgen.models.vae import CausalVAE
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread
 from vidgen.pipeline.devices.stretches import rooms_for
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise, StepCache
     from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
+    from vidgen.models.vae import CausalVAE
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
 
@@ -226,21 +226,20 @@ def encode_pixels(
     there is added to them (back-projection: Irani & Peleg 1991, eq. 3).
     """
     with parts.use("vae") as vae:
-        pixels = video.to(parts.device, next(vae.parameters()).dtype)
-        latents = encoded = _encoded(vae, pixels, tiles)
+        dtype = next(vae.parameters()).dtype
+        latents = encoded = _encoded(vae, [video.to(parts.device, dtype)], tiles)
         for _ in range(1, passes):
-            shown = torch.cat(list(_decoded(vae, latents.to(pixels.dtype).split(1, dim=2), tiles)),
-                              dim=2)
-            lacking = encoded - _encoded(vae, shown.clamp_(-1, 1), tiles)
+            shown = _decoded(vae, latents.to(dtype).split(1, dim=2), tiles)
+            lacking = encoded - _encoded(vae, (part.clamp(-1, 1) for part in shown), tiles)
             latents = latents + BACK_SHARE * lacking
         return latents
 
 
-def _encoded(vae: CausalVAE, pixels: Tensor, tiles: Tiles | None) -> Tensor:
+def _encoded(vae: CausalVAE, video: Iterable[Tensor], tiles: Tiles | None) -> Tensor:
     if tiles is None:
-        frames = vae.stream_encode([pixels])
+        frames = vae.stream_encode(video)
     else:
-        frames = encode_in_tiles(vae, [pixels], tiles, rooms_for(tiles))
+        frames = encode_in_tiles(vae, video, tiles, rooms_for(tiles))
     return torch.cat(list(frames), dim=2).float()
 
 

@@ -115,9 +115,7 @@ class OpenedModel:
         """(context [B, S, D], lengths [B]) of prompts; `learned` are embeddings of tokens."""
         return self.prompts.encode(prompts, learned)
 
-    def encode_video(
-        self, video: Tensor, tiles: Tiles | None = None, passes: int = 1
-    ) -> Tensor:
+    def encode_video(self, video: Tensor, tiles: Tiles | None = None, passes: int = 1) -> Tensor:
         """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32.
 
         They are nearer to it after several `passes`; see `encode_pixels`.

@@ -61,9 +61,9 @@ class Memory:
             return self._held((), 0)
         longest, itemsize = max(job.passes.encoded), job.vae_dtype.itemsize
         pixels = job.plan.width * job.plan.height
-        # behind a first pass what the latents show is decoded, and encoded, too
+        # behind a first pass what the latents show is decoded while it is encoded
         again = any(passes > 1 for _, passes in job.encoded)
-        live = max(
+        live = sum(
             vae_bytes(job.vae, job.rows, job.columns, itemsize, decode=decode, whole=longest > 1,
                       fused=self._fused, tiles=job.setup.tiles)
             for decode in (False, True)[: 1 + again]
@@ -71,7 +71,7 @@ class Memory:
         if job.num_refined:
             live = max(live, refine_bytes(job.vae, job.rows, job.columns, itemsize))
         # the clip as floats, twice while it is scaled, and in the VAE's dtype
-        active = self._resident(live) + 3 * longest * pixels * (9 + itemsize * (1 + 2 * again))
+        active = self._resident(live) + 3 * longest * pixels * (9 + itemsize)
         return self._held(("vae", "image_encoder"), active)
 
     def denoise(self) -> int:
