@@ -181,6 +181,10 @@ def test_clips_of_a_step_are_compared_where_its_noise_is_left(
             lowest[batch.last].append(float(batch.sigma.min()))
         assert min(lowest[1]) < 0.4, "nothing follows the last step"
         assert (min(lowest[0]) >= float(task.sigmas[1])) == phased
+    refused = with_run(settings | {"match": match | {"phased": True, "between": [0.1, 0.8]}},
+                       tmp_path)
+    with pytest.raises(InputError, match=r"clips of that step at 0\.83 and above; give a later"):
+        MatchTask(refused)
 
 
 def test_what_has_no_such_part_is_refused(

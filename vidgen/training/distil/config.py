@@ -124,6 +124,11 @@ class DeltaConfig:
         """Whether the student's other part stays beside it, on the other side of the boundary."""
         return self.above or self.part == LOW
 
+    @property
+    def asked(self) -> str:
+        """What says so in the run's YAML, for messages."""
+        return "delta.above is true" if self.above else f"delta.part is {self.part!r}"
+
 
 @dataclass(frozen=True)
 class MatchConfig:
@@ -194,9 +199,8 @@ class DistilRun:
             raise InputError("match and trajectories.by_student are both given; a student is "
                              "matched with the guided model, leave by_student out")
         if self.delta.has_other and (self.roll is not None or self.trajectories.by_student):
-            asked = "delta.above is true" if self.delta.above else f"delta.part is {LOW!r}"
-            raise InputError(f"{asked}; such a part neither rolls clips out nor has a student for "
-                             "its teacher, leave roll and trajectories.by_student out")
+            raise InputError(f"{self.delta.asked}; such a part neither rolls clips out nor has a "
+                             "student for its teacher, leave roll and trajectories.by_student out")
         if self.match is not None and self.match.start is None and self.delta.begin_as is None:
             raise InputError("match.start and delta.begin_as are both missing; matching goes on "
                              "from a student, give its run folder or the name of a model's own")

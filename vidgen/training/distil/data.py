@@ -43,13 +43,13 @@ def open_shards(config: DistilRun) -> TrajectoryShards:
 
     Raises:
         InputError: the teacher's first transformer knows no low noise, it has no expert there, or
-            the folder holds others.
+            no student with a part for it; the folder holds others.
     """
     folder = open_trainable(config.teacher)
     has_low = config.delta.has_other
     if has_low and LOW not in folder.components:
-        asked = "above is true" if config.delta.above else f"part is {LOW!r}"
-        raise InputError(f"delta.{asked}, but {folder.name!r} has one transformer; leave it out")
+        raise InputError(f"{config.delta.asked}, but {folder.name!r} has one transformer; leave it "
+                         "out")
     if LOW in folder.components and folder.family != "toybox":
         raise InputError(f"{folder.name} has two transformers, each for some noise levels alone; "
                          "the student is a delta of one that knows all of them")

@@ -76,19 +76,20 @@ class MatchTask(DeltaTask[MatchBatch]):
         self.teacher = self.shards.teacher(DTYPES[config.run.dtype])
 
     def _check_levels(self) -> None:
-        """Refuse steps and levels that aren't those of the part that is taught."""
-        if self.other is None:
-            return
+        """Refuse steps and levels that aren't those of the part that is taught, or none."""
         first, (low, high) = self.match.first_step, self.match.between
         asked = f"match.first_step is {first} and match.between {[low, high]}"
-        if self.config.delta.above and (first >= self.own.stop or low < self.boundary):
+        above = self.config.delta.above
+        takes_over = self.own.stop if above else self.own.start
+        remedy = "an earlier step, and no lower level" if above else "that, and no higher level"
+        reaches = low < self.boundary if above else high > self.boundary
+        if self.other is not None and (first not in self.own or reaches):
             raise InputError(f"{asked}, but the expert at low noise takes over at step "
-                             f"{self.own.stop}, below {self.boundary:g}; give an earlier step, and "
-                             "no lower level")
-        if not self.config.delta.above and (first < self.own.start or high > self.boundary):
-            raise InputError(f"{asked}, but the expert at low noise takes over at step "
-                             f"{self.own.start}, below {self.boundary:g}; give that, and no higher "
-                             "level")
+                             f"{takes_over}, below {self.boundary:g}; give {remedy}")
+        if self.levels(first)[0] >= high:
+            raise InputError(f"{asked}, but match.phased compares clips of that step at "
+                             f"{self.levels(first)[0]:.2f} and above; give a later step, or a "
+                             "higher level")
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW over the factors of both deltas."""
