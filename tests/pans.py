@@ -1,4 +1,4 @@
-"""Clips of a camera that pans over a texture."""
+"""Clips of a camera that pans over a texture, and who listens while they are measured."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def save(path: Path, frames: np.ndarray, recipe: dict | None = None, fps: Fracti
     """Write a clip."""
     size = frames.shape[2], frames.shape[1]
     write_clip(path, [frames], ClipInfo(fps, size, len(frames), recipe=recipe))
+
+
+def quiet(event: dict) -> None:
+    """Takes what a run tells: notes and progress."""
+    assert event["event"] in ("note", "progress")

@@ -291,7 +291,8 @@ def test_other_scales_follow_a_guidance_that_is_set(engine: Engine, tmp_path: Pa
 
 def test_a_first_frame_is_taken_as_it_was(engine: Engine, tmp_path: Path) -> None:
     recipe = json.loads(json.dumps(engine.generate(PROMPT, seed=5, image=PICTURE).recipe))
-    for option, name, plain in (("refine", "refine_steps", 0), ("encode_passes",) * 2 + (1,)):
+    for option, name, plain in (("refine", "refine_steps", 0),
+                                ("encode_passes", "encode_passes", 1)):
         assert getattr(request_from_recipe(recipe, tmp_path), option) == plain
         recipe["plan"][name] = 9
         assert getattr(request_from_recipe(recipe, tmp_path), option) == 9

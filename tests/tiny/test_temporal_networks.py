@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.pans import pan, save
+from tests.pans import pan, quiet, save
 from vidgen.core.errors import InputError, ModelError
 from vidgen.evaluation.metrics.networks import (
     Networks,
@@ -21,10 +21,6 @@ from vidgen.evaluation.metrics.networks import (
     smoothed,
 )
 from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
-
-
-def quiet(event: dict) -> None:
-    assert event["event"] in ("note", "progress")
 
 
 class Embed(torch.nn.Module):

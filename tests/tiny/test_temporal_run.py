@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.pans import FPS, SIZE, pan, save
+from tests.pans import FPS, SIZE, pan, quiet, save
 from tests.programs import load_program
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError
@@ -46,10 +46,6 @@ def results(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     assert main(["eval", "temporal", "--videos", good, "--videos", bad, "-o", str(output),
                  "--report", str(output.with_suffix(".html"))]) == 0  # fmt: skip
     return output
-
-
-def quiet(event: dict) -> None:
-    assert event["event"] in ("note", "progress")
 
 
 def test_the_better_folder_is_told_and_by_how_much(results: Path) -> None:
