@@ -111,6 +111,16 @@ def test_only_slips_are_near():
     assert near_words("pirouettes", known) == [], "another word is no slip"
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("umbrlela", "umbrella"), ("heilcoptr", "helicopter"), ("tarctr", None), ("numbrella", "umbrella"),
+     ("poppins", None), ("banksy", None)],
+)  # fmt: skip
+def test_two_slips_are_read_in_long_words_that_begin_alike(word, meant):
+    tokenizer = PromptTokenizer(embedded_folder("toybox") / "tokenizer")
+    assert tokenizer.readings(word).get(word) == meant
+
+
 def test_slips_people_make_are_near_what_they_meant():
     tokenizer = PromptTokenizer(embedded_folder("toybox") / "tokenizer")
     written = [p for p in read_phrasings(200) if p.kind == "typos"]

@@ -24,6 +24,7 @@ _LINKS = frozenset(["a", "an", "and", "at", "by", "from", "in", "into", "is", "i
                     "over", "the", "through", "to", "under", "up", "with"])  # fmt: skip
 _SHORT_STEM = re.compile(r"[^aeiou]+[aeiou][^aeiouwxy]")  # doubles its last letter: hop, hopping
 _VOWELS = frozenset("aeiou")
+_LONG = 7  # letters of a word in which two slips are read
 _FIRST = 0.01  # a word's first letter is seldom a wrong one
 
 
@@ -136,7 +137,7 @@ class WordReader:
         near = next(iter(self.near(word)), None)
         if near is not None and slip_count(word, near) == 1:
             return near
-        return self._joined(word) or near
+        return self._joined(word) or (near if near and _meant_by_two(word, near) else None)
 
     def near(self, word: str) -> list[str]:
         """Known words of which `word` may be a slip, at most three, the likeliest first."""
@@ -155,6 +156,14 @@ class WordReader:
             ):
                 return " ".join(parts)
         return None
+
+
+def _meant_by_two(word: str, near: str) -> bool:
+    """Whether two slips are likelier than another word, such as a name.
+
+    Fingers seldom miss the first letter (Kukich 1992, section 1.2), nor a third of a word.
+    """
+    return len(word) >= _LONG and word[0] == near[0]
 
 
 def _singulars(word: str) -> Iterator[str]:
