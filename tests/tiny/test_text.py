@@ -113,8 +113,10 @@ def test_only_slips_are_near():
 
 @pytest.mark.parametrize(
     ("word", "meant"),
-    [("umbrlela", "umbrella"), ("heilcoptr", "helicopter"), ("tarctr", None), ("numbrella", "umbrella"),
-     ("poppins", None), ("banksy", None)],
+    [
+        ("umbrlela", "umbrella"), ("heilcoptr", "helicopter"), ("numbrella", "umbrella"),
+        ("tarctr", None), ("poppins", None), ("banksy", None),
+    ],
 )  # fmt: skip
 def test_two_slips_are_read_in_long_words_that_begin_alike(word, meant):
     tokenizer = PromptTokenizer(embedded_folder("toybox") / "tokenizer")
