@@ -17,10 +17,20 @@ from vidgen.pipeline.journal.job import JOB, MADE, job_facts, progress_text
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+#: A save waits 50 times as long as the last took; on a slow disk the first would be the last.
+IMPATIENT = """
+import sys
+from vidgen.cli.main import main
+from vidgen.pipeline.journal import journal
+journal.PATIENCE = 0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def kill_at(stage, command, kept="state.safetensors", done=2):
     """Run a command line in a process until it is in a stage with something kept, then kill it."""
     run = subprocess.Popen(
-        [sys.executable, "-m", "vidgen", *command, "--events", "-"], stdout=subprocess.PIPE,
+        [sys.executable, "-c", IMPATIENT, *command, "--events", "-"], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     for line in run.stdout:
