@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 #: A save waits 50 times as long as the last took; on a slow disk the first would be the last.
+#: (`tests.faults.command` saves as often, but in shorter segments, whose frames are others.)
 IMPATIENT = """
 import sys
 from vidgen.cli.main import main

@@ -137,7 +137,9 @@ class WordReader:
         near = next(iter(self.near(word)), None)
         if near is not None and slip_count(word, near) == 1:
             return near
-        return self._joined(word) or (near if near and _meant_by_two(word, near) else None)
+        if (joined := self._joined(word)) is not None:
+            return joined
+        return near if near is not None and _meant_by_two(word, near) else None
 
     def near(self, word: str) -> list[str]:
         """Known words of which `word` may be a slip, at most three, the likeliest first."""
