@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,10 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_write, fingerprint
-from vidgen.evaluation.generation import redraw
+from vidgen.evaluation.redrawing import Redrawer
 from vidgen.evaluation.rulers.sync import measure_ruler
 from vidgen.models.audio import AudioVAE
-from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.video import Engine, load
 from vidgen.toybox.captions import caption
 from vidgen.toybox.judge import JudgeFolder, embedded_judge
 from vidgen.toybox.scenes import SEED_RANGES, Scene
@@ -85,18 +82,13 @@ def without_nan(scores: dict[str, Any]) -> dict[str, Any]:
 
 def drawn_by(model: str, strength: float) -> Callable[[Sequence[Scene], Tensor], Tensor]:
     """How a model draws clips [B, 3, T, H, W] of some scenes anew, noised as far as `strength`."""
-    engine = load(model)
-    if not isinstance(engine, Engine):
-        raise InputError(f"--model {model} is of a family that can't draw batches anew; give a "
-                         "folder of toybox's kind")
-    empty = Request.of("a clip", {"seed": 0})  # of what is to be seen each scene has its own words
-    plan = replace(engine.plan(empty, Inputs()), strength=strength)
     if not 0 < strength <= 1:
         raise InputError(f"--strength {strength}: give more than 0, up to 1")
+    redrawer = Redrawer(model)
 
     def drawn(scenes: Sequence[Scene], video: Tensor) -> Tensor:
         told = [caption(scene, seed=0, detail="full") for scene in scenes]
-        return redraw(engine, plan, video, told, [scene.seed for scene in scenes])
+        return redrawer.video(video, told, [scene.seed for scene in scenes], strength)
 
     return drawn
 

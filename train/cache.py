@@ -17,6 +17,7 @@ from rich.progress import track
 from vidgen.core.config import build, load_run
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import reuse_freed_memory
+from vidgen.evaluation.redrawing import Redrawer
 from vidgen.training.embedded.sound_cache import SoundCache, SoundMix
 from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache, load_vae
 from vidgen.training.engines.distributed import own_device
@@ -41,8 +42,10 @@ def main() -> int:
         for entry in settings["caches"]:
             cache = ToyboxCache(build(CacheConfig, entry, options.config))
             vae = load_vae(cache.config.vae, device)
-            for index in track(cache.missing(), cache.config.folder):
-                cache.make(index, vae, device)
+            missing, redrawn = cache.missing(), cache.config.redrawn
+            redrawer = Redrawer(redrawn.model) if redrawn and missing else None
+            for index in track(missing, cache.config.folder):
+                cache.make(index, vae, device, redrawer)
             if settings.get("sound") and not cache.config.stills_only:
                 mix = build(SoundMix, settings["sound"], options.config)
                 sound = SoundCache(mix, cache)

@@ -54,15 +54,15 @@ def generate_batch(
         plans = [replace(plan, prompt=text, seed=seed)
                  for text, seed in zip(prompts, seeds, strict=True)]
         return torch.cat([_rolled(engine, each) for each in plans])
-    state = _new_state(engine, plan, seeds)
+    state = new_state(engine, plan, seeds)
     if first_frames is not None:
         first = engine.encode_first(first_frames, plan.refine_steps, passes=plan.encode_passes)
         state = condition.first_frame(state, first)
-    return _pixels(engine, engine.sample(plan, state, _contexts(engine, plan, prompts)))
+    return pixels(engine, engine.sample(plan, state, text_contexts(engine, plan, prompts)))
 
 
 def _rolled(engine: Engine, plan: Plan) -> Tensor:
-    context, made = _contexts(engine, plan, [plan.prompt])[0], list[Tensor]()
+    context, made = text_contexts(engine, plan, [plan.prompt])[0], list[Tensor]()
     clip = RolledClip(engine, plan, Request(prompt=plan.prompt), Inputs(), NO_LORAS, context)
     for frames in clip.videos():
         made.append(frames.float().clamp(-1, 1).cpu())
@@ -87,8 +87,8 @@ def generate_with_sound(
     if SOUND not in engine.folder.tasks:
         raise InputError(f"{engine.folder.name} makes no sound for its pictures; score it with "
                          "another --suite")
-    contexts, sound = _contexts(engine, plan, prompts), sound_plan(plan, engine.folder.defaults)
-    picture = engine.sample(plan, _new_state(engine, plan, seeds), contexts)
+    contexts, sound = text_contexts(engine, plan, prompts), sound_plan(plan, engine.folder.defaults)
+    picture = engine.sample(plan, new_state(engine, plan, seeds), contexts)
     config = engine.folder.components["sound_vae"].config
     stride_t = engine.vae_config.strides.t
     first, end, start_s = sound_span(
@@ -105,34 +105,18 @@ def generate_with_sound(
     with engine.parts.use("sound_vae") as vae:
         made = vae.decode(heard.float(), num_samples).float()
     kept = [sounds[most_agreed(sounds, config.sample_rate)] for sounds in made.split(takes)]
-    return _pixels(engine, picture), torch.stack(kept).clamp(-1, 1).cpu()
-
-
-@torch.no_grad()
-def redraw(
-    engine: Engine, plan: Plan, video: Tensor, prompts: Sequence[str], seeds: Sequence[int]
-) -> Tensor:
-    """Video [B, 3, T, H, W] noised as far as the plan's strength says, and drawn from there anew.
-
-    What happens in it stays when it happened, and looks as the model draws it.
-
-    Returns:
-        Video as `generate_batch` gives it.
-    """
-    begins = float(engine.sigmas(plan)[0])
-    latents = engine.encode_video(video, passes=plan.encode_passes)
-    state = condition.video_at_strength(_new_state(engine, plan, seeds), latents, begins)
-    return _pixels(engine, engine.sample(plan, state, _contexts(engine, plan, prompts)))
+    return pixels(engine, picture), torch.stack(kept).clamp(-1, 1).cpu()
 
 
 @torch.no_grad()
 def round_trip(engine: Engine, video: Tensor) -> Tensor:
     """Video [B, 3, T, H, W] encoded and decoded by the model's VAE, clamped, on the CPU."""
     passes = engine.folder.defaults.encode_passes
-    return _pixels(engine, engine.encode_video(video, passes=passes))
+    return pixels(engine, engine.encode_video(video, passes=passes))
 
 
-def _pixels(engine: Engine, latents: Tensor) -> Tensor:
+def pixels(engine: Engine, latents: Tensor) -> Tensor:
+    """Video [B, 3, T, H, W] of latents [B, C, F, h, w], clamped, float32, on the CPU."""
     parts = engine.decode_video(latents)
     return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts], dim=2)
 
@@ -145,12 +129,15 @@ def sound_round_trip(engine: Engine, sound: Tensor) -> Tensor:
     return decoded.float().clamp(-1, 1).cpu()
 
 
-def _new_state(engine: Engine, plan: Plan, seeds: Sequence[int]) -> LatentState:
+def new_state(engine: Engine, plan: Plan, seeds: Sequence[int]) -> LatentState:
+    """What clips of a plan's size begin as, each with its own noise."""
     noise = draw_noise(seeds, replace(plan.latents, batch=len(seeds)))
     return condition.new_state(noise.to(engine.device))
 
 
-def _contexts(engine: Engine, plan: Plan, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+def text_contexts(
+    engine: Engine, plan: Plan, prompts: Sequence[str]
+) -> list[tuple[Tensor, Tensor]]:
     """(context, lengths) of the prompts, read as people's are, and of the plan's negative."""
     read = [read_as(prompt, engine.tokenizer.readings(prompt)) for prompt in prompts]
     negative = read_as(plan.negative, dict(plan.readings))

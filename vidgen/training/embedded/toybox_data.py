@@ -18,7 +18,9 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import best_dtype
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition_mix import Stills
+from vidgen.evaluation.redrawing import Redrawer
 from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.toybox.captions import caption
 from vidgen.toybox.cues import scene_marks
 from vidgen.toybox.render import Rendered, render
 from vidgen.toybox.scenes import (
@@ -28,6 +30,7 @@ from vidgen.toybox.scenes import (
     SPRITE_NAMES,
     WORLD_VERSION,
     Actor,
+    Draws,
     Scene,
     SceneMix,
     is_held_out,
@@ -36,7 +39,7 @@ from vidgen.toybox.scenes import (
 )
 from vidgen.training.draws import seed_of
 from vidgen.training.embedded.latents import LatentShards
-from vidgen.weights.folder import config_of
+from vidgen.weights.folder import config_of, open_model
 from vidgen.weights.load import load_module, read_tensors
 
 MID_FRAME = 16
@@ -48,7 +51,27 @@ _AT_ONCE = {"cpu": (16, 16), "cuda": (1024, 2048)}
 """Clips, and those of which stills alone are kept: painting them takes a GPU as long as a few."""
 _ENCODED = 256
 """Clips that are encoded at once: cuDNN counts a tensor's numbers in 32 bits."""
+_REDRAWN = 43  # stream of the strengths
 _MOST_CLIPS = 1 << 12  # of a batch
+
+
+@dataclass(frozen=True)
+class Redrawn:
+    """Clips as a model draws them, from where noise leaves what happens in them as it was.
+
+    Args:
+        model: folder of the model.
+        strengths: shares of its steps that draw a clip anew, of which each batch draws one.
+    """
+
+    model: str
+    strengths: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for strength in self.strengths or (0.0,):
+            if not 0 < strength <= 1:
+                raise InputError(f"strengths are {list(self.strengths)}; give shares above 0, up "
+                                 "to 1, of a model's steps")
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,8 @@ class CacheConfig:
             last; empty: any.
         mix: how often its scenes are rich, as in what is rarely seen otherwise: tinted sprites.
         stills_only: for batches of single frames alone, at a sixth of the price of a clip.
+        redrawn: who draws its clips anew, which sound is to be made for; None: they are encoded
+            alone. Stills, and how much of a latent is sprite, are those of the scene.
     """
 
     folder: str
@@ -80,8 +105,14 @@ class CacheConfig:
     sprites: tuple[str, ...] = ()
     mix: SceneMix = field(default_factory=SceneMix)
     stills_only: bool = False
+    redrawn: Redrawn | None = None
 
     def __post_init__(self) -> None:
+        if self.num_frames <= MID_FRAME and not self.stills_only:
+            raise InputError(f"num_frames is {self.num_frames}, but frame {MID_FRAME} is kept as a "
+                             f"still; give {MID_FRAME + 1} or more")
+        if self.redrawn is not None and self.stills_only:
+            raise InputError("redrawn is of clips, of which stills_only keeps none; leave one out")
         if self.motion is not None and self.motion not in MOTIONS:
             raise InputError(
                 f"motion is {self.motion!r}; give one of {', '.join(MOTIONS)}, or none"
@@ -150,6 +181,10 @@ class ToyboxCache:
             self.manifest["mix"] = asdict(config.mix)
         if config.stills_only:
             self.manifest["stills_only"] = True
+        if config.redrawn is not None:
+            model = open_model(config.redrawn.model)
+            self.manifest["redrawn"] = {"model": model.content_hash,
+                                        "strengths": list(config.redrawn.strengths)}
         self.shards = LatentShards(config.folder, self.manifest)
         self._scenes: dict[int, Scene] = {}
         self._drawing = threading.Lock()  # a batch may be made in a thread
@@ -225,8 +260,10 @@ class ToyboxCache:
         return 0, MID_FRAME, count - 1
 
     @torch.no_grad()
-    def make(self, index: int, vae: CausalVAE, device: torch.device) -> None:
-        """Render, encode and write shard `index`."""
+    def make(
+        self, index: int, vae: CausalVAE, device: torch.device, redrawer: Redrawer | None = None
+    ) -> None:
+        """Render, encode and write shard `index`; `redrawer` is who draws its clips anew."""
         config, moments = self.config, self._moments()
         batch = _AT_ONCE.get(device.type, _AT_ONCE["cpu"])[config.stills_only]
         seen = moments if config.stills_only else range(config.num_frames)
@@ -241,7 +278,7 @@ class ToyboxCache:
             shown = show(part, num_frames=config.num_frames, frames=seen)
             posed = show([as_reference(scene) for scene in part], num_frames=1)
             whole = _frame(shown, 0) if config.stills_only else shown
-            clips.append(encode(vae, whole.video))
+            clips.append(self._anew(encode(vae, whole.video), part, redrawer))
             covers.append(latent_cover(whole.masks, vae.strides))
             singles = (*(_frame(shown, seen.index(moment)) for moment in moments[1:]), posed)
             stills.append(torch.cat([encode(vae, still.video) for still in singles], dim=2))
@@ -253,6 +290,16 @@ class ToyboxCache:
             "cover": torch.cat(covers), "still_cover": torch.cat(still_covers),
         }
         self.shards.write(index, {name: value.half().cpu() for name, value in tensors.items()})
+
+
+    def _anew(self, clips: Tensor, scenes: Sequence[Scene], redrawer: Redrawer | None) -> Tensor:
+        """Latents of scenes as they are, or drawn anew, where the config has that."""
+        if self.config.redrawn is None or redrawer is None:
+            return clips
+        seeds, strengths = [scene.seed for scene in scenes], self.config.redrawn.strengths
+        strength = Draws(seeds[0], stream=_REDRAWN).choice(strengths)
+        told = [caption(scene, scene.seed, detail="full") for scene in scenes]
+        return redrawer.latents(clips, told, seeds, strength)
 
 
 def cut_around(

@@ -1,0 +1,99 @@
+"""Training clips that a model draws anew: what of a cache they change, and what they don't."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidgen.core.errors import InputError
+from vidgen.evaluation.redrawing import Redrawer
+from vidgen.training.embedded.toybox_data import (
+    CacheConfig,
+    CachedClips,
+    Redrawn,
+    ToyboxCache,
+    load_vae,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def redrawer(tiny_model: Path) -> Redrawer:
+    return Redrawer(str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> CacheConfig:
+    return CacheConfig(str(tmp_path_factory.mktemp("plain")), str(tiny_model / "vae"), 1,
+                       shard_size=3, height=32, width=32, num_frames=17)  # fmt: skip
+
+
+def made(config: CacheConfig, redrawer: Redrawer | None) -> CachedClips:
+    cache = ToyboxCache(config)
+    cache.make(0, load_vae(config.vae, CPU), CPU, redrawer)
+    return cache.load()
+
+
+def anew(plain: CacheConfig, tiny_model: Path, folder: Path, *strengths: float) -> CacheConfig:
+    return replace(plain, folder=str(folder), redrawn=Redrawn(str(tiny_model), strengths))
+
+
+def test_clips_are_drawn_anew_and_stills_stay(
+    plain: CacheConfig, tiny_model: Path, redrawer: Redrawer, tmp_path: Path
+) -> None:
+    before = made(plain, None)
+    some = made(anew(plain, tiny_model, tmp_path / "some", 0.5), redrawer)
+    assert some.clips.shape == before.clips.shape
+    assert not torch.equal(some.clips, before.clips)
+    assert torch.equal(some.stills.latents, before.stills.latents)
+    assert torch.equal(some.cover, before.cover)
+    again = made(anew(plain, tiny_model, tmp_path / "again", 0.5), redrawer)
+    assert torch.equal(some.clips, again.clips)
+
+
+def test_less_strength_leaves_more_of_a_clip(redrawer: Redrawer) -> None:
+    torch.manual_seed(0)
+    latents = torch.randn(2, redrawer.engine.vae_config.latent_channels, 3, 4, 4)
+    little, much = (
+        (redrawer.latents(latents, ["a cat", "a dog"], [1, 2], strength) - latents).square().mean()
+        for strength in (0.1, 1.0)
+    )
+    assert 0 < little < much
+
+
+def test_a_clip_drawn_anew_does_not_depend_on_those_beside_it(redrawer: Redrawer) -> None:
+    torch.manual_seed(1)
+    latents = torch.randn(2, redrawer.engine.vae_config.latent_channels, 2, 4, 4)
+    both = redrawer.latents(latents, ["a cat", "a dog"], [1, 2], 0.5)
+    alone = redrawer.latents(latents[1:], ["a dog"], [2], 0.5)
+    assert torch.allclose(both[1:], alone, atol=1e-4)
+
+
+def test_a_cache_says_who_drew_it(
+    plain: CacheConfig, tiny_model: Path, tmp_path: Path
+) -> None:
+    ToyboxCache(anew(plain, tiny_model, tmp_path, 0.5))
+    with pytest.raises(InputError, match=r"made otherwise .*redrawn"):
+        ToyboxCache(anew(plain, tiny_model, tmp_path, 0.5, 0.7))
+    with pytest.raises(InputError, match=r"made otherwise .*redrawn"):
+        ToyboxCache(replace(plain, folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize("strengths", [(), (0.0,), (0.5, 1.2), (-0.1,)])
+def test_shares_of_no_step_are_refused(strengths: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match=r"strengths are .*above 0, up to 1"):
+        Redrawn("toybox", strengths)
+
+
+def test_stills_alone_are_not_drawn_anew(plain: CacheConfig) -> None:
+    with pytest.raises(InputError, match="stills_only"):
+        replace(plain, stills_only=True, redrawn=Redrawn("toybox", (0.5,)))
+
+
+def test_a_clip_without_its_middle_still_is_refused(plain: CacheConfig) -> None:
+    with pytest.raises(InputError, match=r"num_frames is 9.* give 17 or more"):
+        replace(plain, num_frames=9)
