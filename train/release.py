@@ -160,10 +160,10 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_student
     text = TEXT_PRESETS[settings["text_preset"]].to_transformers()
     made, words = (mixed(load_averages(run, part), part, mix, out)
                    for part in ("transformer", "text_encoder"))
-    if not keep_students:
+    if not keep_students and settings["part"] != "sound":  # which leaves pictures as they were
         for name in STUDENTS:
             shutil.rmtree(out / name, ignore_errors=True)
-    if settings["part"] != "transformer":  # the expert at low noise reads another text
+    if settings["part"] == "all":  # the expert at low noise reads another text
         shutil.rmtree(out / LOW, ignore_errors=True)
     save_module(made, dit, out / "transformer", torch.bfloat16, INT8_FROM)
     save_module(words, text, out / "text_encoder", torch.bfloat16)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.faults import ForkServer
 from tests.programs import run_program
@@ -191,14 +193,34 @@ def test_the_program_learns_both_or_sound_alone(
     assert scores["sound_mean"] > 0
     lines = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
     assert lines[0]["sound"] > 0
-    alone = run_program(server, "train/dit.py", "-c", str(file), "--set", "part=sound", "--set",
-                        f"run.folder={tmp_path / 'alone'}")  # fmt: skip
-    assert alone.returncode == 0, alone.stderr
+    learns_sound_alone(server, file, tiny_model, tmp_path)
     keeps_all_that_it_was_taught(server, file, tmp_path)
     silent = run_program(server, "train/dit.py", "-c", str(file), "--set", "preset=tiny", "--set",
                          f"run.folder={tmp_path / 'silent'}")  # fmt: skip
     assert silent.returncode == 2
     assert "no parts for sound" in silent.stderr
+
+
+def learns_sound_alone(server: ForkServer, file: Path, model: Path, folder: Path) -> None:
+    """Parts for sound change, pictures and whoever else draws them stay through the release."""
+    out, run, dit = folder / "model", folder / "alone", SpacetimeDiT(DIT_PRESETS["tiny-sound"])
+    shutil.copytree(model, out)
+    dit.init_weights()
+    save_module(dit.state_dict(), dit.config, out / "transformer", torch.bfloat16)
+    save_module(dit.state_dict(), dit.config, out / "transformer_2", torch.bfloat16)
+    (out / "student").mkdir()
+    before = load_file(out / "transformer" / "model.safetensors")
+    learned = run_program(server, "train/dit.py", "-c", str(file), "--set", "part=sound", "--set",
+                          f"init={out}", "--set", f"run.folder={run}")
+    assert learned.returncode == 0, learned.stderr
+    released = run_program(server, "train/release.py", "dit", "--run", str(run), "--out", str(out))
+    assert released.returncode == 0, released.stderr
+    after = load_file(out / "transformer" / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("audio" in name for name in changed)
+    assert (out / "transformer_2").is_dir()
+    assert (out / "student").is_dir()
 
 
 def keeps_all_that_it_was_taught(server: ForkServer, file: Path, folder: Path) -> None:

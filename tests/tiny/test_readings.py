@@ -17,7 +17,7 @@ from vidgen.core.values import parse_readings
 from vidgen.evaluation.toybox.phrasings import read_phrasings
 from vidgen.media.probe import read_recipe
 from vidgen.models.tokenizer import PromptTokenizer, read_as
-from vidgen.models.words import WordReader, english_words, replace_words, synonyms
+from vidgen.models.words import ENGLISH, WordReader, english_words, replace_words, synonyms
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.video import Engine, load
 from vidgen.toybox.captions import vocabulary
@@ -95,6 +95,18 @@ def test_what_is_unknown_but_no_slip_is_left_alone_and_told(
     assert tokenizer.readings(f"a {word} bounces") == {}
     (remark,) = tokenizer.remarks(f"a {word} bounces", {})
     assert remark.startswith(f"the model doesn't know the word {word!r}")
+
+
+def test_names_are_no_slips(tokenizer: PromptTokenizer) -> None:
+    names = (ENGLISH / "names.txt").read_text().split()
+    assert names == sorted(set(names))
+    # of a name that is a word, too, as hazel and wade are, the word is meant
+    read = {name: tokenizer.readings(name).get(name) for name in names
+            if name not in tokenizer.words}
+    meant = {name: known for name, known in read.items() if known is not None}
+    assert meant.items() <= synonyms().items(), "mary isn't a mare"
+    assert len(meant) < 10
+    assert tokenizer.readings("Mary and Eric bounce, as Tim's dog does") == {"bounce": "bounces"}
 
 
 @pytest.mark.parametrize(

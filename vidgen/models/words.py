@@ -1,7 +1,7 @@
 """Words that a model wasn't taught, and the words it knows that are meant by them.
 
-A synonym, another form of a known word, or a slip of the fingers. English words and synonyms stand
-in `assets/english`; they are the language's, not a model's.
+A synonym, another form of a known word, or a slip of the fingers. English words, names and synonyms
+stand in `assets/english`; they are the language's, not a model's.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class WordReader:
         """The known word, or words, that are meant by another in lower case; None: unclear.
 
         A word of English may be a synonym or a more special word, or another form of a known one;
-        it is no slip, so that "goat" isn't read as "boat". Any other word may be a slip. What is
-        meant by a word that was met too seldom is told by the model.
+        it is no slip, so that "goat" isn't read as "boat", nor "Mary" as "mare". Any other word may
+        be a slip. What is meant by a word that was met too seldom is told by the model.
         """
         meant = word if word in self._rare else self._unknown(word)
         return meant and replace_words(meant, self._rare)
@@ -219,6 +219,7 @@ def read_synonyms(path: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def english_words() -> frozenset[str]:
-    """Common words of English, in lower case, of three letters or more."""
+    """Common words of English and given names, in lower case, of three letters or more."""
     packed = (ENGLISH / "words.txt.gz").read_bytes()
-    return frozenset(gzip.decompress(packed).decode().split())
+    names = (ENGLISH / "names.txt").read_text("utf-8")
+    return frozenset(gzip.decompress(packed).decode().split()) | frozenset(names.split())
