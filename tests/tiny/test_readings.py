@@ -106,7 +106,7 @@ def test_names_are_no_slips(tokenizer: PromptTokenizer) -> None:
     meant = {name: known for name, known in read.items() if known is not None}
     assert meant.items() <= synonyms().items(), "mary isn't a mare"
     assert len(meant) < 10
-    assert tokenizer.readings("Mary and Eric bounce, as Tim's dog does") == {"bounce": "bounces"}
+    assert tokenizer.readings("Mary and Eric bounce, as Tim's dog does") == {}
 
 
 @pytest.mark.parametrize(
