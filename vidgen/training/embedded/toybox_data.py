@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import best_dtype
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition_mix import Stills
-from vidgen.evaluation.redrawing import Redrawer
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.toybox.captions import caption
 from vidgen.toybox.cues import scene_marks
@@ -42,6 +42,9 @@ from vidgen.training.embedded.latents import LatentShards
 from vidgen.weights.folder import config_of, open_model
 from vidgen.weights.load import load_module, read_tensors
 
+if TYPE_CHECKING:
+    from vidgen.evaluation.redrawing import Redrawer
+
 MID_FRAME = 16
 _QUARTERS = 0.25, 0.5, 0.75
 """Of a clip's length: where a cache of stills alone looks at it."""
@@ -51,7 +54,8 @@ _AT_ONCE = {"cpu": (16, 16), "cuda": (1024, 2048)}
 """Clips, and those of which stills alone are kept: painting them takes a GPU as long as a few."""
 _ENCODED = 256
 """Clips that are encoded at once: cuDNN counts a tensor's numbers in 32 bits."""
-_REDRAWN = 43  # stream of the strengths
+_REDRAWN = 16
+"""Clips that are drawn anew at once, from one level."""
 _MOST_CLIPS = 1 << 12  # of a batch
 
 
@@ -61,7 +65,7 @@ class Redrawn:
 
     Args:
         model: folder of the model.
-        strengths: shares of its steps that draw a clip anew, of which each batch draws one.
+        strengths: shares of its steps that draw clips anew, of which every 16 of them draw one.
     """
 
     model: str
@@ -263,7 +267,8 @@ class ToyboxCache:
     def make(
         self, index: int, vae: CausalVAE, device: torch.device, redrawer: Redrawer | None = None
     ) -> None:
-        """Render, encode and write shard `index`; `redrawer` is who draws its clips anew."""
+        """Render, encode and write shard `index`; `redrawer` is the model of `redrawn`, opened."""
+        assert (redrawer is None) == (self.config.redrawn is None)
         config, moments = self.config, self._moments()
         batch = _AT_ONCE.get(device.type, _AT_ONCE["cpu"])[config.stills_only]
         seen = moments if config.stills_only else range(config.num_frames)
@@ -293,13 +298,18 @@ class ToyboxCache:
 
 
     def _anew(self, clips: Tensor, scenes: Sequence[Scene], redrawer: Redrawer | None) -> Tensor:
-        """Latents of scenes as they are, or drawn anew, where the config has that."""
+        """Latents of scenes as they are, or drawn anew."""
         if self.config.redrawn is None or redrawer is None:
             return clips
-        seeds, strengths = [scene.seed for scene in scenes], self.config.redrawn.strengths
-        strength = Draws(seeds[0], stream=_REDRAWN).choice(strengths)
-        told = [caption(scene, scene.seed, detail="full") for scene in scenes]
-        return redrawer.latents(clips, told, seeds, strength)
+        made = []
+        for start in range(0, len(scenes), _REDRAWN):
+            some = scenes[start : start + _REDRAWN]
+            seeds = [scene.seed for scene in some]
+            strength = Draws(seeds[0], stream=43).choice(self.config.redrawn.strengths)
+            told = [caption(scene, scene.seed, detail="full") for scene in some]
+            part = clips[start : start + _REDRAWN]
+            made.append(redrawer.latents(part, told, seeds, strength))
+        return torch.cat(made)
 
 
 def cut_around(
