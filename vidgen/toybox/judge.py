@@ -34,6 +34,7 @@ SIDE = 128  # geometric mean of the sides that FrameNet looks at
 MOTION_SIDE = 64
 MIN_SAMPLES, MAX_STRIDE = 9, 4
 FLOW_CHANNELS, FLAT = 4, 1e-4  # FLAT: gradient energy below which a cell has no texture
+MOST_BLOCKS = 64
 SEEN = 0.5  # probability from which something counts as seen
 
 
@@ -42,6 +43,9 @@ class JudgeConfig:
     """Classes in the order of the networks' outputs, each followed by "nothing", and sizes.
 
     `fine_blocks` look at what is smaller than a cell, at a quarter of the picture's sides.
+
+    Raises:
+        ValueError: more of them than any judge has, which would take long to be built.
     """
 
     sprites: tuple[str, ...] = tuple(SPRITES)
@@ -55,6 +59,10 @@ class JudgeConfig:
     mixed_dim: int = 48
     temporal_dim: int = 128
     world_version: int = WORLD_VERSION
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fine_blocks <= MOST_BLOCKS:
+            raise ValueError(f"fine_blocks must be 0 to {MOST_BLOCKS}, not {self.fine_blocks}")
 
 
 class FrameLogits(NamedTuple):
