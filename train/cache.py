@@ -43,7 +43,7 @@ def main() -> int:
             cache = ToyboxCache(build(CacheConfig, entry, options.config))
             vae = load_vae(cache.config.vae, device)
             missing, redrawn = cache.missing(), cache.config.redrawn
-            redrawer = Redrawer(redrawn.model) if redrawn and missing else None
+            redrawer = Redrawer(redrawn.model, str(device)) if redrawn and missing else None
             for index in track(missing, cache.config.folder):
                 cache.make(index, vae, device, redrawer)
             if settings.get("sound") and not cache.config.stills_only:

@@ -25,14 +25,15 @@ class Redrawer:
 
     Args:
         model: folder or name of a model of toybox's kind.
+        device: where it draws, as `load` takes it.
 
     Raises:
         InputError: it is of another family.
         ModelError: there is none, or it is damaged.
     """
 
-    def __init__(self, model: str) -> None:
-        engine = load(model)
+    def __init__(self, model: str, device: str = "auto") -> None:
+        engine = load(model, device=device)
         if not isinstance(engine, Engine):
             raise InputError(f"{model} is of a family that can't draw batches anew; give a folder "
                              "of toybox's kind")

@@ -296,7 +296,6 @@ class ToyboxCache:
         }
         self.shards.write(index, {name: value.half().cpu() for name, value in tensors.items()})
 
-
     def _anew(self, clips: Tensor, scenes: Sequence[Scene], redrawer: Redrawer | None) -> Tensor:
         """Latents of scenes as they are, or drawn anew."""
         if self.config.redrawn is None or redrawer is None:
