@@ -159,8 +159,7 @@ class DiTTask:
             self.text.requires_grad_(requires_grad=False)
         self.clips = ClipDraws(config, self.device, self.dit.config.patch_size,
                                marks=config.mark_weight > 0)
-        first = self.clips.caches[0]
-        self.frames_per_s = first.config.fps / first.strides.t
+        self.frames_per_s = config.fps / self.clips.strides.t
         self.channels = self._channels() if config.pixel_weights else None
         for cache in self.clips.draws.sounds.values():
             _check_sound(self.dit.config.audio, cache.config)

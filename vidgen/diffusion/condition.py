@@ -47,6 +47,8 @@ class LatentState:
         known_sigma: [B], how much of what is known in place is noise; None: nothing.
         hides_known: what is known in place is shown as noisy as all else; see `Guidance`.
         noise: [B, C, F, h, w], the starting noise where `latents` are more than that; None there.
+        spacing: how far latent frames lie apart on the time axis, where those of the model's own
+            frame rate lie one apart.
     """
 
     latents: Tensor
@@ -61,6 +63,7 @@ class LatentState:
     known_sigma: Tensor | None = None
     hides_known: bool = False
     noise: Tensor | None = None
+    spacing: float = 1.0
 
     @cached_property
     def any_known(self) -> bool:
@@ -71,6 +74,26 @@ class LatentState:
     def is_known(self) -> bool:
         """Whether all of the picture is, so that only sound is to be made, which it doesn't see."""
         return not bool(self.denoise_mask.any())
+
+    @property
+    def starting_noise(self) -> Tensor:
+        """What sampling begins with, [B, C, F, h, w], without the clip that it may begin from."""
+        return self.latents if self.noise is None else self.noise
+
+    @property
+    def times(self) -> Tensor | None:
+        """Where its latent frames lie on the time axis, [F]; None: one apart."""
+        if self.spacing == 1:
+            return None
+        return torch.arange(self.latents.shape[2], device=self.latents.device) * self.spacing
+
+    @cached_property
+    def timed_keys(self) -> KeyTokens | None:
+        """The stills where they lie on that axis; references lie outside of the clip's time."""
+        if self.keys is None or self.spacing == 1:
+            return self.keys
+        at = self.keys.positions
+        return replace(self.keys, positions=torch.where(at > 0, at * self.spacing, at))
 
     @property
     def has_given(self) -> Tensor:
@@ -124,7 +147,7 @@ class LatentState:
 
     def fresh(self, step: int) -> Tensor:
         """Noise for a step of sampling, as a sampler has it; see `shuffled`."""
-        picture = shuffled(self.latents if self.noise is None else self.noise, step)
+        picture = shuffled(self.starting_noise, step)
         return self.together(
             picture, None if self.sound is None else shuffled(self.sound.latents, step)
         )
@@ -312,7 +335,7 @@ def guidance_share(state: LatentState, reach: int) -> Tensor | None:
     moments = torch.arange(made.shape[1], device=made.device, dtype=torch.float32)
     given = moments.expand(made.shape).masked_fill(made, float("inf"))
     off = (moments[:, None] - given[:, None]).abs().amin(-1)
-    share = (off / reach).clamp(max=1)[:, None, :, None, None]
+    share = (off * state.spacing / reach).clamp(max=1)[:, None, :, None, None]
     sound = None if state.sound is None else torch.ones_like(state.sound.latents[:, :1])
     return state.together(share, sound)
 
@@ -337,7 +360,7 @@ def denoise_inputs(
     """
     latents = state.latents if latents is None else latents
     if state.hides_known:
-        noisy = add_noise(state.clean.to(latents), state.latents.to(latents), sigma)
+        noisy = add_noise(state.clean.to(latents), state.starting_noise.to(latents), sigma)
         latents = torch.where(state.denoise_mask, latents, noisy)
     elif state.any_known:
         latents = state.impose(latents)

@@ -58,7 +58,8 @@ def generate_batch(
     if first_frames is not None:
         first = engine.encode_first(first_frames, plan.refine_steps, passes=plan.encode_passes)
         state = condition.first_frame(state, first)
-    return pixels(engine, engine.sample(plan, state, text_contexts(engine, plan, prompts)))
+    latents = engine.sample(plan, state, text_contexts(engine, plan, prompts))
+    return pixels(engine, latents, plan.oversampling)
 
 
 def _rolled(engine: Engine, plan: Plan) -> Tensor:
@@ -105,7 +106,7 @@ def generate_with_sound(
     with engine.parts.use("sound_vae") as vae:
         made = vae.decode(heard.float(), num_samples).float()
     kept = [sounds[most_agreed(sounds, config.sample_rate)] for sounds in made.split(takes)]
-    return pixels(engine, picture), torch.stack(kept).clamp(-1, 1).cpu()
+    return pixels(engine, picture, plan.oversampling), torch.stack(kept).clamp(-1, 1).cpu()
 
 
 @torch.no_grad()
@@ -115,9 +116,9 @@ def round_trip(engine: Engine, video: Tensor) -> Tensor:
     return pixels(engine, engine.encode_video(video, passes=passes))
 
 
-def pixels(engine: Engine, latents: Tensor) -> Tensor:
+def pixels(engine: Engine, latents: Tensor, oversampling: int = 1) -> Tensor:
     """Video [B, 3, T, H, W] of latents [B, C, F, h, w], clamped, float32, on the CPU."""
-    parts = engine.decode_video(latents)
+    parts = engine.decode_video(latents, oversampling=oversampling)
     return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts], dim=2)
 
 

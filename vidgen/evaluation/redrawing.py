@@ -17,6 +17,7 @@ from vidgen.core.request import Request
 from vidgen.diffusion import condition
 from vidgen.evaluation.generation import new_state, pixels, text_contexts
 from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.video import Engine, load
 
 
@@ -58,8 +59,8 @@ class Redrawer:
         """
         F, h, w = latents.shape[2:]
         shape = replace(self._plan.latents, num_frames=F, height=h, width=w)
-        plan = replace(self._plan, strength=strength, latents=shape)
-        begins = float(self.engine.sigmas(plan)[0])
+        plan = replace(self._plan, strength=strength, latents=shape, oversampling=1)
+        begins = float(sigmas_of(plan)[0])
         state = condition.video_at_strength(
             new_state(self.engine, plan, seeds), latents.to(self.engine.device), begins
         )

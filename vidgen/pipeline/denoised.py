@@ -98,7 +98,9 @@ class DenoisedClip:
 
             def on_step(info: StepInfo) -> None:
                 self.kept.on_step(info)
-                shown = replace(info, denoised=state.apart(info.denoised)[0])
+                seen = state.apart(info.denoised)[0]
+                apart = (seen.shape[2] - 1) // max(plan.latents.num_frames - 1, 1) or 1
+                shown = replace(info, denoised=seen[:, :, ::apart])
                 glimpses.on_step(shown, state.num_references)
                 done = number * info.num_steps + info.step
                 self.report("sample", done, num_windows * info.num_steps)
@@ -114,7 +116,7 @@ class DenoisedClip:
         """What the model makes to be heard with finished latents: samples [N, c] and their rate."""
         long, plan = self._long, sound_plan(self.plan, self.engine.folder.defaults)
         own = own_sound(self.engine.parts, self.plan, self.request, long)
-        windows = long.windows if long else [(0, latents.shape[2])]
+        windows = long.windows if long else [(0, self.plan.latents.num_frames)]
 
         def sample(state: LatentState, number: int) -> Tensor:
             def on_step(info: StepInfo) -> None:

@@ -209,9 +209,11 @@ def velocity(
     if sound is not None and frames_per_s is not None:
         audio = _audio_tokens(state, sound, sigma, frames_per_s, whole=whole)
     features, lengths = context
+    if state.times is not None:
+        options["positions"] = state.times
     made = dit(
         seen, to_timestep(levels, whole=whole), features, context_lengths=lengths,
-        extra=state.keys, audio=audio, **options,
+        extra=state.timed_keys, audio=audio, **options,
     )
     return made if isinstance(made, Tensor) else state.together(*made)
 

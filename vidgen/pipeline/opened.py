@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
+from vidgen.diffusion.oversampling import every
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import prepare_image
 from vidgen.models.text import NOTHING
@@ -138,16 +139,17 @@ class OpenedModel:
 
     @torch.no_grad()
     def decode_video(
-        self, latents: Tensor, start: int = 0, tiles: Tiles | None = None
+        self, latents: Tensor, start: int = 0, tiles: Tiles | None = None, oversampling: int = 1
     ) -> Iterator[Tensor]:
         """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W], from `start` on.
 
-        Frames don't depend on where decoding begins, nor on how many devices decode.
+        Frames don't depend on where decoding begins, nor on how many devices decode. Latents of a
+        clip with `oversampling` hold so many frames for each that is shown.
         """
-        t = self.vae_config.strides.t
+        t, start = self.vae_config.strides.t, start * oversampling
         decode = decode_latents if self.crew is None else self.crew.decode
         made = decode(self.parts, latents, latent_of(start, t), tiles=tiles)
-        return from_frame(made, start, t)
+        return every(from_frame(made, start, t), oversampling)
 
     @torch.no_grad()
     def describe(self, pictures: Sequence[Any]) -> Tensor:

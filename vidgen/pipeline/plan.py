@@ -54,6 +54,8 @@ class Plan:
         sound_delay_s: by which that sound follows it, in seconds.
         num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
         student: what denoises instead of the model itself, or None.
+        oversampling: latent frames below the model's boundary for each one above it, of which
+            every so-manyth frame is shown.
     """
 
     prompt: str
@@ -81,6 +83,7 @@ class Plan:
     sound_candidates: int = 1
     sound_delay_s: float = 0.0
     student: StudentConfig | None = None
+    oversampling: int = 1
 
     @property
     def roll(self) -> RollConfig | None:

@@ -127,6 +127,7 @@ def measure_magnitudes(engine: Engine) -> Magnitudes:
     One clip is enough: they hardly depend on what it shows (Ma et al. 2025, fig. 2).
     """
     from vidgen.diffusion.samplers import sample_state
+    from vidgen.pipeline.levels import sigmas_of
     from vidgen.pipeline.networks import denoising
 
     options: dict[str, Any] = {"seed": 0}
@@ -135,7 +136,7 @@ def measure_magnitudes(engine: Engine) -> Magnitudes:
         options["image"] = np.full((defaults.height, defaults.width, 3), 128, np.uint8)
     request, inputs = engine.read(Request(prompt="a red car drives to the right", **options))
     plan = engine.plan(request, inputs)
-    contexts, sigmas = engine.encode_prompt(plan), engine.sigmas(plan)
+    contexts, sigmas = engine.encode_prompt(plan), sigmas_of(plan)
     with torch.no_grad():
         state = engine.prepare(plan, request, inputs)
         caches = StepCaches(lambda _: Probe())

@@ -31,8 +31,8 @@ from vidgen.core.values import check_picture
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.samplers import sample_state, sample_with_scheduler, scheduler_sigmas
-from vidgen.diffusion.schedule import make_sigmas
+from vidgen.diffusion.oversampling import sample_finer
+from vidgen.diffusion.samplers import sample_state, sample_with_scheduler
 from vidgen.media.clip import Clip, Keeper
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing
@@ -44,10 +44,11 @@ from vidgen.ops.attention import asked_backend, require_backend
 from vidgen.pipeline.budget.preflight import Asked, preflight
 from vidgen.pipeline.denoised import DenoisedClip
 from vidgen.pipeline.devices.crew import start_crew
-from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
+from vidgen.pipeline.experts import NO_LORAS, Loras, boundary_of, read_loras
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.journal.recall import journals_of, recall
+from vidgen.pipeline.levels import sigmas_of, split_at
 from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.long.tail import ANCHOR_TASK, make_tail
 from vidgen.pipeline.networks import Contexts, denoising
@@ -263,22 +264,8 @@ class Engine(OpenedModel):
                     passes=plan.encode_passes),
             describe, self.folder.conditioning, self.vae_config.strides, self.dit_config.patch_size,
         )
-        start_sigma = float(self.sigmas(plan, request.scheduler)[0])
+        start_sigma = float(sigmas_of(plan, request.scheduler)[0])
         return write_conditions(state, plan, request, inputs, model, start_sigma)
-
-    def sigmas(self, plan: Plan, scheduler: Any = None) -> Tensor:
-        """The noise levels of a plan, those of diffusers' scheduler of the same name."""
-        if scheduler is not None:
-            return scheduler_sigmas(scheduler, plan.num_steps, strength=plan.strength)
-        if plan.student is not None:
-            return torch.tensor(plan.student.sigmas)
-        lowest = 1e-3
-        if plan.sampler == "euler":
-            lowest = plan.shift * lowest / (1 + (plan.shift - 1) * lowest)
-        return make_sigmas(
-            plan.num_steps, plan.shift, strength=plan.strength, sigma_min=lowest,
-            reach_min=plan.sampler == "euler",
-        )
 
     @torch.no_grad()
     def sample(
@@ -295,14 +282,36 @@ class Engine(OpenedModel):
     ) -> Tensor:
         """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler.
 
-        With sound in the state both come packed; see `LatentState.apart`.
+        With sound in the state both come packed; see `LatentState.apart`. A plan of two frame rates
+        gives the finer one's; see `vidgen.diffusion.oversampling`.
         With `remember` the states that `on_step` is told hold what a step cache remembers.
         """
         contexts = contexts[:1] if plan.guidance.is_off else contexts
         has_given = plan.strength == 1 and bool(state.has_given.all())
         guidance = plan.guidance.of_clip(has_given=has_given)
         plan = replace(plan, guidance=guidance)
-        sigmas = self.sigmas(plan, scheduler)
+        sigmas = sigmas_of(plan, scheduler)
+
+        def run(
+            state: LatentState, sigmas: Tensor, on_step: OnStep | None, resume: SamplerState | None
+        ) -> Tensor:
+            return self._run(plan, state, sigmas, contexts, on_step, scheduler, loras, resume,
+                             remember=remember)
+
+        if plan.oversampling == 1:
+            return run(state, sigmas, on_step, resume)
+        split = split_at(sigmas, boundary_of(self.folder, plan, hears=False))
+        return sample_finer(
+            run, state, sigmas, split, plan.oversampling, self.vae_config.strides.t,
+            on_step=on_step, resume=resume,
+        )
+
+    def _run(
+        self, plan: Plan, state: LatentState, sigmas: Tensor, contexts: Contexts,
+        on_step: OnStep | None, scheduler: Any, loras: Loras, resume: SamplerState | None, *,
+        remember: bool,
+    ) -> Tensor:
+        """One run of a sampler over noise levels, at one frame rate."""
         caches = make_caches(plan.cache, sigmas, plan.guidance)
         if caches is not None and resume is not None and resume.cache:
             caches.restore(resume.cache)
@@ -327,11 +336,12 @@ class Engine(OpenedModel):
         self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None
     ) -> Clip:
         """A lazy clip whose chunks come out of the VAE while it is written."""
-        if "tail" not in recipe:  # a long clip has its own
+        if "tail" not in recipe and plan.oversampling == 1:  # a long clip has its own
             unseen = plan.num_frames - plan.kept_frames
             anchor = latents[:, :, :1] if ANCHOR_TASK in self.folder.tasks else None
             recipe["tail"] = make_tail(latents, plan.latents.num_frames, unseen, anchor=anchor)
-        videos = partial(self.decode_video, latents, tiles=plan.tiles)
+        videos = partial(self.decode_video, latents, tiles=plan.tiles,
+                         oversampling=plan.oversampling)
         return self.lazy(plan, videos, recipe, latents, journal)
 
     def lazy(
@@ -352,7 +362,7 @@ class Engine(OpenedModel):
 
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
-            recipe=recipe, stride_t=self.vae_config.strides.t,
+            recipe=recipe, stride_t=max(self.vae_config.strides.t // plan.oversampling, 1),
         )
         is_labelled = recipe.get("request", {}).get("label") == "visible"
         source = with_label(chunks, info.size, info.fps) if is_labelled else chunks

@@ -48,6 +48,8 @@ class ModelDefaults:
         sound_steps: of a model's own sound; None: as many as its picture takes.
         sound_candidates: sounds that a model makes for a clip, of which one is kept.
         sound_delay_s: by which its sound follows its picture, in seconds.
+        oversampling: latent frames that the low-noise expert draws for each one that the other
+            has settled; see `vidgen.diffusion.oversampling`.
         boundary: sigma at and above which `transformer` runs, below it `transformer_2`.
         sizes: (width, height) the model was trained on; others are warned about.
         max_frames: longest clip it was trained on.
@@ -77,6 +79,7 @@ class ModelDefaults:
     sound_steps: int | None = None
     sound_candidates: int = 1
     sound_delay_s: float = 0.0
+    oversampling: int = 1
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,9 @@ class Memory:
         """
         job = self.job
         film = job.plan.width * job.plan.height * job.passes.kept // PIXELS_PER_BYTE
-        whole = math.prod(job.plan.latents.dims)
-        window = whole * max(job.passes.windows, default=0) // job.plan.latents.num_frames
+        frames = job.plan.latents.num_frames
+        whole = math.prod(job.plan.latents.dims) * job.finer(frames) // frames
+        window = whole * max(job.passes.windows, default=0) // frames
         return 2 * (film + 4 * (whole + STATE_TENSORS * window + self._remembered()))
 
     def _held(self, roles: Sequence[str], active: int) -> int:

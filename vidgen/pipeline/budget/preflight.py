@@ -28,6 +28,7 @@ from vidgen.pipeline.budget.stages import Estimate, Setup
 from vidgen.pipeline.experts import boundary_of, read_loras
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs, read_inputs
+from vidgen.pipeline.levels import with_oversampling
 from vidgen.pipeline.parts import Offload
 from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.rewrite import LanguageModel
@@ -116,7 +117,7 @@ def settled(
             of all language cuts it).
     """
     plan = replace(make_plan(request, folder, inputs), cache=settle_cache(request, folder))
-    plan = with_student(plan, request, folder)
+    plan = with_oversampling(with_student(plan, request, folder), request, folder)
     _warn_of_idle_loras(plan, request, folder)
     texts = {"prompt": plan.prompt, "negative": plan.negative}
     asked = parse_readings(request.readings)

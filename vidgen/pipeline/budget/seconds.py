@@ -19,6 +19,8 @@ from vidgen.pipeline.budget.workload import (
     transformer_ops,
     vae_ops,
 )
+from vidgen.pipeline.experts import boundary_of
+from vidgen.pipeline.levels import sigmas_of, split_at
 from vidgen.pipeline.sound.own_sound import sound_plan
 
 if TYPE_CHECKING:
@@ -67,10 +69,12 @@ class Seconds:
         """To sample all windows."""
         job = self.job
         image_tokens = 0 if job.image is None else job.image.num_tokens
-        return sum(
-            self._pass(frames, image_tokens) * self._num_passes(has_given=has_given)
-            for frames, has_given in zip(job.passes.windows, job.passes.has_given, strict=True)
-        )
+        seconds = 0.0
+        for frames, has_given in zip(job.passes.windows, job.passes.has_given, strict=True):
+            above, below = self._num_passes(has_given=has_given)
+            seconds += above * self._pass(frames, image_tokens)
+            seconds += below * self._pass(job.drawn(frames), image_tokens) if below else 0.0
+        return seconds
 
     def sound(self) -> float:
         """To make the model's own sound, to compare its takes, and to decode the one that is kept.
@@ -87,7 +91,7 @@ class Seconds:
         sigmas = make_sigmas(plan.num_steps, plan.shift).tolist()[:-1]
         seconds = 0.0
         for frames in job.passes.windows:
-            tokens, seen = job.sound_latents(frames), frames * job.frame_tokens
+            tokens, seen = job.sound_latents(frames), job.drawn(frames) * job.frame_tokens
             branches = [
                 job.rates.seconds(listening_ops(
                     job.dit, audio, tokens, tokens + keys, job.text_tokens + 1,
@@ -95,13 +99,13 @@ class Seconds:
                 ))
                 for keys in (seen, 0)  # the negative pass hears itself alone
             ]  # fmt: skip
-            seconds += self._pass(frames, 0)
+            seconds += self._pass(job.drawn(frames), 0)
             seconds += sum(sum(branches[: len(plan.guidance.branches_at(s))]) for s in sigmas)
         return made + seconds
 
     def decode(self) -> float:
         """To decode all frames."""
-        return self._decoding(self.job.passes.decoded)
+        return self._decoding(self.job.finer(self.job.passes.decoded))
 
     def encode_video(self) -> float:
         """Work of the video encoder, on one core."""
@@ -145,13 +149,17 @@ class Seconds:
             vae_ops(job.vae, frames, job.rows, job.columns, decode=True, tiles=job.setup.tiles)
         )
 
-    def _num_passes(self, *, has_given: bool) -> int:
-        """Forward passes of all steps of a window."""
+    def _num_passes(self, *, has_given: bool) -> tuple[int, int]:
+        """Forward passes of all steps of a window: at the clip's rate, and at a finer one."""
         plan = self.job.plan
         guidance = plan.guidance.of_clip(has_given=has_given and plan.strength == 1)
-        sigmas = make_sigmas(plan.num_steps, plan.shift, strength=plan.strength).tolist()[:-1]
+        sigmas = make_sigmas(plan.num_steps, plan.shift, strength=plan.strength)
+        passes = [len(guidance.branches_at(sigma)) for sigma in sigmas.tolist()[:-1]]
+        if plan.oversampling > 1:
+            split = split_at(sigmas_of(plan), boundary_of(self.job.folder, plan, hears=False))
+            return sum(passes[:split]), sum(passes[split:])
         remembered = plan.roll is not None  # a turn is read once more
-        return sum(len(guidance.branches_at(sigma)) for sigma in sigmas) + remembered
+        return sum(passes) + remembered, 0
 
     def _pass(self, frames: int, image_tokens: int) -> float:
         """One forward pass over so many latent frames, stills included."""

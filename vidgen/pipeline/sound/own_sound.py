@@ -72,7 +72,7 @@ class OwnSound:
 
         Args:
             picture: latents [1, C, F, h, w].
-            windows: [start, stop) of them that are taken at once.
+            windows: [start, stop) that are taken at once, in latent frames of the clip.
             first: latent frame of the clip that they begin with.
             sample: denoises a window's sounds, told how many windows were before it.
             journal: keeps what is made before the last window.
@@ -85,8 +85,10 @@ class OwnSound:
             if self.latents.shape[2] and self.begins + self.latents.shape[2] >= end:
                 continue  # made before a kill
             takes = self.plan.sound_candidates
-            shown = picture[:, :, start:stop].to(self.parts.device).expand(takes, *[-1] * 4)
-            state = self.beside(finished(shown), first + start, takes)
+            factor = self.plan.oversampling
+            shown = picture[:, :, start * factor : (stop - 1) * factor + 1].to(self.parts.device)
+            known = replace(finished(shown.expand(takes, *[-1] * 4)), spacing=1 / factor)
+            state = self.beside(known, first + start, takes)
             heard = _sound_of(state, sample(state, number))
             self._take(heard[self._best(heard)][None], first + start, stop - start)
             if number + 1 < len(windows):
@@ -111,7 +113,8 @@ class OwnSound:
             first: latent frame of the clip that it begins with.
             takes: sounds, each from noise of its own.
         """
-        begin, end, start_s = self._span(first, state.latents.shape[2])
+        count = 1 + round((state.latents.shape[2] - 1) * state.spacing)
+        begin, end, start_s = self._span(first, count)
         channels = _config(self.parts).latent_channels
         noise = draw_sound_noise([self.plan.seed], channels, begin, end, takes)
         start_s -= self.plan.sound_delay_s
@@ -214,7 +217,8 @@ def sound_plan(plan: Plan, defaults: ModelDefaults) -> Plan:
                 defaults.guidance_scale, known_scale=defaults.image_guidance_scale
             ),
         )
-    return replace(plan, strength=1.0, cache=None, num_steps=plan.sound_steps or plan.num_steps)
+    return replace(plan, strength=1.0, cache=None, oversampling=1,
+                   num_steps=plan.sound_steps or plan.num_steps)
 
 
 @torch.no_grad()

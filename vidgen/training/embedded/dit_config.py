@@ -22,9 +22,11 @@ class DiTData:
     """The part of a run that says what it learns from.
 
     Args:
-        run: phases, seed and device.
+        run: phases, seed and device; their frames and batch sizes count at `fps`.
         caches: what `train/cache.py` made; one entry an aspect ratio, drawn by clip count.
         tokenizer: folder with `tokenizer.json`.
+        fps: the model's own frame rate, whose latent frames lie one apart on the time axis; those
+            of a cache at twice the rate lie half as far.
         shifts: of the training times, one a phase: larger clips need more noise. Motion is settled
             above a noise level of 0.85.
         levels: the lowest and the highest noise level that are learned. Where the highest is below
@@ -67,6 +69,7 @@ class DiTData:
     caches: tuple[CacheConfig, ...]
     tokenizer: str
     shifts: tuple[float, ...]
+    fps: int = 12
     levels: tuple[float, float] = (0.0, 1.0)
     uniform_share: float = 0.0
     conditions: ConditionMix = PLAIN
@@ -113,11 +116,13 @@ class DiTData:
             raise InputError("the first of the caches is stills_only; validation takes clips from "
                              "it, so name one of clips before it")
         clips = [cache for cache in self.caches if not cache.stills_only]
-        longest = min((cache.num_frames for cache in clips), default=0)
         asked = max(phase.num_frames for phase in phases)
-        if asked > longest:
-            raise InputError(f"a phase has clips of {asked} frames, the caches hold {longest}; "
-                             "cache longer clips or shorten the phase")
+        for cache in clips:
+            needed = cache.frames_of(asked, self.fps)
+            if needed > cache.num_frames:
+                raise InputError(f"a phase has clips of {asked} frames at {self.fps} a second, "
+                                 f"which are {needed} of {cache.folder}; it holds "
+                                 f"{cache.num_frames}. Cache longer clips or shorten the phase")
         kept = self.caches[0].shards * self.caches[0].shard_size
         if self.validation_clips >= kept:
             raise InputError(f"validation_clips is {self.validation_clips} of {kept} cached clips; "

@@ -5,7 +5,7 @@ Axes: B clips, C latent channels, F latent frames, h w latent rows and columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class ClipDraws:
     def __init__(
         self, config: DiTData, device: torch.device, patch: int, *, marks: bool = True
     ) -> None:
-        self.device, self.patch = device, patch
+        self.device, self.patch, self.fps = device, patch, config.fps
         self.draws = DiTDraws(config, patch, marks=marks)
         self.caches, self.strides = self.draws.caches, self.draws.strides
         self.data = [cache.load() for cache in self.caches]
@@ -100,6 +100,7 @@ class ClipDraws:
         if singles is not None and has_stills:
             stills = self._here(singles[:, :, list(drawn.stills)]).float()
         state = with_given(latents, drawn.given, stills, self.strides)
+        state = replace(state, spacing=self.fps / self.caches[drawn.which].config.fps)
         draw = torch.Generator().set_state(drawn.noise)
         if not (same_anywhere or self.device.type == "cpu"):
             draw = torch.Generator(self.device).manual_seed(draw.initial_seed())

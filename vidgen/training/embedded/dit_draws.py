@@ -152,6 +152,9 @@ class DiTDraws:
             num_frames, size, shift = 1, config.image_batch, config.image_shift
             if moving != counts:
                 which = _chosen(counts, kind)
+        else:
+            num_frames = self.caches[which].config.frames_of(num_frames, config.fps)
+            size = max(1, size * phase.num_frames // num_frames)
         if config.crop_share and _happens(config.crop_share, kind):
             height, width = self._sides(which)
             size = size * height * width // config.crop**2
@@ -186,6 +189,7 @@ class DiTDraws:
         """The validation clips under text alone, at one noise level, the same each time."""
         rows = torch.arange(self.num_kept, self.caches[0].num_clips)
         draw = torch.Generator().manual_seed(round(level * 1000))
+        num_frames = self.caches[0].config.frames_of(num_frames, self.config.fps)
         sigma = torch.full((len(rows),), level)
         return self._drawn(_Kind(0, num_frames, TEXT_ONLY, sound=sound), rows, sigma, draw)
 

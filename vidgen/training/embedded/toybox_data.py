@@ -127,6 +127,10 @@ class CacheConfig:
                 f"sprites has {unknown[0]!r}; give some of {', '.join(SPRITE_NAMES)}, or none"
             )
 
+    def frames_of(self, num_frames: int, fps: int) -> int:
+        """How many of its frames last as long as `num_frames` at another rate do."""
+        return 1 + (num_frames - 1) * self.fps // fps
+
     @property
     def takes_all(self) -> bool:
         """Whether every scene that comes is taken."""

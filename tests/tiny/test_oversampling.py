@@ -1,0 +1,238 @@
+"""Clips whose low-noise expert draws at twice the rate that they are shown at."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models import add_low_expert, build_tiny_model
+from vidgen.core.errors import Cancelled, InputError
+from vidgen.core.protocols import KeyTokens, OnStep, SamplerState, StepInfo
+from vidgen.core.request import Request
+from vidgen.core.shapes import Strides
+from vidgen.diffusion.condition import (
+    LatentState,
+    first_frame,
+    keyframe,
+    new_state,
+    reference,
+)
+from vidgen.diffusion.flow import add_noise
+from vidgen.diffusion.oversampling import every, finer_state, sample_finer
+from vidgen.diffusion.samplers import sample_state
+from vidgen.media.clip import Clip
+from vidgen.pipeline.budget.estimate import estimate
+from vidgen.pipeline.budget.job import Job
+from vidgen.pipeline.budget.preflight import settle
+from vidgen.pipeline.budget.stages import Setup
+from vidgen.pipeline.journal import journal
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.video import Engine, Progress, load
+
+STRIDES = Strides(4, 8)
+PROMPT = "a red car bounces"
+GIVEN = np.full((32, 32, 3), 90, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """A model with sound whose second expert draws two latent frames for one."""
+    folder = build_tiny_model(tmp_path_factory.mktemp("models") / "finer", sound=True)
+    return finer(add_low_expert(folder, 0.9))
+
+
+def finer(folder: Path) -> Engine:
+    engine = load(str(folder), device="cpu", dtype="fp32")
+    assert isinstance(engine, Engine)
+    defaults = replace(engine.folder.defaults, oversampling=2, num_steps=4)
+    engine.folder = replace(engine.folder, defaults=defaults)
+    return engine
+
+
+def made(engine: Engine, **options: Any) -> Clip:
+    clip = engine.generate(PROMPT, **({"seed": 1, "audio": "none"} | options))
+    assert isinstance(clip, Clip)
+    return clip
+
+
+def a_state(frames: int = 3, seed: int = 0) -> Any:
+    return new_state(torch.randn(1, 4, frames, 2, 2, generator=torch.manual_seed(seed)))
+
+
+def test_finer_frames_lie_where_their_pictures_do() -> None:
+    """Latents that tell the time of their centre tell it of finer frames, too."""
+    t, factor = 4, 2
+    centres = torch.tensor([0.0, *(t * k - (t - 1) / 2 for k in (1, 2))])  # frames 0, 1-4, 5-8
+    settled = centres.view(1, 1, 3, 1, 1).expand(1, 4, 3, 2, 2)
+    found = finer_state(a_state(), settled, 0.0, factor, t).latents[0, 0, :, 0, 0]
+    finer_centres = [0.0, *((t * k - (t - 1) / 2) / factor for k in (1, 2, 3, 4))]
+    expected = torch.tensor(finer_centres).clamp(max=float(centres[-1]))
+    inside = slice(2, 4)  # the first latent frame's one picture isn't as far from the next
+    assert torch.allclose(found[inside], expected[inside])
+    assert found[0] == 0
+    assert (found.diff() > 0).all()
+
+
+def test_conditions_stand_where_they_stood() -> None:
+    still = torch.randn(1, 4, 1, 2, 2)
+    state = reference(keyframe(first_frame(a_state(), still), 2 * still, 6, STRIDES), 3 * still)
+    settled = torch.randn(1, 4, 3, 2, 2)
+    there = finer_state(state, settled, 0.5, 2, STRIDES.t)
+    assert there.latents.shape[2] == 5
+    assert there.denoise_mask.flatten().tolist()[::4] == [False, True, True, True, True]
+    assert torch.equal(there.project(there.latents)[:, :, :1], still)
+    assert there.times is not None
+    assert there.times.tolist() == [0, 0.5, 1, 1.5, 2]
+    # as in a clip of its own at twice the rate, where frame 6 is frame 12
+    fine = keyframe(a_state(5), still, 12, STRIDES).keys
+    keys = there.timed_keys
+    assert isinstance(keys, KeyTokens)
+    assert isinstance(fine, KeyTokens)
+    assert keys.positions[0, 0] == fine.positions[0, 0] * 0.5
+    assert keys.positions[0, 1] == state.keys.positions[0, 1]
+    assert torch.equal(
+        there.latents, add_noise(finer_state(state, settled, 0.0, 2, 4).latents,
+                                 there.starting_noise, 0.5))
+
+
+def test_finer_noise_is_like_noise_and_none_of_it_twice() -> None:
+    state = new_state(torch.randn(2, 8, 9, 8, 8, generator=torch.manual_seed(1)))
+    noise = finer_state(state, torch.zeros(2, 8, 9, 8, 8), 1.0, 2, 4).starting_noise
+    assert noise.shape == (2, 8, 17, 8, 8)
+    frames = torch.cat([noise, state.latents], dim=2).transpose(1, 2).flatten(2)
+    alike = torch.corrcoef(frames[0]) - torch.eye(26)
+    assert alike.abs().max() < 0.2
+    assert abs(float(noise.std()) - 1) < 0.02
+    shorter = new_state(state.latents[:, :, :5])
+    again = finer_state(shorter, torch.zeros(2, 8, 5, 8, 8), 1.0, 2, 4).starting_noise
+    assert torch.equal(again, noise[:, :, :9])
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_every_so_manyth_frame_is_shown(factor: int) -> None:
+    frames = torch.arange(17.0).view(1, 1, 17, 1, 1)
+    pieces = frames.split([1, 4, 4, 3, 5], dim=2)
+    assert torch.equal(torch.cat([*every(pieces, factor)], dim=2), frames[:, :, ::factor])
+
+
+def test_steps_count_through_and_go_on_from_any() -> None:
+    told: list[StepInfo] = []
+    sigmas, state = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0]), a_state()
+
+    def run(
+        state: LatentState, levels: Tensor, on_step: OnStep | None, resume: SamplerState | None
+    ) -> Tensor:
+        return sample_state(
+            "euler", lambda latents, sigma: latents * sigma.view(-1, 1, 1, 1, 1), state, levels,
+            on_step=on_step, resume=resume,
+        )
+
+    whole = sample_finer(run, state, sigmas, 2, 2, 4, on_step=told.append)
+    assert whole.shape[2] == 5
+    assert [(info.step, info.num_steps) for info in told] == [(n, 4) for n in (1, 2, 3, 4)]
+    assert [info.sigma_next for info in told] == sigmas[1:].tolist()
+    assert [info.denoised.shape[2] for info in told] == [3, 3, 5, 5]
+    for info in told[:-1]:
+        again = sample_finer(run, state, sigmas, 2, 2, 4, resume=info.state)
+        assert torch.equal(again, whole)
+
+
+def test_a_clip_is_as_long_as_any(engine: Engine) -> None:
+    clip, plain = made(engine), made(engine, oversampling=1)
+    assert clip.latents is not None
+    assert clip.latents.shape[2] == 2 * plain.latents.shape[2] - 1
+    assert clip.frames.shape == plain.frames.shape
+    assert clip.recipe["plan"]["oversampling"] == 2
+    assert clip.recipe["plan"]["latents"] == plain.recipe["plan"]["latents"]
+    whole = torch.cat(list(engine.decode_video(clip.latents)), dim=2)[0]
+    shown = ((whole[:, ::2].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    assert (clip.frames == shown).all()
+    assert (clip.frames[1:] != plain.frames[1:]).any()
+
+
+def test_given_frames_are_kept(engine: Engine) -> None:
+    clip = made(engine, image=GIVEN, last_image=GIVEN)
+    plain = made(engine, image=GIVEN, last_image=GIVEN, oversampling=1)
+    assert clip.recipe["plan"]["oversampling"] == 2
+    assert (clip.frames[0] == plain.frames[0]).all()
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("sampler", ["euler", "unipc", "ancestral"])
+def test_stopped_between_steps_it_goes_on(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, sampler: str
+) -> None:
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    whole = made(engine, sampler=sampler).frames
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "sample" and progress.done == step:
+            raise Cancelled("stopped")
+
+    out = tmp_path / "x.mp4"
+    with pytest.raises(Cancelled):
+        made(engine, sampler=sampler, journal=Journal(out), on_event=stop)
+    steps: list[int] = []
+    again = made(engine, sampler=sampler, journal=Journal(out, resume=True),
+                 on_event=lambda p: steps.append(p.done) if p.stage == "sample" else None)
+    assert (again.frames == whole).all()
+    assert step not in steps
+
+
+def test_it_sounds_and_is_seen_while_it_forms(engine: Engine) -> None:
+    seen: list[int] = []
+    clip = made(engine, audio="generate", on_preview=lambda p: seen.append(len(p.frames)))
+    assert clip.sound is not None
+    assert np.abs(clip.sound).max() > 0
+    assert seen
+    assert set(seen) == {3}
+
+
+def test_finer_frames_cost_time_and_memory(engine: Engine) -> None:
+    setup, stages = Setup(torch.device("cpu"), "fp32"), []
+    for oversampling in (1, 2):
+        request = Request.of(PROMPT, {"seed": 1, "audio": "none", "last_image": GIVEN,
+                                      "oversampling": oversampling, "cache": "first-block"})
+        plan = settle(engine.folder, request)
+        made = estimate(engine.folder, plan, request, setup)
+        stages.append({stage.name: stage for stage in made.stages})
+        job = Job(engine.folder, plan, request, setup, {}, ".mp4")
+        assert job.drawn(4) == (6 if oversampling == 2 else 4)  # a still stays one
+    plain, finer = stages
+    assert plain["denoise"].seconds < finer["denoise"].seconds < 2 * plain["denoise"].seconds
+    assert plain["decode"].seconds < finer["decode"].seconds <= 2 * plain["decode"].seconds
+    assert plain["denoise"].bytes < finer["denoise"].bytes
+    assert plain["prepare"] == finer["prepare"]
+
+
+@pytest.mark.parametrize(("options", "why"), [
+    ({"frames": 1}, "has 1 frames: neither one nor more than a window's"),
+    ({"frames": 33}, "has 33 frames"),
+    ({"image": GIVEN, "mask": GIVEN}, "has mask, whose frames lie at the rate"),
+    ({"steps": 1}, "has no step on one side of the level 0.9"),
+])  # fmt: skip
+def test_what_cannot_be_drawn_finer_is_drawn_as_it_is(
+    engine: Engine, options: dict[str, Any], why: str
+) -> None:
+    assert made(engine, **options).recipe["plan"]["oversampling"] == 1
+    with pytest.raises(InputError, match=f"oversampling is 2, but this clip {why}"):
+        made(engine, **options, oversampling=2)
+
+
+def test_a_rate_that_a_model_does_not_draw_at_is_refused(
+    engine: Engine, tiny_model: Path
+) -> None:
+    with pytest.raises(InputError, match="oversampling is 3; finer draws at most 2 latent frames "
+                                         "for one, give 1 or 2"):
+        made(engine, oversampling=3)
+    plain = load(str(tiny_model), device="cpu", dtype="fp32")
+    with pytest.raises(InputError, match="draws each latent frame once; leave it out"):
+        plain.generate(PROMPT, oversampling=2)
+    with pytest.raises(InputError, match="oversampling is 0; give a whole number from 1 to 16"):
+        Request.of(PROMPT, {"oversampling": 0})
