@@ -194,6 +194,75 @@ def test_it_sounds_and_is_seen_while_it_forms(engine: Engine) -> None:
     assert set(seen) == {3}
 
 
+def test_a_long_clip_is_drawn_finer_window_by_window(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    whole = made(engine, frames=41)
+    assert whole.latents is not None
+    assert whole.latents.shape[2] == 21
+    assert whole.frames.shape[0] == 41
+    plain = made(engine, frames=41, oversampling=1)
+    assert (whole.frames[1:] != plain.frames[1:]).any()
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "sample" and progress.done == 7:  # in the second window of 4 steps
+            raise Cancelled("stopped")
+
+    out = tmp_path / "x.mp4"
+    with pytest.raises(Cancelled):
+        made(engine, frames=41, journal=Journal(out), on_event=stop)
+    again = made(engine, frames=41, journal=Journal(out, resume=True))
+    assert torch.equal(again.latents, whole.latents)
+    longer = made(engine, frames=57)
+    assert longer.latents is not None
+    assert torch.equal(longer.latents[:, :, :17], whole.latents[:, :, :17])
+
+
+def test_windows_are_shown_what_was_made_at_both_rates(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[LatentState] = []
+    sample = engine.sample
+    monkeypatch.setattr(engine, "sample", lambda plan, state, *rest, **options: (
+        states.append(state), sample(plan, state, *rest, **options))[1])
+    clip = made(engine, frames=33)
+    first, second = states[:2]
+    assert first.begins_finer is None
+    assert second.begins_finer is not None
+    assert not second.begins_finer.alone
+    known = int((~second.denoise_mask[0, 0, :, 0, 0]).sum())
+    assert torch.equal(second.begins_finer.latents, clip.latents[:, :, 9 - 2 * known : 9])
+    there = finer_state(second, torch.zeros_like(second.latents), 0.5, 2, STRIDES.t)
+    assert there.times is not None
+    assert there.times.tolist() == [n / 2 - 0.5 for n in range(2 * second.latents.shape[2])]
+    assert int((~there.denoise_mask[0, 0, :, 0, 0]).sum()) == 2 * known
+
+
+@pytest.mark.parametrize(("first", "then", "hand_over"), [
+    (2, 2, "latents"), (2, 1, "latents"), (1, 2, "latents"), (None, 2, "pixels"),
+])  # fmt: skip
+def test_a_clip_goes_on_from_one_of_any_rate(
+    engine: Engine, tmp_path: Path, first: int | None, then: int, hand_over: str
+) -> None:
+    begin = made(engine, frames=17, oversampling=first or 1, audio="generate")
+    if first is None:
+        begin.info = replace(begin.info, recipe=None)
+    begin.save(tmp_path / "a.mp4")
+    clip = made(engine, prefix=tmp_path / "a.mp4", frames=33, oversampling=then, audio="generate")
+    assert clip.recipe["hand_over"] == hand_over
+    assert clip.recipe["plan"]["oversampling"] == then
+    clip.save(tmp_path / "b.mp4")
+    frames = Clip.from_file(tmp_path / "b.mp4").frames
+    assert len(frames) == 33
+    assert (frames[:17] == Clip.from_file(tmp_path / "a.mp4").frames).all()
+    assert clip.sound is not None
+    assert len(clip.sound) == round(33 / 12 * clip.sound_rate)
+    again = made(engine, prefix=tmp_path / "b.mp4", frames=41, oversampling=then)
+    again.save(tmp_path / "c.mp4")
+    assert Clip.from_file(tmp_path / "c.mp4").num_frames == 41
+
+
 def test_finer_frames_cost_time_and_memory(engine: Engine) -> None:
     setup, stages = Setup(torch.device("cpu"), "fp32"), []
     for oversampling in (1, 2):
@@ -203,7 +272,8 @@ def test_finer_frames_cost_time_and_memory(engine: Engine) -> None:
         made = estimate(engine.folder, plan, request, setup)
         stages.append({stage.name: stage for stage in made.stages})
         job = Job(engine.folder, plan, request, setup, {}, ".mp4")
-        assert job.drawn(4) == (6 if oversampling == 2 else 4)  # a still stays one
+        assert job.passes.windows == (4,)
+        assert job.passes.drawn == (6 if oversampling == 2 else 4,)  # a still stays one
     plain, finer = stages
     assert plain["denoise"].seconds < finer["denoise"].seconds < 2 * plain["denoise"].seconds
     assert plain["decode"].seconds < finer["decode"].seconds <= 2 * plain["decode"].seconds
@@ -212,8 +282,7 @@ def test_finer_frames_cost_time_and_memory(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(("options", "why"), [
-    ({"frames": 1}, "has 1 frames: neither one nor more than a window's"),
-    ({"frames": 33}, "has 33 frames"),
+    ({"frames": 1}, "has a single frame"),
     ({"image": GIVEN, "mask": GIVEN}, "has mask, whose frames lie at the rate"),
     ({"steps": 1}, "has no step on one side of the level 0.9"),
 ])  # fmt: skip

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,17 @@ from vidgen.diffusion.sound import Packing, SoundState
 
 FIRST_REFERENCE_POSITION = -4.0
 REFERENCE_SPACING = 2.0
+
+
+class FinerBeginning(NamedTuple):
+    """What a clip begins with at a finer frame rate, see `vidgen.diffusion.oversampling`.
+
+    `latents` [B, C, n, h, w] are those that are known, as they are shown; `alone` says whether the
+    first of them is a single frame.
+    """
+
+    latents: Tensor
+    alone: bool
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,8 @@ class LatentState:
         noise: [B, C, F, h, w], the starting noise where `latents` are more than that; None there.
         spacing: how far latent frames lie apart on the time axis, where those of the model's own
             frame rate lie one apart.
+        lead: which of them lies at 0 there.
+        begins_finer: what is known in place at a finer frame rate, where that isn't a single frame.
     """
 
     latents: Tensor
@@ -64,6 +78,8 @@ class LatentState:
     hides_known: bool = False
     noise: Tensor | None = None
     spacing: float = 1.0
+    lead: int = 0
+    begins_finer: FinerBeginning | None = None
 
     @cached_property
     def any_known(self) -> bool:
@@ -85,7 +101,8 @@ class LatentState:
         """Where its latent frames lie on the time axis, [F]; None: one apart."""
         if self.spacing == 1:
             return None
-        return torch.arange(self.latents.shape[2], device=self.latents.device) * self.spacing
+        numbers = torch.arange(self.latents.shape[2], device=self.latents.device)
+        return (numbers - self.lead) * self.spacing
 
     @cached_property
     def timed_keys(self) -> KeyTokens | None:

@@ -11,7 +11,7 @@ Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,10 +24,35 @@ from vidgen.diffusion.noise import shuffled
 FINER_NOISE = -1
 """A step that no sampler takes, by which `shuffled` draws the noise of finer frames."""
 
+Run = Callable[[LatentState, Tensor, OnStep | None, SamplerState | None], Tensor]
+"""Samples a state over noise levels, told steps, or from where a run had come to: clean latents."""
 
-def finer_length(num_frames: int, factor: int) -> int:
-    """Latent frames that F of them become: the first one, a single frame, stays one."""
-    return 1 + (num_frames - 1) * factor
+
+@dataclass(frozen=True)
+class Pace:
+    """How finer latent frames lie to those of a clip, or of a stretch of it.
+
+    Args:
+        factor: of them for each.
+        alone: whether the first stands for a single frame, and so is one at any rate; within a
+            clip each stands for `stride_t` frames.
+    """
+
+    factor: int
+    alone: bool = True
+
+    @property
+    def lead(self) -> int:
+        """Finer frames before the first that ends where one of the clip's does."""
+        return 0 if self.alone else self.factor - 1
+
+    def finer(self, frames: int) -> int:
+        """How many so many become."""
+        return frames and 1 + (frames - 1) * self.factor + self.lead
+
+    def coarser(self, frames: int) -> int:
+        """How many of the clip's so many are."""
+        return frames and 1 + (frames - 1 - self.lead) // self.factor
 
 
 def finer_state(
@@ -36,28 +61,29 @@ def finer_state(
     """A state's clip at `factor` times its frame rate, noised to `sigma`, under its conditions.
 
     Args:
-        state: of which nothing in place is known but the first latent frame, or nothing.
+        state: of which nothing in place is known but latent frames from the first one on; where
+            they are more than a single frame, `begins_finer` are those at the finer rate.
         denoised: what its clip is so far, [B, C, F, h, w].
         sigma: noise level to go on from.
-        factor: latent frames for each but the first.
+        factor: latent frames for each.
         stride_t: frames in a latent frame.
     """
-    F = state.latents.shape[2]
-    nearest = (torch.arange(finer_length(F, factor)) + factor - 1) // factor
+    begun, F = state.begins_finer, state.latents.shape[2]
+    pace = Pace(factor, alone=begun is None or begun.alone)
+    nearest = (torch.arange(pace.finer(F)) - pace.lead + factor - 1) // factor
     noise = shuffled(state.starting_noise[:, :, nearest], FINER_NOISE)
-    known = torch.ones_like(noise[:, :1], dtype=torch.bool)
-    known[:, :, :1] = state.denoise_mask[:, :, :1]
-    clean = torch.zeros_like(noise)
-    clean[:, :, :1] = state.clean[:, :, :1]
-    begun = add_noise(_between(denoised.float(), factor, stride_t), noise, sigma)
+    unknown, clean = torch.ones_like(noise[:, :1], dtype=torch.bool), torch.zeros_like(noise)
+    if begun is None:
+        unknown[:, :, :1], clean[:, :, :1] = state.denoise_mask[:, :, :1], state.clean[:, :, :1]
+    else:
+        count = begun.latents.shape[2]
+        unknown[:, :, :count], clean[:, :, :count] = False, begun.latents.to(clean)
+    settled = _between(denoised.float(), pace, stride_t)
     return replace(
-        state, latents=begun, noise=noise, clean=clean, denoise_mask=known,
-        keys=_finer_keys(state.keys, factor, stride_t), spacing=state.spacing / factor,
+        state, latents=add_noise(settled, noise, sigma), noise=noise, clean=clean,
+        denoise_mask=unknown, keys=_finer_keys(state.keys, factor, stride_t),
+        spacing=state.spacing / factor, lead=pace.lead, begins_finer=None,
     )
-
-
-Run = Callable[[LatentState, Tensor, OnStep | None, SamplerState | None], Tensor]
-"""Samples a state over noise levels, told steps, or from where a run had come to: clean latents."""
 
 
 def sample_finer(
@@ -80,7 +106,7 @@ def sample_finer(
         resume: where an earlier run with the same arguments had come to.
 
     Returns:
-        Clean latents [B, C, factor * (F - 1) + 1, h, w], float32.
+        Clean latents [B, C, n, h, w] of so many finer frames, float32.
     """
     num_steps, levels = len(sigmas) - 1, sigmas.tolist()
 
@@ -104,6 +130,7 @@ def sample_finer(
     finer = finer_state(state, settled, levels[split], factor, stride_t)
     return run(finer, sigmas[split:], told_from(split), resume)
 
+
 def every(videos: Iterable[Tensor], factor: int) -> Iterator[Tensor]:
     """Of a clip's pieces [B, 3, n, H, W] the first frame, and every `factor`-th behind it."""
     if factor == 1:
@@ -115,16 +142,23 @@ def every(videos: Iterable[Tensor], factor: int) -> Iterator[Tensor]:
         passed += video.shape[2]
 
 
-def _between(latents: Tensor, factor: int, stride_t: int) -> Tensor:
+def interpolated(video: Tensor, factor: int) -> Tensor:
+    """Video [B, 3, n, H, W] with `factor` - 1 frames blended in between each two of its own."""
+    steps = torch.arange(1 + (video.shape[2] - 1) * factor)
+    before, share = steps // factor, (steps % factor / factor).to(video).view(-1, 1, 1)
+    return torch.lerp(video[:, :, before], video[:, :, -(-steps // factor)], share)
+
+
+def _between(latents: Tensor, pace: Pace, stride_t: int) -> Tensor:
     """Latent frames drawn evenly between those given, whose centres lie where theirs do.
 
-    The first one stands for one frame, each other for `stride_t`, so a finer one's centre isn't
-    at a whole fraction.
+    A single frame's centre is itself, that of all others lies amid `stride_t` frames, so a finer
+    one's isn't at a whole fraction.
     """
-    last = latents.shape[2] - 1
-    at = torch.arange(finer_length(last + 1, factor), dtype=torch.float64) / factor
-    at[1:] += (stride_t - 1) / (2 * stride_t) * (1 - 1 / factor)
-    at = at.clamp(max=last)
+    last, factor = latents.shape[2] - 1, pace.factor
+    at = (torch.arange(pace.finer(last + 1), dtype=torch.float64) - pace.lead) / factor
+    at[pace.alone :] += (stride_t - 1) / (2 * stride_t) * (1 - 1 / factor)
+    at = at.clamp(min=0, max=last)
     before = at.floor().long().clamp(max=max(last - 1, 0))
     share = (at - before).to(latents).view(-1, 1, 1)
     return torch.lerp(latents[:, :, before], latents[:, :, (before + 1).clamp(max=last)], share)

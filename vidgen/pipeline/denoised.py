@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from vidgen.diffusion.oversampling import Pace
 from vidgen.pipeline.long.extend import LongClip, long_clip
 from vidgen.pipeline.sound.own_sound import followed_sound, own_sound, sound_plan
 
@@ -85,7 +86,8 @@ class DenoisedClip:
         if long:
             return long.sample(sample, self.kept.done, self.kept.keep_window, followed)
         state = self.engine.prepare(plan, request, self.inputs)
-        state = followed.beside(state) if followed else state
+        if followed:
+            state = followed.beside(state, 0, plan.latents.num_frames)
         return state.apart(sample(plan, state))[0]
 
     def _sampling(self, glimpses: Glimpses) -> Callable[[Plan, LatentState], Tensor]:
@@ -117,6 +119,7 @@ class DenoisedClip:
         long, plan = self._long, sound_plan(self.plan, self.engine.folder.defaults)
         own = own_sound(self.engine.parts, self.plan, self.request, long)
         windows = long.windows if long else [(0, self.plan.latents.num_frames)]
+        pace = long.pace if long else Pace(self.plan.oversampling)
 
         def sample(state: LatentState, number: int) -> Tensor:
             def on_step(info: StepInfo) -> None:
@@ -127,6 +130,6 @@ class DenoisedClip:
                 plan, state, self.contexts(), on_step, self.request.scheduler, self.loras
             )
 
-        own.follow(latents, windows, long.num_gone if long else 0, sample, self.kept)
+        own.follow(latents, windows, pace, long.num_gone if long else 0, sample, self.kept)
         self.kept.keep_sound(*(made := own.decode()))
         return made

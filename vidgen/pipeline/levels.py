@@ -12,14 +12,13 @@ from vidgen.core.errors import InputError
 from vidgen.diffusion.samplers import SAMPLERS, scheduler_sigmas
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.pipeline.experts import boundary_of
-from vidgen.pipeline.long.extend import window_size
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.pipeline.plan import Plan
     from vidgen.weights.folder import ModelFolder
 
-AT_ONE_RATE = ("mask", "prefix", "video", "strength", "control", "follow_audio", "roll")
+AT_ONE_RATE = ("mask", "video", "strength", "control", "follow_audio", "roll")
 """Options of clips that keep one frame rate: what they are given has no finer one."""
 
 
@@ -72,9 +71,8 @@ def _hindrance(plan: Plan, request: Request, folder: ModelFolder) -> str | None:
         return f"has {given[0]}, whose frames lie at the rate that they are shown at"
     if plan.sampler not in SAMPLERS:
         return f"is sampled by {plan.sampler}, which brings its own noise levels"
-    size = window_size(folder, folder.components["vae"].config.strides)
-    if not 1 < plan.latents.num_frames <= size:
-        return f"has {plan.num_frames} frames: neither one nor more than a window's go with it"
+    if plan.num_frames == 1:
+        return "has a single frame"
     sigmas = sigmas_of(plan)
     if not 0 < split_at(sigmas, boundary_of(folder, plan, hears=False)) < len(sigmas) - 1:
         return f"has no step on one side of the level {folder.defaults.boundary}"

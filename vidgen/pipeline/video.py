@@ -336,10 +336,11 @@ class Engine(OpenedModel):
         self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None
     ) -> Clip:
         """A lazy clip whose chunks come out of the VAE while it is written."""
-        if "tail" not in recipe and plan.oversampling == 1:  # a long clip has its own
+        if "tail" not in recipe:  # a long clip has its own
             unseen = plan.num_frames - plan.kept_frames
             anchor = latents[:, :, :1] if ANCHOR_TASK in self.folder.tasks else None
-            recipe["tail"] = make_tail(latents, plan.latents.num_frames, unseen, anchor=anchor)
+            recipe["tail"] = make_tail(latents, plan.latents.num_frames, unseen, anchor=anchor,
+                                       oversampling=plan.oversampling)
         videos = partial(self.decode_video, latents, tiles=plan.tiles,
                          oversampling=plan.oversampling)
         return self.lazy(plan, videos, recipe, latents, journal)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vidgen.diffusion.oversampling import finer_length
+from vidgen.diffusion.oversampling import Pace
 from vidgen.diffusion.sound import sound_span
 from vidgen.ops.linear import packs
 from vidgen.pipeline.budget.calibration import NOMINAL, Calibration, cached_calibration
@@ -109,20 +109,16 @@ class Job:
         """Tokens of a latent frame."""
         return self.rows * self.columns // self.dit.patch_size**2
 
-    def drawn(self, frames: int) -> int:
-        """Latent frames, of so many with their stills, that are denoised where noise is low."""
-        return frames + self.finer(self.plan.latents.num_frames) - self.plan.latents.num_frames
-
     def finer(self, frames: int) -> int:
-        """Latent frames that so many of the clip become where noise is low."""
-        return finer_length(frames, self.plan.oversampling)
+        """Latent frames that so many of the clip become below the boundary."""
+        return Pace(self.plan.oversampling).finer(frames)
 
     @property
     def tokens(self) -> int:
         """Tokens of the largest window."""
         frames = max(self.passes.windows, default=0)
         followed = self.sound_latents(frames) if frames and self.request.follow_audio else 0
-        return self.drawn(frames) * self.frame_tokens + followed
+        return max(self.passes.drawn, default=0) * self.frame_tokens + followed
 
     @property
     def window_sound_latents(self) -> int:

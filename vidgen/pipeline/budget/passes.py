@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidgen.diffusion.oversampling import Pace
 from vidgen.media.probe import probe, read_recipe
 from vidgen.pipeline.long.extend import OVERLAP, keeps_to_start, split_windows, window_size
 from vidgen.pipeline.long.tail import TAIL_FRAMES, read_tail
@@ -30,15 +31,17 @@ class Passes:
 
     Attributes:
         windows: latent frames that the transformer reads for each window, stills included.
+        drawn: those that it reads below the boundary, which are more under oversampling.
         has_given: whether frames of each window are given, as guidance counts them.
         encoded: frames of each video or still that the VAE's encoder reads, for all windows.
         refined: first frames whose latents are brought nearer to them.
         decoded: latent frames that are decoded, but for `shown`.
-        shown: latent frames that windows of VACE decode, to be shown what came before.
+        shown: latent frames that later windows decode, to be shown what came before.
         kept: frames that are written.
     """
 
     windows: tuple[int, ...]
+    drawn: tuple[int, ...]
     has_given: tuple[bool, ...]
     encoded: tuple[int, ...]
     refined: int
@@ -85,9 +88,11 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
     if given.num_latents or total > size:
         overlap, at_hand = min(request.overlap or OVERLAP, size - 1), given.num_latents
         windows = split_windows(at_hand, total, size, min(overlap, at_hand or overlap))
-    read, encoded = [], [1 + (given.num_latents - 1) * t] if given.is_encoded else []
+    factor = plan.oversampling
+    read, drawn = list[int](), list[int]()
+    encoded = [1 + (given.num_latents - 1) * t * factor] if given.is_encoded else []
     has_given, through_noise, refined = [], folder.defaults.history_noise > 0, 0
-    made = given.num_latents
+    made, shown = given.num_latents, 0
     for start, stop in windows:
         frames, known = 1 + (stop - start - 1) * t, made - start
         first, new_from = (given.behind + start) * t, 1 + (known - 1) * t if known else 0
@@ -96,6 +101,11 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         stills, own = _conditions(folder, request, frames, *pictures)
         anchored = known > 0 and keeps_to_start(folder, request)
         read.append(stop - start + stills + anchored)
+        pace = Pace(factor, alone=start == 0)
+        drawn.append(pace.finer(stop - start) + stills + anchored)
+        past = max(TAIL_FRAMES, (known + 1) * factor) if known and factor > 1 else 0
+        encoded += [1 + (past // factor - 1) * t] if past else []
+        shown += past
         has_given.append(
             not through_noise if known else sum(pictures) > 0 and request.mask is None
         )
@@ -103,11 +113,12 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         refined += pictures[0] if folder.conditioning == "tokens" else 0
         made = stop
     later = len(windows) - (not given.num_latents)
-    shown = TAIL_FRAMES * later if folder.conditioning == "control" else 0
+    shown += TAIL_FRAMES * later if folder.conditioning == "control" else 0
     if folder.conditioning == "control":  # and encode what they were shown
         encoded += [1 + (stop - start - 1) * t for start, stop in windows[len(windows) - later :]]
     kept = max(plan.kept_frames - given.num_frames, 1)
-    return Passes(tuple(read), tuple(has_given), tuple(encoded), refined, total, shown, kept)
+    return Passes(tuple(read), tuple(drawn), tuple(has_given), tuple(encoded), refined, total,
+                  shown, kept)
 
 
 def _rolled(plan: Plan, roll: RollConfig, request: Request) -> Passes:
@@ -116,8 +127,8 @@ def _rolled(plan: Plan, roll: RollConfig, request: Request) -> Passes:
     read = [roll.turn_frames + min(turn * roll.turn_frames, roll.window_frames)
             for turn in range(turns)]
     encoded = (1,) if request.has("image") or request.has("first_frame_model") else ()
-    return Passes(tuple(read), (False,) * turns, encoded, len(encoded), turns * roll.turn_frames,
-                  0, plan.kept_frames)
+    return Passes(tuple(read), tuple(read), (False,) * turns, encoded, len(encoded),
+                  turns * roll.turn_frames, 0, plan.kept_frames)
 
 
 def _pictures(
@@ -158,7 +169,7 @@ def _given(folder: ModelFolder, plan: Plan, path: str) -> _Given:
     recipe, num_frames, fps = _read_given(path, stamp)
     begun = read_tail(recipe, folder) if fps == plan.fps else None
     if begun is not None:
-        at_hand = begun.latents.shape[2]
+        at_hand = begun.num_given
         return _Given(begun.num_frames, at_hand, begun.num_latents - at_hand, begun.frames_ahead)
     t, count = folder.components["vae"].config.strides.t, round(num_frames * plan.fps / fps)
     num_latents = 1 + max(count - 1, 0) // t

@@ -70,10 +70,11 @@ class Seconds:
         job = self.job
         image_tokens = 0 if job.image is None else job.image.num_tokens
         seconds = 0.0
-        for frames, has_given in zip(job.passes.windows, job.passes.has_given, strict=True):
+        windows = zip(job.passes.windows, job.passes.drawn, job.passes.has_given, strict=True)
+        for frames, drawn, has_given in windows:
             above, below = self._num_passes(has_given=has_given)
             seconds += above * self._pass(frames, image_tokens)
-            seconds += below * self._pass(job.drawn(frames), image_tokens) if below else 0.0
+            seconds += below * self._pass(drawn, image_tokens) if below else 0.0
         return seconds
 
     def sound(self) -> float:
@@ -90,8 +91,8 @@ class Seconds:
         assert audio is not None
         sigmas = make_sigmas(plan.num_steps, plan.shift).tolist()[:-1]
         seconds = 0.0
-        for frames in job.passes.windows:
-            tokens, seen = job.sound_latents(frames), job.drawn(frames) * job.frame_tokens
+        for frames, drawn in zip(job.passes.windows, job.passes.drawn, strict=True):
+            tokens, seen = job.sound_latents(frames), drawn * job.frame_tokens
             branches = [
                 job.rates.seconds(listening_ops(
                     job.dit, audio, tokens, tokens + keys, job.text_tokens + 1,
@@ -99,7 +100,7 @@ class Seconds:
                 ))
                 for keys in (seen, 0)  # the negative pass hears itself alone
             ]  # fmt: skip
-            seconds += self._pass(job.drawn(frames), 0)
+            seconds += self._pass(drawn, 0)
             seconds += sum(sum(branches[: len(plan.guidance.branches_at(s))]) for s in sigmas)
         return made + seconds
 

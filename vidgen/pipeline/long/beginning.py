@@ -10,14 +10,17 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
+from vidgen.diffusion.oversampling import Pace, interpolated
 from vidgen.media.probe import read_recipe
 from vidgen.media.read import fit
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
+from vidgen.pipeline.long.retime import at_rate
 from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, read_tail
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ def read_beginning(engine: Engine, plan: Plan, request: Request, inputs: Inputs)
         log.warning("%s holds no latents of %s to go on from; its last frames are encoded, which "
                     "costs some sharpness", path, engine.folder.name)
         begun = _encode_end(engine, plan, request, inputs)
+    begun = _at_rate_of(engine, plan, begun)
     if begun.num_frames >= plan.kept_frames:
         raise InputError(
             f"a beginning of {begun.num_frames} frames leaves nothing to generate in a clip of "
@@ -59,6 +63,15 @@ def read_beginning(engine: Engine, plan: Plan, request: Request, inputs: Inputs)
     return begun
 
 
+def _at_rate_of(engine: Engine, plan: Plan, begun: Beginning) -> Beginning:
+    """The beginning at the rate that a plan draws at."""
+    had, wanted = begun.pace.factor, plan.oversampling
+    if had == wanted:
+        return begun
+    latents = at_rate(engine, begun.latents, had, wanted, plan.tiles, plan.encode_passes)
+    return replace(begun, latents=latents, pace=Pace(wanted))
+
+
 def _encode_end(engine: Engine, plan: Plan, request: Request, inputs: Inputs) -> Beginning:
     t, total = engine.vae_config.strides.t, 0
     ending: deque[Frames] = deque(maxlen=1 + (TAIL_FRAMES - 1) * t)
@@ -67,11 +80,12 @@ def _encode_end(engine: Engine, plan: Plan, request: Request, inputs: Inputs) ->
         total += 1
     count = 1 + (len(ending) - 1) // t * t
     video = pixels_of(list(ending)[-count:], plan.width, plan.height, plan.fit)
+    video = interpolated(video, plan.oversampling)
     latents = engine.encode_video(video, plan.tiles, plan.encode_passes).cpu()
     return Beginning(
         latents=latents, num_frames=total, frames_ahead=0,
         num_latents=1 + math.ceil((total - 1) / t), colours=colours_of(latents),
-        hand_over="pixels", anchor=latents[:, :, :1],
+        hand_over="pixels", anchor=latents[:, :, :1], pace=Pace(plan.oversampling),
     )
 
 

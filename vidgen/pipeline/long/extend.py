@@ -25,9 +25,12 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.core.shapes import LatentShape, Strides, Tiles
+from vidgen.core.shapes import LatentShape, Strides
 from vidgen.diffusion import condition, stacked
+from vidgen.diffusion.condition import FinerBeginning
+from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.oversampling import Pace
 from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
@@ -36,6 +39,7 @@ from vidgen.media.write import ClipInfo
 from vidgen.pipeline.devices.stretches import room_for
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.beginning import earlier_frames, read_beginning
+from vidgen.pipeline.long.retime import at_rate
 from vidgen.pipeline.long.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colours_of, make_tail
 from vidgen.weights.family import models_with
 
@@ -175,63 +179,62 @@ class LongClip:
         Returns:
             [1, C, F, h, w] float32 on the CPU.
         """
-        given = self._num_given
-        end = self.windows[-1][1] if self.windows else given
-        latents = _room_for(replace(self.plan.latents, num_frames=end))
+        count, finer = self._num_given, self.pace.finer
+        end = self.windows[-1][1] if self.windows else count
+        latents = _room_for(replace(self.plan.latents, num_frames=finer(end)))
         if self.begun is not None:
-            latents[:, :, :given] = self.begun.latents
-        count = given if done is None else done.shape[2]
+            latents[:, :, : finer(count)] = self.begun.latents
         if done is not None:
-            latents[:, :, :count] = done
+            count = self.pace.coarser(done.shape[2])
+            latents[:, :, : finer(count)] = done
         for start, stop in self.windows:
             if stop <= count:
                 continue
             own, state = self._prepare(start, stop, num_known=count - start)
             first = start + self.num_gone
             if count > start:
-                state = self._show(state, latents[:, :, max(0, count - TAIL_FRAMES) : count],
-                                   count - start, first)
+                state = self._show(state, latents[:, :, : finer(count)], start, count)
                 if (anchor := self._anchor(latents)) is not None:
                     state = condition.reference(state, anchor.to(state.latents))
             if sound is not None:
-                state = sound.beside(state, first)
+                state = sound.beside(state, first, stop - start)
             picture, _ = state.apart(sample(own, state))
-            new = picture[:, :, count - start :]
+            new = picture[:, :, finer(count) - finer(start) :]
             if count:
                 hold = self.request.colour_hold
                 new = hold_colours(
                     new, self._colours(latents), COLOUR_HOLD if hold is None else hold
                 )
-            latents[:, :, count:stop] = new.cpu()
+            latents[:, :, finer(count) : finer(stop)] = new.cpu()
             count = stop
             if keep is not None:
-                keep(latents[:, :, :count])
+                keep(latents[:, :, : finer(count)])
         return latents
 
     def clip(self, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None) -> Clip:
         """A lazy clip of what `sample` made; its last latents are added to the recipe."""
-        plan, begun, t = self.plan, self.begun, self._stride_t
-        made = latents.shape[2] - self._num_given
+        plan, begun, t, factor = self.plan, self.begun, self._stride_t, self.pace.factor
+        made = self.pace.coarser(latents.shape[2]) - self._num_given
         colours = self._colours(latents)
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
-            recipe=recipe, stride_t=t,
+            recipe=recipe, stride_t=max(t // factor, 1),
         )
         if begun is None:
             ahead = plan.num_frames - plan.kept_frames
-            recipe["tail"] = make_tail(latents, made, ahead, colours, self._anchor(latents))
+            recipe["tail"] = make_tail(latents, made, ahead, colours, self._anchor(latents), factor)
             return self.engine.decode(plan, latents, recipe, journal)
         total = begun.num_frames + begun.frames_ahead + made * t
         recipe["hand_over"] = begun.hand_over
         recipe["tail"] = make_tail(
             latents, begun.num_latents + made, total - plan.kept_frames, colours,
-            self._anchor(latents),
+            self._anchor(latents), factor,
         )
-        skipped = 1 + (self._num_given - 1) * t - begun.frames_ahead
+        skipped = 1 + (self.pace.finer(self._num_given) - 1) * t // factor - begun.frames_ahead
 
         def added(start: int) -> Iterator[Frames]:
             end = skipped + plan.kept_frames - begun.num_frames
-            return _frames(self.engine, latents, skipped + start, end, plan.tiles)
+            return _frames(self.engine, plan, latents, skipped + start, end)
 
         def whole(start: int = 0) -> Iterator[Frames]:
             earlier = earlier_frames(plan, self.request, self.inputs)
@@ -253,6 +256,11 @@ class LongClip:
         return self.engine.vae_config.strides.t
 
     @property
+    def pace(self) -> Pace:
+        """How the latents that are made lie to the clip's, from the first that is at hand."""
+        return Pace(self.plan.oversampling) if self.begun is None else self.begun.pace
+
+    @property
     def num_gone(self) -> int:
         """Latent frames of the clip before the first that is at hand."""
         return 0 if self.begun is None else self.begun.num_latents - self._num_given
@@ -264,13 +272,13 @@ class LongClip:
 
     @property
     def _num_given(self) -> int:
-        return 0 if self.begun is None else self.begun.latents.shape[2]
+        return 0 if self.begun is None else self.begun.num_given
 
     def _colours(self, latents: Tensor) -> Tensor:
         """What windows keep to: the beginning's colours, else those of the first window."""
         if self.begun is not None:
             return self.begun.colours
-        return colours_of(latents[:, :, : self.windows[0][1]])
+        return colours_of(latents[:, :, : self.pace.finer(self.windows[0][1])])
 
     def _anchor(self, latents: Tensor) -> Tensor | None:
         """The first latent frame, [1, C, 1, h, w], where later windows are shown it."""
@@ -310,13 +318,22 @@ class LongClip:
         asked = replace(request, latents=noise, prefix=None, frame=tuple(stills))
         return own, self.engine.prepare(own, asked, Inputs(images=mine))
 
-    def _show(self, state: LatentState, past: Tensor, num_known: int, first: int) -> LatentState:
-        """Write the last `num_known` of the clip's latents into a window's state.
+    def _show(self, state: LatentState, made: Tensor, start: int, count: int) -> LatentState:
+        """Write the clip's latent frames `start` to `count` into the state of a window there.
 
         VACE reads known frames as a clip of their own whose first frame is encoded alone; all that
         follow are the latents themselves.
         """
-        known = past[:, :, -num_known:].to(state.latents)
+        num_known, first, factor = count - start, start + self.num_gone, self.pace.factor
+        known = made[:, :, self.pace.finer(start) :].to(state.latents)
+        past = made[:, :, -max(TAIL_FRAMES, (num_known + 1) * factor) :]
+        if factor > 1:
+            state = replace(state, begins_finer=FinerBeginning(
+                self._noised(known, "history finer", Pace(factor).finer(first)),
+                alone=self.pace.alone and start == 0,
+            ))  # fmt: skip
+            past = at_rate(self.engine, past, factor, 1, self.plan.tiles, self.plan.encode_passes)
+            known = past[:, :, -num_known:].to(state.latents)
         if self.engine.folder.conditioning != "control":
             return self._through_noise(condition.prefix(state, known), first)
         t = self._stride_t
@@ -339,10 +356,19 @@ class LongClip:
         level = self.engine.folder.defaults.history_noise
         if level == 0:
             return state
-        shape = replace(self.plan.latents, num_frames=state.latents.shape[2])
-        noise = draw_noise(self.plan.seed, shape, stream="history", first_frame=first)
         sigma = torch.tensor([level]).to(state.latents)
-        return condition.noise_known(state, sigma, noise.to(state.latents))
+        noise = self._noise_like(state.latents, "history", first)
+        return condition.noise_known(state, sigma, noise)
+
+    def _noised(self, known: Tensor, stream: str, first: int) -> Tensor:
+        """Latents as `_through_noise` shows them."""
+        level = self.engine.folder.defaults.history_noise
+        return add_noise(known, self._noise_like(known, stream, first), level) if level else known
+
+    def _noise_like(self, latents: Tensor, stream: str, first: int) -> Tensor:
+        shape = replace(self.plan.latents, num_frames=latents.shape[2])
+        noise = draw_noise(self.plan.seed, shape, stream=stream, first_frame=first)
+        return noise.to(latents)
 
 
 def _check(plan: Plan, request: Request, folder: ModelFolder) -> None:
@@ -372,15 +398,16 @@ def _room_for(shape: LatentShape) -> Tensor:
     return flat.view(F, C, h, w).transpose(0, 1)[None]
 
 
-def _frames(
-    engine: Engine, latents: Tensor, start: int, end: int, tiles: Tiles | None
-) -> Iterator[Frames]:
-    """Frames uint8 [t, H, W, 3] of latents, numbers `start` to `end` of them."""
+def _frames(engine: Engine, plan: Plan, latents: Tensor, start: int, end: int) -> Iterator[Frames]:
+    """Frames uint8 [t, H, W, 3] of latents, numbers `start` to `end` of those that are shown."""
     from vidgen.pipeline.video import to_frames
 
-    for video in engine.decode_video(latents, start, tiles) if start < end else ():
+    if start >= end:
+        return
+    for video in engine.decode_video(latents, start, plan.tiles, plan.oversampling):
         frames = to_frames(video[0])[: end - start].numpy()
         start += len(frames)
-        yield frames
+        if len(frames):
+            yield frames
         if start >= end:
             return

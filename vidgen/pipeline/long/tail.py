@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
+from vidgen.diffusion.oversampling import Pace
 
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
@@ -27,12 +28,16 @@ ANCHOR_TASK = "anchor"
 """In `model.json`: the model was taught to keep long clips to their first frame."""
 
 
+AS_SHOWN = Pace(1)
+
+
 @dataclass(frozen=True)
 class Beginning:
     """What a clip goes on from.
 
     Attributes:
         latents: its last ones, normalised, [1, C, m, h, w] float32.
+        pace: their rate, and what the first of them is.
         num_frames: frames that exist already, and come before the new ones.
         num_latents: latent frames up to here, counted from the clip's start.
         frames_ahead: frames that the latents stand for beyond those that exist.
@@ -48,26 +53,35 @@ class Beginning:
     colours: Tensor
     hand_over: Literal["latents", "pixels"]
     anchor: Tensor | None = None
+    pace: Pace = AS_SHOWN
+
+    @property
+    def num_given(self) -> int:
+        """Latent frames of the clip that `latents` are."""
+        return self.pace.coarser(self.latents.shape[2])
 
 
 def make_tail(
     latents: Tensor, num_latents: int, frames_ahead: int, colours: Tensor | None = None,
-    anchor: Tensor | None = None,
+    anchor: Tensor | None = None, oversampling: int = 1,
 ) -> dict[str, Any] | None:
     """What a recipe keeps of a clip, so that it can go on without being encoded.
 
     Args:
         latents: of the clip, or its last ones, [1, C, F, h, w].
-        num_latents: latent frames of the whole clip.
+        num_latents: latent frames of the whole clip, at the rate that it is shown at.
         frames_ahead: frames at the end that were generated but not kept.
         colours: [2, C] that its windows kept to; None: those of `latents`.
         anchor: [1, C, 1, h, w] of the clip's start, for models that keep to it.
+        oversampling: how many of `latents` each latent frame of the clip has become.
 
     Returns:
         JSON data with float16 in base64; None where not one latent frame fits into `TAIL_BYTES`.
     """
     frame_bytes = latents[:, :, :1].numel() * 2 * 4 // 3
     count = min(TAIL_FRAMES, latents.shape[2], TAIL_BYTES // frame_bytes)
+    if count < latents.shape[2]:
+        count -= count % oversampling  # whole ones of the clip
     if count == 0:
         return None
     kept = {} if anchor is None else {"anchor": _text(anchor[0])}
@@ -93,12 +107,14 @@ def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginnin
         tail = recipe["tail"]
         latents = _tensor(tail["data"], tail["shape"])[None]
         anchor, (C, _, h, w) = tail.get("anchor"), tail["shape"]
+        num_latents, factor = int(tail["num_latents"]), int(recipe["plan"].get("oversampling", 1))
         own_frames = int(recipe["plan"]["kept_frames"]) - int(recipe.get("head_frames", 0))
         return Beginning(
             latents=latents, num_frames=own_frames,
-            num_latents=int(tail["num_latents"]), frames_ahead=int(tail["frames_ahead"]),
+            num_latents=num_latents, frames_ahead=int(tail["frames_ahead"]),
             colours=_tensor(tail["colours"], [2, C]), hand_over="latents",
             anchor=None if anchor is None else _tensor(anchor, [C, 1, h, w])[None],
+            pace=Pace(factor, alone=latents.shape[2] == Pace(factor).finer(num_latents)),
         )
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise InputError(

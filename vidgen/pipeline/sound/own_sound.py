@@ -23,6 +23,7 @@ from torch import Tensor
 from vidgen.diffusion.condition import finished
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_sound_noise
+from vidgen.diffusion.oversampling import Pace
 from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
 from vidgen.media.mix import SEAM_S, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
@@ -65,7 +66,7 @@ class OwnSound:
     starts_s: Fraction = Fraction(0)
 
     def follow(
-        self, picture: Tensor, windows: Sequence[tuple[int, int]], first: int,
+        self, picture: Tensor, windows: Sequence[tuple[int, int]], pace: Pace, first: int,
         sample: Callable[[LatentState, int], Tensor], journal: Journal,
     ) -> None:
         """Make the sound of a finished picture, window by window, as often as the plan says.
@@ -73,6 +74,7 @@ class OwnSound:
         Args:
             picture: latents [1, C, F, h, w].
             windows: [start, stop) that are taken at once, in latent frames of the clip.
+            pace: how the picture's latents lie to those.
             first: latent frame of the clip that they begin with.
             sample: denoises a window's sounds, told how many windows were before it.
             journal: keeps what is made before the last window.
@@ -85,10 +87,12 @@ class OwnSound:
             if self.latents.shape[2] and self.begins + self.latents.shape[2] >= end:
                 continue  # made before a kill
             takes = self.plan.sound_candidates
-            factor = self.plan.oversampling
-            shown = picture[:, :, start * factor : (stop - 1) * factor + 1].to(self.parts.device)
-            known = replace(finished(shown.expand(takes, *[-1] * 4)), spacing=1 / factor)
-            state = self.beside(known, first + start, takes)
+            shown = picture[:, :, pace.finer(start) : pace.finer(stop)].to(self.parts.device)
+            own = Pace(pace.factor, alone=pace.alone and start == 0)
+            known = replace(
+                finished(shown.expand(takes, *[-1] * 4)), spacing=1 / own.factor, lead=own.lead
+            )
+            state = self.beside(known, first + start, stop - start, takes)
             heard = _sound_of(state, sample(state, number))
             self._take(heard[self._best(heard)][None], first + start, stop - start)
             if number + 1 < len(windows):
@@ -105,15 +109,17 @@ class OwnSound:
             sounds = vae.decode(heard, heard.shape[2] * config.samples_per_token)
         return most_agreed(sounds, config.sample_rate)
 
-    def beside(self, state: LatentState, first: int = 0, takes: int = 1) -> LatentState:
+    def beside(
+        self, state: LatentState, first: int, count: int, takes: int = 1
+    ) -> LatentState:
         """A stretch of the clip with its sound, of which what is made already is known.
 
         Args:
             state: of the picture, a row for each of the sounds.
             first: latent frame of the clip that it begins with.
+            count: how many of the clip's it has.
             takes: sounds, each from noise of its own.
         """
-        count = 1 + round((state.latents.shape[2] - 1) * state.spacing)
         begin, end, start_s = self._span(first, count)
         channels = _config(self.parts).latent_channels
         noise = draw_sound_noise([self.plan.seed], channels, begin, end, takes)
