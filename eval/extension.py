@@ -39,6 +39,7 @@ from torch import Tensor
 
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
+from vidgen.diffusion.oversampling import Pace, interpolated
 from vidgen.evaluation.rulers.drift import LOOKS, Windows, looks, measure_drift
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, mean_interval
@@ -94,7 +95,7 @@ class Chain:
     def first(self) -> Tensor:
         """Latents of the first window."""
         if self.settings.start == "render":
-            return self.engine.encode_video(self.truth(self.windows.length)).cpu()
+            return self.encode(self.truth(self.windows.length))
         span = replace(self.plan.latents, num_frames=self.size)
         plan = replace(self.plan, latents=span, num_frames=self.windows.length)
         return self.sample(plan, self.engine.prepare(plan, self.request, Inputs())).cpu()
@@ -123,10 +124,11 @@ class Chain:
         while video.shape[2] < self.plan.num_frames:
             count = 1 + (min(TAIL_FRAMES, self.size) - 1) * self.t
             ending = (((video[:, :, -count:] + 1) * 127.5).round() / 127.5) - 1
-            latents = self.engine.encode_video(ending).cpu()
+            latents = self.encode(ending)
             shown = video.shape[2]
             begun = Beginning(
-                latents, shown, 1 + (shown - 1) // self.t, 0, colours_of(latents), "pixels"
+                latents, shown, 1 + (shown - 1) // self.t, 0, colours_of(latents), "pixels",
+                pace=Pace(self.plan.oversampling),
             )
             stop = shown + (self.size - self.settings.overlap) * self.t
             long = LongClip(
@@ -142,9 +144,13 @@ class Chain:
         assert isinstance(clip, Clip)
         return as_video(clip.frames)
 
+    def encode(self, video: Tensor) -> Tensor:
+        """Latents at the rate that clips are drawn at, on the CPU."""
+        return self.engine.encode_video(interpolated(video, self.plan.oversampling)).cpu()
+
     def decode(self, latents: Tensor) -> Tensor:
         """Video [1, 3, T, H, W] in [-1, 1] on the CPU."""
-        parts = self.engine.decode_video(latents)
+        parts = self.engine.decode_video(latents, oversampling=self.plan.oversampling)
         return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts], dim=2)
 
     def truth(self, num_frames: int) -> Tensor:

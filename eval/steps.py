@@ -42,6 +42,7 @@ from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.networks import denoising
 from vidgen.pipeline.step_caches import (
     THRESHOLDS,
@@ -119,8 +120,8 @@ def timed_clip(
 ) -> tuple[dict[str, Any], Tensor]:
     """Denoise one clip and decode it: its figures, and video [1, 3, T, H, W]."""
     engine = bench.engine
-    plan = engine.plan(request, Inputs())
-    state, sigmas = engine.prepare(plan, request, Inputs()), engine.sigmas(plan)
+    plan = replace(engine.plan(request, Inputs()), oversampling=1)
+    state, sigmas = engine.prepare(plan, request, Inputs()), sigmas_of(plan)
     caches = make_caches(plan.cache, sigmas, plan.guidance)
     with denoising(engine.parts, plan, state, contexts, NO_LORAS, 1.0, caches) as denoise:
         start = time.perf_counter()

@@ -46,8 +46,9 @@ from vidgen.toybox.thesaurus import loose_vocabulary
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.distil.config import LOW, DeltaConfig, TrajectoryConfig
 from vidgen.training.distil.delta import adapter_of
+from vidgen.training.embedded.dit_config import DiTData
 from vidgen.training.embedded.tokenizer import train_tokenizer
-from vidgen.training.embedded.toybox_data import encoder_hash
+from vidgen.training.embedded.toybox_data import CacheConfig, encoder_hash
 from vidgen.training.finetune.model import open_trainable
 from vidgen.training.program import exit_code
 from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_model_info
@@ -315,6 +316,16 @@ def boundary_of(out: Path, part: str, run: Path | None) -> float | None:
     return before if (out / LOW).is_dir() else None
 
 
+def oversampling_of(out: Path, part: str, run: Path | None) -> int:
+    """Latent frames that the expert draws for one, as it was taught; arguments as in `tasks_of`."""
+    settings = {} if run is None else _run_settings(run)
+    if part == "dit" and _is_low(settings):
+        finest = max(cache.get("fps", CacheConfig.fps) for cache in settings["caches"])
+        return int(finest // settings.get("fps", DiTData.fps))
+    before = int(_described(out).get("defaults", {}).get("oversampling", 1))
+    return before if (out / LOW).is_dir() else 1
+
+
 def _described(out: Path) -> dict[str, Any]:
     """The folder's `model.json` so far; empty before the first."""
     info = out / "model.json"
@@ -366,7 +377,8 @@ def main() -> int:
                 options.out, name=options.out.name, family="toybox", license_name="Apache-2.0",
                 tasks=tasks_of(*told),
                 defaults=replace(DEFAULTS, history_noise=history_noise_of(*told),
-                                 boundary=boundary_of(*told)),
+                                 boundary=boundary_of(*told),
+                                 oversampling=oversampling_of(*told)),
                 world_version=WORLD_VERSION,
             )
 
