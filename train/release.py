@@ -311,7 +311,7 @@ def boundary_of(out: Path, part: str, run: Path | None) -> float | None:
     """The noise level below which an expert of its own denoises; arguments as in `tasks_of`."""
     settings = {} if run is None else _run_settings(run)
     if part == "dit" and _is_low(settings):
-        return float(settings["levels"][1])
+        return float(settings.get("boundary") or settings["levels"][1])
     before: float | None = _described(out).get("defaults", {}).get("boundary")
     return before if (out / LOW).is_dir() else None
 

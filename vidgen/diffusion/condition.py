@@ -78,7 +78,7 @@ class LatentState:
     hides_known: bool = False
     noise: Tensor | None = None
     spacing: float = 1.0
-    lead: int = 0
+    lead: float = 0.0
     begins_finer: FinerBeginning | None = None
 
     @cached_property

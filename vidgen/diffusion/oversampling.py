@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.protocols import KeyTokens, OnStep, SamplerState, StepInfo
-from vidgen.diffusion.condition import LatentState, are_references
+from vidgen.diffusion.condition import LatentState, are_references, finished
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import shuffled
 
@@ -84,6 +84,16 @@ def finer_state(
         denoise_mask=unknown, keys=_finer_keys(state.keys, factor, stride_t),
         spacing=state.spacing / factor, lead=pace.lead, begins_finer=None,
     )
+
+
+def finished_finer(latents: Tensor, pace: Pace, stride_t: int) -> LatentState:
+    """A finished picture [B, C, n, h, w] as a transformer of the clip's own rate is shown it.
+
+    To that one a latent frame's place is the middle of its pictures, which in finer ones lies later
+    than where they count from.
+    """
+    later = (pace.factor - 1) * (stride_t - 1) / (2 * stride_t)
+    return replace(finished(latents), spacing=1 / pace.factor, lead=pace.lead - later)
 
 
 def sample_finer(

@@ -17,6 +17,7 @@ from vidgen.core.request import Request
 from vidgen.diffusion import condition
 from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise, draw_sound_noise
+from vidgen.diffusion.oversampling import Pace, finished_finer
 from vidgen.diffusion.sound import new_sound, sound_span
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.experts import NO_LORAS
@@ -99,7 +100,9 @@ def generate_with_sound(
     takes = plan.sound_candidates
     noise = draw_sound_noise(seeds, config.latent_channels, first, end, takes)
     sounding = new_sound(noise.to(engine.device), start_s - plan.sound_delay_s, takes)
-    shown = condition.finished(picture.repeat_interleave(takes, dim=0))
+    shown = finished_finer(
+        picture.repeat_interleave(takes, dim=0), Pace(plan.oversampling), stride_t
+    )
     state = replace(shown, sound=sounding)
     _, heard = state.apart(engine.sample(sound, state, contexts))
     assert heard is not None

@@ -161,7 +161,8 @@ def _listener(
         if tokens.sees_video and dit not in recorded:
             pictures, recorded[dit] = state.rows(slice(None, None, takes)), KVCache()
             dit(pictures.clean, torch.zeros_like(sigma[::takes]), features[::takes],
-                context_lengths=lengths[::takes], extra=pictures.keys, cache=recorded[dit])
+                context_lengths=lengths[::takes], extra=pictures.timed_keys,
+                positions=pictures.times, cache=recorded[dit])
         heard = dit.listen(tokens, features, context_lengths=lengths, cache=recorded.get(dit))
         return state.together(torch.zeros_like(picture), heard)
 

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidgen.diffusion.condition import finished
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_sound_noise
-from vidgen.diffusion.oversampling import Pace
+from vidgen.diffusion.oversampling import Pace, finished_finer
 from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
 from vidgen.media.mix import SEAM_S, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
@@ -89,9 +88,8 @@ class OwnSound:
             takes = self.plan.sound_candidates
             shown = picture[:, :, pace.finer(start) : pace.finer(stop)].to(self.parts.device)
             own = Pace(pace.factor, alone=pace.alone and start == 0)
-            known = replace(
-                finished(shown.expand(takes, *[-1] * 4)), spacing=1 / own.factor, lead=own.lead
-            )
+            stride_t = self.parts.folder.components["vae"].config.strides.t
+            known = finished_finer(shown.expand(takes, *[-1] * 4), own, stride_t)
             state = self.beside(known, first + start, stop - start, takes)
             heard = _sound_of(state, sample(state, number))
             self._take(heard[self._best(heard)][None], first + start, stop - start)

@@ -30,7 +30,8 @@ class DiTData:
         shifts: of the training times, one a phase: larger clips need more noise. Motion is settled
             above a noise level of 0.85.
         levels: the lowest and the highest noise level that are learned. Where the highest is below
-            1 it is the expert at low noise that learns, and its boundary.
+            1 it is the expert at low noise that learns.
+        boundary: the noise level below which that expert denoises; None: the highest of these.
         uniform_share: share of a clip batch's times drawn evenly instead, so that the low levels,
             where edges become crisp, aren't forgotten.
         conditions: of batches without stills, which cost no tokens.
@@ -71,6 +72,7 @@ class DiTData:
     shifts: tuple[float, ...]
     fps: int = 12
     levels: tuple[float, float] = (0.0, 1.0)
+    boundary: float | None = None
     uniform_share: float = 0.0
     conditions: ConditionMix = PLAIN
     still_conditions: ConditionMix = WITH_STILLS
@@ -109,6 +111,10 @@ class DiTData:
                 raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
         if not 0 <= self.levels[0] < self.levels[1] <= 1:
             raise InputError(f"levels are {list(self.levels)}; they lie in 0..1, the lowest first")
+        if self.boundary is not None and not self.levels[0] < self.boundary <= self.levels[1] < 1:
+            raise InputError(f"boundary is {self.boundary}, which is an expert's at low noise; it "
+                             f"lies within its levels, {list(self.levels)}, of which the highest "
+                             "is below 1")
         if self.crop_share and self.crop_level <= self.levels[0]:
             raise InputError(f"crop_level is {self.crop_level}, levels begin at {self.levels[0]}; "
                              "give a crop_level above that, or crop_share 0")
