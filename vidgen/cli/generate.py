@@ -74,6 +74,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="gradient steps that bring its latents nearer to it; 0 is off")
     add("--encode-passes", type=int, metavar="N",
         help="how often the VAE encodes what is given, nearer to it each time; 1 is as usual")
+    add("--oversampling", type=int, metavar="N",
+        help="latent frames drawn for each one of the clip's, once it is settled how that moves; 1 "
+             "is fastest")
     add("--last-image", metavar="IMAGE", help="the last frame")
     add("--frame", type=_frame, action="append", default=[], metavar="SECONDS=IMAGE",
         help="a known frame at any time; may be repeated")
