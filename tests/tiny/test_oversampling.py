@@ -24,9 +24,16 @@ from vidgen.diffusion.condition import (
     reference,
 )
 from vidgen.diffusion.flow import add_noise
-from vidgen.diffusion.oversampling import every, finer_state, sample_finer
+from vidgen.diffusion.oversampling import (
+    Pace,
+    every,
+    finer_state,
+    finished_finer,
+    sample_finer,
+)
 from vidgen.diffusion.samplers import sample_state
 from vidgen.media.clip import Clip
+from vidgen.pipeline import networks
 from vidgen.pipeline.budget.estimate import estimate
 from vidgen.pipeline.budget.job import Job
 from vidgen.pipeline.budget.preflight import settle
@@ -112,6 +119,33 @@ def test_finer_noise_is_like_noise_and_none_of_it_twice() -> None:
     shorter = new_state(state.latents[:, :, :5])
     again = finer_state(shorter, torch.zeros(2, 8, 5, 8, 8), 1.0, 2, 4).starting_noise
     assert torch.equal(again, noise[:, :, :9])
+
+
+def test_a_finished_picture_is_shown_where_the_middles_of_its_frames_lie() -> None:
+    """Those of a clip at the rate that is shown lie at whole numbers, but for the single frame."""
+    shown = torch.zeros(1, 4, 4, 2, 2)
+    times = finished_finer(shown, Pace(2, alone=False), 4).times
+    assert times is not None
+    assert times.tolist() == [-0.3125, 0.1875, 0.6875, 1.1875]
+    middles = [(4 * n + 2.5) / 2 for n in range(4)]  # fine frames 1 to 4 are shown from 0.5 to 2 on
+    own = [1 + 1.5 + 4 * n for n in (0, 1)]  # frames 1 to 4, 5 to 8
+    assert [(m - own[0]) / 4 for m in middles] == times.tolist()
+    plain = finished_finer(shown, Pace(1), 4)
+    assert plain.times is None
+    assert plain.is_known
+
+
+def test_listening_to_a_finer_picture_gives_what_passing_both_gives(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listened = made(engine, audio="generate").sound
+    monkeypatch.setattr(
+        networks, "_listener", lambda *given: networks._denoiser(*given, None, None)
+    )
+    both = made(engine, audio="generate").sound
+    assert listened is not None
+    assert np.abs(listened).max() > 0.01
+    assert np.abs(listened - both).max() < 1e-4 * np.abs(both).max()
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
