@@ -96,7 +96,7 @@ class LatentState:
         """What sampling begins with, [B, C, F, h, w], without the clip that it may begin from."""
         return self.latents if self.noise is None else self.noise
 
-    @property
+    @cached_property
     def times(self) -> Tensor | None:
         """Where its latent frames lie on the time axis, [F]; None: one apart."""
         if self.spacing == 1:

@@ -54,6 +54,17 @@ class Pace:
         """How many of the clip's so many are."""
         return frames and 1 + (frames - 1 - self.lead) // self.factor
 
+    def behind(self, start: int) -> Pace:
+        """That of a stretch which begins with latent frame `start` of this one."""
+        return replace(self, alone=self.alone and start == 0)
+
+    def middle(self, stride_t: int) -> float:
+        """How much later the middle of a finer frame's pictures lies than where it counts from.
+
+        In finer frames, against the middle of one of the clip's frames, of `stride_t` pictures.
+        """
+        return (self.factor - 1) * (stride_t - 1) / (2 * stride_t)
+
 
 def finer_state(
     state: LatentState, denoised: Tensor, sigma: float, factor: int, stride_t: int
@@ -81,7 +92,7 @@ def finer_state(
     settled = _between(denoised.float(), pace, stride_t)
     return replace(
         state, latents=add_noise(settled, noise, sigma), noise=noise, clean=clean,
-        denoise_mask=unknown, keys=_finer_keys(state.keys, factor, stride_t),
+        denoise_mask=unknown, keys=_finer_keys(state.keys, pace, stride_t),
         spacing=state.spacing / factor, lead=pace.lead, begins_finer=None,
     )
 
@@ -92,8 +103,8 @@ def finished_finer(latents: Tensor, pace: Pace, stride_t: int) -> LatentState:
     To that one a latent frame's place is the middle of its pictures, which in finer ones lies later
     than where they count from.
     """
-    later = (pace.factor - 1) * (stride_t - 1) / (2 * stride_t)
-    return replace(finished(latents), spacing=1 / pace.factor, lead=pace.lead - later)
+    lead = pace.lead - pace.middle(stride_t)
+    return replace(finished(latents), spacing=1 / pace.factor, lead=lead)
 
 
 def sample_finer(
@@ -165,18 +176,18 @@ def _between(latents: Tensor, pace: Pace, stride_t: int) -> Tensor:
     A single frame's centre is itself, that of all others lies amid `stride_t` frames, so a finer
     one's isn't at a whole fraction.
     """
-    last, factor = latents.shape[2] - 1, pace.factor
-    at = (torch.arange(pace.finer(last + 1), dtype=torch.float64) - pace.lead) / factor
-    at[pace.alone :] += (stride_t - 1) / (2 * stride_t) * (1 - 1 / factor)
-    at = at.clamp(min=0, max=last)
+    last = latents.shape[2] - 1
+    at = torch.arange(pace.finer(last + 1), dtype=torch.float64) - pace.lead
+    at[pace.alone :] += pace.middle(stride_t)
+    at = (at / pace.factor).clamp(min=0, max=last)
     before = at.floor().long().clamp(max=max(last - 1, 0))
     share = (at - before).to(latents).view(-1, 1, 1)
     return torch.lerp(latents[:, :, before], latents[:, :, (before + 1).clamp(max=last)], share)
 
 
-def _finer_keys(keys: KeyTokens | None, factor: int, stride_t: int) -> KeyTokens | None:
+def _finer_keys(keys: KeyTokens | None, pace: Pace, stride_t: int) -> KeyTokens | None:
     """Stills at the moments that they stand for, in finer latent frames; references stay."""
     if keys is None:
         return None
-    moved = keys.positions * factor - (factor - 1) * (stride_t - 1) / (2 * stride_t)
+    moved = keys.positions * pace.factor - pace.middle(stride_t)
     return replace(keys, positions=torch.where(are_references(keys), keys.positions, moved))

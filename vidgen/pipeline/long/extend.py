@@ -330,7 +330,7 @@ class LongClip:
         if factor > 1:
             state = replace(state, begins_finer=FinerBeginning(
                 self._noised(known, "history finer", Pace(factor).finer(first)),
-                alone=self.pace.alone and start == 0,
+                alone=self.pace.behind(start).alone,
             ))  # fmt: skip
             past = at_rate(self.engine, past, factor, 1, self.plan.tiles, self.plan.encode_passes)
             known = past[:, :, -num_known:].to(state.latents)

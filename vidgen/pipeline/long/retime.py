@@ -35,8 +35,6 @@ def at_rate(
         tiles: that the VAE takes a picture in.
         passes: of the encoder.
     """
-    if had == wanted:
-        return latents
     t = engine.vae_config.strides.t
     decoded = engine.decode_video(latents, tiles=tiles, oversampling=had)
     shown = torch.cat([part.float().clamp(-1, 1).cpu() for part in decoded], dim=2)

@@ -87,9 +87,9 @@ class OwnSound:
                 continue  # made before a kill
             takes = self.plan.sound_candidates
             shown = picture[:, :, pace.finer(start) : pace.finer(stop)].to(self.parts.device)
-            own = Pace(pace.factor, alone=pace.alone and start == 0)
-            stride_t = self.parts.folder.components["vae"].config.strides.t
-            known = finished_finer(shown.expand(takes, *[-1] * 4), own, stride_t)
+            known = finished_finer(
+                shown.expand(takes, *[-1] * 4), pace.behind(start), self._stride_t
+            )
             state = self.beside(known, first + start, stop - start, takes)
             heard = _sound_of(state, sample(state, number))
             self._take(heard[self._best(heard)][None], first + start, stop - start)
@@ -174,8 +174,13 @@ class OwnSound:
                     yield block.cpu().numpy()[:, None]
 
     def _span(self, first: int, count: int) -> tuple[int, int, float]:
-        stride_t = self.parts.folder.components["vae"].config.strides.t
-        return sound_span(first, count, stride_t, self.plan.fps, _config(self.parts).tokens_per_s)
+        rate = _config(self.parts).tokens_per_s
+        return sound_span(first, count, self._stride_t, self.plan.fps, rate)
+
+    @property
+    def _stride_t(self) -> int:
+        stride_t: int = self.parts.folder.components["vae"].config.strides.t
+        return stride_t
 
 
 def followed_sound(parts: Parts, plan: Plan, bed: Samples) -> OwnSound:
