@@ -39,7 +39,7 @@ from torch import Tensor
 
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
-from vidgen.diffusion.oversampling import Pace, interpolated
+from vidgen.diffusion.oversampling import Pace
 from vidgen.evaluation.rulers.drift import LOOKS, Windows, looks, measure_drift
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, mean_interval
@@ -146,7 +146,9 @@ class Chain:
 
     def encode(self, video: Tensor) -> Tensor:
         """Latents at the rate that clips are drawn at, on the CPU."""
-        return self.engine.encode_video(interpolated(video, self.plan.oversampling)).cpu()
+        return self.engine.encode_video(
+            video, oversampling=self.plan.oversampling
+        ).cpu()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Video [1, 3, T, H, W] in [-1, 1] on the CPU."""

@@ -5,6 +5,8 @@
 Single frames first: the frames of a clip resemble each other, so a still teaches several times
 more a second, and the temporal taps are free. Then clips, with temporal weights inflated so that
 the clip phase starts from "every frame repeats its neighbour" instead of from noise.
+With `oversampling` latent frames lie closer in time than they do alone, too: where a transformer
+draws them so, and where a clip is given at the rate that it is shown at.
 `part: decoder` freezes the encoder, so that cached latents stay true while pictures get better;
 `part: encoder` freezes the decoder, and with it what latents mean: a transformer that was taught on
 the old encoder's still serves.
@@ -66,6 +68,9 @@ class VAERun:
             keeps the decoder, and with it what every latent shows.
         clip_frames: lengths of the clips, in turns, that windows of a phase's frames are cut from;
             a motion spans its clip, so shorter clips move faster.
+        oversampling: latent frames for each one that four clips in five have: two given as they are
+            shown, and two rendered at so much higher a frame rate, as a transformer draws them, and
+            shown at the other.
         crop: side in pixels of squares around sprites that two in three of the clip steps show, as
             many as make the frames' area: what moves is a small part of a frame, and most of its
             error.
@@ -84,6 +89,7 @@ class VAERun:
     preset: str = "toybox"
     part: Literal["all", "decoder", "encoder"] = "all"
     clip_frames: tuple[int, ...] = (33, 33, 33, 17)
+    oversampling: int = 1
     crop: int | None = None
     height: int = 128
     width: int = 128
@@ -103,8 +109,13 @@ class VAERun:
         if self.crop is not None and (self.crop % side or not 0 < self.crop <= limit):
             raise InputError(f"crop is {self.crop}; give a multiple of {side} up to {limit}, or "
                              "none")
+        VAE_PRESETS[self.preset].finer_stages(self.oversampling)
         if self.validation_clips < 1:
             raise InputError(f"validation_clips is {self.validation_clips}; give 1 or more")
+
+
+TURNS = ("given", "drawn", "given", "drawn", "as it is")
+"""How clips are encoded under `oversampling`, step by step; of no common measure with four."""
 
 
 class VAETask:
@@ -158,8 +169,10 @@ class VAETask:
         length = max(turn, num_frames)
         draw = torch.Generator().manual_seed(base)
         starts = torch.randint(length - num_frames + 1, (count, 1), generator=draw)
+        finer, _ = self._rates(step)
+        window = starts * finer + torch.arange(1 + (num_frames - 1) * finer)
         shown = render(
-            scenes, num_frames=length, frames=(starts + torch.arange(num_frames)).tolist(),
+            scenes, num_frames=1 + (length - 1) * finer, frames=window.tolist(),
             height=self.config.height, width=self.config.width, device=self.device,
         )
         video, mask = shown.video, shown.masks.amax(1, keepdim=True)
@@ -167,27 +180,37 @@ class VAETask:
             video, mask = cut_around(video, mask, crop)
         return {"video": video, "mask": mask}
 
+    def _rates(self, step: int) -> tuple[int, int]:
+        """Frames that are rendered for each one that is shown, and the VAE's oversampling."""
+        if self.config.oversampling == 1 or TURNS[step % len(TURNS)] == "as it is":
+            return 1, 1
+        drawn = TURNS[step % len(TURNS)] == "drawn"
+        return self.config.oversampling if drawn else 1, self.config.oversampling
+
     def loss(
         self, batch: dict[str, Tensor], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """L1, squared and gradient errors, KL, and scale equivariance on some steps."""
         weights, video = self.config.loss, batch["video"]
         video = video.contiguous(memory_format=torch.channels_last_3d)
-        mean, logvar = self.vae.encode_moments(video)
+        finer, oversampling = self._rates(step)
+        mean, logvar = self.vae.encode_moments(video, oversampling // finer)
         mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
         latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        total, error = self._distance(self.vae.decode_raw(latents).float(), video, batch["mask"])
+        decoded = self.vae.decode_raw(latents, oversampling).float()
+        total, error = self._distance(decoded, video[:, :, ::finer], batch["mask"][:, :, ::finer])
         if step % max(1, round(1 / max(weights.equivariance_share, 1e-6))) == 0:
             small = F.avg_pool3d(latents, (1, 2, 2))
-            target = F.avg_pool3d(video, (1, 2, 2))
-            mask = F.avg_pool3d(batch["mask"], (1, 2, 2))
-            pooled, _ = self._distance(self.vae.decode_raw(small).float(), target, mask)
+            target = F.avg_pool3d(video[:, :, ::finer], (1, 2, 2))
+            mask = F.avg_pool3d(batch["mask"][:, :, ::finer], (1, 2, 2))
+            pooled = self.vae.decode_raw(small, oversampling).float()
+            pooled, _ = self._distance(pooled, target, mask)
             total = total + weights.equivariance * pooled
         total = total + weights.kl * kl
         if self.before is not None:
             with torch.no_grad():
-                before = self.before.encode(video).float()
+                before = self.before.encode(video, oversampling // finer).float()
             drift = self.vae.normalize(mean) - before
             total = total + weights.keep * drift.square().mean()
         psnr = -10 * (error.detach().square().mean() / 4).log10()
@@ -210,15 +233,15 @@ class VAETask:
         scenes = sample_scenes(SEED_RANGES["dev"][0], count, split="any")
         size = {"height": self.config.height, "width": self.config.width}
         scores: dict[str, float] = {}
-        clips = self.config.run.phase_at(step - 1)[1].num_frames > 1
-        for name, frames in (("still", 1), ("clip", 17)) if clips else (("still", 1),):
-            shown = render(
-                scenes, num_frames=33, frames=range(8, 25), device=self.device, **size
-            )
-            video, mask = shown.video, shown.masks.amax(1, keepdim=True)
-            if frames == 1:
-                video, mask = video[:, :, 8:9], mask[:, :, 8:9]
-            decoded = self._reconstruct(video)
+        shown = render(scenes, num_frames=33, frames=range(8, 25), device=self.device, **size)
+        video, mask = shown.video, shown.masks.amax(1, keepdim=True)
+        shows = {"still": (video[:, :, 8:9], mask[:, :, 8:9], 1)}
+        if self.config.run.phase_at(step - 1)[1].num_frames > 1:
+            shows["clip"] = video, mask, 1
+            if self.config.oversampling > 1:
+                shows["finer_clip"] = video, mask, self.config.oversampling
+        for name, (video, mask, oversampling) in shows.items():
+            decoded = self._reconstruct(video, oversampling)
             error = (decoded - video).square() / 4
             inside = (error * mask).sum() / (3 * mask.sum())
             scores[f"{name}_psnr"] = float(-10 * error.mean((1, 2, 3, 4)).log10().mean())
@@ -228,12 +251,13 @@ class VAETask:
         contact_sheet(list(pixels), folder / f"sheet-{step:07d}.png", columns=8)
         return scores
 
-    def _reconstruct(self, video: Tensor) -> Tensor:
+    def _reconstruct(self, video: Tensor, oversampling: int) -> Tensor:
         parts = []
         bf16 = self.config.run.dtype == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             for clip in video.split(8):
-                parts.append(self.vae.decode_raw(self.vae.encode_moments(clip)[0]))
+                mean, _ = self.vae.encode_moments(clip, oversampling)
+                parts.append(self.vae.decode_raw(mean, oversampling))
         return torch.cat(parts).float().clamp(-1, 1)
 
 

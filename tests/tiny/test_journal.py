@@ -270,15 +270,19 @@ def test_decoding_from_the_middle_begins_no_earlier_than_it_must(engine, monkeyp
         sizes: list[int] = []
         stream = vae.stream_decode
 
-        def counting(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        def counting(
+            pieces: Iterator[torch.Tensor], oversampling: int
+        ) -> Iterator[torch.Tensor]:
             kept = list(pieces)
             sizes.append(sum(piece.shape[2] for piece in kept))
-            return stream(iter(kept))
+            return stream(iter(kept), oversampling=oversampling)
 
         monkeypatch.setattr(vae, "stream_decode", counting)
-        t, last = vae.strides.t, 39
-        next(engine.decode_video(latents, 1 + (last - 1) * t))
-        assert sizes == [vae.receptive_frames]
+        for rate in (1, 2):
+            t, last = vae.strides.t // rate, 39
+            next(engine.decode_video(latents, 1 + (last - 1) * t, oversampling=rate))
+        assert sizes == [vae.receptive_frames(), vae.receptive_frames(2)]
+        assert sizes[0] < sizes[1] < 40
 
 
 DIFFERENT = {

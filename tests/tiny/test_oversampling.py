@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,17 @@ from vidgen.diffusion.condition import (
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.oversampling import (
     Pace,
-    every,
     finer_state,
     finished_finer,
     sample_finer,
 )
 from vidgen.diffusion.samplers import sample_state
 from vidgen.media.clip import Clip
+from vidgen.media.write import ClipInfo
 from vidgen.pipeline import networks
 from vidgen.pipeline.budget.estimate import estimate
 from vidgen.pipeline.budget.job import Job
+from vidgen.pipeline.budget.passes import count_passes
 from vidgen.pipeline.budget.preflight import settle
 from vidgen.pipeline.budget.stages import Setup
 from vidgen.pipeline.journal import journal
@@ -148,13 +150,6 @@ def test_listening_to_a_finer_picture_gives_what_passing_both_gives(
     assert np.abs(listened - both).max() < 1e-4 * np.abs(both).max()
 
 
-@pytest.mark.parametrize("factor", [1, 2, 4])
-def test_every_so_manyth_frame_is_shown(factor: int) -> None:
-    frames = torch.arange(17.0).view(1, 1, 17, 1, 1)
-    pieces = frames.split([1, 4, 4, 3, 5], dim=2)
-    assert torch.equal(torch.cat([*every(pieces, factor)], dim=2), frames[:, :, ::factor])
-
-
 def test_steps_count_through_and_go_on_from_any() -> None:
     told: list[StepInfo] = []
     sigmas, state = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0]), a_state()
@@ -184,8 +179,8 @@ def test_a_clip_is_as_long_as_any(engine: Engine) -> None:
     assert clip.frames.shape == plain.frames.shape
     assert clip.recipe["plan"]["oversampling"] == 2
     assert clip.recipe["plan"]["latents"] == plain.recipe["plan"]["latents"]
-    whole = torch.cat(list(engine.decode_video(clip.latents)), dim=2)[0]
-    shown = ((whole[:, ::2].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    whole = torch.cat(list(engine.decode_video(clip.latents, oversampling=2)), dim=2)[0]
+    shown = ((whole.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     assert (clip.frames == shown).all()
     assert (clip.frames[1:] != plain.frames[1:]).any()
 
@@ -217,6 +212,102 @@ def test_stopped_between_steps_it_goes_on(
                  on_event=lambda p: steps.append(p.done) if p.stage == "sample" else None)
     assert (again.frames == whole).all()
     assert step not in steps
+
+
+def a_video(path: Path, num_frames: int = 17) -> Path:
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (num_frames, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    info = ClipInfo(Fraction(12), (32, 32), num_frames)
+    Clip(lambda start=0: iter([frames[start:]]), info).save(path)
+    return path
+
+
+HALF = np.zeros((32, 32, 3), np.uint8)
+HALF[:, 16:] = 255
+
+
+def test_a_clip_to_edit_is_given_at_the_rate_that_is_drawn(engine: Engine, tmp_path: Path) -> None:
+    given = a_video(tmp_path / "given.mkv")
+    untouched = made(engine, video=given, strength=0.0)
+    assert untouched.recipe["plan"]["oversampling"] == 2
+    assert untouched.latents is not None
+    assert untouched.latents.shape[2] == 9
+    video = torch.from_numpy(Clip.from_file(given).frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    encoded = engine.encode_video(video, oversampling=2)
+    torch.testing.assert_close(untouched.latents, encoded.cpu(), rtol=0, atol=1e-4)
+    plain = made(engine, video=given, strength=0.0, oversampling=1)
+    assert plain.latents is not None
+    assert plain.latents.shape[2] == 5
+    changed = [made(engine, video=given, strength=s).latents for s in (0.25, 0.75, 1.0)]
+    off = [float((latents - encoded).square().mean()) for latents in changed if latents is not None]
+    assert all(share > 1e-3 for share in off)
+    assert torch.equal(changed[2], made(engine, frames=17).latents)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8])
+def test_a_clip_that_is_edited_goes_on_between_steps(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strength: float
+) -> None:
+    """Behind the first of eight steps; the lower strength begins below the boundary."""
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    options = {"video": a_video(tmp_path / "given.mkv"), "strength": strength, "steps": 8}
+    whole = made(engine, **options).frames
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "sample" and progress.done == 1:
+            raise Cancelled("stopped")
+
+    out = tmp_path / "x.mp4"
+    with pytest.raises(Cancelled):
+        made(engine, **options, journal=Journal(out), on_event=stop)
+    again = made(engine, **options, journal=Journal(out, resume=True))
+    assert (again.frames == whole).all()
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_what_a_mask_keeps_is_kept_at_the_rate_that_is_drawn(
+    engine: Engine, tmp_path: Path, begins: bool
+) -> None:
+    given = a_video(tmp_path / "given.mkv")
+    stills = {"frame": [(0.0, GIVEN)]} if begins else {}
+    clip = made(engine, video=given, mask=HALF, **stills)
+    assert clip.recipe["plan"]["oversampling"] == 2
+    kept = made(engine, video=given, strength=0.0)
+    assert clip.latents is not None
+    assert kept.latents is not None
+    same = (clip.latents == kept.latents).all(1)[0]
+    assert same[begins:, :, :2].all()
+    assert not same[:, :, 2:].any()
+    assert same[0, :, :2].any() != begins
+    if begins:
+        first = made(engine, image=GIVEN).latents
+        assert first is not None
+        assert torch.equal(clip.latents[:, :, 0], first[:, :, 0])
+
+
+def test_what_is_encoded_is_counted(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[tuple[int, int]] = []
+    encode = engine.encode_video
+
+    def count(video: Tensor, tiles: Any = None, passes: int = 1, oversampling: int = 1) -> Tensor:
+        encoded.append((video.shape[2], oversampling))
+        return encode(video, tiles, passes, oversampling)
+
+    monkeypatch.setattr(engine, "encode_video", count)
+    given, longer = a_video(tmp_path / "given.mkv"), a_video(tmp_path / "longer.mkv", 30)
+    for options in (
+        {"video": given, "strength": 0.5}, {"video": given, "mask": HALF, "reference": [GIVEN]},
+        {"frames": 41}, {"prefix": longer, "frames": 41},
+    ):
+        encoded.clear()
+        request, inputs = engine.read(
+            Request.of(PROMPT, {"seed": 1, "audio": "none", "overlap": 2, **options})
+        )
+        counted = count_passes(engine.folder, engine.plan(request, inputs), request)
+        made(engine, overlap=2, **options)
+        assert sorted(counted.encoded) == sorted(encoded)
 
 
 def test_it_sounds_and_is_seen_while_it_forms(engine: Engine) -> None:
@@ -262,11 +353,11 @@ def test_windows_are_shown_what_was_made_at_both_rates(
         states.append(state), sample(plan, state, *rest, **options))[1])
     clip = made(engine, frames=33)
     first, second = states[:2]
-    assert first.begins_finer is None
-    assert second.begins_finer is not None
-    assert not second.begins_finer.alone
+    assert first.known_finer is None
+    assert second.known_finer is not None
+    assert not second.known_finer.alone
     known = int((~second.denoise_mask[0, 0, :, 0, 0]).sum())
-    assert torch.equal(second.begins_finer.latents, clip.latents[:, :, 9 - 2 * known : 9])
+    assert torch.equal(second.known_finer.latents, clip.latents[:, :, 9 - 2 * known : 9])
     there = finer_state(second, torch.zeros_like(second.latents), 0.5, 2, STRIDES.t)
     assert there.times is not None
     assert there.times.tolist() == [n / 2 - 0.5 for n in range(2 * second.latents.shape[2])]
@@ -317,7 +408,6 @@ def test_finer_frames_cost_time_and_memory(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("options", "why"), [
     ({"frames": 1}, "has a single frame"),
-    ({"image": GIVEN, "mask": GIVEN}, "has mask, whose frames lie at the rate"),
     ({"steps": 1}, "has no step on one side of the level 0.9"),
 ])  # fmt: skip
 def test_what_cannot_be_drawn_finer_is_drawn_as_it_is(

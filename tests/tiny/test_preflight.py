@@ -144,17 +144,28 @@ def test_layers_are_those_of_the_vae(name, layers):
 
 
 @pytest.mark.parametrize("decode", [True, False])
-def test_the_vae_holds_what_is_predicted(decode):
+@pytest.mark.parametrize("rate", [1, 2])
+def test_the_vae_holds_what_is_predicted(decode, rate):
     config = replace(VAE_PRESETS["toybox"], decoder_dim=16, encoder_dim=16)
     vae, strides = CausalVAE(config).eval(), config.strides
     latents = torch.randn(1, config.latent_channels, 4, 12, 12)
     video = torch.randn(1, 3, 1 + 3 * strides.t, 12 * strides.hw, 12 * strides.hw)
     with torch.no_grad(), Live() as live:
-        for part in vae.stream_decode(latents) if decode else vae.stream_encode([video]):
+        for part in (vae.stream_decode(latents, oversampling=rate) if decode
+                     else vae.stream_encode([video[:, :, : 1 + 12 // rate]], oversampling=rate)):
             del part
     fused = torch.float32 in native.known_dtypes()
-    predicted = vae_bytes(config, 12, 12, 4, decode=decode, fused=fused)
+    predicted = vae_bytes(config, 12, 12, 4, decode=decode, fused=fused, oversampling=rate)
     assert predicted == pytest.approx(live.peak, rel=0.3)
+
+
+@pytest.mark.parametrize("layers", [encoder_layers, decoder_layers])
+@pytest.mark.parametrize("rate", [1, 2, 4])
+def test_layers_make_as_many_frames_as_the_vae_does(layers, rate):
+    config = VAE_PRESETS["toybox"]
+    each = [layer.frames for layer in layers(config, 4, 4, rate)]
+    pixels, latents = (each[-1], each[0]) if layers is decoder_layers else (each[0], each[-1])
+    assert (pixels, latents) == (config.strides.t // rate, 1)
 
 
 @pytest.mark.parametrize("ffn_dim", [128, 1024])
@@ -245,9 +256,9 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
     encode, encode_first, sample = engine.encode_video, engine.encode_first, engine.sample
     begun = []
 
-    def count_encoded(video, tiles=None, passes=1):
-        encoded.append(video.shape[2])
-        return encode(video, tiles, passes)
+    def count_encoded(video, tiles=None, passes=1, oversampling=1):
+        encoded.append((video.shape[2], oversampling))
+        return encode(video, tiles, passes, oversampling)
 
     def count_seen(plan, state, *rest, **told):
         tokens = 0 if state.keys is None else state.keys.latents.shape[2]

@@ -60,6 +60,13 @@ def vae(request: pytest.FixtureRequest) -> CausalVAE:
     return make(request.param)
 
 
+@pytest.fixture(params=["tiny 1", "tiny 2", "tiny 4", "patched 1", "patched 2", "shortcuts 1"])
+def rated(request: pytest.FixtureRequest) -> tuple[CausalVAE, int]:
+    """A VAE, and an oversampling that it can take."""
+    name, rate = request.param.split()
+    return make(name), int(rate)
+
+
 @torch.no_grad()
 def test_a_still_is_the_first_latent_of_a_clip(vae):
     video = random_video(17)
@@ -82,21 +89,23 @@ def test_nothing_sees_the_future(vae):
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunks", [[1] * 17, [17], [3, 7, 7], [2, 0, 15]])
-def test_stream_encoding_equals_whole_encoding(vae, chunks):
+def test_stream_encoding_equals_whole_encoding(rated, chunks):
+    vae, rate = rated
     video = random_video(17, batch=2)
-    stream = list(vae.stream_encode(video.split(chunks, dim=2)))
-    assert [latent.shape[2] for latent in stream] == [1] * (1 + 16 // vae.strides.t)
-    torch.testing.assert_close(torch.cat(stream, 2), vae.encode(video), rtol=0, atol=1e-5)
+    stream = list(vae.stream_encode(video.split(chunks, dim=2), oversampling=rate))
+    assert [latent.shape[2] for latent in stream] == [1] * (1 + 16 * rate // vae.strides.t)
+    torch.testing.assert_close(torch.cat(stream, 2), vae.encode(video, rate), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_stream_decoding_equals_whole_decoding(vae):
+def test_stream_decoding_equals_whole_decoding(rated):
+    vae, rate = rated
     latents = torch.randn(2, 4, 5, 4, 4)
-    whole = vae.decode(latents)
-    pieces = list(vae.stream_decode(latents))
-    assert [piece.shape[2] for piece in pieces] == [1] + [vae.strides.t] * 4
+    whole = vae.decode(latents, rate)
+    pieces = list(vae.stream_decode(latents, oversampling=rate))
+    assert [piece.shape[2] for piece in pieces] == [1] + [vae.strides.t // rate] * 4
     torch.testing.assert_close(torch.cat(pieces, 2), whole, rtol=0, atol=1e-5)
-    pieces = list(vae.stream_decode(iter(latents.split([2, 3], dim=2))))
+    pieces = list(vae.stream_decode(iter(latents.split([2, 3], dim=2)), oversampling=rate))
     torch.testing.assert_close(torch.cat(pieces, 2), whole, rtol=0, atol=1e-5)
 
 
@@ -132,16 +141,58 @@ def test_stream_caches_do_not_grow(vae):
 
 
 @torch.no_grad()
-def test_receptive_frames_are_exact(vae):
-    reach = vae.receptive_frames
+def test_receptive_frames_are_exact(rated):
+    vae, rate = rated
+    reach = vae.receptive_frames(rate)
     latents = torch.randn(1, 4, reach + 3, 2, 2, dtype=torch.float64)
     vae = vae.double()
     changed = latents.clone()
     changed[:, :, 2] += 10
-    differs = (vae.decode(latents) != vae.decode(changed)).any(1).any(-1).any(-1)[0]
-    t = vae.strides.t
+    differs = (vae.decode(latents, rate) != vae.decode(changed, rate)).any(1).any(-1).any(-1)[0]
+    t = vae.strides.t // rate
     groups = [differs[:1], *differs[1:].split(t)]
     assert [bool(group.any()) for group in groups] == [2 <= i < 2 + reach for i in range(reach + 3)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rate", [2, 4])
+def test_latent_frames_lie_closer_at_a_finer_rate(rate):
+    """What stands still is encoded as a longer clip of it; of repeated frames fewer are shown."""
+    vae = make("tiny")
+    still = random_video(1).expand(-1, -1, 129, -1, -1)  # past what stands before the clip
+    finer, longer = vae.encode(still, rate), vae.encode(still)
+    assert finer.shape[2] == 1 + 32 * rate
+    torch.testing.assert_close(finer[:, :, -1], longer[:, :, -1], rtol=0, atol=1e-5)
+    vae.inflate()
+    latents = torch.randn(1, 4, 3, 4, 4)
+    torch.testing.assert_close(
+        vae.decode(latents, rate), vae.decode(latents)[:, :, ::rate], rtol=0, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_frames_in_motion_are_told_apart_at_a_finer_rate():
+    vae, video = make("tiny"), random_video(9)
+    finer = vae.encode(video, 2)
+    assert finer.shape[2] == 5
+    changed = torch.cat([video[:, :, :3], random_video(6)], 2)
+    same = vae.encode(changed, 2)
+    torch.testing.assert_close(same[:, :, :2], finer[:, :, :2], rtol=0, atol=1e-6)
+    assert not torch.allclose(same[:, :, 2:], finer[:, :, 2:], atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "rate", "why"), [
+    ("tiny", 3, "oversampling is 3; a VAE of 4 frames a latent frame can take 1, 2, 4"),
+    ("patched", 4, "a VAE of 2 frames a latent frame can take 1, 2"),
+    ("shortcuts", 2, "oversampling is 2, but a VAE with stage shortcuts has one rate; give 1"),
+])  # fmt: skip
+def test_a_rate_that_a_vae_cannot_take_is_refused(name, rate, why):
+    vae = make(name)
+    for what in (lambda: vae.decode(torch.zeros(1, 4, 2, 4, 4), rate),
+                 lambda: vae.encode(random_video(9), rate),
+                 lambda: next(vae.stream_encode([random_video(9)], oversampling=rate))):
+        with pytest.raises(InputError, match=why):
+            what()
 
 
 def test_one_clip_decodes_alike_with_and_without_gradients(vae):

@@ -31,15 +31,18 @@ FIRST_REFERENCE_POSITION = -4.0
 REFERENCE_SPACING = 2.0
 
 
-class FinerBeginning(NamedTuple):
-    """What a clip begins with at a finer frame rate, see `vidgen.diffusion.oversampling`.
+class FinerKnown(NamedTuple):
+    """What is known of a clip at a finer frame rate, see `vidgen.diffusion.oversampling`.
 
-    `latents` [B, C, n, h, w] are those that are known, as they are shown; `alone` says whether the
-    first of them is a single frame.
+    Attributes:
+        latents: [B, C, n, h, w] of its first n finer latent frames, as they are shown.
+        denoise_mask: [B, 1, n, h, w] bool, True where they aren't known.
+        alone: whether the first of them is a single frame.
     """
 
     latents: Tensor
-    alone: bool
+    denoise_mask: Tensor
+    alone: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class LatentState:
         spacing: how far latent frames lie apart on the time axis, where those of the model's own
             frame rate lie one apart.
         lead: which of them lies at 0 there.
-        begins_finer: what is known in place at a finer frame rate, where that isn't a single frame.
+        known_finer: what is known in place at a finer frame rate, where that isn't a single frame.
+        video_finer: [B, C, n, h, w], the clip that sampling begins from at that rate, or None.
     """
 
     latents: Tensor
@@ -79,7 +83,8 @@ class LatentState:
     noise: Tensor | None = None
     spacing: float = 1.0
     lead: float = 0.0
-    begins_finer: FinerBeginning | None = None
+    known_finer: FinerKnown | None = None
+    video_finer: Tensor | None = None
 
     @cached_property
     def any_known(self) -> bool:

@@ -10,14 +10,14 @@ Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vidgen.core.protocols import KeyTokens, OnStep, SamplerState, StepInfo
-from vidgen.diffusion.condition import LatentState, are_references, finished
+from vidgen.diffusion.condition import FinerKnown, LatentState, are_references, finished
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import shuffled
 
@@ -67,33 +67,35 @@ class Pace:
 
 
 def finer_state(
-    state: LatentState, denoised: Tensor, sigma: float, factor: int, stride_t: int
+    state: LatentState, denoised: Tensor | None, sigma: float, factor: int, stride_t: int
 ) -> LatentState:
     """A state's clip at `factor` times its frame rate, noised to `sigma`, under its conditions.
 
     Args:
-        state: of which nothing in place is known but latent frames from the first one on; where
-            they are more than a single frame, `begins_finer` are those at the finer rate.
-        denoised: what its clip is so far, [B, C, F, h, w].
+        state: of which nothing in place is known but a first frame, or `known_finer`.
+        denoised: what its clip is so far, [B, C, F, h, w]; None: its `video_finer`.
         sigma: noise level to go on from.
         factor: latent frames for each.
         stride_t: frames in a latent frame.
     """
-    begun, F = state.begins_finer, state.latents.shape[2]
-    pace = Pace(factor, alone=begun is None or begun.alone)
+    known, F = state.known_finer, state.latents.shape[2]
+    pace = Pace(factor, alone=known is None or known.alone)
     nearest = (torch.arange(pace.finer(F)) - pace.lead + factor - 1) // factor
     noise = shuffled(state.starting_noise[:, :, nearest], FINER_NOISE)
     unknown, clean = torch.ones_like(noise[:, :1], dtype=torch.bool), torch.zeros_like(noise)
-    if begun is None:
-        unknown[:, :, :1], clean[:, :, :1] = state.denoise_mask[:, :, :1], state.clean[:, :, :1]
+    if known is None:
+        known = FinerKnown(state.clean[:, :, :1], state.denoise_mask[:, :, :1])
+    count = known.latents.shape[2]
+    unknown[:, :, :count], clean[:, :, :count] = known.denoise_mask, known.latents.to(clean)
+    if denoised is None:
+        assert state.video_finer is not None, "a clip that begins with noise is settled first"
+        settled = state.video_finer.to(noise)
     else:
-        count = begun.latents.shape[2]
-        unknown[:, :, :count], clean[:, :, :count] = False, begun.latents.to(clean)
-    settled = _between(denoised.float(), pace, stride_t)
+        settled = _between(denoised.float(), pace, stride_t)
     return replace(
         state, latents=add_noise(settled, noise, sigma), noise=noise, clean=clean,
         denoise_mask=unknown, keys=_finer_keys(state.keys, pace, stride_t),
-        spacing=state.spacing / factor, lead=pace.lead, begins_finer=None,
+        spacing=state.spacing / factor, lead=pace.lead, known_finer=None, video_finer=None,
     )
 
 
@@ -120,7 +122,7 @@ def sample_finer(
         run: samples.
         state: of the clip as it is.
         sigmas: [num_steps + 1] of both.
-        split: from 1 to num_steps - 1.
+        split: below num_steps; 0 where the state begins from a clip that it has at the other rate.
         factor: see `finer_state`.
         stride_t: likewise.
         on_step: as samplers take it.
@@ -142,32 +144,15 @@ def sample_finer(
 
         return tell
 
-    if resume is None or resume.step < split:
+    settled = None
+    if split and (resume is None or resume.step < split):
         ends = torch.cat([sigmas[:split], sigmas[-1:]])
         settled, resume = run(state, ends, told_from(0), resume), None
-    else:  # behind step `split` no more than its shape is needed
+    elif split and resume is not None:  # behind step `split` no more than its shape is needed
         settled = resume.latents if resume.step == split else state.latents
         resume = None if resume.step == split else replace(resume, step=resume.step - split)
     finer = finer_state(state, settled, levels[split], factor, stride_t)
     return run(finer, sigmas[split:], told_from(split), resume)
-
-
-def every(videos: Iterable[Tensor], factor: int) -> Iterator[Tensor]:
-    """Of a clip's pieces [B, 3, n, H, W] the first frame, and every `factor`-th behind it."""
-    if factor == 1:
-        yield from videos
-        return
-    passed = 0
-    for video in videos:
-        yield video[:, :, -passed % factor :: factor]
-        passed += video.shape[2]
-
-
-def interpolated(video: Tensor, factor: int) -> Tensor:
-    """Video [B, 3, n, H, W] with `factor` - 1 frames blended in between each two of its own."""
-    steps = torch.arange(1 + (video.shape[2] - 1) * factor)
-    before, share = steps // factor, (steps % factor / factor).to(video).view(-1, 1, 1)
-    return torch.lerp(video[:, :, before], video[:, :, -(-steps // factor)], share)
 
 
 def _between(latents: Tensor, pace: Pace, stride_t: int) -> Tensor:

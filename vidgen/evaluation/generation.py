@@ -114,9 +114,15 @@ def generate_with_sound(
 
 @torch.no_grad()
 def round_trip(engine: Engine, video: Tensor) -> Tensor:
-    """Video [B, 3, T, H, W] encoded and decoded by the model's VAE, clamped, on the CPU."""
-    passes = engine.folder.defaults.encode_passes
-    return pixels(engine, engine.encode_video(video, passes=passes))
+    """Video [B, 3, T, H, W] encoded and decoded by the model's VAE, clamped, on the CPU.
+
+    As a clip is that is given to be edited: at the rate that the model draws at.
+    """
+    own = engine.folder.defaults
+    latents = engine.encode_video(
+        video, passes=own.encode_passes, oversampling=own.oversampling
+    )
+    return pixels(engine, latents, own.oversampling)
 
 
 def pixels(engine: Engine, latents: Tensor, oversampling: int = 1) -> Tensor:

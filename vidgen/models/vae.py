@@ -4,6 +4,9 @@ The first frame is a latent frame of its own, each later latent frame adds `stri
 nothing ever sees a later frame. So a still is a clip of one frame, and a clip can be encoded and
 decoded in a stream of any length in constant memory.
 
+With `oversampling` latent frames lie closer in time: so many for each one, each of fewer frames.
+What is nearest to pixels works at the rate of the frames, so that it costs no more.
+
 Axes: B batch, C latent channels, T frames, H rows, W columns, F latent frames, h w latent rows and
 columns.
 """
@@ -11,7 +14,7 @@ columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +114,27 @@ class VAEConfig:
             t=2 ** sum(self.temporal_downsample), hw=self.patch_size * 2 ** (self.num_stages - 1)
         )
 
+    def finer_stages(self, oversampling: int) -> tuple[bool, ...]:
+        """Which stages, from pixels to latents, leave frames as many as they are at that rate.
+
+        Raises:
+            InputError: a rate that frames can't be taken at.
+        """
+        if oversampling == 1:
+            return (False,) * self.num_stages
+        if self.stage_shortcuts:
+            raise InputError(f"oversampling is {oversampling}, but a VAE with stage shortcuts has "
+                             "one rate; give 1")
+        rates = [2**n for n in range(self.strides.t.bit_length())]
+        if oversampling not in rates:
+            raise InputError(f"oversampling is {oversampling}; a VAE of {self.strides.t} frames a "
+                             f"latent frame can take {', '.join(map(str, rates))}")
+        left, finer = rates.index(oversampling), []
+        for temporal in (*self.temporal_downsample, False):
+            finer.append(temporal and left > 0)
+            left -= temporal
+        return tuple(finer)
+
     @property
     def resamples(self) -> tuple[str | None, ...]:
         """What ends each encoder stage: "spatial", "spacetime", None for the last."""
@@ -135,11 +159,16 @@ class Encoder(nn.Module):
             2 * config.latent_channels, 2 * config.latent_channels, (1, 1, 1)
         )
 
-    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, 3 * p * p, T, H / p, W / p] -> [B, 2 * C, F, h, w], mean and log-variance."""
+    def forward(
+        self, x: Tensor, finer: tuple[bool, ...], cache: StreamCache | None = None
+    ) -> Tensor:
+        """[B, 3 * p * p, T, H / p, W / p] -> [B, 2 * C, F, h, w], mean and log-variance.
+
+        `finer` is what the config's `finer_stages` says, here and in the decoder.
+        """
         x = self.conv_in(x, cache)
-        for stage in self.stages:
-            x = stage(x, cache)
+        for stage, kept in zip(self.stages, finer, strict=True):
+            x = stage(x, cache, finer=kept)
         return self.leave(x, cache)
 
     def leave(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
@@ -168,16 +197,23 @@ class Decoder(nn.Module):
         self.norm_out = ChannelRMSNorm(outs[-1])
         self.conv_out = CausalConv3d(outs[-1], 3 * config.patch_size**2, (3, 3, 3))
 
-    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, finer: tuple[bool, ...], cache: StreamCache | None = None
+    ) -> Tensor:
         """[B, C, F, h, w] -> [B, 3 * p * p, T, H / p, W / p]."""
         x = self.enter(x, cache)
-        for stage in self.stages:
-            x = stage(x, cache)
+        for stage, kept in zip(self.stages, by_decoder(finer), strict=True):
+            x = stage(x, cache, finer=kept)
         return self.conv_out.after_norm(self.norm_out, x, cache)
 
     def enter(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
         """From latents to what enters the first stage, [B, D, F, h, w]."""
         return self.mid(self.conv_in(self.from_latents(x), cache), cache)
+
+
+def by_decoder(finer: tuple[bool, ...]) -> tuple[bool, ...]:
+    """What is said of the encoder's stages, said of the decoder's that undo them."""
+    return *finer[-2::-1], False
 
 
 class CausalVAE(NormalizedLatents, nn.Module):
@@ -199,53 +235,63 @@ class CausalVAE(NormalizedLatents, nn.Module):
         """Frames and pixels per latent frame and latent pixel."""
         return self.config.strides
 
-    def encode_moments(self, video: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_moments(self, video: Tensor, oversampling: int = 1) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the latents, not normalised, in one pass over the clip.
 
         Args:
-            video: [B, 3, T, H, W] in [-1, 1], T = 1 mod strides.t, H and W multiples of strides.hw.
+            video: [B, 3, T, H, W] in [-1, 1], T = 1 mod frames in a latent frame, H and W multiples
+                of strides.hw.
+            oversampling: latent frames for each one, a power of two up to strides.t, which leave
+                strides.t / oversampling frames in a latent frame.
 
         Returns:
             Two tensors [B, C, F, h, w].
 
         Raises:
-            InputError: if the strides do not divide the clip.
+            InputError: if the strides do not divide the clip, or the rate can't be had.
         """
         B, _, T, H, W = video.shape
-        VideoShape(T, H, W, batch=B).latent(self.strides, self.config.latent_channels)
-        mean, logvar = self._encode(video, None).chunk(2, dim=1)
+        finer = self.config.finer_stages(oversampling)
+        strides = replace(self.strides, t=self.strides.t // oversampling)
+        VideoShape(T, H, W, batch=B).latent(strides, self.config.latent_channels)
+        mean, logvar = self._encode(video, finer, None).chunk(2, dim=1)
         return mean, logvar
 
-    def decode_raw(self, latents: Tensor) -> Tensor:
+    def decode_raw(self, latents: Tensor, oversampling: int = 1) -> Tensor:
         """Video [B, 3, T, H, W], not clamped, of latents [B, C, F, h, w] as encoded."""
-        return self._decode(latents, None)
+        return self._decode(latents, self.config.finer_stages(oversampling), None)
 
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor, oversampling: int = 1) -> Tensor:
         """The posterior's mode, normalised, [B, C, F, h, w]; see `encode_moments`."""
-        return self.normalize(self.encode_moments(video)[0])
+        return self.normalize(self.encode_moments(video, oversampling)[0])
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, oversampling: int = 1) -> Tensor:
         """Video [B, 3, T, H, W], not clamped, of normalised latents [B, C, F, h, w]."""
-        return self.decode_raw(self.denormalize(latents))
+        return self.decode_raw(self.denormalize(latents), oversampling)
 
-    def _encode(self, video: Tensor, cache: StreamCache | None) -> Tensor:
+    def _encode(
+        self, video: Tensor, finer: tuple[bool, ...], cache: StreamCache | None
+    ) -> Tensor:
         x = patchify_pixels(video, self.config.patch_size)
-        return self.encoder(channels_last(x), cache)
+        return self.encoder(channels_last(x), finer, cache)
 
-    def _decode(self, latents: Tensor, cache: StreamCache | None) -> Tensor:
+    def _decode(
+        self, latents: Tensor, finer: tuple[bool, ...], cache: StreamCache | None
+    ) -> Tensor:
         return unpatchify_pixels(
-            self.decoder(channels_last(latents), cache), self.config.patch_size
+            self.decoder(channels_last(latents), finer, cache), self.config.patch_size
         )
 
     @torch.no_grad()
     def stream_encode(
-        self, frames: Iterable[Tensor], cache: StreamCache | None = None
+        self, frames: Iterable[Tensor], cache: StreamCache | None = None, oversampling: int = 1
     ) -> Iterator[Tensor]:
         """Encode frames as they come, in memory that does not grow with their number.
 
         Args:
             frames: chunks [B, 3, t, H, W] in [-1, 1] of any lengths t.
             cache: where an earlier stream stopped, and where this one does; None: a new clip.
+            oversampling: see `encode_moments`.
 
         Yields:
             Normalised latents [B, C, 1, h, w], equal to those of `encode` on the whole clip.
@@ -254,72 +300,86 @@ class CausalVAE(NormalizedLatents, nn.Module):
             InputError: if frames are left over at the end that do not fill a latent frame.
         """
         cache = StreamCache() if cache is None else cache
-        for chunk in self.groups(frames, cache.position):
-            moments = self._encode(chunk, cache)
+        finer = self.config.finer_stages(oversampling)
+        for chunk in self.groups(frames, cache.position, oversampling):
+            moments = self._encode(chunk, finer, cache)
             cache.position += 1
             yield self.normalize(moments.chunk(2, dim=1)[0])
 
-    def groups(self, frames: Iterable[Tensor], position: int = 0) -> Iterator[Tensor]:
+    def groups(
+        self, frames: Iterable[Tensor], position: int = 0, oversampling: int = 1
+    ) -> Iterator[Tensor]:
         """Frames [B, 3, n, H, W] as they come, put together by the latent frame that they make.
 
         Args:
             frames: chunks of any lengths.
             position: latent frames that were made before.
+            oversampling: see `encode_moments`.
 
         Raises:
             InputError: if frames are left over at the end that do not fill a latent frame.
         """
         held: list[Tensor] = []
+        each = self.strides.t // oversampling
         for chunk in frames:
             held.extend(chunk.unbind(2))
-            while len(held) >= (need := self.strides.t if position else 1):
+            while len(held) >= (need := each if position else 1):
                 group = torch.stack(held[:need], 2)
                 del held[:need]
                 position += 1
                 yield group
         if held:
             raise InputError(
-                f"{len(held)} frames left over: a clip has 1 mod {self.strides.t} frames"
+                f"{len(held)} frames left over: a clip has 1 mod {each} frames"
             )
 
     @torch.no_grad()
     def stream_decode(
-        self, latents: Tensor | Iterable[Tensor], cache: StreamCache | None = None
+        self, latents: Tensor | Iterable[Tensor], cache: StreamCache | None = None,
+        oversampling: int = 1,
     ) -> Iterator[Tensor]:
         """Decode a latent frame at a time, in memory that does not grow with their number.
 
         Args:
             latents: normalised, [B, C, F, h, w] whole or in pieces.
             cache: where an earlier stream stopped, and where this one does; None: a new clip.
+            oversampling: see `encode_moments`.
 
         Yields:
-            Video [B, 3, t, H, W], not clamped: one frame first, then `strides.t` at a time, equal
-            to `decode` of the whole.
+            Video [B, 3, t, H, W], not clamped: one frame first, then `strides.t` / `oversampling`
+            at a time, equal to `decode` of the whole.
         """
         cache = StreamCache() if cache is None else cache
+        finer = self.config.finer_stages(oversampling)
         for piece in (latents,) if isinstance(latents, Tensor) else latents:
             for frame in piece.split(1, dim=2):
-                video = self._decode(self.denormalize(frame), cache)
+                video = self._decode(self.denormalize(frame), finer, cache)
                 cache.position += 1
                 yield video
 
-    @property
-    def receptive_frames(self) -> int:
+    def receptive_frames(self, oversampling: int = 1) -> int:
         """Latent frames that one latent frame's pixels depend on, itself included.
 
         Walks from a pixel frame far from the start back through the decoder to its earliest latent
         frame; the first and the last frame of a group reach differently far, so all are tried.
         """
-        t, far = self.strides.t, 10_000
-        earliest = min(self._earliest_latent(far * t - phase) for phase in range(t))
+        t, far = self.strides.t // oversampling, 10_000
+        earliest = min(
+            self._earliest_latent(far * t - phase, oversampling) for phase in range(t)
+        )
         return far - earliest + 1
 
-    def _earliest_latent(self, frame: int) -> int:
+    def _earliest_latent(self, frame: int, oversampling: int) -> int:
         """Earliest latent frame that pixel frame `frame` depends on."""
+        finer = by_decoder(self.config.finer_stages(oversampling))
+        kept = {
+            stage.upsample for stage, kept in zip(self.decoder.stages, finer, strict=True) if kept
+        }
         inside = {m.time_conv for m in self.decoder.modules() if isinstance(m, Upsample)}
         for module in reversed([*self.decoder.modules()]):
             if isinstance(module, Upsample) and module.time_conv is not None:
-                frame = 1 + (frame - 1) // 2 - module.time_conv.num_history
+                frame = frame if module in kept else 1 + (frame - 1) // 2
+                frame -= module.time_conv.num_history
             elif isinstance(module, CausalConv3d) and module not in inside:
                 frame -= module.num_history
         return frame

@@ -80,7 +80,8 @@ class MidBlock(nn.Module):
 class Downsample(nn.Module):
     """Halve rows and columns by a strided convolution, and frames if `temporal`.
 
-    The clip's first frame stays alone in time: 1 + 2k frames become 1 + k.
+    The clip's first frame stays alone in time: 1 + 2k frames become 1 + k. Where frames are to stay
+    as many as they are (`finer`), the mean of two neighbours stands for the frame between them.
     """
 
     cache_key: str = ""
@@ -92,7 +93,9 @@ class Downsample(nn.Module):
         if temporal:
             self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1))
 
-    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: StreamCache | None = None, *, finer: bool = False
+    ) -> Tensor:
         """[B, C, T, H, W] -> [B, C, T', H / 2, W / 2]."""
         padded = F.pad(frames_of(x), (0, 1, 0, 1))
         x = clip_of(convolve_frames(padded, self.conv.weight, self.conv.bias, stride=2), x.shape[0])
@@ -102,10 +105,14 @@ class Downsample(nn.Module):
         if cache is not None:
             cache.tensors[self.cache_key] = x[:, :, -1:].clone()
         if before is not None:
-            return convolve(self.time_conv, torch.cat([before, x], 2))
+            return self._halve_frames(torch.cat([before, x], 2), finer)
         if x.shape[2] == 1:
             return x
-        return torch.cat([split_first(x)[0], convolve(self.time_conv, x)], 2)
+        return torch.cat([split_first(x)[0], self._halve_frames(x, finer)], 2)
+
+    def _halve_frames(self, x: Tensor, finer: bool) -> Tensor:
+        assert self.time_conv is not None
+        return convolve(self.time_conv, _with_middles(x) if finer else x)
 
     @torch.no_grad()
     def inflate(self) -> None:
@@ -118,10 +125,20 @@ class Downsample(nn.Module):
             )
 
 
+def _with_middles(x: Tensor) -> Tensor:
+    """[B, C, 1 + k, H, W] -> [B, C, 1 + 2k, H, W]: between each two frames their mean."""
+    first, rest = split_first(x)
+    frames = x.permute(0, 2, 3, 4, 1)
+    middles = (frames[:, :-1] + frames[:, 1:]) / 2
+    pairs = torch.stack([middles, rest.permute(0, 2, 3, 4, 1)], dim=2)  # [B, k, 2, H, W, C]
+    return torch.cat([first, pairs.flatten(1, 2).permute(0, 4, 1, 2, 3)], 2)
+
+
 class Upsample(nn.Module):
     """Double rows and columns (nearest, then a 3x3 convolution), and frames first if `temporal`.
 
-    The clip's first frame stays alone in time: 1 + k frames become 1 + 2k.
+    The clip's first frame stays alone in time: 1 + k frames become 1 + 2k. Where frames are to stay
+    as many as they are (`finer`), the later of each two is made alone.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, temporal: bool) -> None:
@@ -129,21 +146,25 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(in_channels, 2 * in_channels, (3, 1, 1)) if temporal else None
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: StreamCache | None = None, *, finer: bool = False
+    ) -> Tensor:
         """[B, C_in, T, H, W] -> [B, C_out, T', 2H, 2W]."""
         if self.time_conv is not None:
             first = cache is None or cache.position == 0
             if not first:
-                x = self._double_frames(x, cache)
+                x = self._double_frames(x, cache, finer)
             elif x.shape[2] > 1:
                 alone, rest = split_first(x)
-                x = torch.cat([alone, self._double_frames(rest, cache)], 2)
+                x = torch.cat([alone, self._double_frames(rest, cache, finer)], 2)
         return clip_of(self._double_pixels(frames_of(x)), x.shape[0])
 
-    def _double_frames(self, x: Tensor, cache: StreamCache | None) -> Tensor:
+    def _double_frames(self, x: Tensor, cache: StreamCache | None, finer: bool) -> Tensor:
         """Each frame gives two, one in either half of the channels of `time_conv`."""
         assert self.time_conv is not None
         y = self.time_conv(x, cache).permute(0, 2, 3, 4, 1)
+        if finer:
+            return y.chunk(2, dim=-1)[1].permute(0, 4, 1, 2, 3)
         pairs = torch.stack(y.chunk(2, dim=-1), dim=2)  # [B, T, 2, H, W, C]
         return pairs.flatten(1, 2).permute(0, 4, 1, 2, 3)
 
@@ -246,13 +267,15 @@ class DownStage(nn.Module):
         if shortcut:
             self.shortcut = MeanDown(in_channels, out_channels, 1 + temporal, 2 if resample else 1)
 
-    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, C_in, T, H, W] -> [B, C_out, T', H', W']."""
+    def forward(
+        self, x: Tensor, cache: StreamCache | None = None, *, finer: bool = False
+    ) -> Tensor:
+        """[B, C_in, T, H, W] -> [B, C_out, T', H', W']; `finer`: frames stay as many."""
         y = x
         for block in self.blocks:
             y = block(y, cache)
         if self.downsample is not None:
-            y = self.downsample(y, cache)
+            y = self.downsample(y, cache, finer=finer)
         return y if self.shortcut is None else y + self.shortcut(x)
 
 
@@ -289,13 +312,15 @@ class UpStage(nn.Module):
             if shortcut:
                 self.shortcut = RepeatUp(in_channels, out_channels, 1 + temporal, 2)
 
-    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[B, C_in, T, H, W] -> [B, C_out', T', H', W']."""
+    def forward(
+        self, x: Tensor, cache: StreamCache | None = None, *, finer: bool = False
+    ) -> Tensor:
+        """[B, C_in, T, H, W] -> [B, C_out', T', H', W']; `finer`: frames stay as many."""
         y = x
         for block in self.blocks:
             y = block(y, cache)
         if self.upsample is not None:
-            y = self.upsample(y, cache)
+            y = self.upsample(y, cache, finer=finer)
         if self.shortcut is not None:
             y = y + self.shortcut(x, first=cache is None or cache.position == 0)
         return y

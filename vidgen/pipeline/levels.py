@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from vidgen.pipeline.plan import Plan
     from vidgen.weights.folder import ModelFolder
 
-AT_ONE_RATE = ("mask", "video", "strength", "control", "follow_audio", "roll")
-"""Options of clips that keep one frame rate: what they are given has no finer one."""
+AT_ONE_RATE = ("control", "follow_audio", "roll")
+"""Options of clips that keep one frame rate: what is read beside them has no finer one."""
 
 
 def sigmas_of(plan: Plan, scheduler: Any = None) -> Tensor:
@@ -58,6 +58,7 @@ def with_oversampling(plan: Plan, request: Request, folder: ModelFolder) -> Plan
         return plan
     why = _hindrance(plan, request, folder)
     if why is None:
+        folder.components["vae"].config.finer_stages(own)
         return replace(plan, oversampling=own)
     if asked is not None:
         raise InputError(f"oversampling is {asked}, but this clip {why}; leave it out")
@@ -68,12 +69,14 @@ def _hindrance(plan: Plan, request: Request, folder: ModelFolder) -> str | None:
     """Why a clip has one frame rate from noise to picture; None where it may have two."""
     given = [option for option in AT_ONE_RATE if request.has(option)]
     if given:
-        return f"has {given[0]}, whose frames lie at the rate that they are shown at"
+        return f"has {given[0]}, which is read at the rate that frames are shown at"
     if plan.sampler not in SAMPLERS:
         return f"is sampled by {plan.sampler}, which brings its own noise levels"
     if plan.num_frames == 1:
         return "has a single frame"
     sigmas = sigmas_of(plan)
-    if not 0 < split_at(sigmas, boundary_of(folder, plan, hears=False)) < len(sigmas) - 1:
+    split = split_at(sigmas, boundary_of(folder, plan, hears=False))
+    begins = request.strength is not None
+    if split == len(sigmas) - 1 > 0 or (split == 0 and not begins):
         return f"has no step on one side of the level {folder.defaults.boundary}"
     return None

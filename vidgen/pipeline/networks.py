@@ -221,35 +221,36 @@ def velocity(
 
 @torch.no_grad()
 def encode_pixels(
-    parts: Parts, video: Tensor, tiles: Tiles | None = None, passes: int = 1
+    parts: Parts, video: Tensor, tiles: Tiles | None = None, passes: int = 1, oversampling: int = 1
 ) -> Tensor:
     """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32.
 
     With more `passes` than one, what the latents show is encoded, too, and half of what they lack
     there is added to them (back-projection: Irani & Peleg 1991, eq. 3).
     """
+
+    def encoded(video: Iterable[Tensor]) -> Tensor:
+        if tiles is None:
+            frames = vae.stream_encode(video, oversampling=oversampling)
+        else:
+            frames = encode_in_tiles(vae, video, tiles, rooms_for(tiles), oversampling)
+        return torch.cat(list(frames), dim=2).float()
+
     with parts.use("vae") as vae:
         dtype = next(vae.parameters()).dtype
-        latents = encoded = _encoded(vae, [video.to(parts.device, dtype)], tiles)
+        latents = wanted = encoded([video.to(parts.device, dtype)])
         for _ in range(1, passes):
-            shown = _decoded(vae, latents.to(dtype).split(1, dim=2), tiles)
-            lacking = encoded - _encoded(vae, (part.clamp(-1, 1) for part in shown), tiles)
-            latents = latents + BACK_SHARE * lacking
+            shown = _decoded(vae, latents.to(dtype).split(1, dim=2), tiles, oversampling)
+            latents = latents + BACK_SHARE * (wanted - encoded(part.clamp(-1, 1) for part in shown))
         return latents
 
 
-def _encoded(vae: CausalVAE, video: Iterable[Tensor], tiles: Tiles | None) -> Tensor:
+def _decoded(
+    vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None, oversampling: int
+) -> Iterator[Tensor]:
     if tiles is None:
-        frames = vae.stream_encode(video)
-    else:
-        frames = encode_in_tiles(vae, video, tiles, rooms_for(tiles))
-    return torch.cat(list(frames), dim=2).float()
-
-
-def _decoded(vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None) -> Iterator[Tensor]:
-    if tiles is None:
-        return vae.stream_decode(frames)
-    return decode_in_tiles(vae, frames, tiles, rooms_for(tiles))
+        return vae.stream_decode(frames, oversampling=oversampling)
+    return decode_in_tiles(vae, frames, tiles, rooms_for(tiles), oversampling)
 
 
 @torch.no_grad()
@@ -296,15 +297,17 @@ def refine_first(parts: Parts, picture: Tensor, latents: Tensor, num_steps: int)
 
 def decode_latents(
     parts: Parts, latents: Tensor, begin: int = 0, end: int | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | None = None, oversampling: int = 1,
 ) -> Iterator[Tensor]:
     """Video [B, 3, n, H, W] of each of the latent frames `begin` to `end` of [B, C, F, h, w]."""
-    return decode_frames(parts, latents[:, :, :end].split(1, dim=2), begin, tiles)
+    frames = latents[:, :, :end].split(1, dim=2)
+    return decode_frames(parts, frames, begin, tiles, oversampling)
 
 
 @torch.no_grad()
 def decode_frames(
-    parts: Parts, frames: Iterable[Tensor], begin: int = 0, tiles: Tiles | None = None
+    parts: Parts, frames: Iterable[Tensor], begin: int = 0, tiles: Tiles | None = None,
+    oversampling: int = 1,
 ) -> Iterator[Tensor]:
     """Video [B, 3, n, H, W] of each of a clip's latent frames [B, C, 1, h, w] from `begin` on.
 
@@ -313,15 +316,18 @@ def decode_frames(
     """
     with parts.use("vae") as vae:
         dtype = next(vae.parameters()).dtype
-        first = max(0, begin - vae.receptive_frames + 1)
+        first = max(0, begin - vae.receptive_frames(oversampling) + 1)
         pieces = (frame.to(parts.device, dtype) for frame in islice(frames, first, None))
-        for index, video in enumerate(_decoded(vae, pieces, tiles), first):
+        for index, video in enumerate(_decoded(vae, pieces, tiles, oversampling), first):
             if index >= begin:
                 yield video
 
 
 def from_frame(videos: Iterable[Tensor], start: int, stride_t: int) -> Iterator[Tensor]:
-    """Videos [B, 3, n, H, W] of latent frames, the first holding frame `start`, from that on."""
+    """Videos [B, 3, n, H, W] of latent frames, the first holding frame `start`, from that on.
+
+    They are of `stride_t` frames each, but for the clip's first.
+    """
     for index, video in enumerate(videos, latent_of(start, stride_t)):
         before = 1 + (index - 1) * stride_t if index else 0
         yield video[:, :, max(0, start - before) :]

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.diffusion.oversampling import every
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import prepare_image
 from vidgen.models.text import NOTHING
@@ -116,12 +115,15 @@ class OpenedModel:
         """(context [B, S, D], lengths [B]) of prompts; `learned` are embeddings of tokens."""
         return self.prompts.encode(prompts, learned)
 
-    def encode_video(self, video: Tensor, tiles: Tiles | None = None, passes: int = 1) -> Tensor:
+    def encode_video(
+        self, video: Tensor, tiles: Tiles | None = None, passes: int = 1, oversampling: int = 1
+    ) -> Tensor:
         """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32.
 
-        They are nearer to it after several `passes`; see `encode_pixels`.
+        They are nearer to it after several `passes`; see `encode_pixels`. For `oversampling` see
+        `CausalVAE.encode_moments`.
         """
-        return encode_pixels(self.parts, video, tiles, passes)
+        return encode_pixels(self.parts, video, tiles, passes, oversampling)
 
     def encode_first(
         self, picture: Tensor, num_steps: int, tiles: Tiles | None = None, passes: int = 1
@@ -144,12 +146,13 @@ class OpenedModel:
         """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W], from `start` on.
 
         Frames don't depend on where decoding begins, nor on how many devices decode. Latents of a
-        clip with `oversampling` hold so many frames for each that is shown.
+        clip with `oversampling` are so many for each of its own.
         """
-        t, start = self.vae_config.strides.t, start * oversampling
+        t = self.vae_config.strides.t // oversampling
         decode = decode_latents if self.crew is None else self.crew.decode
-        made = decode(self.parts, latents, latent_of(start, t), tiles=tiles)
-        return every(from_frame(made, start, t), oversampling)
+        made = decode(self.parts, latents, latent_of(start, t), tiles=tiles,
+                      oversampling=oversampling)
+        return from_frame(made, start, t)
 
     @torch.no_grad()
     def describe(self, pictures: Sequence[Any]) -> Tensor:

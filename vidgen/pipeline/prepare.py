@@ -20,7 +20,7 @@ from torch import Tensor
 from vidgen.core.request import Request
 from vidgen.core.shapes import Strides
 from vidgen.diffusion import condition, stacked
-from vidgen.diffusion.condition import LatentState
+from vidgen.diffusion.condition import FinerKnown, LatentState
 from vidgen.diffusion.noise import draw_noise
 from vidgen.pipeline.inputs import Inputs, pixels_of, read_mask, video_frames
 from vidgen.pipeline.plan import Plan
@@ -34,7 +34,8 @@ class Encoder:
     """What conditions need of a model.
 
     Attributes:
-        encode: video [1, 3, T, H, W] in [-1, 1] to its normalised latents [1, C, F, h, w].
+        encode: video [1, 3, T, H, W] in [-1, 1] to its normalised latents [1, C, F, h, w], at the
+            `oversampling` given by name.
         encode_first: the same of a picture that the clip begins with, [1, 3, 1, H, W].
         describe: pictures to the image features [1, S, D] that this model reads; None: it doesn't.
         conditioning: how the model learned conditions.
@@ -42,7 +43,7 @@ class Encoder:
         patch: latents a side of one token.
     """
 
-    encode: Callable[[Tensor], Tensor]
+    encode: Callable[..., Tensor]
     encode_first: Callable[[Tensor], Tensor]
     describe: Callable[[Sequence[Frames]], Tensor] | None
     conditioning: str
@@ -72,8 +73,10 @@ def write_conditions(
         InputError: a moment that the clip doesn't have, or a beginning that leaves nothing to make.
     """
     if request.strength is not None:
-        clip = model.encode(_whole_clip(plan, request, inputs))
-        state = condition.video_at_strength(state, clip, start_sigma)
+        clip, finer = _whole_clip(plan, request, inputs), plan.oversampling
+        state = condition.video_at_strength(state, model.encode(clip), start_sigma)
+        if finer > 1:
+            state = replace(state, video_finer=model.encode(clip, oversampling=finer))
     if model.conditioning == "tokens":
         return _in_place(state, plan, request, inputs, model)
     if model.conditioning == "channels":
@@ -87,20 +90,31 @@ def _in_place(
     state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder
 ) -> LatentState:
     if request.mask is not None:
-        latents = model.encode(_whole_clip(plan, request, inputs))
-        wanted = condition.latent_mask(
-            _wanted(plan, request), model.strides, patch=model.patch
-        )
-        state = condition.mask(state, latents, wanted.to(state.latents.device))
+        state = condition.mask(state, *_kept(state, plan, request, inputs, model))
     if request.prefix is not None:
         state = condition.prefix(state, model.encode(_beginning(plan, request, inputs, model)))
     for moment, picture in _stills(plan, request, inputs):
         encode = model.encode if moment else model.encode_first
         still = encode(_fitted(plan, [picture]))
         state = condition.keyframe(state, still, moment, model.strides)
+    if request.mask is not None and plan.oversampling > 1:
+        latents, wanted = _kept(state, plan, request, inputs, model, plan.oversampling)
+        latents[:, :, :1], wanted[:, :, :1] = state.clean[:, :, :1], state.denoise_mask[:, :, :1]
+        state = replace(state, known_finer=FinerKnown(latents, wanted))
     for index, picture in enumerate(inputs.images.get("reference", ())):
         state = condition.reference(state, model.encode(_fitted(plan, [picture])), index)
     return state
+
+
+def _kept(
+    state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder,
+    oversampling: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """What a mask keeps, [1, C, F, h, w], and where to make new, [1, 1, F, h, w], at a rate."""
+    strides = replace(model.strides, t=model.strides.t // oversampling)
+    wanted = condition.latent_mask(_wanted(plan, request), strides, patch=model.patch)
+    latents = model.encode(_whole_clip(plan, request, inputs), oversampling=oversampling)
+    return latents.to(state.latents), wanted.to(state.latents.device)
 
 
 def _stacked(

@@ -363,7 +363,7 @@ class Engine(OpenedModel):
 
         info = ClipInfo(
             fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
-            recipe=recipe, stride_t=max(self.vae_config.strides.t // plan.oversampling, 1),
+            recipe=recipe, stride_t=self.vae_config.strides.t // plan.oversampling,
         )
         is_labelled = recipe.get("request", {}).get("label") == "visible"
         source = with_label(chunks, info.size, info.fps) if is_labelled else chunks

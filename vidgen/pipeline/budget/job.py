@@ -11,7 +11,7 @@ from vidgen.diffusion.oversampling import Pace
 from vidgen.diffusion.sound import sound_span
 from vidgen.ops.linear import packs
 from vidgen.pipeline.budget.calibration import NOMINAL, Calibration, cached_calibration
-from vidgen.pipeline.budget.passes import count_passes
+from vidgen.pipeline.budget.passes import Encoded, count_passes
 from vidgen.pipeline.budget.stages import Setup
 from vidgen.pipeline.experts import boundary_of
 from vidgen.pipeline.parts import DTYPES, EXPERTS, Parts
@@ -86,16 +86,17 @@ class Job:
         return self.passes.refined if taken else 0
 
     @property
-    def encoded(self) -> list[tuple[int, int]]:
-        """Frames of each video or still that the VAE encodes, and in how many passes.
+    def encoded(self) -> list[tuple[Encoded, int]]:
+        """Each video or still that the VAE encodes, and in how many passes.
 
         Refined first frames take one.
         """
-        passes, refined, each = self.plan.encode_passes, self.num_refined, list[tuple[int, int]]()
-        for frames in self.passes.encoded:
-            once = frames == 1 and refined > 0
+        passes, refined = self.plan.encode_passes, self.num_refined
+        each = list[tuple[Encoded, int]]()
+        for video in self.passes.encoded:
+            once = video.frames == 1 and refined > 0
             refined -= once
-            each.append((frames, 1 if once else passes))
+            each.append((video, 1 if once else passes))
         return each
 
     @property

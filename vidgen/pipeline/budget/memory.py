@@ -59,13 +59,15 @@ class Memory:
         job = self.job
         if not job.passes.encoded:
             return self._held((), 0)
-        longest, itemsize = max(job.passes.encoded), job.vae_dtype.itemsize
+        longest = max(video.frames for video in job.passes.encoded)
+        least = min(video.oversampling for video in job.passes.encoded if video.frames == longest)
+        itemsize = job.vae_dtype.itemsize
         pixels = job.plan.width * job.plan.height
         # behind a first pass what the latents show is decoded while it is encoded
         again = any(passes > 1 for _, passes in job.encoded)
         live = sum(
             vae_bytes(job.vae, job.rows, job.columns, itemsize, decode=decode, whole=longest > 1,
-                      fused=self._fused, tiles=job.setup.tiles)
+                      fused=self._fused, tiles=job.setup.tiles, oversampling=least)
             for decode in (False, True)[: 1 + again]
         )
         if job.num_refined:
@@ -100,8 +102,10 @@ class Memory:
         live = vae_bytes(
             job.vae, job.rows, job.columns, job.vae_dtype.itemsize, decode=True,
             whole=job.plan.num_frames > 1, fused=self._fused, tiles=job.setup.tiles,
+            oversampling=job.plan.oversampling,
         )
-        frames = 3 * pixels * job.vae.strides.t * 12  # of a chunk: floats, bytes, in the slot
+        each = job.vae.strides.t // job.plan.oversampling
+        frames = 3 * pixels * each * 12  # of a chunk: floats, bytes, in the slot
         encoder = ENCODER_BYTES + ENCODER_BYTES_PER_PIXEL * pixels if job.on_cpu else 0
         return self._held(("vae",), self._resident(live) + frames + encoder)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidgen.diffusion.oversampling import Pace
 from vidgen.media.probe import probe, read_recipe
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from vidgen.weights.student import RollConfig
 
 
+class Encoded(NamedTuple):
+    """A video of so many frames, and the oversampling that it is encoded at."""
+
+    frames: int
+    oversampling: int = 1
+
+
 @dataclass(frozen=True)
 class Passes:
     """The work of one clip.
@@ -33,7 +40,7 @@ class Passes:
         windows: latent frames that the transformer reads for each window, stills included.
         drawn: those that it reads below the boundary, which are more under oversampling.
         has_given: whether frames of each window are given, as guidance counts them.
-        encoded: frames of each video or still that the VAE's encoder reads, for all windows.
+        encoded: each video or still that the VAE's encoder reads, for all windows.
         refined: first frames whose latents are brought nearer to them.
         decoded: latent frames that are decoded, but for `shown`.
         shown: latent frames that later windows decode, to be shown what came before.
@@ -43,7 +50,7 @@ class Passes:
     windows: tuple[int, ...]
     drawn: tuple[int, ...]
     has_given: tuple[bool, ...]
-    encoded: tuple[int, ...]
+    encoded: tuple[Encoded, ...]
     refined: int
     decoded: int
     shown: int
@@ -90,7 +97,9 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         windows = split_windows(at_hand, total, size, min(overlap, at_hand or overlap))
     factor = plan.oversampling
     read, drawn = list[int](), list[int]()
-    encoded = [1 + (given.num_latents - 1) * t * factor] if given.is_encoded else []
+    encoded = list[Encoded]()
+    if given.is_encoded:
+        encoded.append(Encoded(1 + (given.num_latents - 1) * t, factor))
     has_given, through_noise, refined = [], folder.defaults.history_noise > 0, 0
     made, shown = given.num_latents, 0
     for start, stop in windows:
@@ -98,13 +107,13 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
         first, new_from = (given.behind + start) * t, 1 + (known - 1) * t if known else 0
         new = range(first + new_from, first + frames)
         pictures = _pictures(plan, request, begins=not known, ends=stop == total, new=new)
-        stills, own = _conditions(folder, request, frames, *pictures)
+        stills, own = _conditions(folder, plan, request, frames, *pictures)
         anchored = known > 0 and keeps_to_start(folder, request)
         read.append(stop - start + stills + anchored)
         pace = Pace(factor, alone=start == 0)
         drawn.append(pace.finer(stop - start) + stills + anchored)
         past = max(TAIL_FRAMES, (known + 1) * factor) if known and factor > 1 else 0
-        encoded += [1 + (past // factor - 1) * t] if past else []
+        encoded += [Encoded(1 + (past // factor - 1) * t)] if past else []
         shown += past
         has_given.append(
             not through_noise if known else sum(pictures) > 0 and request.mask is None
@@ -115,7 +124,8 @@ def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
     later = len(windows) - (not given.num_latents)
     shown += TAIL_FRAMES * later if folder.conditioning == "control" else 0
     if folder.conditioning == "control":  # and encode what they were shown
-        encoded += [1 + (stop - start - 1) * t for start, stop in windows[len(windows) - later :]]
+        behind = windows[len(windows) - later :]
+        encoded += [Encoded(1 + (stop - start - 1) * t) for start, stop in behind]
     kept = max(plan.kept_frames - given.num_frames, 1)
     return Passes(tuple(read), tuple(drawn), tuple(has_given), tuple(encoded), refined, total,
                   shown, kept)
@@ -126,7 +136,8 @@ def _rolled(plan: Plan, roll: RollConfig, request: Request) -> Passes:
     turns = math.ceil(plan.latents.num_frames / roll.turn_frames)
     read = [roll.turn_frames + min(turn * roll.turn_frames, roll.window_frames)
             for turn in range(turns)]
-    encoded = (1,) if request.has("image") or request.has("first_frame_model") else ()
+    begins = request.has("image") or request.has("first_frame_model")
+    encoded = (Encoded(1),) if begins else ()
     return Passes(tuple(read), tuple(read), (False,) * turns, encoded, len(encoded),
                   turns * roll.turn_frames, 0, plan.kept_frames)
 
@@ -144,19 +155,20 @@ def _pictures(
 
 
 def _conditions(
-    folder: ModelFolder, request: Request, frames: int, in_place: int, stills: int
-) -> tuple[int, list[int]]:
-    """Latent frames that join a window as stills, and the frames of each video encoded for it."""
-    references = len(request.reference)
-    whole = [frames] * (request.strength is not None)
+    folder: ModelFolder, plan: Plan, request: Request, frames: int, in_place: int, stills: int
+) -> tuple[int, list[Encoded]]:
+    """Latent frames that join a window as stills, and each video that is encoded for it."""
+    references, still, once = len(request.reference), Encoded(1), Encoded(frames)
+    each = [once] if plan.oversampling == 1 else [once, Encoded(frames, plan.oversampling)]
+    whole = each * (request.strength is not None)
     match folder.conditioning:
         case "tokens":
-            whole += [frames] * (request.mask is not None)
-            return stills + references, whole + [1] * (in_place + stills + references)
+            whole += each * (request.mask is not None)
+            return stills + references, whole + [still] * (in_place + stills + references)
         case "channels":
-            return 0, [*whole, frames]
+            return 0, [*whole, once]
         case "control":
-            return references, [*whole, frames, frames] + [1] * references
+            return references, [*whole, once, once] + [still] * references
         case _:
             return 0, whole
 

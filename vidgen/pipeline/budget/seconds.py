@@ -48,19 +48,16 @@ class Seconds:
     def prepare(self) -> float:
         """To encode what is given, and to refine first frames."""
         job, seconds = self.job, 0.0
-        for frames, times in job.encoded:
-            latent = 1 + (frames - 1) // job.vae.strides.t
-            once = job.vae_rates.seconds(
-                vae_ops(job.vae, latent, job.rows, job.columns, decode=False,
-                        tiles=job.setup.tiles)
-            )
-            shown = self._decoding(latent) if times > 1 else 0.0
+        for (frames, oversampling), times in job.encoded:
+            latent = 1 + (frames - 1) * oversampling // job.vae.strides.t
+            once = self._through_vae(latent, oversampling, decode=False)
+            shown = self._through_vae(latent, oversampling) if times > 1 else 0.0
             seconds += times * once + (times - 1) * shown
         if job.num_refined:
             passes = job.num_refined * (1 + REFINE_PASSES * job.plan.refine_steps)
-            seconds += passes * self._decoding(1)
+            seconds += passes * self._through_vae(1, 1)
         if job.passes.shown:
-            seconds += self._decoding(job.passes.shown)
+            seconds += self._through_vae(job.passes.shown, job.plan.oversampling)
         if job.image is not None:
             seconds += job.rates.seconds(image_ops(job.image))
         return seconds
@@ -106,7 +103,8 @@ class Seconds:
 
     def decode(self) -> float:
         """To decode all frames."""
-        return self._decoding(self.job.finer(self.job.passes.decoded))
+        job = self.job
+        return self._through_vae(job.finer(job.passes.decoded), job.plan.oversampling)
 
     def encode_video(self) -> float:
         """Work of the video encoder, on one core."""
@@ -144,11 +142,13 @@ class Seconds:
         bytes_read = self.job.folder.components[role].store.num_bytes
         return self.job.rates.seconds([Op("load", 1, bytes_read)])
 
-    def _decoding(self, frames: int) -> float:
+    def _through_vae(self, frames: int, oversampling: int, *, decode: bool = True) -> float:
+        """So many latent frames of a rate through the decoder, or the encoder."""
         job = self.job
-        return job.vae_rates.seconds(
-            vae_ops(job.vae, frames, job.rows, job.columns, decode=True, tiles=job.setup.tiles)
-        )
+        return job.vae_rates.seconds(vae_ops(
+            job.vae, frames, job.rows, job.columns, decode=decode, tiles=job.setup.tiles,
+            oversampling=oversampling,
+        ))
 
     def _num_passes(self, *, has_given: bool) -> tuple[int, int]:
         """Forward passes of all steps of a window: at the clip's rate, and at a finer one."""

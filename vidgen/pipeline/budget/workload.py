@@ -19,7 +19,7 @@ from vidgen.models.audio_spectra import NOISE_FRAMES
 from vidgen.models.dit import AudioConfig, DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
-from vidgen.models.vae import VAEConfig
+from vidgen.models.vae import VAEConfig, by_decoder
 from vidgen.models.vae_tiles import AT_ONCE, tile_areas
 from vidgen.ops.attention import _BLOCK, _MAX_SCORES
 
@@ -212,18 +212,22 @@ class Layer(NamedTuple):
     inside: int = 0
 
 
-def decoder_layers(config: VAEConfig, rows: int, columns: int) -> Iterator[Layer]:
+def decoder_layers(
+    config: VAEConfig, rows: int, columns: int, oversampling: int = 1
+) -> Iterator[Layer]:
     """Convolutions of the decoder for latents of rows x columns, in order."""
     areas = [rows * columns * 4 ** min(i, config.num_stages - 1)
              for i in range(config.num_stages + 1)]
-    return chain(_decoder_begin(config, areas[0]), _decoder_stages(config, areas))
+    return chain(_decoder_begin(config, areas[0]), _decoder_stages(config, areas, oversampling))
 
 
-def encoder_layers(config: VAEConfig, rows: int, columns: int) -> Iterator[Layer]:
+def encoder_layers(
+    config: VAEConfig, rows: int, columns: int, oversampling: int = 1
+) -> Iterator[Layer]:
     """Convolutions of the encoder for a video whose latents are rows x columns, in order."""
     last = config.num_stages - 1
     areas = [rows * columns * 4 ** min(last - i, last) for i in range(-1, config.num_stages)]
-    return chain(_encoder_stages(config, areas), _encoder_end(config, areas[-1]))
+    return chain(_encoder_stages(config, areas, oversampling), _encoder_end(config, areas[-1]))
 
 
 def _decoder_begin(config: VAEConfig, pixels: int) -> Iterator[Layer]:
@@ -233,29 +237,35 @@ def _decoder_begin(config: VAEConfig, pixels: int) -> Iterator[Layer]:
     yield from _residual(width, width, 1, pixels)
 
 
-def _decoder_stages(config: VAEConfig, areas: Sequence[int]) -> Iterator[Layer]:
+def _decoder_stages(
+    config: VAEConfig, areas: Sequence[int], oversampling: int
+) -> Iterator[Layer]:
     """The stages and the last convolution, which read so many pixels."""
     outs, frames = [config.decoder_dim * m for m in config.channel_mults[::-1]], 1
     width, resamples = outs[0], (*config.resamples[-2::-1], None)
-    for out, resample, pixels in zip(outs, resamples, areas, strict=False):
+    finer = by_decoder(config.finer_stages(oversampling))
+    for out, resample, pixels, kept in zip(outs, resamples, areas, finer, strict=False):
         for i in range(config.num_blocks + 1):
             yield from _residual(out if i else width, out, frames, pixels)
         width = out
         if resample:
             if resample == "spacetime":
                 yield Layer(out, 2 * out, (3, 1), frames, pixels)
-                frames *= 2
+                frames *= 1 if kept else 2
             width = out if config.stage_shortcuts else out // 2
             yield Layer(out, 4 * width, (1, 4), frames, pixels)  # four phases, see `Upsample`
     yield Layer(width, 3 * config.patch_size**2, (3, 9), frames, areas[len(outs)], norm=True)
 
 
-def _encoder_stages(config: VAEConfig, areas: Sequence[int]) -> Iterator[Layer]:
+def _encoder_stages(
+    config: VAEConfig, areas: Sequence[int], oversampling: int
+) -> Iterator[Layer]:
     """The first convolution and the stages, which read so many pixels."""
-    width, frames = config.encoder_dim, config.strides.t
+    width, frames = config.encoder_dim, config.strides.t // oversampling
     yield Layer(3 * config.patch_size**2, width, (3, 9), frames, areas[0])
-    for mult, resample, pixels in zip(
-        config.channel_mults, config.resamples, areas[1:], strict=False
+    finer = config.finer_stages(oversampling)
+    for mult, resample, pixels, kept in zip(
+        config.channel_mults, config.resamples, areas[1:], finer, strict=False
     ):
         out = config.encoder_dim * mult
         for i in range(config.num_blocks):
@@ -264,7 +274,7 @@ def _encoder_stages(config: VAEConfig, areas: Sequence[int]) -> Iterator[Layer]:
         if resample:
             yield Layer(out, out, (1, 9), frames, pixels // 4)
             if resample == "spacetime":
-                frames //= 2
+                frames //= 1 if kept else 2
                 yield Layer(out, out, (3, 1), frames, pixels // 4)
 
 
@@ -284,11 +294,11 @@ def _residual(inputs: int, outputs: int, frames: int, pixels: int) -> Iterator[L
 
 def vae_ops(
     config: VAEConfig, frames: int, rows: int, columns: int, *, decode: bool,
-    tiles: Tiles | None = None,
+    tiles: Tiles | None = None, oversampling: int = 1,
 ) -> list[Op]:
     """A clip of so many latent frames of rows x columns through the decoder or the encoder."""
     ops = []
-    for layer, calls in _calls(config, rows, columns, tiles, decode=decode):
+    for layer, calls in _calls(config, rows, columns, tiles, oversampling, decode=decode):
         inputs, outputs = max(layer.inputs, 16), max(layer.outputs, 16)  # a kernel's vectors
         width, folded = (inputs * outputs) ** 0.5, 4 if layer.taps == (1, 4) else 1
         flops = 2 * inputs * outputs * layer.taps[1] * layer.pixels
@@ -321,24 +331,26 @@ def refine_bytes(config: VAEConfig, rows: int, columns: int, itemsize: int) -> i
 
 
 def _calls(
-    config: VAEConfig, rows: int, columns: int, tiles: Tiles | None, *, decode: bool
+    config: VAEConfig, rows: int, columns: int, tiles: Tiles | None, oversampling: int, *,
+    decode: bool,
 ) -> Iterator[tuple[Layer, int]]:
     """Each convolution, with the pixels of all its calls, and how many calls those are."""
     if tiles is None:
-        for layer in (decoder_layers if decode else encoder_layers)(config, rows, columns):
+        layers = decoder_layers if decode else encoder_layers
+        for layer in layers(config, rows, columns, oversampling):
             yield layer, 1
         return
     whole = (_decoder_begin if decode else _encoder_end)(config, rows * columns)
     _, areas = tile_areas(config, rows, columns, tiles, decode=decode)
     for layer in whole:
         yield layer, 1
-    for layer in (_decoder_stages if decode else _encoder_stages)(config, areas):
+    for layer in (_decoder_stages if decode else _encoder_stages)(config, areas, oversampling):
         yield layer, tiles.count
 
 
 def vae_bytes(
     config: VAEConfig, rows: int, columns: int, itemsize: int, *, decode: bool, whole: bool = True,
-    fused: bool = False, tiles: Tiles | None = None,
+    fused: bool = False, tiles: Tiles | None = None, oversampling: int = 1,
 ) -> int:
     """The most that the decoder or encoder holds in a stream, in bytes.
 
@@ -351,18 +363,19 @@ def vae_bytes(
         whole: False for a single frame, which keeps less.
         fused: whether norms write straight into what a convolution reads, see `ops.native`.
         tiles: that the picture is cut into; what they keep between their turns lies elsewhere.
+        oversampling: see `CausalVAE.encode_moments`.
     """
     if tiles is None:
-        layers = (decoder_layers if decode else encoder_layers)(config, rows, columns)
+        layers = (decoder_layers if decode else encoder_layers)(config, rows, columns, oversampling)
         return itemsize * sum(_held(layers, whole=whole, fused=fused))
     uncut = (_decoder_begin if decode else _encoder_end)(config, rows * columns)
     kept, fullest = _held(uncut, whole=whole, fused=fused)
     largest, _ = tile_areas(config, rows, columns, tiles, decode=decode)
-    stages = (_decoder_stages if decode else _encoder_stages)(config, largest)
+    stages = (_decoder_stages if decode else _encoder_stages)(config, largest, oversampling)
     in_tile = sum(_held(stages, whole=whole, fused=fused))
     # what waits for a tile's turn, and what they put together
     width = config.channel_mults[-1] * (config.decoder_dim if decode else config.encoder_dim)
-    frames = config.strides.t if whole else 1
+    frames = config.strides.t // oversampling if whole else 1
     frame = 3 * rows * columns * config.strides.hw**2 * frames
     passing = (AT_ONCE if whole else 1) * (width * rows * columns + frame)
     return itemsize * (kept + max(fullest, in_tile + passing))

@@ -154,7 +154,8 @@ class Crew:
         return {**self._remembered, **caches.state(numbers_only=True)}
 
     def decode(
-        self, parts: Parts, latents: Tensor, begin: int = 0, tiles: Tiles | None = None
+        self, parts: Parts, latents: Tensor, begin: int = 0, tiles: Tiles | None = None,
+        oversampling: int = 1,
     ) -> Iterator[Tensor]:
         """What `networks.decode_latents` gives, a stretch decoded by each device.
 
@@ -163,19 +164,20 @@ class Crew:
         """
         self._require_alive()
         strides = parts.folder.components["vae"].config.strides
-        shape = (latents.shape[0], 3, strides.t, *(side * strides.hw for side in latents.shape[3:]))
+        each = strides.t // oversampling
+        shape = (latents.shape[0], 3, each, *(side * strides.hw for side in latents.shape[3:]))
         with parts.use("vae") as vae:
-            back = vae.receptive_frames - 1
+            back = vae.receptive_frames(oversampling) - 1
             mine, *others = stretches(begin, latents.shape[2], self.size, back)
             theirs = [(first, end) for first, end in others if end > first]
             slices = [(latents[:, :, max(0, first - back) : end].cpu(), min(first, back))
                       for first, end in theirs]
             coming: Iterable[Tensor] = ()
             if slices:
-                self.order("decode", parts.dtype, parts.offload, slices, tiles)
+                self.order("decode", parts.dtype, parts.offload, slices, tiles, oversampling)
                 sizes = [end - first for first, end in theirs]
                 coming = self._coming = _Coming(self, sizes, shape, parts.dtype_of("vae"))
-            yield from decode_latents(parts, latents, *mine, tiles)
+            yield from decode_latents(parts, latents, *mine, tiles, oversampling)
             yield from coming
 
     def close(self) -> None:

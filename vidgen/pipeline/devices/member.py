@@ -109,7 +109,7 @@ class Member:
 
     def decode(
         self, dtype: torch.dtype, offload: Offload, slices: list[tuple[Tensor, int]],
-        tiles: Tiles | None,
+        tiles: Tiles | None, oversampling: int,
     ) -> None:
         """Decode this rank's slice of latents [B, C, F, h, w] but its first frames, and send it."""
         if self._link.rank > len(slices):
@@ -117,7 +117,8 @@ class Member:
         parts = self._set_up(dtype, offload)
         latents, skipped = slices[self._link.rank - 1]
         room, sent = None, []
-        for index, video in enumerate(decode_latents(parts, latents, skipped, tiles=tiles)):
+        videos = decode_latents(parts, latents, skipped, tiles=tiles, oversampling=oversampling)
+        for index, video in enumerate(videos):
             made = video.contiguous().view(-1).view(torch.uint8)
             if room is None:  # rank 0 may be long in coming to it
                 room = room_for((latents.shape[2] - skipped) * made.numel()).split(made.numel())

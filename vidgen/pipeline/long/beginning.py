@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.diffusion.oversampling import Pace, interpolated
+from vidgen.diffusion.oversampling import Pace
 from vidgen.media.probe import read_recipe
 from vidgen.media.read import fit
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
@@ -80,8 +80,9 @@ def _encode_end(engine: Engine, plan: Plan, request: Request, inputs: Inputs) ->
         total += 1
     count = 1 + (len(ending) - 1) // t * t
     video = pixels_of(list(ending)[-count:], plan.width, plan.height, plan.fit)
-    video = interpolated(video, plan.oversampling)
-    latents = engine.encode_video(video, plan.tiles, plan.encode_passes).cpu()
+    latents = engine.encode_video(
+        video, plan.tiles, plan.encode_passes, plan.oversampling
+    ).cpu()
     return Beginning(
         latents=latents, num_frames=total, frames_ahead=0,
         num_latents=1 + math.ceil((total - 1) / t), colours=colours_of(latents),

@@ -27,7 +27,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.shapes import LatentShape, Strides
 from vidgen.diffusion import condition, stacked
-from vidgen.diffusion.condition import FinerBeginning
+from vidgen.diffusion.condition import FinerKnown
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.oversampling import Pace
@@ -328,9 +328,9 @@ class LongClip:
         known = made[:, :, self.pace.finer(start) :].to(state.latents)
         past = made[:, :, -max(TAIL_FRAMES, (num_known + 1) * factor) :]
         if factor > 1:
-            state = replace(state, begins_finer=FinerBeginning(
+            state = replace(state, known_finer=FinerKnown(
                 self._noised(known, "history finer", Pace(factor).finer(first)),
-                alone=self.pace.behind(start).alone,
+                torch.zeros_like(known[:, :1], dtype=torch.bool), self.pace.behind(start).alone,
             ))  # fmt: skip
             past = at_rate(self.engine, past, factor, 1, self.plan.tiles, self.plan.encode_passes)
             known = past[:, :, -num_known:].to(state.latents)

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vidgen.diffusion.oversampling import interpolated
-
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
     from vidgen.pipeline.video import Engine
@@ -39,4 +37,4 @@ def at_rate(
     decoded = engine.decode_video(latents, tiles=tiles, oversampling=had)
     shown = torch.cat([part.float().clamp(-1, 1).cpu() for part in decoded], dim=2)
     whole = 1 + (shown.shape[2] - 1) // t * t
-    return engine.encode_video(interpolated(shown[:, :, -whole:], wanted), tiles, passes).cpu()
+    return engine.encode_video(shown[:, :, -whole:], tiles, passes, wanted).cpu()
