@@ -10,17 +10,14 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import LatentShape, Strides
 from vidgen.diffusion import condition
-from vidgen.diffusion.condition import (
-    denoise_inputs,
-    latent_mask,
-    new_state,
-)
+from vidgen.diffusion.condition import latent_mask
 from vidgen.diffusion.condition_mix import ConditionMix, Stills, training_conditions
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_euler, sample_unipc
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.diffusion.sound import new_sound
+from vidgen.diffusion.state import denoise_inputs, new_state
 
 STRIDES = Strides(t=4, hw=16)
 SHAPE = LatentShape(channels=3, num_frames=5, height=4, width=6, batch=2)

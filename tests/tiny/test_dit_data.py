@@ -10,9 +10,10 @@ import torch
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
-from vidgen.diffusion.condition import are_references, reference_position
+from vidgen.diffusion.condition import reference_position
 from vidgen.diffusion.condition_mix import ConditionMix
 from vidgen.diffusion.flow import add_noise
+from vidgen.diffusion.state import are_references
 from vidgen.toybox.cues import scene_marks
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import Actor, Scene

@@ -17,6 +17,7 @@ from tests.programs import run_program
 from vidgen.core.errors import InputError
 from vidgen.diffusion import condition
 from vidgen.diffusion.sound import sound_span
+from vidgen.diffusion.state import new_state
 from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS
@@ -71,9 +72,9 @@ def heard(cache: SoundCache, state, first: int = 0, picture_known: float = 1.0):
 
 
 def test_sound_is_made_for_a_given_picture_or_a_picture_for_given_sound(cache):
-    first = condition.first_frame(condition.new_state(torch.randn(2, 4, 9, 4, 4)),
+    first = condition.first_frame(new_state(torch.randn(2, 4, 9, 4, 4)),
                                   torch.randn(2, 4, 1, 4, 4))  # fmt: skip
-    for state in (condition.new_state(torch.randn(2, 4, 9, 4, 4)), first):
+    for state in (new_state(torch.randn(2, 4, 9, 4, 4)), first):
         given = heard(cache, state)
         assert given.is_known
         assert given.sound.clean.shape == (2, 4, 86)
@@ -86,13 +87,13 @@ def test_sound_is_made_for_a_given_picture_or_a_picture_for_given_sound(cache):
 
 
 def test_a_beginning_is_known_with_its_sound(cache):
-    state = condition.prefix(condition.new_state(torch.randn(2, 4, 9, 4, 4)),
+    state = condition.prefix(new_state(torch.randn(2, 4, 9, 4, 4)),
                              torch.randn(2, 4, 3, 4, 4))  # fmt: skip
     sound = heard(cache, state).sound
     known = int((~sound.denoise_mask[0, 0]).sum())
     assert known == int(9 / 12 * 31.25)
     assert not sound.denoise_mask[:, :, :known].any()
-    inside = condition.prefix(condition.new_state(torch.randn(2, 4, 5, 4, 4)),
+    inside = condition.prefix(new_state(torch.randn(2, 4, 5, 4, 4)),
                               torch.randn(2, 4, 1, 4, 4))  # fmt: skip
     sound = heard(cache, inside, first=4).sound
     assert sound.clean[0, 0, 0] == int(13 / 12 * 31.25)

@@ -17,13 +17,7 @@ from vidgen.core.errors import Cancelled, InputError
 from vidgen.core.protocols import KeyTokens, OnStep, SamplerState, StepInfo
 from vidgen.core.request import Request
 from vidgen.core.shapes import Strides
-from vidgen.diffusion.condition import (
-    LatentState,
-    first_frame,
-    keyframe,
-    new_state,
-    reference,
-)
+from vidgen.diffusion.condition import first_frame, keyframe, reference
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.oversampling import (
     Pace,
@@ -32,6 +26,7 @@ from vidgen.diffusion.oversampling import (
     sample_finer,
 )
 from vidgen.diffusion.samplers import sample_state
+from vidgen.diffusion.state import LatentState, new_state
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo
 from vidgen.pipeline import networks

@@ -19,7 +19,7 @@ from tests.models import DEFAULTS, build_tiny_model
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.diffusion.condition import new_state
+from vidgen.diffusion.state import new_state
 from vidgen.media.clip import Clip
 from vidgen.media.live import write_live
 from vidgen.media.probe import read_recipe

@@ -12,11 +12,12 @@ from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.diffusion.sound import Packing, new_sound, sound_begins
+from vidgen.diffusion.state import new_state
 
 
 def make_state(**known):
     torch.manual_seed(0)
-    state = condition.new_state(torch.randn(2, 4, 3, 4, 4))
+    state = new_state(torch.randn(2, 4, 3, 4, 4))
     sound = new_sound(torch.randn(2, 5, 7))
     if "sound" in known:
         sound = sound_begins(sound, torch.randn(2, 5, known["sound"]))

@@ -13,11 +13,8 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.shapes import Strides
-from vidgen.diffusion.condition import (
-    LatentState,
-    keyframe_position,
-    reference_position,
-)
+from vidgen.diffusion.condition import keyframe_position, reference_position
+from vidgen.diffusion.state import LatentState
 
 KINDS = ("text", "first", "last", "both", "frames", "prefix", "mask")
 """Conditions of which a sample has one; it may have references besides."""

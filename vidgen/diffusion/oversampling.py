@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from vidgen.core.protocols import KeyTokens, OnStep, SamplerState, StepInfo
-from vidgen.diffusion.condition import FinerKnown, LatentState, are_references, finished
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import shuffled
+from vidgen.diffusion.state import FinerKnown, LatentState, are_references, finished
 
 FINER_NOISE = -1
 """A step that no sampler takes, by which `shuffled` draws the noise of finer frames."""

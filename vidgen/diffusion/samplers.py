@@ -25,7 +25,7 @@ from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.schedule import steps_for_strength
 
 if TYPE_CHECKING:
-    from vidgen.diffusion.condition import LatentState
+    from vidgen.diffusion.state import LatentState
 
 Project = Callable[[Tensor], Tensor]
 Fresh = Callable[[int], Tensor]

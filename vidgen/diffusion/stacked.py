@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vidgen.core.shapes import Strides
-from vidgen.diffusion.condition import LatentState
+from vidgen.diffusion.state import LatentState
 
 
 def stack_known_frames(

@@ -15,10 +15,10 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion import condition
-from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise, draw_sound_noise
 from vidgen.diffusion.oversampling import Pace, finished_finer
 from vidgen.diffusion.sound import new_sound, sound_span
+from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.inputs import Inputs
@@ -55,7 +55,7 @@ def generate_batch(
         plans = [replace(plan, prompt=text, seed=seed)
                  for text, seed in zip(prompts, seeds, strict=True)]
         return torch.cat([_rolled(engine, each) for each in plans])
-    state = new_state(engine, plan, seeds)
+    state = fresh_state(engine, plan, seeds)
     if first_frames is not None:
         first = engine.encode_first(first_frames, plan.refine_steps, passes=plan.encode_passes)
         state = condition.first_frame(state, first)
@@ -90,7 +90,7 @@ def generate_with_sound(
         raise InputError(f"{engine.folder.name} makes no sound for its pictures; score it with "
                          "another --suite")
     contexts, sound = text_contexts(engine, plan, prompts), sound_plan(plan, engine.folder.defaults)
-    picture = engine.sample(plan, new_state(engine, plan, seeds), contexts)
+    picture = engine.sample(plan, fresh_state(engine, plan, seeds), contexts)
     config = engine.folder.components["sound_vae"].config
     stride_t = engine.vae_config.strides.t
     first, end, start_s = sound_span(
@@ -139,10 +139,10 @@ def sound_round_trip(engine: Engine, sound: Tensor) -> Tensor:
     return decoded.float().clamp(-1, 1).cpu()
 
 
-def new_state(engine: Engine, plan: Plan, seeds: Sequence[int]) -> LatentState:
+def fresh_state(engine: Engine, plan: Plan, seeds: Sequence[int]) -> LatentState:
     """What clips of a plan's size begin as, each with its own noise."""
     noise = draw_noise(seeds, replace(plan.latents, batch=len(seeds)))
-    return condition.new_state(noise.to(engine.device))
+    return new_state(noise.to(engine.device))
 
 
 def text_contexts(

@@ -15,7 +15,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion import condition
-from vidgen.evaluation.generation import new_state, pixels, text_contexts
+from vidgen.evaluation.generation import fresh_state, pixels, text_contexts
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.video import Engine, load
@@ -62,7 +62,7 @@ class Redrawer:
         plan = replace(self._plan, strength=strength, latents=shape, oversampling=1)
         begins = float(sigmas_of(plan)[0])
         state = condition.video_at_strength(
-            new_state(self.engine, plan, seeds), latents.to(self.engine.device), begins
+            fresh_state(self.engine, plan, seeds), latents.to(self.engine.device), begins
         )
         return self.engine.sample(plan, state, text_contexts(self.engine, plan, prompts)).float()
 

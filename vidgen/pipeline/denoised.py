@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from vidgen.core.protocols import StepInfo
     from vidgen.core.request import Request
-    from vidgen.diffusion.condition import LatentState
+    from vidgen.diffusion.state import LatentState
     from vidgen.media.clip import Clip
     from vidgen.media.encode import Samples
     from vidgen.pipeline.experts import Loras

@@ -15,15 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.diffusion.condition import (
-    LatentState,
-    as_negative,
-    denoise_inputs,
-    guidance_share,
-)
+from vidgen.diffusion.condition import as_negative, guidance_share
 from vidgen.diffusion.flow import to_timestep
 from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, guided
 from vidgen.diffusion.samplers import whole_timesteps
+from vidgen.diffusion.state import LatentState, denoise_inputs
 from vidgen.diffusion.token_part import TokenPart
 from vidgen.models.dit_inputs import AudioTokens, KVCache
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles

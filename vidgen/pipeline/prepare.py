@@ -20,8 +20,8 @@ from torch import Tensor
 from vidgen.core.request import Request
 from vidgen.core.shapes import Strides
 from vidgen.diffusion import condition, stacked
-from vidgen.diffusion.condition import FinerKnown, LatentState
 from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.state import FinerKnown, LatentState
 from vidgen.pipeline.inputs import Inputs, pixels_of, read_mask, video_frames
 from vidgen.pipeline.plan import Plan
 

@@ -28,11 +28,10 @@ from vidgen.core.protocols import OnStep, SamplerState
 from vidgen.core.request import Request
 from vidgen.core.runtime import best_dtype, choose_device
 from vidgen.core.values import check_picture
-from vidgen.diffusion import condition
-from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.oversampling import sample_finer
 from vidgen.diffusion.samplers import sample_state, sample_with_scheduler
+from vidgen.diffusion.state import LatentState, new_state
 from vidgen.media.clip import Clip, Keeper
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing
@@ -256,7 +255,7 @@ class Engine(OpenedModel):
         if tuple(noise.shape) != plan.latents.dims:
             raise InputError(f"latents are {list(noise.shape)}; this clip needs "
                              f"{list(plan.latents.dims)}")
-        state = condition.new_state(noise.float().to(self.device))
+        state = new_state(noise.float().to(self.device))
         describe = None if self.dit_config.image_dim is None else self.describe
         model = Encoder(
             partial(self.encode_video, tiles=plan.tiles, passes=plan.encode_passes),

@@ -15,6 +15,7 @@ from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError
 from vidgen.diffusion import condition
 from vidgen.diffusion.samplers import UNIPC_SIGMA_MAX
+from vidgen.diffusion.state import new_state
 from vidgen.models.lora import attached
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.models.text import encode_tokens
@@ -152,7 +153,7 @@ def test_the_student_answers_as_its_own_clips_are_made(
 
 
 def test_which_turn_a_clip_goes_on_with() -> None:
-    state = condition.new_state(torch.randn(1, 4, 9, 4, 4))
+    state = new_state(torch.randn(1, 4, 9, 4, 4))
     still = torch.randn(1, 4, 1, 4, 4)
     region = torch.ones(1, 1, 9, 4, 4)
     region[..., 2:] = 0

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise
     from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
-    from vidgen.diffusion.condition import LatentState
+    from vidgen.diffusion.state import LatentState
     from vidgen.pipeline.experts import Loras
     from vidgen.pipeline.networks import Contexts
     from vidgen.pipeline.parts import Parts

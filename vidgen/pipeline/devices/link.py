@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from vidgen.diffusion.cache import StepCaches
-    from vidgen.diffusion.condition import LatentState
+    from vidgen.diffusion.state import LatentState
     from vidgen.pipeline.experts import Loras
     from vidgen.pipeline.networks import Contexts
     from vidgen.pipeline.plan import Plan

@@ -27,10 +27,10 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.shapes import LatentShape, Strides
 from vidgen.diffusion import condition, stacked
-from vidgen.diffusion.condition import FinerKnown
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.oversampling import Pace
+from vidgen.diffusion.state import FinerKnown
 from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
@@ -44,7 +44,7 @@ from vidgen.pipeline.long.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colou
 from vidgen.weights.family import models_with
 
 if TYPE_CHECKING:
-    from vidgen.diffusion.condition import LatentState
+    from vidgen.diffusion.state import LatentState
     from vidgen.media.clip import Keeper
     from vidgen.media.encode import Frames
     from vidgen.pipeline.plan import Plan

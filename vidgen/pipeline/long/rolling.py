@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vidgen.diffusion.condition import LatentState, new_state
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_state, whole_timesteps
+from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_inputs import KVCache
 from vidgen.pipeline.experts import Loras, experts

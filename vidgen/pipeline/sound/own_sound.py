@@ -31,7 +31,7 @@ from vidgen.pipeline.sound.candidates import most_agreed
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.diffusion.condition import LatentState
+    from vidgen.diffusion.state import LatentState
     from vidgen.media.encode import Samples
     from vidgen.models.audio import AudioVAEConfig
     from vidgen.pipeline.journal.journal import Journal

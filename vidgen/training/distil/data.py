@@ -18,7 +18,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.runtime import sha256_file
-from vidgen.diffusion.condition import LatentState
+from vidgen.diffusion.state import LatentState
 from vidgen.models.dit import DiTConfig
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.distil.config import LOW, DistilRun, TrajectoryConfig

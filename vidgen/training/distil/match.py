@@ -22,10 +22,10 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
-from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.flow import add_noise, denoised_of, squared_error, velocity_loss
 from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.schedule import draw_sigmas
+from vidgen.diffusion.state import LatentState
 from vidgen.pipeline.parts import DTYPES
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.config import Phase

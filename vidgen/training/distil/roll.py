@@ -23,8 +23,8 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion import condition
-from vidgen.diffusion.condition import LatentState, new_state
 from vidgen.diffusion.flow import squared_error
+from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
 from vidgen.pipeline.long.rolling import Rollout

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.core.protocols import Denoise
-from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.flow import squared_error
 from vidgen.diffusion.samplers import sample_state
+from vidgen.diffusion.state import LatentState
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.training.config import Phase
 from vidgen.training.distil.config import LOW, DistilRun

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from vidgen.core.protocols import Denoise
-from vidgen.diffusion.condition import LatentState, as_negative
+from vidgen.diffusion.condition import as_negative
 from vidgen.diffusion.guidance import Guidance, guided
 from vidgen.diffusion.samplers import sample_state, whole_timesteps
+from vidgen.diffusion.state import LatentState
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter, attached
 from vidgen.models.text import UMT5Encoder, encode_tokens

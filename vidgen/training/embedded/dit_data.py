@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vidgen.diffusion.condition import LatentState, noise_known
+from vidgen.diffusion.condition import noise_known
 from vidgen.diffusion.condition_mix import with_given
+from vidgen.diffusion.state import LatentState
 from vidgen.training.config import Phase
 from vidgen.training.embedded.dit_config import DiTData
 from vidgen.training.embedded.dit_draws import DiTDraws, Drawn

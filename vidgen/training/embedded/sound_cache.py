@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vidgen.core.errors import InputError
-from vidgen.diffusion.condition import LatentState
 from vidgen.diffusion.sound import SoundState, sound_span
+from vidgen.diffusion.state import LatentState
 from vidgen.models.audio import AudioVAE, AudioVAEConfig
 from vidgen.toybox.cues import sound_cues
 from vidgen.toybox.scenes import Scene

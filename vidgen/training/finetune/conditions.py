@@ -19,8 +19,8 @@ from torch import Tensor
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.shapes import Strides
 from vidgen.diffusion import stacked
-from vidgen.diffusion.condition import LatentState, new_state
 from vidgen.diffusion.condition_mix import KINDS, ConditionMix, Stills, training_conditions
+from vidgen.diffusion.state import LatentState, new_state
 from vidgen.weights.folder import ModelFolder
 
 _DEFAULTS = {"text": 0.6, "first": 0.2, "last": 0.05, "both": 0.05, "frames": 0.05, "prefix": 0.1}

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import choose_device
-from vidgen.diffusion.condition import LatentState, denoise_inputs
 from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
 from vidgen.diffusion.schedule import draw_sigmas, share_below
+from vidgen.diffusion.state import LatentState, denoise_inputs
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.budget.workload import transformer_ops
 from vidgen.pipeline.parts import EXPERTS

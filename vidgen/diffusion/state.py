@@ -1,0 +1,247 @@
+"""A clip's latents on their way from noise, with all that is known of it beforehand.
+
+Sampling and training both hold it, and build the model's input from it by the same function. What
+a request knows is written into it by `vidgen.diffusion.condition`.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vidgen.core.protocols import KeyTokens
+from vidgen.core.tensors import mapped, moved
+from vidgen.diffusion.flow import add_noise
+from vidgen.diffusion.noise import shuffled
+from vidgen.diffusion.sound import Packing, SoundState
+
+FIRST_REFERENCE_POSITION = -4.0
+"""On the time axis: reference images lie there and before, well outside of the clip."""
+
+
+class FinerKnown(NamedTuple):
+    """What is known of a clip at a finer frame rate, see `vidgen.diffusion.oversampling`.
+
+    Attributes:
+        latents: [B, C, n, h, w] of its first n finer latent frames, as they are shown.
+        denoise_mask: [B, 1, n, h, w] bool, True where they aren't known.
+        alone: whether the first of them is a single frame.
+    """
+
+    latents: Tensor
+    denoise_mask: Tensor
+    alone: bool = True
+
+
+@dataclass(frozen=True)
+class LatentState:
+    """Latents on their way from noise to a clip, and all that is known of the clip beforehand.
+
+    Attributes:
+        latents: [B, C, F, h, w], the starting noise, or where sampling has come to.
+        clean: [B, C, F, h, w], the known values; anything where not known.
+        denoise_mask: [B, 1, F, h, w] bool, True where latents are to be generated.
+        keys: known stills at times of their own, or None.
+        stacked: [B, _, F, h, w] channels that the model reads behind the latents', or None.
+        control: [B, _, F, h, w] what VACE's control blocks read, or None.
+        image_context: [B, _, D] CLIP features of known pictures, or None.
+        num_references: leading latent frames that are references, not the clip.
+        sound: the clip's sound on its way, or None.
+        known_sigma: [B], how much of what is known in place is noise; None: nothing.
+        hides_known: what is known in place is shown as noisy as all else; see `Guidance`.
+        noise: [B, C, F, h, w], the starting noise where `latents` are more than that; None there.
+        spacing: how far latent frames lie apart on the time axis, where those of the model's own
+            frame rate lie one apart.
+        lead: which of them lies at 0 there.
+        known_finer: what is known in place at a finer frame rate, where that isn't a single frame.
+        video_finer: [B, C, n, h, w], the clip that sampling begins from at that rate, or None.
+    """
+
+    latents: Tensor
+    clean: Tensor
+    denoise_mask: Tensor
+    keys: KeyTokens | None = None
+    stacked: Tensor | None = None
+    control: Tensor | None = None
+    image_context: Tensor | None = None
+    num_references: int = 0
+    sound: SoundState | None = None
+    known_sigma: Tensor | None = None
+    hides_known: bool = False
+    noise: Tensor | None = None
+    spacing: float = 1.0
+    lead: float = 0.0
+    known_finer: FinerKnown | None = None
+    video_finer: Tensor | None = None
+
+    @cached_property
+    def any_known(self) -> bool:
+        """Whether any latent in place is known."""
+        return not bool(self.denoise_mask.all())
+
+    @cached_property
+    def is_known(self) -> bool:
+        """Whether all of the picture is, so that only sound is to be made, which it doesn't see."""
+        return not bool(self.denoise_mask.any())
+
+    @property
+    def starting_noise(self) -> Tensor:
+        """What sampling begins with, [B, C, F, h, w], without the clip that it may begin from."""
+        return self.latents if self.noise is None else self.noise
+
+    @cached_property
+    def times(self) -> Tensor | None:
+        """Where its latent frames lie on the time axis, [F]; None: one apart."""
+        if self.spacing == 1:
+            return None
+        numbers = torch.arange(self.latents.shape[2], device=self.latents.device)
+        return (numbers - self.lead) * self.spacing
+
+    @cached_property
+    def timed_keys(self) -> KeyTokens | None:
+        """The stills where they lie on that axis; references lie outside of the clip's time."""
+        if self.keys is None or self.spacing == 1:
+            return self.keys
+        at = self.keys.positions
+        return replace(self.keys, positions=torch.where(at > 0, at * self.spacing, at))
+
+    @property
+    def has_given(self) -> Tensor:
+        """Whether whole frames of a clip are given, in place or as stills, and shown as they are.
+
+        So not what later windows go on from through noise, nor the parts that a mask keeps. [B].
+        """
+        frames = self.denoise_mask.flatten(3)
+        whole = (frames == frames[..., :1]).flatten(1).all(1)
+        given = ~frames.flatten(1).all(1)
+        if self.keys is not None:
+            timed = ~are_references(self.keys)
+            given = given | (timed if self.keys.valid is None else timed & self.keys.valid).any(1)
+        return given & whole & (self.known_sigma is None)
+
+    @cached_property
+    def whole_frames(self) -> bool:
+        """Whether each latent frame is known or generated as a whole."""
+        pixels = self.denoise_mask.flatten(3)
+        return bool((pixels == pixels[..., :1]).all())
+
+    def rows(self, index: Tensor | slice) -> LatentState:
+        """Some clips of the batch, by their numbers, by a mask [B] or by a slice."""
+        chosen: LatentState = mapped(self, lambda tensor: tensor[index])
+        return chosen
+
+    def stretch(self, frames: slice) -> LatentState:
+        """Some latent frames of the picture alone, without stills and sound."""
+        return LatentState(
+            self.latents[:, :, frames], self.clean[:, :, frames], self.denoise_mask[:, :, frames]
+        )
+
+    def impose(self, latents: Tensor) -> Tensor:
+        """Write the known values into the picture's latents, exactly."""
+        return torch.where(self.denoise_mask, latents, self.clean.to(latents))
+
+    def to(self, device: torch.device) -> LatentState:
+        """The same state on another device."""
+        there: LatentState = moved(self, device)
+        return there
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How picture and sound lie in the one tensor that samplers see; None without sound."""
+        return None if self.sound is None else Packing.of(self.latents, self.sound.latents)
+
+    def begin(self) -> Tensor:
+        """What a sampler starts from: [B, C, F, h, w], with sound [B, n]."""
+        sound = None if self.sound is None else self.sound.latents
+        return self.project(self.together(self.latents, sound))
+
+    def fresh(self, step: int) -> Tensor:
+        """Noise for a step of sampling, as a sampler has it; see `shuffled`."""
+        picture = shuffled(self.starting_noise, step)
+        return self.together(
+            picture, None if self.sound is None else shuffled(self.sound.latents, step)
+        )
+
+    def project(self, latents: Tensor) -> Tensor:
+        """Write all that is known into what a sampler has; its `project`."""
+        picture, sound = self.apart(latents)
+        if self.sound is None or sound is None:
+            return self.impose(picture)
+        return self.together(self.impose(picture), self.sound.impose(sound))
+
+    def apart(self, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The picture's and the sound's share of what a sampler has, or of its velocity."""
+        return (latents, None) if self.packing is None else self.packing.unpack(latents)
+
+    def together(self, picture: Tensor, sound: Tensor | None) -> Tensor:
+        """The inverse of `apart`."""
+        if self.packing is None or sound is None:
+            return picture
+        return self.packing.pack(picture, sound)
+
+    @cached_property
+    def generated(self) -> Tensor:
+        """The mask of what is to be generated, as a sampler has it."""
+        sound = None if self.sound is None else self.sound.denoise_mask
+        return self.together(self.denoise_mask, sound)
+
+
+def new_state(noise: Tensor) -> LatentState:
+    """A state with nothing known: text-to-video."""
+    mask = torch.ones_like(noise[:, :1], dtype=torch.bool)
+    return LatentState(latents=noise, clean=torch.zeros_like(noise), denoise_mask=mask)
+
+
+def finished(latents: Tensor) -> LatentState:
+    """A picture [B, C, F, h, w] of which nothing is left to make: what it sounds like may be."""
+    unmade = torch.zeros_like(latents[:, :1], dtype=torch.bool)
+    return LatentState(latents=latents, clean=latents, denoise_mask=unmade)
+
+
+def denoise_inputs(
+    state: LatentState, sigma: Tensor, latents: Tensor | None = None, *, patch: int = 1
+) -> tuple[Tensor, Tensor]:
+    """What the model gets to see of a state at a noise level, besides `state.keys`.
+
+    Args:
+        state: the conditions.
+        sigma: [B].
+        latents: noisy ones at `sigma`; by default the state's own.
+        patch: latents a side of one token.
+
+    Returns:
+        (latents, sigma). With nothing known both are as they came. Else the known values are
+        written into the latents, and sigma is 0, or `known_sigma`, where known: [B, F] when frames
+        are known as a whole, [B, F, h / patch, w / patch] when a token is. Those that the state
+        hides are written with the noise that its own latents begin with, and sigma stays. Stacked
+        channels come last.
+    """
+    latents = state.latents if latents is None else latents
+    if state.hides_known:
+        noisy = add_noise(state.clean.to(latents), state.starting_noise.to(latents), sigma)
+        latents = torch.where(state.denoise_mask, latents, noisy)
+    elif state.any_known:
+        latents = state.impose(latents)
+        unknown = state.denoise_mask[:, 0].to(sigma.dtype)
+        if state.whole_frames:
+            unknown = unknown[:, :, 0, 0]
+        else:
+            unknown = F.max_pool2d(unknown, patch)
+        known = torch.zeros_like(sigma) if state.known_sigma is None else state.known_sigma
+        rows = (-1, *[1] * (unknown.ndim - 1))
+        sigma = torch.where(unknown > 0, sigma.view(rows), known.to(sigma).view(rows))
+    if state.stacked is not None:
+        latents = torch.cat([latents, state.stacked.to(latents)], dim=1)
+    return latents, sigma
+
+
+def are_references(keys: KeyTokens) -> Tensor:
+    """Tell which stills are reference images, by their time positions, [B, K] bool."""
+    return keys.positions <= FIRST_REFERENCE_POSITION
