@@ -73,6 +73,13 @@ def test_guidance_towards_given_frames_goes_on_too(short):
     assert options["image_guidance_reach"] == 5
 
 
+def test_a_rate_that_was_asked_for_goes_on(short):
+    recipe = read_recipe(short)
+    assert "oversampling" not in own_options(recipe)
+    recipe["request"]["oversampling"] = 1
+    assert own_options(recipe)["oversampling"] == 1
+
+
 def test_the_same_command_gives_the_same_file_but_for_its_marks(short, extend, tmp_path):
     one, two = tmp_path / "one.mkv", tmp_path / "two.mkv"
     for path in (one, two):
