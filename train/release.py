@@ -8,11 +8,11 @@
     python train/release.py student   --run runs/student --out vidgen/assets/toybox
 
 `vae` and `sound` measure the latents' mean and deviation on fresh clips, unless encoder or decoder
-stayed as it was (`part`). `dit` of a run whose `levels` end below 1 is the expert at low noise,
-which takes over there. Students of the old weights are removed, but for `--keep-students`: near the
-old weights they may serve on, score them. Clips come with sound once its run had `sound`; `--mix`
-averages its weights with those of releases that it began with (Wortsman et al. 2022). Each call
-writes `model.json` anew.
+stayed as it was (`part`), or latents were kept near what they were (`loss.keep`). `dit` of a run
+whose `levels` end below 1 is the expert at low noise, which takes over there. Students of the old
+weights are removed, but for `--keep-students`: near the old weights they may serve on, score them.
+Clips come with sound once its run had `sound`; `--mix` averages its weights with those of releases
+that it began with (Wortsman et al. 2022). Each call writes `model.json` anew.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _release_autoencoder(
         config = replace(config, encoder_dim=settings["encoder_dim"])
     vae = network(config)
     vae.load_state_dict(load_averages(run, "vae"))
-    if settings["part"] == "all":
+    if settings["part"] == "all" and not settings["loss"].get("keep"):
         mean, std = measure(vae)
         config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
     save_module(vae.state_dict(), config, folder, torch.bfloat16)

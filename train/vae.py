@@ -114,6 +114,7 @@ class VAERun:
             raise InputError(f"validation_clips is {self.validation_clips}; give 1 or more")
 
 
+FPS = 12.0
 TURNS = ("given", "drawn", "given", "drawn", "as it is")
 """How clips are encoded under `oversampling`, step by step; of no common measure with four."""
 
@@ -172,7 +173,7 @@ class VAETask:
         finer, _ = self._rates(step)
         window = starts * finer + torch.arange(1 + (num_frames - 1) * finer)
         shown = render(
-            scenes, num_frames=1 + (length - 1) * finer, frames=window.tolist(),
+            scenes, num_frames=1 + (length - 1) * finer, frames=window.tolist(), fps=FPS * finer,
             height=self.config.height, width=self.config.width, device=self.device,
         )
         video, mask = shown.video, shown.masks.amax(1, keepdim=True)

@@ -220,16 +220,17 @@ def test_a_new_decoder_leaves_cached_latents_valid(tiny_model: Path, tmp_path: P
     assert encoder_hash(tmp_path / "vae") != before
 
 
-def test_an_encoder_learns_for_a_decoder_that_stays_as_it_is(
-    tiny_model: Path, tmp_path: Path, program: Program
+@pytest.mark.parametrize(("part", "oversampling"), [("encoder", 1), ("all", 2)])
+def test_a_vae_goes_on_learning_while_latents_keep_their_meaning(
+    tiny_model: Path, tmp_path: Path, program: Program, part: str, oversampling: int
 ) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     config = {
-        "preset": "tiny", "init": str(tiny_model / "vae"), "part": "encoder", "crop": 16,
-        "height": 32, "width": 32, "loss": {"kl": 0.0, "keep": 0.3},
+        "preset": "tiny", "init": str(tiny_model / "vae"), "part": part, "crop": 16,
+        "height": 32, "width": 32, "loss": {"kl": 0.0, "keep": 0.3}, "oversampling": oversampling,
         "run": {
             "folder": str(tmp_path / "run"), "device": "cpu", "dtype": "fp32",
-            "phases": [{"steps": 3, "num_frames": 5, "batch_size": 1}],
+            "phases": [{"steps": 5, "num_frames": 5, "batch_size": 1}],
             "validate_every": 100, "optim": {"warmup_steps": 0, "muon_lr": 1e-2},
         },
     }
@@ -242,7 +243,8 @@ def test_an_encoder_learns_for_a_decoder_that_stays_as_it_is(
         load_file(folder / "vae" / "model.safetensors") for folder in (tiny_model, model)
     )
     moved = {n for n, t in before.items() if not torch.equal(t.bfloat16(), after[n].bfloat16())}
-    assert {name.partition(".")[0] for name in moved} == {"encoder"}
+    parts = {"encoder", "decoder"} if part == "all" else {part}
+    assert {name.partition(".")[0] for name in moved} == parts
     configs = [(folder / "vae" / "config.json").read_text() for folder in (tiny_model, model)]
     assert json.loads(configs[0]) == json.loads(configs[1]), "what a transformer reads by"
 
@@ -276,6 +278,27 @@ def test_a_wider_encoder_begins_as_the_one_there_is(
     released = load_vae(str(model / "vae"), torch.device("cpu"))
     assert released.config.encoder_dim == 16
     assert released.config.decoder_dim == narrow.config.decoder_dim
+
+
+def test_clips_at_a_finer_rate_are_shown_as_any(tiny_model: Path) -> None:
+    """Those that are drawn so are rendered with frames between."""
+    vae, phase = load_program("train/vae.py"), Phase(1, 5, 2)
+    run = RunConfig("run", (phase,), device="cpu", dtype="fp32")
+    tasks = [
+        vae.VAETask(vae.VAERun(run, "tiny", height=32, width=32, oversampling=rate,
+                               init=str(tiny_model / "vae")))
+        for rate in (1, 2)
+    ]  # fmt: skip
+    frames = []
+    for step in range(1, 6):
+        plain, finer = (task.batch(phase, step, 0)["video"] for task in tasks)
+        frames.append((step % 4, plain.shape[2], finer.shape[2]))
+        rate, _ = tasks[1]._rates(step)
+        assert (finer[:, :, ::rate] - plain).abs().mean() < 0.02, (step, rate)
+    assert frames == [(1, 5, 9), (2, 5, 5), (3, 1, 1), (0, 5, 5), (1, 5, 5)]
+    assert [tasks[1]._rates(step) for step in range(5)] == [(1, 2), (2, 2), (1, 2), (2, 2), (1, 1)]
+    drawn = tasks[1].batch(phase, 1, 0)
+    assert torch.isfinite(tasks[1].loss(drawn, 1)[0])
 
 
 def test_latents_that_are_kept_hold_an_encoder_back(tiny_model: Path) -> None:
