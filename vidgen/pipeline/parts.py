@@ -194,11 +194,10 @@ class Parts:
         """
         offload, dtype = offload or self.offload, dtype or self.dtype
         quantize = quantize or self.quantize or "none"
-        roles = tuple(self.folder.components)
-        sizes = {one: self._size(one, offload, dtype, quantize) for one in roles}
-        if offload == "none":
-            return sum(sizes.values())
-        return max(sizes.values()) if role is None else sizes[role]
+        if offload != "none" and role is not None:
+            return self._size(role, offload, dtype, quantize)
+        sizes = [self._size(one, offload, dtype, quantize) for one in self.folder.components]
+        return sum(sizes) if offload == "none" else max(sizes)
 
     @property
     def elsewhere_bytes(self) -> int:
