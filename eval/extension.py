@@ -146,9 +146,7 @@ class Chain:
 
     def encode(self, video: Tensor) -> Tensor:
         """Latents at the rate that clips are drawn at, on the CPU."""
-        return self.engine.encode_video(
-            video, oversampling=self.plan.oversampling
-        ).cpu()
+        return self.engine.encode_video(video, oversampling=self.plan.oversampling).cpu()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Video [1, 3, T, H, W] in [-1, 1] on the CPU."""

@@ -195,23 +195,25 @@ class VAETask:
         weights, video = self.config.loss, batch["video"]
         video = video.contiguous(memory_format=torch.channels_last_3d)
         finer, oversampling = self._rates(step)
-        mean, logvar = self.vae.encode_moments(video, oversampling // finer)
+        given = oversampling // finer
+        shown, mask = video[:, :, ::finer], batch["mask"][:, :, ::finer]
+        mean, logvar = self.vae.encode_moments(video, given)
         mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
         latents = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         decoded = self.vae.decode_raw(latents, oversampling).float()
-        total, error = self._distance(decoded, video[:, :, ::finer], batch["mask"][:, :, ::finer])
+        total, error = self._distance(decoded, shown, mask)
         if step % max(1, round(1 / max(weights.equivariance_share, 1e-6))) == 0:
             small = F.avg_pool3d(latents, (1, 2, 2))
-            target = F.avg_pool3d(video[:, :, ::finer], (1, 2, 2))
-            mask = F.avg_pool3d(batch["mask"][:, :, ::finer], (1, 2, 2))
-            pooled = self.vae.decode_raw(small, oversampling).float()
-            pooled, _ = self._distance(pooled, target, mask)
+            target, inside = (F.avg_pool3d(each, (1, 2, 2)) for each in (shown, mask))
+            pooled, _ = self._distance(
+                self.vae.decode_raw(small, oversampling).float(), target, inside
+            )
             total = total + weights.equivariance * pooled
         total = total + weights.kl * kl
         if self.before is not None:
             with torch.no_grad():
-                before = self.before.encode(video, oversampling // finer).float()
+                before = self.before.encode(video, given).float()
             drift = self.vae.normalize(mean) - before
             total = total + weights.keep * drift.square().mean()
         psnr = -10 * (error.detach().square().mean() / 4).log10()

@@ -8,7 +8,7 @@ T = 1 + t * (F - 1).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vidgen.core.errors import InputError
 
@@ -19,6 +19,10 @@ class Strides:
 
     t: int
     hw: int
+
+    def finer(self, oversampling: int) -> Strides:
+        """Those where so many latent frames stand for each one."""
+        return replace(self, t=self.t // oversampling)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ columns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -252,7 +252,7 @@ class CausalVAE(NormalizedLatents, nn.Module):
         """
         B, _, T, H, W = video.shape
         finer = self.config.finer_stages(oversampling)
-        strides = replace(self.strides, t=self.strides.t // oversampling)
+        strides = self.strides.finer(oversampling)
         VideoShape(T, H, W, batch=B).latent(strides, self.config.latent_channels)
         mean, logvar = self._encode(video, finer, None).chunk(2, dim=1)
         return mean, logvar

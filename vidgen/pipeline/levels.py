@@ -43,6 +43,11 @@ def split_at(sigmas: Tensor, boundary: float | None) -> int:
     return len(levels) if boundary is None else sum(level >= boundary for level in levels)
 
 
+def split_of(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> int:
+    """How many steps of a plan over these levels are drawn at the rate that is shown."""
+    return split_at(sigmas, boundary_of(folder, plan, hears=False))
+
+
 def with_oversampling(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     """The plan at the frame rate that the model draws at below its boundary.
 
@@ -75,7 +80,7 @@ def _hindrance(plan: Plan, request: Request, folder: ModelFolder) -> str | None:
     if plan.num_frames == 1:
         return "has a single frame"
     sigmas = sigmas_of(plan)
-    split = split_at(sigmas, boundary_of(folder, plan, hears=False))
+    split = split_of(plan, sigmas, folder)
     begins = request.strength is not None
     if split == len(sigmas) - 1 > 0 or (split == 0 and not begins):
         return f"has no step on one side of the level {folder.defaults.boundary}"

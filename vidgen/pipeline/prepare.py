@@ -111,7 +111,7 @@ def _kept(
     oversampling: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """What a mask keeps, [1, C, F, h, w], and where to make new, [1, 1, F, h, w], at a rate."""
-    strides = replace(model.strides, t=model.strides.t // oversampling)
+    strides = model.strides.finer(oversampling)
     wanted = condition.latent_mask(_wanted(plan, request), strides, patch=model.patch)
     latents = model.encode(_whole_clip(plan, request, inputs), oversampling=oversampling)
     return latents.to(state.latents), wanted.to(state.latents.device)

@@ -43,11 +43,11 @@ from vidgen.ops.attention import asked_backend, require_backend
 from vidgen.pipeline.budget.preflight import Asked, preflight
 from vidgen.pipeline.denoised import DenoisedClip
 from vidgen.pipeline.devices.crew import start_crew
-from vidgen.pipeline.experts import NO_LORAS, Loras, boundary_of, read_loras
+from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.journal.recall import journals_of, recall
-from vidgen.pipeline.levels import sigmas_of, split_at
+from vidgen.pipeline.levels import sigmas_of, split_of
 from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.long.tail import ANCHOR_TASK, make_tail
 from vidgen.pipeline.networks import Contexts, denoising
@@ -299,7 +299,7 @@ class Engine(OpenedModel):
 
         if plan.oversampling == 1:
             return run(state, sigmas, on_step, resume)
-        split = split_at(sigmas, boundary_of(self.folder, plan, hears=False))
+        split = split_of(plan, sigmas, self.folder)
         return sample_finer(
             run, state, sigmas, split, plan.oversampling, self.vae_config.strides.t,
             on_step=on_step, resume=resume,

@@ -19,8 +19,7 @@ from vidgen.pipeline.budget.workload import (
     transformer_ops,
     vae_ops,
 )
-from vidgen.pipeline.experts import boundary_of
-from vidgen.pipeline.levels import sigmas_of, split_at
+from vidgen.pipeline.levels import sigmas_of, split_of
 from vidgen.pipeline.sound.own_sound import sound_plan
 
 if TYPE_CHECKING:
@@ -157,7 +156,7 @@ class Seconds:
         sigmas = make_sigmas(plan.num_steps, plan.shift, strength=plan.strength)
         passes = [len(guidance.branches_at(sigma)) for sigma in sigmas.tolist()[:-1]]
         if plan.oversampling > 1:
-            split = split_at(sigmas_of(plan), boundary_of(self.job.folder, plan, hears=False))
+            split = split_of(plan, sigmas_of(plan), self.job.folder)
             return sum(passes[:split]), sum(passes[split:])
         remembered = plan.roll is not None  # a turn is read once more
         return sum(passes) + remembered, 0
