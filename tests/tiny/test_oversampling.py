@@ -293,7 +293,8 @@ def test_what_is_encoded_is_counted(
     monkeypatch.setattr(engine, "encode_video", count)
     given, longer = a_video(tmp_path / "given.mkv"), a_video(tmp_path / "longer.mkv", 30)
     for options in (
-        {"video": given, "strength": 0.5}, {"video": given, "mask": HALF, "reference": [GIVEN]},
+        {"video": given, "strength": 0.9}, {"video": given, "strength": 0.2},
+        {"video": given, "mask": HALF, "reference": [GIVEN]},
         {"frames": 41}, {"prefix": longer, "frames": 41},
     ):
         encoded.clear()
@@ -303,6 +304,9 @@ def test_what_is_encoded_is_counted(
         counted = count_passes(engine.folder, engine.plan(request, inputs), request)
         made(engine, overlap=2, **options)
         assert sorted(counted.encoded) == sorted(encoded)
+        if "strength" in options:  # begun below the boundary, a clip has one rate, which is drawn
+            rates = {rate for _, rate in encoded}
+            assert rates == ({2} if options["strength"] == 0.2 else {1, 2})
 
 
 def test_it_sounds_and_is_seen_while_it_forms(engine: Engine) -> None:

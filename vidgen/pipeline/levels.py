@@ -48,6 +48,11 @@ def split_of(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> int:
     return split_at(sigmas, boundary_of(folder, plan, hears=False))
 
 
+def settles(plan: Plan, sigmas: Tensor, folder: ModelFolder) -> bool:
+    """Whether any step of a plan is taken at the rate that is shown: not of a clip begun below."""
+    return plan.oversampling == 1 or split_of(plan, sigmas, folder) > 0
+
+
 def with_oversampling(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     """The plan at the frame rate that the model draws at below its boundary.
 

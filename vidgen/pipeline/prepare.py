@@ -58,6 +58,8 @@ def write_conditions(
     inputs: Inputs,
     model: Encoder,
     start_sigma: float,
+    *,
+    settles: bool = True,
 ) -> LatentState:
     """Write every condition of a request into a state that knows nothing yet.
 
@@ -68,13 +70,15 @@ def write_conditions(
         inputs: its pictures, read.
         model: encodes them.
         start_sigma: noise level at which sampling begins.
+        settles: whether any step is taken at the rate that is shown.
 
     Raises:
         InputError: a moment that the clip doesn't have, or a beginning that leaves nothing to make.
     """
     if request.strength is not None:
         clip, finer = _whole_clip(plan, request, inputs), plan.oversampling
-        state = condition.video_at_strength(state, model.encode(clip), start_sigma)
+        if settles:
+            state = condition.video_at_strength(state, model.encode(clip), start_sigma)
         if finer > 1:
             state = replace(state, video_finer=model.encode(clip, oversampling=finer))
     if model.conditioning == "tokens":

@@ -47,7 +47,7 @@ from vidgen.pipeline.experts import NO_LORAS, Loras, read_loras
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.journal.recall import journals_of, recall
-from vidgen.pipeline.levels import sigmas_of, split_of
+from vidgen.pipeline.levels import settles, sigmas_of, split_of
 from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.long.tail import ANCHOR_TASK, make_tail
 from vidgen.pipeline.networks import Contexts, denoising
@@ -263,8 +263,9 @@ class Engine(OpenedModel):
                     passes=plan.encode_passes),
             describe, self.folder.conditioning, self.vae_config.strides, self.dit_config.patch_size,
         )
-        start_sigma = float(sigmas_of(plan, request.scheduler)[0])
-        return write_conditions(state, plan, request, inputs, model, start_sigma)
+        sigmas = sigmas_of(plan, request.scheduler)
+        return write_conditions(state, plan, request, inputs, model, float(sigmas[0]),
+                                settles=settles(plan, sigmas, self.folder))
 
     @torch.no_grad()
     def sample(

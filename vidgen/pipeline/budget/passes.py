@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vidgen.diffusion.oversampling import Pace
 from vidgen.media.probe import probe, read_recipe
+from vidgen.pipeline.levels import settles, sigmas_of
 from vidgen.pipeline.long.extend import OVERLAP, keeps_to_start, split_windows, window_size
 from vidgen.pipeline.long.tail import TAIL_FRAMES, read_tail
 
@@ -160,7 +161,9 @@ def _conditions(
     """Latent frames that join a window as stills, and each video that is encoded for it."""
     references, still, once = len(request.reference), Encoded(1), Encoded(frames)
     each = [once] if plan.oversampling == 1 else [once, Encoded(frames, plan.oversampling)]
-    whole = each * (request.strength is not None)
+    whole = list[Encoded]()
+    if request.strength is not None:
+        whole += each if settles(plan, sigmas_of(plan), folder) else each[1:]
     match folder.conditioning:
         case "tokens":
             whole += each * (request.mask is not None)
