@@ -59,7 +59,7 @@ def write_conditions(
     model: Encoder,
     start_sigma: float,
     *,
-    settles: bool = True,
+    settles: bool,
 ) -> LatentState:
     """Write every condition of a request into a state that knows nothing yet.
 
