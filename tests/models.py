@@ -47,7 +47,7 @@ def build_tiny_model(folder: Path, *, sound: bool = False) -> Path:
     return folder
 
 
-def add_low_expert(folder: Path, boundary: float = 0.8) -> Path:
+def add_low_expert(folder: Path, boundary: float = 0.8, oversampling: int = 1) -> Path:
     """Give a tiny model a second expert, in int8 and deaf, for noise levels below `boundary`."""
     told = open_model(str(folder))
     torch.manual_seed(1)
@@ -55,7 +55,8 @@ def add_low_expert(folder: Path, boundary: float = 0.8) -> Path:
     save_module(dit.state_dict(), dit.config, folder / "transformer_2", torch.float32, 256)
     write_model_info(
         folder, name=told.name, family=told.family, license_name=told.license, tasks=told.tasks,
-        defaults=replace(told.defaults, boundary=boundary), world_version=told.world_version,
+        defaults=replace(told.defaults, boundary=boundary, oversampling=oversampling),
+        world_version=told.world_version,
     )
     return folder
 

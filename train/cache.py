@@ -39,10 +39,11 @@ def main() -> int:
         device = own_device(options.device)
         if not settings.get("caches"):
             raise InputError(f"{options.config} has no caches; a run of train/dit.py names them")
+        dealt = 0
         for entry in settings["caches"]:
             cache = ToyboxCache(build(CacheConfig, entry, options.config))
             vae = load_vae(cache.config.vae, device)
-            missing, redrawn = cache.missing(), cache.config.redrawn
+            missing, redrawn = cache.missing(dealt), cache.config.redrawn
             redrawer = Redrawer(redrawn.model, str(device)) if redrawn and missing else None
             for index in track(missing, cache.config.folder):
                 cache.make(index, vae, device, redrawer)
@@ -50,8 +51,9 @@ def main() -> int:
                 mix = build(SoundMix, settings["sound"], options.config)
                 sound = SoundCache(mix, cache)
                 heard_by = load_sound_vae(Path(mix.vae), device=device)
-                for index in track(sound.missing(), str(sound.shards.folder)):
+                for index in track(sound.missing(dealt), str(sound.shards.folder)):
                     sound.make(index, heard_by, device)
+            dealt += cache.config.shards
 
     return exit_code(work)
 

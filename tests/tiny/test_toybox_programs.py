@@ -187,6 +187,8 @@ def test_processes_that_torchrun_started_share_what_is_missing(
     assert made_by == [[0], [1, 4], [2, 5]]
     shards.write(0, {"clips": torch.zeros(1)})
     assert shards.missing(6) == [2, 5]  # what others have finished moves nothing
+    small = [LatentShards(tmp_path / str(n), {}).missing(1, dealt=n) for n in range(5)]
+    assert small == [[], [], [0], [], []]  # the third process's turn, of five small folders
 
 
 def test_shards_are_made_again_just_the_same(tiny_model: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Source(Protocol):
     """Where an item's tensors come from."""
 
     def item(self, item: Item) -> Mapping[str, Tensor]:
-        """`clip` [C, F, h, w] and what the model's conditions need, float32."""
+        """What `ItemEncoder.item` gives."""
 
     def text(self, caption: str) -> Tensor:
         """Context [S, D] of a caption, float32."""
@@ -263,9 +263,10 @@ class Dataset:
         Returns:
             `latents` [B, C, F, h, w] float32; `context` [B, S, D], zero behind `context_lengths`
             [B], and `context_mask` [B, S]; `captions`, "" where dropped; `files`; `indices` into
-            `items`; `fps`; `bucket`; and what the model's conditions need, in clips alone: `stills`
-            [B, C, K, h, w] with `still_index` [B, K]; `first` and `both` [B, C, F, h, w], `grey`
-            [1, C, F, h, w]; `image` and `image_last` [B, S, D].
+            `items`; `fps`; `bucket`; in clips alone `finer` [B, C, n, h, w], of models that draw
+            at a finer rate, and what the model's conditions need: `stills` [B, C, K, h, w] with
+            `still_index` [B, K]; `first` and `both` [B, C, F, h, w], `grey` [1, C, F, h, w];
+            `image` and `image_last` [B, S, D].
         """
         draw = self._schedule.draw(step, self._global_batch(world), detour=detour)
         begin = (micro * world + rank) * self.batch_size

@@ -48,6 +48,7 @@ class Extras:
         both: the clip with grey between first and last frame.
         grey: a clip of grey, for control blocks.
         num_images: pictures of which the model reads image features.
+        oversampling: latent frames for each that the model draws clips with below its boundary.
     """
 
     stills: bool = False
@@ -55,6 +56,7 @@ class Extras:
     both: bool = False
     grey: bool = False
     num_images: int = 0
+    oversampling: int = 1
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Extras:
@@ -68,7 +70,7 @@ class Extras:
         return cls(
             stills=kind == "tokens" and bool({"last-image", "frames"} & set(tasks)),
             first=beside, both=beside and "last-image" in tasks, grey=kind == "control",
-            num_images=images,
+            num_images=images, oversampling=folder.defaults.oversampling,
         )
 
 
@@ -171,8 +173,9 @@ class ItemEncoder:
 
         Returns:
             `clip` [C, F, h, w], the posterior's mean, normalised; and, of a clip of several frames,
-            what `extras` names: `stills` [C, 2, h, w], `first` and `both` like `clip`, `image` and
-            `image_last` [S, D]. All float32 on the CPU.
+            what `extras` names: `finer` [C, n, h, w], the same at the finer rate, `stills`
+            [C, 2, h, w], `first` and `both` like `clip`, `image` and `image_last` [S, D]. All
+            float32 on the CPU.
 
         Raises:
             InputError: the file ends before the item does.
@@ -188,9 +191,15 @@ class ItemEncoder:
                     kept[position] = fitted
                 yield fitted
 
-        made = {"clip": self._encode(shown(), bucket)}
         if count == 1:
-            return made
+            return {"clip": self._encode(shown(), bucket)}
+        finer = self.extras.oversampling
+        if finer == 1:
+            made = {"clip": self._encode(shown(), bucket)}
+        else:
+            frames = list(shown())
+            made = {"clip": self._encode(iter(frames), bucket),
+                    "finer": self._encode(iter(frames), bucket, finer)}
         grey = self._grey(bucket)
         first, last = kept[0], kept[count - 1]
         if self.extras.stills:
@@ -213,7 +222,9 @@ class ItemEncoder:
         return torch.zeros(1, 3, 1, bucket.height, bucket.width)
 
     @torch.no_grad()
-    def _encode(self, frames: Iterator[Frames | Tensor], bucket: Bucket) -> Tensor:
+    def _encode(
+        self, frames: Iterator[Frames | Tensor], bucket: Bucket, oversampling: int = 1
+    ) -> Tensor:
         """Frames uint8 [H, W, 3], or [1, 3, 1, H, W] in [-1, 1], as latents [C, F, h, w]."""
         vae = self._network("vae")
 
@@ -224,8 +235,8 @@ class ItemEncoder:
                 else:
                     yield pixels_of([frame], bucket.width, bucket.height, "crop").to(self.device)
 
-        made = [latent.float().cpu() for latent in vae.stream_encode(chunks())]
-        return torch.cat(made, dim=2)[0]
+        latents = vae.stream_encode(chunks(), oversampling=oversampling)
+        return torch.cat([latent.float().cpu() for latent in latents], dim=2)[0]
 
     @torch.no_grad()
     def _describe(self, picture: Frames) -> Tensor:

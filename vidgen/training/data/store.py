@@ -112,10 +112,13 @@ class Identity:
         cls, config: DataConfig, geometry: Geometry, folder: ModelFolder, text_dtype: str | None
     ) -> Identity:
         """Of a config and a model whose text encoder computes in `text_dtype`."""
+        extras = dump(Extras.of(folder))
+        if extras["oversampling"] == 1:  # so that caches which never heard of it stay valid
+            del extras["oversampling"]
         pixels = {
             "format": FORMAT_VERSION, "vae": component_hash(folder, "vae"),
             "image_encoder": component_hash(folder, "image_encoder"),
-            "extras": dump(Extras.of(folder)), "fps": str(geometry.fps),
+            "extras": extras, "fps": str(geometry.fps),
             "fps_rule": config.fps_rule, "store_dtype": config.store_dtype,
         }
         texts = {"text_encoder": component_hash(folder, "text_encoder"), "text_dtype": text_dtype}

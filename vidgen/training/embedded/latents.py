@@ -65,13 +65,15 @@ class LatentShards:
         """File of shard `index`."""
         return self.folder / f"shard-{index:05d}.safetensors"
 
-    def missing(self, count: int) -> list[int]:
+    def missing(self, count: int, dealt: int = 0) -> list[int]:
         """Which of the first `count` shards this process has still to make.
 
-        Of the processes that torchrun started, each makes every so-manyth.
+        Of the processes that torchrun started, each makes every so-manyth, counted on from the
+        `dealt` ones of other folders, so that small folders don't all fall to the first process.
         """
         rank, size = given_rank() or (0, 1)
-        return [index for index in range(rank, count, size) if not self.path(index).exists()]
+        own = range((rank - dealt) % size, count, size)
+        return [index for index in own if not self.path(index).exists()]
 
     def write(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write a shard atomically."""

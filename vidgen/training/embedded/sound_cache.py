@@ -62,9 +62,9 @@ class SoundCache:
         manifest = clips.manifest | told
         self.shards = LatentShards(Path(clips.config.folder) / FOLDER, manifest)
 
-    def missing(self) -> list[int]:
-        """Shards that this process has still to make."""
-        return self.shards.missing(self.clips.config.shards)
+    def missing(self, dealt: int = 0) -> list[int]:
+        """Shards that this process has still to make; `dealt` are those of caches before it."""
+        return self.shards.missing(self.clips.config.shards, dealt)
 
     @torch.no_grad()
     def make(self, index: int, vae: AudioVAE, device: torch.device, batch: int = 32) -> None:

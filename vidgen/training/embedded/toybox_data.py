@@ -250,9 +250,9 @@ class ToyboxCache:
         stills = Stills(tensors["stills"], frames.expand(self.num_clips, 3))
         return CachedClips(tensors["clips"], stills, tensors["cover"], tensors["still_cover"])
 
-    def missing(self) -> list[int]:
-        """Shards that this process has still to make."""
-        return self.shards.missing(self.config.shards)
+    def missing(self, dealt: int = 0) -> list[int]:
+        """Shards that this process has still to make; `dealt` are those of caches before it."""
+        return self.shards.missing(self.config.shards, dealt)
 
     @property
     def frames_shown(self) -> tuple[int, int, int, int]:

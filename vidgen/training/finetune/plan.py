@@ -11,6 +11,7 @@ from torch import nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.values import parse_size
+from vidgen.diffusion.oversampling import Pace
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import VAEConfig
@@ -68,7 +69,8 @@ def plan(config: FinetuneConfig, ranks: int | None = None) -> TrainingPlan:
             module = SpacetimeDiT(known.dits[EXPERTS.index(role)])
             dtype = torch.float32 if config.method == "full" else DTYPES[config.run.dtype]
             modules[role] = prepare_module(config, module.to(dtype))
-    return plan_training(modules, config.run, largest_sample(config, known), ranks=ranks)
+    sample = largest_sample(config, known, finer=EXPERTS[1] in roles)
+    return plan_training(modules, config.run, sample, ranks=ranks)
 
 
 def architecture(model: str) -> Architecture:
@@ -92,13 +94,16 @@ def architecture(model: str) -> Architecture:
     )
 
 
-def largest_sample(config: FinetuneConfig, known: Architecture) -> Sample:
-    """The sample of most tokens that the data's buckets can hold."""
+def largest_sample(config: FinetuneConfig, known: Architecture, *, finer: bool) -> Sample:
+    """The sample of most tokens that the data's buckets can hold, at the finer rate if need be."""
     data, strides = config.data, known.vae.strides
     dit, *_ = known.dits
     side = strides.hw * dit.patch_size
     sizes = [parse_size(size) for size in data.sizes] or list(known.defaults.sizes)
     area = data.area or max(width * height for width, height in sizes)
     num_frames = max(data.frames, default=known.defaults.num_frames)
-    sample = Sample(1 + (num_frames - 1) // strides.t, -(-area // side**2))
+    frames = 1 + (num_frames - 1) // strides.t
+    if finer and frames > 1:
+        frames = Pace(known.defaults.oversampling).finer(frames)
+    sample = Sample(frames, -(-area // side**2))
     return replace(sample, text_tokens=min(sample.text_tokens, dit.text_len))

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import choose_device
-from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
+from vidgen.diffusion.flow import add_noise, velocity_loss
 from vidgen.diffusion.schedule import draw_sigmas, share_below
-from vidgen.diffusion.state import LatentState, denoise_inputs
+from vidgen.diffusion.state import LatentState
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.budget.workload import transformer_ops
+from vidgen.pipeline.networks import velocity
 from vidgen.pipeline.parts import EXPERTS
 from vidgen.training.config import Phase
 from vidgen.training.data.dataset import Dataset
@@ -37,6 +38,9 @@ from vidgen.weights.folder import ModelFolder
 Sheet = Callable[[int, Path, Mapping[str, nn.Module]], None]
 """Writes a sheet of clips: (step, folder, modules)."""
 
+SHOWN_SHARE = 0.2
+"""Of the steps of an expert that draws at a finer rate, the share at the rate that is shown: some
+clips, such as those with a mask, have that one alone."""
 _MEAN = "velocity_mean"
 """Name of the validation's mean score."""
 
@@ -128,7 +132,9 @@ class FinetuneTask:
         sigma = draw_sigmas(
             len(data["latents"]), draw, between=self._levels(role), **self._density
         )
-        return self._assemble(data, draw, sigma, role, self.conditions)
+        shown = seed_of(self.config.run.seed, step, -2) / 2**63 < SHOWN_SHARE
+        rate = 1 if shown else self._oversampling(role)
+        return self._assemble(data, draw, sigma, role, self.conditions, rate)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the velocity, where latents are to be generated."""
@@ -204,13 +210,15 @@ class FinetuneTask:
         kinds = self.conditions.weights
         kind = next(name for name in ("text", "first", "both", *kinds) if kinds.get(name))
         conditions = replace(self.conditions, weights={kind: 1.0})
-        return self._assemble(data, draw, torch.full((len(files),), sigma), role, conditions)
+        levels, rate = torch.full((len(files),), sigma), self._oversampling(role)
+        return self._assemble(data, draw, levels, role, conditions, rate)
 
     def _assemble(
         self, data: Mapping[str, Any], draw: torch.Generator, sigma: Tensor, role: str,
-        conditions: Conditions,
+        conditions: Conditions, oversampling: int,
     ) -> Batch:
-        state = conditions.write(data, draw).to(self.device)
+        rate = oversampling if "finer" in data else 1  # pictures have one rate
+        state = conditions.write(data, draw, rate).to(self.device)
         noise = torch.randn(state.clean.shape, generator=draw).to(self.device)
         if self.subject is None:
             context, lengths = data["context"].to(self.device), data["context_lengths"]
@@ -227,17 +235,14 @@ class FinetuneTask:
         """Squared error of the velocity; how much it counts that others than the subject stay."""
         state, noise = batch.state, batch.noise
         noisy = add_noise(state.clean, noise, batch.sigma)
-        patch = self._dit_config.patch_size
-        latents, sigma = denoise_inputs(state, batch.sigma, noisy, patch=patch)
         context, dit = self._context(batch), self.transformers[batch.role]
 
         def predict() -> Tensor:
-            velocity: Tensor = dit(
-                latents, to_timestep(sigma), context, context_lengths=batch.lengths,
-                image_context=state.image_context, extra=state.keys, control=state.control,
-                ranks=current_place().ranks,
+            return velocity(
+                dit, state, noisy, batch.sigma, (context, batch.lengths),
+                patch=self._dit_config.patch_size, image_context=state.image_context,
+                control=state.control, ranks=current_place().ranks,
             )
-            return velocity
 
         if keep:  # on every rank alike, as sharded weights are gathered for it
             with torch.no_grad(), without_delta(dit):
@@ -284,6 +289,10 @@ class FinetuneTask:
         if EXPERTS[1] not in self.folder.components:
             return 0.0, 1.0
         return (self._boundary, 1.0) if role == EXPERTS[0] else (0.0, self._boundary)
+
+    def _oversampling(self, role: str) -> int:
+        """Latent frames for each of a clip's that a transformer draws, where it may be finer."""
+        return self.folder.defaults.oversampling if role == EXPERTS[1] else 1
 
     @property
     def _boundary(self) -> float:
