@@ -42,12 +42,6 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_clips(tmp_path_factory.mktemp("data") / "clips", count=2)
 
 
-def the_task(model: Path, clips: Path, folder: Path, **changes: object) -> FinetuneTask:
-    config = make_config(model, clips, folder, **changes)
-    opened = open_model(str(model))
-    return FinetuneTask(config, opened, open_dataset(config.data, opened, batch_size=2))
-
-
 def test_clips_are_encoded_at_both_rates(model: Path, clips: Path, tmp_path: Path) -> None:
     data = open_dataset(make_config(model, clips, tmp_path).data, str(model))
     batch = data.item_batch([0])
@@ -64,7 +58,8 @@ def test_clips_are_encoded_at_both_rates(model: Path, clips: Path, tmp_path: Pat
 def test_each_expert_learns_at_the_rate_it_draws_at(
     model: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = the_task(model, clips, tmp_path)
+    config, folder = make_config(model, clips, tmp_path), open_model(str(model))
+    task = FinetuneTask(config, folder, open_dataset(config.data, folder, batch_size=2))
     shapes: dict[str, set[tuple[int, float]]] = {HIGH: set(), LOW: set()}
     for step in range(60):
         batch = task.batch(task.config.run.phases[0], step, 0)
@@ -93,7 +88,8 @@ def test_stills_lie_where_generation_puts_them(
     learned = Conditions(open_model(str(model)), {kind: 1.0}).write(data.item_batch([0]), draw, 2)
     engine = load(str(model), device="cpu", dtype="fp32")
     assert isinstance(engine, Engine)
-    picture = next(iter(VideoReader(clips / "clip0.mkv")))
+    with VideoReader(clips / "clip0.mkv") as video:
+        picture = next(iter(video))
     images = {"last_image": [picture], **({"image": [picture]} if kind == "both" else {})}
     request = Request.of("a red car", dict.fromkeys(images, "clip0.mkv"))
     given = Inputs(images=images)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,24 +191,22 @@ class ItemEncoder:
                     kept[position] = fitted
                 yield fitted
 
-        if count == 1:
-            return {"clip": self._encode(shown(), bucket)}
         finer = self.extras.oversampling
-        if finer == 1:
-            made = {"clip": self._encode(shown(), bucket)}
-        else:
-            frames = list(shown())
-            made = {"clip": self._encode(iter(frames), bucket),
-                    "finer": self._encode(iter(frames), bucket, finer)}
+        frames: Iterable[Frames] = shown() if finer == 1 else list(shown())
+        made = {"clip": self._encode(frames, bucket)}
+        if count == 1:
+            return made
+        if finer > 1:
+            made["finer"] = self._encode(frames, bucket, finer)
         grey = self._grey(bucket)
         first, last = kept[0], kept[count - 1]
         if self.extras.stills:
-            stills = [self._encode(iter([kept[n]]), bucket) for n in still_frames(bucket)]
+            stills = [self._encode([kept[n]], bucket) for n in still_frames(bucket)]
             made["stills"] = torch.cat(stills, dim=1)
         if self.extras.first:
-            made["first"] = self._encode(iter([first, *[grey] * (count - 1)]), bucket)
+            made["first"] = self._encode([first, *[grey] * (count - 1)], bucket)
         if self.extras.both:
-            made["both"] = self._encode(iter([first, *[grey] * (count - 2), last]), bucket)
+            made["both"] = self._encode([first, *[grey] * (count - 2), last], bucket)
         for name, picture in (("image", first), ("image_last", last))[: self.extras.num_images]:
             made[name] = self._describe(picture)
         return made
@@ -223,7 +221,7 @@ class ItemEncoder:
 
     @torch.no_grad()
     def _encode(
-        self, frames: Iterator[Frames | Tensor], bucket: Bucket, oversampling: int = 1
+        self, frames: Iterable[Frames | Tensor], bucket: Bucket, oversampling: int = 1
     ) -> Tensor:
         """Frames uint8 [H, W, 3], or [1, 3, 1, H, W] in [-1, 1], as latents [C, F, h, w]."""
         vae = self._network("vae")

@@ -103,7 +103,7 @@ def largest_sample(config: FinetuneConfig, known: Architecture, *, finer: bool) 
     area = data.area or max(width * height for width, height in sizes)
     num_frames = max(data.frames, default=known.defaults.num_frames)
     frames = 1 + (num_frames - 1) // strides.t
-    if finer and frames > 1:
+    if finer:
         frames = Pace(known.defaults.oversampling).finer(frames)
     sample = Sample(frames, -(-area // side**2))
     return replace(sample, text_tokens=min(sample.text_tokens, dit.text_len))
