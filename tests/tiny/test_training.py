@@ -21,6 +21,7 @@ from tests.faults import ForkServer
 from tests.programs import run_program
 from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError, OutputError
+from vidgen.training import config as training_config
 from vidgen.training import loop
 from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import alone_in, latest_checkpoint, load_averages
@@ -219,7 +220,16 @@ def test_an_imitated_dtype_is_warned_of_once(tmp_path: Path, monkeypatch, capsys
         monkeypatch.setattr(loop, "best_dtype", lambda _device, best=best: best)
         run = make_run(tmp_path / f"{best}-{dtype}", dtype=dtype, phases=(Phase(2, 1, 4),))
         train(Regression(run), run)
-        assert capsys.readouterr().err.count("--set run.dtype=fp32") == times
+        assert capsys.readouterr().err.count("--set run.dtype=auto") == times
+
+
+def test_a_dtype_that_is_not_given_is_one_that_the_device_has(tmp_path: Path, monkeypatch) -> None:
+    for best in ("bf16", "fp32"):
+        monkeypatch.setattr(training_config, "best_dtype", lambda _device, best=best: best)
+        assert make_run(tmp_path, dtype="auto").dtype == best
+        assert make_run(tmp_path, device="cuda:1", dtype="auto").dtype == "bf16"  # elsewhere
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        make_run(tmp_path, device="gpu", dtype="auto")
 
 
 def test_a_run_is_neither_overwritten_nor_made_up(tmp_path: Path) -> None:

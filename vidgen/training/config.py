@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from vidgen.core.config import flattened
 from vidgen.core.errors import InputError
+from vidgen.core.runtime import best_dtype, choose_device
 
 MAX_RATE = 100
 """Of learning rates, their factors and weight decay: far beyond what any run survives."""
@@ -118,6 +119,8 @@ class RunConfig:
         branch_from: another run's folder whose newest checkpoint this one starts from, in full.
         minutes: wall-clock limit of one sitting; the run ends cleanly with a checkpoint.
         keep: newest checkpoints that are kept.
+        dtype: of the computation; weights are float32. `auto` is bf16 where the device has it and
+            becomes what it stands for here, so that the run's record says so.
         best: a validation score; the checkpoint where it was lowest is kept besides, and is what
             fine-tuning exports.
         spike_factor: a loss beyond this multiple of its running mean is as unusable as NaN.
@@ -130,7 +133,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: int = 0
     device: str = "auto"
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
     ema_decay: float = 0.999
     branch_from: str | None = None
     minutes: float | None = None
@@ -157,6 +160,13 @@ class RunConfig:
                 raise InputError(f"{name} is {value}; give a number above {least}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay is {self.ema_decay}; give a share below 1")
+        if self.dtype == "auto":
+            object.__setattr__(self, "dtype", self._fastest_dtype())
+
+    def _fastest_dtype(self) -> str:
+        if self.device.startswith("cuda"):  # which needn't be here where a run is only planned
+            return "bf16"
+        return best_dtype(choose_device(self.device))
 
     @property
     def num_steps(self) -> int:

@@ -162,7 +162,7 @@ def _warn_of_slow_dtype(run: RunConfig) -> None:
     """What a device can only imitate takes many times longer than what it computes itself."""
     if run.dtype == "bf16" and best_dtype(choose_device(run.device)) == "fp32":
         print("warning: this processor has no bf16 of its own, so run.dtype bf16 takes many times "
-              "as long as fp32; stop with Ctrl-C and begin anew with --set run.dtype=fp32",
+              "as long as fp32; stop with Ctrl-C and begin anew with --set run.dtype=auto",
               file=sys.stderr)
 
 
