@@ -8,15 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.films import film, render
+from tests.films import film, render, vidgen
 from tests.sounds import save, tone
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
@@ -44,15 +42,12 @@ def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     folder = tmp_path_factory.mktemp("assembled")
     save(folder / "m.wav", tone(1.0), codec="pcm_s16le")
     (folder / "film.yaml").write_text(FILM)
-    return folder, vidgen(folder, tiny_model, "--storyboard", "--otio")
+    return folder, make(folder, tiny_model, "--storyboard", "--otio")
 
 
-def vidgen(folder: Path, model: Path, *words: str) -> Any:
-    out = StringIO()
-    with redirect_stdout(out):
-        assert main(["script", str(folder / "film.yaml"), "-o", str(folder / "film.mp4"),
-                     "--model", str(model), "--json", *words]) == 0
-    return json.loads(out.getvalue())
+def make(folder: Path, model: Path, *words: str) -> dict[str, Any]:
+    return vidgen("script", folder / "film.yaml", "-o", folder / "film.mp4", "--model", model,
+                  *words)
 
 
 @pytest.fixture
@@ -76,14 +71,14 @@ def test_the_command_makes_the_film_and_what_lies_beside_it(made):
 
 
 def test_the_plan_tells_the_length_with_its_transitions(copy, tiny_model):
-    assert vidgen(copy, tiny_model, "--check")["film"]["duration_s"] == pytest.approx(33 / 12)
+    assert make(copy, tiny_model, "--check")["film"]["duration_s"] == pytest.approx(33 / 12)
 
 
 def test_a_film_that_is_there_gets_its_files_again_without_a_new_one(copy, tiny_model, capsys):
     before = (copy / "film.mp4").stat().st_mtime_ns
     for name in ("film.srt", "film.html"):
         (copy / name).unlink()
-    vidgen(copy, tiny_model, "--storyboard")
+    make(copy, tiny_model, "--storyboard")
     assert "film.mp4 is done already" in capsys.readouterr().err
     assert (copy / "film.srt").is_file()
     assert (copy / "film.html").is_file()
@@ -105,7 +100,7 @@ def test_a_changed_script_or_sound_makes_another_film_of_the_same_shots(
              str(tiny_model)]
     assert main(words) == 2
     assert "film.mp4 exists; give --overwrite" in capsys.readouterr().err
-    told = vidgen(copy, tiny_model, "--overwrite")
+    told = make(copy, tiny_model, "--overwrite")
     assert not any(shot["made"] for shot in told["shots"])
 
 
@@ -131,7 +126,7 @@ def test_a_file_in_the_way_is_not_replaced_unasked(tmp_path, tiny_model, capsys)
 
 
 def test_a_changed_shot_is_told_and_rendered_again_once_it_is_removed(copy, tiny_model, capsys):
-    told = vidgen(copy, tiny_model)
+    told = make(copy, tiny_model)
     one, three = (Path(told["shots"][n]["path"]) for n in (0, 2))
     kept = one.read_bytes()
     shutil.copy(three, one)
@@ -158,7 +153,7 @@ def test_killed_at_work_an_assembly_leaves_no_film_and_the_next_one_is_whole(
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (copy / "film.mp4").unlink()
-    vidgen(copy, tiny_model, "--overwrite")
+    make(copy, tiny_model, "--overwrite")
     whole = (copy / "film.mp4").read_bytes()
     (copy / "film.mp4").unlink()
     words = [sys.executable, "-m", "vidgen", "script", copy / "film.yaml", "-o", copy / "film.mp4",
@@ -173,7 +168,7 @@ def test_killed_at_work_an_assembly_leaves_no_film_and_the_next_one_is_whole(
     assert run.returncode == -9
     assert not (copy / "film.mp4").exists()
     assert list(copy.glob(".film.mp4.*.tmp"))
-    vidgen(copy, tiny_model, "--overwrite")
+    make(copy, tiny_model, "--overwrite")
     assert (copy / "film.mp4").read_bytes() == whole
     assert not list(copy.glob(".*.tmp"))
 
@@ -181,7 +176,7 @@ def test_killed_at_work_an_assembly_leaves_no_film_and_the_next_one_is_whole(
 MEMORY = """
 import sys, threading, time
 from pathlib import Path
-from tests.films import film, render
+from tests.films import film, render, vidgen
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
 folder, model, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny.test_preflight import Live
+from tests.live import Live
 from tests.tiny.test_vae import CONFIGS
 from vidgen.core.errors import InputError
 from vidgen.core.shapes import Tiles
