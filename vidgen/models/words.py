@@ -52,14 +52,22 @@ def near_words(
         rank: how rare a known word is, from 0 to 1; None: all are alike.
     """
     most = 0 if len(word) < 3 else 1 if len(word) < 6 else 2
-    near = []
+    near, letters = [], _letters(word)
     for other in known:
         if len(other) > 1 and abs(len(other) - len(word)) <= most:
+            its = _letters(other)
+            if max(len(letters - its), len(its - letters)) > most:
+                continue  # a slip changes one letter at most; cheap, and so for most words
             cost = _slips(word, other)
             if cost < most + 1:
                 cost += (0.03 * rank(other) if rank else 0) + 0.008 * (other in _LINKS)
                 near.append((cost, other))
     return [other for _, other in sorted(near)[:3]]
+
+
+@lru_cache(maxsize=8192)
+def _letters(word: str) -> frozenset[str]:
+    return frozenset(word)
 
 
 def slip_count(word: str, other: str) -> int:
