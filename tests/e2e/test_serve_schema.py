@@ -7,7 +7,8 @@ from urllib.request import urlopen
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis.strategies import composite
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -47,10 +48,21 @@ def ask_each(operations, mode, max_examples):
         ask_one(operation, mode, max_examples, CHECKS[1:] if operation.path == "/ready" else CHECKS)
 
 
+@composite
+def cases(draw, operation, mode):
+    """What schemathesis asks, but forms whose file its own check of wrong values can't read."""
+    try:
+        return draw(operation.as_strategy(generation_mode=mode))
+    except ValueError as error:  # of schemathesis 4.32.5
+        if "Unsupported type: 'Binary'" not in str(error):
+            raise
+        reject()
+
+
 def ask_one(operation, mode, max_examples, checks):
     @settings(max_examples=max_examples, deadline=None, derandomize=True, database=None,
               suppress_health_check=list(HealthCheck))
-    @given(case=operation.as_strategy(generation_mode=mode))
+    @given(case=cases(operation, mode))
     def ask(case):
         case.call_and_validate(checks=checks, timeout=60)
 
