@@ -14,7 +14,7 @@ from vidgen.evaluation.toybox.phrasings import read_phrasings
 from vidgen.models.presets import TEXT_PRESETS
 from vidgen.models.text import TextConfig, TextEncoder, UMT5Encoder, encode_tokens
 from vidgen.models.tokenizer import PromptTokenizer
-from vidgen.models.words import near_words, slip_count, split_words
+from vidgen.models.words import english_words, near_words, slip_count, split_words
 from vidgen.toybox.captions import nouns
 from vidgen.training.embedded.tokenizer import NUM_SUBJECTS, train_tokenizer
 from vidgen.weights.folder import embedded_folder
@@ -109,6 +109,19 @@ def test_only_slips_are_near():
     assert near_words("watre", known) == ["water"]
     assert near_words("is", known) == [], "short words are near too many"
     assert near_words("pirouettes", known) == [], "another word is no slip"
+
+
+def test_no_near_word_is_missed():
+    """Words that share too few letters are left out unlooked at, and no others."""
+    known = sorted(english_words())[::500]
+    for word in filter(lambda word: len(word) > 2, known):
+        typed = word[1] + word[0] + word[2:-1] + "x"
+        most = 1 if len(typed) < 6 else 2
+        within = {other for other in known if len(other) > 1 and slip_count(typed, other) <= most}
+        near = near_words(typed, known)
+        assert set(near) <= within
+        assert len(near) == min(3, len(within))
+
 
 
 @pytest.mark.parametrize(
