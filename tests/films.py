@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from fractions import Fraction
-from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from vidgen.cli.main import main
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.story.film import FilmPlan
 from vidgen.story.render import RenderedShot
@@ -33,14 +28,6 @@ def painted(number: int, num_frames: int, size: tuple[int, int] = SIZE) -> np.nd
         left = at * 2 % (width - 4)
         frame[height // 4 : height // 2, left : left + 4] = 255
     return frames
-
-
-def vidgen(*words: str | Path, code: int = 0) -> dict[str, Any]:
-    """What a command tells under --json, here; {} where it fails, as it should with that code."""
-    out = StringIO()
-    with redirect_stdout(out):
-        assert main([*map(str, words), "--json"]) == code
-    return json.loads(out.getvalue()) if code == 0 else {}
 
 
 def script(folder: Path, text: str) -> Script:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.films import film, render, vidgen
+from tests.commands import vidgen
+from tests.films import film, render
 from tests.sounds import save, tone
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
@@ -176,7 +177,8 @@ def test_killed_at_work_an_assembly_leaves_no_film_and_the_next_one_is_whole(
 MEMORY = """
 import sys, threading, time
 from pathlib import Path
-from tests.films import film, render, vidgen
+from tests.commands import vidgen
+from tests.films import film, render
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
 folder, model, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

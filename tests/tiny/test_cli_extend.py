@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands import vidgen
 from vidgen.cli.main import main
 from vidgen.media.checks import ClipChecker
 from vidgen.media.clip import Clip
@@ -23,7 +22,7 @@ from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.video import load
 
 PROMPT = "a red car bounces across the desert"
-Command = Callable[..., dict[str, Any]]
+extend = partial(vidgen, "extend")
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +32,12 @@ def short(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return clip.save(tmp_path_factory.mktemp("clips") / "short.mp4")
 
 
-@pytest.fixture
-def extend(capsys: pytest.CaptureFixture[str]) -> Command:
-    def call(*words: str | Path) -> dict[str, Any]:
-        assert main(["extend", *map(str, words), "--json"]) == 0
-        return json.loads(capsys.readouterr().out)
-
-    return call
-
-
 def frames_of(path: Path) -> list[np.ndarray]:
     with VideoReader(path) as reader:
         return [*reader]
 
 
-def test_a_clip_goes_on_and_on_by_its_own_recipe(short, extend, tmp_path):
+def test_a_clip_goes_on_and_on_by_its_own_recipe(short, tmp_path):
     longer, longest = tmp_path / "longer.mp4", tmp_path / "longest.mp4"
     facts = extend(short, "--seconds", 1, "-o", longer)
     assert facts["num_frames"] == 31
@@ -80,7 +70,7 @@ def test_a_rate_that_was_asked_for_goes_on(short):
     assert own_options(recipe)["oversampling"] == 1
 
 
-def test_the_same_command_gives_the_same_file_but_for_its_marks(short, extend, tmp_path):
+def test_the_same_command_gives_the_same_file_but_for_its_marks(short, tmp_path):
     one, two = tmp_path / "one.mkv", tmp_path / "two.mkv"
     for path in (one, two):
         extend(short, "--seconds", 0.5, "-o", path)
@@ -88,7 +78,7 @@ def test_the_same_command_gives_the_same_file_but_for_its_marks(short, extend, t
 
 
 def test_a_foreign_clip_needs_a_prompt_and_goes_on_from_its_pixels(
-    short, extend, tmp_path, tiny_model, capsys
+    short, tmp_path, tiny_model, capsys
 ):
     bare = tmp_path / "bare.mp4"
     clip = Clip.from_file(short)
@@ -101,7 +91,7 @@ def test_a_foreign_clip_needs_a_prompt_and_goes_on_from_its_pixels(
     assert all(map(np.array_equal, frames_of(bare), frames_of(tmp_path / "longer.mp4")))
 
 
-def test_a_cache_and_devices_are_recorded_and_a_cache_goes_on(short, extend, tmp_path):
+def test_a_cache_and_devices_are_recorded_and_a_cache_goes_on(short, tmp_path):
     one, two, more = (tmp_path / f"{name}.mkv" for name in ("one", "two", "more"))
     words = (short, "--seconds", 0.5, "--steps", 8, "--cache", "forecast:100")
     extend(*words, "-o", one)
@@ -146,7 +136,7 @@ def test_a_folder_of_pictures_cannot_go_on(capsys, tmp_path, monkeypatch):
     assert "vidgen replay frames/ -o frames.mp4 makes one" in capsys.readouterr().err
 
 
-def test_the_result_and_the_file_tell_what_the_checks_found(short, extend, tmp_path):
+def test_the_result_and_the_file_tell_what_the_checks_found(short, tmp_path):
     """Over the whole clip, the frames that were there before too."""
     facts = extend(short, "--seconds", 1, "-o", tmp_path / "longer.mp4")
     assert facts["checks"] == read_recipe(tmp_path / "longer.mp4")["checks"]
@@ -158,7 +148,7 @@ def test_the_result_and_the_file_tell_what_the_checks_found(short, extend, tmp_p
     }
 
 
-def test_a_label_is_burnt_into_the_opening_once(short, extend, tmp_path, caplog):
+def test_a_label_is_burnt_into_the_opening_once(short, tmp_path, caplog):
     one, two, three = (tmp_path / f"{number}.mkv" for number in (1, 2, 3))
     extend(short, "--seconds", 1, "-o", one)
     extend(short, "--seconds", 1, "-o", two, "--label", "visible")
@@ -174,7 +164,7 @@ def test_a_label_is_burnt_into_the_opening_once(short, extend, tmp_path, caplog)
     assert all(map(np.array_equal, labelled, frames_of(three)))
 
 
-def test_the_field_of_who_made_it_is_written_on_request_and_stays(short, extend, tmp_path):
+def test_the_field_of_who_made_it_is_written_on_request_and_stays(short, tmp_path):
     one, two, three = (tmp_path / f"{number}.mp4" for number in (1, 2, 3))
     extend(short, "--seconds", 0.5, "-o", one, "--aigc", "ACME")
     extend(one, "--seconds", 0.5, "-o", two)
@@ -184,7 +174,7 @@ def test_the_field_of_who_made_it_is_written_on_request_and_stays(short, extend,
     assert producers == [None, "ACME", "ACME", "Other"]
 
 
-def test_sound_stays_where_frames_are_encoded_once_more(short, extend, tmp_path):
+def test_sound_stays_where_frames_are_encoded_once_more(short, tmp_path):
     loud, out = tmp_path / "loud.mkv", tmp_path / "longer.mkv"
     clip = Clip.from_file(short)
     sound = np.sin(np.arange(24_000) / 10).astype(np.float32)[:, None] / 2

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.films import vidgen
+from tests.commands import vidgen
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.films import vidgen
+from tests.commands import vidgen
 from vidgen.cli.main import main
 from vidgen.story.plan import plan_film
 from vidgen.story.script import Script

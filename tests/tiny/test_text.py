@@ -123,7 +123,6 @@ def test_no_near_word_is_missed():
         assert len(near) == min(3, len(within))
 
 
-
 @pytest.mark.parametrize(
     ("word", "meant"),
     [
