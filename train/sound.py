@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.evaluation.rulers.fidelity import measure_fidelity
+from vidgen.evaluation.rulers.sync import bouncing_scenes
 from vidgen.media.encode import Frames
 from vidgen.media.mel import log_mel, spectrogram
+from vidgen.media.onsets import flux
 from vidgen.media.sheet import contact_sheet
 from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS
@@ -51,6 +53,8 @@ class SoundLoss:
             the sound is made of; see `take_apart`.
         advance: 1 - cos of the error of the tones' advance.
         attack: squared error of the gains' logs against those that attacks need; see `attacks`.
+        onset: squared error of the spectral flux, as a share of its square: what blurs an attack
+            takes from its peak, and ripples of a voice are then taken for impacts.
         windows: lengths of the spectra in samples, with hops of a quarter.
         kl: of the posterior against a standard normal.
     """
@@ -60,6 +64,7 @@ class SoundLoss:
     parts: float = 10.0
     advance: float = 4.0
     attack: float = 2.0
+    onset: float = 0.0
     windows: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     kl: float = 1e-3
 
@@ -71,6 +76,7 @@ class SoundRun:
     Args:
         window_tokens: latents of a training window, cut from clips of a phase's `num_frames`.
         windows_per_clip: windows cut from each clip; a batch holds `batch_size` windows.
+        bouncing: share of the clips in which one sprite bounces: impacts are rare otherwise.
         gain_db: range of the random gain.
         validation_clips: of held-out scenes.
         part: "decoder" keeps the encoder, and with it all latents, as it is.
@@ -83,6 +89,7 @@ class SoundRun:
     init: str | None = None
     window_tokens: int = 64
     windows_per_clip: int = 2
+    bouncing: float = 0.0
     gain_db: tuple[float, float] = (-9.0, 3.0)
     loss: SoundLoss = SoundLoss()
     validation_clips: int = 48
@@ -98,6 +105,8 @@ class SoundRun:
             raise InputError(
                 "window_tokens, windows_per_clip and validation_clips must be at least 1"
             )
+        if not 0 <= self.bouncing <= 1:
+            raise InputError(f"bouncing is {self.bouncing}; give a share from 0 to 1")
         for phase in self.run.phases:
             clip = round(phase.num_frames / 12 * SAMPLE_RATE)
             if clip < self.window_samples:
@@ -143,7 +152,10 @@ class SoundTask:
         config, count = self.config, phase.batch_size
         base = fresh_seed(config.run.seed, step, micro)
         num_clips = -(-count // config.windows_per_clip)
-        clips = synthesize(sample_scenes(base, num_clips, split="any"), phase.num_frames)
+        bouncing = round(config.bouncing * num_clips)
+        scenes = [*bouncing_scenes(base, bouncing),
+                  *sample_scenes(base + bouncing, num_clips - bouncing, split="any")]
+        clips = synthesize(scenes, phase.num_frames)
         draw = torch.Generator().manual_seed(base)
         starts = torch.randint(
             clips.shape[1] - config.window_samples + 1, (count, 1), generator=draw
@@ -178,6 +190,9 @@ class SoundTask:
         total = total + weights.attack * attack
         terms = {"stft": stft, "mel": mel, "parts": parts, "advance": advance,
                  "attack": attack, "kl": kl}  # fmt: skip
+        if weights.onset:
+            terms["onset"] = flux_distance(decoded, batch)
+            total = total + weights.onset * terms["onset"]
         return total, {name: value.detach() for name, value in terms.items()}
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
@@ -218,6 +233,12 @@ def mel_distance(decoded: Tensor, sound: Tensor) -> Tensor:
         for window, bands in ((1024, 80), (256, 32))
     ]  # fmt: skip
     return torch.stack(errors).mean()
+
+
+def flux_distance(decoded: Tensor, sound: Tensor) -> Tensor:
+    """Squared error of the spectral flux of [B, N] as a share of its square, a scalar."""
+    ours, true = (flux(x, SAMPLE_RATE) for x in (decoded, sound))
+    return (ours - true).square().sum() / true.square().sum().clamp(min=1e-6)
 
 
 def picture(sound: Tensor) -> Frames:

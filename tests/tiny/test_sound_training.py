@@ -9,12 +9,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from tests.programs import load_program
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError, ModelError
 from vidgen.evaluation.rulers.fidelity import measure_fidelity
+from vidgen.evaluation.rulers.sync import bouncing_scenes
 from vidgen.evaluation.toybox.listening import grade_sound, hollow_sound, judge_sounds
 from vidgen.media.mel import log_mel, mel_bank, spectrogram
 from vidgen.models.audio import AudioVAE
@@ -149,6 +151,33 @@ def test_distances_are_zero_for_the_same_and_grow_with_a_shift(sound: ModuleType
         float(sound.stft_distance(heard.roll(shift, 1), heard, 256)) for shift in (16, 400)
     )
     assert 0 < near < far
+
+
+def test_blurred_attacks_have_less_flux_and_ripples_have_more(sound: ModuleType) -> None:
+    heard = synthesize(bouncing_scenes(9, 2), 33)
+    assert float(sound.flux_distance(heard, heard)) == 0
+    blurred = F.avg_pool1d(heard[:, None].abs(), 257, 1, 128)[:, 0] * torch.sign(heard)
+    ripples = 1 + 0.5 * torch.sin(torch.arange(heard.shape[1]) * 2 * torch.pi * 20 / SAMPLE_RATE)
+    assert float(sound.flux_distance(blurred, heard)) > 0.1
+    assert float(sound.flux_distance(heard * ripples, heard)) > 0.01
+    assert float(sound.flux_distance(0.9 * heard, heard)) < 0.01
+    silent = torch.zeros(1, 4096, requires_grad=True)
+    sound.flux_distance(silent, silent.detach()).backward()
+    assert silent.grad is not None
+    assert silent.grad.isfinite().all()
+
+
+def test_a_share_of_the_clips_bounces(sound: ModuleType, tmp_path: Path) -> None:
+    settings = run_settings(tmp_path) | {"bouncing": 0.5, "loss": {"onset": 1.0, "windows": [64]}}
+    task = sound.SoundTask(build(sound.SoundRun, settings, "run"))
+    (phase,) = task.config.run.phases
+    plain = sound.SoundTask(build(sound.SoundRun, run_settings(tmp_path), "run"))
+    mixed, before = (each.batch(phase, 0, 0) for each in (task, plain))
+    assert mixed.shape == before.shape
+    assert not torch.equal(mixed, before)
+    assert "onset" in task.loss(mixed, 0)[1]
+    with pytest.raises(InputError, match="bouncing is"):
+        build(sound.SoundRun, settings | {"bouncing": 1.5}, "run")
 
 
 def test_a_window_longer_than_its_clip_is_refused(sound: ModuleType, tmp_path: Path) -> None:
