@@ -393,14 +393,18 @@ def _scaled(up: Tensor, scale: float) -> Tensor:
 
 
 def _peft_config(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """`adapter_config.json` of layers whose alpha is their rank."""
+    """`adapter_config.json` of layers whose alpha is their rank.
+
+    Patterns are expressions that a path may end with, so those of a whole path begin with "^":
+    `proj_out` is `vace_blocks.0.proj_out`, too.
+    """
     ranks = {
         name.removeprefix(prefix).removesuffix(".lora_A.weight"): tensor.shape[0]
         for name, tensor in tensors.items()
         if name.endswith(".lora_A.weight")
     }
     first = next(iter(ranks.values()), 1)
-    others = {layer: rank for layer, rank in ranks.items() if rank != first}
+    others = {f"^{layer}": rank for layer, rank in ranks.items() if rank != first}
     return {
         "peft_type": "LORA", "r": first, "lora_alpha": first, "rank_pattern": others,
         "alpha_pattern": others, "target_modules": sorted(ranks), "bias": "none",
