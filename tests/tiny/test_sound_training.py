@@ -167,7 +167,9 @@ def test_blurred_attacks_have_less_flux_and_ripples_have_more(sound: ModuleType)
     assert silent.grad.isfinite().all()
 
 
-def test_a_share_of_the_clips_bounces(sound: ModuleType, tmp_path: Path) -> None:
+def test_a_share_of_the_clips_bounces(
+    sound: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = run_settings(tmp_path) | {"bouncing": 0.5, "loss": {"onset": 1.0, "windows": [64]}}
     task = sound.SoundTask(build(sound.SoundRun, settings, "run"))
     (phase,) = task.config.run.phases
@@ -175,6 +177,17 @@ def test_a_share_of_the_clips_bounces(sound: ModuleType, tmp_path: Path) -> None
     mixed, before = (each.batch(phase, 0, 0) for each in (task, plain))
     assert mixed.shape == before.shape
     assert not torch.equal(mixed, before)
+    shown: list[Scene] = []
+
+    def heard(scenes: list[Scene], num_frames: int) -> torch.Tensor:
+        shown.extend(scenes)
+        return synthesize(scenes, num_frames)
+
+    monkeypatch.setattr(sound, "synthesize", heard)
+    task.batch(phase, 0, 0)
+    assert len(shown) == 2
+    assert [actor.motion for actor in shown[0].actors] == ["bounces"]
+    assert shown[1] == sample_scenes(shown[0].seed + 1, 1, split="any")[0]
     assert "onset" in task.loss(mixed, 0)[1]
     with pytest.raises(InputError, match="bouncing is"):
         build(sound.SoundRun, settings | {"bouncing": 1.5}, "run")
