@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ import torch
 import torch.distributed as dist
 
 from vidgen.core.errors import VidgenError
+
+
+def forking_context() -> ForkServerContext:
+    """Of the server, which imports once, when it starts: all that ranks of any test file use."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.velocity", "tests.ranks", "deepspeed"])
+    return context
 
 
 def run_ranks(
@@ -31,8 +39,7 @@ def run_ranks(
         timeout_s: after this they count as hanging.
         launched: don't make the group, but leave the environment that torchrun gives.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks", call.__module__])
+    context = forking_context()
     store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     children = [
@@ -95,8 +102,7 @@ class Launch:
     """
 
     def __init__(self, size: int, folder: Path, call: Callable[..., Any], *args: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.ranks", call.__module__])
+        context = forking_context()
         self.store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
         self.logs = [folder / f"rank-{rank}.log" for rank in range(size)]
         self.ranks = [
