@@ -41,7 +41,6 @@ import json, os, sys, time
 from dataclasses import replace
 import vidgen.media.write, vidgen.pipeline.budget.preflight as preflight, vidgen.weights.layouts
 from vidgen.core.request import Request
-from vidgen.diffusion.oversampling import Pace
 from vidgen.pipeline import video
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long import extend
@@ -82,9 +81,7 @@ def hear():
     own = own_sound(engine.parts, plan, request, long)
     heard = sound_plan(plan, engine.folder.defaults)
     sample = lambda state, _: engine.sample(heard, state, context)
-    windows = long.windows if long else [(0, plan.latents.num_frames)]
-    pace = long.pace if long else Pace(plan.oversampling)
-    own.follow(latents, windows, pace, 0, sample, Journal(None))
+    own.follow(latents, sample, Journal(None))
     return own.decode()
 
 decode = long.clip if long else lambda *rest: engine.decode(plan, *rest)

@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from vidgen.diffusion.oversampling import Pace
 from vidgen.pipeline.long.extend import LongClip, long_clip
 from vidgen.pipeline.sound.own_sound import followed_sound, own_sound, sound_plan
 
@@ -116,20 +115,18 @@ class DenoisedClip:
 
     def _sound(self, latents: Tensor) -> tuple[Samples, int]:
         """What the model makes to be heard with finished latents: samples [N, c] and their rate."""
-        long, plan = self._long, sound_plan(self.plan, self.engine.folder.defaults)
-        own = own_sound(self.engine.parts, self.plan, self.request, long)
-        windows = long.windows if long else [(0, self.plan.latents.num_frames)]
-        pace = long.pace if long else Pace(self.plan.oversampling)
+        plan = sound_plan(self.plan, self.engine.folder.defaults)
+        own = own_sound(self.engine.parts, self.plan, self.request, self._long)
 
         def sample(state: LatentState, number: int) -> Tensor:
             def on_step(info: StepInfo) -> None:
                 done = number * info.num_steps + info.step
-                self.report("sound", done, len(windows) * info.num_steps)
+                self.report("sound", done, len(own.windows) * info.num_steps)
 
             return self.engine.sample(
                 plan, state, self.contexts(), on_step, self.request.scheduler, self.loras
             )
 
-        own.follow(latents, windows, pace, long.num_gone if long else 0, sample, self.kept)
+        own.follow(latents, sample, self.kept)
         self.kept.keep_sound(*(made := own.decode()))
         return made

@@ -22,7 +22,6 @@ from vidgen.cli.main import main
 from vidgen.core.config import build, load_yaml
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
-from vidgen.diffusion.oversampling import Pace
 from vidgen.diffusion.samplers import sample_unipc
 from vidgen.media.probe import read_recipe
 from vidgen.models.dit import SpacetimeDiT
@@ -216,8 +215,7 @@ def test_its_clips_are_heard_by_the_model_itself(engine: Engine) -> None:
     own = own_sound(engine.parts, plan, Request(prompt=PROMPT, seed=3), None)
     contexts = engine.encode_prompt(plan)
     assert len(contexts) == 2, "it is guided"
-    own.follow(made.latents, [(0, plan.latents.num_frames)], Pace(1), 0,
-               lambda state, _: engine.sample(plan, state, contexts), Journal(None))
+    own.follow(made.latents, lambda state, _: engine.sample(plan, state, contexts), Journal(None))
     assert np.array_equal(own.decode()[0], made.sound)
 
 

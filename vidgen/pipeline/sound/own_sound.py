@@ -52,6 +52,9 @@ class OwnSound:
         parts: the networks.
         plan: of the whole clip.
         latents: those that are made or known, [1, C, K], on the CPU.
+        windows: [start, stop) that are made at once, in latent frames of the picture's.
+        pace: how the finished picture's latents lie to those.
+        num_gone: latent frames of the clip before the first one of them.
         begins: the clip's latent that `latents` begins with.
         earlier: samples [N, c] and rate of the clip that goes on, which are kept; or None.
         starts_s: where that ends.
@@ -60,40 +63,41 @@ class OwnSound:
     parts: Parts
     plan: Plan
     latents: Tensor
+    windows: Sequence[tuple[int, int]]
+    pace: Pace
+    num_gone: int = 0
     begins: int = 0
     earlier: tuple[Samples, int] | None = None
     starts_s: Fraction = Fraction(0)
 
     def follow(
-        self, picture: Tensor, windows: Sequence[tuple[int, int]], pace: Pace, first: int,
-        sample: Callable[[LatentState, int], Tensor], journal: Journal,
+        self, picture: Tensor, sample: Callable[[LatentState, int], Tensor], journal: Journal
     ) -> None:
         """Make the sound of a finished picture, window by window, as often as the plan says.
 
         Args:
             picture: latents [1, C, F, h, w].
-            windows: [start, stop) that are taken at once, in latent frames of the clip.
-            pace: how the picture's latents lie to those.
-            first: latent frame of the clip that they begin with.
             sample: denoises a window's sounds, told how many windows were before it.
             journal: keeps what is made before the last window.
         """
         kept = journal.kept_arrays(HEARD, "latents")
         if kept is not None:
             self.latents, self.begins = torch.from_numpy(kept[0]["latents"]), kept[1]["begins"]
-        for number, (start, stop) in enumerate(windows):
-            _, end, _ = self._span(first + start, stop - start)
+        for number, (start, stop) in enumerate(self.windows):
+            first, count = self.num_gone + start, stop - start
+            _, end, _ = self._span(first, count)
             if self.latents.shape[2] and self.begins + self.latents.shape[2] >= end:
                 continue  # made before a kill
             takes = self.plan.sound_candidates
-            shown = picture[:, :, pace.finer(start) : pace.finer(stop)].to(self.parts.device)
+            seen = slice(self.pace.finer(start), self.pace.finer(stop))
+            shown = picture[:, :, seen].to(self.parts.device)
             known = finished_finer(
-                shown.expand(takes, *[-1] * 4), pace.behind(start), self._stride_t
+                shown.expand(takes, *[-1] * 4), self.pace.behind(start), self._stride_t
             )
-            state = self.beside(known, first + start, stop - start, takes)
+            state = self.beside(known, first, count, takes)
             heard = _sound_of(state, sample(state, number))
-            self._take(heard[self._best(heard)][None], first + start, stop - start)
-            if number + 1 < len(windows):
+            self._take(heard[self._best(heard)][None], first, count)
+            if number + 1 < len(self.windows):
                 arrays = {"latents": self.latents.numpy()}
                 journal.keep_arrays(HEARD, arrays, {"begins": self.begins})
 
@@ -185,7 +189,7 @@ class OwnSound:
 
 def followed_sound(parts: Parts, plan: Plan, bed: Samples) -> OwnSound:
     """The sound that a clip's picture is to follow: known from start to end."""
-    return OwnSound(parts, plan, _encode(parts, bed, RATE))
+    return OwnSound(parts, plan, _encode(parts, bed, RATE), (), Pace(plan.oversampling))
 
 
 def own_sound(parts: Parts, plan: Plan, request: Request, long: LongClip | None) -> OwnSound:
@@ -197,14 +201,18 @@ def own_sound(parts: Parts, plan: Plan, request: Request, long: LongClip | None)
         request: that may name a clip to go on from.
         long: the windows, or None for one.
     """
-    own = OwnSound(parts, plan, torch.zeros(1, _config(parts).latent_channels, 0))
+    own = OwnSound(
+        parts, plan, torch.zeros(1, _config(parts).latent_channels, 0),
+        long.windows if long else [(0, plan.latents.num_frames)],
+        long.pace if long else Pace(plan.oversampling), long.num_gone if long else 0,
+    )
     if long is None or long.begun is None:
         return own
     own.starts_s = long.begun.num_frames / plan.fps
     own.earlier = read_sound(request.prefix)  # type: ignore[arg-type]
     if own.earlier is not None:
         config, (samples, rate) = _config(parts), own.earlier
-        own.begins = own._span(long.num_gone, 1)[0]
+        own.begins = own._span(own.num_gone, 1)[0]
         known = math.floor(own.starts_s * Fraction(config.tokens_per_s)) - own.begins
         first = round(own.begins * config.samples_per_token / config.sample_rate * rate)
         heard = samples[first : round(own.starts_s * rate)]
