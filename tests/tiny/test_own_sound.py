@@ -20,7 +20,6 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.sound import own_sound as own_sounds
-from vidgen.pipeline.sound.own_sound import OwnSound
 from vidgen.pipeline.video import load
 
 WORDS = {"seed": 3, "frames": 9, "steps": 2, "dtype": "fp32"}
@@ -89,7 +88,7 @@ def test_a_longer_clip_begins_with_the_noise_of_the_shorter_one(engine):
         request = Request.of("a cat", WORDS | {"frames": frames})
         plan = engine.plan(request, Inputs())
         prepared = engine.prepare(plan, request, Inputs())
-        own = OwnSound(engine.parts, plan, torch.zeros(1, 4, 0))
+        own = own_sounds.own_sound(engine.parts, plan, request, None)
         return own.beside(prepared, 0, plan.latents.num_frames).sound
 
     short, long = state(9), state(17)
@@ -132,7 +131,7 @@ def test_sound_follows_its_picture_by_a_delay_and_takes_steps_of_its_own(engine)
     at_once = engine.plan(Request.of("a cat", WORDS), Inputs())
     for each in (plan, at_once):
         prepared = engine.prepare(each, Request.of("a cat", WORDS), Inputs())
-        own = OwnSound(engine.parts, each, torch.zeros(1, 4, 0))
+        own = own_sounds.own_sound(engine.parts, each, Request.of("a cat", WORDS), None)
         states.append(own.beside(prepared, 0, each.latents.num_frames).sound)
     late, sharp = states
     assert sharp.start_s - late.start_s == pytest.approx(0.02)
