@@ -6,7 +6,8 @@
 Memory is the peak of the resident size above that after the imports. Without --threads, time is
 that which the process's threads were given, with one thread for torch, so that other programs on
 the machine weigh little; decoding and encoding are then compared as work, together. With it, all
-times are those on the wall, in which encoding runs beside decoding.
+times are those on the wall, in which encoding runs beside decoding. Clips are in the processor's
+best dtype where none is named.
 """
 
 from __future__ import annotations
@@ -25,15 +26,14 @@ from vidgen.training.program import exit_code
 ROOT = Path(__file__).parents[1]
 SPAN = {"bytes": 0.10, "bytes_at_least": 100_000_000, "seconds": 0.30}
 CLIPS: dict[str, dict[str, Any]] = {
-    "embedded": {"model": "toybox", "dtype": "bf16"},
-    "embedded, large": {"model": "toybox", "dtype": "bf16", "size": "256x256", "steps": 4,
-                        "audio": "none"},
+    "embedded": {"model": "toybox"},
+    "embedded, large": {"model": "toybox", "size": "256x256", "steps": 4, "audio": "none"},
     "embedded, fp32": {"model": "toybox", "dtype": "fp32", "steps": 8},
     "embedded, first frame": {"model": "toybox", "dtype": "fp32", "steps": 8, "image": True},
-    "embedded, 3 windows": {"model": "toybox", "dtype": "bf16", "seconds": 8, "steps": 4},
-    "wide": {"model": "wide", "dtype": "bf16", "frames": 5},
-    "wide, first frame": {"model": "wide", "dtype": "bf16", "frames": 5, "image": True},
-    "wide, offloaded": {"model": "wide", "dtype": "bf16", "frames": 5, "offload": "block"},
+    "embedded, 3 windows": {"model": "toybox", "seconds": 8, "steps": 4},
+    "wide": {"model": "wide", "frames": 5},
+    "wide, first frame": {"model": "wide", "frames": 5, "image": True},
+    "wide, offloaded": {"model": "wide", "frames": 5, "offload": "block"},
 }
 PROMPT = "a red car drives through the desert"
 CHILD = """
@@ -177,13 +177,14 @@ def main() -> None:
     import torch
     from PIL import Image
 
-    from vidgen.core.runtime import atomic_write, fingerprint
+    from vidgen.core.runtime import atomic_write, best_dtype, fingerprint
     from vidgen.pipeline.budget.calibration import cached_calibration, calibrate
+    from vidgen.pipeline.parts import DTYPES
 
     torch.set_num_threads(args.threads or 1)
     device = torch.device("cpu")
     clips = {name: clip for name, clip in CLIPS.items() if name in (args.only or CLIPS)}
-    kinds = {{"bf16": torch.bfloat16, "fp32": torch.float32}[c["dtype"]] for c in clips.values()}
+    kinds = {DTYPES[clip.get("dtype", best_dtype(device))] for clip in clips.values()}
     if any(clip["model"] == "wide" for clip in clips.values()):
         kinds.add(torch.float32)  # of its VAE
     for kind in kinds:

@@ -178,9 +178,9 @@ def test_the_picture_is_the_same_without_sound_and_no_track_is_written(engine, t
 
 @pytest.mark.parametrize("name", ["a.gif", "a.mp4"])
 def test_no_sound_is_made_that_a_file_cant_hold(engine, tmp_path, monkeypatch, name):
-    made = []
-    monkeypatch.setattr(OwnSound, "follow", lambda *_: made.append(1))
-    monkeypatch.setattr(OwnSound, "decode", lambda _: (np.zeros((12_000, 1), np.float32), 16_000))
+    made, own, silence = [], own_sounds.OwnSound, np.zeros((12_000, 1), np.float32)
+    monkeypatch.setattr(own, "follow", lambda *_: made.append(1))
+    monkeypatch.setattr(own, "decode", lambda _: (silence, 16_000))
     words = ["generate", "a cat", "--model", str(engine.folder.path), "--frames", "9"]
     assert main([*words, "--steps", "1", "-o", str(tmp_path / name)]) == 0
     assert bool(made) == name.endswith(".mp4")

@@ -330,14 +330,20 @@ def test_rates_are_interpolated_and_kept(monkeypatch, tmp_path):
         assert cached_calibration(CPU, torch.float32) is None
 
 
-def test_predictions_hold_on_this_machine(monkeypatch):
-    small = {"_BUDGET_S": 0.005, "_SIDE": 4, "_GEMMS": (64, 256), "_CONVS": ((16, 16, 4),),
+@pytest.fixture
+def small(monkeypatch):
+    """What is measured is small."""
+    sizes = {"_BUDGET_S": 0.005, "_SIDE": 4, "_GEMMS": (64, 256), "_CONVS": ((16, 16, 4),),
              "_ATTENTIONS": ((4, 64), (4, 256)), "_RESIDUALS": ((16, 16),),
              "_BLOCKS": ((128, 2, 448, 128),)}
-    for name, value in small.items():
+    for name, value in sizes.items():
         monkeypatch.setattr(calibration, name, value)
     monkeypatch.setattr(calibration, "_write_rate", lambda _, side: (side**2, 1e7))
     monkeypatch.setattr(calibration, "_load_rate", lambda: 1e9)
+
+
+@pytest.mark.usefixtures("small")
+def test_predictions_hold_on_this_machine():
     rates = calibration.calibrate(CPU, torch.float32)
     assert cached_calibration(CPU, torch.float32).rates.keys() == rates.rates.keys()
     config = replace(DIT_PRESETS["toybox"], num_heads=2, ffn_dim=448, num_layers=2)
@@ -349,6 +355,19 @@ def test_predictions_hold_on_this_machine(monkeypatch):
         decoded = calibration._seconds(lambda: [*vae.stream_decode(known)], CPU)
     assert 1 / 3 < rates.seconds(transformer_ops(config, 3, 64, 8)) / passed < 3
     assert 1 / 3 < rates.seconds(vae_ops(vae.config, 3, 6, 6, decode=True)) / decoded < 3
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("rate", "sizes"), [(1e8, 1), (1e11, 2)])
+def test_of_a_dtype_that_is_imitated_little_is_measured(monkeypatch, rate, sizes):
+    monkeypatch.setattr(calibration, "_conv_rate", lambda *_: rate)
+    for name in ("_CONVS", "_RESIDUALS", "_BLOCKS"):
+        monkeypatch.setattr(calibration, name, 2 * getattr(calibration, name))
+    whole = []
+    monkeypatch.setattr(calibration, "_fit_networks", lambda *_: whole.append(1))
+    rates = calibration._measure(CPU, torch.float32)
+    assert [len(rates[kind]) for kind in ("conv", "pixels", "tokens")] == 3 * [sizes]
+    assert len(whole) == sizes - 1, "whole networks are run"
 
 
 def test_the_command_prints_all(tiny_model, tmp_path, monkeypatch, capsys):
