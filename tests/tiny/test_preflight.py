@@ -361,8 +361,9 @@ def test_predictions_hold_on_this_machine():
 @pytest.mark.parametrize(("rate", "sizes"), [(1e8, 1), (1e11, 2)])
 def test_of_a_dtype_that_is_imitated_little_is_measured(monkeypatch, rate, sizes):
     monkeypatch.setattr(calibration, "_conv_rate", lambda *_: rate)
-    for name in ("_CONVS", "_RESIDUALS", "_BLOCKS"):
-        monkeypatch.setattr(calibration, name, 2 * getattr(calibration, name))
+    for name, larger in (("_CONVS", (32, 16, 4)), ("_RESIDUALS", (32, 16)),
+                         ("_BLOCKS", (128, 2, 448, 256))):
+        monkeypatch.setattr(calibration, name, (*getattr(calibration, name), larger))
     whole = []
     monkeypatch.setattr(calibration, "_fit_networks", lambda *_: whole.append(1))
     rates = calibration._measure(CPU, torch.float32)
