@@ -132,7 +132,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", [
-    pytest.param("torchrun", marks=pytest.mark.long), "deepspeed",  # e2e/test_training_process has one
+    pytest.param("torchrun", marks=pytest.mark.long), "deepspeed",  # that is in e2e, too
 ])
 def test_two_ranks_by_a_launcher_learn_what_one_process_learns(
     launcher, run_file, tmp_path, monkeypatch
