@@ -2,7 +2,7 @@
 
 Rates are those of our own functions at a small and a large size; between them they are
 interpolated. On a CPU the clock is the time that the computing thread was given, so that other
-programs don't count.
+programs don't count; where several compute, it is the wall's.
 """
 
 from __future__ import annotations
@@ -237,10 +237,12 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[f
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     """The median of several runs, after one that warms up; that one's where it took very long.
 
-    Of several threads the lower quartile: one that has to wait for a core holds up the others.
+    Of several threads the lower quartile: one that has to wait for a core holds up the others. How
+    long these sleep until it is done is in no thread's time, so theirs is the wall's.
     """
     gpu = device.type == "cuda"
-    clock = time.perf_counter if gpu else time.thread_time
+    several = not gpu and torch.get_num_threads() > 1
+    clock = time.perf_counter if gpu or several else time.thread_time
     times: list[float] = []
     start = clock()
     run()
@@ -254,7 +256,6 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
         if gpu:
             torch.cuda.synchronize(device)
         times.append(clock() - start)
-    several = not gpu and torch.get_num_threads() > 1
     middle = sorted(times)[len(times) // 4] if several else statistics.median(times)
     return max(middle, 1e-7)
 
