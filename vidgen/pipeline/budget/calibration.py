@@ -47,7 +47,7 @@ from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last
 from vidgen.ops.linear import pack
 from vidgen.pipeline.budget.workload import Op, attention_op, block_ops, transformer_ops, vae_ops
 
-FORMAT = 10
+FORMAT = 11
 _KEPT = 24  # machines, versions and settings whose rates stay
 _BUDGET_S = 0.12
 _LONG_S = 1.0
