@@ -21,7 +21,7 @@ from vidgen.core.errors import VidgenError
 
 
 def forking_context() -> ForkServerContext:
-    """Of the server, which imports once, when it starts: all that ranks of any test file use."""
+    """A context whose server imports once, as it starts, all that ranks of any test file use."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.velocity", "tests.ranks", "deepspeed"])
     return context

@@ -131,8 +131,8 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", [
-    pytest.param("torchrun", marks=pytest.mark.long), "deepspeed",  # that is in e2e, too
+@pytest.mark.parametrize("launcher", [  # by torchrun e2e/test_training_process starts two, too
+    pytest.param("torchrun", marks=pytest.mark.long), "deepspeed",
 ])
 def test_two_ranks_by_a_launcher_learn_what_one_process_learns(
     launcher, run_file, tmp_path, monkeypatch

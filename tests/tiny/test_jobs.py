@@ -228,7 +228,7 @@ def test_what_a_killed_writer_left_is_swept(cli, stopped):
 
 def test_jobs_lists_what_is_unfinished(cli, stopped):
     def listed(*paths):
-        return [{**job, "age_s": None} for job in json.loads(cli("jobs", *paths, "--json")[1])]
+        return re.sub(r'"age_s": \d+', "", cli("jobs", *paths, "--json")[1])
 
     assert cli("jobs")[:2] == (0, "nothing is unfinished\n")
     stopped("on_step", 2, *COMMAND, "-o", "x.mp4")

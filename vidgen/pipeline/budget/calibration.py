@@ -200,12 +200,9 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[f
                                  partial(attention, *randn(3, 1, heads, length, 64))))
         for heads, length in _ATTENTIONS
     ]  # fmt: skip
-    rates["conv"] = [(_CONVS[0][0], _conv_rate(*_CONVS[0], device, dtype))]
+    rates["conv"] = [_conv_rate(*_CONVS[0], device, dtype)]
     few = 1 if rates["conv"][0][1] < _IMITATED else None  # sizes; larger ones would take minutes
-    rates["conv"] += [
-        (channels, _conv_rate(channels, side, frames, device, dtype))
-        for channels, side, frames in _CONVS[1:few]
-    ]
+    rates["conv"] += [_conv_rate(*size, device, dtype) for size in _CONVS[1:few]]
     overhead = _seconds(_block(24, 2, 32, 16, randn), device)
     rates["block"] = [(1, 1 / overhead)]
     tiny = _packed(CausalConv3d(8, 8, (3, 3, 3)), device, dtype)
@@ -221,10 +218,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[f
         taken = _seconds(_block(width, heads, ffn, length, randn), device)
         elements = length * (8 * width + ffn)
         rates["tokens"].append((length * width, elements / max(taken - known, 0.1 * taken)))
-    rates["pixels"] = [
-        _pixels_rate(channels, side, so_far, device, dtype)
-        for channels, side in _RESIDUALS[:few]
-    ]
+    rates["pixels"] = [_pixels_rate(*size, so_far, device, dtype) for size in _RESIDUALS[:few]]
     if few is None:
         _fit_networks(rates, device, dtype)
     rates["load"] = [(1, _load_rate())]
@@ -285,12 +279,13 @@ def _block(
 
 def _conv_rate(
     channels: int, side: int, frames: int, device: torch.device, dtype: torch.dtype
-) -> float:
+) -> tuple[float, float]:
+    """(channels, operations a second) of a convolution."""
     conv = _packed(CausalConv3d(channels, channels, (3, 3, 3)), device, dtype)
     x = channels_last(torch.randn(1, channels, frames, side, side, device=device, dtype=dtype))
     cache = StreamCache()
     taken = _seconds(lambda: conv(x, cache), device)
-    return 2 * 27 * channels**2 * frames * side**2 / taken
+    return channels, 2 * 27 * channels**2 * frames * side**2 / taken
 
 
 def _pixels_rate(

@@ -201,12 +201,12 @@ def own_sound(parts: Parts, plan: Plan, request: Request, long: LongClip | None)
         request: that may name a clip to go on from.
         long: the windows, or None for one.
     """
-    own = OwnSound(
-        parts, plan, torch.zeros(1, _config(parts).latent_channels, 0),
-        long.windows if long else [(0, plan.latents.num_frames)],
-        long.pace if long else Pace(plan.oversampling), long.num_gone if long else 0,
-    )
-    if long is None or long.begun is None:
+    nothing = torch.zeros(1, _config(parts).latent_channels, 0)
+    if long is None:
+        whole = [(0, plan.latents.num_frames)]
+        return OwnSound(parts, plan, nothing, whole, Pace(plan.oversampling))
+    own = OwnSound(parts, plan, nothing, long.windows, long.pace, long.num_gone)
+    if long.begun is None:
         return own
     own.starts_s = long.begun.num_frames / plan.fps
     own.earlier = read_sound(request.prefix)  # type: ignore[arg-type]
