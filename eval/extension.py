@@ -1,6 +1,6 @@
 """Measure what chaining clips does to a picture: drift, flicker at the joins, identity.
 
-    python eval/extension.py --seeds 50 --windows 8 -o extension.json --sheet extension.png
+    python eval/extension.py --seeds 50 --windows 8 --workers 2 -o extension.json --sheet extension.png
 
 Each seed is a benchmark prompt of the Toybox world whose motion and camera can go on for ever (what
 moves left is gone after one window; `--scenes any` takes all), made as one clip of K windows in
@@ -26,144 +26,91 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
 
-from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
-from vidgen.diffusion.oversampling import Pace
-from vidgen.evaluation.rulers.drift import LOOKS, Windows, looks, measure_drift
+from vidgen.evaluation.chains import TRUTH, WAYS, ChainJob, ChainSettings, ChainWork, windows_of
+from vidgen.evaluation.rulers.drift import LOOKS
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, mean_interval
 from vidgen.evaluation.toybox.items import endless_prompts
-from vidgen.media.clip import Clip
 from vidgen.media.sheet import contact_sheet
-from vidgen.pipeline.inputs import Inputs, as_video
-from vidgen.pipeline.long.extend import COLOUR_HOLD, OVERLAP, LongClip, window_size
-from vidgen.pipeline.long.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colours_of
-from vidgen.pipeline.video import Engine, load, to_frames
-from vidgen.toybox.judge import Judge, embedded_judge
-from vidgen.toybox.render import render
-from vidgen.toybox.scenes import Scene
+from vidgen.pipeline.long.extend import COLOUR_HOLD, OVERLAP
+from vidgen.pipeline.long.tail import ANCHOR_TASK
+from vidgen.pipeline.workers.scheduler import Job, Patience, Staff, run_jobs, settle_threads
+from vidgen.toybox.judge import embedded_judge
 from vidgen.training.program import exit_code
 
-WAYS = ("pixels", "latents", "held", "anchored", "rolled")
-COLOURS = {"truth": "#888888", "pixels": "#d62728", "latents": "#1f77b4", "held": "#2ca02c",
+COLOURS = {TRUTH: "#888888", "pixels": "#d62728", "latents": "#1f77b4", "held": "#2ca02c",
            "anchored": "#9467bd", "rolled": "#ff7f0e"}
 SHEET_SEEDS = 6
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run measures; all of it addresses its scores."""
-
-    model: str
-    seeds: int
-    windows: int
-    start: str
-    scenes: str
-    steps: int | None
-    overlap: int
-    hold: float
-    dtype: str | None
-
-
-class Chain:
-    """Makes one seed's clip in each way."""
-
-    def __init__(self, engine: Engine, settings: Settings, seed: int, scene: Scene, text: str):
-        self.engine, self.settings, self.scene = engine, settings, scene
-        self.t = engine.vae_config.strides.t
-        self.size = window_size(engine.folder, engine.vae_config.strides)
-        self.windows = Windows(self.size, settings.overlap, settings.windows, self.t)
-        self.request = Request.of(text, {
-            "seed": seed, "steps": settings.steps, "overlap": settings.overlap,
-            "frames": self.windows.num_frames,
-        })  # fmt: skip
-        self.plan = engine.plan(self.request, Inputs())
-        self.contexts = engine.encode_prompt(self.plan)
-
-    @cached_property
-    def first(self) -> Tensor:
-        """Latents of the first window."""
-        if self.settings.start == "render":
-            return self.encode(self.truth(self.windows.length))
-        span = replace(self.plan.latents, num_frames=self.size)
-        plan = replace(self.plan, latents=span, num_frames=self.windows.length)
-        return self.sample(plan, self.engine.prepare(plan, self.request, Inputs())).cpu()
-
-    def sample(self, plan: Any, state: Any) -> Tensor:
-        """Denoise one window."""
-        return self.engine.sample(plan, state, self.contexts)
-
-    def make(self, way: str) -> Tensor:
-        """The whole clip, [1, 3, T, H, W] in [-1, 1] on the CPU."""
-        if way == "truth":
-            return self.truth(self.plan.num_frames)
-        if way == "pixels":
-            return self.by_pixels()
-        if way == "rolled":
-            return self.rolled()
-        hold = 0.0 if way == "latents" else self.settings.hold
-        request = replace(self.request, colour_hold=hold, anchor=way == "anchored")
-        long = LongClip(self.engine, self.plan, request, Inputs())
-        return self.decode(long.sample(self.sample, done=self.first))
-
-    def by_pixels(self) -> Tensor:
-        """Chain as most programs do: the last frames, as a file holds them, are encoded again."""
-        video = self.decode(self.first)
-        request = replace(self.request, colour_hold=0.0, anchor=False)
-        while video.shape[2] < self.plan.num_frames:
-            count = 1 + (min(TAIL_FRAMES, self.size) - 1) * self.t
-            ending = (((video[:, :, -count:] + 1) * 127.5).round() / 127.5) - 1
-            latents = self.encode(ending)
-            shown = video.shape[2]
-            begun = Beginning(
-                latents, shown, 1 + (shown - 1) // self.t, 0, colours_of(latents), "pixels",
-                pace=Pace(self.plan.oversampling),
-            )
-            stop = shown + (self.size - self.settings.overlap) * self.t
-            long = LongClip(
-                self.engine, replace(self.plan, kept_frames=stop), request, Inputs(), begun
-            )
-            video = torch.cat([video, self.decode(long.sample(self.sample))[:, :, count:]], dim=2)
-        return video
-
-    def rolled(self) -> Tensor:
-        """Have the model's roller make a clip as long."""
-        request = replace(self.request, roll=True, overlap=None, steps=None)
-        clip = self.engine.generate(request)
-        assert isinstance(clip, Clip)
-        return as_video(clip.frames)
-
-    def encode(self, video: Tensor) -> Tensor:
-        """Latents at the rate that clips are drawn at, on the CPU."""
-        return self.engine.encode_video(video, oversampling=self.plan.oversampling).cpu()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Video [1, 3, T, H, W] in [-1, 1] on the CPU."""
-        parts = self.engine.decode_video(latents, oversampling=self.plan.oversampling)
-        return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts], dim=2)
-
-    def truth(self, num_frames: int) -> Tensor:
-        """The prompt's scene, rendered."""
-        size = self.plan.height, self.plan.width
-        return render([self.scene], num_frames, *size, fps=float(self.plan.fps)).video.cpu()
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Make and score all clips, draw the sheet; the result as JSON data."""
+    output: Path = options.output
+    work = ChainWork(ChainSettings(
+        options.model, options.windows, options.start, options.steps, options.overlap,
+        options.hold, options.dtype,
+    )).settled()  # fmt: skip
+    settings, folder = asdict(work.settings) | {"scenes": options.scenes}, work.engine.folder
+    identity = settings | {"sha256": folder.content_hash, "judge": embedded_judge().sha256}
+    lacking = {"anchored": ANCHOR_TASK not in folder.tasks, "rolled": folder.roller is None}
+    ways = [TRUTH, *(way for way in options.way or WAYS if not lacking.get(way))]
+    jobs = {
+        json.dumps([identity, seed, way]):
+            ChainJob(seed, scene, text, way, options.sheet is not None and seed < SHEET_SEEDS)
+        for seed, (scene, text) in enumerate(endless_prompts(options.scenes, options.seeds))
+        for way in ways
+    }
+    staff = settle_threads(
+        output.parent, Staff(options.workers, threads=options.threads), tell,
+        output.name + ".threads.json",
+    )
+    log = ScoreLog(output.with_name(output.name + ".jsonl"))
+    pictures = make(jobs, work, replace(staff, patience=Patience(stall=math.inf)), log)
+    found = {way: [log.scores[key] for key, job in jobs.items() if job.way == way] for way in ways}
+    if options.sheet is not None:
+        draw_sheet(jobs, pictures, options.sheet)
+        draw_chart({way: [one["curves"] for one in ones] for way, ones in found.items()},
+                   windows_of(work.engine, work.settings).joins,
+                   options.sheet.with_name(f"{options.sheet.stem}-chart.png"))
+    return {"settings": settings | {"seeds": options.seeds}, "identity": identity,
+            "threads": staff.threads,
+            "results": {way: summarise(ones) for way, ones in found.items()},
+            "machine": fingerprint()}
 
 
-def score(video: Tensor, chain: Chain, judge: Judge) -> dict[str, Any]:
-    """All figures of one clip, and its looks by frame for the chart."""
-    figures = measure_drift(video, chain.windows, chain.scene, judge)
-    curves = {name: [round(v, 4) for v in told.tolist()] for name, told in looks(video).items()}
-    return {**figures, "curves": curves}
+def make(
+    jobs: Mapping[str, ChainJob], work: ChainWork, staff: Staff, log: ScoreLog
+) -> dict[str, list[Any]]:
+    """Have the clips made and measured that the log lacks, and those to be shown; their frames."""
+    missing = {key: job for key, job in jobs.items() if key not in log.scores or job.shown}
+    begun, pictures = time.monotonic(), dict[str, list[Any]]()
+    todo = (Job(key, job, name=f"seed {job.seed} {job.way}") for key, job in missing.items())
+    for done, outcome in enumerate(run_jobs(todo, work, staff, tell), start=1):
+        if outcome.error is not None:
+            raise outcome.error
+        figures, pictures[outcome.job.key] = outcome.result
+        log.add([(outcome.job.key, figures)])
+        left = (time.monotonic() - begun) / done * (len(missing) - done) / 60
+        print(f"{outcome.job.name}: {len(jobs) - len(missing) + done}/{len(jobs)}, "
+              f"{left:.0f} min left", flush=True)
+    return pictures
+
+
+def tell(event: Mapping[str, Any]) -> None:
+    """Show notes on stderr."""
+    if event["event"] == "note":
+        print(event["text"], file=sys.stderr)
 
 
 def summarise(scores: list[dict[str, Any]]) -> dict[str, Any]:
@@ -226,46 +173,15 @@ def _mean(rows: list[list[float]]) -> list[float]:
     return [sum(v) / len(v) for v in zip(*([x - row[0] for x in row] for row in rows), strict=True)]
 
 
-def measure(
-    settings: Settings, ways: Sequence[str], output: Path, sheet: Path | None,
-    tell: Callable[[str], None],
-) -> dict[str, Any]:
-    """Make and score all clips; the result as JSON data."""
-    engine, folder = load(settings.model, dtype=settings.dtype), embedded_judge()
-    assert isinstance(engine, Engine)
-    judge, log = folder.load(engine.device), ScoreLog(output.with_name(output.name + ".jsonl"))
-    identity = {
-        **asdict(settings), "seeds": None, "sha256": engine.folder.content_hash,
-        "judge": folder.sha256,
-    }
-    if ANCHOR_TASK not in engine.folder.tasks:
-        ways = [way for way in ways if way != "anchored"]
-    if engine.folder.roller is None:
-        ways = [way for way in ways if way != "rolled"]
-    scores: dict[str, list[dict[str, Any]]] = {way: [] for way in ("truth", *ways)}
-    pictures, labels, joins = [], list[str](), list[int]()
-    for seed, (scene, text) in enumerate(endless_prompts(settings.scenes, settings.seeds)):
-        chain = Chain(engine, settings, seed, scene, text)
-        joins = chain.windows.joins
-        for way, ones in scores.items():
-            key = json.dumps([identity, seed, way])
-            shown = sheet is not None and seed < SHEET_SEEDS
-            if key not in log.scores or shown:
-                video = chain.make(way)
-                log.add([(key, score(video, chain, judge))])
-                if shown:
-                    at = [0, *(join + 1 for join in joins), video.shape[2] - 1]
-                    pictures += [*to_frames(video[0][:, at]).numpy()]
-                    labels += [f"{seed} {way} {frame}" for frame in at]
-            ones.append(log.scores[key])
-            tell(f"seed {seed} {way}")
-    if sheet is not None:
-        contact_sheet(pictures, sheet, columns=len(joins) + 2, labels=labels)
-        curves = {way: [one["curves"] for one in ones] for way, ones in scores.items()}
-        draw_chart(curves, joins, sheet.with_name(f"{sheet.stem}-chart.png"))
-    results = {way: summarise(ones) for way, ones in scores.items()}
-    return {"settings": asdict(settings), "identity": identity, "results": results,
-            "machine": fingerprint()}
+def draw_sheet(
+    jobs: Mapping[str, ChainJob], pictures: Mapping[str, Sequence[Any]], path: Path
+) -> None:
+    """A row of frames for each clip that is shown: its start, behind each join, its end."""
+    rows = [(job, pictures[key]) for key, job in jobs.items() if job.shown]
+    labels = [f"{job.seed} {job.way} {place}" for job, row in rows
+              for place in ("start", *(f"join {k}" for k in range(1, len(row) - 1)), "end")]
+    contact_sheet([frame for _, row in rows for frame in row], path, columns=len(rows[0][1]),
+                  labels=labels)
 
 
 def main() -> None:
@@ -284,12 +200,13 @@ def main() -> None:
     add("--overlap", type=int, default=OVERLAP, help="latent frames; default %(default)s")
     add("--hold", type=float, default=COLOUR_HOLD, help="of `held`; default %(default)s")
     add("--dtype", choices=("fp32", "bf16", "fp16"))
+    add("--workers", type=int, help="clips beside each other")
+    add("--threads", type=int, help="that each worker computes on")
     add("-o", "--output", type=Path, required=True, help="JSON")
     add("--sheet", type=Path, help="PNG of the first seeds at the joins, with NAME-chart.png")
-    args = vars(parser.parse_args())
-    output, sheet, ways = args.pop("output"), args.pop("sheet"), args.pop("way") or WAYS
-    result = measure(Settings(**args), ways, output, sheet, lambda line: print(line, flush=True))
-    atomic_write(output, (json.dumps(result, indent=1) + "\n").encode())
+    options = parser.parse_args()
+    result = measure(options)
+    atomic_write(options.output, (json.dumps(result, indent=1) + "\n").encode())
     print(table(result["results"]))
 
 
