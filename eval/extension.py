@@ -1,6 +1,6 @@
 """Measure what chaining clips does to a picture: drift, flicker at the joins, identity.
 
-    python eval/extension.py --seeds 50 --windows 8 --workers 2 -o extension.json --sheet extension.png
+    python eval/extension.py --seeds 50 --windows 8 --workers 2 -o extension.json --sheet e.png
 
 Each seed is a benchmark prompt of the Toybox world whose motion and camera can go on for ever (what
 moves left is gone after one window; `--scenes any` takes all), made as one clip of K windows in

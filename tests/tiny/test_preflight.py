@@ -160,7 +160,7 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
         assert list(counted.has_given) == has_given
         assert sorted(counted.encoded) == sorted(encoded)
         assert counted.refined == len(begun)
-        assert counted.kept == made - (inputs.prefix_frames if "prefix" in options else 0)
+        assert counted.kept == made - (inputs.ending.num_frames if "prefix" in options else 0)
 
 
 def test_a_first_frame_that_comes_nearer_costs_time_and_memory(tiny_model, tmp_path):

@@ -76,8 +76,7 @@ def run(args: Namespace, report: Report) -> int:
     """Check everything that can be checked, then generate and write."""
     from vidgen.core.request import SILENT
     from vidgen.core.runtime import check_output
-    from vidgen.media.probe import read_recipe
-    from vidgen.media.video_reader import VideoReader
+    from vidgen.media.ending import read_ending
     from vidgen.media.write import check_format, holds_sound, require_sound
     from vidgen.pipeline.long.continuation import (
         lengthened,
@@ -93,8 +92,8 @@ def run(args: Namespace, report: Report) -> int:
         film = Path(args.clip).with_suffix(".mp4")
         raise InputError(f"{args.clip} is a folder of pictures, which can't go on; give a film: "
                          f"vidgen replay {args.clip} -o {film} makes one of what vidgen wrote")
-    with VideoReader(args.clip) as reader:
-        fps, size, num_frames = reader.fps, reader.size, reader.length()
+    ending = read_ending(args.clip)
+    fps, size, num_frames = ending.fps, ending.size, ending.num_frames
     output = args.output or _longer(args.clip)
     suffix = check_format(output, num_frames + max(1, round(args.seconds * fps)), fps)
     if args.audio not in (None, "none") or args.say:
@@ -103,7 +102,7 @@ def run(args: Namespace, report: Report) -> int:
         raise InputError(f"output {output} is the clip itself; choose another name")
     check_output(output, overwrite=args.overwrite or args.resume)
     (journal,) = journals_of_outputs([output], args, report)
-    recipe = read_recipe(args.clip)
+    recipe = ending.recipe
     if recipe is not None and made_of_clips(recipe) is not None:
         recipe = None  # it goes on as any other clip does
     options = {k: v for k, v in vars(args).items() if k not in _NOT_OF_REQUEST}

@@ -20,6 +20,7 @@ import numpy as np
 
 from vidgen.media.cells import Array, Look, Looker
 from vidgen.media.encode import Frames, Samples, Snapshot
+from vidgen.media.ending import ENDING, ending_text
 from vidgen.media.findings import Finding, as_data
 from vidgen.media.likeness import psnr, ssim
 from vidgen.media.probe import read_recipe, told_rate
@@ -68,7 +69,7 @@ CLIPPING, CLIPPING_FAULT = 0.001, 0.01
 
 
 _STATE = ("num_frames", "_flat", "_flashes", "_spikes", "_freezes", "_drifts", "_likeness",
-          "_began", "_left")  # fmt: skip
+          "_began", "_left", "_ended")  # fmt: skip
 
 
 class ClipChecker:
@@ -95,6 +96,7 @@ class ClipChecker:
         self._likeness: tuple[float, float] | None = None
         self._began: Array | None = None  # the first frame's cells, and how far they were left
         self._left = 0.0
+        self._ended: Array | None = None  # the last frame's cells
 
     @cached_property
     def findings(self) -> list[Finding]:
@@ -102,8 +104,9 @@ class ClipChecker:
         return self.finish()
 
     def report(self) -> dict[str, Any]:
-        """The recipe's entry."""
-        return {"checks": as_data(self.findings)}
+        """The recipe's entries."""
+        told = {"checks": as_data(self.findings)}
+        return told if self._ended is None else told | {ENDING: ending_text(self._ended)}
 
     def snapshot(self) -> Snapshot:
         """All that the frames so far have left, of which at least one came."""
@@ -140,6 +143,7 @@ class ClipChecker:
                 self._drifts.feed(index, look.color)
             self._began = look.luma if self._began is None else self._began
             self._left = max(self._left, float(np.abs(look.luma - self._began).max()))
+            self._ended = look.color
             if look.moved is not None:
                 self._freezes.feed(index, look.moved)
 

@@ -124,14 +124,20 @@ class VideoReader:
 
     def length(self) -> int:
         """How many frames there are, or would be if they were evenly shown; decodes them all."""
-        count = sum(1 for _ in self)
-        return count if self.places is None else self.places[-1] + 1
+        return self.ending()[0]
+
+    def ending(self) -> tuple[int, Frames]:
+        """`length`, and the last frame, uint8 [H, W, 3]."""
+        count, last = 0, None
+        for frame in self:
+            count, last = count + 1, frame
+        assert last is not None  # there is one at least
+        return (count if self.places is None else self.places[-1] + 1), last
 
     def _times(self) -> list[Fraction]:
         """Seconds at which frames are shown, in order; empty where the file doesn't tell."""
         if self._image is not None:
-            lengths = [Fraction(round(still.info.get("duration", 0)), 1000)
-                       for still in ImageSequence.Iterator(self._image)]
+            lengths = [Fraction(round(ms), 1000) for ms in _durations_ms(self._image)]
             return [sum(lengths[:n], Fraction()) for n in range(len(lengths))]
         self._container.seek(0)
         told = [packet.pts for packet in self._container.demux(self._stream) if packet.size]
@@ -159,12 +165,15 @@ def _stated_frames(
 
 
 def _animation_fps(image: Image.Image) -> Fraction:
-    durations = []
-    for frame in ImageSequence.Iterator(image):
-        frame.load()  # WebP tells a frame's duration only then
-        durations.append(frame.info.get("duration", 0))
+    durations = [*_durations_ms(image)]
     total = Fraction(sum(durations)).limit_denominator(1000)
     return len(durations) * 1000 / total if total else Fraction(25)
+
+
+def _durations_ms(image: Image.Image) -> Iterator[float]:
+    for frame in ImageSequence.Iterator(image):
+        frame.load()  # WebP tells a frame's duration only then
+        yield frame.info.get("duration", 0)
 
 
 def to_rgb(

@@ -21,6 +21,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
+from vidgen.media.ending import read_ending
 from vidgen.media.provenance import read_marks
 from vidgen.media.read import existing_file, fit, is_clip, load_image
 from vidgen.media.speech import speech_files
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from vidgen.core.values import Fit, Picture
     from vidgen.media.encode import Frames
+    from vidgen.media.ending import Ending
     from vidgen.pipeline.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -48,9 +50,7 @@ class Inputs:
         video_size: (width, height) of the given video, beginning or control.
         video_fps: its rate.
         video_seconds: its length.
-        prefix_fps: rate of the clip to go on from.
-        prefix_frames: its length.
-        prefix_is_plain: whether its packets can stay as they are, evenly shown in square pixels.
+        ending: the clip to go on from.
         control_fps: rate of the clip to follow.
         records: for the recipe: option, SHA-256, and content or path.
     """
@@ -59,9 +59,7 @@ class Inputs:
     video_size: tuple[int, int] | None = None
     video_fps: Fraction | None = None
     video_seconds: float | None = None
-    prefix_fps: Fraction | None = None
-    prefix_frames: int = 0
-    prefix_is_plain: bool = True
+    ending: Ending | None = None
     control_fps: Fraction | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -96,10 +94,8 @@ def read_inputs(request: Request) -> Inputs:
             inputs.video_seconds = reader.length() / float(reader.fps)
         inputs.records.append(record_input("video", request.video))
     if request.prefix is not None:
-        with VideoReader(request.prefix) as reader:
-            inputs.video_size = inputs.video_size or reader.size
-            inputs.prefix_fps, inputs.prefix_frames = reader.fps, reader.length()
-            inputs.prefix_is_plain = reader.is_plain
+        inputs.ending = read_ending(request.prefix)
+        inputs.video_size = inputs.video_size or inputs.ending.size
         inputs.records.append(record_input("prefix", request.prefix))
     if request.control is not None:
         with VideoReader(request.control) as reader:

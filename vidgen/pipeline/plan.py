@@ -122,6 +122,8 @@ def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = Non
     )
     shape = VideoShape(num_frames, height, width).latent(strides, vae.latent_channels, patch=patch)
     _check_stills(request, fps, kept)
+    if inputs is not None and inputs.ending is not None:
+        _check_beginning(inputs.ending.frames_at(fps), request, fps, kept)
     if kept > MAX_SECONDS * fps and not request.roll:
         raise InputError(f"{kept} frames at {float(fps):g} frames a second last "
                          f"{float(kept / fps):g} s; give so few, or such a rate, that they last "
@@ -145,6 +147,19 @@ def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = Non
         encode_passes=request.encode_passes or defaults.encode_passes,
         **_own_sound(request, folder),
     )
+
+
+def _check_beginning(num_frames: int, request: Request, fps: Fraction, kept: int) -> None:
+    """Refuse what a clip that goes on leaves no room for."""
+    if num_frames >= kept:
+        raise InputError(f"a beginning of {num_frames} frames leaves nothing to generate in a clip "
+                         f"of {kept}; give more seconds")
+    if request.image is not None:
+        raise InputError("image and prefix are both given; the clip begins with one of them")
+    for seconds, _ in request.frame:
+        if round(seconds * fps) < num_frames:
+            raise InputError(f"frame {seconds} lies in the clip that goes on, which has "
+                             f"{float(num_frames / fps):g} s; give a later one")
 
 
 def draw_seed() -> int:

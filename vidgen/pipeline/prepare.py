@@ -73,7 +73,7 @@ def write_conditions(
         settles: whether any step is taken at the rate that is shown.
 
     Raises:
-        InputError: a moment that the clip doesn't have, or a beginning that leaves nothing to make.
+        InputError: a moment that the clip doesn't have.
     """
     if request.strength is not None:
         clip, finer = _whole_clip(plan, request, inputs), plan.oversampling
@@ -95,8 +95,6 @@ def _in_place(
 ) -> LatentState:
     if request.mask is not None:
         state = condition.mask(state, *_kept(state, plan, request, inputs, model))
-    if request.prefix is not None:
-        state = condition.prefix(state, model.encode(_beginning(plan, request, inputs, model)))
     for moment, picture in _stills(plan, request, inputs):
         encode = model.encode if moment else model.encode_first
         still = encode(_fitted(plan, [picture]))
@@ -124,7 +122,7 @@ def _kept(
 def _stacked(
     state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder
 ) -> LatentState:
-    pixels, wanted = _known_pixels(plan, request, inputs, model)
+    pixels, wanted = _known_pixels(plan, request, inputs)
     known = wanted.amax((0, 1, 3, 4)) == 0
     latents = model.encode(pixels)
     state = stacked.stack_known_frames(state, latents, known.to(latents.device), model.strides)
@@ -137,7 +135,7 @@ def _stacked(
 def _controlled(
     state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder
 ) -> LatentState:
-    pixels, wanted = _known_pixels(plan, request, inputs, model)
+    pixels, wanted = _known_pixels(plan, request, inputs)
     references = [
         model.encode(pixels_of([picture], plan.width, plan.height, "pad", border=255))
         for picture in inputs.images.get("reference", ())
@@ -150,9 +148,7 @@ def _controlled(
     return stacked.control(state, kept, changed, wanted, references, model.strides, noise)
 
 
-def _known_pixels(
-    plan: Plan, request: Request, inputs: Inputs, model: Encoder
-) -> tuple[Tensor, Tensor]:
+def _known_pixels(plan: Plan, request: Request, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """The clip as far as it is given, [1, 3, T, H, W], grey elsewhere; and where to make new.
 
     The second is [1, 1, T, H, W], 1 where new content is wanted.
@@ -167,10 +163,6 @@ def _known_pixels(
         pixels = _fitted(
             plan, video_frames(request.control, plan.num_frames, plan.fps, inputs.control_fps)
         )
-    if request.prefix is not None:
-        beginning = _beginning(plan, request, inputs, model)
-        pixels[:, :, : beginning.shape[2]] = beginning
-        wanted[:, :, : beginning.shape[2]] = 0
     for moment, picture in _stills(plan, request, inputs):
         pixels[:, :, moment : moment + 1] = _fitted(plan, [picture])
         wanted[:, :, moment] = 0
@@ -197,15 +189,6 @@ def _whole_clip(plan: Plan, request: Request, inputs: Inputs) -> Tensor:
         return _fitted(plan, inputs.images["image"] * plan.num_frames)
     assert inputs.video_fps is not None
     return _fitted(plan, video_frames(request.video, plan.num_frames, plan.fps, inputs.video_fps))
-
-
-def _beginning(plan: Plan, request: Request, inputs: Inputs, model: Encoder) -> Tensor:
-    """The clip to go on from; frames that don't fill a last latent frame are cut."""
-    assert request.prefix is not None
-    assert inputs.prefix_fps is not None
-    shown = round(inputs.prefix_frames * plan.fps / inputs.prefix_fps)
-    count = min(1 + (max(shown, 1) - 1) // model.strides.t * model.strides.t, plan.num_frames)
-    return _fitted(plan, video_frames(request.prefix, count, plan.fps, inputs.prefix_fps))
 
 
 def _wanted(plan: Plan, request: Request) -> Tensor:

@@ -123,8 +123,8 @@ class Job:
 
     @property
     def window_sound_latents(self) -> int:
-        """Sound latents beside the longest window."""
-        return self.sound_latents(max(self.passes.windows))
+        """Sound latents beside the longest window; none where the clip's own latents reach on."""
+        return self.sound_latents(max(self.passes.windows)) if self.passes.windows else 0
 
     def sound_latents(self, frames: int) -> int:
         """Sound latents beside so many latent frames of the picture."""

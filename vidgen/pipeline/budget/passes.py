@@ -8,16 +8,14 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vidgen.diffusion.oversampling import Pace
-from vidgen.media.probe import probe, read_recipe
+from vidgen.media.ending import read_ending
 from vidgen.pipeline.levels import settles, sigmas_of
+from vidgen.pipeline.long.beginning import tail_of
 from vidgen.pipeline.long.extend import OVERLAP, keeps_to_start, split_windows, window_size
-from vidgen.pipeline.long.tail import TAIL_FRAMES, read_tail
+from vidgen.pipeline.long.tail import TAIL_FRAMES
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -78,7 +76,7 @@ class _Given:
 
 
 def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
-    """Take a clip apart, without reading more than the header of a clip that it goes on from.
+    """Take a clip apart.
 
     Raises:
         InputError: that clip is missing or no video.
@@ -177,31 +175,12 @@ def _conditions(
 
 
 def _given(folder: ModelFolder, plan: Plan, path: str) -> _Given:
-    try:
-        stamp = Path(path).stat().st_mtime_ns
-    except OSError:
-        stamp = 0  # what is wrong is told by who opens it
-    recipe, num_frames, fps = _read_given(path, stamp)
-    begun = read_tail(recipe, folder) if fps == plan.fps else None
+    ending = read_ending(path)
+    begun = tail_of(ending, folder, plan)
     if begun is not None:
         at_hand = begun.num_given
         return _Given(begun.num_frames, at_hand, begun.num_latents - at_hand, begun.frames_ahead)
-    t, count = folder.components["vae"].config.strides.t, round(num_frames * plan.fps / fps)
-    num_latents = 1 + max(count - 1, 0) // t
+    t, count = folder.components["vae"].config.strides.t, ending.frames_at(plan.fps)
+    num_latents = 1 + (count - 1) // t
     at_hand = min(TAIL_FRAMES, num_latents)
-    return _Given(max(count, 1), at_hand, num_latents - at_hand, is_encoded=True)
-
-
-@lru_cache(maxsize=8)
-def _read_given(path: str, _stamp: int) -> tuple[dict[str, Any] | None, float, Fraction]:
-    """A file's recipe, frames and rate, from its header; setups are compared by the dozen."""
-    facts = probe(path)
-    stream: dict[str, Any] = next(
-        (s for s in facts["streams"] if s["type"] in ("video", "picture")), {}
-    )
-    try:
-        fps = Fraction(stream.get("fps") or 25)
-    except ValueError:  # a container may not tell
-        fps = Fraction(25)
-    num_frames = stream.get("num_frames") or facts.get("duration_s", 0) * fps
-    return read_recipe(path), max(num_frames, 1), fps
+    return _Given(count, at_hand, num_latents - at_hand, is_encoded=True)

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion.oversampling import Pace
-from vidgen.media.probe import read_recipe
 from vidgen.media.read import fit
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
 from vidgen.pipeline.long.retime import at_rate
@@ -25,8 +21,10 @@ from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, read_t
 
 if TYPE_CHECKING:
     from vidgen.media.encode import Frames
+    from vidgen.media.ending import Ending
     from vidgen.pipeline.plan import Plan
     from vidgen.pipeline.video import Engine
+    from vidgen.weights.folder import ModelFolder
 
 log = logging.getLogger(__name__)
 
@@ -35,32 +33,38 @@ def read_beginning(engine: Engine, plan: Plan, request: Request, inputs: Inputs)
     """What a request's clip goes on from: latents of its recipe, else its last frames, encoded.
 
     Raises:
-        InputError: it leaves nothing to make, or conditions lie before its end.
+        InputError: the recipe's latents are damaged.
     """
-    path = Path(os.fspath(request.prefix))  # type: ignore[arg-type]
-    begun = None
-    if inputs.prefix_fps == plan.fps:
-        begun = read_tail(read_recipe(path), engine.folder)
-    grid = (plan.latents.channels, plan.latents.height, plan.latents.width)
-    if begun is None or begun.num_frames != inputs.prefix_frames or (
-        (begun.latents.shape[1], *begun.latents.shape[3:]) != grid
-    ):
-        log.warning("%s holds no latents of %s to go on from; its last frames are encoded, which "
-                    "costs some sharpness", path, engine.folder.name)
+    assert request.prefix is not None
+    assert inputs.ending is not None
+    begun = tail_of(inputs.ending, engine.folder, plan)
+    if begun is None:
+        why = (f"holds no latents of {engine.folder.name} to go on from"
+               if inputs.ending.is_as_told else "doesn't end as its recipe tells")
+        log.warning("%s %s; its last frames are encoded, which costs some sharpness",
+                    request.prefix, why)
         begun = _encode_end(engine, plan, request, inputs)
-    begun = _at_rate_of(engine, plan, begun)
-    if begun.num_frames >= plan.kept_frames:
-        raise InputError(
-            f"a beginning of {begun.num_frames} frames leaves nothing to generate in a clip of "
-            f"{plan.kept_frames}; give more seconds"
-        )
-    if request.image is not None:
-        raise InputError("image and prefix are both given; the clip begins with one of them")
-    for seconds, _ in request.frame:
-        if round(seconds * plan.fps) < begun.num_frames:
-            raise InputError(f"frame {seconds} lies in the clip that goes on, which has "
-                             f"{float(begun.num_frames / plan.fps):g} s; give a later one")
-    return begun
+    return _at_rate_of(engine, plan, begun)
+
+
+def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | None:
+    """The latents that a file's recipe keeps; None where they aren't how it ends, or fit no plan.
+
+    Args:
+        ending: of the file.
+        folder: the model that is to go on.
+        plan: of the whole clip.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    if ending.fps != plan.fps or not ending.is_as_told:
+        return None
+    begun = read_tail(ending.recipe, folder)
+    if begun is None or begun.num_frames != ending.num_frames:
+        return None
+    grid = plan.latents.channels, plan.latents.height, plan.latents.width
+    return begun if (begun.latents.shape[1], *begun.latents.shape[3:]) == grid else None
 
 
 def _at_rate_of(engine: Engine, plan: Plan, begun: Beginning) -> Beginning:
@@ -93,7 +97,7 @@ def _encode_end(engine: Engine, plan: Plan, request: Request, inputs: Inputs) ->
 def earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Frames]:
     """Frames uint8 [1, H, W, 3] of the clip that goes on, at the plan's size and rate."""
     assert request.prefix is not None
-    assert inputs.prefix_fps is not None
-    count = max(1, round(inputs.prefix_frames * plan.fps / inputs.prefix_fps))
-    for frame in video_frames(request.prefix, count, plan.fps, inputs.prefix_fps):
+    assert inputs.ending is not None
+    count = inputs.ending.frames_at(plan.fps)
+    for frame in video_frames(request.prefix, count, plan.fps, inputs.ending.fps):
         yield fit(frame, plan.height, plan.width, plan.fit)[None]

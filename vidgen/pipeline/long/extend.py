@@ -241,10 +241,11 @@ class LongClip:
             yield from islice(earlier, start, None)
             yield from added(max(0, start - begun.num_frames))
 
+        ending = self.inputs.ending
+        assert ending is not None
         path = Path(os.fspath(self.request.prefix))  # type: ignore[arg-type]
         label = self.request.label == "visible" and not bears_label(read_recipe(path))
-        same = self.inputs.prefix_fps == plan.fps and self.inputs.video_size == info.size
-        if same and self.inputs.prefix_is_plain:
+        if (ending.fps, ending.size) == (plan.fps, info.size) and ending.is_plain:
             return ContinuedClip(path, begun.num_frames, added, info, journal, label=label)
         log.warning("%s: its frames are encoded once more, for another size, rate or timing",
                     self.request.prefix)
