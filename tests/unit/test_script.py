@@ -144,6 +144,8 @@ def test_the_order_follows_the_script_but_for_what_shots_need(tmp_path):
     ("version: 1", "the key 'shots' is missing"),
     ("shots: []", "there are no shots"),
     (shots("  - {promt: x}"), "line 3: unknown key 'promt'; did you mean 'prompt'"),
+    (shots("  - {prompt: x, seconds: 2}"), "unknown key 'seconds'; did you mean 'duration'"),
+    (shots("  - {prompt: x, image: a.png}"), "unknown key 'image'; did you mean 'first_frame'"),
     ("projekt: {}\nshots: [{prompt: x}]", "line 1: unknown key 'projekt'; did you mean 'project'"),
     ("project: {defaults: {step: 3}}\nshots: [{prompt: x}]",
      "line 1: unknown key 'step'; did you mean 'steps'"),

@@ -32,6 +32,11 @@ MAX_NODES = 2_000_000
 """Values that a config may hold, those behind aliases counted wherever they are repeated."""
 
 
+def called(*names: str) -> dict[str, Any]:
+    """Metadata of a field that other doors call so: who writes one of those is told its name."""
+    return {"called": names}
+
+
 class Located(dict[str, Any]):
     """A mapping read from YAML that remembers the line of each of its keys."""
 
@@ -206,9 +211,7 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     for key in mapping:
         if key not in known:
             line = f", line {lines[key]}" if key in lines else ""
-            raise InputError(
-                f"{where}{line}: unknown key {quoted(key)}; {nearest(str(key), known)}"
-            )
+            raise InputError(f"{where}{line}: unknown key {quoted(key)}; {_meant(key, known)}")
     start = f"{where}, line {min(lines.values())}" if lines else where
     for name, field in known.items():
         if name not in mapping and field.default is MISSING and field.default_factory is MISSING:
@@ -224,6 +227,14 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         return kind(**values)
     except InputError as error:  # what the dataclass itself finds wrong
         raise InputError(f"{start}: {error}" if start else str(error)) from None
+
+
+def _meant(key: Any, known: Mapping[str, Field[Any]]) -> str:
+    """Which key an unknown one may stand for: one that other doors call so, else the nearest."""
+    for name, field in known.items():
+        if key in field.metadata.get("called", ()):
+            return f"did you mean {name!r}?"
+    return nearest(str(key), known)
 
 
 def dump(value: Any) -> Any:

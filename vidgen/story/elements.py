@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from vidgen.core import values
-from vidgen.core.config import ONE
+from vidgen.core.config import ONE, called
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import MAX_PROMPT
 
@@ -169,7 +169,7 @@ class Caption:
 
     text: str
     at: float = 0.0
-    duration: float | None = None
+    duration: float | None = field(default=None, metadata=called("seconds"))
 
     def __post_init__(self) -> None:
         check_text("caption", self.text)
@@ -190,7 +190,7 @@ class Transition:
 
     type: Literal["cut", "dissolve", "fade-black", "fade-white", "wipe-left", "wipe-right",
                   "slide-left", "slide-right"] = "cut"
-    duration: float = 0.5
+    duration: float = field(default=0.5, metadata=called("seconds"))
 
     def __post_init__(self) -> None:
         check_within("duration", self.duration, 0, 60)
@@ -274,7 +274,7 @@ class Defaults:
         lora: adapters.
     """
 
-    duration: float | None = None
+    duration: float | None = field(default=None, metadata=called("seconds"))
     negative: str | None = None
     takes: int | None = None
     steps: int | None = None

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from vidgen.core.config import ONE
+from vidgen.core.config import ONE, called
 from vidgen.core.errors import InputError, nearest
 from vidgen.story.elements import (
     Camera,
@@ -75,7 +75,7 @@ class Shot:
     scene: str | None = None
     place: str | None = None
     characters: tuple[str, ...] = field(default=(), metadata=ONE)
-    duration: float | None = None
+    duration: float | None = field(default=None, metadata=called("seconds"))
     frames: int | None = None
     negative: str | None = None
     seed: int | None = None
@@ -86,12 +86,12 @@ class Shot:
     shift: float | None = None
     lora: tuple[str, ...] = field(default=(), metadata=ONE)
     camera: Camera | None = None
-    first_frame: Path | ShotFrame | None = None
-    last_frame: Path | ShotFrame | None = None
+    first_frame: Path | ShotFrame | None = field(default=None, metadata=called("image"))
+    last_frame: Path | ShotFrame | None = field(default=None, metadata=called("last_image"))
     continue_from: str | None = None
     in_film: bool = True
-    sound: Sound | None = None
-    narration: tuple[Narration, ...] = field(default=(), metadata=ONE)
+    sound: Sound | None = field(default=None, metadata=called("audio"))
+    narration: tuple[Narration, ...] = field(default=(), metadata=ONE | called("say"))
     music: Music | None = None
     caption: tuple[Caption, ...] = field(default=(), metadata=ONE)
     transition: Transition | None = None

@@ -58,7 +58,8 @@ def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | None
     Raises:
         InputError: they are damaged.
     """
-    if ending.fps != plan.fps or not ending.is_as_told:
+    is_still = ending.num_frames == 1  # which has no rate
+    if not (is_still or ending.fps == plan.fps) or not ending.is_as_told:
         return None
     begun = read_tail(ending.recipe, folder)
     if begun is None or begun.num_frames != ending.num_frames:
