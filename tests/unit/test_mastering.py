@@ -12,6 +12,7 @@ from vidgen.media.mastering import (
     MAX_GAIN_DB,
     TARGET_LUFS,
     Mastering,
+    hold_peaks,
     master,
     mastered,
     measure,
@@ -129,3 +130,19 @@ def test_what_is_no_number_is_silent():
     result, _ = made(samples)
     assert np.isfinite(result).all()
     assert not result[1000:1010].any()
+
+
+def test_what_goes_beyond_full_scale_is_limited_in_place_and_nothing_else_changes():
+    loud = tone(300, 0.4, channels=1)
+    loud[60_000:60_200] *= 5  # an impact that is twice as high as can be
+    for sound in (loud, loud[:50_000], np.full_like(loud, np.nan), loud[:0]):
+        held = sound.copy()
+        hold_peaks(held, RATE)
+        if sound is not loud:
+            assert np.array_equal(held, sound, equal_nan=True)
+            continue
+        assert np.array_equal(held, np.concatenate([*mastered(
+            sound, RATE, Mastering(limited=True), len(sound))]))
+        assert 0.85 < np.abs(held).max() < 0.9
+        assert np.array_equal(held[:50_000], sound[:50_000])
+        assert np.corrcoef(held[60_000:60_200, 0], sound[60_000:60_200, 0])[0, 1] > 0.99

@@ -135,6 +135,20 @@ def mastered(samples: Samples, rate: int, made: Mastering, num_samples: int) -> 
         yield block.astype(np.float32)
 
 
+def hold_peaks(samples: Samples, rate: int) -> None:
+    """Limit a sound [N, c] that goes beyond full scale, in place; any other stays as it is."""
+    peak = max(samples.max(initial=0.0), -samples.min(initial=0.0))
+    if not 1 < peak < math.inf:
+        return
+    position, before = 0, None
+    for block in mastered(samples, rate, Mastering(limited=True), len(samples)):
+        if before is not None:  # what is written is no longer looked at
+            samples[position : position + len(before)] = before
+            position += len(before)
+        before = block
+    samples[position:] = before
+
+
 def window(samples: Samples, start: int, stop: int, at_least: int) -> Samples:
     """Samples [start, stop) as [n, c], those that are no numbers silent.
 

@@ -24,6 +24,7 @@ from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.noise import draw_sound_noise
 from vidgen.diffusion.oversampling import Pace, finished_finer
 from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
+from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
@@ -157,6 +158,7 @@ class OwnSound:
             part = block[: length - position]
             samples[position : position + len(part)] = part
             position += len(part)
+        hold_peaks(samples[begin:], rate)
         if begin:
             rise(samples, begin, min(begin + round(SEAM_S * rate), length))
         return samples, rate
@@ -172,7 +174,7 @@ class OwnSound:
         with self.parts.use("sound_vae") as vae:
             pieces = (part.to(self.parts.device) for part in self.latents.split(AT_ONCE, dim=2))
             for sound in vae.stream_decode(pieces):
-                block = sound[0, max(0, skip) :].float().clamp(-1, 1)
+                block = sound[0, max(0, skip) :].float()
                 skip = max(0, skip) - sound.shape[1]
                 if len(block):
                     yield block.cpu().numpy()[:, None]
