@@ -15,6 +15,7 @@ from tests.models import build_tiny_model
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
+from vidgen.media.checks import check_file
 from vidgen.media.clip import Clip
 from vidgen.media.ending import ENDING, read_ending
 from vidgen.media.probe import read_recipe
@@ -73,7 +74,9 @@ def test_every_format_ends_as_its_recipe_tells(frames: np.ndarray, tmp_path: Pat
 def test_encoding_once_more_keeps_it_and_editing_does_not(
     film: Path, tmp_path: Path, name: str, options: tuple[str, ...], *, same: bool
 ) -> None:
-    assert read_ending(edited(film, tmp_path / name, *options)).is_as_told is same
+    path = edited(film, tmp_path / name, *options)
+    assert read_ending(path).is_as_told is same
+    assert ("ending" in {finding.kind for finding in check_file(path)}) is not same
 
 
 @pytest.mark.parametrize("told", ["!", "AAAA", 7, [], {}])

@@ -9,7 +9,7 @@ Axes: t frames, H W rows and columns, N samples of sound.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import cached_property
 from itertools import chain
@@ -20,7 +20,7 @@ import numpy as np
 
 from vidgen.media.cells import Array, Look, Looker
 from vidgen.media.encode import Frames, Samples, Snapshot
-from vidgen.media.ending import ENDING, ending_text
+from vidgen.media.ending import ENDING, LIMIT, apart, ending_text
 from vidgen.media.findings import Finding, as_data
 from vidgen.media.likeness import psnr, ssim
 from vidgen.media.probe import read_recipe, told_rate
@@ -160,6 +160,18 @@ class ClipChecker:
             found += check_sound(self.info.sound, self.info.sound_rate, self.num_frames / self._fps)
         return found
 
+    def check_ending(self, recipe: Mapping[str, Any]) -> list[Finding]:
+        """The last frame against the one that a recipe tells of."""
+        off = 0.0 if self._ended is None else apart(recipe, self._ended)
+        if off <= LIMIT:
+            return []
+        last = self.num_frames - 1
+        return [Finding(
+            "ending", "warning", self._time(Span(last, last, 0)), round(off, 1), LIMIT,
+            "the last frame isn't the one that the recipe tells of, so the clip was edited; vidgen "
+            "replay makes it as it was",
+        )]
+
     def _time(self, span: Span) -> tuple[float, float]:
         return round(span.first / self._fps, 3), round((span.last + 1) / self._fps, 3)
 
@@ -272,7 +284,8 @@ def check_file(path: str | os.PathLike[str], image: Picture | None = None) -> li
     count = checker.num_frames
     if count == 1 and not is_film:  # a picture has no rate
         wanted = None
-    return [*checker.finish(), *check_length(count, fps, count, wanted)]
+    found = [*checker.finish(), *check_length(count, fps, count, wanted)]
+    return found + checker.check_ending(recipe)
 
 
 def _ways(mode: str | None) -> tuple[Fit, ...]:

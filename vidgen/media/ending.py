@@ -57,17 +57,24 @@ class Ending:
     @property
     def is_as_told(self) -> bool:
         """Whether the last frame is the recipe's; True where there is none, or it doesn't tell."""
-        told = None if self.recipe is None else self.recipe.get(ENDING)
-        if told is None:
-            return True
-        try:
-            levels = np.frombuffer(base64.b64decode(told, validate=True), np.uint8)
-        except (binascii.Error, TypeError, ValueError):
-            return False
-        if levels.size != self.cells.size:
-            return False
-        apart = levels.reshape(self.cells.shape) - self.cells
-        return float(np.sqrt(np.square(apart).mean())) <= LIMIT
+        return self.recipe is None or apart(self.recipe, self.cells) <= LIMIT
+
+
+def apart(recipe: Mapping[str, Any], cells: Array) -> float:
+    """How far a last frame's cells are from those that a recipe tells of, as `LIMIT` counts.
+
+    0 where it tells of none, 255 where they aren't of one shape.
+    """
+    told = recipe.get(ENDING)
+    if told is None:
+        return 0.0
+    try:
+        levels = np.frombuffer(base64.b64decode(told, validate=True), np.uint8)
+    except (binascii.Error, TypeError, ValueError):
+        return 255.0
+    if levels.size != cells.size:
+        return 255.0
+    return float(np.sqrt(np.square(levels.reshape(cells.shape) - cells).mean()))
 
 
 def ending_text(cells: Array) -> str:
