@@ -111,15 +111,27 @@ def test_an_edited_clip_goes_on_from_what_it_shows(
 
 
 def test_latents_that_reach_on_are_shown_without_another_window(
-    engine: Engine, tmp_path: Path
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of 17 frames that were made 14 are shown; two more need nothing but the decoder."""
     path, model = tmp_path / "a.mp4", str(engine.folder.path)
     engine.generate("a cat", seed=1, steps=1, seconds=14 / 12).save(path)
     words = ["extend", str(path), "--seconds", str(2 / 12), "--model", model, "--dtype", "fp32"]
-    assert main(words) == 0
+    with caplog.at_level(logging.WARNING):
+        assert main(words) == 0
+    assert "its latents stand for 3 frames more than it shows" in caplog.text
     with VideoReader(tmp_path / "a-longer.mp4") as reader:
         assert len([*reader]) == 16
+    still = np.zeros((32, 32, 3), np.uint8)
+    for given in {"last_image": still, "seconds": 16 / 12}, {"frame": [(15 / 12, still)]}:
+        with pytest.raises(InputError, match="falls on one of the 3 frames"):
+            engine.generate("a cat", seed=1, steps=1, prefix=path, **{"seconds": 2, **given})
+    caplog.clear()
+    met = engine.generate(
+        "a cat", seed=1, steps=1, prefix=path, seconds=2, frame=[(17 / 12, still)]
+    )
+    assert len(met.frames) == 24
+    assert not caplog.text
 
 
 def test_a_beginning_that_leaves_nothing_is_told_before_time_is_foreseen(

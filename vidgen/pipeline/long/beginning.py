@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion.oversampling import Pace
 from vidgen.media.read import fit
@@ -33,7 +34,7 @@ def read_beginning(engine: Engine, plan: Plan, request: Request, inputs: Inputs)
     """What a request's clip goes on from: latents of its recipe, else its last frames, encoded.
 
     Raises:
-        InputError: the recipe's latents are damaged.
+        InputError: the recipe's latents are damaged, or stand for frames that are given otherwise.
     """
     assert request.prefix is not None
     assert inputs.ending is not None
@@ -44,7 +45,24 @@ def read_beginning(engine: Engine, plan: Plan, request: Request, inputs: Inputs)
         log.warning("%s %s; its last frames are encoded, which costs some sharpness",
                     request.prefix, why)
         begun = _encode_end(engine, plan, request, inputs)
+    elif begun.frames_ahead:
+        _check_ahead(begun, plan, request)
     return _at_rate_of(engine, plan, begun)
+
+
+def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
+    """Tell what the frames leave no room for that were made already and not shown."""
+    reached, ahead = begun.num_frames + begun.frames_ahead, begun.frames_ahead
+    given = {f"frame {seconds}": round(seconds * plan.fps) for seconds, _ in request.frame}
+    if request.last_image is not None:
+        given["last_image"] = plan.kept_frames - 1
+    for name, moment in given.items():
+        if moment < reached:
+            raise InputError(f"{name} falls on one of the {ahead} frames that the clip's latents "
+                             "stand for beyond its end; give a later time, or more seconds")
+    if plan.kept_frames <= reached:
+        log.warning("%s: its latents stand for %d frames more than it shows; of these come the new "
+                    "ones, and no prompt has a part in them", request.prefix, ahead)
 
 
 def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | None:
