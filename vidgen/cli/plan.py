@@ -37,13 +37,19 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.pipeline.parts import DTYPES, Parts
     from vidgen.pipeline.policy import enforce, policy_from_environment
     from vidgen.weights.folder import open_model
+    from vidgen.weights.published import is_here, published
 
     known = {f.name for f in fields(Request)}
     options = {k: v for k, v in vars(args).items() if k in known and k not in _NOT_OF_REQUEST}
     options["offload"] = None if args.offload == "auto" else args.offload
     request = Request.of(options.pop("prompt"), options)
     enforce(policy_from_environment(), request)
-    folder, device = require_own_model(open_model(args.model)), choose_device()
+    folder = None if is_here(args.model) else published(args.model)
+    device = choose_device()
+    if folder is None:
+        folder = require_own_model(open_model(args.model))
+    else:
+        report({"event": "note", "text": f"{folder.name} isn't here; planned as it is published"})
     require_models(request, folder)
     plan, dtype = settle(folder, request), args.dtype or best_dtype(device)
     kind = DTYPES[dtype]

@@ -96,7 +96,7 @@ def first_setup(
 
 
 def settle(folder: ModelFolder, request: Request) -> Plan:
-    """The plan of a request, made without an engine.
+    """The plan of a request, made without an engine, perhaps of a model that isn't here.
 
     Raises:
         InputError: what this model can't do, or inputs and texts that can't be read.
@@ -104,13 +104,14 @@ def settle(folder: ModelFolder, request: Request) -> Plan:
     dit = folder.components["transformer"].config
     check_tasks(request, folder.name, folder.tasks, both=dit.image_positions is not None)
     inputs = Inputs() if request.first_frame_model else read_inputs(request)
-    return settled(request, folder, inputs, PromptTokenizer(folder.tokenizer, dit.text_len))
+    tokenizer = PromptTokenizer(folder.tokenizer, dit.text_len) if folder.files else None
+    return settled(request, folder, inputs, tokenizer)
 
 
 def settled(
-    request: Request, folder: ModelFolder, inputs: Inputs, tokenizer: PromptTokenizer
+    request: Request, folder: ModelFolder, inputs: Inputs, tokenizer: PromptTokenizer | None
 ) -> Plan:
-    """The plan of a request whose files were read.
+    """The plan of a request whose files were read; without a tokenizer its texts aren't.
 
     Raises:
         InputError: what this model can't do; a text that a model of few words can't read whole (one
@@ -119,6 +120,8 @@ def settled(
     plan = replace(make_plan(request, folder, inputs), cache=settle_cache(request, folder))
     plan = with_oversampling(with_student(plan, request, folder), request, folder)
     _warn_of_idle_loras(plan, request, folder)
+    if tokenizer is None:
+        return plan
     texts = {"prompt": plan.prompt, "negative": plan.negative}
     asked = parse_readings(request.readings)
     if asked is None and request.lora:

@@ -1,0 +1,106 @@
+"""Published models of the Wan family by their names: what can be planned before they are here."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import ModelError
+from vidgen.models.presets import DIT_PRESETS, IMAGE_PRESETS, TEXT_PRESETS, VAE_PRESETS
+from vidgen.weights.component import CLASSES, Component, Components, Config, Role
+from vidgen.weights.family import VARIANTS
+from vidgen.weights.folder import ModelFolder, list_embedded
+from vidgen.weights.hub import cached_model, is_hub_id
+from vidgen.weights.store import TensorStore
+from vidgen.weights.view import Source, View
+
+_NAME = re.compile(
+    r"wan2\.[12]-(?P<kind>t2v|i2v|flf2v|vace|ti2v)-(?P<size>1\.3b|14b|a14b|5b)"
+)
+_DITS = {
+    "t2v-1.3b": "wan-1.3b", "t2v-14b": "wan-14b", "t2v-a14b": "wan-14b", "i2v-14b": "wan-14b-i2v",
+    "flf2v-14b": "wan-14b-flf2v", "vace-1.3b": "wan-vace-1.3b", "vace-14b": "wan-vace-14b",
+    "i2v-a14b": "wan22-14b-i2v", "ti2v-5b": "wan22-5b",
+}
+
+
+class Likenesses(TensorStore):
+    """Tensors that aren't here: the names and shapes of a network's weights, and a dtype for all.
+
+    Args:
+        role: of the network.
+        config: its architecture.
+        dtype: in which they are published.
+    """
+
+    def __init__(self, role: Role, config: Config, dtype: torch.dtype) -> None:
+        super().__init__(())
+        self._network = role, config, dtype
+
+    @cached_property
+    def _entries(self) -> dict[str, tuple[Path, Tensor]]:
+        role, config, dtype = self._network
+        with torch.device("meta"):
+            module = CLASSES[role](config).to(dtype)
+        return {name: (Path(), value) for name, value in module.state_dict().items()}
+
+    def get(self, name: str) -> Tensor:
+        """Nothing.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(f"{name} isn't here; fetch the model's folder")
+
+
+def is_here(model: str) -> bool:
+    """Whether `open_model` needs to fetch nothing."""
+    if model in list_embedded() or Path(model).is_dir():
+        return True
+    return is_hub_id(model) and cached_model(model) is not None
+
+
+def published(model: str) -> ModelFolder | None:
+    """A published model as far as its name tells it; None of any other name.
+
+    It can be planned with, not loaded: its components have their architectures, and `files` is
+    empty.
+
+    Args:
+        model: as `open_model` takes it; case and what surrounds the name don't matter.
+    """
+    found = _NAME.search(model.lower())
+    name = f"{found['kind']}-{found['size']}" if found else ""
+    if name not in _DITS:
+        return None
+    variant = VARIANTS[
+        name if name in VARIANTS else f"{name}-{'720p' if '720' in model else '480p'}"
+    ]
+    dit = DIT_PRESETS[_DITS[name]]
+    configs: dict[Role, Config] = {
+        "vae": VAE_PRESETS["wan22" if name == "ti2v-5b" else "wan21"], "transformer": dit,
+        "text_encoder": TEXT_PRESETS["umt5-xxl"],
+    }
+    if "a14b" in name:
+        configs["transformer_2"] = dit
+    if dit.image_dim:
+        configs["image_encoder"] = IMAGE_PRESETS["clip-vit-h"]
+    return ModelFolder(
+        path=Path(model), files={}, name=Path(model).name, family=variant.family,
+        license="Apache-2.0", tasks=variant.tasks, defaults=variant.defaults, world_version=None,
+        layout="diffusers", tokenizer=Path(), variant=variant.name, given=model,
+        components=Components({role: _component(role, config) for role, config in configs.items()}),
+    )
+
+
+def _component(role: Role, config: Config) -> Component[Config]:
+    """One of a network whose encoder of texts is published in bfloat16, all else in float32."""
+    dtype = torch.bfloat16 if role == "text_encoder" else torch.float32
+    store = Likenesses(role, config, dtype)
+    names = {name: name for name in store.names}
+    view = View({name: Source(store, name) for name in names})
+    return Component(role, config, view, names, View({}), dict.fromkeys(names, "vidgen"))
