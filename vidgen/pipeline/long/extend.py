@@ -34,7 +34,6 @@ from vidgen.diffusion.state import FinerKnown
 from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
-from vidgen.media.probe import read_recipe
 from vidgen.media.write import ClipInfo
 from vidgen.pipeline.devices.stretches import room_for
 from vidgen.pipeline.inputs import Inputs
@@ -244,7 +243,7 @@ class LongClip:
         ending = self.inputs.ending
         assert ending is not None
         path = Path(os.fspath(self.request.prefix))  # type: ignore[arg-type]
-        label = self.request.label == "visible" and not bears_label(read_recipe(path))
+        label = self.request.label == "visible" and not bears_label(ending.recipe)
         if (ending.fps, ending.size) == (plan.fps, info.size) and ending.is_plain:
             return ContinuedClip(path, begun.num_frames, added, info, journal, label=label)
         log.warning("%s: its frames are encoded once more, for another size, rate or timing",
