@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidgen.core.config import build, load_run
+from vidgen.core.config import build
+from vidgen.core.config_file import load_run
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_write, check_output, fingerprint

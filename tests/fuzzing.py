@@ -33,7 +33,8 @@ from tests.fuzz_samples import CAPTIONS, NOISE, PICTURES, SCRIPTS, SOUNDS, VIDEO
 from tests.lora_models import I2V
 from tests.mutations import mutate
 from vidgen.cli.main import main
-from vidgen.core.config import build, load_yaml
+from vidgen.core.config import build
+from vidgen.core.config_file import load_yaml
 from vidgen.core.errors import InputError, VidgenError
 from vidgen.evaluation.suite import PromptSuite
 from vidgen.media.clip import Clip

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from rich.progress import track
 
-from vidgen.core.config import build, load_run
+from vidgen.core.config import build
+from vidgen.core.config_file import load_run
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import reuse_freed_memory
 from vidgen.evaluation.redrawing import Redrawer

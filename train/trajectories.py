@@ -13,7 +13,8 @@ import argparse
 
 from rich.progress import track
 
-from vidgen.core.config import build, load_run
+from vidgen.core.config import build
+from vidgen.core.config_file import load_run
 from vidgen.pipeline.parts import DTYPES
 from vidgen.training.distil.config import DistilRun
 from vidgen.training.distil.data import open_shards

@@ -18,7 +18,8 @@ from vidgen.cli.eval import _NOT_OF_BENCHMARK
 from vidgen.cli.generate import _NOT_OF_REQUEST, PIPE
 from vidgen.cli.main import VERBS, verb_parser
 from vidgen.cli.naming import output_names
-from vidgen.core.config import build, load_run
+from vidgen.core.config import build
+from vidgen.core.config_file import load_run
 from vidgen.core.request import Request
 from vidgen.story.script import Script
 

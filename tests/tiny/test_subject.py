@@ -10,7 +10,7 @@ import yaml
 
 from tests.programs import run_program
 from vidgen.cli.main import main
-from vidgen.core.config import apply_overrides, load_yaml, packaged_config
+from vidgen.core.config_file import apply_overrides, load_yaml, packaged_config
 from vidgen.core.errors import InputError
 from vidgen.toybox.cast import RESERVED_SPRITES
 from vidgen.toybox.judge import Judge, JudgeConfig

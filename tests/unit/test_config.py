@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vidgen.core.config import ONE, apply_overrides, build, dump, load_run, load_yaml
+from vidgen.core.config import ONE, build, dump
+from vidgen.core.config_file import apply_overrides, load_run, load_yaml
 from vidgen.core.errors import InputError, nearest
 
 
@@ -92,6 +93,28 @@ def test_short_forms_stand_for_the_whole(tmp_path):
 def test_an_unknown_key_names_file_line_and_nearest_key(tmp_path):
     with pytest.raises(InputError, match=r"run.yaml, line 2: unknown key 'cuont'.*'count'"):
         build(Outer, read(tmp_path, "name: x\ncuont: 3\n"), "run.yaml")
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("name: x\nrate: 1", r"line 2: unknown key 'rate'; it belongs in 'parts'"),
+    ("name: x\ninner: {flag: true}", r"line 2: unknown key 'flag'; it belongs beside 'inner'"),
+    ("name: x\nparts: [{fps: 3}]", r"parts\[0\], line 2: unknown key 'fps'; .* beside 'parts'"),
+])
+def test_a_key_in_another_place_is_told_where_it_belongs(text, told, tmp_path):
+    with pytest.raises(InputError, match=told):
+        build(Outer, read(tmp_path, text), "run.yaml")
+
+
+def test_a_key_belongs_in_the_nearest_mapping_that_knows_it(tmp_path):
+    @dataclass(frozen=True)
+    class Whole:
+        deep: Outer | None = None
+        parts: tuple[Inner, ...] = ()
+
+    for text, told in [("rate: 1", "in 'parts'"), ("pair: 1", "in 'deep'"),
+                       ("parts: [{pair: 1}]", "in 'deep'"), ("deep: {deep: 1}", "beside 'deep'")]:
+        with pytest.raises(InputError, match=f"it belongs {told}"):
+            build(Whole, read(tmp_path, text), "run.yaml")
 
 
 def test_a_nested_unknown_key_names_its_path(tmp_path):

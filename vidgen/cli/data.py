@@ -86,7 +86,8 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
     Raises:
         InputError: neither names a folder, or a setting can't be.
     """
-    from vidgen.core.config import build, load_run
+    from vidgen.core.config import build
+    from vidgen.core.config_file import load_run
     from vidgen.training.data.config import NO_CACHE, DataConfig
 
     given: dict[str, Any] = {} if args.config is None else load_run(args.config)
@@ -119,7 +120,8 @@ def _overridden(given: dict[str, Any], overrides: list[str], where: str) -> dict
     Raises:
         InputError: an unknown key, or a value that the run can't have.
     """
-    from vidgen.core.config import apply_overrides, build
+    from vidgen.core.config import build
+    from vidgen.core.config_file import apply_overrides
     from vidgen.training.data.config import DataConfig
     from vidgen.training.finetune.config import FinetuneConfig
 

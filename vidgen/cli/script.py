@@ -173,7 +173,7 @@ def _require_yaml(path: Path, what: str) -> None:
 
 
 def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
-    from vidgen.core.config import packaged_config
+    from vidgen.core.config_file import packaged_config
     from vidgen.core.runtime import atomic_write, check_output
 
     _require_yaml(path, "the example")

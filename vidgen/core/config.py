@@ -1,7 +1,8 @@
-"""Strict configs: YAML or JSON in, frozen dataclasses out, and back again.
+"""Strict configs: mappings in, frozen dataclasses out, and back again.
 
-Nothing is guessed and nothing ignored: an unknown key is an error that names the nearest known one,
-a value of the wrong type says where it stands and what is expected there.
+`vidgen.core.config_file` reads the mappings. Nothing is guessed and nothing ignored: an unknown key
+is an error that tells where it belongs or which known one is nearest, a value of the wrong type
+says where it stands and what is expected there.
 
 Two short forms, where a dataclass asks for them: one with a class variable `SHORT` may be written
 as the value of the field that it names, and a field of metadata `ONE` as its only entry.
@@ -9,27 +10,20 @@ as the value of the field that it names, and a field of metadata `ONE` as its on
 
 from __future__ import annotations
 
-import json
-import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from fractions import Fraction
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
-from vidgen.core.errors import InputError, nearest, quoted
+from vidgen.core.errors import InputError, kind_of, nearest, quoted
 
 T = TypeVar("T")
 
 ONE = {"one": True}
 """Metadata of a field that holds several values, of which a single one needs no list."""
-MAX_NODES = 2_000_000
-"""Values that a config may hold, those behind aliases counted wherever they are repeated."""
 
 
 def called(*names: str) -> dict[str, Any]:
@@ -37,160 +31,24 @@ def called(*names: str) -> dict[str, Any]:
     return {"called": names}
 
 
-class Located(dict[str, Any]):
-    """A mapping read from YAML that remembers the line of each of its keys."""
+class _UnknownKey(InputError):
+    """A key that isn't known where it stands, `where`; the mappings around it may know it."""
 
-    def __init__(self, items: Mapping[str, Any], lines: Mapping[str, int]) -> None:
-        super().__init__(items)
-        self.lines = dict(lines)
+    def __init__(self, where: str, key: str, remedy: str, *, settled: bool) -> None:
+        super().__init__(f"{where}: unknown key {quoted(key)}; {remedy}")
+        self.where, self.key, self.settled = where, key, settled
 
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's scalars (`1e-4` is a number, `no` and `1:30` are text) and no key twice."""
-
-    def locate(self, node: yaml.MappingNode) -> Iterator[Located]:
-        mapping = Located({}, {})
-        yield mapping  # known before it is filled, as an alias may point back to it
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise InputError(f"line {line}: the key {key!r} is not text; write it in quotes")
-            if key in mapping:
-                raise InputError(f"line {line}: the key {key!r} stands here for a second time")
-            mapping[key] = self.construct_object(value_node, deep=True)
-            mapping.lines[key] = line
-
-
-_StrictLoader.yaml_implicit_resolvers = {}
-_StrictLoader.add_constructor("tag:yaml.org,2002:map", _StrictLoader.locate)
-for _tag, _pattern, _first in (
-    ("null", r"(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"(true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"[-+]?[0-9]+$", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$", list("-+.0123456789")),
-    ("float", r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$", list("-+.")),
-):
-    _StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first
-    )
-
-
-def load_yaml(path: str | Path, what: str = "config") -> Located:
-    """Read one YAML or JSON file whose top is a mapping.
-
-    Args:
-        path: the file; `.json` is JSON, all else YAML.
-        what: the file is, for messages.
-
-    Raises:
-        InputError: missing, not text, not YAML or JSON, a key twice, no mapping at the top, or
-            aliases that unfold without end.
-    """
-    text = load_text(path, what)
-    try:
-        if Path(path).suffix.lower() == ".json":
-            text = _json_as_yaml(text)
-        value = _parse(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{what} {path} is not JSON: line {error.lineno}: {error.msg}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{what} {path} is not YAML: {_why(error, text)}") from None
-    except InputError as error:
-        raise InputError(f"{what} {path}, {error}") from None
-    except (ValueError, RecursionError) as error:  # numbers and nesting that json gives up on
-        raise InputError(f"{what} {path} can't be read as JSON: {error}") from None
-    if value is None:
-        value = Located({}, {})
-    if not isinstance(value, Located):
-        raise InputError(f"{what} {path} must be a mapping `key: value`, not {_kind(value)}")
-    return value
-
-
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Located:
-    """Read a run's file, fill in from `base: OTHER.yaml` what it leaves out, write overrides in.
-
-    Mappings are joined key by key, lists and values replaced whole.
-
-    Args:
-        path: the file; its base's name counts from its folder, and a base may have one itself.
-        overrides: see `apply_overrides`.
-
-    Raises:
-        InputError: as `load_yaml` and `apply_overrides`; a base that is no name, or leads back.
-    """
-    layers, places, place = [load_yaml(path)], [Path(path).resolve()], Path(path)
-    while (base := layers[-1].pop("base", None)) is not None:
-        if not isinstance(base, str):
-            raise InputError(f"config {place}: base must be a file's name, not {_kind(base)}")
-        place = place.parent / base
-        if place.resolve() in places:
-            raise InputError(f"config {path}: its base {place} leads back to it; leave one out")
-        places.append(place.resolve())
-        layers.append(load_yaml(place))
-    whole: Any = layers[-1]
-    for layer in layers[-2::-1]:
-        whole = _joined(whole, layer)
-    return apply_overrides(whole, overrides)
-
-
-def _joined(below: Any, above: Any) -> Any:
-    """`above` over `below`, whose lines would be told of another file."""
-    if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
-        return above
-    items = {key: _copy(value, placed=False) for key, value in below.items()}
-    for key, value in above.items():
-        items[key] = _joined(items[key], value) if key in items else value
-    return Located(items, getattr(above, "lines", {}))
-
-
-def packaged_config(name: str) -> Path:
-    """A run's file by its name below `configs`: the package's own, else the checkout's."""
-    packaged = Path(str(files("vidgen"))) / "configs" / name
-    return packaged if packaged.is_file() else Path(__file__).parents[2] / "configs" / name
-
-
-def load_text(path: str | Path, what: str = "config") -> str:
-    """Read a file of UTF-8, with a byte order mark or without.
-
-    Raises:
-        InputError: missing, or not text.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{what} {path} does not exist; correct the name") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{what} {path} can't be read as text: {error.reason} at byte "
-                         f"{error.start}; save it as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{what} {path} can't be read as text: {error}") from None
-
-
-def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> Located:
-    """A copy of `mapping` with `a.b=value` written in; values are YAML, numbers index lists.
-
-    Raises:
-        InputError: no `=`, or a step of the path is neither a mapping nor a list that long.
-    """
-    result: Any = _copy(mapping)
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        if not (path and equals):
-            raise InputError(f"override {override!r} must read key=value, such as optim.lr=1e-4")
-        try:
-            value = _parse(text)
-        except yaml.YAMLError:
-            value = text
-        target = result
-        *parents, last = path.split(".")
-        for step in parents:
-            if isinstance(target, dict):
-                target.setdefault(step, Located({}, {}))
-            target = target[_slot(target, step, override)]
-        target[_slot(target, last, override)] = value
-    assert isinstance(result, Located)
-    return result
+    def seen_from(self, kind: type, below: str = "") -> _UnknownKey:
+        """The same, told where it belongs if `kind`, in whose field `below` it stands, knows."""
+        if self.settled:
+            return self
+        if self.key in _fields(kind):
+            remedy = f"it belongs beside {below!r}, not in it"
+        elif home := _home(self.key, kind):
+            remedy = f"it belongs in {home!r}"
+        else:
+            return self
+        return _UnknownKey(self.where, self.key, remedy, settled=True)
 
 
 def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
@@ -211,7 +69,8 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     for key in mapping:
         if key not in known:
             line = f", line {lines[key]}" if key in lines else ""
-            raise InputError(f"{where}{line}: unknown key {quoted(key)}; {_meant(key, known)}")
+            remedy, settled = _meant(str(key), known)
+            raise _UnknownKey(f"{where}{line}", str(key), remedy, settled=settled).seen_from(kind)
     start = f"{where}, line {min(lines.values())}" if lines else where
     for name, field in known.items():
         if name not in mapping and field.default is MISSING and field.default_factory is MISSING:
@@ -222,19 +81,42 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         line = f", line {lines[key]}" if key in lines else ""
         is_list = isinstance(value, list | tuple)
         given = [value] if known[key].metadata.get("one") and not is_list else value
-        values[key] = _convert(hints[key], given, f"{where}{line}: {key}")
+        try:
+            values[key] = _convert(hints[key], given, f"{where}{line}: {key}")
+        except _UnknownKey as error:
+            raise error.seen_from(kind, key) from None
     try:
         return kind(**values)
     except InputError as error:  # what the dataclass itself finds wrong
         raise InputError(f"{start}: {error}" if start else str(error)) from None
 
 
-def _meant(key: Any, known: Mapping[str, Field[Any]]) -> str:
-    """Which key an unknown one may stand for: one that other doors call so, else the nearest."""
+def _meant(key: str, known: Mapping[str, Field[Any]]) -> tuple[str, bool]:
+    """Which key an unknown one may stand for, and whether that is sure: other doors call it so."""
     for name, field in known.items():
         if key in field.metadata.get("called", ()):
-            return f"did you mean {name!r}?"
-    return nearest(str(key), known)
+            return f"did you mean {name!r}?", True
+    return nearest(key, known), False
+
+
+def _home(key: str, kind: type) -> str | None:
+    """Dotted name of the field below `kind`, as near to it as can be, whose dataclass has a key."""
+    level = [("", kind)]
+    while level:
+        level = [(f"{path}.{name}".lstrip("."), inner) for path, outer in level
+                 for name in _fields(outer) for inner in _dataclasses(_hints(outer)[name])]
+        for path, inner in level:
+            if key in _fields(inner):
+                return path
+    return None
+
+
+def _dataclasses(hint: Any) -> Iterator[type]:
+    """Those that a type hint is made of."""
+    if is_dataclass(hint) and isinstance(hint, type):
+        yield hint
+    for part in get_args(hint):
+        yield from _dataclasses(part)
 
 
 def dump(value: Any) -> Any:
@@ -266,87 +148,6 @@ def _fields(kind: type) -> dict[str, Field[Any]]:
 
 
 _hints = cache(get_type_hints)
-
-
-def _json_as_yaml(text: str) -> str:
-    """JSON in the part of it that YAML reads alike, line by line the same.
-
-    Raises:
-        json.JSONDecodeError: it isn't JSON.
-    """
-    json.loads(text)  # tabs in JSON stand between values only
-    pair = r"(?<!\\)((?:\\\\)*)\\u([dD][89abAB]\w\w)\\u([dD][c-fC-F]\w\w)"
-
-    def joined(found: re.Match[str]) -> str:
-        high, low = int(found[2], 16), int(found[3], 16)
-        return f"{found[1]}\\U{0x10000 + ((high - 0xD800) << 10) + low - 0xDC00:08x}"
-
-    return re.sub(pair, joined, text.replace("\t", " "))
-
-
-def _why(error: yaml.YAMLError, text: str) -> str:
-    """An error of the parser in one line: where it is, and what to do where that is known."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return " ".join(str(error).split())
-    line = "".join(text.splitlines()[mark.line : mark.line + 1])
-    indent = line[: len(line) - len(line.lstrip())]
-    if "\t" in indent or line[mark.column :].startswith("\t"):
-        return f"line {mark.line + 1}: a tab stands where YAML takes spaces alone; replace it"
-    told = (getattr(error, name, None) for name in ("context", "problem"))
-    return f"line {mark.line + 1}: {', '.join(part for part in told if part)}"
-
-
-def _count_nodes(value: Any, counts: dict[int, int]) -> int:
-    """How many values there are below one, with those that aliases repeat.
-
-    Raises:
-        yaml.YAMLError: more than `MAX_NODES`.
-    """
-    if not isinstance(value, dict | list):
-        return 1
-    found = counts.get(id(value))
-    if found is None:
-        inner = value.values() if isinstance(value, dict) else value
-        found = counts[id(value)] = 1 + sum(_count_nodes(each, counts) for each in inner)
-    if found > MAX_NODES:
-        raise yaml.YAMLError(f"its aliases unfold to more than {MAX_NODES:,} values")
-    return found
-
-
-def _parse(text: str) -> Any:
-    try:
-        value = yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds plain data only
-        _count_nodes(value, {})
-        return value
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        # PyYAML lets through what `!!int x`, a date or deep nesting leads it to.
-        raise yaml.YAMLError(f"a value can't be read: {error}") from error
-
-
-def _copy(value: Any, *, placed: bool = True) -> Any:
-    if isinstance(value, Mapping):
-        items = {key: _copy(item, placed=placed) for key, item in value.items()}
-        return Located(items, getattr(value, "lines", {}) if placed else {})
-    if isinstance(value, list | tuple):
-        return [_copy(item, placed=placed) for item in value]
-    return value
-
-
-def _slot(target: Any, step: str, override: str) -> Any:
-    """The key or index that a step of an override's path means in `target`."""
-    if isinstance(target, dict):
-        return step
-    if isinstance(target, list) and step.isdigit() and int(step) < len(target):
-        return int(step)
-    raise InputError(f"override {override!r}: {step!r} leads nowhere in {_kind(target)}")
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    names = {type(None): "nothing", dict: "a mapping", Located: "a mapping"}
-    return names.get(type(value), f"{type(value).__name__} {quoted(value)}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -393,7 +194,7 @@ def _convert_union(hints: tuple[Any, ...], value: Any, where: str) -> Any:
         except InputError:
             continue
     expected = " or ".join(_describe(hint) for hint in options)
-    raise InputError(f"{where} must be {expected}, not {_kind(value)}")
+    raise InputError(f"{where} must be {expected}, not {kind_of(value)}")
 
 
 def _is_nested(hint: Any) -> bool:
@@ -419,7 +220,7 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         except (ValueError, OverflowError, ZeroDivisionError):
             pass
     quotes = "; write it in quotes" if hint is str and isinstance(value, int | float) else ""
-    raise InputError(f"{where} must be {_describe(hint)}, not {_kind(value)}{quotes}")
+    raise InputError(f"{where} must be {_describe(hint)}, not {kind_of(value)}{quotes}")
 
 
 def _describe(hint: Any) -> str:

@@ -51,6 +51,15 @@ def quoted(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def kind_of(value: object) -> str:
+    """What a value read from a file is, as a message says it: `a list of 3`, `int 5`."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return "a mapping"
+    return "nothing" if value is None else f"{type(value).__name__} {quoted(value)}"
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """What to put after "unknown 'word'; ": the closest choice, or all of them."""
     known = sorted(choices)

@@ -14,7 +14,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.core.config import build, dump, load_yaml
+from vidgen.core.config import build, dump
+from vidgen.core.config_file import load_yaml
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.request import OWN_FILE

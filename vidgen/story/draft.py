@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from vidgen.core.config import load_yaml
+from vidgen.core.config_file import load_yaml
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import atomic_write

@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from vidgen.core.config import Located, build, load_text, load_yaml
+from vidgen.core.config import build
+from vidgen.core.config_file import Located, load_text, load_yaml
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import slug

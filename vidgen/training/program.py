@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from vidgen.core.config import build, dump, load_run
+from vidgen.core.config import build, dump
+from vidgen.core.config_file import load_run
 from vidgen.core.errors import VidgenError
 from vidgen.training.engines.distributed import join_ranks
 from vidgen.training.loop import train

@@ -19,7 +19,8 @@ from tests.lora_models import make_adapter, make_dit
 from tests.programs import load_program
 from tests.wan_models import build_diffusers
 from vidgen.cli.main import main
-from vidgen.core.config import build, load_yaml
+from vidgen.core.config import build
+from vidgen.core.config_file import load_yaml
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.diffusion.samplers import sample_unipc

@@ -12,7 +12,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from vidgen.core.config import build, dump, load_run
+from vidgen.core.config import build, dump
+from vidgen.core.config_file import load_run
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, choose_device, fingerprint
 from vidgen.training.data.dataset import Dataset, open_dataset
