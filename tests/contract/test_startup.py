@@ -1,5 +1,6 @@
 """What may be imported when, and how long help may take."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -34,6 +35,19 @@ def loaded(statement):
 def test_light_doors_load_nothing_heavy(statement):
     assert loaded(f"import contextlib, io\nwith contextlib.redirect_stderr(io.StringIO()):\n"
                   f"    {statement}") == set()
+
+
+@pytest.mark.parametrize(("given", "count"), [
+    ({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "None"),
+])
+def test_threads_of_a_command_wait_briefly_unless_somebody_said_how_long(given, count):
+    clean = {name: value for name, value in os.environ.items()
+             if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = ("import os; from vidgen.cli.main import main; main(['--version'])\n"
+               "print(os.environ.get('GOMP_SPINCOUNT'))")
+    done = subprocess.run([sys.executable, "-c", program], env=clean | given, capture_output=True,
+                          text=True, check=True)
+    assert done.stdout.split()[-1] == count
 
 
 def test_the_public_names_load_on_first_use():

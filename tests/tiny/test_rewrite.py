@@ -243,7 +243,7 @@ def test_a_draft_that_is_no_script_is_refused_and_nothing_is_written(
     ("shots: [" + "{prompt: x}, " * 101 + "]", "it has 101 shots; give 100 at most"),
     ("shots: {prompt: x}", "shots must be a list"),
     ("Once upon a time", "must be a mapping"),
-    ("shots: [{prompt: '{nobody} runs'}]", "unknown character 'nobody'"),
+    ("shots: [{prompt: '{nobody} runs'}]", "unknown character or place 'nobody'"),
 ])
 def test_a_draft_names_what_is_seen_and_said_alone(text: str, message: str) -> None:
     with pytest.raises(InputError) as caught:

@@ -220,9 +220,12 @@ def _check_names(script: Script, shot: Shot) -> None:
     try:
         for each in shot.prompt:
             for name in script.names_in(each.prompt):
+                if name == "place" and name not in known:
+                    raise InputError(f"the prompt {each.prompt!r} plays in {{place}}, but neither "
+                                     "the shot nor its scene has one; give the shot a place")
                 if name not in known:
-                    raise InputError(f"unknown character {name!r} in the prompt {each.prompt!r}; "
-                                     f"{nearest(name, known)}")
+                    raise InputError(f"unknown character or place {name!r} in the prompt "
+                                     f"{each.prompt!r}; {nearest(name, known)}")
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 
