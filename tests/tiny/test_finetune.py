@@ -81,16 +81,18 @@ def test_every_wan_variant_learns_and_generate_loads_what_came_out(variant, wan,
     }
 
 
-def test_a_lora_of_toybox_learns_a_spare_token_along(tiny_model, clips, tmp_path):
+def test_a_lora_of_toybox_learns_a_spare_token_along(tiny_model, clips, tmp_path, caplog):
     config = make_config(
         tiny_model, clips, tmp_path / "run", run=LEARN | {"dtype": "bf16"},
         subject={"token": "<subject_7>", "like": "red car"},
         data={"caption_dropout": 0.0, "prefix": "<subject_7>"},
         output={"dialects": ["diffusers", "peft", "wan", "kohya"]},
         lora={"targets": "all", "rank": 3, "alpha": 6.0},
-        validation={"sheet_every": 6, "prompts": ["<subject_7> in the rain"]}, tensorboard=True,
+        validation={"sheet_every": 6, "prompts": ["<subject_7> in the xylem"]}, tensorboard=True,
     )
     summary = finetune(config)
+    told = [text for text in caplog.messages if "xylem" in text]
+    assert told == ["the model doesn't know the word 'xylem'"] * 2, "of four: sheets, comparison"
     first, *_, last = scores(tmp_path / "run")
     assert last < first
     [path] = summary["use"]

@@ -46,7 +46,7 @@ def chosen(*all_facts, config=CONFIG, geometry=GEOMETRY, captions=("a car",), ha
 def test_a_stretch_takes_the_longest_length_that_fits():
     short, middle, long = chosen(facts(8), facts(16, seed=1), facts(17, seed=2))
     assert short.dropped == ("its longest stretch gives 8 frames at 12 a second; the shortest "
-                             "bucket has 9")
+                             "bucket has 9; with frames: 5 it would fit")
     assert [fate.items[0].bucket.num_frames for fate in (middle, long)] == [9, 17]
     assert [fate.items[0].start for fate in (middle, long)] == [3, 0], "its middle is taken"
 

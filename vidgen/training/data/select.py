@@ -232,8 +232,10 @@ def _windows(
         around = f" without {', '.join(config.avoid)}" if facts.cuts or facts.flaws else ""
         is_native = config.fps_rule == "native"
         rate = "its own rate" if is_native else f"{float(geometry.fps):g} a second"
+        most = longest - (longest - 1) % geometry.stride_t
+        remedy = f"; with frames: {most} it would fit" if most > 1 else ""
         return [], (f"its longest stretch{around} gives {longest} frames at {rate}; the shortest "
-                    f"bucket has {lengths[0]}")
+                    f"bucket has {lengths[0]}{remedy}")
     return found, None
 
 

@@ -7,6 +7,7 @@ Axes: F latent frames, h w latent rows and columns, T frames, H W pixel rows and
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from vidgen.core.request import Request
 from vidgen.media.encode import Frames
 from vidgen.media.sheet import contact_sheet
 from vidgen.models.lora import Adapter
+from vidgen.pipeline.opened import log as engine_log
 from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.video import Engine, load, to_frames
 from vidgen.training.data.dataset import Dataset
@@ -65,6 +67,20 @@ def check_sheets(config: FinetuneConfig, folder: ModelFolder) -> None:
         raise InputError(f"validation: {error}") from None
 
 
+class _Once(logging.Filter):
+    """Lets each message through once: the same prompts are made again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it wasn't told before."""
+        is_new = record.getMessage() not in self._told
+        self._told.add(record.getMessage())
+        return is_new
+
+
 class Sheets:
     """Makes the same clips again and again, with the same seeds.
 
@@ -75,6 +91,7 @@ class Sheets:
 
     def __init__(self, config: FinetuneConfig, dataset: Dataset) -> None:
         self.config, self._dataset = config, dataset
+        self._once = _Once()
 
     def __call__(self, step: int, folder: Path, modules: Mapping[str, nn.Module]) -> None:
         """Write `sheet-STEP.png` of the modules as they are now."""
@@ -156,7 +173,11 @@ class Sheets:
         }
         if example.latents is not None:
             options |= self._pictures(engine, example.latents)
-        clip = engine.generate(example.prompt, **options)
+        engine_log.addFilter(self._once)
+        try:
+            clip = engine.generate(example.prompt, **options)
+        finally:
+            engine_log.removeFilter(self._once)
         assert not isinstance(clip, list)
         return clip.frames
 
