@@ -53,7 +53,8 @@ from vidgen.training.config import RunConfig
 from vidgen.training.data import texts
 from vidgen.training.data.probe import probe_file
 from vidgen.weights.load import read_tensors
-from vidgen.weights.lora import DIALECTS, read_lora
+from vidgen.weights.lora import read_lora
+from vidgen.weights.lora_dialects import DIALECTS
 from vidgen.weights.store import TensorStore, find_files
 
 CPU_S = 5

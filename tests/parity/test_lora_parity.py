@@ -23,7 +23,8 @@ from tests.parity.test_dit_parity import make_inputs, make_pair, relative_error
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.weights.lora import read_lora, write_lora
+from vidgen.weights.lora import read_lora
+from vidgen.weights.lora_write import write_lora
 
 TINY = DIT_PRESETS["tiny"]
 I2V = replace(TINY, in_channels=12, image_dim=20)

@@ -16,14 +16,9 @@ from tests.lora_models import I2V, SOUND, TINY, WHOLE, linear_paths, make_adapte
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.lora import Adapter, LowRank
-from vidgen.weights.lora import (
-    DIALECTS,
-    LoraChoice,
-    parse_option,
-    read_choices,
-    read_lora,
-    write_lora,
-)
+from vidgen.weights.lora import LoraChoice, parse_option, read_choices, read_lora
+from vidgen.weights.lora_dialects import DIALECTS
+from vidgen.weights.lora_write import write_lora
 
 
 def assert_same(given: Adapter, expected: Adapter) -> None:
@@ -365,3 +360,37 @@ def test_experts_get_their_own(tmp_path):
     only_low = {name: t for name, t in tensors.items() if "_2" in name}
     save_file(only_low, both)
     assert [weight for _, weight in read_choices(choices, TINY, "high")] == [0.9]
+
+
+@pytest.mark.parametrize("dialect", ["vidgen", "peft", "kohya"])
+def test_a_file_says_which_expert_it_was_learned_for(dialect, tmp_path, caplog):
+    suffix = "" if dialect == "peft" else ".safetensors"
+    paths = {side: tmp_path / f"{side}{suffix}" for side in ("high", "low")}
+    for side, path in paths.items():
+        low_rank = {"blocks.0.self_attn.q": LowRank(torch.ones(2, 24), torch.ones(24, 2))}
+        write_lora(Adapter(side, low_rank), path, dialect, expert=side)
+    files = {side: path / "adapter_model.safetensors" if dialect == "peft" else path
+             for side, path in paths.items()}
+    for side, other in (("high", "low"), ("low", "high")):
+        assert len(read_choices([LoraChoice(path) for path in files.values()], TINY, side)) == 1
+        assert read_choices([LoraChoice(files[other])], TINY, side) == []
+        assert not caplog.messages
+        assert read_choices([LoraChoice(files[other], expert=side)], TINY, side)
+        assert f"learned for the {other}-noise expert and goes to the other" in caplog.text
+        caplog.clear()
+    assert len(read_choices([LoraChoice(files["low"])], TINY)) == 1, "the only transformer"
+
+
+def test_a_folder_with_one_file_for_each_expert_is_both(tmp_path):
+    for side, weight in (("high", 1.0), ("low", 2.0)):
+        part = LowRank(torch.ones(2, 24), torch.full((24, 2), weight))
+        write_lora(Adapter(side, {"blocks.0.self_attn.q": part}),
+                   tmp_path / f"mine-{side}.safetensors", "vidgen", expert=side)
+    for side, weight in (("high", 1.0), ("low", 2.0)):
+        [(adapter, _)] = read_choices([LoraChoice(tmp_path)], TINY, side)
+        assert adapter.low_rank["blocks.0.self_attn.q"].up.unique().item() == weight
+    with pytest.raises(ModelError, match=r"holds mine-high.*, mine-low.*; name one file"):
+        read_choices([LoraChoice(tmp_path)], TINY)
+    save(tmp_path / "third.safetensors", [Q])
+    with pytest.raises(ModelError, match="name one file"):
+        read_choices([LoraChoice(tmp_path)], TINY, "low")

@@ -32,7 +32,7 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.rolling import Rollout
 from vidgen.pipeline.video import Engine, load
 from vidgen.weights.folder import write_model_info
-from vidgen.weights.lora import write_lora
+from vidgen.weights.lora_write import write_lora
 from vidgen.weights.student import RollConfig, StudentConfig, write_student
 
 PROMPT = "a red car bounces across the desert"

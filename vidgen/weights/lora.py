@@ -1,4 +1,4 @@
-"""LoRA files: any dialect in, any dialect out."""
+"""LoRA files of any dialect, read; `lora_write` writes them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vidgen.core.errors import InputError, ModelError, nearest
-from vidgen.core.runtime import atomic_path, atomic_write, write_error
+from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import DiTConfig
 from vidgen.models.lora import Adapter, LowRank, find_misfits, name_some
-from vidgen.weights.keymap import DIT_KEYS, rename
 from vidgen.weights.lora_dialects import (
-    DIALECTS,
     TOKEN,
-    Dialect,
     Kind,
     Scaling,
     TensorName,
@@ -34,7 +29,7 @@ from vidgen.weights.lora_dialects import (
     other_method,
     parse_name,
 )
-from vidgen.weights.store import TensorStore, in_int8
+from vidgen.weights.store import TensorStore
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +40,8 @@ _OPTION = re.compile(
     r"(?P<path>.+?)(?::(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?))?(?:@(?P<expert>high|low))?",
     re.ASCII | re.IGNORECASE | re.DOTALL,
 )
+EXPERT_HEADER = "vidgen.expert"
+"""Where a file's header names the expert."""
 _TEXTS = (".yaml", ".yml", ".json", ".txt", ".md")
 MAX_WEIGHT = 100
 """Of a LoRA, in size; beyond it nothing but noise is left."""
@@ -58,7 +55,8 @@ class LoraChoice:
     Args:
         path: file, or folder with `adapter_config.json`.
         weight: factor of all it changes, of any sign.
-        expert: which of two experts it is for; None: both, or the only transformer.
+        expert: which of two experts it is for; None: the one that its file names, else both, or
+            the only transformer.
 
     Raises:
         InputError: a weight beyond `MAX_WEIGHT`.
@@ -109,10 +107,16 @@ def read_choices(
                 f"{choice.path}@{choice.expert}: this model has one transformer, not a high-noise "
                 f"and a low-noise one; leave @{choice.expert} out"
             )
-        if choice.expert in (None, expert):
-            adapter = read_lora(choice.path, config, expert)
-            if adapter.low_rank or adapter.deltas or adapter.tokens:
-                adapters.append((adapter, choice.weight))
+        own = None if expert is None else expert_of(choice.path)
+        wanted = choice.expert or own
+        if wanted not in (None, expert):
+            continue
+        if own != wanted and own is not None:
+            log.warning("%s was learned for the %s-noise expert and goes to the other one, as "
+                        "@%s says", choice.path, own, wanted)
+        adapter = read_lora(choice.path, config, expert)
+        if adapter.low_rank or adapter.deltas or adapter.tokens:
+            adapters.append((adapter, choice.weight))
     return adapters
 
 
@@ -123,7 +127,8 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
 
     Args:
         path: a safetensors file or one that torch.load reads as plain tensors, or a folder with
-            one such file and perhaps PEFT's `adapter_config.json`.
+            one such file, or one for each expert that names it, and perhaps PEFT's
+            `adapter_config.json`.
         config: of the transformer it is for.
         expert: which of a model's two transformers that is: from a file with tensors for both it
             takes `transformer.` (high) or `transformer_2.` (low), maybe none; None: the only one.
@@ -137,7 +142,7 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
             rank or shape, not finite: their number and the first names.
     """
     source = Path(path)
-    file, peft = _locate(source)
+    file, peft = _locate(source, expert)
     store = TensorStore([file])
     _check_method(source, store.names)
     texts = {name for name in store.names if is_of_text_encoder(name)}
@@ -170,8 +175,16 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
     return adapter
 
 
-def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
-    """The file of tensors, and PEFT's config beside it."""
+def expert_of(path: Path) -> Expert | None:
+    """Which of two experts a LoRA's file says it was learned for; None: it doesn't say."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return None
+    named = _header(path).get(EXPERT_HEADER)
+    return next((each for each in EXPERTS if each == named), None)
+
+
+def _locate(source: Path, expert: Expert | None) -> tuple[Path, dict[str, Any]]:
+    """The file of tensors for an expert, and PEFT's config beside it."""
     if not source.exists():
         raise InputError(f"LoRA {source} doesn't exist; {_GRAMMAR}")
     if source.suffix.lower() in _TEXTS:
@@ -180,6 +193,9 @@ def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
     if not source.is_dir():
         return source, {}
     files = sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
+    own = {expert_of(file): file for file in files} if len(files) == len(EXPERTS) else {}
+    if expert is not None and own.keys() == set(EXPERTS):
+        files = [own[expert]]
     if len(files) != 1:
         found = name_some([file.name for file in files]) or "no *.safetensors"
         raise ModelError(f"LoRA folder {source} holds {found}; name one file")
@@ -193,9 +209,13 @@ def _locate(source: Path) -> tuple[Path, dict[str, Any]]:
 def _header_config(file: Path, expert: Expert | None) -> dict[str, Any]:
     if file.suffix != ".safetensors":
         return {}
+    return config_in_header(_header(file), low_noise=expert == "low")
+
+
+def _header(file: Path) -> dict[str, str]:
     try:
         with safe_open(file, framework="pt") as handle:
-            return config_in_header(handle.metadata() or {}, low_noise=expert == "low")
+            return handle.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file} can't be read ({error}); copy it again") from error
 
@@ -303,111 +323,3 @@ def _report_zeros(source: Path, adapter: Adapter) -> None:
     elif zeros:
         log.warning("%s: %d of its %d deltas are zero (%s)", source, len(zeros), total,
                     name_some(zeros))
-
-
-def write_lora(
-    adapter: Adapter, path: str | Path, dialect: str, int8_from: int | None = None
-) -> None:
-    """Write an adapter as a safetensors file, or as PEFT's folder.
-
-    Where a dialect has no alpha, scales go into the second factor, as float32 where its own dtype
-    can't hold the product.
-
-    Args:
-        adapter: its tensors keep their dtype.
-        path: replaced if it exists.
-        dialect: one of `DIALECTS`.
-        int8_from: numbers of a matrix that lies there in int8, as only we read it; None: none do.
-
-    Raises:
-        InputError: unknown dialect.
-        ModelError: what the dialect has no name for: number and first names.
-        OutputError: it can't be written.
-    """
-    if dialect not in DIALECTS:
-        raise InputError(f"unknown LoRA dialect {dialect!r}; {nearest(dialect, DIALECTS)}")
-    tensors = _spell(adapter, DIALECTS[dialect], dialect)
-    if int8_from is not None:
-        tensors = in_int8(tensors, int8_from)
-    target = Path(path)
-    if dialect != "peft":
-        with atomic_path(target) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        return
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(target, error) from error
-    with atomic_path(target / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    config = _peft_config(tensors, DIALECTS[dialect].prefix)
-    atomic_write(target / "adapter_config.json", (json.dumps(config, indent=1) + "\n").encode())
-
-
-def _spell(adapter: Adapter, dialect: Dialect, title: str) -> dict[str, Tensor]:
-    """Tensors under a dialect's names; embeddings of tokens have ours in all of them."""
-    tensors = {f"{TOKEN}{token}": row.detach().cpu() for token, row in adapter.tokens.items()}
-    unnamed: list[str] = []
-
-    def put(path: str, what: str, tensor: Tensor) -> None:
-        spelled: str | None = path
-        if dialect.spelling != "vidgen":
-            spelled = rename(path, DIT_KEYS, "vidgen", dialect.spelling)
-        if spelled is None:
-            unnamed.append(path)
-        else:
-            layer = flat(spelled) if dialect.flat else spelled
-            tensors[f"{dialect.prefix}{layer}.{what}"] = tensor.detach().cpu().contiguous()
-
-    left = dict(adapter.deltas)
-    needs_bias = not dialect.diffs and any(f"{p}.bias" in left for p in adapter.low_rank)
-    for path, part in adapter.low_rank.items():
-        down, up = part.down, part.up if dialect.alpha else _scaled(part.up, part.scale)
-        put(path, f"{dialect.sides[0]}.weight", down)
-        put(path, f"{dialect.sides[1]}.weight", up.reshape(*up.shape, *(1,) * (down.ndim - 2)))
-        if dialect.alpha:
-            put(path, "alpha", torch.tensor(part.scale * down.shape[0]))
-        if needs_bias:  # PEFT has them for all layers or for none
-            bias = left.pop(f"{path}.bias", up.new_zeros(up.shape[0]))
-            put(path, f"{dialect.sides[1]}.bias", bias)
-    for name, delta in left.items():
-        path, _, last = name.rpartition(".")
-        if not dialect.diffs:
-            unnamed.append(name)
-        elif last in ("weight", "bias"):
-            put(path, "diff" if last == "weight" else "diff_b", delta)
-        else:
-            put(name, "diff", delta)
-    if unnamed:
-        raise ModelError(
-            f"the dialect {title!r} has no names for {len(unnamed)} parts of LoRA "
-            f"{adapter.name!r} ({name_some(unnamed)}); write it as 'vidgen'"
-        )
-    return tensors
-
-
-def _scaled(up: Tensor, scale: float) -> Tensor:
-    exact = up.double() * scale
-    kept = exact.to(up.dtype)
-    return kept if torch.equal(kept.double(), exact) else exact.float()
-
-
-def _peft_config(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """`adapter_config.json` of layers whose alpha is their rank.
-
-    Patterns are expressions that a path may end with, so those of a whole path begin with "^":
-    `proj_out` is `vace_blocks.0.proj_out`, too.
-    """
-    ranks = {
-        name.removeprefix(prefix).removesuffix(".lora_A.weight"): tensor.shape[0]
-        for name, tensor in tensors.items()
-        if name.endswith(".lora_A.weight")
-    }
-    first = next(iter(ranks.values()), 1)
-    others = {f"^{layer}": rank for layer, rank in ranks.items() if rank != first}
-    return {
-        "peft_type": "LORA", "r": first, "lora_alpha": first, "rank_pattern": others,
-        "alpha_pattern": others, "target_modules": sorted(ranks), "bias": "none",
-        "lora_bias": any(name.endswith(".lora_B.bias") for name in tensors),
-        "inference_mode": True, "base_model_name_or_path": None, "task_type": None,
-    }

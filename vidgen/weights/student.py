@@ -17,7 +17,8 @@ from vidgen.core.runtime import atomic_write
 from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import config_of
-from vidgen.weights.lora import read_lora, write_lora
+from vidgen.weights.lora import read_lora
+from vidgen.weights.lora_write import write_lora
 
 if TYPE_CHECKING:
     from vidgen.models.dit import DiTConfig

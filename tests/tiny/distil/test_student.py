@@ -45,7 +45,7 @@ from vidgen.training.distil.teacher import Teacher
 from vidgen.training.loop import train
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import open_model
-from vidgen.weights.lora import write_lora
+from vidgen.weights.lora_write import write_lora
 from vidgen.weights.student import STUDENT, WEIGHTS, StudentConfig, read_student, write_student
 
 ROOT = Path(__file__).parents[3]

@@ -29,11 +29,12 @@ from vidgen.training.finetune.model import trained_roles
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import ModelFolder, open_model
-from vidgen.weights.lora import write_lora
+from vidgen.weights.lora import Expert
+from vidgen.weights.lora_write import write_lora
 
 FOLDER = "output"
 """Where in the run's folder it lies."""
-_SIDE: dict[ExpertRole, str] = {EXPERTS[0]: "high", EXPERTS[1]: "low"}
+_SIDE: dict[ExpertRole, Expert] = {EXPERTS[0]: "high", EXPERTS[1]: "low"}
 
 
 class NoEffect(VidgenError):
@@ -147,8 +148,8 @@ def _export_lora(
     dtype = DTYPES[config.output.dtype]
     result = Made([], [], {}, {}, chosen)
     for role in roles:
-        two = EXPERTS[1] in folder.components
-        name = f"{config.output.name}-{_SIDE[role]}" if two else config.output.name
+        side = _SIDE[role] if EXPERTS[1] in folder.components else None
+        name = f"{config.output.name}-{side}" if side else config.output.name
         tokens = {}
         if config.subject is not None:
             tokens = {config.subject.token: load_averages(run, "token", chosen.path)["row"]}
@@ -158,13 +159,13 @@ def _export_lora(
         result.delta[role] = delta_norm(adapter)
         result.relative[role] = result.delta[role] / _norm(folder, role, adapter)
         main = target / f"{name}.safetensors"
-        write_lora(adapter, main, "vidgen")
-        result.use.append(f"{main}@{_SIDE[role]}" if two else str(main))
+        write_lora(adapter, main, "vidgen", expert=side)
+        result.use.append(f"{main}@{side}" if side else str(main))
         result.files.append(main)
         for dialect in config.output.dialects:
             suffix = "" if dialect == "peft" else ".safetensors"
             path = target / f"{name}-{dialect}{suffix}"
-            write_lora(adapter, path, dialect)
+            write_lora(adapter, path, dialect, expert=side)
             result.files.append(path)
     return result
 
