@@ -205,6 +205,8 @@ BAD = {
     "long prompt": (["generate", "a" * 20_001], "20001 characters; shorten it to 20000"),
     "two prompts": (["generate", "a", "cat"], "put text with spaces in quotes"),
     "misspelt option": (["generate", "a", "--sede", "3"], "--sede; did you mean '--seed'"),
+    "another program's option": (["generate", "a", "--num-frames", "9"], "did you mean '--frames'"),
+    "address": (["generate", "a", "--image", "https://a.example/b.png"], "is an address; download"),
     "no number": (["generate", "a", "--seed", "x"], "invalid int value: 'x'"),
     "nan": (["generate", "a", "--guidance", "nan"], "guidance is nan"),
     "no steps": (["generate", "a", "--steps", "0"], "steps is 0"),

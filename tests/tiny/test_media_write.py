@@ -317,6 +317,7 @@ def test_lazy_clips_stream_and_hold_pixels_only_on_request(tmp_path):
         yield from (frames[:1], frames[1:5], frames[5:])
 
     clip = Clip(source, ClipInfo(Fraction(12), (64, 48), 9, recipe=RECIPE, stride_t=4))
+    assert repr(clip) == "<Clip of 9 frames, 64x48 at 12 fps>"
     assert not started
     assert [len(chunk) for chunk in clip.chunks()] == [1, 4, 4]
     clip.save(tmp_path / "a.mkv")

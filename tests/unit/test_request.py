@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from vidgen.core.config import dump
 from vidgen.core.errors import InputError
-from vidgen.core.request import Request
+from vidgen.core.request import CALLED, Request
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ from vidgen.core.request import Request
         ({"prompt": "a \ud800 cat"}, "prompt holds .*half of a character"),
         ({"negative": "\udcff"}, "negative holds"),
         ({"say": [(0, "\ud800")]}, "say holds"),
-        ({"image": 5}, r"image is of type int; give a file's path, or uint8 \[H, W, 3\]"),
+        ({"image": 5}, r"image is of type int; give a file's path, a picture of Pillow, or"),
         ({"video": np.zeros((2, 8, 8, 3))}, "video is of type ndarray; give a file's path"),
         ({"mask": b"x"}, "mask is of type bytes"),
         ({"reference": 5}, "reference is 5; give a list of pictures"),
@@ -88,6 +89,36 @@ def test_a_misspelt_option_names_the_nearest():
     with pytest.raises(InputError, match="unknown option 'sede'; did you mean 'seed'"):
         Request.of("a cat", {"sede": 3})
     assert Request.of("a cat", {"seed": 3}) == Request(prompt="a cat", seed=3)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [
+    ("num_inference_steps", "steps"), ("guidance_scale", "guidance"), ("height", "size"),
+    ("generator", "seed"), ("negative_prompt", "negative"), ("flow_shift", "shift"),
+])
+def test_what_other_programs_call_an_option_is_told_by_our_name(theirs, ours):
+    with pytest.raises(InputError, match=f"unknown option '{theirs}'; did you mean '{ours}'"):
+        Request.of("a cat", {theirs: 1})
+
+
+def test_other_programs_names_mean_options_that_there_are():
+    assert set(CALLED.values()) <= {each.name for each in dataclasses.fields(Request)}
+    assert not set(CALLED) & {each.name for each in dataclasses.fields(Request)}
+
+
+def test_pictures_of_pillow_are_taken_where_nothing_has_to_be_interpreted():
+    picture = Image.new("RGB", (8, 6), (250, 20, 10))
+    grey = Image.new("L", (8, 6), 7)
+    made = Request(prompt="x", image=picture, frame=[(1, grey)], reference=[grey, "a.png"])
+    assert made.image.shape == (6, 8, 3)
+    assert made.image[0, 0].tolist() == [250, 20, 10]
+    assert made.frame[0][1][0, 0].tolist() == made.reference[0][0, 0].tolist() == [7, 7, 7]
+    assert made.reference[1] == "a.png"
+    assert Request(prompt="x", reference=picture).reference[0].dtype == np.uint8
+    with pytest.raises(InputError, match=r"has the mode RGBA; give picture.convert\('RGB'\)"):
+        Request(prompt="x", image=picture.convert("RGBA"))
+    picture.getexif()[0x0112] = 6
+    with pytest.raises(InputError, match=r"on its side by its EXIF data; give .*exif_transpose"):
+        Request(prompt="x", last_image=picture)
 
 
 def test_values_are_brought_to_one_form():

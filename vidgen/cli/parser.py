@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vidgen.core.errors import InputError, nearest
+from vidgen.core.request import CALLED
 
+_CALLED = {f"--{theirs.replace('_', '-')}": f"--{ours.replace('_', '-')}"
+           for theirs, ours in CALLED.items()}
 _LACKING = re.compile(r"argument (?:-\w/)?(--[\w-]+): expected one argument")
 
 
@@ -34,7 +37,8 @@ class Parser(argparse.ArgumentParser):
         if rest:
             word = rest[0].partition("=")[0]
             if word.startswith("-"):
-                raise InputError(f"unknown option {word}; {nearest(word, self.options())}")
+                hint = nearest(word, self.options(), _CALLED)
+                raise InputError(f"unknown option {word}; {hint}")
             raise InputError(f"too many arguments: {word!r}; put text with spaces in quotes")
         return parsed
 

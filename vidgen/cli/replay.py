@@ -86,7 +86,7 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     Raises:
         InputError: a key that is no such option, with the nearest; a value that can't be read.
     """
-    from vidgen.core.request import Request
+    from vidgen.core.request import CALLED, Request
 
     parser = Parser(prog="vidgen generate", description="")
     generate.add_arguments(parser)
@@ -100,7 +100,7 @@ def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     for key, value in pairs:
         name = key.replace("-", "_")
         if name not in defaults:
-            raise InputError(f"unknown option {key!r}; {nearest(name, defaults)}")
+            raise InputError(f"unknown option {key!r}; {nearest(name, defaults, CALLED)}")
         if name not in _PLAIN and value:
             flag = "--" + name.replace("_", "-")
             is_pair = actions[name].nargs == 2

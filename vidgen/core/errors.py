@@ -5,9 +5,11 @@ catches `VidgenError`. Broken invariants of our own are assertions, never these.
 """
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from types import MappingProxyType
 
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
 
@@ -60,8 +62,15 @@ def kind_of(value: object) -> str:
     return "nothing" if value is None else f"{type(value).__name__} {quoted(value)}"
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """What to put after "unknown 'word'; ": the closest choice, or all of them."""
+def nearest(word: str, choices: Iterable[str], called: Mapping[str, str] = _NOTHING) -> str:
+    """What to put after "unknown 'word'; ": the closest choice, or all of them.
+
+    Args:
+        word: that nobody knows.
+        choices: known ones.
+        called: what others call some of the choices; one of these names means that choice.
+    """
     known = sorted(choices)
-    close = get_close_matches(word, known, n=1, cutoff=0.5)
+    close = [called[word]] if called.get(word) in known else (
+        get_close_matches(word, known, n=1, cutoff=0.5))
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"

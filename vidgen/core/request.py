@@ -32,6 +32,7 @@ from vidgen.core.values import (
     parse_said,
     parse_size,
     plain,
+    plain_picture,
 )
 
 if TYPE_CHECKING:
@@ -84,6 +85,18 @@ _ELSEWHERE = {
     "attention": "choose it around the call: with vidgen.core.runtime.attention_by(NAME)",
 }
 """What the command line takes beside a request's options, and who takes it in Python."""
+CALLED = {
+    "num_inference_steps": "steps", "sample_steps": "steps", "sampling_steps": "steps",
+    "guidance_scale": "guidance", "cfg": "guidance", "cfg_scale": "guidance",
+    "sample_guide_scale": "guidance", "flow_shift": "shift", "sample_shift": "shift",
+    "scheduler": "sampler", "negative_prompt": "negative", "n_prompt": "negative",
+    "generator": "seed", "base_seed": "seed", "height": "size", "width": "size",
+    "resolution": "size", "num_frames": "frames", "frame_num": "frames", "duration": "seconds",
+    "length": "seconds", "frame_rate": "fps", "init_image": "image", "first_frame": "image",
+    "last_frame": "last_image", "num_videos_per_prompt": "count", "n": "count",
+    "torch_dtype": "dtype", "precision": "dtype",
+}
+"""What other programs call some options."""
 NO_AUDIO, OWN_AUDIO = "none", "generate"
 """Values of `audio` that name no file."""
 OF_OWN_SOUND = ("audio_steps", "audio_candidates", "audio_delay")
@@ -125,7 +138,7 @@ class Request:
         sampler: name of a sampler, or in Python any flow scheduler object of diffusers, which
             brings its own shift.
         shift: of the noise schedule towards high noise, above 0.
-        image: the first frame, a path or uint8 [H, W, 3].
+        image: the first frame, a path, a picture of Pillow or uint8 [H, W, 3].
         last_image: the last frame.
         refine: gradient steps that bring a given first frame's latents nearer to it, through the
             VAE's decoder; 0 takes them as they are encoded. For models that have a number of their
@@ -252,6 +265,7 @@ class Request:
     def __post_init__(self) -> None:
         convert = {
             **dict.fromkeys((*_WHOLE, *_NUMBER, *_ABOVE_ZERO, *_FLAGS), plain),
+            **{name: plain_picture for name, array in _ARRAYS.items() if array},
             "fps": parse_fps, "size": parse_size, "guidance_interval": parse_interval,
             "frame": parse_frames, "reference": parse_pictures, "lora": parse_loras,
             "say": parse_said,
@@ -276,7 +290,7 @@ class Request:
             if name in _ELSEWHERE:
                 raise InputError(f"{name} is no option of a clip; {_ELSEWHERE[name]}")
             if name not in known:
-                raise InputError(f"unknown option {name!r}; {nearest(name, known)}")
+                raise InputError(f"unknown option {name!r}; {nearest(name, known, CALLED)}")
         if isinstance(prompt, Request):
             return replace(prompt, **options)
         return cls(prompt=prompt, **options)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Fit = Literal["crop", "pad"]
 """What is done to a picture of another aspect: cut what sticks out, or keep all in a frame."""
 _TILES = re.compile(r"auto|none|[1-9]\d?x[1-9]\d?")
+_ORIENTATION = 0x0112
+"""EXIF's tag of it; 1 is upright."""
 _CACHES = ("none", "first-block", "magnitude", "forecast")
 
 
@@ -59,8 +61,27 @@ def check_picture(name: str, value: Any, *, array: bool = True) -> None:
     what = type(value).__name__
     if not array:
         raise InputError(f"{name} is of type {what}; give a file's path")
-    raise InputError(f"{name} is of type {what}; give a file's path, or uint8 [H, W, 3] such as "
-                     "numpy.asarray(picture.convert('RGB'))")
+    raise InputError(f"{name} is of type {what}; give a file's path, a picture of Pillow, or uint8 "
+                     "[H, W, 3]")
+
+
+def plain_picture(value: Any) -> Any:
+    """A Pillow image as uint8 [H, W, 3]; all else as it is.
+
+    Raises:
+        InputError: one whose colours or orientation would have to be interpreted.
+    """
+    if not (type(value).__module__.startswith("PIL.") and hasattr(value, "getexif")):
+        return value
+    if value.mode not in ("RGB", "L", "1"):
+        raise InputError(f"a picture of Pillow has the mode {value.mode}; give picture.convert"
+                         "('RGB'), laid over a colour before where it is transparent, or its file")
+    if value.getexif().get(_ORIENTATION, 1) != 1:
+        raise InputError("a picture of Pillow lies on its side by its EXIF data; give "
+                         "PIL.ImageOps.exif_transpose(picture), or its file")
+    import numpy as np
+
+    return np.asarray(value.convert("RGB"))
 
 
 def check_sampler(value: Any) -> None:
@@ -188,8 +209,8 @@ def parse_frames(value: Any) -> tuple[tuple[float, Picture], ...]:
     for pair in _listed("frame", value, "pairs (seconds, picture)"):
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
             raise InputError(f"frame holds {_shown(pair)}; give pairs (seconds, picture)")
-        check_picture("frame", pair[1])
-    return tuple((plain(seconds), picture) for seconds, picture in value)
+        check_picture("frame", plain_picture(pair[1]))
+    return tuple((plain(seconds), plain_picture(picture)) for seconds, picture in value)
 
 
 def parse_said(value: Any) -> tuple[tuple[float | None, str], ...]:
@@ -216,8 +237,10 @@ def parse_pictures(value: Any) -> tuple[Picture, ...]:
     Raises:
         InputError: other than paths and arrays.
     """
+    value = plain_picture(value)
     one = isinstance(value, str | os.PathLike) or _is_array(value)
-    pictures = (value,) if one else tuple(_listed("reference", value, "pictures"))
+    listed = (value,) if one else _listed("reference", value, "pictures")
+    pictures = tuple(map(plain_picture, listed))
     for picture in pictures:
         check_picture("reference", picture)
     return pictures

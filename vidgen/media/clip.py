@@ -64,6 +64,11 @@ class Clip:
         self.first_frame: Frames | None = None  # the picture it was to begin with, for the checks
         self.findings: list[Finding] | None = None  # what they found when it was saved
 
+    def __repr__(self) -> str:
+        info, (width, height) = self.info, self.info.size
+        return (f"<Clip of {info.num_frames} frames, {width}x{height} at {float(info.fps):g} fps"
+                f"{'' if info.sound is None else ', with sound'}>")
+
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Clip:
         """Open a video file; its frames are counted by decoding it once, and read when needed.

@@ -106,6 +106,8 @@ def existing_file(path: str | os.PathLike[str], what: str) -> Path:
     """
     found = Path(path)
     if not found.exists():
+        if "://" in os.fspath(path):
+            raise InputError(f"{what} {path} is an address; download it and give the file")
         raise InputError(f"{what} {found} does not exist")
     if found.is_dir():
         raise InputError(f"{what} {found} is a folder; give a file")
