@@ -101,10 +101,12 @@ def _meant(key: str, known: Mapping[str, Field[Any]]) -> tuple[str, bool]:
 
 def _home(key: str, kind: type) -> str | None:
     """Dotted name of the field below `kind`, as near to it as can be, whose dataclass has a key."""
-    level = [("", kind)]
+    level, seen = [("", kind)], {kind}
     while level:
         level = [(f"{path}.{name}".lstrip("."), inner) for path, outer in level
-                 for name in _fields(outer) for inner in _dataclasses(_hints(outer)[name])]
+                 for name in _fields(outer) for inner in _dataclasses(_hints(outer)[name])
+                 if inner not in seen]
+        seen |= {inner for _, inner in level}
         for path, inner in level:
             if key in _fields(inner):
                 return path
