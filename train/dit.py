@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.core.tensors import moved
-from vidgen.diffusion.flow import add_noise, denoised_of, squared_error, velocity_of
+from vidgen.diffusion.flow import add_noise, squared_error, velocity_of
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import AudioConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
@@ -35,7 +35,6 @@ from vidgen.training.embedded.channel_weights import channel_weights
 from vidgen.training.embedded.dit_config import DiTData
 from vidgen.training.embedded.dit_data import Batch, ClipDraws
 from vidgen.training.embedded.dit_draws import Drawn
-from vidgen.training.embedded.naming import Naming, NamingConfig
 from vidgen.training.embedded.toybox_data import load_vae
 from vidgen.training.embedded.truth_heads import AttributeHeads, TruthHeads
 from vidgen.training.optim import build_optimizers
@@ -84,7 +83,6 @@ class DiTRun(DiTData):
             says instead of the clips' velocity (Li & Hoiem 2016, sec. 3). Both read one text, so
             `part` is "transformer".
         keep_above: see `keep`.
-        naming: have a network that knows sprites look at what is said of the clips, too.
         fuse: have torch.compile fuse what surrounds matrix products; see `vidgen.ops.fusion`. Not
             for CPUs, which our own kernels serve.
     """
@@ -103,7 +101,6 @@ class DiTRun(DiTData):
     init: str | None = None
     keep: str | None = None
     keep_above: float = 0.7
-    naming: NamingConfig | None = None
     fuse: bool = False
 
     def __post_init__(self) -> None:
@@ -130,20 +127,6 @@ class DiTRun(DiTData):
         return [level for level in VALIDATION_SIGMAS if low <= level <= high]
 
 
-class Said(NamedTuple):
-    """What a transformer says of a batch's velocities, and what would be right.
-
-    noisy: the picture that it is asked about, [B, C, F, h, w], as are the next two.
-    sound: [B, C, K], as is the next; None where there is none.
-    """
-
-    noisy: Tensor
-    velocity: Tensor
-    wanted: Tensor
-    sound: Tensor | None
-    wanted_sound: Tensor | None
-
-
 class DiTTask:
     """Velocity prediction on cached latents."""
 
@@ -162,7 +145,6 @@ class DiTTask:
         if config.keep:
             preset = DIT_PRESETS[config.preset]
             self.former = self._released(config.keep, "transformer", SpacetimeDiT, preset)
-        self.naming = None if config.naming is None else Naming(config.naming, self.device)
         self.heads = AttributeHeads(self.text.config.hidden_dim).to(self.device)
         self.modules: dict[str, nn.Module] = {
             "transformer": self.dit, "text_encoder": self.text, "attributes": self.heads,
@@ -254,15 +236,12 @@ class DiTTask:
         with torch.autocast(self.device.type, enabled=False):
             made = self.clips.made(batch)
         with fusing(on=config.fuse):
-            return self._losses(made, torch.Generator().set_state(batch.noise))
+            return self._losses(made)
 
-    def _losses(
-        self, made: Batch, draw: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, made: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         context = encode_tokens(self.text, made.ids, made.mask)
-        said = self._asked(made, context, self.former)
-        error, sound = self._errors(made, said, config.sprite_weight)
+        error, sound = self._errors(made, context, config.sprite_weight, self.former)
         total, values = error, {"velocity": error}
         if config.attribute_weight:
             values["attributes"] = self.heads.loss(context, made.mask, made.labels)
@@ -272,23 +251,20 @@ class DiTTask:
             weights = config.truth_weights
             total = total + sum(weights[name] * value for name, value in truth.items())
             values |= truth
-        if self.naming is not None:
-            clean = denoised_of(said.noisy, said.velocity.float(), made.sigma)
-            named = self.naming.losses(made, clean, draw)
-            total, values = total + self.naming.weighed(named), values | named
         if sound is not None:
             total, values["sound"] = total + sound, sound
         return total, {name: value.detach() for name, value in values.items()}
 
-    def _asked(
-        self, batch: Batch, context: Tensor, former: SpacetimeDiT | None = None
-    ) -> Said:
-        """What the transformer says of a batch, and what is right.
+    def _errors(
+        self, batch: Batch, context: Tensor, sprite_weight: float = 0.0,
+        former: SpacetimeDiT | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of the picture's velocity, and of the sound's where there is sound.
 
         What `former` says is the truth above `keep_above`, and of sound.
         """
         state, clean, heard = batch.state, batch.state.clean, batch.state.sound
-        noisy = picture = add_noise(clean, batch.noise, batch.sigma)
+        noisy, sound_error = add_noise(clean, batch.noise, batch.sigma), None
         wanted, wanted_sound = velocity_of(clean, batch.noise), None
         if heard is not None and batch.sound_noise is not None:
             noisy = state.together(noisy, add_noise(heard.clean, batch.sound_noise, batch.sigma))
@@ -305,19 +281,12 @@ class DiTTask:
                 with torch.no_grad():
                     said, wanted_sound = state.apart(says(former))
                 wanted = torch.where(keeps, said.float(), wanted)
-        return Said(picture, made, wanted, sound, wanted_sound)
-
-    def _errors(
-        self, batch: Batch, said: Said, sprite_weight: float = 0.0
-    ) -> tuple[Tensor, Tensor | None]:
-        """Of the picture's velocity, and of the sound's where there is sound."""
-        state, heard, sound_error = batch.state, batch.state.sound, None
-        if heard is not None and said.wanted_sound is not None and said.sound is not None:
-            sound_error = squared_error(said.sound, said.wanted_sound, heard.denoise_mask).mean()
+        if heard is not None and wanted_sound is not None and sound is not None:
+            sound_error = squared_error(sound, wanted_sound, heard.denoise_mask).mean()
         clear = (1 - batch.sigma).view(-1, 1, 1, 1, 1)
         weight = state.denoise_mask * (1 + sprite_weight * clear * batch.cover)
         weight = weight if self.channels is None else weight * self.channels
-        return squared_error(said.velocity, said.wanted, weight).mean(), sound_error
+        return squared_error(made, wanted, weight).mean(), sound_error
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Velocity error on clips kept aside, text alone, at fixed noise levels and noise.
@@ -340,7 +309,7 @@ class DiTTask:
             bf16 = self.config.run.dtype == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 context = encode_tokens(self.text, batch.ids, batch.mask)
-                error, sound_error = self._errors(batch, self._asked(batch, context))
+                error, sound_error = self._errors(batch, context)
             scores[f"velocity_{level}"] = float(error)
             heard += [] if sound_error is None else [float(sound_error)]
         scores["velocity_mean"] = sum(scores.values()) / len(scores)

@@ -171,34 +171,6 @@ def test_what_is_added_to_a_folder_is_recorded_there_and_nothing_else(
     assert open_model(str(out)).content_hash == first != open_model(str(tiny_model)).content_hash
 
 
-def test_an_expert_learns_from_a_namer(
-    run_file: Path, tiny_model: Path, tmp_path: Path, program: Program
-) -> None:
-    caches = yaml.safe_load(run_file.read_text())["caches"]
-    settings = {
-        "caches": caches, "model": {"dim": 8, "blocks": 1}, "validation_frames": 8,
-        "run": {"folder": str(tmp_path / "namer"), "device": "cpu", "validate_every": 3,
-                "phases": [{"steps": 3, "num_frames": 1, "batch_size": 8}]},
-    }
-    channels = load_vae(caches[0]["vae"], torch.device("cpu")).config.latent_channels
-    settings["model"]["latent_channels"] = channels
-    own = tmp_path / "namer.yaml"
-    own.write_text(yaml.safe_dump(settings))
-    naming = ("--set", f"naming.namer={tmp_path / 'namer' / 'namer'}",
-              "--set", f"run.folder={tmp_path / 'run'}", "--set", f"init={tiny_model}")
-    early = program("dit", "-c", str(run_file), *naming)
-    assert (early.returncode, "train/namer.py" in early.stderr) == (2, True), early.stderr
-    assert on_two_ranks("cache", "-c", str(run_file)).returncode == 0
-    taught = program("namer", "-c", str(own))
-    assert taught.returncode == 0, taught.stderr
-    assert 0 <= json.loads(taught.stdout)["right_0.2"] <= 1
-    trained = program("dit", "-c", str(run_file), *naming)
-    assert trained.returncode == 0, trained.stderr
-    curve = [json.loads(line) for line in
-             (tmp_path / "run" / "curve.jsonl").read_text().splitlines()]
-    assert all(line["named"] >= 0 and line["unlike"] >= 0 for line in curve if "loss" in line)
-
-
 def test_processes_that_torchrun_started_share_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

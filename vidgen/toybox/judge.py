@@ -96,7 +96,7 @@ def conv_block(dim: int, out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class Residual(nn.Module):
+class _Residual(nn.Module):
     """Two 3x3 convolutions around a shortcut (He et al. 2016, Fig. 2)."""
 
     def __init__(self, dim: int) -> None:
@@ -106,7 +106,6 @@ class Residual(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features like those given, [N, dim, h, w]."""
         return F.relu(x + self.norm(self.second(self.first(x))))
 
 
@@ -116,10 +115,10 @@ class FrameNet(nn.Module):
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         a, b, c = config.frame_dims
-        self.fine = nn.Sequential(*(Residual(a) for _ in range(config.fine_blocks)))
+        self.fine = nn.Sequential(*(_Residual(a) for _ in range(config.fine_blocks)))
         self.trunk = nn.Sequential(
-            nn.PixelUnshuffle(4), conv_block(48, a), conv_block(a, b, stride=2), Residual(b),
-            conv_block(b, c, stride=2), Residual(c),
+            nn.PixelUnshuffle(4), conv_block(48, a), conv_block(a, b, stride=2), _Residual(b),
+            conv_block(b, c, stride=2), _Residual(c),
         )  # fmt: skip
         self.cells = nn.Conv2d(c, len(config.sprites) + 1, 1)
         self.places = nn.Linear(c, len(config.places) + 1)
