@@ -110,6 +110,23 @@ def test_an_edited_clip_goes_on_from_what_it_shows(
         assert np.array_equal(clip.frames[: len(shown)], shown)
 
 
+@pytest.mark.parametrize(("options", "asked", "why"), [
+    (("-ss", "0.4", "-crf", "4"), {}, "has 12 of the 17 frames that its recipe tells of"),
+    ((), {"fps": 8}, "holds latents of another size or frame rate than is asked for"),
+])
+def test_latents_that_do_not_suit_are_told_of(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture, options: tuple[str, ...],
+    asked: dict[str, int], why: str,
+) -> None:
+    engine.generate("a cat", seed=1, steps=1, frames=17).save(tmp_path / "a.mp4")
+    path = tmp_path / "a.mp4"
+    if options:
+        path = edited(path, tmp_path / "b.mp4", *options)
+    with caplog.at_level(logging.WARNING):
+        engine.generate("a cat", seed=1, steps=1, prefix=path, seconds=3, **asked)
+    assert why in caplog.text
+
+
 def test_latents_that_reach_on_are_shown_without_another_window(
     engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -148,6 +148,7 @@ def test_what_cant_be_swept_is_refused_before_anything_is_made(sweep: Sweep) -> 
     twice = ("--over", "steps=1,2", "--over", "prompt:cat=cow", "--over")
     assert "--over steps is given 2 times" in sweep("a cat", *twice, "steps=3,4")[2]
     assert "--over prompt:cat is given 2 times" in sweep("a cat", *twice, "prompt:cat=dog")[2]
+    assert "names '1' twice" in sweep("a cat", "--over", "seed=1,2,1")[2]
     many = sweep("a cat", "--over", "seed=1..50", "--over", "steps=1,2,3", "-o", "s.png")
     assert "150 clips is too large" in many[2]
     assert list(Path().iterdir()) == []

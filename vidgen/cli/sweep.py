@@ -107,6 +107,9 @@ def read_axis(text: str) -> Axis:
     if not key or not listed or (word and key != "prompt"):
         raise ArgumentTypeError(f"{text!r} is no KEY=A,B,C, such as guidance=1,3,6, seed=1..4 or "
                                 "prompt:red=red,blue")
+    twice = next((value for value in values if values.count(value) > 1), None)
+    if twice is not None:
+        raise ArgumentTypeError(f"{text!r} names {twice!r} twice; give each value once")
     return Axis(key.replace("-", "_"), word or None, values)
 
 

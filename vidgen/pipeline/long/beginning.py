@@ -40,14 +40,24 @@ def read_beginning(engine: Engine, plan: Plan, request: Request, inputs: Inputs)
     assert inputs.ending is not None
     begun = tail_of(inputs.ending, engine.folder, plan)
     if begun is None:
-        why = (f"holds no latents of {engine.folder.name} to go on from"
-               if inputs.ending.is_as_told else "doesn't end as its recipe tells")
         log.warning("%s %s; its last frames are encoded, which costs some sharpness",
-                    request.prefix, why)
+                    request.prefix, _why_encoded(inputs.ending, engine.folder))
         begun = _encode_end(engine, plan, request, inputs)
     elif begun.frames_ahead:
         _check_ahead(begun, plan, request)
     return _at_rate_of(engine, plan, begun)
+
+
+def _why_encoded(ending: Ending, folder: ModelFolder) -> str:
+    """Why a clip doesn't go on from its recipe's latents."""
+    if not ending.is_as_told:
+        return "doesn't end as its recipe tells"
+    begun = read_tail(ending.recipe, folder)
+    if begun is None:
+        return f"holds no latents of {folder.name} to go on from"
+    if begun.num_frames != ending.num_frames:
+        return f"has {ending.num_frames} of the {begun.num_frames} frames that its recipe tells of"
+    return "holds latents of another size or frame rate than is asked for"
 
 
 def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
