@@ -177,7 +177,7 @@ def _conditions(
 def _given(folder: ModelFolder, plan: Plan, path: str) -> _Given:
     ending = read_ending(path)
     begun = tail_of(ending, folder, plan)
-    if begun is not None:
+    if not isinstance(begun, str):
         at_hand = begun.num_given
         return _Given(begun.num_frames, at_hand, begun.num_latents - at_hand, begun.frames_ahead)
     t, count = folder.components["vae"].config.strides.t, ending.frames_at(plan.fps)

@@ -39,25 +39,13 @@ def read_beginning(engine: Engine, plan: Plan, request: Request, inputs: Inputs)
     assert request.prefix is not None
     assert inputs.ending is not None
     begun = tail_of(inputs.ending, engine.folder, plan)
-    if begun is None:
+    if isinstance(begun, str):
         log.warning("%s %s; its last frames are encoded, which costs some sharpness",
-                    request.prefix, _why_encoded(inputs.ending, engine.folder))
+                    request.prefix, begun)
         begun = _encode_end(engine, plan, request, inputs)
     elif begun.frames_ahead:
         _check_ahead(begun, plan, request)
     return _at_rate_of(engine, plan, begun)
-
-
-def _why_encoded(ending: Ending, folder: ModelFolder) -> str:
-    """Why a clip doesn't go on from its recipe's latents."""
-    if not ending.is_as_told:
-        return "doesn't end as its recipe tells"
-    begun = read_tail(ending.recipe, folder)
-    if begun is None:
-        return f"holds no latents of {folder.name} to go on from"
-    if begun.num_frames != ending.num_frames:
-        return f"has {ending.num_frames} of the {begun.num_frames} frames that its recipe tells of"
-    return "holds latents of another size or frame rate than is asked for"
 
 
 def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
@@ -75,8 +63,8 @@ def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
                     "ones, and no prompt has a part in them", request.prefix, ahead)
 
 
-def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | None:
-    """The latents that a file's recipe keeps; None where they aren't how it ends, or fit no plan.
+def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | str:
+    """The latents that a file's recipe keeps, or why a clip doesn't go on from them.
 
     Args:
         ending: of the file.
@@ -86,14 +74,19 @@ def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | None
     Raises:
         InputError: they are damaged.
     """
-    is_still = ending.num_frames == 1  # which has no rate
-    if not (is_still or ending.fps == plan.fps) or not ending.is_as_told:
-        return None
+    if not ending.is_as_told:
+        return "doesn't end as its recipe tells"
     begun = read_tail(ending.recipe, folder)
-    if begun is None or begun.num_frames != ending.num_frames:
-        return None
+    if begun is None:
+        return f"holds no latents of {folder.name} to go on from"
+    if begun.num_frames != ending.num_frames:
+        return f"has {ending.num_frames} of the {begun.num_frames} frames that its recipe tells of"
+    is_still = ending.num_frames == 1  # which has no rate
     grid = plan.latents.channels, plan.latents.height, plan.latents.width
-    return begun if (begun.latents.shape[1], *begun.latents.shape[3:]) == grid else None
+    same_grid = (begun.latents.shape[1], *begun.latents.shape[3:]) == grid
+    if same_grid and (is_still or ending.fps == plan.fps):
+        return begun
+    return "holds latents of another size or frame rate than is asked for"
 
 
 def _at_rate_of(engine: Engine, plan: Plan, begun: Beginning) -> Beginning:
