@@ -6,11 +6,13 @@
                                       [--keep-students]
     python train/release.py sound     --run runs/sound --out vidgen/assets/toybox
     python train/release.py student   --run runs/student --out vidgen/assets/toybox
+    python train/release.py verifier  --run runs/verifier --out vidgen/assets/toybox
 
 `vae` and `sound` measure the latents' mean and deviation on fresh clips, unless encoder or decoder
 stayed as it was (`part`), or latents were kept near what they were (`loss.keep`). `dit` of a run
 whose `levels` end below 1 is the expert at low noise, which takes over there. Students of the old
-weights are removed, but for `--keep-students`: near the old weights they may serve on, score them.
+weights are removed, but for `--keep-students`: near the old weights they may serve on, score them;
+a verifier of other latents always is.
 Clips come with sound once its run had `sound`; `--mix` averages its weights with those of releases
 that it began with (Wortsman et al. 2022). Each call writes `model.json` anew.
 """
@@ -34,7 +36,9 @@ from vidgen.core.runtime import atomic_write, best_dtype, sha256_file
 from vidgen.models.audio import AudioVAE, AudioVAEConfig
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE
+from vidgen.models.verifier import VerifierConfig
 from vidgen.models.words import split_words
+from vidgen.pipeline.candidates import VERIFIER
 from vidgen.pipeline.long.tail import ANCHOR_TASK
 from vidgen.pipeline.tasks import SOUND as SOUND_TASK
 from vidgen.toybox.captions import caption
@@ -49,6 +53,7 @@ from vidgen.training.distil.delta import adapter_of
 from vidgen.training.embedded.dit_config import DiTData
 from vidgen.training.embedded.tokenizer import train_tokenizer
 from vidgen.training.embedded.toybox_data import CacheConfig, encoder_hash
+from vidgen.training.embedded.verifier_data import LABELS
 from vidgen.training.finetune.model import open_trainable
 from vidgen.training.program import exit_code
 from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_model_info
@@ -74,6 +79,8 @@ DEFAULTS = ModelDefaults(
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
 HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/experiments.md)
 INT8_FROM = 1 << 15  # numbers of a matrix; those that latents come and go through are smaller
+TEXT_INT8_FROM = 1 << 13  # the text encoder's are smaller; it is off by as much as by bf16
+CANDIDATES = 4  # docs/experiments.md, "a verifier"
 PARTS = ("vae/model.safetensors", "transformer/model.safetensors",
          "text_encoder/model.safetensors", "tokenizer/tokenizer.json")
 NUM_STATISTICS_CLIPS = 128
@@ -81,7 +88,10 @@ NUM_CAPTIONS = 60_000
 
 
 def release_vae(run: Path, out: Path) -> None:
-    """The VAE of a run."""
+    """The VAE of a run; a verifier of other latents goes."""
+    settings = _run_settings(run)
+    if settings["part"] == "all" and not settings["loss"].get("keep"):
+        shutil.rmtree(out / VERIFIER, ignore_errors=True)
     _release_autoencoder(run, out / "vae", CausalVAE, VAE_PRESETS, measure_latents)
 
 
@@ -167,7 +177,7 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_student
     if settings["part"] == "all":  # the expert at low noise reads another text
         shutil.rmtree(out / LOW, ignore_errors=True)
     save_module(made, dit, out / "transformer", torch.bfloat16, INT8_FROM)
-    save_module(words, text, out / "text_encoder", torch.bfloat16)
+    save_module(words, text, out / "text_encoder", torch.bfloat16, TEXT_INT8_FROM)
     if settings.get("loose_share"):
         add_words(out / "tokenizer" / "words.txt", loose_vocabulary())
         write_synonyms(out / "tokenizer" / "synonyms.json")
@@ -261,6 +271,13 @@ def release_student(run: Path, out: Path) -> None:
     write_student(adapter_of(factors), student, out, part)
 
 
+def release_verifier(run: Path, out: Path) -> None:
+    """The verifier of a run."""
+    known = build(VerifierConfig, _run_settings(run)["model"], str(run))
+    weights = load_averages(run, VERIFIER)
+    save_module(weights, replace(known, labels=LABELS), out / VERIFIER, torch.bfloat16, INT8_FROM)
+
+
 def read_mix(entries: Sequence[str]) -> dict[Path, float]:
     """Folders and shares of FOLDER=SHARE.
 
@@ -345,7 +362,7 @@ def _rounded(values: torch.Tensor) -> list[float]:
 def main() -> int:
     """Release one part, then describe the folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("vae", "tokenizer", "dit", "sound", "student"))
+    parser.add_argument("part", choices=("vae", "tokenizer", "dit", "sound", "student", VERIFIER))
     parser.add_argument("--run", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, required=True, help="model folder")
     parser.add_argument("--mix", action="append", default=[], metavar="FOLDER=SHARE",
@@ -369,6 +386,8 @@ def main() -> int:
             release_sound(options.run, options.out)
         elif options.part == "student":
             release_student(options.run, options.out)
+        elif options.part == VERIFIER:
+            release_verifier(options.run, options.out)
         else:
             release_tokenizer(options.out)
         if all((options.out / part).exists() for part in PARTS):
@@ -378,7 +397,8 @@ def main() -> int:
                 tasks=tasks_of(*told),
                 defaults=replace(DEFAULTS, history_noise=history_noise_of(*told),
                                  boundary=boundary_of(*told),
-                                 oversampling=oversampling_of(*told)),
+                                 oversampling=oversampling_of(*told),
+                                 candidates=CANDIDATES if (options.out / VERIFIER).is_dir() else 1),
                 world_version=WORLD_VERSION,
             )
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.live import Live
 from vidgen.models import audio_spectra
@@ -14,6 +15,7 @@ from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE
+from vidgen.models.verifier import Verifier, VerifierConfig
 from vidgen.ops import native
 from vidgen.pipeline.budget.workload import (
     decoder_layers,
@@ -23,6 +25,7 @@ from vidgen.pipeline.budget.workload import (
     transformer_bytes,
     transformer_ops,
     vae_bytes,
+    verifier_ops,
 )
 
 
@@ -94,6 +97,14 @@ def test_the_transformer_holds_what_is_predicted(ffn_dim):
         dit(latents, torch.tensor([500.0]), context)
     predicted = transformer_bytes(config, 9 * 256, 4, blocked=False)
     assert predicted == pytest.approx(live.peak, rel=0.25)
+
+
+def test_a_verifier_is_counted_as_torch_counts_it():
+    config = VerifierConfig((("cat",), ("car",)), latent_channels=16, dim=96)
+    with FlopCounterMode(display=False) as counter:
+        Verifier(config).eval().shown(torch.randn(1, 16, 5, 12, 16))
+    flops = sum(op.amount for op in verifier_ops(config, 5, 12 * 16) if op.kind == "conv")
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_sound_is_counted_as_torch_counts_it():

@@ -77,6 +77,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--oversampling", type=int, metavar="N",
         help="latent frames drawn for each one of the clip's, once it is settled how that moves; 1 "
              "is fastest")
+    add("--candidates", type=int, metavar="N",
+        help="most that are drawn of the clip until the model's verifier sees what PROMPT names")
     add("--last-image", metavar="IMAGE", help="the last frame")
     add("--frame", type=_frame, action="append", default=[], metavar="SECONDS=IMAGE",
         help="a known frame at any time; may be repeated")

@@ -52,7 +52,7 @@ _NEVER_LEFT_OUT = ("count", "retry", "strict", "label", "fit", "tiles", "cache")
 _WHOLE = {
     "seed": (0, 2**63 - 1), "frames": (1, 100_000), "steps": (1, 1000), "count": (1, 1000),
     "retry": (0, 100), "refine": (0, 1000), "encode_passes": (1, 100), "overlap": (1, 1000),
-    "oversampling": (1, 16), "devices": (1, MAX_DEVICES),
+    "oversampling": (1, 16), "candidates": (1, 64), "devices": (1, MAX_DEVICES),
     "audio_steps": (1, 1000), "audio_candidates": (1, 16), "image_guidance_reach": (0, 1000),
 }
 _NUMBER = {
@@ -147,6 +147,8 @@ class Request:
             latents lack of it by the VAE's own decoder is added to them by half.
         oversampling: latent frames that are drawn for each one of the clip's, once it is settled
             how that moves; 1 is fastest. For models that draw so (toybox).
+        candidates: most that are drawn of a clip, or of each window of a long one, until the
+            model's verifier sees what the prompt names; for models that have one (toybox).
         frame: (seconds, picture) pairs, known frames at any time.
         reference: pictures of subjects that are to appear.
         mask: picture or video, white where new content is wanted; needs `video` or `image`.
@@ -222,6 +224,7 @@ class Request:
     refine: int | None = None
     encode_passes: int | None = None
     oversampling: int | None = None
+    candidates: int | None = None
     last_image: Picture | None = None
     frame: tuple[tuple[float, Picture], ...] = ()
     reference: tuple[Picture, ...] = ()

@@ -20,9 +20,11 @@ from vidgen.diffusion.oversampling import Pace, finished_finer
 from vidgen.diffusion.sound import new_sound, sound_span
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.tokenizer import read_as
+from vidgen.pipeline.candidates import sample_best
 from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.rolling import RolledClip
+from vidgen.pipeline.networks import Contexts
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.sound.candidates import most_agreed
 from vidgen.pipeline.sound.own_sound import sound_plan
@@ -59,8 +61,18 @@ def generate_batch(
     if first_frames is not None:
         first = engine.encode_first(first_frames, plan.refine_steps, passes=plan.encode_passes)
         state = condition.first_frame(state, first)
-    latents = engine.sample(plan, state, text_contexts(engine, plan, prompts))
+    latents = _sampled(engine, plan, state, prompts, text_contexts(engine, plan, prompts))
     return pixels(engine, latents, plan.oversampling)
+
+
+def _sampled(
+    engine: Engine, plan: Plan, state: LatentState, prompts: Sequence[str], contexts: Contexts
+) -> Tensor:
+    """Latents [B, C, F, h, w] of the best candidate of each clip."""
+    def draw(state: LatentState, rows: Tensor, _candidate: int) -> Tensor:
+        return engine.sample(plan, state, [(text[rows], count[rows]) for text, count in contexts])
+
+    return sample_best(engine.parts, plan, state, _read(engine, prompts), draw)
 
 
 def _rolled(engine: Engine, plan: Plan) -> Tensor:
@@ -90,7 +102,7 @@ def generate_with_sound(
         raise InputError(f"{engine.folder.name} makes no sound for its pictures; score it with "
                          "another --suite")
     contexts, sound = text_contexts(engine, plan, prompts), sound_plan(plan, engine.folder.defaults)
-    picture = engine.sample(plan, fresh_state(engine, plan, seeds), contexts)
+    picture = _sampled(engine, plan, fresh_state(engine, plan, seeds), prompts, contexts)
     config = engine.folder.components["sound_vae"].config
     stride_t = engine.vae_config.strides.t
     first, end, start_s = sound_span(
@@ -145,12 +157,15 @@ def fresh_state(engine: Engine, plan: Plan, seeds: Sequence[int]) -> LatentState
     return new_state(noise.to(engine.device))
 
 
-def text_contexts(
-    engine: Engine, plan: Plan, prompts: Sequence[str]
-) -> list[tuple[Tensor, Tensor]]:
+def text_contexts(engine: Engine, plan: Plan, prompts: Sequence[str]) -> Contexts:
     """(context, lengths) of the prompts, read as people's are, and of the plan's negative."""
-    read = [read_as(prompt, engine.tokenizer.readings(prompt)) for prompt in prompts]
+    read = _read(engine, prompts)
     negative = read_as(plan.negative, dict(plan.readings))
     fullest = sound_plan(plan, engine.folder.defaults) if SOUND in engine.folder.tasks else plan
     texts = [read] if fullest.guidance.is_off else [read, [negative] * len(prompts)]
     return [engine.encode_texts(part) for part in texts]
+
+
+def _read(engine: Engine, prompts: Sequence[str]) -> list[str]:
+    """Prompts in words that the model knows."""
+    return [read_as(prompt, engine.tokenizer.readings(prompt)) for prompt in prompts]

@@ -5,19 +5,23 @@ Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from vidgen.models.tokenizer import read_as
+from vidgen.pipeline.candidates import Tried, keep_tried, kept_tried, sample_best
+from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.long.extend import LongClip, long_clip
 from vidgen.pipeline.sound.own_sound import followed_sound, own_sound, sound_plan
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vidgen.core.protocols import StepInfo
+    from vidgen.core.protocols import SamplerState, StepInfo
     from vidgen.core.request import Request
     from vidgen.diffusion.state import LatentState
     from vidgen.media.clip import Clip
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from vidgen.pipeline.preview import Glimpses
     from vidgen.pipeline.sound.soundtrack import Soundtrack
     from vidgen.pipeline.video import Engine, Report
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,25 +97,45 @@ class DenoisedClip:
 
     def _sampling(self, glimpses: Glimpses) -> Callable[[Plan, LatentState], Tensor]:
         """What samples one plan after the other: the windows of a long clip, or a whole clip."""
+        plan, kept, engine = self.plan, self.kept, self.engine
+        num_steps = len(sigmas_of(plan, self.request.scheduler)) - 1
+        prompt = read_as(plan.prompt, dict(plan.readings))
         num_windows = len(self._long.windows) if self._long else 1
-        numbers = count(self.kept.num_windows)
+        numbers, others = count(kept.num_windows), 0  # candidates that weren't good enough
 
         def sample(plan: Plan, state: LatentState) -> Tensor:
+            nonlocal others
             number = next(numbers)
 
-            def on_step(info: StepInfo) -> None:
-                self.kept.on_step(info)
-                seen = state.apart(info.denoised)[0]
-                apart = (seen.shape[2] - 1) // max(plan.latents.num_frames - 1, 1) or 1
-                shown = replace(info, denoised=seen[:, :, ::apart])
-                glimpses.on_step(shown, state.num_references)
-                done = number * info.num_steps + info.step
-                self.report("sample", done, num_windows * info.num_steps)
+            def draw(state: LatentState, _rows: Tensor, candidate: int) -> Tensor:
+                def on_step(info: StepInfo) -> None:
+                    kept.on_step(_counted_on(info, candidate))
+                    seen = state.apart(info.denoised)[0]
+                    apart = (seen.shape[2] - 1) // max(plan.latents.num_frames - 1, 1) or 1
+                    shown = replace(info, denoised=seen[:, :, ::apart])
+                    glimpses.on_step(shown, state.num_references)
+                    done, total = number + others, num_windows + others
+                    self.report("sample", done * num_steps + info.step, total * num_steps)
 
-            return self.engine.sample(
-                plan, state, self.contexts(), on_step, self.request.scheduler, self.loras,
-                self.kept.take_state(), remember=self.kept.keeps,
-            )
+                resume = _of_candidate(kept.take_state(), candidate, num_steps)
+                return engine.sample(
+                    plan, state, self.contexts(), on_step, self.request.scheduler, self.loras,
+                    resume, remember=kept.keeps,
+                )
+
+            def keep(tried: Tried) -> None:
+                nonlocal others
+                others += 1
+                keep_tried(kept, number, tried)
+
+            def doubt(names: str) -> None:
+                log.warning("none of %d candidates shows %s for certain, the surest is kept; give "
+                            "another seed, other words or more --candidates",
+                            plan.candidates, names)
+
+            tried = kept_tried(kept, number, engine.device)
+            others += tried.count if tried else 0
+            return sample_best(engine.parts, plan, state, [prompt], draw, tried, keep, doubt)
 
         return sample
 
@@ -130,3 +156,19 @@ class DenoisedClip:
         own.follow(latents, sample, self.kept)
         self.kept.keep_sound(*(made := own.decode()))
         return made
+
+
+def _counted_on(info: StepInfo, candidate: int) -> StepInfo:
+    """A step's news with its candidate's steps behind those of the candidates before."""
+    before = candidate * info.num_steps
+    state = replace(info.state, step=before + info.state.step)
+    return replace(info, num_steps=before + info.num_steps, state=state)
+
+
+def _of_candidate(
+    state: SamplerState | None, candidate: int, num_steps: int
+) -> SamplerState | None:
+    """A state so counted as its own candidate's sampler takes it; None where it is another's."""
+    if state is None or (state.step - 1) // num_steps != candidate:
+        return None
+    return replace(state, step=state.step - candidate * num_steps)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vidgen.models.lora import Adapter
     from vidgen.models.text import UMT5Encoder
     from vidgen.models.vae import CausalVAE
+    from vidgen.models.verifier import Verifier
     from vidgen.weights.component import ExpertRole, Role
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
@@ -100,6 +101,8 @@ class Parts:
     def use(self, role: Literal["image_encoder"]) -> AbstractContextManager[ImageEncoder]: ...
     @overload
     def use(self, role: Literal["sound_vae"]) -> AbstractContextManager[AudioVAE]: ...
+    @overload
+    def use(self, role: Literal["verifier"]) -> AbstractContextManager[Verifier]: ...
     @overload
     def use(self, role: Role) -> AbstractContextManager[nn.Module]: ...
 

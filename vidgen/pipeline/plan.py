@@ -56,6 +56,7 @@ class Plan:
         student: what denoises instead of the model itself, or None.
         oversampling: latent frames below the model's boundary for each one above it, of which
             every so-manyth frame is shown.
+        candidates: most that are drawn of the clip, or of each window, of which one is kept.
     """
 
     prompt: str
@@ -84,6 +85,7 @@ class Plan:
     sound_delay_s: float = 0.0
     student: StudentConfig | None = None
     oversampling: int = 1
+    candidates: int = 1
 
     @property
     def roll(self) -> RollConfig | None:

@@ -191,7 +191,7 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
         "size": (plan["width"], plan["height"]), "fps": plan["fps"], "steps": plan["num_steps"],
         "tiles": recorded_tiles(plan), "readings": recorded_readings(plan),
         "refine": plan.get("refine_steps", 0), "encode_passes": plan.get("encode_passes", 1),
-        "oversampling": plan.get("oversampling", 1),
+        "oversampling": plan.get("oversampling", 1), "candidates": plan.get("candidates", 1),
     } | _pinned_sound(plan)
     if plan.get("student") is None:
         options |= {

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import ModelError
 from vidgen.core.runtime import sha256_file
+from vidgen.models.conv_blocks import Residual, conv_block
 from vidgen.toybox.scenes import CAMERAS, MOTIONS, PLACES, SPRITES, WORLD_VERSION
 from vidgen.weights.folder import config_of, embedded_folder
 from vidgen.weights.load import load_module
@@ -90,35 +91,16 @@ class ClipLogits(NamedTuple):
     actors: Tensor
 
 
-def conv_block(dim: int, out: int, stride: int = 1) -> nn.Sequential:
-    """3x3 convolution, batch norm, ReLU."""
-    layers = nn.Conv2d(dim, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
-    return nn.Sequential(*layers)
-
-
-class _Residual(nn.Module):
-    """Two 3x3 convolutions around a shortcut (He et al. 2016, Fig. 2)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.first = conv_block(dim, dim)
-        self.second = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.norm(self.second(self.first(x))))
-
-
 class FrameNet(nn.Module):
     """Names the sprite in each cell and the place as a whole."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
         a, b, c = config.frame_dims
-        self.fine = nn.Sequential(*(_Residual(a) for _ in range(config.fine_blocks)))
+        self.fine = nn.Sequential(*(Residual(a) for _ in range(config.fine_blocks)))
         self.trunk = nn.Sequential(
-            nn.PixelUnshuffle(4), conv_block(48, a), conv_block(a, b, stride=2), _Residual(b),
-            conv_block(b, c, stride=2), _Residual(c),
+            nn.PixelUnshuffle(4), conv_block(48, a), conv_block(a, b, stride=2), Residual(b),
+            conv_block(b, c, stride=2), Residual(c),
         )  # fmt: skip
         self.cells = nn.Conv2d(c, len(config.sprites) + 1, 1)
         self.places = nn.Linear(c, len(config.places) + 1)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.media.mel import log_mel
+from vidgen.models.conv_blocks import conv_block
 from vidgen.toybox.ambience import LAYERS
 from vidgen.toybox.cues import SAMPLE_RATE
-from vidgen.toybox.judge import NOTHING, JudgeFiles, config_of_this_world, conv_block, ranked
+from vidgen.toybox.judge import NOTHING, JudgeFiles, config_of_this_world, ranked
 from vidgen.toybox.scenes import SPRITES, WORLD_VERSION
 from vidgen.weights.folder import embedded_folder
 from vidgen.weights.load import load_module

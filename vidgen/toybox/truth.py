@@ -7,7 +7,7 @@ centre of the first pixel is (0.5, 0.5).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -113,6 +113,24 @@ def ground_truth(
         events=events(scene, num_frames, height, width, fps),
         cues=cues_of(scene, tracks, view.clock),
     )
+
+
+def actor_centres(
+    scene: Scene, frames: Sequence[float], num_frames: int, height: int, width: int, fps: float
+) -> Array:
+    """Where the actors' middles are at some moments of a clip, in pixels, [A, n, 2] as (x, y).
+
+    Args:
+        scene: the scene.
+        frames: n of the clip's frames, or moments between two of them.
+        num_frames: of the clip.
+        height: of its frames.
+        width: likewise.
+        fps: its rate.
+    """
+    view = _View(scene, Clock(num_frames, fps), height, width)
+    camera, tracks = view.at(view.clock.progress(np.asarray(frames, dtype=np.float64)))
+    return np.stack([np.stack(view.to_pixels(camera, track), -1) for track in tracks])
 
 
 class _View:

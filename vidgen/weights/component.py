@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import Any, Generic, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.image import ImageConfig, ImageEncoder
 from vidgen.models.text import TextConfig, UMT5Encoder
 from vidgen.models.vae import CausalVAE, VAEConfig
+from vidgen.models.verifier import Verifier, VerifierConfig
 from vidgen.weights.keymap import (
     DIT_KEYS,
     TEXT_KEYS,
@@ -32,15 +33,17 @@ from vidgen.weights.view import Source, View
 
 ExpertRole = Literal["transformer", "transformer_2"]
 """Of the transformers: one alone, or two that share the noise levels."""
-Role = Literal[
-    "vae", "transformer", "transformer_2", "text_encoder", "image_encoder", "sound_vae"
-]
-Config = VAEConfig | DiTConfig | TextConfig | ImageConfig | AudioVAEConfig
+OwnRole = Literal["sound_vae", "verifier"]
+"""Of parts that no other program has: they lie as vidgen has them in every layout."""
+Role = Literal["vae", "transformer", "transformer_2", "text_encoder", "image_encoder", OwnRole]
+OWN_ROLES: tuple[OwnRole, ...] = get_args(OwnRole)
+Config = VAEConfig | DiTConfig | TextConfig | ImageConfig | AudioVAEConfig | VerifierConfig
 Config_co = TypeVar("Config_co", bound=Config, covariant=True)
 
 CLASSES: dict[Role, type[nn.Module]] = {
     "vae": CausalVAE, "transformer": SpacetimeDiT, "transformer_2": SpacetimeDiT,
     "text_encoder": UMT5Encoder, "image_encoder": ImageEncoder, "sound_vae": AudioVAE,
+    "verifier": Verifier,
 }
 _ANY_SIZE = 1 << 20
 """A number in a config that is no cause for doubt, however small the files."""
@@ -145,6 +148,8 @@ class Components(dict[Role, Component[Config]]):
     @overload
     def __getitem__(self, role: Literal["sound_vae"], /) -> Component[AudioVAEConfig]: ...
     @overload
+    def __getitem__(self, role: Literal["verifier"], /) -> Component[VerifierConfig]: ...
+    @overload
     def __getitem__(self, role: Role, /) -> Component[Config]: ...
 
     def __getitem__(self, role: Role, /) -> Component[Config]:
@@ -162,7 +167,7 @@ def table_of(role: Role, config: Config, keys: Sequence[str]) -> tuple[Names, ..
     """The names of a component's tensors in all spellings; `keys` are some of them."""
     if isinstance(config, VAEConfig):
         return vae_keys(config)
-    if isinstance(config, AudioVAEConfig):  # ours alone
+    if role in OWN_ROLES:
         return ()
     if role == "image_encoder":
         return image_keys(keys)

@@ -25,7 +25,7 @@ from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
-from vidgen.weights.component import Component, Config, table_of
+from vidgen.weights.component import OWN_ROLES, Component, Config, table_of
 from vidgen.weights.configs import dit_to_diffusers, dit_to_wan, vae_to_diffusers
 from vidgen.weights.folder import ForeignFolder, ModelFolder, write_model_info
 from vidgen.weights.keymap import Spelling, is_known, rename
@@ -39,7 +39,6 @@ from vidgen.weights.layouts import (
     VAE_FILES,
     WAN_TOKENIZER,
 )
-from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.student import STUDENTS
 from vidgen.weights.view import Source, fuse_clip
 from vidgen.weights.write import (
@@ -99,8 +98,8 @@ def convert(
         folder.mkdir()
         for role, component in source.components.items():
             component.require_complete()
-            if role == "sound_vae":  # which no other layout has: it stays as it is
-                shutil.copytree(source.path / SOUND_VAE, folder / SOUND_VAE)
+            if role in OWN_ROLES:  # which no other layout has: it stays as it is
+                shutil.copytree(source.path / role, folder / role)
                 continue
             placed, left = _sort(component, to)
             tensors = placed | _held(changed.get(role, {}), placed)
@@ -309,7 +308,7 @@ def _write_note(folder: Path, source: ModelFolder) -> None:
         "license": source.license, "tasks": list(source.tasks),
         "world_version": source.world_version, "defaults": asdict(source.defaults),
         "configs": {role: dump(part.config) for role, part in source.components.items()
-                    if role != "sound_vae"},
+                    if role not in OWN_ROLES},
     })  # fmt: skip
 
 

@@ -44,6 +44,8 @@ class ModelDefaults:
         image_guidance_reach: see `Guidance.reach`.
         refine_steps: gradient steps that bring a given first frame's latents nearer to it; None: of
             a model that takes them as its VAE encodes them.
+        candidates: most that are drawn of a clip, or of each window of a long one, until the
+            model's verifier is content.
         encode_passes: by which its VAE encodes what is given; see `encode_pixels`.
         sound_steps: of a model's own sound; None: as many as its picture takes.
         sound_candidates: sounds that a model makes for a clip, of which one is kept.
@@ -75,6 +77,7 @@ class ModelDefaults:
     image_guidance_scale: float | None = None
     image_guidance_reach: int = 0
     refine_steps: int | None = None
+    candidates: int = 1
     encode_passes: int = 1
     sound_steps: int | None = None
     sound_candidates: int = 1

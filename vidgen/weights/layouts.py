@@ -20,7 +20,16 @@ from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
-from vidgen.weights.component import Component, Components, Config, Role, assemble, table_of
+from vidgen.models.verifier import VerifierConfig
+from vidgen.weights.component import (
+    OWN_ROLES,
+    Component,
+    Components,
+    Config,
+    Role,
+    assemble,
+    table_of,
+)
 from vidgen.weights.configs import dit_from_diffusers, dit_from_wan, vae_from_diffusers
 from vidgen.weights.family import LICENSE, ModelDefaults, Variant, recognise
 from vidgen.weights.folder import (
@@ -34,7 +43,6 @@ from vidgen.weights.folder import (
 )
 from vidgen.weights.infer import infer_dit, infer_image, infer_text, infer_vae
 from vidgen.weights.keymap import DIT_KEYS, Names, Spelling, renamed
-from vidgen.weights.sound_vae import SOUND_VAE
 from vidgen.weights.store import TensorStore, find_files
 from vidgen.weights.student import STUDENTS, open_students
 from vidgen.weights.view import split_clip
@@ -54,6 +62,7 @@ REST = "rest"
 _CONFIG_TYPES: dict[Role, type[Any]] = {
     "vae": VAEConfig, "transformer": DiTConfig, "transformer_2": DiTConfig,
     "text_encoder": TextConfig, "image_encoder": ImageConfig, "sound_vae": AudioVAEConfig,
+    "verifier": VerifierConfig,
 }
 _SAMPLERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
 
@@ -166,7 +175,7 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | ForeignFolde
             known = dit_from_diffusers(read_config(folder)) if has_config else {}
             config = infer_dit(_shapes(store, DIT_KEYS, "diffusers"), **known)
         components[role] = assemble(role, config, [("diffusers", store), *_set_aside(path, role)])
-    components |= _sound_vae(path)
+    components |= _own_parts(path)
     _require(path, components)
     facts = _facts(note, path / NOTE) if note else _recognised(
         path, given, components, expand_timesteps=bool(index.get("expand_timesteps")),
@@ -218,7 +227,7 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
         keys = table_of("image_encoder", dit, ())
         config = _noted_config(note, "image_encoder") or infer_image(_shapes(store, keys, "wan"))
         add("image_encoder", config, store)
-    components |= _sound_vae(path)
+    components |= _own_parts(path)
     _require(path, components)
     tokenizer = _tokenizer(path / WAN_TOKENIZER)
     facts = _facts(note, path / NOTE) if note else _recognised(path, given, components)
@@ -230,13 +239,12 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
     )
 
 
-def _sound_vae(path: Path) -> dict[Role, Component[Config]]:
-    """The VAE for sound, which lies in a folder of its own as vidgen has it in every layout."""
-    folder = path / SOUND_VAE
-    if not (folder / "config.json").is_file():
-        return {}
-    config = config_of(AudioVAEConfig, folder)
-    return {"sound_vae": assemble("sound_vae", config, [("vidgen", _shards(folder))])}
+def _own_parts(path: Path) -> dict[Role, Component[Config]]:
+    """What lies in folders of its own as vidgen has it in every layout."""
+    return {
+        role: assemble(role, config_of(_CONFIG_TYPES[role], folder), [("vidgen", _shards(folder))])
+        for role in OWN_ROLES if ((folder := path / role) / "config.json").is_file()
+    }
 
 
 def _student_files(path: Path) -> list[Path]:
@@ -330,6 +338,12 @@ def _require(path: Path, components: Components) -> None:
     dit = components["transformer"].config
     if dit.image_dim is not None and "image_encoder" not in components:
         raise ModelError(f"{path} has no image_encoder, which its transformer needs; copy it again")
+    if "verifier" in components:
+        theirs = components["verifier"].config.latent_channels
+        ours = components["vae"].config.latent_channels
+        if theirs != ours:
+            raise ModelError(f"{path}: the verifier reads latents of {theirs} channels, the VAE "
+                             f"makes {ours}; the two must come from the same model")
 
 
 def _facts(info: Mapping[str, Any], where: Path) -> dict[str, Any]:

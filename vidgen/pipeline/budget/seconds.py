@@ -18,6 +18,7 @@ from vidgen.pipeline.budget.workload import (
     text_ops,
     transformer_ops,
     vae_ops,
+    verifier_ops,
 )
 from vidgen.pipeline.levels import sigmas_of, split_of
 from vidgen.pipeline.sound.own_sound import sound_plan
@@ -62,7 +63,7 @@ class Seconds:
         return seconds
 
     def denoise(self) -> float:
-        """To sample all windows."""
+        """To sample a candidate of each window, and to look at it where others may follow."""
         job = self.job
         image_tokens = 0 if job.image is None else job.image.num_tokens
         seconds = 0.0
@@ -71,6 +72,10 @@ class Seconds:
             above, below = self._num_passes(has_given=has_given)
             seconds += above * self._pass(frames, image_tokens)
             seconds += below * self._pass(drawn, image_tokens) if below else 0.0
+            if job.plan.candidates > 1:
+                seconds += job.rates.seconds(verifier_ops(
+                    job.folder.components["verifier"].config, drawn, job.rows * job.columns
+                ))
         return seconds
 
     def sound(self) -> float:

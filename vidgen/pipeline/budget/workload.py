@@ -21,6 +21,7 @@ from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig, by_decoder
 from vidgen.models.vae_tiles import AT_ONCE, tile_areas
+from vidgen.models.verifier import VerifierConfig
 from vidgen.ops.attention import _BLOCK, _MAX_SCORES
 
 Kind = Literal[
@@ -192,6 +193,17 @@ def image_ops(config: ImageConfig) -> list[Op]:
     tokens, width = config.num_tokens, config.hidden_dim
     block = block_ops(width, width // config.num_heads, config.ffn_dim, tokens, tokens, 0)
     return [Op(op.kind, op.size, op.amount * config.num_layers) for op in block]
+
+
+def verifier_ops(config: VerifierConfig, frames: int, pixels: int) -> list[Op]:
+    """So many latent frames of so many latents through a verifier."""
+    layers, D = 2 * config.num_blocks, config.dim
+    flops = 2 * 9 * D * (layers * D + config.latent_channels) * pixels * frames
+    return [
+        Op("conv", D, flops),
+        Op("layer", 1, 1 + layers),
+        Op("pixels", D * pixels, (1 + layers) * D * pixels * frames),
+    ]
 
 
 class Layer(NamedTuple):

@@ -4,6 +4,7 @@
         job.json             the recipe: model, plan, inputs, machine, threads, back ends
         state.safetensors    the sampler between two steps, or its finished latents
         windows/00000 ...    latents of the finished windows of a long clip
+        tried.safetensors    the best candidate of a clip or window so far
         made.safetensors     what another family's pipeline gave: its decodings, or its frames
         heard.safetensors    the sound's latents of the windows that have theirs
         sound.safetensors    what the model, or a text-to-audio model, made for the clip
@@ -40,6 +41,7 @@ FORMAT_VERSION = 3
 SUFFIX = ".vidgen-job"
 JOB, STATE, LOCK = "job.json", "state.safetensors", "lock"
 MADE, SOUND, HEARD = "made.safetensors", "sound.safetensors", "heard.safetensors"
+TRIED = "tried.safetensors"
 WINDOWS, SEGMENTS = "windows", "segments"
 # What decides a clip's bits; `offload` doesn't, so a job that ran out of memory may go on with it.
 _DECISIVE = (

@@ -34,6 +34,7 @@ from vidgen.pipeline.journal.job import (
     MADE,
     SOUND,
     STATE,
+    TRIED,
     begin_job,
     counted_paths,
     differences,
@@ -283,7 +284,7 @@ class Journal:
     @property
     def _has_result(self) -> bool:
         """Whether something of the clip itself is kept."""
-        return any((self.folder / name).is_file() for name in (STATE, MADE))
+        return any((self.folder / name).is_file() for name in (STATE, TRIED, MADE))
 
     def _take_up(self, recipe: dict[str, Any], device: torch.device | str) -> None:
         resumes = self.resume and self.unfinished

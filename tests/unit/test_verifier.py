@@ -1,0 +1,74 @@
+"""A verifier's reading of prompts, and what it makes of what it sees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vidgen.models.verifier import Verifier, VerifierConfig, score
+from vidgen.toybox.captions import caption, nouns
+from vidgen.toybox.scenes import SEED_RANGES, SPRITE_NAMES, SceneMix, sample_scenes
+
+CONFIG = VerifierConfig(
+    (("cat", "kitty"), ("ball", "soccer ball"), ("ice cream", "ice cream cone"), ("cone",)),
+    latent_channels=3, dim=8, num_blocks=1,
+)
+
+
+@pytest.mark.parametrize(("prompt", "labels"), [
+    ("A cat chases a soccer ball", {0, 1}),
+    ("KITTY! On the catwalk.", {0}),
+    ("an ice cream cone rises", {2}),
+    ("an ice cream beside a cone", {2, 3}),
+    ("a cat bounces like a ball, over a cone", {0, 3}),
+    ("a cat hops as if it were a ball; without a cone", {0}),
+    ("a dog in the snow", set()),
+    ("", set()),
+])
+def test_a_prompt_names_what_it_says_is_there(prompt: str, labels: set[int]) -> None:
+    assert CONFIG.labels_in(prompt) == labels
+
+
+def test_all_captions_of_the_world_name_their_sprites() -> None:
+    known = VerifierConfig(tuple(map(nouns, SPRITE_NAMES)))
+    first = SEED_RANGES["train"][0]
+    for scene in sample_scenes(first, 300, SceneMix(two_actors=0.5)):
+        shown = {SPRITE_NAMES.index(actor.sprite) for actor in scene.actors}
+        for seed in range(3):
+            assert known.labels_in(caption(scene, seed)) == shown
+
+
+def test_no_label_is_found_without_any() -> None:
+    assert VerifierConfig().labels_in("a cat") == frozenset()
+
+
+def test_what_latents_show_is_counted_and_what_they_show_together_is_scored() -> None:
+    verifier = Verifier(CONFIG).eval()
+
+    def logits(frames: torch.Tensor) -> torch.Tensor:
+        """Latents whose first channel says what they show, -1 nothing."""
+        names = frames[:, 0].long() % 5
+        return 50 * torch.nn.functional.one_hot(names, 5).permute(0, 3, 1, 2).float()
+
+    verifier.forward = logits  # type: ignore[method-assign]
+    latents = torch.full((2, 3, 4, 6, 6), 4.0)
+    latents[0, :, :, :2, :2] = 0.0  # four latents of a cat, in all frames
+    latents[0, :, :3, 4:, 4:] = 1.0  # and of a ball, in three of four
+    shown = verifier.shown(latents)
+    assert shown.shape == (2, 4, 4)
+    sure = 1 - torch.exp(torch.tensor(-2.0))
+    assert torch.allclose(shown[0, :, 0], sure.expand(4), atol=1e-4)
+    assert shown[0, :, 1].tolist() == pytest.approx([float(sure)] * 3 + [0], abs=1e-4)
+    assert float(shown[1].abs().max()) < 1e-4
+    assert score(shown[0], {0}) == pytest.approx(float(sure), abs=1e-4)
+    assert score(shown[0], {0, 1}) == pytest.approx(0.75 * float(sure), abs=1e-4)
+    assert score(shown[0], {0, 1, 2}) == pytest.approx(0, abs=1e-4)
+
+
+def test_a_verifier_looks_at_each_frame_by_itself() -> None:
+    torch.manual_seed(0)
+    verifier = Verifier(CONFIG).eval()
+    latents = torch.randn(2, 3, 5, 6, 6)
+    whole = verifier.shown(latents)
+    assert torch.allclose(whole[1:, 2:3], verifier.shown(latents[1:, :, 2:3]), atol=1e-6)
+    assert verifier(latents[0].transpose(0, 1)).shape == (5, 5, 6, 6)

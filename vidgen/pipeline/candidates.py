@@ -1,0 +1,175 @@
+"""Candidates of a clip: drawn from other noise until the model's verifier sees what was asked for.
+
+Most clips show it at once, and are the first candidate. The verifier looks at latents, before
+anything is decoded; where none satisfies it, the one that does so best is kept. Of a long clip each
+window is a clip of its own here, which has to show what the last frames before it showed.
+
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.diffusion.noise import shuffled
+from vidgen.models.verifier import score
+from vidgen.pipeline.journal.job import TRIED
+from vidgen.pipeline.journal.state import as_array
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.diffusion.state import LatentState
+    from vidgen.models.verifier import Verifier
+    from vidgen.pipeline.journal.journal import Journal
+    from vidgen.pipeline.parts import Parts
+    from vidgen.pipeline.plan import Plan
+    from vidgen.weights.folder import ModelFolder
+
+VERIFIER: Literal["verifier"] = "verifier"
+CANDIDATE_NOISE = -2
+"""A step that no sampler takes, by which `shuffled` draws the noise of the second candidate; that
+of the third is one less, and so on."""
+
+Sample = Callable[["LatentState", Tensor, int], Tensor]
+"""Samples a state of some clips, whose numbers [n] it is told, and that of this candidate."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The best candidate of a clip so far.
+
+    Attributes:
+        count: how many there were.
+        score: how surely it shows what was asked for.
+        latents: [1, C, F, h, w], with sound packed as a sampler has it.
+    """
+
+    count: int
+    score: float
+    latents: Tensor
+
+
+def with_candidates(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
+    """The plan with as many candidates as the request, or the model, allows a clip.
+
+    Raises:
+        InputError: more than one of a clip that can have no other, or without a verifier.
+    """
+    why = None
+    if VERIFIER not in folder.components:
+        why = f"{folder.name} has no verifier that chooses among them"
+    elif plan.roll is not None:
+        why = "a clip that is rolled out is written while it is made"
+    elif plan.strength < 1:
+        why = "what a clip that begins from another one shows is that one's"
+    if why is None:
+        return replace(plan, candidates=request.candidates or folder.defaults.candidates)
+    if request.candidates not in (None, 1):
+        raise InputError(f"candidates is {request.candidates}, but {why}; leave it out")
+    return plan
+
+
+def anew(state: LatentState, number: int) -> LatentState:
+    """A state's clips as their candidate of a number begins: the same under other noise."""
+    if not number:
+        return state
+    assert state.noise is None, "a clip that begins from another one has no other candidate"
+    return replace(state, latents=shuffled(state.latents, CANDIDATE_NOISE + 1 - number))
+
+
+@torch.no_grad()
+def wanted(
+    verifier: Verifier, state: LatentState, prompts: Sequence[str]
+) -> list[frozenset[int]]:
+    """What each of a state's clips is to show; nothing where that can't be told.
+
+    That is what its prompt names. Of a clip whose first frames are known, a picture or the window
+    before, it is what these show of it, or all that they show where the prompt names nothing.
+    """
+    named = [verifier.config.labels_in(prompt) for prompt in prompts]
+    known = _known(state)
+    if known is None:
+        return named
+    seen = verifier.shown(known)[:, -1] >= verifier.config.enough  # [B, K]
+    there = [frozenset(row.nonzero()[:, 0].tolist()) for row in seen]
+    return [shown & asked if asked else shown for asked, shown in zip(named, there, strict=True)]
+
+
+def _known(state: LatentState) -> Tensor | None:
+    """The whole frames that a state's clips begin with, [B, C, n, h, w], or None."""
+    if state.known_finer is not None:
+        return state.known_finer.latents
+    known = ~state.denoise_mask.flatten(3).any(3)[0, 0, state.num_references :]  # of all alike
+    count = int(known.long().cumprod(0).sum())
+    return state.clean[:, :, state.num_references :][:, :, :count] if count else None
+
+
+def sample_best(
+    parts: Parts,
+    plan: Plan,
+    state: LatentState,
+    prompts: Sequence[str],
+    sample: Sample,
+    tried: Tried | None = None,
+    keep: Callable[[Tried], None] | None = None,
+    doubt: Callable[[str], None] | None = None,
+) -> Tensor:
+    """Draw candidates until each clip has one that shows what was asked for.
+
+    Args:
+        parts: the networks.
+        plan: of the clips.
+        state: where their first candidates begin.
+        prompts: B of them, as the model reads them.
+        sample: denoises.
+        tried: of the one clip those that an earlier run has drawn.
+        keep: told of the one clip's candidates when more are to be drawn.
+        doubt: told what of a clip no candidate shows for certain.
+
+    Returns:
+        What `sample` made for each clip: latents [B, C, F, h, w], with sound packed.
+    """
+    every = torch.arange(len(prompts), device=state.latents.device)
+    if plan.candidates == 1:
+        return sample(state, every, 0)
+    with parts.use(VERIFIER) as verifier:
+        labels, enough = wanted(verifier, state, prompts), verifier.config.enough
+        best = {0: (tried.score, tried.latents[0])} if tried else {}
+        unsure, count = list(range(len(prompts))), tried.count if tried else 0
+        while unsure and count < plan.candidates:
+            begun = anew(state.rows(every[unsure]), count)
+            made = sample(begun, every[unsure], count)
+            count += 1
+            shown = verifier.shown(begun.apart(made)[0])
+            for row, latents, seen in zip(unsure, made, shown, strict=True):
+                sure = score(seen, labels[row]) if labels[row] else enough
+                if row not in best or sure > best[row][0]:
+                    best[row] = sure, latents
+            unsure = [row for row in unsure if best[row][0] < enough]
+            if keep is not None and unsure and count < plan.candidates:
+                keep(Tried(count, best[0][0], best[0][1][None]))
+        if doubt is not None:
+            for row in unsure:
+                doubt(verifier.config.names(labels[row]))
+    return torch.stack([best[row][1] for row in range(len(prompts))])
+
+
+def keep_tried(journal: Journal, window: int, tried: Tried) -> None:
+    """Have a journal keep the best candidate so far of a clip's window."""
+    facts = {"window": window, "count": tried.count, "score": tried.score}
+    journal.keep_arrays(TRIED, {"latents": as_array(tried.latents)}, facts)
+
+
+def kept_tried(journal: Journal, window: int, device: torch.device) -> Tried | None:
+    """What a journal kept so of this window, or None."""
+    arrays, facts = journal.kept_arrays(TRIED, "latents") or ({}, {})
+    if facts.get("window") != window:
+        return None
+    latents = torch.from_numpy(arrays["latents"]).to(device)
+    return Tried(facts["count"], facts["score"], latents)
