@@ -62,11 +62,17 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-@lru_cache
-def run_type(program: str, *, teaches: bool) -> type:
+def run_type(program: str, settings: dict[str, object]) -> type:
     """What train/PROGRAM.py reads its YAML as; what makes data reads the YAML of what learns."""
     if program in ("cache", "trajectories"):
-        program = "distil" if teaches else "dit"
+        learns = {"teacher": "distil", "tokenizer": "dit"}
+        program = next((learns[key] for key in learns if key in settings), "verifier")
+    return read_by(program)
+
+
+@lru_cache
+def read_by(program: str) -> type:
+    """The dataclass of a program's YAML."""
     module = load_program(f"train/{program}.py")
     kinds = [
         kind for kind in vars(module).values()
@@ -160,7 +166,7 @@ def check_program(words):
         path = ROOT / words[words.index("-c") + 1]
         overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
         settings = load_run(path, overrides)
-        program = run_type(Path(words[0]).stem, teaches="teacher" in settings)
+        program = run_type(Path(words[0]).stem, settings)
         build(program, settings, str(path))
 
 
@@ -252,7 +258,7 @@ def test_a_run_file_says_what_it_is_and_builds(config):
     for program, path in programs:
         assert path == name(config)
         settings = load_run(config)
-        build(run_type(program, teaches="teacher" in settings), settings, name(config))
+        build(run_type(program, settings), settings, name(config))
     for path in runs:
         assert path == name(config)
         check_finetuning({"config": path, "set": []})
