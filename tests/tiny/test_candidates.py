@@ -26,6 +26,7 @@ from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.job import TRIED, job_folder
 from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.video import Engine, Progress, load
 from vidgen.weights.convert import convert
@@ -246,6 +247,8 @@ def test_a_model_may_draw_some_by_itself(engine: Engine, tmp_path: Path) -> None
         engine.folder = before
     assert clip.recipe["plan"]["candidates"] == 3
     assert torch.equal(again.latents, clip.latents)
+    assert own_options(one.recipe)["candidates"] == 1
+    assert "candidates" not in own_options(clip.recipe)
     old = one.recipe
     del old["plan"]["candidates"]  # as recipes were before there were any
     assert request_from_recipe(old, tmp_path).candidates == 1

@@ -87,6 +87,7 @@ class Benchmark:
     guidance: float | None = None
     shift: float | None = None
     sampler: str | None = None
+    candidates: int | None = None
     frames: int | None = None
     size: str | None = None
     dtype: str | None = None

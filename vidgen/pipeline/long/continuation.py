@@ -82,7 +82,7 @@ def _own_options(recipe: Mapping[str, Any], model: str | None, audio: Any) -> di
         "image_guidance": guidance.get("known_scale"),
         "image_guidance_reach": guidance.get("reach", 0),
         "cache": asked.get("cache"), "readings": asked.get("readings"),
-        "oversampling": asked.get("oversampling"),
+        "oversampling": asked.get("oversampling"), "candidates": asked.get("candidates"),
         "lora": [
             f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
             for lora in recipe.get("loras", ())
