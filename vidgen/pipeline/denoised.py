@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from vidgen.models.tokenizer import read_as
@@ -87,57 +86,14 @@ class DenoisedClip:
         plan, request, long, followed = self.plan, self.request, self._long, None
         if request.follow_audio and self.track.bed is not None:
             followed = followed_sound(self.engine.parts, plan, self.track.bed)
-        sample = self._sampling(glimpses)
+        num_windows = len(long.windows) if long else 1
+        sample = _Sampling(self, glimpses, num_windows, self.kept.num_windows)
         if long:
             return long.sample(sample, self.kept.done, self.kept.keep_window, followed)
         state = self.engine.prepare(plan, request, self.inputs)
         if followed:
             state = followed.beside(state, 0, plan.latents.num_frames)
         return state.apart(sample(plan, state))[0]
-
-    def _sampling(self, glimpses: Glimpses) -> Callable[[Plan, LatentState], Tensor]:
-        """What samples one plan after the other: the windows of a long clip, or a whole clip."""
-        plan, kept, engine = self.plan, self.kept, self.engine
-        num_steps = len(sigmas_of(plan, self.request.scheduler)) - 1
-        prompt = read_as(plan.prompt, dict(plan.readings))
-        num_windows = len(self._long.windows) if self._long else 1
-        numbers, others = count(kept.num_windows), 0  # candidates that weren't good enough
-
-        def sample(plan: Plan, state: LatentState) -> Tensor:
-            nonlocal others
-            number = next(numbers)
-
-            def draw(state: LatentState, _rows: Tensor, candidate: int) -> Tensor:
-                def on_step(info: StepInfo) -> None:
-                    kept.on_step(_counted_on(info, candidate))
-                    seen = state.apart(info.denoised)[0]
-                    apart = (seen.shape[2] - 1) // max(plan.latents.num_frames - 1, 1) or 1
-                    shown = replace(info, denoised=seen[:, :, ::apart])
-                    glimpses.on_step(shown, state.num_references)
-                    done, total = number + others, num_windows + others
-                    self.report("sample", done * num_steps + info.step, total * num_steps)
-
-                resume = _of_candidate(kept.take_state(), candidate, num_steps)
-                return engine.sample(
-                    plan, state, self.contexts(), on_step, self.request.scheduler, self.loras,
-                    resume, remember=kept.keeps,
-                )
-
-            def keep(tried: Tried) -> None:
-                nonlocal others
-                others += 1
-                keep_tried(kept, number, tried)
-
-            def doubt(names: str) -> None:
-                log.warning("none of %d candidates shows %s for certain, the surest is kept; give "
-                            "another seed, other words or more --candidates",
-                            plan.candidates, names)
-
-            tried = kept_tried(kept, number, engine.device)
-            others += tried.count if tried else 0
-            return sample_best(engine.parts, plan, state, [prompt], draw, tried, keep, doubt)
-
-        return sample
 
     def _sound(self, latents: Tensor) -> tuple[Samples, int]:
         """What the model makes to be heard with finished latents: samples [N, c] and their rate."""
@@ -156,6 +112,65 @@ class DenoisedClip:
         own.follow(latents, sample, self.kept)
         self.kept.keep_sound(*(made := own.decode()))
         return made
+
+
+@dataclass
+class _Sampling:
+    """Samples one plan after the other: the windows of a long clip, or a whole clip.
+
+    Attributes:
+        clip: that they are of.
+        glimpses: shown its steps.
+        num_windows: how many there are.
+        number: of the window at work, from 0.
+        others: candidates so far that weren't good enough.
+    """
+
+    clip: DenoisedClip
+    glimpses: Glimpses
+    num_windows: int
+    number: int
+    others: int = 0
+
+    def __call__(self, plan: Plan, state: LatentState) -> Tensor:
+        """The best candidate of the next window, as samplers give it."""
+        clip = self.clip
+        tried = kept_tried(clip.kept, self.number, clip.engine.device)
+        self.others += tried.count if tried else 0
+        prompt = read_as(plan.prompt, dict(plan.readings))
+        made = sample_best(
+            clip.engine.parts, plan, state, [prompt], partial(self._candidate, plan), tried,
+            self._keep, self._doubt,
+        )
+        self.number += 1
+        return made
+
+    def _candidate(self, plan: Plan, state: LatentState, _rows: Tensor, candidate: int) -> Tensor:
+        clip, request, kept = self.clip, self.clip.request, self.clip.kept
+        num_steps = len(sigmas_of(plan, request.scheduler)) - 1
+
+        def on_step(info: StepInfo) -> None:
+            kept.on_step(_counted_on(info, candidate))
+            seen = state.apart(info.denoised)[0]
+            apart = (seen.shape[2] - 1) // max(plan.latents.num_frames - 1, 1) or 1
+            shown = replace(info, denoised=seen[:, :, ::apart])
+            self.glimpses.on_step(shown, state.num_references)
+            done, total = self.number + self.others, self.num_windows + self.others
+            clip.report("sample", done * num_steps + info.step, total * num_steps)
+
+        resume = _of_candidate(kept.take_state(), candidate, num_steps)
+        return clip.engine.sample(
+            plan, state, clip.contexts(), on_step, request.scheduler, clip.loras, resume,
+            remember=kept.keeps,
+        )
+
+    def _keep(self, tried: Tried) -> None:
+        self.others += 1
+        keep_tried(self.clip.kept, self.number, tried)
+
+    def _doubt(self, names: str) -> None:
+        log.warning("none of %d candidates shows %s for certain, the surest is kept; give another "
+                    "seed, other words or more --candidates", self.clip.plan.candidates, names)
 
 
 def _counted_on(info: StepInfo, candidate: int) -> StepInfo:
