@@ -266,9 +266,16 @@ def test_a_verifier_stays_as_it_is_in_every_layout(folder: Path, tmp_path: Path)
     assert torch.equal(one.eval().shown(latents), other.eval().shown(latents))
 
 
-def test_a_verifier_of_other_latents_is_told_of(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("changed", "told"), [
+    ({"dim": 9}, "doesn't fit its config.json"),
+    ({"labels": [["cat"], []]}, "describes no network: label 1 has no name"),
+    ({"latent_channels": 5}, "the verifier reads latents of 5 channels, the VAE makes 4"),
+])
+def test_a_verifier_of_another_model_is_told_of(
+    folder: Path, tmp_path: Path, changed: dict[str, Any], told: str
+) -> None:
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     config = json.loads((other / VERIFIER / "config.json").read_text())
-    (other / VERIFIER / "config.json").write_text(json.dumps(config | {"dim": 9}))
-    with pytest.raises(ModelError, match=r"verifier|stem"):
+    (other / VERIFIER / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(ModelError, match=told):
         load(str(other), device="cpu", dtype="fp32")

@@ -40,6 +40,9 @@ class VerifierConfig:
         dim: width.
         num_blocks: of two convolutions; an answer depends on 2 * num_blocks + 1 latents each way.
         enough: the score from which a clip shows what was asked for.
+
+    Raises:
+        ValueError: a label without a name.
     """
 
     labels: tuple[tuple[str, ...], ...] = ()
@@ -47,6 +50,10 @@ class VerifierConfig:
     dim: int = 96
     num_blocks: int = 4
     enough: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not all(self.labels):
+            raise ValueError(f"label {self.labels.index(())} has no name")
 
     @cached_property
     def _by_words(self) -> dict[tuple[str, ...], int]:

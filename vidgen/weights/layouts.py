@@ -137,6 +137,7 @@ def _open_vidgen(path: Path) -> ModelFolder:
             config = config_of(_CONFIG_TYPES[role], folder)
         store = _shards(folder)
         components[role] = assemble(role, config, [("vidgen", store), *_set_aside(path, role)])
+    _check_verifier(path, components)
     try:
         return ModelFolder(
             path=path, files=info["files"], layout="vidgen", components=components,
@@ -338,7 +339,12 @@ def _require(path: Path, components: Components) -> None:
     dit = components["transformer"].config
     if dit.image_dim is not None and "image_encoder" not in components:
         raise ModelError(f"{path} has no image_encoder, which its transformer needs; copy it again")
-    if "verifier" in components:
+    _check_verifier(path, components)
+
+
+def _check_verifier(path: Path, components: Components) -> None:
+    """Refuse a verifier of other latents."""
+    if "verifier" in components and "vae" in components:
         theirs = components["verifier"].config.latent_channels
         ours = components["vae"].config.latent_channels
         if theirs != ours:
