@@ -14,7 +14,7 @@ from vidgen.models.text import UMT5Encoder
 from vidgen.models.vae import CausalVAE
 from vidgen.models.verifier import Verifier, VerifierConfig
 from vidgen.training.embedded.tokenizer import train_tokenizer
-from vidgen.weights.folder import ModelDefaults, open_model, write_model_info
+from vidgen.weights.folder import ModelDefaults, open_model, record_files, write_model_info
 from vidgen.weights.load import save_module
 
 CAPTIONS = ("a red car bounces across the desert at night", "a cat moves left over the meadow")
@@ -64,15 +64,11 @@ def add_low_expert(folder: Path, boundary: float = 0.8, oversampling: int = 1) -
 
 def add_verifier(folder: Path) -> Path:
     """Give a tiny model a verifier, which knows cats and cars, or says so."""
-    told = open_model(str(folder))
     torch.manual_seed(2)
-    channels = told.components["vae"].config.latent_channels
+    channels = VAE_PRESETS["tiny"].latent_channels
     verifier = Verifier(VerifierConfig((("cat",), ("car",)), channels, dim=8, num_blocks=1))
     save_module(verifier.state_dict(), verifier.config, folder / "verifier", torch.float32, 256)
-    write_model_info(
-        folder, name=told.name, family=told.family, license_name=told.license, tasks=told.tasks,
-        defaults=told.defaults, world_version=told.world_version,
-    )
+    record_files(folder, ("verifier/config.json", "verifier/model.safetensors"))
     return folder
 
 

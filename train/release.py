@@ -89,8 +89,7 @@ NUM_CAPTIONS = 60_000
 
 def release_vae(run: Path, out: Path) -> None:
     """The VAE of a run; a verifier of other latents goes."""
-    settings = _run_settings(run)
-    if settings["part"] == "all" and not settings["loss"].get("keep"):
+    if _moves_latents(_run_settings(run)):
         shutil.rmtree(out / VERIFIER, ignore_errors=True)
     _release_autoencoder(run, out / "vae", CausalVAE, VAE_PRESETS, measure_latents)
 
@@ -113,10 +112,15 @@ def _release_autoencoder(
         config = replace(config, encoder_dim=settings["encoder_dim"])
     vae = network(config)
     vae.load_state_dict(load_averages(run, "vae"))
-    if settings["part"] == "all" and not settings["loss"].get("keep"):
+    if _moves_latents(settings):
         mean, std = measure(vae)
         config = replace(config, latents_mean=tuple(mean), latents_std=tuple(std))
     save_module(vae.state_dict(), config, folder, torch.bfloat16)
+
+
+def _moves_latents(settings: Mapping[str, Any]) -> bool:
+    """Whether a VAE's run left nothing that keeps latents where they were."""
+    return settings["part"] == "all" and not settings["loss"].get("keep")
 
 
 @torch.no_grad()

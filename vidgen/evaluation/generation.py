@@ -61,22 +61,24 @@ def generate_batch(
     if first_frames is not None:
         first = engine.encode_first(first_frames, plan.refine_steps, passes=plan.encode_passes)
         state = condition.first_frame(state, first)
-    latents = _sampled(engine, plan, state, prompts, text_contexts(engine, plan, prompts))
+    read = read_prompts(engine, prompts)
+    latents = _sampled(engine, plan, state, read, text_contexts(engine, plan, read))
     return pixels(engine, latents, plan.oversampling)
 
 
 def _sampled(
-    engine: Engine, plan: Plan, state: LatentState, prompts: Sequence[str], contexts: Contexts
+    engine: Engine, plan: Plan, state: LatentState, read: Sequence[str], contexts: Contexts
 ) -> Tensor:
     """Latents [B, C, F, h, w] of the best candidate of each clip."""
     def draw(state: LatentState, rows: Tensor, _candidate: int) -> Tensor:
         return engine.sample(plan, state, [(text[rows], count[rows]) for text, count in contexts])
 
-    return sample_best(engine.parts, plan, state, _read(engine, prompts), draw)
+    return sample_best(engine.parts, plan, state, read, draw)
 
 
 def _rolled(engine: Engine, plan: Plan) -> Tensor:
-    context, made = text_contexts(engine, plan, [plan.prompt])[0], list[Tensor]()
+    made = list[Tensor]()
+    context = text_contexts(engine, plan, read_prompts(engine, [plan.prompt]))[0]
     clip = RolledClip(engine, plan, Request(prompt=plan.prompt), Inputs(), NO_LORAS, context)
     for frames in clip.videos():
         made.append(frames.float().clamp(-1, 1).cpu())
@@ -101,8 +103,9 @@ def generate_with_sound(
     if SOUND not in engine.folder.tasks:
         raise InputError(f"{engine.folder.name} makes no sound for its pictures; score it with "
                          "another --suite")
-    contexts, sound = text_contexts(engine, plan, prompts), sound_plan(plan, engine.folder.defaults)
-    picture = _sampled(engine, plan, fresh_state(engine, plan, seeds), prompts, contexts)
+    read, sound = read_prompts(engine, prompts), sound_plan(plan, engine.folder.defaults)
+    contexts = text_contexts(engine, plan, read)
+    picture = _sampled(engine, plan, fresh_state(engine, plan, seeds), read, contexts)
     config = engine.folder.components["sound_vae"].config
     stride_t = engine.vae_config.strides.t
     first, end, start_s = sound_span(
@@ -157,15 +160,14 @@ def fresh_state(engine: Engine, plan: Plan, seeds: Sequence[int]) -> LatentState
     return new_state(noise.to(engine.device))
 
 
-def text_contexts(engine: Engine, plan: Plan, prompts: Sequence[str]) -> Contexts:
-    """(context, lengths) of the prompts, read as people's are, and of the plan's negative."""
-    read = _read(engine, prompts)
+def read_prompts(engine: Engine, prompts: Sequence[str]) -> list[str]:
+    """Prompts in words that the model knows, as people's are read."""
+    return [read_as(prompt, engine.tokenizer.readings(prompt)) for prompt in prompts]
+
+
+def text_contexts(engine: Engine, plan: Plan, read: Sequence[str]) -> Contexts:
+    """(context, lengths) of prompts as `read_prompts` gives them, and of the plan's negative."""
     negative = read_as(plan.negative, dict(plan.readings))
     fullest = sound_plan(plan, engine.folder.defaults) if SOUND in engine.folder.tasks else plan
-    texts = [read] if fullest.guidance.is_off else [read, [negative] * len(prompts)]
+    texts = [read] if fullest.guidance.is_off else [read, [negative] * len(read)]
     return [engine.encode_texts(part) for part in texts]
-
-
-def _read(engine: Engine, prompts: Sequence[str]) -> list[str]:
-    """Prompts in words that the model knows."""
-    return [read_as(prompt, engine.tokenizer.readings(prompt)) for prompt in prompts]

@@ -15,7 +15,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion import condition
-from vidgen.evaluation.generation import fresh_state, pixels, text_contexts
+from vidgen.evaluation.generation import fresh_state, pixels, read_prompts, text_contexts
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.video import Engine, load
@@ -64,7 +64,8 @@ class Redrawer:
         state = condition.video_at_strength(
             fresh_state(self.engine, plan, seeds), latents.to(self.engine.device), begins
         )
-        return self.engine.sample(plan, state, text_contexts(self.engine, plan, prompts)).float()
+        contexts = text_contexts(self.engine, plan, read_prompts(self.engine, prompts))
+        return self.engine.sample(plan, state, contexts).float()
 
     @torch.no_grad()
     def video(
