@@ -21,7 +21,7 @@ from vidgen.diffusion.condition import first_frame
 from vidgen.diffusion.state import FinerKnown, new_state
 from vidgen.evaluation.generation import generate_batch
 from vidgen.models.verifier import Verifier, score
-from vidgen.pipeline.candidates import VERIFIER, anew, wanted, with_candidates
+from vidgen.pipeline.candidates import anew, wanted, with_verifier
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.job import TRIED, job_folder
@@ -228,8 +228,8 @@ def test_clips_that_can_have_no_other_candidate(engine: Engine, tiny_model: Path
                          ({"student": roller}, "rolled out")):
         plan = replace(engine.plan(Request.of(PROMPT, OPTIONS), Inputs()), **changed)
         with pytest.raises(InputError, match=f"candidates is 2, but .*{why}"):
-            with_candidates(plan, Request.of(PROMPT, {"candidates": 2}), engine.folder)
-        assert with_candidates(plan, Request.of(PROMPT, {}), engine.folder).candidates == 1
+            with_verifier(plan, Request.of(PROMPT, {"candidates": 2}), engine.folder)
+        assert with_verifier(plan, Request.of(PROMPT, {}), engine.folder).candidates == 1
     assert plain.generate(PROMPT, **OPTIONS, candidates=1).recipe["plan"]["candidates"] == 1
     with pytest.raises(InputError, match="candidates is 0; give a whole number from 1 to 64"):
         engine.generate(PROMPT, **OPTIONS, candidates=0)

@@ -61,6 +61,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--shift", type=float, metavar="X", help="of the noise schedule towards high noise")
     add("--sampler", metavar="NAME", help="euler, unipc or ancestral")
     add("--candidates", type=int, metavar="N", help="most that are drawn of each clip")
+    add("--binding", type=float, metavar="X", help="how strongly things are told apart")
     add("--frames", type=int, metavar="N", help="length of the clips")
     add("--size", metavar="WxH", help="width and height in pixels")
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="of the computation")

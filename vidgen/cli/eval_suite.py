@@ -11,7 +11,7 @@ from vidgen.core.errors import OutputError
 
 SUFFIXES = (".txt", ".json")
 """Of lists of prompts."""
-_SETTINGS = ("steps", "guidance", "shift", "sampler", "candidates", "frames", "size")
+_SETTINGS = ("steps", "guidance", "shift", "sampler", "candidates", "binding", "frames", "size")
 OWN = {"seeds", "threads", "results"}
 """Options that other suites don't heed."""
 OPTIONS = {

@@ -79,6 +79,8 @@ def add_arguments(parser: ArgumentParser) -> None:
              "is fastest")
     add("--candidates", type=int, metavar="N",
         help="most that are drawn of the clip until the model's verifier sees what PROMPT names")
+    add("--binding", type=float, metavar="X",
+        help="0 to 1: how strongly each thing that PROMPT names is told apart from the others")
     add("--last-image", metavar="IMAGE", help="the last frame")
     add("--frame", type=_frame, action="append", default=[], metavar="SECONDS=IMAGE",
         help="a known frame at any time; may be repeated")

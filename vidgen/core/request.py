@@ -59,7 +59,7 @@ _NUMBER = {
     "guidance": (0, 100), "guidance_low": (0, 100), "image_guidance": (0, 100),
     "guidance_rescale": (0, 1), "strength": (0, 1),
     "control_scale": (0, 10), "colour_hold": (0, 1), "fps": (1, 240),
-    "audio_delay": (0, 1),
+    "audio_delay": (0, 1), "binding": (0, 1),
 }
 _ABOVE_ZERO = {"seconds": MAX_SECONDS, "shift": 100}
 _FLAGS = ("roll", "anchor", "audio_loop", "follow_audio", "strict", "shard")
@@ -149,6 +149,8 @@ class Request:
             how that moves; 1 is fastest. For models that draw so (toybox).
         candidates: most that are drawn of a clip, or of each window of a long one, until the
             model's verifier sees what the prompt names; for models that have one (toybox).
+        binding: how strongly each of several things that the prompt names is drawn by its own words
+            where the verifier sees it, 0 to 1; 0 leaves them to the model.
         frame: (seconds, picture) pairs, known frames at any time.
         reference: pictures of subjects that are to appear.
         mask: picture or video, white where new content is wanted; needs `video` or `image`.
@@ -225,6 +227,7 @@ class Request:
     encode_passes: int | None = None
     oversampling: int | None = None
     candidates: int | None = None
+    binding: float | None = None
     last_image: Picture | None = None
     frame: tuple[tuple[float, Picture], ...] = ()
     reference: tuple[Picture, ...] = ()

@@ -70,8 +70,11 @@ def _sampled(
     engine: Engine, plan: Plan, state: LatentState, read: Sequence[str], contexts: Contexts
 ) -> Tensor:
     """Latents [B, C, F, h, w] of the best candidate of each clip."""
+    told = engine.told_apart(plan, read)
+
     def draw(state: LatentState, rows: Tensor, _candidate: int) -> Tensor:
-        return engine.sample(plan, state, [(text[rows], count[rows]) for text, count in contexts])
+        own = [(text[rows], count[rows]) for text, count in contexts]
+        return engine.sample(plan, state, own, told=told.rows(rows) if told else None)
 
     return sample_best(engine.parts, plan, state, read, draw)
 

@@ -15,12 +15,13 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vidgen.models.conv_blocks import Residual, conv_block
-from vidgen.models.words import split_words
+from vidgen.models.words import SPECIAL, WORD, split_words
 
 SMALL = 2.0
 """So many latents of a thing leave a doubt of 1 / e whether it is there."""
@@ -28,6 +29,17 @@ MOST = 0.75
 """Share of the frames that count: things come, and what drives past is gone at the end."""
 _ABSENT = re.compile(r"\b(?:like|as if|without)\b[^,.;:!?]*", re.IGNORECASE)
 """What a sentence compares with, or says isn't there: "bounces like a ball"."""
+_BEFORE = re.compile(r"\b(?:an?|the|one|some|this|that|another|my|our|your|his|her|its|their)\b"
+                     r"(?:[ \t]+[\w'-]+){0,4}[ \t]+$", re.IGNORECASE)
+"""How a name's phrase begins: "the little blue " of "the little blue car"."""
+
+
+class Mention(NamedTuple):
+    """A label named in a prompt: its number, and where its phrase lies there."""
+
+    label: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,7 @@ class VerifierConfig:
         dim: width.
         num_blocks: of two convolutions; an answer depends on 2 * num_blocks + 1 latents each way.
         enough: the score from which a clip shows what was asked for.
+        legible: the noise level below which a guess of the clip tells where things are.
 
     Raises:
         ValueError: a label without a name.
@@ -50,6 +63,7 @@ class VerifierConfig:
     dim: int = 96
     num_blocks: int = 4
     enough: float = 0.9
+    legible: float = 0.85
 
     def __post_init__(self) -> None:
         if not all(self.labels):
@@ -62,15 +76,41 @@ class VerifierConfig:
 
     def labels_in(self, prompt: str) -> frozenset[int]:
         """The numbers of the labels that a prompt names; of names within names the longest."""
-        words, found, at = split_words(_ABSENT.sub(" ", prompt)), set(), 0
+        return frozenset(mention.label for mention in self.mentions(prompt))
+
+    def mentions(self, prompt: str) -> list[Mention]:
+        """Where a prompt names labels, each with the article and adjectives before its name."""
+        text = _ABSENT.sub(_blank, SPECIAL.sub(_blank, prompt))
+        words, found, at = [*WORD.finditer(text)], list[Mention](), 0
         longest = max(map(len, self._by_words), default=0)
         while at < len(words):
-            lengths = range(longest, 0, -1)
-            length = next((n for n in lengths if tuple(words[at : at + n]) in self._by_words), 0)
-            if length:
-                found.add(self._by_words[tuple(words[at : at + length])])
-            at += length or 1
-        return frozenset(found)
+            named = [tuple(word[0].lower() for word in words[at : at + n])
+                     for n in range(longest, 0, -1)]
+            name = next((name for name in named if name in self._by_words), ())
+            if name:
+                start, stop = words[at].start(), words[at + len(name) - 1].end()
+                from_ = found[-1].stop if found else 0
+                before = _BEFORE.search(text, from_, start)
+                start = before.start() if before else start
+                found.append(Mention(self._by_words[name], start, stop))
+            at += len(name) or 1
+        return found
+
+    def told_alone(self, prompt: str) -> dict[int, str]:
+        """The prompt as it would be if all that it names were the same, by label.
+
+        "a red cat passes the dog" is "a red cat passes a red cat" and "the dog passes the dog".
+        """
+        mentions, told = self.mentions(prompt), dict[int, str]()
+        for label, start, stop in mentions:
+            if label in told:
+                continue
+            text, phrase = prompt, prompt[start].lower() + prompt[start + 1 : stop]
+            for other in reversed(mentions):
+                if other.label != label:
+                    text = text[: other.start] + phrase + text[other.stop :]
+            told[label] = text
+        return told
 
     def names(self, labels: Collection[int]) -> str:
         """Labels by their own names, for people."""
@@ -94,12 +134,21 @@ class Verifier(nn.Module):
         return logits
 
     @torch.no_grad()
+    def where(self, latents: Tensor) -> Tensor:
+        """What each of latents [B, C, F, h, w] shows: shares [B, K + 1, F, h, w], of none last."""
+        frames = latents.transpose(1, 2).flatten(0, 1)
+        logits: Tensor = self(frames.to(self.names.weight.dtype))
+        return logits.softmax(1).unflatten(0, (len(latents), -1)).transpose(1, 2)
+
     def shown(self, latents: Tensor) -> Tensor:
         """How surely each label is shown in each frame of latents [B, C, F, h, w]: [B, F, K]."""
-        frames = latents.transpose(1, 2).flatten(0, 1)
-        logits = self(frames.to(self.names.weight.dtype))
-        expected = logits.softmax(1)[:, :-1].sum((2, 3))  # latents that show it
-        return (1 - torch.exp(-expected / SMALL)).unflatten(0, (len(latents), -1))
+        expected = self.where(latents)[:, :-1].sum((3, 4))  # latents that show it
+        return (1 - torch.exp(-expected / SMALL)).transpose(1, 2)
+
+
+def _blank(found: re.Match[str]) -> str:
+    """So many spaces, so that what follows stays where it is."""
+    return " " * len(found[0])
 
 
 def score(shown: Tensor, labels: Collection[int]) -> float:

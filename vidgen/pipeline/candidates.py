@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.diffusion.noise import shuffled
 from vidgen.models.verifier import score
+from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.journal.job import TRIED
 from vidgen.pipeline.journal.state import as_array
 
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     from vidgen.pipeline.plan import Plan
     from vidgen.weights.folder import ModelFolder
 
-VERIFIER: Literal["verifier"] = "verifier"
 CANDIDATE_NOISE = -2
 """A step that no sampler takes, by which `shuffled` draws the noise of the second candidate; that
 of the third is one less, and so on."""
 
+Number = TypeVar("Number", int, float)
 Sample = Callable[["LatentState", Tensor, int], Tensor]
 """Samples a state of some clips, whose numbers [n] it is told, and that of this candidate."""
 
@@ -55,24 +56,39 @@ class Tried:
     latents: Tensor
 
 
-def with_candidates(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
-    """The plan with as many candidates as the request, or the model, allows a clip.
+def with_verifier(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
+    """The plan with what a verifier is for: as the request, or the model, has it.
 
     Raises:
-        InputError: more than one of a clip that can have no other, or without a verifier.
+        InputError: more than one candidate of a clip that can have no other, or without a verifier;
+            binding of a clip that can't be bound.
     """
     why = None
     if VERIFIER not in folder.components:
-        why = f"{folder.name} has no verifier that chooses among them"
+        why = f"{folder.name} has no verifier"
     elif plan.roll is not None:
         why = "a clip that is rolled out is written while it is made"
     elif plan.strength < 1:
         why = "what a clip that begins from another one shows is that one's"
+    shared = "several devices that share a clip don't tell things apart"
+    alone = why or (shared if (request.devices or 1) > 1 else None)
+    own = folder.defaults
+    return replace(
+        plan,
+        candidates=_asked("candidates", request.candidates, own.candidates, why, off=1),
+        binding=_asked("binding", request.binding, own.binding, alone, off=0),
+    )
+
+
+def _asked(
+    name: str, asked: Number | None, own: Number, why: str | None, *, off: Number
+) -> Number:
+    """An option as it is asked for, or the model's own; `off` where it can't be had."""
     if why is None:
-        return replace(plan, candidates=request.candidates or folder.defaults.candidates)
-    if request.candidates not in (None, 1):
-        raise InputError(f"candidates is {request.candidates}, but {why}; leave it out")
-    return plan
+        return own if asked is None else asked
+    if asked not in (None, off):
+        raise InputError(f"{name} is {asked}, but {why}; leave it out")
+    return off
 
 
 def anew(state: LatentState, number: int) -> LatentState:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vidgen.diffusion.state import LatentState
     from vidgen.media.clip import Clip
     from vidgen.media.encode import Samples
+    from vidgen.pipeline.bound import Bound
     from vidgen.pipeline.experts import Loras
     from vidgen.pipeline.inputs import Inputs
     from vidgen.pipeline.journal.journal import Journal
@@ -76,6 +77,16 @@ class DenoisedClip:
             samples, rate = kept.kept_sound() or self._sound(latents)
             clip.info = replace(clip.info, sound=samples, sound_rate=rate)
         return clip
+
+    @cached_property
+    def prompt(self) -> str:
+        """In words that the model knows."""
+        return read_as(self.plan.prompt, dict(self.plan.readings))
+
+    @cached_property
+    def told(self) -> Bound | None:
+        """What of it is told apart."""
+        return self.engine.told_apart(self.plan, [self.prompt], self.loras)
 
     @cached_property
     def _long(self) -> LongClip | None:
@@ -137,9 +148,8 @@ class _Sampling:
         clip = self.clip
         tried = kept_tried(clip.kept, self.number, clip.engine.device)
         self.others += tried.count if tried else 0
-        prompt = read_as(plan.prompt, dict(plan.readings))
         made = sample_best(
-            clip.engine.parts, plan, state, [prompt], partial(self._candidate, plan), tried,
+            clip.engine.parts, plan, state, [clip.prompt], partial(self._candidate, plan), tried,
             self._keep, self._doubt,
         )
         self.number += 1
@@ -161,7 +171,7 @@ class _Sampling:
         resume = _of_candidate(kept.take_state(), candidate, num_steps)
         return clip.engine.sample(
             plan, state, clip.contexts(), on_step, request.scheduler, clip.loras, resume,
-            remember=kept.keeps,
+            remember=kept.keeps, told=clip.told,
         )
 
     def _keep(self, tried: Tried) -> None:

@@ -7,7 +7,7 @@ columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -33,9 +33,12 @@ if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
     from vidgen.models.vae import CausalVAE
+    from vidgen.pipeline.bound import Bound
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
 
+ALONE = "alone"
+"""What the model is asked under beside `BRANCHES`: a prompt that names one of its things alone."""
 REFINE_RATE = 0.02
 """Of `refine_first`'s first step, in deviations of the latents."""
 REFINE_BETAS = (0.9, 0.95)
@@ -48,7 +51,7 @@ Contexts = Sequence[tuple[Tensor, Tensor]]
 @contextmanager
 def denoising(
     parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras, level: float,
-    caches: StepCaches | None = None,
+    caches: StepCaches | None = None, told: Bound | None = None,
 ) -> Iterator[Denoise]:
     """The guided model; its transformer stays in memory inside the `with` block.
 
@@ -60,14 +63,23 @@ def denoising(
         loras: its adapters.
         level: the sigma that sampling begins at.
         caches: what spares steps of this run, or None.
+        told: what of its prompts is told apart, or None.
     """
-    with denoisers(parts, plan, state, contexts, loras, level, caches=caches) as made:
-        if len(made) == 1:
-            yield made[0]
+    others = told.contexts if told else []
+    branches = [*BRANCHES[: len(contexts)], *[ALONE] * len(others)]
+    with ExitStack() as stack:
+        made = stack.enter_context(denoisers(
+            parts, plan, state, [*contexts, *others], loras, level, caches=caches,
+            branches=branches,
+        ))
+        conditional, alone = made[0], made[len(contexts) :]
+        if told is not None:
+            conditional = stack.enter_context(told.binding(parts, state, conditional, alone))
+        if len(contexts) == 1:
+            yield conditional
         else:
-            conditional, unconditional = made
             yield guided(
-                conditional, unconditional, plan.guidance, denoise_mask=state.generated,
+                conditional, made[1], plan.guidance, denoise_mask=state.generated,
                 share=guidance_share(state, plan.guidance.reach),
             )
 
@@ -96,7 +108,8 @@ def denoisers(
             if listens:
                 made.append(_listener(parts, plan, shown, context, given))
                 continue
-            cache_at = None if caches is None else partial(caches.at, branch)
+            spared = caches if branch in BRANCHES else None
+            cache_at = None if spared is None else partial(spared.at, branch)
             made.append(_denoiser(parts, plan, shown, context, given, ranks, cache_at))
         yield made
 

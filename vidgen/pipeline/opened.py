@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,6 +104,7 @@ class OpenedModel:
         own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload,
                "quantize": self.quantize, **devices_of(self.crew)}
         require_own(request, self.folder, own)
+        request = replace(request, devices=own["devices"])
         plan = settled(request, self.folder, inputs, self.tokenizer)
         for text in (plan.prompt, plan.negative):
             for remark in self.tokenizer.remarks(text, dict(plan.readings)):

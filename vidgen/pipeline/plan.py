@@ -57,6 +57,7 @@ class Plan:
         oversampling: latent frames below the model's boundary for each one above it, of which
             every so-manyth frame is shown.
         candidates: most that are drawn of the clip, or of each window, of which one is kept.
+        binding: how strongly what the prompt names is told apart, see `vidgen.diffusion.binding`.
     """
 
     prompt: str
@@ -86,6 +87,7 @@ class Plan:
     student: StudentConfig | None = None
     oversampling: int = 1
     candidates: int = 1
+    binding: float = 0.0
 
     @property
     def roll(self) -> RollConfig | None:

@@ -192,6 +192,7 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
         "tiles": recorded_tiles(plan), "readings": recorded_readings(plan),
         "refine": plan.get("refine_steps", 0), "encode_passes": plan.get("encode_passes", 1),
         "oversampling": plan.get("oversampling", 1), "candidates": plan.get("candidates", 1),
+        "binding": plan.get("binding", 0.0),
     } | _pinned_sound(plan)
     if plan.get("student") is None:
         options |= {

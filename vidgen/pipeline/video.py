@@ -40,6 +40,7 @@ from vidgen.media.read import fit
 from vidgen.media.write import ClipInfo
 from vidgen.models.tokenizer import read_as
 from vidgen.ops.attention import asked_backend, require_backend
+from vidgen.pipeline.bound import VERIFIER, Bound, is_bindable, told_apart
 from vidgen.pipeline.budget.preflight import Asked, preflight
 from vidgen.pipeline.denoised import DenoisedClip
 from vidgen.pipeline.devices.crew import start_crew
@@ -248,6 +249,15 @@ class Engine(OpenedModel):
         texts = [read_as(prompt, dict(plan.readings)) for prompt in prompts]
         return [self.encode_texts([text], loras.tokens) for text in texts]
 
+    def told_apart(
+        self, plan: Plan, read: Sequence[str], loras: Loras = NO_LORAS
+    ) -> Bound | None:
+        """What prompts, in words that the model knows, name that is to be told apart, if any."""
+        if plan.binding == 0:
+            return None
+        encode = partial(self.encode_texts, learned=loras.tokens)
+        return told_apart(self.folder.components[VERIFIER].config, read, plan.binding, encode)
+
     @torch.no_grad()
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:
         """Noise of the seed, and every condition of the request written beside it."""
@@ -279,24 +289,26 @@ class Engine(OpenedModel):
         resume: SamplerState | None = None,
         *,
         remember: bool = True,
+        told: Bound | None = None,
     ) -> Tensor:
         """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler.
 
         With sound in the state both come packed; see `LatentState.apart`. A plan of two frame rates
         gives the finer one's; see `vidgen.diffusion.oversampling`.
-        With `remember` the states that `on_step` is told hold what a step cache remembers.
+        With `remember` the states that `on_step` is told hold what a step cache remembers. What is
+        `told` apart is bound to what is seen of it where words alone say what a clip shows.
         """
         contexts = contexts[:1] if plan.guidance.is_off else contexts
         has_given = plan.strength == 1 and bool(state.has_given.all())
         guidance = plan.guidance.of_clip(has_given=has_given)
-        plan = replace(plan, guidance=guidance)
+        plan, told = replace(plan, guidance=guidance), told if is_bindable(state) else None
         sigmas = sigmas_of(plan, scheduler)
 
         def run(
             state: LatentState, sigmas: Tensor, on_step: OnStep | None, resume: SamplerState | None
         ) -> Tensor:
             return self._run(plan, state, sigmas, contexts, on_step, scheduler, loras, resume,
-                             remember=remember)
+                             remember=remember, told=told)
 
         if plan.oversampling == 1:
             return run(state, sigmas, on_step, resume)
@@ -309,7 +321,7 @@ class Engine(OpenedModel):
     def _run(
         self, plan: Plan, state: LatentState, sigmas: Tensor, contexts: Contexts,
         on_step: OnStep | None, scheduler: Any, loras: Loras, resume: SamplerState | None, *,
-        remember: bool,
+        remember: bool, told: Bound | None,
     ) -> Tensor:
         """One run of a sampler over noise levels, at one frame rate."""
         caches = make_caches(plan.cache, sigmas, plan.guidance)
@@ -319,7 +331,8 @@ class Engine(OpenedModel):
             crew = self.crew
             on_step = carrying(caches.state if crew is None else crew.remembered, on_step)
         level = float(sigmas[resume.step if resume else 0])
-        model = self.crew.denoising if self.crew else denoising
+        assert self.crew is None or told is None, "a crew's clips aren't told apart"
+        model = self.crew.denoising if self.crew else partial(denoising, told=told)
         with model(self.parts, plan, state, contexts, loras, level, caches) as denoise:
             if scheduler is not None:
                 latents = sample_with_scheduler(

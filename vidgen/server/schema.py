@@ -138,6 +138,7 @@ class ExtraParams(Strict):
     encode_passes: Whole | None = Field(None, ge=1, le=10)
     oversampling: Whole | None = Field(None, ge=1, le=16)
     candidates: Whole | None = Field(None, ge=1, le=16)
+    binding: Number | None = Field(None, ge=0, le=1)
     audio_steps: Whole | None = Field(None, ge=1, le=200)
     audio_candidates: Whole | None = Field(None, ge=1, le=16)
     audio_delay: Number | None = Field(None, ge=0, le=1)

@@ -46,6 +46,7 @@ class ModelDefaults:
             a model that takes them as its VAE encodes them.
         candidates: most that are drawn of a clip, or of each window of a long one, until the
             model's verifier is content.
+        binding: how strongly what a prompt names is told apart by the verifier, 0 to 1.
         encode_passes: by which its VAE encodes what is given; see `encode_pixels`.
         sound_steps: of a model's own sound; None: as many as its picture takes.
         sound_candidates: sounds that a model makes for a clip, of which one is kept.
@@ -78,6 +79,7 @@ class ModelDefaults:
     image_guidance_reach: int = 0
     refine_steps: int | None = None
     candidates: int = 1
+    binding: float = 0.0
     encode_passes: int = 1
     sound_steps: int | None = None
     sound_candidates: int = 1

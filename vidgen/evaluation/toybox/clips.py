@@ -123,7 +123,7 @@ class Maker:
 
     def _long(self, item: Item) -> Tensor:
         """A clip of several windows, [1, 3, T, H, W]."""
-        names = ("steps", "guidance", "shift", "sampler", "candidates", "size")
+        names = ("steps", "guidance", "shift", "sampler", "candidates", "binding", "size")
         clip = self.engine.generate(Request.of(item.prompt, {
             "seed": item.seed, "frames": self.windows.num_frames, "overlap": self.windows.overlap,
             **{name: getattr(self.bench, name) for name in names},

@@ -88,6 +88,7 @@ class Benchmark:
     shift: float | None = None
     sampler: str | None = None
     candidates: int | None = None
+    binding: float | None = None
     frames: int | None = None
     size: str | None = None
     dtype: str | None = None

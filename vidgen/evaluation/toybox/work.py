@@ -105,7 +105,7 @@ class Studio:
 
     def _plan(self) -> Plan:
         bench = self.bench
-        names = ("steps", "guidance", "shift", "sampler", "candidates", "frames", "size")
+        names = ("steps", "guidance", "shift", "sampler", "candidates", "binding", "frames", "size")
         options = {name: getattr(bench, name) for name in names}
         request = Request.of(prompts(bench.split, 1)[0][1], {"seed": bench.seed, **options})
         plan = self.engine.plan(request, Inputs())
@@ -117,7 +117,7 @@ class Studio:
     def _identity(self) -> dict[str, Any]:
         plan = asdict(self.plan)
         kept = ("negative", "width", "height", "num_frames", "num_steps", "shift", "sampler",
-                "guidance", "candidates")  # fmt: skip
+                "guidance", "candidates", "binding")  # fmt: skip
         return {
             "measures_version": MEASURES_VERSION,
             "world_version": WORLD_VERSION,

@@ -25,7 +25,7 @@ from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.budget.estimate import estimate
 from vidgen.pipeline.budget.job import Rates
 from vidgen.pipeline.budget.stages import Estimate, Setup
-from vidgen.pipeline.candidates import with_candidates
+from vidgen.pipeline.candidates import with_verifier
 from vidgen.pipeline.experts import boundary_of, read_loras
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs, read_inputs
@@ -120,7 +120,7 @@ def settled(
     """
     plan = replace(make_plan(request, folder, inputs), cache=settle_cache(request, folder))
     plan = with_oversampling(with_student(plan, request, folder), request, folder)
-    plan = with_candidates(plan, request, folder)
+    plan = with_verifier(plan, request, folder)
     _warn_of_idle_loras(plan, request, folder)
     if tokenizer is None:
         return plan

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
 from vidgen.diffusion.schedule import make_sigmas
+from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.budget.job import Job
 from vidgen.pipeline.budget.workload import (
     Op,
@@ -159,12 +161,26 @@ class Seconds:
         plan = self.job.plan
         guidance = plan.guidance.of_clip(has_given=has_given and plan.strength == 1)
         sigmas = make_sigmas(plan.num_steps, plan.shift, strength=plan.strength)
-        passes = [len(guidance.branches_at(sigma)) for sigma in sigmas.tolist()[:-1]]
+        told, legible = (0, 0.0) if has_given else self._told_apart
+        passes = [
+            len(guidance.branches_at(sigma)) + told * (sigma < legible)
+            for sigma in sigmas.tolist()[:-1]
+        ]
         if plan.oversampling > 1:
             split = split_of(plan, sigmas_of(plan), self.job.folder)
             return sum(passes[:split]), sum(passes[split:])
         remembered = plan.roll is not None  # a turn is read once more
         return sum(passes) + remembered, 0
+
+    @cached_property
+    def _told_apart(self) -> tuple[int, float]:
+        """How many things the prompt tells apart, and below which noise level."""
+        plan = self.job.plan
+        if plan.binding == 0:
+            return 0, 0.0
+        config = self.job.folder.components["verifier"].config
+        told = len(config.labels_in(read_as(plan.prompt, dict(plan.readings))))
+        return (told if told > 1 else 0), config.legible
 
     def _pass(self, frames: int, image_tokens: int) -> float:
         """One forward pass over so many latent frames, stills included."""

@@ -83,6 +83,7 @@ def _own_options(recipe: Mapping[str, Any], model: str | None, audio: Any) -> di
         "image_guidance_reach": guidance.get("reach", 0),
         "cache": asked.get("cache"), "readings": asked.get("readings"),
         "oversampling": asked.get("oversampling"), "candidates": asked.get("candidates"),
+        "binding": asked.get("binding"),
         "lora": [
             f"{lora['path']}:{lora['weight']}" + (f"@{lora['expert']}" if lora["expert"] else "")
             for lora in recipe.get("loras", ())

@@ -1,0 +1,158 @@
+"""Binding: of several things that a prompt names, each is drawn where it is, by its own words.
+
+A model that is told of two things often draws the first twice: what it settles first is where
+things are, and each of them may become either. So a verifier looks at the guess of the clip at each
+step, and each thing that it sees there gets one of the names, whose own words hold around it: "a
+mushroom above a flamingo" is "a flamingo above a flamingo" where the flamingo is to be. All is
+drawn by the model itself. These are regional prompts (Bar-Tal et al. 2023, "MultiDiffusion",
+section 4.2) against catastrophic neglect (Chefer et al. 2023, "Attend-and-Excite"), of regions that
+nobody has to give.
+
+Axes: B clips, n things that are told apart, C latent channels, F latent frames, h w latent rows and
+columns, K labels of the verifier.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidgen.core.protocols import Denoise
+from vidgen.diffusion.state import LatentState
+
+NOBODY = -1
+"""In place of a label where a clip is told of fewer things than others."""
+PASSES = 8
+"""In which clusters and what belongs to them settle."""
+SIZE = 0.125
+"""Deviation of a thing around its middle, in shorter sides of the picture."""
+APART = 1.25 * SIZE
+"""How far middles have to lie from each other to be of several things."""
+SEEN = 0.3
+"""Share of a latent, or of one beside it, that shows something, from which words hold there."""
+TRUST = 0.5
+"""Of the evidence for a name, against where its middle lies."""
+CLEAREST = 2.0
+"""More evidence than this counts as much as this."""
+LEAST = 1e-3
+"""Share of a name below which there is no telling how little of it there is."""
+OVER_TIME = (1.0, 2.0, 3.0, 2.0, 1.0)
+"""Weights of the frames around one by which a middle moves smoothly."""
+
+
+def bound(
+    told_all: Denoise,
+    told_alone: Sequence[Denoise],
+    where: Callable[[Tensor], Tensor],
+    state: LatentState,
+    labels: Tensor,
+    strength: float,
+    legible: float,
+) -> Denoise:
+    """A model under a prompt, with what it names bound to what is seen of it.
+
+    Args:
+        told_all: the model under the prompt.
+        told_alone: n of it, each told of one thing alone.
+        where: `Verifier.where`.
+        state: of the clips.
+        labels: [B, n] numbers, or `NOBODY`.
+        strength: 0 leaves `told_all`, 1 takes the others' velocities where their things are.
+        legible: the noise level below which a guess tells where things are.
+    """
+    def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+        velocity = told_all(latents, sigma)
+        if not float(sigma.max()) < legible:
+            return velocity
+        guess, _ = state.apart(latents - sigma.view(-1, *[1] * (latents.ndim - 1)) * velocity)
+        seen = where(guess)
+        shares = torch.stack([
+            _shares(clip, own) for clip, own in zip(seen, labels, strict=True)
+        ]).to(velocity)  # [B, n, F, h, w]
+        if not bool(shares.any()):
+            return velocity
+        picture, sound = state.apart(velocity)
+        led = picture
+        for number, alone in enumerate(told_alone):
+            other, _ = state.apart(alone(latents, sigma))
+            led = led + strength * shares[:, number, None] * (other - picture)
+        return state.together(led, sound)
+
+    return denoise
+
+
+def _shares(seen: Tensor, labels: Tensor) -> Tensor:
+    """How much of each latent is to be which of a clip's things, [n, F, h, w].
+
+    Args:
+        seen: [K + 1, F, h, w], as a verifier tells.
+        labels: [n], or `NOBODY`.
+    """
+    whose = labels != NOBODY
+    shares = seen.new_zeros(len(labels), *seen.shape[1:])
+    if int(whose.sum()) > 1:
+        shares[whose] = regions(1 - seen[-1], seen[labels[whose]])
+    return shares
+
+
+def regions(something: Tensor, named: Tensor) -> Tensor:
+    """Tell things apart: how much of each latent belongs to which, [n, F, h, w].
+
+    Clusters of what is seen, by where it lies and what it looks like (expectation maximisation, the
+    middles of a thing smoothed over time), which begin with the latents that look most like each,
+    as many for all: however little a thing looks like its name, it looks less like the others'.
+
+    Args:
+        something: [F, h, w], how surely each latent shows anything.
+        named: [n, F, h, w], how surely each of n things.
+    """
+    _, height, width = something.shape
+    rows, columns = torch.meshgrid(
+        torch.arange(height), torch.arange(width), indexing="ij"
+    )
+    places = torch.stack([rows, columns], dim=2).flatten(0, 1).to(something) / min(height, width)
+    seen = something.flatten(1)  # [F, P]
+    evidence = ((named + LEAST).log() * something).flatten(2)
+    evidence = _around(evidence.view_as(named)) / _around(something[None]).clamp(min=LEAST)
+    evidence = (evidence - evidence.mean(0)).flatten(2)  # [n, F, P]
+    shares = _even(evidence, seen)
+    trusted = TRUST * evidence.clamp(-CLEAREST, CLEAREST)
+    for _ in range(PASSES):
+        middles = _middles(shares * seen, places)
+        far = (places - middles[:, :, None]).square().sum(3)  # [n, F, P]
+        shares = (trusted - far / (2 * SIZE**2)).softmax(0)
+    apart = [(one - other).norm(dim=1) for one, other in itertools.combinations(middles, 2)]
+    told = torch.stack(apart).amin(0) > APART  # [F]
+    near = F.max_pool2d(something[:, None], 3, 1, 1)[:, 0] > SEEN
+    return shares.view_as(named) * (near & told[:, None, None])
+
+
+def _around(maps: Tensor) -> Tensor:
+    """Means [n, F, h, w] over each latent and those beside it."""
+    return F.avg_pool2d(maps, 3, 1, 1)
+
+
+def _even(evidence: Tensor, seen: Tensor) -> Tensor:
+    """Give each latent to what it looks like most, so that all get as much: shares [n, F, P]."""
+    n, least = len(evidence), torch.finfo(seen.dtype).tiny
+    clear = evidence / evidence.std(dim=(0, 2), keepdim=True).clamp(min=least) * 4
+    owed = torch.zeros_like(clear[:, :, :1])
+    for _ in range(PASSES):
+        shares = (clear + owed).softmax(0)
+        got = (shares * seen).sum(2, keepdim=True).clamp(min=least)
+        owed = owed + ((got.sum(0, keepdim=True) / n) / got).log()
+    return (clear + owed).softmax(0)
+
+
+def _middles(weights: Tensor, places: Tensor) -> Tensor:
+    """Where each thing is in each frame, [n, F, 2], of weights [n, F, P], smoothed over time."""
+    kernel = weights.new_tensor(OVER_TIME).view(1, 1, -1)
+    around = len(OVER_TIME) // 2
+    sums = torch.cat([weights @ places, weights.sum(2, keepdim=True)], dim=2)  # [n, F, 3]
+    summed = F.conv1d(sums.transpose(1, 2).reshape(-1, 1, sums.shape[1]), kernel, padding=around)
+    smooth = summed.view(len(weights), 3, -1).transpose(1, 2)
+    return smooth[..., :2] / smooth[..., 2:].clamp(min=LEAST)

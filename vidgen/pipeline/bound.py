@@ -1,0 +1,83 @@
+"""What prompts name, each told alone: the contexts that binding needs beside the prompt's own.
+
+Axes: B batch, n things that are told apart, S text tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from vidgen.diffusion.binding import NOBODY, bound
+
+if TYPE_CHECKING:
+    from vidgen.core.protocols import Denoise
+    from vidgen.diffusion.state import LatentState
+    from vidgen.models.verifier import VerifierConfig
+    from vidgen.pipeline.parts import Parts
+
+VERIFIER: Literal["verifier"] = "verifier"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What is told apart in some clips.
+
+    Attributes:
+        strength: see `binding.bound`.
+        labels: [B, n] of each clip, `NOBODY` where it names fewer than another.
+        contexts: n of (context [B, S, D], lengths [B]); the prompt's own for nobody.
+    """
+
+    strength: float
+    labels: Tensor
+    contexts: Sequence[tuple[Tensor, Tensor]]
+
+    def rows(self, index: Tensor) -> Bound:
+        """That of some of the clips."""
+        contexts = [(text[index], count[index]) for text, count in self.contexts]
+        return Bound(self.strength, self.labels[index], contexts)
+
+    @contextmanager
+    def binding(
+        self, parts: Parts, state: LatentState, told_all: Denoise, told_alone: Sequence[Denoise]
+    ) -> Iterator[Denoise]:
+        """The model under the prompt, with what it names bound to what the verifier sees of it."""
+        with parts.use(VERIFIER) as verifier:
+            yield bound(told_all, told_alone, verifier.where, state, self.labels, self.strength,
+                        verifier.config.legible)
+
+
+def told_apart(
+    config: VerifierConfig,
+    prompts: Sequence[str],
+    strength: float,
+    encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
+) -> Bound | None:
+    """What prompts name that is to be told apart; None where each of them names one thing or none.
+
+    Args:
+        config: of the model's verifier.
+        prompts: as the model reads them.
+        strength: see `Bound`; 0 gives None.
+        encode: makes texts to (context [B, S, D], lengths [B]).
+    """
+    told = [config.told_alone(prompt) for prompt in prompts]
+    most = max(map(len, told))
+    if strength == 0 or most < 2:
+        return None
+    rows = [[*alone.items()] + [(NOBODY, prompt)] * (most - len(alone))
+            for alone, prompt in zip(told, prompts, strict=True)]
+    labels = torch.tensor([[label for label, _ in row] for row in rows])
+    return Bound(strength, labels, [encode([text for _, text in each])
+                                    for each in zip(*rows, strict=True)])
+
+
+def is_bindable(state: LatentState) -> bool:
+    """Whether words alone say what a state's clips show: nothing else of them is known."""
+    return not state.any_known and state.keys is None
