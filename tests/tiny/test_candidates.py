@@ -21,6 +21,7 @@ from vidgen.diffusion.condition import first_frame
 from vidgen.diffusion.state import FinerKnown, new_state
 from vidgen.evaluation.generation import generate_batch
 from vidgen.models.verifier import Verifier, score
+from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.candidates import anew, wanted, with_verifier
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal

@@ -38,6 +38,27 @@ def test_all_captions_of_the_world_name_their_sprites() -> None:
             assert known.labels_in(caption(scene, seed)) == shown
 
 
+@pytest.mark.parametrize(("prompt", "told"), [
+    ("A red cat chases the little soccer ball", {
+        0: "A red cat chases a red cat", 1: "the little soccer ball chases the little soccer ball",
+    }),
+    ("in the house a fat cat, cone beside it", {
+        0: "in the house a fat cat, a fat cat beside it", 3: "in the house cone, cone beside it",
+    }),
+    ("a cat above a cone; the cat hops like a ball", {
+        0: "a cat above a cat; the cat hops like a ball",
+        3: "a cone above a cone; a cone hops like a ball",
+    }),
+    ("CAT and <my-cat> CONE", {0: "CAT and <my-cat> cAT", 3: "cONE and <my-cat> CONE"}),
+    ("one big cat", {0: "one big cat"}),
+    ("snow", {}),
+])
+def test_each_thing_is_told_alone_with_what_is_said_of_it(
+    prompt: str, told: dict[int, str]
+) -> None:
+    assert CONFIG.told_alone(prompt) == told
+
+
 def test_no_label_is_found_without_any() -> None:
     assert VerifierConfig().labels_in("a cat") == frozenset()
 

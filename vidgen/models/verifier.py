@@ -29,8 +29,8 @@ MOST = 0.75
 """Share of the frames that count: things come, and what drives past is gone at the end."""
 _ABSENT = re.compile(r"\b(?:like|as if|without)\b[^,.;:!?]*", re.IGNORECASE)
 """What a sentence compares with, or says isn't there: "bounces like a ball"."""
-_BEFORE = re.compile(r"\b(?:an?|the|one|some|this|that|another|my|our|your|his|her|its|their)\b"
-                     r"(?:[ \t]+[\w'-]+){0,4}[ \t]+$", re.IGNORECASE)
+_ARTICLE = r"\b(?:an?|the|one|some|this|that|another|my|our|your|his|her|its|their)\b"
+_BEFORE = re.compile(rf"{_ARTICLE}(?:[ \t]+(?!{_ARTICLE})[\w'-]+){{0,4}}[ \t]+$", re.IGNORECASE)
 """How a name's phrase begins: "the little blue " of "the little blue car"."""
 
 

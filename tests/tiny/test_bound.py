@@ -1,0 +1,194 @@
+"""Several things of a prompt, told apart by the verifier while a clip is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models import add_verifier, build_tiny_model
+from vidgen.core.errors import Cancelled, InputError
+from vidgen.core.request import Request
+from vidgen.evaluation.generation import generate_batch
+from vidgen.pipeline.bound import VERIFIER
+from vidgen.pipeline.budget.preflight import preflight
+from vidgen.pipeline.candidates import with_verifier
+from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.journal import journal
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.long.continuation import own_options
+from vidgen.pipeline.replay import request_from_recipe
+from vidgen.pipeline.video import Engine, Progress, load
+from vidgen.weights.student import RollConfig, StudentConfig
+
+TWO, ONE = "a red car chases the cat", "a red car bounces"
+OPTIONS: dict[str, Any] = {"seed": 3, "frames": 9, "steps": 4, "binding": 1.0}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = add_verifier(build_tiny_model(tmp_path_factory.mktemp("models") / "sure"))
+    engine = load(str(folder), device="cpu", dtype="fp32")
+    assert isinstance(engine, Engine)
+    with seeing_two(engine):
+        yield engine
+
+
+@contextmanager
+def seeing_two(engine: Engine) -> Iterator[list[Tensor]]:
+    """The verifier sees two things, left and right, of which none is clearly a cat or a car."""
+    guesses = list[Tensor]()
+
+    def where(latents: Tensor) -> Tensor:
+        guesses.append(latents)
+        shares = torch.zeros(len(latents), 3, *latents.shape[2:])
+        width = latents.shape[4]
+        shares[:, 2] = 1
+        shares[:, :, :, :, 0] = torch.tensor([0.4, 0.5, 0.1]).view(1, 3, 1, 1)
+        shares[:, :, :, :, width - 1] = torch.tensor([0.5, 0.4, 0.1]).view(1, 3, 1, 1)
+        return shares
+
+    with engine.parts.use(VERIFIER) as verifier:
+        before, verifier.where = verifier.where, where  # type: ignore[method-assign]
+        try:
+            yield guesses
+        finally:
+            verifier.where = before  # type: ignore[method-assign]
+
+
+def latents_of(engine: Engine, prompt: str, **options: Any) -> Tensor:
+    clip = engine.generate(prompt, **OPTIONS | options)
+    assert not isinstance(clip, list)
+    assert clip.latents is not None
+    return clip.latents
+
+
+def test_only_what_names_several_things_is_bound(engine: Engine) -> None:
+    bound, free = latents_of(engine, TWO), latents_of(engine, TWO, binding=0)
+    assert not torch.equal(bound, free)
+    assert torch.equal(latents_of(engine, ONE), latents_of(engine, ONE, binding=0))
+    assert torch.equal(free, latents_of(engine, TWO, binding=None))  # models that don't say
+    half = latents_of(engine, TWO, binding=0.5)
+    assert 0 < float((half - free).norm()) < float((bound - free).norm())
+
+
+def test_a_clip_that_something_is_known_of_is_left_to_it(engine: Engine) -> None:
+    picture = np.full((64, 64, 3), 90, np.uint8)
+    for known in ({"image": picture}, {"frame": [(0.5, picture)]}):
+        free = latents_of(engine, TWO, **known, binding=0)
+        assert torch.equal(latents_of(engine, TWO, **known), free)
+
+
+def test_it_goes_with_guidance_off_with_step_caches_and_in_windows(engine: Engine) -> None:
+    for options in ({"guidance": 1.0}, {"cache": "forecast:0.9", "steps": 8}, {"frames": 33}):
+        bound = latents_of(engine, TWO, **options)
+        assert torch.equal(bound, latents_of(engine, TWO, **options))
+        assert not torch.equal(bound, latents_of(engine, TWO, **options, binding=0))
+
+
+def test_clips_of_a_batch_are_bound_as_they_are_alone(engine: Engine) -> None:
+    texts = [TWO, ONE, "the cat meets a car", "a thing"]
+    plan = engine.plan(Request.of(TWO, OPTIONS), Inputs())
+    batch = generate_batch(engine, plan, texts, [3, 4, 5, 6])
+    for row, text in enumerate(texts):
+        alone = generate_batch(engine, plan, [text], [3 + row])
+        assert torch.allclose(batch[row], alone[0], atol=1e-4)
+    free = generate_batch(engine, replace(plan, binding=0.0), texts, [3, 4, 5, 6])
+    changed = [not torch.allclose(batch[row], free[row], atol=1e-4) for row in range(4)]
+    assert changed == [True, False, True, False]
+
+
+def test_each_candidate_is_bound(engine: Engine) -> None:
+    """None shows both for certain, so the second is as likely to be kept."""
+    plan = engine.plan(Request.of(TWO, OPTIONS | {"candidates": 2}), Inputs())
+    with seeing_two(engine) as guesses:
+        generate_batch(engine, plan, [TWO], [3])
+    legible = sum(sigma < 0.85 for sigma in _sigmas(plan))
+    assert len(guesses) == 2 * (legible + 1)  # and each is looked at when it is done
+
+
+def _sigmas(plan: Any) -> list[float]:
+    from vidgen.pipeline.levels import sigmas_of
+
+    levels: list[float] = sigmas_of(plan).tolist()[:-1]
+    return levels
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_stopped_anywhere_it_goes_on_bound(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    steps: list[int] = []
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "sample":
+            steps.append(progress.done)
+            if len(steps) == count:
+                raise Cancelled("stopped")
+
+    whole = latents_of(engine, TWO)
+    with pytest.raises(Cancelled):
+        engine.generate(TWO, **OPTIONS, journal=Journal(tmp_path / "x.mp4"), on_event=stop)
+    again = latents_of(engine, TWO, journal=Journal(tmp_path / "x.mp4", resume=True))
+    assert torch.equal(again, whole)
+
+
+def test_the_recipe_tells_and_replays_as_it_was(engine: Engine, tmp_path: Path) -> None:
+    own = replace(engine.folder.defaults, binding=0.75)
+    before, engine.folder = engine.folder, replace(engine.folder, defaults=own)
+    try:
+        clip = engine.generate(TWO, **OPTIONS | {"binding": None})
+        asked = engine.generate(TWO, **OPTIONS)
+        assert not isinstance(clip, list)
+        assert not isinstance(asked, list)
+        again = engine.generate(request_from_recipe(clip.recipe, tmp_path))
+    finally:
+        engine.folder = before
+    assert clip.recipe["plan"]["binding"] == 0.75
+    assert torch.equal(again.latents, clip.latents)
+    assert own_options(asked.recipe)["binding"] == 1.0
+    assert "binding" not in own_options(clip.recipe)
+    old = asked.recipe
+    del old["plan"]["binding"]  # as recipes were before there was any
+    assert request_from_recipe(old, tmp_path).binding == 0
+
+
+def test_what_it_takes_is_foreseen(engine: Engine) -> None:
+    def seconds(prompt: str, **options: Any) -> float:
+        request = Request.of(prompt, OPTIONS | options)
+        stages = preflight(engine, engine.plan(request, Inputs()), request).stages
+        return next(stage.seconds for stage in stages if stage.name == "denoise")
+
+    free, one, two = seconds(TWO, binding=0), seconds(ONE), seconds(TWO)
+    assert one == pytest.approx(free, rel=0.01)
+    plan = engine.plan(Request.of(TWO, OPTIONS), Inputs())
+    passes = [2 if plan.guidance.scale_at(s) != 1 else 1 for s in _sigmas(plan)]
+    more = 2 * sum(s < 0.85 for s in _sigmas(plan))
+    assert two / free == pytest.approx((sum(passes) + more) / sum(passes), rel=0.02)
+
+
+def test_clips_that_cannot_be_bound(engine: Engine, tiny_model: Path) -> None:
+    plain = load(str(tiny_model), device="cpu", dtype="fp32")
+    with pytest.raises(InputError, match=r"binding is 1\.0, but tiny has no verifier"):
+        plain.generate(TWO, **OPTIONS)
+    roller = StudentConfig("euler", (1.0, 0.0), 3.0, RollConfig())
+    plan = engine.plan(Request.of(TWO, OPTIONS), Inputs())
+    for changed, asked, why in (
+        ({"strength": 0.5}, {}, "begins from another"), ({"student": roller}, {}, "rolled out"),
+        ({}, {"devices": 2}, "several devices"),
+    ):
+        request = Request.of(TWO, OPTIONS | asked)
+        with pytest.raises(InputError, match=rf"binding is 1\.0, but .*{why}"):
+            with_verifier(replace(plan, **changed), request, engine.folder)
+        request = replace(request, binding=None)
+        assert with_verifier(replace(plan, **changed), request, engine.folder).binding == 0
+    with pytest.raises(InputError, match="binding is 2; give a number from 0 to 1"):
+        engine.generate(TWO, **OPTIONS | {"binding": 2})
