@@ -73,7 +73,7 @@ def _sampled(
     told = engine.told_apart(plan, read)
 
     def draw(state: LatentState, rows: Tensor, _candidate: int) -> Tensor:
-        own = [(text[rows], count[rows]) for text, count in contexts]
+        own = [(text[rows], count[rows.to(count.device)]) for text, count in contexts]
         return engine.sample(plan, state, own, told=told.rows(rows) if told else None)
 
     return sample_best(engine.parts, plan, state, read, draw)

@@ -30,7 +30,7 @@ class Bound:
 
     Attributes:
         strength: see `binding.bound`.
-        labels: [B, n] of each clip, `NOBODY` where it names fewer than another.
+        labels: [B, n] of each clip, `NOBODY` where it names fewer than another; on the CPU.
         contexts: n of (context [B, S, D], lengths [B]); the prompt's own for nobody.
     """
 
@@ -40,8 +40,8 @@ class Bound:
 
     def rows(self, index: Tensor) -> Bound:
         """That of some of the clips."""
-        contexts = [(text[index], count[index]) for text, count in self.contexts]
-        return Bound(self.strength, self.labels[index], contexts)
+        contexts = [(text[index], count[index.to(count.device)]) for text, count in self.contexts]
+        return Bound(self.strength, self.labels[index.cpu()], contexts)
 
     @contextmanager
     def binding(
