@@ -40,8 +40,8 @@ CLEAREST = 2.0
 """More evidence than this counts as much as this."""
 LEAST = 1e-3
 """Share of a name below which there is no telling how little of it there is."""
-OVER_TIME = (1.0, 2.0, 3.0, 2.0, 1.0)
-"""Weights of the frames around one by which a middle moves smoothly."""
+OVER_TIME = (1.0, 2.0, 1.0)
+"""Weights of the frames around one by which a middle moves smoothly; more lags what is fast."""
 
 
 def bound(
