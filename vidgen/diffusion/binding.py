@@ -116,8 +116,8 @@ def regions(something: Tensor, named: Tensor) -> Tensor:
     )
     places = torch.stack([rows, columns], dim=2).flatten(0, 1).to(something) / min(height, width)
     seen = something.flatten(1)  # [F, P]
-    evidence = ((named + LEAST).log() * something).flatten(2)
-    evidence = _around(evidence.view_as(named)) / _around(something[None]).clamp(min=LEAST)
+    around = _around(something[None]).clamp(min=LEAST)
+    evidence = _around((named + LEAST).log() * something) / around
     evidence = (evidence - evidence.mean(0)).flatten(2)  # [n, F, P]
     shares = _even(evidence, seen)
     trusted = TRUST * evidence.clamp(-CLEAREST, CLEAREST)
