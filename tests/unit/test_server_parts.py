@@ -206,7 +206,7 @@ def test_fields_that_do_not_go_together_are_told_without_the_body(fields, param,
 def test_unknown_fields_within_others_are_named_with_the_nearest():
     for fields, told in (({"extra_params": {"smapler": "x"}}, "did you mean 'sampler'"),
                          ({"extra_params": {"q": 1}},
-                          "known: anchor, audio_candidates, audio_delay, audio_steps, binding, cache"),
+                          "known: anchor, audio_candidates, audio_delay, audio_steps, binding"),
                          ({"lora": [{"name": "a", "scael": 1}]}, "did you mean 'scale'")):
         with pytest.raises(ApiError, match=told) as error:
             parse(VideoAsk, {"prompt": "x", **fields})
