@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +19,9 @@ from vidgen.models.verifier import Verifier, VerifierConfig
 from vidgen.training.embedded.tokenizer import train_tokenizer
 from vidgen.weights.folder import ModelDefaults, open_model, record_files, write_model_info
 from vidgen.weights.load import save_module
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.video import Engine
 
 CAPTIONS = ("a red car bounces across the desert at night", "a cat moves left over the meadow")
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference")
@@ -70,6 +76,17 @@ def add_verifier(folder: Path) -> Path:
     save_module(verifier.state_dict(), verifier.config, folder / "verifier", torch.float32, 256)
     record_files(folder, ("verifier/config.json", "verifier/model.safetensors"))
     return folder
+
+
+@contextmanager
+def own_defaults(engine: Engine, **changed: Any) -> Iterator[None]:
+    """Inside the block the engine's model has other defaults."""
+    before = engine.folder
+    engine.folder = replace(before, defaults=replace(before.defaults, **changed))
+    try:
+        yield
+    finally:
+        engine.folder = before
 
 
 def _transformer(preset: str) -> SpacetimeDiT:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import add_verifier, build_tiny_model
+from tests.models import add_verifier, build_tiny_model, own_defaults
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.core.request import Request
 from vidgen.evaluation.generation import generate_batch
@@ -23,6 +23,7 @@ from vidgen.pipeline.candidates import with_verifier
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.video import Engine, Progress, load
@@ -115,8 +116,6 @@ def test_each_candidate_is_bound(engine: Engine) -> None:
 
 
 def _sigmas(plan: Any) -> list[float]:
-    from vidgen.pipeline.levels import sigmas_of
-
     levels: list[float] = sigmas_of(plan).tolist()[:-1]
     return levels
 
@@ -142,16 +141,12 @@ def test_stopped_anywhere_it_goes_on_bound(
 
 
 def test_the_recipe_tells_and_replays_as_it_was(engine: Engine, tmp_path: Path) -> None:
-    own = replace(engine.folder.defaults, binding=0.75)
-    before, engine.folder = engine.folder, replace(engine.folder, defaults=own)
-    try:
+    with own_defaults(engine, binding=0.75):
         clip = engine.generate(TWO, **OPTIONS | {"binding": None})
         asked = engine.generate(TWO, **OPTIONS)
         assert not isinstance(clip, list)
         assert not isinstance(asked, list)
         again = engine.generate(request_from_recipe(clip.recipe, tmp_path))
-    finally:
-        engine.folder = before
     assert clip.recipe["plan"]["binding"] == 0.75
     assert torch.equal(again.latents, clip.latents)
     assert own_options(asked.recipe)["binding"] == 1.0

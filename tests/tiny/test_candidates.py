@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models import add_verifier, build_tiny_model
+from tests.models import add_verifier, build_tiny_model, own_defaults
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.diffusion.condition import first_frame
@@ -237,15 +237,10 @@ def test_clips_that_can_have_no_other_candidate(engine: Engine, tiny_model: Path
 
 
 def test_a_model_may_draw_some_by_itself(engine: Engine, tmp_path: Path) -> None:
-    own = replace(engine.folder.defaults, candidates=3)
-    before, engine.folder = engine.folder, replace(engine.folder, defaults=own)
-    try:
-        with content_from(engine, NEVER):
-            clip = engine.generate(PROMPT, **OPTIONS)
-            one = engine.generate(PROMPT, **OPTIONS, candidates=1)
-            again = engine.generate(request_from_recipe(clip.recipe, tmp_path))
-    finally:
-        engine.folder = before
+    with own_defaults(engine, candidates=3), content_from(engine, NEVER):
+        clip = engine.generate(PROMPT, **OPTIONS)
+        one = engine.generate(PROMPT, **OPTIONS, candidates=1)
+        again = engine.generate(request_from_recipe(clip.recipe, tmp_path))
     assert clip.recipe["plan"]["candidates"] == 3
     assert torch.equal(again.latents, clip.latents)
     assert own_options(one.recipe)["candidates"] == 1

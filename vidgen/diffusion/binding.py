@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidgen.core.protocols import Denoise
+from vidgen.diffusion.flow import denoised_of
 from vidgen.diffusion.state import LatentState
 
 NOBODY = -1
@@ -68,7 +69,7 @@ def bound(
         velocity = told_all(latents, sigma)
         if not float(sigma.max()) < legible:
             return velocity
-        guess, _ = state.apart(latents - sigma.view(-1, *[1] * (latents.ndim - 1)) * velocity)
+        guess, _ = state.apart(denoised_of(latents, velocity, sigma))
         seen = where(guess)
         shares = torch.stack([
             _shares(clip, own) for clip, own in zip(seen, labels, strict=True)

@@ -64,12 +64,12 @@ def told_apart(
     Args:
         config: of the model's verifier.
         prompts: as the model reads them.
-        strength: see `Bound`; 0 gives None.
+        strength: see `Bound`.
         encode: makes texts to (context [B, S, D], lengths [B]).
     """
     told = [config.told_alone(prompt) for prompt in prompts]
     most = max(map(len, told))
-    if strength == 0 or most < 2:
+    if most < 2:
         return None
     rows = [[*alone.items()] + [(NOBODY, prompt)] * (most - len(alone))
             for alone, prompt in zip(told, prompts, strict=True)]

@@ -108,8 +108,7 @@ def denoisers(
             if listens:
                 made.append(_listener(parts, plan, shown, context, given))
                 continue
-            spared = caches if branch in BRANCHES else None
-            cache_at = None if spared is None else partial(spared.at, branch)
+            cache_at = partial(caches.at, branch) if caches and branch != ALONE else None
             made.append(_denoiser(parts, plan, shown, context, given, ranks, cache_at))
         yield made
 

@@ -123,10 +123,8 @@ class Maker:
 
     def _long(self, item: Item) -> Tensor:
         """A clip of several windows, [1, 3, T, H, W]."""
-        names = ("steps", "guidance", "shift", "sampler", "candidates", "binding", "size")
-        clip = self.engine.generate(Request.of(item.prompt, {
+        clip = self.engine.generate(Request.of(item.prompt, self.bench.settings | {
             "seed": item.seed, "frames": self.windows.num_frames, "overlap": self.windows.overlap,
-            **{name: getattr(self.bench, name) for name in names},
         }))  # fmt: skip
         assert not isinstance(clip, list)
         return as_video(clip.frames)

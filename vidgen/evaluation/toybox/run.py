@@ -105,6 +105,12 @@ class Benchmark:
         if self.seeds > MAX_SEEDS:
             raise InputError(f"seeds is {self.seeds}; give {MAX_SEEDS} or fewer")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How clips are generated, as options of a request."""
+        names = ("steps", "guidance", "shift", "sampler", "candidates", "binding", "frames", "size")
+        return {name: getattr(self, name) for name in names}
+
 
 class ToyboxRun:
     """A benchmark on its way: hands out batches of clips, remembers their scores.

@@ -105,9 +105,7 @@ class Studio:
 
     def _plan(self) -> Plan:
         bench = self.bench
-        names = ("steps", "guidance", "shift", "sampler", "candidates", "binding", "frames", "size")
-        options = {name: getattr(bench, name) for name in names}
-        request = Request.of(prompts(bench.split, 1)[0][1], {"seed": bench.seed, **options})
+        request = Request.of(prompts(bench.split, 1)[0][1], {"seed": bench.seed, **bench.settings})
         plan = self.engine.plan(request, Inputs())
         if "image" in SUITES[bench.suite] and plan.num_frames < SHORTEST_MOTION:
             raise InputError(f"frames is {plan.num_frames}, too few to see a clip go on from its "
