@@ -87,6 +87,13 @@ def test_a_clip_that_something_is_known_of_is_left_to_it(engine: Engine) -> None
         assert torch.equal(latents_of(engine, TWO, **known), free)
 
 
+def test_what_is_not_told_apart_is_not_planned_to_be(engine: Engine) -> None:
+    picture = np.full((64, 64, 3), 90, np.uint8)
+    for known in ({"image": picture}, {"reference": [picture]}, {"frame": [(0.5, picture)]}):
+        assert engine.plan(Request.of(TWO, OPTIONS | known), Inputs()).binding == 0
+    assert engine.plan(Request.of(TWO, OPTIONS), Inputs()).binding == 1.0
+
+
 def test_it_goes_with_guidance_off_with_step_caches_and_in_windows(engine: Engine) -> None:
     for options in ({"guidance": 1.0}, {"cache": "forecast:0.9", "steps": 8}, {"frames": 33}):
         bound = latents_of(engine, TWO, **options)

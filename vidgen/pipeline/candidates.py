@@ -22,6 +22,7 @@ from vidgen.models.verifier import score
 from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.journal.job import TRIED
 from vidgen.pipeline.journal.state import as_array
+from vidgen.pipeline.tasks import words_alone
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -73,10 +74,11 @@ def with_verifier(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     shared = "several devices that share a clip don't tell things apart"
     alone = why or (shared if (request.devices or 1) > 1 else None)
     own = folder.defaults
+    binding = _asked("binding", request.binding, own.binding, alone, off=0)
     return replace(
         plan,
         candidates=_asked("candidates", request.candidates, own.candidates, why, off=1),
-        binding=_asked("binding", request.binding, own.binding, alone, off=0),
+        binding=binding if words_alone(request) else 0,
     )
 
 

@@ -52,6 +52,11 @@ def makes_sound(request: Request, tasks: tuple[str, ...]) -> bool:
     return SOUND in tasks and asked and not request.roll
 
 
+def words_alone(request: Request) -> bool:
+    """Whether nothing but the prompt says what a clip shows: no picture, and no other clip."""
+    return not any(request.has(option) for option, task in OPTIONS.items() if task != SOUND)
+
+
 def _who_can(task: str) -> str:
     from vidgen.weights.family import models_with
 
