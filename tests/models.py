@@ -12,6 +12,7 @@ import torch
 
 from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.vae import CausalVAE
@@ -75,6 +76,16 @@ def add_verifier(folder: Path) -> Path:
     verifier = Verifier(VerifierConfig((("cat",), ("car",)), channels, dim=8, num_blocks=1))
     save_module(verifier.state_dict(), verifier.config, folder / "verifier", torch.float32, 256)
     record_files(folder, ("verifier/config.json", "verifier/model.safetensors"))
+    return folder
+
+
+def add_onset_detector(folder: Path) -> Path:
+    """Give a tiny model an onset detector, which sees nothing in particular."""
+    torch.manual_seed(3)
+    channels = VAE_PRESETS["tiny"].latent_channels
+    detector = OnsetDetector(OnsetDetectorConfig(channels, dim=8, num_blocks=1, time_dim=16))
+    save_module(detector.state_dict(), detector.config, folder / "onset_detector", torch.float32)
+    record_files(folder, ("onset_detector/config.json", "onset_detector/model.safetensors"))
     return folder
 
 

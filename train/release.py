@@ -7,12 +7,13 @@
     python train/release.py sound     --run runs/sound --out vidgen/assets/toybox
     python train/release.py student   --run runs/student --out vidgen/assets/toybox
     python train/release.py verifier  --run runs/verifier --out vidgen/assets/toybox
+    python train/release.py onset_detector --run runs/onset_detector --out vidgen/assets/toybox
 
 `vae` and `sound` measure the latents' mean and deviation on fresh clips, unless encoder or decoder
 stayed as it was (`part`), or latents were kept near what they were (`loss.keep`). `dit` of a run
 whose `levels` end below 1 is the expert at low noise, which takes over there. Students of the old
 weights are removed, but for `--keep-students`: near the old weights they may serve on, score them;
-a verifier of other latents always is.
+a verifier and an onset detector of other latents always are.
 Clips come with sound once its run had `sound`; `--mix` averages its weights with those of releases
 that it began with (Wortsman et al. 2022). Each call writes `model.json` anew.
 """
@@ -34,12 +35,14 @@ from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_write, best_dtype, sha256_file
 from vidgen.models.audio import AudioVAE, AudioVAEConfig
+from vidgen.models.onset_detector import OnsetDetectorConfig
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.models.verifier import VerifierConfig
 from vidgen.models.words import split_words
-from vidgen.pipeline.candidates import VERIFIER
+from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.long.tail import ANCHOR_TASK
+from vidgen.pipeline.sound.impacts import ONSET_DETECTOR
 from vidgen.pipeline.tasks import SOUND as SOUND_TASK
 from vidgen.toybox.captions import caption
 from vidgen.toybox.render import render
@@ -80,7 +83,8 @@ TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "re
 HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/experiments.md)
 INT8_FROM = 1 << 15  # numbers of a matrix; those that latents come and go through are smaller
 TEXT_INT8_FROM = 1 << 13  # the text encoder's are smaller; it is off by as much as by bf16
-CANDIDATES = 4  # docs/experiments.md, "a verifier"
+VERIFIED: dict[str, Any] = {"candidates": 4, "binding": 1.0}
+"""What a model draws by that has a verifier (docs/experiments.md, "a verifier")."""
 PARTS = ("vae/model.safetensors", "transformer/model.safetensors",
          "text_encoder/model.safetensors", "tokenizer/tokenizer.json")
 NUM_STATISTICS_CLIPS = 128
@@ -88,9 +92,10 @@ NUM_CAPTIONS = 60_000
 
 
 def release_vae(run: Path, out: Path) -> None:
-    """The VAE of a run; a verifier of other latents goes."""
+    """The VAE of a run; what reads other latents goes."""
     if _moves_latents(_run_settings(run)):
-        shutil.rmtree(out / VERIFIER, ignore_errors=True)
+        for part in (VERIFIER, ONSET_DETECTOR):
+            shutil.rmtree(out / part, ignore_errors=True)
     _release_autoencoder(run, out / "vae", CausalVAE, VAE_PRESETS, measure_latents)
 
 
@@ -282,6 +287,12 @@ def release_verifier(run: Path, out: Path) -> None:
     save_module(weights, replace(known, labels=LABELS), out / VERIFIER, torch.bfloat16, INT8_FROM)
 
 
+def release_onset_detector(run: Path, out: Path) -> None:
+    """The onset detector of a run."""
+    config = build(OnsetDetectorConfig, _run_settings(run)["model"], str(run))
+    save_module(load_averages(run, ONSET_DETECTOR), config, out / ONSET_DETECTOR, torch.bfloat16)
+
+
 def read_mix(entries: Sequence[str]) -> dict[Path, float]:
     """Folders and shares of FOLDER=SHARE.
 
@@ -366,7 +377,8 @@ def _rounded(values: torch.Tensor) -> list[float]:
 def main() -> int:
     """Release one part, then describe the folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("vae", "tokenizer", "dit", "sound", "student", VERIFIER))
+    parser.add_argument("part", choices=("vae", "tokenizer", "dit", "sound", "student", VERIFIER,
+                                         ONSET_DETECTOR))
     parser.add_argument("--run", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, required=True, help="model folder")
     parser.add_argument("--mix", action="append", default=[], metavar="FOLDER=SHARE",
@@ -392,6 +404,8 @@ def main() -> int:
             release_student(options.run, options.out)
         elif options.part == VERIFIER:
             release_verifier(options.run, options.out)
+        elif options.part == ONSET_DETECTOR:
+            release_onset_detector(options.run, options.out)
         else:
             release_tokenizer(options.out)
         if all((options.out / part).exists() for part in PARTS):
@@ -402,7 +416,7 @@ def main() -> int:
                 defaults=replace(DEFAULTS, history_noise=history_noise_of(*told),
                                  boundary=boundary_of(*told),
                                  oversampling=oversampling_of(*told),
-                                 candidates=CANDIDATES if (options.out / VERIFIER).is_dir() else 1),
+                                 **(VERIFIED if (options.out / VERIFIER).is_dir() else {})),
                 world_version=WORLD_VERSION,
             )
 

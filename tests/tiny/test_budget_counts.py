@@ -13,6 +13,7 @@ from tests.live import Live
 from vidgen.models import audio_spectra
 from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.models.verifier import Verifier, VerifierConfig
@@ -20,6 +21,7 @@ from vidgen.ops import native
 from vidgen.pipeline.budget.workload import (
     decoder_layers,
     encoder_layers,
+    onset_detector_ops,
     sound_bytes,
     sound_ops,
     transformer_bytes,
@@ -104,6 +106,14 @@ def test_a_verifier_is_counted_as_torch_counts_it():
     with FlopCounterMode(display=False) as counter:
         Verifier(config).eval().shown(torch.randn(1, 16, 5, 12, 16))
     flops = sum(op.amount for op in verifier_ops(config, 5, 12 * 16) if op.kind == "conv")
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_an_onset_detector_is_counted_as_torch_counts_it():
+    config = OnsetDetectorConfig()
+    with FlopCounterMode(display=False) as counter:
+        OnsetDetector(config).eval().expected(torch.randn(1, 16, 5, 12, 16))
+    flops = sum(op.amount for op in onset_detector_ops(config, 5, 12 * 16) if op.kind == "conv")
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import build_tiny_model
+from tests.models import add_onset_detector, build_tiny_model
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
+from vidgen.media.onsets import find_onsets
 from vidgen.media.sound import read_sound
 from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.onset_detector import OnsetDetector
 from vidgen.pipeline import networks
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal as journals
@@ -20,6 +22,7 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.sound import own_sound as own_sounds
+from vidgen.pipeline.sound.candidates import best_heard
 from vidgen.pipeline.video import load
 
 WORDS = {"seed": 3, "frames": 9, "steps": 2, "dtype": "fp32"}
@@ -106,13 +109,14 @@ def test_of_several_sounds_the_one_is_kept_that_the_others_bear_out(engine, monk
             passes.append(0 if cache is None else len(latents))
             return forward(self, latents, *args, cache=cache, **options)
 
-        def choose(sounds, rate, told=told, wanted=wanted):
+        def choose(sounds, rate, impacts, told=told, wanted=wanted):
+            assert not impacts.any_seen  # it has nobody who looks
             told.append((sounds, rate))
             return wanted
 
         with monkeypatch.context() as patched:
             patched.setattr(SpacetimeDiT, "forward", see)
-            patched.setattr(own_sounds, "most_agreed", choose)
+            patched.setattr(own_sounds, "best_heard", choose)
             clip = engine.generate("a cat", **WORDS, guidance=3.0, audio_candidates=3)
         [(sounds, rate)] = told
         assert (len(sounds), rate) == (3, 16_000)
@@ -123,6 +127,59 @@ def test_of_several_sounds_the_one_is_kept_that_the_others_bear_out(engine, monk
         assert np.array_equal(clip.frames, alone.frames)
         assert np.allclose(clip.sound, alone.sound, atol=1e-5) == (wanted == 0)
         assert all(not torch.equal(sounds[0], other) for other in sounds[1:])
+
+
+@pytest.fixture(scope="module")
+def looking(tmp_path_factory):
+    folder = build_tiny_model(tmp_path_factory.mktemp("models") / "looks", sound=True)
+    return load(add_onset_detector(folder), dtype="fp32")
+
+
+def test_of_several_sounds_the_one_is_kept_that_goes_with_what_is_seen(looking, monkeypatch):
+    told, expected = [], {}
+
+    def see(sounds, rate, impacts):
+        told.append((sounds, rate, impacts))
+        return best_heard(sounds, rate, impacts)
+
+    def expect(_detector, latents):
+        odds = torch.zeros(1, latents.shape[2], 8)
+        odds.view(-1)[expected["at"]] = 1
+        return odds
+
+    monkeypatch.setattr(own_sounds, "best_heard", see)
+    monkeypatch.setattr(OnsetDetector, "expected", expect)
+    options = WORDS | {"audio_candidates": 4, "audio_delay": 0.05}
+    expected["at"] = 12
+    looking.generate("a cat", **options)
+    [(sounds, rate, impacts)] = told
+    assert impacts.times[12] == pytest.approx((1 + 4.5 / 2) / 12 + 0.05)  # of frames 1 to 4
+    fits = []
+    for at in range(8, len(impacts.times), 4):
+        expected["at"] = at
+        told.clear()
+        clip = looking.generate("a cat", **options)
+        [(again, _, impacts)] = told
+        assert torch.equal(sounds, again)
+        fits.append([impacts.fit(onsets) for onsets in find_onsets(sounds, rate)])
+        heard = sounds[int(np.argmax(fits[-1])), : len(clip.sound)].clamp(-1, 1).numpy()
+        assert np.abs(clip.sound[:, 0] - heard).max() < 1e-5
+    assert len({tuple(np.argsort(row)) for row in fits}) > 1  # it matters what is seen
+
+
+def test_what_later_windows_show_is_heard_in_their_own_time(looking, monkeypatch):
+    told = []
+
+    def see(sounds, rate, impacts):
+        told.append((impacts.times, sounds.shape[1] / rate))
+        return 0
+
+    monkeypatch.setattr(own_sounds, "best_heard", see)
+    looking.generate("a cat", **WORDS | {"frames": 33, "audio_candidates": 2, "audio_delay": 0})
+    assert len(told) > 1
+    for times, seconds in told:
+        assert -4 / 12 <= times[0] < 1 / 12
+        assert seconds - 2 / 12 < times[-1] < seconds + 1 / 12
 
 
 def test_sound_follows_its_picture_by_a_delay_and_takes_steps_of_its_own(engine):

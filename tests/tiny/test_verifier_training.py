@@ -87,6 +87,7 @@ def test_a_verifier_is_taught_released_and_chooses(
     engine = load(str(out), device="cpu", dtype="fp32")
     assert isinstance(engine, Engine)
     assert engine.folder.defaults.candidates == 4
+    assert engine.folder.defaults.binding == 1.0
     known = engine.folder.components["verifier"].config
     assert [names[0] for names in known.labels] == list(SPRITE_NAMES)
     told: list[int] = []

@@ -17,11 +17,14 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.request import Request
 from vidgen.diffusion.oversampling import Pace
+from vidgen.diffusion.state import LatentState
+from vidgen.evaluation.generation import read_prompts, sampled, text_contexts
 from vidgen.evaluation.rulers.drift import Windows, looks, measure_drift
 from vidgen.media.clip import Clip
 from vidgen.pipeline.inputs import Inputs, as_video
 from vidgen.pipeline.long.extend import LongClip, window_size
 from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of
+from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.video import Engine, load, to_frames
 from vidgen.toybox.judge import Judge, embedded_judge
 from vidgen.toybox.render import render
@@ -82,7 +85,8 @@ class Chain:
             "frames": self.windows.num_frames,
         })  # fmt: skip
         self.plan = engine.plan(self.request, Inputs())
-        self.contexts = engine.encode_prompt(self.plan)
+        self.read = read_prompts(engine, [prompt])
+        self.contexts = text_contexts(engine, self.plan, self.read)
 
     @cached_property
     def first(self) -> Tensor:
@@ -106,8 +110,8 @@ class Chain:
         long = LongClip(self.engine, self.plan, request, Inputs())
         return self._decode(long.sample(self._sample, done=self.first))
 
-    def _sample(self, plan: Any, state: Any) -> Tensor:
-        return self.engine.sample(plan, state, self.contexts)
+    def _sample(self, plan: Plan, state: LatentState) -> Tensor:
+        return sampled(self.engine, plan, state, self.read, self.contexts)
 
     def _by_pixels(self) -> Tensor:
         """Chain as most programs do: the last frames, as a file holds them, are encoded again."""

@@ -26,7 +26,8 @@ from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.networks import Contexts
 from vidgen.pipeline.plan import Plan
-from vidgen.pipeline.sound.candidates import most_agreed
+from vidgen.pipeline.sound.candidates import best_heard
+from vidgen.pipeline.sound.impacts import impacts_seen
 from vidgen.pipeline.sound.own_sound import sound_plan
 from vidgen.pipeline.tasks import SOUND
 from vidgen.pipeline.video import Engine
@@ -62,11 +63,11 @@ def generate_batch(
         first = engine.encode_first(first_frames, plan.refine_steps, passes=plan.encode_passes)
         state = condition.first_frame(state, first)
     read = read_prompts(engine, prompts)
-    latents = _sampled(engine, plan, state, read, text_contexts(engine, plan, read))
+    latents = sampled(engine, plan, state, read, text_contexts(engine, plan, read))
     return pixels(engine, latents, plan.oversampling)
 
 
-def _sampled(
+def sampled(
     engine: Engine, plan: Plan, state: LatentState, read: Sequence[str], contexts: Contexts
 ) -> Tensor:
     """Latents [B, C, F, h, w] of the best candidate of each clip."""
@@ -108,7 +109,7 @@ def generate_with_sound(
                          "another --suite")
     read, sound = read_prompts(engine, prompts), sound_plan(plan, engine.folder.defaults)
     contexts = text_contexts(engine, plan, read)
-    picture = _sampled(engine, plan, fresh_state(engine, plan, seeds), read, contexts)
+    picture = sampled(engine, plan, fresh_state(engine, plan, seeds), read, contexts)
     config = engine.folder.components["sound_vae"].config
     stride_t = engine.vae_config.strides.t
     first, end, start_s = sound_span(
@@ -118,15 +119,16 @@ def generate_with_sound(
     takes = plan.sound_candidates
     noise = draw_sound_noise(seeds, config.latent_channels, first, end, takes)
     sounding = new_sound(noise.to(engine.device), start_s - plan.sound_delay_s, takes)
-    shown = finished_finer(
-        picture.repeat_interleave(takes, dim=0), Pace(plan.oversampling), stride_t
-    )
+    pace = Pace(plan.oversampling)
+    shown = finished_finer(picture.repeat_interleave(takes, dim=0), pace, stride_t)
     state = replace(shown, sound=sounding)
     _, heard = state.apart(engine.sample(sound, state, contexts))
     assert heard is not None
     with engine.parts.use("sound_vae") as vae:
         made = vae.decode(heard.float(), num_samples).float()
-    kept = [sounds[most_agreed(sounds, config.sample_rate)] for sounds in made.split(takes)]
+    seen = impacts_seen(engine.parts, picture, pace, 0, plan.fps)
+    kept = [sounds[best_heard(sounds, config.sample_rate, impacts.later(plan.sound_delay_s))]
+            for sounds, impacts in zip(made.split(takes), seen, strict=True)]
     return pixels(engine, picture, plan.oversampling), torch.stack(kept).clamp(-1, 1).cpu()
 
 

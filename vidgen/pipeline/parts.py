@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vidgen.models.dit import SpacetimeDiT
     from vidgen.models.image import ImageEncoder
     from vidgen.models.lora import Adapter
+    from vidgen.models.onset_detector import OnsetDetector
     from vidgen.models.text import UMT5Encoder
     from vidgen.models.vae import CausalVAE
     from vidgen.models.verifier import Verifier
@@ -103,6 +104,8 @@ class Parts:
     def use(self, role: Literal["sound_vae"]) -> AbstractContextManager[AudioVAE]: ...
     @overload
     def use(self, role: Literal["verifier"]) -> AbstractContextManager[Verifier]: ...
+    @overload
+    def use(self, role: Literal["onset_detector"]) -> AbstractContextManager[OnsetDetector]: ...
     @overload
     def use(self, role: Role) -> AbstractContextManager[nn.Module]: ...
 

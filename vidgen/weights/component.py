@@ -14,6 +14,7 @@ from vidgen.core.errors import ModelError
 from vidgen.models.audio import AudioVAE, AudioVAEConfig
 from vidgen.models.dit import DiTConfig, SpacetimeDiT
 from vidgen.models.image import ImageConfig, ImageEncoder
+from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
 from vidgen.models.text import TextConfig, UMT5Encoder
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.models.verifier import Verifier, VerifierConfig
@@ -33,17 +34,18 @@ from vidgen.weights.view import Source, View
 
 ExpertRole = Literal["transformer", "transformer_2"]
 """Of the transformers: one alone, or two that share the noise levels."""
-OwnRole = Literal["sound_vae", "verifier"]
+OwnRole = Literal["sound_vae", "verifier", "onset_detector"]
 """Of parts that no other program has: they lie as vidgen has them in every layout."""
 Role = Literal["vae", "transformer", "transformer_2", "text_encoder", "image_encoder", OwnRole]
 OWN_ROLES: tuple[OwnRole, ...] = get_args(OwnRole)
-Config = VAEConfig | DiTConfig | TextConfig | ImageConfig | AudioVAEConfig | VerifierConfig
+Config = (VAEConfig | DiTConfig | TextConfig | ImageConfig | AudioVAEConfig | VerifierConfig
+          | OnsetDetectorConfig)
 Config_co = TypeVar("Config_co", bound=Config, covariant=True)
 
 CLASSES: dict[Role, type[nn.Module]] = {
     "vae": CausalVAE, "transformer": SpacetimeDiT, "transformer_2": SpacetimeDiT,
     "text_encoder": UMT5Encoder, "image_encoder": ImageEncoder, "sound_vae": AudioVAE,
-    "verifier": Verifier,
+    "verifier": Verifier, "onset_detector": OnsetDetector,
 }
 _ANY_SIZE = 1 << 20
 """A number in a config that is no cause for doubt, however small the files."""
@@ -149,6 +151,8 @@ class Components(dict[Role, Component[Config]]):
     def __getitem__(self, role: Literal["sound_vae"], /) -> Component[AudioVAEConfig]: ...
     @overload
     def __getitem__(self, role: Literal["verifier"], /) -> Component[VerifierConfig]: ...
+    @overload
+    def __getitem__(self, role: Literal["onset_detector"], /) -> Component[OnsetDetectorConfig]: ...
     @overload
     def __getitem__(self, role: Role, /) -> Component[Config]: ...
 

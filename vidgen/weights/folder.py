@@ -1,10 +1,10 @@
 """Models on disk: what a folder holds, whatever layout it is in, opened but not loaded.
 
 Our own layout: `model.json` beside `vae/`, `transformer/`, `text_encoder/` and, where a model has
-them, `transformer_2/`, `image_encoder/`, `sound_vae/` and `verifier/` (each `config.json` and
-`model.safetensors`, or shards with an index) and `tokenizer/`. `config.json` of our own modules is
-their frozen dataclass; the encoders' are ordinary transformers ones. Diffusers' folders and Wan's
-own are opened in `layouts`.
+them, `transformer_2/`, `image_encoder/`, `sound_vae/`, `verifier/` and `onset_detector/` (each
+`config.json` and `model.safetensors`, or shards with an index) and `tokenizer/`. `config.json` of
+our own modules is their frozen dataclass; the encoders' are ordinary transformers ones. Diffusers'
+folders and Wan's own are opened in `layouts`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from vidgen.core.errors import ModelError
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import DiTConfig
 from vidgen.models.image import ImageConfig
+from vidgen.models.onset_detector import OnsetDetectorConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig
 from vidgen.models.verifier import VerifierConfig
@@ -62,7 +63,7 @@ REST = "rest"
 _CONFIG_TYPES: dict[Role, type[Any]] = {
     "vae": VAEConfig, "transformer": DiTConfig, "transformer_2": DiTConfig,
     "text_encoder": TextConfig, "image_encoder": ImageConfig, "sound_vae": AudioVAEConfig,
-    "verifier": VerifierConfig,
+    "verifier": VerifierConfig, "onset_detector": OnsetDetectorConfig,
 }
 _SAMPLERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
 
@@ -137,7 +138,7 @@ def _open_vidgen(path: Path) -> ModelFolder:
             config = config_of(_CONFIG_TYPES[role], folder)
         store = _shards(folder)
         components[role] = assemble(role, config, [("vidgen", store), *_set_aside(path, role)])
-    _check_verifier(path, components)
+    _check_readers(path, components)
     try:
         return ModelFolder(
             path=path, files=info["files"], layout="vidgen", components=components,
@@ -339,16 +340,19 @@ def _require(path: Path, components: Components) -> None:
     dit = components["transformer"].config
     if dit.image_dim is not None and "image_encoder" not in components:
         raise ModelError(f"{path} has no image_encoder, which its transformer needs; copy it again")
-    _check_verifier(path, components)
+    _check_readers(path, components)
 
 
-def _check_verifier(path: Path, components: Components) -> None:
-    """Refuse a verifier of other latents."""
-    if "verifier" in components and "vae" in components:
-        theirs = components["verifier"].config.latent_channels
-        ours = components["vae"].config.latent_channels
-        if theirs != ours:
-            raise ModelError(f"{path}: the verifier reads latents of {theirs} channels, the VAE "
+def _check_readers(path: Path, components: Components) -> None:
+    """Refuse parts that read other latents than the VAE's."""
+    if "vae" not in components:
+        return
+    ours = components["vae"].config.latent_channels
+    for role, part in components.items():
+        if not isinstance(part.config, VerifierConfig | OnsetDetectorConfig):
+            continue
+        if (theirs := part.config.latent_channels) != ours:
+            raise ModelError(f"{path}: the {role} reads latents of {theirs} channels, the VAE "
                              f"makes {ours}; the two must come from the same model")
 
 

@@ -16,6 +16,7 @@ from vidgen.pipeline.budget.workload import (
     Op,
     image_ops,
     listening_ops,
+    onset_detector_ops,
     sound_ops,
     text_ops,
     transformer_ops,
@@ -23,6 +24,7 @@ from vidgen.pipeline.budget.workload import (
     verifier_ops,
 )
 from vidgen.pipeline.levels import sigmas_of, split_of
+from vidgen.pipeline.sound.impacts import ONSET_DETECTOR
 from vidgen.pipeline.sound.own_sound import sound_plan
 
 if TYPE_CHECKING:
@@ -93,8 +95,12 @@ class Seconds:
         audio, plan = job.dit.audio, sound_plan(job.plan, job.folder.defaults)
         assert audio is not None
         sigmas = make_sigmas(plan.num_steps, plan.shift).tolist()[:-1]
-        seconds = 0.0
+        looks, seconds = candidates > 1 and ONSET_DETECTOR in job.folder.components, 0.0
         for frames, drawn in zip(job.passes.windows, job.passes.drawn, strict=True):
+            if looks:
+                seconds += job.rates.seconds(onset_detector_ops(
+                    job.folder.components[ONSET_DETECTOR].config, drawn, job.rows * job.columns
+                ))
             tokens, seen = job.sound_latents(frames), drawn * job.frame_tokens
             branches = [
                 job.rates.seconds(listening_ops(

@@ -28,7 +28,8 @@ from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
-from vidgen.pipeline.sound.candidates import most_agreed
+from vidgen.pipeline.sound.candidates import best_heard
+from vidgen.pipeline.sound.impacts import impacts_seen
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -91,26 +92,27 @@ class OwnSound:
                 continue  # made before a kill
             takes = self.plan.sound_candidates
             seen = slice(self.pace.finer(start), self.pace.finer(stop))
-            shown = picture[:, :, seen].to(self.parts.device)
-            known = finished_finer(
-                shown.expand(takes, *[-1] * 4), self.pace.behind(start), self._stride_t
-            )
+            shown, pace = picture[:, :, seen].to(self.parts.device), self.pace.behind(start)
+            known = finished_finer(shown.expand(takes, *[-1] * 4), pace, self._stride_t)
             state = self.beside(known, first, count, takes)
             heard = _sound_of(state, sample(state, number))
-            self._take(heard[self._best(heard)][None], first, count)
+            self._take(heard[self._best(heard, shown, pace, first)][None], first, count)
             if number + 1 < len(self.windows):
                 arrays = {"latents": self.latents.numpy()}
                 journal.keep_arrays(HEARD, arrays, {"begins": self.begins})
 
     @torch.no_grad()
-    def _best(self, heard: Tensor) -> int:
-        """Which of a stretch's sounds [B, C, k] is kept."""
+    def _best(self, heard: Tensor, shown: Tensor, pace: Pace, first: int) -> int:
+        """Which of the sounds [B, C, k] of a stretch, from latent frame `first` on, is kept."""
         if len(heard) == 1:
             return 0
         config = _config(self.parts)
         with self.parts.use("sound_vae") as vae:
             sounds = vae.decode(heard, heard.shape[2] * config.samples_per_token)
-        return most_agreed(sounds, config.sample_rate)
+        begins_s = self._span(first, 1)[0] / config.tokens_per_s
+        (impacts,) = impacts_seen(self.parts, shown, pace, first, self.plan.fps)
+        later_s = self.plan.sound_delay_s - begins_s
+        return best_heard(sounds, config.sample_rate, impacts.later(later_s))
 
     def beside(
         self, state: LatentState, first: int, count: int, takes: int = 1

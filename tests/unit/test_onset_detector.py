@@ -1,0 +1,122 @@
+"""When something is seen to be hit, and which sound goes with that."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.test_sound_candidates import RATE, clicks
+from vidgen.core.shapes import Strides
+from vidgen.diffusion.oversampling import Pace
+from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig, part_times
+from vidgen.pipeline.sound.candidates import best_heard
+from vidgen.pipeline.sound.impacts import ONSET_DETECTOR, Impacts, impacts_seen
+
+CONFIG = OnsetDetectorConfig(latent_channels=4, dim=8, num_blocks=1, time_dim=16, num_time_blocks=1)
+FPS = Fraction(12)
+
+
+def seen(*moments: float, each: float = 1.0) -> Impacts:
+    """So many impacts expected at each of some moments, spread over 40 ms."""
+    times = np.sort([at + off for at in moments for off in (-0.02, 0.0, 0.02)])
+    return Impacts(times, np.full(len(times), each / 3))
+
+
+NOTHING = Impacts(np.zeros(0), np.zeros(0))
+
+
+def test_it_looks_at_clips_of_any_size_and_length_each_by_itself() -> None:
+    torch.manual_seed(0)
+    detector = OnsetDetector(CONFIG).eval()
+    latents = torch.randn(2, 4, 9, 6, 10)
+    expected = detector.expected(latents)
+    assert expected.shape == (2, 9, 8)
+    assert torch.allclose(expected[1:], detector.expected(latents[1:]), atol=1e-6)
+    assert detector.expected(torch.randn(1, 4, 1, 16, 16)).shape == (1, 1, 8)
+
+
+def test_it_computes_in_the_precision_of_its_weights() -> None:
+    torch.manual_seed(0)
+    detector, latents = OnsetDetector(CONFIG).eval(), torch.randn(1, 4, 5, 6, 6)
+    exact = detector.expected(latents)
+    assert torch.allclose(detector.bfloat16().expected(latents), exact, atol=0.05)
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_parts_of_latent_frames_have_their_times(at: int) -> None:
+    times = part_times(at, 3, 4, stride_t=4, fps=24)
+    assert times.shape == (3, 4)
+    assert times[1, 0] == pytest.approx((4 * at + 1 + 0.5) / 24)  # of frames 4 at + 1 to 4 at + 4
+    assert torch.allclose(times.flatten().diff(), torch.tensor(1 / 24))
+
+
+def parts_with(expected: torch.Tensor | None) -> Any:
+    """Networks, among them a detector that expects this of any clip, or none."""
+    components = {"vae": SimpleNamespace(config=SimpleNamespace(strides=Strides(4, 8)))}
+    if expected is not None:
+        components[ONSET_DETECTOR] = SimpleNamespace()
+
+    class Used:
+        def __enter__(self) -> Any:
+            return SimpleNamespace(expected=lambda _latents: expected)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    return SimpleNamespace(folder=SimpleNamespace(components=components),
+                           device=torch.device("cpu"), use=lambda _role: Used())
+
+
+@pytest.mark.parametrize(("factor", "first", "alone", "index"), [
+    (1, 0, True, 2), (2, 0, True, 5), (1, 3, False, 0), (2, 3, False, 0), (2, 3, False, 3),
+])
+def test_what_is_seen_has_the_clips_own_time(
+    factor: int, first: int, alone: bool, index: int
+) -> None:
+    expected = torch.zeros(1, 9, 4)
+    expected[0, index, 1] = 1
+    picture = torch.zeros(1, 4, 9, 2, 2)
+    (impacts,) = impacts_seen(parts_with(expected), picture, Pace(factor, alone), first, FPS)
+    assert float(impacts.expected.sum()) == 1
+    at = impacts.times[impacts.expected.argmax()]
+    fine = index - 1 if alone else factor * (first - 1) + index  # latent frames of 4 before it
+    assert at == pytest.approx((4 * fine + 1 + 1.5) / (12 * factor))
+
+
+def test_a_single_picture_shows_nothing_that_happens() -> None:
+    expected = torch.ones(2, 3, 4)
+    begins, goes_on = (
+        impacts_seen(parts_with(expected), torch.zeros(2, 4, 3, 2, 2), Pace(1, alone), first, FPS)
+        for alone, first in ((True, 0), (False, 4))
+    )
+    assert [float(each.expected.sum()) for each in (*begins, *goes_on)] == [8, 8, 12, 12]
+    none = impacts_seen(parts_with(None), torch.zeros(2, 4, 3, 2, 2), Pace(1), 0, FPS)
+    assert [each.any_seen for each in none] == [False, False]
+
+
+def test_a_sound_goes_with_what_is_seen_by_how_much_of_it_meets() -> None:
+    impacts = seen(0.5, 1.2)
+    assert impacts.fit(np.array([0.52, 1.18])) == pytest.approx(1)
+    assert impacts.fit(np.array([0.5])) == pytest.approx(2 / 3)
+    assert impacts.fit(np.array([0.5, 0.53, 1.2])) == pytest.approx(4 / 5)  # one of them too many
+    assert impacts.fit(np.array([0.8])) == 0
+    assert impacts.fit(np.zeros(0)) == 0
+    assert impacts.later(0.3).fit(np.array([0.8, 1.5])) == pytest.approx(1)
+    assert NOTHING.fit(np.zeros(0)) == 1
+    unsure = seen(0.5, each=0.6)
+    assert unsure.fit(np.array([0.5])) == pytest.approx(2 * 0.6 / 1.6)
+
+
+def test_the_sound_is_kept_that_goes_with_what_is_seen() -> None:
+    alike = [clicks(0.3, 1.0), clicks(0.31, 1.01), clicks(0.29, 0.99)]
+    sounds = torch.stack([*alike, clicks(0.55, 1.35), clicks(0.55)])
+    assert best_heard(sounds, RATE, seen(0.55, 1.35)) == 3
+    assert best_heard(sounds, RATE, seen(0.55)) == 4
+    assert best_heard(sounds, RATE, NOTHING) == 0  # as the others bear out
+    assert best_heard(sounds, RATE, seen(0.55, each=0.3)) == 0  # hardly seen
+    assert best_heard(sounds[4:], RATE, seen(1.35)) == 0

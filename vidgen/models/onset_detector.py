@@ -1,0 +1,126 @@
+"""An onset detector: when something meets the ground, by what the latents of a clip show.
+
+A generator hears a picture through one draw of noise; a far smaller network that looks at nothing
+but moments tells which of several such sounds goes with it (onset detectors that a Foley model's
+sound follows: Comunità et al. 2024, "SyncFusion"). It looks at latents, so nothing is decoded.
+
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, M looks at a frame,
+V values of a look, D width, P parts of a latent frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidgen.models.conv_blocks import Residual, conv_block
+
+_RARE = -4.0
+"""Log-odds of an onset in any part of a latent frame that a fresh detector begins with."""
+_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class OnsetDetectorConfig:
+    """Sizes of an onset detector.
+
+    Args:
+        latent_channels: C.
+        dim: width of what looks at single frames.
+        num_blocks: of two convolutions there.
+        num_looks: M, places of a frame that are looked at.
+        num_values: V, what is told of a place beside where it is.
+        time_dim: D, width of what looks across frames.
+        num_time_blocks: of two convolutions there, which see 2 * num_time_blocks latent frames each
+            way.
+        num_parts: P.
+    """
+
+    latent_channels: int = 16
+    dim: int = 24
+    num_blocks: int = 3
+    num_looks: int = 8
+    num_values: int = 16
+    time_dim: int = 64
+    num_time_blocks: int = 4
+    num_parts: int = 8
+
+
+class _TimeBlock(nn.Module):
+    """Two convolutions over frames around a shortcut, which begins as nothing else."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(_GROUPS, dim)
+        self.first = nn.Conv1d(dim, dim, 3, padding=1)
+        self.second = nn.Conv1d(dim, dim, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features like those given, [B, D, F]."""
+        made: Tensor = self.second(F.silu(self.first(F.silu(self.norm(x)))))
+        return x + made
+
+
+class OnsetDetector(nn.Module):
+    """Looks at places of each latent frame, and then at how what is there goes on."""
+
+    def __init__(self, config: OnsetDetectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = conv_block(config.latent_channels, config.dim)
+        self.body = nn.Sequential(*(Residual(config.dim) for _ in range(config.num_blocks)))
+        self.places = nn.Conv2d(config.dim, config.num_looks, 1)
+        self.values = nn.Conv2d(config.dim, config.num_values, 1)
+        seen = config.num_looks * (config.num_values + 2)
+        self.seen = nn.Conv1d(seen, config.time_dim, 1)
+        self.time = nn.Sequential(*(_TimeBlock(config.time_dim)
+                                    for _ in range(config.num_time_blocks)))
+        self.onsets = nn.Conv1d(config.time_dim, config.num_parts, 1)
+        nn.init.constant_(self.onsets.bias, _RARE)  # type: ignore[arg-type]
+
+    def follow(self, latents: Tensor) -> Tensor:
+        """What happens in latents [B, C, F, h, w] of any size and length: features [B, D, F]."""
+        B, _, frames, high, wide = latents.shape
+        x = latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        x = self.body(self.stem(x))
+        weights = self.places(x).float().flatten(2).softmax(2)  # [N, M, h * w]
+        down = torch.linspace(-1, 1, high, device=x.device).view(1, 1, -1, 1)
+        across = torch.linspace(-1, 1, wide, device=x.device).view(1, 1, 1, -1)
+        where = [axis.expand(len(x), 1, high, wide) for axis in (down, across)]
+        told = torch.cat([self.values(x).float(), *where], dim=1).flatten(2)
+        seen = torch.einsum("nmp,nvp->nmv", weights, told).flatten(1).to(x.dtype)
+        features: Tensor = self.time(self.seen(seen.unflatten(0, (B, frames)).transpose(1, 2)))
+        return features
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Log-odds [B, F, P], float32, that something meets the ground in each part of a frame.
+
+        A clip's first latent frame, a single picture, has no parts: what is told of it is nothing.
+        """
+        logits: Tensor = self.onsets(self.follow(latents))
+        return logits.transpose(1, 2).float()
+
+    @torch.no_grad()
+    def expected(self, latents: Tensor) -> Tensor:
+        """How many onsets are to be expected in each part of a frame: [B, F, P]."""
+        odds: Tensor = self(latents.to(self.places.weight.dtype))
+        return odds.sigmoid()
+
+
+def part_times(first: int, count: int, num_parts: int, stride_t: int, fps: float) -> Tensor:
+    """Seconds of a clip at which the parts of its latent frames lie amid: [F, P].
+
+    Args:
+        first: the clip's latent frame with which they begin.
+        count: F.
+        num_parts: P.
+        stride_t: pictures of a latent frame, but for the clip's first.
+        fps: their rate.
+    """
+    frames = torch.arange(first - 1, first - 1 + count)[:, None]
+    parts = (torch.arange(num_parts) + 0.5) / num_parts
+    return ((frames + parts) * stride_t + 1) / fps

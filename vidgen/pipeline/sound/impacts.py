@@ -1,0 +1,91 @@
+"""What a finished picture shows to be hit, and how well a sound goes with that.
+
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, P parts of a latent
+frame, n = F * P moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vidgen.media.onsets import Times
+from vidgen.models.onset_detector import part_times
+
+if TYPE_CHECKING:
+    from vidgen.diffusion.oversampling import Pace
+    from vidgen.pipeline.parts import Parts
+
+ONSET_DETECTOR: Literal["onset_detector"] = "onset_detector"
+NEAR_S = 0.1
+"""An impact and a sound so near to each other go together."""
+FEWEST = 0.5
+"""Impacts expected in a clip below which none are taken to be seen."""
+
+
+@dataclass(frozen=True)
+class Impacts:
+    """When something may be seen to meet the ground.
+
+    Attributes:
+        times: moments in seconds, rising, [n].
+        expected: impacts that are expected at each of them, [n].
+    """
+
+    times: NDArray[np.float64]
+    expected: NDArray[np.float64]
+
+    @property
+    def any_seen(self) -> bool:
+        """Whether a sound can be told by them."""
+        return float(self.expected.sum()) >= FEWEST
+
+    def later(self, seconds: float) -> Impacts:
+        """The same so much later."""
+        return replace(self, times=self.times + seconds)
+
+    def fit(self, onsets: Times) -> float:
+        """How well a sound with such onsets goes with them: the F-measure that is expected.
+
+        An onset meets at most one impact, and each expected one counts for one onset.
+        """
+        left, met = self.expected.copy(), 0.0
+        for onset in onsets:
+            near = np.abs(self.times - onset) <= NEAR_S
+            met += min(1.0, float(left[near].sum()))
+            left[near] = 0
+        total = float(self.expected.sum()) + len(onsets)
+        return 2 * met / total if total else 1.0
+
+
+def impacts_seen(
+    parts: Parts, picture: Tensor, pace: Pace, first: int, fps: Fraction
+) -> list[Impacts]:
+    """What the model's onset detector sees in stretches of clips; nothing where it has none.
+
+    Args:
+        parts: the networks.
+        picture: latents [B, C, F, h, w].
+        pace: how they lie to the clip's.
+        first: the clip's latent frame with which they begin.
+        fps: of the clip as it is shown.
+
+    Returns:
+        Of each, in seconds of the clip.
+    """
+    if ONSET_DETECTOR not in parts.folder.components:
+        return [Impacts(np.zeros(0), np.zeros(0))] * len(picture)
+    stride_t = parts.folder.components["vae"].config.strides.t
+    with parts.use(ONSET_DETECTOR) as detector:
+        expected = detector.expected(picture.to(parts.device)).double().cpu()
+    if pace.alone:
+        expected[:, 0] = 0  # a single picture
+    begins = 0 if pace.alone else pace.factor * (first - 1) + 1
+    count, num_parts = expected.shape[1:]
+    times = part_times(begins, count, num_parts, stride_t, float(fps * pace.factor))
+    return [Impacts(times.flatten().double().numpy(), row.flatten().numpy()) for row in expected]
