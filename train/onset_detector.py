@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
+from vidgen.pipeline.sound.impacts import ONSET_DETECTOR
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import generator_of
-from vidgen.training.embedded.onset_data import impacts_in, varied
+from vidgen.training.embedded.onset_data import Followed, followed, varied
 from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache
 from vidgen.training.optim import build_optimizers
 from vidgen.training.program import run_program
@@ -58,54 +58,57 @@ class OnsetDetectorRun:
                                  f"has {cache.shards * cache.shard_size}; leave some to learn from")
 
 
-class Seen(NamedTuple):
-    """Clips [N, C, F, h, w], and when something is hit there, [N, F, P]."""
-
-    latents: Tensor
-    impacts: Tensor
-
-
 class OnsetDetectorTask:
-    """When something is hit, part by part of latent frames."""
+    """When something is hit, part by part of latent frames.
+
+    Where the sprite is is asked, too, by a layer that is not released: who follows it there also
+    knows what it does where it is drawn badly.
+    """
 
     def __init__(self, config: OnsetDetectorRun) -> None:
         self.config = config
         self.device = choose_device(config.run.device)
         torch.manual_seed(config.run.seed)
         self.detector = OnsetDetector(config.model).to(self.device)
-        self.modules: dict[str, nn.Module] = {"onset_detector": self.detector}
-        self.aside: dict[str, Seen] = {}
-        self.clips: list[Seen] = []
-        for entry in config.caches:
-            cache, kept = ToyboxCache(entry), config.validation_clips
-            impacts = impacts_in(cache, range(cache.num_clips), config.model.num_parts)
-            latents = cache.load().clips
-            self.aside[Path(entry.folder).name] = Seen(latents[:kept], impacts[:kept])
-            self.clips.append(Seen(latents[kept:], impacts[kept:]))
+        caches = [ToyboxCache(entry) for entry in config.caches]
+        (t,) = {cache.strides.t for cache in caches}
+        self.places = nn.Conv1d(config.model.time_dim, 2 * t, 1).to(self.device)
+        self.modules: dict[str, nn.Module] = {ONSET_DETECTOR: self.detector, "places": self.places}
+        self.aside: dict[str, Followed] = {}
+        self.clips: list[Followed] = []
+        kept = config.validation_clips
+        for entry, cache in zip(config.caches, caches, strict=True):
+            clips = followed(cache, config.model.num_parts)
+            self.aside[Path(entry.folder).name] = Followed(*(part[:kept] for part in clips))
+            self.clips.append(Followed(*(part[kept:] for part in clips)))
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """As the run says, over everything."""
         return build_optimizers(self.modules, self.config.run.optim)
 
-    def batch(self, phase: Phase, step: int, micro: int) -> Seen:
+    def batch(self, phase: Phase, step: int, micro: int) -> Followed:
         """Clips of one cache, which the step settles, each varied in its own way."""
         seed = self.config.run.seed
         sizes = torch.tensor([float(len(clips.latents)) for clips in self.clips])
         which = int(torch.multinomial(sizes, 1, generator=generator_of(seed, step)))
         clips, draw = self.clips[which], generator_of(seed, step, micro)
         rows = torch.randint(len(clips.latents), (phase.batch_size,), generator=draw)
-        latents = clips.latents[rows].float()
-        seen = varied(latents, clips.impacts[rows], self.config.noise, draw)
-        return Seen(*(part.to(self.device) for part in seen))
+        some = varied(Followed(*(part[rows] for part in clips)), self.config.noise, draw)
+        return Followed(*(part.to(self.device) for part in some))
 
-    def loss(self, batch: Seen, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy, summed over the parts of a latent frame."""
+    def loss(self, batch: Followed, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy, summed over the parts of a latent frame, and how far off places are."""
         del step
-        missed = _missed(self.detector(batch.latents), batch.impacts)
-        return missed, {"missed": missed.detach()}
+        features = self.detector.follow(batch.latents)
+        missed = _missed(self.detector.odds(features), batch.impacts)
+        places = self.places(features).transpose(1, 2).float().unflatten(2, (-1, 2))
+        told = ~batch.places.isnan()
+        off = F.smooth_l1_loss(places[told], batch.places[told], beta=0.05, reduction="sum")
+        off = off / told.sum().clamp(min=1)
+        return missed + off, {"missed": missed.detach(), "off": off.detach()}
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """The loss of each cache's clips that are kept aside, as they are."""
+        """What is missed in each cache's clips that are kept aside, as they are."""
         del step, folder
         scores = {}
         for name, clips in self.aside.items():

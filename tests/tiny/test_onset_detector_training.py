@@ -20,8 +20,9 @@ from vidgen.core.config import dump
 from vidgen.models.onset_detector import part_times
 from vidgen.pipeline.video import Engine, load
 from vidgen.toybox.cues import sound_cues
+from vidgen.toybox.scenes import SceneMix
 from vidgen.training.draws import generator_of
-from vidgen.training.embedded.onset_data import impacts_in, varied
+from vidgen.training.embedded.onset_data import followed, places_in, varied
 from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache, load_vae
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ def cache(sounding: Path, tmp_path_factory: pytest.TempPathFactory) -> ToyboxCac
 
 
 def test_impacts_lie_in_the_part_of_a_latent_frame_whose_time_is_theirs(cache: ToyboxCache) -> None:
-    impacts = impacts_in(cache, range(8), 8)
+    impacts = followed(cache, 8).impacts
     assert impacts.shape == (8, 9, 8)
     times = part_times(0, 9, 8, stride_t=4, fps=12)
     for row in range(8):
@@ -57,19 +58,45 @@ def test_impacts_lie_in_the_part_of_a_latent_frame_whose_time_is_theirs(cache: T
 
 
 def test_clips_are_varied_and_their_impacts_stay_where_they_are(cache: ToyboxCache) -> None:
-    latents, impacts = cache.load().clips.float(), impacts_in(cache, range(8), 8)
-    lengths = set()
+    clips, lengths = followed(cache, 8), set()
     for seed in range(12):
-        made, hit = varied(latents, impacts, 0.6, generator_of(seed))
-        again, _ = varied(latents, impacts, 0.6, generator_of(seed))
-        assert torch.equal(made, again)
-        gone = latents.shape[2] - made.shape[2]
-        assert made.shape[3:] == latents.shape[3:]
-        assert torch.equal(hit, impacts[:, gone:])
-        assert not torch.allclose(made, latents[:, :, gone:], atol=0.1)
-        lengths.add(made.shape[2])
+        made = varied(clips, 0.6, generator_of(seed))
+        assert torch.equal(made.latents, varied(clips, 0.6, generator_of(seed)).latents)
+        gone = clips.latents.shape[2] - made.latents.shape[2]
+        assert made.latents.shape[3:] == clips.latents.shape[3:]
+        assert torch.equal(made.impacts, clips.impacts[:, gone:])
+        assert not torch.allclose(made.latents, clips.latents[:, :, gone:].float(), atol=0.1)
+        lengths.add(made.latents.shape[2])
     assert len(lengths) > 1
-    assert min(lengths) >= latents.shape[2] / 2
+    assert min(lengths) >= clips.latents.shape[2] / 2
+
+
+def test_places_move_with_what_is_seen_of_clips(cache: ToyboxCache) -> None:
+    """A clip that shows in one channel where its sprite is, moved and mirrored."""
+    clips = followed(cache, 8)
+    assert not clips.places.isnan().any()
+    side = 16
+    at = (clips.places.mean(2) * side).clamp(3, side - 4)  # well inside
+    grid = torch.arange(side) + 0.5
+    shown = torch.exp(-((grid - at[..., :1])[:, :, None, :].square()
+                        + (grid - at[..., 1:])[..., None].square()))  # [B, F, h, w]
+    marked = clips._replace(
+        latents=shown[:, None].repeat(1, 2, 1, 1, 1), places=(at / side)[:, :, None]
+    )
+    for seed in range(8):
+        made = varied(marked, 0.0, generator_of(seed))
+        seen = made.latents[:, 0].flatten(2).argmax(2)
+        found = torch.stack([seen % side, seen // side], dim=2) + 0.5
+        steady = (made.places[:, 1:-1, 0] - made.places[:, :-2, 0]).abs().amax(2) < 1 / side
+        off = (found / side - made.places[:, :, 0]).abs().amax(2)[:, 1:-1]
+        assert float((off <= 1.5 / side)[steady].float().mean()) > 0.95
+
+
+def test_where_two_are_none_is_followed(sounding: Path, tmp_path: Path) -> None:
+    config = CacheConfig(str(tmp_path), str(sounding / "vae"), 1, shard_size=4, height=32, width=32,
+                         mix=SceneMix(two_actors=1.0))
+    pairs = ToyboxCache(config)
+    assert places_in(pairs, 0).isnan().all()
 
 
 def test_a_detector_is_taught_released_and_listens(

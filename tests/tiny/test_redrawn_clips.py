@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.models import add_low_expert, build_tiny_model
 from vidgen.core.errors import InputError
 from vidgen.evaluation.redrawing import Redrawer
 from vidgen.training.embedded.toybox_data import (
@@ -71,6 +72,22 @@ def test_a_clip_drawn_anew_does_not_depend_on_those_beside_it(redrawer: Redrawer
     both = redrawer.latents(latents, ["a cat", "a dog"], [1, 2], 0.5)
     alone = redrawer.latents(latents[1:], ["a dog"], [2], 0.5)
     assert torch.allclose(both[1:], alone, atol=1e-4)
+
+
+def test_clips_at_the_rate_of_the_low_expert_are_drawn_at_it(tmp_path: Path) -> None:
+    model = add_low_expert(build_tiny_model(tmp_path / "finer"), oversampling=2)
+    redrawer = Redrawer(str(model))
+    latents = torch.randn(2, redrawer.engine.vae_config.latent_channels, 5, 4, 4)
+    prompts, seeds = ["a cat", "a dog"], [1, 2]
+    finer, own = (redrawer.latents(latents, prompts, seeds, 0.4, factor) for factor in (2, 1))
+    assert finer.shape == own.shape == latents.shape
+    assert not torch.allclose(finer, own, atol=1e-3)
+    little = redrawer.latents(latents, prompts, seeds, 0.1, 2)
+    assert 0 < (little - latents).square().mean() < (finer - latents).square().mean()
+    with pytest.raises(InputError, match=r"strength is 1\.0, from where .* own frame rate alone"):
+        redrawer.latents(latents, prompts, seeds, 1.0, 2)
+    with pytest.raises(InputError, match="clips of 3 times the model's frame rate"):
+        redrawer.latents(latents, prompts, seeds, 0.4, 3)
 
 
 def test_a_cache_says_who_drew_it(

@@ -15,9 +15,10 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion import condition
+from vidgen.diffusion.oversampling import Pace
 from vidgen.evaluation.generation import fresh_state, pixels, read_prompts, text_contexts
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.levels import sigmas_of
+from vidgen.pipeline.levels import settles, sigmas_of
 from vidgen.pipeline.video import Engine, load
 
 
@@ -41,10 +42,12 @@ class Redrawer:
         self.engine = engine
         empty = Request.of("a cat", {"seed": 0})  # each clip has its own words and noise
         self._plan = engine.plan(empty, Inputs())
+        self.fps = float(self._plan.fps)
 
     @torch.no_grad()
     def latents(
-        self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int], strength: float
+        self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int], strength: float,
+        oversampling: int = 1,
     ) -> Tensor:
         """Draw clips anew from where the last `strength` of the model's steps begin.
 
@@ -53,17 +56,30 @@ class Redrawer:
             prompts: what is to be seen, B of them.
             seeds: of the noise, one each.
             strength: above 0, up to 1.
+            oversampling: how many there are for each latent frame at the model's own rate.
 
         Returns:
             Latents like those given, float32.
+
+        Raises:
+            InputError: a rate that the model doesn't draw at, at all or from there.
         """
         F, h, w = latents.shape[2:]
-        shape = replace(self._plan.latents, num_frames=F, height=h, width=w)
-        plan = replace(self._plan, strength=strength, latents=shape, oversampling=1)
-        begins = float(sigmas_of(plan)[0])
-        state = condition.video_at_strength(
-            fresh_state(self.engine, plan, seeds), latents.to(self.engine.device), begins
-        )
+        if oversampling not in (1, self._plan.oversampling):
+            raise InputError(f"clips of {oversampling} times the model's frame rate can't be drawn "
+                             f"anew; it draws {self._plan.oversampling} latent frames for one")
+        span = replace(self._plan.latents, num_frames=Pace(oversampling).coarser(F), height=h,
+                       width=w)  # fmt: skip
+        plan = replace(self._plan, strength=strength, latents=span, oversampling=oversampling)
+        sigmas, given = sigmas_of(plan), latents.to(self.engine.device)
+        state = fresh_state(self.engine, plan, seeds)
+        if oversampling == 1:
+            state = condition.video_at_strength(state, given, float(sigmas[0]))
+        elif settles(plan, sigmas, self.engine.folder):
+            raise InputError(f"strength is {strength}, from where the model draws clips at its own "
+                             f"frame rate alone; give less for {oversampling} times that")
+        else:
+            state = replace(state, video_finer=given)
         contexts = text_contexts(self.engine, plan, read_prompts(self.engine, prompts))
         return self.engine.sample(plan, state, contexts).float()
 

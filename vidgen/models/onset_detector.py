@@ -101,7 +101,11 @@ class OnsetDetector(nn.Module):
 
         A clip's first latent frame, a single picture, has no parts: what is told of it is nothing.
         """
-        logits: Tensor = self.onsets(self.follow(latents))
+        return self.odds(self.follow(latents))
+
+    def odds(self, features: Tensor) -> Tensor:
+        """The same of what `follow` gives."""
+        logits: Tensor = self.onsets(features)
         return logits.transpose(1, 2).float()
 
     @torch.no_grad()

@@ -64,7 +64,8 @@ class Redrawn:
     """Clips as a model draws them, from where noise leaves what happens in them as it was.
 
     Args:
-        model: folder of the model.
+        model: folder of the model, at whose frame rate the clips are, or at that at which it draws
+            what is near to a picture.
         strengths: shares of its steps that draw clips anew, of which every 16 of them draw one.
     """
 
@@ -311,7 +312,8 @@ class ToyboxCache:
             strength = Draws(seeds[0], stream=43).choice(self.config.redrawn.strengths)
             told = [caption(scene, scene.seed, detail="full") for scene in some]
             part = clips[start : start + _REDRAWN]
-            made.append(redrawer.latents(part, told, seeds, strength))
+            finer = round(self.config.fps / redrawer.fps)
+            made.append(redrawer.latents(part, told, seeds, strength, finer))
         return torch.cat(made)
 
 
