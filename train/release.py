@@ -77,14 +77,16 @@ DEFAULTS = ModelDefaults(
     sampler="ancestral", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
     guidance_interval=(0.32, 1.0), image_guidance_scale=3.0, image_guidance_reach=3,
     refine_steps=12, encode_passes=2,
-    sound_steps=6, sound_candidates=6, sound_delay_s=0.02,  # docs/experiments.md, "heard when seen"
+    sound_steps=6, sound_candidates=6, sound_delay_s=0.015,  # "heard when seen", "somebody looks"
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
 HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/experiments.md)
 INT8_FROM = 1 << 15  # numbers of a matrix; those that latents come and go through are smaller
-TEXT_INT8_FROM = 1 << 13  # the text encoder's are smaller; it is off by as much as by bf16
+SMALL_INT8_FROM = 1 << 13  # of small networks, which are off by as much as by bf16
 VERIFIED: dict[str, Any] = {"candidates": 4, "binding": 1.0}
 """What a model draws by that has a verifier (docs/experiments.md, "a verifier")."""
+LOOKING: dict[str, Any] = {"sound_candidates": 12}
+"""And that has an onset detector ("somebody looks who listens")."""
 PARTS = ("vae/model.safetensors", "transformer/model.safetensors",
          "text_encoder/model.safetensors", "tokenizer/tokenizer.json")
 NUM_STATISTICS_CLIPS = 128
@@ -186,7 +188,7 @@ def release_dit(run: Path, out: Path, mix: Mapping[Path, float], *, keep_student
     if settings["part"] == "all":  # the expert at low noise reads another text
         shutil.rmtree(out / LOW, ignore_errors=True)
     save_module(made, dit, out / "transformer", torch.bfloat16, INT8_FROM)
-    save_module(words, text, out / "text_encoder", torch.bfloat16, TEXT_INT8_FROM)
+    save_module(words, text, out / "text_encoder", torch.bfloat16, SMALL_INT8_FROM)
     if settings.get("loose_share"):
         add_words(out / "tokenizer" / "words.txt", loose_vocabulary())
         write_synonyms(out / "tokenizer" / "synonyms.json")
@@ -290,7 +292,8 @@ def release_verifier(run: Path, out: Path) -> None:
 def release_onset_detector(run: Path, out: Path) -> None:
     """The onset detector of a run."""
     config = build(OnsetDetectorConfig, _run_settings(run)["model"], str(run))
-    save_module(load_averages(run, ONSET_DETECTOR), config, out / ONSET_DETECTOR, torch.bfloat16)
+    weights = load_averages(run, ONSET_DETECTOR)
+    save_module(weights, config, out / ONSET_DETECTOR, torch.bfloat16, SMALL_INT8_FROM)
 
 
 def read_mix(entries: Sequence[str]) -> dict[Path, float]:
@@ -416,7 +419,8 @@ def main() -> int:
                 defaults=replace(DEFAULTS, history_noise=history_noise_of(*told),
                                  boundary=boundary_of(*told),
                                  oversampling=oversampling_of(*told),
-                                 **(VERIFIED if (options.out / VERIFIER).is_dir() else {})),
+                                 **(VERIFIED if (options.out / VERIFIER).is_dir() else {}),
+                                 **(LOOKING if (options.out / ONSET_DETECTOR).is_dir() else {})),
                 world_version=WORLD_VERSION,
             )
 

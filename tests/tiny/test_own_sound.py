@@ -21,8 +21,9 @@ from vidgen.pipeline.journal import journal as journals
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
+from vidgen.pipeline.sound import candidates
 from vidgen.pipeline.sound import own_sound as own_sounds
-from vidgen.pipeline.sound.candidates import best_heard
+from vidgen.pipeline.sound.impacts import Impacts
 from vidgen.pipeline.video import load
 
 WORDS = {"seed": 3, "frames": 9, "steps": 2, "dtype": "fp32"}
@@ -109,14 +110,13 @@ def test_of_several_sounds_the_one_is_kept_that_the_others_bear_out(engine, monk
             passes.append(0 if cache is None else len(latents))
             return forward(self, latents, *args, cache=cache, **options)
 
-        def choose(sounds, rate, impacts, told=told, wanted=wanted):
-            assert not impacts.any_seen  # it has nobody who looks
+        def choose(sounds, rate, told=told, wanted=wanted):
             told.append((sounds, rate))
             return wanted
 
         with monkeypatch.context() as patched:
             patched.setattr(SpacetimeDiT, "forward", see)
-            patched.setattr(own_sounds, "best_heard", choose)
+            patched.setattr(candidates, "most_agreed", choose)
             clip = engine.generate("a cat", **WORDS, guidance=3.0, audio_candidates=3)
         [(sounds, rate)] = told
         assert (len(sounds), rate) == (3, 16_000)
@@ -135,44 +135,48 @@ def looking(tmp_path_factory):
     return load(add_onset_detector(folder), dtype="fp32")
 
 
-def test_of_several_sounds_the_one_is_kept_that_goes_with_what_is_seen(looking, monkeypatch):
-    told, expected = [], {}
+def test_sounds_are_drawn_until_one_goes_with_what_is_seen(looking, monkeypatch):
+    rounds, progress = [], []
 
-    def see(sounds, rate, impacts):
-        told.append((sounds, rate, impacts))
-        return best_heard(sounds, rate, impacts)
+    def see(sounds, rate):
+        rounds.append(sounds)
+        return find_onsets(sounds, rate)
 
-    def expect(_detector, latents):
-        odds = torch.zeros(1, latents.shape[2], 8)
-        odds.view(-1)[expected["at"]] = 1
-        return odds
+    def generate(at, enough):
+        """Something is seen at one of the picture's 24 moments."""
+        rounds.clear()
+        progress.clear()
+        odds = torch.zeros(1, 3, 8)
+        odds.view(-1)[at] = 1
+        monkeypatch.setattr(OnsetDetector, "expected", lambda _detector, _latents: odds)
+        config = looking.folder.components["onset_detector"].config
+        monkeypatch.setitem(config.__dict__, "enough", enough)
+        clip = looking.generate("a cat", **WORDS, audio_candidates=10, audio_delay=0.05,
+                                on_event=lambda p: progress.append((p.done, p.total))
+                                if p.stage == "sound" else None)
+        return clip.sound[:, 0], torch.cat(rounds)
 
-    monkeypatch.setattr(own_sounds, "best_heard", see)
-    monkeypatch.setattr(OnsetDetector, "expected", expect)
-    options = WORDS | {"audio_candidates": 4, "audio_delay": 0.05}
-    expected["at"] = 12
-    looking.generate("a cat", **options)
-    [(sounds, rate, impacts)] = told
-    assert impacts.times[12] == pytest.approx((1 + 4.5 / 2) / 12 + 0.05)  # of frames 1 to 4
-    fits = []
-    for at in range(8, len(impacts.times), 4):
-        expected["at"] = at
-        told.clear()
-        clip = looking.generate("a cat", **options)
-        [(again, _, impacts)] = told
-        assert torch.equal(sounds, again)
-        fits.append([impacts.fit(onsets) for onsets in find_onsets(sounds, rate)])
-        heard = sounds[int(np.argmax(fits[-1])), : len(clip.sound)].clamp(-1, 1).numpy()
-        assert np.abs(clip.sound[:, 0] - heard).max() < 1e-5
-    assert len({tuple(np.argsort(row)) for row in fits}) > 1  # it matters what is seen
+    monkeypatch.setattr(candidates, "find_onsets", see)
+    for at in (9, 12, 17, 20):
+        sound, sounds = generate(at, enough=2)
+        assert [len(made) for made in rounds] == [4, 4, 2]
+        assert progress == [(1, 2), (2, 2), (3, 4), (4, 4), (5, 6), (6, 6)]
+        moment = (1 + 4 * (at / 8 - 1) + 0.25) / 12 + 0.05
+        impact = Impacts(np.array([moment]), np.ones(1))
+        fits = [impact.fit(onsets) for onsets in find_onsets(sounds, 16_000)]
+        heard = sounds[int(np.argmax(fits)), : len(sound)].clamp(-1, 1).numpy()
+        assert np.abs(sound - heard).max() < 1e-5
+        generate(at, enough=0)
+        assert [len(made) for made in rounds] == [4]
 
 
 def test_what_later_windows_show_is_heard_in_their_own_time(looking, monkeypatch):
     told = []
 
-    def see(sounds, rate, impacts):
-        told.append((impacts.times, sounds.shape[1] / rate))
-        return 0
+    def see(draw, hear, rate, _most, impacts):
+        made = draw(range(1))
+        told.append((impacts.times, hear(made).shape[1] / rate))
+        return made[0]
 
     monkeypatch.setattr(own_sounds, "best_heard", see)
     looking.generate("a cat", **WORDS | {"frames": 33, "audio_candidates": 2, "audio_delay": 0})

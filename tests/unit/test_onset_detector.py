@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,20 @@ def seen(*moments: float, each: float = 1.0) -> Impacts:
 
 
 NOTHING = Impacts(np.zeros(0), np.zeros(0))
+
+
+def kept(sounds: torch.Tensor, impacts: Impacts | None, most: int | None = None) -> tuple[int, int]:
+    """The number of the sound that is kept, and how many were drawn."""
+    numbers, drawn = torch.arange(float(len(sounds)))[:, None, None], list[int]()
+
+    def draw(takes: range) -> torch.Tensor:
+        drawn.extend(takes)
+        return numbers[list(takes)]
+
+    best = best_heard(draw, lambda made: sounds[made.flatten().long()], RATE,
+                      len(sounds) if most is None else most, impacts)
+    assert drawn == list(range(len(drawn)))
+    return int(best), len(drawn)
 
 
 def test_it_looks_at_clips_of_any_size_and_length_each_by_itself() -> None:
@@ -59,7 +74,7 @@ def parts_with(expected: torch.Tensor | None) -> Any:
     """Networks, among them a detector that expects this of any clip, or none."""
     components = {"vae": SimpleNamespace(config=SimpleNamespace(strides=Strides(4, 8)))}
     if expected is not None:
-        components[ONSET_DETECTOR] = SimpleNamespace()
+        components[ONSET_DETECTOR] = SimpleNamespace(config=SimpleNamespace(enough=0.75))
 
     class Used:
         def __enter__(self) -> Any:
@@ -95,8 +110,7 @@ def test_a_single_picture_shows_nothing_that_happens() -> None:
         for alone, first in ((True, 0), (False, 4))
     )
     assert [float(each.expected.sum()) for each in (*begins, *goes_on)] == [8, 8, 12, 12]
-    none = impacts_seen(parts_with(None), torch.zeros(2, 4, 3, 2, 2), Pace(1), 0, FPS)
-    assert [each.any_seen for each in none] == [False, False]
+    assert impacts_seen(parts_with(None), torch.zeros(2, 4, 3, 2, 2), Pace(1), 0, FPS) is None
 
 
 def test_a_sound_goes_with_what_is_seen_by_how_much_of_it_meets() -> None:
@@ -112,11 +126,22 @@ def test_a_sound_goes_with_what_is_seen_by_how_much_of_it_meets() -> None:
     assert unsure.fit(np.array([0.5])) == pytest.approx(2 * 0.6 / 1.6)
 
 
-def test_the_sound_is_kept_that_goes_with_what_is_seen() -> None:
-    alike = [clicks(0.3, 1.0), clicks(0.31, 1.01), clicks(0.29, 0.99)]
-    sounds = torch.stack([*alike, clicks(0.55, 1.35), clicks(0.55)])
-    assert best_heard(sounds, RATE, seen(0.55, 1.35)) == 3
-    assert best_heard(sounds, RATE, seen(0.55)) == 4
-    assert best_heard(sounds, RATE, NOTHING) == 0  # as the others bear out
-    assert best_heard(sounds, RATE, seen(0.55, each=0.3)) == 0  # hardly seen
-    assert best_heard(sounds[4:], RATE, seen(1.35)) == 0
+def test_sounds_are_drawn_until_one_goes_with_what_is_seen() -> None:
+    others = [clicks(0.3, 1.0), clicks(0.31, 1.01), clicks(0.29, 0.99), clicks(0.55)]
+    sounds = torch.stack([*others, clicks(0.9), clicks(0.55, 1.35), *others, *others])
+    both, one = replace(seen(0.55, 1.35), enough=0.9), replace(seen(0.55), enough=0.9)
+    assert kept(sounds, both) == (5, 8)  # of the second four
+    assert kept(sounds, one) == (3, 4)
+    assert kept(sounds, replace(both, enough=0.6)) == (3, 4)  # is good enough
+    assert kept(sounds, both, most=5) == (3, 5)
+    assert kept(sounds, replace(seen(1.8), enough=0.9)) == (0, len(sounds))  # none goes with it
+
+
+def test_where_nothing_is_seen_sounds_bear_each_other_out() -> None:
+    sounds = torch.stack([clicks(1.35), clicks(0.55), clicks(0.3, 1.0), clicks(0.31, 1.01),
+                          *[clicks(1.35)] * 4])
+    assert kept(sounds, NOTHING) == (2, 4)  # of the first four alone
+    assert kept(sounds, seen(0.55, each=0.3)) == (2, 4)  # hardly seen
+    assert kept(sounds, None) == (0, 8)  # nobody looks
+    assert kept(sounds, None, most=1) == (0, 1)
+    assert kept(sounds, seen(0.55), most=1) == (0, 1)

@@ -174,8 +174,8 @@ class Request:
         follow_audio: whether the picture is made to go with the sound of the file in `audio`, for
             models that make sound.
         audio_steps: denoising steps of the sound that the model makes for its picture.
-        audio_candidates: how many such sounds are made; the one is kept that the others bear out
-            best.
+        audio_candidates: how many such sounds are made; the one is kept that goes best with what
+            the model's onset detector sees, or that the others bear out.
         audio_delay: seconds by which that sound follows its picture.
         audio_model: folder of a text-to-audio model of diffusers that makes the sound.
         audio_prompt: what it is to make; None: `prompt`.

@@ -56,15 +56,15 @@ def draw_noise(
 
 
 def draw_sound_noise(
-    seeds: Sequence[int], channels: int, begin: int, end: int, takes: int = 1
+    seeds: Sequence[int], channels: int, begin: int, end: int, takes: Sequence[int] = (0,)
 ) -> Tensor:
-    """Noise of each clip's sound latents `begin` to `end`, [B * takes, channels, end - begin].
+    """Noise of each clip's sound latents `begin` to `end`, [B * n, channels, end - begin].
 
-    Float32. Each of several sounds for one picture has noise of its own; they lie behind each
-    other.
+    Float32. Each of several sounds for one picture has noise of its own; those of n `takes`, by
+    number, lie behind each other.
     """
     shape = LatentShape(channels, end - begin, 1, 1, batch=len(seeds))
-    streams = ["audio", *(f"audio {take}" for take in range(1, takes))]
+    streams = [f"audio {take}" if take else "audio" for take in takes]
     noise = [draw_noise(seeds, shape, stream=name, first_frame=begin) for name in streams]
     return torch.stack(noise, dim=1).flatten(0, 1)[..., 0, 0]
 

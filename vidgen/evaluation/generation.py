@@ -116,19 +116,31 @@ def generate_with_sound(
         0, plan.latents.num_frames, stride_t, plan.fps, config.tokens_per_s
     )
     num_samples = round(plan.num_frames / plan.fps * config.sample_rate)
-    takes = plan.sound_candidates
-    noise = draw_sound_noise(seeds, config.latent_channels, first, end, takes)
-    sounding = new_sound(noise.to(engine.device), start_s - plan.sound_delay_s, takes)
     pace = Pace(plan.oversampling)
-    shown = finished_finer(picture.repeat_interleave(takes, dim=0), pace, stride_t)
-    state = replace(shown, sound=sounding)
-    _, heard = state.apart(engine.sample(sound, state, contexts))
-    assert heard is not None
-    with engine.parts.use("sound_vae") as vae:
-        made = vae.decode(heard.float(), num_samples).float()
     seen = impacts_seen(engine.parts, picture, pace, 0, plan.fps)
-    kept = [sounds[best_heard(sounds, config.sample_rate, impacts.later(plan.sound_delay_s))]
-            for sounds, impacts in zip(made.split(takes), seen, strict=True)]
+
+    def hear(latents: Tensor) -> Tensor:
+        with engine.parts.use("sound_vae") as vae:
+            return vae.decode(latents.float(), num_samples).float()
+
+    kept = []
+    for row, seed in enumerate(seeds):
+        own = [(text[row : row + 1], count[row : row + 1]) for text, count in contexts]
+
+        def draw(takes: range, row: int = row, seed: int = seed, own: Contexts = own) -> Tensor:
+            noise = draw_sound_noise([seed], config.latent_channels, first, end, takes)
+            sounding = new_sound(
+                noise.to(engine.device), start_s - plan.sound_delay_s, len(takes)
+            )
+            shown = picture[row : row + 1].expand(len(takes), *[-1] * 4)
+            state = replace(finished_finer(shown, pace, stride_t), sound=sounding)
+            _, heard = state.apart(engine.sample(sound, state, own))
+            assert heard is not None
+            return heard
+
+        impacts = seen[row].later(plan.sound_delay_s) if seen else None
+        best = best_heard(draw, hear, config.sample_rate, plan.sound_candidates, impacts)
+        kept.append(hear(best[None])[0])
     return pixels(engine, picture, plan.oversampling), torch.stack(kept).clamp(-1, 1).cpu()
 
 

@@ -21,6 +21,8 @@ from vidgen.models.conv_blocks import Residual, conv_block
 _RARE = -4.0
 """Log-odds of an onset in any part of a latent frame that a fresh detector begins with."""
 _GROUPS = 8
+_DROPPED = 0.1
+"""Share of what is seen that a detector has to do without while it learns."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class OnsetDetectorConfig:
         num_time_blocks: of two convolutions there, which see 2 * num_time_blocks latent frames each
             way.
         num_parts: P.
+        enough: how well a sound goes with what is seen from which on no other is made.
     """
 
     latent_channels: int = 16
@@ -47,6 +50,7 @@ class OnsetDetectorConfig:
     time_dim: int = 64
     num_time_blocks: int = 4
     num_parts: int = 8
+    enough: float = 0.75
 
 
 class _TimeBlock(nn.Module):
@@ -93,7 +97,8 @@ class OnsetDetector(nn.Module):
         where = [axis.expand(len(x), 1, high, wide) for axis in (down, across)]
         told = torch.cat([self.values(x).float(), *where], dim=1).flatten(2)
         seen = torch.einsum("nmp,nvp->nmv", weights, told).flatten(1).to(x.dtype)
-        features: Tensor = self.time(self.seen(seen.unflatten(0, (B, frames)).transpose(1, 2)))
+        seen = self.seen(seen.unflatten(0, (B, frames)).transpose(1, 2))
+        features: Tensor = self.time(F.dropout(seen, _DROPPED, self.training))
         return features
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -111,10 +111,10 @@ class DenoisedClip:
         plan = sound_plan(self.plan, self.engine.folder.defaults)
         own = own_sound(self.engine.parts, self.plan, self.request, self._long)
 
-        def sample(state: LatentState, number: int) -> Tensor:
+        def sample(number: int, state: LatentState) -> Tensor:
             def on_step(info: StepInfo) -> None:
-                done = number * info.num_steps + info.step
-                self.report("sound", done, len(own.windows) * info.num_steps)
+                done, rounds = number + own.extra_rounds, len(own.windows) + own.extra_rounds
+                self.report("sound", done * info.num_steps + info.step, rounds * info.num_steps)
 
             return self.engine.sample(
                 plan, state, self.contexts(), on_step, self.request.scheduler, self.loras

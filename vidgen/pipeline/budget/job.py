@@ -16,6 +16,7 @@ from vidgen.pipeline.budget.stages import Setup
 from vidgen.pipeline.experts import boundary_of
 from vidgen.pipeline.parts import DTYPES, EXPERTS, Parts
 from vidgen.pipeline.plan import Plan
+from vidgen.pipeline.sound.candidates import drawn_at_once
 from vidgen.pipeline.tasks import makes_sound
 from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import Weights
@@ -125,6 +126,11 @@ class Job:
     def window_sound_latents(self) -> int:
         """Sound latents beside the longest window; none where the clip's own latents reach on."""
         return self.sound_latents(max(self.passes.windows)) if self.passes.windows else 0
+
+    @property
+    def sounds_at_once(self) -> int:
+        """Takes of its own sound that are made in one batch."""
+        return drawn_at_once(self.folder, self.plan.sound_candidates)
 
     def sound_latents(self, frames: int) -> int:
         """Sound latents beside so many latent frames of the picture."""

@@ -89,7 +89,7 @@ class Memory:
         job = self.job
         config = job.folder.components["sound_vae"].config
         itemsize = job.parts.dtype_of("sound_vae").itemsize
-        candidates = job.plan.sound_candidates
+        candidates = job.sounds_at_once
         compared = 0 if candidates == 1 else candidates * job.window_sound_latents
         at_once = max(min(job.sound_latents(job.passes.decoded), SOUND_AT_ONCE), compared)
         decoding = self._resident(sound_bytes(config, at_once, itemsize))
@@ -166,7 +166,7 @@ class Memory:
     def _listening(self) -> int:
         """Keys and values of the picture, and what its own pass or that of its sounds holds."""
         job = self.job
-        takes = job.plan.sound_candidates
+        takes = job.sounds_at_once
         one_layer = 2 * job.tokens * job.dit.hidden_dim * job.dtype.itemsize
         listening = self._passing(takes * job.window_sound_latents)
         listening += takes * one_layer  # each sees a copy

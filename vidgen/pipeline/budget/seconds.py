@@ -85,11 +85,12 @@ class Seconds:
     def sound(self) -> float:
         """To make the model's own sound, to compare its takes, and to decode the one that is kept.
 
-        Each window's picture passes once, its sounds at every step.
+        Each window's picture passes once, its sounds at every step; of those that are drawn until
+        one goes with the picture the first ones.
         """
         job = self.job
         config = job.folder.components["sound_vae"].config
-        candidates = job.plan.sound_candidates
+        candidates = job.sounds_at_once
         decodes = 1 if candidates == 1 else 1 + candidates  # each to be compared, one to be heard
         made = decodes * job.rates.seconds(sound_ops(config, job.sound_latents(job.passes.decoded)))
         audio, plan = job.dit.audio, sound_plan(job.plan, job.folder.defaults)
@@ -105,7 +106,7 @@ class Seconds:
             branches = [
                 job.rates.seconds(listening_ops(
                     job.dit, audio, tokens, tokens + keys, job.text_tokens + 1,
-                    plan.sound_candidates,
+                    candidates,
                 ))
                 for keys in (seen, 0)  # the negative pass hears itself alone
             ]  # fmt: skip

@@ -1,40 +1,69 @@
 """Which of several sounds for one picture is kept: the one that goes best with what is seen.
 
 Where a picture leaves open when something is hit, one draw of noise hears it now and another then,
-or not at all. A model's onset detector looks at nothing else, so it tells them apart. Where nothing
-is hit, and in models without one, the sound is kept that the others bear out best: what begins
-where most others do errs least (minimum Bayes risk, Kumar & Byrne 2004, eq. 2, with onsets'
-F-measure as the gain).
+or not at all. A model's onset detector looks at nothing else: sounds are drawn until one goes with
+what it sees. Where nothing is hit the first few do, and in models without a detector all that may
+be; of these the one is kept that the others bear out best, as what begins where most others do errs
+least (minimum Bayes risk, Kumar & Byrne 2004, eq. 2, with onsets' F-measure as the gain).
 
-Axes: N candidates, n samples.
+Axes: N candidates, C latent channels, k sound latents, n samples.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from vidgen.media.onsets import Times, find_onsets, pair_times
-from vidgen.pipeline.sound.impacts import Impacts
+from vidgen.pipeline.sound.impacts import ONSET_DETECTOR, Impacts
+
+if TYPE_CHECKING:
+    from vidgen.weights.folder import ModelFolder
 
 TOGETHER_S = 0.06
 """Onsets of two sounds so near to each other are the same."""
+AT_ONCE = 4
+"""Sounds that are drawn before it is looked whether one goes with the picture."""
 
 
-def best_heard(sounds: Tensor, rate: int, impacts: Impacts) -> int:
-    """The index of the sound [N, n] that is kept, of equals the first.
+def drawn_at_once(folder: ModelFolder, most: int) -> int:
+    """How many of so many sounds are drawn at once: all where nobody looks at the picture."""
+    return min(AT_ONCE, most) if ONSET_DETECTOR in folder.components else most
+
+
+def best_heard(
+    draw: Callable[[range], Tensor], hear: Callable[[Tensor], Tensor], rate: int, most: int,
+    impacts: Impacts | None,
+) -> Tensor:
+    """Draw sounds for a picture until one goes with it: the latents [C, k] of the best.
 
     Args:
-        sounds: of one picture.
+        draw: makes those of some numbers, [N, C, k].
+        hear: decodes them, [N, n].
         rate: samples a second.
-        impacts: what is seen to be hit, in the sounds' own time.
+        most: sounds that are drawn at most.
+        impacts: what is seen to be hit, in the sounds' own time; None: nobody looks.
     """
-    if len(sounds) == 1:
-        return 0
-    if not impacts.any_seen:
-        return most_agreed(sounds, rate)
-    onsets = find_onsets(sounds.float().cpu(), rate)
-    return int(np.argmax([impacts.fit(times) for times in onsets]))
+    if most == 1:
+        return draw(range(1))[0]
+    if impacts is None or not impacts.any_seen:
+        made = draw(range(most if impacts is None else min(AT_ONCE, most)))
+        return made[most_agreed(hear(made), rate)]
+    best: tuple[float, Tensor] | None = None
+    for first in range(0, most, AT_ONCE):
+        made = draw(range(first, min(first + AT_ONCE, most)))
+        for latents, onsets in zip(made, find_onsets(hear(made).float().cpu(), rate), strict=True):
+            fit = impacts.fit(onsets)
+            if best is None or fit > best[0]:
+                best = fit, latents
+        assert best is not None
+        if best[0] >= impacts.enough:
+            break
+    assert best is not None
+    return best[1]
 
 
 def most_agreed(sounds: Tensor, rate: int) -> int:

@@ -35,10 +35,12 @@ class Impacts:
     Attributes:
         times: moments in seconds, rising, [n].
         expected: impacts that are expected at each of them, [n].
+        enough: the fit of a sound from which on no other one is made.
     """
 
     times: NDArray[np.float64]
     expected: NDArray[np.float64]
+    enough: float = 1.0
 
     @property
     def any_seen(self) -> bool:
@@ -65,8 +67,8 @@ class Impacts:
 
 def impacts_seen(
     parts: Parts, picture: Tensor, pace: Pace, first: int, fps: Fraction
-) -> list[Impacts]:
-    """What the model's onset detector sees in stretches of clips; nothing where it has none.
+) -> list[Impacts] | None:
+    """What the model's onset detector sees in stretches of clips; None where it has none.
 
     Args:
         parts: the networks.
@@ -79,7 +81,7 @@ def impacts_seen(
         Of each, in seconds of the clip.
     """
     if ONSET_DETECTOR not in parts.folder.components:
-        return [Impacts(np.zeros(0), np.zeros(0))] * len(picture)
+        return None
     stride_t = parts.folder.components["vae"].config.strides.t
     with parts.use(ONSET_DETECTOR) as detector:
         expected = detector.expected(picture.to(parts.device)).double().cpu()
@@ -88,4 +90,6 @@ def impacts_seen(
     begins = 0 if pace.alone else pace.factor * (first - 1) + 1
     count, num_parts = expected.shape[1:]
     times = part_times(begins, count, num_parts, stride_t, float(fps * pace.factor))
-    return [Impacts(times.flatten().double().numpy(), row.flatten().numpy()) for row in expected]
+    enough = parts.folder.components[ONSET_DETECTOR].config.enough
+    return [Impacts(times.flatten().double().numpy(), row.flatten().numpy(), enough)
+            for row in expected]

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +61,7 @@ class OwnSound:
         begins: the clip's latent that `latents` begins with.
         earlier: samples [N, c] and rate of the clip that goes on, which are kept; or None.
         starts_s: where that ends.
+        extra_rounds: of windows' sounds so far, beside the first one of each.
     """
 
     parts: Parts
@@ -71,9 +73,10 @@ class OwnSound:
     begins: int = 0
     earlier: tuple[Samples, int] | None = None
     starts_s: Fraction = Fraction(0)
+    extra_rounds: int = 0
 
     def follow(
-        self, picture: Tensor, sample: Callable[[LatentState, int], Tensor], journal: Journal
+        self, picture: Tensor, sample: Callable[[int, LatentState], Tensor], journal: Journal
     ) -> None:
         """Make the sound of a finished picture, window by window, as often as the plan says.
 
@@ -90,32 +93,40 @@ class OwnSound:
             _, end, _ = self._span(first, count)
             if self.latents.shape[2] and self.begins + self.latents.shape[2] >= end:
                 continue  # made before a kill
-            takes = self.plan.sound_candidates
             seen = slice(self.pace.finer(start), self.pace.finer(stop))
-            shown, pace = picture[:, :, seen].to(self.parts.device), self.pace.behind(start)
-            known = finished_finer(shown.expand(takes, *[-1] * 4), pace, self._stride_t)
-            state = self.beside(known, first, count, takes)
-            heard = _sound_of(state, sample(state, number))
-            self._take(heard[self._best(heard, shown, pace, first)][None], first, count)
+            shown = picture[:, :, seen].to(self.parts.device)
+            made = self._made(shown, self.pace.behind(start), first, count, partial(sample, number))
+            self._take(made[None], first, count)
             if number + 1 < len(self.windows):
                 arrays = {"latents": self.latents.numpy()}
                 journal.keep_arrays(HEARD, arrays, {"begins": self.begins})
 
-    @torch.no_grad()
-    def _best(self, heard: Tensor, shown: Tensor, pace: Pace, first: int) -> int:
-        """Which of the sounds [B, C, k] of a stretch, from latent frame `first` on, is kept."""
-        if len(heard) == 1:
-            return 0
+    def _made(
+        self, shown: Tensor, pace: Pace, first: int, count: int,
+        sample: Callable[[LatentState], Tensor],
+    ) -> Tensor:
+        """The best sound [C, k] of a stretch, `count` latent frames from `first` on."""
         config = _config(self.parts)
-        with self.parts.use("sound_vae") as vae:
-            sounds = vae.decode(heard, heard.shape[2] * config.samples_per_token)
-        begins_s = self._span(first, 1)[0] / config.tokens_per_s
-        (impacts,) = impacts_seen(self.parts, shown, pace, first, self.plan.fps)
-        later_s = self.plan.sound_delay_s - begins_s
-        return best_heard(sounds, config.sample_rate, impacts.later(later_s))
+
+        def draw(takes: range) -> Tensor:
+            self.extra_rounds += takes.start > 0
+            known = finished_finer(shown.expand(len(takes), *[-1] * 4), pace, self._stride_t)
+            state = self.beside(known, first, count, takes)
+            return _sound_of(state, sample(state))
+
+        @torch.no_grad()
+        def hear(latents: Tensor) -> Tensor:
+            with self.parts.use("sound_vae") as vae:
+                return vae.decode(latents, latents.shape[2] * config.samples_per_token)
+
+        impacts, most = None, self.plan.sound_candidates
+        if most > 1 and (there := impacts_seen(self.parts, shown, pace, first, self.plan.fps)):
+            begins_s = self._span(first, 1)[0] / config.tokens_per_s
+            impacts = there[0].later(self.plan.sound_delay_s - begins_s)
+        return best_heard(draw, hear, config.sample_rate, most, impacts)
 
     def beside(
-        self, state: LatentState, first: int, count: int, takes: int = 1
+        self, state: LatentState, first: int, count: int, takes: Sequence[int] = (0,)
     ) -> LatentState:
         """A stretch of the clip with its sound, of which what is made already is known.
 
@@ -123,13 +134,13 @@ class OwnSound:
             state: of the picture, a row for each of the sounds.
             first: latent frame of the clip that it begins with.
             count: how many of the clip's it has.
-            takes: sounds, each from noise of its own.
+            takes: numbers of the sounds, each of which has noise of its own.
         """
         begin, end, start_s = self._span(first, count)
         channels = _config(self.parts).latent_channels
         noise = draw_sound_noise([self.plan.seed], channels, begin, end, takes)
         start_s -= self.plan.sound_delay_s
-        sound = new_sound(noise.to(state.latents.device), start_s, takes)
+        sound = new_sound(noise.to(state.latents.device), start_s, len(takes))
         known = self.latents[:, :, max(0, begin - self.begins) :]
         if begin >= self.begins and known.shape[2]:
             sound = sound_begins(sound, known[:, :, : end - begin])
