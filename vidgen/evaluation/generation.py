@@ -15,20 +15,17 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion import condition
-from vidgen.diffusion.noise import draw_noise, draw_sound_noise
-from vidgen.diffusion.oversampling import Pace, finished_finer
-from vidgen.diffusion.sound import new_sound, sound_span
+from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.candidates import sample_best
 from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.networks import Contexts
 from vidgen.pipeline.plan import Plan
-from vidgen.pipeline.sound.candidates import best_heard
-from vidgen.pipeline.sound.impacts import impacts_seen
-from vidgen.pipeline.sound.own_sound import sound_plan
+from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.pipeline.tasks import SOUND
 from vidgen.pipeline.video import Engine
 
@@ -107,41 +104,20 @@ def generate_with_sound(
     if SOUND not in engine.folder.tasks:
         raise InputError(f"{engine.folder.name} makes no sound for its pictures; score it with "
                          "another --suite")
-    read, sound = read_prompts(engine, prompts), sound_plan(plan, engine.folder.defaults)
+    read = read_prompts(engine, prompts)
     contexts = text_contexts(engine, plan, read)
     picture = sampled(engine, plan, fresh_state(engine, plan, seeds), read, contexts)
-    config = engine.folder.components["sound_vae"].config
-    stride_t = engine.vae_config.strides.t
-    first, end, start_s = sound_span(
-        0, plan.latents.num_frames, stride_t, plan.fps, config.tokens_per_s
-    )
-    num_samples = round(plan.num_frames / plan.fps * config.sample_rate)
-    pace = Pace(plan.oversampling)
-    seen = impacts_seen(engine.parts, picture, pace, 0, plan.fps)
-
-    def hear(latents: Tensor) -> Tensor:
-        with engine.parts.use("sound_vae") as vae:
-            return vae.decode(latents.float(), num_samples).float()
-
-    kept = []
+    sounds, denoised = [], sound_plan(plan, engine.folder.defaults)
     for row, seed in enumerate(seeds):
-        own = [(text[row : row + 1], count[row : row + 1]) for text, count in contexts]
+        texts = [(text[row : row + 1], count[row : row + 1]) for text, count in contexts]
 
-        def draw(takes: range, row: int = row, seed: int = seed, own: Contexts = own) -> Tensor:
-            noise = draw_sound_noise([seed], config.latent_channels, first, end, takes)
-            sounding = new_sound(
-                noise.to(engine.device), start_s - plan.sound_delay_s, len(takes)
-            )
-            shown = picture[row : row + 1].expand(len(takes), *[-1] * 4)
-            state = replace(finished_finer(shown, pace, stride_t), sound=sounding)
-            _, heard = state.apart(engine.sample(sound, state, own))
-            assert heard is not None
-            return heard
+        def sample(_window: int, state: LatentState, texts: Contexts = texts) -> Tensor:
+            return engine.sample(denoised, state, texts)
 
-        impacts = seen[row].later(plan.sound_delay_s) if seen else None
-        best = best_heard(draw, hear, config.sample_rate, plan.sound_candidates, impacts)
-        kept.append(hear(best[None])[0])
-    return pixels(engine, picture, plan.oversampling), torch.stack(kept).clamp(-1, 1).cpu()
+        own = own_sound(engine.parts, replace(plan, seed=seed), Request(prompt=read[row]), None)
+        own.follow(picture[row : row + 1], sample, Journal(None))
+        sounds.append(torch.from_numpy(own.decode()[0][:, 0]))
+    return pixels(engine, picture, plan.oversampling), torch.stack(sounds)
 
 
 @torch.no_grad()
