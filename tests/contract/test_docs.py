@@ -66,7 +66,8 @@ def run_type(program: str, settings: dict[str, object]) -> type:
     """What train/PROGRAM.py reads its YAML as; what makes data reads the YAML of what learns."""
     if program in ("cache", "trajectories"):
         learns = {"teacher": "distil", "tokenizer": "dit"}
-        program = next((learns[key] for key in learns if key in settings), "verifier")
+        others = Path(str(settings["run"]["folder"])).name  # type: ignore[index]  # as programs are
+        program = next((learns[key] for key in learns if key in settings), others)
     return read_by(program)
 
 
