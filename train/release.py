@@ -77,7 +77,7 @@ DEFAULTS = ModelDefaults(
     sampler="ancestral", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
     guidance_interval=(0.32, 1.0), image_guidance_scale=3.0, image_guidance_reach=3,
     refine_steps=12, encode_passes=2,
-    sound_steps=6, sound_candidates=6, sound_delay_s=0.015,  # docs/experiments.md, "somebody looks who listens"
+    sound_steps=6, sound_candidates=6, sound_delay_s=0.015,  # "somebody looks who listens" there
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")
 HISTORY_NOISE = 0.25  # of 0, 0.1 and 0.25 it keeps sprites best (docs/experiments.md)
