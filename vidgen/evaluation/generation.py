@@ -111,7 +111,7 @@ def generate_with_sound(
     for row, seed in enumerate(seeds):
         texts = [(text[row : row + 1], count[row : row + 1]) for text, count in contexts]
 
-        def sample(_window: int, state: LatentState, texts: Contexts = texts) -> Tensor:
+        def sample(state: LatentState, _window: int, texts: Contexts = texts) -> Tensor:
             return engine.sample(denoised, state, texts)
 
         own = own_sound(engine.parts, replace(plan, seed=seed), Request(prompt=read[row]), None)

@@ -111,7 +111,7 @@ class DenoisedClip:
         plan = sound_plan(self.plan, self.engine.folder.defaults)
         own = own_sound(self.engine.parts, self.plan, self.request, self._long)
 
-        def sample(number: int, state: LatentState) -> Tensor:
+        def sample(state: LatentState, number: int) -> Tensor:
             def on_step(info: StepInfo) -> None:
                 done, rounds = number + own.extra_rounds, len(own.windows) + own.extra_rounds
                 self.report("sound", done * info.num_steps + info.step, rounds * info.num_steps)

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,7 +75,7 @@ class OwnSound:
     extra_rounds: int = 0
 
     def follow(
-        self, picture: Tensor, sample: Callable[[int, LatentState], Tensor], journal: Journal
+        self, picture: Tensor, sample: Callable[[LatentState, int], Tensor], journal: Journal
     ) -> None:
         """Make the sound of a finished picture, window by window, as often as the plan says.
 
@@ -95,7 +94,11 @@ class OwnSound:
                 continue  # made before a kill
             seen = slice(self.pace.finer(start), self.pace.finer(stop))
             shown = picture[:, :, seen].to(self.parts.device)
-            made = self._made(shown, self.pace.behind(start), first, count, partial(sample, number))
+
+            def denoised(state: LatentState, number: int = number) -> Tensor:
+                return sample(state, number)
+
+            made = self._made(shown, self.pace.behind(start), first, count, denoised)
             self._take(made[None], first, count)
             if number + 1 < len(self.windows):
                 arrays = {"latents": self.latents.numpy()}
