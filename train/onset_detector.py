@@ -3,9 +3,9 @@
     python train/cache.py -c configs/train/toybox_onset_detector.yaml    first: the clips it sees
     python train/onset_detector.py -c configs/train/toybox_onset_detector.yaml [--resume]
 
-It learns from training scenes' latents alone, varied as what a generator draws varies: no generated
-clip, and nothing of the rulers that score clips. `train/release.py onset_detector` puts the
-averaged weights into a model folder.
+It learns from training scenes alone, varied as what a generator draws varies, some of them drawn
+anew by one, and from nothing of the rulers that score clips. `train/release.py onset_detector` puts
+the averaged weights into a model folder.
 """
 
 from __future__ import annotations

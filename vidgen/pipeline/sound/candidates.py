@@ -52,18 +52,14 @@ def best_heard(
     if impacts is None or not impacts.any_seen:
         made = draw(range(most if impacts is None else min(AT_ONCE, most)))
         return made[most_agreed(hear(made), rate)]
-    best: tuple[float, Tensor] | None = None
+    fits, sounds = list[float](), list[Tensor]()
     for first in range(0, most, AT_ONCE):
         made = draw(range(first, min(first + AT_ONCE, most)))
-        for latents, onsets in zip(made, find_onsets(hear(made).float().cpu(), rate), strict=True):
-            fit = impacts.fit(onsets)
-            if best is None or fit > best[0]:
-                best = fit, latents
-        assert best is not None
-        if best[0] >= impacts.enough:
+        fits += map(impacts.fit, find_onsets(hear(made).float().cpu(), rate))
+        sounds += made
+        if max(fits) >= impacts.enough:
             break
-    assert best is not None
-    return best[1]
+    return sounds[fits.index(max(fits))]
 
 
 def most_agreed(sounds: Tensor, rate: int) -> int:
