@@ -44,8 +44,8 @@ def main() -> int:
         for entry in settings["caches"]:
             cache = ToyboxCache(build(CacheConfig, entry, options.config))
             vae = load_vae(cache.config.vae, device)
-            missing, redrawn = cache.missing(dealt), cache.config.redrawn
-            redrawer = Redrawer(redrawn.model, str(device)) if redrawn and missing else None
+            missing, model = cache.missing(dealt), cache.config.drawn_by
+            redrawer = Redrawer(model, str(device)) if model and missing else None
             for index in track(missing, cache.config.folder):
                 cache.make(index, vae, device, redrawer)
             if settings.get("sound") and not cache.config.stills_only:

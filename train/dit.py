@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.core.tensors import moved
-from vidgen.diffusion.flow import add_noise, squared_error, velocity_of
+from vidgen.diffusion.flow import add_noise, squared_error, velocity_of, velocity_towards
 from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.dit import AudioConfig, SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
@@ -264,8 +264,11 @@ class DiTTask:
         What `former` says is the truth above `keep_above`, and of sound.
         """
         state, clean, heard = batch.state, batch.state.clean, batch.state.sound
-        noisy, sound_error = add_noise(clean, batch.noise, batch.sigma), None
+        begun = clean if batch.begun is None else batch.begun
+        noisy, sound_error = add_noise(begun, batch.noise, batch.sigma), None
         wanted, wanted_sound = velocity_of(clean, batch.noise), None
+        if batch.begun is not None:
+            wanted = velocity_towards(noisy, clean, batch.sigma)
         if heard is not None and batch.sound_noise is not None:
             noisy = state.together(noisy, add_noise(heard.clean, batch.sound_noise, batch.sigma))
             wanted_sound = velocity_of(heard.clean, batch.sound_noise)

@@ -13,13 +13,16 @@ from vidgen.core.protocols import KeyTokens
 from vidgen.diffusion.condition import reference_position
 from vidgen.diffusion.condition_mix import ConditionMix
 from vidgen.diffusion.flow import add_noise
+from vidgen.diffusion.oversampling import Pace, interpolated
 from vidgen.diffusion.state import are_references
+from vidgen.evaluation.redrawing import Redrawer
 from vidgen.toybox.cues import scene_marks
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import Actor, Scene
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.embedded.dit_config import DiTData
 from vidgen.training.embedded.dit_data import Batch, ClipDraws
+from vidgen.training.embedded.model_made import Settled
 from vidgen.training.embedded.toybox_data import (
     MARK_BINS,
     CacheConfig,
@@ -197,7 +200,7 @@ def test_validation_stays_plain(plain: DiTData) -> None:
 
 
 @pytest.mark.parametrize("name", ["loose_share", "anonymous_share", "anchor_share",
-                                  "history_noise"])
+                                  "history_noise", "handed_share"])
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_shares_lie_between_none_and_all(plain: DiTData, name: str, share: float) -> None:
     with pytest.raises(InputError, match=rf"{name} is {share}.*0\.\.1"):
@@ -283,3 +286,60 @@ def test_validation_needs_clips(plain: DiTData) -> None:
     alone = replace(plain.caches[0], stills_only=True)
     with pytest.raises(InputError, match="first of the caches is stills_only"):
         replace(plain, caches=(alone,))
+
+
+@pytest.fixture(scope="module")
+def handing(
+    plain: DiTData, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> DiTData:
+    """Clips at twice the frame rate, and what a model has settled of them, for its expert."""
+    cache = replace(
+        plain.caches[0], folder=str(tmp_path_factory.mktemp("finer")), num_frames=65, fps=24,
+        settled=Settled(str(tiny_model), 0.875),
+    )
+    device = torch.device("cpu")
+    redrawer = Redrawer(str(tiny_model), "cpu")
+    ToyboxCache(cache).make(0, load_vae(cache.vae, device), device, redrawer)
+    return replace(plain, caches=(cache,), levels=(0.02, 0.9), boundary=0.86, handed_share=0.5,
+                   conditions=ConditionMix(text=0.6, first=0.4, prefix=0, mask=0),
+                   still_conditions=ConditionMix(text=1, first=0, last=0, both=0, frames=0,
+                                                 prefix=0, mask=0, reference=0.5))
+
+
+def test_some_clips_are_handed_over_as_they_were_settled(handing: DiTData) -> None:
+    source = ClipDraws(handing, torch.device("cpu"), patch=2)
+    settled = source.data[0].settled
+    assert settled is not None
+    assert settled.shape[2] == 9
+    ours = interpolated(settled.float(), Pace(2), source.strides.t)
+    handed = {True: 0, False: 0}
+    for step in range(12):
+        batch = source.batch(PHASE, step, 0)
+        assert batch.begun is not None
+        known = ~batch.state.denoise_mask.flatten(1).all(1)
+        for row in range(len(batch.sigma)):
+            begun, clean = batch.begun[row], batch.state.clean[row]
+            is_handed = not torch.equal(begun, clean)
+            handed[is_handed] += 1
+            if is_handed:
+                assert 0.8 <= batch.sigma[row] <= 0.86
+                assert not known[row]
+                assert not has_reference(batch.state.keys, len(batch.sigma))[row]
+                assert (ours == begun).flatten(1).all(1).any()
+    assert 0.1 < handed[True] / sum(handed.values()) < 0.4
+
+
+def test_windows_squares_and_stills_are_handed_over_by_nobody(handing: DiTData) -> None:
+    for other in (
+        replace(handing, window_share=1.0), replace(handing, handed_share=0.0),
+        replace(handing, crop_share=1.0, crop=2, crop_level=0.5),
+        replace(handing, image_shares=(1.0,)),
+    ):
+        assert all(batch.begun is None for batch in draws(other))
+
+
+def test_clips_are_handed_over_at_low_noise_alone(handing: DiTData) -> None:
+    with pytest.raises(InputError, match=r"handed_from is 0\.9; .*below its boundary, 0\.86"):
+        replace(handing, handed_from=0.9)
+    with pytest.raises(InputError, match=r"handed_from is 0\.8; .*handed_share 0"):
+        replace(handing, levels=(0.0, 1.0), boundary=None)

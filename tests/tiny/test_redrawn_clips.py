@@ -11,13 +11,8 @@ import torch
 from tests.models import add_low_expert, build_tiny_model
 from vidgen.core.errors import InputError
 from vidgen.evaluation.redrawing import Redrawer
-from vidgen.training.embedded.toybox_data import (
-    CacheConfig,
-    CachedClips,
-    Redrawn,
-    ToyboxCache,
-    load_vae,
-)
+from vidgen.training.embedded.model_made import Redrawn, Settled
+from vidgen.training.embedded.toybox_data import CacheConfig, CachedClips, ToyboxCache, load_vae
 
 CPU = torch.device("cpu")
 
@@ -106,9 +101,45 @@ def test_shares_of_no_step_are_refused(strengths: tuple[float, ...]) -> None:
         Redrawn("toybox", strengths)
 
 
+def test_a_cache_keeps_what_a_model_settles_of_clips_at_its_own_rate(
+    plain: CacheConfig, tiny_model: Path, redrawer: Redrawer, tmp_path: Path
+) -> None:
+    finer = replace(plain, folder=str(tmp_path / "plain"), num_frames=33, fps=24)
+    how = Settled(str(tiny_model), 0.3)
+    both = made(replace(finer, folder=str(tmp_path / "both"), settled=how), redrawer)
+    alone, seldom = made(finer, None), made(plain, None)
+    assert alone.settled is None
+    assert torch.equal(both.clips, alone.clips)
+    assert both.settled is not None
+    assert both.settled.shape == seldom.clips.shape
+    near, far = ((both.settled - clips).square().mean() for clips in (seldom.clips, 0))
+    assert 0 < near < far  # of the same clips at half the rate, through little noise
+    assert torch.equal(both.to(CPU).settled, both.settled)
+    with pytest.raises(InputError, match=r"made otherwise .*settled"):
+        ToyboxCache(replace(finer, folder=str(tmp_path / "both")))
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 1.5])
+def test_clips_are_settled_between_picture_and_noise(level: float) -> None:
+    with pytest.raises(InputError, match=rf"level is {level}; .*between 0 and 1"):
+        Settled("toybox", level)
+
+
+def test_a_guess_is_nearer_the_less_noise_there_is(redrawer: Redrawer) -> None:
+    torch.manual_seed(2)
+    latents = torch.randn(2, redrawer.engine.vae_config.latent_channels, 3, 4, 4)
+    little, much = (
+        (redrawer.guess(latents, ["a cat", "a dog"], [1, 2], level) - latents).square().mean()
+        for level in (0.1, 0.9)
+    )
+    assert 0 < little < much
+
+
 def test_stills_alone_are_not_drawn_anew(plain: CacheConfig) -> None:
     with pytest.raises(InputError, match="stills_only"):
         replace(plain, stills_only=True, redrawn=Redrawn("toybox", (0.5,)))
+    with pytest.raises(InputError, match="settled is of clips"):
+        replace(plain, stills_only=True, settled=Settled("toybox", 0.8))
 
 
 def test_a_clip_without_its_middle_still_is_refused(plain: CacheConfig) -> None:

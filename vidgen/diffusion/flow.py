@@ -38,6 +38,14 @@ def denoised_of(noisy: Tensor, velocity: Tensor, sigma: Tensor | float) -> Tenso
     return noisy - _per_sample(sigma, noisy) * velocity
 
 
+def velocity_towards(noisy: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
+    """The slope of the line that leaves `noisy` for `clean`; arguments as in `add_noise`.
+
+    That is `velocity_of` where `noisy` lies on the line from `clean` to its noise, sigma above 0.
+    """
+    return (noisy - clean) / _per_sample(sigma, noisy)
+
+
 def to_timestep(sigma: Tensor, *, whole: bool = False) -> Tensor:
     """What a model is told of the noise level.
 

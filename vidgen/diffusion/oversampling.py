@@ -91,7 +91,7 @@ def finer_state(
         assert state.video_finer is not None, "a clip that begins with noise is settled first"
         settled = state.video_finer.to(noise)
     else:
-        settled = _between(denoised.float(), pace, stride_t)
+        settled = interpolated(denoised.float(), pace, stride_t)
     return replace(
         state, latents=add_noise(settled, noise, sigma), noise=noise, clean=clean,
         denoise_mask=unknown, keys=_finer_keys(state.keys, pace, stride_t),
@@ -155,8 +155,8 @@ def sample_finer(
     return run(finer, sigmas[split:], told_from(split), resume)
 
 
-def _between(latents: Tensor, pace: Pace, stride_t: int) -> Tensor:
-    """Latent frames drawn evenly between those given, whose centres lie where theirs do.
+def interpolated(latents: Tensor, pace: Pace, stride_t: int) -> Tensor:
+    """Finer latent frames drawn evenly between those given, whose centres lie where theirs do.
 
     A single frame's centre is itself, that of all others lies amid `stride_t` frames, so a finer
     one's isn't at a whole fraction.

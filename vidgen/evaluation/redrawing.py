@@ -15,10 +15,14 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion import condition
+from vidgen.diffusion.flow import denoised_of
 from vidgen.diffusion.oversampling import Pace
 from vidgen.evaluation.generation import fresh_state, pixels, read_prompts, text_contexts
+from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.levels import settles, sigmas_of
+from vidgen.pipeline.networks import denoising
+from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.video import Engine, load
 
 
@@ -64,13 +68,10 @@ class Redrawer:
         Raises:
             InputError: a rate that the model doesn't draw at, at all or from there.
         """
-        F, h, w = latents.shape[2:]
         if oversampling not in (1, self._plan.oversampling):
             raise InputError(f"clips of {oversampling} times the model's frame rate can't be drawn "
                              f"anew; it draws {self._plan.oversampling} latent frames for one")
-        span = replace(self._plan.latents, num_frames=Pace(oversampling).coarser(F), height=h,
-                       width=w)  # fmt: skip
-        plan = replace(self._plan, strength=strength, latents=span, oversampling=oversampling)
+        plan = replace(self._plan_like(latents, oversampling), strength=strength)
         sigmas, given = sigmas_of(plan), latents.to(self.engine.device)
         state = fresh_state(self.engine, plan, seeds)
         if oversampling == 1:
@@ -84,9 +85,40 @@ class Redrawer:
         return self.engine.sample(plan, state, contexts).float()
 
     @torch.no_grad()
+    def guess(
+        self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int], level: float
+    ) -> Tensor:
+        """What the model says of clips in one step, once they are noised to a level.
+
+        Args:
+            latents: normalised, [B, C, F, h, w], at the model's own frame rate.
+            prompts: what is to be seen, B of them.
+            seeds: of the noise, one each.
+            level: the noise level.
+
+        Returns:
+            Latents like those given, float32.
+        """
+        plan = self._plan_like(latents)
+        state = fresh_state(self.engine, plan, seeds)
+        state = condition.video_at_strength(state, latents.to(self.engine.device), level)
+        contexts = text_contexts(self.engine, plan, read_prompts(self.engine, prompts))
+        noisy = state.begin()
+        with denoising(self.engine.parts, plan, state, contexts, NO_LORAS, level) as denoise:
+            velocity = denoise(noisy, torch.full((len(noisy),), level, device=noisy.device))
+        return denoised_of(noisy, velocity.float(), level)
+
+    @torch.no_grad()
     def video(
         self, video: Tensor, prompts: Sequence[str], seeds: Sequence[int], strength: float
     ) -> Tensor:
         """The same for video [B, 3, T, H, W] in [-1, 1], which comes back on the CPU."""
         latents = self.engine.encode_video(video, passes=self._plan.encode_passes)
         return pixels(self.engine, self.latents(latents, prompts, seeds, strength))
+
+    def _plan_like(self, latents: Tensor, oversampling: int = 1) -> Plan:
+        """That of clips like those given, [B, C, F, h, w]."""
+        F, h, w = latents.shape[2:]
+        frames = Pace(oversampling).coarser(F)
+        span = replace(self._plan.latents, num_frames=frames, height=h, width=w)
+        return replace(self._plan, latents=span, oversampling=oversampling)

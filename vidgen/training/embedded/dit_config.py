@@ -59,6 +59,10 @@ class DiTData:
             reference: what keeps a long clip to the looks it began with.
         history_noise: of their samples, the highest level of noise in what they go on from, drawn
             evenly from 0 on: so that the faults of a window aren't taken for the picture.
+        handed_share: of the clips of caches with `settled` of which nothing is known, the share
+            that begins from what was settled instead of from themselves: at its own frame rate,
+            with frames drawn between, which is what an expert at low noise is handed in sampling.
+        handed_from: the lowest noise level at which that happens; the highest is the boundary.
         validation_clips: taken off the end of the first cache, never trained on.
         sound: what is learned of sound, or None; clips' sound is cached beside their latents.
 
@@ -89,6 +93,8 @@ class DiTData:
     window_share: float = 0.0
     anchor_share: float = 0.0
     history_noise: float = 0.0
+    handed_share: float = 0.0
+    handed_from: float = 0.8
     validation_clips: int = 64
     sound: SoundMix | None = None
 
@@ -96,6 +102,11 @@ class DiTData:
     def role(self) -> Role:
         """Which of a model's two experts learns: the one at low noise, or the first or only one."""
         return "transformer_2" if self.levels[1] < 1 else "transformer"
+
+    @property
+    def handed_to(self) -> float:
+        """The highest noise level at which clips are handed over."""
+        return self.boundary or self.levels[1]
 
     def __post_init__(self) -> None:
         phases = self.run.phases
@@ -106,7 +117,7 @@ class DiTData:
             raise InputError(f"image_shares has {len(self.image_shares)} entries for {len(phases)} "
                              "phases; give one a phase, or none")
         for name in ("loose_share", "anonymous_share", "anchor_share", "history_noise",
-                     "crop_share", "crop_level", "still_share", "window_share"):
+                     "crop_share", "crop_level", "still_share", "window_share", "handed_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; a share lies in 0..1")
         if not 0 <= self.levels[0] < self.levels[1] <= 1:
@@ -118,6 +129,10 @@ class DiTData:
         if self.crop_share and self.crop_level <= self.levels[0]:
             raise InputError(f"crop_level is {self.crop_level}, levels begin at {self.levels[0]}; "
                              "give a crop_level above that, or crop_share 0")
+        if self.handed_share and not self.levels[0] <= self.handed_from < self.handed_to < 1:
+            raise InputError(f"handed_from is {self.handed_from}; clips are handed to an expert at "
+                             f"low noise, between its levels {list(self.levels)} and below its "
+                             f"boundary, {self.handed_to}; or give handed_share 0")
         if self.caches and self.caches[0].stills_only:
             raise InputError("the first of the caches is stills_only; validation takes clips from "
                              "it, so name one of clips before it")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vidgen.diffusion.condition import noise_known
 from vidgen.diffusion.condition_mix import with_given
+from vidgen.diffusion.oversampling import Pace, interpolated
 from vidgen.diffusion.state import LatentState
 from vidgen.training.config import Phase
 from vidgen.training.embedded.dit_config import DiTData
@@ -27,7 +28,8 @@ class Batch:
     `cover` [B, 1, F, h, w] says how much of a latent is sprite, `labels` what the caption says,
     `shown` [B] which sprite caption or reference tell of, -1 for none or two. `sound_noise`
     [B, C, K] goes with the state's sound, and `cues` [B, K], whether one begins there. `marks`
-    [B, F, n] says where within a clip's latent frame something comes to a mark.
+    [B, F, n] says where within a clip's latent frame something comes to a mark. `begun`
+    [B, C, F, h, w] is what noise is added to where that isn't the state's clean clip.
     """
 
     state: LatentState
@@ -39,6 +41,7 @@ class Batch:
     labels: dict[str, Tensor]
     shown: Tensor
     marks: Tensor | None = None
+    begun: Tensor | None = None
     sound_noise: Tensor | None = None
     cues: Tensor | None = None
 
@@ -100,6 +103,7 @@ class ClipDraws:
             latents, cover = cut_around(latents, cover, drawn.crop, self.patch)
         if singles is not None and has_stills:
             stills = self._here(singles[:, :, list(drawn.stills)]).float()
+        begun = None if drawn.handed is None else self._begun(drawn, latents)
         state = with_given(latents, drawn.given, stills, self.strides)
         state = replace(state, spacing=self.fps / self.caches[drawn.which].config.fps)
         draw = torch.Generator().set_state(drawn.noise)
@@ -122,9 +126,20 @@ class ClipDraws:
             self._here(told.mask),
             {name: self._here(value) for name, value in told.labels.items()},
             self._here(told.shown),
-            None if drawn.marks is None else self._here(drawn.marks), sound_noise,
+            None if drawn.marks is None else self._here(drawn.marks), begun, sound_noise,
             None if drawn.cues is None else self._here(drawn.cues),
         )
+
+    def _begun(self, drawn: Drawn, latents: Tensor) -> Tensor:
+        """Clips [B, C, F, h, w], those that are handed over as they were settled."""
+        settled = self.data[drawn.which].settled
+        assert settled is not None
+        assert drawn.handed is not None
+        finer = round(self.caches[drawn.which].config.fps / self.fps)
+        made = interpolated(self._here(settled[drawn.rows.to(settled.device)]).float(),
+                            Pace(finer), self.strides.t)
+        handed = self._here(drawn.handed).view(-1, 1, 1, 1, 1)
+        return torch.where(handed, made[:, :, drawn.window], latents)
 
     def _here(self, value: Tensor) -> Tensor:
         return value.to(self.device, non_blocking=True)

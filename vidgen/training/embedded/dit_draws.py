@@ -58,6 +58,7 @@ class Drawn:
         given: the conditions.
         history: how noisy what a window goes on from is, [B], or None.
         sigma: noise levels, [B].
+        handed: which clips begin from what a model settled of them, [B] bool, or None.
         told: captions.
         marks: see `Batch`.
         cues: see `Batch`.
@@ -74,6 +75,7 @@ class Drawn:
     given: Given
     history: Tensor | None
     sigma: Tensor
+    handed: Tensor | None
     told: Told
     marks: Tensor | None
     cues: Tensor | None
@@ -94,6 +96,7 @@ class _Kind:
         crop: as in `Drawn`.
         sound: whether they carry sound.
         dropout: share of empty captions.
+        handed: share of clips that begin from what a model settled of them.
     """
 
     which: int
@@ -104,6 +107,7 @@ class _Kind:
     crop: int | None = None
     sound: bool = False
     dropout: float = 0.0
+    handed: float = 0.0
 
 
 class DiTDraws:
@@ -175,12 +179,14 @@ class DiTDraws:
             even = torch.rand(size, generator=draw) < config.uniform_share
             evenly = draw_sigmas(size, draw, mean=None, between=config.levels)
             sigma = torch.where(even, evenly, sigma)
+        is_settled = num_frames > 1 and self.caches[which].config.settled is not None
         frames = _Kind(which, num_frames, config.conditions, sound=sound,
-                       dropout=config.caption_dropout)
+                       dropout=config.caption_dropout,
+                       handed=config.handed_share if is_settled else 0)
         if num_frames > 1 and _happens(config.window_share, kind):
             window = replace(WINDOW, reference=config.anchor_share,
                              prefix_step=config.conditions.prefix_step)
-            frames = replace(frames, inside=True, has_stills=True, conditions=window)
+            frames = replace(frames, inside=True, has_stills=True, conditions=window, handed=0)
         elif _happens(config.still_share, kind):
             frames = replace(frames, has_stills=True, conditions=config.still_conditions)
         return self._drawn(frames, rows, sigma, draw)
@@ -225,6 +231,13 @@ class DiTDraws:
             (batch, count, height, width), draw, kind.conditions, self.strides, patch=self.patch,
             frame_index=index.expand(batch, -1) if kind.has_stills else None,
         )
+        handed = None
+        if kind.handed:
+            is_free = ~(given.known.flatten(1).any(1) | given.used.any(1))
+            handed = is_free & (torch.rand(batch, generator=draw) < kind.handed)
+            between = self.config.handed_from, self.config.handed_to
+            levels = draw_sigmas(batch, draw, mean=None, between=between)
+            sigma = torch.where(handed, levels, sigma)
         scenes = [cache.scene(row) for row in rows.tolist()]
         told = self._told(
             scenes, given.has_reference, draw, kind.dropout,
@@ -242,7 +255,7 @@ class DiTDraws:
         if kind.inside and self.config.history_noise:
             history = self.config.history_noise * torch.rand(batch, generator=draw)
         return Drawn(kind.which, rows, window, pick, stills, kind.crop, given, history, sigma,
-                     told, marks, cues, made, draw.get_state())
+                     handed, told, marks, cues, made, draw.get_state())
 
     def _told(
         self, scenes: Sequence[Scene], given: Tensor, draw: torch.Generator, dropout: float, *,

@@ -20,7 +20,6 @@ from vidgen.core.runtime import best_dtype
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition_mix import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
-from vidgen.toybox.captions import caption
 from vidgen.toybox.cues import scene_marks
 from vidgen.toybox.render import Rendered, render
 from vidgen.toybox.scenes import (
@@ -30,7 +29,6 @@ from vidgen.toybox.scenes import (
     SPRITE_NAMES,
     WORLD_VERSION,
     Actor,
-    Draws,
     Scene,
     SceneMix,
     is_held_out,
@@ -39,6 +37,7 @@ from vidgen.toybox.scenes import (
 )
 from vidgen.training.draws import seed_of
 from vidgen.training.embedded.latents import LatentShards
+from vidgen.training.embedded.model_made import Redrawn, Settled, as_settled, drawn_anew
 from vidgen.weights.folder import config_of, open_model
 from vidgen.weights.load import load_module, read_tensors
 
@@ -54,29 +53,7 @@ _AT_ONCE = {"cpu": (16, 16), "cuda": (1024, 2048)}
 """Clips, and those of which stills alone are kept: painting them takes a GPU as long as a few."""
 _ENCODED = 256
 """Clips that are encoded at once: cuDNN counts a tensor's numbers in 32 bits."""
-_REDRAWN = 16
-"""Clips that are drawn anew at once, from one level."""
 _MOST_CLIPS = 1 << 12  # of a batch
-
-
-@dataclass(frozen=True)
-class Redrawn:
-    """Clips as a model draws them, from where noise leaves what happens in them as it was.
-
-    Args:
-        model: folder of the model, at whose frame rate the clips are, or at that at which it draws
-            what is near to a picture.
-        strengths: shares of its steps that draw clips anew, of which every 16 of them draw one.
-    """
-
-    model: str
-    strengths: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        for strength in self.strengths or (0.0,):
-            if not 0 < strength <= 1:
-                raise InputError(f"strengths are {list(self.strengths)}; give shares above 0, up "
-                                 "to 1, of a model's steps")
 
 
 @dataclass(frozen=True)
@@ -95,6 +72,8 @@ class CacheConfig:
         stills_only: for batches of single frames alone, at a sixth of the price of a clip.
         redrawn: who draws its clips anew, which sound is to be made for; None: they are encoded
             alone. Stills, and how much of a latent is sprite, are those of the scene.
+        settled: who settles its clips at half their rate or less, and where, which is kept beside
+            them: what an expert at low noise goes on from; or None.
     """
 
     folder: str
@@ -111,13 +90,16 @@ class CacheConfig:
     mix: SceneMix = field(default_factory=SceneMix)
     stills_only: bool = False
     redrawn: Redrawn | None = None
+    settled: Settled | None = None
 
     def __post_init__(self) -> None:
         if self.num_frames <= MID_FRAME and not self.stills_only:
             raise InputError(f"num_frames is {self.num_frames}, but frame {MID_FRAME} is kept as a "
                              f"still; give {MID_FRAME + 1} or more")
-        if self.redrawn is not None and self.stills_only:
-            raise InputError("redrawn is of clips, of which stills_only keeps none; leave one out")
+        for name in ("redrawn", "settled"):
+            if getattr(self, name) is not None and self.stills_only:
+                raise InputError(f"{name} is of clips, of which stills_only keeps none; leave one "
+                                 "out")
         if self.motion is not None and self.motion not in MOTIONS:
             raise InputError(
                 f"motion is {self.motion!r}; give one of {', '.join(MOTIONS)}, or none"
@@ -137,6 +119,12 @@ class CacheConfig:
         """Whether every scene that comes is taken."""
         return self.motion is None and not self.sprites
 
+    @property
+    def drawn_by(self) -> str | None:
+        """Folder of the model that makes some of it, or None."""
+        how = self.redrawn or self.settled
+        return None if how is None else how.model
+
     def takes(self, scene: Scene) -> bool:
         """Whether a scene is one of the cache's."""
         return (self.motion is None or self.motion in [each.motion for each in scene.actors]) and (
@@ -155,18 +143,21 @@ class CachedClips:
             index -1).
         cover: [N, 1, F, h, w] in [0, 1], how much of a latent's pixels is sprite.
         still_cover: [N, 1, 3, h, w].
+        settled: [N, C, n, h, w], the clips as a model settles them at its own frame rate, or None.
     """
 
     clips: Tensor
     stills: Stills
     cover: Tensor
     still_cover: Tensor
+    settled: Tensor | None = None
 
     def to(self, device: torch.device) -> CachedClips:
         """The same on another device; which frames its stills show stays on the CPU."""
         stills = Stills(self.stills.latents.to(device), self.stills.frame_index)
+        settled = None if self.settled is None else self.settled.to(device)
         return CachedClips(self.clips.to(device), stills, self.cover.to(device),
-                           self.still_cover.to(device))
+                           self.still_cover.to(device), settled)
 
 
 class ToyboxCache:
@@ -194,6 +185,9 @@ class ToyboxCache:
             model = open_model(config.redrawn.model)
             self.manifest["redrawn"] = {"model": model.content_hash,
                                         "strengths": list(config.redrawn.strengths)}
+        if config.settled is not None:
+            self.manifest["settled"] = {"model": open_model(config.settled.model).content_hash,
+                                        "level": config.settled.level}
         self.shards = LatentShards(config.folder, self.manifest)
         self._scenes: dict[int, Scene] = {}
         self._drawing = threading.Lock()  # a batch may be made in a thread
@@ -249,7 +243,8 @@ class ToyboxCache:
         tensors = self.shards.load(self.config.shards)
         frames = torch.tensor(self.frames_shown[1:])
         stills = Stills(tensors["stills"], frames.expand(self.num_clips, 3))
-        return CachedClips(tensors["clips"], stills, tensors["cover"], tensors["still_cover"])
+        return CachedClips(tensors["clips"], stills, tensors["cover"], tensors["still_cover"],
+                           tensors.get("settled"))
 
     def missing(self, dealt: int = 0) -> list[int]:
         """Shards that this process has still to make; `dealt` are those of caches before it."""
@@ -272,8 +267,8 @@ class ToyboxCache:
     def make(
         self, index: int, vae: CausalVAE, device: torch.device, redrawer: Redrawer | None = None
     ) -> None:
-        """Render, encode and write shard `index`; `redrawer` is the model of `redrawn`, opened."""
-        assert (redrawer is None) == (self.config.redrawn is None)
+        """Render, encode and write shard `index`; `redrawer` is `drawn_by`, opened."""
+        assert (redrawer is None) == (self.config.drawn_by is None)
         config, moments = self.config, self._moments()
         batch = _AT_ONCE.get(device.type, _AT_ONCE["cpu"])[config.stills_only]
         seen = moments if config.stills_only else range(config.num_frames)
@@ -282,13 +277,19 @@ class ToyboxCache:
         )
         first = index * config.shard_size
         scenes = [self.scene(first + i) for i in range(config.shard_size)]
-        clips, stills, covers, still_covers = [], [], [], []
+        clips, stills, covers, still_covers, settled = [], [], [], [], []
         for start in range(0, len(scenes), batch):
             part = scenes[start : start + batch]
             shown = show(part, num_frames=config.num_frames, frames=seen)
             posed = show([as_reference(scene) for scene in part], num_frames=1)
             whole = _frame(shown, 0) if config.stills_only else shown
-            clips.append(self._anew(encode(vae, whole.video), part, redrawer))
+            made = encode(vae, whole.video)
+            if config.redrawn is not None and redrawer is not None:
+                made = drawn_anew(made, part, config.redrawn, config.fps, redrawer)
+            clips.append(made)
+            if config.settled is not None and redrawer is not None:
+                seldom = encode(vae, whole.video[:, :, :: round(config.fps / redrawer.fps)])
+                settled.append(as_settled(seldom, part, config.settled, redrawer))
             covers.append(latent_cover(whole.masks, vae.strides))
             singles = (*(_frame(shown, seen.index(moment)) for moment in moments[1:]), posed)
             stills.append(torch.cat([encode(vae, still.video) for still in singles], dim=2))
@@ -298,23 +299,8 @@ class ToyboxCache:
         tensors = {
             "clips": torch.cat(clips), "stills": torch.cat(stills),
             "cover": torch.cat(covers), "still_cover": torch.cat(still_covers),
-        }
+        } | ({"settled": torch.cat(settled)} if settled else {})
         self.shards.write(index, {name: value.half().cpu() for name, value in tensors.items()})
-
-    def _anew(self, clips: Tensor, scenes: Sequence[Scene], redrawer: Redrawer | None) -> Tensor:
-        """Latents of scenes as they are, or drawn anew."""
-        if self.config.redrawn is None or redrawer is None:
-            return clips
-        made = []
-        for start in range(0, len(scenes), _REDRAWN):
-            some = scenes[start : start + _REDRAWN]
-            seeds = [scene.seed for scene in some]
-            strength = Draws(seeds[0], stream=43).choice(self.config.redrawn.strengths)
-            told = [caption(scene, scene.seed, detail="full") for scene in some]
-            part = clips[start : start + _REDRAWN]
-            finer = round(self.config.fps / redrawer.fps)
-            made.append(redrawer.latents(part, told, seeds, strength, finer))
-        return torch.cat(made)
 
 
 def cut_around(
