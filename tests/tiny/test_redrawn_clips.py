@@ -133,6 +133,10 @@ def test_a_guess_is_nearer_the_less_noise_there_is(redrawer: Redrawer) -> None:
         for level in (0.1, 0.9)
     )
     assert 0 < little < much
+    blind, told = (redrawer.guess(latents, ["a cat", "a dog"], [1, 2], 0.9, knows_first=known)
+                   for known in (False, True))
+    assert not torch.equal(blind[:, :, 1:], told[:, :, 1:])
+    assert torch.equal(told[:, :, :1], latents[:, :, :1])
 
 
 def test_stills_alone_are_not_drawn_anew(plain: CacheConfig) -> None:

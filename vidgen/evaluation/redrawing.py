@@ -86,7 +86,8 @@ class Redrawer:
 
     @torch.no_grad()
     def guess(
-        self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int], level: float
+        self, latents: Tensor, prompts: Sequence[str], seeds: Sequence[int], level: float, *,
+        knows_first: bool = False,
     ) -> Tensor:
         """What the model says of clips in one step, once they are noised to a level.
 
@@ -95,18 +96,22 @@ class Redrawer:
             prompts: what is to be seen, B of them.
             seeds: of the noise, one each.
             level: the noise level.
+            knows_first: whether it is given their first frames.
 
         Returns:
             Latents like those given, float32.
         """
-        plan = self._plan_like(latents)
+        plan, given = self._plan_like(latents), latents.to(self.engine.device)
+        plan = replace(plan, guidance=plan.guidance.of_clip(has_given=knows_first))
         state = fresh_state(self.engine, plan, seeds)
-        state = condition.video_at_strength(state, latents.to(self.engine.device), level)
+        state = condition.video_at_strength(state, given, level)
+        if knows_first:
+            state = condition.first_frame(state, given[:, :, :1])
         contexts = text_contexts(self.engine, plan, read_prompts(self.engine, prompts))
         noisy = state.begin()
         with denoising(self.engine.parts, plan, state, contexts, NO_LORAS, level) as denoise:
             velocity = denoise(noisy, torch.full((len(noisy),), level, device=noisy.device))
-        return denoised_of(noisy, velocity.float(), level)
+        return state.project(denoised_of(noisy, velocity.float(), level))
 
     @torch.no_grad()
     def video(

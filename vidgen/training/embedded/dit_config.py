@@ -59,9 +59,10 @@ class DiTData:
             reference: what keeps a long clip to the looks it began with.
         history_noise: of their samples, the highest level of noise in what they go on from, drawn
             evenly from 0 on: so that the faults of a window aren't taken for the picture.
-        handed_share: of the clips of caches with `settled` of which nothing is known, the share
-            that begins from what was settled instead of from themselves: at its own frame rate,
-            with frames drawn between, which is what an expert at low noise is handed in sampling.
+        handed_share: of the clips of caches with `settled` that are given what they were settled
+            behind, nothing or a first frame, the share that begins from what was settled instead
+            of from themselves: at its own frame rate, with frames drawn between, which is what an
+            expert at low noise is handed in sampling.
         handed_from: the lowest noise level at which that happens; the highest is the boundary.
         validation_clips: taken off the end of the first cache, never trained on.
         sound: what is learned of sound, or None; clips' sound is cached beside their latents.

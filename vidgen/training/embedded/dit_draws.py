@@ -24,6 +24,7 @@ from vidgen.toybox.scenes import Draws, Scene
 from vidgen.training.config import Phase
 from vidgen.training.draws import generator_of
 from vidgen.training.embedded.dit_config import DiTData
+from vidgen.training.embedded.model_made import knows_first
 from vidgen.training.embedded.sound_cache import SoundCache, SoundGiven, SoundMix, draw_sound
 from vidgen.training.embedded.toybox_data import ToyboxCache
 
@@ -233,8 +234,8 @@ class DiTDraws:
         )
         handed = None
         if kind.handed:
-            is_free = ~(given.known.flatten(1).any(1) | given.used.any(1))
-            handed = is_free & (torch.rand(batch, generator=draw) < kind.handed)
+            handed = _are_given_alike(rows, given) & (
+                torch.rand(batch, generator=draw) < kind.handed)
             between = self.config.handed_from, self.config.handed_to
             levels = draw_sigmas(batch, draw, mean=None, between=between)
             sigma = torch.where(handed, levels, sigma)
@@ -319,6 +320,14 @@ class DiTDraws:
         """Latent rows and columns of a cache."""
         config = self.caches[which].config
         return config.height // self.strides.hw, config.width // self.strides.hw
+
+
+def _are_given_alike(rows: Tensor, given: Given) -> Tensor:
+    """Which clips are given what they were settled behind, nothing or a first frame, [B] bool."""
+    known = given.known.flatten(3)  # [B, 1, F, h * w]
+    first, later = known[:, 0, 0], known[:, 0, 1:].flatten(1)
+    given_first = torch.where(knows_first(rows), first.all(1), ~first.any(1))
+    return given_first & ~later.any(1) & ~given.used.any(1)
 
 
 def _happens(share: float, draw: torch.Generator) -> bool:

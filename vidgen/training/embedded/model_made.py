@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class Redrawn:
 class Settled:
     """Clips as a model has settled them at its own frame rate, which its expert at low noise draws.
 
+    Every other one is settled behind its first frame, see `knows_first`.
+
     Args:
         model: folder of the model, at a multiple of whose frame rate the clips are.
         level: noise level of the last step at its own rate: of the clip noised to it, that step
@@ -79,13 +81,25 @@ def drawn_anew(
 def as_settled(
     clips: Tensor, scenes: Sequence[Scene], how: Settled, redrawer: Redrawer
 ) -> Tensor:
-    """What `redrawer` settles of scenes' latents [B, C, F, h, w] at its own frame rate, alike."""
-    made, batch = [], _AT_ONCE[redrawer.engine.device.type]
+    """What `redrawer` settles of scenes' latents [B, C, F, h, w] at its own frame rate, alike.
+
+    The first one's index in its cache is even.
+    """
+    made, batch = torch.empty_like(clips), 2 * _AT_ONCE[redrawer.engine.device.type]
     for start in range(0, len(scenes), batch):
-        some = scenes[start : start + batch]
-        seeds = [scene.seed for scene in some]
-        made.append(redrawer.guess(clips[start : start + batch], _told(some), seeds, how.level))
-    return torch.cat(made)
+        for first in (start, start + 1):
+            some, rows = scenes[first : start + batch : 2], slice(first, start + batch, 2)
+            if some:
+                made[rows] = redrawer.guess(
+                    clips[rows], _told(some), [scene.seed for scene in some], how.level,
+                    knows_first=knows_first(first),
+                )
+    return made
+
+
+def knows_first(index: int | Tensor) -> Any:
+    """Whether clip `index` of a cache is settled behind its first frame."""
+    return index % 2 == 1
 
 
 def _told(scenes: Sequence[Scene]) -> list[str]:
