@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from tests.models import add_verifier, build_tiny_model, own_defaults
 from vidgen.core.errors import Cancelled, InputError
+from vidgen.core.protocols import Denoise
 from vidgen.core.request import Request
+from vidgen.diffusion.binding import NOBODY
+from vidgen.diffusion.state import new_state
 from vidgen.evaluation.generation import generate_batch
-from vidgen.pipeline.bound import VERIFIER
+from vidgen.pipeline.bound import VERIFIER, told_apart
 from vidgen.pipeline.budget.preflight import preflight
 from vidgen.pipeline.candidates import with_verifier
 from vidgen.pipeline.inputs import Inputs
@@ -78,6 +81,44 @@ def test_only_what_names_several_things_is_bound(engine: Engine) -> None:
     assert torch.equal(free, latents_of(engine, TWO, binding=None))  # models that don't say
     half = latents_of(engine, TWO, binding=0.5)
     assert 0 < float((half - free).norm()) < float((bound - free).norm())
+
+
+def test_each_thing_is_told_by_what_it_does_and_by_how_it_looks(engine: Engine) -> None:
+    config = engine.folder.components[VERIFIER].config
+    texts = list[list[str]]()
+
+    def encode(some: Sequence[str]) -> tuple[Tensor, Tensor]:
+        texts.append(list(some))
+        return torch.zeros(len(some), 1, 8), torch.ones(len(some))
+
+    told = told_apart(config, [TWO, ONE], 1.0, encode)
+    assert told is not None
+    assert told.labels.tolist() == [[1, 0], [1, NOBODY]]
+    assert texts == [
+        ["a red car chases a red car", ONE], ["the cat chases the cat", ONE],
+        ["a red car and a red car", "a red car and a red car"], ["the cat and the cat", ONE],
+    ]
+    assert told_apart(config, [ONE, "snow"], 1.0, encode) is None
+
+
+def test_what_things_do_is_told_before_how_they_look(engine: Engine) -> None:
+    asked = list[str]()
+
+    def told(name: str) -> Denoise:
+        def denoise(latents: Tensor, _sigma: Tensor) -> Tensor:
+            asked.append(name)
+            return torch.zeros_like(latents)
+
+        return denoise
+
+    bound = engine.told_apart(engine.plan(Request.of(TWO, OPTIONS), Inputs()), [TWO])
+    assert bound is not None
+    latents = torch.zeros(1, engine.vae_config.latent_channels, 3, 8, 8)
+    alone = [told(name) for name in ("car does", "cat does", "car looks", "cat looks")]
+    with bound.binding(engine.parts, new_state(latents), told("all"), alone) as denoise:
+        for level in (0.9, 0.8, 0.7):
+            denoise(latents, torch.tensor([level]))
+    assert asked == ["all", "all", "car does", "cat does", "all", "car looks", "cat looks"]
 
 
 def test_a_clip_that_something_is_known_of_is_left_to_it(engine: Engine) -> None:

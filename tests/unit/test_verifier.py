@@ -59,6 +59,14 @@ def test_each_thing_is_told_alone_with_what_is_said_of_it(
     assert CONFIG.told_alone(prompt) == told
 
 
+def test_how_each_thing_looks_is_told_twice() -> None:
+    assert CONFIG.told_twice("A red cat chases the little soccer ball; the cat hops") == {
+        0: "a red cat and a red cat", 1: "the little soccer ball and the little soccer ball",
+    }
+    assert CONFIG.told_twice("CAT on snow") == {0: "cAT and cAT"}
+    assert CONFIG.told_twice("snow") == {}
+
+
 def test_no_label_is_found_without_any() -> None:
     assert VerifierConfig().labels_in("a cat") == frozenset()
 

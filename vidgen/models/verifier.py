@@ -53,6 +53,7 @@ class VerifierConfig:
         num_blocks: of two convolutions; an answer depends on 2 * num_blocks + 1 latents each way.
         enough: the score from which a clip shows what was asked for.
         legible: the noise level below which a guess of the clip tells where things are.
+        settled: that below which what they do is settled, and how they look is left to be told.
 
     Raises:
         ValueError: a label without a name.
@@ -64,6 +65,7 @@ class VerifierConfig:
     num_blocks: int = 4
     enough: float = 0.9
     legible: float = 0.85
+    settled: float = 0.75
 
     def __post_init__(self) -> None:
         if not all(self.labels):
@@ -102,15 +104,27 @@ class VerifierConfig:
         "a red cat passes the dog" is "a red cat passes a red cat" and "the dog passes the dog".
         """
         mentions, told = self.mentions(prompt), dict[int, str]()
-        for label, start, stop in mentions:
-            if label in told:
-                continue
-            text, phrase = prompt, prompt[start].lower() + prompt[start + 1 : stop]
+        for label, phrase in self._phrases(prompt).items():
+            text = prompt
             for other in reversed(mentions):
                 if other.label != label:
                     text = text[: other.start] + phrase + text[other.stop :]
             told[label] = text
         return told
+
+    def told_twice(self, prompt: str) -> dict[int, str]:
+        """What a prompt says each thing looks like, by label: "a red cat and a red cat".
+
+        Of what two things do nothing is said, so all of it tells of their looks.
+        """
+        return {label: f"{phrase} and {phrase}" for label, phrase in self._phrases(prompt).items()}
+
+    def _phrases(self, prompt: str) -> dict[int, str]:
+        """What each label that a prompt names is called first, with all that stands before it."""
+        phrases = dict[int, str]()
+        for label, start, stop in self.mentions(prompt):
+            phrases.setdefault(label, prompt[start].lower() + prompt[start + 1 : stop])
+        return phrases
 
     def names(self, labels: Collection[int]) -> str:
         """Labels by their own names, for people."""

@@ -31,7 +31,8 @@ class Bound:
     Attributes:
         strength: see `binding.bound`.
         labels: [B, n] of each clip, `NOBODY` where it names fewer than another; on the CPU.
-        contexts: n of (context [B, S, D], lengths [B]); the prompt's own for nobody.
+        contexts: 2 n of (context [B, S, D], lengths [B]): what each does, then how each looks; the
+            prompt's own for nobody.
     """
 
     strength: float
@@ -48,9 +49,21 @@ class Bound:
         self, parts: Parts, state: LatentState, told_all: Denoise, told_alone: Sequence[Denoise]
     ) -> Iterator[Denoise]:
         """The model under the prompt, with what it names bound to what the verifier sees of it."""
+        count = self.labels.shape[1]
         with parts.use(VERIFIER) as verifier:
-            yield bound(told_all, told_alone, verifier.where, state, self.labels, self.strength,
-                        verifier.config.legible)
+            known = verifier.config
+            by_level = [_below(known.settled, looks, does) for does, looks in
+                        zip(told_alone[:count], told_alone[count:], strict=True)]
+            yield bound(told_all, by_level, verifier.where, state, self.labels, self.strength,
+                        known.legible)
+
+
+def _below(level: float, lower: Denoise, higher: Denoise) -> Denoise:
+    """One model below a noise level, another from it on."""
+    def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+        return (lower if float(sigma.max()) < level else higher)(latents, sigma)
+
+    return denoise
 
 
 def told_apart(
@@ -67,15 +80,20 @@ def told_apart(
         strength: see `Bound`.
         encode: makes texts to (context [B, S, D], lengths [B]).
     """
-    told = [config.told_alone(prompt) for prompt in prompts]
-    most = max(map(len, told))
+    named = [[*config.told_alone(prompt)] for prompt in prompts]
+    most = max(map(len, named))
     if most < 2:
         return None
-    rows = [[*alone.items()] + [(NOBODY, prompt)] * (most - len(alone))
-            for alone, prompt in zip(told, prompts, strict=True)]
-    labels = torch.tensor([[label for label, _ in row] for row in rows])
-    return Bound(strength, labels, [encode([text for _, text in each])
-                                    for each in zip(*rows, strict=True)])
+    labels = [[*row, *[NOBODY] * (most - len(row))] for row in named]
+    contexts = []
+    for words in (config.told_alone, config.told_twice):
+        told = [words(prompt) for prompt in prompts]
+        contexts += [
+            encode([own.get(label, prompt) for own, label, prompt in
+                    zip(told, each, prompts, strict=True)])
+            for each in zip(*labels, strict=True)
+        ]
+    return Bound(strength, torch.tensor(labels), contexts)
 
 
 def is_bindable(state: LatentState) -> bool:

@@ -20,6 +20,7 @@ from vidgen.evaluation.rulers.identity import identity_over_time, mean_answer
 from vidgen.evaluation.rulers.paths import fit_path, path_of
 from vidgen.evaluation.rulers.physics import measure_fall
 from vidgen.evaluation.rulers.shape import drawings_of, shape_fit, stranger
+from vidgen.evaluation.rulers.tint import shows_tints
 from vidgen.evaluation.rulers.tracking import sightings
 from vidgen.evaluation.toybox.items import SOURCES, Item
 from vidgen.evaluation.toybox.judging import answers, grade
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 TRACKED = ("text", "held_out", "image")  # whose one sprite is followed from frame to frame
+TINTED = (*TRACKED, "two")  # in which some sprites have another colour
 
 
 class Scorer:
@@ -70,6 +72,8 @@ class Scorer:
             assert made.sound is not None
             return self._heard(made.video, made.sound, scenes)
         rows = self._judged(made.video, scenes)
+        if material in TINTED:
+            self._see_tints(rows, made.video, scenes)
         if material in TRACKED:
             self._track(rows, made.video, scenes)
         if material == "image":
@@ -82,6 +86,13 @@ class Scorer:
         verdicts = self.judge.verdicts(video.to(self.device))
         return [{"right": grade(verdict, scene), "answers": answers(verdict)}
                 for scene, verdict in zip(scenes, verdicts, strict=True)]  # fmt: skip
+
+    def _see_tints(self, rows: Sequence[Row], video: Tensor, scenes: Sequence[Scene]) -> None:
+        """Add whether sprites that were given another colour have it."""
+        for row, clip, scene in zip(rows, video, scenes, strict=True):
+            right = shows_tints(clip.cpu(), scene)
+            if right is not None:
+                row["right"]["tint"] = right
 
     def _track(self, rows: Sequence[Row], video: Tensor, scenes: Sequence[Scene]) -> None:
         """Add the sprite's path, its identity over time, its shape, and of a bounce its fall."""

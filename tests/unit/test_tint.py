@@ -1,0 +1,46 @@
+"""The ruler of tints: the drawing in the tint that was asked for has to fit best."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vidgen.evaluation.rulers.tint import shows_tints
+from vidgen.toybox.render import render
+from vidgen.toybox.scenes import Actor, Scene
+
+PAIR = Scene(4, (Actor("car", "stays", "blue"), Actor("duck", "stays", "red")), "meadow",
+             relation="next to")
+
+
+def shown(scene: Scene) -> Tensor:
+    return render([scene], 5, 64, 64).video[0]
+
+
+def recolored(scene: Scene, *tints: str | None) -> Scene:
+    actors = (replace(actor, tint=tint) for actor, tint in zip(scene.actors, tints, strict=True))
+    return replace(scene, actors=tuple(actors))
+
+
+def test_all_tints_of_a_scene_have_to_be_there() -> None:
+    assert shows_tints(shown(PAIR), PAIR)
+    for tints in (("blue", None), ("green", "red"), ("red", "blue"), (None, None)):
+        assert shows_tints(shown(recolored(PAIR, *tints)), PAIR) is False
+
+
+def test_own_colours_are_no_tint_and_what_has_them_counts_for_nothing() -> None:
+    one = recolored(PAIR, None, "red")
+    assert shows_tints(shown(one), one)
+    assert shows_tints(shown(PAIR), one), "the other may have any"
+    plain = recolored(PAIR, None, None)
+    assert shows_tints(shown(plain), plain) is None
+
+
+def test_light_changes_no_tint() -> None:
+    assert shows_tints(0.6 * shown(PAIR) - 0.1, PAIR)
+
+
+def test_what_is_never_seen_has_no_tint() -> None:
+    assert shows_tints(torch.zeros(3, 1, 16, 16), PAIR) is None
