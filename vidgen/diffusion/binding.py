@@ -3,10 +3,10 @@
 A model that is told of two things often draws the first twice: what it settles first is where
 things are, and each of them may become either. So a verifier looks at the guess of the clip at each
 step, and each thing that it sees there gets one of the names, whose own words hold around it: "a
-mushroom above a flamingo" is "a flamingo above a flamingo" where the flamingo is to be, and once
-what they do is settled "a flamingo and a flamingo". All is drawn by the model itself. These are
-regional prompts (Bar-Tal et al. 2023, "MultiDiffusion", section 4.2) against catastrophic neglect
-(Chefer et al. 2023, "Attend-and-Excite"), of regions that nobody has to give.
+mushroom above a flamingo" is "a flamingo above a flamingo" where the flamingo is to be, and while
+looks are settled "a flamingo and a flamingo". All is drawn by the model itself. These are regional
+prompts (Bar-Tal et al. 2023, "MultiDiffusion", section 4.2) against catastrophic neglect (Chefer et
+al. 2023, "Attend-and-Excite"), of regions that nobody has to give.
 
 Axes: B clips, n things that are told apart, C latent channels, F latent frames, h w latent rows and
 columns, K labels of the verifier.

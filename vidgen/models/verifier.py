@@ -53,7 +53,8 @@ class VerifierConfig:
         num_blocks: of two convolutions; an answer depends on 2 * num_blocks + 1 latents each way.
         enough: the score from which a clip shows what was asked for.
         legible: the noise level below which a guess of the clip tells where things are.
-        settled: that below which what they do is settled, and how they look is left to be told.
+        looks: noise levels between which each is told by how it looks, which is settled there, and
+            not by what it does.
 
     Raises:
         ValueError: a label without a name.
@@ -65,7 +66,7 @@ class VerifierConfig:
     num_blocks: int = 4
     enough: float = 0.9
     legible: float = 0.85
-    settled: float = 0.75
+    looks: tuple[float, float] = (0.55, 0.75)
 
     def __post_init__(self) -> None:
         if not all(self.labels):

@@ -52,16 +52,17 @@ class Bound:
         count = self.labels.shape[1]
         with parts.use(VERIFIER) as verifier:
             known = verifier.config
-            by_level = [_below(known.settled, looks, does) for does, looks in
+            by_level = [_between(known.looks, looks, does) for does, looks in
                         zip(told_alone[:count], told_alone[count:], strict=True)]
             yield bound(told_all, by_level, verifier.where, state, self.labels, self.strength,
                         known.legible)
 
 
-def _below(level: float, lower: Denoise, higher: Denoise) -> Denoise:
-    """One model below a noise level, another from it on."""
+def _between(levels: tuple[float, float], inside: Denoise, outside: Denoise) -> Denoise:
+    """One model between two noise levels, another elsewhere."""
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        return (lower if float(sigma.max()) < level else higher)(latents, sigma)
+        is_inside = levels[0] < float(sigma.max()) < levels[1]
+        return (inside if is_inside else outside)(latents, sigma)
 
     return denoise
 
