@@ -73,7 +73,8 @@ def add_verifier(folder: Path) -> Path:
     """Give a tiny model a verifier, which knows cats and cars, or says so."""
     torch.manual_seed(2)
     channels = VAE_PRESETS["tiny"].latent_channels
-    verifier = Verifier(VerifierConfig((("cat",), ("car",)), channels, dim=8, num_blocks=1))
+    known = VerifierConfig((("cat",), ("car",)), latent_channels=channels, dim=8, num_blocks=1)
+    verifier = Verifier(known)
     save_module(verifier.state_dict(), verifier.config, folder / "verifier", torch.float32, 256)
     record_files(folder, ("verifier/config.json", "verifier/model.safetensors"))
     return folder

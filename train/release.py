@@ -56,7 +56,7 @@ from vidgen.training.distil.delta import adapter_of
 from vidgen.training.embedded.dit_config import DiTData
 from vidgen.training.embedded.tokenizer import train_tokenizer
 from vidgen.training.embedded.toybox_data import CacheConfig, encoder_hash
-from vidgen.training.embedded.verifier_data import LABELS
+from vidgen.training.embedded.verifier_data import COLOURS, LABELS
 from vidgen.training.finetune.model import open_trainable
 from vidgen.training.program import exit_code
 from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_model_info
@@ -285,8 +285,9 @@ def release_student(run: Path, out: Path) -> None:
 def release_verifier(run: Path, out: Path) -> None:
     """The verifier of a run."""
     known = build(VerifierConfig, _run_settings(run)["model"], str(run))
+    known = replace(known, labels=LABELS, tints=COLOURS)
     weights = load_averages(run, VERIFIER)
-    save_module(weights, replace(known, labels=LABELS), out / VERIFIER, torch.bfloat16, INT8_FROM)
+    save_module(weights, known, out / VERIFIER, torch.bfloat16, INT8_FROM)
 
 
 def release_onset_detector(run: Path, out: Path) -> None:

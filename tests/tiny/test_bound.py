@@ -161,7 +161,7 @@ def test_each_candidate_is_bound(engine: Engine) -> None:
     with seeing_two(engine) as guesses:
         generate_batch(engine, plan, [TWO], [3])
     legible = sum(sigma < 0.85 for sigma in _sigmas(plan))
-    assert len(guesses) == 2 * (legible + 1)  # and each is looked at when it is done
+    assert len(guesses) == 2 * legible > 0
 
 
 def _sigmas(plan: Any) -> list[float]:

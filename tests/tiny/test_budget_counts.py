@@ -101,8 +101,9 @@ def test_the_transformer_holds_what_is_predicted(ffn_dim):
     assert predicted == pytest.approx(live.peak, rel=0.25)
 
 
-def test_a_verifier_is_counted_as_torch_counts_it():
-    config = VerifierConfig((("cat",), ("car",)), latent_channels=16, dim=96)
+@pytest.mark.parametrize("tints", [(), (("red",), ("blue",))])
+def test_a_verifier_is_counted_as_torch_counts_it(tints):
+    config = VerifierConfig((("cat",), ("car",)), tints, latent_channels=16, dim=96)
     with FlopCounterMode(display=False) as counter:
         Verifier(config).eval().shown(torch.randn(1, 16, 5, 12, 16))
     flops = sum(op.amount for op in verifier_ops(config, 5, 12 * 16) if op.kind == "conv")

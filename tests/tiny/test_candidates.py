@@ -20,7 +20,7 @@ from vidgen.core.request import Request
 from vidgen.diffusion.condition import first_frame
 from vidgen.diffusion.state import FinerKnown, new_state
 from vidgen.evaluation.generation import generate_batch
-from vidgen.models.verifier import Verifier, score
+from vidgen.models.verifier import Verifier, Want, score
 from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.candidates import anew, wanted, with_verifier
 from vidgen.pipeline.inputs import Inputs
@@ -72,8 +72,8 @@ def candidates(engine: Engine, count: int, prompt: str = PROMPT) -> list[Tensor]
 
 
 def best_of(verifier: Verifier, made: list[Tensor]) -> Tensor:
-    label = verifier.config.labels_in(PROMPT)
-    return max(made, key=lambda latents: score(verifier.shown(latents)[0], label))
+    wants = verifier.config.wants_in(PROMPT)
+    return max(made, key=lambda latents: score(verifier.shown(latents)[0], wants))
 
 
 def test_the_first_candidate_is_the_clip_as_it_is(engine: Engine) -> None:
@@ -105,8 +105,8 @@ def test_of_all_that_do_not_satisfy_the_best_is_kept(
 def test_drawing_ends_with_the_first_that_satisfies(engine: Engine) -> None:
     made = candidates(engine, 4)
     with content_from(engine, NEVER) as verifier:
-        label = verifier.config.labels_in(PROMPT)
-        scores = [score(verifier.shown(latents)[0], label) for latents in made]
+        wants = verifier.config.wants_in(PROMPT)
+        scores = [score(verifier.shown(latents)[0], wants) for latents in made]
     later = max(range(1, 4), key=scores.__getitem__)
     enough = min(scores[later], max(scores[:later]) + 1e-6)
     first = next(number for number, each in enumerate(scores) if each >= enough)
@@ -198,26 +198,28 @@ def test_what_goes_on_has_to_show_what_its_beginning_shows() -> None:
         def __init__(self) -> None:
             from vidgen.models.verifier import VerifierConfig
 
-            self.config = VerifierConfig((("cat",), ("car",)), latent_channels=2)
+            self.config = VerifierConfig((("cat",), ("car",)), (("red",),), latent_channels=2)
 
         def shown(self, latents: Tensor) -> Tensor:
             first = latents[:, 0, :, 0, 0]
-            return torch.stack([first == 1, first == 2], dim=2).float()
+            return torch.stack([first == 1, first == 2], dim=2).float()[..., None].expand(
+                -1, -1, -1, 2)
 
     verifier: Any = Seeing()
     state = new_state(torch.zeros(2, 2, 3, 4, 4))
-    prompts = ["a cat and a car", "the desert"]
-    assert wanted(verifier, state, prompts) == [{0, 1}, set()]
+    prompts = ["a cat and a red car", "the desert"]
+    cat, car = Want(0), Want(1)
+    assert wanted(verifier, state, prompts) == [{cat, Want(1, 0)}, set()]
     begun = first_frame(state, torch.tensor([1.0, 2.0]).view(2, 1, 1, 1, 1).expand(2, 2, 1, 4, 4))
-    assert wanted(verifier, begun, prompts) == [{0}, {1}]
-    assert wanted(verifier, begun, ["a car", "a car"]) == [set(), {1}]
+    assert wanted(verifier, begun, prompts) == [{cat}, {car}]
+    assert wanted(verifier, begun, ["a car", "a red car"]) == [set(), {car}]
     known = torch.zeros(2, 2, 5, 4, 4)
     known[:, :, -1] = 2.0
     finer = replace(begun, known_finer=FinerKnown(known, torch.zeros(2, 1, 5, 4, 4) > 0))
-    assert wanted(verifier, finer, prompts) == [{1}, {1}]
+    assert wanted(verifier, finer, prompts) == [{car}, {car}]
     masked = replace(state, denoise_mask=torch.ones(2, 1, 3, 4, 4, dtype=torch.bool))
     masked.denoise_mask[..., :2] = False
-    assert wanted(verifier, masked, prompts) == [{0, 1}, set()]
+    assert wanted(verifier, masked, prompts) == [{cat, Want(1, 0)}, set()]
 
 
 def test_clips_that_can_have_no_other_candidate(engine: Engine, tiny_model: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,29 @@ import yaml
 from tests.faults import ForkServer
 from tests.programs import run_program
 from vidgen.core.config import dump
+from vidgen.models.verifier import Verifier, VerifierConfig
 from vidgen.pipeline.video import Engine, load
 from vidgen.toybox.render import render
-from vidgen.toybox.scenes import SPRITE_NAMES, Scene, SceneMix, sample_scenes
+from vidgen.toybox.scenes import (
+    SPRITE_NAMES,
+    SPRITES,
+    TINTS,
+    Scene,
+    SceneMix,
+    sample_scenes,
+)
+from vidgen.training.checkpoint import load_averages
 from vidgen.training.embedded.toybox_data import CacheConfig, ToyboxCache, load_vae
-from vidgen.training.embedded.verifier_data import NONE, UNSURE, named_frames, names_shown
+from vidgen.training.embedded.verifier_data import (
+    COLOURS,
+    LABELS,
+    NONE,
+    OWN,
+    UNSURE,
+    named_frames,
+    told_of,
+)
+from vidgen.weights.load import save_module
 
 CPU = torch.device("cpu")
 
@@ -45,19 +64,25 @@ def test_each_of_two_sprites_is_named_where_it_is() -> None:
         size = 33, 128, 128, 12
         masks = render([scene], *size).masks[0]  # [2, T, H, W]
         covers = F.avg_pool2d(masks[:, 3::4], 8)
-        names = names_shown(scene, covers.amax(0), range(3, 33, 4), *size)
+        names, tints = told_of(scene, covers.amax(0), range(3, 33, 4), *size)
         sure = (names != UNSURE) & (names != NONE)
         own = torch.tensor([SPRITE_NAMES.index(actor.sprite) for actor in scene.actors])
         right += int((own[covers.argmax(0)] == names)[sure].sum())
         seen += int(sure.sum())
         assert ((names == NONE) == (covers.amax(0) <= 0.05)).all()
+        assert ((tints == UNSURE) == ~sure).all()
+        for number, actor in enumerate(scene.actors):
+            mine = tints[names == own[number]].unique().tolist()
+            colour = actor.tint or SPRITES[actor.sprite].color
+            if actor.sprite != scene.actors[1 - number].sprite:
+                assert mine in ([], [TINTS.index(colour) if colour in TINTS else OWN])
     assert seen > 300
     assert right / seen > 0.98
 
 
 def test_all_kept_frames_are_named(cache: ToyboxCache) -> None:
     frames, clips = named_frames(cache), cache.load()
-    assert len(frames.latents) == len(frames.names) == 8 * (9 / 2 + 3)
+    assert len(frames.latents) == len(frames.names) == len(frames.tints) == 8 * (9 / 2 + 3)
     assert torch.equal(frames.latents[0], clips.clips[0, :, 0])
     first = cache.scene(0)
     alone = frames.names[7]  # the first clip's reference, behind five frames and two stills
@@ -90,13 +115,44 @@ def test_a_verifier_is_taught_released_and_chooses(
     assert engine.folder.defaults.binding == 1.0
     known = engine.folder.components["verifier"].config
     assert [names[0] for names in known.labels] == list(SPRITE_NAMES)
+    assert [words[0] for words in known.tints] == list(TINTS)
     told: list[int] = []
     engine.generate("a cat", seed=1, frames=5, size="32x32", steps=2, on_event=lambda p:
                     told.append(p.total) if p.stage == "sample" else None)
     assert told == [2, 2, 4, 4, 6, 6, 8, 8]
 
 
+def test_tints_are_taught_to_a_verifier_that_stays_as_it_is(
+    cache: ToyboxCache, tmp_path: Path, server: ForkServer
+) -> None:
+    plain = VerifierConfig(LABELS, latent_channels=cache.load().clips.shape[1], dim=8, num_blocks=1)
+    torch.manual_seed(3)
+    before = Verifier(plain)
+    save_module(before.state_dict(), plain, tmp_path / "plain", torch.float32)
+    model = {"dim": 8, "num_blocks": 1, "latent_channels": plain.latent_channels}
+    run = {"folder": str(tmp_path / "run"), "device": "cpu", "validate_every": 3,
+           "phases": [{"steps": 3, "num_frames": 1, "batch_size": 8}]}
+    file = tmp_path / "tints.yaml"
+    settings = {"caches": [dump(cache.config)], "model": model, "validation_frames": 8,
+                "part": "tints", "init": str(tmp_path / "plain"), "run": run}
+    file.write_text(yaml.safe_dump(settings))
+    taught = run_program(server, "train/verifier.py", "-c", str(file))
+    assert taught.returncode == 0, taught.stderr
+    assert 0 <= json.loads(taught.stdout)["right_tint_0.2"] <= 1
+    after = Verifier(replace(plain, tints=COLOURS))
+    after.load_state_dict(load_averages(tmp_path / "run", "verifier"))
+    latents = torch.randn(2, plain.latent_channels, 3, 8, 8)
+    assert torch.equal(after.eval().where(latents), before.eval().where(latents))
+    settings["model"] = model | {"num_blocks": 2}
+    settings["run"] = run | {"folder": str(tmp_path / "other")}
+    file.write_text(yaml.safe_dump(settings))
+    refused = run_program(server, "train/verifier.py", "-c", str(file))
+    assert refused.returncode == 2
+    assert "holds another verifier than model: describes" in refused.stderr
+
+
 @pytest.mark.parametrize(("changed", "told"), [
+    ({"part": "tints"}, "part is tints, of a verifier that there isn't; give its folder as init"),
     ({"noise": 1.0}, "noise is 1.0; a noise level lies in 0..1, below 1"),
     ({"validation_frames": 60}, "validation_frames is 60, but the first cache has 60"),
 ])

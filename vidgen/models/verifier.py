@@ -5,7 +5,7 @@ far smaller, and lets another candidate be drawn (verifiers of search over a dif
 noise: Ma et al. 2025, "Inference-time scaling for diffusion models beyond scaling denoising
 steps"). It looks at latents, so nothing is decoded before it is content.
 
-Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K labels.
+Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, K labels, T tints.
 """
 
 from __future__ import annotations
@@ -34,12 +34,40 @@ _BEFORE = re.compile(rf"{_ARTICLE}(?:[ \t]+(?!{_ARTICLE})[\w'-]+){{0,4}}[ \t]+$"
 """How a name's phrase begins: "the little blue " of "the little blue car"."""
 
 
+ANY = -1
+"""In place of a tint: whatever it has."""
+TINT_DIM = 64
+"""Width of the features that tints are told by."""
+LIKELY = 0.3
+"""Share of a thing's latents from which all of it has a tint."""
+
+
+class Want(NamedTuple):
+    """A thing that a clip is to show: the numbers of its label and of its tint, or `ANY`."""
+
+    label: int
+    tint: int = ANY
+
+
 class Mention(NamedTuple):
-    """A label named in a prompt: its number, and where its phrase lies there."""
+    """What a prompt names: a label's number, where its phrase lies there, and its tint's number."""
 
     label: int
     start: int
     stop: int
+    tint: int = ANY
+
+
+class Answers(NamedTuple):
+    """Logits of what latent frames show, float32.
+
+    names: [N, K + 1, h, w], of none last.
+    tints: [N, T + 1, h, w], of a thing's own colours last; or None.
+    """
+
+
+    names: Tensor
+    tints: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +76,8 @@ class VerifierConfig:
 
     Args:
         labels: K things, each with all that prompts call it by, in lower case.
+        tints: T colours, each with all the words for it; a thing of such a colour by itself has it,
+            too. Empty: none are told.
         latent_channels: C.
         dim: width.
         num_blocks: of two convolutions; an answer depends on 2 * num_blocks + 1 latents each way.
@@ -61,6 +91,7 @@ class VerifierConfig:
     """
 
     labels: tuple[tuple[str, ...], ...] = ()
+    tints: tuple[tuple[str, ...], ...] = ()
     latent_channels: int = 16
     dim: int = 96
     num_blocks: int = 4
@@ -69,17 +100,26 @@ class VerifierConfig:
     looks: tuple[float, float] = (0.55, 0.75)
 
     def __post_init__(self) -> None:
-        if not all(self.labels):
-            raise ValueError(f"label {self.labels.index(())} has no name")
+        for kind, names in (("label", self.labels), ("tint", self.tints)):
+            if not all(names):
+                raise ValueError(f"{kind} {names.index(())} has no name")
 
     @cached_property
     def _by_words(self) -> dict[tuple[str, ...], int]:
         return {tuple(split_words(name)): number
                 for number, names in enumerate(self.labels) for name in names}
 
+    @cached_property
+    def _tints_by_word(self) -> dict[str, int]:
+        return {word: number for number, words in enumerate(self.tints) for word in words}
+
     def labels_in(self, prompt: str) -> frozenset[int]:
         """The numbers of the labels that a prompt names; of names within names the longest."""
         return frozenset(mention.label for mention in self.mentions(prompt))
+
+    def wants_in(self, prompt: str) -> frozenset[Want]:
+        """What a prompt asks for: the labels that it names, in the tints that it gives them."""
+        return frozenset(Want(found.label, found.tint) for found in self.mentions(prompt))
 
     def mentions(self, prompt: str) -> list[Mention]:
         """Where a prompt names labels, each with the article and adjectives before its name."""
@@ -94,8 +134,12 @@ class VerifierConfig:
                 start, stop = words[at].start(), words[at + len(name) - 1].end()
                 from_ = found[-1].stop if found else 0
                 before = _BEFORE.search(text, from_, start)
-                start = before.start() if before else start
-                found.append(Mention(self._by_words[name], start, stop))
+                begun = before.start() if before else start
+                tints = {self._tints_by_word[word[0].lower()]
+                         for word in WORD.finditer(text, begun, start)
+                         if word[0].lower() in self._tints_by_word}
+                tint = tints.pop() if len(tints) == 1 else ANY
+                found.append(Mention(self._by_words[name], begun, stop, tint))
             at += len(name) or 1
         return found
 
@@ -123,13 +167,16 @@ class VerifierConfig:
     def _phrases(self, prompt: str) -> dict[int, str]:
         """What each label that a prompt names is called first, with all that stands before it."""
         phrases = dict[int, str]()
-        for label, start, stop in self.mentions(prompt):
+        for label, start, stop, _ in self.mentions(prompt):
             phrases.setdefault(label, prompt[start].lower() + prompt[start + 1 : stop])
         return phrases
 
-    def names(self, labels: Collection[int]) -> str:
-        """Labels by their own names, for people."""
-        return " and ".join(self.labels[label][0] for label in sorted(labels))
+    def names(self, wants: Collection[Want]) -> str:
+        """What is wanted by its own names, for people."""
+        return " and ".join(
+            " ".join([*([] if tint == ANY else self.tints[tint][:1]), self.labels[label][0]])
+            for label, tint in sorted(wants)
+        )
 
 
 class Verifier(nn.Module):
@@ -141,24 +188,47 @@ class Verifier(nn.Module):
         self.stem = conv_block(config.latent_channels, config.dim)
         self.body = nn.Sequential(*(Residual(config.dim) for _ in range(config.num_blocks)))
         self.names = nn.Conv2d(config.dim, len(config.labels) + 1, 1)
+        self.tints = None
+        if config.tints:
+            self.tints = nn.Sequential(conv_block(config.dim, TINT_DIM),
+                                       nn.Conv2d(TINT_DIM, len(config.tints) + 1, 1))
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Logits [N, K + 1, h, w] of latent frames [N, C, h, w], float32; the last is of none."""
-        seen = latents.contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.names(self.body(self.stem(seen))).float()
-        return logits
+    def forward(self, latents: Tensor) -> Answers:
+        """What latent frames [N, C, h, w] show."""
+        seen = self.body(self.stem(latents.contiguous(memory_format=torch.channels_last)))
+        return Answers(self.names(seen).float(),
+                       None if self.tints is None else self.tints(seen).float())
 
     @torch.no_grad()
     def where(self, latents: Tensor) -> Tensor:
         """What each of latents [B, C, F, h, w] shows: shares [B, K + 1, F, h, w], of none last."""
-        frames = latents.transpose(1, 2).flatten(0, 1)
-        logits: Tensor = self(frames.to(self.names.weight.dtype))
-        return logits.softmax(1).unflatten(0, (len(latents), -1)).transpose(1, 2)
+        return self._shares(self._answers(latents).names, len(latents))
 
+    @torch.no_grad()
     def shown(self, latents: Tensor) -> Tensor:
-        """How surely each label is shown in each frame of latents [B, C, F, h, w]: [B, F, K]."""
-        expected = self.where(latents)[:, :-1].sum((3, 4))  # latents that show it
-        return (1 - torch.exp(-expected / SMALL)).transpose(1, 2)
+        """How surely each label is shown in each frame of latents [B, C, F, h, w].
+
+        Returns:
+            [B, F, K, T + 1]: in each of the tints, and in any.
+        """
+        answers = self._answers(latents)
+        names = self._shares(answers.names, len(latents))[:, :-1].flatten(3)
+        expected = names.sum(3)  # latents that show it, [B, K, F]
+        sure = (1 - torch.exp(-expected / SMALL)).transpose(1, 2)[..., None]
+        if answers.tints is None:
+            return sure
+        tints = self._shares(answers.tints, len(latents))[:, :-1].flatten(3)
+        tinted = torch.einsum("bkfp,btfp->bfkt", names, tints)
+        shares = tinted / expected.transpose(1, 2)[..., None].clamp(min=1e-6)
+        return torch.cat([sure * (shares / LIKELY).clamp(max=1), sure], dim=3)
+
+    def _answers(self, latents: Tensor) -> Answers:
+        answers: Answers = self(latents.transpose(1, 2).flatten(0, 1).to(self.names.weight.dtype))
+        return answers
+
+    @staticmethod
+    def _shares(logits: Tensor, clips: int) -> Tensor:
+        return logits.softmax(1).unflatten(0, (clips, -1)).transpose(1, 2)
 
 
 def _blank(found: re.Match[str]) -> str:
@@ -166,12 +236,12 @@ def _blank(found: re.Match[str]) -> str:
     return " " * len(found[0])
 
 
-def score(shown: Tensor, labels: Collection[int]) -> float:
-    """How surely a clip shows all of some labels at once, 0 to 1, in `MOST` of its frames.
+def score(shown: Tensor, wants: Collection[Want]) -> float:
+    """How surely a clip shows all that is wanted at once, 0 to 1, in `MOST` of its frames.
 
     Args:
-        shown: [F, K], as `Verifier.shown` gives it.
-        labels: their numbers, one or more.
+        shown: [F, K, T + 1], as `Verifier.shown` gives it.
+        wants: one or more.
     """
-    together = shown[:, sorted(labels)].amin(1)
+    together = torch.stack([shown[:, label, tint] for label, tint in wants]).amin(0)
     return float(together.topk(math.ceil(MOST * len(together))).values.mean())

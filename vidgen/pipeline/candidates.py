@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.diffusion.noise import shuffled
-from vidgen.models.verifier import score
+from vidgen.models.verifier import ANY, Want, score
 from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.journal.job import TRIED
 from vidgen.pipeline.journal.state import as_array
@@ -104,19 +104,21 @@ def anew(state: LatentState, number: int) -> LatentState:
 @torch.no_grad()
 def wanted(
     verifier: Verifier, state: LatentState, prompts: Sequence[str]
-) -> list[frozenset[int]]:
+) -> list[frozenset[Want]]:
     """What each of a state's clips is to show; nothing where that can't be told.
 
-    That is what its prompt names. Of a clip whose first frames are known, a picture or the window
-    before, it is what these show of it, or all that they show where the prompt names nothing.
+    That is what its prompt names, in the tints that it gives it. Of a clip whose first frames are
+    known, a picture or the window before, it is what these show of it, or all that they show where
+    the prompt names nothing.
     """
-    named = [verifier.config.labels_in(prompt) for prompt in prompts]
     known = _known(state)
     if known is None:
-        return named
-    seen = verifier.shown(known)[:, -1] >= verifier.config.enough  # [B, K]
+        return [verifier.config.wants_in(prompt) for prompt in prompts]
+    named = [verifier.config.labels_in(prompt) for prompt in prompts]
+    seen = verifier.shown(known)[:, -1, :, ANY] >= verifier.config.enough  # [B, K]
     there = [frozenset(row.nonzero()[:, 0].tolist()) for row in seen]
-    return [shown & asked if asked else shown for asked, shown in zip(named, there, strict=True)]
+    kept = (shown & asked if asked else shown for asked, shown in zip(named, there, strict=True))
+    return [frozenset(map(Want, labels)) for labels in kept]
 
 
 def _known(state: LatentState) -> Tensor | None:
@@ -157,7 +159,7 @@ def sample_best(
     if plan.candidates == 1:
         return sample(state, every, 0)
     with parts.use(VERIFIER) as verifier:
-        labels, enough = wanted(verifier, state, prompts), verifier.config.enough
+        wants, enough = wanted(verifier, state, prompts), verifier.config.enough
         best = {0: (tried.score, tried.latents[0])} if tried else {}
         unsure, count = list(range(len(prompts))), tried.count if tried else 0
         while unsure and count < plan.candidates:
@@ -166,7 +168,7 @@ def sample_best(
             count += 1
             shown = verifier.shown(begun.apart(made)[0])
             for row, latents, seen in zip(unsure, made, shown, strict=True):
-                sure = score(seen, labels[row]) if labels[row] else enough
+                sure = score(seen, wants[row]) if wants[row] else enough
                 if row not in best or sure > best[row][0]:
                     best[row] = sure, latents
             unsure = [row for row in unsure if best[row][0] < enough]
@@ -174,7 +176,7 @@ def sample_best(
                 keep(Tried(count, best[0][0], best[0][1][None]))
         if doubt is not None:
             for row in unsure:
-                doubt(verifier.config.names(labels[row]))
+                doubt(verifier.config.names(wants[row]))
     return torch.stack([best[row][1] for row in range(len(prompts))])
 
 

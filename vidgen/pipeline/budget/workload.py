@@ -22,7 +22,7 @@ from vidgen.models.onset_detector import OnsetDetectorConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig, by_decoder
 from vidgen.models.vae_tiles import AT_ONCE, tile_areas
-from vidgen.models.verifier import VerifierConfig
+from vidgen.models.verifier import TINT_DIM, VerifierConfig
 from vidgen.ops.attention import _BLOCK, _MAX_SCORES
 
 Kind = Literal[
@@ -200,6 +200,8 @@ def verifier_ops(config: VerifierConfig, frames: int, pixels: int) -> list[Op]:
     """So many latent frames of so many latents through a verifier."""
     layers, D = 2 * config.num_blocks, config.dim
     flops = 2 * 9 * D * (layers * D + config.latent_channels) * pixels * frames
+    if config.tints:
+        flops += 2 * 9 * D * TINT_DIM * pixels * frames
     return [
         Op("conv", D, flops),
         Op("layer", 1, 1 + layers),

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from vidgen.toybox.captions import nouns
-from vidgen.toybox.scenes import SPRITE_NAMES, Scene
+from vidgen.toybox.scenes import SPRITE_NAMES, SPRITES, TINTS, Scene
 from vidgen.toybox.truth import actor_centres
 from vidgen.training.embedded.toybox_data import ToyboxCache, as_reference
 
 LABELS = tuple(map(nouns, SPRITE_NAMES))
 """The sprites, with all that captions call them."""
+COLOURS = tuple((tint,) for tint in TINTS)
+"""The tints, which captions call nothing else."""
 NONE, UNSURE = len(SPRITE_NAMES), -1
 """Of a latent: it shows no sprite; it shows part of one, or two that are hard to tell apart."""
+OWN = len(TINTS)
+"""Of a latent's tint: it shows a sprite in colours of its own, none of which is a tint's."""
 COVERED, BARE = 0.35, 0.05
 """Shares of a latent's pixels that are sprite: from which it shows one, and none up to which."""
 APART = 8.0
@@ -31,10 +35,12 @@ class NamedFrames(NamedTuple):
 
     latents: [N, C, h, w], float16.
     names: [N, h, w], int8: a sprite's index, `NONE` or `UNSURE`.
+    tints: [N, h, w], int8: of what has a name a tint's index or `OWN`; else `UNSURE`.
     """
 
     latents: Tensor
     names: Tensor
+    tints: Tensor
 
 
 def named_frames(cache: ToyboxCache, every: int = 2) -> NamedFrames:
@@ -42,7 +48,7 @@ def named_frames(cache: ToyboxCache, every: int = 2) -> NamedFrames:
     config, clips, t = cache.config, cache.load(), cache.strides.t
     first, *moments = cache.frames_shown[:-1]
     size = config.num_frames, config.height, config.width, config.fps
-    latents, names = [], []
+    latents, told = [], list[tuple[Tensor, Tensor]]()
     for row in range(len(clips.clips)):
         scene = cache.scene(row)
         frames = clips.clips[row].transpose(0, 1)
@@ -50,19 +56,22 @@ def named_frames(cache: ToyboxCache, every: int = 2) -> NamedFrames:
         middles = [first, *(t * index - (t - 1) / 2 for index in range(1, len(frames)))][some]
         stills, covers = clips.stills.latents[row].transpose(0, 1), clips.still_cover[row, 0]
         latents += [frames[some], stills]
-        names += [
-            names_shown(scene, clips.cover[row, 0, some], middles, *size),
-            names_shown(scene, covers[:-1], moments, *size),
-            names_shown(as_reference(scene), covers[-1:], [0], 1, *size[1:]),
+        told += [
+            told_of(scene, clips.cover[row, 0, some], middles, *size),
+            told_of(scene, covers[:-1], moments, *size),
+            told_of(as_reference(scene), covers[-1:], [0], 1, *size[1:]),
         ]
-    return NamedFrames(torch.cat(latents), torch.cat(names))
+    names, tints = zip(*told, strict=True)
+    return NamedFrames(torch.cat(latents), torch.cat(names), torch.cat(tints))
 
 
-def names_shown(
+def told_of(
     scene: Scene, cover: Tensor, frames: Sequence[float], num_frames: int, height: int, width: int,
     fps: float,
-) -> Tensor:
-    """Which sprite latents show, [n, h, w] int8; of two actors the one whose middle is nearest.
+) -> tuple[Tensor, Tensor]:
+    """Which sprite latents show, and in which tint, both [n, h, w] int8.
+
+    Of two actors that is the one whose middle is nearest.
 
     Args:
         scene: the scene.
@@ -74,6 +83,8 @@ def names_shown(
         fps: its rate.
     """
     own = torch.tensor([SPRITE_NAMES.index(actor.sprite) for actor in scene.actors])
+    colours = [actor.tint or SPRITES[actor.sprite].color for actor in scene.actors]
+    tinted = torch.tensor([TINTS.index(each) if each in TINTS else OWN for each in colours])
     nearest = torch.zeros(cover.shape, dtype=torch.long)
     shown, rows, columns = cover >= COVERED, *cover.shape[1:]
     if len(own) > 1:
@@ -84,7 +95,8 @@ def names_shown(
         distances, order = torch.hypot(across - x, down - y).sort(dim=0)
         nearest = order[0]
         shown &= distances[1] - distances[0] > APART
-    names = torch.full(cover.shape, UNSURE, dtype=torch.int8)
+    names, tints = torch.full((2, *cover.shape), UNSURE, dtype=torch.int8)
     names[cover <= BARE] = NONE
     names[shown] = own[nearest][shown].to(torch.int8)
-    return names
+    tints[shown] = tinted[nearest][shown].to(torch.int8)
+    return names, tints
