@@ -51,6 +51,8 @@ def test_a_prompt_names_what_it_says_is_there(prompt: str, labels: set[int]) -> 
     ("A red cat chases the little AZURE soccer ball", {Want(0, 0), Want(1, 1)}),
     ("a ball, in blue light; the red and blue cat", {Want(1), Want(0)}),
     ("a blue house, a cat", {Want(0)}),
+    ("Red cat chases azure ball", {Want(0, 0), Want(1, 1)}),
+    ("painted red, cat on blue. Ball", {Want(0), Want(1)}),
     ("the red cat meets a cat", {Want(0, 0), Want(0)}),
     ("a red cat bounces like a blue ball", {Want(0, 0)}),
 ])
@@ -114,6 +116,9 @@ def test_how_each_thing_looks_is_told_twice() -> None:
     }
     assert CONFIG.told_twice("CAT on snow") == {0: "cAT and cAT"}
     assert CONFIG.told_twice("snow") == {}
+    assert TINTED.told_twice("Red cat meets ball") == {
+        0: "red cat and red cat", 1: "ball and ball",
+    }
 
 
 def test_no_label_is_found_without_any() -> None:

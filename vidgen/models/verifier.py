@@ -32,8 +32,6 @@ _ABSENT = re.compile(r"\b(?:like|as if|without)\b[^,.;:!?]*", re.IGNORECASE)
 _ARTICLE = r"\b(?:an?|the|one|some|this|that|another|my|our|your|his|her|its|their)\b"
 _BEFORE = re.compile(rf"{_ARTICLE}(?:[ \t]+(?!{_ARTICLE})[\w'-]+){{0,4}}[ \t]+$", re.IGNORECASE)
 """How a name's phrase begins: "the little blue " of "the little blue car"."""
-
-
 ANY = -1
 """In place of a tint: whatever it has."""
 TINT_DIM = 64
@@ -64,7 +62,6 @@ class Answers(NamedTuple):
     names: [N, K + 1, h, w], of none last.
     tints: [N, T + 1, h, w], of a thing's own colours last; or None.
     """
-
 
     names: Tensor
     tints: Tensor | None
@@ -113,6 +110,12 @@ class VerifierConfig:
     def _tints_by_word(self) -> dict[str, int]:
         return {word: number for number, words in enumerate(self.tints) for word in words}
 
+    @cached_property
+    def _tinted(self) -> re.Pattern[str]:
+        """How a phrase without an article begins: "red " of "red car"."""
+        words = "|".join(map(re.escape, self._tints_by_word)) or r"(?!)"
+        return re.compile(rf"\b(?:(?:{words})[ \t]+)+$", re.IGNORECASE)
+
     def labels_in(self, prompt: str) -> frozenset[int]:
         """The numbers of the labels that a prompt names; of names within names the longest."""
         return frozenset(mention.label for mention in self.mentions(prompt))
@@ -133,7 +136,8 @@ class VerifierConfig:
             if name:
                 start, stop = words[at].start(), words[at + len(name) - 1].end()
                 from_ = found[-1].stop if found else 0
-                before = _BEFORE.search(text, from_, start)
+                before = _BEFORE.search(text, from_, start) or self._tinted.search(
+                    text, from_, start)
                 begun = before.start() if before else start
                 tints = {self._tints_by_word[word[0].lower()]
                          for word in WORD.finditer(text, begun, start)
