@@ -15,7 +15,7 @@ from tests.unit.test_sound_candidates import RATE, clicks
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.oversampling import Pace
 from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig, part_times
-from vidgen.pipeline.sound.candidates import best_heard
+from vidgen.pipeline.sound.candidates import AT_ONCE, best_heard
 from vidgen.pipeline.sound.impacts import ONSET_DETECTOR, Impacts, impacts_seen
 
 CONFIG = OnsetDetectorConfig(latent_channels=4, dim=8, num_blocks=1, time_dim=16, num_time_blocks=1)
@@ -39,8 +39,9 @@ def kept(sounds: torch.Tensor, impacts: Impacts | None, most: int | None = None)
         drawn.extend(takes)
         return numbers[list(takes)]
 
-    best = best_heard(draw, lambda made: sounds[made.flatten().long()], RATE,
-                      len(sounds) if most is None else most, impacts)
+    most = len(sounds) if most is None else most
+    best = best_heard(draw, lambda made: sounds[made.flatten().long()], RATE, most,
+                      most if impacts is None else min(AT_ONCE, most), impacts)
     assert drawn == list(range(len(drawn)))
     return int(best), len(drawn)
 
@@ -96,7 +97,8 @@ def test_what_is_seen_has_the_clips_own_time(
     expected = torch.zeros(1, 9, 4)
     expected[0, index, 1] = 1
     picture = torch.zeros(1, 4, 9, 2, 2)
-    (impacts,) = impacts_seen(parts_with(expected), picture, Pace(factor, alone), first, FPS)
+    impacts = impacts_seen(parts_with(expected), picture, Pace(factor, alone), first, FPS)
+    assert impacts is not None
     assert float(impacts.expected.sum()) == 1
     at = impacts.times[impacts.expected.argmax()]
     fine = index - 1 if alone else factor * (first - 1) + index  # latent frames of 4 before it
@@ -104,13 +106,12 @@ def test_what_is_seen_has_the_clips_own_time(
 
 
 def test_a_single_picture_shows_nothing_that_happens() -> None:
-    expected = torch.ones(2, 3, 4)
-    begins, goes_on = (
-        impacts_seen(parts_with(expected), torch.zeros(2, 4, 3, 2, 2), Pace(1, alone), first, FPS)
-        for alone, first in ((True, 0), (False, 4))
-    )
-    assert [float(each.expected.sum()) for each in (*begins, *goes_on)] == [8, 8, 12, 12]
-    assert impacts_seen(parts_with(None), torch.zeros(2, 4, 3, 2, 2), Pace(1), 0, FPS) is None
+    picture, expected = torch.zeros(1, 4, 3, 2, 2), torch.ones(1, 3, 4)
+    for alone, first, count in ((True, 0, 8), (False, 4, 12)):
+        impacts = impacts_seen(parts_with(expected), picture, Pace(1, alone), first, FPS)
+        assert impacts is not None
+        assert float(impacts.expected.sum()) == count
+    assert impacts_seen(parts_with(None), picture, Pace(1), 0, FPS) is None
 
 
 def test_a_sound_goes_with_what_is_seen_by_how_much_of_it_meets() -> None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vidgen.evaluation.rulers.drift import Windows
 from vidgen.evaluation.rulers.tint import shows_tints
+from vidgen.evaluation.toybox.clips import Made
+from vidgen.evaluation.toybox.items import Item
+from vidgen.evaluation.toybox.scoring import Scorer
+from vidgen.evaluation.toybox.summary import summarise
 from vidgen.toybox.render import render
 from vidgen.toybox.scenes import Actor, Scene
 
@@ -44,3 +51,21 @@ def test_light_changes_no_tint() -> None:
 
 def test_what_is_never_seen_has_no_tint() -> None:
     assert shows_tints(torch.zeros(3, 1, 16, 16), PAIR) is None
+
+
+def test_the_benchmark_asks_for_tints_where_there_are_some() -> None:
+    plain = recolored(PAIR, None, None)
+    seen = SimpleNamespace(sprite="car", motion="stays", place="meadow", camera="still",
+                           shows=lambda _sprites: True, moves=lambda _motions: True)
+    judge: Any = SimpleNamespace(verdicts=lambda video: [seen] * len(video))
+    windows = Windows(3, 1, 1, 4)
+    scorer = Scorer(judge, None, windows, 12.0, torch.device("cpu"))
+    scenes = PAIR, plain, PAIR
+    items = [Item("two", index, scene, "", 0) for index, scene in enumerate(scenes)]
+    video = torch.stack([shown(PAIR), shown(plain), shown(plain)])
+    rows = scorer.score("two", items, Made(video))
+    assert [row["right"].get("tint") for row in rows] == [True, None, False]
+    figures = summarise({"two": rows}, {"two": scenes}, None)
+    assert figures["scores"]["two"]["tint"]["total"] == 2
+    assert figures["scores"]["two"]["tint"]["value"] == 0.5
+    assert figures["outcomes"]["two"]["tint"] == "1-0"

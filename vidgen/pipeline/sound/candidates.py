@@ -36,7 +36,7 @@ def drawn_at_once(folder: ModelFolder, most: int) -> int:
 
 def best_heard(
     draw: Callable[[range], Tensor], hear: Callable[[Tensor], Tensor], rate: int, most: int,
-    impacts: Impacts | None,
+    at_once: int, impacts: Impacts | None,
 ) -> Tensor:
     """Draw sounds for a picture until one goes with it: the latents [C, k] of the best.
 
@@ -45,16 +45,17 @@ def best_heard(
         hear: decodes them, [N, n].
         rate: samples a second.
         most: sounds that are drawn at most.
+        at_once: of them, as `drawn_at_once` tells.
         impacts: what is seen to be hit, in the sounds' own time; None: nobody looks.
     """
     if most == 1:
         return draw(range(1))[0]
     if impacts is None or not impacts.any_seen:
-        made = draw(range(most if impacts is None else min(AT_ONCE, most)))
+        made = draw(range(at_once))
         return made[most_agreed(hear(made), rate)]
     fits, sounds = list[float](), list[Tensor]()
-    for first in range(0, most, AT_ONCE):
-        made = draw(range(first, min(first + AT_ONCE, most)))
+    for first in range(0, most, at_once):
+        made = draw(range(first, min(first + at_once, most)))
         fits += map(impacts.fit, find_onsets(hear(made).float().cpu(), rate))
         sounds += made
         if max(fits) >= impacts.enough:

@@ -1,6 +1,6 @@
 """What a finished picture shows to be hit, and how well a sound goes with that.
 
-Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, P parts of a latent
+Axes: C latent channels, F latent frames, h w latent rows and columns, P parts of a latent
 frame, n = F * P moments.
 """
 
@@ -67,29 +67,28 @@ class Impacts:
 
 def impacts_seen(
     parts: Parts, picture: Tensor, pace: Pace, first: int, fps: Fraction
-) -> list[Impacts] | None:
-    """What the model's onset detector sees in stretches of clips; None where it has none.
+) -> Impacts | None:
+    """What the model's onset detector sees in a stretch of a clip; None where it has none.
 
     Args:
         parts: the networks.
-        picture: latents [B, C, F, h, w].
+        picture: latents [1, C, F, h, w].
         pace: how they lie to the clip's.
         first: the clip's latent frame with which they begin.
         fps: of the clip as it is shown.
 
     Returns:
-        Of each, in seconds of the clip.
+        In seconds of the clip.
     """
     if ONSET_DETECTOR not in parts.folder.components:
         return None
     stride_t = parts.folder.components["vae"].config.strides.t
     with parts.use(ONSET_DETECTOR) as detector:
-        expected = detector.expected(picture.to(parts.device)).double().cpu()
+        expected = detector.expected(picture.to(parts.device))[0].double().cpu()  # [F, P]
     if pace.alone:
-        expected[:, 0] = 0  # a single picture
+        expected[0] = 0  # a single picture
     begins = 0 if pace.alone else pace.factor * (first - 1) + 1
-    count, num_parts = expected.shape[1:]
+    count, num_parts = expected.shape
     times = part_times(begins, count, num_parts, stride_t, float(fps * pace.factor))
     enough = parts.folder.components[ONSET_DETECTOR].config.enough
-    return [Impacts(times.flatten().double().numpy(), row.flatten().numpy(), enough)
-            for row in expected]
+    return Impacts(times.flatten().double().numpy(), expected.flatten().numpy(), enough)

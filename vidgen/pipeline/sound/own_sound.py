@@ -28,7 +28,7 @@ from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
-from vidgen.pipeline.sound.candidates import best_heard
+from vidgen.pipeline.sound.candidates import best_heard, drawn_at_once
 from vidgen.pipeline.sound.impacts import impacts_seen
 
 if TYPE_CHECKING:
@@ -123,10 +123,13 @@ class OwnSound:
                 return vae.decode(latents, latents.shape[2] * config.samples_per_token)
 
         impacts, most = None, self.plan.sound_candidates
-        if most > 1 and (there := impacts_seen(self.parts, shown, pace, first, self.plan.fps)):
+        if most > 1:
+            impacts = impacts_seen(self.parts, shown, pace, first, self.plan.fps)
+        if impacts is not None:
             begins_s = self._span(first, 1)[0] / config.tokens_per_s
-            impacts = there[0].later(self.plan.sound_delay_s - begins_s)
-        return best_heard(draw, hear, config.sample_rate, most, impacts)
+            impacts = impacts.later(self.plan.sound_delay_s - begins_s)
+        at_once = drawn_at_once(self.parts.folder, most)
+        return best_heard(draw, hear, config.sample_rate, most, at_once, impacts)
 
     def beside(
         self, state: LatentState, first: int, count: int, takes: Sequence[int] = (0,)
