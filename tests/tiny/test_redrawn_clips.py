@@ -115,6 +115,8 @@ def test_a_cache_keeps_what_a_model_settles_of_clips_at_its_own_rate(
     near, far = ((both.settled - clips).square().mean() for clips in (seldom.clips, 0))
     assert 0 < near < far  # of the same clips at half the rate, through little noise
     assert torch.equal(both.to(CPU).settled, both.settled)
+    known = (both.settled[:, :, 0] - seldom.clips[:, :, 0]).abs().amax((1, 2, 3)) < 1e-2
+    assert known.tolist() == [False, True, False], "every other one behind its first frame"
     with pytest.raises(InputError, match=r"made otherwise .*settled"):
         ToyboxCache(replace(finer, folder=str(tmp_path / "both")))
 

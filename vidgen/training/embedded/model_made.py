@@ -79,20 +79,28 @@ def drawn_anew(
 
 
 def as_settled(
-    clips: Tensor, scenes: Sequence[Scene], how: Settled, redrawer: Redrawer
+    clips: Tensor, scenes: Sequence[Scene], how: Settled, first: int, redrawer: Redrawer
 ) -> Tensor:
-    """What `redrawer` settles of scenes' latents [B, C, F, h, w] at its own frame rate, alike.
+    """What `redrawer` settles of a cache's clips from number `first` on, at its own frame rate.
 
-    The first one's index in its cache is even.
+    Args:
+        clips: their latents at that rate, [B, C, F, h, w].
+        scenes: B of them.
+        how: at which level.
+        first: the number of the first one.
+        redrawer: the model.
+
+    Returns:
+        Latents like those given.
     """
     made, batch = torch.empty_like(clips), 2 * _AT_ONCE[redrawer.engine.device.type]
     for start in range(0, len(scenes), batch):
-        for first in (start, start + 1):
-            some, rows = scenes[first : start + batch : 2], slice(first, start + batch, 2)
+        for begin in (start, start + 1):
+            some, rows = scenes[begin : start + batch : 2], slice(begin, start + batch, 2)
             if some:
                 made[rows] = redrawer.guess(
                     clips[rows], _told(some), [scene.seed for scene in some], how.level,
-                    knows_first=knows_first(first),
+                    knows_first=bool(knows_first(first + begin)),
                 )
     return made
 

@@ -289,7 +289,8 @@ class ToyboxCache:
             clips.append(made)
             if config.settled is not None and redrawer is not None:
                 seldom = encode(vae, whole.video[:, :, :: round(config.fps / redrawer.fps)])
-                settled.append(as_settled(seldom, part, config.settled, redrawer))
+                settled.append(
+                    as_settled(seldom, part, config.settled, first + start, redrawer))
             covers.append(latent_cover(whole.masks, vae.strides))
             singles = (*(_frame(shown, seen.index(moment)) for moment in moments[1:]), posed)
             stills.append(torch.cat([encode(vae, still.video) for still in singles], dim=2))
