@@ -266,9 +266,9 @@ class DiTTask:
         state, clean, heard = batch.state, batch.state.clean, batch.state.sound
         begun = clean if batch.begun is None else batch.begun
         noisy, sound_error = add_noise(begun, batch.noise, batch.sigma), None
-        wanted, wanted_sound = velocity_of(clean, batch.noise), None
-        if batch.begun is not None:
-            wanted = velocity_towards(noisy, clean, batch.sigma)
+        wanted = (velocity_of(clean, batch.noise) if batch.begun is None
+                  else velocity_towards(noisy, clean, batch.sigma))
+        wanted_sound = None
         if heard is not None and batch.sound_noise is not None:
             noisy = state.together(noisy, add_noise(heard.clean, batch.sound_noise, batch.sigma))
             wanted_sound = velocity_of(heard.clean, batch.sound_noise)

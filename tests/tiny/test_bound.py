@@ -47,7 +47,10 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @contextmanager
 def seeing_two(engine: Engine) -> Iterator[list[Tensor]]:
-    """The verifier sees two things, left and right, of which none is clearly a cat or a car."""
+    """The verifier sees two things, left and right, of which none is clearly a cat or a car.
+
+    Gives all that it looks at: guesses, and clips that are done.
+    """
     guesses = list[Tensor]()
 
     def where(latents: Tensor) -> Tensor:
@@ -61,10 +64,17 @@ def seeing_two(engine: Engine) -> Iterator[list[Tensor]]:
 
     with engine.parts.use(VERIFIER) as verifier:
         before, verifier.where = verifier.where, where  # type: ignore[method-assign]
+        shows = verifier.shown
+
+        def shown(latents: Tensor) -> Tensor:
+            guesses.append(latents)
+            return shows(latents)
+
+        verifier.shown = shown  # type: ignore[method-assign]
         try:
             yield guesses
         finally:
-            verifier.where = before  # type: ignore[method-assign]
+            verifier.where, verifier.shown = before, shows  # type: ignore[method-assign]
 
 
 def latents_of(engine: Engine, prompt: str, **options: Any) -> Tensor:
@@ -161,7 +171,7 @@ def test_each_candidate_is_bound(engine: Engine) -> None:
     with seeing_two(engine) as guesses:
         generate_batch(engine, plan, [TWO], [3])
     legible = sum(sigma < 0.85 for sigma in _sigmas(plan))
-    assert len(guesses) == 2 * legible > 0
+    assert len(guesses) == 2 * (legible + 1)  # and each is looked at when it is done
 
 
 def _sigmas(plan: Any) -> list[float]:

@@ -139,13 +139,16 @@ class VerifierConfig:
                 before = _BEFORE.search(text, from_, start) or self._tinted.search(
                     text, from_, start)
                 begun = before.start() if before else start
-                tints = {self._tints_by_word[word[0].lower()]
-                         for word in WORD.finditer(text, begun, start)
-                         if word[0].lower() in self._tints_by_word}
-                tint = tints.pop() if len(tints) == 1 else ANY
+                tint = self._tint_in(text[begun:start])
                 found.append(Mention(self._by_words[name], begun, stop, tint))
             at += len(name) or 1
         return found
+
+    def _tint_in(self, before: str) -> int:
+        """The tint that the words before a name give it; `ANY` of none or several."""
+        words = (word[0].lower() for word in WORD.finditer(before))
+        tints = {self._tints_by_word[word] for word in words if word in self._tints_by_word}
+        return tints.pop() if len(tints) == 1 else ANY
 
     def told_alone(self, prompt: str) -> dict[int, str]:
         """The prompt as it would be if all that it names were the same, by label.
@@ -199,14 +202,19 @@ class Verifier(nn.Module):
 
     def forward(self, latents: Tensor) -> Answers:
         """What latent frames [N, C, h, w] show."""
-        seen = self.body(self.stem(latents.contiguous(memory_format=torch.channels_last)))
+        seen = self._features(latents)
         return Answers(self.names(seen).float(),
                        None if self.tints is None else self.tints(seen).float())
+
+    def _features(self, latents: Tensor) -> Tensor:
+        seen: Tensor = self.body(self.stem(latents.contiguous(memory_format=torch.channels_last)))
+        return seen
 
     @torch.no_grad()
     def where(self, latents: Tensor) -> Tensor:
         """What each of latents [B, C, F, h, w] shows: shares [B, K + 1, F, h, w], of none last."""
-        return self._shares(self._answers(latents).names, len(latents))
+        names = self.names(self._features(self._frames(latents))).float()
+        return self._shares(names, len(latents))
 
     @torch.no_grad()
     def shown(self, latents: Tensor) -> Tensor:
@@ -215,7 +223,7 @@ class Verifier(nn.Module):
         Returns:
             [B, F, K, T + 1]: in each of the tints, and in any.
         """
-        answers = self._answers(latents)
+        answers = self(self._frames(latents))
         names = self._shares(answers.names, len(latents))[:, :-1].flatten(3)
         expected = names.sum(3)  # latents that show it, [B, K, F]
         sure = (1 - torch.exp(-expected / SMALL)).transpose(1, 2)[..., None]
@@ -226,9 +234,9 @@ class Verifier(nn.Module):
         shares = tinted / expected.transpose(1, 2)[..., None].clamp(min=1e-6)
         return torch.cat([sure * (shares / LIKELY).clamp(max=1), sure], dim=3)
 
-    def _answers(self, latents: Tensor) -> Answers:
-        answers: Answers = self(latents.transpose(1, 2).flatten(0, 1).to(self.names.weight.dtype))
-        return answers
+    def _frames(self, latents: Tensor) -> Tensor:
+        """Clips [B, C, F, h, w] frame by frame, [B * F, C, h, w], as the weights compute."""
+        return latents.transpose(1, 2).flatten(0, 1).to(self.names.weight.dtype)
 
     @staticmethod
     def _shares(logits: Tensor, clips: int) -> Tensor:

@@ -81,19 +81,17 @@ def told_apart(
         strength: see `Bound`.
         encode: makes texts to (context [B, S, D], lengths [B]).
     """
-    named = [[*config.told_alone(prompt)] for prompt in prompts]
-    most = max(map(len, named))
+    does = [config.told_alone(prompt) for prompt in prompts]
+    most = max(map(len, does))
     if most < 2:
         return None
-    labels = [[*row, *[NOBODY] * (most - len(row))] for row in named]
-    contexts = []
-    for words in (config.told_alone, config.told_twice):
-        told = [words(prompt) for prompt in prompts]
-        contexts += [
-            encode([own.get(label, prompt) for own, label, prompt in
-                    zip(told, each, prompts, strict=True)])
-            for each in zip(*labels, strict=True)
-        ]
+    looks = [config.told_twice(prompt) for prompt in prompts]
+    labels = [[*named, *[NOBODY] * (most - len(named))] for named in does]
+    contexts = [
+        encode([own.get(label, prompt)
+                for own, label, prompt in zip(told, each, prompts, strict=True)])
+        for told in (does, looks) for each in zip(*labels, strict=True)
+    ]
     return Bound(strength, torch.tensor(labels), contexts)
 
 

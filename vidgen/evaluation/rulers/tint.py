@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from vidgen.evaluation.rulers.shape import Drawing, drawings_of, shape_fit
+from vidgen.evaluation.rulers.shape import drawings_of, shape_fit
 from vidgen.toybox.scenes import TINTS, Actor, Scene
 
 
@@ -23,18 +23,21 @@ def shows_tints(video: Tensor, scene: Scene) -> bool | None:
     Returns:
         None where the scene has none, or shows too little of one.
     """
-    shown = [_best_tint(video, scene, actor) == actor.tint for actor in scene.actors
-             if actor.tint is not None and _drawings(video, scene, actor)]
+    fits = [(actor.tint, _fits(video, scene, actor)) for actor in scene.actors if actor.tint]
+    shown = [max(found, key=found.__getitem__) == tint for tint, found in fits if found]
     return all(shown) if shown else None
 
 
-def _best_tint(video: Tensor, scene: Scene, actor: Actor) -> str | None:
-    """The tint in which an actor's drawing fits best, None for its own colours."""
-    fits = {tint: shape_fit(video, _drawings(video, scene, replace(actor, tint=tint)))
-            for tint in (None, *TINTS)}
-    return max(fits, key=lambda tint: fits[tint] or -1)
+def _fits(video: Tensor, scene: Scene, actor: Actor) -> dict[str | None, float]:
+    """How well an actor's drawing fits in each tint, and, by None, in its own colours.
 
-
-def _drawings(video: Tensor, scene: Scene, actor: Actor) -> list[Drawing]:
-    alone = replace(scene, actors=(actor,), relation=None, sound=())
-    return drawings_of(alone, *video.shape[1:])
+    Empty where the scene never shows enough of it.
+    """
+    found = {}
+    for tint in (None, *TINTS):
+        alone = replace(scene, actors=(replace(actor, tint=tint),), relation=None, sound=())
+        fit = shape_fit(video, drawings_of(alone, *video.shape[1:]))
+        if fit is None:
+            return {}
+        found[tint] = fit
+    return found

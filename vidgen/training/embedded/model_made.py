@@ -67,7 +67,7 @@ def drawn_anew(
     clips: Tensor, scenes: Sequence[Scene], how: Redrawn, fps: float, redrawer: Redrawer
 ) -> Tensor:
     """Latents [B, C, F, h, w] of scenes, of `fps` frames a second, drawn anew by `redrawer`."""
-    made, batch = [], _AT_ONCE[redrawer.engine.device.type]
+    made, batch = [], _at_once(redrawer)
     for start in range(0, len(scenes), batch):
         some = scenes[start : start + batch]
         seeds = [scene.seed for scene in some]
@@ -93,7 +93,7 @@ def as_settled(
     Returns:
         Latents like those given.
     """
-    made, batch = torch.empty_like(clips), 2 * _AT_ONCE[redrawer.engine.device.type]
+    made, batch = torch.empty_like(clips), 2 * _at_once(redrawer)
     for start in range(0, len(scenes), batch):
         for begin in (start, start + 1):
             some, rows = scenes[begin : start + batch : 2], slice(begin, start + batch, 2)
@@ -108,6 +108,10 @@ def as_settled(
 def knows_first(index: int | Tensor) -> Any:
     """Whether clip `index` of a cache is settled behind its first frame."""
     return index % 2 == 1
+
+
+def _at_once(redrawer: Redrawer) -> int:
+    return _AT_ONCE.get(redrawer.engine.device.type, _AT_ONCE["cpu"])
 
 
 def _told(scenes: Sequence[Scene]) -> list[str]:
