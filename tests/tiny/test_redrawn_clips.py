@@ -147,6 +147,13 @@ def test_stills_alone_are_not_drawn_anew(plain: CacheConfig) -> None:
         replace(plain, stills_only=True, settled=Settled("toybox", 0.8))
 
 
+def test_one_model_makes_all_of_a_cache_that_is_made_by_one(plain: CacheConfig) -> None:
+    both = replace(plain, redrawn=Redrawn("mine", (0.5,)), settled=Settled("mine", 0.8))
+    assert both.drawn_by == "mine"
+    with pytest.raises(InputError, match=r"redrawn is by mine, settled by toybox; .*the same"):
+        replace(both, settled=Settled("toybox", 0.8))
+
+
 def test_a_clip_without_its_middle_still_is_refused(plain: CacheConfig) -> None:
     with pytest.raises(InputError, match=r"num_frames is 9.* give 17 or more"):
         replace(plain, num_frames=9)

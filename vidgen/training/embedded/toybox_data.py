@@ -100,6 +100,10 @@ class CacheConfig:
             if getattr(self, name) is not None and self.stills_only:
                 raise InputError(f"{name} is of clips, of which stills_only keeps none; leave one "
                                  "out")
+        if self.redrawn and self.settled and self.redrawn.model != self.settled.model:
+            raise InputError(f"redrawn is by {self.redrawn.model}, settled by "
+                             f"{self.settled.model}; one model makes both, so name the same or "
+                             "leave one out")
         if self.motion is not None and self.motion not in MOTIONS:
             raise InputError(
                 f"motion is {self.motion!r}; give one of {', '.join(MOTIONS)}, or none"
