@@ -10,6 +10,7 @@ import pytest
 
 from tests.sounds import RATE, save, tone
 from vidgen.core.errors import InputError
+from vidgen.media import mix
 from vidgen.media.mastering import measure
 from vidgen.media.mix import (
     DUCK_DB,
@@ -18,6 +19,7 @@ from vidgen.media.mix import (
     FADE_S,
     MIX_LUFS,
     at_length,
+    bring_forward,
     duck_points,
     fit_sound,
     lay_over,
@@ -66,6 +68,25 @@ def test_a_file_about_as_long_as_the_clip_is_left_alone(tmp_path):
         samples, notes = fit_sound(path, round(seconds * RATE), loop=True)
         assert notes == []
         assert level(samples, 1.8, 1.95) == pytest.approx(level(samples, 1, 1.5), abs=0.5)
+
+
+@pytest.mark.parametrize("step", [3, 7, 1000])
+def test_sound_is_moved_and_mirrored_where_that_leaves_nothing(step, monkeypatch):
+    monkeypatch.setattr(mix, "_STEP", step)
+    own = np.arange(20, dtype=np.float32).repeat(2).reshape(20, 2)
+
+    def moved(count):
+        samples = own.copy()
+        bring_forward(samples, count)
+        assert np.array_equal(samples[:, 0], samples[:, 1])
+        return samples[:, 0].astype(int).tolist()
+
+    assert moved(0) == [*range(20)]
+    assert moved(3) == [*range(3, 20), 19, 18, 17]
+    assert moved(-3) == [2, 1, 0, *range(17)]
+    assert moved(50) == [*range(10, 20), *range(19, 9, -1)]  # half of all at most
+    bring_forward(own[:1], 5)
+    assert own[0, 0] == 0
 
 
 @pytest.mark.parametrize(("name", "codec", "rate"), [

@@ -136,7 +136,7 @@ def looking(tmp_path_factory):
 
 
 def test_sounds_are_drawn_until_one_goes_with_what_is_seen(looking, monkeypatch):
-    rounds, progress = [], []
+    rounds, progress, moved = [], [], []
 
     def see(sounds, rate):
         rounds.append(sounds)
@@ -163,11 +163,16 @@ def test_sounds_are_drawn_until_one_goes_with_what_is_seen(looking, monkeypatch)
         assert progress == [(1, 2), (2, 2), (3, 4), (4, 4), (5, 6), (6, 6)]
         moment = (1 + 4 * (at / 8 - 1) + 0.25) / 12 + 0.05
         impact = Impacts(np.array([moment]), np.ones(1))
-        fits = [impact.fit(onsets) for onsets in find_onsets(sounds, 16_000)]
-        heard = sounds[int(np.argmax(fits)), : len(sound)].clamp(-1, 1).numpy()
-        assert np.abs(sound - heard).max() < 1e-5
+        onsets = find_onsets(sounds, 16_000)
+        best = int(np.argmax([impact.fit(each) for each in onsets]))
+        heard = sounds[best, : len(sound)].clamp(-1, 1).numpy()
+        late = round(16_000 * float(np.clip(impact.lateness(onsets[best]).mean_s, -0.05, 0.05)))
+        moved.append(late)
+        there = slice(max(0, -late), len(sound) - max(0, late))
+        assert np.abs(sound[there] - np.roll(heard, -late)[there]).max() < 1e-5
         generate(at, enough=0)
         assert [len(made) for made in rounds] == [4]
+    assert any(moved)
 
 
 def test_what_later_windows_show_is_heard_in_their_own_time(looking, monkeypatch):
@@ -176,7 +181,7 @@ def test_what_later_windows_show_is_heard_in_their_own_time(looking, monkeypatch
     def see(draw, hear, rate, _most, _at_once, impacts):
         made = draw(range(1))
         told.append((impacts.times, hear(made).shape[1] / rate))
-        return made[0]
+        return candidates.Kept(made[0])
 
     monkeypatch.setattr(own_sounds, "best_heard", see)
     looking.generate("a cat", **WORDS | {"frames": 33, "audio_candidates": 2, "audio_delay": 0})
@@ -266,10 +271,29 @@ def test_a_clip_that_is_kept_or_re_imagined_is_heard_anew(engine, tmp_path):
     assert all(np.abs(sound).max() > 0 for sound in sounds)
 
 
-def test_sound_goes_on_through_windows_and_through_kills(engine, tmp_path, monkeypatch):
-    words = WORDS | {"frames": 33}
+def moved_by(monkeypatch):
+    """By how many samples each clip's sound is moved."""
+    moved, move = [], own_sounds.bring_forward
+
+    def note(samples, count):
+        moved.append(count)
+        move(samples, count)
+
+    monkeypatch.setattr(own_sounds, "bring_forward", note)
+    return moved
+
+
+@pytest.mark.parametrize("model", ["engine", "looking"])
+def test_sound_goes_on_through_windows_and_through_kills(model, request, tmp_path, monkeypatch):
+    engine, moved = request.getfixturevalue(model), moved_by(monkeypatch)
+    words = WORDS | {"frames": 33, "audio_candidates": 2}
+    if model == "looking":  # in every window something else is seen
+        monkeypatch.setattr(OnsetDetector, "expected", lambda _, latents: (
+            torch.zeros(1, latents.shape[2], 8).index_fill_(2, torch.tensor([3]), 1)
+        ))
     straight = engine.generate("a cat", **words)
     assert straight.sound.shape == (round(33 / 12 * 16_000), 1)
+    assert (moved == [0]) == (model == "engine")
     monkeypatch.setattr(journals, "PATIENCE", 0)
 
     class Stopped(Exception):

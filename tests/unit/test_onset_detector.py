@@ -16,7 +16,13 @@ from vidgen.core.shapes import Strides
 from vidgen.diffusion.oversampling import Pace
 from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig, part_times
 from vidgen.pipeline.sound.candidates import AT_ONCE, best_heard
-from vidgen.pipeline.sound.impacts import ONSET_DETECTOR, Impacts, impacts_seen
+from vidgen.pipeline.sound.impacts import (
+    ON_TIME,
+    ONSET_DETECTOR,
+    Impacts,
+    Lateness,
+    impacts_seen,
+)
 
 CONFIG = OnsetDetectorConfig(latent_channels=4, dim=8, num_blocks=1, time_dim=16, num_time_blocks=1)
 FPS = Fraction(12)
@@ -43,7 +49,7 @@ def kept(sounds: torch.Tensor, impacts: Impacts | None, most: int | None = None)
     best = best_heard(draw, lambda made: sounds[made.flatten().long()], RATE, most,
                       most if impacts is None else min(AT_ONCE, most), impacts)
     assert drawn == list(range(len(drawn)))
-    return int(best), len(drawn)
+    return int(best.latents), len(drawn)
 
 
 def test_it_looks_at_clips_of_any_size_and_length_each_by_itself() -> None:
@@ -125,6 +131,20 @@ def test_a_sound_goes_with_what_is_seen_by_how_much_of_it_meets() -> None:
     assert NOTHING.fit(np.zeros(0)) == 1
     unsure = seen(0.5, each=0.6)
     assert unsure.fit(np.array([0.5])) == pytest.approx(2 * 0.6 / 1.6)
+
+
+def test_a_sound_is_late_by_the_mean_of_what_belongs_to_what_is_seen() -> None:
+    impacts = seen(0.5, 1.2)
+    assert impacts.lateness(np.array([0.52, 1.26])) == pytest.approx((0.08, 2))
+    assert impacts.lateness(np.array([0.46])) == pytest.approx((-0.04, 1))
+    late = impacts.lateness(np.array([0.52, 0.8, 1.5]))  # two belong to nothing
+    assert late == pytest.approx((0.02, 1))
+    assert late.and_of(Lateness(0.18, 3)).mean_s == pytest.approx(0.05)
+    assert impacts.later(0.015).lateness(np.array([0.515])).mean_s == pytest.approx(0)
+    unsure = Impacts(np.array([0.5, 1.2, 1.9]), np.array([1.0, 0.5, 0.2]))
+    assert unsure.lateness(np.array([0.5, 1.26, 1.95])) == pytest.approx((0.03, 1.5))
+    assert NOTHING.lateness(np.array([0.5])) == ON_TIME
+    assert ON_TIME.mean_s == 0
 
 
 def test_sounds_are_drawn_until_one_goes_with_what_is_seen() -> None:

@@ -111,6 +111,21 @@ def rise(samples: Samples, start: int, stop: int) -> None:
     samples[start:stop] *= _ramp(stop - start)[::-1, None]
 
 
+def bring_forward(samples: Samples, count: int) -> None:
+    """Let samples [N, c] begin `count` earlier, or later below 0, in place.
+
+    What that lacks at one end, at most half of all, is what lies beside it, mirrored.
+    """
+    view, count = samples if count > 0 else samples[::-1], min(abs(count), len(samples) // 2)
+    if not count:
+        return
+    left = len(view) - count
+    for start in range(0, left, _STEP):
+        stop = min(start + _STEP, left)
+        view[start:stop] = view[start + count : stop + count]
+    view[left:] = view[left - count : left][::-1]
+
+
 def _ramp(length: int) -> Samples:
     angles = np.pi * (np.arange(length) + 0.5) / max(1, length)
     return (0.5 + 0.5 * np.cos(angles)).astype(np.float32)

@@ -12,13 +12,13 @@ Axes: N candidates, C latent channels, k sound latents, n samples.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from vidgen.media.onsets import Times, find_onsets, pair_times
-from vidgen.pipeline.sound.impacts import ONSET_DETECTOR, Impacts
+from vidgen.pipeline.sound.impacts import ON_TIME, ONSET_DETECTOR, Impacts, Lateness
 
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
@@ -29,6 +29,13 @@ AT_ONCE = 4
 """Sounds that are drawn before it is looked whether one goes with the picture."""
 
 
+class Kept(NamedTuple):
+    """The best sound: latents [C, k], and how long after what is seen it is heard."""
+
+    latents: Tensor
+    lateness: Lateness = ON_TIME
+
+
 def drawn_at_once(folder: ModelFolder, most: int) -> int:
     """How many of so many sounds are drawn at once: all where nobody looks at the picture."""
     return min(AT_ONCE, most) if ONSET_DETECTOR in folder.components else most
@@ -37,8 +44,8 @@ def drawn_at_once(folder: ModelFolder, most: int) -> int:
 def best_heard(
     draw: Callable[[range], Tensor], hear: Callable[[Tensor], Tensor], rate: int, most: int,
     at_once: int, impacts: Impacts | None,
-) -> Tensor:
-    """Draw sounds for a picture until one goes with it: the latents [C, k] of the best.
+) -> Kept:
+    """Draw sounds for a picture until one goes with it, and keep the best.
 
     Args:
         draw: makes those of some numbers, [N, C, k].
@@ -49,18 +56,19 @@ def best_heard(
         impacts: what is seen to be hit, in the sounds' own time; None: nobody looks.
     """
     if most == 1:
-        return draw(range(1))[0]
+        return Kept(draw(range(1))[0])
     if impacts is None or not impacts.any_seen:
         made = draw(range(at_once))
-        return made[most_agreed(hear(made), rate)]
-    fits, sounds = list[float](), list[Tensor]()
+        return Kept(made[most_agreed(hear(made), rate)])
+    fits, sounds, heard = list[float](), list[Tensor](), list[Times]()
     for first in range(0, most, at_once):
-        made = draw(range(first, min(first + at_once, most)))
-        fits += map(impacts.fit, find_onsets(hear(made).float().cpu(), rate))
-        sounds += made
+        sounds += (made := draw(range(first, min(first + at_once, most))))
+        heard += (onsets := find_onsets(hear(made).float().cpu(), rate))
+        fits += map(impacts.fit, onsets)
         if max(fits) >= impacts.enough:
             break
-    return sounds[fits.index(max(fits))]
+    best = fits.index(max(fits))
+    return Kept(sounds[best], impacts.lateness(heard[best]))
 
 
 def most_agreed(sounds: Tensor, rate: int) -> int:

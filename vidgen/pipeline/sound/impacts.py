@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,32 @@ NEAR_S = 0.1
 """An impact and a sound so near to each other go together."""
 FEWEST = 0.5
 """Impacts expected in a clip below which none are taken to be seen."""
+_SURE = 0.3
+"""Impacts expected near an onset from which it is one of them."""
+
+
+class Lateness(NamedTuple):
+    """How long after what is seen its sounds begin.
+
+    Attributes:
+        total_s: the sum over those that belong together, in seconds.
+        met: how many do.
+    """
+
+    total_s: float = 0.0
+    met: float = 0.0
+
+    @property
+    def mean_s(self) -> float:
+        """Of one of them; 0 where none do."""
+        return self.total_s / self.met if self.met else 0.0
+
+    def and_of(self, other: Lateness) -> Lateness:
+        """Of both."""
+        return Lateness(self.total_s + other.total_s, self.met + other.met)
+
+
+ON_TIME = Lateness()
 
 
 @dataclass(frozen=True)
@@ -63,6 +89,18 @@ class Impacts:
             left[near] = 0
         total = float(self.expected.sum()) + len(onsets)
         return 2 * met / total if total else 1.0
+
+    def lateness(self, onsets: Times) -> Lateness:
+        """How long after them such onsets come."""
+        late = ON_TIME
+        for onset in onsets:
+            near = np.abs(self.times - onset) <= NEAR_S
+            expected = float(self.expected[near].sum())
+            if expected >= _SURE:
+                seen = float(self.times[near] @ self.expected[near]) / expected
+                met = min(1.0, expected)
+                late = late.and_of(Lateness(met * (float(onset) - seen), met))
+        return late
 
 
 def impacts_seen(

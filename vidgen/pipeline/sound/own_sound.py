@@ -25,11 +25,11 @@ from vidgen.diffusion.noise import draw_sound_noise
 from vidgen.diffusion.oversampling import Pace, finished_finer
 from vidgen.diffusion.sound import new_sound, sound_begins, sound_span
 from vidgen.media.mastering import hold_peaks
-from vidgen.media.mix import SEAM_S, rise
+from vidgen.media.mix import SEAM_S, bring_forward, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
-from vidgen.pipeline.sound.candidates import best_heard, drawn_at_once
-from vidgen.pipeline.sound.impacts import impacts_seen
+from vidgen.pipeline.sound.candidates import Kept, best_heard, drawn_at_once
+from vidgen.pipeline.sound.impacts import ON_TIME, Lateness, impacts_seen
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 256
 """Latents that are decoded at a time."""
+FURTHEST_S = 0.05
+"""By so much at most a clip's sound is moved to where its impacts are seen."""
 
 
 @dataclass
@@ -60,6 +62,7 @@ class OwnSound:
         begins: the clip's latent that `latents` begins with.
         earlier: samples [N, c] and rate of the clip that goes on, which are kept; or None.
         starts_s: where that ends.
+        lateness: of what is made so far, to what is seen.
         extra_rounds: of windows' sounds so far, beside the first one of each.
     """
 
@@ -72,6 +75,7 @@ class OwnSound:
     begins: int = 0
     earlier: tuple[Samples, int] | None = None
     starts_s: Fraction = Fraction(0)
+    lateness: Lateness = ON_TIME
     extra_rounds: int = 0
 
     def follow(
@@ -87,6 +91,7 @@ class OwnSound:
         kept = journal.kept_arrays(HEARD, "latents")
         if kept is not None:
             self.latents, self.begins = torch.from_numpy(kept[0]["latents"]), kept[1]["begins"]
+            self.lateness = Lateness(*kept[1].get("lateness", ()))
         for number, (start, stop) in enumerate(self.windows):
             first, count = self.num_gone + start, stop - start
             _, end, _ = self._span(first, count)
@@ -98,17 +103,19 @@ class OwnSound:
             def denoised(state: LatentState, number: int = number) -> Tensor:
                 return sample(state, number)
 
-            made = self._made(shown, self.pace.behind(start), first, count, denoised)
+            made, late = self._made(shown, self.pace.behind(start), first, count, denoised)
             self._take(made[None], first, count)
+            self.lateness = self.lateness.and_of(late)
             if number + 1 < len(self.windows):
                 arrays = {"latents": self.latents.numpy()}
-                journal.keep_arrays(HEARD, arrays, {"begins": self.begins})
+                facts = {"begins": self.begins, "lateness": self.lateness}
+                journal.keep_arrays(HEARD, arrays, facts)
 
     def _made(
         self, shown: Tensor, pace: Pace, first: int, count: int,
         sample: Callable[[LatentState], Tensor],
-    ) -> Tensor:
-        """The best sound [C, k] of a stretch, `count` latent frames from `first` on."""
+    ) -> Kept:
+        """The best sound of a stretch, `count` latent frames from `first` on."""
         config = _config(self.parts)
 
         def draw(takes: range) -> Tensor:
@@ -164,7 +171,8 @@ class OwnSound:
     def decode(self) -> tuple[Samples, int]:
         """Samples float32 [N, c] of the clip's whole length, and their rate.
 
-        Those of the clip that goes on stay; what is made behind them comes at their rate.
+        Those of the clip that goes on stay; what is made behind them comes at their rate, and is
+        moved as a whole to where its impacts are seen.
         """
         config = _config(self.parts)
         earlier, rate = self.earlier or (None, config.sample_rate)
@@ -177,6 +185,8 @@ class OwnSound:
             part = block[: length - position]
             samples[position : position + len(part)] = part
             position += len(part)
+        late_s = max(-FURTHEST_S, min(self.lateness.mean_s, FURTHEST_S))
+        bring_forward(samples[begin:], round(late_s * rate))
         hold_peaks(samples[begin:], rate)
         if begin:
             rise(samples, begin, min(begin + round(SEAM_S * rate), length))
