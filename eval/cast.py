@@ -1,6 +1,7 @@
 """Measure whether a character stays itself across six shots of a film.
 
     python eval/cast.py --characters 20 -o cast.json
+    python eval/cast.py --characters 20 --reserved -o reserved.json
     python eval/cast.py --characters 4 --steps 8 --workers 2 --threads 1 -o small.json
 
 Each character is a sprite of the Toybox world, with a rendered picture of it in another place. Six
@@ -8,6 +9,8 @@ shots show it in six places, in six motions, with a seed each, in three ways:
     words      the prompt names it
     both       the prompt names it, and the model is given the picture (`reference`)
     reference  the prompt says "it", so that the picture alone tells what to show
+With --reserved characters are the world's three sprites that no part of the model ever saw, each
+in several pictures, and a picture alone tells of them: nobody has a word for them.
 Figures with 95% intervals: `shots`, how many show the character by the judge, and `films`, of how
 many characters all six do. All of it is one script, rendered as `vidgen script` does: shots that
 are there are not made again, and a run that was killed goes on.
@@ -20,6 +23,7 @@ import json
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +40,20 @@ from vidgen.story.render import Renderer, Store
 from vidgen.story.script import Script
 from vidgen.toybox.judge import Judge, embedded_judge
 from vidgen.toybox.render import render
-from vidgen.toybox.scenes import SPRITE_NAMES, Actor, Scene, is_held_out, times_in
+from vidgen.toybox.scenes import (
+    RESERVED_SPRITES,
+    SPRITE_NAMES,
+    Actor,
+    Scene,
+    is_held_out,
+    times_in,
+)
 from vidgen.training.program import exit_code
 from vidgen.weights.folder import open_model
 
 WAYS = ("words", "both", "reference")
+UNNAMED = ("reference",)
+"""Ways to show what the model has no word for."""
 SHOTS = (
     "bounces in the desert", "spins on a meadow", "stays still on the beach",
     "swings in the forest", "rises over the city", "moves to the left in the snow",
@@ -48,13 +61,16 @@ SHOTS = (
 PICTURE_PLACES = ("room", "farm", "road")
 
 
-def write_script(sprites: list[str], steps: int | None, folder: Path) -> Path:
-    """The script of all characters in all ways, with their pictures beside it."""
+def write_script(
+    sprites: list[str], steps: int | None, folder: Path, ways: tuple[str, ...] = WAYS
+) -> Path:
+    """The script of all characters in some ways, with their pictures beside it."""
     characters, shots = dict[str, Any](), list[dict[str, Any]]()
     for number, sprite in enumerate(sprites):
-        picture = folder / f"{sprite.replace(' ', '-')}.png"
-        draw(sprite, number, picture)
-        for way in WAYS:
+        turn = sprites[:number].count(sprite)
+        picture = folder / f"{sprite.replace(' ', '-')}-{turn}.png"
+        draw(sprite, number, turn, picture)
+        for way in ways:
             name = f"c{number}-{way}"
             article = "an" if sprite[0] in "aeiou" else "a"
             words = "it" if way == "reference" else f"{article} {sprite}"
@@ -70,10 +86,12 @@ def write_script(sprites: list[str], steps: int | None, folder: Path) -> Path:
     return path
 
 
-def draw(sprite: str, seed: int, path: Path) -> None:
-    """A still of a sprite at rest, where none of the shots play."""
-    place = next(p for p in PICTURE_PLACES if not is_held_out(sprite, "stays", p))
-    scene = Scene(seed, (Actor(sprite, "stays", size="large"),), place, times_in(place)[0])
+def draw(sprite: str, seed: int, turn: int, path: Path) -> None:
+    """A still of a sprite at rest, where none of the shots play, each turn in another place."""
+    places = [p for p in PICTURE_PLACES if not is_held_out(sprite, "stays", p)]
+    place = places[turn % len(places)]
+    time = times_in(place)[turn // len(places) % len(times_in(place))]
+    scene = Scene(seed, (Actor(sprite, "stays", size="large"),), place, time)
     frame = to_frames(render([scene], num_frames=1).video[0])[0].numpy()
     with atomic_path(path) as temporary:
         Image.fromarray(frame).save(temporary, "PNG")
@@ -84,9 +102,11 @@ def sees(judge: Judge, path: Path) -> str:
     return judge.verdicts(as_video(Clip.from_file(path).frames))[0].sprite
 
 
-def summarise(sprites: list[str], seen: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def summarise(
+    sprites: list[str], seen: dict[str, str], ways: tuple[str, ...] = WAYS
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each way's rates: of shots, and of characters who are themselves in all of theirs."""
-    for way in WAYS:
+    for way in ways:
         right = [[seen[f"c{number}-{way}-{index}"] == sprite for index in range(len(SHOTS))]
                  for number, sprite in enumerate(sprites)]
         rates = {"shots": Rate.of(each for film in right for each in film),
@@ -100,8 +120,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     output: Path = options.output
     folder = output.with_suffix(".cast")
     folder.mkdir(exist_ok=True)
-    sprites = list(SPRITE_NAMES[:: len(SPRITE_NAMES) // options.characters][: options.characters])
-    script = Script.read(write_script(sprites, options.steps, folder))
+    if options.reserved:
+        sprites = [*islice(cycle(RESERVED_SPRITES), options.characters)]
+    else:
+        sprites = [*SPRITE_NAMES[:: len(SPRITE_NAMES) // options.characters][: options.characters]]
+    ways = UNNAMED if options.reserved else WAYS
+    script = Script.read(write_script(sprites, options.steps, folder, ways))
     model = open_model(options.model)
     film = plan_film(script, model, dtype=options.dtype)
     store = Store(folder / "shots", film)
@@ -115,7 +139,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": {"name": model.name, "sha256": model.content_hash}, "judge": judges.sha256,
         "sprites": sprites, "shots": SHOTS, "steps": options.steps, "threads": staff.threads,
-        "results": dict(summarise(sprites, seen)), "seen": seen, "machine": fingerprint(),
+        "results": dict(summarise(sprites, seen, ways)), "seen": seen, "machine": fingerprint(),
     }
 
 
@@ -144,6 +168,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="toybox", help="name or folder; default %(default)s")
     add("--characters", type=int, default=20, help="default %(default)s")
+    add("--reserved", action="store_true", help="of the sprites that no network has learned")
     add("--steps", type=int, help="denoising steps; default the model's")
     add("--dtype", choices=("fp32", "bf16", "fp16"))
     add("--workers", type=int, help="shots beside each other")

@@ -31,6 +31,21 @@ def test_each_character_has_six_shots_in_three_ways(cast: ModuleType, tmp_path: 
                if shot.id.startswith("c1-both"))
 
 
+def test_reserved_sprites_are_shown_by_several_pictures_alone(
+    cast: ModuleType, tmp_path: Path
+) -> None:
+    sprites = ["unicorn", "trumpet", "unicorn"]
+    script = Script.read(cast.write_script(sprites, 4, tmp_path, cast.UNNAMED))
+    assert [shot.id for shot in script.shots[5:7]] == ["c0-reference-5", "c1-reference-0"]
+    assert len(script.shots) == 3 * 6
+    pictures = [script.file(each.reference[0]).read_bytes() for each in script.characters.values()]
+    assert len(set(pictures)) == 3
+    seen = {shot.id: "unicorn" for shot in script.shots}
+    found = dict(cast.summarise(sprites, seen, cast.UNNAMED))
+    assert [*found] == ["reference"]
+    assert found["reference"]["shots"]["rate"] == found["reference"]["films"]["rate"] == 2 / 3
+
+
 def test_a_character_counts_where_all_six_shots_show_it(cast: ModuleType) -> None:
     sprites = ["octopus", "cat"]
     seen = {f"c{n}-{way}-{i}": sprites[n] for n in (0, 1) for way in cast.WAYS for i in range(6)}
