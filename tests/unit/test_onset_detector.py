@@ -144,6 +144,8 @@ def test_a_sound_is_late_by_the_mean_of_what_belongs_to_what_is_seen() -> None:
     unsure = Impacts(np.array([0.5, 1.2, 1.9]), np.array([1.0, 0.5, 0.2]))
     assert unsure.lateness(np.array([0.5, 1.26, 1.95])) == pytest.approx((0.03, 1.5))
     assert NOTHING.lateness(np.array([0.5])) == ON_TIME
+    new = replace(impacts, new_from_s=1.0)  # what was heard before can't be moved any more
+    assert new.lateness(np.array([0.52, 1.26])) == impacts.lateness(np.array([1.26]))
     assert ON_TIME.mean_s == 0
 
 

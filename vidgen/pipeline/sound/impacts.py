@@ -62,11 +62,13 @@ class Impacts:
         times: moments in seconds, rising, [n].
         expected: impacts that are expected at each of them, [n].
         enough: the fit of a sound from which on no other one is made.
+        new_from_s: until when the sound was there before, so that it can't be early or late.
     """
 
     times: NDArray[np.float64]
     expected: NDArray[np.float64]
     enough: float = 1.0
+    new_from_s: float = 0.0
 
     @property
     def any_seen(self) -> bool:
@@ -91,9 +93,9 @@ class Impacts:
         return 2 * met / total if total else 1.0
 
     def lateness(self, onsets: Times) -> Lateness:
-        """How long after them such onsets come."""
+        """How long after them such onsets come, as far as they are new."""
         late = ON_TIME
-        for onset in onsets:
+        for onset in onsets[onsets >= self.new_from_s]:
             near = np.abs(self.times - onset) <= NEAR_S
             expected = float(self.expected[near].sum())
             if expected >= _SURE:

@@ -133,8 +133,12 @@ class OwnSound:
         if most > 1:
             impacts = impacts_seen(self.parts, shown, pace, first, self.plan.fps)
         if impacts is not None:
-            begins_s = self._span(first, 1)[0] / config.tokens_per_s
-            impacts = impacts.later(self.plan.sound_delay_s - begins_s)
+            begin = self._span(first, 1)[0]
+            known = max(0, self.begins + self.latents.shape[2] - begin)
+            impacts = replace(
+                impacts.later(self.plan.sound_delay_s - begin / config.tokens_per_s),
+                new_from_s=known / config.tokens_per_s,
+            )
         at_once = drawn_at_once(self.parts.folder, most)
         return best_heard(draw, hear, config.sample_rate, most, at_once, impacts)
 
