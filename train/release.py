@@ -76,7 +76,7 @@ DEFAULTS = ModelDefaults(
     num_steps=12, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,
     sampler="ancestral", sizes=((128, 128), (176, 96), (96, 176)), max_frames=33,
     guidance_interval=(0.32, 1.0), image_guidance_scale=3.0, image_guidance_reach=3,
-    refine_steps=12, encode_passes=2,
+    reference_guidance_scale=1.0, refine_steps=12, encode_passes=2,
     sound_steps=6, sound_candidates=6, sound_delay_s=0.015,  # "somebody looks who listens" there
 )
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "still")

@@ -61,6 +61,9 @@ def test_guidance_towards_given_frames_goes_on_too(short):
     options = own_options(recipe)
     assert (options["guidance"], options["image_guidance"]) == (4.0, 3.0)
     assert options["image_guidance_reach"] == 5
+    assert options["reference_guidance"] == 0
+    recipe["plan"]["guidance"]["reference_scale"] = 2.0
+    assert own_options(recipe)["reference_guidance"] == 2.0
 
 
 def test_a_rate_that_was_asked_for_goes_on(short):

@@ -23,6 +23,7 @@ from vidgen.media.clip import Clip
 from vidgen.media.read import fit
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.pipeline.inputs import Inputs, read_inputs, read_mask
+from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car bounces across the desert"
@@ -106,6 +107,51 @@ def test_guidance_towards_given_frames_may_grow_with_the_distance_from_them(
     assert latents(engine, image=picture, image_guidance_reach=0) is not None
     with pytest.raises(InputError, match="image_guidance_reach is 2, but this model"):
         latents(engine, image=picture, image_guidance_reach=2)
+
+
+def test_guidance_may_pull_further_towards_references(
+    engine: Engine, tiny_model: Path, picture: np.ndarray
+) -> None:
+    other = taught(tiny_model, reference_guidance_scale=2.0)
+    plain, pulled = (latents(made, reference=[picture]) for made in (engine, other))
+    assert not torch.equal(plain, pulled)
+    assert torch.equal(latents(other, reference=[picture], reference_guidance=0), plain)
+    less = latents(other, reference=[picture], reference_guidance=1.0)
+    assert not torch.equal(less, pulled)
+    # by these alone: the prompt's own scale is as before
+    alone = latents(other, reference=[picture], guidance=1.0)
+    assert not torch.equal(alone, latents(engine, reference=[picture], guidance=1.0))
+    # what has no references, or shows its subject in frames, is as it was
+    assert torch.equal(latents(other), latents(engine))
+    both = {"reference": [picture], "image": picture}
+    assert torch.equal(latents(other, **both), latents(engine, **both))
+    assert torch.equal(latents(other, reference_guidance=3.0), latents(engine))
+    with pytest.raises(InputError, match=r"reference_guidance is 2\.0, but this model isn't"):
+        latents(engine, reference=[picture], reference_guidance=2.0)
+    shared = Request(prompt=PROMPT, reference=(picture,), devices=2)
+    assert make_plan(shared, other.folder).guidance.reference_scale == 0
+    with pytest.raises(InputError, match=r"reference_guidance is 1\.0, but several devices"):
+        make_plan(replace(shared, reference_guidance=1.0), other.folder)
+
+
+def test_references_that_show_the_same_as_the_prompt_alone_pull_nowhere(
+    tiny_model: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = taught(tiny_model, reference_guidance_scale=2.0)
+    plain = latents(other, reference=[picture], reference_guidance=0)
+    monkeypatch.setattr("vidgen.pipeline.networks.unshown", lambda state: state)
+    assert torch.equal(latents(other, reference=[picture]), plain)
+
+
+def test_a_step_cache_spares_the_pass_without_references_too(
+    tiny_model: Path, picture: np.ndarray
+) -> None:
+    other = taught(tiny_model, reference_guidance_scale=2.0)
+    options = {"reference": [picture], "steps": 8}
+    plain = latents(other, **options)
+    spared = latents(other, **options, cache="first-block:10")
+    assert not torch.equal(plain, spared)
+    assert torch.equal(latents(other, **options, cache="first-block:0"), plain)
 
 
 def test_a_model_may_have_an_interval_of_guidance_of_its_own(

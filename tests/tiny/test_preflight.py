@@ -222,6 +222,21 @@ def test_conditions_cost_encoding_and_tokens(tiny_model, tmp_path):
     assert guided["denoise"].seconds == image["denoise"].seconds == 2 * alone["denoise"].seconds
 
 
+def test_guidance_towards_references_is_a_pass_more(tiny_model, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+
+    def denoising(scale, **options):
+        given = {"reference": (str(tmp_path / "a.png"),)} | options
+        folder, plan, request = planned(tiny_model, **given)
+        guidance = replace(plan.guidance, reference_scale=scale)
+        made = estimate(folder, replace(plan, guidance=guidance), request, FP32)
+        return {stage.name: stage for stage in made.stages}["denoise"]
+
+    assert denoising(2.0).seconds == pytest.approx(1.5 * denoising(0.0).seconds)
+    remembers = {"cache": "first-block"}
+    assert denoising(2.0, **remembers).bytes > denoising(0.0, **remembers).bytes
+
+
 @pytest.mark.parametrize(("kind", "options", "experts"), [
     ("tiny_model", {}, EXPERTS[:1]), ("tiny_experts", {}, EXPERTS),
     ("tiny_experts", {"steps": 3}, EXPERTS[:1]),

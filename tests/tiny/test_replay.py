@@ -283,7 +283,12 @@ def test_other_scales_follow_a_guidance_that_is_set(engine: Engine, tmp_path: Pa
     assert request_from_recipe(recipe, tmp_path).image_guidance_reach == 5
     del recipe["plan"]["guidance"]["reach"]  # as recipes were before there was one
     assert request_from_recipe(recipe, tmp_path).image_guidance_reach == 0
+    assert request_from_recipe(recipe, tmp_path).reference_guidance == 0
+    del recipe["plan"]["guidance"]["reference_scale"]  # nor this
+    assert request_from_recipe(recipe, tmp_path).reference_guidance == 0
+    recipe["plan"]["guidance"]["reference_scale"] = 2.0
     other = request_from_recipe(recipe, tmp_path, changes={"guidance": 6.0})
+    assert other.reference_guidance == 2.0
     assert (other.guidance, other.image_guidance, other.guidance_low) == (6.0, None, None)
     both = request_from_recipe(recipe, tmp_path, changes={"guidance": 6.0, "image_guidance": 2.0})
     assert (both.image_guidance, both.guidance_low) == (2.0, None)

@@ -269,6 +269,44 @@ def test_a_latent_gets_its_share_of_what_guidance_has_above_one():
         torch.testing.assert_close(made[:, :, frame], wanted)
 
 
+def test_references_pull_by_what_they_change_where_guidance_applies():
+    shown, negative, without = (
+        draw_noise([seed, seed + 1], replace(SHAPE, batch=2)) for seed in (1, 3, 5)
+    )
+    asked = []
+
+    def unshown(_latents, sigma):
+        asked.append(sigma.tolist())
+        return without
+
+    levels = torch.tensor([0.5, 0.2])
+    guidance = Guidance(3.0, interval=(0.3, 0.8), reference_scale=2.0)
+    assert guidance.branches_at(0.5) == ("prompt", "negative", "unshown")
+    assert guidance.branches_at(0.2) == ("prompt",)
+    model = guided(lambda *_: shown, lambda *_: negative, guidance, denoise_unshown=unshown)
+    made = model(shown, levels)
+    wanted = guide(shown, negative, 3.0) + 2 * (shown - without)
+    torch.testing.assert_close(made[0], wanted[0])
+    torch.testing.assert_close(made[1], shown[1])
+    assert torch.equal(model(shown, torch.tensor([0.2, 0.1])), shown)
+    assert len(asked) == 1
+    alone = replace(guidance, scale=1.0)
+    assert alone.branches_at(0.5) == ("prompt", "unshown")
+    model = guided(lambda *_: shown, lambda *_: pytest.fail("asked the negative"), alone,
+                   denoise_unshown=unshown)
+    torch.testing.assert_close(model(shown, torch.tensor([0.5, 0.6])), 3 * shown - 2 * without)
+
+
+def test_clips_with_given_frames_are_guided_by_these_alone():
+    guidance = Guidance(4.0, known_scale=3.0, reference_scale=2.0, reach=3)
+    assert guidance.of_clip(has_given=True) == replace(guidance, scale=3.0, reference_scale=0.0)
+    assert guidance.of_clip(has_given=False) == Guidance(4.0, reference_scale=2.0)
+    plain = Guidance(4.0, reference_scale=2.0)
+    assert plain.of_clip(has_given=True) == Guidance(4.0)
+    with pytest.raises(InputError, match="guidance must be a number of at least 0, not -1"):
+        Guidance(reference_scale=-1)
+
+
 def test_rescale_ignores_known_latents():
     conditional, unconditional = draw_noise(1, SHAPE), draw_noise(2, SHAPE)
     mask = torch.ones(1, 1, *SHAPE.dims[2:], dtype=torch.bool)

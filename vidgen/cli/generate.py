@@ -60,6 +60,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="how strongly given frames are followed")
     add("--image-guidance-reach", type=int, metavar="N",
         help="latent frames from a first frame to where that is full; 0: everywhere")
+    add("--reference-guidance", type=float, metavar="G",
+        help="how much further --reference is followed; 0 is off")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="noise levels between which guidance acts, from 0 to 1")
     add("--guidance-rescale", type=float, metavar="X", help="0 to 1, against over-saturation")

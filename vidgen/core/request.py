@@ -57,6 +57,7 @@ _WHOLE = {
 }
 _NUMBER = {
     "guidance": (0, 100), "guidance_low": (0, 100), "image_guidance": (0, 100),
+    "reference_guidance": (0, 100),
     "guidance_rescale": (0, 1), "strength": (0, 1),
     "control_scale": (0, 10), "colour_hold": (0, 1), "fps": (1, 240),
     "audio_delay": (0, 1), "binding": (0, 1),
@@ -131,6 +132,9 @@ class Request:
             that were taught to do without (toybox).
         image_guidance_reach: latent frames from a first frame on at which that is full; it rises
             from 1 there. 0: full everywhere.
+        reference_guidance: how much further clips are pulled towards `reference` by a pass without
+            it, where no frames are given; 0 spares the pass. For models that take references as
+            stills (toybox).
         guidance_interval: (low, high) in sigma within which guidance acts; None is the model's own.
         cache: "none", "first-block", "magnitude" or "forecast", each with a `:THRESHOLD` behind it
             or without: leaves most of the transformer out at steps that change little.
@@ -217,6 +221,7 @@ class Request:
     guidance_low: float | None = None
     image_guidance: float | None = None
     image_guidance_reach: int | None = None
+    reference_guidance: float | None = None
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
     cache: str = "none"

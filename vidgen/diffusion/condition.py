@@ -156,6 +156,11 @@ def as_negative(state: LatentState, *, hides_given: bool) -> LatentState:
     )
 
 
+def unshown(state: LatentState) -> LatentState:
+    """The state without its reference images, whose own pull a pass under the prompt tells."""
+    return replace(state, keys=without_references(state.keys))
+
+
 def guidance_share(state: LatentState, reach: int) -> Tensor | None:
     """How far latents are from frames given in place: 0 to 1, which is `reach` latent frames off.
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 
-NEGATIVE = "negative"
-BRANCHES = ("prompt", NEGATIVE)
+PROMPT, NEGATIVE = "prompt", "negative"
+BRANCHES = (PROMPT, NEGATIVE)
 """What a model is asked under, the conditional one first."""
+UNSHOWN = "unshown"
+"""What it is asked under beside these: the prompt again, without the reference images."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Guidance:
         known_scale: the scale where frames are given, which the unconditional pass isn't shown, so
             that guidance pulls towards them, too (image guidance: Brooks et al. 2023; Blattmann et
             al. 2023, "Stable Video Diffusion"). None: `scale`, and both passes see them.
+        reference_scale: what is added of how reference images change the conditional velocity,
+            which a pass that isn't shown them tells (by itself, as in Brooks et al. 2023, eq. 3);
+            of clips without given frames, which hold their subjects already. 0: `scale` alone.
         reach: latent frames from one given in place on at which `known_scale` is full; it rises
             from 1 there, since guidance would else pull its neighbours past it (Blattmann et al.
             2023, section 4.3). 0: full everywhere.
@@ -42,10 +47,11 @@ class Guidance:
     low_scale: float | None = None
     boundary: float = 0.0
     known_scale: float | None = None
+    reference_scale: float = 0.0
     reach: int = 0
 
     def __post_init__(self) -> None:
-        for scale in (self.scale, self.low_scale, self.known_scale):
+        for scale in (self.scale, self.low_scale, self.known_scale, self.reference_scale):
             if scale is not None and not 0 <= scale < float("inf"):
                 raise InputError(f"guidance must be a number of at least 0, not {scale}")
         low, high = self.interval
@@ -56,9 +62,12 @@ class Guidance:
 
     def of_clip(self, *, has_given: bool) -> Guidance:
         """That of one clip; `known_scale` is left where frames are given, to be hidden."""
-        if not has_given or self.known_scale is None:
+        if not has_given:
             return replace(self, known_scale=None, reach=0)
-        return replace(self, scale=self.known_scale)
+        guidance = replace(self, reference_scale=0.0)
+        if self.known_scale is None:
+            return replace(guidance, reach=0)
+        return replace(guidance, scale=self.known_scale)
 
     def scale_at(self, sigma: float) -> float:
         """The scale of a step at `sigma`; 1 needs no unconditional velocity."""
@@ -68,13 +77,18 @@ class Guidance:
             return self.low_scale
         return self.scale
 
+    def reference_scale_at(self, sigma: float) -> float:
+        """`reference_scale` where guidance applies; 0 needs no pass without references."""
+        return self.reference_scale if self.interval[0] <= sigma <= self.interval[1] else 0.0
+
     def branches_at(self, sigma: float) -> tuple[str, ...]:
-        """Those of `BRANCHES` that a step at `sigma` needs."""
-        return BRANCHES[:1] if self.scale_at(sigma) == 1 else BRANCHES
+        """Those of `BRANCHES`, and `UNSHOWN`, that a step at `sigma` needs."""
+        branches = BRANCHES[:1] if self.scale_at(sigma) == 1 else BRANCHES
+        return (*branches, UNSHOWN) if self.reference_scale_at(sigma) else branches
 
     @property
     def is_off(self) -> bool:
-        """Whether no step needs the unconditional velocity."""
+        """Whether no step needs the velocity under the negative prompt."""
         return self.scale == 1 and {self.low_scale, self.known_scale} <= {None, 1}
 
 
@@ -83,6 +97,7 @@ def guide(
     unconditional: Tensor,
     scale: float | Tensor,
     *,
+    pull: Tensor | float = 0.0,
     rescale: float = 0.0,
     denoise_mask: Tensor | None = None,
 ) -> Tensor:
@@ -92,10 +107,11 @@ def guide(
         conditional: [B, C, F, h, w].
         unconditional: the same shape.
         scale: 1 gives `conditional`, 0 gives `unconditional`; of all or of each latent.
+        pull: what is added to that.
         rescale: phi of Lin et al. 2023, eq. 15-16: match the standard deviation of `conditional`.
         denoise_mask: [B, 1, F, h, w] bool; only generated latents count in that deviation.
     """
-    guided_velocity = unconditional + scale * (conditional - unconditional)
+    guided_velocity = unconditional + scale * (conditional - unconditional) + pull
     if rescale == 0:
         return guided_velocity
     contrast = _deviation(conditional, denoise_mask) / _deviation(guided_velocity, denoise_mask)
@@ -110,29 +126,44 @@ def guided(
     denoise_mask: Tensor | None = None,
     share: Tensor | None = None,
     both: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
+    denoise_unshown: Denoise | None = None,
 ) -> Denoise:
     """A model under guidance, callable like the models it is made of; clips may differ in level.
 
     With `both`, the two velocities that a step needs come from one call of it. `share` is how much
-    of what a scale has above 1 each latent gets.
+    of what a scale has above 1 each latent gets. `denoise_unshown` is asked under the prompt
+    without reference images, where these have a scale of their own; None: they have none.
     """
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
-        levels = [guidance.scale_at(level) for level in sigma.tolist()]
-        if set(levels) == {1.0}:
-            return denoise_conditional(latents, sigma)
-        scale: float | Tensor = levels[0]
-        if len(set(levels)) > 1:
-            scale = latents.new_tensor(levels).view(-1, *[1] * (latents.ndim - 1))
-        if both is not None:
+        scales = [guidance.scale_at(level) for level in sigma.tolist()]
+        alone = set(scales) == {1.0}
+        if alone:
+            velocity = other = denoise_conditional(latents, sigma)
+        elif both is not None:
             velocity, other = both(latents, sigma)
         else:
             velocity = denoise_conditional(latents, sigma)
             other = denoise_unconditional(latents, sigma)
-        scales = scale if share is None else 1 + share * (scale - 1)
-        return guide(velocity, other, scales, rescale=guidance.rescale, denoise_mask=denoise_mask)
+        pulls = [guidance.reference_scale_at(level) for level in sigma.tolist()]
+        pull: Tensor | float = 0.0
+        if denoise_unshown is not None and any(pulls):
+            pull = _of_clips(pulls, latents) * (velocity - denoise_unshown(latents, sigma))
+        elif alone:
+            return velocity
+        scale = _of_clips(scales, latents)
+        scale = scale if share is None else 1 + share * (scale - 1)
+        return guide(velocity, other, scale, pull=pull, rescale=guidance.rescale,
+                     denoise_mask=denoise_mask)
 
     return denoise
+
+
+def _of_clips(scales: list[float], latents: Tensor) -> Tensor | float:
+    """Scales of clips, to be multiplied with what is like their latents; one where they agree."""
+    if len(set(scales)) == 1:
+        return scales[0]
+    return latents.new_tensor(scales).view(-1, *[1] * (latents.ndim - 1))
 
 
 def _deviation(velocity: Tensor, mask: Tensor | None) -> Tensor:

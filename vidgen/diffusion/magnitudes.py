@@ -7,6 +7,8 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vidgen.diffusion.guidance import PROMPT
+
 
 @dataclass(frozen=True)
 class Magnitudes:
@@ -14,7 +16,8 @@ class Magnitudes:
 
     Attributes:
         sigmas: falling.
-        logs: for each branch of guidance the logarithm of the size at each sigma, up to a constant.
+        logs: for each branch of guidance the logarithm of the size at each sigma, up to a constant;
+            other branches are taken to be like the prompt's.
     """
 
     sigmas: tuple[float, ...]
@@ -25,7 +28,8 @@ class Magnitudes:
         return math.exp(self._log(branch, sigma_next) - self._log(branch, sigma))
 
     def _log(self, branch: str, sigma: float) -> float:
-        rising, logs = self.sigmas[::-1], self.logs[branch][::-1]
+        rising = self.sigmas[::-1]
+        logs = self.logs.get(branch, self.logs[PROMPT])[::-1]
         sigma = min(max(sigma, rising[0]), rising[-1])
         i = max(bisect_left(rising, sigma), 1)
         share = (sigma - rising[i - 1]) / (rising[i] - rising[i - 1])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vidgen.weights.student import StudentConfig
 
 SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "image_guidance",
-            "image_guidance_reach", "guidance_interval", "guidance_rescale")
+            "image_guidance_reach", "reference_guidance", "guidance_interval", "guidance_rescale")
 """Options that say how to sample, which a student knows one answer to."""
 NOT_ROLLED = (
     *SAMPLING, "strength", "video", "mask", "last_image", "frame", "reference",

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.diffusion.condition import as_negative, guidance_share
+from vidgen.diffusion.condition import as_negative, guidance_share, unshown
 from vidgen.diffusion.flow import to_timestep
-from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, guided
+from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, PROMPT, UNSHOWN, guided
 from vidgen.diffusion.samplers import whole_timesteps
 from vidgen.diffusion.state import LatentState, denoise_inputs
 from vidgen.diffusion.token_part import TokenPart
@@ -65,22 +65,26 @@ def denoising(
         caches: what spares steps of this run, or None.
         told: what of its prompts is told apart, or None.
     """
+    asked = dict(zip(BRANCHES, contexts, strict=False))
+    if plan.guidance.reference_scale:
+        asked[UNSHOWN] = contexts[0]
     others = told.contexts if told else []
-    branches = [*BRANCHES[: len(contexts)], *[ALONE] * len(others)]
     with ExitStack() as stack:
         made = stack.enter_context(denoisers(
-            parts, plan, state, [*contexts, *others], loras, level, caches=caches,
-            branches=branches,
+            parts, plan, state, [*asked.values(), *others], loras, level, caches=caches,
+            branches=[*asked, *[ALONE] * len(others)],
         ))
-        conditional, alone = made[0], made[len(contexts) :]
+        by_branch, alone = dict(zip(asked, made, strict=False)), made[len(asked) :]
+        conditional = by_branch[PROMPT]
         if told is not None:
             conditional = stack.enter_context(told.binding(parts, state, conditional, alone))
-        if len(contexts) == 1:
+        if len(asked) == 1:
             yield conditional
         else:
             yield guided(
-                conditional, made[1], plan.guidance, denoise_mask=state.generated,
-                share=guidance_share(state, plan.guidance.reach),
+                conditional, by_branch.get(NEGATIVE, conditional), plan.guidance,
+                denoise_mask=state.generated, share=guidance_share(state, plan.guidance.reach),
+                denoise_unshown=by_branch.get(UNSHOWN),
             )
 
 
@@ -98,18 +102,19 @@ def denoisers(
         loras = loras.beside(parts.deltas(STUDENT))
     if state.sound is not None:
         contexts = [_for_takes(context, state.sound.takes) for context in contexts]
-    negative = as_negative(state, hides_given=plan.guidance.known_scale is not None)
+    hides_given = plan.guidance.known_scale is not None
+    shown = {NEGATIVE: as_negative(state, hides_given=hides_given), UNSHOWN: unshown(state)}
     listens = state.is_known and state.sound is not None and ranks is None
     boundary = boundary_of(parts.folder, plan, hears=state.sound is not None)
     with experts(parts, boundary, loras, level) as given:
         made = []
         for branch, context in zip(branches, contexts, strict=False):
-            shown = negative if branch == NEGATIVE else state
+            seen = shown.get(branch, state)
             if listens:
-                made.append(_listener(parts, plan, shown, context, given))
+                made.append(_listener(parts, plan, seen, context, given))
                 continue
             cache_at = partial(caches.at, branch) if caches and branch != ALONE else None
-            made.append(_denoiser(parts, plan, shown, context, given, ranks, cache_at))
+            made.append(_denoiser(parts, plan, seen, context, given, ranks, cache_at))
         yield made
 
 

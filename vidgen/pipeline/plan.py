@@ -217,8 +217,23 @@ def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:
         interval=request.guidance_interval or defaults.guidance_interval,
         rescale=float(request.guidance_rescale or 0.0),
         low_scale=low, boundary=defaults.boundary or 0.0, known_scale=known,
+        reference_scale=_reference_scale(request, defaults),
         reach=defaults.image_guidance_reach if reach is None else reach,
     )
+
+
+def _reference_scale(request: Request, defaults: ModelDefaults) -> float:
+    own, asked = defaults.reference_guidance_scale, request.reference_guidance
+    why = None
+    if own is None:
+        why = "this model isn't guided by references alone"
+    elif (request.devices or 1) > 1:
+        why = "several devices that share a clip aren't guided by references alone"
+    if asked and why:
+        raise InputError(f"reference_guidance is {asked}, but {why}; leave it out")
+    if own is None or why or not request.reference:
+        return 0.0
+    return float(own if asked is None else asked)
 
 
 def _refine_steps(request: Request, defaults: ModelDefaults) -> int:

@@ -201,6 +201,7 @@ def _pinned(plan: Mapping[str, Any]) -> dict[str, Any]:
             "guidance_rescale": guidance["rescale"], "guidance_low": guidance["low_scale"],
             "image_guidance": guidance.get("known_scale"),
             "image_guidance_reach": guidance.get("reach", 0),
+            "reference_guidance": guidance.get("reference_scale", 0.0),
         }
         if plan["sampler"] in SAMPLERS:
             options["sampler"] = plan["sampler"]

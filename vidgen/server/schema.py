@@ -133,6 +133,7 @@ class ExtraParams(Strict):
     guidance_low: Number | None = Field(None, ge=0, le=20)
     image_guidance: Number | None = Field(None, ge=0, le=20)
     image_guidance_reach: Whole | None = Field(None, ge=0, le=1000)
+    reference_guidance: Number | None = Field(None, ge=0, le=20)
     guidance_rescale: Number | None = Field(None, ge=0, le=1)
     refine: Whole | None = Field(None, ge=0, le=100)
     encode_passes: Whole | None = Field(None, ge=1, le=10)

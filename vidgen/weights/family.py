@@ -42,6 +42,8 @@ class ModelDefaults:
         guidance_interval: (lowest, highest) sigma at which guidance applies.
         image_guidance_scale: where frames are given; see `Guidance.known_scale`.
         image_guidance_reach: see `Guidance.reach`.
+        reference_guidance_scale: see `Guidance.reference_scale`; None: of a model that doesn't take
+            reference images as stills, which can be left out.
         refine_steps: gradient steps that bring a given first frame's latents nearer to it; None: of
             a model that takes them as its VAE encodes them.
         candidates: most that are drawn of a clip, or of each window of a long one, until the
@@ -77,6 +79,7 @@ class ModelDefaults:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     image_guidance_scale: float | None = None
     image_guidance_reach: int = 0
+    reference_guidance_scale: float | None = None
     refine_steps: int | None = None
     candidates: int = 1
     binding: float = 0.0

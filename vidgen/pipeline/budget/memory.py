@@ -159,7 +159,8 @@ class Memory:
     def _remembered(self) -> int:
         """Values that a step cache holds."""
         job = self.job
-        branches = 1 if job.plan.guidance.is_off else 2
+        guidance = job.plan.guidance
+        branches = 1 + (not guidance.is_off) + (guidance.reference_scale > 0)
         held = branches * TENSORS_HELD[job.request.cache.partition(":")[0]] * job.tokens
         return held * job.dit.hidden_dim
 
