@@ -289,6 +289,8 @@ def test_other_scales_follow_a_guidance_that_is_set(engine: Engine, tmp_path: Pa
     recipe["plan"]["guidance"]["reference_scale"] = 2.0
     other = request_from_recipe(recipe, tmp_path, changes={"guidance": 6.0})
     assert other.reference_guidance == 2.0
+    shown = request_from_recipe(recipe, tmp_path, changes={"reference": [PICTURE]})
+    assert shown.reference_guidance is None
     assert (other.guidance, other.image_guidance, other.guidance_low) == (6.0, None, None)
     both = request_from_recipe(recipe, tmp_path, changes={"guidance": 6.0, "image_guidance": 2.0})
     assert (both.image_guidance, both.guidance_low) == (2.0, None)

@@ -59,6 +59,8 @@ def request_from_recipe(
         replaced.add("readings")  # of the words that were there
     if "guidance" in replaced:
         replaced.update(("guidance_low", "image_guidance"))  # which follow it
+    if "reference" in replaced:
+        replaced.add("reference_guidance")  # of those that were there, if any
     for pair in _RIVALS:
         if replaced.intersection(pair):
             replaced.update(pair)

@@ -81,7 +81,7 @@ def _own_options(recipe: Mapping[str, Any], model: str | None, audio: Any) -> di
         "guidance_rescale": guidance["rescale"], "guidance_low": guidance.get("low_scale"),
         "image_guidance": guidance.get("known_scale"),
         "image_guidance_reach": guidance.get("reach", 0),
-        "reference_guidance": guidance.get("reference_scale", 0.0),
+        "reference_guidance": guidance.get("reference_scale") or None,  # without references 0
         "cache": asked.get("cache"), "readings": asked.get("readings"),
         "oversampling": asked.get("oversampling"), "candidates": asked.get("candidates"),
         "binding": asked.get("binding"),
