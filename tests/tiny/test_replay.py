@@ -296,6 +296,24 @@ def test_other_scales_follow_a_guidance_that_is_set(engine: Engine, tmp_path: Pa
     assert (both.image_guidance, both.guidance_low) == (2.0, None)
 
 
+def test_what_was_left_to_a_model_is_left_to_the_one_that_takes_its_place(
+    engine: Engine, tiny_model: Path, tmp_path: Path
+) -> None:
+    recipe = json.loads(json.dumps(engine.generate(PROMPT, seed=5, steps=3, fps=10).recipe))
+    recipe["plan"] |= {"candidates": 4, "binding": 1.0, "oversampling": 2, "negative": "a cat"}
+    recipe["model"]["sha256"] = "0" * 64  # of one with a verifier and a finer rate
+    with pytest.raises(InputError, match="oversampling is 2; tiny draws each"):
+        engine.generate(request_from_recipe(recipe, tmp_path))
+    other = request_from_recipe(recipe, tmp_path, changes={"model": str(tiny_model)})
+    assert (other.prompt, other.seed, other.steps, other.fps) == (PROMPT, 5, 3, 10)
+    assert (other.candidates, other.binding, other.size, other.shift) == (None, None, None, None)
+    assert other.negative is None
+    assert engine.generate(other).recipe["plan"]["num_steps"] == 3
+    recipe["model"]["sha256"] = engine.folder.content_hash  # the same in another place
+    same = request_from_recipe(recipe, tmp_path, changes={"model": str(tiny_model)})
+    assert (same.candidates, same.negative) == (4, "a cat")
+
+
 def test_a_first_frame_is_taken_as_it_was(engine: Engine, tmp_path: Path) -> None:
     recipe = json.loads(json.dumps(engine.generate(PROMPT, seed=5, image=PICTURE).recipe))
     for option, name, plain in (("refine", "refine_steps", 0),

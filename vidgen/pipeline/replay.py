@@ -53,6 +53,7 @@ def request_from_recipe(
         InputError: inputs missing or changed, by option and SHA-256; changes that don't suit; a
             recipe that is damaged.
     """
+    model = (changes or {}).get("model")
     changes = {name: v for name, v in (changes or {}).items() if name not in LOADING}
     replaced = set(changes)
     if replaced & {"prompt", "negative"}:
@@ -65,7 +66,9 @@ def request_from_recipe(
         if replaced.intersection(pair):
             replaced.update(pair)
     with _reading():
-        options = _settled(recipe) | restore_inputs(recipe, folder, given, replaced)
+        is_its_own = model is None or open_model(model).content_hash == recipe["model"]["sha256"]
+        options = _settled(recipe) if is_its_own else _asked(recipe)
+        options |= restore_inputs(recipe, folder, given, replaced)
         options = {name: v for name, v in options.items() if name not in replaced} | changes
         return Request.of(options.pop("prompt"), options)
 
@@ -167,15 +170,20 @@ def _reading() -> Iterator[None]:
                          f"reads recipes of format {RECIPE_VERSION}") from error
 
 
-def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """All options but the inputs: as asked, and as the plan settled them."""
+def _asked(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """All options but the inputs as asked, and the seed; the rest is left to another model."""
     number = recipe["format_version"]
     if number != RECIPE_VERSION:
         raise InputError(f"the recipe has format {number!r}, this vidgen reads {RECIPE_VERSION}; "
                          "install a newer one")
-    asked, plan = recipe["request"], recipe["plan"]
-    options = {name: value for name, value in asked.items() if name not in _DROPPED}
-    options |= {name: plan[name] for name in ("prompt", "negative", "seed", "fit")}
+    options = {name: v for name, v in recipe["request"].items() if name not in _DROPPED}
+    return options | {name: recipe["plan"][name] for name in ("prompt", "seed")}
+
+
+def _settled(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """All options but the inputs: as asked, and as the plan settled them."""
+    options, plan = _asked(recipe), recipe["plan"]
+    options |= {name: plan[name] for name in ("negative", "fit")}
     if "class" not in recipe["model"]:  # what another family settles stays with its pipeline
         options = {name: v for name, v in options.items() if name != "seconds"} | _pinned(plan)
         if all(record["option"] != "image" for record in recipe["inputs"]):
