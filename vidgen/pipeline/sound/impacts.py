@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from vidgen.pipeline.parts import Parts
 
 ONSET_DETECTOR: Literal["onset_detector"] = "onset_detector"
-NEAR_S = 0.065
-"""An impact and a sound so near to each other go together (docs/experiments.md, "how near")."""
+NEAR_S = 0.1
+"""An impact and a sound so near to each other go together."""
 FEWEST = 0.5
 """Impacts expected in a clip below which none are taken to be seen."""
 _SURE = 0.3
