@@ -13,7 +13,7 @@ from tests.soaking import soak
 from vidgen.media.clip import Clip
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-LONG = {"num_inference_steps": 200, "num_frames": 17, "seed": 3}
+LONG = {"num_inference_steps": 200, "num_frames": 33, "seed": 3}
 
 
 @pytest.fixture(scope="module")
