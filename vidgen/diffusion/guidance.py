@@ -64,14 +64,13 @@ class Guidance:
         """That of one clip; `known_scale` is left where frames are given, to be hidden."""
         if not has_given:
             return replace(self, known_scale=None, reach=0)
-        guidance = replace(self, reference_scale=0.0)
         if self.known_scale is None:
-            return replace(guidance, reach=0)
-        return replace(guidance, scale=self.known_scale)
+            return replace(self, reference_scale=0.0, reach=0)
+        return replace(self, scale=self.known_scale, reference_scale=0.0)
 
     def scale_at(self, sigma: float) -> float:
         """The scale of a step at `sigma`; 1 needs no unconditional velocity."""
-        if not self.interval[0] <= sigma <= self.interval[1]:
+        if not self._applies_at(sigma):
             return 1.0
         if self.low_scale is not None and sigma < self.boundary:
             return self.low_scale
@@ -79,12 +78,15 @@ class Guidance:
 
     def reference_scale_at(self, sigma: float) -> float:
         """`reference_scale` where guidance applies; 0 needs no pass without references."""
-        return self.reference_scale if self.interval[0] <= sigma <= self.interval[1] else 0.0
+        return self.reference_scale if self._applies_at(sigma) else 0.0
 
     def branches_at(self, sigma: float) -> tuple[str, ...]:
         """Those of `BRANCHES`, and `UNSHOWN`, that a step at `sigma` needs."""
         branches = BRANCHES[:1] if self.scale_at(sigma) == 1 else BRANCHES
         return (*branches, UNSHOWN) if self.reference_scale_at(sigma) else branches
+
+    def _applies_at(self, sigma: float) -> bool:
+        return self.interval[0] <= sigma <= self.interval[1]
 
     @property
     def is_off(self) -> bool:

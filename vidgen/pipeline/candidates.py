@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vidgen.core.errors import InputError
 from vidgen.diffusion.noise import shuffled
 from vidgen.models.verifier import ANY, Want, score
 from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.journal.job import TRIED
 from vidgen.pipeline.journal.state import as_array
+from vidgen.pipeline.plan import asked_or_own
 from vidgen.pipeline.tasks import words_alone
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ CANDIDATE_NOISE = -2
 """A step that no sampler takes, by which `shuffled` draws the noise of the second candidate; that
 of the third is one less, and so on."""
 
-Number = TypeVar("Number", int, float)
 Sample = Callable[["LatentState", Tensor, int], Tensor]
 """Samples a state of some clips, whose numbers [n] it is told, and that of this candidate."""
 
@@ -74,23 +73,12 @@ def with_verifier(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     shared = "several devices that share a clip don't tell things apart"
     alone = why or (shared if (request.devices or 1) > 1 else None)
     own = folder.defaults
-    binding = _asked("binding", request.binding, own.binding, alone, off=0)
+    binding = asked_or_own("binding", request.binding, own.binding, alone, off=0)
     return replace(
         plan,
-        candidates=_asked("candidates", request.candidates, own.candidates, why, off=1),
+        candidates=asked_or_own("candidates", request.candidates, own.candidates, why, off=1),
         binding=binding if words_alone(request) else 0,
     )
-
-
-def _asked(
-    name: str, asked: Number | None, own: Number, why: str | None, *, off: Number
-) -> Number:
-    """An option as it is asked for, or the model's own; `off` where it can't be had."""
-    if why is None:
-        return own if asked is None else asked
-    if asked not in (None, off):
-        raise InputError(f"{name} is {asked}, but {why}; leave it out")
-    return off
 
 
 def anew(state: LatentState, number: int) -> LatentState:

@@ -103,13 +103,16 @@ def denoisers(
     if state.sound is not None:
         contexts = [_for_takes(context, state.sound.takes) for context in contexts]
     hides_given = plan.guidance.known_scale is not None
-    shown = {NEGATIVE: as_negative(state, hides_given=hides_given), UNSHOWN: unshown(state)}
     listens = state.is_known and state.sound is not None and ranks is None
     boundary = boundary_of(parts.folder, plan, hears=state.sound is not None)
     with experts(parts, boundary, loras, level) as given:
         made = []
         for branch, context in zip(branches, contexts, strict=False):
-            seen = shown.get(branch, state)
+            seen = state
+            if branch == NEGATIVE:
+                seen = as_negative(state, hides_given=hides_given)
+            elif branch == UNSHOWN:
+                seen = unshown(state)
             if listens:
                 made.append(_listener(parts, plan, seen, context, given))
                 continue

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import MAX_SECONDS, OF_OWN_SOUND, Request
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from vidgen.weights.student import RollConfig, StudentConfig
 
 log = logging.getLogger(__name__)
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,28 @@ def _check_beginning(num_frames: int, request: Request, fps: Fraction, kept: int
                              f"{float(num_frames / fps):g} s; give a later one")
 
 
+def asked_or_own(
+    name: str, asked: Number | None, own: Number, why: str | None, *, off: Number
+) -> Number:
+    """An option as it is asked for, or the model's own; `off` where it can't be had.
+
+    Args:
+        name: the option's.
+        asked: what the request says, or None.
+        own: what the model has of its own.
+        why: it can't be had, or None.
+        off: the value that asks for nothing.
+
+    Raises:
+        InputError: it is asked for where it can't be had.
+    """
+    if why is None:
+        return own if asked is None else asked
+    if asked not in (None, off):
+        raise InputError(f"{name} is {asked}, but {why}; leave it out")
+    return off
+
+
 def draw_seed() -> int:
     """A seed for who gave none."""
     return secrets.randbelow(2**32)
@@ -223,24 +247,19 @@ def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:
 
 
 def _reference_scale(request: Request, defaults: ModelDefaults) -> float:
-    own, asked = defaults.reference_guidance_scale, request.reference_guidance
-    why = None
+    own, why = defaults.reference_guidance_scale, None
     if own is None:
         why = "this model isn't guided by references alone"
     elif (request.devices or 1) > 1:
         why = "several devices that share a clip aren't guided by references alone"
-    if asked and why:
-        raise InputError(f"reference_guidance is {asked}, but {why}; leave it out")
-    if own is None or why or not request.reference:
-        return 0.0
-    return float(own if asked is None else asked)
+    scale = asked_or_own("reference_guidance", request.reference_guidance, own or 0.0, why, off=0.0)
+    return float(scale) if request.reference else 0.0
 
 
 def _refine_steps(request: Request, defaults: ModelDefaults) -> int:
-    if request.refine and defaults.refine_steps is None:
-        raise InputError(f"refine is {request.refine}, but this model takes first frames as they "
-                         "are encoded; leave it out")
-    return (defaults.refine_steps or 0) if request.refine is None else request.refine
+    own = defaults.refine_steps
+    why = "this model takes first frames as they are encoded" if own is None else None
+    return asked_or_own("refine", request.refine, own or 0, why, off=0)
 
 
 def _own_sound(request: Request, folder: ModelFolder) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class OwnSound:
         for number, (start, stop) in enumerate(self.windows):
             first, count = self.num_gone + start, stop - start
             _, end, _ = self._span(first, count)
-            if self.latents.shape[2] and self.begins + self.latents.shape[2] >= end:
+            if self.latents.shape[2] and self._ends >= end:
                 continue  # made before a kill
             seen = slice(self.pace.finer(start), self.pace.finer(stop))
             shown = picture[:, :, seen].to(self.parts.device)
@@ -134,7 +134,7 @@ class OwnSound:
             impacts = impacts_seen(self.parts, shown, pace, first, self.plan.fps)
         if impacts is not None:
             begin = self._span(first, 1)[0]
-            known = max(0, self.begins + self.latents.shape[2] - begin)
+            known = max(0, self._ends - begin)
             impacts = replace(
                 impacts.later(self.plan.sound_delay_s - begin / config.tokens_per_s),
                 new_from_s=known / config.tokens_per_s,
@@ -168,8 +168,7 @@ class OwnSound:
         begin, end, _ = self._span(first, count)
         if not self.latents.shape[2]:
             self.begins = begin
-        have = self.begins + self.latents.shape[2]
-        new = made[:, :, max(0, have - begin) : end - begin]
+        new = made[:, :, max(0, self._ends - begin) : end - begin]
         self.latents = torch.cat([self.latents, new.float().cpu()], dim=2)
 
     def decode(self) -> tuple[Samples, int]:
@@ -215,6 +214,11 @@ class OwnSound:
     def _span(self, first: int, count: int) -> tuple[int, int, float]:
         rate = _config(self.parts).tokens_per_s
         return sound_span(first, count, self._stride_t, self.plan.fps, rate)
+
+    @property
+    def _ends(self) -> int:
+        """The clip's latent behind the last one that is made or known."""
+        return self.begins + self.latents.shape[2]
 
     @property
     def _stride_t(self) -> int:
