@@ -23,6 +23,9 @@ _RARE = -4.0
 _GROUPS = 8
 _DROPPED = 0.1
 """Share of what is seen that a detector has to do without while it learns."""
+SMEARS = 0.0, 0.25, 0.5
+"""How far a clip is smeared over time each time that it is looked at, of which the mean is taken:
+what a generator draws is smeared itself, here more and there less."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,14 @@ class OnsetDetector(nn.Module):
     @torch.no_grad()
     def expected(self, latents: Tensor) -> Tensor:
         """How many onsets are to be expected in each part of a frame: [B, F, P]."""
-        odds: Tensor = self(latents.to(self.places.weight.dtype))
-        return odds.sigmoid()
+        seen = latents.to(self.places.weight.dtype)
+        return torch.stack([self(smeared(seen, share)).sigmoid() for share in SMEARS]).mean(0)
+
+
+def smeared(latents: Tensor, share: Tensor | float) -> Tensor:
+    """Latents [B, C, F, h, w], each drawn so far towards the mean of the frames beside it."""
+    beside = F.pad(latents, (0, 0, 0, 0, 1, 1), mode="replicate")
+    return latents + share * ((beside[:, :, :-2] + beside[:, :, 2:]) / 2 - latents)
 
 
 def part_times(first: int, count: int, num_parts: int, stride_t: int, fps: float) -> Tensor:

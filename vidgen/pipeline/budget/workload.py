@@ -18,7 +18,7 @@ from vidgen.models.audio import AudioVAEConfig
 from vidgen.models.audio_spectra import NOISE_FRAMES
 from vidgen.models.dit import AudioConfig, DiTConfig
 from vidgen.models.image import ImageConfig
-from vidgen.models.onset_detector import OnsetDetectorConfig
+from vidgen.models.onset_detector import SMEARS, OnsetDetectorConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig, by_decoder
 from vidgen.models.vae_tiles import AT_ONCE, tile_areas
@@ -210,16 +210,17 @@ def verifier_ops(config: VerifierConfig, frames: int, pixels: int) -> list[Op]:
 
 
 def onset_detector_ops(config: OnsetDetectorConfig, frames: int, pixels: int) -> list[Op]:
-    """So many latent frames of so many latents through an onset detector."""
+    """An onset detector's looks at so many latent frames of so many latents."""
+    times = len(SMEARS)
     layers, D, T = 2 * config.num_blocks, config.dim, config.time_dim
     looks, told = config.num_looks, config.num_values + 2
     each = 9 * D * (layers * D + config.latent_channels)  # of a latent
     each += D * (looks + config.num_values) + looks * told
     across = T * (looks * told + config.num_time_blocks * 2 * 3 * T + config.num_parts)
     return [
-        Op("conv", D, 2 * frames * (each * pixels + across)),
-        Op("layer", 1, 5 + layers + 2 * config.num_time_blocks),
-        Op("pixels", D * pixels, (1 + layers) * D * pixels * frames),
+        Op("conv", D, times * 2 * frames * (each * pixels + across)),
+        Op("layer", 1, times * (5 + layers + 2 * config.num_time_blocks)),
+        Op("pixels", D * pixels, times * (1 + layers) * D * pixels * frames),
     ]
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidgen.models.onset_detector import smeared
 from vidgen.toybox.cues import sound_cues
 from vidgen.toybox.truth import actor_centres
 from vidgen.training.embedded.toybox_data import ToyboxCache
@@ -96,9 +97,7 @@ def varied(clips: Followed, noise: float, draw: torch.Generator) -> Followed:
     def some() -> Tensor:
         return luck(B, 1, 1, 1, 1) < SOME
 
-    beside = F.pad(latents, (0, 0, 0, 0, 1, 1), mode="replicate")
-    x = latents.lerp((beside[:, :, :-2] + beside[:, :, 2:]) / 2,
-                     SMEARED * luck(B, 1, frames, 1, 1) * some())
+    x = smeared(latents, SMEARED * luck(B, 1, frames, 1, 1) * some())
     around = F.avg_pool3d(F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate"), (1, 3, 3), stride=1)
     x = x.lerp(around, SOFTENED * luck(B, 1, 1, 1, 1) * some())
     gain, shift = TINTED * torch.randn(2, B, C, 1, 1, 1, generator=draw)
