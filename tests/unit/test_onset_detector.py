@@ -14,7 +14,12 @@ import torch
 from tests.unit.test_sound_candidates import RATE, clicks
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.oversampling import Pace
-from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig, part_times
+from vidgen.models.onset_detector import (
+    OnsetDetector,
+    OnsetDetectorConfig,
+    part_times,
+    smeared,
+)
 from vidgen.pipeline.sound.candidates import AT_ONCE, best_heard
 from vidgen.pipeline.sound.impacts import (
     ON_TIME,
@@ -60,6 +65,23 @@ def test_it_looks_at_clips_of_any_size_and_length_each_by_itself() -> None:
     assert expected.shape == (2, 9, 8)
     assert torch.allclose(expected[1:], detector.expected(latents[1:]), atol=1e-6)
     assert detector.expected(torch.randn(1, 4, 1, 16, 16)).shape == (1, 1, 8)
+
+
+def test_its_answer_is_the_mean_of_those_for_clips_smeared_over_time() -> None:
+    torch.manual_seed(0)
+    detector, latents = OnsetDetector(CONFIG).eval(), torch.randn(1, 4, 6, 6, 6)
+    wanted = sum(detector(smeared(latents, share)).sigmoid() for share in (0.0, 0.25, 0.5)) / 3
+    assert torch.allclose(detector.expected(latents), wanted, atol=1e-6)
+    assert not torch.allclose(detector.expected(latents), detector(latents).sigmoid(), atol=1e-5)
+
+
+def test_what_is_smeared_is_drawn_towards_the_frames_beside_it() -> None:
+    flash = torch.tensor([0.0, 0, 1, 0, 0]).view(1, 1, 5, 1, 1)
+    assert smeared(flash, 0.5).flatten().tolist() == [0, 0.25, 0.5, 0.25, 0]
+    assert smeared(flash, 0.0).equal(flash)
+    ends = torch.tensor([1.0, 0, 1]).view(1, 1, 3, 1, 1)  # what is before and after is like them
+    assert smeared(ends, 1.0).flatten().tolist() == [0.5, 1, 0.5]
+    assert smeared(flash[:, :, 2:3], 0.5).item() == 1
 
 
 def test_it_computes_in_the_precision_of_its_weights() -> None:
