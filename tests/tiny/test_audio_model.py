@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.sounds import RATE, save, tone
+from tests.stopping import stop_at
 from tests.tiny.audio_models import BUILDERS
 from vidgen.cli.main import main
 from vidgen.core.errors import Cancelled, InputError, ModelError
@@ -131,15 +132,8 @@ def test_what_was_made_is_kept_by_the_journal(engine, model, tmp_path, monkeypat
 
     monkeypatch.setattr(AudioModel, "make", counted)
 
-    def stop_at(step):
-        def on_event(progress):
-            if progress.stage == "sound" and progress.done == step:
-                raise Cancelled("stopped")
-
-        return on_event
-
     with pytest.raises(Cancelled):  # in the midst of it
-        engine.generate(PROMPT, **options, journal=Journal(out), on_event=stop_at(50))
+        engine.generate(PROMPT, **options, journal=Journal(out), on_event=stop_at(50, "sound"))
     clip = engine.generate(PROMPT, **options, journal=Journal(out, resume=True))
     clip.journal.pause()  # as a kill behind it
     again = engine.generate(PROMPT, **options, journal=Journal(out, resume=True))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.models import add_verifier, build_tiny_model, own_defaults
+from tests.stopping import stop_after
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.core.protocols import Denoise
 from vidgen.core.request import Request
@@ -29,7 +30,7 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
-from vidgen.pipeline.video import Engine, Progress, load
+from vidgen.pipeline.video import Engine, load
 from vidgen.weights.student import RollConfig, StudentConfig
 
 TWO, ONE = "a red car chases the cat", "a red car bounces"
@@ -184,17 +185,10 @@ def test_stopped_anywhere_it_goes_on_bound(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     monkeypatch.setattr(journal, "PATIENCE", 0)
-    steps: list[int] = []
-
-    def stop(progress: Progress) -> None:
-        if progress.stage == "sample":
-            steps.append(progress.done)
-            if len(steps) == count:
-                raise Cancelled("stopped")
-
     whole = latents_of(engine, TWO)
     with pytest.raises(Cancelled):
-        engine.generate(TWO, **OPTIONS, journal=Journal(tmp_path / "x.mp4"), on_event=stop)
+        engine.generate(TWO, **OPTIONS, journal=Journal(tmp_path / "x.mp4"),
+                        on_event=stop_after(count))
     again = latents_of(engine, TWO, journal=Journal(tmp_path / "x.mp4", resume=True))
     assert torch.equal(again, whole)
 

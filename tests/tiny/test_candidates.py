@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.models import add_verifier, build_tiny_model, own_defaults
+from tests.stopping import stop_after
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.diffusion.condition import first_frame
@@ -29,7 +30,7 @@ from vidgen.pipeline.journal.job import TRIED, job_folder
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
-from vidgen.pipeline.video import Engine, Progress, load
+from vidgen.pipeline.video import Engine, load
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import ModelFolder, open_model
 from vidgen.weights.student import RollConfig, StudentConfig
@@ -133,18 +134,6 @@ def noting(steps: list[int]) -> Any:
     return lambda p: steps.append(p.done) if p.stage == "sample" else None
 
 
-def stop_at(count: int) -> Any:
-    steps: list[int] = []
-
-    def on_event(progress: Progress) -> None:
-        if progress.stage == "sample":
-            steps.append(progress.done)
-            if len(steps) == count:
-                raise Cancelled("stopped")
-
-    return on_event
-
-
 @pytest.mark.parametrize("patience", [0, 1e9])
 @pytest.mark.parametrize(("frames", "count"), [
     (9, 2), (9, 3), (9, 4), (9, 5), (33, 3), (33, 5), (33, 7), (33, 9), (33, 11), (33, 12),
@@ -161,7 +150,7 @@ def test_stopped_anywhere_it_goes_on_with_the_candidates_left(
         whole = engine.generate(PROMPT, **options, on_event=noting(all_steps))
         with pytest.raises(Cancelled):
             engine.generate(PROMPT, **options, journal=Journal(tmp_path / "x.mp4"),
-                            on_event=stop_at(count))
+                            on_event=stop_after(count))
         again = engine.generate(PROMPT, **options, on_event=noting(steps),
                                 journal=Journal(tmp_path / "x.mp4", resume=True))
     assert torch.equal(again.latents, whole.latents)
@@ -178,11 +167,12 @@ def test_a_candidate_that_was_given_up_is_not_gone_on_with(
     with content_from(engine, NEVER):
         whole = engine.generate(PROMPT, **OPTIONS, candidates=2)
         with pytest.raises(Cancelled):
-            engine.generate(PROMPT, **OPTIONS, candidates=2, journal=kept, on_event=stop_at(3))
+            engine.generate(PROMPT, **OPTIONS, candidates=2, journal=kept, on_event=stop_after(3))
         state = (job_folder(kept.output) / "state.safetensors").read_bytes()
         resumed = Journal(tmp_path / "x.mp4", resume=True)
         with pytest.raises(Cancelled):
-            engine.generate(PROMPT, **OPTIONS, candidates=2, journal=resumed, on_event=stop_at(1))
+            engine.generate(PROMPT, **OPTIONS, candidates=2, journal=resumed,
+                            on_event=stop_after(1))
         assert (job_folder(kept.output) / TRIED).is_file()
         (job_folder(kept.output) / "state.safetensors").write_bytes(state)
         again = engine.generate(PROMPT, **OPTIONS, candidates=2, on_event=noting(steps),

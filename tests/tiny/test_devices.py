@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.models import build_tiny_model
+from tests.stopping import stop_at
 from vidgen.core.errors import Cancelled, DeviceError, InputError
 from vidgen.diffusion.cache import StepCaches
 from vidgen.diffusion.magnitudes import Magnitudes
@@ -109,13 +110,9 @@ def test_a_half_decoded_clip_waits_while_another_is_made(one: Engine, both: Engi
 
 
 def test_a_clip_that_is_stopped_goes_on(both: Engine, tmp_path: Path) -> None:
-    def stop(progress: object) -> None:
-        if progress.stage == "sample" and progress.done == 2:
-            raise Cancelled("stopped")
-
     output, options = tmp_path / "clip.mkv", {"seed": 3, "steps": 4}
     with pytest.raises(Cancelled):
-        both.generate(PROMPT, journal=Journal(output), on_event=stop, **options)
+        both.generate(PROMPT, journal=Journal(output), on_event=stop_at(2), **options)
     clip = both.generate(PROMPT, journal=Journal(output, resume=True), **options)
     assert torch.equal(clip.latents, both.generate(PROMPT, **options).latents)
 
@@ -176,13 +173,9 @@ def test_a_clip_with_a_cache_goes_on_in_the_middle_of_a_window(
     options = {"seed": 3, "steps": 8, "frames": 37, "cache": cache, "guidance": guidance}
     straight = both.generate(PROMPT, **options).latents
     for step in (4, 8 + 4, 8 + 6):  # after a spared step and a computed one, of two windows
-        def stop(progress: object, step: int = step) -> None:
-            if progress.stage == "sample" and progress.done == step:
-                raise Cancelled("stopped")
-
         out = tmp_path / f"{step}.mkv"
         with pytest.raises(Cancelled):
-            both.generate(PROMPT, journal=Journal(out), on_event=stop, **options)
+            both.generate(PROMPT, journal=Journal(out), on_event=stop_at(step), **options)
         clip = both.generate(PROMPT, journal=Journal(out, resume=True), **options)
         assert torch.equal(clip.latents, straight)
 

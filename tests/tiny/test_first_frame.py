@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.stopping import stop_at
 from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.pipeline.first_frame import draw_first_frame
@@ -94,12 +95,8 @@ def test_an_image_model_makes_images(models: Models, tmp_path: Path) -> None:
 
 
 def test_drawing_can_be_stopped(models: Models) -> None:
-    def stop(progress: Any) -> None:
-        if progress.stage == "sample":
-            raise Cancelled("stopped")
-
     with pytest.raises(Cancelled):
-        draw(models("sdxl"), on_event=stop)
+        draw(models("sdxl"), on_event=stop_at(1))
 
 
 def test_what_is_no_image_model_is_refused(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.sounds import save, tone
+from tests.stopping import stop_at
 from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.media import write
@@ -66,14 +67,6 @@ def make(engine: ForeignEngine, family: str, kept: Any = None, **options: Any) -
     clip = engine.generate(PROMPT, journal=kept, **wanted)
     assert isinstance(clip, Clip)
     return clip
-
-
-def stop_at(step: int) -> Any:
-    def on_event(progress: Progress) -> None:
-        if progress.stage == "sample" and progress.done == step:
-            raise Cancelled("stopped")
-
-    return on_event
 
 
 def stop_after(frames: int) -> Any:
@@ -257,13 +250,10 @@ def test_several_clips_and_a_drawn_seed(engine: Open, tmp_path: Path) -> None:
     paths = [tmp_path / f"x-{n}.mkv" for n in (1, 2)]
     options = {"count": 2, "steps": 2, "size": "32x32", "frames": 17}
 
-    def on_event(progress: Progress) -> None:
-        if (progress.clip, progress.stage, progress.done) == (2, "sample", 1):
-            raise Cancelled("stopped")
-
     ours = engine("cogvideox")
     with pytest.raises(Cancelled):
-        ours.generate(PROMPT, journal=[*map(Journal, paths)], on_event=on_event, **options)
+        ours.generate(PROMPT, journal=[*map(Journal, paths)], on_event=stop_at(1, clip=2),
+                      **options)
     seed = read_job(job_folder(paths[0]))["recipe"]["plan"]["seed"]
     told: list[tuple[int, int]] = []
     clips = ours.generate(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.stopping import stop_at
 from vidgen.core.errors import Cancelled, InputError, OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media import write
@@ -89,14 +90,6 @@ def go(
     clip = engine.generate(PROMPT, journal=kept, on_event=on_event, **(LONG | options))
     assert isinstance(clip, Clip)
     return clip
-
-
-def stop_at(step: int) -> Any:
-    def on_event(progress: Progress) -> None:
-        if progress.stage == "sample" and progress.done == step:
-            raise Cancelled("stopped")
-
-    return on_event
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, engine: Engine, name: str) -> list[Any]:
@@ -466,12 +459,9 @@ def test_several_clips_have_a_journal_each(engine, tmp_path):
     paths = [tmp_path / f"x-{n}.mkv" for n in (1, 2, 3)]
     options = {"seed": 5, "count": 3, "steps": 2}
 
-    def on_event(progress: Progress) -> None:
-        if progress.clip == 2 and progress.done == 1:
-            raise Cancelled("stopped")
-
     with pytest.raises(Cancelled):
-        engine.generate(PROMPT, journal=[*map(Journal, paths)], on_event=on_event, **options)
+        engine.generate(PROMPT, journal=[*map(Journal, paths)], on_event=stop_at(1, clip=2),
+                        **options)
     seen: list[tuple[int, int]] = []
     clips = engine.generate(
         PROMPT, journal=[Journal(path, resume=True) for path in paths],

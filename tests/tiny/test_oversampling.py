@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.models import add_low_expert, build_tiny_model
+from tests.stopping import stop_at
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.core.protocols import KeyTokens, OnStep, SamplerState, StepInfo
 from vidgen.core.request import Request
@@ -37,7 +38,7 @@ from vidgen.pipeline.budget.preflight import settle
 from vidgen.pipeline.budget.stages import Setup
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.video import Engine, Progress, load
+from vidgen.pipeline.video import Engine, load
 
 STRIDES = Strides(4, 8)
 PROMPT = "a red car bounces"
@@ -195,13 +196,9 @@ def test_stopped_between_steps_it_goes_on(
     monkeypatch.setattr(journal, "PATIENCE", 0)
     whole = made(engine, sampler=sampler).frames
 
-    def stop(progress: Progress) -> None:
-        if progress.stage == "sample" and progress.done == step:
-            raise Cancelled("stopped")
-
     out = tmp_path / "x.mp4"
     with pytest.raises(Cancelled):
-        made(engine, sampler=sampler, journal=Journal(out), on_event=stop)
+        made(engine, sampler=sampler, journal=Journal(out), on_event=stop_at(step))
     steps: list[int] = []
     again = made(engine, sampler=sampler, journal=Journal(out, resume=True),
                  on_event=lambda p: steps.append(p.done) if p.stage == "sample" else None)
@@ -248,13 +245,9 @@ def test_a_clip_that_is_edited_goes_on_between_steps(
     options = {"video": a_video(tmp_path / "given.mkv"), "strength": strength, "steps": 8}
     whole = made(engine, **options).frames
 
-    def stop(progress: Progress) -> None:
-        if progress.stage == "sample" and progress.done == 1:
-            raise Cancelled("stopped")
-
     out = tmp_path / "x.mp4"
     with pytest.raises(Cancelled):
-        made(engine, **options, journal=Journal(out), on_event=stop)
+        made(engine, **options, journal=Journal(out), on_event=stop_at(1))
     again = made(engine, **options, journal=Journal(out, resume=True))
     assert (again.frames == whole).all()
 
@@ -329,13 +322,9 @@ def test_a_long_clip_is_drawn_finer_window_by_window(
     plain = made(engine, frames=41, oversampling=1)
     assert (whole.frames[1:] != plain.frames[1:]).any()
 
-    def stop(progress: Progress) -> None:
-        if progress.stage == "sample" and progress.done == 7:  # in the second window of 4 steps
-            raise Cancelled("stopped")
-
     out = tmp_path / "x.mp4"
     with pytest.raises(Cancelled):
-        made(engine, frames=41, journal=Journal(out), on_event=stop)
+        made(engine, frames=41, journal=Journal(out), on_event=stop_at(7))  # of the second window
     again = made(engine, frames=41, journal=Journal(out, resume=True))
     assert torch.equal(again.latents, whole.latents)
     longer = made(engine, frames=57)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import vidgen
+from tests.stopping import stop_at
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.shapes import Tiles
@@ -368,12 +369,8 @@ def test_the_recipe_travels_in_the_file(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_raising_cancelled_stops(engine: Engine) -> None:
-    def stop(progress: object) -> None:
-        if progress.stage == "sample":
-            raise Cancelled("stopped")
-
     with pytest.raises(Cancelled):
-        engine.generate(PROMPT, on_event=stop)
+        engine.generate(PROMPT, on_event=stop_at(1))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.stopping import stop_at
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.diffusion.cache import FirstBlock, Forecast, Probe, StepCaches, relative_change
@@ -29,7 +30,7 @@ from vidgen.pipeline.step_caches import (
     read_magnitudes,
     write_magnitudes,
 )
-from vidgen.pipeline.video import Engine, Progress, load
+from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car bounces across the desert"
 WITH_CONTROL = replace(
@@ -100,12 +101,8 @@ def test_a_resumed_run_equals_a_whole_one(
     for step in (3, 4, 6):
         out = tmp_path / f"{step}.mp4"
 
-        def stop(progress: Progress, step: int = step) -> None:
-            if (progress.stage, progress.done) == ("sample", step):
-                raise Cancelled("stopped")
-
         with pytest.raises(Cancelled):
-            engine.generate(PROMPT, journal=Journal(out), on_event=stop, **options)
+            engine.generate(PROMPT, journal=Journal(out), on_event=stop_at(step), **options)
         clip = engine.generate(PROMPT, journal=Journal(out, resume=True), **options)
         assert torch.equal(clip.latents, expected)
 
@@ -117,14 +114,10 @@ def test_each_window_begins_its_cache_anew_and_goes_on_inside(
     options = {**STEPS, "frames": 37, "guidance": 1.0, "cache": "first-block:100"}
     out = tmp_path / "x.mp4"
 
-    def stop(progress: Progress) -> None:
-        if (progress.stage, progress.done) == ("sample", 8 + 4):
-            raise Cancelled("stopped")
-
     straight = engine.generate(PROMPT, **options).latents
     assert passes.count(max(passes)) == 4 * 3  # windows, and steps computed in each
     with pytest.raises(Cancelled):
-        engine.generate(PROMPT, journal=Journal(out), on_event=stop, **options)
+        engine.generate(PROMPT, journal=Journal(out), on_event=stop_at(8 + 4), **options)
     passes.clear()
     clip = engine.generate(PROMPT, journal=Journal(out, resume=True), **options)
     assert torch.equal(clip.latents, straight)
@@ -134,12 +127,9 @@ def test_each_window_begins_its_cache_anew_and_goes_on_inside(
 def test_a_job_goes_on_with_its_own_cache(engine: Engine, tmp_path: Path) -> None:
     out = tmp_path / "x.mp4"
 
-    def stop(progress: Progress) -> None:
-        if (progress.stage, progress.done) == ("sample", 3):
-            raise Cancelled("stopped")
-
     with pytest.raises(Cancelled):
-        engine.generate(PROMPT, journal=Journal(out), on_event=stop, **STEPS, cache="forecast")
+        engine.generate(PROMPT, journal=Journal(out), on_event=stop_at(3), **STEPS,
+                        cache="forecast")
     with pytest.raises(InputError, match=r"plan\.cache.*was"):
         engine.generate(PROMPT, journal=Journal(out, resume=True), **STEPS)
 

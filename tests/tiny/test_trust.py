@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.stopping import stop_at
 from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
 from tests.tiny.test_provenance import plain_environment  # noqa: F401 - a fixture
 from vidgen.cli.main import main
@@ -18,7 +19,7 @@ from vidgen.media.provenance import GENERATED, read_marks
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.policy import WordList
-from vidgen.pipeline.video import Engine, Progress, load
+from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car bounces across the desert"
 
@@ -44,14 +45,9 @@ def test_a_clip_has_its_time_and_id_from_the_engine_on(engine, tmp_path):
 
 def test_a_clip_that_goes_on_keeps_its_stamp(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "PATIENCE", 0)
-
-    def stop(progress: Progress) -> None:
-        if progress.stage == "sample" and progress.done == 1:
-            raise Cancelled("stopped")
-
     out = tmp_path / "a.mp4"
     with pytest.raises(Cancelled):
-        engine.generate(PROMPT, seed=1, journal=Journal(out), on_event=stop)
+        engine.generate(PROMPT, seed=1, journal=Journal(out), on_event=stop_at(1))
     kept = Journal(out, resume=True)
     begun = kept.recipe
     clip = engine.generate(PROMPT, seed=1, journal=kept)

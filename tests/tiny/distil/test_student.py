@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from tests.distilling import as_stored, with_run
 from tests.lora_models import make_adapter, make_dit
 from tests.programs import load_program
+from tests.stopping import stop_at
 from tests.wan_models import build_diffusers
 from vidgen.cli.main import main
 from vidgen.core.config import build
 from vidgen.core.config_file import load_yaml
-from vidgen.core.errors import InputError, ModelError
+from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.diffusion.samplers import sample_unipc
 from vidgen.media.probe import read_recipe
@@ -244,16 +245,8 @@ def test_a_replay_and_a_resumed_clip_are_the_same(
 ) -> None:
     monkeypatch.setattr(journal, "PATIENCE", 0)
     path = tmp_path / "clip.mkv"
-
-    class Stopped(Exception):
-        pass
-
-    def stop(progress: Any) -> None:
-        if progress.stage == "sample" and progress.done == 1:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        engine.generate(PROMPT, seed=3, steps=2, journal=Journal(path), on_event=stop)
+    with pytest.raises(Cancelled):
+        engine.generate(PROMPT, seed=3, steps=2, journal=Journal(path), on_event=stop_at(1))
     clip = engine.generate(PROMPT, seed=3, steps=2, journal=Journal(path, resume=True))
     assert torch.equal(clip.latents, engine.generate(PROMPT, seed=3, steps=2).latents)
     clip.save(path)

@@ -1,0 +1,32 @@
+"""Stopping work at a certain point of it, as whoever is told of progress may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vidgen.core.errors import Cancelled
+from vidgen.pipeline.video import Progress, Stage
+
+OnEvent = Callable[[Progress], None]
+
+
+def stop_at(done: int, stage: Stage = "sample", clip: int = 1) -> OnEvent:
+    """Stop where so much is done of a stage of a clip."""
+
+    def on_event(progress: Progress) -> None:
+        if (progress.clip, progress.stage, progress.done) == (clip, stage, done):
+            raise Cancelled("stopped")
+
+    return on_event
+
+
+def stop_after(count: int) -> OnEvent:
+    """Stop after so many steps of sampling, of whichever candidate or window they are."""
+    told = list[Progress]()
+
+    def on_event(progress: Progress) -> None:
+        told.extend([progress] if progress.stage == "sample" else [])
+        if len(told) == count:
+            raise Cancelled("stopped")
+
+    return on_event
