@@ -25,8 +25,9 @@ def stop_after(count: int) -> OnEvent:
     told = list[Progress]()
 
     def on_event(progress: Progress) -> None:
-        told.extend([progress] if progress.stage == "sample" else [])
-        if len(told) == count:
-            raise Cancelled("stopped")
+        if progress.stage == "sample":
+            told.append(progress)
+            if len(told) == count:
+                raise Cancelled("stopped")
 
     return on_event
