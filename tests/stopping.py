@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from vidgen.core.errors import Cancelled
 from vidgen.pipeline.video import Progress, Stage
@@ -20,14 +20,24 @@ def stop_at(done: int, stage: Stage = "sample", clip: int = 1) -> OnEvent:
     return on_event
 
 
-def stop_after(count: int) -> OnEvent:
-    """Stop after so many steps of sampling, of whichever candidate or window they are."""
+def stop_after(count: int, stages: Collection[Stage] = ("sample",)) -> OnEvent:
+    """Stop after so many steps of some stages, of whichever candidate or window they are."""
     told = list[Progress]()
 
     def on_event(progress: Progress) -> None:
-        if progress.stage == "sample":
+        if progress.stage in stages:
             told.append(progress)
             if len(told) == count:
                 raise Cancelled("stopped")
 
     return on_event
+
+
+def interrupt_behind(frames: int) -> Callable[[int], None]:
+    """Interrupt the writing of a clip, as Ctrl-C does, once more than so many frames are there."""
+
+    def on_frames(count: int) -> None:
+        if count > frames:
+            raise KeyboardInterrupt
+
+    return on_frames

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.sounds import save, tone
-from tests.stopping import stop_at
+from tests.stopping import interrupt_behind, stop_at
 from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.media import write
@@ -69,14 +69,6 @@ def make(engine: ForeignEngine, family: str, kept: Any = None, **options: Any) -
     return clip
 
 
-def stop_after(frames: int) -> Any:
-    def on_frames(count: int) -> None:
-        if count > frames:
-            raise KeyboardInterrupt
-
-    return on_frames
-
-
 def calls_of(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
     """First arguments of the calls of a method."""
     calls, method = [], getattr(owner, name)
@@ -119,7 +111,8 @@ def test_stopped_at_each_stage(
     calls = calls_of(monkeypatch, ours.pipe, "call")
     for frames in (0, clip.num_frames * 2 // 3):  # while it decodes and writes
         with pytest.raises(KeyboardInterrupt):
-            make(ours, family, Journal(out, resume=True)).save(out, on_frames=stop_after(frames))
+            make(ours, family, Journal(out, resume=True)).save(
+                out, on_frames=interrupt_behind(frames))
     kept = job_facts(job_folder(out))["done"]
     assert 0 < kept <= clip.num_frames
     first: list[int] = []
@@ -183,7 +176,8 @@ def test_a_label_stays_on_the_opening(engine: Open, out: Path) -> None:
     ours, whole = engine("hunyuan"), out.with_name("whole.mkv")
     make(ours, "hunyuan", label="visible").save(whole)
     with pytest.raises(KeyboardInterrupt):
-        make(ours, "hunyuan", Journal(out), label="visible").save(out, on_frames=stop_after(14))
+        make(ours, "hunyuan", Journal(out), label="visible").save(
+            out, on_frames=interrupt_behind(14))
     make(ours, "hunyuan", Journal(out, resume=True), label="visible").save(out)
     assert_same(out, whole)
 
@@ -208,7 +202,7 @@ def test_frames_are_kept_where_decoding_cannot_wait(
     ours.pipe.own = Sectioned(**ours.pipe.own.components)
     make(ours, "ltx", frames=17).save(whole)
     with pytest.raises(KeyboardInterrupt):
-        make(ours, "ltx", Journal(out), frames=17).save(out, on_frames=stop_after(0))
+        make(ours, "ltx", Journal(out), frames=17).save(out, on_frames=interrupt_behind(0))
     calls = calls_of(monkeypatch, ours.pipe, "call")
     clip = make(ours, "ltx", Journal(out, resume=True), frames=17)
     assert (clip.latents, calls) == (None, [])

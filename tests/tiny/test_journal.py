@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.stopping import stop_at
+from tests.stopping import interrupt_behind, stop_at
 from vidgen.core.errors import Cancelled, InputError, OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media import write
@@ -183,12 +183,8 @@ def test_stopped_while_it_is_written(engine, out, straight, straight_file, monke
     """Kept segments are neither decoded nor encoded again, and the sampler doesn't run."""
     clip = go(engine, out, resume=False)
 
-    def on_frames(count: int) -> None:
-        if count > frames:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        clip.save(out, on_frames=on_frames)
+        clip.save(out, on_frames=interrupt_behind(frames))
     paths = sorted((job_folder(out) / "segments").iterdir())
     kept = [read_segment(path).num_frames for path in paths]
     assert kept == [13, 16][: len(kept)]
@@ -236,17 +232,9 @@ def test_other_formats_go_on_too(engine, tmp_path, suffix):
     out, whole = tmp_path / f"x{suffix}", tmp_path / f"whole{suffix}"
     engine.generate(PROMPT, **LONG).save(whole)
     with pytest.raises(KeyboardInterrupt):
-        go(engine, out, resume=False).save(out, on_frames=_stop_after(20))
+        go(engine, out, resume=False).save(out, on_frames=interrupt_behind(20))
     go(engine, out).save(out)
     assert content(out) == content(whole)
-
-
-def _stop_after(frames: int) -> Any:
-    def on_frames(count: int) -> None:
-        if count > frames:
-            raise KeyboardInterrupt
-
-    return on_frames
 
 
 @pytest.mark.parametrize("start", [1, 2, 5, 20, 21, 28, 32])
@@ -313,7 +301,7 @@ def test_another_version_or_model_is_refused(engine, out, monkeypatch):
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty"])
 def test_a_damaged_journal_is_refused_by_file(engine, out, name, damage):
     with pytest.raises(KeyboardInterrupt):
-        go(engine, out, False).save(out, on_frames=_stop_after(32))
+        go(engine, out, False).save(out, on_frames=interrupt_behind(32))
     path = job_folder(out) / name
     data = bytearray(path.read_bytes())
     data[len(data) * 3 // 4] ^= 4
@@ -325,7 +313,7 @@ def test_a_damaged_journal_is_refused_by_file(engine, out, name, damage):
 
 def test_a_segment_in_another_ones_place_is_refused(engine, out):
     with pytest.raises(KeyboardInterrupt):
-        go(engine, out, False).save(out, on_frames=_stop_after(32))
+        go(engine, out, False).save(out, on_frames=interrupt_behind(32))
     shutil.copy(segment_path(job_folder(out), 0), segment_path(job_folder(out), 1))
     with pytest.raises(InputError, match=r"00001\..* is damaged \(it is 00000\."):
         go(engine, out)
@@ -333,7 +321,7 @@ def test_a_segment_in_another_ones_place_is_refused(engine, out):
 
 def test_a_removed_segment_is_made_again(engine, out, straight):
     with pytest.raises(KeyboardInterrupt):
-        go(engine, out, False).save(out, on_frames=_stop_after(32))
+        go(engine, out, False).save(out, on_frames=interrupt_behind(32))
     first = segment_path(job_folder(out), 0)
     shutil.copy(first, segment_path(job_folder(out), 3))
     first.unlink()

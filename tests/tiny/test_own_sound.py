@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.models import add_onset_detector, build_tiny_model
+from tests.stopping import stop_after
 from vidgen.cli.main import main
-from vidgen.core.errors import InputError
+from vidgen.core.errors import Cancelled, InputError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
 from vidgen.media.onsets import find_onsets
@@ -295,24 +296,12 @@ def test_sound_goes_on_through_windows_and_through_kills(model, request, tmp_pat
     assert straight.sound.shape == (round(33 / 12 * 16_000), 1)
     assert (moved == [0]) == (model == "engine")
     monkeypatch.setattr(journals, "PATIENCE", 0)
-
-    class Stopped(Exception):
-        pass
-
     output = tmp_path / "a.mp4"
-    for stop_after in range(1, 11):
-        told = []
-
-        def stop(progress, told=told, stop_after=stop_after):
-            told.append(progress)
-            if sum(each.stage in ("sample", "sound") for each in told) == stop_after:
-                raise Stopped
-
+    for count in range(1, 11):
         try:
-            clip = engine.generate(
-                "a cat", **words, on_event=stop, journal=Journal(output, resume=True)
-            )
-        except Stopped:
+            clip = engine.generate("a cat", **words, journal=Journal(output, resume=True),
+                                   on_event=stop_after(count, ("sample", "sound")))
+        except Cancelled:
             continue
         break
     assert np.array_equal(clip.sound, straight.sound)

@@ -16,6 +16,7 @@ import torch
 
 from tests.lora_models import make_adapter
 from tests.models import DEFAULTS, build_tiny_model
+from tests.stopping import interrupt_behind
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
@@ -136,17 +137,9 @@ def test_a_clip_that_was_cut_while_it_was_written_goes_on(
     straight = engine.generate(PROMPT, **options)
     straight.save(tmp_path / "straight.mkv")
     path = tmp_path / "clip.mkv"
-
-    class Stopped(Exception):
-        pass
-
-    def stop(done: int) -> None:
-        if done > 100:
-            raise Stopped
-
     clip = engine.generate(PROMPT, **options, journal=Journal(path))
-    with pytest.raises(Stopped):
-        clip.save(path, on_frames=stop)
+    with pytest.raises(KeyboardInterrupt):
+        clip.save(path, on_frames=interrupt_behind(100))
     again = engine.generate(PROMPT, **options, journal=Journal(path, resume=True))
     again.save(path)
     assert (Clip.from_file(path).frames == Clip.from_file(tmp_path / "straight.mkv").frames).all()

@@ -229,10 +229,9 @@ def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:
     if known is None and request.image_guidance is not None:
         raise InputError(f"image_guidance is {request.image_guidance}, but this model sees given "
                          "frames with and without the prompt; leave it out")
-    if known is None and request.image_guidance_reach:
-        raise InputError(f"image_guidance_reach is {request.image_guidance_reach}, but this model "
-                         "has no guidance of its own for given frames; leave it out")
-    reach = request.image_guidance_reach
+    why = None if known is not None else "this model has no guidance of its own for given frames"
+    reach = asked_or_own("image_guidance_reach", request.image_guidance_reach,
+                         defaults.image_guidance_reach, why, off=0)
     if known is not None:
         asked = (request.image_guidance, request.guidance, known)
         known = float(next(scale for scale in asked if scale is not None))
@@ -242,7 +241,7 @@ def _guidance(request: Request, defaults: ModelDefaults) -> Guidance:
         rescale=float(request.guidance_rescale or 0.0),
         low_scale=low, boundary=defaults.boundary or 0.0, known_scale=known,
         reference_scale=_reference_scale(request, defaults),
-        reach=defaults.image_guidance_reach if reach is None else reach,
+        reach=reach,
     )
 
 
