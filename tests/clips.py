@@ -33,9 +33,13 @@ def film(
     transfer: int | None = None, primaries: int | None = None, crf: int = 12,
     pixel_aspect: Fraction | None = None, caption: str | None = None,
 ) -> Path:
-    """A film of pictures, at one rate or shown at given times; with a caption beside it."""
+    """A film of pictures, at one rate or shown at given times; with a caption beside it.
+
+    Without Matroska's random marks, so that lossless films have the same bytes each time;
+    those by x264, which isn't exact at such small sizes, don't always.
+    """
     height, width, _ = pictures[0].shape
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=1000 if times_ms else fps)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.options = {"crf": str(crf), "preset": "veryfast"} if "x264" in codec else {}
