@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
+
+import pytest
 
 from vidgen.core.errors import Cancelled
+from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.video import Progress, Stage
 
 OnEvent = Callable[[Progress], None]
@@ -41,3 +45,17 @@ def interrupt_behind(frames: int) -> Callable[[int], None]:
             raise KeyboardInterrupt
 
     return on_frames
+
+
+def interrupt_in_journal(patch: pytest.MonkeyPatch, method: str, calls: int) -> None:
+    """Interrupt behind so many calls of a method of `Journal`, each of which is done."""
+    done, left = getattr(Journal, method), [calls]
+
+    def interrupted(self: Journal, *given: Any) -> Any:
+        result = done(self, *given)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return result
+
+    patch.setattr(Journal, method, interrupted)

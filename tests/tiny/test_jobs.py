@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from tests.stopping import interrupt_in_journal
 from vidgen.cli.main import main
 from vidgen.media import write
 from vidgen.media.clip import Clip
@@ -40,17 +41,8 @@ def stopped(cli, monkeypatch):
     """Run a command line that is interrupted at the n-th call of a journal's method."""
 
     def run(method, calls, *arguments):
-        true, left = getattr(journal.Journal, method), [calls]
-
-        def interrupted(self, *given):
-            result = true(self, *given)
-            left[0] -= 1
-            if not left[0]:
-                raise KeyboardInterrupt
-            return result
-
         with monkeypatch.context() as patch:
-            patch.setattr(journal.Journal, method, interrupted)
+            interrupt_in_journal(patch, method, calls)
             return cli(*arguments)
 
     return run

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.stopping import interrupt_in_journal
 from tests.tiny.foreign_models import build_foreign_model
 from vidgen.cli.main import main
 from vidgen.media import write
 from vidgen.media.clip import Clip
 from vidgen.pipeline.journal import job, journal
-from vidgen.pipeline.journal.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,7 @@ def cli(
     def run(*words: Any, stop: str | None = None, calls: int = 1) -> tuple[int, str, str]:
         with monkeypatch.context() as patch:
             if stop is not None:
-                method, left = getattr(Journal, stop), [calls]
-
-                def interrupted(self: Journal, *given: Any) -> Any:
-                    method(self, *given)
-                    left[0] -= 1
-                    if not left[0]:
-                        raise KeyboardInterrupt
-
-                patch.setattr(Journal, stop, interrupted)
+                interrupt_in_journal(patch, stop, calls)
             code = main([str(word) for word in words])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
