@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,43 @@ def test_its_clips_are_matched_below_the_boundary(
         refused = build(DistilRun, low | {"match": match | changes, "run": settings}, "run")
         with pytest.raises(InputError, match=r"takes over at step 1, below 0\.9"):
             MatchTask(refused)
+
+
+def test_its_clips_are_matched_at_the_rate_that_they_are_drawn_at(
+    low: dict[str, Any], low_run: DistilRun, tmp_path: Path
+) -> None:
+    folder = released(Path(low_run.run.folder), Path(low_run.teacher), tmp_path / "tiny", BOUNDARY)
+    info = json.loads((folder / "model.json").read_text())
+    info["defaults"]["oversampling"] = 2
+    (folder / "model.json").write_text(json.dumps(info))
+    finer = low | {"teacher": str(folder), "delta": low["delta"] | {"begin_as": "student"}}
+    match = {"follower_lr": 5e-3, "first_step": 1, "between": [0.1, 0.8]}
+    trajectories = low["trajectories"] | {"folder": str(tmp_path / "trajectories"), "shards": 1}
+    config = with_run(finer | {"match": match, "trajectories": trajectories}, tmp_path / "finer")
+    make_trajectories(config)
+    task = MatchTask(config)
+
+    engine = load(str(folder), device="cpu", dtype="fp32")
+    assert isinstance(engine, Engine)
+    request = Request(prompt=PROMPT, seed=3, steps=2)
+    plan = engine.plan(request, Inputs())
+    assert plan.oversampling == 2
+    state, contexts = engine.prepare(plan, request, Inputs()), engine.encode_prompt(plan)
+    with torch.no_grad():
+        drawn = engine.sample(plan, state, contexts)
+        seen, made = task.made(state, contexts[0], 1)
+    torch.testing.assert_close(made, drawn, atol=1e-4, rtol=1e-4)
+    assert made.shape[2] == 2 * state.latents.shape[2] - 1
+    assert seen.spacing == 0.5
+
+    batch = task.batch(config.run.phases[0], 0, 0)
+    seen, made = task.play(batch, task.context(batch.ids, batch.mask))
+    assert made.requires_grad
+    assert batch.noise.shape[1:] == made.shape == seen.latents.shape
+    loss, told = task.loss(batch, 0)
+    loss.backward()
+    assert all(each.grad is not None for each in task.delta.parameters())
+    assert told.keys() == {"gap", "following"} == task.validate(0, Path()).keys()
 
 
 def test_the_other_part_is_taught_above_the_boundary(

@@ -102,12 +102,13 @@ def test_rolled_clips_are_matched_with_the_teachers(
     batch = next(each for each in map(partial(task.batch, phase, micro=0), range(8))
                  if not each.state.denoise_mask.all())
     context = task.context(batch.ids, batch.mask)
-    made = task.made(batch.state, context, 1)
+    seen, made = task.made(batch.state, context, 1)
+    assert seen is batch.state
     known = ~batch.state.denoise_mask.expand_as(made)
     assert torch.equal(made[known], batch.state.clean[known])
     later = replace(batch.state, latents=batch.state.latents.clone())
     later.latents[:, :, 2] += 1
-    again = task.made(later, context, 1)
+    _, again = task.made(later, context, 1)
     assert torch.equal(again[:, :, :2], made[:, :, :2]), "no turn sees those behind it"
     assert not torch.equal(again[:, :, 2], made[:, :, 2])
     far = next(each for each in map(partial(task.batch, phase, micro=0), range(8))

@@ -9,7 +9,11 @@ without its GAN). The mean of many answers, which a regression learns, is blurre
 All three are the teacher's network, twice with a delta, so its weights are in memory once, and once
 more in the dtype of the run.
 
-Axes: B clips, C latent channels, F latent frames, h w latent rows and columns.
+Where the model draws below its boundary at a finer frame rate, so does the expert's part of the
+student: its clips are handed over as in sampling, and compared at that rate.
+
+Axes: B clips, C latent channels, F latent frames, n of them at the rate of the step that is taught,
+h w latent rows and columns.
 """
 
 from __future__ import annotations
@@ -23,13 +27,14 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise
 from vidgen.diffusion.flow import add_noise, denoised_of, squared_error, velocity_loss
+from vidgen.diffusion.oversampling import Pace, finer_state
 from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.diffusion.state import LatentState
 from vidgen.pipeline.parts import DTYPES
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.config import Phase
-from vidgen.training.distil.config import DistilRun
+from vidgen.training.distil.config import LOW, DistilRun
 from vidgen.training.distil.delta import Delta
 from vidgen.training.distil.student import DeltaTask
 from vidgen.training.draws import generator_of
@@ -49,7 +54,7 @@ class MatchBatch:
         mask: [B, S].
         last: number of the student's step that is taught; those before it lead there.
         sigma: [2, B], the noise levels at which clips are compared, and followed.
-        noise: [2, B, C, F, h, w], of both.
+        noise: [2, B, C, n, h, w], of both.
     """
 
     state: LatentState
@@ -74,6 +79,9 @@ class MatchTask(DeltaTask[MatchBatch]):
             self.delta.load_state_dict(load_averages(Path(self.match.start), "student"))
         self.follower.load_state_dict(self.delta.state_dict())
         self.teacher = self.shards.teacher(DTYPES[config.run.dtype])
+        folder = self.shards.folder
+        self.rate = folder.defaults.oversampling if config.delta.part == LOW else 1
+        self.stride_t = folder.components["vae"].config.strides.t
 
     def _check_levels(self) -> None:
         """Refuse steps and levels that aren't those of the part that is taught, or none."""
@@ -109,7 +117,8 @@ class MatchTask(DeltaTask[MatchBatch]):
                         between=self.levels(last))
             for _ in range(2)
         ])
-        noise = torch.randn(2, *state.latents.shape, generator=draw)
+        B, C, F, *size = state.latents.shape
+        noise = torch.randn(2, B, C, Pace(self.rate).finer(F), *size, generator=draw)
         return MatchBatch(state, ids, mask, last, sigma.to(self.device), noise.to(self.device))
 
     def levels(self, last: int) -> tuple[float, float]:
@@ -144,15 +153,33 @@ class MatchTask(DeltaTask[MatchBatch]):
 
         Gradients flow through its step number `last` alone.
         """
-        return batch.state, self.made(batch.state, context, batch.last)
+        return self.made(batch.state, context, batch.last)
 
-    def made(self, state: LatentState, context: tuple[Tensor, Tensor], last: int) -> Tensor:
-        """Clean latents as the student sees them at its step number `last`, by its own steps."""
-        return self.steps_to(last, self.with_delta(self.delta, state, context), state)
+    def made(
+        self, state: LatentState, context: tuple[Tensor, Tensor], last: int
+    ) -> tuple[LatentState, Tensor]:
+        """Clean latents as the student sees them at its step number `last`, by its own steps.
 
-    def steps_to(self, last: int, student: Denoise, state: LatentState) -> Tensor:
-        """Clean latents of a state as a student sees them at its step number `last`."""
-        sigmas = torch.cat([self.sigmas[: last + 1], self.sigmas[-1:]])
+        Beside them the state that they are of, at the rate of that step.
+        """
+        first = 0
+        if self.rate > 1:
+            first, state = self.own.start, self.handed_over(state, context)
+        student = self.with_delta(self.delta, state, context)
+        return state, self.steps_to(last, student, state, first)
+
+    @torch.no_grad()
+    def handed_over(self, state: LatentState, context: tuple[Tensor, Tensor]) -> LatentState:
+        """A state at the rate of the expert's steps, as the steps before them leave it."""
+        first = self.own.start
+        settled = self.steps_to(first - 1, self.with_delta(self.delta, state, context), state)
+        return finer_state(state, settled, float(self.sigmas[first]), self.rate, self.stride_t)
+
+    def steps_to(
+        self, last: int, student: Denoise, state: LatentState, first: int = 0
+    ) -> Tensor:
+        """Clean latents as a student sees them at its step `last`, from a state at step `first`."""
+        sigmas = torch.cat([self.sigmas[first : last + 1], self.sigmas[-1:]])
 
         def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
             taught = torch.is_grad_enabled() and float(sigma[0]) <= float(sigmas[-2])
@@ -168,7 +195,7 @@ class MatchTask(DeltaTask[MatchBatch]):
         """
         given = self.held_out
         state, context = given.state, self.context(given.ids, given.mask)
-        clean = self.made(state, context, len(self.sigmas) - 2)
+        state, clean = self.made(state, context, len(self.sigmas) - 2)
         follower = self.with_delta(self.follower, state, context)
         teacher = self.teacher.answers(state, given.ids, given.mask, self.config.trajectories)
         gaps, errors = [], []

@@ -207,11 +207,13 @@ class RollMatchTask(MatchTask):
         return (condition.noise_known(window, seen, window.latents),
                 torch.cat([given, made], dim=2))
 
-    def made(self, state: LatentState, context: tuple[Tensor, Tensor], last: int) -> Tensor:
+    def made(
+        self, state: LatentState, context: tuple[Tensor, Tensor], last: int
+    ) -> tuple[LatentState, Tensor]:
         """See `MatchTask`; all turns end with their step number `last`."""
         with rolling(self.dit, self.delta, self.roll):
             rollout = rollout_of(self.config, context)
-            return roll_out(rollout, self.dit, state, partial(self.steps_to, last))
+            return state, roll_out(rollout, self.dit, state, partial(self.steps_to, last))
 
 
 def rollout_of(config: DistilRun, context: tuple[Tensor, Tensor]) -> Rollout:
