@@ -70,7 +70,9 @@ def as_stored(factor: torch.Tensor) -> torch.Tensor:
     return (stored["factor"] * stored["factor_scale"]).bfloat16()
 
 
-def released(run: Path, model: Path, folder: Path, boundary: float | None = None) -> Path:
+def released(
+    run: Path, model: Path, folder: Path, boundary: float | None = None, oversampling: int = 1
+) -> Path:
     """A copy of a model with the delta that a run taught, and its own defaults again."""
     shutil.copytree(model, folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -79,6 +81,6 @@ def released(run: Path, model: Path, folder: Path, boundary: float | None = None
         assert load_program("train/release.py").main() == 0
     info = json.loads((folder / "model.json").read_text())
     write_model_info(folder, name="tiny", family="toybox", license_name="Apache-2.0",
-                     tasks=tuple(info["tasks"]), defaults=replace(DEFAULTS, boundary=boundary),
-                     world_version=1)
+                     tasks=tuple(info["tasks"]), world_version=1, defaults=replace(
+                         DEFAULTS, boundary=boundary, oversampling=oversampling))
     return folder

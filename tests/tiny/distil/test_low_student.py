@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -135,10 +134,8 @@ def test_its_clips_are_matched_below_the_boundary(
 def test_its_clips_are_matched_at_the_rate_that_they_are_drawn_at(
     low: dict[str, Any], low_run: DistilRun, tmp_path: Path
 ) -> None:
-    folder = released(Path(low_run.run.folder), Path(low_run.teacher), tmp_path / "tiny", BOUNDARY)
-    info = json.loads((folder / "model.json").read_text())
-    info["defaults"]["oversampling"] = 2
-    (folder / "model.json").write_text(json.dumps(info))
+    folder = released(Path(low_run.run.folder), Path(low_run.teacher), tmp_path / "tiny", BOUNDARY,
+                      oversampling=2)
     finer = low | {"teacher": str(folder), "delta": low["delta"] | {"begin_as": "student"}}
     match = {"follower_lr": 5e-3, "first_step": 1, "between": [0.1, 0.8]}
     trajectories = low["trajectories"] | {"folder": str(tmp_path / "trajectories"), "shards": 1}
