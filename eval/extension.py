@@ -43,8 +43,8 @@ from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, mean_interval
 from vidgen.evaluation.toybox.items import endless_prompts
 from vidgen.media.sheet import contact_sheet
-from vidgen.pipeline.long.extend import COLOUR_HOLD, OVERLAP
-from vidgen.pipeline.long.tail import ANCHOR_TASK
+from vidgen.pipeline.long.extend import COLOUR_HOLD
+from vidgen.pipeline.long.tail import ANCHOR_TASK, OVERLAP
 from vidgen.pipeline.workers.scheduler import Job, Patience, Staff, run_jobs, settle_threads
 from vidgen.toybox.judge import embedded_judge
 from vidgen.training.program import exit_code

@@ -21,8 +21,8 @@ from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.devices import stretches
 from vidgen.pipeline.long import extend
-from vidgen.pipeline.long.extend import LongClip, hold_colours, long_clip, split_windows
-from vidgen.pipeline.long.tail import colours_of, make_tail, read_tail
+from vidgen.pipeline.long.extend import LongClip, hold_colours, long_clip
+from vidgen.pipeline.long.tail import colours_of, make_tail, read_tail, split_windows
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.video import Engine, load
 

@@ -34,10 +34,10 @@ from vidgen.pipeline import networks
 from vidgen.pipeline.budget.estimate import estimate
 from vidgen.pipeline.budget.job import Job
 from vidgen.pipeline.budget.passes import count_passes
-from vidgen.pipeline.budget.preflight import settle
 from vidgen.pipeline.budget.stages import Setup
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.settle import settle
 from vidgen.pipeline.video import Engine, load
 
 STRIDES = Strides(4, 8)

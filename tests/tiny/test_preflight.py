@@ -35,13 +35,14 @@ from vidgen.pipeline.budget.estimate import estimate
 from vidgen.pipeline.budget.job import Job
 from vidgen.pipeline.budget.memory import KERNELS_BYTES
 from vidgen.pipeline.budget.passes import count_passes
-from vidgen.pipeline.budget.preflight import choose, preflight, require_own_model, settle
+from vidgen.pipeline.budget.preflight import choose, preflight
 from vidgen.pipeline.budget.stages import Setup, duration_text, long_text
 from vidgen.pipeline.budget.workload import refine_bytes
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.parts import EXPERTS
 from vidgen.pipeline.plan import make_plan
+from vidgen.pipeline.settle import require_own_model, settle
 from vidgen.pipeline.video import load
 from vidgen.weights.folder import ForeignFolder, open_model
 from vidgen.weights.student import StudentConfig, write_student

@@ -20,12 +20,13 @@ from vidgen.media.clip import Clip
 from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.budget import preflight
 from vidgen.pipeline.budget.estimate import estimate
-from vidgen.pipeline.budget.preflight import choose, settle
+from vidgen.pipeline.budget.preflight import choose
 from vidgen.pipeline.budget.stages import Setup
 from vidgen.pipeline.devices import stretches
 from vidgen.pipeline.devices.crew import start_crew
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.replay import request_from_recipe
+from vidgen.pipeline.settle import settle
 from vidgen.pipeline.video import Engine, load
 from vidgen.weights.folder import open_model
 

@@ -294,7 +294,8 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
 def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     """What each clip takes; nothing of a model of which nothing is known."""
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
-    from vidgen.pipeline.budget.preflight import choose, settle
+    from vidgen.pipeline.budget.preflight import choose
+    from vidgen.pipeline.settle import settle
     from vidgen.weights.folder import ModelFolder, open_model
 
     device, folders = choose_device(), [open_model(cell.loading["model"]) for cell in cells]

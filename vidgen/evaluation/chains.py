@@ -22,8 +22,8 @@ from vidgen.evaluation.generation import read_prompts, sampled, text_contexts
 from vidgen.evaluation.rulers.drift import Windows, looks, measure_drift
 from vidgen.media.clip import Clip
 from vidgen.pipeline.inputs import Inputs, as_video
-from vidgen.pipeline.long.extend import LongClip, window_size
-from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of
+from vidgen.pipeline.long.extend import LongClip
+from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, window_size
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.video import Engine, load, to_frames
 from vidgen.toybox.judge import Judge, embedded_judge

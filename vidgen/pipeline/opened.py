@@ -21,7 +21,7 @@ from vidgen.models.image import prepare_image
 from vidgen.models.text import NOTHING
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.vae import VAEConfig
-from vidgen.pipeline.budget.preflight import Asked, first_setup, settled
+from vidgen.pipeline.budget.preflight import Asked, first_setup
 from vidgen.pipeline.devices.crew import Crew, devices_of
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.networks import (
@@ -35,6 +35,7 @@ from vidgen.pipeline.parts import DTYPES, Parts
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.policy import Policy
 from vidgen.pipeline.prompts import PromptEncoder
+from vidgen.pipeline.settle import settled
 from vidgen.weights.folder import ForeignFolder, ModelFolder
 
 if TYPE_CHECKING:

@@ -42,8 +42,8 @@ class Checker:
 
     def __init__(self, model: str, limits: Limits) -> None:
         from vidgen.core.runtime import best_dtype, choose_device
-        from vidgen.pipeline.budget.preflight import require_own_model
         from vidgen.pipeline.policy import policy_from_environment
+        from vidgen.pipeline.settle import require_own_model
         from vidgen.weights.folder import open_model
 
         self.folder = require_own_model(open_model(model))
@@ -75,7 +75,8 @@ class Checker:
         Raises:
             InputError: what can't be made or read, or is more than may be asked.
         """
-        from vidgen.pipeline.budget.preflight import choose, settle
+        from vidgen.pipeline.budget.preflight import choose
+        from vidgen.pipeline.settle import settle
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
         from vidgen.pipeline.tasks import SOUND
         from vidgen.server.making import request_of

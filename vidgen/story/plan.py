@@ -24,11 +24,12 @@ from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
 from vidgen.media.read import check_image
 from vidgen.models.tokenizer import PromptTokenizer
-from vidgen.pipeline.budget.preflight import choose, require_own_model, require_short
+from vidgen.pipeline.budget.preflight import choose
 from vidgen.pipeline.experts import hashes_of
-from vidgen.pipeline.long.extend import OVERLAP
+from vidgen.pipeline.long.tail import OVERLAP
 from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.policy import Policy, enforce, require_allowed
+from vidgen.pipeline.settle import require_own_model, require_short
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
 from vidgen.story.expand import Expansion

@@ -25,7 +25,7 @@ from vidgen.evaluation.rulers.drift import Windows
 from vidgen.evaluation.toybox.items import SOURCES, Item
 from vidgen.media.sound import resampled
 from vidgen.pipeline.inputs import as_video
-from vidgen.pipeline.long.extend import OVERLAP, window_size
+from vidgen.pipeline.long.tail import OVERLAP, window_size
 from vidgen.pipeline.tasks import SOUND
 from vidgen.toybox.cues import SAMPLE_RATE
 from vidgen.toybox.render import Rendered, render

@@ -13,9 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from vidgen.diffusion.oversampling import Pace
 from vidgen.media.ending import read_ending
 from vidgen.pipeline.levels import settles, sigmas_of
-from vidgen.pipeline.long.beginning import tail_of
-from vidgen.pipeline.long.extend import OVERLAP, keeps_to_start, split_windows, window_size
-from vidgen.pipeline.long.tail import TAIL_FRAMES
+from vidgen.pipeline.long.tail import (
+    OVERLAP,
+    TAIL_FRAMES,
+    keeps_to_start,
+    split_windows,
+    tail_of,
+    window_size,
+)
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request

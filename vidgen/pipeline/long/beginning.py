@@ -18,14 +18,12 @@ from vidgen.diffusion.oversampling import Pace
 from vidgen.media.read import fit
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
 from vidgen.pipeline.long.retime import at_rate
-from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, read_tail
+from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, tail_of
 
 if TYPE_CHECKING:
     from vidgen.media.encode import Frames
-    from vidgen.media.ending import Ending
     from vidgen.pipeline.plan import Plan
     from vidgen.pipeline.video import Engine
-    from vidgen.weights.folder import ModelFolder
 
 log = logging.getLogger(__name__)
 
@@ -61,32 +59,6 @@ def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
     if plan.kept_frames <= reached:
         log.warning("%s: its latents stand for %d frames more than it shows; of these come the new "
                     "ones, and no prompt has a part in them", request.prefix, ahead)
-
-
-def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | str:
-    """The latents that a file's recipe keeps, or why a clip doesn't go on from them.
-
-    Args:
-        ending: of the file.
-        folder: the model that is to go on.
-        plan: of the whole clip.
-
-    Raises:
-        InputError: they are damaged.
-    """
-    if not ending.is_as_told:
-        return "doesn't end as its recipe tells"
-    begun = read_tail(ending.recipe, folder)
-    if begun is None:
-        return f"holds no latents of {folder.name} to go on from"
-    if begun.num_frames != ending.num_frames:
-        return f"has {ending.num_frames} of the {begun.num_frames} frames that its recipe tells of"
-    is_still = ending.num_frames == 1  # which has no rate
-    grid = plan.latents.channels, plan.latents.height, plan.latents.width
-    same_grid = (begun.latents.shape[1], *begun.latents.shape[3:]) == grid
-    if same_grid and (is_still or ending.fps == plan.fps):
-        return begun
-    return "holds latents of another size or frame rate than is asked for"
 
 
 def _at_rate_of(engine: Engine, plan: Plan, begun: Beginning) -> Beginning:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.core.shapes import LatentShape, Strides
+from vidgen.core.shapes import LatentShape
 from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import draw_noise
@@ -39,7 +39,16 @@ from vidgen.pipeline.devices.stretches import room_for
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.beginning import earlier_frames, read_beginning
 from vidgen.pipeline.long.retime import at_rate
-from vidgen.pipeline.long.tail import ANCHOR_TASK, TAIL_FRAMES, Beginning, colours_of, make_tail
+from vidgen.pipeline.long.tail import (
+    OVERLAP,
+    TAIL_FRAMES,
+    Beginning,
+    colours_of,
+    keeps_to_start,
+    make_tail,
+    split_windows,
+    window_size,
+)
 from vidgen.weights.family import models_with
 
 if TYPE_CHECKING:
@@ -53,8 +62,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OVERLAP = 3
-"""Latent frames that windows share where nobody says."""
 COLOUR_HOLD = 0.5
 MAX_SHIFT, MAX_GAIN = 0.15, 1.1
 """Bounds of one window's correction, per latent channel: in its deviations, and of them."""
@@ -79,30 +86,6 @@ def long_clip(engine: Engine, plan: Plan, request: Request, inputs: Inputs) -> L
                          f"frames, give {size - 1} or fewer")
     begun = None if request.prefix is None else read_beginning(engine, plan, request, inputs)
     return LongClip(engine, plan, request, inputs, begun)
-
-
-def keeps_to_start(folder: ModelFolder, request: Request) -> bool:
-    """Whether windows behind a clip's first one are shown its first frame as a reference."""
-    return ANCHOR_TASK in folder.tasks and request.anchor is not False and not request.reference
-
-
-def window_size(folder: ModelFolder, strides: Strides) -> int:
-    """Latent frames of the longest clip that a model was trained on."""
-    return 1 + (folder.defaults.max_frames - 1) // strides.t
-
-
-def split_windows(first: int, total: int, size: int, overlap: int) -> list[tuple[int, int]]:
-    """Latent frames [start, stop) of each window that fill `first` to `total`.
-
-    Windows behind other frames begin `overlap` before what they add; the last is as short as it
-    can be.
-    """
-    windows, done = [], first
-    while done < total:
-        start = max(done - overlap, 0)
-        windows.append((start, min(start + size, total)))
-        done = windows[-1][1]
-    return windows
 
 
 def hold_colours(latents: Tensor, colours: Tensor, strength: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The last latents of a clip, kept in its recipe, and what a clip that goes on from it needs.
+"""The windows of a long clip, and the last latents of a clip, from which another one goes on.
 
 Axes: C latent channels, F latent frames, m of them kept, h w latent rows and columns.
 """
@@ -18,6 +18,10 @@ from vidgen.core.errors import InputError
 from vidgen.diffusion.oversampling import Pace
 
 if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.core.shapes import Strides
+    from vidgen.media.ending import Ending
+    from vidgen.pipeline.plan import Plan
     from vidgen.weights.folder import ModelFolder
 
 TAIL_FRAMES = 8
@@ -26,8 +30,8 @@ that follow; from 6 by 2, from 8 by no more than bf16 does."""
 TAIL_BYTES = 2_000_000
 ANCHOR_TASK = "anchor"
 """In `model.json`: the model was taught to keep long clips to their first frame."""
-
-
+OVERLAP = 3
+"""Latent frames that windows share where nobody says."""
 AS_SHOWN = Pace(1)
 
 
@@ -59,6 +63,30 @@ class Beginning:
     def num_given(self) -> int:
         """Latent frames of the clip that `latents` are."""
         return self.pace.coarser(self.latents.shape[2])
+
+
+def keeps_to_start(folder: ModelFolder, request: Request) -> bool:
+    """Whether windows behind a clip's first one are shown its first frame as a reference."""
+    return ANCHOR_TASK in folder.tasks and request.anchor is not False and not request.reference
+
+
+def window_size(folder: ModelFolder, strides: Strides) -> int:
+    """Latent frames of the longest clip that a model was trained on."""
+    return 1 + (folder.defaults.max_frames - 1) // strides.t
+
+
+def split_windows(first: int, total: int, size: int, overlap: int) -> list[tuple[int, int]]:
+    """Latent frames [start, stop) of each window that fill `first` to `total`.
+
+    Windows behind other frames begin `overlap` before what they add; the last is as short as it
+    can be.
+    """
+    windows, done = [], first
+    while done < total:
+        start = max(done - overlap, 0)
+        windows.append((start, min(start + size, total)))
+        done = windows[-1][1]
+    return windows
 
 
 def make_tail(
@@ -121,6 +149,32 @@ def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginnin
             f"the latents in the clip's recipe are damaged ({error}); write the clip once more "
             "without its recipe, or make it again"
         ) from None
+
+
+def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | str:
+    """The latents that a file's recipe keeps, or why a clip doesn't go on from them.
+
+    Args:
+        ending: of the file.
+        folder: the model that is to go on.
+        plan: of the whole clip.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    if not ending.is_as_told:
+        return "doesn't end as its recipe tells"
+    begun = read_tail(ending.recipe, folder)
+    if begun is None:
+        return f"holds no latents of {folder.name} to go on from"
+    if begun.num_frames != ending.num_frames:
+        return f"has {ending.num_frames} of the {begun.num_frames} frames that its recipe tells of"
+    is_still = ending.num_frames == 1  # which has no rate
+    grid = plan.latents.channels, plan.latents.height, plan.latents.width
+    same_grid = (begun.latents.shape[1], *begun.latents.shape[3:]) == grid
+    if same_grid and (is_still or ending.fps == plan.fps):
+        return begun
+    return "holds latents of another size or frame rate than is asked for"
 
 
 def colours_of(latents: Tensor) -> Tensor:
