@@ -1,6 +1,6 @@
 """How surely the output checks find planted faults, and how often they cry wolf.
 
-    python eval/checks.py -o checks.json [--clips 200] [--decoded]
+    python -m eval.checks -o checks.json [--clips 200] [--decoded]
 
 Renders Toybox clips (33 frames of 128x128), which must be clean, and plants every fault in a part
 of them, at growing strength. With --decoded the faulty clips go through H.264 first. Four
@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 
+from train.toybox.world.captions import canonical_prompt
+from train.toybox.world.render import render
+from train.toybox.world.scenes import SEED_RANGES, sample_scenes
+from vidgen.core.errors import exit_code
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
 from vidgen.media.checks import ClipChecker
 from vidgen.media.clip import Clip
 from vidgen.media.findings import Finding
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.pipeline.video import to_frames
-from vidgen.toybox.captions import canonical_prompt
-from vidgen.toybox.render import render
-from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
-from vidgen.training.program import exit_code
 
 FPS = Fraction(12)
 Plant = Callable[[Any, float], Any]

@@ -1,6 +1,6 @@
 """Which temporal measure sees which fault, and whether it ranks the fault's grades.
 
-    python eval/faults.py -o faults.json --report faults.html [--clips 24] [--size 128] [--decoded]
+    python -m eval.faults -o faults.json --report faults.html [--clips 24] [--size 128] [--decoded]
 
 Renders Toybox clips, plants faults of five grades in each, takes all measures of
 `vidgen eval temporal` and correlates mean measure and grade (Spearman); of late sound those of
@@ -24,24 +24,24 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 
+from eval.toybox.judge import embedded_judge
+from eval.toybox.rulers.bounces import bounce_times
+from eval.toybox.rulers.sync import SyncScore, bouncing_scenes, score_sync
+from train.toybox.world.cues import SAMPLE_RATE
+from train.toybox.world.render import render
+from train.toybox.world.scenes import SEED_RANGES, WORLD_VERSION, Scene, is_valid, sample_scenes
+from train.toybox.world.sound import synthesize
+from vidgen.core.errors import exit_code
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import FlowEstimator
 from vidgen.evaluation.metrics.registry import MEASURES
-from vidgen.evaluation.rulers.bounces import bounce_times
-from vidgen.evaluation.rulers.sync import SyncScore, bouncing_scenes, score_sync
 from vidgen.evaluation.statistics import spearman
 from vidgen.evaluation.temporal.report import STYLE, document, line_chart
 from vidgen.media.clip import Clip
 from vidgen.media.onsets import find_onsets
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.pipeline.video import to_frames
-from vidgen.toybox.cues import SAMPLE_RATE
-from vidgen.toybox.judge import embedded_judge
-from vidgen.toybox.render import render
-from vidgen.toybox.scenes import SEED_RANGES, WORLD_VERSION, Scene, is_valid, sample_scenes
-from vidgen.toybox.sound import synthesize
-from vidgen.training.program import exit_code
 
 FPS = Fraction(12)
 RANKED = 0.9

@@ -1,7 +1,7 @@
 """How near `vidgen plan` comes: predicted against real memory and time, a process for each clip.
 
-    python eval/preflight.py [-o results.json] [--only NAME]...   some minutes on one core
-    bash scripts/quiet python eval/preflight.py --threads 2       in wall time, on a quiet machine
+    python -m eval.preflight [-o results.json] [--only NAME]...   some minutes on one core
+    bash scripts/quiet python -m eval.preflight --threads 2       in wall time, on a quiet machine
 
 Memory is the peak of the resident size above that after the imports. Without --threads, time is
 that which the process's threads were given, with one thread for torch, so that other programs on
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vidgen.training.program import exit_code
+from vidgen.core.errors import exit_code
 
 ROOT = Path(__file__).parents[1]
 SPAN = {"bytes": 0.10, "bytes_at_least": 100_000_000, "seconds": 0.30}
@@ -102,11 +102,11 @@ def build_wide(folder: Path) -> Path:
     """
     import torch
 
+    from train.toybox.tasks.tokenizer import train_tokenizer
     from vidgen.models.dit import DiTConfig, SpacetimeDiT
     from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
     from vidgen.models.text import TextConfig, UMT5Encoder
     from vidgen.models.vae import CausalVAE
-    from vidgen.training.embedded.tokenizer import train_tokenizer
     from vidgen.weights.folder import ModelDefaults, write_model_info
     from vidgen.weights.load import save_module
 

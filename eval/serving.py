@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
-from vidgen.core.errors import VidgenError
+from vidgen.core.errors import VidgenError, exit_code
 from vidgen.core.runtime import atomic_write, fingerprint
-from vidgen.training.program import exit_code
 
 POLL_S = 0.05
 PROMPT = "a red car bounces across the desert"

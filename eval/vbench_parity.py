@@ -1,6 +1,6 @@
 """Hold `vidgen eval temporal` to VBench's own functions, clip by clip.
 
-    python eval/vbench_parity.py -o vbench.json --environment FOLDER [--dino FOLDER]
+    python -m eval.vbench_parity -o vbench.json --environment FOLDER [--dino FOLDER]
 
 Makes an environment of its own in FOLDER (once; VBench's package and what its temporal dimensions
 import, without its old pins), renders clips of odd sizes and rates, and writes networks at random
@@ -31,15 +31,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vidgen.core.errors import VidgenError
+from train.toybox.world.render import render
+from train.toybox.world.scenes import SEED_RANGES, compose_scene
+from vidgen.core.errors import VidgenError, exit_code
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
 from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
 from vidgen.media.clip import Clip
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.pipeline.video import to_frames
-from vidgen.toybox.render import render
-from vidgen.toybox.scenes import SEED_RANGES, compose_scene
-from vidgen.training.program import exit_code
 
 PACKAGES = (
     "torch==2.13.0", "torchvision==0.28.0", "numpy==1.26.4", "opencv-python-headless==4.11.0.86",

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from eval.toybox.judge import Judge, JudgeConfig
 from tests.lora_models import I2V, make_adapter, make_dit
 from tests.models import build_tiny_model
 from tests.wan_models import build_diffusers, build_original
@@ -21,7 +22,6 @@ from vidgen.media.encode import Segment
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.video import load
-from vidgen.toybox.judge import Judge, JudgeConfig
 from vidgen.weights.load import save_module
 from vidgen.weights.lora_dialects import DIALECTS
 from vidgen.weights.lora_write import write_lora

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from eval.toybox.judge import JudgeFolder
 from tests.faults import ForkServer, Job, Outcome
 from tests.fuzz_samples import CAPTIONS, NOISE, PICTURES, SCRIPTS, SOUNDS, VIDEOS
 from tests.lora_models import I2V
@@ -48,7 +49,6 @@ from vidgen.pipeline.journal.job import job_facts, read_arrays, read_job, read_s
 from vidgen.pipeline.policy import WordList
 from vidgen.pipeline.restore import restore_inputs
 from vidgen.pipeline.video import load
-from vidgen.toybox.judge import JudgeFolder
 from vidgen.training.config import RunConfig
 from vidgen.training.data import texts
 from vidgen.training.data.probe import probe_file

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from train.toybox.tasks.tokenizer import train_tokenizer
 from vidgen.models.audio import AudioVAE
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
@@ -17,7 +18,6 @@ from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, 
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.vae import CausalVAE
 from vidgen.models.verifier import Verifier, VerifierConfig
-from vidgen.training.embedded.tokenizer import train_tokenizer
 from vidgen.weights.folder import ModelDefaults, open_model, record_files, write_model_info
 from vidgen.weights.load import save_module
 

@@ -30,7 +30,7 @@ def run_program(server: ForkServer, path: str, *arguments: str) -> Ended:
 
     Args:
         server: forks its process.
-        path: below the root: `train/release.py`.
+        path: below the root: `train/toybox/release.py`.
         arguments: behind it.
     """
     job = Job("tests.programs:as_main", (path, arguments), timeout_s=300)
@@ -55,7 +55,7 @@ def load_program(path: str) -> ModuleType:
     """A program's module, made anew.
 
     Args:
-        path: below the root: `train/release.py`.
+        path: below the root: `train/toybox/release.py`.
     """
     name = path.removesuffix(".py").replace("/", "_")
     spec = importlib.util.spec_from_file_location(name, ROOT / path)

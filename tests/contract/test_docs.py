@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from eval.toybox import __main__ as suites
 from tests.programs import load_program
-from vidgen.cli.eval import _NOT_OF_BENCHMARK
+from vidgen.cli.eval import SUFFIXES
 from vidgen.cli.generate import _NOT_OF_REQUEST, PIPE
-from vidgen.cli.main import VERBS, verb_parser
+from vidgen.cli.main import VERBS, parser_of, verb_parser
 from vidgen.cli.naming import output_names
 from vidgen.core.config import build
 from vidgen.core.config_file import load_run
@@ -63,7 +64,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def run_type(program: str, settings: dict[str, object]) -> type:
-    """What train/PROGRAM.py reads its YAML as; what makes data reads the YAML of what learns."""
+    """The type of a program's YAML; a program that makes data reads the YAML of one that learns."""
     if program in ("cache", "trajectories"):
         learns = {"teacher": "distil", "tokenizer": "dit"}
         others = Path(str(settings["run"]["folder"])).name  # type: ignore[index]  # as programs are
@@ -74,7 +75,7 @@ def run_type(program: str, settings: dict[str, object]) -> type:
 @lru_cache
 def read_by(program: str) -> type:
     """The dataclass of a program's YAML."""
-    module = load_program(f"train/{program}.py")
+    module = load_program(f"train/toybox/{program}.py")
     kinds = [
         kind for kind in vars(module).values()
         if is_dataclass(kind) and "run" in {field.name for field in fields(kind)}
@@ -117,11 +118,14 @@ def test_command_lines_parse(page):
             elif words[1] == "train":
                 check_finetuning(args)
         elif words[0] in LAUNCHERS:
-            start = next(i for i, word in enumerate(words) if word.startswith("train/"))
+            start = next(i for i, word in enumerate(words) if word.startswith(("train/", "train.")))
             if words[start] == "train/finetune.py":
                 check_finetuning(vars(verb_parser("train")[1].parse(words[start + 1 :])))
             else:
-                check_program(words[start:])
+                check_program(words[start - 1 :])
+        elif words[:3] == ["python", "-m", "eval.toybox"]:
+            args = vars(parser_of(suites, "python -m eval.toybox").parse(words[3:]))
+            suites.Benchmark(**{k: v for k, v in args.items() if k not in suites.NOT_OF_BENCHMARK})
         elif words[:1] == ["python"]:
             check_program(words[1:])
         elif words[:1] == ["bash"]:
@@ -136,17 +140,14 @@ def check_finetuning(args):
 
 
 def check_evaluation(args):
-    from vidgen.cli.eval_suite import SUFFIXES
     from vidgen.evaluation.scale import SuiteRun
     from vidgen.evaluation.temporal.run import TemporalRun
-    from vidgen.evaluation.toybox.run import Benchmark
 
     if args["benchmark"] == "temporal":
         TemporalRun(args["videos"], args["network"], workers=args["workers"])
-    elif args["benchmark"].endswith(SUFFIXES):
+    elif args["benchmark"] != "leaderboard":
+        assert args["benchmark"].endswith(SUFFIXES)
         SuiteRun(args["benchmark"], args["model"], args["seeds"], args["seed"])
-    else:
-        Benchmark(**{k: v for k, v in args.items() if k not in _NOT_OF_BENCHMARK})
 
 
 def check_request(args):
@@ -162,6 +163,9 @@ def check_request(args):
 
 
 def check_program(words):
+    """A program's words: its path, or -m and its module."""
+    if words[0] == "-m":
+        words = [words[1].replace(".", "/") + ".py", *words[2:]]
     assert (ROOT / words[0]).is_file(), words
     if "-c" in words:
         path = ROOT / words[words.index("-c") + 1]
@@ -216,13 +220,13 @@ def test_every_field_of_a_request_stands_on_the_servers_page():
 def test_the_model_page_gives_the_real_sizes():
     import torch
 
+    from eval.toybox.judge import Judge, JudgeConfig
+    from eval.toybox.sound_judge import SoundJudge, SoundJudgeConfig
     from vidgen.models.audio import AudioVAE
     from vidgen.models.dit import SpacetimeDiT
     from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
     from vidgen.models.text import UMT5Encoder
     from vidgen.models.vae import CausalVAE
-    from vidgen.toybox.judge import Judge, JudgeConfig
-    from vidgen.toybox.sound_judge import SoundJudge, SoundJudgeConfig
 
     page = (ROOT / "docs/model.md").read_text()
     with torch.device("meta"):
@@ -237,10 +241,10 @@ def test_the_model_page_gives_the_real_sizes():
 
 
 def test_the_toybox_page_names_all_there_is():
-    from vidgen.toybox.scenes import MOTIONS, PLACES, RELATIONS, SPRITES, TIMES, WEATHERS
-    from vidgen.toybox.truth import Event
+    from train.toybox.world.scenes import MOTIONS, PLACES, RELATIONS, SPRITES, TIMES, WEATHERS
+    from train.toybox.world.truth import Event
 
-    page = (ROOT / "docs/toybox.md").read_text()
+    page = (ROOT / "docs/lab/toybox.md").read_text()
     kinds = re.findall(r'"(\w+)"', Event.__doc__)
     named = [*SPRITES, *MOTIONS, *PLACES, *RELATIONS, *TIMES, *WEATHERS, *kinds]
     flat = " ".join(page.split())
@@ -262,7 +266,7 @@ def test_a_run_file_says_what_it_is_and_builds(config):
         assert Script.read(config).shots
         assert any(f"vidgen script {name(config)}" in line for line in header)
         return
-    programs = re.findall(r"python train/(\w+)\.py +-c (\S+)", "\n".join(header))
+    programs = re.findall(r"python -m train\.toybox\.(\w+) +-c (\S+)", "\n".join(header))
     doors = r"(?:vidgen train|(?:torchrun|deepspeed) .*train/finetune\.py) +-c (\S+)"
     runs = re.findall(doors, "\n".join(header))
     assert programs or runs, "no command names its program"

@@ -51,7 +51,7 @@ def test_every_test_file_is_collected():
     assert options["testpaths"] == ["tests"]
     assert not {"python_files", "norecursedirs", "collect_ignore"} & options.keys()
     assert "--ignore" not in options["addopts"]
-    home = re.compile(r"tests/(unit|tiny|tiny/distil|parity|e2e|contract|gpu)/test_\w+\.py")
+    home = re.compile(r"tests/(unit|tiny|parity|e2e|contract|gpu|lab|lab/distil)/test_\w+\.py")
     for name in tracked("*.py"):
         text = (ROOT / name).read_text()
         if re.search(r"^(async )?def test_|^class Test", text, re.MULTILINE):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from eval.toybox.judge import embedded_judge
+from eval.toybox.suite.judging import grade
+from train.toybox.world.captions import prompts
 from vidgen.core.request import Request
 from vidgen.evaluation.generation import generate_batch
-from vidgen.evaluation.toybox.judging import grade
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.video import Engine, load
-from vidgen.toybox.captions import prompts
-from vidgen.toybox.judge import embedded_judge
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,7 @@ def test_torchrun_starts_a_program_on_two_ranks(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         str(ROOT / "train/vae.py"), "-c", str(config), "--set", "run.engine.deepspeed=zero2",
+         "-m", "train.toybox.vae", "-c", str(config), "--set", "run.engine.deepspeed=zero2",
          "--set", "run.phases=[{steps: 2, num_frames: 1, batch_size: 2}]"],
         env=environment, capture_output=True, text=True, timeout=600, check=False,
     )

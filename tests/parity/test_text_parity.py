@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
+from train.toybox.tasks.tokenizer import train_tokenizer
 from vidgen.models.presets import TEXT_PRESETS
 from vidgen.models.text import TextConfig, TextEncoder, UMT5Encoder, position_buckets
 from vidgen.models.tokenizer import PromptTokenizer, clean_prompt
-from vidgen.training.embedded.tokenizer import train_tokenizer
 from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import load_module
 

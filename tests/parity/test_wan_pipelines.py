@@ -26,10 +26,10 @@ from diffusers import (
 from diffusers.pipelines.wan import pipeline_wan_video2video
 from PIL import Image
 
+from eval.toybox.quality import psnr
 from tests.wan_models import make_pipeline
 from vidgen.core.shapes import LatentShape
 from vidgen.diffusion.noise import draw_noise
-from vidgen.media.quality import psnr
 from vidgen.media.write import ClipInfo, write_clip
 from vidgen.pipeline.video import load
 

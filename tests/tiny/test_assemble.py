@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from eval.toybox import quality
 from tests.films import FPS, SIZE, film, painted, render
 from tests.sounds import RATE, save, tone
 from vidgen.core.errors import InputError, OutputError
-from vidgen.media import quality
 from vidgen.media.clip import Clip
 from vidgen.media.mastering import measure
 from vidgen.media.probe import probe, read_recipe

@@ -12,6 +12,8 @@ import pytest
 from imageio_ffmpeg import get_ffmpeg_exe
 
 from tests.models import build_tiny_model
+from train.toybox.world.render import render
+from train.toybox.world.scenes import compose_scene
 from vidgen.cli.main import main
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
@@ -22,8 +24,6 @@ from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
 from vidgen.media.write import ClipInfo
 from vidgen.pipeline.video import Engine, load
-from vidgen.toybox.render import render
-from vidgen.toybox.scenes import compose_scene
 
 KEEPING = ("-movflags", "use_metadata_tags", "-c:a", "copy")  # of metadata, as mp4 is told to
 

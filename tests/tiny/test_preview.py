@@ -11,10 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.toybox.quality import psnr
+from train.toybox.world.render import render
+from train.toybox.world.scenes import sample_scenes
 from vidgen.cli.main import main
 from vidgen.core.errors import Cancelled
 from vidgen.core.protocols import SamplerState, StepInfo
-from vidgen.media.quality import psnr
 from vidgen.pipeline import preview
 from vidgen.pipeline.preview import (
     FILE,
@@ -27,8 +29,6 @@ from vidgen.pipeline.preview import (
     write_preview,
 )
 from vidgen.pipeline.video import Engine, load
-from vidgen.toybox.render import render
-from vidgen.toybox.scenes import sample_scenes
 
 PROMPT = "a red car bounces across the desert"
 
@@ -96,10 +96,12 @@ def test_what_was_fitted_is_kept_and_read_again(
 
 
 @pytest.mark.embedded
-def test_the_embedded_models_previews_look_like_its_clips(tmp_path: Path) -> None:
+def test_the_embedded_models_previews_look_like_its_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = load("toybox")
-    preview.CLIP_SIZE = 128
-    decoder = fit_preview(engine, clips=8)
+    monkeypatch.setattr(preview, "CLIP_SIZE", 128)
+    decoder = fit_preview(engine, preview.drifting_patterns())
     write_decoder(decoder, tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").stat().st_size < 200_000
     video = render(sample_scenes(123, 1), 9).video

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from eval.toybox.suite.phrasings import read_phrasings
+from train.toybox.world.captions import vocabulary
+from train.toybox.world.synonyms import grammar_synonyms
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.values import parse_readings
-from vidgen.evaluation.toybox.phrasings import read_phrasings
 from vidgen.media.probe import read_recipe
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.words import ENGLISH, WordReader, english_words, replace_words, synonyms
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.video import Engine, load
-from vidgen.toybox.captions import vocabulary
-from vidgen.toybox.synonyms import grammar_synonyms
 from vidgen.weights.folder import embedded_folder
 
 PROMPT = "a red car bounces across the desert"
@@ -56,7 +56,7 @@ def tokenizer() -> PromptTokenizer:
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model's tokenizer as `train/release.py` leaves it after loose captions."""
+    """The embedded model's tokenizer as `release.py` leaves it after loose captions."""
     folder = tmp_path_factory.mktemp("taught") / "tokenizer"
     shutil.copytree(embedded_folder("toybox") / "tokenizer", folder)
     (folder / "synonyms.json").write_text(json.dumps(grammar_synonyms()))

@@ -263,13 +263,6 @@ def test_wrong_use_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_toybox_refuses_what_only_temporal_heeds(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["eval", "toybox", "-o", str(tmp_path / "r.json"), "--videos", "clips"]) == 2
-    assert "--videos has no meaning for suite toybox" in capsys.readouterr().err
-
-
 def test_each_planted_fault_is_ranked_by_its_measure() -> None:
     faults = load_program("eval/faults.py")
     result = faults.measure(clips=2, num_frames=25, side=64, decode=False)

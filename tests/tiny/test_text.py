@@ -9,14 +9,14 @@ import sys
 import pytest
 import torch
 
+from eval.toybox.suite.phrasings import read_phrasings
+from train.toybox.tasks.tokenizer import NUM_SUBJECTS, train_tokenizer
+from train.toybox.world.captions import nouns
 from vidgen.core.errors import InputError, ModelError
-from vidgen.evaluation.toybox.phrasings import read_phrasings
 from vidgen.models.presets import TEXT_PRESETS
 from vidgen.models.text import TextConfig, TextEncoder, UMT5Encoder, encode_tokens
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.words import english_words, near_words, slip_count, split_words
-from vidgen.toybox.captions import nouns
-from vidgen.training.embedded.tokenizer import NUM_SUBJECTS, train_tokenizer
 from vidgen.weights.folder import embedded_folder
 
 CAPTIONS = [

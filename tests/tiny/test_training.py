@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tests.faults import ForkServer
 from tests.programs import run_program
+from train.toybox.tasks.latents import LatentShards
 from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError, OutputError
 from vidgen.training import config as training_config
@@ -26,7 +27,6 @@ from vidgen.training import loop
 from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import alone_in, latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig, Phase, RunConfig
-from vidgen.training.embedded.latents import LatentShards
 from vidgen.training.engines.distributed import Place
 from vidgen.training.finetune.card import read_curve
 from vidgen.training.loop import train
@@ -312,7 +312,7 @@ run:
 
 def start_vae(config: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "train" / "vae.py"), "-c", str(config)]
+    command = [sys.executable, "-m", "train.toybox.vae", "-c", str(config)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
@@ -330,7 +330,7 @@ def test_a_killed_program_goes_on_bit_for_bit(server: ForkServer, tmp_path: Path
     killed.kill()
     killed.communicate()
     for words in ([configs[0]], [configs[1], "--resume"]):
-        ended = run_program(server, "train/vae.py", "-c", *map(str, words))
+        ended = run_program(server, "train/toybox/vae.py", "-c", *map(str, words))
         assert ended.returncode == 0, ended.stderr
     a, b = everything(tmp_path / "straight"), everything(tmp_path / "killed")
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -340,7 +340,7 @@ def test_a_killed_program_goes_on_bit_for_bit(server: ForkServer, tmp_path: Path
 def test_a_bad_run_file_names_the_key(server: ForkServer, tmp_path: Path) -> None:
     config = tmp_path / "bad.yaml"
     config.write_text(TINY_VAE.format(folder=tmp_path / "run").replace("height", "hieght"))
-    ended = run_program(server, "train/vae.py", "-c", str(config))
+    ended = run_program(server, "train/toybox/vae.py", "-c", str(config))
     assert ended.returncode == 2
     assert "height" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from train.toybox.tasks.channel_weights import channel_weights
 from vidgen.core.errors import InputError
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE, VAEConfig
@@ -14,7 +15,6 @@ from vidgen.ops import conv
 from vidgen.ops.conv import CausalConv3d, StreamCache
 from vidgen.ops.norm import ChannelRMSNorm
 from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
-from vidgen.training.embedded.channel_weights import channel_weights
 
 STATISTICS = {"latents_mean": (0.5, -0.2, 0.1, 0.0), "latents_std": (2.0, 0.7, 1.0, 1.3)}
 CONFIGS = {

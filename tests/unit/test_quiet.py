@@ -29,7 +29,7 @@ def checkout(tmp_path):
     shutil.copy(SCRIPT, tmp_path / "scripts" / "quiet")
     (tmp_path / "train" / "dit.py").write_text(COUNTER)
     training = subprocess.Popen(
-        [sys.executable, "train/dit.py", "count"], cwd=tmp_path, start_new_session=True
+        [sys.executable, "train/toybox/dit.py", "count"], cwd=tmp_path, start_new_session=True
     )
     (tmp_path / "runs" / "dit" / "pid").write_text(str(training.pid))
     wait_for((tmp_path / "count").exists)

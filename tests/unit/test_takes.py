@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from train.toybox.world.captions import canonical_prompt, caption
+from train.toybox.world.scenes import sample_scenes
 from vidgen.story.takes import TakeScore, best_take, wanted_by
-from vidgen.toybox.captions import canonical_prompt, caption
-from vidgen.toybox.scenes import sample_scenes
 
 GOOD = TakeScore(5, "a.mp4", (), (), {"sprite": True}, 0.9, ("the judge sees car",))
 

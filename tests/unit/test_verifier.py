@@ -7,6 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from train.toybox.world.captions import caption, nouns
+from train.toybox.world.scenes import (
+    SEED_RANGES,
+    SPRITE_NAMES,
+    SPRITES,
+    TINTS,
+    SceneMix,
+    sample_scenes,
+)
 from vidgen.models.verifier import (
     ANY,
     LIKELY,
@@ -15,15 +24,6 @@ from vidgen.models.verifier import (
     VerifierConfig,
     Want,
     score,
-)
-from vidgen.toybox.captions import caption, nouns
-from vidgen.toybox.scenes import (
-    SEED_RANGES,
-    SPRITE_NAMES,
-    SPRITES,
-    TINTS,
-    SceneMix,
-    sample_scenes,
 )
 
 CONFIG = VerifierConfig(

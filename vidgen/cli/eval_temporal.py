@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--augmentation", default="none", metavar="TEXT",
         help="temporal, prompts: how the prompts were reworded; recorded; default %(default)s")
     add("--report", metavar="HTML", help="temporal, prompts: also write a page with charts")
-    add_workers(parser, "toybox, temporal, prompts: clips")
+    add_workers(parser, "temporal, prompts: clips")
 
 
 def run(args: Namespace, report: Report) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vidgen import __version__
 from vidgen.cli.parser import Parser
@@ -53,37 +53,62 @@ _PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENO
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 0, 1, 2 or 130."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _mend_streams()
-    _wait_briefly()
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    logging.addLevelName(logging.WARNING, "warning")
-    warnings.showwarning = _show_warning
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with ExitCode(arguments) as ended:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print_line(overview(), sys.stdout, "stdout")
-            return 0 if arguments else 2
-        if arguments[0] in ("-V", "--version"):
+            ended.code = 0 if arguments else 2
+        elif arguments[0] in ("-V", "--version"):
             print_line(f"vidgen {__version__}", sys.stdout, "stdout")
-            return 0
-        return _run(*arguments)
-    except VidgenError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _failed(arguments, str(error), error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was half-written", file=sys.stderr)
-        return _failed(arguments, "interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output, such as head, has enough
-        _drop_stdout()
-        return 1
-    except OSError as error:
-        if error.errno not in _PATHS:
-            raise
-        reason = f"{error.filename}: {error.strerror}; give another path"
-        print(f"error: {reason}", file=sys.stderr)
-        return _failed(arguments, reason, InputError.exit_code)
-    except SystemExit as leave:  # argparse's --help
-        return int(leave.code or 0)
+        else:
+            ended.code = _run(*arguments)
+    return ended.code
+
+
+class ExitCode:
+    """Prepare the process for a command line, and turn the error that ends it into an exit code.
+
+    Args:
+        arguments: the command line; with `--json` the error is printed as JSON.
+
+    Attributes:
+        code: 0 done, 1 failed, 2 wrong usage or bad input, 130 interrupted.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.code = 0
+        self._arguments = arguments
+
+    def __enter__(self) -> ExitCode:
+        _mend_streams()
+        _wait_briefly()
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+        logging.addLevelName(logging.WARNING, "warning")
+        warnings.showwarning = _show_warning
+        signal.signal(signal.SIGTERM, _interrupt)
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> bool:
+        match error:
+            case None:
+                pass
+            case VidgenError():
+                print(f"error: {error}", file=sys.stderr)
+                self.code = _failed(self._arguments, str(error), error.exit_code)
+            case KeyboardInterrupt():
+                print("interrupted; nothing was half-written", file=sys.stderr)
+                self.code = _failed(self._arguments, "interrupted", INTERRUPTED)
+            case BrokenPipeError():  # the reader of our output, such as head, has enough
+                _drop_stdout()
+                self.code = 1
+            case OSError(errno=number) if number in _PATHS:
+                reason = f"{error.filename}: {error.strerror}; give another path"
+                print(f"error: {reason}", file=sys.stderr)
+                self.code = _failed(self._arguments, reason, InputError.exit_code)
+            case SystemExit():  # argparse's --help
+                self.code = int(error.code or 0)
+            case _:
+                return False
+        return True
 
 
 def overview() -> str:
@@ -96,14 +121,19 @@ def overview() -> str:
 def verb_parser(verb: str) -> tuple[ModuleType, Parser]:
     """A verb's module and its parser."""
     module = import_module(f"vidgen.cli.{verb}")
-    parser = Parser(prog=f"vidgen {verb}", description=module.DESCRIPTION)
+    return module, parser_of(module, f"vidgen {verb}", is_long=verb in LONG)
+
+
+def parser_of(module: Any, prog: str, *, is_long: bool = True) -> Parser:
+    """The parser of a module that declares its options as verbs do; long ones take `--events`."""
+    parser = Parser(prog=prog, description=module.DESCRIPTION)
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    if verb in LONG:
+    if is_long:
         parser.add_argument(
             "--events", metavar="FILE", help="write progress as JSON lines; - is stdout"
         )
-    return module, parser
+    return parser
 
 
 def _mend_streams() -> None:

@@ -5,7 +5,8 @@ catches `VidgenError`. Broken invariants of our own are assertions, never these.
 """
 
 import reprlib
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
 
@@ -74,3 +75,13 @@ def nearest(word: str, choices: Iterable[str], called: Mapping[str, str] = _NOTH
     close = [called[word]] if called.get(word) in known else (
         get_close_matches(word, known, n=1, cutoff=0.5))
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Run a program's work; return 0, or the code of the error that it prints to stderr."""
+    try:
+        work()
+    except VidgenError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

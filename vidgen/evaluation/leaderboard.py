@@ -2,27 +2,20 @@
 
 Scores depend on prompts, their rewording, frame rate, size, networks and the measures' version. So
 results are put into tables of those that are alike in these, and within a table every model is
-compared with the first one, clip by clip. Results of the Toybox suite (`leaderboard_toybox`) have
-tables of their own.
+compared with the first one, clip by clip.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from vidgen.core.errors import InputError
-from vidgen.evaluation.leaderboard_toybox import (
-    ToyboxEntry,
-    toybox_cell,
-    toybox_columns,
-    toybox_rows,
-)
 from vidgen.evaluation.metrics.registry import MEASURES, PROXY
 from vidgen.evaluation.suite import prompt_of
 from vidgen.evaluation.temporal.comparison import HEADLINE, compare
@@ -41,6 +34,21 @@ _SHOWN = (
     "warp_error", "flicker", "identity_drift_16", "motion_speed",
 )
 _SUBTOTALS = ("temporal_subtotal", PROXY + "temporal_subtotal")
+
+
+class Ranked(Protocol):
+    """What ranking asks of an entry."""
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What two entries must share to be ranked together."""
+
+    @property
+    def headline(self) -> float:
+        """By which entries are ordered."""
+
+
+AnyEntry = TypeVar("AnyEntry", bound=Ranked)
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class Entry:
         return ", ".join(texts) or "unknown"
 
 
-def read_entries(paths: Sequence[str | Path]) -> list[Entry | ToyboxEntry]:
+def read_entries(paths: Sequence[str | Path]) -> list[Entry]:
     """Entries of results files.
 
     Raises:
@@ -110,14 +118,24 @@ def read_entries(paths: Sequence[str | Path]) -> list[Entry | ToyboxEntry]:
     """
     if not paths:
         raise InputError("no results; give --results FILE, as vidgen eval wrote it")
-    return [entry for path in paths for entry in _read(path)]
+    return [entry for path in paths for entry in read_results(path, _entries, page)]
 
 
-def _read(path: str | Path) -> Sequence[Entry | ToyboxEntry]:
+def read_results(
+    path: str | Path,
+    entries_of: Callable[[str, Mapping[str, Any]], list[AnyEntry]],
+    page_of: Callable[[Sequence[AnyEntry]], str],
+) -> list[AnyEntry]:
+    """Entries of one results file, from which a page can be made.
+
+    Raises:
+        InputError: the file can't be read, or holds no such results.
+    """
     try:
         result = json.loads(Path(path).read_text("utf-8"))
-        page([*_entries(path, result), *_entries(path, result)])  # all that will be asked of them
-        return _entries(path, result)
+        entries = entries_of(str(path), result)
+        page_of([*entries, *entries])  # all that will be asked of them
+        return entries
     except OSError as error:
         raise InputError(f"results {path} can't be read: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
@@ -126,32 +144,27 @@ def _read(path: str | Path) -> Sequence[Entry | ToyboxEntry]:
                          f"({type(error).__name__}: {error}); make it anew") from None
 
 
-def _entries(path: str | Path, result: Mapping[str, Any]) -> Sequence[Entry | ToyboxEntry]:
-    if result["suite"] == "toybox":
-        return [ToyboxEntry.of(str(path), result)]
-    return [Entry(str(path), folder, result) for folder in result["folders"]]
+def _entries(path: str, result: Mapping[str, Any]) -> list[Entry]:
+    return [Entry(path, folder, result) for folder in result["folders"]]
 
 
-def tables(entries: Sequence[Entry | ToyboxEntry]) -> list[dict[str, Any]]:
+def ranked(entries: Sequence[AnyEntry]) -> list[list[AnyEntry]]:
+    """Groups of entries that may be ranked together, the best of each first."""
+    groups: dict[str, list[AnyEntry]] = {}
+    for entry in entries:
+        groups.setdefault(json.dumps(entry.conditions, sort_keys=True), []).append(entry)
+    return [sorted(group, key=lambda entry: -entry.headline) for group in groups.values()]
+
+
+def tables(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Entries that may be ranked together, the best first.
 
     Returns:
-        Of each table its `conditions`, its `columns` where it is of the Toybox suite, and `rows`:
-        `name`, `model`, `settings`, `file`, `clips`, `figures`, `machine`, and in `verdict` how the
-        entry compares with the first; of clips in time also `dynamic`, the subtotals, `failed`.
+        Of each table its `conditions` and `rows`: `name`, `model`, `settings`, `file`, `clips`,
+        `dynamic`, `figures`, the subtotals, `failed`, `machine`, and in `verdict` how the entry
+        compares with the first.
     """
-    groups: dict[str, list[Any]] = {}
-    for entry in entries:
-        key = json.dumps([type(entry).__name__, entry.conditions], sort_keys=True)
-        groups.setdefault(key, []).append(entry)
-    ranked = (sorted(group, key=lambda entry: -entry.headline) for group in groups.values())
-    return [_toybox(group) if isinstance(group[0], ToyboxEntry) else _table(group)
-            for group in ranked]  # fmt: skip
-
-
-def _toybox(group: Sequence[ToyboxEntry]) -> dict[str, Any]:
-    return {"conditions": group[0].conditions, "columns": toybox_columns(group),
-            "rows": toybox_rows(group)}  # fmt: skip
+    return [_table(group) for group in ranked(entries)]
 
 
 def _table(group: Sequence[Entry]) -> dict[str, Any]:
@@ -174,22 +187,24 @@ def _table(group: Sequence[Entry]) -> dict[str, Any]:
     return {"conditions": first.conditions, "rows": rows}
 
 
-def page(entries: Sequence[Entry | ToyboxEntry]) -> str:
+def page(entries: Sequence[Entry]) -> str:
     """HTML of all tables; it loads nothing from elsewhere."""
-    found = tables(entries)
-    parts = [
-        "<h1>Leaderboard</h1>",
-        "<p>Ordered by steadiness, which is 0 for clips that don't move, and in tables of the "
-        "Toybox suite by how well prompts are followed. An order means something only where the "
-        "verdict names a winner: each model is compared with the first of its table, clip by clip. "
-        "Figures have their 95% interval, or half of it.</p>",
-        *(_section(number, table) for number, table in enumerate(found, 1)),
-    ]
-    return document("Leaderboard", parts, STYLE)
+    return board(
+        "Ordered by steadiness, which is 0 for clips that don't move. An order means something "
+        "only where the verdict names a winner: each model is compared with the first of its "
+        "table, clip by clip. Figures have their 95% interval, or half of it.",
+        [(table, _lines(table["rows"])) for table in tables(entries)],
+    )
 
 
-def _section(number: int, table: Mapping[str, Any]) -> str:
-    lines = _toybox_lines(table) if "columns" in table else _lines(table["rows"])
+def board(intro: str, sections: Sequence[tuple[Mapping[str, Any], Sequence[str]]]) -> str:
+    """HTML of a leaderboard: each table with the rows that it is drawn as."""
+    parts = [_section(number, table, lines)
+             for number, (table, lines) in enumerate(sections, 1)]
+    return document("Leaderboard", ["<h1>Leaderboard</h1>", f"<p>{intro}</p>", *parts], STYLE)
+
+
+def _section(number: int, table: Mapping[str, Any], lines: Sequence[str]) -> str:
     told = "; ".join(f"{name}: {_words(value)}" for name, value in table["conditions"].items())
     machines = sorted({json.dumps(each["machine"], sort_keys=True) for each in table["rows"]})
     return (
@@ -211,7 +226,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for entry in rows:
         failed = f", {entry['failed']} failed" if entry["failed"] else ""
         lines.append(table_row([
-            _name(entry), escape(entry["verdict"]),
+            name_cell(entry), escape(entry["verdict"]),
             f"{entry['dynamic']} of {entry['clips']}{failed}",
             *(figure_cell(entry["figures"].get(measure)) for measure in shown),
             *("" if entry[name] is None else f"{entry[name]:.4f}" for name in totals),
@@ -219,19 +234,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _toybox_lines(table: Mapping[str, Any]) -> list[str]:
-    head = [escape(column).replace(", ", "<br>") for column in table["columns"]]
-    lines = [table_row(["model", "against the first", "clips", *head], "th", text=[1])]
-    for entry in table["rows"]:
-        figures = entry["figures"]
-        lines.append(table_row([
-            _name(entry), escape(entry["verdict"]), str(entry["clips"]),
-            *(toybox_cell(column, figures.get(column)) for column in table["columns"]),
-        ], text=[1]))  # fmt: skip
-    return lines
-
-
-def _name(entry: Mapping[str, Any]) -> str:
+def name_cell(entry: Mapping[str, Any]) -> str:
     """A model with what tells it from others."""
     return (f'<b title="{escape(entry["file"])}">{escape(entry["name"])}</b><br>'
             f"<small>{escape(entry['model'])}<br>"

@@ -53,7 +53,7 @@ def _rolled(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
     roller = folder.roller
     if roller is None:
         raise InputError(f"model {folder.name!r} has no roller, which roll needs; leave it out, or "
-                         "teach it one (docs/training.md)")
+                         "teach it one (docs/lab/training.md)")
     negative = ("negative",) * (plan.negative != folder.defaults.negative_prompt)
     for option in (*negative, *NOT_ROLLED):
         if request.has(option):

@@ -1,8 +1,8 @@
 """A glimpse of a clip while it forms: a linear map from latents to small pictures.
 
 Each latent frame becomes one picture, four pixels a side for each latent, out of the latents in a
-square of three by three. The map is fitted by least squares to what the model's own VAE encodes:
-clips of the Toybox world with their colours mixed, so that all colours come up.
+square of three by three. The map is data in the model's folder; for a folder without one it is
+fitted once, by least squares on what the model's own VAE encodes of drifting patterns, and cached.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T H W frames, pixel
 rows and columns, N places, K features.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,8 +28,6 @@ from torch.nn import functional as F
 
 from vidgen.core.errors import OutputError
 from vidgen.core.runtime import atomic_write, cache_folder
-from vidgen.toybox.render import render
-from vidgen.toybox.scenes import SEED_RANGES, sample_scenes
 
 if TYPE_CHECKING:
     from vidgen.core.protocols import StepInfo
@@ -42,6 +40,8 @@ FILE = "preview/model.safetensors"
 SIDE = 4
 """Pixels a side that one latent becomes, where the VAE's own side is not smaller."""
 CLIPS, CLIP_FRAMES, CLIP_SIZE = 24, 9, 128
+_GRIDS = (2, 4, 8, 16, 32)
+"""Cells a side of the noise that patterns are made of, the coarsest first."""
 RIDGE = 1e-3
 PATIENCE = 50
 """After a glimpse the next waits 50 times as long as that took: 2% of the time at most."""
@@ -127,7 +127,7 @@ def open_preview(engine: Engine) -> PreviewDecoder:
     found = _read(path)
     if found is None:
         log.info("fitting previews of %s, once", engine.folder.name)
-        found = fit_preview(engine)
+        found = fit_preview(engine, drifting_patterns())
         write_decoder(found, path)
     return found
 
@@ -146,22 +146,19 @@ def write_decoder(decoder: PreviewDecoder, path: Path) -> None:
 
 
 @torch.no_grad()
-def fit_preview(engine: Engine, clips: int = CLIPS) -> PreviewDecoder:
+def fit_preview(engine: Engine, clips: Iterable[Tensor]) -> PreviewDecoder:
     """Fit a model's decoder: ridge regression of pictures on latents [N, K], in float64.
 
     Args:
-        engine: whose VAE encodes.
-        clips: of the Toybox world, which training never sees.
+        engine: the model whose VAE encodes.
+        clips: videos [1, 3, T, H, W] in [-1, 1] whose colours cover all that is to be shown.
     """
     side = min(SIDE, engine.vae_config.strides.hw)
     width = 9 * engine.vae_config.latent_channels + 1
     products = torch.zeros(width, width, dtype=torch.float64)
     targets = torch.zeros(width, 3 * side * side, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    for scene in sample_scenes(SEED_RANGES["judge"][0], clips):
-        video = render([scene], CLIP_FRAMES, CLIP_SIZE, CLIP_SIZE).video
-        mixed = torch.einsum("ij,bjthw->bithw", _mixing(generator), video.float())
-        features, wanted = _pairs(engine.encode_video(mixed).cpu(), mixed, side)
+    for video in clips:
+        features, wanted = _pairs(engine.encode_video(video).cpu(), video, side)
         products += features.T @ features
         targets += features.T @ wanted
     ridge = RIDGE * products.diagonal().mean() * torch.eye(width, dtype=torch.float64)
@@ -170,11 +167,26 @@ def fit_preview(engine: Engine, clips: int = CLIPS) -> PreviewDecoder:
     return PreviewDecoder(weight.contiguous(), solved[:, -1].contiguous())
 
 
-def _mixing(generator: torch.Generator) -> Tensor:
-    """A change of colours [3, 3]: channels in any order, some inverted; [-1, 1] holds it."""
-    order = torch.randperm(3, generator=generator)
-    signs = 1 - 2 * torch.randint(0, 2, (3, 1), generator=generator).float()
-    return torch.eye(3)[order] * signs
+def drifting_patterns() -> Iterator[Tensor]:
+    """Clips [1, 3, T, H, W] in [-1, 1] of coloured noise at several scales that drifts sideways.
+
+    Coarse cells weigh most, as in photographs, whose amplitude falls as one over frequency
+    (Field 1987); every second clip is cut into two colours, which gives it hard edges.
+    """
+    generator = torch.Generator().manual_seed(0)
+    wide = CLIP_SIZE + 8 * CLIP_FRAMES
+    for number in range(CLIPS):
+        canvas = torch.zeros(1, 3, CLIP_SIZE, wide)
+        for cells in _GRIDS:
+            noise = torch.randn(1, 3, cells, cells * wide // CLIP_SIZE, generator=generator)
+            canvas += F.interpolate(noise, size=canvas.shape[2:], mode="bilinear") / cells
+        colours = torch.rand(2, 1, 3, 1, 1, generator=generator) * 2 - 1
+        if number % 2:
+            canvas = torch.where(canvas[:, :1] > 0, colours[0], colours[1]) + 0.1 * canvas
+        else:
+            canvas = canvas + colours[0]
+        frames = [canvas[..., 8 * t : 8 * t + CLIP_SIZE] for t in range(CLIP_FRAMES)]
+        yield torch.stack(frames, dim=2).clamp(-1, 1)
 
 
 def _pairs(latents: Tensor, video: Tensor, side: int) -> tuple[Tensor, Tensor]:

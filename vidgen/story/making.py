@@ -18,6 +18,7 @@ from vidgen.story.elements import ShotFrame
 from vidgen.story.takes import best_take, judge_for, score_take
 
 if TYPE_CHECKING:
+    from eval.toybox.judge import Judge
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
     from vidgen.media.encode import Frames
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from vidgen.pipeline.video import Engine
     from vidgen.story.film import ShotPlan, Take
     from vidgen.story.render import Store
-    from vidgen.toybox.judge import Judge
 
 
 @dataclass(frozen=True, slots=True)

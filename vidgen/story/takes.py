@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.toybox.judge import JudgeFolder, embedded_judge, sample_frames
+from train.toybox.world.captions import nouns, phrases
+from train.toybox.world.cast import SPRITE_NAMES
+from train.toybox.world.scenes import CAMERAS, MOTIONS, PLACES, WORLD_VERSION
 from vidgen.media.findings import Finding
 from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.inputs import as_video
-from vidgen.toybox.captions import nouns, phrases
-from vidgen.toybox.cast import SPRITE_NAMES
-from vidgen.toybox.judge import JudgeFolder, embedded_judge, sample_frames
-from vidgen.toybox.scenes import CAMERAS, MOTIONS, PLACES, WORLD_VERSION
 
 if TYPE_CHECKING:
-    from vidgen.toybox.judge import Judge, Verdict
+    from eval.toybox.judge import Judge, Verdict
     from vidgen.weights.folder import ModelFolder
 
 _SHOWN_FRAMES = 9

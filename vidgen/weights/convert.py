@@ -270,7 +270,7 @@ def _finish_diffusers(folder: Path, source: ModelFolder) -> None:
 
 
 def _keep_measured(source: ModelFolder, folder: Path, *, changed: bool) -> None:
-    """Carry along what `train/preview.py` measured of a model, as far as it is still true."""
+    """Carry along a model's preview map and magnitudes, as far as they are still true."""
     preview, magnitudes = source.path / _PREVIEW, source.path / _MAGNITUDES
     if preview.is_file():
         (folder / _PREVIEW).parent.mkdir()

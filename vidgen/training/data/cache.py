@@ -26,9 +26,8 @@ from vidgen.training.data.config import DataConfig, Geometry
 from vidgen.training.data.encode import Cursor, Extras, ItemEncoder
 from vidgen.training.data.files import MediaFile, Scan, scan
 from vidgen.training.data.select import Item, picks
-from vidgen.training.data.store import Identity, Store
+from vidgen.training.data.store import Identity, Store, require_manifest
 from vidgen.training.data.survey import Survey
-from vidgen.training.embedded.latents import require_manifest
 from vidgen.weights.folder import ModelFolder, open_model
 
 _PER_JOB = 64

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vidgen.core.config import dump
 from vidgen.core.errors import InputError
-from vidgen.core.runtime import atomic_path
+from vidgen.core.runtime import atomic_path, atomic_write, write_error
 from vidgen.models.tokenizer import clean_prompt
 from vidgen.pipeline.parts import DTYPES
 from vidgen.training.data.config import Bucket, DataConfig, Geometry
@@ -133,3 +133,35 @@ class Identity:
 
 def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def require_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write what shapes a folder's latents, or make sure that it was the same before.
+
+    Raises:
+        InputError: latents there were made otherwise, which tells in what; or their manifest is
+            damaged.
+        OutputError: the folder can't be made.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(folder, error) from None
+        atomic_write(path, json.dumps(manifest, indent=1).encode())
+        return
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError("it is no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}, which says what made the latents there, is damaged ({error}); "
+                         "name another folder or delete this one") from None
+    differing = sorted(k for k in manifest | found if manifest.get(k) != found.get(k))
+    if differing:
+        told = "; ".join(
+            f"{k} is {found.get(k)!r} there, {manifest.get(k)!r} here" for k in differing
+        )
+        raise InputError(f"the latents in {folder} were made otherwise ({told}); "
+                         "name another folder or delete this one")

@@ -1,0 +1,206 @@
+"""What `python -m eval.toybox` makes clips of: sources, their scenes, sentences and seeds.
+
+A source is scenes of one kind, `material`, brought into pictures in one `way`: generated, rendered
+(what the rulers make of perfection), or rendered and passed through the VAE (the best that a
+generator behind it can reach).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from eval.toybox.rulers.sync import bouncing_scenes
+from eval.toybox.suite.phrasings import read_phrasings
+from train.toybox.world.captions import caption, prompts
+from train.toybox.world.scenes import (
+    MOTIONS,
+    PLACES,
+    RESERVED_SPRITES,
+    SEED_RANGES,
+    SPRITE_NAMES,
+    SPRITES,
+    Draws,
+    Scene,
+    SceneMix,
+    compose_scene,
+    is_held_out,
+    is_valid,
+    sample_scenes,
+)
+
+if TYPE_CHECKING:
+    from eval.toybox.suite.run import Benchmark
+
+Suite = Literal[
+    "all", "text", "image", "vae", "judge", "triples", "phrasings", "extend", "sound", "full"
+]
+Way = Literal["generate", "render", "vae"]
+Pair = tuple[Scene, str]
+
+#: Motions that can go on for ever; what moves left is gone after one window.
+ENDLESS = ("stays", "bounces", "swings", "spins", "circles")
+_RESERVED, _TWO, _TRIPLES, _SOUND = 1 << 36, 1 << 37, 1 << 38, 1 << 39  # within a split's seeds
+
+
+class Source(NamedTuple):
+    """Scenes of one kind, brought into pictures in one way."""
+
+    material: str
+    way: Way
+
+
+_ENDINGS: tuple[tuple[str, Way], ...] = (("", "generate"), ("_render", "render"), ("_vae", "vae"))
+SOURCES: dict[str, Source] = {
+    "text": Source("text", "generate"),
+    "render": Source("text", "render"),
+    "vae": Source("text", "vae"),
+    "held_out": Source("held_out", "generate"),
+    "reserved": Source("reserved", "vae"),
+    **{f"{name}{end}": Source(name, way)
+       for name in ("two", "extend", "sound")
+       for end, way in _ENDINGS},
+    "image": Source("image", "generate"),
+    "render_end": Source("image", "render"),
+    "vae_end": Source("image", "vae"),
+    "seen_triples": Source("seen_triples", "generate"),
+    "held_triples": Source("held_triples", "generate"),
+    "grammar": Source("grammar", "generate"),
+    "phrased": Source("phrased", "generate"),
+}  # fmt: skip
+_TEXT = ("render", "vae", "text", "held_out", "two_render", "two_vae", "two")
+_IMAGE = ("render_end", "vae_end", "image")
+_TRIPLE = ("seen_triples", "held_triples")
+_PHRASED = ("grammar", "phrased")
+_EXTEND = ("extend_render", "extend_vae", "extend")
+_HEARD = ("sound_render", "sound_vae", "sound")
+SUITES: dict[Suite, tuple[str, ...]] = {
+    "text": _TEXT,
+    "image": _IMAGE,
+    "vae": ("vae", "reserved"),
+    "judge": ("render",),
+    "triples": _TRIPLE,
+    "phrasings": _PHRASED,
+    "extend": _EXTEND,
+    "sound": _HEARD,
+    "all": (*_TEXT, "reserved", *_IMAGE),
+    "full": (*_TEXT, "reserved", *_IMAGE, *_TRIPLE, *_PHRASED, *_EXTEND, *_HEARD),
+}
+#: Which sources say how high a generated one's scores can be: rendered, and behind the VAE.
+CEILINGS = {
+    "text": ("render", "vae"), "held_out": ("render", "vae"), "two": ("two_render", "two_vae"),
+    "image": ("render_end", "vae_end"), "extend": ("extend_render", "extend_vae"),
+    "sound": ("sound_render", "sound_vae"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    """One clip to be scored."""
+
+    source: str
+    index: int
+    scene: Scene
+    prompt: str
+    seed: int
+
+
+def items_of(bench: Benchmark, source: str) -> list[Item]:
+    """The clips of a source; those of a pair (triples, phrasings) share scene seed and noise.
+
+    What is generated comes `bench.seeds` times, all prompts with one seed each and then again;
+    `index` is the prompt's.
+    """
+    material, way = SOURCES[source]
+    pairs = _pairs(bench, material)
+    return [
+        Item(source, i, *pair, bench.seed + turn * len(pairs) + i)
+        for turn in range(bench.seeds if way == "generate" else 1)
+        for i, pair in enumerate(pairs)
+    ]
+
+
+def _pairs(bench: Benchmark, material: str) -> list[Pair]:
+    split = bench.split
+    if material == "text":
+        return prompts(split, bench.prompts)
+    if material == "held_out":
+        return prompts(split, bench.held_out, held_out=True)
+    if material == "image":  # a car that drives past is gone at the end
+        pool = prompts(split, 2 * bench.images)
+        return [p for p in pool if p[0].actors[0].motion != "drives past"][: bench.images]
+    if material in ("seen_triples", "held_triples"):
+        which = int(material == "held_triples")
+        return _told([pair[which] for pair in matched_triples(split, bench.pairs)])
+    if material in ("grammar", "phrased"):
+        written = read_phrasings(bench.phrasings, split)
+        own = material == "phrased"
+        return [(p.scene, p.text if own else _told_of(p.scene)) for p in written]
+    if material == "extend":
+        return endless_prompts("endless", bench.extensions, split)
+    first = SEED_RANGES[split][0]
+    if material == "reserved":
+        return _told(reserved_scenes(split, bench.reserved))
+    if material == "two":
+        mix = SceneMix(two_actors=1.0)
+        return _told(sample_scenes(first + _TWO, bench.two, mix, split="train"))
+    return _told(bouncing_scenes(first + _SOUND, bench.sounds))
+
+
+def _told(scenes: list[Scene]) -> list[Pair]:
+    return [(scene, _told_of(scene)) for scene in scenes]
+
+
+def _told_of(scene: Scene) -> str:
+    return caption(scene, seed=0, detail="full")
+
+
+def reserved_scenes(split: str, count: int) -> list[Scene]:
+    """Scenes of the reserved sprites in all motions and places."""
+    first = SEED_RANGES[split][0] + _RESERVED
+    pairs = [(s, m) for m in MOTIONS for s in RESERVED_SPRITES if is_valid(s, m)]
+    return [
+        compose_scene(first + i, *pairs[i % len(pairs)], PLACES[i % len(PLACES)])
+        for i in range(count)
+    ]
+
+
+def endless_prompts(scenes: str, count: int, split: Literal["dev", "test"] = "dev") -> list[Pair]:
+    """The first prompts of a split whose motion and camera can go on; of "any" scenes all."""
+    wide = 1
+    while True:
+        pool = prompts(split, wide * count)
+        found = [
+            (scene, text) for scene, text in pool
+            if scenes == "any"
+            or (scene.camera == "still" and all(a.motion in ENDLESS for a in scene.actors))
+        ]
+        if len(found) >= count:
+            return found[:count]
+        wide *= 2
+
+
+@lru_cache(maxsize=2)
+def matched_triples(split: str, count: int) -> list[tuple[Scene, Scene]]:
+    """Pairs of scenes, the first of a triple seen in training, the second of one held out.
+
+    Both have one scene seed, motion and place, and with them camera, size, speed and weather, and
+    are of one kind of sprite where that can be; sprites, motions and places come evenly.
+    """
+    start = SEED_RANGES[split][0] + _TRIPLES
+    draws, uses = Draws(start, stream=62), Counter[str]()
+    pairs: list[tuple[Scene, Scene]] = []
+    for index in range(count):
+        motion = MOTIONS[index % len(MOTIONS)]
+        place = PLACES[(index + index // len(MOTIONS)) % len(PLACES)]
+        order = sorted(SPRITE_NAMES, key=lambda name: uses[name] + draws.uniform())
+        allowed = [name for name in order if is_valid(name, motion)]
+        held = next(name for name in allowed if is_held_out(name, motion, place))
+        seen = [name for name in allowed if not is_held_out(name, motion, place)]
+        alike = [name for name in seen if SPRITES[name].kind == SPRITES[held].kind] or seen
+        uses.update((held, alike[0]))
+        pair = [compose_scene(start + index, name, motion, place) for name in (alike[0], held)]
+        pairs.append((pair[0], pair[1]))
+    return pairs

@@ -1,0 +1,1 @@
+"""Programs that train, run from a checkout: fine-tuning, and all that made the embedded model."""

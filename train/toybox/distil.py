@@ -1,0 +1,35 @@
+"""Teach a low-rank delta of a model to make clips in few steps, or turn by turn without end.
+
+    python -m train.toybox.cache
+        -c configs/train/toybox_student.yaml    first: render and encode
+    python -m train.toybox.trajectories -c configs/train/toybox_student.yaml
+        then: what is to be learned
+    python -m train.toybox.distil -c configs/train/toybox_student.yaml [--set a.b=c]... [--resume]
+    python -m train.toybox.distil -c configs/train/toybox_student_match.yaml
+        then: what its clips lack
+
+The first run is a plain regression on what the teacher answered, the second compares the student's
+own clips with the teacher's. toybox_roller.yaml and toybox_roller_match.yaml teach the delta that
+rolls clips out, which begins as the student, in the same two parts. See `vidgen.training.distil`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.toybox.distillation.config import DistilRun
+from train.toybox.distillation.match import MatchTask
+from train.toybox.distillation.roll import RollMatchTask, RollTask
+from train.toybox.distillation.student import DeltaTask, DistilTask
+from train.toybox.program import run_program
+
+
+def task_of(config: DistilRun) -> DeltaTask[Any]:
+    """What a run's student learns: the teacher's answers, of turns too, or what its clips lack."""
+    if config.match is not None:
+        return MatchTask(config) if config.roll is None else RollMatchTask(config)
+    return DistilTask(config) if config.roll is None else RollTask(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(__doc__, DistilRun, task_of))

@@ -1,1 +1,0 @@
-"""`vidgen eval toybox`: clips of known scenes, judged and measured against the truth."""
