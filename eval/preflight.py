@@ -103,7 +103,8 @@ def build_wide(folder: Path) -> Path:
     import torch
 
     from train.toybox.tasks.tokenizer import train_tokenizer
-    from vidgen.models.dit import DiTConfig, SpacetimeDiT
+    from vidgen.models.dit import SpacetimeDiT
+    from vidgen.models.dit_types import DiTConfig
     from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
     from vidgen.models.text import TextConfig, UMT5Encoder
     from vidgen.models.vae import CausalVAE

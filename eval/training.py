@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from vidgen.core.runtime import atomic_write, best_dtype, fingerprint
 from vidgen.diffusion.flow import add_noise, to_timestep, velocity_loss
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.training.config import OptimConfig, Phase, RunConfig
 from vidgen.training.engines.distributed import join_ranks

@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from vidgen.models.dit import AudioConfig, DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_blocks import PatchEmbedding
+from vidgen.models.dit_types import AudioConfig, DiTConfig
 from vidgen.models.lora import Adapter, LowRank
 from vidgen.models.presets import DIT_PRESETS
 

@@ -41,7 +41,8 @@ from vidgen.evaluation.generation import generate_batch
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import paired_interval
 from vidgen.media.likeness import psnr, ssim
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.experts import NO_LORAS
 from vidgen.pipeline.inputs import Inputs

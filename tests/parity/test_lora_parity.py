@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.lora_models import linear_paths
 from tests.parity.test_dit_parity import make_inputs, make_pair, relative_error
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.weights.lora import read_lora

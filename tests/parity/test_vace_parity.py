@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import WanVACETransformer3DModel
 
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.weights.keymap import DIT_KEYS, renamed
 

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.live import Live
 from vidgen.models import audio_spectra
 from vidgen.models.audio import AudioVAE
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE

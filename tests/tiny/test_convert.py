@@ -17,7 +17,8 @@ from safetensors.torch import save as to_bytes
 from tests.models import build_tiny_model
 from tests.wan_models import VARIANTS, build_diffusers, build_original
 from vidgen.core.errors import InputError, ModelError
-from vidgen.models.dit import AudioConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import AudioConfig
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import open_model, record_files

@@ -7,8 +7,8 @@ import torch
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.models import dit_blocks
-from vidgen.models.dit import AudioConfig, DiTConfig, SpacetimeDiT
-from vidgen.models.dit_inputs import AudioTokens, KVCache
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import AudioConfig, AudioTokens, DiTConfig, KVCache
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.ops import native
 

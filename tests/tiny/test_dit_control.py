@@ -7,7 +7,8 @@ import torch
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
-from vidgen.models.dit import AudioConfig, DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import AudioConfig, DiTConfig
 from vidgen.models.presets import DIT_PRESETS
 
 TINY = DIT_PRESETS["tiny"]

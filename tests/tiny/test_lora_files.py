@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.lora_models import I2V, SOUND, TINY, WHOLE, linear_paths, make_adapter, make_dit
 from vidgen.core.errors import InputError, ModelError
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank
 from vidgen.weights.lora import LoraChoice, parse_option, read_choices, read_lora
 from vidgen.weights.lora_dialects import DIALECTS

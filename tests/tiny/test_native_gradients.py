@@ -175,7 +175,8 @@ def test_gelu(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_step_of_a_block_needs_neither_compiler_nor_kernels(plainly, dtype):
     """One path with kernels and one without, and the same gradients of a whole tiny block."""
-    from vidgen.models.dit import DiTConfig, SpacetimeDiT
+    from vidgen.models.dit import SpacetimeDiT
+    from vidgen.models.dit_types import DiTConfig
 
     torch.manual_seed(0)
     config = DiTConfig(in_channels=4, out_channels=4, num_heads=2, head_dim=64, num_layers=2,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.tiny.test_dit import TINY, WITH_AUDIO, WITH_CONTROL, make_inputs, make_model, make_stills
-from vidgen.models.dit_inputs import AudioTokens, KVCache
+from vidgen.models.dit_types import AudioTokens, KVCache
 from vidgen.ops.attention import attention
 from vidgen.ops.parallel import Ranks, Spread, ulysses_attention
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.models.text import TextConfig, UMT5Encoder
 from vidgen.weights.load import load_module, save_module

@@ -15,8 +15,8 @@ from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.diffusion.cache import FirstBlock, Forecast, Probe, StepCaches, relative_change
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.magnitudes import Magnitudes
-from vidgen.models.dit import AudioConfig, DiTConfig, SpacetimeDiT
-from vidgen.models.dit_inputs import AudioTokens, KVCache
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import AudioConfig, AudioTokens, DiTConfig, KVCache
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline import step_caches
 from vidgen.pipeline.journal import journal

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vidgen.core.errors import Cancelled, ModelError
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.presets import TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder
 from vidgen.weights.load import load_module, save_module

@@ -31,8 +31,9 @@ from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.core.tensors import moved
 from vidgen.diffusion.flow import add_noise, squared_error, velocity_of, velocity_towards
-from vidgen.models.audio import AudioVAEConfig
-from vidgen.models.dit import AudioConfig, SpacetimeDiT
+from vidgen.models.audio_spectra import AudioVAEConfig
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import AudioConfig
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.ops.fusion import fusing

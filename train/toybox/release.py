@@ -48,7 +48,8 @@ from train.toybox.world.thesaurus import loose_vocabulary
 from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError, exit_code
 from vidgen.core.runtime import atomic_write, best_dtype, sha256_file
-from vidgen.models.audio import AudioVAE, AudioVAEConfig
+from vidgen.models.audio import AudioVAE
+from vidgen.models.audio_spectra import AudioVAEConfig
 from vidgen.models.onset_detector import OnsetDetectorConfig
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from vidgen.models.audio import AudioVAE, AudioVAEConfig
+from vidgen.models.audio import AudioVAE
+from vidgen.models.audio_spectra import AudioVAEConfig
 from vidgen.weights.folder import config_of
 from vidgen.weights.load import load_module
 

@@ -6,147 +6,133 @@ on, and `frames_per_token` frames make a latent. So latent k depends on samples 
 and sound of any length streams through in constant memory.
 
 ConvNeXt blocks at the frames' rate and an inverse STFT are Vocos' (Siuzdak 2024, fig. 1): the
-networks are in `audio_blocks`, what they see and say in `audio_spectra`.
+spectra that the networks read and write are in `audio_spectra`.
 
-Axes: B batch, N samples (mono), T frames, K latents, C latent channels, D width.
+Axes: B batch, N samples (mono), T frames, K latents, C latent channels, D width. With a cache,
+input follows that of earlier calls.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
-from vidgen.models.audio_blocks import AudioDecoder, AudioEncoder, CausalConv1d
-from vidgen.models.audio_spectra import Controls, to_sound, to_spectra
+from vidgen.models.audio_spectra import AudioVAEConfig, Controls, to_sound, to_spectra
 from vidgen.models.latents import NormalizedLatents
 from vidgen.ops.conv import StreamCache
 
 _SAMPLES = "samples"  # what a stream of sound keeps until it fills a latent
 _FAINT, _TINY = 1e-4, 1e-9  # magnitudes below which there is no sound, and no number
 _LOUDEST = 6.0  # log of a spectrum's largest magnitude
+_QUIET = -2.0  # log of a fresh decoder's magnitudes
 _STEEPEST = 3.0  # log of the largest gain, and less the least one's
 
 
-@dataclass(frozen=True)
-class AudioVAEConfig:
-    """Architecture of an `AudioVAE`.
+class CausalConv1d(nn.Conv1d):
+    """Depthwise convolution over [B, T, D] whose output frame t sees input frames up to t."""
 
-    Args:
-        latent_channels: C.
-        encoder_dim: width of the encoder's blocks.
-        decoder_dim: the same in the decoder.
-        encoder_layers: blocks at the frames' rate, then at the latents'.
-        decoder_layers: blocks at the latents' rate, then at the frames'.
-        expansion: hidden width of a block, in widths.
-        kernel_size: frames that a block's convolution sees.
-        sample_rate: samples a second.
-        hop: samples from a frame to the next.
-        window: samples of a frame, three whole hops at least.
-        pitch_window: samples, whole windows, that end with a frame and over which the encoder
-            follows phases: tones nearer to each other than a window tells apart beat in it, and
-            have no pitch there. 0: the window.
-        frames_per_token: frames that make a latent.
-        gains_per_frame: gains that the decoder says of each frame for its tones, and as many for
-            its noise: attacks are then as sharp as `hop / gains_per_frame` samples, where windows
-            alone would blur them. 0: none.
-        compression: power that the encoder raises magnitudes to.
-        latents_mean: [C], what normalised latents have subtracted; None: zeros.
-        latents_std: [C], what normalised latents are divided by; None: ones.
+    cache_key: str = ""
 
-    Raises:
-        ValueError: for values that no network can have.
-    """
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, dim, kernel_size, groups=dim)
+        self.num_history = kernel_size - 1
 
-    latent_channels: int
-    encoder_dim: int
-    decoder_dim: int
-    encoder_layers: tuple[int, int] = (3, 1)
-    decoder_layers: tuple[int, int] = (1, 4)
-    expansion: int = 2
-    kernel_size: int = 7
-    sample_rate: int = 16_000
-    hop: int = 64
-    window: int = 256
-    pitch_window: int = 0
-    frames_per_token: int = 8
-    gains_per_frame: int = 0
-    compression: float = 0.3
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, T, D] -> the same; with a cache, x follows the frames of earlier calls."""
+        before = None if cache is None else cache.tensors.get(self.cache_key)
+        if before is None:
+            before = x.new_zeros(x.shape[0], self.num_history, x.shape[2])
+        x = torch.cat([before, x], 1)
+        if cache is not None:
+            cache.tensors[self.cache_key] = x[:, x.shape[1] - self.num_history :].clone()
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
-    def __post_init__(self) -> None:
-        """Check the values against each other."""
-        positive = (
-            "latent_channels", "encoder_dim", "decoder_dim", "expansion", "kernel_size",
-            "sample_rate", "hop", "frames_per_token",
-        )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if self.window % self.hop or self.window < 3 * self.hop or self.window % 2:
-            raise ValueError(
-                f"window {self.window} must be even and at least three whole hops of {self.hop}, "
-                "or frames don't add up evenly"
-            )
-        object.__setattr__(self, "pitch_window", self.pitch_window or self.window)
-        if self.pitch_window < self.window or self.pitch_window % self.window:
-            raise ValueError(
-                f"pitch_window {self.pitch_window} must be one or more whole windows of "
-                f"{self.window}, so that both have the same frequencies"
-            )
-        if self.gains_per_frame < 0 or (self.gains_per_frame and self.hop % self.gains_per_frame):
-            raise ValueError(
-                f"gains_per_frame {self.gains_per_frame} must be 0 or divide the hop of {self.hop}"
-            )
-        for name in ("latents_mean", "latents_std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.latent_channels:
-                raise ValueError(
-                    f"{name} has {len(values)} values for {self.latent_channels} channels"
-                )
 
-    @property
-    def samples_per_token(self) -> int:
-        """Samples that a latent stands for."""
-        return self.hop * self.frames_per_token
+class ConvNeXtBlock(nn.Module):
+    """x + scaled feed-forward of a depthwise convolution (Liu et al. 2022, fig. 4)."""
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Latents a second."""
-        return self.sample_rate / self.samples_per_token
+    def __init__(self, dim: int, kernel_size: int, expansion: int, scale: float) -> None:
+        super().__init__()
+        self.conv = CausalConv1d(dim, kernel_size)
+        self.norm = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, expansion * dim)
+        self.contract = nn.Linear(expansion * dim, dim)
+        self.scale = nn.Parameter(torch.full((dim,), scale))
 
-    @property
-    def lookahead(self) -> int:
-        """Samples behind its own that a latent depends on."""
-        return self.window - self.hop
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[B, T, D] -> the same."""
+        y = self.norm(self.conv(x, cache))
+        return x + self.scale * self.contract(F.gelu(self.expand(y)))
 
-    @property
-    def history(self) -> int:
-        """Samples before a sound's first that its spectra depend on."""
-        return self.hop + self.pitch_window - self.window
 
-    @property
-    def reach(self) -> float:
-        """Largest advance of an oscillator, in radians a frame: a little over half-way to the next.
+class _Stack(nn.ModuleList):
+    """Blocks one after the other."""
 
-        Several that could follow one tone would beat with each other.
+    def __init__(self, dim: int, layers: int, config: AudioVAEConfig) -> None:
+        super().__init__(
+            ConvNeXtBlock(dim, config.kernel_size, config.expansion, 1 / max(layers, 1))
+            for _ in range(layers)
+        )
+
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        for block in self:
+            x = block(x, cache)
+        return x
+
+
+class AudioEncoder(nn.Module):
+    """Spectra to moments."""
+
+    def __init__(self, config: AudioVAEConfig) -> None:
+        super().__init__()
+        dim, per_token = config.encoder_dim, config.frames_per_token
+        self.embed = nn.Linear(3 * config.num_bins, dim)
+        self.frames = _Stack(dim, config.encoder_layers[0], config)
+        self.gather = nn.Linear(per_token * dim, dim)
+        self.tokens = _Stack(dim, config.encoder_layers[1], config)
+        self.norm = nn.LayerNorm(dim)
+        self.to_moments = nn.Linear(dim, 2 * config.latent_channels)
+
+    def forward(self, x: Tensor, per_token: int, cache: StreamCache | None = None) -> Tensor:
+        """[B, T, 3 * bins] -> [B, K, 2 * C], mean and log-variance."""
+        x = self.frames(self.embed(x), cache)
+        x = self.gather(x.unflatten(1, (-1, per_token)).flatten(2))
+        return self.to_moments(self.norm(self.tokens(x, cache)))
+
+
+class AudioDecoder(nn.Module):
+    """Latents to spectra."""
+
+    def __init__(self, config: AudioVAEConfig) -> None:
+        super().__init__()
+        dim, per_token = config.decoder_dim, config.frames_per_token
+        self.from_latents = nn.Linear(config.latent_channels, dim)
+        self.tokens = _Stack(dim, config.decoder_layers[0], config)
+        self.spread = nn.Linear(dim, per_token * dim)
+        self.frames = _Stack(dim, config.decoder_layers[1], config)
+        self.norm = nn.LayerNorm(dim)
+        bins = config.num_bins
+        self.head = nn.Linear(dim, 3 * bins + 2 * config.gains_per_frame)
+        with torch.no_grad():
+            self.head.bias.zero_()
+            self.head.bias[bins : 3 * bins] = _QUIET
+
+    def forward(self, x: Tensor, per_token: int, cache: StreamCache | None = None) -> Tensor:
+        """[B, K, C] -> [B, T, 3 * bins + 2 * gains], float32.
+
+        The advance of the phase, and the logs of tone, noise and of the gains of both.
+
+        The head computes in float32, for what it says of phases adds up.
         """
-        return 1.1 * math.pi * self.hop / self.window
-
-    @property
-    def num_bins(self) -> int:
-        """Frequencies of a frame's spectrum."""
-        return self.window // 2 + 1
-
-    def num_tokens(self, num_samples: int) -> int:
-        """Latents of so many samples: those that cover them."""
-        return -(-num_samples // self.samples_per_token)
+        x = self.spread(self.tokens(self.from_latents(x), cache))
+        x = self.frames(x.unflatten(2, (per_token, -1)).flatten(1, 2), cache)
+        x = self.norm(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.head.weight.float(), self.head.bias.float())
 
 
 class AudioVAE(NormalizedLatents, nn.Module):

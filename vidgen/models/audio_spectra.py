@@ -11,22 +11,136 @@ Axes: B batch, N samples (mono), T frames.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vidgen.ops.conv import StreamCache
 
-if TYPE_CHECKING:
-    from vidgen.models.audio import AudioVAEConfig
-
 NOISE_FRAMES = 4096
 """After which the noise repeats, 16 s; a table of them is kept."""
 #: What a stream keeps besides the networks' history.
 _FRAMES, _PHASES, _GAINS = "frames", "phases", "gains"
 _ONSET = 0.1  # share of the full overlap that the first samples are divided by at least
+
+
+@dataclass(frozen=True)
+class AudioVAEConfig:
+    """Architecture of an `AudioVAE`.
+
+    Args:
+        latent_channels: C.
+        encoder_dim: width of the encoder's blocks.
+        decoder_dim: the same in the decoder.
+        encoder_layers: blocks at the frames' rate, then at the latents'.
+        decoder_layers: blocks at the latents' rate, then at the frames'.
+        expansion: hidden width of a block, in widths.
+        kernel_size: frames that a block's convolution sees.
+        sample_rate: samples a second.
+        hop: samples from a frame to the next.
+        window: samples of a frame, three whole hops at least.
+        pitch_window: samples, whole windows, that end with a frame and over which the encoder
+            follows phases: tones nearer to each other than a window tells apart beat in it, and
+            have no pitch there. 0: the window.
+        frames_per_token: frames that make a latent.
+        gains_per_frame: gains that the decoder says of each frame for its tones, and as many for
+            its noise: attacks are then as sharp as `hop / gains_per_frame` samples, where windows
+            alone would blur them. 0: none.
+        compression: power that the encoder raises magnitudes to.
+        latents_mean: [C], what normalised latents have subtracted; None: zeros.
+        latents_std: [C], what normalised latents are divided by; None: ones.
+
+    Raises:
+        ValueError: for values that no network can have.
+    """
+
+    latent_channels: int
+    encoder_dim: int
+    decoder_dim: int
+    encoder_layers: tuple[int, int] = (3, 1)
+    decoder_layers: tuple[int, int] = (1, 4)
+    expansion: int = 2
+    kernel_size: int = 7
+    sample_rate: int = 16_000
+    hop: int = 64
+    window: int = 256
+    pitch_window: int = 0
+    frames_per_token: int = 8
+    gains_per_frame: int = 0
+    compression: float = 0.3
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values against each other."""
+        positive = (
+            "latent_channels", "encoder_dim", "decoder_dim", "expansion", "kernel_size",
+            "sample_rate", "hop", "frames_per_token",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.window % self.hop or self.window < 3 * self.hop or self.window % 2:
+            raise ValueError(
+                f"window {self.window} must be even and at least three whole hops of {self.hop}, "
+                "or frames don't add up evenly"
+            )
+        object.__setattr__(self, "pitch_window", self.pitch_window or self.window)
+        if self.pitch_window < self.window or self.pitch_window % self.window:
+            raise ValueError(
+                f"pitch_window {self.pitch_window} must be one or more whole windows of "
+                f"{self.window}, so that both have the same frequencies"
+            )
+        if self.gains_per_frame < 0 or (self.gains_per_frame and self.hop % self.gains_per_frame):
+            raise ValueError(
+                f"gains_per_frame {self.gains_per_frame} must be 0 or divide the hop of {self.hop}"
+            )
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.latent_channels:
+                raise ValueError(
+                    f"{name} has {len(values)} values for {self.latent_channels} channels"
+                )
+
+    @property
+    def samples_per_token(self) -> int:
+        """Samples that a latent stands for."""
+        return self.hop * self.frames_per_token
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Latents a second."""
+        return self.sample_rate / self.samples_per_token
+
+    @property
+    def lookahead(self) -> int:
+        """Samples behind its own that a latent depends on."""
+        return self.window - self.hop
+
+    @property
+    def history(self) -> int:
+        """Samples before a sound's first that its spectra depend on."""
+        return self.hop + self.pitch_window - self.window
+
+    @property
+    def reach(self) -> float:
+        """Largest advance of an oscillator, in radians a frame: a little over half-way to the next.
+
+        Several that could follow one tone would beat with each other.
+        """
+        return 1.1 * math.pi * self.hop / self.window
+
+    @property
+    def num_bins(self) -> int:
+        """Frequencies of a frame's spectrum."""
+        return self.window // 2 + 1
+
+    def num_tokens(self, num_samples: int) -> int:
+        """Latents of so many samples: those that cover them."""
+        return -(-num_samples // self.samples_per_token)
 
 
 class Controls(NamedTuple):

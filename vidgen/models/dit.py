@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from vidgen.core.protocols import KeyTokens, StepCache
 from vidgen.models.dit_blocks import (
     Axis,
     Block,
+    ControlBlock,
+    CrossAttention,
     FeedForward,
     Head,
     ImageEmbedding,
@@ -31,125 +33,30 @@ from vidgen.models.dit_blocks import (
     TimeEmbedding,
     compute_dtype,
 )
-from vidgen.models.dit_control import ControlBlock, control_scales
-from vidgen.models.dit_init import init_dit
 from vidgen.models.dit_inputs import (
-    AudioTokens,
     CachedStack,
-    Context,
-    KVCache,
-    Layout,
-    Stream,
     check_inputs,
     collapse_padding,
+    control_scales,
     embed_times,
     lay_out,
     runs_of_time,
     spread_tokens,
 )
+from vidgen.models.dit_types import (
+    AudioConfig,
+    AudioTokens,
+    Context,
+    DiTConfig,
+    KVCache,
+    Layout,
+    Pattern,
+    Stream,
+)
 from vidgen.ops.attention import Backend, require_backend
 from vidgen.ops.parallel import Ranks
 from vidgen.ops.patchify import patchify_latents, unpatchify_latents
 from vidgen.ops.rope import rope_table, sound_rope_table
-
-Pattern = Literal["full", "factorised", "causal"]
-
-
-@dataclass(frozen=True)
-class AudioConfig:
-    """The audio modality of a DiT.
-
-    Args:
-        channels: of an audio latent.
-        ffn_dim: hidden width of each block's audio feed-forward.
-        tokens_per_s: audio latents a second.
-    """
-
-    channels: int
-    ffn_dim: int
-    tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """Architecture of a `SpacetimeDiT`.
-
-    Args:
-        in_channels: C of the input; more than `out_channels` where a condition is stacked on it.
-        out_channels: C of the velocity.
-        num_heads: attention heads.
-        head_dim: width of a head, even and at least 6.
-        num_layers: blocks.
-        ffn_dim: hidden width of the feed-forward.
-        text_dim: width of the text encoder's output.
-        text_len: text tokens that Wan pads to, with zero rows that attention sees.
-        patch_size: rows and columns of latents in a token.
-        freq_dim: sinusoids of the time embedding.
-        eps: of all norms.
-        image_dim: width of CLIP features (Wan 2.1 I2V), or None.
-        image_positions: learned positions of CLIP features (FLF2V: 514), or None.
-        pattern: which tokens self-attention joins: all ("full"); those of a frame and those of a
-            place in turns ("factorised"); those of no later frame ("causal").
-        causal_frames: latent frames that see each other in the causal pattern.
-        audio: the audio modality, or None.
-        control_layers: blocks whose output a control block adds to (VACE), rising from 0.
-        control_channels: C of the control, or None without `control_layers`.
-
-    Raises:
-        ValueError: for values that no network can have.
-    """
-
-    in_channels: int
-    out_channels: int
-    num_heads: int
-    head_dim: int
-    num_layers: int
-    ffn_dim: int
-    text_dim: int
-    text_len: int = 512
-    patch_size: int = 2
-    freq_dim: int = 256
-    eps: float = 1e-6
-    image_dim: int | None = None
-    image_positions: int | None = None
-    pattern: Pattern = "full"
-    causal_frames: int = 1
-    audio: AudioConfig | None = None
-    control_layers: tuple[int, ...] = ()
-    control_channels: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values against each other."""
-        positive = (
-            "in_channels", "out_channels", "num_heads", "num_layers", "ffn_dim", "text_dim",
-            "text_len", "patch_size", "causal_frames",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        if self.head_dim < 6 or self.head_dim % 2:
-            raise ValueError(f"head_dim must be even and at least 6, not {self.head_dim}")
-        if self.freq_dim < 2 or self.freq_dim % 2:
-            raise ValueError(f"freq_dim must be even and at least 2, not {self.freq_dim}")
-        if self.pattern not in get_args(Pattern):
-            raise ValueError(f"pattern must be one of {get_args(Pattern)}, not {self.pattern!r}")
-        layers = self.control_layers
-        if bool(layers) != bool(self.control_channels):
-            raise ValueError(
-                f"control_layers {layers} and control_channels {self.control_channels} "
-                "must be given together"
-            )
-        if layers and (list(layers) != sorted({0, *layers}) or layers[-1] >= self.num_layers):
-            raise ValueError(
-                f"control_layers must rise from 0 to at most {self.num_layers - 1}, not {layers}"
-            )
-        if layers and (self.pattern != "full" or self.audio is not None):
-            raise ValueError("control needs the pattern 'full' and no audio")
-
-    @property
-    def hidden_dim(self) -> int:
-        """D, the width of a token."""
-        return self.num_heads * self.head_dim
 
 
 class AudioVideo(NamedTuple):
@@ -205,8 +112,32 @@ class SpacetimeDiT(nn.Module):
         self.gradient_checkpointing = False
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights that training from scratch starts with; see `dit_init`."""
-        init_dit(self, generator)
+        """Draw the weights that training from scratch starts with; the first velocity is 0.
+
+        Xavier for matrices, zero for biases, gates and output. Zero gates make self-attention and
+        feed-forward start as the identity (adaLN-zero, Peebles & Xie 2023, sec. 3.2).
+        Cross-attention has no gate: its output starts small.
+        """
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight, generator=generator)
+                    nn.init.zeros_(module.bias)
+            self.patch_embed.init_weights(generator)
+            for layer in (self.time_embed.up, self.time_embed.down):
+                nn.init.normal_(layer.weight, std=0.02, generator=generator)
+            nn.init.zeros_(self.time_embed.proj.weight)
+            for module in self.modules():
+                if isinstance(module, CrossAttention):
+                    module.out.weight.mul_(self.config.num_layers**-0.5)
+                    module.hide_pad_key()
+                elif isinstance(module, ControlBlock):
+                    nn.init.zeros_(module.proj_out.weight)
+            if self.config.control_channels is not None:
+                self.control_embed.init_weights(generator)
+            nn.init.zeros_(self.head.proj.weight)
+            if self.config.audio is not None:
+                nn.init.zeros_(self.head.audio_proj.weight)
 
     def set_attention_backend(self, backend: Backend, *, strict: bool = False) -> None:
         """Choose who computes attention, see `ops.attention`; with `strict` refuse a substitute."""

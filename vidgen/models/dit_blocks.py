@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vidgen.models.dit_inputs import Context, KVCache, Layout, Stream
+from vidgen.models.dit_types import Context, KVCache, Layout, Stream
 from vidgen.ops.attention import Backend, attention
 from vidgen.ops.linear import LastLinear, feed_forward
 from vidgen.ops.norm import (
@@ -31,6 +31,10 @@ from vidgen.ops.parallel import ulysses_attention
 from vidgen.ops.rope import normed_heads
 
 Axis = Literal["all", "space", "time"]
+
+_PAD_LOGIT = -6.5
+"""Score that the key of Wan's zero text rows starts with."""
+_PAD_KEY_BIAS = -0.03
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -64,6 +68,11 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, channels, 1, patch_size, patch_size))
         self.bias = nn.Parameter(torch.empty(width))
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw the weights that training starts with."""
+        nn.init.xavier_uniform_(self.weight.flatten(1), generator=generator)
+        nn.init.zeros_(self.bias)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Map [B, L, C * p * p] to [B, L, D]."""
@@ -206,6 +215,20 @@ class CrossAttention(nn.Module):
             self.norm_k_image = HeadsNorm(width, num_heads, eps)
         self.backend: Backend = "auto"
 
+    def hide_pad_key(self) -> None:
+        """Start with the key of Wan's zero text rows unattended.
+
+        It stands for about 500 rows, so its score has log 500 = 6.2 added: with scores near 0 it
+        would take 97% of the attention. A zero row's key is the bias alone, which the norm blows up
+        to length sqrt(D): a small negative constant becomes -1 everywhere, and a positive mean rho
+        of the normalised queries scores it at -sqrt(d) * rho. Text keys hardly feel so small a
+        bias.
+        """
+        head_dim = self.q.in_features // self.num_heads
+        mean = min(0.95, -_PAD_LOGIT / math.sqrt(head_dim))
+        nn.init.constant_(self.k.bias, _PAD_KEY_BIAS)
+        nn.init.constant_(self.q.bias, mean / math.sqrt(1 - mean**2))
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix the context into tokens x [B, L, D]."""
         q, k = self.norm_q(self.q(x)), self.norm_k(self.k(context.text))
@@ -218,11 +241,10 @@ class CrossAttention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(-2))
 
 
-class BlockLayers(nn.Module):
+class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward, the first and last modulated by time.
 
-    Modalities share all but the feed-forward: `ffn` for video, `audio_ffn` for audio. Blocks of a
-    control's branch have the same layers, but take and give something else.
+    Modalities share all but the feed-forward: `ffn` for video, `audio_ffn` for audio.
     """
 
     def __init__(
@@ -239,7 +261,7 @@ class BlockLayers(nn.Module):
         if audio_ffn_dim is not None:
             self.audio_ffn = FeedForward(width, audio_ffn_dim)
 
-    def update(
+    def forward(
         self, streams: Sequence[Stream], rope: Tensor, layout: Layout, context: Context,
         cache: KVCache | None, layer: int,
     ) -> list[Stream]:
@@ -268,15 +290,34 @@ class BlockLayers(nn.Module):
         return out
 
 
-class Block(BlockLayers):
-    """A block of the transformer: its layers update the streams."""
+class ControlBlock(Block):
+    """A block of VACE's branch: refine control tokens and draw from them what a block adds."""
 
-    def forward(
-        self, streams: Sequence[Stream], rope: Tensor, layout: Layout, context: Context,
-        cache: KVCache | None, layer: int,
-    ) -> list[Stream]:
-        """Update the streams, as `update` says."""
-        return self.update(streams, rope, layout, context, cache, layer)
+    def __init__(
+        self, width: int, num_heads: int, ffn_dim: int, eps: float, *, image: bool, first: bool
+    ) -> None:
+        super().__init__(
+            width, num_heads, ffn_dim, eps, axis="all", image=image, audio_ffn_dim=None
+        )
+        self.proj_in = nn.Linear(width, width) if first else None
+        self.proj_out = nn.Linear(width, width)
+
+    def forward(  # type: ignore[override]
+        self, control: Tensor, video: Stream, rope: Tensor, layout: Layout, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        """Give what to add to the video and the next control tokens, both [B, L, D].
+
+        Args:
+            control: tokens [B, L, D] of the block before; the first joins them with the video's.
+            video: tokens before all blocks, and their times.
+            rope: [B or 1, L, d/2].
+            layout: of the tokens.
+            context: text and image.
+        """
+        if self.proj_in is not None:
+            control = video.tokens + self.proj_in(control).to(video.tokens.dtype)
+        [out] = super().forward([Stream(control, video.time)], rope, layout, context, None, 0)
+        return self.proj_out(out.tokens.to(compute_dtype(self.proj_out.weight))), out.tokens
 
 
 class Head(nn.Module):

@@ -1,15 +1,13 @@
-"""What the blocks of a `SpacetimeDiT` are given beside weights, and how it is made from a request.
+"""From what a `SpacetimeDiT` is called with to what its blocks are given, and what is refused.
 
-Axes: B batch, L tokens, D width, S text tokens, G runs of tokens that share a time, U unique times,
-F latent frames, K stills, N tokens of one of them, H heads, d head width.
+Axes: B batch, C channels, L tokens, D width, S text tokens, G runs of tokens that share a time,
+F latent frames, K stills, h w latent rows and columns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,154 +15,8 @@ from torch.nn import functional as F
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens, StepCache
-from vidgen.ops.norm import TokenVectors
+from vidgen.models.dit_types import AudioTokens, DiTConfig, KVCache, Layout, Stream, TimeVectors
 from vidgen.ops.parallel import Ranks, Spread
-
-if TYPE_CHECKING:
-    from vidgen.models.dit import DiTConfig
-
-
-@dataclass(frozen=True)
-class AudioTokens:
-    """Sound that is denoised, or is known, together with the video.
-
-    Attributes:
-        latents: [B, C, N].
-        timestep: [B], or [B, N] where some tokens are known and carry 0; in 0..1000.
-        frames_per_s: latent frames of the video a second (fps / stride_t): the clock that places
-            audio tokens on the video's time axis.
-        start_s: when the first audio token starts, in seconds after the video's first frame.
-        sees_video: whether its tokens attend to those of the video.
-        is_seen: whether those of the video attend to them.
-    """
-
-    latents: Tensor
-    timestep: Tensor
-    frames_per_s: float
-    start_s: float = 0.0
-    sees_video: bool = True
-    is_seen: bool = True
-
-
-@dataclass(frozen=True)
-class TimeVectors:
-    """What the timesteps of one stream's tokens became.
-
-    Attributes:
-        head: [B, G, D] float32, for the output norm; [U, D] with `index`.
-        block: [B, G, 6, D] float32, for the blocks' norms and gates; [U, 6, D] with `index`.
-        index: [B, L] int32, each token's row, where times differ within a latent frame; else None.
-    """
-
-    head: Tensor
-    block: Tensor
-    index: Tensor | None
-
-    def modulate(self, table: Tensor, rows: Tensor) -> list[TokenVectors]:
-        """Add a table [1, k, D] to `rows` [..., k, D]; give the k vectors of each token."""
-        return [TokenVectors(part, self.index) for part in (table.float() + rows).unbind(-2)]
-
-    def of_rank(self, spread: Spread, run: int) -> TimeVectors:
-        """Those of the tokens that this rank holds of a run, each with a row of its own."""
-        if self.index is not None:
-            return TimeVectors(self.head, self.block, spread.split(self.index))
-        batch, groups = self.head.shape[:2]
-        if groups == 1:
-            return self
-        length = spread.lengths[run]
-        token = torch.arange(length, device=self.head.device) // (length // groups)
-        sample = torch.arange(batch, device=token.device)[:, None] * groups
-        return TimeVectors(
-            self.head.flatten(0, 1), self.block.flatten(0, 1), spread.split(sample + token).int()
-        )
-
-
-class Stream(NamedTuple):
-    """Tokens [B, L, D] of one modality and their time vectors."""
-
-    tokens: Tensor
-    time: TimeVectors
-    is_sound: bool = False
-
-
-class Context(NamedTuple):
-    """What cross-attention sees: text [B, S, D], its bias [B, 1, 1, S], image tokens [B, _, D]."""
-
-    text: Tensor
-    bias: Tensor | None
-    image: Tensor | None
-
-
-class Layout(NamedTuple):
-    """Where self-attention's tokens lie: F * N of frames come first; and the bias to add.
-
-    With `spread` they lie over several ranks, which meet in self-attention alone. The last
-    `num_alone` tokens see only each other; the last `num_unseen` are seen by no others.
-    """
-
-    num_frames: int
-    frame_tokens: int
-    bias: Tensor | None
-    spread: Spread | None = None
-    num_alone: int = 0
-    num_unseen: int = 0
-
-    def own(self, x: Tensor) -> Tensor:
-        """This rank's stretch [B, l, ...] of a run of tokens [B, L, ...]."""
-        return x if self.spread is None else self.spread.split(x)
-
-    def whole(self, x: Tensor, run: int) -> Tensor:
-        """All tokens [B, L, ...] of a run of which ranks have stretches [B, l, ...]."""
-        return x if self.spread is None else self.spread.gather(x, run)
-
-
-class KVCache:
-    """Keys and values of earlier frames, for rolling out a causal model turn by turn.
-
-    A forward pass sees the frames in the cache before its own. While `recording` it adds its own:
-    denoise frames with `recording = False`, then pass the finished ones once with True. In
-    training gradients reach what was recorded. A first pass can also be recorded for sound
-    that is to see its frames: see `SpacetimeDiT.listen`.
-    """
-
-    def __init__(self) -> None:
-        self.recording = True
-        self.num_frames = 0
-        self.num_held = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def advance(self, num_frames: int, num_stills: int) -> None:
-        """Count the frames and stills that a recording pass has added."""
-        if self.recording:
-            self.num_frames += num_frames
-            self.num_held += num_frames + num_stills
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a layer's cached tokens before k, v [B, H, L, d]; keep the result if recording.
-
-        Where fewer clips are cached than are given, each serves as many of these in turn.
-        """
-        if layer in self._layers:
-            k, v = (_behind(old, new) for old, new in zip(self._layers[layer], (k, v), strict=True))
-        if self.recording:
-            self._layers[layer] = (k, v)
-        return k, v
-
-    def forget(self, num_frames: int) -> None:
-        """Hold the newest frames alone, `num_frames` at most; later ones keep their places."""
-        if self.num_held <= num_frames:
-            return
-        for layer, (k, v) in self._layers.items():
-            count = k.shape[2] // self.num_held * num_frames
-            self._layers[layer] = k[:, :, -count:], v[:, :, -count:]
-        self.num_held = num_frames
-
-
-def _behind(old: Tensor, new: Tensor) -> Tensor:
-    """Tokens [b, H, M, d] of clips, and behind them [B, H, L, d] of as many in turn for each."""
-    turns = new.unflatten(0, (len(old), -1))
-    shared = old[:, None].expand(-1, turns.shape[1], -1, -1, -1)
-    return torch.cat([shared, turns], dim=3).flatten(0, 1)
 
 
 class CachedStack:
@@ -400,3 +252,42 @@ def collapse_padding(
     bias = torch.zeros(batch, longest).masked_fill_(hidden, -math.inf)
     bias = torch.cat([bias, (text_len - count)[:, None].float().log()], dim=1)
     return text, bias.to(context.device)[:, None, None]
+
+
+def control_scales(
+    config: DiTConfig, latents: Tensor, extra: KeyTokens | None, control: Tensor | None,
+    scale: float | Sequence[float],
+) -> dict[int, float]:
+    """The strength of a control by layer; empty where there is none.
+
+    Args:
+        config: of the model.
+        latents: [B, C, F, h, w] that are denoised.
+        extra: stills, which the control says nothing of.
+        control: [B, control_channels, F, h, w], or None.
+        scale: one for all control layers, or one for each.
+
+    Raises:
+        InputError: for shapes and options that the model can't take.
+    """
+    layers = config.control_layers
+    if control is None:
+        return {}
+    if not layers:
+        raise InputError("control was given to a model without control_layers")
+    if extra is not None:
+        raise InputError(
+            "stills can't join a pass with control; put them before the frames of latents and "
+            "control instead"
+        )
+    batch, _, *size = latents.shape
+    expected = (batch, config.control_channels, *size)
+    if tuple(control.shape) != expected:
+        raise InputError(f"control has shape {tuple(control.shape)}, not {expected}")
+    scales = [scale] * len(layers) if isinstance(scale, int | float) else list(scale)
+    if len(scales) != len(layers):
+        raise InputError(
+            f"control_scale has {len(scales)} values; give one, or one for each of the "
+            f"{len(layers)} control layers"
+        )
+    return dict(zip(layers, scales, strict=True))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vidgen.models.audio import AudioVAEConfig
-from vidgen.models.dit import AudioConfig, DiTConfig
+from vidgen.models.audio_spectra import AudioVAEConfig
+from vidgen.models.dit_types import AudioConfig, DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig

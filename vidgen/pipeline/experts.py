@@ -16,7 +16,8 @@ from vidgen.weights.hashes import hash_files
 from vidgen.weights.lora import EXPERTS, Expert, parse_option, read_choices
 
 if TYPE_CHECKING:
-    from vidgen.models.dit import DiTConfig, SpacetimeDiT
+    from vidgen.models.dit import SpacetimeDiT
+    from vidgen.models.dit_types import DiTConfig
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
     from vidgen.weights.component import ExpertRole, Role

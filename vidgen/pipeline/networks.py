@@ -21,7 +21,7 @@ from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, PROMPT, UNSHOWN, guide
 from vidgen.diffusion.samplers import whole_timesteps
 from vidgen.diffusion.state import LatentState, denoise_inputs
 from vidgen.diffusion.token_part import TokenPart
-from vidgen.models.dit_inputs import AudioTokens, KVCache
+from vidgen.models.dit_types import AudioTokens, KVCache
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread
 from vidgen.pipeline.devices.stretches import rooms_for

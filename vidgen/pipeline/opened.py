@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.models.dit import DiTConfig
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import prepare_image
 from vidgen.models.text import NOTHING
 from vidgen.models.tokenizer import PromptTokenizer

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from vidgen.core.errors import ModelError
-from vidgen.models.audio import AudioVAE, AudioVAEConfig
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.audio import AudioVAE
+from vidgen.models.audio_spectra import AudioVAEConfig
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import ImageConfig, ImageEncoder
 from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
 from vidgen.models.text import TextConfig, UMT5Encoder

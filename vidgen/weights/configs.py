@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vidgen.core.errors import ModelError
-from vidgen.models.dit import DiTConfig
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.vae import VAEConfig
 
 TRANSFORMER_CLASSES = ("WanTransformer3DModel", "WanVACETransformer3DModel")

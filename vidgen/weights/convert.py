@@ -21,7 +21,7 @@ from torch import Tensor
 from vidgen.core.config import dump
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_path, check_output
-from vidgen.models.dit import DiTConfig
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.text import TextConfig
 from vidgen.models.vae import VAEConfig

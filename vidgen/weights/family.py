@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from vidgen.core.errors import ModelError
-from vidgen.models.dit import DiTConfig
+from vidgen.models.dit_types import DiTConfig
 
 Task = Literal[
     "text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "control",

@@ -11,7 +11,7 @@ from typing import Any
 
 from vidgen.core.config import build
 from vidgen.core.errors import ModelError
-from vidgen.models.dit import DiTConfig
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.text import TextConfig

@@ -15,8 +15,8 @@ from typing import Any, get_args
 
 from vidgen.core.config import build
 from vidgen.core.errors import ModelError
-from vidgen.models.audio import AudioVAEConfig
-from vidgen.models.dit import DiTConfig
+from vidgen.models.audio_spectra import AudioVAEConfig
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.onset_detector import OnsetDetectorConfig
 from vidgen.models.text import TextConfig

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.models.dit import DiTConfig
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank, find_misfits, name_some
 from vidgen.weights.lora_dialects import (
     TOKEN,

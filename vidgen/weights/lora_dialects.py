@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from vidgen.core.errors import ModelError
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import DiTConfig
 from vidgen.weights.keymap import DIT_KEYS, Spelling, rename
 
 Kind = Literal["down", "up", "up_bias", "alpha", "diff", "diff_b"]

@@ -21,7 +21,7 @@ from vidgen.weights.lora import read_lora
 from vidgen.weights.lora_write import write_lora
 
 if TYPE_CHECKING:
-    from vidgen.models.dit import DiTConfig
+    from vidgen.models.dit_types import DiTConfig
     from vidgen.models.lora import Adapter
 
 STUDENT = "student"

@@ -25,7 +25,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import KeyTokens
 from vidgen.core.runtime import sha256_file
 from vidgen.diffusion.state import LatentState
-from vidgen.models.dit import DiTConfig
+from vidgen.models.dit_types import DiTConfig
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import generator_of
 from vidgen.training.engines.distributed import own_device

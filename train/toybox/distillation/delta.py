@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from train.toybox.distillation.config import DeltaConfig
 from vidgen.core.errors import InputError
-from vidgen.models.dit import DiTConfig, SpacetimeDiT
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank
 from vidgen.training.finetune.lora import target_paths
 from vidgen.weights.component import ExpertRole

@@ -21,7 +21,8 @@ from train.toybox.world.sound import synthesize
 from vidgen.core.errors import InputError
 from vidgen.diffusion.sound import SoundState, sound_span
 from vidgen.diffusion.state import LatentState
-from vidgen.models.audio import AudioVAE, AudioVAEConfig
+from vidgen.models.audio import AudioVAE
+from vidgen.models.audio_spectra import AudioVAEConfig
 from vidgen.weights.folder import config_of
 
 FOLDER = "sound"

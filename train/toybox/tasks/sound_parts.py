@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidgen.models.audio import AudioVAEConfig
-from vidgen.models.audio_spectra import Controls
+from vidgen.models.audio_spectra import AudioVAEConfig, Controls
 
 STEADY_FRAMES = 13
 """Frames, about 50 ms, over which a tone's phase goes on evenly and noise's doesn't."""

@@ -19,7 +19,7 @@ from train.toybox.tasks.dit_data import Batch
 from train.toybox.tasks.toybox_data import MARK_BINS
 from train.toybox.world.captions import CLASSES
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.models.dit_inputs import Stream
+from vidgen.models.dit_types import Stream
 from vidgen.ops.patchify import patchify_latents
 
 SHOWN = 0.5  # share of a token's cover from which it is to name its sprite

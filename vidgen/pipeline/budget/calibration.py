@@ -37,7 +37,7 @@ from vidgen.core.runtime import (
 from vidgen.media.write import CONTAINERS, ClipInfo, write_clip
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_blocks import Block
-from vidgen.models.dit_inputs import Context, Layout, Stream, TimeVectors
+from vidgen.models.dit_types import Context, Layout, Stream, TimeVectors
 from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.models.vae_blocks import ResidualBlock

@@ -14,9 +14,8 @@ from itertools import chain
 from typing import Literal, NamedTuple
 
 from vidgen.core.shapes import Tiles
-from vidgen.models.audio import AudioVAEConfig
-from vidgen.models.audio_spectra import NOISE_FRAMES
-from vidgen.models.dit import AudioConfig, DiTConfig
+from vidgen.models.audio_spectra import NOISE_FRAMES, AudioVAEConfig
+from vidgen.models.dit_types import AudioConfig, DiTConfig
 from vidgen.models.image import ImageConfig
 from vidgen.models.onset_detector import SMEARS, OnsetDetectorConfig
 from vidgen.models.text import TextConfig

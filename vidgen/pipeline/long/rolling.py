@@ -21,7 +21,7 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_state, whole_timesteps
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.models.dit_inputs import KVCache
+from vidgen.models.dit_types import KVCache
 from vidgen.pipeline.experts import Loras, experts
 from vidgen.pipeline.networks import decode_frames, from_frame, latent_of, velocity
 from vidgen.weights.student import ROLLER, RollConfig, StudentConfig

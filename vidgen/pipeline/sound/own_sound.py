@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.diffusion.state import LatentState
     from vidgen.media.encode import Samples
-    from vidgen.models.audio import AudioVAEConfig
+    from vidgen.models.audio_spectra import AudioVAEConfig
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.long.extend import LongClip
     from vidgen.pipeline.parts import Parts

@@ -1,0 +1,258 @@
+"""Plain data of a `SpacetimeDiT`: its architecture, and what its blocks are given besides weights.
+
+Axes: B batch, C channels, L tokens, D width, S text tokens, G runs of tokens that share a time,
+U unique times, F latent frames, N tokens of one of them, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from vidgen.ops.norm import TokenVectors
+from vidgen.ops.parallel import Spread
+
+Pattern = Literal["full", "factorised", "causal"]
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """The audio modality of a DiT.
+
+    Args:
+        channels: of an audio latent.
+        ffn_dim: hidden width of each block's audio feed-forward.
+        tokens_per_s: audio latents a second.
+    """
+
+    channels: int
+    ffn_dim: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Architecture of a `SpacetimeDiT`.
+
+    Args:
+        in_channels: C of the input; more than `out_channels` where a condition is stacked on it.
+        out_channels: C of the velocity.
+        num_heads: attention heads.
+        head_dim: width of a head, even and at least 6.
+        num_layers: blocks.
+        ffn_dim: hidden width of the feed-forward.
+        text_dim: width of the text encoder's output.
+        text_len: text tokens that Wan pads to, with zero rows that attention sees.
+        patch_size: rows and columns of latents in a token.
+        freq_dim: sinusoids of the time embedding.
+        eps: of all norms.
+        image_dim: width of CLIP features (Wan 2.1 I2V), or None.
+        image_positions: learned positions of CLIP features (FLF2V: 514), or None.
+        pattern: which tokens self-attention joins: all ("full"); those of a frame and those of a
+            place in turns ("factorised"); those of no later frame ("causal").
+        causal_frames: latent frames that see each other in the causal pattern.
+        audio: the audio modality, or None.
+        control_layers: blocks whose output a control block adds to (VACE), rising from 0.
+        control_channels: C of the control, or None without `control_layers`.
+
+    Raises:
+        ValueError: for values that no network can have.
+    """
+
+    in_channels: int
+    out_channels: int
+    num_heads: int
+    head_dim: int
+    num_layers: int
+    ffn_dim: int
+    text_dim: int
+    text_len: int = 512
+    patch_size: int = 2
+    freq_dim: int = 256
+    eps: float = 1e-6
+    image_dim: int | None = None
+    image_positions: int | None = None
+    pattern: Pattern = "full"
+    causal_frames: int = 1
+    audio: AudioConfig | None = None
+    control_layers: tuple[int, ...] = ()
+    control_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values against each other."""
+        positive = (
+            "in_channels", "out_channels", "num_heads", "num_layers", "ffn_dim", "text_dim",
+            "text_len", "patch_size", "causal_frames",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        if self.head_dim < 6 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be even and at least 6, not {self.head_dim}")
+        if self.freq_dim < 2 or self.freq_dim % 2:
+            raise ValueError(f"freq_dim must be even and at least 2, not {self.freq_dim}")
+        if self.pattern not in get_args(Pattern):
+            raise ValueError(f"pattern must be one of {get_args(Pattern)}, not {self.pattern!r}")
+        layers = self.control_layers
+        if bool(layers) != bool(self.control_channels):
+            raise ValueError(
+                f"control_layers {layers} and control_channels {self.control_channels} "
+                "must be given together"
+            )
+        if layers and (list(layers) != sorted({0, *layers}) or layers[-1] >= self.num_layers):
+            raise ValueError(
+                f"control_layers must rise from 0 to at most {self.num_layers - 1}, not {layers}"
+            )
+        if layers and (self.pattern != "full" or self.audio is not None):
+            raise ValueError("control needs the pattern 'full' and no audio")
+
+    @property
+    def hidden_dim(self) -> int:
+        """D, the width of a token."""
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class AudioTokens:
+    """Sound that is denoised, or is known, together with the video.
+
+    Attributes:
+        latents: [B, C, N].
+        timestep: [B], or [B, N] where some tokens are known and carry 0; in 0..1000.
+        frames_per_s: latent frames of the video a second (fps / stride_t): the clock that places
+            audio tokens on the video's time axis.
+        start_s: when the first audio token starts, in seconds after the video's first frame.
+        sees_video: whether its tokens attend to those of the video.
+        is_seen: whether those of the video attend to them.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    frames_per_s: float
+    start_s: float = 0.0
+    sees_video: bool = True
+    is_seen: bool = True
+
+
+@dataclass(frozen=True)
+class TimeVectors:
+    """What the timesteps of one stream's tokens became.
+
+    Attributes:
+        head: [B, G, D] float32, for the output norm; [U, D] with `index`.
+        block: [B, G, 6, D] float32, for the blocks' norms and gates; [U, 6, D] with `index`.
+        index: [B, L] int32, each token's row, where times differ within a latent frame; else None.
+    """
+
+    head: Tensor
+    block: Tensor
+    index: Tensor | None
+
+    def modulate(self, table: Tensor, rows: Tensor) -> list[TokenVectors]:
+        """Add a table [1, k, D] to `rows` [..., k, D]; give the k vectors of each token."""
+        return [TokenVectors(part, self.index) for part in (table.float() + rows).unbind(-2)]
+
+    def of_rank(self, spread: Spread, run: int) -> TimeVectors:
+        """Those of the tokens that this rank holds of a run, each with a row of its own."""
+        if self.index is not None:
+            return TimeVectors(self.head, self.block, spread.split(self.index))
+        batch, groups = self.head.shape[:2]
+        if groups == 1:
+            return self
+        length = spread.lengths[run]
+        token = torch.arange(length, device=self.head.device) // (length // groups)
+        sample = torch.arange(batch, device=token.device)[:, None] * groups
+        return TimeVectors(
+            self.head.flatten(0, 1), self.block.flatten(0, 1), spread.split(sample + token).int()
+        )
+
+
+class Stream(NamedTuple):
+    """Tokens [B, L, D] of one modality and their time vectors."""
+
+    tokens: Tensor
+    time: TimeVectors
+    is_sound: bool = False
+
+
+class Context(NamedTuple):
+    """What cross-attention sees: text [B, S, D], its bias [B, 1, 1, S], image tokens [B, _, D]."""
+
+    text: Tensor
+    bias: Tensor | None
+    image: Tensor | None
+
+
+class Layout(NamedTuple):
+    """Where self-attention's tokens lie: F * N of frames come first; and the bias to add.
+
+    With `spread` they lie over several ranks, which meet in self-attention alone. The last
+    `num_alone` tokens see only each other; the last `num_unseen` are seen by no others.
+    """
+
+    num_frames: int
+    frame_tokens: int
+    bias: Tensor | None
+    spread: Spread | None = None
+    num_alone: int = 0
+    num_unseen: int = 0
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's stretch [B, l, ...] of a run of tokens [B, L, ...]."""
+        return x if self.spread is None else self.spread.split(x)
+
+    def whole(self, x: Tensor, run: int) -> Tensor:
+        """All tokens [B, L, ...] of a run of which ranks have stretches [B, l, ...]."""
+        return x if self.spread is None else self.spread.gather(x, run)
+
+
+class KVCache:
+    """Keys and values of earlier frames, for rolling out a causal model turn by turn.
+
+    A forward pass sees the frames in the cache before its own. While `recording` it adds its own:
+    denoise frames with `recording = False`, then pass the finished ones once with True. In
+    training gradients reach what was recorded. A first pass can also be recorded for sound
+    that is to see its frames: see `SpacetimeDiT.listen`.
+    """
+
+    def __init__(self) -> None:
+        self.recording = True
+        self.num_frames = 0
+        self.num_held = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def advance(self, num_frames: int, num_stills: int) -> None:
+        """Count the frames and stills that a recording pass has added."""
+        if self.recording:
+            self.num_frames += num_frames
+            self.num_held += num_frames + num_stills
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a layer's cached tokens before k, v [B, H, L, d]; keep the result if recording.
+
+        Where fewer clips are cached than are given, each serves as many of these in turn.
+        """
+        if layer in self._layers:
+            k, v = (_behind(old, new) for old, new in zip(self._layers[layer], (k, v), strict=True))
+        if self.recording:
+            self._layers[layer] = (k, v)
+        return k, v
+
+    def forget(self, num_frames: int) -> None:
+        """Hold the newest frames alone, `num_frames` at most; later ones keep their places."""
+        if self.num_held <= num_frames:
+            return
+        for layer, (k, v) in self._layers.items():
+            count = k.shape[2] // self.num_held * num_frames
+            self._layers[layer] = k[:, :, -count:], v[:, :, -count:]
+        self.num_held = num_frames
+
+
+def _behind(old: Tensor, new: Tensor) -> Tensor:
+    """Tokens [b, H, M, d] of clips, and behind them [B, H, L, d] of as many in turn for each."""
+    turns = new.unflatten(0, (len(old), -1))
+    shared = old[:, None].expand(-1, turns.shape[1], -1, -1, -1)
+    return torch.cat([shared, turns], dim=3).flatten(0, 1)
