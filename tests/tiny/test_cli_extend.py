@@ -14,8 +14,8 @@ from tests.commands import vidgen
 from vidgen.cli.main import main
 from vidgen.media.checks import ClipChecker
 from vidgen.media.clip import Clip
+from vidgen.media.manifest import read_marks
 from vidgen.media.probe import read_recipe
-from vidgen.media.provenance import read_marks
 from vidgen.media.sound import read_sound
 from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.long.continuation import own_options

@@ -12,9 +12,9 @@ import pytest
 from tests.tiny.test_provenance import RECIPE, plain_environment, write  # noqa: F401
 from vidgen.core.errors import InputError, OutputError
 from vidgen.media.clip import Clip
-from vidgen.media.manifest import TEST_NAME, Signing, make_test_signing
+from vidgen.media.manifest import TEST_NAME, Signing, make_test_signing, read_marks
 from vidgen.media.probe import read_recipe
-from vidgen.media.provenance import GENERATED, read_marks
+from vidgen.media.provenance import GENERATED
 
 SIGNED = [".mp4", ".mov", ".gif", ".webp", ".apng", ".png", ".jpg"]
 

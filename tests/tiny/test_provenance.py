@@ -14,8 +14,9 @@ from PIL import Image
 
 from vidgen.core.errors import InputError
 from vidgen.media.clip import Clip
+from vidgen.media.manifest import read_marks
 from vidgen.media.probe import read_recipe
-from vidgen.media.provenance import GENERATED, Marks, marks_of, read_marks, stamped, xmp
+from vidgen.media.provenance import GENERATED, Marks, marks_of, stamped, xmp
 from vidgen.media.write import ClipInfo, write_clip
 
 SUFFIXES = [".mp4", ".mov", ".webm", ".mkv", ".gif", ".webp", ".apng", ".png", ".jpg", "/"]

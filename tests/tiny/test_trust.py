@@ -15,7 +15,8 @@ from vidgen.cli.main import main
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
-from vidgen.media.provenance import GENERATED, read_marks
+from vidgen.media.manifest import read_marks
+from vidgen.media.provenance import GENERATED
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.policy import WordList

@@ -22,8 +22,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Print the file's facts; embedded inputs, which are long, only as JSON."""
+    from vidgen.media.manifest import read_marks
     from vidgen.media.probe import probe, read_recipe
-    from vidgen.media.provenance import read_marks
     from vidgen.media.read import pictures_in
 
     recipe = read_recipe(args.file)

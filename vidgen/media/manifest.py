@@ -31,6 +31,7 @@ from vidgen.media.provenance import (
     ingredient,
     marks_of,
     media_type,
+    read_plain_marks,
     xmp,
 )
 
@@ -264,11 +265,19 @@ def _content(record: dict[str, Any]) -> tuple[str, BinaryIO] | None:
     return (kind, file) if kind and kind in _MEDIA_TYPES.values() else None
 
 
-def verify(
-    path: Path, kind: str | None, marks: Marks, trust: str | os.PathLike[str] | None = None
-) -> Marks:
-    """Add to a file's marks what its manifest says and whether it holds; see `read_marks`."""
-    if kind not in _MEDIA_TYPES.values() or not _has_store(path):
+def read_marks(path: str | os.PathLike[str], trust: str | os.PathLike[str] | None = None) -> Marks:
+    """Read a file's marks, ours and others', and verify its signed manifest.
+
+    Args:
+        path: any file; in a folder of pictures, the first one's marks.
+        trust: PEM file of the certificates whose signatures are trusted; None takes the one that
+            VIDGEN_C2PA_TRUST names.
+
+    Raises:
+        InputError: missing, not to be read, or a bad file of certificates.
+    """
+    found, kind, marks = read_plain_marks(path)
+    if kind not in _MEDIA_TYPES.values() or not _has_store(found):
         return marks
     try:
         c2pa = _load_c2pa()
@@ -276,7 +285,7 @@ def verify(
         return replace(marks, c2pa="unverified")
     try:
         with (
-            path.open("rb") as file,
+            found.open("rb") as file,
             _context(c2pa, trust) as context,
             c2pa.Reader(kind, file, context=context) as reader,
         ):

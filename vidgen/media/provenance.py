@@ -203,24 +203,20 @@ def media_type(head: bytes) -> str | None:
     return next((kind for magic, kind in kinds.items() if head.startswith(magic)), None)
 
 
-def read_marks(path: str | os.PathLike[str], trust: str | os.PathLike[str] | None = None) -> Marks:
-    """Read a file's marks, ours and others', and verify its signed manifest.
+def read_plain_marks(path: str | os.PathLike[str]) -> tuple[Path, str | None, Marks]:
+    """Read the marks in a file's XMP packet and tags, without its signed manifest.
 
-    Args:
-        path: any file; in a folder of pictures, the first one's marks.
-        trust: PEM file of the certificates whose signatures are trusted; None takes the one that
-            VIDGEN_C2PA_TRUST names.
+    Returns:
+        (the file; of a folder, its first picture, media type as `media_type` names it, marks).
 
     Raises:
-        InputError: missing, not to be read, or a bad file of certificates.
+        InputError: missing, or not to be read.
     """
-    from vidgen.media.manifest import verify
-
     found = Path(path)
     try:
         if found.is_dir():
             first = min(found.glob("*.png"), default=None)
-            return Marks() if first is None else read_marks(first, trust)
+            return (found, None, Marks()) if first is None else read_plain_marks(first)
         with found.open("rb") as file:
             kind = media_type(file.read(16))
     except OSError as error:
@@ -230,8 +226,7 @@ def read_marks(path: str | os.PathLike[str], trust: str | os.PathLike[str] | Non
         texts = _read_tags(found)
     packet = b"" if kind is None else _read_packet(found, kind)
     texts |= _parse(packet)
-    marks = replace(Marks(), **texts)
-    return verify(found, kind, marks, trust)
+    return found, kind, replace(Marks(), **texts)
 
 
 def _read_tags(path: Path) -> dict[str, Any]:

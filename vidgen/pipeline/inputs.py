@@ -22,7 +22,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.media.ending import read_ending
-from vidgen.media.provenance import read_marks
+from vidgen.media.manifest import read_marks
 from vidgen.media.read import existing_file, fit, is_clip, load_image
 from vidgen.media.speech import speech_files
 from vidgen.media.video_reader import VideoReader
