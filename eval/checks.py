@@ -29,7 +29,8 @@ from vidgen.core.runtime import atomic_write, check_output, fingerprint
 from vidgen.media.checks import ClipChecker
 from vidgen.media.clip import Clip
 from vidgen.media.findings import Finding
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 from vidgen.pipeline.video import to_frames
 
 FPS = Fraction(12)

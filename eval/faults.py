@@ -40,7 +40,8 @@ from vidgen.evaluation.statistics import spearman
 from vidgen.evaluation.temporal.report import STYLE, document, line_chart
 from vidgen.media.clip import Clip
 from vidgen.media.onsets import find_onsets
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 from vidgen.pipeline.video import to_frames
 
 FPS = Fraction(12)

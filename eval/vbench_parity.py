@@ -37,7 +37,8 @@ from vidgen.core.errors import VidgenError, exit_code
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
 from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
 from vidgen.media.clip import Clip
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 from vidgen.pipeline.video import to_frames
 
 PACKAGES = (

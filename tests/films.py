@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 from vidgen.story.film import FilmPlan
 from vidgen.story.render import RenderedShot
 from vidgen.story.script import Script

@@ -11,7 +11,7 @@ import numpy as np
 from tests.textures import texture
 from vidgen.core.config import build
 from vidgen.media.clip import Clip
-from vidgen.media.write import ClipInfo
+from vidgen.media.types import ClipInfo
 from vidgen.training.finetune.config import FinetuneConfig
 
 NUM_CLIPS = 4

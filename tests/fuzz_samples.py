@@ -18,8 +18,8 @@ from eval.toybox.judge import Judge, JudgeConfig
 from tests.lora_models import I2V, make_adapter, make_dit
 from tests.models import build_tiny_model
 from tests.wan_models import build_diffusers, build_original
-from vidgen.media.encode import Segment
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo, Segment
+from vidgen.media.write import write_clip
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.video import load
 from vidgen.weights.load import save_module

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.textures import texture
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 
 FPS = Fraction(12)
 SIZE = 64

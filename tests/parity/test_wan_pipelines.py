@@ -30,7 +30,8 @@ from eval.toybox.quality import psnr
 from tests.wan_models import make_pipeline
 from vidgen.core.shapes import LatentShape
 from vidgen.diffusion.noise import draw_noise
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 from vidgen.pipeline.video import load
 
 PROMPT, NEGATIVE = "a red car bounces across the desert", "blurred &amp; grey"

@@ -6,7 +6,8 @@ import pytest
 
 from tests.unit.test_checks import FPS, clip, planted, texture
 from vidgen.cli.main import main
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 
 
 @pytest.fixture

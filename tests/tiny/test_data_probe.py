@@ -14,7 +14,8 @@ from PIL import Image
 from tests.clips import film, flat, moving
 from vidgen.core.config import build, dump
 from vidgen.core.errors import OutputError
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 from vidgen.training.data import probe as probing
 from vidgen.training.data.alike import find_alike
 from vidgen.training.data.files import MediaFile

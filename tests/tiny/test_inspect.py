@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from vidgen.cli.main import main
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 from vidgen.pipeline.video import load
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)

@@ -506,7 +506,7 @@ def test_a_step_of_a_window_that_is_finished_counts_no_more(out):
 
 
 def test_segments_come_back_as_they_were(tmp_path):
-    from vidgen.media.encode import Segment
+    from vidgen.media.types import Segment
 
     segment = Segment(3, ((b"abc", 0, -1, True), (b"", 2, 0, False), (b"\0", 1, 1, False)))
     job.write_segment(tmp_path / "s", segment)

@@ -9,8 +9,9 @@ import pytest
 
 from vidgen.media.clip import Clip
 from vidgen.media.label import _capital, _font, labelled, letter_height, with_label
+from vidgen.media.types import ClipInfo
 from vidgen.media.video_reader import VideoReader
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.write import write_clip
 
 SIZES = [(32, 32), (128, 96), (176, 96), (96, 176), (480, 832), (1280, 720), (33, 17)]
 BACKGROUNDS = ["black", "white", "grey", "noise", "stripes"]

@@ -16,8 +16,9 @@ from vidgen.media.read import fit, load_image
 from vidgen.media.sheet import contact_sheet
 from vidgen.media.sound import read_sound
 from vidgen.media.timed import TimedReader
+from vidgen.media.types import ClipInfo
 from vidgen.media.video_reader import VideoReader
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.write import write_clip
 from vidgen.pipeline.inputs import video_frames
 
 

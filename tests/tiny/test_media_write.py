@@ -17,7 +17,8 @@ from vidgen.media.clip import Clip
 from vidgen.media.encode import Spool
 from vidgen.media.probe import probe, read_recipe
 from vidgen.media.stills import still_encoder
-from vidgen.media.write import SEGMENT, ClipInfo, check_format, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import SEGMENT, check_format, write_clip
 
 RECIPE = {
     "prompt": 'a "cat" ☃\né', "seed": 7, "list": [1, 2.5, None, True],

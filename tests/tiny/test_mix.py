@@ -25,7 +25,8 @@ from vidgen.media.mix import (
     lay_over,
 )
 from vidgen.media.sound import SoundReader
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 
 
 def level(samples, start_s, end_s):

@@ -29,7 +29,7 @@ from vidgen.diffusion.oversampling import (
 from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.media.clip import Clip
-from vidgen.media.write import ClipInfo
+from vidgen.media.types import ClipInfo
 from vidgen.pipeline import networks
 from vidgen.pipeline.budget.estimate import estimate
 from vidgen.pipeline.budget.job import Job

@@ -22,7 +22,8 @@ from vidgen.core.shapes import Tiles
 from vidgen.evaluation.generation import generate_batch
 from vidgen.media.clip import Clip
 from vidgen.media.read import fit
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 from vidgen.pipeline.inputs import Inputs, read_inputs, read_mask
 from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.video import Engine, load

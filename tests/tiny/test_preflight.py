@@ -27,7 +27,7 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import size_text
 from vidgen.diffusion.guidance import Guidance
 from vidgen.media.clip import Clip
-from vidgen.media.write import ClipInfo
+from vidgen.media.types import ClipInfo
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.pipeline.budget import calibration

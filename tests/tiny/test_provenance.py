@@ -17,7 +17,8 @@ from vidgen.media.clip import Clip
 from vidgen.media.manifest import read_marks
 from vidgen.media.probe import read_recipe
 from vidgen.media.provenance import GENERATED, Marks, marks_of, stamped, xmp
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 
 SUFFIXES = [".mp4", ".mov", ".webm", ".mkv", ".gif", ".webp", ".apng", ".png", ".jpg", "/"]
 RECIPE = {

@@ -27,7 +27,8 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 from vidgen.pipeline.inputs import read_inputs
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.replay import (

@@ -15,7 +15,8 @@ from vidgen.media.clip import Clip
 from vidgen.media.mastering import measure
 from vidgen.media.probe import probe
 from vidgen.media.sound import IN_MEMORY, SoundReader, gather, read_sound, resampled, room
-from vidgen.media.write import CONTAINERS, ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import CONTAINERS, write_clip
 
 RATE = 48_000
 CODECS = {".mp4": "aac", ".mov": "aac", ".webm": "opus", ".mkv": "opus"}

@@ -21,7 +21,8 @@ from vidgen.media.clip import Clip
 from vidgen.media.grid import MAX_SIDE, Grid
 from vidgen.media.probe import read_recipe
 from vidgen.media.read import load_image
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 from vidgen.pipeline.video import load
 
 Sweep = Callable[..., tuple[int, dict[str, Any], str]]

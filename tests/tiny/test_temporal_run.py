@@ -17,7 +17,8 @@ from vidgen.core.errors import InputError
 from vidgen.evaluation.temporal import run as temporal
 from vidgen.evaluation.temporal.report import page
 from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 
 
 def flickering(frames: np.ndarray, levels: int) -> np.ndarray:

@@ -15,7 +15,8 @@ from vidgen.core.errors import InputError
 from vidgen.media.checks import ClipChecker, check_file, check_length, check_sound
 from vidgen.media.findings import as_data, recorded, set_aside, verdict
 from vidgen.media.likeness import psnr, ssim
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
 
 FPS = Fraction(12)
 

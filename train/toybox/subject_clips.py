@@ -26,7 +26,7 @@ from vidgen.core.errors import OutputError, exit_code
 from vidgen.core.runtime import atomic_write
 from vidgen.core.shapes import check_count
 from vidgen.media.clip import Clip
-from vidgen.media.write import ClipInfo
+from vidgen.media.types import ClipInfo
 from vidgen.pipeline.video import to_frames
 
 WORDINGS = 8

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vidgen.media.cells import Array, Look, Looker
-from vidgen.media.encode import Frames, Samples, Snapshot
 from vidgen.media.ending import ENDING, LIMIT, apart, ending_text
 from vidgen.media.findings import Finding, as_data
 from vidgen.media.likeness import psnr, ssim
@@ -28,8 +27,8 @@ from vidgen.media.read import PICTURE_SUFFIXES, fit, load_image
 from vidgen.media.snapshot import pack, unpack
 from vidgen.media.sound import read_sound
 from vidgen.media.trackers import Drifts, Flashes, Freezes, Runs, Span, Spikes
+from vidgen.media.types import ClipInfo, Frames, Samples, Snapshot
 from vidgen.media.video_reader import VideoReader, read_frames
-from vidgen.media.write import ClipInfo
 
 if TYPE_CHECKING:
     from vidgen.core.values import Fit, Picture

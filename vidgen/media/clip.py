@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from vidgen.media.checks import ClipChecker
-from vidgen.media.encode import Frames, Samples, SegmentStore
 from vidgen.media.findings import Finding, recorded
 from vidgen.media.probe import read_recipe, told_rate
 from vidgen.media.read import load_image, pictures_in
 from vidgen.media.sound import read_sound
+from vidgen.media.types import ClipInfo, Frames, Samples, SegmentStore
 from vidgen.media.video_reader import VideoReader
-from vidgen.media.write import ClipInfo, write_clip
+from vidgen.media.write import write_clip
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.media.encode import PictureSettings
+from vidgen.media.types import PictureSettings
 from vidgen.media.write import CONTAINERS
 
 

@@ -11,32 +11,23 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
+from typing import TYPE_CHECKING, cast
 
 import av
-import numpy as np
 from av.codec.context import Flags
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+from vidgen.media.types import Encoded, Frames, PictureSettings, Segment, SegmentStore, Watch
 
 if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
-
-Frames: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
-Samples: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
-
-Encoded: TypeAlias = tuple[bytes, int, int, bool]
-"""A packet: bytes, presentation and decoding time in frames of the clip, whether a key frame."""
-
-Snapshot: TypeAlias = tuple[dict[str, np.ndarray[Any, Any]], Any]
-"""What a `Watch` goes on from: arrays by name, and JSON data that names them."""
 
 _SCALING = (
     Interpolation.BICUBIC
@@ -48,102 +39,33 @@ _MOST_REORDERED = 16  # frames, in any codec
 _BT709 = 1  # H.273's code point for primaries, transfer and matrix alike
 
 
-@dataclass(frozen=True)
-class Segment:
-    """An encoded segment of a picture.
-
-    Attributes:
-        num_frames: how many it holds.
-        packets: in decoding order.
-        seen: what watches the clip, as it was behind the last frame; or None.
-    """
-
-    num_frames: int
-    packets: tuple[Encoded, ...]
-    seen: Snapshot | None = None
-
-
-class SegmentStore(Protocol):
-    """Where finished segments of one clip are kept, so that its encoding can go on behind them."""
-
-    num_frames: int
-    """Frames of the segments that are finished."""
-
-    def segments(self) -> Iterable[Segment]:
-        """The finished segments, from the clip's start."""
-        ...
-
-    def keep(self, segment: Segment) -> None:
-        """Keep the next one."""
-        ...
+def configure(
+    encoder: VideoCodecContext, settings: PictureSettings, size: tuple[int, int], fps: Fraction
+) -> None:
+    """Set up an encoder for frames of (width, height) at `fps`."""
+    encoder.width, encoder.height = size
+    encoder.pix_fmt = settings.pix_fmt
+    encoder.framerate, encoder.time_base = fps, 1 / fps
+    encoder.thread_count = settings.threads
+    encoder.options = dict(settings.options)
+    if settings.pix_fmt.startswith("yuv"):
+        encoder.color_range = ColorRange.MPEG
+        encoder.color_primaries = encoder.color_trc = encoder.colorspace = _BT709
 
 
-class Watch(Protocol):
-    """What sees a clip's frames on their way into the file, and adds to its recipe."""
-
-    def feed(self, chunk: Frames) -> None:
-        """See the next frames, uint8 [t, H, W, 3]."""
-        ...
-
-    def snapshot(self) -> Snapshot:
-        """The state behind the frames so far."""
-        ...
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go on behind the frames of a snapshot."""
-        ...
-
-    def report(self) -> dict[str, Any]:
-        """Entries for the recipe, once the last frame has passed."""
-        ...
-
-
-@dataclass(frozen=True)
-class PictureSettings:
-    """How frames become packets; all of it is recorded in the recipe.
-
-    Args:
-        codec: libav's name of the encoder.
-        pix_fmt: pixel format handed to it.
-        options: the encoder's own.
-        threads: pinned, since the bits depend on it.
-    """
-
-    codec: str
-    pix_fmt: str
-    options: dict[str, str] = field(default_factory=dict)
-    threads: int = 4
-
-    def fitting(self, size: tuple[int, int]) -> PictureSettings:
-        """These settings for a (width, height) that chroma at half size may not divide."""
-        if self.pix_fmt == "yuv420p" and (size[0] % 2 or size[1] % 2):
-            return replace(self, pix_fmt="yuv444p")
-        return self
-
-    def configure(self, encoder: VideoCodecContext, size: tuple[int, int], fps: Fraction) -> None:
-        """Set up an encoder for frames of (width, height) at `fps`."""
-        encoder.width, encoder.height = size
-        encoder.pix_fmt = self.pix_fmt
-        encoder.framerate, encoder.time_base = fps, 1 / fps
-        encoder.thread_count = self.threads
-        encoder.options = dict(self.options)
-        if self.pix_fmt.startswith("yuv"):
-            encoder.color_range = ColorRange.MPEG
-            encoder.color_primaries = encoder.color_trc = encoder.colorspace = _BT709
-
-    def picture(self, frame: Frames, reformatter: VideoReformatter) -> av.VideoFrame:
-        """A frame [H, W, 3] in the encoder's pixel format, by BT.709 limited range where YUV."""
-        source = av.VideoFrame.from_ndarray(frame, format="rgb24")
-        if not self.pix_fmt.startswith("yuv"):
-            return reformatter.reformat(source, format=self.pix_fmt)
-        return reformatter.reformat(
-            source,
-            format=self.pix_fmt,
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-            dst_colorspace=Colorspace.ITU709,
-            interpolation=_SCALING,
-        )
+def to_picture(frame: Frames, pix_fmt: str, reformatter: VideoReformatter) -> av.VideoFrame:
+    """Return a frame [H, W, 3] in a pixel format, by BT.709 limited range where it is YUV."""
+    source = av.VideoFrame.from_ndarray(frame, format="rgb24")
+    if not pix_fmt.startswith("yuv"):
+        return reformatter.reformat(source, format=pix_fmt)
+    return reformatter.reformat(
+        source,
+        format=pix_fmt,
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+        dst_colorspace=Colorspace.ITU709,
+        interpolation=_SCALING,
+    )
 
 
 def watched(chunks: Iterable[Frames], watch: Watch | None) -> Iterator[Frames]:
@@ -196,11 +118,11 @@ def encode_picture(
     length = segment if start else first_segment
     for head in frames:
         encoder = cast("VideoCodecContext", av.CodecContext.create(settings.codec, "w"))
-        settings.configure(encoder, size, fps)
+        configure(encoder, settings, size, fps)
         encoder.flags |= Flags.global_header
         count, number, made = 0, 0, list[Encoded]()
         for frame in chain([head], islice(frames, length - 1), [None]):
-            picture = None if frame is None else settings.picture(frame, reformatter)
+            picture = None if frame is None else to_picture(frame, settings.pix_fmt, reformatter)
             if picture is not None:
                 picture.pts, picture.time_base = count, 1 / fps
                 count += 1

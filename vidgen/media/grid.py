@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vidgen.media.encode import Frames
 from vidgen.media.read import fit
+from vidgen.media.types import ClipInfo, Frames
 from vidgen.media.video_reader import VideoReader
-from vidgen.media.write import ClipInfo
 
 MAX_SIDE = 3840
 """Pixels a side that the clips may take; H.264 at its common levels ends soon above."""

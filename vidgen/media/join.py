@@ -24,7 +24,6 @@ import numpy as np
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, check_output, write_error
 from vidgen.media.clip import Clip, Keeper
-from vidgen.media.encode import Frames
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing, seal
 from vidgen.media.probe import read_recipe
@@ -32,8 +31,9 @@ from vidgen.media.provenance import marks_of, stamped, tags
 from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.stills import RECIPE_KEY
 from vidgen.media.subtitles import TextTrack
+from vidgen.media.types import ClipInfo, Frames
 from vidgen.media.video_reader import VideoReader
-from vidgen.media.write import CONTAINERS, ClipInfo, check_format, recipe_text, write_clip
+from vidgen.media.write import CONTAINERS, check_format, recipe_text, write_clip
 
 if TYPE_CHECKING:
     from av.container import InputContainer

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 
 TEXTS = ("AI generated", "AI")
 """The label, and what stands for it where the picture is too narrow."""

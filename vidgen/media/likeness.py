@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vidgen.media.cells import LUMA, Array
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 
 
 def psnr(frame: Frames, reference: Frames) -> float:

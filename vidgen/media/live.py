@@ -9,9 +9,10 @@ from typing import BinaryIO
 import av
 from av.video.reformatter import VideoReformatter
 
-from vidgen.media.encode import Frames, PictureSettings
+from vidgen.media.encode import to_picture
 from vidgen.media.provenance import stamped
-from vidgen.media.write import ClipInfo, begin_stream
+from vidgen.media.types import ClipInfo, Frames, PictureSettings
+from vidgen.media.write import begin_stream
 
 _PICTURE = PictureSettings(
     "libx264", "yuv420p", {"crf": "16", "preset": "veryfast", "tune": "zerolatency"}, threads=1
@@ -41,7 +42,7 @@ def write_live(
         stream = begin_stream(container, picture, replace(info, recipe=recipe))
         for chunk in chunks:
             for frame in chunk:
-                image = picture.picture(frame, reformatter)
+                image = to_picture(frame, picture.pix_fmt, reformatter)
                 image.pts, image.time_base = count, 1 / info.fps
                 container.mux(stream.encode(image))
                 count += 1

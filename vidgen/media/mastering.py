@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 import av
 import numpy as np
 
-from vidgen.media.encode import Samples
 from vidgen.media.sound import sound_frame
+from vidgen.media.types import Samples
 
 Signal: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -12,9 +12,9 @@ from itertools import pairwise
 import numpy as np
 
 from vidgen.core.errors import InputError
-from vidgen.media.encode import Samples
 from vidgen.media.mastering import master, measure
 from vidgen.media.sound import RATE, SoundReader, gather, resampled, room
+from vidgen.media.types import Samples
 
 FADE_S = 0.25
 """Fade-out of a sound that is cut, a quarter of it at most."""

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vidgen.core.errors import InputError
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 
 if TYPE_CHECKING:
     from vidgen.core.values import Fit, Picture

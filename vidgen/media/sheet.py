@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from vidgen.core.runtime import atomic_write
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 
 _GAP, _LABEL = 4, 14
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from vidgen.core.errors import InputError
-from vidgen.media.encode import Snapshot
 from vidgen.media.trackers import Drift, Drifts, Flashes, Freezes, Runs, Span, Spans, Spikes
+from vidgen.media.types import Snapshot
 
 _CLASSES = {each.__name__: each for each in (
     Drift, Drifts, Flashes, Freezes, Runs, Span, Spans, Spikes

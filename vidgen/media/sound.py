@@ -18,9 +18,9 @@ import numpy as np
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import write_error
-from vidgen.media.encode import Samples
 from vidgen.media.probe import open_container
 from vidgen.media.read import existing_file
+from vidgen.media.types import Samples
 
 if TYPE_CHECKING:
     from av.audio.frame import AudioFrame

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.container import OutputContainer
 
-    from vidgen.media.encode import Samples
-    from vidgen.media.write import ClipInfo
+    from vidgen.media.types import ClipInfo, Samples
 
 _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 _BITS = {"aac": 128_000, "libopus": 96_000}

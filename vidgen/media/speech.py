@@ -26,9 +26,9 @@ import numpy as np
 from vidgen.core.errors import InputError
 from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import sha256_file
-from vidgen.media.encode import Samples
 from vidgen.media.mix import at_length
 from vidgen.media.sound import RATE, SoundReader, gather, room
+from vidgen.media.types import Samples
 
 PAUSE_S = 0.25
 """Between two sentences, and between texts of which the second has no time of its own."""

@@ -14,8 +14,8 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from vidgen.core.runtime import atomic_path
-from vidgen.media.encode import Frames
 from vidgen.media.provenance import gif_xmp
+from vidgen.media.types import Frames
 
 STILL_SUFFIXES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", "/")
 RECIPE_KEY = "vidgen"

@@ -14,8 +14,8 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageSequence
 
-from vidgen.media.encode import Frames
 from vidgen.media.read import decoding, fit
+from vidgen.media.types import Frames
 from vidgen.media.video_reader import VideoReader, to_rgb
 
 _SMALL_PIXELS = 6_000

@@ -19,7 +19,6 @@ from av.stream import Disposition
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageSequence
 
-from vidgen.media.encode import Frames
 from vidgen.media.read import (
     MAX_PIXELS,
     PICTURE_SUFFIXES,
@@ -30,6 +29,7 @@ from vidgen.media.read import (
     load_image,
     pictures_in,
 )
+from vidgen.media.types import Frames
 
 
 class VideoReader:

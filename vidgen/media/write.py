@@ -18,20 +18,12 @@ import numpy as np
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import atomic_path, check_output, write_error
-from vidgen.media.encode import (
-    Frames,
-    PictureSettings,
-    Samples,
-    SegmentStore,
-    Spool,
-    Watch,
-    encode_picture,
-    watched,
-)
+from vidgen.media.encode import Spool, configure, encode_picture, watched
 from vidgen.media.manifest import Signing, seal
 from vidgen.media.provenance import marks_of, stamped, tags, xmp
 from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.stills import RECIPE_KEY, STILL_SUFFIXES, still_encoder, write_stills
+from vidgen.media.types import ClipInfo, Frames, PictureSettings, SegmentStore, Watch
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
@@ -85,35 +77,6 @@ GIF_FPS = 50
 """Of a GIF at most: delays are counted in 1/100 s, and viewers take one below 2 for 10."""
 PIXELS_PER_BYTE = 4
 """Of a written picture, by H.264 at its worst, about."""
-
-
-@dataclass(frozen=True)
-class ClipInfo:
-    """What a writer needs to know of a clip beside its frames.
-
-    Args:
-        fps: exact frame rate.
-        size: (width, height).
-        num_frames: how many frames will come.
-        sound: float32 [N, channels] of one or two channels, or None. It may lie in a mapped file.
-        sound_rate: samples per second.
-        recipe: JSON data that goes into the file's metadata, or None.
-        stride_t: frames per latent frame, by which segments are cut.
-        loudness: level in LUFS that the written sound is brought to; None leaves it as it is.
-        picture: how frames are encoded in a film's file; None: as its suffix has it.
-        quality: of WebP and JPEG, 1 to 100; None: as the suffix has it.
-    """
-
-    fps: Fraction
-    size: tuple[int, int]
-    num_frames: int
-    sound: Samples | None = None
-    sound_rate: int = 48_000
-    recipe: dict[str, Any] | None = None
-    stride_t: int = 1
-    loudness: float | None = None
-    picture: PictureSettings | None = None
-    quality: int | None = None
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:
@@ -346,7 +309,7 @@ def begin_stream(
         container.metadata.update(tags(marks_of(info.recipe)))
         container.metadata[RECIPE_KEY] = recipe_text(info.recipe)
     stream = cast("VideoStream", container.add_stream(picture.codec, rate=info.fps))
-    picture.configure(stream.codec_context, info.size, info.fps)
+    configure(stream.codec_context, picture, info.size, info.fps)
     return stream
 
 

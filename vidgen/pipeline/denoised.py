@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.diffusion.state import LatentState
     from vidgen.media.clip import Clip
-    from vidgen.media.encode import Samples
+    from vidgen.media.types import Samples
     from vidgen.pipeline.bound import Bound
     from vidgen.pipeline.experts import Loras
     from vidgen.pipeline.inputs import Inputs

@@ -15,8 +15,8 @@ from vidgen.core.errors import ModelError
 from vidgen.core.request import Request
 from vidgen.core.shapes import size_for_aspect
 from vidgen.media.clip import Clip
-from vidgen.media.encode import Frames
 from vidgen.media.read import fit
+from vidgen.media.types import Frames
 from vidgen.pipeline.foreign.engine import ForeignEngine
 from vidgen.pipeline.foreign.plan import Abilities
 from vidgen.pipeline.inputs import Inputs, read_inputs

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
     from vidgen.core.values import Fit, Picture
-    from vidgen.media.encode import Frames
     from vidgen.media.ending import Ending
+    from vidgen.media.types import Frames
     from vidgen.pipeline.plan import Plan
 
 log = logging.getLogger(__name__)

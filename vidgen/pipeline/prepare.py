@@ -26,7 +26,7 @@ from vidgen.pipeline.inputs import Inputs, pixels_of, read_mask, video_frames
 from vidgen.pipeline.plan import Plan
 
 if TYPE_CHECKING:
-    from vidgen.media.encode import Frames
+    from vidgen.media.types import Frames
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from vidgen.core.runtime import atomic_write, cache_folder
 
 if TYPE_CHECKING:
     from vidgen.core.protocols import StepInfo
-    from vidgen.media.encode import Frames
+    from vidgen.media.types import Frames
     from vidgen.pipeline.video import Engine
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from safetensors.torch import load
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import sha256_file
-from vidgen.media.encode import Frames
 from vidgen.media.read import load_image
+from vidgen.media.types import Frames
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.inputs import noise_file
 

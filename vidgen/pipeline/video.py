@@ -37,7 +37,7 @@ from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
-from vidgen.media.write import ClipInfo
+from vidgen.media.types import ClipInfo
 from vidgen.models.tokenizer import read_as
 from vidgen.ops.attention import asked_backend, require_backend
 from vidgen.pipeline.bound import VERIFIER, Bound, is_bindable, told_apart

@@ -27,7 +27,8 @@ from vidgen.media.join import Stretch, join_files, parting_places, why_not_joine
 from vidgen.media.sound import RATE
 from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.subtitles import TextTrack, as_srt, as_webvtt, one_at_a_time
-from vidgen.media.write import CONTAINERS, SEGMENT, ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import CONTAINERS, SEGMENT, write_clip
 from vidgen.pipeline.journal.job import SUFFIX, lock_job, sweep
 from vidgen.story.colour import Colours, matching, measured, spread
 from vidgen.story.conform import Source

@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vidgen.core.errors import InputError, quoted
-from vidgen.media.encode import Frames
 from vidgen.media.subtitles import Cue
+from vidgen.media.types import Frames
 from vidgen.story.script import Script, Shot
 from vidgen.story.timeline import Timeline
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 
 NEAR = 2.0
 """Levels by which no mean of a shot that stays as it is differs from its scene's."""

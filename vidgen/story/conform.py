@@ -21,8 +21,8 @@ import av
 import numpy as np
 
 from vidgen.core.errors import InputError
-from vidgen.media.encode import Frames
 from vidgen.media.read import fit
+from vidgen.media.types import Frames
 from vidgen.media.video_reader import VideoReader
 
 

@@ -19,9 +19,9 @@ from vidgen.core.config import dump
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import sha256_file
 from vidgen.media.codecs import picture_settings
-from vidgen.media.encode import PictureSettings
 from vidgen.media.join import Chapter
 from vidgen.media.subtitles import Cue
+from vidgen.media.types import PictureSettings
 from vidgen.story.captions import Burner, as_frames, captions_of, titles_of
 from vidgen.story.film import FilmPlan
 from vidgen.story.mixdown import Narrated, check_sounds, file_facts, narrate

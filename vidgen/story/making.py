@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from eval.toybox.judge import Judge
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
-    from vidgen.media.encode import Frames
+    from vidgen.media.types import Frames
     from vidgen.pipeline.foreign.engine import ForeignEngine
     from vidgen.pipeline.preview import OnPreview
     from vidgen.pipeline.video import Engine

@@ -21,7 +21,6 @@ import numpy as np
 from vidgen.core.errors import InputError
 from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import sha256_file
-from vidgen.media.encode import Samples
 from vidgen.media.mix import (
     DUCK_DB,
     DUCK_DOWN_S,
@@ -36,6 +35,7 @@ from vidgen.media.mix import (
 from vidgen.media.sound import RATE, SoundReader, read_sound, room
 from vidgen.media.speech import PAUSE_S, Sentence, Voice, open_voice, spoken
 from vidgen.media.subtitles import Cue
+from vidgen.media.types import Samples
 from vidgen.story.elements import Music, Narration
 from vidgen.story.film import FilmPlan
 from vidgen.story.script import Script, Shot

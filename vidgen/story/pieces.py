@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 from vidgen.story.captions import Burner
 from vidgen.story.colour import Colours
 from vidgen.story.conform import Source

@@ -26,7 +26,7 @@ from vidgen.story.timeline import Placed, Timeline
 from vidgen.weights.load import trim_memory
 
 if TYPE_CHECKING:
-    from vidgen.media.encode import Samples
+    from vidgen.media.types import Samples
     from vidgen.story.film import FilmPlan
 
 SOUNDS_VERSION = 1

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vidgen import __version__
 from vidgen.core.runtime import atomic_write
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 from vidgen.media.video_reader import VideoReader
 from vidgen.story.edit import Edit
 from vidgen.story.elements import ShotFrame

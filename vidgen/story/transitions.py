@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 
 _COLOURS = {"fade-black": 0.0, "fade-white": 255.0}
 

@@ -22,7 +22,7 @@ from train.toybox.world.scenes import WORLD_VERSION
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.request import Request
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.video import Engine, load, to_frames

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vidgen.evaluation.metrics.flow import opencv
 from vidgen.evaluation.metrics.vbench import likeness
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 
 _CELLS, _ANGLES = 8, 8
 _LEVELS = 6

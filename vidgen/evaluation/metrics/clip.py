@@ -45,9 +45,9 @@ from vidgen.evaluation.metrics.vbench import (
     top_speed,
 )
 from vidgen.media.cells import Looker
-from vidgen.media.encode import Frames
 from vidgen.media.read import fit
 from vidgen.media.trackers import STILL, Drifts
+from vidgen.media.types import Frames
 
 if TYPE_CHECKING:
     from vidgen.evaluation.metrics.networks import Networks

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidgen.core.errors import InputError
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 
 Flow: TypeAlias = NDArray[np.float32]
 Mask: TypeAlias = NDArray[np.bool_]

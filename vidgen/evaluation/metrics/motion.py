@@ -30,7 +30,7 @@ from vidgen.evaluation.metrics.vbench import (
     stillness,
     top_speed,
 )
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 
 Figures: TypeAlias = dict[str, float | None]
 UNMOVED_PIXELS, UNMOVED_SHARE = 0.5, 0.01

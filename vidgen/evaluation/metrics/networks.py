@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vidgen.core.errors import ModelError
 from vidgen.evaluation.metrics.network_files import FOLDERS
-from vidgen.media.encode import Frames
+from vidgen.media.types import Frames
 
 _SIDE, _I2V_SIDE = 224, 256
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

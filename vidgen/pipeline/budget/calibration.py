@@ -34,7 +34,8 @@ from vidgen.core.runtime import (
     fingerprint,
     reuse_freed_memory,
 )
-from vidgen.media.write import CONTAINERS, ClipInfo, write_clip
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import CONTAINERS, write_clip
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_blocks import Block
 from vidgen.models.dit_types import Context, Layout, Stream, TimeVectors

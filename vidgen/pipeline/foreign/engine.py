@@ -22,12 +22,11 @@ from PIL import Image
 from vidgen.core.request import Request
 from vidgen.core.runtime import megabytes
 from vidgen.media.clip import Clip
-from vidgen.media.encode import Frames
 from vidgen.media.label import with_label
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
 from vidgen.media.sound import RATE
-from vidgen.media.write import ClipInfo
+from vidgen.media.types import ClipInfo, Frames
 from vidgen.pipeline.foreign.decode import decode_all, peak_bytes
 from vidgen.pipeline.foreign.journal import Made, as_settled, keep_made, kept_made, with_plan
 from vidgen.pipeline.foreign.pipe import ForeignPipe, lent

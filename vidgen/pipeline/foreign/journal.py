@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vidgen.media.encode import Frames, Samples
+from vidgen.media.types import Frames, Samples
 from vidgen.pipeline.foreign.decode import Decode
 from vidgen.pipeline.foreign.plan import ForeignPlan
 from vidgen.pipeline.journal.job import MADE

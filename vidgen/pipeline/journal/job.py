@@ -35,7 +35,7 @@ from safetensors.numpy import save
 
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_write, lock_file
-from vidgen.media.encode import Segment
+from vidgen.media.types import Segment
 
 FORMAT_VERSION = 3
 SUFFIX = ".vidgen-job"

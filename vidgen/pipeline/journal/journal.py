@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from vidgen.core.errors import OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media.clip import Clip
-from vidgen.media.encode import Segment
 from vidgen.media.probe import read_recipe
+from vidgen.media.types import Segment
 from vidgen.pipeline.journal.job import (
     JOB,
     MADE,
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vidgen.media.encode import Samples
+    from vidgen.media.types import Samples
 
 log = logging.getLogger(__name__)
 

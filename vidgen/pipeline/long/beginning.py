@@ -21,7 +21,7 @@ from vidgen.pipeline.long.retime import at_rate
 from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, tail_of
 
 if TYPE_CHECKING:
-    from vidgen.media.encode import Frames
+    from vidgen.media.types import Frames
     from vidgen.pipeline.plan import Plan
     from vidgen.pipeline.video import Engine
 

@@ -34,7 +34,7 @@ from vidgen.diffusion.state import FinerKnown
 from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
-from vidgen.media.write import ClipInfo
+from vidgen.media.types import ClipInfo
 from vidgen.pipeline.devices.stretches import room_for
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.beginning import earlier_frames, read_beginning
@@ -54,7 +54,7 @@ from vidgen.weights.family import models_with
 if TYPE_CHECKING:
     from vidgen.diffusion.state import LatentState
     from vidgen.media.clip import Keeper
-    from vidgen.media.encode import Frames
+    from vidgen.media.types import Frames
     from vidgen.pipeline.plan import Plan
     from vidgen.pipeline.sound.own_sound import OwnSound
     from vidgen.pipeline.video import Engine

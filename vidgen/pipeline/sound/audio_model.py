@@ -20,7 +20,7 @@ from vidgen.pipeline.parts import DTYPES
 from vidgen.weights.folder import ForeignFolder, open_model
 
 if TYPE_CHECKING:
-    from vidgen.media.encode import Samples
+    from vidgen.media.types import Samples
 
 LENGTHS = {
     "StableAudioPipeline": "audio_end_in_s", "StableAudio3Pipeline": "duration",

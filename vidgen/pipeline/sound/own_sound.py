@@ -34,7 +34,7 @@ from vidgen.pipeline.sound.impacts import ON_TIME, Lateness, impacts_seen
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.diffusion.state import LatentState
-    from vidgen.media.encode import Samples
+    from vidgen.media.types import Samples
     from vidgen.models.audio_spectra import AudioVAEConfig
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.long.extend import LongClip

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
     from vidgen.media.clip import Clip
-    from vidgen.media.encode import Samples
+    from vidgen.media.types import Samples
     from vidgen.pipeline.foreign.engine import ForeignEngine
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.sound.audio_model import AudioModel

@@ -22,11 +22,11 @@ from vidgen.core.errors import InputError
 from vidgen.media.cells import Look, Looker
 from vidgen.media.checks import BLANK, FLAT
 from vidgen.media.cuts import Cuts
-from vidgen.media.encode import Frames
 from vidgen.media.probe import probe
 from vidgen.media.read import PICTURE_SUFFIXES, load_image
 from vidgen.media.timed import TimedReader
 from vidgen.media.trackers import STILL, Runs
+from vidgen.media.types import Frames
 
 PROBE_VERSION = 1
 """Of what is recorded; records of another are made anew."""

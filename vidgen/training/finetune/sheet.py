@@ -21,8 +21,8 @@ from torch import nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.media.encode import Frames
 from vidgen.media.sheet import contact_sheet
+from vidgen.media.types import Frames
 from vidgen.models.lora import Adapter
 from vidgen.pipeline.opened import log as engine_log
 from vidgen.pipeline.plan import make_plan
