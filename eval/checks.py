@@ -26,9 +26,8 @@ from train.toybox.world.render import render
 from train.toybox.world.scenes import SEED_RANGES, sample_scenes
 from vidgen.core.errors import exit_code
 from vidgen.core.runtime import atomic_write, check_output, fingerprint
-from vidgen.media.checks import ClipChecker
+from vidgen.media.checks import ClipChecker, Finding
 from vidgen.media.clip import Clip
-from vidgen.media.findings import Finding
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
 from vidgen.pipeline.video import to_frames

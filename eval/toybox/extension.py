@@ -44,7 +44,7 @@ from vidgen.core.errors import exit_code
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, mean_interval
-from vidgen.media.sheet import contact_sheet
+from vidgen.media.grid import contact_sheet
 from vidgen.pipeline.long.extend import COLOUR_HOLD
 from vidgen.pipeline.long.tail import ANCHOR_TASK, OVERLAP
 from vidgen.pipeline.workers.scheduler import Job, Patience, Staff, run_jobs, settle_threads

@@ -40,7 +40,7 @@ from vidgen.diffusion.samplers import sample_state
 from vidgen.evaluation.generation import generate_batch
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import paired_interval
-from vidgen.media.likeness import psnr, ssim
+from vidgen.media.cells import psnr, ssim
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.presets import DIT_PRESETS

@@ -87,7 +87,7 @@ def test_importing_changes_nothing_outside_the_package():
         "    return (dict(os.environ), logging.root.handlers[:], warnings.showwarning,\n"
         "            [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)])\n"
         "before = state()\n"
-        "import vidgen.cli.main, vidgen.media.clip, vidgen.media.sheet, vidgen.core.config\n"
+        "import vidgen.cli.main, vidgen.media.clip, vidgen.media.grid, vidgen.core.config\n"
         "assert state() == before\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -11,13 +11,12 @@ from PIL import Image
 
 from vidgen.core.errors import InputError
 from vidgen.media.clip import Clip
+from vidgen.media.grid import contact_sheet
 from vidgen.media.probe import probe, read_recipe
 from vidgen.media.read import fit, load_image
-from vidgen.media.sheet import contact_sheet
 from vidgen.media.sound import read_sound
-from vidgen.media.timed import TimedReader
 from vidgen.media.types import ClipInfo
-from vidgen.media.video_reader import VideoReader
+from vidgen.media.video_reader import TimedReader, VideoReader
 from vidgen.media.write import write_clip
 from vidgen.pipeline.inputs import video_frames
 

@@ -22,8 +22,8 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion.state import new_state
 from vidgen.media.clip import Clip
-from vidgen.media.live import write_live
 from vidgen.media.probe import read_recipe
+from vidgen.media.write import write_live
 from vidgen.pipeline.budget.passes import count_passes
 from vidgen.pipeline.budget.preflight import preflight
 from vidgen.pipeline.few_steps import with_student

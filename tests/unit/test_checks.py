@@ -11,10 +11,18 @@ import pytest
 
 from tests import textures
 from tests.programs import load_program
+from vidgen.cli.generate import set_aside
 from vidgen.core.errors import InputError
-from vidgen.media.checks import ClipChecker, check_file, check_length, check_sound
-from vidgen.media.findings import as_data, recorded, set_aside, verdict
-from vidgen.media.likeness import psnr, ssim
+from vidgen.media.cells import psnr, ssim
+from vidgen.media.checks import (
+    ClipChecker,
+    as_data,
+    check_file,
+    check_length,
+    check_sound,
+    recorded,
+    verdict,
+)
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
 

@@ -31,7 +31,7 @@ from train.toybox.tasks.judge_data import (
 )
 from train.toybox.world.scenes import SEED_RANGES
 from vidgen.core.runtime import choose_device
-from vidgen.media.sheet import contact_sheet
+from vidgen.media.grid import contact_sheet
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import seed_of
 from vidgen.training.optim import build_optimizers

@@ -31,8 +31,8 @@ from train.toybox.world.scenes import SEED_RANGES, sample_scenes
 from train.toybox.world.sound import synthesize
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
+from vidgen.media.grid import contact_sheet
 from vidgen.media.onsets import flux
-from vidgen.media.sheet import contact_sheet
 from vidgen.media.types import Frames
 from vidgen.models.audio import AudioVAE
 from vidgen.models.presets import AUDIO_VAE_PRESETS

@@ -30,7 +30,7 @@ from train.toybox.world.render import render
 from train.toybox.world.scenes import SEED_RANGES, SceneMix, sample_scenes
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
-from vidgen.media.sheet import contact_sheet
+from vidgen.media.grid import contact_sheet
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE
 from vidgen.training.config import Phase, RunConfig

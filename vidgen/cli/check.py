@@ -17,8 +17,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, report: Report) -> int:
     """Check the file; 1 if it has a fault."""
-    from vidgen.media.checks import check_file
-    from vidgen.media.findings import as_data
+    from vidgen.media.checks import as_data, check_file
 
     found = as_data(check_file(args.file, args.image))
     lines = [f"{f['severity']}: {f['kind']}: {f['text']}" for f in found["findings"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -35,6 +36,8 @@ ENDLESS = 99_997
 _NOT_OF_REQUEST = {
     "output", "overwrite", "resume", "preview", "attention", "json", "events", *LOADING
 }
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the verb's options; apart from the output's they are the fields of `Request`."""
     add = parser.add_argument
@@ -217,7 +220,7 @@ def run(args: Namespace, report: Report) -> int:
 
 def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
     """Roll a clip out into stdout, for as long as somebody reads."""
-    from vidgen.media.live import write_live
+    from vidgen.media.write import write_live
     from vidgen.pipeline.video import Engine, load
 
     if not request.roll or request.count > 1 or args.resume or args.preview:
@@ -296,7 +299,7 @@ def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> bo
 
 
 def _is_faulty(clip: Clip) -> bool:
-    from vidgen.media.findings import verdict
+    from vidgen.media.checks import verdict
 
     return verdict(clip.findings or ()) == "fault"
 
@@ -314,7 +317,7 @@ def judged(
     facts: dict[str, Any], clip: Clip, report: Report, *, strict: bool
 ) -> dict[str, Any]:
     """A clip's facts with what its checks found; under `strict` a faulty one is set aside."""
-    from vidgen.media.findings import as_data, set_aside
+    from vidgen.media.checks import as_data
 
     if clip.findings is None:
         return facts
@@ -332,3 +335,15 @@ def _line(facts: dict[str, Any]) -> str:
     moving = "{num_frames} frames of {width}x{height} at {fps} fps"
     kind = "a still of {width}x{height}" if facts["num_frames"] == 1 else moving
     return ("{path}: " + kind + ", seed {seed}").format(**facts)
+
+
+def set_aside(path: str) -> Path:
+    """Move a faulty output to "name.faulty.mp4", so that none takes it for a good one.
+
+    An older one of that name is replaced.
+    """
+    source = Path(path)
+    target = source.with_name(f"{source.stem}.faulty{source.suffix}")
+    if target.is_dir():
+        shutil.rmtree(target)
+    return source.replace(target)

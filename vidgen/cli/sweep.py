@@ -315,7 +315,7 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
 
 def _verdict(cell: Cell, report: Report) -> str | None:
     """What a clip's checks came to, told by its label; None where its file doesn't say."""
-    from vidgen.media.findings import recorded, verdict
+    from vidgen.media.checks import recorded, verdict
     from vidgen.media.probe import read_recipe
 
     found = recorded(read_recipe(cell.path))

@@ -9,24 +9,22 @@ Axes: t frames, H W rows and columns, N samples of sound.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from vidgen.media.cells import Array, Look, Looker
+from vidgen.media.cells import Array, Look, Looker, psnr, ssim
 from vidgen.media.ending import ENDING, LIMIT, apart, ending_text
-from vidgen.media.findings import Finding, as_data
-from vidgen.media.likeness import psnr, ssim
 from vidgen.media.probe import read_recipe, told_rate
 from vidgen.media.read import PICTURE_SUFFIXES, fit, load_image
-from vidgen.media.snapshot import pack, unpack
 from vidgen.media.sound import read_sound
-from vidgen.media.trackers import Drifts, Flashes, Freezes, Runs, Span, Spikes
+from vidgen.media.trackers import Drifts, Flashes, Freezes, Runs, Span, Spikes, pack, unpack
 from vidgen.media.types import ClipInfo, Frames, Samples, Snapshot
 from vidgen.media.video_reader import VideoReader, read_frames
 
@@ -65,6 +63,54 @@ SILENCE_DB = -60.0
 """Level of the loudest tenth of a second: room noise is louder."""
 CLIPPING, CLIPPING_FAULT = 0.001, 0.01
 """Share of samples that stand at full scale, three or more in a row."""
+
+Severity: TypeAlias = Literal["warning", "fault"]
+Verdict: TypeAlias = Literal["clean", "warning", "fault"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong, or may be.
+
+    Attributes:
+        kind: one word, such as "flash"; docs/check.md lists them.
+        severity: "fault" fails `--strict`; a "warning" may be meant.
+        time_s: (start, end) in seconds, or None where it's the whole clip.
+        value: what was measured, in the unit of the limit.
+        limit: what it must not exceed, or fall below.
+        text: a sentence for people, with what to do.
+    """
+
+    kind: str
+    severity: Severity
+    time_s: tuple[float, float] | None
+    value: float
+    limit: float
+    text: str
+
+
+def verdict(findings: Iterable[Finding]) -> Verdict:
+    """Return the worst severity, or "clean"."""
+    severities = {finding.severity for finding in findings}
+    return "fault" if "fault" in severities else "warning" if severities else "clean"
+
+
+def as_data(findings: Iterable[Finding]) -> dict[str, Any]:
+    """Return findings as JSON data, for a recipe or a result."""
+    kept = list(findings)
+    return {"verdict": verdict(kept), "findings": [asdict(finding) for finding in kept]}
+
+
+def recorded(recipe: Mapping[str, Any] | None) -> list[Finding] | None:
+    """Return the findings in a recipe; None where it has none, or something else."""
+    try:
+        told = (recipe or {})["checks"]["findings"]
+        found = [Finding(**{**each, "time_s": each["time_s"] and tuple(each["time_s"])})
+                 for each in told]
+        verdict(found)
+    except (KeyError, TypeError):
+        return None
+    return found
 
 
 _STATE = ("num_frames", "_flat", "_flashes", "_spikes", "_freezes", "_drifts", "_likeness",

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from vidgen.media.checks import ClipChecker
-from vidgen.media.findings import Finding, recorded
+from vidgen.media.checks import ClipChecker, Finding, recorded
 from vidgen.media.probe import read_recipe, told_rate
 from vidgen.media.read import load_image, pictures_in
 from vidgen.media.sound import read_sound

@@ -1,7 +1,8 @@
-"""Many clips as one: a grid that plays them side by side, each under its label."""
+"""Many as one, each with its label: clips side by side in a grid, pictures on a contact sheet."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vidgen.core.runtime import atomic_write
 from vidgen.media.read import fit
 from vidgen.media.types import ClipInfo, Frames
 from vidgen.media.video_reader import VideoReader
 
 MAX_SIDE = 3840
 """Pixels a side that the clips may take; H.264 at its common levels ends soon above."""
-_GAP, _MIN_LABEL, _MAX_LABEL = 4, 14, 200
+_GAP, _LABEL, _MAX_LABEL = 4, 14, 200
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Grid:
         width, height = (max(size[side] for _, size, _ in self._facts) for side in (0, 1))
         scale = min(1.0, MAX_SIDE / (self.columns * width), MAX_SIDE / (self._rows * height))
         width, height = max(16, int(width * scale)), max(16, int(height * scale))
-        return width, height, max(_MIN_LABEL, height // 16)
+        return width, height, max(_LABEL, height // 16)
 
     @property
     def _rows(self) -> int:
@@ -122,3 +124,39 @@ class Grid:
             x, y = self._corner(index)
             sheet[y + label : y + label + height, x : x + width] = picture
         return sheet
+
+
+def contact_sheet(
+    frames: Sequence[Frames], path: str | Path, *, columns: int, labels: Sequence[str] = ()
+) -> Path:
+    """Write pictures in rows as a PNG.
+
+    Args:
+        frames: uint8 [H, W, 3] each, of any size.
+        path: the PNG, replaced if it exists.
+        columns: pictures in a row.
+        labels: a line under each picture; fewer than pictures, or none, is fine. Over empty ones
+            behind it in its row a label goes on.
+
+    Returns:
+        The path written.
+    """
+    width = max(frame.shape[1] for frame in frames)
+    height = max(frame.shape[0] for frame in frames)
+    step_x, step_y = width + _GAP, height + _GAP + (_LABEL if labels else 0)
+    rows = math.ceil(len(frames) / columns)
+    sheet = Image.new("RGB", (columns * step_x + _GAP, rows * step_y + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_LABEL - 3)
+    for index, frame in enumerate(frames):
+        x, y = _GAP + index % columns * step_x, _GAP + index // columns * step_y
+        sheet.paste(Image.fromarray(frame), (x, y))
+        if index < len(labels):
+            text, behind = labels[index], labels[index + 1 : (index // columns + 1) * columns]
+            empty = next((n for n, each in enumerate(behind) if each), len(behind))
+            while text and draw.textlength(text, font) > width + empty * step_x:
+                text = text[:-1]
+            draw.text((x, y + height), text, "black", font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    atomic_write(path, buffer.getvalue())
+    return Path(path)

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from vidgen.core.errors import InputError
 from vidgen.media.cells import LUMA, Array
+from vidgen.media.types import Snapshot
 
 MAX_SPANS = 10
 FLASH_STEP, FLASH_DARKER, FLASH_AREA = 0.1, 0.8, 0.25  # of relative luminance, of the picture
@@ -346,3 +348,70 @@ def _slope(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     slope[..., 0] = values[..., 1] - values[..., 0]
     slope[..., -1] = values[..., -1] - values[..., -2]
     return slope
+
+
+_CLASSES = {each.__name__: each for each in (
+    Drift, Drifts, Flashes, Freezes, Runs, Span, Spans, Spikes
+)}  # fmt: skip
+_DAMAGES = (KeyError, TypeError, ValueError, AttributeError)
+
+
+def pack(state: dict[str, Any]) -> Snapshot:
+    """Copy values by name: numbers, texts, arrays, collections of them and trackers.
+
+    Only the classes in `_CLASSES` come back: a file never decides which code runs.
+    """
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+
+    def packed(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            name = f"seen.{len(arrays)}"
+            arrays[name] = value.copy()
+            return {"array": name}
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, dict):
+            return {"dict": {key: packed(each) for key, each in value.items()}}
+        if isinstance(value, list | tuple | deque):
+            items = [packed(each) for each in value]
+            kept = {type(value).__name__: items}
+            return kept | {"maxlen": value.maxlen} if isinstance(value, deque) else kept
+        if type(value).__name__ in _CLASSES:
+            return {"class": type(value).__name__, "fields": packed(vars(value))}
+        return value
+
+    return arrays, packed(state)
+
+
+def unpack(snapshot: Snapshot) -> dict[str, Any]:
+    """What `pack` was given.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    arrays, state = snapshot
+
+    def unpacked(data: Any) -> Any:
+        match data:
+            case {"array": name}:
+                return arrays[name]
+            case {"dict": items}:
+                return {key: unpacked(each) for key, each in items.items()}
+            case {"list": items}:
+                return [unpacked(each) for each in items]
+            case {"tuple": items}:
+                return tuple(unpacked(each) for each in items)
+            case {"deque": items, "maxlen": longest}:
+                return deque((unpacked(each) for each in items), longest)
+            case {"class": name, "fields": fields}:
+                kind = _CLASSES[name]
+                made = object.__new__(kind)
+                vars(made).update(unpacked(fields))
+                return made
+        return data
+
+    try:
+        return dict(unpacked(state))
+    except _DAMAGES as error:
+        raise InputError(f"what the checks had seen is damaged ({type(error).__name__}: {error}); "
+                         "start anew with --overwrite") from None

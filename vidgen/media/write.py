@@ -1,4 +1,4 @@
-"""Clips into files: streamed by an encoder thread, atomic, with the recipe inside."""
+"""Clips into files or pipes: streamed by an encoder thread, atomic, with the recipe inside."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from functools import partial
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import atomic_path, check_output, write_error
-from vidgen.media.encode import Spool, configure, encode_picture, watched
+from vidgen.media.encode import Spool, configure, encode_picture, to_picture, watched
 from vidgen.media.manifest import Signing, seal
 from vidgen.media.provenance import marks_of, stamped, tags, xmp
 from vidgen.media.soundtrack import SoundTrack
@@ -72,6 +73,10 @@ CONTAINERS = {
         _MKV,
     ),
 }
+_LIVE = PictureSettings(
+    "libx264", "yuv420p", {"crf": "16", "preset": "veryfast", "tune": "zerolatency"}, threads=1
+)
+_LIVE_MUXER = {"live": "1", "flush_packets": "1", "cluster_time_limit": "200"}
 
 GIF_FPS = 50
 """Of a GIF at most: delays are counted in 1/100 s, and viewers take one below 2 for 10."""
@@ -330,3 +335,54 @@ def _mux(
             container.mux(packet)
         if sound:
             sound.finish()
+
+
+def write_live(
+    out: BinaryIO, chunks: Iterable[Frames], info: ClipInfo,
+    on_frames: Callable[[int], None] | None = None,
+) -> int:
+    """Write pictures as Matroska with H.264, each as soon as it is there, marks and recipe first.
+
+    Args:
+        out: a pipe; it isn't closed.
+        chunks: uint8 [t, H, W, 3] each.
+        info: the clip's rate, size and recipe; its sound is left out.
+        on_frames: called with the number of frames written so far.
+
+    Returns:
+        Frames written: fewer than came where the reader left.
+    """
+    picture, count, pipe = _LIVE.fitting(info.size), 0, _Pipe(out)
+    reformatter = VideoReformatter()
+    with av.open(pipe, "w", format="matroska", options=dict(_LIVE_MUXER)) as container:
+        recipe = None if info.recipe is None else stamped(info.recipe)
+        stream = begin_stream(container, picture, replace(info, recipe=recipe))
+        for chunk in chunks:
+            for frame in chunk:
+                image = to_picture(frame, picture.pix_fmt, reformatter)
+                image.pts, image.time_base = count, 1 / info.fps
+                container.mux(stream.encode(image))
+                count += 1
+            if on_frames:
+                on_frames(count)
+            if pipe.is_left:
+                break
+        container.mux(stream.encode())
+    return count
+
+
+class _Pipe:
+    """A pipe that libav may go on writing to when its reader has left."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out, self.is_left = out, False
+
+    def write(self, data: bytes) -> int:
+        """Hand all of it over at once, while there is a reader."""
+        if not self.is_left:
+            try:
+                self._out.write(data)
+                self._out.flush()
+            except BrokenPipeError:
+                self.is_left = True
+        return len(data)

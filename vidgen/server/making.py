@@ -25,8 +25,8 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.request import NO_AUDIO, OWN_AUDIO, Request
 from vidgen.core.runtime import atomic_write
+from vidgen.media.checks import as_data
 from vidgen.media.clip import Clip
-from vidgen.media.findings import as_data
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.budget.eta import Clock

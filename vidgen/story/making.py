@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.protocols import OnEvent
-from vidgen.media.findings import Finding, recorded
+from vidgen.media.checks import Finding, recorded
 from vidgen.media.join import ContinuedClip
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader

@@ -25,7 +25,7 @@ from vidgen.core.config import dump
 from vidgen.core.errors import OutputError, VidgenError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write
-from vidgen.media.findings import Finding, as_data
+from vidgen.media.checks import Finding, as_data
 from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.workers.scheduler import Job, Staff, run_jobs
 from vidgen.story.film import FilmPlan, ShotPlan, Take

@@ -21,7 +21,7 @@ from eval.toybox.judge import JudgeFolder, embedded_judge, sample_frames
 from train.toybox.world.captions import nouns, phrases
 from train.toybox.world.cast import SPRITE_NAMES
 from train.toybox.world.scenes import CAMERAS, MOTIONS, PLACES, WORLD_VERSION
-from vidgen.media.findings import Finding
+from vidgen.media.checks import Finding
 from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.inputs import as_video
 

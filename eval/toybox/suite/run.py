@@ -33,7 +33,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint
 from vidgen.evaluation.score_log import ScoreLog
-from vidgen.media.sheet import contact_sheet
+from vidgen.media.grid import contact_sheet
 from vidgen.pipeline.workers.scheduler import Job, Patience, Staff, run_jobs, settle_threads
 
 SHEET_CLIPS = 16

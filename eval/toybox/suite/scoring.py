@@ -27,8 +27,8 @@ from eval.toybox.suite.items import SOURCES, Item
 from eval.toybox.suite.judging import answers, grade
 from eval.toybox.suite.listening import grade_sound
 from train.toybox.world.cues import SAMPLE_RATE
-from vidgen.media.likeness import psnr as frame_psnr
-from vidgen.media.likeness import ssim
+from vidgen.media.cells import psnr as frame_psnr
+from vidgen.media.cells import ssim
 from vidgen.media.onsets import find_onsets
 from vidgen.pipeline.video import to_frames
 

@@ -39,8 +39,7 @@ from vidgen.evaluation.temporal.notes import (
 )
 from vidgen.evaluation.temporal.summary import by_name, dimensions, figures
 from vidgen.media.read import load_image
-from vidgen.media.timed import TimedReader
-from vidgen.media.video_reader import VideoReader
+from vidgen.media.video_reader import TimedReader, VideoReader
 from vidgen.pipeline.workers.scheduler import Job, Patience, Staff, run_jobs
 
 if TYPE_CHECKING:

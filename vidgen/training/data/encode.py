@@ -20,8 +20,8 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import best_dtype
 from vidgen.media.read import fit, load_image
-from vidgen.media.timed import TimedFrame, TimedReader
 from vidgen.media.types import Frames
+from vidgen.media.video_reader import TimedFrame, TimedReader
 from vidgen.models.image import ImageEncoder, prepare_image
 from vidgen.models.text import TextEncoder, UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer

@@ -21,7 +21,7 @@ from torch import nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
-from vidgen.media.sheet import contact_sheet
+from vidgen.media.grid import contact_sheet
 from vidgen.media.types import Frames
 from vidgen.models.lora import Adapter
 from vidgen.pipeline.opened import log as engine_log
