@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from train.toybox.world.scenes import CAMERAS, MOTIONS, PLACES, SPRITES, WORLD_VERSION
 from vidgen.core.errors import ModelError
 from vidgen.core.runtime import sha256_file
-from vidgen.models.conv_blocks import Residual, conv_block
+from vidgen.ops.conv import Residual, conv_block
 from vidgen.weights.folder import config_of
 from vidgen.weights.load import load_module
 

@@ -22,7 +22,7 @@ from train.toybox.world.ambience import LAYERS
 from train.toybox.world.cues import SAMPLE_RATE
 from train.toybox.world.scenes import SPRITES, WORLD_VERSION
 from vidgen.core.errors import InputError
-from vidgen.models.conv_blocks import conv_block
+from vidgen.ops.conv import conv_block
 from vidgen.weights.load import load_module
 
 MIN_SAMPLES = 4096  # a quarter of a second; shorter sound is followed by silence

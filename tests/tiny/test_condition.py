@@ -13,6 +13,7 @@ from vidgen.diffusion import condition
 from vidgen.diffusion.condition import latent_mask
 from vidgen.diffusion.condition_mix import ConditionMix, Stills, training_conditions
 from vidgen.diffusion.flow import add_noise
+from vidgen.diffusion.guidance import guidance_share
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.samplers import sample_euler, sample_unipc
 from vidgen.diffusion.schedule import make_sigmas
@@ -200,18 +201,18 @@ def test_references_are_taken_away_from_each_row_of_a_batch():
 
 def test_guidance_grows_with_the_distance_from_what_is_given_in_place():
     def share(state, reach=2):
-        return condition.guidance_share(state, reach)[0, 0, :, 0, 0].tolist()
+        return guidance_share(state, reach)[0, 0, :, 0, 0].tolist()
 
     state = new_state(NOISE)
     first = condition.first_frame(state, STILL)
-    assert condition.guidance_share(first, 0) is None
+    assert guidance_share(first, 0) is None
     assert share(first) == [0, 0.5, 1, 1, 1]
     assert share(condition.reference(first, STILL)) == [0, 0.5, 1, 1, 1]
     assert share(condition.prefix(state, CLIP[:, :, :2]), 4) == [0, 0, 0.25, 0.5, 0.75]
     assert share(condition.keyframe(state, STILL, 16, STRIDES)) == [1] * 5
     assert share(condition.keyframe(first, STILL, 16, STRIDES)) == [0, 0.5, 1, 1, 1]
     heard = replace(first, sound=new_sound(torch.randn(2, 7, 10)))
-    packed = condition.guidance_share(heard, 2)
+    packed = guidance_share(heard, 2)
     assert packed.shape == heard.begin().shape
     picture, sound = heard.apart(packed)
     assert picture[1, 2, :, 3, 5].tolist() == [0, 0.5, 1, 1, 1]

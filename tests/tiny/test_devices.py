@@ -14,8 +14,7 @@ import torch
 from tests.models import build_tiny_model
 from tests.stopping import stop_at
 from vidgen.core.errors import Cancelled, DeviceError, InputError
-from vidgen.diffusion.cache import StepCaches
-from vidgen.diffusion.magnitudes import Magnitudes
+from vidgen.diffusion.cache import Magnitudes, StepCaches
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline import video

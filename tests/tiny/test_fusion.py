@@ -8,7 +8,7 @@ import torch
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.ops import native
-from vidgen.ops.fusion import Fusible, fusing, is_fusing
+from vidgen.ops.norm import Fusible, fusing, is_fusing
 
 
 @pytest.fixture

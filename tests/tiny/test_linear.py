@@ -8,7 +8,7 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_blocks import FeedForward
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.ops import linear, probe
+from vidgen.ops import linear
 from vidgen.ops.linear import PackedLinear, pack, plain
 
 
@@ -93,7 +93,7 @@ def test_a_last_layer_stays_plain_for_its_rounding():
 
 
 def test_a_probe_is_measured_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(linear, "cache_folder", lambda: tmp_path)
     calls = []
 
     def quick():
@@ -103,11 +103,11 @@ def test_a_probe_is_measured_once_and_kept(tmp_path, monkeypatch):
         calls.append("slow")
         torch.ones(300, 300) @ torch.ones(300, 300)
 
-    assert probe.is_faster("a", quick, slow)
+    assert linear.is_faster("a", quick, slow)
     count = len(calls)
-    assert probe.is_faster("a", slow, quick)  # the name is what was asked
+    assert linear.is_faster("a", slow, quick)  # the name is what was asked
     assert len(calls) == count > 4
     kept = json.loads((tmp_path / "probes.json").read_text())
     assert [name.split(",")[0] for name in kept] == ["a"]
     (tmp_path / "probes.json").write_text("[1")
-    assert not probe.is_faster("a", slow, quick)
+    assert not linear.is_faster("a", slow, quick)

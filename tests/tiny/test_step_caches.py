@@ -12,9 +12,15 @@ import torch
 from tests.stopping import stop_at
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.protocols import SamplerState, StepInfo
-from vidgen.diffusion.cache import FirstBlock, Forecast, Probe, StepCaches, relative_change
+from vidgen.diffusion.cache import (
+    FirstBlock,
+    Forecast,
+    Magnitudes,
+    Probe,
+    StepCaches,
+    relative_change,
+)
 from vidgen.diffusion.guidance import Guidance
-from vidgen.diffusion.magnitudes import Magnitudes
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig, AudioTokens, DiTConfig, KVCache
 from vidgen.models.presets import DIT_PRESETS

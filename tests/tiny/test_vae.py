@@ -13,8 +13,8 @@ from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.models.vae_blocks import Downsample, Upsample
 from vidgen.ops import conv
 from vidgen.ops.conv import CausalConv3d, StreamCache
+from vidgen.ops.latents import patchify_pixels, unpatchify_pixels
 from vidgen.ops.norm import ChannelRMSNorm
-from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
 
 STATISTICS = {"latents_mean": (0.5, -0.2, 0.1, 0.0), "latents_std": (2.0, 0.7, 1.0, 1.3)}
 CONFIGS = {

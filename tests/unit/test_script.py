@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vidgen.core.config import dump
+from vidgen.core.config import dump, json_schema
 from vidgen.core.errors import InputError
-from vidgen.core.schema import json_schema
 from vidgen.story.elements import Camera, Caption, ShotFrame, TimedPrompt
 from vidgen.story.script import Script
 

@@ -29,14 +29,14 @@ from train.toybox.tasks.toybox_data import load_vae
 from train.toybox.tasks.truth_heads import AttributeHeads, TruthHeads
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
-from vidgen.core.tensors import moved
 from vidgen.diffusion.flow import add_noise, squared_error, velocity_of, velocity_towards
+from vidgen.diffusion.state import moved
 from vidgen.models.audio_spectra import AudioVAEConfig
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder, encode_tokens
-from vidgen.ops.fusion import fusing
+from vidgen.ops.norm import fusing
 from vidgen.pipeline.networks import velocity
 from vidgen.training.config import Phase
 from vidgen.training.ema import named_parameters
@@ -85,7 +85,7 @@ class DiTRun(DiTData):
             says instead of the clips' velocity (Li & Hoiem 2016, sec. 3). Both read one text, so
             `part` is "transformer".
         keep_above: see `keep`.
-        fuse: have torch.compile fuse what surrounds matrix products; see `vidgen.ops.fusion`. Not
+        fuse: have torch.compile fuse what surrounds matrix products; see `vidgen.ops.norm`. Not
             for CPUs, which our own kernels serve.
     """
 

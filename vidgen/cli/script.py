@@ -146,7 +146,7 @@ def _model(asked: str | None, script: Script) -> str:
 
 
 def _print_schema(report: Report) -> int:
-    from vidgen.core.schema import json_schema
+    from vidgen.core.config import json_schema
     from vidgen.story.script import Script
 
     schema = json_schema(Script, "vidgen script")

@@ -13,13 +13,14 @@ whether that is good enough, each with a threshold of which 0 means never:
 The caches know no model: they see tokens, noise levels, and which branch of guidance asks. Over
 several processes each remembers its own part of the tokens, and one decides for all.
 
-Axes: B batch, L tokens, D width.
+Axes: B batch, L tokens of all processes, l tokens of this one with what fills them up, D width.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor
 
 from vidgen.core.protocols import StepCache
-from vidgen.diffusion.token_part import TokenPart
+from vidgen.diffusion.guidance import PROMPT
+from vidgen.ops.parallel import Spread
 
 RETAINED = 0.2
 """Share of the steps that are computed anyhow, the first ones: they settle what is to be seen."""
@@ -36,6 +38,42 @@ MAX_SKIPS = 3
 ORDER = 1
 MAX_SIGMA = 1 - 1e-4
 """Pure noise counts as this level: its log-SNR is infinite."""
+
+
+class TokenPart:
+    """The part [B, l, D] of all tokens [B, L, D] that one of several processes holds.
+
+    Args:
+        spread: how the runs of tokens lie; all its processes call a method at the same time.
+    """
+
+    def __init__(self, spread: Spread) -> None:
+        self._spread = spread
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This process's tokens of all, filled up with zeros."""
+        runs = torch.split(whole, list(self._spread.lengths), dim=1)
+        return torch.cat([self._spread.split(run) for run in runs], dim=1)
+
+    def whole(self, own: Tensor) -> Tensor:
+        """All tokens."""
+        runs = torch.split(own, list(self._spread.shares), dim=1)
+        return torch.cat([self._spread.gather(run, i) for i, run in enumerate(runs)], dim=1)
+
+    def relative_change(self, now: Tensor, before: Tensor) -> float:
+        """`relative_change` over all tokens: the same number in every process."""
+        now, before = self._unfilled(now).double(), self._unfilled(before).double()
+        sums = torch.stack([(now - before).abs().sum(), before.abs().sum()])
+        change, size = self._spread.ranks.gather(sums[None], 0).sum(0)
+        return float(change / size)
+
+    def _unfilled(self, own: Tensor) -> Tensor:
+        """Without the zeros that fill it up, of which blocks make something else."""
+        spread, parts = self._spread, []
+        runs = torch.split(own, list(self._spread.shares), dim=1)
+        for run, length, share in zip(runs, spread.lengths, spread.shares, strict=True):
+            parts.append(run[:, : max(0, length - spread.ranks.rank * share)])
+        return torch.cat(parts, dim=1)
 
 
 class Memory(ABC):
@@ -126,6 +164,32 @@ class FirstBlock(Memory):
         """See `Memory`."""
         added = _difference(self._tokens, self._start)
         self.tensors, self.numbers = [added, _difference(tokens, self._tokens)], [self.sigma]
+
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """How the size of what a model's blocks add depends on the noise level.
+
+    Attributes:
+        sigmas: falling.
+        logs: for each branch of guidance the logarithm of the size at each sigma, up to a constant;
+            other branches are taken to be like the prompt's.
+    """
+
+    sigmas: tuple[float, ...]
+    logs: Mapping[str, tuple[float, ...]]
+
+    def ratio(self, branch: str, sigma: float, sigma_next: float) -> float:
+        """Size at `sigma_next` over that at `sigma`, interpolated between measured levels."""
+        return math.exp(self._log(branch, sigma_next) - self._log(branch, sigma))
+
+    def _log(self, branch: str, sigma: float) -> float:
+        rising = self.sigmas[::-1]
+        logs = self.logs.get(branch, self.logs[PROMPT])[::-1]
+        sigma = min(max(sigma, rising[0]), rising[-1])
+        i = max(bisect_left(rising, sigma), 1)
+        share = (sigma - rising[i - 1]) / (rising[i] - rising[i - 1])
+        return logs[i - 1] + share * (logs[i] - logs[i - 1])
 
 
 class Magnitude(Memory):

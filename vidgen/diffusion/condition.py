@@ -143,41 +143,6 @@ def without_references(keys: KeyTokens | None) -> KeyTokens | None:
     )
 
 
-def as_negative(state: LatentState, *, hides_given: bool) -> LatentState:
-    """What the negative pass is shown; guidance pulls towards all that it goes without.
-
-    That is the prompt, reference images, for sound the picture, since what a prompt says of sound
-    would else drown what the picture does, and with `hides_given` given frames.
-    """
-    return replace(
-        state, keys=None if hides_given else without_references(state.keys),
-        hides_known=hides_given,
-        sound=None if state.sound is None else replace(state.sound, sees_picture=False),
-    )
-
-
-def unshown(state: LatentState) -> LatentState:
-    """The state without its reference images, whose own pull a pass under the prompt tells."""
-    return replace(state, keys=without_references(state.keys))
-
-
-def guidance_share(state: LatentState, reach: int) -> Tensor | None:
-    """How far latents are from frames given in place: 0 to 1, which is `reach` latent frames off.
-
-    As samplers have latents, or to be spread over them. Nothing is near a still, which is reached
-    by guidance alone, and no sound is near anything. None without a reach.
-    """
-    if reach == 0:
-        return None
-    made = state.denoise_mask.flatten(3)[:, 0].any(-1)  # [B, F], whether any of a frame is
-    moments = torch.arange(made.shape[1], device=made.device, dtype=torch.float32)
-    given = moments.expand(made.shape).masked_fill(made, float("inf"))
-    off = (moments[:, None] - given[:, None]).abs().amin(-1)
-    share = (off * state.spacing / reach).clamp(max=1)[:, None, :, None, None]
-    sound = None if state.sound is None else torch.ones_like(state.sound.latents[:, :1])
-    return state.together(share, sound)
-
-
 def latent_mask(pixels: Tensor, strides: Strides, *, patch: int = 1) -> Tensor:
     """Shrink a mask of pixels to one of latents; a latent touched by any set pixel is set.
 

@@ -8,16 +8,16 @@ Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vidgen.core.protocols import KeyTokens
-from vidgen.core.tensors import mapped, moved
 from vidgen.diffusion.flow import add_noise
 from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.sound import Packing, SoundState
@@ -245,3 +245,24 @@ def denoise_inputs(
 def are_references(keys: KeyTokens) -> Tensor:
     """Tell which stills are reference images, by their time positions, [B, K] bool."""
     return keys.positions <= FIRST_REFERENCE_POSITION
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """Plain data with its tensors on a device."""
+    return mapped(value, lambda tensor: tensor.to(device))
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Plain data with its tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        items = [mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        return {key: mapped(item, change) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{f.name: mapped(getattr(value, f.name), change) for f in fields(value)}
+        )
+    return value

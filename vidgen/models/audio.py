@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.models.audio_spectra import AudioVAEConfig, Controls, to_sound, to_spectra
-from vidgen.models.latents import NormalizedLatents
 from vidgen.ops.conv import StreamCache
+from vidgen.ops.latents import NormalizedLatents
 
 _SAMPLES = "samples"  # what a stream of sound keeps until it fills a latent
 _FAINT, _TINY = 1e-4, 1e-9  # magnitudes below which there is no sound, and no number

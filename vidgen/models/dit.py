@@ -54,8 +54,8 @@ from vidgen.models.dit_types import (
     Stream,
 )
 from vidgen.ops.attention import Backend, require_backend
+from vidgen.ops.latents import patchify_latents, unpatchify_latents
 from vidgen.ops.parallel import Ranks
-from vidgen.ops.patchify import patchify_latents, unpatchify_latents
 from vidgen.ops.rope import rope_table, sound_rope_table
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidgen.models.conv_blocks import Residual, conv_block
+from vidgen.ops.conv import Residual, conv_block
 
 _RARE = -4.0
 """Log-odds of an onset in any part of a latent frame that a fresh detector begins with."""

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.shapes import Strides, VideoShape
-from vidgen.models.latents import NormalizedLatents
 from vidgen.models.vae_blocks import Downsample, DownStage, MidBlock, Upsample, UpStage
 from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last
+from vidgen.ops.latents import NormalizedLatents, patchify_pixels, unpatchify_pixels
 from vidgen.ops.norm import ChannelRMSNorm
-from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
 
 
 @dataclass(frozen=True)

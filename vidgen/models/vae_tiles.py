@@ -23,7 +23,7 @@ from torch import Tensor
 from vidgen.core.shapes import Tiles
 from vidgen.models.vae import CausalVAE, VAEConfig, by_decoder
 from vidgen.ops.conv import StreamCache, channels_last
-from vidgen.ops.patchify import patchify_pixels, unpatchify_pixels
+from vidgen.ops.latents import patchify_pixels, unpatchify_pixels
 
 AT_ONCE = 4
 """Latent frames that pass through a tile before the next one's turn."""

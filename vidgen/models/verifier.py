@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vidgen.models.conv_blocks import Residual, conv_block
 from vidgen.models.words import SPECIAL, WORD, split_words
+from vidgen.ops.conv import Residual, conv_block
 
 SMALL = 2.0
 """So many latents of a thing leave a doubt of 1 / e whether it is there."""

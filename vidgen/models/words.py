@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from vidgen.core.errors import ModelError
-from vidgen.core.keyboard import NEIGHBOURS
 
 ENGLISH = Path(__file__).parent.parent / "assets" / "english"
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
@@ -25,7 +24,23 @@ _LINKS = frozenset(["a", "an", "and", "at", "by", "from", "in", "into", "is", "i
 _SHORT_STEM = re.compile(r"[^aeiou]+[aeiou][^aeiouwxy]")  # doubles its last letter: hop, hopping
 _VOWELS = frozenset("aeiou")
 _LONG = 7  # letters of a word in which two slips are read
+_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")  # of a keyboard
 _FIRST = 0.01  # a word's first letter is seldom a wrong one
+
+
+def _neighbours() -> dict[str, str]:
+    near = {letter: "" for row in _ROWS for letter in row}
+    for r, row in enumerate(_ROWS):
+        for c, letter in enumerate(row):
+            beside = row[max(0, c - 1) : c] + row[c + 1 : c + 2]
+            above = _ROWS[r - 1][c : c + 2] if r else ""
+            below = _ROWS[r + 1][max(0, c - 1) : c + 1] if r < len(_ROWS) - 1 else ""
+            near[letter] = beside + above + below
+    return near
+
+
+NEIGHBOURS = _neighbours()
+"""Letters that lie beside, above or below each of them."""
 
 
 def split_words(text: str) -> list[str]:

@@ -1,6 +1,6 @@
-"""Convolutions that are causal in time, and the cache that lets them run in a stream.
+"""Convolutions that are causal in time, and the cache that lets them run in a stream; plain ones.
 
-Axes: B batch, C channels, T frames, H rows, W columns.
+Axes: B batch, C channels, T frames, H rows, W columns, N frames of clips that follow each other.
 """
 
 from __future__ import annotations
@@ -236,3 +236,23 @@ class CausalConv3d(nn.Conv3d):
     def forget_history(self) -> None:
         """Zero the taps on earlier frames: each output frame then depends on its own frame only."""
         self.weight[:, :, :-1] = 0
+
+
+def conv_block(dim: int, out: int, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, batch norm, ReLU."""
+    layers = nn.Conv2d(dim, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
+    return nn.Sequential(*layers)
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions around a shortcut (He et al. 2016, Fig. 2)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.first = conv_block(dim, dim)
+        self.second = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features like those given, [N, dim, H, W]."""
+        return F.relu(x + self.norm(self.second(self.first(x))))

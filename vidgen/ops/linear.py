@@ -9,7 +9,12 @@ Axes: B batch, L tokens, D width.
 
 from __future__ import annotations
 
+import json
+import statistics
+import time
+from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +22,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from vidgen.core.errors import OutputError
+from vidgen.core.runtime import atomic_write, cache_folder, fingerprint
 from vidgen.ops import native
-from vidgen.ops.probe import is_faster
 
 _ROWS = 1024
 """Rows of tokens that weights are laid out for; others work, too."""
 _HIDDEN_BYTES = 16_000_000
 """What a feed-forward's hidden values may take: more leaves the caches, and glibc's free lists."""
 _DTYPES = (torch.bfloat16, torch.float32)
+_REPEATS = 5  # of what is timed
 
 
 class LastLinear(nn.Linear):
@@ -166,3 +173,53 @@ def _can_pack(dtype: torch.dtype = torch.float32) -> bool:
     right = F.gelu(F.linear(x, weight, bias), approximate="tanh")
     near = 1e-5 if dtype == torch.float32 else 2e-2
     return torch.equal(back, weight) and torch.allclose(out, right, atol=near)
+
+
+def is_faster(name: str, first: Callable[[], Any], second: Callable[[], Any]) -> bool:
+    """Whether `first` takes less time than `second`, as measured when `name` was first asked for.
+
+    Bits depend on the answer, so it must not flip: it is kept in `probes.json` in the cache folder,
+    by processor, PyTorch and thread count; delete that to measure again. Recipes and journals name
+    what was chosen.
+
+    Args:
+        name: of the question, with all that the answer depends on besides the machine.
+        first: does the work once; called several times, in turns with `second`.
+        second: does the same another way.
+    """
+    machine = fingerprint()
+    key = f"{name}, {machine['cpu']}, torch {machine['torch']}, {machine['threads']} threads"
+    known = _read()
+    if key not in known:
+        known[key] = _time_in_turns(first, second)
+        try:
+            _place().parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(_place(), json.dumps(known, indent=1).encode())
+        except (OSError, OutputError):
+            pass  # measured again next time
+    ours, theirs = known[key]
+    return bool(ours < theirs)
+
+
+def _time_in_turns(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float]:
+    """Median seconds of each."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(1 + _REPEATS):
+        for work, seen in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            work()
+            seen.append(time.perf_counter() - start)
+    return statistics.median(times[0][1:]), statistics.median(times[1][1:])
+
+
+def _place() -> Path:
+    return cache_folder() / "probes.json"
+
+
+def _read() -> dict[str, Any]:
+    try:
+        known = json.loads(_place().read_text())
+        good = isinstance(known, dict) and all(len(pair) == 2 for pair in known.values())
+    except (OSError, ValueError, TypeError):
+        return {}
+    return known if good else {}

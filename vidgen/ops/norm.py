@@ -1,4 +1,4 @@
-"""RMS norms over the channel axis of videos, layer norms of tokens with what stands around them.
+"""RMS norms over the channel axis of videos, layer norms of tokens with what surrounds them.
 
 Axes: B batch, C channels, T frames, H rows, W columns, L tokens, D width, G runs of tokens that
 share a vector, U vectors.
@@ -6,10 +6,12 @@ share a vector, U vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vidgen.ops import native
-from vidgen.ops.fusion import Fusible, fusible
 
 Made = TypeVar("Made")
+
+_is_on: ContextVar[bool] = ContextVar("fusing", default=False)
 
 
 class _ChannelNormSilu(torch.autograd.Function):
@@ -121,6 +124,51 @@ class ChannelRMSNorm(nn.Module):
             )
 
 
+@contextmanager
+def fusing(*, on: bool = True) -> Iterator[None]:
+    """Compile fusible functions, and their gradients, at their first call inside the block.
+
+    That makes one pass over memory of what surrounds matrix products, where no kernels of ours are.
+    A function takes torch seconds; whole blocks would take it a minute for each of the many shapes
+    that batches of training have. Needs Triton on a GPU, a C++ compiler on a CPU.
+    """
+    token = _is_on.set(on)
+    try:
+        yield
+    finally:
+        _is_on.reset(token)
+
+
+def is_fusing() -> bool:
+    """Whether this is such a block."""
+    return _is_on.get()
+
+
+class Fusible(Generic[Made]):
+    """A function of tokens [B, L, ...] or [N, D] that is compiled once for any number of them.
+
+    Attributes:
+        plain: the function as it stands.
+    """
+
+    def __init__(self, function: Callable[..., Made]) -> None:
+        self.plain = function
+        self._compiled: Callable[..., Made] | None = None
+
+    def __call__(self, *args: Any) -> Made:
+        """The function's result."""
+        if not is_fusing():
+            return self.plain(*args)
+        if self._compiled is None:
+            self._compiled = torch.compile(self.plain)
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        for value in tensors:
+            for axis in range(min(2, value.ndim - 1)):
+                torch._dynamo.maybe_mark_dynamic(value, axis)
+        with torch.autocast(tensors[0].device.type, enabled=False):  # one case less to compile
+            return self._compiled(*args)
+
+
 @dataclass(frozen=True)
 class TokenVectors:
     """A vector for each token of [B, L, D], in float32; many tokens share one.
@@ -181,7 +229,7 @@ def _by(function: Fusible[Made], vectors: TokenVectors) -> Callable[..., Made]:
     return function if vectors.index is None else function.plain
 
 
-@fusible
+@Fusible
 def _modulated_norm(
     x: Tensor, shifts: Tensor, scales: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -198,7 +246,7 @@ def add_gated(x: Tensor, update: Tensor, gate: TokenVectors) -> Tensor:
     return made.view(x.shape)
 
 
-@fusible
+@Fusible
 def _add_gated(x: Tensor, update: Tensor, gates: Tensor) -> Tensor:
     runs = len(gates), -1
     added = torch.addcmul(
@@ -221,7 +269,7 @@ def add_gated_and_norm(
     return total.view(x.shape), normed.view(x.shape)
 
 
-@fusible
+@Fusible
 def _add_gated_and_norm(
     x: Tensor, update: Tensor, gates: Tensor, weight: Tensor, bias: Tensor, eps: float,
     dtype: torch.dtype,
@@ -243,7 +291,7 @@ def add_and_modulated_norm(
     return total.view(x.shape), normed.view(x.shape)
 
 
-@fusible
+@Fusible
 def _add_and_modulated_norm(
     x: Tensor, update: Tensor, shifts: Tensor, scales: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vidgen.ops import native
-from vidgen.ops.fusion import fusible, is_fusing
+from vidgen.ops.norm import Fusible, is_fusing
 
 _THETA = 1e4  # base of the wavelengths
 
@@ -105,7 +105,7 @@ def normed_heads(
     return heads.transpose(1, 2)
 
 
-@fusible
+@Fusible
 def _fused_heads(
     x: Tensor, weight: Tensor, turns: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:

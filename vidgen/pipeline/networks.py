@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.diffusion.condition import as_negative, guidance_share, unshown
+from vidgen.diffusion.cache import TokenPart
 from vidgen.diffusion.flow import to_timestep
-from vidgen.diffusion.guidance import BRANCHES, NEGATIVE, PROMPT, UNSHOWN, guided
+from vidgen.diffusion.guidance import (
+    BRANCHES,
+    NEGATIVE,
+    PROMPT,
+    UNSHOWN,
+    as_negative,
+    guidance_share,
+    guided,
+    unshown,
+)
 from vidgen.diffusion.samplers import whole_timesteps
 from vidgen.diffusion.state import LatentState, denoise_inputs
-from vidgen.diffusion.token_part import TokenPart
 from vidgen.models.dit_types import AudioTokens, KVCache
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread

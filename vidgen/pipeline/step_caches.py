@@ -27,12 +27,12 @@ from vidgen.diffusion.cache import (
     FirstBlock,
     Forecast,
     Magnitude,
+    Magnitudes,
     Memory,
     Probe,
     StepCaches,
 )
 from vidgen.diffusion.guidance import Guidance
-from vidgen.diffusion.magnitudes import Magnitudes
 from vidgen.pipeline.experts import NO_LORAS
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from train.toybox.distillation.config import LOW, TrajectoryConfig
 from vidgen.core.protocols import Denoise
-from vidgen.diffusion.condition import as_negative
-from vidgen.diffusion.guidance import Guidance, guided
+from vidgen.diffusion.guidance import Guidance, as_negative, guided
 from vidgen.diffusion.samplers import sample_state, whole_timesteps
 from vidgen.diffusion.state import LatentState
 from vidgen.models.dit import SpacetimeDiT

@@ -20,7 +20,7 @@ from train.toybox.tasks.toybox_data import MARK_BINS
 from train.toybox.world.captions import CLASSES
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import Stream
-from vidgen.ops.patchify import patchify_latents
+from vidgen.ops.latents import patchify_latents
 
 SHOWN = 0.5  # share of a token's cover from which it is to name its sprite
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Set as AbstractSet
 
 from train.toybox.world.scenes import Draws
-from vidgen.core.keyboard import NEIGHBOURS
+from vidgen.models.words import NEIGHBOURS
 
 _ONSETS = ("b", "br", "d", "dr", "f", "fl", "g", "gl", "k", "kr", "l", "m", "n", "p", "pl", "qu",
            "r", "s", "sk", "st", "t", "tr", "v", "w", "x", "y", "z", "zw")  # fmt: skip

@@ -26,10 +26,9 @@ from torch import Tensor
 from vidgen.core.errors import DeviceError, InputError
 from vidgen.core.request import MAX_DEVICES
 from vidgen.core.runtime import given_rank
-from vidgen.core.tensors import moved
 from vidgen.core.values import check_whole
-from vidgen.diffusion.condition import guidance_share
-from vidgen.diffusion.guidance import guided
+from vidgen.diffusion.guidance import guidance_share, guided
+from vidgen.diffusion.state import moved
 from vidgen.pipeline.devices.caches import collect, tie
 from vidgen.pipeline.devices.link import (
     Division,

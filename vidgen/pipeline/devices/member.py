@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vidgen.core.tensors import moved
+from vidgen.diffusion.state import moved
 from vidgen.pipeline.devices.caches import collect, tie
 from vidgen.pipeline.devices.link import (
     FAILURE,

@@ -1,0 +1,87 @@
+"""Latents: normalised by a VAE's statistics, cut into patches and put together again; pixels too.
+
+Axes: B batch, C channels, T frames, H rows, W columns, F h w the same of latents, p patch size.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from einops import rearrange
+from torch import Tensor
+
+
+class LatentConfig(Protocol):
+    """The fields of a VAE's config that describe its latents."""
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+
+    @property
+    def latents_mean(self) -> tuple[float, ...] | None:
+        """[C], what normalised latents have subtracted; None: zeros."""
+
+    @property
+    def latents_std(self) -> tuple[float, ...] | None:
+        """[C], what normalised latents are divided by; None: ones."""
+
+
+class NormalizedLatents:
+    """Mixin of a module with such a `config`; latents are [B, C, ...]."""
+
+    config: LatentConfig
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """(raw - latents_mean) / latents_std, [B, C, ...]."""
+        mean, std = self._statistics(raw)
+        return (raw - mean) / std
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        mean, std = self._statistics(latents)
+        return latents * std + mean
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        C = self.config.latent_channels
+        shape = (1, C, *(1,) * (like.dim() - 2))
+        mean = like.new_tensor(self.config.latents_mean or [0.0] * C).view(shape)
+        std = like.new_tensor(self.config.latents_std or [1.0] * C).view(shape)
+        return mean, std
+
+
+def patchify_pixels(video: Tensor, patch_size: int) -> Tensor:
+    """[B, C, T, H, W] -> [B, C * p * p, T, H / p, W / p]; channels in the order (C, column, row).
+
+    The result lies channels-last in memory, as convolutions want it.
+    """
+    p = patch_size
+    if p == 1:
+        return video
+    patches = rearrange(video, "B C T (h p) (w q) -> B T h w (C q p)", p=p, q=p)
+    return patches.permute(0, 4, 1, 2, 3)
+
+
+def unpatchify_pixels(x: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `patchify_pixels`: [B, C * p * p, T, H, W] -> [B, C, T, H * p, W * p]."""
+    p = patch_size
+    if p == 1:
+        return x
+    return rearrange(x, "B (C q p) T h w -> B C T (h p) (w q)", p=p, q=p)
+
+
+def patchify_latents(latents: Tensor, patch_size: int) -> Tensor:
+    """[B, C, F, h, w] -> [B, F * h / p * w / p, C * p * p]; channels are (C, row, column)."""
+    p = patch_size
+    return rearrange(latents, "B C F (h p) (w q) -> B (F h w) (C p q)", p=p, q=p)
+
+
+def unpatchify_latents(patches: Tensor, patch_size: int, rows: int, columns: int) -> Tensor:
+    """Patches [B, F * rows * columns, p * p * C] -> latents [B, C, F, rows * p, columns * p].
+
+    Channels of a patch lie in the order (row, column, C), as Wan's output projection has them:
+    not the order that `patchify_latents` gives.
+    """
+    p = patch_size
+    pattern = "B (F h w) (p q C) -> B C F (h p) (w q)"
+    return rearrange(patches, pattern, h=rows, w=columns, p=p, q=p)
