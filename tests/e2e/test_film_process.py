@@ -88,7 +88,7 @@ def test_a_film_of_the_embedded_model(tmp_path, monkeypatch):
     one, two, three = told["shots"]
     assert read_recipe(two["path"])["hand_over"] == "latents"
     assert "the camera stays still, by day" in read_recipe(two["path"])["plan"]["prompt"]
-    assert set(three["choice"]["takes"][0]["right"]) == {"sprite", "motion", "place"}
+    assert three["choice"]["takes"][0]["verified"][0]["names"] == "cat"
     join = film.frames[11:13].astype(int)
     within = abs(film.frames[1:11].astype(int) - film.frames[:10]).mean()
     assert abs(join[1] - join[0]).mean() < 4 * within + 4  # no cut between the two

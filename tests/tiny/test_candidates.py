@@ -23,7 +23,7 @@ from vidgen.diffusion.state import FinerKnown, new_state
 from vidgen.evaluation.generation import generate_batch
 from vidgen.models.verifier import Verifier, Want, score
 from vidgen.pipeline.bound import VERIFIER
-from vidgen.pipeline.candidates import anew, wanted, with_verifier
+from vidgen.pipeline.candidates import anew, verify_video, wanted, with_verifier
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.job import TRIED, job_folder
@@ -267,3 +267,19 @@ def test_a_verifier_of_another_model_is_told_of(
     (other / VERIFIER / "config.json").write_text(json.dumps(config | changed))
     with pytest.raises(ModelError, match=told):
         load(str(other), device="cpu", dtype="fp32")
+
+
+def test_a_finished_clip_is_scored_in_chunks_as_its_latents_are(engine):
+    video = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with content_from(engine, ALWAYS) as verifier:
+        shown = verifier.shown(engine.encode_video(video))[0]
+        whole = score(shown, verifier.config.wants_in(PROMPT))
+        verified = verify_video(engine.parts, video.split([2, 4, 3], dim=2), PROMPT)
+        assert verified is not None
+        assert (verified.names, verified.is_enough) == ("car", True)
+        assert verified.score == pytest.approx(whole, abs=1e-5)
+    with content_from(engine, NEVER):
+        verified = verify_video(engine.parts, [video], PROMPT)
+        assert verified is not None
+        assert not verified.is_enough
+    assert verify_video(engine.parts, [video], "an old lighthouse") is None

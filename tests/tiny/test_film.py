@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from tests.commands import vidgen
+from tests.models import add_verifier, build_tiny_model
 from vidgen.cli.main import main
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
+from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.video import load
 from vidgen.story.plan import plan_film
@@ -144,12 +146,31 @@ def test_of_several_takes_the_best_is_kept_with_reasons(rendered):
     choice = three["choice"]
     assert [take["seed"] for take in choice["takes"]] == [3, 4]
     assert choice["seed"] == three["seed"]
-    assert all(take["reasons"] and "sprite" in take["right"] for take in choice["takes"])
+    assert all(take["reasons"] and not take["verified"] for take in choice["takes"])
     assert f"next was seed {7 - choice['seed']}: " in choice["why"]
     kept = next(take for take in choice["takes"] if take["seed"] == choice["seed"])
     assert folder / "film.shots" / kept["path"] == Path(three["path"])
     prefix = read_recipe(told["shots"][3]["path"])["inputs"][0]
     assert (prefix["option"], prefix["path"]) == ("prefix", Path(three["path"]).name)
+
+
+def test_a_verifier_scores_each_prompt_of_every_take(tmp_path_factory, tmp_path):
+    model = add_verifier(build_tiny_model(tmp_path_factory.mktemp("models") / "sure"))
+    script = tmp_path / "film.yaml"
+    script.write_text(FILM)
+    told = vidgen("script", script, "-o", tmp_path / "film.mp4", "--only", "three", "--model",
+                  model)
+    (three,) = told["shots"]
+    takes = three["choice"]["takes"]
+    assert [[each["names"] for each in take["verified"]] for take in takes] == [["cat", "cat"]] * 2
+    with load(str(model), device="cpu", dtype="fp32").parts.use(VERIFIER) as verifier:
+        enough = verifier.config.enough
+    for take in takes:
+        assert all(0 < each["score"] < 1 for each in take["verified"])
+        assert all(each["is_enough"] == (each["score"] >= enough) for each in take["verified"])
+        assert f"cat ({take['verified'][1]['score']:.2f})" in take["reasons"][-1]
+    best = next(take for take in takes if take["seed"] == three["seed"])
+    assert three["choice"]["why"].startswith("; ".join(best["reasons"]))
 
 
 def test_what_is_there_is_not_made_again(film, tiny_model, capsys):

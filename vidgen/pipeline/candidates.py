@@ -9,7 +9,7 @@ Axes: B clips, C latent channels, F latent frames, h w latent rows and columns, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,21 @@ class Tried:
     count: int
     score: float
     latents: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """How surely a finished clip shows what a prompt names.
+
+    Attributes:
+        names: what the prompt names, in the verifier's words.
+        score: from 0 to 1; see `verifier.score`.
+        is_enough: whether the score satisfies the model.
+    """
+
+    names: str
+    score: float
+    is_enough: bool
 
 
 def with_verifier(plan: Plan, request: Request, folder: ModelFolder) -> Plan:
@@ -166,6 +181,29 @@ def sample_best(
             for row in unsure:
                 doubt(verifier.config.names(wants[row]))
     return torch.stack([best[row][1] for row in range(len(prompts))])
+
+
+@torch.no_grad()
+def verify_video(parts: Parts, video: Iterable[Tensor], prompt: str) -> Verified | None:
+    """Score a finished clip against a prompt with the model's verifier, in bounded memory.
+
+    Args:
+        parts: the networks, of which one is a verifier.
+        video: successive chunks [1, 3, t, H, W] in [-1, 1] that fill whole latent frames.
+        prompt: as the model reads it.
+
+    Returns:
+        The score; None where the prompt names nothing that the verifier knows.
+    """
+    with parts.use("vae") as vae, parts.use(VERIFIER) as verifier:
+        wants = verifier.config.wants_in(prompt)
+        if not wants:
+            return None
+        dtype = next(vae.parameters()).dtype
+        latents = vae.stream_encode(chunk.to(parts.device, dtype) for chunk in video)
+        shown = torch.cat([verifier.shown(each)[0] for each in latents])
+        sure = score(shown, wants)
+        return Verified(verifier.config.names(wants), sure, sure >= verifier.config.enough)
 
 
 def keep_tried(journal: Journal, window: int, tried: Tried) -> None:

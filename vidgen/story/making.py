@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,12 @@ from vidgen.media.checks import Finding, recorded
 from vidgen.media.join import ContinuedClip
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
+from vidgen.pipeline.opened import OpenedModel
 from vidgen.pipeline.workers.clip_work import EngineWork, write_request
 from vidgen.story.elements import ShotFrame
-from vidgen.story.takes import best_take, judge_for, score_take
+from vidgen.story.takes import best_take, score_take, verify_take
 
 if TYPE_CHECKING:
-    from eval.toybox.judge import Judge
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
     from vidgen.media.types import Frames
@@ -50,7 +50,7 @@ class PartJob:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceJob:
-    """A shot's takes to be judged."""
+    """A shot whose best take is to be chosen."""
 
     shot: str
 
@@ -71,12 +71,6 @@ class ShotWork(EngineWork):
     ) -> None:
         super().__init__(open_engine, model_sha256)
         self.store, self.film, self.on_preview = store, store.film, on_preview
-
-    @cached_property
-    def judge(self) -> Judge | None:
-        """Who judges takes beside the checks."""
-        folder = judge_for(self.film.folder)
-        return None if folder is None else folder.load()
 
     def __call__(self, payload: PartJob | ChoiceJob, tell: OnEvent) -> None:
         """Do one job.
@@ -121,11 +115,13 @@ class ShotWork(EngineWork):
         return replace(request, **pictures), head
 
     def _choose(self, plan: ShotPlan, tell: OnEvent) -> None:
-        prompts = [part.prompt for part in plan.takes[0].parts]
+        engine = self.engine
+        assert isinstance(engine, OpenedModel), "films are made by the engine's own models"
         scores = []
         for take in plan.takes:
             path = self.store.path(take.key)
-            scores.append(score_take(take.seed, path, findings_of(path), prompts, self.judge))
+            verified = tuple(verify_take(engine, path, take.parts))
+            scores.append(score_take(take.seed, path, findings_of(path), verified))
         choice = best_take(scores)
         self.store.keep_choice(plan, choice)
         best = next(take for take in choice["takes"] if take["seed"] == choice["seed"])

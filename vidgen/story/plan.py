@@ -35,7 +35,6 @@ from vidgen.story.elements import ShotFrame
 from vidgen.story.expand import Expansion
 from vidgen.story.film import FilmPlan, Part, ShotPlan, Take
 from vidgen.story.script import Script, Shot
-from vidgen.story.takes import judge_for
 from vidgen.weights.family import models_with
 from vidgen.weights.lora import parse_option
 
@@ -202,9 +201,7 @@ class _Planner:
         takes = [self._take(shot, first_seed + n, lengths) for n in range(count)]
         key = takes[0].key
         if count > 1:
-            judge = judge_for(self.folder)
-            judged = self._hash(str(judge.path), lambda: judge.sha256) if judge else None
-            key = _address({"takes": [take.key for take in takes], "judge": judged})
+            key = _address({"takes": [take.key for take in takes]})
         return ShotPlan(shot, key, total, tuple(takes))
 
     def _num_frames(self, shot: Shot) -> int:
