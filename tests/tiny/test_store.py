@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from vidgen.core.errors import ModelError
-from vidgen.weights.load import Weights
-from vidgen.weights.store import TensorStore, find_files, in_int8
+from vidgen.weights.store import TensorStore, Weights, find_files, in_int8
 from vidgen.weights.view import Source, View
 
 TENSORS = {

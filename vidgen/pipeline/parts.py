@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, reuse_freed_memory, size_text
 from vidgen.weights.component import fp32_parts
-from vidgen.weights.load import Weights, trim_memory
+from vidgen.weights.load import trim_memory
 from vidgen.weights.quantize import require_torchao
+from vidgen.weights.store import Weights
 from vidgen.weights.stream import BlockStream, block_of, blocks_of
 from vidgen.weights.student import read_student, student_parts
 

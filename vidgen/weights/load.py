@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vidgen.core.config import dump
@@ -23,7 +23,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import atomic_path, atomic_write
 from vidgen.ops.linear import pack, packs
 from vidgen.weights.quantize import Quantization, linears, quantize_layer
-from vidgen.weights.store import TensorStore, find_files, in_int8
+from vidgen.weights.store import TensorStore, Weights, find_files, in_int8
 from vidgen.weights.stream import assign, blocks_of, stream_blocks
 
 if TYPE_CHECKING:
@@ -46,85 +46,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-class Weights:
-    """A store's tensors as weights of a module: by its names, in the dtype they are used in.
-
-    Args:
-        store: where they lie.
-        dtype: of floating-point weights.
-        keep_fp32: parts of names of weights that are float32 whatever `dtype` is.
-        names: stored name -> the module's; those not in it are the same.
-
-    Raises:
-        ModelError: unreadable files, or two tensors for one weight.
-    """
-
-    def __init__(
-        self,
-        store: TensorStore,
-        dtype: torch.dtype,
-        keep_fp32: tuple[str, ...] = (),
-        names: Mapping[str, str] | None = None,
-    ) -> None:
-        self.store, self._dtype, self._keep_fp32 = store, dtype, keep_fp32
-        self._stored: dict[str, str] = {}
-        for stored in store.names:
-            name = (names or {}).get(stored, stored)
-            if name in self._stored:
-                raise ModelError(
-                    f"{self.place} has two tensors for {name}: {self._stored[name]} and {stored}; "
-                    "leave only one model in the folder"
-                )
-            self._stored[name] = stored
-
-    @property
-    def place(self) -> Path:
-        """The file, or the folder of shards."""
-        files = self.store.files
-        return files[0] if len(files) == 1 else files[0].parent
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The module's names, in the files' order."""
-        return tuple(self._stored)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a weight."""
-        return self.store.shape(self._stored[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype a weight is used in."""
-        stored = self.store.dtype(self._stored[name])
-        if not stored.is_floating_point:
-            return stored
-        return torch.float32 if any(part in name for part in self._keep_fp32) else self._dtype
-
-    def num_bytes(self, names: Iterable[str] | None = None) -> int:
-        """Bytes of all weights, or of the named ones, in the dtype they are used in."""
-        chosen = self.names if names is None else names
-        return sum(self.dtype(name).itemsize * _numel(self.shape(name)) for name in chosen)
-
-    def get(self, name: str) -> Tensor:
-        """A tensor as stored, mapped."""
-        return self.store.get(self._stored[name])
-
-    @cached_property
-    def stay_mapped(self) -> bool:
-        """Whether nearly all tensors are stored as they are used, so that the file is the memory.
-
-        Otherwise all are copied: one tensor that stays keeps its whole file's pages resident.
-        """
-        def changes(name: str, stored: str) -> bool:
-            return (self.store.dtype(stored) != self.dtype(name)
-                    or not self.store.is_mapped(stored))
-
-        changed = sum(
-            self.store.dtype(stored).itemsize * _numel(self.shape(name))
-            for name, stored in self._stored.items() if changes(name, stored)
-        )
-        return changed <= 0.05 * self.store.num_bytes
-
-
 class _Unfilled(TorchFunctionMode):
     """Leaves out `normal_`: on the meta device it does nothing, but imports 800 modules for it."""
 
@@ -135,10 +56,6 @@ class _Unfilled(TorchFunctionMode):
         if getattr(func, "__name__", None) == "normal_":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def load_module(
@@ -197,12 +114,48 @@ def load_module(
     _fill(module, weights, set(chain.from_iterable(left.values())), device, layers, change, each)
     module.eval().requires_grad_(requires_grad=False)
     if left and mesh is not None:
-        from vidgen.weights.shard import shard_blocks
-
-        shard_blocks(module, weights, device, mesh)
+        _shard_blocks(module, weights, device, mesh)
     elif left:
         stream_blocks(module, weights, device)
     return module
+
+
+def _shard_blocks(
+    module: nn.Module, weights: Weights, device: torch.device, mesh: DeviceMesh
+) -> None:
+    """Spread a module's blocks over devices by FSDP2 (Zhao et al. 2023), for inference.
+
+    Each device holds a share of every block and gets the rest when the block runs. Each reads only
+    its own share from the files, so no device and no process ever holds the whole.
+
+    Args:
+        module: with its blocks on the meta device and all else in place.
+        weights: of the module.
+        device: this process's.
+        mesh: all devices, in a row; the module must run on all of them together.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    resident = {p for p in module.parameters() if not p.is_meta}
+    for path, names in blocks_of(weights.names).items():
+        for name in names:
+            assign(module, name, torch.empty(
+                weights.shape(name), dtype=weights.dtype(name), device="meta"
+            ))
+        block = module.get_submodule(path)
+        fully_shard(block, mesh=mesh)
+        block.to_empty(device=device)
+        shares = dict(block.named_parameters(prefix=path))
+        for name in names:
+            share = shares[name]
+            assert isinstance(share, DTensor)
+            own = share.to_local()
+            parts = weights.get(name).chunk(mesh.size(), dim=0)  # mapped: only what is read comes
+            if own.numel():
+                own.copy_(parts[mesh.get_local_rank()])
+        weights.store.release()
+    fully_shard(module, mesh=mesh, ignored_params=resident)
 
 
 def _fill(

@@ -7,8 +7,9 @@ brings pages in when they are touched and may drop them again.
 from __future__ import annotations
 
 import json
+import math
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -155,6 +156,85 @@ class TensorStore:
     def release(self) -> None:
         """Close the files: pages leave memory unless a tensor still shows them; `get` reopens."""
         self._readers = {}
+
+
+class Weights:
+    """A store's tensors as weights of a module: by its names, in the dtype they are used in.
+
+    Args:
+        store: where they lie.
+        dtype: of floating-point weights.
+        keep_fp32: parts of names of weights that are float32 whatever `dtype` is.
+        names: stored name -> the module's; those not in it are the same.
+
+    Raises:
+        ModelError: unreadable files, or two tensors for one weight.
+    """
+
+    def __init__(
+        self,
+        store: TensorStore,
+        dtype: torch.dtype,
+        keep_fp32: tuple[str, ...] = (),
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.store, self._dtype, self._keep_fp32 = store, dtype, keep_fp32
+        self._stored: dict[str, str] = {}
+        for stored in store.names:
+            name = (names or {}).get(stored, stored)
+            if name in self._stored:
+                raise ModelError(
+                    f"{self.place} has two tensors for {name}: {self._stored[name]} and {stored}; "
+                    "leave only one model in the folder"
+                )
+            self._stored[name] = stored
+
+    @property
+    def place(self) -> Path:
+        """The file, or the folder of shards."""
+        files = self.store.files
+        return files[0] if len(files) == 1 else files[0].parent
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The module's names, in the files' order."""
+        return tuple(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight."""
+        return self.store.shape(self._stored[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype a weight is used in."""
+        stored = self.store.dtype(self._stored[name])
+        if not stored.is_floating_point:
+            return stored
+        return torch.float32 if any(part in name for part in self._keep_fp32) else self._dtype
+
+    def num_bytes(self, names: Iterable[str] | None = None) -> int:
+        """Bytes of all weights, or of the named ones, in the dtype they are used in."""
+        chosen = self.names if names is None else names
+        return sum(self.dtype(name).itemsize * math.prod(self.shape(name)) for name in chosen)
+
+    def get(self, name: str) -> Tensor:
+        """A tensor as stored, mapped."""
+        return self.store.get(self._stored[name])
+
+    @cached_property
+    def stay_mapped(self) -> bool:
+        """Whether nearly all tensors are stored as they are used, so that the file is the memory.
+
+        Otherwise all are copied: one tensor that stays keeps its whole file's pages resident.
+        """
+        def changes(name: str, stored: str) -> bool:
+            return (self.store.dtype(stored) != self.dtype(name)
+                    or not self.store.is_mapped(stored))
+
+        changed = sum(
+            self.store.dtype(stored).itemsize * math.prod(self.shape(name))
+            for name, stored in self._stored.items() if changes(name, stored)
+        )
+        return changed <= 0.05 * self.store.num_bytes
 
 
 def in_int8(tensors: Mapping[str, Tensor], least: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from vidgen.weights.load import Weights
+    from vidgen.weights.store import Weights
 
 _BLOCK = re.compile(r"(\D+\.\d+)\..+")
 _ALIGN = 256

@@ -19,7 +19,7 @@ from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.sound.candidates import drawn_at_once
 from vidgen.pipeline.tasks import makes_sound
 from vidgen.weights.component import fp32_parts
-from vidgen.weights.load import Weights
+from vidgen.weights.store import Weights
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
