@@ -108,7 +108,8 @@ def build_wide(folder: Path) -> Path:
     from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
     from vidgen.models.text import TextConfig, UMT5Encoder
     from vidgen.models.vae import CausalVAE
-    from vidgen.weights.folder import ModelDefaults, write_model_info
+    from vidgen.weights.family import ModelDefaults
+    from vidgen.weights.folder import write_model_info
     from vidgen.weights.load import save_module
 
     settings = {**vars(DIT_PRESETS["wan-1.3b"]), "num_layers": 3, "text_dim": 256}

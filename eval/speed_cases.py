@@ -351,7 +351,7 @@ def _build_embedded(case: Case, side: str) -> Run:
     if side == "ours":
         return _pipeline_run(None, side, "a red car moves left in the desert")
     from vidgen.weights.convert import convert
-    from vidgen.weights.folder import open_model
+    from vidgen.weights.layouts import open_model
 
     model = open_model("toybox")
     folder = Path(tempfile.gettempdir()) / f"vidgen-speed-embedded-{model.content_hash[:12]}"

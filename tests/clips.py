@@ -92,7 +92,7 @@ def encode(model: str, path: Path, num_frames: int) -> list[int]:
     from vidgen.training.data.config import Bucket
     from vidgen.training.data.encode import Cursor, ItemEncoder
     from vidgen.training.data.select import Item
-    from vidgen.weights.folder import open_model
+    from vidgen.weights.layouts import open_model
 
     bucket = Bucket(256, 192, num_frames)
     item = Item(0, path.name, path, "", bucket, 0, num_frames, (0.5, 0.5), ("",), "")

@@ -14,7 +14,7 @@ from vidgen.story.film import FilmPlan
 from vidgen.story.render import RenderedShot
 from vidgen.story.script import Script
 from vidgen.story.sums import remember
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 
 FPS, SIZE = Fraction(12), (64, 48)
 COLOURS = [(200, 40, 40), (40, 180, 60), (50, 60, 210), (210, 200, 60), (120, 60, 180)]

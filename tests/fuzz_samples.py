@@ -23,8 +23,8 @@ from vidgen.media.write import write_clip
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.video import load
 from vidgen.weights.load import save_module
+from vidgen.weights.lora import write_lora
 from vidgen.weights.lora_dialects import DIALECTS
-from vidgen.weights.lora_write import write_lora
 
 VIDEOS = ("a.mp4", "b.mov", "c.webm", "d.mkv", "e.avi", "f.ts", "g.flv")
 SOUNDS = ("s.wav", "t.mp3", "u.flac", "v.ogg", "w.m4a")

@@ -18,7 +18,9 @@ from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS, TEXT_PRESETS, 
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.vae import CausalVAE
 from vidgen.models.verifier import Verifier, VerifierConfig
-from vidgen.weights.folder import ModelDefaults, open_model, record_files, write_model_info
+from vidgen.weights.family import ModelDefaults
+from vidgen.weights.folder import record_files, write_model_info
+from vidgen.weights.layouts import open_model
 from vidgen.weights.load import save_module
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ from vidgen.pipeline.workers.scheduler import Staff, settle_threads
 from vidgen.story.plan import plan_film
 from vidgen.story.render import Renderer, Store
 from vidgen.story.script import Script
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 
 WAYS = ("words", "both", "reference")
 UNNAMED = ("reference",)

@@ -25,7 +25,7 @@ from train.toybox.world.scenes import CAMERAS, MOTIONS, PLACES, SPRITES, WORLD_V
 from vidgen.core.errors import ModelError
 from vidgen.core.runtime import sha256_file
 from vidgen.ops.conv import Residual, conv_block
-from vidgen.weights.folder import config_of
+from vidgen.weights.configs import config_of
 from vidgen.weights.load import load_module
 
 Config = TypeVar("Config")

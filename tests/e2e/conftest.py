@@ -7,7 +7,7 @@ import pytest
 from tests.lora_models import make_adapter, make_dit
 from tests.services import Served
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.weights.lora_write import write_lora
+from vidgen.weights.lora import write_lora
 
 
 @pytest.fixture(scope="module")

@@ -33,8 +33,8 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.models.words import read_synonyms
 from vidgen.pipeline.video import load
 from vidgen.training.config import Phase, RunConfig
-from vidgen.weights.folder import open_model
-from vidgen.weights.student import StudentConfig
+from vidgen.weights.folder import StudentConfig
+from vidgen.weights.layouts import open_model
 
 Program = Callable[..., Ended]
 

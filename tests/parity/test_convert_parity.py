@@ -14,7 +14,8 @@ from vidgen.core.shapes import LatentShape
 from vidgen.diffusion.noise import draw_noise
 from vidgen.pipeline.video import load
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import list_embedded, open_model
+from vidgen.weights.folder import list_embedded
+from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces across the desert at night"
 

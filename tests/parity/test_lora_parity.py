@@ -24,8 +24,7 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank, attached
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.weights.lora import read_lora
-from vidgen.weights.lora_write import write_lora
+from vidgen.weights.lora import read_lora, write_lora
 
 TINY = DIT_PRESETS["tiny"]
 I2V = replace(TINY, in_channels=12, image_dim=20)

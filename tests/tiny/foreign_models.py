@@ -15,7 +15,8 @@ import transformers
 
 from tests.tiny.foreign_parts import WIDTH, clip_text, flow, image_vae, t5, train_tokenizer
 from vidgen.pipeline.foreign.engine import ForeignEngine
-from vidgen.weights.folder import ForeignFolder, open_model
+from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.layouts import open_model
 
 
 def ltx_vae() -> Any:

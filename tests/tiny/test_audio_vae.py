@@ -18,7 +18,7 @@ from vidgen.models.audio_spectra import Controls, overlap_add
 from vidgen.models.presets import AUDIO_VAE_PRESETS, DIT_PRESETS
 from vidgen.ops.conv import StreamCache
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 from vidgen.weights.load import save_module
 
 TINY = AUDIO_VAE_PRESETS["tiny"]

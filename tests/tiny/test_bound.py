@@ -31,7 +31,7 @@ from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.video import Engine, load
-from vidgen.weights.student import RollConfig, StudentConfig
+from vidgen.weights.folder import RollConfig, StudentConfig
 
 TWO, ONE = "a red car chases the cat", "a red car bounces"
 OPTIONS: dict[str, Any] = {"seed": 3, "frames": 9, "steps": 4, "binding": 1.0}

@@ -32,8 +32,8 @@ from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.video import Engine, load
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import ModelFolder, open_model
-from vidgen.weights.student import RollConfig, StudentConfig
+from vidgen.weights.folder import ModelFolder, RollConfig, StudentConfig
+from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces"
 OPTIONS: dict[str, Any] = {"seed": 3, "frames": 9, "steps": 3}

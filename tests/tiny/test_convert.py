@@ -21,7 +21,8 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import open_model, record_files
+from vidgen.weights.folder import record_files
+from vidgen.weights.layouts import open_model
 from vidgen.weights.load import save_module
 from vidgen.weights.store import TensorStore
 from vidgen.weights.view import Joined, Source

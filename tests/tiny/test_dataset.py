@@ -31,7 +31,7 @@ from vidgen.training.data.cache import make_cache
 from vidgen.training.data.config import Bucket, DataConfig, FolderConfig
 from vidgen.training.data.dataset import open_dataset
 from vidgen.training.data.survey import survey
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 
 SIZE = (48, 32)
 

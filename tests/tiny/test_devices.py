@@ -25,7 +25,7 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.replay import loading_from_recipe
 from vidgen.pipeline.step_caches import make_caches, write_magnitudes
 from vidgen.pipeline.video import Engine, load
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces across the desert"
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.video import load
 from vidgen.story.plan import plan_film
 from vidgen.story.script import Script
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 
 FILM = """\
 version: 1

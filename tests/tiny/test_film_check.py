@@ -15,7 +15,7 @@ from tests.commands import vidgen
 from vidgen.cli.main import main
 from vidgen.story.plan import plan_film
 from vidgen.story.script import Script
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 
 
 def limited(model: Path, folder: Path, *tasks: str) -> Path:

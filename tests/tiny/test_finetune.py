@@ -30,7 +30,7 @@ from vidgen.training.checkpoint import load_averages
 from vidgen.training.finetune import output as finetune_output
 from vidgen.training.finetune.output import Made, NoEffect, choose_checkpoint, export
 from vidgen.training.finetune.run import finetune
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import read_lora
 
 WAN = ("t2v", "i2v", "flf2v", "vace", "t2v-a14b", "i2v-a14b", "ti2v-5b")

@@ -26,7 +26,7 @@ from vidgen.training.finetune.conditions import Conditions
 from vidgen.training.finetune.plan import plan
 from vidgen.training.finetune.run import finetune
 from vidgen.training.finetune.task import FinetuneTask
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 
 HIGH, LOW = EXPERTS
 

@@ -24,7 +24,7 @@ from vidgen.training.finetune.config import LoraSettings
 from vidgen.training.finetune.lora import adapter_of, delta_norm, inject
 from vidgen.training.finetune.plan import plan
 from vidgen.training.finetune.task import FinetuneTask
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 
 
 @pytest.fixture(scope="module")

@@ -27,14 +27,18 @@ from vidgen.weights.configs import (
     dit_from_wan,
     dit_to_diffusers,
     dit_to_wan,
+    infer_dit,
+    infer_image,
+    infer_text,
+    infer_vae,
     vae_from_diffusers,
     vae_to_diffusers,
 )
 from vidgen.weights.family import VARIANTS as FAMILY
 from vidgen.weights.family import recognise
-from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
-from vidgen.weights.infer import infer_dit, infer_image, infer_text, infer_vae
+from vidgen.weights.folder import ForeignFolder, ModelFolder
 from vidgen.weights.keymap import renamed
+from vidgen.weights.layouts import open_model
 from vidgen.weights.store import TensorStore
 from vidgen.weights.view import Source, fuse_clip, split_clip
 

@@ -15,9 +15,8 @@ from vidgen.models.presets import TEXT_PRESETS
 from vidgen.models.text import TextEncoder, UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.video import load
-from vidgen.weights.lora import read_lora
+from vidgen.weights.lora import read_lora, write_lora
 from vidgen.weights.lora_dialects import DIALECTS
-from vidgen.weights.lora_write import write_lora
 
 TOKEN, OTHER = "<subject_3>", "<subject_4>"
 PROMPT = f"a {TOKEN} bounces across the desert"

@@ -17,9 +17,8 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.lora import Adapter, LowRank
-from vidgen.weights.lora import LoraChoice, parse_option, read_choices, read_lora
+from vidgen.weights.lora import LoraChoice, parse_option, read_choices, read_lora, write_lora
 from vidgen.weights.lora_dialects import DIALECTS
-from vidgen.weights.lora_write import write_lora
 
 
 def assert_same(given: Adapter, expected: Adapter) -> None:

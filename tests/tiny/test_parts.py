@@ -20,7 +20,8 @@ from vidgen.core.runtime import available_memory
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.parts import EXPERTS, Parts
-from vidgen.weights.folder import ModelFolder, open_model
+from vidgen.weights.folder import ModelFolder
+from vidgen.weights.layouts import open_model
 from vidgen.weights.load import save_module
 from vidgen.weights.stream import block_of
 

@@ -44,8 +44,9 @@ from vidgen.pipeline.parts import EXPERTS
 from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.settle import require_own_model, settle
 from vidgen.pipeline.video import load
-from vidgen.weights.folder import ForeignFolder, open_model
-from vidgen.weights.student import StudentConfig, write_student
+from vidgen.weights.folder import ForeignFolder, StudentConfig
+from vidgen.weights.layouts import open_model
+from vidgen.weights.student import write_student
 
 CPU = torch.device("cpu")
 FP32 = Setup(CPU, "fp32")

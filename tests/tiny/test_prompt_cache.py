@@ -15,7 +15,8 @@ from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline import prompts
 from vidgen.pipeline.parts import Parts
 from vidgen.pipeline.prompts import PromptCache, PromptEncoder
-from vidgen.weights.folder import ModelFolder, open_model
+from vidgen.weights.folder import ModelFolder
+from vidgen.weights.layouts import open_model
 from vidgen.weights.load import save_module
 
 CPU = torch.device("cpu")

@@ -39,7 +39,7 @@ from vidgen.pipeline.replay import (
 )
 from vidgen.pipeline.restore import restore_inputs
 from vidgen.pipeline.video import Engine, load
-from vidgen.weights.lora_write import write_lora
+from vidgen.weights.lora import write_lora
 
 PROMPT = "a red car bounces across the desert"
 RANDOM = np.random.default_rng(0)

@@ -32,9 +32,9 @@ from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.rolling import Rollout
 from vidgen.pipeline.video import Engine, load
-from vidgen.weights.folder import write_model_info
-from vidgen.weights.lora_write import write_lora
-from vidgen.weights.student import RollConfig, StudentConfig, write_student
+from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
+from vidgen.weights.lora import write_lora
+from vidgen.weights.student import write_student
 
 PROMPT = "a red car bounces across the desert"
 SIGMAS = (1.0, 0.7, 0.4, 0.0)

@@ -24,8 +24,8 @@ from vidgen.server.judging import Refusal
 from vidgen.server.making import Maker
 from vidgen.server.service import JUDGED_AT_ONCE, Call, Service
 from vidgen.server.settings import Limits, Settings
-from vidgen.weights.folder import write_model_info
-from vidgen.weights.student import RollConfig, StudentConfig, write_student
+from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
+from vidgen.weights.student import write_student
 
 LONG = {"prompt": "a red car", "num_inference_steps": 200, "num_frames": 33}
 ANN, BOB = Call("ann"), Call("bob")

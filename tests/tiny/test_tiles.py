@@ -28,7 +28,7 @@ from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.settle import settle
 from vidgen.pipeline.video import Engine, load
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces across the desert"
 CPU = torch.device("cpu")

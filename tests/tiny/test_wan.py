@@ -13,8 +13,8 @@ from tests.wan_models import build_diffusers, build_original
 from vidgen.core.errors import InputError
 from vidgen.models.lora import Adapter, LowRank
 from vidgen.pipeline.video import Engine, load
-from vidgen.weights.folder import open_model
-from vidgen.weights.lora_write import write_lora
+from vidgen.weights.layouts import open_model
+from vidgen.weights.lora import write_lora
 
 PROMPT = "a red car bounces"
 SMALL = {"seed": 3, "frames": 5, "size": (32, 32), "steps": 2}

@@ -18,7 +18,7 @@ from vidgen.training.data.config import Bucket, DataConfig, FolderConfig, Geomet
 from vidgen.training.data.files import MediaFile, Scan
 from vidgen.training.data.probe import SIGNATURE, FileFacts, Flawed, _packed
 from vidgen.training.data.select import picks, select
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 
 GEOMETRY = Geometry(((64, 48), (48, 64), (48, 48)), (9, 17), Fraction(12), 16, 4)
 CONFIG = DataConfig(folders=(FolderConfig("data"),))

@@ -8,8 +8,9 @@ import pytest
 
 from tests.models import build_tiny_model
 from vidgen.core.errors import ModelError
-from vidgen.weights import hashes
-from vidgen.weights.folder import Files, open_model
+from vidgen.weights import folder
+from vidgen.weights.folder import Files
+from vidgen.weights.layouts import open_model
 
 OLD = 1_700_000_000 * 10**9
 
@@ -24,8 +25,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are really read."""
     seen: list[Path] = []
-    real = hashes.sha256_file
-    monkeypatch.setattr(hashes, "sha256_file", lambda path: seen.append(path) or real(path))
+    real = folder.sha256_file
+    monkeypatch.setattr(folder, "sha256_file", lambda path: seen.append(path) or real(path))
     return seen
 
 
@@ -36,34 +37,34 @@ def write(path: Path, content: bytes, time_ns: int = OLD) -> Path:
 
 
 def test_a_file_is_read_once_and_again_when_size_or_time_change(read, tmp_path) -> None:
-    path = write(tmp_path / "weights", b"x" * hashes.MIN_BYTES)
-    first = hashes.hash_files([path])
-    assert hashes.hash_files([path]) == first
+    path = write(tmp_path / "weights", b"x" * folder.MIN_BYTES)
+    first = folder.hash_files([path])
+    assert folder.hash_files([path]) == first
     assert read == [path]
-    write(path, b"y" * hashes.MIN_BYTES, OLD + 1)
-    changed = hashes.hash_files([path])
+    write(path, b"y" * folder.MIN_BYTES, OLD + 1)
+    changed = folder.hash_files([path])
     assert changed != first
-    write(path, b"y" * (hashes.MIN_BYTES + 1), OLD + 1)
-    assert hashes.hash_files([path]) != changed
+    write(path, b"y" * (folder.MIN_BYTES + 1), OLD + 1)
+    assert folder.hash_files([path]) != changed
     assert len(read) == 3
 
 
 def test_the_same_file_under_another_path_is_read_there(read, tmp_path) -> None:
-    path = write(tmp_path / "weights", b"x" * hashes.MIN_BYTES)
+    path = write(tmp_path / "weights", b"x" * folder.MIN_BYTES)
     link = tmp_path / "link"
     link.symlink_to(path)
-    assert hashes.hash_files([path])[path] == hashes.hash_files([link])[link]
+    assert folder.hash_files([path])[path] == folder.hash_files([link])[link]
     assert len(read) == 1  # a link is the file
-    other = write(tmp_path / "other", b"z" * hashes.MIN_BYTES)
-    assert hashes.hash_files([other])[other] != hashes.hash_files([path])[path]
+    other = write(tmp_path / "other", b"z" * folder.MIN_BYTES)
+    assert folder.hash_files([other])[other] != folder.hash_files([path])[path]
 
 
 def test_small_and_fresh_files_are_always_read(read, tmp_path) -> None:
     small = write(tmp_path / "small", b"x")
     fresh = tmp_path / "fresh"
-    fresh.write_bytes(b"x" * hashes.MIN_BYTES)  # may change again within its time stamp's grain
+    fresh.write_bytes(b"x" * folder.MIN_BYTES)  # may change again within its time stamp's grain
     for _ in range(2):
-        hashes.hash_files([small, fresh])
+        folder.hash_files([small, fresh])
     assert read == [small, fresh, small, fresh]
 
 
@@ -71,34 +72,34 @@ def test_small_and_fresh_files_are_always_read(read, tmp_path) -> None:
 def test_a_broken_cache_is_ignored_and_mended(cache, read, tmp_path, content) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_bytes(content)
-    path = write(tmp_path / "weights", b"x" * hashes.MIN_BYTES)
+    path = write(tmp_path / "weights", b"x" * folder.MIN_BYTES)
     for _ in range(2):
-        hashes.hash_files([path])
+        folder.hash_files([path])
     assert read == [path]
     assert list(json.loads(cache.read_text())) == [str(path)]
 
 
 def test_a_lying_entry_is_not_believed(cache, tmp_path) -> None:
-    path = write(tmp_path / "weights", b"x" * hashes.MIN_BYTES)
+    path = write(tmp_path / "weights", b"x" * folder.MIN_BYTES)
     cache.parent.mkdir(parents=True)
-    cache.write_text(json.dumps({str(path): [hashes.MIN_BYTES, OLD, 7]}))
-    assert len(hashes.hash_files([path])[path]) == 64
+    cache.write_text(json.dumps({str(path): [folder.MIN_BYTES, OLD, 7]}))
+    assert len(folder.hash_files([path])[path]) == 64
 
 
 def test_an_unwritable_cache_does_no_harm(tmp_path, monkeypatch, read) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    path = write(tmp_path / "weights", b"x" * hashes.MIN_BYTES)
-    assert hashes.hash_files([path]) == hashes.hash_files([path])
+    path = write(tmp_path / "weights", b"x" * folder.MIN_BYTES)
+    assert folder.hash_files([path]) == folder.hash_files([path])
     assert len(read) == 2
 
 
 def test_entries_of_files_that_are_gone_are_dropped(cache, tmp_path) -> None:
-    old = write(tmp_path / "old", b"x" * hashes.MIN_BYTES)
-    hashes.hash_files([old])
+    old = write(tmp_path / "old", b"x" * folder.MIN_BYTES)
+    folder.hash_files([old])
     old.unlink()
-    new = write(tmp_path / "new", b"x" * hashes.MIN_BYTES)
-    hashes.hash_files([new])
+    new = write(tmp_path / "new", b"x" * folder.MIN_BYTES)
+    folder.hash_files([new])
     assert list(json.loads(cache.read_text())) == [str(new)]
 
 

@@ -61,17 +61,13 @@ from vidgen.pipeline.sound.impacts import ONSET_DETECTOR
 from vidgen.pipeline.tasks import SOUND as SOUND_TASK
 from vidgen.training.checkpoint import latest_checkpoint, load_averages
 from vidgen.training.finetune.model import open_trainable
-from vidgen.weights.folder import ModelDefaults, config_of, open_model, write_model_info
+from vidgen.weights.configs import config_of
+from vidgen.weights.family import ModelDefaults
+from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
+from vidgen.weights.layouts import open_model
 from vidgen.weights.load import save_module
 from vidgen.weights.store import TensorStore
-from vidgen.weights.student import (
-    STUDENT,
-    STUDENTS,
-    RollConfig,
-    StudentConfig,
-    open_students,
-    write_student,
-)
+from vidgen.weights.student import STUDENT, STUDENTS, open_students, write_student
 
 DEFAULTS = ModelDefaults(
     num_steps=12, shift=5.0, guidance_scale=4.0, fps=12.0, num_frames=33, height=128, width=128,

@@ -8,7 +8,7 @@ import torch
 
 from vidgen.models.audio import AudioVAE
 from vidgen.models.audio_spectra import AudioVAEConfig
-from vidgen.weights.folder import config_of
+from vidgen.weights.configs import config_of
 from vidgen.weights.load import load_module
 
 SOUND_VAE = "sound_vae"

@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Convert, and name what the other layout has no place for."""
     from vidgen.weights.convert import convert
-    from vidgen.weights.folder import open_model
+    from vidgen.weights.layouts import open_model
 
     set_aside = convert(open_model(args.source), Path(args.target), args.to)
     told = f"; {len(set_aside)} tensors have no place there and lie in rest/" if set_aside else ""

@@ -52,7 +52,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace, report: Report) -> int:
     """Look at all files; tell of them, or encode them."""
     from vidgen.training.data.survey import survey
-    from vidgen.weights.folder import ModelFolder, open_model
+    from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.layouts import open_model
 
     _refuse_others(args)
     config, model = settings(args)

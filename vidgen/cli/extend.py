@@ -84,7 +84,8 @@ def run(args: Namespace, report: Report) -> int:
         own_options,
         rate_of_still,
     )
-    from vidgen.weights.folder import ModelFolder, open_model
+    from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.layouts import open_model
 
     if not 0 < args.seconds < math.inf:
         raise InputError(f"seconds is {args.seconds}; give how much longer, above 0")

@@ -52,8 +52,8 @@ def _measure(model: str, report: Report) -> int:
 def _at_hand(folders: list[str]) -> Iterator[tuple[str, Path]]:
     """What each model is called, and where it is."""
     from vidgen.weights.folder import embedded_folder, list_embedded
-    from vidgen.weights.hub import list_cached
     from vidgen.weights.layouts import layout_of
+    from vidgen.weights.published import list_cached
 
     for name in list_embedded():
         yield name, embedded_folder(name)

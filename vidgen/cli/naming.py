@@ -95,7 +95,7 @@ def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any
     """What tells whether a clip's recipe is of this very command, but for its seed."""
     from vidgen.pipeline.experts import hashes_of
     from vidgen.pipeline.inputs import read_inputs
-    from vidgen.weights.folder import open_model
+    from vidgen.weights.layouts import open_model
     from vidgen.weights.lora import parse_option
 
     given = _given(request)

@@ -37,7 +37,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.pipeline.parts import DTYPES, Parts
     from vidgen.pipeline.policy import enforce, policy_from_environment
     from vidgen.pipeline.settle import require_models, require_own_model, settle
-    from vidgen.weights.folder import open_model
+    from vidgen.weights.layouts import open_model
     from vidgen.weights.published import is_here, published
 
     known = {f.name for f in fields(Request)}

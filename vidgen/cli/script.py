@@ -87,7 +87,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.story.expand import expand_prompts
     from vidgen.story.plan import enforce_film, plan_film
     from vidgen.story.render import Store
-    from vidgen.weights.folder import open_model
+    from vidgen.weights.layouts import open_model
 
     _check_exports(args)
     staff = Staff(args.workers, args.ray, args.threads)

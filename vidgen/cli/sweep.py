@@ -249,7 +249,7 @@ def _identity(request: Request, loading: Mapping[str, Any]) -> str:
 
 @lru_cache
 def _content_hash(model: str) -> str:
-    from vidgen.weights.folder import open_model
+    from vidgen.weights.layouts import open_model
 
     return open_model(model).content_hash
 
@@ -296,7 +296,8 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
     from vidgen.pipeline.budget.preflight import choose
     from vidgen.pipeline.settle import settle
-    from vidgen.weights.folder import ModelFolder, open_model
+    from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.layouts import open_model
 
     device, folders = choose_device(), [open_model(cell.loading["model"]) for cell in cells]
     known = [folder for folder in folders if isinstance(folder, ModelFolder)]

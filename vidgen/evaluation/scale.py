@@ -30,7 +30,8 @@ from vidgen.pipeline.recipe import identity
 from vidgen.pipeline.video import load
 from vidgen.pipeline.workers.clip_work import ClipWork
 from vidgen.pipeline.workers.scheduler import Job, Staff, run_jobs, settle_threads
-from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
+from vidgen.weights.folder import ForeignFolder, ModelFolder
+from vidgen.weights.layouts import open_model
 
 MAX_SEEDS = 1000
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.models.lora import Adapter, attached
-from vidgen.weights.hashes import hash_files
+from vidgen.weights.folder import hash_files
 from vidgen.weights.lora import EXPERTS, Expert, parse_option, read_choices
 
 if TYPE_CHECKING:

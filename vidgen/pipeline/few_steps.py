@@ -12,8 +12,7 @@ from vidgen.diffusion.guidance import Guidance
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.pipeline.plan import Plan
-    from vidgen.weights.folder import ModelFolder
-    from vidgen.weights.student import StudentConfig
+    from vidgen.weights.folder import ModelFolder, StudentConfig
 
 SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "image_guidance",
             "image_guidance_reach", "reference_guidance", "guidance_interval", "guidance_rescale")

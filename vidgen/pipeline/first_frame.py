@@ -23,7 +23,8 @@ from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import DTYPES
 from vidgen.pipeline.plan import draw_seed
 from vidgen.pipeline.video import Progress
-from vidgen.weights.folder import ForeignFolder, open_model
+from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.layouts import open_model
 
 log = logging.getLogger(__name__)
 

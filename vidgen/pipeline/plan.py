@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from vidgen.core.values import Fit
     from vidgen.pipeline.inputs import Inputs
     from vidgen.pipeline.step_caches import CacheChoice
-    from vidgen.weights.folder import ModelDefaults, ModelFolder
-    from vidgen.weights.student import RollConfig, StudentConfig
+    from vidgen.weights.family import ModelDefaults
+    from vidgen.weights.folder import ModelFolder, RollConfig, StudentConfig
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from vidgen.pipeline.experts import NO_LORAS, Loras, hashes_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.parts import DTYPES
 from vidgen.pipeline.rewrite import LanguageModel
-from vidgen.weights.folder import ForeignFolder, ModelFolder, embedded_folder, open_model
+from vidgen.weights.folder import ForeignFolder, ModelFolder, embedded_folder
+from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from vidgen.media.video_reader import read_frames
 from vidgen.pipeline.plan import recorded_readings, recorded_tiles
 from vidgen.pipeline.recipe import RECIPE_VERSION
 from vidgen.pipeline.restore import Given, restore_inputs
-from vidgen.weights.folder import open_model
+from vidgen.weights.layouts import open_model
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import MAX_PROMPT, Request
 from vidgen.core.runtime import choose_device
-from vidgen.weights.hashes import hash_files
+from vidgen.weights.folder import hash_files
 from vidgen.weights.load import trim_memory
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from vidgen.pipeline.plan import Plan, make_plan
 from vidgen.pipeline.rewrite import LanguageModel
 from vidgen.pipeline.step_caches import settle_cache
 from vidgen.pipeline.tasks import check_tasks
-from vidgen.weights.folder import ForeignFolder, open_model
+from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:

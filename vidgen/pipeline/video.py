@@ -64,7 +64,8 @@ from vidgen.pipeline.sound.own_sound import sound_plan
 from vidgen.pipeline.sound.soundtrack import make_soundtrack
 from vidgen.pipeline.step_caches import carrying, make_caches
 from vidgen.pipeline.tasks import SOUND, check_tasks
-from vidgen.weights.folder import ForeignFolder, open_model
+from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.layouts import open_model
 
 if TYPE_CHECKING:
     from vidgen.pipeline.budget.stages import Estimate

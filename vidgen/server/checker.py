@@ -44,7 +44,7 @@ class Checker:
         from vidgen.core.runtime import best_dtype, choose_device
         from vidgen.pipeline.policy import policy_from_environment
         from vidgen.pipeline.settle import require_own_model
-        from vidgen.weights.folder import open_model
+        from vidgen.weights.layouts import open_model
 
         self.folder = require_own_model(open_model(model))
         self.limits, self.policy = limits, policy_from_environment()

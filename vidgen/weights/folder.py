@@ -11,31 +11,91 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.core.config import build
-from vidgen.core.errors import ModelError
-from vidgen.core.runtime import atomic_write, sha256_file
+from vidgen.core.errors import ModelError, OutputError
+from vidgen.core.runtime import atomic_write, cache_folder, sha256_file
+from vidgen.diffusion.samplers import SAMPLERS
+from vidgen.weights.configs import read_json
 from vidgen.weights.family import Conditioning, ModelDefaults
-from vidgen.weights.hashes import hash_files
 
 if TYPE_CHECKING:
     from vidgen.weights.component import Components
     from vidgen.weights.keymap import Spelling
-    from vidgen.weights.student import StudentConfig
-
-__all__ = [
-    "FORMAT_VERSION", "ForeignFolder", "ModelDefaults", "ModelFolder", "config_of",
-    "embedded_folder", "list_embedded", "open_model", "read_config", "read_json", "record_files",
-    "write_model_info",
-]
 
 FORMAT_VERSION = 1
+MIN_BYTES = 1_000_000
+"""Smaller files are hashed anew each time."""
+_SETTLED_S = 2.0  # a file changed this recently may change again within its time stamp's grain
+
+
+@dataclass(frozen=True)
+class RollConfig:
+    """How a clip is rolled out: in turns of latent frames, each in view of those before it.
+
+    Args:
+        turn_frames: latent frames of a turn, which see each other.
+        window_frames: latent frames before a turn that it sees, at most.
+        history_noise: how much of what it sees of them is noise, so that the faults of a turn
+            aren't taken for the picture; from 0 to below 1.
+
+    Raises:
+        ValueError: turns of no frame, a window shorter than a turn, or nothing but noise.
+    """
+
+    turn_frames: int = 3
+    window_frames: int = 6
+    history_noise: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.turn_frames < 1:
+            raise ValueError(f"turn_frames is {self.turn_frames}; a turn has a frame at least")
+        if self.window_frames < self.turn_frames:
+            raise ValueError(f"window_frames is {self.window_frames}, less than the "
+                             f"{self.turn_frames} of a turn")
+        if not 0 <= self.history_noise < 1:
+            raise ValueError(f"history_noise is {self.history_noise}; it lies in 0..1, below 1")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """How a student is sampled: without guidance.
+
+    Args:
+        sampler: whose steps it was taught, one of `SAMPLERS`.
+        sigmas: the noise levels it was taught on, from 1 down to 0.
+        guidance_scale: of its teacher, which it has folded in.
+        roll: how it makes a clip turn by turn, or None where it makes clips as a whole.
+        boundary: below which the model's expert at low noise denoises, with its delta or, where
+            there is none, as it is; None: nowhere.
+
+    Raises:
+        ValueError: an unknown sampler, or levels that don't fall from 1 to 0.
+    """
+
+    sampler: str
+    sigmas: tuple[float, ...]
+    guidance_scale: float
+    roll: RollConfig | None = None
+    boundary: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {self.sampler!r}; it is one of {', '.join(SAMPLERS)}")
+        falls = all(low < high for high, low in zip(self.sigmas, self.sigmas[1:], strict=False))
+        if len(self.sigmas) < 2 or not falls or self.sigmas[0] != 1 or self.sigmas[-1] != 0:
+            raise ValueError(f"sigmas are {list(self.sigmas)}; they must fall from 1 to 0")
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of a clip."""
+        return len(self.sigmas) - 1
 
 
 @dataclass(frozen=True)
@@ -108,11 +168,6 @@ class ModelFolder(Files):
     student: StudentConfig | None = None
     roller: StudentConfig | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Sent to another process, a folder is opened there anew: its files stay where they are."""
-        is_embedded = self.path == embedded_folder(self.name)
-        return _reopened, (self.name if is_embedded else str(self.path.resolve()), self.given)
-
     @property
     def conditioning(self) -> Conditioning:
         """How known frames get into the transformer.
@@ -153,6 +208,48 @@ class ForeignFolder(Files):
         return model == self.name or Path(model).resolve() == self.path.resolve()
 
 
+def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
+    """SHA-256 of each file, taken from the cache where path, size and time of change are the same.
+
+    A cache that can't be read is ignored, one that can't be written isn't written.
+    """
+    place = cache_folder() / "hashes.json"
+    known, hashes, learned = _read(place), {}, {}
+    for path in paths:
+        facts = path.stat()
+        key = str(path.resolve())
+        stamp = [facts.st_size, facts.st_mtime_ns]
+        entry = known.get(key)
+        if entry is not None and entry[:2] == stamp:
+            hashes[path] = entry[2]
+            continue
+        hashes[path] = sha256_file(path)
+        if facts.st_size >= MIN_BYTES and time.time() - facts.st_mtime > _SETTLED_S:
+            learned[key] = [*stamp, hashes[path]]
+    if learned:
+        kept = {key: value for key, value in _read(place).items() if Path(key).is_file()}
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(place, json.dumps(kept | learned, indent=1).encode())
+        except (OSError, OutputError):
+            pass
+    return hashes
+
+
+def _read(place: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(place.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(entries, dict):
+        return {}
+    return {key: value for key, value in entries.items() if _is_entry(value)}
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, list) and [type(item) for item in value] == [int, int, str]
+
+
 def embedded_folder(name: str) -> Path:
     """Where a model shipped inside the package lies."""
     return Path(str(files("vidgen") / "assets" / name))
@@ -162,79 +259,6 @@ def list_embedded() -> list[str]:
     """Names of the models shipped inside the package."""
     root = Path(str(files("vidgen") / "assets"))
     return sorted(p.parent.name for p in root.glob("*/model.json"))
-
-
-def open_model(model: str) -> ModelFolder | ForeignFolder:
-    """Open a model.
-
-    Args:
-        model: an embedded model's name; a folder in vidgen's, diffusers' or Wan's own layout; or
-            an id on the Hugging Face hub, which is downloaded where it isn't yet.
-
-    Returns:
-        The model, or a `ForeignFolder` where diffusers' own pipeline has to run it.
-
-    Raises:
-        ModelError: no such model, or files missing, damaged or unknown; says what to do.
-    """
-    from vidgen.weights.hub import is_hub_id
-    from vidgen.weights.layouts import open_folder
-
-    known = list_embedded()
-    if model in known:
-        return open_folder(embedded_folder(model))
-    if not Path(model).is_dir() and is_hub_id(model):
-        return _open_from_hub(model)
-    if not Path(model).is_dir():
-        raise ModelError(
-            f"model {model!r} is neither an embedded model ({', '.join(known) or 'none'}) "
-            "nor a folder; give one of these names, the path of a model folder, or an id on the "
-            "Hugging Face hub such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-        )
-    return open_folder(Path(model))
-
-
-def _reopened(model: str, given: str | None) -> ModelFolder | ForeignFolder:
-    return replace(open_model(model), given=given)
-
-
-def _open_from_hub(hub_id: str) -> ModelFolder | ForeignFolder:
-    """Open what was downloaded before; where it isn't whole, have the rest downloaded."""
-    from vidgen.weights.hub import cached_model, fetch_model
-    from vidgen.weights.layouts import open_folder
-
-    cached = cached_model(hub_id)
-    if cached is None:
-        return open_folder(fetch_model(hub_id), hub_id)
-    try:
-        return open_folder(cached, hub_id)
-    except ModelError as error:
-        try:
-            fetched = fetch_model(hub_id)
-        except ModelError:
-            raise error from None
-        return open_folder(fetched, hub_id)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file whose top is an object.
-
-    Raises:
-        ModelError: missing or not that.
-    """
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ModelError(f"{path} can't be read: {error}; copy it again") from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a component folder.
-
-    Raises:
-        ModelError: missing or not JSON.
-    """
-    return read_json(folder / "config.json")
 
 
 def write_model_info(
@@ -271,23 +295,3 @@ def _write_info(path: Path, info: Mapping[str, Any], names: Iterable[str]) -> No
     files = {**info.get("files", {}), **{name: sha256_file(path / name) for name in names}}
     told = {**info, "files": dict(sorted(files.items()))}
     atomic_write(path / "model.json", (json.dumps(told, indent=1) + "\n").encode())
-
-
-def config_of(config_type: type[Any], folder: Path) -> Any:
-    """A component's frozen dataclass from its `config.json`; other keys are refused by name."""
-    return config_from(config_type, read_config(folder), str(folder / "config.json"))
-
-
-def config_from(config_type: type[Any], settings: Mapping[str, Any], where: str) -> Any:
-    """A frozen dataclass from its settings; other keys are refused by name."""
-    known = {each.name for each in fields(config_type)}
-    own = {name: value for name, value in settings.items() if name != "class"}
-    unknown = sorted(own.keys() - known)
-    if unknown:
-        raise ModelError(
-            f"{where} has unknown settings {', '.join(unknown)}; was it written by a newer vidgen?"
-        )
-    try:
-        return build(config_type, own, where)
-    except ValueError as error:  # values that don't go together
-        raise ModelError(f"{where} describes no network: {error}; copy it again") from error

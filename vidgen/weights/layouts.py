@@ -6,10 +6,11 @@ What an earlier conversion couldn't place in a layout lies beside it: `vidgen.js
 
 from __future__ import annotations
 
+import copyreg
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,19 +32,29 @@ from vidgen.weights.component import (
     assemble,
     table_of,
 )
-from vidgen.weights.configs import dit_from_diffusers, dit_from_wan, vae_from_diffusers
+from vidgen.weights.configs import (
+    config_from,
+    config_of,
+    dit_from_diffusers,
+    dit_from_wan,
+    infer_dit,
+    infer_image,
+    infer_text,
+    infer_vae,
+    read_config,
+    read_json,
+    vae_from_diffusers,
+)
 from vidgen.weights.family import LICENSE, ModelDefaults, Variant, recognise
 from vidgen.weights.folder import (
     FORMAT_VERSION,
     ForeignFolder,
     ModelFolder,
-    config_from,
-    config_of,
-    read_config,
-    read_json,
+    embedded_folder,
+    list_embedded,
 )
-from vidgen.weights.infer import infer_dit, infer_image, infer_text, infer_vae
 from vidgen.weights.keymap import DIT_KEYS, Names, Spelling, renamed
+from vidgen.weights.published import cached_model, fetch_model, is_hub_id
 from vidgen.weights.store import TensorStore, find_files
 from vidgen.weights.student import STUDENTS, open_students
 from vidgen.weights.view import split_clip
@@ -66,6 +77,61 @@ _CONFIG_TYPES: dict[Role, type[Any]] = {
     "verifier": VerifierConfig, "onset_detector": OnsetDetectorConfig,
 }
 _SAMPLERS = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
+
+
+def open_model(model: str) -> ModelFolder | ForeignFolder:
+    """Open a model.
+
+    Args:
+        model: an embedded model's name; a folder in vidgen's, diffusers' or Wan's own layout; or
+            an id on the Hugging Face hub, which is downloaded where it isn't yet.
+
+    Returns:
+        The model, or a `ForeignFolder` where diffusers' own pipeline has to run it.
+
+    Raises:
+        ModelError: no such model, or files missing, damaged or unknown; says what to do.
+    """
+    known = list_embedded()
+    if model in known:
+        return open_folder(embedded_folder(model))
+    if not Path(model).is_dir() and is_hub_id(model):
+        return _open_from_hub(model)
+    if not Path(model).is_dir():
+        raise ModelError(
+            f"model {model!r} is neither an embedded model ({', '.join(known) or 'none'}) "
+            "nor a folder; give one of these names, the path of a model folder, or an id on the "
+            "Hugging Face hub such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        )
+    return open_folder(Path(model))
+
+
+def _reopened(model: str, given: str | None) -> ModelFolder | ForeignFolder:
+    return replace(open_model(model), given=given)
+
+
+def _reduced(folder: ModelFolder) -> tuple[Any, ...]:
+    is_embedded = folder.path == embedded_folder(folder.name)
+    place = folder.name if is_embedded else str(folder.path.resolve())
+    return _reopened, (place, folder.given)
+
+
+copyreg.pickle(ModelFolder, _reduced)  # another process opens the files where they are
+
+
+def _open_from_hub(hub_id: str) -> ModelFolder | ForeignFolder:
+    """Open what was downloaded before; where it isn't whole, have the rest downloaded."""
+    cached = cached_model(hub_id)
+    if cached is None:
+        return open_folder(fetch_model(hub_id), hub_id)
+    try:
+        return open_folder(cached, hub_id)
+    except ModelError as error:
+        try:
+            fetched = fetch_model(hub_id)
+        except ModelError:
+            raise error from None
+        return open_folder(fetched, hub_id)
 
 
 def layout_of(path: Path) -> Spelling | None:

@@ -9,16 +9,15 @@ A delta has guidance folded in (Meng et al. 2023) and knows one grid of noise le
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.runtime import atomic_write
-from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.folder import config_of
-from vidgen.weights.lora import read_lora
-from vidgen.weights.lora_write import write_lora
+from vidgen.weights.configs import config_of
+from vidgen.weights.folder import StudentConfig
+from vidgen.weights.lora import read_lora, write_lora
 
 if TYPE_CHECKING:
     from vidgen.models.dit_types import DiTConfig
@@ -33,69 +32,6 @@ WEIGHTS: dict[ExpertRole, str] = {
 """Which of a model's transformers a file is a delta of."""
 INT8_FROM = 1 << 10
 """Numbers of a factor that lies there in int8; smaller ones save nothing."""
-
-
-@dataclass(frozen=True)
-class RollConfig:
-    """How a clip is rolled out: in turns of latent frames, each in view of those before it.
-
-    Args:
-        turn_frames: latent frames of a turn, which see each other.
-        window_frames: latent frames before a turn that it sees, at most.
-        history_noise: how much of what it sees of them is noise, so that the faults of a turn
-            aren't taken for the picture; from 0 to below 1.
-
-    Raises:
-        ValueError: turns of no frame, a window shorter than a turn, or nothing but noise.
-    """
-
-    turn_frames: int = 3
-    window_frames: int = 6
-    history_noise: float = 0.3
-
-    def __post_init__(self) -> None:
-        if self.turn_frames < 1:
-            raise ValueError(f"turn_frames is {self.turn_frames}; a turn has a frame at least")
-        if self.window_frames < self.turn_frames:
-            raise ValueError(f"window_frames is {self.window_frames}, less than the "
-                             f"{self.turn_frames} of a turn")
-        if not 0 <= self.history_noise < 1:
-            raise ValueError(f"history_noise is {self.history_noise}; it lies in 0..1, below 1")
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """How a student is sampled: without guidance.
-
-    Args:
-        sampler: whose steps it was taught, one of `SAMPLERS`.
-        sigmas: the noise levels it was taught on, from 1 down to 0.
-        guidance_scale: of its teacher, which it has folded in.
-        roll: how it makes a clip turn by turn, or None where it makes clips as a whole.
-        boundary: below which the model's expert at low noise denoises, with its delta or, where
-            there is none, as it is; None: nowhere.
-
-    Raises:
-        ValueError: an unknown sampler, or levels that don't fall from 1 to 0.
-    """
-
-    sampler: str
-    sigmas: tuple[float, ...]
-    guidance_scale: float
-    roll: RollConfig | None = None
-    boundary: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {self.sampler!r}; it is one of {', '.join(SAMPLERS)}")
-        falls = all(low < high for high, low in zip(self.sigmas, self.sigmas[1:], strict=False))
-        if len(self.sigmas) < 2 or not falls or self.sigmas[0] != 1 or self.sigmas[-1] != 0:
-            raise ValueError(f"sigmas are {list(self.sigmas)}; they must fall from 1 to 0")
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of a clip."""
-        return len(self.sigmas) - 1
 
 
 def open_students(model: Path) -> dict[str, Any]:

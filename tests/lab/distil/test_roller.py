@@ -25,8 +25,9 @@ from vidgen.models.text import encode_tokens
 from vidgen.pipeline.networks import velocity
 from vidgen.training.checkpoint import latest_checkpoint, read_meta
 from vidgen.training.loop import train
-from vidgen.weights.folder import open_model
-from vidgen.weights.student import RollConfig, read_student
+from vidgen.weights.folder import RollConfig
+from vidgen.weights.layouts import open_model
+from vidgen.weights.student import read_student
 
 TURNS = RollConfig(turn_frames=1, window_frames=2, history_noise=0.1)
 

@@ -45,9 +45,10 @@ from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.training.loop import train
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import open_model
-from vidgen.weights.lora_write import write_lora
-from vidgen.weights.student import STUDENT, WEIGHTS, StudentConfig, read_student, write_student
+from vidgen.weights.folder import StudentConfig
+from vidgen.weights.layouts import open_model
+from vidgen.weights.lora import write_lora
+from vidgen.weights.student import STUDENT, WEIGHTS, read_student, write_student
 
 ROOT = Path(__file__).parents[3]
 PROMPT = "a red car bounces across the desert"

@@ -15,7 +15,8 @@ from vidgen.diffusion.samplers import SAMPLERS
 from vidgen.diffusion.schedule import make_sigmas
 from vidgen.training.config import RunConfig
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.student import STUDENTS, RollConfig
+from vidgen.weights.folder import RollConfig
+from vidgen.weights.student import STUDENTS
 
 LOW: ExpertRole = "transformer_2"
 SIGMA_MIN = 1e-3  # what the pipeline's UniPC aims at

@@ -36,7 +36,7 @@ from vidgen.models.lora import attached
 from vidgen.pipeline.long.rolling import Rollout
 from vidgen.training.config import Phase
 from vidgen.training.draws import generator_of
-from vidgen.weights.student import RollConfig
+from vidgen.weights.folder import RollConfig
 
 HISTORY = 1000
 """Which noise of a turn, behind those of its steps, it is remembered through."""

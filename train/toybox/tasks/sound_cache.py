@@ -23,7 +23,7 @@ from vidgen.diffusion.sound import SoundState, sound_span
 from vidgen.diffusion.state import LatentState
 from vidgen.models.audio import AudioVAE
 from vidgen.models.audio_spectra import AudioVAEConfig
-from vidgen.weights.folder import config_of
+from vidgen.weights.configs import config_of
 
 FOLDER = "sound"
 """Inside the folder of the clips' latents."""

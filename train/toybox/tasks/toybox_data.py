@@ -38,7 +38,8 @@ from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition_mix import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
 from vidgen.training.draws import seed_of
-from vidgen.weights.folder import config_of, open_model
+from vidgen.weights.configs import config_of
+from vidgen.weights.layouts import open_model
 from vidgen.weights.load import load_module, read_tensors
 
 if TYPE_CHECKING:

@@ -25,8 +25,7 @@ from vidgen.pipeline.long.tail import (
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.pipeline.plan import Plan
-    from vidgen.weights.folder import ModelFolder
-    from vidgen.weights.student import RollConfig
+    from vidgen.weights.folder import ModelFolder, RollConfig
 
 
 class Encoded(NamedTuple):

@@ -34,7 +34,8 @@ from vidgen.pipeline.devices.stretches import room_for
 from vidgen.pipeline.networks import decode_latents, denoisers
 from vidgen.pipeline.parts import EXPERTS, Offload, Parts
 from vidgen.weights.component import Components
-from vidgen.weights.folder import ModelFolder, open_model
+from vidgen.weights.folder import ModelFolder
+from vidgen.weights.layouts import open_model
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles

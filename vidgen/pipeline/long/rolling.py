@@ -24,7 +24,8 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import KVCache
 from vidgen.pipeline.experts import Loras, experts
 from vidgen.pipeline.networks import decode_frames, from_frame, latent_of, velocity
-from vidgen.weights.student import ROLLER, RollConfig, StudentConfig
+from vidgen.weights.folder import RollConfig, StudentConfig
+from vidgen.weights.student import ROLLER
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request

@@ -17,7 +17,8 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.pipeline.foreign.pipe import ForeignPipe, stepping
 from vidgen.pipeline.foreign.plan import defaults_of
 from vidgen.pipeline.parts import DTYPES
-from vidgen.weights.folder import ForeignFolder, open_model
+from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.layouts import open_model
 
 if TYPE_CHECKING:
     from vidgen.media.types import Samples

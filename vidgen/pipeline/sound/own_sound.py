@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.long.extend import LongClip
     from vidgen.pipeline.parts import Parts
     from vidgen.pipeline.plan import Plan
-    from vidgen.weights.folder import ModelDefaults
+    from vidgen.weights.family import ModelDefaults
 
 AT_ONCE = 256
 """Latents that are decoded at a time."""

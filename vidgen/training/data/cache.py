@@ -28,7 +28,8 @@ from vidgen.training.data.files import MediaFile, Scan, scan
 from vidgen.training.data.select import Item, picks
 from vidgen.training.data.store import Identity, Store, require_manifest
 from vidgen.training.data.survey import Survey
-from vidgen.weights.folder import ModelFolder, open_model
+from vidgen.weights.folder import ModelFolder
+from vidgen.weights.layouts import open_model
 
 _PER_JOB = 64
 """Items of a file that are encoded in one go; a film of hours is shared among the workers."""

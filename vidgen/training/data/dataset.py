@@ -28,7 +28,8 @@ from vidgen.training.data.schedule import Schedule, drawn
 from vidgen.training.data.select import Item, picks
 from vidgen.training.data.store import Store
 from vidgen.training.data.survey import Survey, survey
-from vidgen.weights.folder import ModelFolder, open_model
+from vidgen.weights.folder import ModelFolder
+from vidgen.weights.layouts import open_model
 
 __all__ = ["Bucket", "Dataset", "Item", "open_dataset"]
 

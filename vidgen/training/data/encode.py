@@ -32,8 +32,7 @@ from vidgen.training.data.config import Bucket
 from vidgen.training.data.probe import is_still
 from vidgen.training.data.select import Item
 from vidgen.weights.component import Role
-from vidgen.weights.folder import ModelFolder
-from vidgen.weights.hashes import hash_files
+from vidgen.weights.folder import ModelFolder, hash_files
 
 _KEPT = 4  # frames that the next item may begin before
 

@@ -19,7 +19,8 @@ from vidgen.training.engines.zero import share_out
 from vidgen.training.finetune.config import FinetuneConfig, SubjectSettings
 from vidgen.training.finetune.lora import inject
 from vidgen.weights.component import ExpertRole
-from vidgen.weights.folder import ForeignFolder, ModelFolder, open_model
+from vidgen.weights.folder import ForeignFolder, ModelFolder
+from vidgen.weights.layouts import open_model
 
 CHOSEN = {"high": EXPERTS[:1], "low": EXPERTS[1:], "both": EXPERTS}
 

@@ -28,9 +28,9 @@ from vidgen.training.finetune.lora import adapter_of, delta_norm, target_paths
 from vidgen.training.finetune.model import trained_roles
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.convert import convert
-from vidgen.weights.folder import ModelFolder, open_model
-from vidgen.weights.lora import Expert
-from vidgen.weights.lora_write import write_lora
+from vidgen.weights.folder import ModelFolder
+from vidgen.weights.layouts import open_model
+from vidgen.weights.lora import Expert, write_lora
 
 FOLDER = "output"
 """Where in the run's folder it lies."""

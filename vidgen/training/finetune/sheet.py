@@ -31,7 +31,7 @@ from vidgen.training.data.dataset import Dataset
 from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.model import LearnedToken
 from vidgen.weights.folder import ModelFolder
-from vidgen.weights.lora_write import write_lora
+from vidgen.weights.lora import write_lora
 
 SHOWN = 4
 """Frames of each clip on a sheet, evenly spread."""
