@@ -243,7 +243,7 @@ def http(_materials: Materials) -> None:
     """Make a clip and its continuation by the service, over the loopback interface."""
     from tests.services import Served
 
-    with Served(Path("toybox"), Path("data")) as served:
+    with Served(Path("toybox"), Path("served.data")) as served:
         made = served.create("a red car bounces", seed=7, num_frames=13, num_inference_steps=4)
         _fetch(served, made, "clip.mp4")
         after = {"prompt": "it goes on", "seconds": "1", "video": {"id": made["id"]}}
