@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -78,10 +79,10 @@ COMMANDS: dict[str, str] = {
                      "--reference %reference.png",
     "wan-experts": f"generate {CAR} --model %wan-t2v-a14b {WAN} --steps 6 --guidance 4 "
                    "--guidance-low 2",
-    "wan-converted": "convert %wan-t2v original --to wan\n"
-                     f"generate {CAR} --model original {WAN} --shift 3\n"
-                     "convert original ours --to vidgen\n"
-                     f"generate {CAR} --model ours {WAN} --shift 3 -o ours.mp4",
+    "wan-converted": "convert %wan-t2v wan.model --to wan\n"
+                     f"generate {CAR} --model wan.model {WAN} --shift 3\n"
+                     "convert wan.model own.model --to vidgen\n"
+                     f"generate {CAR} --model own.model {WAN} --shift 3 -o ours.mp4",
     "lora": f"generate {CAR} --model %wan-t2v {WAN} --lora %lora.safetensors:0.8",
     "lora-of-an-expert": f"generate {CAR} --model %wan-t2v-a14b {WAN} --steps 6 "
                          "--lora %lora.safetensors@low",
@@ -140,6 +141,16 @@ shots:
   - {id: still, prompt: a cat, frames: 1, in_film: false}
   - {id: three, prompt: a cat bounces, first_frame: {shot: still}, last_frame: {shot: one},
      transition: {type: wipe-left, duration: 0.3}}
+"""
+RUN = """\
+model: MODEL
+method: lora
+lora: {rank: 2}
+data: {folders: CLIPS, cache: clips.data, sizes: [64x64], frames: [9]}
+run: {folder: lora.run, steps: 4, batch_size: 2, device: cpu, dtype: fp32, log_every: 1,
+      validate_every: 4, optim: {lr: 1.0e-3, warmup_steps: 1}}
+validation: {sigmas: [0.3, 0.95], steps: 1, guidance: 1}
+output: {name: fine, ab_clips: 1}
 """
 
 
@@ -274,6 +285,18 @@ def suite(materials: Materials) -> None:
     _keep(figures=folder["figures"], clips=[each["figures"] for each in folder["clips"]])
 
 
+def finetuned(materials: Materials) -> None:
+    """Teach a tiny Wan model an adapter, and use it."""
+    model, clips = materials("wan-t2v"), materials("clips")
+    Path("run.yaml").write_text(RUN.replace("MODEL", str(model)).replace("CLIPS", str(clips)))
+    run(materials, "data cache -c run.yaml")
+    run(materials, "train -c run.yaml")
+    shutil.copy("lora.run/output/fine.safetensors", "fine.safetensors")
+    run(materials, f"generate {CAR} --model %wan-t2v {WAN} --lora fine.safetensors:20")
+    curve = _read_events("lora.run/curve.jsonl")
+    _keep(loss=[line["loss"] for line in curve if "loss" in line])
+
+
 def killed(materials: Materials) -> None:
     """Kill a clip while it is sampled and once more while it is written, and let it go on."""
     words = f"generate {CAR} --model %wan-t2v --frames 81 --size 32x32 --steps 60 --seed 7 " \
@@ -317,6 +340,7 @@ CASES: dict[str, Case] = {
     "film-of-takes": _film(FILM.replace("TAKES", "2")),
     "film-of-shots": _film(SHOTS),
     "suite": suite,
+    "finetuned": finetuned,
     "killed": killed,
 }
 """All that is made, by name."""

@@ -67,13 +67,22 @@ def _reference(path: Path) -> None:
     picture.save(path)
 
 
-def _clip(path: Path) -> None:
+def _clips(folder: Path) -> None:
+    """Write clips of two colours with captions, to learn from."""
+    folder.mkdir()
+    for name, colour in (("red", "#d03030"), ("blue", "#3040d0")):
+        for index in range(2):
+            _clip(folder / f"{name}{index}.mkv", colour, 40 * index)
+            (folder / f"{name}{index}.txt").write_text(f"a {name} ball moves right")
+
+
+def _clip(path: Path, colour: str = "#d03030", start: int = 0) -> None:
     """Write a lossless clip of a disc that moves to the right."""
     with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("ffv1", rate=Fraction(12))
         stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
         for index in range(FRAMES):
-            frame = av.VideoFrame.from_image(scene("#d03030", 6 * index))
+            frame = av.VideoFrame.from_image(scene(colour, start + 6 * index))
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -164,6 +173,7 @@ MATERIALS: dict[str, Callable[[Path], Any]] = {
     "reference.png": _reference,
     "mask.png": _mask,
     "clip.mkv": _clip,
+    "clips": _clips,
     "knocks.wav": _knocks,
     "lora.safetensors": _lora,
     "prompts.txt": _text("a red car bounces\na cat moves left\n"),
