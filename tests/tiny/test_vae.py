@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from train.toybox.tasks.channel_weights import channel_weights
+from train.toybox.vae import inflate
 from vidgen.core.errors import InputError
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE, VAEConfig
@@ -163,7 +164,7 @@ def test_latent_frames_lie_closer_at_a_finer_rate(rate):
     finer, longer = vae.encode(still, rate), vae.encode(still)
     assert finer.shape[2] == 1 + 32 * rate
     torch.testing.assert_close(finer[:, :, -1], longer[:, :, -1], rtol=0, atol=1e-5)
-    vae.inflate()
+    inflate(vae)
     latents = torch.randn(1, 4, 3, 4, 4)
     torch.testing.assert_close(
         vae.decode(latents, rate), vae.decode(latents)[:, :, ::rate], rtol=0, atol=1e-5
@@ -229,7 +230,7 @@ def test_latents_are_normalised_by_the_config():
 def test_inflated_weights_treat_each_frame_of_a_still_clip_alike(name):
     vae, still = make(name), random_video(1)
     picture = vae.decode(vae.encode(still))
-    vae.inflate()
+    inflate(vae)
     clip = vae.encode(still.expand(-1, -1, 9, -1, -1))
     torch.testing.assert_close(clip, vae.encode(still).expand_as(clip), rtol=0, atol=1e-5)
     decoded = vae.decode(clip)
@@ -238,7 +239,7 @@ def test_inflated_weights_treat_each_frame_of_a_still_clip_alike(name):
 
 def test_inflated_weights_still_learn():
     vae = make("shortcuts")
-    vae.inflate()
+    inflate(vae)
     video = random_video(17)
     (vae.decode_raw(vae.encode_moments(video)[0]) - video).square().mean().backward()
     for module in vae.modules():

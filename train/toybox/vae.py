@@ -33,6 +33,8 @@ from vidgen.core.runtime import choose_device
 from vidgen.media.grid import contact_sheet
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE
+from vidgen.models.vae_blocks import Downsample, Upsample
+from vidgen.ops.conv import CausalConv3d
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.optim import build_optimizers
 
@@ -120,6 +122,29 @@ TURNS = ("given", "drawn", "given", "drawn", "as it is")
 """How clips are encoded under `oversampling`, step by step; of no common measure with four."""
 
 
+@torch.no_grad()
+def inflate(vae: CausalVAE) -> None:
+    """Make weights trained on single frames ready for clips.
+
+    For one frame only the last temporal taps work, so all others are still random; left alone they
+    would wreck a trained picture. Zeroing them makes every frame pass as if alone. Upsampling
+    starts as repetition, so a latent frame decodes to a still clip right away, and downsampling as
+    the mean of the two frames it merges, which starts 0.9 dB above keeping the later one (inflation
+    as in Carreira & Zisserman 2017, with the image at the causal end).
+    """
+    for module in vae.modules():
+        if isinstance(module, CausalConv3d):
+            module.weight[:, :, :-1] = 0
+        elif isinstance(module, Downsample | Upsample) and module.time_conv is not None:
+            for parameter in module.time_conv.parameters():
+                nn.init.zeros_(parameter)
+            weight, same = module.time_conv.weight, torch.eye(module.time_conv.in_channels)
+            if isinstance(module, Downsample):
+                weight[:, :, 1:, 0, 0] = 0.5 * same[..., None]
+            else:
+                weight[:, :, -1, 0, 0] = same.repeat(2, 1)
+
+
 class VAETask:
     """Reconstruction of rendered clips."""
 
@@ -153,7 +178,7 @@ class VAETask:
         """Inflate temporal weights that only ever saw single frames; a released VAE's saw clips."""
         previous = self.config.run.phases[index - 1].num_frames if index else phase.num_frames
         if previous == 1 and phase.num_frames > 1 and not self.config.init:
-            self.vae.inflate()
+            inflate(self.vae)
             return True
         return False
 

@@ -96,18 +96,8 @@ def sample_ancestral(
     al. 2022, appendix). A fault of the model at one level isn't carried to the clip in full: fresh
     noise covers some of it, and later steps mend it.
 
-    Args:
-        denoise: as in `sample_euler`, and so is all else.
-        noisy: starting latents [B, C, F, h, w].
-        sigmas: [num_steps + 1].
-        fresh: the noise of each step but the last; None: `shuffled` from `noisy`, which is nothing
-            but noise then.
-        on_step: called after each step.
-        project: applied after each step.
-        resume: where an earlier run had come to.
-
-    Returns:
-        Clean latents [B, C, F, h, w], float32.
+    Arguments and result as in `sample_euler`; `fresh` gives the noise of each step but the last.
+    None: `shuffled` from `noisy`, which is nothing but noise then.
     """
     step = partial(_ancestral_step, fresh or partial(shuffled, noisy.float()))
     return _integrate(step, denoise, noisy, _levels(sigmas), on_step, project, resume)
@@ -298,46 +288,39 @@ def sample_with_scheduler(
     starting latents and every velocity so far, and resuming replays them without the model.
 
     Args:
-        denoise: as in `sample_euler`.
+        denoise: as in `sample_euler`, and so are `on_step`, `project`, `resume` and the result.
         noisy: starting latents [B, C, F, h, w], at `scheduler_sigmas(...)[0]`.
         scheduler: diffusers' object; its state is overwritten.
         num_steps: steps of a run from pure noise.
         strength: starts later below 1, see `make_sigmas`.
         generator: for schedulers that draw noise at each step; freshly seeded when resuming, too.
-        on_step: as in `sample_euler`.
-        project: as in `sample_euler`.
-        resume: as in `sample_euler`.
-
-    Returns:
-        Clean latents [B, C, F, h, w], float32.
+        on_step: see there.
+        project: see there.
+        resume: see there.
 
     Raises:
         InputError: see `scheduler_sigmas`.
     """
     levels = scheduler_sigmas(scheduler, num_steps, strength=strength).tolist()
-    steps = len(levels) - 1
-    first = len(scheduler.timesteps) - steps
+    first = len(scheduler.timesteps) - (len(levels) - 1)
     scheduler.set_begin_index(first)
-    start, *velocities = resume.history if resume else (noisy.float(),)
     draws = "generator" in inspect.signature(scheduler.step).parameters
     noise_source = {"generator": generator} if draws else {}
-    latents = start
-    for i in range(steps):
-        known = i < len(velocities)
-        if not known:
-            velocities.append(denoise(latents, _batch_sigma(levels[i], latents)).float())
-        before = latents
+
+    def step(
+        _: list[float], i: int, latents: Tensor, velocity: Tensor, history: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         timestep = scheduler.timesteps[first + i]
-        latents = scheduler.step(
-            velocities[i], timestep, before, return_dict=False, **noise_source
-        )[0].float()
+        made = scheduler.step(velocity, timestep, latents, return_dict=False, **noise_source)[0]
+        return (made.float(), *history, velocity)
+
+    start, *velocities = resume.history if resume else (noisy.float(),)
+    latents = start
+    for i, velocity in enumerate(velocities):
+        latents = step(levels, i, latents, velocity, ())[0]
         latents = project(latents) if project else latents
-        if on_step and not known:
-            denoised = denoised_of(before, velocities[i], levels[i])
-            denoised = project(denoised) if project else denoised
-            state = SamplerState(i + 1, latents, (start, *velocities))
-            on_step(StepInfo(steps, levels[i], levels[i + 1], denoised, state))
-    return latents
+    state = SamplerState(len(velocities), latents, (start, *velocities))
+    return _integrate(step, denoise, noisy, levels, on_step, project, state)
 
 
 def _levels(sigmas: Tensor) -> list[float]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vidgen.ops.conv import StreamCache
+from vidgen.ops.latents import check_statistics
 
 NOISE_FRAMES = 4096
 """After which the noise repeats, 16 s; a table of them is kept."""
@@ -98,12 +99,7 @@ class AudioVAEConfig:
             raise ValueError(
                 f"gains_per_frame {self.gains_per_frame} must be 0 or divide the hop of {self.hop}"
             )
-        for name in ("latents_mean", "latents_std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.latent_channels:
-                raise ValueError(
-                    f"{name} has {len(values)} values for {self.latent_channels} channels"
-                )
+        check_statistics(self)
 
     @property
     def samples_per_token(self) -> int:

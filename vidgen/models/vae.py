@@ -21,9 +21,14 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError
 from vidgen.core.shapes import Strides, VideoShape
-from vidgen.models.vae_blocks import Downsample, DownStage, MidBlock, Upsample, UpStage
+from vidgen.models.vae_blocks import DownStage, MidBlock, Upsample, UpStage
 from vidgen.ops.conv import CausalConv3d, StreamCache, channels_last
-from vidgen.ops.latents import NormalizedLatents, patchify_pixels, unpatchify_pixels
+from vidgen.ops.latents import (
+    NormalizedLatents,
+    check_statistics,
+    patchify_pixels,
+    unpatchify_pixels,
+)
 from vidgen.ops.norm import ChannelRMSNorm
 
 
@@ -71,12 +76,7 @@ class VAEConfig:
                 f"temporal_downsample has {len(self.temporal_downsample)} entries, "
                 f"but {len(self.channel_mults)} stages have {len(self.channel_mults) - 1} between"
             )
-        for name in ("latents_mean", "latents_std"):
-            values = getattr(self, name)
-            if values is not None and len(values) != self.latent_channels:
-                raise ValueError(
-                    f"{name} has {len(values)} values for {self.latent_channels} latent channels"
-                )
+        check_statistics(self)
         if self.latents_std is not None and min(self.latents_std) <= 0:
             raise ValueError(f"latents_std must be positive, not {min(self.latents_std)}")
         if self.stage_shortcuts:
@@ -268,18 +268,15 @@ class CausalVAE(NormalizedLatents, nn.Module):
         """Video [B, 3, T, H, W], not clamped, of normalised latents [B, C, F, h, w]."""
         return self.decode_raw(self.denormalize(latents), oversampling)
 
-    def _encode(
-        self, video: Tensor, finer: tuple[bool, ...], cache: StreamCache | None
-    ) -> Tensor:
+    def _encode(self, video: Tensor, finer: tuple[bool, ...], cache: StreamCache | None) -> Tensor:
         x = patchify_pixels(video, self.config.patch_size)
         return self.encoder(channels_last(x), finer, cache)
 
     def _decode(
         self, latents: Tensor, finer: tuple[bool, ...], cache: StreamCache | None
     ) -> Tensor:
-        return unpatchify_pixels(
-            self.decoder(channels_last(latents), finer, cache), self.config.patch_size
-        )
+        patches = self.decoder(channels_last(latents), finer, cache)
+        return unpatchify_pixels(patches, self.config.patch_size)
 
     @torch.no_grad()
     def stream_encode(
@@ -328,9 +325,7 @@ class CausalVAE(NormalizedLatents, nn.Module):
                 position += 1
                 yield group
         if held:
-            raise InputError(
-                f"{len(held)} frames left over: a clip has 1 mod {each} frames"
-            )
+            raise InputError(f"{len(held)} frames left over: a clip has 1 mod {each} frames")
 
     @torch.no_grad()
     def stream_decode(
@@ -363,9 +358,7 @@ class CausalVAE(NormalizedLatents, nn.Module):
         frame; the first and the last frame of a group reach differently far, so all are tried.
         """
         t, far = self.strides.t // oversampling, 10_000
-        earliest = min(
-            self._earliest_latent(far * t - phase, oversampling) for phase in range(t)
-        )
+        earliest = min(self._earliest_latent(far * t - phase, oversampling) for phase in range(t))
         return far - earliest + 1
 
     def _earliest_latent(self, frame: int, oversampling: int) -> int:
@@ -382,20 +375,3 @@ class CausalVAE(NormalizedLatents, nn.Module):
             elif isinstance(module, CausalConv3d) and module not in inside:
                 frame -= module.num_history
         return frame
-
-    @torch.no_grad()
-    def inflate(self) -> None:
-        """Make weights trained on single frames ready for clips.
-
-        For one frame only the last temporal taps work, so all others are still random; left alone
-        they would wreck a trained picture. Zeroing them makes every frame pass as if alone.
-        Upsampling starts as repetition, so a latent frame decodes to a still clip right away, and
-        downsampling as the mean of the two frames it merges, which starts 0.9 dB above keeping the
-        later one (inflation as in Carreira & Zisserman 2017, with the image at the causal end).
-        """
-        for module in self.modules():
-            if isinstance(module, CausalConv3d):
-                module.forget_history()
-        for module in self.modules():
-            if isinstance(module, (Downsample, Upsample)):
-                module.inflate()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vidgen.ops.attention import attention
@@ -114,16 +115,6 @@ class Downsample(nn.Module):
         assert self.time_conv is not None
         return convolve(self.time_conv, _with_middles(x) if finer else x)
 
-    @torch.no_grad()
-    def inflate(self) -> None:
-        """Start temporal downsampling as the mean of the two frames that a latent frame adds."""
-        if self.time_conv is not None:
-            for parameter in self.time_conv.parameters():
-                nn.init.zeros_(parameter)
-            self.time_conv.weight[:, :, 1:, 0, 0] = (
-                0.5 * torch.eye(self.time_conv.in_channels)[..., None]
-            )
-
 
 def _with_middles(x: Tensor) -> Tensor:
     """[B, C, 1 + k, H, W] -> [B, C, 1 + 2k, H, W]: between each two frames their mean."""
@@ -183,16 +174,6 @@ class Upsample(nn.Module):
         odd = torch.stack([c[:, 1:, :-1], d[:, 1:, 1:]], dim=3)
         return torch.stack([even, odd], dim=2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
-    @torch.no_grad()
-    def inflate(self) -> None:
-        """Start temporal upsampling as repetition: both new frames equal their source."""
-        if self.time_conv is not None:
-            for parameter in self.time_conv.parameters():
-                nn.init.zeros_(parameter)
-            self.time_conv.weight[:, :, -1, 0, 0] = torch.eye(self.time_conv.in_channels).repeat(
-                2, 1
-            )
-
 
 def _fold(weight: Tensor) -> Tensor:
     """Axis 3's three taps on pixels repeated twice as two on the pixels; a new axis 0: phases."""
@@ -212,9 +193,9 @@ class MeanDown(nn.Module):
         """[B, C_in, T, H, W] -> [B, C_out, T', H / factor_hw, W / factor_hw]."""
         t, s = self.factor_t, self.factor_hw
         x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % t, 0))
-        B, C, T, H, W = x.shape
-        x = x.reshape(B, C, T // t, t, H // s, s, W // s, s).permute(0, 1, 3, 5, 7, 2, 4, 6)
-        return x.reshape(B, self.out_channels, -1, T // t, H // s, W // s).mean(2)
+        x = rearrange(x, "B C (T t) (H s) (W r) -> B (C t s r) T H W", t=t, s=s, r=s)
+        mean: Tensor = x.unflatten(1, (self.out_channels, -1)).mean(2)
+        return mean
 
 
 class RepeatUp(nn.Module):
@@ -231,10 +212,8 @@ class RepeatUp(nn.Module):
         `first` says that x starts the clip, whose first frame gives one frame only.
         """
         t, s = self.factor_t, self.factor_hw
-        B, _, T, H, W = x.shape
         x = x.repeat_interleave(self.repeats, dim=1)
-        x = x.reshape(B, self.out_channels, t, s, s, T, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)
-        x = x.reshape(B, self.out_channels, T * t, H * s, W * s)
+        x = rearrange(x, "B (C t s r) T H W -> B C (T t) (H s) (W r)", t=t, s=s, r=s)
         return x[:, :, t - 1 :] if first else x
 
 
@@ -250,12 +229,7 @@ class DownStage(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_blocks: int,
-        resample: str | None,
-        *,
+        self, in_channels: int, out_channels: int, num_blocks: int, resample: str | None, *,
         shortcut: bool,
     ) -> None:
         super().__init__()
@@ -292,12 +266,7 @@ class UpStage(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_blocks: int,
-        resample: str | None,
-        *,
+        self, in_channels: int, out_channels: int, num_blocks: int, resample: str | None, *,
         shortcut: bool,
     ) -> None:
         super().__init__()

@@ -232,11 +232,6 @@ class CausalConv3d(nn.Conv3d):
             return F.pad(x, (0, 0, 0, 0, self.num_history - x.shape[2], 0))
         return torch.cat([before[:, :, x.shape[2] :], x], 2)
 
-    @torch.no_grad()
-    def forget_history(self) -> None:
-        """Zero the taps on earlier frames: each output frame then depends on its own frame only."""
-        self.weight[:, :, :-1] = 0
-
 
 def conv_block(dim: int, out: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution, batch norm, ReLU."""

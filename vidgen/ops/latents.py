@@ -27,6 +27,16 @@ class LatentConfig(Protocol):
         """[C], what normalised latents are divided by; None: ones."""
 
 
+def check_statistics(config: LatentConfig) -> None:
+    """Raise ValueError unless statistics have a value for each channel."""
+    for name in ("latents_mean", "latents_std"):
+        values = getattr(config, name)
+        if values is not None and len(values) != config.latent_channels:
+            raise ValueError(
+                f"{name} has {len(values)} values for {config.latent_channels} latent channels"
+            )
+
+
 class NormalizedLatents:
     """Mixin of a module with such a `config`; latents are [B, C, ...]."""
 
