@@ -30,7 +30,7 @@ from vidgen.media.checks import ClipChecker, Finding
 from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
-from vidgen.pipeline.video import to_frames
+from vidgen.pipeline.codec import to_frames
 
 FPS = Fraction(12)
 Plant = Callable[[Any, float], Any]

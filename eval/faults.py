@@ -42,7 +42,7 @@ from vidgen.media.clip import Clip
 from vidgen.media.onsets import find_onsets
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
-from vidgen.pipeline.video import to_frames
+from vidgen.pipeline.codec import to_frames
 
 FPS = Fraction(12)
 RANKED = 0.9

@@ -45,7 +45,7 @@ from vidgen.pipeline import video
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long import extend
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
-from vidgen.pipeline.tasks import makes_sound
+from vidgen.pipeline.plan import makes_sound
 
 def status(key):
     with open("/proc/self/status") as file:
@@ -181,7 +181,7 @@ def main() -> None:
 
     from vidgen.core.runtime import atomic_write, best_dtype, fingerprint
     from vidgen.pipeline.budget.calibration import cached_calibration, calibrate
-    from vidgen.pipeline.parts import DTYPES
+    from vidgen.pipeline.loader import DTYPES
 
     torch.set_num_threads(args.threads or 1)
     device = torch.device("cpu")

@@ -39,7 +39,7 @@ from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
 from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
-from vidgen.pipeline.video import to_frames
+from vidgen.pipeline.codec import to_frames
 
 PACKAGES = (
     "torch==2.13.0", "torchvision==0.28.0", "numpy==1.26.4", "opencv-python-headless==4.11.0.86",

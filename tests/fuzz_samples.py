@@ -20,8 +20,8 @@ from tests.models import build_tiny_model
 from tests.wan_models import build_diffusers, build_original
 from vidgen.media.types import ClipInfo, Segment
 from vidgen.media.write import write_clip
+from vidgen.pipeline.engine import load
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.video import load
 from vidgen.weights.load import save_module
 from vidgen.weights.lora import write_lora
 from vidgen.weights.lora_dialects import DIALECTS

@@ -44,11 +44,11 @@ from vidgen.media.read import load_image
 from vidgen.media.sound import read_sound
 from vidgen.media.video_reader import VideoReader
 from vidgen.models.tokenizer import PromptTokenizer
+from vidgen.pipeline.engine import load
 from vidgen.pipeline.inputs import noise_file, read_mask
 from vidgen.pipeline.journal.job import job_facts, read_arrays, read_job, read_segment, segment_path
 from vidgen.pipeline.policy import WordList
 from vidgen.pipeline.restore import restore_inputs
-from vidgen.pipeline.video import load
 from vidgen.training.config import RunConfig
 from vidgen.training.data import texts
 from vidgen.training.data.probe import probe_file

@@ -24,7 +24,7 @@ from vidgen.weights.layouts import open_model
 from vidgen.weights.load import save_module
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.engine import Engine
 
 CAPTIONS = ("a red car bounces across the desert at night", "a cat moves left over the meadow")
 TASKS = ("text", "image", "last-image", "frames", "extend", "mask", "video", "reference")

@@ -9,7 +9,7 @@ import pytest
 
 from vidgen.core.errors import Cancelled
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.video import Progress, Stage
+from vidgen.pipeline.types import Progress, Stage
 
 OnEvent = Callable[[Progress], None]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
+    from vidgen.pipeline.engine import load
     from vidgen.pipeline.journal.journal import Journal
-    from vidgen.pipeline.video import load
     from vidgen.story.script import Script
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ _HOMES = {
     "Journal": "vidgen.pipeline.journal.journal",
     "Request": "vidgen.core.request",
     "Script": "vidgen.story.script",
-    "load": "vidgen.pipeline.video",
+    "load": "vidgen.pipeline.engine",
 }
 
 

@@ -25,7 +25,7 @@ from vidgen.cli.main import ExitCode, parser_of
 from vidgen.cli.report import Report
 from vidgen.core.errors import OutputError
 from vidgen.core.runtime import atomic_write, check_output
-from vidgen.pipeline.workers.scheduler import Staff
+from vidgen.pipeline.workers.types import Staff
 
 DESCRIPTION = "Score a model. A killed run goes on where it stopped when called again."
 NOT_OF_BENCHMARK = {"output", "overwrite", "json", "events", "sheet", "workers", "ray", "threads"}

@@ -30,22 +30,17 @@ from typing import Any
 from PIL import Image
 
 from eval.toybox.judge import Judge, embedded_judge
+from train.toybox.world.cast import RESERVED_SPRITES, SPRITE_NAMES
 from train.toybox.world.render import render
-from train.toybox.world.scenes import (
-    RESERVED_SPRITES,
-    SPRITE_NAMES,
-    Actor,
-    Scene,
-    is_held_out,
-    times_in,
-)
+from train.toybox.world.scenes import Actor, Scene, is_held_out, times_in
 from vidgen.core.errors import exit_code
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
 from vidgen.evaluation.statistics import Rate
 from vidgen.media.clip import Clip
-from vidgen.pipeline.inputs import as_video
-from vidgen.pipeline.video import load, to_frames
-from vidgen.pipeline.workers.scheduler import Staff, settle_threads
+from vidgen.pipeline.codec import as_video, to_frames
+from vidgen.pipeline.engine import load
+from vidgen.pipeline.workers.scheduler import settle_threads
+from vidgen.pipeline.workers.types import Staff
 from vidgen.story.plan import plan_film
 from vidgen.story.render import Renderer, Store
 from vidgen.story.script import Script

@@ -24,11 +24,12 @@ from vidgen.diffusion.oversampling import Pace
 from vidgen.diffusion.state import LatentState
 from vidgen.evaluation.generation import read_prompts, sampled, text_contexts
 from vidgen.media.clip import Clip
-from vidgen.pipeline.inputs import Inputs, as_video
+from vidgen.pipeline.codec import as_video, to_frames
+from vidgen.pipeline.engine import Engine, load
+from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.extend import LongClip
 from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, window_size
-from vidgen.pipeline.plan import Plan
-from vidgen.pipeline.video import Engine, load, to_frames
+from vidgen.pipeline.types import Plan
 
 WAYS = ("pixels", "latents", "held", "anchored", "rolled")
 TRUTH = "truth"

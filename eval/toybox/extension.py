@@ -47,7 +47,8 @@ from vidgen.evaluation.statistics import Rate, mean_interval
 from vidgen.media.grid import contact_sheet
 from vidgen.pipeline.long.extend import COLOUR_HOLD
 from vidgen.pipeline.long.tail import ANCHOR_TASK, OVERLAP
-from vidgen.pipeline.workers.scheduler import Job, Patience, Staff, run_jobs, settle_threads
+from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
+from vidgen.pipeline.workers.types import Job, Patience, Staff
 
 COLOURS = {TRUTH: "#888888", "pixels": "#d62728", "latents": "#1f77b4", "held": "#2ca02c",
            "anchored": "#9467bd", "rolled": "#ff7f0e"}

@@ -24,8 +24,8 @@ from vidgen.core.runtime import atomic_write
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.media.write import write_clip
-from vidgen.pipeline.inputs import as_video
-from vidgen.pipeline.video import Engine, load
+from vidgen.pipeline.codec import as_video
+from vidgen.pipeline.engine import Engine, load
 
 LIMIT = 1_500_000
 """Bytes of all clips together: they travel with every checkout."""

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.toybox.world.scenes import CAMERAS, MOTIONS, PLACES, SPRITES, WORLD_VERSION
+from train.toybox.world.cast import SPRITES
+from train.toybox.world.scenes import CAMERAS, MOTIONS, PLACES, WORLD_VERSION
 from vidgen.core.errors import ModelError
 from vidgen.core.runtime import sha256_file
 from vidgen.ops.conv import Residual, conv_block

@@ -45,8 +45,8 @@ from vidgen.core.runtime import atomic_write, check_output, fingerprint
 from vidgen.evaluation.generation import generate_batch, round_trip
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, mean_interval, paired_interval
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.video import Engine, load
 
 FRAMES, SIDE = 5, 32
 NEXT = 50

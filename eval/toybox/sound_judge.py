@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from eval.toybox.judge import ASSETS, NOTHING, JudgeFiles, config_of_this_world, ranked
 from train.toybox.mel import log_mel
 from train.toybox.world.ambience import LAYERS
+from train.toybox.world.cast import SPRITES
 from train.toybox.world.cues import SAMPLE_RATE
-from train.toybox.world.scenes import SPRITES, WORLD_VERSION
+from train.toybox.world.scenes import WORLD_VERSION
 from vidgen.core.errors import InputError
 from vidgen.ops.conv import conv_block
 from vidgen.weights.load import load_module

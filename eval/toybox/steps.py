@@ -44,18 +44,14 @@ from vidgen.media.cells import psnr, ssim
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.pipeline.experts import NO_LORAS
+from vidgen.pipeline.codec import to_frames
+from vidgen.pipeline.denoise import denoising
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.levels import sigmas_of
-from vidgen.pipeline.networks import denoising
-from vidgen.pipeline.step_caches import (
-    THRESHOLDS,
-    make_caches,
-    measure_magnitudes,
-    read_magnitudes,
-    write_magnitudes,
-)
-from vidgen.pipeline.video import Engine, load, to_frames
+from vidgen.pipeline.measure import measure_magnitudes
+from vidgen.pipeline.step_caches import THRESHOLDS, make_caches, read_magnitudes, write_magnitudes
+from vidgen.pipeline.types import NO_LORAS
 
 LEVELS = {
     "first-block": (0.05, 0.1, 0.15, 0.2, 0.3, 0.45),

@@ -24,7 +24,7 @@ from vidgen.core.errors import InputError, ModelError, exit_code
 from vidgen.core.runtime import atomic_write, fingerprint
 from vidgen.core.shapes import check_count
 from vidgen.evaluation.score_log import ScoreLog
-from vidgen.pipeline.video import Engine, load
+from vidgen.pipeline.engine import Engine, load
 
 
 def main() -> int:

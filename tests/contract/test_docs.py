@@ -241,7 +241,8 @@ def test_the_model_page_gives_the_real_sizes():
 
 
 def test_the_toybox_page_names_all_there_is():
-    from train.toybox.world.scenes import MOTIONS, PLACES, RELATIONS, SPRITES, TIMES, WEATHERS
+    from train.toybox.world.cast import SPRITES
+    from train.toybox.world.scenes import MOTIONS, PLACES, RELATIONS, TIMES, WEATHERS
     from train.toybox.world.truth import Event
 
     page = (ROOT / "docs/lab/toybox.md").read_text()

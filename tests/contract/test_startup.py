@@ -57,7 +57,7 @@ def test_the_public_names_load_on_first_use():
 
 
 def test_the_embedded_models_path_loads_neither_diffusers_nor_transformers():
-    assert loaded("import vidgen.pipeline.video") & {"diffusers", "transformers"} == set()
+    assert loaded("import vidgen.pipeline.engine") & {"diffusers", "transformers"} == set()
 
 
 def test_an_unknown_public_name_is_an_attribute_error():

@@ -9,8 +9,8 @@ from eval.toybox.suite.judging import grade
 from train.toybox.world.captions import prompts
 from vidgen.core.request import Request
 from vidgen.evaluation.generation import generate_batch
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.video import Engine, load
 
 
 @pytest.fixture(scope="module")

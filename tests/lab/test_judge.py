@@ -37,8 +37,9 @@ from train.toybox.tasks.judge_data import (
     mash,
     to_bytes,
 )
+from train.toybox.world.cast import RESERVED_SPRITES
 from train.toybox.world.render import render
-from train.toybox.world.scenes import RESERVED_SPRITES, Actor, Scene
+from train.toybox.world.scenes import Actor, Scene
 from vidgen.core.config import build, dump
 from vidgen.core.errors import InputError, ModelError
 from vidgen.training.config import RunConfig

@@ -16,9 +16,10 @@ from train.toybox.world.captions import (
     texts_in,
     words_in,
 )
+from train.toybox.world.cast import SPRITE_NAMES, SPRITES
 from train.toybox.world.grammar import directions, inflect
 from train.toybox.world.paraphrase import EFFECTS, MAX_WORDS, compose, loose_caption
-from train.toybox.world.scenes import SPRITE_NAMES, SPRITES, Draws, SceneMix, sample_scenes
+from train.toybox.world.scenes import Draws, SceneMix, sample_scenes
 from train.toybox.world.slips import misspell, recase, strange_word
 from train.toybox.world.thesaurus import loose_names, loose_vocabulary, paraphrases
 from vidgen.models.tokenizer import PromptTokenizer

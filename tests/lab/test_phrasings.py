@@ -7,15 +7,8 @@ import pytest
 
 from eval.toybox.suite.phrasings import read_phrasings
 from train.toybox.world.captions import caption, nouns, vocabulary
-from train.toybox.world.scenes import (
-    CAMERAS,
-    MOTIONS,
-    PLACES,
-    SEED_RANGES,
-    SPRITE_NAMES,
-    is_held_out,
-    is_valid,
-)
+from train.toybox.world.cast import SPRITE_NAMES
+from train.toybox.world.scenes import CAMERAS, MOTIONS, PLACES, SEED_RANGES, is_held_out, is_valid
 from vidgen.core.errors import InputError
 
 ALL = read_phrasings(200)

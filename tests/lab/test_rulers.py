@@ -16,8 +16,9 @@ from eval.toybox.rulers.physics import fit_arcs, measure_fall
 from eval.toybox.rulers.sync import sync_intervals
 from eval.toybox.rulers.tracking import Sighting, sightings
 from eval.toybox.suite.items import matched_triples
+from train.toybox.world.cast import SPRITES
 from train.toybox.world.render import render
-from train.toybox.world.scenes import SEED_RANGES, SPRITES, Scene, compose_scene, is_held_out
+from train.toybox.world.scenes import SEED_RANGES, Scene, compose_scene, is_held_out
 from train.toybox.world.truth import ground_truth
 
 SEED = SEED_RANGES["dev"][0] + 4321

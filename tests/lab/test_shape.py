@@ -7,17 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from eval.toybox.rulers.shape import ANGLES, drawings_of, shape_fit, stranger
+from train.toybox.world.cast import RESERVED_SPRITES, SPRITE_NAMES, SPRITES
 from train.toybox.world.render import render
-from train.toybox.world.scenes import (
-    DIRECTIONS_FOR,
-    MOTIONS,
-    RESERVED_SPRITES,
-    SPRITE_NAMES,
-    SPRITES,
-    Actor,
-    Scene,
-    sample_scenes,
-)
+from train.toybox.world.scenes import DIRECTIONS_FOR, MOTIONS, Actor, Scene, sample_scenes
 
 SIZE = (17, 96, 96)
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from eval.toybox.suite.run import SHEET_FRAMES, _split
+from eval.toybox.suite.run import _split
 from eval.toybox.suite.summary import reached, summarise, truth
 from eval.toybox.suite.table import table
+from eval.toybox.suite.work import SHEET_FRAMES
 from train.toybox.world.scenes import Actor, Scene
 from vidgen.evaluation.statistics import Rate
 

@@ -13,6 +13,7 @@ from train.toybox.world.captions import (
     prompts,
     vocabulary,
 )
+from train.toybox.world.cast import SPRITES
 from train.toybox.world.scenes import (
     AMBIENCES,
     CAMERAS,
@@ -21,7 +22,6 @@ from train.toybox.world.scenes import (
     PLACES,
     RELATIONS,
     SEED_RANGES,
-    SPRITES,
     TIMES,
     WEATHERS,
     Actor,

@@ -31,7 +31,7 @@ from train.toybox.tasks.wider import with_wider_encoder
 from train.toybox.world.scenes import is_held_out, sample_scenes
 from vidgen.core.errors import InputError, ModelError
 from vidgen.models.words import read_synonyms
-from vidgen.pipeline.video import load
+from vidgen.pipeline.engine import load
 from vidgen.training.config import Phase, RunConfig
 from vidgen.weights.folder import StudentConfig
 from vidgen.weights.layouts import open_model

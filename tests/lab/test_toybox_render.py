@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from train.toybox.world.cast import SPRITES
 from train.toybox.world.render import render
 from train.toybox.world.scenes import (
     PLACES,
-    SPRITES,
     Actor,
     Scene,
     SceneMix,

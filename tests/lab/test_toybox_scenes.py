@@ -3,14 +3,12 @@ import math
 import numpy as np
 import pytest
 
+from train.toybox.world.cast import RESERVED_SPRITES, SPRITE_NAMES, SPRITES
 from train.toybox.world.motion import Clock, actor_tracks, camera_track, frame_sides
 from train.toybox.world.scenes import (
     MOTIONS,
     PLACES,
-    RESERVED_SPRITES,
     SEED_RANGES,
-    SPRITE_NAMES,
-    SPRITES,
     Actor,
     Scene,
     SceneMix,

@@ -9,16 +9,9 @@ import pytest
 import torch
 
 from train.toybox.world.ambience import LAYERS, ambience_of, ambient_sound
+from train.toybox.world.cast import SPRITES
 from train.toybox.world.cues import SAMPLE_RATE, sound_cues
-from train.toybox.world.scenes import (
-    PLACES,
-    SPRITES,
-    Actor,
-    Scene,
-    compose_scene,
-    sample_scenes,
-    times_in,
-)
+from train.toybox.world.scenes import PLACES, Actor, Scene, compose_scene, sample_scenes, times_in
 from train.toybox.world.sound import impact_sound, synthesize
 from train.toybox.world.truth import events, ground_truth
 from train.toybox.world.voices import VOICES, Call, Drone

@@ -25,18 +25,12 @@ from train.toybox.tasks.verifier_data import (
     named_frames,
     told_of,
 )
+from train.toybox.world.cast import SPRITE_NAMES, SPRITES
 from train.toybox.world.render import render
-from train.toybox.world.scenes import (
-    SPRITE_NAMES,
-    SPRITES,
-    TINTS,
-    Scene,
-    SceneMix,
-    sample_scenes,
-)
+from train.toybox.world.scenes import TINTS, Scene, SceneMix, sample_scenes
 from vidgen.core.config import dump
 from vidgen.models.verifier import Verifier, VerifierConfig
-from vidgen.pipeline.video import Engine, load
+from vidgen.pipeline.engine import Engine, load
 from vidgen.training.checkpoint import load_averages
 from vidgen.weights.load import save_module
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from vidgen.core.errors import InputError
-from vidgen.pipeline.video import load
+from vidgen.pipeline.engine import load
 
 PROMPT = "a red car bounces across the desert"
 

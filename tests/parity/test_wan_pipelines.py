@@ -32,7 +32,7 @@ from vidgen.core.shapes import LatentShape
 from vidgen.diffusion.noise import draw_noise
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
-from vidgen.pipeline.video import load
+from vidgen.pipeline.engine import load
 
 PROMPT, NEGATIVE = "a red car bounces across the desert", "blurred &amp; grey"
 FRAMES, SIZE, SEED, STEPS = 9, 32, 7, 4

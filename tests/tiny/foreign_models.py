@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from tests.tiny.foreign_parts import WIDTH, clip_text, flow, image_vae, t5, train_tokenizer
-from vidgen.pipeline.foreign.engine import ForeignEngine
+from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
 from vidgen.weights.folder import ForeignFolder
 from vidgen.weights.layouts import open_model
 

@@ -16,10 +16,10 @@ from tests.stopping import stop_at
 from tests.tiny.audio_models import BUILDERS
 from vidgen.cli.main import main
 from vidgen.core.errors import Cancelled, InputError, ModelError
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.sound.audio_model import LENGTHS, AudioModel, open_audio_model
-from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car"
 OPTIONS = {"seed": 3, "frames": 17, "steps": 1}

@@ -24,13 +24,13 @@ from vidgen.evaluation.generation import generate_batch
 from vidgen.pipeline.bound import VERIFIER, told_apart
 from vidgen.pipeline.budget.preflight import preflight
 from vidgen.pipeline.candidates import with_verifier
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
-from vidgen.pipeline.video import Engine, load
 from vidgen.weights.folder import RollConfig, StudentConfig
 
 TWO, ONE = "a red car chases the cat", "a red car bounces"

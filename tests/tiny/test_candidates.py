@@ -24,13 +24,13 @@ from vidgen.evaluation.generation import generate_batch
 from vidgen.models.verifier import Verifier, Want, score
 from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.candidates import anew, verify_video, wanted, with_verifier
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.job import TRIED, job_folder
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
-from vidgen.pipeline.video import Engine, load
 from vidgen.weights.convert import convert
 from vidgen.weights.folder import ModelFolder, RollConfig, StudentConfig
 from vidgen.weights.layouts import open_model

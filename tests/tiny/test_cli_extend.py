@@ -18,8 +18,8 @@ from vidgen.media.manifest import read_marks
 from vidgen.media.probe import read_recipe
 from vidgen.media.sound import read_sound
 from vidgen.media.video_reader import VideoReader
+from vidgen.pipeline.engine import load
 from vidgen.pipeline.long.continuation import own_options
-from vidgen.pipeline.video import load
 
 PROMPT = "a red car bounces across the desert"
 extend = partial(vidgen, "extend")

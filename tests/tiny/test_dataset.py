@@ -22,9 +22,9 @@ from vidgen.core.runtime import best_dtype
 from vidgen.media.clip import Clip
 from vidgen.models.image import prepare_image
 from vidgen.models.tokenizer import PromptTokenizer
+from vidgen.pipeline.codec import encode_pixels
 from vidgen.pipeline.inputs import pixels_of
-from vidgen.pipeline.networks import encode_pixels
-from vidgen.pipeline.parts import DTYPES, Parts
+from vidgen.pipeline.loader import DTYPES, Parts
 from vidgen.pipeline.prompts import PromptEncoder
 from vidgen.training.data import cache as caching
 from vidgen.training.data.cache import make_cache

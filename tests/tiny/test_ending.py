@@ -23,7 +23,7 @@ from vidgen.media.ending import ENDING, read_ending
 from vidgen.media.probe import read_recipe
 from vidgen.media.types import ClipInfo
 from vidgen.media.video_reader import VideoReader
-from vidgen.pipeline.video import Engine, load
+from vidgen.pipeline.engine import Engine, load
 
 KEEPING = ("-movflags", "use_metadata_tags", "-c:a", "copy")  # of metadata, as mp4 is told to
 

@@ -14,7 +14,7 @@ import pytest
 from tests.lora_models import make_adapter
 from tests.models import add_low_expert, build_tiny_model
 from vidgen.media.clip import Clip
-from vidgen.pipeline.video import Engine, load
+from vidgen.pipeline.engine import Engine, load
 from vidgen.weights.folder import StudentConfig, record_files
 from vidgen.weights.lora import write_lora
 from vidgen.weights.student import STUDENT, write_student

@@ -19,12 +19,12 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
-from vidgen.pipeline.devices import stretches
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.long import extend
 from vidgen.pipeline.long.extend import LongClip, hold_colours, long_clip
 from vidgen.pipeline.long.tail import colours_of, make_tail, read_tail, split_windows
+from vidgen.pipeline.parallel import stretches
 from vidgen.pipeline.recipe import make_recipe
-from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car bounces across the desert"
 FIRST = 5  # latent frames of the tiny model's window

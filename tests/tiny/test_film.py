@@ -18,8 +18,8 @@ from vidgen.cli.main import main
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.pipeline.bound import VERIFIER
+from vidgen.pipeline.engine import load
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.video import load
 from vidgen.story.plan import plan_film
 from vidgen.story.script import Script
 from vidgen.weights.layouts import open_model

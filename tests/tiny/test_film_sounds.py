@@ -17,7 +17,7 @@ from tests.tiny.audio_models import stable_audio_3
 from vidgen.cli.main import main
 from vidgen.media.probe import read_recipe
 from vidgen.media.sound import read_sound
-from vidgen.pipeline.foreign.pipe import ForeignPipe
+from vidgen.pipeline.diffusers_backend.pipe import ForeignPipe
 from vidgen.pipeline.sound.audio_model import AudioModel
 
 FILM = """\

@@ -25,7 +25,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import sha256_file
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.pipeline.video import load
+from vidgen.pipeline.engine import load
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.finetune import output as finetune_output
 from vidgen.training.finetune.output import Made, NoEffect, choose_checkpoint, export

@@ -15,9 +15,9 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion.oversampling import finer_state
 from vidgen.media.video_reader import VideoReader
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs, pixels_of
-from vidgen.pipeline.parts import EXPERTS
-from vidgen.pipeline.video import Engine, load
+from vidgen.pipeline.loader import EXPERTS
 from vidgen.training.data.cache import make_cache
 from vidgen.training.data.dataset import open_dataset
 from vidgen.training.data.survey import survey

@@ -16,8 +16,8 @@ from vidgen.core.request import Request
 from vidgen.diffusion.schedule import draw_sigmas, share_below
 from vidgen.media.clip import Clip
 from vidgen.models.lora import Adapter, LowRank, attached
-from vidgen.pipeline.parts import EXPERTS
-from vidgen.pipeline.video import load
+from vidgen.pipeline.engine import load
+from vidgen.pipeline.loader import EXPERTS
 from vidgen.training.data.dataset import open_dataset
 from vidgen.training.finetune.conditions import Conditions, possible_conditions, settle_conditions
 from vidgen.training.finetune.config import LoraSettings

@@ -15,7 +15,7 @@ import torch
 from tests.stopping import stop_at
 from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
 from vidgen.core.errors import Cancelled, InputError, ModelError
-from vidgen.pipeline.first_frame import draw_first_frame
+from vidgen.pipeline.diffusers_backend.engine import draw_first_frame
 
 PROMPT = "a red car bounces across the desert"
 Models = Callable[[str], Path]
@@ -61,7 +61,8 @@ def test_it_is_drawn_at_the_models_own_area(models: Models) -> None:
 def test_flux_draws_without_a_negative(
     models: Models, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vidgen.pipeline.foreign.plan.Abilities.default_size", lambda _: (64, 64))
+    abilities = "vidgen.pipeline.diffusers_backend.plan.Abilities"
+    monkeypatch.setattr(f"{abilities}.default_size", lambda _: (64, 64))
     with caplog.at_level(logging.WARNING):
         picture, record = draw(models("flux"), negative="a cat", dtype=torch.bfloat16)
     assert picture.shape == (32, 48, 3)

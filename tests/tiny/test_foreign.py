@@ -19,9 +19,14 @@ from tests.tiny.foreign_models import FAMILIES, build_foreign_model, open_foreig
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.media.clip import Clip
-from vidgen.pipeline.foreign.decode import Decode, decoding_put_off, stream_decode, temporal_tiles
-from vidgen.pipeline.foreign.engine import ForeignEngine
-from vidgen.pipeline.foreign.plan import Abilities
+from vidgen.pipeline.diffusers_backend.decode import (
+    Decode,
+    decoding_put_off,
+    stream_decode,
+    temporal_tiles,
+)
+from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
+from vidgen.pipeline.diffusers_backend.plan import Abilities
 from vidgen.pipeline.inputs import Inputs
 from vidgen.weights.folder import ForeignFolder
 
@@ -299,7 +304,7 @@ def test_a_clip_is_re_imagined(engine: Open, tmp_path: Path) -> None:
 
 
 def test_a_sampler_goes_through_the_same_noise_levels(engine: Open) -> None:
-    from vidgen.pipeline.foreign.plan import make_scheduler
+    from vidgen.pipeline.diffusers_backend.plan import make_scheduler
 
     own = engine("hunyuan").pipe.own.scheduler
     request = Request(prompt=PROMPT, sampler="unipc")
@@ -377,7 +382,7 @@ def test_what_cannot_be_honoured_is_refused(
 def test_the_pipelines_own_check_names_the_nearest(engine: Open) -> None:
     from dataclasses import replace
 
-    from vidgen.pipeline.foreign.plan import make_foreign_plan
+    from vidgen.pipeline.diffusers_backend.plan import make_foreign_plan
 
     ours = engine("ltx")
     pipe = ours.pipe.own

@@ -18,13 +18,13 @@ from tests.tiny.foreign_models import build_foreign_model, open_foreign_model
 from vidgen.core.errors import Cancelled, InputError
 from vidgen.media import write
 from vidgen.media.clip import Clip
-from vidgen.pipeline.foreign.decode import Decode, decode_all, stream_decode
-from vidgen.pipeline.foreign.engine import ForeignEngine
-from vidgen.pipeline.foreign.journal import Made, keep_made, kept_made
+from vidgen.pipeline.diffusers_backend.decode import Decode, decode_all, stream_decode
+from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
+from vidgen.pipeline.diffusers_backend.journal import Made, keep_made, kept_made
 from vidgen.pipeline.journal import job, journal
 from vidgen.pipeline.journal.job import MADE, job_facts, job_folder, progress_text, read_job
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.video import Progress
+from vidgen.pipeline.types import Progress
 
 PROMPT = "a red car bounces across the desert"
 CASES: dict[str, dict[str, Any]] = {

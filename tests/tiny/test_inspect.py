@@ -12,7 +12,7 @@ import pytest
 from vidgen.cli.main import main
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
-from vidgen.pipeline.video import load
+from vidgen.pipeline.engine import load
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
 

@@ -21,6 +21,7 @@ from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media import write
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import job, journal
 from vidgen.pipeline.journal.job import (
     job_facts,
@@ -31,7 +32,7 @@ from vidgen.pipeline.journal.job import (
     segment_path,
 )
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.video import Engine, Progress, load
+from vidgen.pipeline.types import Progress
 
 PROMPT = "a red car bounces across the desert"
 LONG = {"seed": 7, "frames": 33, "steps": 3}

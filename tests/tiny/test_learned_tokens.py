@@ -14,7 +14,7 @@ from vidgen.models.lora import Adapter
 from vidgen.models.presets import TEXT_PRESETS
 from vidgen.models.text import TextEncoder, UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
-from vidgen.pipeline.video import load
+from vidgen.pipeline.engine import load
 from vidgen.weights.lora import read_lora, write_lora
 from vidgen.weights.lora_dialects import DIALECTS
 

@@ -30,15 +30,15 @@ from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo
-from vidgen.pipeline import networks
+from vidgen.pipeline import denoise as networks
 from vidgen.pipeline.budget.estimate import estimate
 from vidgen.pipeline.budget.job import Job
 from vidgen.pipeline.budget.passes import count_passes
 from vidgen.pipeline.budget.stages import Setup
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.settle import settle
-from vidgen.pipeline.video import Engine, load
+from vidgen.pipeline.plan import settle
 
 STRIDES = Strides(4, 8)
 PROMPT = "a red car bounces"

@@ -16,7 +16,8 @@ from vidgen.media.onsets import find_onsets
 from vidgen.media.sound import read_sound
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.onset_detector import OnsetDetector
-from vidgen.pipeline import networks
+from vidgen.pipeline import denoise as networks
+from vidgen.pipeline.engine import load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal as journals
 from vidgen.pipeline.journal.journal import Journal
@@ -25,7 +26,6 @@ from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.sound import candidates
 from vidgen.pipeline.sound import own_sound as own_sounds
 from vidgen.pipeline.sound.impacts import Impacts
-from vidgen.pipeline.video import load
 
 WORDS = {"seed": 3, "frames": 9, "steps": 2, "dtype": "fp32"}
 

@@ -19,7 +19,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.core.runtime import available_memory
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.pipeline.parts import EXPERTS, Parts
+from vidgen.pipeline.loader import EXPERTS, Parts
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model
 from vidgen.weights.load import save_module
@@ -186,7 +186,7 @@ def test_int8_counts_what_it_saves(folder):
 def test_too_little_memory_is_said_before_loading_with_what_would_fit(folder, monkeypatch):
     sizes = {offload: parts_of(folder, offload).needed_bytes() for offload in ("none", "stage")}
     have = (sizes["none"] + sizes["stage"]) // 2
-    monkeypatch.setattr("vidgen.pipeline.parts.available_memory", lambda _device: have)
+    monkeypatch.setattr("vidgen.pipeline.loader.available_memory", lambda _device: have)
     loaded = []
     monkeypatch.setattr("vidgen.weights.component.load_module", lambda *_a, **_k: loaded.append(1))
     with pytest.raises(ModelError) as error, parts_of(folder, "none").use("vae"):
@@ -201,15 +201,15 @@ def test_too_little_memory_is_said_before_loading_with_what_would_fit(folder, mo
 def test_only_what_does_fit_is_named(folder, monkeypatch):
     block = parts_of(folder, "block", torch.float32)
     have = block.needed_bytes(dtype=torch.bfloat16)
-    monkeypatch.setattr("vidgen.pipeline.parts.available_memory", lambda _device: have)
+    monkeypatch.setattr("vidgen.pipeline.loader.available_memory", lambda _device: have)
     with pytest.raises(ModelError, match=r"fit: --offload block --dtype bf16 \([^)]*\)$"):
         block.check()
     with pytest.raises(ModelError, match=r"fit: --offload block \([^)]*\)$"):
         parts_of(folder, "stage").check()
-    monkeypatch.setattr("vidgen.pipeline.parts.available_memory", lambda _device: 1000)
+    monkeypatch.setattr("vidgen.pipeline.loader.available_memory", lambda _device: 1000)
     with pytest.raises(ModelError, match=r"nothing that is left to choose would fit"):
         parts_of(folder, "none").check()
-    monkeypatch.setattr("vidgen.pipeline.parts.available_memory", lambda _device: None)
+    monkeypatch.setattr("vidgen.pipeline.loader.available_memory", lambda _device: None)
     parts_of(folder, "none").check()
 
 
@@ -217,7 +217,7 @@ def test_what_is_loaded_is_not_needed_again(folder, monkeypatch):
     parts = parts_of(folder, "none")
     need = parts.needed_bytes()
     free = need
-    monkeypatch.setattr("vidgen.pipeline.parts.available_memory", lambda _device: free)
+    monkeypatch.setattr("vidgen.pipeline.loader.available_memory", lambda _device: free)
     for role in folder.components:
         with parts.use(role) as module:
             free -= size_of(module)

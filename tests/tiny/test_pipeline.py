@@ -24,9 +24,9 @@ from vidgen.media.clip import Clip
 from vidgen.media.read import fit
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs, read_inputs, read_mask
 from vidgen.pipeline.plan import make_plan
-from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car bounces across the desert"
 
@@ -141,7 +141,7 @@ def test_references_that_show_the_same_as_the_prompt_alone_pull_nowhere(
 ) -> None:
     other = taught(tiny_model, reference_guidance_scale=2.0)
     plain = latents(other, reference=[picture], reference_guidance=0)
-    monkeypatch.setattr("vidgen.pipeline.networks.unshown", lambda state: state)
+    monkeypatch.setattr("vidgen.pipeline.denoise.unshown", lambda state: state)
     assert torch.equal(latents(other, reference=[picture]), plain)
 
 

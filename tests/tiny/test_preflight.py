@@ -38,12 +38,11 @@ from vidgen.pipeline.budget.passes import count_passes
 from vidgen.pipeline.budget.preflight import choose, preflight
 from vidgen.pipeline.budget.stages import Setup, duration_text, long_text
 from vidgen.pipeline.budget.workload import refine_bytes
+from vidgen.pipeline.engine import load
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.parts import EXPERTS
-from vidgen.pipeline.plan import make_plan
-from vidgen.pipeline.settle import require_own_model, settle
-from vidgen.pipeline.video import load
+from vidgen.pipeline.loader import EXPERTS
+from vidgen.pipeline.plan import make_plan, require_own_model, settle
 from vidgen.weights.folder import ForeignFolder, StudentConfig
 from vidgen.weights.layouts import open_model
 from vidgen.weights.student import write_student

@@ -18,17 +18,17 @@ from vidgen.cli.main import main
 from vidgen.core.errors import Cancelled
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.pipeline import preview
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.preview import (
     FILE,
     Glimpses,
-    Preview,
     fit_preview,
     open_preview,
     preview_path,
     write_decoder,
     write_preview,
 )
-from vidgen.pipeline.video import Engine, load
+from vidgen.pipeline.types import Preview
 
 PROMPT = "a red car bounces across the desert"
 

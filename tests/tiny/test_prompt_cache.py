@@ -13,7 +13,7 @@ from tests.models import build_tiny_model
 from vidgen.models.text import TextConfig, TextEncoder, UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline import prompts
-from vidgen.pipeline.parts import Parts
+from vidgen.pipeline.loader import Parts
 from vidgen.pipeline.prompts import PromptCache, PromptEncoder
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model

@@ -20,8 +20,8 @@ from vidgen.core.values import parse_readings
 from vidgen.media.probe import read_recipe
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.words import ENGLISH, WordReader, english_words, replace_words, synonyms
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.replay import request_from_recipe
-from vidgen.pipeline.video import Engine, load
 from vidgen.weights.folder import embedded_folder
 
 PROMPT = "a red car bounces across the desert"

@@ -29,6 +29,7 @@ from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import read_inputs
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.replay import (
@@ -38,7 +39,6 @@ from vidgen.pipeline.replay import (
     request_from_recipe,
 )
 from vidgen.pipeline.restore import restore_inputs
-from vidgen.pipeline.video import Engine, load
 from vidgen.weights.lora import write_lora
 
 PROMPT = "a red car bounces across the desert"

@@ -14,7 +14,7 @@ from tests.lora_models import make_adapter, make_dit
 from tests.models import DEFAULTS, TASKS, build_tiny_model
 from tests.services import wait_for
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.pipeline.video import load
+from vidgen.pipeline.engine import load
 from vidgen.server import guard, scheduler
 from vidgen.server.answers import require_completed
 from vidgen.server.app import make_app

@@ -20,9 +20,9 @@ from vidgen.media.clip import Clip
 from vidgen.media.mastering import measure
 from vidgen.media.probe import probe, read_recipe
 from vidgen.media.sound import read_sound
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car bounces across the desert"
 OPTIONS = {"seed": 3, "frames": 17, "steps": 1}

@@ -25,18 +25,12 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import AudioConfig, AudioTokens, DiTConfig, KVCache
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline import step_caches
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.step_caches import (
-    FILE,
-    CacheChoice,
-    magnitudes_of,
-    make_caches,
-    measure_magnitudes,
-    read_magnitudes,
-    write_magnitudes,
-)
-from vidgen.pipeline.video import Engine, load
+from vidgen.pipeline.measure import magnitudes_of, measure_magnitudes
+from vidgen.pipeline.step_caches import FILE, make_caches, read_magnitudes, write_magnitudes
+from vidgen.pipeline.types import CacheChoice
 
 PROMPT = "a red car bounces across the desert"
 WITH_CONTROL = replace(

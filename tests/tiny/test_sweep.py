@@ -23,7 +23,7 @@ from vidgen.media.probe import read_recipe
 from vidgen.media.read import load_image
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
-from vidgen.pipeline.video import load
+from vidgen.pipeline.engine import load
 
 Sweep = Callable[..., tuple[int, dict[str, Any], str]]
 

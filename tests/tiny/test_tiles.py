@@ -22,12 +22,12 @@ from vidgen.pipeline.budget import preflight
 from vidgen.pipeline.budget.estimate import estimate
 from vidgen.pipeline.budget.preflight import choose
 from vidgen.pipeline.budget.stages import Setup
-from vidgen.pipeline.devices import stretches
-from vidgen.pipeline.devices.crew import start_crew
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.parallel import stretches
+from vidgen.pipeline.parallel.crew import start_crew
+from vidgen.pipeline.plan import settle
 from vidgen.pipeline.replay import request_from_recipe
-from vidgen.pipeline.settle import settle
-from vidgen.pipeline.video import Engine, load
 from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces across the desert"

@@ -17,10 +17,10 @@ from vidgen.core.request import Request
 from vidgen.media.clip import Clip
 from vidgen.media.manifest import read_marks
 from vidgen.media.provenance import GENERATED
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.policy import WordList
-from vidgen.pipeline.video import Engine, load
 
 PROMPT = "a red car bounces across the desert"
 

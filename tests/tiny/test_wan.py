@@ -12,7 +12,7 @@ import torch
 from tests.wan_models import build_diffusers, build_original
 from vidgen.core.errors import InputError
 from vidgen.models.lora import Adapter, LowRank
-from vidgen.pipeline.video import Engine, load
+from vidgen.pipeline.engine import Engine, load
 from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import write_lora
 

@@ -13,16 +13,8 @@ import pytest
 
 from tests.labour import Labour, Unloadable
 from vidgen.core.errors import InputError, VidgenError
-from vidgen.pipeline.workers.scheduler import (
-    WINDOW,
-    Job,
-    Outcome,
-    Patience,
-    Staff,
-    results_of,
-    run_jobs,
-    settle_threads,
-)
+from vidgen.pipeline.workers.scheduler import WINDOW, results_of, run_jobs, settle_threads
+from vidgen.pipeline.workers.types import Job, Outcome, Patience, Staff
 from vidgen.story.script import Script
 
 ROOT = Path(__file__).parents[2]

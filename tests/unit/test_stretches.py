@@ -3,9 +3,9 @@
 import pytest
 
 from vidgen.core.errors import InputError
-from vidgen.pipeline.devices import stretches as module
-from vidgen.pipeline.devices.link import Division, divide
-from vidgen.pipeline.devices.stretches import room_for, stretches
+from vidgen.pipeline.parallel import stretches as module
+from vidgen.pipeline.parallel.link import Division, divide
+from vidgen.pipeline.parallel.stretches import room_for, stretches
 
 
 @pytest.mark.parametrize("begin", [0, 3, 40])

@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from train.toybox.world.captions import caption, nouns
-from train.toybox.world.scenes import (
-    SEED_RANGES,
-    SPRITE_NAMES,
-    SPRITES,
-    TINTS,
-    SceneMix,
-    sample_scenes,
-)
+from train.toybox.world.cast import SPRITE_NAMES, SPRITES
+from train.toybox.world.scenes import SEED_RANGES, TINTS, SceneMix, sample_scenes
 from vidgen.models.verifier import (
     ANY,
     LIKELY,

@@ -10,7 +10,8 @@
 
 The first run is a plain regression on what the teacher answered, the second compares the student's
 own clips with the teacher's. toybox_roller.yaml and toybox_roller_match.yaml teach the delta that
-rolls clips out, which begins as the student, in the same two parts. See `train.toybox.distillation`.
+rolls clips out, which begins as the student, in the same two parts. See
+`train.toybox.distillation`.
 """
 
 from __future__ import annotations

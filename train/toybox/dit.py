@@ -37,7 +37,7 @@ from vidgen.models.dit_types import AudioConfig
 from vidgen.models.presets import DIT_PRESETS, TEXT_PRESETS
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.ops.norm import fusing
-from vidgen.pipeline.networks import velocity
+from vidgen.pipeline.denoise import velocity
 from vidgen.training.config import Phase
 from vidgen.training.ema import named_parameters
 from vidgen.training.optim import build_optimizers

@@ -18,12 +18,11 @@ from vidgen.diffusion import condition
 from vidgen.diffusion.flow import denoised_of
 from vidgen.diffusion.oversampling import Pace
 from vidgen.evaluation.generation import fresh_state, pixels, read_prompts, text_contexts
-from vidgen.pipeline.experts import NO_LORAS
+from vidgen.pipeline.denoise import denoising
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.levels import settles, sigmas_of
-from vidgen.pipeline.networks import denoising
-from vidgen.pipeline.plan import Plan
-from vidgen.pipeline.video import Engine, load
+from vidgen.pipeline.types import NO_LORAS, Plan
 
 
 class Redrawer:

@@ -27,7 +27,7 @@ from vidgen.core.runtime import atomic_write
 from vidgen.core.shapes import check_count
 from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo
-from vidgen.pipeline.video import to_frames
+from vidgen.pipeline.codec import to_frames
 
 WORDINGS = 8
 FPS = 12

@@ -19,7 +19,7 @@ from train.toybox.distillation.data import open_shards
 from vidgen.core.config import build
 from vidgen.core.config_file import load_run
 from vidgen.core.errors import exit_code
-from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.loader import DTYPES
 
 
 def main() -> int:

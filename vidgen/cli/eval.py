@@ -93,7 +93,7 @@ def _refuse_others(args: Namespace, kind: str) -> None:
 def _run_prompts(args: Namespace, report: Report) -> int:
     """Make a suite's clips, measure them, write the results; 1 if a clip failed."""
     from vidgen.evaluation.scale import SuiteRun, run_suite
-    from vidgen.pipeline.workers.scheduler import Staff
+    from vidgen.pipeline.workers.types import Staff
 
     settings = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
     run_of = SuiteRun(

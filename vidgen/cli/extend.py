@@ -141,8 +141,8 @@ def _make(
 ) -> int:
     import torch
 
+    from vidgen.pipeline.engine import Engine, load
     from vidgen.pipeline.long.continuation import at_own_size
-    from vidgen.pipeline.video import Engine, load
 
     request = Request.of(options.pop("prompt"), options)
     start = time.monotonic()

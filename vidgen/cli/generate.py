@@ -169,8 +169,8 @@ def run(args: Namespace, report: Report) -> int:
     import torch
 
     from vidgen.cli.journals import OutputJournal
+    from vidgen.pipeline.engine import Engine, load
     from vidgen.pipeline.preview import preview_path, write_preview
-    from vidgen.pipeline.video import Engine, load
 
     start = time.monotonic()
     loading = {name: getattr(args, name) for name in LOADING}
@@ -221,7 +221,7 @@ def run(args: Namespace, report: Report) -> int:
 def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
     """Roll a clip out into stdout, for as long as somebody reads."""
     from vidgen.media.write import write_live
-    from vidgen.pipeline.video import Engine, load
+    from vidgen.pipeline.engine import Engine, load
 
     if not request.roll or request.count > 1 or args.resume or args.preview:
         raise InputError("output - is for one clip that is made while it is shown: give --roll, "

@@ -170,7 +170,7 @@ def _run(verb: str, *arguments: str) -> int:
 
 def _call(module: ModuleType, verb: str, args: Namespace) -> int:
     if verb in ("generate", "extend") and (given_rank() or (0,))[0]:
-        from vidgen.pipeline.devices.member import join_torchrun
+        from vidgen.pipeline.parallel.member import join_torchrun
 
         join_torchrun()  # the process of rank 0 does all the rest
         return 0

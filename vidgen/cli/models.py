@@ -36,8 +36,9 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _measure(model: str, report: Report) -> int:
-    from vidgen.pipeline.step_caches import measure_magnitudes, write_magnitudes
-    from vidgen.pipeline.video import Engine, load
+    from vidgen.pipeline.engine import Engine, load
+    from vidgen.pipeline.measure import measure_magnitudes
+    from vidgen.pipeline.step_caches import write_magnitudes
 
     engine = load(model)
     if not isinstance(engine, Engine):

@@ -34,9 +34,9 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.request import Request
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
     from vidgen.pipeline.budget.preflight import choose
-    from vidgen.pipeline.parts import DTYPES, Parts
+    from vidgen.pipeline.loader import DTYPES, Parts
+    from vidgen.pipeline.plan import require_models, require_own_model, settle
     from vidgen.pipeline.policy import enforce, policy_from_environment
-    from vidgen.pipeline.settle import require_models, require_own_model, settle
     from vidgen.weights.layouts import open_model
     from vidgen.weights.published import is_here, published
 

@@ -124,7 +124,7 @@ def _make(
     """Restore, check, generate and write, all on the recorded threads."""
     from vidgen.media.join import ContinuedClip
     from vidgen.pipeline import replay
-    from vidgen.pipeline.video import Engine, load
+    from vidgen.pipeline.engine import Engine, load
 
     def on_event(progress: Any) -> None:
         report({"event": "progress", **vars(progress)})

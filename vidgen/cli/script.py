@@ -17,7 +17,7 @@ from vidgen.core.errors import InputError, VidgenError
 
 if TYPE_CHECKING:
     from vidgen.pipeline.budget.stages import Estimate
-    from vidgen.pipeline.workers.scheduler import Staff
+    from vidgen.pipeline.workers.types import Staff
     from vidgen.story.edit import Edit
     from vidgen.story.film import FilmPlan, ShotPlan, Take
     from vidgen.story.render import RenderedShot, Store
@@ -82,7 +82,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import check_output
     from vidgen.media.write import CONTAINERS, check_format
     from vidgen.pipeline.policy import policy_from_environment
-    from vidgen.pipeline.workers.scheduler import Staff
+    from vidgen.pipeline.workers.types import Staff
     from vidgen.story.edit import make_edit
     from vidgen.story.expand import expand_prompts
     from vidgen.story.plan import enforce_film, plan_film
@@ -188,7 +188,7 @@ def _render(
     store: Store, plans: Sequence[ShotPlan], staff: Staff, args: Namespace, report: Report
 ) -> list[RenderedShot]:
     """Render what isn't there; on a stop say how to go on."""
-    from vidgen.pipeline.video import load
+    from vidgen.pipeline.engine import load
     from vidgen.pipeline.workers.scheduler import settle_threads
     from vidgen.story.render import Renderer
     from vidgen.story.sums import remember

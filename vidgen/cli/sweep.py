@@ -130,7 +130,7 @@ def _stem_and_seed(args: Namespace) -> tuple[str, bool]:
     """
     from vidgen.core.request import Request
     from vidgen.core.runtime import check_output
-    from vidgen.pipeline.plan import draw_seed
+    from vidgen.pipeline.types import draw_seed
 
     drawn = args.seed
     if drawn is None:
@@ -258,8 +258,8 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
     """Make clips, those of one way of loading after each other; one that was begun goes on."""
     import torch
 
+    from vidgen.pipeline.engine import Engine, load
     from vidgen.pipeline.journal.journal import Journal
-    from vidgen.pipeline.video import Engine, load
 
     engine, loaded, threads = None, None, torch.get_num_threads()
     cells = sorted(cells, key=lambda cell: str(cell.loading))
@@ -295,7 +295,7 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     """What each clip takes; nothing of a model of which nothing is known."""
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
     from vidgen.pipeline.budget.preflight import choose
-    from vidgen.pipeline.settle import settle
+    from vidgen.pipeline.plan import settle
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.layouts import open_model
 

@@ -103,12 +103,22 @@ def sample_ancestral(
     return _integrate(step, denoise, noisy, _levels(sigmas), on_step, project, resume)
 
 
-SAMPLERS = {"euler": sample_euler, "unipc": sample_unipc, "ancestral": sample_ancestral}
+Sampler = Callable[..., Tensor]
+"""Arguments and result as in `sample_euler`."""
+SAMPLERS: dict[str, Sampler] = {
+    "euler": sample_euler, "unipc": sample_unipc, "ancestral": sample_ancestral,
+}
 
 
 def whole_timesteps(name: str) -> bool:
     """Whether models are told whole timesteps by a sampler, as diffusers' scheduler does."""
     return name in ("unipc", "UniPCMultistepScheduler")
+
+
+def sampler_of(name: str, state: LatentState) -> Sampler:
+    """One of `SAMPLERS` for a state; what it draws as it goes is of the state's own noise."""
+    sampler = SAMPLERS[name]
+    return partial(sampler, fresh=state.fresh) if name == "ancestral" else sampler
 
 
 def sample_state(
@@ -124,10 +134,8 @@ def sample_state(
 
     Arguments and result as in `sample_euler`; with sound both come packed.
     """
-    drawn: dict[str, Any] = {"fresh": state.fresh} if name == "ancestral" else {}
-    return SAMPLERS[name](
-        denoise, state.begin(), sigmas, on_step=on_step, project=state.project, resume=resume,
-        **drawn,
+    return sampler_of(name, state)(
+        denoise, state.begin(), sigmas, on_step=on_step, project=state.project, resume=resume
     )
 
 

@@ -19,15 +19,13 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.candidates import sample_best
-from vidgen.pipeline.experts import NO_LORAS
+from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.rolling import RolledClip
-from vidgen.pipeline.networks import Contexts
-from vidgen.pipeline.plan import Plan
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
 from vidgen.pipeline.tasks import SOUND
-from vidgen.pipeline.video import Engine
+from vidgen.pipeline.types import NO_LORAS, Contexts, Plan
 
 
 @torch.no_grad()

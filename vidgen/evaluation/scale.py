@@ -25,11 +25,12 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, best_dtype, choose_device
 from vidgen.evaluation.suite import PromptSuite, file_stem, picture_of, pictures_in
 from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
+from vidgen.pipeline.engine import load
 from vidgen.pipeline.plan import make_plan
 from vidgen.pipeline.recipe import identity
-from vidgen.pipeline.video import load
 from vidgen.pipeline.workers.clip_work import ClipWork
-from vidgen.pipeline.workers.scheduler import Job, Staff, run_jobs, settle_threads
+from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
+from vidgen.pipeline.workers.types import Job, Staff
 from vidgen.weights.folder import ForeignFolder, ModelFolder
 from vidgen.weights.layouts import open_model
 

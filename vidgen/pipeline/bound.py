@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise
     from vidgen.diffusion.state import LatentState
     from vidgen.models.verifier import VerifierConfig
-    from vidgen.pipeline.parts import Parts
+    from vidgen.pipeline.loader import Parts
 
 VERIFIER: Literal["verifier"] = "verifier"
 

@@ -21,16 +21,16 @@ from vidgen.models.verifier import ANY, Want, score
 from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.journal.job import TRIED
 from vidgen.pipeline.journal.state import as_array
-from vidgen.pipeline.plan import asked_or_own
 from vidgen.pipeline.tasks import words_alone
+from vidgen.pipeline.types import asked_or_own
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.diffusion.state import LatentState
     from vidgen.models.verifier import Verifier
     from vidgen.pipeline.journal.journal import Journal
-    from vidgen.pipeline.parts import Parts
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.types import Plan
     from vidgen.weights.folder import ModelFolder
 
 CANDIDATE_NOISE = -2

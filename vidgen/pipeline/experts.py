@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from vidgen.core.errors import InputError
-from vidgen.models.lora import Adapter, attached
+from vidgen.models.lora import attached
+from vidgen.pipeline.types import Loras
 from vidgen.weights.folder import hash_files
 from vidgen.weights.lora import EXPERTS, Expert, parse_option, read_choices
 
 if TYPE_CHECKING:
     from vidgen.models.dit import SpacetimeDiT
     from vidgen.models.dit_types import DiTConfig
-    from vidgen.pipeline.parts import Parts
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.types import Plan
     from vidgen.weights.component import ExpertRole, Role
     from vidgen.weights.folder import ModelFolder
-
-
-@dataclass(frozen=True)
-class Loras:
-    """A request's adapters.
-
-    Attributes:
-        adapters: with their weights, by the transformer they are for.
-        records: for the recipe.
-    """
-
-    adapters: Mapping[Role, Sequence[tuple[Adapter, float]]]
-    records: Sequence[Mapping[str, Any]] = ()
-
-    @property
-    def tokens(self) -> dict[str, Tensor]:
-        """Embeddings that prompts have for tokens; their adapters' weights don't count."""
-        each = (adapter.tokens for own in self.adapters.values() for adapter, _ in own)
-        return {token: row for tokens in each for token, row in tokens.items()}
-
-    def beside(self, deltas: Mapping[ExpertRole, Adapter]) -> Loras:
-        """These and the deltas of one of the model's own students, which add up."""
-        adapters = dict(self.adapters)
-        for role, delta in deltas.items():
-            adapters[role] = [(delta, 1.0), *adapters.get(role, ())]
-        return replace(self, adapters=adapters)
-
-
-NO_LORAS = Loras({})
 
 
 def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:

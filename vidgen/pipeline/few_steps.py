@@ -11,7 +11,7 @@ from vidgen.diffusion.guidance import Guidance
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.types import Plan
     from vidgen.weights.folder import ModelFolder, StudentConfig
 
 SAMPLING = ("sampler", "shift", "guidance", "guidance_low", "image_guidance",

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
@@ -26,6 +25,7 @@ from vidgen.media.manifest import read_marks
 from vidgen.media.read import existing_file, fit, is_clip, load_image
 from vidgen.media.speech import speech_files
 from vidgen.media.video_reader import VideoReader
+from vidgen.pipeline.codec import as_video
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vidgen.core.values import Fit, Picture
     from vidgen.media.ending import Ending
     from vidgen.media.types import Frames
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.types import Plan
 
 log = logging.getLogger(__name__)
 
@@ -141,11 +141,6 @@ def pixels_of(
     """Pictures uint8 [H, W, 3] as video [1, 3, T, height, width] in [-1, 1], never stretched."""
     fitted = np.stack([fit(picture, height, width, mode, border) for picture in pictures])
     return as_video(fitted)
-
-
-def as_video(frames: Frames) -> Tensor:
-    """Frames uint8 [T, H, W, 3] as video [1, 3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 def read_mask(mask: Picture, plan: Plan) -> Tensor:

@@ -15,7 +15,7 @@ from vidgen.pipeline.experts import boundary_of
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.types import Plan
     from vidgen.weights.folder import ModelFolder
 
 AT_ONE_RATE = ("control", "follow_audio", "roll")

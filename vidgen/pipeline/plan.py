@@ -6,11 +6,10 @@ The recipe stores it.
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import MAX_SECONDS, OF_OWN_SOUND, Request
@@ -22,80 +21,30 @@ from vidgen.core.shapes import (
     num_frames_for_seconds,
     size_for_aspect,
 )
+from vidgen.core.values import parse_readings
 from vidgen.diffusion.guidance import Guidance
 from vidgen.diffusion.samplers import SAMPLERS
-from vidgen.pipeline.tasks import makes_sound
+from vidgen.media.speech import open_voice
+from vidgen.models.tokenizer import PromptTokenizer, read_as
+from vidgen.pipeline.candidates import with_verifier
+from vidgen.pipeline.experts import boundary_of, read_loras
+from vidgen.pipeline.few_steps import with_student
+from vidgen.pipeline.inputs import Inputs, read_inputs
+from vidgen.pipeline.levels import with_oversampling
+from vidgen.pipeline.rewrite import LanguageModel
+from vidgen.pipeline.step_caches import settle_cache
+from vidgen.pipeline.tasks import check_tasks, makes_sound
+from vidgen.pipeline.types import Plan, asked_or_own, draw_seed
+from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.layouts import open_model
+from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
-    from vidgen.core.values import Fit
     from vidgen.pipeline.inputs import Inputs
-    from vidgen.pipeline.step_caches import CacheChoice
     from vidgen.weights.family import ModelDefaults
-    from vidgen.weights.folder import ModelFolder, RollConfig, StudentConfig
+    from vidgen.weights.folder import ModelFolder
 
 log = logging.getLogger(__name__)
-
-Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One clip, with nothing left to choose.
-
-    Attributes:
-        sampler: its name; a scheduler object's class.
-        num_frames: frames to generate, 1 mod the temporal stride.
-        kept_frames: frames of the clip, the first of those generated.
-        readings: words of prompt and negative, each with what the model is given instead.
-        cache: what spares steps, or None.
-        tiles: that the VAE takes a picture in; None: the whole.
-        refine_steps: that bring a given first frame's latents nearer to it.
-        encode_passes: by which the VAE encodes what is given; see `encode_pixels`.
-        sound_steps: of the model's own sound; 0: as many as its picture takes.
-        sound_candidates: sounds that the model makes for its picture, of which one is kept.
-        sound_delay_s: by which that sound follows it, in seconds.
-        num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
-        student: what denoises instead of the model itself, or None.
-        oversampling: latent frames below the model's boundary for each one above it, of which
-            every so-manyth frame is shown.
-        candidates: most that are drawn of the clip, or of each window, of which one is kept.
-        binding: how strongly what the prompt names is told apart, see `vidgen.diffusion.binding`.
-    """
-
-    prompt: str
-    negative: str
-    seed: int
-    width: int
-    height: int
-    num_frames: int
-    kept_frames: int
-    fps: Fraction
-    num_steps: int
-    shift: float
-    sampler: str
-    guidance: Guidance
-    strength: float
-    control_scale: float
-    fit: Fit
-    latents: LatentShape
-    readings: tuple[tuple[str, str], ...] = ()
-    cache: CacheChoice | None = None
-    tiles: Tiles | None = None
-    refine_steps: int = 0
-    encode_passes: int = 1
-    sound_steps: int = 0
-    sound_candidates: int = 1
-    sound_delay_s: float = 0.0
-    student: StudentConfig | None = None
-    oversampling: int = 1
-    candidates: int = 1
-    binding: float = 0.0
-
-    @property
-    def roll(self) -> RollConfig | None:
-        """How the clip is rolled out, or None where it is made in windows."""
-        return None if self.student is None else self.student.roll
-
 
 def make_plan(request: Request, folder: ModelFolder, inputs: Inputs | None = None) -> Plan:
     """Settle a request against a model.
@@ -166,44 +115,6 @@ def _check_beginning(num_frames: int, request: Request, fps: Fraction, kept: int
         if round(seconds * fps) < num_frames:
             raise InputError(f"frame {seconds} lies in the clip that goes on, which has "
                              f"{float(num_frames / fps):g} s; give a later one")
-
-
-def asked_or_own(
-    name: str, asked: Number | None, own: Number, why: str | None, *, off: Number
-) -> Number:
-    """An option as it is asked for, or the model's own; `off` where it can't be had.
-
-    Args:
-        name: the option's.
-        asked: what the request says, or None.
-        own: what the model has of its own.
-        why: it can't be had, or None.
-        off: the value that asks for nothing.
-
-    Raises:
-        InputError: it is asked for where it can't be had.
-    """
-    if why is None:
-        return own if asked is None else asked
-    if asked not in (None, off):
-        raise InputError(f"{name} is {asked}, but {why}; leave it out")
-    return off
-
-
-def draw_seed() -> int:
-    """A seed for who gave none."""
-    return secrets.randbelow(2**32)
-
-
-def recorded_tiles(plan: Mapping[str, Any]) -> str:
-    """The option that gives the tiles of a recipe's plan."""
-    tiles = plan.get("tiles")
-    return "none" if tiles is None else str(Tiles(tiles["rows"], tiles["columns"]))
-
-
-def recorded_readings(plan: Mapping[str, Any]) -> str:
-    """The option that gives the readings of a recipe's plan; those before had none."""
-    return ",".join(f"{word}={known}" for word, known in plan.get("readings", ())) or "none"
 
 
 def _tiles(request: Request, latents: LatentShape) -> Tiles | None:
@@ -327,3 +238,108 @@ def _warn_unseen(defaults: ModelDefaults, width: int, height: int) -> None:
     if sizes and (width, height) not in sizes:
         known = ", ".join(f"{w}x{h}" for w, h in sizes)
         log.warning("the model never saw clips of %dx%d; it knows %s", width, height, known)
+
+
+def settle(folder: ModelFolder, request: Request) -> Plan:
+    """The plan of a request, made without an engine, perhaps of a model that isn't here.
+
+    Raises:
+        InputError: what this model can't do, or inputs and texts that can't be read.
+    """
+    dit = folder.components["transformer"].config
+    check_tasks(request, folder.name, folder.tasks, both=dit.image_positions is not None)
+    inputs = Inputs() if request.first_frame_model else read_inputs(request)
+    tokenizer = PromptTokenizer(folder.tokenizer, dit.text_len) if folder.files else None
+    return settled(request, folder, inputs, tokenizer)
+
+
+def settled(
+    request: Request, folder: ModelFolder, inputs: Inputs, tokenizer: PromptTokenizer | None
+) -> Plan:
+    """The plan of a request whose files were read; without a tokenizer its texts aren't.
+
+    Raises:
+        InputError: what this model can't do; a text that a model of few words can't read whole (one
+            of all language cuts it).
+    """
+    plan = replace(make_plan(request, folder, inputs), cache=settle_cache(request, folder))
+    plan = with_oversampling(with_student(plan, request, folder), request, folder)
+    plan = with_verifier(plan, request, folder)
+    _warn_of_idle_loras(plan, request, folder)
+    if tokenizer is None:
+        return plan
+    texts = {"prompt": plan.prompt, "negative": plan.negative}
+    asked = parse_readings(request.readings)
+    if asked is None and request.lora:
+        asked = {}  # a word that only an adapter knows is no slip
+    readings = {word: known for text in texts.values()
+                for word, known in tokenizer.readings(text, asked).items()}
+    for name, text in texts.items():
+        require_short(name, read_as(text, readings), tokenizer)
+    return replace(plan, readings=tuple(readings.items()))
+
+
+def _warn_of_idle_loras(plan: Plan, request: Request, folder: ModelFolder) -> None:
+    """Tell which adapters are for a low-noise expert that has no part in this clip."""
+    two = "transformer_2" in folder.components
+    if two and boundary_of(folder, plan, hears=bool(request.follow_audio)) is None:
+        for option in request.lora:
+            if parse_option(option).expert == "low":
+                log.warning("%s changes nothing in this clip, which the first expert makes alone: "
+                            "it is a student's, or follows a sound", option)
+
+
+def require_short(name: str, text: str, tokenizer: PromptTokenizer) -> None:
+    """Refuse a text that a model of few words can't read whole.
+
+    Raises:
+        InputError: tells how long it is, and how long it may be.
+    """
+    count, limit = tokenizer.count(text), tokenizer.max_length
+    if count > limit and tokenizer.words:
+        raise InputError(f"the {name} has {count} tokens; this model reads {limit}: shorten it")
+
+
+def require_models(request: Request, folder: ModelFolder) -> None:
+    """Refuse adapters and models beside the main one that aren't there or don't fit it.
+
+    Raises:
+        InputError: an adapter's file is missing.
+        ModelError: a folder that holds no such model, or an adapter of another one.
+    """
+    read_loras(request.lora, folder)
+    if request.expand is not None:
+        LanguageModel(request.expand)
+    for name in (request.first_frame_model, request.audio_model):
+        if name is not None:
+            open_model(name)
+    if request.say:
+        open_voice(request.voice)
+
+
+def require_own_model(folder: ModelFolder | ForeignFolder) -> ModelFolder:
+    """The folder, refused if another program's pipeline runs it: its insides aren't known.
+
+    Raises:
+        InputError: names the pipeline.
+    """
+    if isinstance(folder, ForeignFolder):
+        raise InputError(f"what {folder.class_name} takes can't be told beforehand; plan knows the "
+                         "embedded model and the Wan family")
+    return folder
+
+
+def require_own(
+    request: Request, folder: ModelFolder | ForeignFolder, own: Mapping[str, Any]
+) -> None:
+    """Refuse a request that names another model or way of loading than an engine's `own`.
+
+    Raises:
+        InputError: names the option.
+    """
+    for option, value in own.items():
+        asked = getattr(request, option)
+        is_own = asked in (None, value) or (option == "model" and folder.is_called(asked))
+        if not is_own:
+            raise InputError(f"this engine was loaded with {option} {value!r}, not {asked!r}; "
+                             "load another one")

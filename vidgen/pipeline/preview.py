@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,11 +28,12 @@ from torch.nn import functional as F
 
 from vidgen.core.errors import OutputError
 from vidgen.core.runtime import atomic_write, cache_folder
+from vidgen.pipeline.types import OnPreview, Preview
 
 if TYPE_CHECKING:
     from vidgen.core.protocols import StepInfo
     from vidgen.media.types import Frames
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.model import OpenedModel
 
 log = logging.getLogger(__name__)
 
@@ -45,26 +46,6 @@ _GRIDS = (2, 4, 8, 16, 32)
 RIDGE = 1e-3
 PATIENCE = 50
 """After a glimpse the next waits 50 times as long as that took: 2% of the time at most."""
-
-
-@dataclass(frozen=True)
-class Preview:
-    """How a clip looks so far.
-
-    Attributes:
-        frames: uint8 [F, H', W', 3], one for each latent frame.
-        fps: of these.
-        clip: which of the clips it is, from 1.
-        step: of the sampler, from 1.
-    """
-
-    frames: Frames
-    fps: Fraction
-    clip: int
-    step: int
-
-
-OnPreview = Callable[[Preview], None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +82,9 @@ class Glimpses:
         clip: which of the clips it is, from 1.
     """
 
-    def __init__(self, engine: Engine, tell: OnPreview | None, fps: Fraction, clip: int) -> None:
+    def __init__(
+        self, engine: OpenedModel, tell: OnPreview | None, fps: Fraction, clip: int
+    ) -> None:
         self._tell, self._clip, self._fps = tell, clip, fps / engine.vae_config.strides.t
         self._due_s = 0.0
         if tell is not None:
@@ -118,7 +101,7 @@ class Glimpses:
         self._due_s = end + PATIENCE * (end - start)
 
 
-def open_preview(engine: Engine) -> PreviewDecoder:
+def open_preview(engine: OpenedModel) -> PreviewDecoder:
     """A model's decoder: that in its folder, else one that was fitted before, else fitted now."""
     found = _read(engine.folder.path / FILE)
     if found is not None:
@@ -146,7 +129,7 @@ def write_decoder(decoder: PreviewDecoder, path: Path) -> None:
 
 
 @torch.no_grad()
-def fit_preview(engine: Engine, clips: Iterable[Tensor]) -> PreviewDecoder:
+def fit_preview(engine: OpenedModel, clips: Iterable[Tensor]) -> PreviewDecoder:
     """Fit a model's decoder: ridge regression of pictures on latents [N, K], in float64.
 
     Args:

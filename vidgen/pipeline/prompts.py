@@ -26,7 +26,7 @@ from vidgen.core.errors import OutputError
 from vidgen.core.runtime import atomic_path, cache_folder, fingerprint
 from vidgen.models.text import NOTHING, TextEncoder
 from vidgen.models.tokenizer import PromptTokenizer, clean_prompt
-from vidgen.pipeline.parts import Parts
+from vidgen.pipeline.loader import Parts
 from vidgen.weights.folder import hash_files
 
 log = logging.getLogger(__name__)

@@ -17,19 +17,19 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import fingerprint
 from vidgen.ops import native
 from vidgen.ops.attention import asked_backend, used_backend
-from vidgen.pipeline.experts import NO_LORAS, Loras, hashes_of
+from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.inputs import Inputs, read_inputs
-from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.rewrite import LanguageModel
+from vidgen.pipeline.types import NO_LORAS, Loras
 from vidgen.weights.folder import ForeignFolder, ModelFolder, embedded_folder
 from vidgen.weights.layouts import open_model
 from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.foreign.engine import ForeignEngine
-    from vidgen.pipeline.foreign.plan import ForeignPlan
-    from vidgen.pipeline.plan import Plan
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.diffusers_backend.plan import ForeignPlan
+    from vidgen.pipeline.model import OpenedModel
+    from vidgen.pipeline.types import Opened, Plan
 
 RECIPE_VERSION = 1
 FACTS = (
@@ -44,7 +44,7 @@ _DEFAULTS = {each.name: each.default for each in fields(Request)}
 
 
 def make_recipe(
-    engine: Engine, plan: Plan, request: Request, inputs: Inputs, loras: Loras = NO_LORAS
+    engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs, loras: Loras = NO_LORAS
 ) -> dict[str, Any]:
     """The recipe of the clip that an engine makes to a plan.
 
@@ -67,16 +67,17 @@ def make_recipe(
 
 
 def make_foreign_recipe(
-    engine: ForeignEngine, plan: ForeignPlan, request: Request, inputs: Inputs
+    engine: Opened, plan: ForeignPlan, request: Request, inputs: Inputs
 ) -> dict[str, Any]:
     """The same of a clip that another family's pipeline makes."""
+    assert isinstance(engine.folder, ForeignFolder)
     recipe = _common(engine, plan, request, inputs, NO_LORAS)
     recipe["model"]["class"] = engine.folder.class_name
     return recipe | {name: version(name) for name in ("diffusers", "transformers")}
 
 
 def _common(
-    engine: Engine | ForeignEngine, plan: Plan | ForeignPlan, request: Request, inputs: Inputs,
+    engine: Opened, plan: Plan | ForeignPlan, request: Request, inputs: Inputs,
     loras: Loras,
 ) -> dict[str, Any]:
     folder = engine.folder

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import MAX_PROMPT, Request
 from vidgen.core.runtime import choose_device
+from vidgen.pipeline.journal.recall import recall
+from vidgen.pipeline.policy import Policy, enforce
 from vidgen.weights.folder import hash_files
 from vidgen.weights.load import trim_memory
 
@@ -152,6 +154,23 @@ class LanguageModel:
         vars(self).pop("_loaded", None)
         gc.collect()
         trim_memory()
+
+
+def settle_texts(
+    request: Request, journals: Sequence[Journal], policy: Policy | None
+) -> tuple[Request, dict[str, Any]]:
+    """Recall how jobs began, rewrite the prompt if asked, and have the policy see every text.
+
+    Returns:
+        The request whose prompt is what is to be encoded, and what recipes say of it besides.
+
+    Raises:
+        InputError: a text that the policy refuses, or a damaged journal.
+    """
+    enforce(policy, request)
+    request, rewritten = settle_prompt(recall(request, journals), journals)
+    enforce(policy, request)
+    return request, rewritten
 
 
 def settle_prompt(

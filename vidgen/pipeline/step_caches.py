@@ -7,14 +7,11 @@ makes it for one run of a sampler; `carrying` has the states of that run hold wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
 
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.protocols import OnStep, StepInfo
@@ -29,16 +26,14 @@ from vidgen.diffusion.cache import (
     Magnitude,
     Magnitudes,
     Memory,
-    Probe,
     StepCaches,
 )
 from vidgen.diffusion.guidance import Guidance
-from vidgen.pipeline.experts import NO_LORAS
+from vidgen.pipeline.types import CacheChoice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vidgen.pipeline.video import Engine
     from vidgen.weights.folder import ModelFolder
 
 FILE = "magnitudes.json"
@@ -48,21 +43,6 @@ THRESHOLDS = {"first-block": 0.1, "magnitude": 0.05, "forecast": 0.2}
 
 TENSORS_HELD = {"none": 0, "first-block": 2, "magnitude": 1, "forecast": 1 + ORDER}
 """As wide as the tokens, by method, for each branch of guidance."""
-
-
-@dataclass(frozen=True)
-class CacheChoice:
-    """A step cache with nothing left to choose.
-
-    Attributes:
-        method: "first-block", "magnitude" or "forecast".
-        threshold: 0 computes every step.
-        magnitudes: of the model, for "magnitude".
-    """
-
-    method: str
-    threshold: float
-    magnitudes: Magnitudes | None = None
 
 
 def settle_cache(request: Request, folder: ModelFolder) -> CacheChoice | None:
@@ -119,57 +99,6 @@ def carrying(remember: Callable[[], Mapping[str, Tensor]], on_step: OnStep) -> O
         on_step(replace(info, state=replace(info.state, cache=remember())))
 
     return tell
-
-
-def measure_magnitudes(engine: Engine) -> Magnitudes:
-    """Magnitudes of a model in a clip by its own defaults, from a grey picture where it needs one.
-
-    One clip is enough: they hardly depend on what it shows (Ma et al. 2025, fig. 2).
-    """
-    from vidgen.diffusion.samplers import sample_state
-    from vidgen.pipeline.levels import sigmas_of
-    from vidgen.pipeline.networks import denoising
-
-    options: dict[str, Any] = {"seed": 0}
-    if "text" not in engine.folder.tasks:
-        defaults = engine.folder.defaults
-        options["image"] = np.full((defaults.height, defaults.width, 3), 128, np.uint8)
-    request, inputs = engine.read(Request(prompt="a red car drives to the right", **options))
-    plan = engine.plan(request, inputs)
-    contexts, sigmas = engine.encode_prompt(plan), sigmas_of(plan)
-    with torch.no_grad():
-        state = engine.prepare(plan, request, inputs)
-        caches = StepCaches(lambda _: Probe())
-        level = float(sigmas[0])
-        with denoising(engine.parts, plan, state, contexts, NO_LORAS, level, caches) as denoise:
-            sample_state(plan.sampler, denoise, state, sigmas)
-    return magnitudes_of(caches)
-
-
-def magnitudes_of(caches: StepCaches) -> Magnitudes:
-    """What the probes of a whole run have measured.
-
-    A branch that guidance left out at some levels changes there as the one does that was there.
-    """
-    probes = {b: m for b, m in caches.memories.items() if isinstance(m, Probe)}
-    whole = max(probes.values(), key=lambda probe: len(probe.logs)).logs
-    logs = {branch: _filled(probe.logs, whole) for branch, probe in probes.items()}
-    return Magnitudes(
-        tuple(round(sigma, 6) for sigma, _ in whole),
-        {branch: tuple(round(log, 5) for log in each) for branch, each in logs.items()},
-    )
-
-
-def _filled(
-    logs: Sequence[tuple[float, float]], whole: Sequence[tuple[float, float]]
-) -> list[float]:
-    """Logarithms at all levels of `whole`, by its changes where there are none of one's own."""
-    begins = dict(whole)[logs[0][0]]
-    own, made = {sigma: begins + log for sigma, log in logs}, list[float]()
-    for index, (sigma, log) in enumerate(whole):
-        ahead = made[-1] - whole[index - 1][1] if made else 0.0
-        made.append(own.get(sigma, log + ahead))
-    return made
 
 
 def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:

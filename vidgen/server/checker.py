@@ -22,7 +22,7 @@ from vidgen.server.sniff import is_font, sniff
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.types import Plan
 
 POLICY, FAILED = "content_policy_violation", "server_error"
 _SHORTER, _SMALLER = "ask for fewer frames, or a higher fps", "send it smaller"
@@ -42,8 +42,8 @@ class Checker:
 
     def __init__(self, model: str, limits: Limits) -> None:
         from vidgen.core.runtime import best_dtype, choose_device
+        from vidgen.pipeline.plan import require_own_model
         from vidgen.pipeline.policy import policy_from_environment
-        from vidgen.pipeline.settle import require_own_model
         from vidgen.weights.layouts import open_model
 
         self.folder = require_own_model(open_model(model))
@@ -76,7 +76,7 @@ class Checker:
             InputError: what can't be made or read, or is more than may be asked.
         """
         from vidgen.pipeline.budget.preflight import choose
-        from vidgen.pipeline.settle import settle
+        from vidgen.pipeline.plan import settle
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
         from vidgen.pipeline.tasks import SOUND
         from vidgen.server.making import request_of
@@ -87,8 +87,7 @@ class Checker:
         plan = settle(self.folder, request)
         self._check_plan(plan)
         has_sound = SOUND in self.folder.tasks
-        make_soundtrack(request, plan.kept_frames, plan.fps, self,  # type: ignore[arg-type]
-                        has_sound=has_sound)  # of an engine it needs no more than stands here
+        make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=has_sound)
         made = choose(self.folder, plan, request, self.device, None, dtype=self.dtype)
         expected_s = sum(stage.seconds for stage in made.stages if stage.name != "load")
         return {

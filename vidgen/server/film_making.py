@@ -42,8 +42,8 @@ from vidgen.story.storyboard import write_storyboard
 from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.preview import OnPreview
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.engine import Engine
+    from vidgen.pipeline.types import OnPreview
     from vidgen.story.film import FilmPlan
     from vidgen.weights.folder import ModelFolder
 

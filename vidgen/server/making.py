@@ -30,15 +30,15 @@ from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.budget.eta import Clock
+from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import at_own_size, lengthened, own_options, rate_of_still
-from vidgen.pipeline.video import Engine
 from vidgen.server.layout import RECIPE, SPRITESHEET, THUMBNAIL, VIDEO
 from vidgen.server.stills import write_stills
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.preview import OnPreview
+    from vidgen.pipeline.types import OnPreview
     from vidgen.weights.folder import ModelFolder
 
 FILE_OPTIONS = ("image", "last_image", "video", "prefix", "audio", "mask")

@@ -36,7 +36,7 @@ from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError, V
 from vidgen.server.link import Message, Parent, TellingHandler
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.preview import Preview
+    from vidgen.pipeline.types import Preview
 
 CANCELLED, PAUSED = "cancelled", "paused"
 PROGRESS_PAUSE_S = 0.1
@@ -66,7 +66,7 @@ class Runner:
         root.handlers = [TellingHandler(self.parent, lambda: self._now)]
         root.setLevel(logging.INFO)
         from vidgen.core.runtime import reuse_freed_memory
-        from vidgen.pipeline.video import Engine, load
+        from vidgen.pipeline.engine import Engine, load
 
         reuse_freed_memory()
         try:

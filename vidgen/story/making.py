@@ -13,7 +13,7 @@ from vidgen.media.checks import Finding, recorded
 from vidgen.media.join import ContinuedClip
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
-from vidgen.pipeline.opened import OpenedModel
+from vidgen.pipeline.model import OpenedModel
 from vidgen.pipeline.workers.clip_work import EngineWork, write_request
 from vidgen.story.elements import ShotFrame
 from vidgen.story.takes import best_take, score_take, verify_take
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
     from vidgen.media.types import Frames
-    from vidgen.pipeline.foreign.engine import ForeignEngine
-    from vidgen.pipeline.preview import OnPreview
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
+    from vidgen.pipeline.engine import Engine
+    from vidgen.pipeline.types import OnPreview
     from vidgen.story.film import ShotPlan, Take
     from vidgen.story.render import Store
 

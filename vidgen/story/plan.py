@@ -27,9 +27,8 @@ from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.pipeline.budget.preflight import choose
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.long.tail import OVERLAP
-from vidgen.pipeline.plan import make_plan
+from vidgen.pipeline.plan import make_plan, require_own_model, require_short
 from vidgen.pipeline.policy import Policy, enforce, require_allowed
-from vidgen.pipeline.settle import require_own_model, require_short
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
 from vidgen.story.expand import Expansion

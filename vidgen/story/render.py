@@ -27,14 +27,15 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write
 from vidgen.media.checks import Finding, as_data
 from vidgen.pipeline.journal.job import job_folder, remove_job
-from vidgen.pipeline.workers.scheduler import Job, Staff, run_jobs
+from vidgen.pipeline.workers.scheduler import run_jobs
+from vidgen.pipeline.workers.types import Job, Staff
 from vidgen.story.film import FilmPlan, ShotPlan, Take
 from vidgen.story.making import ChoiceJob, PartJob, ShotWork, findings_of
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.foreign.engine import ForeignEngine
-    from vidgen.pipeline.preview import OnPreview
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
+    from vidgen.pipeline.engine import Engine
+    from vidgen.pipeline.types import OnPreview
     from vidgen.story.script import Shot
 
 INDEX = "shots.json"

@@ -17,10 +17,10 @@ from vidgen.media.video_reader import VideoReader
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.candidates import Verified, verify_video
-from vidgen.pipeline.inputs import as_video
+from vidgen.pipeline.codec import as_video
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.opened import OpenedModel
+    from vidgen.pipeline.model import OpenedModel
     from vidgen.story.film import Part
 
 

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train.toybox.world.cast import SPRITE_NAMES
 from train.toybox.world.render import render
-from train.toybox.world.scenes import SPRITE_NAMES, Scene
+from train.toybox.world.scenes import Scene
 
 SCALES = (0.71, 0.8, 0.89, 1.0, 1.12, 1.26, 1.41)
 LOOKS = 4

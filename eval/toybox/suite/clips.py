@@ -27,14 +27,14 @@ from vidgen.evaluation.generation import (
     sound_round_trip,
 )
 from vidgen.media.sound import resampled
-from vidgen.pipeline.inputs import as_video
+from vidgen.pipeline.codec import as_video
 from vidgen.pipeline.long.tail import OVERLAP, window_size
 from vidgen.pipeline.tasks import SOUND
 
 if TYPE_CHECKING:
     from eval.toybox.suite.run import Benchmark
-    from vidgen.pipeline.plan import Plan
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.engine import Engine
+    from vidgen.pipeline.types import Plan
 
 _NEEDS = {"extend": "extend", "sound": SOUND}  # material -> the model's task that it takes
 

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from eval.toybox.rulers.sync import bouncing_scenes
 from eval.toybox.suite.phrasings import read_phrasings
 from train.toybox.world.captions import caption, prompts
+from train.toybox.world.cast import RESERVED_SPRITES, SPRITE_NAMES, SPRITES
 from train.toybox.world.scenes import (
     MOTIONS,
     PLACES,
-    RESERVED_SPRITES,
     SEED_RANGES,
-    SPRITE_NAMES,
-    SPRITES,
     Draws,
     Scene,
     SceneMix,

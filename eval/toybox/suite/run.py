@@ -34,7 +34,8 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.media.grid import contact_sheet
-from vidgen.pipeline.workers.scheduler import Job, Patience, Staff, run_jobs, settle_threads
+from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
+from vidgen.pipeline.workers.types import Job, Patience, Staff
 
 SHEET_CLIPS = 16
 MAX_SEEDS = 1000

@@ -30,7 +30,7 @@ from train.toybox.world.cues import SAMPLE_RATE
 from vidgen.media.cells import psnr as frame_psnr
 from vidgen.media.cells import ssim
 from vidgen.media.onsets import find_onsets
-from vidgen.pipeline.video import to_frames
+from vidgen.pipeline.codec import to_frames
 
 if TYPE_CHECKING:
     from eval.toybox.judge import Judge

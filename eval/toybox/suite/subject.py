@@ -22,9 +22,9 @@ from train.toybox.world.subject import Subject
 from vidgen.core.protocols import OnEvent
 from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import Rate, paired_interval
+from vidgen.pipeline.codec import as_video
+from vidgen.pipeline.engine import Engine
 from vidgen.pipeline.experts import hashes_of
-from vidgen.pipeline.inputs import as_video
-from vidgen.pipeline.video import Engine
 from vidgen.weights.lora import parse_option
 
 TASKS = ("sprite", "motion", "place")

@@ -23,9 +23,10 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.request import Request
 from vidgen.media.types import Frames
+from vidgen.pipeline.codec import to_frames
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.plan import Plan
-from vidgen.pipeline.video import Engine, load, to_frames
+from vidgen.pipeline.types import Plan
 
 if TYPE_CHECKING:
     from eval.toybox.suite.run import Benchmark

@@ -20,9 +20,9 @@ from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion.samplers import UNIPC_SIGMA_MAX, sample_unipc
 from vidgen.models.lora import attached
+from vidgen.pipeline.denoise import velocity
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.networks import velocity
-from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.training.loop import train
 from vidgen.weights.student import STUDENT, WEIGHTS, read_student, student_parts

@@ -22,7 +22,7 @@ from vidgen.diffusion.state import new_state
 from vidgen.models.lora import attached
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.models.text import encode_tokens
-from vidgen.pipeline.networks import velocity
+from vidgen.pipeline.denoise import velocity
 from vidgen.training.checkpoint import latest_checkpoint, read_meta
 from vidgen.training.loop import train
 from vidgen.weights.folder import RollConfig

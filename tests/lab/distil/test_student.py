@@ -35,13 +35,13 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.models.text import encode_tokens
+from vidgen.pipeline.denoise import velocity
+from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import own_options
-from vidgen.pipeline.networks import velocity
 from vidgen.pipeline.sound.own_sound import own_sound, sound_plan
-from vidgen.pipeline.video import Engine, load
 from vidgen.training.checkpoint import latest_checkpoint, load_averages, read_meta
 from vidgen.training.loop import train
 from vidgen.weights.convert import convert

@@ -34,7 +34,7 @@ from vidgen.diffusion.oversampling import Pace, finer_state
 from vidgen.diffusion.samplers import sample_state
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.diffusion.state import LatentState
-from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.loader import DTYPES
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.config import Phase
 from vidgen.training.draws import generator_of

@@ -20,7 +20,7 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter, attached
 from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.models.tokenizer import PromptTokenizer
-from vidgen.pipeline.networks import velocity
+from vidgen.pipeline.denoise import velocity
 from vidgen.weights.component import ExpertRole
 from vidgen.weights.folder import ModelFolder
 

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.toybox.judge import CELL, JudgeConfig, sample_frames
+from train.toybox.world.cast import RESERVED_SPRITES, SPRITES
 from train.toybox.world.render import MAX_ACTORS, render
 from train.toybox.world.scenes import (
     MOTIONS,
-    RESERVED_SPRITES,
-    SPRITES,
     Draws,
     Scene,
     SceneMix,

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from train.toybox.tasks.latents import LatentShards
 from train.toybox.tasks.model_made import Redrawn, Settled, as_settled, drawn_anew
+from train.toybox.world.cast import SPRITE_NAMES
 from train.toybox.world.cues import scene_marks
 from train.toybox.world.render import Rendered, render
 from train.toybox.world.scenes import (
     MOTIONS,
     PLACES,
     SEED_RANGES,
-    SPRITE_NAMES,
     WORLD_VERSION,
     Actor,
     Scene,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from train.toybox.tasks.toybox_data import ToyboxCache, as_reference
 from train.toybox.world.captions import nouns
-from train.toybox.world.scenes import SPRITE_NAMES, SPRITES, TINTS, Scene
+from train.toybox.world.cast import SPRITE_NAMES, SPRITES
+from train.toybox.world.scenes import TINTS, Scene
 from train.toybox.world.truth import actor_centres
 
 LABELS = tuple(map(nouns, SPRITE_NAMES))

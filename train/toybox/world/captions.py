@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any, Literal, TypeVar
 
+from train.toybox.world.cast import SPRITE_NAMES, SPRITES
 from train.toybox.world.grammar import directions, inflect, with_article
 from train.toybox.world.motion import ASSETS
 from train.toybox.world.scenes import (
@@ -25,8 +26,6 @@ from train.toybox.world.scenes import (
     SEED_RANGES,
     SIZES,
     SPEEDS,
-    SPRITE_NAMES,
-    SPRITES,
     TIMES,
     TINTS,
     WEATHERS,

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from train.toybox.world.scenes import SIZES, SPRITES, Actor, Draws, Scene
+from train.toybox.world.cast import SPRITES
+from train.toybox.world.scenes import SIZES, Actor, Draws, Scene
 
 Array = NDArray[np.float64]
 ASSETS = Path(__file__).parent.parent / "assets" / "world"

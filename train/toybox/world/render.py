@@ -21,6 +21,7 @@ from torch import Tensor
 
 from train.toybox.world.art import paint_fog, paint_place
 from train.toybox.world.canvas import NUM_DRAWS, Canvas, wave
+from train.toybox.world.cast import SPRITES
 from train.toybox.world.motion import (
     ASSETS,
     Clock,
@@ -30,7 +31,7 @@ from train.toybox.world.motion import (
     sheet_description,
 )
 from train.toybox.world.noise import uniform_noise
-from train.toybox.world.scenes import PLACES, SPRITES, TIMES, TINTS, WEATHERS, Draws, Scene
+from train.toybox.world.scenes import PLACES, TIMES, TINTS, WEATHERS, Draws, Scene
 from vidgen.core.errors import InputError
 
 MAX_ACTORS = 2

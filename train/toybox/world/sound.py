@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from train.toybox.world.ambience import ambient_sound
+from train.toybox.world.cast import SPRITES
 from train.toybox.world.cues import SAMPLE_RATE, Cue, cues_of, num_samples
 from train.toybox.world.motion import Camera, Clock, Track, actor_tracks, camera_track, frame_sides
 from train.toybox.world.noise import uniform_noise
-from train.toybox.world.scenes import SIZES, SPRITES, Draws, Scene
+from train.toybox.world.scenes import SIZES, Draws, Scene
 from train.toybox.world.voices import (
     VOICES,
     Array,

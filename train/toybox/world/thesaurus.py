@@ -16,9 +16,10 @@ from train.toybox.world.captions import (
     vocabulary,
     words_in,
 )
+from train.toybox.world.cast import SPRITES
 from train.toybox.world.grammar import directions, inflect, with_article
 from train.toybox.world.motion import ASSETS
-from train.toybox.world.scenes import PACED_MOTIONS, SPRITES, Actor, Draws, Scene
+from train.toybox.world.scenes import PACED_MOTIONS, Actor, Draws, Scene
 from train.toybox.world.slips import strange_word
 
 

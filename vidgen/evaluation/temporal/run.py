@@ -40,7 +40,8 @@ from vidgen.evaluation.temporal.notes import (
 from vidgen.evaluation.temporal.summary import by_name, dimensions, figures
 from vidgen.media.read import load_image
 from vidgen.media.video_reader import TimedReader, VideoReader
-from vidgen.pipeline.workers.scheduler import Job, Patience, Staff, run_jobs
+from vidgen.pipeline.workers.scheduler import run_jobs
+from vidgen.pipeline.workers.types import Job, Patience, Staff
 
 if TYPE_CHECKING:
     from vidgen.evaluation.metrics.networks import Networks

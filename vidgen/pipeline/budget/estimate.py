@@ -12,7 +12,7 @@ from vidgen.pipeline.budget.job import Job, Rates
 from vidgen.pipeline.budget.memory import Memory
 from vidgen.pipeline.budget.seconds import BUILDING_S, Seconds
 from vidgen.pipeline.budget.stages import Estimate, Setup, Stage
-from vidgen.pipeline.plan import Plan
+from vidgen.pipeline.types import Plan
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request

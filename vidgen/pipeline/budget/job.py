@@ -14,10 +14,10 @@ from vidgen.pipeline.budget.calibration import NOMINAL, Calibration, cached_cali
 from vidgen.pipeline.budget.passes import Encoded, count_passes
 from vidgen.pipeline.budget.stages import Setup
 from vidgen.pipeline.experts import boundary_of
-from vidgen.pipeline.parts import DTYPES, EXPERTS, Parts
-from vidgen.pipeline.plan import Plan
+from vidgen.pipeline.loader import DTYPES, EXPERTS, Parts
 from vidgen.pipeline.sound.candidates import drawn_at_once
 from vidgen.pipeline.tasks import makes_sound
+from vidgen.pipeline.types import Plan
 from vidgen.weights.component import fp32_parts
 from vidgen.weights.store import Weights
 

@@ -24,7 +24,7 @@ from vidgen.pipeline.long.tail import (
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.types import Plan
     from vidgen.weights.folder import ModelFolder, RollConfig
 
 

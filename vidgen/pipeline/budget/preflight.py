@@ -22,11 +22,12 @@ from vidgen.models.vae_tiles import grids
 from vidgen.pipeline.budget.estimate import estimate
 from vidgen.pipeline.budget.job import Rates
 from vidgen.pipeline.budget.stages import Estimate, Setup
-from vidgen.pipeline.parts import Offload
-from vidgen.pipeline.plan import Plan, make_plan
+from vidgen.pipeline.loader import Offload
+from vidgen.pipeline.plan import make_plan
+from vidgen.pipeline.types import Plan
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.model import OpenedModel
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
 
@@ -41,7 +42,7 @@ class Asked(NamedTuple):
     dtype: str | None
 
 
-def preflight(engine: Engine, plan: Plan, request: Request) -> Estimate:
+def preflight(engine: OpenedModel, plan: Plan, request: Request) -> Estimate:
     """What a generation of an engine will take; measures nothing, reads headers at most.
 
     Where the engine was left to choose, it takes the first setup that fits.

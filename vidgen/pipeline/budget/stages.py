@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vidgen.core.runtime import size_text
-from vidgen.pipeline.parts import Offload
+from vidgen.pipeline.loader import Offload
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles

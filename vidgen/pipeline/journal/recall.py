@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError
+from vidgen.core.shapes import Tiles
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.plan import recorded_readings, recorded_tiles
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
@@ -61,3 +61,14 @@ def _use_threads(threads: int, journal: Journal) -> None:
     if torch.get_num_threads() != threads:
         raise InputError(f"{journal.folder} began with {threads} threads, which can't be had here")
     log.warning("%s goes on with %d threads, as it began", journal.output, threads)
+
+
+def recorded_tiles(plan: Mapping[str, Any]) -> str:
+    """The option that gives the tiles of a recipe's plan."""
+    tiles = plan.get("tiles")
+    return "none" if tiles is None else str(Tiles(tiles["rows"], tiles["columns"]))
+
+
+def recorded_readings(plan: Mapping[str, Any]) -> str:
+    """The option that gives the readings of a recipe's plan; those before had none."""
+    return ",".join(f"{word}={known}" for word, known in plan.get("readings", ())) or "none"

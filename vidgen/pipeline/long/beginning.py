@@ -12,23 +12,26 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion.oversampling import Pace
 from vidgen.media.read import fit
 from vidgen.pipeline.inputs import Inputs, pixels_of, video_frames
-from vidgen.pipeline.long.retime import at_rate
 from vidgen.pipeline.long.tail import TAIL_FRAMES, Beginning, colours_of, tail_of
 
 if TYPE_CHECKING:
+    from vidgen.core.shapes import Tiles
     from vidgen.media.types import Frames
-    from vidgen.pipeline.plan import Plan
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.model import OpenedModel
+    from vidgen.pipeline.types import Plan
 
 log = logging.getLogger(__name__)
 
 
-def read_beginning(engine: Engine, plan: Plan, request: Request, inputs: Inputs) -> Beginning:
+def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> Beginning:
     """What a request's clip goes on from: latents of its recipe, else its last frames, encoded.
 
     Raises:
@@ -61,7 +64,7 @@ def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
                     "ones, and no prompt has a part in them", request.prefix, ahead)
 
 
-def _at_rate_of(engine: Engine, plan: Plan, begun: Beginning) -> Beginning:
+def _at_rate_of(engine: OpenedModel, plan: Plan, begun: Beginning) -> Beginning:
     """The beginning at the rate that a plan draws at."""
     had, wanted = begun.pace.factor, plan.oversampling
     if had == wanted:
@@ -70,7 +73,7 @@ def _at_rate_of(engine: Engine, plan: Plan, begun: Beginning) -> Beginning:
     return replace(begun, latents=latents, pace=Pace(wanted))
 
 
-def _encode_end(engine: Engine, plan: Plan, request: Request, inputs: Inputs) -> Beginning:
+def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> Beginning:
     t, total = engine.vae_config.strides.t, 0
     ending: deque[Frames] = deque(maxlen=1 + (TAIL_FRAMES - 1) * t)
     for frame in earlier_frames(plan, request, inputs):
@@ -95,3 +98,28 @@ def earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Fra
     count = inputs.ending.frames_at(plan.fps)
     for frame in video_frames(request.prefix, count, plan.fps, inputs.ending.fps):
         yield fit(frame, plan.height, plan.width, plan.fit)[None]
+
+
+def at_rate(
+    engine: OpenedModel, latents: Tensor, had: int, wanted: int, tiles: Tiles | None = None,
+    passes: int = 1,
+) -> Tensor:
+    """Latents of the frames that latents [B, C, F, h, w] end with, at another oversampling.
+
+    They are decoded and encoded: no network foretells one from the other, and in the clip itself
+    stand those that were made. The first of them is a single frame; frames that don't fill a
+    latent frame before it are left out.
+
+    Args:
+        engine: the model.
+        latents: the clip's.
+        had: their oversampling.
+        wanted: that of what is returned.
+        tiles: that the VAE takes a picture in.
+        passes: of the encoder.
+    """
+    t = engine.vae_config.strides.t
+    decoded = engine.decode_video(latents, tiles=tiles, oversampling=had)
+    shown = torch.cat([part.float().clamp(-1, 1).cpu() for part in decoded], dim=2)
+    whole = 1 + (shown.shape[2] - 1) // t * t
+    return engine.encode_video(shown[:, :, -whole:], tiles, passes, wanted).cpu()

@@ -35,29 +35,29 @@ from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
 from vidgen.media.types import ClipInfo
-from vidgen.pipeline.devices.stretches import room_for
+from vidgen.pipeline.codec import to_frames
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.long.beginning import earlier_frames, read_beginning
-from vidgen.pipeline.long.retime import at_rate
+from vidgen.pipeline.long.beginning import at_rate, earlier_frames, read_beginning
 from vidgen.pipeline.long.tail import (
     OVERLAP,
     TAIL_FRAMES,
     Beginning,
+    Stretch,
     colours_of,
     keeps_to_start,
     make_tail,
     split_windows,
     window_size,
 )
+from vidgen.pipeline.parallel.stretches import room_for
 from vidgen.weights.family import models_with
 
 if TYPE_CHECKING:
     from vidgen.diffusion.state import LatentState
     from vidgen.media.clip import Keeper
     from vidgen.media.types import Frames
-    from vidgen.pipeline.plan import Plan
-    from vidgen.pipeline.sound.own_sound import OwnSound
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.model import OpenedModel
+    from vidgen.pipeline.types import Plan
     from vidgen.weights.folder import ModelFolder
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ Sample = Callable[["Plan", "LatentState"], Tensor]
 """Denoise a window to its plan from its state: latents [1, C, F, h, w]."""
 
 
-def long_clip(engine: Engine, plan: Plan, request: Request, inputs: Inputs) -> LongClip | None:
+def long_clip(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> LongClip | None:
     """How to make a clip that one window doesn't hold, or that goes on from a file; else None.
 
     Raises:
@@ -123,7 +123,7 @@ class LongClip:
         begun: what it goes on from, or None.
     """
 
-    engine: Engine
+    engine: OpenedModel
     plan: Plan
     request: Request
     inputs: Inputs
@@ -145,7 +145,7 @@ class LongClip:
         sample: Sample,
         done: Tensor | None = None,
         keep: Callable[[Tensor], None] | None = None,
-        sound: OwnSound | None = None,
+        beside: Callable[[LatentState, int, int], LatentState] | None = None,
     ) -> Tensor:
         """All windows' latents, one after the other, behind those of the beginning.
 
@@ -156,7 +156,8 @@ class LongClip:
             sample: denoises one window.
             done: what `keep` was last told by an earlier run, to go on behind it.
             keep: told of all latents so far after each window.
-            sound: what the picture is to follow.
+            beside: adds the sound that the picture follows to a state of a stretch, given its
+                first latent frame and their number.
 
         Returns:
             [1, C, F, h, w] float32 on the CPU.
@@ -178,8 +179,8 @@ class LongClip:
                 state = self._show(state, latents[:, :, : finer(count)], start, count)
                 if (anchor := self._anchor(latents)) is not None:
                     state = condition.reference(state, anchor.to(state.latents))
-            if sound is not None:
-                state = sound.beside(state, first, stop - start)
+            if beside is not None:
+                state = beside(state, first, stop - start)
             picture, _ = state.apart(sample(own, state))
             new = picture[:, :, finer(count) - finer(start) :]
             if count:
@@ -247,6 +248,11 @@ class LongClip:
     def num_gone(self) -> int:
         """Latent frames of the clip before the first that is at hand."""
         return 0 if self.begun is None else self.begun.num_latents - self._num_given
+
+    @property
+    def stretch(self) -> Stretch:
+        """How its windows lie in the whole clip."""
+        return Stretch(self.windows, self.pace, self.num_gone, self.begun)
 
     @property
     def num_shown(self) -> int:
@@ -381,10 +387,10 @@ def _room_for(shape: LatentShape) -> Tensor:
     return flat.view(F, C, h, w).transpose(0, 1)[None]
 
 
-def _frames(engine: Engine, plan: Plan, latents: Tensor, start: int, end: int) -> Iterator[Frames]:
+def _frames(
+    engine: OpenedModel, plan: Plan, latents: Tensor, start: int, end: int
+) -> Iterator[Frames]:
     """Frames uint8 [t, H, W, 3] of latents, numbers `start` to `end` of those that are shown."""
-    from vidgen.pipeline.video import to_frames
-
     if start >= end:
         return
     for video in engine.decode_video(latents, start, plan.tiles, plan.oversampling):

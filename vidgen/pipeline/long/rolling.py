@@ -22,16 +22,18 @@ from vidgen.diffusion.samplers import sample_state, whole_timesteps
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import KVCache
-from vidgen.pipeline.experts import Loras, experts
-from vidgen.pipeline.networks import decode_frames, from_frame, latent_of, velocity
+from vidgen.pipeline.codec import decode_frames, from_frame, latent_of
+from vidgen.pipeline.denoise import velocity
+from vidgen.pipeline.experts import experts
+from vidgen.pipeline.types import Loras
 from vidgen.weights.folder import RollConfig, StudentConfig
 from vidgen.weights.student import ROLLER
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.pipeline.inputs import Inputs
-    from vidgen.pipeline.plan import Plan
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.model import OpenedModel
+    from vidgen.pipeline.types import Plan
 
 
 class Rollout:
@@ -89,7 +91,7 @@ class RolledClip:
         context: features [1, S, D] and lengths [1] of its prompt.
     """
 
-    engine: Engine
+    engine: OpenedModel
     plan: Plan
     request: Request
     inputs: Inputs

@@ -6,9 +6,9 @@ Axes: C latent channels, F latent frames, m of them kept, h w latent rows and co
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.core.shapes import Strides
     from vidgen.media.ending import Ending
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.types import Plan
     from vidgen.weights.folder import ModelFolder
 
 TAIL_FRAMES = 8
@@ -63,6 +63,22 @@ class Beginning:
     def num_given(self) -> int:
         """Latent frames of the clip that `latents` are."""
         return self.pace.coarser(self.latents.shape[2])
+
+
+class Stretch(NamedTuple):
+    """Where the windows of a long clip lie in it.
+
+    Attributes:
+        windows: [start, stop) of each, in latent frames from the first that is at hand.
+        pace: how the latents that are made lie to the clip's.
+        num_gone: latent frames of the clip before the first that is at hand.
+        begun: the clip that goes on, or None.
+    """
+
+    windows: Sequence[tuple[int, int]]
+    pace: Pace
+    num_gone: int
+    begun: Beginning | None
 
 
 def keeps_to_start(folder: ModelFolder, request: Request) -> bool:

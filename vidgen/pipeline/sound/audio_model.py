@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.pipeline.foreign.pipe import ForeignPipe, stepping
-from vidgen.pipeline.foreign.plan import defaults_of
-from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.diffusers_backend.pipe import ForeignPipe, stepping
+from vidgen.pipeline.diffusers_backend.plan import defaults_of
+from vidgen.pipeline.loader import DTYPES
 from vidgen.weights.folder import ForeignFolder
 from vidgen.weights.layouts import open_model
 

@@ -19,7 +19,7 @@ from vidgen.models.onset_detector import part_times
 
 if TYPE_CHECKING:
     from vidgen.diffusion.oversampling import Pace
-    from vidgen.pipeline.parts import Parts
+    from vidgen.pipeline.loader import Parts
 
 ONSET_DETECTOR: Literal["onset_detector"] = "onset_detector"
 NEAR_S = 0.1

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from vidgen.media.types import Samples
     from vidgen.models.audio_spectra import AudioVAEConfig
     from vidgen.pipeline.journal.journal import Journal
-    from vidgen.pipeline.long.extend import LongClip
-    from vidgen.pipeline.parts import Parts
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.long.tail import Stretch
+    from vidgen.pipeline.types import Plan
     from vidgen.weights.family import ModelDefaults
 
 AT_ONCE = 256
@@ -231,23 +231,25 @@ def followed_sound(parts: Parts, plan: Plan, bed: Samples) -> OwnSound:
     return OwnSound(parts, plan, _encode(parts, bed, RATE), (), Pace(plan.oversampling))
 
 
-def own_sound(parts: Parts, plan: Plan, request: Request, long: LongClip | None) -> OwnSound:
+def own_sound(
+    parts: Parts, plan: Plan, request: Request, stretch: Stretch | None
+) -> OwnSound:
     """The sound that is to be made for a clip; of one that goes on, its last sound is known.
 
     Args:
         parts: the networks.
         plan: of the whole clip.
         request: that may name a clip to go on from.
-        long: the windows, or None for one.
+        stretch: the windows of a long clip, or None for one.
     """
     nothing = torch.zeros(1, _config(parts).latent_channels, 0)
-    if long is None:
+    if stretch is None:
         whole = [(0, plan.latents.num_frames)]
         return OwnSound(parts, plan, nothing, whole, Pace(plan.oversampling))
-    own = OwnSound(parts, plan, nothing, long.windows, long.pace, long.num_gone)
-    if long.begun is None:
+    own = OwnSound(parts, plan, nothing, stretch.windows, stretch.pace, stretch.num_gone)
+    if stretch.begun is None:
         return own
-    own.starts_s = long.begun.num_frames / plan.fps
+    own.starts_s = stretch.begun.num_frames / plan.fps
     own.earlier = read_sound(request.prefix)  # type: ignore[arg-type]
     if own.earlier is not None:
         config, (samples, rate) = _config(parts), own.earlier

@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
     from vidgen.media.clip import Clip
     from vidgen.media.types import Samples
-    from vidgen.pipeline.foreign.engine import ForeignEngine
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.pipeline.sound.audio_model import AudioModel
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.types import Opened
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ class Soundtrack:
 
 
 def make_soundtrack(
-    request: Request, num_frames: int, fps: Fraction, engine: Engine | ForeignEngine,
+    request: Request, num_frames: int, fps: Fraction, engine: Opened,
     *, has_sound: bool,
 ) -> Soundtrack:
     """Settle a request's sound: files are read, texts spoken.

@@ -15,9 +15,9 @@ from vidgen.pipeline.journal.journal import Journal
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
-    from vidgen.pipeline.foreign.engine import ForeignEngine
-    from vidgen.pipeline.preview import OnPreview
-    from vidgen.pipeline.video import Engine
+    from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
+    from vidgen.pipeline.engine import Engine
+    from vidgen.pipeline.types import OnPreview
 
 
 def write_request(

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from vidgen.core.errors import InputError, VidgenError
+from vidgen.pipeline.workers.types import pin_threads
 
 BEAT_S = 1.0
 GRACE_S = 5.0
@@ -55,8 +56,6 @@ def tell_warnings(say: Say) -> None:
 
 def answer(work: Any, payload: Any, threads: int, say: Say) -> tuple[Any, ...]:
     """Do a job: ("done", result) or ("failed", error), of which the error says what happened."""
-    from vidgen.pipeline.workers.scheduler import pin_threads
-
     try:
         pin_threads(threads)
         return "done", work(payload, lambda event: say(("tell", event)))

@@ -25,7 +25,7 @@ from vidgen.pipeline.workers.process import answer, check_place, tell_warnings
 from vidgen.pipeline.workers.seats import Crew, Message, Seat
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.workers.scheduler import Staff
+    from vidgen.pipeline.workers.types import Staff
 
 log = logging.getLogger(__name__)
 LISTEN_S = 1.0

@@ -14,120 +14,39 @@ from __future__ import annotations
 import heapq
 import json
 import logging
-import os
-import sys
+import pickle
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vidgen.core.errors import InputError, VidgenError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, fingerprint
+from vidgen.pipeline.workers.seats import Crew, LocalCrew, Seat
+from vidgen.pipeline.workers.types import (
+    MAX_THREADS,
+    Job,
+    Outcome,
+    Patience,
+    Staff,
+    Work,
+    pin_threads,
+)
 
 if TYPE_CHECKING:
     from vidgen.pipeline.workers.seats import Crew, Seat
 
 log = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
-MAX_WORKERS = MAX_THREADS = 1024
 THREADS = "threads.json"
 MAX_DEATHS = 3
 """Workers that one job may take with it before it is given up."""
 WINDOW = 32
 """Jobs a worker that are held at once, so that those that wait don't leave any idle."""
-
-
-class Work(Protocol):
-    """What workers do; it is pickled to each of them, and keeps there what it has opened."""
-
-    def __call__(self, payload: Any, tell: OnEvent, /) -> Any:
-        """Do one job, telling events; the result must be picklable."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A piece of work.
-
-    Attributes:
-        key: by which others need it; no two jobs have the same.
-        payload: picklable, what `Work` is called with.
-        needs: keys of jobs that come before it; one that was never given counts as done.
-        name: for people.
-    """
-
-    key: str
-    payload: Any
-    needs: tuple[str, ...] = ()
-    name: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a job: its result, or the error that ended it."""
-
-    job: Job
-    result: Any = None
-    error: Exception | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long is waited, in seconds.
-
-    Attributes:
-        silence: for a worker's heartbeat, which comes every second.
-        stall: for progress in a job, whatever the heartbeat says.
-        grace: for workers that are to stop, before they are killed.
-    """
-
-    silence: float = 60.0
-    stall: float = 3600.0
-    grace: float = 5.0
-
-
-@dataclass(frozen=True)
-class Staff:
-    """Who works.
-
-    Args:
-        workers: how many; None: one, or as many as a Ray cluster has GPUs or else machines.
-        ray: address of a Ray cluster: "auto", "host:port", "ray://host:port", or "local" for one
-            that is started here.
-        threads: that each job computes on; None: this process's share.
-
-    Raises:
-        InputError: a number out of its range.
-    """
-
-    workers: int | None = None
-    ray: str | None = None
-    threads: int | None = None
-    patience: Patience = field(default_factory=Patience)
-
-    def __post_init__(self) -> None:
-        for name, high in (("workers", MAX_WORKERS), ("threads", MAX_THREADS)):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= high:
-                raise InputError(f"{name} is {value}; give a whole number from 1 to {high}")
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this process itself works."""
-        return self.ray is None and self.workers in (None, 1)
-
-    @property
-    def num_threads(self) -> int:
-        """Threads of a job: as given, as OMP_NUM_THREADS says, or a worker's share of torch's."""
-        if self.threads is not None:
-            return self.threads
-        import torch
-
-        count = torch.get_num_threads()
-        return count if "OMP_NUM_THREADS" in os.environ else max(1, count // (self.workers or 1))
 
 
 def run_jobs(
@@ -150,9 +69,7 @@ def run_jobs(
     if staff.is_here:
         yield from _alone(_Queue(iter(jobs), WINDOW), work, staff.num_threads, tell)
         return
-    from vidgen.pipeline.workers.seats import open_crew
-
-    with open_crew(work, staff) as crew:
+    with _open_crew(work, staff) as crew:
         queue = _Queue(iter(jobs), WINDOW * len(crew.seats))
         yield from _Foreman(queue, crew, staff.patience, tell).outcomes()
 
@@ -223,14 +140,35 @@ def settle_threads(folder: Path, staff: Staff, tell: OnEvent, name: str = THREAD
     return settled
 
 
-def pin_threads(count: int) -> None:
-    """Have torch compute on so many threads, whatever a resumed journal set before.
+@contextmanager
+def _open_crew(work: Work, staff: Staff) -> Iterator[Crew]:
+    """Start workers; on leaving, all stop within seconds.
 
-    A process in which it isn't loaded yet is to be born with OMP_NUM_THREADS.
+    Raises:
+        InputError: work that can't be sent, or a cluster that can't be had.
     """
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.get_num_threads() != count:
-        torch.set_num_threads(count)
+    try:
+        content = pickle.dumps(work)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise InputError(f"the work can't be sent to other processes ({error}); give functions of "
+                         "modules, or functools.partial of them") from None
+    crew: Crew
+    if staff.ray is None:
+        crew = LocalCrew(content, staff.workers or 1, staff.num_threads)
+    else:
+        from vidgen.pipeline.workers.ray import RayCrew
+
+        crew = RayCrew(content, staff)
+    try:
+        crew.start()
+        yield crew
+    finally:
+        for seat in crew.seats:
+            seat.stop()
+        until = time.monotonic() + staff.patience.grace
+        for seat in crew.seats:
+            seat.end(max(0.0, until - time.monotonic()))
+        crew.close()
 
 
 def _alone(queue: _Queue, work: Work, threads: int, tell: OnEvent) -> Iterator[Outcome]:

@@ -9,16 +9,14 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import IO, TYPE_CHECKING, Any
 
-from vidgen.core.errors import InputError
 from vidgen.core.runtime import child_environment, exit_text
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.workers.scheduler import Job, Staff, Work
+    from vidgen.pipeline.workers.types import Job
 
 Message = tuple[Any, ...]
 
@@ -94,37 +92,6 @@ class Crew(ABC):
     @abstractmethod
     def _seat(self, number: int) -> Seat:
         """Begin a worker, or ask for it."""
-
-
-@contextmanager
-def open_crew(work: Work, staff: Staff) -> Iterator[Crew]:
-    """Start workers; on leaving, all stop within seconds.
-
-    Raises:
-        InputError: work that can't be sent, or a cluster that can't be had.
-    """
-    try:
-        content = pickle.dumps(work)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise InputError(f"the work can't be sent to other processes ({error}); give functions of "
-                         "modules, or functools.partial of them") from None
-    crew: Crew
-    if staff.ray is None:
-        crew = LocalCrew(content, staff.workers or 1, staff.num_threads)
-    else:
-        from vidgen.pipeline.workers.ray import RayCrew
-
-        crew = RayCrew(content, staff)
-    try:
-        crew.start()
-        yield crew
-    finally:
-        for seat in crew.seats:
-            seat.stop()
-        until = time.monotonic() + staff.patience.grace
-        for seat in crew.seats:
-            seat.end(max(0.0, until - time.monotonic()))
-        crew.close()
 
 
 class LocalCrew(Crew):

@@ -20,7 +20,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import atomic_write, best_dtype, check_output, write_error
 from vidgen.diffusion.oversampling import Pace
-from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.workers.scheduler import results_of
 from vidgen.training.data.config import DataConfig, Geometry
 from vidgen.training.data.encode import Cursor, Extras, ItemEncoder

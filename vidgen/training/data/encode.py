@@ -27,7 +27,7 @@ from vidgen.models.text import TextEncoder, UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.models.vae import CausalVAE
 from vidgen.pipeline.inputs import pixels_of
-from vidgen.pipeline.parts import DTYPES, Parts
+from vidgen.pipeline.loader import DTYPES, Parts
 from vidgen.training.data.config import Bucket
 from vidgen.training.data.probe import is_still
 from vidgen.training.data.select import Item

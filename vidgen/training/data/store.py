@@ -26,7 +26,7 @@ from vidgen.core.config import dump
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import atomic_path, atomic_write, write_error
 from vidgen.models.tokenizer import clean_prompt
-from vidgen.pipeline.parts import DTYPES
+from vidgen.pipeline.loader import DTYPES
 from vidgen.training.data.config import Bucket, DataConfig, Geometry
 from vidgen.training.data.encode import Extras, component_hash
 from vidgen.weights.folder import ModelFolder

@@ -14,7 +14,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.text import UMT5Encoder
 from vidgen.models.tokenizer import PromptTokenizer
-from vidgen.pipeline.parts import DTYPES, EXPERTS
+from vidgen.pipeline.loader import DTYPES, EXPERTS
 from vidgen.training.engines.zero import share_out
 from vidgen.training.finetune.config import FinetuneConfig, SubjectSettings
 from vidgen.training.finetune.lora import inject

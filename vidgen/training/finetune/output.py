@@ -14,7 +14,7 @@ from vidgen.core.errors import InputError, ModelError, VidgenError
 from vidgen.core.runtime import atomic_path
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import Adapter
-from vidgen.pipeline.parts import DTYPES, EXPERTS
+from vidgen.pipeline.loader import DTYPES, EXPERTS
 from vidgen.training.checkpoint import (
     best_checkpoint,
     drop_partial,

@@ -11,7 +11,7 @@ from vidgen.core.errors import InputError
 from vidgen.core.values import parse_size
 from vidgen.diffusion.oversampling import Pace
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.pipeline.parts import DTYPES, EXPERTS
+from vidgen.pipeline.loader import DTYPES, EXPERTS
 from vidgen.training.engines.distributed import check_sharing, current_place
 from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.model import choose_roles, open_trainable, prepare_module

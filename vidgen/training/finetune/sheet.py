@@ -24,9 +24,10 @@ from vidgen.core.request import Request
 from vidgen.media.grid import contact_sheet
 from vidgen.media.types import Frames
 from vidgen.models.lora import Adapter
-from vidgen.pipeline.opened import log as engine_log
+from vidgen.pipeline.codec import to_frames
+from vidgen.pipeline.engine import Engine, load
+from vidgen.pipeline.model import log as engine_log
 from vidgen.pipeline.plan import make_plan
-from vidgen.pipeline.video import Engine, load, to_frames
 from vidgen.training.data.dataset import Dataset
 from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.model import LearnedToken

@@ -22,8 +22,8 @@ from vidgen.diffusion.schedule import draw_sigmas, share_below
 from vidgen.diffusion.state import LatentState
 from vidgen.models.text import encode_tokens
 from vidgen.pipeline.budget.workload import transformer_ops
-from vidgen.pipeline.networks import velocity
-from vidgen.pipeline.parts import EXPERTS
+from vidgen.pipeline.denoise import velocity
+from vidgen.pipeline.loader import EXPERTS
 from vidgen.training.config import Phase
 from vidgen.training.data.dataset import Dataset
 from vidgen.training.draws import generator_of, seed_of

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from vidgen.media.types import Frames, Samples
-from vidgen.pipeline.foreign.decode import Decode
-from vidgen.pipeline.foreign.plan import ForeignPlan
+from vidgen.pipeline.diffusers_backend.decode import Decode
+from vidgen.pipeline.diffusers_backend.plan import ForeignPlan
 from vidgen.pipeline.journal.job import MADE
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.journal.state import as_array

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from vidgen.media.read import fit
 from vidgen.models.tokenizer import read_as
 from vidgen.pipeline.candidates import Tried, keep_tried, kept_tried, sample_best
 from vidgen.pipeline.levels import sigmas_of
 from vidgen.pipeline.long.extend import LongClip, long_clip
+from vidgen.pipeline.long.rolling import RolledClip
 from vidgen.pipeline.sound.own_sound import followed_sound, own_sound, sound_plan
 
 if TYPE_CHECKING:
@@ -26,35 +28,33 @@ if TYPE_CHECKING:
     from vidgen.media.clip import Clip
     from vidgen.media.types import Samples
     from vidgen.pipeline.bound import Bound
-    from vidgen.pipeline.experts import Loras
     from vidgen.pipeline.inputs import Inputs
     from vidgen.pipeline.journal.journal import Journal
-    from vidgen.pipeline.networks import Contexts
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.model import OpenedModel
     from vidgen.pipeline.preview import Glimpses
     from vidgen.pipeline.sound.soundtrack import Soundtrack
-    from vidgen.pipeline.video import Engine, Report
+    from vidgen.pipeline.types import Contexts, Loras, Plan, Report
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DenoisedClip:
+class Making:
     """A clip on its way, in one window or several.
 
     Attributes:
-        engine: the model.
+        model: that makes it.
         plan: of the clip.
         request: whose conditions it meets.
         inputs: its pictures and clips.
         loras: adapters of the model.
-        contexts: of the prompts, asked for when they are needed.
-        track: what it is to sound like.
+        contexts: of the prompts, encoded when they are first called for.
+        track: its sound.
         kept: its journal.
-        report: told of a stage, and how much of it is done of how much.
+        report: gets a stage, and how much of it is done of how much.
     """
 
-    engine: Engine
+    model: OpenedModel
     plan: Plan
     request: Request
     inputs: Inputs
@@ -65,17 +65,44 @@ class DenoisedClip:
     report: Report
 
     def clip(self, recipe: dict[str, Any], glimpses: Glimpses) -> Clip:
-        """The lazy clip, of which pixels are left to decode; its own sound is made already."""
-        latents, kept, long = self.kept.latents, self.kept, self._long
+        """Denoise picture and sound; return the lazy clip, whose pixels are left to decode."""
+        plan, kept, long, followed = self.plan, self.kept, self._long, None
+        latents = kept.latents
         if latents is None:
+            self.contexts()  # before pictures are encoded
             self.report("prepare", 0, 1)
-            latents = self._picture(glimpses)
+            if self.request.follow_audio and self.track.bed is not None:
+                followed = followed_sound(self.model.parts, plan, self.track.bed).beside
+            draw = Windows(self, glimpses, len(long.windows) if long else 1, kept.num_windows)
+            if long:
+                latents = long.sample(draw, kept.done, kept.keep_window, followed)
+            else:
+                state = self.model.prepare(plan, self.request, self.inputs)
+                if followed:
+                    state = followed(state, 0, plan.latents.num_frames)
+                latents = state.apart(draw(plan, state))[0]
             kept.keep_latents(latents, long.num_shown if long else 0)
-        decode = long.clip if long else partial(self.engine.decode, self.plan)
+        decode = long.clip if long else partial(self.model.decode, plan)
         clip = decode(latents, recipe, kept)
         if self.track.is_own:
             samples, rate = kept.kept_sound() or self._sound(latents)
             clip.info = replace(clip.info, sound=samples, sound_rate=rate)
+        return clip
+
+    def rolled(self, recipe: dict[str, Any]) -> Clip:
+        """The lazy clip that the model's roller makes while it is written."""
+        rolled = RolledClip(
+            self.model, self.plan, self.request, self.inputs, self.loras, self.contexts()[0]
+        )
+        return self.model.lazy(self.plan, rolled.videos, recipe, journal=self.kept)
+
+    def finished(self, clip: Clip) -> Clip:
+        """The clip with all that it is to sound like, and the picture that it began with."""
+        report = partial(self.report, "sound")
+        clip = self.track.under(clip, self.plan.seed, report, self.kept)
+        if self.request.begins_with_image:
+            (picture,) = self.inputs.images["image"]
+            clip.first_frame = fit(picture, self.plan.height, self.plan.width, self.plan.fit)
         return clip
 
     @cached_property
@@ -86,37 +113,25 @@ class DenoisedClip:
     @cached_property
     def told(self) -> Bound | None:
         """What of it is told apart."""
-        return self.engine.told_apart(self.plan, [self.prompt], self.loras)
+        return self.model.told_apart(self.plan, [self.prompt], self.loras)
 
     @cached_property
     def _long(self) -> LongClip | None:
-        return long_clip(self.engine, self.plan, self.request, self.inputs)
-
-    def _picture(self, glimpses: Glimpses) -> Tensor:
-        """Its latents [1, C, F, h, w]."""
-        plan, request, long, followed = self.plan, self.request, self._long, None
-        if request.follow_audio and self.track.bed is not None:
-            followed = followed_sound(self.engine.parts, plan, self.track.bed)
-        num_windows = len(long.windows) if long else 1
-        sample = _Sampling(self, glimpses, num_windows, self.kept.num_windows)
-        if long:
-            return long.sample(sample, self.kept.done, self.kept.keep_window, followed)
-        state = self.engine.prepare(plan, request, self.inputs)
-        if followed:
-            state = followed.beside(state, 0, plan.latents.num_frames)
-        return state.apart(sample(plan, state))[0]
+        return long_clip(self.model, self.plan, self.request, self.inputs)
 
     def _sound(self, latents: Tensor) -> tuple[Samples, int]:
         """What the model makes to be heard with finished latents: samples [N, c] and their rate."""
-        plan = sound_plan(self.plan, self.engine.folder.defaults)
-        own = own_sound(self.engine.parts, self.plan, self.request, self._long)
+        plan = sound_plan(self.plan, self.model.folder.defaults)
+        own = own_sound(
+            self.model.parts, self.plan, self.request, self._long.stretch if self._long else None
+        )
 
         def sample(state: LatentState, number: int) -> Tensor:
             def on_step(info: StepInfo) -> None:
                 done, rounds = number + own.extra_rounds, len(own.windows) + own.extra_rounds
                 self.report("sound", done * info.num_steps + info.step, rounds * info.num_steps)
 
-            return self.engine.sample(
+            return self.model.sample(
                 plan, state, self.contexts(), on_step, self.request.scheduler, self.loras
             )
 
@@ -126,61 +141,74 @@ class DenoisedClip:
 
 
 @dataclass
-class _Sampling:
-    """Samples one plan after the other: the windows of a long clip, or a whole clip.
+class Windows:
+    """Draws one plan after the other: the windows of a long clip, or a whole clip.
 
     Attributes:
-        clip: that they are of.
+        making: the clip that they are of.
         glimpses: shown its steps.
         num_windows: how many there are.
         number: of the window at work, from 0.
         others: candidates so far that weren't good enough.
     """
 
-    clip: DenoisedClip
+    making: Making
     glimpses: Glimpses
     num_windows: int
     number: int
     others: int = 0
 
     def __call__(self, plan: Plan, state: LatentState) -> Tensor:
-        """The best candidate of the next window, as samplers give it."""
-        clip = self.clip
-        tried = kept_tried(clip.kept, self.number, clip.engine.device)
-        self.others += tried.count if tried else 0
-        made = sample_best(
-            clip.engine.parts, plan, state, [clip.prompt], partial(self._candidate, plan), tried,
-            self._keep, self._doubt,
-        )
-        self.number += 1
-        return made
+        """The next window, as samplers give it; of several candidates the best."""
+        making = self.making
+        num_steps = len(sigmas_of(plan, making.request.scheduler)) - 1
 
-    def _candidate(self, plan: Plan, state: LatentState, _rows: Tensor, candidate: int) -> Tensor:
-        clip, request, kept = self.clip, self.clip.request, self.clip.kept
-        num_steps = len(sigmas_of(plan, request.scheduler)) - 1
-
-        def on_step(info: StepInfo) -> None:
-            kept.on_step(_counted_on(info, candidate))
+        def on_step(info: StepInfo, candidate: int = 0) -> None:
+            making.kept.on_step(_counted_on(info, candidate))
             seen = state.apart(info.denoised)[0]
             apart = (seen.shape[2] - 1) // max(plan.latents.num_frames - 1, 1) or 1
             shown = replace(info, denoised=seen[:, :, ::apart])
             self.glimpses.on_step(shown, state.num_references)
             done, total = self.number + self.others, self.num_windows + self.others
-            clip.report("sample", done * num_steps + info.step, total * num_steps)
+            making.report("sample", done * num_steps + info.step, total * num_steps)
 
-        resume = _of_candidate(kept.take_state(), candidate, num_steps)
-        return clip.engine.sample(
-            plan, state, clip.contexts(), on_step, request.scheduler, clip.loras, resume,
-            remember=kept.keeps, told=clip.told,
+        sample = partial(
+            making.model.sample, plan, contexts=making.contexts(),
+            scheduler=making.request.scheduler, loras=making.loras, remember=making.kept.keeps,
+            told=making.told,
+        )
+        if plan.candidates == 1:
+            made = sample(state, on_step=on_step, resume=making.kept.take_state())
+        else:
+            made = self._best(plan, state, sample, on_step, num_steps)
+        self.number += 1
+        return made
+
+    def _best(
+        self, plan: Plan, state: LatentState, sample: Callable[..., Tensor],
+        on_step: Callable[..., None], num_steps: int,
+    ) -> Tensor:
+        making = self.making
+        tried = kept_tried(making.kept, self.number, making.model.device)
+        self.others += tried.count if tried else 0
+
+        def draw(state: LatentState, _rows: Tensor, candidate: int) -> Tensor:
+            return sample(
+                state, on_step=partial(on_step, candidate=candidate),
+                resume=_of_candidate(making.kept.take_state(), candidate, num_steps),
+            )
+
+        return sample_best(
+            making.model.parts, plan, state, [making.prompt], draw, tried, self._keep, self._doubt
         )
 
     def _keep(self, tried: Tried) -> None:
         self.others += 1
-        keep_tried(self.clip.kept, self.number, tried)
+        keep_tried(self.making.kept, self.number, tried)
 
     def _doubt(self, names: str) -> None:
         log.warning("none of %d candidates shows %s for certain, the surest is kept; give another "
-                    "seed, other words or more --candidates", self.clip.plan.candidates, names)
+                    "seed, other words or more --candidates", self.making.plan.candidates, names)
 
 
 def _counted_on(info: StepInfo, candidate: int) -> StepInfo:

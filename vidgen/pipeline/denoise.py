@@ -6,10 +6,9 @@ columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,30 +29,20 @@ from vidgen.diffusion.guidance import (
 from vidgen.diffusion.samplers import whole_timesteps
 from vidgen.diffusion.state import LatentState, denoise_inputs
 from vidgen.models.dit_types import AudioTokens, KVCache
-from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
 from vidgen.ops.parallel import Ranks, Spread
-from vidgen.pipeline.devices.stretches import rooms_for
-from vidgen.pipeline.experts import Experts, Loras, boundary_of, experts
+from vidgen.pipeline.experts import Experts, boundary_of, experts
+from vidgen.pipeline.types import Loras
 from vidgen.weights.student import STUDENT
 
 if TYPE_CHECKING:
     from vidgen.core.protocols import Denoise, StepCache
-    from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
-    from vidgen.models.vae import CausalVAE
     from vidgen.pipeline.bound import Bound
-    from vidgen.pipeline.parts import Parts
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.types import Contexts, Plan
 
 ALONE = "alone"
 """What the model is asked under beside `BRANCHES`: a prompt that names one of its things alone."""
-REFINE_RATE = 0.02
-"""Of `refine_first`'s first step, in deviations of the latents."""
-REFINE_BETAS = (0.9, 0.95)
-BACK_SHARE = 0.5
-"""Of what latents lack, that a pass adds: all of it makes fast motion worse."""
-Contexts = Sequence[tuple[Tensor, Tensor]]
-"""(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
 
 
 @contextmanager
@@ -241,122 +230,3 @@ def velocity(
         extra=state.timed_keys, audio=audio, **options,
     )
     return made if isinstance(made, Tensor) else state.together(*made)
-
-
-@torch.no_grad()
-def encode_pixels(
-    parts: Parts, video: Tensor, tiles: Tiles | None = None, passes: int = 1, oversampling: int = 1
-) -> Tensor:
-    """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32.
-
-    With more `passes` than one, what the latents show is encoded, too, and half of what they lack
-    there is added to them (back-projection: Irani & Peleg 1991, eq. 3).
-    """
-
-    def encoded(video: Iterable[Tensor]) -> Tensor:
-        if tiles is None:
-            frames = vae.stream_encode(video, oversampling=oversampling)
-        else:
-            frames = encode_in_tiles(vae, video, tiles, rooms_for(tiles), oversampling)
-        return torch.cat(list(frames), dim=2).float()
-
-    with parts.use("vae") as vae:
-        dtype = next(vae.parameters()).dtype
-        latents = wanted = encoded([video.to(parts.device, dtype)])
-        for _ in range(1, passes):
-            shown = _decoded(vae, latents.to(dtype).split(1, dim=2), tiles, oversampling)
-            latents = latents + BACK_SHARE * (wanted - encoded(part.clamp(-1, 1) for part in shown))
-        return latents
-
-
-def _decoded(
-    vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None, oversampling: int
-) -> Iterator[Tensor]:
-    if tiles is None:
-        return vae.stream_decode(frames, oversampling=oversampling)
-    return decode_in_tiles(vae, frames, tiles, rooms_for(tiles), oversampling)
-
-
-@torch.no_grad()
-def refine_first(parts: Parts, picture: Tensor, latents: Tensor, num_steps: int) -> Tensor:
-    """Bring a first frame's latents nearer to it, through the decoder (Abdal et al. 2019, Alg. 1).
-
-    A first latent frame is decoded by itself, so what it shows here it shows in every clip. An
-    encoder gives what is best for pictures on average; a few of Adam's steps give what is best for
-    this one.
-
-    Args:
-        parts: the networks.
-        picture: [B, 3, 1, H, W] in [-1, 1].
-        latents: normalised, [B, C, 1, h, w], as encoded.
-        num_steps: at a rate that falls to zero.
-
-    Returns:
-        Latents like those given, each never further from its picture than they were.
-    """
-    with parts.use("vae") as vae:
-        dtype, target = next(vae.parameters()).dtype, picture.to(latents)
-        refined = best = latents
-        least = torch.full((len(latents),), torch.inf, device=latents.device)
-        mean, square = torch.zeros_like(latents), torch.zeros_like(latents)
-        for step in range(num_steps + 1):
-            tried = refined.detach().requires_grad_()
-            with torch.enable_grad():
-                errors = (vae.decode(tried.to(dtype)).float() - target).square().sum((1, 2, 3, 4))
-            nearer = errors < least
-            least = torch.where(nearer, errors, least)
-            best = torch.where(nearer.view(-1, 1, 1, 1, 1), refined, best)
-            if step == num_steps:
-                break
-            (gradient,) = torch.autograd.grad(errors, [tried], torch.ones_like(errors))
-            # Kingma & Ba 2015, Alg. 1; torch.optim takes two seconds to be imported
-            mean.lerp_(gradient, 1 - REFINE_BETAS[0])
-            square.lerp_(gradient.square(), 1 - REFINE_BETAS[1])
-            first, second = (kept / (1 - beta ** (step + 1))
-                             for kept, beta in zip((mean, square), REFINE_BETAS, strict=True))
-            rate = REFINE_RATE * (1 - step / num_steps)
-            refined = refined - rate * first / (second.sqrt() + 1e-8)
-        return best
-
-
-def decode_latents(
-    parts: Parts, latents: Tensor, begin: int = 0, end: int | None = None,
-    tiles: Tiles | None = None, oversampling: int = 1,
-) -> Iterator[Tensor]:
-    """Video [B, 3, n, H, W] of each of the latent frames `begin` to `end` of [B, C, F, h, w]."""
-    frames = latents[:, :, :end].split(1, dim=2)
-    return decode_frames(parts, frames, begin, tiles, oversampling)
-
-
-@torch.no_grad()
-def decode_frames(
-    parts: Parts, frames: Iterable[Tensor], begin: int = 0, tiles: Tiles | None = None,
-    oversampling: int = 1,
-) -> Iterator[Tensor]:
-    """Video [B, 3, n, H, W] of each of a clip's latent frames [B, C, 1, h, w] from `begin` on.
-
-    Decoding begins as many latent frames earlier as the decoder looks back, so that its caches
-    hold the same and the frames are bit-equal.
-    """
-    with parts.use("vae") as vae:
-        dtype = next(vae.parameters()).dtype
-        first = max(0, begin - vae.receptive_frames(oversampling) + 1)
-        pieces = (frame.to(parts.device, dtype) for frame in islice(frames, first, None))
-        for index, video in enumerate(_decoded(vae, pieces, tiles, oversampling), first):
-            if index >= begin:
-                yield video
-
-
-def from_frame(videos: Iterable[Tensor], start: int, stride_t: int) -> Iterator[Tensor]:
-    """Videos [B, 3, n, H, W] of latent frames, the first holding frame `start`, from that on.
-
-    They are of `stride_t` frames each, but for the clip's first.
-    """
-    for index, video in enumerate(videos, latent_of(start, stride_t)):
-        before = 1 + (index - 1) * stride_t if index else 0
-        yield video[:, :, max(0, start - before) :]
-
-
-def latent_of(frame: int, stride_t: int) -> int:
-    """The latent frame that holds a frame."""
-    return -(-frame // stride_t)

@@ -11,13 +11,13 @@ import torch
 from safetensors import SafetensorError
 
 from vidgen.core.errors import InputError, ModelError
-from vidgen.pipeline.foreign.decode import (
+from vidgen.pipeline.diffusers_backend.decode import (
     Decode,
     decoding_put_off,
     prepare_vae,
     shown_frames,
 )
-from vidgen.pipeline.foreign.plan import SIBLINGS, Abilities, ForeignPlan, check_multiple
+from vidgen.pipeline.diffusers_backend.plan import SIBLINGS, Abilities, ForeignPlan, check_multiple
 from vidgen.weights.folder import ForeignFolder
 from vidgen.weights.quantize import quiet_torchao
 

@@ -1,6 +1,7 @@
 """What the processes beside rank 0 run: they open the model and do what they are told.
 
-`crew.start_crew` starts them as `python -m vidgen.pipeline.devices.member PORT RANK SIZE cpu|cuda`.
+`crew.start_crew` starts them as
+`python -m vidgen.pipeline.parallel.member PORT RANK SIZE cpu|cuda`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.diffusion.state import moved
-from vidgen.pipeline.devices.caches import collect, tie
-from vidgen.pipeline.devices.link import (
+from vidgen.pipeline.codec import decode_latents
+from vidgen.pipeline.denoise import denoisers
+from vidgen.pipeline.loader import EXPERTS, Offload, Parts
+from vidgen.pipeline.parallel.caches import collect, tie
+from vidgen.pipeline.parallel.link import (
     FAILURE,
     LOST,
     TIMEOUT,
@@ -30,9 +34,7 @@ from vidgen.pipeline.devices.link import (
     is_loss,
     torchrun_place,
 )
-from vidgen.pipeline.devices.stretches import room_for
-from vidgen.pipeline.networks import decode_latents, denoisers
-from vidgen.pipeline.parts import EXPERTS, Offload, Parts
+from vidgen.pipeline.parallel.stretches import room_for
 from vidgen.weights.component import Components
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model

@@ -23,7 +23,7 @@ from vidgen.core.shapes import (
     size_for_aspect,
 )
 from vidgen.pipeline.inputs import Inputs
-from vidgen.pipeline.plan import draw_seed
+from vidgen.pipeline.types import draw_seed
 
 if TYPE_CHECKING:
     from vidgen.core.values import Fit

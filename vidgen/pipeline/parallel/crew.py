@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
+import tempfile
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,12 +28,16 @@ from torch import Tensor
 
 from vidgen.core.errors import DeviceError, InputError
 from vidgen.core.request import MAX_DEVICES
-from vidgen.core.runtime import given_rank
+from vidgen.core.runtime import child_environment, exit_text, given_rank
 from vidgen.core.values import check_whole
 from vidgen.diffusion.guidance import guidance_share, guided
 from vidgen.diffusion.state import moved
-from vidgen.pipeline.devices.caches import collect, tie
-from vidgen.pipeline.devices.link import (
+from vidgen.pipeline.codec import decode_latents
+from vidgen.pipeline.denoise import denoisers
+from vidgen.pipeline.parallel.caches import collect, tie
+from vidgen.pipeline.parallel.link import (
+    FAILURE,
+    LOST,
     Division,
     Link,
     Share,
@@ -38,9 +45,7 @@ from vidgen.pipeline.devices.link import (
     is_loss,
     torchrun_place,
 )
-from vidgen.pipeline.devices.process import Child, end_all, find_failure
-from vidgen.pipeline.devices.stretches import room_for, stretches
-from vidgen.pipeline.networks import decode_latents, denoisers
+from vidgen.pipeline.parallel.stretches import room_for, stretches
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -49,10 +54,8 @@ if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
     from vidgen.diffusion.cache import StepCaches
     from vidgen.diffusion.state import LatentState
-    from vidgen.pipeline.experts import Loras
-    from vidgen.pipeline.networks import Contexts
-    from vidgen.pipeline.parts import Parts
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.loader import Parts
+    from vidgen.pipeline.types import Contexts, Loras, Plan
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
 
@@ -377,3 +380,67 @@ def _dissolve(link: Link, children: Sequence[Child]) -> None:
     end_all(children)
     with suppress(RuntimeError):
         link.leave()
+
+
+class Child:
+    """A member's process on this machine; it leaves with this one, however that ends."""
+
+    def __init__(self, rank: int, port: int, size: int, device: str) -> None:
+        self.rank = rank
+        self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vidgen.pipeline.parallel.member", str(port), str(rank),
+             str(size), device],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self.stderr,
+            env=child_environment(),
+        )
+
+    def wait(self, seconds: float) -> None:
+        """Wait for it to leave."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+
+    def end(self) -> None:
+        """Have it gone."""
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.stderr.close()
+
+    def fate(self) -> str | None:
+        """How it failed; None where it didn't, or only because another one did."""
+        code = self.process.poll()
+        if code is None or code == LOST:
+            return None
+        return exit_text(code, self.stderr)
+
+
+def find_failure(
+    children: Sequence[Child], store: dist.Store, patience_s: float = 0.0
+) -> str | None:
+    """Which rank failed and why, as soon as that shows; None where nothing does.
+
+    Args:
+        children: the processes, as far as they are of this one.
+        store: where a rank tells of its failure.
+        patience_s: how long to look.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        with suppress(RuntimeError):
+            if store.check([FAILURE]):
+                return store.get(FAILURE).decode()
+        for child in children:
+            fate = child.fate()
+            if fate is not None:
+                return f"device {child.rank} of {len(children) + 1} failed: {fate}"
+        if time.monotonic() >= until:
+            return None
+        time.sleep(0.05)
+
+
+def end_all(children: Sequence[Child]) -> None:
+    """End what still runs."""
+    for child in children:
+        child.end()

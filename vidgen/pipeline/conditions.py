@@ -23,7 +23,7 @@ from vidgen.diffusion import condition, stacked
 from vidgen.diffusion.noise import draw_noise
 from vidgen.diffusion.state import FinerKnown, LatentState
 from vidgen.pipeline.inputs import Inputs, pixels_of, read_mask, video_frames
-from vidgen.pipeline.plan import Plan
+from vidgen.pipeline.types import Plan
 
 if TYPE_CHECKING:
     from vidgen.media.types import Frames

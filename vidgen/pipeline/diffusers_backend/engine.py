@@ -11,26 +11,37 @@ A journal keeps what the pipeline gave, and the segments that were encoded since
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.runtime import megabytes
+from vidgen.core.shapes import size_for_aspect
 from vidgen.media.clip import Clip
 from vidgen.media.label import with_label
 from vidgen.media.provenance import stamped
 from vidgen.media.read import fit
 from vidgen.media.sound import RATE
 from vidgen.media.types import ClipInfo, Frames
-from vidgen.pipeline.foreign.decode import decode_all, peak_bytes
-from vidgen.pipeline.foreign.journal import Made, as_settled, keep_made, kept_made, with_plan
-from vidgen.pipeline.foreign.pipe import ForeignPipe, lent
-from vidgen.pipeline.foreign.plan import (
+from vidgen.pipeline.codec import to_frames
+from vidgen.pipeline.diffusers_backend.decode import decode_all, peak_bytes
+from vidgen.pipeline.diffusers_backend.journal import (
+    Made,
+    as_settled,
+    keep_made,
+    kept_made,
+    with_plan,
+)
+from vidgen.pipeline.diffusers_backend.pipe import ForeignPipe, lent
+from vidgen.pipeline.diffusers_backend.plan import (
     Abilities,
     ForeignPlan,
     make_foreign_plan,
@@ -39,15 +50,16 @@ from vidgen.pipeline.foreign.plan import (
 )
 from vidgen.pipeline.inputs import Inputs, read_inputs, video_frames
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.journal.recall import journals_of, recall
-from vidgen.pipeline.opened import require_own
-from vidgen.pipeline.parts import DTYPES
-from vidgen.pipeline.policy import Policy, enforce
+from vidgen.pipeline.journal.recall import journals_of
+from vidgen.pipeline.loader import DTYPES
+from vidgen.pipeline.plan import require_own
+from vidgen.pipeline.policy import Policy
 from vidgen.pipeline.recipe import make_foreign_recipe
-from vidgen.pipeline.rewrite import settle_prompt
+from vidgen.pipeline.rewrite import settle_texts
 from vidgen.pipeline.sound.soundtrack import Soundtrack, make_soundtrack
-from vidgen.pipeline.video import Progress, Report, Stage, to_frames
+from vidgen.pipeline.types import OnPreview, Progress, Report, Reporter, draw_seed
 from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.layouts import open_model
 
 log = logging.getLogger(__name__)
 
@@ -81,10 +93,15 @@ class ForeignEngine:
         prompt: str | Request,
         *,
         on_event: Callable[[Progress], None] | None = None,
+        on_estimate: Callable[[Any], None] | None = None,  # noqa: ARG002  nothing is known
+        on_preview: OnPreview | None = None,
         journal: Journal | Sequence[Journal] | None = None,
         **options: Any,
     ) -> Clip | list[Clip]:
         """Make a clip, or a list of them where `count` is over 1; see `Engine.generate`.
+
+        What a pipeline of diffusers will take isn't known beforehand, so `on_estimate` isn't
+        called; nor does it show previews.
 
         A clip whose denoising was stopped starts anew from its journal; one whose pipeline was
         done goes on behind the finished segments.
@@ -93,11 +110,10 @@ class ForeignEngine:
             InputError: what this family can't honour, with what it can.
         """
         request = Request.of(prompt, options)
-        enforce(self.policy, request)
-        tell = on_event or (lambda _progress: None)
+        if on_preview is not None:
+            raise InputError(f"{self.folder.name} shows no previews; leave --preview out")
         journals = journals_of(journal, request.count)
-        request, rewritten = settle_prompt(recall(request, journals), journals)
-        enforce(self.policy, request)
+        request, rewritten = settle_texts(request, journals, self.policy)
         request, inputs = self._read(request)
         shown = (option for option in ("video", "image") if getattr(request, option) is not None)
         pipe = self.pipe.taking(next(shown, None))
@@ -115,8 +131,7 @@ class ForeignEngine:
                 clips.append(kept.clip())
                 continue
 
-            def report(stage: Stage, done: int, total: int, clip: int = index) -> None:
-                tell(Progress(stage, done, total, clip, request.count))
+            report = Reporter(on_event, index, request.count)
 
             def on_step(
                 done: int, total: int, kept: Journal = kept, report: Report = report
@@ -180,7 +195,6 @@ class ForeignEngine:
         able.refuse(request)
         if request.first_frame_model is None:
             return request, read_inputs(request)
-        from vidgen.pipeline.first_frame import with_first_frame
 
         size = request.size or able.default_size() or (512, 512)
         return with_first_frame(request, size, self.device, self.dtype)
@@ -275,3 +289,101 @@ class ForeignEngine:
         is_labelled = recipe["request"].get("label") == "visible"
         source = with_label(chunks, info.size, plan.fps) if is_labelled else chunks
         return Clip(source, info, made.latents, journal)
+
+
+log = logging.getLogger(__name__)
+
+_WANTED = "a first frame is drawn by one such as SDXL, SD3 or FLUX, as diffusers saves it"
+
+
+def draw_first_frame(
+    folder: str | Path,
+    prompt: str,
+    negative: str | None,
+    seed: int,
+    width: int,
+    height: int,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "fp32",
+    on_event: Callable[[Progress], None] | None = None,
+) -> tuple[Frames, dict[str, Any]]:
+    """Draw a picture with a text-to-image model, which leaves the memory afterwards.
+
+    It is drawn at the model's own area, where such models are at their best, in the wanted aspect,
+    and then brought to the wanted size.
+
+    Args:
+        folder: of the model, as diffusers saves it, or its id on the hub: SDXL, SD3, FLUX, ...
+        prompt: what is to be seen.
+        negative: what is not to be seen; left out with a warning by a model that reads none.
+        seed: of the noise.
+        width: of the picture, in pixels.
+        height: of the picture.
+        steps: denoising steps; None: the model's own number.
+        guidance: guidance scale; None: the model's own.
+        device: where it computes.
+        dtype: of its weights, as torch's or by name.
+        on_event: told of progress; raising `Cancelled` stops between two steps.
+
+    Returns:
+        (uint8 [height, width, 3], what shaped it, for the recipe).
+
+    Raises:
+        ModelError: no such folder, or no text-to-image model.
+        InputError: what the model itself refuses.
+    """
+    opened = open_model(str(folder))
+    if not isinstance(opened, ForeignFolder):
+        raise ModelError(f"{folder} is no text-to-image model; {_WANTED}")
+    import diffusers  # seconds, which a wrong name needn't cost
+
+    names = {value: name for name, value in DTYPES.items()}
+    engine = ForeignEngine(
+        opened, torch.device(device), dtype if isinstance(dtype, str) else names[dtype],
+        loader=diffusers.AutoPipelineForText2Image,
+    )
+    able = Abilities(engine.pipe.own)
+    if not able.is_image:
+        raise ModelError(f"{folder} is a {opened.class_name}, which makes clips; {_WANTED}")
+    if negative and "negative" not in able.options:
+        log.warning("%s reads no negative prompt; the first frame is drawn without", able.name)
+        negative = None
+    own = able.default_size() or (width, height)
+    size = size_for_aspect(width / height, math.prod(own), able.multiple)
+    request = Request(
+        prompt=prompt, negative=negative or None, seed=seed, frames=1, size=size[::-1],
+        steps=steps, guidance=guidance,
+    )
+    clip = engine.generate(request, on_event=on_event)
+    assert isinstance(clip, Clip)
+    assert clip.recipe is not None
+    place = Path(folder).resolve() if Path(folder).is_dir() else folder
+    record = {"option": "first_frame_model", "path": str(place)}
+    record |= {name: clip.recipe[name] for name in ("model", "plan", "dtype")}
+    return fit(clip.frames[0], height, width), record
+
+
+def with_first_frame(
+    request: Request, size: tuple[int, int], device: torch.device, dtype: str
+) -> tuple[Request, Inputs]:
+    """A request whose first frame its model has drawn, under a seed, and its inputs.
+
+    Args:
+        request: with a `first_frame_model`.
+        size: (width, height) of the frame.
+        device: where it is drawn.
+        dtype: of the model's weights.
+    """
+    assert request.first_frame_model is not None
+    seed = draw_seed() if request.seed is None else request.seed
+    picture, record = draw_first_frame(
+        request.first_frame_model, request.prompt, request.negative, seed, *size,
+        device=device, dtype=dtype,
+    )
+    request = replace(request, image=picture, first_frame_model=None, seed=seed)
+    inputs = read_inputs(request)
+    inputs.records.append(record)
+    return request, inputs

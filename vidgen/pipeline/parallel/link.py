@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
     from vidgen.diffusion.cache import StepCaches
     from vidgen.diffusion.state import LatentState
-    from vidgen.pipeline.experts import Loras
-    from vidgen.pipeline.networks import Contexts
-    from vidgen.pipeline.plan import Plan
+    from vidgen.pipeline.types import Contexts, Loras, Plan
 
 TIMEOUT = timedelta(minutes=30)
 """After which a rank that answers no more, though it lives, ends the others."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vidgen.diffusion.cache import StepCaches
-    from vidgen.pipeline.devices.link import Division, Link
+    from vidgen.pipeline.parallel.link import Division, Link
 
 
 def tie(

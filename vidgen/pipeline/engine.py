@@ -1,0 +1,204 @@
+"""The pipeline: from a request to a clip, in five verbs.
+
+    encode the prompt -> prepare the latent state -> sample -> decode -> write
+
+Sound, where the model makes it, is sampled behind the picture: a state of which that is known.
+
+A task (a first frame, a mask, a clip to re-imagine) is a condition written into the state by
+`prepare`; nothing else knows of it.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W
+pixel rows and columns.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
+from vidgen.core.runtime import best_dtype, choose_device
+from vidgen.core.values import check_picture
+from vidgen.media.clip import Clip
+from vidgen.media.manifest import Signing
+from vidgen.media.provenance import stamped
+from vidgen.ops.attention import asked_backend, require_backend
+from vidgen.pipeline.budget.preflight import Asked, preflight
+from vidgen.pipeline.experts import read_loras
+from vidgen.pipeline.inputs import Inputs, read_inputs
+from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.journal.recall import journals_of
+from vidgen.pipeline.loader import DTYPES, Offload
+from vidgen.pipeline.making import Making
+from vidgen.pipeline.model import OpenedModel
+from vidgen.pipeline.parallel.crew import start_crew
+from vidgen.pipeline.policy import Policy, policy_from_environment
+from vidgen.pipeline.preview import Glimpses
+from vidgen.pipeline.recipe import make_recipe
+from vidgen.pipeline.rewrite import settle_texts
+from vidgen.pipeline.sound.own_sound import sound_plan
+from vidgen.pipeline.sound.soundtrack import make_soundtrack
+from vidgen.pipeline.tasks import SOUND, check_tasks
+from vidgen.pipeline.types import Contexts, OnPreview, Plan, Progress, Reporter
+from vidgen.weights.folder import ForeignFolder
+from vidgen.weights.layouts import open_model
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.budget.stages import Estimate
+    from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
+    from vidgen.weights.quantize import Quantization
+
+log = logging.getLogger(__name__)
+
+def load(
+    model: str | os.PathLike[str] = "toybox", *, device: str = "auto", dtype: str | None = None,
+    offload: Offload | Literal["auto"] | None = None, quantize: Quantization | None = None,
+    policy: Policy | None = None, devices: int | None = None, shard: bool | None = False,
+) -> Engine | ForeignEngine:
+    """Open a model; it comes into memory as `offload` says.
+
+    Args:
+        model: an embedded model's name, a model folder (ours, diffusers' or Wan's own layout), or
+            an id on the Hugging Face hub.
+        device: "auto", "cpu", "cuda", ...
+        dtype: "fp32", "bf16" or "fp16"; None: bf16 where the processor has it, else fp32.
+        offload: "none" keeps all in memory, "stage" what the stage at work needs, "block" two
+            blocks of the transformer at a time; None or "auto": the first of them with which each
+            clip fits into the memory.
+        quantize: "int8" keeps linear layers' weights in 8 bits.
+        policy: refuses prompts; None takes the word list that VIDGEN_POLICY names, if one.
+        devices: how many share the work, None is 1; see docs/devices.md.
+        shard: spread the transformers' weights over the devices; `offload` is then "stage" unless
+            it is given.
+
+    Raises:
+        InputError: choices that don't go together, or more devices than there are.
+        ModelError: no such model, files that are missing, damaged or don't fit together, or more
+            than the memory holds.
+    """
+    check_picture("model", model, array=False)
+    policy = policy or policy_from_environment()
+    Signing.from_environment()  # one that can't sign is told of now, not when a clip is made
+    folder, place = open_model(os.fspath(model)), choose_device(device)
+    asked = Asked(None if offload == "auto" else offload, dtype)
+    if shard and asked.offload is None:
+        asked = asked._replace(offload="stage")
+    if isinstance(folder, ForeignFolder):
+        from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
+
+        if quantize or (devices or 1) > 1:
+            option = f"quantize {quantize!r}" if quantize else f"devices {devices}"
+            raise InputError(f"{option} works with the Wan family, not with {folder.class_name}; "
+                             "leave it out")
+        dtype = dtype or best_dtype(place)
+        return ForeignEngine(folder, place, dtype, asked.offload or "none", policy=policy)
+    crew = start_crew(devices, place, shard=shard, offload=asked.offload, quantize=quantize)
+    return Engine(folder, place, asked, quantize, policy, crew)
+
+
+class Engine(OpenedModel):
+    """A model ready to generate."""
+
+    def generate(
+        self,
+        prompt: str | Request,
+        *,
+        on_event: Callable[[Progress], None] | None = None,
+        on_estimate: Callable[[Estimate], None] | None = None,
+        on_preview: OnPreview | None = None,
+        journal: Journal | Sequence[Journal] | None = None,
+        **options: Any,
+    ) -> Clip | list[Clip]:
+        """Make a clip, or a list of them where `count` is over 1.
+
+        Args:
+            prompt: what is to be seen, or a whole request.
+            on_event: told of progress; raising `Cancelled` stops cleanly between two steps.
+            on_estimate: told what it will take, before the work begins.
+            on_preview: shown small frames of the clip while it forms, as often as that takes 2% of
+                the time.
+            journal: keeps the state beside the output, one for each clip, so that a run that was
+                stopped or killed goes on; see docs/journal.md.
+            options: fields of `Request`, which are the command line's long options; of a request
+                that is given they are changed.
+
+        Returns:
+            A lazy clip, or a list of them: pixels are decoded while they are saved or asked for.
+
+        Raises:
+            InputError: what can't be honoured, with value, limit and remedy.
+        """
+        request = Request.of(prompt, options)
+        journals = journals_of(journal, request.count)
+        request, rewritten = settle_texts(request, journals, self.policy)
+        request, inputs = self.read(request)
+        plan = self.plan(request, inputs)
+        track = make_soundtrack(
+            request, plan.kept_frames, plan.fps, self,
+            has_sound=SOUND in self.folder.tasks and not plan.roll,
+        )
+        plan = self._fitted(plan, request, on_estimate, previewed=on_preview is not None)
+        loras = read_loras(request.lora, self.folder)
+        plans = [replace(plan, seed=plan.seed + index) for index in range(request.count)]
+        recipes = [
+            stamped(make_recipe(self, each, request, inputs, loras) | track.facts | rewritten,
+                    kept.recipe)
+            for each, kept in zip(plans, journals, strict=True)
+        ]
+        for kept, recipe in zip(journals, recipes, strict=True):
+            kept.check(recipe)
+
+        @cache  # once for all clips, and not where all are sampled already
+        def contexts() -> Contexts:
+            Reporter(on_event, 1, request.count)("prompt", 0, 1)
+            fullest = sound_plan(plan, self.folder.defaults) if track.is_own else plan
+            return self.encode_prompt(fullest, loras)
+
+        clips = []
+        for index, (each, recipe, kept) in enumerate(zip(plans, recipes, journals, strict=True), 1):
+            if kept.finished:
+                clips.append(kept.clip())
+                continue
+            with kept.running(recipe, self.device):
+                report = Reporter(on_event, index, request.count)
+                glimpses = Glimpses(self, on_preview, each.fps, index)
+                making = Making(self, each, request, inputs, loras, contexts, track, kept, report)
+                made = making.rolled(recipe) if each.roll else making.clip(recipe, glimpses)
+                clips.append(making.finished(made))
+        return clips if request.count > 1 else clips[0]
+
+    def _fitted(
+        self, plan: Plan, request: Request, on_estimate: Callable[[Estimate], None] | None, *,
+        previewed: bool,
+    ) -> Plan:
+        """The plan in the setup that fits this machine, after all refusals that are left.
+
+        Raises:
+            InputError: options that don't go together, or more than the memory holds.
+        """
+        if plan.roll and (previewed or self.crew is not None):
+            option = "preview" if previewed else "devices"
+            raise InputError(f"{option} doesn't go with roll, which makes a clip while it is "
+                             "written, on one device; leave one of them out")
+        estimate = preflight(self, plan, request)
+        if request.strict:
+            require_backend(asked_backend(), self.device, DTYPES[self.dtype])
+        if on_estimate is not None:
+            on_estimate(estimate)
+        return replace(plan, tiles=estimate.setup.tiles)
+
+    def read(self, request: Request) -> tuple[Request, Inputs]:
+        """The request's pictures and clips; a first frame that a model is to draw is drawn here."""
+        two = self.dit_config.image_positions is not None
+        check_tasks(request, self.folder.name, self.folder.tasks, both=two)
+        if request.first_frame_model is None:
+            return request, read_inputs(request)
+        from vidgen.pipeline.diffusers_backend.engine import with_first_frame
+
+        size = request.size or (self.folder.defaults.width, self.folder.defaults.height)
+        return with_first_frame(replace(request, size=size), size, self.device, self.dtype)

@@ -1,0 +1,331 @@
+"""A model that is opened: its networks, how they lie in memory, and what each does alone.
+
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W
+pixel rows and columns, S text or image tokens, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vidgen.core.errors import InputError
+from vidgen.core.protocols import OnStep, SamplerState
+from vidgen.core.request import Request
+from vidgen.diffusion.noise import draw_noise
+from vidgen.diffusion.oversampling import sample_finer
+from vidgen.diffusion.samplers import sample_with_scheduler, sampler_of
+from vidgen.diffusion.state import LatentState, new_state
+from vidgen.media.clip import Clip, Keeper
+from vidgen.media.label import with_label
+from vidgen.media.types import ClipInfo
+from vidgen.models.dit_types import DiTConfig
+from vidgen.models.image import prepare_image
+from vidgen.models.text import NOTHING
+from vidgen.models.tokenizer import PromptTokenizer, read_as
+from vidgen.models.vae import VAEConfig
+from vidgen.pipeline.bound import VERIFIER, Bound, is_bindable, told_apart
+from vidgen.pipeline.budget.preflight import Asked, first_setup
+from vidgen.pipeline.codec import (
+    decode_latents,
+    encode_pixels,
+    from_frame,
+    latent_of,
+    refine_first,
+    to_frames,
+)
+from vidgen.pipeline.conditions import Encoder, write_conditions
+from vidgen.pipeline.denoise import denoising
+from vidgen.pipeline.inputs import Inputs
+from vidgen.pipeline.levels import settles, sigmas_of, split_of
+from vidgen.pipeline.loader import DTYPES, Parts
+from vidgen.pipeline.long.tail import ANCHOR_TASK, make_tail
+from vidgen.pipeline.parallel.crew import Crew, devices_of
+from vidgen.pipeline.plan import require_own, settled
+from vidgen.pipeline.policy import Policy
+from vidgen.pipeline.prompts import PromptEncoder
+from vidgen.pipeline.step_caches import carrying, make_caches
+from vidgen.pipeline.types import NO_LORAS, Contexts, Loras, Plan
+from vidgen.weights.folder import ModelFolder
+
+if TYPE_CHECKING:
+    from vidgen.core.shapes import Tiles
+    from vidgen.pipeline.budget.stages import Setup
+    from vidgen.weights.quantize import Quantization
+
+log = logging.getLogger(__name__)
+
+
+class OpenedModel:
+    """A model's networks on a device.
+
+    Args:
+        folder: the model.
+        device: where its networks compute.
+        asked: the offload and dtype that a person chose, if any.
+        quantize: "int8" or None.
+        policy: refuses prompts, or None.
+        crew: other devices that help, or None.
+
+    Raises:
+        ModelError: damaged files, or more than the memory holds.
+    """
+
+    def __init__(
+        self, folder: ModelFolder, device: torch.device, asked: Asked,
+        quantize: Quantization | None = None, policy: Policy | None = None,
+        crew: Crew | None = None,
+    ) -> None:
+        self.folder, self.device, self.policy, self.crew = folder, device, policy, crew
+        self.asked, self.quantize = asked, quantize
+        self.vae_config: VAEConfig = folder.components["vae"].config
+        self.dit_config: DiTConfig = folder.components["transformer"].config
+        self.tokenizer = PromptTokenizer(folder.tokenizer, self.dit_config.text_len)
+        if crew is not None:
+            crew.open(folder, quantize)
+        self._open(first_setup(folder, device, asked, quantize))
+        self.parts.check()
+        if self.offload == "none":  # damaged files are told of now
+            for role in folder.components:
+                with self.parts.use(role):
+                    pass
+
+    def _open(self, setup: Setup) -> None:
+        self.dtype, self.offload = setup.dtype, setup.offload
+        self.parts = Parts(
+            self.folder, self.device, DTYPES[setup.dtype], setup.offload, self.quantize,
+            None if self.crew is None else self.crew.mesh,
+        )
+        self.prompts = PromptEncoder(self.parts, self.tokenizer)
+
+    def adopt(self, setup: Setup) -> None:
+        """Run in another setup from here on; networks that are in memory for this one leave."""
+        if (setup.dtype, setup.offload) != (self.dtype, self.offload):
+            self.parts.close()
+            self._open(setup)
+
+    def close(self) -> None:
+        """Let the networks go, and other devices; this engine can't be used any more."""
+        self.parts.close()
+        if self.crew is not None:
+            self.crew.close()
+
+    def plan(self, request: Request, inputs: Inputs) -> Plan:
+        """Settle all that the request left open; refuse what this model can't do."""
+        own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload,
+               "quantize": self.quantize, **devices_of(self.crew)}
+        require_own(request, self.folder, own)
+        request = replace(request, devices=own["devices"])
+        plan = settled(request, self.folder, inputs, self.tokenizer)
+        for text in (plan.prompt, plan.negative):
+            for remark in self.tokenizer.remarks(text, dict(plan.readings)):
+                log.warning("%s", remark)
+        return plan
+
+    def encode_texts(
+        self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
+    ) -> tuple[Tensor, Tensor]:
+        """(context [B, S, D], lengths [B]) of prompts; `learned` are embeddings of tokens."""
+        return self.prompts.encode(prompts, learned)
+
+    def encode_video(
+        self, video: Tensor, tiles: Tiles | None = None, passes: int = 1, oversampling: int = 1
+    ) -> Tensor:
+        """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32.
+
+        They are nearer to it after several `passes`; see `encode_pixels`. For `oversampling` see
+        `CausalVAE.encode_moments`.
+        """
+        return encode_pixels(self.parts, video, tiles, passes, oversampling)
+
+    def encode_first(
+        self, picture: Tensor, num_steps: int, tiles: Tiles | None = None, passes: int = 1
+    ) -> Tensor:
+        """A first frame [B, 3, 1, H, W] in [-1, 1] as normalised latents [B, C, 1, h, w], float32.
+
+        In `num_steps` steps they come nearer to it than `passes` of the encoder bring them, unless
+        the picture is taken in tiles, since it doesn't fit the memory.
+        """
+        if num_steps and tiles is None:
+            return refine_first(self.parts, picture, self.encode_video(picture), num_steps)
+        if num_steps:
+            log.warning("a first frame that is taken in tiles isn't refined; refine 0 says so")
+        return self.encode_video(picture, tiles, passes)
+
+    @torch.no_grad()
+    def decode_video(
+        self, latents: Tensor, start: int = 0, tiles: Tiles | None = None, oversampling: int = 1
+    ) -> Iterator[Tensor]:
+        """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W], from `start` on.
+
+        Frames don't depend on where decoding begins, nor on how many devices decode. Latents of a
+        clip with `oversampling` are so many for each of its own.
+        """
+        t = self.vae_config.strides.t // oversampling
+        decode = decode_latents if self.crew is None else self.crew.decode
+        made = decode(self.parts, latents, latent_of(start, t), tiles=tiles,
+                      oversampling=oversampling)
+        return from_frame(made, start, t)
+
+    @torch.no_grad()
+    def describe(self, pictures: Sequence[Any]) -> Tensor:
+        """Image features [1, S, D] of the first picture, or of two where the model reads two."""
+        count = 1 if self.dit_config.image_positions is None else 2
+        with self.parts.use("image_encoder") as encoder:
+            seen = [prepare_image(torch.from_numpy(p), encoder.config) for p in pictures[:count]]
+            features = [encoder(pixels.to(self.device, _dtype_of(encoder))) for pixels in seen]
+        return torch.cat(features, dim=1)
+
+    def encode_prompt(self, plan: Plan, loras: Loras = NO_LORAS) -> list[tuple[Tensor, Tensor]]:
+        """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
+        prompts = [plan.prompt] if plan.guidance.is_off else [plan.prompt, plan.negative]
+        texts = [read_as(prompt, dict(plan.readings)) for prompt in prompts]
+        return [self.encode_texts([text], loras.tokens) for text in texts]
+
+    def told_apart(
+        self, plan: Plan, read: Sequence[str], loras: Loras = NO_LORAS
+    ) -> Bound | None:
+        """What prompts, in words that the model knows, name that is to be told apart, if any."""
+        if plan.binding == 0:
+            return None
+        encode = partial(self.encode_texts, learned=loras.tokens)
+        return told_apart(self.folder.components[VERIFIER].config, read, plan.binding, encode)
+
+    @torch.no_grad()
+    def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:
+        """Noise of the seed, and every condition of the request written beside it."""
+        noise = draw_noise(plan.seed, plan.latents) if request.latents is None else request.latents
+        if tuple(noise.shape) != plan.latents.dims:
+            raise InputError(f"latents are {list(noise.shape)}; this clip needs "
+                             f"{list(plan.latents.dims)}")
+        state = new_state(noise.float().to(self.device))
+        describe = None if self.dit_config.image_dim is None else self.describe
+        model = Encoder(
+            partial(self.encode_video, tiles=plan.tiles, passes=plan.encode_passes),
+            partial(self.encode_first, num_steps=plan.refine_steps, tiles=plan.tiles,
+                    passes=plan.encode_passes),
+            describe, self.folder.conditioning, self.vae_config.strides, self.dit_config.patch_size,
+        )
+        sigmas = sigmas_of(plan, request.scheduler)
+        return write_conditions(state, plan, request, inputs, model, float(sigmas[0]),
+                                settles=settles(plan, sigmas, self.folder))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        plan: Plan,
+        state: LatentState,
+        contexts: Contexts,
+        on_step: OnStep | None = None,
+        scheduler: Any = None,
+        loras: Loras = NO_LORAS,
+        resume: SamplerState | None = None,
+        *,
+        remember: bool = True,
+        told: Bound | None = None,
+        sigmas: Tensor | None = None,
+    ) -> Tensor:
+        """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler.
+
+        With sound in the state both come packed; see `LatentState.apart`. A plan of two frame rates
+        gives the finer one's; see `vidgen.diffusion.oversampling`.
+
+        Args:
+            plan: of the clip.
+            state: its noise and conditions.
+            contexts: of its prompts.
+            on_step: called after each step.
+            scheduler: a scheduler object of diffusers, or None.
+            loras: adapters.
+            resume: the state that an earlier run had come to.
+            remember: whether states that `on_step` gets hold what a step cache remembers.
+            told: regional prompts, which hold where words alone say what a clip shows.
+            sigmas: noise levels of a part of the run; None: the whole run.
+        """
+        if sigmas is None:
+            contexts = contexts[:1] if plan.guidance.is_off else contexts
+            has_given = plan.strength == 1 and bool(state.has_given.all())
+            plan = replace(plan, guidance=plan.guidance.of_clip(has_given=has_given))
+            told, sigmas = told if is_bindable(state) else None, sigmas_of(plan, scheduler)
+            if plan.oversampling > 1:
+                rest = {"loras": loras, "scheduler": scheduler, "remember": remember, "told": told}
+
+                def part(
+                    state: LatentState, sigmas: Tensor, on_step: OnStep | None,
+                    resume: SamplerState | None,
+                ) -> Tensor:
+                    return self.sample(plan, state, contexts, on_step, resume=resume,
+                                       sigmas=sigmas, **rest)
+
+                return sample_finer(
+                    part, state, sigmas, split_of(plan, sigmas, self.folder), plan.oversampling,
+                    self.vae_config.strides.t, on_step=on_step, resume=resume,
+                )
+        caches = make_caches(plan.cache, sigmas, plan.guidance)
+        if caches is not None and resume is not None and resume.cache:
+            caches.restore(resume.cache)
+        if caches is not None and on_step is not None and remember:
+            crew = self.crew
+            on_step = carrying(caches.state if crew is None else crew.remembered, on_step)
+        level = float(sigmas[resume.step if resume else 0])
+        assert self.crew is None or told is None, "a crew's clips aren't told apart"
+        model = self.crew.denoising if self.crew else partial(denoising, told=told)
+        with model(self.parts, plan, state, contexts, loras, level, caches) as denoise:
+            if scheduler is not None:
+                latents = sample_with_scheduler(
+                    denoise, state.begin(), scheduler, plan.num_steps, strength=plan.strength,
+                    on_step=on_step, project=state.project, resume=resume,
+                )
+            else:
+                latents = sampler_of(plan.sampler, state)(
+                    denoise, state.begin(), sigmas, on_step=on_step, project=state.project,
+                    resume=resume,
+                )
+        return latents if state.sound is not None else latents[:, :, state.num_references :]
+
+    def decode(
+        self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None
+    ) -> Clip:
+        """A lazy clip whose chunks come out of the VAE while it is written."""
+        if "tail" not in recipe:  # a long clip has its own
+            unseen = plan.num_frames - plan.kept_frames
+            anchor = latents[:, :, :1] if ANCHOR_TASK in self.folder.tasks else None
+            recipe["tail"] = make_tail(latents, plan.latents.num_frames, unseen, anchor=anchor,
+                                       oversampling=plan.oversampling)
+        videos = partial(self.decode_video, latents, tiles=plan.tiles,
+                         oversampling=plan.oversampling)
+        return self.lazy(plan, videos, recipe, latents, journal)
+
+    def lazy(
+        self, plan: Plan, videos: Callable[[int], Iterator[Tensor]], recipe: dict[str, Any],
+        latents: Tensor | None = None, journal: Keeper | None = None,
+    ) -> Clip:
+        """A lazy clip of a plan's length out of `videos`, [1, 3, n, H, W] each, from a frame on."""
+
+        def chunks(start: int = 0) -> Iterator[Any]:
+            left = plan.kept_frames - start
+            for video in videos(start):
+                frames = to_frames(video[0])[:left]
+                left -= len(frames)
+                if len(frames):
+                    yield frames.numpy()
+                if not left:
+                    return
+
+        info = ClipInfo(
+            fps=plan.fps, size=(plan.width, plan.height), num_frames=plan.kept_frames,
+            recipe=recipe, stride_t=self.vae_config.strides.t // plan.oversampling,
+        )
+        is_labelled = recipe.get("request", {}).get("label") == "visible"
+        source = with_label(chunks, info.size, info.fps) if is_labelled else chunks
+        return Clip(source, info, latents, journal)
+
+
+def _dtype_of(module: torch.nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype

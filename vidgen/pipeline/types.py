@@ -1,0 +1,247 @@
+"""The values that the files of this room hand to each other; they import none of them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from vidgen.core.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from vidgen.core.request import Request
+    from vidgen.core.shapes import LatentShape, Tiles
+    from vidgen.core.values import Fit
+    from vidgen.diffusion.cache import Magnitudes
+    from vidgen.diffusion.guidance import Guidance
+    from vidgen.media.clip import Clip
+    from vidgen.media.types import Frames
+    from vidgen.models.lora import Adapter
+    from vidgen.pipeline.budget.stages import Estimate
+    from vidgen.pipeline.journal.journal import Journal
+    from vidgen.weights.component import ExpertRole, Role
+    from vidgen.weights.folder import ForeignFolder, ModelFolder, RollConfig, StudentConfig
+
+Number = TypeVar("Number", int, float)
+
+Contexts = Sequence[tuple["Tensor", "Tensor"]]
+"""(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
+
+Stage = Literal["prompt", "prepare", "sample", "sound"]
+Report = Callable[[Stage, int, int], None]
+"""Told of a stage, and how much of it is done of how much."""
+
+
+class Opened(Protocol):
+    """A model that is opened, by our networks or by diffusers' pipelines."""
+
+    @property
+    def folder(self) -> ModelFolder | ForeignFolder:
+        """The model's files."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def dtype(self) -> str:
+        """Of its weights: "fp32", "bf16" or "fp16"."""
+
+    @property
+    def offload(self) -> str:
+        """How much of it is in memory at once: "none", "stage" or "block"."""
+
+
+class AnyEngine(Opened, Protocol):
+    """A model ready to generate; see `vidgen.pipeline.engine.Engine`."""
+
+    def generate(
+        self, prompt: str | Request, *, on_event: Callable[[Progress], None] | None = None,
+        on_estimate: Callable[[Estimate], None] | None = None,
+        on_preview: OnPreview | None = None, journal: Journal | Sequence[Journal] | None = None,
+        **options: Any,
+    ) -> Clip | list[Clip]:
+        """Make a clip, or a list of them where `count` is over 1."""
+
+    def close(self) -> None:
+        """Free the memory and other devices; the engine can't be used any more."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `on_event` is told: `done` of `total` in a stage of clip `clip` of `num_clips`."""
+
+    stage: Stage
+    done: int
+    total: int
+    clip: int = 1
+    num_clips: int = 1
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Calls `on_event` with the progress of one clip, where there is one."""
+
+    on_event: Callable[[Progress], None] | None
+    clip: int
+    num_clips: int
+
+    def __call__(self, stage: Stage, done: int, total: int) -> None:
+        """Report that `done` of `total` are done in a stage."""
+        if self.on_event is not None:
+            self.on_event(Progress(stage, done, total, self.clip, self.num_clips))
+
+
+@dataclass(frozen=True)
+class Preview:
+    """How a clip looks so far.
+
+    Attributes:
+        frames: uint8 [F, H', W', 3], one for each latent frame.
+        fps: of these.
+        clip: which of the clips it is, from 1.
+        step: of the sampler, from 1.
+    """
+
+    frames: Frames
+    fps: Fraction
+    clip: int
+    step: int
+
+
+OnPreview = Callable[[Preview], None]
+
+
+@dataclass(frozen=True)
+class Loras:
+    """A request's adapters.
+
+    Attributes:
+        adapters: with their weights, by the transformer they are for.
+        records: for the recipe.
+    """
+
+    adapters: Mapping[Role, Sequence[tuple[Adapter, float]]]
+    records: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """Embeddings that prompts have for tokens; their adapters' weights don't count."""
+        each = (adapter.tokens for own in self.adapters.values() for adapter, _ in own)
+        return {token: row for tokens in each for token, row in tokens.items()}
+
+    def beside(self, deltas: Mapping[ExpertRole, Adapter]) -> Loras:
+        """These and the deltas of one of the model's own students, which add up."""
+        adapters = dict(self.adapters)
+        for role, delta in deltas.items():
+            adapters[role] = [(delta, 1.0), *adapters.get(role, ())]
+        return replace(self, adapters=adapters)
+
+
+NO_LORAS = Loras({})
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """A step cache with nothing left to choose.
+
+    Attributes:
+        method: "first-block", "magnitude" or "forecast".
+        threshold: 0 computes every step.
+        magnitudes: of the model, for "magnitude".
+    """
+
+    method: str
+    threshold: float
+    magnitudes: Magnitudes | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One clip, with nothing left to choose.
+
+    Attributes:
+        sampler: its name; a scheduler object's class.
+        num_frames: frames to generate, 1 mod the temporal stride.
+        kept_frames: frames of the clip, the first of those generated.
+        readings: words of prompt and negative, each with what the model is given instead.
+        cache: what spares steps, or None.
+        tiles: that the VAE takes a picture in; None: the whole.
+        refine_steps: that bring a given first frame's latents nearer to it.
+        encode_passes: by which the VAE encodes what is given; see `encode_pixels`.
+        sound_steps: of the model's own sound; 0: as many as its picture takes.
+        sound_candidates: sounds that the model makes for its picture, of which one is kept.
+        sound_delay_s: by which that sound follows it, in seconds.
+        num_steps: of a run from pure noise; `strength` below 1 takes its share of them.
+        student: what denoises instead of the model itself, or None.
+        oversampling: latent frames below the model's boundary for each one above it, of which
+            every so-manyth frame is shown.
+        candidates: most that are drawn of the clip, or of each window, of which one is kept.
+        binding: how strongly what the prompt names is told apart, see `vidgen.diffusion.binding`.
+    """
+
+    prompt: str
+    negative: str
+    seed: int
+    width: int
+    height: int
+    num_frames: int
+    kept_frames: int
+    fps: Fraction
+    num_steps: int
+    shift: float
+    sampler: str
+    guidance: Guidance
+    strength: float
+    control_scale: float
+    fit: Fit
+    latents: LatentShape
+    readings: tuple[tuple[str, str], ...] = ()
+    cache: CacheChoice | None = None
+    tiles: Tiles | None = None
+    refine_steps: int = 0
+    encode_passes: int = 1
+    sound_steps: int = 0
+    sound_candidates: int = 1
+    sound_delay_s: float = 0.0
+    student: StudentConfig | None = None
+    oversampling: int = 1
+    candidates: int = 1
+    binding: float = 0.0
+
+    @property
+    def roll(self) -> RollConfig | None:
+        """How the clip is rolled out, or None where it is made in windows."""
+        return None if self.student is None else self.student.roll
+
+
+def asked_or_own(
+    name: str, asked: Number | None, own: Number, why: str | None, *, off: Number
+) -> Number:
+    """An option as it is asked for, or the model's own; `off` where it can't be had.
+
+    Args:
+        name: the option's.
+        asked: what the request says, or None.
+        own: what the model has of its own.
+        why: it can't be had, or None.
+        off: the value that asks for nothing.
+
+    Raises:
+        InputError: it is asked for where it can't be had.
+    """
+    if why is None:
+        return own if asked is None else asked
+    if asked not in (None, off):
+        raise InputError(f"{name} is {asked}, but {why}; leave it out")
+    return off
+
+
+def draw_seed() -> int:
+    """A seed for who gave none."""
+    return secrets.randbelow(2**32)
