@@ -11,9 +11,8 @@ import numpy as np
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
 from vidgen.story.film import FilmPlan
-from vidgen.story.render import RenderedShot
 from vidgen.story.script import Script
-from vidgen.story.sums import remember
+from vidgen.story.store import RenderedShot, remember
 from vidgen.weights.layouts import open_model
 
 FPS, SIZE = Fraction(12), (64, 48)

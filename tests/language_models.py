@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from vidgen.pipeline import rewrite
 from vidgen.pipeline.rewrite import LanguageModel
-from vidgen.story import draft
+from vidgen.story import expand as draft
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"

@@ -42,8 +42,9 @@ from vidgen.pipeline.engine import load
 from vidgen.pipeline.workers.scheduler import settle_threads
 from vidgen.pipeline.workers.types import Staff
 from vidgen.story.plan import plan_film
-from vidgen.story.render import Renderer, Store
+from vidgen.story.render import Renderer
 from vidgen.story.script import Script
+from vidgen.story.store import Store
 from vidgen.weights.layouts import open_model
 
 WAYS = ("words", "both", "reference")

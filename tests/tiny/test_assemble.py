@@ -26,10 +26,9 @@ from vidgen.media.sound import read_sound
 from vidgen.pipeline.journal.job import lock_job
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
-from vidgen.story.otio import otio_text
-from vidgen.story.storyboard import write_storyboard
-from vidgen.story.sums import remember
-from vidgen.story.transitions import blended
+from vidgen.story.export import otio_text, write_storyboard
+from vidgen.story.pieces import blended
+from vidgen.story.store import remember
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not here")
 

@@ -14,9 +14,8 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.media.probe import read_recipe
 from vidgen.pipeline import rewrite
 from vidgen.pipeline.rewrite import LanguageModel, fault_of, one_paragraph, rewrite_prompt
-from vidgen.story import draft
-from vidgen.story.draft import parse_draft, write_draft
-from vidgen.story.expand import expand_prompts
+from vidgen.story import expand as draft
+from vidgen.story.expand import expand_prompts, parse_draft, write_draft
 from vidgen.story.script import Script
 
 PROMPT = "a red car bounces"

@@ -16,14 +16,12 @@ from vidgen.core.errors import InputError
 from vidgen.media.subtitles import Cue, as_srt, as_webvtt, one_at_a_time
 from vidgen.media.write import CONTAINERS
 from vidgen.story.captions import Burner, Burnt, as_frames, captions_of, titles_of
-from vidgen.story.colour import MAX_SHIFT, Colours, matching, measured, spread
-from vidgen.story.conform import recoloured
+from vidgen.story.conform import MAX_SHIFT, Colours, matching, measured, recoloured, spread
 from vidgen.story.edit import CODECS, picture_settings
 from vidgen.story.elements import Caption, Defaults, Finish, Project, Scene, TimedPrompt, Transition
-from vidgen.story.pieces import Piece, pieces_of
+from vidgen.story.pieces import Piece, blended, faded, pieces_of
 from vidgen.story.script import Script, Shot
 from vidgen.story.timeline import Section, lay_out
-from vidgen.story.transitions import blended, faded
 
 FPS = Fraction(12)
 KINDS = ["cut", "dissolve", "fade-black", "fade-white", "wipe-left", "wipe-right", "slide-left",

@@ -15,7 +15,7 @@ from vidgen.core.errors import InputError
 if TYPE_CHECKING:
     from vidgen.story.edit import Describe, Edit
     from vidgen.story.film import FilmPlan
-    from vidgen.story.render import RenderedShot, Store
+    from vidgen.story.store import RenderedShot, Store
 
 
 def add_exports(parser: ArgumentParser) -> None:
@@ -89,8 +89,7 @@ def settle(film: FilmPlan, store: Store, output: Path, args: Namespace) -> Makin
 def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> list[Path]:
     """Put a film together, and write what is wanted beside it; the latter files."""
     from vidgen.story.assemble import assemble, texts_beside
-    from vidgen.story.otio import otio_text
-    from vidgen.story.storyboard import page_parts
+    from vidgen.story.export import otio_text, page_parts
 
     by_id = {each.shot.id: each for each in shots}
     edit = making.edit

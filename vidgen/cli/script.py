@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from vidgen.pipeline.workers.types import Staff
     from vidgen.story.edit import Edit
     from vidgen.story.film import FilmPlan, ShotPlan, Take
-    from vidgen.story.render import RenderedShot, Store
     from vidgen.story.script import Script
+    from vidgen.story.store import RenderedShot, Store
 
 DESCRIPTION = (
     "Render a script's shots and join them. A shot that is there already is not rendered again; "
@@ -86,7 +86,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.story.edit import make_edit
     from vidgen.story.expand import expand_prompts
     from vidgen.story.plan import enforce_film, plan_film
-    from vidgen.story.render import Store
+    from vidgen.story.store import Store
     from vidgen.weights.layouts import open_model
 
     _check_exports(args)
@@ -156,7 +156,7 @@ def _print_schema(report: Report) -> int:
 
 def _write_draft(args: Namespace, report: Report) -> int:
     from vidgen.core.runtime import check_output
-    from vidgen.story.draft import write_draft
+    from vidgen.story.expand import write_draft
 
     _require_yaml(path := Path(args.script), "a draft")
     check_output(path, overwrite=args.overwrite)
@@ -191,7 +191,7 @@ def _render(
     from vidgen.pipeline.engine import load
     from vidgen.pipeline.workers.scheduler import settle_threads
     from vidgen.story.render import Renderer
-    from vidgen.story.sums import remember
+    from vidgen.story.store import remember
 
     film, offload = store.film, args.offload
     parts = [*{take.parts[index].key: (plan, take, index) for plan in plans

@@ -30,13 +30,11 @@ from vidgen.media.subtitles import TextTrack, as_srt, as_webvtt, one_at_a_time
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import CONTAINERS, SEGMENT, write_clip
 from vidgen.pipeline.journal.job import SUFFIX, lock_job, sweep
-from vidgen.story.colour import Colours, matching, measured, spread
-from vidgen.story.conform import Source
+from vidgen.story.conform import Colours, Source, matching, measured, spread
 from vidgen.story.edit import Edit
 from vidgen.story.mixdown import file_facts, mixed, not_made
 from vidgen.story.pieces import Piece, Reels, pieces_of
-from vidgen.story.render import RenderedShot
-from vidgen.story.sums import check_shots
+from vidgen.story.store import RenderedShot, check_shots
 
 TEXT_SUFFIXES = (".srt", ".vtt")
 Tell = Callable[[int, int], None]

@@ -1,47 +1,63 @@
-"""A film's prompts written anew by a language model, each once, and kept beside its shots.
+"""A film's prompts rewritten, and whole scripts drafted, by a language model.
 
-`prompts.json` in the shots' folder holds, by the hash of the model's files, what became of each
-prompt: the new text, or why there is none. So a second command needs no language model at work,
-and a script that was changed asks for the new prompts alone.
+`prompts.json` in the shots' folder holds, by the hash of the model's files, the new text of each
+prompt, or why there is none. So a second command needs no language model, and a script that was
+changed asks for the new prompts alone.
+
+A draft is data from a stranger: it may name what is seen and said, and nothing else. Files, models,
+adapters and settings of the film are left to people.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vidgen.core.errors import InputError
+import yaml
+
+from vidgen.core.config_file import load_yaml
+from vidgen.core.errors import InputError, nearest
 from vidgen.core.protocols import OnEvent
+from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import atomic_write
+from vidgen.pipeline.rewrite import LanguageModel, try_rewriting
+from vidgen.story.elements import check_text
+from vidgen.story.film import Expansion
+from vidgen.story.script import VERSION, Script
 
-if TYPE_CHECKING:
-    from vidgen.pipeline.rewrite import LanguageModel
-    from vidgen.story.script import Script
+INSTRUCTION = """\
+You write scripts of short films as YAML. Answer with the YAML alone, of this form:
 
+version: 1
+project: {title: The title, style: how all of it looks}
+characters:
+  fox: {description: a small red fox}
+places:
+  city: {description: a city at night}
+shots:
+  - {id: street, prompt: "{fox} runs along a street in {city}", duration: 3, camera: pan-left}
+  - {id: roof, prompt: "{fox} sits on a roof", duration: 2, narration: It was late.}
+
+A prompt says what is seen in one sentence, with {name} for characters and places. The camera is \
+static, pan-left, pan-right, zoom-in or zoom-out. Tell the user's idea in 3 to 12 shots."""
+LONGEST_TOKENS = 2048
+MAX_DRAFT_SHOTS = 100
+_DESCRIBED = frozenset({"description"})
+_KEYS = {
+    "script": frozenset({"version", "project", "characters", "places", "scenes", "shots"}),
+    "project": frozenset({"title", "style"}), "characters": _DESCRIBED, "places": _DESCRIBED,
+    "scenes": frozenset({"title", "place", "style"}),
+    "shots": frozenset({"id", "scene", "place", "characters", "prompt", "duration", "camera",
+                        "narration", "caption", "transition"}),
+}  # fmt: skip
+"""What a draft may hold, by where it stands."""
 PROMPTS = "prompts.json"
 _KEEP_S = 10.0  # between two writings of the file
-
-
-@dataclass(frozen=True)
-class Expansion:
-    """Prompts that a language model wrote anew.
-
-    Attributes:
-        texts: by what the script's prompts describe, the names in them replaced.
-        by: the model's name, hash and library.
-    """
-
-    texts: Mapping[str, str]
-    by: Mapping[str, Any]
-
-    def facts(self) -> dict[str, Any]:
-        """The recipe's entry: who wrote, and both texts of each prompt."""
-        return {"by": dict(self.by), "prompts": [{"prompt": prompt, "text": text}
-                                                 for prompt, text in self.texts.items()]}
 
 
 def expand_prompts(script: Script, model: str | Path, folder: Path, tell: OnEvent) -> Expansion:
@@ -59,8 +75,6 @@ def expand_prompts(script: Script, model: str | Path, folder: Path, tell: OnEven
         ModelError: no such model.
         InputError: of no prompt it made anything of use, or one is longer than it reads.
     """
-    from vidgen.pipeline.rewrite import LanguageModel
-
     prompts = list(dict.fromkeys(script.described(shot, each.prompt) for shot in script.shots
                                  for each in shot.prompt))
     writer = LanguageModel(model)
@@ -90,8 +104,6 @@ def _rewrite(
     keep: Callable[[], None], tell: OnEvent,
 ) -> None:
     """Ask for each prompt, writing down now and then what became of them."""
-    from vidgen.pipeline.rewrite import try_rewriting
-
     kept_s = time.monotonic()
     try:
         for done, prompt in enumerate(prompts):
@@ -119,3 +131,114 @@ def _read(path: Path) -> dict[str, dict[str, dict[str, str]]]:
                          if made.keys() in ({"text"}, {"fault"})} for sha256, known in kept.items()}
     except (OSError, ValueError, AttributeError):
         return {}
+
+
+def write_draft(folder: str | Path, idea: str, path: str | Path) -> Script:
+    """Have a language model draft a script, and write it.
+
+    Args:
+        folder: of the model.
+        idea: what the film is to be about.
+        path: .yaml; replaced if it is there.
+
+    Returns:
+        The script, which tells idea and model in `project.drafted_from`.
+
+    Raises:
+        ModelError: no such model.
+        InputError: no idea, or two drafts that were no scripts; nothing is written.
+    """
+    check_text("idea", idea)
+    model = LanguageModel(folder)
+    try:
+        data = _drafted(model, idea)
+    finally:
+        model.close()
+    facts = {"idea": idea, "model": model.facts()["name"], "sha256": model.sha256}
+    data["project"] = {**(data.get("project") or {}), "drafted_from": facts}
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+    head = ("# Drafted by a language model. Read it, change it, then:\n"
+            f"#   vidgen script {Path(path).name} --check\n")
+    atomic_write(path, (head + text).encode())
+    return Script.read(path)
+
+
+def _drafted(model: LanguageModel, idea: str) -> dict[str, Any]:
+    """What the model drafts, told once of what was wrong."""
+    turns, fault = [idea], ""
+    for _ in range(2):
+        try:
+            answer = model.answer(INSTRUCTION, turns, LONGEST_TOKENS)
+        except InputError:
+            if fault:  # with its first answer the talk is too long for it
+                break
+            raise
+        try:
+            return parse_draft(answer)
+        except InputError as error:
+            fault = str(error)
+            turns += [answer, f"That can't be read: {fault}. Write all of it again, corrected."]
+    raise InputError(
+        f"what {model.path} drafted is no script: {fault}; nothing was written. Give a model that "
+        "was taught to follow instructions, say more in the idea, or begin with --init"
+    )
+
+
+def parse_draft(answer: str) -> dict[str, Any]:
+    """The script in an answer, checked.
+
+    Raises:
+        InputError: there is none, or it holds what a draft may not.
+    """
+    answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
+    fenced = re.search(r"```(?:ya?ml)?\s*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+    text = fenced[1] if fenced else answer
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "draft.yaml"
+        path.write_text(text, "utf-8", errors="replace")
+        try:
+            data = load_yaml(path, "script")
+            _check_keys(data)
+            script = Script.read(path)
+        except InputError as error:
+            raise InputError(_without_place(str(error), path)) from None
+    if len(script.shots) > MAX_DRAFT_SHOTS:
+        raise InputError(f"it has {len(script.shots)} shots; give {MAX_DRAFT_SHOTS} at most")
+    if any(said.text.startswith(OWN_FILE) for shot in script.shots for said in shot.narration):
+        raise InputError("a narration names a file; give the words that are spoken")
+    return {"version": VERSION, **_plain({k: v for k, v in data.items() if k != "version"})}
+
+
+def _without_place(text: str, path: Path) -> str:
+    """A message without the file in which the draft lay to be read."""
+    for place in (f"script {path}", f"{path}, ", f"{path}: ", str(path)):
+        text = text.replace(place, "the script" if place.startswith("script") else "")
+    return text.replace(str(path.parent.resolve()), "its folder")
+
+
+def _check_keys(data: Mapping[str, Any]) -> None:
+    """Refuse all but what is seen and said."""
+    _check_known("script", data)
+    for name in ("project", "characters", "places", "scenes", "shots"):
+        value = data.get(name)
+        if name == "project":
+            parts = [value]
+        else:
+            parts = list(value.values()) if isinstance(value, Mapping) else value or []
+        for part in parts if isinstance(parts, list) else []:
+            if isinstance(part, Mapping):
+                _check_known(name, part)
+
+
+def _check_known(where: str, part: Mapping[str, Any]) -> None:
+    for key in part:
+        if key not in _KEYS[where]:
+            raise InputError(f"{where} can't have the key {key[:40]!r} in a draft; "
+                             f"{nearest(key, _KEYS[where])}")
+
+
+def _plain(value: Any) -> Any:
+    """Data that YAML writes without marks of Python's types."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from vidgen.core.errors import InputError, nearest
 from vidgen.core.request import NO_AUDIO, OWN_AUDIO, Request
 from vidgen.pipeline.tasks import SOUND
-from vidgen.story.expand import Expansion
 from vidgen.story.script import Script, Shot
 from vidgen.weights.lora import parse_option
 
@@ -20,6 +19,24 @@ if TYPE_CHECKING:
 
 DRAFT_STEPS = 8
 """Of a draft at most; half as many as the film has, where that is less."""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Prompts that a language model rewrote.
+
+    Attributes:
+        texts: by what the script's prompts describe, the names in them replaced.
+        by: the model's name, hash and library.
+    """
+
+    texts: Mapping[str, str]
+    by: Mapping[str, Any]
+
+    def facts(self) -> dict[str, Any]:
+        """The recipe's entry: who wrote, and both texts of each prompt."""
+        return {"by": dict(self.by), "prompts": [{"prompt": prompt, "text": text}
+                                                 for prompt, text in self.texts.items()]}
 
 
 @dataclass(frozen=True, slots=True)

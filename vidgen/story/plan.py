@@ -31,8 +31,7 @@ from vidgen.pipeline.plan import make_plan, require_own_model, require_short
 from vidgen.pipeline.policy import Policy, enforce, require_allowed
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
-from vidgen.story.expand import Expansion
-from vidgen.story.film import FilmPlan, Part, ShotPlan, Take
+from vidgen.story.film import Expansion, FilmPlan, Part, ShotPlan, Take
 from vidgen.story.script import Script, Shot
 from vidgen.weights.family import models_with
 from vidgen.weights.lora import parse_option
@@ -62,7 +61,7 @@ def plan_film(
     """Settle every shot of a checked script.
 
     Args:
-        script: as `read_script` gives it.
+        script: as `Script.read` gives it.
         folder: the model that makes it.
         suffix: of the film.
         draft: small pictures and few steps.

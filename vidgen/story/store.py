@@ -1,0 +1,193 @@
+"""A film's shots in a folder of files by address: what exists is never made twice.
+
+    FILM.shots/
+        ADDRESS.mp4              a take of a shot, or a stretch of one that has several prompts
+        ADDRESS.json             of several takes: which was chosen, and why
+        ADDRESS.mp4.vidgen-job/  one that was stopped, which goes on
+        threads.json             by processor, how many threads shots are computed on
+        shots.json               the film's shots as they were rendered last, for who joins them
+        sums.json                SHA-256 of each shot by its name, to detect one that was changed
+
+All of it may be removed at any time: what is missing is rendered again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidgen.core.config import dump
+from vidgen.core.errors import InputError
+from vidgen.core.runtime import atomic_write, sha256_file
+from vidgen.media.checks import Finding, as_data, recorded
+from vidgen.media.probe import read_recipe
+from vidgen.story.film import FilmPlan, ShotPlan, Take
+
+if TYPE_CHECKING:
+    from vidgen.story.script import Shot
+
+INDEX = "shots.json"
+SUMS = "sums.json"
+INDEX_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RenderedShot:
+    """A shot that is there.
+
+    Attributes:
+        shot: as it is written, with the film's transition where it has none of its own, and with
+            all that the picture doesn't show yet.
+        path: its file, with sound where the model makes it along.
+        num_frames: of it.
+        fps: its rate.
+        size: (width, height).
+        seed: of the take.
+        findings: of the checks.
+        choice: which take was chosen and why; None where there was one.
+        made: whether it was rendered now.
+    """
+
+    shot: Shot
+    path: Path
+    num_frames: int
+    fps: Fraction
+    size: tuple[int, int]
+    seed: int
+    findings: tuple[Finding, ...] = ()
+    choice: Mapping[str, Any] | None = None
+    made: bool = False
+
+    def as_data(self) -> dict[str, Any]:
+        """JSON data: what was made, and in `shot` the script's fields."""
+        return {
+            "id": self.shot.id, "path": str(self.path), "num_frames": self.num_frames,
+            "fps": str(self.fps), "duration_s": float(self.num_frames / self.fps),
+            "width": self.size[0], "height": self.size[1], "seed": self.seed, "made": self.made,
+            "checks": as_data(self.findings), "choice": self.choice, "shot": dump(self.shot),
+        }
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder that a film's shots lie in.
+
+    Args:
+        folder: made when something is written.
+        film: whose shots they are.
+    """
+
+    folder: Path
+    film: FilmPlan
+
+    def path(self, key: str) -> Path:
+        """The file of a part."""
+        return self.folder / f"{key}{self.film.suffix}"
+
+    def missing(self, plan: ShotPlan) -> list[tuple[Take, int]]:
+        """Parts of a shot that are yet to be rendered: the take, and which part it is.
+
+        A part that is there stands for those before it.
+        """
+        left = []
+        for take in plan.takes:
+            there = [n for n, part in enumerate(take.parts) if self.path(part.key).is_file()]
+            begin = there[-1] + 1 if there else 0
+            left += [(take, index) for index in range(begin, len(take.parts))]
+        return left
+
+    def choice(self, plan: ShotPlan) -> dict[str, Any] | None:
+        """What was chosen of several takes; None where nothing was yet, or it can't be read."""
+        try:
+            choice = json.loads((self.folder / f"{plan.key}.json").read_text("utf-8"))
+            return choice if choice["seed"] in [take.seed for take in plan.takes] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep_choice(self, plan: ShotPlan, choice: Mapping[str, Any]) -> None:
+        """Write down a choice."""
+        atomic_write(self.folder / f"{plan.key}.json", json.dumps(choice, indent=1).encode())
+
+    def take(self, plan: ShotPlan) -> Take:
+        """The take that stands for a shot whose takes are there."""
+        choice = self.choice(plan)
+        if choice is None:
+            return plan.takes[0]
+        return next(take for take in plan.takes if take.seed == choice["seed"])
+
+    def file(self, plan: ShotPlan) -> Path:
+        """The file of a shot whose takes are there."""
+        return self.path(self.take(plan).key)
+
+    def is_done(self, plan: ShotPlan) -> bool:
+        """Whether nothing is left to do for a shot."""
+        chosen = len(plan.takes) == 1 or self.choice(plan) is not None
+        return chosen and not self.missing(plan)
+
+    def write_index(self, rendered: Sequence[RenderedShot]) -> Path:
+        """Write down the film's shots, for who joins them and for people."""
+        film = self.film
+        data = {
+            "version": INDEX_VERSION, "script": str(film.script.path),
+            "title": film.script.project.title, "fps": str(film.fps), "size": list(film.size),
+            "characters": dump(film.script.characters), "scenes": dump(film.script.scenes),
+            "shots": [each.as_data() for each in rendered],
+        }
+        atomic_write(self.folder / INDEX, json.dumps(data, indent=1).encode())
+        return self.folder / INDEX
+
+
+def findings_of(path: Path) -> Sequence[Finding]:
+    """What a file's checks found when it was written."""
+    return recorded(read_recipe(path)) or []
+
+
+def remember(shots: Iterable[RenderedShot]) -> None:
+    """Keep the hashes of those that were rendered now."""
+    made: dict[Path, dict[str, str]] = {}
+    for each in shots:
+        if each.made:
+            made.setdefault(each.path.parent, {})[each.path.name] = sha256_file(each.path)
+    for folder, sums in made.items():
+        _keep_sums(folder, _read_sums(folder) | sums)
+
+
+def check_shots(shots: Iterable[RenderedShot]) -> None:
+    """Compare shots with what was rendered, and keep the hashes of those that have none.
+
+    Raises:
+        InputError: a file that is missing or was changed.
+    """
+    known: dict[Path, dict[str, str]] = {}
+    changed = set[Path]()
+    for each in shots:
+        folder, name = each.path.parent, each.path.name
+        if not each.path.is_file():
+            raise InputError(f"shot {each.shot.id!r}: {each.path} is not there any more; the same "
+                             "command renders it again")
+        if folder not in known:
+            known[folder] = _read_sums(folder)
+        found = sha256_file(each.path)
+        if known[folder].setdefault(name, found) != found:
+            raise InputError(f"shot {each.shot.id!r}: {each.path} was changed since it was "
+                             "rendered; remove it, and the same command renders it again")
+        changed.add(folder)
+    for folder in changed:
+        if known[folder] != _read_sums(folder):
+            _keep_sums(folder, known[folder])
+
+
+def _keep_sums(folder: Path, sums: dict[str, str]) -> None:
+    atomic_write(folder / SUMS, json.dumps(sums, indent=1, sort_keys=True).encode())
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    try:
+        sums = json.loads((folder / SUMS).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return sums if isinstance(sums, dict) else {}
