@@ -31,7 +31,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "length": ("--seconds 0.5 --fps 10", {"seconds": 0.5, "fps": 10}),
     "size": ("--size 48x32 --frames 5 --image a.png --fit pad",
              {"size": (48, 32), "frames": 5, "image": "a.png", "fit": "pad"}),
-    "sampler": ("--steps 3 --sampler euler --shift 2", {"steps": 3, "sampler": "euler", "shift": 2}),
+    "sampler": ("--steps 3 --sampler euler --shift 2",
+                {"steps": 3, "sampler": "euler", "shift": 2}),
     "guidance": ("--guidance 2 --negative 'a cat' --guidance-interval 0.1 0.8 "
                  "--guidance-rescale 0.5",
                  {"guidance": 2, "negative": "a cat", "guidance_interval": (0.1, 0.8),
@@ -96,7 +97,7 @@ def build(folder: Path, name: str) -> None:
         build_diffusers(folder / name, name)
 
 
-def assert_same(folder: Path, model: str, words: str, options: Mapping[str, Any]) -> None:
+def assert_same(model: str, words: str, options: Mapping[str, Any]) -> None:
     """Make the clip by the command line and in Python; frames and sound are equal."""
     pins = ("--dtype", "fp32", *(() if "offload" in options else ("--offload", "none")))
     vidgen("generate", PROMPT, "--model", model, "--seed", 5, "-o", "made.mkv", "--overwrite",
@@ -117,7 +118,7 @@ def test_a_command_makes_what_python_makes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     monkeypatch.chdir(folder)
-    assert_same(folder, "tiny", *CASES[case])
+    assert_same("tiny", *CASES[case])
 
 
 @pytest.mark.parametrize("case", OTHERS)
@@ -129,4 +130,4 @@ def test_a_command_makes_what_python_makes_with_other_models(
     build(folder, model)
     if "first_frame_model" in options:
         build(folder, "sdxl")
-    assert_same(folder, model, words, options)
+    assert_same(model, words, options)
