@@ -20,10 +20,10 @@ from vidgen.server.answers import require_completed
 from vidgen.server.app import make_app
 from vidgen.server.checker import Checker
 from vidgen.server.errors import ApiError
-from vidgen.server.judging import Refusal
 from vidgen.server.making import Maker
 from vidgen.server.service import JUDGED_AT_ONCE, Call, Service
 from vidgen.server.settings import Limits, Settings
+from vidgen.server.types import Refusal
 from vidgen.weights.folder import RollConfig, StudentConfig, write_model_info
 from vidgen.weights.student import write_student
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 
 from vidgen.core.errors import InputError, OutputError
-from vidgen.server.job import Conflict, Full, NewJob, ServiceClock
-from vidgen.server.jobs import Jobs
+from vidgen.server.jobs import Jobs, ServiceClock
+from vidgen.server.types import Conflict, Full, NewJob
 
 NEW = NewJob("video", "ann", {"prompt": "a car"}, {"options": {}}, "f1")
 
@@ -202,8 +202,8 @@ WRITER = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from vidgen.server.job import NewJob
-from vidgen.server.jobs import Jobs
+from vidgen.server.types import NewJob
+from vidgen.server.jobs import Jobs, ServiceClock
 jobs = Jobs(Path(sys.argv[1]))
 jobs.recover()
 new = NewJob("video", "ann", {}, {}, "f")

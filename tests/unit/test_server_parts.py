@@ -16,17 +16,18 @@ import httpx
 import pytest
 
 from vidgen.core.errors import InputError
-from vidgen.server.asks import parse
-from vidgen.server.body import Upload, _nested
+from vidgen.server.app import JsonFormatter
+from vidgen.server.body import _nested
 from vidgen.server.errors import ApiError, from_vidgen, param_of
 from vidgen.server.fetch import fetch, is_public
 from vidgen.server.files import JobFile
 from vidgen.server.keys import Crowd, Keys, Pace
-from vidgen.server.logs import JsonFormatter
+from vidgen.server.layout import sniff
+from vidgen.server.requests import parse
 from vidgen.server.schema import EditAsk, RemixAsk, VideoAsk
 from vidgen.server.service import fingerprint
 from vidgen.server.settings import Settings
-from vidgen.server.sniff import sniff
+from vidgen.server.types import Upload
 
 
 def test_keys_are_kept_as_hashes(tmp_path):

@@ -66,7 +66,7 @@ def run(args: Namespace, report: Report) -> int:
     if args.new_key or args.revoke_key or args.audit:
         return _look_after(args, report)
     _require_packages()
-    from vidgen.server.serve import serve
+    from vidgen.server.app import serve
 
     def on_ready(url: str) -> None:
         report({"event": "ready", "url": url})

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, TypeVar
 
-from fastapi import Depends, Header, Request
+from fastapi import APIRouter, Depends, Header, Request
+from fastapi.responses import StreamingResponse
 
 from vidgen.core.runtime import write_error
 from vidgen.server.body import read_body
 from vidgen.server.errors import ApiError
-from vidgen.server.job import Job, Kind
 from vidgen.server.keys import LOCAL
 from vidgen.server.service import Call, Service
+from vidgen.server.types import Job, Kind
 
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 COOKIE = "vidgen_key"
 MAX_KEY = 200
 RETRY_COUNT = "x-stainless-retry-count"
@@ -133,3 +135,22 @@ def _job_of(request: Request, kind: Kind, job_id: str, owner: str) -> Job:
     if job is None or job.kind != kind:
         raise ApiError(404, "not_found", f"there is no {kind} {job_id[:80]!r}", f"{kind}_id")
     return job
+
+
+class Router(APIRouter):
+    """A router whose GETs are HEADs, too, but for streams, which have no end to wait for.
+
+    The server leaves the body of such an answer out.
+    """
+
+    def get(self, path: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
+        """Add a route; see `APIRouter`."""
+        add = super().get(path, **options)
+        if options.get("response_class") is StreamingResponse:
+            return add
+        add_head = self.head(path, **options | {"include_in_schema": False})
+
+        def add_both(endpoint: Endpoint) -> Endpoint:
+            return add(add_head(endpoint))
+
+        return add_both

@@ -22,31 +22,12 @@ from starlette.requests import ClientDisconnect, Request
 
 from vidgen.core.runtime import write_error
 from vidgen.server.errors import ApiError
+from vidgen.server.types import Upload
 
 MAX_FIELDS, MAX_FIELD_BYTES = 100, 1 << 20
 PATIENCE_S = 60.0
 """For the next bytes of a body."""
 _BRACKETS = re.compile(r"([^\[\]]+)(\[\])?(?:\[([^\[\]]+)\])?")
-
-
-@dataclass(frozen=True, repr=False)
-class Upload:
-    """A file that came in; where it lies isn't told to clients.
-
-    Attributes:
-        path: where it lies.
-        name: what the client calls it; to be shown, never to be used as a path.
-        sha256: of its bytes.
-        size: in bytes.
-    """
-
-    path: Path
-    name: str
-    sha256: str
-    size: int
-
-    def __repr__(self) -> str:
-        return f"the file {self.name!r}"
 
 
 async def read_body(request: Request, uploads: Path) -> dict[str, Any]:

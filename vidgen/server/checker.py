@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import InputError, VidgenError
-from vidgen.server.link import Message, Parent, TellingHandler
+from vidgen.server.ipc import Message, Parent, TellingHandler
+from vidgen.server.layout import is_font, sniff
 from vidgen.server.settings import Limits
-from vidgen.server.sniff import is_font, sniff
+from vidgen.server.types import FAILED, POLICY
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.pipeline.types import Plan
 
-POLICY, FAILED = "content_policy_violation", "server_error"
 _SHORTER, _SMALLER = "ask for fewer frames, or a higher fps", "send it smaller"
 log = logging.getLogger(__name__)
 

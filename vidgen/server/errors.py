@@ -14,8 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vidgen.core.errors import InputError, OutputError, VidgenError, nearest
-from vidgen.server.job import Conflict, Full
-from vidgen.server.judging import Refusal
+from vidgen.server.types import Conflict, Full, Refusal
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _NAMES = {"steps": "num_inference_steps", "frames": "num_frames", "negative": "negative_prompt",

@@ -31,8 +31,7 @@ from vidgen.server.layout import (
     link,
     shot_file,
 )
-from vidgen.server.making import Stopwatch, peak_memory, reset_peak_memory
-from vidgen.server.stills import write_stills
+from vidgen.server.making import Stopwatch, peak_memory, reset_peak_memory, write_stills
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
 from vidgen.story.export import write_storyboard

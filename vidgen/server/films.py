@@ -8,12 +8,13 @@ from typing import Any, Literal
 from fastapi import Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
-from vidgen.server.access import Caller, Fields, FilmJob, Owner, service_of
+from vidgen.server.access import Caller, Fields, FilmJob, Owner, Router, service_of
 from vidgen.server.answers import (
     MAX_PAGE,
     cancelled,
     content,
     deleted,
+    event_stream,
     judged,
     page,
     preview,
@@ -24,9 +25,7 @@ from vidgen.server.errors import ApiError
 from vidgen.server.files import FILE_ANSWERS, JobFile
 from vidgen.server.layout import shot_file
 from vidgen.server.responses import ERRORS, Deleted, Film, FilmCheck, FilmPage
-from vidgen.server.routing import Router
 from vidgen.server.schema import FilmAsk, body_schema
-from vidgen.server.streams import event_stream
 
 router = Router(prefix="/v1/films", tags=["films"], responses=ERRORS)
 Variant = Literal["video", "thumbnail", "storyboard", "srt", "vtt"]

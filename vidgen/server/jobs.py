@@ -14,14 +14,16 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from vidgen.core.errors import InputError, OutputError
-from vidgen.server.job import Conflict, Full, Job, Kind, NewJob, ServiceClock, job_of_row, new_id
+from vidgen.server.types import Conflict, Full, Job, Kind, NewJob, new_id
 
 SCHEMA_VERSION = 1
 RETRY_WINDOW_S = 3600.0
@@ -66,6 +68,23 @@ CREATE TABLE IF NOT EXISTS audit (
     detail TEXT NOT NULL
 );
 """
+
+_JSON = ("ask", "spec", "result")
+
+
+class ServiceClock:
+    """Unix seconds that neither jump nor run backwards while the service runs.
+
+    Args:
+        not_before: the last time that an earlier run wrote down.
+    """
+
+    def __init__(self, not_before: float = 0.0) -> None:
+        self._start_s, self._began = max(time.time(), not_before), time.monotonic()
+
+    def __call__(self) -> float:
+        """The time now."""
+        return self._start_s + time.monotonic() - self._began
 
 
 class Jobs:
@@ -146,7 +165,7 @@ class Jobs:
         """A job by its id; None where there is none, or it is another key's."""
         with self._lock:
             row = self._one("SELECT * FROM jobs WHERE id = ? AND status != ?", job_id, _DELETED)
-        job = None if row is None else job_of_row(row)
+        job = None if row is None else _job_of(row)
         return None if job is None or owner not in (None, job.owner) else job
 
     def page(
@@ -173,14 +192,14 @@ class Jobs:
                 f"SELECT * FROM jobs WHERE kind = ? AND owner = ? AND status != ? {where} "
                 f"ORDER BY number {order} LIMIT ?", kind, owner, _DELETED, limit + 1,
             ).fetchall()
-        return [job_of_row(row) for row in rows[:limit]], len(rows) > limit
+        return [_job_of(row) for row in rows[:limit]], len(rows) > limit
 
     def waiting(self) -> list[Job]:
         """Unfinished jobs in the order in which they are made."""
         with self._lock:
             rows = self._run("SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') "
                              "ORDER BY number").fetchall()
-        return [job_of_row(row) for row in rows]
+        return [_job_of(row) for row in rows]
 
     def counts(self) -> dict[str, int]:
         """How many jobs there are of each status."""
@@ -305,7 +324,7 @@ class Jobs:
             if row is not None and row["fingerprint"] != new.fingerprint:
                 raise Conflict(f"the idempotency key {new.idempotency_key!r} belongs to another "
                                "request; draw a new key for each")
-            return None if row is None else job_of_row(row)
+            return None if row is None else _job_of(row)
         # A retry asks for what its first try may have begun, or the first try comes in behind it.
         row = self._one(
             "SELECT * FROM jobs WHERE owner = ? AND fingerprint = ? AND status != ? AND "
@@ -313,14 +332,14 @@ class Jobs:
             new.owner, new.fingerprint, _DELETED, self.clock() - RETRY_WINDOW_S, new.is_retry,
             new.arrived_at or self.clock(),
         )
-        return None if row is None else job_of_row(row)
+        return None if row is None else _job_of(row)
 
     def _note(self, owner: str, action: str, job_id: str, detail: Mapping[str, Any]) -> None:
         self._run("INSERT INTO audit (time, owner, action, job, detail) VALUES (?, ?, ?, ?, ?)",
                   self.clock(), owner, action, job_id, json.dumps(detail))
 
     def _get(self, job_id: str) -> Job:
-        return job_of_row(self._one("SELECT * FROM jobs WHERE id = ?", job_id))
+        return _job_of(self._one("SELECT * FROM jobs WHERE id = ?", job_id))
 
     def _one(self, text: str, *values: Any) -> Any:
         return self._run(text, *values).fetchone()
@@ -347,3 +366,12 @@ class Jobs:
             finally:
                 if self._database.in_transaction:
                     self._run("ROLLBACK")
+
+
+_COLUMNS = [each.name for each in fields(Job)]
+
+
+def _job_of(row: sqlite3.Row) -> Job:
+    """A job from its row in the queue's table."""
+    values = {name: row[name] for name in _COLUMNS}
+    return Job(**values | {name: json.loads(values[name]) for name in _JSON})

@@ -9,28 +9,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from vidgen.core.errors import InputError, ModelError, VidgenError
-from vidgen.server.checker import FAILED
-from vidgen.server.link import Child, Message
+from vidgen.core.errors import ModelError, VidgenError
+from vidgen.server.ipc import Child, Message
 from vidgen.server.settings import Settings
+from vidgen.server.types import FAILED, Refusal
 
 PATIENCE_S = 120.0
 """For an answer; opening the model is a part of the first."""
 MAX_DEATHS = 2
 """Processes that go down over a question before it is refused; one may have other reasons."""
 log = logging.getLogger(__name__)
-
-
-class Refusal(InputError):
-    """A request that was judged and refused.
-
-    Attributes:
-        code: for the client.
-    """
-
-    def __init__(self, text: str, code: str = "invalid_request") -> None:
-        super().__init__(text)
-        self.code = code
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Where a job's files lie, below its folder; and how what comes in gets there.
+"""A job's files below its folder; how what comes in gets there, and what it is by its first bytes.
 
     videos/ID/ and films/ID/
         inputs/             what came with the request; of a film its script, too
@@ -6,6 +6,8 @@
         thumbnail.webp, spritesheet.jpg, recipe.json
         film.html, film.srt, film.vtt, film.shots/
         shots/ID.mp4, shots/ID.webp, shots/ID.SEED.mp4 of each take where there are several
+
+Playlists and other formats by which a reader could be led to further files aren't let in.
 
 Imported by all processes of the service, so it needs neither torch nor libav.
 """
@@ -18,12 +20,11 @@ import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vidgen.core.errors import InputError
-from vidgen.server.body import Upload
 from vidgen.server.schema import FilmAsk
-from vidgen.server.sniff import is_font, sniff
+from vidgen.server.types import Upload
 
 INPUTS, SHOTS, FILM_SHOTS = "inputs", "shots", "film.shots"
 VIDEO, FILM = "video.mp4", "film.mp4"
@@ -31,6 +32,19 @@ THUMBNAIL, SPRITESHEET, RECIPE = "thumbnail.webp", "spritesheet.jpg", "recipe.js
 STORYBOARD = "film.html"
 _FILE = re.compile(r"\w[\w .-]{0,99}")
 _FORMATS = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".txt": "txt"}
+Medium = Literal["picture", "video", "sound"]
+_TAKEN = {
+    "picture": "PNG, JPEG, WebP or GIF", "video": "MP4, MOV, WebM or MKV",
+    "sound": "WAV, FLAC, MP3, Ogg, M4A or a video",
+}
+_WEBP: tuple[Medium, str] = ("picture", ".webp")
+_WAV: tuple[Medium, str] = ("sound", ".wav")
+_STARTS: dict[bytes, tuple[Medium, str]] = {
+    b"\x89PNG\r\n\x1a\n": ("picture", ".png"), b"\xff\xd8\xff": ("picture", ".jpg"),
+    b"GIF87a": ("picture", ".gif"), b"GIF89a": ("picture", ".gif"), b"fLaC": ("sound", ".flac"),
+    b"OggS": ("sound", ".ogg"), b"ID3": ("sound", ".mp3"),
+}
+_FONTS = (b"\0\1\0\0", b"OTTO", b"true")
 
 
 def link(source: Path, target: Path) -> None:
@@ -123,3 +137,47 @@ def read_recipe(folder: Path) -> Any:
     with suppress(OSError, ValueError):
         return json.loads((folder / RECIPE).read_bytes())
     return None
+
+
+def sniff(path: Path, option: str, *media: Medium) -> tuple[Medium, str]:
+    """A file's medium and suffix.
+
+    Args:
+        path: of the file.
+        option: that it was given by, for the message.
+        media: that are taken there.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    found = _kind(head)
+    if found is not None and found[0] == "video" and "video" not in media and "sound" in media:
+        found = "sound", found[1]
+    if found is None or found[0] not in media:
+        taken = "; ".join(_TAKEN[medium] for medium in media)
+        kind = f"of another kind ({found[1]})" if found else "of another kind"
+        what = kind if head else "empty"
+        raise InputError(f"{option} is {what}; give {taken}")
+    return found
+
+
+def is_font(path: Path) -> bool:
+    """Whether a file is TrueType or OpenType."""
+    with path.open("rb") as file:
+        return file.read(4) in _FONTS
+
+
+def _kind(head: bytes) -> tuple[Medium, str] | None:
+    for start, found in _STARTS.items():
+        if head.startswith(start):
+            return found
+    if head[:4] == b"RIFF":
+        return {b"WEBP": _WEBP, b"WAVE": _WAV}.get(head[8:12])
+    if head[4:8] == b"ftyp":
+        return ("sound", ".m4a") if head[8:11] == b"M4A" else ("video", ".mp4")
+    if head.startswith(b"\x1a\x45\xdf\xa3"):
+        return "video", ".webm" if b"webm" in head else ".mkv"
+    is_mpeg_sound = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2
+    return ("sound", ".mp3") if is_mpeg_sound else None

@@ -1,13 +1,14 @@
 """One clip of the queue: from what was asked to its files, with an engine at hand.
 
-A job that is begun once more finds what is there and goes on. Where files lie is told in
-`layout.py`.
+A job that is begun once more finds what exists and goes on. `layout.py` says where files lie.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import re
 import resource
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
@@ -35,7 +37,6 @@ from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import at_own_size, lengthened, own_options, rate_of_still
 from vidgen.server.layout import RECIPE, SPRITESHEET, THUMBNAIL, VIDEO
-from vidgen.server.stills import write_stills
 
 if TYPE_CHECKING:
     from vidgen.pipeline.types import OnPreview
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 FILE_OPTIONS = ("image", "last_image", "video", "prefix", "audio", "mask")
 """Options of a spec that name files below the job's folder."""
+THUMBNAIL_SIDE, SPRITE_SIDE = 512, 160
+SPRITES, COLUMNS = 16, 4
 
 
 @dataclass
@@ -204,3 +207,45 @@ def peak_memory() -> int:
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write_stills(video: Path, thumbnail: Path, sheet: Path | None, num_frames: int) -> None:
+    """Write the frame at a third of a clip as WebP and up to 16 frames in rows as JPEG.
+
+    Args:
+        video: the clip; one frame of it is in memory at a time.
+        thumbnail: where the one goes.
+        sheet: where the rows go; None: nowhere.
+        num_frames: of the clip.
+    """
+    count = min(SPRITES, num_frames)
+    wanted = {round(index * (num_frames - 1) / max(count - 1, 1)): index for index in range(count)}
+    columns = min(COLUMNS, count)
+    canvas: Image.Image | None = None
+    with VideoReader(video) as reader:
+        for number, frame in enumerate(reader):
+            if number == num_frames // 3:
+                atomic_write(thumbnail, _encoded(Image.fromarray(frame), "WEBP", THUMBNAIL_SIDE))
+            if sheet is None and number >= num_frames // 3:
+                return
+            if sheet is not None and number in wanted:
+                small = _scaled(Image.fromarray(frame), SPRITE_SIDE)
+                width, height = small.size
+                if canvas is None:
+                    rows = math.ceil(count / columns)
+                    canvas = Image.new("RGB", (columns * width, rows * height))
+                index = wanted[number]
+                canvas.paste(small, (index % columns * width, index // columns * height))
+    if sheet is not None and canvas is not None:
+        atomic_write(sheet, _encoded(canvas, "JPEG", max(canvas.size)))
+
+
+def _scaled(picture: Image.Image, side: int) -> Image.Image:
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _encoded(picture: Image.Image, kind: str, side: int) -> bytes:
+    file = io.BytesIO()
+    _scaled(picture, side).save(file, kind, quality=85)
+    return file.getvalue()

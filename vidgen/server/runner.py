@@ -1,6 +1,6 @@
 """The process that makes clips and films: it opens the model once and works job by job.
 
-It is told in messages (see `link.py`):
+It is told in messages (see `ipc.py`):
     {"do": "make", "job": ID, "kind": "video", "folder": PATH, "spec": {...}}
     {"do": "stop", "job": ID, "why": "cancelled" or "paused"}
 
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.core.errors import Cancelled, InputError, ModelError, OutputError, VidgenError
-from vidgen.server.link import Message, Parent, TellingHandler
+from vidgen.server.ipc import Message, Parent, TellingHandler
 
 if TYPE_CHECKING:
     from vidgen.pipeline.types import Preview

@@ -17,13 +17,13 @@ from typing import Any
 
 from vidgen.core.errors import OutputError
 from vidgen.server.hub import Event, Hub
-from vidgen.server.job import Job
+from vidgen.server.ipc import HEARTBEAT_S, Child, Message
 from vidgen.server.jobs import Jobs
 from vidgen.server.layout import without_folders
-from vidgen.server.link import HEARTBEAT_S, Child, Message
 from vidgen.server.metrics import Metrics
 from vidgen.server.runner import CANCELLED, PAUSED
 from vidgen.server.settings import Settings
+from vidgen.server.types import Job
 from vidgen.server.views import Live, Place, view
 
 LOOK_S, SWEEP_S = 1.0, 10.0

@@ -24,7 +24,7 @@ from pydantic import (
 from vidgen.core.errors import InputError
 from vidgen.core.request import OWN_FILE
 from vidgen.core.values import parse_fps
-from vidgen.server.body import Upload
+from vidgen.server.types import Upload
 
 MAX_FPS = 240
 _FILE_OR_URL = {

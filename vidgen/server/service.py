@@ -14,16 +14,14 @@ from typing import Any
 import anyio
 
 from vidgen.core.errors import OutputError
-from vidgen.server.asks import Place, Translator, parse
-from vidgen.server.body import Upload
 from vidgen.server.errors import ApiError
 from vidgen.server.hub import Hub
-from vidgen.server.job import Job, Kind, NewJob, new_id
 from vidgen.server.jobs import Jobs
 from vidgen.server.judging import Judge
 from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.layout import INPUTS, lay_down, link, take_over
 from vidgen.server.metrics import Metrics
+from vidgen.server.requests import Place, Translator, parse
 from vidgen.server.scheduler import Scheduler
 from vidgen.server.schema import (
     EditAsk,
@@ -33,6 +31,7 @@ from vidgen.server.schema import (
     VideoAsk,
 )
 from vidgen.server.settings import Settings
+from vidgen.server.types import Job, Kind, NewJob, Upload, new_id
 
 EDIT_STRENGTH = 0.7
 JUDGED_AT_ONCE = 16

@@ -8,12 +8,13 @@ from typing import Any, Literal
 from fastapi import Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
-from vidgen.server.access import Caller, Fields, Owner, VideoJob, service_of
+from vidgen.server.access import Caller, Fields, Owner, Router, VideoJob, service_of
 from vidgen.server.answers import (
     MAX_PAGE,
     cancelled,
     content,
     deleted,
+    event_stream,
     page,
     preview,
     queued,
@@ -24,9 +25,7 @@ from vidgen.server.errors import ApiError
 from vidgen.server.files import FILE_ANSWERS
 from vidgen.server.layout import read_recipe
 from vidgen.server.responses import ERRORS, Deleted, Video, VideoPage
-from vidgen.server.routing import Router
 from vidgen.server.schema import EditAsk, ExtensionAsk, RemixAsk, VideoAsk, body_schema
-from vidgen.server.streams import event_stream
 
 router = Router(prefix="/v1/videos", tags=["videos"], responses=ERRORS)
 Variant = Literal["video", "thumbnail", "spritesheet"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from vidgen.server.job import Job
+from vidgen.server.types import Job
 
 MAX_WARNINGS = 20
 

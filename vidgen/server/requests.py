@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from vidgen.core.errors import InputError, nearest
-from vidgen.server.body import Upload, write_upload
+from vidgen.server.body import write_upload
 from vidgen.server.errors import ApiError, from_validation
 from vidgen.server.fetch import fetch
 from vidgen.server.jobs import Jobs
-from vidgen.server.layout import INPUTS, VIDEO, link
+from vidgen.server.layout import INPUTS, VIDEO, Medium, link, sniff
 from vidgen.server.schema import ExtraParams, LoraAsk, Shape, Strict
 from vidgen.server.settings import Settings
-from vidgen.server.sniff import Medium, sniff
+from vidgen.server.types import Upload
 
 Ask = TypeVar("Ask", bound=Strict)
 _OPTIONS = {

@@ -1,21 +1,20 @@
-"""A job of the queue as a value: what was asked, and how it stands."""
+"""Values that the parts of the service share: jobs, files that came in, refusals."""
 
 from __future__ import annotations
 
-import json
 import secrets
-import sqlite3
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from vidgen.core.errors import InputError
 
+POLICY, FAILED = "content_policy_violation", "server_error"
+"""Codes of refusals by the process that checks requests."""
 Kind = Literal["video", "film"]
 Status = Literal["queued", "in_progress", "completed", "failed"]
 UNFINISHED = ("queued", "in_progress")
-_JSON = ("ask", "spec", "result")
 
 
 class Conflict(InputError):
@@ -100,30 +99,38 @@ class Job:
         return "has failed" if self.status == "failed" else f"is {self.status.replace('_', ' ')}"
 
 
-class ServiceClock:
-    """Unix seconds that neither jump nor run backwards while the service runs.
-
-    Args:
-        not_before: the last time that an earlier run wrote down.
-    """
-
-    def __init__(self, not_before: float = 0.0) -> None:
-        self._start_s, self._began = max(time.time(), not_before), time.monotonic()
-
-    def __call__(self) -> float:
-        """The time now."""
-        return self._start_s + time.monotonic() - self._began
-
-
 def new_id(kind: Kind) -> str:
     """An identifier that can't be guessed."""
     return f"{kind}_{secrets.token_hex(12)}"
 
 
-_COLUMNS = [each.name for each in fields(Job)]
+class Refusal(InputError):
+    """A request that was judged and refused.
+
+    Attributes:
+        code: for the client.
+    """
+
+    def __init__(self, text: str, code: str = "invalid_request") -> None:
+        super().__init__(text)
+        self.code = code
 
 
-def job_of_row(row: sqlite3.Row) -> Job:
-    """A job from its row in the queue's table."""
-    values = {name: row[name] for name in _COLUMNS}
-    return Job(**values | {name: json.loads(values[name]) for name in _JSON})
+@dataclass(frozen=True, repr=False)
+class Upload:
+    """A file that came in; where it lies isn't told to clients.
+
+    Attributes:
+        path: where it lies.
+        name: what the client calls it; to be shown, never to be used as a path.
+        sha256: of its bytes.
+        size: in bytes.
+    """
+
+    path: Path
+    name: str
+    sha256: str
+    size: int
+
+    def __repr__(self) -> str:
+        return f"the file {self.name!r}"

@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from vidgen.server.access import COOKIE, Owner, key_required, owner_of, service_of
+from vidgen.server.access import COOKIE, Owner, Router, key_required, owner_of, service_of
+from vidgen.server.answers import event_stream
 from vidgen.server.errors import ApiError
 from vidgen.server.responses import (
     ERRORS,
@@ -20,9 +21,7 @@ from vidgen.server.responses import (
     Readiness,
     Session,
 )
-from vidgen.server.routing import Router
 from vidgen.server.service import Service
-from vidgen.server.streams import event_stream
 
 router = Router(tags=["service"], responses=ERRORS)
 _STARTED = int(time.time())
