@@ -77,7 +77,7 @@ def run(args: Namespace, report: Report) -> int:
     from vidgen.core.request import SILENT
     from vidgen.core.runtime import check_output
     from vidgen.media.ending import read_ending
-    from vidgen.media.write import check_format, holds_sound, require_sound
+    from vidgen.media.write import CONTAINERS, check_format, require_sound
     from vidgen.pipeline.long.continuation import (
         lengthened,
         made_of_clips,
@@ -120,7 +120,7 @@ def run(args: Namespace, report: Report) -> int:
         loading["quantize"] = args.quantize or recipe.get("quantize")
         loading["dtype"] = args.dtype or recipe.get("dtype")
     loading["model"] = loading["model"] or "toybox"
-    if not holds_sound(suffix):
+    if suffix not in CONTAINERS:
         given |= SILENT  # none is made for nobody to hear
     if "prompt" not in given:
         raise InputError(f"{args.clip} doesn't tell its prompt; give --prompt")

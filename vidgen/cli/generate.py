@@ -281,7 +281,7 @@ def _said(text: str) -> tuple[float | None, str]:
 def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> bool:
     """Refuse outputs that can't be written; tell whether they can hold sound."""
     from vidgen.core.runtime import check_output
-    from vidgen.media.write import check_format, holds_sound, require_sound
+    from vidgen.media.write import CONTAINERS, check_format, require_sound
 
     suffix = ""
     for path in paths:
@@ -295,7 +295,7 @@ def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> bo
             if Path(file).resolve() == Path(path).resolve():
                 raise InputError(f"output {path} is the {option} that was given; choose another "
                                  "name")
-    return holds_sound(suffix)
+    return suffix in CONTAINERS
 
 
 def _is_faulty(clip: Clip) -> bool:

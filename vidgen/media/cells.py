@@ -1,4 +1,4 @@
-"""What is kept of a frame for checking: colour means of about 256 square cells, and a few figures.
+"""A frame reduced for checks: colour means of about 256 square cells, and a few figures.
 
 Axes: H W rows and columns of pixels, h w of the pixels looked at, y x of cells.
 """
@@ -21,14 +21,14 @@ _NUM_PIXELS = 6_000  # looked at: enough to see a small sprite's edge move by ha
 
 @dataclass(frozen=True)
 class Look:
-    """One frame, looked at.
+    """One reduced frame.
 
     Attributes:
         color: [y, x, 3] mean colour of each cell, 0 to 255.
         luma: [y, x] the same in grey.
         moved: [y, x] mean absolute change of each cell's pixels since the frame before, in levels;
             None for the first frame.
-        spread: standard deviation of the pixels' green in levels; where that is below 1, of the
+        spread: standard deviation of the pixels' green in levels; if that is below 1, of the
             channel that varies most.
         dark: share of pixels below 10% of the range.
         bright: share of pixels above 90% of it.
@@ -45,10 +45,10 @@ class Look:
 
 
 class Looker:
-    """Looks at frames of one size in order, at a cost that hardly grows with the size.
+    """Reduces frames of one size in order, at a cost that hardly grows with the size.
 
     Attributes:
-        before: [h, w] the grey of the frame before, None at the first.
+        before: [h, w] grey of the frame before; None at the first.
     """
 
     def __init__(self, height: int, width: int) -> None:
@@ -60,7 +60,7 @@ class Looker:
         self.before: Array | None = None
 
     def look(self, frame: Frames) -> Look:
-        """Look at a frame, uint8 [H, W, 3]."""
+        """Reduce a frame, uint8 [H, W, 3]."""
         step = self.stride
         height, width = (-(-size // step) for size in frame.shape[:2])
         planes = np.empty((4, height, width), dtype=np.float32)  # the colours, what moved
@@ -92,13 +92,12 @@ class Looker:
         )
 
     def _pool(self, pixels: Array) -> Array:
-        """Means [..., y, x] of pixels [..., h, w]."""
         means = self._down @ pixels @ self._across.T
         return means.astype(np.float32, copy=False)
 
 
 def _means(count: int, size: int) -> Array:
-    """[count, size] that takes the means of `count` neighbouring groups of `size` values."""
+    """Return a matrix [count, size] that takes means of `count` groups of `size` values."""
     count = min(count, size)
     groups = np.arange(size) * count // size
     weights = (groups == np.arange(count)[:, None]).astype(np.float32)
@@ -107,13 +106,13 @@ def _means(count: int, size: int) -> Array:
 
 
 def psnr(frame: Frames, reference: Frames) -> float:
-    """10 log10(peak^2 / MSE) in dB of two pictures uint8 [H, W, 3]; 100 where they are equal."""
+    """Return 10 log10(peak^2 / MSE) in dB of pictures uint8 [H, W, 3]; 100 if they are equal."""
     error = np.subtract(frame, reference, dtype=np.float32)
     return float(min(100.0, 10 * np.log10(255**2 / max(float(np.square(error).mean()), 1e-12))))
 
 
 def ssim(frame: Frames, reference: Frames, side: int = 8) -> float:
-    """Structural similarity of the luma (Wang et al. 2004, eq. 13), over blocks side by side."""
+    """Return the luma's structural similarity over square blocks (Wang et al. 2004, eq. 13)."""
     def blocks(picture: Frames) -> Array:
         luma = picture @ LUMA
         height, width = (max(1, size // side) for size in luma.shape)

@@ -1,7 +1,7 @@
-"""What may be wrong with a clip, told while its frames stream past.
+"""Checks of a clip while its frames stream past, or of a file.
 
 `ClipChecker` holds as much after an hour as after a second and costs well under a millisecond a
-frame. Every limit stands here with its reason; docs/check.md says the same for users.
+frame. Every limit stands here with its reason; docs/check.md repeats them for users.
 
 Axes: t frames, H W rows and columns, N samples of sound.
 """
@@ -70,15 +70,15 @@ Verdict: TypeAlias = Literal["clean", "warning", "fault"]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong, or may be.
+    """A fault, or a possible one.
 
     Attributes:
         kind: one word, such as "flash"; docs/check.md lists them.
         severity: "fault" fails `--strict`; a "warning" may be meant.
-        time_s: (start, end) in seconds, or None where it's the whole clip.
-        value: what was measured, in the unit of the limit.
-        limit: what it must not exceed, or fall below.
-        text: a sentence for people, with what to do.
+        time_s: (start, end) in seconds; None for the whole clip.
+        value: the measurement, in the unit of the limit.
+        limit: which it must not exceed, or fall below.
+        text: a sentence for people, with the remedy.
     """
 
     kind: str
@@ -118,12 +118,11 @@ _STATE = ("num_frames", "_flat", "_flashes", "_spikes", "_freezes", "_drifts", "
 
 
 class ClipChecker:
-    """Checks frames as they come; a `Watch` of the writer's.
+    """A `Watch` that checks frames as they come.
 
     Args:
-        info: the clip's rate and size, and the length and sound it is to have; 0 frames if that
-            isn't known.
-        first_frame: uint8 [H, W, 3], with which the clip is to begin; brought to its size.
+        info: the clip's rate, size, sound and length; 0 frames if that isn't known.
+        first_frame: uint8 [H, W, 3], with which the clip should begin; brought to its size.
     """
 
     def __init__(self, info: ClipInfo, first_frame: Frames | None = None) -> None:
@@ -132,7 +131,9 @@ class ClipChecker:
         self._fps = fps
         self._looker = Looker(height, width)
         self._given = None if first_frame is None else fit(first_frame, height, width, "crop")
-        self._meant = set() if self._given is None else set(_flaws(_look_at(self._given)))
+        self._meant = set[str]()
+        if self._given is not None:
+            self._meant.update(_flaws(Looker(height, width).look(self._given)))
         self._flat = {kind: Runs(fps) for kind in ("black", "white", "blank", "noise")}
         self._flashes = Flashes(fps, red=False), Flashes(fps, red=True)
         self._spikes = Spikes(fps, SPIKE)
@@ -145,21 +146,21 @@ class ClipChecker:
 
     @cached_property
     def findings(self) -> list[Finding]:
-        """What was found; asked for when the last frame has passed."""
+        """Results of `finish`; read them once the last frame has passed."""
         return self.finish()
 
     def report(self) -> dict[str, Any]:
-        """The recipe's entries."""
+        """Return the recipe's entries."""
         told = {"checks": as_data(self.findings)}
         return told if self._ended is None else told | {ENDING: ending_text(self._ended)}
 
     def snapshot(self) -> Snapshot:
-        """All that the frames so far have left, of which at least one came."""
+        """Return the state after the frames so far, of which there is at least one."""
         state = {name: getattr(self, name) for name in _STATE}
         return pack({**state, "before": self._looker.before})
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on behind the frames of a snapshot.
+        """Resume after the frames of a snapshot.
 
         Raises:
             InputError: it is damaged.
@@ -193,7 +194,7 @@ class ClipChecker:
                 self._freezes.feed(index, look.moved)
 
     def finish(self) -> list[Finding]:
-        """Say what was found; call it once, after the last frame."""
+        """Return all findings; call it once, after the last frame."""
         for runs in self._flat.values():
             runs.finish()
         self._freezes.finish()
@@ -206,7 +207,7 @@ class ClipChecker:
         return found
 
     def check_ending(self, recipe: Mapping[str, Any]) -> list[Finding]:
-        """The last frame against the one that a recipe tells of."""
+        """Compare the last frame with the one in a recipe."""
         off = 0.0 if self._ended is None else apart(recipe, self._ended)
         if off <= LIMIT:
             return []
@@ -340,7 +341,7 @@ def _ways(mode: str | None) -> tuple[Fit, ...]:
 def check_length(
     num_frames: int, fps: Fraction, wanted_frames: int, wanted_fps: Fraction | None = None
 ) -> list[Finding]:
-    """Number of frames and rate against those that were wanted."""
+    """Compare the number of frames and the rate with those wanted."""
     found, wanted_fps = [], wanted_fps or fps
     if num_frames != wanted_frames:
         found.append(Finding(
@@ -357,7 +358,7 @@ def check_length(
 
 
 def check_sound(sound: Samples, rate: int, seconds: float) -> list[Finding]:
-    """Length, silence, clipping and garbage of sound [N, channels] beside `seconds` of picture."""
+    """Check length, level, clipping and garbage of sound [N, channels] to `seconds` of picture."""
     found = []
     off = len(sound) / rate - seconds
     if abs(off) > SOUND_S:
@@ -396,12 +397,8 @@ def check_sound(sound: Samples, rate: int, seconds: float) -> list[Finding]:
     return found
 
 
-def _look_at(picture: Frames) -> Look:
-    return Looker(picture.shape[0], picture.shape[1]).look(picture)
-
-
 def _flaws(look: Look) -> dict[str, float]:
-    """What is wrong with a single frame, with the value that shows it."""
+    """Return the flaws of a single frame, each with the value that shows it."""
     if look.dark >= FLAT:
         return {"black": look.dark}
     if look.bright >= FLAT:

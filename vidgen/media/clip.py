@@ -27,17 +27,15 @@ _CHUNK = 8
 
 
 class Keeper(SegmentStore, Protocol):
-    """What keeps the writing of a clip to one output, so that it can go on after a stop."""
+    """A store of segments for one output, so that a stopped writing can resume."""
 
     output: Path | None
 
     def pause(self) -> None:
-        """The writing stopped."""
-        ...
+        """Note that the writing stopped."""
 
     def close(self) -> None:
-        """The output is there."""
-        ...
+        """Note that the output is complete."""
 
 
 class Clip:
@@ -117,7 +115,7 @@ class Clip:
 
     @property
     def num_frames(self) -> int:
-        """How many frames the clip has."""
+        """Number of frames."""
         return self.info.num_frames
 
     @property
@@ -132,14 +130,14 @@ class Clip:
 
     @property
     def captions(self) -> list[dict[str, Any]]:
-        """What is said in the clip: `text`, `start_s` and `end_s` of each sentence."""
+        """Spoken sentences, each with `text`, `start_s` and `end_s`."""
         told = (self.recipe or {}).get("sound")
         speech = told.get("speech") if isinstance(told, dict) else None
         return list(speech.get("sentences", ())) if isinstance(speech, dict) else []
 
     @property
     def recipe(self) -> dict[str, Any] | None:
-        """All that shaped the clip, or None if that isn't known."""
+        """All that shaped the clip, or None if it isn't known."""
         return self.info.recipe
 
     def chunks(self) -> Iterator[Frames]:
@@ -181,9 +179,13 @@ class Clip:
         self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,
         store: Keeper | None = None,
     ) -> Path:
-        """Write the frames behind those that are kept, checking them as they pass."""
+        """Write the frames after those that are kept, and check them as they pass."""
         checker = self._checker()
-        chunks = self._chunks(store.num_frames if store else 0)
+        start = store.num_frames if store else 0
+        if "frames" in self.__dict__:
+            chunks = iter([self.frames[start:]])
+        else:
+            chunks = self._source(start) if start else self._source()
         written = write_clip(
             name, chunks, self.info, overwrite=overwrite, on_frames=on_frames, store=store,
             watch=checker,
@@ -194,8 +196,4 @@ class Clip:
     def _checker(self) -> ClipChecker:
         return ClipChecker(self.info, self.first_frame)
 
-    def _chunks(self, start: int) -> Iterator[Frames]:
-        """The chunks from frame `start` on."""
-        if "frames" in self.__dict__:
-            return iter([self.frames[start:]])
-        return self._source(start) if start else self._source()
+

@@ -15,7 +15,6 @@ from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 import av
@@ -29,12 +28,8 @@ if TYPE_CHECKING:
     from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
 
-_SCALING = (
-    Interpolation.BICUBIC
-    | Interpolation.ACCURATE_RND
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-)
+_SCALING = (Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+            | Interpolation.FULL_CHR_H_INP)
 _MOST_REORDERED = 16  # frames, in any codec
 _BT709 = 1  # H.273's code point for primaries, transfer and matrix alike
 
@@ -69,7 +64,7 @@ def to_picture(frame: Frames, pix_fmt: str, reformatter: VideoReformatter) -> av
 
 
 def watched(chunks: Iterable[Frames], watch: Watch | None) -> Iterator[Frames]:
-    """Frames [H, W, 3] of chunks one by one, each seen on its way."""
+    """Yield the frames [H, W, 3] of chunks one by one, each shown to the watch first."""
     for chunk in chunks:
         for frame in chunk:
             if watch:
@@ -88,18 +83,18 @@ def encode_picture(
     store: SegmentStore | None = None,
     watch: Watch | None = None,
 ) -> Iterator[Encoded]:
-    """Packets of a stream of frames, in segments.
+    """Encode a stream of frames, in segments.
 
     Args:
-        frames: uint8 [H, W, 3] each; the first is the one behind the store's finished segments.
+        frames: uint8 [H, W, 3] each, from the first one after the store's finished segments.
         settings: the encoder's.
         size: (width, height).
         fps: exact frame rate.
         first_segment: frames of the first segment, shorter than the others by what the first
             latent frame lacks.
         segment: frames of every further segment, a fixed number of latent frames.
-        store: gives the segments that are finished, and keeps the others as they are.
-        watch: sees `frames`; goes on from what it was behind the finished segments.
+        store: gives the segments that are finished, and keeps the new ones.
+        watch: sees `frames`; resumes from its snapshot after the finished segments.
 
     Yields:
         Packets in decoding order, timed in units of 1 / fps from the clip's start.
@@ -129,7 +124,8 @@ def encode_picture(
             for packet in encoder.encode(picture):
                 pts, dts = cast("tuple[int, int]", (packet.pts, packet.dts))
                 # a short last segment reorders less, but decoding goes on at the same pace
-                delay = _lead(pts, dts) if delay is None else delay
+                if delay is None:  # x265 leaves dts unset where it has too few frames to reorder
+                    delay = pts - dts if 0 <= pts - dts <= _MOST_REORDERED else 0
                 encoded = bytes(packet), start + pts, start + number - delay, packet.is_keyframe
                 number += 1
                 if store:
@@ -140,22 +136,10 @@ def encode_picture(
         start, length = start + count, segment
 
 
-def _lead(pts: int, dts: int) -> int:
-    """By how many frames decoding runs ahead; nothing is reordered where x265 leaves `dts` unset.
-
-    It does so where there are fewer frames than it would look at.
-    """
-    return pts - dts if 0 <= pts - dts <= _MOST_REORDERED else 0
-
-
 class Spool:
-    """Encoded packets until the file is begun: its head tells what only the last frame shows.
+    """Encoded packets until the file is begun: its head holds what only the last frame shows.
 
-    Up to `IN_MEMORY` bytes lie in memory, more in a file without a name, which goes with the
-    process.
-
-    Args:
-        folder: for that file.
+    Up to `IN_MEMORY` bytes lie in memory, more in an unnamed file in `folder`.
     """
 
     IN_MEMORY = 8_000_000
@@ -164,23 +148,18 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self._file = SpooledTemporaryFile(max_size=self.IN_MEMORY, dir=str(folder))  # noqa: SIM115
 
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Drop the packets."""
         self._file.close()
 
     def add(self, packet: Encoded) -> None:
-        """Put a packet behind the others."""
+        """Append a packet."""
         content, pts, dts, is_key = packet
         self._file.write(self._HEAD.pack(len(content), pts, dts, is_key))
         self._file.write(content)
 
     def packets(self, time_base: Fraction) -> Iterator[Packet[VideoStream]]:
-        """The packets, their times in units of `time_base`."""
+        """Yield the packets, their times in units of `time_base`."""
         self._file.seek(0)
         while head := self._file.read(self._HEAD.size):
             size, pts, dts, is_key = self._HEAD.unpack(head)

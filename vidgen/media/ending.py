@@ -1,7 +1,7 @@
-"""How a file ends, and whether that is still what its recipe tells.
+"""The end of a film, compared with the one in its recipe.
 
 Programs that cut, mirror or colour a film often carry its metadata along, and with it latents that
-by then show something else than the file.
+no longer show what the file does.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ mirrored ones differ by 9 and more, a hue turned by 20 degrees by 10, another mo
 
 @dataclass(frozen=True)
 class Ending:
-    """A film, and how it ends.
+    """A film and its end.
 
     Attributes:
         fps: exact average rate.
         size: (width, height) as shown.
-        num_frames: its frames, or as many as there would be if they were evenly shown.
+        num_frames: its frames, or as many as an evenly shown film would have.
         is_plain: whether its frames are evenly shown, in square pixels.
-        recipe: that of the file, not to be changed; None where it has none.
-        cells: [y, x, 3] mean colours of the last frame, as `Looker` has them.
+        recipe: the file's, not to be changed, or None.
+        cells: [y, x, 3] mean colours of the last frame, by `Looker`.
     """
 
     fps: Fraction
@@ -51,19 +51,19 @@ class Ending:
     cells: Array
 
     def frames_at(self, fps: Fraction) -> int:
-        """How many frames it has at a rate, as `video_frames` picks them."""
+        """Return its number of frames at a rate, as `video_frames` picks them."""
         return max(1, round(self.num_frames * fps / self.fps))
 
     @property
     def is_as_told(self) -> bool:
-        """Whether the last frame is the recipe's; True where there is none, or it doesn't tell."""
+        """Whether the last frame is the recipe's; True where no recipe has one."""
         return self.recipe is None or apart(self.recipe, self.cells) <= LIMIT
 
 
 def apart(recipe: Mapping[str, Any], cells: Array) -> float:
-    """How far a last frame's cells are from those that a recipe tells of, as `LIMIT` counts.
+    """Return the distance of a last frame's cells from a recipe's, as `LIMIT` counts.
 
-    0 where it tells of none, 255 where they aren't of one shape.
+    It is 0 where the recipe has none, 255 where they have different shapes.
     """
     told = recipe.get(ENDING)
     if told is None:
@@ -78,12 +78,12 @@ def apart(recipe: Mapping[str, Any], cells: Array) -> float:
 
 
 def ending_text(cells: Array) -> str:
-    """The last frame's cells [y, x, 3], 0 to 255, for a recipe's entry."""
+    """Encode the last frame's cells [y, x, 3], 0 to 255, for a recipe's entry."""
     return base64.b64encode(cells.round().clip(0, 255).astype(np.uint8).tobytes()).decode()
 
 
 def read_ending(path: str | os.PathLike[str]) -> Ending:
-    """How a film, animation or picture ends; decodes all of it, once for as long as it stays.
+    """Read the end of a film, animation or picture; decodes all of it, once while it is unchanged.
 
     Raises:
         InputError: missing, no video, or damaged.

@@ -25,7 +25,7 @@ _GAP, _LABEL, _MAX_LABEL = 4, 14, 200
 
 @dataclass(frozen=True)
 class Grid:
-    """Clips of any sizes, rates and lengths in rows; a shorter one stays on its last frame.
+    """Clips of any sizes, rates and lengths in rows; a shorter one holds its last frame.
 
     Args:
         paths: the clips.
@@ -39,7 +39,7 @@ class Grid:
 
     @cached_property
     def info(self) -> ClipInfo:
-        """The grid's size in even pixels, the highest of the rates, the longest of the lengths."""
+        """Size in even pixels, the highest of the rates, the longest of the lengths."""
         fps = max(fps for fps, _, _ in self._facts)
         seconds = max(seconds for _, _, seconds in self._facts)
         height, width = self._background.shape[:2]
@@ -52,7 +52,7 @@ class Grid:
             yield self._placed(pictures)[None]
 
     def still(self) -> Frames:
-        """The clips' middle frames, uint8 [H, W, 3]."""
+        """Return the grid's middle frame, uint8 [H, W, 3]."""
         middle = self.info.num_frames // 2
         return next(frame[0] for index, frame in enumerate(self.frames()) if index == middle)
 
@@ -86,7 +86,7 @@ class Grid:
         return max(width, min(longest, _MAX_LABEL)) + _GAP, height + label + _GAP
 
     def _corner(self, index: int) -> tuple[int, int]:
-        """(x, y) of a clip's label; the clip is below it."""
+        """Return (x, y) of a clip's label; the clip is below it."""
         across, down = self._step
         return _GAP + index % self.columns * across, _GAP + index // self.columns * down
 
@@ -104,7 +104,7 @@ class Grid:
         return np.array(sheet)
 
     def _resampled(self, index: int) -> Iterator[Frames]:
-        """One clip at the grid's rate and length, and at its cell's size."""
+        """Yield one clip at the grid's rate and length, and at its cell's size."""
         width, height, _ = self._cell
         info, wanted, picture = self.info, 0, None
         with VideoReader(self.paths[index]) as reader:
@@ -135,8 +135,8 @@ def contact_sheet(
         frames: uint8 [H, W, 3] each, of any size.
         path: the PNG, replaced if it exists.
         columns: pictures in a row.
-        labels: a line under each picture; fewer than pictures, or none, is fine. Over empty ones
-            behind it in its row a label goes on.
+        labels: a line under each picture, or for fewer of them. A label may run over empty ones
+            after it in its row.
 
     Returns:
         The path written.

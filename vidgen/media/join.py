@@ -26,9 +26,9 @@ from vidgen.core.runtime import atomic_path, check_output, write_error
 from vidgen.media.clip import Clip, Keeper
 from vidgen.media.label import with_label
 from vidgen.media.manifest import Signing, seal
+from vidgen.media.mastering import SoundTrack
 from vidgen.media.probe import read_recipe
 from vidgen.media.provenance import marks_of, stamped, tags
-from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.stills import RECIPE_KEY
 from vidgen.media.subtitles import TextTrack
 from vidgen.media.types import ClipInfo, Frames

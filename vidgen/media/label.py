@@ -28,8 +28,7 @@ _COVER = 0.8  # how much of the background the plate hides: over 9:1 is left eve
 
 
 def labelled(
-    chunks: Iterable[Frames], size: tuple[int, int], fps: Fraction, *, start: int = 0,
-    texts: tuple[str, ...] = TEXTS,
+    chunks: Iterable[Frames], size: tuple[int, int], fps: Fraction, *, start: int = 0
 ) -> Iterator[Frames]:
     """Burn a label into the first 2 seconds of frames.
 
@@ -38,13 +37,12 @@ def labelled(
         size: (width, height).
         fps: exact frame rate.
         start: number of the first frame that comes.
-        texts: the label, then shorter ones for narrow pictures.
 
     Yields:
-        The same chunks, those behind the label's end untouched.
+        The same chunks, those after the label's end untouched.
     """
     end = math.ceil(SECONDS * fps)
-    patch = _draw(size, texts) if start < end else None
+    patch = _draw(size) if start < end else None
     for chunk in chunks:
         count = min(max(end - start, 0), len(chunk))
         start += len(chunk)
@@ -59,7 +57,7 @@ def labelled(
 def with_label(
     source: Callable[..., Iterator[Frames]], size: tuple[int, int], fps: Fraction
 ) -> Callable[..., Iterator[Frames]]:
-    """A clip's source, which may be told the frame to begin with, with the label burnt in."""
+    """Wrap a clip's source, which may take the frame to begin with, to burn the label in."""
 
     def chunks(start: int = 0) -> Iterator[Frames]:
         return labelled(source(start) if start else source(), size, fps, start=start)
@@ -68,13 +66,13 @@ def with_label(
 
 
 def bears_label(recipe: Mapping[str, Any] | None) -> bool:
-    """Whether a recipe's clip bears the label on its opening."""
+    """Return whether a recipe's clip bears the label on its opening."""
     asked = (recipe or {}).get("request")
     return isinstance(asked, dict) and asked.get("label") == "visible"
 
 
 def letter_height(size: tuple[int, int]) -> int:
-    """Pixels that capitals of a label have at least in a picture of (width, height)."""
+    """Return the least height of a label's capitals in a picture of (width, height), in pixels."""
     return max(math.ceil(_SHARE * min(size)), _LEAST)
 
 
@@ -89,11 +87,10 @@ def _blend(frames: Frames, patch: tuple[np.ndarray, np.ndarray], size: tuple[int
     place[:] = mixed.round().astype(np.uint8)
 
 
-def _draw(size: tuple[int, int], texts: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Float [h, w] each: how much a plate with the text covers, and the light it adds."""
+def _draw(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return float [h, w] each: the cover of a plate with the text, and the light it adds."""
     font = _font(letter_height(size))
-    fitting = [text for text in texts if _plate(font, text)[0] <= size[0]]
-    text = fitting[0] if fitting else texts[-1]
+    text = next((text for text in TEXTS if _plate(font, text)[0] <= size[0]), TEXTS[-1])
     width, height = _plate(font, text)
     image = Image.new("L", (width, height))
     left, top, right, bottom = font.getbbox(text)
@@ -107,7 +104,7 @@ def _draw(size: tuple[int, int], texts: tuple[str, ...]) -> tuple[np.ndarray, np
 
 
 def _plate(font: ImageFont.FreeTypeFont, text: str) -> tuple[int, int]:
-    """(width, height) of a text with half a capital's height around it."""
+    """Return (width, height) of a text with half a capital's height around it."""
     left, top, right, bottom = font.getbbox(text)
     border = _capital(font) // 2 * 2
     return math.ceil(right - left) + border, math.ceil(bottom - top) + border
@@ -119,7 +116,7 @@ def _capital(font: ImageFont.FreeTypeFont) -> int:
 
 
 def _font(height: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, with capitals of a height in pixels at least."""
+    """Return Pillow's own font, with capitals of at least a height in pixels."""
     for points in range(height, 4 * height):
         font = ImageFont.load_default(points)
         assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"

@@ -1,4 +1,4 @@
-"""Loudness: measured, brought to one level, peaks held below full scale; block by block.
+"""Loudness of a clip's sound, measured and brought to a level block by block while it is muxed.
 
 Sources: ITU-R BS.1770-4 (gated loudness in LUFS, annex 2: true peaks by oversampling four times);
 EBU Tech 3343. libavfilter's `ebur128` measures the loudness; the limiter is ours, since FFmpeg's
@@ -11,35 +11,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import av
 import numpy as np
 
-from vidgen.media.sound import sound_frame
-from vidgen.media.types import Samples
+from vidgen.media.sound import resampled, sound_frame
+from vidgen.media.types import ClipInfo, Samples
+
+if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
+    from av.container import OutputContainer
 
 Signal: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 TARGET_LUFS = -16.0
-"""Level of a finished clip: that of the web's players and podcasts (AES TD1008)."""
+"""Level of a finished clip, as web players and podcasts have it (AES TD1008)."""
 MAX_GAIN_DB = 12.0
-"""How much a quiet sound is raised at most; more would raise its noise."""
+"""Most by which a quiet sound is raised; more would raise its noise."""
 CEILING_DB = -1.0
 """True peak; a lossy codec needs that much room (EBU R 128 s1)."""
 RELEASE_DB_PER_S = 60.0
-"""How fast the limiter lets go."""
+"""Speed at which the limiter lets go."""
 _ATTACK_S = 0.005
 _TAPS = 16  # of the interpolation on either side; finds peaks up to 20 kHz to 0.05 dB
-_SILENT_LUFS = -70.0  # the absolute gate: `ebur128` tells it where nothing is louder
+_SILENT_LUFS = -70.0  # the absolute gate: `ebur128` reports it where nothing is louder
+_AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
+_BITS = {"aac": 128_000, "libopus": 96_000}
+"""Bits a second of each channel."""
 
 
 @dataclass(frozen=True)
 class Loudness:
-    """How loud a sound is.
+    """Loudness of a sound.
 
     Attributes:
         lufs: gated integrated loudness; None where no 0.4 s are above -70 LUFS.
@@ -52,19 +59,14 @@ class Loudness:
 
 @dataclass(frozen=True)
 class Mastering:
-    """What is done to a sound while it is muxed.
-
-    Attributes:
-        gain_db: added to all of it.
-        limited: whether peaks would exceed the ceiling and are held.
-    """
+    """Gain of a sound, and whether peaks that would exceed the ceiling are held."""
 
     gain_db: float = 0.0
     limited: bool = False
 
 
 def measure(samples: Samples, rate: int) -> Loudness:
-    """Loudness of float32 [N, c], of one or two channels, at constant memory."""
+    """Measure float32 [N, c] of one or two channels, at constant memory."""
     graph = av.filter.Graph()
     layout = "mono" if samples.shape[1] == 1 else "stereo"
     source = graph.add_abuffer(
@@ -88,7 +90,7 @@ def measure(samples: Samples, rate: int) -> Loudness:
 
 
 def _drained(graph: av.filter.Graph, loudness: float) -> float:
-    """The integrated loudness behind the last frame that is ready."""
+    """Return the integrated loudness after the last frame that is ready."""
     while True:
         try:
             frame = graph.pull()
@@ -98,13 +100,13 @@ def _drained(graph: av.filter.Graph, loudness: float) -> float:
 
 
 def master(loudness: Loudness, target_lufs: float = TARGET_LUFS) -> Mastering:
-    """What brings a sound to the target, and its peaks below the ceiling."""
+    """Return the mastering that brings a sound to the target, its peaks below the ceiling."""
     gain = 0.0 if loudness.lufs is None else min(target_lufs - loudness.lufs, MAX_GAIN_DB)
     return Mastering(round(gain, 3), loudness.peak_db + gain > CEILING_DB)
 
 
 def mastered(samples: Samples, rate: int, made: Mastering, num_samples: int) -> Iterator[Samples]:
-    """`num_samples` of a sound in blocks [n, c] of a second; silence behind its end.
+    """Yield `num_samples` of a sound in blocks [n, c] of a second; silence follows its end.
 
     The limiter looks 5 ms ahead: the gain that each true peak needs is held over the look-ahead,
     let go at 60 dB/s and averaged over the look-ahead once more, so that it is down when the peak
@@ -150,9 +152,9 @@ def hold_peaks(samples: Samples, rate: int) -> None:
 
 
 def window(samples: Samples, start: int, stop: int, at_least: int) -> Samples:
-    """Samples [start, stop) as [n, c], those that are no numbers silent.
+    """Return samples [start, stop) as [n, c], those that are no numbers silent.
 
-    Beyond the ends lies silence: in front always, behind up to `at_least` samples.
+    Silence lies beyond the ends: in front always, at the end up to `at_least` samples.
     """
     there = np.asarray(samples[max(0, start) : max(0, min(stop, len(samples)))], np.float32)
     there = np.nan_to_num(there, nan=0.0, posinf=0.0, neginf=0.0)
@@ -162,9 +164,9 @@ def window(samples: Samples, start: int, stop: int, at_least: int) -> Samples:
 
 
 def _peaks(samples: Samples, start: int, stop: int) -> Signal:
-    """The highest of each sample in [start, stop) and of three values behind it, [n].
+    """Return the highest of each sample in [start, stop) and of three values after it, [n].
 
-    Of all channels together; what lies between samples is interpolated by a windowed sinc.
+    All channels count; values between samples are interpolated by a windowed sinc.
     """
     count = stop - start
     span = window(samples, start - _TAPS + 1, stop + _TAPS, count + 2 * _TAPS - 1)
@@ -181,7 +183,7 @@ def _peaks(samples: Samples, start: int, stop: int) -> Signal:
 
 @lru_cache(maxsize=1)
 def _phases() -> list[Signal]:
-    """Taps that give the value 1/4, 2/4 and 3/4 of a sample behind the middle one."""
+    """Return taps for the values 1/4, 2/4 and 3/4 of a sample after the middle one."""
     places = np.arange(-_TAPS + 1, _TAPS + 1)
     rows = []
     for quarter in (0.25, 0.5, 0.75):
@@ -189,3 +191,60 @@ def _phases() -> list[Signal]:
         taps = np.sinc(offset) * np.i0(8.0 * np.sqrt(np.maximum(0, 1 - (offset / _TAPS) ** 2)))
         rows.append((taps / taps.sum())[::-1])
     return rows
+
+
+class SoundTrack:
+    """A clip's sound in a container, exactly as long as its picture: cut, or followed by silence.
+
+    Args:
+        info: of the clip, which has sound.
+        codec: libav's name of the encoder.
+    """
+
+    def __init__(self, info: ClipInfo, codec: str) -> None:
+        assert info.sound is not None
+        self.samples: Samples = info.sound
+        self.rate, self.codec = info.sound_rate, codec
+        known = (48_000,) if codec == "libopus" else _AAC_RATES
+        self.target = self.rate if self.rate in known else 48_000
+        self._bits = _BITS[codec] * int(self.samples.shape[1])
+        self.seconds = info.num_frames / info.fps
+        self._made, self._facts = Mastering(), {}
+        if info.loudness is not None:
+            found = measure(self.samples, self.rate)
+            self._made = master(found, info.loudness)
+            self._facts = {
+                "measured_lufs": found.lufs, "measured_peak_db": round(found.peak_db, 3),
+                "target_lufs": info.loudness, "ceiling_db": CEILING_DB, **asdict(self._made),
+            }
+
+    def facts(self) -> dict[str, Any]:
+        """Return the encoding, for the recipe."""
+        return {"codec": self.codec, "rate": self.target, "channels": self.samples.shape[1],
+                "bits_per_s": self._bits, **self._facts}
+
+    def begin(self, container: OutputContainer) -> None:
+        """Declare the stream, before anything is muxed."""
+        layout = "mono" if self.samples.shape[1] == 1 else "stereo"
+        stream = container.add_stream(self.codec, rate=self.target, layout=layout)
+        self._container, self._stream = container, cast("AudioStream", stream)
+        self._stream.bit_rate = self._bits
+        own = mastered(self.samples, self.rate, self._made, round(self.seconds * self.rate))
+        self._blocks = resampled(own, self.samples.shape[1], self.rate, self.target)
+        self._position, self._length = 0, round(self.seconds * self.target)
+
+    def advance(self, seconds: float) -> None:
+        """Encode the sound before `seconds`."""
+        while self._position < min(self._length, seconds * self.target):
+            block = next(self._blocks, None)
+            if block is None:
+                return
+            block = block[: self._length - self._position]
+            frame = sound_frame(block, self.target, self._position)
+            self._position += len(block)
+            self._container.mux(self._stream.encode(frame))
+
+    def finish(self) -> None:
+        """Encode the rest."""
+        self.advance(float("inf"))
+        self._container.mux(self._stream.encode(None))

@@ -23,9 +23,9 @@ SEAM_S = 0.005
 SLACK_S = 0.05
 """Difference of lengths that counts as none: codecs pad what they encode."""
 DUCK_DB, DUCK_DOWN_S, DUCK_UP_S = 12.0, 0.15, 0.4
-"""How far a bed goes down under speech, over how long before it begins and after it ends."""
+"""Drop of a bed under speech, over a time before it begins and after it ends."""
 MIX_LUFS = -23.0
-"""Level of what is mixed (EBU R 128's); no peak of a sum comes near full scale there."""
+"""Level of mixed sounds (EBU R 128's); no peak of a sum comes near full scale there."""
 TELEPHONE_RATE = 16_000
 """Below this rate there is nothing above 8 kHz; people hear that."""
 _STEP = 1 << 18
@@ -35,7 +35,7 @@ def fit_sound(
     path: str | os.PathLike[str], num_samples: int, *, loop: bool = False,
     repeating: str = "--audio-loop",
 ) -> tuple[Samples, list[str]]:
-    """A file's sound at `RATE`, as long as a clip; only what is heard is read.
+    """Read a file's sound at `RATE` to the length of a clip, and no further.
 
     A longer one is cut and faded out over `FADE_S`; a shorter one is repeated with `loop`, else
     followed by silence.
@@ -44,10 +44,10 @@ def fit_sound(
         path: a sound or video file.
         num_samples: of the clip.
         loop: whether a shorter one starts again.
-        repeating: what a person would give for that, for the notes.
+        repeating: the option for that, for the notes.
 
     Returns:
-        (float32 [num_samples, c] of one or two channels, a note for each thing to be told).
+        (float32 [num_samples, c] of one or two channels, notes for the user).
 
     Raises:
         InputError: no sound in it, cut off, or samples that are no numbers.
@@ -91,12 +91,12 @@ def fit_sound(
 def _repeat(samples: Samples, period: int) -> None:
     """Fill samples with their first `period`, which begins softly from the second time on."""
     length = min(round(SEAM_S * RATE), period // 4)
-    rise = _ramp(length)[::-1, None]
+    ramp = _ramp(length)[::-1, None]
     for start in range(period, len(samples), period):
         stop = min(start + period, len(samples))
         samples[start:stop] = samples[: stop - start]
         head = samples[start : start + length]
-        head *= rise[: len(head)]
+        head *= ramp[: len(head)]
         if stop == len(samples):
             fade(samples, max(start, stop - length), stop)
 
@@ -114,7 +114,7 @@ def rise(samples: Samples, start: int, stop: int) -> None:
 def bring_forward(samples: Samples, count: int) -> None:
     """Let samples [N, c] begin `count` earlier, or later below 0, in place.
 
-    What that lacks at one end, at most half of all, is what lies beside it, mirrored.
+    The gap at one end, at most half of all, is filled by its neighbours, mirrored.
     """
     view, count = samples if count > 0 else samples[::-1], min(abs(count), len(samples) // 2)
     if not count:
@@ -134,10 +134,10 @@ def _ramp(length: int) -> Samples:
 def at_length(
     samples: Samples, rate: int, num_samples: int, *, loop: bool = False
 ) -> Samples:
-    """Samples [N, c] of another rate at `RATE`, as [num_samples, c].
+    """Bring samples [N, c] of another rate to `RATE` and [num_samples, c].
 
-    What is longer is cut; what is shorter is repeated with `loop`, else followed by silence, behind
-    a fade over `SEAM_S`.
+    Longer ones are cut; shorter ones fade over `SEAM_S` and are repeated with `loop`, else followed
+    by silence.
     """
     channels = samples.shape[1]
     if rate != RATE:
@@ -157,14 +157,14 @@ def at_length(
 def lay_over(
     bed: Samples | None, speech: Samples, spans: Sequence[tuple[float, float]]
 ) -> Samples:
-    """Speech in the middle of a bed that goes down under it, both at `RATE`.
+    """Lay speech over the middle of a bed that goes down under it, both at `RATE`.
 
     Both are brought to `MIX_LUFS` first, as far as the mastering may raise them.
 
     Args:
         bed: float32 [N, c], or None for silence.
         speech: float32 [N, 1], as long.
-        spans: (start, end) of what is said, in seconds and in order.
+        spans: (start, end) of speech, in seconds and in order.
 
     Returns:
         float32 [N, c].
@@ -185,9 +185,9 @@ def lay_over(
 
 
 def duck_points(spans: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Times in seconds and levels in dB between which a bed's level runs straight.
+    """Return times in seconds and levels in dB between which a bed's level is linear.
 
-    Between two spans that are too near for it to come up and go down again it stays down.
+    It stays down between two spans that are too close for it to come up and go down again.
     """
     joined: list[list[float]] = []
     for start, end in spans:

@@ -1,4 +1,4 @@
-"""When sounds begin: onsets by spectral flux, to a fraction of its frames of 2 ms.
+"""Onsets of sounds by spectral flux, to a fraction of its frames of 2 ms.
 
 Axes: B clips, N samples, T frames, H frequencies.
 """
@@ -17,16 +17,16 @@ Times = NDArray[np.float64]
 
 HOP_S, WINDOW_S, LAG = 0.002, 0.012, 4  # LAG: frames over which a rise counts
 _GAIN = 200.0  # of magnitudes before their logarithm: a full-scale sine is about 1
-_APART_S, _AROUND_S = 0.04, 0.15  # onsets keep apart; what is usual is a median so far around
+_APART_S, _AROUND_S = 0.04, 0.15  # least distance of onsets; reach of the running median
 _RISE = 0.08  # mean rise of log magnitude above the usual that is needed
 #: A step's flux is highest so long after the step; measured on the world's own cues.
 _DELAY_S = 0.0019
 
 
 def flux(sound: Tensor, rate: int) -> Tensor:
-    """Mean rise of log magnitude over `LAG` frames, [B, T]; T frames lie `HOP_S` apart.
+    """Return the mean rise of log magnitude over `LAG` frames, [B, T]; T frames lie `HOP_S` apart.
 
-    What was there a bin beside doesn't count, so a gliding tone is no onset (Boeck & Widmer 2013,
+    Energy that was a bin away doesn't count, so a gliding tone is no onset (Boeck & Widmer 2013,
     eq. 5).
 
     Args:
@@ -46,7 +46,7 @@ def flux(sound: Tensor, rate: int) -> Tensor:
 
 
 def find_onsets(sound: Tensor, rate: int, share: float = 0.5) -> list[Times]:
-    """Times in seconds at which something begins to be heard.
+    """Find the times at which sounds begin.
 
     Args:
         sound: [B, N] or [N].
@@ -54,7 +54,7 @@ def find_onsets(sound: Tensor, rate: int, share: float = 0.5) -> list[Times]:
         share: of the clip's strongest onset that another one needs to count.
 
     Returns:
-        For each of B clips its onsets, rising.
+        For each of B clips its onsets in seconds, rising.
 
     Raises:
         InputError: no sound of that kind.
@@ -114,7 +114,7 @@ def pair_times(
 
 
 def _fit(curve: NDArray[np.float32], peaks: NDArray[np.bool_]) -> Times:
-    """Times of a curve's peaks, each the top of the parabola through three frames."""
+    """Return times of a curve's peaks, each the top of the parabola through three frames."""
     found: list[float] = []
     for at in np.flatnonzero(peaks):
         if found and at - found[-1] < 2:  # a plateau

@@ -1,4 +1,4 @@
-"""What a file says of itself: its streams, and the recipe that vidgen put into it."""
+"""A file's own facts: its streams, and the recipe that vidgen put into it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MATRICES = {0: "rgb", 1: "bt709", 5: "bt470bg", 6: "smpte170m", 9: "bt2020nc", 
 
 
 def probe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a media file holds: format, bytes, duration, bit rate, streams with their colour, tags.
+    """Return a media file's format, bytes, duration, bit rate, streams with their colour, tags.
 
     Raises:
         InputError: missing, or no media file.
@@ -57,7 +57,7 @@ def open_container(
     path: Path, what: str = "", remedy: str = "give a video or sound file",
     problem: str = "is no media file",
 ) -> Iterator[av.container.InputContainer]:
-    """A media file of libav's, whose texts may be anything; the words are those of `decoding`."""
+    """Open a media file by libav, whatever its texts' encoding; the words are `decoding`'s."""
     with (
         decoding(what or str(path), remedy, problem),
         av.open(str(path), metadata_errors="replace") as container,
@@ -82,7 +82,7 @@ def _describe(stream: Any) -> dict[str, Any]:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The recipe that vidgen put into a file or a folder of pictures, or None if there is none.
+    """Return the recipe that vidgen put into a file or a folder of pictures, or None.
 
     Raises:
         InputError: missing, no media file, or a recipe that is no JSON.
@@ -125,7 +125,7 @@ def _picture_recipe(path: Path) -> str | None:
 
 
 def told_rate(recipe: Mapping[str, Any] | None) -> Fraction | None:
-    """The frame rate that a recipe tells; None where it tells none that a clip can have."""
+    """Return the frame rate in a recipe; None where it has none that a clip can have."""
     plan = (recipe or {}).get("plan")
     try:
         rate = Fraction(plan["fps"])  # type: ignore[index]

@@ -27,7 +27,7 @@ PICTURE_SUFFIXES = (".gif", ".webp", ".apng", ".png", ".jpg", ".jpeg", ".bmp", "
 
 @contextmanager
 def decoding(what: str, remedy: str, problem: str = "is damaged") -> Iterator[None]:
-    """Pillow and libav raise whatever damaged bytes lead them to; here it becomes one error."""
+    """Turn whatever Pillow and libav raise on damaged bytes into one error."""
     try:
         yield
     except InputError:
@@ -70,7 +70,7 @@ def load_image(picture: Picture) -> tuple[Frames, list[str]]:
 
 
 def is_clip(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a film, or an animation of several frames; told without decoding it."""
+    """Return whether a file is a film or an animation of several frames, without decoding it."""
     if Path(path).suffix.lower() not in PICTURE_SUFFIXES:
         return True
     with _opened(path) as image:
@@ -78,14 +78,14 @@ def is_clip(path: str | os.PathLike[str]) -> bool:
 
 
 def check_image(path: str | os.PathLike[str]) -> None:
-    """Raise InputError for what by its header can't be a picture to begin with; decodes nothing."""
+    """Raise InputError for a file that by its header can't be a first frame; decode nothing."""
     with _opened(path):
         pass
 
 
 @contextmanager
 def _opened(picture: str | os.PathLike[str]) -> Iterator[ImageFile.ImageFile]:
-    """A picture's file, whose size is judged by its header before anything is decoded."""
+    """Open a picture's file, and check its size by its header before anything is decoded."""
     path = existing_file(picture, "image")
     with decoding(f"image {path}", "save it again"), Image.open(path) as image:
         _check_size(f"image {path}", image.size)
@@ -93,16 +93,16 @@ def _opened(picture: str | os.PathLike[str]) -> Iterator[ImageFile.ImageFile]:
 
 
 def _raw_mode(tile: Any) -> str:
-    """How samples lie in a part of a file, such as "RGB;16B"; its sizes say nothing of that."""
+    """Return the sample format of a part of a file, such as "RGB;16B"."""
     arguments = tile[3]
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
 
 def existing_file(path: str | os.PathLike[str], what: str) -> Path:
-    """A file that can be read.
+    """Return a file that can be read.
 
     Raises:
-        InputError: missing, a folder, or not permitted; names `what` it is to be.
+        InputError: missing, a folder, or not permitted; names `what` it should be.
     """
     found = Path(path)
     if not found.exists():
@@ -154,7 +154,7 @@ def _as_rgb(image: Image.Image, is_deep: bool) -> tuple[Frames, list[str]]:
 
 
 def _of_eight_bits(image: Image.Image, is_deep: bool) -> tuple[Image.Image, bool]:
-    """A picture of large numbers in 8 bits, and whether they were 16; Pillow would clip at 255."""
+    """Return a picture of large numbers in 8 bits, and whether they were 16; Pillow would clip."""
     values = np.asarray(image, dtype=np.float64)
     low, high = float(values.min()), float(values.max())
     if image.mode == "F" or not 0 <= low <= high <= 65535:
@@ -175,9 +175,9 @@ def fit(
         picture: uint8 [H, W, 3].
         height: rows wanted.
         width: columns wanted.
-        mode: "crop" fills the size and cuts what sticks out; "pad" keeps all.
-        border: grey value, 0 to 255, around what "pad" keeps.
-        centring: which part "crop" keeps, from 0 (left, top) to 1 (right, bottom).
+        mode: "crop" fills the size and cuts the rest; "pad" keeps all.
+        border: grey value, 0 to 255, around a padded picture.
+        centring: the part that "crop" keeps, from 0 (left, top) to 1 (right, bottom).
 
     Returns:
         uint8 [height, width, 3], Lanczos resampled; the picture itself if it fits already.
@@ -193,7 +193,7 @@ def fit(
 
 
 def pictures_in(folder: str | os.PathLike[str]) -> list[Path]:
-    """The PNGs of a folder, sorted by name.
+    """Return the PNGs of a folder, sorted by name.
 
     Raises:
         InputError: there are none.

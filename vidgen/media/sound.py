@@ -1,4 +1,4 @@
-"""Sound out of files: decoded block by block, down-mixed, at any rate; room for hours of it.
+"""Sound out of files: decoded block by block, down-mixed, at any rate; memory for hours of it.
 
 Axes: N samples, n samples of a block, c channels.
 """
@@ -37,7 +37,7 @@ _LACK_S = 0.1
 
 
 def room(num_samples: int, channels: int) -> Samples:
-    """Silence float32 [num_samples, channels], in an unnamed file where it is long.
+    """Return silence float32 [num_samples, channels], in an unnamed file where it is long.
 
     Raises:
         OutputError: no space for it.
@@ -54,7 +54,7 @@ def room(num_samples: int, channels: int) -> Samples:
 
 
 def gather(blocks: Iterable[Samples], channels: int) -> Samples:
-    """Blocks [n, c] behind each other, float32 [N, c]; in an unnamed file where they are long."""
+    """Join blocks [n, c] to float32 [N, c], in an unnamed file where they are long."""
     with tempfile.SpooledTemporaryFile(IN_MEMORY, prefix="vidgen-") as file:
         for block in blocks:
             file.write(block.tobytes())
@@ -79,10 +79,9 @@ class SoundReader:
         rate: samples a second of the blocks; None is the file's own.
 
     Attributes:
-        rate: samples a second of the blocks.
-        source_rate: the file's.
+        source_rate: the file's samples a second.
         channels: 1 or 2.
-        seconds: what the file says of the track's length, or None.
+        seconds: the track's length by the file's head, or None.
 
     Raises:
         InputError: missing, no media file, or without sound.
@@ -111,9 +110,9 @@ class SoundReader:
             self._limit = round(self.seconds * self.rate) if told and self.seconds else 1 << 62
 
     def __iter__(self) -> Iterator[Samples]:
-        """Blocks float32 [n, channels], from the file's start to the track's end."""
+        """Yield blocks float32 [n, channels], from the file's start to the track's end."""
         layout, limit = "mono" if self.channels == 1 else "stereo", self._limit
-        # opened anew: a seek to 0 would skip packets that a codec needs before
+        # opened again: a seek to 0 would skip packets that a codec needs before
         with self._open("save it again, as WAV or FLAC") as container:
             resampler = av.AudioResampler(format="flt", layout=layout, rate=self.rate)
             done, first = 0, True
@@ -130,7 +129,7 @@ class SoundReader:
                 done += len(part)
 
     def lacks(self, num_samples: int) -> float:
-        """Seconds by which `num_samples` fall short of what the file tells; 0 where it is whole."""
+        """Return the seconds that `num_samples` lack to the stated length; 0 for a whole file."""
         lack = (self.seconds or 0.0) - num_samples / self.rate
         return lack if lack > _LACK_S else 0.0
 
@@ -138,7 +137,7 @@ class SoundReader:
         return open_container(self.path, self._what, remedy, "can't be read")
 
     def _late(self, container: InputContainer, frame: AudioFrame) -> int:
-        """Samples of silence before a track that starts later than its picture."""
+        """Return the samples of silence before a track that starts later than its picture."""
         if not container.streams.video or frame.time is None:
             return 0
         late = frame.time - (container.start_time or 0) / av.time_base
@@ -146,7 +145,7 @@ class SoundReader:
 
 
 def read_sound(path: str | os.PathLike[str]) -> tuple[Samples, int] | None:
-    """The first sound track as float32 [N, channels] and its rate, or None if there is none.
+    """Read the first sound track as float32 [N, channels], with its rate; None without one.
 
     Long ones lie in an unnamed file; see `SoundReader` for channels.
 
@@ -164,7 +163,7 @@ def read_sound(path: str | os.PathLike[str]) -> tuple[Samples, int] | None:
 def resampled(
     blocks: Iterable[Samples], channels: int, rate: int, wanted: int
 ) -> Iterator[Samples]:
-    """Blocks float32 [n, channels] of one rate at another, by libswresample; the start stays."""
+    """Resample blocks float32 [n, channels] by libswresample; the start stays."""
     if rate == wanted:
         yield from blocks
         return
@@ -186,7 +185,7 @@ def _blocks(
 
 
 def sound_frame(block: Samples, rate: int, position: int) -> AudioFrame:
-    """A block [n, c] of one or two channels as libav's frame, `position` samples from the start."""
+    """Wrap a block [n, c] of one or two channels, `position` samples from the start, for libav."""
     layout = "mono" if block.shape[1] == 1 else "stereo"
     flat = np.ascontiguousarray(block, np.float32).reshape(1, -1)
     frame = av.AudioFrame.from_ndarray(flat, format="flt", layout=layout)

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -42,7 +42,7 @@ _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+|$)"
 
 @dataclass(frozen=True)
 class Sentence:
-    """What is said from when to when, in seconds of the clip; no text for a file of one's own."""
+    """A spoken sentence from a start to an end, in seconds of the clip; without text for a file."""
 
     text: str | None
     start_s: float
@@ -51,30 +51,17 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Speech:
-    """All that is said in a clip.
+    """A clip's speech.
 
     Attributes:
         samples: float32 [N, 1] at `RATE`, as long as the clip.
         sentences: in order.
-        voice: what spoke, for the recipe.
+        voice: facts of the voice, for the recipe.
     """
 
     samples: Samples
     sentences: tuple[Sentence, ...]
     voice: dict[str, Any]
-
-
-class Voice(Protocol):
-    """What turns a sentence into sound."""
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What it is, for the recipe."""
-        ...
-
-    def say(self, text: str) -> Samples:
-        """A sentence as float32 [N, 1] at `RATE`."""
-        ...
 
 
 class EspeakVoice:
@@ -162,8 +149,10 @@ class KokoroVoice:
         except ImportError as error:
             raise InputError(f"voice {path} needs Kokoro's package ({error}); pip install kokoro, "
                              "or choose one of espeak-ng's voices such as en-gb") from None
-        if path.stem[:1] in _KOKORO_ENGLISH:
-            _require_english(path)
+        if path.stem[:1] in _KOKORO_ENGLISH and find_spec(_ENGLISH) is None:  # it would fetch it
+            raise InputError(f"voice {path} speaks English, for which Kokoro's package needs "
+                             f"spaCy's {_ENGLISH}, which is not here; python -m spacy download "
+                             f"{_ENGLISH}, or choose one of espeak-ng's voices such as en-gb")
         self._path, self._weights = path, weights[0]
         name = "hexgrad/Kokoro-82M"  # only told, since both files are given
         try:
@@ -193,16 +182,11 @@ class KokoroVoice:
         return at_length(wave, _KOKORO_RATE, round(len(wave) * RATE / _KOKORO_RATE))
 
 
-def _require_english(path: Path) -> None:
-    """Refuse a voice whose package would fetch what it reads English with."""
-    if find_spec(_ENGLISH) is None:
-        raise InputError(f"voice {path} speaks English, for which Kokoro's package needs spaCy's "
-                         f"{_ENGLISH}, which is not here; python -m spacy download {_ENGLISH}, or "
-                         "choose one of espeak-ng's voices such as en-gb")
+Voice: TypeAlias = EspeakVoice | KokoroVoice
 
 
 def open_voice(name: str | None) -> Voice:
-    """A voice by its name in espeak-ng, or by the file of a Kokoro voice.
+    """Open a voice by its name in espeak-ng, or by the file of a Kokoro voice.
 
     Raises:
         InputError: unknown, or what it needs isn't here.
@@ -213,7 +197,7 @@ def open_voice(name: str | None) -> Voice:
 
 
 def sentences_of(text: str) -> list[str]:
-    """A text's sentences, by their closing marks."""
+    """Split a text into sentences, by their closing marks."""
     return [part.strip() for part in _SENTENCE.findall(text) if part.strip()]
 
 
@@ -223,12 +207,12 @@ def speak(
     """Speak texts, each at its time.
 
     Args:
-        said: (seconds, text) pairs; None: behind the one before. `@FILE` is speech in a file.
+        said: (seconds, text) pairs; None: after the one before. `@FILE` is speech in a file.
         voice: see `open_voice`; None is English by espeak-ng.
         num_samples: of the clip, at `RATE`.
 
     Raises:
-        InputError: what doesn't fit, with by how much; a voice or file that can't be used.
+        InputError: a text that doesn't fit, with by how much; an unusable voice or file.
     """
     speaker = None if all(_is_file(text) for _, text in said) else open_voice(voice)
     samples, sentences, free = room(num_samples, 1), list[Sentence](), 0.0
@@ -258,7 +242,7 @@ def speak(
 
 
 def speech_files(said: Sequence[tuple[float | None, str]]) -> list[str]:
-    """The files among what is said, in order."""
+    """Return the files among spoken texts, in order."""
     return [text.removeprefix(OWN_FILE) for _, text in said if _is_file(text)]
 
 
@@ -267,11 +251,11 @@ def _is_file(text: str) -> bool:
 
 
 def spoken(text: str, voice: Voice | None) -> Iterator[tuple[str | None, Samples]]:
-    """A text's sentences with their sound, float32 [N, 1] at `RATE`.
+    """Yield a text's sentences with their sound, float32 [N, 1] at `RATE`.
 
     Args:
-        text: what is said; `@FILE` gives no text, and the file's sound as it is, in one channel.
-        voice: that says it; a file needs none.
+        text: to speak; `@FILE` yields no text, and the file's sound as it is, in one channel.
+        voice: speaks the text; a file needs none.
 
     Raises:
         InputError: no words, or a file that can't be used.
@@ -296,7 +280,7 @@ def spoken(text: str, voice: Voice | None) -> Iterator[tuple[str | None, Samples
 
 
 def _trimmed(wave: Samples) -> Samples:
-    """Without the silence at both ends, but for 5 ms."""
+    """Cut the silence at both ends, except for 5 ms."""
     loud = np.flatnonzero(np.abs(wave[:, 0]) > _SILENCE)
     if not len(loud):
         return wave[:0]
@@ -305,7 +289,7 @@ def _trimmed(wave: Samples) -> Samples:
 
 
 def _near(name: str, known: Sequence[str] | set[str] | dict[str, str]) -> str:
-    """Voices that a name may have meant: of the same language, or spelt like it."""
+    """Name voices of the same language, or spelt like the name."""
     language = name.lower().partition("-")[0]
     same = [word for word in sorted(known) if word.partition("-")[0] == language]
     near = [*same, *get_close_matches(name.lower(), sorted(known), n=5, cutoff=0.5)]

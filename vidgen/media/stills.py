@@ -22,8 +22,6 @@ RECIPE_KEY = "vidgen"
 RECIPE_FILE = "recipe.json"
 _COM, _APP1 = b"\xff\xfe", b"\xff\xe1"  # JPEG's markers of comments and of XMP
 _SEGMENT_MAX = 65_533
-
-
 _WEBP = {"quality": 90, "method": 4}
 _JPEG = {"quality": 95, "subsampling": 0}
 _CODECS: dict[str, tuple[str, dict[str, int]]] = {
@@ -33,7 +31,7 @@ _CODECS: dict[str, tuple[str, dict[str, int]]] = {
 
 
 def still_encoder(suffix: str, quality: int | None = None) -> dict[str, Any]:
-    """How frames become a file of a suffix, at a quality of 1 to 100 where it has one."""
+    """Return the encoder of a suffix, with a quality of 1 to 100 where it has one."""
     codec, options = _CODECS.get(suffix, ("png", {}))
     if quality is not None and "quality" in options:
         options = options | {"quality": quality}
@@ -48,15 +46,15 @@ def write_stills(
     """Write an animation, a picture or a folder of pictures, atomically.
 
     Args:
-        path: where to.
+        path: the output.
         suffix: one of `STILL_SUFFIXES`.
         fps: rate of an animation, kept on average where the format counts in 1/100 s.
-        num_frames: how many frames will come.
+        num_frames: number of frames that will come.
         frames: uint8 [H, W, 3] each.
-        recipe: gives text for the metadata, once the last frame has come.
+        recipe: returns text for the metadata, once the last frame has come.
         options: of `still_encoder`.
         xmp: packet of marks, or "" for none.
-        finish: called with a file that is whole but for its name, to sign it.
+        finish: called with a file that lacks only its name, to sign it.
     """
     pictures = map(Image.fromarray, frames)
     if suffix == "/":

@@ -6,7 +6,7 @@ it (S_TEXT/UTF8).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -34,7 +34,7 @@ _HEADER = (  # libav's encoders read texts as ASS and want its head
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """A text from when to when, in seconds; `speaker` is who says it, if it is said."""
+    """A text from a start to an end, in seconds, and its speaker, if it is said."""
 
     text: str
     start_s: float
@@ -43,7 +43,7 @@ class Cue:
 
 
 def one_at_a_time(cues: Sequence[Cue]) -> list[Cue]:
-    """Cues of which none overlap: where several were to be read, their lines stand together."""
+    """Return cues of which none overlap: simultaneous ones become one of several lines."""
     times = sorted({time for cue in cues for time in (cue.start_s, cue.end_s)})
     ordered = sorted(cues, key=lambda cue: (cue.start_s, cue.end_s))
     made, active, ahead = list[Cue](), list[Cue](), 0
@@ -61,14 +61,14 @@ def one_at_a_time(cues: Sequence[Cue]) -> list[Cue]:
 
 
 def as_srt(cues: Sequence[Cue]) -> str:
-    """Cues as a SubRip file."""
+    """Format cues as a SubRip file."""
     parts = (f"{n}\n{_clock(cue.start_s, ',')} --> {_clock(cue.end_s, ',')}\n{_lines(cue.text)}\n"
              for n, cue in enumerate(cues, 1))
     return "\n".join(parts)
 
 
 def as_webvtt(cues: Sequence[Cue]) -> str:
-    """Cues as a WebVTT file, with the names of speakers."""
+    """Format cues as a WebVTT file, with the names of speakers."""
     parts = ["WEBVTT\n"]
     for cue in cues:
         text = _escaped(_lines(cue.text))
@@ -78,7 +78,7 @@ def as_webvtt(cues: Sequence[Cue]) -> str:
 
 
 class TextTrack:
-    """Cues on their way into a container, beside its picture.
+    """A track of cues in a container, written as its picture advances.
 
     Args:
         cues: in order, none of which overlap; see `one_at_a_time`.
@@ -99,7 +99,7 @@ class TextTrack:
         context.open()
 
     def advance(self, seconds: float) -> None:
-        """Write what is to be read from before `seconds` on."""
+        """Write the cues that start by `seconds`."""
         while self._next is not None and self._next.start_s <= seconds:
             cue, self._next = self._next, next(self._left, None)
             start, end = (round(1000 * time) for time in (cue.start_s, cue.end_s))
@@ -122,12 +122,8 @@ def _as_ass(text: str) -> bytes:
 
 
 def _lines(text: str) -> str:
-    """A text without empty lines, which would end a cue."""
-    return "\n".join(_filled(text))
-
-
-def _filled(text: str) -> Iterator[str]:
-    return (line.strip() for line in text.splitlines() if line.strip())
+    """Leave out empty lines, which would end a cue."""
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _escaped(text: str) -> str:

@@ -1,6 +1,6 @@
-"""What goes wrong over time: flashes, spikes, stretches that stand still, colours that drift.
+"""Faults over time: flashes, spikes, stretches that stand still, colours that drift.
 
-Each tracker is fed one look after the other and holds as much after an hour as after a second.
+Each tracker is fed one look after another and holds as much after an hour as after a second.
 
 Axes: y x of cells, k colour channels and saturation.
 """
@@ -28,7 +28,7 @@ IN_PLACE = 0.9  # correlation of cells from which on two pictures show the same 
 
 @dataclass
 class Span:
-    """Frames `first` to `last`, both in, and the worst value among them."""
+    """Frames `first` to `last`, both included, and the worst value among them."""
 
     first: int
     last: int
@@ -41,7 +41,7 @@ class Spans:
 
     Args:
         fps: frames per second.
-        longest: how many spans are kept; a hopeless film's further ones lengthen the last.
+        longest: number of spans kept; a hopeless film's further ones lengthen the last.
     """
 
     fps: float
@@ -59,7 +59,7 @@ class Spans:
 
 
 class Flashes:
-    """More flashes in a second than people can bear (ITU-R BT.1702-3; WCAG 2.2, 2.3.1).
+    """Finds more flashes in a second than people can bear (ITU-R BT.1702-3; WCAG 2.2, 2.3.1).
 
     A flash is a pair of opposite changes of at least a tenth of the highest relative luminance, the
     darker side below 0.8 of it, over at least a quarter of the picture at once. `red` follows
@@ -76,7 +76,7 @@ class Flashes:
         self._last_way, self._turned = 0, -1000
 
     def feed(self, index: int, linear: Array) -> None:
-        """Go on with a frame's cells [y, x, 3], linear light in [0, 1]."""
+        """Take a frame's cells [y, x, 3], linear light in [0, 1]."""
         if self._red:
             level = linear[..., 0] - linear[..., 1] - linear[..., 2]
             if self._low is None and float(level.max()) < self._step:
@@ -116,11 +116,10 @@ class Flashes:
 
 
 class Spikes:
-    """One to three frames that leave the course of at least half the picture and come back.
+    """Finds one to three frames in which at least half the picture jumps and then comes back.
 
-    The value is the median over the cells of how far a frame is off both its neighbours to the same
-    side, as a share of the range: what moves is less than half the picture, and a cut does not
-    come back.
+    The value is the cells' median distance from both neighbours to the same side, as a share of the
+    range: what moves is less than half the picture, and a cut does not come back.
     """
 
     def __init__(self, fps: float, limit: float) -> None:
@@ -128,7 +127,7 @@ class Spikes:
         self._recent: deque[Array] = deque(maxlen=5)
 
     def feed(self, index: int, luma: Array) -> None:
-        """Go on with a frame's cells [y, x], 0 to 255."""
+        """Take a frame's cells [y, x], 0 to 255."""
         last = self._recent[-1] if self._recent else luma
         self._recent.append(luma)
         if 2 * np.count_nonzero(np.abs(luma - last) >= self._limit * 255) < luma.size:
@@ -144,14 +143,14 @@ class Spikes:
 
 
 class Runs:
-    """Neighbouring frames that share a flaw, as one span each, from `shortest` frames on."""
+    """Finds runs of at least `shortest` frames that share a flaw."""
 
     def __init__(self, fps: float, shortest: int = 1) -> None:
         self.spans, self._shortest = Spans(fps), shortest
         self._run: Span | None = None
 
     def feed(self, index: int, has_flaw: bool, value: float) -> None:
-        """Go on with a frame."""
+        """Take a frame."""
         if has_flaw:
             self._run = self._run or Span(index, index, value)
             self._run.last, self._run.value = index, max(self._run.value, value)
@@ -166,11 +165,11 @@ class Runs:
 
 
 class Freezes:
-    """Frames that repeat while something was on its way.
+    """Finds frames that repeat in the middle of a movement.
 
-    A clip may stand still because it is meant to, come to rest, or be left by its subject. It froze
-    where two changes of at least `MOVES` in a row border on at least `shortest` of less than
-    `STILL`, and the nearer of the two wasn't one at an edge of the picture, by leaving or entering.
+    A clip may be still on purpose, come to rest, or be left by its subject. It froze where two
+    changes of at least `MOVES` in a row border on at least `shortest` of less than `STILL`, and the
+    nearer of the two wasn't at an edge of the picture, by leaving or entering.
     """
 
     def __init__(self, fps: float, shortest: int) -> None:
@@ -180,7 +179,7 @@ class Freezes:
         self._edges: deque[bool] = deque(maxlen=2)  # of changes in a row: were they at an edge?
 
     def feed(self, index: int, moved: Array) -> None:
-        """Go on with a frame's change of each cell [y, x], in levels."""
+        """Take a frame's change of each cell [y, x], in levels."""
         most = float(moved.max())
         if most < STILL:
             if self._edges:  # after a run: a cut, then rest again
@@ -209,7 +208,7 @@ class Freezes:
 
 
 def _at_edge(changed: np.ndarray[Any, np.dtype[np.bool_]]) -> bool:
-    """Whether all that changed [y, x] lies in the outer fifth at one side."""
+    """Return whether all that changed [y, x] lies in the outer fifth at one side."""
     for where, count in zip(np.nonzero(changed), changed.shape, strict=True):
         if where.max() < 0.2 * count or where.min() >= 0.8 * count:
             return True
@@ -218,15 +217,15 @@ def _at_edge(changed: np.ndarray[Any, np.dtype[np.bool_]]) -> bool:
 
 @dataclass(frozen=True)
 class Drift:
-    """How the colours of a shot change from its start to its end, as shares of the range.
+    """A shot's change of colour from its start to its end, as shares of the range.
 
     Attributes:
         first: its first frame.
         last: its last.
         color: [3] red, green, blue.
         saturation: most minus least of the three.
-        contrast: standard deviation of the luma; None where the view changed too much to tell.
-        slack: how far the sum over a long shot may be off, 1 for up to 4 s.
+        contrast: standard deviation of the luma; None where the view changed too much.
+        slack: factor by which the sum over a long shot may be off, 1 for up to 4 s.
     """
 
     first: int
@@ -238,14 +237,14 @@ class Drift:
 
     @property
     def most(self) -> float:
-        """The largest of the changes, over the slack."""
+        """Largest of the changes, over the slack."""
         # Under a moving camera saturation, no linear channel, is known half as well as colour.
         saturation = self.saturation / 1.5 if self.contrast is None else self.saturation
         changes = [*map(float, self.color), saturation, self.contrast or 0.0]
         return max(map(abs, changes)) / self.slack
 
     def text(self) -> str:
-        """The changes in words, the largest first."""
+        """Return the changes in words, the largest first."""
         changes = dict(zip(("red", "green", "blue"), map(float, self.color), strict=True))
         changes |= {"saturation": self.saturation, "contrast": self.contrast or 0.0}
         ranked = sorted(changes.items(), key=lambda item: -abs(item[1]))
@@ -253,11 +252,11 @@ class Drift:
 
 
 class Drifts:
-    """Colours that change while the picture stays, apart from what moves in it.
+    """Measures how colours change while the picture stays, apart from what moves in it.
 
     Between looks an eighth of a second apart each channel's change is fitted by an offset, a gain,
     a shift and a zoom (the generalised dynamic image model of Negahdaripour, PAMI 1998), robustly;
-    the offsets add up to the drift. Where start and end show the same in place, they are compared
+    the offsets add up to the drift. A start and an end that show the same in place are compared
     directly. A cut ends a shot and begins the next.
     """
 
@@ -268,7 +267,7 @@ class Drifts:
         self._last: Array
 
     def feed(self, index: int, color: Array) -> None:
-        """Go on with a frame's cells [y, x, 3], 0 to 255."""
+        """Take a frame's cells [y, x, 3], 0 to 255."""
         if index % self._hop or min(color.shape[:2]) < 2:  # a line has no gradient across it
             return
         saturation = color.max(axis=-1) - color.min(axis=-1)
@@ -296,7 +295,7 @@ class Drifts:
 
 
 def likeness(one: Array, other: Array) -> float:
-    """Correlation of the first 3 channels of pictures [k, y, x]; 1 where both are flat."""
+    """Return the correlation of the first 3 channels of pictures [k, y, x]; 1 if both are flat."""
     a, b = ((x[:3] - x[:3].mean(axis=(1, 2), keepdims=True)).ravel() for x in (one, other))
     noise = float(a.size)  # a level or so
     powers = (float(np.dot(a, a)) + noise) * (float(np.dot(b, b)) + noise)
@@ -304,12 +303,12 @@ def likeness(one: Array, other: Array) -> float:
 
 
 def _change(one: Array, other: Array) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Offset at the mean, in levels, and gain [k] that lead from one picture to another."""
+    """Return the offset at the mean, in levels, and gain [k] from one picture to another."""
     count, height, width = one.shape
     ys, xs, ridge = _grid(height, width)
     middle = (one + other).astype(np.float64) / 2
     down, across = _slope(middle.swapaxes(1, 2)).swapaxes(1, 2), _slope(middle)
-    # the terms of the fit, and what is to be fitted
+    # the terms of the fit, and last the change that they fit
     rows = np.empty((count, 6, height, width))
     rows[:, 0] = 1
     rows[:, 1] = (middle - middle.mean(axis=(1, 2), keepdims=True)) / 64
@@ -332,17 +331,14 @@ def _change(one: Array, other: Array) -> tuple[np.ndarray[Any, Any], np.ndarray[
 
 @lru_cache(maxsize=4)
 def _grid(height: int, width: int) -> tuple[np.ndarray[Any, Any], ...]:
-    """How far each row and each column is from the middle, and a little weight on no change.
-
-    The last settles what flat pictures leave open.
-    """
+    """Return distances of rows and columns from the middle, and a small ridge for flat pictures."""
     ys = np.linspace(-1, 1, height)[:, None] * height / 2
     xs = np.linspace(-1, 1, width) * width / 2
     return ys, xs, np.diag([0, 1, 1, 1, 1]) * 1e-5 * height * width
 
 
 def _slope(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Central differences along the last axis, one-sided at its ends; `np.gradient` made quick."""
+    """Return central differences along the last axis, as `np.gradient`, but quicker."""
     slope = np.empty_like(values)
     slope[..., 1:-1] = (values[..., 2:] - values[..., :-2]) / 2
     slope[..., 0] = values[..., 1] - values[..., 0]
@@ -384,7 +380,7 @@ def pack(state: dict[str, Any]) -> Snapshot:
 
 
 def unpack(snapshot: Snapshot) -> dict[str, Any]:
-    """What `pack` was given.
+    """Return the values that `pack` was given.
 
     Raises:
         InputError: it is damaged.

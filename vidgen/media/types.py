@@ -1,4 +1,4 @@
-"""Types that the files of this room share: frames, samples, how a clip is encoded and kept.
+"""Types that the room's files share: frames, samples, a clip's description, encoded segments.
 
 Axes: t frames, H W rows and columns, N samples.
 """
@@ -19,18 +19,12 @@ Encoded: TypeAlias = tuple[bytes, int, int, bool]
 """A packet: bytes, presentation and decoding time in frames of the clip, whether a key frame."""
 
 Snapshot: TypeAlias = tuple[dict[str, np.ndarray[Any, Any]], Any]
-"""What a `Watch` goes on from: arrays by name, and JSON data that names them."""
+"""State of a `Watch`: arrays by name, and JSON data that names them."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """An encoded segment of a picture.
-
-    Attributes:
-        num_frames: how many it holds.
-        packets: in decoding order.
-        seen: what watches the clip, as it was behind the last frame; or None.
-    """
+    """An encoded segment: packets in decoding order, and the `Watch` after its last frame."""
 
     num_frames: int
     packets: tuple[Encoded, ...]
@@ -38,38 +32,31 @@ class Segment:
 
 
 class SegmentStore(Protocol):
-    """Where finished segments of one clip are kept, so that its encoding can go on behind them."""
+    """A clip's finished segments, of `num_frames` in all, after which its encoding can resume."""
 
     num_frames: int
-    """Frames of the segments that are finished."""
 
     def segments(self) -> Iterable[Segment]:
-        """The finished segments, from the clip's start."""
-        ...
+        """Return the finished segments, from the clip's start."""
 
     def keep(self, segment: Segment) -> None:
-        """Keep the next one."""
-        ...
+        """Keep the next segment."""
 
 
 class Watch(Protocol):
-    """What sees a clip's frames on their way into the file, and adds to its recipe."""
+    """An observer of a clip's frames on their way into the file, which adds to its recipe."""
 
     def feed(self, chunk: Frames) -> None:
         """See the next frames, uint8 [t, H, W, 3]."""
-        ...
 
     def snapshot(self) -> Snapshot:
-        """The state behind the frames so far."""
-        ...
+        """Return the state after the frames so far."""
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on behind the frames of a snapshot."""
-        ...
+        """Resume after the frames of a snapshot."""
 
     def report(self) -> dict[str, Any]:
-        """Entries for the recipe, once the last frame has passed."""
-        ...
+        """Return entries for the recipe, once the last frame has passed."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +76,7 @@ class PictureSettings:
     threads: int = 4
 
     def fitting(self, size: tuple[int, int]) -> PictureSettings:
-        """These settings for a (width, height) that chroma at half size may not divide."""
+        """Adapt them to a (width, height): an odd size has chroma at full size."""
         if self.pix_fmt == "yuv420p" and (size[0] % 2 or size[1] % 2):
             return replace(self, pix_fmt="yuv444p")
         return self
@@ -97,7 +84,7 @@ class PictureSettings:
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What a writer needs to know of a clip beside its frames.
+    """A clip's description for its writer.
 
     Args:
         fps: exact frame rate.

@@ -33,15 +33,17 @@ from vidgen.media.read import (
 )
 from vidgen.media.types import Frames
 
+_SMALL_PIXELS = 6_000  # of `TimedFrame.small`
+
 
 class VideoReader:
-    """A film, animation or picture, frame by frame at constant memory; each iteration starts anew.
+    """A film, animation or picture, frame by frame at constant memory; iterations start over.
 
     Attributes:
         fps: exact average rate; 25 for a single picture.
         size: (width, height) as shown, after any rotation, in square pixels.
-        stated_frames: as many as the file says that it has, or None; one that was cut off has
-            fewer, and libav needn't mind.
+        stated_frames: number in the file's head, or None; a truncated file has fewer, and libav
+            may not object.
 
     Raises:
         InputError: missing, no video, or damaged.
@@ -67,7 +69,7 @@ class VideoReader:
         self._stack.close()
 
     def __iter__(self) -> Iterator[Frames]:
-        """Frames uint8 [H, W, 3] from the first to the last."""
+        """Yield frames uint8 [H, W, 3] from the first to the last."""
         width, height = self.size
         with decoding(self._what, "save it again"):
             for frame in self._decode():  # where the size changes midway, the first one stays
@@ -117,7 +119,7 @@ class VideoReader:
 
     @cached_property
     def places(self) -> list[int] | None:
-        """Where frames are shown, in steps of `1 / fps`, if not evenly; None if evenly."""
+        """Times of frames in steps of `1 / fps`; None if they are evenly shown."""
         with decoding(self._what, "save it again"):
             at = self._times()
         places = [round((time - at[0]) * self.fps) for time in at]
@@ -125,11 +127,11 @@ class VideoReader:
         return places if uneven else None
 
     def length(self) -> int:
-        """How many frames there are, or would be if they were evenly shown; decodes them all."""
+        """Count the frames, or as many as an evenly shown film would have; decodes them all."""
         return self.ending()[0]
 
     def ending(self) -> tuple[int, Frames]:
-        """`length`, and the last frame, uint8 [H, W, 3]."""
+        """Return `length`, and the last frame, uint8 [H, W, 3]."""
         count, last = 0, None
         for frame in self:
             count, last = count + 1, frame
@@ -137,7 +139,7 @@ class VideoReader:
         return (count if self.places is None else self.places[-1] + 1), last
 
     def _times(self) -> list[Fraction]:
-        """Seconds at which frames are shown, in order; empty where the file doesn't tell."""
+        """Return the seconds at which frames are shown, in order; empty if the file has none."""
         if self._image is not None:
             lengths = [Fraction(round(ms), 1000) for ms in _durations_ms(self._image)]
             return [sum(lengths[:n], Fraction()) for n in range(len(lengths))]
@@ -149,7 +151,7 @@ class VideoReader:
 
 
 def _squared(width: int, height: int, aspect: Fraction) -> tuple[int, int] | None:
-    """The size in which pixels of an aspect are square, the longer way; None as it is."""
+    """Return the size in which pixels of an aspect are square, by widening; None for aspect 1."""
     if aspect == 1:
         return None
     return (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
@@ -158,7 +160,6 @@ def _squared(width: int, height: int, aspect: Fraction) -> tuple[int, int] | Non
 def _stated_frames(
     container: av.container.InputContainer, stream: Any, fps: Fraction
 ) -> int | None:
-    """How many frames a file says it has: by its own count, or by how long it is."""
     if stream.frames:
         return int(stream.frames)
     if container.duration is None or len(container.streams) > 1:  # sound may be longer
@@ -181,7 +182,7 @@ def _durations_ms(image: Image.Image) -> Iterator[float]:
 def to_rgb(
     frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None = None
 ) -> Frames:
-    """A decoded frame as people see it: uint8 [H, W, 3], turned as its rotation says.
+    """Return a decoded frame as people see it: uint8 [H, W, 3], turned by its rotation.
 
     Args:
         frame: of any pixel format.
@@ -201,18 +202,14 @@ def to_rgb(
         scaling = Interpolation.BICUBIC | exact
     width, height = size or (None, None)
     rgb = reformatter.reformat(
-        frame,
-        width=width,
-        height=height,
-        format="rgb24",
-        src_colorspace=source if is_yuv else None,
-        interpolation=scaling,
+        frame, width=width, height=height, format="rgb24",
+        src_colorspace=source if is_yuv else None, interpolation=scaling,
     ).to_ndarray()
     return np.ascontiguousarray(np.rot90(cast("Frames", rgb), frame.rotation // 90))
 
 
 def read_frames(path: str | os.PathLike[str]) -> Iterator[Frames]:
-    """Frames uint8 [H, W, 3] of a film, an animation, a picture, or a folder of PNGs by name.
+    """Yield frames uint8 [H, W, 3] of a film, animation, picture, or folder of PNGs by name.
 
     Raises:
         InputError: missing, damaged, or a folder without pictures.
@@ -225,17 +222,14 @@ def read_frames(path: str | os.PathLike[str]) -> Iterator[Frames]:
         yield from reader
 
 
-_SMALL_PIXELS = 6_000
-
-
 @dataclass
 class TimedFrame:
     """One decoded frame.
 
     Attributes:
-        ticks: when it is shown, in units of the reader's `tick_s`, from the first frame on.
-        length: how long, in the same units, as the file says; 0 where it doesn't.
-        is_damaged: whether the decoder had to make up a part of it.
+        ticks: time at which it is shown, in `tick_s` of the reader, from the first frame on.
+        length: duration in the same unit, as the file says; 0 where it doesn't.
+        is_damaged: whether the decoder had to conceal a part of it.
         is_interlaced: whether it holds two moments, line by line.
         rotation: degrees by which it is turned for showing.
     """
@@ -249,12 +243,12 @@ class TimedFrame:
     _source: object
 
     def picture(self) -> Frames:
-        """It as it is shown, uint8 [H, W, 3] of the reader's size."""
+        """Return it as shown, uint8 [H, W, 3] of the reader's size."""
         width, height = self._reader.size
         return fit(self._reader.rgb(self._source, None), height, width, "pad")
 
     def small(self) -> Frames:
-        """It at about 6,000 pixels, uint8 [h, w, 3], by means over areas."""
+        """Return it at about 6,000 pixels, uint8 [h, w, 3], by means over areas."""
         width, height = self._reader.small_size
         small = self._reader.rgb(self._source, (width, height))
         return fit(small, *self._reader.small_shape, "pad")
@@ -265,8 +259,8 @@ class TimedReader(VideoReader):
 
     Attributes:
         tick_s: seconds that a tick lasts, exact.
-        told_frames: how many frames the file's head claims, None where it doesn't.
-        told_s: how long it claims to be.
+        told_frames: number of frames in the file's head, or None.
+        told_s: duration in the file's head, or None.
         pixel_aspect: width of a pixel over its height, 1 where the file doesn't say.
 
     Raises:
@@ -279,7 +273,7 @@ class TimedReader(VideoReader):
         super()._open()
         self.told_frames: int | None = None
         self.told_s: Fraction | None = None
-        self.pixel_aspect = Fraction(1)
+        self.pixel_aspect = self._aspect
         self._reformatter = VideoReformatter()
         if self._image is not None:
             self.tick_s = Fraction(1, 1000)
@@ -289,7 +283,6 @@ class TimedReader(VideoReader):
         self.told_frames = stream.frames or None
         if stream.duration is not None:
             self.told_s = stream.duration * self.tick_s
-        self.pixel_aspect = self._aspect
 
     @property
     def small_shape(self) -> tuple[int, int]:
@@ -305,14 +298,14 @@ class TimedReader(VideoReader):
         return (h, w) if self._is_on_its_side else (w, h)
 
     def rgb(self, source: object, size: tuple[int, int] | None) -> Frames:
-        """What libav or Pillow decoded as uint8 [H, W, 3], shrunk to (width, height) if asked."""
+        """Convert a frame of libav or Pillow to uint8 [H, W, 3], of (width, height) if given."""
         if isinstance(source, Image.Image):
             shown = source if size is None else source.resize(size, Image.Resampling.BOX)
             return np.array(shown)
         return to_rgb(source, self._reformatter, size)  # type: ignore[arg-type]
 
     def timed(self) -> Iterator[TimedFrame]:
-        """Frames from the first to the last, times rising by a tick at least."""
+        """Yield frames from the first to the last, times rising by a tick at least."""
         with decoding(self._what, "save it again"):
             yield from self._timed()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -21,8 +22,8 @@ from vidgen.core.errors import InputError, nearest
 from vidgen.core.runtime import atomic_path, check_output, write_error
 from vidgen.media.encode import Spool, configure, encode_picture, to_picture, watched
 from vidgen.media.manifest import Signing, seal
+from vidgen.media.mastering import SoundTrack
 from vidgen.media.provenance import marks_of, stamped, tags, xmp
-from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.stills import RECIPE_KEY, STILL_SUFFIXES, still_encoder, write_stills
 from vidgen.media.types import ClipInfo, Frames, PictureSettings, SegmentStore, Watch
 
@@ -53,25 +54,14 @@ _X264 = PictureSettings("libx264", "yuv420p", {"crf": "16", "preset": "medium", 
 _MP4 = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact",
         "movie_timescale": "240000"}
 _MKV = {"fflags": "+bitexact"}
+_VP9 = PictureSettings("libvpx-vp9", "yuv420p", {
+    "crf": "20", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"})
+_FFV1 = PictureSettings("ffv1", "bgr0", {"level": "3", "g": "1", "slicecrc": "1"})
 CONTAINERS = {
     ".mp4": Container("mp4", _X264, "aac", _MP4),
     ".mov": Container("mov", _X264, "aac", _MP4),
-    ".webm": Container(
-        "webm",
-        PictureSettings(
-            "libvpx-vp9",
-            "yuv420p",
-            {"crf": "20", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"},
-        ),
-        "libopus",
-        _MKV,
-    ),
-    ".mkv": Container(
-        "matroska",
-        PictureSettings("ffv1", "bgr0", {"level": "3", "g": "1", "slicecrc": "1"}),
-        "libopus",
-        _MKV,
-    ),
+    ".webm": Container("webm", _VP9, "libopus", _MKV),
+    ".mkv": Container("matroska", _FFV1, "libopus", _MKV),
 }
 _LIVE = PictureSettings(
     "libx264", "yuv420p", {"crf": "16", "preset": "veryfast", "tune": "zerolatency"}, threads=1
@@ -85,14 +75,14 @@ PIXELS_PER_BYTE = 4
 
 
 def recipe_text(recipe: dict[str, Any]) -> str:
-    """A recipe as ASCII JSON, which every container's metadata can carry."""
+    """Return a recipe as ASCII JSON, which every container's metadata can carry."""
     return json.dumps(recipe, allow_nan=False)
 
 
 def check_format(
     path: str | Path, num_frames: int | None = None, fps: Fraction | float | None = None
 ) -> str:
-    """The suffix of an output that can be written, "/" for a folder of pictures.
+    """Return the suffix of an output that can be written, "/" for a folder of pictures.
 
     Args:
         path: the output.
@@ -121,18 +111,9 @@ def check_format(
     return suffix
 
 
-def holds_sound(suffix: str) -> bool:
-    """Whether an output of a suffix, as `check_format` gives it, can hold sound."""
-    return suffix in CONTAINERS
-
-
 def require_sound(path: str | Path, suffix: str) -> None:
-    """Refuse an output of a suffix that holds no sound.
-
-    Raises:
-        InputError: names those that do.
-    """
-    if not holds_sound(suffix):
+    """Raise InputError for an output of a suffix that holds no sound, naming those that do."""
+    if suffix not in CONTAINERS:
         raise InputError(f"output {path} holds no sound; give one of {', '.join(CONTAINERS)}, or "
                          "leave the sound out")
 
@@ -157,7 +138,7 @@ def write_clip(
         info: the clip's rate, size, sound and recipe.
         overwrite: whether an existing file may be replaced.
         on_frames: called with the number of frames handed over so far.
-        store: holds encoded segments of an earlier try, behind which `chunks` begin, and keeps
+        store: holds encoded segments of an earlier try, after which `chunks` begin, and keeps
             further ones; formats without segments use none.
         signing: who signs a clip that has a recipe; None takes the environment's, if it names one.
         watch: sees every frame; the recipe holds what it then reports.
@@ -189,7 +170,7 @@ def _counted(
     chunks: Iterable[Frames | Tensor], info: ClipInfo, on_frames: Callable[[int], None] | None,
     count: int,
 ) -> Iterator[Frames]:
-    """Chunks as contiguous arrays; what doesn't match the clip's description is our own mistake."""
+    """Yield chunks as contiguous arrays, and assert that they match the clip's description."""
     for chunk in chunks:
         frames = np.ascontiguousarray(chunk if isinstance(chunk, np.ndarray) else chunk.cpu())
         width, height = info.size
@@ -209,7 +190,7 @@ class _Abandoned(Exception):
 def _encode_in_thread(
     encode: Callable[[Iterator[Frames]], None], chunks: Iterator[Frames]
 ) -> None:
-    """Run `encode` beside the making of chunks, which waits while one chunk lies in the slot."""
+    """Run `encode` while chunks are made, which waits as long as one chunk lies in the slot."""
     slot: Queue[Frames | _Abandoned | None] = Queue(maxsize=1)
     failures: list[BaseException] = []
 
@@ -252,7 +233,7 @@ def _encode_in_thread(
 def _completed(
     info: ClipInfo, encoder: dict[str, Any], watch: Watch | None
 ) -> dict[str, Any] | None:
-    """The recipe, when the last frame has passed."""
+    """Return the recipe; call it once the last frame has passed."""
     found = watch.report() if watch else {}
     return None if info.recipe is None else {**info.recipe, "encoder": encoder, **found}
 
@@ -286,7 +267,7 @@ def _write_container(
     if picture != wanted:
         log.warning("%s: the odd size is stored in 4:4:4, which few players know", path)
     first_segment = SEGMENT - (info.stride_t - 1)
-    with atomic_path(path) as temporary, Spool(path.parent) as spool:
+    with atomic_path(path) as temporary, closing(Spool(path.parent)) as spool:
         try:
             for packet in encode_picture(
                 watched(chunks, watch), picture, info.size, info.fps,
@@ -309,7 +290,7 @@ def _write_container(
 def begin_stream(
     container: OutputContainer, picture: PictureSettings, info: ClipInfo
 ) -> VideoStream:
-    """A stream for a clip's pictures in a new container, with the clip's marks and recipe."""
+    """Add a stream for a clip's pictures to a new container, and the clip's marks and recipe."""
     if info.recipe is not None:
         container.metadata.update(tags(marks_of(info.recipe)))
         container.metadata[RECIPE_KEY] = recipe_text(info.recipe)
@@ -341,7 +322,7 @@ def write_live(
     out: BinaryIO, chunks: Iterable[Frames], info: ClipInfo,
     on_frames: Callable[[int], None] | None = None,
 ) -> int:
-    """Write pictures as Matroska with H.264, each as soon as it is there, marks and recipe first.
+    """Write pictures as Matroska with H.264, each as soon as it exists, marks and recipe first.
 
     Args:
         out: a pipe; it isn't closed.
@@ -350,7 +331,7 @@ def write_live(
         on_frames: called with the number of frames written so far.
 
     Returns:
-        Frames written: fewer than came where the reader left.
+        Frames written: fewer than came if the reader left.
     """
     picture, count, pipe = _LIVE.fitting(info.size), 0, _Pipe(out)
     reformatter = VideoReformatter()
@@ -378,7 +359,7 @@ class _Pipe:
         self._out, self.is_left = out, False
 
     def write(self, data: bytes) -> int:
-        """Hand all of it over at once, while there is a reader."""
+        """Pass all of it on at once, while the reader is there."""
         if not self.is_left:
             try:
                 self._out.write(data)

@@ -24,8 +24,8 @@ from vidgen.core.config import dump
 from vidgen.core.errors import InputError, OutputError
 from vidgen.core.runtime import atomic_write, check_output
 from vidgen.media.join import Stretch, join_files, parting_places, why_not_joined
+from vidgen.media.mastering import SoundTrack
 from vidgen.media.sound import RATE
-from vidgen.media.soundtrack import SoundTrack
 from vidgen.media.subtitles import TextTrack, as_srt, as_webvtt, one_at_a_time
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import CONTAINERS, SEGMENT, write_clip

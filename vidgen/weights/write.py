@@ -30,11 +30,9 @@ class Lazy(Protocol):
     @property
     def likeness(self) -> Tensor:
         """An empty tensor of its shape and dtype on the meta device."""
-        ...
 
     def get(self) -> Tensor:
         """The tensor itself."""
-        ...
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
