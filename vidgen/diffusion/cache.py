@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from vidgen.core.protocols import StepCache
+from vidgen.diffusion.flow import half_log_snr
 from vidgen.diffusion.guidance import PROMPT
 from vidgen.ops.parallel import Spread
 
@@ -440,6 +441,4 @@ def _sum(tokens: Tensor, added: Tensor) -> Tensor:
 
 
 def _log_snr(sigma: float) -> float:
-    """Half the logarithm of the signal-to-noise ratio, finite up to pure noise."""
-    sigma = min(sigma, MAX_SIGMA)
-    return math.log1p(-sigma) - math.log(sigma)
+    return half_log_snr(min(sigma, MAX_SIGMA))

@@ -9,6 +9,8 @@ Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,11 @@ def to_timestep(sigma: Tensor, *, whole: bool = False) -> Tensor:
     """
     timestep = sigma.float() * TIMESTEPS
     return timestep.floor() if whole else timestep
+
+
+def half_log_snr(sigma: float) -> float:
+    """Half the logarithm of the signal-to-noise ratio at a sigma below 1."""
+    return math.log1p(-sigma) - math.log(sigma)
 
 
 def velocity_loss(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import Denoise, OnStep, SamplerState, StepInfo
-from vidgen.diffusion.flow import add_noise, denoised_of
+from vidgen.diffusion.flow import add_noise, denoised_of, half_log_snr
 from vidgen.diffusion.noise import shuffled
 from vidgen.diffusion.schedule import steps_for_strength
 
@@ -208,7 +208,7 @@ def _unipc_predict(
         return denoised
     latents, scale, h = _exponential_step(levels[i], levels[i + 1], latents, denoised)
     if earlier is not None:
-        ratio = (_half_log_snr(levels[i - 1]) - _half_log_snr(levels[i])) / h
+        ratio = (half_log_snr(levels[i - 1]) - half_log_snr(levels[i])) / h
         latents = latents - (0.5 * scale / ratio) * (earlier - denoised)
     return latents
 
@@ -228,7 +228,7 @@ def _unipc_correct(
     latents, scale, h = _exponential_step(levels[i - 1], levels[i], origin, before)
     if earlier is None:
         return latents - (0.5 * scale) * (denoised - before)
-    ratio = (_half_log_snr(levels[i - 2]) - _half_log_snr(levels[i - 1])) / h
+    ratio = (half_log_snr(levels[i - 2]) - half_log_snr(levels[i - 1])) / h
     phi_1 = math.expm1(-h)
     phi_2 = phi_1 / -h - 1
     phi_3 = phi_2 / -h - 0.5
@@ -246,13 +246,9 @@ def _exponential_step(
 
     `h` is the step in half log-SNR and `scale` weighs the terms of higher order.
     """
-    h = _half_log_snr(sigma_next) - _half_log_snr(sigma)
+    h = half_log_snr(sigma_next) - half_log_snr(sigma)
     scale = (1 - sigma_next) * math.expm1(-h)
     return (sigma_next / sigma) * latents - scale * denoised, scale, h
-
-
-def _half_log_snr(sigma: float) -> float:
-    return math.log1p(-sigma) - math.log(sigma)
 
 
 def scheduler_sigmas(scheduler: Any, num_steps: int, *, strength: float = 1.0) -> Tensor:
