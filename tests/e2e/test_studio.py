@@ -246,6 +246,16 @@ def test_a_clip_has_the_sound_of_a_file(page, served):
     assert newest(served)["sound"] is True
 
 
+def test_what_is_filled_in_is_asked_for(page, served):
+    make(page, "a red car bounces", seed=4, seconds=0.5, size="48x32", num_inference_steps=3,
+         guidance_scale=2, fps=10, negative_prompt="a cat")
+    recipe = served.http.get(f"/v1/videos/{newest(served)['id']}/recipe").json()
+    assert recipe["request"].items() >= {
+        "seed": 4, "seconds": 0.5, "size": [48, 32], "steps": 3, "guidance": 2, "fps": "10",
+        "negative": "a cat",
+    }.items()
+
+
 def test_what_is_wrong_stands_at_its_field(page):
     page.get_by_label("Prompt", exact=True).fill("a red car")
     size = page.locator(".composer [name=size]")

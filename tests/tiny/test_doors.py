@@ -19,6 +19,9 @@ from tests.sounds import save, tone
 from tests.textures import texture
 from tests.tiny.foreign_models import build_foreign_model
 from tests.wan_models import build_diffusers
+from vidgen.cli.generate import _NOT_OF_REQUEST
+from vidgen.cli.main import verb_parser
+from vidgen.core.request import Request
 from vidgen.media.clip import Clip
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline.engine import load
@@ -66,6 +69,28 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "first frame drawn": ("tiny", "--first-frame-model sdxl", {"first_frame_model": "sdxl"}),
 }
 
+WORDS = {
+    "--image-guidance 2 --image-guidance-reach 3 --reference-guidance 1.5":
+        {"image_guidance": 2, "image_guidance_reach": 3, "reference_guidance": 1.5},
+    "--image a.png --refine 4 --encode-passes 2":
+        {"image": "a.png", "refine": 4, "encode_passes": 2},
+    "--oversampling 2 --candidates 3 --binding 0.5":
+        {"oversampling": 2, "candidates": 3, "binding": 0.5},
+    "--readings crimson=red": {"readings": "crimson=red"},
+    "--expand writer": {"expand": "writer"},
+    "--roll": {"roll": True},
+    "--count 3 --strict --retry 2 --aigc ACME":
+        {"count": 3, "strict": True, "retry": 2, "aigc": "ACME"},
+    "--audio a.wav --audio-loop": {"audio": "a.wav", "audio_loop": True},
+    "--audio-model heard --audio-prompt 'a hum'":
+        {"audio_model": "heard", "audio_prompt": "a hum"},
+    "--say 0.5=Hi --say @b.wav --voice en-gb": {"say": [(0.5, "Hi"), "@b.wav"], "voice": "en-gb"},
+    "--dtype bf16 --offload stage --quantize int8 --devices 2 --shard --tiles 2x2":
+        {"dtype": "bf16", "offload": "stage", "quantize": "int8", "devices": 2, "shard": True,
+         "tiles": "2x2"},
+}
+"""What is handed on as it is, whatever model it is for."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
@@ -111,6 +136,16 @@ def assert_same(model: str, words: str, options: Mapping[str, Any]) -> None:
     assert np.array_equal(made.frames, own.frames)
     assert (made.sound is None) == (own.sound is None)
     assert made.sound is None or np.array_equal(made.sound, own.sound)
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_words_of_a_command_are_options_of_a_request(words: str) -> None:
+    args = verb_parser("generate")[1].parse([PROMPT, *shlex.split(words)])
+    options = {key: value for key, value in vars(args).items() if key not in _NOT_OF_REQUEST}
+    assert Request.of(options.pop("prompt"), options) == Request(
+        prompt=PROMPT, **{key: value for key, value in WORDS[words].items() if key in options})
+    assert {key: getattr(args, key) for key in WORDS[words] if key in _NOT_OF_REQUEST} == {
+        key: value for key, value in WORDS[words].items() if key in _NOT_OF_REQUEST}
 
 
 @pytest.mark.parametrize("case", CASES)

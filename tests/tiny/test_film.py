@@ -15,6 +15,7 @@ from PIL import Image
 from tests.commands import vidgen
 from tests.models import add_verifier, build_tiny_model
 from vidgen.cli.main import main
+from vidgen.core.request import Request
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.pipeline.bound import VERIFIER
@@ -288,6 +289,23 @@ def test_characters_bring_their_adapters_into_their_shots(tmp_path, tiny_model):
     asked = [[Path(each).name for each in film.request(shot, 1, 0, 9).lora]
              for shot in film.script.shots]
     assert asked == [["cat.st:0.5", "style.st"], ["style.st"], ["cat.st:0.5", "style.st", "own.st"]]
+
+
+def test_keys_of_a_shot_are_options_of_its_request(tmp_path, tiny_model):
+    (tmp_path / "film.yaml").write_text(
+        "project: {size: 48x32, fps: 10, style: by day,\n"
+        "  defaults: {duration: 1, negative: a dog, sampler: euler, shift: 2, guidance: 3}}\n"
+        "shots: [{id: a, prompt: a cat, steps: 4, guidance: 2, first_frame: a.png,\n"
+        "  last_frame: b.png}, {id: b, prompt: x, sampler: unipc, negative: ''}]\n")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / name)
+    film = plan_film(Script.read(tmp_path / "film.yaml"), open_model(str(tiny_model)))
+    one, two = (film.request(shot, 7, 0, 9) for shot in film.script.shots)
+    assert one == Request(
+        prompt="a cat, by day", seed=7, size="48x32", fps=10, seconds=0.9, negative="a dog",
+        sampler="euler", shift=2, steps=4, guidance=2, image=str(tmp_path / "a.png"),
+        last_image=str(tmp_path / "b.png"), audio="none")
+    assert (two.sampler, two.negative, two.guidance, two.steps) == ("unipc", "", 3, None)
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".webm"])

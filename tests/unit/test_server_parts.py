@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from vidgen.core.errors import InputError
+from vidgen.core.request import Request
 from vidgen.server.app import JsonFormatter
 from vidgen.server.body import _nested
 from vidgen.server.errors import ApiError, from_vidgen, param_of
@@ -23,8 +24,8 @@ from vidgen.server.fetch import fetch, is_public
 from vidgen.server.files import JobFile
 from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.layout import sniff
-from vidgen.server.requests import parse
-from vidgen.server.schema import EditAsk, RemixAsk, VideoAsk
+from vidgen.server.requests import Place, Translator, parse
+from vidgen.server.schema import EditAsk, ExtraParams, RemixAsk, VideoAsk
 from vidgen.server.service import fingerprint
 from vidgen.server.settings import Settings
 from vidgen.server.types import Upload
@@ -184,6 +185,45 @@ def test_values_may_be_strings_and_errors_name_the_field():
         parse(VideoAsk, {"prompt": "x", "size": "wide"})
     assert param_of("steps is 0; give a whole number") == "num_inference_steps"
     assert from_vidgen(InputError("seconds is 0, less than a frame")).param == "seconds"
+
+
+def test_fields_are_options_of_a_request(tmp_path):
+    (tmp_path / "style.safetensors").touch()
+    extra = {
+        "sampler": "euler", "cache": "forecast", "fit": "pad", "guidance_low": 2.0,
+        "image_guidance": 1.5, "image_guidance_reach": 2, "reference_guidance": 0.5,
+        "guidance_rescale": 0.3, "refine": 3, "encode_passes": 2, "oversampling": 2,
+        "candidates": 3, "binding": 0.5, "audio_steps": 4, "audio_candidates": 2,
+        "audio_delay": 0.1, "overlap": 2, "colour_hold": 0.5, "anchor": False, "roll": False,
+        "label": "visible", "readings": "crimson=red",
+    }
+    assert extra.keys() == ExtraParams.model_fields.keys()
+    places = ("image_reference", "last_image_reference", "video_reference", "audio_reference")
+    own = {
+        "prompt": "x", "negative_prompt": "y", "seed": 7, "num_frames": 9, "fps": 24,
+        "width": 64, "height": 32, "num_inference_steps": 4, "guidance_scale": 2, "flow_shift": 3,
+        "strength": 0.6, "lora": ["style:0.5"], "say": ["Hi", [1.5, "ho"]], "voice": "en-gb",
+    }
+    others = {"input_reference", "seconds", "size", "model", "generate_sound", "extra_params"}
+    assert {*own, *places} | others == VideoAsk.model_fields.keys()
+    translator = Translator(Settings(tmp_path, loras=tmp_path), None, "tiny")
+    place = Place("video_1", tmp_path / "video_1")
+    place.inputs.mkdir(parents=True)
+    ask = parse(VideoAsk, {**own, **dict.fromkeys(places, "data:,"), "extra_params": extra})
+    translator.lay_down = lambda _reference, name, *_: f"inputs/{name}"
+    options = translator.options(ask) | translator.inputs(ask, "ann", place)
+    assert options == extra | {
+        "prompt": "x", "negative": "y", "seed": 7, "frames": 9, "fps": ask.fps, "size": "64x32",
+        "steps": 4, "guidance": 2, "shift": 3, "strength": 0.6, "say": ["Hi", [1.5, "ho"]],
+        "lora": [f"{tmp_path.resolve() / 'style.safetensors'}:0.5"], "voice": "en-gb",
+        "image": "inputs/image_reference", "last_image": "inputs/last_image_reference",
+        "video": "inputs/video_reference", "audio": "inputs/audio_reference",
+    }
+    for asked, audio in ((True, "generate"), (False, "none")):
+        ask = parse(VideoAsk, {"prompt": "x", "generate_sound": asked, "seconds": 1})
+        assert translator.options(ask).items() >= {"audio": audio, "seconds": 1}.items()
+    request = Request.of(options.pop("prompt"), options)
+    assert (request.size, request.say) == ((64, 32), ((None, "Hi"), (1.5, "ho")))
 
 
 @pytest.mark.parametrize(("fields", "param", "told"), [
