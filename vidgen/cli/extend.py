@@ -141,18 +141,15 @@ def _make(
 ) -> int:
     import torch
 
-    from vidgen.pipeline.engine import Engine, load
+    from vidgen.pipeline.engine import load_own
     from vidgen.pipeline.long.continuation import at_own_size
+    from vidgen.weights.family import models_with
 
     request = Request.of(options.pop("prompt"), options)
     start = time.monotonic()
     share_threads(loading["devices"], torch.get_num_threads())
-    engine = load(**loading)
-    if not isinstance(engine, Engine):
-        from vidgen.weights.family import models_with
-
-        raise InputError(f"{loading['model']} can't go on from a clip; models that can: toybox, "
-                         f"{', '.join(models_with('extend'))}")
+    able = f"models that go on from a clip: toybox, {', '.join(models_with('extend'))}"
+    engine = load_own(loading.pop("model"), able, **loading)
     request = at_own_size(request, size, engine.folder)
     clip = engine.generate(request, on_event=lambda p: report({"event": "progress", **vars(p)}),
                            on_estimate=report.expect, journal=journal)

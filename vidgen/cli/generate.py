@@ -169,7 +169,7 @@ def run(args: Namespace, report: Report) -> int:
     import torch
 
     from vidgen.cli.journals import OutputJournal
-    from vidgen.pipeline.engine import Engine, load
+    from vidgen.pipeline.engine import load
     from vidgen.pipeline.preview import preview_path, write_preview
 
     start = time.monotonic()
@@ -180,24 +180,24 @@ def run(args: Namespace, report: Report) -> int:
         loading["offload"] = "stage"  # nothing is left that would need a network
     with told_how_to_go_on(journals, report), as_it_began(journals):
         engine = load(**loading)
-        is_own = isinstance(engine, Engine)
-        if args.preview and not is_own:
-            raise InputError(f"{args.model} shows no previews; leave --preview out")
 
-        def make(wanted: Request, kept: list[OutputJournal]) -> list[Clip]:
+        def hooks(kept: list[OutputJournal]) -> dict[str, Any]:
             finished = [n for n, journal in enumerate(kept, 1) if journal.finished]
-            on_estimate = partial(report.expect, num_clips=wanted.count, done=finished)
-            own: dict[str, Any] = {"on_estimate": on_estimate} if is_own else {}
-            if args.preview:
-                own["on_preview"] = lambda shown: write_preview(shown, kept[shown.clip - 1].output)
-            made = engine.generate(
-                wanted, on_event=lambda p: report({"event": "progress", **vars(p)}),
-                journal=kept, **own,
-            )
-            return made if isinstance(made, list) else [made]
+            shown = (lambda p: write_preview(p, kept[p.clip - 1].output)) if args.preview else None
+            return {
+                "on_event": lambda p: report({"event": "progress", **vars(p)}), "journal": kept,
+                "on_estimate": partial(report.expect, num_clips=len(kept), done=finished),
+                "on_preview": shown,
+            }
 
         seeds, spare = clip_seeds(request, journals)
-        clips = _made(make, request, seeds, journals)
+        if seeds == [(request.seed or 0) + index for index in range(len(seeds))]:
+            made = engine.generate(request, **hooks(journals))
+            clips = made if isinstance(made, list) else [made]
+        else:  # some came to another seed by --retry
+            own = [replace(request, seed=seed, count=1) for seed in seeds]
+            clips = [one_clip(engine.generate(each, **hooks([kept])))
+                     for each, kept in zip(own, journals, strict=True)]
         results, further = [], iter(spare)
         for index, path in enumerate(paths):
             clip, number = clips[index], (index + 1, len(paths))
@@ -207,7 +207,8 @@ def run(args: Namespace, report: Report) -> int:
                 report({"event": "note", "text": f"{path} has a fault; trying seed {seed}"})
                 seeds[index] = seed
                 journals[index] = OutputJournal(path, report, overwrite=True)
-                clip = make(replace(request, seed=seed, count=1), journals[index : index + 1])[0]
+                again = replace(request, seed=seed, count=1)
+                clip = one_clip(engine.generate(again, **hooks(journals[index : index + 1])))
                 report.save(clip, path, number, overwrite=True)
             preview_path(path).unlink(missing_ok=True)
             facts = _facts(clip, path, seeds[index])
@@ -221,7 +222,7 @@ def run(args: Namespace, report: Report) -> int:
 def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
     """Roll a clip out into stdout, for as long as somebody reads."""
     from vidgen.media.write import write_live
-    from vidgen.pipeline.engine import Engine, load
+    from vidgen.pipeline.engine import load
 
     if not request.roll or request.count > 1 or args.resume or args.preview:
         raise InputError("output - is for one clip that is made while it is shown: give --roll, "
@@ -237,25 +238,17 @@ def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
     if request.seed is None:
         request = replace(request, seed=choose_seed(args, request, report))
     engine = load(**{name: getattr(args, name) for name in LOADING})
-    if not isinstance(engine, Engine):
-        raise InputError(f"{args.model} has no roller; leave --roll out")
-    clip = engine.generate(request)
-    assert not isinstance(clip, list)
+    clip = one_clip(engine.generate(request))
     told = {"event": "progress", "stage": "roll", "total": clip.num_frames}
     write_live(sys.stdout.buffer, clip.chunks(), clip.info,
                on_frames=lambda done: report({**told, "done": done}))
     return 0
 
 
-def _made(
-    make: Callable[[Request, list[OutputJournal]], list[Clip]], request: Request, seeds: list[int],
-    journals: list[OutputJournal],
-) -> list[Clip]:
-    """All clips at once, or one by one where some came to another seed by --retry."""
-    if seeds == [(request.seed or 0) + index for index in range(len(seeds))]:
-        return make(request, journals)
-    return [make(replace(request, seed=seed, count=1), [journal])[0]
-            for seed, journal in zip(seeds, journals, strict=True)]
+def one_clip(made: Clip | list[Clip]) -> Clip:
+    """The clip of a request whose `count` is 1."""
+    assert not isinstance(made, list)
+    return made
 
 
 def _frame(text: str) -> tuple[float, str]:

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import warnings
-from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
 from io import TextIOWrapper
@@ -164,11 +163,6 @@ def _run(verb: str, *arguments: str) -> int:
         raise InputError(f"unknown verb {verb!r}; {nearest(verb, VERBS)}")
     module, parser = verb_parser(verb)
     args = parser.parse(arguments)
-    with attention_by(getattr(args, "attention", "auto")):
-        return _call(module, verb, args)
-
-
-def _call(module: ModuleType, verb: str, args: Namespace) -> int:
     if verb in ("generate", "extend") and (given_rank() or (0,))[0]:
         from vidgen.pipeline.parallel.member import join_torchrun
 
@@ -179,7 +173,10 @@ def _call(module: ModuleType, verb: str, args: Namespace) -> int:
         raise InputError(f"output and events are both {events}; give one of them another name")
     if verb == "train" and (given_rank() or (0,))[0]:
         events = None  # the main rank's alone
-    with Report(as_json=args.json, events=events) as report:
+    with (
+        attention_by(getattr(args, "attention", "auto")),
+        Report(as_json=args.json, events=events) as report,
+    ):
         code: int = module.run(args, report)
         return code
 

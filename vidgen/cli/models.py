@@ -36,14 +36,11 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _measure(model: str, report: Report) -> int:
-    from vidgen.pipeline.engine import Engine, load
+    from vidgen.pipeline.engine import load_own
     from vidgen.pipeline.measure import measure_magnitudes
     from vidgen.pipeline.step_caches import write_magnitudes
 
-    engine = load(model)
-    if not isinstance(engine, Engine):
-        raise InputError(f"{model} is run by diffusers, and --cache works with the embedded model "
-                         "and the Wan family")
+    engine = load_own(model, "--cache works with the embedded model and the Wan family")
     path = write_magnitudes(measure_magnitudes(engine), engine.folder)
     report.result({"model": engine.folder.name, "path": str(path)},
                   f"the magnitudes of {engine.folder.name} are kept in {path}")

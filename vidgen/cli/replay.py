@@ -124,7 +124,7 @@ def _make(
     """Restore, check, generate and write, all on the recorded threads."""
     from vidgen.media.join import ContinuedClip
     from vidgen.pipeline import replay
-    from vidgen.pipeline.engine import Engine, load
+    from vidgen.pipeline.engine import load
 
     def on_event(progress: Any) -> None:
         report({"event": "progress", **vars(progress)})
@@ -133,10 +133,9 @@ def _make(
         request = replay.request_from_recipe(recipe, Path(folder), args.given, changes)
         loading = replay.loading_from_recipe(recipe, args.given, changes, anyway=args.anyway)
         engine = load(**loading)
-        own: dict[str, Any] = {}
-        if isinstance(engine, Engine):
-            own["on_estimate"] = report.expect
-        clip = engine.generate(request, on_event=on_event, journal=journal, **own)
+        clip = engine.generate(
+            request, on_event=on_event, on_estimate=report.expect, journal=journal
+        )
         assert not isinstance(clip, list)
         if not journal.is_done:
             if "head_frames" in recipe and isinstance(clip, ContinuedClip):

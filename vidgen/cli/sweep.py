@@ -258,7 +258,7 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
     """Make clips, those of one way of loading after each other; one that was begun goes on."""
     import torch
 
-    from vidgen.pipeline.engine import Engine, load
+    from vidgen.pipeline.engine import load
     from vidgen.pipeline.journal.journal import Journal
 
     engine, loaded, threads = None, None, torch.get_num_threads()
@@ -273,7 +273,7 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
             report({"event": "progress", **vars(progress), **told})
 
         if cell.loading != loaded:
-            if isinstance(engine, Engine):
+            if engine is not None:
                 engine.close()
             engine, loaded = None, cell.loading  # the old one leaves before the new one comes
             share_threads(cell.loading["devices"], threads)
@@ -287,7 +287,7 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
             assert not isinstance(clip, list)
             if not done:
                 report.save(clip, str(cell.path), (number, len(cells)), overwrite=True)
-    if isinstance(engine, Engine):
+    if engine is not None:
         engine.close()
 
 

@@ -144,11 +144,13 @@ def _denoiser(
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         level = float(sigma[0])
         part = None if ranks is None else TokenPart(Spread(ranks, num_tokens(latents)))
-        return velocity(
-            given.at(level), state, latents, sigma, context, patch=patch,
-            whole=whole_timesteps(plan.sampler), frames_per_s=_frames_per_s(parts, plan),
-            step_cache=cache_at(level, part) if cache_at else None, **options,
+        inputs = network_inputs(
+            state, latents, sigma, context, patch=patch, whole=whole_timesteps(plan.sampler),
+            frames_per_s=_frames_per_s(parts, plan),
         )
+        step_cache = cache_at(level, part) if cache_at else None
+        made = given.at(level)(**inputs, step_cache=step_cache, **options)
+        return made if isinstance(made, Tensor) else state.together(*made)
 
     return denoise
 
@@ -204,7 +206,7 @@ def velocity(
     context: tuple[Tensor, Tensor], *, patch: int, frames_per_s: float | None = None,
     whole: bool = False, **options: Any,
 ) -> Tensor:
-    """A transformer's velocity under a state's conditions, as samplers have latents.
+    """Return a transformer's velocity under a state's conditions, as samplers have latents.
 
     Args:
         dit: the network.
@@ -213,9 +215,31 @@ def velocity(
         sigma: their noise levels, [B].
         context: text features [B, S, D] and their lengths [B].
         patch: latents a side of one token.
-        frames_per_s: latent frames a second, sound's clock; None goes where there is no sound.
+        frames_per_s: latent frames a second, the sound's clock; None where there is no sound.
         whole: see `to_timestep`.
-        options: what else the network takes.
+        options: further arguments of the network.
+    """
+    inputs = network_inputs(
+        state, latents, sigma, context, patch=patch, whole=whole, frames_per_s=frames_per_s
+    )
+    made = dit(**inputs, **options)
+    return made if isinstance(made, Tensor) else state.together(*made)
+
+
+def network_inputs(
+    state: LatentState, latents: Tensor, sigma: Tensor, context: tuple[Tensor, Tensor], *,
+    patch: int, whole: bool, frames_per_s: float | None = None,
+) -> dict[str, Any]:
+    """Return the arguments with which a transformer is called for a state's noisy latents.
+
+    Args:
+        state: the conditions.
+        latents: noisy ones, packed with the sound's if the state has sound.
+        sigma: their noise levels, [B].
+        context: text features [B, S, D] and their lengths [B].
+        patch: latents a side of one token.
+        whole: see `to_timestep`.
+        frames_per_s: latent frames a second, the sound's clock; None where there is no sound.
     """
     picture, sound = state.apart(latents)
     seen, levels = denoise_inputs(state, sigma, picture, patch=patch)
@@ -223,10 +247,8 @@ def velocity(
     if sound is not None and frames_per_s is not None:
         audio = _audio_tokens(state, sound, sigma, frames_per_s, whole=whole)
     features, lengths = context
-    if state.times is not None:
-        options["positions"] = state.times
-    made = dit(
-        seen, to_timestep(levels, whole=whole), features, context_lengths=lengths,
-        extra=state.timed_keys, audio=audio, **options,
-    )
-    return made if isinstance(made, Tensor) else state.together(*made)
+    inputs = {
+        "latents": seen, "timestep": to_timestep(levels, whole=whole), "context": features,
+        "context_lengths": lengths, "extra": state.timed_keys, "audio": audio,
+    }
+    return inputs if state.times is None else {**inputs, "positions": state.times}

@@ -44,13 +44,12 @@ from vidgen.pipeline.rewrite import settle_texts
 from vidgen.pipeline.sound.own_sound import sound_plan
 from vidgen.pipeline.sound.soundtrack import make_soundtrack
 from vidgen.pipeline.tasks import SOUND, check_tasks
-from vidgen.pipeline.types import Contexts, OnPreview, Plan, Progress, Reporter
+from vidgen.pipeline.types import AnyEngine, Contexts, OnPreview, Plan, Progress, Reporter
 from vidgen.weights.folder import ForeignFolder
 from vidgen.weights.layouts import open_model
 
 if TYPE_CHECKING:
     from vidgen.pipeline.budget.stages import Estimate
-    from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def load(
     model: str | os.PathLike[str] = "toybox", *, device: str = "auto", dtype: str | None = None,
     offload: Offload | Literal["auto"] | None = None, quantize: Quantization | None = None,
     policy: Policy | None = None, devices: int | None = None, shard: bool | None = False,
-) -> Engine | ForeignEngine:
+) -> AnyEngine:
     """Open a model; it comes into memory as `offload` says.
 
     Args:
@@ -99,6 +98,24 @@ def load(
         return ForeignEngine(folder, place, dtype, asked.offload or "none", policy=policy)
     crew = start_crew(devices, place, shard=shard, offload=asked.offload, quantize=quantize)
     return Engine(folder, place, asked, quantize, policy, crew)
+
+
+def load_own(model: str, otherwise: str, **loading: Any) -> Engine:
+    """Load a model for work that needs our own networks; see `load`.
+
+    Args:
+        model: see `load`.
+        otherwise: ends the message that refuses a model that diffusers' pipelines run.
+        loading: further arguments of `load`.
+
+    Raises:
+        InputError: diffusers runs the model.
+    """
+    engine = load(model, **loading)
+    if not isinstance(engine, Engine):
+        engine.close()
+        raise InputError(f"{model} is run by diffusers; {otherwise}")
+    return engine
 
 
 class Engine(OpenedModel):

@@ -18,9 +18,7 @@ from vidgen.story.store import RenderedShot, Store, findings_of
 from vidgen.story.takes import ChoiceJob, PartJob, ShotWork
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
-    from vidgen.pipeline.engine import Engine
-    from vidgen.pipeline.types import OnPreview
+    from vidgen.pipeline.types import AnyEngine, OnPreview
 
 
 class Renderer:
@@ -37,7 +35,7 @@ class Renderer:
     """
 
     def __init__(
-        self, store: Store, engine: Callable[[], Engine | ForeignEngine], tell: OnEvent, *,
+        self, store: Store, engine: Callable[[], AnyEngine], tell: OnEvent, *,
         overwrite: bool = False, staff: Staff | None = None,
         on_preview: OnPreview | None = None,
     ) -> None:

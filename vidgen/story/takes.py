@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
     from vidgen.media.types import Frames
-    from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
-    from vidgen.pipeline.engine import Engine
-    from vidgen.pipeline.types import OnPreview
+    from vidgen.pipeline.types import AnyEngine, OnPreview
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +72,7 @@ class ShotWork(EngineWork):
     """
 
     def __init__(
-        self, open_engine: Callable[[], Engine | ForeignEngine], model_sha256: str, store: Store,
+        self, open_engine: Callable[[], AnyEngine], model_sha256: str, store: Store,
         on_preview: OnPreview | None = None,
     ) -> None:
         super().__init__(open_engine, model_sha256)

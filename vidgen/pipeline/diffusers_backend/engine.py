@@ -156,6 +156,10 @@ class ForeignEngine:
                 clips.append(track.under(clip, plan.seed, partial(report, "sound"), kept))
         return clips if request.count > 1 else clips[0]
 
+    def close(self) -> None:
+        """Free the pipeline's memory; this engine can't be used any more."""
+        self.pipe.close()
+
     def _recipes(
         self, plans: Sequence[ForeignPlan], request: Request, inputs: Inputs, able: Abilities,
         journals: Sequence[Journal], rewritten: dict[str, Any],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,6 +62,13 @@ class ForeignPipe:
             self._place(pipe)
             self._placed = pipe
         return pipe
+
+    def close(self) -> None:
+        """Free the weights; the pipeline can't be used any more."""
+        self.own = self._placed = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _place(self, pipe: Any) -> None:
         if self.device.type != "cuda" or self.offload == "none":

@@ -15,13 +15,11 @@ from vidgen.pipeline.journal.journal import Journal
 if TYPE_CHECKING:
     from vidgen.core.request import Request
     from vidgen.media.clip import Clip
-    from vidgen.pipeline.diffusers_backend.engine import ForeignEngine
-    from vidgen.pipeline.engine import Engine
-    from vidgen.pipeline.types import OnPreview
+    from vidgen.pipeline.types import AnyEngine, OnPreview
 
 
 def write_request(
-    engine: Engine | ForeignEngine, request: Request, path: Path, tell: OnEvent,
+    engine: AnyEngine, request: Request, path: Path, tell: OnEvent,
     told: Mapping[str, Any], cut: Callable[[Clip], Clip] | None = None,
     on_preview: OnPreview | None = None,
 ) -> None:
@@ -63,7 +61,7 @@ class EngineWork:
         model_sha256: that the model's files must have, wherever a worker runs; None: any.
     """
 
-    open_engine: Callable[[], Engine | ForeignEngine]
+    open_engine: Callable[[], AnyEngine]
     model_sha256: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,7 +70,7 @@ class EngineWork:
                 if not isinstance(getattr(type(self), name, None), cached_property)}
 
     @cached_property
-    def engine(self) -> Engine | ForeignEngine:
+    def engine(self) -> AnyEngine:
         """The one engine of all jobs.
 
         Raises:

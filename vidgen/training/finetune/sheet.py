@@ -25,7 +25,7 @@ from vidgen.media.grid import contact_sheet
 from vidgen.media.types import Frames
 from vidgen.models.lora import Adapter
 from vidgen.pipeline.codec import to_frames
-from vidgen.pipeline.engine import Engine, load
+from vidgen.pipeline.engine import Engine, load_own
 from vidgen.pipeline.model import log as engine_log
 from vidgen.pipeline.plan import make_plan
 from vidgen.training.data.dataset import Dataset
@@ -143,9 +143,8 @@ class Sheets:
 
     def _open(self, model: str) -> Engine:
         run = self.config.run
-        engine = load(model, device=run.device, dtype=run.dtype, offload="stage")
-        assert isinstance(engine, Engine), "open_trainable refuses others"
-        return engine
+        return load_own(model, "only the embedded model and the Wan family are fine-tuned",
+                        device=run.device, dtype=run.dtype, offload="stage")
 
     @cached_property
     def _examples(self) -> list[Example]:
