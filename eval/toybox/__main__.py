@@ -20,8 +20,8 @@ from rich.console import Console
 
 from eval.toybox.suite.run import Benchmark, run_toybox
 from eval.toybox.suite.table import table, weak_spots_table
-from vidgen.cli.devices import add_workers
 from vidgen.cli.main import ExitCode, parser_of
+from vidgen.cli.options import add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import OutputError
 from vidgen.core.runtime import atomic_write, check_output

@@ -18,7 +18,7 @@ from tests.programs import load_program
 from vidgen.cli.eval import SUFFIXES
 from vidgen.cli.generate import _NOT_OF_REQUEST, PIPE
 from vidgen.cli.main import VERBS, parser_of, verb_parser
-from vidgen.cli.naming import output_names
+from vidgen.cli.outputs import output_names
 from vidgen.core.config import build
 from vidgen.core.config_file import load_run
 from vidgen.core.request import Request

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidgen.cli import eval_temporal
-from vidgen.cli.parser import Parser
+from vidgen.cli.options import Parser, add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, OutputError, nearest
 
@@ -17,6 +18,10 @@ SUFFIXES = (".txt", ".json")
 """Of lists of prompts."""
 _SETTINGS = ("steps", "guidance", "shift", "sampler", "candidates", "binding", "frames", "size")
 _SHARED = {"benchmark", "output", "overwrite", "json", "events"}
+_OF_TEMPORAL = {
+    "videos", "network", "first_images", "prompt_suite", "augmentation", "workers", "ray",
+    "report",
+}  # fmt: skip
 _OF_PROMPTS = {
     "model", "seed", "seeds", "dtype", "network", "first_images", "augmentation", "report",
     "workers", "ray", "threads", *_SETTINGS,
@@ -52,7 +57,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--dtype", choices=("fp32", "bf16", "fp16"), help="prompts: of the computation")
     add("--results", action="append", default=[], metavar="FILE",
         help="leaderboard: results of temporal or of prompts; may be repeated")
-    eval_temporal.add_arguments(parser)
+    add("--videos", action="append", metavar="FOLDER",
+        help="temporal: clips to be measured; given again, the folders are compared")
+    add("--network", action="append", default=[], metavar="NAME=PATH",
+        help="temporal, prompts: a network of VBench's: dino, clip, dreamsim, raft, amt, "
+        "cotracker or i3d")
+    add("--first-images", metavar="FOLDER",
+        help="temporal, prompts: pictures with which the clips begin, named like their prompts")
+    add("--prompt-suite", metavar="FILE",
+        help="temporal: the prompts, one a line or VBench's JSON; other clips are left out")
+    add("--augmentation", default="none", metavar="TEXT",
+        help="temporal, prompts: how the prompts were reworded; recorded; default %(default)s")
+    add("--report", metavar="HTML", help="temporal, prompts: also write a page with charts")
+    add_workers(parser, "temporal, prompts: clips")
 
 
 def run(args: Namespace, report: Report) -> int:
@@ -63,7 +80,7 @@ def run(args: Namespace, report: Report) -> int:
         return _run_leaderboard(args, report)
     if Path(args.output).suffix != ".json":
         raise OutputError(f"results are JSON; {args.output} should end in .json")
-    return eval_temporal.run(args, report) if kind == "temporal" else _run_prompts(args, report)
+    return _run_temporal(args, report) if kind == "temporal" else _run_prompts(args, report)
 
 
 def _kind(benchmark: str) -> str:
@@ -82,12 +99,68 @@ def _refuse_others(args: Namespace, kind: str) -> None:
     parser = Parser("vidgen eval", DESCRIPTION)
     add_arguments(parser)
     heeded = {
-        "temporal": eval_temporal.OPTIONS, "prompts": _OF_PROMPTS, "leaderboard": {"results"},
+        "temporal": _OF_TEMPORAL, "prompts": _OF_PROMPTS, "leaderboard": {"results"},
     }[kind]  # fmt: skip
     for name, value in vars(args).items():
         if name not in heeded | _SHARED and value != parser.get_default(name):
             option = name.replace("_", "-")
             raise InputError(f"--{option} has no meaning for suite {args.benchmark}; leave it out")
+
+
+def _run_temporal(args: Namespace, report: Report) -> int:
+    """Measure clips; 1 if one couldn't be measured."""
+    from vidgen.evaluation.temporal.run import TemporalRun, run_temporal
+
+    run_of = TemporalRun(
+        tuple(args.videos or ()), tuple(args.network), args.first_images, args.prompt_suite,
+        args.augmentation, args.workers, args.ray,
+    )  # fmt: skip
+    _check_outputs(args, len(run_of.videos))
+    return _write_results(run_temporal(run_of, args.output, report), args, report)
+
+
+def _check_outputs(args: Namespace, num_folders: int) -> None:
+    """Refuse outputs that can't be written, before anything is measured."""
+    from vidgen.core.runtime import check_output
+
+    for path in (args.output, args.report, *_layout_paths(Path(args.output), num_folders)):
+        if path is not None:
+            check_output(path, overwrite=args.overwrite)
+    if args.report is not None and Path(args.report).suffix != ".html":
+        raise OutputError(f"the report is HTML; {args.report} should end in .html")
+
+
+def _write_results(result: dict[str, Any], args: Namespace, report: Report) -> int:
+    """Write results, VBench's layout and the page; show tables; 1 if a clip has no scores."""
+    from rich.console import Console
+
+    from vidgen.core.runtime import atomic_write
+    from vidgen.evaluation.temporal.report import page
+    from vidgen.evaluation.temporal.summary import tables
+
+    layouts = _layout_paths(Path(args.output), len(result["folders"]))
+    for path, folder in zip(layouts, result["folders"], strict=True):
+        atomic_write(path, (json.dumps(folder["dimensions"], indent=4) + "\n").encode())
+        report({"event": "written", "path": str(path)})
+    if args.report is not None:
+        atomic_write(args.report, page(result).encode())
+        report({"event": "written", "path": args.report})
+    atomic_write(args.output, (json.dumps(result, indent=1) + "\n").encode())
+    report({"event": "written", "path": args.output})
+    report.result(result, args.output)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 132)
+    for table in tables(result):
+        console.print(table)
+    failed = [(folder, *why) for folder in result["folders"] for why in folder["failed"].items()]
+    for folder, name, why in failed:
+        print(f"not measured: {folder['path']}/{name}: {why}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _layout_paths(output: Path, num_folders: int) -> list[Path]:
+    """Where VBench's layout goes, one file a folder."""
+    numbers = [""] if num_folders == 1 else [f"_{n}" for n in range(1, num_folders + 1)]
+    return [output.with_name(f"{output.stem}{number}_eval_results.json") for number in numbers]
 
 
 def _run_prompts(args: Namespace, report: Report) -> int:
@@ -101,8 +174,8 @@ def _run_prompts(args: Namespace, report: Report) -> int:
         tuple(args.network), args.first_images, args.augmentation,
         Staff(args.workers, args.ray, args.threads),
     )  # fmt: skip
-    eval_temporal.check_outputs(args, 1)
-    return eval_temporal.write_results(run_suite(run_of, args.output, report), args, report)
+    _check_outputs(args, 1)
+    return _write_results(run_suite(run_of, args.output, report), args, report)
 
 
 def _run_leaderboard(args: Namespace, report: Report) -> int:

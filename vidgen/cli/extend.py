@@ -9,16 +9,16 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.devices import add_devices, add_tiles, choose_devices, share_threads
 from vidgen.cli.generate import add_sound, judged
-from vidgen.cli.report import Report
-from vidgen.cli.resume import (
+from vidgen.cli.options import add_devices, add_tiles, choose_devices, share_threads
+from vidgen.cli.outputs import (
     add_resume,
     as_it_began,
     journals_of_outputs,
     seed_of,
     told_how_to_go_on,
 )
+from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
 from vidgen.core.request import LOADING, Request
 

@@ -12,15 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidgen.cli.devices import add_devices, add_tiles, choose_devices, share_threads
-from vidgen.cli.naming import choose_seed, clip_seeds, output_names
-from vidgen.cli.report import Report
-from vidgen.cli.resume import (
+from vidgen.cli.options import add_devices, add_tiles, choose_devices, share_threads
+from vidgen.cli.outputs import (
     add_resume,
     as_it_began,
+    choose_seed,
+    clip_seeds,
     journals_of_outputs,
+    output_names,
     told_how_to_go_on,
 )
+from vidgen.cli.report import Report
 from vidgen.core.errors import InputError
 from vidgen.core.request import LOADING, SILENT, Request
 

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from vidgen import __version__
-from vidgen.cli.parser import Parser
+from vidgen.cli.options import Parser
 from vidgen.cli.report import Report, print_line
 from vidgen.core.errors import InputError, VidgenError, nearest
 from vidgen.core.runtime import attention_by, given_rank

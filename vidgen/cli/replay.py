@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import generate
-from vidgen.cli.parser import Parser
+from vidgen.cli.options import Parser
+from vidgen.cli.outputs import add_resume, journals_of_outputs, told_how_to_go_on
 from vidgen.cli.report import Report
-from vidgen.cli.resume import add_resume, journals_of_outputs, told_how_to_go_on
 from vidgen.core.errors import InputError, nearest
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli.assembly import add_exports, describing, make_film, settle
-from vidgen.cli.devices import add_tiles, add_workers
+from vidgen.cli.options import add_tiles, add_workers
 from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, VidgenError
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import generate
-from vidgen.cli.devices import choose_devices, share_threads
-from vidgen.cli.naming import output_names
+from vidgen.cli.options import choose_devices, share_threads
+from vidgen.cli.outputs import as_it_began, output_names, told_how_to_go_on
 from vidgen.cli.replay import typed_options
 from vidgen.cli.report import Report
-from vidgen.cli.resume import as_it_began, told_how_to_go_on
 from vidgen.core.errors import InputError
 from vidgen.core.request import LOADING
 from vidgen.core.runtime import given_rank, slug
