@@ -18,13 +18,13 @@ from vidgen.diffusion.cache import Magnitudes, StepCaches
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.pipeline import engine as video
-from vidgen.pipeline.budget.preflight import Asked
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.parallel.crew import Crew, start_crew
 from vidgen.pipeline.replay import loading_from_recipe
 from vidgen.pipeline.step_caches import make_caches, write_magnitudes
+from vidgen.pipeline.types import Asked
 from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces across the desert"

@@ -31,14 +31,13 @@ from vidgen.diffusion.state import LatentState, new_state
 from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo
 from vidgen.pipeline import denoise as networks
-from vidgen.pipeline.budget.estimate import estimate
-from vidgen.pipeline.budget.job import Job
-from vidgen.pipeline.budget.passes import count_passes
-from vidgen.pipeline.budget.stages import Setup
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.memory import estimate
+from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.plan import settle
+from vidgen.pipeline.types import Setup
 
 STRIDES = Strides(4, 8)
 PROMPT = "a red car bounces"
@@ -384,9 +383,9 @@ def test_finer_frames_cost_time_and_memory(engine: Engine) -> None:
         plan = settle(engine.folder, request)
         made = estimate(engine.folder, plan, request, setup)
         stages.append({stage.name: stage for stage in made.stages})
-        job = Job(engine.folder, plan, request, setup, {}, ".mp4")
-        assert job.passes.windows == (4,)
-        assert job.passes.drawn == (6 if oversampling == 2 else 4,)  # a still stays one
+        (window,) = count_passes(engine.folder, plan, request).windows
+        assert window.frames == 4
+        assert window.drawn == (6 if oversampling == 2 else 4)  # a still stays one
     plain, finer = stages
     assert plain["denoise"].seconds < finer["denoise"].seconds < 2 * plain["denoise"].seconds
     assert plain["decode"].seconds < finer["decode"].seconds <= 2 * plain["decode"].seconds

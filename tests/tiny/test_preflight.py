@@ -19,9 +19,9 @@ from PIL import Image
 from tests.live import Live
 from tests.lora_models import make_adapter
 from tests.models import build_tiny_model
-from tests.tiny.test_calibration import RATES
+from tests.tiny.test_timing import RATES
 from vidgen.cli.main import main
-from vidgen.cli.report import Report
+from vidgen.cli.report import Report, duration_text, long_text
 from vidgen.core.errors import InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.runtime import size_text
@@ -30,19 +30,16 @@ from vidgen.media.clip import Clip
 from vidgen.media.types import ClipInfo
 from vidgen.models.presets import VAE_PRESETS
 from vidgen.models.vae import CausalVAE
-from vidgen.pipeline.budget import calibration
-from vidgen.pipeline.budget.estimate import estimate
-from vidgen.pipeline.budget.job import Job
-from vidgen.pipeline.budget.memory import KERNELS_BYTES
-from vidgen.pipeline.budget.passes import count_passes
-from vidgen.pipeline.budget.preflight import choose, preflight
-from vidgen.pipeline.budget.stages import Setup, duration_text, long_text
-from vidgen.pipeline.budget.workload import refine_bytes
+from vidgen.pipeline import timing
 from vidgen.pipeline.engine import load
 from vidgen.pipeline.few_steps import with_student
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.loader import EXPERTS
+from vidgen.pipeline.memory import KERNELS_BYTES, estimate, refine_bytes
+from vidgen.pipeline.passes import count_passes
 from vidgen.pipeline.plan import make_plan, require_own_model, settle
+from vidgen.pipeline.setups import choose, preflight
+from vidgen.pipeline.types import Setup
 from vidgen.weights.folder import ForeignFolder, StudentConfig
 from vidgen.weights.layouts import open_model
 from vidgen.weights.student import write_student
@@ -90,7 +87,6 @@ def test_work_and_memory_grow_as_they_should(tiny_model):
     assert made.total_s == sum(stage.seconds for stage in made.stages)
     assert made.peak_bytes >= KERNELS_BYTES + folder.components["transformer"].store.num_bytes
     longer = estimate(*planned(tiny_model, frames=17), FP32)
-    assert longer.stages[4].bytes == of["decode"].bytes, "a stream's memory knows no length"
     assert longer.stages[4].seconds > 1.5 * of["decode"].seconds
     twice = estimate(*planned(tiny_model, steps=4), FP32)
     assert twice.stages[3].seconds == pytest.approx(2 * of["denoise"].seconds)
@@ -107,6 +103,7 @@ def test_a_long_clip_is_counted_by_its_windows(tiny_model):
         for n in (41, 65)  # windows of 5 latent frames, 3 and 5 of them
     )
     assert long["denoise"].bytes == longer["denoise"].bytes == whole["denoise"].bytes
+    assert long["decode"].bytes == longer["decode"].bytes, "a stream's memory knows no length"
     assert long["denoise"].seconds == pytest.approx(3 * whole["denoise"].seconds)
     assert longer["denoise"].seconds == pytest.approx(5 * whole["denoise"].seconds)
 
@@ -157,8 +154,8 @@ def test_windows_are_those_that_are_made(tiny_model, tmp_path, monkeypatch):
         counted = count_passes(engine.folder, engine.plan(request, inputs), request)
         clip = engine.generate(request)
         made = sum(len(chunk) for chunk in clip.chunks())
-        assert list(counted.windows) == seen
-        assert list(counted.has_given) == has_given
+        assert [window.frames for window in counted.windows] == seen
+        assert [window.has_given for window in counted.windows] == has_given
         assert sorted(counted.encoded) == sorted(encoded)
         assert counted.refined == len(begun)
         assert counted.kept == made - (inputs.ending.num_frames if "prefix" in options else 0)
@@ -250,19 +247,24 @@ def test_an_expert_that_rests_is_not_counted(kind, options, experts, tmp_path, r
     asked = Request.of("a cat", {"seed": 1, **options})
     folder = open_model(str(folder.path))
     plan = with_student(make_plan(asked, folder), asked, folder)
-    job = Job(folder, plan, asked, Setup(CPU, "fp32", "stage"), {}, ".mp4")
-    assert job.experts == experts
+    kept, loaded = (
+        {stage.name: stage.seconds for stage in
+         estimate(folder, plan, asked, Setup(CPU, "fp32", offload)).stages}["denoise"]
+        for offload in ("none", "stage")
+    )
+    read = sum(folder.components[role].store.num_bytes for role in experts)
+    assert loaded - kept == pytest.approx(read / timing.LOAD_BYTES_PER_S)
 
 
 def test_an_engine_is_told_quickly_and_measures_nothing(tiny_model, monkeypatch):
-    monkeypatch.setattr(calibration, "_measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(timing, "_measure", lambda *_: pytest.fail("measured"))
     engine = load(str(tiny_model), dtype="fp32")
     request = Request.of("a cat", {"seed": 1})
     plan = engine.plan(*engine.read(request))
     times = []
     for _ in range(3):
         start = time.process_time()
-        made = preflight(engine, plan, request)
+        made = preflight(engine.parts, plan, request, engine.asked)
         times.append(time.process_time() - start)
     assert min(times) < 0.05
     assert not made.measured
@@ -273,13 +275,13 @@ def test_what_cannot_fit_is_refused_naming_what_would(tiny_model, monkeypatch):
     request = Request.of("a cat", {"seed": 1, "size": "512x512", "frames": 33, "tiles": "none"})
     plan = engine.plan(*engine.read(request))
     have = estimate(*planned(tiny_model, size="128x128", frames=33), FP32).peak_bytes
-    monkeypatch.setattr("vidgen.pipeline.budget.preflight.available_memory", lambda _: have)
+    monkeypatch.setattr("vidgen.pipeline.setups.available_memory", lambda _: have)
     with pytest.raises(ModelError, match=r"33 frames of 512x512 needs .* are free; what would fit"
                                          r".*--size 1\d\dx1\d\d") as refused:
-        preflight(engine, plan, request)
+        preflight(engine.parts, plan, request, engine.asked)
     size = re.search(r"--size (\d+x\d+)", str(refused.value))[1]
     smaller = Request.of("a cat", {"seed": 1, "size": size, "frames": 33})
-    preflight(engine, engine.plan(*engine.read(smaller)), smaller)
+    preflight(engine.parts, engine.plan(*engine.read(smaller)), smaller, engine.asked)
 
 
 def test_the_setup_is_chosen_to_fit(tiny_model):
@@ -303,19 +305,19 @@ def test_an_engine_left_to_choose_takes_what_fits_each_clip(tiny_model, monkeypa
     need = estimate(*planned(tiny_model, size="96x96", steps=1), FP32).peak_bytes
     loaded = load(str(tiny_model), dtype="fp32")
     held = sum(loaded.parts.needed_bytes(role, offload="stage") for role in loaded.parts.resident)
-    monkeypatch.setattr("vidgen.pipeline.budget.preflight.available_memory",
+    monkeypatch.setattr("vidgen.pipeline.setups.available_memory",
                         lambda _: need - 1 - held)
     told = []
     clip = loaded.generate("a cat", seed=1, size="96x96", steps=1, on_estimate=told.append)
     assert loaded.offload == told[0].setup.offload == clip.recipe["offload"] == "stage"
     assert "--offload stage was chosen: --dtype fp32 --offload none needs" in told[0].choice
     assert len(clip.frames) == clip.num_frames
-    monkeypatch.setattr("vidgen.pipeline.budget.preflight.available_memory", lambda _: 1 << 40)
+    monkeypatch.setattr("vidgen.pipeline.setups.available_memory", lambda _: 1 << 40)
     loaded.generate("a cat", seed=1, steps=1, on_estimate=told.append)
     assert loaded.offload == "none"
     assert not told[1].choice
     fixed = load(str(tiny_model), dtype="fp32", offload="none")
-    monkeypatch.setattr("vidgen.pipeline.budget.preflight.available_memory",
+    monkeypatch.setattr("vidgen.pipeline.setups.available_memory",
                         lambda _: need - 1 - held)
     with pytest.raises(ModelError, match="what would fit: --dtype fp32 --offload stage"):
         fixed.generate("a cat", seed=1, size="96x96", steps=1)
@@ -323,7 +325,7 @@ def test_an_engine_left_to_choose_takes_what_fits_each_clip(tiny_model, monkeypa
 
 def test_the_command_prints_all(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(calibration, "_measure", lambda *_: RATES)
+    monkeypatch.setattr(timing, "_measure", lambda *_: RATES)
     words = ["plan", "a cat", "--model", str(tiny_model)]
     assert main([*words, "--json"]) == 0
     out, err = capsys.readouterr()
@@ -372,7 +374,7 @@ def test_a_long_run_is_told_before_it_begins_and_not_refused(tiny_model, capsys)
     assert short.disk_bytes == 2 * (9 * 32 * 32 // 4 + 4 * (1 + 4) * latents)
     assert told(cache="forecast")[0].disk_bytes > short.disk_bytes
     assert told(count=3)[0].disk_bytes == 3 * short.disk_bytes
-    long, err = told(seconds=3600, fps=240)
+    long, err = told(seconds=3600, fps=240, steps=100)
     (line,) = err.splitlines()  # and none where all is done
     assert "for 864000 frames" in line
     assert f"up to {size_text(long.disk_bytes)} on the disk, by an ordinary core's rates" in line

@@ -18,16 +18,16 @@ from vidgen.core.request import Request
 from vidgen.core.shapes import Tiles
 from vidgen.media.clip import Clip
 from vidgen.models.vae_tiles import grids
-from vidgen.pipeline.budget import preflight
-from vidgen.pipeline.budget.estimate import estimate
-from vidgen.pipeline.budget.preflight import choose
-from vidgen.pipeline.budget.stages import Setup
+from vidgen.pipeline import setups
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal.journal import Journal
+from vidgen.pipeline.memory import estimate
 from vidgen.pipeline.parallel import stretches
 from vidgen.pipeline.parallel.crew import start_crew
 from vidgen.pipeline.plan import settle
 from vidgen.pipeline.replay import request_from_recipe
+from vidgen.pipeline.setups import choose
+from vidgen.pipeline.types import Asked, Setup
 from vidgen.weights.layouts import open_model
 
 PROMPT = "a red car bounces across the desert"
@@ -85,7 +85,7 @@ def test_frames_dont_depend_on_where_decoding_begins_nor_on_devices(
     assert all(map(torch.equal, alone[50:], engine.decode_video(latents, 1 + 49 * 4, tiles)))
     crew = start_crew(2, CPU)
     try:
-        both = Engine(open_model(str(tiny_model)), CPU, preflight.Asked("none", "fp32"), crew=crew)
+        both = Engine(open_model(str(tiny_model)), CPU, Asked("none", "fp32"), crew=crew)
         shared = [*both.decode_video(latents, 0, tiles)]
         assert crew._coming is not None, "too short to be shared"
     finally:
@@ -131,7 +131,7 @@ def test_a_clip_that_was_cut_goes_on_cut(
     wholes = [estimate(engine.folder, plan, request, replace(setup, offload=offload)).peak_bytes
               for offload in ("none", "stage", "block")]
     held = sum(engine.parts.needed_bytes(role, offload="stage") for role in engine.parts.resident)
-    monkeypatch.setattr(preflight, "available_memory", lambda _: min(wholes) - 1 - held)
+    monkeypatch.setattr(setups, "available_memory", lambda _: min(wholes) - 1 - held)
     told, journal = [], Journal(tmp_path / "clip.mkv")
     straight = engine.generate(request, on_estimate=told.append)
     tiles = told[0].setup.tiles
@@ -140,7 +140,7 @@ def test_a_clip_that_was_cut_goes_on_cut(
     with journal.running(straight.recipe):
         journal.keep_latents(straight.latents)
         journal.pause()
-    monkeypatch.setattr(preflight, "available_memory", lambda _: 1 << 40)
+    monkeypatch.setattr(setups, "available_memory", lambda _: 1 << 40)
     resumed = engine.generate(request, journal=Journal(tmp_path / "clip.mkv", resume=True))
     assert resumed.recipe["plan"]["tiles"] == straight.recipe["plan"]["tiles"]
     assert np.array_equal(resumed.frames, straight.frames)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vidgen.pipeline.budget.eta import Clock, ManyClock
+from vidgen.pipeline.eta import Clock
 
 STAGES = {"load": 5.0, "text": 10.0, "prepare": 0.0, "denoise": 80.0, "decode": 20.0, "mux": 10.0}
 
@@ -91,7 +91,7 @@ def test_what_an_earlier_run_did_takes_no_time():
 
 def test_clips_beside_each_other_count_by_what_they_take():
     hand = Hand()
-    clock = ManyClock([estimated(), estimated(), estimated()], now=hand)
+    clock = Clock([estimated(), estimated(), estimated()], parallel=True, now=hand)
     assert clock("prompt", 0, 1, 1) == {"fraction": 0.0, "eta_s": None}
     hand.now = 60.0
     half = clock("sample", 40, 80, 1)  # 50 of 120 seconds, of three clips

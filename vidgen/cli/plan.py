@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidgen.cli import generate
-from vidgen.cli.report import Report
+from vidgen.cli.report import LONG_S, Report, duration_text
 
 if TYPE_CHECKING:
     import torch
 
-    from vidgen.pipeline.budget.calibration import Calibration
-    from vidgen.pipeline.budget.stages import Estimate
+    from vidgen.pipeline.timing import Rates
+    from vidgen.pipeline.types import Estimate
 
 DESCRIPTION = (
     "Tell the time and memory that `vidgen generate` with the same options will take. The first "
@@ -33,10 +32,10 @@ def run(args: Namespace, report: Report) -> int:
 
     from vidgen.core.request import Request
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
-    from vidgen.pipeline.budget.preflight import choose
     from vidgen.pipeline.loader import DTYPES, Parts
     from vidgen.pipeline.plan import require_models, require_own_model, settle
     from vidgen.pipeline.policy import enforce, policy_from_environment
+    from vidgen.pipeline.setups import choose
     from vidgen.weights.layouts import open_model
     from vidgen.weights.published import is_here, published
 
@@ -57,8 +56,7 @@ def run(args: Namespace, report: Report) -> int:
     used = {kind, Parts(folder, device, kind).dtype_of("vae")}
     rates = {each: _rates(device, each, report) for each in used}
     have = available_memory(device)
-    suffix = Path(args.output).suffix if args.output else ".mp4"
-    made = choose(folder, plan, request, device, have, rates=rates, dtype=dtype, suffix=suffix)
+    made = choose(folder, plan, request, device, have, rates=rates, dtype=dtype)
     if (args.devices or 1) > 1:
         report({"event": "note", "text": "time and memory are those of one device alone"})
     report.result({**made.as_data(), "available_bytes": have, "model": folder.name,
@@ -67,21 +65,20 @@ def run(args: Namespace, report: Report) -> int:
     return 0
 
 
-def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Calibration:
+def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Rates:
     """The machine's rates, measured if they never were."""
-    from vidgen.pipeline.budget.calibration import cached_calibration, calibrate
+    from vidgen.pipeline.timing import known_rates, measure_rates
 
-    found = cached_calibration(device, dtype)
+    found = known_rates(device, dtype)
     if found is None:
         name = str(dtype).removeprefix("torch.")
         report({"event": "note", "text": f"measuring this machine in {name}, once"})
-        found = calibrate(device, dtype)
+        found = measure_rates(device, dtype)
     return found
 
 
 def _table(made: Estimate, have: int | None) -> str:
     from vidgen.core.runtime import size_text
-    from vidgen.pipeline.budget.stages import LONG_S, duration_text
 
     rows: list[tuple[str, float, Any]] = [(s.name, s.seconds, s.bytes) for s in made.stages]
     rows.append(("whole", made.total_s, made.peak_bytes))

@@ -21,13 +21,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vidgen.core.errors import InputError, OutputError
+from vidgen.core.runtime import size_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, Task, TaskID
 
     from vidgen.media.clip import Clip
-    from vidgen.pipeline.budget.eta import Clock, ManyClock
-    from vidgen.pipeline.budget.stages import Estimate
+    from vidgen.pipeline.eta import Clock
+    from vidgen.pipeline.types import Estimate
+
+LONG_S = 600.0
+"""Runs that take longer are announced before they begin."""
 
 
 class Report:
@@ -47,7 +51,7 @@ class Report:
         self._noted: list[str] = []  # before work began
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._clock: Clock | ManyClock | None = None
+        self._clock: Clock | None = None
 
     def __enter__(self) -> Report:
         if self._events_path == "-":
@@ -108,14 +112,12 @@ class Report:
     ) -> None:
         """Tell from here on what share is done and how long the rest takes; a long run, at once.
 
-        See `Clock`, and `ManyClock` for clips that are made `beside` each other.
+        See `Clock`; clips that are made `beside` each other are `parallel` there.
         """
-        from vidgen.pipeline.budget.eta import Clock, ManyClock
-        from vidgen.pipeline.budget.stages import long_text
+        from vidgen.pipeline.eta import Clock
 
         each = made if isinstance(made, Sequence) else [made]
-        self._clock = ManyClock(each) if beside else Clock(
-            made, num_clips, done=done, one_by_one=one_by_one)
+        self._clock = Clock(made, num_clips, done=done, one_by_one=one_by_one, parallel=beside)
         for choice in dict.fromkeys(one.choice for one in each if one.choice):
             self({"event": "note", "text": choice})
         if len(done) < num_clips and (text := long_text(each, beside=beside)):
@@ -232,3 +234,30 @@ def _left_column() -> ProgressColumn:
             return Text(f"{hours}:{minutes:02}:{seconds:02} left", style="progress.remaining")
 
     return Left()
+
+
+def long_text(made: Sequence[Estimate], *, beside: bool = False) -> str | None:
+    """What a run takes in time, frames and room on the disk, in a line; None for a short one.
+
+    Args:
+        made: what its clips take.
+        beside: whether several are made at a time, so that all is over sooner.
+    """
+    seconds = sum(each.total_s for each in made)
+    if seconds <= LONG_S:
+        return None
+    frames, disk = (sum(getattr(each, name) for each in made)
+                    for name in ("kept_frames", "disk_bytes"))
+    guess = "" if all(each.measured for each in made) else (
+        ", by an ordinary core's rates: `vidgen plan` measures this machine's")
+    work = " of work, shared by the workers," if beside else ""
+    return (f"this takes about {duration_text(seconds)}{work} for {frames} frames, and up to "
+            f"{size_text(disk)} on the disk{guess}")
+
+
+def duration_text(seconds: float) -> str:
+    """A time for people, from minutes on."""
+    for unit, length in (("days", 86400), ("hours", 3600)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 60:.0f} minutes"

@@ -16,7 +16,7 @@ from vidgen.cli.report import Report
 from vidgen.core.errors import InputError, VidgenError
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.budget.stages import Estimate
+    from vidgen.pipeline.types import Estimate
     from vidgen.pipeline.workers.types import Staff
     from vidgen.story.edit import Edit
     from vidgen.story.film import FilmPlan, ShotPlan, Take

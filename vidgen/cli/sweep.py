@@ -25,7 +25,7 @@ from vidgen.core.runtime import given_rank, slug
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
-    from vidgen.pipeline.budget.stages import Estimate
+    from vidgen.pipeline.types import Estimate
 
 DESCRIPTION = "Make a clip under several settings, the seed locked: one labelled sheet, one video."
 MAX_CELLS = 100
@@ -293,8 +293,8 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
 def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
     """What each clip takes; nothing of a model of which nothing is known."""
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
-    from vidgen.pipeline.budget.preflight import choose
     from vidgen.pipeline.plan import settle
+    from vidgen.pipeline.setups import choose
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.layouts import open_model
 

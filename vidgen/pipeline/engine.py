@@ -28,12 +28,11 @@ from vidgen.media.clip import Clip
 from vidgen.media.manifest import Signing
 from vidgen.media.provenance import stamped
 from vidgen.ops.attention import asked_backend, require_backend
-from vidgen.pipeline.budget.preflight import Asked, preflight
 from vidgen.pipeline.experts import read_loras
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.journal.recall import journals_of
-from vidgen.pipeline.loader import DTYPES, Offload
+from vidgen.pipeline.loader import DTYPES
 from vidgen.pipeline.making import Making
 from vidgen.pipeline.model import OpenedModel
 from vidgen.pipeline.parallel.crew import start_crew
@@ -41,15 +40,25 @@ from vidgen.pipeline.policy import Policy, policy_from_environment
 from vidgen.pipeline.preview import Glimpses
 from vidgen.pipeline.recipe import make_recipe
 from vidgen.pipeline.rewrite import settle_texts
+from vidgen.pipeline.setups import preflight
 from vidgen.pipeline.sound.own_sound import sound_plan
 from vidgen.pipeline.sound.soundtrack import make_soundtrack
 from vidgen.pipeline.tasks import SOUND, check_tasks
-from vidgen.pipeline.types import AnyEngine, Contexts, OnPreview, Plan, Progress, Reporter
+from vidgen.pipeline.types import (
+    AnyEngine,
+    Asked,
+    Contexts,
+    Offload,
+    OnPreview,
+    Plan,
+    Progress,
+    Reporter,
+)
 from vidgen.weights.folder import ForeignFolder
 from vidgen.weights.layouts import open_model
 
 if TYPE_CHECKING:
-    from vidgen.pipeline.budget.stages import Estimate
+    from vidgen.pipeline.types import Estimate
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)
@@ -202,7 +211,8 @@ class Engine(OpenedModel):
             option = "preview" if previewed else "devices"
             raise InputError(f"{option} doesn't go with roll, which makes a clip while it is "
                              "written, on one device; leave one of them out")
-        estimate = preflight(self, plan, request)
+        estimate = preflight(self.parts, plan, request, self.asked)
+        self.adopt(estimate.setup)
         if request.strict:
             require_backend(asked_backend(), self.device, DTYPES[self.dtype])
         if on_estimate is not None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError, ModelError, nearest
 from vidgen.core.runtime import available_memory, reuse_freed_memory, size_text
+from vidgen.pipeline.types import Offload
 from vidgen.weights.component import fp32_parts
 from vidgen.weights.load import trim_memory
 from vidgen.weights.quantize import require_torchao
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.quantize import Quantization
 
-Offload = Literal["none", "stage", "block"]
 EXPERTS: tuple[ExpertRole, ...] = ("transformer", "transformer_2")
 STREAMED: tuple[Role, ...] = (*EXPERTS, "text_encoder")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

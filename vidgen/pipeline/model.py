@@ -31,7 +31,6 @@ from vidgen.models.text import NOTHING
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae import VAEConfig
 from vidgen.pipeline.bound import VERIFIER, Bound, is_bindable, told_apart
-from vidgen.pipeline.budget.preflight import Asked, first_setup
 from vidgen.pipeline.codec import (
     decode_latents,
     encode_pixels,
@@ -50,13 +49,14 @@ from vidgen.pipeline.parallel.crew import Crew, devices_of
 from vidgen.pipeline.plan import require_own, settled
 from vidgen.pipeline.policy import Policy
 from vidgen.pipeline.prompts import PromptEncoder
+from vidgen.pipeline.setups import first_setup
 from vidgen.pipeline.step_caches import carrying, make_caches
-from vidgen.pipeline.types import NO_LORAS, Contexts, Loras, Plan
+from vidgen.pipeline.types import NO_LORAS, Asked, Contexts, Loras, Plan
 from vidgen.weights.folder import ModelFolder
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
-    from vidgen.pipeline.budget.stages import Setup
+    from vidgen.pipeline.types import Setup
     from vidgen.weights.quantize import Quantization
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from vidgen.core.errors import InputError
 
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from vidgen.media.clip import Clip
     from vidgen.media.types import Frames
     from vidgen.models.lora import Adapter
-    from vidgen.pipeline.budget.stages import Estimate
     from vidgen.pipeline.journal.journal import Journal
     from vidgen.weights.component import ExpertRole, Role
     from vidgen.weights.folder import ForeignFolder, ModelFolder, RollConfig, StudentConfig
+    from vidgen.weights.quantize import Quantization
 
 Number = TypeVar("Number", int, float)
+
+Offload = Literal["none", "stage", "block"]
+"""How much of a model is in memory at once: all, what the stage at work needs, or two blocks."""
 
 Contexts = Sequence[tuple["Tensor", "Tensor"]]
 """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
@@ -218,6 +221,91 @@ class Plan:
     def roll(self) -> RollConfig | None:
         """How the clip is rolled out, or None where it is made in windows."""
         return None if self.student is None else self.student.roll
+
+
+class Asked(NamedTuple):
+    """How a person asked an engine to run; None is left to choose."""
+
+    offload: Offload | None
+    dtype: str | None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how a model runs; `tiles` of the VAE's pictures, None for the whole."""
+
+    device: torch.device
+    dtype: str
+    offload: Offload = "none"
+    quantize: Quantization | None = None
+    tiles: Tiles | None = None
+
+    @property
+    def words(self) -> str:
+        """The command line's options that give it."""
+        words = [f"--dtype {self.dtype}", f"--offload {self.offload}"]
+        words += [f"--quantize {self.quantize}"] if self.quantize else []
+        return " ".join(words + ([f"--tiles {self.tiles}"] if self.tiles else []))
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """A stage of a generation: its time, of all clips, and what it holds at its fullest."""
+
+    name: str
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a generation will take.
+
+    Attributes:
+        stages: "load", "text", "prepare", "denoise", "sound" if the model makes any, "decode",
+            "mux", in order. Decoding and muxing overlap: "mux" is the time that it adds.
+        setup: that it holds for.
+        encoder_s: what encoding the video takes in all, most of it while frames are decoded.
+        kept_frames: that are written, of all clips.
+        disk_bytes: at most, of all clips as .mp4 and of their journals.
+        measured: False where this machine was never measured: then the seconds are only weights.
+        notes: what is not counted.
+        choice: what was chosen to make it fit, in words; empty where nothing had to be.
+    """
+
+    stages: tuple[StageEstimate, ...]
+    setup: Setup
+    encoder_s: float
+    kept_frames: int
+    disk_bytes: int
+    measured: bool
+    notes: tuple[str, ...] = ()
+    choice: str = ""
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes above what the program has after its imports, at the fullest moment."""
+        return max(stage.bytes for stage in self.stages)
+
+    def as_data(self) -> dict[str, Any]:
+        """JSON data."""
+        import torch
+
+        return {
+            "stages": [vars(stage) for stage in self.stages], "total_s": self.total_s,
+            "encoder_s": self.encoder_s, "peak_bytes": self.peak_bytes,
+            "disk_bytes": self.disk_bytes, "measured": self.measured,
+            "dtype": self.setup.dtype, "offload": self.setup.offload,
+            "quantize": self.setup.quantize, "device": str(self.setup.device),
+            "tiles": None if self.setup.tiles is None else str(self.setup.tiles),
+            "threads": torch.get_num_threads(),
+            "notes": list(self.notes), "choice": self.choice,
+        }
 
 
 def asked_or_own(

@@ -75,8 +75,8 @@ class Checker:
         Raises:
             InputError: what can't be made or read, or is more than may be asked.
         """
-        from vidgen.pipeline.budget.preflight import choose
         from vidgen.pipeline.plan import settle
+        from vidgen.pipeline.setups import choose
         from vidgen.pipeline.sound.soundtrack import make_soundtrack
         from vidgen.pipeline.tasks import SOUND
         from vidgen.server.making import request_of

@@ -21,7 +21,7 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.request import OWN_FILE
 from vidgen.core.runtime import available_memory
 from vidgen.media.probe import read_recipe
-from vidgen.pipeline.budget.eta import Clock
+from vidgen.pipeline.eta import Clock
 from vidgen.server.layout import (
     FILM,
     FILM_SHOTS,

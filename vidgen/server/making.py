@@ -31,8 +31,8 @@ from vidgen.media.checks import as_data
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
-from vidgen.pipeline.budget.eta import Clock
 from vidgen.pipeline.engine import Engine
+from vidgen.pipeline.eta import Clock
 from vidgen.pipeline.journal.job import job_folder, remove_job
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.long.continuation import at_own_size, lengthened, own_options, rate_of_still

@@ -24,11 +24,11 @@ from vidgen.core.runtime import sha256_file
 from vidgen.core.shapes import check_num_frames, nearest_sizes, num_frames_for_seconds
 from vidgen.media.read import check_image
 from vidgen.models.tokenizer import PromptTokenizer
-from vidgen.pipeline.budget.preflight import choose
 from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.long.tail import OVERLAP
 from vidgen.pipeline.plan import make_plan, require_own_model, require_short
 from vidgen.pipeline.policy import Policy, enforce, require_allowed
+from vidgen.pipeline.setups import choose
 from vidgen.pipeline.tasks import check_tasks
 from vidgen.story.elements import ShotFrame
 from vidgen.story.film import Expansion, FilmPlan, Part, ShotPlan, Take
@@ -39,7 +39,7 @@ from vidgen.weights.lora import parse_option
 if TYPE_CHECKING:
     import torch
 
-    from vidgen.pipeline.budget.stages import Estimate
+    from vidgen.pipeline.types import Estimate
     from vidgen.weights.folder import ForeignFolder, ModelFolder
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def estimates(
             asked = replace(request, offload=offload, **film.loading)
             try:
                 known[shape] = choose(film.folder, make_plan(request, film.folder), asked, device,
-                                      have, dtype=dtype, suffix=film.suffix)
+                                      have, dtype=dtype)
             except ModelError as error:
                 raise ModelError(f"{film.script.where(plan.shot)}: {error}") from None
         yield known[shape]

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from vidgen.models.dit import SpacetimeDiT
-from vidgen.pipeline.budget.workload import transformer_ops
+from vidgen.pipeline.timing import transformer_ops
 from vidgen.training.config import RunConfig
 from vidgen.training.engines.zero import ZeroSettings, read_settings
 
@@ -238,13 +238,8 @@ def _at_work(dit: SpacetimeDiT, zero: ZeroSettings | None, *, bf16: bool) -> int
 
 def _flops(dit: SpacetimeDiT, sample: Sample) -> float:
     """Of a sample's forward and backward pass, and of what is computed again."""
-    head = dit.config.head_dim
-    forward = sum(
-        op.amount * (head / (head + 64) if op.kind == "attention" else 1)
-        for op in transformer_ops(
-            dit.config, sample.frames, sample.frame_tokens, sample.text_tokens)
-        if op.kind in ("gemm", "attention")
-    )
+    forward = sum(op.flops for op in transformer_ops(
+        dit.config, sample.frames, sample.frame_tokens, sample.text_tokens))
     full = any(p.requires_grad for p in dit.get_submodule("blocks.0.ffn").parameters())
     return forward * (1 + (2 if full else 1) + dit.gradient_checkpointing)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from vidgen.diffusion.state import moved
 from vidgen.pipeline.codec import decode_latents
 from vidgen.pipeline.denoise import denoisers
-from vidgen.pipeline.loader import EXPERTS, Offload, Parts
+from vidgen.pipeline.loader import EXPERTS, Parts
 from vidgen.pipeline.parallel.caches import collect, tie
 from vidgen.pipeline.parallel.link import (
     FAILURE,
@@ -35,6 +35,7 @@ from vidgen.pipeline.parallel.link import (
     torchrun_place,
 )
 from vidgen.pipeline.parallel.stretches import room_for
+from vidgen.pipeline.types import Offload
 from vidgen.weights.component import Components
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.layouts import open_model

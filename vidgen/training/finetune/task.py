@@ -21,9 +21,9 @@ from vidgen.diffusion.flow import add_noise, velocity_loss
 from vidgen.diffusion.schedule import draw_sigmas, share_below
 from vidgen.diffusion.state import LatentState
 from vidgen.models.text import encode_tokens
-from vidgen.pipeline.budget.workload import transformer_ops
 from vidgen.pipeline.denoise import velocity
 from vidgen.pipeline.loader import EXPERTS
+from vidgen.pipeline.timing import transformer_ops
 from vidgen.training.config import Phase
 from vidgen.training.data.dataset import Dataset
 from vidgen.training.draws import generator_of, seed_of
@@ -328,9 +328,8 @@ class FinetuneTask:
             image_tokens=0 if state.image_context is None else state.image_context.shape[1],
             controlled=state.control is not None,
         )
-        forward = sum(op.amount for op in ops if op.kind == "gemm")
-        scores = sum(op.amount for op in ops if op.kind == "attention")
-        attention = scores * config.head_dim / (config.head_dim + 64)  # the softmax is no product
+        forward = sum(op.flops for op in ops if op.kind == "linear")
+        attention = sum(op.flops for op in ops if op.kind == "attention")
         gemms = 3 if self.config.method == "full" else 2
         return count * frames * per_frame, float(count * (gemms * forward + 3 * attention))
 

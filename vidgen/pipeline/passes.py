@@ -1,6 +1,7 @@
-"""What goes through a model for a clip: the windows it denoises, and what the VAE reads and makes.
+"""What goes through a model for one clip, counted from its plan and request alone.
 
-Counted from the request alone, as `extend` and `prepare` go about it.
+The windows that the transformer denoises, and what the VAE reads and makes, as `extend` and
+`prepare` go about it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vidgen.diffusion.oversampling import Pace
 from vidgen.media.ending import read_ending
-from vidgen.pipeline.levels import settles, sigmas_of
+from vidgen.models.tokenizer import read_as
+from vidgen.pipeline.levels import settles, sigmas_of, split_of
 from vidgen.pipeline.long.tail import (
     OVERLAP,
     TAIL_FRAMES,
@@ -28,6 +30,24 @@ if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder, RollConfig
 
 
+class Window(NamedTuple):
+    """A run of the sampler.
+
+    Attributes:
+        frames: latent frames that the transformer reads, stills included.
+        drawn: those that it reads below the boundary, which are more under oversampling.
+        above: forward passes over `frames`.
+        below: forward passes over `drawn`.
+        has_given: whether frames are given, as guidance counts them.
+    """
+
+    frames: int
+    drawn: int
+    above: int
+    below: int
+    has_given: bool
+
+
 class Encoded(NamedTuple):
     """A video of so many frames, and the oversampling that it is encoded at."""
 
@@ -40,9 +60,7 @@ class Passes:
     """The work of one clip.
 
     Attributes:
-        windows: latent frames that the transformer reads for each window, stills included.
-        drawn: those that it reads below the boundary, which are more under oversampling.
-        has_given: whether frames of each window are given, as guidance counts them.
+        windows: in order.
         encoded: each video or still that the VAE's encoder reads, for all windows.
         refined: first frames whose latents are brought nearer to them.
         decoded: latent frames that are decoded, but for `shown`.
@@ -50,9 +68,7 @@ class Passes:
         kept: frames that are written.
     """
 
-    windows: tuple[int, ...]
-    drawn: tuple[int, ...]
-    has_given: tuple[bool, ...]
+    windows: tuple[Window, ...]
     encoded: tuple[Encoded, ...]
     refined: int
     decoded: int
@@ -60,95 +76,103 @@ class Passes:
     kept: int
 
 
-@dataclass(frozen=True)
-class _Given:
+class _Given(NamedTuple):
     """The clip that a request goes on from.
 
     Attributes:
         num_frames: its frames.
-        num_latents: latent frames of it that are at hand.
-        behind: latent frames before those.
-        frames_ahead: frames that the latents stand for beyond its own.
+        at_hand: latent frames of it that are at hand.
+        gone: latent frames before those.
+        ahead: frames that the latents stand for beyond its own.
         is_encoded: whether the latents come from its last frames.
     """
 
     num_frames: int = 0
-    num_latents: int = 0
-    behind: int = 0
-    frames_ahead: int = 0
+    at_hand: int = 0
+    gone: int = 0
+    ahead: int = 0
     is_encoded: bool = False
 
 
 def count_passes(folder: ModelFolder, plan: Plan, request: Request) -> Passes:
-    """Take a clip apart.
+    """Count what a clip takes.
 
     Raises:
-        InputError: that clip is missing or no video.
+        InputError: the clip that it goes on from is missing or no video.
     """
     if plan.roll is not None:
-        return _rolled(plan, plan.roll, request)
+        return _rolled(folder, plan, plan.roll, request)
     strides = folder.components["vae"].config.strides
     size, t, total = window_size(folder, strides), strides.t, plan.latents.num_frames
     given = _Given()
     if request.prefix is not None:
         given = _given(folder, plan, os.fspath(request.prefix))
-        missing = plan.kept_frames - given.num_frames - given.frames_ahead
-        total = given.num_latents + max(math.ceil(missing / t), 0)
-    windows = [(0, total)]
-    if given.num_latents or total > size:
-        overlap, at_hand = min(request.overlap or OVERLAP, size - 1), given.num_latents
-        windows = split_windows(at_hand, total, size, min(overlap, at_hand or overlap))
-    factor = plan.oversampling
-    read, drawn = list[int](), list[int]()
-    encoded = list[Encoded]()
+        missing = plan.kept_frames - given.num_frames - given.ahead
+        total = given.at_hand + max(math.ceil(missing / t), 0)
+    spans = [(0, total)]
+    if given.at_hand or total > size:
+        overlap = min(request.overlap or OVERLAP, size - 1)
+        spans = split_windows(given.at_hand, total, size, min(overlap, given.at_hand or overlap))
+    encoded, shown = list[Encoded](), 0
     if given.is_encoded:
-        encoded.append(Encoded(1 + (given.num_latents - 1) * t, factor))
-    has_given, through_noise, refined = [], folder.defaults.history_noise > 0, 0
-    made, shown = given.num_latents, 0
-    for start, stop in windows:
+        encoded.append(Encoded(1 + (given.at_hand - 1) * t, plan.oversampling))
+    windows, refined, made = list[Window](), 0, given.at_hand
+    for start, stop in spans:
         frames, known = 1 + (stop - start - 1) * t, made - start
-        first, new_from = (given.behind + start) * t, 1 + (known - 1) * t if known else 0
+        first, new_from = (given.gone + start) * t, 1 + (known - 1) * t if known else 0
         new = range(first + new_from, first + frames)
         pictures = _pictures(plan, request, begins=not known, ends=stop == total, new=new)
         stills, own = _conditions(folder, plan, request, frames, *pictures)
-        anchored = known > 0 and keeps_to_start(folder, request)
-        read.append(stop - start + stills + anchored)
-        pace = Pace(factor, alone=start == 0)
-        drawn.append(pace.finer(stop - start) + stills + anchored)
-        past = max(TAIL_FRAMES, (known + 1) * factor) if known and factor > 1 else 0
-        encoded += [Encoded(1 + (past // factor - 1) * t)] if past else []
-        shown += past
-        has_given.append(
-            not through_noise if known else sum(pictures) > 0 and request.mask is None
-        )
+        stills += known > 0 and keeps_to_start(folder, request)
+        has_given = (folder.defaults.history_noise == 0 if known else
+                     sum(pictures) > 0 and request.mask is None)
+        finer = Pace(plan.oversampling, alone=start == 0).finer(stop - start)
+        windows.append(Window(stop - start + stills, finer + stills,
+                              *_num_passes(folder, plan, has_given=has_given), has_given))
+        if known and plan.oversampling > 1:  # what came before, at the other rate
+            past = max(TAIL_FRAMES, (known + 1) * plan.oversampling)
+            encoded.append(Encoded(1 + (past // plan.oversampling - 1) * t))
+            shown += past
+        if known and folder.conditioning == "control":  # what came before, as a clip of its own
+            encoded.append(Encoded(frames))
+            shown += TAIL_FRAMES
         encoded += own
         refined += pictures[0] if folder.conditioning == "tokens" else 0
         made = stop
-    later = len(windows) - (not given.num_latents)
-    shown += TAIL_FRAMES * later if folder.conditioning == "control" else 0
-    if folder.conditioning == "control":  # and encode what they were shown
-        behind = windows[len(windows) - later :]
-        encoded += [Encoded(1 + (stop - start - 1) * t) for start, stop in behind]
     kept = max(plan.kept_frames - given.num_frames, 1)
-    return Passes(tuple(read), tuple(drawn), tuple(has_given), tuple(encoded), refined, total,
-                  shown, kept)
+    return Passes(tuple(windows), tuple(encoded), refined, total, shown, kept)
 
 
-def _rolled(plan: Plan, roll: RollConfig, request: Request) -> Passes:
-    """Turns, each in view of its window; finished ones are read once more, to be remembered."""
+def _rolled(folder: ModelFolder, plan: Plan, roll: RollConfig, request: Request) -> Passes:
+    """Count turns, each in view of its window; finished ones are read once more."""
     turns = math.ceil(plan.latents.num_frames / roll.turn_frames)
     read = [roll.turn_frames + min(turn * roll.turn_frames, roll.window_frames)
             for turn in range(turns)]
+    above, _ = _num_passes(folder, plan, has_given=False)
+    windows = tuple(Window(frames, frames, above + 1, 0, False) for frames in read)
     begins = request.has("image") or request.has("first_frame_model")
-    encoded = (Encoded(1),) if begins else ()
-    return Passes(tuple(read), tuple(read), (False,) * turns, encoded, len(encoded),
-                  turns * roll.turn_frames, 0, plan.kept_frames)
+    return Passes(windows, (Encoded(1),) * begins, int(begins), turns * roll.turn_frames, 0,
+                  plan.kept_frames)
+
+
+def _num_passes(folder: ModelFolder, plan: Plan, *, has_given: bool) -> tuple[int, int]:
+    """Count forward passes of all steps of a window: at the clip's rate, and at a finer one."""
+    guidance = plan.guidance.of_clip(has_given=has_given and plan.strength == 1)
+    sigmas, told, legible = sigmas_of(plan), 0, 0.0
+    if plan.binding and not has_given:
+        config = folder.components["verifier"].config
+        told = len(config.labels_in(read_as(plan.prompt, dict(plan.readings))))
+        told, legible = told * (told > 1), config.legible
+    passes = [len(guidance.branches_at(sigma)) + told * (sigma < legible)
+              for sigma in sigmas.tolist()[:-1]]
+    split = split_of(plan, sigmas, folder) if plan.oversampling > 1 else len(passes)
+    return sum(passes[:split]), sum(passes[split:])
 
 
 def _pictures(
     plan: Plan, request: Request, *, begins: bool, ends: bool, new: range
 ) -> tuple[int, int]:
-    """Given frames of a window: those in place, at its beginning, and those of later moments."""
+    """Count given frames of a window: those in place, at its beginning, and later ones."""
     moments = [round(seconds * plan.fps) for seconds, _ in request.frame]
     inside = [moment for moment in moments if moment in new]
     first = begins and (request.begins_with_image or bool(request.first_frame_model))
@@ -160,7 +184,7 @@ def _pictures(
 def _conditions(
     folder: ModelFolder, plan: Plan, request: Request, frames: int, in_place: int, stills: int
 ) -> tuple[int, list[Encoded]]:
-    """Latent frames that join a window as stills, and each video that is encoded for it."""
+    """Count latent frames that join a window as stills, and list what is encoded for it."""
     references, still, once = len(request.reference), Encoded(1), Encoded(frames)
     each = [once] if plan.oversampling == 1 else [once, Encoded(frames, plan.oversampling)]
     whole = list[Encoded]()

@@ -1,1 +1,0 @@
-"""What a generation will take, stage by stage, and which setup fits."""

@@ -1,0 +1,110 @@
+"""The share of a generation that is done and the time that is left, from an estimate.
+
+The estimate gives the weights of the stages; each stage's time is corrected by what it was measured
+to take in this run, a stage that has not begun by the one measured last.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vidgen.pipeline.types import Estimate
+
+_STAGES = {
+    "prompt": ("text",), "prepare": ("prepare",), "sample": ("denoise",), "sound": ("sound",),
+    "write": ("decode", "mux"),
+}
+
+
+class Clock:
+    """Called with progress, it returns the share that is done and the seconds that are left.
+
+    Args:
+        made: what the clips were estimated to take; loading is left out.
+        num_clips: how many there are.
+        done: numbers of clips that an earlier run finished, from 1.
+        one_by_one: False: all clips are sampled before the first is written, as one generation does
+            it, and `made` is of all of them. True: each is written at once, and `made` is of one,
+            or a list of every one's.
+        parallel: whether several clips of a list are made at a time; the time left then follows
+            from the share that the time since the start took.
+        now: a clock in seconds.
+    """
+
+    def __init__(
+        self, made: Estimate | Sequence[Estimate], num_clips: int = 1, *,
+        done: Collection[int] = (), one_by_one: bool = False, parallel: bool = False,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        each = made if isinstance(made, Sequence) else [made] * num_clips
+        self._now, self._start, self._parallel = now, now(), parallel
+        self._measured = all(one.measured for one in each)
+        clips = [n for n in range(1, len(each) + 1) if n not in done]
+        self._common = not (one_by_one or parallel)  # the prompt is, of all clips
+        order = [(stage, n) for n in clips for stage in _STAGES]
+        if self._common:
+            order = [("prompt", 1), *((stage, n) for stage, n in order
+                                      if stage not in ("prompt", "write"))]
+            order += [("write", n) for n in clips]
+        self._expected = dict.fromkeys(order, 0.0)
+        for stage, clip in order:
+            shared = len(each) if self._common and stage != "prompt" else 1
+            self._expected[stage, clip] = sum(
+                one.seconds for one in each[clip - 1].stages if one.name in _STAGES[stage]) / shared
+        self._shares = dict.fromkeys(order, 0.0)
+        self._last: tuple[tuple[str, int], int, float] | None = None
+        self._work: dict[str, float] = defaultdict(float)  # seconds expected, and those it took
+        self._took: dict[str, float] = defaultdict(float)
+        self._slower: float | None = None  # than expected, in the stage measured last
+
+    def __call__(self, stage: str, done: int, total: int, clip: int = 1) -> dict[str, Any]:
+        """Return what an event says in addition.
+
+        Args:
+            stage: "prompt", "prepare", "sample", "sound", of which nothing is known beforehand
+                where another model makes it, or anything else for the writing of clips.
+            done: of `total` in this stage.
+            total: how much there is to do in it.
+            clip: which one it is about, from 1.
+
+        Returns:
+            "fraction", 0 to 1, and "eta_s", None as long as nothing is known of this machine.
+        """
+        name = stage if stage in _STAGES else "write"
+        place = name, 1 if name == "prompt" and self._common else clip
+        self._measure(place, done, self._expected.get(place, 0.0) / max(total, 1))
+        is_over = True
+        for each in self._shares:
+            if not self._parallel or each[1] == clip:
+                at = each == place
+                self._shares[each] = min(done / max(total, 1), 1.0) if at else float(is_over)
+                is_over &= not at
+        whole = sum(self._expected.values())
+        behind = sum(share * self._expected[each] for each, share in self._shares.items())
+        fraction = min(behind / whole, 1.0) if whole else 1.0
+        return {"fraction": round(fraction, 4), "eta_s": self._left(fraction)}
+
+    def _measure(self, place: tuple[str, int], done: int, unit_s: float) -> None:
+        """Count the time since the event before, where both are of one stage of one clip."""
+        now, last, stage = self._now(), self._last, place[0]
+        self._last = place, done, now
+        if last is not None and last[0] == place and done > last[1] and unit_s:
+            self._work[stage] += (done - last[1]) * unit_s
+            self._took[stage] += now - last[2]
+            self._slower = self._took[stage] / self._work[stage]
+
+    def _left(self, fraction: float) -> float | None:
+        if self._parallel:
+            took = self._now() - self._start
+            return round(took * (1 - fraction) / fraction, 1) if fraction else None
+        if self._slower is None and not self._measured:
+            return None
+        left = 0.0
+        for (stage, clip), expected in self._expected.items():
+            slower = self._took[stage] / self._work[stage] if self._work[stage] else self._slower
+            left += expected * (1 if slower is None else slower) * (1 - self._shares[stage, clip])
+        return round(left, 1)

@@ -1,0 +1,399 @@
+"""The only estimate: what a generation holds and how long it takes, and in which setup it fits.
+
+Weights are counted from the files' headers, activations from the architectures: the tensors that
+are alive at a stage's fullest moment. See `passes` for what a clip takes, `timing` for how long.
+
+Axes: L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from vidgen.core.shapes import Tiles
+from vidgen.diffusion.oversampling import Pace
+from vidgen.diffusion.sound import sound_span
+from vidgen.media.write import PIXELS_PER_BYTE
+from vidgen.models.audio_spectra import NOISE_FRAMES, AudioVAEConfig
+from vidgen.models.dit_types import DiTConfig
+from vidgen.models.vae import VAEConfig
+from vidgen.models.vae_tiles import AT_ONCE
+from vidgen.ops import native
+from vidgen.ops.attention import _BLOCK, _MAX_SCORES, used_backend
+from vidgen.pipeline.experts import boundary_of
+from vidgen.pipeline.levels import sigmas_of
+from vidgen.pipeline.loader import DTYPES, EXPERTS, STREAMED, Parts
+from vidgen.pipeline.passes import count_passes
+from vidgen.pipeline.sound.candidates import drawn_at_once
+from vidgen.pipeline.sound.own_sound import AT_ONCE as SOUND_AT_ONCE
+from vidgen.pipeline.sound.own_sound import sound_plan
+from vidgen.pipeline.step_caches import TENSORS_HELD
+from vidgen.pipeline.tasks import makes_sound
+from vidgen.pipeline.timing import (
+    LOAD_BYTES_PER_S,
+    NOMINAL,
+    Rates,
+    VAEPart,
+    known_rates,
+    listening_ops,
+    network_ops,
+    transformer_ops,
+    vae_ops,
+    vae_parts,
+)
+from vidgen.pipeline.types import Estimate, Plan, Setup, StageEstimate
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.weights.component import Role
+    from vidgen.weights.folder import ModelFolder
+
+KERNELS_BYTES = 70_000_000
+"""What torch's kernels, thread pools and allocator take on a CPU once they have been used."""
+HOLES, MOST_KEPT = 0.5, 150_000_000
+"""On a CPU glibc keeps what earlier stages have freed, and holes between blocks, as a share of
+what is live; pieces from 32 MB on it gives back at once, so that both stop growing."""
+ENCODER_BYTES, ENCODER_BYTES_PER_PIXEL = 6_000_000, 200
+"""Of a video encoder: x264 holds some dozens of planes."""
+STATE_TENSORS = 4
+"""Of a window's latents that a sampler goes on from, at most."""
+BUILDING_S = 0.4
+"""To make the networks' modules, empty, and what Python imports on the way."""
+REFINE_PASSES = 2.5
+"""Of the decoder, that a step of `refine_first` takes the time of."""
+SPARE = 0.25
+"""Of the free memory, that is left for activations when a model is loaded."""
+
+
+def transformer_bytes(
+    config: DiTConfig, tokens: int, itemsize: int, *, blocked: bool, timed_tokens: bool = False
+) -> int:
+    """Count the most that one forward pass holds besides the weights.
+
+    Args:
+        config: the transformer's.
+        tokens: L.
+        itemsize: bytes of an element.
+        blocked: whether attention holds the scores of a block of queries, see `ops.attention`.
+        timed_tokens: whether tokens of a frame differ in time, so that each has its own modulation.
+    """
+    width = config.hidden_dim
+    # tokens before all blocks and before this one, normed, mixed, crossed, summed, normed again;
+    # then the feed-forward's hidden ones, or a gate's in float32
+    held = 7 * width * itemsize + max(2 * config.ffn_dim * itemsize, (12 + itemsize) * width)
+    held += 4 * config.head_dim + (24 * width if timed_tokens else 0)
+    scores = 8 * min(_BLOCK * tokens, tokens**2, _MAX_SCORES) if blocked else 0
+    largest = itemsize * width * max(config.ffn_dim, width)  # a weight in the kernel's own order
+    return tokens * held + scores + largest
+
+
+def vae_bytes(
+    config: VAEConfig, rows: int, columns: int, itemsize: int, *, decode: bool, whole: bool = True,
+    fused: bool = False, tiles: Tiles | None = None, oversampling: int = 1,
+) -> int:
+    """Count the most that the decoder or encoder holds in a stream; see `vae_parts`.
+
+    Args:
+        config: the VAE's.
+        rows: of latents.
+        columns: of latents.
+        itemsize: bytes of an element.
+        decode: which of the two.
+        whole: False for a single frame.
+        fused: whether norms write straight into what a convolution reads, see `ops.native`.
+        tiles: that the picture is cut into; what they keep between their turns lies elsewhere.
+        oversampling: see `CausalVAE.encode_moments`.
+    """
+
+    def kept(part: VAEPart) -> int:
+        return 2 * sum(part.inputs) * part.pixels
+
+    def live(part: VAEPart) -> int:
+        # a block's input, what is normed, what the kernel is given behind two frames of history,
+        # what it makes
+        frames = (5 if fused else 7) * (part.frames if whole else 1) + 4
+        return max(part.width, *part.inputs) * part.pixels * frames
+
+    middle, parts = vae_parts(config, rows, columns, decode=decode, tiles=tiles,
+                              oversampling=oversampling)
+    inside = sum(map(kept, parts)) + max(map(live, parts))
+    if tiles is not None:  # what waits for a tile's turn, and what they put together
+        frames = config.strides.t // oversampling if whole else 1
+        picture = 3 * rows * columns * config.strides.hw**2 * frames
+        inside += (AT_ONCE if whole else 1) * (middle.width * rows * columns + picture)
+    return itemsize * (kept(middle) + max(live(middle), inside))
+
+
+def refine_bytes(config: VAEConfig, rows: int, columns: int, itemsize: int) -> int:
+    """Count what gradients through the decoder of one frame need: inputs, twice with norms."""
+    middle, parts = vae_parts(config, rows, columns, decode=True)
+    return itemsize * sum(3 * sum(part.inputs) * part.pixels for part in (middle, *parts))
+
+
+def sound_bytes(config: AudioVAEConfig, latents: int, itemsize: int) -> int:
+    """Count the most that the sound's decoder holds of so many latents that it takes at a time."""
+    block = (3 + 2 * config.expansion) * config.decoder_dim * itemsize
+    # what it says, in float32; phases in float64, complex spectra twice, windows of samples twice;
+    # with gains spectra of tones and of noise, and three of their windows
+    spectra, windows = (4, 6) if config.gains_per_frame else (2, 2)
+    render = config.num_bins * (3 * 4 + 2 * 8 + spectra * 8) + windows * 4 * config.window
+    frames = latents * config.frames_per_token
+    return frames * max(block, render) + 8 * NOISE_FRAMES * config.num_bins
+
+
+def estimate(
+    folder: ModelFolder, plan: Plan, request: Request, setup: Setup, *,
+    rates: Mapping[torch.dtype, Rates] | None = None,
+) -> Estimate:
+    """Estimate what a generation takes, from a model's headers alone.
+
+    Args:
+        folder: the model.
+        plan: of the clip.
+        request: whose conditions and count are meant.
+        setup: where and how it runs.
+        rates: the machine's, by dtype; where one is missing, those of an earlier measurement, else
+            an ordinary machine's.
+    """
+    job = _Job(folder, plan, request, setup, rates or {})
+    job.load()
+    job.text()
+    job.prepare()
+    job.denoise()
+    if job.makes_sound:
+        job.sound()
+    encoder_s = job.decode()
+    notes = {
+        "drawing the first frame is not counted": request.first_frame_model,
+        "adapters are not counted": request.lora,
+        "the sound by --audio-model is not counted": request.audio_model,
+        f"up to this: how many steps --cache {request.cache} spares depends on the clip":
+            request.cache != "none",
+        "this machine was not measured: `vidgen plan` does": not job.measured,
+    }
+    return Estimate(
+        tuple(job.stages), setup, encoder_s=request.count * encoder_s,
+        kept_frames=request.count * job.passes.kept, disk_bytes=request.count * job.disk(),
+        measured=job.measured, notes=tuple(note for note, holds in notes.items() if holds),
+    )
+
+
+class _Job:
+    """One generation, taken apart into stages; arguments as in `estimate`."""
+
+    def __init__(
+        self, folder: ModelFolder, plan: Plan, request: Request, setup: Setup,
+        rates: Mapping[torch.dtype, Rates],
+    ) -> None:
+        self.folder, self.plan, self.request, self.setup = folder, plan, request, setup
+        self.on_cpu, self.dtype = setup.device.type == "cpu", DTYPES[setup.dtype]
+        # quantised sizes are asked for below; torchao isn't needed to know them
+        self.parts = Parts(folder, setup.device, self.dtype, setup.offload)
+        self.vae: VAEConfig = folder.components["vae"].config
+        self.dit: DiTConfig = folder.components["transformer"].config
+        self.vae_dtype = self.parts.dtype_of("vae")
+        self.rates, self.vae_rates = (
+            rates.get(dtype) or known_rates(setup.device, dtype) or NOMINAL
+            for dtype in (self.dtype, self.vae_dtype)
+        )
+        self.measured = self.rates.measured and self.vae_rates.measured
+        self.makes_sound = makes_sound(request, folder.tasks) and plan.roll is None
+        self.passes = count_passes(folder, plan, request)
+        self.stages: list[StageEstimate] = []
+        self.freed = 0
+        self.grid, self.pixels = (plan.latents.height, plan.latents.width), plan.width * plan.height
+        self.frame_tokens = math.prod(self.grid) // self.dit.patch_size**2
+        longest = max(len(text.encode()) for text in (plan.prompt, plan.negative))
+        self.text_tokens = min(longest // 4 + 2, self.dit.text_len)  # about four bytes each
+        self.image_tokens = 0
+        if "image_encoder" in folder.components:
+            self.image_tokens = folder.components["image_encoder"].config.num_tokens
+        frames = max((window.frames for window in self.passes.windows), default=0)
+        drawn = max((window.drawn for window in self.passes.windows), default=0)
+        followed = self.sound_latents(frames) if frames and request.follow_audio else 0
+        self.tokens, self.longest = drawn * self.frame_tokens + followed, frames
+        guidance = plan.guidance
+        branches = 1 + (not guidance.is_off) + (guidance.reference_scale > 0)
+        cached = TENSORS_HELD[request.cache.partition(":")[0]]
+        self.remembered = branches * cached * self.tokens * self.dit.hidden_dim
+
+    def load(self) -> None:
+        """Add the modules, and all weights unless they come when they are used."""
+        all_s = sum(map(self.load_s, self.folder.components))
+        self.add("load", BUILDING_S + all_s * (self.setup.offload == "none"), 0)
+
+    def text(self) -> None:
+        """Add the prompt and, under guidance, the negative one."""
+        encoder, tokens = self.folder.components["text_encoder"], self.text_tokens
+        config = encoder.config
+        plan = sound_plan(self.plan, self.folder.defaults) if self.makes_sound else self.plan
+        ops = network_ops(encoder, config.hidden_dim, tokens, without="shared.")
+        wide = 4 * tokens * max(config.ffn_dim * 3, config.hidden_dim * 6)
+        self.add("text", self.rates.seconds(ops) * (1 if plan.guidance.is_off else 2),
+                 wide + 8 * config.num_heads * tokens**2, "text_encoder")
+
+    def prepare(self) -> None:
+        """Add what is given: encoded, some of it in several passes, and refined."""
+        steps, left = self.plan.refine_steps, self.passes.refined
+        left = 0 if self.setup.tiles or not steps else left
+        seconds, live = left * (1 + REFINE_PASSES * steps) * self.vae_s(1, 1), 0
+        if left:
+            live = refine_bytes(self.vae, *self.grid, self.vae_dtype.itemsize)
+        if self.passes.shown:
+            seconds += self.vae_s(self.passes.shown, self.plan.oversampling)
+        for frames, oversampling in self.passes.encoded:
+            is_refined = frames == 1 and left > 0
+            left -= is_refined
+            again = 0 if is_refined else self.plan.encode_passes - 1
+            latent = 1 + (frames - 1) * oversampling // self.vae.strides.t
+            seconds += (1 + again) * self.vae_s(latent, oversampling, decode=False)
+            seconds += again * self.vae_s(latent, oversampling)
+            # behind a first pass what the latents show is decoded while it is encoded
+            held = sum(self.vae_bytes(oversampling, decode=decode, whole=frames > 1)
+                       for decode in (False, True)[: 2 if again else 1])
+            # the clip as floats, twice while it is scaled, and in the VAE's dtype
+            live = max(live, held + 3 * frames * self.pixels * (9 + self.vae_dtype.itemsize))
+        roles: list[Role] = ["vae", "image_encoder"] if self.passes.encoded else []
+        if roles and self.image_tokens:
+            encoder = self.folder.components["image_encoder"]
+            seconds += self.rates.seconds(
+                network_ops(encoder, encoder.config.hidden_dim, self.image_tokens))
+        self.add("prepare", seconds, live, *roles)
+
+    def denoise(self) -> None:
+        """Add all windows, each sampled once."""
+        windows, folder = self.passes.windows, self.folder
+        seconds = sum(window.above * self.pass_s(window.frames)
+                      + window.below * self.pass_s(window.drawn) for window in windows)
+        timed = self.request.mask is not None and folder.conditioning == "tokens"
+        live = self.remembered * self.dtype.itemsize
+        live += self.pass_bytes(self.tokens, timed_tokens=timed)
+        alone = boundary_of(folder, self.plan, hears=bool(self.request.follow_audio)) is None
+        self.add("denoise", seconds, live, *EXPERTS[: 1 if alone else 2] * len(windows))
+
+    def sound(self) -> None:
+        """Add the model's own sound: as many takes as are drawn at once, of which one is kept.
+
+        Each window's picture passes once, its sounds at every step.
+        """
+        vae, audio = self.folder.components["sound_vae"], self.dit.audio
+        windows = self.passes.windows
+        assert audio is not None
+        takes = drawn_at_once(self.folder, self.plan.sound_candidates)
+        decodes = 1 if takes == 1 else 1 + takes  # each to be compared, one to be heard
+        whole = self.sound_latents(self.passes.decoded)
+        seconds = decodes * self.rates.seconds(network_ops(
+            vae, vae.config.decoder_dim, whole * vae.config.frames_per_token, without="encoder."))
+        plan = sound_plan(self.plan, self.folder.defaults)
+        passes = [len(plan.guidance.branches_at(sigma)) for sigma in sigmas_of(plan).tolist()[:-1]]
+        for window in windows:
+            tokens, seconds = self.sound_latents(window.frames), seconds + self.pass_s(window.drawn)
+            seen = tokens + window.drawn * self.frame_tokens
+            for count, keys in ((len(passes), seen), (sum(passes) - len(passes), tokens)):
+                seconds += count * self.rates.seconds(listening_ops(
+                    self.dit, audio, tokens, keys, self.text_tokens + 1, takes))
+        heard = takes * self.sound_latents(self.longest) if windows else 0
+        # keys and values of the picture, of which each take sees a copy
+        layer = 2 * self.tokens * self.dit.hidden_dim * self.dtype.itemsize
+        listening = self.dit.num_layers * layer + max(
+            self.pass_bytes(self.tokens), self.pass_bytes(heard) + takes * layer)
+        at_once = max(min(whole, SOUND_AT_ONCE), heard if takes > 1 else 0)
+        decoding = sound_bytes(vae.config, at_once, self.parts.dtype_of("sound_vae").itemsize)
+        self.add("sound", seconds, max(listening, decoding), *EXPERTS[:1] * len(windows),
+                 "sound_vae")
+
+    def decode(self) -> float:
+        """Add decoding, and writing as far as it takes longer; return the encoder's work."""
+        plan, kept = self.plan, self.passes.kept
+        decode_s = self.vae_s(Pace(plan.oversampling).finer(self.passes.decoded), plan.oversampling)
+        live = self.vae_bytes(plan.oversampling, decode=True, whole=plan.num_frames > 1)
+        # frames of a chunk: floats, bytes, in the slot
+        live += 3 * self.pixels * (self.vae.strides.t // plan.oversampling) * 12
+        live += ENCODER_BYTES + ENCODER_BYTES_PER_PIXEL * self.pixels if self.on_cpu else 0
+        self.add("decode", decode_s, live, "vae")
+        work, cores = kept * self.pixels / self.rates.rate("write"), os.cpu_count() or 1
+        shared = decode_s * torch.get_num_threads() if self.on_cpu else 0.0
+        wall = max(decode_s, work / min(4, cores), (shared + work) / cores)
+        # the last frames come when nothing is left to decode
+        added = max(wall - decode_s, work * min(self.vae.strides.t, kept) / kept)
+        self.stages.append(StageEstimate("mux", self.request.count * added, self.stages[-1].bytes))
+        return work
+
+    def disk(self) -> int:
+        """Count the file and its journal at most, all but sound.
+
+        The journal keeps the film in segments, float32 latents by windows and as a whole, and the
+        sampler's state, of which a new one lies beside the old until it is whole.
+        """
+        film = self.pixels * self.passes.kept // PIXELS_PER_BYTE
+        frames = self.plan.latents.num_frames
+        whole = math.prod(self.plan.latents.dims) * Pace(self.plan.oversampling).finer(frames)
+        state = STATE_TENSORS * whole // frames * self.longest // frames
+        return 2 * (film + 4 * (whole // frames + state + self.remembered))
+
+    def add(self, name: str, seconds: float, live: int, *roles: Role) -> None:
+        """Add a stage: seconds of one clip, and what is live while `roles` work in turns."""
+        setup, present = self.setup, [role for role in roles if role in self.folder.components]
+        quantize = setup.quantize or "none"
+        if setup.offload == "none":
+            held = sum(self.parts.needed_bytes(role, offload="stage", quantize=quantize)
+                       for role in self.folder.components)
+        else:
+            seconds += sum(map(self.load_s, present))
+            held = max((self.parts.needed_bytes(role, offload=setup.offload, quantize=quantize)
+                        for role in present), default=0)
+        if self.on_cpu:
+            kept = int(self.freed + HOLES * (self.freed + live))
+            held += KERNELS_BYTES + min(kept, MOST_KEPT)
+            self.freed += live
+        count = 1 if name in ("load", "text") else self.request.count
+        self.stages.append(StageEstimate(name, count * seconds, held + live))
+
+    def load_s(self, role: Role) -> float:
+        """Count a network's weights into memory; blocks come with each pass."""
+        streamed = self.setup.offload == "block" and role in STREAMED
+        return 0.0 if streamed else self.folder.components[role].store.num_bytes / LOAD_BYTES_PER_S
+
+    def pass_s(self, frames: int) -> float:
+        """Count a forward pass over so many latent frames, stills included."""
+        seconds = self.rates.seconds(transformer_ops(
+            self.dit, frames, self.frame_tokens, self.text_tokens,
+            controlled=bool(self.dit.control_layers), image_tokens=self.image_tokens,
+            sound_tokens=self.sound_latents(frames) if self.request.follow_audio else 0,
+        ))
+        read_s = self.folder.components["transformer"].store.num_bytes / LOAD_BYTES_PER_S
+        if self.setup.offload == "block":  # blocks come while others compute, of a CPU's own time
+            return seconds + read_s if self.on_cpu else max(seconds, read_s)
+        return seconds + read_s if self.setup.quantize else seconds  # weights are widened
+
+    def pass_bytes(self, tokens: int, *, timed_tokens: bool = False) -> int:
+        """Count what a forward pass over so many tokens holds."""
+        blocked = used_backend("auto", self.setup.device, self.dtype) == "blocked"
+        return transformer_bytes(self.dit, tokens, self.dtype.itemsize, blocked=blocked,
+                                 timed_tokens=timed_tokens)
+
+    def vae_s(self, frames: int, oversampling: int, *, decode: bool = True) -> float:
+        """Count so many latent frames through the VAE."""
+        return self.vae_rates.seconds(vae_ops(
+            self.vae, frames, *self.grid, decode=decode, tiles=self.setup.tiles,
+            oversampling=oversampling))
+
+    def vae_bytes(self, oversampling: int, *, decode: bool, whole: bool) -> int:
+        """Count what the VAE holds."""
+        fused = self.on_cpu and self.vae_dtype in native.known_dtypes()
+        return vae_bytes(
+            self.vae, *self.grid, self.vae_dtype.itemsize, decode=decode, whole=whole, fused=fused,
+            tiles=self.setup.tiles, oversampling=oversampling)
+
+    def sound_latents(self, frames: int) -> int:
+        """Count the sound latents of so many latent frames of the picture."""
+        if "sound_vae" not in self.folder.components:
+            return 0
+        rate = self.folder.components["sound_vae"].config.tokens_per_s
+        begin, end, _ = sound_span(0, frames, self.vae.strides.t, self.plan.fps, rate)
+        return end - begin

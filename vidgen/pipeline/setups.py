@@ -1,0 +1,187 @@
+"""Choose how a generation runs: the first setup that fits the memory; refuse where none does."""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain, product
+from typing import TYPE_CHECKING, get_args
+
+import torch
+
+from vidgen.core.errors import ModelError
+from vidgen.core.runtime import available_memory, best_dtype, size_text
+from vidgen.core.shapes import Tiles, VideoShape
+from vidgen.models.vae_tiles import grids
+from vidgen.pipeline.loader import DTYPES, Parts
+from vidgen.pipeline.memory import estimate
+from vidgen.pipeline.timing import Rates
+from vidgen.pipeline.types import Asked, Estimate, Offload, Plan, Setup
+
+if TYPE_CHECKING:
+    from vidgen.core.request import Request
+    from vidgen.weights.folder import ModelFolder
+    from vidgen.weights.quantize import Quantization
+
+SPARE = 0.25
+"""Of the free memory, that is left for activations when a model is loaded."""
+Made = Callable[[Setup], Estimate]
+
+
+def first_setup(
+    folder: ModelFolder, device: torch.device, asked: Asked, quantize: Quantization | None
+) -> Setup:
+    """Choose the setup in which a model is opened, by its weights and the free memory alone.
+
+    Where they don't fit, the most frugal one.
+    """
+    dtype, have = asked.dtype or best_dtype(device), available_memory(device)
+    for name, offload in product(_dtypes(asked.dtype, dtype), _offloads(asked.offload, quantize)):
+        setup = Setup(device, name, offload, quantize)
+        weights = Parts(folder, device, DTYPES[name], offload).needed_bytes(
+            quantize=quantize or "none")
+        if have is None or weights <= (1 - SPARE) * have:
+            break
+    return setup
+
+
+def preflight(parts: Parts, plan: Plan, request: Request, asked: Asked) -> Estimate:
+    """Estimate what a generation will take; measure nothing, read headers at most.
+
+    Args:
+        parts: the networks, some of which may be in memory.
+        plan: of the clip.
+        request: as it was given.
+        asked: what the engine was told to run with; where it was left to choose, the first setup
+            is taken that fits.
+
+    Raises:
+        ModelError: more than the memory holds; names what would fit.
+    """
+    have = available_memory(parts.device)
+    if have is not None:
+        have += parts.elsewhere_bytes
+        have += sum(parts.needed_bytes(role, offload="stage") for role in parts.resident)
+    request = replace(request, offload=asked.offload, dtype=asked.dtype, quantize=parts.quantize)
+    return choose(parts.folder, plan, request, parts.device, have,
+                  dtype=asked.dtype or best_dtype(parts.device))
+
+
+def choose(
+    folder: ModelFolder, plan: Plan, request: Request, device: torch.device, have: int | None,
+    *, dtype: str, rates: Mapping[torch.dtype, Rates] | None = None,
+) -> Estimate:
+    """Choose the fastest setup that fits, of those that the request leaves open.
+
+    Offloading is tried before tiles, which take longer, and these before another dtype, which
+    changes results; what the request names stays.
+
+    Args:
+        folder: the model.
+        plan: of the clip.
+        request: as it was given.
+        device: where it is to run.
+        have: bytes that are free there; None: unknown, so that everything fits.
+        dtype: the device's best, or the request's own.
+        rates: see `estimate`.
+
+    Raises:
+        ModelError: nothing fits; names what would.
+    """
+    quantize: Quantization | None = request.quantize  # type: ignore[assignment]
+    asked: Offload | None = request.offload  # type: ignore[assignment]
+    have = sys.maxsize if have is None else have
+
+    def made(setup: Setup) -> Estimate:
+        return estimate(folder, plan, request, setup, rates=rates)
+
+    first = None
+    for name in _dtypes(request.dtype, dtype):
+        setups = [Setup(device, name, offload, quantize, plan.tiles)
+                  for offload in _offloads(asked, quantize)]
+        cut = setups if request.tiles == "auto" else []
+        for found in chain(map(made, setups), (_tiled(setup, plan, have, made) for setup in cut)):
+            if found is not None and found.peak_bytes <= have:
+                if first is None:
+                    return found
+                return replace(found, choice=f"{found.setup.words} was chosen: {first.setup.words} "
+                               f"needs {size_text(first.peak_bytes)}, {size_text(have)} are free")
+            first = first or found
+    assert first is not None
+    fits = [*_other_setups(first.setup, plan, have, made),
+            *_smaller_clips(first.setup, folder, plan, request, have)]
+    remedy = (f"what would fit: {', or '.join(fits)}" if fits else
+              "nothing that is left to choose would fit: free memory or take a smaller model")
+    stage = max(first.stages, key=lambda stage: stage.bytes)
+    raise ModelError(
+        f"a clip of {plan.num_frames} frames of {plan.width}x{plan.height} needs "
+        f"{size_text(stage.bytes)} on {device} while it is at {stage.name!r} "
+        f"({first.setup.words}), {size_text(have)} are free; {remedy}"
+    )
+
+
+def _dtypes(asked: str | None, best: str) -> list[str]:
+    """List dtypes to try: fp32 gives way to bf16 unless it was asked for."""
+    return [best] if asked or best != "fp32" else ["fp32", "bf16"]
+
+
+def _offloads(asked: Offload | None, quantize: Quantization | None) -> tuple[Offload, ...]:
+    """List ways to offload that are left open; blocks can't be quantised."""
+    known: tuple[Offload, ...] = get_args(Offload)
+    return (asked,) if asked else known[:2] if quantize else known
+
+
+def _tiled(setup: Setup, plan: Plan, have: int, made: Made) -> Estimate | None:
+    """Return the estimate with the largest tiles that fit, or None: none do, or some were given."""
+    choices = [*grids(plan.latents.height, plan.latents.width)]
+
+    def fits(tiles: Tiles) -> bool:
+        return made(replace(setup, tiles=tiles)).peak_bytes <= have
+
+    if setup.tiles is not None or not choices or not fits(choices[-1]):
+        return None
+    return made(replace(setup, tiles=choices[bisect_left(choices, True, key=fits)]))
+
+
+def _other_setups(setup: Setup, plan: Plan, have: int, made: Made) -> Iterator[str]:
+    """Name setups that fit, those that change results last."""
+    kinds: list[Quantization | None] = [None, "int8"]
+    dtypes = _dtypes(None, setup.dtype)
+    for quantize, dtype, offload in product(kinds, dtypes, get_args(Offload)):
+        if quantize and (offload == "block" or dtype == "fp16"):
+            continue
+        other = replace(setup, dtype=dtype, offload=offload, quantize=quantize)
+        found: Estimate | None = made(other)
+        if found is not None and found.peak_bytes > have:
+            found = _tiled(other, plan, have, made)
+        if found is not None:
+            yield f"{found.setup.words} ({size_text(found.peak_bytes)})"
+
+
+def _smaller_clips(
+    setup: Setup, folder: ModelFolder, plan: Plan, request: Request, have: int
+) -> Iterator[str]:
+    """Name the longest clip of this size, and the largest of this length, that fit."""
+    vae, dit = folder.components["vae"].config, folder.components["transformer"].config
+    t, side = vae.strides.t, vae.strides.hw * dit.patch_size
+
+    def is_too_large(frames: int, width: int, height: int) -> bool:
+        shape = VideoShape(frames, height, width)
+        latents = shape.latent(vae.strides, vae.latent_channels, patch=dit.patch_size)
+        smaller = replace(plan, num_frames=frames, width=width, height=height, latents=latents,
+                          kept_frames=min(plan.kept_frames, frames))
+        return estimate(folder, smaller, request, setup).peak_bytes > have
+
+    def scaled(n: int) -> tuple[int, int]:
+        return n * side, max(1, round(plan.height * n / plan.width)) * side
+
+    counts, widths = range(1, plan.latents.num_frames), range(1, plan.width // side)
+    count = bisect_left(counts, True, key=lambda n: is_too_large(
+        1 + (n - 1) * t, plan.width, plan.height))
+    if count:
+        yield f"--frames {1 + (count - 1) * t}"
+    count = bisect_left(widths, True, key=lambda n: is_too_large(plan.num_frames, *scaled(n)))
+    if count:
+        yield "--size {}x{}".format(*scaled(count))

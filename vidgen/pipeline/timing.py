@@ -1,0 +1,368 @@
+"""How long work takes: FLOPs counted from the architectures, by rates measured on the machine.
+
+A machine is measured once for each dtype and number of threads, in some seconds. On a CPU the clock
+is the time that the computing thread was given, so that other programs don't count; where several
+threads compute, it is the wall's.
+
+Axes: L tokens, S text tokens, D width, F latent frames.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from vidgen.core.errors import OutputError
+from vidgen.core.runtime import atomic_write, cache_folder, fingerprint, reuse_freed_memory
+from vidgen.core.shapes import Tiles
+from vidgen.media.types import ClipInfo
+from vidgen.media.write import write_clip
+from vidgen.models.dit import SpacetimeDiT
+from vidgen.models.dit_types import AudioConfig, DiTConfig
+from vidgen.models.presets import DIT_PRESETS, VAE_PRESETS
+from vidgen.models.vae import CausalVAE, VAEConfig, by_decoder
+from vidgen.models.vae_tiles import tile_areas
+from vidgen.ops import native
+from vidgen.ops.attention import attention
+from vidgen.ops.linear import pack
+from vidgen.weights.component import Component
+
+FORMAT = 12
+LOAD_BYTES_PER_S = 3e9
+"""From files that lie in the system's memory."""
+_BUDGET_S, _LONG_S = 0.12, 1.0
+_TEXT = 16
+# what is measured: heads and tokens of attention; networks, latent frames and the side of each
+_ATTENTION = (4, 1900)
+_TRANSFORMERS = ((DIT_PRESETS["toybox"], 9, 16),
+                 (replace(DIT_PRESETS["wan-1.3b"], num_layers=1), 3, 24))
+_VAES = ((VAE_PRESETS["toybox"], 3, 16), (VAEConfig(16, 1, 192, (1,), 1, ()), 3, 48))
+
+
+class Op(NamedTuple):
+    """Work of one kind: FLOPs, with the norms and activations that come with them.
+
+    Attributes:
+        kind: what its rate is measured for.
+        width: of the tokens, or channels, on which the rate depends.
+        flops: how much.
+    """
+
+    kind: Literal["linear", "attention", "conv"]
+    width: float
+    flops: float
+
+
+def transformer_ops(
+    config: DiTConfig, frames: int, frame_tokens: int, text_tokens: int, *, image_tokens: int = 0,
+    controlled: bool = False, sound_tokens: int = 0,
+) -> list[Op]:
+    """Count one forward pass.
+
+    Args:
+        config: the transformer's.
+        frames: latent frames, stills that join as tokens included.
+        frame_tokens: tokens of each.
+        text_tokens: S, at most the model's own.
+        image_tokens: rows of image features.
+        controlled: whether control blocks run.
+        sound_tokens: sound latents in the same pass, each a token.
+    """
+    width, tokens = config.hidden_dim, frames * frame_tokens
+    keys = float(tokens + sound_tokens)
+    if config.pattern == "factorised":
+        keys = (frames + frame_tokens) / 2
+    context = text_tokens + 1 + image_tokens
+    controls = len(config.control_layers) if controlled else 0
+    ops = _block_ops(width, config.ffn_dim, tokens, keys, context, config.num_layers + controls)
+    if sound_tokens and config.audio is not None:
+        ops += listening_ops(config, config.audio, sound_tokens, keys, 0)
+    ends = tokens * config.patch_size**2 * (config.in_channels + config.out_channels)
+    ends += context * (config.text_dim + width) + config.freq_dim + 7 * width
+    ends += tokens * width * (controls + 1) if controlled else 0
+    return [*ops, Op("linear", width, 2 * width * ends)]
+
+
+def listening_ops(
+    config: DiTConfig, audio: AudioConfig, tokens: int, keys: float, context: int, takes: int = 1
+) -> list[Op]:
+    """Count a pass of so many sound tokens of each take, each of which attends to `keys`."""
+    width = config.hidden_dim
+    ops = _block_ops(width, audio.ffn_dim, tokens, keys, context, takes * config.num_layers)
+    return [*ops, Op("linear", width, 4 * width * takes * tokens * audio.channels)]
+
+
+def _block_ops(
+    width: int, ffn_dim: int, tokens: int, keys: float, context: int, count: int
+) -> list[Op]:
+    """Count transformer blocks with cross-attention to `context` rows."""
+    linear = 2 * width * (tokens * (6 * width + 2 * ffn_dim) + 2 * context * width)
+    return [Op("linear", width, count * linear),
+            Op("attention", width, count * 4 * width * tokens * (keys + context))]
+
+
+def network_ops(component: Component[Any], width: int, positions: int, without: str = "-"
+                ) -> list[Op]:
+    """Count a pass of another network: each weight, but those whose names begin so, a position."""
+    weights = sum(math.prod(component.store.shape(name)) for name in component.store.names
+                  if not component.names.get(name, name).startswith(without))
+    return [Op("linear", width, 2 * weights * positions)]
+
+
+class VAEPart(NamedTuple):
+    """3x3x3 convolutions of the VAE that work at one resolution.
+
+    Attributes:
+        inputs: channels that each of them reads, two frames of which are remembered.
+        width: channels that each of them makes.
+        frames: for each latent frame.
+        pixels: of a frame.
+    """
+
+    inputs: tuple[int, ...]
+    width: int
+    frames: int
+    pixels: int
+
+
+def vae_parts(
+    config: VAEConfig, rows: int, columns: int, *, decode: bool, tiles: Tiles | None = None,
+    every_tile: bool = False, oversampling: int = 1,
+) -> tuple[VAEPart, list[VAEPart]]:
+    """Return the middle of the decoder or encoder, which is never cut, and the rest in order.
+
+    Args:
+        config: the VAE's.
+        rows: of latents.
+        columns: of latents.
+        decode: which of the two.
+        tiles: that the picture is cut into.
+        every_tile: whether pixels are those of all tiles together, or of the largest.
+        oversampling: see `CausalVAE.encode_moments`.
+    """
+    scales = [4 ** min(i, config.num_stages - 1) for i in range(config.num_stages + 1)]
+    areas = [rows * columns * scale for scale in (scales if decode else scales[::-1])]
+    if tiles is not None:
+        areas = tile_areas(config, rows, columns, tiles, decode=decode)[every_tile]
+    dim, colours = config.decoder_dim if decode else config.encoder_dim, 3 * config.patch_size**2
+    widths = [dim * mult for mult in config.channel_mults]
+    first = config.latent_channels if decode else widths[-1]
+    middle = VAEPart((first, *[widths[-1]] * 4), widths[-1], 1, rows * columns)
+    temporal, finer = (*config.temporal_downsample, False), config.finer_stages(oversampling)
+    frames, came, parts = config.strides.t // oversampling, dim, list[VAEPart]()
+    if decode:
+        widths, temporal, finer = widths[::-1], (*temporal[-2::-1], False), by_decoder(finer)
+        frames, came = 1, widths[0]
+    else:
+        parts.append(VAEPart((colours,), dim, frames, areas[0]))
+    for width, halved, kept in zip(widths, temporal, finer, strict=True):
+        others = [width] * (2 * (config.num_blocks + decode) - 1)
+        parts.append(VAEPart((came, *others), width, frames, areas[len(parts)]))
+        came = width // 2 if decode and not config.stage_shortcuts else width
+        if halved and not kept:
+            frames = frames * 2 if decode else frames // 2
+    if decode:
+        parts.append(VAEPart((widths[-1],), colours, frames, areas[len(parts)]))
+    return middle, parts
+
+
+def vae_ops(
+    config: VAEConfig, frames: int, rows: int, columns: int, *, decode: bool,
+    tiles: Tiles | None = None, oversampling: int = 1,
+) -> list[Op]:
+    """Count a clip of so many latent frames of rows x columns through the decoder or encoder.
+
+    The first latent frame gives one frame, which only the last of three taps see.
+    """
+    middle, parts = vae_parts(config, rows, columns, decode=decode, tiles=tiles, every_tile=True,
+                              oversampling=oversampling)
+    return [Op("conv", part.width, 2 * 27 * sum(part.inputs) * part.width * part.pixels
+               * (1 / 3 + (frames - 1) * part.frames)) for part in (middle, *parts)]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """A machine's rates in one dtype.
+
+    Attributes:
+        points: by kind of `Op`, (width, FLOPs a second) in rising width; by "write", (1, pixels a
+            second of the video encoder on one core).
+        measured: False for a machine that nobody measured: then times only weigh stages against
+            each other.
+    """
+
+    points: Mapping[str, Sequence[tuple[float, float]]]
+    measured: bool = True
+
+    def rate(self, kind: str, width: float = 1) -> float:
+        """Amount a second, interpolated in logarithms and constant beyond the measured widths."""
+        points = self.points[kind]
+        for (low, slow), (high, fast) in pairwise(points):
+            if width <= high:
+                share = min(max(math.log(width / low) / math.log(high / low), 0.0), 1.0)
+                between: float = slow * (fast / slow) ** share
+                return between
+        return points[-1][1]
+
+    def seconds(self, ops: Sequence[Op]) -> float:
+        """Time of work that is done one after the other."""
+        return sum(op.flops / self.rate(op.kind, op.width) for op in ops)
+
+
+NOMINAL = Rates({"linear": [(1, 60e9)], "attention": [(1, 60e9)], "conv": [(1, 60e9)],
+                 "write": [(1, 1e7)]}, measured=False)
+"""An ordinary core, for weighing stages where nothing was measured."""
+
+
+def known_rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """Return this machine's rates if it was measured before; a damaged file counts as none."""
+    try:
+        entry = _entries()[_machine(device, dtype)]
+        points = {kind: [(float(width), float(rate)) for width, rate in each]
+                  for kind, each in entry.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    values = [value for each in points.values() for pair in each for value in pair]
+    complete = points.keys() >= NOMINAL.points.keys() and all(points.values())
+    return Rates(points) if complete and all(0 < each < math.inf for each in values) else None
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure this machine, for some seconds, and keep the result for the next time.
+
+    A file that can't be written isn't written.
+    """
+    points = {kind: sorted(each) for kind, each in _measure(device, dtype).items()}
+    try:
+        _place().parent.mkdir(parents=True, exist_ok=True)
+        entries = _entries() | {_machine(device, dtype): points}
+        atomic_write(_place(), json.dumps(entries, indent=1).encode())
+    except (OSError, OutputError):
+        pass
+    return Rates(points)
+
+
+def _machine(device: torch.device, dtype: torch.dtype) -> str:
+    """Return what rates depend on, as text."""
+    facts = fingerprint()
+    names = ("vidgen", "cpu", "cpu_capability", "torch", "libavcodec", "threads", "gpu")
+    kernels = device.type == "cpu" and dtype in native.known_dtypes()
+    return json.dumps([FORMAT, kernels, *(facts[name] for name in names), os.cpu_count(),
+                       device.type, str(dtype)])
+
+
+def _place() -> Path:
+    return cache_folder() / "calibration.json"
+
+
+def _entries() -> dict[str, Any]:
+    try:
+        entries = json.loads(_place().read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return entries if isinstance(entries, dict) else {}
+
+
+@torch.no_grad()
+def _measure(device: torch.device, dtype: torch.dtype) -> dict[str, list[tuple[float, float]]]:
+    """Measure a narrow and a wide network, whole, and attention and encoders by themselves."""
+    if device.type == "cpu":
+        reuse_freed_memory()  # as `Parts` does
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def ready(module: nn.Module) -> Any:
+        module.to(device, dtype).eval()
+        pack(module)
+        return module
+
+    heads, length = _ATTENTION
+    q, k, v = randn(3, 1, heads, length, 64)
+    taken = _seconds(lambda: attention(q, k, v), device)
+    points = {"attention": [(1.0, 4 * heads * 64 * length**2 / taken)]}
+
+    def transformer(config: DiTConfig, frames: int, side: int) -> tuple[list[Op], float]:
+        network = ready(SpacetimeDiT(config))
+        given = (randn(1, config.in_channels, frames, side, side),
+                 torch.tensor([500.0], device=device), randn(1, _TEXT, config.text_dim))
+        taken = _seconds(lambda: network(*given), device)
+        ops = transformer_ops(config, frames, side**2 // config.patch_size**2, _TEXT)
+        scores = Rates(points).seconds([op for op in ops if op.kind == "attention"])
+        return [op for op in ops if op.kind == "linear"], max(taken - scores, 0.3 * taken)
+
+    def vae(config: VAEConfig, frames: int, side: int) -> tuple[list[Op], float]:
+        network = ready(CausalVAE(config))
+        latents = randn(1, config.latent_channels, frames, side, side)
+        taken = _seconds(lambda: [*network.stream_decode(latents)], device)
+        return vae_ops(config, frames, side, side, decode=True), taken
+
+    points["linear"] = _points(transformer, _TRANSFORMERS)
+    points["conv"] = _points(vae, _VAES)
+    points["write"] = [(1.0, _write_rate())]
+    return points
+
+
+def _points(
+    run: Callable[..., tuple[list[Op], float]], cases: Sequence[tuple[Any, int, int]]
+) -> list[tuple[float, float]]:
+    """Return (mean width, FLOPs a second) of cases, the smallest first.
+
+    In a dtype that the processor only imitates the first takes long, and the next is left out.
+    """
+    points: list[tuple[float, float]] = []
+    for case in cases:
+        ops, taken = run(*case)
+        flops = sum(op.flops for op in ops)
+        points.append((sum(op.width * op.flops for op in ops) / flops, flops / taken))
+        if taken > _LONG_S:
+            break
+    return points
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the median of several runs after one that warms up, or that one if it took long.
+
+    Of several threads the lower quartile of the wall's time: one that waits for a core holds up
+    the others, and how long these sleep meanwhile is in no thread's time.
+    """
+    gpu = device.type == "cuda"
+    several = not gpu and torch.get_num_threads() > 1
+    clock = time.perf_counter if gpu or several else time.thread_time
+    times: list[float] = []
+    while len(times) < 4 or (sum(times[1:]) < _BUDGET_S and len(times) < 200):
+        start = clock()
+        run()
+        if gpu:
+            torch.cuda.synchronize(device)
+        times.append(clock() - start)
+        if not gpu and times[0] > _LONG_S:
+            return times[0]
+    return max(sorted(times[1:])[len(times) // (4 if several else 2) - 1], 1e-7)
+
+
+def _write_rate() -> float:
+    """Measure pixels a second of the video encoder on one core, of a picture that drifts."""
+    count, side = 24, 256
+    y, x = np.mgrid[:side, :side] / side * 2 * np.pi
+    grain = np.random.default_rng(0).normal(0, 2, (side, side, 3))
+    waves = np.stack([80 * np.sin(k * x) * np.cos((4 - k) * y) for k in (1, 2, 3)], -1)
+    picture = np.clip(128 + waves + grain, 0, 255).astype(np.uint8)
+    frames = np.stack([np.roll(picture, 2 * t, 1) for t in range(count)])
+    info, start = ClipInfo(Fraction(12), (side, side), count), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        write_clip(f"{folder}/x.mp4", iter([frames]), info)
+    return count * side**2 / max(time.process_time() - start, 1e-4)
