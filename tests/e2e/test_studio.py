@@ -256,6 +256,18 @@ def test_what_is_filled_in_is_asked_for(page, served):
     }.items()
 
 
+def test_a_clip_is_re_imagined_and_words_are_spoken(page, served):
+    make(page, "a red car bounces", seconds=1.25)
+    page.get_by_role("button", name="Re-imagine").click()
+    page.locator("[name=strength]").fill("0.4")
+    page.get_by_label("Sound", exact=True).select_option("Spoken words")
+    page.get_by_label("Words to speak").fill("Hi.")
+    make(page, "a blue car bounces", seconds=1.25)
+    recipe = served.http.get(f"/v1/videos/{newest(served)['id']}/recipe").json()
+    assert recipe["request"]["say"] == [[None, "Hi."]]
+    assert (recipe["plan"]["strength"], recipe["inputs"][0]["option"]) == (0.4, "video")
+
+
 def test_what_is_wrong_stands_at_its_field(page):
     page.get_by_label("Prompt", exact=True).fill("a red car")
     size = page.locator(".composer [name=size]")
