@@ -1,7 +1,7 @@
 """Strict configs: mappings in, frozen dataclasses out, and back again.
 
 `vidgen.core.config_file` reads the mappings, `json_schema` describes them. Nothing is guessed and
-nothing ignored: an unknown key is an error that tells where it belongs or which known one is
+nothing ignored: an unknown key is an error that says where it belongs or which known one is
 nearest, a value of the wrong type says where it stands and what is expected there.
 
 Two short forms, where a dataclass asks for them: one with a class variable `SHORT` may be written
@@ -29,7 +29,7 @@ ONE = {"one": True}
 
 
 def called(*names: str) -> dict[str, Any]:
-    """Metadata of a field that other doors call so: who writes one of those is told its name."""
+    """Return metadata of a field that other doors call so; an error for such a key names it."""
     return {"called": names}
 
 
@@ -41,7 +41,7 @@ class _UnknownKey(InputError):
         self.where, self.key, self.settled = where, key, settled
 
     def seen_from(self, kind: type, below: str = "") -> _UnknownKey:
-        """The same, told where it belongs if `kind`, in whose field `below` it stands, knows."""
+        """Return the same with the place where it belongs, if `kind`, around `below`, has one."""
         if self.settled:
             return self
         if self.key in _fields(kind):
@@ -94,7 +94,7 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 
 
 def _meant(key: str, known: Mapping[str, Field[Any]]) -> tuple[str, bool]:
-    """Which key an unknown one may stand for, and whether that is sure: other doors call it so."""
+    """Return the key that an unknown one may stand for, and whether that is sure."""
     for name, field in known.items():
         if key in field.metadata.get("called", ()):
             return f"did you mean {name!r}?", True
@@ -102,7 +102,7 @@ def _meant(key: str, known: Mapping[str, Field[Any]]) -> tuple[str, bool]:
 
 
 def _home(key: str, kind: type) -> str | None:
-    """Dotted name of the field below `kind`, as near to it as can be, whose dataclass has a key."""
+    """Return the dotted name of the nearest field below `kind` whose dataclass has a key."""
     level, seen = [("", kind)], {kind}
     while level:
         level = [(f"{path}.{name}".lstrip("."), inner) for path, outer in level
@@ -116,7 +116,7 @@ def _home(key: str, kind: type) -> str | None:
 
 
 def _dataclasses(hint: Any) -> Iterator[type]:
-    """Those that a type hint is made of."""
+    """Yield the dataclasses that a type hint is made of."""
     if is_dataclass(hint) and isinstance(hint, type):
         yield hint
     for part in get_args(hint):
@@ -264,14 +264,14 @@ def _dataclass_schema(kind: type, parts: dict[str, Any]) -> dict[str, Any]:
         return reference
     parts[kind.__name__] = {}  # known before it is filled, as it may hold itself
     text, hints = inspect.getdoc(kind) or "", get_type_hints(kind)
-    told, properties, required = _documented_attributes(text), {}, []
+    described, properties, required = _documented_attributes(text), {}, []
     for field in fields(kind):
         if not field.init:
             continue
         schema = _hint_schema(hints[field.name], parts)
         if field.metadata.get("one"):
             schema = _any_of([schema["items"], schema])
-        properties[field.name] = schema | _field_facts(field, told)
+        properties[field.name] = schema | _field_facts(field, described)
         if field.default is MISSING and field.default_factory is MISSING:
             required.append(field.name)
     schema = {"type": "object", "properties": properties, "additionalProperties": False}
@@ -285,10 +285,10 @@ def _dataclass_schema(kind: type, parts: dict[str, Any]) -> dict[str, Any]:
     return reference
 
 
-def _field_facts(field: Field[Any], told: Mapping[str, str]) -> dict[str, Any]:
+def _field_facts(field: Field[Any], described: Mapping[str, str]) -> dict[str, Any]:
     facts = {}
-    if field.name in told:
-        facts["description"] = told[field.name]
+    if field.name in described:
+        facts["description"] = described[field.name]
     if field.default not in (MISSING, None, ()):
         facts["default"] = dump(field.default)
     return facts

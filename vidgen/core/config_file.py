@@ -17,7 +17,7 @@ import yaml
 from vidgen.core.errors import InputError, kind_of
 
 MAX_NODES = 2_000_000
-"""Values that a file may hold, those behind aliases counted wherever they are repeated."""
+"""Values that a file may hold; those of an alias count wherever they are repeated."""
 
 
 class Located(dict[str, Any]):
@@ -118,7 +118,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Located:
 
 
 def _joined(below: Any, above: Any) -> Any:
-    """`above` over `below`, whose lines would be told of another file."""
+    """Lay `above` over `below`, without the lines of `below`, which are another file's."""
     if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
         return above
     items = {key: _copy(value, placed=False) for key, value in below.items()}
@@ -201,12 +201,12 @@ def _why(error: yaml.YAMLError, text: str) -> str:
     indent = line[: len(line) - len(line.lstrip())]
     if "\t" in indent or line[mark.column :].startswith("\t"):
         return f"line {mark.line + 1}: a tab stands where YAML takes spaces alone; replace it"
-    told = (getattr(error, name, None) for name in ("context", "problem"))
-    return f"line {mark.line + 1}: {', '.join(part for part in told if part)}"
+    said = (getattr(error, name, None) for name in ("context", "problem"))
+    return f"line {mark.line + 1}: {', '.join(part for part in said if part)}"
 
 
 def _count_nodes(value: Any, counts: dict[int, int]) -> int:
-    """How many values there are below one, with those that aliases repeat.
+    """Count the values below one, with those that aliases repeat.
 
     Raises:
         yaml.YAMLError: more than `MAX_NODES`.

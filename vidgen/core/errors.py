@@ -55,7 +55,7 @@ def quoted(value: object) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What a value read from a file is, as a message says it: `a list of 3`, `int 5`."""
+    """Describe a value read from a file, for a message: `a list of 3`, `int 5`."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, dict):
@@ -64,7 +64,7 @@ def kind_of(value: object) -> str:
 
 
 def nearest(word: str, choices: Iterable[str], called: Mapping[str, str] = _NOTHING) -> str:
-    """What to put after "unknown 'word'; ": the closest choice, or all of them.
+    """Return the words after "unknown 'word'; ": the closest choice, or all of them.
 
     Args:
         word: that nobody knows.

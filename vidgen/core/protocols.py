@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OnEvent = Callable[[dict[str, Any]], None]
-"""Is told what happens, in fields of which `event` says what they are about."""
+"""Gets each event; its field `event` says what the others are about."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SamplerState:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a sampler tells after a step.
+    """Report of a sampler after a step.
 
     Attributes:
         num_steps: steps of the whole run.
@@ -90,20 +90,20 @@ class Denoise(Protocol):
 
 
 class StepCache(Protocol):
-    """Tells what a stack of blocks would give from what it gave at earlier steps.
+    """Predicts the result of a stack of blocks from its results at earlier steps.
 
-    A transformer runs its first `lead` blocks and asks `recall`. It goes on behind the last block
-    with the answer, or, without one, runs the other blocks and has `keep` hear of their result.
+    A transformer runs its first `lead` blocks and asks `recall`. It goes on after the last block
+    with the answer, or, without one, runs the other blocks and passes their result to `keep`.
     Tokens that are handed over must not be changed in place.
     """
 
     @property
     def lead(self) -> int:
-        """How many blocks run before `recall` is asked."""
+        """Number of blocks that run before `recall` is asked."""
         ...
 
     def recall(self, start: Tensor, tokens: Tensor) -> Tensor | None:
-        """What would leave the last block, [B, L, D], or None where that has to be computed.
+        """Return the result of the last block, [B, L, D], or None where that has to be computed.
 
         Args:
             start: [B, L, D], what entered the first block.
@@ -112,5 +112,5 @@ class StepCache(Protocol):
         ...
 
     def keep(self, tokens: Tensor) -> None:
-        """Hear what left the last block, [B, L, D], after `recall` gave None."""
+        """Note the result of the last block, [B, L, D], after `recall` gave None."""
         ...

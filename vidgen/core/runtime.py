@@ -40,7 +40,7 @@ def sync(path: str | Path) -> None:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; what was written there takes its name on leaving.
+    """Give a temporary path next to `path`; what was written there takes its name on leaving.
 
     On an exception nothing is left: neither the temporary file or folder nor a changed target. A
     folder that has the name already is there, whole, until the new one is.
@@ -70,7 +70,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def _behind_links(path: str | Path) -> Path:
-    """What a symbolic link names in the end, so that it stays a link; all else as it is."""
+    """Follow a symbolic link to its end, so that it stays a link; return all else as it is."""
     target = Path(path)
     try:
         return target.resolve() if target.is_symlink() else target
@@ -255,7 +255,7 @@ def attention_by(backend: str) -> Iterator[None]:
 
 
 def num_devices(device: torch.device) -> int:
-    """How many devices of a kind there are; the processor is one."""
+    """Count the devices of a kind; the processor is one."""
     import torch
 
     return torch.cuda.device_count() if device.type == "cuda" else 1
@@ -271,7 +271,7 @@ def given_rank() -> tuple[int, int] | None:
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Bytes that can still be taken on a device; None where the system doesn't tell.
+    """Bytes that can still be taken on a device; None where the system doesn't say.
 
     Args:
         device: a GPU, whose memory counts, or the CPU: what is free or can be freed, without swap
@@ -325,7 +325,7 @@ def reuse_freed_memory(largest: int = 32 << 20) -> None:
 
 
 def cache_folder() -> Path:
-    """Where vidgen keeps what it can make anew: `$XDG_CACHE_HOME/vidgen` or `~/.cache/vidgen`."""
+    """Return the folder of what can be made again: `$XDG_CACHE_HOME/vidgen`, `~/.cache/vidgen`."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "vidgen"
 
@@ -338,11 +338,11 @@ def child_environment(**more: str) -> dict[str, str]:
 
 
 def exit_text(code: int, errors: IO[bytes]) -> str:
-    """How a process ended, in words.
+    """Say how a process ended.
 
     Args:
         code: as `subprocess` gives it, below 0 for a signal.
-        errors: what it wrote to stderr, of which the last line is told.
+        errors: what it wrote to stderr; the last line is quoted.
     """
     if code < 0:
         name = signal.Signals(-code).name

@@ -15,13 +15,13 @@ from vidgen.core.errors import InputError
 
 @dataclass(frozen=True)
 class Strides:
-    """How many frames (`t`) and pixels a side (`hw`) one latent stands for."""
+    """Frames (`t`) and pixels a side (`hw`) that one latent stands for."""
 
     t: int
     hw: int
 
     def finer(self, oversampling: int) -> Strides:
-        """Those where so many latent frames stand for each one."""
+        """Return the strides with `oversampling` latent frames for each one."""
         return replace(self, t=self.t // oversampling)
 
 
@@ -37,7 +37,7 @@ class Tiles:
 
     @property
     def count(self) -> int:
-        """How many tiles there are."""
+        """Number of tiles."""
         return self.rows * self.columns
 
 
@@ -140,7 +140,7 @@ def nearest_sizes(value: int, multiple: int) -> tuple[int, int]:
 
 
 def num_frames_for_seconds(seconds: float, fps: float, strides: Strides) -> tuple[int, int]:
-    """How many frames to generate for a duration, and how many of them to keep.
+    """Return the number of frames to generate for a duration, and of those to keep.
 
     Returns:
         (generated, kept): kept is seconds * fps rounded half up, at least 1; generated is the next

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Picture: TypeAlias = str | os.PathLike[str] | np.ndarray[Any, Any]
 
 Fit = Literal["crop", "pad"]
-"""What is done to a picture of another aspect: cut what sticks out, or keep all in a frame."""
+"""Treatment of a picture of another aspect: cut what sticks out, or keep all in a frame."""
 _TILES = re.compile(r"auto|none|[1-9]\d?x[1-9]\d?")
 _ORIENTATION = 0x0112
 """EXIF's tag of it; 1 is upright."""
@@ -135,7 +135,7 @@ def check_cache(value: Any) -> None:
 
 
 def parse_readings(value: Any) -> dict[str, str] | None:
-    """What "bicylce=bicycle,taxi=car" reads words as, in lower case; None is "auto".
+    """Parse "bicylce=bicycle,taxi=car": what words are read as, in lower case; None is "auto".
 
     Raises:
         InputError: neither auto, none nor such pairs.

@@ -1,15 +1,15 @@
-"""Binding: of several things that a prompt names, each is drawn where it is, by its own words.
+"""Regional prompts: each of several things that a prompt names is drawn by its own words.
 
-A model that is told of two things often draws the first twice: what it settles first is where
-things are, and each of them may become either. So a verifier looks at the guess of the clip at each
-step, and each thing that it sees there gets one of the names, whose own words hold around it: "a
-mushroom above a flamingo" is "a flamingo above a flamingo" where the flamingo is to be, and while
-looks are settled "a flamingo and a flamingo". All is drawn by the model itself. These are regional
-prompts (Bar-Tal et al. 2023, "MultiDiffusion", section 4.2) against catastrophic neglect (Chefer et
-al. 2023, "Attend-and-Excite"), of regions that nobody has to give.
+A model under a prompt of two things often draws the first twice: it settles first where things are,
+and each of them may become either. So a verifier looks at the guess of the clip at each step, and
+each thing that it finds gets one of the names, whose own words hold around it: "a mushroom above a
+flamingo" is "a flamingo above a flamingo" where the flamingo will be, and while looks are settled
+"a flamingo and a flamingo". All is drawn by the model itself. These are regional prompts (Bar-Tal
+et al. 2023, "MultiDiffusion", section 4.2) against catastrophic neglect (Chefer et al. 2023,
+"Attend-and-Excite"), with regions that nobody has to give.
 
-Axes: B clips, n things that are told apart, C latent channels, F latent frames, h w latent rows and
-columns, K labels of the verifier.
+Axes: B clips, n things with prompts of their own, C latent channels, F latent frames, h w latent
+rows and columns, K labels of the verifier.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from vidgen.diffusion.flow import denoised_of
 from vidgen.diffusion.state import LatentState
 
 NOBODY = -1
-"""In place of a label where a clip is told of fewer things than others."""
+"""Stands for a label where a clip names fewer things than others."""
 PASSES = 8
-"""In which clusters and what belongs to them settle."""
+"""Iterations of the clustering."""
 SIZE = 0.125
 """Deviation of a thing around its middle, in shorter sides of the picture."""
 APART = 1.25 * SIZE
-"""How far middles have to lie from each other to be of several things."""
+"""Least distance of the middles of different things."""
 SEEN = 0.3
-"""Share of a latent, or of one beside it, that shows something, from which words hold there."""
+"""Share of a latent, or of a neighbour, that shows something, from which words hold there."""
 TRUST = 0.5
-"""Of the evidence for a name, against where its middle lies."""
+"""Weight of the evidence for a name, against where its middle lies."""
 CLEAREST = 2.0
 """More evidence than this counts as much as this."""
 LEAST = 1e-3
@@ -58,12 +58,12 @@ def bound(
 
     Args:
         told_all: the model under the prompt.
-        told_alone: n of it, each told of one thing alone.
+        told_alone: n of it, each under a prompt of one thing alone.
         where: `Verifier.where`.
         state: of the clips.
         labels: [B, n] numbers, or `NOBODY`.
         strength: 0 leaves `told_all`, 1 takes the others' velocities where their things are.
-        legible: the noise level below which a guess tells where things are.
+        legible: the noise level below which a guess shows where things are.
     """
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
         velocity = told_all(latents, sigma)
@@ -87,10 +87,10 @@ def bound(
 
 
 def _shares(seen: Tensor, labels: Tensor) -> Tensor:
-    """How much of each latent is to be which of a clip's things, [n, F, h, w].
+    """Return the share of each latent that belongs to each of a clip's things, [n, F, h, w].
 
     Args:
-        seen: [K + 1, F, h, w], as a verifier tells.
+        seen: [K + 1, F, h, w], as `Verifier.where` gives it.
         labels: [n], or `NOBODY`.
     """
     whose = labels != NOBODY
@@ -101,7 +101,7 @@ def _shares(seen: Tensor, labels: Tensor) -> Tensor:
 
 
 def regions(something: Tensor, named: Tensor) -> Tensor:
-    """Tell things apart: how much of each latent belongs to which, [n, F, h, w].
+    """Divide latents among things: the share of each that belongs to each, [n, F, h, w].
 
     Clusters of what is seen, by where it lies and what it looks like (expectation maximisation, the
     middles of a thing smoothed over time), which begin with the latents that look most like each,
@@ -133,7 +133,7 @@ def regions(something: Tensor, named: Tensor) -> Tensor:
 
 
 def _around(maps: Tensor) -> Tensor:
-    """Means [n, F, h, w] over each latent and those beside it."""
+    """Return means [n, F, h, w] over each latent and its neighbours."""
     return F.avg_pool2d(maps, 3, 1, 1)
 
 
@@ -150,7 +150,7 @@ def _even(evidence: Tensor, seen: Tensor) -> Tensor:
 
 
 def _middles(weights: Tensor, places: Tensor) -> Tensor:
-    """Where each thing is in each frame, [n, F, 2], of weights [n, F, P], smoothed over time."""
+    """Return the middle of each thing in each frame, [n, F, 2], smoothed over time."""
     kernel = weights.new_tensor(OVER_TIME).view(1, 1, -1)
     around = len(OVER_TIME) // 2
     sums = torch.cat([weights @ places, weights.sum(2, keepdim=True)], dim=2)  # [n, F, 3]

@@ -1,7 +1,7 @@
 """Step caches: what a transformer's blocks add to its tokens changes little from step to step.
 
-So at many steps it can be told from earlier ones, and the blocks needn't run. Three ways of telling
-whether that is good enough, each with a threshold of which 0 means never:
+So at many steps it is predicted from earlier ones, and the blocks needn't run. Three methods say
+whether the prediction is good enough, each with a threshold of which 0 means never:
 
     first-block   the first block runs always; where it adds about the same as when the others last
                   ran, they are taken to add the same, too (after TeaCache, Liu et al. 2024)
@@ -33,7 +33,7 @@ from vidgen.diffusion.guidance import PROMPT
 from vidgen.ops.parallel import Spread
 
 RETAINED = 0.2
-"""Share of the steps that are computed anyhow, the first ones: they settle what is to be seen."""
+"""Share of the steps that are always computed, the first ones: they settle the composition."""
 MAX_SKIPS = 3
 """Steps left out one after the other, at most."""
 ORDER = 1
@@ -78,7 +78,7 @@ class TokenPart:
 
 
 class Memory(ABC):
-    """What a cache remembers of one branch of guidance.
+    """Memory of a cache for one branch of guidance.
 
     Attributes:
         tensors: [B, L, D] each, in the tokens' dtype; none before the first computed step.
@@ -98,31 +98,31 @@ class Memory(ABC):
         self._restored: Sequence[Tensor] = ()
 
     def begin(self, sigma: float, part: TokenPart | None) -> None:
-        """Hear of a pass at `sigma`, before any block runs."""
+        """Begin a pass at `sigma`, before any block runs."""
         self.sigma, self.part = sigma, part
         if self._restored:
             whole, self._restored = self._restored, ()
             self.tensors = [each if part is None else part.own(each) for each in whole]
 
     def enter(self, start: Tensor, tokens: Tensor) -> None:
-        """Hear what entered the stack, and what left its first `lead` blocks, at `sigma`."""
+        """Note what entered the stack, and what left its first `lead` blocks, at `sigma`."""
         self._start, self._tokens = start, tokens
 
     @abstractmethod
     def is_near(self) -> bool:
-        """Whether what is remembered will do; asked of the branch that decides, and then done."""
+        """Whether the memory is good enough for this step; asked of the branch that decides."""
 
     def reuse(self) -> Tensor:
-        """What leaves the last block [B, L, D], out of what is remembered."""
+        """Return the predicted result of the last block [B, L, D]."""
         return _sum(self._tokens, self._added())
 
     def _added(self) -> Tensor:
-        """What the blocks behind the first `lead` are taken to add."""
+        """Return what the blocks after the first `lead` are taken to add."""
         return self.tensors[0]
 
     @abstractmethod
     def keep(self, tokens: Tensor) -> None:
-        """Hear what left the last block."""
+        """Note the result of the last block."""
 
     def forget(self) -> None:
         """Remember nothing: what comes is another model's."""
@@ -169,7 +169,7 @@ class FirstBlock(Memory):
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """How the size of what a model's blocks add depends on the noise level.
+    """Size of what a model's blocks add, by noise level.
 
     Attributes:
         sigmas: falling.
@@ -225,7 +225,7 @@ class Forecast(Memory):
     """Lays a polynomial in log-SNR u through the last computed additions.
 
     Through nodes u_j it errs by f'(order+1) / (order+1)! * prod(u - u_j); the first factor is
-    learnt at every computed step by foretelling that, too. The threshold is of the mean absolute
+    learnt at every computed step by predicting that, too. The threshold is of the mean absolute
     error that is expected, over the mean absolute value. `numbers` are the nodes' noise levels, the
     latest first, and the factor over that value; infinity before it is known.
 
@@ -414,7 +414,7 @@ class _Pass:
 
 
 class _Company(_Pass):
-    """A pass that nobody asked for, beside processes that share this one's weights.
+    """A pass that nobody asked for, run along with processes that share this one's weights.
 
     It runs the blocks that theirs run, and remembers nothing.
     """

@@ -1,4 +1,4 @@
-"""The one mechanism for conditions: known values in the latents, and known stills beside them.
+"""The one mechanism for conditions: known values in the latents, and known stills as more tokens.
 
 A task is a `LatentState` with conditions written into it. Known latents stand in place with
 sigma = 0 for their tokens (as Wan 2.2 TI2V-5B has its first frame); a still for a later moment
@@ -116,7 +116,7 @@ def reference(state: LatentState, latent: Tensor, index: int = 0) -> LatentState
 
 
 def keyframe_position(frame_index: int, strides: Strides) -> float:
-    """Where a frame lies on the latent frames' axis.
+    """Return the position of a frame on the latent frames' axis.
 
     Latent frame i >= 1 stands for frames t * (i - 1) + 1 to t * i; its position i is their centre.
     """
@@ -124,7 +124,7 @@ def keyframe_position(frame_index: int, strides: Strides) -> float:
 
 
 def reference_position(index: int) -> float:
-    """The time position reserved for the n-th reference image: before the clip, well apart."""
+    """The time position reserved for the n-th reference image: before the clip, at a distance."""
     return FIRST_REFERENCE_POSITION - REFERENCE_SPACING * index
 
 

@@ -22,7 +22,7 @@ KINDS = ("text", "first", "last", "both", "frames", "prefix", "mask")
 
 @dataclass(frozen=True)
 class ConditionMix:
-    """How often training draws each condition; the weights needn't sum to 1.
+    """Frequencies of the conditions in training; the weights needn't sum to 1.
 
     Attributes:
         text: nothing but the caption.
@@ -34,7 +34,7 @@ class ConditionMix:
         prefix_step: the latent frames that a beginning is a multiple of, where so many fit.
         mask: a region kept through the whole clip.
         reference: a probability of its own: how often a sample that has reference stills gets
-            them, beside whatever else was drawn.
+            them, besides whatever else was drawn.
     """
 
     text: float = 0.60
@@ -65,7 +65,7 @@ class Stills:
 
     Attributes:
         latents: [B, C, K, h, w].
-        frame_index: [B, K] int64: the frame of the clip that it shows, which may lie behind the end
+        frame_index: [B, K] int64: the frame of the clip that it shows, which may lie after the end
             of a clip that was cut; -1 - n for reference n.
     """
 
@@ -75,7 +75,7 @@ class Stills:
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of each sample of a batch, before latents are taken to show it.
+    """Conditions of each sample of a batch, before latents are taken to show them.
 
     Attributes:
         known: [B, 1, F, h, w] bool, what is known in place.
@@ -89,7 +89,7 @@ class Given:
 
     @property
     def has_reference(self) -> Tensor:
-        """Which samples are given a reference image, [B] bool."""
+        """Samples that are given a reference image, [B] bool."""
         return (self.used & (self.frame_index < 0)).any(1)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 TIMESTEPS = 1000
-"""Models are told `timestep = TIMESTEPS * sigma`; nothing else uses timesteps."""
+"""Models take `timestep = TIMESTEPS * sigma`; nothing else uses timesteps."""
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
@@ -31,7 +31,7 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def velocity_of(clean: Tensor, noise: Tensor) -> Tensor:
-    """What the model learns to predict: the slope dnoisy/dsigma of the line."""
+    """Return what the model learns to predict: the slope dnoisy/dsigma of the line."""
     return noise - clean
 
 
@@ -49,7 +49,7 @@ def velocity_towards(noisy: Tensor, clean: Tensor, sigma: Tensor) -> Tensor:
 
 
 def to_timestep(sigma: Tensor, *, whole: bool = False) -> Tensor:
-    """What a model is told of the noise level.
+    """Return the timestep of a noise level, as models take it.
 
     Args:
         sigma: any shape, in [0, 1].

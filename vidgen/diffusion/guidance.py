@@ -21,14 +21,14 @@ from vidgen.diffusion.state import LatentState
 
 PROMPT, NEGATIVE = "prompt", "negative"
 BRANCHES = (PROMPT, NEGATIVE)
-"""What a model is asked under, the conditional one first."""
+"""The passes of a model, the conditional one first."""
 UNSHOWN = "unshown"
-"""What it is asked under beside these: the prompt again, without the reference images."""
+"""A third pass: under the prompt again, without the reference images."""
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly, where and how tamely the prompt pulls.
+    """Strength, reach and limits of guidance.
 
     Attributes:
         scale: 1 is the conditional model alone, one call a step instead of two.
@@ -42,7 +42,7 @@ class Guidance:
             that guidance pulls towards them, too (image guidance: Brooks et al. 2023; Blattmann et
             al. 2023, "Stable Video Diffusion"). None: `scale`, and both passes see them.
         reference_scale: what is added of how reference images change the conditional velocity,
-            which a pass that isn't shown them tells (by itself, as in Brooks et al. 2023, eq. 3);
+            found by a pass without them (by itself, as in Brooks et al. 2023, eq. 3);
             of clips without given frames, which hold their subjects already. 0: `scale` alone.
         reach: latent frames from one given in place on at which `known_scale` is full; it rises
             from 1 there, since guidance would else pull its neighbours past it (Blattmann et al.
@@ -69,7 +69,7 @@ class Guidance:
             raise InputError(f"guidance rescale must lie in 0..1, not {self.rescale}")
 
     def of_clip(self, *, has_given: bool) -> Guidance:
-        """That of one clip; `known_scale` is left where frames are given, to be hidden."""
+        """Return one clip's guidance; `known_scale` stays where given frames are hidden."""
         if not has_given:
             return replace(self, known_scale=None, reach=0)
         if self.known_scale is None:
@@ -89,7 +89,7 @@ class Guidance:
         return self.reference_scale if self._applies_at(sigma) else 0.0
 
     def branches_at(self, sigma: float) -> tuple[str, ...]:
-        """Those of `BRANCHES`, and `UNSHOWN`, that a step at `sigma` needs."""
+        """Return the passes of `BRANCHES` and `UNSHOWN` that a step at `sigma` needs."""
         branches = BRANCHES[:1] if self.scale_at(sigma) == 1 else BRANCHES
         return (*branches, UNSHOWN) if self.reference_scale_at(sigma) else branches
 
@@ -170,9 +170,9 @@ def guided(
 
 
 def as_negative(state: LatentState, *, hides_given: bool) -> LatentState:
-    """What the negative pass is shown; guidance pulls towards all that it goes without.
+    """Return what the negative pass is shown; guidance pulls towards all that it lacks.
 
-    That is the prompt, reference images, for sound the picture, since what a prompt says of sound
+    It lacks the prompt, reference images, for sound the picture, since what a prompt says of sound
     would else drown what the picture does, and with `hides_given` given frames.
     """
     return replace(
@@ -183,12 +183,12 @@ def as_negative(state: LatentState, *, hides_given: bool) -> LatentState:
 
 
 def unshown(state: LatentState) -> LatentState:
-    """The state without its reference images, whose own pull a pass under the prompt tells."""
+    """Return the state without its reference images, to find their own pull under the prompt."""
     return replace(state, keys=without_references(state.keys))
 
 
 def guidance_share(state: LatentState, reach: int) -> Tensor | None:
-    """How far latents are from frames given in place: 0 to 1, which is `reach` latent frames off.
+    """Return the distance of latents from given frames: 0 to 1, which is `reach` latent frames.
 
     As samplers have latents, or to be spread over them. Nothing is near a still, which is reached
     by guidance alone, and no sound is near anything. None without a reach.

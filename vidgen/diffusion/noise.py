@@ -61,7 +61,7 @@ def draw_sound_noise(
     """Noise of each clip's sound latents `begin` to `end`, [B * n, channels, end - begin].
 
     Float32. Each of several sounds for one picture has noise of its own; those of n `takes`, by
-    number, lie behind each other.
+    number, follow each other.
     """
     shape = LatentShape(channels, end - begin, 1, 1, batch=len(seeds))
     streams = [f"audio {take}" if take else "audio" for take in takes]

@@ -25,12 +25,12 @@ FINER_NOISE = -1
 """A step that no sampler takes, by which `shuffled` draws the noise of finer frames."""
 
 Run = Callable[[LatentState, Tensor, OnStep | None, SamplerState | None], Tensor]
-"""Samples a state over noise levels, told steps, or from where a run had come to: clean latents."""
+"""Samples a state over noise levels, from the start or a saved step on: clean latents."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How finer latent frames lie to those of a clip, or of a stretch of it.
+    """Positions of finer latent frames relative to those of a clip, or of a stretch of it.
 
     Args:
         factor: of them for each.
@@ -47,19 +47,19 @@ class Pace:
         return 0 if self.alone else self.factor - 1
 
     def finer(self, frames: int) -> int:
-        """How many so many become."""
+        """Return the number of finer frames for so many of the clip's."""
         return frames and 1 + (frames - 1) * self.factor + self.lead
 
     def coarser(self, frames: int) -> int:
-        """How many of the clip's so many are."""
+        """Return the number of the clip's frames for so many finer ones."""
         return frames and 1 + (frames - 1 - self.lead) // self.factor
 
     def behind(self, start: int) -> Pace:
-        """That of a stretch which begins with latent frame `start` of this one."""
+        """Return the pace of a stretch that begins with latent frame `start` of this one."""
         return replace(self, alone=self.alone and start == 0)
 
     def middle(self, stride_t: int) -> float:
-        """How much later the middle of a finer frame's pictures lies than where it counts from.
+        """Return how much later the middle of a finer frame's pictures lies than its position.
 
         In finer frames, against the middle of one of the clip's frames, of `stride_t` pictures.
         """
@@ -148,7 +148,7 @@ def sample_finer(
     if split and (resume is None or resume.step < split):
         ends = torch.cat([sigmas[:split], sigmas[-1:]])
         settled, resume = run(state, ends, told_from(0), resume), None
-    elif split and resume is not None:  # behind step `split` no more than its shape is needed
+    elif split and resume is not None:  # after step `split` only its shape is needed
         settled = resume.latents if resume.step == split else state.latents
         resume = None if resume.step == split else replace(resume, step=resume.step - split)
     finer = finer_state(state, settled, levels[split], factor, stride_t)

@@ -1,7 +1,7 @@
 """Samplers: pure functions from noise to clean latents that know no model.
 
-Each takes `denoise`, the starting latents [B, C, F, h, w] and falling sigmas, tells `on_step` after
-every step, and can go on from any `SamplerState` it told of, bit-equal to never having stopped.
+Each takes `denoise`, the starting latents [B, C, F, h, w] and falling sigmas, calls `on_step` after
+every step, and can go on from any `SamplerState` of it, bit-equal to never having stopped.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -111,7 +111,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def whole_timesteps(name: str) -> bool:
-    """Whether models are told whole timesteps by a sampler, as diffusers' scheduler does."""
+    """Whether a sampler gives models whole timesteps, as diffusers' scheduler does."""
     return name in ("unipc", "UniPCMultistepScheduler")
 
 

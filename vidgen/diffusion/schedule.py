@@ -56,7 +56,7 @@ def make_sigmas(
 
 
 def steps_for_strength(num_steps: int, strength: float) -> int:
-    """How many of `num_steps` a run at `strength` takes: all at 1, none at 0, else at least one."""
+    """Return the number of steps of a run at `strength`: all at 1, none at 0, else at least one."""
     if num_steps < 1:
         raise InputError(f"steps must be at least 1, not {num_steps}")
     if not 0 <= strength <= 1:
@@ -101,7 +101,7 @@ def draw_sigmas(
 def share_below(
     sigma: float, *, shift: float = 1.0, mean: float | None = 0.0, std: float = 1.0
 ) -> float:
-    """What share of `draw_sigmas`' levels lies below `sigma`; arguments as there."""
+    """Return the share of `draw_sigmas`' levels below `sigma`; arguments as there."""
     if not 0 < sigma < 1:
         return float(sigma >= 1)
     level = sigma / (shift - (shift - 1) * sigma)  # the inverse of `shifted`

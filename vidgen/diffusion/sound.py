@@ -1,4 +1,4 @@
-"""Sound beside the picture: latents of its own in one state, and one tensor of both for samplers.
+"""Sound with the picture: latents of its own in one state, and one tensor of both for samplers.
 
 A clip's sound is one more run of tokens with its own noise, known values and times: sound for a
 known picture and a picture for known sound differ in nothing but what is known.
@@ -32,7 +32,7 @@ class SoundState:
         denoise_mask: [B, 1, N] bool, True where sound is to be generated.
         start_s: when the first latent begins, in seconds after the picture's first latent frame.
         sees_picture: whether it is denoised in view of the picture.
-        takes: sounds of one picture, behind each other in the batch; the picture's rows are alike.
+        takes: sounds of one picture, neighbours in the batch; the picture's rows are alike.
     """
 
     latents: Tensor
@@ -82,7 +82,7 @@ def sound_begins(sound: SoundState, latents: Tensor) -> SoundState:
 
 @dataclass(frozen=True)
 class Packing:
-    """How picture [B, C, F, h, w] and sound [B, C, N] lie in one tensor [B, n].
+    """Layout of picture [B, C, F, h, w] and sound [B, C, N] in one tensor [B, n].
 
     Attributes:
         picture: the picture's C, F, h, w.
@@ -126,7 +126,7 @@ def sound_span(
         tokens_per_s: sound latents a second.
 
     Returns:
-        (first sound latent, the one behind the last, `SoundState.start_s`): all that are heard
+        (first sound latent, the one after the last, `SoundState.start_s`): all that are heard
         while the stretch is shown.
     """
     rate, fps = Fraction(tokens_per_s), Fraction(fps)

@@ -1,4 +1,4 @@
-"""Conditions that a model reads as further channels beside its latents: Wan's I2V and VACE.
+"""Conditions that a model reads as further channels of its latents: Wan's I2V and VACE.
 
 Such models learned known frames not in place but as a second clip, encoded whole with grey where
 nothing is known, and a mask that says what is.

@@ -27,7 +27,7 @@ FIRST_REFERENCE_POSITION = -4.0
 
 
 class FinerKnown(NamedTuple):
-    """What is known of a clip at a finer frame rate, see `vidgen.diffusion.oversampling`.
+    """Known latents of a clip at a finer frame rate, see `vidgen.diffusion.oversampling`.
 
     Attributes:
         latents: [B, C, n, h, w] of its first n finer latent frames, as they are shown.
@@ -49,7 +49,7 @@ class LatentState:
         clean: [B, C, F, h, w], the known values; anything where not known.
         denoise_mask: [B, 1, F, h, w] bool, True where latents are to be generated.
         keys: known stills at times of their own, or None.
-        stacked: [B, _, F, h, w] channels that the model reads behind the latents', or None.
+        stacked: [B, _, F, h, w] channels that the model reads after the latents', or None.
         control: [B, _, F, h, w] what VACE's control blocks read, or None.
         image_context: [B, _, D] CLIP features of known pictures, or None.
         num_references: leading latent frames that are references, not the clip.
@@ -57,9 +57,9 @@ class LatentState:
         known_sigma: [B], how much of what is known in place is noise; None: nothing.
         hides_known: what is known in place is shown as noisy as all else; see `Guidance`.
         noise: [B, C, F, h, w], the starting noise where `latents` are more than that; None there.
-        spacing: how far latent frames lie apart on the time axis, where those of the model's own
-            frame rate lie one apart.
-        lead: which of them lies at 0 there.
+        spacing: distance of latent frames on the time axis, which is 1 at the model's own frame
+            rate.
+        lead: number of the latent frame that lies at 0 there.
         known_finer: what is known in place at a finer frame rate, where that isn't a single frame.
         video_finer: [B, C, n, h, w], the clip that sampling begins from at that rate, or None.
     """
@@ -93,12 +93,12 @@ class LatentState:
 
     @property
     def starting_noise(self) -> Tensor:
-        """What sampling begins with, [B, C, F, h, w], without the clip that it may begin from."""
+        """The noise of the start, [B, C, F, h, w], without a clip that sampling begins from."""
         return self.latents if self.noise is None else self.noise
 
     @cached_property
     def times(self) -> Tensor | None:
-        """Where its latent frames lie on the time axis, [F]; None: one apart."""
+        """Positions of its latent frames on the time axis, [F]; None: 0, 1, 2, ..."""
         if self.spacing == 1:
             return None
         numbers = torch.arange(self.latents.shape[2], device=self.latents.device)
@@ -154,11 +154,11 @@ class LatentState:
 
     @cached_property
     def packing(self) -> Packing | None:
-        """How picture and sound lie in the one tensor that samplers see; None without sound."""
+        """Layout of picture and sound in the one tensor that samplers see; None without sound."""
         return None if self.sound is None else Packing.of(self.latents, self.sound.latents)
 
     def begin(self) -> Tensor:
-        """What a sampler starts from: [B, C, F, h, w], with sound [B, n]."""
+        """Return the start of a sampler: [B, C, F, h, w], with sound [B, n]."""
         sound = None if self.sound is None else self.sound.latents
         return self.project(self.together(self.latents, sound))
 
@@ -188,7 +188,7 @@ class LatentState:
 
     @cached_property
     def generated(self) -> Tensor:
-        """The mask of what is to be generated, as a sampler has it."""
+        """The mask of generated values, in a sampler's layout."""
         sound = None if self.sound is None else self.sound.denoise_mask
         return self.together(self.denoise_mask, sound)
 
@@ -208,7 +208,7 @@ def finished(latents: Tensor) -> LatentState:
 def denoise_inputs(
     state: LatentState, sigma: Tensor, latents: Tensor | None = None, *, patch: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """What the model gets to see of a state at a noise level, besides `state.keys`.
+    """Return what the model sees of a state at a noise level, besides `state.keys`.
 
     Args:
         state: the conditions.

@@ -1,1 +1,1 @@
-"""Networks, each beside its frozen config: the video VAE, the spacetime DiT, the text encoder."""
+"""Networks, each with its frozen config: the video VAE, the spacetime DiT, the text encoder."""

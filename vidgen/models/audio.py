@@ -70,7 +70,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class _Stack(nn.ModuleList):
-    """Blocks one after the other."""
+    """A sequence of blocks."""
 
     def __init__(self, dim: int, layers: int, config: AudioVAEConfig) -> None:
         super().__init__(
@@ -169,7 +169,7 @@ class AudioVAE(NormalizedLatents, nn.Module):
         return self.render(self.controls(latents))[:, :num_samples]
 
     def controls(self, latents: Tensor, cache: StreamCache | None = None) -> Controls:
-        """What the decoder says of latents [B, C, K] as encoded, T = K * frames_per_token."""
+        """Decode latents [B, C, K] as encoded to the sound of frames, T = K * frames_per_token."""
         x = latents.transpose(1, 2).to(self.decoder.head.weight.dtype)
         said = self.decoder(x, self.config.frames_per_token, cache)
         bins, gains = self.config.num_bins, self.config.gains_per_frame
@@ -191,7 +191,7 @@ class AudioVAE(NormalizedLatents, nn.Module):
         return to_sound(self.config, controls, cache, first_noise)
 
     def spectra(self, sound: Tensor) -> tuple[Tensor, Tensor]:
-        """What the encoder sees of sound [B, N].
+        """Return the spectra of sound [B, N] that the encoder reads.
 
         Returns:
             Magnitudes [B, T, bins], and tones, complex; see `to_spectra`; T = K * frames_per_token.

@@ -1,9 +1,9 @@
-"""Sound to spectra and back: what the audio VAE's encoder sees, how what its decoder says sounds.
+"""Sound to the spectra that the audio VAE's encoder reads, and from its decoder's back to sound.
 
-Phases aren't told but followed: the encoder sees how far each frequency's phase went since the last
-frame, the decoder says how far it goes, and sums; so a steady tone is a constant. What is no tone
-is noise of its own (harmonics plus noise, Engel et al. 2020, sec. 3), from a fixed table, so that
-decoding is a function.
+Phases aren't given but followed: the encoder reads how far each frequency's phase went since the
+last frame, the decoder says how far it goes, and sums; so a steady tone is a constant. What is no
+tone is noise of its own (harmonics plus noise, Engel et al. 2020, sec. 3), from a fixed table, so
+that decoding is a function.
 
 Axes: B batch, N samples (mono), T frames.
 """
@@ -44,8 +44,8 @@ class AudioVAEConfig:
         hop: samples from a frame to the next.
         window: samples of a frame, three whole hops at least.
         pitch_window: samples, whole windows, that end with a frame and over which the encoder
-            follows phases: tones nearer to each other than a window tells apart beat in it, and
-            have no pitch there. 0: the window.
+            follows phases: tones too near to each other for a window beat in it, and have no
+            pitch there. 0: the window.
         frames_per_token: frames that make a latent.
         gains_per_frame: gains that the decoder says of each frame for its tones, and as many for
             its noise: attacks are then as sharp as `hop / gains_per_frame` samples, where windows
@@ -113,7 +113,7 @@ class AudioVAEConfig:
 
     @property
     def lookahead(self) -> int:
-        """Samples behind its own that a latent depends on."""
+        """Samples after its own that a latent depends on."""
         return self.window - self.hop
 
     @property
@@ -140,7 +140,7 @@ class AudioVAEConfig:
 
 
 class Controls(NamedTuple):
-    """What a decoder says of each frame, [B, T, bins].
+    """The decoder's result for each frame, [B, T, bins].
 
     advance: by which a frequency's phase leads its bin's own since the last frame, in radians.
     tone: magnitude of the oscillator.
@@ -190,7 +190,7 @@ def to_sound(
     Args:
         config: of the VAE.
         controls: see there.
-        cache: of a stream, whose position tells the noise's place.
+        cache: of a stream, whose position is the noise's place.
         first_noise: frame of the noise to begin with, where there is none.
     """
     bins, count = config.num_bins, controls.tone.shape[1]

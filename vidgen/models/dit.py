@@ -160,7 +160,7 @@ class SpacetimeDiT(nn.Module):
 
     @contextmanager
     def causal(self, turn_frames: int) -> Iterator[None]:
-        """Be causal inside the `with` block, by weights of which a delta was trained to be.
+        """Be causal inside the `with` block, with the attached delta that was trained for it.
 
         Args:
             turn_frames: latent frames that see each other.
@@ -253,13 +253,13 @@ class SpacetimeDiT(nn.Module):
         self, audio: AudioTokens, context: Tensor, *,
         context_lengths: Sequence[int] | Tensor | None = None, cache: KVCache | None = None,
     ) -> Tensor:
-        """Predict the velocity of sound behind a picture that doesn't see it, or of sound alone.
+        """Predict the velocity of sound for a picture that doesn't see it, or of sound alone.
 
         As `forward` gives it for the same picture with `is_seen` off, at the cost of the sound's
         tokens: what the picture's are doesn't depend on them, so it passes once.
 
         Args:
-            audio: the sound; several of one picture lie behind each other.
+            audio: the sound; several of one picture follow each other.
             context: text features [B, S, text_dim].
             context_lengths: as in `forward`.
             cache: what the pictures' pass recorded; None: the sound sees only itself.
@@ -286,7 +286,7 @@ class SpacetimeDiT(nn.Module):
     def _hints(
         self, control: Tensor | None, video: Stream, rope: Tensor, layout: Layout, text: Context
     ) -> Iterator[Tensor]:
-        """What each control block adds [B, L, D], made when asked for: one lives at a time."""
+        """Yield what each control block adds, [B, L, D]; one lives at a time."""
         if control is None:
             return
         with torch.autocast(control.device.type, enabled=False):
@@ -297,7 +297,7 @@ class SpacetimeDiT(nn.Module):
             yield hint
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
-        """Call a block, in training without keeping what it computes inside."""
+        """Call a block; with `gradient_checkpointing` without keeping what it computes inside."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)

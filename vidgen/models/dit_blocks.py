@@ -38,7 +38,7 @@ _PAD_KEY_BIAS = -0.03
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """What matrix products with `weight` run in: autocast's dtype where it is on, else its own."""
+    """Return the dtype of products with `weight`: autocast's where it is on, else its own."""
     device = weight.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -163,10 +163,10 @@ class SelfAttention(nn.Module):
                 k, v = cache.extend(layer, k, v)
             q, k, v = (_split(part, layout, axis) for part in (q, k, v))
             bias = None if axis == "space" else layout.bias
-            apart = max(layout.num_alone, layout.num_unseen)
-            if not apart:
+            separate = max(layout.num_alone, layout.num_unseen)
+            if not separate:
                 return _join(attention(q, k, v, bias=bias, backend=self.backend), layout, axis)
-            rest = q.shape[2] - apart
+            rest = q.shape[2] - separate
 
             def among(looking: slice, seen: slice) -> Tensor:
                 hidden = None if bias is None else bias[..., seen]
@@ -265,7 +265,7 @@ class Block(nn.Module):
         self, streams: Sequence[Stream], rope: Tensor, layout: Layout, context: Context,
         cache: KVCache | None, layer: int,
     ) -> list[Stream]:
-        """Update the streams: video, audio behind it, or one of them alone."""
+        """Update the streams: video, then audio, or one of them alone."""
         dtype = compute_dtype(self.ffn.up.weight)
         tables = [s.time.modulate(self.modulation, s.time.block) for s in streams]
         normed = [

@@ -28,7 +28,7 @@ class CachedStack:
         self._known: Tensor | None = None
 
     def recalls(self, layer: int, streams: Sequence[Stream]) -> bool:
-        """Whether block `layer` and those behind it needn't run."""
+        """Whether block `layer` and those after it needn't run."""
         if self._cache is None or self._start is None or layer != self._cache.lead:
             return False
         now = self._start if layer == 0 else _joined(streams)
@@ -36,7 +36,7 @@ class CachedStack:
         return self._known is not None
 
     def leave(self, streams: list[Stream]) -> list[Stream]:
-        """What leaves the last block: `streams`, or what was recalled."""
+        """Return the result of the last block: `streams`, or what was recalled."""
         if self._cache is None:
             return streams
         if self._known is None:
@@ -49,7 +49,7 @@ class CachedStack:
 
 
 def _joined(streams: Sequence[Stream]) -> Tensor:
-    """Tokens of all modalities behind each other, [B, L, D]."""
+    """Join the tokens of all modalities, [B, L, D]."""
     if len(streams) == 1:
         return streams[0].tokens
     return torch.cat([stream.tokens for stream in streams], dim=1)
@@ -147,7 +147,7 @@ def lay_out(
     config: DiTConfig, num_frames: int, extra: KeyTokens | None, audio: AudioTokens | None,
     cache: KVCache | None, frame_tokens: int, device: torch.device,
 ) -> Layout:
-    """Where tokens lie, and what hides those that others may not see."""
+    """Return the layout of tokens, and the bias that hides those that others may not see."""
     stills, valid = (0, None) if extra is None else (extra.num_keys, extra.valid)
     visible = visible_frames(
         num_frames, stills, valid,
@@ -177,11 +177,11 @@ def visible_frames(
     num_frames: int, num_stills: int, valid: Tensor | None, num_cached: int,
     causal_frames: int | None, device: torch.device,
 ) -> Tensor | None:
-    """Which frames see which: bool [B or 1, F + K or 1, cached + F + K], or None if all do.
+    """Return which frames see which: bool [B or 1, F + K or 1, cached + F + K], None if all do.
 
     Args:
         num_frames: F.
-        num_stills: K; they lie behind the frames and see, in a causal model, only each other.
+        num_stills: K; they follow the frames and see, in a causal model, only each other.
         valid: [B, K] stills that may be seen, or None.
         num_cached: frames and stills seen by all.
         causal_frames: frames of one turn, which see no later one; None: all see all.

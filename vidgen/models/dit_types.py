@@ -139,7 +139,7 @@ class AudioTokens:
 
 @dataclass(frozen=True)
 class TimeVectors:
-    """What the timesteps of one stream's tokens became.
+    """Embedded timesteps of one stream's tokens.
 
     Attributes:
         head: [B, G, D] float32, for the output norm; [U, D] with `index`.
@@ -156,7 +156,7 @@ class TimeVectors:
         return [TokenVectors(part, self.index) for part in (table.float() + rows).unbind(-2)]
 
     def of_rank(self, spread: Spread, run: int) -> TimeVectors:
-        """Those of the tokens that this rank holds of a run, each with a row of its own."""
+        """Return the vectors of a run's tokens on this rank, each with a row of its own."""
         if self.index is not None:
             return TimeVectors(self.head, self.block, spread.split(self.index))
         batch, groups = self.head.shape[:2]
@@ -179,7 +179,7 @@ class Stream(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What cross-attention sees: text [B, S, D], its bias [B, 1, 1, S], image tokens [B, _, D]."""
+    """Input of cross-attention: text [B, S, D], its bias [B, 1, 1, S], image tokens [B, _, D]."""
 
     text: Tensor
     bias: Tensor | None
@@ -187,7 +187,7 @@ class Context(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where self-attention's tokens lie: F * N of frames come first; and the bias to add.
+    """Layout of self-attention's tokens: F * N of frames come first; and the bias to add.
 
     With `spread` they lie over several ranks, which meet in self-attention alone. The last
     `num_alone` tokens see only each other; the last `num_unseen` are seen by no others.
@@ -252,7 +252,7 @@ class KVCache:
 
 
 def _behind(old: Tensor, new: Tensor) -> Tensor:
-    """Tokens [b, H, M, d] of clips, and behind them [B, H, L, d] of as many in turn for each."""
+    """Join tokens [b, H, M, d] of clips and, after them, [B, H, L, d] of as many for each."""
     turns = new.unflatten(0, (len(old), -1))
     shared = old[:, None].expand(-1, turns.shape[1], -1, -1, -1)
     return torch.cat([shared, turns], dim=3).flatten(0, 1)

@@ -1,7 +1,7 @@
 """The image encoder of Wan 2.1's image-to-video models: CLIP's vision tower, without its end.
 
 Modules carry the names of transformers' `CLIPVisionModel`, so its weights load key by key. What the
-diffusion transformer takes are the states before the last layer: that layer and the norm behind it
+diffusion transformer takes are the states before the last layer: that layer and the norm after it
 are kept, so that a folder loads and saves whole (4% of ViT-H), and never run.
 
 A vision transformer (Dosovitskiy et al. 2021) trained as CLIP (Radford et al. 2021).
@@ -28,7 +28,7 @@ Activation = Literal["gelu", "quick_gelu"]
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """Architecture of an image encoder; the names behind the fields are transformers'."""
+    """Architecture of an image encoder; the names in comments are transformers'."""
 
     image_size: int  # image_size
     patch_size: int  # patch_size
@@ -243,7 +243,7 @@ class ImageEncoder(nn.Module):
 
 
 def prepare_image(pixels: Tensor, config: ImageConfig) -> Tensor:
-    """What an image encoder takes of a picture, as transformers' `CLIPImageProcessor` makes it.
+    """Prepare a picture for an image encoder, as transformers' `CLIPImageProcessor` does.
 
     The shorter side becomes S, bicubic; a square is cut from the middle; channels are normalised.
 

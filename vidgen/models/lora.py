@@ -48,7 +48,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What one LoRA changes in a module.
+    """The changes of one LoRA to a module.
 
     Args:
         name: what messages call it.
@@ -65,7 +65,7 @@ class Adapter:
 
 
 def find_misfits(adapter: Adapter, module: nn.Module) -> list[str]:
-    """What of an adapter has no place in a module, or another shape there; empty if all fits."""
+    """List what of an adapter has no place in a module, or another shape; empty if all fits."""
     layers, parameters = dict(module.named_modules()), dict(module.named_parameters())
     found = []
     for path, part in adapter.low_rank.items():
@@ -95,7 +95,7 @@ def attached(
     """Attach adapters to a module inside the `with` block; weights are never changed.
 
     Blocks may be nested: inner adapters add to the outer ones. A low-rank part that requires
-    gradients gets them. Blocks that torch compiles are compiled anew for their first adapters,
+    gradients gets them. Blocks that torch compiles are compiled again for their first adapters,
     later ones of the same kind reuse that.
 
     Args:
@@ -142,7 +142,7 @@ def name_some(items: Sequence[str]) -> str:
 
 @dataclass(eq=False)
 class _Parts:
-    """Of one layer: low-rank parts (down [r, in], up [out, r], scale) and summed deltas."""
+    """A layer's low-rank parts (down [r, in], up [out, r], scale) and summed deltas."""
 
     owner: int
     low_rank: list[tuple[Tensor, Tensor, float]]
@@ -150,7 +150,7 @@ class _Parts:
 
 
 class _Kind(NamedTuple):
-    """What makes one adapted class differ from another."""
+    """Key of an adapted class."""
 
     base: type[nn.Module]
     deltas: frozenset[str]
@@ -177,7 +177,7 @@ def _stored(layer: nn.Module, name: str) -> Tensor:
 def _gather(
     module: nn.Module, adapters: Sequence[tuple[Adapter, float]]
 ) -> dict[nn.Module, _Parts]:
-    """What each layer gets, with what is attached already; in its dtype, where it computes."""
+    """Collect the parts of each layer, earlier ones included, in its dtype and on its device."""
     found: dict[nn.Module, _Parts] = {}
     resident = next((p.device for p in module.parameters() if not p.is_meta), None)
 

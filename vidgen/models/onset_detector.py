@@ -24,7 +24,7 @@ _GROUPS = 8
 _DROPPED = 0.1
 """Share of what is seen that a detector has to do without while it learns."""
 SMEARS = 0.0, 0.25, 0.5
-"""How far a clip is smeared over time each time that it is looked at, of which the mean is taken:
+"""Smears over time of a clip, under each of which it is looked at; the mean is taken:
 what a generator draws is smeared itself, here more and there less."""
 
 
@@ -37,7 +37,7 @@ class OnsetDetectorConfig:
         dim: width of what looks at single frames.
         num_blocks: of two convolutions there.
         num_looks: M, places of a frame that are looked at.
-        num_values: V, what is told of a place beside where it is.
+        num_values: V, values of a place besides its position.
         time_dim: D, width of what looks across frames.
         num_time_blocks: of two convolutions there, which see 2 * num_time_blocks latent frames each
             way.
@@ -90,7 +90,7 @@ class OnsetDetector(nn.Module):
         nn.init.constant_(self.onsets.bias, _RARE)  # type: ignore[arg-type]
 
     def follow(self, latents: Tensor) -> Tensor:
-        """What happens in latents [B, C, F, h, w] of any size and length: features [B, D, F]."""
+        """Return features [B, D, F] of latents [B, C, F, h, w] of any size and length."""
         B, _, frames, high, wide = latents.shape
         x = latents.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         x = self.body(self.stem(x))
@@ -98,8 +98,8 @@ class OnsetDetector(nn.Module):
         down = torch.linspace(-1, 1, high, device=x.device).view(1, 1, -1, 1)
         across = torch.linspace(-1, 1, wide, device=x.device).view(1, 1, 1, -1)
         where = [axis.expand(len(x), 1, high, wide) for axis in (down, across)]
-        told = torch.cat([self.values(x).float(), *where], dim=1).flatten(2)
-        seen = torch.einsum("nmp,nvp->nmv", weights, told).flatten(1).to(x.dtype)
+        values = torch.cat([self.values(x).float(), *where], dim=1).flatten(2)
+        seen = torch.einsum("nmp,nvp->nmv", weights, values).flatten(1).to(x.dtype)
         seen = self.seen(seen.unflatten(0, (B, frames)).transpose(1, 2))
         features: Tensor = self.time(F.dropout(seen, _DROPPED, self.training))
         return features
@@ -107,7 +107,7 @@ class OnsetDetector(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Log-odds [B, F, P], float32, that something meets the ground in each part of a frame.
 
-        A clip's first latent frame, a single picture, has no parts: what is told of it is nothing.
+        A clip's first latent frame, a single picture, has no parts: its values mean nothing.
         """
         return self.odds(self.follow(latents))
 
@@ -118,13 +118,13 @@ class OnsetDetector(nn.Module):
 
     @torch.no_grad()
     def expected(self, latents: Tensor) -> Tensor:
-        """How many onsets are to be expected in each part of a frame: [B, F, P]."""
+        """Return the expected number of onsets in each part of a frame: [B, F, P]."""
         seen = latents.to(self.places.weight.dtype)
         return torch.stack([self(smeared(seen, share)).sigmoid() for share in SMEARS]).mean(0)
 
 
 def smeared(latents: Tensor, share: Tensor | float) -> Tensor:
-    """Latents [B, C, F, h, w], each drawn so far towards the mean of the frames beside it."""
+    """Latents [B, C, F, h, w], each drawn so far towards the mean of its neighbours."""
     beside = F.pad(latents, (0, 0, 0, 0, 1, 1), mode="replicate")
     return latents + share * ((beside[:, :, :-2] + beside[:, :, 2:]) / 2 - latents)
 

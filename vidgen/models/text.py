@@ -30,7 +30,7 @@ _SIZES = ("vocab_size", "hidden_dim", "head_dim", "ffn_dim", "num_layers", "num_
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Architecture of a UMT5 encoder; the names behind the fields are transformers'."""
+    """Architecture of a UMT5 encoder; the names in comments are transformers'."""
 
     vocab_size: int  # vocab_size
     hidden_dim: int  # d_model
@@ -273,7 +273,7 @@ class TextEncoder:
             learned: embeddings [D] of tokens, by the token as it is written.
 
         Returns:
-            (context [B, S, D], lengths [B] int64); rows behind a prompt's length are zero, as Wan's
+            (context [B, S, D], lengths [B] int64); rows after a prompt's length are zero, as Wan's
             transformer expects them.
 
         Raises:

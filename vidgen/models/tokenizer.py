@@ -131,12 +131,12 @@ class PromptTokenizer:
         return {word: known for word, known in read.items() if known is not None}
 
     def remarks(self, prompt: str, readings: Mapping[str, str]) -> list[str]:
-        """What to tell of a prompt's unknown and rare words, given what some are read as."""
-        told = [f"reads {word!r} as {readings[word]!r}" if word in readings
+        """Return remarks on a prompt's unknown and rare words, given what some are read as."""
+        said = [f"reads {word!r} as {readings[word]!r}" if word in readings
                 else f"doesn't know the word {word!r}{_near(self._reader.near(word))}"
                 for word in self._ill_known(prompt)
                 if word in readings or word not in self.words]  # fmt: skip
-        return [f"the model {remark}" for remark in told]
+        return [f"the model {remark}" for remark in said]
 
     def _unknown(self, prompt: str) -> list[str]:
         return [word for word in self._ill_known(prompt) if word not in self.words]
@@ -153,7 +153,7 @@ class PromptTokenizer:
         return WordReader(self.words, self._rarity, self.rare_words)
 
     def _rarity(self, word: str) -> float:
-        """How rare a word was in the captions: what is common became one token."""
+        """Return how rare a word was in the captions: what is common became one token."""
         return min(1, (len(self._tokenizer.encode(word, add_special_tokens=False)) - 1) / 2)
 
 

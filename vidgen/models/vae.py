@@ -114,7 +114,7 @@ class VAEConfig:
         )
 
     def finer_stages(self, oversampling: int) -> tuple[bool, ...]:
-        """Which stages, from pixels to latents, leave frames as many as they are at that rate.
+        """Return which stages, from pixels to latents, leave the number of frames at that rate.
 
         Raises:
             InputError: a rate that frames can't be taken at.
@@ -136,7 +136,7 @@ class VAEConfig:
 
     @property
     def resamples(self) -> tuple[str | None, ...]:
-        """What ends each encoder stage: "spatial", "spacetime", None for the last."""
+        """Downsampling that ends each encoder stage: "spatial", "spacetime", None for the last."""
         return *("spacetime" if t else "spatial" for t in self.temporal_downsample), None
 
 
@@ -211,7 +211,7 @@ class Decoder(nn.Module):
 
 
 def by_decoder(finer: tuple[bool, ...]) -> tuple[bool, ...]:
-    """What is said of the encoder's stages, said of the decoder's that undo them."""
+    """Return flags of the encoder's stages for the decoder's stages that undo them."""
     return *finer[-2::-1], False
 
 

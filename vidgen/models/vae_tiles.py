@@ -39,20 +39,20 @@ Room = Callable[[int], Tensor]
 
 
 class Tile(NamedTuple):
-    """What a tile reads and gives, first to last, as spans of rows and of columns."""
+    """Spans of rows and of columns that a tile reads and gives, first to last."""
 
     rows: list[Span]
     columns: list[Span]
 
 
 def decoder_tiles(config: VAEConfig, rows: int, columns: int, tiles: Tiles) -> list[Tile]:
-    """What the decoder's stages read of latents of rows x columns, its end, and what comes out."""
+    """Return tiles: what the decoder's stages and its end read of latents, and what comes out."""
     sides = _sides(config, rows, columns, tiles, decode=True)
     return [Tile(*each) for each in product(*sides)]
 
 
 def encoder_tiles(config: VAEConfig, rows: int, columns: int, tiles: Tiles) -> list[Tile]:
-    """What the encoder's beginning reads for latents of rows x columns, its stages, what leaves."""
+    """Return tiles: what the encoder's beginning and stages read for latents, and what leaves."""
     sides = _sides(config, rows, columns, tiles, decode=False)
     return [Tile(*each) for each in product(*sides)]
 
@@ -171,20 +171,20 @@ def _sides(
 
 
 def _decoder_spans(config: VAEConfig, own: Span, length: int) -> list[Span]:
-    """What is read of an axis of so many latents to decode `own` of them; see `decoder_tiles`."""
+    """Return the spans read of an axis of latents to decode `own` of it; see `decoder_tiles`."""
     scale = 2 ** (config.num_stages - 1)
     made, length = (scale * own[0], scale * own[1]), scale * length
     spans = [_widened(made, 1, length), made]
     for resample in (None, *config.resamples[:-1]):
         first, end = spans[0]
-        if resample:  # a pixel reads those beside it, of pixels that were doubled
+        if resample:  # a pixel reads its neighbours, of pixels that were doubled
             first, end, length = (first - 1) // 2, (end + 2) // 2, length // 2
         spans.insert(0, _widened((first, end), 2 * (config.num_blocks + 1), length))
     return spans
 
 
 def _encoder_spans(config: VAEConfig, own: Span, length: int) -> list[Span]:
-    """What is read of an axis of so many latents to encode `own` of them; see `encoder_tiles`."""
+    """Return the spans read of an axis of latents to encode `own` of it; see `encoder_tiles`."""
     spans = [own]
     for resample in config.resamples[::-1]:
         first, end = spans[0]
@@ -212,7 +212,7 @@ def _stream(
     chunks: Iterator[Tensor], compute: Callable[[Tensor, Tile, StreamCache], Tensor],
     cut: Callable[[int, int], list[Tile]], room: Room,
 ) -> Iterator[Tensor]:
-    """What `compute` gives for each chunk and tile, put together: one whole for each chunk.
+    """Yield one whole for each chunk, put together from what `compute` gives for each tile.
 
     Args:
         chunks: [B, C, T, H, W] each, of one latent frame.
@@ -254,7 +254,7 @@ def _pass(
 
 
 class _Kept:
-    """What a tile remembers between its turns, out of the way."""
+    """Memory of a tile between its turns, laid away."""
 
     def __init__(self, room: Room) -> None:
         self._room_for = room

@@ -1,6 +1,6 @@
 """A verifier: which of the things that it knows the latents of a clip show, and how surely.
 
-A generator draws what it is asked for more often than not; a network that tells when it didn't is
+A generator draws what it is asked for more often than not; a network that notices when it didn't is
 far smaller, and lets another candidate be drawn (verifiers of search over a diffusion model's
 noise: Ma et al. 2025, "Inference-time scaling for diffusion models beyond scaling denoising
 steps"). It looks at latents, so nothing is decoded before it is content.
@@ -24,18 +24,18 @@ from vidgen.models.words import SPECIAL, WORD, split_words
 from vidgen.ops.conv import Residual, conv_block
 
 SMALL = 2.0
-"""So many latents of a thing leave a doubt of 1 / e whether it is there."""
+"""Latents of a thing that leave a doubt of 1 / e whether it is there."""
 MOST = 0.75
 """Share of the frames that count: things come, and what drives past is gone at the end."""
 _ABSENT = re.compile(r"\b(?:like|as if|without)\b[^,.;:!?]*", re.IGNORECASE)
-"""What a sentence compares with, or says isn't there: "bounces like a ball"."""
+"""Parts of a sentence that compare, or say what isn't there: "bounces like a ball"."""
 _ARTICLE = r"\b(?:an?|the|one|some|this|that|another|my|our|your|his|her|its|their)\b"
 _BEFORE = re.compile(rf"{_ARTICLE}(?:[ \t]+(?!{_ARTICLE})[\w'-]+){{0,4}}[ \t]+$", re.IGNORECASE)
-"""How a name's phrase begins: "the little blue " of "the little blue car"."""
+"""Beginning of a name's phrase: "the little blue " of "the little blue car"."""
 ANY = -1
-"""In place of a tint: whatever it has."""
+"""Stands for a tint where any will do."""
 TINT_DIM = 64
-"""Width of the features that tints are told by."""
+"""Width of the features that tints are found by."""
 LIKELY = 0.3
 """Share of a thing's latents from which all of it has a tint."""
 
@@ -48,7 +48,7 @@ class Want(NamedTuple):
 
 
 class Mention(NamedTuple):
-    """What a prompt names: a label's number, where its phrase lies there, and its tint's number."""
+    """A thing that a prompt names: its label's number, its phrase's place, its tint's number."""
 
     label: int
     start: int
@@ -69,19 +69,19 @@ class Answers(NamedTuple):
 
 @dataclass(frozen=True)
 class VerifierConfig:
-    """What a verifier knows, and its sizes.
+    """Vocabulary and sizes of a verifier.
 
     Args:
         labels: K things, each with all that prompts call it by, in lower case.
         tints: T colours, each with all the words for it; a thing of such a colour by itself has it,
-            too. Empty: none are told.
+            too. Empty: tints aren't judged.
         latent_channels: C.
         dim: width.
         num_blocks: of two convolutions; an answer depends on 2 * num_blocks + 1 latents each way.
         enough: the score from which a clip shows what was asked for.
-        legible: the noise level below which a guess of the clip tells where things are.
-        looks: noise levels between which each is told by how it looks, which is settled there, and
-            not by what it does.
+        legible: the noise level below which a guess of the clip shows where things are.
+        looks: noise levels between which looks are settled: prompts of single things name these
+            there, elsewhere what the things do.
 
     Raises:
         ValueError: a label without a name.
@@ -112,7 +112,7 @@ class VerifierConfig:
 
     @cached_property
     def _tinted(self) -> re.Pattern[str]:
-        """How a phrase without an article begins: "red " of "red car"."""
+        """Beginning of a phrase without an article: "red " of "red car"."""
         words = "|".join(map(re.escape, self._tints_by_word)) or r"(?!)"
         return re.compile(rf"\b(?:(?:{words})[ \t]+)+$", re.IGNORECASE)
 
@@ -121,11 +121,11 @@ class VerifierConfig:
         return frozenset(mention.label for mention in self.mentions(prompt))
 
     def wants_in(self, prompt: str) -> frozenset[Want]:
-        """What a prompt asks for: the labels that it names, in the tints that it gives them."""
+        """Return what a prompt asks for: labels in the tints that it gives them."""
         return frozenset(Want(found.label, found.tint) for found in self.mentions(prompt))
 
     def mentions(self, prompt: str) -> list[Mention]:
-        """Where a prompt names labels, each with the article and adjectives before its name."""
+        """Find the labels that a prompt names, each with the article and adjectives before it."""
         text = _ABSENT.sub(_blank, SPECIAL.sub(_blank, prompt))
         words, found, at = [*WORD.finditer(text)], list[Mention](), 0
         longest = max(map(len, self._by_words), default=0)
@@ -155,31 +155,31 @@ class VerifierConfig:
 
         "a red cat passes the dog" is "a red cat passes a red cat" and "the dog passes the dog".
         """
-        mentions, told = self.mentions(prompt), dict[int, str]()
+        mentions, texts = self.mentions(prompt), dict[int, str]()
         for label, phrase in self._phrases(prompt).items():
             text = prompt
             for other in reversed(mentions):
                 if other.label != label:
                     text = text[: other.start] + phrase + text[other.stop :]
-            told[label] = text
-        return told
+            texts[label] = text
+        return texts
 
     def told_twice(self, prompt: str) -> dict[int, str]:
-        """What a prompt says each thing looks like, by label: "a red cat and a red cat".
+        """Return a prompt for the looks of each thing alone, by label: "a red cat and a red cat".
 
-        Of what two things do nothing is said, so all of it tells of their looks.
+        It says nothing of what the two do, so all of it is about their looks.
         """
         return {label: f"{phrase} and {phrase}" for label, phrase in self._phrases(prompt).items()}
 
     def _phrases(self, prompt: str) -> dict[int, str]:
-        """What each label that a prompt names is called first, with all that stands before it."""
+        """Return the first phrase for each label that a prompt names, with all that precedes it."""
         phrases = dict[int, str]()
         for label, start, stop, _ in self.mentions(prompt):
             phrases.setdefault(label, prompt[start].lower() + prompt[start + 1 : stop])
         return phrases
 
     def names(self, wants: Collection[Want]) -> str:
-        """What is wanted by its own names, for people."""
+        """Name what is wanted, for people."""
         return " and ".join(
             " ".join([*([] if tint == ANY else self.tints[tint][:1]), self.labels[label][0]])
             for label, tint in sorted(wants)
@@ -201,7 +201,7 @@ class Verifier(nn.Module):
                                        nn.Conv2d(TINT_DIM, len(config.tints) + 1, 1))
 
     def forward(self, latents: Tensor) -> Answers:
-        """What latent frames [N, C, h, w] show."""
+        """Return what latent frames [N, C, h, w] show."""
         seen = self._features(latents)
         return Answers(self.names(seen).float(),
                        None if self.tints is None else self.tints(seen).float())
@@ -212,13 +212,13 @@ class Verifier(nn.Module):
 
     @torch.no_grad()
     def where(self, latents: Tensor) -> Tensor:
-        """What each of latents [B, C, F, h, w] shows: shares [B, K + 1, F, h, w], of none last."""
+        """Return what latents [B, C, F, h, w] show: shares [B, K + 1, F, h, w], of none last."""
         names = self.names(self._features(self._frames(latents))).float()
         return self._shares(names, len(latents))
 
     @torch.no_grad()
     def shown(self, latents: Tensor) -> Tensor:
-        """How surely each label is shown in each frame of latents [B, C, F, h, w].
+        """Return how surely each label is shown in each frame of latents [B, C, F, h, w].
 
         Returns:
             [B, F, K, T + 1]: in each of the tints, and in any.
@@ -244,12 +244,12 @@ class Verifier(nn.Module):
 
 
 def _blank(found: re.Match[str]) -> str:
-    """So many spaces, so that what follows stays where it is."""
+    """Return as many spaces, so that what follows stays where it is."""
     return " " * len(found[0])
 
 
 def score(shown: Tensor, wants: Collection[Want]) -> float:
-    """How surely a clip shows all that is wanted at once, 0 to 1, in `MOST` of its frames.
+    """Return how surely a clip shows all that is wanted, 0 to 1, in `MOST` of its frames.
 
     Args:
         shown: [F, K, T + 1], as `Verifier.shown` gives it.

@@ -32,15 +32,15 @@ def _neighbours() -> dict[str, str]:
     near = {letter: "" for row in _ROWS for letter in row}
     for r, row in enumerate(_ROWS):
         for c, letter in enumerate(row):
-            beside = row[max(0, c - 1) : c] + row[c + 1 : c + 2]
+            sides = row[max(0, c - 1) : c] + row[c + 1 : c + 2]
             above = _ROWS[r - 1][c : c + 2] if r else ""
             below = _ROWS[r + 1][max(0, c - 1) : c + 1] if r < len(_ROWS) - 1 else ""
-            near[letter] = beside + above + below
+            near[letter] = sides + above + below
     return near
 
 
 NEIGHBOURS = _neighbours()
-"""Letters that lie beside, above or below each of them."""
+"""Neighbours of each letter on a keyboard."""
 
 
 def split_words(text: str) -> list[str]:
@@ -145,7 +145,7 @@ class WordReader:
 
         A word of English may be a synonym or a more special word, or another form of a known one;
         it is no slip, so that "goat" isn't read as "boat", nor "Mary" as "mare". Any other word may
-        be a slip. What is meant by a word that was met too seldom is told by the model.
+        be a slip. The model says what is meant by a word that it met too seldom.
         """
         meant = word if word in self._rare else self._unknown(word)
         return meant and replace_words(meant, self._rare)
@@ -192,7 +192,7 @@ def _meant_by_two(word: str, near: str) -> bool:
 
 
 def _singulars(word: str) -> Iterator[str]:
-    """What a word may be the plural or the genitive of."""
+    """Yield words of which a word may be the plural or the genitive."""
     if word.endswith("'s"):
         yield word[:-2]
     elif word.endswith("s") and not word.endswith("ss") and len(word) > 3:
@@ -222,7 +222,7 @@ def _other_forms(word: str) -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def synonyms() -> dict[str, str]:
-    """What may stand for an English word that a model doesn't know: the same, or more general."""
+    """Return what may stand for an English word that a model doesn't know: as special or less."""
     return read_synonyms(ENGLISH / "synonyms.json")
 
 

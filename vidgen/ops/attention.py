@@ -72,7 +72,7 @@ def attention(
 
 
 def used_backend(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
-    """Who computes attention where nothing is compiled; warns where it isn't the one asked for."""
+    """Return the back end used where nothing is compiled; warn where another was asked for."""
     backend = asked_backend() if backend == "auto" else backend
     if backend != "auto":
         reason = _unusable(backend, device, dtype)
@@ -119,13 +119,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _differentiable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """By PyTorch's own operators, which autograd and the compiler know."""
+    """Attend by PyTorch's own operators, which autograd and the compiler know."""
     narrow = q.device.type == "cpu" and q.dtype == torch.bfloat16
     return _BACKENDS["matmul" if narrow else "sdpa"](q, k, v, bias)
 
 
 def _native(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """By our own kernel where it can: heads of 64, 128, ..., and a bias of keys alone."""
+    """Attend by our own kernel where it can: heads of 64, 128, ..., a bias of keys alone."""
     d = q.shape[-1]
     per_key = bias is None or (bias.ndim == 4 and bias.shape[1:3] == (1, 1))
     if native.kernels(q, k, v) is None or d % 64 or d > 512 or not per_key or not k.shape[2]:
@@ -170,7 +170,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 class _NativeAttention(torch.autograd.Function):
-    """Keeps inputs, output and a number a row; the backward kernel computes the weights anew."""
+    """Keeps inputs, output and a number a row; the backward kernel computes the weights again."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ LONG_SUM = 256
 
 @dataclass
 class StreamCache:
-    """What a causal network remembers between two chunks of one stream; its size is constant.
+    """Memory of a causal network between two chunks of one stream; its size is constant.
 
     Plain tensors under stable names, so a cache can be kept, copied or saved, and the stream goes
     on from `position` later.
@@ -76,7 +76,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _dtypes() -> tuple[torch.dtype, ...]:
-    """What oneDNN convolves here; it refuses bfloat16 on processors without instructions for it."""
+    """Return what oneDNN convolves here; it refuses bfloat16 on processors without instructions."""
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.float32, torch.bfloat16
     return (torch.float32,)
@@ -201,7 +201,7 @@ class CausalConv3d(nn.Conv3d):
     def after_norm(
         self, norm: ChannelRMSNorm, x: Tensor, cache: StreamCache | None = None
     ) -> Tensor:
-        """`self(norm.silu(x), cache)`, normed right behind the frames that it follows."""
+        """`self(norm.silu(x), cache)`, normed right after the frames that it follows."""
         before = None if cache is None else cache.tensors.get(self.cache_key)
         alone = before is None and x.shape[2] == 1
         if alone or not self.num_history or not norm.can_write(x):

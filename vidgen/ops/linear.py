@@ -29,7 +29,7 @@ from vidgen.ops import native
 _ROWS = 1024
 """Rows of tokens that weights are laid out for; others work, too."""
 _HIDDEN_BYTES = 16_000_000
-"""What a feed-forward's hidden values may take: more leaves the caches, and glibc's free lists."""
+"""Most bytes of a feed-forward's hidden values: more leaves the caches and glibc's free lists."""
 _DTYPES = (torch.bfloat16, torch.float32)
 _REPEATS = 5  # of what is timed
 
@@ -37,7 +37,7 @@ _REPEATS = 5  # of what is timed
 class LastLinear(nn.Linear):
     """A network's last layer, which is never packed.
 
-    oneDNN's float32 sums round twice as coarsely as MKL's, and nothing behind it evens that out.
+    oneDNN's float32 sums round twice as coarsely as MKL's, and nothing after it evens that out.
     """
 
 

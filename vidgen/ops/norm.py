@@ -84,7 +84,7 @@ class ChannelRMSNorm(nn.Module):
 
     Args:
         num_channels: C.
-        num_axes: axes behind C, so that `weight` [C, 1, ...] broadcasts.
+        num_axes: axes after C, so that `weight` [C, 1, ...] broadcasts.
     """
 
     def __init__(self, num_channels: int, num_axes: int = 3) -> None:
@@ -233,7 +233,7 @@ def _by(function: Fusible[Made], vectors: TokenVectors) -> Callable[..., Made]:
 def _modulated_norm(
     x: Tensor, shifts: Tensor, scales: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Of tokens [B * L, D], like what follows."""
+    """Take tokens [B * L, D], like the functions below."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps).unflatten(0, (len(shifts), -1))
     return torch.addcmul(shifts[:, None], normed, 1 + scales[:, None]).flatten(0, 1).to(dtype)
 
@@ -346,7 +346,7 @@ def _add_and_norm(
 
 
 def _with_strides(tables: Sequence[Tensor | None]) -> list[object]:
-    """Each table and how far its rows lie apart; one row serves any index."""
+    """Return each table and the stride of its rows; one row serves any index."""
     return [
         part for rows in tables
         for part in (rows, 0 if rows is None or len(rows) == 1 else rows.stride(0))
@@ -393,7 +393,7 @@ class _AddAndNorm(torch.autograd.Function):
 
 
 def _sum_strides(sums: Tensor | None) -> tuple[object, int, int]:
-    """Sums [threads, rows, D] and how far threads and rows lie apart; one row serves any index."""
+    """Return sums [threads, rows, D] and their strides; one row serves any index."""
     if sums is None:
         return None, 0, 0
     return sums, sums.stride(0), 0 if sums.shape[1] == 1 else sums.stride(1)

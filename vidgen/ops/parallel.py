@@ -48,7 +48,7 @@ class Ranks:
         return out
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """All ranks' tensors of this shape behind each other, the same on every rank."""
+        """Join all ranks' tensors of this shape, the same on every rank."""
         # every rank goes on with the same whole: each one's gradient is its own stretch of it
         joined, own = partial(self._joined, dim=dim), partial(self._own, dim=dim)
         out: Tensor = _Moved.apply(x, joined, lambda grad: own(grad) * self.size)
@@ -109,7 +109,7 @@ class _Moved(torch.autograd.Function):
 
 
 class Spread:
-    """How runs of tokens lie over ranks: each run in equal stretches, the last ones filled up.
+    """Layout of runs of tokens over ranks: each run in equal stretches, the last ones filled up.
 
     Args:
         ranks: who holds them.
@@ -168,7 +168,7 @@ def ulysses_attention(
 
 
 def _filled(x: Tensor, dim: int, multiple: int) -> Tensor:
-    """Zeros behind x along an axis, up to a multiple."""
+    """Append zeros to x along an axis, up to a multiple."""
     missing = -x.shape[dim] % multiple
     if not missing:
         return x

@@ -47,7 +47,7 @@ def sound_rope_table(time: Tensor, steps: Tensor, head_dim: int) -> Tensor:
     """Rotations of sound tokens, many of which go with one latent frame.
 
     Angles of time hardly turn from one to the next; so those of rows, which sound has none of,
-    turn by `steps`, and neighbours can be told apart.
+    turn by `steps`, and neighbours differ.
 
     Args:
         time: [N] in latent frames, as the picture's.
@@ -109,7 +109,7 @@ def normed_heads(
 def _fused_heads(
     x: Tensor, weight: Tensor, turns: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:
-    """In real numbers and by plain operators, which compilers know; turns [B or 1, L, d/2, 2]."""
+    """Use real numbers and plain operators, which compilers know; turns [B or 1, L, d/2, 2]."""
     wide = x.float()
     scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     heads = (wide * scale * weight.float()).unflatten(-1, (num_heads, -1))

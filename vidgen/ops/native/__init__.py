@@ -67,7 +67,7 @@ def why_not() -> str | None:
 
 @lru_cache(maxsize=1)
 def known_dtypes() -> frozenset[torch.dtype]:
-    """What the kernels compute in: bfloat16 takes a CPU with AVX512-BF16."""
+    """Return the kernels' dtypes: bfloat16 takes a CPU with AVX512-BF16."""
     library = _loaded()[0]
     return frozenset(
         dtype for dtype, suffix in _SUFFIXES.items()
