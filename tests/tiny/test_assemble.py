@@ -26,9 +26,9 @@ from vidgen.media.sound import read_sound
 from vidgen.pipeline.journal.job import lock_job
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
-from vidgen.story.export import otio_text, write_storyboard
 from vidgen.story.pieces import blended
 from vidgen.story.store import remember
+from vidgen.story.storyboard import write_storyboard
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not here")
 
@@ -389,6 +389,8 @@ def test_what_a_kill_left_is_swept_and_another_process_is_respected(make, tmp_pa
 
 def test_the_edit_opens_in_opentimelineio(make, tmp_path):
     otio = pytest.importorskip("opentimelineio")
+    from vidgen.story.otio import otio_text
+
     save(tmp_path / "m.wav", tone(1.0), codec="pcm_s16le")
     text = "project: {title: Film, finish: {ending: fade-black}}\n" + shots_text(
         "caption: hello", "transition: {type: dissolve, duration: 0.4}, music: m.wav",

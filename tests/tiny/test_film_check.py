@@ -119,6 +119,17 @@ def test_a_check_tells_time_memory_and_strange_words(tmp_path, tiny_model):
     assert not any("'car'" in note for note in told["notes"])
 
 
+def test_without_its_package_an_edit_is_refused_before_anything_is_made(
+    tmp_path, tiny_model, capsys, monkeypatch
+):
+    monkeypatch.setattr("vidgen.cli.script.find_spec", lambda _name: None)
+    (tmp_path / "film.yaml").write_text("shots: [{prompt: a cat}]")
+    command = ["script", str(tmp_path / "film.yaml"), "--otio", "--model", str(tiny_model)]
+    assert main([*command, "-o", str(tmp_path / "film.mp4")]) == 2
+    assert "pip install 'vidgen[otio]'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["film.yaml"]
+
+
 def test_what_does_not_fit_is_refused_before_the_first_shot(tmp_path, tiny_model, capsys):
     script = tmp_path / "film.yaml"
     script.write_text("project: {size: 8192x8192}\nshots: [{id: a, prompt: x, duration: 60}]")

@@ -89,7 +89,7 @@ def settle(film: FilmPlan, store: Store, output: Path, args: Namespace) -> Makin
 def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> list[Path]:
     """Put a film together, and write what is wanted beside it; the latter files."""
     from vidgen.story.assemble import assemble, texts_beside
-    from vidgen.story.export import otio_text, page_parts
+    from vidgen.story.storyboard import page_parts
 
     by_id = {each.shot.id: each for each in shots}
     edit = making.edit
@@ -116,6 +116,8 @@ def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> 
             path.unlink(missing_ok=True)
             report({"event": "note", "text": f"{path} is removed; the film has no texts any more"})
     if making.otio is not None:
+        from vidgen.story.otio import otio_text
+
         files[making.otio] = [otio_text(edit, shown, making.otio.parent)]
     if making.storyboard is not None:
         files[making.storyboard] = page_parts(edit, shown)

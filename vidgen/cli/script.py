@@ -7,6 +7,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,12 +130,14 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _check_exports(args: Namespace) -> None:
-    """Refuse files beside a film where none is made."""
+    """Refuse files beside a film where none is made, or their package is missing."""
     named = [option for option in ("storyboard", "otio") if getattr(args, option)]
     without = [option for option in ("check", "only") if getattr(args, option)]
     if named and without:
         raise InputError(f"--{named[0]} is of a film's shots once they are there, and with "
                          f"--{without[0]} no film is made; leave one of them out")
+    if args.otio and find_spec("opentimelineio") is None:
+        raise InputError("--otio needs OpenTimelineIO; pip install 'vidgen[otio]'")
 
 
 def _model(asked: str | None, script: Script) -> str:

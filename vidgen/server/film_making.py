@@ -34,11 +34,11 @@ from vidgen.server.layout import (
 from vidgen.server.making import Stopwatch, peak_memory, reset_peak_memory, write_stills
 from vidgen.story.assemble import assemble
 from vidgen.story.edit import make_edit
-from vidgen.story.export import write_storyboard
 from vidgen.story.plan import estimates, plan_film
 from vidgen.story.render import Renderer
 from vidgen.story.script import Script
 from vidgen.story.store import RenderedShot, Store
+from vidgen.story.storyboard import write_storyboard
 from vidgen.weights.lora import parse_option
 
 if TYPE_CHECKING:

@@ -1,0 +1,150 @@
+"""A film's edit for editing programs, by OpenTimelineIO, an optional package.
+
+Shots are clips of one video track, with their transitions between them: a cut lies in the middle of
+what the shots share, and the transition reaches over it to both sides. Narration, music and sounds
+are audio tracks, captions markers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import zip_longest
+from pathlib import Path
+from urllib.parse import quote
+
+from opentimelineio.core import Item
+from opentimelineio.opentime import RationalTime, TimeRange
+from opentimelineio.schema import (
+    Clip,
+    ExternalReference,
+    Gap,
+    Marker,
+    MarkerColor,
+    MissingReference,
+    Timeline,
+    Track,
+    TrackKind,
+    Transition,
+    TransitionTypes,
+)
+
+from vidgen.media.sound import RATE
+from vidgen.story.edit import Edit
+from vidgen.story.mixdown import playings
+from vidgen.story.store import RenderedShot
+from vidgen.story.timeline import Placed
+
+
+def otio_text(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> str:
+    """Return a film's edit as the text of an `.otio` file.
+
+    Args:
+        edit: of the film.
+        shots: rendered, in order.
+        folder: where the file is to lie; paths are relative to it where they can be.
+    """
+    script, fps = edit.film.script, edit.timeline.fps
+    timeline = Timeline(script.project.title or script.path.stem, metadata={
+        "vidgen": {"script": script.path.name, "seed": script.project.seed}})
+    timeline.tracks.append(_video(edit, shots, folder))
+    for name, track in (("sounds", _sounds(edit, folder)), ("music", _music(edit, folder)),
+                        ("narration", _narration(edit))):
+        items = [*_with_gaps(track)]
+        if items:
+            timeline.tracks.append(Track(name, items, kind=TrackKind.Audio))
+    timeline.tracks.markers.extend(
+        Marker(cue.text, _range(cue.start_s * fps, (cue.end_s - cue.start_s) * fps, fps),
+               MarkerColor.WHITE) for cue in edit.cues)
+    text: str = timeline.to_json_string(indent=1)
+    return text
+
+
+def _video(edit: Edit, shots: Sequence[RenderedShot], folder: Path) -> Track:
+    """Return clips and transitions; each clip ends where the next one begins."""
+    timeline, fps, track = edit.timeline, edit.timeline.fps, Track("shots", kind=TrackKind.Video)
+    for (placed, cut, end), shot in zip(_cuts(edit), shots, strict=True):
+        fade = 0 if track else timeline.opening
+        if placed.overlap or fade:
+            track.append(_transition(placed.transition.type, placed.overlap // 2,
+                                     fade or placed.overlap - placed.overlap // 2, fps))
+        track.append(Clip(
+            placed.shot.id, _file(shot.path, folder, _range(0, placed.num_frames, fps)),
+            _range(cut - placed.start, end - cut, fps),
+            {"vidgen": {"prompt": [each.prompt for each in placed.shot.prompt], "seed": shot.seed,
+                        "scene": placed.shot.scene, "address": shot.path.stem}},
+        ))
+    if timeline.ending:
+        track.append(_transition(timeline.ending_kind, timeline.ending, 0, fps))
+    return track
+
+
+def _cuts(edit: Edit) -> Iterator[tuple[Placed, int, int]]:
+    """Yield each shot with the frames of the film from which and up to which it is a clip."""
+    shots = edit.timeline.shots
+    for placed, following in zip_longest(shots, shots[1:]):
+        end = placed.end if following is None else following.start + following.overlap // 2
+        yield placed, placed.start + placed.overlap // 2, end
+
+
+def _with_gaps(clips: Iterable[tuple[int, Clip]]) -> Iterator[Item]:
+    """Yield clips, each with the sample at which it begins, and the silence between them."""
+    at = 0
+    for first, clip in clips:
+        if first > at:
+            yield Gap(source_range=_range(0, first - at, RATE))
+        yield clip
+        at = max(at, first + round(clip.source_range.duration.value))
+
+
+def _sounds(edit: Edit, folder: Path) -> Iterator[tuple[int, Clip]]:
+    """Yield files that shots name; cut where the shots are."""
+    for placed, *ends in _cuts(edit):
+        sound = placed.shot.sound
+        if sound is None or sound.file is None:
+            continue
+        path = edit.film.script.file(sound.file)
+        begin, first, last = (round(frame / edit.timeline.fps * RATE)
+                              for frame in (placed.start, *ends))
+        facts = {"gain_db": sound.gain_db, "loop": sound.loop}
+        yield first, Clip(path.stem, _file(path, folder), _range(first - begin, last - first, RATE),
+                          {"vidgen": facts})
+
+
+def _music(edit: Edit, folder: Path) -> Iterator[tuple[int, Clip]]:
+    for playing in playings(edit.timeline):
+        assert playing.music.file is not None
+        path = edit.film.script.file(playing.music.file)
+        facts = {"gain_db": playing.music.gain_db, "loop": playing.music.loop}
+        yield playing.first, Clip(path.stem, _file(path, folder),
+                                  _range(0, playing.last - playing.first, RATE), {"vidgen": facts})
+
+
+def _narration(edit: Edit) -> Iterator[tuple[int, Clip]]:
+    for each in edit.narrated.sentences if edit.narrated else ():
+        first, last = (round(time * RATE) for time in (each.start_s, each.end_s))
+        yield first, Clip(each.text or "speech", MissingReference(),
+                          _range(0, last - first, RATE), {"vidgen": {}})
+
+
+def _transition(kind: str, before: int, behind: int, fps: Fraction) -> Transition:
+    known = TransitionTypes.SMPTE_Dissolve if kind == "dissolve" else TransitionTypes.Custom
+    rate = float(fps)
+    return Transition(kind, known, RationalTime(before, rate), RationalTime(behind, rate),
+                      {"vidgen": {"type": kind}})
+
+
+def _file(path: Path, folder: Path, whole: TimeRange | None = None) -> ExternalReference:
+    try:
+        url = quote(Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix())
+    except ValueError:  # another drive
+        url = path.resolve().as_uri()
+    made = ExternalReference(url, whole)
+    made.name = path.name
+    return made
+
+
+def _range(start: float, count: float, rate: Fraction | float) -> TimeRange:
+    return TimeRange(RationalTime(float(start), float(rate)),
+                     RationalTime(float(count), float(rate)))
