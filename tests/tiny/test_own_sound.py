@@ -25,7 +25,7 @@ from vidgen.pipeline.long.continuation import own_options
 from vidgen.pipeline.replay import request_from_recipe
 from vidgen.pipeline.sound import candidates
 from vidgen.pipeline.sound import own_sound as own_sounds
-from vidgen.pipeline.sound.impacts import Impacts
+from vidgen.pipeline.sound.candidates import Impacts
 
 WORDS = {"seed": 3, "frames": 9, "steps": 2, "dtype": "fp32"}
 

@@ -20,12 +20,13 @@ from vidgen.models.onset_detector import (
     part_times,
     smeared,
 )
-from vidgen.pipeline.sound.candidates import AT_ONCE, best_heard
-from vidgen.pipeline.sound.impacts import (
+from vidgen.pipeline.sound.candidates import (
+    AT_ONCE,
     ON_TIME,
     ONSET_DETECTOR,
     Impacts,
     Lateness,
+    best_heard,
     impacts_seen,
 )
 

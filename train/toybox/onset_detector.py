@@ -24,7 +24,7 @@ from train.toybox.tasks.toybox_data import CacheConfig, ToyboxCache
 from vidgen.core.errors import InputError
 from vidgen.core.runtime import choose_device
 from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
-from vidgen.pipeline.sound.impacts import ONSET_DETECTOR
+from vidgen.pipeline.sound.candidates import ONSET_DETECTOR
 from vidgen.training.config import Phase, RunConfig
 from vidgen.training.draws import generator_of
 from vidgen.training.optim import build_optimizers

@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from vidgen.media.checks import ClipChecker, Finding, recorded
-from vidgen.media.probe import read_recipe, told_rate
 from vidgen.media.read import load_image, pictures_in
-from vidgen.media.sound import read_sound
 from vidgen.media.types import ClipInfo, Frames, Samples, SegmentStore
-from vidgen.media.video_reader import VideoReader
-from vidgen.media.write import write_clip
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vidgen.media.checks import ClipChecker, Finding
 
 _CHUNK = 8
 
@@ -75,6 +72,11 @@ class Clip:
         Raises:
             InputError: missing, no video, or damaged.
         """
+        from vidgen.media.checks import recorded
+        from vidgen.media.probe import read_recipe
+        from vidgen.media.sound import read_sound
+        from vidgen.media.video_reader import VideoReader
+
         if Path(path).is_dir():
             return cls._from_folder(Path(path))
         with VideoReader(path) as reader:
@@ -95,6 +97,9 @@ class Clip:
 
     @classmethod
     def _from_folder(cls, folder: Path) -> Clip:
+        from vidgen.media.checks import recorded
+        from vidgen.media.probe import read_recipe, told_rate
+
         files, recipe = pictures_in(folder), read_recipe(folder)
         fps = told_rate(recipe) or Fraction(25)
         height, width, _ = load_image(files[0])[0].shape
@@ -180,6 +185,8 @@ class Clip:
         store: Keeper | None = None,
     ) -> Path:
         """Write the frames after those that are kept, and check them as they pass."""
+        from vidgen.media.write import write_clip
+
         checker = self._checker()
         start = store.num_frames if store else 0
         if "frames" in self.__dict__:
@@ -194,6 +201,8 @@ class Clip:
         return written
 
     def _checker(self) -> ClipChecker:
+        from vidgen.media.checks import ClipChecker
+
         return ClipChecker(self.info, self.first_frame)
 
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from vidgen.diffusion.noise import shuffled
 from vidgen.models.verifier import ANY, Want, score
 from vidgen.pipeline.bound import VERIFIER
-from vidgen.pipeline.journal.job import TRIED
-from vidgen.pipeline.journal.state import as_array
+from vidgen.pipeline.journal.job import TRIED, as_array
 from vidgen.pipeline.tasks import words_alone
 from vidgen.pipeline.types import asked_or_own
 

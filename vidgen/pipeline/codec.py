@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
-from vidgen.pipeline.parallel.stretches import rooms_for
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
@@ -38,6 +37,7 @@ def encode_pixels(
     With more `passes` than one, what the latents show is encoded, too, and half of what they lack
     there is added to them (back-projection: Irani & Peleg 1991, eq. 3).
     """
+    from vidgen.pipeline.parallel.stretches import rooms_for
 
     def encoded(video: Iterable[Tensor]) -> Tensor:
         if tiles is None:
@@ -58,6 +58,8 @@ def encode_pixels(
 def _decoded(
     vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None, oversampling: int
 ) -> Iterator[Tensor]:
+    from vidgen.pipeline.parallel.stretches import rooms_for
+
     if tiles is None:
         return vae.stream_decode(frames, oversampling=oversampling)
     return decode_in_tiles(vae, frames, tiles, rooms_for(tiles), oversampling)

@@ -25,24 +25,12 @@ from vidgen.core.request import Request
 from vidgen.core.runtime import best_dtype, choose_device
 from vidgen.core.values import check_picture
 from vidgen.media.clip import Clip
-from vidgen.media.manifest import Signing
-from vidgen.media.provenance import stamped
-from vidgen.ops.attention import asked_backend, require_backend
-from vidgen.pipeline.experts import read_loras
 from vidgen.pipeline.inputs import Inputs, read_inputs
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.journal.recall import journals_of
 from vidgen.pipeline.loader import DTYPES
-from vidgen.pipeline.making import Making
 from vidgen.pipeline.model import OpenedModel
-from vidgen.pipeline.parallel.crew import start_crew
 from vidgen.pipeline.policy import Policy, policy_from_environment
-from vidgen.pipeline.preview import Glimpses
-from vidgen.pipeline.recipe import make_recipe
-from vidgen.pipeline.rewrite import settle_texts
-from vidgen.pipeline.setups import preflight
-from vidgen.pipeline.sound.own_sound import sound_plan
-from vidgen.pipeline.sound.soundtrack import make_soundtrack
 from vidgen.pipeline.tasks import SOUND, check_tasks
 from vidgen.pipeline.types import (
     AnyEngine,
@@ -55,7 +43,6 @@ from vidgen.pipeline.types import (
     Reporter,
 )
 from vidgen.weights.folder import ForeignFolder
-from vidgen.weights.layouts import open_model
 
 if TYPE_CHECKING:
     from vidgen.pipeline.types import Estimate
@@ -89,6 +76,10 @@ def load(
         ModelError: no such model, files that are missing, damaged or don't fit together, or more
             than the memory holds.
     """
+    from vidgen.media.manifest import Signing
+    from vidgen.pipeline.parallel.crew import start_crew
+    from vidgen.weights.layouts import open_model
+
     check_picture("model", model, array=False)
     policy = policy or policy_from_environment()
     Signing.from_environment()  # one that can't sign is told of now, not when a clip is made
@@ -159,6 +150,15 @@ class Engine(OpenedModel):
         Raises:
             InputError: what can't be honoured, with value, limit and remedy.
         """
+        from vidgen.media.provenance import stamped
+        from vidgen.pipeline.experts import read_loras
+        from vidgen.pipeline.making import Making
+        from vidgen.pipeline.preview import Glimpses
+        from vidgen.pipeline.recipe import make_recipe
+        from vidgen.pipeline.rewrite import settle_texts
+        from vidgen.pipeline.sound.own_sound import sound_plan
+        from vidgen.pipeline.sound.soundtrack import make_soundtrack
+
         request = Request.of(prompt, options)
         journals = journals_of(journal, request.count)
         request, rewritten = settle_texts(request, journals, self.policy)
@@ -207,6 +207,9 @@ class Engine(OpenedModel):
         Raises:
             InputError: options that don't go together, or more than the memory holds.
         """
+        from vidgen.ops.attention import asked_backend, require_backend
+        from vidgen.pipeline.setups import preflight
+
         if plan.roll and (previewed or self.crew is not None):
             option = "preview" if previewed else "devices"
             raise InputError(f"{option} doesn't go with roll, which makes a clip while it is "

@@ -20,11 +20,7 @@ from torch import Tensor
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.core.runtime import sha256_file
-from vidgen.media.ending import read_ending
-from vidgen.media.manifest import read_marks
 from vidgen.media.read import existing_file, fit, is_clip, load_image
-from vidgen.media.speech import speech_files
-from vidgen.media.video_reader import VideoReader
 from vidgen.pipeline.codec import as_video
 
 if TYPE_CHECKING:
@@ -80,6 +76,10 @@ def read_inputs(request: Request) -> Inputs:
     Raises:
         InputError: a file that can't be used, by option and reason.
     """
+    from vidgen.media.ending import read_ending
+    from vidgen.media.speech import speech_files
+    from vidgen.media.video_reader import VideoReader
+
     inputs = Inputs()
     named = [("image", request.image), ("last_image", request.last_image)]
     named += [("frame", picture) for _, picture in request.frame]
@@ -120,6 +120,8 @@ def video_frames(
     path: str | os.PathLike[str], num_frames: int, fps: Fraction, source_fps: Fraction
 ) -> Iterator[Frames]:
     """The frames shown at `n / fps` for n < num_frames; the last one stays on screen at the end."""
+    from vidgen.media.video_reader import VideoReader
+
     with VideoReader(path) as reader:
         wanted, places, frames = 0, reader.places, iter(reader)
         before = next(frames)  # a reader has one at least
@@ -152,6 +154,8 @@ def read_mask(mask: Picture, plan: Plan) -> Tensor:
     Raises:
         InputError: it ends before the clip does.
     """
+    from vidgen.media.video_reader import VideoReader
+
     if isinstance(mask, np.ndarray) or not is_clip(mask):
         frames = [_pixels("mask", mask)] * plan.num_frames
     else:
@@ -203,6 +207,8 @@ def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
         picture's as PNG. `path` is a file's name, absolute where its content is left out; `marks`
         are those of origin that it bears.
     """
+    from vidgen.media.manifest import read_marks
+
     place: dict[str, Any] = {}
     if isinstance(picture, str | os.PathLike):
         path = Path(picture)

@@ -19,18 +19,15 @@ from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnStep, SamplerState
 from vidgen.core.request import Request
 from vidgen.diffusion.noise import draw_noise
-from vidgen.diffusion.oversampling import sample_finer
 from vidgen.diffusion.samplers import sample_with_scheduler, sampler_of
 from vidgen.diffusion.state import LatentState, new_state
 from vidgen.media.clip import Clip, Keeper
-from vidgen.media.label import with_label
 from vidgen.media.types import ClipInfo
 from vidgen.models.dit_types import DiTConfig
 from vidgen.models.image import prepare_image
 from vidgen.models.text import NOTHING
 from vidgen.models.tokenizer import PromptTokenizer, read_as
 from vidgen.models.vae import VAEConfig
-from vidgen.pipeline.bound import VERIFIER, Bound, is_bindable, told_apart
 from vidgen.pipeline.codec import (
     decode_latents,
     encode_pixels,
@@ -39,23 +36,18 @@ from vidgen.pipeline.codec import (
     refine_first,
     to_frames,
 )
-from vidgen.pipeline.conditions import Encoder, write_conditions
-from vidgen.pipeline.denoise import denoising
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.levels import settles, sigmas_of, split_of
 from vidgen.pipeline.loader import DTYPES, Parts
-from vidgen.pipeline.long.tail import ANCHOR_TASK, make_tail
-from vidgen.pipeline.parallel.crew import Crew, devices_of
-from vidgen.pipeline.plan import require_own, settled
 from vidgen.pipeline.policy import Policy
 from vidgen.pipeline.prompts import PromptEncoder
-from vidgen.pipeline.setups import first_setup
-from vidgen.pipeline.step_caches import carrying, make_caches
 from vidgen.pipeline.types import NO_LORAS, Asked, Contexts, Loras, Plan
 from vidgen.weights.folder import ModelFolder
 
 if TYPE_CHECKING:
     from vidgen.core.shapes import Tiles
+    from vidgen.pipeline.bound import Bound
+    from vidgen.pipeline.parallel.crew import Crew
     from vidgen.pipeline.types import Setup
     from vidgen.weights.quantize import Quantization
 
@@ -82,6 +74,8 @@ class OpenedModel:
         quantize: Quantization | None = None, policy: Policy | None = None,
         crew: Crew | None = None,
     ) -> None:
+        from vidgen.pipeline.setups import first_setup
+
         self.folder, self.device, self.policy, self.crew = folder, device, policy, crew
         self.asked, self.quantize = asked, quantize
         self.vae_config: VAEConfig = folder.components["vae"].config
@@ -118,6 +112,9 @@ class OpenedModel:
 
     def plan(self, request: Request, inputs: Inputs) -> Plan:
         """Settle all that the request left open; refuse what this model can't do."""
+        from vidgen.pipeline.parallel.crew import devices_of
+        from vidgen.pipeline.plan import require_own, settled
+
         own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload,
                "quantize": self.quantize, **devices_of(self.crew)}
         require_own(request, self.folder, own)
@@ -192,6 +189,8 @@ class OpenedModel:
         self, plan: Plan, read: Sequence[str], loras: Loras = NO_LORAS
     ) -> Bound | None:
         """What prompts, in words that the model knows, name that is to be told apart, if any."""
+        from vidgen.pipeline.bound import VERIFIER, told_apart
+
         if plan.binding == 0:
             return None
         encode = partial(self.encode_texts, learned=loras.tokens)
@@ -200,6 +199,8 @@ class OpenedModel:
     @torch.no_grad()
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:
         """Noise of the seed, and every condition of the request written beside it."""
+        from vidgen.pipeline.conditions import Encoder, write_conditions
+
         noise = draw_noise(plan.seed, plan.latents) if request.latents is None else request.latents
         if tuple(noise.shape) != plan.latents.dims:
             raise InputError(f"latents are {list(noise.shape)}; this clip needs "
@@ -248,6 +249,11 @@ class OpenedModel:
             told: regional prompts, which hold where words alone say what a clip shows.
             sigmas: noise levels of a part of the run; None: the whole run.
         """
+        from vidgen.diffusion.oversampling import sample_finer
+        from vidgen.pipeline.bound import is_bindable
+        from vidgen.pipeline.denoise import denoising
+        from vidgen.pipeline.step_caches import carrying, make_caches
+
         if sigmas is None:
             contexts = contexts[:1] if plan.guidance.is_off else contexts
             has_given = plan.strength == 1 and bool(state.has_given.all())
@@ -293,6 +299,8 @@ class OpenedModel:
         self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None
     ) -> Clip:
         """A lazy clip whose chunks come out of the VAE while it is written."""
+        from vidgen.pipeline.long.tail import ANCHOR_TASK, make_tail
+
         if "tail" not in recipe:  # a long clip has its own
             unseen = plan.num_frames - plan.kept_frames
             anchor = latents[:, :, :1] if ANCHOR_TASK in self.folder.tasks else None
@@ -307,6 +315,7 @@ class OpenedModel:
         latents: Tensor | None = None, journal: Keeper | None = None,
     ) -> Clip:
         """A lazy clip of a plan's length out of `videos`, [1, 3, n, H, W] each, from a frame on."""
+        from vidgen.media.label import with_label
 
         def chunks(start: int = 0) -> Iterator[Any]:
             left = plan.kept_frames - start

@@ -20,9 +20,8 @@ import torch
 from vidgen.media.types import Frames, Samples
 from vidgen.pipeline.diffusers_backend.decode import Decode
 from vidgen.pipeline.diffusers_backend.plan import ForeignPlan
-from vidgen.pipeline.journal.job import MADE
+from vidgen.pipeline.journal.job import MADE, as_array
 from vidgen.pipeline.journal.journal import Journal
-from vidgen.pipeline.journal.state import as_array
 
 _ASKED = ("size", "frames", "seconds")
 """Options that size and length follow from."""

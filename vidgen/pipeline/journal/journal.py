@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from vidgen.core.errors import OutputError
 from vidgen.core.protocols import SamplerState, StepInfo
 from vidgen.media.clip import Clip
-from vidgen.media.probe import read_recipe
 from vidgen.media.types import Segment
 from vidgen.pipeline.journal.job import (
     JOB,
@@ -35,6 +34,7 @@ from vidgen.pipeline.journal.job import (
     SOUND,
     STATE,
     TRIED,
+    as_array,
     begin_job,
     counted_paths,
     differences,
@@ -45,16 +45,17 @@ from vidgen.pipeline.journal.job import (
     progress_text,
     read_arrays,
     read_job,
+    read_kept,
     read_segment,
     require_same,
     segment_path,
+    state_tensors,
     sweep,
     window_path,
     write_arrays,
     write_job,
     write_segment,
 )
-from vidgen.pipeline.journal.state import as_array, read_kept, state_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,8 @@ class Journal:
     @property
     def finished(self) -> bool:
         """Whether resuming finds the output there already, so that nothing is left to do."""
+        from vidgen.media.probe import read_recipe
+
         if self.output is None or not (self.resume and self.output.exists()):
             return False
         if not self.unfinished:
@@ -142,6 +145,8 @@ class Journal:
         Raises:
             InputError: it is damaged.
         """
+        from vidgen.media.probe import read_recipe
+
         if not self.resume or self.output is None:
             return None
         if self.unfinished:

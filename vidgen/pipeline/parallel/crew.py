@@ -34,15 +34,16 @@ from vidgen.diffusion.guidance import guidance_share, guided
 from vidgen.diffusion.state import moved
 from vidgen.pipeline.codec import decode_latents
 from vidgen.pipeline.denoise import denoisers
-from vidgen.pipeline.parallel.caches import collect, tie
 from vidgen.pipeline.parallel.link import (
     FAILURE,
     LOST,
     Division,
     Link,
     Share,
+    collect,
     divide,
     is_loss,
+    tie,
     torchrun_place,
 )
 from vidgen.pipeline.parallel.stretches import room_for, stretches

@@ -24,14 +24,15 @@ from vidgen.diffusion.state import moved
 from vidgen.pipeline.codec import decode_latents
 from vidgen.pipeline.denoise import denoisers
 from vidgen.pipeline.loader import EXPERTS, Parts
-from vidgen.pipeline.parallel.caches import collect, tie
 from vidgen.pipeline.parallel.link import (
     FAILURE,
     LOST,
     TIMEOUT,
     Link,
     Share,
+    collect,
     is_loss,
+    tie,
     torchrun_place,
 )
 from vidgen.pipeline.parallel.stretches import room_for

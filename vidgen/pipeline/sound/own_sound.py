@@ -28,8 +28,14 @@ from vidgen.media.mastering import hold_peaks
 from vidgen.media.mix import SEAM_S, bring_forward, rise
 from vidgen.media.sound import RATE, read_sound, resampled, room
 from vidgen.pipeline.journal.job import HEARD
-from vidgen.pipeline.sound.candidates import Kept, best_heard, drawn_at_once
-from vidgen.pipeline.sound.impacts import ON_TIME, Lateness, impacts_seen
+from vidgen.pipeline.sound.candidates import (
+    ON_TIME,
+    Kept,
+    Lateness,
+    best_heard,
+    drawn_at_once,
+    impacts_seen,
+)
 
 if TYPE_CHECKING:
     from vidgen.core.request import Request
