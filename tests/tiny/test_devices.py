@@ -17,7 +17,7 @@ from vidgen.core.errors import Cancelled, DeviceError, InputError
 from vidgen.diffusion.cache import Magnitudes, StepCaches
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
-from vidgen.pipeline import engine as video
+from vidgen.pipeline import step_caches
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal import journal
 from vidgen.pipeline.journal.journal import Journal
@@ -125,7 +125,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[StepCaches | None]:
         made.append(make_caches(*args))
         return made[-1]
 
-    monkeypatch.setattr(video, "make_caches", noted)
+    monkeypatch.setattr(step_caches, "make_caches", noted)
     return made
 
 
