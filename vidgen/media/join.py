@@ -1,7 +1,7 @@
-"""Files joined by copying packets: no frame that lies in a file is ever encoded a second time.
+"""Files joined by copying packets: no frame of a file is ever encoded a second time.
 
-What we write is a row of closed groups of pictures, each from an encoder of pinned settings, so
-files of the same settings can follow each other in one. Sound is encoded for all of it.
+Our films are rows of closed groups of pictures, each from an encoder of pinned settings, so files
+of the same settings can follow each other in one. Sound is encoded for the whole.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _OWN_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "du
 
 @dataclass(frozen=True)
 class _Picture:
-    """What two files' pictures must share for one to follow the other."""
+    """Properties that two files' pictures must share for one to follow the other."""
 
     container: str
     codec: str
@@ -59,7 +59,7 @@ class _Picture:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Frames of a file from `first` up to `last`; both lie where key frames or the ends are."""
+    """Frames of a file from `first` up to `last`, both at key frames or the file's ends."""
 
     path: Path
     first: int
@@ -68,7 +68,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A part of a film by name, from when to when in seconds."""
+    """A named part of a film, its start and end in seconds."""
 
     title: str
     start_s: float
@@ -76,9 +76,7 @@ class Chapter:
 
 
 def parting_places(path: str | os.PathLike[str]) -> list[int]:
-    """Numbers of the frames at which a film file's packets can be parted, in order.
-
-    They are those of its key frames, and last the number of all its frames.
+    """Return the frames at which a film file's packets can be parted: key frames and the end.
 
     Raises:
         InputError: it can't be read, or its frames lie at uneven times.
@@ -94,7 +92,7 @@ def parting_places(path: str | os.PathLike[str]) -> list[int]:
 
 
 def why_not_joined(paths: Sequence[str | os.PathLike[str]]) -> str | None:
-    """What keeps files from being joined by copying packets; None where nothing does."""
+    """Return the reason why files can't be joined by copying packets, or None."""
     pictures = []
     for path in paths:
         try:
@@ -126,7 +124,7 @@ def _picture_of(container: str, stream: VideoStream) -> _Picture:
 
 
 def _is_even(stream: VideoStream) -> bool:
-    """Whether packet by packet the frames lie at 0, 1, 2, ... times 1 / fps."""
+    """Return whether the packets' frames lie at 0, 1, 2, ... times 1 / fps."""
     rate = stream.average_rate
     if rate is None:
         return False
@@ -152,10 +150,10 @@ def join_files(
     """Write files one after the other into one.
 
     Args:
-        paths: files that `why_not_joined` finds nothing against, or stretches of such; their own
-            sound is left out.
+        paths: files for which `why_not_joined` is None, or stretches of such; their own sound is
+            left out.
         output: replaced if it exists; it appears when it is whole.
-        sound: of all of them together.
+        sound: of the whole.
         recipe: of the whole; None: the last one's metadata with its recipe.
         texts: a track of texts.
         chapters: in order, each beginning where the one before ends.
@@ -187,7 +185,7 @@ def join_files(
 
 
 def _tags(last: str | os.PathLike[str], recipe: dict[str, Any] | None) -> dict[str, str]:
-    """Metadata of a recipe, or the last file's own."""
+    """Return metadata of a recipe, or the last file's own."""
     if recipe is not None:
         return {**tags(marks_of(recipe)), RECIPE_KEY: recipe_text(recipe)}
     with av.open(os.fspath(last)) as source:
@@ -241,7 +239,7 @@ def _copy(
 
 
 def _delay(stream: VideoStream, rate: Fraction) -> int:
-    """Frames by which decoding must run ahead of showing, at the file's reordering."""
+    """Return the frames by which decoding must run ahead of showing."""
     return max(place - _place(packet, rate) for place, packet in enumerate(_packets(stream)))
 
 
@@ -250,11 +248,11 @@ class ContinuedClip(Clip):
 
     Args:
         head: the file.
-        head_frames: how many frames it has.
+        head_frames: its number of frames.
         added: makes a new iterator of the chunks that follow, uint8 [t, H, W, 3] each, from the
             given one of their frames on.
         info: of the whole clip.
-        journal: the clip's own, by which saving to its output goes on where it was.
+        journal: the clip's own, by which saving to its output resumes.
         label: whether a label is burnt into the opening, so that nothing can be copied.
     """
 
@@ -280,7 +278,7 @@ class ContinuedClip(Clip):
         self._label = label
 
     def added(self) -> Clip:
-        """What follows the file, as a clip of its own; its recipe tells how much was left out."""
+        """Return the part after the file as a clip; its recipe has the frames left out."""
         recipe = None if self.recipe is None else {**self.recipe, "head_frames": self.head_frames}
         begin = round(self.head_frames / self.info.fps * self.sound_rate)
         info = replace(self.info, num_frames=self.num_frames - self.head_frames, recipe=recipe,
@@ -295,7 +293,7 @@ class ContinuedClip(Clip):
         self, name: str, overwrite: bool, on_frames: Callable[[int], None] | None,
         store: Keeper | None = None,
     ) -> Path:
-        """Encode what is new and put it behind the file's packets."""
+        """Encode the new part and append it to the file's packets."""
         suffix = check_format(name, self.num_frames, self.info.fps)
         reason = self._why_not_copied(suffix)
         if reason is not None:
@@ -331,7 +329,7 @@ class ContinuedClip(Clip):
             rmtree(folder, ignore_errors=True)
 
     def _why_not_copied(self, suffix: str) -> str | None:
-        """Compare the file with one frame written as the new part would be."""
+        """Compare the file with one frame, written as the new part would be."""
         if self._label:
             return "a label is burnt into the opening"
         if suffix not in CONTAINERS:

@@ -1,7 +1,7 @@
 """Signed manifests by C2PA's specification 2.x, through the extra `c2pa`.
 
 A manifest binds the marks to every byte of the file, so it is written last; any change to the file
-shows. Whose certificate signs is a matter of the environment:
+shows. The environment names the certificate that signs:
 
     VIDGEN_C2PA_CERTIFICATE  PEM file, the signer's certificate first; "test" makes one that says so
     VIDGEN_C2PA_KEY          PEM file of its private key (PKCS #8)
@@ -52,7 +52,7 @@ _CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 
 @dataclass(frozen=True)
 class Signing:
-    """Who signs.
+    """A signer.
 
     Args:
         certificates: PEM, the signer's first, then those it descends from.
@@ -68,7 +68,7 @@ class Signing:
 
     @classmethod
     def from_environment(cls) -> Signing | None:
-        """The signer that the environment names, or None if it names none.
+        """Return the signer that the environment names, or None.
 
         Raises:
             InputError: a file that is missing or no PEM, a key without certificate, or no extra.
@@ -128,7 +128,7 @@ def _algorithm(key: bytes, path: str) -> str:
 
 
 def make_test_signing() -> Signing:
-    """A signer for tests: a fresh key under `TEST_NAME`, below a root of its own.
+    """Make a signer for tests: a fresh key under `TEST_NAME`, below a root of its own.
 
     Raises:
         InputError: the extra isn't installed.
@@ -178,13 +178,13 @@ def make_test_signing() -> Signing:
 
 
 def seal(path: Path, suffix: str, recipe: dict[str, Any], signing: Signing | None) -> None:
-    """Finish a file that is written but for its name: XMP where a muxer has none, the signature.
+    """Finish a file before it gets its name: XMP where a muxer has none, and the signature.
 
     Args:
-        path: the file, of any name; only added to, but where it is signed.
+        path: the file, of any name; appended to, or rewritten where it is signed.
         suffix: its format.
-        recipe: stamped; the inputs it tells of become ingredients, with their own manifests.
-        signing: who signs, or None.
+        recipe: stamped; its inputs become ingredients, with their own manifests.
+        signing: the signer, or None.
 
     Raises:
         OutputError: the certificate isn't fit for it, or the authority of time didn't answer.
@@ -229,7 +229,7 @@ def _sign(path: Path, kind: str, recipe: dict[str, Any], signing: Signing) -> No
 
 
 def _add_ingredients(c2pa: ModuleType, builder: Any, recipe: dict[str, Any]) -> list[str]:
-    """Keep each input that is still at hand as an ingredient; return their names."""
+    """Add each input that still exists as an ingredient; return their names."""
     names: list[str] = []
     for record in recipe.get("inputs") or ():
         content = _content(record)
@@ -250,7 +250,7 @@ def _add_ingredients(c2pa: ModuleType, builder: Any, recipe: dict[str, Any]) -> 
 
 
 def _content(record: dict[str, Any]) -> tuple[str, BinaryIO] | None:
-    """Media type and bytes of an input file, if they are still what they were."""
+    """Return the media type and bytes of an input file, if it is unchanged."""
     if not {"path", "sha256"} <= set(record):  # made in memory
         return None
     file: BinaryIO
@@ -305,7 +305,7 @@ def read_marks(path: str | os.PathLike[str], trust: str | os.PathLike[str] | Non
 
 
 def _context(c2pa: ModuleType, trust: str | os.PathLike[str] | None) -> Any:
-    """C2PA's settings, with the certificates that are trusted."""
+    """Return C2PA's settings, with the certificates that are trusted."""
     anchors = trust or os.environ.get("VIDGEN_C2PA_TRUST")
     if not anchors:
         return c2pa.Context(c2pa.Settings.from_dict(_OFFLINE))
@@ -324,7 +324,7 @@ def _has_store(path: Path) -> bool:
 
 
 def _judge(results: dict[str, Any] | None) -> tuple[str, tuple[str, ...]]:
-    """State and codes: what is wrong with the credential alone leaves the content as signed."""
+    """Return state and codes; problems of the credential alone leave the content as signed."""
     active = (results or {}).get("activeManifest") or {}
     codes = tuple(dict.fromkeys(failure["code"] for failure in active.get("failure", ())))
     if any(not code.startswith("signingCredential.") for code in codes):
@@ -336,7 +336,7 @@ def _judge(results: dict[str, Any] | None) -> tuple[str, tuple[str, ...]]:
 
 
 def _signed_ingredient(entry: dict[str, Any], told: dict[Any, dict[str, Any]]) -> dict[str, Any]:
-    """A manifest's ingredient, with what the marks tell of it."""
+    """Return a manifest's ingredient, completed by the marks."""
     name = entry.get("instance_id")
     found = {"title": entry.get("title", "unnamed"), "id": name, **told.get(name, {})}
     if "active_manifest" in entry:
@@ -345,7 +345,7 @@ def _signed_ingredient(entry: dict[str, Any], told: dict[Any, dict[str, Any]]) -
 
 
 def _filled(marks: Marks, manifest: dict[str, Any]) -> Marks:
-    """What the marks leave open, out of the manifest's actions: files of others often have both."""
+    """Complete the marks from the manifest's actions: files of others often have both."""
     generator = (manifest.get("claim_generator_info") or [{}])[0]
     words = filter(None, (generator.get("name"), generator.get("version")))
     known: dict[str, Any] = {"generator": " ".join(words)}

@@ -1,7 +1,7 @@
-"""Marks that say what made a file: written by default, read from any file.
+"""Marks of a file's origin: written by default, read from any file.
 
-They are an XMP packet (PNG, JPEG, WebP, GIF, MP4, MOV) and plain tags (MP4, MOV, WebM, MKV). The
-signed manifest beside them is `manifest`'s.
+They are an XMP packet (PNG, JPEG, WebP, GIF, MP4, MOV) and plain tags (MP4, MOV, WebM, MKV).
+`manifest` adds a signed manifest.
 
 Sources: IPTC NewsCodes digitalsourcetype; IPTC Photo Metadata 2025.1 (AISystemUsed); XMP
 specification part 3 (places in files); GB 45438-2025 and TC260-PG-20258A (the AIGC field).
@@ -30,6 +30,8 @@ from vidgen.core.errors import InputError
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP_BOX = uuid.UUID("be7acfcb-97a9-42e8-9c71-999491e3afac").bytes
 _MAX_PACKET = 4_000_000
+_GIF_HEAD = b"!\xff\x0bXMP DataXMP"
+_GIF_TAIL = bytes([1, *range(255, -1, -1), 0])  # leads a reader of blocks to the end
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 _NAMESPACES = {
     "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
@@ -55,20 +57,20 @@ _REFERENCE = {  # of an ingredient, in XMP
 
 @dataclass(frozen=True)
 class Marks:
-    """What a file says of its origin; None where it says nothing.
+    """A file's origin by its own account; None where it says nothing.
 
     Attributes:
-        digital_source_type: IPTC's URI; `GENERATED` for what a model made.
+        digital_source_type: IPTC's URI; `GENERATED` for a model's output.
         generator: program and version.
         model: name of the model.
-        time: when it was made, ISO 8601 in UTC.
+        time: of creation, ISO 8601 in UTC.
         id: unique, a URN.
         aigc: fields of the Chinese labelling rule, by their names there.
         c2pa: the signed manifest is "absent", "valid", "untrusted" (whole, but its signer isn't on
             the list of trusted ones), "tampered", or "unverified" for want of the extra.
         signer: name on the certificate.
-        problems: codes of what the manifest's check found.
-        ingredients: what went in: title, and id, digital_source_type and c2pa where known.
+        problems: codes of problems in the manifest.
+        ingredients: inputs: title, and id, digital_source_type and c2pa where known.
     """
 
     digital_source_type: str | None = None
@@ -83,15 +85,15 @@ class Marks:
     ingredients: tuple[dict[str, Any], ...] = ()
 
     def facts(self) -> dict[str, Any]:
-        """What is known, as JSON data; empty for a file without marks."""
+        """Return the known fields as JSON data; empty for a file without marks."""
         known = {name: value for name, value in asdict(self).items() if value}
         return {} if known == {"c2pa": "absent"} else known
 
 
 def stamped(recipe: dict[str, Any], earlier: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A recipe with `created`, the time in UTC, and `id`; one that has them stays as it is.
+    """Add `created`, the time in UTC, and `id` to a recipe; one that has them stays as it is.
 
-    A clip that goes on keeps the stamp of its beginning, which the `earlier` recipe holds. With
+    An extended clip keeps the stamp of its beginning, which the `earlier` recipe holds. With
     SOURCE_DATE_EPOCH in the environment (reproducible-builds.org) the time is that, and the id
     follows from the recipe, so that the same request gives the same file, bit for bit.
 
@@ -119,7 +121,7 @@ def stamped(recipe: dict[str, Any], earlier: dict[str, Any] | None = None) -> di
 
 
 def marks_of(recipe: dict[str, Any]) -> Marks:
-    """The marks of a file that a stamped recipe made; the option `aigc` names its producer."""
+    """Return the marks of a stamped recipe's file; the option `aigc` names its producer."""
     asked, model, inputs = recipe.get("request"), recipe.get("model"), recipe.get("inputs")
     producer, name = asked.get("aigc") if isinstance(asked, dict) else None, recipe["id"]
     aigc = {"Label": "1", "ContentProducer": producer, "ProduceID": name, "ReservedCode1": "",
@@ -136,7 +138,7 @@ def marks_of(recipe: dict[str, Any]) -> Marks:
 
 
 def ingredient(record: dict[str, Any]) -> dict[str, Any]:
-    """An input as a recipe tells of it, in the words of `Marks.ingredients`."""
+    """Return a recipe's record of an input in the words of `Marks.ingredients`."""
     marks = record.get("marks", {})
     title = Path(record["path"]).name if "path" in record else str(record.get("option"))
     content = f"sha256:{record['sha256']}" if "sha256" in record else None
@@ -151,12 +153,12 @@ def _texts(marks: Marks) -> dict[str, str]:
 
 
 def tags(marks: Marks) -> dict[str, str]:
-    """Marks as a film container's tags."""
+    """Return marks as a film container's tags."""
     return {_PROPERTIES[name][1]: text for name, text in _texts(marks).items()}
 
 
 def xmp(marks: Marks) -> str:
-    """Marks as an XMP packet."""
+    """Return marks as an XMP packet."""
     lines = [_element(_PROPERTIES[name][0], text) for name, text in _texts(marks).items()]
     items = []
     for part in marks.ingredients:
@@ -180,20 +182,19 @@ def _element(name: str, text: str) -> str:
 
 
 def append_xmp(path: Path, packet: str) -> None:
-    """Put a packet at the end of an MP4 or MOV file, as a box that moves no other."""
+    """Append a packet to an MP4 or MOV file, as a box that moves no other."""
     data = XMP_BOX + packet.encode()
     with path.open("ab") as file:
         file.write((8 + len(data)).to_bytes(4, "big") + b"uuid" + data)
 
 
 def gif_xmp(packet: str) -> bytes:
-    """A packet as GIF's application extension; the tail leads a reader of blocks to the end."""
-    tail = bytes([1, *range(255, -1, -1), 0])
-    return b"!\xff\x0bXMP DataXMP" + packet.encode() + tail
+    """Return a packet as GIF's application extension."""
+    return _GIF_HEAD + packet.encode() + _GIF_TAIL
 
 
 def media_type(head: bytes) -> str | None:
-    """A file's media type by its first 16 bytes, of those that carry marks; else None."""
+    """Return the media type of a file by its first 16 bytes, of those that carry marks, or None."""
     if head[4:8] == b"ftyp":
         return "video/quicktime" if head[8:12] == b"qt  " else "video/mp4"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -240,7 +241,7 @@ def _read_tags(path: Path) -> dict[str, Any]:
 
 
 def _typed(texts: dict[str, str]) -> dict[str, Any]:
-    """The AIGC field as JSON data, a broken one as none; the time without empty fractions."""
+    """Parse the AIGC field, drop a broken one, and drop empty fractions of the time."""
     found: dict[str, Any] = dict(texts)
     if "time" in found:
         found["time"] = re.sub(r"\.0+Z$", "Z", found["time"])
@@ -259,9 +260,9 @@ def _read_packet(path: Path, kind: str) -> bytes:
         return _box_packet(path)
     if kind == "image/gif":
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            start = data.find(b"!\xff\x0bXMP DataXMP") + 14
-            end = data.find(bytes([1, *range(255, -1, -1), 0]), start)
-            return data[start:end] if start > 13 and end >= 0 else b""
+            start = data.find(_GIF_HEAD)
+            end = data.find(_GIF_TAIL, start)
+            return data[start + len(_GIF_HEAD) : end] if start >= 0 and end >= 0 else b""
     if kind == "video/x-matroska":
         return b""
     try:
@@ -273,7 +274,7 @@ def _read_packet(path: Path, kind: str) -> bytes:
 
 
 def _box_packet(path: Path) -> bytes:
-    """The XMP packet among an MP4 file's top-level boxes."""
+    """Find the XMP packet among an MP4 file's top-level boxes."""
     place, end = 0, path.stat().st_size
     with path.open("rb") as file:
         while place + 8 <= end:
@@ -292,7 +293,7 @@ def _box_packet(path: Path) -> bytes:
 
 
 def _parse(packet: bytes) -> dict[str, Any]:
-    """Fields of `Marks` in an XMP packet; a damaged one tells nothing."""
+    """Read fields of `Marks` from an XMP packet; a damaged one has none."""
     start, end = packet.find(b"<x:xmpmeta"), packet.rfind(b"</x:xmpmeta>")
     packet = packet[max(start, 0) : end + 12 if end >= 0 else len(packet)]
     if not packet or len(packet) > _MAX_PACKET or b"<!" in packet:  # no entities from strangers
@@ -318,7 +319,7 @@ def _parse(packet: bytes) -> dict[str, Any]:
 
 
 def _property(node: ElementTree.Element, qualified: str) -> str | None:
-    """A property's text, written as attribute, element, resource or first item of a list."""
+    """Return a property's text: an attribute, element, resource or first item of a list."""
     prefix, _, local = qualified.partition(":")
     name, rdf = f"{{{_NAMESPACES[prefix]}}}{local}", f"{{{_NAMESPACES['rdf']}}}"
     if name in node.attrib:

@@ -1,4 +1,4 @@
-"""One part of a model: its architecture, and the files' tensors under our names."""
+"""A component of a model: its architecture, and the files' tensors under our names."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Component(Generic[Config_co]):
     Attributes:
         config: its architecture.
         store: its tensors as the files have them, without those that no module of ours takes.
-        names: stored name -> our parameter's. A name that nobody knows stays as it is, so that
-            loading refuses it.
+        names: stored name -> our parameter's. An unknown name stays as it is, so that loading
+            refuses it.
         rest: tensors without a place in our module, which converting keeps: CLIP's text tower, an
             embedding that is there twice.
         spellings: of the names in `store` and `rest`.
@@ -89,11 +89,11 @@ class Component(Generic[Config_co]):
         )
 
     def build(self) -> nn.Module:
-        """The module with weights that mean nothing yet."""
+        """Build the module, its weights not yet set."""
         return CLASSES[self.role](self.config)
 
     def _check_depth(self) -> None:
-        """Refuse a config of more layers than there are tensors before so many are built."""
+        """Refuse a config of more layers than tensors before so many are built."""
         count = len(self.store.names)
         for name in ("num_layers", "num_blocks"):
             if getattr(self.config, name, 0) > count:
@@ -163,14 +163,14 @@ class Components(dict[Role, Component[Config]]):
 
 
 def fp32_parts(role: Role, dtype: torch.dtype) -> tuple[str, ...]:
-    """Parts of names of a component's weights that stay float32 where the others are `dtype`."""
+    """Return parts of names of weights that stay float32 where the others are `dtype`."""
     always = getattr(CLASSES[role], "fp32_weights", ())
     beside = getattr(CLASSES[role], "fp32_beside_fp16", ()) if dtype == torch.float16 else ()
     return (*always, *beside)
 
 
 def table_of(role: Role, config: Config, keys: Sequence[str]) -> tuple[Names, ...]:
-    """The names of a component's tensors in all spellings; `keys` are some of them."""
+    """Return the names of a component's tensors in all spellings; `keys` are some of them."""
     if isinstance(config, VAEConfig):
         return vae_keys(config)
     if role in OWN_ROLES:
@@ -183,7 +183,7 @@ def table_of(role: Role, config: Config, keys: Sequence[str]) -> tuple[Names, ..
 def assemble(
     role: Role, config: Config, sources: Sequence[tuple[Spelling, TensorStore]]
 ) -> Component[Config]:
-    """A component from its files: the main ones and what an earlier conversion set aside."""
+    """Assemble a component from its files: the main ones and those that a conversion set aside."""
     names: dict[str, str] = {}
     taken: dict[str, Source] = {}
     rest: dict[str, Source] = {}

@@ -45,7 +45,7 @@ CLIP_HEADS = 16
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file whose top is an object.
+    """Read a JSON file that holds an object.
 
     Raises:
         ModelError: missing or not that.
@@ -57,36 +57,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a component folder.
-
-    Raises:
-        ModelError: missing or not JSON.
-    """
+    """Read `config.json` of a component folder; raise ModelError if it is missing or no JSON."""
     return read_json(folder / "config.json")
 
 
 def config_of(config_type: type[Any], folder: Path) -> Any:
-    """A component's frozen dataclass from its `config.json`; other keys are refused by name."""
+    """Build a component's frozen dataclass from its `config.json`; refuse other keys by name."""
     return config_from(config_type, read_config(folder), str(folder / "config.json"))
 
 
 def config_from(config_type: type[Any], settings: Mapping[str, Any], where: str) -> Any:
-    """A frozen dataclass from its settings; other keys are refused by name."""
-    known = {each.name for each in fields(config_type)}
-    own = {name: value for name, value in settings.items() if name != "class"}
-    unknown = sorted(own.keys() - known)
+    """Build a frozen dataclass from its settings; refuse other keys by name."""
+    unknown = sorted(settings.keys() - {each.name for each in fields(config_type)})
     if unknown:
         raise ModelError(
             f"{where} has unknown settings {', '.join(unknown)}; was it written by a newer vidgen?"
         )
     try:
-        return build(config_type, own, where)
+        return build(config_type, dict(settings), where)
     except ValueError as error:  # values that don't go together
         raise ModelError(f"{where} describes no network: {error}; copy it again") from error
 
 
 def dit_from_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `DiTConfig` that a `config.json` of diffusers gives.
+    """Return the fields of `DiTConfig` that a `config.json` of diffusers gives.
 
     Raises:
         ModelError: another transformer, or a setting that ours doesn't have.
@@ -113,7 +107,7 @@ def dit_from_diffusers(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dit_to_diffusers(config: DiTConfig) -> dict[str, Any]:
-    """`config.json` of diffusers' `WanTransformer3DModel` or `WanVACETransformer3DModel`.
+    """Return `config.json` of diffusers' `WanTransformer3DModel` or `WanVACETransformer3DModel`.
 
     Raises:
         ModelError: an attention pattern that diffusers doesn't have.
@@ -134,7 +128,7 @@ def dit_to_diffusers(config: DiTConfig) -> dict[str, Any]:
 
 
 def dit_from_wan(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `DiTConfig` that a `config.json` of the Wan repositories gives."""
+    """Return the fields of `DiTConfig` that a `config.json` of the Wan repositories gives."""
     fields = {
         ours: settings[theirs] for ours, theirs in _WAN_DIT_NAMES.items() if theirs in settings
     }
@@ -144,11 +138,11 @@ def dit_from_wan(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dit_to_wan(config: DiTConfig, model_type: str) -> dict[str, Any]:
-    """`config.json` of Wan's own `WanModel` or `VaceWanModel`.
+    """Return `config.json` of Wan's own `WanModel` or `VaceWanModel`.
 
     Args:
         config: ours.
-        model_type: what Wan calls the variant: t2v, i2v, flf2v, vace, ti2v.
+        model_type: Wan's word for the variant: t2v, i2v, flf2v, vace, ti2v.
 
     Raises:
         ModelError: an attention pattern that Wan doesn't have.
@@ -168,7 +162,7 @@ def dit_to_wan(config: DiTConfig, model_type: str) -> dict[str, Any]:
 
 
 def vae_from_diffusers(settings: Mapping[str, Any]) -> VAEConfig:
-    """The config behind a `config.json` of diffusers' `AutoencoderKLWan`.
+    """Return the config in a `config.json` of diffusers' `AutoencoderKLWan`.
 
     Raises:
         ModelError: another VAE, or a setting that ours doesn't have.
@@ -191,7 +185,7 @@ def vae_from_diffusers(settings: Mapping[str, Any]) -> VAEConfig:
 
 
 def vae_to_diffusers(config: VAEConfig) -> dict[str, Any]:
-    """`config.json` of diffusers' `AutoencoderKLWan`."""
+    """Return `config.json` of diffusers' `AutoencoderKLWan`."""
     channels = 3 * config.patch_size**2
     zeros, ones = (0.0,) * config.latent_channels, (1.0,) * config.latent_channels
     settings = {theirs: getattr(config, ours) for ours, theirs in _VAE_NAMES.items()}
@@ -209,12 +203,12 @@ def vae_to_diffusers(config: VAEConfig) -> dict[str, Any]:
 
 
 def infer_dit(shapes: Shapes, **known: Any) -> DiTConfig:
-    """The architecture of a transformer.
+    """Infer the architecture of a transformer.
 
     Args:
-        shapes: by our names of its tensors.
-        known: fields that a config file gives; heads and the layers of a control can't be seen, and
-            are taken as the published models have them.
+        shapes: of its tensors, by our names.
+        known: fields that a config file gives; heads and the layers of a control don't follow from
+            shapes, and are taken from the published models.
 
     Raises:
         ModelError: tensors that no transformer of ours has.
@@ -249,7 +243,7 @@ def infer_dit(shapes: Shapes, **known: Any) -> DiTConfig:
 
 
 def infer_text(shapes: Shapes) -> TextConfig:
-    """The architecture of a UMT5 encoder, from the shapes by our names."""
+    """Infer the architecture of a UMT5 encoder, from the shapes by our names."""
     with _reading("text encoder"):
         attention = "encoder.block.0.layer.0.SelfAttention"
         buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
@@ -263,7 +257,7 @@ def infer_text(shapes: Shapes) -> TextConfig:
 
 
 def infer_image(shapes: Shapes) -> ImageConfig:
-    """The architecture of CLIP's vision tower, from the shapes by our names."""
+    """Infer the architecture of CLIP's vision tower, from the shapes by our names."""
     with _reading("image encoder"):
         width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
         tokens = shapes["embeddings.position_embedding.weight"][0]
@@ -275,7 +269,7 @@ def infer_image(shapes: Shapes) -> ImageConfig:
 
 
 def infer_vae(shapes: Shapes) -> VAEConfig:
-    """The architecture of a VAE, from the shapes by Wan's own names.
+    """Infer the architecture of a VAE, from the shapes by Wan's own names.
 
     The statistics of its latents are in no file; they are those of the published VAE with as many
     channels, and none for other numbers.
@@ -301,12 +295,12 @@ def infer_vae(shapes: Shapes) -> VAEConfig:
 
 
 def _is_nested(shapes: Shapes) -> bool:
-    """Whether the encoder's layers are counted within their stage, as Wan 2.2 has it."""
+    """Return whether the encoder's layers are counted within their stage, as in Wan 2.2."""
     return any(re.match(r"encoder\.downsamples\.\d+\.downsamples\.", key) for key in shapes)
 
 
 def _vae_stages(shapes: Shapes) -> list[tuple[int, int, bool]]:
-    """Blocks, width and whether frames are halved, for each stage of the encoder."""
+    """Return blocks, width and whether frames are halved, for each stage of the encoder."""
     layers = r"encoder\.downsamples\.(\d+)" + (
         r"\.downsamples\.(\d+)" if _is_nested(shapes) else r"()"
     )
@@ -327,14 +321,14 @@ def _vae_stages(shapes: Shapes) -> list[tuple[int, int, bool]]:
 
 
 def _count(keys: Iterable[str], pattern: str) -> int:
-    """How many modules a list of them has: one more than the highest index."""
+    """Count the modules of a list: one more than the highest index."""
     found = [int(match[1]) for key in keys if (match := re.match(pattern, key))]
     return max(found, default=-1) + 1
 
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Tell what tensors that are missing, or of other shapes, are of."""
+    """Turn errors from missing or misshapen tensors into one that names the component."""
     try:
         yield
     except KeyError as error:

@@ -1,9 +1,9 @@
 """A model folder in another layout, tensor for tensor and bit for bit, and back.
 
-What the other layout has no place for is set aside beside it and comes back on the way back: the
-facts of `model.json` and our configs in `vidgen.json`, tensors in `rest/`. A tensor that nobody
-knows is an error. Wan's layout has its VAE and encoders pickled, as Wan's own programs read them;
-everything else is safetensors.
+Data without a place in the other layout is kept with it and comes back on the way back: the facts
+of `model.json` and our configs in `vidgen.json`, tensors in `rest/`. An unknown tensor is an error.
+Wan's layout has its VAE and encoders pickled, as Wan's own programs read them; everything else is
+safetensors.
 """
 
 from __future__ import annotations
@@ -60,17 +60,16 @@ def convert(
     source: ModelFolder | ForeignFolder, target: Path, to: Spelling, *,
     max_shard_bytes: int = MAX_SHARD_BYTES, changed: Mapping[str, Mapping[str, Tensor]] = _AS_IS,
 ) -> list[str]:
-    """Write a model in another layout; nothing is there until all is.
+    """Write a model in another layout; the target appears when it is complete.
 
     Args:
         source: the model.
         target: the folder to make; it must not exist.
-        to: "diffusers": what `from_pretrained` of diffusers' Wan pipelines loads. "wan": what
-            Wan's own programs load. "vidgen": ours, with hashes.
+        to: "diffusers": for `from_pretrained` of diffusers' Wan pipelines. "wan": for Wan's own
+            programs. "vidgen": ours, with hashes.
         max_shard_bytes: most bytes of a weight file.
-        changed: by role and our names, tensors that take the place of the files', in their dtype;
-            with `to` "vidgen". The model's students and magnitudes, which aren't of these, stay
-            behind.
+        changed: by role and our names, tensors that replace the files', in their dtype; only with
+            `to` "vidgen". The model's students and magnitudes, which don't fit them, are left out.
 
     Returns:
         Names of the tensors set aside, for which the layout has no place.
@@ -98,12 +97,15 @@ def convert(
         folder.mkdir()
         for role, component in source.components.items():
             component.require_complete()
-            if role in OWN_ROLES:  # which no other layout has: it stays as it is
+            if role in OWN_ROLES:  # no other layout has these
                 shutil.copytree(source.path / role, folder / role)
                 continue
             placed, left = _sort(component, to)
             tensors = placed | _held(changed.get(role, {}), placed)
-            _WRITERS[to](folder, source, component, tensors, max_shard_bytes)
+            if to == "wan":
+                _write_wan(folder, source, component, tensors, max_shard_bytes)
+            else:
+                _write_part(folder, component, tensors, to, max_shard_bytes)
             for spelling, kept in left.items():
                 (folder / REST).mkdir(exist_ok=True)
                 write_safetensors(folder / REST / f"{role}.{spelling}.safetensors", kept)
@@ -123,7 +125,7 @@ def convert(
 def _sort(
     component: Component[Config], to: Spelling
 ) -> tuple[dict[str, Lazy], dict[Spelling, dict[str, Source]]]:
-    """A component's tensors under the names of a layout, and those without one by their own."""
+    """Return a component's tensors by the names of a layout, and those without one by their own."""
     placed: dict[str, Lazy] = {}
     left: dict[Spelling, dict[str, Source]] = {}
     every = {name: view.source(name) for view in (component.store, component.rest)
@@ -151,11 +153,9 @@ class _Held:
 
     @property
     def likeness(self) -> Tensor:
-        """An empty tensor of its shape and dtype on the meta device."""
         return torch.empty(self.value.shape, dtype=self.dtype, device="meta")
 
     def get(self) -> Tensor:
-        """The tensor itself."""
         return self.value.detach().to("cpu", self.dtype)
 
 
@@ -164,21 +164,14 @@ def _held(tensors: Mapping[str, Tensor], places: Mapping[str, Lazy]) -> dict[str
     return {name: _Held(value, places[name].likeness.dtype) for name, value in tensors.items()}
 
 
-def _write_vidgen(
-    folder: Path, _source: ModelFolder, part: Component[Config], tensors: Mapping[str, Lazy],
-    limit: int,
+def _write_part(
+    folder: Path, part: Component[Config], tensors: Mapping[str, Lazy], to: Spelling, limit: int
 ) -> None:
-    write_shards(folder / part.role, "model", tensors, limit)
-    write_json(folder / part.role / "config.json", _config(part.config, "vidgen"))
-
-
-def _write_diffusers(
-    folder: Path, _source: ModelFolder, part: Component[Config], tensors: Mapping[str, Lazy],
-    limit: int,
-) -> None:
-    stem = "model" if part.role.endswith("encoder") else "diffusion_pytorch_model"
+    """Write a component's folder in vidgen's or diffusers' layout."""
+    is_plain = to == "vidgen" or part.role.endswith("encoder")
+    stem = "model" if is_plain else "diffusion_pytorch_model"
     write_shards(folder / part.role, stem, tensors, limit)
-    write_json(folder / part.role / "config.json", _config(part.config, "diffusers"))
+    write_json(folder / part.role / "config.json", _config(part.config, to))
 
 
 def _write_wan(
@@ -200,7 +193,7 @@ def _write_wan(
 
 
 def _config(config: Config, to: Spelling) -> dict[str, Any]:
-    """A component's `config.json`; the encoders' is transformers' in both layouts that have one."""
+    """Return a component's `config.json`; the encoders' is transformers' in both layouts."""
     if isinstance(config, TextConfig | ImageConfig):
         return config.to_transformers()
     if to == "diffusers" and isinstance(config, VAEConfig):
@@ -212,7 +205,7 @@ def _config(config: Config, to: Spelling) -> dict[str, Any]:
 
 
 def _model_type(dit: DiTConfig) -> str:
-    """What Wan calls a kind of transformer."""
+    """Return Wan's word for a kind of transformer."""
     if dit.control_layers:
         return "vace"
     if dit.in_channels > dit.out_channels:
@@ -270,7 +263,7 @@ def _finish_diffusers(folder: Path, source: ModelFolder) -> None:
 
 
 def _keep_measured(source: ModelFolder, folder: Path, *, changed: bool) -> None:
-    """Carry along a model's preview map and magnitudes, as far as they are still true."""
+    """Copy a model's preview map and magnitudes, as far as they still hold."""
     preview, magnitudes = source.path / _PREVIEW, source.path / _MAGNITUDES
     if preview.is_file():
         (folder / _PREVIEW).parent.mkdir()
@@ -283,7 +276,7 @@ def _keep_measured(source: ModelFolder, folder: Path, *, changed: bool) -> None:
 
 
 def _keep_clip_tokenizer(source: ModelFolder, folder: Path, to: Spelling) -> None:
-    """Carry along the words of CLIP's text tower, which only Wan's own programs load."""
+    """Copy the tokenizer of CLIP's text tower, which only Wan's own programs load."""
     here = source.path if source.layout == "wan" else source.path / REST
     if (here / CLIP_TOKENIZER).is_dir():
         there = folder if to == "wan" else folder / REST
@@ -302,7 +295,7 @@ def _finish_wan(folder: Path, source: ModelFolder) -> None:
 
 
 def _write_note(folder: Path, source: ModelFolder) -> None:
-    """Write down what the layout has no place for: `model.json`'s facts and our configs."""
+    """Write `model.json`'s facts and our configs, for which the layout has no place."""
     write_json(folder / NOTE, {
         "name": source.name, "family": source.family, "variant": source.variant,
         "license": source.license, "tasks": list(source.tasks),
@@ -313,7 +306,7 @@ def _write_note(folder: Path, source: ModelFolder) -> None:
 
 
 def _write_processor(folder: Path, source: ModelFolder) -> bool:
-    """Copy the image processor's settings, or write CLIP's own; whether there is one."""
+    """Copy the image processor's settings, or write CLIP's own; return whether one exists."""
     if "image_encoder" not in source.components:
         return False
     if source.image_processor is not None:
@@ -331,5 +324,4 @@ def _write_processor(folder: Path, source: ModelFolder) -> bool:
     return True
 
 
-_WRITERS = {"vidgen": _write_vidgen, "diffusers": _write_diffusers, "wan": _write_wan}
 _FINISHERS = {"vidgen": _finish_vidgen, "diffusers": _finish_diffusers, "wan": _finish_wan}

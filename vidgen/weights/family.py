@@ -1,4 +1,4 @@
-"""The Wan family: which variant a model is, and what it uses where a request is silent.
+"""The Wan family's variants and their defaults.
 
 Figures are those of the published programs (Wan-Video/Wan2.1 and Wan2.2, `generate.py` and
 `wan/configs`), the negative prompts are the releases' own.
@@ -17,7 +17,7 @@ Task = Literal[
     "text", "image", "last-image", "frames", "extend", "mask", "video", "reference", "control",
 ]
 TASKS: tuple[Task, ...] = get_args(Task)
-"""What a clip can be made from; "text" is there for models that need nothing else."""
+"""Inputs that a clip can be made from; "text" is for models that need nothing else."""
 
 Conditioning = Literal["tokens", "channels", "control", "none"]
 
@@ -34,7 +34,7 @@ _LARGE = ((1280, 720), (720, 1280), *_SMALL)
 
 @dataclass(frozen=True)
 class ModelDefaults:
-    """What a generation uses where the request is silent.
+    """Settings of a generation that the request leaves open.
 
     Args:
         guidance_scale: of a model with two experts, the high-noise one's.
@@ -47,9 +47,9 @@ class ModelDefaults:
         refine_steps: gradient steps that bring a given first frame's latents nearer to it; None: of
             a model that takes them as its VAE encodes them.
         candidates: most that are drawn of a clip, or of each window of a long one, until the
-            model's verifier is content.
-        binding: how strongly what a prompt names is told apart by the verifier, 0 to 1.
-        encode_passes: by which its VAE encodes what is given; see `encode_pixels`.
+            model's verifier accepts one.
+        binding: weight by which the verifier keeps the prompt's subjects apart, 0 to 1.
+        encode_passes: by which its VAE encodes given frames; see `encode_pixels`.
         sound_steps: of a model's own sound; None: as many as its picture takes.
         sound_candidates: sounds that a model makes for a clip, of which one is kept.
         sound_delay_s: by which its sound follows its picture, in seconds.
@@ -58,8 +58,8 @@ class ModelDefaults:
         boundary: sigma at and above which `transformer` runs, below it `transformer_2`.
         sizes: (width, height) the model was trained on; others are warned about.
         max_frames: longest clip it was trained on.
-        history_noise: how much of what later windows of a long clip see of those before them is
-            noise, in models that were taught to look through it.
+        history_noise: share of noise in the view of earlier windows of a long clip, in models that
+            were taught to see through it.
     """
 
     num_steps: int
@@ -152,7 +152,7 @@ VARIANTS: dict[str, Variant] = {
 def recognise(
     dit: DiTConfig, *, num_experts: int, name: str, expand_timesteps: bool = False
 ) -> Variant:
-    """The variant that a transformer belongs to.
+    """Return the variant that a transformer belongs to.
 
     Args:
         dit: its architecture.
@@ -190,5 +190,5 @@ def recognise(
 
 
 def models_with(task: str) -> list[str]:
-    """Names of the variants that can do a task."""
+    """List the variants that can do a task."""
     return [name for name, variant in VARIANTS.items() if task in variant.tasks]

@@ -1,10 +1,10 @@
-"""Models on disk: what a folder holds, whatever layout it is in, opened but not loaded.
+"""Models on disk, opened but not loaded: the types of folders, their files and hashes.
 
 Our own layout: `model.json` beside `vae/`, `transformer/`, `text_encoder/` and, where a model has
 them, `transformer_2/`, `image_encoder/`, `sound_vae/`, `verifier/` and `onset_detector/` (each
 `config.json` and `model.safetensors`, or shards with an index) and `tokenizer/`. `config.json` of
-our own modules is their frozen dataclass; the encoders' are ordinary transformers ones. Diffusers'
-folders and Wan's own are opened in `layouts`.
+our own modules is their frozen dataclass; the encoders' are ordinary transformers ones. `layouts`
+opens all of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MIN_BYTES = 1_000_000
-"""Smaller files are hashed anew each time."""
+"""Smaller files are hashed each time."""
 _SETTLED_S = 2.0  # a file changed this recently may change again within its time stamp's grain
 
 
@@ -41,9 +41,9 @@ class RollConfig:
 
     Args:
         turn_frames: latent frames of a turn, which see each other.
-        window_frames: latent frames before a turn that it sees, at most.
-        history_noise: how much of what it sees of them is noise, so that the faults of a turn
-            aren't taken for the picture; from 0 to below 1.
+        window_frames: most latent frames before a turn that it sees.
+        history_noise: share of noise in its view of them, so that the faults of a turn aren't taken
+            for the picture; from 0 to below 1.
 
     Raises:
         ValueError: turns of no frame, a window shorter than a turn, or nothing but noise.
@@ -65,15 +65,15 @@ class RollConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """How a student is sampled: without guidance.
+    """How a student is sampled, without guidance.
 
     Args:
-        sampler: whose steps it was taught, one of `SAMPLERS`.
-        sigmas: the noise levels it was taught on, from 1 down to 0.
+        sampler: that it was taught, one of `SAMPLERS`.
+        sigmas: noise levels that it was taught on, from 1 down to 0.
         guidance_scale: of its teacher, which it has folded in.
-        roll: how it makes a clip turn by turn, or None where it makes clips as a whole.
-        boundary: below which the model's expert at low noise denoises, with its delta or, where
-            there is none, as it is; None: nowhere.
+        roll: of one that makes a clip turn by turn; None: it makes clips as a whole.
+        boundary: below which the model's expert at low noise denoises, with its delta if it has
+            one; None: nowhere.
 
     Raises:
         ValueError: an unknown sampler, or levels that don't fall from 1 to 0.
@@ -111,9 +111,7 @@ class Files:
 
     @cached_property
     def content_hash(self) -> str:
-        """One SHA-256 over the names and hashes of all the model's files, as they are now.
-
-        A card (`.md`) tells of the model and isn't part of it.
+        """One SHA-256 over the names and hashes of all the model's files, but cards (`.md`).
 
         Raises:
             ModelError: a file is not the one that was recorded.
@@ -143,14 +141,14 @@ class ModelFolder(Files):
 
     Attributes:
         family: "toybox", "wan2.1" or "wan2.2".
-        tasks: what a clip can be made from; without "text" it needs one of the others.
-        layout: whose way of laying out files it is.
+        tasks: see `TASKS`; without "text" a clip needs one of the others.
+        layout: whose it is.
         tokenizer: the folder with `tokenizer.json`.
         image_processor: the folder of the image encoder's processor, where there is one.
-        variant: which of the family it is, as `family.VARIANTS` names them.
-        given: what else the model may be called by: what `open_model` was given.
-        student: how the delta beside the weights makes clips in few steps, where there is one.
-        roller: the same of one that makes them turn by turn.
+        variant: of the family, by its name in `family.VARIANTS`.
+        given: another name of the model: the argument of `open_model`.
+        student: of its delta that makes clips in few steps, where there is one.
+        roller: of its delta that makes them turn by turn, where there is one.
     """
 
     name: str
@@ -170,10 +168,10 @@ class ModelFolder(Files):
 
     @property
     def conditioning(self) -> Conditioning:
-        """How known frames get into the transformer.
+        """Way of known frames into the transformer.
 
-        "tokens": in place, their tokens at time 0. "channels": beside the noisy latents, with a
-        mask. "control": through VACE's control blocks. "none": not at all.
+        "tokens": in place, their tokens at time 0. "channels": in channels after the noisy latents,
+        with a mask. "control": through VACE's control blocks. "none": not at all.
         """
         dit = self.components["transformer"].config
         if dit.control_layers:
@@ -189,18 +187,14 @@ class ModelFolder(Files):
 
 @dataclass(frozen=True)
 class ForeignFolder(Files):
-    """A diffusers folder of another family's pipeline.
-
-    Attributes:
-        class_name: of the pipeline.
-    """
+    """A diffusers folder of another family's pipeline, by its class."""
 
     class_name: str
     given: str | None = None
 
     @property
     def name(self) -> str:
-        """What it is called by: the hub's id, or the folder's name."""
+        """The hub's id, or the folder's name."""
         return self.given or self.path.name
 
     def is_called(self, model: str) -> bool:
@@ -209,9 +203,9 @@ class ForeignFolder(Files):
 
 
 def hash_files(paths: Iterable[Path]) -> dict[Path, str]:
-    """SHA-256 of each file, taken from the cache where path, size and time of change are the same.
+    """Return the SHA-256 of each file, from a cache where path, size and time of change are equal.
 
-    A cache that can't be read is ignored, one that can't be written isn't written.
+    A cache that can't be read or written is ignored.
     """
     place = cache_folder() / "hashes.json"
     known, hashes, learned = _read(place), {}, {}
@@ -251,12 +245,12 @@ def _is_entry(value: Any) -> bool:
 
 
 def embedded_folder(name: str) -> Path:
-    """Where a model shipped inside the package lies."""
+    """Return the folder of a model shipped inside the package."""
     return Path(str(files("vidgen") / "assets" / name))
 
 
 def list_embedded() -> list[str]:
-    """Names of the models shipped inside the package."""
+    """List the models shipped inside the package."""
     root = Path(str(files("vidgen") / "assets"))
     return sorted(p.parent.name for p in root.glob("*/model.json"))
 
@@ -280,9 +274,9 @@ def write_model_info(
 
 
 def record_files(path: Path, names: Iterable[str]) -> None:
-    """Have `model.json` in `path` tell what these files hold now, as after they were written.
+    """Record the hashes of these files in `path`'s `model.json`, as after they were written.
 
-    What it tells of the others stays, so that damage to one of them still shows.
+    Those of the others stay, so that damage to one of them still shows.
 
     Raises:
         ModelError: there is no `model.json`, or it can't be read.
@@ -291,7 +285,7 @@ def record_files(path: Path, names: Iterable[str]) -> None:
 
 
 def _write_info(path: Path, info: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Write `model.json` with hashes of these files beside those that `info` has."""
+    """Write `model.json` with hashes of these files and those in `info`."""
     files = {**info.get("files", {}), **{name: sha256_file(path / name) for name in names}}
     told = {**info, "files": dict(sorted(files.items()))}
     atomic_write(path / "model.json", (json.dumps(told, indent=1) + "\n").encode())

@@ -1,8 +1,8 @@
 """One name for each tensor, three spellings: ours, diffusers' and the original Wan checkpoints'.
 
 Each table row is a module or parameter path in all three, `{i}` standing for a number; what follows
-the path (`.weight`, `.lora_A.weight`) is kept. None: the tensor has no place there. What no row
-names is unknown, and an error to whoever meets it.
+the path (`.weight`, `.lora_A.weight`) is kept. None: the tensor has no place there. A key that no
+row names is unknown, and an error.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def renamed(
 
 
 def is_known(key: str, table: tuple[Names, ...], spelling: Spelling) -> bool:
-    """Whether the table names a key, be it with a place in other spellings or without."""
+    """Return whether the table names a key, with a place in other spellings or without."""
     return any(pattern.fullmatch(key) for pattern, _ in _rules(table, spelling, "vidgen"))
 
 
@@ -98,7 +98,7 @@ _IMAGE_EMBED: tuple[Names, ...] = (
 
 
 def _under(path: Names, parts: tuple[Names, ...]) -> list[Names]:
-    """Rows within a module; what has no place, or lies in a module without one, has none."""
+    """Return rows within a module; without a place of either there is none."""
     return [
         Names(*(
             None if above is None or below is None else f"{above}.{below}"
@@ -189,10 +189,10 @@ IMAGE_KEYS: tuple[Names, ...] = (
 
 
 def image_keys(keys: Iterable[str]) -> tuple[Names, ...]:
-    """The table of an image encoder that has these keys.
+    """Return the table of an image encoder that has these keys.
 
-    Up to its version 4 transformers wrote CLIP's vision tower under `vision_model`; that is how the
-    published folders have it.
+    Published folders have CLIP's vision tower under `vision_model`, as transformers wrote it up to
+    version 4.
     """
     if not any(key.startswith("vision_model.") for key in keys):
         return IMAGE_KEYS
@@ -222,7 +222,7 @@ _VAE_RESAMPLE: tuple[Names, ...] = (
 
 @lru_cache(maxsize=8)
 def vae_keys(config: VAEConfig) -> tuple[Names, ...]:
-    """The table of `CausalVAE(config)`.
+    """Return the table of `CausalVAE(config)`.
 
     With stage shortcuts (Wan 2.2) blocks are counted within their stage. Without (Wan 2.1), Wan
     counts the blocks and resamplers of all stages in one list, and diffusers does in the encoder.

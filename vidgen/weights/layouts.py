@@ -1,6 +1,6 @@
-"""Opening a model folder in any of three layouts: vidgen's, diffusers' and Wan's own.
+"""Opening a model by its name, hub id or folder, in vidgen's, diffusers' or Wan's own layout.
 
-What an earlier conversion couldn't place in a layout lies beside it: `vidgen.json` (the facts of
+Data of an earlier conversion without a place in a layout lies in `vidgen.json` (the facts of
 `model.json` and our configs) and `rest/ROLE.SPELLING.safetensors`.
 """
 
@@ -120,7 +120,7 @@ copyreg.pickle(ModelFolder, _reduced)  # another process opens the files where t
 
 
 def _open_from_hub(hub_id: str) -> ModelFolder | ForeignFolder:
-    """Open what was downloaded before; where it isn't whole, have the rest downloaded."""
+    """Open an earlier download; if it is incomplete, download the rest."""
     cached = cached_model(hub_id)
     if cached is None:
         return open_folder(fetch_model(hub_id), hub_id)
@@ -135,7 +135,7 @@ def _open_from_hub(hub_id: str) -> ModelFolder | ForeignFolder:
 
 
 def layout_of(path: Path) -> Spelling | None:
-    """Whose layout a folder is in; None if it holds no model."""
+    """Return a folder's layout; None if it holds no model."""
     if (path / "model.json").is_file():
         return "vidgen"
     if (path / "model_index.json").is_file():
@@ -148,11 +148,11 @@ def layout_of(path: Path) -> Spelling | None:
 
 
 def open_folder(path: Path, given: str | None = None) -> ModelFolder | ForeignFolder:
-    """Open a model folder in whichever layout it is.
+    """Open a model folder in any layout.
 
     Args:
         path: the folder.
-        given: what the user called it, where that is something else.
+        given: the user's name for it, where that is another.
 
     Raises:
         ModelError: no model, or one that is incomplete, damaged or of an unknown kind.
@@ -308,7 +308,7 @@ def _open_wan(path: Path, given: str | None) -> ModelFolder:
 
 
 def _own_parts(path: Path) -> dict[Role, Component[Config]]:
-    """What lies in folders of its own as vidgen has it in every layout."""
+    """Return the parts that lie in vidgen's layout in every layout."""
     return {
         role: assemble(role, config_of(_CONFIG_TYPES[role], folder), [("vidgen", _shards(folder))])
         for role in OWN_ROLES if ((folder := path / role) / "config.json").is_file()
@@ -320,7 +320,7 @@ def _student_files(path: Path) -> list[Path]:
 
 
 def _shards(folder: Path) -> TensorStore:
-    """The tensors of a component's folder, which must be those that its index names."""
+    """Open the tensors of a component's folder, which must be those in its index."""
     store = TensorStore(find_files(folder))
     if len(store.files) == 1:
         return store
@@ -338,7 +338,7 @@ def _shards(folder: Path) -> TensorStore:
 
 
 def _published(path: Path, pattern: str, what: str, usual: str | None = None) -> TensorStore:
-    """A component that Wan publishes as one file, pickled or not."""
+    """Open a component that Wan publishes as one file, pickled or not."""
     found = [p for suffix in (".pth", ".safetensors") for p in sorted(path.glob(pattern + suffix))]
     if not found:
         raise ModelError(
@@ -363,7 +363,7 @@ def _processor(path: Path) -> Path | None:
 
 
 def _encoder_config(role: Role, folder: Path, processor: Path | None) -> Config | None:
-    """The config of a text or image encoder, which is transformers' in two layouts."""
+    """Return the config of a text or image encoder, which is transformers' in two layouts."""
     if role == "text_encoder":
         return TextConfig.from_transformers(read_config(folder))
     if role == "image_encoder":
@@ -373,7 +373,6 @@ def _encoder_config(role: Role, folder: Path, processor: Path | None) -> Config 
 
 
 def _note(path: Path) -> dict[str, Any]:
-    """What an earlier conversion noted down, or nothing."""
     return read_json(path / NOTE) if (path / NOTE).is_file() else {}
 
 
@@ -383,7 +382,7 @@ def _noted_config(note: Mapping[str, Any], role: Role) -> Config | None:
 
 
 def _set_aside(path: Path, role: Role) -> list[tuple[Spelling, TensorStore]]:
-    """What an earlier conversion had no place for."""
+    """Open the tensors that an earlier conversion set aside."""
     return [
         (spelling, TensorStore([file]))
         for spelling in get_args(Spelling)
@@ -394,7 +393,7 @@ def _set_aside(path: Path, role: Role) -> list[tuple[Spelling, TensorStore]]:
 def _shapes(
     store: TensorStore, table: tuple[Names, ...], spelling: Spelling
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes by our names of the tensors that have one."""
+    """Return shapes by our names of the tensors that have one."""
     names = renamed(store.names, table, spelling, "vidgen")
     return {ours: store.shape(name) for name, ours in names.items()}
 
@@ -410,7 +409,7 @@ def _require(path: Path, components: Components) -> None:
 
 
 def _check_readers(path: Path, components: Components) -> None:
-    """Refuse parts that read other latents than the VAE's."""
+    """Refuse parts for other latents than the VAE's."""
     if "vae" not in components:
         return
     ours = components["vae"].config.latent_channels
@@ -423,7 +422,7 @@ def _check_readers(path: Path, components: Components) -> None:
 
 
 def _facts(info: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Fields of a `ModelFolder` from `model.json` or what was noted of it."""
+    """Return fields of a `ModelFolder` from `model.json` or a conversion's note of it."""
     try:
         return {
             "name": info["name"], "family": info["family"], "license": info["license"],
@@ -439,7 +438,7 @@ def _recognised(
     path: Path, given: str | None, components: Components, *,
     expand_timesteps: bool = False, **settled: Any,
 ) -> dict[str, Any]:
-    """Fields of a `ModelFolder` from what the transformer is; `settled` are defaults it gives."""
+    """Return fields of a `ModelFolder` from its transformer; `settled` are its own defaults."""
     dit = components["transformer"].config
     name = given or path.resolve().name
     experts = 2 if "transformer_2" in components else 1
@@ -455,7 +454,7 @@ def _recognised(
 
 
 def card_license(path: Path) -> str | None:
-    """The licence that a folder's model card names, or None."""
+    """Return the licence that a folder's model card names, or None."""
     card = path / "README.md"
     text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
@@ -465,7 +464,7 @@ def card_license(path: Path) -> str | None:
 
 
 def _scheduling(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults that a diffusers folder's scheduler and index give."""
+    """Return the defaults that a diffusers folder's scheduler and index give."""
     config = path / "scheduler" / "scheduler_config.json"
     settings = read_json(config) if config.is_file() else {}
     found = {
@@ -483,7 +482,7 @@ def _hidden(path: Path) -> bool:
 def _unhashed(
     path: Path, small: Iterable[Path], components: Components | None = None
 ) -> dict[str, str]:
-    """A folder's files that nobody recorded hashes of."""
+    """List a folder's files, of which no hashes are recorded."""
     weights = [
         file for part in (components or {}).values()
         for file in (*part.store.files, *part.rest.files)

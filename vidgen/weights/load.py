@@ -33,7 +33,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, mapped.
+    """Map all tensors of a safetensors file.
 
     Raises:
         ModelError: missing, truncated or not safetensors.
@@ -52,7 +52,6 @@ class _Unfilled(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Call a function of torch."""
         if getattr(func, "__name__", None) == "normal_":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
@@ -123,16 +122,11 @@ def load_module(
 def _shard_blocks(
     module: nn.Module, weights: Weights, device: torch.device, mesh: DeviceMesh
 ) -> None:
-    """Spread a module's blocks over devices by FSDP2 (Zhao et al. 2023), for inference.
+    """Spread a module's blocks over devices in a row by FSDP2 (Zhao et al. 2023), for inference.
 
     Each device holds a share of every block and gets the rest when the block runs. Each reads only
-    its own share from the files, so no device and no process ever holds the whole.
-
-    Args:
-        module: with its blocks on the meta device and all else in place.
-        weights: of the module.
-        device: this process's.
-        mesh: all devices, in a row; the module must run on all of them together.
+    its own share from the files, so no device and no process ever holds the whole. The module must
+    run on all devices together.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -163,10 +157,10 @@ def _fill(
     layers: Mapping[str, nn.Linear], change: Callable[[nn.Linear], Any],
     each: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
-    """Give a module its weights but those that are left in the files; `change` its `layers`.
+    """Give a module its weights but those `left` in the files, and `change` its `layers`.
 
-    Each is changed as soon as it is read, so that no layer but one is in memory in both forms.
-    `each` gets every parameter then.
+    Each layer is changed as soon as it is read, so that only one is in memory in both forms; then
+    `each` gets the parameter.
     """
     mapped = weights.stay_mapped and device.type == "cpu" and not layers
     parameters = {name for name, _ in module.named_parameters()}
@@ -197,7 +191,7 @@ def _fill(
 
 
 def _check(module: nn.Module, weights: Weights) -> None:
-    """Refuse weights that are not those of the module."""
+    """Refuse weights of another module."""
     state = module.state_dict()
     expected = {name: tuple(value.shape) for name, value in state.items()}
     given = {name: weights.shape(name) for name in weights.names}

@@ -46,7 +46,7 @@ _OPTION = re.compile(
     re.ASCII | re.IGNORECASE | re.DOTALL,
 )
 EXPERT_HEADER = "vidgen.expert"
-"""Where a file's header names the expert."""
+"""Key of the expert in a file's header."""
 _TEXTS = (".yaml", ".yml", ".json", ".txt", ".md")
 MAX_WEIGHT = 100
 """Of a LoRA, in size; beyond it nothing but noise is left."""
@@ -55,13 +55,13 @@ _GRAMMAR = "--lora takes PATH[:WEIGHT][@high|@low]"
 
 @dataclass(frozen=True)
 class LoraChoice:
-    """A LoRA that a request asks for.
+    """A LoRA of a request.
 
     Args:
         path: file, or folder with `adapter_config.json`.
-        weight: factor of all it changes, of any sign.
-        expert: which of two experts it is for; None: the one that its file names, else both, or
-            the only transformer.
+        weight: factor of all its changes, of any sign.
+        expert: of two experts the one that takes it; None: the one that its file names, else both,
+            or the only transformer.
 
     Raises:
         InputError: a weight beyond `MAX_WEIGHT`.
@@ -94,12 +94,12 @@ def parse_option(text: str) -> LoraChoice:
 def read_choices(
     choices: Sequence[LoraChoice], config: DiTConfig, expert: Expert | None = None
 ) -> list[tuple[Adapter, float]]:
-    """Adapters with their weights for one transformer, as `attached` takes them.
+    """Read the adapters for one transformer, with their weights, as `attached` takes them.
 
     Args:
         choices: all of a request.
         config: of the transformer.
-        expert: which of a model's two it is; None: it is the only one.
+        expert: the transformer's role of a model's two; None: it is the only one.
 
     Raises:
         InputError: a choice for one expert of a model that has no two.
@@ -181,7 +181,7 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
 
 
 def expert_of(path: Path) -> Expert | None:
-    """Which of two experts a LoRA's file says it was learned for; None: it doesn't say."""
+    """Return the expert of two that a LoRA's file names as its own, or None."""
     if not path.is_file() or path.suffix != ".safetensors":
         return None
     named = _header(path).get(EXPERT_HEADER)
@@ -189,7 +189,7 @@ def expert_of(path: Path) -> Expert | None:
 
 
 def _locate(source: Path, expert: Expert | None) -> tuple[Path, dict[str, Any]]:
-    """The file of tensors for an expert, and PEFT's config beside it."""
+    """Return the file of tensors for an expert, and PEFT's config in its folder."""
     if not source.exists():
         raise InputError(f"LoRA {source} doesn't exist; {_GRAMMAR}")
     if source.suffix.lower() in _TEXTS:
@@ -245,7 +245,7 @@ def _assemble(
     source: Path, store: TensorStore, names: Mapping[str, TensorName | None], config: DiTConfig,
     scaling: Scaling,
 ) -> tuple[Adapter, list[str]]:
-    """The adapter, and what is wrong with the file."""
+    """Return the adapter, and the file's problems."""
     module, places = layer_places(config)
     layers: dict[str, _Layer] = {}
     unplaced, twice, infinite = [], [], []
@@ -278,7 +278,7 @@ def _assemble(
 def _combine(
     name: str, layers: Mapping[str, _Layer], scaling: Scaling, parameters: Mapping[str, Any]
 ) -> tuple[Adapter, list[str]]:
-    """Products and differences of all layers; names of layers where a part is missing."""
+    """Return products and differences of all layers, and names of layers that lack a part."""
     low_rank: dict[str, LowRank] = {}
     deltas: dict[str, Tensor] = {}
     halves = []
@@ -343,12 +343,12 @@ def write_lora(
         adapter: its tensors keep their dtype.
         path: replaced if it exists.
         dialect: one of `DIALECTS`.
-        int8_from: numbers of a matrix that lies there in int8, as only we read it; None: none do.
-        expert: which of two experts it was learned for, as the file is to say; None: nothing.
+        int8_from: numbers from which a matrix is stored in int8, as only we read it; None: none.
+        expert: of two experts its own, for the file's header, or None.
 
     Raises:
         InputError: unknown dialect.
-        ModelError: what the dialect has no name for: number and first names.
+        ModelError: parts that the dialect has no name for: number and first names.
         OutputError: it can't be written.
     """
     if dialect not in DIALECTS:
@@ -373,7 +373,7 @@ def write_lora(
 
 
 def _spell(adapter: Adapter, dialect: Dialect, title: str) -> dict[str, Tensor]:
-    """Tensors under a dialect's names; embeddings of tokens have ours in all of them."""
+    """Return tensors by a dialect's names; embeddings of tokens have ours in all of them."""
     tensors = {f"{TOKEN}{token}": row.detach().cpu() for token, row in adapter.tokens.items()}
     unnamed: list[str] = []
 
@@ -421,10 +421,9 @@ def _scaled(up: Tensor, scale: float) -> Tensor:
 
 
 def _peft_config(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """`adapter_config.json` of layers whose alpha is their rank.
+    """Return `adapter_config.json` of layers whose alpha is their rank.
 
-    Patterns are expressions that a path may end with, so those of a whole path begin with "^":
-    `proj_out` is `vace_blocks.0.proj_out`, too.
+    PEFT matches patterns at a path's end, so those of a whole path begin with "^".
     """
     ranks = {
         name.removeprefix(prefix).removesuffix(".lora_A.weight"): tensor.shape[0]

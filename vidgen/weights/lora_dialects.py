@@ -37,7 +37,7 @@ _KINDS: Mapping[str, Kind] = {
     "alpha": "alpha", "diff": "diff", "diff_b": "diff_b",
 }
 TOKEN = "text_encoder.token."
-"""What stands before a token in the name of the embedding that a file has for it."""
+"""Prefix of a token in the name of its embedding."""
 _OTHER_METHODS = {
     "DoRA": ("dora_scale", "lora_magnitude_vector"),
     "LoKr": (".lokr_",),
@@ -74,11 +74,11 @@ DIALECTS: dict[str, Dialect] = {
     "wan": Dialect("wan", "diffusion_model."),
     "kohya": Dialect("wan", "lora_unet_", ("lora_down", "lora_up"), flat=True, alpha=True),
 }
-"""What `write_lora` writes; `peft` is a folder, the others are one file."""
+"""Dialects of `write_lora`; `peft` is a folder, the others are one file."""
 
 
 class TensorName(NamedTuple):
-    """A LoRA tensor's name taken apart: the layer as spelled there, what it is, whose it is."""
+    """Parts of a LoRA tensor's name: the layer as spelled, its kind, and its transformer."""
 
     layer: str
     kind: Kind
@@ -86,7 +86,7 @@ class TensorName(NamedTuple):
 
 
 def parse_name(name: str) -> TensorName | None:
-    """Take a name apart; None: no name of a LoRA tensor."""
+    """Split a name into its parts; None: it names no LoRA tensor."""
     prefix = _PREFIX.match(name)
     low_noise = prefix is not None and prefix["low"] is not None
     match = _TENSOR.fullmatch(name, 0 if prefix is None else prefix.end())
@@ -102,12 +102,12 @@ def parse_name(name: str) -> TensorName | None:
 
 
 def is_of_text_encoder(name: str) -> bool:
-    """Whether a tensor changes a text encoder, not the DiT."""
+    """Return whether a tensor changes a text encoder, not the DiT."""
     return _TEXT_ENCODER.match(name) is not None
 
 
 def other_method(names: tuple[str, ...]) -> str | None:
-    """What method the tensors are of, where it is not LoRA."""
+    """Return the method of the tensors, if it isn't LoRA."""
     for method, marks in _OTHER_METHODS.items():
         if any(mark in name for name in names for mark in marks):
             return method
@@ -116,7 +116,7 @@ def other_method(names: tuple[str, ...]) -> str | None:
 
 @lru_cache(maxsize=8)
 def layer_places(config: DiTConfig) -> tuple[nn.Module, Mapping[str, str]]:
-    """A model without memory, and our path of each layer and bare parameter by `flat` spellings."""
+    """Return a model without memory, and our paths of layers and parameters by `flat` spellings."""
     with torch.device("meta"):
         module = SpacetimeDiT(config)
     places: dict[str, str] = {}
@@ -131,7 +131,7 @@ def layer_places(config: DiTConfig) -> tuple[nn.Module, Mapping[str, str]]:
 
 
 def flat(path: str) -> str:
-    """A path with underscores for dots, as kohya's trainers write it."""
+    """Spell a path with underscores for dots, as kohya's trainers do."""
     return path.replace(".", "_")
 
 
@@ -163,7 +163,7 @@ class Scaling:
             raise ModelError(f"{source} has an unreadable lora_alpha: {error}") from error
 
     def __call__(self, layer: str, rank: int) -> float:
-        """Scale of a layer, by its path as spelled in the file."""
+        """Return the scale of a layer, by its path as spelled in the file."""
         if self.alpha is None:
             return 1.0
         alpha = next((a for pattern, a in self.alphas if pattern.fullmatch(layer)), self.alpha)
@@ -171,7 +171,7 @@ class Scaling:
 
 
 def config_in_header(header: Mapping[str, str], *, low_noise: bool) -> dict[str, Any]:
-    """PEFT's config as diffusers stores it in a safetensors file's metadata; empty if it isn't."""
+    """Return PEFT's config from a safetensors file's metadata, where diffusers stores it, or {}."""
     try:
         stored = json.loads(header.get("lora_adapter_metadata", "{}"))
     except (ValueError, RecursionError):

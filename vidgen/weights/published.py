@@ -30,12 +30,12 @@ _DITS = {
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a text has the form OWNER/NAME."""
+    """Return whether a text has the form OWNER/NAME."""
     return _ID.fullmatch(model) is not None
 
 
 def cached_model(hub_id: str) -> Path | None:
-    """The folder of a model that was downloaded before, perhaps in part; the hub isn't asked."""
+    """Return the folder of an earlier download, perhaps incomplete; the hub isn't asked."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -46,7 +46,7 @@ def cached_model(hub_id: str) -> Path | None:
 
 
 def fetch_model(hub_id: str) -> Path:
-    """Download a model, or what is missing of it, and give its folder.
+    """Download a model, or its missing files, and return its folder.
 
     Raises:
         ModelError: it can't be had; says how to provide it.
@@ -66,7 +66,7 @@ def fetch_model(hub_id: str) -> Path:
 
 
 def list_cached() -> list[tuple[str, Path]]:
-    """Hub ids and folders of the models in the hub's cache."""
+    """List hub ids and folders of the models in the hub's cache."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -83,7 +83,7 @@ def list_cached() -> list[tuple[str, Path]]:
 
 
 class Likenesses(TensorStore):
-    """Tensors that aren't here: the names and shapes of a network's weights, and a dtype for all.
+    """Tensors without data: the names and shapes of a network's weights, and a dtype for all.
 
     Args:
         role: of the network.
@@ -103,29 +103,25 @@ class Likenesses(TensorStore):
         return {name: (Path(), value) for name, value in module.state_dict().items()}
 
     def get(self, name: str) -> Tensor:
-        """Nothing.
-
-        Raises:
-            ModelError: always.
-        """
+        """Raise ModelError."""
         raise ModelError(f"{name} isn't here; fetch the model's folder")
 
 
 def is_here(model: str) -> bool:
-    """Whether `open_model` needs to fetch nothing."""
+    """Return whether `open_model` needs no download."""
     if model in list_embedded() or Path(model).is_dir():
         return True
     return is_hub_id(model) and cached_model(model) is not None
 
 
 def published(model: str) -> ModelFolder | None:
-    """A published model as far as its name tells it; None of any other name.
+    """Return a published model by its name; None for any other name.
 
     It can be planned with, not loaded: its components have their architectures, and `files` is
     empty.
 
     Args:
-        model: as `open_model` takes it; case and what surrounds the name don't matter.
+        model: as `open_model` takes it; case and text around the name don't matter.
     """
     found = _NAME.search(model.lower())
     name = f"{found['kind']}-{found['size']}" if found else ""
@@ -152,7 +148,7 @@ def published(model: str) -> ModelFolder | None:
 
 
 def _component(role: Role, config: Config) -> Component[Config]:
-    """One of a network whose encoder of texts is published in bfloat16, all else in float32."""
+    # text encoders are published in bfloat16, all else in float32
     dtype = torch.bfloat16 if role == "text_encoder" else torch.float32
     store = Likenesses(role, config, dtype)
     names = {name: name for name in store.names}

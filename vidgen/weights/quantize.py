@@ -23,7 +23,7 @@ Quantization = Literal["int8"]
 
 
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that are quantised, by path: those inside blocks."""
+    """Return the layers to quantise, by path: those inside blocks."""
     found = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     return {name: part for name, part in found.items() if block_of(f"{name}.weight")}
 
@@ -47,7 +47,7 @@ _REMEDY = "pip install 'vidgen[quant]' brings one that can, or go without int8"
 
 
 def require_torchao(dtype: torch.dtype) -> tuple[Callable[[nn.Module, Any], None], Any]:
-    """The transform and its settings: symmetric, one scale an output row.
+    """Import torchao's transform and its settings: symmetric, one scale an output row.
 
     Raises:
         InputError: torchao is missing or doesn't work here, or the weights are float16.

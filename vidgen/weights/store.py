@@ -1,4 +1,4 @@
-"""Tensors where they lie: one safetensors file, shards with an index, or a published `.pth`.
+"""Tensors in files: one safetensors file, shards with an index, or a published `.pth`.
 
 Nothing is read before it is used: tensors are windows on the mapped file, so the operating system
 brings pages in when they are touched and may drop them again.
@@ -22,11 +22,11 @@ from vidgen.core.errors import ModelError
 WEIGHT_NAMES = ("model", "diffusion_pytorch_model")
 """Stems under which transformers and diffusers save weights."""
 SCALE = "_scale"
-"""Behind the name of an int8 matrix that of its rows' scales, as compressed-tensors has it."""
+"""Suffix of an int8 matrix's name in that of its rows' scales, as compressed-tensors has it."""
 
 
 def find_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a component folder: one, or all that its index names.
+    """Return the safetensors files of a component folder: one, or all that its index names.
 
     Raises:
         ModelError: none, several without an index, or shards that are missing.
@@ -70,8 +70,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 class TensorStore:
     """The tensors of one component by name, mapped from its files.
 
-    A matrix or kernel [n, ...] that lies there in int8 with scales [n, 1] is one of bfloat16 to all
-    who ask.
+    A matrix or kernel [n, ...] stored in int8 with scales [n, 1] appears as bfloat16.
 
     Args:
         files: safetensors shards, or `.pth` files of plain state dicts, which are only ever read
@@ -88,7 +87,7 @@ class TensorStore:
 
     @cached_property
     def _entries(self) -> dict[str, tuple[Path, Tensor]]:
-        """File and an empty likeness on the meta device of each tensor."""
+        """File, and an empty likeness on the meta device, of each tensor."""
         entries: dict[str, tuple[Path, Tensor]] = {}
         for path in self.files:
             names, read = _open(path)
@@ -104,7 +103,7 @@ class TensorStore:
 
     @cached_property
     def _scales(self) -> dict[str, str]:
-        """The names of int8 matrices' scales, by those of the matrices."""
+        """Names of int8 matrices' scales, by those of the matrices."""
         every, found = self._entries, {}
         for name, (_, stored) in every.items():
             _, scales = every.get(name + SCALE, (None, None))
@@ -121,15 +120,15 @@ class TensorStore:
         return tuple(name for name in self._entries if name not in hidden)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
+        """Return the shape of a tensor, without reading it."""
         return tuple(self._entries[name][1].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype of a tensor, without reading it."""
+        """Return the dtype of a tensor, without reading it."""
         return torch.bfloat16 if name in self._scales else self._entries[name][1].dtype
 
     def is_mapped(self, name: str) -> bool:
-        """Whether the file is a tensor's memory, as it lies there as `get` gives it."""
+        """Return whether the file is a tensor's memory, stored as `get` returns it."""
         return name not in self._scales
 
     @property
@@ -138,7 +137,7 @@ class TensorStore:
         return sum(tensor.nbytes for _, tensor in self._entries.values())
 
     def get(self, name: str) -> Tensor:
-        """A tensor on the CPU; mapped, its bytes come from the disk when they are used."""
+        """Return a tensor on the CPU; mapped, its bytes come from the disk when they are used."""
         value = self._read(name)
         scales = self._scales.get(name)
         if scales is None:
@@ -201,23 +200,23 @@ class Weights:
         return tuple(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a weight."""
+        """Return the shape of a weight."""
         return self.store.shape(self._stored[name])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype a weight is used in."""
+        """Return the dtype a weight is used in."""
         stored = self.store.dtype(self._stored[name])
         if not stored.is_floating_point:
             return stored
         return torch.float32 if any(part in name for part in self._keep_fp32) else self._dtype
 
     def num_bytes(self, names: Iterable[str] | None = None) -> int:
-        """Bytes of all weights, or of the named ones, in the dtype they are used in."""
+        """Return the bytes of all weights, or of the named ones, in the dtype they are used in."""
         chosen = self.names if names is None else names
         return sum(self.dtype(name).itemsize * math.prod(self.shape(name)) for name in chosen)
 
     def get(self, name: str) -> Tensor:
-        """A tensor as stored, mapped."""
+        """Return a tensor as stored, mapped."""
         return self.store.get(self._stored[name])
 
     @cached_property
@@ -238,9 +237,9 @@ class Weights:
 
 
 def in_int8(tensors: Mapping[str, Tensor], least: int) -> dict[str, Tensor]:
-    """Tensors as a file has them whose matrices and kernels of `least` numbers take half the bytes.
+    """Return tensors with matrices and kernels of `least` numbers or more in int8, with scales.
 
-    Each row is a scale times -127..127; of some scales it has the one that is off by least.
+    Each row is a scale times -127..127, the best of some scales.
     """
     made = {}
     for name, value in tensors.items():
@@ -253,7 +252,7 @@ def in_int8(tensors: Mapping[str, Tensor], least: int) -> dict[str, Tensor]:
 
 
 def _rows_in_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Int8 [n, m] and scales [n, 1] of a matrix."""
+    """Return int8 [n, m] and scales [n, 1] of a matrix."""
     largest = matrix.abs().amax(1, keepdim=True).clamp(min=1e-12)
     tried = []
     for share in torch.linspace(0.7, 1.0, 13):
@@ -266,7 +265,7 @@ def _rows_in_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _open(path: Path) -> tuple[tuple[str, ...], Callable[[str], Tensor]]:
-    """Names in a file and what maps one of them."""
+    """Return the names in a file, and a function that maps one of them."""
     if not path.is_file():
         raise ModelError(f"{path} is missing; copy it again")
     try:

@@ -24,13 +24,13 @@ _ALIGN = 256
 
 
 def block_of(name: str) -> str | None:
-    """Path of the block that a weight belongs to, `blocks.3` for `blocks.3.ffn.up.weight`."""
+    """Return the path of a weight's block, `blocks.3` for `blocks.3.ffn.up.weight`."""
     match = _BLOCK.fullmatch(name)
     return match[1] if match else None
 
 
 def blocks_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names of weights by their block, those of no block left out."""
+    """Group names of weights by their block, without those of no block."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         block = block_of(name)
@@ -40,7 +40,7 @@ def blocks_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer, whatever is there."""
+    """Replace a parameter or buffer by a tensor."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     if leaf in owner._parameters:
@@ -51,7 +51,7 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 class _Place(NamedTuple):
-    """Where a weight lies in its block's memory."""
+    """Place of a weight in its block's memory."""
 
     name: str
     offset: int
@@ -59,7 +59,6 @@ class _Place(NamedTuple):
     dtype: torch.dtype
 
     def view(self, memory: Tensor) -> Tensor:
-        """The weight in memory [bytes] uint8."""
         size = torch.Size(self.shape).numel() * self.dtype.itemsize
         return memory[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
@@ -86,17 +85,14 @@ class _Slot:
             self.arrived.record(side)
 
     def wait_staging(self) -> None:
-        """Wait until the pinned memory may be written again."""
         if self.on_gpu:
             self.arrived.synchronize()
 
     def wait_arrival(self) -> None:
-        """Let the computation wait for the copy."""
         if self.on_gpu:
             torch.cuda.current_stream(self.device).wait_event(self.arrived)
 
     def leave(self) -> None:
-        """Note that the computation needs this memory no more."""
         if self.on_gpu:
             self.left.record(torch.cuda.current_stream(self.device))
 
@@ -150,7 +146,7 @@ class BlockStream:
         ]
 
     def _enter(self, index: int) -> None:
-        """Give a block its weights and send for the next block's."""
+        """Give a block its weights and fetch the next block's."""
         if self._inside is not None:  # Ctrl-C passes by the hook that leaves a block
             self._leave(self._inside)
         if self._ahead is None or self._ahead[0] != index:
@@ -170,7 +166,6 @@ class BlockStream:
         self._ahead = self._fetch(self._after[index])
 
     def _leave(self, index: int) -> None:
-        """Take a block's weights away."""
         for name, value in self._meta[index].items():
             assign(self._module, name, value)
         self._used.leave()
@@ -197,11 +192,8 @@ def stream_blocks(module: nn.Module, weights: Weights, device: torch.device) -> 
         device: where the blocks compute.
 
     Returns:
-        What brings them; to be closed when the module isn't needed any more. It is also the
-        module's attribute `block_stream`.
-
-    Raises:
-        ModelError: later, from the module's forward pass: a file that can't be read any more.
+        The stream, to be closed after the module's last use; also the module's attribute
+        `block_stream`. Its forward pass raises ModelError if a file can't be read any more.
     """
     stream = BlockStream(module, weights, device)
     module.__dict__["block_stream"] = stream  # it is no part of the module

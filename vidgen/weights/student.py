@@ -29,13 +29,13 @@ STUDENTS = (STUDENT, ROLLER)
 WEIGHTS: dict[ExpertRole, str] = {
     "transformer": "model.safetensors", "transformer_2": "model_2.safetensors",
 }
-"""Which of a model's transformers a file is a delta of."""
+"""Files of the deltas, by the model's transformer."""
 INT8_FROM = 1 << 10
-"""Numbers of a factor that lies there in int8; smaller ones save nothing."""
+"""Numbers from which a factor is stored in int8; smaller ones save nothing."""
 
 
 def open_students(model: Path) -> dict[str, Any]:
-    """By name how each student in a model's folder is sampled, or None where it has none.
+    """Return each student's config in a model's folder by name, or None where it has none.
 
     Raises:
         ModelError: a config is damaged.
@@ -48,20 +48,20 @@ def open_students(model: Path) -> dict[str, Any]:
 
 
 def student_parts(model: Path, name: str = STUDENT) -> tuple[ExpertRole, ...]:
-    """Which of a model's transformers a student in its folder changes."""
+    """Return the transformers of a model that a student in its folder changes."""
     return tuple(part for part, file in WEIGHTS.items() if (model / name / file).is_file())
 
 
 def read_student(
     model: Path, config: DiTConfig, name: str = STUDENT, part: ExpertRole = "transformer"
 ) -> Adapter:
-    """A student's delta in a model's folder.
+    """Read a student's delta in a model's folder.
 
     Args:
         model: the model's folder.
         config: of its transformer.
-        name: which student.
-        part: which transformer's delta.
+        name: of the student.
+        part: the transformer.
 
     Raises:
         ModelError: missing, damaged, or of another transformer.
@@ -72,7 +72,7 @@ def read_student(
 def write_student(
     adapter: Adapter, config: StudentConfig, model: Path, part: ExpertRole = "transformer"
 ) -> None:
-    """Write a delta, in int8, and how it is sampled into a model's folder, but not `model.json`.
+    """Write a delta, in int8, and its config into a model's folder, but not `model.json`.
 
     Raises:
         OutputError: it can't be written.

@@ -1,4 +1,4 @@
-"""Tensors chosen from stores, some of them parts of larger ones: what a module takes of files.
+"""Tensors chosen from stores, some of them parts of larger ones.
 
 Wan's published CLIP keeps a text tower beside the vision tower and fuses its projections; here it
 is opened as the vision tower of transformers has it, and put together again when it is written.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ _CLASS, _POSITIONS = "visual.cls_embedding", "visual.pos_embedding"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor comes from: one of a store, perhaps only a part of it."""
+    """A tensor of a store, or a part of it."""
 
     store: TensorStore
     name: str
@@ -44,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Joined:
-    """A tensor made of several, or shaped anew."""
+    """A tensor made of several, or of one in another shape."""
 
     parts: tuple[Lazy, ...]
     make: Callable[..., Tensor]
@@ -101,7 +102,7 @@ class View(TensorStore):
             store.release()
 
     def source(self, name: str) -> Source:
-        """Where a tensor comes from."""
+        """Return the source of a tensor."""
         return self._sources[name]
 
     def _likeness(self, name: str) -> Tensor:
@@ -111,7 +112,7 @@ class View(TensorStore):
 
 
 def split_clip(store: TensorStore) -> TensorStore:
-    """Wan's CLIP with fused projections as three tensors and embeddings shaped as transformers'.
+    """Split the fused projections of Wan's CLIP and shape its embeddings as transformers' does.
 
     Any other store is returned as it is.
     """
@@ -123,14 +124,14 @@ def split_clip(store: TensorStore) -> TensorStore:
             for index, part in enumerate(_SPLIT):
                 sources[name.replace(_FUSED, part)] = Source(store, name, _third(index))
         elif name in (_CLASS, _POSITIONS):
-            sources[name] = Source(store, name, torch.flatten if name == _CLASS else _first)
+            sources[name] = Source(store, name, torch.flatten if name == _CLASS else itemgetter(0))
         else:
             sources[name] = Source(store, name)
     return View(sources)
 
 
 def fuse_clip(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
-    """What `split_clip` took apart, put together again."""
+    """Undo `split_clip`."""
     made: dict[str, Lazy] = {}
     for name, source in tensors.items():
         if name == _CLASS:
@@ -145,9 +146,7 @@ def fuse_clip(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
     return made
 
 
+
+
 def _third(index: int) -> Change:
     return lambda tensor: tensor.chunk(3)[index]
-
-
-def _first(tensor: Tensor) -> Tensor:
-    return tensor[0]

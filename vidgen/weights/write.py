@@ -25,7 +25,7 @@ _CHUNK = 1 << 26
 
 
 class Lazy(Protocol):
-    """A tensor that is made when it is asked for."""
+    """A tensor that is made on demand."""
 
     @property
     def likeness(self) -> Tensor:
