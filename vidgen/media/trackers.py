@@ -307,7 +307,7 @@ def _change(one: Array, other: Array) -> tuple[np.ndarray[Any, Any], np.ndarray[
     count, height, width = one.shape
     ys, xs, ridge = _grid(height, width)
     middle = (one + other).astype(np.float64) / 2
-    down, across = _slope(middle.swapaxes(1, 2)).swapaxes(1, 2), _slope(middle)
+    down, across = np.gradient(middle, axis=(1, 2))
     # the terms of the fit, and last the change that they fit
     rows = np.empty((count, 6, height, width))
     rows[:, 0] = 1
@@ -335,15 +335,6 @@ def _grid(height: int, width: int) -> tuple[np.ndarray[Any, Any], ...]:
     ys = np.linspace(-1, 1, height)[:, None] * height / 2
     xs = np.linspace(-1, 1, width) * width / 2
     return ys, xs, np.diag([0, 1, 1, 1, 1]) * 1e-5 * height * width
-
-
-def _slope(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return central differences along the last axis, as `np.gradient`, but quicker."""
-    slope = np.empty_like(values)
-    slope[..., 1:-1] = (values[..., 2:] - values[..., :-2]) / 2
-    slope[..., 0] = values[..., 1] - values[..., 0]
-    slope[..., -1] = values[..., -1] - values[..., -2]
-    return slope
 
 
 _CLASSES = {each.__name__: each for each in (

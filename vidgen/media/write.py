@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from queue import Full, Queue
-from threading import Thread
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import av
@@ -192,7 +192,6 @@ def _encode_in_thread(
 ) -> None:
     """Run `encode` while chunks are made, which waits as long as one chunk lies in the slot."""
     slot: Queue[Frames | _Abandoned | None] = Queue(maxsize=1)
-    failures: list[BaseException] = []
 
     def arriving() -> Iterator[Frames]:
         while (item := slot.get()) is not None:
@@ -200,34 +199,25 @@ def _encode_in_thread(
                 raise item
             yield item
 
-    def work() -> None:
-        try:
-            encode(arriving())
-        except BaseException as error:  # raised again where the caller waits
-            failures.append(error)
-
     def hand_over(item: Frames | _Abandoned | None) -> None:
-        while thread.is_alive():
+        while not encoding.done():
             try:
                 return slot.put(item, timeout=0.2)
             except Full:
                 continue
 
-    thread = Thread(target=work, name="vidgen-encoder")
-    thread.start()
-    try:
-        for chunk in chunks:
-            hand_over(chunk)
-            if failures:
-                break
-        hand_over(None)
-    except BaseException:
-        hand_over(_Abandoned())
-        raise
-    finally:
-        thread.join()
-    if failures:
-        raise failures[0]
+    with ThreadPoolExecutor(1, thread_name_prefix="vidgen-encoder") as pool:
+        encoding = pool.submit(encode, arriving())
+        try:
+            for chunk in chunks:
+                hand_over(chunk)
+                if encoding.done() and encoding.exception():
+                    break
+            hand_over(None)
+        except BaseException:
+            hand_over(_Abandoned())
+            raise
+    encoding.result()
 
 
 def _completed(

@@ -237,11 +237,10 @@ def _read(place: Path) -> dict[str, Any]:
         return {}
     if not isinstance(entries, dict):
         return {}
-    return {key: value for key, value in entries.items() if _is_entry(value)}
-
-
-def _is_entry(value: Any) -> bool:
-    return isinstance(value, list) and [type(item) for item in value] == [int, int, str]
+    return {
+        key: value for key, value in entries.items()
+        if isinstance(value, list) and [type(item) for item in value] == [int, int, str]
+    }
 
 
 def embedded_folder(name: str) -> Path:

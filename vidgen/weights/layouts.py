@@ -219,7 +219,10 @@ def _open_diffusers(path: Path, given: str | None) -> ModelFolder | ForeignFolde
     index = read_json(path / "model_index.json")
     class_name = str(index.get("_class_name"))
     if class_name not in WAN_PIPELINES:
-        every = (p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+        every = (
+            file for file in path.rglob("*") if file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
         return ForeignFolder(path, _unhashed(path, every), class_name, given)
     parts = [name for name, value in index.items() if isinstance(value, list) and any(value)]
     gone = [name for name in parts if not (path / name).is_dir()]
@@ -473,10 +476,6 @@ def _scheduling(path: Path, index: Mapping[str, Any]) -> dict[str, Any]:
         "boundary": index.get("boundary_ratio"),
     }
     return {key: value for key, value in found.items() if value is not None}
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _unhashed(

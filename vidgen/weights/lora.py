@@ -149,7 +149,12 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
     source = Path(path)
     file, peft = _locate(source, expert)
     store = TensorStore([file])
-    _check_method(source, store.names)
+    method = other_method(store.names)
+    if method is not None:
+        raise ModelError(
+            f"{source} is a {method}, and only LoRA and plain differences are read; have the tool "
+            "that trained it extract a LoRA"
+        )
     texts = {name for name in store.names if is_of_text_encoder(name)}
     tokens = {name.removeprefix(TOKEN): store.get(name) for name in texts if name.startswith(TOKEN)}
     if len(texts) > len(tokens):
@@ -167,7 +172,8 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
         names = {n: p for n, p in names.items() if p is None or p.low_noise == wanted}
     elif not names and not tokens:
         raise ModelError(f"{source} holds no LoRA tensors for a transformer")
-    scaling = Scaling(peft or _header_config(file, expert), str(source))
+    settings = peft or config_in_header(_header(file), low_noise=expert == "low")
+    scaling = Scaling(settings, str(source))
     adapter, problems = _assemble(source, store, names, config, scaling)
     if problems:
         raise ModelError(
@@ -182,9 +188,7 @@ def read_lora(path: str | Path, config: DiTConfig, expert: Expert | None = None)
 
 def expert_of(path: Path) -> Expert | None:
     """Return the expert of two that a LoRA's file names as its own, or None."""
-    if not path.is_file() or path.suffix != ".safetensors":
-        return None
-    named = _header(path).get(EXPERT_HEADER)
+    named = _header(path).get(EXPERT_HEADER) if path.is_file() else None
     return next((each for each in EXPERTS if each == named), None)
 
 
@@ -211,27 +215,14 @@ def _locate(source: Path, expert: Expert | None) -> tuple[Path, dict[str, Any]]:
         raise ModelError(f"{source / 'adapter_config.json'} can't be read: {error}") from error
 
 
-def _header_config(file: Path, expert: Expert | None) -> dict[str, Any]:
+def _header(file: Path) -> dict[str, str]:
     if file.suffix != ".safetensors":
         return {}
-    return config_in_header(_header(file), low_noise=expert == "low")
-
-
-def _header(file: Path) -> dict[str, str]:
     try:
         with safe_open(file, framework="pt") as handle:
             return handle.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file} can't be read ({error}); copy it again") from error
-
-
-def _check_method(source: Path, names: tuple[str, ...]) -> None:
-    method = other_method(names)
-    if method is not None:
-        raise ModelError(
-            f"{source} is a {method}, and only LoRA and plain differences are read; have the tool "
-            "that trained it extract a LoRA"
-        )
 
 
 class _Layer(NamedTuple):
@@ -254,7 +245,9 @@ def _assemble(
         if path is None or parsed is None:
             unplaced.append(name)
             continue
-        tensor = _plain(store.get(name))
+        tensor = store.get(name)
+        if tensor.is_floating_point() and tensor.itemsize == 1:  # 8-bit floats know no arithmetic
+            tensor = tensor.to(torch.bfloat16)
         tensors = layers.setdefault(path, _Layer(parsed.layer, {})).tensors
         if parsed.kind in tensors:
             twice.append(name)
@@ -310,12 +303,6 @@ def _check_tokens(source: Path, tokens: Mapping[str, Tensor]) -> None:
         raise ModelError(
             f"{source}: the embeddings of {name_some(bad)} are no finite vectors; copy it again"
         )
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """8-bit floats know no arithmetic; bfloat16 holds them all."""
-    one_byte = tensor.is_floating_point() and tensor.itemsize == 1
-    return tensor.to(torch.bfloat16) if one_byte else tensor
 
 
 def _report_zeros(source: Path, adapter: Adapter) -> None:
