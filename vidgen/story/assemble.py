@@ -38,18 +38,18 @@ from vidgen.story.store import RenderedShot, check_shots
 
 TEXT_SUFFIXES = (".srt", ".vtt")
 Tell = Callable[[int, int], None]
-"""Told of frames done and in all, of those that are encoded."""
+"""Called with the number of frames encoded so far, and of all that are encoded."""
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A film that is there.
+    """A film that was written.
 
     Attributes:
-        path: of it.
+        path: its file.
         beside: files with its texts.
         recipe: what made it.
-        notes: what is to be told.
+        notes: remarks for people.
     """
 
     path: Path
@@ -61,12 +61,12 @@ class Assembled:
 def assemble(
     edit: Edit, shots: Sequence[RenderedShot], on_frames: Tell = lambda _done, _total: None
 ) -> Assembled:
-    """Write a film of its shots; it replaces what lies there, and appears when it is whole.
+    """Write a film of its shots; it replaces an existing file, and appears when it is complete.
 
     Args:
         edit: made of these very shots, or of their plans.
         shots: in the film's order.
-        on_frames: told of progress.
+        on_frames: called with progress.
 
     Raises:
         InputError: a shot's file that is missing or was changed, a sound that can't be used.
@@ -92,11 +92,7 @@ def assemble(
 
 @contextmanager
 def _workplace(output: Path) -> Iterator[Path]:
-    """A folder beside the output for pieces, without what a kill left of earlier ones.
-
-    Raises:
-        OutputError: another process makes the same film.
-    """
+    """Make a folder next to the output for pieces, and remove what a kill left of earlier ones."""
     for left in output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 8}.tmp/"):
         try:
             lock = lock_job(left)
@@ -118,7 +114,7 @@ def _workplace(output: Path) -> Iterator[Path]:
 
 
 def texts_beside(edit: Edit) -> dict[Path, str]:
-    """Files beside a film and what they hold of its texts; none for a film without texts."""
+    """Return the files with a film's texts and their contents; none for a film without texts."""
     if not edit.cues:
         return {}
     srt, vtt = (edit.output.with_suffix(suffix) for suffix in TEXT_SUFFIXES)
@@ -126,7 +122,7 @@ def texts_beside(edit: Edit) -> dict[Path, str]:
 
 
 def write_texts(edit: Edit) -> tuple[Path, ...]:
-    """Write a film's texts beside it, as SubRip and WebVTT."""
+    """Write a film's texts as SubRip and WebVTT."""
     made = texts_beside(edit)
     for path, text in made.items():
         atomic_write(path, text.encode())
@@ -142,7 +138,7 @@ def _source(edit: Edit, index: int, shot: RenderedShot) -> Source:
 
 
 def _matched(edit: Edit, sources: list[Source]) -> tuple[list[Source], dict[int, Colours]]:
-    """Sources with their tables, and the colours that shots of scenes had before."""
+    """Return sources with their tables, and the colours that shots of scenes had before."""
     script, scenes = edit.film.script, defaultdict[str, list[int]](list)
     for index, placed in enumerate(edit.timeline.shots):
         name = placed.shot.scene
@@ -165,7 +161,7 @@ def _matched(edit: Edit, sources: list[Source]) -> tuple[list[Source], dict[int,
 def _parts(
     edit: Edit, shots: Sequence[RenderedShot], sources: Sequence[Source], folder: Path
 ) -> tuple[list[list[int] | None], list[str]]:
-    """Where each shot can be parted, or None; and notes on those that need another form."""
+    """Return where each shot can be cut, or None; and notes on shots that are conformed."""
     width, height = edit.film.size
     sample = folder / f"sample{edit.output.suffix.lower()}"
     info = ClipInfo(edit.film.fps, edit.film.size, 1, picture=edit.picture)
@@ -191,7 +187,7 @@ def _written(
     edit: Edit, reels: Reels, pieces: Sequence[Piece], sources: Sequence[Source], folder: Path,
     on_frames: Tell,
 ) -> list[Stretch]:
-    """Encode what must be, and tell where all frames of the film lie, in order."""
+    """Encode what isn't copied; return the stretches of files that are the film, in order."""
     total = sum(piece.last - piece.first for piece in pieces if piece.shot is None)
     reels.on_frames = lambda done: on_frames(done, total)
     stretches: list[Stretch] = []
@@ -233,7 +229,7 @@ def _texts(edit: Edit) -> TextTrack | None:
 def _colour_facts(
     edit: Edit, before: Mapping[int, Colours], after: Mapping[int, Colours]
 ) -> list[dict[str, Any]]:
-    """How far the shots of each scene lay apart, and lie now, in levels of 0 to 255."""
+    """Return how far apart each scene's shots were before and are now, in levels of 0 to 255."""
     scenes = defaultdict[str, list[int]](list)
     for index in before:
         scenes[str(edit.timeline.shots[index].shot.scene)].append(index)
@@ -250,7 +246,6 @@ def _recipe(
     edit: Edit, shots: Sequence[RenderedShot], pieces: Sequence[Piece], sound: SoundTrack | None,
     colours: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What shaped a film: its script, the address and seed of every shot, and how it was made."""
     film = edit.film
     copied = sum(piece.last - piece.first for piece in pieces if piece.shot is not None)
     encoder: dict[str, Any] = {**asdict(edit.picture.fitting(film.size)), "segment": SEGMENT}

@@ -1,4 +1,4 @@
-"""A film's texts: captions, titles and what is said, with their times, and burnt into the picture.
+"""A film's texts: captions, titles and speech, with their times, and burnt into the picture.
 
 Rules: a caption without a duration stays until the shot's next one or the next shot begins; one
 with a duration may go on over the following shots, to the film's end at most. Captions that are
@@ -52,10 +52,10 @@ class Burnt:
 
 
 def captions_of(script: Script, timeline: Timeline) -> list[Cue]:
-    """The captions of a film's shots with their times in the film.
+    """Return the captions of a film's shots with their times in the film.
 
     Raises:
-        InputError: one that begins behind its shot's end.
+        InputError: one begins after its shot's end.
     """
     cues, film_end = list[Cue](), timeline.seconds(timeline.num_frames)
     for placed, following in zip_longest(timeline.shots, timeline.shots[1:]):
@@ -77,10 +77,7 @@ def captions_of(script: Script, timeline: Timeline) -> list[Cue]:
 
 
 def titles_of(script: Script, timeline: Timeline) -> list[Burnt]:
-    """The film's title over its first shot, the scenes' over theirs; both over the first together.
-
-    None where the script wants no titles.
-    """
+    """Return the film's title over its first shot and the scenes' over theirs, if wanted."""
     made, scene = list[Burnt](), None
     if not script.project.finish.titles:
         return made
@@ -98,7 +95,7 @@ def titles_of(script: Script, timeline: Timeline) -> list[Burnt]:
 
 
 def as_frames(cues: Sequence[Cue], timeline: Timeline) -> list[Burnt]:
-    """Cues by the frames in which they are seen, each in one at least."""
+    """Return cues by the frames in which they are seen, each in one at least."""
     made = []
     for cue in cues:
         first = round(cue.start_s * timeline.fps)
@@ -114,12 +111,12 @@ class Burner:
     Args:
         texts: in order of their beginning.
         size: (width, height) of the frames.
-        font: a TrueType or OpenType file; None is Pillow's own, or where that lacks a sign one of
-            the system's.
+        font: a TrueType or OpenType file; None is Pillow's own, or one of the system's where that
+            lacks a sign.
 
     Attributes:
         font: the file that is used; None for Pillow's own.
-        ranges: frames [first, last) that bear a text, in order, none of which touch.
+        ranges: frames [first, last) that bear a text, in order; no two touch.
 
     Raises:
         InputError: a font that can't be read, or one without a sign that a text has.
@@ -128,7 +125,8 @@ class Burner:
     def __init__(self, texts: Sequence[Burnt], size: tuple[int, int], font: Path | None) -> None:
         self.texts, self.size, self.font = sorted(texts, key=lambda each: each.first), size, font
         self._find_font()
-        self._font = lru_cache(self._open)
+        self._font = lru_cache(lambda kind: _opened(self.font, round(
+            0.85 * self._heights(kind)[0])))
         self._drawn = lru_cache(maxsize=8)(self._draw)
         self.ranges: list[tuple[int, int]] = []
         self._groups: list[list[Burnt]] = []
@@ -141,7 +139,7 @@ class Burner:
                 self._groups.append([each])
 
     def burn(self, frame: Frames, number: int) -> Frames:
-        """A film's frame uint8 [H, W, 3] by its number, with what is to be read in it."""
+        """Return a film's frame uint8 [H, W, 3] by its number, with its texts."""
         group = bisect_right(self.ranges, number, key=lambda each: each[1])
         near = self._groups[group] if group < len(self._groups) else ()
         seen = [each for each in near if each.first <= number < each.last]
@@ -152,7 +150,7 @@ class Burner:
         return frame
 
     def check_room(self, script: Script, timeline: Timeline) -> None:
-        """Refuse texts that are there together and have more lines than the picture.
+        """Refuse texts that are shown together and have more lines than the picture.
 
         Raises:
             InputError: names the shot, the texts, the lines that they take and those there are.
@@ -178,7 +176,7 @@ class Burner:
         return made
 
     def _draw(self, text: str, kind: str) -> tuple[int, Mask, Mask]:
-        """First row, how much a text hides there, and the light that it adds, [h, W] each."""
+        """Return the first row, how much a text hides there and the light it adds, [h, W] each."""
         (width, height), lines = self.size, self._lines(text, kind)
         line, outline = self._heights(kind)
         font = self._font(kind)
@@ -196,28 +194,19 @@ class Burner:
         return max(0, top), cover, np.asarray(255 * light, np.float32)
 
     def _heights(self, kind: str) -> tuple[int, int]:
-        """Of a line and of its outline."""
         line = max(_LEAST, round(_SHARE[kind] * self.size[1]))
         return line, max(1, round(_OUTLINE * line))
 
     def _room(self, kind: str) -> int:
-        """How many lines the picture has."""
         line, outline = self._heights(kind)
         return max(1, (self.size[1] - 2 * outline) // line)
-
-    def _open(self, kind: str) -> ImageFont.FreeTypeFont:
-        return _opened(self.font, round(0.85 * self._heights(kind)[0]))
 
     def _lines(self, text: str, kind: str) -> list[str]:
         font, width = self._font(kind), _WIDTH * self.size[0]
         return [part for each in text.splitlines() for part in _wrapped(each, font, width)]
 
     def _find_font(self) -> None:
-        """Take a font that has all signs of the texts.
-
-        Raises:
-            InputError: the one that was given can't be read or lacks a sign, or none has all.
-        """
+        """Take a font that has all signs of the texts."""
         first, tried = self.font, [self.font]
         if first is None:
             tried += [path for name in _SYSTEM_FONTS if (path := _system_font(name))]
@@ -233,7 +222,7 @@ class Burner:
                          "or give captions: track")
 
     def _lacking(self) -> tuple[str, str] | None:
-        """A sign that the font hasn't, with its text."""
+        """Return a sign that the font lacks, with its text."""
         font = _opened(self.font, 20)
         missing = _mask(font, "\U0010ffff")
         signs = {sign: each.text for each in self.texts for sign in each.text}
@@ -242,7 +231,7 @@ class Burner:
 
 
 def _shot_at(first: int, text: str, timeline: Timeline) -> Shot:
-    """The shot whose text begins at a frame of the film; in a transition two are there."""
+    """Return the shot whose text begins at a frame of the film; a transition shows two."""
     there = [each.shot for each in timeline.shots if each.start <= first <= each.end]
     own = (shot for shot in there if text in [each.text for each in shot.caption])
     return next(own, there[-1])
@@ -272,7 +261,7 @@ def _mask(font: ImageFont.FreeTypeFont, sign: str) -> bytes:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """A text in lines that fit a width; a word that doesn't fit alone is parted."""
+    """Break a text into lines that fit a width; a word that doesn't fit alone is cut."""
     lines, line = list[str](), ""
     for word in text.split():
         joined = f"{line} {word}".strip()

@@ -41,14 +41,10 @@ Values: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Source:
-    """A shot's file and what is made of it.
+    """A shot's file, and the film's rate and size that its frames are brought to.
 
     Attributes:
-        path: of the file.
-        source_fps: its rate.
-        source_frames: how many it has.
-        fps: the film's rate.
-        num_frames: of the film in which it is seen.
+        num_frames: frames of the film in which it is seen.
         size: (width, height) of the film.
         fit: crop or pad where the aspect differs.
         rate: repeat or flow where the rate differs.
@@ -66,23 +62,19 @@ class Source:
     table: Frames | None = None
 
     def frames(self) -> Iterator[Frames]:
-        """`num_frames` frames uint8 [H, W, 3]; one frame is held at a time.
+        """Yield `num_frames` frames uint8 [H, W, 3]; one is held at a time.
 
         Raises:
             InputError: the file ends too early, or is damaged.
         """
         width, height = self.size
-        at_rate = self._repeated if self.rate == "repeat" or self._is_at_rate else self._flowing
+        is_repeated = self.rate == "repeat" or self.source_fps == self.fps
+        at_rate = self._repeated if is_repeated else self._flowing
         for frame in at_rate():
             fitted = fit(frame, height, width, self.fit)
             yield fitted if self.table is None else recoloured(fitted, self.table)
 
-    @property
-    def _is_at_rate(self) -> bool:
-        return self.source_fps == self.fps
-
     def _read(self) -> Generator[Frames, None, None]:
-        """The file's frames, of which there must be as many as it had."""
         count = 0
         with VideoReader(self.path) as reader:
             for frame in reader:
@@ -118,7 +110,7 @@ class Source:
 
 
 def recoloured(frame: Frames, table: Frames) -> Frames:
-    """A frame uint8 [H, W, 3] with each channel's values replaced by a table uint8 [3, 256]."""
+    """Replace each channel's values of a frame uint8 [H, W, 3] by a table uint8 [3, 256]."""
     made = np.empty_like(frame)
     for channel in range(3):
         np.take(table[channel], frame[..., channel], out=made[..., channel])
@@ -126,7 +118,7 @@ def recoloured(frame: Frames, table: Frames) -> Frames:
 
 
 def _interpolated(frames: Iterator[Frames], rate: Fraction, fps: Fraction) -> Iterator[Frames]:
-    """Frames of another rate, by libavfilter's `minterpolate` with its defaults."""
+    """Yield frames of another rate, by libavfilter's `minterpolate` with its defaults."""
     graph: av.filter.Graph | None = None
     last = None
     number = -1
@@ -182,7 +174,7 @@ class Colours:
     histogram: Values = field(default_factory=lambda: np.zeros((3, 256)))
 
     def feed(self, frame: Frames) -> None:
-        """See a frame uint8 [H, W, 3]."""
+        """Count the values of a frame uint8 [H, W, 3]."""
         self.count += 1
         for channel in range(3):
             self.histogram[channel] += np.bincount(frame[..., channel].ravel(), minlength=256)
@@ -200,7 +192,7 @@ class Colours:
 
 
 def measured(frames: Iterable[Frames]) -> Colours:
-    """The colours of frames uint8 [H, W, 3]."""
+    """Return the colours of frames uint8 [H, W, 3]."""
     colours = Colours()
     for frame in frames:
         colours.feed(frame)
@@ -208,13 +200,13 @@ def measured(frames: Iterable[Frames]) -> Colours:
 
 
 def spread(shots: Sequence[Colours]) -> float:
-    """How far shots lie apart: root mean square of their means' distances from the scene's."""
+    """Return the root mean square of the distances of shots' means from the scene's."""
     means, target = np.stack([each.mean for each in shots]), _target(shots)[0]
     return float(np.sqrt(((means - target) ** 2).mean()))
 
 
 def matching(shots: Sequence[Colours]) -> list[Frames | None]:
-    """For each shot of a scene a table uint8 [3, 256] of new values, or None if it stays."""
+    """Return for each shot of a scene a table uint8 [3, 256] of new values; None: it stays."""
     mean, deviation = _target(shots)
     tables: list[Frames | None] = []
     for each in shots:
@@ -230,7 +222,7 @@ def matching(shots: Sequence[Colours]) -> list[Frames | None]:
 
 
 def _target(shots: Sequence[Colours]) -> tuple[Values, Values]:
-    """Mean and deviation [3] of a scene: the shots', each by its number of frames."""
+    """Return mean and deviation [3] of a scene, its shots weighted by their frames."""
     weights = [each.count for each in shots]
     return (np.average([each.mean for each in shots], axis=0, weights=weights),
             np.average([each.deviation for each in shots], axis=0, weights=weights))

@@ -1,6 +1,6 @@
 """A film's edit: all that is decided before its shots are put together.
 
-It needs the shots' lengths alone, so that what can't be done is told before anything is rendered.
+It needs the shots' lengths alone, so what can't be done is refused before anything is rendered.
 """
 
 from __future__ import annotations
@@ -84,15 +84,12 @@ class Edit:
     """A film with nothing left to decide.
 
     Attributes:
-        film: its shots' plan.
         output: the film's file.
-        timeline: where the shots lie.
-        picture: how it is encoded.
-        narrated: what is said, or None.
-        cues: what is to be read: captions and what is said, in order.
+        narrated: its speech, or None.
+        cues: captions and speech as texts, in order.
         tracked: those of them that the file's track of texts holds.
         burner: burns texts into the picture.
-        described: sounds that are made of words, to be there before the film is put together.
+        described: sounds that are made of words before the film is put together.
     """
 
     film: FilmPlan
@@ -107,7 +104,7 @@ class Edit:
 
     @property
     def chapters(self) -> list[Chapter]:
-        """A chapter for each run of a scene's shots, or for each shot without a scene."""
+        """One for each run of a scene's shots, or for each shot without a scene."""
         made, scene = list[Chapter](), None
         for placed in self.timeline.shots:
             name = placed.shot.scene
@@ -124,10 +121,10 @@ class Edit:
         return made if len(made) > 1 else []
 
     def key(self, addresses: Sequence[str]) -> str:
-        """The address of the film: all that it is made of.
+        """Return the film's address: a hash of all that it is made of.
 
         Args:
-            addresses: of its shots, in order.
+            addresses: those of its shots, in order.
         """
         script, font = self.film.script, self.burner.font
         facts = {
@@ -141,7 +138,7 @@ class Edit:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def facts(self) -> dict[str, Any]:
-        """Length and shots with their places, as JSON data."""
+        """Return the length and the shots with their places, as JSON data."""
         timeline = self.timeline
         return {
             "num_frames": timeline.num_frames, "fps": str(timeline.fps),
@@ -161,10 +158,10 @@ def make_edit(
 
     Args:
         film: whose script says it.
-        shots: those that are shown, in order, planned or rendered.
+        shots: the film's shots in order, planned or rendered.
         output: the film's file, of a known suffix.
-        rates: each shot's own frame rate; None: all have the film's.
-        describe: tells what sounds in words will become; None: nothing is made of them.
+        rates: frame rate of each shot; None: all have the film's.
+        describe: returns what sounds in words will become; None: nothing is made of them.
 
     Raises:
         InputError: transitions, captions or texts that don't fit, a codec, font or sound that
@@ -195,7 +192,7 @@ def make_edit(
 
 @contextmanager
 def _told_with(where: str) -> Iterator[None]:
-    """Name the place in the script that an error comes of."""
+    """Name the place in the script that causes an error."""
     try:
         yield
     except InputError as error:

@@ -61,19 +61,19 @@ _KEEP_S = 10.0  # between two writings of the file
 
 
 def expand_prompts(script: Script, model: str | Path, folder: Path, tell: OnEvent) -> Expansion:
-    """Have a language model rewrite a film's prompts; it leaves the memory afterwards.
+    """Rewrite a film's prompts by a language model, which leaves the memory afterwards.
 
-    A prompt of which it makes nothing of use stays as it is, and that is told.
+    A prompt whose rewriting is of no use stays as it is, with a note.
 
     Args:
         script: checked.
         model: folder of the language model.
         folder: of the film's shots, in which the new texts are kept.
-        tell: told of progress and of prompts that stay as they are.
+        tell: called with progress, and with prompts that stay as they are.
 
     Raises:
         ModelError: no such model.
-        InputError: of no prompt it made anything of use, or one is longer than it reads.
+        InputError: no rewriting is of use, or a prompt is longer than the model reads.
     """
     prompts = list(dict.fromkeys(script.described(shot, each.prompt) for shot in script.shots
                                  for each in shot.prompt))
@@ -103,7 +103,7 @@ def _rewrite(
     writer: LanguageModel, prompts: list[str], known: dict[str, dict[str, str]],
     keep: Callable[[], None], tell: OnEvent,
 ) -> None:
-    """Ask for each prompt, writing down now and then what became of them."""
+    """Rewrite each prompt; the results are kept every few seconds."""
     kept_s = time.monotonic()
     try:
         for done, prompt in enumerate(prompts):
@@ -124,7 +124,7 @@ def _keep(path: Path, kept: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """What is kept, without entries that a damaged file might hold."""
+    """Return the kept texts, without entries that a damaged file might hold."""
     try:
         kept = json.loads(path.read_text("utf-8"))
         return {sha256: {prompt: made for prompt, made in known.items()
@@ -138,11 +138,11 @@ def write_draft(folder: str | Path, idea: str, path: str | Path) -> Script:
 
     Args:
         folder: of the model.
-        idea: what the film is to be about.
-        path: .yaml; replaced if it is there.
+        idea: the subject of the film.
+        path: .yaml; an existing file is replaced.
 
     Returns:
-        The script, which tells idea and model in `project.drafted_from`.
+        The script, with idea and model in `project.drafted_from`.
 
     Raises:
         ModelError: no such model.
@@ -164,7 +164,7 @@ def write_draft(folder: str | Path, idea: str, path: str | Path) -> Script:
 
 
 def _drafted(model: LanguageModel, idea: str) -> dict[str, Any]:
-    """What the model drafts, told once of what was wrong."""
+    """Return the model's draft; an invalid one is sent back once, with the error."""
     turns, fault = [idea], ""
     for _ in range(2):
         try:
@@ -185,7 +185,7 @@ def _drafted(model: LanguageModel, idea: str) -> dict[str, Any]:
 
 
 def parse_draft(answer: str) -> dict[str, Any]:
-    """The script in an answer, checked.
+    """Return the script in an answer, checked.
 
     Raises:
         InputError: there is none, or it holds what a draft may not.
@@ -210,14 +210,14 @@ def parse_draft(answer: str) -> dict[str, Any]:
 
 
 def _without_place(text: str, path: Path) -> str:
-    """A message without the file in which the draft lay to be read."""
+    """Return a message without the temporary file that held the draft."""
     for place in (f"script {path}", f"{path}, ", f"{path}: ", str(path)):
         text = text.replace(place, "the script" if place.startswith("script") else "")
     return text.replace(str(path.parent.resolve()), "its folder")
 
 
 def _check_keys(data: Mapping[str, Any]) -> None:
-    """Refuse all but what is seen and said."""
+    """Refuse all keys but those of what is seen and said."""
     _check_known("script", data)
     for name in ("project", "characters", "places", "scenes", "shots"):
         value = data.get(name)
@@ -238,7 +238,7 @@ def _check_known(where: str, part: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Data that YAML writes without marks of Python's types."""
+    """Return data that YAML writes without marks of Python's types."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""A film on its way: shots with nothing left to choose, and the requests that make them."""
+"""A planned film: shots with nothing left to choose, and the requests that make them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Expansion:
     """Prompts that a language model rewrote.
 
     Attributes:
-        texts: by what the script's prompts describe, the names in them replaced.
+        texts: by the script's prompts, descriptions in place of the names in them.
         by: the model's name, hash and library.
     """
 
@@ -34,7 +34,7 @@ class Expansion:
     by: Mapping[str, Any]
 
     def facts(self) -> dict[str, Any]:
-        """The recipe's entry: who wrote, and both texts of each prompt."""
+        """Return the recipe's entry: who wrote, and both texts of each prompt."""
         return {"by": dict(self.by), "prompts": [{"prompt": prompt, "text": text}
                                                  for prompt, text in self.texts.items()]}
 
@@ -50,7 +50,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """One try at a shot; the last part's file holds all of it."""
+    """One version of a shot; the last part's file holds all of it."""
 
     seed: int
     parts: tuple[Part, ...]
@@ -63,14 +63,7 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class ShotPlan:
-    """One shot with nothing left to choose.
-
-    Attributes:
-        shot: as it is written.
-        key: address of the take that is chosen, whichever that turns out to be.
-        num_frames: of the shot.
-        takes: one or several.
-    """
+    """One shot with nothing left to choose; `key` is the address of the take that is chosen."""
 
     shot: Shot
     key: str
@@ -83,16 +76,14 @@ class FilmPlan:
     """All shots of a film.
 
     Attributes:
-        script: where they stand.
         folder: the model.
-        fps: of all.
-        size: (width, height) of all.
+        size: (width, height) of all shots.
         suffix: of the shots' files, which decides how they are encoded.
         loading: how the model runs: dtype and quantize.
         tiles: as in a request.
         draft: whether to make them small and fast.
-        expansion: prompts that a language model wrote anew, or None.
-        shots: by id, each behind those that it needs.
+        expansion: prompts that a language model rewrote, or None.
+        shots: by id, each after those that it needs.
     """
 
     script: Script
@@ -108,14 +99,14 @@ class FilmPlan:
 
     @property
     def in_film(self) -> list[ShotPlan]:
-        """The shots that are shown, in the film's order."""
+        """The shots that the film shows, in its order."""
         return [self.shots[shot.id] for shot in self.script.shots if shot.in_film]
 
     def needed(self, names: list[str]) -> list[ShotPlan]:
-        """These shots and all that they need, in the order of their making; all for no names.
+        """Return these shots and all that they need, in the order of rendering; all for no names.
 
         Raises:
-            InputError: an unknown one.
+            InputError: an unknown name.
         """
         wanted, ahead = set[str](), list(names)
         while ahead:
@@ -128,24 +119,24 @@ class FilmPlan:
         return [plan for name, plan in self.shots.items() if not names or name in wanted]
 
     def is_heard(self, shot: Shot) -> bool:
-        """Whether the model makes a shot's sound for its picture."""
+        """Return whether the model makes a shot's sound for its picture."""
         return SOUND in self.folder.tasks and (shot.sound is None or shot.sound.file is None)
 
     def words(self, shot: Shot, index: int) -> str:
-        """What the model is told of one of a shot's prompts, and of its sound if it makes that."""
+        """Return one of a shot's prompts as the model is given it, with the sound it makes."""
         texts = None if self.expansion is None else self.expansion.texts
         text = self.script.words(shot, shot.prompt[index].prompt, texts)
         heard = shot.sound.effects if shot.sound is not None and self.is_heard(shot) else None
         return text if heard is None else f"{text}, with the sound of {heard}"
 
     def request(self, shot: Shot, seed: int, index: int, num_frames: int) -> Request:
-        """What makes a part of a shot, but for files of other shots, which `render` adds.
+        """Return the request for a part of a shot; `takes` adds files of other shots.
 
         Args:
-            shot: as it is written.
+            shot: the shot as it is written.
             seed: of the take.
-            index: of the prompt.
-            num_frames: that the part adds.
+            index: which of the shot's prompts.
+            num_frames: frames that the part adds.
 
         Raises:
             InputError: a setting out of its range.
@@ -174,19 +165,18 @@ class FilmPlan:
 
 
 def references(script: Script, shot: Shot) -> list[Path]:
-    """Pictures of those who appear in a shot, each once."""
+    """Return the pictures of a shot's characters and places, each once."""
     known = script.characters | script.places
     return list(dict.fromkeys(file for name in script.cast(shot) for file in known[name].reference))
 
 
 def loras(script: Script, shot: Shot) -> list[str]:
-    """Adapters of those who appear in a shot, then its own or the film's, each once."""
+    """Return the adapters of a shot's characters, then its own or the film's, each once."""
     known = script.characters
     own = [each for name in script.cast(shot) if name in known for each in known[name].lora]
     return list(dict.fromkeys([*own, *script.option(shot, "lora")]))
 
 
 def _lora(script: Script, text: str) -> str:
-    """An adapter's option, its path from the script's folder if it lies there."""
     path = script.file(parse_option(text).path)
     return str(path) + text[len(str(parse_option(text).path)) :] if path.exists() else text

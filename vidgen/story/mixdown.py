@@ -1,7 +1,7 @@
-"""A film's sound: what is heard in its shots, music, and narration over both.
+"""A film's sound: its shots' own, music, and narration over both.
 
 Shots' sounds cross in their transitions at equal power, and meet at cuts with a ramp of 5 ms.
-Music plays from its shot's beginning until the next music or `none`, and takes a second to go.
+Music plays from its shot's beginning until the next music or `none`, and fades out in a second.
 Under narration all of it goes down. Levels are those of the files and the script's `gain_db`; the
 whole is brought to one loudness when it is written.
 
@@ -42,20 +42,20 @@ from vidgen.story.script import Script, Shot
 from vidgen.story.timeline import Placed, Timeline
 
 MUSIC_FADE_S = 1.0
-"""Seconds that music takes to go, and the next one to come."""
+"""Seconds in which music fades out, and the next one in."""
 _SILENCE = Path("none")
 _STEP = 1 << 18
 
 
 @dataclass(frozen=True)
 class Narrated:
-    """All that is said in a film.
+    """A film's speech.
 
     Attributes:
         samples: float32 [N, 1], as long as the film.
         sentences: in order.
         speakers: of each sentence, None for the narrator.
-        voices: what spoke, for the recipe.
+        voices: facts of each voice, for the recipe.
     """
 
     samples: Samples
@@ -65,7 +65,7 @@ class Narrated:
 
     @property
     def cues(self) -> list[Cue]:
-        """The sentences as texts to read; speech out of a file has none."""
+        """The sentences as texts; speech from a file has none."""
         pairs = zip(self.sentences, self.speakers, strict=True)
         return [Cue(each.text, each.start_s, each.end_s, speaker)
                 for each, speaker in pairs if each.text]
@@ -79,7 +79,7 @@ class Narrated:
 
 @dataclass(frozen=True)
 class Playing:
-    """Music from sample `first` up to `last`, behind which it goes."""
+    """Music from sample `first` up to `last`, after which it fades out."""
 
     shot: Shot
     music: Music
@@ -88,12 +88,12 @@ class Playing:
 
 
 def num_samples(timeline: Timeline) -> int:
-    """Of the whole film, at `RATE`."""
+    """Return the number of samples of a film, at `RATE`."""
     return _sample(timeline, timeline.num_frames)
 
 
 def sound_files(script: Script, timeline: Timeline) -> list[Path]:
-    """Every file that is heard, each once."""
+    """Return every file that is heard, each once."""
     return list(dict.fromkeys(file for placed in timeline.shots
                               for file in _files_of(script, placed.shot)))
 
@@ -106,10 +106,10 @@ def _files_of(script: Script, shot: Shot) -> list[Path]:
 
 
 def check_sounds(script: Script, timeline: Timeline) -> None:
-    """Open every file that is heard, once, so that what has no sound costs no rendering.
+    """Open every file that is heard, once, before anything is rendered.
 
     Raises:
-        InputError: the first that can't be heard; names its shot.
+        InputError: the first that can't be used; names its shot.
     """
     opened = set[Path]()
     for placed in timeline.shots:
@@ -124,7 +124,7 @@ def check_sounds(script: Script, timeline: Timeline) -> None:
 
 
 def not_made(film: FilmPlan, timeline: Timeline) -> list[str]:
-    """Notes on sound that is described in words, where no model makes it."""
+    """Return notes on sound that is described in words, where no model makes it."""
     told = []
     for key, words in (("sound", "effects"), ("music", "prompt")):
         names = [each.shot.id for each in timeline.shots
@@ -138,12 +138,12 @@ def not_made(film: FilmPlan, timeline: Timeline) -> list[str]:
 
 
 def narrate(script: Script, timeline: Timeline) -> Narrated | None:
-    """Speak what a film's shots say; None where nothing is said.
+    """Return a film's speech; None for a film without narration.
 
-    Without a time a text begins with its shot, or behind what is still being said.
+    Without a time a text begins with its shot, or after the one before has ended.
 
     Raises:
-        InputError: texts that overlap or go on behind the film, voices that can't be used.
+        InputError: texts that overlap or last longer than the film, voices that can't be used.
     """
     said = [(placed, each) for placed in timeline.shots for each in placed.shot.narration]
     if not said:
@@ -175,7 +175,7 @@ def narrate(script: Script, timeline: Timeline) -> Narrated | None:
 def _begin(
     script: Script, timeline: Timeline, placed: Placed, said: Narration, free: float | None
 ) -> float:
-    """When a text begins, in seconds of the film; `free` is when the one before ends."""
+    """Return the time at which a text begins; `free` is the end of the one before."""
     start = timeline.seconds(placed.start)
     if said.at is None:
         return start if free is None else max(start, free + PAUSE_S)
@@ -191,7 +191,7 @@ def _begin(
 def _voiced(
     script: Script, said: Narration, voices: dict[str, Voice]
 ) -> tuple[str, Voice | None]:
-    """A text as `spoken` takes it, and its voice, which is opened once."""
+    """Return a text as `spoken` takes it, and its voice, which is opened once."""
     if said.text.startswith(OWN_FILE):
         path = script.file(Path(said.text.removeprefix(OWN_FILE)))
         return f"{OWN_FILE}{path}", None
@@ -207,16 +207,16 @@ def _voiced(
 def mixed(
     script: Script, timeline: Timeline, paths: Sequence[Path], narrated: Narrated | None
 ) -> tuple[Samples | None, list[str]]:
-    """The sound of a film, and notes on what is to be told.
+    """Mix the sound of a film.
 
     Args:
-        script: whose files are seen from its folder.
-        timeline: where the shots lie.
+        script: whose files are relative to its folder.
+        timeline: of the film.
         paths: of the shots, whose own sound is heard where the script names no file.
-        narrated: what is said.
+        narrated: the speech.
 
     Returns:
-        (float32 [N, 2] at `RATE`, or None for a silent film; notes).
+        (float32 [N, 2] at `RATE`, or None for a silent film; notes for people).
 
     Raises:
         InputError: a file that can't be used.
@@ -247,7 +247,7 @@ def mixed(
 def _of_shot(
     script: Script, timeline: Timeline, placed: Placed, path: Path
 ) -> tuple[Samples | None, list[str]]:
-    """What is heard in a shot, [n, c] as long as it is seen."""
+    """Return a shot's sound [n, c], as long as the shot, and notes."""
     count = _sample(timeline, placed.end) - _sample(timeline, placed.start)
     asked = placed.shot.sound
     if asked is None or asked.file is None:
@@ -264,7 +264,7 @@ def _of_shot(
 
 
 def _shape(sound: Samples, timeline: Timeline, index: int) -> None:
-    """Let a shot's sound come and go with its picture, in place."""
+    """Fade a shot's sound in and out with its picture, in place."""
     placed, is_last = timeline.shots[index], index == len(timeline.shots) - 1
     before = placed.overlap if index else timeline.opening
     behind = timeline.ending if is_last else timeline.shots[index + 1].overlap
@@ -281,7 +281,7 @@ def _shape(sound: Samples, timeline: Timeline, index: int) -> None:
 
 
 def playings(timeline: Timeline) -> Iterator[Playing]:
-    """The music of a film: each from its shot until the next one begins."""
+    """Yield the music of a film: each from its shot until the next one begins."""
     changes = [placed for placed in timeline.shots if placed.shot.music is not None]
     for placed, behind in zip_longest(changes, changes[1:]):
         end = num_samples(timeline) if behind is None else _sample(timeline, behind.start)
@@ -309,7 +309,7 @@ def _add_music(bed: Samples, script: Script, playing: Playing) -> list[str]:
 
 
 def _add(bed: Samples, sound: Samples, first: int) -> None:
-    """Lay a sound [n, c] into the bed [N, 2], in place, block by block."""
+    """Add a sound [n, c] to the bed [N, 2], in place, block by block."""
     count = min(len(sound), len(bed) - first)
     for start, stop in pairwise([*range(0, count, _STEP), count]):
         bed[first + start : first + stop] += sound[start:stop]
@@ -321,16 +321,16 @@ def _amplify(sound: Samples, gain_db: float) -> None:
 
 
 def _equal_power(length: int) -> Samples:
-    """A ramp from 1 to 0 whose square and that of its mirror image sum to 1."""
+    """Return a ramp from 1 to 0 whose square and that of its mirror image sum to 1."""
     return np.cos(np.pi / 2 * (np.arange(length) + 0.5) / max(1, length)).astype(np.float32)
 
 
 def _sample(timeline: Timeline, frame: int) -> int:
-    """The sample with which a frame of the film begins."""
+    """Return the sample with which a frame of the film begins."""
     return round(frame / timeline.fps * RATE)
 
 
 def file_facts(script: Script, timeline: Timeline) -> list[dict[str, str]]:
-    """Path and hash of every file that is heard, for the recipe."""
+    """Return path and hash of every file that is heard, for the recipe."""
     return [{"path": path.name, "sha256": sha256_file(path)}
             for path in sound_files(script, timeline)]

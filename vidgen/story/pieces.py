@@ -1,4 +1,4 @@
-"""Which frames of a film are copied as packets, which are encoded, and how the latter look.
+"""A film cut into pieces: some copied as packets, the others made frame by frame and encoded.
 
 A shot that is encoded as the film is to be, and whose frames go into it as they are, is copied from
 key frame to key frame; around transitions and texts the rest is encoded in segments of its own.
@@ -28,12 +28,10 @@ _COLOURS = {"fade-black": 0.0, "fade-white": 255.0}
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Frames `first` up to `last` of the film; of the shot whose packets are copied, if one's are.
+    """Frames `first` up to `last` of the film.
 
     Attributes:
-        first: frame of the film.
-        last: the frame behind.
-        shot: its place in the timeline, or None for frames that are encoded.
+        shot: place in the timeline of the shot whose packets are copied; None: they are encoded.
     """
 
     first: int
@@ -47,7 +45,7 @@ def pieces_of(
     """Cut a film into pieces that are copied and pieces that are encoded.
 
     Args:
-        timeline: where the shots lie.
+        timeline: of the film.
         burnt: frames [first, last) of the film that bear texts, in order.
         parts: for each shot the frames at which its packets can be parted, its end included; or
             None where nothing of it can be copied.
@@ -81,7 +79,7 @@ def pieces_of(
 def _unmarked(
     section: Section, burnt: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[int, int]]:
-    """The frames [first, last) of a section between those that bear texts."""
+    """Yield the frames [first, last) of a section between those that bear texts."""
     at = section.first
     for first, last in burnt[bisect_right(burnt, at, key=lambda each: each[1]) :]:
         if first >= section.last:
@@ -95,13 +93,13 @@ def _unmarked(
 
 @dataclass
 class Reels:
-    """The film's frames, asked for in order; at most two shots are open at a time.
+    """The film's frames, made in order; at most two shots are open at a time.
 
     Args:
-        timeline: where the shots lie.
-        sources: of the shots' frames.
+        timeline: of the film.
+        sources: the shots' frames.
         burner: burns texts in.
-        on_frames: told of the number of frames made so far.
+        on_frames: called with the number of frames made so far.
 
     Attributes:
         seen: the colours of each shot's frames that were made while it was alone.
@@ -119,7 +117,7 @@ class Reels:
         self._ahead = deque(self.timeline.sections())
 
     def frames(self, first: int, last: int) -> Iterator[Frames]:
-        """Frames of the film, uint8 [1, H, W, 3] each, behind those asked for before.
+        """Yield frames of the film, uint8 [1, H, W, 3] each, after those of the last call.
 
         Raises:
             InputError: a shot's file that was changed.
@@ -148,7 +146,6 @@ class Reels:
         return shown[0]
 
     def _of_shot(self, index: int, number: int) -> Frames:
-        """The frame that a shot shows at a frame of the film."""
         wanted = number - self.timeline.shots[index].start
         frames, at = self._open.get(index) or (self.sources[index].frames(), 0)
         for _ in range(at, wanted):
@@ -163,7 +160,7 @@ class Reels:
 
 
 def blended(kind: str, first: Frames, second: Frames, share: float) -> Frames:
-    """A frame on the way between two shots.
+    """Return a frame in the transition between two shots.
 
     Args:
         kind: "dissolve", "fade-black" or "fade-white" (through the colour), "wipe-left" or
@@ -176,7 +173,8 @@ def blended(kind: str, first: Frames, second: Frames, share: float) -> Frames:
         uint8 [H, W, 3].
     """
     if kind == "dissolve":
-        return _mixed(first, second, share)
+        mixed = first + share * (second.astype(np.float32) - first)
+        return np.asarray(np.rint(mixed), np.uint8)
     if kind in _COLOURS:
         seen = first if share < 0.5 else second
         return faded(kind, seen, abs(1 - 2 * share))
@@ -198,11 +196,6 @@ def blended(kind: str, first: Frames, second: Frames, share: float) -> Frames:
 
 
 def faded(kind: str, frame: Frames, share: float) -> Frames:
-    """A frame uint8 [H, W, 3] of which `share` is left, the rest black or white."""
+    """Return a frame uint8 [H, W, 3] of which `share` is left, the rest black or white."""
     mixed = share * frame.astype(np.float32) + (1 - share) * _COLOURS[kind]
-    return np.asarray(np.rint(mixed), np.uint8)
-
-
-def _mixed(first: Frames, second: Frames, share: float) -> Frames:
-    mixed = first + share * (second.astype(np.float32) - first)
     return np.asarray(np.rint(mixed), np.uint8)

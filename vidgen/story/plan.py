@@ -1,9 +1,9 @@
-"""From shots to requests: what is to be made, under which address, and what that takes.
+"""From shots to requests, their addresses, and the time and memory that they take.
 
 A shot's address follows from all that shapes its pixels: the request of each of its parts, the
 model's files, adapters, pictures, and the addresses of the shots that it goes on from or shows. So
-a shot that is there is known without a look at any other, and a change reaches all that depend on
-it, and nothing else.
+an existing shot is recognised without a look at any other, and a change reaches all shots that
+depend on it, and nothing else.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 LONGEST_S = 3600
 ADDRESS_VERSION = 1
-"""Of how addresses and files are made; another one makes every shot anew."""
+"""Of how addresses and files are made; another version renders every shot again."""
 DRAFT_ASPECT = 0.1
 """How far the aspect of a draft may be from the film's, as a logarithm."""
 _HASHED = frozenset({"image", "last_image", "reference", "lora", "prefix", *LOADING})
@@ -58,20 +58,20 @@ def plan_film(
     draft: bool = False, dtype: str | None = None, quantize: str | None = None,
     tiles: str = "auto", expansion: Expansion | None = None,
 ) -> FilmPlan:
-    """Settle every shot of a checked script.
+    """Plan every shot of a checked script.
 
     Args:
-        script: as `Script.read` gives it.
-        folder: the model that makes it.
+        script: as `Script.read` returns it.
+        folder: the model.
         suffix: of the film.
         draft: small pictures and few steps.
         dtype: instead of the script's own; None leaves it to the machine.
         quantize: as in `load`.
         tiles: as in a request.
-        expansion: prompts written anew, or None.
+        expansion: rewritten prompts, or None.
 
     Raises:
-        InputError: what can't be made, with line, shot and the nearest that can.
+        InputError: a shot that can't be made, with its line and the nearest that can.
     """
     folder = require_own_model(folder)
     project, defaults = script.project, folder.defaults
@@ -99,7 +99,7 @@ def plan_film(
 
 
 def enforce_film(policy: Policy | None, film: FilmPlan) -> None:
-    """Refuse a film of which a policy refuses what is to be seen or heard, before a shot is made.
+    """Refuse a film whose prompts, music or speech a policy refuses.
 
     Raises:
         InputError: with the shot's line and the policy's reason.
@@ -123,10 +123,10 @@ def estimates(
     film: FilmPlan, parts: Iterable[tuple[ShotPlan, Take, int]], device: torch.device,
     have: int | None, dtype: str, offload: str | None = None,
 ) -> Iterator[Estimate]:
-    """What each of some parts takes; reads headers, measures nothing.
+    """Yield the time and memory that parts of a film take; read headers, measure nothing.
 
     Args:
-        film: that they belong to.
+        film: the film.
         parts: the shot, the take, and which part of it.
         device: where they are rendered.
         have: bytes that are free there; None: unknown.
@@ -134,7 +134,7 @@ def estimates(
         offload: as in `load`; None leaves it to what fits.
 
     Raises:
-        ModelError: one that doesn't fit the memory; names its shot and what would fit.
+        ModelError: a part that doesn't fit the memory; names its shot and what would fit.
     """
     known: dict[Any, Estimate] = {}
     shown_again = OVERLAP * _configs(film.folder)[0].strides.t
@@ -155,7 +155,7 @@ def estimates(
 
 
 def word_remarks(film: FilmPlan, plans: Sequence[ShotPlan]) -> list[str]:
-    """What to tell of words of the prompts that the model never learned, each once."""
+    """Return remarks on words of the prompts that the model never learned, each once."""
     tokenizer = PromptTokenizer(film.folder.tokenizer, _configs(film.folder)[1].text_len)
     prompts = dict.fromkeys(part.prompt for plan in plans for part in plan.takes[0].parts)
     remarks = dict.fromkeys(remark for prompt in prompts
@@ -164,7 +164,7 @@ def word_remarks(film: FilmPlan, plans: Sequence[ShotPlan]) -> list[str]:
 
 
 class _Planner:
-    """Plans shots one after the other; remembers what they have in common."""
+    """Plans one shot after the other; keeps what they have in common."""
 
     def __init__(self, film: FilmPlan) -> None:
         self.film, self.folder = film, film.folder
@@ -186,7 +186,7 @@ class _Planner:
                               "kept by their words and seeds alone"] = None
 
     def plan(self, shot: Shot) -> ShotPlan:
-        """A shot whose needs are planned."""
+        """Plan a shot after those that it needs."""
         total = self._num_frames(shot)
         lengths = self._parts(shot, total)
         before = self.film.shots[shot.continue_from].num_frames if shot.continue_from else 0
@@ -203,7 +203,6 @@ class _Planner:
         return ShotPlan(shot, key, total, tuple(takes))
 
     def _num_frames(self, shot: Shot) -> int:
-        """Frames that a shot adds to the film."""
         defaults, fps, goes_on = self.folder.defaults, self.film.fps, shot.continue_from is not None
         if shot.frames is not None and not goes_on:
             check_num_frames(shot.frames, self.strides)
@@ -225,7 +224,7 @@ class _Planner:
         return count
 
     def _parts(self, shot: Shot, total: int) -> list[int]:
-        """Frames of each prompt's stretch."""
+        """Return the number of frames under each of a shot's prompts."""
         goes_on = len(shot.prompt) > 1 or shot.continue_from is not None
         if goes_on and "extend" not in self.folder.tasks:
             key = "continue_from" if shot.continue_from is not None else "several prompts"
@@ -271,7 +270,7 @@ class _Planner:
         return Take(seed, tuple(parts))
 
     def _check(self, shot: Shot, request: Request, index: int, num_frames: int) -> None:
-        """Refuse what the model can't do, and words that it can't read."""
+        """Refuse conditions that the model can't meet, and texts that it can't read."""
         stand_ins: dict[str, Any] = {}
         for name, key in (("image", "first_frame"), ("last_image", "last_frame")):
             if isinstance(getattr(shot, key), ShotFrame):
@@ -294,7 +293,7 @@ class _Planner:
                 for option, file in named if file is not None]
 
     def _shown(self, shot: Shot, index: int) -> list[list[str]]:
-        """Frames of other shots that a part begins or ends with."""
+        """Return the frames of other shots that a part begins or ends with."""
         last = len(shot.prompt) - 1
         pairs = ((shot.first_frame, 0), (shot.last_frame, last))
         return [[str(n), self.film.shots[each.shot].key, each.frame]
@@ -308,14 +307,13 @@ class _Planner:
 
 
 def _asked(request: Request) -> dict[str, Any]:
-    """What a request asks for apart from its files, of what isn't left to the model."""
+    """Return a request's given options but for its files."""
     given = {name: getattr(request, name) for name in _DEFAULTS}
     return {n: str(v) if isinstance(v, Fraction) else v for n, v in given.items()
             if v != _DEFAULTS[n]}
 
 
 def _picture_hash(file: str) -> str:
-    """SHA-256 of a picture; what is none is refused before anything is rendered."""
     check_image(file)
     return sha256_file(file)
 
@@ -325,7 +323,7 @@ def _address(facts: Mapping[str, Any]) -> str:
 
 
 def _draft_size(folder: ModelFolder, size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest size that the model knows of about this aspect, else half of each side."""
+    """Return the smallest size that the model knows of about this aspect, else half of it."""
     width, height = size
     aspect = math.log(width / height)
     fits = [(w, h) for w, h in folder.defaults.sizes
@@ -338,5 +336,5 @@ def _draft_size(folder: ModelFolder, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _configs(folder: ModelFolder) -> tuple[Any, Any]:
-    """Of the VAE and of the transformer."""
+    """Return the configs of the VAE and of the transformer."""
     return folder.components["vae"].config, folder.components["transformer"].config

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 
 class Renderer:
-    """Renders shots, one after the other or beside each other.
+    """Renders shots, one after the other or in parallel.
 
     Args:
-        store: where they lie.
-        engine: makes a model ready; called in each worker when it has its first shot. For several
+        store: of the shots.
+        engine: opens the model; called in each worker when it gets its first shot. For several
             workers it must be picklable: a function of a module, or functools.partial of one.
-        tell: told of progress, notes and files, as events; `clip` counts the parts to be rendered.
-        overwrite: start those that were stopped anew, instead of going on.
-        staff: who works; a single worker is this process.
-        on_preview: shown each part while it forms, where a single worker makes them.
+        tell: called with progress, notes and files, as events; `clip` counts the parts.
+        overwrite: begin stopped shots again, instead of going on.
+        staff: the workers; a single one is this process.
+        on_preview: called with each part while it forms, where a single worker makes them.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Renderer:
         self.work = ShotWork(engine, self.film.folder.content_hash, store, on_preview)
 
     def close(self) -> None:
-        """Let the engine go, if this process opened one."""
+        """Close the engine, if this process opened one."""
         self.work.close()
 
     def render(self, plans: Sequence[ShotPlan]) -> Iterator[RenderedShot]:
-        """Render what isn't there yet; shots are told of in this order, when they are there.
+        """Render missing shots; yield each shot in this order, as soon as it exists.
 
         Raises:
             InputError: a shot that can't be made; names it.
@@ -70,9 +70,9 @@ class Renderer:
     def _jobs(
         self, plans: Sequence[ShotPlan], ahead: deque[tuple[ShotPlan, bool]], open_keys: set[str]
     ) -> Iterator[Job]:
-        """A job for each part that is missing and for each choice, behind those that it needs.
+        """Yield a job for each missing part and for each choice, after those that it needs.
 
-        Shots that are alike in all that shapes them have one address, so one job.
+        Shots that are equal in all that shapes them have one address, so one job.
         """
         given, clip = set[str](), 0
         for number, plan in enumerate(plans, 1):
@@ -129,14 +129,14 @@ class Renderer:
 
 
 def keys_of(plan: ShotPlan) -> Iterator[str]:
-    """Addresses of all that belongs to a shot."""
+    """Yield the addresses of all that belongs to a shot."""
     yield plan.key
     for take in plan.takes:
         yield from (part.key for part in take.parts)
 
 
 def _named(error: Exception, name: str) -> Exception:
-    """An error that says which shot it is about."""
+    """Return an error that names its shot."""
     kind = type(error) if isinstance(error, VidgenError) else VidgenError
     named = kind(f"{name}: {error}")
     named.__cause__ = error

@@ -184,24 +184,24 @@ class Script:
         return _finished(build(cls, mapping, str(path)), path, mapping)
 
     def file(self, path: Path) -> Path:
-        """A file that the script names, from the script's own folder."""
+        """Return a file that the script names, relative to the script's own folder."""
         return self.path.parent / path
 
     def where(self, shot: Shot) -> str:
-        """A shot's place, for messages."""
+        """Return a shot's place in the file, for messages."""
         line = f", line {self.lines[shot.id]}" if shot.id in self.lines else ""
         return f"{self.path}{line}: shot {shot.id!r}"
 
     def option(self, shot: Shot, name: str) -> Any:
-        """A shot's own setting, or the film's default."""
+        """Return a shot's own setting, or the film's default."""
         own = getattr(shot, name)
         return own if own not in (None, ()) else getattr(self.project.defaults, name)
 
     def names_in(self, text: str) -> Iterator[str]:
-        """Names that a prompt refers to, in order.
+        """Yield the names that a prompt refers to, in order.
 
         Raises:
-            InputError: a brace that belongs to none.
+            InputError: a brace that belongs to no name.
         """
         for found in _BRACES.finditer(text):
             if found[0] in ("{", "}"):
@@ -211,7 +211,7 @@ class Script:
                 yield found[1]
 
     def described(self, shot: Shot, text: str) -> str:
-        """A prompt with descriptions in place of names."""
+        """Return a prompt with descriptions in place of names."""
         place = shot.place or self._scene(shot).place
         known = {name: each.description for name, each in (self.characters | self.places).items()}
         if place is not None:
@@ -223,12 +223,12 @@ class Script:
         return _BRACES.sub(meant, text)
 
     def words(self, shot: Shot, text: str, rewritten: Mapping[str, str] | None = None) -> str:
-        """What a model is told of a prompt: what it describes, then camera and styles.
+        """Return a prompt as the model is given it, with descriptions, camera and styles.
 
         Args:
             shot: that the prompt belongs to.
-            text: of the prompt.
-            rewritten: texts that take the place of what prompts describe.
+            text: the prompt.
+            rewritten: texts to take instead, by the prompts with descriptions.
         """
         seen = self.described(shot, text)
         seen = (rewritten or {}).get(seen, seen)
@@ -238,7 +238,7 @@ class Script:
         return ", ".join([seen.rstrip(".") if behind else seen, *behind])
 
     def cast(self, shot: Shot) -> list[str]:
-        """Names of the characters and places in a shot, each once, in order."""
+        """Return the names of the characters and places in a shot, each once, in order."""
         names = [*shot.characters, *(n for each in shot.prompt for n in self.names_in(each.prompt))]
         place = shot.place or self._scene(shot).place
         return list(dict.fromkeys(place if name == "place" and place else name for name in names))
@@ -247,10 +247,10 @@ class Script:
         return self.scenes.get(shot.scene or "", Scene())
 
     def order(self) -> list[Shot]:
-        """The shots as they stand, but each behind those that it needs.
+        """Return the shots in their order, but each after those that it needs.
 
         Raises:
-            InputError: shots that need each other, or one that isn't there.
+            InputError: shots that need each other, or an unknown one.
         """
         known = {shot.id: shot for shot in self.shots}
         found: dict[str, Shot] = {}
@@ -350,12 +350,11 @@ def _table(text: str, path: Path) -> Iterator[Located]:
 
 @cache
 def _kinds() -> dict[str, tuple[Any, ...]]:
-    """The types that each key of a shot takes."""
     return {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Shot).items()}
 
 
 def _cell(key: str, text: str) -> Any:
-    """A cell as YAML would have it: numbers where the key takes one, else text."""
+    """Return a cell as YAML reads it: a number where the key takes one, else text."""
     if key in _SEVERAL:
         return [part.strip() for part in text.split(";") if part.strip()]
     kinds = _kinds().get(key, ())
@@ -398,7 +397,7 @@ def _finished(script: Script, path: Path, mapping: Located) -> Script:
 
 
 def _line(written: Any, *keys: str) -> str:
-    """Where a key stands, for messages; nothing where that isn't known."""
+    """Return a key's line, for messages; nothing where it is unknown."""
     for key in keys[:-1]:
         written = written.get(key) if isinstance(written, Mapping) else None
     line = getattr(written, "lines", {}).get(keys[-1])
@@ -406,7 +405,6 @@ def _line(written: Any, *keys: str) -> str:
 
 
 def _check_own_names(script: Script, written: Located) -> None:
-    """What characters, places and scenes are called."""
     for key in ("characters", "places", "scenes"):
         for name in getattr(script, key):
             where = f"{script.path}{_line(written, key, name)}"
@@ -419,7 +417,6 @@ def _check_own_names(script: Script, written: Located) -> None:
 
 
 def _check_names(script: Script, shot: Shot) -> None:
-    """A shot's scene, place and everybody it speaks of."""
     where = script.where(shot)
     for key, name, names in (("scene", shot.scene, script.scenes.keys()),
                              ("place", shot.place, script.places.keys())):
@@ -448,7 +445,7 @@ def _check_names(script: Script, shot: Shot) -> None:
 
 
 def _files(script: Script, shot: Shot) -> Iterator[tuple[str, Path]]:
-    """Every file that a shot names, by its key; voices and adapters may be names."""
+    """Yield every file that a shot names, with its key; voices and adapters may be names."""
     for key in ("first_frame", "last_frame"):
         if isinstance(file := getattr(shot, key), Path):
             yield key, file

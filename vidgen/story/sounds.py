@@ -1,7 +1,7 @@
 """Sound and music that a script describes in words, made by a text-to-audio model, each once.
 
-They lie beside the shots as WAV, each under an address of the model's files, the words, the length
-and the seed, and are heard like files that the script names.
+They are kept as WAV next to the shots, each under an address of the model's files, the words, the
+length and the seed, and are heard like files that the script names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vidgen.story.film import FilmPlan
 
 SOUNDS_VERSION = 1
-"""Of how sounds are made and kept; another one makes all anew."""
+"""Of how sounds are made and kept; another version makes all again."""
 _BLOCK = 1 << 16
 
 
@@ -43,7 +43,7 @@ class DescribedSound:
         key: "sound" or "music".
         model: that makes it, with the words and the length.
         seed: of its noise.
-        path: where it lies once it is made.
+        path: of the file to be made.
     """
 
     shot: str
@@ -53,7 +53,7 @@ class DescribedSound:
     path: Path
 
     def facts(self) -> dict[str, Any]:
-        """What it is, for the recipe."""
+        """Return the recipe's entry."""
         return {"shot": self.shot, "key": self.key, "seed": self.seed, "address": self.path.stem,
                 "model": self.model.facts()}
 
@@ -61,11 +61,11 @@ class DescribedSound:
 def describe_sounds(
     film: FilmPlan, timeline: Timeline, model: str, folder: Path, offload: str = "none"
 ) -> tuple[list[DescribedSound], Timeline]:
-    """What a film's words for sound and music will become; nothing is made yet.
+    """Plan a film's sound and music that stand in words; nothing is made yet.
 
     Args:
-        film: whose shots they belong to; a sound has its shot's seed.
-        timeline: where the shots lie, from which lengths follow.
+        film: the film; a sound has its shot's seed.
+        timeline: of the film, from which lengths follow.
         model: folder of a text-to-audio model of diffusers.
         folder: of the film's shots.
         offload: as in `load`.
@@ -90,7 +90,7 @@ def describe_sounds(
 
 
 def make_sounds(sounds: Sequence[DescribedSound], tell: OnEvent) -> None:
-    """Make those that aren't there, all by one model, which is in memory until the last is made.
+    """Make missing sounds by one model, which stays in memory until the last is made.
 
     Raises:
         InputError: words that the model refuses.
@@ -113,7 +113,7 @@ def make_sounds(sounds: Sequence[DescribedSound], tell: OnEvent) -> None:
 
 
 def _words(timeline: Timeline) -> Iterator[tuple[Placed, str, str, float]]:
-    """(shot, key, words, seconds) of what is described, in the film's order."""
+    """Yield (shot, key, words, seconds) of each description, in the film's order."""
     changes = [placed for placed in timeline.shots if placed.shot.music is not None]
     ends = {placed.shot.id: timeline.num_frames if behind is None else behind.start
             for placed, behind in zip_longest(changes, changes[1:])}
@@ -137,7 +137,6 @@ def _described(
 
 
 def _with_files(placed: Placed, paths: dict[tuple[str, str], Path]) -> Placed:
-    """A shot with the files of its sounds in place of the words."""
     shot = placed.shot
     sound, music = (paths.get((shot.id, key)) for key in ("sound", "music"))
     if shot.sound is not None and sound is not None:
@@ -148,7 +147,6 @@ def _with_files(placed: Placed, paths: dict[tuple[str, str], Path]) -> Placed:
 
 
 def _write(path: Path, samples: Samples, rate: int) -> None:
-    """Write samples [N, c] as WAV of 32-bit floats."""
     path.parent.mkdir(parents=True, exist_ok=True)
     layout = "mono" if samples.shape[1] == 1 else "stereo"
     with atomic_path(path) as temporary, av.open(str(temporary), "w", format="wav") as container:

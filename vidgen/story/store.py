@@ -37,18 +37,15 @@ INDEX_VERSION = 1
 
 @dataclass(frozen=True)
 class RenderedShot:
-    """A shot that is there.
+    """A shot whose file exists.
 
     Attributes:
-        shot: as it is written, with the film's transition where it has none of its own, and with
-            all that the picture doesn't show yet.
-        path: its file, with sound where the model makes it along.
-        num_frames: of it.
-        fps: its rate.
+        shot: the shot as it is written, with the film's transition where it has none of its own.
+        path: its file, with sound where the model makes it.
         size: (width, height).
         seed: of the take.
         findings: of the checks.
-        choice: which take was chosen and why; None where there was one.
+        choice: which take was chosen and why; None of a single take.
         made: whether it was rendered now.
     """
 
@@ -63,7 +60,7 @@ class RenderedShot:
     made: bool = False
 
     def as_data(self) -> dict[str, Any]:
-        """JSON data: what was made, and in `shot` the script's fields."""
+        """Return JSON data: what was made, and in `shot` the script's fields."""
         return {
             "id": self.shot.id, "path": str(self.path), "num_frames": self.num_frames,
             "fps": str(self.fps), "duration_s": float(self.num_frames / self.fps),
@@ -74,24 +71,19 @@ class RenderedShot:
 
 @dataclass(frozen=True)
 class Store:
-    """The folder that a film's shots lie in.
-
-    Args:
-        folder: made when something is written.
-        film: whose shots they are.
-    """
+    """The folder of a film's shots; it is made when something is written."""
 
     folder: Path
     film: FilmPlan
 
     def path(self, key: str) -> Path:
-        """The file of a part."""
+        """Return the file of a part."""
         return self.folder / f"{key}{self.film.suffix}"
 
     def missing(self, plan: ShotPlan) -> list[tuple[Take, int]]:
-        """Parts of a shot that are yet to be rendered: the take, and which part it is.
+        """Return parts of a shot to be rendered: the take, and which part it is.
 
-        A part that is there stands for those before it.
+        An existing part stands for those before it.
         """
         left = []
         for take in plan.takes:
@@ -101,7 +93,7 @@ class Store:
         return left
 
     def choice(self, plan: ShotPlan) -> dict[str, Any] | None:
-        """What was chosen of several takes; None where nothing was yet, or it can't be read."""
+        """Return the choice among several takes; None if there is none, or it can't be read."""
         try:
             choice = json.loads((self.folder / f"{plan.key}.json").read_text("utf-8"))
             return choice if choice["seed"] in [take.seed for take in plan.takes] else None
@@ -109,27 +101,27 @@ class Store:
             return None
 
     def keep_choice(self, plan: ShotPlan, choice: Mapping[str, Any]) -> None:
-        """Write down a choice."""
+        """Write a choice."""
         atomic_write(self.folder / f"{plan.key}.json", json.dumps(choice, indent=1).encode())
 
     def take(self, plan: ShotPlan) -> Take:
-        """The take that stands for a shot whose takes are there."""
+        """Return the chosen take of a shot whose takes exist."""
         choice = self.choice(plan)
         if choice is None:
             return plan.takes[0]
         return next(take for take in plan.takes if take.seed == choice["seed"])
 
     def file(self, plan: ShotPlan) -> Path:
-        """The file of a shot whose takes are there."""
+        """Return the file of a shot whose takes exist."""
         return self.path(self.take(plan).key)
 
     def is_done(self, plan: ShotPlan) -> bool:
-        """Whether nothing is left to do for a shot."""
+        """Return whether nothing is left to do for a shot."""
         chosen = len(plan.takes) == 1 or self.choice(plan) is not None
         return chosen and not self.missing(plan)
 
     def write_index(self, rendered: Sequence[RenderedShot]) -> Path:
-        """Write down the film's shots, for who joins them and for people."""
+        """Write the list of the film's shots, for programs that join them and for people."""
         film = self.film
         data = {
             "version": INDEX_VERSION, "script": str(film.script.path),
@@ -142,12 +134,12 @@ class Store:
 
 
 def findings_of(path: Path) -> Sequence[Finding]:
-    """What a file's checks found when it was written."""
+    """Return the findings of a file's checks when it was written."""
     return recorded(read_recipe(path)) or []
 
 
 def remember(shots: Iterable[RenderedShot]) -> None:
-    """Keep the hashes of those that were rendered now."""
+    """Keep the hashes of shots that were rendered now."""
     made: dict[Path, dict[str, str]] = {}
     for each in shots:
         if each.made:
@@ -157,7 +149,7 @@ def remember(shots: Iterable[RenderedShot]) -> None:
 
 
 def check_shots(shots: Iterable[RenderedShot]) -> None:
-    """Compare shots with what was rendered, and keep the hashes of those that have none.
+    """Compare shots with their hashes, and keep the hashes of those that have none.
 
     Raises:
         InputError: a file that is missing or was changed.

@@ -47,12 +47,7 @@ dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
 
 
 def write_storyboard(edit: Edit, shots: Sequence[RenderedShot], path: str | Path) -> Path:
-    """Write a film's page.
-
-    Args:
-        edit: of the film.
-        shots: rendered, in order.
-        path: `.html`; replaced if it exists.
+    """Write the page of a film's rendered shots; an existing file is replaced.
 
     Raises:
         InputError: a shot's file that can't be read.
@@ -67,7 +62,7 @@ def write_storyboard(edit: Edit, shots: Sequence[RenderedShot], path: str | Path
 
 
 def page_parts(edit: Edit, shots: Sequence[RenderedShot]) -> Iterator[str]:
-    """What `write_storyboard` writes, from its beginning to its end."""
+    """Yield the page's text, from its beginning to its end."""
     script, timeline, film = edit.film.script, edit.timeline, edit.film
     title = escape(script.project.title or script.path.stem)
     seconds = timeline.seconds(timeline.num_frames)
@@ -132,7 +127,6 @@ def _facts(edit: Edit, placed: Placed, shot: RenderedShot) -> Iterator[tuple[str
 
 
 def _texts(shot: Shot) -> Iterator[tuple[str, str]]:
-    """What a shot asks for beside its picture."""
     if shot.negative:
         yield "without", shot.negative
     if shot.continue_from:
@@ -154,7 +148,7 @@ def _texts(shot: Shot) -> Iterator[tuple[str, str]]:
 
 
 def _thumbnails(shot: RenderedShot) -> Iterator[tuple[str, Frames]]:
-    """First, middle and last frame; fewer of a shot that has fewer."""
+    """Yield the first, middle and last frame; fewer of a shot that has fewer."""
     wanted = {0: "first frame", shot.num_frames // 2: "middle", shot.num_frames - 1: "last frame"}
     with VideoReader(shot.path) as reader:
         for number, frame in enumerate(reader):

@@ -41,10 +41,10 @@ class PartJob:
 
     Attributes:
         shot: its id.
-        take: which of the shot's.
+        take: which of the shot's takes.
         index: which of the take's parts.
         clip: number of the part among all that are rendered.
-        note: said when it begins.
+        note: reported when it begins.
     """
 
     shot: str
@@ -65,10 +65,10 @@ class ShotWork(EngineWork):
     """Renders parts of a film's shots into its store, and chooses among takes.
 
     Args:
-        open_engine: makes the model ready, once in each worker.
+        open_engine: opens the model, once in each worker.
         model_sha256: of the model's files.
-        store: where the shots lie.
-        on_preview: shown each part while it forms; not where work is pickled.
+        store: of the shots.
+        on_preview: called with each part while it forms; not where work is pickled.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class ShotWork(EngineWork):
         write_request(self.engine, request, path, tell, told, cut, self.on_preview)
 
     def _request(self, plan: ShotPlan, take: Take, index: int) -> tuple[Request, int]:
-        """What makes a part, and how many frames of its beginning are another file's."""
+        """Return the request for a part, and how many of its first frames are another file's."""
         film, shot = self.film, plan.shot
         num_frames, last = take.parts[index].num_frames, len(take.parts) - 1
         request = film.request(shot, take.seed, index, num_frames)
@@ -137,7 +137,7 @@ class ShotWork(EngineWork):
 
 
 def picture_of(path: Path, which: str) -> Frames:
-    """The first or last frame of a file, uint8 [H, W, 3].
+    """Return the first or last frame of a file, uint8 [H, W, 3].
 
     Raises:
         InputError: it is missing or damaged.
@@ -152,7 +152,7 @@ def picture_of(path: Path, which: str) -> Frames:
 
 
 def _without_head(clip: Clip, head: int) -> Clip:
-    """The frames behind those of the shot that it goes on from."""
+    """Return the frames after those of the shot that it goes on from."""
     assert isinstance(clip, ContinuedClip), "shots of a film have one size and rate"
     assert clip.head_frames == head, (clip.head_frames, head)
     return clip.added()
@@ -160,14 +160,14 @@ def _without_head(clip: Clip, head: int) -> Clip:
 
 @dataclass(frozen=True, slots=True)
 class TakeScore:
-    """How good a take is.
+    """The quality of a take.
 
     Attributes:
         seed: of the take.
-        path: of its file.
+        path: name of its file.
         faults: kinds of findings that are faults.
         warnings: kinds of findings that may be meant.
-        verified: of each prompt that names something that the verifier knows, what it sees of it.
+        verified: the verifier's score for each prompt that names something it knows.
         reasons: the same in sentences.
     """
 
@@ -187,7 +187,7 @@ class TakeScore:
 
 
 def best_take(scores: Sequence[TakeScore]) -> dict[str, Any]:
-    """The choice among takes, as JSON data: the seed, why, and every take's score."""
+    """Return the choice among takes as JSON data: the seed, why, and every take's score."""
     ranked = sorted(scores, key=lambda score: score.rank)
     best = ranked[0]
     why = "; ".join(best.reasons)
@@ -205,7 +205,7 @@ def score_take(
         seed: of the take.
         path: its file.
         findings: of its checks.
-        verified: what the verifier sees of each prompt; empty: the checks alone decide.
+        verified: the verifier's scores; empty: the checks alone decide.
     """
     faults = tuple(each.kind for each in findings if each.severity == "fault")
     warnings = tuple(each.kind for each in findings if each.severity == "warning")
@@ -217,15 +217,12 @@ def score_take(
 
 
 def verify_take(model: OpenedModel, path: Path, parts: Sequence[Part]) -> Iterator[Verified]:
-    """Score a take for what each of its prompts names.
+    """Yield the verifier's score for each prompt of a take that names something it knows.
 
     Args:
-        model: that made it; without a verifier nothing is scored.
+        model: that made it; nothing is scored without a verifier.
         path: the take's file.
         parts: the stretches that the file holds, each under a prompt.
-
-    Yields:
-        What the verifier sees of each prompt that names something that it knows.
     """
     if VERIFIER not in model.folder.components:
         return

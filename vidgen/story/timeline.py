@@ -1,4 +1,4 @@
-"""Where every shot lies in the film, in whole frames by exact fractions.
+"""The place of every shot in the film, in whole frames by exact fractions.
 
 The ideal times are sums of the shots' lengths less the transitions', as fractions of a second; each
 is rounded by itself, never a sum of what was rounded. So every cut, and the whole film, lies within
@@ -21,17 +21,15 @@ CUT = Transition()
 
 
 class Measured(Protocol):
-    """A shot and how long it is: as it is planned, or as it was rendered."""
+    """A shot and its frames at its own rate: as it is planned, or as it was rendered."""
 
     @property
     def shot(self) -> Shot:
-        """As it is written."""
-        ...
+        """The shot as it is written."""
 
     @property
     def num_frames(self) -> int:
-        """Of it, at its own rate."""
-        ...
+        """Its frames, at its own rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class Placed:
     """A shot in the film.
 
     Attributes:
-        shot: as it is written.
+        shot: the shot as it is written.
         start: frame of the film at which it is first seen, as part of a transition or not.
         num_frames: of the film in which it is seen.
         overlap: how many of these, at its beginning, it shares with the shot before.
@@ -54,19 +52,17 @@ class Placed:
 
     @property
     def end(self) -> int:
-        """The frame behind its last."""
+        """The frame after its last."""
         return self.start + self.num_frames
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Frames `first` up to `last` of the film: of one shot, or of two on their way.
+    """Frames `first` up to `last` of the film, of one shot or of two in transition.
 
     Attributes:
-        first: frame of the film.
-        last: the frame behind.
         shots: places in the timeline of the shots seen; the second takes over from the first.
-        kind: of the transition; "cut" for a shot alone.
+        kind: the transition, or "cut" for one shot alone.
     """
 
     first: int
@@ -80,12 +76,10 @@ class Timeline:
     """All shots of a film, in order.
 
     Attributes:
-        fps: exact frame rate.
-        shots: where they lie.
-        opening: frames in which the film comes up out of a colour.
-        ending: frames in which it goes into one.
+        opening: frames in which the film fades in from a colour.
+        ending: frames in which it fades out to one.
         ending_kind: "fade-black" or "fade-white".
-        ideal_s: exact length, which that in frames is next to.
+        ideal_s: exact length, to which the length in frames is nearest.
     """
 
     fps: Fraction
@@ -97,15 +91,15 @@ class Timeline:
 
     @property
     def num_frames(self) -> int:
-        """Of the whole film."""
+        """Frames of the whole film."""
         return self.shots[-1].end
 
     def seconds(self, frame: int) -> float:
-        """When a frame of the film is shown."""
+        """Return the time at which a frame of the film is shown."""
         return float(frame / self.fps)
 
     def sections(self) -> Iterator[Section]:
-        """The film from its beginning to its end."""
+        """Yield the film's sections, from its beginning to its end."""
         last = len(self.shots) - 1
         for index, placed in enumerate(self.shots):
             begin = placed.start + placed.overlap
@@ -128,9 +122,9 @@ def lay_out(script: Script, shots: Sequence[Measured], rates: Sequence[Fraction]
 
     Args:
         script: whose transitions and ending count.
-        shots: those that are shown, in order.
-        rates: each one's own frame rate.
-        fps: the film's.
+        shots: the film's shots, in order.
+        rates: frame rate of each.
+        fps: frame rate of the film.
 
     Raises:
         InputError: a transition that is longer than the shots have frames for, or a shot shorter
@@ -143,7 +137,9 @@ def lay_out(script: Script, shots: Sequence[Measured], rates: Sequence[Fraction]
         length = each.num_frames / rate * fps
         start = end - (_seconds(how) * fps if placed else 0)
         if placed and start < begin:
-            raise _too_long(script, each.shot, how, (end - begin) / fps)
+            raise InputError(
+                f"{script.where(each.shot)}: {how.type} of {how.duration:g} s is longer than the "
+                f"shot before, which lasts {float((end - begin) / fps):g} s; shorten it")
         first, behind = _nearest(start), _nearest(start + length)
         if first == behind:
             raise InputError(f"{script.where(each.shot)} is shown for no frame at {fps} fps: it "
@@ -161,13 +157,12 @@ def lay_out(script: Script, shots: Sequence[Measured], rates: Sequence[Fraction]
 
 
 def _transition(script: Script, shot: Shot, *, is_first: bool) -> Transition:
-    """How a shot follows the one before; the first can only come up out of a colour."""
+    """Return how a shot follows the one before; the first can only fade in from a colour."""
     how = script.option(shot, "transition") or CUT
     return CUT if is_first and how.type not in ("fade-black", "fade-white") else how
 
 
 def _seconds(how: Transition) -> Fraction:
-    """A transition's length, exactly as it was written."""
     return Fraction(0) if how.type == "cut" else Fraction(str(how.duration))
 
 
@@ -176,7 +171,7 @@ def _nearest(value: Fraction) -> int:
 
 
 def _check_room(script: Script, timeline: Timeline) -> None:
-    """Every shot must have frames for the transitions at both of its ends."""
+    """Refuse a shot with fewer frames than the transitions at its ends take."""
     shots, last = timeline.shots, len(timeline.shots) - 1
     for index, placed in enumerate(shots):
         before = placed.overlap if index else timeline.opening
@@ -188,8 +183,3 @@ def _check_room(script: Script, timeline: Timeline) -> None:
                 f"{float((before + behind - placed.num_frames) / timeline.fps):.3f} s, or make the "
                 "shot longer"
             )
-
-
-def _too_long(script: Script, shot: Shot, how: Transition, have: Fraction) -> InputError:
-    return InputError(f"{script.where(shot)}: {how.type} of {how.duration:g} s is longer than the "
-                      f"shot before, which lasts {float(have):g} s; shorten it")
