@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -43,18 +43,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _OWN_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder", "duration"}
-
-
-@dataclass(frozen=True)
-class _Picture:
-    """Properties that two files' pictures must share for one to follow the other."""
-
-    container: str
-    codec: str
-    size: tuple[int, int]
-    pixel_format: str | None
-    rate: Fraction | None
-    parameters: bytes | None
 
 
 @dataclass(frozen=True)
@@ -105,22 +93,24 @@ def why_not_joined(paths: Sequence[str | os.PathLike[str]]) -> str | None:
                     return f"{path} has frames at uneven times"
         except av.FFmpegError as error:
             return f"{path} can't be read: {error.strerror}"
-    for field in fields(_Picture):
-        values = [getattr(picture, field.name) for picture in pictures]
+    for name in pictures[0] if pictures else ():
+        values = [picture[name] for picture in pictures]
         if any(value != values[0] for value in values):
-            if field.name == "parameters":
+            if name == "parameters":
                 return "the encoders' parameters differ"
-            return f"the {field.name.replace('_', ' ')} differs: {', '.join(map(str, values))}"
+            return f"the {name} differs: {', '.join(map(str, values))}"
     return None
 
 
-def _picture_of(container: str, stream: VideoStream) -> _Picture:
+def _picture_of(container: str, stream: VideoStream) -> dict[str, Any]:
+    """Return what two files' pictures must share for one to follow the other."""
     context = stream.codec_context
     extra = context.extradata
-    return _Picture(
-        container, context.name, (context.width, context.height), context.pix_fmt,
-        stream.average_rate, None if extra is None else bytes(extra),
-    )
+    return {
+        "container": container, "codec": context.name, "size": (context.width, context.height),
+        "pixel format": context.pix_fmt, "rate": stream.average_rate,
+        "parameters": None if extra is None else bytes(extra),
+    }
 
 
 def _is_even(stream: VideoStream) -> bool:
