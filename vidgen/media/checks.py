@@ -46,7 +46,7 @@ Pictures stay below 0.3; white noise has 1."""
 FROZEN_S, FROZEN_FRAMES = 0.4, 4
 """Repeats of a frame that was on the move. Shorter ones are drawn on twos or lost in a blink."""
 STILL, STILL_S = 1.5, 1.0
-"""How far, in levels, no cell's mean leaves its first value, and over how many seconds at least."""
+"""Levels within which all cells' means stay at their first values, for at least so many seconds."""
 FADE_S = 1.0
 """A black or white start or end up to this long may be a fade that was meant."""
 PSNR, SSIM = 20.0, 0.6

@@ -68,7 +68,7 @@ class EspeakVoice:
     """A voice of espeak-ng.
 
     Args:
-        name: a language or voice as `espeak-ng --voices` lists it; `+f3` and the like behind it
+        name: a language or voice as `espeak-ng --voices` lists it; `+f3` and the like after it
             are its variants.
 
     Raises:
@@ -128,7 +128,7 @@ class KokoroVoice:
     """A voice of Kokoro, a small speech model, by its own package.
 
     Args:
-        path: the voice's file, FOLDER/voices/NAME.pt, beside FOLDER/config.json and the weights
+        path: the voice's file, FOLDER/voices/NAME.pt, with FOLDER/config.json and the weights
             FOLDER/*.pth, as they were published.
 
     Raises:
@@ -154,7 +154,7 @@ class KokoroVoice:
                              f"spaCy's {_ENGLISH}, which is not here; python -m spacy download "
                              f"{_ENGLISH}, or choose one of espeak-ng's voices such as en-gb")
         self._path, self._weights = path, weights[0]
-        name = "hexgrad/Kokoro-82M"  # only told, since both files are given
+        name = "hexgrad/Kokoro-82M"  # a label alone, since both files are given
         try:
             with torch.random.fork_rng():  # which it draws its first weights from
                 model = KModel(name, str(folder / "config.json"), str(weights[0]))

@@ -61,7 +61,7 @@ class Watch(Protocol):
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """How frames become packets; all of it is recorded in the recipe.
+    """Settings of an encoder; all of them are recorded in the recipe.
 
     Args:
         codec: libav's name of the encoder.

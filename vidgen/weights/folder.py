@@ -1,10 +1,10 @@
 """Models on disk, opened but not loaded: the types of folders, their files and hashes.
 
-Our own layout: `model.json` beside `vae/`, `transformer/`, `text_encoder/` and, where a model has
+Our own layout: `model.json`, `vae/`, `transformer/`, `text_encoder/` and, where a model has
 them, `transformer_2/`, `image_encoder/`, `sound_vae/`, `verifier/` and `onset_detector/` (each
 `config.json` and `model.safetensors`, or shards with an index) and `tokenizer/`. `config.json` of
 our own modules is their frozen dataclass; the encoders' are ordinary transformers ones. `layouts`
-opens all of them.
+opens them, diffusers' folders and Wan's own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SETTLED_S = 2.0  # a file changed this recently may change again within its tim
 
 @dataclass(frozen=True)
 class RollConfig:
-    """How a clip is rolled out: in turns of latent frames, each in view of those before it.
+    """Settings of a roll-out: turns of latent frames, each in view of those before it.
 
     Args:
         turn_frames: latent frames of a turn, which see each other.
@@ -65,7 +65,7 @@ class RollConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """How a student is sampled, without guidance.
+    """Sampling of a student, without guidance.
 
     Args:
         sampler: that it was taught, one of `SAMPLERS`.

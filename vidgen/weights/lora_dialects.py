@@ -1,4 +1,4 @@
-"""How LoRA files spell things: names of tensors, and what scales a product.
+"""LoRA files' spellings: names of tensors, and the scale of a product.
 
 A name is a prefix, a layer's path in one of the keymap's spellings, dotted or with underscores, and
 what the tensor is: `lora_A` or `lora_down`, `lora_B` or `lora_up`, `alpha`, or a difference.
@@ -48,7 +48,7 @@ _OTHER_METHODS = {
 
 
 class Dialect(NamedTuple):
-    """How a family of tools spells a LoRA.
+    """Spelling of a LoRA by a family of tools.
 
     Args:
         spelling: of layers.

@@ -1,4 +1,4 @@
-"""A model's few-step students: low-rank deltas beside its weights, each in a folder of its own.
+"""A model's few-step students: low-rank deltas of its weights, each in a folder of its own.
 
 `student` makes whole clips; `roller` is causal in time and makes a clip turn by turn, without end.
 A delta has guidance folded in (Meng et al. 2023) and knows one grid of noise levels, which

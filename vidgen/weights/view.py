@@ -1,6 +1,6 @@
 """Tensors chosen from stores, some of them parts of larger ones.
 
-Wan's published CLIP keeps a text tower beside the vision tower and fuses its projections; here it
+Wan's published CLIP has a text tower besides the vision tower and fuses its projections; here it
 is opened as the vision tower of transformers has it, and put together again when it is written.
 """
 
