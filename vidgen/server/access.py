@@ -1,4 +1,4 @@
-"""Who asks, and whether they may: what routes depend on."""
+"""Dependencies of routes: the owner of a request, its job, its fields, and whether it may pass."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 COOKIE = "vidgen_key"
 MAX_KEY = 200
 RETRY_COUNT = "x-stainless-retry-count"
-"""By which OpenAI's clients say how often they have tried already."""
+"""Header in which OpenAI's clients count their retries."""
 
 
 def service_of(request: Request) -> Service:
-    """The one service of the application."""
+    """Return the application's one service."""
     service: Service = request.app.state.service
     return service
 
 
 def owner_of(request: Request) -> str | None:
-    """Whose the request is; None where it has no key that is known."""
+    """Return the owner of a request; None if it has no known key."""
     service = service_of(request)
     if not key_required(service):
         return LOCAL
@@ -42,15 +42,15 @@ def owner_of(request: Request) -> str | None:
 
 
 def key_required(service: Service) -> bool:
-    """Whether nobody may ask without a key."""
+    """Return whether requests without a key are refused."""
     return not service.settings.is_loopback or service.keys.are_used
 
 
 def authenticate(request: Request) -> str:
-    """The owner, who is in the service's crowd until the guard has seen the request's end.
+    """Return the owner, counted in the service's crowd until the guard sees the request's end.
 
     Raises:
-        ApiError: without a key, or while too many requests of the owner's are under way.
+        ApiError: no key, or too many requests of the owner are under way.
     """
     owner = owner_of(request)
     if owner is None:
@@ -71,11 +71,11 @@ def begin(
     request: Request, owner: Owner,
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Call:
-    """A request that may make a job.
+    """Accept a request that may make a job, before its body comes in.
 
     Raises:
         ApiError: the service stops, or the owner asks too often.
-        OutputError: the disk is nearly full, which is found out before the body comes in.
+        OutputError: the disk is nearly full.
     """
     service = service_of(request)
     if service.scheduler.state in ("draining", "stopped"):
@@ -96,7 +96,7 @@ Caller = Annotated[Call, Depends(begin)]
 
 
 async def read_fields(request: Request, call: Caller) -> AsyncIterator[dict[str, Any]]:  # noqa: ARG001
-    """The body's fields; the rate was counted before. Files that nobody took go again."""
+    """Yield the body's fields; files that nobody took are removed afterwards."""
     uploads = service_of(request).settings.uploads / request.state.request_id
     try:
         uploads.mkdir()
@@ -112,12 +112,12 @@ Fields = Annotated[dict[str, Any], Depends(read_fields)]
 
 
 def video_of(request: Request, video_id: str, owner: Owner) -> Job:
-    """The clip that a path names."""
+    """Return the clip that a path names."""
     return _job_of(request, "video", video_id, owner)
 
 
 def film_of(request: Request, film_id: str, owner: Owner) -> Job:
-    """The film that a path names."""
+    """Return the film that a path names."""
     return _job_of(request, "film", film_id, owner)
 
 
@@ -126,11 +126,6 @@ FilmJob = Annotated[Job, Depends(film_of)]
 
 
 def _job_of(request: Request, kind: Kind, job_id: str, owner: str) -> Job:
-    """A job of the owner's.
-
-    Raises:
-        ApiError: there is none.
-    """
     job = service_of(request).jobs.get(job_id, owner)
     if job is None or job.kind != kind:
         raise ApiError(404, "not_found", f"there is no {kind} {job_id[:80]!r}", f"{kind}_id")
@@ -138,10 +133,7 @@ def _job_of(request: Request, kind: Kind, job_id: str, owner: str) -> Job:
 
 
 class Router(APIRouter):
-    """A router whose GETs are HEADs, too, but for streams, which have no end to wait for.
-
-    The server leaves the body of such an answer out.
-    """
+    """A router that answers HEAD like GET, without a body, but for streams, which don't end."""
 
     def get(self, path: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
         """Add a route; see `APIRouter`."""

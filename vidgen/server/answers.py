@@ -25,16 +25,16 @@ MAX_PAGE = 100
 POLL_MS = 1000
 PING_S = 15.0
 RETRY_MS = 1000
-"""How long a browser waits before it connects once more."""
+"""Time before a browser connects again."""
 
 
 async def judged(request: Request, work: Callable[[], Answer]) -> Answer:
-    """Do what waits for the process that judges, in threads of its own: others go on meanwhile."""
+    """Run work that waits for the checker, in threads of its own: other requests go on."""
     return await anyio.to_thread.run_sync(work, limiter=service_of(request).judged_at_once)
 
 
 async def queued(request: Request, make: Callable[[], Job]) -> dict[str, Any]:
-    """Have a job queued, and show it."""
+    """Queue a job, and return how clients see it."""
     job = await judged(request, make)
     return await run_in_threadpool(service_of(request).scheduler.view, job)
 
@@ -42,7 +42,7 @@ async def queued(request: Request, make: Callable[[], Job]) -> dict[str, Any]:
 def page(
     request: Request, kind: Kind, owner: str, after: str | None, limit: int, order: str
 ) -> dict[str, Any]:
-    """Some of an owner's jobs."""
+    """Return some of an owner's jobs."""
     service = service_of(request)
     jobs, has_more = service.jobs.page(kind, owner, after=after, limit=limit,
                                        newest_first=order == "desc")
@@ -52,23 +52,23 @@ def page(
 
 
 def shown(request: Request, response: Response, job: Job) -> dict[str, Any]:
-    """A job, with a word to clients on when to ask again."""
+    """Return a job, and tell clients when to ask again."""
     if not job.is_finished:
         response.headers["openai-poll-after-ms"] = str(POLL_MS)
     return service_of(request).scheduler.view(job)
 
 
 def deleted(request: Request, job: Job) -> dict[str, Any]:
-    """Take a job out of the world."""
+    """Delete a job."""
     service_of(request).scheduler.delete(job)
     return {"id": job.id, "object": f"{job.kind}.deleted"}
 
 
 def cancelled(request: Request, job: Job) -> dict[str, Any]:
-    """End a job that isn't finished.
+    """Cancel a job.
 
     Raises:
-        ApiError: it is.
+        ApiError: it is finished.
     """
     if job.is_finished:
         raise ApiError(409, "already_finished", f"the {job.kind} {job.stands} already")
@@ -77,10 +77,10 @@ def cancelled(request: Request, job: Job) -> dict[str, Any]:
 
 
 def require_completed(job: Job) -> None:
-    """Refuse what a job only has once it is completed.
+    """Refuse a job that isn't completed.
 
     Raises:
-        ApiError: it isn't.
+        ApiError: says how it stands.
     """
     if job.status == "completed":
         return
@@ -91,7 +91,7 @@ def require_completed(job: Job) -> None:
 
 
 def content(request: Request, job: Job, variant: str, *, download: bool) -> Response:
-    """A file of a finished job; ranges of it where they are asked for.
+    """Return a file of a completed job, or ranges of it.
 
     Raises:
         ApiError: the job isn't finished, or has no such file.
@@ -106,10 +106,10 @@ def content(request: Request, job: Job, variant: str, *, download: bool) -> Resp
 
 
 def preview(request: Request, job: Job) -> Response:
-    """How a job looks while it forms.
+    """Return the latest preview of a running job.
 
     Raises:
-        ApiError: nothing of it can be seen.
+        ApiError: there is none.
     """
     found = service_of(request).scheduler.preview(job)
     if found is None:
@@ -119,7 +119,7 @@ def preview(request: Request, job: Job) -> Response:
 
 
 def event_stream(service: Service, owner: str, job: Job | None) -> StreamingResponse:
-    """An owner's events, or those of one job, beginning with how all that isn't done stands."""
+    """Stream an owner's events or those of one job, beginning with the state of all unfinished."""
     return StreamingResponse(_lines(service, owner, job), media_type="text/event-stream",
                              headers={"X-Accel-Buffering": "no"})
 
@@ -139,7 +139,7 @@ async def _lines(service: Service, owner: str, job: Job | None) -> AsyncIterator
 
 
 def _now(service: Service, owner: str, job: Job | None) -> list[Event]:
-    """How a job stands, or each of an owner's that isn't finished."""
+    """Return the state of a job, or of each unfinished job of an owner."""
     if job is None:
         jobs = [each for each in service.jobs.waiting() if each.owner == owner]
     elif (now := service.jobs.get(job.id)) is not None:

@@ -42,7 +42,7 @@ from vidgen.server.settings import Settings
 STUDIO = Path(__file__).parent / "studio"
 _CODES = {404: "not_found", 405: "method_not_allowed", 416: "range_not_satisfiable"}
 SPARE_CONNECTIONS = 100
-"""Beyond those of requests that are answered: idle ones, and those that are told to come again."""
+"""Beyond those of requests that are answered: idle ones, and those that are refused."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName",
                                                      "color_message"}
@@ -54,7 +54,7 @@ def serve(settings: Settings, on_ready: Callable[[str], None]) -> None:
 
     Args:
         settings: of the service.
-        on_ready: told the address when requests are answered.
+        on_ready: called with the address when requests are answered.
 
     Raises:
         InputError: the address can't be had, or is open to others while there are no keys; or all
@@ -88,7 +88,7 @@ def _require_keys(settings: Settings) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn whose first signal lets the running job finish or be put by before it closes."""
+    """Uvicorn whose first signal lets the running job finish, or pauses it, before it closes."""
 
     def __init__(self, service: Service, url: str, on_ready: Callable[[str], None]) -> None:
         super().__init__(uvicorn.Config(
@@ -134,11 +134,7 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def _hold(data: Path) -> Iterator[TextIO]:
-    """The folder for one service alone.
-
-    Raises:
-        OutputError: another one works in it, or it can't be made.
-    """
+    """Lock the folder for one service alone."""
     try:
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = (data / "lock").open("w")
@@ -155,11 +151,6 @@ def _hold(data: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def _bound(settings: Settings) -> Iterator[socket.socket]:
-    """A socket that listens.
-
-    Raises:
-        InputError: the address is none, or taken.
-    """
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
         family, kind, proto, _, address = found[0]
@@ -177,7 +168,7 @@ def _bound(settings: Settings) -> Iterator[socket.socket]:
 
 
 def make_app(service: Service) -> App:
-    """The whole application around a service."""
+    """Return the whole application around a service."""
     app = FastAPI(title="vidgen", version=__version__, docs_url=None, redoc_url=None)
     app.state.service = service
     app.add_exception_handler(ApiError, _answer_api_error)
@@ -193,7 +184,7 @@ def make_app(service: Service) -> App:
 
 
 def _add_page(app: FastAPI) -> None:
-    """The page, where its files are there."""
+    """Serve the page, if its files exist."""
     if (STUDIO / "index.html").is_file():
         app.mount("/studio", StaticFiles(directory=STUDIO))
 
@@ -251,7 +242,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a record; what was given as `extra` becomes a field."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """A record as a line."""
+        """Return a record as a line."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             + f".{int(record.msecs):03}Z",

@@ -26,15 +26,15 @@ from vidgen.server.types import Upload
 
 MAX_FIELDS, MAX_FIELD_BYTES = 100, 1 << 20
 PATIENCE_S = 60.0
-"""For the next bytes of a body."""
+"""Time to wait for the next bytes of a body."""
 _BRACKETS = re.compile(r"([^\[\]]+)(\[\])?(?:\[([^\[\]]+)\])?")
 
 
 async def read_body(request: Request, uploads: Path) -> dict[str, Any]:
-    """Fields of a request by name; files are `Upload`s in a folder that the caller removes.
+    """Return a request's fields by name; files are `Upload`s in a folder that the caller removes.
 
     Raises:
-        ApiError: what can't be read.
+        ApiError: a body that can't be read.
         OutputError: the disk is full.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
@@ -108,7 +108,10 @@ class _Part:
 
 
 class _Form:
-    """Takes in a multipart body piece by piece."""
+    """A multipart body, parsed piece by piece.
+
+    Starlette's own parser neither notices a body that is cut off nor text that is no UTF-8.
+    """
 
     def __init__(self, boundary: bytes, uploads: Path) -> None:
         self._uploads, self._is_whole = uploads, False
@@ -202,7 +205,7 @@ def _text(content: bytes, what: str) -> str:
 
 
 def _nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Fields whose names say where they belong: `video[id]`, `lora[]` and `lora[][name]`."""
+    """Nest fields by their names: `video[id]`, `lora[]` and `lora[][name]`."""
     fields: dict[str, Any] = {}
     for name, value in pairs:
         match = _BRACKETS.fullmatch(name)
@@ -221,7 +224,7 @@ def _nested(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _place(fields: dict[str, Any], name: str, is_list: bool, key: str | None, value: Any) -> bool:
-    """Put a value where it belongs; False where something else stands there.
+    """Put a value in its place; False if the place is taken.
 
     A list's objects come field by field, of all of them at a time or one by one: `lora[][name]`
     belongs to the first that has no name yet.
@@ -255,7 +258,7 @@ def _place(fields: dict[str, Any], name: str, is_list: bool, key: str | None, va
 
 
 def write_upload(content: bytes, uploads: Path) -> Upload:
-    """Content that came in another way as an upload without a name."""
+    """Write content that came in another way as an upload without a name."""
     path = uploads / secrets.token_hex(8)
     try:
         path.write_bytes(content)

@@ -1,7 +1,7 @@
-"""The process that judges requests before they are queued: decodes what came in, settles plans.
+"""The process that checks requests before they are queued: it decodes files and makes plans.
 
-It holds no weights. Questions, each with an `id`, and what is answered to them:
-    {"ask": "model"}                    what the model can do
+It holds no weights. Questions, each with an `id`, and their answers:
+    {"ask": "model"}                    the model's abilities
     {"ask": "clip", "folder", "spec"}   the clip's plan
     {"ask": "film", "path", "draft"}    the film's plan
 An answer is {"event": "answer", "id", "result"}, or {"event": "answer", "id", "code", "text"}.
@@ -30,14 +30,10 @@ log = logging.getLogger(__name__)
 
 
 class Checker:
-    """Answers questions about one model.
-
-    Args:
-        model: its name or folder.
-        limits: what may be asked.
+    """Answers questions about one model, within limits.
 
     Raises:
-        ModelError: it can't be opened, or is another family's.
+        ModelError: it can't be opened, or runs through diffusers.
     """
 
     def __init__(self, model: str, limits: Limits) -> None:
@@ -52,7 +48,7 @@ class Checker:
         self.dtype = best_dtype(self.device)
 
     def model(self) -> dict[str, Any]:
-        """What the model can do."""
+        """Return the model's abilities."""
         from vidgen.pipeline.tasks import SOUND
 
         known = self.folder.defaults
@@ -70,10 +66,10 @@ class Checker:
         }
 
     def clip(self, folder: str, spec: dict[str, Any]) -> dict[str, Any]:
-        """A clip's plan: width, height, num_frames, fps, num_steps, seconds, expected_s.
+        """Return a clip's plan: width, height, num_frames, fps, num_steps, seconds, expected_s.
 
         Raises:
-            InputError: what can't be made or read, or is more than may be asked.
+            InputError: a request that can't be made, a bad file, or more than the limits.
         """
         from vidgen.pipeline.plan import settle
         from vidgen.pipeline.setups import choose
@@ -98,10 +94,10 @@ class Checker:
         }
 
     def film(self, path: str, draft: bool) -> dict[str, Any]:
-        """A film's plan: shots, width, height, fps, seconds, expected_s, script, notes.
+        """Return a film's plan: shots, width, height, fps, seconds, expected_s, script, notes.
 
         Raises:
-            InputError: what can't be made or read, or is more than may be asked.
+            InputError: a film that can't be made, a bad file, or more than the limits.
         """
         from vidgen.server.film_making import plan_confined, planned_shots, script_data
         from vidgen.server.layout import FILM
@@ -138,7 +134,7 @@ class Checker:
         }
 
     def _check_files(self, folder: Path, options: dict[str, Any]) -> None:
-        """Judge what came in by its head alone, before anything of it is decoded."""
+        """Check files by their heads alone, before anything is decoded."""
         from vidgen.core.request import NO_AUDIO, OWN_AUDIO
 
         for name in ("image", "last_image", "mask"):
@@ -149,7 +145,7 @@ class Checker:
                 self._check_streams(name, folder / options[name])
 
     def _check_beside(self, script: Path) -> None:
-        """Judge what came with a script in the same way."""
+        """Check the files that came with a script in the same way."""
         for path in sorted(script.parent.iterdir()):
             if path.stem == script.stem or is_font(path):
                 continue

@@ -1,8 +1,8 @@
 """Errors as clients read them: OpenAI's envelope with the right status.
 
-    {"error": {"message": "...", "type": "...", "param": "seconds", "code": "invalid_request"}}
+No traceback of ours ever goes out.
 
-No trace of ours ever goes out.
+    {"error": {"message": "...", "type": "...", "param": "seconds", "code": "invalid_request"}}
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ApiError(Exception):
         status: of HTTP.
         code: one word for programs.
         message: for people.
-        param: the field that is meant, or None.
+        param: the field that caused it, or None.
         headers: of the answer.
     """
 
@@ -44,7 +44,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The envelope."""
+        """Return the envelope."""
         kind = _TYPES.get(self.status) or (
             "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param,
@@ -52,7 +52,7 @@ class ApiError(Exception):
 
 
 def from_vidgen(error: VidgenError) -> ApiError:
-    """An error of ours as an answer."""
+    """Return an error of ours as an answer."""
     text = str(error)
     match error:
         case Conflict():
@@ -71,11 +71,11 @@ def from_vidgen(error: VidgenError) -> ApiError:
 def from_validation(
     error: ValidationError, known: Mapping[str | None, Iterable[str]]
 ) -> ApiError:
-    """The first field that doesn't fit, as an answer.
+    """Return the first invalid field as an answer.
 
     Args:
         error: of pydantic.
-        known: fields that there are within each field that has such; under None those of the body.
+        known: the fields within each field that has some; under None those of the body.
     """
     first = error.errors(include_url=False, include_context=False)[0]
     place = [str(part) for part in first["loc"]]
@@ -96,7 +96,7 @@ def from_validation(
 
 
 def param_of(text: str) -> str | None:
-    """The field that a message begins with, if it is one."""
+    """Return the field that a message begins with, if any."""
     if text.startswith("audio is 'generate'"):
         return "generate_sound"
     match = _PARAM.match(text)

@@ -1,7 +1,7 @@
 """Inputs from addresses: only where the service is told to, and never from inside the network.
 
-A name is resolved once, every address that it has is judged, and the connection goes to one that
-was judged; so is each redirect.
+A name is resolved once, every address that it has is checked, and the connection goes to one that
+was checked; redirects are followed in the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Allowed = Callable[[str], bool]
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet."""
+    """Return whether an IP address is one of the open internet."""
     found = ipaddress.ip_address(address)
     if isinstance(found, ipaddress.IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour
@@ -37,15 +37,10 @@ def is_public(address: str) -> bool:
 
 
 def fetch(url: str, max_bytes: int, *, allowed: Allowed = is_public) -> bytes:
-    """What lies at an address.
-
-    Args:
-        url: http or https.
-        max_bytes: of it.
-        allowed: judges IP addresses.
+    """Return the content at an address, up to `max_bytes`; `allowed` checks IP addresses.
 
     Raises:
-        InputError: it can't be had, is too large, or lies where the service doesn't look.
+        InputError: it can't be read, is too large, or isn't allowed.
     """
     until = time.monotonic() + WHOLE_S
     for _ in range(MAX_REDIRECTS + 1):
@@ -57,7 +52,7 @@ def fetch(url: str, max_bytes: int, *, allowed: Allowed = is_public) -> bytes:
 
 
 def _get(url: str, max_bytes: int, allowed: Allowed, until: float) -> tuple[bytes, str | None]:
-    """The content, or where it leads on to."""
+    """Return the content, or the address of a redirect."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -103,7 +98,7 @@ def _cut(raw: socket.socket) -> None:
 
 
 def _connect(scheme: str, host: str, port: int, allowed: Allowed) -> http.client.HTTPConnection:
-    """A connection to an address that was judged, under the host's own name."""
+    """Connect to an address that is allowed, under the host's own name."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:

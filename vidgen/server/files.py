@@ -26,13 +26,13 @@ _RANGE = re.compile(r"([0-9]{1,18})-([0-9]{1,18})?|-[0-9]{1,18}")
 
 
 class JobFile(FileResponse):
-    """A file, or ranges of it; what can't be had is refused in the usual envelope.
+    """An existing file, or ranges of it; refusals come in the usual envelope.
 
     Args:
-        path: of the file, which is there.
-        media_type: of it.
-        name: that it is kept under.
-        download: whether a browser is to keep it rather than show it.
+        path: of the file.
+        media_type: of the file.
+        name: under which a browser keeps it.
+        download: whether a browser keeps it rather than shows it.
     """
 
     def __init__(self, path: Path, media_type: str, name: str, *, download: bool = False) -> None:
@@ -43,7 +43,7 @@ class JobFile(FileResponse):
         """Send it.
 
         Raises:
-            ApiError: the file isn't as the client wants it, or the range can't be had.
+            ApiError: a condition isn't met, or the file has no such range.
         """
         asked = Headers(scope=scope)
         self._require_as_known(asked)
@@ -63,7 +63,7 @@ class JobFile(FileResponse):
         await super().__call__(scope, receive, send_unless_refused)
 
     def _require_as_known(self, asked: Headers) -> None:
-        """Refuse a request that is for another state of the file."""
+        """Refuse a request for another state of the file."""
         tags, name = _tags(asked, "if-match"), "If-Match"
         if tags is not None:
             is_known = bool({"*", self.headers["etag"]} & set(tags))
@@ -76,7 +76,7 @@ class JobFile(FileResponse):
                            "it", name)
 
     def _is_kept_by(self, asked: Headers) -> bool:
-        """Whether the client has the file as it is."""
+        """Return whether the client's copy is the same."""
         tags = _tags(asked, "if-none-match")
         if tags is not None:
             return bool({"*", self.headers["etag"]} & {tag.removeprefix("W/") for tag in tags})
@@ -85,12 +85,12 @@ class JobFile(FileResponse):
 
     @property
     def _changed_s(self) -> float:
-        """When the file was written, as exactly as clients are told."""
+        """Time of the last change, as exactly as clients are told."""
         return parsedate_to_datetime(self.headers["last-modified"]).timestamp()
 
 
 def _tags(asked: Headers, name: str) -> list[str] | None:
-    """The entity tags of a header, or "*"; None where it isn't there."""
+    """Return the entity tags of a header, or "*"; None without the header."""
     given = asked.getlist(name)
     if not given:
         return None
@@ -98,7 +98,7 @@ def _tags(asked: Headers, name: str) -> list[str] | None:
 
 
 def _time_s(text: str | None) -> float | None:
-    """A header's date in Unix seconds; None where there is none, or it is no date."""
+    """Return a header's date in Unix seconds; None without one, or if it is no date."""
     try:
         return None if text is None else parsedate_to_datetime(text).timestamp()
     except (ValueError, OverflowError, OSError):
@@ -106,7 +106,7 @@ def _time_s(text: str | None) -> float | None:
 
 
 def _are_ranges(text: str) -> bool:
-    """Whether a Range header is one of bytes that says what it should; others count for nothing."""
+    """Return whether a Range header is a valid one of bytes; others are ignored."""
     unit, _, given = text.partition("=")
     ranges = [_RANGE.fullmatch(each.strip()) for each in given.split(",")]
     return unit.strip().lower() == "bytes" and all(

@@ -1,6 +1,6 @@
 """One film of the queue: its script read and confined, its shots rendered, put together.
 
-What a script names lies beside it, and nowhere else. Where files lie is told in `layout.py`.
+A script names files in its own folder alone. `layout.py` says where files lie.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
 
 LISTS = (".txt",)
 _TOLD = re.compile(r"shot [\w-]+(?:, \d+ of \d+|: of \d+ takes .*)")
-"""Notes of what progress and the shots tell, too."""
+"""Notes that repeat progress and shots."""
 
 
 def read_confined(path: Path, model: str) -> Script:
     """Read a script that names no file outside its own folder, and no other model.
 
     Raises:
-        InputError: it does, or is no script.
+        InputError: it names one, or is no script.
     """
     if path.suffix not in LISTS:  # before the files are looked for: whether they exist is told
         raw = load_yaml(path, "script")
@@ -71,7 +71,7 @@ def read_confined(path: Path, model: str) -> Script:
 
 
 def _named_files(value: Any) -> Iterator[Path]:
-    """Every file that a script may name, wherever it stands."""
+    """Yield every file that a script names."""
     if isinstance(value, Path):
         yield value
     elif is_dataclass(value) and not isinstance(value, type):
@@ -79,8 +79,9 @@ def _named_files(value: Any) -> Iterator[Path]:
             inner = getattr(value, each.name)
             if each.name == "lora":
                 yield from (parse_option(text).path for text in inner)
-            elif each.name == "voice" and isinstance(inner, str) and _is_path(inner):
-                yield Path(inner)
+            elif each.name == "voice" and isinstance(inner, str):
+                if "/" in inner or "\\" in inner or inner.endswith(".pt"):
+                    yield Path(inner)
             elif each.name == "text" and isinstance(inner, str) and inner.startswith(OWN_FILE):
                 yield Path(inner.removeprefix(OWN_FILE))
             else:
@@ -93,10 +94,6 @@ def _named_files(value: Any) -> Iterator[Path]:
             yield from _named_files(inner)
 
 
-def _is_path(text: str) -> bool:
-    return "/" in text or "\\" in text or text.endswith(".pt")
-
-
 def _require_inside(folder: Path, file: Path) -> None:
     inside = (folder / file).resolve().is_relative_to(folder.resolve())
     if file.is_absolute() or not inside or str(file) in ("", "."):
@@ -105,10 +102,10 @@ def _require_inside(folder: Path, file: Path) -> None:
 
 
 def plan_confined(path: Path, folder: ModelFolder, *, draft: bool, dtype: str | None) -> FilmPlan:
-    """A film's plan by its confined script.
+    """Plan a film by its confined script.
 
     Raises:
-        InputError: what can't be made, with line and shot.
+        InputError: a shot that can't be made, with its line.
     """
     film = plan_film(read_confined(path, folder.name), folder, draft=draft, dtype=dtype)
     if not film.in_film:
@@ -118,7 +115,7 @@ def plan_confined(path: Path, folder: ModelFolder, *, draft: bool, dtype: str | 
 
 
 def script_data(script: Script) -> dict[str, Any]:
-    """A script as it was written, as JSON data that makes the same film."""
+    """Return a script as it was written, as JSON data that makes the same film."""
     if script.path.suffix in LISTS:
         return {"shots": [{"id": shot.id, "prompt": shot.prompt[0].prompt}
                           for shot in script.shots]}
@@ -132,7 +129,7 @@ class FilmMaker:
 
     Args:
         engine: opened.
-        tell: as of `Maker`; told besides of each shot that is there.
+        tell: as of `Maker`; called with each finished shot, too.
     """
 
     def __init__(self, engine: Engine, tell: OnEvent) -> None:
@@ -142,7 +139,7 @@ class FilmMaker:
     def make(
         self, folder: Path, spec: dict[str, Any], on_preview: OnPreview
     ) -> dict[str, Any]:
-        """Make a film, or go on with it, and tell its facts.
+        """Make a film, or go on with it, and return its facts.
 
         Args:
             folder: of the job.
@@ -150,7 +147,7 @@ class FilmMaker:
             on_preview: as in `Engine.generate`, of the shot at work.
 
         Raises:
-            InputError: what can't be made.
+            InputError: a film that can't be made.
             Cancelled: by `tell`.
         """
         self._watch, start = Stopwatch(), time.monotonic()
@@ -183,7 +180,7 @@ class FilmMaker:
     def _shots(
         self, store: Store, folder: Path, on_preview: OnPreview
     ) -> Iterator[RenderedShot]:
-        """Render what isn't there, and have each shot under its id with a thumbnail."""
+        """Render missing shots, and link each under its id with a thumbnail."""
         renderer = Renderer(store, lambda: self.engine, self._on_event, on_preview=on_preview)
         (folder / SHOTS).mkdir(exist_ok=True)
         for each in renderer.render(list(store.film.shots.values())):
@@ -196,7 +193,7 @@ class FilmMaker:
 
     @staticmethod
     def _show(path: Path, shown: Path, shot: RenderedShot) -> None:
-        """Have a shot, or a take of it, under a name that clients know, with a thumbnail."""
+        """Link a shot, or a take of it, under a name that clients know, with a thumbnail."""
         thumbnail = shown.with_suffix(".webp")
         if shot.made or not thumbnail.is_file():
             link(path, shown)
@@ -226,14 +223,14 @@ class FilmMaker:
 
 
 def shot_facts(each: RenderedShot) -> dict[str, Any]:
-    """What is told of a shot that is there."""
+    """Return the facts of a finished shot for clients."""
     data = each.as_data()
     kept = ("id", "num_frames", "duration_s", "seed", "made", "checks", "choice")
     return {name: data[name] for name in kept}
 
 
 def planned_shots(film: FilmPlan) -> list[dict[str, Any]]:
-    """What is told of a film's shots before they are made."""
+    """Return the facts of a film's shots before they are made."""
     return [
         {"id": plan.shot.id, "prompt": [dump(each) for each in plan.shot.prompt],
          "num_frames": plan.num_frames, "seconds": float(plan.num_frames / film.fps),

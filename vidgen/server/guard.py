@@ -1,7 +1,4 @@
-"""What every request passes on its way in and out: where it comes from, how large it is, headers.
-
-An ASGI layer around the whole application, so nothing gets past it.
-"""
+"""An ASGI layer around the whole application: checks of origin and size, headers, logs, counts."""
 
 from __future__ import annotations
 
@@ -39,17 +36,12 @@ _METHODS = ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _PROBES = ("/health", "/ready", "/metrics")
 MAX_REQUESTS = 500
-"""Under way at a time; more are told to come again. Probes are always answered."""
+"""Under way at a time; more are refused. Probes are always answered."""
 log = logging.getLogger(__name__)
 
 
 class Guard:
-    """Wraps an application.
-
-    Args:
-        app: what is wrapped.
-        service: whose settings count.
-    """
+    """Wraps an application; the service's settings count."""
 
     def __init__(self, app: App, service: Service) -> None:
         self._app, self._service = app, service
@@ -80,7 +72,7 @@ class Guard:
 
 
 class _Passage:
-    """One request on its way through."""
+    """One request and its answer."""
 
     def __init__(self, service: Service, scope: Scope, receive: Receive, send: Send) -> None:
         self._service, self._scope, self._receive, self._send = service, scope, receive, send
@@ -93,11 +85,7 @@ class _Passage:
             self._headers.setdefault(name, value)
 
     def check(self) -> None:
-        """Refuse what other pages or other names lead here, and what is too large from the start.
-
-        Raises:
-            ApiError: it is refused.
-        """
+        """Refuse requests of other pages or to other names, and those that announce too much."""
         host = self._headers.get(b"host", b"").decode("latin-1")
         name = _name_of(host)
         if self._service.settings.is_loopback and name not in LOOPBACK:
@@ -115,7 +103,7 @@ class _Passage:
         self._check_size(announced)
 
     async def receive(self) -> MutableMapping[str, Any]:
-        """Hand the body's next piece on, as long as it isn't too large."""
+        """Pass on the body's next piece, as long as the body isn't too large."""
         message = await self._receive()
         if message["type"] == "http.request":
             self._taken += len(message.get("body", b""))
@@ -123,7 +111,7 @@ class _Passage:
         return message
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Hand the answer on, with the headers that all answers have."""
+        """Pass on the answer, with the headers of all answers."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
             names = {name.lower() for name, _ in message["headers"]}
@@ -138,14 +126,14 @@ class _Passage:
         await self._send(message)
 
     async def answer(self, error: ApiError) -> None:
-        """Answer with an error, where no answer was begun."""
+        """Answer with an error, unless an answer was begun."""
         self._service.metrics.refused.labels(error.code).inc()
         if self._status == 0:
             response = JSONResponse(error.body(), error.status, headers=error.headers)
             await response(self._scope, self.receive, self.send)
 
     def end(self) -> None:
-        """Let its owner's next one in, count and log it."""
+        """Let its owner's next request in; count and log this one."""
         method, owner = self._scope["method"], self._scope["state"].get("owner")
         if owner is not None:
             self._service.crowd.leave(owner)
@@ -163,7 +151,7 @@ class _Passage:
                                              "a smaller one", headers={"Connection": "close"})
 
     def _route(self) -> str:
-        """The pattern that the path follows, so that ids don't make a series each."""
+        """Return the route's pattern, so that ids don't make a series each."""
         route = self._scope.get("route")
         return getattr(route, "path", "none")
 
@@ -173,7 +161,7 @@ class _Passage:
 
 
 def _name_of(host: str) -> str:
-    """A Host header without its port."""
+    """Return a Host header without its port."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0].lower()

@@ -1,4 +1,4 @@
-"""Who listens to which jobs: events out of any thread to the streams of the event loop."""
+"""Events of jobs, from any thread to the streams of the event loop."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MAX_WAITING = 200
-"""Events that a slow listener may lie behind; then those that pass are left out for it."""
+"""Events that may wait for a slow listener; above that, passing ones are left out."""
 PASSING = ("queue", "progress", "preview")
-"""Events that the next one of their kind makes up for."""
+"""Events that the next one of their kind replaces."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Event:
     Attributes:
         name: status, queue, progress, preview or deleted.
         job: its id.
-        owner: whose it is.
+        owner: the job's owner.
         data: JSON data.
         is_last: whether nothing follows.
     """
@@ -44,7 +44,7 @@ class Listener:
     events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
 
     def offer(self, event: Event | None) -> None:
-        """Take an event in; None ends the stream."""
+        """Queue an event; None ends the stream."""
         is_passing = event is not None and event.name in PASSING
         if is_passing and self.events.qsize() > MAX_WAITING:
             return
@@ -52,7 +52,7 @@ class Listener:
 
 
 class Hub:
-    """Hands events to those who listen."""
+    """Passes events to their listeners."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,7 +65,7 @@ class Hub:
         return bool(self._listeners)
 
     def publish(self, event: Event) -> None:
-        """Tell an event to its listeners, from any thread."""
+        """Pass an event to its listeners, from any thread."""
         with self._lock:
             found = [each for each in self._listeners
                      if each.owner == event.owner and each.job in (None, event.job)]
@@ -81,7 +81,7 @@ class Hub:
             self._offer(each, None)
 
     def listen(self, owner: str, job: str | None) -> Listener:
-        """Hear of an owner's jobs, or one of them, from now on; `stream` takes the events out."""
+        """Listen to an owner's jobs, or one of them, from now on; `stream` yields the events."""
         listener = Listener(owner, job, asyncio.get_running_loop())
         with self._lock:
             self._listeners.add(listener)
@@ -95,7 +95,7 @@ class Hub:
             self._listeners.discard(listener)
 
     async def stream(self, listener: Listener, ping_s: float) -> AsyncIterator[Event | None]:
-        """Events as they come; None whenever nothing came for a while. Ends behind the last."""
+        """Yield events as they come, and None whenever none came for a while, up to the last."""
         try:
             while True:
                 try:

@@ -1,7 +1,7 @@
-"""A process of our own that is spoken to in JSON lines: both ends of the line.
+"""Both ends of a child process that speaks JSON lines.
 
-What crashes, hangs or eats memory does so there, and the process that answers HTTP goes on. The
-child leaves as soon as its parent is gone, however that ended.
+Crashes, hangs and memory stay in the child, and the process that answers HTTP goes on. The child
+leaves as soon as its parent is gone, however that ended.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 
 class Child:
-    """The parent's end: starts the process and hears of it.
+    """The parent's end: starts the process and reads its messages.
 
     Args:
         module: that the process runs; it speaks through `Parent`.
-        arguments: of it.
-        on_message: told of each message, from a thread of its own.
-        on_exit: told once why the process left, behind its last message.
+        arguments: of the module.
+        on_message: called with each message, from a thread of its own.
+        on_exit: called once with why the process left, after its last message.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Child:
         self._reader.start()
 
     def send(self, message: Message) -> None:
-        """Say something; a process that has left doesn't hear it, which `on_exit` tells."""
+        """Send a message; one to a process that has left is lost."""
         with self._lock, suppress(OSError, ValueError):
             _pipe(self.process.stdin).write(json.dumps(message).encode() + b"\n")
             _pipe(self.process.stdin).flush()
 
     def leave(self, patience_s: float) -> None:
-        """Let it end by itself; after a while have it gone."""
+        """Let it end by itself; kill it after a while."""
         with self._lock, suppress(OSError):
             _pipe(self.process.stdin).close()
         with suppress(subprocess.TimeoutExpired):
@@ -68,7 +68,7 @@ class Child:
         self._reader.join()
 
     def kill(self) -> None:
-        """Have it gone now."""
+        """Kill it."""
         self.process.kill()
         self.process.wait()
 
@@ -112,7 +112,7 @@ class Parent:
     """The child's end; nothing but messages goes to the real stdout from here on.
 
     Args:
-        on_message: told of each message, from a thread of its own.
+        on_message: called with each message, from a thread of its own.
     """
 
     def __init__(self, on_message: Callable[[Message], None]) -> None:
@@ -124,7 +124,7 @@ class Parent:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def tell(self, message: Message) -> None:
-        """Say something to the parent; without one, leave."""
+        """Send a message to the parent; leave if it is gone."""
         try:
             with self._lock:
                 self._out.write(json.dumps(message).encode() + b"\n")
@@ -144,19 +144,14 @@ class Parent:
 
 
 class TellingHandler(logging.Handler):
-    """Sends log records to the parent.
-
-    Args:
-        parent: whom to tell.
-        job: the job at work, or None.
-    """
+    """Sends log records to the parent, with the job at work."""
 
     def __init__(self, parent: Parent, job: Callable[[], str | None]) -> None:
         super().__init__(logging.INFO)
         self._parent, self._job = parent, job
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Send one."""
+        """Send a record."""
         trace = record.exc_info and logging.Formatter().formatException(record.exc_info)
         self._parent.tell({"event": "log", "level": record.levelname, "job": self._job(),
                            "logger": record.name, "text": record.getMessage(), "trace": trace})

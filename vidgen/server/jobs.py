@@ -1,4 +1,4 @@
-"""The queue: every job from its acceptance to its removal, on disk before anybody is told of it.
+"""The queue: every job from its acceptance to its removal, on disk before it is acknowledged.
 
 A job is `queued` until a process works on it, then `in_progress`, then `completed` or `failed`.
 Each change is one transaction of SQLite in WAL mode with full syncs, together with its line in the
@@ -27,7 +27,7 @@ from vidgen.server.types import Conflict, Full, Job, Kind, NewJob, new_id
 
 SCHEMA_VERSION = 1
 RETRY_WINDOW_S = 3600.0
-"""How long a client's retry is known as one."""
+"""Time in which a client's retry is recognised."""
 _DELETED = "deleted"
 _FULL = "full"
 
@@ -73,25 +73,18 @@ _JSON = ("ask", "spec", "result")
 
 
 class ServiceClock:
-    """Unix seconds that neither jump nor run backwards while the service runs.
-
-    Args:
-        not_before: the last time that an earlier run wrote down.
-    """
+    """Unix seconds that neither jump nor run back, after `not_before`, an earlier run's last."""
 
     def __init__(self, not_before: float = 0.0) -> None:
         self._start_s, self._began = max(time.time(), not_before), time.monotonic()
 
     def __call__(self) -> float:
-        """The time now."""
+        """Return the time now."""
         return self._start_s + time.monotonic() - self._began
 
 
 class Jobs:
-    """The queue in its file; may be used by several threads.
-
-    Args:
-        path: of the file, which is made if it isn't there.
+    """The queue in its file, which is made if it doesn't exist; for several threads.
 
     Raises:
         InputError: it is no queue of this version.
@@ -118,26 +111,26 @@ class Jobs:
         self.clock = ServiceClock(last or 0.0)
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         with self._lock:
             self._database.close()
 
     def add(self, new: NewJob, *, most: int | None = None, most_of_owner: int | None = None) -> (
         tuple[Job, bool]
     ):
-        """Queue a job, unless it is one that the client asked for before.
+        """Queue a job, unless the client asked for it before.
 
         Args:
-            new: what was asked.
-            most: unfinished jobs that may be there.
-            most_of_owner: of them, those of one key.
+            new: the job.
+            most: limit of unfinished jobs.
+            most_of_owner: the same for one key.
 
         Returns:
             The job, and whether it is new.
 
         Raises:
             Conflict: the idempotency key belongs to another request.
-            Full: too many wait.
+            Full: too many jobs are unfinished.
         """
         with self._transaction():
             known = self._known(new)
@@ -162,7 +155,7 @@ class Jobs:
             return self._get(job_id), True
 
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
-        """A job by its id; None where there is none, or it is another key's."""
+        """Return a job by its id; None if there is none, or it is another key's."""
         with self._lock:
             row = self._one("SELECT * FROM jobs WHERE id = ? AND status != ?", job_id, _DELETED)
         job = None if row is None else _job_of(row)
@@ -172,7 +165,7 @@ class Jobs:
         self, kind: Kind, owner: str, *, after: str | None = None, limit: int = 20,
         newest_first: bool = True,
     ) -> tuple[list[Job], bool]:
-        """Some of a key's jobs in order, and whether more follow.
+        """Return some of a key's jobs in order, and whether more follow.
 
         Raises:
             InputError: `after` is none of them.
@@ -195,20 +188,20 @@ class Jobs:
         return [_job_of(row) for row in rows[:limit]], len(rows) > limit
 
     def waiting(self) -> list[Job]:
-        """Unfinished jobs in the order in which they are made."""
+        """Return the unfinished jobs, in the queue's order."""
         with self._lock:
             rows = self._run("SELECT * FROM jobs WHERE status IN ('queued', 'in_progress') "
                              "ORDER BY number").fetchall()
         return [_job_of(row) for row in rows]
 
     def counts(self) -> dict[str, int]:
-        """How many jobs there are of each status."""
+        """Return the number of jobs of each status."""
         with self._lock:
             rows = self._run("SELECT status, COUNT(*) FROM jobs GROUP BY status").fetchall()
         return {status: count for status, count in rows if status != _DELETED}
 
     def claim(self) -> Job | None:
-        """Begin the job that waits longest; None where none does."""
+        """Begin the job that waits longest; None if none does."""
         with self._transaction():
             row = self._one("SELECT id, owner, attempt FROM jobs WHERE status = 'queued' "
                             "ORDER BY number LIMIT 1")
@@ -220,22 +213,13 @@ class Jobs:
             return self._get(row["id"])
 
     def put_back(self, job: Job, *, died: bool = False) -> None:
-        """Let a job that was begun wait again, in its old place.
-
-        Args:
-            job: as `claim` gave it.
-            died: whether the process went down with it.
-        """
+        """Queue a job of `claim` again, in its old place; `died` counts a crash of its process."""
         with self._transaction():
             self._run("UPDATE jobs SET status = 'queued', deaths = deaths + ? WHERE id = ? AND "
                       "attempt = ? AND status = 'in_progress'", int(died), job.id, job.attempt)
 
     def recover(self) -> list[str]:
-        """At a start: jobs that an earlier process worked on wait again.
-
-        Returns:
-            Ids of jobs that are deleted, of which files may be left.
-        """
+        """Queue jobs of an earlier process again; return ids of deleted jobs with files left."""
         with self._transaction():
             self._run("UPDATE jobs SET status = 'queued' WHERE status = 'in_progress'")
             rows = self._run("SELECT id FROM jobs WHERE status = ?", _DELETED).fetchall()
@@ -245,17 +229,17 @@ class Jobs:
         self, job: Job, *, result: Mapping[str, Any], num_bytes: int, keep_s: float,
         error: tuple[str, str] | None = None,
     ) -> bool:
-        """A job's end.
+        """Finish a job.
 
         Args:
-            job: as `claim` or `get` gave it.
-            result: facts.
-            num_bytes: that it takes on disk.
-            keep_s: how long it is kept.
-            error: (code, message) where it failed.
+            job: of `claim` or `get`.
+            result: its facts.
+            num_bytes: on disk.
+            keep_s: seconds for which it is kept.
+            error: (code, message) if it failed.
 
         Returns:
-            Whether it counts: False where the job was finished, deleted or begun anew meanwhile.
+            False if the job was finished, deleted or begun again meanwhile.
         """
         now = self.clock()
         code, message = error or (None, None)
@@ -274,7 +258,7 @@ class Jobs:
             return done
 
     def delete(self, job: Job, reason: str = "deleted") -> bool:
-        """Take a job out of sight; `purge` follows once its files are gone."""
+        """Hide a job; `purge` follows once its files are removed."""
         with self._transaction():
             done = self._run("UPDATE jobs SET status = ?, idempotency_key = NULL WHERE id = ? AND "
                              "status != ?", _DELETED, job.id, _DELETED).rowcount == 1
@@ -288,11 +272,11 @@ class Jobs:
             self._run("DELETE FROM jobs WHERE id = ? AND status = ?", job_id, _DELETED)
 
     def outdated(self, quota_bytes: int, key_quota_bytes: int | None = None) -> list[str]:
-        """Ids of finished jobs that are to go: past their time, or the oldest above a quota.
+        """Return ids of finished jobs past their time, or the oldest above a quota.
 
         Args:
-            quota_bytes: that all may take.
-            key_quota_bytes: that those of one key may take; None: no less than all.
+            quota_bytes: of all jobs.
+            key_quota_bytes: of the jobs of one key; None: no less than all.
         """
         with self._lock:
             rows = self._run("SELECT id, owner, expires_at, num_bytes FROM jobs WHERE status IN "
@@ -309,7 +293,7 @@ class Jobs:
         return gone
 
     def audit(self, owner: str | None = None, limit: int | None = None) -> list[dict[str, Any]]:
-        """Lines of the audit log, the newest first: time, owner, action, job, detail."""
+        """Return lines of the audit log, the newest first: time, owner, action, job, detail."""
         where, args = ("", ()) if owner is None else ("WHERE owner = ?", (owner,))
         with self._lock:
             rows = self._run(f"SELECT time, owner, action, job, detail FROM audit {where} "
@@ -317,7 +301,7 @@ class Jobs:
         return [{**dict(row), "detail": json.loads(row["detail"])} for row in rows]
 
     def _known(self, new: NewJob) -> Job | None:
-        """The job that a request asks for once more, if it does."""
+        """Return the job that a request repeats, or None."""
         if new.idempotency_key is not None:
             row = self._one("SELECT * FROM jobs WHERE owner = ? AND idempotency_key = ?",
                             new.owner, new.idempotency_key)
@@ -349,11 +333,7 @@ class Jobs:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """All or nothing, one at a time.
-
-        Raises:
-            OutputError: the disk is full, or the file can't be written.
-        """
+        """Run a transaction; SQLite's errors, such as a full disk, are raised as OutputError."""
         with self._lock:
             try:
                 self._run("BEGIN IMMEDIATE")
@@ -372,6 +352,5 @@ _COLUMNS = [each.name for each in fields(Job)]
 
 
 def _job_of(row: sqlite3.Row) -> Job:
-    """A job from its row in the queue's table."""
     values = {name: row[name] for name in _COLUMNS}
     return Job(**values | {name: json.loads(values[name]) for name in _JSON})

@@ -1,4 +1,4 @@
-"""Questions to the process that judges requests, asked from any thread; see `checker.py`."""
+"""Questions to the process that checks requests, asked from any thread; see `checker.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Question:
-    """What was asked and isn't answered yet."""
+    """A question without an answer yet."""
 
     message: Message
     answer: Future[Message] = field(default_factory=Future)
@@ -31,11 +31,7 @@ class _Question:
 
 
 class Judge:
-    """Asks the checker, and starts it anew where it goes down.
-
-    Args:
-        settings: of the service.
-    """
+    """Asks the checker, and restarts it when it dies."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -47,7 +43,7 @@ class Judge:
         self._child = self._start()
 
     def model(self) -> dict[str, Any]:
-        """What the model can do.
+        """Return the model's abilities.
 
         Raises:
             ModelError: it can't be opened.
@@ -55,10 +51,10 @@ class Judge:
         return self._model.result(PATIENCE_S)
 
     def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
-        """An answer of the checker.
+        """Return the checker's answer.
 
         Raises:
-            Refusal: the request can't be made, or what came in brings the checker down.
+            Refusal: the request can't be made, or its files crash the checker.
             VidgenError: the checker failed for a reason of its own.
         """
         with self._lock:
@@ -83,7 +79,7 @@ class Judge:
         return result
 
     def close(self) -> None:
-        """Have the process gone."""
+        """End the process."""
         self._is_closed = True
         self._child.leave(1.0)
 
@@ -109,7 +105,7 @@ class Judge:
                 log.warning("%s", message["text"], extra={"trace": message["trace"]})
 
     def _gone(self, fate: str) -> None:
-        """Start anew and ask once more; what seems to bring each process down is refused."""
+        """Restart and ask again; a question that seems to crash each process is refused."""
         if not self._model.done():
             self._model.set_exception(VidgenError(f"the checks can't start: {fate}"))
         if self._is_closed or self._model.exception() is not None:
@@ -125,7 +121,7 @@ class Judge:
             child.send(asked.message)
 
     def _refuse_deadly(self) -> None:
-        """Blame the question at work, which is the first: they are answered in order."""
+        """Blame the first question, since they are answered in order."""
         if not self._open:
             return
         number, first = next(iter(self._open.items()))

@@ -1,4 +1,4 @@
-"""API keys: drawn here, kept as hashes, and how often each may ask.
+"""API keys, kept as hashes, and limits of each owner's requests.
 
 A key is 256 random bits, so one round of SHA-256 keeps it as safe as any slow hash would.
 """
@@ -27,11 +27,7 @@ _NAME = re.compile(r"[\w-]{1,64}")
 
 
 class Keys:
-    """The keys in their file, which may be changed while the service runs.
-
-    Args:
-        path: of the file; without one there are no keys.
-    """
+    """The keys in their file, which may be changed while the service runs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,11 +37,11 @@ class Keys:
 
     @property
     def are_used(self) -> bool:
-        """Whether keys were ever drawn here: revoking the last one must not let everybody in."""
+        """Whether keys were ever made: revoking the last one must not let everybody in."""
         return self.path.exists()
 
     def all(self) -> list[dict[str, Any]]:
-        """Each key's name, hash and time.
+        """Return each key's name, hash and time.
 
         Raises:
             InputError: the file is damaged.
@@ -68,10 +64,10 @@ class Keys:
             return list(self._known)
 
     def draw(self, name: str) -> str:
-        """A new key under a name; nobody can read it again.
+        """Make a key under a name, and return it; it can't be read again.
 
         Raises:
-            InputError: the name is taken, or none.
+            InputError: the name is taken, or not allowed.
         """
         if not _NAME.fullmatch(name) or name == LOCAL:
             raise InputError(f"{name!r} is no name for a key; give up to 64 letters, digits, _ and "
@@ -84,10 +80,10 @@ class Keys:
         return key
 
     def revoke(self, name: str) -> None:
-        """Let a key be worth nothing from now on.
+        """Remove a key.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: an unknown name.
         """
         known = self.all()
         left = [key for key in known if key["name"] != name]
@@ -97,7 +93,7 @@ class Keys:
         self._write(left)
 
     def owner(self, key: str) -> str | None:
-        """The name of a key; None where it is none."""
+        """Return the name of a key; None if it is unknown."""
         digest, found = _hash(key), None
         for known in self.all():  # all of them, so that the time tells nothing
             if hmac.compare_digest(known["sha256"], digest):
@@ -111,7 +107,7 @@ class Keys:
 
 
 class Pace:
-    """How often each owner may ask: a bucket that fills up steadily.
+    """Each owner's rate limit: a token bucket.
 
     Args:
         per_minute: requests in a minute, and at once.
@@ -124,7 +120,7 @@ class Pace:
         self._left: dict[str, tuple[float, float]] = {}
 
     def take(self, owner: str) -> float:
-        """Count a request; how many seconds it comes too early, 0 where it may pass."""
+        """Count a request; return the seconds that it comes too early, 0 if it may pass."""
         with self._lock:
             now = self._now()
             left, since = self._left.get(owner, (float(self._per_minute), now))
@@ -137,25 +133,21 @@ class Pace:
 
 
 class Crowd:
-    """How many requests of each owner are under way at a time.
-
-    Args:
-        most: of one owner.
-    """
+    """Each owner's requests under way, `most` at a time."""
 
     def __init__(self, most: int) -> None:
         self._most, self._lock = most, threading.Lock()
         self._inside: Counter[str] = Counter()
 
     def enter(self, owner: str) -> bool:
-        """Let a request in, if there is room for it; whoever is let in must `leave`."""
+        """Count a request if there is room for it; a counted one must `leave`."""
         with self._lock:
             has_room = self._inside[owner] < self._most
             self._inside[owner] += has_room
             return has_room
 
     def leave(self, owner: str) -> None:
-        """A request is over."""
+        """Count a request's end."""
         with self._lock:
             self._inside[owner] -= 1
             if not self._inside[owner]:

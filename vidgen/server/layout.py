@@ -48,7 +48,7 @@ _FONTS = (b"\0\1\0\0", b"OTTO", b"true")
 
 
 def link(source: Path, target: Path) -> None:
-    """The same file under another name, without its bytes twice where the disk can do that."""
+    """Link a file under another name, or copy it where the disk has no links."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -63,7 +63,7 @@ def lay_down(ask: FilmAsk, folder: Path) -> Path:
         The script.
 
     Raises:
-        InputError: a name that is none, or a file that isn't taken.
+        InputError: a bad name, or a file of a kind that isn't taken.
     """
     inputs = folder / INPUTS
     for upload in ask.files or ():
@@ -86,7 +86,7 @@ def lay_down(ask: FilmAsk, folder: Path) -> Path:
 
 
 def take_over(before: Path, folder: Path) -> None:
-    """Have an earlier film's shots and files in a new film's folder, but for those that it has."""
+    """Link an earlier film's shots and files into a new film's folder, but for those it has."""
     for name in (INPUTS, FILM_SHOTS):
         (folder / name).mkdir(exist_ok=True)
         for path in (before / name).glob("*"):
@@ -107,12 +107,12 @@ def _check_file(upload: Upload) -> None:
 
 
 def shot_file(folder: Path, shot: str, seed: int | None = None) -> Path:
-    """Where a film's shot lies, or the take of a seed where it has several."""
+    """Return the file of a film's shot, or of the take of a seed."""
     return folder / SHOTS / (f"{shot}.mp4" if seed is None else f"{shot}.{seed}.mp4")
 
 
 def content_of(folder: Path, kind: str, variant: str) -> tuple[Path, str] | None:
-    """Where a variant of what was made lies, and its type; None where there is no such variant."""
+    """Return the file of a variant and its type; None if there is no such variant."""
     files: dict[str, tuple[str, str]] = {
         "video": (FILM if kind == "film" else VIDEO, "video/mp4"),
         "thumbnail": (THUMBNAIL, "image/webp"), "spritesheet": (SPRITESHEET, "image/jpeg"),
@@ -128,19 +128,19 @@ def content_of(folder: Path, kind: str, variant: str) -> tuple[Path, str] | None
 
 
 def without_folders(text: str, data: Path) -> str:
-    """A message for clients, who need not know in which folders of the service things lie."""
+    """Return a message for clients, without the folders of the service."""
     return re.sub(rf"{re.escape(str(data))}/(?:(?:videos|films)/\w+/(?:{INPUTS}/)?)?", "", text)
 
 
 def read_recipe(folder: Path) -> Any:
-    """The recipe of a finished clip; None where there is none."""
+    """Return the recipe of a finished clip, or None."""
     with suppress(OSError, ValueError):
         return json.loads((folder / RECIPE).read_bytes())
     return None
 
 
 def sniff(path: Path, option: str, *media: Medium) -> tuple[Medium, str]:
-    """A file's medium and suffix.
+    """Return a file's medium and suffix, by its first bytes.
 
     Args:
         path: of the file.
@@ -164,7 +164,7 @@ def sniff(path: Path, option: str, *media: Medium) -> tuple[Medium, str]:
 
 
 def is_font(path: Path) -> bool:
-    """Whether a file is TrueType or OpenType."""
+    """Return whether a file is TrueType or OpenType."""
     with path.open("rb") as file:
         return file.read(4) in _FONTS
 

@@ -50,11 +50,7 @@ SPRITES, COLUMNS = 16, 4
 
 @dataclass
 class Stopwatch:
-    """Seconds that each stage took, by the events between which it lay.
-
-    Args:
-        now: a clock in seconds.
-    """
+    """Seconds of each stage, by the events between which it lies; `now` is a clock in seconds."""
 
     now: Callable[[], float] = time.monotonic
     durations: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -62,14 +58,14 @@ class Stopwatch:
     _since: float = 0.0
 
     def __call__(self, stage: str | None) -> None:
-        """A stage goes on, or nothing does any more."""
+        """Note that a stage goes on, or, with None, that none does."""
         if stage != self._stage:
             if self._stage is not None:
                 self.durations[self._stage] += self.now() - self._since
             self._stage, self._since = stage, self.now()
 
     def facts(self) -> dict[str, float]:
-        """Rounded seconds by stage."""
+        """Return rounded seconds by stage."""
         self(None)
         return {stage: round(seconds, 3) for stage, seconds in self.durations.items()}
 
@@ -79,7 +75,7 @@ class Maker:
 
     Args:
         engine: opened.
-        tell: told of progress, previews and notes as events; raises `Cancelled` to stop the work
+        tell: called with progress and notes as events; raises `Cancelled` to stop the work
             between two steps.
     """
 
@@ -90,16 +86,16 @@ class Maker:
     def make(
         self, folder: Path, spec: dict[str, Any], on_preview: OnPreview
     ) -> dict[str, Any]:
-        """Make a clip, or go on with it, and tell its facts.
+        """Make a clip, or go on with it, and return its facts.
 
         Args:
             folder: of the job.
-            spec: `options`, fields of `Request` with paths from the folder; `added_s` where the
-                clip in `prefix` is to go on.
+            spec: `options`, fields of `Request` with paths from the folder; and `added_s` to
+                extend the clip in `prefix`.
             on_preview: as in `Engine.generate`; a clip that is rolled out shows none.
 
         Raises:
-            InputError: what can't be made.
+            InputError: a request that can't be made.
             Cancelled: by `tell`.
         """
         torch.set_num_threads(self._threads)  # a job that went on may have brought others
@@ -129,7 +125,7 @@ class Maker:
     def _clip(
         self, request: Request, output: Path, watch: Stopwatch, on_preview: OnPreview
     ) -> Clip:
-        """Generate and write; a journal that another version began is given up."""
+        """Generate and write; the journal of another version is dropped."""
         journal = Journal(output, resume=True)
         went_on = journal.unfinished
         try:
@@ -166,10 +162,10 @@ class Maker:
 
 
 def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Request:
-    """What a spec asks of a model, its files found in the job's folder.
+    """Return the request of a spec, its files in the job's folder.
 
     Raises:
-        InputError: values that don't suit, or a clip that can't go on.
+        InputError: invalid values, or a clip that can't go on.
     """
     options = dict(spec["options"])
     for name in FILE_OPTIONS:
@@ -191,7 +187,7 @@ def request_of(folder: Path, spec: dict[str, Any], model: ModelFolder) -> Reques
 
 
 def reset_peak_memory() -> None:
-    """Forget how full the memory was, where the system lets us."""
+    """Reset the peak of the memory in use, where the system can."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
@@ -199,7 +195,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes in use since `reset_peak_memory`, or since the process began."""
+    """Return the most bytes in use since `reset_peak_memory`, or since the process began."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with suppress(OSError, TypeError):

@@ -1,4 +1,4 @@
-"""What the service counts, as Prometheus reads it."""
+"""The service's counters, for Prometheus."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)  # of the one that answers
 
     def count_end(self, job: Job, error: tuple[str, str] | None, now: float) -> None:
-        """A job ended at `now`."""
+        """Count the end of a job at `now`."""
         if error is None:
             self.completed.labels(job.kind).inc()
             self.took.labels(job.kind).observe(max(0.0, now - (job.started_at or now)))
@@ -56,27 +56,26 @@ class Metrics:
             self.failures.labels(error[0]).inc()
 
     def watch_queue(self, counts: Callable[[], dict[str, int]]) -> None:
-        """Have the queue counted whenever somebody looks."""
+        """Count the queue at each scrape."""
         self.registry.register(_Queue(counts))
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class _Queue:
-    """Jobs by status."""
 
     def __init__(self, counts: Callable[[], dict[str, int]]) -> None:
         self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
-        """What Prometheus' registry asks for."""
+        """Yield the number of jobs by status."""
         family = GaugeMetricFamily("vidgen_jobs", "Jobs that are there", labels=["status"])
         for status, count in self._counts().items():
             family.add_metric([status], count)
         yield family
 
     def describe(self) -> Iterator[Metric]:
-        """The names alone, without a look at the queue."""
+        """Yield the name alone, without a look at the queue."""
         yield GaugeMetricFamily("vidgen_jobs", "Jobs that are there", labels=["status"])

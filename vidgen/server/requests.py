@@ -29,33 +29,19 @@ _OPTIONS = {
 
 
 class Place:
-    """The folder of a job to be.
-
-    Args:
-        job_id: of it.
-        folder: of it.
-
-    Attributes:
-        is_kept: whether the job was queued; else the folder goes again.
-    """
+    """The folder of a new job; it is removed unless the job is queued, which `is_kept` says."""
 
     def __init__(self, job_id: str, folder: Path) -> None:
         self.id, self.folder, self.is_kept = job_id, folder, False
 
     @property
     def inputs(self) -> Path:
-        """Where its files go."""
+        """Folder of the files that came in."""
         return self.folder / INPUTS
 
 
 class Translator:
-    """Knows what a service's requests may name.
-
-    Args:
-        settings: of the service.
-        jobs: whose clips may be inputs of others.
-        model: the name of the one that is served.
-    """
+    """Translates bodies to options; clips of `jobs` may be inputs, `model` is the served one."""
 
     def __init__(self, settings: Settings, jobs: Jobs, model: str) -> None:
         self.settings, self.jobs, self.model = settings, jobs, model
@@ -69,7 +55,7 @@ class Translator:
         return sorted(path.stem for path in folder.glob("*.safetensors"))
 
     def options(self, ask: Any) -> dict[str, Any]:
-        """Fields of `Request` that need no files; a seed is drawn."""
+        """Return the fields of `Request` that need no files; draw a seed if none is given."""
         self.check_model(ask.model)
         given = ask.model_dump(exclude_none=True)
         options = {ours: given[name] for name, ours in _OPTIONS.items() if name in given}
@@ -89,7 +75,7 @@ class Translator:
         return options
 
     def inputs(self, ask: Any, owner: str, place: Place) -> dict[str, Any]:
-        """Fields of `Request` that name files, which are laid down in the job's folder."""
+        """Put files into the job's folder; return the fields of `Request` that name them."""
         options: dict[str, Any] = {}
         wanted: tuple[tuple[str, str, tuple[Medium, ...]], ...] = (
             ("input_reference", "image", ("picture", "video")),
@@ -115,7 +101,7 @@ class Translator:
         self, reference: Upload | str | dict[str, str], name: str, owner: str, place: Place,
         *media: Medium,
     ) -> str:
-        """Lay an input down in the job's folder; its path from there."""
+        """Put an input into the job's folder; return its path from there."""
         if isinstance(reference, dict):
             source = self.jobs.get(reference["id"], owner)
             if source is None or source.kind != "video":
@@ -158,7 +144,6 @@ class Translator:
         return write_upload(content, place.folder)
 
     def _lora(self, asked: LoraAsk | str) -> str:
-        """An adapter's option, by its name."""
         if isinstance(asked, str):
             name, _, scale = asked.partition(":")
             asked = parse(LoraAsk, {"name": name, **({"scale": scale} if scale else {})})
@@ -170,10 +155,10 @@ class Translator:
         return f"{path}:{asked.scale:g}"
 
     def check_model(self, asked: str | None) -> None:
-        """Refuse any model but the one that is served.
+        """Refuse any model but the served one.
 
         Raises:
-            ApiError: it is another one.
+            ApiError: another model.
         """
         if asked not in (None, self.model):
             raise ApiError(404, "model_not_found", f"there is no model {asked!r}; this service has "
@@ -181,10 +166,10 @@ class Translator:
 
 
 def parse(ask: type[Ask], fields: dict[str, Any]) -> Ask:
-    """A body's fields, checked.
+    """Check a body's fields.
 
     Raises:
-        ApiError: with the first field that doesn't fit.
+        ApiError: names the first invalid field.
     """
     try:
         return ask.model_validate(fields)

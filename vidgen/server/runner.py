@@ -1,10 +1,10 @@
 """The process that makes clips and films: it opens the model once and works job by job.
 
-It is told in messages (see `ipc.py`):
+It receives these messages (see `ipc.py`):
     {"do": "make", "job": ID, "kind": "video", "folder": PATH, "spec": {...}}
     {"do": "stop", "job": ID, "why": "cancelled" or "paused"}
 
-and tells, beside "alive" and "log":
+and sends, besides "alive" and "log":
     ready       the model is open
     broken      text: it can't be opened; the process leaves
     progress    job, stage, done, total and, where known, fraction, eta_s, shot
@@ -40,16 +40,12 @@ if TYPE_CHECKING:
 
 CANCELLED, PAUSED = "cancelled", "paused"
 PROGRESS_PAUSE_S = 0.1
-"""Between two messages on how far a stage is; steps of the sampler are always told."""
+"""Between two messages on a stage's progress; steps of the sampler are always reported."""
 log = logging.getLogger(__name__)
 
 
 class Runner:
-    """Works on one job at a time.
-
-    Args:
-        model: to open.
-    """
+    """Works on one job at a time."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -88,7 +84,7 @@ class Runner:
             self._now = None
 
     def _finish(self, make: Callable[[], dict[str, Any]], folder: Path) -> None:
-        """Do a job, and tell how it ended."""
+        """Do a job, and report how it ended."""
         end: Message
         try:
             self._check_stop()
@@ -118,7 +114,7 @@ class Runner:
         self.parent.tell({"job": self._now, **end})
 
     def _tell(self, event: dict[str, Any]) -> None:
-        """What the makers tell; the place where work is stopped, between two steps."""
+        """Pass on an event of the makers; work is stopped here, between two steps."""
         self._check_stop()
         now = time.monotonic()
         often = event["event"] == "progress" and event["stage"] in ("write", "assemble")
@@ -149,7 +145,7 @@ class Runner:
 
 
 def remove_half_made(folder: Path) -> None:
-    """Remove what would let a job go on."""
+    """Remove the journals that would let a job go on."""
     from vidgen.pipeline.journal.job import SUFFIX, remove_job
 
     for path in folder.rglob(f"*{SUFFIX}"):

@@ -1,7 +1,7 @@
-"""The one who gives the queue's jobs to the process that makes them, and keeps both in order.
+"""The scheduler: passes the queue's jobs to the process that makes them, and keeps both in order.
 
-One thread looks after it all: starts the process, claims the next job, notices a process that
-died or no longer answers, removes what is outdated. What the process tells comes in on another.
+One thread starts the process, claims the next job, notices a process that died or no longer
+answers, and removes outdated jobs. The process's messages come in on another thread.
 """
 
 from __future__ import annotations
@@ -28,23 +28,16 @@ from vidgen.server.views import Live, Place, view
 
 LOOK_S, SWEEP_S = 1.0, 10.0
 SILENCE_S = 60 * HEARTBEAT_S
-"""Without a heartbeat for so long a process hangs."""
+"""A process without a heartbeat for so long hangs."""
 STOP_PATIENCE_S = 30.0
-"""For a process to let go of a job that was cancelled or deleted; then it is started anew."""
+"""For a process to let go of a job that was cancelled or deleted; then it is restarted."""
 PAUSES_S = (0.1, 1.0, 5.0, 15.0, 30.0)
-"""Before a process that died is started anew, by how often it did so in a row."""
+"""Before a process that died is restarted, by how often it did so in a row."""
 log = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Runs the queue.
-
-    Args:
-        settings: of the service.
-        jobs: the queue.
-        hub: told of what happens.
-        metrics: count it.
-    """
+    """Runs the queue; publishes events to the hub and counts them in the metrics."""
 
     def __init__(self, settings: Settings, jobs: Jobs, hub: Hub, metrics: Metrics) -> None:
         self.settings, self.jobs, self.hub, self.metrics = settings, jobs, hub, metrics
@@ -63,14 +56,14 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
 
     def start(self) -> None:
-        """Take up what an earlier run left, and begin."""
+        """Take up jobs of an earlier run, and begin."""
         for job_id in self.jobs.recover():
             self._remove(job_id)
         self._thread.start()
 
     @property
     def state(self) -> str:
-        """Of the process: starting, ready, busy, broken (and why), draining or stopped."""
+        """State of the process: starting, ready, busy, broken (and why), draining or stopped."""
         with self._lock:
             if self._is_draining:
                 return "stopped" if self._is_over else "draining"
@@ -79,27 +72,27 @@ class Scheduler:
             return "busy" if self._running else "ready" if self._is_ready else "starting"
 
     def wake(self) -> None:
-        """A job was queued."""
+        """Look at the queue, since a job was added."""
         self._wake.set()
 
     def view(self, job: Job) -> dict[str, Any]:
-        """A job as clients see it."""
+        """Return a job as clients see it."""
         return self.views([job])[0]
 
     def views(self, jobs: list[Job]) -> list[dict[str, Any]]:
-        """Jobs as clients see them."""
+        """Return jobs as clients see them."""
         places: dict[str, Place] = {}
         if not all(job.is_finished for job in jobs):
             places = {job.id: place for job, place in self._places()}
         return [view(job, self._live_of(job), places.get(job.id, Place())) for job in jobs]
 
     def preview(self, job: Job) -> dict[str, Any] | None:
-        """The latest preview of a running job, as its event tells it."""
+        """Return the latest preview event of a running job."""
         live = self._live_of(job)
         return live.preview if live else None
 
     def cancel(self, job: Job) -> Job:
-        """End an unfinished job; the process lets go of it before its next step."""
+        """Cancel an unfinished job; the process stops before its next step."""
         live = self._live_of(job)
         now: Job | None = job
         while now is not None and not now.is_finished:  # it may be begun just now
@@ -117,7 +110,7 @@ class Scheduler:
         return now
 
     def delete(self, job: Job, reason: str = "deleted") -> None:
-        """Take a job out of the world, whatever its state."""
+        """Delete a job, whatever its state."""
         if self.jobs.delete(job, reason):
             data = {"id": job.id, "object": job.kind}
             self.hub.publish(Event("deleted", job.id, job.owner, data, is_last=True))
@@ -126,7 +119,7 @@ class Scheduler:
             self._remove(job.id)
 
     def drain(self, patience_s: float) -> None:
-        """Take nothing new; wait for the running job, then put it by, and end the process."""
+        """Start nothing new; wait for the running job, then pause it, and end the process."""
         with self._lock:
             self._is_draining = True
         until = time.monotonic() + patience_s
@@ -265,7 +258,6 @@ class Scheduler:
             self._let_go(job)
 
     def _end(self, job: Job, result: dict[str, Any], error: tuple[str, str] | None) -> None:
-        """Finish a job."""
         def write() -> None:
             size = _size(self.settings.job_folder(job.id))
             done = self.jobs.finish(job, result=result, num_bytes=size, error=error,
@@ -279,7 +271,7 @@ class Scheduler:
         self._write_down(job, write)
 
     def _write_down(self, job: Job, write: Callable[[], object]) -> None:
-        """Have a job's new state in the queue; where the disk is full, as soon as it isn't."""
+        """Write a job's new state to the queue; while the disk is full, try again later."""
         def write_and_let_go() -> None:
             write()
             self._let_go(job)
@@ -292,7 +284,7 @@ class Scheduler:
                 self._unwritten = write_and_let_go
 
     def _let_go(self, job: Job) -> None:
-        """Nobody works on a job any more."""
+        """Note that no process works on a job any more."""
         with self._lock:
             self._running, self._live, self._told_to_stop_s = None, Live(), None
         now = self.jobs.get(job.id)
@@ -303,7 +295,7 @@ class Scheduler:
         self._wake.set()
 
     def _gone(self, fate: str) -> None:
-        """The process left; its job goes on in the next one, unless it takes each with it."""
+        """Queue the job of a dead process again, unless it has crashed too many."""
         with self._lock:
             self._child, self._is_ready = None, False
             self._start_s = time.monotonic() + PAUSES_S[min(self._deaths, len(PAUSES_S) - 1)]
@@ -322,7 +314,7 @@ class Scheduler:
             self._write_down(job, lambda: self.jobs.put_back(job, died=True))
 
     def _stop(self, job: Job, why: str) -> bool:
-        """Tell the process to let go of a job; whether it works on it."""
+        """Tell the process to stop a job; return whether it works on it."""
         with self._lock:
             is_running = self._running is not None and self._running.id == job.id
             if is_running and self._child is not None:
@@ -332,7 +324,7 @@ class Scheduler:
             return is_running
 
     def _sweep(self) -> None:
-        """Remove what is kept long enough, or is more than may lie there."""
+        """Remove jobs that are past their time or above a quota."""
         now = time.monotonic()
         if now < self._sweep_s:
             return

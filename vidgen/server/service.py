@@ -1,4 +1,4 @@
-"""The service without HTTP: from a checked body to a job in the queue."""
+"""The service without HTTP: from a body's fields to a job in the queue."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from vidgen.server.types import Job, Kind, NewJob, Upload, new_id
 
 EDIT_STRENGTH = 0.7
 JUDGED_AT_ONCE = 16
-"""Requests in threads that wait for the process that judges, or for an address; the others wait."""
+"""Requests in threads that wait for the checker or for an address; others wait for a thread."""
 _RIVALS = (("seconds", "frames"), ("image", "video"))
 
 
 @dataclass(frozen=True)
 class Call:
-    """Who asks, and how.
+    """The caller of a request.
 
     Attributes:
         owner: the key's name.
         idempotency_key: the client's own.
-        is_retry: whether the client says that it asks once more.
+        is_retry: whether the client says that it retries.
         arrived_at: when the request began to come in, by the queue's clock.
     """
 
@@ -57,11 +57,7 @@ class Call:
 
 
 class Service:
-    """Everything that one service consists of.
-
-    Args:
-        settings: of it.
-    """
+    """The parts of one service."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -77,7 +73,7 @@ class Service:
         self.asks = Translator(settings, self.jobs, "")
 
     def start(self) -> None:
-        """Open the model, clear up behind an earlier run, begin.
+        """Open the model, clean up after an earlier run, begin.
 
         Raises:
             ModelError: the model can't be opened.
@@ -92,7 +88,7 @@ class Service:
         self.scheduler.start()
 
     def stop(self, patience_s: float) -> None:
-        """Finish or put by what runs, and end."""
+        """Finish or pause the running job, and end."""
         self.scheduler.drain(patience_s)
         self.hub.close()
         self.judge.close()
@@ -179,7 +175,7 @@ class Service:
     def _film_plan(self, ask: FilmAsk, call: Call, place: Place) -> (
         tuple[dict[str, Any], Path]
     ):
-        """A film's plan, and its script in the job's folder."""
+        """Return a film's plan, and its script in the job's folder."""
         self.asks.check_model(ask.model)
         path = lay_down(ask, place.folder)
         if ask.previous_film_id is not None:
@@ -193,7 +189,7 @@ class Service:
     def _again(
         self, source: Job, fields: dict[str, Any], call: Call, kind: str, ask: RemixAsk | None
     ) -> Job:
-        """A clip asked for as another one was, some of it changed."""
+        """Queue a clip with another one's request, some of it changed."""
         with self._new("video") as place:
             options = dict(source.spec["options"])
             before = self.settings.job_folder(source.id) / INPUTS
@@ -221,7 +217,7 @@ class Service:
         self, place: Place, call: Call, fields: dict[str, Any], kind: str,
         options: dict[str, Any], *, source: str | None = None, added_s: float | None = None,
     ) -> Job:
-        """Have a clip judged and queue it."""
+        """Have a clip checked, and queue it."""
         if "video" in options and "strength" not in options:
             raise ApiError(400, "missing_parameter", "a clip to start from needs the field "
                            "strength; give 0, which keeps it, to 1, or leave the clip out",
@@ -261,7 +257,7 @@ class Service:
 
     @contextmanager
     def _new(self, kind: Kind) -> Iterator[Place]:
-        """A folder for a job to be; it goes again unless the job is queued."""
+        """Make a folder for a new job; it is removed unless the job is queued."""
         job_id = new_id(kind)
         place = Place(job_id, self.settings.job_folder(job_id))
         try:
@@ -274,7 +270,7 @@ class Service:
                 shutil.rmtree(place.folder, ignore_errors=True)
 
     def _clear_up(self) -> None:
-        """Remove what a kill left: uploads, and folders of jobs that never were."""
+        """Remove leftovers of a kill: uploads, and folders of jobs that were never queued."""
         for path in self.settings.uploads.iterdir():
             with suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -285,7 +281,7 @@ class Service:
 
 
 def fingerprint(fields: dict[str, Any]) -> str:
-    """A hash of what was asked; files count by their content."""
+    """Return a hash of a request; files count by their content."""
     def plain(value: Any) -> Any:
         if isinstance(value, Upload):
             return {"sha256": value.sha256}

@@ -1,4 +1,4 @@
-"""What the service is told when it starts: where it keeps things, and how much it allows."""
+"""Settings of the service: its folders, addresses and limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, one key and the whole service may take.
+    """Limits of one request, of one key and of the whole service.
 
     Attributes:
         upload_bytes: of a whole request.
@@ -48,12 +48,12 @@ class Limits:
     deaths: int = 3
 
     def as_words(self) -> list[str]:
-        """The values in order, for a command line."""
+        """Return the values in order, for a command line."""
         return [str(value) for value in astuple(self)]
 
     @classmethod
     def of(cls, words: Sequence[str]) -> Limits:
-        """What `as_words` gave."""
+        """Read the words of `as_words`."""
         return cls(*(json.loads(word) for word in words))
 
 
@@ -120,15 +120,15 @@ class Settings:
 
     @property
     def uploads(self) -> Path:
-        """Where what comes in lies until its job is made."""
+        """Folder of files that came in, until their job is made."""
         return self.data / "uploads"
 
     def job_folder(self, job_id: str) -> Path:
-        """Everything that belongs to one job."""
+        """Return the folder of one job."""
         return self.data / ("films" if job_id.startswith("film_") else "videos") / job_id
 
 
 def default_data() -> Path:
-    """Where the service keeps its work: `$XDG_DATA_HOME/vidgen` or `~/.local/share/vidgen`."""
+    """Return the service's folder: `$XDG_DATA_HOME/vidgen` or `~/.local/share/vidgen`."""
     root = os.environ.get("XDG_DATA_HOME")
     return (Path(root) if root else Path.home() / ".local" / "share") / "vidgen"

@@ -27,17 +27,16 @@ class Full(InputError):
 
 @dataclass(frozen=True)
 class NewJob:
-    """A job that was asked for.
+    """A job to be queued.
 
     Attributes:
-        kind: of it.
-        owner: the name of the key that asks.
-        ask: what was asked, as it is told back.
-        spec: what the process that makes it is told.
-        fingerprint: a hash of the request; of equal requests it is equal.
-        expected_s: seconds it is thought to take.
+        owner: name of the caller's key.
+        ask: the request, as clients see it.
+        spec: the request, as the process that makes it reads it.
+        fingerprint: a hash of the request, equal for equal requests.
+        expected_s: estimated seconds.
         idempotency_key: the client's own.
-        is_retry: whether the client says that it asks once more.
+        is_retry: whether the client says that it retries.
         arrived_at: when the request began to come in, by the queue's clock.
         id: None draws one.
     """
@@ -56,14 +55,14 @@ class NewJob:
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it stands in the queue; times are Unix seconds. See `NewJob` for the rest.
+    """A job in the queue; times are Unix seconds. See `NewJob` for the rest.
 
     Attributes:
         number: its place in the queue; never used twice.
-        result: what became of it: facts of the clip, or of what was made of it so far.
-        attempt: how often it was begun; above 1 it went on after a stop.
-        deaths: how many processes went down with it.
-        num_bytes: that it takes on disk, once it is finished.
+        result: facts of the clip, or of its finished parts.
+        attempt: number of starts; above 1 it went on after a stop.
+        deaths: number of processes that it crashed.
+        num_bytes: on disk, once it is finished.
     """
 
     number: int
@@ -95,21 +94,17 @@ class Job:
 
     @property
     def stands(self) -> str:
-        """What to put after its name: how it stands."""
+        """Its state in words, to put after its name."""
         return "has failed" if self.status == "failed" else f"is {self.status.replace('_', ' ')}"
 
 
 def new_id(kind: Kind) -> str:
-    """An identifier that can't be guessed."""
+    """Draw an identifier that can't be guessed."""
     return f"{kind}_{secrets.token_hex(12)}"
 
 
 class Refusal(InputError):
-    """A request that was judged and refused.
-
-    Attributes:
-        code: for the client.
-    """
+    """A request that was checked and refused; `code` is for the client."""
 
     def __init__(self, text: str, code: str = "invalid_request") -> None:
         super().__init__(text)
@@ -118,11 +113,11 @@ class Refusal(InputError):
 
 @dataclass(frozen=True, repr=False)
 class Upload:
-    """A file that came in; where it lies isn't told to clients.
+    """A file that came in; clients never see its path.
 
     Attributes:
-        path: where it lies.
-        name: what the client calls it; to be shown, never to be used as a path.
+        path: of the file.
+        name: the client's own; to be shown, never to be used as a path.
         sha256: of its bytes.
         size: in bytes.
     """

@@ -12,17 +12,15 @@ MAX_WARNINGS = 20
 
 @dataclass
 class Live:
-    """What is known of a job while a process works on it, and isn't worth writing down.
+    """The state of a job at work, which isn't written to the queue.
 
     Attributes:
-        stage: as the pipeline names it.
-        done: of `total` in it.
-        total: how much there is to do in it.
-        fraction: of the whole, 0 to 1; None where no estimate was made.
-        eta_s: seconds left; None where unknown.
-        shot: of a film, the one at work.
-        preview: the latest event that shows the clip.
-        shots: of a film, those that are there, by id.
+        stage: as the pipeline names it, `done` of `total`.
+        fraction: done of the whole, 0 to 1; None without an estimate.
+        eta_s: seconds left; None if unknown.
+        shot: the film's shot at work.
+        preview: the latest preview event.
+        shots: the film's finished shots, by id.
         warnings: notes of the engine.
     """
 
@@ -37,7 +35,7 @@ class Live:
     warnings: list[str] = field(default_factory=list)
 
     def hear(self, event: dict[str, Any]) -> None:
-        """Take a progress event in."""
+        """Take up a progress event."""
         self.stage, self.done, self.total = event["stage"], event["done"], event["total"]
         self.fraction, self.eta_s = event.get("fraction", self.fraction), event.get("eta_s")
         if self.shot != event.get("shot"):  # what is shown is of another one
@@ -49,17 +47,17 @@ class Live:
             self.warnings.append(text)
 
     def kept(self) -> dict[str, Any]:
-        """What is written down of a job that isn't completed."""
+        """Return the result that is kept of a job that isn't completed."""
         shots = {"shots": list(self.shots.values())} if self.shots else {}
         return {"warnings": self.warnings, **shots}
 
     @property
     def percent(self) -> int:
-        """How much is done, 0 to 99."""
+        """Share that is done, 0 to 99."""
         return min(99, int(100 * (self.fraction or 0.0)))
 
     def facts(self) -> dict[str, Any]:
-        """What a progress event tells."""
+        """Return the fields of a progress event."""
         sampling = self.stage == "sample"
         return {
             "stage": self.stage, "step": self.done if sampling else None,
@@ -70,11 +68,11 @@ class Live:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job stands in the queue.
+    """A job's place in the queue.
 
     Attributes:
-        position: 1 is the next; None where it runs or is done.
-        eta_s: seconds until it is done; None where unknown.
+        position: 1 is the next; None if it runs or is done.
+        eta_s: seconds until it is done; None if unknown.
     """
 
     position: int | None = None
@@ -82,13 +80,13 @@ class Place:
 
 
 def view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
-    """A job as JSON data."""
+    """Return a job as JSON data."""
     make = film_view if job.kind == "film" else video_view
     return make(job, live if job.status == "in_progress" else None, place)
 
 
 def video_view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
-    """A clip: OpenAI's `Video` and what is ours."""
+    """Return a clip: OpenAI's `Video` with our own fields."""
     ask, result = job.ask, job.result
     return {
         **_common(job, live, place), "object": "video", "prompt": ask["prompt"],
@@ -104,7 +102,7 @@ def video_view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
 
 
 def film_view(job: Job, live: Live | None, place: Place) -> dict[str, Any]:
-    """A film with its shots."""
+    """Return a film with its shots."""
     ask, result = job.ask, job.result
     there = {each["id"]: each for each in result.get("shots", ())} | (live.shots if live else {})
     shots = []
