@@ -18,7 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
-from eval.toybox.suite.run import Benchmark, run_toybox
+from eval.toybox.suite.items import Benchmark
+from eval.toybox.suite.run import run_toybox
 from eval.toybox.suite.table import table, weak_spots_table
 from vidgen.cli.main import ExitCode, parser_of
 from vidgen.cli.options import add_workers

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.toybox.generation import read_prompts, sampled, text_contexts
 from eval.toybox.judge import Judge, embedded_judge
 from eval.toybox.rulers.drift import Windows, looks, measure_drift
 from train.toybox.world.render import render
@@ -22,7 +23,6 @@ from vidgen.core.protocols import OnEvent
 from vidgen.core.request import Request
 from vidgen.diffusion.oversampling import Pace
 from vidgen.diffusion.state import LatentState
-from vidgen.evaluation.generation import read_prompts, sampled, text_contexts
 from vidgen.media.clip import Clip
 from vidgen.pipeline.codec import as_video, to_frames
 from vidgen.pipeline.engine import Engine, load

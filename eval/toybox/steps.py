@@ -29,6 +29,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from eval.toybox.generation import generate_batch
 from eval.toybox.judge import Judge, embedded_judge
 from eval.toybox.suite.judging import TASKS, grade
 from train.toybox.world.captions import prompts
@@ -37,9 +38,8 @@ from vidgen.core.errors import InputError, exit_code
 from vidgen.core.request import Request
 from vidgen.core.runtime import atomic_path, atomic_write, fingerprint
 from vidgen.diffusion.samplers import sample_state
-from vidgen.evaluation.generation import generate_batch
-from vidgen.evaluation.score_log import ScoreLog
 from vidgen.evaluation.statistics import paired_interval
+from vidgen.evaluation.temporal.run import ScoreLog
 from vidgen.media.cells import psnr, ssim
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.dit_types import DiTConfig

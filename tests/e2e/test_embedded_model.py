@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from eval.toybox.generation import generate_batch
 from eval.toybox.judge import embedded_judge
 from eval.toybox.suite.judging import grade
 from train.toybox.world.captions import prompts
 from vidgen.core.request import Request
-from vidgen.evaluation.generation import generate_batch
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 

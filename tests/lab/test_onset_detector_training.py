@@ -23,7 +23,7 @@ from train.toybox.world.scenes import SceneMix
 from vidgen.core.config import dump
 from vidgen.models.onset_detector import part_times
 from vidgen.pipeline.engine import Engine, load
-from vidgen.training.draws import generator_of
+from vidgen.training.task import generator_of
 
 CPU = torch.device("cpu")
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval.toybox.generation import generate_batch
 from tests.models import add_verifier, build_tiny_model, own_defaults
 from tests.stopping import stop_after
 from vidgen.core.errors import Cancelled, InputError
@@ -20,7 +21,6 @@ from vidgen.core.protocols import Denoise
 from vidgen.core.request import Request
 from vidgen.diffusion.binding import NOBODY
 from vidgen.diffusion.state import new_state
-from vidgen.evaluation.generation import generate_batch
 from vidgen.pipeline.bound import VERIFIER, told_apart
 from vidgen.pipeline.candidates import with_verifier
 from vidgen.pipeline.engine import Engine, load

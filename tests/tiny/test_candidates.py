@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from eval.toybox.generation import generate_batch
 from tests.models import add_verifier, build_tiny_model, own_defaults
 from tests.stopping import stop_after
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.diffusion.condition import first_frame
 from vidgen.diffusion.state import FinerKnown, new_state
-from vidgen.evaluation.generation import generate_batch
 from vidgen.models.verifier import Verifier, Want, score
 from vidgen.pipeline.bound import VERIFIER
 from vidgen.pipeline.candidates import anew, verify_video, wanted, with_verifier

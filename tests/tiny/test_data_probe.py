@@ -17,10 +17,10 @@ from vidgen.core.errors import OutputError
 from vidgen.media.types import ClipInfo
 from vidgen.media.write import write_clip
 from vidgen.training.data import probe as probing
-from vidgen.training.data.alike import find_alike
 from vidgen.training.data.files import MediaFile
 from vidgen.training.data.probe import FileFacts, Flawed, probe_file
-from vidgen.training.data.records import Records, look_at
+from vidgen.training.data.select import find_alike
+from vidgen.training.data.survey import Records, look_at
 
 
 def test_an_ordinary_film_is_counted_exactly(tmp_path):

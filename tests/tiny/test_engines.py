@@ -19,7 +19,7 @@ from vidgen.core.errors import InputError, ModelError
 from vidgen.models.dit import SpacetimeDiT
 from vidgen.training.checkpoint import check_manifest, latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig, Phase
-from vidgen.training.engines import shared_mean
+from vidgen.training.engines import engine as torch_engine
 from vidgen.training.engines.distributed import current_place, join_ranks
 from vidgen.training.engines.zero import share_out
 from vidgen.weights.load import load_module, save_module
@@ -51,7 +51,7 @@ def scenarios(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, engine in {**ENGINES, **OFFLOADED}.items():
         if name == "ddp":  # which ranks fall back to that see no memory of each other
-            shared_mean.SHARED_FOLDER = folder / "missing"
+            torch_engine.SHARED_FOLDER = folder / "missing"
         run = make_run(folder / "x", deepspeed=engine)
         for kind, task in KINDS.items():
             here = replace(run, folder=str(folder / f"{name}-{kind}"))

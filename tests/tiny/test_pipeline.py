@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 import vidgen
+from eval.toybox.generation import generate_batch
 from tests.stopping import stop_at
 from vidgen.core.errors import Cancelled, InputError, ModelError
 from vidgen.core.request import Request
 from vidgen.core.shapes import Tiles
-from vidgen.evaluation.generation import generate_batch
 from vidgen.media.clip import Clip
 from vidgen.media.read import fit
 from vidgen.media.types import ClipInfo

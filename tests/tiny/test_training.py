@@ -24,13 +24,13 @@ from vidgen.core.config import build
 from vidgen.core.errors import InputError, ModelError, OutputError
 from vidgen.training import config as training_config
 from vidgen.training import loop
-from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import alone_in, latest_checkpoint, load_averages
 from vidgen.training.config import OptimConfig, Phase, RunConfig
 from vidgen.training.engines.distributed import Place
 from vidgen.training.finetune.card import read_curve
 from vidgen.training.loop import train
 from vidgen.training.optim import build_optimizers, lr_scale, orthogonalized
+from vidgen.training.task import Batches
 
 ROOT = Path(__file__).parents[2]
 

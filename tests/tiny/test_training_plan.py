@@ -15,9 +15,8 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.presets import DIT_PRESETS
 from vidgen.ops import native
 from vidgen.training.engines.zero import read_settings
-from vidgen.training.finetune.plan import plan
+from vidgen.training.finetune.plan import FULL_BYTES, LORA_BYTES, Sample, plan, plan_training
 from vidgen.training.finetune.run import read_config
-from vidgen.training.plan import FULL_BYTES, LORA_BYTES, Sample, plan_training
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {  # GPUs, and the bytes they are planned to need at least and at most

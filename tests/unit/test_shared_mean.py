@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from tests.ranks import run_ranks
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.engines import shared_mean
+from vidgen.training.engines import engine as torch_engine
 from vidgen.training.engines.distributed import current_place, join_ranks
-from vidgen.training.engines.shared_mean import open_shared_mean
+from vidgen.training.engines.engine import open_shared_mean
 
-PIECE = shared_mean.PIECE_BYTES // 4
+PIECE = torch_engine.PIECE_BYTES // 4
 LENGTHS = (1, 2, 1000, PIECE, 2 * PIECE + 7)
 
 
@@ -36,7 +36,7 @@ def parameters(rank: int) -> list[nn.Parameter]:
 
 def on_each(folder: Path, shared: Path) -> bool:
     """Leaves what a rank got in a file; whether there was shared memory."""
-    shared_mean.SHARED_FOLDER = shared
+    torch_engine.SHARED_FOLDER = shared
     run = RunConfig(folder=str(folder), phases=(Phase(1, 1, 1),), device="cpu")
     with join_ranks(run):
         rank, mean = current_place().rank, open_shared_mean(current_place())

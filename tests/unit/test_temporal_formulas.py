@@ -17,7 +17,6 @@ from vidgen.evaluation.metrics.appearance import (
     sharpness,
 )
 from vidgen.evaluation.metrics.clip import measure_clip
-from vidgen.evaluation.metrics.distances import frechet_distance, kernel_distance
 from vidgen.evaluation.metrics.flow import (
     FlowEstimator,
     check_flow_size,
@@ -25,8 +24,14 @@ from vidgen.evaluation.metrics.flow import (
     sample_flow,
     warp_error,
 )
-from vidgen.evaluation.metrics.motion import MotionMeter, SampledMotion, Smoothness, interpolate
-from vidgen.evaluation.metrics.tracks import ANGLES, Tracks
+from vidgen.evaluation.metrics.motion import (
+    ANGLES,
+    MotionMeter,
+    SampledMotion,
+    Smoothness,
+    Tracks,
+    interpolate,
+)
 from vidgen.evaluation.metrics.vbench import (
     Consistency,
     camera_motions,
@@ -40,6 +45,7 @@ from vidgen.evaluation.metrics.vbench import (
     top_speed,
 )
 from vidgen.evaluation.statistics import spearman
+from vidgen.evaluation.temporal.comparison import frechet_distance, kernel_distance
 
 
 def at_angle(degrees):

@@ -39,8 +39,7 @@ from vidgen.models.text import UMT5Encoder, encode_tokens
 from vidgen.ops.norm import fusing
 from vidgen.pipeline.denoise import velocity
 from vidgen.training.config import Phase
-from vidgen.training.ema import named_parameters
-from vidgen.training.optim import build_optimizers
+from vidgen.training.optim import build_optimizers, named_parameters
 from vidgen.weights.component import Role
 from vidgen.weights.load import load_module
 from vidgen.weights.store import TensorStore, find_files

@@ -33,8 +33,8 @@ from train.toybox.world.scenes import SEED_RANGES
 from vidgen.core.runtime import choose_device
 from vidgen.media.grid import contact_sheet
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.draws import seed_of
 from vidgen.training.optim import build_optimizers
+from vidgen.training.task import seed_of
 from vidgen.weights.load import save_module
 
 POOL_SEEDS = 1 << 32  # scenes that each pool may use; validation has the range's last ones

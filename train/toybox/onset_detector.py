@@ -26,8 +26,8 @@ from vidgen.core.runtime import choose_device
 from vidgen.models.onset_detector import OnsetDetector, OnsetDetectorConfig
 from vidgen.pipeline.sound.candidates import ONSET_DETECTOR
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.draws import generator_of
 from vidgen.training.optim import build_optimizers
+from vidgen.training.task import generator_of
 
 
 @dataclass(frozen=True)

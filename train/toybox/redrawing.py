@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from eval.toybox.generation import fresh_state, pixels, read_prompts, text_contexts
 from vidgen.core.errors import InputError
 from vidgen.core.request import Request
 from vidgen.diffusion import condition
 from vidgen.diffusion.flow import denoised_of
 from vidgen.diffusion.oversampling import Pace
-from vidgen.evaluation.generation import fresh_state, pixels, read_prompts, text_contexts
 from vidgen.pipeline.denoise import denoising
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs

@@ -36,8 +36,8 @@ from vidgen.core.runtime import choose_device
 from vidgen.diffusion.flow import add_noise
 from vidgen.models.verifier import Verifier, VerifierConfig
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.draws import generator_of
 from vidgen.training.optim import build_optimizers
+from vidgen.training.task import generator_of
 from vidgen.weights.store import TensorStore, find_files
 
 VALIDATION_LEVELS = (0.0, 0.2, 0.4)

@@ -147,7 +147,7 @@ def _tell(known: Survey, config: DataConfig, args: Namespace, report: Report) ->
     told = as_data(known, config)
     if args.html is not None:
         from vidgen.core.runtime import atomic_write
-        from vidgen.training.data.page import page
+        from vidgen.training.data.report import page
 
         atomic_write(args.html, page(told, known.selection.fates).encode())
         report({"event": "written", "path": args.html})

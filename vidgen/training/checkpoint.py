@@ -31,6 +31,7 @@ from vidgen.core.runtime import (
     write_error,
 )
 from vidgen.training.engines.distributed import LostRankError, Place
+from vidgen.training.task import Task
 from vidgen.weights.load import read_tensors
 from vidgen.weights.write import Lazy, write_safetensors
 
@@ -48,6 +49,24 @@ class Held:
     def get(self) -> Tensor:
         """The tensor on the CPU."""
         return self.likeness.cpu()
+
+
+def live_weights(task: Task, *, frozen: bool | None = None) -> dict[str, Tensor]:
+    """A task's weights and buffers by the names that checkpoints give them.
+
+    Args:
+        task: whose.
+        frozen: whether with those that aren't trained; None: as the task says.
+    """
+    if frozen is None:
+        frozen = getattr(task, "saves_frozen", True)
+    tensors = {}
+    for key, module in task.modules.items():
+        left = set() if frozen else {n for n, p in module.named_parameters() if not p.requires_grad}
+        for name, value in module.state_dict().items():
+            if name not in left:
+                tensors[f"model/{key}.{name}"] = value
+    return tensors
 
 
 def write_state(folder: Path, tensors: Mapping[str, Tensor | Lazy]) -> None:

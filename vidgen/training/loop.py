@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,6 @@ from vidgen.core.runtime import (
     reuse_freed_memory,
     write_error,
 )
-from vidgen.training.batches import Batches
 from vidgen.training.checkpoint import (
     alone_in,
     drop_old,
@@ -47,9 +47,8 @@ from vidgen.training.checkpoint import (
 from vidgen.training.config import Phase, RunConfig, refuse_changes
 from vidgen.training.engines.distributed import Place, current_place
 from vidgen.training.engines.engine import Engine, open_engine
-from vidgen.training.meters import Window, memory_mb
 from vidgen.training.optim import lr_scale
-from vidgen.training.task import Task
+from vidgen.training.task import Batches, Task
 
 OnRecord = Callable[[dict[str, Any]], None]
 _CURVE = "curve.jsonl"
@@ -164,6 +163,38 @@ def _warn_of_slow_dtype(run: RunConfig) -> None:
         print("warning: this processor has no bf16 of its own, so run.dtype bf16 takes many times "
               "as long as fp32; stop with Ctrl-C and begin anew with --set run.dtype=auto",
               file=sys.stderr)
+
+
+class Window:
+    """Means between two log lines.
+
+    A checkpoint keeps sums and count, so that a curve goes on as if nothing had happened; speed is
+    that of this process alone.
+
+    Args:
+        sums: of each number, of the steps so far.
+        count: how many those are.
+    """
+
+    def __init__(self, sums: Mapping[str, float] | None = None, count: int = 0) -> None:
+        self.sums, self.count = dict(sums or {}), count
+        self._steps, self._samples, self._since = 0, 0, time.monotonic()
+
+    def add(self, values: Mapping[str, float], samples: int) -> None:
+        """Take in a step's numbers, and how many samples it saw."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        self._steps += 1
+        self._samples += samples
+
+    def means(self) -> dict[str, float]:
+        """The means so far, with samples and seconds."""
+        elapsed = time.monotonic() - self._since
+        result = {name: value / self.count for name, value in self.sums.items()}
+        result["samples_per_s"] = self._samples / elapsed
+        result["seconds_per_step"] = elapsed / max(self._steps, 1)
+        return result
 
 
 @dataclass
@@ -413,3 +444,11 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def memory_mb(device: torch.device) -> float:
+    """The most memory that this process has taken so far, on its device, in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -13,26 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.toybox.rulers.drift import Windows
-from eval.toybox.suite.items import SOURCES, Item
-from train.toybox.world.cues import SAMPLE_RATE
-from train.toybox.world.render import Rendered, render
-from train.toybox.world.sound import synthesize
-from vidgen.core.errors import InputError
-from vidgen.core.request import Request
-from vidgen.evaluation.generation import (
+from eval.toybox.generation import (
     generate_batch,
     generate_with_sound,
     round_trip,
     sound_round_trip,
 )
+from eval.toybox.rulers.drift import Windows
+from eval.toybox.suite.items import SOURCES, Benchmark, Item
+from train.toybox.world.cues import SAMPLE_RATE
+from train.toybox.world.render import Rendered, render
+from train.toybox.world.sound import synthesize
+from vidgen.core.errors import InputError
+from vidgen.core.request import Request
 from vidgen.media.sound import resampled
 from vidgen.pipeline.codec import as_video
 from vidgen.pipeline.long.tail import OVERLAP, window_size
 from vidgen.pipeline.tasks import SOUND
 
 if TYPE_CHECKING:
-    from eval.toybox.suite.run import Benchmark
     from vidgen.pipeline.engine import Engine
     from vidgen.pipeline.types import Plan
 

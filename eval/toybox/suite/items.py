@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from eval.toybox.rulers.sync import bouncing_scenes
 from eval.toybox.suite.phrasings import read_phrasings
@@ -28,15 +28,14 @@ from train.toybox.world.scenes import (
     is_valid,
     sample_scenes,
 )
-
-if TYPE_CHECKING:
-    from eval.toybox.suite.run import Benchmark
+from vidgen.core.errors import InputError
 
 Suite = Literal[
     "all", "text", "image", "vae", "judge", "triples", "phrasings", "extend", "sound", "full"
 ]
 Way = Literal["generate", "render", "vae"]
 Pair = tuple[Scene, str]
+MAX_SEEDS = 1000
 
 #: Motions that can go on for ever; what moves left is gone after one window.
 ENDLESS = ("stays", "bounces", "swings", "spins", "circles")
@@ -103,6 +102,77 @@ class Item:
     scene: Scene
     prompt: str
     seed: int
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to score, and how the clips are made.
+
+    Args:
+        model: name or folder.
+        split: "dev" for choosing, "test" once for a release.
+        prompts: of text to video.
+        held_out: prompts of triples never trained on.
+        images: first frames of image to video.
+        reserved: clips of reserved sprites.
+        two: prompts of two actors.
+        pairs: of matched triples, one seen in training and one held out.
+        phrasings: prompts as people type them, each beside the grammar's caption of its scene.
+        extensions: clips of several windows.
+        windows: of each of them.
+        sounds: bouncing clips with their sound.
+        suite: which part to run.
+        seed: of the first clip; the others follow.
+        seeds: clips that are generated of each prompt.
+        batch: clips made at once.
+        steps: and the following, None: the model's own.
+        judge: folder of another judge than the embedded one.
+        sound_judge: folder of a judge of sound; None: the embedded one.
+    """
+
+    model: str = "toybox"
+    split: Literal["dev", "test"] = "dev"
+    prompts: int = 300
+    held_out: int = 100
+    images: int = 200
+    reserved: int = 60
+    two: int = 60
+    pairs: int = 1000
+    phrasings: int = 200
+    extensions: int = 20
+    windows: int = 4
+    sounds: int = 100
+    suite: Suite = "all"
+    seed: int = 0
+    seeds: int = 1
+    batch: int = 8
+    steps: int | None = None
+    guidance: float | None = None
+    shift: float | None = None
+    sampler: str | None = None
+    candidates: int | None = None
+    binding: float | None = None
+    frames: int | None = None
+    size: str | None = None
+    dtype: str | None = None
+    judge: str | None = None
+    sound_judge: str | None = None
+
+    def __post_init__(self) -> None:
+        counts = ("held_out", "images", "reserved", "two", "pairs", "phrasings", "extensions",
+                  "sounds")
+        least = dict.fromkeys(counts, 0) | {"prompts": 1, "batch": 1, "windows": 2, "seeds": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise InputError(f"{name} is {getattr(self, name)}; give {value} or more")
+        if self.seeds > MAX_SEEDS:
+            raise InputError(f"seeds is {self.seeds}; give {MAX_SEEDS} or fewer")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How clips are generated, as options of a request."""
+        names = ("steps", "guidance", "shift", "sampler", "candidates", "binding", "frames", "size")
+        return {name: getattr(self, name) for name in names}
 
 
 def items_of(bench: Benchmark, source: str) -> list[Item]:

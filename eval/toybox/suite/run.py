@@ -18,99 +18,28 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from eval.toybox.suite.items import SUITES, Item, Suite, items_of
+from eval.toybox.suite.items import SUITES, Benchmark, Item, items_of
 from eval.toybox.suite.judging import judge_renders
 from eval.toybox.suite.phrasings import read_phrasings
+from eval.toybox.suite.summary import summarise
 from eval.toybox.suite.work import SHEET_FRAMES, Batch, Scored, ToyboxWork
 from train.toybox.world.scenes import SEED_RANGES
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
 from vidgen.core.runtime import fingerprint
-from vidgen.evaluation.score_log import ScoreLog
+from vidgen.evaluation.temporal.run import ScoreLog
 from vidgen.media.grid import contact_sheet
 from vidgen.pipeline.workers.scheduler import run_jobs, settle_threads
 from vidgen.pipeline.workers.types import Job, Patience, Staff
 
 SHEET_CLIPS = 16
-MAX_SEEDS = 1000
 JUDGE_SEEDS = 1 << 24  # from the end of the judge's range: scenes it never learned from
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """What to score, and how the clips are made.
-
-    Args:
-        model: name or folder.
-        split: "dev" for choosing, "test" once for a release.
-        prompts: of text to video.
-        held_out: prompts of triples never trained on.
-        images: first frames of image to video.
-        reserved: clips of reserved sprites.
-        two: prompts of two actors.
-        pairs: of matched triples, one seen in training and one held out.
-        phrasings: prompts as people type them, each beside the grammar's caption of its scene.
-        extensions: clips of several windows.
-        windows: of each of them.
-        sounds: bouncing clips with their sound.
-        suite: which part to run.
-        seed: of the first clip; the others follow.
-        seeds: clips that are generated of each prompt.
-        batch: clips made at once.
-        steps: and the following, None: the model's own.
-        judge: folder of another judge than the embedded one.
-        sound_judge: folder of a judge of sound; None: the embedded one.
-    """
-
-    model: str = "toybox"
-    split: Literal["dev", "test"] = "dev"
-    prompts: int = 300
-    held_out: int = 100
-    images: int = 200
-    reserved: int = 60
-    two: int = 60
-    pairs: int = 1000
-    phrasings: int = 200
-    extensions: int = 20
-    windows: int = 4
-    sounds: int = 100
-    suite: Suite = "all"
-    seed: int = 0
-    seeds: int = 1
-    batch: int = 8
-    steps: int | None = None
-    guidance: float | None = None
-    shift: float | None = None
-    sampler: str | None = None
-    candidates: int | None = None
-    binding: float | None = None
-    frames: int | None = None
-    size: str | None = None
-    dtype: str | None = None
-    judge: str | None = None
-    sound_judge: str | None = None
-
-    def __post_init__(self) -> None:
-        counts = ("held_out", "images", "reserved", "two", "pairs", "phrasings", "extensions",
-                  "sounds")
-        least = dict.fromkeys(counts, 0) | {"prompts": 1, "batch": 1, "windows": 2, "seeds": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise InputError(f"{name} is {getattr(self, name)}; give {value} or more")
-        if self.seeds > MAX_SEEDS:
-            raise InputError(f"seeds is {self.seeds}; give {MAX_SEEDS} or fewer")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """How clips are generated, as options of a request."""
-        names = ("steps", "guidance", "shift", "sampler", "candidates", "binding", "frames", "size")
-        return {name: getattr(self, name) for name in names}
 
 
 class ToyboxRun:
@@ -242,8 +171,6 @@ def run_toybox(
         ModelError: no such model or judge.
         InputError: a setting that can't be honoured.
     """
-    from eval.toybox.suite.summary import summarise
-
     run = ToyboxRun(bench, Path(output), on_event, staff or Staff(), has_sheet=sheet is not None)
     scores, items = run.score(), run.items
     trust = None

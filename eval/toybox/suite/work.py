@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from eval.toybox.judge import JudgeFolder, embedded_judge
 from eval.toybox.sound_judge import SoundJudgeFolder, embedded_ear
 from eval.toybox.suite.clips import Maker
-from eval.toybox.suite.items import SOURCES, SUITES, Item
+from eval.toybox.suite.items import SOURCES, SUITES, Benchmark, Item
 from eval.toybox.suite.scoring import Row, Scorer
 from train.toybox.world.captions import prompts
 from train.toybox.world.scenes import WORLD_VERSION
@@ -27,9 +27,6 @@ from vidgen.pipeline.codec import to_frames
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.types import Plan
-
-if TYPE_CHECKING:
-    from eval.toybox.suite.run import Benchmark
 
 MEASURES_VERSION = 4
 SHEET_FRAMES = 6

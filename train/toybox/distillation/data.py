@@ -27,9 +27,9 @@ from vidgen.core.runtime import sha256_file
 from vidgen.diffusion.state import LatentState
 from vidgen.models.dit_types import DiTConfig
 from vidgen.training.config import Phase, RunConfig
-from vidgen.training.draws import generator_of
 from vidgen.training.engines.distributed import own_device
 from vidgen.training.finetune.model import open_trainable
+from vidgen.training.task import generator_of
 from vidgen.weights.folder import ModelFolder
 from vidgen.weights.load import read_tensors
 from vidgen.weights.student import STUDENT, read_student

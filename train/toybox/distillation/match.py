@@ -37,8 +37,8 @@ from vidgen.diffusion.state import LatentState
 from vidgen.pipeline.loader import DTYPES
 from vidgen.training.checkpoint import load_averages
 from vidgen.training.config import Phase
-from vidgen.training.draws import generator_of
 from vidgen.training.optim import build_optimizers
+from vidgen.training.task import generator_of
 
 LEVELS = (0.9, 0.7, 0.5, 0.3)
 """Of noise, at which validation compares clips: those of the run's, or the middle of these."""

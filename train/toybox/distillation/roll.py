@@ -35,7 +35,7 @@ from vidgen.models.dit import SpacetimeDiT
 from vidgen.models.lora import attached
 from vidgen.pipeline.long.rolling import Rollout
 from vidgen.training.config import Phase
-from vidgen.training.draws import generator_of
+from vidgen.training.task import generator_of
 from vidgen.weights.folder import RollConfig
 
 HISTORY = 1000

@@ -26,7 +26,7 @@ from vidgen.diffusion.condition_mix import ConditionMix, Given, draw_conditions
 from vidgen.diffusion.schedule import draw_sigmas
 from vidgen.models.tokenizer import PromptTokenizer
 from vidgen.training.config import Phase
-from vidgen.training.draws import generator_of
+from vidgen.training.task import generator_of
 
 WINDOW = ConditionMix(text=0, first=0, last=0, both=0, frames=0, prefix=1, mask=0, reference=0)
 TEXT_ONLY = ConditionMix(text=1, first=0, last=0, both=0, frames=0, prefix=0, mask=0, reference=0)

@@ -37,7 +37,7 @@ from vidgen.core.runtime import best_dtype
 from vidgen.core.shapes import Strides
 from vidgen.diffusion.condition_mix import Stills
 from vidgen.models.vae import CausalVAE, VAEConfig
-from vidgen.training.draws import seed_of
+from vidgen.training.task import seed_of
 from vidgen.weights.configs import config_of
 from vidgen.weights.layouts import open_model
 from vidgen.weights.load import load_module, read_tensors

@@ -25,6 +25,7 @@ from vidgen.evaluation.metrics.appearance import (
 from vidgen.evaluation.metrics.flow import FlowEstimator, check_flow_size
 from vidgen.evaluation.metrics.motion import (
     MOVING_SIDES,
+    SEGMENT,
     Figures,
     MotionMeter,
     SampledMotion,
@@ -32,7 +33,6 @@ from vidgen.evaluation.metrics.motion import (
     interpolate,
 )
 from vidgen.evaluation.metrics.registry import PROXY
-from vidgen.evaluation.metrics.tracks import SEGMENT
 from vidgen.evaluation.metrics.vbench import (
     DYNAMIC_TOP,
     STATIC_TOP,

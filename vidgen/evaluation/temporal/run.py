@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -20,23 +21,14 @@ import numpy as np
 
 from vidgen.core.errors import InputError
 from vidgen.core.protocols import OnEvent
-from vidgen.core.runtime import fingerprint, sha256_file
+from vidgen.core.runtime import fingerprint, sha256_file, write_error
 from vidgen.evaluation.metrics.clip import MEASURES_VERSION, measure_clip
 from vidgen.evaluation.metrics.flow import opencv
-from vidgen.evaluation.metrics.network_files import network_hash, parse_networks
+from vidgen.evaluation.metrics.network_files import NETWORKS, network_hash, parse_networks
 from vidgen.evaluation.metrics.registry import PROXY
 from vidgen.evaluation.metrics.vbench import RANGES
-from vidgen.evaluation.score_log import ScoreLog
-from vidgen.evaluation.suite import Item, PromptSuite, find_images, find_items
+from vidgen.evaluation.suite import CLIP_SUFFIXES, Item, PromptSuite, find_images, find_items
 from vidgen.evaluation.temporal.comparison import compare
-from vidgen.evaluation.temporal.notes import (
-    note_few_segments,
-    note_flat,
-    note_left_alone,
-    note_mixture,
-    note_skipped,
-    note_unmatched,
-)
 from vidgen.evaluation.temporal.summary import by_name, dimensions, figures
 from vidgen.media.read import load_image
 from vidgen.media.video_reader import TimedReader, VideoReader
@@ -117,6 +109,42 @@ class _Job:
     networks: tuple[tuple[str, str], ...]
 
 
+class ScoreLog:
+    """Scores by content address, one JSON line each, safe against being killed at any moment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.scores = path, dict[str, dict[str, Any]]()
+        try:
+            lines = path.read_bytes().splitlines() if path.exists() else []
+        except OSError as error:
+            raise InputError(f"{path}, where scores are kept, can't be read: {error.strerror}; "
+                             "move it away, or name another output") from None
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                key, scores = entry["key"], entry["scores"]
+            except (ValueError, LookupError, TypeError, RecursionError):
+                continue  # cut short by a kill, or no scores
+            if isinstance(key, str) and isinstance(scores, dict):
+                self.scores[key] = scores
+
+    def add(self, entries: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Append scores and have them on disk.
+
+        Raises:
+            OutputError: no room, or not to be written.
+        """
+        try:
+            with self.path.open("a+b") as file:
+                if file.tell() and not self.path.read_bytes().endswith(b"\n"):
+                    file.write(b"\n")
+                for key, scores in entries:
+                    self.scores[key] = scores
+                    file.write(json.dumps({"key": key, "scores": scores}).encode() + b"\n")
+        except OSError as error:
+            raise write_error(self.path, error) from None
+
+
 def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dict[str, Any]:
     """Measure folders of clips and compare them.
 
@@ -138,10 +166,10 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     versions = {"opencv": opencv().__version__, "numpy": np.__version__, **fingerprint()}
     folders = [_open(path, suite, run.images) for path in run.videos]
     _tell_names_apart(folders, has_extractor="i3d" in paths)
-    note_skipped(paths, bool(run.images), len(folders) > 1, on_event)
+    _note_skipped(paths, bool(run.images), len(folders) > 1, on_event)
     for folder in folders:
-        note_unmatched(folder, bool(run.images), on_event)
-        note_left_alone(folder, on_event)
+        _note_unmatched(folder, bool(run.images), on_event)
+        _note_left_alone(folder, on_event)
     log = ScoreLog(Path(output).with_name(Path(output).name + ".jsonl"))
     identity = [MEASURES_VERSION, hashes, {k: versions[k] for k in ("opencv", "av", "numpy")}]
     if paths:
@@ -149,14 +177,14 @@ def run_temporal(run: TemporalRun, output: str | Path, on_event: OnEvent) -> dic
     given = tuple((name, str(path)) for name, path in paths.items())
     _measure(folders, given, identity, log, run.staff, on_event)
     for folder in folders:
-        note_mixture(folder, on_event)
-        note_flat(folder, on_event)
+        _note_mixture(folder, on_event)
+        _note_flat(folder, on_event)
     results = [_result(folder) for folder in folders]
     comparisons = [
         compare(a["name"], by_name(a), b["name"], by_name(b)) for a, b in combinations(results, 2)
     ]
     for compared in comparisons:
-        note_few_segments(compared, on_event)
+        _note_few_segments(compared, on_event)
     return {
         "suite": "temporal",
         "prompt_suite": None if suite is None else {"name": suite.name, "sha256": suite.sha256},
@@ -316,3 +344,69 @@ def _distinct(origins: Any) -> list[dict[str, Any]]:
             entry = found.setdefault(json.dumps(model, sort_keys=True), {**model, "seeds": []})
             entry["seeds"].append(origin["seed"])
     return list(found.values())
+
+
+def _note_skipped(
+    paths: Mapping[str, Path], has_images: bool, compares: bool, tell: OnEvent
+) -> None:
+    """Say which of VBench's measures can't be taken, and what they need."""
+    for name, network in NETWORKS.items():
+        wanted = [kind for kind in network.measures if has_images or not kind.startswith("i2v")]
+        if name not in paths and wanted and (compares or name != "i3d"):
+            stand_in = "motion_distance" if name == "i3d" else "proxy_*"
+            text = (f"without --network {name}=PATH, {network.given} (docs/temporal.md), there is "
+                    f"no {' and no '.join(wanted)}; in their place: {stand_in}")
+            tell({"event": "note", "text": text})
+
+
+def _note_unmatched(folder: Folder, has_images: bool, tell: OnEvent) -> None:
+    """Say which prompts have no clip, and how many clips no picture."""
+    missing = folder.missing_prompts
+    if missing:
+        shown = ", ".join(map(repr, missing[:3])) + (" and others" if len(missing) > 3 else "")
+        tell({"event": "note", "text": f"{folder.name} has no clip of {len(missing)} prompts: "
+              f"{shown}; clips are named 'PROMPT-0.mp4'"})
+    bare = len(folder.items) - len(folder.images)
+    if has_images and bare:
+        tell({"event": "note", "text": f"{bare} of {len(folder.items)} clips of {folder.name} have "
+              "no picture named like them or their prompt; i2v measures leave them out"})
+
+
+def _note_left_alone(folder: Folder, tell: OnEvent) -> None:
+    """Say how many files of a folder are no clips that are measured."""
+    kinds: Counter[str] = Counter()
+    for path in Path(folder.path).rglob("*"):
+        is_clip = path.suffix.lower() in CLIP_SUFFIXES
+        if path.is_file() and not (is_clip and path.parent == Path(folder.path)):
+            kinds["clips in subfolders" if is_clip else path.suffix or path.name] += 1
+    if kinds:
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(8))
+        remedy = "; give --videos a subfolder to measure it" * ("clips in subfolders" in kinds)
+        tell({"event": "note", "text": f"files of {folder.name} were left alone: {told}{remedy}"})
+
+
+def _note_few_segments(compared: Mapping[str, Any], tell: OnEvent) -> None:
+    """Say where FVD is of too few segments to be compared with what is published."""
+    few, width = min(compared["fvd_segments"]), compared["fvd_width"]
+    if compared["fvd"] is not None and few <= width:
+        tell({"event": "note", "text": f"of {' and '.join(compared['folders'])} one has only {few} "
+              f"segments of 16 frames, and a feature has {width} values; so few make FVD too low: "
+              "compare it only with FVD of as many, or give more clips"})
+
+
+def _note_flat(folder: Folder, tell: OnEvent) -> None:
+    """Say how many clips show nothing that a subject could be told by."""
+    flat = sum(row["flat"] for row in folder.scores.values())
+    if flat:
+        tell({"event": "note", "text": f"{flat} of {len(folder.scores)} clips of {folder.name} are "
+              "of a single colour in each frame: without an edge proxy_subject_consistency isn't "
+              "measurable, and leaves them out"})
+
+
+def _note_mixture(folder: Folder, tell: OnEvent) -> None:
+    """Say which rates or sizes a folder mixes, if it does."""
+    for name, remedy in (("fps", "speeds and jerks"), ("size", "flows")):
+        kinds = sorted({str(row[name]) for row in folder.scores.values()})
+        if len(kinds) > 1:
+            text = f"{folder.name} mixes {name} {', '.join(kinds)}; {remedy} are less comparable"
+            tell({"event": "note", "text": text})

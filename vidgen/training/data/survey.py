@@ -1,20 +1,162 @@
-"""From a config to items: folders scanned, files looked at, every file's fate settled."""
+"""From a config to items: folders scanned, files decoded once, every file's fate settled.
+
+What was found out about a file is kept by its content in a SQLite file in the user's cache folder,
+file by file, so a check that was killed goes on after them. The folders with the data are never
+written to.
+"""
 
 from __future__ import annotations
 
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from vidgen.core.config import build, dump
+from vidgen.core.errors import OutputError
 from vidgen.core.protocols import OnEvent
+from vidgen.core.runtime import cache_folder, sha256_file
 from vidgen.models.tokenizer import PromptTokenizer
+from vidgen.pipeline.workers.scheduler import results_of
 from vidgen.training.data.config import DataConfig, Geometry
-from vidgen.training.data.files import Scan, scan
-from vidgen.training.data.probe import FileFacts
-from vidgen.training.data.records import look_at
+from vidgen.training.data.files import MediaFile, Scan, scan
+from vidgen.training.data.probe import PROBE_VERSION, FileFacts, probe_file
 from vidgen.training.data.select import Selection, select
 
 if TYPE_CHECKING:
     from vidgen.weights.folder import ModelFolder
+
+Key = TypeVar("Key")
+Found = TypeVar("Found")
+
+_SETTLED_S = 2.0  # a file changed this recently may change again within its time stamp's grain
+_TABLES = """
+create table if not exists stamps (path text primary key, bytes int, mtime_ns int, sha256 text);
+create table if not exists facts (sha256 text, version int, facts text,
+                                  primary key (sha256, version));
+"""
+
+
+class Records:
+    """Facts by content, and contents by path, size and time of change.
+
+    Args:
+        path: of the SQLite file; None: the user's own.
+
+    Raises:
+        OutputError: it can't be written, or is damaged; names it.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or cache_folder() / "data.sqlite"
+
+    def hash_of(self, file: MediaFile) -> str | None:
+        """SHA-256 of a file, where it is known and the file hasn't changed since."""
+        rows = self._ask(
+            "select sha256 from stamps where path = ? and bytes = ? and mtime_ns = ?",
+            (_name(file), file.num_bytes, file.mtime_ns),
+        )
+        return rows[0][0] if rows else None
+
+    def keep_hash(self, file: MediaFile, sha256: str) -> None:
+        """Remember a file's content, unless it was changed just now."""
+        if time.time() - file.mtime_ns / 1e9 > _SETTLED_S:
+            self._ask("insert or replace into stamps values (?, ?, ?, ?)",
+                      (_name(file), file.num_bytes, file.mtime_ns, sha256))
+
+    def facts_of(self, sha256: str) -> FileFacts | None:
+        """What is known of a content."""
+        rows = self._ask("select facts from facts where sha256 = ? and version = ?",
+                         (sha256, PROBE_VERSION))
+        return build(FileFacts, json.loads(rows[0][0])) if rows else None
+
+    def keep_facts(self, sha256: str, facts: FileFacts) -> None:
+        """Remember what was found."""
+        self._ask("insert or replace into facts values (?, ?, ?)",
+                  (sha256, PROBE_VERSION, json.dumps(dump(facts))))
+
+    @cached_property
+    def _connection(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(self.path, timeout=60)
+        connection.executescript(_TABLES)
+        return connection
+
+    def _ask(self, question: str, values: Sequence[Any]) -> list[Any]:
+        """One transaction; it is on the disk when this returns."""
+        try:
+            with self._connection as connection:
+                return connection.execute(question, values).fetchall()
+        except (OSError, sqlite3.Error) as error:
+            raise OutputError(
+                f"{self.path}, where findings about files are kept, fails: {error}; make room, "
+                "delete it if it is damaged, or set XDG_CACHE_HOME to another place"
+            ) from None
+
+
+def look_at(
+    files: Sequence[MediaFile], on_event: OnEvent, *, workers: int = 1,
+    records: Records | None = None,
+) -> tuple[list[str], dict[str, FileFacts]]:
+    """Read and decode what isn't known yet.
+
+    Args:
+        files: to be looked at.
+        on_event: told of progress.
+        workers: processes that work beside each other.
+        records: where findings are kept.
+
+    Returns:
+        SHA-256 of each file ("" of one that can't be read), and facts by SHA-256.
+    """
+    records = records or Records()
+    hashes = {file.path: records.hash_of(file) for file in files}
+    by_path = {file.path: file for file in files}
+    fresh = {path: path for path, known in hashes.items() if known is None}
+    for path, sha256 in _told(on_event, "read", fresh, _hash, workers):
+        hashes[path] = sha256
+        if sha256:
+            records.keep_hash(by_path[path], sha256)
+    facts: dict[str, FileFacts] = {}
+    unknown: dict[str, Path] = {}
+    for path, content in hashes.items():
+        if not content or content in facts:
+            continue
+        known = records.facts_of(content)
+        if known is not None:
+            facts[content] = known
+        else:
+            unknown.setdefault(content, path)
+    for sha256, found in _told(on_event, "look", unknown, probe_file, workers):
+        facts[sha256] = found
+        records.keep_facts(sha256, found)
+    return [hashes[file.path] or "" for file in files], facts
+
+
+def _told(
+    on_event: OnEvent, stage: str, jobs: dict[Key, Path], call: Callable[[Path], Found],
+    workers: int,
+) -> Iterator[tuple[Key, Found]]:
+    """`results_of`, told of as it goes."""
+    on_event({"event": "progress", "stage": stage, "done": 0, "total": len(jobs)})
+    for done, each in enumerate(results_of(call, jobs, workers, on_event), 1):
+        yield each
+        on_event({"event": "progress", "stage": stage, "done": done, "total": len(jobs)})
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError:
+        return ""
+
+
+def _name(file: MediaFile) -> str:
+    return str(file.path.resolve()).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)

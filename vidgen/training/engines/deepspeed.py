@@ -9,9 +9,10 @@ Axes of a shared-out weight: N its elements, S a rank's share of them, filled up
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
-import warnings
+import shutil
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +25,17 @@ from torch import Tensor, nn
 
 from vidgen.core.errors import InputError, ModelError, OutputError
 from vidgen.core.runtime import choose_device
-from vidgen.training.checkpoint import check_manifest, read_meta, read_state, write_state
+from vidgen.training.checkpoint import (
+    check_manifest,
+    live_weights,
+    read_meta,
+    read_state,
+    write_state,
+)
 from vidgen.training.config import RunConfig
-from vidgen.training.ema import EMA, named_parameters
 from vidgen.training.engines.distributed import Place
-from vidgen.training.engines.engine import live_weights
-from vidgen.training.engines.universal import as_universal
-from vidgen.training.engines.zero import read_settings
-from vidgen.training.optim import set_lr
+from vidgen.training.engines.zero import import_deepspeed, read_settings
+from vidgen.training.optim import EMA, named_parameters, set_lr
 from vidgen.training.task import Losses, Task
 
 if TYPE_CHECKING:
@@ -203,32 +207,6 @@ class _Gathered:
         return self.engine.gather(self.name).cpu()
 
 
-def import_deepspeed(device: torch.device) -> ModuleType:
-    """DeepSpeed, made ready for a device; it compiles nothing, and logs only errors.
-
-    Raises:
-        InputError: it isn't installed.
-    """
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import deepspeed
-            import deepspeed.ops
-            from deepspeed.utils import logger
-    except ImportError as error:
-        raise InputError("engine.deepspeed needs DeepSpeed: pip install 'vidgen[train]'") from error
-    logger.setLevel(logging.ERROR)
-    if device.type == "cpu":  # its operator for shared memory would be compiled first
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-    )
-    module: ModuleType = deepspeed
-    return module
-
-
 def _only_adamw(task: Task) -> torch.optim.Optimizer:
     """The task's optimiser, if ZeRO can share it out.
 
@@ -258,3 +236,40 @@ def _tell_of_norms(deepspeed: ModuleType, model: nn.Module) -> None:
             if isinstance(child, nn.LayerNorm):
                 for parameter in child.parameters():
                     deepspeed.zero.register_external_parameter(parent, parameter)
+
+
+@contextmanager
+def as_universal(folder: Path, place: Place, *, needed: bool) -> Iterator[Path]:
+    """Within the block a DeepSpeed folder in its universal layout, for another number of ranks.
+
+    Each parameter's weight and moments are then files of their own, whole.
+
+    Args:
+        folder: as DeepSpeed wrote it; its hashes have been checked.
+        place: of this process; the main rank converts.
+        needed: False gives the folder as it is.
+    """
+    if not needed:
+        yield folder
+        return
+    universal = folder.with_name(f".{folder.name}.universal.tmp")
+    if place.main:
+        shutil.rmtree(universal, ignore_errors=True)
+        _convert(folder, universal)
+    place.barrier()
+    try:
+        yield universal
+    finally:
+        place.barrier()
+        if place.main:
+            shutil.rmtree(universal, ignore_errors=True)
+
+
+def _convert(folder: Path, universal: Path) -> None:
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):  # noqa: PTH123
+        main(Namespace(
+            input_folder=str(folder), output_folder=str(universal), num_extract_workers=1,
+            num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True,
+        ))

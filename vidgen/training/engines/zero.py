@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +17,9 @@ from vidgen.core.runtime import choose_device
 from vidgen.training.config import RunConfig
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    import torch
     from torch import nn
 
 _STAGES = (1, 2, 3)
@@ -106,8 +112,6 @@ def share_out(run: RunConfig) -> Callable[[nn.Parameter], None] | None:
     """
     if run.engine.deepspeed is None or read_settings(run).stage < 3:
         return None
-    from vidgen.training.engines.deepspeed import import_deepspeed
-
     deepspeed = import_deepspeed(choose_device(run.device))
     shared: list[Any] = []
 
@@ -122,3 +126,29 @@ def share_out(run: RunConfig) -> Callable[[nn.Parameter], None] | None:
         shared.append(parameter)
 
     return each
+
+
+def import_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed, made ready for a device; it compiles nothing, and logs only errors.
+
+    Raises:
+        InputError: it isn't installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+            import deepspeed.ops
+            from deepspeed.utils import logger
+    except ImportError as error:
+        raise InputError("engine.deepspeed needs DeepSpeed: pip install 'vidgen[train]'") from error
+    logger.setLevel(logging.ERROR)
+    if device.type == "cpu":  # its operator for shared memory would be compiled first
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        "nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+    module: ModuleType = deepspeed
+    return module

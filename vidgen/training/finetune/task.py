@@ -26,13 +26,13 @@ from vidgen.pipeline.loader import EXPERTS
 from vidgen.pipeline.timing import transformer_ops
 from vidgen.training.config import Phase
 from vidgen.training.data.dataset import Dataset
-from vidgen.training.draws import generator_of, seed_of
 from vidgen.training.engines.distributed import current_place
 from vidgen.training.finetune.conditions import Conditions, settle_conditions
 from vidgen.training.finetune.config import FinetuneConfig
 from vidgen.training.finetune.lora import without_delta
 from vidgen.training.finetune.model import open_subject, open_transformers
 from vidgen.training.optim import build_optimizers
+from vidgen.training.task import generator_of, seed_of
 from vidgen.weights.folder import ModelFolder
 
 Sheet = Callable[[int, Path, Mapping[str, nn.Module]], None]
