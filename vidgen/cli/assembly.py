@@ -1,4 +1,4 @@
-"""The film that `vidgen script` makes of its shots, and the files beside it."""
+"""The film that `vidgen script` makes of its shots, and the files next to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_exports(parser: ArgumentParser) -> None:
-    """Declare the options for files beside the film."""
+    """Declare the options for files next to the film."""
     parser.add_argument("--storyboard", action="store_true",
                         help="write a page of all shots beside the film, FILM.html")
     parser.add_argument("--otio", action="store_true",
@@ -50,7 +50,7 @@ class Making:
 
 
 def describing(args: Namespace, store: Store) -> Describe | None:
-    """What tells the edit which sounds are to be made of words, if any are."""
+    """Return the function that plans sounds in words for the edit, or None."""
     if args.audio_model is None:
         return None
     from vidgen.story.sounds import describe_sounds
@@ -61,7 +61,7 @@ def describing(args: Namespace, store: Store) -> Describe | None:
 
 
 def settle(film: FilmPlan, store: Store, output: Path, args: Namespace) -> Making:
-    """Settle a film before its shots are rendered; nothing is written.
+    """Plan a film before its shots are rendered; write nothing.
 
     Raises:
         InputError: shots, sounds or texts that don't go together.
@@ -87,7 +87,7 @@ def settle(film: FilmPlan, store: Store, output: Path, args: Namespace) -> Makin
 
 
 def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> list[Path]:
-    """Put a film together, and write what is wanted beside it; the latter files."""
+    """Put a film together, and write the files next to it; return those."""
     from vidgen.story.assemble import assemble, texts_beside
     from vidgen.story.storyboard import page_parts
 
@@ -127,7 +127,7 @@ def make_film(making: Making, shots: Sequence[RenderedShot], report: Report) -> 
 
 
 def _lay_beside(path: Path, parts: Iterable[str], making: Making, report: Report) -> None:
-    """Write a file beside the film; one beside a film that was done stays if it differs."""
+    """Write a file next to the film; that of a finished film stays if it differs."""
     from vidgen.core.runtime import atomic_write
 
     encoded = (part.encode() for part in parts)
@@ -146,7 +146,7 @@ def _holds(path: Path, parts: Iterable[bytes]) -> bool:
 
 
 def _had_texts(output: Path) -> bool:
-    """Whether a film that lies there wrote files of texts beside it."""
+    """Return whether an existing film had files of texts."""
     from vidgen.media.probe import read_recipe
 
     try:
@@ -158,7 +158,7 @@ def _had_texts(output: Path) -> bool:
 
 
 def _is_there(edit: Edit, store: Store) -> bool:
-    """Whether this very film lies there already."""
+    """Return whether this very film exists already."""
     from vidgen.media.probe import read_recipe
 
     plans = edit.film.in_film

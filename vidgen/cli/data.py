@@ -50,7 +50,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Look at all files; tell of them, or encode them."""
+    """Look at all files; report on them, or encode them."""
     from vidgen.training.data.survey import survey
     from vidgen.weights.folder import ModelFolder
     from vidgen.weights.layouts import open_model
@@ -82,7 +82,7 @@ def _refuse_others(args: Namespace) -> None:
 
 
 def settings(args: Namespace) -> tuple[DataConfig, str]:
-    """The config that options and a run's file make together, and the model.
+    """Return the config of options and a run's file together, and the model.
 
     Raises:
         InputError: neither names a folder, or a setting can't be.
@@ -116,7 +116,7 @@ def settings(args: Namespace) -> tuple[DataConfig, str]:
 
 
 def _overridden(given: dict[str, Any], overrides: list[str], where: str) -> dict[str, Any]:
-    """A run with keys written over, as `vidgen train` does; one of `data` may be named alone.
+    """Return a run with keys overridden, as by `vidgen train`; those of `data` may be named alone.
 
     Raises:
         InputError: an unknown key, or a value that the run can't have.

@@ -84,7 +84,7 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _kind(benchmark: str) -> str:
-    """Which suite is meant; a list of prompts is one by its file."""
+    """Return the kind of a suite; a list of prompts is one by its file."""
     names = ("temporal", "leaderboard")
     if benchmark in names:
         return benchmark
@@ -95,7 +95,7 @@ def _kind(benchmark: str) -> str:
 
 
 def _refuse_others(args: Namespace, kind: str) -> None:
-    """Refuse options that another suite would heed."""
+    """Refuse options that belong to another suite."""
     parser = Parser("vidgen eval", DESCRIPTION)
     add_arguments(parser)
     heeded = {
@@ -158,7 +158,7 @@ def _write_results(result: dict[str, Any], args: Namespace, report: Report) -> i
 
 
 def _layout_paths(output: Path, num_folders: int) -> list[Path]:
-    """Where VBench's layout goes, one file a folder."""
+    """Return the files of VBench's layout, one for each folder."""
     numbers = [""] if num_folders == 1 else [f"_{n}" for n in range(1, num_folders + 1)]
     return [output.with_name(f"{output.stem}{number}_eval_results.json") for number in numbers]
 

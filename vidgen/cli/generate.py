@@ -131,7 +131,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def add_sound(add: Callable[..., Any], *, goes_on: bool = False) -> None:
-    """Declare the options of the sound of a clip that is made anew, or that goes on."""
+    """Declare the options of the sound of a new clip, or of one that goes on."""
     if goes_on:
         add("--audio", metavar="none|FILE", help="the sound: none, or that of a file; default the "
             "clip's own, then silence")
@@ -248,7 +248,7 @@ def _into_pipe(request: Request, args: Namespace, report: Report) -> int:
 
 
 def one_clip(made: Clip | list[Clip]) -> Clip:
-    """The clip of a request whose `count` is 1."""
+    """Return the clip of a request whose `count` is 1."""
     assert not isinstance(made, list)
     return made
 
@@ -274,7 +274,7 @@ def _said(text: str) -> tuple[float | None, str]:
 
 
 def _check_outputs(paths: list[str], request: Request, *, overwrite: bool) -> bool:
-    """Refuse outputs that can't be written; tell whether they can hold sound."""
+    """Refuse outputs that can't be written; return whether they can hold sound."""
     from vidgen.core.runtime import check_output
     from vidgen.media.write import CONTAINERS, check_format, require_sound
 
@@ -311,7 +311,7 @@ def _facts(clip: Clip, path: str, seed: int) -> dict[str, Any]:
 def judged(
     facts: dict[str, Any], clip: Clip, report: Report, *, strict: bool
 ) -> dict[str, Any]:
-    """A clip's facts with what its checks found; under `strict` a faulty one is set aside."""
+    """Return a clip's facts with its checks; under `strict` a faulty one is set aside."""
     from vidgen.media.checks import as_data
 
     if clip.findings is None:
@@ -333,7 +333,7 @@ def _line(facts: dict[str, Any]) -> str:
 
 
 def set_aside(path: str) -> Path:
-    """Move a faulty output to "name.faulty.mp4", so that none takes it for a good one.
+    """Move a faulty output to "name.faulty.mp4", so that it isn't taken for a good one.
 
     An older one of that name is replaced.
     """

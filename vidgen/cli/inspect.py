@@ -47,7 +47,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
 
 
 def _without_blobs(data: Any) -> Any:
-    """A recipe, or a part of it, for people: embedded inputs and latents by their size."""
+    """Return a recipe or a part of it for people: embedded inputs and latents by their size."""
     if isinstance(data, list):
         return [_without_blobs(item) for item in data]
     if not isinstance(data, dict):
@@ -60,7 +60,7 @@ def _without_blobs(data: Any) -> Any:
 
 
 def _tree(name: str, value: Any, indent: str = "") -> list[str]:
-    """A value on a line, or its parts on lines of their own, further in."""
+    """Return a value on one line, or its parts on lines of their own, indented."""
     is_whole = value is None or isinstance(value, str | int | float) or not value
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if is_whole or (indent and len(text) <= _INLINE):

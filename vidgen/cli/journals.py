@@ -1,4 +1,4 @@
-"""The journal of a command's output: it says what becomes of what an earlier run left."""
+"""The journal of a command's output, which goes on from an earlier run or begins again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vidgen.pipeline.journal.journal import Journal
 
 
 class OutputJournal(Journal):
-    """Tells what is done and what goes on; under `overwrite` what is another clip's starts anew.
+    """Reports what is done and what goes on; under `overwrite` another clip's output begins again.
 
     Args:
         output: the file or folder to be written.
@@ -36,7 +36,7 @@ class OutputJournal(Journal):
             self.resume = False
 
     def check(self, recipe: dict[str, Any]) -> None:
-        """As a journal's own; and tell what is done, and what goes on.
+        """Check as a journal does; and report what is done, and what goes on.
 
         Raises:
             InputError: it is another clip's, and isn't to be overwritten.

@@ -111,20 +111,20 @@ class ExitCode:
 
 
 def overview() -> str:
-    """The text of `vidgen --help`."""
+    """Return the text of `vidgen --help`."""
     lines = ["usage: vidgen VERB ... (vidgen VERB --help tells its options)", ""]
     lines += [f"  {verb:<10} {summary}" for verb, summary in VERBS.items()]
     return "\n".join([*lines, "", "  --version  print the version"])
 
 
 def verb_parser(verb: str) -> tuple[ModuleType, Parser]:
-    """A verb's module and its parser."""
+    """Return a verb's module and its parser."""
     module = import_module(f"vidgen.cli.{verb}")
     return module, parser_of(module, f"vidgen {verb}", is_long=verb in LONG)
 
 
 def parser_of(module: Any, prog: str, *, is_long: bool = True) -> Parser:
-    """The parser of a module that declares its options as verbs do; long ones take `--events`."""
+    """Return the parser of a module with options like a verb's; long ones take `--events`."""
     parser = Parser(prog=prog, description=module.DESCRIPTION)
     module.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
@@ -136,7 +136,7 @@ def parser_of(module: Any, prog: str, *, is_long: bool = True) -> Parser:
 
 
 def _mend_streams() -> None:
-    """Let what is printed go nowhere where a stream is closed, and be spelt where it can't be."""
+    """Discard output to a closed stream, and escape signs that a stream can't encode."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # no file may become stderr
         pass
     os.close(descriptor)
@@ -182,7 +182,7 @@ def _run(verb: str, *arguments: str) -> int:
 
 
 def _failed(arguments: Sequence[str], reason: str, code: int) -> int:
-    """The exit code; under --json stdout gets one object all the same, from one process alone."""
+    """Return the exit code; under --json print the error as one object, from one process alone."""
     try:
         if "--json" in arguments and not (given_rank() or (0,))[0]:
             print(json.dumps({"error": reason, "exit_code": code}))
@@ -193,7 +193,7 @@ def _failed(arguments: Sequence[str], reason: str, code: int) -> int:
 
 
 def _drop_stdout() -> None:
-    """Let what stdout still holds go, at which Python would fail when it leaves."""
+    """Discard what stdout still holds, at which Python would fail when it leaves."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

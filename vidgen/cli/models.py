@@ -48,7 +48,7 @@ def _measure(model: str, report: Report) -> int:
 
 
 def _at_hand(folders: list[str]) -> Iterator[tuple[str, Path]]:
-    """What each model is called, and where it is."""
+    """Yield the name and the folder of each model."""
     from vidgen.weights.folder import embedded_folder, list_embedded
     from vidgen.weights.layouts import layout_of
     from vidgen.weights.published import list_cached
@@ -67,7 +67,7 @@ def _at_hand(folders: list[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _describe(model: str, path: Path) -> dict[str, Any]:
-    """A model's facts, or why it can't be used."""
+    """Return a model's facts, or why it can't be used."""
     from vidgen.core.config import dump
     from vidgen.weights.folder import ForeignFolder
     from vidgen.weights.layouts import card_license, open_folder

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def options(self) -> list[str]:
-        """All long options."""
+        """Return all long options."""
         flags = (flag for action in self._actions for flag in action.option_strings)
         return [flag for flag in flags if flag.startswith("--")]
 
@@ -70,7 +70,7 @@ def add_tiles(parser: ArgumentParser) -> None:
 
 
 def add_workers(parser: ArgumentParser, what: str) -> None:
-    """Declare the options that say who works on `what`, which are many and apart."""
+    """Declare the options of workers on `what`."""
     add = parser.add_argument
     add("--workers", type=int, metavar="N",
         help=f"{what} beside each other, each by a process of its own; default 1")
@@ -83,7 +83,7 @@ def add_workers(parser: ArgumentParser, what: str) -> None:
 def choose_devices(
     count: int | None, shard: bool | None, journals: Sequence[Journal]
 ) -> dict[str, Any]:
-    """Devices as asked for, as torchrun started them, or as unfinished clips began with.
+    """Return the devices given, started by torchrun, or used by unfinished clips.
 
     Where all clips are finished there is nothing left that more than one could do.
     """

@@ -30,7 +30,7 @@ _APART = frozenset({
 
 
 def output_names(output: str | None, request: Request) -> list[str]:
-    """The output of each clip: the name itself for one, name-1, name-2, ... for several."""
+    """Return the output of each clip: the name itself for one, name-1, name-2, ... for several."""
     if output is None:
         output = f"{slug(request.prompt)}-{request.seed}.mp4"
     if request.count == 1:
@@ -41,7 +41,7 @@ def output_names(output: str | None, request: Request) -> list[str]:
 
 
 def choose_seed(args: Namespace, request: Request, report: Report) -> int:
-    """The seed that an earlier run of the same command drew, or a fresh one."""
+    """Return the seed that an earlier run of the same command drew, or a new one."""
     if args.resume:
         seeds = _seeds_of(args.output, request) or _seeds_of_finished(args, request)
         if args.output is not None and request.retry:  # further ones are higher
@@ -57,7 +57,7 @@ def choose_seed(args: Namespace, request: Request, report: Report) -> int:
 
 
 def _seeds_of(output: str | None, request: Request) -> set[int]:
-    """Seeds of the first clip, as the journals of this command, and a named output, record them."""
+    """Return seeds of the first clip, from this command's journals and a named output."""
     from vidgen.pipeline.journal.job import SUFFIX
     from vidgen.pipeline.journal.journal import Journal
 
@@ -79,7 +79,7 @@ def _seeds_of(output: str | None, request: Request) -> set[int]:
 
 
 def _seeds_of_finished(args: Namespace, request: Request) -> set[int]:
-    """Seeds of the first clip, by the names of finished clips that this command made."""
+    """Return seeds of the first clip, from the names of this command's finished clips."""
     from vidgen.media.probe import read_recipe
 
     if args.output is not None:
@@ -94,7 +94,7 @@ def _seeds_of_finished(args: Namespace, request: Request) -> set[int]:
 
 
 def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any]], bool]:
-    """What tells whether a clip's recipe is of this very command, but for its seed."""
+    """Return a check of whether a recipe is of this very command, but for its seed."""
     from vidgen.pipeline.experts import hashes_of
     from vidgen.pipeline.inputs import read_inputs
     from vidgen.weights.layouts import open_model
@@ -126,7 +126,7 @@ def _recognised(request: Request, args: Namespace) -> Callable[[Mapping[str, Any
 
 
 def _given(request: Request) -> dict[str, Any]:
-    """The options that were given, apart from files, as a recipe holds them."""
+    """Return the given options but for files, as a recipe holds them."""
     given = {each.name: (getattr(request, each.name), each.default) for each in fields(request)
              if each.name not in _APART}
     told = {name: value for name, (value, default) in given.items() if value != default}
@@ -135,7 +135,7 @@ def _given(request: Request) -> dict[str, Any]:
 
 
 def clip_seeds(request: Request, journals: Sequence[Journal]) -> tuple[list[int], range]:
-    """Each clip's seed, its own or the one that --retry came to, and those still to be tried."""
+    """Return each clip's seed, its own or that of --retry, and those still to be tried."""
     first = request.seed or 0
     spare = range(first + len(journals), first + len(journals) + request.retry)
     found = [seed_of(journal) for journal in journals]
@@ -145,7 +145,7 @@ def clip_seeds(request: Request, journals: Sequence[Journal]) -> tuple[list[int]
 
 
 def add_resume(parser: ArgumentParser) -> None:
-    """Declare the options that say what becomes of an output that is there or half made."""
+    """Declare the options for outputs that exist or are unfinished."""
     parser.add_argument("--overwrite", action="store_true",
         help="replace an existing output; start an unfinished one anew")
     parser.add_argument("--resume", action="store_true",
@@ -155,7 +155,7 @@ def add_resume(parser: ArgumentParser) -> None:
 def journals_of_outputs(
     paths: Sequence[str], args: Namespace, report: Report, prompt: str | None = None
 ) -> list[OutputJournal]:
-    """A journal for each output; it tells what is done and what goes on.
+    """Return a journal for each output; it reports what is done and what goes on.
 
     Under --overwrite nothing is taken over from a clip of another `prompt`.
     """
@@ -173,7 +173,7 @@ def journals_of_outputs(
 
 @contextmanager
 def told_how_to_go_on(journals: Sequence[Journal], report: Report) -> Iterator[None]:
-    """Where work stops halfway, say what to do; not of what another process is at."""
+    """Where work stops halfway, say what to do; not for jobs of another process."""
     from vidgen.pipeline.journal.job import job_facts
 
     try:
@@ -191,7 +191,7 @@ def told_how_to_go_on(journals: Sequence[Journal], report: Report) -> Iterator[N
 
 @contextmanager
 def as_it_began(journals: Sequence[Journal]) -> Iterator[None]:
-    """Where the command names no attention back end, take the one that an unfinished clip has."""
+    """Where the command names no attention back end, take that of an unfinished clip."""
     from vidgen.core.runtime import ATTENTION_VARIABLE, attention_by
 
     recipes = [journal.recipe or {} for journal in journals if journal.unfinished]
@@ -201,7 +201,7 @@ def as_it_began(journals: Sequence[Journal]) -> Iterator[None]:
 
 
 def seed_of(journal: Journal) -> int | None:
-    """The seed of a job, or of its finished output; None where neither tells one."""
+    """Return the seed of a job or of its finished output; None if neither has one."""
     plan = (journal.recipe or {}).get("plan")
     seed = plan.get("seed") if isinstance(plan, dict) else None
     return seed if isinstance(seed, int) else None

@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Count, measure the machine where that was never done, and print a table."""
+    """Count, measure the machine if it never was, and print a table."""
     from dataclasses import fields
 
     from vidgen.core.request import Request
@@ -66,7 +66,7 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _rates(device: torch.device, dtype: torch.dtype, report: Report) -> Rates:
-    """The machine's rates, measured if they never were."""
+    """Return the machine's rates, measured if they never were."""
     from vidgen.pipeline.timing import known_rates, measure_rates
 
     found = known_rates(device, dtype)

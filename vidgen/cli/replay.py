@@ -77,7 +77,7 @@ def key_and_value(text: str) -> tuple[str, str]:
 
 
 def typed_options(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Options of generate from words, as its own command line reads them.
+    """Return options of generate from words, as its own command line reads them.
 
     Args:
         pairs: (key, value); lists are given by repeating the key, pairs of numbers with a comma;
@@ -145,7 +145,7 @@ def _make(
 
 
 def _tell(output: str, file: str, changes: Mapping[str, Any], report: Report) -> None:
-    """Say whether the two files show the same, else what they don't have in common."""
+    """Report whether the two files show the same, else their differences."""
     from vidgen.media.probe import read_recipe
     from vidgen.pipeline.recipe import differences
     from vidgen.pipeline.replay import compare

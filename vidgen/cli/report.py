@@ -1,4 +1,4 @@
-"""What a verb tells: its result on stdout, progress and notes on stderr, events as JSON lines.
+"""A verb's output: its result on stdout, progress and notes on stderr, events as JSON lines.
 
 An event is a dict with the key "event":
     progress   stage, done, total: how far a stage has come; fraction and eta_s, of all, where an
@@ -35,7 +35,7 @@ LONG_S = 600.0
 
 
 class Report:
-    """The way out of a verb; called with each event.
+    """The output of a verb; called with each event.
 
     Args:
         as_json: print the result as one JSON object instead of text.
@@ -74,7 +74,7 @@ class Report:
                 self._stack.close()
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Show an event and write it down."""
+        """Show an event and write it to the file of events."""
         if event["event"] == "progress" and self._clock:
             stage, done, total = event["stage"], event["done"], event["total"]
             event = {**event, **self._clock(stage, done, total, event.get("clip", 1))}
@@ -93,7 +93,7 @@ class Report:
             self._advance(stage, event["done"], event["total"], event.get("eta_s"))
 
     def _write_events(self) -> None:
-        """What was noted, into the file of events, which begins anew with the first."""
+        """Write noted events to their file, which the first one empties."""
         name = "stdout" if self._events_path == "-" else str(self._events_path)
         if self._events is None:
             try:
@@ -110,7 +110,7 @@ class Report:
         self, made: Estimate | Sequence[Estimate], *, num_clips: int = 1,
         done: Collection[int] = (), one_by_one: bool = False, beside: bool = False,
     ) -> None:
-        """Tell from here on what share is done and how long the rest takes; a long run, at once.
+        """Report from now on the share that is done and the time left; announce a long run.
 
         See `Clock`; clips that are made `beside` each other are `parallel` there.
         """
@@ -124,13 +124,13 @@ class Report:
             self({"event": "note", "text": text})
 
     def expect_nothing(self) -> None:
-        """Tell from here on no share and no time: of what comes now there is no estimate."""
+        """Report from now on neither share nor time: there is no estimate of what follows."""
         self._clock = None
 
     def save(
         self, clip: Clip, path: str, number: tuple[int, int] = (1, 1), *, overwrite: bool
     ) -> None:
-        """Write a clip, telling how far it is; `number` is which one it is, of how many."""
+        """Write a clip with progress; `number` is its number, and the number of clips."""
         told = {"event": "progress", "stage": f"write {path}", "total": clip.num_frames,
                 "clip": number[0], "num_clips": number[1]}
         clip.save(path, overwrite=overwrite, on_frames=lambda done: self({**told, "done": done}))
@@ -149,7 +149,7 @@ class Report:
             print(line, file=sys.stderr)
 
     def _advance_worker(self, event: dict[str, Any]) -> None:
-        """A bar for all, and one for each worker, which says what it is at."""
+        """Show a bar for all work, and one for each worker, with its current work."""
         if "fraction" in event:
             self._advance("all, %", round(100 * event["fraction"]), 100, event["eta_s"])
         from rich.markup import escape
@@ -178,7 +178,7 @@ class Report:
 
 
 def _check_events(path: Path) -> None:
-    """Refuse a place for events that can't be written, or holds something else.
+    """Refuse a file for events that can't be written, or holds something else.
 
     Raises:
         OutputError: says which.
@@ -217,7 +217,7 @@ def print_line(line: str, file: TextIO, name: str) -> None:
 
 
 def _left_column() -> ProgressColumn:
-    """How long all will still take, counted down between events; of finished stages nothing."""
+    """Return a column of the time left, counted down between events; empty for finished stages."""
     from rich.progress import ProgressColumn
     from rich.text import Text
 

@@ -66,7 +66,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Read, plan, and do what was asked for."""
+    """Read and plan the script, then check or make the film."""
     from vidgen.story.script import Script
 
     if args.schema:
@@ -130,7 +130,7 @@ def run(args: Namespace, report: Report) -> int:
 
 
 def _check_exports(args: Namespace) -> None:
-    """Refuse files beside a film where none is made, or their package is missing."""
+    """Refuse files next to a film where none is made, or without their package."""
     named = [option for option in ("storyboard", "otio") if getattr(args, option)]
     without = [option for option in ("check", "only") if getattr(args, option)]
     if named and without:
@@ -141,7 +141,7 @@ def _check_exports(args: Namespace) -> None:
 
 
 def _model(asked: str | None, script: Script) -> str:
-    """The model to open: as asked, by the script, from the script's folder if it lies there."""
+    """Return the model to open: the given one or the script's, from its folder if it is there."""
     if asked is not None:
         return asked
     beside = script.file(Path(script.project.model))
@@ -190,7 +190,7 @@ def _write_example(path: Path, report: Report, *, overwrite: bool) -> int:
 def _render(
     store: Store, plans: Sequence[ShotPlan], staff: Staff, args: Namespace, report: Report
 ) -> list[RenderedShot]:
-    """Render what isn't there; on a stop say how to go on."""
+    """Render missing shots; on a stop say how to go on."""
     from vidgen.pipeline.engine import load
     from vidgen.pipeline.workers.scheduler import settle_threads
     from vidgen.story.render import Renderer
@@ -227,7 +227,7 @@ def _render(
 def _estimates(
     film: FilmPlan, parts: Sequence[tuple[ShotPlan, Take, int]], args: Namespace, staff: Staff
 ) -> tuple[list[Estimate], int | None]:
-    """What each part takes on this machine, and the bytes that are free for each worker."""
+    """Return what each part takes on this machine, and the bytes free for each worker."""
     from vidgen.core.runtime import available_memory, best_dtype, choose_device, num_devices
     from vidgen.story.plan import estimates
 
@@ -245,7 +245,7 @@ def _tell_plan(
     film: FilmPlan, plans: Sequence[ShotPlan], store: Store, staff: Staff, args: Namespace,
     report: Report, edit: Edit | None,
 ) -> int:
-    """What each shot takes, which are there, and how long the film is, if there is to be one."""
+    """Report what each shot takes, which exist, and the length of the film, if any."""
     from vidgen.core.runtime import size_text
     from vidgen.story.plan import word_remarks
 
@@ -290,7 +290,7 @@ def _tell_plan(
 
 
 def _row(plan: ShotPlan, made: Sequence[Estimate], store: Store, left: int) -> dict[str, Any]:
-    """A shot's line of the plan; `seconds` are those of what is left to render."""
+    """Return a shot's line of the plan; `seconds` are for what is left to render."""
     seconds = sum(s.seconds for one in made for s in one.stages if s.name != "load")
     return {
         "id": plan.shot.id, "num_frames": plan.num_frames,

@@ -1,4 +1,4 @@
-"""`vidgen serve`: the engine behind an HTTP API and its page, until it is told to stop."""
+"""`vidgen serve`: the engine as an HTTP API with its page, until it is stopped."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Serve, or look after keys and the log."""
+    """Serve, or manage keys and print the log."""
     if args.new_key or args.revoke_key or args.audit:
         return _look_after(args, report)
     _require_packages()
@@ -101,7 +101,7 @@ def _settings(args: Namespace) -> Settings:
 
 
 def _look_after(args: Namespace, report: Report) -> int:
-    """Keys and the audit log, which need no service to run."""
+    """Manage keys and print the audit log, without a running service."""
     import json
 
     from vidgen.server.keys import Keys

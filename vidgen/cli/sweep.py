@@ -60,7 +60,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, report: Report) -> int:
-    """Check every setting, make the clips that aren't there yet, lay them out."""
+    """Check every setting, make missing clips, lay them out."""
     from vidgen.pipeline.journal.job import job_folder
 
     if args.count != 1 or args.retry:
@@ -113,7 +113,7 @@ def read_axis(text: str) -> Axis:
 
 
 def _check_axes(axes: Sequence[Axis]) -> None:
-    """Refuse two axes of one thing, of which the later would take the earlier one's place."""
+    """Refuse two axes of one option, of which the later would replace the earlier."""
     keys = [f"{axis.key}:{axis.word}" if axis.word else axis.key for axis in axes]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:
@@ -122,7 +122,7 @@ def _check_axes(axes: Sequence[Axis]) -> None:
 
 
 def _stem_and_seed(args: Namespace) -> tuple[str, bool]:
-    """The outputs' name without suffix, and whether a seed was drawn.
+    """Return the outputs' name without suffix, and whether a seed was drawn.
 
     One seed for all settings is settled in `args`; one that an earlier run drew is kept beside its
     clips, so that the same command finds them again.
@@ -150,13 +150,13 @@ def _stem_and_seed(args: Namespace) -> tuple[str, bool]:
 
 
 def _note(stem: str) -> Path:
-    """Where a seed that was drawn is kept."""
+    """Return the file of a seed that was drawn."""
     return Path(f"{stem}.cells", "seed")
 
 
 @contextmanager
 def _folder_of_clips(stem: str) -> Iterator[None]:
-    """The folder that clips are made in; one that is made for nothing goes again."""
+    """Make the folder of clips; remove it if it stays empty."""
     note = _note(stem)
     is_new = not note.parent.exists()
     note.parent.mkdir(exist_ok=True)
@@ -169,7 +169,7 @@ def _folder_of_clips(stem: str) -> Iterator[None]:
 
 
 def _begin(stem: str, args: Namespace, report: Report, *, is_drawn: bool) -> None:
-    """Sweep up what a kill left, and keep a seed that was drawn."""
+    """Clean up after a kill, and keep a seed that was drawn."""
     from vidgen.core.runtime import atomic_write
     from vidgen.pipeline.journal.job import job_folder
     from vidgen.pipeline.journal.job import sweep as sweep_up
@@ -183,7 +183,7 @@ def _begin(stem: str, args: Namespace, report: Report, *, is_drawn: bool) -> Non
 
 
 def _earlier_seed(args: Namespace) -> int | None:
-    """The seed that an earlier run drew, as the name that it gave its clips' folder tells."""
+    """Return the seed that an earlier run drew, by the name of its clips' folder."""
     if args.output or not args.resume:
         return None
     name = re.compile(rf"{re.escape(slug(args.prompt))}-(\d+)-sweep\.cells")
@@ -195,7 +195,7 @@ def _earlier_seed(args: Namespace) -> int | None:
 
 
 def _cells(args: Namespace, stem: str) -> list[Cell]:
-    """Every setting, checked, in the order of the sheet: row by row."""
+    """Return every setting, checked, in the order of the sheet: row by row."""
     from vidgen.core.request import Request
     from vidgen.pipeline.policy import enforce, policy_from_environment
 
@@ -240,7 +240,7 @@ def _replaced(prompt: str, word: str, value: str) -> str:
 
 
 def _identity(request: Request, loading: Mapping[str, Any]) -> str:
-    """A name for a clip by all that shapes it, so that one made before is known again."""
+    """Return a name for a clip by all that shapes it, so that an earlier one is recognised."""
     from vidgen.pipeline.recipe import identity
 
     return identity(request, **{**loading, "model": _content_hash(loading["model"])})
@@ -254,7 +254,7 @@ def _content_hash(model: str) -> str:
 
 
 def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
-    """Make clips, those of one way of loading after each other; one that was begun goes on."""
+    """Make clips, grouped by their loading; an unfinished one goes on."""
     import torch
 
     from vidgen.pipeline.engine import load
@@ -291,7 +291,7 @@ def _make(cells: Sequence[Cell], args: Namespace, report: Report) -> None:
 
 
 def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
-    """What each clip takes; nothing of a model of which nothing is known."""
+    """Return what each clip takes; nothing if a model runs through diffusers."""
     from vidgen.core.runtime import available_memory, best_dtype, choose_device
     from vidgen.pipeline.plan import settle
     from vidgen.pipeline.setups import choose
@@ -314,7 +314,7 @@ def _estimates(cells: Sequence[Cell]) -> list[Estimate]:
 
 
 def _verdict(cell: Cell, report: Report) -> str | None:
-    """What a clip's checks came to, told by its label; None where its file doesn't say."""
+    """Return the verdict of a clip's checks, reported by its label; None without one."""
     from vidgen.media.checks import recorded, verdict
     from vidgen.media.probe import read_recipe
 
@@ -340,7 +340,7 @@ def _recipe(cells: Sequence[Cell], columns: int, args: Namespace) -> dict[str, A
 
 
 def _is_there(path: str, recipe: Mapping[str, Any], args: Namespace) -> bool:
-    """Whether this very sweep's sheet or video is there, when it goes on.
+    """Return whether this very sweep's sheet or video exists, when it goes on.
 
     Raises:
         InputError: another one's is.

@@ -1,4 +1,4 @@
-"""Everything beside clips and films: models, limits, sessions, the audit log, health, metrics."""
+"""Routes besides clips and films: models, limits, sessions, the audit log, health, metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs from addresses: only where the service is told to, and never from inside the network.
+"""Inputs from addresses: only if the service allows it, and never from inside the network.
 
 A name is resolved once, every address that it has is checked, and the connection goes to one that
 was checked; redirects are followed in the same way.

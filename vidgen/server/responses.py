@@ -1,4 +1,4 @@
-"""What the service answers, for its OpenAPI document and for whoever reads the code."""
+"""Models of the service's answers, for its OpenAPI document."""
 
 from __future__ import annotations
 

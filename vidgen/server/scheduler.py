@@ -344,7 +344,7 @@ class Scheduler:
             return self._live if self._running and self._running.id == job.id else None
 
     def _places(self) -> Iterator[tuple[Job, Place]]:
-        """Where each unfinished job stands, and how long it takes until it is done."""
+        """Yield each unfinished job with its place and the time until it is done."""
         ahead_s, position = 0.0, 0
         for job in self.jobs.waiting():
             live = self._live_of(job)
@@ -356,7 +356,7 @@ class Scheduler:
                 yield job, Place(position, round(ahead_s, 1))
 
     def _learn_pace(self, job: Job, seconds: float) -> None:
-        """How much longer than estimated jobs take, the last ones counting most."""
+        """Learn how much longer than estimated jobs take, the last ones counting most."""
         if job.expected_s > 0 and job.attempt == 1:
             self._pace += 0.3 * (seconds / job.expected_s - self._pace)
 
@@ -366,7 +366,7 @@ class Scheduler:
         self._tell_places()
 
     def _tell_places(self) -> None:
-        """The queue may have moved: tell all that wait, of whatever owner, where they stand."""
+        """Publish the places of all waiting jobs, of every owner: the queue may have moved."""
         if not self.hub.is_heard:
             return
         for job, place in self._places():

@@ -1,4 +1,4 @@
-"""What clients may ask: fields in OpenAI's shape and, beside them, under the peers' names.
+"""Bodies of requests: fields in OpenAI's shape and, besides, under the peers' names.
 
 Values may be strings, as multipart sends them; what can't be read as the right type is refused,
 and so is a field that nobody knows.
@@ -289,7 +289,7 @@ def _as_text(schema: Any) -> Any:
 
 
 def shared_schemas() -> dict[str, Any]:
-    """What the bodies' schemas refer to."""
+    """Return the schemas that the bodies' schemas refer to."""
     found: dict[str, Any] = {}
     for ask in (VideoAsk, EditAsk, ExtensionAsk, FilmAsk):
         found |= ask.model_json_schema(ref_template="#/components/schemas/{model}").get("$defs", {})

@@ -1,4 +1,4 @@
-"""Jobs as clients see them: the OpenAI shape, with our own fields beside its."""
+"""Jobs as clients see them: the OpenAI shape, with our own fields added."""
 
 from __future__ import annotations
 

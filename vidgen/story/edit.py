@@ -37,7 +37,7 @@ Describe = Callable[[Timeline], "tuple[list[DescribedSound], Timeline]"]
 
 @dataclass(frozen=True)
 class Codec:
-    """How a codec encodes, and the suffixes of files that hold it."""
+    """A codec's settings, and the suffixes of files that hold it."""
 
     picture: PictureSettings
     suffixes: tuple[str, ...]
@@ -58,7 +58,7 @@ CODECS = {
 
 
 def picture_settings(name: str | None, output: str | Path) -> PictureSettings:
-    """How to encode a picture into a file.
+    """Return the settings to encode a picture into a file.
 
     Args:
         name: of a codec; None is the one that the file's kind has by default.
