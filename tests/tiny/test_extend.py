@@ -19,11 +19,11 @@ from vidgen.diffusion.noise import draw_noise
 from vidgen.media.clip import Clip
 from vidgen.media.probe import read_recipe
 from vidgen.media.video_reader import VideoReader
+from vidgen.pipeline import codec
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.long import extend
 from vidgen.pipeline.long.extend import LongClip, hold_colours, long_clip
 from vidgen.pipeline.long.tail import colours_of, make_tail, read_tail, split_windows
-from vidgen.pipeline.parallel import stretches
 from vidgen.pipeline.recipe import make_recipe
 
 PROMPT = "a red car bounces across the desert"
@@ -110,7 +110,7 @@ def test_a_run_goes_on_behind_the_windows_that_are_done(engine):
 def test_many_latents_lie_in_a_file_and_are_the_same(engine, monkeypatch):
     long = begin(engine, frames=29)
     in_memory, _ = denoise(engine, long)
-    monkeypatch.setattr(stretches, "IN_MEMORY", 0)
+    monkeypatch.setattr(codec, "IN_MEMORY", 0)
     on_disk, _ = denoise(engine, long)
     assert torch.equal(in_memory, on_disk)
 

@@ -18,11 +18,10 @@ from vidgen.core.request import Request
 from vidgen.core.shapes import Tiles
 from vidgen.media.clip import Clip
 from vidgen.models.vae_tiles import grids
-from vidgen.pipeline import setups
+from vidgen.pipeline import codec, setups
 from vidgen.pipeline.engine import Engine, load
 from vidgen.pipeline.journal.journal import Journal
 from vidgen.pipeline.memory import estimate
-from vidgen.pipeline.parallel import stretches
 from vidgen.pipeline.parallel.crew import start_crew
 from vidgen.pipeline.plan import settle
 from vidgen.pipeline.replay import request_from_recipe
@@ -154,14 +153,14 @@ def test_what_tiles_keep_lies_in_files_and_a_full_disk_is_told(
 ) -> None:
     latents = torch.randn(1, 4, 6, 8, 12)
     expected = [*engine.decode_video(latents, 0, Tiles(2, 2))]
-    monkeypatch.setattr(stretches, "IN_MEMORY", 0)
+    monkeypatch.setattr(codec, "IN_MEMORY", 0)
     found = engine.decode_video(latents, 0, Tiles(2, 2))
     assert all(map(torch.equal, expected, found))
 
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stretches, "os", SimpleNamespace(posix_fallocate=full))
+    monkeypatch.setattr(codec, "os", SimpleNamespace(posix_fallocate=full))
     with pytest.raises(OutputError, match="space"):
         [*engine.decode_video(latents, 0, Tiles(2, 2))]
 

@@ -3,9 +3,9 @@
 import pytest
 
 from vidgen.core.errors import InputError
-from vidgen.pipeline.parallel import stretches as module
-from vidgen.pipeline.parallel.link import Division, divide
-from vidgen.pipeline.parallel.stretches import room_for, stretches
+from vidgen.pipeline import codec
+from vidgen.pipeline.codec import room_for
+from vidgen.pipeline.parallel.link import Division, divide, stretches
 
 
 @pytest.mark.parametrize("begin", [0, 3, 40])
@@ -27,7 +27,7 @@ def test_what_is_long_is_shared_and_what_is_short_is_not():
 
 
 def test_room_is_the_same_in_a_file(monkeypatch):
-    monkeypatch.setattr(module, "IN_MEMORY", 10)
+    monkeypatch.setattr(codec, "IN_MEMORY", 10)
     for count in (10, 11):
         room = room_for(count)
         room[-1] = 7

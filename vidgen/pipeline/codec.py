@@ -1,4 +1,4 @@
-"""Between pixels and latents: what the VAE does for a clip, whole, in tiles or frame by frame.
+"""Encode and decode a clip with the VAE: whole, in tiles or frame by frame.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W pixel
 rows and columns.
@@ -6,39 +6,44 @@ rows and columns.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vidgen.models.vae_tiles import decode_in_tiles, encode_in_tiles
+from vidgen.core.runtime import write_error
+from vidgen.core.shapes import Tiles
+from vidgen.models.vae_tiles import Room, decode_in_tiles, encode_in_tiles
 
 if TYPE_CHECKING:
-    from vidgen.core.shapes import Tiles
     from vidgen.media.types import Frames
     from vidgen.models.vae import CausalVAE
     from vidgen.pipeline.loader import Parts
 
+IN_MEMORY = 64_000_000
+"""Bytes that stay in memory; more are put into an unnamed file."""
 REFINE_RATE = 0.02
 """Of `refine_first`'s first step, in deviations of the latents."""
 REFINE_BETAS = (0.9, 0.95)
 BACK_SHARE = 0.5
-"""Of what latents lack, that a pass adds: all of it makes fast motion worse."""
+"""Share of the difference that a pass adds: all of it makes fast motion worse."""
 
 
 @torch.no_grad()
 def encode_pixels(
     parts: Parts, video: Tensor, tiles: Tiles | None = None, passes: int = 1, oversampling: int = 1
 ) -> Tensor:
-    """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32.
+    """Encode video [B, 3, T, H, W] in [-1, 1] to normalised latents [B, C, F, h, w], float32.
 
-    With more `passes` than one, what the latents show is encoded, too, and half of what they lack
-    there is added to them (back-projection: Irani & Peleg 1991, eq. 3).
+    Each of `passes` after the first decodes the latents, encodes the result, and adds half of the
+    difference (back-projection: Irani & Peleg 1991, eq. 3).
     """
-    from vidgen.pipeline.parallel.stretches import rooms_for
-
     def encoded(video: Iterable[Tensor]) -> Tensor:
         if tiles is None:
             frames = vae.stream_encode(video, oversampling=oversampling)
@@ -58,8 +63,6 @@ def encode_pixels(
 def _decoded(
     vae: CausalVAE, frames: Iterable[Tensor], tiles: Tiles | None, oversampling: int
 ) -> Iterator[Tensor]:
-    from vidgen.pipeline.parallel.stretches import rooms_for
-
     if tiles is None:
         return vae.stream_decode(frames, oversampling=oversampling)
     return decode_in_tiles(vae, frames, tiles, rooms_for(tiles), oversampling)
@@ -67,20 +70,11 @@ def _decoded(
 
 @torch.no_grad()
 def refine_first(parts: Parts, picture: Tensor, latents: Tensor, num_steps: int) -> Tensor:
-    """Bring a first frame's latents nearer to it, through the decoder (Abdal et al. 2019, Alg. 1).
+    """Optimise a first frame's latents through the decoder (Abdal et al. 2019, Alg. 1).
 
-    A first latent frame is decoded by itself, so what it shows here it shows in every clip. An
-    encoder gives what is best for pictures on average; a few of Adam's steps give what is best for
-    this one.
-
-    Args:
-        parts: the networks.
-        picture: [B, 3, 1, H, W] in [-1, 1].
-        latents: normalised, [B, C, 1, h, w], as encoded.
-        num_steps: at a rate that falls to zero.
-
-    Returns:
-        Latents like those given, each never further from its picture than they were.
+    A first latent frame is decoded by itself, so it shows the same in every clip. The latents [B,
+    C, 1, h, w] of the picture [B, 3, 1, H, W] in [-1, 1] take `num_steps` of Adam, at a rate that
+    falls to zero; the result is never further from its picture than they were.
     """
     with parts.use("vae") as vae:
         dtype, target = next(vae.parameters()).dtype, picture.to(latents)
@@ -111,7 +105,7 @@ def decode_latents(
     parts: Parts, latents: Tensor, begin: int = 0, end: int | None = None,
     tiles: Tiles | None = None, oversampling: int = 1,
 ) -> Iterator[Tensor]:
-    """Video [B, 3, n, H, W] of each of the latent frames `begin` to `end` of [B, C, F, h, w]."""
+    """Yield video [B, 3, n, H, W] of each latent frame from `begin` to `end` of [B, C, F, h, w]."""
     frames = latents[:, :, :end].split(1, dim=2)
     return decode_frames(parts, frames, begin, tiles, oversampling)
 
@@ -121,10 +115,10 @@ def decode_frames(
     parts: Parts, frames: Iterable[Tensor], begin: int = 0, tiles: Tiles | None = None,
     oversampling: int = 1,
 ) -> Iterator[Tensor]:
-    """Video [B, 3, n, H, W] of each of a clip's latent frames [B, C, 1, h, w] from `begin` on.
+    """Yield video [B, 3, n, H, W] of each latent frame [B, C, 1, h, w] of a clip from `begin` on.
 
-    Decoding begins as many latent frames earlier as the decoder looks back, so that its caches
-    hold the same and the frames are bit-equal.
+    Decoding starts earlier by the decoder's look-back, so that its caches, and the frames, are
+    bit-equal.
     """
     with parts.use("vae") as vae:
         dtype = next(vae.parameters()).dtype
@@ -136,9 +130,9 @@ def decode_frames(
 
 
 def from_frame(videos: Iterable[Tensor], start: int, stride_t: int) -> Iterator[Tensor]:
-    """Videos [B, 3, n, H, W] of latent frames, the first holding frame `start`, from that on.
+    """Cut videos [B, 3, n, H, W] of latent frames, the first holding frame `start`, to begin there.
 
-    They are of `stride_t` frames each, but for the clip's first.
+    All but the clip's first latent frame have `stride_t` frames each.
     """
     for index, video in enumerate(videos, latent_of(start, stride_t)):
         before = 1 + (index - 1) * stride_t if index else 0
@@ -146,12 +140,12 @@ def from_frame(videos: Iterable[Tensor], start: int, stride_t: int) -> Iterator[
 
 
 def latent_of(frame: int, stride_t: int) -> int:
-    """The latent frame that holds a frame."""
+    """Return the latent frame that holds a frame."""
     return -(-frame // stride_t)
 
 
 def as_video(frames: Frames) -> Tensor:
-    """Frames uint8 [T, H, W, 3] as video [1, 3, T, H, W] in [-1, 1]."""
+    """Convert frames uint8 [T, H, W, 3] to video [1, 3, T, H, W] in [-1, 1]."""
     return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
@@ -159,3 +153,25 @@ def to_frames(video: Tensor) -> Tensor:
     """Convert [3, T, H, W] in [-1, 1] to uint8 [T, H, W, 3] on the CPU."""
     scaled = (video.float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).cpu()
+
+
+def room_for(num_bytes: int, num_rooms: int = 1) -> Tensor:
+    """Return zeros uint8 [num_bytes] on the CPU; in an unnamed file if `num_rooms` of them are
+    large.
+
+    Raises:
+        OutputError: no space for it.
+    """
+    if num_bytes * num_rooms <= IN_MEMORY:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+    try:
+        with tempfile.NamedTemporaryFile(prefix="vidgen-") as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # now, not as a fault when written
+            return torch.from_file(file.name, shared=True, size=num_bytes, dtype=torch.uint8)
+    except OSError as error:
+        raise write_error(Path(tempfile.gettempdir(), "frames"), error) from error
+
+
+def rooms_for(tiles: Tiles) -> Room:
+    """Return an allocator for what each of these tiles keeps between its turns."""
+    return partial(room_for, num_rooms=tiles.count)

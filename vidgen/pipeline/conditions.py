@@ -1,8 +1,8 @@
 """A request's conditions, written into the latent state: the one place where tasks differ.
 
-Models learned conditions in one of three ways (`ModelFolder.conditioning`): known latents in place
-and stills beside them ("tokens"), a second clip stacked on the channels ("channels"), or one that
-control blocks read ("control"). A clip to re-imagine needs none of them.
+Models learn conditions in one of three ways (`ModelFolder.conditioning`): known latents in place
+with stills as extra tokens ("tokens"), a second clip stacked on the channels ("channels"), or one
+that control blocks read ("control"). A clip to re-imagine needs none of them.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T H W frames, pixel
 rows and columns.
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What conditions need of a model.
+    """The parts of a model that conditions need.
 
     Attributes:
-        encode: video [1, 3, T, H, W] in [-1, 1] to its normalised latents [1, C, F, h, w], at the
-            `oversampling` given by name.
-        encode_first: the same of a picture that the clip begins with, [1, 3, 1, H, W].
-        describe: pictures to the image features [1, S, D] that this model reads; None: it doesn't.
-        conditioning: how the model learned conditions.
+        encode: maps video [1, 3, T, H, W] in [-1, 1] to normalised latents [1, C, F, h, w], at the
+        keyword `oversampling`.
+        encode_first: the same for the clip's first picture, [1, 3, 1, H, W].
+        describe: maps pictures to image features [1, S, D]; None if the model reads none.
+        conditioning: see `ModelFolder.conditioning`.
         strides: the VAE's.
         patch: latents a side of one token.
     """
@@ -61,16 +61,9 @@ def write_conditions(
     *,
     settles: bool,
 ) -> LatentState:
-    """Write every condition of a request into a state that knows nothing yet.
+    """Write every condition of a request into a state of fresh noise.
 
-    Args:
-        state: fresh noise.
-        plan: the settled request.
-        request: whose conditions are meant.
-        inputs: its pictures, read.
-        model: encodes them.
-        start_sigma: noise level at which sampling begins.
-        settles: whether any step is taken at the rate that is shown.
+    Sampling begins at `start_sigma`; `settles` says whether any step runs at the clip's own rate.
 
     Raises:
         InputError: a moment that the clip doesn't have.
@@ -112,7 +105,7 @@ def _kept(
     state: LatentState, plan: Plan, request: Request, inputs: Inputs, model: Encoder,
     oversampling: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """What a mask keeps, [1, C, F, h, w], and where to make new, [1, 1, F, h, w], at a rate."""
+    """Return what a mask keeps, [1, C, F, h, w], and where to generate, [1, 1, F, h, w]."""
     strides = model.strides.finer(oversampling)
     wanted = condition.latent_mask(_wanted(plan, request), strides, patch=model.patch)
     latents = model.encode(_whole_clip(plan, request, inputs), oversampling=oversampling)
@@ -149,10 +142,7 @@ def _controlled(
 
 
 def _known_pixels(plan: Plan, request: Request, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The clip as far as it is given, [1, 3, T, H, W], grey elsewhere; and where to make new.
-
-    The second is [1, 1, T, H, W], 1 where new content is wanted.
-    """
+    """Return the clip to stack or control by, [1, 3, T, H, W], and a mask of its unknown pixels."""
     pixels = torch.zeros(1, 3, plan.num_frames, plan.height, plan.width)
     wanted = torch.ones_like(pixels[:, :1])
     if request.mask is not None:
@@ -170,7 +160,7 @@ def _known_pixels(plan: Plan, request: Request, inputs: Inputs) -> tuple[Tensor,
 
 
 def _stills(plan: Plan, request: Request, inputs: Inputs) -> list[tuple[int, Frames]]:
-    """Known stills by the index of their frame; under a mask the image is the whole clip."""
+    """Return known stills by frame number; under a mask the image is the whole clip."""
     stills = []
     if request.begins_with_image:
         stills += [(0, picture) for picture in inputs.images.get("image", ())]
@@ -184,7 +174,7 @@ def _stills(plan: Plan, request: Request, inputs: Inputs) -> list[tuple[int, Fra
 
 
 def _whole_clip(plan: Plan, request: Request, inputs: Inputs) -> Tensor:
-    """The clip to edit [1, 3, T, H, W]; a picture is a still one."""
+    """Return the clip to edit [1, 3, T, H, W]; a picture is repeated."""
     if request.video is None:
         return _fitted(plan, inputs.images["image"] * plan.num_frames)
     assert inputs.video_fps is not None

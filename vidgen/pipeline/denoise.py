@@ -1,7 +1,6 @@
-"""What a model's networks do for a clip, on whichever device they are.
+"""The guided denoiser of a clip, for one device or for a group of ranks.
 
-Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, H W pixel rows and
-columns.
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from vidgen.pipeline.types import Contexts, Plan
 
 ALONE = "alone"
-"""What the model is asked under beside `BRANCHES`: a prompt that names one of its things alone."""
+"""Branch name, in addition to `BRANCHES`, of a prompt that names one of several things."""
 
 
 @contextmanager
@@ -50,17 +49,9 @@ def denoising(
     parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras, level: float,
     caches: StepCaches | None = None, told: Bound | None = None,
 ) -> Iterator[Denoise]:
-    """The guided model; its transformer stays in memory inside the `with` block.
+    """Yield the guided model for sampling from sigma `level` on.
 
-    Args:
-        parts: the networks.
-        plan: of the clip.
-        state: its conditions.
-        contexts: of its prompts.
-        loras: its adapters.
-        level: the sigma that sampling begins at.
-        caches: what spares steps of this run, or None.
-        told: what of its prompts is told apart, or None.
+    Its transformer stays in memory inside the `with` block. `told` are regional prompts, or None.
     """
     asked = dict(zip(BRANCHES, contexts, strict=False))
     if plan.guidance.reference_scale:
@@ -91,14 +82,16 @@ def denoisers(
     ranks: Ranks | None = None, caches: StepCaches | None = None, *,
     branches: Sequence[str] = BRANCHES,
 ) -> Iterator[list[Denoise]]:
-    """The model under each of the contexts, `branches` by name; arguments as in `denoising`.
+    """Yield the model under each of the contexts, named by `branches`; arguments as in `denoising`.
 
-    With `ranks` each call is made on all of them together, and gives all of them the same.
+    With `ranks` each call runs on all of them together, and all get the same result.
     """
     if plan.student is not None:
         loras = loras.beside(parts.deltas(STUDENT))
     if state.sound is not None:
-        contexts = [_for_takes(context, state.sound.takes) for context in contexts]
+        takes = state.sound.takes  # several sounds of a clip are adjacent in the batch
+        contexts = [(features.repeat_interleave(takes, 0), lengths.repeat_interleave(takes, 0))
+                    for features, lengths in contexts]
     hides_given = plan.guidance.known_scale is not None
     listens = state.is_known and state.sound is not None and ranks is None
     boundary = boundary_of(parts.folder, plan, hears=state.sound is not None)
@@ -118,17 +111,10 @@ def denoisers(
         yield made
 
 
-def _for_takes(context: tuple[Tensor, Tensor], takes: int) -> tuple[Tensor, Tensor]:
-    """A context of clips for several sounds of each, which lie behind each other in a batch."""
-    features, lengths = context
-    return features.repeat_interleave(takes, dim=0), lengths.repeat_interleave(takes, dim=0)
-
-
 def _denoiser(
     parts: Parts, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts,
     ranks: Ranks | None, cache_at: Callable[[float, TokenPart | None], StepCache] | None,
 ) -> Denoise:
-    """The model under one prompt and all conditions."""
     patch = parts.folder.components["transformer"].config.patch_size
     options: dict[str, Any] = {"image_context": state.image_context, "ranks": ranks}
     if state.control is not None:
@@ -158,9 +144,9 @@ def _denoiser(
 def _listener(
     parts: Parts, plan: Plan, state: LatentState, context: tuple[Tensor, Tensor], given: Experts
 ) -> Denoise:
-    """The model under one prompt, of sounds for a known picture, which passes once for all of them.
+    """Return the model under one prompt for sounds of a known picture, which passes only once.
 
-    It gives what `_denoiser` gives, but for the picture's velocity, which nobody needs.
+    The result is `_denoiser`'s, except for the picture's velocity, which nobody reads.
     """
     assert state.sound is not None
     (features, lengths), takes = context, state.sound.takes
@@ -185,14 +171,12 @@ def _listener(
 
 
 def _frames_per_s(parts: Parts, plan: Plan) -> float:
-    """Latent frames a second."""
     return float(plan.fps) / parts.folder.components["vae"].config.strides.t
 
 
 def _audio_tokens(
     state: LatentState, sound: Tensor, sigma: Tensor, frames_per_s: float, *, whole: bool
 ) -> AudioTokens:
-    """A state's sound as a transformer takes it."""
     assert state.sound is not None
     times = to_timestep(state.sound.levels(sigma), whole=whole)
     return AudioTokens(
@@ -206,16 +190,16 @@ def velocity(
     context: tuple[Tensor, Tensor], *, patch: int, frames_per_s: float | None = None,
     whole: bool = False, **options: Any,
 ) -> Tensor:
-    """Return a transformer's velocity under a state's conditions, as samplers have latents.
+    """Return the velocity of a transformer under a state's conditions, in the samplers' layout.
 
     Args:
-        dit: the network.
+        dit: the transformer.
         state: the conditions.
-        latents: noisy ones, packed with the sound's if the state has sound.
+        latents: noisy, packed with the sound's if the state has sound.
         sigma: their noise levels, [B].
         context: text features [B, S, D] and their lengths [B].
         patch: latents a side of one token.
-        frames_per_s: latent frames a second, the sound's clock; None where there is no sound.
+        frames_per_s: latent frames per second, the sound's clock; None without sound.
         whole: see `to_timestep`.
         options: further arguments of the network.
     """
@@ -230,17 +214,7 @@ def network_inputs(
     state: LatentState, latents: Tensor, sigma: Tensor, context: tuple[Tensor, Tensor], *,
     patch: int, whole: bool, frames_per_s: float | None = None,
 ) -> dict[str, Any]:
-    """Return the arguments with which a transformer is called for a state's noisy latents.
-
-    Args:
-        state: the conditions.
-        latents: noisy ones, packed with the sound's if the state has sound.
-        sigma: their noise levels, [B].
-        context: text features [B, S, D] and their lengths [B].
-        patch: latents a side of one token.
-        whole: see `to_timestep`.
-        frames_per_s: latent frames a second, the sound's clock; None where there is no sound.
-    """
+    """Return a transformer's arguments for a state's noisy latents; arguments as in `velocity`."""
     picture, sound = state.apart(latents)
     seen, levels = denoise_inputs(state, sigma, picture, patch=patch)
     audio = None

@@ -2,13 +2,10 @@
 
     encode the prompt -> prepare the latent state -> sample -> decode -> write
 
-Sound, where the model makes it, is sampled behind the picture: a state of which that is known.
+A model's own sound is sampled after the picture, with the picture as a condition.
 
-A task (a first frame, a mask, a clip to re-imagine) is a condition written into the state by
-`prepare`; nothing else knows of it.
-
-Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W
-pixel rows and columns.
+A task (a first frame, a mask, a clip to re-imagine) is a condition that `prepare` writes into the
+state; no other code knows of it.
 """
 
 from __future__ import annotations
@@ -55,26 +52,25 @@ def load(
     offload: Offload | Literal["auto"] | None = None, quantize: Quantization | None = None,
     policy: Policy | None = None, devices: int | None = None, shard: bool | None = False,
 ) -> AnyEngine:
-    """Open a model; it comes into memory as `offload` says.
+    """Open a model; `offload` controls when its networks are loaded.
 
     Args:
         model: an embedded model's name, a model folder (ours, diffusers' or Wan's own layout), or
-            an id on the Hugging Face hub.
+            an
+        id on the Hugging Face hub.
         device: "auto", "cpu", "cuda", ...
-        dtype: "fp32", "bf16" or "fp16"; None: bf16 where the processor has it, else fp32.
-        offload: "none" keeps all in memory, "stage" what the stage at work needs, "block" two
-            blocks of the transformer at a time; None or "auto": the first of them with which each
-            clip fits into the memory.
+        dtype: "fp32", "bf16" or "fp16"; None: bf16 if the processor has it, else fp32.
+        offload: "none" keeps all in memory, "stage" the running stage's networks, "block" two
+            blocks of
+        the transformer at a time; None or "auto": the first of them that fits each clip.
         quantize: "int8" keeps linear layers' weights in 8 bits.
-        policy: refuses prompts; None takes the word list that VIDGEN_POLICY names, if one.
-        devices: how many share the work, None is 1; see docs/devices.md.
-        shard: spread the transformers' weights over the devices; `offload` is then "stage" unless
-            it is given.
+        policy: refuses prompts; None: the word list named by VIDGEN_POLICY, if any.
+        devices: number of devices that share the work, None is 1; see docs/devices.md.
+        shard: spread the transformers' weights over the devices, by default with offload "stage".
 
     Raises:
-        InputError: choices that don't go together, or more devices than there are.
-        ModelError: no such model, files that are missing, damaged or don't fit together, or more
-            than the memory holds.
+        InputError: options that conflict, or more devices than exist.
+        ModelError: no such model, files missing, damaged or inconsistent, or too little memory.
     """
     from vidgen.media.manifest import Signing
     from vidgen.pipeline.parallel.crew import start_crew
@@ -101,15 +97,10 @@ def load(
 
 
 def load_own(model: str, otherwise: str, **loading: Any) -> Engine:
-    """Load a model for work that needs our own networks; see `load`.
-
-    Args:
-        model: see `load`.
-        otherwise: ends the message that refuses a model that diffusers' pipelines run.
-        loading: further arguments of `load`.
+    """Load a model that our own networks run; `loading` are further arguments of `load`.
 
     Raises:
-        InputError: diffusers runs the model.
+        InputError: diffusers runs the model; `otherwise` ends the message.
     """
     engine = load(model, **loading)
     if not isinstance(engine, Engine):
@@ -134,21 +125,21 @@ class Engine(OpenedModel):
         """Make a clip, or a list of them where `count` is over 1.
 
         Args:
-            prompt: what is to be seen, or a whole request.
-            on_event: told of progress; raising `Cancelled` stops cleanly between two steps.
-            on_estimate: told what it will take, before the work begins.
-            on_preview: shown small frames of the clip while it forms, as often as that takes 2% of
-                the time.
-            journal: keeps the state beside the output, one for each clip, so that a run that was
-                stopped or killed goes on; see docs/journal.md.
-            options: fields of `Request`, which are the command line's long options; of a request
-                that is given they are changed.
+            prompt: a prompt, or a whole request.
+            on_event: called with progress; raising `Cancelled` stops cleanly between two steps.
+            on_estimate: called with the estimate before the work begins.
+            on_preview: called with small frames of the forming clip, for at most 2% of the time.
+            journal: saves the state next to the output, one for each clip, so that a stopped or
+                killed run
+            can resume; see docs/journal.md.
+            options: fields of `Request`, as the command line's long options; they override a given
+            request's.
 
         Returns:
-            A lazy clip, or a list of them: pixels are decoded while they are saved or asked for.
+            A lazy clip, or a list of them: pixels are decoded while they are saved or read.
 
         Raises:
-            InputError: what can't be honoured, with value, limit and remedy.
+            InputError: an option that can't be honoured, with value, limit and remedy.
         """
         from vidgen.media.provenance import stamped
         from vidgen.pipeline.experts import read_loras
@@ -202,11 +193,7 @@ class Engine(OpenedModel):
         self, plan: Plan, request: Request, on_estimate: Callable[[Estimate], None] | None, *,
         previewed: bool,
     ) -> Plan:
-        """The plan in the setup that fits this machine, after all refusals that are left.
-
-        Raises:
-            InputError: options that don't go together, or more than the memory holds.
-        """
+        """Choose the setup that fits this machine; make the remaining checks."""
         from vidgen.ops.attention import asked_backend, require_backend
         from vidgen.pipeline.setups import preflight
 
@@ -223,7 +210,7 @@ class Engine(OpenedModel):
         return replace(plan, tiles=estimate.setup.tiles)
 
     def read(self, request: Request) -> tuple[Request, Inputs]:
-        """The request's pictures and clips; a first frame that a model is to draw is drawn here."""
+        """Read the request's pictures and clips; draw a first frame if a model is given for it."""
         two = self.dit_config.image_positions is not None
         check_tasks(request, self.folder.name, self.folder.tasks, both=two)
         if request.first_frame_model is None:

@@ -1,7 +1,7 @@
-"""The share of a generation that is done and the time that is left, from an estimate.
+"""Progress of a generation as a fraction, and the time left, from an estimate.
 
-The estimate gives the weights of the stages; each stage's time is corrected by what it was measured
-to take in this run, a stage that has not begun by the one measured last.
+The estimate weighs the stages; each stage's time is corrected by its measured time in this run, a
+stage that has not begun by the one measured last.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _STAGES = {
 
 
 class Clock:
-    """Called with progress, it returns the share that is done and the seconds that are left.
+    """Maps progress to the fraction done and the seconds left.
 
     Args:
-        made: what the clips were estimated to take; loading is left out.
-        num_clips: how many there are.
-        done: numbers of clips that an earlier run finished, from 1.
-        one_by_one: False: all clips are sampled before the first is written, as one generation does
-            it, and `made` is of all of them. True: each is written at once, and `made` is of one,
-            or a list of every one's.
+        made: the estimate of the clips; loading is left out.
+        done: numbers of clips finished by an earlier run, from 1.
+        one_by_one: False: all clips are sampled before the first is written, as in one generation,
+        and `made` is of all of them. True: each is written at once, and `made` is of one clip, or a
+        list of every one's.
         parallel: whether several clips of a list are made at a time; the time left then follows
-            from the share that the time since the start took.
+            from
+        the fraction done since the start.
         now: a clock in seconds.
     """
 
@@ -62,17 +62,18 @@ class Clock:
         self._slower: float | None = None  # than expected, in the stage measured last
 
     def __call__(self, stage: str, done: int, total: int, clip: int = 1) -> dict[str, Any]:
-        """Return what an event says in addition.
+        """Return the event's additional fields.
 
         Args:
-            stage: "prompt", "prepare", "sample", "sound", of which nothing is known beforehand
-                where another model makes it, or anything else for the writing of clips.
+            stage: "prompt", "prepare", "sample", "sound", which has no estimate where another model
+                makes
+            it, or any other name for the writing of clips.
             done: of `total` in this stage.
-            total: how much there is to do in it.
-            clip: which one it is about, from 1.
+            total: units of the stage.
+            clip: number of the clip, from 1.
 
         Returns:
-            "fraction", 0 to 1, and "eta_s", None as long as nothing is known of this machine.
+            "fraction", 0 to 1, and "eta_s", None as long as nothing was measured on this machine.
         """
         name = stage if stage in _STAGES else "write"
         place = name, 1 if name == "prompt" and self._common else clip
@@ -89,7 +90,7 @@ class Clock:
         return {"fraction": round(fraction, 4), "eta_s": self._left(fraction)}
 
     def _measure(self, place: tuple[str, int], done: int, unit_s: float) -> None:
-        """Count the time since the event before, where both are of one stage of one clip."""
+        """Count the time since the previous event if both are of one stage of one clip."""
         now, last, stage = self._now(), self._last, place[0]
         self._last = place, done, now
         if last is not None and last[0] == place and done > last[1] and unit_s:

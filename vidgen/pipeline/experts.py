@@ -1,4 +1,4 @@
-"""Who denoises at a noise level: a model's only transformer, or one of two experts (Wan 2.2)."""
+"""The transformer of a noise level: a model's only one, or one of two experts (Wan 2.2)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
-    """Read what `--lora` names for a model.
+    """Read the adapters that `--lora` names.
 
     Raises:
         InputError: no such file, or an expert that the model doesn't have.
@@ -48,10 +48,10 @@ def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
 
 
 def hashes_of(path: Path) -> list[str]:
-    """SHA-256 of a LoRA's file, or of each file in its folder, sorted.
+    """Return the SHA-256 of a LoRA's file, or of each file in its folder, sorted.
 
     Raises:
-        InputError: there is neither.
+        InputError: no such path.
     """
     if not path.exists():
         raise InputError(f"LoRA {path} does not exist; give a file or folder")
@@ -60,7 +60,7 @@ def hashes_of(path: Path) -> list[str]:
 
 
 class Experts:
-    """Gives the transformer of a noise level with its adapters attached, inside `experts`."""
+    """Gives the transformer of a noise level, with its adapters attached, inside `experts`."""
 
     def __init__(self, parts: Parts, boundary: float | None, loras: Loras) -> None:
         self._parts, self._boundary, self._loras = parts, boundary, loras
@@ -68,7 +68,7 @@ class Experts:
         self._role: ExpertRole | None = None
 
     def at(self, sigma: float) -> SpacetimeDiT:
-        """The transformer at `sigma`: the low-noise expert below the boundary."""
+        """Return the transformer at `sigma`: the low-noise expert below the boundary."""
         role = self.role_at(sigma)
         if role != self._role:
             self.release()  # before the other one may take this one's memory
@@ -79,26 +79,21 @@ class Experts:
         return self._module
 
     def role_at(self, sigma: float) -> ExpertRole:
-        """Which of the transformers denoises at `sigma`."""
+        """Return the role of the transformer at `sigma`."""
         low = self._boundary is not None and sigma < self._boundary
         return "transformer_2" if low else "transformer"
 
     def release(self) -> None:
-        """Detach what is attached."""
+        """Detach the adapters."""
         self._attached.close()
         self._role = None
 
 
 def boundary_of(folder: ModelFolder, plan: Plan, *, hears: bool) -> float | None:
-    """The level below which the low-noise expert denoises; None: the first one does throughout.
+    """Return the level below which the low-noise expert denoises; None if the first always does.
 
-    A student is a delta of the first and says itself what it leaves to the other, which knows no
-    sound where it has no parts for it.
-
-    Args:
-        folder: the model.
-        plan: of the clip.
-        hears: whether sound is in view, made or given.
+    A distilled model is a delta of the first expert and has a boundary of its own. With sound in
+    view (`hears`) a low-noise expert without sound layers is left out.
     """
     parts = folder.components
     deaf = hears and "transformer_2" in parts and parts["transformer_2"].config.audio is None
@@ -111,7 +106,7 @@ def boundary_of(folder: ModelFolder, plan: Plan, *, hears: bool) -> float | None
 def experts(
     parts: Parts, boundary: float | None, loras: Loras, start_sigma: float
 ) -> Iterator[Experts]:
-    """The transformers from `start_sigma` on, in memory as `parts` has it, adapters detached."""
+    """Yield the transformers from `start_sigma` on; detach their adapters at the end."""
     given = Experts(parts, boundary, loras)
     with parts.use(given.role_at(start_sigma)):
         try:

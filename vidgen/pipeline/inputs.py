@@ -1,4 +1,4 @@
-"""What a request brings along: pictures and clips read, fitted, hashed for the recipe."""
+"""A request's pictures and clips: read, fitted, and hashed for the recipe."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EMBED_LIMIT = 2_000_000
-"""Bytes up to which an input travels inside the recipe; larger ones are named by path."""
+"""Bytes up to which the recipe embeds an input; it records larger ones by path."""
 
 
 @dataclass
@@ -44,10 +44,8 @@ class Inputs:
     Attributes:
         images: by option; pictures uint8 [H, W, 3].
         video_size: (width, height) of the given video, beginning or control.
-        video_fps: its rate.
-        video_seconds: its length.
-        ending: the clip to go on from.
-        control_fps: rate of the clip to follow.
+        ending: of the clip to continue.
+        control_fps: rate of the control clip.
         records: for the recipe: option, SHA-256, and content or path.
     """
 
@@ -61,7 +59,7 @@ class Inputs:
 
     @property
     def picture_size(self) -> tuple[int, int] | None:
-        """(width, height) whose aspect a clip of no given size keeps."""
+        """(width, height) of the input whose aspect a clip keeps if no size is given."""
         if self.video_size is not None:
             return self.video_size
         for option in ("image", "last_image", "frame"):
@@ -119,7 +117,7 @@ def read_inputs(request: Request) -> Inputs:
 def video_frames(
     path: str | os.PathLike[str], num_frames: int, fps: Fraction, source_fps: Fraction
 ) -> Iterator[Frames]:
-    """The frames shown at `n / fps` for n < num_frames; the last one stays on screen at the end."""
+    """Yield the frames shown at `n / fps` for n < num_frames; the last one is held at the end."""
     from vidgen.media.video_reader import VideoReader
 
     with VideoReader(path) as reader:
@@ -140,19 +138,19 @@ def video_frames(
 def pixels_of(
     pictures: Sequence[Frames], width: int, height: int, mode: Fit, border: int = 0
 ) -> Tensor:
-    """Pictures uint8 [H, W, 3] as video [1, 3, T, height, width] in [-1, 1], never stretched."""
+    """Fit pictures uint8 [H, W, 3], unstretched, to video [1, 3, T, height, width] in [-1, 1]."""
     fitted = np.stack([fit(picture, height, width, mode, border) for picture in pictures])
     return as_video(fitted)
 
 
 def read_mask(mask: Picture, plan: Plan) -> Tensor:
-    """A picture or clip as [1, 1, T, H, W] in [0, 1], 1 where new content is wanted.
+    """Read a picture or clip as [1, 1, T, H, W] in [0, 1], 1 where new content is wanted.
 
-    A clip is brought to the plan's rate as a video is; its last frame holds for frames that are
-    made but not kept.
+    A clip is converted to the plan's rate; its last frame is held for frames that are generated but
+    not kept.
 
     Raises:
-        InputError: it ends before the clip does.
+        InputError: it is shorter than the clip.
     """
     from vidgen.media.video_reader import VideoReader
 
@@ -172,7 +170,6 @@ def read_mask(mask: Picture, plan: Plan) -> Tensor:
 
 
 def _pixels(option: str, picture: Picture) -> Frames:
-    """A picture; what had to be interpreted is told."""
     pixels, notes = load_image(picture)
     for note in notes:
         name = option if isinstance(picture, np.ndarray) else picture
@@ -189,23 +186,24 @@ def _check_noise(latents: Any) -> None:
 
 
 def noise_file(latents: Tensor) -> bytes:
-    """Given noise as a safetensors file; the same numbers and shape are the same bytes."""
+    """Return given noise as a safetensors file; equal numbers and shape give equal bytes."""
     content: bytes = save({"latents": latents.detach().cpu().contiguous()})
     return content
 
 
 def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
-    """What the recipe keeps of an input: enough to have it again, or to know it again.
+    """Return the recipe's record of an input, from which it is restored or recognised.
 
     Args:
-        option: that it was given by.
-        picture: a file, whose bytes are hashed; uint8 [H, W, 3], by its pixels; or latents, as the
-            bytes of a safetensors file.
+        option: name of the input's option.
+        picture: a file, hashed by its bytes; uint8 [H, W, 3], by its pixels; or latents, by the
+            bytes
+        of a safetensors file.
 
     Returns:
         `option`, `sha256` and, up to `EMBED_LIMIT` bytes, `content` in base64: the file's own, a
         picture's as PNG. `path` is a file's name, absolute where its content is left out; `marks`
-        are those of origin that it bears.
+        are its marks of origin.
     """
     from vidgen.media.manifest import read_marks
 

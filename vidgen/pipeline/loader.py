@@ -1,8 +1,8 @@
-"""The networks of a model, in memory when they are needed and as long as `offload` lets them.
+"""A model's networks, loaded when they are needed and kept as long as `offload` permits.
 
-A generation uses them in turns: text encoder, image encoder, VAE, one transformer after the other,
-VAE. With "none" what was used stays; with "stage" one leaves before the next arrives; with "block"
-the large ones hold two of their blocks at a time, read from the files as they are used.
+A generation uses them in turn: text encoder, image encoder, VAE, one transformer after the other,
+VAE. "none" keeps every network, "stage" frees one before the next is loaded, and "block" holds two
+blocks of the large ones at a time, read from the files as they are used.
 """
 
 from __future__ import annotations
@@ -49,19 +49,17 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Parts:
-    """Loads a model's networks, lets them go, and says beforehand if they can't fit.
+    """Loads and frees a model's networks; refuses those that can't fit.
 
     Args:
-        folder: the model.
-        device: where the networks compute.
         dtype: of weights that aren't float32 by policy.
         offload: "none", "stage" or "block".
-        quantize: "int8": what the linear layers of blocks become; not with "block".
+        quantize: "int8" for linear layers of blocks; not with "block".
         mesh: devices over which the transformers' blocks are spread; neither with "block" nor
-            quantised.
+        quantised.
 
     Raises:
-        InputError: choices that don't go together, or quantisation that can't be had here.
+        InputError: options that conflict, or quantisation that isn't available.
     """
 
     def __init__(
@@ -112,10 +110,10 @@ class Parts:
 
     @contextmanager
     def use(self, role: Role) -> Iterator[Any]:
-        """Give a network for the time of a `with` block, loaded if it isn't in memory.
+        """Yield a network for a `with` block, loaded if it isn't in memory.
 
-        Unless `offload` is "none" it leaves with the last block that uses it; a reference kept
-        longer is an empty module. Both experts are one role here, see `expert`.
+        Unless `offload` is "none" it is freed after the last block that uses it; a reference kept
+        longer is an empty module. Both experts count as one role; see `expert`.
 
         Raises:
             ModelError: the model has no such network, its files are damaged, or it can't fit.
@@ -133,9 +131,7 @@ class Parts:
                     self._drop(*roles)
 
     def expert(self, role: ExpertRole) -> SpacetimeDiT:
-        """One of a model's transformers, inside a block of `use("transformer")`.
-
-        Unless `offload` is "none", the other one leaves first.
+        """Return a transformer in a block of `use("transformer")`; the other is freed first.
 
         Raises:
             ModelError: as `use` does.
@@ -146,7 +142,7 @@ class Parts:
             return dit
 
     def deltas(self, student: str) -> Mapping[ExpertRole, Adapter]:
-        """What one of the model's own students changes, read once.
+        """Return the weight deltas of one of the model's distilled versions, read once.
 
         Raises:
             ModelError: a file is damaged, or of another transformer.
@@ -161,23 +157,24 @@ class Parts:
             return self._deltas[student]
 
     def lend(self, role: Role, module: nn.Module) -> None:
-        """Use a network that is another's, such as one in training; it is never let go here."""
+        """Use a caller's network, such as one in training; it is never freed here."""
         self._lent[role] = module
 
     def close(self) -> None:
-        """Let every network go, but lent ones."""
+        """Free every network that isn't lent."""
         with self._lock:
             self._drop(*self._loaded)
 
     @property
     def resident(self) -> tuple[Role, ...]:
-        """What is in memory now."""
+        """Roles of the networks in memory."""
         return tuple(self._loaded)
 
     def dtype_of(self, role: Role, dtype: torch.dtype | None = None) -> torch.dtype:
-        """Dtype of a network's weights: Wan's VAE is float32 always, as its releases run it.
+        """Return the dtype of a network's weights.
 
-        So is the sound's, which is small, and whose spectra want the precision.
+        Wan's VAE is always float32, as its releases run it, and so is the sound's, which is small
+        and whose spectra need the precision.
         """
         if role == "sound_vae" or (role == "vae" and self.folder.family != "toybox"):
             return torch.float32
@@ -191,13 +188,9 @@ class Parts:
         dtype: torch.dtype | None = None,
         quantize: Quantization | Literal["none"] | None = None,
     ) -> int:
-        """Bytes of weights that are in memory while a network works, as asked for or otherwise.
+        """Return the bytes of weights in memory while a network, or the largest, works.
 
-        Args:
-            role: the network; None: the one that needs most.
-            offload: instead of the model's own.
-            dtype: instead of the model's own.
-            quantize: instead of the model's own; "none" for no quantisation.
+        The model's own settings apply unless others are given; "none" stands for no quantisation.
         """
         offload, dtype = offload or self.offload, dtype or self.dtype
         quantize = quantize or self.quantize or "none"
@@ -216,13 +209,10 @@ class Parts:
         return sum(sizes) if self.offload == "none" else max(sizes)
 
     def check(self, role: Role | None = None) -> None:
-        """Refuse, before anything is read, what the memory can't hold.
-
-        Args:
-            role: the network about to be loaded; None: all, at the time each is used.
+        """Refuse a network, or with None all of them, if the memory can't hold it.
 
         Raises:
-            ModelError: says what is needed, what there is, and what would fit.
+            ModelError: names what is needed, what is free, and what would fit.
         """
         have = available_memory(self.device)
         if have is None:
@@ -241,7 +231,6 @@ class Parts:
         )
 
     def _get(self, role: Role) -> Any:
-        """A network of the class that `use` tells for its role."""
         if role not in self.folder.components:
             raise ModelError(
                 f"{self.folder.name} has no {role}; it has {', '.join(self.folder.components)}"
@@ -277,7 +266,6 @@ class Parts:
         )
 
     def _size(self, role: Role, offload: str, dtype: torch.dtype, quantize: str) -> int:
-        """Bytes of weights that one network has in memory at once."""
         weights = self._weights(role, dtype)
         if offload == "block" and role in STREAMED:
             blocks = blocks_of(weights.names).values()
@@ -295,13 +283,13 @@ class Parts:
         return Weights(component.store, dtype, fp32_parts(role, dtype), component.names)
 
     def _elsewhere(self, weights: Weights) -> int:
-        """Bytes of weights that other devices hold, but for two blocks at work."""
+        """Return the bytes that other devices hold, except for two blocks at work."""
         assert self.mesh is not None
         sizes = [weights.num_bytes(names) for names in blocks_of(weights.names).values()]
         return max(0, sum(sizes) * (self.mesh.size() - 1) // self.mesh.size() - 2 * max(sizes))
 
     def _what_fits(self, have: int) -> list[str]:
-        """Options of the command line that would fit, those that change results last."""
+        """Return options of the command line that would fit, those that change results last."""
         narrow = [self.dtype] if self.dtype.itemsize == 2 else [self.dtype, torch.bfloat16]
         kinds: tuple[Quantization | Literal["none"], ...] = ("none", "int8")
         found = []
@@ -318,7 +306,7 @@ class Parts:
 
 
 def _saved(weights: Weights, name: str) -> int:
-    """Bytes that int8 saves of a weight: of matrices inside blocks, less five a row for scales."""
+    """Return the bytes that int8 saves of a matrix in a block, less five a row for scales."""
     shape, dtype = weights.shape(name), weights.dtype(name)
     if len(shape) != 2 or not name.endswith(".weight") or not block_of(name):
         return 0
@@ -326,7 +314,7 @@ def _saved(weights: Weights, name: str) -> int:
 
 
 def _empty(module: nn.Module) -> None:
-    """Take a module's weights away, whoever still holds the module."""
+    """Free a module's weights, even if references to the module remain."""
     stream = getattr(module, "block_stream", None)
     if isinstance(stream, BlockStream):
         stream.close()

@@ -1,4 +1,4 @@
-"""A clip whose latents are all made before it is decoded: its picture, and then its sound.
+"""Sampling of a clip before it is decoded: its picture, and then its sound.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, N samples.
 """
@@ -40,18 +40,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Making:
-    """A clip on its way, in one window or several.
+    """One clip of a request, in one window or several.
 
     Attributes:
-        model: that makes it.
-        plan: of the clip.
-        request: whose conditions it meets.
-        inputs: its pictures and clips.
-        loras: adapters of the model.
-        contexts: of the prompts, encoded when they are first called for.
-        track: its sound.
+        contexts: returns those of the prompts, encoded at the first call.
         kept: its journal.
-        report: gets a stage, and how much of it is done of how much.
+        report: called with a stage, the units done, and their total.
     """
 
     model: OpenedModel
@@ -65,7 +59,7 @@ class Making:
     report: Report
 
     def clip(self, recipe: dict[str, Any], glimpses: Glimpses) -> Clip:
-        """Denoise picture and sound; return the lazy clip, whose pixels are left to decode."""
+        """Denoise picture and sound; return the lazy clip."""
         plan, kept, long, followed = self.plan, self.kept, self._long, None
         latents = kept.latents
         if latents is None:
@@ -90,14 +84,14 @@ class Making:
         return clip
 
     def rolled(self, recipe: dict[str, Any]) -> Clip:
-        """The lazy clip that the model's roller makes while it is written."""
+        """Return the lazy clip that the model's roller makes while it is written."""
         rolled = RolledClip(
             self.model, self.plan, self.request, self.inputs, self.loras, self.contexts()[0]
         )
         return self.model.lazy(self.plan, rolled.videos, recipe, journal=self.kept)
 
     def finished(self, clip: Clip) -> Clip:
-        """The clip with all that it is to sound like, and the picture that it began with."""
+        """Add the clip's whole sound, and the picture that it began with."""
         report = partial(self.report, "sound")
         clip = self.track.under(clip, self.plan.seed, report, self.kept)
         if self.request.begins_with_image:
@@ -107,12 +101,12 @@ class Making:
 
     @cached_property
     def prompt(self) -> str:
-        """In words that the model knows."""
+        """The prompt in words that the model knows."""
         return read_as(self.plan.prompt, dict(self.plan.readings))
 
     @cached_property
     def told(self) -> Bound | None:
-        """What of it is told apart."""
+        """Regional prompts, if any."""
         return self.model.told_apart(self.plan, [self.prompt], self.loras)
 
     @cached_property
@@ -120,7 +114,7 @@ class Making:
         return long_clip(self.model, self.plan, self.request, self.inputs)
 
     def _sound(self, latents: Tensor) -> tuple[Samples, int]:
-        """What the model makes to be heard with finished latents: samples [N, c] and their rate."""
+        """Sample the model's own sound for finished latents: samples [N, c] and their rate."""
         plan = sound_plan(self.plan, self.model.folder.defaults)
         own = own_sound(
             self.model.parts, self.plan, self.request, self._long.stretch if self._long else None
@@ -142,14 +136,12 @@ class Making:
 
 @dataclass
 class Windows:
-    """Draws one plan after the other: the windows of a long clip, or a whole clip.
+    """Samples one plan after the other: the windows of a long clip, or a whole clip.
 
     Attributes:
-        making: the clip that they are of.
-        glimpses: shown its steps.
-        num_windows: how many there are.
-        number: of the window at work, from 0.
-        others: candidates so far that weren't good enough.
+        glimpses: previews of its steps.
+        number: of the current window, from 0.
+        others: rejected candidates so far.
     """
 
     making: Making
@@ -159,7 +151,7 @@ class Windows:
     others: int = 0
 
     def __call__(self, plan: Plan, state: LatentState) -> Tensor:
-        """The next window, as samplers give it; of several candidates the best."""
+        """Return the next window in the samplers' layout; the best of several candidates."""
         making = self.making
         num_steps = len(sigmas_of(plan, making.request.scheduler)) - 1
 
@@ -212,7 +204,7 @@ class Windows:
 
 
 def _counted_on(info: StepInfo, candidate: int) -> StepInfo:
-    """A step's news with its candidate's steps behind those of the candidates before."""
+    """Count a candidate's steps after those of the candidates before it."""
     before = candidate * info.num_steps
     state = replace(info.state, step=before + info.state.step)
     return replace(info, num_steps=before + info.num_steps, state=state)
@@ -221,7 +213,7 @@ def _counted_on(info: StepInfo, candidate: int) -> StepInfo:
 def _of_candidate(
     state: SamplerState | None, candidate: int, num_steps: int
 ) -> SamplerState | None:
-    """A state so counted as its own candidate's sampler takes it; None where it is another's."""
+    """Return a state with its candidate's own step count; None if it is another candidate's."""
     if state is None or (state.step - 1) // num_steps != candidate:
         return None
     return replace(state, step=state.step - candidate * num_steps)

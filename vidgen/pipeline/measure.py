@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def measure_magnitudes(engine: Engine) -> Magnitudes:
-    """Magnitudes of a model in a clip by its own defaults, from a grey picture where it needs one.
+    """Measure a model's magnitudes in a clip of its defaults, from a grey picture if it needs one.
 
-    One clip is enough: they hardly depend on what it shows (Ma et al. 2025, fig. 2).
+    One clip is enough: they hardly depend on its content (Ma et al. 2025, fig. 2).
     """
     options: dict[str, Any] = {"seed": 0}
     if "text" not in engine.folder.tasks:
@@ -41,9 +41,9 @@ def measure_magnitudes(engine: Engine) -> Magnitudes:
 
 
 def magnitudes_of(caches: StepCaches) -> Magnitudes:
-    """What the probes of a whole run have measured.
+    """Return the measurements of the probes of a whole run.
 
-    A branch that guidance left out at some levels changes there as the one does that was there.
+    Where guidance left a branch out, it changes as the one that ran.
     """
     probes = {b: m for b, m in caches.memories.items() if isinstance(m, Probe)}
     whole = max(probes.values(), key=lambda probe: len(probe.logs)).logs
@@ -57,7 +57,7 @@ def magnitudes_of(caches: StepCaches) -> Magnitudes:
 def _filled(
     logs: Sequence[tuple[float, float]], whole: Sequence[tuple[float, float]]
 ) -> list[float]:
-    """Logarithms at all levels of `whole`, by its changes where there are none of one's own."""
+    """Return logarithms at all levels of `whole`; missing ones change as those of `whole`."""
     begins = dict(whole)[logs[0][0]]
     own, made = {sigma: begins + log for sigma, log in logs}, list[float]()
     for index, (sigma, log) in enumerate(whole):

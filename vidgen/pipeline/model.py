@@ -1,7 +1,7 @@
-"""A model that is opened: its networks, how they lie in memory, and what each does alone.
+"""An opened model: its networks, their setup, and what each computes for a clip.
 
-Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W
-pixel rows and columns, S text or image tokens, D width.
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W pixel
+rows and columns, S text or image tokens, D width.
 """
 
 from __future__ import annotations
@@ -58,12 +58,10 @@ class OpenedModel:
     """A model's networks on a device.
 
     Args:
-        folder: the model.
-        device: where its networks compute.
-        asked: the offload and dtype that a person chose, if any.
+        asked: the offload and dtype that the user gave, if any.
         quantize: "int8" or None.
         policy: refuses prompts, or None.
-        crew: other devices that help, or None.
+        crew: other devices that share the work, or None.
 
     Raises:
         ModelError: damaged files, or more than the memory holds.
@@ -99,13 +97,13 @@ class OpenedModel:
         self.prompts = PromptEncoder(self.parts, self.tokenizer)
 
     def adopt(self, setup: Setup) -> None:
-        """Run in another setup from here on; networks that are in memory for this one leave."""
+        """Switch to another setup; networks loaded for the old one are freed."""
         if (setup.dtype, setup.offload) != (self.dtype, self.offload):
             self.parts.close()
             self._open(setup)
 
     def close(self) -> None:
-        """Let the networks go, and other devices; this engine can't be used any more."""
+        """Free the networks and other devices; the engine can't be used afterwards."""
         self.parts.close()
         if self.crew is not None:
             self.crew.close()
@@ -128,26 +126,25 @@ class OpenedModel:
     def encode_texts(
         self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
     ) -> tuple[Tensor, Tensor]:
-        """(context [B, S, D], lengths [B]) of prompts; `learned` are embeddings of tokens."""
+        """Return context [B, S, D] and lengths [B] of prompts; `learned` are token embeddings."""
         return self.prompts.encode(prompts, learned)
 
     def encode_video(
         self, video: Tensor, tiles: Tiles | None = None, passes: int = 1, oversampling: int = 1
     ) -> Tensor:
-        """Video [B, 3, T, H, W] in [-1, 1] as normalised latents [B, C, F, h, w], float32.
+        """Encode video [B, 3, T, H, W] in [-1, 1] to normalised latents [B, C, F, h, w], float32.
 
-        They are nearer to it after several `passes`; see `encode_pixels`. For `oversampling` see
-        `CausalVAE.encode_moments`.
+        See `encode_pixels` for `passes`, `CausalVAE.encode_moments` for `oversampling`.
         """
         return encode_pixels(self.parts, video, tiles, passes, oversampling)
 
     def encode_first(
         self, picture: Tensor, num_steps: int, tiles: Tiles | None = None, passes: int = 1
     ) -> Tensor:
-        """A first frame [B, 3, 1, H, W] in [-1, 1] as normalised latents [B, C, 1, h, w], float32.
+        """Encode a first frame [B, 3, 1, H, W] in [-1, 1] to normalised latents [B, C, 1, h, w].
 
-        In `num_steps` steps they come nearer to it than `passes` of the encoder bring them, unless
-        the picture is taken in tiles, since it doesn't fit the memory.
+        They are refined in `num_steps` (`refine_first`), but not in tiles, whose picture doesn't
+        fit.
         """
         if num_steps and tiles is None:
             return refine_first(self.parts, picture, self.encode_video(picture), num_steps)
@@ -159,10 +156,10 @@ class OpenedModel:
     def decode_video(
         self, latents: Tensor, start: int = 0, tiles: Tiles | None = None, oversampling: int = 1
     ) -> Iterator[Tensor]:
-        """Normalised latents [B, C, F, h, w] as chunks of video [B, 3, n, H, W], from `start` on.
+        """Decode normalised latents [B, C, F, h, w] to chunks [B, 3, n, H, W], from a frame on.
 
-        Frames don't depend on where decoding begins, nor on how many devices decode. Latents of a
-        clip with `oversampling` are so many for each of its own.
+        The frames depend neither on `start` nor on the number of devices. With `oversampling`, that
+        many latent frames stand for each one of the clip.
         """
         t = self.vae_config.strides.t // oversampling
         decode = decode_latents if self.crew is None else self.crew.decode
@@ -172,23 +169,22 @@ class OpenedModel:
 
     @torch.no_grad()
     def describe(self, pictures: Sequence[Any]) -> Tensor:
-        """Image features [1, S, D] of the first picture, or of two where the model reads two."""
+        """Return image features [1, S, D] of one picture, or of two if the model reads two."""
         count = 1 if self.dit_config.image_positions is None else 2
         with self.parts.use("image_encoder") as encoder:
             seen = [prepare_image(torch.from_numpy(p), encoder.config) for p in pictures[:count]]
-            features = [encoder(pixels.to(self.device, _dtype_of(encoder))) for pixels in seen]
+            dtype = next(encoder.parameters()).dtype
+            features = [encoder(pixels.to(self.device, dtype)) for pixels in seen]
         return torch.cat(features, dim=1)
 
     def encode_prompt(self, plan: Plan, loras: Loras = NO_LORAS) -> list[tuple[Tensor, Tensor]]:
-        """(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
+        """Return (context [1, S, D], lengths [1]) of the prompt and, if guided, the negative."""
         prompts = [plan.prompt] if plan.guidance.is_off else [plan.prompt, plan.negative]
         texts = [read_as(prompt, dict(plan.readings)) for prompt in prompts]
         return [self.encode_texts([text], loras.tokens) for text in texts]
 
-    def told_apart(
-        self, plan: Plan, read: Sequence[str], loras: Loras = NO_LORAS
-    ) -> Bound | None:
-        """What prompts, in words that the model knows, name that is to be told apart, if any."""
+    def told_apart(self, plan: Plan, read: Sequence[str], loras: Loras = NO_LORAS) -> Bound | None:
+        """Return the regional prompts of things that normalised prompts name, if any."""
         from vidgen.pipeline.bound import VERIFIER, told_apart
 
         if plan.binding == 0:
@@ -198,7 +194,7 @@ class OpenedModel:
 
     @torch.no_grad()
     def prepare(self, plan: Plan, request: Request, inputs: Inputs) -> LatentState:
-        """Noise of the seed, and every condition of the request written beside it."""
+        """Draw the seed's noise and write every condition of the request into the state."""
         from vidgen.pipeline.conditions import Encoder, write_conditions
 
         noise = draw_noise(plan.seed, plan.latents) if request.latents is None else request.latents
@@ -232,22 +228,12 @@ class OpenedModel:
         told: Bound | None = None,
         sigmas: Tensor | None = None,
     ) -> Tensor:
-        """Clean latents [1, C, F, h, w], float32, by our sampler or a diffusers scheduler.
+        """Sample clean latents [1, C, F, h, w], float32, with our sampler or a diffusers scheduler.
 
-        With sound in the state both come packed; see `LatentState.apart`. A plan of two frame rates
-        gives the finer one's; see `vidgen.diffusion.oversampling`.
-
-        Args:
-            plan: of the clip.
-            state: its noise and conditions.
-            contexts: of its prompts.
-            on_step: called after each step.
-            scheduler: a scheduler object of diffusers, or None.
-            loras: adapters.
-            resume: the state that an earlier run had come to.
-            remember: whether states that `on_step` gets hold what a step cache remembers.
-            told: regional prompts, which hold where words alone say what a clip shows.
-            sigmas: noise levels of a part of the run; None: the whole run.
+        With sound in the state both come packed; see `LatentState.apart`. Under temporal upsampling
+        they have the finer rate; see `vidgen.diffusion.oversampling`. `remember` adds the step
+        cache's memory to the states that `on_step` gets, `told` are regional prompts, and `sigmas`
+        the noise levels of a part of the run, None for all of it.
         """
         from vidgen.diffusion.oversampling import sample_finer
         from vidgen.pipeline.bound import is_bindable
@@ -298,7 +284,7 @@ class OpenedModel:
     def decode(
         self, plan: Plan, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None
     ) -> Clip:
-        """A lazy clip whose chunks come out of the VAE while it is written."""
+        """Return a lazy clip whose chunks the VAE decodes while it is written."""
         from vidgen.pipeline.long.tail import ANCHOR_TASK, make_tail
 
         if "tail" not in recipe:  # a long clip has its own
@@ -314,7 +300,7 @@ class OpenedModel:
         self, plan: Plan, videos: Callable[[int], Iterator[Tensor]], recipe: dict[str, Any],
         latents: Tensor | None = None, journal: Keeper | None = None,
     ) -> Clip:
-        """A lazy clip of a plan's length out of `videos`, [1, 3, n, H, W] each, from a frame on."""
+        """Return a lazy clip of the plan's length; `videos(start)` yields [1, 3, n, H, W] each."""
         from vidgen.media.label import with_label
 
         def chunks(start: int = 0) -> Iterator[Any]:
@@ -334,7 +320,3 @@ class OpenedModel:
         is_labelled = recipe.get("request", {}).get("label") == "visible"
         source = with_label(chunks, info.size, info.fps) if is_labelled else chunks
         return Clip(source, info, latents, journal)
-
-
-def _dtype_of(module: torch.nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype

@@ -1,7 +1,7 @@
-"""What may be asked for: a hook that sees every prompt before any work is done.
+"""A hook that checks every prompt before any work is done.
 
 The engine calls it, so the command line, films and the service share it. A policy is any callable;
-`WordList` is the one for a file of words, which `VIDGEN_POLICY` names where no other is given.
+`WordList` implements one for a file of words, which `VIDGEN_POLICY` names by default.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _JOINED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYA
 
 
 class Policy(Protocol):
-    """Judges a text: a prompt, one for sound, or words that are to be spoken."""
+    """Judges a text: a prompt, one for sound, or speech."""
 
     def __call__(self, prompt: str, request: Request) -> str | None:
-        """The reason why a text is refused, or None if it is fine."""
+        """Return the reason why a text is refused, or None."""
         ...
 
 
@@ -34,7 +34,7 @@ class WordList:
     folded, invisible characters removed); in scripts without spaces any place counts.
 
     Args:
-        words: words and phrases, or a UTF-8 file with one in each line, # before a comment.
+        words: words and phrases, or a UTF-8 file with one per line, comments after #.
 
     Raises:
         InputError: a file that can't be read, or no words.
@@ -65,7 +65,7 @@ class WordList:
 
 
 def policy_from_environment() -> Policy | None:
-    """The word list that VIDGEN_POLICY names, or None.
+    """Return the word list that VIDGEN_POLICY names, or None.
 
     Raises:
         InputError: it can't be read or is empty.
@@ -75,9 +75,7 @@ def policy_from_environment() -> Policy | None:
 
 
 def enforce(policy: Policy | None, request: Request) -> None:
-    """Refuse a request of which a policy refuses what is to be seen or heard.
-
-    What is *not* to be seen may say anything.
+    """Refuse a request if the policy refuses any of its texts; negative prompts are exempt.
 
     Raises:
         InputError: with the policy's reason.
@@ -91,13 +89,7 @@ def enforce(policy: Policy | None, request: Request) -> None:
 
 
 def require_allowed(policy: Policy, what: str, text: str | None, request: Request) -> None:
-    """Refuse a text that a policy refuses; one that names a file of speech says nothing.
-
-    Args:
-        policy: that judges.
-        what: the text is, for the message.
-        text: of a request, or of what goes with it; None: there is none.
-        request: that it belongs to.
+    """Refuse a text, a `what` of a request, that a policy refuses; files of speech are exempt.
 
     Raises:
         InputError: with the policy's reason.
@@ -109,7 +101,7 @@ def require_allowed(policy: Policy, what: str, text: str | None, request: Reques
 
 
 def _key(word: str) -> str:
-    """A word as it is looked for: with the spaces that must surround it."""
+    """Return a word in the form to search for, with the spaces that must surround it."""
     text = _spaced(word)
     if _is_joined(text[1:2]):
         text = text[1:]
@@ -121,7 +113,7 @@ def _is_joined(char: str) -> bool:
 
 
 def _spaced(text: str) -> str:
-    """Words with a space before and behind each."""
+    """Return normalised words with a space before and after each."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     shown = (char for char in folded if unicodedata.category(char) != "Cf")
     spaced = "".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in shown)

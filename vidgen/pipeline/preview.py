@@ -1,8 +1,8 @@
-"""A glimpse of a clip while it forms: a linear map from latents to small pictures.
+"""Previews of a forming clip: a linear map from latents to small pictures.
 
-Each latent frame becomes one picture, four pixels a side for each latent, out of the latents in a
-square of three by three. The map is data in the model's folder; for a folder without one it is
-fitted once, by least squares on what the model's own VAE encodes of drifting patterns, and cached.
+Each latent frame becomes one picture, four pixels a side for each latent, from a square of three by
+three latents. The map is data in the model's folder; for a folder without one it is fitted once, by
+least squares on drifting patterns encoded by the model's VAE, and cached.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T H W frames, pixel
 rows and columns, N places, K features.
@@ -39,23 +39,18 @@ log = logging.getLogger(__name__)
 
 FILE = "preview/model.safetensors"
 SIDE = 4
-"""Pixels a side that one latent becomes, where the VAE's own side is not smaller."""
+"""Pixels a side for one latent, unless the VAE's stride is smaller."""
 CLIPS, CLIP_FRAMES, CLIP_SIZE = 24, 9, 128
 _GRIDS = (2, 4, 8, 16, 32)
-"""Cells a side of the noise that patterns are made of, the coarsest first."""
+"""Cells a side of the patterns' noise, the coarsest first."""
 RIDGE = 1e-3
 PATIENCE = 50
-"""After a glimpse the next waits 50 times as long as that took: 2% of the time at most."""
+"""The pause after a preview, in durations of that preview: 2% of the time at most."""
 
 
 @dataclass(frozen=True)
 class PreviewDecoder:
-    """Latents to small pictures.
-
-    Attributes:
-        weight: [3 * side * side, C, 3, 3] float32.
-        bias: [3 * side * side].
-    """
+    """Maps latents to small pictures: weight [3 * side * side, C, 3, 3] and bias, float32."""
 
     weight: Tensor
     bias: Tensor
@@ -73,13 +68,12 @@ class PreviewDecoder:
 
 
 class Glimpses:
-    """Shows a clip's steps as often as that costs little.
+    """Shows previews of a clip's steps as often as that costs little.
 
     Args:
-        engine: that makes the clip.
-        tell: told of each preview; None: of none.
+        tell: called with each preview; None: no previews.
         fps: of the clip.
-        clip: which of the clips it is, from 1.
+        clip: number of the clip, from 1.
     """
 
     def __init__(
@@ -91,7 +85,7 @@ class Glimpses:
             self._decoder = open_preview(engine)
 
     def on_step(self, info: StepInfo, num_references: int = 0) -> None:
-        """Hear of a step, whose first latent frames may be references that aren't shown."""
+        """Show a step, if it is time; its first `num_references` latent frames are left out."""
         start = time.monotonic()
         if self._tell is None or start < self._due_s:
             return
@@ -102,7 +96,7 @@ class Glimpses:
 
 
 def open_preview(engine: OpenedModel) -> PreviewDecoder:
-    """A model's decoder: that in its folder, else one that was fitted before, else fitted now."""
+    """Return a model's decoder from its folder or the cache; otherwise fit one."""
     found = _read(engine.folder.path / FILE)
     if found is not None:
         return found
@@ -123,7 +117,7 @@ def _read(path: Path) -> PreviewDecoder | None:
 
 
 def write_decoder(decoder: PreviewDecoder, path: Path) -> None:
-    """Keep a decoder as safetensors."""
+    """Write a decoder as safetensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, save({"weight": decoder.weight, "bias": decoder.bias}))
 
@@ -132,9 +126,7 @@ def write_decoder(decoder: PreviewDecoder, path: Path) -> None:
 def fit_preview(engine: OpenedModel, clips: Iterable[Tensor]) -> PreviewDecoder:
     """Fit a model's decoder: ridge regression of pictures on latents [N, K], in float64.
 
-    Args:
-        engine: the model whose VAE encodes.
-        clips: videos [1, 3, T, H, W] in [-1, 1] whose colours cover all that is to be shown.
+    The videos [1, 3, T, H, W] in [-1, 1] must cover all colours to be shown.
     """
     side = min(SIDE, engine.vae_config.strides.hw)
     width = 9 * engine.vae_config.latent_channels + 1
@@ -151,10 +143,10 @@ def fit_preview(engine: OpenedModel, clips: Iterable[Tensor]) -> PreviewDecoder:
 
 
 def drifting_patterns() -> Iterator[Tensor]:
-    """Clips [1, 3, T, H, W] in [-1, 1] of coloured noise at several scales that drifts sideways.
+    """Yield clips [1, 3, T, H, W] in [-1, 1] of drifting coloured noise at several scales.
 
-    Coarse cells weigh most, as in photographs, whose amplitude falls as one over frequency
-    (Field 1987); every second clip is cut into two colours, which gives it hard edges.
+    Coarse cells weigh most, as in photographs, whose amplitude falls as one over frequency (Field
+    1987); every second clip is cut into two colours, which gives it hard edges.
     """
     generator = torch.Generator().manual_seed(0)
     wide = CLIP_SIZE + 8 * CLIP_FRAMES
@@ -173,7 +165,7 @@ def drifting_patterns() -> Iterator[Tensor]:
 
 
 def _pairs(latents: Tensor, video: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Features [N, K] and wanted pixels [N, 3 * side * side] of a clip, float64."""
+    """Return features [N, K] and wanted pixels [N, 3 * side * side] of a clip, float64."""
     rows = F.pad(latents[0].double().transpose(0, 1), (1, 1, 1, 1), mode="replicate")
     features = F.unfold(rows, 3).transpose(1, 2).flatten(0, 1)
     features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
@@ -185,13 +177,13 @@ def _pairs(latents: Tensor, video: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 
 def preview_path(output: str | Path) -> Path:
-    """Where a clip's preview lies while it forms: beside it."""
+    """Return the path of a clip's preview: next to the output."""
     path = Path(output)
     return path.with_name(path.name + ".preview.webp")
 
 
 def as_webp(preview: Preview) -> bytes:
-    """A clip so far as an animation that repeats."""
+    """Return a preview as an animation that repeats."""
     first, *others = map(Image.fromarray, preview.frames)
     file = io.BytesIO()
     first.save(file, "WEBP", save_all=True, append_images=others, quality=80, method=0, loop=0,
@@ -200,7 +192,7 @@ def as_webp(preview: Preview) -> bytes:
 
 
 def write_preview(preview: Preview, output: str | Path) -> None:
-    """Show a clip so far beside its output; no trouble with it stops the clip."""
+    """Write a preview next to the output; a failure is only logged."""
     try:
         atomic_write(preview_path(output), as_webp(preview))
     except (OSError, OutputError) as error:

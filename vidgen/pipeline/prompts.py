@@ -1,7 +1,7 @@
-"""Prompts to context, kept on disk so that a large text encoder runs once a prompt.
+"""Encode prompts to context, cached on disk so that a large text encoder runs once per prompt.
 
-UMT5-XXL takes 11 GB and most of a minute to come from the disk; what it makes of a prompt takes a
-few hundred kilobytes.
+UMT5-XXL takes 11 GB and most of a minute to load; the context of a prompt takes a few hundred
+kilobytes.
 
 Axes: B batch, S text tokens, D width.
 """
@@ -32,18 +32,18 @@ from vidgen.weights.folder import hash_files
 log = logging.getLogger(__name__)
 
 WORTHWHILE_BYTES = 100_000_000
-"""Text encoders below this size run faster than their hash is looked up."""
+"""Smaller text encoders run faster than their hash is looked up."""
 LIMIT_BYTES = 1_000_000_000
-"""The cache forgets what was unused longest once it is larger."""
+"""The cache drops its least recently used entries above this size."""
 
 
 class PromptCache:
     """Contexts of prompts on disk, by the content of all that shapes them.
 
     Args:
-        folder: where they lie; made when the first one is written.
-        made_by: names the text encoder, the tokenizer, dtype and machine.
-        limit: bytes that it may take.
+        folder: created at the first write.
+        made_by: identifies the text encoder, the tokenizer, dtype and machine.
+        limit: in bytes.
     """
 
     def __init__(self, folder: Path, made_by: str, limit: int = LIMIT_BYTES) -> None:
@@ -51,7 +51,7 @@ class PromptCache:
 
     @classmethod
     def of(cls, parts: Parts, tokenizer: PromptTokenizer) -> PromptCache:
-        """The cache of a model's text encoder as it is loaded here, in the user's cache folder."""
+        """Return the cache of a model's text encoder, in the user's cache folder."""
         component = parts.folder.components["text_encoder"]
         words = sorted(parts.folder.tokenizer.glob("*.json"))
         hashes = hash_files((*component.store.files, *words))
@@ -63,7 +63,7 @@ class PromptCache:
         return cls(cache_folder() / "prompts", made_by)
 
     def get(self, prompt: str) -> Tensor | None:
-        """Context [S, D] of a prompt, or None; a damaged entry counts as none."""
+        """Return the context [S, D] of a prompt, or None; a damaged entry is removed."""
         path = self._path(prompt)
         try:
             context = load_file(path)["context"].clone()
@@ -76,7 +76,7 @@ class PromptCache:
         return context
 
     def put(self, prompt: str, context: Tensor) -> None:
-        """Keep the context [S, D] of a prompt; a disk that can't be written is only warned of."""
+        """Save the context [S, D] of a prompt; a failure is only logged."""
         path = self._path(prompt)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,6 @@ class PromptCache:
         return self.folder / f"{key}.safetensors"
 
     def _trim(self) -> None:
-        """Drop what was used longest ago until the rest is within the limit."""
         entries = [(path.stat(), path) for path in self.folder.glob("*.safetensors")]
         entries.sort(key=lambda entry: entry[0].st_mtime_ns)
         surplus = sum(facts.st_size for facts, _ in entries) - self._limit
@@ -103,12 +102,7 @@ class PromptCache:
 
 
 class PromptEncoder:
-    """A model's prompts to context: from the cache where its text encoder is large.
-
-    Args:
-        parts: the model's networks; the text encoder is loaded when it is needed.
-        tokenizer: the model's.
-    """
+    """Encodes a model's prompts; a large text encoder is loaded only if the cache lacks one."""
 
     def __init__(self, parts: Parts, tokenizer: PromptTokenizer) -> None:
         self._parts, self._tokenizer = parts, tokenizer
@@ -121,15 +115,15 @@ class PromptEncoder:
     def encode(
         self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
     ) -> tuple[Tensor, Tensor]:
-        """Encode prompts; the text encoder isn't even loaded where all are known.
+        """Encode prompts.
 
         Args:
             prompts: texts.
-            learned: embeddings [D] of tokens, by the token as it is written; with them nothing is
-                kept.
+            learned: embeddings [D] of tokens, by the token as it is written; nothing is cached with
+                them.
 
         Returns:
-            (context [B, S, D] on the device, lengths [B] int64); rows behind a prompt's length are
+            (context [B, S, D] on the device, lengths [B] int64); rows after a prompt's length are
             zero.
         """
         if self._cache is None or learned:
@@ -143,7 +137,7 @@ class PromptEncoder:
         return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
     def _learn(self, cache: PromptCache, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encode prompts, each as if alone, so that what is kept depends on nothing else."""
+        """Encode prompts one by one, so that a cached context depends on nothing else."""
         made = {}
         with self._parts.use("text_encoder"):
             for prompt in prompts:

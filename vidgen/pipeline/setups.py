@@ -1,4 +1,4 @@
-"""Choose how a generation runs: the first setup that fits the memory; refuse where none does."""
+"""Choose the first setup of a generation that fits the memory; refuse if none does."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from vidgen.weights.quantize import Quantization
 
 SPARE = 0.25
-"""Of the free memory, that is left for activations when a model is loaded."""
+"""Share of the free memory reserved for activations when a model is loaded."""
 Made = Callable[[Setup], Estimate]
 
 
 def first_setup(
     folder: ModelFolder, device: torch.device, asked: Asked, quantize: Quantization | None
 ) -> Setup:
-    """Choose the setup in which a model is opened, by its weights and the free memory alone.
+    """Choose the setup in which to open a model, by its weights and the free memory alone.
 
-    Where they don't fit, the most frugal one.
+    If no setup fits, return the one that needs least.
     """
     dtype, have = asked.dtype or best_dtype(device), available_memory(device)
     for name, offload in product(_dtypes(asked.dtype, dtype), _offloads(asked.offload, quantize)):
@@ -48,14 +48,9 @@ def first_setup(
 
 
 def preflight(parts: Parts, plan: Plan, request: Request, asked: Asked) -> Estimate:
-    """Estimate what a generation will take; measure nothing, read headers at most.
+    """Estimate a generation; measure nothing, read headers at most.
 
-    Args:
-        parts: the networks, some of which may be in memory.
-        plan: of the clip.
-        request: as it was given.
-        asked: what the engine was told to run with; where it was left to choose, the first setup
-            is taken that fits.
+    The settings that `asked` leaves open are chosen, the first that fits.
 
     Raises:
         ModelError: more than the memory holds; names what would fit.
@@ -75,17 +70,9 @@ def choose(
 ) -> Estimate:
     """Choose the fastest setup that fits, of those that the request leaves open.
 
-    Offloading is tried before tiles, which take longer, and these before another dtype, which
-    changes results; what the request names stays.
-
-    Args:
-        folder: the model.
-        plan: of the clip.
-        request: as it was given.
-        device: where it is to run.
-        have: bytes that are free there; None: unknown, so that everything fits.
-        dtype: the device's best, or the request's own.
-        rates: see `estimate`.
+    Offloading comes before tiles, which take longer, and tiles before another dtype, which changes
+    results. `have` are the device's free bytes, None if unknown, so that everything fits; `dtype`
+    is the device's best, or the request's own.
 
     Raises:
         ModelError: nothing fits; names what would.
@@ -123,18 +110,16 @@ def choose(
 
 
 def _dtypes(asked: str | None, best: str) -> list[str]:
-    """List dtypes to try: fp32 gives way to bf16 unless it was asked for."""
     return [best] if asked or best != "fp32" else ["fp32", "bf16"]
 
 
 def _offloads(asked: Offload | None, quantize: Quantization | None) -> tuple[Offload, ...]:
-    """List ways to offload that are left open; blocks can't be quantised."""
     known: tuple[Offload, ...] = get_args(Offload)
     return (asked,) if asked else known[:2] if quantize else known
 
 
 def _tiled(setup: Setup, plan: Plan, have: int, made: Made) -> Estimate | None:
-    """Return the estimate with the largest tiles that fit, or None: none do, or some were given."""
+    """Return the estimate with the largest tiles that fit; None if none fit or tiles are given."""
     choices = [*grids(plan.latents.height, plan.latents.width)]
 
     def fits(tiles: Tiles) -> bool:

@@ -1,7 +1,7 @@
-"""A request's step cache: which, and how large a model's blocks make their additions.
+"""A request's step cache, and the magnitudes of a model's blocks.
 
-`settle_cache` chooses, and the plan holds the choice, so that recipe and journal do; `make_caches`
-makes it for one run of a sampler; `carrying` has the states of that run hold what is remembered.
+`settle_cache` makes the plan's choice, `make_caches` the caches of one run of a sampler, `carrying`
+adds their memory to the states of that run.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 FILE = "magnitudes.json"
 """In a model's folder, or, by the model's hash, in the user's cache."""
 THRESHOLDS = {"first-block": 0.1, "magnitude": 0.05, "forecast": 0.2}
-"""Where nobody says: 32 dB and more against the clip without a cache; see docs/speed.md."""
+"""Defaults: 32 dB and more against the clip without a cache; see docs/speed.md."""
 
 TENSORS_HELD = {"none": 0, "first-block": 2, "magnitude": 1, "forecast": 1 + ORDER}
 """As wide as the tokens, by method, for each branch of guidance."""
 
 
 def settle_cache(request: Request, folder: ModelFolder) -> CacheChoice | None:
-    """What `--cache` means for a model; None where all is computed.
+    """Return the step cache that `--cache` asks for; None if every step is computed.
 
     Raises:
-        InputError: magnitudes that nobody has measured.
+        InputError: the model's magnitudes aren't measured.
     """
     method, _, threshold = request.cache.partition(":")
     if method == "none":
@@ -67,13 +67,7 @@ def settle_cache(request: Request, folder: ModelFolder) -> CacheChoice | None:
 def make_caches(
     choice: CacheChoice | None, sigmas: Tensor, guidance: Guidance
 ) -> StepCaches | None:
-    """The caches of one run of a sampler.
-
-    Args:
-        choice: of the plan.
-        sigmas: [num_steps + 1], those of the run.
-        guidance: of the plan.
-    """
+    """Return the caches of one run of a sampler with `sigmas` [num_steps + 1]."""
     if choice is None:
         return None
     count = len(sigmas) - 1
@@ -94,7 +88,7 @@ def _memory(choice: CacheChoice, branch: str) -> Memory:
 
 
 def carrying(remember: Callable[[], Mapping[str, Tensor]], on_step: OnStep) -> OnStep:
-    """Have each step's state hold what caches remember."""
+    """Wrap `on_step` so that each step's state includes the caches' memory."""
     def tell(info: StepInfo) -> None:
         on_step(replace(info, state=replace(info.state, cache=remember())))
 
@@ -102,7 +96,7 @@ def carrying(remember: Callable[[], Mapping[str, Tensor]], on_step: OnStep) -> O
 
 
 def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
-    """A model's magnitudes: those in its folder, else those that this user has measured.
+    """Return a model's magnitudes from its folder, else those measured by this user, or None.
 
     Raises:
         ModelError: the file in the model's folder is damaged.
@@ -121,7 +115,7 @@ def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
 
 
 def write_magnitudes(found: Magnitudes, folder: ModelFolder, into: Path | None = None) -> Path:
-    """Keep a model's magnitudes in the user's cache, or in the folder `into`; the file's path."""
+    """Save a model's magnitudes in the user's cache, or in the folder `into`; return the path."""
     if into is not None:
         atomic_write(into / FILE, json.dumps(asdict(found)).encode())
         return into / FILE

@@ -1,4 +1,4 @@
-"""Which tasks a request asks for, and whether a model learned them."""
+"""Tasks of a request, checked against those that a model learned."""
 
 from __future__ import annotations
 
@@ -12,26 +12,18 @@ OPTIONS = {
     "prefix": "extend", "mask": "mask", "strength": "video", "reference": "reference",
     "control": "control", "follow_audio": SOUND,
 }
-"""The task that each option of a request is."""
+"""The task of each option of a request."""
 
 
 def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bool = False) -> None:
-    """Refuse what a model never learned, and a request without what it can't do without.
+    """Refuse what a model never learned, and a request without an input that it needs.
 
-    Args:
-        request: what is asked for.
-        name: the model's.
-        tasks: that it learned; without "text" it needs a picture or clip.
-        both: it needs a first and a last frame.
+    A model without the task "text" needs a picture or clip, one of `both` a first and a last frame.
 
     Raises:
-        InputError: names the model's tasks, or what is missing.
+        InputError: names the model's tasks, or the missing input.
     """
-    asked = {
-        task: option
-        for option, task in OPTIONS.items()
-        if request.has(option)
-    }
+    asked = {task: option for option, task in OPTIONS.items() if request.has(option)}
     for task, option in asked.items():
         if task not in tasks:
             raise InputError(
@@ -47,13 +39,13 @@ def check_tasks(request: Request, name: str, tasks: tuple[str, ...], *, both: bo
 
 
 def makes_sound(request: Request, tasks: tuple[str, ...]) -> bool:
-    """Whether a model of such tasks is to follow the picture with a sound of its own."""
+    """Return whether a model of such tasks makes the clip's sound itself."""
     asked = request.audio in (None, OWN_AUDIO) and request.audio_model is None
     return SOUND in tasks and asked and not request.roll
 
 
 def words_alone(request: Request) -> bool:
-    """Whether nothing but the prompt says what a clip shows: no picture, and no other clip."""
+    """Return whether the prompt alone defines a clip: no picture, and no other clip."""
     return not any(request.has(option) for option, task in OPTIONS.items() if task != SOUND)
 
 

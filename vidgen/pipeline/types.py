@@ -1,4 +1,4 @@
-"""The values that the files of this room hand to each other; they import none of them."""
+"""Values that the modules of this room pass to each other."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 
 Offload = Literal["none", "stage", "block"]
-"""How much of a model is in memory at once: all, what the stage at work needs, or two blocks."""
+"""Share of a model in memory at once: all, the running stage's networks, or two blocks."""
 
 Contexts = Sequence[tuple["Tensor", "Tensor"]]
-"""(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative."""
+"""(context [1, S, D], lengths [1]) of the prompt and, under guidance, of the negative prompt."""
 
 Stage = Literal["prompt", "prepare", "sample", "sound"]
 Report = Callable[[Stage, int, int], None]
-"""Told of a stage, and how much of it is done of how much."""
+"""Called with a stage, the number of units done, and their total."""
 
 
 class Opened(Protocol):
-    """A model that is opened, by our networks or by diffusers' pipelines."""
+    """An opened model, run by our networks or by diffusers' pipelines."""
 
     @property
     def folder(self) -> ModelFolder | ForeignFolder:
@@ -49,15 +49,15 @@ class Opened(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of its networks."""
 
     @property
     def dtype(self) -> str:
-        """Of its weights: "fp32", "bf16" or "fp16"."""
+        """Dtype of its weights: "fp32", "bf16" or "fp16"."""
 
     @property
     def offload(self) -> str:
-        """How much of it is in memory at once: "none", "stage" or "block"."""
+        """Share of the model in memory at once; see `Offload`."""
 
 
 class AnyEngine(Opened, Protocol):
@@ -72,12 +72,12 @@ class AnyEngine(Opened, Protocol):
         """Make a clip, or a list of them where `count` is over 1."""
 
     def close(self) -> None:
-        """Free the memory and other devices; the engine can't be used any more."""
+        """Free the memory and other devices; the engine can't be used afterwards."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What `on_event` is told: `done` of `total` in a stage of clip `clip` of `num_clips`."""
+    """Argument of `on_event`: `done` of `total` in a stage of clip `clip` of `num_clips`."""
 
     stage: Stage
     done: int
@@ -88,26 +88,26 @@ class Progress:
 
 @dataclass(frozen=True)
 class Reporter:
-    """Calls `on_event` with the progress of one clip, where there is one."""
+    """Calls `on_event`, if any, with the progress of one clip."""
 
     on_event: Callable[[Progress], None] | None
     clip: int
     num_clips: int
 
     def __call__(self, stage: Stage, done: int, total: int) -> None:
-        """Report that `done` of `total` are done in a stage."""
+        """Report progress in a stage."""
         if self.on_event is not None:
             self.on_event(Progress(stage, done, total, self.clip, self.num_clips))
 
 
 @dataclass(frozen=True)
 class Preview:
-    """How a clip looks so far.
+    """A forming clip.
 
     Attributes:
         frames: uint8 [F, H', W', 3], one for each latent frame.
-        fps: of these.
-        clip: which of the clips it is, from 1.
+        fps: of these frames.
+        clip: number of the clip, from 1.
         step: of the sampler, from 1.
     """
 
@@ -122,24 +122,19 @@ OnPreview = Callable[[Preview], None]
 
 @dataclass(frozen=True)
 class Loras:
-    """A request's adapters.
-
-    Attributes:
-        adapters: with their weights, by the transformer they are for.
-        records: for the recipe.
-    """
+    """A request's adapters with their weights, by transformer, and their records for the recipe."""
 
     adapters: Mapping[Role, Sequence[tuple[Adapter, float]]]
     records: Sequence[Mapping[str, Any]] = ()
 
     @property
     def tokens(self) -> dict[str, Tensor]:
-        """Embeddings that prompts have for tokens; their adapters' weights don't count."""
+        """Embeddings of learned tokens, regardless of their adapters' weights."""
         each = (adapter.tokens for own in self.adapters.values() for adapter, _ in own)
         return {token: row for tokens in each for token, row in tokens.items()}
 
     def beside(self, deltas: Mapping[ExpertRole, Adapter]) -> Loras:
-        """These and the deltas of one of the model's own students, which add up."""
+        """Return these adapters plus the deltas of a distilled model; both are summed."""
         adapters = dict(self.adapters)
         for role, delta in deltas.items():
             adapters[role] = [(delta, 1.0), *adapters.get(role, ())]
@@ -151,7 +146,7 @@ NO_LORAS = Loras({})
 
 @dataclass(frozen=True)
 class CacheChoice:
-    """A step cache with nothing left to choose.
+    """A settled step cache.
 
     Attributes:
         method: "first-block", "magnitude" or "forecast".
@@ -224,7 +219,7 @@ class Plan:
 
 
 class Asked(NamedTuple):
-    """How a person asked an engine to run; None is left to choose."""
+    """Settings that a user gave an engine; None leaves the choice to it."""
 
     offload: Offload | None
     dtype: str | None
@@ -242,7 +237,7 @@ class Setup:
 
     @property
     def words(self) -> str:
-        """The command line's options that give it."""
+        """Options of the command line that give this setup."""
         words = [f"--dtype {self.dtype}", f"--offload {self.offload}"]
         words += [f"--quantize {self.quantize}"] if self.quantize else []
         return " ".join(words + ([f"--tiles {self.tiles}"] if self.tiles else []))
@@ -250,7 +245,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """A stage of a generation: its time, of all clips, and what it holds at its fullest."""
+    """Time of a generation's stage for all clips, and its peak memory."""
 
     name: str
     seconds: float
@@ -259,18 +254,18 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a generation will take.
+    """Expected time and memory of a generation.
 
     Attributes:
         stages: "load", "text", "prepare", "denoise", "sound" if the model makes any, "decode",
-            "mux", in order. Decoding and muxing overlap: "mux" is the time that it adds.
-        setup: that it holds for.
-        encoder_s: what encoding the video takes in all, most of it while frames are decoded.
-        kept_frames: that are written, of all clips.
-        disk_bytes: at most, of all clips as .mp4 and of their journals.
-        measured: False where this machine was never measured: then the seconds are only weights.
-        notes: what is not counted.
-        choice: what was chosen to make it fit, in words; empty where nothing had to be.
+            "mux",
+        in order. Decoding and muxing overlap: "mux" is the time it adds.
+        encoder_s: seconds of video encoding, most of them while frames are decoded.
+        kept_frames: frames written, of all clips.
+        disk_bytes: upper bound, of all clips as .mp4 and of their journals.
+        measured: False if this machine was never measured: then the seconds are only weights.
+        notes: work that isn't counted.
+        choice: settings changed to make it fit, in words; empty if none.
     """
 
     stages: tuple[StageEstimate, ...]
@@ -289,11 +284,11 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes above what the program has after its imports, at the fullest moment."""
+        """Peak bytes on top of the program's own after its imports."""
         return max(stage.bytes for stage in self.stages)
 
     def as_data(self) -> dict[str, Any]:
-        """JSON data."""
+        """Return it as JSON data."""
         import torch
 
         return {
@@ -311,17 +306,12 @@ class Estimate:
 def asked_or_own(
     name: str, asked: Number | None, own: Number, why: str | None, *, off: Number
 ) -> Number:
-    """An option as it is asked for, or the model's own; `off` where it can't be had.
+    """Return an option's requested value, else the model's own; `off` where it isn't available.
 
-    Args:
-        name: the option's.
-        asked: what the request says, or None.
-        own: what the model has of its own.
-        why: it can't be had, or None.
-        off: the value that asks for nothing.
+    `why` is the reason why it isn't available, or None; `off` is the value that disables it.
 
     Raises:
-        InputError: it is asked for where it can't be had.
+        InputError: requested but not available.
     """
     if why is None:
         return own if asked is None else asked
@@ -331,5 +321,5 @@ def asked_or_own(
 
 
 def draw_seed() -> int:
-    """A seed for who gave none."""
+    """Draw a random seed."""
     return secrets.randbelow(2**32)

@@ -35,7 +35,7 @@ from vidgen.media.clip import Clip
 from vidgen.media.join import ContinuedClip
 from vidgen.media.label import bears_label, with_label
 from vidgen.media.types import ClipInfo
-from vidgen.pipeline.codec import to_frames
+from vidgen.pipeline.codec import room_for, to_frames
 from vidgen.pipeline.inputs import Inputs
 from vidgen.pipeline.long.beginning import at_rate, earlier_frames, read_beginning
 from vidgen.pipeline.long.tail import (
@@ -49,7 +49,6 @@ from vidgen.pipeline.long.tail import (
     split_windows,
     window_size,
 )
-from vidgen.pipeline.parallel.stretches import room_for
 from vidgen.weights.family import models_with
 
 if TYPE_CHECKING:

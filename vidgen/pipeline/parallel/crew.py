@@ -32,7 +32,7 @@ from vidgen.core.runtime import child_environment, exit_text, given_rank
 from vidgen.core.values import check_whole
 from vidgen.diffusion.guidance import guidance_share, guided
 from vidgen.diffusion.state import moved
-from vidgen.pipeline.codec import decode_latents
+from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.denoise import denoisers
 from vidgen.pipeline.parallel.link import (
     FAILURE,
@@ -43,10 +43,10 @@ from vidgen.pipeline.parallel.link import (
     collect,
     divide,
     is_loss,
+    stretches,
     tie,
     torchrun_place,
 )
-from vidgen.pipeline.parallel.stretches import room_for, stretches
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

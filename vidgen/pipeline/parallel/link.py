@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +84,26 @@ def divide(devices: int, num_heads: int, *, guided: bool) -> Division:
     return Division(guidance, sequence)
 
 
+def stretches(begin: int, end: int, num_ranks: int, look_back: int) -> list[tuple[int, int]]:
+    """Divide the latent frames `begin` to `end` among ranks so that all finish at the same time.
+
+    Each rank also decodes the `look_back` frames before its stretch that the decoder depends on;
+    the clip's first has none, so its stretch is the longest.
+
+    Returns:
+        [first, last) of each rank, empty for some where more ranks would not be faster.
+    """
+    places = [begin]
+    for cost in range(1, end + 1):
+        places = [begin]
+        for _ in range(num_ranks):
+            here = places[-1]
+            places.append(here + max(0, min(cost - min(here, look_back), end - here)))
+        if places[-1] == end:
+            break
+    return list(pairwise(places))
+
+
 @dataclass(frozen=True)
 class Share:
     """What a member needs to denoise: all but the latents, which come with each call.
@@ -127,7 +148,7 @@ class Link:
         """Whether a rank is yet to send what it was ordered to, and hears of nothing before."""
         self._count = 0
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        with _on_loopback() if local else _unchanged():
+        with _on_loopback() if local else nullcontext():
             dist.init_process_group(
                 backend, store=dist.PrefixStore("group", store), rank=rank, world_size=size,
                 timeout=TIMEOUT,
@@ -209,11 +230,6 @@ def _on_loopback() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _unchanged() -> Iterator[None]:
-    yield
 
 
 def torchrun_place() -> tuple[dist.Store, int, int]:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.diffusion.state import moved
-from vidgen.pipeline.codec import decode_latents
+from vidgen.pipeline.codec import decode_latents, room_for
 from vidgen.pipeline.denoise import denoisers
 from vidgen.pipeline.loader import EXPERTS, Parts
 from vidgen.pipeline.parallel.link import (
@@ -35,7 +35,6 @@ from vidgen.pipeline.parallel.link import (
     tie,
     torchrun_place,
 )
-from vidgen.pipeline.parallel.stretches import room_for
 from vidgen.pipeline.types import Offload
 from vidgen.weights.component import Components
 from vidgen.weights.folder import ModelFolder
