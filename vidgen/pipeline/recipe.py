@@ -1,4 +1,4 @@
-"""The recipe: all that shapes a clip, as JSON data that travels in its file."""
+"""The recipe: all that shapes a clip, as JSON data in its file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FACTS = (
     "dtype", "offload", "quantize", "attention", "kernels", "device", "devices", "machine",
     "diffusers", "transformers", "torchao", "encoder", "hand_over", "sound",
 )
-"""Entries that frames or sound depend on; others differ from run to run or say the same again."""
+"""Entries that frames or sound depend on; others differ from run to run or repeat these."""
 _ELSEWHERE = {"prompt", "image", "last_image", "frame", "reference", "mask", "video", "prefix",
               "control", "latents", "lora", "tiles", "audio"}  # fmt: skip
 _DEFAULTS = {each.name: each.default for each in fields(Request)}
@@ -46,15 +46,7 @@ _DEFAULTS = {each.name: each.default for each in fields(Request)}
 def make_recipe(
     engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs, loras: Loras = NO_LORAS
 ) -> dict[str, Any]:
-    """The recipe of the clip that an engine makes to a plan.
-
-    Args:
-        engine: with the model, its device, dtype and offload.
-        plan: of this one clip.
-        request: that the plan settles.
-        inputs: the request's pictures and clips.
-        loras: its adapters.
-    """
+    """Return the recipe of a clip that our own networks make."""
     recipe = _common(engine, plan, request, inputs, loras)
     recipe["model"]["world_version"] = engine.folder.world_version
     recipe["attention"] = used_backend("auto", engine.device, DTYPES[engine.dtype])
@@ -69,7 +61,7 @@ def make_recipe(
 def make_foreign_recipe(
     engine: Opened, plan: ForeignPlan, request: Request, inputs: Inputs
 ) -> dict[str, Any]:
-    """The same of a clip that another family's pipeline makes."""
+    """Return the recipe of a clip that a diffusers pipeline makes."""
     assert isinstance(engine.folder, ForeignFolder)
     recipe = _common(engine, plan, request, inputs, NO_LORAS)
     recipe["model"]["class"] = engine.folder.class_name
@@ -103,11 +95,9 @@ def _common(
 
 
 def identity(request: Request, **loading: Any) -> str:
-    """A name by all that shapes a clip, to know one again that was made before.
+    """Return a hash of all that shapes one clip of a given seed, to recognise a finished one.
 
-    Args:
-        request: for one clip, its seed given.
-        loading: how its engine is loaded, the model by its content hash.
+    `loading` are the engine's loading options, with the model by its content hash.
     """
     facts = {
         "vidgen": __version__, "loading": loading, "prompt": request.prompt,
@@ -128,14 +118,14 @@ def identity(request: Request, **loading: Any) -> str:
 
 
 def differences(recipe: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What frames may depend on and two recipes don't have in common: both values, by name."""
+    """Return entries that frames may depend on and that differ: both values, by name."""
     mine, others = (flattened(_facts(one)) for one in (recipe, other))
     pairs = {name: (mine.get(name), others.get(name)) for name in mine | others}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _facts(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Entries that frames depend on, without names and places, which hashes stand for."""
+    """Return entries that frames depend on, with hashes instead of names and places."""
     facts = {name: recipe[name] for name in FACTS if recipe.get(name) is not None}
     facts["model"] = {"sha256": recipe.get("model", {}).get("sha256")}
     for name, key in (("inputs", "option"), ("loras", "weight")):
@@ -145,7 +135,7 @@ def _facts(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _source(folder: ModelFolder | ForeignFolder) -> str:
-    """What `open_model` finds it by: a hub's id, an embedded model's name, else its path."""
+    """Return the name by which `open_model` finds it: hub id, embedded model's name, or path."""
     if folder.given is not None:
         return folder.given
     is_embedded = folder.path == embedded_folder(folder.name)
@@ -153,7 +143,7 @@ def _source(folder: ModelFolder | ForeignFolder) -> str:
 
 
 def _asked(request: Request) -> dict[str, Any]:
-    """The options that were given; pictures are among the inputs."""
+    """Return the options that were given; pictures are among the inputs."""
     given = {
         each.name: getattr(request, each.name) for each in fields(Request)
         if each.name not in _ELSEWHERE
@@ -169,6 +159,6 @@ def _asked(request: Request) -> dict[str, Any]:
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's settings, of which arrays become lists."""
+    """Return a scheduler's settings with arrays as lists."""
     settings: dict[str, Any] = json.loads(json.dumps(dict(config), default=lambda v: v.tolist()))
     return settings

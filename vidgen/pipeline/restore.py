@@ -1,4 +1,4 @@
-"""Inputs out of a recipe: pictures, clips, adapters and noise, embedded or found again by hash."""
+"""A recipe's inputs: pictures, clips, adapters and noise, embedded or found by their hash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vidgen.pipeline.experts import hashes_of
 from vidgen.pipeline.inputs import noise_file
 
 Given: TypeAlias = Sequence[tuple[str, str]]
-"""(option or start of a SHA-256, path) pairs, which say where inputs lie now."""
+"""(option or start of a SHA-256, path) pairs: new places of inputs."""
 Record: TypeAlias = Mapping[str, Any]
 
 _MIN_HASH = 6
@@ -33,16 +33,16 @@ _MANY = ("frame", "reference", "lora", "say")
 def restore_inputs(
     recipe: Mapping[str, Any], folder: Path, given: Given = (), replaced: Collection[str] = ()
 ) -> dict[str, Any]:
-    """A recipe's inputs as options of a request.
+    """Return a recipe's inputs as options of a request.
 
     Args:
         recipe: as a file holds it.
-        folder: where embedded files are laid down.
-        given: where inputs lie that are no longer in their place.
+        folder: for embedded files.
+        given: new places of inputs.
         replaced: options whose inputs aren't needed.
 
     Raises:
-        InputError: inputs that are missing or were changed, by option and SHA-256.
+        InputError: inputs that are missing or changed, by option and SHA-256.
     """
     records = _records(recipe, replaced)
     _check_given(given, records)
@@ -67,7 +67,7 @@ def restore_inputs(
 
 
 def _records(recipe: Mapping[str, Any], replaced: Collection[str]) -> list[Record]:
-    """All inputs that are needed; a first frame that a model drew counts as given, if embedded."""
+    """Return the needed inputs; an embedded first frame replaces the model that drew it."""
     records: list[Record] = [*recipe["inputs"]]
     records += [{"option": "lora", **record} for record in recipe.get("loras", ())]
     noise = recipe.get("custom_noise")
@@ -103,7 +103,7 @@ def _is_meant(key: str, record: Record) -> bool:
 
 
 def _restore(record: Record, place: Path, given: Given) -> Any:
-    """A picture, path, noise or text for `--lora`; None where it can't be found."""
+    """Return a picture, path, noise or text for `--lora`; None if it isn't found."""
     option, digest = record["option"], record.get("sha256")
     given_here = [Path(path) for key, path in given if _is_meant(key, record)]
     if option == "first_frame_model":
@@ -121,7 +121,6 @@ def _restore(record: Record, place: Path, given: Given) -> Any:
 
 
 def _hash_of(record: Record) -> Callable[[Path], Any]:
-    """What a recipe knows an input by."""
     if "shape" in record:
         return _pixel_hash
     return _noise_hash if record["option"] == "latents" else sha256_file
@@ -151,7 +150,7 @@ def _embedded(record: Record, content: bytes, place: Path) -> Any:
 
 
 def _noise_hash(path: Path) -> str | None:
-    """Of the latents in a file, whatever else it holds; None where it holds none."""
+    """Return the hash of the latents in a file, or None without any."""
     try:
         return hashlib.sha256(noise_file(load(path.read_bytes())["latents"])).hexdigest()
     except (OSError, SafetensorError, KeyError):

@@ -1,8 +1,7 @@
-"""A short prompt rewritten by a language model that lies on this machine.
+"""Rewrite a short prompt with a local language model.
 
-Models of video were trained on long captions and show more of them. The text is written greedily,
-so the same model gives the same words; what is of no use is refused, never put in the prompt's
-place.
+Video models are trained on long captions and show more of them. The text is decoded greedily, so
+the same model gives the same words; an unusable text is refused, never put in the prompt's place.
 """
 
 from __future__ import annotations
@@ -36,17 +35,12 @@ INSTRUCTION = (
 )
 _LONGEST_TOKENS = 256
 _KEPT_SHARE = 0.5
-"""Of the prompt's own words that a rewriting must have."""
+"""Of the prompt's own words that the new text must have."""
 
 
 @dataclass(frozen=True)
 class Rewriting:
-    """A prompt rewritten.
-
-    Attributes:
-        text: what takes its place.
-        record: the prompt as it was given, and what rewrote it, for the recipe.
-    """
+    """A prompt's replacement, and the recipe's record of the original prompt and the model."""
 
     text: str
     record: dict[str, Any]
@@ -56,8 +50,7 @@ class LanguageModel:
     """A causal language model of transformers, from a folder; nothing is fetched or run from it.
 
     Args:
-        folder: as `save_pretrained` writes it, weights in safetensors, with its tokenizer.
-        device: where it computes.
+        folder: as written by `save_pretrained`, weights in safetensors, with its tokenizer.
 
     Raises:
         ModelError: no such folder, or no such model in it.
@@ -71,7 +64,7 @@ class LanguageModel:
 
     @cached_property
     def sha256(self) -> str:
-        """Of its weights' and tokenizer's files."""
+        """Hash of its weights' and tokenizer's files."""
         names = sorted(self.path.glob("*.safetensors")) + sorted(self.path.glob("*.json"))
         hashes = hash_files(names)
         told = "".join(f"{path.name} {hashes[path]}\n" for path in names)
@@ -79,7 +72,6 @@ class LanguageModel:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        """(tokenizer, model)."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.utils import logging
 
@@ -99,15 +91,15 @@ class LanguageModel:
         return tokenizer, model.to(self.device).eval()
 
     def answer(self, instruction: str, asked: Sequence[str], max_tokens: int) -> str:
-        """What the model says, greedily.
+        """Return the model's greedy answer.
 
         Args:
-            instruction: what it is to do.
-            asked: the user's turns and, between them, its own earlier answers.
+            instruction: the system prompt.
+            asked: the user's turns and, between them, the model's earlier answers.
             max_tokens: of the answer.
 
         Raises:
-            InputError: a text that is longer than it reads.
+            InputError: a text longer than the model's context.
         """
         import torch
 
@@ -145,12 +137,12 @@ class LanguageModel:
         return found["input_ids"]
 
     def facts(self) -> dict[str, Any]:
-        """What it is, for recipes."""
+        """Return its identity for recipes."""
         return {"name": self.path.resolve().name, "sha256": self.sha256,
                 "transformers": version("transformers")}
 
     def close(self) -> None:
-        """Leave the memory."""
+        """Free the memory."""
         vars(self).pop("_loaded", None)
         gc.collect()
         trim_memory()
@@ -159,10 +151,10 @@ class LanguageModel:
 def settle_texts(
     request: Request, journals: Sequence[Journal], policy: Policy | None
 ) -> tuple[Request, dict[str, Any]]:
-    """Recall how jobs began, rewrite the prompt if asked, and have the policy see every text.
+    """Recall jobs' settings, rewrite the prompt if requested, and apply the policy to every text.
 
     Returns:
-        The request whose prompt is what is to be encoded, and what recipes say of it besides.
+        The request with the final prompt, and the recipe's entries about it.
 
     Raises:
         InputError: a text that the policy refuses, or a damaged journal.
@@ -176,15 +168,13 @@ def settle_texts(
 def settle_prompt(
     request: Request, journals: Sequence[Journal] = ()
 ) -> tuple[Request, dict[str, Any]]:
-    """A request whose prompt is what is to be encoded, and what recipes say of it besides.
+    """Return a request with the final prompt, and the recipe's entries about it.
 
-    Args:
-        request: that may ask for a rewriting.
-        journals: of its clips; one that was begun with a rewriting goes on with that.
+    A journal that began with a rewritten prompt keeps it.
 
     Raises:
         ModelError: no such model.
-        InputError: what it wrote is of no use.
+        InputError: the new text is unusable.
     """
     if request.expand is None:
         return request, {}
@@ -199,15 +189,11 @@ def settle_prompt(
 
 
 def rewrite_prompt(folder: str | Path, prompt: str) -> Rewriting:
-    """A prompt rewritten by a language model, which leaves the memory afterwards.
-
-    Args:
-        folder: of the model.
-        prompt: as a person wrote it.
+    """Rewrite a prompt with the model in a folder, which is freed afterwards.
 
     Raises:
         ModelError: no such model.
-        InputError: what it wrote is of no use; says why, and the prompt stays as it was.
+        InputError: the new text is unusable, with the reason.
     """
     model = LanguageModel(folder)
     try:
@@ -222,11 +208,7 @@ def rewrite_prompt(folder: str | Path, prompt: str) -> Rewriting:
 
 
 def try_rewriting(model: LanguageModel, prompt: str) -> tuple[str, str | None]:
-    """What a model makes of a prompt, and why that can't take its place; None where it can.
-
-    Raises:
-        InputError: a prompt that is longer than the model reads.
-    """
+    """Return a model's new text, and the reason why it is unusable, or None."""
     text = one_paragraph(model.answer(INSTRUCTION, [prompt], _LONGEST_TOKENS))
     why = fault_of(text, prompt)
     shown = text if len(text) <= 80 else f"{text[:77]}..."
@@ -234,7 +216,7 @@ def try_rewriting(model: LanguageModel, prompt: str) -> tuple[str, str | None]:
 
 
 def one_paragraph(text: str) -> str:
-    """A text without line breaks, quotes around it, or a last sentence that was cut off."""
+    """Return a text without line breaks, surrounding quotes, or an unfinished last sentence."""
     text = re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL)
     text = " ".join(text.split()).strip("\"'“”` ")
     end = max(text.rfind(sign) for sign in ".!?。！？")
@@ -242,7 +224,7 @@ def one_paragraph(text: str) -> str:
 
 
 def fault_of(text: str, prompt: str) -> str | None:
-    """Why a rewriting of a prompt can't take its place; None where it can."""
+    """Return the reason why a text can't replace a prompt, or None."""
     words, own = _words(text), {word for word in _words(prompt) if len(word) > 3}
     if not text:
         return "there is nothing"

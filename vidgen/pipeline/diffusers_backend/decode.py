@@ -1,10 +1,10 @@
-"""Decoding what another family's pipeline made: later, in temporal tiles, by its own VAE.
+"""Deferred decoding of a diffusers pipeline's latents: later, in temporal tiles, by its own VAE.
 
 Each family normalises, unpacks and even noises its latents in its own way before decoding. So its
-pipeline is left to do that, and only the decoding itself is put off.
+pipeline does that, and only the decoding itself is deferred.
 
-Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, N pictures,
-T frames, H W pixel rows and columns.
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, N pictures, T
+frames, H W pixel rows and columns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 TILE = 64
-"""Frames of a temporal tile where the VAE doesn't tile of its own accord."""
+"""Frames of a temporal tile if the VAE has none of its own."""
 OVERLAP = 24
 """Frames over which two tiles are blended."""
 _BASE = 16
@@ -30,12 +30,12 @@ _BASE = 16
 
 @dataclass(frozen=True)
 class Decode:
-    """A decoding put off.
+    """A deferred decoding: arguments of the VAE.
 
     Attributes:
-        latents: what the VAE takes, [B, C, F, h, w] or pictures [N, C, h, w], on the CPU.
-        arguments: whatever else it takes, in order.
-        options: and by name.
+        latents: [B, C, F, h, w] or pictures [N, C, h, w], on the CPU.
+        arguments: the other arguments, in order.
+        options: arguments by name.
     """
 
     latents: Tensor
@@ -50,11 +50,9 @@ class Decode:
 
 @contextmanager
 def decoding_put_off(vae: nn.Module, length: Callable[[Tensor], int]) -> Iterator[list[Decode]]:
-    """Within the block `vae.decode` only notes what it is given, and answers numbered frames.
+    """Make `vae.decode` within the block record its arguments and return numbered frames.
 
-    Args:
-        vae: of a pipeline that runs in the block.
-        length: frames that latents [B, C, F, h, w] decode to.
+    `length` returns the number of frames of latents [B, C, F, h, w].
     """
     noted: list[Decode] = []
     count = 0
@@ -79,10 +77,10 @@ def decoding_put_off(vae: nn.Module, length: Callable[[Tensor], int]) -> Iterato
 
 
 def shown_frames(frames: Any) -> range | None:
-    """Which of the numbered frames a pipeline shows, from [T, 8, 8, 3] in [0, 1].
+    """Return which numbered frames a pipeline shows, from [T, 8, 8, 3] in [0, 1].
 
     Returns:
-        None where it doesn't show them as they were, one after the other.
+        None if it doesn't show them unchanged, one after the other.
     """
     digits = np.floor(np.asarray(frames, dtype=np.float64).mean(axis=(1, 2)) * _BASE)
     numbers = digits @ _BASE ** np.arange(3)
@@ -91,7 +89,7 @@ def shown_frames(frames: Any) -> range | None:
 
 
 def _numbered(first: int, count: int) -> Tensor:
-    """Frames [N, 3, 8, 8] in [-1, 1] whose channels are the digits of their number."""
+    """Return frames [N, 3, 8, 8] in [-1, 1] whose channels are the digits of their number."""
     numbers = torch.arange(first, first + count)
     digits = torch.stack([numbers // _BASE**place % _BASE for place in range(3)], dim=1)
     return ((2 * digits + 1) / _BASE - 1)[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
@@ -100,7 +98,7 @@ def _numbered(first: int, count: int) -> Tensor:
 def decode_all(
     vae: Any, decodings: Sequence[Decode], device: torch.device, start: int, stop: int
 ) -> Iterator[Tensor]:
-    """The frames from `start` to `stop` of several decodings, parts [1, 3, t, H, W] in [-1, 1]."""
+    """Yield frames `start` to `stop` of several decodings, parts [1, 3, t, H, W] in [-1, 1]."""
     first = 0  # number of the decoding's first frame
     for noted in decodings:
         if not noted.is_video and first + len(noted.latents) <= start:
@@ -119,10 +117,9 @@ def decode_all(
 def stream_decode(
     vae: Any, noted: Decode, device: torch.device, start: int = 0
 ) -> Iterator[Tensor]:
-    """Parts of the video, each [1, 3, t, H, W] in [-1, 1]; pictures in one part a decoding.
+    """Yield parts of the video, each [1, 3, t, H, W] in [-1, 1]; pictures in one part a decoding.
 
-    From a frame `start` on they are what they are in the whole: where the VAE has no temporal
-    tiles all of it is decoded.
+    Frames from `start` on equal those of the whole: without temporal tiles all of it is decoded.
     """
 
     def decode(latents: Tensor) -> Tensor:
@@ -138,7 +135,7 @@ def stream_decode(
 
 
 def temporal_tiles(vae: Any) -> tuple[int, int] | None:
-    """Latent frames that a tile advances over and from one to the next; None without tiles."""
+    """Return latent frames of a tile, and from one tile to the next; None without tiles."""
     if not (hasattr(vae, "blend_t") and hasattr(vae, "tile_sample_stride_num_frames")):
         return None
     size, stride = TILE, TILE - OVERLAP
@@ -149,13 +146,13 @@ def temporal_tiles(vae: Any) -> tuple[int, int] | None:
 
 
 def prepare_vae(vae: Any) -> None:
-    """Let a VAE that carries its convolutions' past decode slice by slice: the same, in less."""
+    """Let a VAE that caches its convolutions' past decode slice by slice, in less memory."""
     if _carries_past(vae) and hasattr(vae, "use_framewise_decoding"):
         vae.use_framewise_decoding = True
 
 
 def peak_bytes(vae: Any, num_frames: int, height: int, width: int) -> int | None:
-    """About what decoding a clip takes, or None where the VAE bounds that by tiles or slices.
+    """Return about the bytes for decoding a clip, or None if the VAE's tiles or slices bound them.
 
     The widest layer at full resolution counts three times: its input, padded copy and output.
     """
@@ -179,11 +176,11 @@ def _carries_past(vae: Any) -> bool:
 def _stream_tiles(
     vae: Any, decode: Any, latents: Tensor, size: int, stride: int, start: int = 0
 ) -> Iterator[Tensor]:
-    """Tiles blended over what two of them share, as the VAE's own tiling does.
+    """Yield tiles blended over their overlap, as the VAE's own tiling does.
 
     A tile's first frame is decoded without its past, so all but the first tile start one latent
-    frame early and drop it. Those that end before frame `start` are left out, but for the ones
-    that are blended into its own.
+    frame early and drop it. Those that end before frame `start` are left out, except for the ones
+    blended into its own.
     """
     ratio = vae.temporal_compression_ratio
     wanted = max(start - 1, 0) // (stride * ratio)

@@ -1,11 +1,11 @@
-"""Other families (LTX-Video, HunyuanVideo, CogVideoX, ...) behind our own request and clip.
+"""Other families (LTX-Video, HunyuanVideo, CogVideoX, ...) with our own request and clip.
 
-One adapter over the pipelines of diffusers, led by the signature of their call, so that a family
-nobody has heard of mostly works:
+One adapter over the pipelines of diffusers, led by the signature of their call, so that most
+unknown families work:
 
     read the pictures -> settle the request -> call the pipeline -> decode when frames are wanted
 
-A journal keeps what the pipeline gave, and the segments that were encoded since.
+A journal keeps the pipeline's result, and the segments that were encoded since.
 """
 
 from __future__ import annotations
@@ -68,11 +68,10 @@ class ForeignEngine:
     """Another family's model, ready to generate.
 
     Args:
-        folder: with the name of its pipeline's class.
-        device: where it computes.
         dtype: "fp32", "bf16" or "fp16".
         offload: "none" keeps all of it on the device, "stage" one component and "block" one layer
-            at a time; on the CPU all three are the same.
+            at a
+        time; on the CPU all three are the same.
         loader: class of diffusers that loads the folder, instead of the one the folder names.
         policy: refuses prompts.
 
@@ -100,14 +99,12 @@ class ForeignEngine:
     ) -> Clip | list[Clip]:
         """Make a clip, or a list of them where `count` is over 1; see `Engine.generate`.
 
-        What a pipeline of diffusers will take isn't known beforehand, so `on_estimate` isn't
-        called; nor does it show previews.
-
-        A clip whose denoising was stopped starts anew from its journal; one whose pipeline was
-        done goes on behind the finished segments.
+        A pipeline of diffusers has no estimate, so `on_estimate` isn't called, and shows no
+        previews. A clip stopped while denoising starts again; one whose pipeline was done resumes
+        after the finished segments.
 
         Raises:
-            InputError: what this family can't honour, with what it can.
+            InputError: an option that this family can't honour, with those that it can.
         """
         request = Request.of(prompt, options)
         if on_preview is not None:
@@ -157,18 +154,14 @@ class ForeignEngine:
         return clips if request.count > 1 else clips[0]
 
     def close(self) -> None:
-        """Free the pipeline's memory; this engine can't be used any more."""
+        """Free the pipeline's memory; this engine can't be used afterwards."""
         self.pipe.close()
 
     def _recipes(
         self, plans: Sequence[ForeignPlan], request: Request, inputs: Inputs, able: Abilities,
         journals: Sequence[Journal], rewritten: dict[str, Any],
     ) -> tuple[list[dict[str, Any]], Soundtrack | None]:
-        """Each clip's recipe, as far as it is settled, and their sound where that can be.
-
-        Raises:
-            InputError: a journal is another clip's.
-        """
+        """Return each clip's recipe, as far as it is settled, and their sound if possible."""
         recipes, track = [], None
         for plan, kept in zip(plans, journals, strict=True):
             made = make_foreign_recipe(self, plan, request, inputs) | rewritten
@@ -185,14 +178,14 @@ class ForeignEngine:
     def _soundtrack(
         self, request: Request, plan: ForeignPlan, able: Abilities, known: Soundtrack | None
     ) -> Soundtrack:
-        """The sound of a clip, which another one's is where both are of one length."""
+        """Return a clip's sound, shared by clips of one length."""
         assert plan.kept_frames is not None
         if known is not None and known.num_samples == round(plan.kept_frames / plan.fps * RATE):
             return known
         return make_soundtrack(request, plan.kept_frames, plan.fps, self, has_sound=able.has_sound)
 
     def _read(self, request: Request) -> tuple[Request, Inputs]:
-        """The request's pictures; a first frame that a model is to draw is drawn here."""
+        """Read the request's pictures; draw a first frame if a model is given for it."""
         own = {"model": self.folder.name, "dtype": self.dtype, "offload": self.offload}
         require_own(request, self.folder, own)
         able = Abilities(self.pipe.own)
@@ -217,7 +210,7 @@ class ForeignEngine:
     def _arguments(
         self, plan: ForeignPlan, request: Request, inputs: Inputs, able: Abilities
     ) -> dict[str, Any]:
-        """Arguments of the pipeline's call; a parameter left out takes its own default."""
+        """Return the pipeline's arguments; parameters left out take its own defaults."""
 
         def picture(pixels: Frames) -> Image.Image:
             if plan.width and plan.height:
@@ -251,7 +244,7 @@ class ForeignEngine:
     def _settled(
         self, plan: ForeignPlan, request: Request, able: Abilities, made: Made
     ) -> ForeignPlan:
-        """The plan with the size and length of what was made."""
+        """Return the plan with the size and length of the result."""
         if made.frames is not None:
             size = made.frames.shape[2], made.frames.shape[1]
         else:
@@ -267,7 +260,7 @@ class ForeignEngine:
         self, plan: ForeignPlan, recipe: dict[str, Any], able: Abilities, made: Made,
         journal: Journal,
     ) -> Clip:
-        """A lazy clip over the decodings that were put off, or the frames that there are."""
+        """Return a lazy clip over the deferred decodings, or the frames."""
         kept = plan.kept_frames
         assert kept is not None
         assert plan.width is not None
@@ -314,30 +307,30 @@ def draw_first_frame(
     dtype: torch.dtype | str = "fp32",
     on_event: Callable[[Progress], None] | None = None,
 ) -> tuple[Frames, dict[str, Any]]:
-    """Draw a picture with a text-to-image model, which leaves the memory afterwards.
+    """Draw a picture with a text-to-image model, which is freed afterwards.
 
-    It is drawn at the model's own area, where such models are at their best, in the wanted aspect,
-    and then brought to the wanted size.
+    It is drawn in the wanted aspect at the model's own area, where such models are at their best,
+    and then resized.
 
     Args:
         folder: of the model, as diffusers saves it, or its id on the hub: SDXL, SD3, FLUX, ...
-        prompt: what is to be seen.
-        negative: what is not to be seen; left out with a warning by a model that reads none.
+        prompt: of the picture.
+        negative: left out with a warning if the model reads none.
         seed: of the noise.
         width: of the picture, in pixels.
         height: of the picture.
-        steps: denoising steps; None: the model's own number.
+        steps: None: the model's own number.
         guidance: guidance scale; None: the model's own.
         device: where it computes.
         dtype: of its weights, as torch's or by name.
-        on_event: told of progress; raising `Cancelled` stops between two steps.
+        on_event: called with progress; raising `Cancelled` stops between two steps.
 
     Returns:
-        (uint8 [height, width, 3], what shaped it, for the recipe).
+        (uint8 [height, width, 3], its record for the recipe).
 
     Raises:
         ModelError: no such folder, or no text-to-image model.
-        InputError: what the model itself refuses.
+        InputError: the model itself refuses the arguments.
     """
     opened = open_model(str(folder))
     if not isinstance(opened, ForeignFolder):
@@ -373,14 +366,7 @@ def draw_first_frame(
 def with_first_frame(
     request: Request, size: tuple[int, int], device: torch.device, dtype: str
 ) -> tuple[Request, Inputs]:
-    """A request whose first frame its model has drawn, under a seed, and its inputs.
-
-    Args:
-        request: with a `first_frame_model`.
-        size: (width, height) of the frame.
-        device: where it is drawn.
-        dtype: of the model's weights.
-    """
+    """Draw a request's first frame of (width, height) `size`; return the request and its inputs."""
     assert request.first_frame_model is not None
     seed = draw_seed() if request.seed is None else request.seed
     picture, record = draw_first_frame(

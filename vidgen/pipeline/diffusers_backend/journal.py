@@ -1,10 +1,10 @@
-"""What another family's pipeline gave for a clip, and its place in the clip's journal.
+"""A diffusers pipeline's result for a clip, and its place in the clip's journal.
 
 Between two steps such a pipeline holds state of its own, which can't be read or set from outside;
-so a journal keeps what it gave in the end, and denoising that was killed starts anew.
+so a journal keeps only its result, and denoising that was killed starts again.
 
-Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W
-pixel rows and columns, N samples of sound.
+Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W pixel
+rows and columns, N samples of sound.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from vidgen.pipeline.journal.job import MADE, as_array
 from vidgen.pipeline.journal.journal import Journal
 
 _ASKED = ("size", "frames", "seconds")
-"""Options that size and length follow from."""
+"""Options that determine size and length."""
 _SETTLED = ("width", "height", "num_frames", "kept_frames")
-"""Entries of a plan that show only when the pipeline has run."""
+"""Entries of a plan that are known only after the pipeline has run."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a pipeline gave for one clip.
+    """A pipeline's result for one clip.
 
     Attributes:
         num_frames: that it shows.
-        decodings: put off, in order; empty where they couldn't be.
+        decodings: deferred, in order; empty if that was impossible.
         cut: frames that it leaves out before those it shows.
-        frames: uint8 [T, H, W, 3] where decoding couldn't be put off, else None.
-        sound: float32 [N, channels] that came along, or None.
+        frames: uint8 [T, H, W, 3] if decoding couldn't be deferred, else None.
+        sound: float32 [N, channels] of the same pipeline, or None.
         sound_rate: its samples per second.
     """
 
@@ -52,19 +52,19 @@ class Made:
     @classmethod
     def of(cls, pipe: Any, output: Any, decodings: Sequence[Decode], cut: int, *,
            is_image: bool) -> Made:
-        """From a pipeline's answer, of a picture or a clip, and the decodings put off."""
+        """Make it from a pipeline's output, of a picture or a clip, and the deferred decodings."""
         shown = output[0] if is_image else output[0][0]
         sound, rate = _sound(pipe, output)
         return cls(len(shown), decodings, cut, None if decodings else _pixels(shown), sound, rate)
 
     @property
     def latents(self) -> torch.Tensor | None:
-        """What is to be decoded, [B, C, F, h, w] or pictures [T, C, h, w]; None where it was."""
+        """Undecoded latents, [B, C, F, h, w] or pictures [T, C, h, w]; None if decoded."""
         return torch.cat([each.latents for each in self.decodings]) if self.decodings else None
 
 
 def keep_made(journal: Journal, made: Made) -> None:
-    """Keep what a pipeline gave; where it can't be written down the journal ends with a warning."""
+    """Save a pipeline's result; if it can't be serialised the journal ends with a warning."""
     if not journal.keeps:
         return
     arrays: dict[str, Any] = {}
@@ -81,11 +81,7 @@ def keep_made(journal: Journal, made: Made) -> None:
 
 
 def kept_made(journal: Journal) -> Made | None:
-    """What `keep_made` kept, or None.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """Return the result of `keep_made`, or None; raise InputError if damaged."""
     kept = journal.kept_arrays(MADE)
     if kept is None:
         return None
@@ -99,11 +95,10 @@ def kept_made(journal: Journal) -> Made | None:
 
 
 def as_settled(recipe: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A recipe with the size and length that an earlier run to the same wishes came to.
+    """Return a recipe with the size and length of an `earlier` run of the same wishes.
 
-    Args:
-        recipe: of a clip that is to be made, whose plan leaves them open or asks for too many.
-        earlier: of the job or output that is there, by whatever request.
+    The recipe's plan may leave them open or ask for too many frames; `earlier` is the recipe of the
+    existing job or output, of whatever request.
     """
     if earlier is None or not isinstance(plan := earlier.get("plan"), dict):
         return recipe
@@ -115,16 +110,12 @@ def as_settled(recipe: dict[str, Any], earlier: Mapping[str, Any] | None) -> dic
 
 
 def with_plan(recipe: dict[str, Any], plan: ForeignPlan) -> dict[str, Any]:
-    """A recipe with another plan."""
+    """Return a recipe with another plan."""
     return recipe | {"plan": asdict(plan) | {"fps": str(plan.fps)}}
 
 
 def _packed(value: Any, arrays: dict[str, Any]) -> Any:
-    """A VAE's argument as JSON data, its tensors among the arrays.
-
-    Raises:
-        TypeError: of a kind that can't be written down.
-    """
+    """Return a VAE's argument as JSON data, its tensors among the arrays; raise TypeError."""
     if value is None or isinstance(value, bool | int | float | str):
         return {"plain": value}
     if isinstance(value, list | tuple):
@@ -143,7 +134,6 @@ def _packed(value: Any, arrays: dict[str, Any]) -> Any:
 
 
 def _unpacked(data: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
-    """What `_packed` wrote down."""
     if "plain" in data:
         return data["plain"]
     if "dict" in data:
@@ -161,13 +151,13 @@ def _unpacked(data: Mapping[str, Any], arrays: Mapping[str, Any]) -> Any:
 
 
 def _pixels(frames: Any) -> Frames:
-    """Pictures in [0, 1], array [T, H, W, 3], as uint8."""
+    """Convert pictures in [0, 1], array [T, H, W, 3], to uint8."""
     scaled = np.asarray(frames, dtype=np.float32).clip(0, 1) * 255
     return scaled.round().astype(np.uint8)
 
 
 def _sound(pipe: Any, output: Any) -> tuple[Samples | None, int]:
-    """The sound that came along, float32 [N, channels], and its rate."""
+    """Return the sound in the output, float32 [N, channels], and its rate."""
     waves = getattr(output, "audio", None)
     if waves is None:
         return None, 48_000

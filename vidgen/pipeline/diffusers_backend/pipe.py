@@ -23,18 +23,14 @@ from vidgen.weights.folder import ForeignFolder
 from vidgen.weights.quantize import quiet_torchao
 
 Tell = Callable[[int, int], None]
-"""Told of steps done and in all."""
+"""Called with the steps done and their total."""
 
 
 class ForeignPipe:
     """A folder's pipeline, and those over the same weights that take a picture or clip as well.
 
     Args:
-        folder: with the name of the pipeline's class.
-        device: where it computes.
-        dtype: of the weights.
-        offload: "none", "stage" or "block".
-        loader: what loads the folder; `DiffusionPipeline` takes the class that the folder names.
+        loader: loads the folder; `DiffusionPipeline` takes the class that the folder names.
 
     Raises:
         ModelError: a class that this diffusers doesn't have, or files missing or damaged.
@@ -52,7 +48,7 @@ class ForeignPipe:
             prepare_vae(self.own.vae)
 
     def taking(self, option: str | None) -> Any:
-        """The pipeline that takes a picture or clip given as `option`, on its device."""
+        """Return the pipeline that takes a picture or clip given as `option`, on its device."""
         import diffusers
 
         name = type(self.own).__name__
@@ -64,7 +60,7 @@ class ForeignPipe:
         return pipe
 
     def close(self) -> None:
-        """Free the weights; the pipeline can't be used any more."""
+        """Free the weights; the pipeline can't be used afterwards."""
         self.own = self._placed = None
         gc.collect()
         if self.device.type == "cuda":
@@ -86,10 +82,10 @@ class ForeignPipe:
     def call(
         self, pipe: Any, plan: ForeignPlan, arguments: dict[str, Any]
     ) -> tuple[Any, list[Decode], int]:
-        """What the pipeline answers, the decodings put off, and how many frames it then cuts.
+        """Return the pipeline's output, the deferred decodings, and the frames that it then cuts.
 
         Raises:
-            InputError: what the pipeline itself refuses.
+            InputError: the pipeline itself refuses the arguments.
             ModelError: out of memory.
         """
         able = Abilities(pipe)
@@ -128,7 +124,7 @@ class ForeignPipe:
 
 
 class _StepBar:
-    """Stands in for a pipeline's progress bar, so that every family tells its steps."""
+    """Replaces a pipeline's progress bar, so that every family reports its steps."""
 
     def __init__(self, iterable: Any, total: int | None, tell: Tell) -> None:
         self._iterable, self._tell = iterable, tell
@@ -146,14 +142,14 @@ class _StepBar:
             self.update()
 
     def update(self, count: int = 1) -> None:
-        """A step is done; raising from here stops the pipeline between two of them."""
+        """Report a step; raising from here stops the pipeline between two of them."""
         self._done = min(self._done + count, self._total)
         self._tell(self._done, self._total)
 
 
 @contextmanager
 def stepping(pipe: Any, tell: Tell) -> Iterator[None]:
-    """Have a pipeline tell its steps, and let the device go where one of them is the last."""
+    """Make a pipeline report its steps, and free the device if it is stopped at one."""
     pipe.progress_bar = lambda iterable=None, total=None: _StepBar(iterable, total, tell)
     try:
         yield
@@ -168,7 +164,7 @@ def stepping(pipe: Any, tell: Tell) -> Iterator[None]:
 def lent(
     pipe: Any, able: Abilities, plan: ForeignPlan, scheduler: Any, tell: Tell
 ) -> Iterator[None]:
-    """Lend a pipeline a request's scheduler, guidance and ear for its steps."""
+    """Lend a pipeline a request's scheduler, guidance and step callback."""
     own_scheduler, own_guider = pipe.scheduler, able.guider
     pipe.scheduler = scheduler
     if own_guider is not None:
@@ -208,7 +204,7 @@ def _load(folder: ForeignFolder, dtype: torch.dtype, loader: Any) -> Any:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Keep both libraries' loading bars off the terminal, which is our own report's."""
+    """Hide both libraries' loading bars, which would break into our own report."""
     from diffusers.utils import logging as diffusers_reports
     from transformers.utils import logging as transformers_reports
 

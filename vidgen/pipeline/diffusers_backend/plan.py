@@ -1,6 +1,6 @@
-"""What another family's pipeline can do, read from its call, and a request settled against it.
+"""Abilities of a diffusers pipeline, read from its call, and a request settled against them.
 
-Nothing here knows a family but two short tables of what no signature tells.
+No family is named except in two short tables of what no signature says.
 """
 
 from __future__ import annotations
@@ -64,16 +64,15 @@ _OWN_SCHEDULE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
 
 @dataclass(frozen=True)
 class ForeignPlan:
-    """One clip or picture of another family; None is left to its pipeline.
+    """One clip or picture of another family; None leaves a value to its pipeline.
 
     Attributes:
-        pipeline: class that makes it.
-        num_frames: frames to generate.
+        pipeline: its class.
         kept_frames: frames of the clip, the first of those that the pipeline shows.
-        guidance_scale: of whichever kind of guidance the pipeline has.
+        guidance_scale: of the pipeline's kind of guidance.
         sampler: class of the scheduler.
         shift: of its noise schedule.
-        strength: how far from the given video.
+        strength: distance from the given video.
     """
 
     pipeline: str
@@ -95,17 +94,17 @@ class ForeignPlan:
 
 
 def defaults_of(pipeline: type) -> dict[str, Any]:
-    """What a pipeline's call takes, each with its default."""
+    """Return the parameters of a pipeline's call, each with its default."""
     parameters = inspect.signature(pipeline.__call__).parameters
     return {p.name: p.default for p in parameters.values() if p.kind is not p.VAR_KEYWORD}
 
 
 class Abilities:
-    """What a pipeline's call takes and what its attributes say.
+    """A pipeline's parameters and attributes.
 
     Attributes:
-        defaults: by parameter; `inspect.Parameter.empty` where one must be given.
-        strides: frames and pixels a side that one latent stands for.
+        defaults: by parameter; `inspect.Parameter.empty` if it is required.
+        strides: frames and pixels a side of one latent.
         multiple: pixels a side of one token.
         is_image: whether it makes a picture, not a clip.
         has_sound: whether it makes sound along with the picture.
@@ -124,7 +123,7 @@ class Abilities:
         self.options = _ALWAYS | self._options()
 
     def _token_side(self) -> int:
-        """What a side must divide by: the VAE's stride by a token's side, what processors round."""
+        """Return the multiple of a side: VAE's stride by token's side, and processors' rounding."""
         patch = self._config.get("patch_size") or 1
         sides = [self.strides.hw * (patch if isinstance(patch, int) else patch[-1])]
         for name in ("video_processor", "image_processor"):
@@ -172,21 +171,17 @@ class Abilities:
 
     @property
     def guider(self) -> Any:
-        """The component that guides where the call has no parameter for it."""
+        """The component that guides if the call has no parameter for it."""
         guider = getattr(self.pipe, "guider", None)
         return guider if self.guidance is None and hasattr(guider, "guidance_scale") else None
 
     @property
     def cut_frames(self) -> int:
-        """Frames that the pipeline cuts off its clip: where HunyuanVideo sets the picture first."""
+        """Frames that the pipeline cuts off its clip, where HunyuanVideo puts the picture first."""
         return self.strides.t if self._config.get("image_condition_type") == "latent_concat" else 0
 
     def refuse(self, request: Request) -> None:
-        """Refuse what this pipeline can't honour, naming what it can.
-
-        Raises:
-            InputError: the first such option.
-        """
+        """Raise InputError for the first option that can't be honoured, naming those that can."""
         for field in fields(Request):
             value, own = getattr(request, field.name), field.default
             is_set = type(value) is not type(own) or value != own  # arrays are never compared
@@ -209,7 +204,7 @@ class Abilities:
                              "give --frames 1")
 
     def default_size(self) -> tuple[int, int] | None:
-        """(width, height) where nobody asks for another, if the pipeline tells."""
+        """Return the default (width, height), if the pipeline says."""
         pipe, config = self.pipe, self._config
         width, height = self.defaults.get("width"), self.defaults.get("height")
         if isinstance(width, int) and isinstance(height, int):
@@ -231,7 +226,7 @@ class Abilities:
         return None
 
     def default_fps(self) -> Fraction:
-        """The call's own rate, else that of the example in its documentation, else 24."""
+        """Return the call's own rate, else that of the example in its documentation, else 24."""
         own = self.defaults.get(self.rate or "")
         if isinstance(own, int | float):
             return Fraction(own).limit_denominator(1001)
@@ -240,12 +235,12 @@ class Abilities:
         return Fraction(next(known, int(shown[1]) if shown else 24))
 
     def default_frames(self) -> int | None:
-        """The call's own length, else the one the transformer was built for."""
+        """Return the call's own length, else the one the transformer was built for."""
         own = self.defaults.get(self.length or "")
         return own if isinstance(own, int) else self._config.get("sample_frames")
 
     def default_guidance(self) -> float | None:
-        """The call's or the guider's own scale."""
+        """Return the call's or the guider's own scale."""
         if self.guider is not None:
             return float(self.guider.guidance_scale)
         own = self.defaults.get(self.guidance or "")
@@ -258,7 +253,7 @@ def make_foreign_plan(
     """Settle a request against a pipeline and the scheduler it is to run with.
 
     Raises:
-        InputError: an option, size or length that can't be had; names what can.
+        InputError: an option, size or length that isn't available; names what is.
     """
     able.refuse(request)
     if "prompt" not in able.defaults:
@@ -287,7 +282,7 @@ def make_foreign_plan(
 
 
 def flow_shift(scheduler: Any) -> float | None:
-    """Shift of a flow scheduler whose schedule is fixed by it; None for all others."""
+    """Return the shift of a flow scheduler whose schedule is fixed by it; None for all others."""
     config = getattr(scheduler, "config", {})
     if type(scheduler).__name__ not in _FLOW or config.get("use_dynamic_shifting"):
         return None
@@ -297,10 +292,10 @@ def flow_shift(scheduler: Any) -> float | None:
 
 
 def make_scheduler(own: Any, request: Request) -> Any:
-    """The pipeline's scheduler, or one for the request's sampler and shift.
+    """Return the pipeline's scheduler, or one for the request's sampler and shift.
 
     Raises:
-        InputError: a sampler that can't stand in for the pipeline's own.
+        InputError: a sampler that can't replace the pipeline's own.
     """
     import diffusers
 
@@ -343,7 +338,7 @@ def check_multiple(plan: ForeignPlan, multiple: int) -> None:
 
 
 def settle(plan: ForeignPlan, width: int, height: int, num_frames: int) -> ForeignPlan:
-    """The plan with the size and the frames that the pipeline showed."""
+    """Return the plan with the size and the frames that the pipeline showed."""
     kept = min(plan.kept_frames or num_frames, num_frames)
     made = plan.num_frames or num_frames
     return replace(plan, width=width, height=height, num_frames=made, kept_frames=kept)
@@ -356,7 +351,7 @@ def _first(owner: Any, names: tuple[str, ...]) -> Any:
 def _length(
     request: Request, inputs: Inputs, able: Abilities, fps: Fraction
 ) -> tuple[int | None, int | None]:
-    """Frames to generate and to keep."""
+    """Return the frames to generate and to keep."""
     own, cut = able.default_frames(), able.cut_frames
     if request.seconds is not None or (request.frames is None and inputs.video_seconds is not None):
         seconds = inputs.video_seconds if request.seconds is None else request.seconds

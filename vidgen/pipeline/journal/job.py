@@ -1,18 +1,18 @@
-"""The folder of a job: what a running generation keeps beside its output, file by file.
+"""A job's folder: the state of a running generation, saved next to its output.
 
     OUT.vidgen-job/
         job.json             the recipe: model, plan, inputs, machine, threads, back ends
         state.safetensors    the sampler between two steps, or its finished latents
         windows/00000 ...    latents of the finished windows of a long clip
         tried.safetensors    the best candidate of a clip or window so far
-        made.safetensors     what another family's pipeline gave: its decodings, or its frames
-        heard.safetensors    the sound's latents of the windows that have theirs
-        sound.safetensors    what the model, or a text-to-audio model, made for the clip
-        segments/00000 ...   encoded segments of the picture, and what its checks had seen by then
+        made.safetensors     a diffusers pipeline's result: its decodings, or its frames
+        heard.safetensors    the sound's latents of the finished windows
+        sound.safetensors    the clip's sound, made by its own or a text-to-audio model
+        segments/00000 ...   encoded segments of the picture, and the state of its checks
         lock                 held by the process that works on the clip
 
-How far a job has come is told by which files there are, so no two of them can disagree. Each is
-written atomically and carries a checksum.
+A job's progress follows from the files that exist, so no two of them can disagree. Each is written
+atomically and carries a checksum.
 """
 
 from __future__ import annotations
@@ -58,22 +58,18 @@ _DECISIVE_PARTS = {"inputs": ("option", "sha256"), "loras": ("sha256", "weight",
 
 
 def job_folder(output: str | os.PathLike[str]) -> Path:
-    """Where the job of an output lies: beside it."""
+    """Return the path of an output's job: next to it."""
     path = Path(output)
     return path.with_name(path.name + SUFFIX)
 
 
 def lock_job(folder: Path) -> TextIO | None:
-    """Hold a job as long as the file returned is open; None where the file system has no locks.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
+    """Lock a job, or raise BlockingIOError; None if the file system has no locks."""
     return lock_file(folder / LOCK)
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in a job and beside its output."""
+    """Remove the temporary files that a killed process left in a job and next to its output."""
     name = glob.escape(folder.name.removesuffix(SUFFIX))
     beside = folder.parent.glob(f".{name}.{'[0-9a-f]' * 8}.tmp")
     for left in (*beside, *folder.rglob("*.tmp")):
@@ -81,7 +77,7 @@ def sweep(folder: Path) -> None:
 
 
 def remove_job(folder: Path) -> None:
-    """Remove a job and what its output's writing left.
+    """Remove a job and its output's temporary files.
 
     Raises:
         BlockingIOError: a process works on it.
@@ -97,9 +93,9 @@ def remove_job(folder: Path) -> None:
 
 
 def job_facts(folder: Path) -> dict[str, Any]:
-    """How far a job is: output, stage, done, total, age_s, bytes, running; or its `problem`.
+    """Return a job's output, stage, done, total, age_s, bytes and running; or its `problem`.
 
-    Of a clip in windows, `window` is the number of the one that `done` of `total` steps are of.
+    In a clip of several windows, `window` is the number of the current one.
     """
     sizes = list(_stats(folder))
     facts: dict[str, Any] = {
@@ -119,7 +115,7 @@ def job_facts(folder: Path) -> dict[str, Any]:
 
 
 def _stats(folder: Path) -> Iterator[os.stat_result]:
-    """Of a job's files, of which some may go while a process is at work."""
+    """Yield the stat of each file; a process at work may remove some meanwhile."""
     for place, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
@@ -127,7 +123,7 @@ def _stats(folder: Path) -> Iterator[os.stat_result]:
 
 
 def progress_text(facts: Mapping[str, Any]) -> str:
-    """How far a job is, for people: "sample, step 3 of 25"."""
+    """Return a job's progress for people: "sample, step 3 of 25"."""
     if "problem" in facts:
         return "damaged"
     if facts["stage"] == "sample" and not facts["done"] and "window" not in facts:
@@ -162,11 +158,7 @@ def _stage(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Write down what is being made, and whether its output may replace a file.
-
-    Raises:
-        OutputError: no space, or the place can't be written.
-    """
+    """Write the recipe, and whether the output may replace a file; raise OutputError."""
     job = {"format_version": FORMAT_VERSION, "overwrite": overwrite, "recipe": recipe}
     text = json.dumps(job, allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -174,12 +166,7 @@ def write_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> No
 
 
 def begin_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Have a folder hold a fresh job and nothing of an earlier one, but for its lock.
-
-    Raises:
-        OSError: it can't be cleared.
-        OutputError: no space, or the place can't be written.
-    """
+    """Start a fresh job in a folder, emptied except for the lock; raise OSError or OutputError."""
     for entry in folder.iterdir():
         if entry.name != LOCK:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -189,11 +176,7 @@ def begin_job(folder: Path, recipe: Mapping[str, Any], *, overwrite: bool) -> No
 
 
 def read_job(folder: Path) -> dict[str, Any]:
-    """What `write_job` wrote.
-
-    Raises:
-        InputError: damaged, or of another version.
-    """
+    """Read the file of `write_job`; raise InputError if damaged or of another version."""
     path = folder / JOB
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -209,7 +192,7 @@ def read_job(folder: Path) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What two recipes of different clips differ in: "plan.seed was 7, is 8"."""
+    """Return the differences between two clips' recipes: "plan.seed was 7, is 8"."""
     before, after = _leaves(_decisive(old)), _leaves(_decisive(new))
     names = sorted(before.keys() | after.keys(), key=lambda name: (name != "vidgen", name))
     return [
@@ -219,11 +202,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def require_same(there: Path, old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> None:
-    """Refuse to go on with what lies `there`, by the recipe `old`, as if `new` had made it.
-
-    Raises:
-        InputError: names what differs.
-    """
+    """Raise InputError with the differences if `new` isn't the recipe `old` of the job `there`."""
     if old is None:
         raise InputError(f"{there} tells no recipe, so it may be any clip; choose another "
                          "name or give --overwrite")
@@ -238,7 +217,7 @@ def require_same(there: Path, old: Mapping[str, Any] | None, new: Mapping[str, A
 
 
 def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a recipe that decides bits, as it comes back from JSON."""
+    """Return the part of a recipe that decides bits, after a round trip through JSON."""
     found = {name: recipe.get(name) for name in _DECISIVE}
     found["model"] = {key: recipe.get("model", {}).get(key) for key in ("class", "sha256")}
     for name, keys in _DECISIVE_PARTS.items():
@@ -265,17 +244,17 @@ def _short(value: Any) -> str:
 
 
 def segment_path(folder: Path, index: int) -> Path:
-    """Where a segment lies."""
+    """Return the path of a segment."""
     return folder / SEGMENTS / f"{index:05d}.safetensors"
 
 
 def window_path(folder: Path, index: int) -> Path:
-    """Where a window's latents lie."""
+    """Return the path of a window's latents."""
     return folder / WINDOWS / f"{index:05d}.safetensors"
 
 
 def kept_paths(folder: Path, path_of: Callable[[Path, int], Path]) -> list[Path]:
-    """A job's segments or windows up to the first that is missing, behind which none counts."""
+    """Return a job's segments or windows up to the first that is missing."""
     paths: list[Path] = []
     while (path := path_of(folder, len(paths))).is_file():
         paths.append(path)
@@ -283,7 +262,7 @@ def kept_paths(folder: Path, path_of: Callable[[Path, int], Path]) -> list[Path]
 
 
 def counted_paths(folder: Path, path_of: Callable[[Path, int], Path]) -> list[Path]:
-    """What `kept_paths` finds; what lies behind a missing one goes."""
+    """Return the result of `kept_paths`; remove files after a missing one."""
     kept = kept_paths(folder, path_of)
     place = path_of(folder, 0).parent
     for path in sorted(place.glob("*.safetensors"))[len(kept):]:
@@ -293,11 +272,7 @@ def counted_paths(folder: Path, path_of: Callable[[Path, int], Path]) -> list[Pa
 
 
 def write_segment(path: Path, segment: Segment) -> None:
-    """Write a segment: its packets' bytes behind each other, and a row of numbers for each.
-
-    Raises:
-        OutputError: no space, or the place can't be written.
-    """
+    """Write a segment: its packets' bytes, concatenated, and a row of numbers for each."""
     rows = [[len(data), pts, dts, key] for data, pts, dts, key in segment.packets]
     content = np.frombuffer(b"".join(data for data, *_ in segment.packets), np.uint8)
     arrays = {"content": content, "packets": np.array(rows, np.int64)}
@@ -306,11 +281,7 @@ def write_segment(path: Path, segment: Segment) -> None:
 
 
 def read_segment(path: Path) -> Segment:
-    """What `write_segment` wrote.
-
-    Raises:
-        InputError: damaged.
-    """
+    """Read the file of `write_segment`; raise InputError if damaged."""
     arrays, facts = read_arrays(path, "content", "packets")
     content, packets, start = arrays["content"].tobytes(), [], 0
     for size, pts, dts, key in arrays["packets"].tolist():
@@ -321,11 +292,7 @@ def read_segment(path: Path) -> Segment:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write arrays of any shapes, and JSON data beside them.
-
-    Raises:
-        OutputError: no space, or the place can't be written.
-    """
+    """Write arrays of any shapes, with JSON data; raise OutputError."""
     text = json.dumps(facts)
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     facts_of = {"facts": text, "sha256": _digest(whole, text), "name": path.name}
@@ -339,7 +306,7 @@ _UNREADABLE = (
 
 
 def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `write_arrays` wrote, with arrays of these names among it.
+    """Read the file of `write_arrays`, which must hold arrays of these names.
 
     Raises:
         InputError: damaged, or another file in its place.
@@ -389,12 +356,12 @@ _HISTORY, _CACHE = "history.", "cache."
 
 @dataclass(frozen=True)
 class Kept:
-    """How far an earlier process came with the latents of a job.
+    """Latents that an earlier process left in a job.
 
     Attributes:
         num_windows: finished windows of a long clip.
         done: [1, C, n, h, w] float32 of them, on the CPU; or None.
-        state: where the sampler goes on from behind them, or None.
+        state: of the sampler after them, or None.
         latents: [1, C, F, h, w] float32 of a finished sampler, or None.
     """
 
@@ -410,11 +377,7 @@ class Kept:
 
 
 def read_kept(folder: Path, device: torch.device | str) -> Kept:
-    """What a job keeps of latents, `state` and `latents` on a device.
-
-    Raises:
-        InputError: a file is damaged.
-    """
+    """Read a job's latents, `state` and `latents` onto a device; raise InputError if damaged."""
     import torch
 
     windows = counted_paths(folder, window_path)
@@ -430,20 +393,20 @@ def read_kept(folder: Path, device: torch.device | str) -> Kept:
 
 
 def as_array(tensor: Tensor) -> Any:
-    """A tensor for numpy, which has no bfloat16; float32 holds that exactly."""
+    """Return a tensor for numpy, which has no bfloat16; float32 holds that exactly."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.itemsize < 4 else tensor).numpy()
 
 
 def state_tensors(state: SamplerState) -> dict[str, Tensor]:
-    """A sampler's state as tensors by name."""
+    """Return a sampler's state as tensors by name."""
     tensors = {f"{_HISTORY}{index}": each for index, each in enumerate(state.history)}
     tensors |= {f"{_CACHE}{name}": each for name, each in state.cache.items()}
     return tensors | {"latents": state.latents}
 
 
 def state_of(step: int, tensors: Mapping[str, Tensor]) -> SamplerState:
-    """The state at a step, of which `state_tensors` made these."""
+    """Return the state at a step from the tensors of `state_tensors`."""
     cache = {name.removeprefix(_CACHE): each for name, each in tensors.items()
              if name.startswith(_CACHE)}
     count = sum(name.startswith(_HISTORY) for name in tensors)
@@ -452,11 +415,7 @@ def state_of(step: int, tensors: Mapping[str, Tensor]) -> SamplerState:
 
 
 def read_windows(paths: Sequence[Path]) -> Tensor | None:
-    """A job's finished windows, joined: latents [B, C, n, h, w], or None without any.
-
-    Raises:
-        InputError: one is damaged.
-    """
+    """Return a job's finished windows, joined: latents [B, C, n, h, w], or None without any."""
     import torch
 
     found = [torch.from_numpy(read_arrays(path, "latents")[0]["latents"]) for path in paths]

@@ -1,13 +1,13 @@
-"""The journal of a generation: stopped or killed at any moment, it goes on where it was.
+"""The journal of a generation: stopped or killed at any moment, it resumes from its last state.
 
-    with journal.running(recipe, device):   # takes the job up, or begins it
-        journal.latents, journal.state      # what an earlier process came to
+    with journal.running(recipe, device):   # resumes the job, or begins it
+        journal.latents, journal.state      # of an earlier process
         journal.on_step(info)               # after each step
         journal.keep_latents(latents)       # before they are decoded
     journal.segments(), journal.keep(...)   # while the clip is written
-    journal.close()                         # written: the job's folder goes
+    journal.close()                         # written: removes the job's folder
 
-What lies in the folder is told in `job.py`.
+See `job` for the files.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -66,28 +66,28 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PATIENCE = 50
-"""After a save the next waits 50 times as long as it took, and longer where others couldn't wait:
-2% of the time at most."""
+"""The pause after a save, in durations of that save: 2% of the time at most."""
 
 
 class Journal:
-    """Keeps a clip's making beside its output.
+    """Saves a clip's progress next to its output.
 
     Args:
         output: the file or folder to be written; None: a journal that keeps nothing.
-        resume: go on from what is there; without anything there, start.
-        overwrite: start anew whatever is there.
+        resume: continue an existing job; start if there is none.
+        overwrite: start again even if a job or an output exists.
 
     Attributes:
-        overwrite: whether the output may replace a file; a job remembers it.
-        state: where the sampler goes on from, on the device given to `running`; or None.
+        overwrite: whether the output may replace a file; saved with the job.
+        state: the sampler's last state, on the device given to `running`; or None.
         latents: [1, C, F, h, w] float32 of a finished sampler, on the same device; or None.
         done: [1, C, n, h, w] float32 of the finished windows of a long clip, on the CPU; or None.
-        num_windows: how many of those windows there are.
+        num_windows: finished windows.
         num_frames: frames of the finished segments.
 
     Raises:
-        OutputError: an unfinished job lies there, and neither was said; or a process is at it.
+        OutputError: an unfinished job exists, and neither option is given; or another process runs
+            it.
     """
     def __init__(
         self, output: str | os.PathLike[str] | None, *, resume: bool = False,
@@ -118,17 +118,17 @@ class Journal:
 
     @property
     def unfinished(self) -> bool:
-        """Whether there is something to go on from."""
+        """Whether a job exists that can be resumed."""
         return self.output is not None and (self.folder / JOB).is_file()
 
     @property
     def keeps(self) -> bool:
-        """Whether what it hears of steps is kept."""
+        """Whether steps are saved."""
         return self._on
 
     @property
     def finished(self) -> bool:
-        """Whether resuming finds the output there already, so that nothing is left to do."""
+        """Whether resuming finds the finished output."""
         from vidgen.media.probe import read_recipe
 
         if self.output is None or not (self.resume and self.output.exists()):
@@ -140,11 +140,7 @@ class Journal:
 
     @property
     def recipe(self) -> dict[str, Any] | None:
-        """The recipe by which the job, or the finished output, is made; None for a fresh one.
-
-        Raises:
-            InputError: it is damaged.
-        """
+        """The recipe of the job or the finished output, or None; InputError if damaged."""
         from vidgen.media.probe import read_recipe
 
         if not self.resume or self.output is None:
@@ -156,11 +152,9 @@ class Journal:
 
     @contextmanager
     def running(self, recipe: dict[str, Any], device: torch.device | str = "cpu") -> Iterator[None]:
-        """Take the job up, or begin it; on an exception keep what there is.
+        """Resume or begin the job; on an exception save its state.
 
-        Args:
-            recipe: of the clip that is to be made.
-            device: for `state` and `latents`.
+        The earlier `state` and `latents` are put on `device`.
 
         Raises:
             InputError: the job is of another request, model or version (names what differs), or
@@ -176,29 +170,29 @@ class Journal:
             raise
 
     def take_state(self) -> SamplerState | None:
-        """`state`, once: of a long clip's windows only the first goes on from it."""
+        """Return `state` once: of a long clip's windows only the first resumes from it."""
         state, self.state = self.state, None
         return state
 
     def on_step(self, info: StepInfo) -> None:
-        """Hear of a step; its state is saved when that is cheap against the time since the last."""
+        """Note a step; save its state if that is cheap against the time since the last save."""
         if self._on:
             self._latest = info
             if self._is_due():
                 self._flush()
 
     def keep_job(self) -> None:
-        """Keep the job from now on even with nothing in it but the recipe."""
+        """Keep the job from now on, even if it holds only the recipe."""
         self._is_worth_keeping = True
 
     def keep_recipe(self, recipe: dict[str, Any]) -> None:
-        """Keep a recipe that settles what the job's own left open."""
+        """Replace the job's recipe by one that settles its open values."""
         if self._on:
             with self._saving():
                 write_job(self.folder, recipe, overwrite=self.overwrite)
 
     def keep_window(self, done: Tensor) -> None:
-        """Keep all so far, latents [1, C, n, h, w], when a window of a long clip is finished."""
+        """Save the last finished window, given all latents so far [1, C, n, h, w]."""
         self._latest = self.state = None
         if self._on:
             path = window_path(self.folder, self.num_windows)
@@ -207,31 +201,29 @@ class Journal:
             self.num_windows, self._num_done = self.num_windows + 1, done.shape[2]
 
     def keep_sound(self, samples: Samples, rate: int) -> None:
-        """Keep what a model made for the clip: float32 [N, c], at a rate."""
+        """Save the clip's sound: float32 [N, c], at a rate."""
         self.keep_arrays(SOUND, {"samples": samples}, {"rate": rate})
 
     def kept_sound(self) -> tuple[Samples, int] | None:
-        """What `keep_sound` kept, or None."""
+        """Return the arguments of `keep_sound`, or None."""
         kept = self.kept_arrays(SOUND, "samples")
         return None if kept is None else (kept[0]["samples"], kept[1]["rate"])
 
     def keep_arrays(self, name: str, arrays: Mapping[str, Any], facts: dict[str, Any]) -> None:
-        """Keep a file of arrays, with JSON data beside them."""
+        """Save a file of arrays with JSON data."""
         if self._on:
             with self._saving():
                 write_arrays(self.folder / name, arrays, facts)
 
     def kept_arrays(self, name: str, *names: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """What `keep_arrays` kept in a file, these names among it; or None."""
+        """Return the arguments of `keep_arrays` of a file, which must hold `names`; or None."""
         path = self.folder / name
         return read_arrays(path, *names) if self._on and path.is_file() else None
 
     def keep_latents(self, latents: Tensor, num_shown: int = 0) -> None:
-        """Keep the finished latents [1, C, F, h, w], before they are decoded.
+        """Save the finished latents [1, C, F, h, w], those that are new, before they are decoded.
 
-        Args:
-            latents: of the whole clip, or those at hand of one that goes on.
-            num_shown: frames of the clip that exist already, and aren't written again.
+        A continued clip has `num_shown` frames already, which aren't written again.
         """
         self._latest, self.latents = None, latents
         if self._on:
@@ -239,18 +231,18 @@ class Journal:
             self._save_state({"latents": latents}, facts, self.folder / STATE)
 
     def segments(self) -> Iterator[Segment]:
-        """The finished segments, from the clip's start."""
+        """Yield the finished segments, from the clip's start."""
         return map(read_segment, kept_paths(self.folder, segment_path) if self.num_frames else ())
 
     def keep(self, segment: Segment) -> None:
-        """Keep the next finished segment."""
+        """Save the next finished segment."""
         if self._on:
             self._pending.append(segment)
             if self._is_due():
                 self._flush()
 
     def pause(self) -> None:
-        """Save what isn't yet, as when the work stops; a job without anything to keep goes."""
+        """Save what isn't saved yet; remove a job that has no result."""
         self._flush()
         if self._on and not (self._has_result or self.num_windows or self._is_worth_keeping):
             self.close()
@@ -259,7 +251,7 @@ class Journal:
         self._release()
 
     def close(self) -> None:
-        """Remove the job: the clip is written."""
+        """Remove the job of a written clip."""
         self.num_frames = self._num_segments = 0
         self._pending, self._latest = [], None
         if self.output is not None and self.folder.is_dir():
@@ -267,18 +259,14 @@ class Journal:
         self._release()
 
     def clip(self) -> Clip:
-        """The clip of a finished output."""
+        """Return the clip of a finished output."""
         assert self.output is not None
         sweep(self.folder)  # a kill may have come after the file, before the end
         self.close()
         return Clip.from_file(self.output)
 
     def check(self, recipe: dict[str, Any]) -> None:
-        """Refuse to go on with a job, or to pass an output for done, that another recipe made.
-
-        Raises:
-            InputError: names what differs.
-        """
+        """Raise InputError with the differences if the job or output is of another recipe."""
         old = self.recipe
         if old is None and not self.finished:
             return
@@ -288,7 +276,6 @@ class Journal:
 
     @property
     def _has_result(self) -> bool:
-        """Whether something of the clip itself is kept."""
         return any((self.folder / name).is_file() for name in (STATE, TRIED, MADE))
 
     def _take_up(self, recipe: dict[str, Any], device: torch.device | str) -> None:
@@ -329,7 +316,6 @@ class Journal:
                               "move it away, or give --overwrite to start anew")
 
     def _load(self, device: torch.device | str) -> None:
-        """Read the state and check the segments."""
         kept = read_kept(self.folder, device)
         self.state, self.latents = kept.state, kept.latents
         self.done, self.num_windows, self._num_done = kept.done, kept.num_windows, kept.num_done
@@ -344,7 +330,6 @@ class Journal:
         return time.monotonic() >= self._due_s
 
     def _flush(self) -> None:
-        """Write the latest state and the pending segments."""
         if self._latest is not None:
             info, self._latest = self._latest, None
             facts = {"step": info.step, "num_steps": info.num_steps, "behind": self._num_done}
@@ -368,7 +353,7 @@ class Journal:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """Measure a save, by which the next waits; one that fails is the last."""
+        """Measure a save, which sets the pause until the next; one that fails ends the journal."""
         start = time.monotonic()
         try:
             yield
@@ -378,7 +363,7 @@ class Journal:
         self._due_s = max(self._due_s, start) + (PATIENCE + 1) * self._cost_s
 
     def give_up(self, reason: object) -> None:
-        """Go on without a journal, saying why: the output itself may still find room."""
+        """Continue without a journal, with a warning: the output itself may still find room."""
         self._on, self._latest, self._pending = False, None, []
         log.warning("the journal of %s can't be kept on, so a kill from now on loses more: %s",
                     self.output, reason)

@@ -1,4 +1,4 @@
-"""What a request's journals say of it: one for each clip, and how an earlier run began."""
+"""Journals of a request: one for each clip, and the settings that an earlier run began with."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ log = logging.getLogger(__name__)
 
 
 def recall(request: Request, journals: Sequence[Journal]) -> Request:
-    """Bring back what jobs began with: the seed that was drawn, tiles, readings of words, the
-    thread count.
+    """Restore the settings that jobs began with: seed, tiles, normalised words, thread count.
 
     Raises:
-        InputError: a journal is damaged, or its thread count can't be had.
+        InputError: a journal is damaged, or its thread count isn't available.
     """
     for index, journal in enumerate(journals):
         recipe = journal.recipe or {}
@@ -39,11 +38,7 @@ def recall(request: Request, journals: Sequence[Journal]) -> Request:
 
 
 def journals_of(journal: Journal | Sequence[Journal] | None, count: int) -> Sequence[Journal]:
-    """One journal a clip.
-
-    Raises:
-        InputError: another number of them than clips.
-    """
+    """Return one journal per clip; raise InputError if their number differs."""
     if journal is None:
         return [Journal(None) for _ in range(count)]
     journals = [journal] if isinstance(journal, Journal) else journal
@@ -64,11 +59,11 @@ def _use_threads(threads: int, journal: Journal) -> None:
 
 
 def recorded_tiles(plan: Mapping[str, Any]) -> str:
-    """The option that gives the tiles of a recipe's plan."""
+    """Return the option that gives the tiles of a recipe's plan."""
     tiles = plan.get("tiles")
     return "none" if tiles is None else str(Tiles(tiles["rows"], tiles["columns"]))
 
 
 def recorded_readings(plan: Mapping[str, Any]) -> str:
-    """The option that gives the readings of a recipe's plan; those before had none."""
+    """Return the option that gives the normalised words of a recipe's plan."""
     return ",".join(f"{word}={known}" for word, known in plan.get("readings", ())) or "none"

@@ -1,4 +1,4 @@
-"""What a longer clip goes on from: latents in a file's recipe, else its last frames, encoded.
+"""The beginning of a longer clip: latents in a file's recipe, else its last frames, encoded.
 
 Axes: C latent channels, F latent frames, h w latent rows and columns, H W pixel rows and columns.
 """
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> Beginning:
-    """What a request's clip goes on from: latents of its recipe, else its last frames, encoded.
+    """Return the beginning of a clip: latents of its recipe, else its last frames, encoded.
 
     Raises:
-        InputError: the recipe's latents are damaged, or stand for frames that are given otherwise.
+        InputError: the recipe's latents are damaged, or include frames that are given otherwise.
     """
     assert request.prefix is not None
     assert inputs.ending is not None
@@ -50,7 +50,7 @@ def read_beginning(engine: OpenedModel, plan: Plan, request: Request, inputs: In
 
 
 def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
-    """Tell what the frames leave no room for that were made already and not shown."""
+    """Refuse stills in frames that exist as latents only; warn if nothing else is new."""
     reached, ahead = begun.num_frames + begun.frames_ahead, begun.frames_ahead
     given = {f"frame {seconds}": round(seconds * plan.fps) for seconds, _ in request.frame}
     if request.last_image is not None:
@@ -65,7 +65,6 @@ def _check_ahead(begun: Beginning, plan: Plan, request: Request) -> None:
 
 
 def _at_rate_of(engine: OpenedModel, plan: Plan, begun: Beginning) -> Beginning:
-    """The beginning at the rate that a plan draws at."""
     had, wanted = begun.pace.factor, plan.oversampling
     if had == wanted:
         return begun
@@ -92,7 +91,7 @@ def _encode_end(engine: OpenedModel, plan: Plan, request: Request, inputs: Input
 
 
 def earlier_frames(plan: Plan, request: Request, inputs: Inputs) -> Iterator[Frames]:
-    """Frames uint8 [1, H, W, 3] of the clip that goes on, at the plan's size and rate."""
+    """Yield frames uint8 [1, H, W, 3] of the continued clip, at the plan's size and rate."""
     assert request.prefix is not None
     assert inputs.ending is not None
     count = inputs.ending.frames_at(plan.fps)
@@ -104,19 +103,11 @@ def at_rate(
     engine: OpenedModel, latents: Tensor, had: int, wanted: int, tiles: Tiles | None = None,
     passes: int = 1,
 ) -> Tensor:
-    """Latents of the frames that latents [B, C, F, h, w] end with, at another oversampling.
+    """Convert the frames at the end of latents [B, C, F, h, w] from oversampling `had` to `wanted`.
 
-    They are decoded and encoded: no network foretells one from the other, and in the clip itself
-    stand those that were made. The first of them is a single frame; frames that don't fill a
-    latent frame before it are left out.
-
-    Args:
-        engine: the model.
-        latents: the clip's.
-        had: their oversampling.
-        wanted: that of what is returned.
-        tiles: that the VAE takes a picture in.
-        passes: of the encoder.
+    They are decoded and encoded: no network predicts one from the other, and the clip itself keeps
+    the generated latents. The first is a single frame; frames before it that don't fill a latent
+    frame are left out.
     """
     t = engine.vae_config.strides.t
     decoded = engine.decode_video(latents, tiles=tiles, oversampling=had)

@@ -1,8 +1,8 @@
-"""Clips of any length: windows of the model's trained length, each begun with what came before.
+"""Clips of any length: windows of the model's trained length, each begun with the end of the last.
 
-A window is shown the clip's last latent frames as they are, known at sigma 0, and makes the next
-ones; pixels are never encoded where latents are at hand. All windows' latents are decoded in one
-stream. A file goes on from the last latents in its recipe, and its own frames stay untouched.
+A window gets the clip's last latent frames as they are, known at sigma 0, and generates the next;
+pixels are never encoded if latents exist. All windows' latents are decoded in one stream. A file is
+continued from the last latents in its recipe, and its own frames stay untouched.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns, T frames, H W pixel
 rows and columns.
@@ -66,15 +66,15 @@ MAX_SHIFT, MAX_GAIN = 0.15, 1.1
 """Bounds of one window's correction, per latent channel: in its deviations, and of them."""
 
 Sample = Callable[["Plan", "LatentState"], Tensor]
-"""Denoise a window to its plan from its state: latents [1, C, F, h, w]."""
+"""Denoises a window of its plan from its state: latents [1, C, F, h, w]."""
 
 
 def long_clip(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs) -> LongClip | None:
-    """How to make a clip that one window doesn't hold, or that goes on from a file; else None.
+    """Return the windows of a clip that is longer than one or continues a file; else None.
 
     Raises:
-        InputError: the model or an option can't go on beyond one window, an overlap as long as the
-            window, or a beginning that leaves nothing to make.
+        InputError: the model or an option can't go beyond one window, the overlap is as long as the
+        window, or the beginning leaves nothing to generate.
     """
     size = window_size(engine.folder, engine.vae_config.strides)
     if request.prefix is None and plan.latents.num_frames <= size:
@@ -88,15 +88,15 @@ def long_clip(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs)
 
 
 def hold_colours(latents: Tensor, colours: Tensor, strength: float) -> Tensor:
-    """Bring a window's new latents back to the clip's colours, little by little to its end.
+    """Pull a window's new latents towards the clip's colours, gradually up to its end.
 
     Each channel's mean and deviation are matched as in adaptive instance normalisation (Huang &
-    Belongie 2017, eq. 8), within bounds, and not at all where they join what was there.
+    Belongie 2017, eq. 8), within bounds, and not at all at the seam.
 
     Args:
         latents: [1, C, F, h, w], the new ones.
-        colours: [2, C], mean and deviation of each channel to keep to.
-        strength: 0 leaves all as it is, 1 goes all the way.
+        colours: [2, C], the target mean and deviation of each channel.
+        strength: 0 changes nothing, 1 matches fully.
     """
     if strength == 0:
         return latents
@@ -112,15 +112,7 @@ def hold_colours(latents: Tensor, colours: Tensor, strength: float) -> Tensor:
 
 @dataclass(frozen=True)
 class LongClip:
-    """A clip on its way that is made window by window.
-
-    Attributes:
-        engine: the model.
-        plan: of the whole clip.
-        request: whose conditions are met in the windows they fall into.
-        inputs: its pictures.
-        begun: what it goes on from, or None.
-    """
+    """A clip that is generated window by window, the continuation of `begun` if that is given."""
 
     engine: OpenedModel
     plan: Plan
@@ -130,7 +122,7 @@ class LongClip:
 
     @cached_property
     def windows(self) -> list[tuple[int, int]]:
-        """[start, stop) of each window, in latent frames from the first that is at hand."""
+        """[start, stop) of each window, in latent frames from the first that exists."""
         t, given, total = self._stride_t, self._num_given, self.plan.latents.num_frames
         if self.begun is not None:
             missing = self.plan.kept_frames - self.begun.num_frames - self.begun.frames_ahead
@@ -146,20 +138,17 @@ class LongClip:
         keep: Callable[[Tensor], None] | None = None,
         beside: Callable[[LatentState, int, int], LatentState] | None = None,
     ) -> Tensor:
-        """All windows' latents, one after the other, behind those of the beginning.
+        """Return all windows' latents after those of the beginning, [1, C, F, h, w] on the CPU.
 
-        A window depends on the seed, its place and the latents it is shown, never on how many
-        windows follow; so a longer clip begins as the shorter one did, up to its last window.
+        A window depends on the seed, its place and the latents that it continues, never on the
+        number of windows; so a longer clip begins as the shorter one did, up to its last window.
 
         Args:
             sample: denoises one window.
-            done: what `keep` was last told by an earlier run, to go on behind it.
-            keep: told of all latents so far after each window.
-            beside: adds the sound that the picture follows to a state of a stretch, given its
-                first latent frame and their number.
-
-        Returns:
-            [1, C, F, h, w] float32 on the CPU.
+            done: last argument of `keep` in an earlier run, to resume after it.
+            keep: called with all latents so far after each window.
+            beside: adds a given sound to a window's state, from its first latent frame and their
+                number.
         """
         count, finer = self._num_given, self.pace.finer
         end = self.windows[-1][1] if self.windows else count
@@ -194,7 +183,7 @@ class LongClip:
         return latents
 
     def clip(self, latents: Tensor, recipe: dict[str, Any], journal: Keeper | None = None) -> Clip:
-        """A lazy clip of what `sample` made; its last latents are added to the recipe."""
+        """Return a lazy clip of `sample`'s latents; add the last ones to the recipe."""
         plan, begun, t, factor = self.plan, self.begun, self._stride_t, self.pace.factor
         made = self.pace.coarser(latents.shape[2]) - self._num_given
         colours = self._colours(latents)
@@ -240,22 +229,22 @@ class LongClip:
 
     @property
     def pace(self) -> Pace:
-        """How the latents that are made lie to the clip's, from the first that is at hand."""
+        """Rate of the generated latents against the clip's."""
         return Pace(self.plan.oversampling) if self.begun is None else self.begun.pace
 
     @property
     def num_gone(self) -> int:
-        """Latent frames of the clip before the first that is at hand."""
+        """Latent frames of the clip before the first that exists."""
         return 0 if self.begun is None else self.begun.num_latents - self._num_given
 
     @property
     def stretch(self) -> Stretch:
-        """How its windows lie in the whole clip."""
+        """Places of its windows in the whole clip."""
         return Stretch(self.windows, self.pace, self.num_gone, self.begun)
 
     @property
     def num_shown(self) -> int:
-        """Frames of the clip that goes on, which stay as they are."""
+        """Frames of the continued clip, which stay as they are."""
         return 0 if self.begun is None else self.begun.num_frames
 
     @property
@@ -263,19 +252,19 @@ class LongClip:
         return 0 if self.begun is None else self.begun.num_given
 
     def _colours(self, latents: Tensor) -> Tensor:
-        """What windows keep to: the beginning's colours, else those of the first window."""
+        """Return the target colours: the beginning's, else those of the first window."""
         if self.begun is not None:
             return self.begun.colours
         return colours_of(latents[:, :, : self.pace.finer(self.windows[0][1])])
 
     def _anchor(self, latents: Tensor) -> Tensor | None:
-        """The first latent frame, [1, C, 1, h, w], where later windows are shown it."""
+        """Return the clip's first latent frame, [1, C, 1, h, w], if later windows get it."""
         if not keeps_to_start(self.engine.folder, self.request):
             return None
         return latents[:, :, :1] if self.begun is None else self.begun.anchor
 
     def _prepare(self, start: int, stop: int, num_known: int) -> tuple[Plan, LatentState]:
-        """A window's plan and state, with its share of the clip's noise and of the stills."""
+        """Return a window's plan and state, with its share of the noise and of the stills."""
         plan, request, t, images = self.plan, self.request, self._stride_t, self.inputs.images
         first_frame = start * t
         if self.begun is not None:
@@ -336,7 +325,7 @@ class LongClip:
         return stacked.keep_beginning(state, kept, num_known)
 
     def _through_noise(self, state: LatentState, first: int) -> LatentState:
-        """Blur what a window goes on from, where the model was taught to look through noise.
+        """Blur the known frames of a window if the model was trained on noisy ones.
 
         So its faults don't grow from window to window. The noise is that of the clip's latent
         frames from `first`, the window's first one, on.
@@ -349,7 +338,7 @@ class LongClip:
         return condition.noise_known(state, sigma, noise)
 
     def _noised(self, known: Tensor, stream: str, first: int) -> Tensor:
-        """Latents as `_through_noise` shows them."""
+        """Return latents with the noise of `_through_noise`."""
         level = self.engine.folder.defaults.history_noise
         return add_noise(known, self._noise_like(known, stream, first), level) if level else known
 
@@ -360,7 +349,6 @@ class LongClip:
 
 
 def _check(plan: Plan, request: Request, folder: ModelFolder) -> None:
-    """Refuse models and options that are bound to one window."""
     longest = folder.defaults.max_frames
     if "extend" not in folder.tasks:
         raise InputError(
@@ -380,7 +368,7 @@ def _check(plan: Plan, request: Request, folder: ModelFolder) -> None:
 
 
 def _room_for(shape: LatentShape) -> Tensor:
-    """Zeros [1, C, F, h, w] on the CPU; in an unnamed file where they are many."""
+    """Return zeros [1, C, F, h, w] on the CPU; in an unnamed file if they are large."""
     _, C, F, h, w = shape.dims
     flat = room_for(4 * F * C * h * w).view(torch.float32)
     return flat.view(F, C, h, w).transpose(0, 1)[None]
@@ -389,7 +377,7 @@ def _room_for(shape: LatentShape) -> Tensor:
 def _frames(
     engine: OpenedModel, plan: Plan, latents: Tensor, start: int, end: int
 ) -> Iterator[Frames]:
-    """Frames uint8 [t, H, W, 3] of latents, numbers `start` to `end` of those that are shown."""
+    """Yield frames `start` to `end` of a clip's latents, uint8 [t, H, W, 3]."""
     if start >= end:
         return
     for video in engine.decode_video(latents, start, plan.tiles, plan.oversampling):

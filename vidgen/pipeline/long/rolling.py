@@ -1,7 +1,7 @@
-"""Rolling a clip out: turns of latent frames, each made in view of those before it.
+"""Rolling a clip out: turns of latent frames, each generated in view of those before it.
 
-A causal transformer keeps the keys and values of what it has made, so that a turn costs the same
-wherever it lies, and a clip needs no end. Training takes the same steps.
+A causal transformer caches the keys and values of finished frames, so that a turn costs the same
+wherever it is, and a clip needs no end. Training takes the same steps.
 
 Axes: B clips, C latent channels, n frames, h w latent rows and columns, H W pixel rows and columns.
 """
@@ -37,14 +37,10 @@ if TYPE_CHECKING:
 
 
 class Rollout:
-    """What a causal transformer remembers of clips, and the next turn of each.
+    """A causal transformer's memory of clips, and the next turn of each.
 
-    The network is told with each call, causal in turns (`SpacetimeDiT.causal`) and with its delta.
-
-    Args:
-        context: features [B, S, D] and lengths [B] of the prompts.
-        config: of the roll-out.
-        sampler: that turns are made by.
+    Each call gets the network, causal in turns (`SpacetimeDiT.causal`) and with its delta;
+    `context` are features [B, S, D] and lengths [B] of the prompts.
     """
 
     def __init__(self, context: tuple[Tensor, Tensor], config: RollConfig, sampler: str) -> None:
@@ -54,16 +50,16 @@ class Rollout:
     def velocity(
         self, dit: SpacetimeDiT, state: LatentState, latents: Tensor, sigma: Tensor
     ) -> Tensor:
-        """Of the next turn's noisy latents [B, C, n, h, w] at sigma [B], under its conditions."""
+        """Return the velocity of the next turn's noisy latents [B, C, n, h, w] at sigma [B]."""
         self.cache.recording = False
         return self._see(dit, state, latents, sigma)
 
     def turn(self, dit: SpacetimeDiT, state: LatentState, sigmas: Tensor) -> Tensor:
-        """Make the next turn [B, C, n, h, w] of a state, along sigmas [P]."""
+        """Sample the next turn [B, C, n, h, w] of a state, along sigmas [P]."""
         return sample_state(self.sampler, partial(self.velocity, dit, state), state, sigmas)
 
     def remember(self, dit: SpacetimeDiT, latents: Tensor, noise: Tensor) -> None:
-        """Take in finished frames [B, C, n, h, w], seen through noise; forget the oldest."""
+        """Add finished frames [B, C, n, h, w], seen through noise, to the memory."""
         self.cache.recording = True
         level = latents.new_full((len(latents),), self.config.history_noise)
         self._see(dit, new_state(noise), add_noise(latents, noise, level), level)
@@ -80,14 +76,10 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolledClip:
-    """A clip that a model's roller makes while it is read, for as long as it is read.
+    """A clip that a model's roller makes while it is read.
 
     Attributes:
-        engine: the model.
         plan: of the clip; its student is the model's roller.
-        request: that the plan settles.
-        inputs: its pictures.
-        loras: its adapters.
         context: features [1, S, D] and lengths [1] of its prompt.
     """
 
@@ -100,7 +92,7 @@ class RolledClip:
 
     @torch.no_grad()
     def latents(self) -> Iterator[Tensor]:
-        """Latent frames [1, C, 1, h, w] float32, without end; the same ones each time."""
+        """Yield latent frames [1, C, 1, h, w] float32 without end, the same ones each time."""
         roll, first = self._roll, 0
         rollout = Rollout(self.context, roll, self.plan.sampler)
         parts = self.engine.parts
@@ -116,7 +108,7 @@ class RolledClip:
             first += roll.turn_frames
 
     def videos(self, start: int = 0) -> Iterator[Tensor]:
-        """Video [1, 3, n, H, W] of latent frame after latent frame, from frame `start` on."""
+        """Yield video [1, 3, n, H, W] of latent frame after latent frame, from frame `start` on."""
         t, parts = self.engine.vae_config.strides.t, self.engine.parts
         made = decode_frames(parts, self.latents(), latent_of(start, t), self.plan.tiles)
         return from_frame(made, start, t)
@@ -132,7 +124,7 @@ class RolledClip:
         return self.plan.roll
 
     def _begin(self, first: int) -> LatentState:
-        """The turn from latent frame `first` on, before it is made."""
+        """Return the state of the turn from latent frame `first` on."""
         turn = self._roll.turn_frames
         if first:
             return new_state(self._noise(first))

@@ -1,4 +1,4 @@
-"""The windows of a long clip, and the last latents of a clip, from which another one goes on.
+"""The windows of a long clip, and the last latents of a clip, from which another one continues.
 
 Axes: C latent channels, F latent frames, m of them kept, h w latent rows and columns.
 """
@@ -26,27 +26,28 @@ if TYPE_CHECKING:
 
 TAIL_FRAMES = 8
 """Latent frames kept. The embedded decoder, started from 3, errs by 8 of 255 at worst in the frames
-that follow; from 6 by 2, from 8 by no more than bf16 does."""
+that follow; from 6 by 2, from 8 by no more than bf16 does.
+"""
 TAIL_BYTES = 2_000_000
 ANCHOR_TASK = "anchor"
-"""In `model.json`: the model was taught to keep long clips to their first frame."""
+"""In `model.json`: the model was trained to refer to a long clip's first frame."""
 OVERLAP = 3
-"""Latent frames that windows share where nobody says."""
+"""Default number of latent frames that windows share."""
 AS_SHOWN = Pace(1)
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a clip goes on from.
+    """The clip that another one continues.
 
     Attributes:
         latents: its last ones, normalised, [1, C, m, h, w] float32.
-        pace: their rate, and what the first of them is.
-        num_frames: frames that exist already, and come before the new ones.
+        pace: their rate, and whether the first of them is a single frame.
+        num_frames: existing frames before the new ones.
         num_latents: latent frames up to here, counted from the clip's start.
-        frames_ahead: frames that the latents stand for beyond those that exist.
-        colours: mean and deviation of each channel that the clip keeps to, [2, C].
-        anchor: the clip's first latent frame, [1, C, 1, h, w], or None where it isn't known.
+        frames_ahead: frames of the latents beyond those that exist.
+        colours: target mean and deviation of each channel, [2, C].
+        anchor: the clip's first latent frame, [1, C, 1, h, w], or None if unknown.
         hand_over: "latents" of a recipe, or "pixels" that were encoded.
     """
 
@@ -61,18 +62,18 @@ class Beginning:
 
     @property
     def num_given(self) -> int:
-        """Latent frames of the clip that `latents` are."""
+        """Latent frames of the clip in `latents`."""
         return self.pace.coarser(self.latents.shape[2])
 
 
 class Stretch(NamedTuple):
-    """Where the windows of a long clip lie in it.
+    """Places of a long clip's windows.
 
     Attributes:
-        windows: [start, stop) of each, in latent frames from the first that is at hand.
-        pace: how the latents that are made lie to the clip's.
-        num_gone: latent frames of the clip before the first that is at hand.
-        begun: the clip that goes on, or None.
+        windows: [start, stop) of each, in latent frames from the first that exists.
+        pace: rate of the generated latents against the clip's.
+        num_gone: latent frames of the clip before the first that exists.
+        begun: the clip that is continued, or None.
     """
 
     windows: Sequence[tuple[int, int]]
@@ -82,20 +83,20 @@ class Stretch(NamedTuple):
 
 
 def keeps_to_start(folder: ModelFolder, request: Request) -> bool:
-    """Whether windows behind a clip's first one are shown its first frame as a reference."""
+    """Return whether later windows get a clip's first frame as a reference."""
     return ANCHOR_TASK in folder.tasks and request.anchor is not False and not request.reference
 
 
 def window_size(folder: ModelFolder, strides: Strides) -> int:
-    """Latent frames of the longest clip that a model was trained on."""
+    """Return the latent frames of the longest clip that a model was trained on."""
     return 1 + (folder.defaults.max_frames - 1) // strides.t
 
 
 def split_windows(first: int, total: int, size: int, overlap: int) -> list[tuple[int, int]]:
-    """Latent frames [start, stop) of each window that fill `first` to `total`.
+    """Return latent frames [start, stop) of the windows that fill `first` to `total`.
 
-    Windows behind other frames begin `overlap` before what they add; the last is as short as it
-    can be.
+    All but the first window begin `overlap` before their new frames; the last is as short as
+    possible.
     """
     windows, done = [], first
     while done < total:
@@ -109,18 +110,18 @@ def make_tail(
     latents: Tensor, num_latents: int, frames_ahead: int, colours: Tensor | None = None,
     anchor: Tensor | None = None, oversampling: int = 1,
 ) -> dict[str, Any] | None:
-    """What a recipe keeps of a clip, so that it can go on without being encoded.
+    """Return a recipe's record of a clip's last latents, from which it is continued unencoded.
 
     Args:
         latents: of the clip, or its last ones, [1, C, F, h, w].
-        num_latents: latent frames of the whole clip, at the rate that it is shown at.
+        num_latents: latent frames of the whole clip, at its own rate.
         frames_ahead: frames at the end that were generated but not kept.
-        colours: [2, C] that its windows kept to; None: those of `latents`.
-        anchor: [1, C, 1, h, w] of the clip's start, for models that keep to it.
-        oversampling: how many of `latents` each latent frame of the clip has become.
+        colours: [2, C], the windows' target; None: those of `latents`.
+        anchor: [1, C, 1, h, w] of the clip's start, for models that refer to it.
+        oversampling: number of `latents` for each latent frame of the clip.
 
     Returns:
-        JSON data with float16 in base64; None where not one latent frame fits into `TAIL_BYTES`.
+        JSON data with float16 in base64; None if not one latent frame fits into `TAIL_BYTES`.
     """
     frame_bytes = latents[:, :, :1].numel() * 2 * 4 // 3
     count = min(TAIL_FRAMES, latents.shape[2], TAIL_BYTES // frame_bytes)
@@ -138,10 +139,10 @@ def make_tail(
 
 
 def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginning | None:
-    """The latents that a clip of this very model ends with; None where its recipe has none.
+    """Return the last latents of a clip of this very model; None if its recipe has none.
 
     Raises:
-        InputError: something else than what `make_tail` writes.
+        InputError: not in the format of `make_tail`.
     """
     if recipe is None or recipe.get("tail") is None:
         return None
@@ -168,16 +169,7 @@ def read_tail(recipe: Mapping[str, Any] | None, folder: ModelFolder) -> Beginnin
 
 
 def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | str:
-    """The latents that a file's recipe keeps, or why a clip doesn't go on from them.
-
-    Args:
-        ending: of the file.
-        folder: the model that is to go on.
-        plan: of the whole clip.
-
-    Raises:
-        InputError: they are damaged.
-    """
+    """Return the latents in a file's recipe, or the reason why a clip can't continue from them."""
     if not ending.is_as_told:
         return "doesn't end as its recipe tells"
     begun = read_tail(ending.recipe, folder)
@@ -194,7 +186,7 @@ def tail_of(ending: Ending, folder: ModelFolder, plan: Plan) -> Beginning | str:
 
 
 def colours_of(latents: Tensor) -> Tensor:
-    """Mean and deviation of each channel of [1, C, F, h, w], as [2, C] on the CPU."""
+    """Return the mean and deviation of each channel of [1, C, F, h, w], as [2, C] on the CPU."""
     flat = latents[0].float().flatten(1)
     return torch.stack([flat.mean(1), flat.std(1)]).cpu()
 

@@ -1,8 +1,8 @@
-"""Several devices for one clip: processes that lend this one a hand in denoising and decoding.
+"""Several devices for one clip: processes that share the denoising and decoding.
 
-This process, rank 0, runs the pipeline as ever: it reads, plans, samples, keeps the journal and
-writes. The others hold the transformers and the VAE and wait for orders; `member` is what
-they run. So every task, window, sampler and journal works with any number of devices.
+This process, rank 0, runs the whole pipeline: it reads, plans, samples, keeps the journal and
+writes. The others hold the transformers and the VAE and wait for orders; `member` is their program.
+So every task, window, sampler and journal works with any number of devices.
 
 Axes: B batch, C latent channels, F latent frames, h w latent rows and columns.
 """
@@ -63,15 +63,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
-"""How long a rank that is to leave, or whose end is suspected, is waited for."""
+"""Time to wait for a rank that is to leave, or whose end is suspected."""
 
 
 class Crew:
-    """Rank 0's side; `start_crew` makes it.
+    """Rank 0's side of the devices; `start_crew` creates it.
 
     Args:
-        link: to the others.
-        children: their processes, where this one started them.
+        children: processes started here.
         shard: spread the transformers' weights over the devices.
     """
 
@@ -85,22 +84,18 @@ class Crew:
 
     @property
     def mesh(self) -> DeviceMesh | None:
-        """What the transformers' weights are spread over, or None."""
+        """Devices over which the transformers' weights are spread, or None."""
         return self.link.mesh if self.shard else None
 
     def open(self, folder: ModelFolder, quantize: Quantization | None) -> None:
-        """Have all open a model."""
+        """Open a model on all devices."""
         self._num_heads = folder.components["transformer"].config.num_heads
         self.order("open", str(folder.path), quantize, self.shard)
         with self.together():
             assert (self.mesh is not None) == self.shard  # all make it now
 
     def facts(self, *, guided: bool) -> dict[str, Any]:
-        """What a recipe tells of the devices.
-
-        Raises:
-            InputError: more devices than can share this model.
-        """
+        """Return the recipe's entry; raise InputError if more devices than can share the model."""
         division = divide(self.size, self._num_heads, guided=guided)
         return {"count": self.size, **asdict(division), "shard": self.shard}
 
@@ -109,13 +104,13 @@ class Crew:
         self, parts: Parts, plan: Plan, state: LatentState, contexts: Contexts, loras: Loras,
         level: float, caches: StepCaches | None = None,
     ) -> Iterator[Denoise]:
-        """The guided model over all devices; arguments as in `networks.denoising`.
+        """Yield the guided model over all devices; arguments as in `denoise.denoising`.
 
-        Of `caches` this process keeps its own part.
+        This process keeps its own part of `caches`.
 
         Raises:
             InputError: another clip is being sampled.
-            DeviceError: a device failed; the engine can't be used any more.
+            DeviceError: a device failed; the engine can't be used afterwards.
         """
         self._require_alive()
         if self._sampling is not None:
@@ -143,9 +138,9 @@ class Crew:
                     self.order("end")
 
     def remembered(self) -> Mapping[str, Tensor]:
-        """What all ranks' step caches remember, on the CPU, inside `denoising` after a step.
+        """Return the memory of all ranks' step caches, on the CPU, inside `denoising` after a step.
 
-        Only a step that was computed leaves them anything new but numbers.
+        Only a step that was computed changes more than numbers.
         """
         assert self._sampling is not None
         caches, division = self._sampling.caches, self._sampling.division
@@ -160,10 +155,10 @@ class Crew:
         self, parts: Parts, latents: Tensor, begin: int = 0, tiles: Tiles | None = None,
         oversampling: int = 1,
     ) -> Iterator[Tensor]:
-        """What `networks.decode_latents` gives, a stretch decoded by each device.
+        """Yield the result of `codec.decode_latents`, a stretch decoded by each device.
 
         Raises:
-            DeviceError: a device failed; the engine can't be used any more.
+            DeviceError: a device failed; the engine can't be used afterwards.
         """
         self._require_alive()
         strides = parts.folder.components["vae"].config.strides
@@ -184,17 +179,13 @@ class Crew:
             yield from coming
 
     def close(self) -> None:
-        """Let the others go; an engine with this crew can't be used any more."""
+        """Dismiss the others; an engine with this crew can't be used afterwards."""
         if self._end.alive and self._coming is not None and not self.link.broken:
             self._coming.take_all()
         self._end()
 
     def order(self, *what: Any) -> None:
-        """Have the others do something.
-
-        Raises:
-            DeviceError: they can't any more.
-        """
+        """Send the others an order; raise DeviceError if they are gone."""
         self._require_alive()
         if self._coming is not None:  # a clip that is half decoded: its frames are taken in first
             self._coming.take_all()
@@ -208,7 +199,7 @@ class Crew:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work that all ranks do at once; where it breaks off, none of them can go on.
+        """Run work of all ranks; if it fails, none of them can continue.
 
         Raises:
             DeviceError: names the rank that failed, and why.
@@ -231,19 +222,11 @@ def start_crew(
     devices: int | None, device: torch.device, *, shard: bool | None = False,
     offload: str | None = None, quantize: Quantization | None = None,
 ) -> Crew | None:
-    """Start the other processes, or join those that torchrun started; None for one device.
-
-    Args:
-        devices: how many there are to be, this one included; None is 1.
-        device: this process's.
-        shard: spread the transformers' weights over the devices.
-        offload: how the networks are to be held.
-        quantize: what their weights are to become.
+    """Start the other processes, or join torchrun's; None for one device.
 
     Raises:
-        InputError: more devices than there are, or than torchrun started; choices that don't go
-            together.
-        DeviceError: one that failed while it started.
+        InputError: more devices than exist, or than torchrun started; options that conflict.
+        DeviceError: one failed while it started.
     """
     if devices is None or devices == 1:
         if shard:
@@ -274,7 +257,7 @@ def start_crew(
 
 
 def devices_of(crew: Crew | None) -> dict[str, Any]:
-    """How an engine was loaded, as options of a request."""
+    """Return an engine's devices as options of a request."""
     return {"devices": 1, "shard": False} if crew is None else (
         {"devices": crew.size, "shard": crew.shard})
 
@@ -297,7 +280,6 @@ def _start_local(devices: int, device: torch.device, *, shard: bool) -> Crew:
 
 
 def _guided(call: _Call, share: Share) -> Denoise:
-    """The model under guidance, if there is any."""
     def conditional(latents: Tensor, sigma: Tensor) -> Tensor:
         return call(latents, sigma, 0)[0]
 
@@ -312,13 +294,13 @@ def _guided(call: _Call, share: Share) -> Denoise:
 
 
 class _Call:
-    """One call of the model on all devices: broadcast, compute, bring together."""
+    """One call of the model on all devices: broadcast, compute, gather."""
 
     def __init__(self, crew: Crew, own: list[Denoise], division: Division) -> None:
         self._crew, self._own, self._division = crew, own, division
 
     def __call__(self, latents: Tensor, sigma: Tensor, *wanted: int) -> tuple[Tensor, ...]:
-        """Velocities [B, C, F, h, w] under the wanted ones of the contexts."""
+        """Return velocities [B, C, F, h, w] under the wanted contexts."""
         crew = self._crew
         crew.order("denoise", latents.shape, latents.dtype, sigma.cpu(), wanted)
         with crew.together():
@@ -334,11 +316,10 @@ class _Call:
 
 
 class _Coming:
-    """What the other ranks decode meanwhile, in order; of one clip at a time.
+    """Chunks of one clip that the other ranks decode meanwhile, in order.
 
     Args:
-        crew: whose ranks send.
-        sizes: chunks that rank 1, 2, ... sends.
+        sizes: number of chunks from rank 1, 2, ...
         shape: of each chunk.
         dtype: of each chunk.
     """
@@ -356,7 +337,7 @@ class _Coming:
             yield self._taken.popleft() if self._taken else self._receive(self._room(1)[0])
 
     def take_all(self) -> None:
-        """Take in what is still to come, so that the ranks are free for something else."""
+        """Receive the remaining chunks, so that the ranks are free for other work."""
         for room in self._room(len(self._senders)):
             self._taken.append(self._receive(room))
 
@@ -372,7 +353,6 @@ class _Coming:
 
 
 def _dissolve(link: Link, children: Sequence[Child]) -> None:
-    """Let the others go, or end them."""
     if not (link.broken or link.owed):
         with suppress(RuntimeError):
             link.order("close")
@@ -384,7 +364,7 @@ def _dissolve(link: Link, children: Sequence[Child]) -> None:
 
 
 class Child:
-    """A member's process on this machine; it leaves with this one, however that ends."""
+    """A rank's process on this machine; it exits with this one, however that ends."""
 
     def __init__(self, rank: int, port: int, size: int, device: str) -> None:
         self.rank = rank
@@ -397,12 +377,12 @@ class Child:
         )
 
     def wait(self, seconds: float) -> None:
-        """Wait for it to leave."""
+        """Wait for its exit."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
 
     def end(self) -> None:
-        """Have it gone."""
+        """Kill it."""
         self.process.kill()
         self.process.wait()
         if self.process.stdin is not None:
@@ -410,7 +390,7 @@ class Child:
         self.stderr.close()
 
     def fate(self) -> str | None:
-        """How it failed; None where it didn't, or only because another one did."""
+        """Return how it failed; None if it didn't, or only because another one did."""
         code = self.process.poll()
         if code is None or code == LOST:
             return None
@@ -420,13 +400,7 @@ class Child:
 def find_failure(
     children: Sequence[Child], store: dist.Store, patience_s: float = 0.0
 ) -> str | None:
-    """Which rank failed and why, as soon as that shows; None where nothing does.
-
-    Args:
-        children: the processes, as far as they are of this one.
-        store: where a rank tells of its failure.
-        patience_s: how long to look.
-    """
+    """Return the first rank that failed and why, within `patience_s` seconds; None if none does."""
     until = time.monotonic() + patience_s
     while True:
         with suppress(RuntimeError):
@@ -442,6 +416,6 @@ def find_failure(
 
 
 def end_all(children: Sequence[Child]) -> None:
-    """End what still runs."""
+    """Kill all processes."""
     for child in children:
         child.end()

@@ -1,7 +1,7 @@
-"""What ties the processes of a crew together: groups that compute, and orders from rank 0.
+"""Communication of ranks: groups that compute, and orders from rank 0.
 
-Orders travel in two parts, since a rank may wait for hours where a collective has to fail after
-minutes: a key in the rendezvous store wakes a rank, a broadcast then tells it what to do.
+Orders travel in two parts, since a rank may wait for hours while a collective has to fail after
+minutes: a key in the rendezvous store wakes a rank, then a broadcast carries the order.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ if TYPE_CHECKING:
     from vidgen.pipeline.types import Contexts, Loras, Plan
 
 TIMEOUT = timedelta(minutes=30)
-"""After which a rank that answers no more, though it lives, ends the others."""
+"""After which a rank that doesn't answer, though it runs, ends the others."""
 FAILURE = "failure"
 LOST = 3
-"""Exit code of a rank that could go on no more since another one was gone."""
+"""Exit code of a rank that stops because another one is gone."""
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 @dataclass(frozen=True)
 class Division:
-    """How ranks share a clip: `guidance` groups, one a prompt, of `sequence` ranks each."""
+    """Layout of ranks: `guidance` groups, one per prompt, of `sequence` ranks each."""
 
     guidance: int
     sequence: int
 
     def branch(self, rank: int) -> int:
-        """Which group a rank belongs to: 0 computes under the prompt, 1 under the negative."""
+        """Return a rank's group: 0 computes under the prompt, 1 under the negative."""
         return rank // self.sequence
 
     def branches(self, rank: int) -> tuple[str, ...]:
-        """What a rank's group computes under, by name."""
+        """Return the names of the branches that a rank's group computes."""
         return BRANCHES if self.guidance == 1 else (BRANCHES[self.branch(rank)],)
 
     def contexts(self, contexts: Contexts, rank: int) -> Contexts:
-        """Those that a rank's group computes under."""
+        """Return the contexts of a rank's group."""
         return contexts if self.guidance == 1 else [contexts[self.branch(rank)]]
 
     def turns(self, wanted: Sequence[int], rank: int, *, shard: bool) -> list[int]:
-        """Under which of the wanted contexts a rank computes, by their place among its own.
+        """Return the wanted contexts that a rank computes, by their place among its own.
 
         With sharded weights it computes each time, since all need each other's weights.
         """
@@ -70,7 +70,7 @@ class Division:
 
 
 def divide(devices: int, num_heads: int, *, guided: bool) -> Division:
-    """Guidance first, since its halves meet once a step; the rest share the tokens.
+    """Divide devices by guidance, whose halves meet once a step, and the rest by tokens.
 
     Raises:
         InputError: more ranks on one sequence than the model has heads.
@@ -106,14 +106,14 @@ def stretches(begin: int, end: int, num_ranks: int, look_back: int) -> list[tupl
 
 @dataclass(frozen=True)
 class Share:
-    """What a member needs to denoise: all but the latents, which come with each call.
+    """All that a rank needs to denoise except for the latents, which come with each call.
 
     Attributes:
         contexts: (context [1, S, D], lengths [1]) of the prompt and, under guidance, the negative.
-        level: the sigma that sampling begins at.
-        threads: that rank 0 computes on.
-        caches: what spares steps, without any memory; or None.
-        remembered: what all ranks' caches remember.
+        level: the sigma at which sampling begins.
+        threads: of rank 0.
+        caches: step caches without memory; or None.
+        remembered: memory of all ranks' caches.
     """
 
     plan: Plan
@@ -128,14 +128,10 @@ class Share:
 
 
 class Link:
-    """This process's place among the ranks; all of them make it at the same time.
+    """This process's place among the ranks; all of them create it at the same time.
 
     Args:
-        store: of the rendezvous.
-        rank: of this process.
-        size: how many there are.
-        device: this rank's.
-        local: whether all run on this machine, so that nothing needs to leave it.
+        local: whether all run on this machine, so that the loopback device suffices.
     """
 
     def __init__(
@@ -161,13 +157,13 @@ class Link:
         return Ranks(groups[self.rank // count], self.device)
 
     def ranks(self, division: Division) -> Ranks | None:
-        """Who shares a sequence with this rank; None: nobody."""
+        """Return the ranks that share a sequence with this one, or None."""
         if division.sequence == 1:
             return None
         return self._whole if division.guidance == 1 else self._half
 
     def agreed(self, value: bool, division: Division, *, by_all: bool) -> bool:
-        """What rank 0 says, heard by all ranks, or by those that share a sequence with it."""
+        """Return rank 0's value on all ranks, or on those that share a sequence with it."""
         ranks = self._whole if by_all else self.ranks(division)
         if ranks is None:
             return value
@@ -177,20 +173,20 @@ class Link:
 
     @cached_property
     def mesh(self) -> DeviceMesh:
-        """All ranks in a row, to shard weights over; made by all at the same time."""
+        """All ranks in a row, to shard weights over; created by all at the same time."""
         from torch.distributed.device_mesh import init_device_mesh
 
         return init_device_mesh(self.device.type, (self.size,))
 
     def order(self, *what: Any) -> None:
-        """On rank 0: have all others do something."""
+        """Send an order from rank 0 to all others."""
         self.store.set(f"order/{self._count}", "")
         self.store.delete_key(f"order/{self._count - 2}")  # all have seen that one
         self._count += 1
         dist.broadcast_object_list([what], src=0, device=torch.device("cpu"))
 
     def await_order(self) -> tuple[Any, ...]:
-        """On the other ranks: what rank 0 wants, however long that takes."""
+        """Return rank 0's next order, however long that takes."""
         while True:
             try:
                 self.store.wait([f"order/{self._count}"], timedelta(minutes=5))
@@ -205,12 +201,12 @@ class Link:
         return what
 
     def leave(self) -> None:
-        """Take the groups down."""
+        """Destroy the groups."""
         dist.destroy_process_group()
 
 
 def is_loss(error: BaseException) -> bool:
-    """Whether an error says that another rank can't be reached, not what went wrong there."""
+    """Return whether an error means that another rank can't be reached, not its own failure."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )
@@ -218,7 +214,7 @@ def is_loss(error: BaseException) -> bool:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Groups made inside talk over the loopback device."""
+    """Make groups inside the block communicate over the loopback device."""
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, _LOOPBACK))
@@ -233,7 +229,7 @@ def _on_loopback() -> Iterator[None]:
 
 
 def torchrun_place() -> tuple[dist.Store, int, int]:
-    """The rendezvous store, rank and number of ranks that torchrun gave this process."""
+    """Return the rendezvous store, rank and number of ranks of torchrun's process."""
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     return dist.PrefixStore("vidgen", store), rank, size
 
@@ -242,9 +238,9 @@ def tie(
     caches: StepCaches, link: Link, division: Division, remembered: Mapping[str, Tensor], *,
     shard: bool,
 ) -> None:
-    """Have a rank's caches decide as rank 0's do, and remember its part of what was remembered.
+    """Make a rank's caches decide as rank 0's do, and restore its part of the memory.
 
-    With sharded weights all ranks run the same blocks at every step, so all of them hear.
+    With sharded weights all ranks run the same blocks at every step, so all of them agree.
     """
     assert caches.branches_at is not None
     branches_at = caches.branches_at
@@ -259,7 +255,7 @@ def tie(
 
 
 def collect(caches: StepCaches, link: Link, division: Division) -> dict[str, Tensor]:
-    """What all ranks remember, on rank 0's CPU, others' own part there; all ranks call it."""
+    """Return the memory of all ranks' caches on rank 0's CPU, each rank's own elsewhere."""
     own = {name: each.cpu() for name, each in caches.state().items()}
     if division.guidance == 1:
         return own
@@ -287,5 +283,5 @@ def _receive(rank: int) -> dict[str, Tensor]:
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """A view of any dtype for a back end that doesn't know it."""
+    """Return a view as bytes for a back end that doesn't support the dtype."""
     return tensor.contiguous().view(-1).view(torch.uint8)

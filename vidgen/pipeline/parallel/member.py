@@ -1,7 +1,6 @@
-"""What the processes beside rank 0 run: they open the model and do what they are told.
+"""The program of all ranks but 0: open the model and follow orders.
 
-`crew.start_crew` starts them as
-`python -m vidgen.pipeline.parallel.member PORT RANK SIZE cpu|cuda`.
+`crew.start_crew` starts it as `python -m vidgen.pipeline.parallel.member PORT RANK SIZE cpu|cuda`.
 """
 
 from __future__ import annotations
@@ -47,11 +46,7 @@ if TYPE_CHECKING:
 
 
 class Member:
-    """One rank's answers to orders; each order is a method of the same name.
-
-    Args:
-        link: to the others.
-    """
+    """A rank's answers to orders; each order is a method of the same name."""
 
     parts: Parts | None = None
     _caches: StepCaches | None = None
@@ -61,7 +56,7 @@ class Member:
         self._sampling = ExitStack()
 
     def open(self, model: str, quantize: Quantization | None, shard: bool) -> None:
-        """Open the networks that rank 0 wants help with; they are loaded when they are used."""
+        """Open the networks that the ranks share; they are loaded when they are used."""
         if self.parts is not None:
             self.parts.close()
             self.parts = None
@@ -73,7 +68,7 @@ class Member:
         self._mesh = self._link.mesh if shard else None
 
     def begin(self, dtype: torch.dtype, offload: Offload, share: Share) -> None:
-        """Get ready to denoise a clip."""
+        """Prepare to denoise a clip."""
         torch.set_num_threads(share.threads)
         parts = self._set_up(dtype, offload)
         own, link = moved(share, self._link.device), self._link
@@ -91,7 +86,7 @@ class Member:
     def denoise(
         self, shape: torch.Size, dtype: torch.dtype, sigma: Tensor, wanted: tuple[int, ...]
     ) -> None:
-        """Compute this rank's part of a velocity; the first of a group hands it over."""
+        """Compute this rank's part of a velocity; the first of a group sends it."""
         device, rank, division = self._link.device, self._link.rank, self._division
         latents = torch.empty(shape, dtype=dtype, device=device)
         dist.broadcast(latents, src=0)
@@ -102,12 +97,12 @@ class Member:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Give rank 0 what this rank's step caches remember."""
+        """Send rank 0 the memory of this rank's step caches."""
         assert self._caches is not None
         collect(self._caches, self._link, self._division)
 
     def end(self) -> None:
-        """The clip is denoised."""
+        """Finish denoising."""
         self._sampling.close()
         self._caches = None
 
@@ -133,7 +128,7 @@ class Member:
             work.wait()
 
     def _set_up(self, dtype: torch.dtype, offload: Offload) -> Parts:
-        """The networks, held as rank 0 holds them."""
+        """Return the networks, held as rank 0 holds them."""
         old = self.parts
         if old is not None and (old.dtype, old.offload) == (dtype, offload):
             return old
@@ -146,7 +141,7 @@ class Member:
 
 
 def serve(link: Link) -> None:
-    """Do what rank 0 orders until it says that this is all."""
+    """Follow rank 0's orders until it closes."""
     member = Member(link)
     try:
         while True:
@@ -164,7 +159,7 @@ def serve(link: Link) -> None:
 
 
 def join_torchrun() -> None:
-    """Be a member of the crew that torchrun started, to its end."""
+    """Serve as a rank of torchrun until the end."""
     store, rank, size = torchrun_place()
     device = torch.device("cpu")
     if torch.cuda.is_available():

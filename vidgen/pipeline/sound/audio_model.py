@@ -34,14 +34,13 @@ _SETTINGS = ("num_inference_steps", "guidance_scale")
 
 @dataclass(frozen=True)
 class AudioModel:
-    """A text-to-audio model that is to make the sound of clips.
+    """A text-to-audio model for the sound of clips.
 
     Attributes:
         folder: as diffusers saves it.
-        prompt: what is to be heard.
+        prompt: of the sound.
         seconds: of the clip.
-        device: where it computes.
-        dtype: of its weights: "fp32" on the CPU, where some of its parts know no other.
+        dtype: of its weights: "fp32" on the CPU, where some of its parts support no other.
         offload: "none", "stage" or "block".
     """
 
@@ -53,7 +52,7 @@ class AudioModel:
     offload: str
 
     def facts(self) -> dict[str, Any]:
-        """What shapes the sound beside the clip's seed, for the recipe."""
+        """Return all that shapes the sound besides the clip's seed, for the recipe."""
         import diffusers
 
         own = defaults_of(getattr(diffusers, self.folder.class_name))
@@ -65,28 +64,20 @@ class AudioModel:
         }
 
     def load(self) -> ForeignPipe:
-        """The model in memory, for as many sounds as it is kept for.
-
-        Raises:
-            ModelError: files that are missing or damaged.
-        """
+        """Load the model; raise ModelError if files are missing or damaged."""
         return ForeignPipe(self.folder, self.device, DTYPES[self.dtype], self.offload)
 
     def make(
         self, seed: int, tell: Callable[[int, int], None], place: ForeignPipe | None = None
     ) -> tuple[Samples, int]:
-        """The sound of a seed, float32 [N, c] of one or two channels, and its rate.
+        """Return the sound of a seed, float32 [N, c] of one or two channels, and its rate.
 
-        It is as long as the clip, or as the model can make it.
-
-        Args:
-            seed: of the noise, which comes from the CPU.
-            tell: told of steps done and in all; raising stops between two of them.
-            place: what `load` gave; None: the model is in memory for this sound alone.
+        It is as long as the clip, or as the model permits. The noise comes from the CPU. Without
+        `place`, the result of `load`, the model is loaded for this sound alone.
 
         Raises:
             ModelError: files that are missing or damaged, or out of memory.
-            InputError: what the pipeline refuses.
+            InputError: the pipeline refuses the arguments.
         """
         pipe, name = (place or self.load()).taking(None), self.folder.class_name
         arguments = {
@@ -110,7 +101,7 @@ class AudioModel:
 def open_audio_model(
     model: str, prompt: str, seconds: float, *, device: torch.device, dtype: str, offload: str
 ) -> AudioModel:
-    """Open a text-to-audio model; it is loaded when it is to work.
+    """Open a text-to-audio model; it is loaded when it is used.
 
     Raises:
         ModelError: no such folder, or no text-to-audio model; names the pipelines that are.
@@ -126,7 +117,6 @@ def open_audio_model(
 
 
 def _longest(pipe: Any, name: str) -> float:
-    """Seconds that a pipeline makes at most."""
     if name in _MAX_S:
         return _MAX_S[name]
     return float(pipe.transformer.config.sample_size * pipe.vae.hop_length

@@ -1,7 +1,7 @@
 """A clip's sound: the model's own, a file's, another model's, with speech over it.
 
-All that a request asks for is settled before the clip is made, so that a text that is too long or
-a file that can't be used costs nothing.
+All requested sound is settled before the clip is generated, so that a text that is too long or a
+file that can't be used costs nothing.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ log = logging.getLogger(__name__)
 
 Source = Literal["none", "own", "file", "prefix", "model"]
 Tell = Callable[[int, int], None]
-"""Told of steps done and in all."""
+"""Called with the steps done and their total."""
 
 
 @dataclass(frozen=True)
 class Soundtrack:
-    """What a clip is to sound like.
+    """A clip's settled sound.
 
     Attributes:
-        source: of what lies under the speech: nothing, what the clip's model makes, a file, the
-            clip that goes on, or another model.
+        source: of the sound under the speech: nothing, the clip's model, a file, the continued
+            clip, or
+        another model.
         num_samples: of the clip, at `RATE`.
         bed: a file's sound at `RATE`, as long as the clip.
         loop: whether sound that is shorter than the clip is repeated.
-        speech: what is said.
         model: makes the sound of each clip.
-        is_own: whether the clip's model makes it, behind the picture.
+        is_own: whether the clip's model makes it, after the picture.
     """
 
     source: Source
@@ -59,7 +59,7 @@ class Soundtrack:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The recipe's entries: `sound`, where there is something to tell."""
+        """The recipe's entry `sound`, if any."""
         told: dict[str, Any] = {} if self.source == "own" else {"source": self.source}
         if self.source in ("file", "model"):
             told["loop"] = self.loop
@@ -74,16 +74,16 @@ class Soundtrack:
         return {"sound": told} if told else {}
 
     def under(self, clip: Clip, seed: int, tell: Tell, journal: Journal | None = None) -> Clip:
-        """The clip with its sound; one that has none, and is given none, stays silent.
+        """Return the clip with its sound; without any it stays silent.
 
         Args:
             clip: without sound, or with its model's own.
             seed: of its noise.
-            tell: of another model's steps.
-            journal: keeps what that model made.
+            tell: called with another model's steps.
+            journal: keeps that model's sound.
 
         Raises:
-            InputError: what that model refuses.
+            InputError: that model refuses the arguments.
             ModelError: it can't be loaded, or is out of memory.
         """
         if self.source == "own" and self.speech is None:  # at its own rate
@@ -98,7 +98,7 @@ class Soundtrack:
         return clip
 
     def _bed(self, clip: Clip, seed: int, tell: Tell, journal: Journal | None) -> Samples | None:
-        """What lies under the speech, at `RATE` and as long as the clip."""
+        """Return the sound under the speech, at `RATE` and as long as the clip."""
         if self.model is not None:
             made = journal.kept_sound() if journal else None
             if made is None:
@@ -115,19 +115,16 @@ def make_soundtrack(
     request: Request, num_frames: int, fps: Fraction, engine: Opened,
     *, has_sound: bool,
 ) -> Soundtrack:
-    """Settle a request's sound: files are read, texts spoken.
+    """Settle a request's sound: read files, synthesise speech.
 
-    Args:
-        request: for clips of one length.
-        num_frames: of each clip.
-        fps: exact frame rate.
-        engine: whose device, dtype and offload another model shares.
-        has_sound: whether it makes sound of its own.
+    Another model shares the engine's device, dtype and offload; `has_sound` says whether the
+    engine's model makes sound itself.
 
     Raises:
         InputError: sound from a model that makes none, files that can't be used, speech that
-            doesn't fit.
-        ModelError: another model that makes no sound, or isn't there.
+            doesn't
+        fit.
+        ModelError: another model that makes no sound, or doesn't exist.
     """
     num_samples = round(num_frames / fps * RATE)
     if request.audio == OWN_AUDIO and request.audio_model is None and not has_sound:

@@ -23,15 +23,15 @@ def write_request(
     told: Mapping[str, Any], cut: Callable[[Clip], Clip] | None = None,
     on_preview: OnPreview | None = None,
 ) -> None:
-    """Make a request's clip and write it; one that was stopped goes on.
+    """Make a request's clip and write it; resume a stopped one.
 
     Args:
-        engine: that makes it.
+        engine: of any family.
         request: of one clip.
-        path: of the file, which is replaced if it is there.
-        tell: told of progress, and of the file when it is written.
-        told: what each event says besides.
-        cut: what of the clip is to be written; None: all.
+        path: of the file, which is replaced if it exists.
+        tell: called with progress events, and when the file is written.
+        told: further entries of each event.
+        cut: returns the part of the clip to be written; None: all.
         on_preview: as in `Engine.generate`; other families' engines show none.
     """
     journal = Journal(path, resume=True)
@@ -54,28 +54,24 @@ def write_request(
 
 @dataclass
 class EngineWork:
-    """Work that a model does, opened once in each worker.
+    """Work of a model that is opened once in each worker.
 
     Args:
-        open_engine: makes the model ready, once in each worker; picklable for several.
-        model_sha256: that the model's files must have, wherever a worker runs; None: any.
+        open_engine: opens the model, once in each worker; picklable for several.
+        model_sha256: required hash of the model's files, wherever a worker runs; None: any.
     """
 
     open_engine: Callable[[], AnyEngine]
     model_sha256: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: all but what is opened where it is needed."""
+        """Leave out what each worker opens itself."""
         return {name: value for name, value in vars(self).items()
                 if not isinstance(getattr(type(self), name, None), cached_property)}
 
     @cached_property
     def engine(self) -> AnyEngine:
-        """The one engine of all jobs.
-
-        Raises:
-            InputError: its model is another one than the scheduler's.
-        """
+        """The one engine of all jobs; InputError if its model isn't the scheduler's."""
         engine = self.open_engine()
         found = engine.folder.content_hash
         if self.model_sha256 not in (None, found):
@@ -84,7 +80,7 @@ class EngineWork:
         return engine
 
     def close(self) -> None:
-        """Let the engine go, if this process opened one."""
+        """Close the engine, if this process opened one."""
         if (engine := vars(self).pop("engine", None)) is not None and hasattr(engine, "close"):
             engine.close()
 

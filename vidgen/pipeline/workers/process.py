@@ -1,7 +1,7 @@
-"""What a worker runs: hears of a job, does it, tells how it goes; `python -m` with a pipe's number.
+"""A worker's program: receive jobs, run them, report; `python -m` with a pipe's number.
 
-A thread beats once a second, so that a worker that hangs is known, and one whose scheduler is gone
-leaves: first by a signal that lets a journal keep its state, then at once.
+A thread sends a heartbeat once a second, so that a hanging worker is noticed, and a worker without
+scheduler exits: first by a signal that lets a journal save its state, then at once.
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ Say = Callable[[tuple[Any, ...]], None]
 
 
 class LogMessages(logging.Handler):
-    """Sends warnings to the scheduler, which tells them.
-
-    Args:
-        say: sends a message.
-    """
+    """Sends warnings to the scheduler, which logs them."""
 
     def __init__(self, say: Say) -> None:
         super().__init__(logging.WARNING)
@@ -44,7 +40,7 @@ class LogMessages(logging.Handler):
 
 
 def tell_warnings(say: Say) -> None:
-    """From here on, send what this process warns of."""
+    """Send this process's warnings from here on."""
     logging.getLogger().addHandler(LogMessages(say))
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
@@ -55,7 +51,7 @@ def tell_warnings(say: Say) -> None:
 
 
 def answer(work: Any, payload: Any, threads: int, say: Say) -> tuple[Any, ...]:
-    """Do a job: ("done", result) or ("failed", error), of which the error says what happened."""
+    """Run a job: ("done", result) or ("failed", error)."""
     try:
         pin_threads(threads)
         return "done", work(payload, lambda event: say(("tell", event)))
@@ -67,11 +63,7 @@ def answer(work: Any, payload: Any, threads: int, say: Say) -> tuple[Any, ...]:
 
 
 def check_place(folder: str) -> None:
-    """Work from a folder.
-
-    Raises:
-        InputError: it isn't here.
-    """
+    """Work from a folder, or raise InputError if it doesn't exist here."""
     try:
         os.chdir(folder)
     except OSError as error:
@@ -80,7 +72,7 @@ def check_place(folder: str) -> None:
 
 
 def main() -> int:
-    """Work until there is nothing more to do."""
+    """Run jobs until the scheduler is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the scheduler hears it, and says what to do
     signal.signal(signal.SIGTERM, _stop)
     connection, lock = Connection(int(sys.argv[1])), threading.Lock()

@@ -1,7 +1,7 @@
-"""Workers on a Ray cluster: an actor each, which says what happens when it is listened to.
+"""Workers on a Ray cluster: one actor each, which reports when it is polled.
 
-Every machine needs this version of vidgen and sees the same folders, the one that the command is
-given in among them.
+Every machine needs this version of vidgen and sees the same folders, the command's working folder
+among them.
 """
 
 from __future__ import annotations
@@ -29,21 +29,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LISTEN_S = 1.0
-"""How long an actor waits for something to say; its answer is its heartbeat."""
+"""Time an actor waits for a message; its answer is its heartbeat."""
 _REACH_S = 20.0
 _ROOM_S = 30.0
-"""After which workers for which the cluster has no room are told of."""
+"""After which workers for which the cluster has no room are reported."""
 
 
 class Actor:
-    """The worker's side; Ray makes it on a machine of the cluster.
-
-    Args:
-        work: pickled.
-        threads: that it computes on.
-        folder: where the scheduler runs.
-        version: of the scheduler's vidgen.
-    """
+    """The worker's side; Ray creates it on a machine of the cluster."""
 
     def __init__(self, work: bytes, threads: int, folder: str, version: str) -> None:
         self._work, self._threads, self._folder, self._version = work, threads, folder, version
@@ -60,7 +53,7 @@ class Actor:
         self._at_work.start()
 
     def listen(self) -> list[Message]:
-        """What was said since the last time; waits a little for the first."""
+        """Return the messages since the last call; wait a little for the first."""
         messages = []
         with suppress(queue.Empty):
             messages.append(self._said.get(timeout=LISTEN_S))
@@ -69,7 +62,7 @@ class Actor:
         return messages
 
     def stop(self, seconds: float) -> None:
-        """Stop between two steps, keeping what there is."""
+        """Stop between two steps and save the state."""
         self._is_stopping = True
         if self._at_work is not None:
             self._at_work.join(seconds)
@@ -95,15 +88,7 @@ class Actor:
 
 
 class RayCrew(Crew):
-    """Actors of a cluster.
-
-    Args:
-        work: pickled.
-        staff: where the cluster is, and how many are wanted.
-
-    Raises:
-        InputError: no Ray, or no such cluster.
-    """
+    """Actors of a cluster; raises InputError without Ray, or without such a cluster."""
 
     def __init__(self, work: bytes, staff: Staff) -> None:
         assert staff.ray is not None
@@ -125,7 +110,7 @@ class RayCrew(Crew):
         self._told_room = False
 
     def start(self) -> None:
-        """Ask for all workers; they come as the cluster has room."""
+        """Request all workers; they come as the cluster has room."""
         self._stdout.__enter__()
         self._since = time.monotonic()
         super().start()
@@ -169,13 +154,7 @@ class RayCrew(Crew):
 
 
 class RaySeat(Seat):
-    """An actor of the cluster.
-
-    Args:
-        number: of the worker.
-        ray: the module.
-        actor: its handle.
-    """
+    """An actor of the cluster."""
 
     def __init__(self, number: int, ray: Any, actor: Any) -> None:
         super().__init__(number)
@@ -184,7 +163,7 @@ class RaySeat(Seat):
         self.ask()
 
     def ask(self) -> None:
-        """Ask what there is to say; `answer` is where that comes."""
+        """Poll the actor; its messages come to `answer`."""
         self.answer = self._actor.listen.remote()
 
     def send(self, payload: Any) -> None:
@@ -214,11 +193,7 @@ def _import_ray() -> Any:
 
 
 def _connect(ray: Any, address: str) -> None:
-    """Join a cluster, or start one on this machine.
-
-    Raises:
-        InputError: it can't be reached.
-    """
+    """Join a cluster, or start one on this machine; raise InputError if it can't be reached."""
     own = {"include_dashboard": False} if address == "local" else {}
     try:
         if (place := re.fullmatch(r"(?:ray://)?([\w.-]+):(\d+)", address)) is not None:

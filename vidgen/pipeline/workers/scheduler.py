@@ -1,12 +1,12 @@
-"""The one scheduler: jobs that need each other, worked on by one or many workers.
+"""The one scheduler: jobs that depend on each other, run by one or many workers.
 
     for outcome in run_jobs(jobs, work, Staff(workers=4), tell): ...
-    for key, result in results_of(function, payloads, 4, tell): ...   # that need no other
+    for key, result in results_of(function, payloads, 4, tell): ...   # independent ones
 
-Jobs come from an iterator, each behind those that it needs, and only a window of them is held, so
-a film of ten thousand shots takes no more memory than one of ten. A single worker is this process;
-several are processes of this machine or actors of a Ray cluster (`seats`, `ray`).
-One that dies or falls silent is replaced, and its job goes on elsewhere from its journal.
+Jobs come from an iterator, each after those that it needs, and only a window of them is held, so a
+film of ten thousand shots takes no more memory than one of ten. A single worker is this process;
+several are processes of this machine or actors of a Ray cluster (`seats`, `ray`). One that dies or
+falls silent is replaced, and its job resumes elsewhere from its journal.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ log = logging.getLogger(__name__)
 Key = TypeVar("Key", bound=Hashable)
 THREADS = "threads.json"
 MAX_DEATHS = 3
-"""Workers that one job may take with it before it is given up."""
+"""Workers that one job may kill before it is given up."""
 WINDOW = 32
-"""Jobs a worker that are held at once, so that those that wait don't leave any idle."""
+"""Jobs held per worker, so that waiting jobs don't leave any idle."""
 
 
 def run_jobs(
     jobs: Iterable[Job], work: Work, staff: Staff, tell: OnEvent
 ) -> Iterator[Outcome]:
-    """Work on jobs; give each one's outcome as it comes.
+    """Run jobs; yield each one's outcome as it comes.
 
-    A caller that leaves the loop, or is interrupted, stops all workers within seconds; what they
-    were at can be gone on with.
+    A caller that leaves the loop, or is interrupted, stops all workers within seconds; their jobs
+    can be resumed.
 
     Args:
-        jobs: each behind those that it needs; read as they are needed.
-        work: what does them.
-        staff: who does them.
-        tell: told of what workers tell, with `worker` added where there are several.
+        jobs: each after those that it needs; read as they are needed.
+        work: runs a job.
+        staff: number and kind of workers.
+        tell: called with workers' events, with `worker` added if there are several.
 
     Raises:
         VidgenError: workers that don't start.
@@ -76,28 +76,28 @@ def run_jobs(
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Work that is a function of a module, which tells nothing on its way."""
+    """Work that is a function of a module, without events."""
 
     function: Callable[[Any], Any]
 
     def __call__(self, payload: Any, _tell: OnEvent) -> Any:
-        """What the function gives for one payload."""
+        """Return the function's result for one payload."""
         return self.function(payload)
 
 
 def results_of(
     function: Callable[[Any], Any], payloads: Mapping[Key, Any], workers: int, tell: OnEvent
 ) -> Iterator[tuple[Key, Any]]:
-    """What a function gives for payloads that need nothing of each other, as they get ready.
+    """Yield a function's results for independent payloads, by their keys, as they finish.
 
     Args:
-        function: of a module; called in this process where one worker is enough.
-        payloads: by what their results are to be known by; picklable.
+        function: of a module; called in this process if one worker is enough.
+        payloads: by key; picklable.
         workers: processes at most.
-        tell: told of workers that are gone.
+        tell: called when a worker is gone.
 
     Raises:
-        VidgenError: as the function raises it; or a payload that ended several workers.
+        VidgenError: as the function raises it; or a payload that killed several workers.
     """
     if not payloads:
         return
@@ -110,16 +110,11 @@ def results_of(
 
 
 def settle_threads(folder: Path, staff: Staff, tell: OnEvent, name: str = THREADS) -> Staff:
-    """Staff with the threads that a folder's clips were begun with on this kind of machine.
+    """Return staff with the threads that a folder's clips were begun with on this kind of machine.
 
-    A clip's last bits may depend on their number, so what belongs together keeps to one: it is
-    written down, and taken again whoever makes the rest. A number that is asked for replaces it.
-
-    Args:
-        folder: of the clips; made if it isn't there.
-        staff: that is to make them.
-        tell: told where another number is taken than would be else.
-        name: of the file in it.
+    A clip's last bits may depend on their number, so the folder's file `name` records it for
+    whoever makes the rest. A requested number replaces it. `tell` gets a note if the number isn't
+    the default.
     """
     path, place = folder / name, "ray" if staff.ray else fingerprint()["cpu"]
     try:
@@ -145,7 +140,7 @@ def _open_crew(work: Work, staff: Staff) -> Iterator[Crew]:
     """Start workers; on leaving, all stop within seconds.
 
     Raises:
-        InputError: work that can't be sent, or a cluster that can't be had.
+        InputError: work that can't be sent, or a cluster that isn't available.
     """
     try:
         content = pickle.dumps(work)
@@ -190,7 +185,7 @@ def _alone(queue: _Queue, work: Work, threads: int, tell: OnEvent) -> Iterator[O
 
 
 class _Queue:
-    """Jobs in their order, each given out when those that it needs are done."""
+    """Jobs in order, each handed out when those that it needs are done."""
 
     def __init__(self, jobs: Iterator[Job], window: int) -> None:
         self._jobs, self._window = jobs, window
@@ -202,12 +197,12 @@ class _Queue:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left, neither to give out nor at work."""
+        """Whether all jobs are finished."""
         self._fill()
         return not self._numbers
 
     def take(self) -> Job | None:
-        """The first job that can be done now."""
+        """Return the first job that can run now."""
         self._fill()
         return heapq.heappop(self._ready)[1] if self._ready else None
 
@@ -216,7 +211,7 @@ class _Queue:
         heapq.heappush(self._ready, (self._numbers[job.key], job))
 
     def finish(self, outcome: Outcome) -> None:
-        """Hear what became of a job, and let those go that it held up."""
+        """Note a job's outcome, and release those that waited for it."""
         job = outcome.job
         del self._numbers[job.key]
         if outcome.error is not None:
@@ -228,7 +223,7 @@ class _Queue:
                 self.again(other)
 
     def undone(self) -> Iterator[Outcome]:
-        """Outcomes of jobs that can't be done, because one that they need failed."""
+        """Yield outcomes of jobs that can't run because one that they need failed."""
         while True:
             self._fill()
             found = ((job, name) for job, _ in self._waiting.values()
@@ -257,7 +252,7 @@ class _Queue:
 
 
 class _Foreman:
-    """Hands jobs to workers, hears them, and looks after those that die or fall silent."""
+    """Hands jobs to workers, receives their messages, and replaces silent or dead ones."""
 
     def __init__(self, queue: _Queue, crew: Crew, patience: Patience, tell: OnEvent) -> None:
         self.queue, self.crew, self.patience, self.tell = queue, crew, patience, tell
@@ -265,7 +260,7 @@ class _Foreman:
         self._stillborn = 0
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Every job's, until none is left."""
+        """Yield every job's outcome."""
         while not self.queue.is_over:
             self._hand_out()
             heard = [self._heard(*said) for said in self.crew.listen(0.5)]
@@ -302,7 +297,7 @@ class _Foreman:
         return None
 
     def _missed(self) -> Iterator[Outcome | None]:
-        """Workers that fell silent, or whose job doesn't move, are replaced."""
+        """Replace workers that fell silent, or whose job doesn't progress."""
         for seat in list(self.crew.seats):
             why, now = "", time.monotonic()
             if seat.heard_s is not None and now - seat.heard_s > self.patience.silence:

@@ -26,10 +26,10 @@ class Seat(ABC):
 
     Attributes:
         number: from 1 on; one that replaces another has its number.
-        job: that it is at, or None.
-        is_ready: whether it has said that it can work.
-        heard_s: when it was heard last; None: never yet.
-        moved_s: when its job was begun, or told of progress last.
+        job: its current job, or None.
+        is_ready: whether it has reported that it can work.
+        heard_s: time of its last message; None: none yet.
+        moved_s: when its job began, or reported progress last.
     """
 
     def __init__(self, number: int) -> None:
@@ -46,62 +46,49 @@ class Seat(ABC):
 
     @abstractmethod
     def send(self, payload: Any) -> None:
-        """Hand a job's payload over; that a worker is gone is found out by listening."""
+        """Send a job's payload; `listen` notices a worker that is gone."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Ask it to leave, keeping what it is at."""
+        """Ask it to save its state and leave."""
 
     @abstractmethod
     def end(self, grace_s: float = 0.0) -> None:
-        """Have it gone, after some time to leave by itself."""
+        """Kill it, after some time to leave by itself."""
 
 
 class Crew(ABC):
-    """All workers of one kind.
-
-    Args:
-        count: how many.
-
-    Attributes:
-        seats: one for each, once they are started.
-    """
+    """All workers of one kind: `seats`, once they are started."""
 
     def __init__(self, count: int) -> None:
         self.seats: list[Any] = []
         self._count = count
 
     def start(self) -> None:
-        """Start all workers, or ask for them."""
+        """Start all workers, or request them."""
         for number in range(1, self._count + 1):
             self.seats.append(self._seat(number))
 
     @abstractmethod
     def listen(self, seconds: float) -> list[tuple[Seat, Message]]:
-        """What workers have said, as soon as one does; ("lost", why) of one that is gone."""
+        """Return workers' messages as soon as one comes; ("lost", why) of one that is gone."""
 
     def replace(self, seat: Seat) -> None:
-        """End a worker and begin another one in its place."""
+        """Kill a worker and start another one in its place."""
         seat.end()
         self.seats[seat.number - 1] = self._seat(seat.number)
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is left when all workers are gone."""
+        """Free what is left when all workers are gone."""
 
     @abstractmethod
     def _seat(self, number: int) -> Seat:
-        """Begin a worker, or ask for it."""
+        """Start a worker, or request it."""
 
 
 class LocalCrew(Crew):
-    """Processes of this machine.
-
-    Args:
-        work: pickled.
-        count: how many.
-        threads: that each computes on.
-    """
+    """Processes of this machine."""
 
     def __init__(self, work: bytes, count: int, threads: int) -> None:
         super().__init__(count)
@@ -127,17 +114,14 @@ class LocalCrew(Crew):
         return heard
 
     def close(self) -> None:
-        """Nothing is left beside the processes."""
+        """Do nothing: the processes are all there is."""
 
 
 class LocalSeat(Seat):
-    """A process of this machine; it leaves with this one, however that ends.
+    """A process of this machine; it exits with this one, however that ends.
 
     Args:
-        number: of the worker.
-        work: pickled.
-        threads: that it computes on.
-        device: index of the GPU that it is to see; None: all there are.
+        device: index of the one GPU that it sees; None: all.
     """
 
     def __init__(self, number: int, work: bytes, threads: int, device: str | None) -> None:
@@ -159,7 +143,7 @@ class LocalSeat(Seat):
             self.connection.send(payload)
 
     def fate(self) -> str:
-        """How it ended."""
+        """Return how it ended."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         code = self.process.poll()
@@ -180,7 +164,7 @@ class LocalSeat(Seat):
 
 
 def _devices() -> list[str]:
-    """GPUs that this process sees, by the names that CUDA_VISIBLE_DEVICES knows them by."""
+    """Return the visible GPUs by their names in CUDA_VISIBLE_DEVICES."""
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""The values that schedulers, workers and their processes hand to each other."""
+"""Values that schedulers, workers and their processes pass to each other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MAX_WORKERS = MAX_THREADS = 1024
 
 
 class Work(Protocol):
-    """What workers do; it is pickled to each of them, and keeps there what it has opened."""
+    """Runs jobs; pickled to each worker, where it keeps what it has opened."""
 
     def __call__(self, payload: Any, tell: OnEvent, /) -> Any:
-        """Do one job, telling events; the result must be picklable."""
+        """Run one job and report events; the result must be picklable."""
         ...
 
 
@@ -26,9 +26,9 @@ class Job:
     """A piece of work.
 
     Attributes:
-        key: by which others need it; no two jobs have the same.
-        payload: picklable, what `Work` is called with.
-        needs: keys of jobs that come before it; one that was never given counts as done.
+        key: unique, for other jobs' needs.
+        payload: picklable, the argument of `Work`.
+        needs: keys of jobs that come before it; an unknown one counts as done.
         name: for people.
     """
 
@@ -40,7 +40,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a job: its result, or the error that ended it."""
+    """A job's result, or the error that ended it."""
 
     job: Job
     result: Any = None
@@ -49,7 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long is waited, in seconds.
+    """Time limits in seconds.
 
     Attributes:
         silence: for a worker's heartbeat, which comes every second.
@@ -64,16 +64,13 @@ class Patience:
 
 @dataclass(frozen=True)
 class Staff:
-    """Who works.
+    """Number and kind of workers; raises InputError if a number is out of range.
 
     Args:
-        workers: how many; None: one, or as many as a Ray cluster has GPUs or else machines.
+        workers: None: one, or as many as a Ray cluster has GPUs or else machines.
         ray: address of a Ray cluster: "auto", "host:port", "ray://host:port", or "local" for one
-            that is started here.
-        threads: that each job computes on; None: this process's share.
-
-    Raises:
-        InputError: a number out of its range.
+        that is started here.
+        threads: of each job; None: this process's share.
     """
 
     workers: int | None = None
@@ -94,7 +91,7 @@ class Staff:
 
     @property
     def num_threads(self) -> int:
-        """Threads of a job: as given, as OMP_NUM_THREADS says, or a worker's share of torch's."""
+        """Threads of a job: as given, as in OMP_NUM_THREADS, or a worker's share of torch's."""
         if self.threads is not None:
             return self.threads
         import torch
@@ -104,9 +101,9 @@ class Staff:
 
 
 def pin_threads(count: int) -> None:
-    """Have torch compute on so many threads, whatever a resumed journal set before.
+    """Make torch compute on `count` threads, whatever a resumed journal set before.
 
-    A process in which it isn't loaded yet is to be born with OMP_NUM_THREADS.
+    A process in which torch isn't loaded yet was started with OMP_NUM_THREADS.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != count:
