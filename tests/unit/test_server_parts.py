@@ -20,11 +20,10 @@ from vidgen.core.request import Request
 from vidgen.server.app import JsonFormatter
 from vidgen.server.body import _nested
 from vidgen.server.errors import ApiError, from_vidgen, param_of
-from vidgen.server.fetch import fetch, is_public
 from vidgen.server.files import JobFile
 from vidgen.server.keys import Crowd, Keys, Pace
 from vidgen.server.layout import sniff
-from vidgen.server.requests import Place, Translator, parse
+from vidgen.server.requests import Place, Translator, fetch, is_public, parse
 from vidgen.server.schema import EditAsk, ExtraParams, RemixAsk, VideoAsk
 from vidgen.server.service import fingerprint
 from vidgen.server.settings import Settings
@@ -140,7 +139,7 @@ def test_what_is_fetched_and_what_is_not(site, monkeypatch):
             fetch(site + path, 999, allowed=here)
     with pytest.raises(InputError, match="can't be read"):
         fetch(f"{site}/cut", 1000, allowed=here)
-    monkeypatch.setattr("vidgen.server.fetch.WHOLE_S", 0.5)
+    monkeypatch.setattr("vidgen.server.requests.WHOLE_S", 0.5)
     with pytest.raises(InputError, match=r"more than 0\.5 s"):
         fetch(f"{site}/slow", 1000, allowed=here)
     with pytest.raises(InputError, match="doesn't look in"):
