@@ -53,7 +53,7 @@ NEXT = 50
 BATCH = 8
 FRESH = SEED_RANGES["dev"][0] + (1 << 34)
 """Scene seed from which on `generated` and `renders` are drawn."""
-RUN = "configs/train/toybox_dit_more.yaml"
+RUN = "train/toybox/configs/dit_more.yaml"
 Make = Callable[[Sequence[int]], Tensor]
 
 

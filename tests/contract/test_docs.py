@@ -26,7 +26,8 @@ from vidgen.story.script import Script
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+RUNS = ("configs", "train/toybox/configs")
+CONFIGS = sorted(path for folder in RUNS for path in (ROOT / folder).rglob("*.yaml"))
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LAUNCHERS = ("torchrun", "deepspeed")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

@@ -85,6 +85,14 @@ def test_the_wheel_holds_the_package_and_the_configs_and_nothing_else(wheel):
     assert names == package | configs
 
 
+def test_the_wheel_holds_nothing_of_the_laboratory(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert not {name.split("/")[0] for name in names} & {"eval", "train", "tests"}
+    model = ("vidgen/assets/toybox/", "vidgen/configs/train/subject_toybox.yaml")
+    assert [name for name in names if "toybox" in name and not name.startswith(model)] == []
+
+
 def test_the_installed_package_is_the_wheels(installed, tmp_path):
     done = run(installed, "-c", "import vidgen; print(vidgen.__file__)", cwd=tmp_path)
     assert Path(done.stdout.strip()).is_relative_to(installed.parents[1]), done.stderr

@@ -1,15 +1,15 @@
 """Teach a low-rank delta of a model to make clips in few steps, or turn by turn without end.
 
     python -m train.toybox.cache
-        -c configs/train/toybox_student.yaml    first: render and encode
-    python -m train.toybox.trajectories -c configs/train/toybox_student.yaml
+        -c train/toybox/configs/student.yaml    first: render and encode
+    python -m train.toybox.trajectories -c train/toybox/configs/student.yaml
         then: what is to be learned
-    python -m train.toybox.distil -c configs/train/toybox_student.yaml [--set a.b=c]... [--resume]
-    python -m train.toybox.distil -c configs/train/toybox_student_match.yaml
+    python -m train.toybox.distil -c train/toybox/configs/student.yaml [--set a.b=c]... [--resume]
+    python -m train.toybox.distil -c train/toybox/configs/student_match.yaml
         then: what its clips lack
 
 The first run is a plain regression on what the teacher answered, the second compares the student's
-own clips with the teacher's. toybox_roller.yaml and toybox_roller_match.yaml teach the delta that
+own clips with the teacher's. roller.yaml and roller_match.yaml teach the delta that
 rolls clips out, which begins as the student, in the same two parts. See
 `train.toybox.distillation`.
 """

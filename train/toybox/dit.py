@@ -1,8 +1,8 @@
 """Train the embedded model's transformer and text encoder, jointly, on cached latents.
 
-    python -m train.toybox.cache -c configs/train/toybox_dit.yaml
+    python -m train.toybox.cache -c train/toybox/configs/dit.yaml
         first: render and encode clips
-    python -m train.toybox.dit   -c configs/train/toybox_dit.yaml [--set run.seed=1]... [--resume]
+    python -m train.toybox.dit   -c train/toybox/configs/dit.yaml [--set run.seed=1]... [--resume]
 
 Nothing is rendered or encoded inside the step; captions are drawn anew each time a clip is seen.
 Conditions are mixed from the start. The text encoder also has to name what the caption says

@@ -1,6 +1,6 @@
 """Train the judge, the classifiers that score Toybox clips, on renders of its own range of seeds.
 
-    python -m train.toybox.judge -c configs/train/toybox_judge.yaml
+    python -m train.toybox.judge -c train/toybox/configs/judge.yaml
         [--set run.minutes=20]... [--resume]
 
 It never sees a generated clip or a VAE's output. Every validation writes the averaged weights in

@@ -1,8 +1,8 @@
 """Train a model's onset detector, which tells from latents when something is seen to be hit.
 
-    python -m train.toybox.cache -c configs/train/toybox_onset_detector.yaml
+    python -m train.toybox.cache -c train/toybox/configs/onset_detector.yaml
         first: the clips it sees
-    python -m train.toybox.onset_detector -c configs/train/toybox_onset_detector.yaml [--resume]
+    python -m train.toybox.onset_detector -c train/toybox/configs/onset_detector.yaml [--resume]
 
 It learns from training scenes alone, varied as what a generator draws varies, some of them drawn
 anew by one, and from nothing of the rulers that score clips. `train/toybox/release.py

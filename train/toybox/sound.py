@@ -1,6 +1,6 @@
 """Train the embedded model's sound VAE on the sound of the Toybox world, made as it goes.
 
-    python -m train.toybox.sound -c configs/train/toybox_sound.yaml
+    python -m train.toybox.sound -c train/toybox/configs/sound.yaml
         [--set run.optim.lr=2e-4]... [--resume]
 
 Windows are cut from clips at any sample, so that onsets lie anywhere in a latent. The losses look

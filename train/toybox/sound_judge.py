@@ -1,6 +1,6 @@
 """Train the judge of Toybox sound, which names voices and ambiences, on its own range of seeds.
 
-    python -m train.toybox.sound_judge -c configs/train/toybox_sound_judge.yaml [--resume]
+    python -m train.toybox.sound_judge -c train/toybox/configs/sound_judge.yaml [--resume]
 
 It never hears a generated clip or a codec's output. Every validation writes the averaged weights in
 bf16 to `<folder>/sound_judge`, a component folder to be copied to `vidgen/assets/sound_judge`.

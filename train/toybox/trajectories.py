@@ -1,6 +1,6 @@
 """Have the teacher make the trajectories that `train/toybox/distil.py` learns from.
 
-    python -m train.toybox.trajectories -c configs/train/toybox_student.yaml
+    python -m train.toybox.trajectories -c train/toybox/configs/student.yaml
     torchrun --nproc-per-node 2 -m train.toybox.trajectories -c ...
         each process makes its share of them
 

@@ -1,6 +1,6 @@
 """Train the embedded model's video VAE on clips of the Toybox world, rendered as it goes.
 
-    python -m train.toybox.vae -c configs/train/toybox_vae.yaml
+    python -m train.toybox.vae -c train/toybox/configs/vae.yaml
         [--set run.optim.lr=2e-4]... [--resume]
 
 Single frames first: the frames of a clip resemble each other, so a still teaches several times

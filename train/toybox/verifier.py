@@ -1,8 +1,8 @@
 """Train a model's verifier, which tells from latents whether a clip shows what was asked for.
 
-    python -m train.toybox.cache -c configs/train/toybox_verifier.yaml
+    python -m train.toybox.cache -c train/toybox/configs/verifier.yaml
         first: the latents that it sees
-    python -m train.toybox.verifier -c configs/train/toybox_verifier.yaml [--resume]
+    python -m train.toybox.verifier -c train/toybox/configs/verifier.yaml [--resume]
 
 It learns from training scenes' latents alone, through noise, as what a generator draws isn't as
 clean: no generated clip, and nothing of the judge that scores clips. `part: tints` teaches one that

@@ -321,7 +321,7 @@ def test_a_student_of_other_weights_is_not_released(
 
 
 def test_the_recipes_delta_is_small_enough() -> None:
-    run = build(DistilRun, load_yaml(ROOT / "configs/train/toybox_student.yaml"), "run")
+    run = build(DistilRun, load_yaml(ROOT / "train/toybox/configs/student.yaml"), "run")
     with torch.device("meta"):
         delta = Delta(SpacetimeDiT(DIT_PRESETS["toybox"]), run.delta)
     assert 2 * sum(part.numel() for part in delta.parameters()) < 3e6 * 0.98  # and its names
