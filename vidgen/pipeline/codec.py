@@ -156,12 +156,7 @@ def to_frames(video: Tensor) -> Tensor:
 
 
 def room_for(num_bytes: int, num_rooms: int = 1) -> Tensor:
-    """Return zeros uint8 [num_bytes] on the CPU; in an unnamed file if `num_rooms` of them are
-    large.
-
-    Raises:
-        OutputError: no space for it.
-    """
+    """Return zeros uint8 [num_bytes]; in an unnamed file if `num_rooms` of them are large."""
     if num_bytes * num_rooms <= IN_MEMORY:
         return torch.zeros(num_bytes, dtype=torch.uint8)
     try:

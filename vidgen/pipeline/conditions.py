@@ -31,24 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The parts of a model that conditions need.
+    """The parts of a model that conditions need."""
 
-    Attributes:
-        encode: maps video [1, 3, T, H, W] in [-1, 1] to normalised latents [1, C, F, h, w], at the
-        keyword `oversampling`.
-        encode_first: the same for the clip's first picture, [1, 3, 1, H, W].
-        describe: maps pictures to image features [1, S, D]; None if the model reads none.
-        conditioning: see `ModelFolder.conditioning`.
-        strides: the VAE's.
-        patch: latents a side of one token.
-    """
-
+    # video [1, 3, T, H, W] in [-1, 1] and the keyword `oversampling` to normalised latents [1, C,
+    # F, h, w]
     encode: Callable[..., Tensor]
-    encode_first: Callable[[Tensor], Tensor]
-    describe: Callable[[Sequence[Frames]], Tensor] | None
-    conditioning: str
-    strides: Strides
-    patch: int
+    encode_first: Callable[[Tensor], Tensor]  # the same for the clip's first picture
+    describe: Callable[[Sequence[Frames]], Tensor] | None  # pictures to image features [1, S, D]
+    conditioning: str  # see `ModelFolder.conditioning`
+    strides: Strides  # the VAE's
+    patch: int  # latents a side of one token
 
 
 def write_conditions(

@@ -56,13 +56,12 @@ def load(
 
     Args:
         model: an embedded model's name, a model folder (ours, diffusers' or Wan's own layout), or
-            an
-        id on the Hugging Face hub.
+            an id on the Hugging Face hub.
         device: "auto", "cpu", "cuda", ...
         dtype: "fp32", "bf16" or "fp16"; None: bf16 if the processor has it, else fp32.
         offload: "none" keeps all in memory, "stage" the running stage's networks, "block" two
-            blocks of
-        the transformer at a time; None or "auto": the first of them that fits each clip.
+            blocks of the transformer at a time; None or "auto": the first of them that fits each
+            clip.
         quantize: "int8" keeps linear layers' weights in 8 bits.
         policy: refuses prompts; None: the word list named by VIDGEN_POLICY, if any.
         devices: number of devices that share the work, None is 1; see docs/devices.md.
@@ -130,10 +129,9 @@ class Engine(OpenedModel):
             on_estimate: called with the estimate before the work begins.
             on_preview: called with small frames of the forming clip, for at most 2% of the time.
             journal: saves the state next to the output, one for each clip, so that a stopped or
-                killed run
-            can resume; see docs/journal.md.
+                killed run can resume; see docs/journal.md.
             options: fields of `Request`, as the command line's long options; they override a given
-            request's.
+                request's.
 
         Returns:
             A lazy clip, or a list of them: pixels are decoded while they are saved or read.

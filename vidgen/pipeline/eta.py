@@ -27,11 +27,10 @@ class Clock:
         made: the estimate of the clips; loading is left out.
         done: numbers of clips finished by an earlier run, from 1.
         one_by_one: False: all clips are sampled before the first is written, as in one generation,
-        and `made` is of all of them. True: each is written at once, and `made` is of one clip, or a
-        list of every one's.
+            and `made` is of all of them. True: each is written at once, and `made` is of one clip,
+            or a list of every one's.
         parallel: whether several clips of a list are made at a time; the time left then follows
-            from
-        the fraction done since the start.
+            from the fraction done since the start.
         now: a clock in seconds.
     """
 
@@ -66,8 +65,7 @@ class Clock:
 
         Args:
             stage: "prompt", "prepare", "sample", "sound", which has no estimate where another model
-                makes
-            it, or any other name for the writing of clips.
+                makes it, or any other name for the writing of clips.
             done: of `total` in this stage.
             total: units of the stage.
             clip: number of the clip, from 1.

@@ -48,11 +48,7 @@ def read_loras(options: Sequence[str], folder: ModelFolder) -> Loras:
 
 
 def hashes_of(path: Path) -> list[str]:
-    """Return the SHA-256 of a LoRA's file, or of each file in its folder, sorted.
-
-    Raises:
-        InputError: no such path.
-    """
+    """Return the sorted SHA-256 of a LoRA's files; raise InputError if the path doesn't exist."""
     if not path.exists():
         raise InputError(f"LoRA {path} does not exist; give a file or folder")
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]

@@ -39,22 +39,16 @@ EMBED_LIMIT = 2_000_000
 
 @dataclass
 class Inputs:
-    """A request's pictures, read once.
+    """A request's pictures, read once."""
 
-    Attributes:
-        images: by option; pictures uint8 [H, W, 3].
-        video_size: (width, height) of the given video, beginning or control.
-        ending: of the clip to continue.
-        control_fps: rate of the control clip.
-        records: for the recipe: option, SHA-256, and content or path.
-    """
-
-    images: dict[str, list[Frames]] = field(default_factory=dict)
+    images: dict[str, list[Frames]] = field(default_factory=dict)  # by option; uint8 [H, W, 3] each
+    # (width, height) of the given video, beginning or control
     video_size: tuple[int, int] | None = None
     video_fps: Fraction | None = None
     video_seconds: float | None = None
-    ending: Ending | None = None
-    control_fps: Fraction | None = None
+    ending: Ending | None = None  # of the clip to continue
+    control_fps: Fraction | None = None  # rate of the control clip
+    # for the recipe: option, SHA-256, and content or path
     records: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -69,11 +63,7 @@ class Inputs:
 
 
 def read_inputs(request: Request) -> Inputs:
-    """Read every picture of a request, and the video's rate, size and length.
-
-    Raises:
-        InputError: a file that can't be used, by option and reason.
-    """
+    """Read all inputs of a request; raise InputError for one that can't be used."""
     from vidgen.media.ending import read_ending
     from vidgen.media.speech import speech_files
     from vidgen.media.video_reader import VideoReader
@@ -146,11 +136,8 @@ def pixels_of(
 def read_mask(mask: Picture, plan: Plan) -> Tensor:
     """Read a picture or clip as [1, 1, T, H, W] in [0, 1], 1 where new content is wanted.
 
-    A clip is converted to the plan's rate; its last frame is held for frames that are generated but
-    not kept.
-
-    Raises:
-        InputError: it is shorter than the clip.
+    A clip, at least as long as the plan's, is converted to its rate; the last frame is held for
+    frames that are generated but not kept.
     """
     from vidgen.media.video_reader import VideoReader
 
@@ -197,8 +184,7 @@ def record_input(option: str, picture: Picture | Tensor) -> dict[str, Any]:
     Args:
         option: name of the input's option.
         picture: a file, hashed by its bytes; uint8 [H, W, 3], by its pixels; or latents, by the
-            bytes
-        of a safetensors file.
+            bytes of a safetensors file.
 
     Returns:
         `option`, `sha256` and, up to `EMBED_LIMIT` bytes, `content` in base64: the file's own, a

@@ -56,7 +56,7 @@ class Parts:
         offload: "none", "stage" or "block".
         quantize: "int8" for linear layers of blocks; not with "block".
         mesh: devices over which the transformers' blocks are spread; neither with "block" nor
-        quantised.
+            quantised.
 
     Raises:
         InputError: options that conflict, or quantisation that isn't available.
@@ -131,22 +131,14 @@ class Parts:
                     self._drop(*roles)
 
     def expert(self, role: ExpertRole) -> SpacetimeDiT:
-        """Return a transformer in a block of `use("transformer")`; the other is freed first.
-
-        Raises:
-            ModelError: as `use` does.
-        """
+        """Return a transformer in a block of `use("transformer")`; the other is freed first."""
         assert self._users[EXPERTS[0]], "experts are given inside `with parts.use('transformer')`"
         with self._lock:
             dit: SpacetimeDiT = self._get(role)
             return dit
 
     def deltas(self, student: str) -> Mapping[ExpertRole, Adapter]:
-        """Return the weight deltas of one of the model's distilled versions, read once.
-
-        Raises:
-            ModelError: a file is damaged, or of another transformer.
-        """
+        """Return a distilled version's weight deltas, read once; raise ModelError if damaged."""
         with self._lock:
             if student not in self._deltas:
                 path, networks = self.folder.path, self.folder.components
@@ -171,10 +163,9 @@ class Parts:
         return tuple(self._loaded)
 
     def dtype_of(self, role: Role, dtype: torch.dtype | None = None) -> torch.dtype:
-        """Return the dtype of a network's weights.
+        """Return the dtype of a network's weights: float32 for Wan's VAE, as in its releases.
 
-        Wan's VAE is always float32, as its releases run it, and so is the sound's, which is small
-        and whose spectra need the precision.
+        The sound's VAE is small, and its spectra need the precision.
         """
         if role == "sound_vae" or (role == "vae" and self.folder.family != "toybox"):
             return torch.float32
@@ -209,11 +200,7 @@ class Parts:
         return sum(sizes) if self.offload == "none" else max(sizes)
 
     def check(self, role: Role | None = None) -> None:
-        """Refuse a network, or with None all of them, if the memory can't hold it.
-
-        Raises:
-            ModelError: names what is needed, what is free, and what would fit.
-        """
+        """Raise ModelError if the memory can't hold a network, or with None all of them."""
         have = available_memory(self.device)
         if have is None:
             return

@@ -40,23 +40,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Making:
-    """One clip of a request, in one window or several.
-
-    Attributes:
-        contexts: returns those of the prompts, encoded at the first call.
-        kept: its journal.
-        report: called with a stage, the units done, and their total.
-    """
+    """One clip of a request, in one window or several."""
 
     model: OpenedModel
     plan: Plan
     request: Request
     inputs: Inputs
     loras: Loras
-    contexts: Callable[[], Contexts]
+    contexts: Callable[[], Contexts]  # of the prompts, encoded at the first call
     track: Soundtrack
-    kept: Journal
-    report: Report
+    kept: Journal  # its journal
+    report: Report  # called with a stage, the units done, and their total
 
     def clip(self, recipe: dict[str, Any], glimpses: Glimpses) -> Clip:
         """Denoise picture and sound; return the lazy clip."""
@@ -136,19 +130,13 @@ class Making:
 
 @dataclass
 class Windows:
-    """Samples one plan after the other: the windows of a long clip, or a whole clip.
-
-    Attributes:
-        glimpses: previews of its steps.
-        number: of the current window, from 0.
-        others: rejected candidates so far.
-    """
+    """Samples one plan after the other: the windows of a long clip, or a whole clip."""
 
     making: Making
-    glimpses: Glimpses
+    glimpses: Glimpses  # previews of its steps
     num_windows: int
-    number: int
-    others: int = 0
+    number: int  # of the current window, from 0
+    others: int = 0  # rejected candidates so far
 
     def __call__(self, plan: Plan, state: LatentState) -> Tensor:
         """Return the next window in the samplers' layout; the best of several candidates."""

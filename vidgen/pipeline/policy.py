@@ -65,21 +65,13 @@ class WordList:
 
 
 def policy_from_environment() -> Policy | None:
-    """Return the word list that VIDGEN_POLICY names, or None.
-
-    Raises:
-        InputError: it can't be read or is empty.
-    """
+    """Return the word list that VIDGEN_POLICY names, or None; raise InputError if unreadable."""
     path = os.environ.get("VIDGEN_POLICY")
     return WordList(path) if path else None
 
 
 def enforce(policy: Policy | None, request: Request) -> None:
-    """Refuse a request if the policy refuses any of its texts; negative prompts are exempt.
-
-    Raises:
-        InputError: with the policy's reason.
-    """
+    """Raise InputError if the policy refuses a text of a request; negatives are exempt."""
     if policy is None:
         return
     require_allowed(policy, "prompt", request.prompt, request)
@@ -89,11 +81,7 @@ def enforce(policy: Policy | None, request: Request) -> None:
 
 
 def require_allowed(policy: Policy, what: str, text: str | None, request: Request) -> None:
-    """Refuse a text, a `what` of a request, that a policy refuses; files of speech are exempt.
-
-    Raises:
-        InputError: with the policy's reason.
-    """
+    """Raise InputError if a policy refuses a text; files of speech are exempt."""
     if text is None or (what == "speech" and text.startswith(OWN_FILE)):
         return
     if reason := policy(text, request):

@@ -50,10 +50,10 @@ PATIENCE = 50
 
 @dataclass(frozen=True)
 class PreviewDecoder:
-    """Maps latents to small pictures: weight [3 * side * side, C, 3, 3] and bias, float32."""
+    """Maps latents to small pictures."""
 
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # float32 [3 * side * side, C, 3, 3]
+    bias: Tensor  # [3 * side * side]
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Frames:

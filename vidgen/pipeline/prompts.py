@@ -115,16 +115,10 @@ class PromptEncoder:
     def encode(
         self, prompts: Sequence[str], learned: Mapping[str, Tensor] = NOTHING
     ) -> tuple[Tensor, Tensor]:
-        """Encode prompts.
+        """Return (context [B, S, D] on the device, lengths [B] int64) of prompts.
 
-        Args:
-            prompts: texts.
-            learned: embeddings [D] of tokens, by the token as it is written; nothing is cached with
-                them.
-
-        Returns:
-            (context [B, S, D] on the device, lengths [B] int64); rows after a prompt's length are
-            zero.
+        Rows after a prompt's length are zero. With `learned` embeddings [D] of tokens nothing is
+        cached.
         """
         if self._cache is None or learned:
             return self._run(prompts, learned)

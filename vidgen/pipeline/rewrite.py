@@ -171,10 +171,6 @@ def settle_prompt(
     """Return a request with the final prompt, and the recipe's entries about it.
 
     A journal that began with a rewritten prompt keeps it.
-
-    Raises:
-        ModelError: no such model.
-        InputError: the new text is unusable.
     """
     if request.expand is None:
         return request, {}
@@ -189,12 +185,7 @@ def settle_prompt(
 
 
 def rewrite_prompt(folder: str | Path, prompt: str) -> Rewriting:
-    """Rewrite a prompt with the model in a folder, which is freed afterwards.
-
-    Raises:
-        ModelError: no such model.
-        InputError: the new text is unusable, with the reason.
-    """
+    """Rewrite a prompt with the model in a folder; raise InputError if the text is unusable."""
     model = LanguageModel(folder)
     try:
         text, why = try_rewriting(model, prompt)

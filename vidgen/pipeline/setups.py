@@ -48,9 +48,7 @@ def first_setup(
 
 
 def preflight(parts: Parts, plan: Plan, request: Request, asked: Asked) -> Estimate:
-    """Estimate a generation; measure nothing, read headers at most.
-
-    The settings that `asked` leaves open are chosen, the first that fits.
+    """Estimate a generation without measuring anything; choose what `asked` leaves open.
 
     Raises:
         ModelError: more than the memory holds; names what would fit.

@@ -46,11 +46,7 @@ TENSORS_HELD = {"none": 0, "first-block": 2, "magnitude": 1, "forecast": 1 + ORD
 
 
 def settle_cache(request: Request, folder: ModelFolder) -> CacheChoice | None:
-    """Return the step cache that `--cache` asks for; None if every step is computed.
-
-    Raises:
-        InputError: the model's magnitudes aren't measured.
-    """
+    """Return the step cache that `--cache` asks for; None if every step is computed."""
     method, _, threshold = request.cache.partition(":")
     if method == "none":
         return None
@@ -96,11 +92,7 @@ def carrying(remember: Callable[[], Mapping[str, Tensor]], on_step: OnStep) -> O
 
 
 def read_magnitudes(folder: ModelFolder) -> Magnitudes | None:
-    """Return a model's magnitudes from its folder, else those measured by this user, or None.
-
-    Raises:
-        ModelError: the file in the model's folder is damaged.
-    """
+    """Return a model's magnitudes from its folder, else those measured by this user, or None."""
     path = folder.path / FILE
     if path.is_file():
         try:

@@ -102,19 +102,12 @@ class Reporter:
 
 @dataclass(frozen=True)
 class Preview:
-    """A forming clip.
+    """A forming clip."""
 
-    Attributes:
-        frames: uint8 [F, H', W', 3], one for each latent frame.
-        fps: of these frames.
-        clip: number of the clip, from 1.
-        step: of the sampler, from 1.
-    """
-
-    frames: Frames
-    fps: Fraction
-    clip: int
-    step: int
+    frames: Frames  # uint8 [F, H', W', 3], one for each latent frame
+    fps: Fraction  # of these frames
+    clip: int  # its number, from 1
+    step: int  # of the sampler, from 1
 
 
 OnPreview = Callable[[Preview], None]
@@ -146,17 +139,11 @@ NO_LORAS = Loras({})
 
 @dataclass(frozen=True)
 class CacheChoice:
-    """A settled step cache.
+    """A settled step cache."""
 
-    Attributes:
-        method: "first-block", "magnitude" or "forecast".
-        threshold: 0 computes every step.
-        magnitudes: of the model, for "magnitude".
-    """
-
-    method: str
-    threshold: float
-    magnitudes: Magnitudes | None = None
+    method: str  # "first-block", "magnitude" or "forecast"
+    threshold: float  # 0 computes every step
+    magnitudes: Magnitudes | None = None  # of the model, for "magnitude"
 
 
 @dataclass(frozen=True)
@@ -254,28 +241,18 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expected time and memory of a generation.
+    """Expected time and memory of a generation."""
 
-    Attributes:
-        stages: "load", "text", "prepare", "denoise", "sound" if the model makes any, "decode",
-            "mux",
-        in order. Decoding and muxing overlap: "mux" is the time it adds.
-        encoder_s: seconds of video encoding, most of them while frames are decoded.
-        kept_frames: frames written, of all clips.
-        disk_bytes: upper bound, of all clips as .mp4 and of their journals.
-        measured: False if this machine was never measured: then the seconds are only weights.
-        notes: work that isn't counted.
-        choice: settings changed to make it fit, in words; empty if none.
-    """
-
+    # "load", "text", "prepare", "denoise", "sound" if the model makes any, "decode", "mux", in
+    # order. Decoding and muxing overlap: "mux" is the time it adds.
     stages: tuple[StageEstimate, ...]
     setup: Setup
-    encoder_s: float
-    kept_frames: int
-    disk_bytes: int
-    measured: bool
-    notes: tuple[str, ...] = ()
-    choice: str = ""
+    encoder_s: float  # of video encoding, most of it while frames are decoded
+    kept_frames: int  # frames written, of all clips
+    disk_bytes: int  # upper bound, of all clips as .mp4 and of their journals
+    measured: bool  # False: the machine is unknown, and seconds are only weights
+    notes: tuple[str, ...] = ()  # work that isn't counted
+    choice: str = ""  # settings changed to make it fit, in words
 
     @property
     def total_s(self) -> float:

@@ -30,21 +30,15 @@ _BASE = 16
 
 @dataclass(frozen=True)
 class Decode:
-    """A deferred decoding: arguments of the VAE.
+    """A deferred decoding: arguments of the VAE."""
 
-    Attributes:
-        latents: [B, C, F, h, w] or pictures [N, C, h, w], on the CPU.
-        arguments: the other arguments, in order.
-        options: arguments by name.
-    """
-
-    latents: Tensor
+    latents: Tensor  # [B, C, F, h, w] or pictures [N, C, h, w], on the CPU
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
     @property
     def is_video(self) -> bool:
-        """Whether time is an axis of the latents, not of the batch."""
+        """True if time is an axis of the latents, not of the batch."""
         return self.latents.ndim == 5
 
 
@@ -77,11 +71,7 @@ def decoding_put_off(vae: nn.Module, length: Callable[[Tensor], int]) -> Iterato
 
 
 def shown_frames(frames: Any) -> range | None:
-    """Return which numbered frames a pipeline shows, from [T, 8, 8, 3] in [0, 1].
-
-    Returns:
-        None if it doesn't show them unchanged, one after the other.
-    """
+    """Return the numbers of the frames shown, from [T, 8, 8, 3] in [0, 1]; None if changed."""
     digits = np.floor(np.asarray(frames, dtype=np.float64).mean(axis=(1, 2)) * _BASE)
     numbers = digits @ _BASE ** np.arange(3)
     shown = range(int(numbers[0]), int(numbers[0]) + len(numbers))

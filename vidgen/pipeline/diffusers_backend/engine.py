@@ -70,8 +70,7 @@ class ForeignEngine:
     Args:
         dtype: "fp32", "bf16" or "fp16".
         offload: "none" keeps all of it on the device, "stage" one component and "block" one layer
-            at a
-        time; on the CPU all three are the same.
+            at a time; on the CPU all three are the same.
         loader: class of diffusers that loads the folder, instead of the one the folder names.
         policy: refuses prompts.
 

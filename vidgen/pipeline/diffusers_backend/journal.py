@@ -31,23 +31,14 @@ _SETTLED = ("width", "height", "num_frames", "kept_frames")
 
 @dataclass(frozen=True)
 class Made:
-    """A pipeline's result for one clip.
+    """A pipeline's result for one clip."""
 
-    Attributes:
-        num_frames: that it shows.
-        decodings: deferred, in order; empty if that was impossible.
-        cut: frames that it leaves out before those it shows.
-        frames: uint8 [T, H, W, 3] if decoding couldn't be deferred, else None.
-        sound: float32 [N, channels] of the same pipeline, or None.
-        sound_rate: its samples per second.
-    """
-
-    num_frames: int
-    decodings: Sequence[Decode] = ()
-    cut: int = 0
-    frames: Frames | None = None
-    sound: Samples | None = None
-    sound_rate: int = 48_000
+    num_frames: int  # that it shows
+    decodings: Sequence[Decode] = ()  # deferred, in order; empty if that was impossible
+    cut: int = 0  # frames that it leaves out before those it shows
+    frames: Frames | None = None  # uint8 [T, H, W, 3] if decoding couldn't be deferred
+    sound: Samples | None = None  # float32 [N, channels] of the same pipeline
+    sound_rate: int = 48_000  # samples per second
 
     @classmethod
     def of(cls, pipe: Any, output: Any, decodings: Sequence[Decode], cut: int, *,
@@ -95,11 +86,7 @@ def kept_made(journal: Journal) -> Made | None:
 
 
 def as_settled(recipe: dict[str, Any], earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a recipe with the size and length of an `earlier` run of the same wishes.
-
-    The recipe's plan may leave them open or ask for too many frames; `earlier` is the recipe of the
-    existing job or output, of whatever request.
-    """
+    """Return a recipe with the size and length of an `earlier` one of the same wishes, if any."""
     if earlier is None or not isinstance(plan := earlier.get("plan"), dict):
         return recipe
     wishes = [[each.get("request", {}).get(name) for name in _ASKED] for each in (recipe, earlier)]

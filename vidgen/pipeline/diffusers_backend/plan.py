@@ -64,32 +64,23 @@ _OWN_SCHEDULE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas",
 
 @dataclass(frozen=True)
 class ForeignPlan:
-    """One clip or picture of another family; None leaves a value to its pipeline.
+    """One clip or picture of another family; None leaves a value to its pipeline."""
 
-    Attributes:
-        pipeline: its class.
-        kept_frames: frames of the clip, the first of those that the pipeline shows.
-        guidance_scale: of the pipeline's kind of guidance.
-        sampler: class of the scheduler.
-        shift: of its noise schedule.
-        strength: distance from the given video.
-    """
-
-    pipeline: str
+    pipeline: str  # its class
     prompt: str
     negative: str | None
     seed: int
     width: int | None
     height: int | None
     num_frames: int | None
-    kept_frames: int | None
+    kept_frames: int | None  # frames of the clip, the first that the pipeline shows
     fps: Fraction
     num_steps: int | None
-    guidance_scale: float | None
+    guidance_scale: float | None  # of the pipeline's kind of guidance
     guidance_rescale: float | None
-    sampler: str
-    shift: float | None
-    strength: float | None
+    sampler: str  # class of the scheduler
+    shift: float | None  # of its noise schedule
+    strength: float | None  # distance from the given video
     fit: Fit
 
 
@@ -250,11 +241,7 @@ class Abilities:
 def make_foreign_plan(
     request: Request, inputs: Inputs, able: Abilities, scheduler: Any
 ) -> ForeignPlan:
-    """Settle a request against a pipeline and the scheduler it is to run with.
-
-    Raises:
-        InputError: an option, size or length that isn't available; names what is.
-    """
+    """Settle a request against a pipeline and its scheduler; raise InputError."""
     able.refuse(request)
     if "prompt" not in able.defaults:
         log.warning("%s reads no prompt; it is left out", able.name)
@@ -292,11 +279,7 @@ def flow_shift(scheduler: Any) -> float | None:
 
 
 def make_scheduler(own: Any, request: Request) -> Any:
-    """Return the pipeline's scheduler, or one for the request's sampler and shift.
-
-    Raises:
-        InputError: a sampler that can't replace the pipeline's own.
-    """
+    """Return the pipeline's scheduler, or one for the request's sampler and shift."""
     import diffusers
 
     sampler, shift = request.sampler, request.shift

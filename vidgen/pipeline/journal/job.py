@@ -306,11 +306,7 @@ _UNREADABLE = (
 
 
 def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the file of `write_arrays`, which must hold arrays of these names.
-
-    Raises:
-        InputError: damaged, or another file in its place.
-    """
+    """Read the file of `write_arrays` with these arrays; raise InputError if damaged."""
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata()
@@ -356,19 +352,12 @@ _HISTORY, _CACHE = "history.", "cache."
 
 @dataclass(frozen=True)
 class Kept:
-    """Latents that an earlier process left in a job.
+    """Latents that an earlier process left in a job."""
 
-    Attributes:
-        num_windows: finished windows of a long clip.
-        done: [1, C, n, h, w] float32 of them, on the CPU; or None.
-        state: of the sampler after them, or None.
-        latents: [1, C, F, h, w] float32 of a finished sampler, or None.
-    """
-
-    num_windows: int
-    done: Tensor | None
-    state: SamplerState | None = None
-    latents: Tensor | None = None
+    num_windows: int  # finished windows of a long clip
+    done: Tensor | None  # [1, C, n, h, w] float32 of them, on the CPU
+    state: SamplerState | None = None  # of the sampler after them
+    latents: Tensor | None = None  # [1, C, F, h, w] float32 of a finished sampler
 
     @property
     def num_done(self) -> int:

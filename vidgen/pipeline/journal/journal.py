@@ -118,17 +118,17 @@ class Journal:
 
     @property
     def unfinished(self) -> bool:
-        """Whether a job exists that can be resumed."""
+        """True if a job exists that can be resumed."""
         return self.output is not None and (self.folder / JOB).is_file()
 
     @property
     def keeps(self) -> bool:
-        """Whether steps are saved."""
+        """True if steps are saved."""
         return self._on
 
     @property
     def finished(self) -> bool:
-        """Whether resuming finds the finished output."""
+        """True if resuming finds the finished output."""
         from vidgen.media.probe import read_recipe
 
         if self.output is None or not (self.resume and self.output.exists()):

@@ -18,11 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def recall(request: Request, journals: Sequence[Journal]) -> Request:
-    """Restore the settings that jobs began with: seed, tiles, normalised words, thread count.
-
-    Raises:
-        InputError: a journal is damaged, or its thread count isn't available.
-    """
+    """Restore jobs' seed, tiles, normalised words and thread count; raise InputError."""
     for index, journal in enumerate(journals):
         recipe = journal.recipe or {}
         if request.seed is None and "plan" in recipe:

@@ -73,8 +73,7 @@ def long_clip(engine: OpenedModel, plan: Plan, request: Request, inputs: Inputs)
     """Return the windows of a clip that is longer than one or continues a file; else None.
 
     Raises:
-        InputError: the model or an option can't go beyond one window, the overlap is as long as the
-        window, or the beginning leaves nothing to generate.
+        InputError: the model, an option or the overlap doesn't permit several windows.
     """
     size = window_size(engine.folder, engine.vae_config.strides)
     if request.prefix is None and plan.latents.num_frames <= size:

@@ -76,19 +76,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class RolledClip:
-    """A clip that a model's roller makes while it is read.
-
-    Attributes:
-        plan: of the clip; its student is the model's roller.
-        context: features [1, S, D] and lengths [1] of its prompt.
-    """
+    """A clip that a model's roller makes while it is read."""
 
     engine: OpenedModel
-    plan: Plan
+    plan: Plan  # its student is the model's roller
     request: Request
     inputs: Inputs
     loras: Loras
-    context: tuple[Tensor, Tensor]
+    context: tuple[Tensor, Tensor]  # features [1, S, D] and lengths [1] of its prompt
 
     @torch.no_grad()
     def latents(self) -> Iterator[Tensor]:

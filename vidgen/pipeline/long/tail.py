@@ -38,27 +38,16 @@ AS_SHOWN = Pace(1)
 
 @dataclass(frozen=True)
 class Beginning:
-    """The clip that another one continues.
+    """The clip that another one continues."""
 
-    Attributes:
-        latents: its last ones, normalised, [1, C, m, h, w] float32.
-        pace: their rate, and whether the first of them is a single frame.
-        num_frames: existing frames before the new ones.
-        num_latents: latent frames up to here, counted from the clip's start.
-        frames_ahead: frames of the latents beyond those that exist.
-        colours: target mean and deviation of each channel, [2, C].
-        anchor: the clip's first latent frame, [1, C, 1, h, w], or None if unknown.
-        hand_over: "latents" of a recipe, or "pixels" that were encoded.
-    """
-
-    latents: Tensor
-    num_frames: int
-    num_latents: int
-    frames_ahead: int
-    colours: Tensor
-    hand_over: Literal["latents", "pixels"]
-    anchor: Tensor | None = None
-    pace: Pace = AS_SHOWN
+    latents: Tensor  # its last ones, normalised, [1, C, m, h, w] float32
+    num_frames: int  # existing frames before the new ones
+    num_latents: int  # latent frames up to here, from the clip's start
+    frames_ahead: int  # frames of the latents beyond those that exist
+    colours: Tensor  # target mean and deviation of each channel, [2, C]
+    hand_over: Literal["latents", "pixels"]  # of a recipe, or encoded
+    anchor: Tensor | None = None  # the clip's first latent frame, [1, C, 1, h, w], if known
+    pace: Pace = AS_SHOWN  # of the latents, and whether the first is a single frame
 
     @property
     def num_given(self) -> int:
@@ -67,19 +56,13 @@ class Beginning:
 
 
 class Stretch(NamedTuple):
-    """Places of a long clip's windows.
+    """Places of a long clip's windows."""
 
-    Attributes:
-        windows: [start, stop) of each, in latent frames from the first that exists.
-        pace: rate of the generated latents against the clip's.
-        num_gone: latent frames of the clip before the first that exists.
-        begun: the clip that is continued, or None.
-    """
-
+    # [start, stop) of each, in latent frames from the first that exists
     windows: Sequence[tuple[int, int]]
-    pace: Pace
-    num_gone: int
-    begun: Beginning | None
+    pace: Pace  # rate of the generated latents against the clip's
+    num_gone: int  # latent frames of the clip before the first that exists
+    begun: Beginning | None  # the clip that is continued, if any
 
 
 def keeps_to_start(folder: ModelFolder, request: Request) -> bool:

@@ -69,6 +69,8 @@ GRACE_S = 5.0
 class Crew:
     """Rank 0's side of the devices; `start_crew` creates it.
 
+    If a device fails, methods raise DeviceError, and the engine can't be used afterwards.
+
     Args:
         children: processes started here.
         shard: spread the transformers' weights over the devices.
@@ -106,11 +108,7 @@ class Crew:
     ) -> Iterator[Denoise]:
         """Yield the guided model over all devices; arguments as in `denoise.denoising`.
 
-        This process keeps its own part of `caches`.
-
-        Raises:
-            InputError: another clip is being sampled.
-            DeviceError: a device failed; the engine can't be used afterwards.
+        This process keeps its own part of `caches`; InputError if another clip is being sampled.
         """
         self._require_alive()
         if self._sampling is not None:
@@ -155,11 +153,7 @@ class Crew:
         self, parts: Parts, latents: Tensor, begin: int = 0, tiles: Tiles | None = None,
         oversampling: int = 1,
     ) -> Iterator[Tensor]:
-        """Yield the result of `codec.decode_latents`, a stretch decoded by each device.
-
-        Raises:
-            DeviceError: a device failed; the engine can't be used afterwards.
-        """
+        """Yield the result of `codec.decode_latents`, a stretch decoded by each device."""
         self._require_alive()
         strides = parts.folder.components["vae"].config.strides
         each = strides.t // oversampling
@@ -185,7 +179,7 @@ class Crew:
         self._end()
 
     def order(self, *what: Any) -> None:
-        """Send the others an order; raise DeviceError if they are gone."""
+        """Send the others an order."""
         self._require_alive()
         if self._coming is not None:  # a clip that is half decoded: its frames are taken in first
             self._coming.take_all()
@@ -199,11 +193,7 @@ class Crew:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Run work of all ranks; if it fails, none of them can continue.
-
-        Raises:
-            DeviceError: names the rank that failed, and why.
-        """
+        """Run work of all ranks; if it fails, none of them can continue."""
         try:
             yield
         except BaseException as error:
@@ -316,13 +306,7 @@ class _Call:
 
 
 class _Coming:
-    """Chunks of one clip that the other ranks decode meanwhile, in order.
-
-    Args:
-        sizes: number of chunks from rank 1, 2, ...
-        shape: of each chunk.
-        dtype: of each chunk.
-    """
+    """Chunks of `shape` that ranks 1, 2, ... decode meanwhile, in order, `sizes` of each."""
 
     def __init__(
         self, crew: Crew, sizes: list[int], shape: tuple[int, ...], dtype: torch.dtype

@@ -106,42 +106,31 @@ def stretches(begin: int, end: int, num_ranks: int, look_back: int) -> list[tupl
 
 @dataclass(frozen=True)
 class Share:
-    """All that a rank needs to denoise except for the latents, which come with each call.
-
-    Attributes:
-        contexts: (context [1, S, D], lengths [1]) of the prompt and, under guidance, the negative.
-        level: the sigma at which sampling begins.
-        threads: of rank 0.
-        caches: step caches without memory; or None.
-        remembered: memory of all ranks' caches.
-    """
+    """All that a rank needs to denoise except for the latents, which come with each call."""
 
     plan: Plan
     state: LatentState
-    contexts: Contexts
+    contexts: Contexts  # of the prompt and, under guidance, the negative
     loras: Loras
-    level: float
+    level: float  # the sigma at which sampling begins
     division: Division
-    threads: int
-    caches: StepCaches | None = None
-    remembered: Mapping[str, Tensor] = field(default_factory=dict)
+    threads: int  # of rank 0
+    caches: StepCaches | None = None  # without memory
+    remembered: Mapping[str, Tensor] = field(default_factory=dict)  # memory of all ranks' caches
 
 
 class Link:
-    """This process's place among the ranks; all of them create it at the same time.
+    """This process's place among the ranks; all create it at the same time.
 
-    Args:
-        local: whether all run on this machine, so that the loopback device suffices.
+    `local` ranks run on one machine, so that they need only the loopback device.
     """
 
     def __init__(
         self, store: dist.Store, rank: int, size: int, device: torch.device, *, local: bool
     ) -> None:
         self.store, self.rank, self.size, self.device = store, rank, size, device
-        self.broken = False
-        """Whether ranks may wait for what never comes, so that no order reaches them."""
-        self.owed = False
-        """Whether a rank is yet to send what it was ordered to, and hears of nothing before."""
+        self.broken = False  # ranks may wait for what never comes, so that no order reaches them
+        self.owed = False  # a rank has yet to send a result, and receives no order before
         self._count = 0
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with _on_loopback() if local else nullcontext():

@@ -34,22 +34,14 @@ _SETTINGS = ("num_inference_steps", "guidance_scale")
 
 @dataclass(frozen=True)
 class AudioModel:
-    """A text-to-audio model for the sound of clips.
+    """A text-to-audio model for the sound of clips."""
 
-    Attributes:
-        folder: as diffusers saves it.
-        prompt: of the sound.
-        seconds: of the clip.
-        dtype: of its weights: "fp32" on the CPU, where some of its parts support no other.
-        offload: "none", "stage" or "block".
-    """
-
-    folder: ForeignFolder
-    prompt: str
-    seconds: float
+    folder: ForeignFolder  # as diffusers saves it
+    prompt: str  # of the sound
+    seconds: float  # of the clip
     device: torch.device
-    dtype: str
-    offload: str
+    dtype: str  # "fp32" on the CPU, where some of its parts support no other
+    offload: str  # "none", "stage" or "block"
 
     def facts(self) -> dict[str, Any]:
         """Return all that shapes the sound besides the clip's seed, for the recipe."""
@@ -101,11 +93,7 @@ class AudioModel:
 def open_audio_model(
     model: str, prompt: str, seconds: float, *, device: torch.device, dtype: str, offload: str
 ) -> AudioModel:
-    """Open a text-to-audio model; it is loaded when it is used.
-
-    Raises:
-        ModelError: no such folder, or no text-to-audio model; names the pipelines that are.
-    """
+    """Open a text-to-audio model for later use; raise ModelError if it is none."""
     opened = open_model(model)
     kinds = ", ".join(LENGTHS)
     name = opened.class_name if isinstance(opened, ForeignFolder) else f"{opened.family} model"

@@ -36,26 +36,15 @@ Tell = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Soundtrack:
-    """A clip's settled sound.
+    """A clip's settled sound."""
 
-    Attributes:
-        source: of the sound under the speech: nothing, the clip's model, a file, the continued
-            clip, or
-        another model.
-        num_samples: of the clip, at `RATE`.
-        bed: a file's sound at `RATE`, as long as the clip.
-        loop: whether sound that is shorter than the clip is repeated.
-        model: makes the sound of each clip.
-        is_own: whether the clip's model makes it, after the picture.
-    """
-
-    source: Source
-    num_samples: int
-    bed: Samples | None = None
-    loop: bool = False
+    source: Source  # of the sound under the speech
+    num_samples: int  # of the clip, at `RATE`
+    bed: Samples | None = None  # a file's sound at `RATE`, as long as the clip
+    loop: bool = False  # whether sound that is shorter than the clip is repeated
     speech: Speech | None = None
-    model: AudioModel | None = None
-    is_own: bool = False
+    model: AudioModel | None = None  # makes the sound of each clip
+    is_own: bool = False  # whether the clip's model makes it, after the picture
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -122,8 +111,7 @@ def make_soundtrack(
 
     Raises:
         InputError: sound from a model that makes none, files that can't be used, speech that
-            doesn't
-        fit.
+            doesn't fit.
         ModelError: another model that makes no sound, or doesn't exist.
     """
     num_samples = round(num_frames / fps * RATE)

@@ -54,15 +54,10 @@ def write_request(
 
 @dataclass
 class EngineWork:
-    """Work of a model that is opened once in each worker.
+    """Work of a model that is opened once in each worker."""
 
-    Args:
-        open_engine: opens the model, once in each worker; picklable for several.
-        model_sha256: required hash of the model's files, wherever a worker runs; None: any.
-    """
-
-    open_engine: Callable[[], AnyEngine]
-    model_sha256: str | None = None
+    open_engine: Callable[[], AnyEngine]  # picklable for several workers
+    model_sha256: str | None = None  # required, wherever a worker runs; None: any
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what each worker opens itself."""

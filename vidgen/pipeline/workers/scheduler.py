@@ -137,11 +137,7 @@ def settle_threads(folder: Path, staff: Staff, tell: OnEvent, name: str = THREAD
 
 @contextmanager
 def _open_crew(work: Work, staff: Staff) -> Iterator[Crew]:
-    """Start workers; on leaving, all stop within seconds.
-
-    Raises:
-        InputError: work that can't be sent, or a cluster that isn't available.
-    """
+    """Start workers; on leaving, all stop within seconds."""
     try:
         content = pickle.dumps(work)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -197,7 +193,7 @@ class _Queue:
 
     @property
     def is_over(self) -> bool:
-        """Whether all jobs are finished."""
+        """True if all jobs are finished."""
         self._fill()
         return not self._numbers
 

@@ -118,11 +118,7 @@ class LocalCrew(Crew):
 
 
 class LocalSeat(Seat):
-    """A process of this machine; it exits with this one, however that ends.
-
-    Args:
-        device: index of the one GPU that it sees; None: all.
-    """
+    """A process of this machine, with the GPU `device` or all; it exits with this one."""
 
     def __init__(self, number: int, work: bytes, threads: int, device: str | None) -> None:
         super().__init__(number)

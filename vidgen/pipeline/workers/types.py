@@ -23,19 +23,12 @@ class Work(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A piece of work.
+    """A piece of work."""
 
-    Attributes:
-        key: unique, for other jobs' needs.
-        payload: picklable, the argument of `Work`.
-        needs: keys of jobs that come before it; an unknown one counts as done.
-        name: for people.
-    """
-
-    key: str
-    payload: Any
-    needs: tuple[str, ...] = ()
-    name: str = ""
+    key: str  # unique, for other jobs' needs
+    payload: Any  # picklable, the argument of `Work`
+    needs: tuple[str, ...] = ()  # keys of jobs that come before it; an unknown one counts as done
+    name: str = ""  # for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,33 +42,20 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Time limits in seconds.
+    """Time limits in seconds."""
 
-    Attributes:
-        silence: for a worker's heartbeat, which comes every second.
-        stall: for progress in a job, whatever the heartbeat says.
-        grace: for workers that are to stop, before they are killed.
-    """
-
-    silence: float = 60.0
-    stall: float = 3600.0
-    grace: float = 5.0
+    silence: float = 60.0  # for a worker's heartbeat, which comes every second
+    stall: float = 3600.0  # for progress in a job, whatever the heartbeat says
+    grace: float = 5.0  # for workers that are to stop, before they are killed
 
 
 @dataclass(frozen=True)
 class Staff:
-    """Number and kind of workers; raises InputError if a number is out of range.
+    """Number and kind of workers; raises InputError if a number is out of range."""
 
-    Args:
-        workers: None: one, or as many as a Ray cluster has GPUs or else machines.
-        ray: address of a Ray cluster: "auto", "host:port", "ray://host:port", or "local" for one
-        that is started here.
-        threads: of each job; None: this process's share.
-    """
-
-    workers: int | None = None
-    ray: str | None = None
-    threads: int | None = None
+    workers: int | None = None  # None: one, or as many as a Ray cluster has GPUs or else machines
+    ray: str | None = None  # "auto", "host:port", "ray://host:port", or "local" to start one here
+    threads: int | None = None  # of each job; None: this process's share
     patience: Patience = field(default_factory=Patience)
 
     def __post_init__(self) -> None:
@@ -86,7 +66,7 @@ class Staff:
 
     @property
     def is_here(self) -> bool:
-        """Whether this process itself works."""
+        """True if this process itself works."""
         return self.ray is None and self.workers in (None, 1)
 
     @property
